@@ -1,0 +1,24 @@
+"""What every test starts from: full float32, seeded numpy, and the shared data where it is."""
+
+import os
+from pathlib import Path
+
+os.environ["MLX_ENABLE_TF32"] = "0"  # before any import of mlx, or parity is lost on CUDA
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    np.random.seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of photographs and tokenizers; tests that need it skip where it is absent."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("MLX_VLM_PRUNE_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("shared data absent")
+    return folder

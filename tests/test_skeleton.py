@@ -1,0 +1,176 @@
+"""The shape of the repository: who imports whom, how long things are, how it starts."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mlx_vlm_prune
+from mlx_vlm_prune.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("mlx_vlm_prune", "torch_ref", "convert", "benchmarks")
+LONGEST_FILE = 350
+LONGEST_FUNCTION = 40
+# By import name, what `pip install mlx_vlm_prune` brings.
+BROUGHT = {"mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "jinja2", "safetensors", "tqdm"}
+
+
+def sources(*packages: str) -> Iterator[Path]:
+    for package in packages:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def imports(file: Path) -> set[str]:
+    """The absolute names a file imports, wherever in the file: `from a import b` is a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def trespasses(package: str, *forbidden: str) -> list[str]:
+    """Imports of forbidden packages, as 'file imports name'."""
+    return [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in sources(package)
+        for name in sorted(imports(file))
+        if name.split(".")[0] in forbidden
+    ]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def tracked() -> list[Path]:
+    """What git tracks, and what it would if it were added."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    names = listed.stdout.split("\0")[:-1]
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+@pytest.mark.parametrize("heavy", ["mlx.core", "torch", "transformers", "numpy", "PIL"])
+def test_importing_the_package_imports_nothing_heavy(heavy):
+    code = f"import sys, mlx_vlm_prune, mlx_vlm_prune.__main__; sys.exit({heavy!r} in sys.modules)"
+    assert python("-c", code).returncode == 0
+
+
+def test_the_product_imports_no_torch():
+    assert not trespasses("mlx_vlm_prune", "torch", "torch_ref", "transformers")
+
+
+def test_the_scenes_import_no_mlx_since_the_trainer_reads_them():
+    assert not trespasses("mlx_vlm_prune/scenes", "mlx")
+
+
+def test_torch_ref_is_independent_but_for_the_scenes():
+    assert not trespasses("torch_ref", "mlx")
+    allowed = "torch_ref/scenes_data.py imports mlx_vlm_prune.scenes"
+    others = [t for t in trespasses("torch_ref", "mlx_vlm_prune") if not t.startswith(allowed)]
+    assert not others
+
+
+def test_convert_knows_neither_side():
+    assert not trespasses("convert", "mlx", "mlx_vlm_prune", "torch_ref")
+
+
+def test_the_product_imports_only_what_installing_it_brings():
+    known = BROUGHT | set(sys.stdlib_module_names) | {"mlx_vlm_prune", "convert"}
+    names = {n.split(".")[0] for file in sources("mlx_vlm_prune") for n in imports(file)}
+    assert names <= known
+
+
+def test_what_the_product_imports_is_declared():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    block = text.split("dependencies = [")[1].split("\n]")[0]
+    declared = {re.split(r"[\[<>=;]", line)[0] for line in re.findall(r'"([^"]+)"', block)}
+    assert {"pillow" if name == "PIL" else name for name in BROUGHT} == declared
+
+
+def test_no_file_is_long():
+    lengths = {f: len(f.read_text(encoding="utf-8").splitlines()) for f in sources(*PACKAGES)}
+    assert not [f"{f.relative_to(ROOT)}: {n}" for f, n in lengths.items() if n > LONGEST_FILE]
+
+
+def test_no_function_is_long():
+    long = []
+    for file in sources(*PACKAGES):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno
+                length = node.end_lineno - node.lineno + 1
+                if length > LONGEST_FUNCTION:
+                    long.append(f"{file.relative_to(ROOT)}: {node.name} has {length} lines")
+    assert not long
+
+
+def test_no_file_tells_of_the_machine_it_was_written_on():
+    places = "|".join(("work", "tmp", "home", "root", "Users", "opt"))
+    path = re.compile(rf"(?<![\w.:/~])/({places})/")
+    kinds = {".py", ".md", ".toml", ".txt", ".json", ".yml", ""}
+    found = []
+    for file in tracked():
+        if file.suffix in kinds:
+            for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+                if path.search(line):
+                    found.append(f"{file.relative_to(ROOT)}:{n}")
+    assert not found
+
+
+def test_there_is_one_version():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.findall(r'^version = "(.+)"$', text, re.M) == [mlx_vlm_prune.__version__]
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["--no-such-option"]])
+def test_without_a_known_command_the_usage_is_printed_and_the_exit_code_is_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2
+    assert out == ""
+    assert err.startswith("usage:")
+
+
+def test_help_lists_every_command(capsys):
+    main(["--help"])
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+def test_version_prints_the_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"mlx_vlm_prune {mlx_vlm_prune.__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_handed_its_own_arguments(command):
+    done = python("-m", "mlx_vlm_prune", command, "--help")
+    assert done.returncode == 0, done.stderr
+    assert command in done.stdout.splitlines()[0]
+
+
+def test_the_installed_script_names_a_function_that_exists():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    scripts = re.findall(r'^"([\w.]+)" = "([\w.]+):(\w+)"$', text, re.M)
+    assert scripts
+    for script, module, function in scripts:
+        assert script == module
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")
+        defined = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+        assert function in defined
