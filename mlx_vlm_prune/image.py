@@ -1,0 +1,285 @@
+"""Open an untrusted image, and make of it what the vision tower sees.
+
+A file is judged by its header before a pixel is decoded, only plain raster formats
+are tried, and whatever a decoder throws becomes one sentence. The preprocessing is
+that of Hugging Face's CLIPImageProcessor (the one built on Pillow), value for value.
+
+Shapes: H height, W width, 3 channels, last.
+"""
+
+import io
+import json
+import math
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from convert.errors import UserError
+
+# Formats whose readers neither start a program nor follow a reference. TIFF, EPS, PSD,
+# ICO and the rest are left out: each is one more parser to attack, and no photograph needs it.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 25_000_000  # 75 MB as RGB; every phone's default photograph is smaller
+MAX_SIDE = 4096  # of what a tower may ask for
+WHITE = (255, 255, 255, 255)
+FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # 2 and 3 in the JSON
+
+Source = str | os.PathLike[str] | bytes | Image.Image
+
+
+def open_image(source: Source) -> Image.Image:
+    """An image from a path, a file's bytes or Pillow, upright and as RGB.
+
+    Of an animation, the first frame. EXIF rotation is applied, transparency is laid on
+    white (as transformers 5 does), 16-bit grey is scaled to 8 bits.
+
+    Raises UserError, one sentence that names the path: no such file, a directory, an
+    empty file, not one of FORMATS, truncated or damaged, more than MAX_PIXELS.
+    """
+    name = "the image" if isinstance(source, bytes | Image.Image) else os.fspath(source)
+    try:
+        with warnings.catch_warnings():  # what Pillow only warns of, we refuse
+            warnings.simplefilter("error", UserWarning)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return _decode(source, name)
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_large(name) from None
+    except UnidentifiedImageError:
+        allowed = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise UserError(f"{name} is not a {allowed} image") from None
+    except Exception as problem:  # a decoder that is fed garbage may raise anything
+        raise UserError(f"{name} is truncated or damaged: {problem}") from problem
+
+
+def _decode(source: Source, name: str) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source, name)
+    data = source if isinstance(source, bytes) else _read(source, name)
+    if not data:
+        raise UserError(f"{name} is empty (0 bytes)")
+    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        return _upright_rgb(opened, name)
+
+
+def _read(path: str | os.PathLike[str], name: str) -> bytes:
+    if not os.path.exists(path):
+        raise UserError(f"there is no image file {name}")
+    if os.path.isdir(path):
+        raise UserError(f"{name} is a directory, not an image file")
+    if not os.path.isfile(path):  # a pipe or a device may never end
+        raise UserError(f"{name} is not a regular file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise UserError(f"cannot read {name}: {problem.strerror}") from problem
+
+
+def _too_large(name: str) -> UserError:
+    return UserError(f"{name} has more than the {MAX_PIXELS // 10**6} megapixels allowed")
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:  # nothing is decoded yet
+        raise _too_large(name)
+    if 0 in image.size:
+        raise UserError(f"{name} has no pixels ({image.width} x {image.height})")
+    return _rgb(ImageOps.exif_transpose(image), name)
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """As RGB, and a copy; transparent pixels show white, not the colour stored beneath."""
+    if image.mode == "F":
+        raise UserError(f"{name} has floating-point pixels, whose range is unknown; use 8-bit ones")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255: nearly all turns white
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """From a picture to what the tower reads; the defaults are CLIP's.
+
+    `size`: the shortest side in pixels, or (height, width). `crop`: (height, width) of the
+    middle, black where the picture is smaller. `rescale`: the factor to [0, 1]. `mean` and
+    `std`: per channel, after it. None skips a step.
+    """
+
+    size: int | tuple[int, int] | None = 224
+    crop: tuple[int, int] | None = (224, 224)
+    rescale: float | None = 1 / 255
+    mean: tuple[float, float, float] | None = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    resample: Image.Resampling = Image.Resampling.BICUBIC
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> "Preprocessor":
+        """Read preprocessor_config.json in Hugging Face's CLIP format.
+
+        Raises UserError that names the file and the field.
+        """
+        fields = _Fields(Path(path) / "preprocessor_config.json")
+        normalise = fields.flag("do_normalize")
+        return cls(
+            size=fields.size() if fields.flag("do_resize") else None,
+            crop=fields.crop() if fields.flag("do_center_crop") else None,
+            rescale=fields.factor() if fields.flag("do_rescale") else None,
+            mean=fields.channels("image_mean", cls.mean) if normalise else None,
+            std=fields.channels("image_std", cls.std) if normalise else cls.std,
+            resample=fields.filter(),
+        )
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """What the tower reads of an image that `open_image` opened: (H, W, 3) float32.
+
+        Equal to CLIPImageProcessor's `pixel_values` but for the order of the axes.
+        Raises UserError for a picture too thin to resize without a crop.
+        """
+        pixels = np.asarray(self.visible(image))
+        if self.rescale is not None:  # in float64 and then rounded, as Hugging Face does
+            pixels = pixels.astype(np.float64) * self.rescale
+        pixels = pixels.astype(np.float32)
+        if self.mean is not None:
+            pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+        return pixels
+
+    def visible(self, image: Image.Image) -> Image.Image:
+        """The part of the picture the tower sees, resized and cropped, as RGB."""
+        image = image if image.mode == "RGB" else _rgb(image, "the image")
+        width, height = self._resized(image.size)
+        if width * height > MAX_PIXELS:
+            return self._visible_of_sliver(image, width, height)
+        if (width, height) != image.size:
+            image = image.resize((width, height), self.resample)
+        if self.crop is None:
+            return image
+        box = self._crop_box(width, height)
+        return image.crop(box)  # Pillow, too, pads with black
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height after resizing: the shorter side to `size`, the other rounded down."""
+        width, height = size
+        if self.size is None:
+            return width, height
+        if isinstance(self.size, tuple):
+            return self.size[1], self.size[0]
+        if width <= height:
+            return self.size, int(self.size * height / width)
+        return int(self.size * width / height), self.size
+
+    def _crop_box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        assert self.crop is not None
+        rows, columns = self.crop
+        left, top = (width - columns) // 2, (height - rows) // 2
+        return left, top, left + columns, top + rows
+
+    def _visible_of_sliver(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Resize only what the crop keeps: a 1 x 10,000 picture would otherwise take 1.5 GB.
+
+        Rounding of the box may move a value by one grey level.
+        """
+        if self.crop is None:
+            raise UserError(
+                f"an image of {image.width} x {image.height} pixels would be resized to "
+                f"{width} x {height}, more than {MAX_PIXELS // 10**6} megapixels; crop it first"
+            )
+        left, top, right, bottom = self._crop_box(width, height)
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+        across, down = image.width / width, image.height / height
+        seen = (x0 * across, y0 * down, x1 * across, y1 * down)
+        # A sliver is always enlarged, so the filter reaches two pixels beyond the box. Cut there
+        # first: of a long picture Pillow may filter columns before rows, and round otherwise.
+        near_x, near_y = max(int(seen[0]) - 3, 0), max(int(seen[1]) - 3, 0)
+        end_x, end_y = min(int(seen[2]) + 4, image.width), min(int(seen[3]) + 4, image.height)
+        near = image.crop((near_x, near_y, end_x, end_y))
+        box = (seen[0] - near_x, seen[1] - near_y, seen[2] - near_x, seen[3] - near_y)
+        canvas = Image.new("RGB", (right - left, bottom - top))
+        part = near.resize((x1 - x0, y1 - y0), self.resample, box=box)
+        canvas.paste(part, (x0 - left, y0 - top))
+        return canvas
+
+
+class _Fields:
+    """The fields of a preprocessor_config.json, each checked as it is read."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        try:
+            self.values = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as problem:
+            raise UserError(f"cannot read {file}: {problem.strerror}") from problem
+        except (ValueError, RecursionError) as problem:
+            raise UserError(f"{file} is not valid JSON: {problem}") from problem
+        if not isinstance(self.values, dict):
+            raise UserError(f"{file} must hold a JSON object")
+
+    def wrong(self, field: str, allowed: str) -> UserError:
+        shown = json.dumps(self.values.get(field))
+        shown = shown if len(shown) <= 60 else shown[:60] + "…"
+        return UserError(f"{self.file}: {field} is {shown}; it must be {allowed}")
+
+    def flag(self, field: str) -> bool:
+        value = self.values.get(field, True)
+        if not isinstance(value, bool):
+            raise self.wrong(field, "true or false")
+        return value
+
+    def size(self) -> int | tuple[int, int]:
+        value = self.values.get("size", 224)
+        if isinstance(value, dict) and set(value) == {"shortest_edge"}:
+            value = value["shortest_edge"]
+        if _is_side(value):
+            return int(value)
+        return self._height_width("size", value, 'an integer, {"shortest_edge": n} or ')
+
+    def crop(self) -> tuple[int, int]:
+        value = self.values.get("crop_size", 224)
+        if _is_side(value):
+            return value, value
+        return self._height_width("crop_size", value, "an integer or ")
+
+    def _height_width(self, field: str, value: Any, others: str) -> tuple[int, int]:
+        if isinstance(value, dict) and set(value) == {"height", "width"}:
+            height, width = value["height"], value["width"]
+            if _is_side(height) and _is_side(width):
+                return height, width
+        raise self.wrong(field, f'{others}{{"height": n, "width": n}}, n from 1 to {MAX_SIDE}')
+
+    def factor(self) -> float:
+        value = self.values.get("rescale_factor", 1 / 255)
+        if not (_is_finite(value) and value > 0):
+            raise self.wrong("rescale_factor", "a positive number")
+        return float(value)
+
+    def channels(self, field: str, default: Any) -> tuple[float, float, float]:
+        value = self.values.get(field, default)
+        smallest = 1e-6 if field == "image_std" else -math.inf  # std divides
+        fine = isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_finite, value))
+        if not fine or min(value) < smallest:
+            kind = "positive" if field == "image_std" else "finite"
+            raise self.wrong(field, f"three {kind} numbers")
+        red, green, blue = map(float, value)
+        return red, green, blue
+
+    def filter(self) -> Image.Resampling:
+        value = self.values.get("resample", 3)
+        if isinstance(value, bool) or value not in list(FILTERS):
+            raise self.wrong("resample", "2 (bilinear) or 3 (bicubic)")
+        return Image.Resampling(value)
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_SIDE
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e6
