@@ -1,0 +1,73 @@
+"""All the words of the scenes world, as a tokenizer in MiniMind2's chat format.
+
+Whole words, lower-cased; a sign's letters are pieces (`k ##e ##x` is "kex").
+`python -m mlx_vlm_prune.scenes.vocabulary FOLDER` writes tokenizer.json and
+tokenizer_config.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from .draw import CELLS, COLOURS, LETTERS, SHAPES
+from .questions import plural
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as MiniMind2 has them
+UNKNOWN = "<unk>"
+IMAGE_TOKEN = "@"  # noqa: S105
+SLOTS = ("first", "second", "third")  # which letter of the sign, in dense training targets
+PLACES = ("edge", "middle")  # which part of a thing, likewise
+FUNCTION_WORDS = (
+    "system user assistant a an the is are there in of or at on it and you can see how many what "
+    "which where colour cell read say says does sign shape shapes left right above below nothing "
+    "yes no picture image this describe ? . , ! : -"
+).split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def words() -> list[str]:
+    """Every token, in the order of its id."""
+    letters = LETTERS.lower()
+    listed = [*SPECIAL, UNKNOWN, IMAGE_TOKEN, *FUNCTION_WORDS, *SHAPES, *map(plural, SHAPES)]
+    listed += [*COLOURS, *map(str, range(10)), *CELLS, *SLOTS, *PLACES]
+    listed += [*letters, *("##" + letter for letter in letters)]
+    return list(dict.fromkeys(listed))
+
+
+def tokenizer() -> Tokenizer:
+    """The tokenizer itself."""
+    vocabulary = {word: i for i, word in enumerate(words())}
+    made = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=64))
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Lowercase(), normalizers.Replace("color", "colour")]
+    )
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # spaces and punctuation; each @ alone
+    made.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
+    return made
+
+
+def write(folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json into an existing folder."""
+    tokenizer().save(str(folder / "tokenizer.json"))
+    config = {
+        "bos_token": SPECIAL[1],
+        "chat_template": CHAT_TEMPLATE,
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[0],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": UNKNOWN,
+    }
+    text = json.dumps(config, indent=4, sort_keys=True) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""The independent PyTorch reference: the same parts by the same names, written from the formulas."""

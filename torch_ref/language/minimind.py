@@ -1,0 +1,147 @@
+"""MiniMind2's language model: Llama-like, grouped heads, half-rotation RoPE, tied embeddings.
+
+Module names are those of the published .pth, so its `model.*` weights load unrenamed.
+
+Shapes: B rows, L new tokens, S tokens with the cached ones, D features,
+H heads, G key/value heads, d head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class MiniMindConfig:
+    """The fields of config.json; the defaults are MiniMind2-Small (26 M)."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    vocab_size: int = 6400
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class RMSNorm(nn.Module):
+    """Normalised in float32, cast back, then scaled: the order matters in half precision."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.type_as(x)
+
+
+def rotary_table(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each (B, 1, L, d), float32."""
+    steps = torch.arange(0, head_dim, 2, device=positions_BL.device).float()
+    angle_BLd = positions_BL[..., None].float() * theta ** (-steps / head_dim)
+    angle_B1Ld = torch.cat([angle_BLd, angle_BLd], dim=-1)[:, None]
+    return angle_B1Ld.cos(), angle_B1Ld.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos + turned * sin).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: MiniMindConfig):
+        super().__init__()
+        self.d, self.H, self.G = c.head_dim, c.num_attention_heads, c.num_key_value_heads
+        self.q_proj = nn.Linear(c.hidden_size, self.H * self.d, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=False)
+        self.o_proj = nn.Linear(self.H * self.d, c.hidden_size, bias=False)
+
+    def forward(self, x_BLD: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
+        q_BHLd, k_BGLd, v_BGLd = (
+            p(x_BLD).unflatten(-1, (-1, self.d)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_BHLd, k_BGLd = rotate(q_BHLd, *rotary), rotate(k_BGLd, *rotary)
+        if rows is not None:
+            if rows:
+                k_BGLd = torch.cat([rows[0], k_BGLd], dim=2)
+                v_BGLd = torch.cat([rows[1], v_BGLd], dim=2)
+            rows[:] = [k_BGLd, v_BGLd]
+        k_BHSd, v_BHSd = (t.repeat_interleave(self.H // self.G, dim=1) for t in (k_BGLd, v_BGLd))
+        y_BHLd = F.scaled_dot_product_attention(q_BHLd, k_BHSd, v_BHSd, attn_mask=visible)
+        return self.o_proj(y_BHLd.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: MiniMindConfig):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, visible, rows)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class MiniMind(nn.Module):
+    """Embeddings with explicit positions to hidden states."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        embeds_BLD: Tensor,
+        positions_BL: Tensor,
+        visible_BLS: Tensor | None = None,
+        cache: list[list] | None = None,
+    ) -> Tensor:
+        """Hidden states (B, L, D) after the final norm.
+
+        `visible_BLS` says which tokens each new token sees; by default those cached and
+        those before it. `cache` is one list per layer, empty at first, changed in place.
+        """
+        c = self.config
+        rotary = rotary_table(positions_BL, c.head_dim, c.rope_theta)
+        if visible_BLS is None:
+            L = embeds_BLD.shape[1]
+            past = cache[0][0].shape[2] if cache and cache[0] else 0
+            visible_BLS = torch.ones(1, L, past + L, dtype=torch.bool, device=embeds_BLD.device)
+            visible_BLS = visible_BLS.tril(past)
+        x = embeds_BLD
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, visible_BLS[:, None], None if cache is None else cache[i])
+        return self.norm(x)
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Scores of the next token; the output layer is the embedding itself."""
+        return F.linear(hidden_BLD, self.embed_tokens.weight)

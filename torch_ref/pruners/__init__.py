@@ -1,0 +1,3 @@
+from .contract import Reduction, Signals
+
+__all__ = ["Reduction", "Signals"]
