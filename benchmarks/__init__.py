@@ -1,0 +1,1 @@
+"""Measurements. Tests never assert a time; these print what they see."""

@@ -1,0 +1,152 @@
+"""How much sooner the first token comes: `python -m benchmarks.speed`.
+
+Full size, random weights: ViT-B/16 and a MiniMind2 language model, 196 visual tokens.
+Full and pruned run in alternation in one process, warm; the tower and the pruner are
+inside the time. Before measuring it prints what the operation count allows; the last
+line of its output is one JSON object of the same figures.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_vlm_prune.generate import versions
+from mlx_vlm_prune.model import VLM, VLMConfig
+from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.pruners import METHODS, Pruner, resolve
+from mlx_vlm_prune.stream import Clock
+
+import mlx.core as mx
+from tqdm import tqdm
+
+from . import operations
+
+RESULTS = Path(__file__).parent / "results"
+TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image
+SHAPES = {
+    "minimind2-v-small": MiniMindConfig(),
+    "minimind2-v": MiniMindConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=16),
+}
+PARTS = ("vision", "pruner", "prefill", "total")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt of random ids with one image in the middle."""
+
+    ids: list[int]
+    runs: list[tuple[int, int]]
+
+
+def prompt(config: VLMConfig) -> Row:
+    N = config.vision.grid[0] * config.vision.grid[1]
+    text = [5 + i for i in range(TEXT_TOKENS)]
+    half = TEXT_TOKENS // 2
+    return Row(text[:half] + [config.image_token_id] * N + text[half:], [(half, N)])
+
+
+def once(model: VLM, row: Row, pixels: mx.array, pruner: Pruner, K: int) -> dict[str, float]:
+    """Milliseconds of each part of one forward pass up to the first token."""
+    clock = Clock()
+    model([row], pixels, pruner, K, lap=clock.lap)
+    return clock.ttft()
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    deciles = statistics.quantiles(times, n=10)
+    return {"median": statistics.median(times), "p10": deciles[0], "p90": deciles[-1]}
+
+
+def measure(config: VLMConfig, names: list[str], ratio: float, runs: int) -> list[dict]:
+    """One row of figures per method, each measured beside full in alternation."""
+    mx.random.seed(0)
+    model = VLM(config)
+    mx.eval(model.parameters())
+    row = prompt(config)
+    side = config.vision.image_size
+    pixels = mx.random.normal((1, side, side, 3))
+    N = row.runs[0][1]
+    K = max(1, int(N * ratio))
+    full = resolve("none")
+    operations_full = operations.prefill(config, TEXT_TOKENS + N, N)
+    gain = operations_full / operations.prefill(config, TEXT_TOKENS + K, K)
+    rows = []
+    for name in names:
+        pruner = resolve(name)
+        laps: dict[str, list[dict[str, float]]] = {"full": [], "pruned": []}
+        for i in tqdm(range(runs + 2), desc=name, leave=False, file=sys.stderr):
+            seen = once(model, row, pixels, full, N), once(model, row, pixels, pruner, K)
+            if i >= 2:  # the first two are warm-up
+                laps["full"].append(seen[0])
+                laps["pruned"].append(seen[1])
+        figures = {
+            kind: {part: spread([lap[part] for lap in laps[kind]]) for part in PARTS}
+            for kind in laps
+        }
+        realised = _ratio(laps, "prefill")
+        rows.append(
+            {
+                "pruner": name,
+                "tokens": N,
+                "kept": K,
+                "ms": figures,
+                "prefill_gain": realised,
+                "prefill_gain_predicted": gain,
+                "realised": realised / gain,
+                "ttft_gain": _ratio(laps, "total"),
+                "pruner_share": statistics.median(
+                    p["pruner"] / f["total"] for p, f in zip(laps["pruned"], laps["full"], strict=True)
+                ),
+            }
+        )
+    return rows
+
+
+def _ratio(laps: dict[str, list[dict[str, float]]], part: str) -> float:
+    """Median over the runs of full ÷ pruned, pair by pair: a drifting machine cancels out."""
+    pairs = zip(laps["full"], laps["pruned"], strict=True)
+    return statistics.median(f[part] / p[part] for f, p in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
+    parser.add_argument("--pruner", action="append", choices=sorted(set(METHODS) - {"none", "attention_pool"}))
+    parser.add_argument("--keep-ratio", type=float, default=0.25)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--save", action="store_true", help="keep as benchmarks/results/speed.json")
+    args = parser.parse_args()
+    config = VLMConfig(text=SHAPES[args.shape])
+    names = args.pruner or [n for n in METHODS if n not in ("none", "attention_pool")]
+    N = config.vision.grid[0] * config.vision.grid[1]
+    K = max(1, int(N * args.keep_ratio))
+    a, b = operations.prefill(config, TEXT_TOKENS + N, N), operations.prefill(config, TEXT_TOKENS + K, K)
+    t = operations.tower(config)
+    print(f"{args.shape}: {N} -> {K} visual tokens, {TEXT_TOKENS} of text, float32, {mx.default_device()}")
+    print(f"Ceiling by operation count: prefill {a / b:.2f} x, time to first token {(t + a) / (t + b):.2f} x")
+    print(f"(tower {t / 1e9:.2f} G multiply-adds, prefill {a / 1e9:.2f} -> {b / 1e9:.2f} G)")
+    rows = measure(config, names, args.keep_ratio, args.runs)
+    print(f"{'pruner':<15}{'prefill ms':>20}{'gain':>7}{'realised':>10}{'TTFT ms':>20}{'gain':>7}{'pruner':>9}")
+    for r in rows:
+        ms = r["ms"]
+        pair = [f"{ms['full'][p]['median']:.1f} -> {ms['pruned'][p]['median']:.1f}" for p in ("prefill", "total")]
+        print(
+            f"{r['pruner']:<15}{pair[0]:>20}{r['prefill_gain']:>6.2f}x{r['realised']:>9.0%}"
+            f"{pair[1]:>21}{r['ttft_gain']:>6.2f}x{r['pruner_share']:>8.1%}"
+        )
+    print("realised: measured ÷ predicted gain of the prefill; pruner: its share of the full TTFT")
+    about = {"shape": args.shape, "runs": args.runs, "machine": platform.machine(),
+             "device": str(mx.default_device()), "versions": versions()}  # fmt: skip
+    told = json.dumps({**about, "rows": rows})
+    if args.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "speed.json").write_text(told + "\n", encoding="utf-8")
+    print(told)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Trained weights between PyTorch and MLX, both ways, byte for byte. Imports no MLX."""

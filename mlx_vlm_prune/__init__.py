@@ -1,0 +1,32 @@
+"""Fewer visual tokens for vision-language models, on MLX.
+
+    from mlx_vlm_prune import load, generate
+
+    model, processor = load()
+    answer = generate(model, processor, "What colour is the star?", image="scene.png",
+                      pruner="avgpool", keep_tokens=49)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .generate import generate, stream_generate
+    from .loading import load
+    from .pruners import METHODS as PRUNERS
+
+__all__ = ["PRUNERS", "__version__", "generate", "load", "stream_generate"]
+
+# Nothing heavy is imported before it is used. The module generate.py is itself callable.
+_HOME = {"load": "loading", "generate": "generate", "stream_generate": "generate", "PRUNERS": "pruners"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f".{_HOME[name]}", __name__)
+    if name == "generate":
+        return home  # callable, and what the import system binds the name to anyway
+    return home.METHODS if name == "PRUNERS" else getattr(home, name)

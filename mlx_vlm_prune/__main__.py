@@ -1,0 +1,35 @@
+"""`python -m mlx_vlm_prune COMMAND …`: hand over to the command's own module."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from . import __version__
+
+COMMANDS = ("generate",)
+USAGE = f"""usage: python -m mlx_vlm_prune COMMAND …
+
+commands:
+  {", ".join(COMMANDS)}
+
+python -m mlx_vlm_prune COMMAND --help says more; --version prints the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command; without a known one, print the usage and exit with code 2."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    if command in COMMANDS:
+        importlib.import_module(f".{command}", __package__).main(rest)
+    elif command in ("-h", "--help"):
+        print(USAGE)
+    elif command == "--version":
+        print(f"mlx_vlm_prune {__version__}")
+    else:
+        print(USAGE, file=sys.stderr)
+        if command:
+            print(f"error: no command is called {command!r}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

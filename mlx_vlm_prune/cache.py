@@ -1,0 +1,66 @@
+"""Key/value rows of the decoder's layers, each with the position it was made at.
+
+Rows can be dropped, so layers may hold different numbers of them: a position comes
+from the row, never from how many rows there are.
+
+Shapes: B prompts, G key/value heads, L new rows, S rows held, d head size.
+"""
+
+import mlx.core as mx
+
+STEP = 256  # rows are allocated in steps, so that a new token copies nothing
+
+
+class LayerCache:
+    """The rows of one layer."""
+
+    def __init__(self) -> None:
+        self.keys_BGSd: mx.array | None = None
+        self.values_BGSd: mx.array | None = None
+        self.positions_BS: mx.array | None = None  # -1 is padding
+        self.rows = 0
+
+    def append(
+        self, keys_BGLd: mx.array, values_BGLd: mx.array, positions_BL: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Add L rows; return all keys, values and positions held."""
+        begin, end = self.rows, self.rows + keys_BGLd.shape[2]
+        self.keys_BGSd = _room(self.keys_BGSd, keys_BGLd, begin, end, axis=2)
+        self.values_BGSd = _room(self.values_BGSd, values_BGLd, begin, end, axis=2)
+        self.positions_BS = _room(self.positions_BS, positions_BL, begin, end, axis=1)
+        self.keys_BGSd[:, :, begin:end] = keys_BGLd
+        self.values_BGSd[:, :, begin:end] = values_BGLd
+        self.positions_BS[:, begin:end] = positions_BL
+        self.rows = end
+        return self.keys_BGSd[:, :, :end], self.values_BGSd[:, :, :end], self.positions_BS[:, :end]
+
+    def keep(self, index_BR: mx.array) -> None:
+        """Drop all rows but those at index (B, R), ascending; the rest keep their positions."""
+        assert self.keys_BGSd is not None and self.values_BGSd is not None
+        assert self.positions_BS is not None
+        at_B1R1 = index_BR[:, None, :, None]
+        self.keys_BGSd = mx.take_along_axis(self.keys_BGSd, at_B1R1, axis=2)
+        self.values_BGSd = mx.take_along_axis(self.values_BGSd, at_B1R1, axis=2)
+        self.positions_BS = mx.take_along_axis(self.positions_BS, index_BR, axis=1)
+        self.rows = index_BR.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows held, without the room ahead."""
+        if self.keys_BGSd is None or self.values_BGSd is None:
+            return 0
+        one = self.keys_BGSd[:, :, :1].nbytes + self.values_BGSd[:, :, :1].nbytes
+        return one * self.rows
+
+
+def _room(held: mx.array | None, new: mx.array, begin: int, end: int, axis: int) -> mx.array:
+    """Room for `end` rows, the first `begin` filled as before."""
+    if held is not None and held.shape[axis] >= end:
+        return held
+    shape = list(new.shape)
+    shape[axis] = -(-end // STEP) * STEP - begin
+    fresh = mx.zeros(shape, dtype=new.dtype)
+    if held is None or begin == 0:
+        return fresh
+    old = held[:, :, :begin] if axis == 2 else held[:, :begin]
+    return mx.concatenate([old, fresh], axis=axis)

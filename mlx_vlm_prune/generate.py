@@ -1,0 +1,251 @@
+"""The main job: answer a prompt about images with fewer visual tokens.
+
+`python -m mlx_vlm_prune.generate --image photo.jpg --prompt "…" --pruner avgpool --keep-ratio 0.25`.
+Without arguments: a sample question about a sample scene, full beside pruned.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from convert.errors import UserError
+
+from . import __version__, fast_blas
+from .loading import DTYPES, load
+from .stream import GenerationResult, generate, stream_generate
+
+__all__ = ["GenerationResult", "generate", "main", "stream_generate"]
+
+SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
+SAMPLE_PROMPT = "What does the sign say?"
+SAMPLE_PRUNER = "cls_attention"
+SAMPLE_OVERLAY = Path("kept.png")
+LINE = "=" * 10
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        prog="python -m mlx_vlm_prune.generate",
+        description="Answer a prompt about images with fewer visual tokens. Without arguments: "
+        "a sample question, answered with all visual tokens and with half of them.",
+    )
+    add = p.add_argument
+    add("--model", help="folder or hub name (default: the built-in scenes model)")
+    add("--image", action="append", default=[], help="an image file; repeat for several")
+    add("--prompt", "-p", help="the question ('-' reads stdin); <image> marks an image's place")
+    add("--pruner", help="NAME or NAME:option=value,…")
+    add("--keep-ratio", type=float, help="share of the visual tokens to keep, above 0 to 1")
+    add("--keep-tokens", type=int, help="how many visual tokens of each image to keep")
+    add("--positions", default="keep", help="kept tokens keep their positions, or renumber")
+    add("--max-tokens", "-m", type=int, default=256, help="most tokens to answer with")
+    add("--temp", "--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
+    add("--overlay", type=Path, metavar="FILE.png", help="draw what was kept")
+    add("--compare", action="store_true", help="full and pruned, side by side")
+    add("--verbose", action=argparse.BooleanOptionalAction, default=True, help="print figures")
+    args = p.parse_args(argv)
+    args.is_sample = not args.image and args.prompt is None and args.model is None
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    try:
+        run(parse(argv))
+    except UserError as e:
+        sys.exit(_fail(str(e)))
+    except OSError as e:
+        sys.exit(_fail(f"{e.filename or 'output'}: {e.strerror or e}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, answer once or twice, and write what was asked for."""
+    _check_outputs(args)
+    if args.is_sample:
+        _use_sample(args)
+    elif args.prompt is None:
+        raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
+    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    pruner = args.pruner or ("none" if not _has_budget(args) else None)
+    if pruner is None:
+        raise UserError("a budget needs a --pruner, for example --pruner avgpool")
+    if args.compare and pruner == "none":
+        raise UserError("--compare sets a pruner beside none; give a --pruner")
+    model, processor = load(args.model, dtype=args.dtype)
+    if processor.is_scenes and any(not _is_scene(image) for image in args.image):
+        print(
+            "note: the built-in model knows its own drawn scenes only, not photographs; for those"
+            " convert a trained checkpoint (python -m convert to-mlx --help) and give it as --model",
+            file=sys.stderr,
+        )
+    options: dict[str, Any] = dict(
+        image=args.image, positions=args.positions, max_tokens=args.max_tokens,
+        temperature=args.temp, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
+    budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
+    full = None
+    if args.compare:
+        for chosen in ({}, budget):  # warm both, so that neither pays for the first run
+            generate(model, processor, prompt, **{**options, **chosen, "max_tokens": 1})
+        full = _answer(args, model, processor, prompt, options, "All visual tokens")
+    answer = _answer(args, model, processor, prompt, options | budget, "Pruned" if full else "")
+    if full and args.verbose:
+        _print_comparison(full, answer)
+    if args.overlay and answer.seen is None:
+        raise UserError("--overlay needs an --image")
+    if args.overlay:
+        _write(args.overlay, lambda path: answer.overlay().save(path, format="PNG"))
+        if args.verbose:
+            print(f"Overlay: {args.overlay}")
+    if args.json:
+        figures = as_json(answer) | ({"full": as_json(full)} if full else {})
+        text = json.dumps(figures, indent=4, ensure_ascii=False) + "\n"
+        _write(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _answer(
+    args: argparse.Namespace, model: Any, processor: Any, prompt: str, options: dict, title: str
+) -> GenerationResult:
+    """Stream one answer to stdout, with mlx-lm's lines around it."""
+    if args.verbose:
+        print(LINE, title) if title else print(LINE)
+    pieces = []
+    for piece in stream_generate(model, processor, prompt, **options):
+        print(piece.text, end="", flush=True)
+        pieces.append(piece.text)
+    print()
+    answer = replace(piece, text="".join(pieces))
+    if args.verbose:
+        print(LINE)
+        _print_figures(answer)
+    return answer
+
+
+def _print_figures(a: GenerationResult) -> None:
+    print(f"Prompt: {a.prompt_tokens} tokens, {a.prompt_tps:.3f} tokens-per-sec")
+    print(f"Generation: {a.generation_tokens} tokens, {a.generation_tps:.3f} tokens-per-sec")
+    print(f"Peak memory: {a.peak_memory:.3f} GB")
+    if a.visual_tokens:
+        pruned = 1 - a.visual_tokens_kept / a.visual_tokens
+        print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
+    parts = ", ".join(f"{name} {a.ttft_ms[name]:.1f}" for name in ("image", "vision", "pruner", "prefill"))
+    print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({parts})")
+
+
+def _print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
+    ratio = full.ttft_ms["total"] / pruned.ttft_ms["total"]
+    same = "the same answer" if full.token_ids == pruned.token_ids else "another answer"
+    print(LINE, "Full beside pruned")
+    print(f"Time to first token: {full.ttft_ms['total']:.1f} -> {pruned.ttft_ms['total']:.1f} ms, "
+          f"{ratio:.2f} x as fast, all parts included (one warm run each)")  # fmt: skip
+    print(f"Answer: {same} with {pruned.visual_tokens_kept} of {pruned.visual_tokens} visual tokens")
+
+
+def as_json(a: GenerationResult) -> dict[str, Any]:
+    """What --json holds: the answer and every figure, without the arrays."""
+    return {
+        "text": a.text,
+        "token_ids": a.token_ids,
+        "prompt_tokens": a.prompt_tokens,
+        "generation_tokens": a.generation_tokens,
+        "visual_tokens": a.visual_tokens,
+        "visual_tokens_kept": a.visual_tokens_kept,
+        "kept_indices": a.kept_indices,
+        "pruner": a.pruner,
+        "positions": a.positions,
+        "ttft_ms": a.ttft_ms,
+        "prompt_tps": a.prompt_tps,
+        "generation_tps": a.generation_tps,
+        "peak_memory_gb": a.peak_memory,
+        "finish_reason": a.finish_reason,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """What the figures were made with."""
+    found: dict[str, str | None] = {"mlx_vlm_prune": __version__, "python": sys.version.split()[0]}
+    for package in ("mlx", "numpy", "pillow", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {"blas": fast_blas.loaded()}
+
+
+def _has_budget(args: argparse.Namespace) -> bool:
+    return args.keep_ratio is not None or args.keep_tokens is not None
+
+
+def _is_scene(image: Any) -> bool:
+    """Does it look like a drawn scene? Those are 224 x 224; a broken file is reported elsewhere."""
+    from .image import open_image
+    from .scenes import SIZE
+
+    return open_image(image).size == (SIZE, SIZE)
+
+
+def _use_sample(args: argparse.Namespace) -> None:
+    from .scenes import compose
+
+    args.image, args.prompt = [compose(SAMPLE_SEED).image()], SAMPLE_PROMPT
+    args.pruner = args.pruner or SAMPLE_PRUNER
+    args.compare, args.overlay = args.pruner != "none", args.overlay or SAMPLE_OVERLAY
+    print(f"Sample scene {SAMPLE_SEED}: {args.prompt}")
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse before any work what could not be written, or makes no sense, after it."""
+    for ratio in (args.keep_ratio,):
+        if ratio is not None and not math.isfinite(ratio):
+            raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
+    for path in (args.json, args.overlay):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+    if args.overlay and args.overlay.suffix.lower() != ".png":
+        raise UserError(f"--overlay is {args.overlay}; it is drawn as PNG, so name it .png")
+
+
+def _write(path: Path, put: Any) -> None:
+    """Write beside, then replace: a full disk leaves nothing half-written."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        put(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class _Callable(ModuleType):
+    """`mlx_vlm_prune.generate` is this module and, called, its function.
+
+    Python binds a submodule's name in its package on import; so the order of imports
+    does not decide which of the two a user gets.
+    """
+
+    def __call__(self, *args: Any, **options: Any) -> GenerationResult:
+        return generate(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable
+
+if __name__ == "__main__":
+    main()

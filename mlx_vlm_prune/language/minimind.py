@@ -1,0 +1,151 @@
+"""MiniMind2's language model: Llama-like, grouped heads, half-rotation RoPE, tied embeddings.
+
+Every token carries its position: after pruning, positions have gaps, and what a
+token sees is decided by positions alone.
+
+Shapes: B prompts, L new tokens, S rows seen, D features, V words,
+H heads, G key/value heads, d head size.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx import nn
+
+from ..cache import LayerCache
+
+
+@dataclass(frozen=True)
+class MiniMindConfig:
+    """The fields of `text_config`; the defaults are MiniMind2-Small (26 M)."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    vocab_size: int = 6400
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class Rotary:
+    """The rotation of each new token's queries and keys, made once for all layers."""
+
+    def __init__(self, positions_BL: mx.array, head_dim: int, theta: float):
+        rate_h = theta ** (-mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
+        angle_B1Lh = positions_BL[:, None, :, None].astype(mx.float32) * rate_h
+        self.cos, self.sin = mx.cos(angle_B1Lh), mx.sin(angle_B1Lh)
+
+    def __call__(self, x_BHLd: mx.array) -> mx.array:
+        a, b = mx.split(x_BHLd.astype(mx.float32), 2, axis=-1)
+        turned = [a * self.cos - b * self.sin, b * self.cos + a * self.sin]
+        return mx.concatenate(turned, axis=-1).astype(x_BHLd.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: MiniMindConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def split(self, x_BLD: mx.array) -> mx.array:
+        B, L, _ = x_BLD.shape
+        return x_BLD.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
+
+    def __call__(self, x_BLD: mx.array, step: "Step", cache: LayerCache) -> mx.array:
+        B, L, _ = x_BLD.shape
+        q_BHLd = step.rotary(self.split(self.q_proj(x_BLD)))
+        k_BGLd = step.rotary(self.split(self.k_proj(x_BLD)))
+        v_BGLd = self.split(self.v_proj(x_BLD))
+        k_BGSd, v_BGSd, seen_BS = cache.append(k_BGLd, v_BGLd, step.positions_BL)
+        y_BHLd = mx.fast.scaled_dot_product_attention(
+            q_BHLd, k_BGSd, v_BGSd, scale=self.head_dim**-0.5, mask=step.mask(seen_BS)
+        )
+        return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: MiniMindConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: MiniMindConfig):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.mlp = MLP(c)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+
+    def __call__(self, x_BLD: mx.array, step: "Step", cache: LayerCache) -> mx.array:
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), step, cache)
+        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+
+
+class Step:
+    """What all layers of one forward pass share: positions, rotation, visibility."""
+
+    def __init__(self, positions_BL: mx.array, rotary: Rotary, padded: bool):
+        self.positions_BL, self.rotary, self.padded = positions_BL, rotary, padded
+
+    def mask(self, seen_BS: mx.array) -> mx.array | str | None:
+        """Who sees whom: rows at one's own position or before; padding (-1) is seen by none.
+
+        Rows are stored in the order of their positions, so without padding the fused
+        causal kernel says the same, and a single new token sees all.
+        """
+        if not self.padded:
+            return "causal" if self.positions_BL.shape[1] > 1 else None
+        own_BL1 = self.positions_BL[:, :, None]
+        visible_BLS = (seen_BS[:, None] >= 0) & (seen_BS[:, None] <= own_BL1)
+        return (visible_BLS | (own_BL1 < 0))[:, None]  # a padding query may see anything
+
+
+class MiniMind(nn.Module):
+    """Embeddings with positions to logits."""
+
+    def __init__(self, config: MiniMindConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def make_cache(self) -> list[LayerCache]:
+        return [LayerCache() for _ in self.layers]
+
+    def __call__(
+        self,
+        embeds_BLD: mx.array,
+        positions_BL: mx.array,
+        cache: list[LayerCache] | None = None,
+        *,
+        padded: bool = False,
+        last_only: bool = False,
+    ) -> mx.array:
+        """Logits (B, L, V), or (B, 1, V) of the last token with `last_only`.
+
+        `positions_BL` ascend within each row; -1 marks padding on the left, announced by
+        `padded`. `cache` grows by L rows a layer.
+        """
+        c = self.config
+        step = Step(positions_BL, Rotary(positions_BL, c.head_dim, c.rope_theta), padded)
+        x_BLD = embeds_BLD
+        for layer, rows in zip(self.layers, cache or self.make_cache(), strict=True):
+            x_BLD = layer(x_BLD, step, rows)
+        x_BLD = self.norm(x_BLD[:, -1:] if last_only else x_BLD)
+        return self.embed_tokens.as_linear(x_BLD)

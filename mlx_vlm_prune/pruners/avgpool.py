@@ -1,0 +1,27 @@
+"""Average the tokens of each of K windows: the image at a coarser grain.
+
+Shapes: B images, N tokens, K slots.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from .contract import Reduction, Signals, Stage
+from .grid import centre, windows
+
+stage = Stage.FEATURES
+needs = frozenset[str]()
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Merge each window into its mean, at the position of its middle token."""
+    B, N, _ = signals.x_BND.shape
+    pooled = sorted(windows(signals.grid, K), key=centre)
+    weight_KN = np.zeros((K, N), dtype=np.float32)
+    for slot, window in enumerate(pooled):
+        weight_KN[slot, window.ravel()] = 1 / window.size
+    index_K = mx.array([centre(window) for window in pooled])
+    return Reduction(
+        index_BK=mx.broadcast_to(index_K, (B, K)),
+        weight_BKN=mx.broadcast_to(mx.array(weight_KN), (B, K, N)),
+    )

@@ -1,0 +1,21 @@
+"""Keep what the tower's own summary token looks at.
+
+FasterVLM, Zhang et al., arXiv:2412.01818: the score of a token is the attention
+that CLS pays to it, the mean over heads, at the layer whose features are used. They
+read LLaVA's last but one; MiniMind2-V uses the last, so `layer` is -1 here.
+
+Differs from the authors' code: only the CLS row of the attention is computed.
+
+Shapes: B images, N tokens, K kept.
+"""
+
+from .contract import Reduction, Signals, Stage, keep_highest
+
+stage = Stage.FEATURES
+needs = frozenset({"cls_attention"})
+
+
+def prune(signals: Signals, K: int, *, layer: int = -1) -> Reduction:
+    """Keep the K tokens that CLS attends to most; `layer` is read by the host."""
+    assert signals.cls_attention_BN is not None
+    return Reduction(index_BK=keep_highest(signals.cls_attention_BN, K))

@@ -1,0 +1,13 @@
+"""No pruning: every token stays. The line that all others are measured against."""
+
+from .contract import Reduction, Signals, Stage, identity
+
+stage = Stage.FEATURES
+needs = frozenset[str]()
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Keep all N tokens; K must be N."""
+    if K != signals.x_BND.shape[1]:
+        raise ValueError(f"none keeps all {signals.x_BND.shape[1]} tokens, not {K}")
+    return identity(signals.x_BND)

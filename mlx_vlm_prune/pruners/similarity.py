@@ -1,0 +1,82 @@
+"""Merge tokens that look alike, in one pass from the top left to the bottom right.
+
+fastvlm-token-pruning (github.com/aledevv/fastvlm-token-pruning), "PruMerge-lite":
+each token joins the first earlier leader whose cosine similarity exceeds the
+threshold, else it leads a cluster itself; a slot is the mean of its cluster.
+
+Differs from the authors' code, which stops as soon as K clusters exist and so drops
+the bottom of the image when little is alike, or returns fewer than K when much is.
+Here the pass runs to the end. Too many clusters: the K largest stay, and every token
+joins the most similar of those. Too few: the tokens least like their leader stand
+alone. `published=True` keeps the early stop (and fills up to K, a promise here).
+
+Shapes: B images, N tokens, D features, K slots.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from .contract import Reduction, Signals, Stage
+
+stage = Stage.FEATURES
+needs = frozenset[str]()
+
+
+def prune(
+    signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
+) -> Reduction:
+    """Merge into K clusters. The pass is sequential: it runs on the host, N short steps."""
+    similar_BNN = np.array(cosine(signals.x_BND))
+    settle = stop_at if published else balance
+    leader_BN = np.stack([settle(s_NN, lead(s_NN, threshold), K) for s_NN in similar_BNN])
+    index_BK = np.stack([np.flatnonzero(row == np.arange(len(row))) for row in leader_BN])
+    member_BKN = leader_BN[:, None, :] == index_BK[:, :, None]
+    weight_BKN = member_BKN / member_BKN.sum(axis=-1, keepdims=True)
+    return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
+
+
+def cosine(x_BND: mx.array) -> mx.array:
+    """Cosine similarity of every two tokens, (B, N, N), float32."""
+    x_BND = x_BND.astype(mx.float32)
+    norm_BN1 = mx.linalg.norm(x_BND, axis=-1, keepdims=True)
+    x_BND = x_BND / mx.maximum(norm_BN1, 1e-6)
+    return x_BND @ x_BND.swapaxes(1, 2)
+
+
+def lead(similar_NN: np.ndarray, threshold: float) -> np.ndarray:
+    """The leader of every token, (N,); a leader leads itself."""
+    alike_NN = similar_NN > threshold
+    leader_N = np.full(len(alike_NN), -1)
+    for i in range(len(alike_NN)):
+        if leader_N[i] < 0:
+            leader_N[i] = i
+            after = np.flatnonzero(alike_NN[i, i + 1 :]) + i + 1
+            leader_N[after] = np.where(leader_N[after] < 0, i, leader_N[after])
+    return leader_N
+
+
+def balance(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
+    """Exactly K clusters that hold every token."""
+    leaders, size = np.unique(leader_N, return_counts=True)
+    if len(leaders) > K:
+        largest = leaders[np.argsort(-size, kind="stable")[:K]]
+        largest.sort()
+        leader_N = largest[np.argmax(similar_NN[:, largest], axis=1)]
+        leader_N[largest] = largest
+    elif len(leaders) < K:
+        token_N = np.arange(len(leader_N))
+        likeness_N = np.where(leader_N == token_N, np.inf, similar_NN[token_N, leader_N])
+        alone = np.argsort(likeness_N, kind="stable")[: K - len(leaders)]
+        leader_N = leader_N.copy()
+        leader_N[alone] = alone
+    return leader_N
+
+
+def stop_at(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
+    """The first K clusters; -1 for a token that belongs to none. Too few: lowest indices alone."""
+    leaders = np.unique(leader_N)
+    first = leaders[:K]
+    leader_N = np.where(np.isin(leader_N, first), leader_N, -1)
+    others = np.setdiff1d(np.arange(len(leader_N)), first)[: K - len(first)]
+    leader_N[others] = others
+    return leader_N

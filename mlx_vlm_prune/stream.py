@@ -1,0 +1,302 @@
+"""The token loop: from a prompt and images to an answer, a token at a time, timed in parts.
+
+Shapes: B prompts (1 here), I images, L tokens, V words.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from convert.errors import UserError
+
+from .image import open_image
+from .loading import Processor
+from .model import VLM, Policy, Prefill
+from .overlay import overlay, strip
+from .prompt import Prompt, build
+from .pruners import Pruner, Reduction, resolve
+
+DEFAULT_KEEP_RATIO = 0.5
+ImageSource = str | Path | bytes | Image.Image
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a picture of the pruning needs: the images as the tower saw them, and the reduction."""
+
+    images: list[Image.Image]
+    grid: tuple[int, int]
+    kept: Reduction
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer, or in a stream its newest piece, with what it took.
+
+    Times are milliseconds; `ttft_ms` has image (opening and preprocessing), vision (the
+    tower), pruner, prefill (projector, splicing and the language model) and total, all up
+    to the first token. Tokens per second; peak memory in GB. `kept_indices` holds, per
+    image, the kept tokens' places in the original grid, or None where slots have none.
+    """
+
+    text: str
+    token: int
+    token_ids: list[int]
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None
+    visual_tokens: int
+    visual_tokens_kept: int
+    kept_indices: list[list[int] | None]
+    pruner: str
+    positions: str
+    ttft_ms: dict[str, float]
+    seen: Seen | None = None
+
+    def overlay(self) -> Image.Image:
+        """A picture of what was kept; several images side by side."""
+        if self.seen is None:
+            raise UserError("there is no overlay: the prompt had no image")
+        weight_IKN = self.seen.kept.weight_BKN
+        pictures = []
+        for i, image in enumerate(self.seen.images):
+            weights = None if weight_IKN is None else np.array(weight_IKN[i].astype(mx.float32))
+            kept = self.kept_indices[i] or []
+            pictures.append(overlay(image, self.seen.grid, kept, self.caption(), weights=weights))
+        return pictures[0] if len(pictures) == 1 else strip(pictures)
+
+    def caption(self) -> str:
+        """The method and its numbers, per image."""
+        images = len(self.kept_indices)
+        tokens, kept = self.visual_tokens // images, self.visual_tokens_kept // images
+        return f"{self.pruner}   {tokens} -> {kept} visual tokens ({1 - kept / tokens:.1%} pruned)"
+
+
+class Clock:
+    """Times the parts of a request; a lap ends when its arrays are computed."""
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+        self.ms: dict[str, float] = dict.fromkeys(("image", "vision", "pruner", "prefill"), 0.0)
+
+    def lap(self, name: str, value: Any = None) -> Any:
+        """Evaluate the value, book the time since the last lap, and hand the value on."""
+        if isinstance(value, Reduction):
+            mx.eval(value.parts)
+        elif value is not None:
+            mx.eval(value if isinstance(value, mx.array) else value.x_BND)
+        now = time.perf_counter()
+        self.ms[name] += 1000 * (now - self.last)
+        self.last = now
+        return value
+
+    def ttft(self) -> dict[str, float]:
+        return {**self.ms, "total": 1000 * (self.last - self.began)}
+
+
+def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pruner) -> int:
+    """K of N tokens: `keep_tokens`, or max(1, floor(N * keep_ratio)); half without either."""
+    if keep_ratio is not None and keep_tokens is not None:
+        raise UserError("give --keep-ratio or --keep-tokens, not both")
+    if keep_ratio is not None and not 0 < keep_ratio <= 1:
+        raise UserError(f"--keep-ratio is {keep_ratio}; it must be above 0 and at most 1")
+    if keep_tokens is not None and not 1 <= keep_tokens <= N:
+        raise UserError(f"--keep-tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
+    if keep_tokens is None and keep_ratio is None:
+        if pruner.is_learned:
+            return pruner.learned.tokens
+        keep_ratio = 1.0 if pruner.name == "none" else DEFAULT_KEEP_RATIO
+    K = keep_tokens if keep_tokens is not None else max(1, int(N * keep_ratio + 1e-9))
+    if pruner.name == "none" and K != N:
+        raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
+    if pruner.is_learned and K not in (N, pruner.learned.tokens):
+        raise UserError(
+            f"this checkpoint's {pruner.name} was trained for {pruner.learned.tokens} visual"
+            f" tokens; it cannot keep {K}"
+        )
+    return K
+
+
+def stream_generate(
+    model: VLM,
+    processor: Processor,
+    prompt: str,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    *,
+    pruner: str | Pruner = "none",
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    positions: Policy = "keep",
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[GenerationResult]:
+    """Answer a prompt about any number of images, one piece of text at a time.
+
+    `<image>` in the prompt marks where an image goes; without it the images come first.
+    `pruner` is "NAME" or "NAME:option=value"; of each image's N visual tokens K stay, by
+    `keep_ratio` or `keep_tokens`. `temperature` 0 is greedy. Raises UserError.
+    """
+    _check_sampling(positions, max_tokens, temperature, top_p)
+    clock = Clock()
+    chosen = _resolve(model, pruner)
+    rows, columns = model.config.vision.grid
+    N = rows * columns
+    K = budget(N, keep_ratio, keep_tokens, chosen)
+    pictures = [open_image(source) for source in _listed(image)]
+    pixels = mx.array(np.stack([processor.image(p) for p in pictures])) if pictures else None
+    if pixels is not None:
+        pixels = pixels.astype(model.projector.weight.dtype)
+    asked = build(processor.tokenizer, prompt, [N] * len(pictures), processor.image_token)
+    clock.lap("image", pixels)
+    mx.reset_peak_memory()
+    before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
+    picker = Picker(temperature, top_p, seed)
+    said = replace(
+        _begin(asked, before, chosen, positions, N, K, len(pictures)),
+        seen=Seen([processor.image.visible(p) for p in pictures], (rows, columns), before.kept)
+        if before.kept is not None
+        else None,
+    )
+    yield from _decode(model, processor, before, picker, said, clock, max_tokens)
+
+
+def generate(
+    model: VLM,
+    processor: Processor,
+    prompt: str,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    *,
+    verbose: bool = False,
+    **options: Any,
+) -> GenerationResult:
+    """The whole answer at once; the options are those of `stream_generate`."""
+    pieces = []
+    for piece in stream_generate(model, processor, prompt, image, **options):
+        if verbose:
+            print(piece.text, end="", flush=True)
+        pieces.append(piece.text)
+    if verbose:
+        print()
+    return replace(piece, text="".join(pieces))
+
+
+class Picker:
+    """Chooses the next token: greedy, or from the smallest set that holds `top_p` of the odds."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int):
+        self.temperature, self.top_p, self.key = temperature, top_p, mx.random.key(seed)
+
+    def __call__(self, logits_BV: mx.array) -> mx.array:
+        """Token ids (B, 1)."""
+        if self.temperature == 0:
+            return mx.argmax(logits_BV, axis=-1, keepdims=True)
+        logits_BV = logits_BV.astype(mx.float32) / self.temperature
+        if self.top_p < 1:
+            order_BV = mx.argsort(-logits_BV, axis=-1)
+            ranked_BV = mx.take_along_axis(mx.softmax(logits_BV, axis=-1), order_BV, axis=-1)
+            before_BV = mx.cumsum(ranked_BV, axis=-1) - ranked_BV
+            rank_BV = mx.argsort(order_BV, axis=-1)
+            outside_BV = mx.take_along_axis(before_BV, rank_BV, axis=-1) >= self.top_p
+            logits_BV = mx.where(outside_BV, -mx.inf, logits_BV)
+        self.key, now = mx.random.split(self.key)
+        return mx.random.categorical(logits_BV, key=now)[:, None]
+
+
+def _decode(
+    model: VLM,
+    processor: Processor,
+    before: Prefill,
+    picker: Picker,
+    said: GenerationResult,
+    clock: Clock,
+    max_tokens: int,
+) -> Iterator[GenerationResult]:
+    """Token after token; while one is being printed, the next is being computed."""
+    token_B1, position_B1 = picker(before.logits_BLV[:, -1]), before.next_B1
+    clock.lap("prefill", token_B1)
+    ttft = clock.ttft()
+    said = replace(said, ttft_ms=ttft, prompt_tps=1000 * said.prompt_tokens / ttft["total"])
+    writer, ids = processor.tokenizer.detokenizer(), []
+    began = time.perf_counter()
+    for n in range(1, max_tokens + 1):
+        coming = None
+        if n < max_tokens:
+            coming = picker(model.step(token_B1, position_B1, before)[:, -1])
+            mx.async_eval(coming)
+        token, position_B1 = int(token_B1.item()), position_B1 + 1
+        ended = token in processor.tokenizer.eos_token_ids
+        if not ended:
+            ids.append(token)
+        reason = "stop" if ended else "length" if n == max_tokens else None
+        text = "" if ended else writer.add(token)
+        seconds = time.perf_counter() - began
+        yield replace(
+            said,
+            text=text + (writer.finish() if reason else ""),
+            token=token,
+            token_ids=list(ids),
+            generation_tokens=n,
+            generation_tps=(n - 1) / seconds if n > 1 and seconds else 0.0,
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=reason,
+        )
+        if reason:
+            return
+        assert coming is not None
+        token_B1 = coming
+
+
+def _begin(
+    asked: Prompt, before: Prefill, pruner: Pruner, positions: str, N: int, K: int, images: int
+) -> GenerationResult:
+    kept = before.kept
+    indices: list[list[int] | None] = [None] * images
+    if kept is not None and kept.index_BK is not None:
+        indices = np.array(kept.index_BK).tolist()
+    elif kept is not None:
+        positions = "renumber"  # pooled slots have no place of their own
+    spec = pruner.name + "".join(f",{k}={v}" for k, v in pruner.options.items()).replace(",", ":", 1)
+    return GenerationResult(
+        text="", token=-1, token_ids=[], prompt_tokens=before.lengths[0], generation_tokens=0,
+        prompt_tps=0.0, generation_tps=0.0, peak_memory=0.0, finish_reason=None,
+        visual_tokens=N * images, visual_tokens_kept=K * images, kept_indices=indices,
+        pruner=spec, positions=positions, ttft_ms={},
+    )  # fmt: skip
+
+
+def _resolve(model: VLM, pruner: str | Pruner) -> Pruner:
+    name = model.config.pruner
+    chosen = resolve(pruner, (name[0], model.pruner) if name else None)
+    layers = model.config.vision.num_hidden_layers
+    for layer in chosen.want.values():
+        if not -layers <= layer < layers:
+            raise UserError(f"{chosen.name}: layer is {layer}; the tower has layers 0 to {layers - 1}")
+    return chosen
+
+
+def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    if image is None:
+        return []
+    return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
+
+
+def _check_sampling(positions: str, max_tokens: int, temperature: float, top_p: float) -> None:
+    if positions not in ("keep", "renumber"):
+        raise UserError(f"--positions is {positions!r}; it is keep or renumber")
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens is {max_tokens}; it must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"--temp is {temperature}; it must be 0 or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")

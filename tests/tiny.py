@@ -1,0 +1,88 @@
+"""Small random models in the published layout, for tests.
+
+They are made by the reference, written as MiniMind2-V publishes them (a float .pth and
+a CLIP folder), and brought over by the shipped converter, so every test that uses one
+tests the converter too.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from convert.__main__ import main as convert
+from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.scenes.vocabulary import tokenizer, words, write
+from torch_ref.language.minimind import MiniMindConfig
+from torch_ref.model import VLM, VLMConfig
+from torch_ref.towers.clip import CLIPConfig
+
+VISION = CLIPConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=64,
+    patch_size=16,
+)
+TEXT = MiniMindConfig(
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=len(words()),
+)
+GRID, N = (4, 4), 16
+IMAGE = words().index("@")
+
+
+def reference(seed: int = 0) -> VLM:
+    """A random reference model, its scores well apart."""
+    torch.manual_seed(seed)
+    model = VLM(VLMConfig(VISION, TEXT, image_token_id=IMAGE)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def publish(model: VLM, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+    """Write FOLDER/published.pth and FOLDER/clip."""
+    state = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
+    flat = {k: v for k, v in state.items() if not k.startswith("vision_encoder.")}
+    flat["lm_head.weight"] = flat["model.embed_tokens.weight"].clone()
+    torch.save(flat, folder / "published.pth")
+    clip = folder / "clip"
+    clip.mkdir()
+    vision = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
+    save_file(vision, clip / "model.safetensors", metadata={"format": "pt"})
+    config = {**asdict(model.config.vision), "hidden_act": "quick_gelu"}
+    (clip / "config.json").write_text(json.dumps(config))
+    return folder / "published.pth", clip
+
+
+def checkpoint(model: VLM, folder: Path) -> Path:
+    """The model as an MLX checkpoint folder, through the shipped converter."""
+    pth, clip = publish(model, folder)
+    words_folder = folder / "words"
+    words_folder.mkdir()
+    write(words_folder)
+    target = folder / "mlx"
+    convert(
+        ["to-mlx", str(pth), str(target), "--vision", str(clip), "--tokenizer", str(words_folder)]
+    )
+    return target
+
+
+def row(text: str) -> Prompt:
+    """A prompt of scenes words; every # is an image."""
+    ids: list[int] = []
+    runs = []
+    for i, part in enumerate(text.split("#")):
+        if i:
+            runs.append((len(ids), N))
+            ids += [IMAGE] * N
+        ids += tokenizer().encode(part, add_special_tokens=False).ids
+    return Prompt(ids, runs)
