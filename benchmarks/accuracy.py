@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
 from mlx_vlm_prune.loading import Processor, load
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.prompt import Prompt, build
 from mlx_vlm_prune.pruners import Pruner, resolve
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, Question, Scene, question_set
-
-import mlx.core as mx
-import numpy as np
-from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
 LONGEST = 6  # tokens of an answer, its end included
@@ -45,7 +45,8 @@ def answers(
     """Greedy answers to a batch of questions, each about its own scene."""
     N = model.config.vision.grid[0] * model.config.vision.grid[1]
     rows: list[Prompt] = [
-        build(processor.tokenizer, question.text, [N], processor.image_token) for _, question in asked
+        build(processor.tokenizer, question.text, [N], processor.image_token)
+        for _, question in asked
     ]
     pixels = mx.array(np.stack([processor.image(scene.image()) for scene, _ in asked]))
     before = model(rows, pixels.astype(model.projector.weight.dtype), pruner, K)
@@ -53,11 +54,16 @@ def answers(
     said, position_B1 = [token_B1], before.next_B1
     for _ in range(LONGEST - 1):
         logits_B1V = model.step(token_B1, position_B1, before)
-        token_B1, position_B1 = mx.argmax(logits_B1V[:, -1], axis=-1, keepdims=True), position_B1 + 1
+        token_B1, position_B1 = (
+            mx.argmax(logits_B1V[:, -1], axis=-1, keepdims=True),
+            position_B1 + 1,
+        )
         said.append(token_B1)
     texts = []
     for ids in np.array(mx.concatenate(said, axis=1)).tolist():
-        end = next((i for i, x in enumerate(ids) if x in processor.tokenizer.eos_token_ids), len(ids))
+        end = next(
+            (i for i, x in enumerate(ids) if x in processor.tokenizer.eos_token_ids), len(ids)
+        )
         texts.append(processor.tokenizer.decode(ids[:end]))
     return texts
 

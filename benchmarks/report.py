@@ -32,7 +32,8 @@ def speed_table(results: Path = RESULTS) -> str:
     """Realised and predicted speed per method, in Markdown."""
     told = json.loads((results / "speed.json").read_text(encoding="utf-8"))
     lines = [
-        "| pruner | visual tokens | prefill, ms | gain (predicted) | first token, ms | gain | pruner |",
+        "| pruner | visual tokens | prefill, ms | gain (predicted) "
+        "| first token, ms | gain | pruner |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in told["rows"]:
@@ -57,7 +58,8 @@ def fill(text: str, results: Path = RESULTS) -> str:
     """The text with each `<!-- table NAME -->` block holding the current table."""
     for name, table in TABLES.items():
         block = f"<!-- table {name} -->\n{table(results)}\n<!-- end -->"
-        text = re.sub(rf"<!-- table {name} -->\n.*?<!-- end -->", lambda _, b=block: b, text, flags=re.S)
+        place = rf"<!-- table {name} -->\n.*?<!-- end -->"
+        text = re.sub(place, block.replace("\\", r"\\"), text, flags=re.S)
     return text
 
 

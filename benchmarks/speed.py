@@ -14,14 +14,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_vlm_prune.generate import versions
-from mlx_vlm_prune.model import VLM, VLMConfig
-from mlx_vlm_prune.language.minimind import MiniMindConfig
-from mlx_vlm_prune.pruners import METHODS, Pruner, resolve
-from mlx_vlm_prune.stream import Clock
-
 import mlx.core as mx
 from tqdm import tqdm
+
+from mlx_vlm_prune.generate import versions
+from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.model import VLM, VLMConfig
+from mlx_vlm_prune.pruners import METHODS, Pruner, resolve
+from mlx_vlm_prune.stream import Clock
 
 from . import operations
 
@@ -61,7 +61,7 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "p10": deciles[0], "p90": deciles[-1]}
 
 
-def measure(config: VLMConfig, names: list[str], ratio: float, runs: int) -> list[dict]:
+def measure(config: VLMConfig, names: list[str], K: int, runs: int) -> list[dict]:
     """One row of figures per method, each measured beside full in alternation."""
     mx.random.seed(0)
     model = VLM(config)
@@ -70,7 +70,6 @@ def measure(config: VLMConfig, names: list[str], ratio: float, runs: int) -> lis
     side = config.vision.image_size
     pixels = mx.random.normal((1, side, side, 3))
     N = row.runs[0][1]
-    K = max(1, int(N * ratio))
     full = resolve("none")
     operations_full = operations.prefill(config, TEXT_TOKENS + N, N)
     gain = operations_full / operations.prefill(config, TEXT_TOKENS + K, K)
@@ -83,27 +82,25 @@ def measure(config: VLMConfig, names: list[str], ratio: float, runs: int) -> lis
             if i >= 2:  # the first two are warm-up
                 laps["full"].append(seen[0])
                 laps["pruned"].append(seen[1])
-        figures = {
+        rows.append({"pruner": name, "tokens": N, "kept": K, **figures(laps, gain)})
+    return rows
+
+
+def figures(laps: dict[str, list[dict[str, float]]], gain: float) -> dict:
+    """What the laps come to, beside the gain of the prefill that was predicted."""
+    pairs = zip(laps["pruned"], laps["full"], strict=True)
+    realised = _ratio(laps, "prefill")
+    return {
+        "ms": {
             kind: {part: spread([lap[part] for lap in laps[kind]]) for part in PARTS}
             for kind in laps
-        }
-        realised = _ratio(laps, "prefill")
-        rows.append(
-            {
-                "pruner": name,
-                "tokens": N,
-                "kept": K,
-                "ms": figures,
-                "prefill_gain": realised,
-                "prefill_gain_predicted": gain,
-                "realised": realised / gain,
-                "ttft_gain": _ratio(laps, "total"),
-                "pruner_share": statistics.median(
-                    p["pruner"] / f["total"] for p, f in zip(laps["pruned"], laps["full"], strict=True)
-                ),
-            }
-        )
-    return rows
+        },
+        "prefill_gain": realised,
+        "prefill_gain_predicted": gain,
+        "realised": realised / gain,
+        "ttft_gain": _ratio(laps, "total"),
+        "pruner_share": statistics.median(p["pruner"] / f["total"] for p, f in pairs),
+    }
 
 
 def _ratio(laps: dict[str, list[dict[str, float]]], part: str) -> float:
@@ -112,35 +109,61 @@ def _ratio(laps: dict[str, list[dict[str, float]]], part: str) -> float:
     return statistics.median(f[part] / p[part] for f, p in pairs)
 
 
+def predict(config: VLMConfig, K: int) -> None:
+    """Print what the operation count allows."""
+    N = config.vision.grid[0] * config.vision.grid[1]
+    full = operations.prefill(config, TEXT_TOKENS + N, N)
+    kept = operations.prefill(config, TEXT_TOKENS + K, K)
+    tower = operations.tower(config)
+    print(f"{N} -> {K} visual tokens, {TEXT_TOKENS} of text, float32, {mx.default_device()}")
+    print(
+        f"Ceiling by operation count: prefill {full / kept:.2f} x, "
+        f"time to first token {(tower + full) / (tower + kept):.2f} x"
+    )
+    print(
+        f"(G multiply-adds: tower {tower / 1e9:.2f}, prefill {full / 1e9:.2f} -> {kept / 1e9:.2f})"
+    )
+
+
+def show(rows: list[dict]) -> None:
+    """Print the measured rows; times are medians."""
+    print(f"{'pruner':<15}{'prefill ms':>20}{'gain':>7}{'realised':>10}", end="")
+    print(f"{'TTFT ms':>20}{'gain':>7}{'pruner':>9}")
+    for r in rows:
+        full, pruned = r["ms"]["full"], r["ms"]["pruned"]
+        prefill, total = (
+            f"{full[part]['median']:.1f} -> {pruned[part]['median']:.1f}"
+            for part in ("prefill", "total")
+        )
+        print(
+            f"{r['pruner']:<15}{prefill:>20}{r['prefill_gain']:>6.2f}x{r['realised']:>10.0%}",
+            end="",
+        )
+        print(f"{total:>20}{r['ttft_gain']:>6.2f}x{r['pruner_share']:>9.1%}")
+    print("realised: measured ÷ predicted gain of the prefill; pruner: its share of the full TTFT")
+
+
 def main() -> None:
+    known = [name for name in METHODS if name not in ("none", "attention_pool")]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
-    parser.add_argument("--pruner", action="append", choices=sorted(set(METHODS) - {"none", "attention_pool"}))
+    parser.add_argument("--pruner", action="append", choices=known, help="repeat for several")
     parser.add_argument("--keep-ratio", type=float, default=0.25)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--save", action="store_true", help="keep as benchmarks/results/speed.json")
     args = parser.parse_args()
     config = VLMConfig(text=SHAPES[args.shape])
-    names = args.pruner or [n for n in METHODS if n not in ("none", "attention_pool")]
-    N = config.vision.grid[0] * config.vision.grid[1]
-    K = max(1, int(N * args.keep_ratio))
-    a, b = operations.prefill(config, TEXT_TOKENS + N, N), operations.prefill(config, TEXT_TOKENS + K, K)
-    t = operations.tower(config)
-    print(f"{args.shape}: {N} -> {K} visual tokens, {TEXT_TOKENS} of text, float32, {mx.default_device()}")
-    print(f"Ceiling by operation count: prefill {a / b:.2f} x, time to first token {(t + a) / (t + b):.2f} x")
-    print(f"(tower {t / 1e9:.2f} G multiply-adds, prefill {a / 1e9:.2f} -> {b / 1e9:.2f} G)")
-    rows = measure(config, names, args.keep_ratio, args.runs)
-    print(f"{'pruner':<15}{'prefill ms':>20}{'gain':>7}{'realised':>10}{'TTFT ms':>20}{'gain':>7}{'pruner':>9}")
-    for r in rows:
-        ms = r["ms"]
-        pair = [f"{ms['full'][p]['median']:.1f} -> {ms['pruned'][p]['median']:.1f}" for p in ("prefill", "total")]
-        print(
-            f"{r['pruner']:<15}{pair[0]:>20}{r['prefill_gain']:>6.2f}x{r['realised']:>9.0%}"
-            f"{pair[1]:>21}{r['ttft_gain']:>6.2f}x{r['pruner_share']:>8.1%}"
-        )
-    print("realised: measured ÷ predicted gain of the prefill; pruner: its share of the full TTFT")
-    about = {"shape": args.shape, "runs": args.runs, "machine": platform.machine(),
-             "device": str(mx.default_device()), "versions": versions()}  # fmt: skip
+    K = max(1, int(config.vision.grid[0] * config.vision.grid[1] * args.keep_ratio))
+    predict(config, K)
+    rows = measure(config, args.pruner or known, K, args.runs)
+    show(rows)
+    about = {
+        "shape": args.shape,
+        "runs": args.runs,
+        "machine": platform.machine(),
+        "device": str(mx.default_device()),
+        "versions": versions(),
+    }
     told = json.dumps({**about, "rows": rows})
     if args.save:
         RESULTS.mkdir(exist_ok=True)

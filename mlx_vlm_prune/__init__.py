@@ -1,10 +1,10 @@
 """Fewer visual tokens for vision-language models, on MLX.
 
-    from mlx_vlm_prune import load, generate
+from mlx_vlm_prune import load, generate
 
-    model, processor = load()
-    answer = generate(model, processor, "What colour is the star?", image="scene.png",
-                      pruner="avgpool", keep_tokens=49)
+model, processor = load()
+answer = generate(model, processor, "What colour is the star?", image="scene.png",
+                  pruner="avgpool", keep_tokens=49)
 """
 
 import importlib
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["PRUNERS", "__version__", "generate", "load", "stream_generate"]
 
 # Nothing heavy is imported before it is used. The module generate.py is itself callable.
-_HOME = {"load": "loading", "generate": "generate", "stream_generate": "generate", "PRUNERS": "pruners"}
+_HOME = {
+    "load": "loading",
+    "generate": "generate",
+    "stream_generate": "generate",
+    "PRUNERS": "pruners",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """The main job: answer a prompt about images with fewer visual tokens.
 
-`python -m mlx_vlm_prune.generate --image photo.jpg --prompt "…" --pruner avgpool --keep-ratio 0.25`.
+python -m mlx_vlm_prune.generate --image photo.jpg --prompt "…" --pruner avgpool --keep-ratio 0.25
+
 Without arguments: a sample question about a sample scene, full beside pruned.
 """
 
@@ -29,6 +30,10 @@ SAMPLE_PROMPT = "What does the sign say?"
 SAMPLE_PRUNER = "cls_attention"
 SAMPLE_OVERLAY = Path("kept.png")
 LINE = "=" * 10
+SCENES_ONLY = (
+    "note: the built-in model knows its own drawn scenes only, not photographs; for those convert"
+    " a trained checkpoint (python -m convert to-mlx --help) and give it as --model"
+)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,11 +96,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--compare sets a pruner beside none; give a --pruner")
     model, processor = load(args.model, dtype=args.dtype)
     if processor.is_scenes and any(not _is_scene(image) for image in args.image):
-        print(
-            "note: the built-in model knows its own drawn scenes only, not photographs; for those"
-            " convert a trained checkpoint (python -m convert to-mlx --help) and give it as --model",
-            file=sys.stderr,
-        )
+        print(SCENES_ONLY, file=sys.stderr)
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temp, top_p=args.top_p, seed=args.seed,
@@ -146,7 +147,9 @@ def _print_figures(a: GenerationResult) -> None:
     if a.visual_tokens:
         pruned = 1 - a.visual_tokens_kept / a.visual_tokens
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
-    parts = ", ".join(f"{name} {a.ttft_ms[name]:.1f}" for name in ("image", "vision", "pruner", "prefill"))
+    parts = ", ".join(
+        f"{name} {a.ttft_ms[name]:.1f}" for name in ("image", "vision", "pruner", "prefill")
+    )
     print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({parts})")
 
 
@@ -156,7 +159,9 @@ def _print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
     print(LINE, "Full beside pruned")
     print(f"Time to first token: {full.ttft_ms['total']:.1f} -> {pruned.ttft_ms['total']:.1f} ms, "
           f"{ratio:.2f} x as fast, all parts included (one warm run each)")  # fmt: skip
-    print(f"Answer: {same} with {pruned.visual_tokens_kept} of {pruned.visual_tokens} visual tokens")
+    print(
+        f"Answer: {same} with {pruned.visual_tokens_kept} of {pruned.visual_tokens} visual tokens"
+    )
 
 
 def as_json(a: GenerationResult) -> dict[str, Any]:
@@ -219,7 +224,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
     for path in (args.json, args.overlay):
         if path and not path.absolute().parent.is_dir():
-            raise UserError(f"there is no folder {path.absolute().parent} to write {path.name} into")
+            raise UserError(
+                f"there is no folder {path.absolute().parent} to write {path.name} into"
+            )
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise UserError(f"--overlay is {args.overlay}; it is drawn as PNG, so name it .png")
 

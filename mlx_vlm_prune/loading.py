@@ -16,11 +16,11 @@ fast_blas.load()  # before the first import of mlx, or never
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
+from convert.checkpoint import as_mlx, is_mlx  # noqa: E402
+from convert.files import RawTensor, check_safetensors  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-from convert.checkpoint import as_mlx, is_mlx  # noqa: E402
 from convert.errors import UserError  # noqa: E402
-from convert.files import RawTensor, check_safetensors  # noqa: E402
 
 from .image import Preprocessor  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
@@ -32,6 +32,7 @@ from .towers.clip import CLIPConfig  # noqa: E402
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 MODEL_TYPE = "minimind2_v"
 LARGEST = 1 << 20  # of any size in a config.json
+MOST_LAYERS = 512
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _find(path_or_hub_name: str | Path | None, revision: str | None) -> Path:
 
 def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = ["*.json", "*.jinja", "*.safetensors"]
     try:
@@ -129,7 +130,9 @@ def _mlx_weights(folder: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in files:
         check_safetensors(file)  # mx.load accepts what the format forbids
-        weights |= mx.load(str(file))
+        arrays = mx.load(str(file))
+        assert isinstance(arrays, dict)
+        weights |= arrays
     return weights
 
 
@@ -187,16 +190,18 @@ def _positive(given: Mapping[str, Any], name: str, where: Path) -> float:
 
 def _size(given: Mapping[str, Any], name: str, where: Path) -> int:
     value = given.get(name) if isinstance(given, Mapping) else None
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+    most = MOST_LAYERS if "layers" in name else LARGEST
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise UserError(
-            f"{where / 'config.json'}: {name} is {value!r}, not a whole number from 1 to {LARGEST}"
+            f"{where / 'config.json'}: {name} is {value!r}, not a whole number from 1 to {most}"
         )
     return value
 
 
 def check_tensors(model: VLM, weights: Mapping[str, mx.array], where: Path) -> None:
     """Every tensor of the model is there in its shape, and no other."""
-    expected = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    parameters = dict(tree_flatten(model.parameters()))
+    expected = {name: array.shape for name, array in parameters.items()}
     for name, shape in expected.items():
         if name not in weights:
             raise UserError(f"{where} lacks the tensor {name} {shape}")

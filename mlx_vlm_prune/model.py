@@ -136,7 +136,9 @@ def splice(
             cursor, image = start + length, image + 1
         embeds.append(embed(_ids(row.ids[cursor:])))
         places.append(mx.arange(cursor, len(row.ids)))
-        pieces.append((mx.concatenate(embeds), mx.concatenate([p.astype(mx.int32) for p in places])))
+        pieces.append(
+            (mx.concatenate(embeds), mx.concatenate([p.astype(mx.int32) for p in places]))
+        )
     assert visual_IKD is None or image == len(visual_IKD), "every image has its placeholders"
     renumber = policy == "renumber" or (kept is not None and kept.index_BK is None)
     return _pad(pieces, [len(row.ids) for row in rows], renumber)
@@ -154,8 +156,6 @@ def _pad(pieces: list[tuple[mx.array, mx.array]], full: list[int], renumber: boo
         places = [mx.arange(length, dtype=mx.int32) for length in lengths]
     else:
         places = [p for _, p in pieces]
-    positions_BL = mx.stack(
-        [mx.pad(p, [(L - len(p), 0)], constant_values=-1) for p in places]
-    )
+    positions_BL = mx.stack([mx.pad(p, [(L - len(p), 0)], constant_values=-1) for p in places])
     next_B1 = mx.array(lengths if renumber else full, dtype=mx.int32)[:, None]
     return Spliced(embeds_BLD, positions_BL, next_B1, lengths)

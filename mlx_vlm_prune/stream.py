@@ -19,7 +19,7 @@ from .image import open_image
 from .loading import Processor
 from .model import VLM, Policy, Prefill
 from .overlay import overlay, strip
-from .prompt import Prompt, build
+from .prompt import build
 from .pruners import Pruner, Reduction, resolve
 
 DEFAULT_KEEP_RATIO = 0.5
@@ -115,7 +115,8 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pr
         if pruner.is_learned:
             return pruner.learned.tokens
         keep_ratio = 1.0 if pruner.name == "none" else DEFAULT_KEEP_RATIO
-    K = keep_tokens if keep_tokens is not None else max(1, int(N * keep_ratio + 1e-9))
+    K = max(1, int(N * keep_ratio + 1e-9)) if keep_ratio is not None else keep_tokens
+    assert K is not None
     if pruner.name == "none" and K != N:
         raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
     if pruner.is_learned and K not in (N, pruner.learned.tokens):
@@ -154,21 +155,24 @@ def stream_generate(
     N = rows * columns
     K = budget(N, keep_ratio, keep_tokens, chosen)
     pictures = [open_image(source) for source in _listed(image)]
-    pixels = mx.array(np.stack([processor.image(p) for p in pictures])) if pictures else None
-    if pixels is not None:
-        pixels = pixels.astype(model.projector.weight.dtype)
+    pixels = _pixels(model, processor, pictures)
     asked = build(processor.tokenizer, prompt, [N] * len(pictures), processor.image_token)
     clock.lap("image", pixels)
     mx.reset_peak_memory()
     before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
     picker = Picker(temperature, top_p, seed)
-    said = replace(
-        _begin(asked, before, chosen, positions, N, K, len(pictures)),
-        seen=Seen([processor.image.visible(p) for p in pictures], (rows, columns), before.kept)
-        if before.kept is not None
-        else None,
-    )
+    said = _begin(before, chosen, positions, N, K, len(pictures))
+    if before.kept is not None:
+        visible = [processor.image.visible(p) for p in pictures]
+        said = replace(said, seen=Seen(visible, (rows, columns), before.kept))
     yield from _decode(model, processor, before, picker, said, clock, max_tokens)
+
+
+def _pixels(model: VLM, processor: Processor, pictures: list[Image.Image]) -> mx.array | None:
+    if not pictures:
+        return None
+    pixels = mx.array(np.stack([processor.image(picture) for picture in pictures]))
+    return pixels.astype(model.projector.weight.dtype)
 
 
 def generate(
@@ -225,20 +229,19 @@ def _decode(
     """Token after token; while one is being printed, the next is being computed."""
     token_B1, position_B1 = picker(before.logits_BLV[:, -1]), before.next_B1
     clock.lap("prefill", token_B1)
-    ttft = clock.ttft()
+    ttft, writer = clock.ttft(), processor.tokenizer.detokenizer()
     said = replace(said, ttft_ms=ttft, prompt_tps=1000 * said.prompt_tokens / ttft["total"])
-    writer, ids = processor.tokenizer.detokenizer(), []
+    ids: list[int] = []
     began = time.perf_counter()
     for n in range(1, max_tokens + 1):
         coming = None
         if n < max_tokens:
             coming = picker(model.step(token_B1, position_B1, before)[:, -1])
             mx.async_eval(coming)
-        token, position_B1 = int(token_B1.item()), position_B1 + 1
+        token, position_B1 = int(np.array(token_B1)[0, 0]), position_B1 + 1
         ended = token in processor.tokenizer.eos_token_ids
-        if not ended:
-            ids.append(token)
         reason = "stop" if ended else "length" if n == max_tokens else None
+        ids += [] if ended else [token]
         text = "" if ended else writer.add(token)
         seconds = time.perf_counter() - began
         yield replace(
@@ -251,14 +254,13 @@ def _decode(
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
         )
-        if reason:
+        if reason or coming is None:
             return
-        assert coming is not None
         token_B1 = coming
 
 
 def _begin(
-    asked: Prompt, before: Prefill, pruner: Pruner, positions: str, N: int, K: int, images: int
+    before: Prefill, pruner: Pruner, positions: str, N: int, K: int, images: int
 ) -> GenerationResult:
     kept = before.kept
     indices: list[list[int] | None] = [None] * images
@@ -266,7 +268,9 @@ def _begin(
         indices = np.array(kept.index_BK).tolist()
     elif kept is not None:
         positions = "renumber"  # pooled slots have no place of their own
-    spec = pruner.name + "".join(f",{k}={v}" for k, v in pruner.options.items()).replace(",", ":", 1)
+    spec = pruner.name + "".join(f",{k}={v}" for k, v in pruner.options.items()).replace(
+        ",", ":", 1
+    )
     return GenerationResult(
         text="", token=-1, token_ids=[], prompt_tokens=before.lengths[0], generation_tokens=0,
         prompt_tps=0.0, generation_tps=0.0, peak_memory=0.0, finish_reason=None,
@@ -281,7 +285,9 @@ def _resolve(model: VLM, pruner: str | Pruner) -> Pruner:
     layers = model.config.vision.num_hidden_layers
     for layer in chosen.want.values():
         if not -layers <= layer < layers:
-            raise UserError(f"{chosen.name}: layer is {layer}; the tower has layers 0 to {layers - 1}")
+            raise UserError(
+                f"{chosen.name}: layer is {layer}; the tower has layers 0 to {layers - 1}"
+            )
     return chosen
 
 

@@ -124,7 +124,13 @@ def test_the_statistics_are_mlx_lms_three_lines_and_two_more(home, capsys):
     image = ["--image", str(home / "a.png")]
     main(command(home, *image, "--pruner", "avgpool", "--keep-ratio", "0.25"))
     out = capsys.readouterr().out.splitlines()
-    starts = ("Prompt: ", "Generation: ", "Peak memory: ", "Visual tokens: ", "Time to first token: ")
+    starts = (
+        "Prompt: ",
+        "Generation: ",
+        "Peak memory: ",
+        "Visual tokens: ",
+        "Time to first token: ",
+    )
     figures = out[-5:]
     assert all(line.startswith(start) for line, start in zip(figures, starts, strict=True))
     assert figures[3] == "Visual tokens: 16 -> 4 (75.0% pruned)"
@@ -158,10 +164,14 @@ def png(width: int, height: int, body: bytes = b"") -> bytes:
     """A PNG whose header claims a size."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    )
 
 
 BAD_IMAGES = {

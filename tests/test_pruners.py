@@ -89,9 +89,7 @@ def test_both_frameworks_keep_the_same_tokens_and_mix_them_alike(spec, case):
 
 
 def twin(pruner: Pruner, x_BND, cls_BN, grid, K):
-    seen = ref.Signals(
-        torch.from_numpy(x_BND), grid, cls_attention_BN=torch.from_numpy(cls_BN)
-    )
+    seen = ref.Signals(torch.from_numpy(x_BND), grid, cls_attention_BN=torch.from_numpy(cls_BN))
     options = {k: v for k, v in pruner.options.items() if k != "layer"}
     return ref.reduce(pruner.name, seen, K, **options)
 

@@ -9,6 +9,7 @@ Shapes: B pictures, N patches, L tokens of the prompt and all its questions.
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,15 @@ SIDE = scenes.SIZE // PATCH
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
 # How often each kind is asked: the slow ones more often.
-MIX = {"existence": 2, "colour": 2, "counting": 3, "relation": 3, "grounding": 2, "reading": 2, "content": 2}
+MIX = {
+    "existence": 2,
+    "colour": 2,
+    "counting": 3,
+    "relation": 3,
+    "grounding": 2,
+    "reading": 2,
+    "content": 2,
+}
 
 
 def vocabulary() -> dict[str, int]:
@@ -117,10 +126,11 @@ class Batch:
         return (same | prompt) & torch.ones(L, L, dtype=torch.bool, device=self.ids.device).tril()
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {}
+        moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            is_tensor = isinstance(value, Tensor)
+            moved[field.name] = value.to(device, non_blocking=True) if is_tensor else value
         if moved["pixels"].dtype == torch.uint8:
             mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (MEAN, STD))
             moved["pixels"] = (moved["pixels"].float() / 255 - mean) / std
@@ -157,9 +167,13 @@ class Packer:
         L = max(len(ids) for ids, *_ in rows)
         B = len(rows)
         ids, positions, branch = np.zeros((B, L), int), np.zeros((B, L), int), np.full((B, L), -2)
-        at, targets, of, kinds = [], [], [], []
-        for b, ((row, place, branches, answers), (_, questions)) in enumerate(zip(rows, asked, strict=True)):
-            ids[b, : len(row)], positions[b, : len(row)], branch[b, : len(row)] = row, place, branches
+        at, targets, of = [], [], []
+        kinds: list[str] = []
+        for b, ((row, place, branches, answers), (_, questions)) in enumerate(
+            zip(rows, asked, strict=True)
+        ):
+            n = len(row)
+            ids[b, :n], positions[b, :n], branch[b, :n] = row, place, branches
             for where, token, q in answers:
                 at.append(b * L + where)
                 targets.append(token)
@@ -191,7 +205,10 @@ class Packer:
     def _summary(scene: scenes.Scene) -> np.ndarray:
         there = np.zeros(dense_words().summary, np.float32)
         for thing in scene.things:
-            shape, colour = scenes.SHAPES.index(thing.shape), list(scenes.COLOURS).index(thing.colour)
+            shape, colour = (
+                scenes.SHAPES.index(thing.shape),
+                list(scenes.COLOURS).index(thing.colour),
+            )
             there[shape * len(scenes.COLOURS) + colour] = 1
         there[-1] = scene.sign is not None
         return there

@@ -25,10 +25,19 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .model import VLM, VLMConfig, best_device
-from .scenes_data import IGNORE, Batch, ScenesBatches, dense_words, judge_batches, vocabulary
-from .towers.clip import CLIPConfig, CLIPTower
 from .language.minimind import MiniMindConfig
+from .model import VLM, VLMConfig, best_device
+from .scenes_data import (
+    IGNORE,
+    MEAN,
+    STD,
+    Batch,
+    ScenesBatches,
+    dense_words,
+    judge_batches,
+    vocabulary,
+)
+from .towers.clip import CLIPConfig, CLIPTower
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,10 @@ TEXT = MiniMindConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-NEIGHBOURS = ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)), ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0))
+NEIGHBOURS = (
+    ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)),
+    ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)),
+)
 FREQUENCIES = 8  # per axis, in the position features
 
 
@@ -103,7 +115,9 @@ def look_at_neighbours(tower: CLIPTower) -> None:
             cos, sin = torch.diag(turn.cos()), torch.diag(turn.sin())
             rows = slice(head * d, (head + 1) * d)
             q[rows] = k[rows] = 0
-            q[rows, : 2 * pairs] = 1.6 * torch.cat([torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)])
+            q[rows, : 2 * pairs] = 1.6 * torch.cat(
+                [torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)]
+            )
             k[rows, : 2 * pairs] = 1.6 * torch.eye(d)
 
 
@@ -113,7 +127,9 @@ class Trainee(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.vlm = build()
-        self.summary = nn.Linear(VISION.hidden_size, dense_words().summary)  # CLS names what is there
+        self.summary = nn.Linear(
+            VISION.hidden_size, dense_words().summary
+        )  # CLS names what is there
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
@@ -124,7 +140,11 @@ class Trainee(nn.Module):
         cls_loss = F.binary_cross_entropy_with_logits(summary.float(), batch.summary)
         visual_BND = vlm.projector(x_BSD[:, 1:])
         dense, figures = self.dense_loss(visual_BND, batch.dense)
-        loss = dense + 0.3 * cls_loss if not questions else self.recipe_dense * (dense + 0.3 * cls_loss)
+        loss = (
+            dense + 0.3 * cls_loss
+            if not questions
+            else self.recipe_dense * (dense + 0.3 * cls_loss)
+        )
         figures["cls"] = cls_loss.detach()
         if questions:
             logits = self.answers(visual_BND, batch)
@@ -171,7 +191,8 @@ class Trainee(nn.Module):
 
 def optimisers(trainee: Trainee, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon (arXiv:2502.16982) for the matrices inside the layers, AdamW for the rest."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in trainee.named_parameters():
         (matrices if ".layers." in name and p.ndim == 2 else rest).append(p)
     return [
@@ -231,8 +252,58 @@ def export(vlm: VLM, out: Path) -> None:
     vision = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
     save_file(vision, clip / "model.safetensors", metadata={"format": "pt"})
     config = {**asdict(VISION), "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
-    text = json.dumps(config, indent=4, sort_keys=True) + "\n"
-    (clip / "config.json").write_text(text, encoding="utf-8")
+    side = VISION.image_size
+    reading = {
+        "crop_size": {"height": side, "width": side},
+        "image_mean": MEAN,
+        "image_std": STD,
+        "resample": 3,  # bicubic
+        "size": {"shortest_edge": side},
+    }
+    for name, content in (("config.json", config), ("preprocessor_config.json", reading)):
+        text = json.dumps(content, indent=4, sort_keys=True) + "\n"
+        (clip / name).write_text(text, encoding="utf-8")
+
+
+@dataclass
+class Run:
+    """A training under way: what a checkpoint holds, and how to go on from it."""
+
+    trainee: Trainee
+    recipe: Recipe
+    device: torch.device
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.optimisers = optimisers(self.trainee, self.recipe)
+        groups = [group for opt in self.optimisers for group in opt.param_groups]
+        self.rates = [(group, group["lr"]) for group in groups]
+
+    def restore(self, last: Path) -> None:
+        held = torch.load(last, map_location=self.device, weights_only=True)
+        self.trainee.load_state_dict(held["model"])
+        for opt, state in zip(self.optimisers, held["optimisers"], strict=True):
+            opt.load_state_dict(state)
+        self.step = held["step"]
+
+    def save(self, last: Path) -> None:
+        states = [opt.state_dict() for opt in self.optimisers]
+        save(last, {"model": self.trainee.state_dict(), "optimisers": states, "step": self.step})
+
+    def advance(self, batch: Batch) -> dict[str, float]:
+        """One step; the figures of the batch it learned from."""
+        share = rate(self.step, self.recipe)
+        for group, full in self.rates:
+            group["lr"] = full * share
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "mps"):
+            loss, figures = self.trainee(batch, questions=self.step >= self.recipe.tower_steps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
+        for opt in self.optimisers:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"loss": loss.item()} | {name: value.item() for name, value in figures.items()}
 
 
 def train(out: Path, recipe: Recipe, minutes: float, workers: int) -> None:
@@ -240,53 +311,40 @@ def train(out: Path, recipe: Recipe, minutes: float, workers: int) -> None:
     torch.manual_seed(recipe.seed)
     device, last = best_device(), out / "last.pt"
     out.mkdir(parents=True, exist_ok=True)
-    trainee = Trainee().to(device)
-    opts = optimisers(trainee, recipe)
-    base = [group["lr"] for opt in opts for group in opt.param_groups]
-    step = 0
+    run = Run(Trainee().to(device), recipe, device)
     if last.exists():
-        held = torch.load(last, map_location=device, weights_only=True)
-        trainee.load_state_dict(held["model"])
-        for opt, state in zip(opts, held["optimisers"], strict=True):
-            opt.load_state_dict(state)
-        step = held["step"]
-    data = ScenesBatches(recipe.batch, recipe.question_tokens, first=step)
-    loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+        run.restore(last)
+    data = ScenesBatches(recipe.batch, recipe.question_tokens, first=run.step)
+    ahead = 4 if workers else None
+    loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=ahead))
     began = saved = time.monotonic()
-    log = (out / "log.jsonl").open("a", encoding="utf-8")
-    bar = tqdm(total=recipe.steps, initial=step, unit="step", smoothing=0.05)
-    while step < recipe.steps and time.monotonic() - began < 60 * minutes:
-        share = rate(step, recipe)
-        for group, lr in zip((g for o in opts for g in o.param_groups), base, strict=True):
-            group["lr"] = lr * share
-        batch = next(loader).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
-            loss, figures = trainee(batch, questions=step >= recipe.tower_steps)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad(set_to_none=True)
-        step += 1
+    bar = tqdm(total=recipe.steps, initial=run.step, unit="step", smoothing=0.05)
+    while run.step < recipe.steps and time.monotonic() - began < 60 * minutes:
+        figures = run.advance(next(loader).to(device))
         bar.update()
-        if step % 50 == 0:
-            row = {"step": step, "loss": loss.item()} | {k: v.item() for k, v in figures.items()}
-            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"))
-            log.write(json.dumps({**row, "seconds": round(time.monotonic() - began)}) + "\n")
-            log.flush()
-        if time.monotonic() - saved > 180 or step == recipe.steps:
+        if run.step % 50 == 0:
+            bar.set_postfix_str(" ".join(f"{name} {v:.3f}" for name, v in figures.items()))
+            note(out, {"step": run.step, **figures, "seconds": round(time.monotonic() - began)})
+        if time.monotonic() - saved > 180 or run.step == recipe.steps:
             saved = time.monotonic()
-            state = {"model": trainee.state_dict(), "optimisers": [o.state_dict() for o in opts], "step": step}
-            save(last, state)
-        if step > recipe.tower_steps and step % 500 == 0:
-            row = {"step": step, "held_out": judge(trainee, device, 200)}
-            tqdm.write(" ".join(f"{k} {v:.2f}" for k, v in row["held_out"].items()))
-            log.write(json.dumps(row) + "\n")
-    export(trainee.vlm, out)
+            run.save(last)
+        if run.step > recipe.tower_steps and run.step % 500 == 0:
+            held_out = judge(run.trainee, device, 200)
+            tqdm.write(" ".join(f"{kind} {v:.2f}" for kind, v in held_out.items()))
+            note(out, {"step": run.step, "held_out": held_out})
+    export(run.trainee.vlm, out)
+
+
+def note(out: Path, row: dict) -> None:
+    """One line in OUT/log.jsonl."""
+    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(row) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m torch_ref.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_ref.train", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
     parser.add_argument("--steps", type=int, default=Recipe.steps)

@@ -8,6 +8,6 @@ needs = frozenset[str]()
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep all N tokens; K must be N."""
-    if K != signals.x_BND.shape[1]:
+    if signals.x_BND.shape[1] != K:
         raise ValueError(f"none keeps all {signals.x_BND.shape[1]} tokens, not {K}")
     return identity(signals.x_BND)

@@ -141,7 +141,10 @@ def _background(rng: np.random.Generator) -> Image.Image:
     field = base + y[..., None] * slope[0] + x[..., None] * slope[1]
     coarse = int(rng.integers(4, 20))
     blotch = rng.normal(0, rng.uniform(3, 9), (coarse, coarse)).astype(np.float32)
-    field = field + np.asarray(Image.fromarray(blotch).resize((n, n), Image.Resampling.BICUBIC))[..., None]
+    field = (
+        field
+        + np.asarray(Image.fromarray(blotch).resize((n, n), Image.Resampling.BICUBIC))[..., None]
+    )
     field = field + rng.normal(0, rng.uniform(0, 4), (n, n, 1))
     return Image.fromarray(np.clip(field, 0, 255).astype(np.uint8))
 
@@ -163,7 +166,7 @@ def outline(shape: str) -> np.ndarray:
         s = 0.8
         return np.array([(-s, -s), (s, -s), (s, s), (-s, s)])
     if shape == "triangle":
-        return _regular(3, 1.05) + (0, 0.12)
+        return _regular(3, 1.05) + np.array([0, 0.12])
     if shape == "star":
         return np.stack([_regular(5, 1.08), _regular(5, 0.42, np.pi / 5)], axis=1).reshape(-1, 2)
     if shape == "cross":
@@ -191,7 +194,7 @@ def _regular(corners: int, radius: float, turn: float = 0.0) -> np.ndarray:
 
 
 @cache
-def _font(pixels: int) -> ImageFont.FreeTypeFont:
+def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=pixels)
 
 
@@ -203,4 +206,12 @@ def _paint_sign(brush: ImageDraw.ImageDraw, sign: Sign) -> None:
     font = _font(round(1.3 * sign.height * OVERSAMPLE))
     for i, letter in enumerate(sign.text):
         x = OVERSAMPLE * (sign.x + (i - (len(sign.text) - 1) / 2) * sign.pitch)
-        brush.text((x, OVERSAMPLE * sign.y), letter, font=font, fill=ink, anchor="mm", stroke_width=1, stroke_fill=ink)
+        brush.text(
+            (x, OVERSAMPLE * sign.y),
+            letter,
+            font=font,
+            fill=ink,
+            anchor="mm",
+            stroke_width=1,
+            stroke_fill=ink,
+        )

@@ -16,7 +16,7 @@ from .questions import plural
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 as MiniMind2 has them
 UNKNOWN = "<unk>"
-IMAGE_TOKEN = "@"  # noqa: S105
+IMAGE_TOKEN = "@"
 SLOTS = ("first", "second", "third")  # which letter of the sign, in dense training targets
 PLACES = ("edge", "middle")  # which part of a thing, likewise
 FUNCTION_WORDS = (

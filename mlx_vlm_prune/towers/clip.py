@@ -55,7 +55,7 @@ class Attention(nn.Module):
         return self.out_proj(y_BHSd.swapaxes(1, 2).reshape(x_BSD.shape))
 
     def cls_row(self, x_BSD: mx.array) -> mx.array:
-        """Attention of CLS to the patches, mean over heads, (B, N), float32: one row, never S x S."""
+        """Attention of CLS to the patches, mean over heads, (B, N) float32: one row, not S x S."""
         q_BH1d = self.split(self.q_proj(x_BSD[:, :1]))
         k_BHSd = self.split(self.k_proj(x_BSD))
         row_BHS = (q_BH1d @ k_BHSd.swapaxes(2, 3))[:, :, 0] * self.scale
