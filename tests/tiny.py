@@ -14,7 +14,8 @@ from convert.__main__ import main as convert
 from safetensors.torch import save_file
 
 from mlx_vlm_prune.prompt import Prompt
-from mlx_vlm_prune.scenes.vocabulary import tokenizer, words, write
+from mlx_vlm_prune.scenes.vocabulary import tokenizer, words
+from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.language.minimind import MiniMindConfig
 from torch_ref.model import VLM, VLMConfig
 from torch_ref.towers.clip import CLIPConfig
@@ -67,8 +68,7 @@ def checkpoint(model: VLM, folder: Path) -> Path:
     """The model as an MLX checkpoint folder, through the shipped converter."""
     pth, clip = publish(model, folder)
     words_folder = folder / "words"
-    words_folder.mkdir()
-    write(words_folder)
+    write_words(words_folder)
     target = folder / "mlx"
     convert(
         ["to-mlx", str(pth), str(target), "--vision", str(clip), "--tokenizer", str(words_folder)]

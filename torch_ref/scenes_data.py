@@ -205,11 +205,8 @@ class Packer:
     def _summary(scene: scenes.Scene) -> np.ndarray:
         there = np.zeros(dense_words().summary, np.float32)
         for thing in scene.things:
-            shape, colour = (
-                scenes.SHAPES.index(thing.shape),
-                list(scenes.COLOURS).index(thing.colour),
-            )
-            there[shape * len(scenes.COLOURS) + colour] = 1
+            shape = scenes.SHAPES.index(thing.shape)
+            there[shape * len(scenes.COLOURS) + list(scenes.COLOURS).index(thing.colour)] = 1
         there[-1] = scene.sign is not None
         return there
 
@@ -224,9 +221,14 @@ class ScenesBatches(IterableDataset):
         packer, info = Packer(), get_worker_info()
         number = self.first + (info.id if info else 0)
         while True:
-            seeds = range(number * self.batch, (number + 1) * self.batch)
-            yield packer.pack([self._ask(packer, seed) for seed in seeds])
+            yield packer.pack([self._ask(packer, seed) for seed in self.seeds(number)])
             number += info.num_workers if info else 1
+
+    def seeds(self, number: int) -> range:
+        """The scenes of batch `number`, never held-out ones."""
+        seeds = scenes.TRAIN_SEEDS[number * self.batch : (number + 1) * self.batch]
+        assert len(seeds) == self.batch, "all training seeds are used up"
+        return seeds
 
     def _ask(self, packer: Packer, seed: int) -> tuple[scenes.Scene, list[scenes.Question]]:
         scene, rng = scenes.compose(seed), np.random.default_rng([seed, 3])

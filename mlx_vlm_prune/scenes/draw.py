@@ -141,10 +141,8 @@ def _background(rng: np.random.Generator) -> Image.Image:
     field = base + y[..., None] * slope[0] + x[..., None] * slope[1]
     coarse = int(rng.integers(4, 20))
     blotch = rng.normal(0, rng.uniform(3, 9), (coarse, coarse)).astype(np.float32)
-    field = (
-        field
-        + np.asarray(Image.fromarray(blotch).resize((n, n), Image.Resampling.BICUBIC))[..., None]
-    )
+    spread = Image.fromarray(blotch).resize((n, n), Image.Resampling.BICUBIC)
+    field = field + np.asarray(spread)[..., None]
     field = field + rng.normal(0, rng.uniform(0, 4), (n, n, 1))
     return Image.fromarray(np.clip(field, 0, 255).astype(np.uint8))
 
@@ -171,15 +169,8 @@ def outline(shape: str) -> np.ndarray:
         return np.stack([_regular(5, 1.08), _regular(5, 0.42, np.pi / 5)], axis=1).reshape(-1, 2)
     if shape == "cross":
         a, b = 0.32, 0.95
-        right = [(a, -a), (b, -a), (b, a), (a, a)]
-        quarter = np.array(right[:3])
-        turns = [np.array([[0, 1], [-1, 0]]), np.eye(2)]
-        corners = []
-        rotation = np.eye(2)
-        for _ in range(4):
-            corners.append(quarter @ rotation)
-            rotation = rotation @ turns[0]
-        return np.concatenate(corners)
+        arm, turn = np.array([(a, -a), (b, -a), (b, a)]), np.array([[0, 1], [-1, 0]])
+        return np.concatenate([arm @ np.linalg.matrix_power(turn, i) for i in range(4)])
     if shape == "heart":
         t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
         x = 16 * np.sin(t) ** 3

@@ -55,7 +55,8 @@ def tokenizer() -> Tokenizer:
 
 
 def write(folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json into an existing folder."""
+    """Write tokenizer.json and tokenizer_config.json into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer().save(str(folder / "tokenizer.json"))
     config = {
         "bos_token": SPECIAL[1],

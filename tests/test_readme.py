@@ -1,0 +1,105 @@
+"""Promises of the README: its commands run, its tables are the results, its tree is true."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import fill
+from mlx_vlm_prune.pruners import METHODS
+from mlx_vlm_prune.scenes import compose
+
+from . import tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def commands() -> list[list[str]]:
+    """Every command line, in order, its comment and line breaks taken out."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line]
+
+
+def conversions_first(command: list[str]) -> tuple[bool, bool]:
+    return "to-mlx" not in command, "to-torch" not in command
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder that holds what the README's commands name: a checkpoint, a CLIP, a photograph."""
+    folder = tmp_path_factory.mktemp("desk")
+    pth, clip = tiny.publish(tiny.reference(), folder)
+    pth.rename(folder / "sft_vlm_512.pth")
+    clip.rename(folder / "clip-vit-base-patch16")
+    tiny.write_words(folder / "minimind2")
+    compose(0).image().save(folder / "photo.jpg")
+    return folder
+
+
+def test_every_python_command_of_the_readme_runs(desk):
+    python = [c[1:] for c in sorted(commands(), key=conversions_first) if c[0] == "python"]
+    assert {command[1].split(".")[0] for command in python} == {"convert", "mlx_vlm_prune"}
+    for command in python:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=desk, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    made = {"my-model", "sft_vlm_512_again.pth", "kept.png", "answer.json"}
+    assert made <= {path.name for path in desk.iterdir()}
+
+
+def test_the_readme_has_no_other_commands_than_those_tested_here():
+    others = [command for command in commands() if command[0] != "python"]
+    assert others == [["make", "demo"], ["make", "test"], ["pip", "install", "-e", "."]]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "clean"])
+def test_make_knows_its_targets(target):
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_python_of_the_readme_runs(desk):
+    for block in blocks("python"):
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=desk, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split()[1] == "98"
+
+
+def test_the_tables_are_those_of_the_results():
+    assert fill(README) == README
+
+
+def test_the_readme_names_every_method():
+    named = re.findall(r"^\| `(\w+)[:`].*\|$", README.split("## Methods")[1].split("## ")[0], re.M)
+    assert named == list(METHODS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_the_tree_of_files_is_true(page):
+    folder = ""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    tree = next(b for b in re.findall(r"```\n(.*?)```", text, re.S) if "torch_ref/" in b)
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = "" if not line.startswith(" ") else folder
+        assert (ROOT / folder / name).exists(), name
+        folder = name if name.endswith("/") and not line.startswith(" ") else folder
+
+
+def test_every_local_link_leads_somewhere():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,133 @@
+"""Promises of the built-in world: its pictures, its questions, and the model that ships with it."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from benchmarks.accuracy import accuracy
+from mlx_vlm_prune import load
+from mlx_vlm_prune.generate import SAMPLE_SEED, main
+from mlx_vlm_prune.pruners import METHODS, resolve
+from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, TRAIN_SEEDS, Scene, compose, question_set
+from mlx_vlm_prune.scenes.draw import CELL
+from mlx_vlm_prune.scenes.vocabulary import UNKNOWN, tokenizer, words
+from torch_ref.scenes_data import ScenesBatches
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return list(question_set(HELD_OUT_SEEDS, 40))
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    return load()
+
+
+def test_a_seed_draws_the_same_picture_every_time_and_another_seed_another():
+    first, again, other = (np.asarray(compose(seed).image()) for seed in (5, 5, 6))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_every_thing_lies_inside_its_own_cell():
+    for seed in range(200):
+        scene = compose(seed)
+        cells = [thing.cell for thing in scene.things] + list(
+            scene.sign.cells if scene.sign else ()
+        )
+        assert len(set(cells)) == len(cells)
+        for thing in scene.things:
+            column, row = "abcd".index(thing.cell[0]), "1234".index(thing.cell[1])
+            for centre, place in ((thing.x, column), (thing.y, row)):
+                assert place * CELL <= centre - thing.radius
+                assert centre + thing.radius <= (place + 1) * CELL
+
+
+def truth(scene: Scene, kind: str, text: str) -> str:
+    """The answer, found from the scene by other means than the generator's."""
+    said = text.lower().rstrip("?.").split()
+    if kind == "existence":
+        return "yes" if any({t.colour, t.shape} <= set(said) for t in scene.things) else "no"
+    if kind == "colour":
+        return next(t.colour for t in scene.things if t.shape == said[-1])
+    if kind == "counting":
+        of = " ".join(said[2:-2])
+        return str(
+            sum(
+                of in ("shapes", f"{t.colour} shapes", f"{t.shape}s", f"{t.shape}es")
+                for t in scene.things
+            )
+        )
+    if kind == "grounding":
+        return next(t.cell for t in scene.things if t.colour in said and t.shape in said)
+    if kind == "relation":
+        first, second = (
+            next(t for t in scene.things if f"{t.colour} {t.shape}" in part)
+            for part in text.split(" or ")[0:2]
+        )
+        if "above" in said:
+            return "above" if first.y < second.y else "below"
+        return "left" if first.x < second.x else "right"
+    assert scene.sign is not None
+    return scene.sign.text.lower()
+
+
+def test_every_question_has_the_answer_that_the_scene_gives(asked):
+    for scene, questions in asked:
+        for question in questions:
+            assert question.answer == truth(scene, question.kind, question.text), question
+
+
+def test_every_question_and_answer_is_made_of_known_words(asked):
+    speaks = tokenizer()
+    unknown = words().index(UNKNOWN)
+    for _, questions in asked:
+        for question in questions:
+            ids = speaks.encode(question.text, add_special_tokens=False).ids
+            answer = speaks.encode(question.answer, add_special_tokens=False).ids
+            assert unknown not in ids + answer
+            assert speaks.decode(answer) == question.answer
+
+
+def test_what_is_judged_on_is_never_trained_on(asked):
+    assert not set(TRAIN_SEEDS[-1:]) & set(HELD_OUT_SEEDS[:1])
+    assert all(scene.seed in HELD_OUT_SEEDS for scene, _ in asked)
+    data = ScenesBatches(batch=32, question_tokens=64)
+    assert data.seeds(7000)[-1] in TRAIN_SEEDS
+    with pytest.raises(AssertionError):
+        data.seeds(len(TRAIN_SEEDS) // 32 + 1)
+
+
+def test_the_built_in_model_answers_held_out_questions_of_every_kind(built_in):
+    model, processor = built_in
+    figures = accuracy(model, processor, resolve("none"), 196, per_kind=12)
+    assert set(figures) == set(KINDS)
+    assert min(figures.values()) > 0.9, figures
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in ("none", "attention_pool")])
+def test_no_method_at_half_the_tokens_makes_the_model_talk_nonsense(built_in, name):
+    model, processor = built_in
+    figures = accuracy(model, processor, resolve(name), 98, per_kind=4)
+    assert sum(figures.values()) / len(figures) > 0.25, figures
+
+
+def test_the_demo_answers_rightly_with_all_tokens_and_with_half(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["--json", "told.json"])
+    sign = compose(SAMPLE_SEED).sign
+    assert sign
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["full"]["text"] == told["text"] == sign.text.lower()
+    assert (told["visual_tokens"], told["visual_tokens_kept"]) == (196, 98)
+    assert (tmp_path / "kept.png").stat().st_size > 10_000
+    assert "Visual tokens: 196 -> 98 (50.0% pruned)" in capsys.readouterr().out
+
+
+def test_the_built_in_weights_are_finite(built_in):
+    model, _ = built_in
+    pixels = mx.array(np.random.default_rng(0).normal(size=(1, 224, 224, 3)).astype(np.float32))
+    assert mx.isfinite(model.tower(pixels).x_BND).all().item()
