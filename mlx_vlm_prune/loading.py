@@ -4,7 +4,6 @@ A checkpoint comes from strangers: its sizes are bounded, its tensors checked ag
 them by name and shape, and nothing in it is executed.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,8 +15,8 @@ fast_blas.load()  # before the first import of mlx, or never
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from convert.checkpoint import as_mlx, is_mlx  # noqa: E402
-from convert.files import RawTensor, check_safetensors  # noqa: E402
+from convert.checkpoint import MODEL_TYPE, as_mlx, is_mlx  # noqa: E402
+from convert.files import RawTensor, check_safetensors, read_json  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from convert.errors import UserError  # noqa: E402
@@ -30,7 +29,6 @@ from .scenes import CHECKPOINT  # noqa: E402
 from .towers.clip import CLIPConfig  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-MODEL_TYPE = "minimind2_v"
 LARGEST = 1 << 20  # of any size in a config.json
 MOST_LAYERS = 512
 
@@ -65,11 +63,14 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
     folder = _find(path_or_hub_name, revision)
+    reading: Path | None = folder
+    words = folder
     if is_mlx(folder):
-        config, weights = _read_json(folder / "config.json"), _mlx_weights(folder)
+        config, weights = read_json(folder / "config.json"), _mlx_weights(folder)
     else:
-        config, raw = as_mlx(folder)
-        weights = {name: _to_mlx(tensor) for name, tensor in raw.items()}
+        source = as_mlx(folder)
+        config, words, reading = source.config, source.tokenizer, source.reading
+        weights = {name: _to_mlx(tensor) for name, tensor in source.tensors.items()}
     model = VLM(parse_config(config, folder))
     check_tensors(model, weights, folder)
     own = next(iter(weights.values())).dtype
@@ -77,10 +78,9 @@ def load(
     model.load_weights([(name, array.astype(target)) for name, array in weights.items()])
     model.eval()
     mx.eval(model.parameters())
-    tokenizer = Tokenizer.from_folder(folder)
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    token = model.config.image_token
-    return model, Processor(tokenizer, Preprocessor.from_folder(folder), token, name)
+    image = Preprocessor.from_folder(reading) if reading else Preprocessor()
+    return model, Processor(Tokenizer.from_folder(words), image, model.config.image_token, name)
 
 
 def _on_cpu() -> bool:
@@ -111,16 +111,6 @@ def _from_hub(name: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"no folder {name}, and the hub did not give it: {reason}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not readable JSON ({type(e).__name__})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
 
 
 def _mlx_weights(folder: Path) -> dict[str, mx.array]:

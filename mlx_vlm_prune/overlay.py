@@ -1,0 +1,126 @@
+"""A picture of what was kept: dropped patches dimmed, merged groups tinted, the numbers below.
+
+Shapes: N patches in raster order, K slots.
+"""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+LONG_SIDE = 672  # pixels, about; every patch gets a whole number of them
+MARGIN = 12
+GAP = 16
+PAPER, INK = (250, 250, 248), (40, 42, 48)
+DIM, EDGE = 0.28, (255, 255, 255)
+GOLDEN = 0.618034  # of a turn of the colour wheel: neighbouring groups differ
+
+
+def overlay(
+    image: Image.Image,
+    grid: tuple[int, int],
+    kept: Sequence[int],
+    caption: str,
+    *,
+    weights: np.ndarray | None = None,
+) -> Image.Image:
+    """Draw which of `grid` = (rows, columns) patches were kept of an image, and write a caption.
+
+    `kept`: indices of the slots' own patches; empty where slots have none. `weights`, (K, N):
+    how each slot is mixed. Patches mixed into one slot share a tint and an outline; without
+    own patches, brightness shows how much the slots read of a patch.
+    """
+    rows, columns = grid
+    patch = max(4, round(LONG_SIDE / max(grid)))
+    canvas = image.convert("RGB").resize((columns * patch, rows * patch), Image.Resampling.LANCZOS)
+    pixels = np.asarray(canvas).astype(np.float32)
+    group = _groups(rows * columns, kept, weights)
+    if kept or weights is None:
+        light = np.where(group >= 0, 1.0, DIM)
+    else:
+        read = weights.sum(axis=0)
+        light = DIM + (1 - DIM) * read / read.max()
+    light_HW = _enlarge(light.reshape(grid), patch)[..., None]
+    grey = pixels.mean(axis=-1, keepdims=True)
+    pixels = light_HW * (light_HW * pixels + (1 - light_HW) * grey)
+    if weights is not None and kept:
+        pixels = _tint(pixels, group.reshape(grid), patch)
+    drawn = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    if kept and len(kept) < rows * columns:
+        _outline(drawn, group.reshape(grid), patch)
+        if weights is not None:
+            _mark(drawn, kept, columns, patch)
+    return _with_caption(drawn, caption)
+
+
+def strip(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Several pictures side by side."""
+    width = sum(p.width for p in pictures) + GAP * (len(pictures) - 1)
+    whole = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
+    left = 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width + GAP
+    return whole
+
+
+def _groups(N: int, kept: Sequence[int], weights: np.ndarray | None) -> np.ndarray:
+    """The slot each patch went into, (N,); -1 for none."""
+    if weights is not None:
+        return np.where(weights.any(axis=0), weights.argmax(axis=0), -1)
+    group = np.full(N, -1)
+    group[list(kept)] = np.arange(len(kept))
+    return group
+
+
+def _enlarge(of_grid: np.ndarray, patch: int) -> np.ndarray:
+    return of_grid.repeat(patch, axis=0).repeat(patch, axis=1)
+
+
+def _tint(pixels: np.ndarray, group: np.ndarray, patch: int) -> np.ndarray:
+    """A calm colour over each group of two or more patches."""
+    hue = group * GOLDEN % 1 * 6
+    channels = [np.clip(np.abs((hue + turn) % 6 - 3) - 1, 0, 1) for turn in (0, 4, 2)]
+    colour = 90 + 165 * np.stack(channels, axis=-1)
+    shared = np.bincount(group[group >= 0].ravel(), minlength=group.max() + 1) > 1
+    strength = np.where((group >= 0) & shared[group], 0.38, 0.0)[..., None]
+    strength, colour = _enlarge(strength, patch), _enlarge(colour, patch)
+    return (1 - strength) * pixels + strength * colour
+
+
+def _outline(drawn: Image.Image, group: np.ndarray, patch: int) -> None:
+    """Thin lines wherever two patches belong to different slots."""
+    brush = ImageDraw.Draw(drawn)
+    rows, columns = group.shape
+    around = np.pad(group, 1, constant_values=-1)
+    for r, c in np.argwhere(around[1:, 1:-1] != around[:-1, 1:-1]):
+        y = min(r * patch, rows * patch - 1)
+        brush.line([(c * patch, y), ((c + 1) * patch, y)], fill=EDGE)
+    for r, c in np.argwhere(around[1:-1, 1:] != around[1:-1, :-1]):
+        x = min(c * patch, columns * patch - 1)
+        brush.line([(x, r * patch), (x, (r + 1) * patch)], fill=EDGE)
+
+
+def _mark(drawn: Image.Image, kept: Sequence[int], columns: int, patch: int) -> None:
+    """A dot on each slot's own patch."""
+    brush, radius = ImageDraw.Draw(drawn), max(2, patch // 12)
+    for index in kept:
+        x, y = (index % columns + 0.5) * patch, (index // columns + 0.5) * patch
+        box = (x - radius, y - radius, x + radius, y + radius)
+        brush.ellipse(box, fill=EDGE, outline=INK)
+
+
+def _with_caption(drawn: Image.Image, caption: str) -> Image.Image:
+    """The picture with a band below that holds the caption, as many lines as it takes."""
+    size = max(11, drawn.width // 36)
+    font = ImageFont.load_default(size)
+    letters = max(8, int((drawn.width - 2 * MARGIN) / (0.52 * size)))
+    text = "\n".join(textwrap.wrap(caption, letters, drop_whitespace=True)) or " "
+    whole = Image.new("RGB", drawn.size, PAPER)
+    box = ImageDraw.Draw(whole).multiline_textbbox((MARGIN, MARGIN), text, font=font)
+    whole = Image.new("RGB", (drawn.width, drawn.height + int(box[3]) + MARGIN), PAPER)
+    whole.paste(drawn, (0, 0))
+    place = (MARGIN, drawn.height + MARGIN)
+    ImageDraw.Draw(whole).multiline_text(place, text, font=font, fill=INK)
+    return whole
