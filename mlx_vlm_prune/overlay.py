@@ -48,7 +48,8 @@ def overlay(
         pixels = _tint(pixels, group.reshape(grid), patch)
     drawn = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     if kept and len(kept) < rows * columns:
-        _outline(drawn, group.reshape(grid), patch)
+        edges = group if weights is not None else np.minimum(group, 0)  # the kept as one area
+        _outline(drawn, edges.reshape(grid), patch)
         if weights is not None:
             _mark(drawn, kept, columns, patch)
     return _with_caption(drawn, caption)
@@ -84,7 +85,7 @@ def _tint(pixels: np.ndarray, group: np.ndarray, patch: int) -> np.ndarray:
     channels = [np.clip(np.abs((hue + turn) % 6 - 3) - 1, 0, 1) for turn in (0, 4, 2)]
     colour = 90 + 165 * np.stack(channels, axis=-1)
     shared = np.bincount(group[group >= 0].ravel(), minlength=group.max() + 1) > 1
-    strength = np.where((group >= 0) & shared[group], 0.38, 0.0)[..., None]
+    strength = np.where((group >= 0) & shared[group], 0.3, 0.0)[..., None]
     strength, colour = _enlarge(strength, patch), _enlarge(colour, patch)
     return (1 - strength) * pixels + strength * colour
 

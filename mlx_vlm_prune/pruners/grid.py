@@ -17,7 +17,7 @@ def windows(grid: tuple[int, int], K: int) -> list[np.ndarray]:
     rows, columns = grid
     assert 1 <= K <= rows * columns
     square = math.floor(math.sqrt(K * rows / columns) + 0.5)
-    bands = min(rows, max(1, -(-K // columns), square))
+    bands = min(rows, K, max(-(-K // columns), square))
     cells = np.arange(rows * columns).reshape(rows, columns)
     found = []
     for r in range(bands):

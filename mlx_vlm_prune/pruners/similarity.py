@@ -36,11 +36,14 @@ def prune(
 
 
 def cosine(x_BND: mx.array) -> mx.array:
-    """Cosine similarity of every two tokens, (B, N, N), float32."""
+    """Cosine similarity of every two tokens, (B, N, N), float32, to six digits.
+
+    Rounded, so that equal tokens tie, whatever order the product was summed in.
+    """
     x_BND = x_BND.astype(mx.float32)
     norm_BN1 = mx.linalg.norm(x_BND, axis=-1, keepdims=True)
     x_BND = x_BND / mx.maximum(norm_BN1, 1e-6)
-    return x_BND @ x_BND.swapaxes(1, 2)
+    return mx.round(x_BND @ x_BND.swapaxes(1, 2), decimals=6)
 
 
 def lead(similar_NN: np.ndarray, threshold: float) -> np.ndarray:

@@ -36,3 +36,9 @@ class Reduction:
     def tokens(self, x_BND: Tensor) -> Tensor:
         """The kept tokens: of x, or of the learned values where the pruner gave some."""
         return self.apply(x_BND if self.value_BND is None else self.value_BND)
+
+
+def top(score_BN: Tensor, K: int) -> Tensor:
+    """The K highest scores' indices, ascending; of equal scores the lower index."""
+    order_BN = score_BN.argsort(dim=-1, descending=True, stable=True)
+    return order_BN[:, :K].sort(dim=-1).values

@@ -1,0 +1,11 @@
+"""The K tokens that CLS attends to most, mean over heads: FasterVLM (arXiv:2412.01818).
+
+`layer` says whose attention; the caller hands that layer's over.
+"""
+
+from .contract import Reduction, Signals, top
+
+
+def prune(signals: Signals, K: int, *, layer: int = -1) -> Reduction:
+    assert signals.cls_attention_BN is not None, "cls_attention needs the CLS row"
+    return Reduction(top(signals.cls_attention_BN, K))

@@ -1,0 +1,7 @@
+"""The K tokens with the longest features (L2 norm)."""
+
+from .contract import Reduction, Signals, top
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    return Reduction(top(signals.x_BND.float().norm(dim=-1), K))

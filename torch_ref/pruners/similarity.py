@@ -1,0 +1,74 @@
+"""Merge tokens that look alike: greedy clusters by cosine similarity, in raster order.
+
+fastvlm-token-pruning's "PruMerge-lite" (github.com/aledevv/fastvlm-token-pruning):
+a token joins the first earlier leader it resembles, or leads. `published` stops at
+K clusters, as its authors' code does, and so loses the rest of the image; without it
+the pass runs to the end, and clusters are made K by dropping the smallest leaders or
+by letting the least typical tokens stand alone.
+
+Shapes: B images, N tokens, K slots.
+"""
+
+import torch
+from torch import Tensor
+
+from .contract import Reduction, Signals
+
+
+def prune(
+    signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
+) -> Reduction:
+    x_BND = signals.x_BND.float()
+    unit_BND = x_BND / x_BND.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    # Six digits: tokens that are equal shall tie, whatever order a product was summed in.
+    similar_BNN = (unit_BND @ unit_BND.mT).mul(1e6).round().div(1e6)
+    B, N, _ = x_BND.shape
+    index_BK = torch.zeros(B, K, dtype=torch.long)
+    weight_BKN = torch.zeros(B, K, N)
+    for b, similar_NN in enumerate(similar_BNN):
+        clusters = greedy(similar_NN, threshold)
+        settled = first(clusters, K, N) if published else exactly(clusters, similar_NN, K)
+        for k, leader in enumerate(sorted(settled)):
+            index_BK[b, k] = leader
+            weight_BKN[b, k, settled[leader]] = 1 / len(settled[leader])
+    return Reduction(index_BK.to(x_BND.device), weight_BKN.to(x_BND.device))
+
+
+def greedy(similar_NN: Tensor, threshold: float) -> dict[int, list[int]]:
+    """Members of each leader, the leader first."""
+    clusters: dict[int, list[int]] = {}
+    for token, row in enumerate(similar_NN.tolist()):
+        joined = next((leader for leader in clusters if row[leader] > threshold), token)
+        clusters.setdefault(joined, []).append(token)
+    return clusters
+
+
+def first(clusters: dict[int, list[int]], K: int, N: int) -> dict[int, list[int]]:
+    """The first K clusters; where there are fewer, the lowest other tokens as singletons."""
+    kept = {leader: clusters[leader] for leader in sorted(clusters)[:K]}
+    others = [token for token in range(N) if token not in kept]
+    return alone(kept, others[: K - len(kept)])
+
+
+def exactly(
+    clusters: dict[int, list[int]], similar_NN: Tensor, K: int
+) -> dict[int, list[int]]:
+    """K clusters that hold every token."""
+    if len(clusters) <= K:
+        leader_of = {token: leader for leader, own in clusters.items() for token in own}
+        followers = [token for token in leader_of if token != leader_of[token]]
+        followers.sort(key=lambda token: (similar_NN[token, leader_of[token]].item(), token))
+        return alone(clusters, followers[: K - len(clusters)])
+    largest = sorted(clusters, key=lambda leader: (-len(clusters[leader]), leader))[:K]
+    merged: dict[int, list[int]] = {leader: [] for leader in sorted(largest)}
+    for token, row in enumerate(similar_NN.tolist()):
+        home = token if token in merged else max(merged, key=lambda leader: (row[leader], -leader))
+        merged[home].append(token)
+    return merged
+
+
+def alone(clusters: dict[int, list[int]], tokens: list[int]) -> dict[int, list[int]]:
+    """The clusters after some tokens have left them to stand alone."""
+    left = set(tokens)
+    rest = {leader: [t for t in own if t not in left] for leader, own in clusters.items()}
+    return rest | {token: [token] for token in tokens}
