@@ -24,6 +24,7 @@ from .files import (
     write_safetensors,
 )
 from .names import TIED, published_order, to_published
+from .shapes import check_complete
 
 MODEL_TYPE = "minimind2_v"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -71,35 +72,38 @@ def as_mlx(
     """
     state = tidy(read_weights(source), source)
     home = source if source.is_dir() else source.parent
-    inside = any(name.startswith("vision_model.") for name in state)
     clip = vision or next((home / p for p in CLIP_PLACES if (home / p).is_dir()), None)
-    if clip is None and not inside:
+    tower, told = _read_tower(state, source, clip, vision is not None)
+    rest = {name: tensor for name, tensor in state.items() if not _is_tower(name)}
+    config = {
+        **_words(tokenizer or home),
+        "model_type": MODEL_TYPE,
+        "text_config": text_config(rest, source, heads, kv_heads),
+        "vision_config": vision_config(tower, told, clip or source),
+    }
+    ours = our_tensors(rest, source) | our_tensors(tower, clip or source)
+    config["torch_dtype"] = _dtype(ours["language.embed_tokens.weight"])
+    if "pruner.queries" in ours:
+        config["pruner"] = {"name": "attention_pool", "tokens": ours["pruner.queries"].shape[0]}
+    check_complete(ours, config, source)
+    reading = next((f for f in (clip, home) if f and (f / READING).is_file()), None)
+    return Source(config, ours, tokenizer or home, reading)
+
+
+def _read_tower(
+    state: Mapping[str, RawTensor], source: Path, clip: Path | None, asked: bool
+) -> tuple[dict[str, RawTensor], dict[str, Any]]:
+    """The tower's tensors and what CLIP's config.json says; a training checkpoint has its own."""
+    inside = {name: tensor for name, tensor in state.items() if _is_tower(name)}
+    if inside and not asked:
+        return inside, {}
+    if clip is None:
         raise UserError(
             f"{source} holds no vision tower (MiniMind2-V is published without one); give the"
             " folder of CLIP ViT-B/16 with --vision"
         )
-    tower = {k: v for k, v in state.items() if k.startswith("vision_model.")}
-    told: dict[str, Any] = {}
-    if clip and (vision or not inside):
-        tower = {
-            k: v for k, v in tidy(read_weights(clip), clip).items() if k in tower or _is_tower(k)
-        }
-        told = read_json(clip / "config.json")
-    rest = {k: v for k, v in state.items() if not _is_tower(k)}
-    at = clip or source
-    words = _words(tokenizer or home)
-    config = {
-        **words,
-        "model_type": MODEL_TYPE,
-        "text_config": text_config(rest, source, heads, kv_heads),
-        "vision_config": vision_config(tower, told, at),
-    }
-    ours = our_tensors(rest, source) | our_tensors(tower, at)
-    config["torch_dtype"] = _dtype(ours["language.embed_tokens.weight"])
-    if "pruner.queries" in ours:
-        config["pruner"] = {"name": "attention_pool", "tokens": ours["pruner.queries"].shape[0]}
-    reading = next((f for f in (clip, home) if f and (f / READING).is_file()), None)
-    return Source(config, ours, tokenizer or home, reading)
+    tensors = tidy(read_weights(clip), clip)
+    return {k: v for k, v in tensors.items() if _is_tower(k)}, read_json(clip / "config.json")
 
 
 def _is_tower(name: str) -> bool:

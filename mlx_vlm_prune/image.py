@@ -149,7 +149,8 @@ class Preprocessor:
             pixels = pixels.astype(np.float64) * self.rescale
         pixels = pixels.astype(np.float32)
         if self.mean is not None:
-            pixels = (pixels - np.float32(self.mean)) / np.float32(self.std)
+            mean, std = (np.array(v, dtype=np.float32) for v in (self.mean, self.std))
+            pixels = (pixels - mean) / std
         return pixels
 
     def visible(self, image: Image.Image) -> Image.Image:

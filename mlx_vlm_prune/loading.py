@@ -11,15 +11,15 @@ from typing import Any
 
 from . import fast_blas
 
-fast_blas.load()  # before the first import of mlx, or never
+fast_blas.prepare()  # before the first import of mlx, or never
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from convert.checkpoint import MODEL_TYPE, as_mlx, is_mlx  # noqa: E402
-from convert.files import RawTensor, check_safetensors, read_json  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
+from convert.checkpoint import MODEL_TYPE, as_mlx, is_mlx  # noqa: E402
 from convert.errors import UserError  # noqa: E402
+from convert.files import RawTensor, check_safetensors, read_json  # noqa: E402
 
 from .image import Preprocessor  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
@@ -60,6 +60,7 @@ def load(
     float32 on a CPU, where half precision is ten times slower.
     Raises UserError, in one sentence, for whatever cannot be loaded.
     """
+    fast_blas.load()  # says what is wrong with a library that the user named
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
     folder = _find(path_or_hub_name, revision)

@@ -194,12 +194,11 @@ def build(
     content = stand_in.join(parts)
     if chat:
         content = tokenizer.render([{"role": "user", "content": content}])
-    parts = content.split(stand_in)
-    if len(parts) != len(tokens_per_image) + 1:
+    first, *after = content.split(stand_in)
+    if len(after) != len(tokens_per_image):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")
-
-    whole, starts = parts[0], []
-    for count, part in zip(tokens_per_image, parts[1:], strict=True):
+    whole, starts = first, []
+    for count, part in zip(tokens_per_image, after, strict=True):
         starts.append(len(whole))
         whole += image_token * count + part
     # Encoded in one piece: cut apart, white space beside an image would become other tokens.
@@ -286,7 +285,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             raise UserError(f"cannot read {file}: {_first_line(problem)}") from problem
     template = config.get("chat_template")
     if isinstance(template, list):  # the older form: several, each with a name
-        named = {each.get("name"): each.get("template") for each in template if hasattr(each, "get")}
+        given = [each for each in template if isinstance(each, dict)]
+        named = {each.get("name"): each.get("template") for each in given}
         template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string")

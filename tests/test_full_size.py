@@ -34,6 +34,10 @@ def publish(folder: Path) -> tuple[dict[str, torch.Tensor], Path, Path]:
     """Random weights as MiniMind2-V publishes them: float16, vision apart, both tied tensors."""
     torch.manual_seed(0)
     state = {k: v.half() for k, v in VLM(VLMConfig()).state_dict().items()}
+    for name, tensor in state.items():  # as they are, the answer would be one token for ever
+        if name.startswith("model.layers.") and "norm" not in name:
+            tensor *= 4
+    state["model.embed_tokens.weight"] *= 0.1
     vision = {k: v for k, v in state.items() if k.startswith("vision_encoder.")}
     rest = {k: v for k, v in state.items() if k not in vision}
     rest["lm_head.weight"] = rest["model.embed_tokens.weight"].clone()
@@ -106,7 +110,7 @@ def test_sixteen_greedy_tokens_about_a_photograph_equal_those_of_transformers(
     expected = transformers_says(state, photograph, words)
     model, processor = load(target, dtype="float32")
     answer = generate(model, processor, QUESTION, image=photograph, max_tokens=TOKENS)
-    assert len(set(expected)) > 1, "an answer that repeats one token would prove little"
+    assert len(set(expected)) > 4, "an answer that repeats itself would prove little"
     assert answer.token_ids == expected
     half = generate(model, processor, QUESTION, image=photograph, max_tokens=TOKENS, pruner="norm")
     assert half.visual_tokens_kept == 98 and half.token_ids != expected

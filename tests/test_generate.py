@@ -91,7 +91,7 @@ def test_the_stream_is_the_answer_in_pieces(home):
 
 def test_sampling_with_one_seed_repeats_and_with_another_differs(home):
     model, processor = load(home / "mlx")
-    options = dict(image=home / "a.png", temperature=2.0, max_tokens=12)
+    options = dict(image=home / "a.png", temperature=100.0, max_tokens=12)
     first, again, other = (
         generate(model, processor, QUESTION, **options, seed=seed).token_ids for seed in (1, 1, 2)
     )
@@ -177,7 +177,7 @@ def png(width: int, height: int, body: bytes = b"") -> bytes:
 BAD_IMAGES = {
     "empty.png": (b"", "empty"),
     "text.png": (b"this is no picture", "image"),
-    "huge.png": (png(20_000, 20_000), "20000 x 20000"),
+    "huge.png": (png(20_000, 20_000), "25 megapixels"),
     "cut.jpg": (None, "truncated"),
 }
 

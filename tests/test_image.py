@@ -51,7 +51,9 @@ def hugging_face(image: Image.Image, **fields: Any) -> np.ndarray:
 def png_header(width: int, height: int) -> bytes:
     """A PNG that promises this size and holds no pixels."""
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    start = (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    )
     data = b"IDAT" + zlib.compress(b"")
     return start + struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
 
@@ -149,7 +151,11 @@ def test_an_exif_rotated_image_equals_the_one_turned_by_hand(orientation: int) -
 
 def test_transparent_pixels_show_white_whatever_colour_is_stored_beneath() -> None:
     assert open_image(Image.new("RGBA", (2, 2), (200, 10, 10, 0))).getpixel((0, 0)) == (255,) * 3
-    assert open_image(Image.new("RGBA", (2, 2), (200, 10, 10, 255))).getpixel((0, 0)) == (200, 10, 10)
+    assert open_image(Image.new("RGBA", (2, 2), (200, 10, 10, 255))).getpixel((0, 0)) == (
+        200,
+        10,
+        10,
+    )
 
 
 def test_only_the_first_frame_of_an_animation_is_read() -> None:

@@ -50,9 +50,7 @@ def first(clusters: dict[int, list[int]], K: int, N: int) -> dict[int, list[int]
     return alone(kept, others[: K - len(kept)])
 
 
-def exactly(
-    clusters: dict[int, list[int]], similar_NN: Tensor, K: int
-) -> dict[int, list[int]]:
+def exactly(clusters: dict[int, list[int]], similar_NN: Tensor, K: int) -> dict[int, list[int]]:
     """K clusters that hold every token."""
     if len(clusters) <= K:
         leader_of = {token: leader for leader, own in clusters.items() for token in own}

@@ -7,11 +7,19 @@ unrenamed. The features are the last layer's, without CLS and without
 Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d head size.
 """
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from convert.errors import UserError
 
 from ..pruners import Signals
 
@@ -115,16 +123,23 @@ class CLIPTower(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixels_B3HW: Tensor, want: dict[str, int] | None = None) -> Signals:
+    def forward(self, pixels_B3HW: Tensor, want: Mapping[str, int] | None = None) -> Signals:
         """Encode (B, 3, H, W) pixels; `want` maps "cls_attention" and "keys" to a layer.
 
-        Layers count from 0, or from -1 backwards. Returns features (B, N, D).
+        Layers count from 0, or from -1 backwards. Returns features (B, N, D). Raises
+        UserError for a layer that does not exist.
         """
         layers = self.encoder.layers
+        for number in (want or {}).values():
+            if not -len(layers) <= number < len(layers):
+                raise UserError(
+                    f"the tower has no layer {number}; give {-len(layers)} to {len(layers) - 1}"
+                )
         wanted = {name: layer % len(layers) for name, layer in (want or {}).items()}
         x_BSD = self.pre_layrnorm(self.embeddings(pixels_B3HW))
         seen: dict[str, Tensor] = {}
         for i, layer in enumerate(layers):
+            assert isinstance(layer, Layer)
             attention, normed = layer.self_attn, layer.layer_norm1(x_BSD)
             if wanted.get("cls_attention") == i:
                 seen["cls_attention_BN"] = attention.cls_row(normed)
@@ -133,3 +148,31 @@ class CLIPTower(nn.Module):
             x_BSD = layer(x_BSD)
         side = self.config.side
         return Signals(x_BND=x_BSD[:, 1:], grid=(side, side), **seen)
+
+
+def read_clip(folder: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    """A Hugging Face CLIP folder's vision half: its sizes and its `vision_model.*` weights.
+
+    Raises UserError for a folder that is not readable as one.
+    """
+    try:
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / "model.safetensors").exists():
+            state = load_file(folder / "model.safetensors")
+        else:
+            state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        held = held.get("vision_config", held)
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} is no readable CLIP folder: {error}") from None
+    except (RuntimeError, EOFError, UnpicklingError):
+        raise UserError(f"{folder} is no readable CLIP folder: its .bin is damaged") from None
+    if held.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise UserError(f"{folder}: hidden_act is {held['hidden_act']!r}; only quick_gelu is known")
+    # What transformers assumes where a config.json is silent: ViT-B/32's patches, not B/16's.
+    known = {**asdict(CLIPConfig()), "patch_size": 32}
+    config = CLIPConfig(**{name: held.get(name, default) for name, default in known.items()})
+    if "embeddings.class_embedding" in state:  # a tower alone, as transformers 5 writes it
+        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
+    seen = {name: tensor for name, tensor in state.items() if name.startswith("vision_model.")}
+    seen.pop("vision_model.embeddings.position_ids", None)  # a buffer of older releases
+    return config, seen
