@@ -30,6 +30,8 @@ def tidy(state: Tensors, where: Path) -> dict[str, RawTensor]:
     Raises UserError for another generation, or where output layer and embedding differ.
     """
     kept = {k.removeprefix("vision_encoder."): v for k, v in state.items() if "mask" not in k}
+    if "embeddings.class_embedding" in kept:  # a CLIPVisionModel as transformers 5 saves it
+        kept = {f"vision_model.{name}": tensor for name, tensor in kept.items()}
     kept = {k: v for k, v in kept.items() if not CLIP_REST.fullmatch(k)}
     if other := generation(kept):
         raise UserError(f"{where} holds {other}; {SUPPORTED}")

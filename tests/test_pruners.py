@@ -155,6 +155,19 @@ def test_half_precision_keeps_k_tokens_and_its_dtype(spec, dtype):
     assert kept.tokens(half).dtype == half.dtype
 
 
+@pytest.mark.parametrize("noise", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("K", [20, 98, 150])
+def test_similarity_agrees_at_full_width_on_near_duplicates_too(noise, K):
+    rng = np.random.default_rng(K)
+    kinds_8D = rng.normal(size=(8, 768))
+    x_BND = kinds_8D[rng.integers(8, size=(1, 196))] + noise * rng.normal(size=(1, 196, 768))
+    x_BND, cls_BN = x_BND.astype(np.float32), np.zeros((1, 196), np.float32)
+    ours = resolve("similarity")(signals(x_BND, cls_BN, (14, 14)), K)
+    theirs = twin(resolve("similarity"), x_BND, cls_BN, (14, 14), K)
+    np.testing.assert_array_equal(np.array(ours.index_BK), theirs.index_BK.numpy())
+    np.testing.assert_array_equal(np.array(ours.weight_BKN), theirs.weight_BKN.numpy())
+
+
 def test_the_check_between_frameworks_can_fail():
     """A twin that keeps the smallest norms instead of the largest must not pass."""
     x_BND, cls_BN = features("random", 1, 16, 0), attention("random", 1, 16, 0)

@@ -1,1 +1,1 @@
-"""The independent PyTorch reference: the same parts by the same names, written from the formulas."""
+"""The independent PyTorch reference: the same parts by the same names, from the formulas."""

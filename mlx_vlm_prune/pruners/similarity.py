@@ -26,7 +26,7 @@ def prune(
     signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
 ) -> Reduction:
     """Merge into K clusters. The pass is sequential: it runs on the host, N short steps."""
-    similar_BNN = np.array(cosine(signals.x_BND))
+    similar_BNN = cosine(signals.x_BND)
     settle = stop_at if published else balance
     leader_BN = np.stack([settle(s_NN, lead(s_NN, threshold), K) for s_NN in similar_BNN])
     index_BK = np.stack([np.flatnonzero(row == np.arange(len(row))) for row in leader_BN])
@@ -35,15 +35,16 @@ def prune(
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
 
 
-def cosine(x_BND: mx.array) -> mx.array:
-    """Cosine similarity of every two tokens, (B, N, N), float32, to six digits.
+def cosine(x_BND: mx.array) -> np.ndarray:
+    """Cosine similarity of every two tokens, (B, N, N), float64, to twelve digits.
 
-    Rounded, so that equal tokens tie, whatever order the product was summed in.
+    In float32 the order in which a product is summed decides which of two near-duplicates
+    is more alike: at D = 768 two frameworks then chose different tokens in most cases.
     """
-    x_BND = x_BND.astype(mx.float32)
-    norm_BN1 = mx.linalg.norm(x_BND, axis=-1, keepdims=True)
-    x_BND = x_BND / mx.maximum(norm_BN1, 1e-6)
-    return mx.round(x_BND @ x_BND.swapaxes(1, 2), decimals=6)
+    wide_BND = np.array(x_BND.astype(mx.float32)).astype(np.float64)
+    norm_BN1 = np.linalg.norm(wide_BND, axis=-1, keepdims=True)
+    wide_BND = wide_BND / np.maximum(norm_BN1, 1e-6)
+    return (wide_BND @ wide_BND.swapaxes(1, 2)).round(12)
 
 
 def lead(similar_NN: np.ndarray, threshold: float) -> np.ndarray:

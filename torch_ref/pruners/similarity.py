@@ -18,10 +18,10 @@ from .contract import Reduction, Signals
 def prune(
     signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
 ) -> Reduction:
-    x_BND = signals.x_BND.float()
+    x_BND = signals.x_BND.cpu().double()
     unit_BND = x_BND / x_BND.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-    # Six digits: tokens that are equal shall tie, whatever order a product was summed in.
-    similar_BNN = (unit_BND @ unit_BND.mT).mul(1e6).round().div(1e6)
+    # Float64, and twelve digits of it: what is equal ties, whatever order a product is summed in.
+    similar_BNN = (unit_BND @ unit_BND.mT).round(decimals=12)
     B, N, _ = x_BND.shape
     index_BK = torch.zeros(B, K, dtype=torch.long)
     weight_BKN = torch.zeros(B, K, N)
@@ -31,7 +31,8 @@ def prune(
         for k, leader in enumerate(sorted(settled)):
             index_BK[b, k] = leader
             weight_BKN[b, k, settled[leader]] = 1 / len(settled[leader])
-    return Reduction(index_BK.to(x_BND.device), weight_BKN.to(x_BND.device))
+    device = signals.x_BND.device
+    return Reduction(index_BK.to(device), weight_BKN.to(device))
 
 
 def greedy(similar_NN: Tensor, threshold: float) -> dict[int, list[int]]:
