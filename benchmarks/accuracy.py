@@ -19,7 +19,7 @@ from tqdm import tqdm
 from mlx_vlm_prune.loading import Processor, load
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.prompt import Prompt, build
-from mlx_vlm_prune.pruners import Pruner, resolve
+from mlx_vlm_prune.pruners import METHODS, Pruner, resolve
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, Question, Scene, question_set
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,21 +93,23 @@ def majority(per_kind: int) -> dict[str, float]:
 
 
 def main() -> None:
+    known = [name for name in METHODS if name not in ("none", "attention_pool")]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--per-kind", type=int, default=2000, help="questions of each kind")
-    parser.add_argument("--pruner", action="append", default=[], help="also this one; repeat")
-    parser.add_argument("--keep-tokens", type=int, default=98)
+    parser.add_argument("--per-kind", type=int, default=500, help="questions of each kind")
+    parser.add_argument("--pruner", action="append", help="repeat for several; default: all")
+    parser.add_argument("--keep-tokens", type=int, action="append", help="default: 98 and 49")
     args = parser.parse_args()
     model, processor = load()
     N = model.config.vision.grid[0] * model.config.vision.grid[1]
-    rows = [("none", N), *((spec, args.keep_tokens) for spec in args.pruner)]
+    pruned = [(spec, K) for K in args.keep_tokens or (98, 49) for spec in args.pruner or known]
     measured = []
-    for spec, K in rows:
+    for spec, K in [("none", N), *pruned]:
         figures = accuracy(model, processor, resolve(spec), K, args.per_kind)
         measured.append({"pruner": spec, "tokens": K, "accuracy": figures})
-        print(f"{spec:<15}{K:>4}  " + "  ".join(f"{kind} {v:.1%}" for kind, v in figures.items()))
+        shown = "  ".join(f"{kind} {v:.1%}" for kind, v in figures.items())
+        print(f"{spec:<15}{K:>4}  {shown}", flush=True)
     about = {"per_kind": args.per_kind, "majority": majority(args.per_kind), "rows": measured}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "scenes.json").write_text(json.dumps(about, indent=4) + "\n", encoding="utf-8")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 os.environ["MLX_ENABLE_TF32"] = "0"  # before any import of mlx, or parity is lost on CUDA
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,315 @@
+"""Promises about checkpoints from strangers: one sentence, nothing executed, nothing left."""
+
+import builtins
+import errno
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.errors import UserError
+from convert.files import check_safetensors, read_pth
+from mlx_vlm_prune import load
+
+from . import tiny
+from .test_convert import refused, to_mlx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def published(tmp_path):
+    tiny.publish(tiny.reference(), tmp_path, torch.float16)
+    tiny.write_words(tmp_path / "words")
+    return tmp_path
+
+
+def conversion(folder: Path) -> list[Path | str]:
+    rest = ["--vision", folder / "clip", "--tokenizer", folder / "words"]
+    return ["to-mlx", folder / "published.pth", folder / "mlx", *rest]
+
+
+def edit(folder: Path, change) -> None:
+    """Apply a change to the published state dict."""
+    state = torch.load(folder / "published.pth", weights_only=True)
+    change(state)
+    torch.save(state, folder / "published.pth")
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class Payload:
+    """Unpickled carelessly, it makes a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_payload_is_refused_and_not_executed(published, capsys):
+    trap = published / "executed"
+    torch.save({"model.embed_tokens.weight": Payload(trap)}, published / "published.pth")
+    assert "nothing in it was executed" in refused(capsys, *conversion(published))
+    assert not trap.exists()
+    assert "mlx" not in left(published)
+
+
+def test_a_bare_pickle_is_refused_and_not_executed(published, capsys):
+    trap = published / "executed"
+    (published / "published.pth").write_bytes(pickle.dumps(Payload(trap)))
+    assert "is no checkpoint of torch.save" in refused(capsys, *conversion(published))
+    assert not trap.exists()
+
+
+def test_a_compressed_archive_is_refused(published, capsys):
+    """195 kB of zip may hold 200 MB of zeros."""
+    file = published / "published.pth"
+    with zipfile.ZipFile(file) as before:
+        parts = {name: before.read(name) for name in before.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as after:
+        for name, data in parts.items():
+            after.writestr(name, data)
+    assert "does not compress" in refused(capsys, *conversion(published))
+
+
+def test_a_view_that_claims_gigabytes_is_refused(tmp_path):
+    torch.save({"a": torch.zeros(1).expand(10**9)}, tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").stat().st_size < 5000
+    with pytest.raises(UserError, match="claims more than the file holds"):
+        read_pth(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("held", [{}, [1, 2], {"a": 3}, {"a": torch.ones(2).to_sparse()}])
+def test_a_pth_that_is_no_state_dict_is_refused(tmp_path, held):
+    torch.save(held, tmp_path / "a.pth")
+    with pytest.raises(UserError):
+        read_pth(tmp_path / "a.pth")
+
+
+def header(about: dict, body: bytes = b"\0" * 8) -> bytes:
+    text = json.dumps(about).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def f32(start: int, end: int, *shape: int) -> dict:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+
+
+BAD_SAFETENSORS = {
+    "empty": b"",
+    "short": b"\1\0\0",
+    "header longer than the file": struct.pack("<Q", 1 << 40) + b"{}",
+    "header not JSON": struct.pack("<Q", 3) + b"abc",
+    "offsets beyond the end": header({"a": f32(0, 800, 200)}),
+    "shape and bytes disagree": header({"a": f32(0, 8, 3)}),
+    "overlapping tensors": header({"a": f32(0, 8, 2), "b": f32(4, 8, 1)}),
+    "overflowing shape": header({"a": f32(0, 8, 1 << 62, 1 << 62)}),
+    "trailing bytes": header({"a": f32(0, 8, 2)}, b"\0" * 80),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SAFETENSORS)
+def test_an_unsound_safetensors_file_is_refused(tmp_path, kind):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(BAD_SAFETENSORS[kind])
+    with pytest.raises(UserError, match="no sound safetensors"):
+        check_safetensors(file)
+
+
+def test_a_truncated_model_is_refused_by_load(published, capsys):
+    target = to_mlx(published)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="no sound safetensors"):
+        load(target)
+
+
+def test_a_missing_tensor_is_named(published, capsys):
+    edit(published, lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
+    assert "lacks the tensor language.layers.1.mlp.up_proj" in refused(
+        capsys, *conversion(published)
+    )
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(published, capsys):
+    edit(published, lambda state: state.update({"model.norm.weight": torch.ones(7).half()}))
+    sentence = refused(capsys, *conversion(published))
+    assert "language.norm.weight is (7,)" in sentence and "(48,)" in sentence
+
+
+def test_an_unknown_tensor_is_named(published, capsys):
+    edit(published, lambda state: state.update({"model.extra": torch.ones(2)}))
+    assert "model.extra" in refused(capsys, *conversion(published))
+
+
+def test_tied_tensors_that_differ_are_refused(published, capsys):
+    edit(published, lambda state: state["lm_head.weight"].add_(1))
+    assert "lm_head.weight differs" in refused(capsys, *conversion(published))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("tok_embeddings.weight", "before 27 April 2025"),
+        ("vision_proj.mlp.0.weight", "MiniMind-3"),
+        ("model.layers.0.mlp.gate.weight", "MoE"),
+    ],
+)
+def test_another_generation_is_refused_by_its_name(published, capsys, name, part):
+    edit(published, lambda state: state.update({name: torch.ones(2, 2)}))
+    assert part in refused(capsys, *conversion(published))
+
+
+def test_a_tensor_missing_from_a_folder_of_ours_is_named(published):
+    target = to_mlx(published)
+    tensors = load_file(target / "model.safetensors")
+    tensors.pop("projector.bias")
+    save_file(tensors, target / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks the tensor projector\.bias"):
+        load(target)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_config", "num_hidden_layers", 10**9),
+        ("text_config", "hidden_size", -1),
+        ("text_config", "hidden_size", "48"),
+        ("text_config", "num_attention_heads", 5),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "image_size", 1 << 40),
+        ("text_config", "rope_theta", "x"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_at_once(published, part, name, value):
+    target = to_mlx(published)
+    config = json.loads((target / "config.json").read_text())
+    config[part][name] = value
+    (target / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load(target)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "qwen2_vl"}', "[" * 100_000])
+def test_a_folder_with_another_config_is_no_checkpoint(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint"):
+        load(tmp_path)
+
+
+def test_a_destination_that_exists_is_refused_and_left_as_it_was(published, capsys):
+    (published / "mlx").mkdir()
+    (published / "mlx" / "mine").write_text("mine")
+    assert "exists already" in refused(capsys, *conversion(published))
+    assert left(published / "mlx") == {"mine"}
+    (published / "mlx" / "mine").unlink()
+    assert "exists already" in refused(capsys, *conversion(published))
+
+
+@pytest.mark.parametrize("way", ["to-mlx", "to-torch"])
+def test_a_disk_that_fills_up_leaves_nothing(published, capsys, monkeypatch, way):
+    if way == "to-torch":
+        to_mlx(published)
+    before, written = left(published), 0
+    really = builtins.open
+
+    class Full:
+        """A file on a disk with 50 kB left."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            nonlocal written
+            written += memoryview(data).nbytes
+            if written > 50_000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def open_on_full_disk(self, mode="r", *more, **options):
+        file = really(self, mode, *more, **options)
+        return Full(file) if mode == "wb" else file
+
+    monkeypatch.setattr(Path, "open", open_on_full_disk)
+    argv = conversion(published)
+    if way == "to-torch":
+        argv = ["to-torch", published / "mlx", published / "a.pth", "--vision", published / "v"]
+    assert "No space left on device" in refused(capsys, *argv)
+    assert left(published) == before
+
+
+def test_what_a_killed_run_left_is_swept_and_what_runs_is_not(published):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (published / f".mlx.part-{ended.pid}").mkdir()
+    (published / f".mlx.part-{os.getppid()}").mkdir()
+    to_mlx(published)
+    parts = {name for name in left(published) if ".part-" in name}
+    assert parts == {f".mlx.part-{os.getppid()}"}
+
+
+def test_ctrl_c_leaves_nothing(published):
+    slow = (
+        "import time, convert.checkpoint as c\n"
+        "from convert.__main__ import main\n"
+        "def wait(*_): print('now', flush=True); time.sleep(60)\n"
+        "c.write_safetensors = wait\n"
+        f"main({[str(a) for a in conversion(published)]!r})\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", slow], cwd=ROOT, stdout=subprocess.PIPE) as run:
+        assert run.stdout and run.stdout.readline() == b"now\n"
+        time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=60) == 130
+    assert not {name for name in left(published) if "mlx" in name}
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["to-mlx", "none.pth", "x"], "there is no none.pth"),
+        (["to-torch", "none", "x"], "none is none of our checkpoint folders"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(capsys, tmp_path, monkeypatch, argv, part):
+    monkeypatch.chdir(tmp_path)
+    assert part in refused(capsys, *argv)
+
+
+def test_without_a_tower_or_a_tokenizer_it_says_which_option_gives_one(published, capsys):
+    only = published / "only"
+    only.mkdir()
+    (published / "published.pth").rename(only / "published.pth")
+    source, target = only / "published.pth", only / "mlx"
+    assert "--vision" in refused(capsys, "to-mlx", source, target)
+    assert "--tokenizer" in refused(
+        capsys, "to-mlx", source, target, "--vision", published / "clip"
+    )
