@@ -7,11 +7,11 @@ from pathlib import Path
 
 from .checkpoint import DTYPES, as_mlx, to_mlx, to_torch
 from .detect import KV_HEADS
-from .errors import UserError
+from .errors import Parser, UserError
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+    parser = Parser(prog="python -m convert", description=__doc__)
     ways = parser.add_subparsers(dest="way", required=True)
     there = ways.add_parser("to-mlx", help="from MiniMind2-V as published to a folder for MLX")
     there.add_argument("source", metavar="SRC", type=Path, help="a .pth, or a folder with one")

@@ -7,7 +7,6 @@ Without arguments: a sample question about a sample scene, full beside pruned.
 
 import argparse
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.errors import UserError
+from convert.errors import Parser, UserError
 
 from . import __version__, fast_blas
 from .loading import DTYPES, load
@@ -37,7 +36,7 @@ SCENES_ONLY = (
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m mlx_vlm_prune.generate",
         description="Answer a prompt about images with fewer visual tokens. Without arguments: "
         "a sample question, answered with all visual tokens and with half of them.",
@@ -110,8 +109,6 @@ def run(args: argparse.Namespace) -> None:
     answer = _answer(args, model, processor, prompt, options | budget, "Pruned" if full else "")
     if full and args.verbose:
         _print_comparison(full, answer)
-    if args.overlay and answer.seen is None:
-        raise UserError("--overlay needs an --image")
     if args.overlay:
         _write(args.overlay, lambda path: answer.overlay().save(path, format="PNG"))
         if args.verbose:
@@ -126,10 +123,10 @@ def _answer(
     args: argparse.Namespace, model: Any, processor: Any, prompt: str, options: dict, title: str
 ) -> GenerationResult:
     """Stream one answer to stdout, with mlx-lm's lines around it."""
-    if args.verbose:
-        print(LINE, title) if title else print(LINE)
-    pieces = []
+    pieces: list[str] = []
     for piece in stream_generate(model, processor, prompt, **options):
+        if args.verbose and not pieces:
+            print(LINE, title) if title else print(LINE)
         print(piece.text, end="", flush=True)
         pieces.append(piece.text)
     print()
@@ -219,14 +216,16 @@ def _use_sample(args: argparse.Namespace) -> None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse before any work what could not be written, or makes no sense, after it."""
-    for ratio in (args.keep_ratio,):
-        if ratio is not None and not math.isfinite(ratio):
-            raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
+    ratio = args.keep_ratio
+    if ratio is not None and not 0 < ratio <= 1:  # not a number, too
+        raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
     for path in (args.json, args.overlay):
         if path and not path.absolute().parent.is_dir():
             raise UserError(
                 f"there is no folder {path.absolute().parent} to write {path.name} into"
             )
+    if args.overlay and not args.image and not args.is_sample:
+        raise UserError("--overlay needs an --image")
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise UserError(f"--overlay is {args.overlay}; it is drawn as PNG, so name it .png")
 
