@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from convert.__main__ import main as convert
 from safetensors.torch import save_file
 
+from convert.__main__ import main as convert
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.scenes.vocabulary import tokenizer, words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
