@@ -40,11 +40,21 @@ CLIP_READING = {  # openai/clip-vit-base-patch16's own
 
 
 @dataclass(frozen=True)
-class Source:
-    """A published checkpoint under our names, and the folders the rest of it lies in.
+class Published:
+    """MiniMind2-V by its published names, its tower under CLIP's, checked to be complete.
 
-    `reading` holds preprocessor_config.json, or is None where there is none.
+    `sizes` has text_config, vision_config and, for learned weights, pruner. `reading` is the
+    folder of preprocessor_config.json, or None where there is none.
     """
+
+    tensors: dict[str, RawTensor]
+    sizes: dict[str, Any]
+    reading: Path | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published checkpoint under our names, and the folders the rest of it lies in."""
 
     config: dict[str, Any]
     tensors: dict[str, RawTensor]
@@ -58,6 +68,32 @@ def is_mlx(folder: Path) -> bool:
     return config.is_file() and read_json(config).get("model_type") == MODEL_TYPE
 
 
+def read_published(
+    source: Path,
+    vision: Path | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> Published:
+    """Read a .pth or a folder with weights, and CLIP from `vision` or a folder beside them.
+
+    Raises UserError, naming file and tensor, for whatever does not fit.
+    """
+    state = tidy(read_weights(source), source)
+    home = _home(source)
+    clip = vision or next((home / p for p in CLIP_PLACES if (home / p).is_dir()), None)
+    tower, told = _read_tower(state, source, clip, vision is not None)
+    rest = {name: tensor for name, tensor in state.items() if not _is_tower(name)}
+    sizes: dict[str, Any] = {
+        "text_config": text_config(rest, source, heads, kv_heads),
+        "vision_config": vision_config(tower, told, clip or source),
+    }
+    if queries := rest.get("vision_proj.pool_queries"):
+        sizes["pruner"] = {"name": "attention_pool", "tokens": queries.shape[0]}
+    check_complete(our_tensors(rest, source) | our_tensors(tower, clip or source), sizes, source)
+    reading = next((f for f in (clip, home) if f and (f / READING).is_file()), None)
+    return Published(rest | tower, sizes, reading)
+
+
 def as_mlx(
     source: Path,
     vision: Path | None = None,
@@ -65,29 +101,20 @@ def as_mlx(
     heads: int | None = None,
     kv_heads: int | None = None,
 ) -> Source:
-    """Read MiniMind2-V as published: nothing is written.
+    """A published checkpoint as ours: nothing is written.
 
-    Without `vision` and `tokenizer` they are looked for in or beside `source`.
-    Raises UserError, naming file and tensor, for whatever does not fit.
+    Without `vision` and `tokenizer` they are looked for in or beside `source`. Raises UserError.
     """
-    state = tidy(read_weights(source), source)
-    home = source if source.is_dir() else source.parent
-    clip = vision or next((home / p for p in CLIP_PLACES if (home / p).is_dir()), None)
-    tower, told = _read_tower(state, source, clip, vision is not None)
-    rest = {name: tensor for name, tensor in state.items() if not _is_tower(name)}
-    config = {
-        **_words(tokenizer or home),
-        "model_type": MODEL_TYPE,
-        "text_config": text_config(rest, source, heads, kv_heads),
-        "vision_config": vision_config(tower, told, clip or source),
-    }
-    ours = our_tensors(rest, source) | our_tensors(tower, clip or source)
-    config["torch_dtype"] = _dtype(ours["language.embed_tokens.weight"])
-    if "pruner.queries" in ours:
-        config["pruner"] = {"name": "attention_pool", "tokens": ours["pruner.queries"].shape[0]}
-    check_complete(ours, config, source)
-    reading = next((f for f in (clip, home) if f and (f / READING).is_file()), None)
-    return Source(config, ours, tokenizer or home, reading)
+    published = read_published(source, vision, heads, kv_heads)
+    words = tokenizer or _home(source)
+    ours = our_tensors(published.tensors, source)
+    dtype = next(k for k, v in DTYPES.items() if v == ours["language.embed_tokens.weight"].dtype)
+    config = {**_words(words), **published.sizes, "model_type": MODEL_TYPE, "torch_dtype": dtype}
+    return Source(config, ours, words, published.reading)
+
+
+def _home(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
 
 
 def _read_tower(
@@ -164,10 +191,6 @@ def _words(folder: Path) -> dict[str, Any]:
     end = end.get("content") if isinstance(end, Mapping) else end
     end_id = tokenizer.token_to_id(end) if isinstance(end, str) else None
     return {"eos_token_id": end_id, "image_token": IMAGE_TOKEN, "image_token_id": token}
-
-
-def _dtype(tensor: RawTensor) -> str:
-    return next(name for name, code in DTYPES.items() if code == tensor.dtype)
 
 
 def to_mlx(source: Source, target: Path, dtype: str | None = None) -> None:

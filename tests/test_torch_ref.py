@@ -12,9 +12,10 @@ import torch
 from convert.errors import UserError
 from torch_ref.language.splice import visible
 from torch_ref.model import VLM, VLMConfig
-from torch_ref.pruners import METHODS, Signals, reduce
+from torch_ref.pruners import METHODS, Signals
 
 from . import tiny
+from .test_torch_ref_parts import close, llama
 
 CHOOSING = [name for name in METHODS if name not in ("none", "attention_pool")]
 EVERY = [("none", tiny.N), *((name, 5) for name in CHOOSING)]
@@ -52,123 +53,6 @@ def pooled() -> VLM:
 @pytest.fixture(scope="module")
 def pixels_I3HW() -> torch.Tensor:
     return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """float32 parity: rtol 1e-4, atol 1e-5 of the largest value."""
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
-
-
-# --- the language model ---------------------------------------------------------------
-
-
-def llama(vlm: VLM):
-    """transformers' model with the same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = tiny.TEXT
-    config = LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=True,
-    )
-    theirs = LlamaForCausalLM(config).eval()
-    named = {f"model.{name}": tensor for name, tensor in vlm.model.state_dict().items()}
-    missing, extra = theirs.load_state_dict(named, strict=False)
-    assert missing == ["lm_head.weight"] and not extra
-    theirs.tie_weights()
-    return theirs
-
-
-def test_the_language_model_equals_llama(vlm):
-    ids_BL = torch.randint(tiny.TEXT.vocab_size, (2, 23))
-    position_BL = torch.arange(23).expand(2, -1)
-    ours = vlm.language.logits(vlm.language(vlm.language.embed_tokens(ids_BL), position_BL))
-    close(ours, llama(vlm)(ids_BL).logits)
-
-
-def test_the_language_model_equals_llama_where_positions_have_gaps(vlm):
-    ids_1L, position_1L = torch.tensor([[9, 4, 30, 7, 7, 12]]), torch.tensor([[0, 1, 5, 6, 40, 41]])
-    ours = vlm.language.logits(vlm.language(vlm.language.embed_tokens(ids_1L), position_1L))
-    close(ours, llama(vlm)(ids_1L, position_ids=position_1L).logits)
-    with pytest.raises(AssertionError):  # positions matter to this model
-        close(ours, llama(vlm)(ids_1L).logits)
-
-
-def test_the_check_against_llama_can_fail(vlm):
-    """Interleaved rotation, which the releases before April 2025 had, must not pass."""
-    ids_1L, position_1L = torch.tensor([[9, 4, 30, 7, 7, 12]]), torch.arange(6)[None]
-    d = tiny.TEXT.head_dim
-    halves_to_pairs = torch.arange(d).reshape(2, d // 2).mT.flatten()
-    broken = tiny.reference()
-    for layer in broken.language.layers:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            weight_HdD = projection.weight.data.unflatten(0, (-1, d))
-            projection.weight.data = weight_HdD[:, halves_to_pairs].flatten(0, 1)
-    ours = broken.language.logits(
-        broken.language(broken.language.embed_tokens(ids_1L), position_1L)
-    )
-    with pytest.raises(AssertionError):
-        close(ours, llama(vlm)(ids_1L).logits)
-
-
-# --- the tower ------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clip(vlm, pixels_I3HW):
-    """What transformers' tower says with the same weights, and the keys of every layer."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    theirs = CLIPVisionModel(
-        CLIPVisionConfig(**asdict(tiny.VISION), attn_implementation="eager")
-    ).eval()
-    theirs.load_state_dict(vlm.tower.state_dict())
-    keys = []
-    for layer in theirs.encoder.layers:
-        layer.self_attn.k_proj.register_forward_hook(lambda *call: keys.append(call[-1]))
-    with torch.no_grad():
-        said = theirs(pixels_I3HW, output_hidden_states=True, output_attentions=True)
-    return said, keys
-
-
-def test_the_tower_equals_clip_after_every_layer(vlm, clip, pixels_I3HW):
-    said, _ = clip
-    x_ISD = vlm.tower.pre_layrnorm(vlm.tower.embeddings(pixels_I3HW))
-    close(x_ISD, said.hidden_states[0])
-    for layer, theirs_ISD in zip(vlm.tower.encoder.layers, said.hidden_states[1:], strict=True):
-        x_ISD = layer(x_ISD)
-        close(x_ISD, theirs_ISD)
-
-
-def test_the_features_are_the_last_layers_without_cls_and_without_a_norm(vlm, clip, pixels_I3HW):
-    seen = vlm.tower(pixels_I3HW)
-    close(seen.x_BND, clip[0].hidden_states[-1][:, 1:])
-    assert seen.grid == tiny.GRID
-    assert seen.cls_attention_BN is None and seen.keys_BND is None  # nobody asked
-
-
-@pytest.mark.parametrize("layer", range(-3, 3))
-def test_the_cls_row_is_that_of_eager_attention_at_every_layer(vlm, clip, pixels_I3HW, layer):
-    row_IN = vlm.tower(pixels_I3HW, {"cls_attention": layer}).cls_attention_BN
-    close(row_IN, clip[0].attentions[layer].mean(1)[:, 0, 1:])
-
-
-@pytest.mark.parametrize("layer", range(-3, 3))
-def test_the_keys_are_those_of_clip_at_every_layer(vlm, clip, pixels_I3HW, layer):
-    close(vlm.tower(pixels_I3HW, {"keys": layer}).keys_BND, clip[1][layer][:, 1:])
-
-
-@pytest.mark.parametrize("layer", [-4, 3])
-def test_a_layer_that_the_tower_lacks_is_refused(vlm, pixels_I3HW, layer):
-    with pytest.raises(UserError, match=f"no layer {layer}; give -3 to 2"):
-        vlm.logits(ROWS, pixels_I3HW, "cls_attention", 5, options={"layer": layer})
 
 
 # --- splicing and positions -----------------------------------------------------------
@@ -355,82 +239,6 @@ def test_from_pth_reads_a_tower_that_transformers_saved(vlm, tmp_path):
     assert all(saved[name].equal(tensor) for name, tensor in read.tower.state_dict().items())
 
 
-def lose(state):
-    del state["model.layers.1.mlp.up_proj.weight"]
-
-
-def add(state):
-    state["vision_proj.mlp.0.weight"] = torch.zeros(3)
-
-
-def crop(state):
-    state["model.norm.weight"] = state["model.norm.weight"][:-1]
-
-
-def loosen(state):
-    state["lm_head.weight"] = state["lm_head.weight"] + 1
-
-
-def odd(state):
-    state["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(7, 48)
-
-
-@pytest.mark.parametrize(
-    ("harm", "part"),
-    [
-        (lose, r"model.layers.1.mlp.up_proj.weight is missing"),
-        (add, r"vision_proj.mlp.0.weight belongs to no part"),
-        (crop, r"model.norm.weight has shape \(47,\), not \(48,\)"),
-        (loosen, "lm_head.weight differs"),
-        (odd, "make no heads"),
-    ],
-)
-def test_weights_that_are_no_minimind2_v_are_refused_in_one_sentence(vlm, tmp_path, harm, part):
-    pth, clip_folder = tiny.publish(vlm, tmp_path)
-    state = torch.load(pth, weights_only=True)
-    harm(state)
-    torch.save(state, pth)
-    with pytest.raises(UserError, match=part) as caught:
-        VLM.from_pth(pth, clip_folder, device=CPU)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"not a pickle", b"PK\x03\x04 cut off"])
-def test_a_pth_that_cannot_be_read_is_refused_in_one_sentence(vlm, tmp_path, content):
-    pth, clip_folder = tiny.publish(vlm, tmp_path)
-    pth.unlink()
-    if content is not None:
-        pth.write_bytes(content)
-    with pytest.raises(UserError, match=r"published.pth") as caught:
-        VLM.from_pth(pth, clip_folder, device=CPU)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_pickle_with_code_in_it_is_refused_and_not_run(vlm, tmp_path):
-    pth, clip_folder = tiny.publish(vlm, tmp_path)
-
-    class Harm:
-        def __reduce__(self):
-            return (type(tmp_path).mkdir, (tmp_path / "harmed",))
-
-    torch.save({"model.norm.weight": Harm()}, pth)
-    with pytest.raises(UserError, match="cannot be read"):
-        VLM.from_pth(pth, clip_folder, device=CPU)
-    assert not (tmp_path / "harmed").exists()
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]"])
-def test_a_clip_folder_that_cannot_be_read_is_refused_in_one_sentence(vlm, tmp_path, name, content):
-    pth, clip_folder = tiny.publish(vlm, tmp_path)
-    (clip_folder / name).unlink()
-    if content is not None:
-        (clip_folder / name).write_bytes(content)
-    with pytest.raises(UserError, match="CLIP folder") as caught:
-        VLM.from_pth(pth, clip_folder, device=CPU)
-    assert "\n" not in str(caught.value)
-
-
 # --- what a user can get wrong --------------------------------------------------------
 
 
@@ -450,59 +258,3 @@ def test_a_clip_folder_that_cannot_be_read_is_refused_in_one_sentence(vlm, tmp_p
 def test_what_does_not_fit_is_refused(vlm, pixels_I3HW, how, part):
     with pytest.raises(ValueError, match=part):
         vlm.logits(**{"rows": ROWS, "pixels_I3HW": pixels_I3HW, **how})
-
-
-# --- the pruners' own definitions, worked by hand -------------------------------------
-
-
-def of(x_ND: list, grid: tuple[int, int], cls: list | None = None) -> Signals:
-    row_1N = None if cls is None else torch.tensor([cls]).float()
-    return Signals(torch.tensor([x_ND]).float(), grid, cls_attention_BN=row_1N)
-
-
-def test_norm_keeps_the_longest_and_of_equals_the_first():
-    kept = reduce("norm", of([[1, 0], [0, 3], [2, 0], [0, 2], [-2, 0]], (1, 5)), 3)
-    assert kept.index_BK is not None and kept.index_BK.tolist() == [[1, 2, 3]]
-
-
-def test_cls_attention_keeps_the_most_attended_and_of_equals_the_first():
-    kept = reduce("cls_attention", of([[0]] * 5, (1, 5), [0.1, 0.3, 0.1, 0.1, 0.3]), 3)
-    assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 1, 4]]
-
-
-def test_windows_cover_a_narrow_grid_whose_square_share_of_bands_exceeds_k():
-    """9 x 1 in 2: square windows would want 4 bands, of which two had no window."""
-    x_ND = [[float(i)] for i in range(9)]
-    kept = reduce("avgpool", of(x_ND, (9, 1)), 2)
-    assert kept.index_BK is not None and kept.index_BK.tolist() == [[1, 6]]
-    close(kept.tokens(torch.tensor([x_ND])), torch.tensor([[[1.5], [6.0]]]))
-
-
-X, Y, Z = [1, 0, 0], [0, 1, 0], [0, 0, 1]
-
-
-def test_similarity_dissolves_the_smallest_clusters_when_there_are_too_many():
-    """X X Y Z Z: Y's cluster goes, and Y, which is like neither, joins the first."""
-    kept = reduce("similarity", of([X, X, Y, Z, Z], (1, 5)), 2)
-    assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 3]]
-    third = 1 / 3
-    by_hand = torch.tensor([[[third, third, third, 0, 0], [0, 0, 0, 0.5, 0.5]]])
-    assert kept.weight_BKN is not None
-    close(kept.weight_BKN, by_hand)
-
-
-def test_similarity_lets_the_least_alike_stand_alone_when_there_are_too_few():
-    """One cluster; the third token is the least like its leader."""
-    kept = reduce("similarity", of([[1, 0], [1, 0.1], [1, 0.4], [1, 0.2]], (1, 4)), 2)
-    assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 2]]
-    assert kept.weight_BKN is not None
-    third = 1 / 3
-    close(kept.weight_BKN, torch.tensor([[[third, third, 0, third], [0, 0, 1, 0]]]))
-
-
-def test_similarity_as_published_fills_up_with_the_first_followers():
-    kept = reduce("similarity", of([X, X, X, X], (1, 4)), 3, published=True)
-    assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 1, 2]]
-    assert kept.weight_BKN is not None
-    by_hand = torch.tensor([[[0.5, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0]]])
-    close(kept.weight_BKN, by_hand)

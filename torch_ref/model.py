@@ -8,23 +8,23 @@ S tokens with those decoded, D features, V words.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from convert.checkpoint import read_published
 from convert.errors import UserError
+from convert.files import RawTensor
 
-from .language.minimind import MiniMind, MiniMindConfig, text_config
+from .language.minimind import MiniMind, MiniMindConfig
 from .language.splice import Row, Spliced, splice, visible
 from .pruners import METHODS, reduce, wanted
 from .pruners.attention_pool import AttentionPool
-from .towers.clip import CLIPConfig, CLIPTower, read_clip
-
-TIED = ("lm_head.weight", "model.embed_tokens.weight")  # published twice, one weight here
+from .towers.clip import CLIPConfig, CLIPTower
 
 
 def best_device() -> torch.device:
@@ -53,6 +53,15 @@ class Decoding:
     real_BS: Tensor
     next_B: Tensor
     logits_BV: Tensor  # of the next token
+
+
+def _fields(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: sizes[f.name] for f in fields(kind)}
+
+
+def _tensor(raw: RawTensor) -> Tensor:
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return torch.from_numpy(np.array(raw.data)).view(kinds[raw.dtype]).reshape(raw.shape)
 
 
 class VisionEncoder(nn.Module):
@@ -95,15 +104,17 @@ class VLM(nn.Module):
         In float32, ready to answer, on the best device unless one is given. Raises
         UserError for files that cannot be read or that hold another model.
         """
-        path, clip_folder = Path(path), Path(clip_folder)
-        state = read_pth(path)
-        untie(state, path)
-        queries_KD = state.get("vision_proj.pool_queries")
-        vision, seen = read_clip(clip_folder)
-        pool_tokens = None if queries_KD is None else len(queries_KD)
-        model = cls(VLMConfig(vision, text_config(state, path), pool_tokens=pool_tokens))
-        state |= {f"vision_encoder.{name}": tensor for name, tensor in seen.items()}
-        fill(model, state, f"{path} with {clip_folder}")
+        published = read_published(Path(path), Path(clip_folder))
+        sizes, pruner = published.sizes, published.sizes.get("pruner")
+        vision = CLIPConfig(**_fields(CLIPConfig, sizes["vision_config"]))
+        text = MiniMindConfig(**_fields(MiniMindConfig, sizes["text_config"]))
+        model = cls(VLMConfig(vision, text, pool_tokens=pruner and pruner["tokens"]))
+        prefix = {True: "vision_encoder.", False: ""}
+        state = {
+            prefix[name.startswith("vision_model.")] + name: _tensor(raw)
+            for name, raw in published.tensors.items()
+        }
+        model.load_state_dict(state)
         return model.eval().to(device or best_device())
 
     @property
@@ -239,45 +250,3 @@ class VLM(nn.Module):
         if K not in (None, trained, N):
             raise UserError(f"this model's {pruner} keeps {trained} tokens, not {K}")
         return trained if K is None else K
-
-
-def read_pth(path: Path) -> dict[str, Tensor]:
-    """A published state dict, without the masks that early releases saved as well.
-
-    Raises UserError where the file is no such thing. A .pth is a pickle: only tensors are
-    unpacked, never code.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give the .pth of a MiniMind2-V") from None
-    except (OSError, RuntimeError, EOFError, UnpicklingError):
-        raise UserError(
-            f"{path} cannot be read: it is cut off, no .pth, or holds more than tensors"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no flat dict of tensors, which a published .pth is")
-    return {name: tensor for name, tensor in state.items() if "mask" not in name}
-
-
-def untie(state: dict[str, Tensor], where: Path) -> None:
-    """Drop the output layer's copy of the embedding, having seen that it is a copy."""
-    head, embedding = state.pop(TIED[0], None), state.get(TIED[1])
-    if head is not None and (embedding is None or not head.equal(embedding)):
-        raise UserError(f"{where}: {TIED[0]} differs from the {TIED[1]} it should be tied to")
-
-
-def fill(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Load every weight. Raises UserError for one too many, one missing, or another shape."""
-    wanted_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    for name in sorted(wanted_shapes.keys() | state.keys()):
-        if name not in state:
-            raise UserError(f"{where}: {name} is missing")
-        if name not in wanted_shapes:
-            raise UserError(f"{where}: {name} belongs to no part of a MiniMind2-V")
-        if state[name].shape != wanted_shapes[name]:
-            raise UserError(
-                f"{where}: {name} has shape {tuple(state[name].shape)}, "
-                f"not {tuple(wanted_shapes[name])}"
-            )
-    model.load_state_dict(state)

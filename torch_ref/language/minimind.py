@@ -6,18 +6,11 @@ Shapes: B rows, L new tokens, S tokens with the cached ones, D features,
 H heads, G key/value heads, d head size.
 """
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from convert.errors import UserError
-
-KV_HEADS = 2  # of every published MiniMind2; the number is in no file
 
 
 @dataclass(frozen=True)
@@ -152,33 +145,3 @@ class MiniMind(nn.Module):
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the next token; the output layer is the embedding itself."""
         return F.linear(hidden_BLD, self.embed_tokens.weight)
-
-
-def text_config(state: Mapping[str, Tensor], where: Path) -> MiniMindConfig:
-    """The sizes of a published model, read off its weights.
-
-    Raises UserError where the first layer or the embedding is missing, or their shapes fit no
-    number of heads.
-    """
-    first = "model.layers.0."
-    names = ["model.embed_tokens.weight", f"{first}mlp.gate_proj.weight"]
-    names += [f"{first}self_attn.{x}_proj.weight" for x in "qk"]
-    for name in names:
-        if name not in state or state[name].ndim != 2:
-            raise UserError(f"{where} holds no matrix {name}, which every dense MiniMind2 has")
-    (vocab, hidden), (inner, _), (q_rows, _), (k_rows, _) = (state[name].shape for name in names)
-    head_dim = k_rows // KV_HEADS
-    if head_dim * KV_HEADS != k_rows or not head_dim or q_rows % head_dim or q_rows != hidden:
-        raise UserError(
-            f"{where}: {q_rows} query and {k_rows} key rows make no heads of a model "
-            f"{hidden} wide with {KV_HEADS} key/value heads"
-        )
-    found = (re.match(r"model\.layers\.(\d+)\.", name) for name in state)
-    return MiniMindConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=1 + max(int(match[1]) for match in found if match),
-        num_attention_heads=q_rows // head_dim,
-        num_key_value_heads=KV_HEADS,
-        vocab_size=vocab,
-    )

@@ -7,15 +7,10 @@ unrenamed. The features are the last layer's, without CLS and without
 Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d head size.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from pickle import UnpicklingError
+from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -148,31 +143,3 @@ class CLIPTower(nn.Module):
             x_BSD = layer(x_BSD)
         side = self.config.side
         return Signals(x_BND=x_BSD[:, 1:], grid=(side, side), **seen)
-
-
-def read_clip(folder: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """A Hugging Face CLIP folder's vision half: its sizes and its `vision_model.*` weights.
-
-    Raises UserError for a folder that is not readable as one.
-    """
-    try:
-        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if (folder / "model.safetensors").exists():
-            state = load_file(folder / "model.safetensors")
-        else:
-            state = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-        held = held.get("vision_config", held)
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} is no readable CLIP folder: {error}") from None
-    except (RuntimeError, EOFError, UnpicklingError):
-        raise UserError(f"{folder} is no readable CLIP folder: its .bin is damaged") from None
-    if held.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise UserError(f"{folder}: hidden_act is {held['hidden_act']!r}; only quick_gelu is known")
-    # What transformers assumes where a config.json is silent: ViT-B/32's patches, not B/16's.
-    known = {**asdict(CLIPConfig()), "patch_size": 32}
-    config = CLIPConfig(**{name: held.get(name, default) for name, default in known.items()})
-    if "embeddings.class_embedding" in state:  # a tower alone, as transformers 5 writes it
-        state = {f"vision_model.{name}": tensor for name, tensor in state.items()}
-    seen = {name: tensor for name, tensor in state.items() if name.startswith("vision_model.")}
-    seen.pop("vision_model.embeddings.position_ids", None)  # a buffer of older releases
-    return config, seen
