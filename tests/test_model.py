@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlx_vlm_prune.language.minimind import attend
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.pruners import METHODS, resolve
 
@@ -67,6 +68,17 @@ def test_cached_decoding_equals_the_cache_free_recomputation_at_every_split(pair
         got = pair.ours.step(mx.array([[token]]), position_B1, before)
         position_B1 = position_B1 + 1
         close(np.array(got)[0, 0], expected_1LV[0, start + i])
+
+
+@pytest.mark.parametrize("L", [1, 5])
+def test_attention_folded_for_a_cpu_equals_the_fused_one_of_a_gpu(L):
+    rng, S = np.random.default_rng(0), 9
+    q = mx.array(rng.normal(size=(2, 6, L, 8)).astype(np.float32))
+    k, v = (mx.array(rng.normal(size=(2, 3, S, 8)).astype(np.float32)) for _ in range(2))
+    causal = mx.arange(S)[None] <= mx.arange(S - L, S)[:, None]
+    folded = attend(q, k, v, causal[None, None] if L > 1 else None, fold=True)
+    fused = attend(q, k, v, "causal" if L > 1 else None, fold=False)
+    close(np.array(folded), np.array(fused))
 
 
 @pytest.mark.parametrize("split", range(1, 12))

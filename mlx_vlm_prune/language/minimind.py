@@ -66,10 +66,26 @@ class Attention(nn.Module):
         k_BGLd = step.rotary(self.split(self.k_proj(x_BLD)))
         v_BGLd = self.split(self.v_proj(x_BLD))
         k_BGSd, v_BGSd, seen_BS = cache.append(k_BGLd, v_BGLd, step.positions_BL)
-        y_BHLd = mx.fast.scaled_dot_product_attention(
-            q_BHLd, k_BGSd, v_BGSd, scale=self.head_dim**-0.5, mask=step.mask(seen_BS)
-        )
+        y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, step.mask(seen_BS), step.fold)
         return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
+
+
+def attend(
+    q_BHLd: mx.array, k_BGSd: mx.array, v_BGSd: mx.array, mask: mx.array | str | None, fold: bool
+) -> mx.array:
+    """Grouped attention, (B, H, L, d). `fold` lays the queries of a group end to end.
+
+    On a CPU MLX multiplies head by head, and waking its threads for such small products took
+    longer than the products; folded, there is one per group (docs/log.md).
+    """
+    B, H, L, d = q_BHLd.shape
+    G = k_BGSd.shape[1]
+    if fold:
+        assert not isinstance(mask, str), "the fused causal mask does not fold"
+        q_BHLd = q_BHLd.reshape(B, G, H // G * L, d)
+        mask = mask if mask is None else mx.tile(mask, (1, 1, H // G, 1))
+    y = mx.fast.scaled_dot_product_attention(q_BHLd, k_BGSd, v_BGSd, scale=d**-0.5, mask=mask)
+    return y.reshape(B, H, L, d)
 
 
 class MLP(nn.Module):
@@ -101,6 +117,7 @@ class Step:
 
     def __init__(self, positions_BL: mx.array, rotary: Rotary, padded: bool):
         self.positions_BL, self.rotary, self.padded = positions_BL, rotary, padded
+        self.fold = mx.default_device().type == mx.DeviceType.cpu
 
     def mask(self, seen_BS: mx.array) -> mx.array | str | None:
         """Who sees whom: rows at one's own position or before; padding (-1) is seen by none.
@@ -108,8 +125,10 @@ class Step:
         Rows are stored in the order of their positions, so without padding the fused
         causal kernel says the same, and a single new token sees all.
         """
-        if not self.padded:
-            return "causal" if self.positions_BL.shape[1] > 1 else None
+        if not self.padded and self.positions_BL.shape[1] == 1:
+            return None
+        if not self.padded and not self.fold:
+            return "causal"
         own_BL1 = self.positions_BL[:, :, None]
         visible_BLS = (seen_BS[:, None] >= 0) & (seen_BS[:, None] <= own_BL1)
         return (visible_BLS | (own_BL1 < 0))[:, None]  # a padding query may see anything
