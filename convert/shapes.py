@@ -2,26 +2,28 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .errors import UserError
-from .files import RawTensor
 
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_complete(
-    tensors: Mapping[str, RawTensor], config: Mapping[str, Any], where: Path
-) -> None:
+class Shaped(Protocol):
+    """Any tensor, whatever its library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], where: Path) -> None:
     """UserError that names the first tensor which is missing, misshapen or one too many."""
     expected = expected_shapes(config)
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{where} lacks the tensor {name} {shape}")
         if tensors[name].shape != shape:
-            raise UserError(
-                f"{where}: tensor {name} is {tensors[name].shape}; the others ask for {shape}"
-            )
+            raise UserError(f"{where}: tensor {name} is {tensors[name].shape}; {shape} is expected")
     for name in tensors:
         if name not in expected:
             raise UserError(f"{where} holds a tensor {name} that this model has no place for")

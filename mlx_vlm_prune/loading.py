@@ -15,11 +15,11 @@ fast_blas.prepare()  # before the first import of mlx, or never
 
 import mlx.core as mx  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten  # noqa: E402
 
 from convert.checkpoint import MODEL_TYPE, as_mlx, is_mlx  # noqa: E402
 from convert.errors import UserError  # noqa: E402
 from convert.files import RawTensor, check_safetensors, read_json  # noqa: E402
+from convert.shapes import check_complete  # noqa: E402
 
 from .image import Preprocessor  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
@@ -73,15 +73,28 @@ def load(
         config, words, reading = source.config, source.tokenizer, source.reading
         weights = {name: _to_mlx(tensor) for name, tensor in source.tensors.items()}
     model = VLM(parse_config(config, folder))
-    check_tensors(model, weights, folder)
-    own = next(iter(weights.values())).dtype
+    check_complete(weights, config, folder)
+    own = weights["language.embed_tokens.weight"].dtype
     target = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else own
     model.load_weights([(name, array.astype(target)) for name, array in weights.items()])
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    image = Preprocessor.from_folder(reading) if reading else Preprocessor()
+    image = _preprocessor(reading, model.config.vision.image_size)
     return model, Processor(Tokenizer.from_folder(words), image, model.config.image_token, name)
+
+
+def _preprocessor(folder: Path | None, side: int) -> Preprocessor:
+    """The one in the folder, or CLIP's own; it must make the pictures the tower reads."""
+    if folder is None:
+        return Preprocessor(size=side, crop=(side, side))
+    image = Preprocessor.from_folder(folder)
+    if (image.crop or image.size) != (side, side):
+        raise UserError(
+            f"{folder / 'preprocessor_config.json'} makes pictures of {image.crop or image.size}"
+            f" pixels, but the tower reads {side} x {side}"
+        )
+    return image
 
 
 def _on_cpu() -> bool:
@@ -124,6 +137,9 @@ def _mlx_weights(folder: Path) -> dict[str, mx.array]:
         arrays = mx.load(str(file))
         assert isinstance(arrays, dict)
         weights |= arrays
+    for name, array in weights.items():
+        if array.dtype not in DTYPES.values():
+            raise UserError(f"{folder}: tensor {name} is {array.dtype}, not {', '.join(DTYPES)}")
     return weights
 
 
@@ -187,21 +203,3 @@ def _size(given: Mapping[str, Any], name: str, where: Path) -> int:
             f"{where / 'config.json'}: {name} is {value!r}, not a whole number from 1 to {most}"
         )
     return value
-
-
-def check_tensors(model: VLM, weights: Mapping[str, mx.array], where: Path) -> None:
-    """Every tensor of the model is there in its shape, and no other."""
-    parameters = dict(tree_flatten(model.parameters()))
-    expected = {name: array.shape for name, array in parameters.items()}
-    for name, shape in expected.items():
-        if name not in weights:
-            raise UserError(f"{where} lacks the tensor {name} {shape}")
-        if weights[name].shape != shape:
-            raise UserError(
-                f"{where}: tensor {name} is {weights[name].shape}; config.json asks for {shape}"
-            )
-        if weights[name].dtype not in DTYPES.values():
-            raise UserError(f"{where}: tensor {name} is {weights[name].dtype}, not a float")
-    for name in weights:
-        if name not in expected:
-            raise UserError(f"{where} holds a tensor {name} that this model has no place for")

@@ -204,6 +204,15 @@ def test_a_size_that_cannot_be_is_refused_at_once(published, part, name, value):
         load(target)
 
 
+@pytest.mark.parametrize("crop", [{"crop_size": 32}, {"do_center_crop": False}])
+def test_a_preprocessor_that_makes_other_pictures_than_the_tower_reads_is_refused(published, crop):
+    target = to_mlx(published)
+    file = target / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | crop))
+    with pytest.raises(UserError, match="the tower reads 64 x 64"):
+        load(target)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "qwen2_vl"}', "[" * 100_000])
 def test_a_folder_with_another_config_is_no_checkpoint(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
