@@ -41,10 +41,12 @@ def cosine(x_BND: mx.array) -> np.ndarray:
     In float32 the order in which a product is summed decides which of two near-duplicates
     is more alike: at D = 768 two frameworks then chose different tokens in most cases.
     """
-    wide_BND = np.array(x_BND.astype(mx.float32)).astype(np.float64)
-    norm_BN1 = np.linalg.norm(wide_BND, axis=-1, keepdims=True)
-    wide_BND = wide_BND / np.maximum(norm_BN1, 1e-6)
-    return (wide_BND @ wide_BND.swapaxes(1, 2)).round(12)
+    with mx.stream(mx.cpu):  # a GPU has no float64; numpy's own threads would keep spinning
+        wide_BND = x_BND.astype(mx.float64)
+        norm_BN1 = mx.sqrt(mx.square(wide_BND).sum(axis=-1, keepdims=True))
+        wide_BND = wide_BND / mx.maximum(norm_BN1, mx.array(1e-6, mx.float64))
+        similar_BNN = wide_BND @ wide_BND.swapaxes(1, 2)
+    return np.array(similar_BNN).round(12)
 
 
 def lead(similar_NN: np.ndarray, threshold: float) -> np.ndarray:
