@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(parse(argv))
     except UserError as e:
         sys.exit(_fail(str(e)))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as e:
         sys.exit(_fail(f"{e.filename or 'output'}: {e.strerror or e}"))
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from .pruners.attention_pool import AttentionPool
 from .towers.clip import CLIPConfig, CLIPTower
 
 Policy = Literal["keep", "renumber"]
+PIECE = 2048  # tokens of a prompt read at once
 
 
 class Row(Protocol):
@@ -101,11 +102,23 @@ class VLM(nn.Module):
             visual = self.projector(kept.tokens(seen.x_BND))  # project
         told = splice(self.language.embed_tokens, rows, visual, kept, positions)  # splice
         cache = self.language.make_cache()
-        logits_BLV = self.language(
-            told.embeds_BLD, told.positions_BL, cache, padded=told.padded, last_only=last_only
-        )  # decode
+        logits_BLV = self.read(told, cache, last_only)  # decode
         lap("prefill", logits_BLV)
         return Prefill(logits_BLV, kept, told.next_B1, told.lengths, told.padded, cache)
+
+    def read(self, told: Spliced, cache: list[LayerCache], last_only: bool) -> mx.array:
+        """Logits (B, L, V), or (B, 1, V) of the last token.
+
+        A long prompt is read in pieces: memory must not grow with its square.
+        """
+        logits = []
+        for begin in range(0, told.positions_BL.shape[1], PIECE):
+            embeds_BLD = told.embeds_BLD[:, begin : begin + PIECE]
+            positions_BL = told.positions_BL[:, begin : begin + PIECE]
+            options = {"padded": told.padded, "last_only": last_only}
+            logits.append(self.language(embeds_BLD, positions_BL, cache, **options))
+            mx.eval(logits[-1])
+        return logits[-1] if last_only else mx.concatenate(logits, axis=1)
 
     def step(self, token_B1: mx.array, position_B1: mx.array, before: Prefill) -> mx.array:
         """Logits (B, 1, V) after one more token; the cache in `before` grows by it."""

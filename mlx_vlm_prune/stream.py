@@ -148,7 +148,7 @@ def stream_generate(
     `pruner` is "NAME" or "NAME:option=value"; of each image's N visual tokens K stay, by
     `keep_ratio` or `keep_tokens`. `temperature` 0 is greedy. Raises UserError.
     """
-    _check_sampling(positions, max_tokens, temperature, top_p)
+    _check_sampling(positions, max_tokens, temperature, top_p, seed)
     clock = Clock()
     chosen = _resolve(model, pruner)
     rows, columns = model.config.vision.grid
@@ -157,6 +157,9 @@ def stream_generate(
     pictures = [open_image(source) for source in _listed(image)]
     pixels = _pixels(model, processor, pictures)
     asked = build(processor.tokenizer, prompt, [N] * len(pictures), processor.image_token)
+    longest = model.config.text.max_position_embeddings
+    if len(asked.ids) > longest:
+        raise UserError(f"the prompt has {len(asked.ids)} tokens; the model reads up to {longest}")
     clock.lap("image", pixels)
     mx.reset_peak_memory()
     before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
@@ -297,7 +300,9 @@ def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSour
     return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
 
 
-def _check_sampling(positions: str, max_tokens: int, temperature: float, top_p: float) -> None:
+def _check_sampling(
+    positions: str, max_tokens: int, temperature: float, top_p: float, seed: int
+) -> None:
     if positions not in ("keep", "renumber"):
         raise UserError(f"--positions is {positions!r}; it is keep or renumber")
     if max_tokens < 1:
@@ -306,3 +311,5 @@ def _check_sampling(positions: str, max_tokens: int, temperature: float, top_p: 
         raise UserError(f"--temp is {temperature}; it must be 0 or more")
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; it must be at least 0 and below 2**63")

@@ -3,6 +3,8 @@
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 
 import mlx.core as mx
@@ -212,6 +214,9 @@ BAD_FLAGS = {
     "temperature": (["--temp", "-1"], "--temp"),
     "top-p": (["--top-p", "0"], "--top-p"),
     "max-tokens": (["--max-tokens", "0"], "--max-tokens"),
+    "seed": (["--temp", "1", "--seed", "-1"], "--seed"),
+    "option value": (["--pruner", "random:seed=-1", "--keep-tokens", "3"], "random: "),
+    "not a number": (["--keep-tokens", "many"], "--keep-tokens"),
     "dtype": (["--dtype", "float8"], "float16"),
     "overlay folder": (["--overlay", "absent/kept.png"], "no folder"),
     "overlay name": (["--overlay", "kept.jpg"], ".png"),
@@ -226,6 +231,21 @@ def test_a_wrong_flag_is_refused_in_one_sentence(home, capsys, monkeypatch, case
     monkeypatch.chdir(home)
     argv = command(home, "--image", str(home / "a.png"), *flags)
     assert part in refused(capsys, argv)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused(home, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("star " * 40_000))
+    argv = ["--model", str(home / "mlx"), "--prompt", "-"]
+    assert "the model reads up to 32768" in refused(capsys, argv)
+
+
+def test_a_reader_that_has_enough_is_no_error(home):
+    """As in `… | head -1`."""
+    argv = [sys.executable, "-m", "mlx_vlm_prune.generate", *command(home)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout and run.stderr
+        run.stdout.close()
+        assert run.stderr.read() == b""
 
 
 def test_images_without_marks_and_marks_without_images_are_counted(home, capsys):

@@ -93,6 +93,15 @@ def test_a_prompt_read_in_two_pieces_gives_the_same_as_in_one(pair, split):
     close(np.concatenate([np.array(first), np.array(second)], axis=1), whole)
 
 
+def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, monkeypatch):
+    whole, expected = logits(pair, list(ROWS), [0, 1, 2], "norm", 7)
+    monkeypatch.setattr("mlx_vlm_prune.model.PIECE", 6)
+    pieces, got = logits(pair, list(ROWS), [0, 1, 2], "norm", 7)
+    for b, length in enumerate(whole.lengths):
+        close(got[b, -length:], expected[b, -length:])
+    assert pieces.cache[0].rows == whole.cache[0].rows
+
+
 @pytest.mark.parametrize("name", CHOOSING)
 def test_keeping_all_gives_the_unpruned_bits(pair, name):
     _, full = logits(pair, [ROWS[0]], [0], "none", tiny.N)

@@ -27,6 +27,7 @@ class MiniMindConfig:
     vocab_size: int = 6400
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
 
     @property
     def head_dim(self) -> int:

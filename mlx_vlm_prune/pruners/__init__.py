@@ -62,7 +62,10 @@ class Pruner:
         if not mx.isfinite(signals.x_BND).all().item():
             raise UserError("the vision tower gave NaN or infinite features; try --dtype float32")
         prune: Callable = self.learned.prune if self.is_learned else self.method.prune
-        return partial(prune, **self.options)(signals, K)
+        try:
+            return partial(prune, **self.options)(signals, K)
+        except ValueError as e:  # an option's value, of the right type and yet impossible
+            raise UserError(f"{self.name}: {e}") from None
 
 
 def resolve(spec: "str | Pruner", learned: tuple[str, Any] | None = None) -> Pruner:
