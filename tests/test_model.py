@@ -54,6 +54,23 @@ def test_logits_equal_the_reference_for_every_method(pair, name, policy):
         close(ours[b, -length:], theirs[b, -length:])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 5e-3), ("bfloat16", 3e-2)])
+def test_half_precision_stays_near_the_reference(tmp_path, dtype, tolerance):
+    """The reference has the same rounded weights and computes in float32."""
+    reference = tiny.reference(seed=3)
+    model, _ = load(tiny.checkpoint(reference, tmp_path), dtype=dtype)
+    reference = reference.to(getattr(torch, dtype)).float()
+    pixels = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype(np.float32)
+    half = mx.array(pixels).astype(getattr(mx, dtype))
+    before = model([ROWS[0]], half, resolve("avgpool"), 5, last_only=False)
+    assert before.logits_BLV.dtype == half.dtype
+    ours = np.array(before.logits_BLV.astype(mx.float32))
+    with torch.no_grad():
+        seen = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        theirs = reference.logits([ROWS[0]], seen, pruner="avgpool", K=5).numpy()
+    assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", ["none", *CHOOSING])
 def test_cached_decoding_equals_the_cache_free_recomputation_at_every_split(pair, name, policy):
