@@ -19,7 +19,7 @@ from .image import open_image
 from .loading import Processor
 from .model import VLM, Policy, Prefill
 from .overlay import overlay, strip
-from .prompt import build
+from .prompt import Prompt, build
 from .pruners import Pruner, Reduction, resolve
 
 DEFAULT_KEEP_RATIO = 0.5
@@ -156,10 +156,7 @@ def stream_generate(
     K = budget(N, keep_ratio, keep_tokens, chosen)
     pictures = [open_image(source) for source in _listed(image)]
     pixels = _pixels(model, processor, pictures)
-    asked = build(processor.tokenizer, prompt, [N] * len(pictures), processor.image_token)
-    longest = model.config.text.max_position_embeddings
-    if len(asked.ids) > longest:
-        raise UserError(f"the prompt has {len(asked.ids)} tokens; the model reads up to {longest}")
+    asked = _ask(model, processor, prompt, [N] * len(pictures))
     clock.lap("image", pixels)
     mx.reset_peak_memory()
     before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
@@ -169,6 +166,14 @@ def stream_generate(
         visible = [processor.image.visible(p) for p in pictures]
         said = replace(said, seen=Seen(visible, (rows, columns), before.kept))
     yield from _decode(model, processor, before, picker, said, clock, max_tokens)
+
+
+def _ask(model: VLM, processor: Processor, prompt: str, counts: list[int]) -> Prompt:
+    asked = build(processor.tokenizer, prompt, counts, processor.image_token)
+    longest = model.config.text.max_position_embeddings
+    if len(asked.ids) > longest:
+        raise UserError(f"the prompt has {len(asked.ids)} tokens; the model reads up to {longest}")
+    return asked
 
 
 def _pixels(model: VLM, processor: Processor, pictures: list[Image.Image]) -> mx.array | None:
@@ -297,7 +302,9 @@ def _resolve(model: VLM, pruner: str | Pruner) -> Pruner:
 def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
     if image is None:
         return []
-    return list(image) if isinstance(image, list | tuple) else [image]  # type: ignore[list-item]
+    if isinstance(image, ImageSource):
+        return [image]
+    return list(image)
 
 
 def _check_sampling(
