@@ -287,8 +287,9 @@ def test_what_a_killed_run_left_is_swept_and_what_runs_is_not(published):
 
 def test_ctrl_c_leaves_nothing(published):
     slow = (
-        "import time, convert.checkpoint as c\n"
+        "import signal, time, convert.checkpoint as c\n"
         "from convert.__main__ import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
         "def wait(*_): print('now', flush=True); time.sleep(60)\n"
         "c.write_safetensors = wait\n"
         f"main({[str(a) for a in conversion(published)]!r})\n"
