@@ -1,6 +1,6 @@
 """Key/value rows of the decoder's layers, each with the position it was made at.
 
-Rows can be dropped, so layers may hold different numbers of them: a position comes
+Tokens leave between layers, so layers hold different numbers of rows: a position comes
 from the row, never from how many rows there are.
 
 Shapes: B prompts, G key/value heads, L new rows, S rows held, d head size.
@@ -18,12 +18,17 @@ class LayerCache:
         self.keys_BGSd: mx.array | None = None
         self.values_BGSd: mx.array | None = None
         self.positions_BS: mx.array | None = None  # -1 is padding
+        self.bias_BS: mx.array | None = None  # added to the attention a row gets; mostly nothing
         self.rows = 0
 
     def append(
-        self, keys_BGLd: mx.array, values_BGLd: mx.array, positions_BL: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Add L rows; return all keys, values and positions held."""
+        self,
+        keys_BGLd: mx.array,
+        values_BGLd: mx.array,
+        positions_BL: mx.array,
+        bias_BL: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
+        """Add L rows; return all keys, values, positions and biases held."""
         begin, end = self.rows, self.rows + keys_BGLd.shape[2]
         self.keys_BGSd = _room(self.keys_BGSd, keys_BGLd, begin, end, axis=2)
         self.values_BGSd = _room(self.values_BGSd, values_BGLd, begin, end, axis=2)
@@ -31,18 +36,17 @@ class LayerCache:
         self.keys_BGSd[:, :, begin:end] = keys_BGLd
         self.values_BGSd[:, :, begin:end] = values_BGLd
         self.positions_BS[:, begin:end] = positions_BL
+        if bias_BL is not None or self.bias_BS is not None:
+            held = mx.zeros((len(positions_BL), begin)) if self.bias_BS is None else self.bias_BS
+            new = mx.zeros(positions_BL.shape) if bias_BL is None else bias_BL
+            self.bias_BS = mx.concatenate([held, new], axis=1)
         self.rows = end
-        return self.keys_BGSd[:, :, :end], self.values_BGSd[:, :, :end], self.positions_BS[:, :end]
-
-    def keep(self, index_BR: mx.array) -> None:
-        """Drop all rows but those at index (B, R), ascending; the rest keep their positions."""
-        assert self.keys_BGSd is not None and self.values_BGSd is not None
-        assert self.positions_BS is not None
-        at_B1R1 = index_BR[:, None, :, None]
-        self.keys_BGSd = mx.take_along_axis(self.keys_BGSd, at_B1R1, axis=2)
-        self.values_BGSd = mx.take_along_axis(self.values_BGSd, at_B1R1, axis=2)
-        self.positions_BS = mx.take_along_axis(self.positions_BS, index_BR, axis=1)
-        self.rows = index_BR.shape[1]
+        return (
+            self.keys_BGSd[:, :, :end],
+            self.values_BGSd[:, :, :end],
+            self.positions_BS[:, :end],
+            self.bias_BS,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -20,7 +20,8 @@ from convert.errors import Parser, UserError
 
 from . import __version__, fast_blas
 from .loading import DTYPES, load
-from .stream import GenerationResult, generate, stream_generate
+from .result import GenerationResult
+from .stream import generate, stream_generate
 
 __all__ = ["GenerationResult", "generate", "main", "stream_generate"]
 
@@ -45,10 +46,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="folder or hub name (default: the built-in scenes model)")
     add("--image", action="append", default=[], help="an image file; repeat for several")
     add("--prompt", "-p", help="the question ('-' reads stdin); <image> marks an image's place")
-    add("--pruner", help="NAME or NAME:option=value,…")
+    add("--pruner", help="NAME, NAME:option=value,… or a chain NAME+NAME")
     add("--keep-ratio", type=float, help="share of the visual tokens to keep, above 0 to 1")
     add("--keep-tokens", type=int, help="how many visual tokens of each image to keep")
-    add("--positions", default="keep", help="kept tokens keep their positions, or renumber")
+    add("--positions", help="keep or renumber kept tokens' positions (default: as its paper)")
     add("--max-tokens", "-m", type=int, default=256, help="most tokens to answer with")
     add("--temp", "--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     add("--top-p", type=float, default=1.0)
@@ -147,10 +148,17 @@ def _print_figures(a: GenerationResult) -> None:
     if a.visual_tokens:
         pruned = 1 - a.visual_tokens_kept / a.visual_tokens
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
+        if len(a.layers) > 1:
+            print(f"By layer: {_by_layer(a)}; the mean is {a.visual_tokens_kept}")
     parts = ", ".join(
         f"{name} {a.ttft_ms[name]:.1f}" for name in ("image", "vision", "pruner", "prefill")
     )
     print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({parts})")
+
+
+def _by_layer(a: GenerationResult) -> str:
+    runs = [(f"{run['first']}-{run['last']}", run["visual_tokens"]) for run in a.layers]
+    return ", ".join(f"{n} in {layers}" for layers, n in runs)
 
 
 def _print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
@@ -174,6 +182,8 @@ def as_json(a: GenerationResult) -> dict[str, Any]:
         "visual_tokens": a.visual_tokens,
         "visual_tokens_kept": a.visual_tokens_kept,
         "kept_indices": a.kept_indices,
+        "layers": a.layers,
+        "cache_bytes": a.cache_bytes,
         "pruner": a.pruner,
         "positions": a.positions,
         "ttft_ms": a.ttft_ms,

@@ -1,33 +1,31 @@
 """MiniMind2-V: encode, prune, project, splice, decode. The only caller of pruners.
 
 Shapes: B prompts, I images over all prompts, N visual tokens, K kept of each image,
-L tokens of the spliced sequence, D features, V words.
+L rows of the spliced sequence, D features, T tokens of text, V words.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
+from convert.errors import UserError
+
 from .cache import LayerCache
+from .decoder import Cuts, Segment, read
 from .language.minimind import MiniMind, MiniMindConfig
-from .pruners import Pruner, Reduction
+from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, downsample
 from .pruners.attention_pool import AttentionPool
+from .pruners.contract import Policy, identity
+from .resample import shrunk
+from .splice import Row, Visual, splice
+from .towers.between import Cut
 from .towers.clip import CLIPConfig, CLIPTower
 
-Policy = Literal["keep", "renumber"]
-PIECE = 2048  # tokens of a prompt read at once
-
-
-class Row(Protocol):
-    """One prompt: token ids, and where each image's placeholders stand (start, length)."""
-
-    @property
-    def ids(self) -> Sequence[int]: ...
-    @property
-    def runs(self) -> Sequence[tuple[int, int]]: ...
+Lap = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -42,29 +40,60 @@ class VLMConfig:
 
 
 @dataclass(frozen=True)
-class Spliced:
-    """The spliced prompt: embeddings, positions (-1 is padding), and where decoding goes on."""
+class Prefill:
+    """What the first forward pass hands to decoding, and what became of the visual tokens.
 
-    embeds_BLD: mx.array
-    positions_BL: mx.array
-    next_B1: mx.array
-    lengths: list[int]  # tokens of each row, padding left out
+    `trace` says what was left of the whole images after every step (empty without images).
+    """
 
-    @property
-    def padded(self) -> bool:
-        return min(self.lengths) < self.positions_BL.shape[1]
+    logits_BLV: mx.array
+    trace: list["Stop"]
+    next_B1: mx.array  # the position of the first new token
+    lengths: list[int]  # rows of each prompt in the first layer
+    segments: list[Segment]
+    cache: list[LayerCache]
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """What the first forward pass hands to decoding."""
+class Stop:
+    """What was left of every image after a step, from `layer` of the language model on."""
 
-    logits_BLV: mx.array
-    kept: Reduction | None  # None without an image
-    next_B1: mx.array  # the position of the first new token
-    lengths: list[int]
-    padded: bool
-    cache: list[LayerCache]
+    step: str
+    layer: int
+    kept: list[Reduction]
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Images that are reduced together."""
+
+    signals: Signals  # of the tokens at present
+    seen: Signals  # as the tower handed them over
+    since: Reduction  # what became of those
+    within: Reduction | None = None  # what became of the patches inside the tower
+
+    @property
+    def kept(self) -> Reduction:
+        """What became of the whole image."""
+        rows, columns = self.seen.grid
+        return self.since.after(self.within, rows * columns) if self.within else self.since
+
+    def reduced(self, kept: Reduction) -> "Lot":
+        N = self.seen.x_BND.shape[1]
+        signals, since = self.signals.reduced(kept), kept.after(self.since, N)
+        return replace(self, signals=signals, since=since)
+
+    def split(self) -> "list[Lot]":
+        """One image at a time."""
+        one = [
+            Lot(self.signals.of(i), self.seen.of(i), self.since.of(i)) for i in range(self.images)
+        ]
+        within = self.within
+        return [replace(lot, within=within.of(i)) if within else lot for i, lot in enumerate(one)]
+
+    @property
+    def images(self) -> int:
+        return len(self.signals.x_BND)
 
 
 def _no_lap(name: str, value: Any) -> Any:
@@ -87,88 +116,148 @@ class VLM(nn.Module):
         self,
         rows: Sequence[Row],
         pixels_IHW3: mx.array | None,
-        pruner: Pruner,
+        pruner: Pruner | Pipeline,
         K: int,
-        positions: Policy = "keep",
+        positions: Policy | None = None,
         *,
         last_only: bool = True,
-        lap: Callable[[str, Any], Any] = _no_lap,
+        lap: Lap = _no_lap,
     ) -> Prefill:
-        """Read B prompts with I images. `lap(name, value)` may evaluate and time each part."""
-        kept = visual = None
+        """Read B prompts with I images, K tokens of each; of a decoder method, K is the
+        average over layers. Without `positions`, those of the method's paper.
+        `lap(name, value)` may evaluate and time each part."""
+        pipeline = Pipeline.of(pruner)
+        policy = positions or pipeline.positions
+        lots, cuts, trace = [], Cuts(), []
         if pixels_IHW3 is not None:
-            seen = lap("vision", self.tower(pixels_IHW3, want=pruner.want))  # encode
-            kept = lap("pruner", pruner(seen, K))  # prune
-            visual = self.projector(kept.tokens(seen.x_BND))  # project
-        told = splice(self.language.embed_tokens, rows, visual, kept, positions)  # splice
+            lots = [self.encode(pixels_IHW3, pipeline, rows, K, lap)]  # encode
+            trace += [_stop(lots, pipeline.at(Stage.IMAGE, Stage.ENCODER))]
+            lots, seen = _prune(lots, pipeline, K, Stage.FEATURES, lap)  # prune
+            lots = [self.project(lot) for lot in lots]  # project
+            lots, more = _prune(lots, pipeline, K, Stage.PROJECTED, lap)
+            trace += seen + more
+            cuts = self.cuts(lots, pipeline, K, policy)
+        visual = [slot for lot in lots for slot in _slots(lot, pipeline.enhancer)]
+        told = splice(self.language.embed_tokens, rows, visual, policy)  # splice
         cache = self.language.make_cache()
-        logits_BLV = self.read(told, cache, last_only)  # decode
-        lap("prefill", logits_BLV)
-        return Prefill(logits_BLV, kept, told.next_B1, told.lengths, told.padded, cache)
+        done = read(self.language, told, self.grid, cache, cuts, last_only, lap)  # decode
+        lap("prefill", done.logits_BLV)
+        for layer, kept in done.reductions:
+            before = trace[-1].kept
+            after = [kept.of(i).after(one, self.N) for i, one in enumerate(before)]
+            trace.append(Stop(f"{pipeline.steps[-1].name}, layer {layer}", layer, after))
+        return Prefill(done.logits_BLV, trace, told.next_B1, told.lengths, done.segments, cache)
 
-    def read(self, told: Spliced, cache: list[LayerCache], last_only: bool) -> mx.array:
-        """Logits (B, L, V), or (B, 1, V) of the last token.
+    def encode(
+        self, pixels_IHW3: mx.array, pipeline: Pipeline, rows: Sequence[Row], K: int, lap: Lap
+    ) -> Lot:
+        """The tower, inside which tokens may leave already; the prompt's words beside."""
+        layers, budgets = self.config.vision.num_hidden_layers, pipeline.budgets(self.N, K)
+        cuts, N, within = [], self.N, None
+        for step, own in zip(pipeline.steps, budgets, strict=True):
+            if step.stage is Stage.IMAGE and own < N:
+                small = downsample.smaller(self.grid, own)
+                size = self.config.vision.patch_size
+                pixels_IHW3 = shrunk(pixels_IHW3, (small[0] * size, small[1] * size))
+                within = downsample.blocks(self.grid, small, len(pixels_IHW3))
+                N = small[0] * small[1]
+            elif step.stage is Stage.ENCODER and own < N:
+                at = step.ask(step.method.cuts, layers, N, own)
+                cuts += [Cut(layer, place, left, step) for layer, place, left in at]
+                N = own
+        done = lap("vision", self.tower(pixels_IHW3, pipeline.want(layers), cuts))
+        if done.kept:
+            within = done.kept.after(within, self.N) if within else done.kept
+        seen = done.signals if not pipeline.wants("text") else self.worded(done.signals, rows)
+        return Lot(seen, seen, identity(seen.x_BND), within)
 
-        A long prompt is read in pieces: memory must not grow with its square.
-        """
-        logits = []
-        for begin in range(0, told.positions_BL.shape[1], PIECE):
-            embeds_BLD = told.embeds_BLD[:, begin : begin + PIECE]
-            positions_BL = told.positions_BL[:, begin : begin + PIECE]
-            options = {"padded": told.padded, "last_only": last_only}
-            logits.append(self.language(embeds_BLD, positions_BL, cache, **options))
-            mx.eval(logits[-1])
-        return logits[-1] if last_only else mx.concatenate(logits, axis=1)
+    def worded(self, signals: Signals, rows: Sequence[Row]) -> Signals:
+        """With the embeddings of the words around each image."""
+        words = []
+        for row in rows:
+            inside = {p for start, length in row.runs for p in range(start, start + length)}
+            ids = [token for p, token in enumerate(row.ids) if p not in inside]
+            words += [ids] * len(row.runs)
+        T = max(1, *map(len, words))
+        real = np.array([[i < len(ids) for i in range(T)] for ids in words])
+        padded = np.array([ids + [0] * (T - len(ids)) for ids in words], dtype=np.int32)
+        text_BTD = self.language.embed_tokens(mx.array(padded))
+        return replace(signals, text_BTD=text_BTD, text_real_BT=mx.array(real))
+
+    def project(self, lot: Lot) -> Lot:
+        return replace(lot, signals=replace(lot.signals, x_BND=self.projector(lot.signals.x_BND)))
+
+    def cuts(self, lots: list[Lot], pipeline: Pipeline, K: int, policy: Policy) -> Cuts:
+        """Where the decoder lets go of visual rows, so that an average of K stays."""
+        step, counts = pipeline.decoder, {lot.signals.x_BND.shape[1] for lot in lots}
+        if step is None or counts == {K}:
+            return Cuts()
+        if len(counts) > 1:
+            raise UserError(f"{pipeline.name}: in the decoder all images need as many tokens")
+        layers = self.config.text.num_hidden_layers
+        schedule = step.ask(step.method.schedule, layers, counts.pop(), K)
+        return Cuts(step, schedule, pipeline.enhancer, policy)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.config.vision.grid
+
+    @property
+    def N(self) -> int:
+        """Visual tokens of one image."""
+        return self.grid[0] * self.grid[1]
 
     def step(self, token_B1: mx.array, position_B1: mx.array, before: Prefill) -> mx.array:
         """Logits (B, 1, V) after one more token; the cache in `before` grows by it."""
-        embeds_B1D = self.language.embed_tokens(token_B1)
-        return self.language(embeds_B1D, position_B1, before.cache, padded=before.padded)
+        x_B1D = self.language.embed_tokens(token_B1)
+        for part in before.segments:
+            place_B1 = position_B1 + part.shift_B1
+            x_B1D = self.language.run(
+                part.layers, x_B1D, place_B1, before.cache, padded=part.padded
+            )
+        return self.language.logits(x_B1D)
 
 
-def splice(
-    embed: Callable[[mx.array], mx.array],
-    rows: Sequence[Row],
-    visual_IKD: mx.array | None,
-    kept: Reduction | None,
-    policy: Policy,
-) -> Spliced:
-    """Put each image's kept tokens where its placeholders stood, with their positions.
+def _prune(
+    lots: list[Lot], pipeline: Pipeline, K: int, stage: Stage, lap: Lap
+) -> tuple[list[Lot], list[Stop]]:
+    """What the methods of a stage leave, and the stops on the way."""
+    rows, columns = lots[0].seen.grid
+    budgets, stops = pipeline.budgets(rows * columns, K), []
+    for step, own in zip(pipeline.steps, budgets, strict=True):
+        if step.stage is stage:
+            lots = [smaller for lot in lots for smaller in _reduce(lot, step, own, lap)]
+            stops.append(_stop(lots, [step]))
+    return lots, stops
 
-    `keep`: a token keeps the position it had among all; `renumber`, and slots without an
-    anchor: positions count what is left. Shorter rows are padded on the left.
-    """
-    image, pieces = 0, []
-    for row in rows:
-        embeds, places, cursor = [], [], 0
-        for start, length in row.runs:
-            assert visual_IKD is not None and kept is not None
-            embeds += [embed(_ids(row.ids[cursor:start])), visual_IKD[image]]
-            if kept.index_BK is not None:
-                places += [mx.arange(cursor, start), start + kept.index_BK[image]]
-            cursor, image = start + length, image + 1
-        embeds.append(embed(_ids(row.ids[cursor:])))
-        places.append(mx.arange(cursor, len(row.ids)))
-        pieces.append(
-            (mx.concatenate(embeds), mx.concatenate([p.astype(mx.int32) for p in places]))
+
+def _stop(lots: list[Lot], steps: list[Pruner]) -> Stop:
+    kept = [lot.kept.of(i) for lot in lots for i in range(lot.images)]
+    return Stop("+".join(step.name for step in steps), 0, kept)
+
+
+def _reduce(lot: Lot, step: Pruner, K: int, lap: Lap) -> list[Lot]:
+    """One step of one lot; where each image has a budget of its own, one lot an image."""
+    lots, budgets = [lot], [K]
+    if step.has_dynamic_budget:
+        lots, budgets = lot.split(), step.budgets(lot.signals, K)
+    pairs = zip(lots, budgets, strict=True)
+    kept = [
+        lap("pruner", step(lot.signals, min(own, lot.signals.x_BND.shape[1]))) for lot, own in pairs
+    ]
+    return [lot.reduced(reduction) for lot, reduction in zip(lots, kept, strict=True)]
+
+
+def _slots(lot: Lot, enhancer: Pruner | None) -> list[Visual]:
+    """Each image's slots, ready to be spliced."""
+    bias_BK, index_BK = None, lot.kept.index_BK
+    if enhancer and lot.signals.x_BND.shape[1] < lot.seen.x_BND.shape[1]:
+        bias_BK = enhancer.ask(enhancer.method.weigh, lot.seen, lot.since)
+    return [
+        Visual(
+            lot.signals.x_BND[i],
+            None if index_BK is None else index_BK[i],
+            None if bias_BK is None else bias_BK[i],
         )
-    assert visual_IKD is None or image == len(visual_IKD), "every image has its placeholders"
-    renumber = policy == "renumber" or (kept is not None and kept.index_BK is None)
-    return _pad(pieces, [len(row.ids) for row in rows], renumber)
-
-
-def _ids(ids: Sequence[int]) -> mx.array:
-    return mx.array(list(ids), dtype=mx.int32)
-
-
-def _pad(pieces: list[tuple[mx.array, mx.array]], full: list[int], renumber: bool) -> Spliced:
-    lengths = [len(embeds) for embeds, _ in pieces]
-    L = max(lengths)
-    embeds_BLD = mx.stack([mx.pad(e, [(L - len(e), 0), (0, 0)]) for e, _ in pieces])
-    if renumber:
-        places = [mx.arange(length, dtype=mx.int32) for length in lengths]
-    else:
-        places = [p for _, p in pieces]
-    positions_BL = mx.stack([mx.pad(p, [(L - len(p), 0)], constant_values=-1) for p in places])
-    next_B1 = mx.array(lengths if renumber else full, dtype=mx.int32)[:, None]
-    return Spliced(embeds_BLD, positions_BL, next_B1, lengths)
+        for i in range(lot.images)
+    ]

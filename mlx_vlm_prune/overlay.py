@@ -52,17 +52,20 @@ def overlay(
         _outline(drawn, edges.reshape(grid), patch)
         if weights is not None:
             _mark(drawn, kept, columns, patch)
-    return _with_caption(drawn, caption)
+    return captioned(drawn, caption)
 
 
-def strip(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Several pictures side by side."""
-    width = sum(p.width for p in pictures) + GAP * (len(pictures) - 1)
-    whole = Image.new("RGB", (width, max(p.height for p in pictures)), PAPER)
-    left = 0
+def strip(pictures: Sequence[Image.Image], *, down: bool = False) -> Image.Image:
+    """Several pictures side by side, or `down` the page."""
+    sizes = np.array([picture.size for picture in pictures])
+    along, across = (1, 0) if down else (0, 1)
+    size = [0, 0]
+    size[along] = int(sizes[:, along].sum()) + GAP * (len(pictures) - 1)
+    size[across] = int(sizes[:, across].max())
+    whole, place = Image.new("RGB", (size[0], size[1]), PAPER), [0, 0]
     for picture in pictures:
-        whole.paste(picture, (left, 0))
-        left += picture.width + GAP
+        whole.paste(picture, (place[0], place[1]))
+        place[along] += picture.size[along] + GAP
     return whole
 
 
@@ -112,7 +115,7 @@ def _mark(drawn: Image.Image, kept: Sequence[int], columns: int, patch: int) -> 
         brush.ellipse(box, fill=EDGE, outline=INK)
 
 
-def _with_caption(drawn: Image.Image, caption: str) -> Image.Image:
+def captioned(drawn: Image.Image, caption: str) -> Image.Image:
     """The picture with a band below that holds the caption, as many lines as it takes."""
     size = max(11, drawn.width // 36)
     font = ImageFont.load_default(size)

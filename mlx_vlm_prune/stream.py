@@ -5,7 +5,7 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,68 +17,15 @@ from convert.errors import UserError
 
 from .image import open_image
 from .loading import Processor
-from .model import VLM, Policy, Prefill
-from .overlay import overlay, strip
+from .model import VLM, Prefill
 from .prompt import Prompt, build
-from .pruners import Pruner, Reduction, resolve
+from .pruners import Pipeline, Pruner, Reduction, plan
+from .pruners.contract import Policy
+from .result import GenerationResult, Seen, by_layers, worth_a_picture
+from .towers.between import Encoded
 
 DEFAULT_KEEP_RATIO = 0.5
 ImageSource = str | Path | bytes | Image.Image
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a picture of the pruning needs: the images as the tower saw them, and the reduction."""
-
-    images: list[Image.Image]
-    grid: tuple[int, int]
-    kept: Reduction
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """An answer, or in a stream its newest piece, with what it took.
-
-    Times are milliseconds; `ttft_ms` has image (opening and preprocessing), vision (the
-    tower), pruner, prefill (projector, splicing and the language model) and total, all up
-    to the first token. Tokens per second; peak memory in GB. `kept_indices` holds, per
-    image, the kept tokens' places in the original grid, or None where slots have none.
-    """
-
-    text: str
-    token: int
-    token_ids: list[int]
-    prompt_tokens: int
-    generation_tokens: int
-    prompt_tps: float
-    generation_tps: float
-    peak_memory: float
-    finish_reason: str | None
-    visual_tokens: int
-    visual_tokens_kept: int
-    kept_indices: list[list[int] | None]
-    pruner: str
-    positions: str
-    ttft_ms: dict[str, float]
-    seen: Seen | None = None
-
-    def overlay(self) -> Image.Image:
-        """A picture of what was kept; several images side by side."""
-        if self.seen is None:
-            raise UserError("there is no overlay: the prompt had no image")
-        weight_IKN = self.seen.kept.weight_BKN
-        pictures = []
-        for i, image in enumerate(self.seen.images):
-            weights = None if weight_IKN is None else np.array(weight_IKN[i].astype(mx.float32))
-            kept = self.kept_indices[i] or []
-            pictures.append(overlay(image, self.seen.grid, kept, self.caption(), weights=weights))
-        return pictures[0] if len(pictures) == 1 else strip(pictures)
-
-    def caption(self) -> str:
-        """The method and its numbers, per image."""
-        images = len(self.kept_indices)
-        tokens, kept = self.visual_tokens // images, self.visual_tokens_kept // images
-        return f"{self.pruner}   {tokens} -> {kept} visual tokens ({1 - kept / tokens:.1%} pruned)"
 
 
 class Clock:
@@ -93,7 +40,7 @@ class Clock:
         if isinstance(value, Reduction):
             mx.eval(value.parts)
         elif value is not None:
-            mx.eval(value if isinstance(value, mx.array) else value.x_BND)
+            mx.eval(value.signals.x_BND if isinstance(value, Encoded) else value)
         now = time.perf_counter()
         self.ms[name] += 1000 * (now - self.last)
         self.last = now
@@ -103,7 +50,7 @@ class Clock:
         return {**self.ms, "total": 1000 * (self.last - self.began)}
 
 
-def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pruner) -> int:
+def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pipeline) -> int:
     """K of N tokens: `keep_tokens`, or max(1, floor(N * keep_ratio)); half without either."""
     if keep_ratio is not None and keep_tokens is not None:
         raise UserError("give --keep-ratio or --keep-tokens, not both")
@@ -112,16 +59,16 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pr
     if keep_tokens is not None and not 1 <= keep_tokens <= N:
         raise UserError(f"--keep-tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
     if keep_tokens is None and keep_ratio is None:
-        if pruner.is_learned:
-            return pruner.learned.tokens
+        if pruner.trained_tokens:
+            return pruner.trained_tokens
         keep_ratio = 1.0 if pruner.name == "none" else DEFAULT_KEEP_RATIO
     K = max(1, int(N * keep_ratio + 1e-9)) if keep_ratio is not None else keep_tokens
     assert K is not None
     if pruner.name == "none" and K != N:
         raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
-    if pruner.is_learned and K not in (N, pruner.learned.tokens):
+    if pruner.trained_tokens and K not in (N, pruner.trained_tokens):
         raise UserError(
-            f"this checkpoint's {pruner.name} was trained for {pruner.learned.tokens} visual"
+            f"this checkpoint's {pruner.name} was trained for {pruner.trained_tokens} visual"
             f" tokens; it cannot keep {K}"
         )
     return K
@@ -133,10 +80,10 @@ def stream_generate(
     prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
-    pruner: str | Pruner = "none",
+    pruner: str | Pruner | Pipeline = "none",
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
-    positions: Policy = "keep",
+    positions: Policy | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -145,14 +92,15 @@ def stream_generate(
     """Answer a prompt about any number of images, one piece of text at a time.
 
     `<image>` in the prompt marks where an image goes; without it the images come first.
-    `pruner` is "NAME" or "NAME:option=value"; of each image's N visual tokens K stay, by
-    `keep_ratio` or `keep_tokens`. `temperature` 0 is greedy. Raises UserError.
+    `pruner` is "NAME", "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual
+    tokens K stay (of a decoder method in the average layer), by `keep_ratio` or
+    `keep_tokens`. Without `positions`, those of the method's paper. `temperature` 0 is
+    greedy. Raises UserError.
     """
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
     clock = Clock()
     chosen = _resolve(model, pruner)
-    rows, columns = model.config.vision.grid
-    N = rows * columns
+    N = model.N
     K = budget(N, keep_ratio, keep_tokens, chosen)
     pictures = [open_image(source) for source in _listed(image)]
     pixels = _pixels(model, processor, pictures)
@@ -161,10 +109,10 @@ def stream_generate(
     mx.reset_peak_memory()
     before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
     picker = Picker(temperature, top_p, seed)
-    said = _begin(before, chosen, positions, N, K, len(pictures))
-    if before.kept is not None:
+    said = _begin(before, chosen, positions or chosen.positions, model, len(pictures))
+    if pictures:
         visible = [processor.image.visible(p) for p in pictures]
-        said = replace(said, seen=Seen(visible, (rows, columns), before.kept))
+        said = replace(said, seen=Seen(visible, model.grid, worth_a_picture(before)))
     yield from _decode(model, processor, before, picker, said, clock, max_tokens)
 
 
@@ -268,34 +216,27 @@ def _decode(
 
 
 def _begin(
-    before: Prefill, pruner: Pruner, positions: str, N: int, K: int, images: int
+    before: Prefill, pruner: Pipeline, positions: str, model: VLM, images: int
 ) -> GenerationResult:
-    kept = before.kept
-    indices: list[list[int] | None] = [None] * images
-    if kept is not None and kept.index_BK is not None:
-        indices = np.array(kept.index_BK).tolist()
-    elif kept is not None:
+    layers = by_layers(before, model.config.text.num_hidden_layers)
+    if any(kept is None for run in layers for kept in run["kept_indices"]):
         positions = "renumber"  # pooled slots have no place of their own
-    spec = pruner.name + "".join(f",{k}={v}" for k, v in pruner.options.items()).replace(
-        ",", ":", 1
-    )
+    rows = sum(run["visual_tokens"] * (run["last"] - run["first"] + 1) for run in layers)
     return GenerationResult(
         text="", token=-1, token_ids=[], prompt_tokens=before.lengths[0], generation_tokens=0,
         prompt_tps=0.0, generation_tps=0.0, peak_memory=0.0, finish_reason=None,
-        visual_tokens=N * images, visual_tokens_kept=K * images, kept_indices=indices,
-        pruner=spec, positions=positions, ttft_ms={},
+        visual_tokens=model.N * images,
+        visual_tokens_kept=round(rows / model.config.text.num_hidden_layers),
+        kept_indices=layers[-1]["kept_indices"] if layers else [],
+        pruner=pruner.name, positions=positions, ttft_ms={}, layers=layers,
+        cache_bytes=sum(layer.nbytes for layer in before.cache),
     )  # fmt: skip
 
 
-def _resolve(model: VLM, pruner: str | Pruner) -> Pruner:
+def _resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
     name = model.config.pruner
-    chosen = resolve(pruner, (name[0], model.pruner) if name else None)
-    layers = model.config.vision.num_hidden_layers
-    for layer in chosen.want.values():
-        if not -layers <= layer < layers:
-            raise UserError(
-                f"{chosen.name}: layer is {layer}; the tower has layers 0 to {layers - 1}"
-            )
+    chosen = plan(pruner, (name[0], model.pruner) if name else None)
+    chosen.want(model.config.vision.num_hidden_layers)  # a layer that is not there is said early
     return chosen
 
 
@@ -308,9 +249,9 @@ def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSour
 
 
 def _check_sampling(
-    positions: str, max_tokens: int, temperature: float, top_p: float, seed: int
+    positions: str | None, max_tokens: int, temperature: float, top_p: float, seed: int
 ) -> None:
-    if positions not in ("keep", "renumber"):
+    if positions not in (None, "keep", "renumber"):
         raise UserError(f"--positions is {positions!r}; it is keep or renumber")
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}; it must be at least 1")

@@ -1,4 +1,4 @@
-"""What every test starts from: full float32, seeded numpy, and the shared data where it is."""
+"""What every test starts from: full float32, the fast BLAS, seeded numpy, the shared data."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,10 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # before any import of mlx, or parity is lo
 
 import numpy as np
 import pytest
+
+from mlx_vlm_prune import fast_blas
+
+fast_blas.prepare()  # before any import of mlx too, whichever test comes first
 
 
 @pytest.fixture(autouse=True)

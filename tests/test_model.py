@@ -3,6 +3,9 @@
 Shapes: I images, L tokens, V words.
 """
 
+import copy
+import functools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -12,13 +15,22 @@ import torch
 
 from mlx_vlm_prune.language.minimind import attend
 from mlx_vlm_prune.loading import load
-from mlx_vlm_prune.pruners import METHODS, resolve
+from mlx_vlm_prune.pruners import METHODS, Pruner, plan, resolve
+from mlx_vlm_prune.towers.between import Cut
+from torch_ref.pruners import Step
 
 from . import tiny
 from .test_pruners import close
 
-CHOOSING = [name for name in METHODS if name not in ("none", "attention_pool")]
 POLICIES = ("keep", "renumber")
+CHOOSING = [n for n in METHODS if n not in ("none", "attention_pool", "restore")]
+# Of a decoder method K is the average over 3 layers, of which the first holds all 16.
+SPECS = [
+    *CHOOSING, "visionzip+fastv", "tome+divprune", "cls_attention+cdpruner", "fastv+restore",
+    "cls_attention+restore", "downsample+norm", "patch_norm:keep=11+pact", "similarity+sparsevlm",
+    "visionzip:keep=11+pyramiddrop", "apet+restore", "tome:r=2", "cls_attention:layer=0",
+]  # fmt: skip
+K = 9
 ROWS = (
     tiny.row("user # what is in the picture ?"),
     tiny.row("# and # is there a red star ?"),
@@ -35,22 +47,32 @@ def pair(tmp_path_factory):
     return SimpleNamespace(ours=model, theirs=reference, pixels=pixels)
 
 
-def logits(pair, rows, images, name, K, policy="keep"):
+def logits(pair, rows, images, spec, K, policy="keep"):
     pixels = mx.array(pair.pixels[images]) if images else None
-    before = pair.ours(rows, pixels, resolve(name), K, policy, last_only=False)
+    before = pair.ours(rows, pixels, plan(spec), K, policy, last_only=False)
     return before, np.array(before.logits_BLV)
 
 
+def steps_of(spec: str, K: int) -> list[Step]:
+    """The same chain for the reference, with what the product leaves to each step."""
+    pipeline = plan(spec)
+    budgets = pipeline.budgets(tiny.N, K)
+    steps = [Step(s.name, k, s.options) for s, k in zip(pipeline.steps, budgets, strict=True)]
+    enhancer = pipeline.enhancer
+    return [*steps, Step(enhancer.name, None, enhancer.options)] if enhancer else steps
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", CHOOSING)
-def test_logits_equal_the_reference_for_every_method(pair, name, policy):
+@pytest.mark.parametrize("spec", SPECS)
+def test_logits_equal_the_reference_for_every_method(pair, spec, policy):
     rows = list(ROWS)
-    _, ours = logits(pair, rows, [0, 1, 2], name, 5, policy)
+    before, ours = logits(pair, rows, [0, 1, 2], spec, K, policy)
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        theirs = pair.theirs.logits(rows, pixels, pruner=name, K=5, positions=policy).numpy()
+        theirs = pair.theirs.logits(rows, pixels, steps_of(spec, K), positions=policy).numpy()
+    left = before.trace[-1].kept[0].slots
     for b, row in enumerate(rows):
-        length = len(row.ids) - len(row.runs) * (tiny.N - 5)
+        length = len(row.ids) - len(row.runs) * (tiny.N - left)
         close(ours[b, -length:], theirs[b, -length:])
 
 
@@ -71,20 +93,47 @@ def test_half_precision_stays_near_the_reference(tmp_path, dtype, tolerance):
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
+class Replaying:
+    """A pipeline whose steps repeat, the second time, what they answered the first time.
+
+    What methods choose may depend on the prompt's words, and so change when they grow.
+    """
+
+    def __init__(self, spec: str):
+        pipeline, self.again = plan(spec), False
+        steps = tuple(self.wrapped(step) for step in pipeline.steps)
+        self.pipeline = replace(pipeline, steps=steps)
+
+    def wrapped(self, step: Pruner) -> Pruner:
+        if not hasattr(step.method, "prune"):
+            return step
+        told = []
+
+        @functools.wraps(step.method.prune)
+        def prune(signals, K, **options):
+            if self.again:
+                return told.pop(0)
+            told.append(step.method.prune(signals, K, **options))
+            return told[-1]
+
+        return replace(step, method=SimpleNamespace(**{**vars(step.method), "prune": prune}))
+
+
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", ["none", *CHOOSING])
-def test_cached_decoding_equals_the_cache_free_recomputation_at_every_split(pair, name, policy):
-    K = tiny.N if name == "none" else 6
+@pytest.mark.parametrize("spec", ["none", *SPECS])
+def test_cached_decoding_equals_the_cache_free_recomputation_at_every_split(pair, spec, policy):
+    budget, chain = tiny.N if spec == "none" else K, Replaying(spec)
     row, said = ROWS[1], tiny.row("yes the red star is left of it").ids
+    pixels = mx.array(pair.pixels[:2])
+    before = pair.ours([row], pixels, chain.pipeline, budget, policy, last_only=False)
+    chain.again = True
     whole = tiny.Prompt([*row.ids, *said], row.runs)
-    _, expected_1LV = logits(pair, [whole], [0, 1], name, K, policy)
-    before, _ = logits(pair, [row], [0, 1], name, K, policy)
-    position_B1 = before.next_B1
-    start = before.lengths[0]
-    for i, token in enumerate(said):
+    after = pair.ours([whole], pixels, chain.pipeline, budget, policy, last_only=False)
+    expected_LV, position_B1 = np.array(after.logits_BLV)[0, -len(said) :], before.next_B1
+    for token, expected_V in zip(said, expected_LV, strict=True):
         got = pair.ours.step(mx.array([[token]]), position_B1, before)
         position_B1 = position_B1 + 1
-        close(np.array(got)[0, 0], expected_1LV[0, start + i])
+        close(np.array(got)[0, 0], expected_V)
 
 
 @pytest.mark.parametrize("L", [1, 5])
@@ -110,16 +159,19 @@ def test_a_prompt_read_in_two_pieces_gives_the_same_as_in_one(pair, split):
     close(np.concatenate([np.array(first), np.array(second)], axis=1), whole)
 
 
-def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, monkeypatch):
-    whole, expected = logits(pair, list(ROWS), [0, 1, 2], "norm", 7)
-    monkeypatch.setattr("mlx_vlm_prune.model.PIECE", 6)
-    pieces, got = logits(pair, list(ROWS), [0, 1, 2], "norm", 7)
-    for b, length in enumerate(whole.lengths):
+@pytest.mark.parametrize("spec", ["norm", "fastv", "sparsevlm", "pyramiddrop", "pact", "dart"])
+def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, spec, monkeypatch):
+    whole, expected = logits(pair, list(ROWS), [0, 1, 2], spec, K)
+    monkeypatch.setattr("mlx_vlm_prune.decoder.PIECE", 6)
+    monkeypatch.setattr("mlx_vlm_prune.decoder.ROWS", 2)
+    pieces, got = logits(pair, list(ROWS), [0, 1, 2], spec, K)
+    for b, row in enumerate(ROWS):
+        length = len(row.ids) - len(row.runs) * (tiny.N - whole.trace[-1].kept[0].slots)
         close(got[b, -length:], expected[b, -length:])
-    assert pieces.cache[0].rows == whole.cache[0].rows
+    assert [c.rows for c in pieces.cache] == [c.rows for c in whole.cache]
 
 
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", SPECS)
 def test_keeping_all_gives_the_unpruned_bits(pair, name):
     _, full = logits(pair, [ROWS[0]], [0], "none", tiny.N)
     _, kept = logits(pair, [ROWS[0]], [0], name, tiny.N)
@@ -127,16 +179,17 @@ def test_keeping_all_gives_the_unpruned_bits(pair, name):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(pair, policy):
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(pair, spec, policy):
     rows, said = list(ROWS), [9, 12, 30]
-    together, _ = logits(pair, rows, [0, 1, 2], "cls_attention", 7, policy)
+    together, _ = logits(pair, rows, [0, 1, 2], spec, K, policy)
     stepped = [np.array(s) for s in steps(pair.ours, together, said, len(rows))]
     image = 0
     for b, row in enumerate(rows):
         images = list(range(image, image + len(row.runs)))
         image += len(row.runs)
-        alone, _ = logits(pair, [row], images, "cls_attention", 7, policy)
-        length = alone.lengths[0]
+        alone, _ = logits(pair, [row], images, spec, K, policy)
+        length = alone.logits_BLV.shape[1]
         close(np.array(together.logits_BLV)[b, -length:], np.array(alone.logits_BLV)[0])
         for got, expected in zip(stepped, steps(pair.ours, alone, said, 1), strict=True):
             close(got[b], np.array(expected)[0])
@@ -168,23 +221,57 @@ def test_positions_keep_or_count_by_hand(pair):
     assert count.next_B1.item() == 7
 
 
-def test_dropped_cache_rows_leave_the_others_and_their_positions(pair):
-    """Decoding after a drop equals reading the shorter prompt with the same positions."""
+def test_pruning_in_the_decoder_leaves_fewer_rows_in_deeper_caches_and_their_bytes(pair):
+    row, words = ROWS[0], len(ROWS[0].ids) - tiny.N
+    full, _ = logits(pair, [row], [0], "none", tiny.N)
+    before, _ = logits(pair, [row], [0], "fastv", K)  # 16, then 5 and 5: 26 of 3 x 9
+    assert [layer.rows - words for layer in before.cache] == [16, 5, 5]
+    assert before.cache[1].nbytes * full.cache[1].rows == full.cache[1].nbytes * (words + 5)
+    index = np.array(before.trace[-1].kept[0].index_BK)[0]
+    start = row.runs[0][0]
+    held = np.array(before.cache[2].positions_BS)[0, start : start + 5]
+    assert held.tolist() == (start + index).tolist()  # fastv keeps positions
+    gone, _ = logits(pair, [row], [0], "vtw", K)
+    assert [layer.rows - words for layer in gone.cache] == [16, 0, 0]
+
+
+def test_positions_are_those_of_the_methods_paper_unless_told(pair):
+    def last(spec, policy):
+        before = pair.ours([ROWS[0]], mx.array(pair.pixels[:1]), plan(spec), K, policy)
+        return before.segments[-1].shift_B1.item()
+
+    gone = tiny.N - 5
+    assert last("fastv", None) == 0 and last("fastv", "renumber") == -gone
+    assert last("pact", None) == -gone and last("pact", "keep") == 0
+
+
+def test_a_merged_token_gets_the_attention_of_all_its_members(pair):
+    """Reading one token twice equals reading it once with a bias of log 2."""
     language, rng = pair.ours.language, np.random.default_rng(3)
-    embeds = mx.array(rng.normal(size=(1, 9, 48)).astype(np.float32))
-    positions, stay = mx.arange(9)[None], mx.array([[0, 1, 4, 6, 8]])
-    cache = language.make_cache()[:1]
-    layer = language.layers[0].self_attn
-    from mlx_vlm_prune.language.minimind import Rotary, Step
+    x = mx.array(rng.normal(size=(1, 5, 48)).astype(np.float32))
+    twice = x[:, mx.array([0, 1, 1, 2, 3, 4])]
+    places = mx.array([[0, 1, 1, 2, 3, 4]])  # both copies stand in one place
+    told = np.array(language.logits(language.run(range(1), twice, places, language.make_cache())))
+    bias = mx.array([[0.0, np.log(2), 0, 0, 0]])
+    once = language.run(range(1), x, mx.arange(5)[None], language.make_cache(), bias_BL=bias)
+    close(np.array(language.logits(once))[0, 2:], told[0, 3:])
 
-    def read(x, p, rows):
-        step = Step(p, Rotary(p, language.config.head_dim, language.config.rope_theta), False)
-        return layer(x, step, rows)
 
-    read(embeds, positions, cache[0])
-    cache[0].keep(stay)
-    token, place = embeds[:, :1], mx.array([[9]])
-    shorter = language.make_cache()[0]
-    read(embeds[:, stay[0]], stay, shorter)
-    close(np.array(read(token, place, cache[0])), np.array(read(token, place, shorter)))
-    assert np.array(cache[0].positions_BS)[0, :6].tolist() == [0, 1, 4, 6, 8, 9]
+def test_the_tower_reads_a_merged_patch_as_often_as_it_has_members(pair):
+    """Flat images: all patches are alike but for their positions, which are taken away."""
+    tower = copy.deepcopy(pair.ours.tower)
+    weight = tower.embeddings.position_embedding.weight
+    tower.embeddings.position_embedding.weight = mx.broadcast_to(weight[:1], weight.shape)
+    pixels = mx.broadcast_to(mx.array(pair.pixels[:1, :1, :1]), (1, 64, 64, 3))
+    full = np.array(tower(pixels).signals.x_BND)
+    cuts = [Cut(0, "middle", 7, resolve("tome")), Cut(1, "middle", 3, resolve("tome"))]
+    done = tower(pixels, {}, cuts)
+    close(np.array(done.signals.x_BND), full[:, :3])
+    assert np.array(done.signals.size_BN).sum() == 16
+
+
+def test_a_chain_keeps_the_places_of_the_whole_image(pair):
+    """The second step counts in what the first left; what is told counts in the image."""
+    before, _ = logits(pair, [ROWS[0]], [0], "uniform:keep=8+norm", 3)
+    first, last = (np.array(stop.kept[0].index_BK)[0] for stop in before.trace[1:])
+    assert set(last) < set(first) and len(first) == 8 and len(last) == 3

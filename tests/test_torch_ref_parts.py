@@ -3,6 +3,7 @@
 Shapes: B prompts, I images, N visual tokens, L tokens, S = N + 1 with CLS, D features.
 """
 
+import copy
 from dataclasses import asdict
 
 import pytest
@@ -116,29 +117,35 @@ def clip(vlm, pixels_I3HW):
 
 def test_the_tower_equals_clip_after_every_layer(vlm, clip, pixels_I3HW):
     said, _ = clip
-    x_ISD = vlm.tower.pre_layrnorm(vlm.tower.embeddings(pixels_I3HW))
-    close(x_ISD, said.hidden_states[0])
-    for layer, theirs_ISD in zip(vlm.tower.encoder.layers, said.hidden_states[1:], strict=True):
-        x_ISD = layer(x_ISD)
-        close(x_ISD, theirs_ISD)
+    for n in range(1, tiny.VISION.num_hidden_layers + 1):
+        shorter = copy.deepcopy(vlm.tower)
+        shorter.encoder.layers = shorter.encoder.layers[:n]
+        close(shorter(pixels_I3HW).signals.x_BND, said.hidden_states[n][:, 1:])
 
 
 def test_the_features_are_the_last_layers_without_cls_and_without_a_norm(vlm, clip, pixels_I3HW):
-    seen = vlm.tower(pixels_I3HW)
+    seen = vlm.tower(pixels_I3HW).signals
     close(seen.x_BND, clip[0].hidden_states[-1][:, 1:])
     assert seen.grid == tiny.GRID
-    assert seen.cls_attention_BN is None and seen.keys_BND is None  # nobody asked
+    assert seen.cls_attention_BN is None and seen.keys_BNHd is None  # nobody asked
 
 
 @pytest.mark.parametrize("layer", range(-3, 3))
 def test_the_cls_row_is_that_of_eager_attention_at_every_layer(vlm, clip, pixels_I3HW, layer):
-    row_IN = vlm.tower(pixels_I3HW, {"cls_attention": layer}).cls_attention_BN
+    row_IN = vlm.tower(pixels_I3HW, {"cls_attention": layer}).signals.cls_attention_BN
     close(row_IN, clip[0].attentions[layer].mean(1)[:, 0, 1:])
 
 
 @pytest.mark.parametrize("layer", range(-3, 3))
 def test_the_keys_are_those_of_clip_at_every_layer(vlm, clip, pixels_I3HW, layer):
-    close(vlm.tower(pixels_I3HW, {"keys": layer}).keys_BND, clip[1][layer][:, 1:])
+    keys_INHd = vlm.tower(pixels_I3HW, {"keys": layer}).signals.keys_BNHd
+    close(keys_INHd.flatten(2), clip[1][layer][:, 1:])
+
+
+@pytest.mark.parametrize("layer", range(-3, 3))
+def test_received_attention_is_the_column_mean_of_eager_attention(vlm, clip, pixels_I3HW, layer):
+    column_IN = vlm.tower(pixels_I3HW, {"received_attention": layer}).signals.received_attention_BN
+    close(column_IN, clip[0].attentions[layer].mean(dim=(1, 2))[:, 1:])
 
 
 @pytest.mark.parametrize("layer", [-4, 3])

@@ -8,21 +8,25 @@ S tokens with those decoded, D features, V words.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from convert.checkpoint import read_published
 from convert.errors import UserError
 from convert.files import RawTensor
 
+from . import decoder
 from .language.minimind import MiniMind, MiniMindConfig
 from .language.splice import Row, Spliced, splice, visible
-from .pruners import METHODS, reduce, wanted
+from .layout import PooledVisionProj, VisionEncoder, VisionProj, VLMConfig
+from .pruners import METHODS, Reduction, Signals, Step, reduce, wanted
 from .pruners.attention_pool import AttentionPool
 from .towers.clip import CLIPConfig, CLIPTower
 
@@ -34,17 +38,6 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-@dataclass(frozen=True)
-class VLMConfig:
-    """A MiniMind2-V: its tower, its language model, and the tokens with a meaning."""
-
-    vision: CLIPConfig = field(default_factory=CLIPConfig)
-    text: MiniMindConfig = field(default_factory=MiniMindConfig)
-    image_token_id: int = 34
-    eos_token_id: int = 2
-    pool_tokens: int | None = None  # how many tokens its learned pruner keeps, where it has one
-
-
 @dataclass
 class Decoding:
     """What a step of decoding continues from; every step changes it."""
@@ -53,6 +46,7 @@ class Decoding:
     real_BS: Tensor
     next_B: Tensor
     logits_BV: Tensor  # of the next token
+    each: list[decoder.Cached] = field(default_factory=list)  # prompts that were read one by one
 
 
 def _fields(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,24 +58,9 @@ def _tensor(raw: RawTensor) -> Tensor:
     return torch.from_numpy(np.array(raw.data)).view(kinds[raw.dtype]).reshape(raw.shape)
 
 
-class VisionEncoder(nn.Module):
-    def __init__(self, c: CLIPConfig):
-        super().__init__()
-        self.vision_model = CLIPTower(c)
-
-
-class VisionProj(nn.Module):
-    def __init__(self, c: VLMConfig):
-        super().__init__()
-        self.vision_proj = nn.Sequential(nn.Linear(c.vision.hidden_size, c.text.hidden_size))
-
-
-class PooledVisionProj(AttentionPool):
-    """EfficientVLM's, where the pool's weights lie beside the projector's."""
-
-    def __init__(self, c: VLMConfig, K: int):
-        super().__init__(K, c.vision.hidden_size)
-        self.vision_proj = nn.Sequential(nn.Linear(c.vision.hidden_size, c.text.hidden_size))
+def one_by_one(spliced: Spliced, plan: decoder.Plan) -> bool:
+    """Must prompts be read one at a time, because layers differ or rows count differently?"""
+    return plan.step is not None or bool(spliced.bias_BL.any())
 
 
 class VLM(nn.Module):
@@ -138,7 +117,7 @@ class VLM(nn.Module):
         self,
         rows: Sequence[Row],
         pixels_I3HW: Tensor | None,
-        pruner: str = "none",
+        pruner: str | Sequence[Step] = "none",
         K: int | None = None,
         positions: str = "keep",
         options: Mapping[str, Any] | None = None,
@@ -150,10 +129,14 @@ class VLM(nn.Module):
         trained for. `positions` is "keep" or "renumber". `options` are the pruner's.
         Raises UserError for what does not fit.
         """
-        spliced = self.read(rows, pixels_I3HW, pruner, K, positions, dict(options or {}))
-        hidden_BLD = self.language(
-            spliced.embeds_BLD, spliced.positions_BL, visible(spliced.real_BL)
-        )
+        spliced, plan = self.read(rows, pixels_I3HW, pruner, K, positions, options)
+        if one_by_one(spliced, plan):
+            hidden = [one.hidden_1LD[0].flip(0) for one in self.read_each(spliced, plan)]
+            hidden_BLD = pad_sequence(hidden, batch_first=True).flip(1)
+        else:
+            hidden_BLD = self.language(
+                spliced.embeds_BLD, spliced.positions_BL, visible(spliced.real_BL)
+            )
         return self.language.logits(hidden_BLD)
 
     @torch.no_grad()
@@ -161,7 +144,7 @@ class VLM(nn.Module):
         self,
         rows: Sequence[Row],
         pixels_I3HW: Tensor | None,
-        pruner: str = "none",
+        pruner: str | Sequence[Step] = "none",
         K: int | None = None,
         positions: str = "keep",
         options: Mapping[str, Any] | None = None,
@@ -186,13 +169,17 @@ class VLM(nn.Module):
         self,
         rows: Sequence[Row],
         pixels_I3HW: Tensor | None,
-        pruner: str = "none",
+        pruner: str | Sequence[Step] = "none",
         K: int | None = None,
         positions: str = "keep",
         options: Mapping[str, Any] | None = None,
     ) -> Decoding:
         """Read the prompts into a cache. Arguments as of `logits`."""
-        spliced = self.read(rows, pixels_I3HW, pruner, K, positions, dict(options or {}))
+        spliced, plan = self.read(rows, pixels_I3HW, pruner, K, positions, options)
+        if one_by_one(spliced, plan):
+            each = self.read_each(spliced, plan)
+            last = [self.language.logits(one.hidden_1LD[:, -1]) for one in each]
+            return Decoding([], spliced.real_BL, spliced.next_B, torch.cat(last), each)
         cache: list[list] = [[] for _ in self.language.layers]
         seen_BLL = visible(spliced.real_BL)
         hidden_BLD = self.language(spliced.embeds_BLD, spliced.positions_BL, seen_BLL, cache)
@@ -201,6 +188,11 @@ class VLM(nn.Module):
 
     def step(self, state: Decoding, token_B: Tensor) -> None:
         """Read one token per row; `state.logits_BV` then scores the one after it."""
+        if state.each:
+            pairs = zip(state.each, token_B.tolist(), strict=True)
+            read = [decoder.step(self.language, one, token) for one, token in pairs]
+            state.logits_BV = torch.cat(read)
+            return
         state.real_BS = torch.cat([state.real_BS, torch.ones_like(state.real_BS[:, :1])], dim=1)
         embeds_B1D = self.language.embed_tokens(token_B[:, None])
         hidden_B1D = self.language(
@@ -213,30 +205,117 @@ class VLM(nn.Module):
         self,
         rows: Sequence[Row],
         pixels_I3HW: Tensor | None,
-        pruner: str,
+        pruner: str | Sequence[Step],
         K: int | None,
         positions: str,
-        options: dict[str, Any],
-    ) -> Spliced:
-        """Encode, prune, project, splice."""
+        options: Mapping[str, Any] | None = None,
+    ) -> tuple[Spliced, decoder.Plan]:
+        """Encode, prune, project, splice; and what is left to do in the decoder."""
         if positions not in ("keep", "renumber"):
             raise UserError(f"positions are keep or renumber, not {positions!r}")
-        K, N = self.budget(pruner, K), self.config.vision.side**2
+        steps = self.steps(pruner, K, options)
         embed, images = self.language.embed_tokens, 0 if pixels_I3HW is None else len(pixels_I3HW)
         runs = [run for row in rows for run in row.runs]
         if len(runs) != images:
             raise UserError(f"the prompts place {len(runs)} images, and {images} are given")
-        assert all(length == N for _, length in runs), f"an image is a run of {N} placeholders"
+        assert all(length == self.N for _, length in runs), f"an image is {self.N} placeholders"
         if pixels_I3HW is None or not images:
-            return splice(embed, rows, None, None, positions)
-        seen = self.tower(pixels_I3HW.to(embed.weight), want=wanted(pruner, options))
-        kept = reduce(pruner, seen, K, self.pool if pruner == "attention_pool" else None, **options)
-        visual_IKD = self.projector(kept.tokens(seen.x_BND))
-        return splice(embed, rows, visual_IKD, kept, positions)
+            return splice(embed, rows, None, None, positions), decoder.Plan()
+        seen, kept = self.encode(pixels_I3HW.to(embed.weight), steps, rows)
+        visual_IKD, since = self.reduce(seen, steps)
+        enhancer = next((step for step in steps if step.stage == "enhancer"), None)
+        bias_IK = enhancer.call("weigh", seen, since) if enhancer else None
+        kept = since.after(kept, self.N)
+        spliced = splice(embed, rows, visual_IKD, kept, positions, bias_IK)
+        step = next((step for step in steps if step.stage == "decoder"), None)
+        n = visual_IKD.shape[1]
+        if step is None or step.K in (None, n):
+            return spliced, decoder.Plan()
+        schedule = step.call("schedule", len(self.language.layers), n, step.K)
+        return spliced, decoder.Plan(step, schedule, positions, enhancer)
+
+    def encode(
+        self, pixels_I3HW: Tensor, steps: Sequence[Step], rows: Sequence[Row]
+    ) -> tuple[Signals, Reduction | None]:
+        """The tower, with the steps that work in front of it and inside."""
+        grid, patch = (self.config.vision.side,) * 2, self.config.vision.patch_size
+        layers, N, cuts, within = len(self.tower.encoder.layers), self.N, [], None
+        want: dict[str, int | None] = {}
+        for step in steps:
+            own = N if step.K is None else step.K
+            if step.stage == "image" and own < N:
+                small = step.call("smaller", grid, own)
+                size = (small[0] * patch, small[1] * patch)
+                pixels_I3HW = F.interpolate(pixels_I3HW, size, mode="bilinear", antialias=True)
+                within, N = step.call("blocks", grid, small, len(pixels_I3HW)), small[0] * small[1]
+            elif step.stage == "encoder" and own < N:
+                planned = step.call("cuts", layers, N, own)
+                cuts += [(layer, place, left, step) for layer, place, left in planned]
+                N = own
+            if step.stage not in ("decoder", "enhancer", "image"):
+                want |= wanted(step, layers)
+        done = self.tower(pixels_I3HW, want, cuts)
+        kept = done.kept.after(within, self.N) if done.kept else within
+        words = [self.words(row) for row in rows for _ in row.runs]
+        text_BTD = pad_sequence([self.language.embed_tokens(ids) for ids in words], True)
+        real_BT = pad_sequence([torch.ones_like(ids) for ids in words], True).bool()
+        return replace(done.signals, text_BTD=text_BTD, text_real_BT=real_BT), kept
+
+    def words(self, row: Row) -> Tensor:
+        """The ids of a prompt without its images' placeholders."""
+        inside = {i for start, length in row.runs for i in range(start, start + length)}
+        ids = [token for i, token in enumerate(row.ids) if i not in inside]
+        return torch.tensor(ids, device=self.language.embed_tokens.weight.device)
+
+    def reduce(self, seen: Signals, steps: Sequence[Step]) -> tuple[Tensor, Reduction]:
+        """Projected tokens after the steps at the end of the tower and behind the projector."""
+        now, since, n = seen, None, seen.x_BND.shape[1]
+        for stage in ("features", "projected"):
+            if stage == "projected":
+                now = replace(now, x_BND=self.projector(now.x_BND))
+            for step in steps:
+                if step.stage == stage:
+                    m = now.x_BND.shape[1]
+                    own = min(m if step.K is None else step.K, m)
+                    pool = self.pool if step.name == "attention_pool" else None
+                    kept = reduce(step.name, now, own, pool, **step.options)
+                    slots = kept.tokens(now.x_BND)
+                    now = now if kept.index_BK is None else now.rows(kept.index_BK)
+                    now, since = replace(now, x_BND=slots), kept.after(since, n)
+        if since is None:
+            since = Reduction(torch.arange(n, device=seen.x_BND.device).expand(len(seen.x_BND), n))
+        return now.x_BND, since
+
+    def read_each(self, spliced: Spliced, plan: decoder.Plan) -> list[decoder.Cached]:
+        """Through the layers, prompt by prompt."""
+        done, grid = [], (self.config.vision.side,) * 2
+        for b, real_L in enumerate(spliced.real_BL):
+            prompt = decoder.Prompt(
+                spliced.embeds_BLD[b, real_L][None],
+                spliced.positions_BL[b, real_L][None],
+                int(spliced.next_B[b]),
+                spliced.runs[b],
+                spliced.bias_BL[b, real_L],
+            )
+            done.append(decoder.read(self.language, prompt, grid, plan))
+        return done
+
+    @property
+    def N(self) -> int:
+        """Visual tokens of one image."""
+        return self.config.vision.side**2
+
+    def steps(
+        self, pruner: str | Sequence[Step], K: int | None, options: Mapping[str, Any] | None
+    ) -> Sequence[Step]:
+        """The steps of a chain, or the one that a name, a budget and options stand for."""
+        if isinstance(pruner, str):
+            return [Step(pruner, self.budget(pruner, K), dict(options or {}))]
+        return pruner
 
     def budget(self, pruner: str, K: int | None) -> int:
         """How many of the N tokens a pruner shall keep; UserError where it cannot."""
-        N, trained = self.config.vision.side**2, self.config.pool_tokens
+        N, trained = self.N, self.config.pool_tokens
         if pruner not in METHODS:
             raise UserError(f"no pruner is called {pruner!r}; there are {', '.join(METHODS)}")
         if K is not None and not 1 <= K <= N:

@@ -51,7 +51,7 @@ class Rotary:
 class Attention(nn.Module):
     def __init__(self, c: MiniMindConfig):
         super().__init__()
-        self.head_dim = c.head_dim
+        self.head_dim, self.groups = c.head_dim, c.num_key_value_heads
         self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
@@ -66,9 +66,22 @@ class Attention(nn.Module):
         q_BHLd = step.rotary(self.split(self.q_proj(x_BLD)))
         k_BGLd = step.rotary(self.split(self.k_proj(x_BLD)))
         v_BGLd = self.split(self.v_proj(x_BLD))
-        k_BGSd, v_BGSd, seen_BS = cache.append(k_BGLd, v_BGLd, step.positions_BL)
-        y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, step.mask(seen_BS), step.fold)
+        k_BGSd, v_BGSd, seen_BS, bias_BS = cache.append(
+            k_BGLd, v_BGLd, step.positions_BL, step.bias_BL
+        )
+        mask = step.mask(seen_BS, bias_BS, x_BLD.dtype)
+        y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, mask, step.fold)
         return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
+
+    def turned_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+        """Of some rows, (B, G, H/G, L, d): grouped as the keys are."""
+        q_BHLd = rotary(self.split(self.q_proj(x_BLD)))
+        B, H, L, d = q_BHLd.shape
+        return q_BHLd.reshape(B, self.groups, H // self.groups, L, d)
+
+    def turned_keys(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+        """Of some rows, (B, G, L, d)."""
+        return rotary(self.split(self.k_proj(x_BLD)))
 
 
 def attend(
@@ -116,20 +129,36 @@ class DecoderLayer(nn.Module):
 class Step:
     """What all layers of one forward pass share: positions, rotation, visibility."""
 
-    def __init__(self, positions_BL: mx.array, rotary: Rotary, padded: bool):
-        self.positions_BL, self.rotary, self.padded = positions_BL, rotary, padded
+    def __init__(
+        self,
+        positions_BL: mx.array,
+        rotary: Rotary,
+        padded: bool,
+        bias_BL: mx.array | None = None,
+    ):
+        self.positions_BL, self.rotary = positions_BL, rotary
+        self.padded, self.bias_BL = padded, bias_BL
         self.fold = mx.default_device().type == mx.DeviceType.cpu
 
-    def mask(self, seen_BS: mx.array) -> mx.array | str | None:
+    def mask(
+        self, seen_BS: mx.array, bias_BS: mx.array | None, dtype: mx.Dtype
+    ) -> mx.array | str | None:
         """Who sees whom: rows at one's own position or before; padding (-1) is seen by none.
 
         Rows are stored in the order of their positions, so without padding the fused
-        causal kernel says the same, and a single new token sees all.
+        causal kernel says the same, and a single new token sees all. A bias is added.
         """
+        if bias_BS is not None:
+            visible_B1LS = self.visible(seen_BS)
+            return mx.where(visible_B1LS, bias_BS[:, None, None], -mx.inf).astype(dtype)
         if not self.padded and self.positions_BL.shape[1] == 1:
             return None
         if not self.padded and not self.fold:
             return "causal"
+        return self.visible(seen_BS)
+
+    def visible(self, seen_BS: mx.array) -> mx.array:
+        """Which rows each new row sees, (B, 1, L, S)."""
         own_BL1 = self.positions_BL[:, :, None]
         visible_BLS = (seen_BS[:, None] >= 0) & (seen_BS[:, None] <= own_BL1)
         return (visible_BLS | (own_BL1 < 0))[:, None]  # a padding query may see anything
@@ -162,10 +191,30 @@ class MiniMind(nn.Module):
         `positions_BL` ascend within each row; -1 marks padding on the left, announced by
         `padded`. `cache` grows by L rows a layer.
         """
-        c = self.config
-        step = Step(positions_BL, Rotary(positions_BL, c.head_dim, c.rope_theta), padded)
-        x_BLD = embeds_BLD
-        for layer, rows in zip(self.layers, cache or self.make_cache(), strict=True):
-            x_BLD = layer(x_BLD, step, rows)
-        x_BLD = self.norm(x_BLD[:, -1:] if last_only else x_BLD)
-        return self.embed_tokens.as_linear(x_BLD)
+        cache = cache or self.make_cache()
+        every = range(len(self.layers))
+        x_BLD = self.run(every, embeds_BLD, positions_BL, cache, padded=padded)
+        return self.logits(x_BLD[:, -1:] if last_only else x_BLD)
+
+    def run(
+        self,
+        numbers: range,
+        x_BLD: mx.array,
+        positions_BL: mx.array,
+        cache: list[LayerCache],
+        *,
+        padded: bool = False,
+        bias_BL: mx.array | None = None,
+    ) -> mx.array:
+        """Hidden states through some of the layers, whose caches grow by L rows."""
+        step = Step(positions_BL, self.rotary(positions_BL), padded, bias_BL)
+        for number in numbers:
+            x_BLD = self.layers[number](x_BLD, step, cache[number])
+        return x_BLD
+
+    def rotary(self, positions_BL: mx.array) -> Rotary:
+        return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
+
+    def logits(self, x_BLD: mx.array) -> mx.array:
+        """Of the next word, from the last layer's hidden states."""
+        return self.embed_tokens.as_linear(self.norm(x_BLD))

@@ -13,7 +13,8 @@ from mlx import nn
 from .contract import Reduction, Signals, Stage
 
 stage = Stage.FEATURES
-needs = frozenset[str]()
+learned = True
+needs: dict[str, str | None] = {}
 
 
 class AttentionPool(nn.Module):

@@ -12,10 +12,10 @@ Shapes: B images, N tokens, K kept.
 from .contract import Reduction, Signals, Stage, keep_highest
 
 stage = Stage.FEATURES
-needs = frozenset({"cls_attention"})
+needs = {"cls_attention": "layer"}
 
 
-def prune(signals: Signals, K: int, *, layer: int = -1) -> Reduction:
+def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
     """Keep the K tokens that CLS attends to most; `layer` is read by the host."""
     assert signals.cls_attention_BN is not None
     return Reduction(index_BK=keep_highest(signals.cls_attention_BN, K))

@@ -1,34 +1,96 @@
 """What a pruner sees, and what it answers. Everything else is a method's own.
 
-Shapes: B images, N visual tokens, K kept slots, D features.
+Shapes: B images, N visual tokens, K kept slots, D features, H heads, d head size,
+T tokens of text.
 """
 
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
 from functools import cached_property
+from typing import Any, Literal
 
 import mlx.core as mx
 
 
-class Stage(Enum):
-    """Where in the model a method works."""
+class Stage(IntEnum):
+    """Where in the model a method works, from front to back."""
 
-    FEATURES = "features"  # end of the tower
-    PROJECTED = "projected"  # what the projector hands over
+    IMAGE = 0  # the picture itself
+    ENCODER = 1  # between the tower's layers
+    FEATURES = 2  # end of the tower
+    PROJECTED = 3  # what the projector hands over
+    DECODER = 4  # between the language model's layers
+    ENHANCER = 5  # makes the selection of others better
+
+
+Policy = Literal["keep", "renumber"]  # of the positions of kept tokens
+WHOLE = ("grid", "cls_query_BHd", "text_BTD", "text_real_BT")  # signals that are not per token
 
 
 @dataclass(frozen=True)
 class Signals:
-    """The tokens of B images and, where a method asked for it, what it scores them by.
+    """The tokens of B images and, of what follows them, what a method asked for.
 
-    `x_BND` are the tokens, `grid` their (rows, columns), `cls_attention_BN` what CLS
-    attends to (mean over heads, its share of itself left out), `keys_BND` a layer's keys.
+    A method names what it needs; the host computes only that. Attention is a mean over
+    heads, and only ever one row, or a column of means made without an N x N array.
     """
 
-    x_BND: mx.array
-    grid: tuple[int, int]
-    cls_attention_BN: mx.array | None = None
-    keys_BND: mx.array | None = None
+    x_BND: mx.array  # the tokens
+    grid: tuple[int, int]  # (rows, columns) of the whole image
+    # Of a layer of the tower.
+    cls_attention_BN: mx.array | None = None  # what CLS attends to
+    received_attention_BN: mx.array | None = None  # what a token gets, mean over all queries
+    object_attention_BN: mx.array | None = None  # the same of another, earlier layer
+    cls_query_BHd: mx.array | None = None
+    queries_BNHd: mx.array | None = None
+    keys_BNHd: mx.array | None = None
+    # Of the tower's entrance.
+    pixels_BND: mx.array | None = None  # each patch's own pixels
+    patches_BND: mx.array | None = None  # patch embeddings, without positions
+    size_BN: mx.array | None = None  # how many tokens of the image each stands for by now
+    # Of the prompt around each image: the language model's embeddings, in the decoder its
+    # hidden states after the final norm.
+    text_BTD: mx.array | None = None
+    text_real_BT: mx.array | None = None  # False on padding
+    # Of the decoder, at the layer whose input the tokens are.
+    before_BND: mx.array | None = None  # the tokens one layer earlier
+    normed_BND: mx.array | None = None  # the tokens after the final norm
+    keys_BND: mx.array | None = None  # of the layer before, heads side by side
+    text_keys_BTD: mx.array | None = None
+    next_keys_BND: mx.array | None = None  # of this layer, heads side by side
+    last_attention_BN: mx.array | None = None  # the prompt's last token, in the layer before
+    next_attention_BN: mx.array | None = None  # the prompt's last token, in this layer
+    text_attention_BTN: mx.array | None = None  # every token of text, in the layer before
+    mean_attention_BN: mx.array | None = None  # the mean visual query to the keys of this layer
+
+    @property
+    def is_whole(self) -> bool:
+        """Are the tokens still the whole grid, in raster order?"""
+        return self.x_BND.shape[1] == self.grid[0] * self.grid[1]
+
+    def of(self, image: int) -> "Signals":
+        """The signals of one image of the batch."""
+        own: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            own[f.name] = value if value is None or f.name == "grid" else value[image : image + 1]
+        return Signals(**own)
+
+    def reduced(self, kept: "Reduction") -> "Signals":
+        """The same of the kept slots; what slots without an anchor have no share in is gone."""
+        own: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None or f.name in WHOLE or f.name == "x_BND":
+                continue
+            own[f.name] = None if kept.index_BK is None else take(value, kept.index_BK)
+        return replace(self, x_BND=kept.tokens(self.x_BND), **own)
+
+
+def take(x: mx.array, index_BK: mx.array, axis: int = 1) -> mx.array:
+    """The entries of x at each batch row's own indices, along an axis."""
+    shape = [len(index_BK) if i == 0 else -1 if i == axis else 1 for i in range(x.ndim)]
+    return mx.take_along_axis(x, index_BK.reshape(shape), axis=axis)
 
 
 @dataclass(frozen=True)
@@ -52,11 +114,41 @@ class Reduction:
             mixed = self.weight_BKN.astype(mx.float32) @ x_BND.astype(mx.float32)
             return mixed.astype(x_BND.dtype)
         assert self.index_BK is not None, "a reduction needs an index or weights"
-        return mx.take_along_axis(x_BND, self.index_BK[..., None], axis=1)
+        return take(x_BND, self.index_BK)
 
     def tokens(self, x_BND: mx.array) -> mx.array:
         """The kept tokens: `apply` to x, or to the learned values."""
         return self.apply(x_BND if self.value_BND is None else self.value_BND)
+
+    def mixture(self, N: int) -> mx.array:
+        """The weights (B, K, N), also where every slot is its own token."""
+        if self.weight_BKN is not None:
+            return self.weight_BKN.astype(mx.float32)
+        assert self.index_BK is not None
+        return (self.index_BK[..., None] == mx.arange(N)).astype(mx.float32)
+
+    def after(self, first: "Reduction", N: int) -> "Reduction":
+        """The reduction of the N tokens that does `first`, then this one."""
+        index = weight = None
+        if self.index_BK is not None and first.index_BK is not None:
+            index = take(first.index_BK, self.index_BK)
+        if self.weight_BKN is not None or first.weight_BKN is not None:
+            between = first.mixture(N)
+            weight = self.mixture(between.shape[1]) @ between
+        return Reduction(index, weight)
+
+    def of(self, image: int) -> "Reduction":
+        """The reduction of one image of the batch."""
+        one = slice(image, image + 1)
+        parts = (self.index_BK, self.weight_BKN, self.value_BND)
+        return Reduction(*(None if part is None else part[one] for part in parts))
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        part = self.weight_BKN if self.index_BK is None else self.index_BK
+        assert part is not None
+        return part.shape[1]
 
     @cached_property
     def parts(self) -> list[mx.array]:
@@ -72,5 +164,59 @@ def identity(x_BND: mx.array) -> Reduction:
 
 def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     """Indices (B, K), ascending, of the K highest scores; ties go to the lower index."""
-    order_BN = mx.argsort(-score_BN.astype(mx.float32), axis=-1)  # stable
+    if score_BN.dtype != mx.float64:
+        score_BN = score_BN.astype(mx.float32)
+    order_BN = mx.argsort(-score_BN, axis=-1)  # stable
     return mx.sort(order_BN[:, :K], axis=-1)
+
+
+def wide(x: mx.array) -> mx.array:
+    """In float64, where choices are made.
+
+    In float32 the order in which a sum is taken decides which of two near-duplicates
+    wins, and two machines then keep different tokens. Only a CPU has float64: call
+    it, and what follows, under `mx.stream(mx.cpu)`.
+    """
+    return x.astype(mx.float64)
+
+
+def unit(x_BND: mx.array) -> mx.array:
+    """Tokens of length one, float64; a zero token stays zero. Under `mx.stream(mx.cpu)`."""
+    x_BND = wide(x_BND)
+    norm_BN1 = mx.sqrt(mx.square(x_BND).sum(axis=-1, keepdims=True))
+    return x_BND / mx.maximum(norm_BN1, mx.array(1e-6, mx.float64))
+
+
+def cosine(x_BND: mx.array, y_BMD: mx.array | None = None) -> mx.array:
+    """Cosine similarity of every two tokens, (B, N, M), float64, to twelve digits.
+
+    Under `mx.stream(mx.cpu)`. What is equal ties, whatever order a product is summed in.
+    """
+    x_BND = unit(x_BND)
+    y_BMD = x_BND if y_BMD is None else unit(y_BMD)
+    return rounded(x_BND @ y_BMD.swapaxes(1, 2))
+
+
+def rounded(x: mx.array) -> mx.array:
+    """To twelve digits after the point, float64. (`mx.round` has its own 10^12 in float32.)"""
+    ten_12 = mx.array(1e12, mx.float64)
+    return mx.round(wide(x) * ten_12) / ten_12
+
+
+def scaled(score_BN: mx.array) -> mx.array:
+    """Scores from 0 to 1 within each image, float64; all equal is all 0. On the CPU."""
+    score_BN = wide(score_BN)
+    low_B1, high_B1 = score_BN.min(-1, keepdims=True), score_BN.max(-1, keepdims=True)
+    return (score_BN - low_B1) / mx.maximum(high_B1 - low_B1, mx.array(1e-12, mx.float64))
+
+
+def nearest_mean(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
+    """Weights (B, K, N) of kept slots that each become the mean of themselves and of the
+    dropped tokens most similar to them; of equal slots the first."""
+    N, K = similar_BNK.shape[1:]
+    home_BN = mx.argmax(similar_BNK, axis=-1)
+    member_BKN = home_BN[:, None] == mx.arange(K)[:, None]
+    own_BKN = index_BK[..., None] == mx.arange(N)
+    kept_B1N = own_BKN.any(axis=1, keepdims=True)
+    member_BKN = own_BKN | (member_BKN & ~kept_B1N)
+    return member_BKN / member_BKN.sum(axis=-1, keepdims=True)

@@ -3,7 +3,7 @@
 from .contract import Reduction, Signals, Stage, identity
 
 stage = Stage.FEATURES
-needs = frozenset[str]()
+needs: dict[str, str | None] = {}
 
 
 def prune(signals: Signals, K: int) -> Reduction:

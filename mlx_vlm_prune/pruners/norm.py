@@ -7,13 +7,14 @@ Shapes: B images, N tokens, D features, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage, keep_highest, wide
 
 stage = Stage.FEATURES
-needs = frozenset[str]()
+needs: dict[str, str | None] = {}
 
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K tokens of largest norm."""
-    norm_BN = mx.linalg.norm(signals.x_BND.astype(mx.float32), axis=-1)
-    return Reduction(index_BK=keep_highest(norm_BN, K))
+    with mx.stream(mx.cpu):
+        square_BN = mx.square(wide(signals.x_BND)).sum(axis=-1)
+        return Reduction(index_BK=keep_highest(square_BN, K))

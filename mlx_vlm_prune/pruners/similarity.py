@@ -16,37 +16,24 @@ Shapes: B images, N tokens, D features, K slots.
 import mlx.core as mx
 import numpy as np
 
-from .contract import Reduction, Signals, Stage
+from .contract import Reduction, Signals, Stage, cosine
 
 stage = Stage.FEATURES
-needs = frozenset[str]()
+needs: dict[str, str | None] = {}
 
 
 def prune(
     signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
 ) -> Reduction:
     """Merge into K clusters. The pass is sequential: it runs on the host, N short steps."""
-    similar_BNN = cosine(signals.x_BND)
+    with mx.stream(mx.cpu):
+        similar_BNN = np.array(cosine(signals.x_BND))
     settle = stop_at if published else balance
     leader_BN = np.stack([settle(s_NN, lead(s_NN, threshold), K) for s_NN in similar_BNN])
     index_BK = np.stack([np.flatnonzero(row == np.arange(len(row))) for row in leader_BN])
     member_BKN = leader_BN[:, None, :] == index_BK[:, :, None]
     weight_BKN = member_BKN / member_BKN.sum(axis=-1, keepdims=True)
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
-
-
-def cosine(x_BND: mx.array) -> np.ndarray:
-    """Cosine similarity of every two tokens, (B, N, N), float64, to twelve digits.
-
-    In float32 the order in which a product is summed decides which of two near-duplicates
-    is more alike: at D = 768 two frameworks then chose different tokens in most cases.
-    """
-    with mx.stream(mx.cpu):  # a GPU has no float64; numpy's own threads would keep spinning
-        wide_BND = x_BND.astype(mx.float64)
-        norm_BN1 = mx.sqrt(mx.square(wide_BND).sum(axis=-1, keepdims=True))
-        wide_BND = wide_BND / mx.maximum(norm_BN1, mx.array(1e-6, mx.float64))
-        similar_BNN = wide_BND @ wide_BND.swapaxes(1, 2)
-    return np.array(similar_BNN).round(12)
 
 
 def lead(similar_NN: np.ndarray, threshold: float) -> np.ndarray:

@@ -9,7 +9,7 @@ from .contract import Reduction, Signals, Stage
 from .grid import centre, windows
 
 stage = Stage.FEATURES
-needs = frozenset[str]()
+needs = {"grid": None}
 
 
 def prune(signals: Signals, K: int) -> Reduction:

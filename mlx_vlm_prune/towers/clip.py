@@ -6,12 +6,16 @@ the last layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never
 Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d head size.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from ..pruners.contract import Signals
+from ..resample import shrunk
+from .between import Between, Cut, Encoded, patched
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,21 @@ class Attention(nn.Module):
         B, S, _ = x_BSD.shape
         return x_BSD.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
 
-    def __call__(self, x_BSD: mx.array) -> mx.array:
+    def __call__(
+        self, x_BSD: mx.array, bias_BS: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """What is read, and the queries and keys (B, H, S, d) it was read by.
+
+        `bias_BS` is added to every query's logits: the log of how many tokens each is.
+        """
         q_BHSd, k_BHSd, v_BHSd = (
             self.split(project(x_BSD)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y_BHSd = mx.fast.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, scale=self.scale)
-        return self.out_proj(y_BHSd.swapaxes(1, 2).reshape(x_BSD.shape))
-
-    def cls_row(self, x_BSD: mx.array) -> mx.array:
-        """Attention of CLS to the patches, mean over heads, (B, N) float32: one row, not S x S."""
-        q_BH1d = self.split(self.q_proj(x_BSD[:, :1]))
-        k_BHSd = self.split(self.k_proj(x_BSD))
-        row_BHS = (q_BH1d @ k_BHSd.swapaxes(2, 3))[:, :, 0] * self.scale
-        return mx.softmax(row_BHS.astype(mx.float32), axis=-1).mean(axis=1)[:, 1:]
+        mask = None if bias_BS is None else bias_BS[:, None, None].astype(x_BSD.dtype)
+        y_BHSd = mx.fast.scaled_dot_product_attention(
+            q_BHSd, k_BHSd, v_BHSd, scale=self.scale, mask=mask
+        )
+        return self.out_proj(y_BHSd.swapaxes(1, 2).reshape(x_BSD.shape)), q_BHSd, k_BHSd
 
 
 class MLP(nn.Module):
@@ -80,10 +86,6 @@ class EncoderLayer(nn.Module):
         self.mlp = MLP(c)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
-    def __call__(self, x_BSD: mx.array) -> mx.array:
-        x_BSD = x_BSD + self.self_attn(self.layer_norm1(x_BSD))
-        return x_BSD + self.mlp(self.layer_norm2(x_BSD))
-
 
 class Encoder(nn.Module):
     def __init__(self, c: CLIPConfig):
@@ -94,18 +96,22 @@ class Encoder(nn.Module):
 class Embeddings(nn.Module):
     def __init__(self, c: CLIPConfig):
         super().__init__()
-        rows, columns = c.grid
+        rows, columns = self.grid = c.grid
         self.class_embedding = mx.zeros((c.hidden_size,))
         self.patch_embedding = nn.Conv2d(
             3, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size, bias=False
         )
         self.position_embedding = nn.Embedding(rows * columns + 1, c.hidden_size)
 
-    def __call__(self, pixels_BHW3: mx.array) -> mx.array:
-        x_BND = self.patch_embedding(pixels_BHW3).flatten(1, 2)
-        B, _, D = x_BND.shape
+    def __call__(self, patches_BND: mx.array, grid: tuple[int, int]) -> mx.array:
+        """CLS, then the patches, each with its position; of a smaller grid, positions between."""
+        B, _, D = patches_BND.shape
         cls_B1D = mx.broadcast_to(self.class_embedding, (B, 1, D))
-        return mx.concatenate([cls_B1D, x_BND], axis=1) + self.position_embedding.weight
+        place_SD = self.position_embedding.weight
+        if grid != self.grid:
+            small_ND = shrunk(place_SD[1:].reshape(1, *self.grid, D), grid).reshape(-1, D)
+            place_SD = mx.concatenate([place_SD[:1], small_ND])
+        return mx.concatenate([cls_B1D, patches_BND], axis=1) + place_SD
 
 
 class CLIPTower(nn.Module):
@@ -119,28 +125,37 @@ class CLIPTower(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def __call__(self, pixels_BHW3: mx.array, want: dict[str, int] | None = None) -> Signals:
+    def __call__(
+        self,
+        pixels_BHW3: mx.array,
+        want: Mapping[str, int | None] | None = None,
+        cuts: Sequence[Cut] = (),
+    ) -> Encoded:
         """Encode normalised pixels (B, H, W, 3) to features (B, N, D).
 
-        `want` maps "cls_attention" and "keys" to the layer they are read at, counted
-        from 0, or from -1 backwards.
+        `want` maps the names of signals to the layer they are read at, counted from 0, or
+        from -1 backwards. At each of `cuts` tokens leave, and later layers see fewer.
         """
+        size, want = self.config.patch_size, want or {}
+        grid = pixels_BHW3.shape[1] // size, pixels_BHW3.shape[2] // size
+        patches_BND = self.embeddings.patch_embedding(pixels_BHW3).flatten(1, 2)
+        x_BSD = self.pre_layrnorm(self.embeddings(patches_BND, grid))
+        cls_B1D, x_BND = x_BSD[:, :1], x_BSD[:, 1:]
+        door: dict[str, Any] = {}
+        if "patches" in want:
+            door["patches_BND"] = patches_BND
+        if "pixels" in want:
+            door["pixels_BND"] = patched(pixels_BHW3, size)
         layers = self.encoder.layers
-        at = {name: range(len(layers))[layer] for name, layer in (want or {}).items()}
-        seen: dict[str, mx.array] = {}
-        x_BSD = self.pre_layrnorm(self.embeddings(pixels_BHW3))
+        run = Between(Signals(x_BND, grid, **door), want, len(layers), cuts)
         for i, layer in enumerate(layers):
-            if i in at.values():
-                seen |= self.read(layer, x_BSD, {name for name in at if at[name] == i})
-            x_BSD = layer(x_BSD)
-        return Signals(x_BND=x_BSD[:, 1:], grid=self.config.grid, **seen)
-
-    @staticmethod
-    def read(layer: EncoderLayer, x_BSD: mx.array, names: set[str]) -> dict[str, mx.array]:
-        """The signals of one layer, from what goes into its attention."""
-        seen, normed_BSD = {}, layer.layer_norm1(x_BSD)
-        if "cls_attention" in names:
-            seen["cls_attention_BN"] = layer.self_attn.cls_row(normed_BSD)
-        if "keys" in names:
-            seen["keys_BND"] = layer.self_attn.k_proj(normed_BSD)[:, 1:]
-        return seen
+            x_BND = run.cut(x_BND, i, "before")
+            x_BSD = mx.concatenate([cls_B1D, x_BND], axis=1)
+            y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), run.bias_BS)
+            x_BSD = x_BSD + y_BSD
+            seen = run.read(i, q_BHSd, k_BHSd)
+            x_BND = run.cut(x_BSD[:, 1:], i, "middle", seen)
+            x_BSD = mx.concatenate([x_BSD[:, :1], x_BND], axis=1)
+            x_BSD = x_BSD + layer.mlp(layer.layer_norm2(x_BSD))
+            cls_B1D, x_BND = x_BSD[:, :1], x_BSD[:, 1:]
+        return run.end(x_BND)

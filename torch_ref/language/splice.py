@@ -33,6 +33,8 @@ class Spliced:
     positions_BL: Tensor
     real_BL: Tensor  # False on padding
     next_B: Tensor  # the position after each prompt
+    runs: list[list[tuple[int, int]]]  # (start, K) of each prompt's images, padding left out
+    bias_BL: Tensor  # added to the attention a row gets
 
 
 def splice(
@@ -41,6 +43,7 @@ def splice(
     visual_IKD: Tensor | None,
     kept: Reduction | None,
     policy: str,
+    bias_IK: Tensor | None = None,
 ) -> Spliced:
     """Put each image's K tokens in the place of its run of placeholders.
 
@@ -52,28 +55,50 @@ def splice(
         raise UserError("there must be at least one prompt, and in each at least one token")
     device = embed.weight.device
     counted = policy == "renumber" or (kept is not None and kept.index_BK is None)
-    embeds, positions, image = [], [], 0
+    prompts, image = [], 0
     for row in rows:
-        words_LD = embed(torch.tensor(row.ids, device=device))
-        place_L = torch.arange(len(row.ids), device=device)
-        e, p, end = [], [], 0
-        for start, length in row.runs:
+        slots = []
+        for _ in row.runs:
             assert kept is not None and visual_IKD is not None
-            e += [words_LD[end:start], visual_IKD[image].to(words_LD)]
-            if kept.index_BK is not None:
-                p += [place_L[end:start], start + kept.index_BK[image].to(device)]
-            end, image = start + length, image + 1
-        embeds.append(torch.cat([*e, words_LD[end:]]))
-        if counted:
-            positions.append(torch.arange(len(embeds[-1]), device=device))
-        else:
-            positions.append(torch.cat([*p, place_L[end:]]))
+            x_KD, K = visual_IKD[image], visual_IKD.shape[1]
+            index_K = None if kept.index_BK is None else kept.index_BK[image].to(device)
+            bias_K = torch.zeros(K, device=device) if bias_IK is None else bias_IK[image]
+            slots.append((x_KD, index_K, bias_K.to(device)))
+            image += 1
+        prompts.append(_one(embed(torch.tensor(row.ids, device=device)), row.runs, slots, counted))
+    embeds, positions, biases, runs = zip(*prompts, strict=True)
     lengths = [len(x) if counted else len(row.ids) for x, row in zip(embeds, rows, strict=True)]
     real = [torch.ones_like(p, dtype=torch.bool) for p in positions]
-    embeds_BLD, positions_BL, real_BL = (
-        pad_sequence(x, batch_first=True, padding_side="left") for x in (embeds, positions, real)
+    embeds_BLD, positions_BL, real_BL, bias_BL = (
+        pad_sequence(list(x), batch_first=True, padding_side="left")
+        for x in (embeds, positions, real, biases)
     )
-    return Spliced(embeds_BLD, positions_BL, real_BL, torch.tensor(lengths, device=device))
+    next_B = torch.tensor(lengths, device=device)
+    return Spliced(embeds_BLD, positions_BL, real_BL, next_B, list(runs), bias_BL)
+
+
+def _one(
+    words_LD: Tensor,
+    runs: Sequence[tuple[int, int]],
+    slots: Sequence[tuple[Tensor, Tensor | None, Tensor]],
+    counted: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
+    """One prompt's rows, positions, biases, and where its images now are."""
+    place_L = torch.arange(len(words_LD), device=words_LD.device)
+    none_L = torch.zeros(len(words_LD), device=words_LD.device)
+    x, places, biases, now, end = [], [], [], [], 0
+    for (start, length), (x_KD, index_K, bias_K) in zip(runs, slots, strict=True):
+        x += [words_LD[end:start], x_KD.to(words_LD)]
+        biases += [none_L[end:start], bias_K]
+        places.append(place_L[end:start])
+        places.append(place_L[: len(x_KD)] if index_K is None else start + index_K)
+        now.append((sum(map(len, x)) - len(x_KD), len(x_KD)))
+        end = start + length
+    x_LD = torch.cat([*x, words_LD[end:]])
+    position_L = torch.cat([*places, place_L[end:]])
+    if counted:
+        position_L = torch.arange(len(x_LD), device=words_LD.device)
+    return x_LD, position_L, torch.cat([*biases, none_L[end:]]), now
 
 
 def visible(real_BL: Tensor) -> Tensor:

@@ -4,26 +4,123 @@
 """
 
 import inspect
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import attention_pool, avgpool, cls_attention, none, norm, random, similarity, uniform
-from .contract import Reduction, Signals
+from . import (
+    apet,
+    attention_pool,
+    avgpool,
+    cdpruner,
+    cls_attention,
+    dart,
+    divprune,
+    downsample,
+    fastv,
+    hiprune,
+    holov,
+    kq_norm,
+    mmtok,
+    none,
+    norm,
+    pact,
+    patch_norm,
+    pixelprune,
+    prumerge,
+    prumerge_plus,
+    pyramiddrop,
+    random,
+    received_attention,
+    restore,
+    scope,
+    similarity,
+    sparsevlm,
+    tome,
+    uniform,
+    v2drop,
+    visionzip,
+    vispruner,
+    vtw,
+)  # fmt: skip
+from .contract import Reduction, Signals, number
 
-METHODS: dict[str, ModuleType] = {
-    "none": none,
-    "random": random,
-    "uniform": uniform,
-    "avgpool": avgpool,
-    "norm": norm,
-    "similarity": similarity,
-    "cls_attention": cls_attention,
-    "attention_pool": attention_pool,
+STAGES: dict[str, dict[str, ModuleType]] = {
+    "image": {"downsample": downsample},
+    "encoder": {
+        "tome": tome,
+        "patch_norm": patch_norm,
+        "kq_norm": kq_norm,
+        "pixelprune": pixelprune,
+    },
+    "features": {
+        "none": none,
+        "random": random,
+        "uniform": uniform,
+        "avgpool": avgpool,
+        "norm": norm,
+        "similarity": similarity,
+        "received_attention": received_attention,
+        "cls_attention": cls_attention,
+        "visionzip": visionzip,
+        "vispruner": vispruner,
+        "prumerge": prumerge,
+        "prumerge_plus": prumerge_plus,
+        "hiprune": hiprune,
+        "holov": holov,
+        "attention_pool": attention_pool,
+    },
+    "projected": {
+        "divprune": divprune,
+        "cdpruner": cdpruner,
+        "scope": scope,
+        "mmtok": mmtok,
+        "apet": apet,
+    },
+    "decoder": {
+        "fastv": fastv,
+        "pyramiddrop": pyramiddrop,
+        "sparsevlm": sparsevlm,
+        "dart": dart,
+        "v2drop": v2drop,
+        "vtw": vtw,
+        "pact": pact,
+    },
+    "enhancer": {"restore": restore},
 }
+METHODS = {name: method for stage in STAGES.values() for name, method in stage.items()}
 
-__all__ = ["METHODS", "Reduction", "Signals", "reduce", "wanted"]
+__all__ = ["METHODS", "STAGES", "Reduction", "Signals", "Step", "reduce", "wanted"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method with its options, and how many tokens it shall leave (None: the whole budget)."""
+
+    name: str
+    K: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> ModuleType:
+        return METHODS[self.name]
+
+    @property
+    def stage(self) -> str:
+        return next(stage for stage, methods in STAGES.items() if self.name in methods)
+
+    @property
+    def merges(self) -> bool:
+        """Does a merged token count, in later attention, as often as it has members?"""
+        return getattr(self.method, "proportional", False)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        """One of the method's functions, with those options that it takes."""
+        called = getattr(self.method, function)
+        names = inspect.signature(called).parameters
+        return called(*arguments, **{k: v for k, v in self.options.items() if k in names})
 
 
 def reduce(
@@ -36,21 +133,26 @@ def reduce(
     """K of N slots by the method `name`; K = N is the identity.
 
     `learned` holds a learned method's weights. Raises ValueError for a budget outside 1 to N
-    and TypeError for an option the method lacks.
+    (0 to N in the decoder).
     """
     B, N, _ = signals.x_BND.shape
-    if not 1 <= K <= N:
+    step = Step(name, K, options)
+    if not (step.stage != "decoder") <= K <= N:
         raise ValueError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
     if K == N:
         return Reduction(torch.arange(N, device=signals.x_BND.device).expand(B, N))
     if learned is not None:
         return learned.prune(signals, K)
-    return METHODS[name].prune(signals, K, **options)
+    return step.call("prune", signals, K)
 
 
-def wanted(name: str, options: dict[str, Any]) -> dict[str, int]:
-    """What the tower must hand over for a method, and of which layer."""
-    if name != "cls_attention":
-        return {}
-    default = inspect.signature(cls_attention.prune).parameters["layer"].default
-    return {"cls_attention": options.get("layer", default)}
+def wanted(step: Step, layers: int) -> dict[str, int | None]:
+    """What a tower of so many layers must hand over for a method, and of which layer."""
+    found: dict[str, int | None] = {}
+    for name, option in getattr(step.method, "needs", {}).items():
+        if option is None:
+            found[name] = None
+        else:
+            default = inspect.signature(step.method.prune).parameters[option].default
+            found[name] = number(step.options.get(option, default), layers)
+    return found

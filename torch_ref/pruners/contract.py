@@ -1,10 +1,12 @@
 """What a pruner sees and what it answers: the reference's copy of the contract.
 
-Shapes: B images, N visual tokens, K kept, D features.
+Shapes: B images, N visual tokens, K kept, D features, H heads, d head size, T words.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +17,35 @@ class Signals:
     x_BND: Tensor
     grid: tuple[int, int]
     cls_attention_BN: Tensor | None = None
+    received_attention_BN: Tensor | None = None
+    object_attention_BN: Tensor | None = None
+    cls_query_BHd: Tensor | None = None
+    queries_BNHd: Tensor | None = None
+    keys_BNHd: Tensor | None = None
+    pixels_BND: Tensor | None = None
+    patches_BND: Tensor | None = None
+    size_BN: Tensor | None = None
+    text_BTD: Tensor | None = None
+    text_real_BT: Tensor | None = None
+    before_BND: Tensor | None = None
+    normed_BND: Tensor | None = None
     keys_BND: Tensor | None = None
+    text_keys_BTD: Tensor | None = None
+    next_keys_BND: Tensor | None = None
+    last_attention_BN: Tensor | None = None
+    next_attention_BN: Tensor | None = None
+    text_attention_BTN: Tensor | None = None
+    mean_attention_BN: Tensor | None = None
+
+    def rows(self, index_BK: Tensor) -> "Signals":
+        """Of some tokens only; what is not per token stays."""
+        picked: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor) and "N" in f.name.rsplit("_", 1)[1][:2]:
+                flat = index_BK.reshape(*index_BK.shape, *[1] * (value.ndim - 2))
+                picked[f.name] = value.take_along_dim(flat, dim=1)
+        return replace(self, **picked)
 
 
 @dataclass(frozen=True)
@@ -33,6 +63,27 @@ class Reduction:
         assert self.index_BK is not None
         return x_BND.take_along_dim(self.index_BK[..., None], dim=1)
 
+    def after(self, first: "Reduction | None", N: int) -> "Reduction":
+        """The reduction of N tokens that does `first`, then this one."""
+        if first is None:
+            return self
+        index = weight = None
+        if self.index_BK is not None and first.index_BK is not None:
+            index = first.index_BK.take_along_dim(self.index_BK, dim=1)
+        if self.weight_BKN is None and first.weight_BKN is None:
+            return Reduction(index)
+        if self.weight_BKN is None:
+            assert first.weight_BKN is not None and self.index_BK is not None
+            weight = first.weight_BKN.take_along_dim(self.index_BK[..., None], dim=1)
+        elif first.weight_BKN is None:
+            assert first.index_BK is not None
+            weight = torch.zeros(*self.weight_BKN.shape[:2], N).to(self.weight_BKN)
+            where = first.index_BK[:, None].expand_as(self.weight_BKN)
+            weight = weight.scatter(2, where, self.weight_BKN)
+        else:
+            weight = self.weight_BKN @ first.weight_BKN
+        return Reduction(index, weight)
+
     def tokens(self, x_BND: Tensor) -> Tensor:
         """The kept tokens: of x, or of the learned values where the pruner gave some."""
         return self.apply(x_BND if self.value_BND is None else self.value_BND)
@@ -42,3 +93,39 @@ def top(score_BN: Tensor, K: int) -> Tensor:
     """The K highest scores' indices, ascending; of equal scores the lower index."""
     order_BN = score_BN.argsort(dim=-1, descending=True, stable=True)
     return order_BN[:, :K].sort(dim=-1).values
+
+
+def best(score_N: Tensor, K: int) -> list[int]:
+    """The same of one image, the highest first."""
+    return score_N.argsort(descending=True, stable=True)[:K].tolist()
+
+
+def alike(x_ND: Tensor, y_MD: Tensor | None = None) -> Tensor:
+    """Cosine of every two tokens, (N, M), float64, to twelve digits; a zero token is like none."""
+    x_ND = x_ND.double()
+    y_MD = x_ND if y_MD is None else y_MD.double()
+    x_ND, y_MD = (v / v.norm(dim=-1, keepdim=True).clamp(min=1e-6) for v in (x_ND, y_MD))
+    return (x_ND @ y_MD.T).round(decimals=12)
+
+
+def between_0_and_1(score_N: Tensor) -> Tensor:
+    """Scaled by the lowest and the highest, float64; all equal is all 0."""
+    score_N = score_N.double()
+    return (score_N - score_N.min()) / (score_N.max() - score_N.min()).clamp(min=1e-12)
+
+
+def number(layer: float, depth: int) -> int:
+    """A layer below 1 is a share of the depth, a negative one counts from the end."""
+    if 0 < layer < 1:
+        return min(depth - 1, max(1, int(layer * depth + 0.5)))
+    if not -depth <= layer < depth:
+        raise ValueError(f"there is no layer {layer}; give {-depth} to {depth - 1}")
+    return int(layer) % depth
+
+
+def stacked(index: list[list[int]], weight: list[Tensor] | None, device: torch.device) -> Reduction:
+    """One reduction of a batch, of what was found image by image."""
+    index_BK = torch.tensor(index, device=device, dtype=torch.long)
+    if weight is None:
+        return Reduction(index_BK)
+    return Reduction(index_BK, torch.stack(weight).float().to(device))

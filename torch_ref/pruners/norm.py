@@ -2,6 +2,8 @@
 
 from .contract import Reduction, Signals, top
 
+needs: dict[str, str | None] = {}
+
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return Reduction(top(signals.x_BND.float().norm(dim=-1), K))
+    return Reduction(top(signals.x_BND.double().square().sum(-1), K))

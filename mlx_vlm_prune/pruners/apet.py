@@ -1,0 +1,64 @@
+"""Keep what a few tokens cannot explain.
+
+ApET, CVPR 2026 (github.com/MaQianKun0/ApET): approximation error guides the compression.
+`basis` tokens that lie far apart (farthest point sampling) span a space; each token is
+approximated in it by least squares; the K with the largest error stay, and every other
+one merges into the kept token most similar to it.
+
+Differs from the authors' code, where the paper leaves it open: sampling starts at the
+longest token; a merged slot is the mean of its members. Their second cut, inside the
+decoder, is a chain here.
+
+Shapes: B images, N tokens, K kept, M basis tokens, D features.
+"""
+
+import mlx.core as mx
+
+from .contract import (
+    Reduction,
+    Signals,
+    Stage,
+    cosine,
+    keep_highest,
+    nearest_mean,
+    rounded,
+    take,
+    wide,
+)  # fmt: skip
+
+stage = Stage.PROJECTED
+needs: dict[str, str | None] = {}
+NOTHING = 1e-9  # of the longest token: a basis vector as short adds no direction
+
+
+def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
+    """Keep K and merge the rest into them."""
+    if basis < 1:
+        raise ValueError(f"basis is {basis}; it must be at least 1")
+    with mx.stream(mx.cpu):
+        error_BN = errors(signals.x_BND, basis)
+        index_BK = keep_highest(error_BN, K)
+        similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
+        return Reduction(index_BK, nearest_mean(similar_BNK, index_BK))
+
+
+def errors(x_BND: mx.array, basis: int) -> mx.array:
+    """How long what the basis does not explain is, of the longest token, (B, N). On the CPU."""
+    x_BND = wide(x_BND)
+    B, N, _ = x_BND.shape
+    length_BN = mx.sqrt(mx.square(x_BND).sum(axis=-1))
+    longest_B11 = mx.maximum(length_BN.max(axis=-1)[:, None, None], mx.array(1e-30, mx.float64))
+    x_BND = left_BND = x_BND / longest_B11
+    i_B1 = mx.argmax(rounded(length_BN / longest_B11[..., 0]), axis=-1, keepdims=True)
+    gap_BN = mx.full((B, N), mx.inf).astype(mx.float64)
+    for _ in range(min(basis, N)):
+        chosen_B1D = take(left_BND, i_B1)
+        square_B11 = mx.square(chosen_B1D).sum(axis=-1, keepdims=True)
+        share_BN1 = (left_BND * chosen_B1D).sum(axis=-1, keepdims=True)
+        share_BN1 = share_BN1 / mx.maximum(square_B11, mx.array(1e-300, mx.float64))
+        projected_BND = share_BN1 * chosen_B1D
+        left_BND = mx.where(square_B11 > NOTHING**2, left_BND - projected_BND, left_BND)
+        apart_BN = mx.square(x_BND - take(x_BND, i_B1)).sum(axis=-1)
+        gap_BN = mx.minimum(gap_BN, rounded(apart_BN))
+        i_B1 = mx.argmax(gap_BN, axis=-1, keepdims=True)
+    return mx.round(mx.sqrt(mx.square(left_BND).sum(axis=-1)) / NOTHING) * NOTHING

@@ -1,0 +1,58 @@
+"""Keep a set that is diverse, given what the question is about.
+
+CDPruner, Zhang et al., NeurIPS 2025, arXiv:2506.10967. A determinantal point process: with
+L the cosine similarity of the tokens and r their relevance to the text, scaled to 0 to
+1, the kernel is diag(r) L diag(r), and the set of K that makes its determinant large is
+found greedily, with one more row of the Cholesky factor in each step.
+
+Differs from the authors' code: the text is the language model's embeddings of the prompt's
+words (theirs is CLIP's text tower, whose sign they turn: `negative`), relevance is
+scaled within each image, not over the batch, and once the kernel's rank is exhausted
+the most relevant tokens follow.
+
+Shapes: B images, N tokens, K kept, T words, M steps done.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, rounded, scaled, take
+
+stage = Stage.PROJECTED
+needs: dict[str, str | None] = {"text": None}
+EXHAUSTED = 1e-9  # of a kernel whose diagonal is at most 1
+
+
+def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
+    """Keep K; the K steps are one graph, without a return to the host."""
+    with mx.stream(mx.cpu):
+        relevance_BN = relevance(signals, negative)
+        similar_BNN = cosine(signals.x_BND)
+        kernel_BNN = relevance_BN[..., None] * similar_BNN * relevance_BN[:, None]
+        B, N, _ = kernel_BNN.shape
+        gain_BN = mx.diagonal(kernel_BNN, axis1=1, axis2=2)
+        rows_BMN = mx.zeros((B, 0, N), dtype=mx.float64)
+        kept, is_left_BN = [], mx.ones((B, N), dtype=mx.bool_)
+        for _ in range(K):
+            score_BN = mx.where(gain_BN > EXHAUSTED, gain_BN, relevance_BN - 2)
+            score_BN = mx.where(is_left_BN, score_BN, -mx.inf)
+            i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
+            kept.append(i_B1)
+            is_left_BN = is_left_BN & (mx.arange(N) != i_B1)
+            row_B1N = (
+                take(kernel_BNN, i_B1) - take(rows_BMN, i_B1, axis=2).swapaxes(1, 2) @ rows_BMN
+            )
+            own_B1 = mx.take_along_axis(gain_BN, i_B1, axis=-1)
+            row_BN = row_B1N[:, 0] / mx.sqrt(mx.maximum(own_B1, EXHAUSTED))
+            row_BN = mx.where(own_B1 > EXHAUSTED, row_BN, 0)
+            rows_BMN = mx.concatenate([rows_BMN, row_BN[:, None]], axis=1)
+            gain_BN = gain_BN - mx.square(row_BN)
+        return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
+
+
+def relevance(signals: Signals, negative: bool) -> mx.array:
+    """How near each token is to the prompt's words, 0 to 1, (B, N) float64. On the CPU."""
+    assert signals.text_BTD is not None and signals.text_real_BT is not None
+    similar_BNT = cosine(signals.x_BND, signals.text_BTD)
+    real_B1T = signals.text_real_BT[:, None]
+    mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)
+    return scaled(rounded(-mean_BN if negative else mean_BN)) + 1e-6

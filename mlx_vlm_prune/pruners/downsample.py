@@ -1,0 +1,48 @@
+"""Make the image itself smaller: the honest rival of every method.
+
+Chen et al., "Are we using the right benchmark", arXiv:2510.07143 (VTC-Bench), find that
+plain down-sampling beats many published methods. The pixels are resized to as many
+patches as the budget allows, and the tower's position embeddings with them, so the
+tower too has less to do. K may have no grid of its own: then the largest grid of
+about the image's shape with at most K tokens is used.
+
+Shapes: B images, N tokens of the whole image, K slots.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from .contract import Reduction, Stage
+
+stage = Stage.IMAGE
+needs = {"grid": None}
+
+
+def smaller(grid: tuple[int, int], K: int) -> tuple[int, int]:
+    """Rows and columns, at most K together, each within one of the image's own shape."""
+    scale = (K / (grid[0] * grid[1])) ** 0.5
+    best = (1, 1)
+    for r in (int(grid[0] * scale), int(grid[0] * scale) + 1):
+        for c in (int(grid[1] * scale), int(grid[1] * scale) + 1):
+            fits = 1 <= r <= grid[0] and 1 <= c <= grid[1] and r * c <= K
+            if fits and r * c > best[0] * best[1]:
+                best = (r, c)
+    return best
+
+
+def blocks(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduction:
+    """Which patches of the whole image each new one covers, for positions and pictures."""
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    home_N = row * small[0] // grid[0] * small[1] + column * small[1] // grid[1]
+    K = small[0] * small[1]
+    member_KN = home_N == np.arange(K)[:, None]
+    weight_KN = (member_KN / member_KN.sum(axis=1, keepdims=True)).astype(np.float32)
+    middle_K = [_middle(np.flatnonzero(member), grid[1]) for member in member_KN]
+    index_BK = mx.broadcast_to(mx.array(middle_K), (B, K))
+    return Reduction(index_BK, mx.broadcast_to(mx.array(weight_KN), (B, *weight_KN.shape)))
+
+
+def _middle(members: np.ndarray, columns: int) -> int:
+    """The middle one of a block; the upper left of an even number."""
+    rows, across = np.unique(members // columns), np.unique(members % columns)
+    return int(rows[(len(rows) - 1) // 2] * columns + across[(len(across) - 1) // 2])

@@ -1,0 +1,28 @@
+"""After a few layers, keep the tokens that the last word looks at.
+
+FastV, Chen et al., ECCV 2024, arXiv:2403.06764. At `layer` (2 of 32) the score of a visual
+token is the attention that the prompt's last token paid to it in the layer before, the
+mean over heads. The rest leave; positions are kept.
+
+Differs from the authors' code: one row of attention is computed, not the matrix; any
+batch and any number of images; rows really leave the deeper caches.
+
+Shapes: I images, N tokens, K kept.
+"""
+
+from .budget import one_cut
+from .contract import Reduction, Signals, Stage, keep_highest
+
+stage = Stage.DECODER
+needs: dict[str, str | None] = {"last_attention": None}
+
+
+def schedule(layers: int, N: int, K: int, *, layer: float = 2 / 32) -> dict[int, int]:
+    """One cut."""
+    return one_cut(layers, N, K, layer)
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Keep the K most attended."""
+    assert signals.last_attention_BN is not None
+    return Reduction(index_BK=keep_highest(signals.last_attention_BN, K))

@@ -1,0 +1,37 @@
+"""Objects from a middle layer, the scene from the last.
+
+HiPrune, Liu et al., arXiv:2508.00553. Middle layers of a vision tower attend to objects,
+deep ones to the whole. Anchors: the tokens that receive most attention (mean over heads
+and queries) in the object layer, each with its four neighbours; with those `objects` of
+the budget is spent. The rest of it goes to what receives most in the deep layer.
+
+Differs from the authors' code: a neighbour outside the grid is left out, where theirs
+wraps around to the next row. Their object layer is 9 of 24.
+
+Shapes: B images, N tokens, K kept.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, keep_highest
+
+stage = Stage.FEATURES
+needs = {"object_attention": "object_layer", "received_attention": "layer", "grid": None}
+
+
+def prune(
+    signals: Signals, K: int, *, objects: float = 0.1, object_layer: float = 9 / 24,
+    layer: float = -1,
+) -> Reduction:  # fmt: skip
+    """Keep anchors with their neighbours, then the best of the rest."""
+    assert signals.object_attention_BN is not None and signals.received_attention_BN is not None
+    if not 0 <= objects <= 1:
+        raise ValueError(f"objects is {objects}; it is a share of K from 0 to 1")
+    (B, N), grid = signals.object_attention_BN.shape, signals.grid
+    anchors_BA = keep_highest(signals.object_attention_BN, int(K * objects / 5))
+    is_anchor = (anchors_BA[..., None] == mx.arange(N)).any(axis=1).reshape(B, *grid)
+    wide = mx.pad(is_anchor, [(0, 0), (1, 1), (1, 1)])
+    around = wide[:, :-2, 1:-1] | wide[:, 2:, 1:-1] | wide[:, 1:-1, :-2] | wide[:, 1:-1, 2:]
+    first_BN = (is_anchor | around).reshape(B, N)
+    score_BN = mx.where(first_BN, mx.inf, signals.received_attention_BN)
+    return Reduction(index_BK=keep_highest(score_BN, K))

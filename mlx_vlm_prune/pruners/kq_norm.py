@@ -1,0 +1,34 @@
+"""Keep the patches with the longest keys and queries at one layer of the tower.
+
+Vision-Token-Pruning (github.com/denis7-jean/ece1512-projectA) as its README tells it;
+no commit of it has this code (what it has is `patch_norm`), so layer and sum are ours:
+the norm of the key plus that of the query, all heads together, at half depth, after
+the attention that they serve.
+
+Shapes: B images, N patches, H heads, d head size, K kept.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, keep_highest, rounded, wide
+from .pipeline import layer_at
+
+stage = Stage.ENCODER
+needs: dict[str, str | None] = {}
+
+
+def cuts(layers: int, N: int, K: int, *, layer: float = 0.5) -> list[tuple[int, str, int]]:
+    """Once, between attention and MLP of `layer`."""
+    return [(layer_at(layer, layers), "middle", K)]
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Keep the K longest."""
+    assert signals.keys_BNHd is not None and signals.queries_BNHd is not None
+    with mx.stream(mx.cpu):
+        score_BN = length(signals.keys_BNHd) + length(signals.queries_BNHd)
+        return Reduction(index_BK=keep_highest(rounded(score_BN), K))
+
+
+def length(x_BNHd: mx.array) -> mx.array:
+    return mx.sqrt(mx.square(wide(x_BNHd)).sum(axis=(2, 3)))

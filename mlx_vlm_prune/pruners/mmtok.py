@@ -1,0 +1,46 @@
+"""Keep the tokens that cover both the question and the image.
+
+MMTok, Dong et al., ICLR 2026, arXiv:2508.18264. Every word, and every visual token, spreads
+one unit of weight over the visual tokens: a softmax of its similarities to them, sharp
+for words (temperature 0.01), softer within the image (0.2). The set of K tokens covers
+a row to its largest entry; words and image are averaged, the image counts `image`
+times, and the maximum coverage is found greedily.
+
+Differs from the authors' code: similarities are cosines of projected tokens and of the
+language model's embeddings of the prompt's words (theirs come from CLIP's two towers).
+
+Shapes: B images, N tokens, K kept, T words.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, rounded
+from .prumerge import EULER
+from .scope import cover
+
+stage = Stage.PROJECTED
+needs: dict[str, str | None] = {"text": None}
+
+
+def prune(
+    signals: Signals, K: int, *, image: float = 0.5, sharp: float = 0.01, soft: float = 0.2
+) -> Reduction:
+    """Keep K; the K steps are one graph."""
+    assert signals.text_BTD is not None and signals.text_real_BT is not None
+    if not (sharp > 0 and soft > 0 and image >= 0):
+        raise ValueError("sharp and soft are temperatures above 0, and image is at least 0")
+    with mx.stream(mx.cpu):
+        words_BTN = spread(cosine(signals.text_BTD, signals.x_BND), sharp)
+        real_BT1 = signals.text_real_BT[..., None]
+        words_BTN = mx.where(real_BT1, words_BTN, 0) / real_BT1.sum(axis=1, keepdims=True)
+        tokens_BNN = spread(cosine(signals.x_BND), soft) * image / signals.x_BND.shape[1]
+        rows_BMN = rounded(mx.concatenate([words_BTN, tokens_BNN], axis=1))
+        equal_BN = mx.ones(signals.x_BND.shape[:2], dtype=mx.float64)
+        return Reduction(index_BK=cover(rows_BMN, equal_BN, K))
+
+
+def spread(similar_BMN: mx.array, temperature: float) -> mx.array:
+    """Softmax of each row, float64."""
+    logits_BMN = (similar_BMN - similar_BMN.max(axis=-1, keepdims=True)) / temperature
+    power_BMN = mx.power(mx.array(EULER, mx.float64), logits_BMN)
+    return power_BMN / power_BMN.sum(axis=-1, keepdims=True)

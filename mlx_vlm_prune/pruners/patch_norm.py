@@ -1,0 +1,28 @@
+"""Keep the patches whose embedding is longest, before the tower's first layer.
+
+Vision-Token-Pruning (github.com/denis7-jean/ece1512-projectA) as its code does it: the
+L2 norm of the patch embedding, before positions are added; kept patches take their own
+position rows along. (Its README speaks of keys and queries: that is `kq_norm`.)
+
+Shapes: B images, N patches, D features, K kept.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, keep_highest, wide
+
+stage = Stage.ENCODER
+needs: dict[str, str | None] = {"patches": None}
+
+
+def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
+    """Once, before the first layer."""
+    return [(0, "before", K)]
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Keep the K longest."""
+    assert signals.patches_BND is not None
+    with mx.stream(mx.cpu):
+        square_BN = mx.square(wide(signals.patches_BND)).sum(axis=-1)
+        return Reduction(index_BK=keep_highest(square_BN, K))

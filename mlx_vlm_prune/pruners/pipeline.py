@@ -1,0 +1,173 @@
+"""One method with its options, and several methods after one another.
+
+Shapes: B images, N visual tokens, K kept.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+
+from convert.errors import UserError
+
+from .contract import Policy, Reduction, Signals, Stage, identity
+
+# Of a chain's budget K, what an earlier method leaves to the next: VScan's 96 for 64.
+GENEROUS = 1.5
+
+
+def layer_at(layer: float, depth: int) -> int:
+    """A layer's number: below 1 a share of the depth, negative from the end.
+
+    Papers count in models of 24 or 32 layers; a share carries "layer 2 of 32" to others.
+    """
+    inner = max(1, int(layer * depth + 0.5))
+    number = min(inner, depth - 1) if 0 < layer < 1 else int(layer)
+    if not -depth <= number < depth:
+        raise UserError(f"layer is {layer:g}; the model has layers 0 to {depth - 1}")
+    return number % depth
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A method with its options, ready to call on signals and a budget K."""
+
+    name: str
+    method: ModuleType
+    options: dict[str, Any] = field(default_factory=dict)
+    learned: Any = None  # the checkpoint's weights, of a learned method
+    keep: int | None = None  # its own budget in a chain
+
+    @property
+    def stage(self) -> Stage:
+        return self.method.stage
+
+    @property
+    def is_learned(self) -> bool:
+        return getattr(self.method, "learned", False)
+
+    @property
+    def is_proportional(self) -> bool:
+        """Does a merged token count, in later attention, as often as it has members?"""
+        return getattr(self.method, "proportional", False)
+
+    @property
+    def has_dynamic_budget(self) -> bool:
+        """Does each image get a budget of its own?"""
+        return bool(self.options.get("dynamic"))
+
+    def budgets(self, signals: Signals, K: int) -> list[int]:
+        """Each image's own budget, K in the mean over images like those it was trained on."""
+        return self.learned.budgets(signals, K)
+
+    @property
+    def spec(self) -> str:
+        """As it is written on the command line."""
+        told = [f"{key}={value}" for key, value in self.options.items()]
+        told += [f"keep={self.keep}"] if self.keep else []
+        return self.name + (":" + ",".join(told) if told else "")
+
+    def want(self, layers: int) -> dict[str, int | None]:
+        """What the tower of so many layers must hand over, and of which layer."""
+        values = known_options(self.method) | self.options
+        return {
+            name: None if option is None else layer_at(values[option], layers)
+            for name, option in self.method.needs.items()
+            if name not in ("grid", "text")
+        }
+
+    def given(self, function: Callable) -> dict[str, Any]:
+        """The options that one of the method's functions takes."""
+        names = inspect.signature(function).parameters
+        return {name: value for name, value in self.options.items() if name in names}
+
+    def ask(self, function: Callable, *arguments: Any) -> Any:
+        """Call one of the method's functions with its options; a ValueError is the user's."""
+        try:
+            return function(*arguments, **self.given(function))
+        except ValueError as e:
+            raise UserError(f"{self.name}: {e}") from None
+
+    def __call__(self, signals: Signals, K: int) -> Reduction:
+        """Reduce to K slots. K = N is the identity, bit for bit, whatever the method."""
+        N = signals.x_BND.shape[1]
+        if not (self.stage is not Stage.DECODER) <= K <= N:
+            raise UserError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
+        if K == N:
+            return identity(signals.x_BND)
+        if "grid" in self.method.needs and not signals.is_whole:
+            raise UserError(f"{self.name} needs the whole image; put it first in the chain")
+        if not mx.isfinite(signals.x_BND).all().item():
+            raise UserError("the vision tower gave NaN or infinite features; try --dtype float32")
+        return self.ask(self.learned.prune if self.is_learned else self.method.prune, signals, K)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Methods in the order of their stages, and perhaps an enhancer."""
+
+    steps: tuple[Pruner, ...]
+    enhancer: Pruner | None = None
+
+    @classmethod
+    def of(cls, pruner: "Pruner | Pipeline") -> "Pipeline":
+        return pruner if isinstance(pruner, Pipeline) else cls((pruner,))
+
+    @property
+    def name(self) -> str:
+        """As it is written on the command line."""
+        enhancer = (self.enhancer,) if self.enhancer else ()
+        return "+".join(step.spec for step in (*self.steps, *enhancer))
+
+    @property
+    def trained_tokens(self) -> int | None:
+        """The one K that a learned step's weights were made for, where they were."""
+        weights = [step.learned for step in self.steps if step.is_learned]
+        return next((w.tokens for w in weights if hasattr(w, "tokens")), None)
+
+    @property
+    def positions(self) -> Policy:
+        """The policy of the last method's paper, where it has one; kept positions else."""
+        return "keep" if self.enhancer else getattr(self.steps[-1].method, "positions", "keep")
+
+    def at(self, *stages: Stage) -> list[Pruner]:
+        return [step for step in self.steps if step.stage in stages]
+
+    @property
+    def decoder(self) -> Pruner | None:
+        return next(iter(self.at(Stage.DECODER)), None)
+
+    def want(self, layers: int) -> dict[str, int | None]:
+        """What the tower must hand over to all steps."""
+        wanted: dict[str, int | None] = {}
+        for step in self.steps:
+            if step.stage is not Stage.DECODER:
+                for name, layer in step.want(layers).items():
+                    if wanted.setdefault(name, layer) != layer:
+                        raise UserError(f"{self.name}: {name} is needed of two different layers")
+        return wanted
+
+    def wants(self, signal: str) -> bool:
+        return any(signal in step.method.needs for step in self.steps)
+
+    def budgets(self, N: int, K: int) -> list[int]:
+        """How many tokens each step leaves; the last brings (the average over layers) to K."""
+        if K == N:
+            return [N] * len(self.steps)
+        afterwards = range(len(self.steps) - 1, 0, -1)
+        earlier = zip(self.steps[:-1], afterwards, strict=True)
+        return [min(N, step.keep or int(K * GENEROUS**n + 0.5)) for step, n in earlier] + [K]
+
+
+def known_options(method: ModuleType) -> dict[str, Any]:
+    """Names and defaults of a method's options: the keyword-only parameters of its functions."""
+    found: dict[str, Any] = {}
+    for name in ("cuts", "schedule", "prune", "weigh"):
+        if hasattr(method, name):
+            for p in inspect.signature(getattr(method, name)).parameters.values():
+                if p.kind is p.KEYWORD_ONLY:
+                    found[p.name] = p.default
+    return found

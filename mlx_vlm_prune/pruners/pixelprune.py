@@ -1,0 +1,48 @@
+"""Drop patches that the patches before them predict, by their pixels alone.
+
+PixelPrune, arXiv:2604.00886. Of a patch X with left, upper and upper left neighbours A,
+B and C the prediction is B where C is like A and not like B (an edge runs across),
+else A: the causal rule of lossless image coding. A patch that is predicted exactly says
+nothing new.
+
+Differs from the authors' code: they drop every patch predicted to within a tolerance,
+so that the image decides how many stay; here the K worst predicted stay. They do it
+before the tower, in groups of 2 x 2; here single patches, before the first layer.
+
+Shapes: B images, N patches of P pixel values, K kept.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, keep_highest
+
+stage = Stage.ENCODER
+needs: dict[str, str | None] = {"pixels": None, "grid": None}
+
+
+def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
+    """Once, before the first layer."""
+    return [(0, "before", K)]
+
+
+def prune(signals: Signals, K: int, *, tolerance: float = 0.0) -> Reduction:
+    """Keep the K patches with the largest error; like is a largest difference <= tolerance."""
+    assert signals.pixels_BND is not None
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance is {tolerance}; it must be 0 or more")
+    B, N, P = signals.pixels_BND.shape
+    x = signals.pixels_BND.astype(mx.float32).reshape(B, *signals.grid, P)
+    left = mx.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)
+    up = mx.concatenate([x[:, :1], x[:, :-1]], axis=1)
+    corner = mx.concatenate([up[:, :, :1], up[:, :, :-1]], axis=2)
+    across = (apart(corner, left) <= tolerance) & (apart(corner, up) > tolerance)
+    error = mx.where(across, apart(x, up), apart(x, left))
+    error[:, :, 0] = apart(x, up)[:, :, 0]
+    error[:, 0] = apart(x, left)[:, 0]
+    error[:, 0, 0] = mx.inf  # nothing predicts the first
+    return Reduction(index_BK=keep_highest(error.reshape(B, N), K))
+
+
+def apart(x: mx.array, y: mx.array) -> mx.array:
+    """The largest difference of two patches' pixels."""
+    return mx.abs(x - y).max(axis=-1)

@@ -1,0 +1,23 @@
+"""Keep the tokens that the others look at.
+
+FastVLM token pruning (github.com/aledevv/fastvlm-token-pruning), "ATS": the score of a
+token is the attention it receives, the mean over heads and queries, at the tower's last
+layer. The one to use where a tower has no CLS token.
+
+Differs from the authors' code, which skips three of four blocks as soon as it is asked
+for attention, and so scores (and hands on) corrupted features: here every block is run,
+and the column means are streamed, never an N x N array.
+
+Shapes: B images, N tokens, K kept.
+"""
+
+from .contract import Reduction, Signals, Stage, keep_highest
+
+stage = Stage.FEATURES
+needs = {"received_attention": "layer"}
+
+
+def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
+    """Keep the K tokens that receive most; `layer` is read by the host."""
+    assert signals.received_attention_BN is not None
+    return Reduction(index_BK=keep_highest(signals.received_attention_BN, K))

@@ -1,0 +1,47 @@
+"""Let kept tokens speak for those they replace.
+
+RESTORE, ICML 2026, arXiv:2606.01711: an enhancer for any selector. Dropping tokens takes
+attention away from the image; so a kept token, at its own position, gets as much more
+as it stands for: the log of how many tokens that is, less what distance would have
+taken from them.
+
+Ours where the paper could not be read in full: each dropped token counts for the kept one
+most similar to it (cosine), with the mean of cos(distance * frequency) over RoPE's
+frequencies, its decay, at their distance in tokens, never below 0.
+
+Shapes: B images, N tokens, K kept, d head size.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, take
+
+stage = Stage.ENHANCER
+needs: dict[str, str | None] = {}
+
+
+def weigh(
+    signals: Signals, kept: Reduction, *, strength: float = 1.0, theta: float = 1e4, dims: int = 128
+) -> mx.array:
+    """What is added to the attention that each kept token gets, (B, K); `theta` and `dims` are
+    those of the rotary embedding."""
+    if kept.index_BK is None:
+        raise ValueError("slots that are pooled from everywhere replace no tokens of their own")
+    if dims < 2 or theta <= 1:
+        raise ValueError("dims is at least 2, and theta above 1")
+    N, K = signals.x_BND.shape[1], kept.index_BK.shape[1]
+    with mx.stream(mx.cpu):
+        similar_BNK = take(cosine(signals.x_BND), kept.index_BK, axis=2)
+        home_BN = mx.argmax(similar_BNK, axis=-1)
+        own_BKN = kept.index_BK[..., None] == mx.arange(N)
+        is_kept_B1N = own_BKN.any(axis=1, keepdims=True)
+        member_BKN = own_BKN | ((home_BN[:, None] == mx.arange(K)[:, None]) & ~is_kept_B1N)
+        apart_BKN = mx.abs(mx.arange(N) - kept.index_BK[..., None].astype(mx.int32))
+        spoken_BK = (member_BKN * decay(N, theta, dims)[apart_BKN]).sum(axis=-1)
+        return strength * mx.log(mx.maximum(spoken_BK, 1.0))
+
+
+def decay(N: int, theta: float, dims: int) -> mx.array:
+    """What is left of a score at distances 0 to N - 1: the mean of RoPE's cosines, (N,)."""
+    rate_h = theta ** (-mx.arange(0, dims, 2) / dims)
+    return mx.maximum(mx.cos(mx.arange(N)[:, None] * rate_h).mean(axis=-1), 0)

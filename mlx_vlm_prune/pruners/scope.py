@@ -1,0 +1,43 @@
+"""Keep what CLS looks at and what the kept tokens do not yet cover.
+
+SCOPE, Deng et al., NeurIPS 2025, arXiv:2510.24214. A token u is covered as well as its most
+similar kept token covers it. Greedily, the next token is the one with the largest gain
+in coverage, summed over the image, times its saliency (CLS attention) to the `power`.
+
+Shapes: B images, N tokens, K kept.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, rounded, take, wide
+
+stage = Stage.PROJECTED
+needs = {"cls_attention": "layer"}
+
+
+def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
+    """Keep K; the K steps are one graph. `layer` is read by the host."""
+    assert signals.cls_attention_BN is not None
+    with mx.stream(mx.cpu):
+        similar_BNN = cosine(signals.x_BND)
+        salient_BN = mx.power(wide(signals.cls_attention_BN), mx.array(power, mx.float64))
+        return Reduction(index_BK=cover(similar_BNN, salient_BN, K))
+
+
+def cover(similar_BMN: mx.array, salient_BN: mx.array, K: int) -> mx.array:
+    """The K columns (B, K), ascending, that greedily cover the M rows best. On the CPU.
+
+    A row is covered to its largest entry among the chosen columns; a column's gain is what
+    it adds to that, summed over rows, times how salient it is.
+    """
+    B, M, N = similar_BMN.shape
+    covered_BM1 = mx.zeros((B, M, 1), dtype=mx.float64)
+    kept, is_left_BN = [], mx.ones((B, N), dtype=mx.bool_)
+    for _ in range(K):
+        gain_BN = mx.maximum(similar_BMN - covered_BM1, 0).sum(axis=1)
+        score_BN = mx.where(is_left_BN, rounded(gain_BN) * salient_BN, -1)
+        i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
+        kept.append(i_B1)
+        is_left_BN = is_left_BN & (mx.arange(N) != i_B1)
+        covered_BM1 = mx.maximum(covered_BM1, take(similar_BMN, i_B1, axis=2))
+    return mx.sort(mx.concatenate(kept, axis=1), axis=1)

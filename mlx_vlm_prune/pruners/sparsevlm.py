@@ -1,0 +1,82 @@
+"""Let the words that speak of the image judge it, and recycle some of what they drop.
+
+SparseVLM, Zhang et al., ICML 2025, arXiv:2410.04417. Raters are the words whose share of a
+softmax over words, averaged over the visual tokens, is above the mean. At three depths
+(2, 6 and 15 of 32, budgets as 300 : 200 : 110) the score of a token is the attention
+that the raters pay to it, the mean over heads. Of what is dropped the best 30 % are
+clustered by density peaks, and each cluster's sum goes on in place of its centre.
+Positions are renumbered.
+
+Differs from the authors' code: raters are judged anew at each cut, by hidden states; a
+cluster stands at its centre's place; any batch.
+
+Shapes: I images, N tokens, K kept, T words, C clusters, D features.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from .budget import several_cuts
+from .clusters import apart, density_peaks, homes
+from .contract import Reduction, Signals, Stage, rounded, wide
+from .mmtok import spread
+
+stage = Stage.DECODER
+needs: dict[str, str | None] = {"text_attention": None, "normed": None}
+positions = "renumber"
+AT, SHARES = (2 / 32, 6 / 32, 15 / 32), (1, 200 / 300, 110 / 300)
+
+
+def schedule(layers: int, N: int, K: int) -> dict[int, int]:
+    """Three cuts in the paper's proportion, each of at most N."""
+
+    def counts(t: float) -> list[int]:
+        return [min(N, max(1, int(N * t * share / SHARES[-1]))) for share in SHARES]
+
+    return several_cuts(layers, N, K, AT, counts)
+
+
+def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
+    """Keep the best, and clusters of the best of the rest, K together."""
+    if not 0 <= recycle <= 1:
+        raise ValueError(f"recycle is {recycle}; it is a share from 0 to 1")
+    with mx.stream(mx.cpu):
+        score_BN = np.array(rounded(rated(signals)))
+        x_BND = np.array(wide(signals.x_BND))
+    made = [gathered(s, x, K, recycle) for s, x in zip(score_BN, x_BND, strict=True)]
+    index_BK, weight_BKN = (np.stack(parts) for parts in zip(*made, strict=True))
+    return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
+
+
+def rated(signals: Signals) -> mx.array:
+    """The attention of the raters, (B, N). On the CPU."""
+    assert signals.normed_BND is not None and signals.text_BTD is not None
+    assert signals.text_attention_BTN is not None and signals.text_real_BT is not None
+    real_BT = signals.text_real_BT
+    logits_BNT = wide(signals.normed_BND) @ wide(signals.text_BTD).swapaxes(1, 2)
+    logits_BNT = mx.where(real_BT[:, None], logits_BNT, -mx.inf)
+    share_BT = rounded(mx.where(real_BT, spread(logits_BNT, 1.0).mean(axis=1), 0))
+    mean_B1 = share_BT.sum(axis=-1, keepdims=True) / real_BT.sum(axis=-1, keepdims=True)
+    rater_BT = (share_BT >= rounded(mean_B1)) & real_BT
+    told_BTN = wide(signals.text_attention_BTN) * rater_BT[..., None]
+    return told_BTN.sum(axis=1) / rater_BT.sum(axis=-1, keepdims=True)
+
+
+def gathered(
+    score_N: np.ndarray, x_ND: np.ndarray, K: int, recycle: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index (K,) and weights (K, N): the kept, and the clusters' sums."""
+    N = len(score_N)
+    again = int(recycle * (N - K))
+    C = min(again // 10 + 1, K - 1) if again else 0
+    order = np.argsort(-score_N, kind="stable")
+    kept, recycled = order[: K - C], np.sort(order[K - C : K - C + max(again, C)])
+    weight_NN = np.eye(N)
+    if C:
+        distance_nn = apart(x_ND[recycled])
+        centres = density_peaks(distance_nn, C)
+        home = recycled[centres][homes(distance_nn, centres)]
+        weight_NN[home, recycled] = 1
+        kept = np.concatenate([kept, recycled[centres]])
+    index_K = np.sort(kept)
+    return index_K, weight_NN[index_K]

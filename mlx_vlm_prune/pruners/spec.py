@@ -1,0 +1,90 @@
+"""From what a user types to methods: NAME, NAME:option=value,…, NAME+NAME."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from types import ModuleType
+from typing import Any
+
+from convert.errors import UserError
+
+from .contract import Stage
+from .pipeline import Pipeline, Pruner, known_options
+
+
+def parse(
+    spec: str,
+    methods: Mapping[str, ModuleType],
+    presets: Mapping[str, str],
+    learned: tuple[str, Any] | None,
+) -> Pipeline:
+    """The methods that a specification names, in the order of their stages.
+
+    `learned` is the name and weights of the learned pruner in the checkpoint, if any.
+    Raises UserError for an unknown name or option, a value of the wrong type, or a chain
+    that cannot be.
+    """
+    spec = presets.get(spec, spec)
+    pruners = [_one(part, methods, presets, learned) for part in spec.split("+")]
+    steps = tuple(p for p in pruners if p.stage is not Stage.ENHANCER)
+    enhancers = [p for p in pruners if p.stage is Stage.ENHANCER]
+    if len(enhancers) > 1 or len([p for p in steps if p.stage is Stage.DECODER]) > 1:
+        raise UserError(f"{spec} has two methods of a kind of which a chain can hold one")
+    if not steps:
+        raise UserError(f"{spec} makes a selector better and needs one, as in cls_attention+{spec}")
+    if len(steps) > 1 and any(p.name == "none" for p in steps):
+        raise UserError(f"{spec}: none prunes nothing; leave it out of the chain")
+    if [p.stage for p in steps] != sorted(p.stage for p in steps):
+        order = "+".join(p.spec for p in sorted(steps, key=lambda p: p.stage))
+        raise UserError(f"{spec} is not in the order of the stages; write {order}")
+    return Pipeline(steps, enhancers[0] if enhancers else None)
+
+
+def _one(
+    part: str,
+    methods: Mapping[str, ModuleType],
+    presets: Mapping[str, str],
+    learned: tuple[str, Any] | None,
+) -> Pruner:
+    name, _, listed = part.partition(":")
+    if name not in methods:
+        raise UserError(f"no pruner is called {name!r}; {nearest(name, [*methods, *presets])}")
+    method = methods[name]
+    known = known_options(method)
+    options: dict[str, Any] = {}
+    for pair in filter(None, listed.split(",")):
+        key, equals, value = pair.partition("=")
+        if key == "keep":
+            options[key] = _value(name, key, value, 1)
+            continue
+        if key not in known:
+            what = nearest(key, known) if known else "it has none"
+            raise UserError(f"{name} has no option {key!r}; {what}")
+        options[key] = _value(name, key, value if equals else "true", known[key])
+    keep = options.pop("keep", None)
+    pruner = Pruner(name, method, options, keep=keep)
+    if not pruner.is_learned:
+        return pruner
+    if learned is None or learned[0] != name:
+        raise UserError(f"{name} is learned, and this checkpoint holds no weights for it")
+    return Pruner(name, method, options, learned[1], keep)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words for an error: the close matches, and everything there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3)
+    meant = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"{meant}there are {', '.join(known)}"
+
+
+def _value(name: str, key: str, value: str, default: Any) -> Any:
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        return kind(value)
+    except (KeyError, ValueError):
+        article = "an" if kind is int else "a"
+        raise UserError(
+            f"option {key} of {name} takes {article} {kind.__name__}, not {value!r}"
+        ) from None

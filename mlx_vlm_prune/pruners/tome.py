@@ -1,0 +1,65 @@
+"""Token merging: in every layer the most similar tokens become one.
+
+ToMe, Bolya et al., ICLR 2023, arXiv:2210.09461. Between attention and MLP the tokens are
+dealt alternately into A and B; each of A finds the most similar of B by the cosine of
+the keys (mean over heads), and the r most similar pairs merge into their mean, weighted
+by how many patches each stands for. Later attention adds the log of that number
+(proportional attention). The only method here that also makes the tower itself faster
+layer by layer.
+
+Differs from the authors' code: r may come from the budget (evenly over the layers), and
+where half of the tokens are too few for one round, rounds are repeated.
+
+Shapes: B images, n tokens, K left, a and b tokens in A and B, H heads, d head size.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, identity, keep_highest
+
+stage = Stage.ENCODER
+needs: dict[str, str | None] = {}
+proportional = True
+
+
+def cuts(layers: int, N: int, K: int, *, r: int = 0) -> list[tuple[int, str, int]]:
+    """After each layer's attention, r tokens fewer until K are left; r = 0: evenly."""
+    if r < 0:
+        raise ValueError(f"r is {r}; it is how many tokens merge in a layer, or 0")
+    left = [max(K, N - (r * i if r else (N - K) * i // layers)) for i in range(1, layers)]
+    return [(layer, "middle", n) for layer, n in enumerate([*left, K])]
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Merge to K tokens, in as few rounds as it takes."""
+    assert signals.keys_BNHd is not None
+    with mx.stream(mx.cpu):
+        keys_BNd = signals.keys_BNHd.astype(mx.float32).mean(axis=2)
+        N = keys_BNd.shape[1]
+        size_BN = mx.ones(keys_BNd.shape[:2]) if signals.size_BN is None else signals.size_BN
+        kept = identity(keys_BNd)
+        while kept.index_BK.shape[1] > K:  # type: ignore[union-attr]
+            once = merge(keys_BNd, size_BN, K)
+            keys_BNd, size_BN = once.apply(keys_BNd), grown(once, size_BN)
+            kept = once.after(kept, N)
+        return kept
+
+
+def merge(keys_Bnd: mx.array, size_Bn: mx.array, K: int) -> Reduction:
+    """One round: the most similar of A go into B. CLS is token 0 of the paper, so B is even."""
+    n = keys_Bnd.shape[1]
+    a, b = mx.arange(1, n, 2), mx.arange(0, n, 2)
+    similar_Bab = cosine(keys_Bnd[:, 1::2], keys_Bnd[:, ::2])
+    r = min(n - K, len(a))
+    going_Ba = mx.argsort(mx.argsort(-similar_Bab.max(axis=-1), axis=-1), axis=-1) < r
+    home_Ba = mx.where(going_Ba, b[mx.argmax(similar_Bab, axis=-1)], a)
+    home_Bn = mx.broadcast_to(mx.arange(n), keys_Bnd.shape[:2])
+    home_Bn[:, 1::2] = home_Ba.astype(home_Bn.dtype)
+    index_BK = keep_highest(home_Bn == mx.arange(n), n - r)
+    member_BKn = (home_Bn[:, None] == index_BK[..., None]) * size_Bn[:, None]
+    return Reduction(index_BK, member_BKn / member_BKn.sum(axis=-1, keepdims=True))
+
+
+def grown(kept: Reduction, size_Bn: mx.array) -> mx.array:
+    """How many patches each slot stands for."""
+    return ((kept.mixture(size_Bn.shape[1]) > 0) @ size_Bn[..., None])[..., 0]

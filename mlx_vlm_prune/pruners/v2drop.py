@@ -1,0 +1,39 @@
+"""Drop the tokens that a layer leaves as they were.
+
+V2Drop, Chen et al., CVPR 2026, arXiv:2509.01552. Tokens that change little from layer to
+layer have nothing more to say: at three depths (3, 17 and 22 of 32) those with the
+smallest L2 distance between a layer's output and its input leave; at the third all do.
+Positions are kept; no attention is needed.
+
+The share that stays at the first two follows from the budget (the paper's is half).
+
+Shapes: I images, N tokens, K kept, D features.
+"""
+
+import mlx.core as mx
+
+from .budget import several_cuts
+from .contract import Reduction, Signals, Stage, keep_highest, wide
+
+stage = Stage.DECODER
+needs: dict[str, str | None] = {"before": None}
+AT = (3 / 32, 17 / 32, 22 / 32)
+
+
+def schedule(layers: int, N: int, K: int) -> dict[int, int]:
+    """The share t stays at the first cut and at the second; beyond what a t = 1 there would
+    use, rows stay at the third too."""
+
+    def counts(t: float) -> list[int]:
+        share, rest = min(1.0, 2 * t), max(0.0, 2 * t - 1)
+        return [int(N * share), int(N * share**2), int(N * rest)]
+
+    return several_cuts(layers, N, K, AT, counts)
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Keep the K that changed most."""
+    assert signals.before_BND is not None
+    with mx.stream(mx.cpu):
+        change_BN = mx.square(wide(signals.x_BND) - wide(signals.before_BND)).sum(axis=-1)
+        return Reduction(index_BK=keep_highest(change_BN, K))

@@ -1,0 +1,48 @@
+"""Keep the tokens that CLS looks at, and merge the rest into a few that summarise it.
+
+VisionZip, Yang et al., CVPR 2025, arXiv:2412.04467. Dominant tokens: the highest CLS
+attention. Of the rest, in raster order, every so-manieth is a target; each other one
+joins the target with the most similar key (mean over heads). A contextual token is its
+target plus the mean of those that joined. The share of contextual tokens is 10 of 64.
+
+Follows the authors' code where the paper averages (target plus mean, not the mean of
+all). Differs: slots stay in raster order, and CLS itself is not handed on, since ours
+are not (their count of dominant tokens includes it); they read LLaVA's last but one
+layer, ours reads the last.
+
+Shapes: B images, N tokens, K kept, C contextual, R the rest, H heads, d head size.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, keep_highest, take
+
+stage = Stage.FEATURES
+needs = {"cls_attention": "layer", "keys": "layer"}
+
+
+def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float = -1) -> Reduction:
+    """Keep K - C and merge the rest into C = K * `contextual`; `layer` is read by the host."""
+    assert signals.cls_attention_BN is not None and signals.keys_BNHd is not None
+    if not 0 <= contextual < 1:
+        raise ValueError(f"contextual is {contextual}; it is a share of K from 0 to below 1")
+    C = min(int(K * contextual + 0.5), K - 1)
+    dominant_BD = keep_highest(signals.cls_attention_BN, K - C)
+    if not C:
+        return Reduction(index_BK=dominant_BD)
+    with mx.stream(mx.cpu):
+        similar_BNN = cosine(signals.keys_BNHd.astype(mx.float32).mean(axis=2))
+        N = similar_BNN.shape[1]
+        is_dominant_BN = (dominant_BD[..., None] == mx.arange(N)).any(axis=1)
+        rest_BR = mx.argsort(is_dominant_BN, axis=-1)[:, : N - K + C]
+        target_BC = rest_BR[:, :: (N - K + C) // C][:, :C]
+        is_target_BN = (target_BC[..., None] == mx.arange(N)).any(axis=1)
+        home_BN = mx.argmax(take(similar_BNN, target_BC, axis=2), axis=-1)
+        joins_BCN = (home_BN[:, None] == mx.arange(C)[:, None]) & ~(is_dominant_BN | is_target_BN)[
+            :, None
+        ]
+        mean_BCN = joins_BCN / mx.maximum(joins_BCN.sum(axis=-1, keepdims=True), 1)
+        index_BK = mx.sort(mx.concatenate([dominant_BD, target_BC], axis=1), axis=1)
+        own_BKN = index_BK[..., None] == mx.arange(N)
+        of_target_BKC = (index_BK[..., None] == target_BC[:, None]).astype(mx.float32)
+        return Reduction(index_BK, own_BKN + of_target_BKC @ mean_BCN)

@@ -1,0 +1,47 @@
+"""Half of the tokens for what CLS looks at, half for what is unlike the others.
+
+VisPruner, Zhang et al., ICCV 2025, arXiv:2412.01818. Important: the highest CLS
+attention, `important` of the budget. Diverse: the residual, in order of attention, is
+dealt alternately into A and B, and the (at most 8) tokens of A most similar to one of B
+go, again and again, until the budget is met.
+
+Shapes: B images, N tokens, K kept, R residual, a and b tokens in A and B.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, keep_highest, take
+
+stage = Stage.FEATURES
+needs = {"cls_attention": "layer"}
+AT_ONCE = 8  # tokens that go in a round
+
+
+def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1) -> Reduction:
+    """Keep K; `layer` is read by the host."""
+    assert signals.cls_attention_BN is not None
+    if not 0 <= important <= 1:
+        raise ValueError(f"important is {important}; it is a share of K from 0 to 1")
+    first = int(K * important)
+    with mx.stream(mx.cpu):
+        similar_BNN = cosine(signals.x_BND)
+        order_BN = mx.argsort(-signals.cls_attention_BN.astype(mx.float32), axis=-1)
+        rest_BR = order_BN[:, first:]
+        while rest_BR.shape[1] > K - first:
+            if first == K:
+                rest_BR = rest_BR[:, :0]
+                break
+            rest_BR = thinned(similar_BNN, rest_BR, K - first)
+        index_BK = mx.concatenate([order_BN[:, :first], rest_BR], axis=1)
+        return Reduction(index_BK=mx.sort(index_BK, axis=1))
+
+
+def thinned(similar_BNN: mx.array, rest_BR: mx.array, enough: int) -> mx.array:
+    """The residual without the tokens of A most similar to one of B."""
+    R = rest_BR.shape[1]
+    similar_Bab = take(take(similar_BNN, rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)
+    likeness_BR = mx.full((len(rest_BR), R), -mx.inf).astype(mx.float64)
+    likeness_BR[:, ::2] = similar_Bab.max(axis=-1)
+    going = min(AT_ONCE, R - enough, (R + 1) // 2)
+    rank_BR = mx.argsort(mx.argsort(-likeness_BR, axis=-1), axis=-1)
+    return take(rest_BR, keep_highest(rank_BR >= going, R - going))

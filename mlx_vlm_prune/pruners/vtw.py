@@ -1,0 +1,33 @@
+"""Withdraw all visual tokens at once, when the words have read them.
+
+Visual Tokens Withdrawal, Lin et al., AAAI 2025, arXiv:2405.05803. From one layer on no
+visual token is left; positions are kept. The budget says which: with K of N in the
+average layer, the K / N of the depth.
+
+Differs from the paper, which finds the layer by calibration.
+
+Shapes: I images, N tokens.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, keep_highest
+
+stage = Stage.DECODER
+needs: dict[str, str | None] = {}
+
+
+def schedule(layers: int, N: int, K: int) -> dict[int, int]:
+    """Nothing stays, from the layer that the budget allows."""
+    layer = K * layers // N
+    if not layer:
+        raise ValueError(
+            f"cannot keep {K} of {N} visual tokens in the average of {layers} layers, because the"
+            f" first holds all; keep at least {-(-N // layers)}"
+        )
+    return {layer: 0}
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Keep the first K: none, as the schedule says."""
+    return Reduction(index_BK=keep_highest(mx.zeros(signals.x_BND.shape[:2]), K))

@@ -1,0 +1,126 @@
+"""What happens between a tower's layers: signals are read, and tokens leave.
+
+Shapes: B images, N patches at present, S = N + 1 tokens with CLS, H heads, d head size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..pruners.contract import Reduction, Signals
+
+ROWS = 64  # queries whose attention is held at once
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A layer of the tower at which K tokens stay.
+
+    `place` is "before" the layer, or in its "middle": between attention and MLP, where
+    the keys are known.
+    """
+
+    layer: int
+    place: str
+    K: int
+    pruner: Any
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a tower hands over: signals at its end, and the way there, if tokens left."""
+
+    signals: Signals
+    kept: Reduction | None = None
+
+
+class Between:
+    """One pass through a tower: the signals so far, of the tokens that are left."""
+
+    def __init__(
+        self, signals: Signals, want: Mapping[str, int | None], layers: int, cuts: Sequence[Cut]
+    ):
+        self.want = {name: range(layers)[at] for name, at in want.items() if at is not None}
+        self.cuts, self.N = cuts, signals.x_BND.shape[1]
+        self.kept: Reduction | None = None
+        if any(cut.pruner.is_proportional for cut in cuts):
+            signals = replace(signals, size_BN=mx.ones(signals.x_BND.shape[:2]))
+        self.signals = signals
+
+    @property
+    def bias_BS(self) -> mx.array | None:
+        """Log of how many tokens each is; CLS is one."""
+        if self.signals.size_BN is None:
+            return None
+        return mx.pad(mx.log(self.signals.size_BN), [(0, 0), (1, 0)])
+
+    def cut(
+        self, x_BND: mx.array, layer: int, place: str, seen: dict[str, Any] | None = None
+    ) -> mx.array:
+        """The tokens that stay. `seen`: queries and keys of this layer."""
+        for cut in self.cuts:
+            if (cut.layer, cut.place) == (layer, place):
+                at_hand = replace(self.signals, x_BND=x_BND, **(seen or {}))
+                kept = cut.pruner(at_hand, cut.K)
+                self.signals = _grown(self.signals, kept).reduced(kept)
+                self.kept = kept.after(self.kept, self.N) if self.kept else kept
+                x_BND = kept.tokens(x_BND)
+        return x_BND
+
+    def read(self, layer: int, q_BHSd: mx.array, k_BHSd: mx.array) -> dict[str, Any]:
+        """Note the signals wanted of this layer; hand over its queries and keys."""
+        keys = {
+            "queries_BNHd": q_BHSd[:, :, 1:].swapaxes(1, 2),
+            "keys_BNHd": k_BHSd[:, :, 1:].swapaxes(1, 2),
+        }
+        names = {name for name, at in self.want.items() if at == layer}
+        seen: dict[str, Any] = {f"{x}_BNHd": keys[f"{x}_BNHd"] for x in names & {"keys", "queries"}}
+        if "cls_query" in names:
+            seen["cls_query_BHd"] = q_BHSd[:, :, 0]
+        if "cls_attention" in names:
+            rows_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
+            seen["cls_attention_BN"] = rows_BQS[:, 0, 1:]
+        for name in names & {"received_attention", "object_attention"}:
+            seen[f"{name}_BN"] = received(q_BHSd, k_BHSd, self.bias_BS)[:, 1:]
+        self.signals = replace(self.signals, **seen)
+        return keys
+
+    def end(self, x_BND: mx.array) -> Encoded:
+        return Encoded(replace(self.signals, x_BND=x_BND), self.kept)
+
+
+def _grown(signals: Signals, kept: Reduction) -> Signals:
+    """Sizes summed up over each slot's members, at the slot's anchor."""
+    if signals.size_BN is None or kept.weight_BKN is None or kept.index_BK is None:
+        return signals
+    size_BK = ((kept.weight_BKN > 0) @ signals.size_BN[..., None])[..., 0]
+    at_BKN = kept.index_BK[..., None] == mx.arange(signals.size_BN.shape[1])
+    return replace(signals, size_BN=(size_BK[..., None] * at_BKN).sum(axis=1))
+
+
+def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
+    """What each of Q queries attends to, mean over heads, (B, Q, S) float32."""
+    logits_BHQS = (q_BHQd @ k_BHSd.swapaxes(2, 3)).astype(mx.float32) * k_BHSd.shape[-1] ** -0.5
+    if bias_BS is not None:
+        logits_BHQS = logits_BHQS + bias_BS[:, None, None]
+    return mx.softmax(logits_BHQS, axis=-1).mean(axis=1)
+
+
+def received(q_BHSd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
+    """What each token gets, mean over heads and queries, (B, S): never an S x S array."""
+    S = q_BHSd.shape[2]
+    total_BS = mx.zeros((len(q_BHSd), S))
+    for begin in range(0, S, ROWS):
+        rows_BQS = attention(q_BHSd[:, :, begin : begin + ROWS], k_BHSd, bias_BS)
+        total_BS = total_BS + rows_BQS.sum(axis=1)
+        mx.eval(total_BS)
+    return total_BS / S
+
+
+def patched(pixels_BHW3: mx.array, size: int) -> mx.array:
+    """Each patch's own pixels, (B, N, size * size * 3)."""
+    B, H, W, C = pixels_BHW3.shape
+    cells = pixels_BHW3.reshape(B, H // size, size, W // size, size, C)
+    return cells.swapaxes(2, 3).reshape(B, (H // size) * (W // size), -1)

@@ -1,0 +1,187 @@
+"""Visual rows that leave between the language model's layers, one prompt at a time.
+
+Attention is computed whole here, so that what the product takes from single rows can
+be held against it.
+
+Shapes: n visual tokens of an image, K kept, L rows of the prompt, T of them words, D features,
+H heads, G key/value heads, d head size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .language.minimind import Layer, MiniMind, rotary_table, rotate
+from .pruners import Reduction, Signals, Step, reduce
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt on its way through the layers."""
+
+    x_1LD: Tensor
+    position_1L: Tensor
+    after: int  # the position of the next token
+    runs: list[tuple[int, int]]  # (start, n) of each image
+    bias_L: Tensor  # added to the attention a row gets
+
+    @property
+    def words(self) -> list[int]:
+        seen = {i for start, n in self.runs for i in range(start, start + n)}
+        return [i for i in range(self.x_1LD.shape[1]) if i not in seen]
+
+
+@dataclass
+class Cached:
+    """A prompt that was read, and what later tokens add to it."""
+
+    hidden_1LD: Tensor  # after the last layer
+    rows: list[list[Tensor]]  # keys and values of each layer
+    biases: list[Tensor]
+    after: list[int]  # the next position in each layer
+    cuts: list[tuple[int, list[Reduction]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a step leaves how many tokens of each image, and what makes it better."""
+
+    step: Step | None = None
+    schedule: Mapping[int, int] = field(default_factory=dict)
+    policy: str = "keep"
+    enhancer: Step | None = None
+
+
+def read(language: MiniMind, prompt: Prompt, grid: tuple[int, int], plan: Plan) -> Cached:
+    """All layers, with fewer rows after each cut."""
+    before = prompt
+    done = Cached(prompt.x_1LD, [], [], [])
+    for i, layer in enumerate(language.layers):
+        assert isinstance(layer, Layer)
+        if plan.step and i in plan.schedule:
+            kept = [
+                reduce(plan.step.name, seen, plan.schedule[i], **plan.step.options)
+                for seen in signals(language, i, before, prompt, grid)
+            ]
+            prompt = shorten(prompt, kept, plan)
+            done.cuts.append((i, kept))
+        rows: list[Tensor] = []
+        rotary = tables(language, prompt)
+        L = prompt.x_1LD.shape[1]
+        mask_LL = causal(L, prompt.x_1LD.device) + prompt.bias_L
+        before = prompt
+        x_1LD = layer(prompt.x_1LD, rotary, mask_LL[None, None], rows)
+        prompt = replace(prompt, x_1LD=x_1LD)
+        done.rows.append(rows)
+        done.biases.append(prompt.bias_L)
+        done.after.append(prompt.after)
+    done.hidden_1LD = language.norm(prompt.x_1LD)
+    return done
+
+
+def step(language: MiniMind, done: Cached, token: int) -> Tensor:
+    """Scores (1, V) after one more token."""
+    x_11D = language.embed_tokens(torch.tensor([[token]], device=done.hidden_1LD.device))
+    for i, layer in enumerate(language.layers):
+        place_11 = torch.tensor([[done.after[i]]], device=x_11D.device)
+        rotary = rotary_table(place_11, language.config.head_dim, language.config.rope_theta)
+        done.biases[i] = F.pad(done.biases[i], (0, 1))
+        x_11D = layer(x_11D, rotary, done.biases[i][None, None, None], done.rows[i])
+        done.after[i] += 1
+    return language.logits(language.norm(x_11D))[:, 0]
+
+
+def shorten(prompt: Prompt, kept: list[Reduction], plan: Plan) -> Prompt:
+    """Each image's rows replaced by its kept ones."""
+    assert plan.step
+    xs, places, biases, runs, cursor, length = [], [], [], [], 0, 0
+    for (start, n), one in zip(prompt.runs, kept, strict=True):
+        words, image = slice(cursor, start), slice(start, start + n)
+        assert one.index_BK is not None
+        bias_1n = prompt.bias_L[None, image]
+        own_1K = bias_1n.take_along_dim(one.index_BK, dim=1)
+        if plan.enhancer:
+            seen = Signals(prompt.x_1LD[:, image], (1, n))
+            own_1K = own_1K + plan.enhancer.call("weigh", seen, one)
+        elif plan.step.merges and one.weight_BKN is not None:
+            own_1K = ((one.weight_BKN > 0).float() @ bias_1n.exp()[..., None])[..., 0].log()
+        xs += [prompt.x_1LD[:, words], one.tokens(prompt.x_1LD[:, image])]
+        places += [
+            prompt.position_1L[:, words],
+            prompt.position_1L[:, image].take_along_dim(one.index_BK, dim=1),
+        ]
+        biases += [prompt.bias_L[words], own_1K[0]]
+        length += start - cursor
+        runs.append((length, one.index_BK.shape[1]))
+        length, cursor = length + one.index_BK.shape[1], start + n
+    x_1LD = torch.cat([*xs, prompt.x_1LD[:, cursor:]], dim=1)
+    position_1L = torch.cat([*places, prompt.position_1L[:, cursor:]], dim=1)
+    bias_L = torch.cat([*biases, prompt.bias_L[cursor:]])
+    if plan.policy == "renumber":
+        count = x_1LD.shape[1]
+        return Prompt(x_1LD, torch.arange(count)[None].to(x_1LD.device), count, runs, bias_L)
+    return Prompt(x_1LD, position_1L, prompt.after, runs, bias_L)
+
+
+def signals(
+    language: MiniMind, i: int, before: Prompt, now: Prompt, grid: tuple[int, int]
+) -> list[Signals]:
+    """Everything that can be known of each image at the input of layer i."""
+    last, this = language.layers[i - 1], language.layers[i]
+    assert isinstance(last, Layer) and isinstance(this, Layer)
+    _, held_GLd, attended_LL = attention(language, last, before)
+    q_HLd, k_GLd, coming_LL = attention(language, this, now)
+    words, normed_1LD = now.words, language.norm(now.x_1LD)
+    found = []
+    for start, n in now.runs:
+        image = slice(start, start + n)
+        mean_H1d = q_HLd[:, image].mean(dim=1, keepdim=True)
+        keys_Hnd = k_GLd[:, image].repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
+        logits_H1n = mean_H1d @ keys_Hnd.mT / keys_Hnd.shape[-1] ** 0.5
+        held_LD, coming_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
+        found.append(
+            Signals(
+                now.x_1LD[:, image],
+                grid,
+                before_BND=before.x_1LD[:, image],
+                normed_BND=normed_1LD[:, image],
+                text_BTD=normed_1LD[:, words],
+                text_real_BT=torch.ones(1, len(words), dtype=torch.bool),
+                keys_BND=held_LD[None, image],
+                text_keys_BTD=held_LD[None, words],
+                next_keys_BND=coming_LD[None, image],
+                last_attention_BN=attended_LL[None, -1, image],
+                text_attention_BTN=attended_LL[None, words][:, :, image],
+                next_attention_BN=coming_LL[None, -1, image],
+                mean_attention_BN=logits_H1n.softmax(-1).mean(dim=0),
+            )
+        )
+    return found
+
+
+def attention(language: MiniMind, layer: Layer, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
+    """Turned queries (H, L, d) and keys (G, L, d), and who attends to whom (L, L), mean over
+    heads."""
+    attend, x_LD = layer.self_attn, layer.input_layernorm(prompt.x_1LD)[0]
+    q_HLd, k_GLd = (
+        rotate(p(x_LD).unflatten(-1, (-1, attend.d)).transpose(0, 1), cos[0], sin[0])
+        for p in (attend.q_proj, attend.k_proj)
+        for cos, sin in [tables(language, prompt)]
+    )
+    k_HLd = k_GLd.repeat_interleave(attend.H // attend.G, dim=0)
+    logits_HLL = (q_HLd @ k_HLd.mT).float() / attend.d**0.5
+    logits_HLL = logits_HLL + causal(x_LD.shape[0], x_LD.device) + prompt.bias_L
+    return q_HLd, k_GLd, logits_HLL.softmax(-1).mean(dim=0)
+
+
+def tables(language: MiniMind, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    c = language.config
+    return rotary_table(prompt.position_1L, c.head_dim, c.rope_theta)
+
+
+def causal(L: int, device: torch.device) -> Tensor:
+    """0 where a row sees another, minus infinity where not, (L, L)."""
+    return torch.full((L, L), -torch.inf, device=device).triu(1)

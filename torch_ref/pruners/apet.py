@@ -1,0 +1,41 @@
+"""ApET (github.com/MaQianKun0/ApET): what a basis of distant tokens explains worst stays."""
+
+import torch
+from torch import Tensor
+
+from .contract import Reduction, Signals, alike, best, stacked
+
+needs: dict[str, str | None] = {}
+
+
+def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
+    index, weight = [], []
+    for x_ND in signals.x_BND:
+        kept = sorted(best(errors(x_ND.double(), basis), K))
+        weight_KN, likeness = torch.zeros(K, len(x_ND)), alike(x_ND)
+        for i in range(len(x_ND)):
+            home = kept.index(i) if i in kept else int(likeness[i, kept].argmax())
+            weight_KN[home, i] = 1
+        index.append(kept)
+        weight.append(weight_KN / weight_KN.sum(dim=1, keepdim=True))
+    return stacked(index, weight, signals.x_BND.device)
+
+
+def errors(x_ND: Tensor, basis: int) -> Tensor:
+    """Distance of each token from the span of the basis, of the longest token, nine digits."""
+    length = x_ND.norm(dim=-1)
+    x_ND = x_ND / length.max().clamp(min=1e-30)
+    chosen = [int((length / length.max().clamp(min=1e-30)).round(decimals=12).argmax())]
+    while len(chosen) < min(basis, len(x_ND)):
+        apart = (x_ND[:, None] - x_ND[chosen]).square().sum(-1).round(decimals=12)
+        chosen.append(int(apart.min(dim=1).values.argmax()))
+    span: list[Tensor] = []
+    for i in chosen:
+        left = x_ND[i].clone()
+        for direction in span:
+            left = left - (left @ direction) * direction
+        if left.norm() > 1e-9:
+            span.append(left / left.norm())
+    for direction in span:
+        x_ND = x_ND - (x_ND @ direction)[:, None] * direction
+    return x_ND.norm(dim=-1).round(decimals=9)

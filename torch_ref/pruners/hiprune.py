@@ -1,0 +1,25 @@
+"""HiPrune (arXiv:2508.00553): objects and their neighbours from a middle layer, then the last."""
+
+from .contract import Reduction, Signals, best, stacked
+
+needs = {"object_attention": "object_layer", "received_attention": "layer"}
+
+
+def prune(
+    signals: Signals, K: int, *, objects: float = 0.1, object_layer: float = 9 / 24,
+    layer: float = -1,
+) -> Reduction:  # fmt: skip
+    assert signals.object_attention_BN is not None and signals.received_attention_BN is not None
+    rows, columns = signals.grid
+    index = []
+    for middle_N, deep_N in zip(
+        signals.object_attention_BN, signals.received_attention_BN, strict=True
+    ):
+        kept: set[int] = set()
+        for anchor in best(middle_N, int(K * objects / 5)):
+            r, c = divmod(anchor, columns)
+            around = [(r, c), (r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)]
+            kept |= {a * columns + b for a, b in around if 0 <= a < rows and 0 <= b < columns}
+        others = [i for i in best(deep_N, len(deep_N)) if i not in kept]
+        index.append(sorted([*kept, *others[: K - len(kept)]]))
+    return stacked(index, None, signals.x_BND.device)

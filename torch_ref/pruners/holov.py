@@ -1,0 +1,31 @@
+"""HoloV (arXiv:2510.02912): every region of the image gets its share of the budget."""
+
+import torch
+
+from .contract import Reduction, Signals, alike, best, between_0_and_1, stacked
+from .grid import members, windows
+
+needs = {"cls_attention": "layer"}
+
+
+def prune(
+    signals: Signals, K: int, *, regions: int = 8, beta: float = 0.09, layer: float = -1
+) -> Reduction:
+    assert signals.cls_attention_BN is not None
+    N, columns = signals.x_BND.shape[1], signals.grid[1]
+    areas = [members(window, columns) for window in windows(signals.grid, min(regions, N))]
+    index = []
+    for x_ND, row_N in zip(signals.x_BND, signals.cls_attention_BN, strict=True):
+        likeness, varied = alike(x_ND), torch.zeros(N, dtype=torch.float64)
+        for area in areas:
+            varied[area] = likeness[area][:, area].var(dim=-1, correction=0)
+        score = between_0_and_1(row_N) + beta * between_0_and_1(varied)
+        score = score.round(decimals=12)
+        worth = [score[area].mean().item() for area in areas]
+        seats = [0] * len(areas)
+        for _ in range(K):
+            open_ = [a for a in range(len(areas)) if seats[a] < len(areas[a])]
+            seats[min(open_, key=lambda a: (-round(worth[a] / (seats[a] + 1), 9), a))] += 1
+        kept = [area[i] for area, n in zip(areas, seats, strict=True) for i in best(score[area], n)]
+        index.append(sorted(kept))
+    return stacked(index, None, signals.x_BND.device)

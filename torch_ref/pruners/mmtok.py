@@ -1,0 +1,23 @@
+"""MMTok (arXiv:2508.18264): greedily what covers the words and the image."""
+
+import torch
+
+from .contract import Reduction, Signals, alike, stacked
+from .scope import cover
+
+needs: dict[str, str | None] = {"text": None}
+
+
+def prune(
+    signals: Signals, K: int, *, image: float = 0.5, sharp: float = 0.01, soft: float = 0.2
+) -> Reduction:
+    assert signals.text_BTD is not None and signals.text_real_BT is not None
+    index, N = [], signals.x_BND.shape[1]
+    for x_ND, text_TD, real_T in zip(
+        signals.x_BND, signals.text_BTD, signals.text_real_BT, strict=True
+    ):
+        words_TN = (alike(text_TD[real_T], x_ND) / sharp).softmax(dim=-1) / real_T.sum()
+        tokens_NN = (alike(x_ND) / soft).softmax(dim=-1) * image / N
+        rows_MN = torch.cat([words_TN, tokens_NN]).round(decimals=12)
+        index.append(cover(rows_MN, torch.ones(N, dtype=torch.float64), K))
+    return stacked(index, None, signals.x_BND.device)

@@ -1,0 +1,14 @@
+"""The K longest patch embeddings, chosen before the first layer (Vision-Token-Pruning's code)."""
+
+from .contract import Reduction, Signals, top
+
+needs: dict[str, str | None] = {"patches": None}
+
+
+def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
+    return [(0, "before", K)]
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    assert signals.patches_BND is not None
+    return Reduction(top(signals.patches_BND.double().square().sum(-1), K))

@@ -1,0 +1,10 @@
+"""The K tokens that receive most attention, mean over heads and queries (FastVLM pruning's ATS)."""
+
+from .contract import Reduction, Signals, top
+
+needs = {"received_attention": "layer"}
+
+
+def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
+    assert signals.received_attention_BN is not None
+    return Reduction(top(signals.received_attention_BN, K))

@@ -1,0 +1,27 @@
+"""RESTORE (arXiv:2606.01711): kept tokens get the attention of those they replace.
+
+Shapes: B images, N tokens, K kept.
+"""
+
+import torch
+from torch import Tensor
+
+from .contract import Reduction, Signals, alike
+
+needs: dict[str, str | None] = {}
+
+
+def weigh(
+    signals: Signals, kept: Reduction, strength: float = 1.0, theta: float = 1e4, dims: int = 128
+) -> Tensor:
+    """(B, K), added to the attention that each kept token gets."""
+    assert kept.index_BK is not None
+    rates = [theta ** (-i / dims) for i in range(0, dims, 2)]
+    bias_BK = torch.zeros(kept.index_BK.shape)
+    for b, x_ND in enumerate(signals.x_BND):
+        index, likeness = kept.index_BK[b].tolist(), alike(x_ND)
+        for i in range(len(x_ND)):
+            home = index.index(i) if i in index else int(likeness[i, index].argmax())
+            distance = abs(i - index[home]) * torch.tensor(rates)
+            bias_BK[b, home] += distance.cos().mean().clamp(min=0)
+    return strength * bias_BK.clamp(min=1).log().to(signals.x_BND.device)

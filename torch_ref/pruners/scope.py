@@ -1,0 +1,27 @@
+"""SCOPE (arXiv:2510.24214): greedily what adds most coverage, times its CLS attention."""
+
+import torch
+from torch import Tensor
+
+from .contract import Reduction, Signals, alike, stacked
+
+needs = {"cls_attention": "layer"}
+
+
+def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
+    assert signals.cls_attention_BN is not None
+    pairs = zip(signals.x_BND, signals.cls_attention_BN, strict=True)
+    index = [cover(alike(x), row.double() ** power, K) for x, row in pairs]
+    return stacked(index, None, signals.x_BND.device)
+
+
+def cover(worth_MN: Tensor, salient_N: Tensor, K: int) -> list[int]:
+    """Columns that cover every row to its largest entry, the most gain first."""
+    covered_M1 = torch.zeros(len(worth_MN), 1, dtype=torch.float64)
+    kept: list[int] = []
+    for _ in range(K):
+        gain = (worth_MN - covered_M1).clamp(min=0).sum(dim=0).round(decimals=12) * salient_N
+        gain[kept] = -1
+        kept.append(int(gain.argmax()))
+        covered_M1 = torch.maximum(covered_M1, worth_MN[:, kept[-1:]])
+    return sorted(kept)

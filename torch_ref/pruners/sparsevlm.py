@@ -1,0 +1,54 @@
+"""SparseVLM (arXiv:2410.04417): the words that speak of the image judge it; some is recycled.
+
+Shapes: N tokens, K kept, T words, D features.
+"""
+
+import torch
+from torch import Tensor
+
+from .budget import several
+from .clusters import centres, distances
+from .contract import Reduction, Signals, best, stacked
+
+needs: dict[str, str | None] = {"text_attention": None, "normed": None}
+
+
+def schedule(layers: int, N: int, K: int) -> dict[int, int]:
+    def counts(t: float) -> list[int]:
+        shares = (1, 200 / 300, 110 / 300)
+        return [min(N, max(1, int(N * t * share / shares[2]))) for share in shares]
+
+    return several(layers, N, K, (2 / 32, 6 / 32, 15 / 32), counts)
+
+
+def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
+    s = signals
+    assert s.text_BTD is not None and s.normed_BND is not None
+    assert s.text_attention_BTN is not None and s.text_real_BT is not None
+    index, weight = [], []
+    for b, real_T in enumerate(s.text_real_BT):
+        logits = s.normed_BND[b].double() @ s.text_BTD[b][real_T].double().T
+        share = logits.softmax(dim=-1).mean(dim=0).round(decimals=12)
+        raters = share >= (share.sum() / len(share)).round(decimals=12)
+        score = s.text_attention_BTN[b][real_T][raters].double().mean(dim=0).round(decimals=12)
+        kept, rows = recycled(score, s.x_BND[b], K, recycle)
+        index.append(kept)
+        weight.append(rows)
+    return stacked(index, weight, s.x_BND.device)
+
+
+def recycled(score_N: Tensor, x_ND: Tensor, K: int, recycle: float) -> tuple[list[int], Tensor]:
+    N, order = len(score_N), best(score_N, len(score_N))
+    again = int(recycle * (N - K))
+    C = min(again // 10 + 1, K - 1) if again else 0
+    weight_NN = torch.eye(N)
+    kept, pool = order[: K - C], sorted(order[K - C : K - C + max(again, C)])
+    if C:
+        apart = distances(x_ND[pool])
+        middle = centres(apart, C)
+        for i in range(len(pool)):
+            home = i if i in middle else min(middle, key=lambda c: (apart[i, c].item(), c))
+            weight_NN[pool[home], pool[i]] = 1
+        kept = kept + [pool[c] for c in middle]
+    kept = sorted(kept)
+    return kept, weight_NN[kept]

@@ -1,0 +1,21 @@
+"""V2Drop (arXiv:2509.01552): what a layer changed least leaves, and all of it in the end."""
+
+from .budget import several
+from .contract import Reduction, Signals, top
+
+needs: dict[str, str | None] = {"before": None}
+
+
+def schedule(layers: int, N: int, K: int) -> dict[int, int]:
+    def counts(t: float) -> list[int]:
+        if t <= 0.5:
+            return [int(N * (2 * t)), int(N * (2 * t) ** 2), 0]
+        return [N, N, int(N * (2 * t - 1))]
+
+    return several(layers, N, K, (3 / 32, 17 / 32, 22 / 32), counts)
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    assert signals.before_BND is not None
+    moved = (signals.x_BND.double() - signals.before_BND.double()).square().sum(-1)
+    return Reduction(top(moved, K))

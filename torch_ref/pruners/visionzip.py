@@ -1,0 +1,38 @@
+"""VisionZip (arXiv:2412.04467): dominant tokens by CLS attention, the rest merged into a few.
+
+Shapes: N tokens, K kept, H heads, d head size.
+"""
+
+import torch
+from torch import Tensor
+
+from .contract import Reduction, Signals, alike, best, stacked
+
+needs = {"cls_attention": "layer", "keys": "layer"}
+
+
+def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float = -1) -> Reduction:
+    assert signals.cls_attention_BN is not None and signals.keys_BNHd is not None
+    C = min(int(K * contextual + 0.5), K - 1)
+    pairs = zip(signals.cls_attention_BN, signals.keys_BNHd, strict=True)
+    made = [zipped(row, keys.float().mean(1), K, C) for row, keys in pairs]
+    return stacked([i for i, _ in made], [w for _, w in made], signals.x_BND.device)
+
+
+def zipped(attention_N: Tensor, metric_Nd: Tensor, K: int, C: int) -> tuple[list[int], Tensor]:
+    N = len(attention_N)
+    dominant = best(attention_N, K - C)
+    rest = [i for i in range(N) if i not in set(dominant)]
+    targets = rest[:: len(rest) // C][:C] if C else []
+    joined: dict[int, list[int]] = {t: [] for t in targets}
+    likeness = alike(metric_Nd)
+    for i in rest if C else []:
+        if i not in joined:
+            joined[max(targets, key=lambda t: (likeness[i, t].item(), -t))].append(i)
+    index = sorted([*dominant, *targets])
+    weight_KN = torch.zeros(K, N)
+    for k, i in enumerate(index):
+        weight_KN[k, i] = 1
+        for j in joined.get(i, []):
+            weight_KN[k, j] = 1 / len(joined[i])
+    return index, weight_KN
