@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 from . import __version__
 
-COMMANDS = ("generate",)
-USAGE = f"""usage: python -m mlx_vlm_prune COMMAND …
+# Each command's module.
+COMMANDS = {"generate": "generate", "pruners": "listing"}
+USAGE = """usage: python -m mlx_vlm_prune COMMAND …
 
 commands:
-  {", ".join(COMMANDS)}
+  generate   answer a prompt about images with fewer visual tokens
+  pruners    list the methods; with a name, tell more of one
 
 python -m mlx_vlm_prune COMMAND --help says more; --version prints the version."""
 
@@ -19,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; without a known one, print the usage and exit with code 2."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if command in COMMANDS:
-        importlib.import_module(f".{command}", __package__).main(rest)
+        importlib.import_module(f".{COMMANDS[command]}", __package__).main(rest)
     elif command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":

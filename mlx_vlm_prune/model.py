@@ -207,15 +207,16 @@ class VLM(nn.Module):
         """Visual tokens of one image."""
         return self.grid[0] * self.grid[1]
 
-    def step(self, token_B1: mx.array, position_B1: mx.array, before: Prefill) -> mx.array:
-        """Logits (B, 1, V) after one more token; the cache in `before` grows by it."""
-        x_B1D = self.language.embed_tokens(token_B1)
+    def step(self, token_BL: mx.array, position_B1: mx.array, before: Prefill) -> mx.array:
+        """Logits (B, L, V) after more tokens, mostly one; the cache in `before` grows by them.
+        `position_B1` is where the first stands."""
+        x_BLD = self.language.embed_tokens(token_BL)
         for part in before.segments:
-            place_B1 = position_B1 + part.shift_B1
-            x_B1D = self.language.run(
-                part.layers, x_B1D, place_B1, before.cache, padded=part.padded
+            place_BL = position_B1 + part.shift_B1 + mx.arange(token_BL.shape[1])
+            x_BLD = self.language.run(
+                part.layers, x_BLD, place_BL, before.cache, padded=part.padded
             )
-        return self.language.logits(x_B1D)
+        return self.language.logits(x_BLD)
 
 
 def _prune(

@@ -1,6 +1,6 @@
 """Keep what a few tokens cannot explain.
 
-ApET, CVPR 2026 (github.com/MaQianKun0/ApET): approximation error guides the compression.
+ApET, Ma et al., CVPR 2026, arXiv:2602.19870: approximation error guides the compression.
 `basis` tokens that lie far apart (farthest point sampling) span a space; each token is
 approximated in it by least squares; the K with the largest error stay, and every other
 one merges into the kept token most similar to it.

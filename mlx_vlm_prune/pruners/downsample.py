@@ -1,10 +1,10 @@
 """Make the image itself smaller: the honest rival of every method.
 
-Chen et al., "Are we using the right benchmark", arXiv:2510.07143 (VTC-Bench), find that
-plain down-sampling beats many published methods. The pixels are resized to as many
-patches as the budget allows, and the tower's position embeddings with them, so the
-tower too has less to do. K may have no grid of its own: then the largest grid of
-about the image's shape with at most K tokens is used.
+Liao et al., "Are We Using the Right Benchmark", ACL 2026, arXiv:2510.07143, find that plain
+down-sampling beats many published methods. The pixels are resized to as many patches as
+the budget allows, and the tower's position embeddings with them, so the tower too has
+less to do. K may have no grid of its own: then the largest grid of about the image's
+shape with at most K tokens is used.
 
 Shapes: B images, N tokens of the whole image, K slots.
 """

@@ -14,7 +14,7 @@ from .contract import Reduction, Signals, Stage, keep_highest, rounded, wide
 from .pipeline import layer_at
 
 stage = Stage.ENCODER
-needs: dict[str, str | None] = {}
+needs: dict[str, str | None] = {"keys": None, "queries": None}
 
 
 def cuts(layers: int, N: int, K: int, *, layer: float = 0.5) -> list[tuple[int, str, int]]:

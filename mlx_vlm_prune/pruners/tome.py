@@ -18,7 +18,7 @@ import mlx.core as mx
 from .contract import Reduction, Signals, Stage, cosine, identity, keep_highest
 
 stage = Stage.ENCODER
-needs: dict[str, str | None] = {}
+needs: dict[str, str | None] = {"keys": None}
 proportional = True
 
 

@@ -1,4 +1,4 @@
-"""ApET (github.com/MaQianKun0/ApET): what a basis of distant tokens explains worst stays."""
+"""ApET (arXiv:2602.19870): what a basis of distant tokens explains worst stays."""
 
 import torch
 from torch import Tensor

@@ -2,7 +2,7 @@
 
 from .contract import Reduction, Signals, number, top
 
-needs: dict[str, str | None] = {}
+needs: dict[str, str | None] = {"keys": None, "queries": None}
 
 
 def cuts(layers: int, N: int, K: int, layer: float = 0.5) -> list[tuple[int, str, int]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .contract import Reduction, Signals, alike, best, stacked
 
-needs: dict[str, str | None] = {}
+needs: dict[str, str | None] = {"keys": None}
 proportional = True
 
 

@@ -1,0 +1,224 @@
+"""Methods with a closed description, once more as plain loops over Python numbers.
+
+Tokens come from formulas, not from a generator, so what is expected can be recomputed
+by hand. Nothing here uses an array library to decide anything.
+"""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+
+import torch_ref.pruners as ref
+from mlx_vlm_prune.decoder import rows
+from mlx_vlm_prune.pruners import Signals, resolve
+
+ROWS, COLUMNS, D, HEADS, T = 4, 5, 6, 2, 3
+N = ROWS * COLUMNS
+Vector = list[float]
+
+
+def tokens(a: int, b: int, c: int, count: int = N) -> list[Vector]:
+    """Integers from -6 to 6 by a formula."""
+    return [
+        [(a * i + b * d + c * i * d + i * i) % 13 - 6.0 for d in range(D)] for i in range(count)
+    ]
+
+
+X, KEYS, QUERY, TEXT = tokens(7, 3, 5), tokens(4, 9, 2), tokens(5, 2, 1, 1)[0], tokens(3, 8, 6, T)
+RAW = [1.0 + (i * 11) % 17 for i in range(N)]
+ATTENTION = [a / sum(RAW) for a in RAW]
+
+
+def cosine(u: Vector, v: Vector) -> float:
+    length = math.sqrt(sum(a * a for a in u)) * math.sqrt(sum(b * b for b in v))
+    return round(sum(a * b for a, b in zip(u, v, strict=True)) / length, 12)
+
+
+def first_best(scores: dict[int, float]) -> int:
+    """The key of the highest value; of equals the lowest."""
+    return min(scores, key=lambda i: (-scores[i], i))
+
+
+def mean_key(i: int) -> Vector:
+    """The mean over heads."""
+    d = D // HEADS
+    return [sum(KEYS[i][h * d + j] for h in range(HEADS)) / HEADS for j in range(d)]
+
+
+def heads(vectors: list[Vector]) -> np.ndarray:
+    return np.array(vectors, np.float32).reshape(1, -1, HEADS, D // HEADS)
+
+
+OF = {
+    "grid": (ROWS, COLUMNS),
+    "x_BND": np.array([X], np.float32),
+    "keys_BNHd": heads(KEYS),
+    "cls_query_BHd": heads([QUERY])[:, 0],
+    "cls_attention_BN": np.array([ATTENTION], np.float32),
+    "text_BTD": np.array([TEXT], np.float32),
+    "text_real_BT": np.ones((1, T), bool),
+    "normed_BND": np.array([X], np.float32),
+    "keys_BND": np.array([KEYS], np.float32),
+    "text_keys_BTD": np.array([tokens(2, 5, 3, T)], np.float32),
+}
+
+
+def both(spec: str, K: int) -> list[tuple[list[int], np.ndarray]]:
+    """Index and weights from the product and from the reference."""
+    pruner = resolve(spec)
+    ours = pruner(Signals(**{k: v if k == "grid" else mx.array(v) for k, v in OF.items()}), K)
+    seen = ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in OF.items()})
+    theirs = ref.reduce(pruner.name, seen, K, **pruner.options)
+    told = [(np.array(ours.index_BK[0]).tolist(), np.array(ours.mixture(N)[0]))]
+    weight = torch.eye(N)[theirs.index_BK[0]] if theirs.weight_BKN is None else theirs.weight_BKN[0]
+    return [*told, (theirs.index_BK[0].tolist(), weight.numpy())]
+
+
+def agrees(spec: str, K: int, index: list[int], weight: dict[int, dict[int, float]] | None = None):
+    """Both keep `index`, and where `weight` is given mix slot by slot like that."""
+    for kept, mixed in both(spec, K):
+        assert kept == index
+        for slot, token in enumerate(index):
+            row = {token: 1.0} if weight is None else weight[token]
+            by_hand = [row.get(j, 0.0) for j in range(N)]
+            np.testing.assert_allclose(mixed[slot], by_hand, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("K", [1, 4, 9, 16])
+def test_divprune(K):
+    apart = [[1 - cosine(u, v) for v in X] for u in X]
+    alone = {i: min(apart[i][j] for j in range(N) if j != i) for i in range(N)}
+    kept = [first_best(alone)]
+    while len(kept) < K:
+        gaps = {i: min(apart[i][j] for j in kept) for i in range(N) if i not in kept}
+        kept.append(first_best(gaps))
+    agrees("divprune", K, sorted(kept))
+
+
+def determinant(matrix: list[Vector]) -> float:
+    """By expansion along the first row."""
+    if not matrix:
+        return 1.0
+    total = 0.0
+    for j, a in enumerate(matrix[0]):
+        minor = [row[:j] + row[j + 1 :] for row in matrix[1:]]
+        total += (-1) ** j * a * determinant(minor)
+    return total
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
+def test_cdpruner_grows_the_set_whose_determinant_is_largest(K):
+    near = [sum(cosine(x, t) for t in TEXT) / T for x in X]
+    relevance = [(r - min(near)) / (max(near) - min(near)) + 1e-6 for r in near]
+    kernel = [
+        [relevance[i] * cosine(X[i], X[j]) * relevance[j] for j in range(N)] for i in range(N)
+    ]
+    kept: list[int] = []
+    for _ in range(K):
+        volume = {
+            i: determinant([[kernel[a][b] for b in [*kept, i]] for a in [*kept, i]])
+            for i in range(N)
+            if i not in kept
+        }
+        kept.append(first_best(volume))
+    agrees("cdpruner", K, sorted(kept))
+
+
+@pytest.mark.parametrize("K", [1, 5, 12])
+def test_scope(K):
+    kept: list[int] = []
+    for _ in range(K):
+        gains = {}
+        for i in (i for i in range(N) if i not in kept):
+            gain = 0.0
+            for u in X:
+                covered = max([0.0, *(cosine(u, X[j]) for j in kept)])
+                gain += max(cosine(u, X[i]) - covered, 0.0)
+            gains[i] = gain * ATTENTION[i]
+        kept.append(first_best(gains))
+    agrees("scope", K, sorted(kept))
+
+
+@pytest.mark.parametrize("K", [2, 6, 13])
+def test_prumerge(K):
+    logits = [sum(q * k for q, k in zip(QUERY, key, strict=True)) / math.sqrt(D) for key in KEYS]
+    score = [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits]
+    order = sorted(range(N), key=lambda i: (-round(score[i], 12), i))
+    kept, dropped = order[: K - 1], order[K - 1 :]
+    weight = {}
+    for i in kept:
+        others = [j for j in range(N) if j != i]
+        near = sorted(others, key=lambda j: (-cosine(KEYS[i], KEYS[j]), j))[:5]
+        weight[i] = {i: 1.0, **{j: score[j] for j in near}}
+    weight[dropped[0]] = {j: score[j] for j in dropped}
+    agrees("prumerge:neighbours=5", K, sorted(weight), weight)
+
+
+@pytest.mark.parametrize("K", [3, 8, 15])
+def test_visionzip(K):
+    C = min(int(K * 10 / 64 + 0.5), K - 1)
+    dominant = sorted(range(N), key=lambda i: (-ATTENTION[i], i))[: K - C]
+    rest = [i for i in range(N) if i not in dominant]
+    targets = rest[:: len(rest) // C][:C] if C else []
+    joined: dict[int, list[int]] = {t: [] for t in targets}
+    for i in rest:
+        if C and i not in targets:
+            joined[first_best({t: cosine(mean_key(i), mean_key(t)) for t in targets})].append(i)
+    weight = {i: {i: 1.0} for i in dominant}
+    for t in targets:
+        weight[t] = {t: 1.0, **{j: 1 / len(joined[t]) for j in joined[t]}}
+    agrees("visionzip", K, sorted(weight), weight)
+
+
+@pytest.mark.parametrize("K", [10, 14, 19])
+def test_tome_in_one_round(K):
+    a, b = range(1, N, 2), range(0, N, 2)
+    into = {i: first_best({j: cosine(mean_key(i), mean_key(j)) for j in b}) for i in a}
+    likeness = {i: cosine(mean_key(i), mean_key(into[i])) for i in a}
+    going = sorted(a, key=lambda i: (-likeness[i], i))[: N - K]
+    groups = {i: [i] for i in range(N) if i not in going}
+    for i in going:
+        groups[into[i]].append(i)
+    weight = {i: {j: 1 / len(of) for j in of} for i, of in groups.items()}
+    agrees("tome", K, sorted(groups), weight)
+
+
+@pytest.mark.parametrize("K", [4, 9, 17])
+def test_dart(K):
+    def size(key: Vector) -> float:
+        return sum(abs(k) for k in key)
+
+    text_keys = OF["text_keys_BTD"][0].tolist()
+    kept = sorted(range(N), key=lambda i: (-size(KEYS[i]), i))[:4]
+    words = sorted(range(T), key=lambda t: (-size(text_keys[t]), t))[:4]
+    pivots, rest = [X[i] for i in kept] + [TEXT[t] for t in words], K - 4
+    for p, pivot in enumerate(pivots):
+        share = (p + 1) * rest // len(pivots) - p * rest // len(pivots)
+        left = [i for i in range(N) if i not in kept]
+        kept = kept + sorted(left, key=lambda i: (cosine(X[i], pivot), i))[:share]
+    agrees("dart", K, sorted(kept))
+
+
+def test_fastv_scores_by_one_row_of_attention():
+    """Four query heads share two key heads; the last token sees all 20 keys."""
+    d, queries = D // HEADS, tokens(6, 1, 4, 2)
+    attention = [0.0] * N
+    for head in range(4):
+        query = [queries[head // 2][head % 2 * d + j] for j in range(d)]
+        own = [[KEYS[i][head // 2 * d + j] for j in range(d)] for i in range(N)]
+        logits = [sum(q * k for q, k in zip(query, key, strict=True)) / math.sqrt(d) for key in own]
+        total = sum(math.exp(x) for x in logits)
+        attention = [a + math.exp(x) / total / 4 for a, x in zip(attention, logits, strict=True)]
+    q = mx.array(np.array(queries, np.float32).reshape(1, 2, 2, 1, d))
+    k = mx.array(heads(KEYS)).swapaxes(1, 2)
+    row = rows(q, k, mx.ones((1, 1, N), dtype=mx.bool_), None)[:, 0]
+    np.testing.assert_allclose(np.array(row)[0], attention, rtol=1e-5)
+    kept = resolve("fastv")(
+        Signals(mx.array(OF["x_BND"]), (ROWS, COLUMNS), last_attention_BN=row), 7
+    )
+    told = np.array(row)[0].tolist()  # duplicated tokens tie only as float32 rounds them
+    best = sorted(range(N), key=lambda i: (-told[i], i))[:7]
+    assert np.array(kept.index_BK[0]).tolist() == sorted(best)
