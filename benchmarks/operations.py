@@ -1,7 +1,9 @@
 """How many multiply-adds each part of a model must do, from its configuration alone.
 
-Shapes: S tower tokens with CLS, N visual tokens, L tokens of the spliced prompt.
+Shapes: S tower tokens with CLS, N visual tokens, K of them in a layer, L rows of a prompt.
 """
+
+from collections.abc import Sequence
 
 from mlx_vlm_prune.model import VLMConfig
 
@@ -16,14 +18,15 @@ def tower(c: VLMConfig) -> int:
     return patches + v.num_hidden_layers * layer
 
 
-def prefill(c: VLMConfig, L: int, K: int) -> int:
-    """Multiply-adds of projector and language model for a prompt of L tokens, K of them visual.
+def prefill(c: VLMConfig, text: int, held: Sequence[int], projected: int) -> int:
+    """Multiply-adds of projector and language model for a prompt of `text` words, with
+    `held` visual tokens in each layer, of which `projected` went through the projector.
 
     Attention counts the full L x L: a CPU computes the masked half too.
     """
     t = c.text
-    D, d = t.hidden_size, t.head_dim
-    heads = t.num_attention_heads * d
-    linear = 2 * D * heads + 2 * D * t.num_key_value_heads * d + 3 * D * t.intermediate_size
-    layer = L * linear + 2 * L * L * heads
-    return K * c.vision.hidden_size * D + t.num_hidden_layers * layer + D * t.vocab_size
+    D, heads = t.hidden_size, t.num_attention_heads * t.head_dim
+    linear = 2 * D * heads + 2 * D * t.num_key_value_heads * t.head_dim
+    linear += 3 * D * t.intermediate_size
+    layers = sum((text + K) * linear + 2 * (text + K) ** 2 * heads for K in held)
+    return projected * c.vision.hidden_size * D + layers + D * t.vocab_size

@@ -20,17 +20,24 @@ from tqdm import tqdm
 from mlx_vlm_prune.generate import versions
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.model import VLM, VLMConfig
-from mlx_vlm_prune.pruners import METHODS, Pruner, resolve
+from mlx_vlm_prune.pruners import Pipeline, Stage, plan
 from mlx_vlm_prune.stream import Clock
+from mlx_vlm_prune.towers.clip import CLIPConfig
 
 from . import operations
 
 RESULTS = Path(__file__).parent / "results"
 TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image
+BASE = MiniMindConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=16)
 SHAPES = {
-    "minimind2-v-small": MiniMindConfig(),
-    "minimind2-v": MiniMindConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=16),
+    "minimind2-v-small": VLMConfig(),
+    "minimind2-v": VLMConfig(text=BASE),
+    # LLaVA-1.5's tower, CLIP ViT-L/14 at 336 pixels, and 8 layers as wide as a 1 B model's.
+    "llava-8": VLMConfig(
+        CLIPConfig(1024, 4096, 24, 16, 336, 14), MiniMindConfig(2048, 5504, 8, 16, 16, 32000)
+    ),
 }
+DEFAULT = ("random", "uniform", "avgpool", "downsample", "tome", "cls_attention", "divprune")
 PARTS = ("vision", "pruner", "prefill", "total")
 
 
@@ -49,7 +56,7 @@ def prompt(config: VLMConfig) -> Row:
     return Row(text[:half] + [config.image_token_id] * N + text[half:], [(half, N)])
 
 
-def once(model: VLM, row: Row, pixels: mx.array, pruner: Pruner, K: int) -> dict[str, float]:
+def once(model: VLM, row: Row, pixels: mx.array, pruner: Pipeline, K: int) -> dict[str, float]:
     """Milliseconds of each part of one forward pass up to the first token."""
     clock = Clock()
     model([row], pixels, pruner, K, lap=clock.lap)
@@ -61,6 +68,21 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "p10": deciles[0], "p90": deciles[-1]}
 
 
+def work(config: VLMConfig, pipeline: Pipeline, K: int) -> int:
+    """Multiply-adds of projector and language model."""
+    N, layers = config.vision.grid[0] * config.vision.grid[1], config.text.num_hidden_layers
+    before = [k for k, s in zip(pipeline.budgets(N, K), pipeline.steps, strict=True)
+              if s.stage is not Stage.DECODER]  # fmt: skip
+    left = before[-1] if before else N
+    held = [left] * layers
+    if pipeline.decoder and left > K:
+        step = pipeline.decoder
+        for layer, rows in step.ask(step.method.schedule, layers, left, K).items():
+            held[layer:] = [rows] * (layers - layer)
+    projected = N if pipeline.at(Stage.PROJECTED) else left
+    return operations.prefill(config, TEXT_TOKENS, held, projected)
+
+
 def measure(config: VLMConfig, names: list[str], K: int, runs: int) -> list[dict]:
     """One row of figures per method, each measured beside full in alternation."""
     mx.random.seed(0)
@@ -69,13 +91,10 @@ def measure(config: VLMConfig, names: list[str], K: int, runs: int) -> list[dict
     row = prompt(config)
     side = config.vision.image_size
     pixels = mx.random.normal((1, side, side, 3))
-    N = row.runs[0][1]
-    full = resolve("none")
-    operations_full = operations.prefill(config, TEXT_TOKENS + N, N)
-    gain = operations_full / operations.prefill(config, TEXT_TOKENS + K, K)
-    rows = []
+    N, full, rows = model.N, plan("none"), []
     for name in names:
-        pruner = resolve(name)
+        pruner = plan(name)
+        gain = work(config, full, N) / work(config, pruner, K)
         laps: dict[str, list[dict[str, float]]] = {"full": [], "pruned": []}
         for i in tqdm(range(runs + 2), desc=name, leave=False, file=sys.stderr):
             seen = once(model, row, pixels, full, N), once(model, row, pixels, pruner, K)
@@ -112,10 +131,10 @@ def _ratio(laps: dict[str, list[dict[str, float]]], part: str) -> float:
 def predict(config: VLMConfig, K: int) -> None:
     """Print what the operation count allows."""
     N = config.vision.grid[0] * config.vision.grid[1]
-    full = operations.prefill(config, TEXT_TOKENS + N, N)
-    kept = operations.prefill(config, TEXT_TOKENS + K, K)
+    full, kept = (work(config, plan("uniform"), left) for left in (N, K))
     tower = operations.tower(config)
-    print(f"{N} -> {K} visual tokens, {TEXT_TOKENS} of text, float32, {mx.default_device()}")
+    print(f"{N} -> {K} visual tokens before the decoder, {TEXT_TOKENS} of text, float32,", end=" ")
+    print(mx.default_device())
     print(
         f"Ceiling by operation count: prefill {full / kept:.2f} x, "
         f"time to first token {(tower + full) / (tower + kept):.2f} x"
@@ -144,18 +163,19 @@ def show(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    known = [name for name in METHODS if name not in ("none", "attention_pool")]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
-    parser.add_argument("--pruner", action="append", choices=known, help="repeat for several")
+    parser.add_argument("--pruner", action="append", help="repeat for several")
     parser.add_argument("--keep-ratio", type=float, default=0.25)
+    parser.add_argument("--keep-tokens", type=int, help="instead of a ratio")
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--save", action="store_true", help="keep as benchmarks/results/speed.json")
+    parser.add_argument("--save", metavar="NAME", help="keep as benchmarks/results/NAME.json")
     args = parser.parse_args()
-    config = VLMConfig(text=SHAPES[args.shape])
-    K = max(1, int(config.vision.grid[0] * config.vision.grid[1] * args.keep_ratio))
+    config = SHAPES[args.shape]
+    N = config.vision.grid[0] * config.vision.grid[1]
+    K = args.keep_tokens or max(1, int(N * args.keep_ratio))
     predict(config, K)
-    rows = measure(config, args.pruner or known, K, args.runs)
+    rows = measure(config, args.pruner or list(DEFAULT), K, args.runs)
     show(rows)
     about = {
         "shape": args.shape,
@@ -167,7 +187,7 @@ def main() -> None:
     told = json.dumps({**about, "rows": rows})
     if args.save:
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "speed.json").write_text(told + "\n", encoding="utf-8")
+        (RESULTS / f"{args.save}.json").write_text(told + "\n", encoding="utf-8")
     print(told)
 
 

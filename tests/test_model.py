@@ -15,8 +15,8 @@ import torch
 
 from mlx_vlm_prune.language.minimind import attend
 from mlx_vlm_prune.loading import load
-from mlx_vlm_prune.pruners import METHODS, Pruner, plan, resolve
-from mlx_vlm_prune.towers.between import Cut
+from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, plan, resolve
+from mlx_vlm_prune.towers.between import Between, Cut
 from torch_ref.pruners import Step
 
 from . import tiny
@@ -275,3 +275,40 @@ def test_a_chain_keeps_the_places_of_the_whole_image(pair):
     before, _ = logits(pair, [ROWS[0]], [0], "uniform:keep=8+norm", 3)
     first, last = (np.array(stop.kept[0].index_BK)[0] for stop in before.trace[1:])
     assert set(last) < set(first) and len(first) == 8 and len(last) == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "broken"),
+    [
+        ("cls_attention+restore", "torch_ref.pruners.restore.weigh"),
+        ("pact", "torch_ref.pruners.pact.proportional"),
+        ("tome", "torch_ref.pruners.tome.proportional"),
+        ("fastv", "torch_ref.pruners.fastv.schedule"),
+        ("patch_norm", "torch_ref.pruners.patch_norm.cuts"),
+        ("downsample", "torch_ref.pruners.downsample.smaller"),
+    ],
+)
+def test_the_check_of_the_model_fails_for_a_broken_twin(pair, spec, broken, monkeypatch):
+    wrong = {
+        "weigh": lambda signals, kept: torch.zeros(kept.index_BK.shape) + 1e-3,
+        "proportional": False,
+        "schedule": lambda layers, N, K: {2: 5},
+        "cuts": lambda layers, N, K: [(1, "before", K)],
+        "smaller": lambda grid, K: (3, 2),
+    }
+    monkeypatch.setattr(broken, wrong[broken.rsplit(".", 1)[1]])
+    with pytest.raises(AssertionError):
+        test_logits_equal_the_reference_for_every_method(pair, spec, "keep")
+
+
+def test_without_cls_the_mean_patch_stands_in_for_it():
+    rng = np.random.default_rng(4)
+    q, k = (mx.array(rng.normal(size=(2, 3, 12, 4)).astype(np.float32)) for _ in range(2))
+    want = {"cls_attention": 0, "cls_query": 0, "received_attention": 0}
+    run = Between(Signals(mx.zeros((2, 12, 5)), (3, 4)), want, 1, (), has_cls=False)
+    run.read(0, q, k)
+    logits = np.array(q) @ np.array(k).swapaxes(2, 3) / 2
+    share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    close(np.array(run.signals.cls_attention_BN), share.mean(axis=(1, 2)))
+    close(np.array(run.signals.received_attention_BN), share.mean(axis=(1, 2)))
+    close(np.array(run.signals.cls_query_BHd), np.array(q).mean(axis=2))

@@ -122,7 +122,11 @@ def test_k_tokens_are_kept_distinct_ascending_and_in_range(spec, given_):
 @many
 @given(given_=cases())
 def test_both_frameworks_keep_the_same_tokens_and_mix_them_alike(spec, given_):
-    of, K = given_
+    agree(spec, *given_)
+
+
+def agree(spec: str, of: dict, K: int) -> None:
+    """Both frameworks keep the same tokens and mix them alike."""
     pruner = resolve(spec)
     ours, theirs = pruner(signals(of), K), twin(pruner, of, K)
     np.testing.assert_array_equal(np.array(ours.index_BK), theirs.index_BK.numpy())
@@ -286,14 +290,37 @@ def test_similarity_agrees_at_full_width_on_near_duplicates_too(noise, K):
     np.testing.assert_array_equal(np.array(ours.weight_BKN), theirs.weight_BKN.numpy())
 
 
-def test_the_check_between_frameworks_can_fail():
-    """A twin that keeps the smallest norms instead of the largest must not pass."""
-    of = case("random", 1, (4, 4), 0)
-    ours = resolve("norm")(signals(of), 5)
-    score_BN = torch.from_numpy(of["x_BND"]).norm(dim=-1)
-    broken = score_BN.argsort(dim=-1, stable=True)[:, :5].sort(dim=-1).values
+BROKEN = {  # of every family a method, and what is done to a helper of its twin
+    "uniform": ("centre", lambda window, columns: window[1] * columns - columns + window[3] - 1),
+    "avgpool": ("members", lambda window, columns: [window[0] * columns + window[2]]),
+    "norm": ("top", lambda score, K: ref.contract.top(-score, K)),
+    "similarity": ("exactly", lambda of, likeness, K: ref.similarity.first(of, K, len(likeness))),
+    "visionzip": ("alike", lambda x: -ref.contract.alike(x)),
+    "vispruner": ("alike", lambda x: -ref.contract.alike(x)),
+    "prumerge": ("best", lambda score, K: ref.contract.best(-score, K)),
+    "hiprune": ("best", lambda score, K: ref.contract.best(-score, K)),
+    "holov": ("between_0_and_1", lambda score: score.double()),
+    "tome": ("alike", lambda x, y: -ref.contract.alike(x, y)),
+    "pixelprune": ("errors", lambda patch, grid, tolerance: patch.abs().sum(dim=1)),
+    "divprune": ("alike", lambda x: -ref.contract.alike(x)),
+    "cdpruner": ("between_0_and_1", lambda score: 1 - ref.contract.between_0_and_1(score)),
+    "mmtok": ("cover", lambda rows, salient, K: list(range(K))),
+    "apet": ("errors", lambda x, basis: -x.norm(dim=-1)),
+    "fastv": ("top", lambda score, K: ref.contract.top(-score, K)),
+    "sparsevlm": ("centres", lambda apart, C: list(range(C))),
+    "dart": ("best", lambda score, K: ref.contract.best(-score, K)),
+    "pact": ("fewest", lambda apart, K: (0.0, list(range(K)))),
+}
+
+
+@pytest.mark.parametrize("spec", BROKEN)
+def test_the_check_between_frameworks_fails_for_a_broken_twin(spec, monkeypatch):
+    helper, broken = BROKEN[spec]
+    of = case("random", 2, (6, 6), 0)
+    agree(spec, of, 14)
+    monkeypatch.setattr(f"torch_ref.pruners.{spec}.{helper}", broken)
     with pytest.raises(AssertionError):
-        np.testing.assert_array_equal(np.array(ours.index_BK), broken.numpy())
+        agree(spec, of, 14)
 
 
 def test_attention_pool_is_the_softmax_of_its_queries_in_both_frameworks():

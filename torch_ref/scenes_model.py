@@ -94,12 +94,10 @@ class Trainee(nn.Module):
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
-        x_BSD = tower.pre_layrnorm(tower.embeddings(batch.pixels))
-        for layer in tower.encoder.layers:
-            x_BSD = layer(x_BSD)
-        summary = self.summary(tower.post_layernorm(x_BSD[:, 0]))
+        seen = tower(batch.pixels)
+        summary = self.summary(tower.post_layernorm(seen.cls_B1D[:, 0]))
         cls_loss = F.binary_cross_entropy_with_logits(summary.float(), batch.summary)
-        visual_BND = vlm.projector(x_BSD[:, 1:])
+        visual_BND = vlm.projector(seen.signals.x_BND)
         dense, figures = self.dense_loss(visual_BND, batch.dense)
         loss = dense + 0.3 * cls_loss
         figures["cls"] = cls_loss.detach()

@@ -78,7 +78,7 @@ def judge(trainee: Trainee, device: torch.device, per_kind: int) -> dict[str, fl
     for batch in judge_batches(per_kind, 32):
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
-            x = trainee.vlm.projector(trainee.vlm.tower(batch.pixels).x_BND)
+            x = trainee.vlm.projector(trainee.vlm.tower(batch.pixels).signals.x_BND)
             guess = trainee.answers(x, batch).argmax(-1)
         ok = torch.ones(len(batch.kinds), dtype=torch.bool)
         ok.scatter_reduce_(0, batch.answer_of.cpu(), (guess == batch.targets).cpu(), "prod")

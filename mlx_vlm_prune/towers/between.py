@@ -40,8 +40,14 @@ class Between:
     """One pass through a tower: the signals so far, of the tokens that are left."""
 
     def __init__(
-        self, signals: Signals, want: Mapping[str, int | None], layers: int, cuts: Sequence[Cut]
+        self,
+        signals: Signals,
+        want: Mapping[str, int | None],
+        layers: int,
+        cuts: Sequence[Cut],
+        has_cls: bool = True,
     ):
+        self.first = int(has_cls)  # where the patches begin
         self.want = {name: range(layers)[at] for name, at in want.items() if at is not None}
         self.cuts, self.N = cuts, signals.x_BND.shape[1]
         self.kept: Reduction | None = None
@@ -54,7 +60,7 @@ class Between:
         """Log of how many tokens each is; CLS is one."""
         if self.signals.size_BN is None:
             return None
-        return mx.pad(mx.log(self.signals.size_BN), [(0, 0), (1, 0)])
+        return mx.pad(mx.log(self.signals.size_BN), [(0, 0), (self.first, 0)])
 
     def cut(
         self, x_BND: mx.array, layer: int, place: str, seen: dict[str, Any] | None = None
@@ -70,20 +76,26 @@ class Between:
         return x_BND
 
     def read(self, layer: int, q_BHSd: mx.array, k_BHSd: mx.array) -> dict[str, Any]:
-        """Note the signals wanted of this layer; hand over its queries and keys."""
+        """Note the signals wanted of this layer; hand over its queries and keys.
+
+        Where a tower has no CLS, the mean patch stands in for it: the attention that a token
+        gets from all is taken for that from CLS, the mean query for CLS's.
+        """
+        first, has_cls = self.first, bool(self.first)
         keys = {
-            "queries_BNHd": q_BHSd[:, :, 1:].swapaxes(1, 2),
-            "keys_BNHd": k_BHSd[:, :, 1:].swapaxes(1, 2),
+            "queries_BNHd": q_BHSd[:, :, first:].swapaxes(1, 2),
+            "keys_BNHd": k_BHSd[:, :, first:].swapaxes(1, 2),
         }
         names = {name for name, at in self.want.items() if at == layer}
         seen: dict[str, Any] = {f"{x}_BNHd": keys[f"{x}_BNHd"] for x in names & {"keys", "queries"}}
         if "cls_query" in names:
-            seen["cls_query_BHd"] = q_BHSd[:, :, 0]
-        if "cls_attention" in names:
+            seen["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
+        if "cls_attention" in names and has_cls:
             rows_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
             seen["cls_attention_BN"] = rows_BQS[:, 0, 1:]
-        for name in names & {"received_attention", "object_attention"}:
-            seen[f"{name}_BN"] = received(q_BHSd, k_BHSd, self.bias_BS)[:, 1:]
+        columns = {"received_attention", "object_attention"}
+        for name in names & (columns if has_cls else {*columns, "cls_attention"}):
+            seen[f"{name}_BN"] = received(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
         self.signals = replace(self.signals, **seen)
         return keys
 
