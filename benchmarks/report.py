@@ -4,54 +4,137 @@ import json
 import re
 from pathlib import Path
 
+from mlx_vlm_prune.listing import entry
+from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def scenes_table(results: Path = RESULTS) -> str:
-    """Accuracy of the built-in model per kind of question, in Markdown."""
+def scenes(results: Path = RESULTS) -> dict[str, dict[int, dict]]:
+    """What each method answered, by name and budget, in the order of the table of methods."""
     told = json.loads((results / "scenes.json").read_text(encoding="utf-8"))
-    lines = [
-        "| pruner | visual tokens | " + " | ".join(KINDS) + " | mean |",
-        "|---|---:|" + "---:|" * (len(KINDS) + 1),
-        _line("majority answer", "–", told["majority"]),
-    ]
-    lines += [_line(f"`{r['pruner']}`", str(r["tokens"]), r["accuracy"]) for r in told["rows"]]
+    found: dict[str, dict[int, dict]] = {}
+    order = list(METHODS)
+    rows = sorted(told["rows"], key=lambda r: (_chained(r), order.index(_first(r)), -r["tokens"]))
+    for row in rows:
+        found.setdefault(row["pruner"], {})[row["tokens"]] = row
+    return found
+
+
+def _first(row: dict) -> str:
+    return re.split(r"[:+]", row["pruner"])[0]
+
+
+def _chained(row: dict) -> bool:
+    return "+" in row["pruner"]
+
+
+def mean(row: dict) -> float:
+    return sum(row["accuracy"][kind] for kind in KINDS) / len(KINDS)
+
+
+def verdict(row: dict) -> str:
+    """Above or below random at the same budget, where the interval says so."""
+    _, low, high = row.get("to_random", (0, -1, 1))
+    return " ▲" if low > 0 else " ▼" if high < 0 else ""
+
+
+def scenes_table(results: Path = RESULTS) -> str:
+    """Mean accuracy of the built-in model at each budget, in Markdown."""
+    found = scenes(results)
+    budgets = sorted({k for rows in found.values() for k in rows if k != 196}, reverse=True)
+    heads = " | ".join(f"{k} tokens" for k in budgets)
+    lines = [f"| pruner | {heads} |", "|---|" + "---:|" * len(budgets)]
+    for name, rows in found.items():
+        if name != "none":
+            cells = [
+                f"{mean(rows[k]):.1%}{verdict(rows[k])}" if k in rows else "–" for k in budgets
+            ]
+            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _line(name: str, tokens: str, figures: dict[str, float]) -> str:
+def kinds_table(results: Path = RESULTS) -> str:
+    """What comes free: all tokens, and the majority answer, per kind of question."""
+    told = json.loads((results / "scenes.json").read_text(encoding="utf-8"))
+    lines = ["| | " + " | ".join(KINDS) + " | mean |", "|---|" + "---:|" * (len(KINDS) + 1)]
+    full = scenes(results)["none"][196]["accuracy"]
+    lines += [_line("all 196 tokens", full), _line("majority answer", told["majority"])]
+    return "\n".join(lines)
+
+
+def _line(name: str, figures: dict[str, float]) -> str:
     shown = [f"{figures[kind]:.1%}" for kind in KINDS]
-    mean = sum(figures[kind] for kind in KINDS) / len(KINDS)
-    return f"| {name} | {tokens} | " + " | ".join(shown) + f" | {mean:.1%} |"
+    total = sum(figures[kind] for kind in KINDS) / len(KINDS)
+    return f"| {name} | " + " | ".join(shown) + f" | {total:.1%} |"
+
+
+def methods_table(results: Path = RESULTS) -> str:
+    """Every method in a line, from its own file, in Markdown."""
+    lines = ["| `--pruner` | stage | what it does | source |", "|---|---|---|---|"]
+    for name in METHODS:
+        told = entry(name)
+        lines.append(f"| `{name}` | {told.stage} | {told.idea} | {link(told.source)} |")
+    return "\n".join(lines)
+
+
+def link(source: str) -> str:
+    """A source as a Markdown link."""
+    if source.startswith("arXiv:"):
+        return f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})"
+    return f"[{source.split('/')[-1]}](https://{source})" if source else "–"
 
 
 def speed_table(results: Path = RESULTS) -> str:
-    """Realised and predicted speed per method, in Markdown."""
-    told = json.loads((results / "speed.json").read_text(encoding="utf-8"))
+    """Realised and predicted speed per model shape and method, in Markdown."""
     lines = [
-        "| pruner | visual tokens | prefill, ms | gain (predicted) "
+        "| shape | pruner | visual tokens | prefill, ms | gain (predicted) "
         "| first token, ms | gain | pruner |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for r in told["rows"]:
-        full, kept = r["ms"]["full"], r["ms"]["pruned"]
-        cells = [
-            f"`{r['pruner']}`",
-            f"{r['tokens']} → {r['kept']}",
-            f"{full['prefill']['median']:.0f} → {kept['prefill']['median']:.0f}",
-            f"{r['prefill_gain']:.2f}x ({r['prefill_gain_predicted']:.2f}x)",
-            f"{full['total']['median']:.0f} → {kept['total']['median']:.0f}",
-            f"{r['ttft_gain']:.2f}x",
-            f"{r['pruner_share']:.1%}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+    for name in ("speed", "speed-llava", "speed-fastv"):
+        told = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        lines += [_speed_line(told["shape"], row) for row in told["rows"]]
     return "\n".join(lines)
 
 
-TABLES = {"scenes": scenes_table, "speed": speed_table}
+def _speed_line(shape: str, r: dict) -> str:
+    full, kept = r["ms"]["full"], r["ms"]["pruned"]
+    cells = [
+        shape,
+        f"`{r['pruner']}`",
+        f"{r['tokens']} → {r['kept']}",
+        f"{full['prefill']['median']:.0f} → {kept['prefill']['median']:.0f}",
+        f"{r['prefill_gain']:.2f}x ({r['prefill_gain_predicted']:.2f}x)",
+        f"{full['total']['median']:.0f} → {kept['total']['median']:.0f}",
+        f"{r['ttft_gain']:.2f}x",
+        f"{r['pruner_share']:.1%}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def selectors_table(results: Path = RESULTS) -> str:
+    """What choosing costs, in Markdown: the methods in columns of three."""
+    told = json.loads((results / "selectors.json").read_text(encoding="utf-8"))
+    rows = sorted(told["rows"], key=lambda r: -r["ms"]["median"])
+    cells = [f"`{r['pruner']}` | {r['ms']['median']:.1f} ms | {r['share']:.2%}" for r in rows]
+    third = -(-len(cells) // 3)
+    cells += [" | | "] * (3 * third - len(cells))
+    lines = ["| pruner | time | of TTFT " * 3 + "|", "|---|---:|---:" * 3 + "|"]
+    for i in range(third):
+        lines.append("| " + " | ".join(cells[i::third]) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "methods": methods_table,
+    "kinds": kinds_table,
+    "scenes": scenes_table,
+    "speed": speed_table,
+    "selectors": selectors_table,
+}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:

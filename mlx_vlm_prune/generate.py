@@ -149,7 +149,7 @@ def _print_figures(a: GenerationResult) -> None:
         pruned = 1 - a.visual_tokens_kept / a.visual_tokens
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
         if len(a.layers) > 1:
-            print(f"By layer: {_by_layer(a)}; the mean is {a.visual_tokens_kept}")
+            print(f"By layer: {_by_layer(a)}; {a.visual_tokens_kept} in the mean")
     parts = ", ".join(
         f"{name} {a.ttft_ms[name]:.1f}" for name in ("image", "vision", "pruner", "prefill")
     )
@@ -157,8 +157,13 @@ def _print_figures(a: GenerationResult) -> None:
 
 
 def _by_layer(a: GenerationResult) -> str:
-    runs = [(f"{run['first']}-{run['last']}", run["visual_tokens"]) for run in a.layers]
-    return ", ".join(f"{n} in {layers}" for layers, n in runs)
+    """How many visual tokens which layers of the language model hold."""
+    told = []
+    for run in a.layers:
+        first, last = run["first"], run["last"]
+        where = f"layer {first}" if first == last else f"layers {first} to {last}"
+        told.append(f"{run['visual_tokens']} in {where}")
+    return ", ".join(told)
 
 
 def _print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:

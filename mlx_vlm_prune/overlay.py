@@ -117,7 +117,9 @@ def _mark(drawn: Image.Image, kept: Sequence[int], columns: int, patch: int) -> 
 
 def captioned(drawn: Image.Image, caption: str) -> Image.Image:
     """The picture with a band below that holds the caption, as many lines as it takes."""
-    size = max(11, drawn.width // 36)
+    if not caption:
+        return drawn
+    size = min(26, max(11, drawn.width // 36))
     font = ImageFont.load_default(size)
     letters = max(8, int((drawn.width - 2 * MARGIN) / (0.52 * size)))
     text = "\n".join(textwrap.wrap(caption, letters, drop_whitespace=True)) or " "

@@ -1,0 +1,128 @@
+"""Write docs/pruners.md, a page on every method: `python -m benchmarks.gallery`.
+
+The words come from each method's own file, the figures from benchmarks/results, the
+pictures from the built-in model: `--draw` makes them again, of three scenes and of the
+photographs it is given. Nothing on the page is written by hand.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from convert.errors import UserError
+from mlx_vlm_prune.listing import Entry, entry
+from mlx_vlm_prune.loading import load
+from mlx_vlm_prune.overlay import overlay, strip
+from mlx_vlm_prune.pruners import METHODS
+from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
+from mlx_vlm_prune.stream import generate
+
+from .report import RESULTS, link, mean, scenes, verdict
+
+ROOT = Path(__file__).parent.parent
+PAGE, PICTURES = ROOT / "docs" / "pruners.md", ROOT / "docs" / "pruners"
+TILE = 224  # pixels
+SEEDS = (HELD_OUT_SEEDS[7], HELD_OUT_SEEDS[1], HELD_OUT_SEEDS[9])
+QUESTION = "What does the sign say?"
+HEAD = f"""# The methods
+
+Every page comes from the method's own file, `benchmarks/results` and the built-in model
+(`python -m benchmarks.gallery`). Pictures: three drawn scenes, asked "{QUESTION}", and
+two photographs, with 49 of 196 tokens left, or 98 in the average layer where a method in the
+decoder cannot do with fewer (then the last layer that holds any is shown). Dark patches were dropped; patches
+of one tint were merged, into the one with the dot. The model never saw a photograph: what it
+looks at there is no evidence. Accuracy: on held-out scenes, as in the README; ▲ and ▼ mark
+what is above and below `random` at the same budget.
+
+The photographs are from [minimind-v](https://github.com/jingyaogong/minimind-v)
+(`dataset/eval_images`, Apache-2.0).
+"""
+
+
+def page() -> str:
+    """The whole text."""
+    found = scenes(RESULTS)
+    return "\n".join([HEAD, *(section(entry(name), found) for name in METHODS)])
+
+
+def section(told: Entry, found: dict) -> str:
+    """One method: idea, picture, formula and differences, options, figures."""
+    title, *rest = told.doc.split("\n\n")
+    parts = [f"## `{told.name}`", title.replace("\n", " ")]
+    if (PICTURES / f"{told.name}.jpg").exists():
+        parts.append(f"![What {told.name} keeps of five images](pruners/{told.name}.jpg)")
+    parts += [part for part in rest if not part.startswith("Shapes:")]
+    options = ", ".join(f"`{key}={_short(value)}`" for key, value in told.options.items())
+    facts = [f"Stage: {told.stage}"]
+    facts.append("reads the prompt" if told.reads_words else "blind to the prompt")
+    facts.append("learned" if told.is_learned else "training-free")
+    if told.source:
+        facts.append(f"source: {link(told.source)}")
+    parts.append("; ".join(facts) + ". " + (f"Options: {options}." if options else "No options."))
+    rows = found.get(told.name, {})
+    if rows:
+        parts.append(figures(rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def figures(rows: dict[int, dict]) -> str:
+    """Accuracy per kind at each budget, in Markdown."""
+    lines = ["| tokens | " + " | ".join(KINDS) + " | mean |", "|---:|" + "---:|" * (len(KINDS) + 1)]
+    for tokens, row in rows.items():
+        cells = [f"{row['accuracy'][kind]:.1%}" for kind in KINDS]
+        lines.append(f"| {tokens} | {' | '.join(cells)} | {mean(row):.1%}{verdict(row)} |")
+    return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def draw(photographs: list[Path]) -> None:
+    """A strip of five pictures of every method."""
+    model, processor = load()
+    images = [compose(seed).image() for seed in SEEDS] + [Image.open(p) for p in photographs]
+    PICTURES.mkdir(exist_ok=True)
+    for name, method in METHODS.items():
+        if getattr(method, "learned", False) or name in ("none", "restore"):
+            continue
+        tiles = [_tile(model, processor, image, name) for image in images]
+        strip(tiles).save(PICTURES / f"{name}.jpg", quality=82, optimize=True)
+
+
+def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
+    for tokens in (49, 98):
+        try:
+            answer = generate(model, processor, QUESTION, image, pruner=name, keep_tokens=tokens,
+                              max_tokens=1)  # fmt: skip
+        except UserError:
+            continue
+        assert answer.seen
+        seen = answer.seen
+        kept = [stop.kept[0] for stop in seen.trace]
+        last = [one for one in kept if one.slots][-1:] or kept[-1:]
+        index_BK, weight_BKN = last[0].index_BK, last[0].weight_BKN
+        assert index_BK is not None
+        index = list(np.array(index_BK[0]))
+        weights = None if weight_BKN is None else np.array(weight_BKN[0])
+        shown = overlay(seen.images[0], seen.grid, index, "", weights=weights)
+        return shown.resize((TILE, TILE), Image.Resampling.LANCZOS)
+    raise AssertionError(f"{name} can do with neither budget")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gallery", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
+    args = parser.parse_args()
+    if args.draw is not None:
+        draw(args.draw)
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
