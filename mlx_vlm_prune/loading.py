@@ -23,6 +23,7 @@ from convert.shapes import check_complete  # noqa: E402
 
 from .image import Preprocessor  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
+from .learned import read_learned  # noqa: E402
 from .model import VLM, VLMConfig  # noqa: E402
 from .prompt import Tokenizer  # noqa: E402
 from .scenes import CHECKPOINT  # noqa: E402
@@ -77,6 +78,7 @@ def load(
     own = weights["language.embed_tokens.weight"].dtype
     target = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else own
     model.load_weights([(name, array.astype(target)) for name, array in weights.items()])
+    model.learned = {**model.learned, **read_learned(folder, model.config.vision.hidden_size)}
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)

@@ -109,8 +109,10 @@ class VLM(nn.Module):
         self.tower = CLIPTower(config.vision)
         self.projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
         self.language = MiniMind(config.text)
+        self.learned: dict[str, Any] = {}  # weights of learned methods, by name
         if config.pruner:
             self.pruner = AttentionPool(config.pruner[1], config.vision.hidden_size)
+            self.learned[config.pruner[0]] = self.pruner
 
     def __call__(
         self,

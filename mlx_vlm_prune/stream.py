@@ -234,8 +234,7 @@ def _begin(
 
 
 def _resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
-    name = model.config.pruner
-    chosen = plan(pruner, (name[0], model.pruner) if name else None)
+    chosen = plan(pruner, model.learned)
     chosen.want(model.config.vision.num_hidden_layers)  # a layer that is not there is said early
     return chosen
 

@@ -312,3 +312,21 @@ def test_without_cls_the_mean_patch_stands_in_for_it():
     close(np.array(run.signals.cls_attention_BN), share.mean(axis=(1, 2)))
     close(np.array(run.signals.received_attention_BN), share.mean(axis=(1, 2)))
     close(np.array(run.signals.cls_query_BHd), np.array(q).mean(axis=2))
+
+
+def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(pair):
+    mx.random.seed(3)
+    weights = METHODS["mlp"].make(32, 0)
+    weights.mean_need = mx.array([1.0])
+    weights.need.weight, weights.need.bias = weights.need.weight * 5, mx.zeros((1,))
+    chain, rows = plan("mlp:dynamic", {"mlp": weights}), list(ROWS)
+    together = pair.ours(rows, mx.array(pair.pixels), chain, 6, "keep")
+    counts = [one.slots for one in together.trace[-1].kept]
+    assert len(set(counts)) > 1, counts
+    image = 0
+    for b, row in enumerate(rows):
+        own = pair.pixels[image : image + len(row.runs)]
+        image += len(row.runs)
+        alone = pair.ours([row], mx.array(own) if len(own) else None, chain, 6, "keep")
+        assert alone.lengths[0] == together.lengths[b]
+        close(np.array(together.logits_BLV)[b], np.array(alone.logits_BLV)[0])

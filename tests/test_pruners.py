@@ -237,7 +237,7 @@ def test_every_method_has_its_twin_and_every_module_its_line():
         for key, parameter in options.items():
             if parameter.default is not parameter.empty:
                 assert known_options(method)[key] == parameter.default, (name, key)
-    helpers = {"contract", "grid", "budget", "clusters", "pipeline", "spec"}
+    helpers = {"contract", "grid", "budget", "clusters", "pipeline", "scorer", "spec"}
     modules = {file.stem for file in Path(METHODS["none"].__file__).parent.glob("[a-z]*.py")}
     assert modules == set(METHODS) | helpers
 
@@ -323,6 +323,49 @@ def test_the_check_between_frameworks_fails_for_a_broken_twin(spec, monkeypatch)
         agree(spec, of, 14)
 
 
+LEARNED = [name for name, method in METHODS.items() if getattr(method, "learned", False)]
+
+
+def learned_pair(name: str, tokens: int) -> tuple:
+    """Random weights of a learned method in both frameworks."""
+    torch.manual_seed(tokens)
+    theirs = ref.METHODS[name].make(D, tokens).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    ours = METHODS[name].make(D, tokens)
+    state = {k.replace("pool_", ""): mx.array(v.numpy()) for k, v in theirs.state_dict().items()}
+    ours.load_weights(list(state.items()))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@many
+@given(given_=cases())
+def test_a_learned_method_agrees_between_frameworks_and_keeps_k(name, given_):
+    of, K = given_
+    if of["x_BND"].shape[1] == K:
+        return
+    weights, theirs = learned_pair(name, K)
+    ours = resolve(name, {name: weights})(signals(of), K)
+    seen = ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
+    with torch.no_grad():
+        kept = theirs.prune(seen, K)
+        close(np.array(ours.tokens(mx.array(of["x_BND"]))), kept.tokens(seen.x_BND).numpy())
+    if kept.index_BK is not None:
+        np.testing.assert_array_equal(np.array(ours.index_BK), kept.index_BK.numpy())
+
+
+def test_a_predicted_budget_is_each_images_own_and_agrees_between_frameworks():
+    of = case("random", 3, (6, 6), 2)
+    weights, theirs = learned_pair("mlp", 9)
+    pruner = resolve("mlp:dynamic", {"mlp": weights})
+    seen = ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
+    with torch.no_grad():
+        told = theirs.budgets(seen, 12)
+    assert pruner.budgets(signals(of), 12) == told
+    assert pruner.has_dynamic_budget and len(set(told)) > 1 and min(told) >= 1 and max(told) <= 36
+
+
 def test_attention_pool_is_the_softmax_of_its_queries_in_both_frameworks():
     rng, N, K = np.random.default_rng(2), 20, 6
     x_BND = rng.normal(size=(2, N, D)).astype(np.float32)
@@ -333,7 +376,7 @@ def test_attention_pool_is_the_softmax_of_its_queries_in_both_frameworks():
     weights = {k: v.astype(np.float32) for k, v in weights.items()}
     pool = AttentionPool(K, D)
     pool.load_weights([(k.removeprefix("pool_"), mx.array(v)) for k, v in weights.items()])
-    kept = resolve("attention_pool", ("attention_pool", pool))(Signals(mx.array(x_BND), (4, 5)), K)
+    kept = resolve("attention_pool", {"attention_pool": pool})(Signals(mx.array(x_BND), (4, 5)), K)
 
     def linear(x, name):
         return x @ weights[f"pool_{name}_proj.weight"].T + weights[f"pool_{name}_proj.bias"]

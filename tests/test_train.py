@@ -2,14 +2,20 @@
 
 import json
 
+import pytest
 import torch
+from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
+from convert.errors import UserError
+from mlx_vlm_prune.learned import read_learned
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
+from torch_ref import train_pruners
 from torch_ref.scenes_data import ScenesBatches
 from torch_ref.scenes_model import Trainee
 from torch_ref.train import Recipe, Run, export, judge, train
+from torch_ref.train_pruners import LEARNED
 
 CPU = torch.device("cpu")
 TINY = Recipe(tower_steps=1, steps=3, warmup=1, batch=2, question_tokens=40)
@@ -56,3 +62,41 @@ def test_what_training_exports_converts_and_loads(tmp_path):
     assert set(judge(trainee, CPU, 1)) == {
         "existence", "colour", "counting", "relation", "grounding", "reading",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("unfreeze", [False, True])
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_learned_pruner_trains_and_lies_beside_the_model(tmp_path, monkeypatch, name, unfreeze):
+    monkeypatch.setattr("torch_ref.train_pruners.best_device", lambda: CPU)
+    monkeypatch.setattr("torch_ref.model.best_device", lambda: CPU)
+    model, out = tmp_path / "model", tmp_path / "out"
+    model.mkdir()
+    export(Trainee(0.5).vlm, model)
+    recipe = train_pruners.Recipe(keep_tokens=20, steps=2, batch=2, question_tokens=30)
+    before = torch.load(model / "scenes.pth")
+    train_pruners.train(name, model, out, recipe, unfreeze, workers=0)
+    held = read_learned(out / f"{name}-unfrozen" if unfreeze else out, 192)
+    assert list(held) == [name]
+    if unfreeze:
+        after = torch.load(out / f"{name}-unfrozen" / "scenes.pth")
+        assert not all(after[key].equal(before[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "part"),
+    [
+        ({"norm.weight": (3,)}, "belongs to no learned method"),
+        ({"score_prune.fc1.weight": (64, 5)}, "score_prune.norm.weight is None, not"),
+        ({"attention_pool.queries": (4, 9)}, r"queries is \(4, 9\), not \(4, 192\)"),
+        ({"score_prune.more": (1,)}, "score_prune"),
+    ],
+)
+def test_learned_weights_that_do_not_fit_are_refused(tmp_path, tensors, part):
+    save_file(
+        {k: torch.zeros(shape) for k, shape in tensors.items()}, tmp_path / "pruners.safetensors"
+    )
+    with pytest.raises(UserError, match=part):
+        read_learned(tmp_path, 192)
+    (tmp_path / "pruners.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="no sound safetensors file"):
+        read_learned(tmp_path, 192)

@@ -5,6 +5,7 @@ its twin in torch_ref, and one line in `METHODS`. Between a tower's layers it al
 `cuts`, between the language model's `schedule`, which say where how many tokens stay.
 """
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,7 @@ from . import (
     hiprune,
     holov,
     kq_norm,
+    mlp,
     mmtok,
     none,
     norm,
@@ -34,6 +36,7 @@ from . import (
     received_attention,
     restore,
     scope,
+    score_prune,
     similarity,
     sparsevlm,
     tome,
@@ -80,6 +83,8 @@ METHODS: dict[str, ModuleType] = {
     "vtw": vtw,
     "pact": pact,
     "attention_pool": attention_pool,
+    "score_prune": score_prune,
+    "mlp": mlp,
     "restore": restore,
 }
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half
@@ -91,18 +96,18 @@ __all__ = [
 ]  # fmt: skip
 
 
-def plan(spec: "str | Pruner | Pipeline", learned: tuple[str, Any] | None = None) -> Pipeline:
+def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = None) -> Pipeline:
     """The methods that "NAME", "NAME:option=value,…" or "NAME+NAME" names.
 
-    `learned` is the name and weights of the learned pruner in the checkpoint, if any.
+    `learned` holds the weights that the checkpoint has of learned methods, by name.
     Raises UserError for what cannot be.
     """
     if isinstance(spec, str):
-        return parse(spec, METHODS, PRESETS, learned)
+        return parse(spec, METHODS, PRESETS, learned or {})
     return Pipeline.of(spec)
 
 
-def resolve(spec: "str | Pruner", learned: tuple[str, Any] | None = None) -> Pruner:
+def resolve(spec: "str | Pruner", learned: Mapping[str, Any] | None = None) -> Pruner:
     """The one method that a specification without a chain names."""
     if isinstance(spec, Pruner):
         return spec

@@ -40,3 +40,8 @@ class AttentionPool(nn.Module):
         logits_BKN = q_KD @ self.k_proj(x_BND).swapaxes(1, 2) / x_BND.shape[-1] ** 0.5
         weight_BKN = mx.softmax(logits_BKN.astype(mx.float32), axis=-1)
         return Reduction(weight_BKN=weight_BKN, value_BND=self.v_proj(x_BND))
+
+
+def make(dims: int, tokens: int) -> AttentionPool:
+    """Untrained weights for features of so many dimensions, and K = `tokens`."""
+    return AttentionPool(tokens, dims)

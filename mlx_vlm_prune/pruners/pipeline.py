@@ -165,9 +165,10 @@ class Pipeline:
 def known_options(method: ModuleType) -> dict[str, Any]:
     """Names and defaults of a method's options: the keyword-only parameters of its functions."""
     found: dict[str, Any] = {}
+    owner = type(method.make(1, 1)) if hasattr(method, "make") else method
     for name in ("cuts", "schedule", "prune", "weigh"):
-        if hasattr(method, name):
-            for p in inspect.signature(getattr(method, name)).parameters.values():
+        if hasattr(owner, name):
+            for p in inspect.signature(getattr(owner, name)).parameters.values():
                 if p.kind is p.KEYWORD_ONLY:
                     found[p.name] = p.default
     return found

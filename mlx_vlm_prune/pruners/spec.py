@@ -15,11 +15,11 @@ def parse(
     spec: str,
     methods: Mapping[str, ModuleType],
     presets: Mapping[str, str],
-    learned: tuple[str, Any] | None,
+    learned: Mapping[str, Any],
 ) -> Pipeline:
     """The methods that a specification names, in the order of their stages.
 
-    `learned` is the name and weights of the learned pruner in the checkpoint, if any.
+    `learned` holds the weights that the checkpoint has of learned methods, by name.
     Raises UserError for an unknown name or option, a value of the wrong type, or a chain
     that cannot be.
     """
@@ -43,7 +43,7 @@ def _one(
     part: str,
     methods: Mapping[str, ModuleType],
     presets: Mapping[str, str],
-    learned: tuple[str, Any] | None,
+    learned: Mapping[str, Any],
 ) -> Pruner:
     name, _, listed = part.partition(":")
     if name not in methods:
@@ -64,9 +64,9 @@ def _one(
     pruner = Pruner(name, method, options, keep=keep)
     if not pruner.is_learned:
         return pruner
-    if learned is None or learned[0] != name:
+    if name not in learned:
         raise UserError(f"{name} is learned, and this checkpoint holds no weights for it")
-    return Pruner(name, method, options, learned[1], keep)
+    return Pruner(name, method, options, learned[name], keep)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from . import (
     hiprune,
     holov,
     kq_norm,
+    mlp,
     mmtok,
     none,
     norm,
@@ -36,6 +37,7 @@ from . import (
     received_attention,
     restore,
     scope,
+    score_prune,
     similarity,
     sparsevlm,
     tome,
@@ -71,6 +73,8 @@ STAGES: dict[str, dict[str, ModuleType]] = {
         "hiprune": hiprune,
         "holov": holov,
         "attention_pool": attention_pool,
+        "score_prune": score_prune,
+        "mlp": mlp,
     },
     "projected": {
         "divprune": divprune,
@@ -127,7 +131,7 @@ def reduce(
     name: str,
     signals: Signals,
     K: int,
-    learned: attention_pool.AttentionPool | None = None,
+    learned: Any = None,
     **options: Any,
 ) -> Reduction:
     """K of N slots by the method `name`; K = N is the identity.
@@ -142,7 +146,7 @@ def reduce(
     if K == N:
         return Reduction(torch.arange(N, device=signals.x_BND.device).expand(B, N))
     if learned is not None:
-        return learned.prune(signals, K)
+        return learned.prune(signals, K, **options)
     return step.call("prune", signals, K)
 
 

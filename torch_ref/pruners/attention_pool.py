@@ -28,3 +28,7 @@ class AttentionPool(nn.Module):
         q_KD, k_BND = self.pool_q_proj(self.pool_queries), self.pool_k_proj(x_BND)
         scores_BKN = torch.einsum("kd,bnd->bkn", q_KD, k_BND).float() / x_BND.shape[-1] ** 0.5
         return Reduction(weight_BKN=scores_BKN.softmax(-1), value_BND=self.pool_v_proj(x_BND))
+
+
+def make(dims: int, tokens: int) -> AttentionPool:
+    return AttentionPool(tokens, dims)

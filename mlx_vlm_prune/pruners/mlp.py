@@ -1,0 +1,63 @@
+"""A small network predicts how useful a token will be, and how many an image needs.
+
+LightVLM (its README; the code is no longer public): CLS attention and a learned scorer of
+less than a million parameters; an option lets each image have its own budget, predicted
+from pooled features. Layout and training are ours: usefulness is how much the answers' loss
+of the full model depends on the attention that a token gets (the derivative by its log),
+and the network learns each image's shares of it from the features and from CLS's
+attention. An image's need is the number of tokens that its usefulness is spread over (the
+exponential of its entropy); `dynamic` gives an image K times its predicted need over the
+mean need of the training images, so K is what images get in the mean.
+
+Shapes: B images, N tokens, D features, K kept.
+"""
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+
+from .contract import Reduction, Signals, Stage, keep_highest, wide
+from .scorer import layer_norm, linear, score
+
+stage = Stage.FEATURES
+needs: dict[str, str | None] = {"cls_attention": "layer"}
+learned = True
+HIDDEN = 64
+
+
+class Usefulness(nn.Module):
+    """The weights, as they lie beside the model under `mlp.`."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dims)
+        self.fc1 = nn.Linear(dims + 1, HIDDEN)
+        self.fc2 = nn.Linear(HIDDEN, 1)
+        self.need = nn.Linear(dims, 1)  # the log of how many tokens
+        self.mean_need = mx.zeros((1,))
+
+    def prune(
+        self, signals: Signals, K: int, *, dynamic: bool = False, layer: float = -1
+    ) -> Reduction:
+        """Keep the K most useful; `dynamic` and `layer` are read by the host."""
+        assert signals.cls_attention_BN is not None
+        N = signals.x_BND.shape[1]
+        with mx.stream(mx.cpu):
+            x_BND = layer_norm(signals.x_BND, self.norm)
+            attention_BN1 = mx.log(wide(signals.cls_attention_BN) * N + 1e-6)[..., None]
+            both = mx.concatenate([x_BND, attention_BN1], axis=-1)
+            return Reduction(index_BK=keep_highest(score(both, self.fc1, self.fc2), K))
+
+    def budgets(self, signals: Signals, K: int) -> list[int]:
+        """Each image's own K, from 1 to N."""
+        N = signals.x_BND.shape[1]
+        with mx.stream(mx.cpu):
+            pooled_BD = layer_norm(signals.x_BND, self.norm).mean(axis=1)
+            log_need_B = np.array(linear(pooled_BD, self.need))[:, 0]
+        share_B = np.exp(log_need_B) / self.mean_need.astype(mx.float32).item()
+        return [int(k) for k in np.clip(np.floor(K * share_B + 0.5), 1, N)]
+
+
+def make(dims: int, tokens: int) -> Usefulness:
+    """Untrained weights for features of so many dimensions; any budget."""
+    return Usefulness(dims)

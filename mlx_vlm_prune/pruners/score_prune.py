@@ -1,0 +1,42 @@
+"""A small network, trained on the model's own task, scores every token.
+
+EfficientVLM on MiniMind-V (github.com/langchengg/EfficientVLM), `score_prune`: "a lightweight
+scorer ranks token importance, keeps Top-K". No commit of it has the code, so layout and
+training are ours: a norm, one hidden layer and a number per token. It learns from the
+answers' loss alone, by a straight-through top-K: only the K highest stay visible, and
+the loss reaches their scores through the attention that they get.
+
+Shapes: B images, N tokens, D features, K kept.
+"""
+
+import mlx.core as mx
+from mlx import nn
+
+from .contract import Reduction, Signals, Stage, keep_highest
+from .scorer import layer_norm, score
+
+stage = Stage.FEATURES
+needs: dict[str, str | None] = {}
+learned = True
+HIDDEN = 64
+
+
+class Scorer(nn.Module):
+    """The weights, as they lie beside the model under `score_prune.`."""
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dims)
+        self.fc1 = nn.Linear(dims, HIDDEN)
+        self.fc2 = nn.Linear(HIDDEN, 1)
+
+    def prune(self, signals: Signals, K: int) -> Reduction:
+        """Keep the K highest scores."""
+        with mx.stream(mx.cpu):
+            score_BN = score(layer_norm(signals.x_BND, self.norm), self.fc1, self.fc2)
+            return Reduction(index_BK=keep_highest(score_BN, K))
+
+
+def make(dims: int, tokens: int) -> Scorer:
+    """Untrained weights for features of so many dimensions; any budget."""
+    return Scorer(dims)

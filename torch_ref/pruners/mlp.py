@@ -1,0 +1,60 @@
+"""LightVLM's scorer: features and CLS attention to usefulness, pooled features to a budget.
+
+Shapes: B images, N tokens, D features.
+"""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .contract import Reduction, Signals, top
+
+needs: dict[str, str | None] = {"cls_attention": "layer"}
+
+
+class Usefulness(nn.Module):
+    mean_need: Tensor
+
+    def __init__(self, dims: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dims)
+        self.fc1 = nn.Linear(dims + 1, 64)
+        self.fc2 = nn.Linear(64, 1)
+        self.need = nn.Linear(dims, 1)
+        self.register_buffer("mean_need", torch.ones(1))
+
+    def forward(self, signals: Signals) -> Tensor:
+        """Scores (B, N)."""
+        assert signals.cls_attention_BN is not None
+        attention_BN1 = (signals.cls_attention_BN * signals.x_BND.shape[1] + 1e-6).log()[..., None]
+        both = torch.cat([self.norm(signals.x_BND), attention_BN1], dim=-1)
+        return self.fc2(F.relu(self.fc1(both)))[..., 0]
+
+    def log_need(self, signals: Signals) -> Tensor:
+        """The log of how many tokens each image needs, (B,)."""
+        return self.need(self.norm(signals.x_BND).mean(dim=1))[:, 0]
+
+    def prune(
+        self, signals: Signals, K: int, *, dynamic: bool = False, layer: float = -1
+    ) -> Reduction:
+        score_BN = copy.deepcopy(self).double()(in_double(signals))
+        return Reduction(top(score_BN.round(decimals=12), K))
+
+    def budgets(self, signals: Signals, K: int) -> list[int]:
+        """Each image's own K; K is their mean over images like those of the training."""
+        log_need_B = copy.deepcopy(self).double().log_need(in_double(signals))
+        wanted = (K * log_need_B.exp() / self.mean_need.double() + 0.5).floor()
+        return wanted.clamp(1, signals.x_BND.shape[1]).int().tolist()
+
+
+def in_double(signals: Signals) -> Signals:
+    assert signals.cls_attention_BN is not None
+    attention_BN = signals.cls_attention_BN.double()
+    return replace(signals, x_BND=signals.x_BND.double(), cls_attention_BN=attention_BN)
+
+
+def make(dims: int, tokens: int) -> Usefulness:
+    return Usefulness(dims)

@@ -1,0 +1,35 @@
+"""EfficientVLM's score_prune: a small network scores every token, the K highest stay.
+
+Shapes: B images, N tokens, D features.
+"""
+
+import copy
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .contract import Reduction, Signals, top
+
+needs: dict[str, str | None] = {}
+
+
+class Scorer(nn.Module):
+    def __init__(self, dims: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dims)
+        self.fc1 = nn.Linear(dims, 64)
+        self.fc2 = nn.Linear(64, 1)
+
+    def forward(self, signals: Signals) -> Tensor:
+        """Scores (B, N)."""
+        return self.fc2(F.relu(self.fc1(self.norm(signals.x_BND))))[..., 0]
+
+    def prune(self, signals: Signals, K: int) -> Reduction:
+        exact = copy.deepcopy(self).double()
+        score_BN = exact(replace(signals, x_BND=signals.x_BND.double()))
+        return Reduction(top(score_BN.round(decimals=12), K))
+
+
+def make(dims: int, tokens: int) -> Scorer:
+    return Scorer(dims)
