@@ -120,10 +120,13 @@ def possible(model: VLM, specs: Sequence[str], budgets: Sequence[int]) -> tuple[
     layers = model.config.text.num_hidden_layers
     for K in budgets:
         for spec in specs:
-            step = plan(spec).decoder
             try:
+                chain = plan(spec, model.learned)
+                step = chain.decoder
+                if chain.trained_tokens not in (None, K):
+                    raise UserError(f"{spec} was trained for {chain.trained_tokens} tokens")
                 if step:
-                    n = plan(spec).budgets(model.N, K)[-2] if len(plan(spec).steps) > 1 else model.N
+                    n = chain.budgets(model.N, K)[-2] if len(chain.steps) > 1 else model.N
                     step.ask(step.method.schedule, layers, n, K)
                 pairs.append((spec, K))
             except UserError as e:
@@ -137,7 +140,7 @@ def ask_all(
     """Kinds of all questions, and who answered which rightly (pairs, questions)."""
     want: dict[str, int | None] = {}
     for spec, _ in pairs:
-        want |= plan(spec).want(model.config.vision.num_hidden_layers)
+        want |= plan(spec, model.learned).want(model.config.vision.num_hidden_layers)
     model.tower = RememberingTower(model.tower, want)  # type: ignore[assignment]  # acts like one
     done = np.load(kept)["right"] if kept.exists() else np.zeros((len(pairs), 0), bool)
     kinds, total = [], per_kind * len(KINDS)
@@ -147,7 +150,7 @@ def ask_all(
         if len(kinds) <= done.shape[1]:
             continue
         batch = Batch(model, processor, asked)
-        new = np.array([right(model, batch, plan(spec), K) for spec, K in pairs])
+        new = np.array([right(model, batch, plan(spec, model.learned), K) for spec, K in pairs])
         done = np.concatenate([done, new], axis=1)
         if n % 10 == 9:
             np.savez_compressed(kept, right=done)
@@ -196,8 +199,6 @@ def earlier(out: Path, per_kind: int, pairs: Sequence[tuple[str, int]], question
 
 def main() -> None:
     """The command line."""
-    out = [name for name, m in METHODS.items() if getattr(m, "learned", False)]
-    known = [n for n, m in METHODS.items() if m.stage is not Stage.ENHANCER and n not in out]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy", description=__doc__.split("\n")[0]
     )
@@ -207,7 +208,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "scenes.json")
     args = parser.parse_args()
     model, processor = load()
-    specs = args.pruner or [*(name for name in known if name != "none"), *CHAINS]
+    untrained = [
+        n for n, m in METHODS.items() if getattr(m, "learned", 0) and n not in model.learned
+    ]
+    left_out = {"none", *untrained}
+    known = [n for n, m in METHODS.items() if m.stage is not Stage.ENHANCER and n not in left_out]
+    specs = args.pruner or [*known, *CHAINS]
     pairs, refused = possible(model, specs, args.keep_tokens or (98, 49, 22))
     pairs = [("none", model.N), *pairs]
     told = json.dumps([pairs, args.per_kind]).encode()

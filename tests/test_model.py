@@ -315,10 +315,10 @@ def test_without_cls_the_mean_patch_stands_in_for_it():
 
 
 def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(pair):
-    mx.random.seed(3)
+    mx.random.seed(6)
     weights = METHODS["mlp"].make(32, 0)
     weights.mean_need = mx.array([1.0])
-    weights.need.weight, weights.need.bias = weights.need.weight * 5, mx.zeros((1,))
+    weights.need.bias = mx.zeros((1,))
     chain, rows = plan("mlp:dynamic", {"mlp": weights}), list(ROWS)
     together = pair.ours(rows, mx.array(pair.pixels), chain, 6, "keep")
     counts = [one.slots for one in together.trace[-1].kept]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gallery import page
 from benchmarks.report import fill
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import compose
@@ -103,3 +104,7 @@ def test_every_local_link_leads_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_gallery_is_what_the_methods_and_the_results_say():
+    assert page() == (ROOT / "docs" / "pruners.md").read_text(encoding="utf-8")
