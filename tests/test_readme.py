@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gallery import page
+from benchmarks import gallery
 from benchmarks.report import fill
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import compose
@@ -107,4 +107,4 @@ def test_every_local_link_leads_somewhere():
 
 
 def test_the_gallery_is_what_the_methods_and_the_results_say():
-    assert page() == (ROOT / "docs" / "pruners.md").read_text(encoding="utf-8")
+    assert gallery.page() == (ROOT / "docs" / "pruners.md").read_text(encoding="utf-8")
