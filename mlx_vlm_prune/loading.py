@@ -7,6 +7,7 @@ them by name and shape, and nothing in it is executed.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from . import fast_blas
@@ -78,7 +79,8 @@ def load(
     own = weights["language.embed_tokens.weight"].dtype
     target = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else own
     model.load_weights([(name, array.astype(target)) for name, array in weights.items()])
-    model.learned = {**model.learned, **read_learned(folder, model.config.vision.hidden_size)}
+    beside = read_learned(folder, model.config.vision.hidden_size)
+    model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)

@@ -4,8 +4,9 @@ Shapes: B prompts, I images over all prompts, N visual tokens, K kept of each im
 L rows of the spliced sequence, D features, T tokens of text, V words.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -109,10 +110,13 @@ class VLM(nn.Module):
         self.tower = CLIPTower(config.vision)
         self.projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
         self.language = MiniMind(config.text)
-        self.learned: dict[str, Any] = {}  # weights of learned methods, by name
+        held = {}
         if config.pruner:
-            self.pruner = AttentionPool(config.pruner[1], config.vision.hidden_size)
-            self.learned[config.pruner[0]] = self.pruner
+            self.pruner = held[config.pruner[0]] = AttentionPool(
+                config.pruner[1], config.vision.hidden_size
+            )
+        # Weights of learned methods, by name; a proxy, so that they are no parameters of ours.
+        self.learned: Mapping[str, Any] = MappingProxyType(held)
 
     def __call__(
         self,
@@ -192,7 +196,7 @@ class VLM(nn.Module):
     def cuts(self, lots: list[Lot], pipeline: Pipeline, K: int, policy: Policy) -> Cuts:
         """Where the decoder lets go of visual rows, so that an average of K stays."""
         step, counts = pipeline.decoder, {lot.signals.x_BND.shape[1] for lot in lots}
-        if step is None or counts == {K}:
+        if step is None or max(counts) <= K:
             return Cuts()
         if len(counts) > 1:
             raise UserError(f"{pipeline.name}: in the decoder all images need as many tokens")

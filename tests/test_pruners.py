@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import torch_ref.pruners as ref
 from convert.errors import UserError
-from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, resolve
+from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, plan, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.grid import windows
 from mlx_vlm_prune.pruners.pipeline import known_options
@@ -425,11 +425,20 @@ def test_similarity_published_drops_the_bottom_of_an_image_and_the_fix_does_not(
         ("similarity:published=maybe", "takes a bool"),
         ("norm:p=1", "it has none"),
         ("attention_pool", "holds no weights"),
+        ("holov:beta=nan", "takes a float"),
+        ("fastv:layer=inf", "takes a float"),
+        ("restore", "needs one, as in"),
+        ("fastv+vtw", "of which a chain can hold one"),
+        ("fastv+norm", "write norm\\+fastv"),
+        ("none+fastv", "leave it out"),
+        ("norm:keep=5", "earlier method"),
+        ("norm:keep=0+fastv", "at least 1"),
+        ("tome+restore", "nothing to restore"),
     ],
 )
 def test_a_wrong_pruner_or_option_is_named_with_what_there_is(spec, part):
     with pytest.raises(UserError, match=part):
-        resolve(spec)
+        plan(spec)
 
 
 @pytest.mark.parametrize("K", [0, 17])

@@ -64,6 +64,11 @@ class Pruner:
         return self.learned.budgets(signals, K)
 
     @property
+    def trained_tokens(self) -> int | None:
+        """The one K that its weights were made for, where they were."""
+        return getattr(self.learned, "tokens", None)
+
+    @property
     def spec(self) -> str:
         """As it is written on the command line."""
         told = [f"{key}={value}" for key, value in self.options.items()]
@@ -124,9 +129,8 @@ class Pipeline:
 
     @property
     def trained_tokens(self) -> int | None:
-        """The one K that a learned step's weights were made for, where they were."""
-        weights = [step.learned for step in self.steps if step.is_learned]
-        return next((w.tokens for w in weights if hasattr(w, "tokens")), None)
+        """The one K that the last step's weights were made for, where they were."""
+        return self.steps[-1].trained_tokens
 
     @property
     def positions(self) -> Policy:
@@ -158,8 +162,11 @@ class Pipeline:
         if K == N:
             return [N] * len(self.steps)
         afterwards = range(len(self.steps) - 1, 0, -1)
-        earlier = zip(self.steps[:-1], afterwards, strict=True)
-        return [min(N, step.keep or int(K * GENEROUS**n + 0.5)) for step, n in earlier] + [K]
+        told = []
+        for step, n in zip(self.steps[:-1], afterwards, strict=True):
+            own = step.trained_tokens or step.keep or int(K * GENEROUS**n + 0.5)
+            told.append(min(N, own))
+        return [*told, K]
 
 
 def known_options(method: ModuleType) -> dict[str, Any]:

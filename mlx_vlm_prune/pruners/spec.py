@@ -31,6 +31,15 @@ def parse(
         raise UserError(f"{spec} has two methods of a kind of which a chain can hold one")
     if not steps:
         raise UserError(f"{spec} makes a selector better and needs one, as in cls_attention+{spec}")
+    if enhancers and steps[-1].stage < Stage.FEATURES:
+        raise UserError(
+            f"{spec}: what leaves before the end of the tower leaves nothing to restore"
+        )
+    if steps[-1].keep is not None:
+        raise UserError(
+            f"{spec}: keep= is what an earlier method of a chain leaves to the next; the last keeps"
+            " what --keep-tokens or --keep-ratio says"
+        )
     if len(steps) > 1 and any(p.name == "none" for p in steps):
         raise UserError(f"{spec}: none prunes nothing; leave it out of the chain")
     if [p.stage for p in steps] != sorted(p.stage for p in steps):
@@ -55,6 +64,8 @@ def _one(
         key, equals, value = pair.partition("=")
         if key == "keep":
             options[key] = _value(name, key, value, 1)
+            if options[key] < 1:
+                raise UserError(f"option keep of {name} is {value}; it must be at least 1")
             continue
         if key not in known:
             what = nearest(key, known) if known else "it has none"
@@ -82,7 +93,10 @@ def _value(name: str, key: str, value: str, default: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
-        return kind(value)
+        told = kind(value)
+        if told != told or told in (float("inf"), -float("inf")):
+            raise ValueError
+        return told
     except (KeyError, ValueError):
         article = "an" if kind is int else "a"
         raise UserError(
