@@ -45,7 +45,8 @@ def seen() -> Signals:
         text_BTD=mx.array(wave(T, D, 0.7, 1.3)), text_keys_BTD=mx.array(wave(T, D, 1.9, 0.2)),
         text_real_BT=mx.array([[True, True, True, False]]),
         text_attention_BTN=mx.concatenate([row(0.1 * t + 0.4)[:, None] for t in range(T)], axis=1),
-        cls_attention_BN=row(0.45), received_attention_BN=row(0.85), object_attention_BN=row(1.3),
+        cls_attention_BN=row(0.45), local_attention_BN=row(0.6),
+        received_attention_BN=row(0.85), object_attention_BN=row(1.3),
         last_attention_BN=row(1.9), next_attention_BN=row(2.3), mean_attention_BN=row(2.9),
     )  # fmt: skip
 
@@ -72,6 +73,7 @@ GOLDENS: dict[str, list[int]] = {
     "prumerge_plus": [0, 1, 7, 13, 17, 21, 27, 30, 34],
     "hiprune": [2, 8, 9, 14, 19, 20, 24, 29, 33],
     "holov": [3, 13, 14, 21, 22, 28, 29, 33, 34],
+    "global_local": [3, 4, 11, 13, 21, 23, 28, 34, 35],
     "divprune": [9, 12, 14, 18, 19, 21, 24, 31, 33],
     "cdpruner": [1, 2, 3, 7, 8, 17, 26, 31, 33],
     "scope": [2, 3, 4, 13, 15, 21, 27, 28, 34],

@@ -29,6 +29,7 @@ SPECS = [
     *CHOOSING, "visionzip+fastv", "tome+divprune", "cls_attention+cdpruner", "fastv+restore",
     "cls_attention+restore", "downsample+norm", "patch_norm:keep=11+pact", "similarity+sparsevlm",
     "visionzip:keep=11+pyramiddrop", "apet+restore", "tome:r=2", "cls_attention:layer=0",
+    "global_local:keep=11+fastv",
 ]  # fmt: skip
 K = 9
 ROWS = (

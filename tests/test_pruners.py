@@ -82,7 +82,7 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
         "text_attention_BTN": shares(kind, rng, B, T, N),
         **{
             f"{name}_attention_BN": shares(kind, rng, B, N)
-            for name in ("cls", "received", "object", "last", "next", "mean")
+            for name in ("cls", "received", "object", "local", "last", "next", "mean")
         },
     }
 

@@ -19,6 +19,7 @@ from . import (
     divprune,
     downsample,
     fastv,
+    global_local,
     hiprune,
     holov,
     kq_norm,
@@ -70,6 +71,7 @@ METHODS: dict[str, ModuleType] = {
     "prumerge_plus": prumerge_plus,
     "hiprune": hiprune,
     "holov": holov,
+    "global_local": global_local,
     "divprune": divprune,
     "cdpruner": cdpruner,
     "scope": scope,
@@ -88,8 +90,11 @@ METHODS: dict[str, ModuleType] = {
     "restore": restore,
 }
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half
-# depth and later; so do we.
-PRESETS = {"duet": "visionzip+pyramiddrop:start=0.5,stages=2"}
+# depth and later; VScan selects and merges in the tower, then drops at half depth.
+PRESETS = {
+    "duet": "visionzip+pyramiddrop:start=0.5,stages=2",
+    "vscan": "global_local+fastv:layer=0.5",
+}
 
 __all__ = [
     "METHODS", "PRESETS", "Pipeline", "Pruner", "Reduction", "Signals", "Stage", "plan", "resolve",

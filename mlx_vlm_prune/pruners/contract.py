@@ -41,6 +41,7 @@ class Signals:
     cls_attention_BN: mx.array | None = None  # what CLS attends to
     received_attention_BN: mx.array | None = None  # what a token gets, mean over all queries
     object_attention_BN: mx.array | None = None  # the same of another, earlier layer
+    local_attention_BN: mx.array | None = None  # what CLS attends to in an earlier layer
     cls_query_BHd: mx.array | None = None
     queries_BNHd: mx.array | None = None
     keys_BNHd: mx.array | None = None

@@ -90,12 +90,14 @@ class Between:
         seen: dict[str, Any] = {f"{x}_BNHd": keys[f"{x}_BNHd"] for x in names & {"keys", "queries"}}
         if "cls_query" in names:
             seen["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
-        if "cls_attention" in names and has_cls:
-            rows_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
-            seen["cls_attention_BN"] = rows_BQS[:, 0, 1:]
-        columns = {"received_attention", "object_attention"}
-        for name in names & (columns if has_cls else {*columns, "cls_attention"}):
-            seen[f"{name}_BN"] = received(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
+        rows = {"cls_attention", "local_attention"}
+        columns = {"received_attention", "object_attention"} | (set() if has_cls else rows)
+        if has_cls and names & rows:
+            attention_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
+            seen |= {f"{name}_BN": attention_BQS[:, 0, 1:] for name in names & rows}
+        if names & columns:
+            received_BN = received(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
+            seen |= {f"{name}_BN": received_BN for name in names & columns}
         self.signals = replace(self.signals, **seen)
         return keys
 

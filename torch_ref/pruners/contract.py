@@ -19,6 +19,7 @@ class Signals:
     cls_attention_BN: Tensor | None = None
     received_attention_BN: Tensor | None = None
     object_attention_BN: Tensor | None = None
+    local_attention_BN: Tensor | None = None
     cls_query_BHd: Tensor | None = None
     queries_BNHd: Tensor | None = None
     keys_BNHd: Tensor | None = None

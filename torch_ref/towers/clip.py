@@ -147,7 +147,7 @@ class Encoded:
             attention_BSS = attention(q, k, self.bias_B11S)
             received_BN = attention_BSS.mean(1)[:, 1:]
             columns = dict.fromkeys(("received_attention", "object_attention"), received_BN)
-            columns["cls_attention"] = attention_BSS[:, 0, 1:]
+            columns["cls_attention"] = columns["local_attention"] = attention_BSS[:, 0, 1:]
             seen |= {f"{name}_BN": column for name, column in columns.items() if name in names}
         return replace(self, signals=replace(self.signals, **seen))
 

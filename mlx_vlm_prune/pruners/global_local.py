@@ -1,0 +1,46 @@
+"""Half from every window by an early look, half from everywhere by the last.
+
+The encoder half of VScan, Zhang et al., TMLR 2026, arXiv:2505.22654. Local: at an early layer
+(6 of 24) CLS attention, the best of each window of the image, as many from each. Global:
+CLS attention at the end, the best of the rest. Each dropped token merges into the kept
+one most similar to it (the mean). The whole of VScan, which drops again inside the
+decoder, is the preset `vscan`.
+
+Differs from the authors' code: any number of windows of any grid; they read LLaVA's last
+but one layer, ours reads the last.
+
+Shapes: B images, N tokens, K kept.
+"""
+
+import mlx.core as mx
+
+from .contract import Reduction, Signals, Stage, cosine, keep_highest, nearest_mean, take
+from .grid import windows
+
+stage = Stage.FEATURES
+needs = {"local_attention": "local_layer", "cls_attention": "layer", "grid": None}
+
+
+def prune(
+    signals: Signals, K: int, *, areas: int = 16, local: float = 0.5,
+    local_layer: float = 6 / 24, layer: float = -1,
+) -> Reduction:  # fmt: skip
+    """Keep K; `local` is the share of the first look, the layers are read by the host."""
+    assert signals.local_attention_BN is not None and signals.cls_attention_BN is not None
+    if areas < 1 or not 0 <= local <= 1:
+        raise ValueError("areas is at least 1, and local a share of K from 0 to 1")
+    N, first = signals.x_BND.shape[1], int(K * local)
+    cut = windows(signals.grid, min(areas, N))
+    chosen = []
+    for i, window in enumerate(cut):
+        share = (i + 1) * first // len(cut) - i * first // len(cut)
+        area = mx.array(window.ravel())
+        best = keep_highest(signals.local_attention_BN[:, area], min(share, window.size))
+        chosen.append(area[best])
+    kept_BF = mx.concatenate(chosen, axis=1)
+    is_kept_BN = (kept_BF[..., None] == mx.arange(N)).any(axis=1)
+    score_BN = mx.where(is_kept_BN, mx.inf, signals.cls_attention_BN)
+    index_BK = keep_highest(score_BN, K)
+    with mx.stream(mx.cpu):
+        similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
+        return Reduction(index_BK, nearest_mean(similar_BNK, index_BK))
