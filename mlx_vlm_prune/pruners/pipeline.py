@@ -27,7 +27,7 @@ def layer_at(layer: float, depth: int) -> int:
     inner = max(1, int(layer * depth + 0.5))
     number = min(inner, depth - 1) if 0 < layer < 1 else int(layer)
     if not -depth <= number < depth:
-        raise UserError(f"layer is {layer:g}; the model has layers 0 to {depth - 1}")
+        raise UserError(f"layer is {layer:g}; there are layers 0 to {depth - 1}")
     return number % depth
 
 
@@ -78,11 +78,14 @@ class Pruner:
     def want(self, layers: int) -> dict[str, int | None]:
         """What the tower of so many layers must hand over, and of which layer."""
         values = known_options(self.method) | self.options
-        return {
-            name: None if option is None else layer_at(values[option], layers)
-            for name, option in self.method.needs.items()
-            if name not in ("grid", "text")
-        }
+        try:
+            return {
+                name: None if option is None else layer_at(values[option], layers)
+                for name, option in self.method.needs.items()
+                if name not in ("grid", "text")
+            }
+        except UserError as e:
+            raise UserError(f"{self.name}: {e}") from None
 
     def given(self, function: Callable) -> dict[str, Any]:
         """The options that one of the method's functions takes."""
