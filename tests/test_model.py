@@ -23,7 +23,8 @@ from . import tiny
 from .test_pruners import close
 
 POLICIES = ("keep", "renumber")
-CHOOSING = [n for n in METHODS if n not in ("none", "attention_pool", "restore")]
+UNTRAINED = [n for n, m in METHODS.items() if getattr(m, "learned", False)]
+CHOOSING = [n for n in METHODS if n not in ("none", "restore", *UNTRAINED)]
 # Of a decoder method K is the average over 3 layers, of which the first holds all 16.
 SPECS = [
     *CHOOSING, "visionzip+fastv", "tome+divprune", "cls_attention+cdpruner", "fastv+restore",
