@@ -74,7 +74,7 @@ class Batch:
         words = processor.tokenizer
         self.rows = [build(words, q.text, [model.N], processor.image_token) for _, q in asked]
         pixels = mx.array(np.stack([processor.image(scene.image()) for scene, _ in asked]))
-        self.pixels = pixels.astype(model.projector.weight.dtype)
+        self.pixels = pixels.astype(model.dtype)
         answers = [words.encode(q.answer) for _, q in asked]
         end = min(words.eos_token_ids)
         A = max(map(len, answers)) + 1

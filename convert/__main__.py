@@ -4,30 +4,52 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from .checkpoint import DTYPES, as_mlx, to_mlx, to_torch
-from .detect import KV_HEADS
+from .checkpoint import DTYPES, as_mlx
+from .describe import describe
 from .errors import Parser, UserError
+from .generations import KV_HEADS
+from .hub import found
+from .quantise import BITS, GROUPS, MODES, dequantised, quantised
+from .writing import to_hf, to_mlx, to_torch
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m convert", description=__doc__)
     ways = parser.add_subparsers(dest="way", required=True)
-    there = ways.add_parser("to-mlx", help="from MiniMind2-V as published to a folder for MLX")
-    there.add_argument("source", metavar="SRC", type=Path, help="a .pth, or a folder with one")
-    there.add_argument("target", metavar="DST", type=Path, help="the folder to make")
-    there.add_argument(
-        "--vision", type=Path, metavar="FOLDER", help="CLIP ViT-B/16 in Hugging Face's layout"
-    )
-    there.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="holds tokenizer.json")
-    there.add_argument("--dtype", choices=DTYPES, help="default: each tensor's own")
-    there.add_argument("--heads", type=_positive, help="query heads; no .pth says how many")
-    there.add_argument("--kv-heads", type=_positive, help=f"default {KV_HEADS}, as in MiniMind2")
-    back = ways.add_parser("to-torch", help="from a folder for MLX to MiniMind2-V as published")
+    told = ways.add_parser("inspect", help="what a checkpoint is; its tensors are not loaded")
+    told.add_argument("source", metavar="SRC", help="a .pth, a folder, or a hub name")
+    told.add_argument("--vision", metavar="FOLDER", help="of its CLIP or SigLIP tower")
+    _to_mlx_options(ways.add_parser("to-mlx", help="from MiniMind-V as published to MLX"))
+    back = ways.add_parser("to-torch", help="from a folder for MLX to MiniMind-V as published")
     back.add_argument("source", metavar="SRC", type=Path, help="a folder that to-mlx made")
     back.add_argument("target", metavar="DST", type=Path, help="the .pth to write")
     back.add_argument("--vision", type=Path, metavar="FOLDER", help="also write the tower, here")
+    hf = ways.add_parser("to-hf", help="the language model alone, as transformers reads it")
+    hf.add_argument("source", metavar="SRC", type=Path, help="a folder that to-mlx made")
+    hf.add_argument("target", metavar="DST", type=Path, help="the folder to make")
+    for way in ways.choices.values():
+        way.add_argument("--revision", help="of a hub name: a branch, tag or commit")
     return parser.parse_args(argv)
+
+
+def _to_mlx_options(there: argparse.ArgumentParser) -> None:
+    there.add_argument("source", metavar="SRC", help="a .pth, a folder, or a hub name")
+    there.add_argument("target", metavar="DST", type=Path, help="the folder to make")
+    there.add_argument(
+        "--vision", metavar="FOLDER", help="its CLIP or SigLIP in Hugging Face's layout"
+    )
+    there.add_argument("--tokenizer", metavar="FOLDER", help="holds tokenizer.json")
+    there.add_argument("--dtype", choices=DTYPES, help="default: each tensor's own")
+    there.add_argument("--heads", type=_positive, help="query heads; no .pth says how many")
+    there.add_argument("--kv-heads", type=_positive, help=f"default {KV_HEADS}, as in MiniMind2")
+    fewer = there.add_mutually_exclusive_group()
+    fewer.add_argument("-q", "--quantize", action="store_true", help="the language model")
+    fewer.add_argument("--dequantize", action="store_true", help="undo -q, but for what it lost")
+    there.add_argument("--q-bits", type=int, choices=BITS, help="bits a weight (default 4)")
+    there.add_argument("--q-group-size", type=int, choices=GROUPS, help="weights a scale (64)")
+    there.add_argument("--q-mode", choices=MODES, default="affine", help="default affine")
 
 
 def _positive(text: str) -> int:
@@ -49,24 +71,50 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Convert, and say what was done and what was assumed."""
+    """Do what is asked, and say what was done and what was assumed."""
     if args.way == "to-torch":
         to_torch(args.source, args.target, args.vision)
-        return f"{args.target}: MiniMind2-V as published" + (
-            f"; {args.vision}: its CLIP tower" if args.vision else ""
-        )
-    source = as_mlx(args.source, args.vision, args.tokenizer, args.heads, args.kv_heads)
-    to_mlx(source, args.target, args.dtype)
-    text, vision = source.config["text_config"], source.config["vision_config"]
-    assumed = "" if args.heads or args.kv_heads else " (assumed, as in every MiniMind2)"
-    said = (
-        f"{args.target}: {text['num_hidden_layers']} layers of {text['hidden_size']}, "
-        f"{text['num_attention_heads']} heads, {text['num_key_value_heads']} key/value heads"
-        f"{assumed}, tower of {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
-    )
+        tower = f"; {args.vision}: its vision tower" if args.vision else ""
+        return f"{args.target}: as it was published{tower}"
+    if args.way == "to-hf":
+        reader = to_hf(args.source, args.target)
+        return f"{args.target}: the language model, for transformers' {reader}"
+    path, vision = (name and found(name, args.revision) for name in (args.source, args.vision))
+    if args.way == "inspect":
+        return describe(path, vision)
+    return _to_mlx(args, path, vision)
+
+
+def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
+    words = args.tokenizer and found(args.tokenizer)
+    source = as_mlx(path, vision, words, args.heads, args.kv_heads)
+    if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
+        raise UserError("--q-bits, --q-group-size and --q-mode say how; -q says to quantize")
+    if args.dequantize:
+        source = dequantised(source)
+    if args.quantize:
+        source = quantised(source, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
+    to_mlx(source, args.target, args.dtype, args.source)
+    said = f"{args.target}: {sizes(source.config, assumed=not (args.heads or args.kv_heads))}"
     if source.reading is None:
-        said += "\nno preprocessor_config.json was found: CLIP's own values are assumed"
+        said += "\nno preprocessor_config.json was found: the tower's usual values are assumed"
     return said
+
+
+def sizes(config: dict[str, Any], assumed: bool) -> str:
+    """A model in half a line."""
+    text, vision = config["text_config"], config["vision_config"]
+    guessed = assumed and not text.get("qk_norm")
+    said = (
+        f"{text['num_hidden_layers']} layers of {text['hidden_size']}, "
+        f"{text['num_attention_heads']} heads, {text['num_key_value_heads']} key/value heads"
+        f"{' (assumed, as in every MiniMind2)' if guessed else ''}, "
+    )
+    if experts := text.get("num_experts"):
+        said += f"{experts} experts, "
+    if how := config.get("quantization"):
+        said += f"{how['bits']} bits, "
+    return said + f"tower of {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
 
 
 if __name__ == "__main__":

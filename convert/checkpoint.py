@@ -1,60 +1,54 @@
-"""Checkpoints whole: MiniMind2-V as published, ours, and each made of the other.
+"""Checkpoints whole, as they are read: MiniMind-V as published, and ours.
 
 Published: a .pth (or a folder with one, or with Hugging Face's weight files), the
-CLIP tower in a folder of its own, and the tokenizer in another. Ours: one folder.
+vision tower in a folder of its own, and the tokenizer in another. Ours: one folder.
 """
 
-import json
-import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .detect import IMAGE_TOKEN, our_tensors, text_config, tidy, vision_config
+from .detect import our_tensors, text_config, tidy, untied, vision_config
 from .errors import UserError
-from .files import (
-    RawTensor,
-    appearing,
-    open_safetensors,
-    read_json,
-    read_pth,
-    write_pth,
-    write_safetensors,
-)
-from .names import TIED, published_order, to_published
+from .files import open_safetensors, read_json, read_pth
+from .generations import DEFAULT, GENERATIONS, MODEL_TYPES, Generation, recognise
+from .names import LLAMA, NAFLEX, SIGLIP, Table, published_order, to_published
 from .shapes import check_complete
+from .tensors import RawTensor
 
-MODEL_TYPE = "minimind2_v"
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 READING = "preprocessor_config.json"
-CLIP_PLACES = ("clip", "clip-vit-base-patch16", "vision_model/clip-vit-base-patch16")
+TOWER_PLACES = (
+    "clip",
+    "clip-vit-base-patch16",
+    "vision_model/clip-vit-base-patch16",
+    "siglip",
+    "siglip2-base-p32-256-ve",
+    "siglip2-base-p16-256-ve",
+    "siglip2-base-p16-ve",
+)
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-CLIP_READING = {  # openai/clip-vit-base-patch16's own
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "resample": 3,
-}
 
 
 @dataclass(frozen=True)
 class Published:
-    """MiniMind2-V by its published names, its tower under CLIP's, checked to be complete.
+    """A published checkpoint under our names and in our layout, checked to be complete.
 
-    `sizes` has text_config, vision_config and, for learned weights, pruner. `reading` is the
-    folder of preprocessor_config.json, or None where there is none.
+    `sizes` has text_config, vision_config and, where they are, projector and pruner.
+    `reading` is the folder of preprocessor_config.json, or None where there is none.
     """
 
     tensors: dict[str, RawTensor]
     sizes: dict[str, Any]
+    generation: Generation
     reading: Path | None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A published checkpoint under our names, and the folders the rest of it lies in."""
+    """Everything that goes into one of our folders, and the folders the rest of it lies in."""
 
     config: dict[str, Any]
     tensors: dict[str, RawTensor]
@@ -62,10 +56,10 @@ class Source:
     reading: Path | None
 
 
-def is_mlx(folder: Path) -> bool:
+def is_ours(folder: Path) -> bool:
     """Is this one of our own checkpoint folders?"""
     config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == MODEL_TYPE
+    return config.is_file() and read_json(config).get("model_type") in MODEL_TYPES
 
 
 def read_published(
@@ -74,24 +68,100 @@ def read_published(
     heads: int | None = None,
     kv_heads: int | None = None,
 ) -> Published:
-    """Read a .pth or a folder with weights, and CLIP from `vision` or a folder beside them.
+    """Read a .pth or a folder with weights, and the tower from `vision` or a folder beside them.
 
     Raises UserError, naming file and tensor, for whatever does not fit.
     """
     state = tidy(read_weights(source), source)
     home = _home(source)
-    clip = vision or next((home / p for p in CLIP_PLACES if (home / p).is_dir()), None)
-    tower, told = _read_tower(state, source, clip, vision is not None)
-    rest = {name: tensor for name, tensor in state.items() if not _is_tower(name)}
+    folder = vision or tower_folder(source)
+    told_apart(state, source)
+    tower, told = _read_tower(state, source, folder, vision is not None)
+    rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
+    generation = told_apart(rest | tower, source)  # some differ by the tower's width alone
+    ours = our_tensors(untied(rest, generation, source), generation, source)
+    heads, kv_heads = told_heads(source, heads, kv_heads)
+    text = text_config(ours, generation, source, heads, kv_heads)
+    seen = our_tensors(tower, generation, folder or source)
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
+    ours = as_ours(ours | seen, generation, head_dim)
     sizes: dict[str, Any] = {
-        "text_config": text_config(rest, source, heads, kv_heads),
-        "vision_config": vision_config(tower, told, clip or source),
+        "text_config": text,
+        "vision_config": vision_config(ours, generation, told, folder or source),
     }
-    if queries := rest.get("vision_proj.pool_queries"):
+    if "projector.fc1.weight" in ours:
+        norm = "projector.norm.weight" in ours
+        sizes["projector"] = {"merge": list(generation.merge), "norm": norm}
+    if queries := ours.get("pruner.queries"):
         sizes["pruner"] = {"name": "attention_pool", "tokens": queries.shape[0]}
-    check_complete(our_tensors(rest, source) | our_tensors(tower, clip or source), sizes, source)
-    reading = next((f for f in (clip, home) if f and (f / READING).is_file()), None)
-    return Published(rest | tower, sizes, reading)
+    check_complete(ours, sizes, source)
+    reading = next((f for f in (folder, home) if f and (f / READING).is_file()), None)
+    return Published(ours, sizes, generation, reading)
+
+
+def told_apart(state: Mapping[str, RawTensor], where: Path) -> Generation:
+    """The generation of a state dict; UserError that says what it is instead."""
+    found = recognise(state)
+    if isinstance(found, str):
+        raise UserError(f"{where} {found}")
+    return found
+
+
+def tower_folder(source: Path) -> Path | None:
+    """Where a tower lies beside a checkpoint, if one does."""
+    home = _home(source)
+    return next((home / place for place in TOWER_PLACES if (home / place).is_dir()), None)
+
+
+def told_heads(
+    source: Path, heads: int | None, kv_heads: int | None
+) -> tuple[int | None, int | None]:
+    """As given, or as a Hugging Face folder's config.json says."""
+    config = source / "config.json"
+    if heads or kv_heads or not config.is_file():
+        return heads, kv_heads
+    told = read_json(config)
+    own = [told.get(f"num_{name}_heads") for name in ("attention", "key_value")]
+    heads, kv_heads = (n if type(n) is int and 0 < n <= 1024 else None for n in own)
+    return heads, kv_heads
+
+
+def as_ours(
+    tensors: Mapping[str, RawTensor], generation: Generation, head_dim: int
+) -> dict[str, RawTensor]:
+    """Tensors under our names, their values in our order."""
+    changes = {rule.ours: rule.change for rule in generation.table if rule.change}
+    ours = {}
+    for name, tensor in tensors.items():
+        found = to_published(generation.table, name)
+        change = found and changes.get(found[1].ours)
+        ours[name] = change.there(tensor, head_dim) if change else tensor
+    return ours
+
+
+def as_published(
+    tensors: Mapping[str, RawTensor], table: Table, head_dim: int, where: Path
+) -> dict[str, RawTensor]:
+    """Our tensors under the names of a table, in its layout and order."""
+    state: dict[str, RawTensor] = {}
+    for name, tensor in tensors.items():
+        found = to_published(table, name)
+        if found is None:
+            raise UserError(f"{where} holds a tensor {name} that its generation has no place for")
+        new, rule = found
+        if rule.change and len(tensor.shape) != rule.change.our_axes:
+            raise UserError(f"{where}: tensor {name} has shape {tensor.shape}, not four axes")
+        state[new] = rule.change.back(tensor, head_dim) if rule.change else tensor
+    return {name: state[name] for name in published_order(table, state)}
+
+
+def torch_tensors(published: Published) -> dict[str, RawTensor]:
+    """The same in PyTorch's layout, under the names of the latest release of its family."""
+    generation, text = published.generation, published.sizes["text_config"]
+    tower = SIGLIP if generation.tower == NAFLEX else generation.tower
+    head_dim = text["hidden_size"] // text["num_attention_heads"]
+    table = LLAMA + generation.projector + tower
+    return as_published(published.tensors, table, head_dim, Path())
 
 
 def as_mlx(
@@ -101,16 +171,25 @@ def as_mlx(
     heads: int | None = None,
     kv_heads: int | None = None,
 ) -> Source:
-    """A published checkpoint as ours: nothing is written.
+    """A published checkpoint, or a folder of ours, as what goes into one: nothing is written.
 
     Without `vision` and `tokenizer` they are looked for in or beside `source`. Raises UserError.
     """
+    if is_ours(source):
+        reading = source if (source / READING).is_file() else None
+        config = read_json(source / "config.json")
+        return Source(config, read_weights(source), tokenizer or source, reading)
     published = read_published(source, vision, heads, kv_heads)
-    words = tokenizer or _home(source)
-    ours = our_tensors(published.tensors, source)
-    dtype = next(k for k, v in DTYPES.items() if v == ours["language.embed_tokens.weight"].dtype)
-    config = {**_words(words), **published.sizes, "model_type": MODEL_TYPE, "torch_dtype": dtype}
-    return Source(config, ours, words, published.reading)
+    generation, words = published.generation, tokenizer or _home(source)
+    dtype = published.tensors["language.embed_tokens.weight"].dtype
+    config = {
+        **_words(words, generation),
+        **published.sizes,
+        "model_type": generation.model_type,
+        "published_as": generation.name,
+        "torch_dtype": next(k for k, v in DTYPES.items() if v == dtype),
+    }
+    return Source(config, published.tensors, words, published.reading)
 
 
 def _home(source: Path) -> Path:
@@ -118,22 +197,22 @@ def _home(source: Path) -> Path:
 
 
 def _read_tower(
-    state: Mapping[str, RawTensor], source: Path, clip: Path | None, asked: bool
+    state: Mapping[str, RawTensor], source: Path, folder: Path | None, asked: bool
 ) -> tuple[dict[str, RawTensor], dict[str, Any]]:
-    """The tower's tensors and what CLIP's config.json says; a training checkpoint has its own."""
-    inside = {name: tensor for name, tensor in state.items() if _is_tower(name)}
+    """The tower's tensors and what its config.json says; a training checkpoint has its own."""
+    inside = {name: tensor for name, tensor in state.items() if is_tower(name)}
     if inside and not asked:
         return inside, {}
-    if clip is None:
+    if folder is None:
         raise UserError(
-            f"{source} holds no vision tower (MiniMind2-V is published without one); give the"
-            " folder of CLIP ViT-B/16 with --vision"
+            f"{source} holds no vision tower (MiniMind-V is published without one); give the"
+            " folder of its CLIP or SigLIP with --vision"
         )
-    tensors = tidy(read_weights(clip), clip)
-    return {k: v for k, v in tensors.items() if _is_tower(k)}, read_json(clip / "config.json")
+    tensors = tidy(read_weights(folder), folder)
+    return {k: v for k, v in tensors.items() if is_tower(k)}, read_json(folder / "config.json")
 
 
-def _is_tower(name: str) -> bool:
+def is_tower(name: str) -> bool:
     return name.startswith("vision_model.")
 
 
@@ -148,7 +227,7 @@ def read_weights(path: Path) -> dict[str, RawTensor]:
 
 def _read_folder(folder: Path) -> dict[str, RawTensor]:
     for name in WEIGHTS:
-        index = folder / f"{name}.index.json"
+        index = folder / (f"{name}.index.json")
         if index.is_file():
             return _read_shards(index)
         if (folder / name).is_file():
@@ -166,13 +245,15 @@ def _read_shards(index: Path) -> dict[str, RawTensor]:
         raise UserError(f"{index} has no weight_map of file names")
     tensors: dict[str, RawTensor] = {}
     for part in sorted(set(parts.values())):
-        if Path(part).name != part:
+        if Path(part).name != part or "\\" in part or ":" in part:
             raise UserError(f"{index} names {part!r}, which is outside its folder")
         tensors |= read_weights(index.parent / part)
+    if missing := sorted(set(parts) - set(tensors)):
+        raise UserError(f"{index} promises {missing[0]}, which no shard holds")
     return tensors
 
 
-def _words(folder: Path) -> dict[str, Any]:
+def _words(folder: Path, generation: Generation) -> dict[str, Any]:
     """What config.json says of the tokenizer."""
     from tokenizers import Tokenizer
 
@@ -183,66 +264,44 @@ def _words(folder: Path) -> dict[str, Any]:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"{file} is no tokenizer ({e})") from None
-    token = tokenizer.token_to_id(IMAGE_TOKEN)
+    image = generation.image_token
+    token = tokenizer.token_to_id(image)
     if token is None:
-        raise UserError(f"{file} has no token {IMAGE_TOKEN!r}, MiniMind2-V's place for an image")
+        raise UserError(
+            f"{file} has no token {image!r}, the place for an image in {generation.title}"
+        )
     told = folder / TOKENIZER_FILES[1]
     end = read_json(told).get("eos_token") if told.is_file() else None
     end = end.get("content") if isinstance(end, Mapping) else end
     end_id = tokenizer.token_to_id(end) if isinstance(end, str) else None
-    return {"eos_token_id": end_id, "image_token": IMAGE_TOKEN, "image_token_id": token}
+    return {"eos_token_id": end_id, "image_token": image, "image_token_id": token}
 
 
-def to_mlx(source: Source, target: Path, dtype: str | None = None) -> None:
-    """Write a published checkpoint as one of our folders, in its own precision or in `dtype`."""
-    config, tensors = source.config, source.tensors
-    if dtype:
-        config = {**config, "torch_dtype": dtype}
-        tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
-    with appearing(target, folder=True) as folder:
-        _write_json(folder / "config.json", config)
-        write_safetensors(folder / "model.safetensors", tensors, "mlx")
-        for name in TOKENIZER_FILES:
-            if (source.tokenizer / name).is_file():
-                shutil.copyfile(source.tokenizer / name, folder / name)
-        if source.reading:
-            shutil.copyfile(source.reading / READING, folder / READING)
-        else:
-            side = config["vision_config"]["image_size"]
-            _write_json(folder / READING, CLIP_READING | {"crop_size": side, "size": side})
+def generation_of(config: Mapping[str, Any], where: Path) -> Generation:
+    """As what one of our folders was published."""
+    name = config.get("published_as", DEFAULT)
+    if name not in GENERATIONS:
+        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(GENERATIONS)}")
+    return GENERATIONS[name]
 
 
-def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
-    """Write one of our folders as MiniMind2-V is published; its tower into the folder `vision`."""
-    if not is_mlx(source):
-        raise UserError(f"{source} is none of our checkpoint folders (see to-mlx)")
-    ours = read_weights(source)
-    published: dict[str, RawTensor] = {}
-    for name, tensor in ours.items():
-        found = to_published(name)
-        if found is None:
-            raise UserError(f"{source} holds a tensor {name} that MiniMind2-V has no place for")
-        new, rule = found
-        if rule.axes_back and len(tensor.shape) != len(rule.axes_back):
-            raise UserError(f"{source}: tensor {name} has shape {tensor.shape}, not four axes")
-        published[new] = tensor.permuted(rule.axes_back) if rule.axes_back else tensor
-    state = {}
-    for name in published_order(name for name in published if not _is_tower(name)):
-        state[name] = published[name]
-        if name == "model.norm.weight" and TIED[1] in published:
-            state[TIED[0]] = published[TIED[1]]
-    with ExitStack() as stack:
-        file = stack.enter_context(appearing(target, folder=False))
-        if vision:
-            folder = stack.enter_context(appearing(vision, folder=True))
-            _write_json(folder / "config.json", read_json(source / "config.json")["vision_config"])
-            tower = {name: tensor for name, tensor in published.items() if _is_tower(name)}
-            write_safetensors(folder / "model.safetensors", tower, "pt")
-            if (source / READING).is_file():
-                shutil.copyfile(source / READING, folder / READING)
-        write_pth(file, state)
+def read_ours(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    """config.json and tensors of one of our folders that is not quantized; raises UserError."""
+    if not is_ours(folder):
+        raise UserError(f"{folder} is none of our checkpoint folders (see to-mlx)")
+    config = read_json(folder / "config.json")
+    if "quantization" in config:
+        raise UserError(f"{folder} is quantized; convert it to-mlx with --dequantize first")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(config.get(part), Mapping):
+            raise UserError(f"{folder / 'config.json'} has no {part}")
+    return config, read_weights(folder)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
+def head_size(config: Mapping[str, Any], where: Path) -> int:
+    """Of the language model of a config.json."""
+    text = config["text_config"]
+    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
+        raise UserError(f"{where}: {heads} heads do not divide a hidden_size of {hidden}")
+    return hidden // heads

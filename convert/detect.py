@@ -1,9 +1,4 @@
-"""Which model a state dict holds, and its sizes, read off the tensors.
-
-MiniMind-V has had several generations whose weights look alike and mean different
-things; loading one as another gives nonsense without an error. So each is told by
-its names, and those that are not supported are refused by name.
-"""
+"""The sizes of a checkpoint, read off its tensors, which are under our names here."""
 
 import re
 from collections.abc import Mapping
@@ -11,153 +6,165 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import RawTensor
-from .names import TIED, to_ours
+from .generations import Generation, Shaped
+from .names import to_ours
+from .tensors import FLOATS, RawTensor
 
 Tensors = Mapping[str, RawTensor]
-KV_HEADS = 2  # of every published MiniMind2; the number is in no file
-SUPPORTED = "supported is MiniMind2-V as released since 27 April 2025, dense, with CLIP"
-IMAGE_TOKEN = "@"
-# Left out of a CLIP folder: buffers, and the half that reads text.
-CLIP_REST = re.compile(
-    r"vision_model\.embeddings\.position_ids|text_model\..*|(text|visual)_projection\..*|logit_scale"
+# Left out of a tower's folder: buffers, the half that reads text, and SigLIP's pooling head,
+# which no MiniMind-V uses.
+TOWER_REST = re.compile(
+    r"vision_model\.(embeddings\.position_ids|head\..*)|text_model\..*"
+    r"|(text|visual)_projection\..*|logit_scale|logit_bias"
 )
 
 
 def tidy(state: Tensors, where: Path) -> dict[str, RawTensor]:
-    """A MiniMind2-V state dict without masks, its tower under CLIP's names, its tie undone.
-
-    Raises UserError for another generation, or where output layer and embedding differ.
-    """
+    """A state dict without masks, its tower under Hugging Face's names."""
     kept = {k.removeprefix("vision_encoder."): v for k, v in state.items() if "mask" not in k}
-    if "embeddings.class_embedding" in kept:  # a CLIPVisionModel as transformers 5 saves it
+    if "embeddings.patch_embedding.weight" in kept:  # a tower alone, as transformers 5 saves it
         kept = {f"vision_model.{name}": tensor for name, tensor in kept.items()}
-    kept = {k: v for k, v in kept.items() if not CLIP_REST.fullmatch(k)}
-    if other := generation(kept):
-        raise UserError(f"{where} holds {other}; {SUPPORTED}")
-    head, embedding = (kept.get(name) for name in TIED)
+    return {k: v for k, v in kept.items() if not TOWER_REST.fullmatch(k)}
+
+
+def untied(state: Tensors, generation: Generation, where: Path) -> dict[str, RawTensor]:
+    """Without the output layer; UserError where it is not the embedding."""
+    rest = dict(state)
+    head, embedding = rest.pop(generation.tied[0], None), rest.get(generation.tied[1])
     if head is not None and embedding is not None and head != embedding:
-        raise UserError(f"{where}: lm_head.weight differs from the embedding it should be tied to")
-    kept.pop(TIED[0], None)
-    return kept
-
-
-def generation(names: Tensors) -> str | None:
-    """What else than the supported generation this is, in words; None if it is none of these."""
-    if any(re.search(r"\.mlp\.(gate\.weight|experts\.|shared_experts\.)", n) for n in names):
-        return "a mixture of experts (MoE)"
-    if any(n.startswith("vision_proj.mlp.") or n.endswith("q_norm.weight") for n in names):
-        return "a MiniMind-3 model (SigLIP tower, normalised queries)"
-    if "tok_embeddings.weight" in names:
-        return "an early MiniMind-V (before 27 April 2025: interleaved rotation)"
-    return None
+        raise UserError(
+            f"{where}: {generation.tied[0]} differs from the embedding it should be tied to"
+        )
+    return rest
 
 
 def text_config(
-    state: Tensors, where: Path, heads: int | None = None, kv_heads: int | None = None
+    state: Mapping[str, Shaped],
+    generation: Generation,
+    where: Path,
+    heads: int | None = None,
+    kv_heads: int | None = None,
 ) -> dict[str, Any]:
-    """The language model's sizes. Heads are in no file: KV_HEADS is assumed unless given."""
-    vocab, hidden = _matrix(state, "model.embed_tokens.weight", where)
-    layers = _layers(state, r"model\.layers\.(\d+)\.", where)
-    prefix = "model.layers.0."
-    q_rows, _ = _matrix(state, prefix + "self_attn.q_proj.weight", where)
-    k_rows, _ = _matrix(state, prefix + "self_attn.k_proj.weight", where)
-    inner, _ = _matrix(state, prefix + "mlp.gate_proj.weight", where)
-    kv_heads = kv_heads or (KV_HEADS if not heads else max(1, k_rows * heads // max(1, q_rows)))
-    head_dim = k_rows // kv_heads
+    """The language model's sizes. MiniMind2's heads are in no file: KV_HEADS is assumed."""
+    vocab, hidden = _matrix(state, "language.embed_tokens.weight", where)
+    q_rows, _ = _matrix(state, "language.layers.0.self_attn.q_proj.weight", where)
+    k_rows, _ = _matrix(state, "language.layers.0.self_attn.k_proj.weight", where)
+    if norm := state.get("language.layers.0.self_attn.k_norm.weight"):
+        head_dim = norm.shape[0] if len(norm.shape) == 1 else 0
+        kv_heads = k_rows // head_dim if head_dim else 0
+    else:
+        whole = max(1, k_rows * heads // max(1, q_rows)) if heads else generation.kv_heads or 1
+        kv_heads = kv_heads or whole
+        head_dim = k_rows // kv_heads
     heads = heads or (q_rows // head_dim if head_dim else 0)
-    if (
-        not head_dim
-        or kv_heads * head_dim != k_rows
-        or heads * head_dim != q_rows
-        or q_rows != hidden
-    ):
+    fits = head_dim and (kv_heads * head_dim, heads * head_dim) == (k_rows, q_rows)
+    if not fits or q_rows != hidden or heads % kv_heads:
         raise UserError(
             f"{where}: {heads} heads and {kv_heads} key/value heads do not fit the shapes "
             f"(queries {q_rows}, keys {k_rows} rows); give --heads and --kv-heads"
         )
     return {
         "hidden_size": hidden,
-        "intermediate_size": inner,
         "max_position_embeddings": 32768,
         "num_attention_heads": heads,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": _layers(state, r"language\.layers\.(\d+)\.", where),
         "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-05,
         "rope_theta": 1000000.0,
         "tie_word_embeddings": True,
         "vocab_size": vocab,
+        **generation.text,
+        **_mlp_sizes(state, generation, where),
     }
 
 
-def vision_config(state: Tensors, given: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The tower's sizes from its tensors; heads and the rest from CLIP's config.json.
+def _mlp_sizes(state: Mapping[str, Shaped], generation: Generation, where: Path) -> dict[str, Any]:
+    mlp = "language.layers.0.mlp."
+    if mlp + "gate.weight" not in state:
+        return {"intermediate_size": _matrix(state, mlp + "gate_proj.weight", where)[0]}
+    sizes = {
+        "intermediate_size": _matrix(state, mlp + "experts.0.gate_proj.weight", where)[0],
+        "num_experts": _matrix(state, mlp + "gate.weight", where)[0],
+        "num_experts_per_tok": generation.experts_per_tok,
+    }
+    shared = {name for name in state if re.match(re.escape(mlp) + r"shared_experts\.\d+\.g", name)}
+    return sizes | ({"n_shared_experts": len(shared)} if shared else {})
 
-    Where config.json names a size, it must be the tensors'. It may be a whole CLIP's.
+
+def vision_config(
+    state: Mapping[str, Shaped], generation: Generation, given: Mapping[str, Any], where: Path
+) -> dict[str, Any]:
+    """The tower's sizes from its tensors; heads and the rest from its folder's config.json.
+
+    Where config.json names a size, it must be the tensors'. It may be a whole CLIP's or SigLIP's.
     """
+    patches = _tensor(state, "tower.embeddings.patch_embedding.weight", where).shape
+    if len(patches) != 4:
+        raise UserError(f"{where}: the patch embedding has shape {patches}, not four axes")
+    rows, width = _matrix(state, "tower.embeddings.position_embedding.weight", where)
+    inner, _ = _matrix(state, "tower.encoder.layers.0.mlp.fc1.weight", where)
+    clip = generation.tower_type == "clip_vision_model"
+    measured = {
+        "hidden_size": width,
+        "image_size": round((rows - clip) ** 0.5) * patches[1],
+        "intermediate_size": inner,
+        "num_hidden_layers": _layers(state, r"tower\.encoder\.layers\.(\d+)\.", where),
+        "patch_size": patches[1],
+    }
     given = given.get("vision_config", given)
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: vision_config must be an object")
-    patches = _tensor(state, "vision_model.embeddings.patch_embedding.weight", where).shape
-    if len(patches) != 4:
-        raise UserError(f"{where}: the patch embedding has shape {patches}, not four axes")
-    rows, width = _matrix(state, "vision_model.embeddings.position_embedding.weight", where)
-    inner, _ = _matrix(state, "vision_model.encoder.layers.0.mlp.fc1.weight", where)
-    side = round((rows - 1) ** 0.5)
-    measured = {
-        "hidden_size": width,
-        "image_size": side * patches[2],
-        "intermediate_size": inner,
-        "num_hidden_layers": _layers(state, r"vision_model\.encoder\.layers\.(\d+)\.", where),
-        "patch_size": patches[2],
-    }
+    naflex = generation.tower_type == "siglip2_vision_model"
     for name, size in measured.items():
-        if given.get(name, size) != size:
+        if given.get(name, size) != size and not (naflex and name == "image_size"):
             raise UserError(
                 f"{where}: config.json says {name} {given[name]!r}, but its tensors say {size}"
             )
-    activation = given.get("hidden_act", "quick_gelu")
-    if activation != "quick_gelu":
-        raise UserError(f"{where}: hidden_act is {activation!r}; OpenAI's CLIP has quick_gelu")
+    kind, right = ("OpenAI's CLIP", "quick_gelu") if clip else ("SigLIP", "gelu_pytorch_tanh")
+    if given.get("hidden_act", right) != right:
+        raise UserError(f"{where}: hidden_act is {given['hidden_act']!r}; {kind} has {right}")
     return {
         **measured,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": given.get("layer_norm_eps", 1e-05),
-        "model_type": "clip_vision_model",
+        "hidden_act": right,
+        "layer_norm_eps": given.get("layer_norm_eps", 1e-05 if clip else 1e-06),
+        "model_type": generation.tower_type,
         "num_attention_heads": given.get("num_attention_heads", max(1, width // 64)),
     }
 
 
-def our_tensors(state: Tensors, where: Path) -> dict[str, RawTensor]:
-    """Every tensor under our name, its axes in our order; UserError where one has no place."""
+def our_tensors(state: Tensors, generation: Generation, where: Path) -> dict[str, RawTensor]:
+    """Every tensor under our name, in its published layout; UserError where one has no place."""
     ours: dict[str, RawTensor] = {}
     for name, tensor in state.items():
-        found = to_ours(name)
+        found = to_ours(generation.table, name)
         if found is None:
-            raise UserError(f"{where} holds a tensor {name} that MiniMind2-V has no place for")
+            raise UserError(
+                f"{where} holds a tensor {name}; {generation.title} has no place for it"
+            )
         new, rule = found
-        if tensor.dtype not in ("F32", "F16", "BF16"):
+        if tensor.dtype not in FLOATS:
             raise UserError(f"{where}: tensor {name} is {tensor.dtype}; F32, F16 or BF16 is needed")
-        if rule.axes and len(tensor.shape) != len(rule.axes):
-            raise UserError(f"{where}: tensor {name} has shape {tensor.shape}, not four axes")
-        ours[new] = tensor.permuted(rule.axes) if rule.axes else tensor
+        if rule.change and len(tensor.shape) != rule.change.axes:
+            raise UserError(
+                f"{where}: tensor {name} has shape {tensor.shape}, not {rule.change.axes} axes"
+            )
+        ours[new] = tensor
     return ours
 
 
-def _tensor(state: Tensors, name: str, where: Path) -> RawTensor:
+def _tensor(state: Mapping[str, Shaped], name: str, where: Path) -> Shaped:
     if name not in state:
-        raise UserError(f"{where} lacks the tensor {name}; {SUPPORTED}")
+        raise UserError(f"{where} lacks the tensor {name}")
     return state[name]
 
 
-def _matrix(state: Tensors, name: str, where: Path) -> tuple[int, int]:
+def _matrix(state: Mapping[str, Shaped], name: str, where: Path) -> tuple[int, int]:
     shape = _tensor(state, name, where).shape
     if len(shape) != 2 or 0 in shape:
         raise UserError(f"{where}: tensor {name} has shape {shape}; it must be a matrix")
     return shape[0], shape[1]
 
 
-def _layers(state: Tensors, pattern: str, where: Path) -> int:
+def _layers(state: Mapping[str, Shaped], pattern: str, where: Path) -> int:
     numbers = {int(found[1]) for name in state if (found := re.match(pattern, name))}
     if numbers != set(range(len(numbers))):
         missing = min(set(range(len(numbers))) - numbers)

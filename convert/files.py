@@ -1,9 +1,8 @@
 """Checkpoint files: read what strangers wrote; write so that nothing half-written stays.
 
-A tensor stays raw bytes from file to file, so no value can change on the way and
-bfloat16 needs no library that knows it. What is read is checked first: a safetensors
-header by the safetensors library, a .pth for compressed or oversized parts, and its
-pickle is loaded with `weights_only`, which executes nothing.
+What is read is checked first: a safetensors header by the safetensors library, a .pth for
+compressed or oversized parts, and its pickle is loaded with `weights_only`, which executes
+nothing.
 """
 
 import errno
@@ -13,7 +12,6 @@ import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,54 +20,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .errors import UserError
+from .tensors import RawTensor
 
-SIZES = {"F32": 4, "F16": 2, "BF16": 2}  # bytes per element of what can be converted
 CHUNK = 1 << 24  # bytes written at a time
-
-
-@dataclass(frozen=True)
-class RawTensor:
-    """A tensor as it lies in a file: `data` are its bytes, row by row, flat uint8."""
-
-    dtype: str  # as safetensors names it: F32, F16, BF16, …
-    shape: tuple[int, ...]
-    data: np.ndarray
-
-    def permuted(self, axes: tuple[int, ...]) -> "RawTensor":
-        """The same values with the axes in another order."""
-        elements = self.data.reshape(*self.shape, SIZES[self.dtype])
-        moved = np.ascontiguousarray(elements.transpose(*axes, len(axes)))
-        return RawTensor(self.dtype, moved.shape[:-1], moved.reshape(-1))
-
-    def astype(self, dtype: str) -> "RawTensor":
-        """Rounded to the nearest value of F32, F16 or BF16, ties to even."""
-        if dtype == self.dtype:
-            return self
-        wide = self._float32()
-        if dtype == "BF16":
-            converted = _to_bfloat16(wide)
-        else:
-            with np.errstate(over="ignore"):  # beyond float16 becomes infinity, as in torch
-                converted = wide.astype({"F32": np.float32, "F16": np.float16}[dtype])
-        return RawTensor(dtype, self.shape, converted.view(np.uint8))
-
-    def _float32(self) -> np.ndarray:
-        data = np.ascontiguousarray(self.data)
-        if self.dtype == "BF16":
-            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        return data.view({"F32": np.float32, "F16": np.float16}[self.dtype]).astype(np.float32)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, RawTensor):
-            return NotImplemented
-        same = (self.dtype, self.shape) == (other.dtype, other.shape)
-        return same and np.array_equal(self.data, other.data)
-
-
-def _to_bfloat16(wide: np.ndarray) -> np.ndarray:
-    bits = wide.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,7 +58,8 @@ def open_safetensors(path: Path) -> dict[str, RawTensor]:
     header.pop("__metadata__", None)
     if not header:
         return {}
-    body = np.memmap(path, dtype=np.uint8, mode="r")[8 + length :]
+    # Copy on write: torch takes no arrays that cannot be written to.
+    body = np.memmap(path, dtype=np.uint8, mode="c")[8 + length :]
     return {
         name: RawTensor(about["dtype"], tuple(about["shape"]), body[slice(*about["data_offsets"])])
         for name, about in header.items()
@@ -120,7 +74,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], form: str) -
     header: dict[str, Any] = {"__metadata__": {"format": form}}
     offset, names = 0, sorted(tensors)
     for name in names:
-        tensor, end = tensors[name], offset + tensors[name].data.nbytes
+        tensor, end = tensors[name], offset + tensors[name].nbytes
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -210,7 +164,7 @@ def write_pth(path: Path, tensors: Mapping[str, RawTensor]) -> None:
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     state = {}
     for name, tensor in tensors.items():
-        data = torch.from_numpy(np.array(tensor.data))  # a copy: torch wants to own it
+        data = torch.from_numpy(tensor.data)
         state[name] = data.view(kinds[tensor.dtype]).reshape(tensor.shape)
     with path.open("wb") as out:
         watched = _Watched(out)

@@ -1,19 +1,13 @@
-"""Every tensor that a MiniMind2-V of given sizes must have, with its shape, under our names."""
+"""Every tensor that a checkpoint of given sizes must have, with its shape, under our names."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from .errors import UserError
+from .generations import Shaped
 
 Shapes = dict[str, tuple[int, ...]]
-
-
-class Shaped(Protocol):
-    """Any tensor, whatever its library."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], where: Path) -> None:
@@ -34,12 +28,33 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes:
     text, vision = config["text_config"], config["vision_config"]
     width = vision["hidden_size"]
     shapes = _language(text) | _tower(vision)
-    shapes |= _linear("projector", text["hidden_size"], width)
+    shapes |= _projector(config.get("projector"), text["hidden_size"], width)
     if "pruner" in config:
         shapes["pruner.queries"] = (config["pruner"]["tokens"], width)
         for x in "qkv":
             shapes |= _linear(f"pruner.{x}_proj", width, width)
-    return shapes
+    how = config.get("quantization")
+    return shapes if how is None else _few_bits(shapes, how)
+
+
+def is_quantisable(name: str, shape: tuple[int, ...], group_size: int) -> bool:
+    """Is this a matrix of the language model that -q makes smaller? A router stays."""
+    matrix = name.startswith("language.") and name.endswith(".weight") and len(shape) == 2
+    return matrix and not name.endswith(".mlp.gate.weight") and shape[1] % group_size == 0
+
+
+def _few_bits(shapes: Shapes, how: Mapping[str, Any]) -> Shapes:
+    """The same of a quantized checkpoint: bits packed into words of 32, scales, and biases."""
+    bits, group = how["bits"], how["group_size"]
+    parts = ("scales", "biases") if how.get("mode", "affine") == "affine" else ("scales",)
+    made: Shapes = {}
+    for name, shape in shapes.items():
+        made[name] = shape
+        if is_quantisable(name, shape, group):
+            made[name] = (shape[0], shape[1] * bits // 32)
+            prefix = name.removesuffix("weight")
+            made |= {prefix + part: (shape[0], shape[1] // group) for part in parts}
+    return made
 
 
 def _linear(name: str, rows: int, columns: int) -> Shapes:
@@ -50,32 +65,63 @@ def _norm(name: str, size: int) -> Shapes:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
+def _projector(told: Mapping[str, Any] | None, D: int, width: int) -> Shapes:
+    """One matrix, or two with a GELU between them, of patches that were put together."""
+    if told is None:
+        return _linear("projector", D, width)
+    rows, columns = told["merge"]
+    wide = rows * columns * width
+    norm = _norm("projector.norm", wide) if told["norm"] else {}
+    return norm | _linear("projector.fc1", D, wide) | _linear("projector.fc2", D, D)
+
+
 def _language(c: Mapping[str, Any]) -> Shapes:
-    D, inner = c["hidden_size"], c["intermediate_size"]
-    keys = D // c["num_attention_heads"] * c["num_key_value_heads"]
+    D, head_dim = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"]
+    keys = head_dim * c["num_key_value_heads"]
     shapes: Shapes = {"language.embed_tokens.weight": (c["vocab_size"], D)}
     for i in range(c["num_hidden_layers"]):
         layer = f"language.layers.{i}"
         rows = {"q_proj": D, "k_proj": keys, "v_proj": keys, "o_proj": D}
         shapes |= {f"{layer}.self_attn.{name}.weight": (size, D) for name, size in rows.items()}
-        shapes |= {f"{layer}.mlp.{name}_proj.weight": (inner, D) for name in ("gate", "up")}
-        shapes[f"{layer}.mlp.down_proj.weight"] = (D, inner)
+        if c.get("qk_norm"):
+            shapes |= {f"{layer}.self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
+        shapes |= _mlps(f"{layer}.mlp", c)
         shapes[f"{layer}.input_layernorm.weight"] = (D,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
     shapes["language.norm.weight"] = (D,)
     return shapes
 
 
+def _mlps(name: str, c: Mapping[str, Any]) -> Shapes:
+    D, inner, experts = c["hidden_size"], c["intermediate_size"], c.get("num_experts", 0)
+    if not experts:
+        return _mlp(name, D, inner)
+    shapes: Shapes = {f"{name}.gate.weight": (experts, D)}
+    for i in range(experts):
+        shapes |= _mlp(f"{name}.experts.{i}", D, inner)
+    for i in range(c.get("n_shared_experts", 0)):
+        shapes |= _mlp(f"{name}.shared_experts.{i}", D, inner)
+    return shapes
+
+
+def _mlp(name: str, D: int, inner: int) -> Shapes:
+    shapes: Shapes = {f"{name}.{way}_proj.weight": (inner, D) for way in ("gate", "up")}
+    return shapes | {f"{name}.down_proj.weight": (D, inner)}
+
+
 def _tower(c: Mapping[str, Any]) -> Shapes:
     D, inner, patch = c["hidden_size"], c["intermediate_size"], c["patch_size"]
-    tokens = (c["image_size"] // patch) ** 2 + 1
+    clip = c["model_type"] == "clip_vision_model"
+    patches = (c["image_size"] // patch) ** 2
     shapes: Shapes = {
-        "tower.embeddings.class_embedding": (D,),
         "tower.embeddings.patch_embedding.weight": (D, patch, patch, 3),
-        "tower.embeddings.position_embedding.weight": (tokens, D),
-        **_norm("tower.pre_layrnorm", D),
+        "tower.embeddings.position_embedding.weight": (patches + clip, D),
         **_norm("tower.post_layernorm", D),
     }
+    if clip:
+        shapes |= {"tower.embeddings.class_embedding": (D,), **_norm("tower.pre_layrnorm", D)}
+    else:
+        shapes["tower.embeddings.patch_embedding.bias"] = (D,)
     for i in range(c["num_hidden_layers"]):
         layer = f"tower.encoder.layers.{i}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):

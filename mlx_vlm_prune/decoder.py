@@ -166,7 +166,7 @@ class At:
         """Of the prompt's last token, by this layer's own projections."""
         attend, x_BLD = self.this.self_attn, self.this.input_layernorm(self.told.x_BLD)
         places_BL = self.told.positions_BL
-        q = attend.turned_queries(x_BLD[:, -1:], self.language.rotary(places_BL[:, -1:]))
+        q = attend.grouped_queries(x_BLD[:, -1:], self.language.rotary(places_BL[:, -1:]))
         k = attend.turned_keys(x_BLD, self.language.rotary(places_BL))
         rows_BQS = rows(q, k, self._visible(places_BL[:, -1:]), self.told.bias_BL)
         return {"next_attention_BN": rows_BQS[self.image_I1, 0, self.columns_IN]}
@@ -176,7 +176,7 @@ class At:
         attend, where = self.this.self_attn, self.told.where
         x_IND = self.this.input_layernorm(self.told.x_BLD[where])
         rotary = self.language.rotary(self.told.positions_BL[where])
-        q_IGR1d = attend.turned_queries(x_IND, rotary).mean(axis=3, keepdims=True)
+        q_IGR1d = attend.grouped_queries(x_IND, rotary).mean(axis=3, keepdims=True)
         k_IGNd = attend.turned_keys(x_IND, rotary)
         everywhere = mx.ones((len(x_IND), 1, x_IND.shape[1]), dtype=mx.bool_)
         return {
@@ -201,7 +201,7 @@ class At:
         prompts_B1 = mx.arange(len(columns_BQ))[:, None]
         places_BQ = self.told.positions_BL[prompts_B1, columns_BQ]
         x_BQD = self.last.input_layernorm(self.before_BLD[prompts_B1, columns_BQ])
-        q = self.last.self_attn.turned_queries(x_BQD, self.language.rotary(places_BQ))
+        q = self.last.self_attn.grouped_queries(x_BQD, self.language.rotary(places_BQ))
         rows_BQS = rows(q, self._held_keys(), self._visible(places_BQ), self.told.bias_BL)
         return take(rows_BQS[self.image_I1[:, 0]], self.columns_IN, axis=2)
 

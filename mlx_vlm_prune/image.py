@@ -122,20 +122,25 @@ class Preprocessor:
     resample: Image.Resampling = Image.Resampling.BICUBIC
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> "Preprocessor":
-        """Read preprocessor_config.json in Hugging Face's CLIP format.
+    def from_folder(
+        cls, path: str | os.PathLike[str], usual: "Preprocessor | None" = None
+    ) -> "Preprocessor":
+        """Read preprocessor_config.json in Hugging Face's CLIP or SigLIP format.
 
-        Raises UserError that names the file and the field.
+        What the file leaves open is as in `usual`, by default CLIP's. Raises UserError that
+        names the file and the field.
         """
+        usual = usual or cls()
         fields = _Fields(Path(path) / "preprocessor_config.json")
         normalise = fields.flag("do_normalize")
+        crops = fields.flag("do_center_crop", usual.crop is not None)
         return cls(
-            size=fields.size() if fields.flag("do_resize") else None,
-            crop=fields.crop() if fields.flag("do_center_crop") else None,
+            size=fields.size(usual.size) if fields.flag("do_resize") else None,
+            crop=fields.crop() if crops else None,
             rescale=fields.factor() if fields.flag("do_rescale") else None,
-            mean=fields.channels("image_mean", cls.mean) if normalise else None,
-            std=fields.channels("image_std", cls.std) if normalise else cls.std,
-            resample=fields.filter(),
+            mean=fields.channels("image_mean", usual.mean) if normalise else None,
+            std=fields.channels("image_std", usual.std) if normalise else cls.std,
+            resample=fields.filter(usual.resample),
         )
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -209,6 +214,13 @@ class Preprocessor:
         return canvas
 
 
+def siglip_preprocessor(side: int) -> Preprocessor:
+    """What SigLIP's towers read: the whole picture made square, values from -1 to 1."""
+    half = (0.5, 0.5, 0.5)
+    size = (side, side)
+    return Preprocessor(size, None, mean=half, std=half, resample=Image.Resampling.BILINEAR)
+
+
 class _Fields:
     """The fields of a preprocessor_config.json, each checked as it is read."""
 
@@ -228,14 +240,17 @@ class _Fields:
         shown = shown if len(shown) <= 60 else shown[:60] + "…"
         return UserError(f"{self.file}: {field} is {shown}; it must be {allowed}")
 
-    def flag(self, field: str) -> bool:
-        value = self.values.get(field, True)
+    def flag(self, field: str, default: bool = True) -> bool:
+        value = self.values.get(field, default)
+        value = default if value is None else value
         if not isinstance(value, bool):
             raise self.wrong(field, "true or false")
         return value
 
-    def size(self) -> int | tuple[int, int]:
-        value = self.values.get("size", 224)
+    def size(self, default: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+        if self.values.get("size") is None:
+            return default
+        value = self.values["size"]
         if isinstance(value, dict) and set(value) == {"shortest_edge"}:
             value = value["shortest_edge"]
         if _is_side(value):
@@ -271,8 +286,8 @@ class _Fields:
         red, green, blue = map(float, value)
         return red, green, blue
 
-    def filter(self) -> Image.Resampling:
-        value = self.values.get("resample", 3)
+    def filter(self, default: Image.Resampling) -> Image.Resampling:
+        value = self.values.get("resample", default)
         if isinstance(value, bool) or value not in list(FILTERS):
             raise self.wrong("resample", "2 (bilinear) or 3 (bicubic)")
         return Image.Resampling(value)

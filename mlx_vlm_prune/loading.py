@@ -15,24 +15,33 @@ from . import fast_blas
 fast_blas.prepare()  # before the first import of mlx, or never
 
 import mlx.core as mx  # noqa: E402
-import numpy as np  # noqa: E402
+from mlx import nn  # noqa: E402
 
-from convert.checkpoint import MODEL_TYPE, as_mlx, is_mlx  # noqa: E402
+from convert.checkpoint import as_mlx, is_ours  # noqa: E402
 from convert.errors import UserError  # noqa: E402
-from convert.files import RawTensor, check_safetensors, read_json  # noqa: E402
+from convert.files import check_safetensors, read_json  # noqa: E402
+from convert.generations import MODEL_TYPES  # noqa: E402
+from convert.hub import found  # noqa: E402
+from convert.quantise import BITS, GROUPS, MODES, to_array  # noqa: E402
 from convert.shapes import check_complete  # noqa: E402
 
-from .image import Preprocessor  # noqa: E402
+from .image import Preprocessor, siglip_preprocessor  # noqa: E402
+from .language.experts import stacked  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
 from .learned import read_learned  # noqa: E402
 from .model import VLM, VLMConfig  # noqa: E402
+from .projector import ProjectorConfig  # noqa: E402
 from .prompt import Tokenizer  # noqa: E402
 from .scenes import CHECKPOINT  # noqa: E402
 from .towers.clip import CLIPConfig  # noqa: E402
+from .towers.siglip import SiglipConfig  # noqa: E402
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FLOATS = tuple(DTYPES.values())
+PACKED = (mx.uint32, mx.uint8)  # words of quantized weights, and scales that are powers of two
 LARGEST = 1 << 20  # of any size in a config.json
 MOST_LAYERS = 512
+TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 
 
 @dataclass(frozen=True)
@@ -68,31 +77,39 @@ def load(
     folder = _find(path_or_hub_name, revision)
     reading: Path | None = folder
     words = folder
-    if is_mlx(folder):
+    if is_ours(folder):
         config, weights = read_json(folder / "config.json"), _mlx_weights(folder)
     else:
         source = as_mlx(folder)
         config, words, reading = source.config, source.tokenizer, source.reading
-        weights = {name: _to_mlx(tensor) for name, tensor in source.tensors.items()}
+        weights = {name: to_array(tensor) for name, tensor in source.tensors.items()}
     model = VLM(parse_config(config, folder))
     check_complete(weights, config, folder)
-    own = weights["language.embed_tokens.weight"].dtype
+    if how := config.get("quantization"):
+        few = {name.removesuffix(".scales") for name in stacked(weights) if ".scales" in name}
+        nn.quantize(model, **how, class_predicate=lambda path, _: path in few)
+    own = weights["language.norm.weight"].dtype
     target = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else own
-    model.load_weights([(name, array.astype(target)) for name, array in weights.items()])
-    beside = read_learned(folder, model.config.vision.hidden_size)
+    ready = {name: a.astype(target) if a.dtype in FLOATS else a for name, a in weights.items()}
+    model.load_weights(list(stacked(ready).items()))
+    beside = read_learned(folder, model.feature_dims)
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    image = _preprocessor(reading, model.config.vision.image_size)
+    image = _preprocessor(reading, model.config.vision)
     return model, Processor(Tokenizer.from_folder(words), image, model.config.image_token, name)
 
 
-def _preprocessor(folder: Path | None, side: int) -> Preprocessor:
-    """The one in the folder, or CLIP's own; it must make the pictures the tower reads."""
+def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
+    """The one in the folder, or the tower's usual; it must make the pictures the tower reads."""
+    side = vision.image_size
+    usual = Preprocessor(size=side, crop=(side, side))
+    if isinstance(vision, SiglipConfig):
+        usual = siglip_preprocessor(side)
     if folder is None:
-        return Preprocessor(size=side, crop=(side, side))
-    image = Preprocessor.from_folder(folder)
+        return usual
+    image = Preprocessor.from_folder(folder, usual)
     if (image.crop or image.size) != (side, side):
         raise UserError(
             f"{folder / 'preprocessor_config.json'} makes pictures of {image.crop or image.size}"
@@ -106,29 +123,10 @@ def _on_cpu() -> bool:
 
 
 def _find(path_or_hub_name: str | Path | None, revision: str | None) -> Path:
-    if path_or_hub_name is None:
-        return CHECKPOINT
-    path = Path(path_or_hub_name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    path = CHECKPOINT if path_or_hub_name is None else found(path_or_hub_name, revision)
+    if not path.is_dir():
         raise UserError(f"{path} is a file; a model is a folder (see python -m convert to-mlx)")
-    name = str(path_or_hub_name)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"no folder {path}, and {name!r} is no hub name (owner/name) either")
-    return _from_hub(name, revision)
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.jinja", "*.safetensors"]
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"no folder {name}, and the hub did not give it: {reason}") from None
+    return path
 
 
 def _mlx_weights(folder: Path) -> dict[str, mx.array]:
@@ -142,24 +140,18 @@ def _mlx_weights(folder: Path) -> dict[str, mx.array]:
         assert isinstance(arrays, dict)
         weights |= arrays
     for name, array in weights.items():
-        if array.dtype not in DTYPES.values():
+        packed = f"{name.rpartition('.')[0]}.scales" in weights
+        if array.dtype not in (*FLOATS, *(PACKED if packed else ())):
             raise UserError(f"{folder}: tensor {name} is {array.dtype}, not {', '.join(DTYPES)}")
     return weights
 
 
-def _to_mlx(tensor: RawTensor) -> mx.array:
-    """The same bits as an mx.array; numpy has no bfloat16, so bits travel as integers."""
-    kind = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[tensor.dtype]
-    integer = np.uint32 if kind == "float32" else np.uint16
-    bits = np.frombuffer(bytes(tensor.data), dtype=integer).reshape(tensor.shape)
-    return mx.array(bits).view(DTYPES[kind])
-
-
 def parse_config(config: Mapping[str, Any], where: Path) -> VLMConfig:
     """The part of a config.json that shapes the model, every size checked."""
-    if config.get("model_type") != MODEL_TYPE:
+    if config.get("model_type") not in MODEL_TYPES:
         raise UserError(
-            f"{where} holds a {config.get('model_type')!r} model; {MODEL_TYPE} is supported"
+            f"{where} holds a {config.get('model_type')!r} model; supported are "
+            f"{', '.join(sorted(MODEL_TYPES))}"
         )
     pruner = config.get("pruner")
     learned = None
@@ -167,16 +159,53 @@ def parse_config(config: Mapping[str, Any], where: Path) -> VLMConfig:
         learned = ("attention_pool", _size(pruner, "tokens", where))
         if pruner.get("name") != learned[0]:
             raise UserError(f"{where}: no learned pruner is called {pruner.get('name')!r}")
-    vision = _fill(CLIPConfig, config, "vision_config", where)
+    told = config.get("vision_config")
+    kind = told.get("model_type", TOWERS[0]) if isinstance(told, Mapping) else TOWERS[0]
+    if kind not in TOWERS:
+        raise UserError(f"{where}: no tower is called {kind!r}; there are {', '.join(TOWERS)}")
+    vision = _fill(
+        CLIPConfig if kind == TOWERS[0] else SiglipConfig, config, "vision_config", where
+    )
     text = _fill(MiniMindConfig, config, "text_config", where)
+    _check_quantization(config, where)
     if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
         raise UserError(f"{where}: vision_config's sizes do not divide evenly")
     if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
         raise UserError(f"{where}: text_config's heads do not divide hidden_size evenly")
     if text.num_attention_heads % text.num_key_value_heads:
         raise UserError(f"{where}: text_config's key/value heads do not divide its heads")
-    token = config.get("image_token", "@")
-    return VLMConfig(vision, text, str(token), int(config.get("image_token_id", 34)), learned)
+    if text.num_experts and not 1 <= text.num_experts_per_tok <= text.num_experts:
+        raise UserError(f"{where}: a token cannot choose {text.num_experts_per_tok} experts")
+    projector = _projector(config.get("projector"), vision, where)
+    token, token_id = str(config.get("image_token", "@")), config.get("image_token_id", 34)
+    if type(token_id) is not int or not 0 <= token_id < text.vocab_size:
+        raise UserError(f"{where}: image_token_id is {token_id!r}, none of the vocabulary's")
+    return VLMConfig(vision, text, projector, token, token_id, learned)
+
+
+def _projector(told: Any, vision: CLIPConfig, where: Path) -> ProjectorConfig | None:
+    if told is None:
+        return None
+    given = told.get("merge") if isinstance(told, Mapping) else None
+    fine = isinstance(given, list) and len(given) == 2 and all(type(m) is int for m in given)
+    merge: list[int] = given if fine else [0, 0]  # type: ignore[assignment]
+    if any(m < 1 or n % m for m, n in zip(merge, vision.grid, strict=True)):
+        raise UserError(f"{where}: the projector's merge must be two divisors of the grid's sides")
+    if not isinstance(told.get("norm"), bool):
+        raise UserError(f"{where}: the projector's norm is {told.get('norm')!r}, not true or false")
+    return ProjectorConfig((merge[0], merge[1]), told["norm"])
+
+
+def _check_quantization(config: Mapping[str, Any], where: Path) -> None:
+    how = config.get("quantization")
+    if how is None:
+        return
+    known = isinstance(how, Mapping) and set(how) <= {"bits", "group_size", "mode"}
+    mode = how.get("mode", "affine") if known else None
+    if mode not in MODES or how.get("bits") not in BITS or how.get("group_size") not in GROUPS:
+        raise UserError(
+            f"{where}: quantization is {how!r}, which no mode of {', '.join(MODES)} has"
+        )
 
 
 def _fill(kind: type, config: Mapping[str, Any], part: str, where: Path) -> Any:
@@ -185,7 +214,13 @@ def _fill(kind: type, config: Mapping[str, Any], part: str, where: Path) -> Any:
         raise UserError(f"{where / 'config.json'} has no {part}")
     values = {}
     for f in fields(kind):
-        if f.type is float or f.type == "float":
+        if isinstance(f.default, bool):
+            values[f.name] = given.get(f.name, f.default)
+            if not isinstance(values[f.name], bool):
+                raise UserError(f"{where / 'config.json'}: {f.name} must be true or false")
+        elif f.default == 0 and f.name not in given:
+            values[f.name] = 0
+        elif f.type is float or f.type == "float":
             values[f.name] = _positive(given, f.name, where)
         else:
             values[f.name] = _size(given, f.name, where)

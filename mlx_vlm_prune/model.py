@@ -1,4 +1,4 @@
-"""MiniMind2-V: encode, prune, project, splice, decode. The only caller of pruners.
+"""MiniMind-V: encode, prune, project, splice, decode. The only caller of pruners.
 
 Shapes: B prompts, I images over all prompts, N visual tokens, K kept of each image,
 L rows of the spliced sequence, D features, T tokens of text, V words.
@@ -18,6 +18,7 @@ from convert.errors import UserError
 from .cache import LayerCache
 from .decoder import Cuts, Segment, read
 from .language.minimind import MiniMind, MiniMindConfig
+from .projector import MLPProjector, ProjectorConfig, merged
 from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, downsample
 from .pruners.attention_pool import AttentionPool
 from .pruners.contract import Policy, identity
@@ -25,16 +26,21 @@ from .resample import shrunk
 from .splice import Row, Visual, splice
 from .towers.between import Cut
 from .towers.clip import CLIPConfig, CLIPTower
+from .towers.siglip import SiglipConfig, SiglipTower
 
 Lap = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """What config.json says; `pruner` is the name and size of learned weights, if any."""
+    """What config.json says; `pruner` is the name and size of learned weights, if any.
 
-    vision: CLIPConfig = field(default_factory=CLIPConfig)
+    Without `projector` it is one matrix.
+    """
+
+    vision: CLIPConfig | SiglipConfig = field(default_factory=CLIPConfig)
     text: MiniMindConfig = field(default_factory=MiniMindConfig)
+    projector: ProjectorConfig | None = None
     image_token: str = "@"
     image_token_id: int = 34
     pruner: tuple[str, int] | None = None
@@ -107,8 +113,12 @@ class VLM(nn.Module):
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.config = config
-        self.tower = CLIPTower(config.vision)
-        self.projector = nn.Linear(config.vision.hidden_size, config.text.hidden_size)
+        vision, dims = config.vision, (config.vision.hidden_size, config.text.hidden_size)
+        self.tower: CLIPTower | SiglipTower = (
+            SiglipTower(vision) if isinstance(vision, SiglipConfig) else CLIPTower(vision)
+        )
+        told = config.projector
+        self.projector = MLPProjector(*dims, told) if told else nn.Linear(*dims)
         self.language = MiniMind(config.text)
         held = {}
         if config.pruner:
@@ -163,18 +173,24 @@ class VLM(nn.Module):
         for step, own in zip(pipeline.steps, budgets, strict=True):
             if step.stage is Stage.IMAGE and own < N:
                 small = downsample.smaller(self.grid, own)
-                size = self.config.vision.patch_size
-                pixels_IHW3 = shrunk(pixels_IHW3, (small[0] * size, small[1] * size))
+                height, width = (n * m * self.patch for n, m in zip(small, self.merge, strict=True))
+                pixels_IHW3 = shrunk(pixels_IHW3, (height, width))
                 within = downsample.blocks(self.grid, small, len(pixels_IHW3))
                 N = small[0] * small[1]
             elif step.stage is Stage.ENCODER and own < N:
+                if self.merge != (1, 1):
+                    raise UserError(
+                        f"{step.name} works inside the tower; behind this one neighbouring patches"
+                        " become one visual token, so all must be there: choose another method"
+                    )
                 at = step.ask(step.method.cuts, layers, N, own)
                 cuts += [Cut(layer, place, left, step) for layer, place, left in at]
                 N = own
         done = lap("vision", self.tower(pixels_IHW3, pipeline.want(layers), cuts))
         if done.kept:
             within = done.kept.after(within, self.N) if within else done.kept
-        seen = done.signals if not pipeline.wants("text") else self.worded(done.signals, rows)
+        seen = merged(done.signals, self.merge)
+        seen = self.worded(seen, rows) if pipeline.wants("text") else seen
         return Lot(seen, seen, identity(seen.x_BND), within)
 
     def worded(self, signals: Signals, rows: Sequence[Row]) -> Signals:
@@ -206,7 +222,28 @@ class VLM(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        return self.config.vision.grid
+        """Rows and columns of visual tokens."""
+        rows, columns = self.config.vision.grid
+        return rows // self.merge[0], columns // self.merge[1]
+
+    @property
+    def merge(self) -> tuple[int, int]:
+        """How many patches, down and across, one visual token is made of."""
+        return self.config.projector.merge if self.config.projector else (1, 1)
+
+    @property
+    def patch(self) -> int:
+        """Pixels along a patch."""
+        return self.config.vision.patch_size
+
+    @property
+    def feature_dims(self) -> int:
+        """Of a visual token before the projector."""
+        return self.config.vision.hidden_size * self.merge[0] * self.merge[1]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.tower.post_layernorm.weight.dtype
 
     @property
     def N(self) -> int:

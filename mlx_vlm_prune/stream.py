@@ -128,7 +128,7 @@ def _pixels(model: VLM, processor: Processor, pictures: list[Image.Image]) -> mx
     if not pictures:
         return None
     pixels = mx.array(np.stack([processor.image(picture) for picture in pictures]))
-    return pixels.astype(model.projector.weight.dtype)
+    return pixels.astype(model.dtype)
 
 
 def generate(

@@ -11,8 +11,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from convert.__main__ import main
 from convert.checkpoint import as_mlx
-from convert.files import RawTensor, open_safetensors, read_pth
-from convert.names import CONVOLUTION, TABLE, published_order, to_ours, to_published
+from convert.files import open_safetensors, read_pth
+from convert.generations import GENERATIONS
+from convert.names import TABLES, published_order, to_ours, to_published
+from convert.tensors import RawTensor
 from mlx_vlm_prune import load
 
 from . import tiny
@@ -83,39 +85,30 @@ def test_both_tied_tensors_come_back_and_only_one_is_kept(published):
     assert state["lm_head.weight"].equal(state["model.embed_tokens.weight"])
 
 
-def test_every_rule_has_a_way_back_and_no_name_has_two_rules():
-    for rule in TABLE:
+@pytest.mark.parametrize("generation", GENERATIONS.values(), ids=list(GENERATIONS))
+def test_every_rule_has_a_way_back_and_no_name_has_two_rules(generation):
+    table = generation.table
+    for rule in table:
         published, ours = rule.published.replace("*", "12"), rule.ours.replace("*", "12")
-        assert to_ours(published) == (ours, rule)
-        assert to_published(ours) == (published, rule)
-    assert len({r.published for r in TABLE}) == len({r.ours for r in TABLE}) == len(TABLE)
+        assert to_ours(table, published) == (ours, rule)
+        assert to_published(table, ours) == (published, rule)
+        others = [r for r in table if to_ours((r,), published) or to_published((r,), ours)]
+        assert others == [rule]
+    assert len({r.published for r in table}) == len({r.ours for r in table}) == len(table)
 
 
-def test_every_tensor_of_the_reference_has_exactly_one_rule():
-    names = [n.removeprefix("vision_encoder.") for n in tiny.reference().state_dict()]
-    rules = [to_ours(name) for name in names]
-    assert None not in rules
-    used = {found[1].published for found in rules if found}
-    learned = {rule.published for rule in TABLE if rule.ours.startswith("pruner.")}
-    assert used == {rule.published for rule in TABLE} - learned
+def test_every_table_is_used_by_some_generation():
+    used = {rule for generation in GENERATIONS.values() for rule in generation.table}
+    assert used == {rule for table in TABLES.values() for rule in table}
 
 
 def test_the_published_order_is_that_of_the_model():
+    table = GENERATIONS["minimind2-v"].table
     names = [n for n in tiny.reference().state_dict() if not n.startswith("vision_encoder.")]
-    kinds = [n.split(".")[1] for n in published_order(reversed(names))]
+    kinds = [n.split(".")[1] for n in published_order(table, reversed(names))]
     assert kinds[0] == "embed_tokens" and kinds[-3:] == ["norm", "vision_proj", "vision_proj"]
-    numbers = [n.split(".")[2] for n in published_order(reversed(names)) if ".layers." in n]
+    numbers = [n.split(".")[2] for n in published_order(table, reversed(names)) if ".layers." in n]
     assert numbers == sorted(numbers)
-
-
-def test_the_axes_of_a_convolution_worked_by_hand():
-    # one output, two inputs, 1 x 2 pixels: (o, i, h, w) holds i0w0 i0w1 i1w0 i1w1
-    tensor = RawTensor("F16", (1, 2, 1, 2), np.array([1, 2, 3, 4], np.float16).view(np.uint8))
-    moved = tensor.permuted(CONVOLUTION)
-    assert moved.shape == (1, 1, 2, 2)
-    assert moved.data.view(np.float16).tolist() == [1, 3, 2, 4]
-    rule = next(rule for rule in TABLE if rule.axes)
-    assert moved.permuted(rule.axes_back) == tensor
 
 
 def test_rounding_equals_that_of_torch():

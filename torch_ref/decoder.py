@@ -165,15 +165,12 @@ def signals(
 def attention(language: MiniMind, layer: Layer, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
     """Turned queries (H, L, d) and keys (G, L, d), and who attends to whom (L, L), mean over
     heads."""
-    attend, x_LD = layer.self_attn, layer.input_layernorm(prompt.x_1LD)[0]
-    q_HLd, k_GLd = (
-        rotate(p(x_LD).unflatten(-1, (-1, attend.d)).transpose(0, 1), cos[0], sin[0])
-        for p in (attend.q_proj, attend.k_proj)
-        for cos, sin in [tables(language, prompt)]
-    )
+    attend, x_1LD = layer.self_attn, layer.input_layernorm(prompt.x_1LD)
+    turns = tables(language, prompt)
+    q_HLd, k_GLd = (rotate(p(x_1LD), *turns)[0] for p in (attend.queries, attend.keys))
     k_HLd = k_GLd.repeat_interleave(attend.H // attend.G, dim=0)
     logits_HLL = (q_HLd @ k_HLd.mT).float() / attend.d**0.5
-    logits_HLL = logits_HLL + causal(x_LD.shape[0], x_LD.device) + prompt.bias_L
+    logits_HLL = logits_HLL + causal(x_1LD.shape[1], x_1LD.device) + prompt.bias_L
     return q_HLd, k_GLd, logits_HLL.softmax(-1).mean(dim=0)
 
 

@@ -1,32 +1,38 @@
-"""The parts of a MiniMind2-V under the names of the published .pth.
+"""The parts of a MiniMind-V under the names of the published .pth.
 
-Shapes: K kept tokens.
+Shapes: B images, N patches, D features, K kept tokens.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .language.minimind import MiniMindConfig
+from .pruners import Signals
 from .pruners.attention_pool import AttentionPool
 from .towers.clip import CLIPConfig, CLIPTower
+from .towers.siglip import SiglipConfig, SiglipTower
 
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """A MiniMind2-V: its tower, its language model, and the tokens with a meaning."""
+    """A MiniMind-V: its tower, its language model, and the tokens with a meaning."""
 
     vision: CLIPConfig = field(default_factory=CLIPConfig)
     text: MiniMindConfig = field(default_factory=MiniMindConfig)
     image_token_id: int = 34
     eos_token_id: int = 2
     pool_tokens: int | None = None  # how many tokens its learned pruner keeps, where it has one
+    merge: tuple[int, int] | None = None  # MiniMind-3V: the block of patches that is one token
+    projector_norm: bool = True
 
 
 class VisionEncoder(nn.Module):
     def __init__(self, c: CLIPConfig):
         super().__init__()
-        self.vision_model = CLIPTower(c)
+        self.vision_model = SiglipTower(c) if isinstance(c, SiglipConfig) else CLIPTower(c)
 
 
 class VisionProj(nn.Module):
@@ -41,3 +47,58 @@ class PooledVisionProj(AttentionPool):
     def __init__(self, c: VLMConfig, K: int):
         super().__init__(K, c.vision.hidden_size)
         self.vision_proj = nn.Sequential(nn.Linear(c.vision.hidden_size, c.text.hidden_size))
+
+
+class MLPVisionProj(nn.Module):
+    """MiniMind-3V's: of blocks of patches, where they are put together."""
+
+    def __init__(self, c: VLMConfig):
+        super().__init__()
+        assert c.merge
+        wide, out = c.vision.hidden_size * c.merge[0] * c.merge[1], c.text.hidden_size
+        norm = [nn.LayerNorm(wide)] if c.projector_norm else []
+        self.mlp = nn.Sequential(*norm, nn.Linear(wide, out), nn.GELU(), nn.Linear(out, out))
+
+
+def config_of(sizes: Mapping[str, Any]) -> VLMConfig:
+    """Of the sizes that a checkpoint was found to have."""
+    pruner, projector = sizes.get("pruner"), sizes.get("projector")
+    clip = sizes["vision_config"]["model_type"] == "clip_vision_model"
+    kind = CLIPConfig if clip else SiglipConfig
+    return VLMConfig(
+        kind(**_known(kind, sizes["vision_config"])),
+        MiniMindConfig(**_known(MiniMindConfig, sizes["text_config"])),
+        pool_tokens=pruner and pruner["tokens"],
+        merge=projector and tuple(projector["merge"]),
+        projector_norm=bool(projector and projector["norm"]),
+    )
+
+
+def _known(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: sizes[f.name] for f in fields(kind) if f.name in sizes}
+
+
+def vision_proj(c: VLMConfig) -> nn.Module:
+    """The projector, with the learned pruner that lies beside it."""
+    if c.merge:
+        return MLPVisionProj(c)
+    return PooledVisionProj(c, c.pool_tokens) if c.pool_tokens else VisionProj(c)
+
+
+def merged(signals: Signals, merge: tuple[int, int] | None) -> Signals:
+    """Signals of blocks of patches: features side by side, row by row; all else by its mean."""
+    if merge in (None, (1, 1)):
+        return signals
+    assert merge
+    rows, columns = signals.grid[0] // merge[0], signals.grid[1] // merge[1]
+
+    def blocks(x: Tensor) -> Tensor:
+        x = x.unflatten(1, (rows, merge[0], columns, merge[1]))
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    own: dict[str, Any] = {"grid": (rows, columns), "x_BND": blocks(signals.x_BND).flatten(2)}
+    for f in fields(signals):
+        value = getattr(signals, f.name)
+        if f.name not in own and value is not None and f.name.partition("_B")[2][:1] == "N":
+            own[f.name] = blocks(value).mean(2)
+    return replace(signals, **own)

@@ -1,14 +1,14 @@
-"""MiniMind2-V: encode, prune, project, splice, decode, in PyTorch.
+"""MiniMind-V: encode, prune, project, splice, decode, in PyTorch.
 
-Module names are those of the published .pth and of Hugging Face's CLIP folder, so
-both load unrenamed; `tower`, `projector` and `language` are what the parts are.
+Module names are those of the published .pth and of Hugging Face's CLIP or SigLIP folder;
+`tower`, `projector` and `language` are what the parts are.
 
 Shapes: B prompts, I images over all prompts, N visual tokens, K kept, L tokens,
 S tokens with those decoded, D features, V words.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from convert.checkpoint import read_published
+from convert.checkpoint import read_published, torch_tensors
 from convert.errors import UserError
-from convert.files import RawTensor
+from convert.tensors import RawTensor
 
 from . import decoder
-from .language.minimind import MiniMind, MiniMindConfig
+from .language.minimind import MiniMind
 from .language.splice import Row, Spliced, splice, visible
-from .layout import PooledVisionProj, VisionEncoder, VisionProj, VLMConfig
+from .layout import VisionEncoder, VLMConfig, config_of, merged, vision_proj
 from .pruners import METHODS, Reduction, Signals, Step, reduce, wanted
 from .pruners.attention_pool import AttentionPool
-from .towers.clip import CLIPConfig, CLIPTower
+from .towers.clip import CLIPTower
+from .towers.siglip import SiglipTower
 
 
 def best_device() -> torch.device:
@@ -49,10 +50,6 @@ class Decoding:
     each: list[decoder.Cached] = field(default_factory=list)  # prompts that were read one by one
 
 
-def _fields(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: sizes[f.name] for f in fields(kind)}
-
-
 def _tensor(raw: RawTensor) -> Tensor:
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return torch.from_numpy(np.array(raw.data)).view(kinds[raw.dtype]).reshape(raw.shape)
@@ -64,45 +61,41 @@ def one_by_one(spliced: Spliced, plan: decoder.Plan) -> bool:
 
 
 class VLM(nn.Module):
-    """A MiniMind2-V."""
+    """A MiniMind-V."""
 
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.config = config
         self.model = MiniMind(config.text)
-        pooled = config.pool_tokens
-        self.vision_proj = PooledVisionProj(config, pooled) if pooled else VisionProj(config)
+        self.vision_proj = vision_proj(config)
         self.vision_encoder = VisionEncoder(config.vision)
 
     @classmethod
     def from_pth(
         cls, path: str | Path, clip_folder: str | Path, device: torch.device | None = None
     ) -> "VLM":
-        """MiniMind2-V as published since April 2025: a .pth, and a CLIP folder beside it.
+        """MiniMind-V of any supported release: a .pth, and the folder of its tower.
 
         In float32, ready to answer, on the best device unless one is given. Raises
         UserError for files that cannot be read or that hold another model.
         """
         published = read_published(Path(path), Path(clip_folder))
-        sizes, pruner = published.sizes, published.sizes.get("pruner")
-        vision = CLIPConfig(**_fields(CLIPConfig, sizes["vision_config"]))
-        text = MiniMindConfig(**_fields(MiniMindConfig, sizes["text_config"]))
-        model = cls(VLMConfig(vision, text, pool_tokens=pruner and pruner["tokens"]))
+        model = cls(config_of(published.sizes))
         prefix = {True: "vision_encoder.", False: ""}
         state = {
             prefix[name.startswith("vision_model.")] + name: _tensor(raw)
-            for name, raw in published.tensors.items()
+            for name, raw in torch_tensors(published).items()
         }
         model.load_state_dict(state)
         return model.eval().to(device or best_device())
 
     @property
-    def tower(self) -> CLIPTower:
+    def tower(self) -> CLIPTower | SiglipTower:
         return self.vision_encoder.vision_model
 
     @property
     def projector(self) -> nn.Module:
-        return self.vision_proj.vision_proj
+        return getattr(self.vision_proj, "mlp" if self.config.merge else "vision_proj")
 
     @property
     def language(self) -> MiniMind:
@@ -238,14 +231,15 @@ class VLM(nn.Module):
         self, pixels_I3HW: Tensor, steps: Sequence[Step], rows: Sequence[Row]
     ) -> tuple[Signals, Reduction | None]:
         """The tower, with the steps that work in front of it and inside."""
-        grid, patch = (self.config.vision.side,) * 2, self.config.vision.patch_size
+        grid, (down, across) = self.grid, self.config.merge or (1, 1)
+        patch = self.config.vision.patch_size
         layers, N, cuts, within = len(self.tower.encoder.layers), self.N, [], None
         want: dict[str, int | None] = {}
         for step in steps:
             own = N if step.K is None else step.K
             if step.stage == "image" and own < N:
                 small = step.call("smaller", grid, own)
-                size = (small[0] * patch, small[1] * patch)
+                size = (small[0] * down * patch, small[1] * across * patch)
                 pixels_I3HW = F.interpolate(pixels_I3HW, size, mode="bilinear", antialias=True)
                 within, N = step.call("blocks", grid, small, len(pixels_I3HW)), small[0] * small[1]
             elif step.stage == "encoder" and own < N:
@@ -254,12 +248,14 @@ class VLM(nn.Module):
                 N = own
             if step.stage not in ("decoder", "enhancer", "image"):
                 want |= wanted(step, layers)
+        assert not cuts or (down, across) == (1, 1), "patches that merge must all be there"
         done = self.tower(pixels_I3HW, want, cuts)
+        seen = merged(done.signals, self.config.merge)
         kept = done.kept.after(within, self.N) if done.kept else within
         words = [self.words(row) for row in rows for _ in row.runs]
         text_BTD = pad_sequence([self.language.embed_tokens(ids) for ids in words], True)
         real_BT = pad_sequence([torch.ones_like(ids) for ids in words], True).bool()
-        return replace(done.signals, text_BTD=text_BTD, text_real_BT=real_BT), kept
+        return replace(seen, text_BTD=text_BTD, text_real_BT=real_BT), kept
 
     def words(self, row: Row) -> Tensor:
         """The ids of a prompt without its images' placeholders."""
@@ -288,7 +284,7 @@ class VLM(nn.Module):
 
     def read_each(self, spliced: Spliced, plan: decoder.Plan) -> list[decoder.Cached]:
         """Through the layers, prompt by prompt."""
-        done, grid = [], (self.config.vision.side,) * 2
+        done, grid = [], self.grid
         for b, real_L in enumerate(spliced.real_BL):
             prompt = decoder.Prompt(
                 spliced.embeds_BLD[b, real_L][None],
@@ -303,7 +299,13 @@ class VLM(nn.Module):
     @property
     def N(self) -> int:
         """Visual tokens of one image."""
-        return self.config.vision.side**2
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens."""
+        down, across = self.config.merge or (1, 1)
+        return self.config.vision.side // down, self.config.vision.side // across
 
     def steps(
         self, pruner: str | Sequence[Step], K: int | None, options: Mapping[str, Any] | None

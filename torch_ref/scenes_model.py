@@ -42,6 +42,7 @@ def build() -> VLM:
         if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
             parameter.data /= (2 * TEXT.num_hidden_layers) ** 0.5
     nn.init.normal_(model.tower.embeddings.patch_embedding.weight, std=0.03)
+    assert isinstance(model.tower, CLIPTower)
     look_at_neighbours(model.tower)
     return model
 
@@ -95,7 +96,7 @@ class Trainee(nn.Module):
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
         seen = tower(batch.pixels)
-        summary = self.summary(tower.post_layernorm(seen.cls_B1D[:, 0]))
+        summary = self.summary(tower.post_layernorm(seen.cls_BCD[:, 0]))
         cls_loss = F.binary_cross_entropy_with_logits(summary.float(), batch.summary)
         visual_BND = vlm.projector(seen.signals.x_BND)
         dense, figures = self.dense_loss(visual_BND, batch.dense)

@@ -6,7 +6,8 @@ along, and what they became ends in OUT/METHOD as the trainer's own files.
 
 - attention_pool: its K slots take the image's place; the answers' loss trains it.
 - score_prune: only the K highest of the scores plus Gumbel noise are visible; the loss
-  reaches the scores through a factor on attention that is 1 in value (straight-through).
+  reaches all scores through a factor on attention, 1 or next to 0 in value and a sigmoid
+  of the distance from the K-th in its slope (straight-through).
 - mlp: the share of each token in the derivative of the full model's loss by the log of
   the attention that the token gets; and the entropy of those shares, per image.
 
@@ -21,7 +22,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from .scenes_data import Batch, ScenesBatches
 from .train import export, note, save
 
 LEARNED = [name for name in STAGES["features"] if hasattr(METHODS[name], "make")]
-NEVER = -1e9
+DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
 FIRST = 100_000  # the number of the first batch: other scenes than the model saw
 
 
@@ -100,13 +101,15 @@ def pool_loss(
 def score_loss(
     vlm: VLM, scorer: Scorer, seen: Signals, batch: Batch, recipe: Recipe, left: float
 ) -> Tensor:
-    score_BN = scorer(seen)
+    # What makes a score is no lesson for the tower: its slopes are only guesses.
+    score_BN = scorer(replace(seen, x_BND=seen.x_BND.detach()))
     gumbel_BN = -torch.empty_like(score_BN).exponential_().log()
-    noisy_BN = score_BN.detach() + recipe.noise * left * gumbel_BN
-    line_B1 = noisy_BN.topk(recipe.keep_tokens).values[:, -1:]
-    gate_BN = F.logsigmoid(score_BN)
-    bias_BN = torch.where(noisy_BN >= line_B1, gate_BN - gate_BN.detach(), NEVER)
-    return read(vlm, vlm.projector(seen.x_BND), batch, bias_BN)
+    noisy_BN = score_BN + recipe.noise * left * gumbel_BN
+    line_B1 = noisy_BN.detach().topk(recipe.keep_tokens).values[:, -1:]
+    soft_BN = torch.sigmoid(noisy_BN - line_B1)
+    hard_BN = (noisy_BN >= line_B1).float().clamp(min=DROPPED)
+    factor_BN = hard_BN + (soft_BN - soft_BN.detach())
+    return read(vlm, vlm.projector(seen.x_BND), batch, factor_BN.log())
 
 
 def use_loss(

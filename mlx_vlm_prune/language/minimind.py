@@ -1,4 +1,7 @@
-"""MiniMind2's language model: Llama-like, grouped heads, half-rotation RoPE, tied embeddings.
+"""MiniMind's language models: grouped heads, half-rotation RoPE, tied embeddings.
+
+MiniMind2 is Llama-like; MiniMind-3 is Qwen3-like, which adds normed queries and keys. Both
+also come as mixtures of experts.
 
 Every token carries its position: after pruning, positions have gaps, and what a
 token sees is decided by positions alone.
@@ -13,6 +16,7 @@ import mlx.core as mx
 from mlx import nn
 
 from ..cache import LayerCache
+from .experts import MixtureOfExperts
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class MiniMindConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
+    qk_norm: bool = False
+    num_experts: int = 0  # 0: one MLP
+    num_experts_per_tok: int = 0
+    n_shared_experts: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -56,6 +64,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
 
     def split(self, x_BLD: mx.array) -> mx.array:
         B, L, _ = x_BLD.shape
@@ -63,8 +74,10 @@ class Attention(nn.Module):
 
     def __call__(self, x_BLD: mx.array, step: "Step", cache: LayerCache) -> mx.array:
         B, L, _ = x_BLD.shape
-        q_BHLd = step.rotary(self.split(self.q_proj(x_BLD)))
-        k_BGLd = step.rotary(self.split(self.k_proj(x_BLD)))
+        q_BHLd, k_BGLd = (
+            self.turned_queries(x_BLD, step.rotary),
+            self.turned_keys(x_BLD, step.rotary),
+        )
         v_BGLd = self.split(self.v_proj(x_BLD))
         k_BGSd, v_BGSd, seen_BS, bias_BS = cache.append(
             k_BGLd, v_BGLd, step.positions_BL, step.bias_BL
@@ -74,14 +87,20 @@ class Attention(nn.Module):
         return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
 
     def turned_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
-        """Of some rows, (B, G, H/G, L, d): grouped as the keys are."""
-        q_BHLd = rotary(self.split(self.q_proj(x_BLD)))
-        B, H, L, d = q_BHLd.shape
-        return q_BHLd.reshape(B, self.groups, H // self.groups, L, d)
+        """Of some rows, turned, (B, H, L, d)."""
+        q_BHLd = self.split(self.q_proj(x_BLD))
+        return rotary(self.q_norm(q_BHLd) if "q_norm" in self else q_BHLd)
 
     def turned_keys(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
-        """Of some rows, (B, G, L, d)."""
-        return rotary(self.split(self.k_proj(x_BLD)))
+        """Of some rows, turned, (B, G, L, d)."""
+        k_BGLd = self.split(self.k_proj(x_BLD))
+        return rotary(self.k_norm(k_BGLd) if "k_norm" in self else k_BGLd)
+
+    def grouped_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+        """The queries as the keys are grouped, (B, G, H/G, L, d)."""
+        q_BHLd = self.turned_queries(x_BLD, rotary)
+        B, H, L, d = q_BHLd.shape
+        return q_BHLd.reshape(B, self.groups, H // self.groups, L, d)
 
 
 def attend(
@@ -113,11 +132,19 @@ class MLP(nn.Module):
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def _mlp(c: MiniMindConfig) -> nn.Module:
+    if not c.num_experts:
+        return MLP(c)
+    shared: list[nn.Module] = [MLP(c) for _ in range(c.n_shared_experts)]
+    sizes = (c.hidden_size, c.intermediate_size, c.num_experts, c.num_experts_per_tok)
+    return MixtureOfExperts(*sizes, shared)
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, c: MiniMindConfig):
         super().__init__()
         self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.mlp = _mlp(c)
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 

@@ -1,9 +1,12 @@
-"""MiniMind2's language model: Llama-like, grouped heads, half-rotation RoPE, tied embeddings.
+"""MiniMind's language models: grouped heads, half-rotation RoPE, tied embeddings.
+
+MiniMind2 is Llama-like; MiniMind-3 is Qwen3-like, which adds normed queries and keys. Both
+also come as mixtures of experts.
 
 Module names are those of the published .pth, so its `model.*` weights load unrenamed.
 
 Shapes: B rows, L new tokens, S tokens with the cached ones, D features,
-H heads, G key/value heads, d head size.
+H heads, G key/value heads, d head size, R rows of all prompts, E experts.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,10 @@ class MiniMindConfig:
     vocab_size: int = 6400
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
+    qk_norm: bool = False
+    num_experts: int = 0  # 0: one MLP
+    num_experts_per_tok: int = 0
+    n_shared_experts: int = 0
 
     @property
     def head_dim(self) -> int:
@@ -67,13 +74,21 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=False)
         self.o_proj = nn.Linear(self.H * self.d, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def queries(self, x_BLD: Tensor) -> Tensor:
+        """(B, H, L, d), not yet turned."""
+        return self.q_norm(self.q_proj(x_BLD).unflatten(-1, (-1, self.d))).transpose(1, 2)
+
+    def keys(self, x_BLD: Tensor) -> Tensor:
+        """(B, G, L, d), not yet turned."""
+        return self.k_norm(self.k_proj(x_BLD).unflatten(-1, (-1, self.d))).transpose(1, 2)
 
     def forward(self, x_BLD: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
-        q_BHLd, k_BGLd, v_BGLd = (
-            p(x_BLD).unflatten(-1, (-1, self.d)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q_BHLd, k_BGLd = rotate(q_BHLd, *rotary), rotate(k_BGLd, *rotary)
+        v_BGLd = self.v_proj(x_BLD).unflatten(-1, (-1, self.d)).transpose(1, 2)
+        q_BHLd = rotate(self.queries(x_BLD), *rotary)
+        k_BGLd = rotate(self.keys(x_BLD), *rotary)
         if rows is not None:
             if rows:
                 k_BGLd = torch.cat([rows[0], k_BGLd], dim=2)
@@ -95,11 +110,30 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MixtureOfExperts(nn.Module):
+    """A router chooses k of E networks for every token; shared ones read all of them."""
+
+    def __init__(self, c: MiniMindConfig):
+        super().__init__()
+        self.k = c.num_experts_per_tok
+        self.gate = nn.Linear(c.hidden_size, c.num_experts, bias=False)
+        self.experts = nn.ModuleList(MLP(c) for _ in range(c.num_experts))
+        self.shared_experts = nn.ModuleList(MLP(c) for _ in range(c.n_shared_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.gate(x).float().softmax(-1)
+        rank = share.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        share = share.where(rank < self.k, 0)
+        share = (share / share.sum(-1, keepdim=True)).type_as(x)
+        each = [share[..., e, None] * expert(x) for e, expert in enumerate(self.experts)]
+        return sum(each + [expert(x) for expert in self.shared_experts], torch.zeros_like(x))
+
+
 class Layer(nn.Module):
     def __init__(self, c: MiniMindConfig):
         super().__init__()
         self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.mlp = MixtureOfExperts(c) if c.num_experts else MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 

@@ -9,16 +9,14 @@ Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d h
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from convert.errors import UserError
-
-from ..pruners import Reduction, Signals, Step, reduce
+from ..pruners import Step
+from .between import Encoded, enter, through
 
 
 @dataclass(frozen=True)
@@ -59,14 +57,6 @@ class Attention(nn.Module):
         q, k, v = (self.split(p(x_BSD)) for p in (self.q_proj, self.k_proj, self.v_proj))
         y_BHSd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B11S)
         return self.out_proj(y_BHSd.transpose(1, 2).flatten(-2)), q, k
-
-
-def attention(q_BHSd: Tensor, k_BHSd: Tensor, bias_B11S: Tensor | None) -> Tensor:
-    """Who attends to whom, mean over heads, (B, S, S)."""
-    logits_BHSS = (q_BHSd @ k_BHSd.mT).float() / q_BHSd.shape[-1] ** 0.5
-    if bias_B11S is not None:
-        logits_BHSS = logits_BHSS + bias_B11S
-    return logits_BHSS.softmax(-1).mean(1)
 
 
 class MLP(nn.Module):
@@ -116,54 +106,6 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """The tokens on their way through the tower: what they are, and what they came from."""
-
-    signals: Signals
-    kept: Reduction | None  # of the whole image, where tokens left
-    cls_B1D: Tensor
-    N: int  # of the whole image
-
-    def now(self, x_BSD: Tensor) -> "Encoded":
-        signals = replace(self.signals, x_BND=x_BSD[:, 1:])
-        return replace(self, signals=signals, cls_B1D=x_BSD[:, :1])
-
-    @property
-    def bias_B11S(self) -> Tensor | None:
-        """Log of how many patches each token is; CLS is one."""
-        if self.signals.size_BN is None:
-            return None
-        return F.pad(self.signals.size_BN.log(), (1, 0))[:, None, None]
-
-    def read(self, names: set[str], keys: dict[str, Tensor], q: Tensor, k: Tensor) -> "Encoded":
-        """Note the signals that are wanted of this layer."""
-        seen: dict[str, Any] = {
-            f"{name}_BNHd": keys[f"{name}_BNHd"] for name in names & {"keys", "queries"}
-        }
-        if "cls_query" in names:
-            seen["cls_query_BHd"] = q[:, :, 0]
-        if names - {"keys", "queries", "cls_query"}:
-            attention_BSS = attention(q, k, self.bias_B11S)
-            received_BN = attention_BSS.mean(1)[:, 1:]
-            columns = dict.fromkeys(("received_attention", "object_attention"), received_BN)
-            columns["cls_attention"] = columns["local_attention"] = attention_BSS[:, 0, 1:]
-            seen |= {f"{name}_BN": column for name, column in columns.items() if name in names}
-        return replace(self, signals=replace(self.signals, **seen))
-
-    def cut(self, step: Step, K: int, **keys: Any) -> "Encoded":
-        """After a step that leaves K tokens."""
-        kept = reduce(step.name, replace(self.signals, **keys), K, **step.options)
-        assert kept.index_BK is not None
-        signals = self.signals.rows(kept.index_BK)
-        if step.merges and kept.weight_BKN is not None:
-            assert self.signals.size_BN is not None
-            members = (kept.weight_BKN > 0).to(self.signals.size_BN)
-            signals = replace(signals, size_BN=(members @ self.signals.size_BN[..., None])[..., 0])
-        signals = replace(signals, x_BND=kept.tokens(self.signals.x_BND))
-        return replace(self, signals=signals, kept=kept.after(self.kept, self.N))
-
-
 class CLIPTower(nn.Module):
     """Pixels to patch features and the signals asked for."""
 
@@ -187,41 +129,9 @@ class CLIPTower(nn.Module):
         in its "middle", K, step) the step leaves K tokens. Raises UserError for a layer
         that does not exist.
         """
-        layers, want = self.encoder.layers, want or {}
-        for number in want.values():
-            if number is not None and not -len(layers) <= number < len(layers):
-                raise UserError(
-                    f"the tower has no layer {number}; give {-len(layers)} to {len(layers) - 1}"
-                )
-        run = self.enter(pixels_B3HW, set(want), any(step.merges for *_, step in cuts))
-        for i, layer in enumerate(layers):
-            assert isinstance(layer, Layer)
-            for at, place, K, step in cuts:
-                if (at, place) == (i, "before"):
-                    run = run.cut(step, K)
-            x_BSD = torch.cat([run.cls_B1D, run.signals.x_BND], dim=1)
-            bias_B11S = run.bias_B11S
-            y_BSD, q, k = layer.self_attn(layer.layer_norm1(x_BSD), bias_B11S)
-            by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
-            keys = {name: vectors[:, 1:] for name, vectors in by_token.items()}
-            names = {name for name, at in want.items() if at is not None and at % len(layers) == i}
-            run = run.now(x_BSD + y_BSD).read(names, keys, q, k)
-            for at, place, K, step in cuts:
-                if (at, place) == (i, "middle"):
-                    run = run.cut(step, K, **keys)
-            x_BSD = torch.cat([run.cls_B1D, run.signals.x_BND], dim=1)
-            run = run.now(x_BSD + layer.mlp(layer.layer_norm2(x_BSD)))
-        return run
-
-    def enter(self, pixels_B3HW: Tensor, names: set[str], merges: bool) -> Encoded:
-        """What goes into the first layer; `merges` says that tokens will stand for several."""
-        size = self.config.patch_size
-        patches_BND = self.embeddings.patch_embedding(pixels_B3HW).flatten(2).mT
-        grid = (pixels_B3HW.shape[2] // size, pixels_B3HW.shape[3] // size)
+        patches_BDHW = self.embeddings.patch_embedding(pixels_B3HW)
+        grid = (patches_BDHW.shape[2], patches_BDHW.shape[3])
+        patches_BND = patches_BDHW.flatten(2).mT
         x_BSD = self.pre_layrnorm(self.embeddings(patches_BND, grid))
-        signals = Signals(
-            x_BSD[:, 1:], grid, size_BN=torch.ones_like(patches_BND[..., 0]) if merges else None,
-            patches_BND=patches_BND if "patches" in names else None,
-            pixels_BND=F.unfold(pixels_B3HW, size, stride=size).mT if "pixels" in names else None,
-        )  # fmt: skip
-        return Encoded(signals, None, x_BSD[:, :1], grid[0] * grid[1])
+        run = enter(x_BSD, 1, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
+        return through(self.encoder.layers, run, want or {}, cuts)

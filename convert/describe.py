@@ -1,0 +1,158 @@
+"""What a checkpoint is, read off names and shapes: its tensors are not loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import (
+    READING,
+    TOKENIZER_FILES,
+    head_size,
+    is_ours,
+    is_tower,
+    read_weights,
+    told_apart,
+    told_heads,
+    tower_folder,
+)
+from .detect import our_tensors, text_config, tidy, vision_config
+from .files import read_json
+from .generations import Generation, Shaped
+from .shapes import expected_shapes
+from .tensors import RawTensor
+
+Lines = list[tuple[str, str]]
+HEADS = "assumed, as in every published MiniMind2: no file says it"
+
+
+def describe(path: Path, vision: Path | None = None) -> str:
+    """A few lines about a .pth, a folder as published or one of ours; raises UserError."""
+    state = read_weights(path)
+    lines = _ours(path, state) if is_ours(path) else _published(path, state, vision)
+    size = sum(tensor.nbytes for tensor in state.values())
+    kinds = sorted({tensor.dtype for tensor in state.values()})
+    lines += [("tensors", f"{len(state)}, {size / 1e6:.1f} MB, {', '.join(kinds)}")]
+    return "\n".join([str(path), *(f"  {name:<15} {text}" for name, text in lines)])
+
+
+def _published(path: Path, raw: dict[str, RawTensor], vision: Path | None) -> Lines:
+    state = tidy(raw, path)
+    folder = vision or tower_folder(path)
+    tower = {name: tensor for name, tensor in state.items() if is_tower(name)}
+    inside = bool(tower) and vision is None
+    if folder and not inside:
+        tower = {k: v for k, v in tidy(read_weights(folder), folder).items() if is_tower(k)}
+    rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
+    generation = told_apart(rest | tower, path)
+    named = our_tensors(
+        {k: v for k, v in rest.items() if k != generation.tied[0]}, generation, path
+    )
+    heads, kv_heads = told_heads(path, None, None)
+    text = text_config(named, generation, path, heads, kv_heads)
+    why = "read off the norm of keys" if text.get("qk_norm") else HEADS
+    why = "from config.json" if heads and kv_heads else why
+    lines = [("published as", f"{generation.title} ({generation.name})")]
+    lines += [*_language(text, why), ("embeddings", _tie(rest, generation))]
+    lines += [("projector", _projector(named))]
+    missing = []
+    if tower:
+        told = read_json(folder / "config.json") if folder and not inside else {}
+        seen = our_tensors(tower, generation, folder or path)
+        laid = {k: _laid(v, k, generation) for k, v in seen.items()}
+        sizes = vision_config(laid, generation, told, folder or path)
+        lines += [("tower", _tower(sizes) + (", in the file" if inside else f", in {folder}"))]
+        full = {"text_config": text, "vision_config": sizes} | _projector_sizes(named, generation)
+        missing = [name for name in expected_shapes(full) if name not in named | seen]
+    else:
+        lines += [("tower", "not here: give its folder with --vision")]
+    words = (path if path.is_dir() else path.parent) / TOKENIZER_FILES[0]
+    if not words.is_file():
+        lines += [("tokenizer", "not here: give its folder with --tokenizer")]
+    return [*lines, ("missing", _few(missing))]
+
+
+def _laid(tensor: RawTensor, name: str, generation: Generation) -> Shaped:
+    """With its axes in our order."""
+    change = next(r.change for r in generation.tower if _is_patch(r.ours))
+    return change.there(tensor, 1) if change and _is_patch(name) else tensor
+
+
+def _is_patch(name: str) -> bool:
+    return name == "tower.embeddings.patch_embedding.weight"
+
+
+def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
+    config = read_json(path / "config.json")
+    head_size(config, path)
+    expected = expected_shapes(config)
+    lines = [
+        ("made from", config.get("published_as", "minimind2-v")),
+        *_language(config["text_config"], "from config.json"),
+        ("projector", _projector(state)),
+        ("tower", _tower(config["vision_config"])),
+    ]
+    if how := config.get("quantization"):
+        text = f"{how['bits']} bits, groups of {how['group_size']}, {how.get('mode', 'affine')}"
+        lines += [("quantized", text + ", the language model")]
+    missing = [name for name in expected if name not in state]
+    missing += [name for name in (READING, TOKENIZER_FILES[0]) if not (path / name).is_file()]
+    return [*lines, ("missing", _few(missing))]
+
+
+def _language(text: Mapping[str, Any], why: str) -> Lines:
+    kind = "Qwen3-like, q/k norm" if text.get("qk_norm") else "Llama-like"
+    lines = [
+        ("language model", f"{text['num_hidden_layers']} layers of {text['hidden_size']}, {kind}"),
+        (
+            "heads",
+            f"{text['num_attention_heads']}, and {text['num_key_value_heads']} for keys and "
+            f"values ({why})",
+        ),
+        ("vocabulary", str(text["vocab_size"])),
+    ]
+    if experts := text.get("num_experts"):
+        shared = text.get("n_shared_experts", 0)
+        more = f", and {shared} that reads all" if shared else ""
+        lines += [("experts", f"{text['num_experts_per_tok']} of {experts} a token{more}")]
+    return lines
+
+
+def _tie(rest: Mapping[str, RawTensor], generation: Generation) -> str:
+    both = [name in rest for name in generation.tied]
+    if all(both):
+        return "tied to the output layer, stored twice"
+    return "tied to the output layer, stored once" if both[1] else "missing"
+
+
+def _projector(named: Mapping[str, RawTensor]) -> str:
+    if weight := named.get("projector.weight"):
+        queries = named.get("pruner.queries")
+        pooled = f", attention_pool to {queries.shape[0]} tokens" if queries else ""
+        return f"linear, {weight.shape[1]} to {weight.shape[0]}" + pooled
+    if weight := named.get("projector.fc1.weight"):
+        norm = "norm and " if "projector.norm.weight" in named else ""
+        return f"{norm}two layers, {weight.shape[1]} to {weight.shape[0]}"
+    return "missing"
+
+
+def _projector_sizes(named: Mapping[str, RawTensor], generation: Generation) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    if "projector.fc1.weight" in named:
+        sizes["projector"] = {"merge": generation.merge, "norm": "projector.norm.weight" in named}
+    if queries := named.get("pruner.queries"):
+        sizes["pruner"] = {"tokens": queries.shape[0]}
+    return sizes
+
+
+def _tower(c: Mapping[str, Any]) -> str:
+    kind = "CLIP" if c["model_type"] == "clip_vision_model" else "SigLIP"
+    side = c["image_size"] // c["patch_size"]
+    return (
+        f"{kind}, {c['num_hidden_layers']} layers of {c['hidden_size']}, "
+        f"{side} x {side} patches of {c['patch_size']} pixels"
+    )
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return (f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown) or "nothing"

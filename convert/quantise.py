@@ -1,0 +1,150 @@
+"""Fewer bits for the language model, as mlx-lm users know it; tower, projector, pruner stay.
+
+Every matrix W is kept as whole numbers of `bits` bits, with a scale (and, in the mode
+`affine`, a bias) for each group of `group_size` inputs. The one file here that needs MLX,
+whose own `mx.quantize` does it, tensor by tensor.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import DTYPES, Source
+from .errors import UserError
+from .shapes import is_quantisable
+from .tensors import RawTensor
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (16, 32, 64, 128)
+# Bits and group sizes of each mode, the default first.
+MODES = {
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+PARTS = ("weight", "scales", "biases")
+
+
+def quantised(
+    source: Source,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    dtype: str | None = None,
+) -> Source:
+    """The source with its language model in few bits; nothing is computed yet.
+
+    `dtype` is what scales and biases are in. Raises UserError for sizes that do not go
+    together, and for a source that is quantized already.
+    """
+    if "quantization" in source.config:
+        raise UserError("the source is quantized already; --dequantize it first")
+    how: dict[str, Any] = {"mode": mode}
+    for name, given, allowed in (
+        ("bits", bits, MODES[mode][0]),
+        ("group_size", group_size, MODES[mode][1]),
+    ):
+        if given not in (None, *allowed):
+            raise UserError(f"{mode} has {name} {' or '.join(map(str, allowed))}, not {given}")
+        how[name] = given or allowed[0]
+    tensors: dict[str, RawTensor] = {}
+    for name, tensor in source.tensors.items():
+        tensor = tensor.astype(DTYPES[dtype]) if dtype else tensor
+        if is_quantisable(name, tensor.shape, how["group_size"]):
+            tensors |= _few_bits(name.removesuffix("weight"), tensor, how)
+        else:
+            tensors[name] = tensor
+    config = {**source.config, "quantization": how, "quantization_config": how}
+    return replace(source, config=config, tensors=tensors)
+
+
+def _few_bits(prefix: str, tensor: RawTensor, how: Mapping[str, Any]) -> dict[str, RawTensor]:
+    """The two or three tensors that take a matrix' place."""
+    import mlx.core as mx
+
+    def compute() -> list[np.ndarray]:
+        with mx.stream(mx.cpu):
+            parts = mx.quantize(to_array(tensor), **how)
+            return [_bytes(part) for part in parts]
+
+    rows, columns = tensor.shape
+    groups = (rows, columns // how["group_size"])
+    affine = how["mode"] == "affine"
+    kinds = [
+        ("U32", (rows, columns * how["bits"] // 32)),
+        (tensor.dtype if affine else "U8", groups),
+        *([(tensor.dtype, groups)] if affine else []),
+    ]
+    each = _one_at_a_time(compute)
+    return {
+        prefix + part: RawTensor(dtype, shape, lambda i=i: each(i))  # type: ignore[misc]
+        for i, (part, (dtype, shape)) in enumerate(zip(PARTS, kinds, strict=False))
+    }
+
+
+def _one_at_a_time(compute: Callable[[], list[np.ndarray]]) -> Callable[[int], np.ndarray]:
+    """Results that belong together, computed once and forgotten as they are handed out."""
+    held: dict[int, np.ndarray] = {}
+
+    def hand_out(i: int) -> np.ndarray:
+        if i not in held:
+            held.update(enumerate(compute()))
+        return held.pop(i)
+
+    return hand_out
+
+
+def dequantised(source: Source) -> Source:
+    """The source with whole matrices again, as near to those before as its bits allow."""
+    how = source.config.get("quantization")
+    if not isinstance(how, Mapping):
+        raise UserError("the source is not quantized: there is nothing to undo")
+    dtype = DTYPES.get(source.config.get("torch_dtype", "float32"), "F32")
+    tensors = {}
+    for name, tensor in source.tensors.items():
+        prefix, _, part = name.rpartition(".")
+        if f"{prefix}.scales" not in source.tensors:
+            tensors[name] = tensor
+        elif part == "weight":
+            held = [source.tensors.get(f"{prefix}.{part}") for part in PARTS]
+            tensors[name] = _whole(held, how, dtype)
+    config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
+    return replace(source, config=config, tensors=tensors)
+
+
+def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> RawTensor:
+    import mlx.core as mx
+
+    kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+    weight, scales = held[:2]
+    assert weight and scales
+
+    def compute() -> np.ndarray:
+        with mx.stream(mx.cpu):
+            arrays = [part and to_array(part) for part in held]
+            return _bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))  # type: ignore[arg-type]
+
+    shape = (weight.shape[0], scales.shape[1] * how["group_size"])
+    return RawTensor(dtype, shape, compute)
+
+
+def to_array(tensor: RawTensor) -> Any:
+    """The same bits as an mx.array; numpy has no bfloat16, so bits travel as integers."""
+    import mlx.core as mx
+
+    kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+    integer = {2: np.uint16, 4: np.uint32, 1: np.uint8}[
+        len(tensor.data) // max(1, int(np.prod(tensor.shape)))
+    ]
+    bits = mx.array(np.ascontiguousarray(tensor.data).view(integer).reshape(tensor.shape))
+    return bits.view(kinds[tensor.dtype]) if tensor.dtype in kinds else bits
+
+
+def _bytes(array: Any) -> np.ndarray:
+    import mlx.core as mx
+
+    integer = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
+    return np.array(array.view(integer)).reshape(-1).view(np.uint8)

@@ -1,0 +1,99 @@
+"""A tensor as bytes, which nothing reads before it is written.
+
+It stays raw bytes from file to file, so no value can change on the way, and bfloat16 needs
+no library that knows it. Whatever changes it is remembered and done when its bytes are
+asked for: one tensor at a time is in memory, not a checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import numpy as np
+
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}  # bytes per element of what we write
+FLOATS = ("F32", "F16", "BF16")
+
+
+class RawTensor:
+    """`dtype` as safetensors names it (F32, F16, BF16, …); `data`: its bytes, row by row, flat
+    uint8, mapped or made anew at every asking."""
+
+    def __init__(
+        self,
+        dtype: str,
+        shape: Sequence[int],
+        data: np.ndarray | Callable[[], np.ndarray],
+    ):
+        self.dtype, self.shape = dtype, tuple(shape)
+        self._data = data
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data() if callable(self._data) else self._data
+
+    @property
+    def nbytes(self) -> int:
+        """Known without reading anything."""
+        size = SIZES.get(self.dtype)
+        return self.data.nbytes if size is None else size * prod(self.shape)
+
+    def permuted(self, axes: tuple[int, ...]) -> "RawTensor":
+        """The same values with the axes in another order."""
+
+        def made() -> np.ndarray:
+            elements = self.data.reshape(*self.shape, SIZES[self.dtype])
+            return np.ascontiguousarray(elements.transpose(*axes, len(axes))).reshape(-1)
+
+        return RawTensor(self.dtype, [self.shape[axis] for axis in axes], made)
+
+    def rows(self, order: Sequence[int]) -> "RawTensor":
+        """The same rows in another order."""
+
+        def made() -> np.ndarray:
+            return self.data.reshape(self.shape[0], -1)[list(order)].reshape(-1)
+
+        return RawTensor(self.dtype, self.shape, made)
+
+    def reshaped(self, shape: tuple[int, ...]) -> "RawTensor":
+        assert prod(shape) == prod(self.shape), (shape, self.shape)
+        return RawTensor(self.dtype, shape, self._data)
+
+    def astype(self, dtype: str) -> "RawTensor":
+        """Rounded to the nearest value of F32, F16 or BF16, ties to even."""
+        if dtype == self.dtype:
+            return self
+        return RawTensor(dtype, self.shape, lambda: narrowed(self.floats(), dtype))
+
+    def floats(self) -> np.ndarray:
+        """The values in float32, in the tensor's shape."""
+        data = np.ascontiguousarray(self.data)
+        if self.dtype == "BF16":
+            wide = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        else:
+            kind = {"F32": np.float32, "F16": np.float16}[self.dtype]
+            wide = data.view(kind).astype(np.float32)
+        return wide.reshape(self.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RawTensor):
+            return NotImplemented
+        same = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return same and np.array_equal(self.data, other.data)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"RawTensor({self.dtype}, {self.shape})"
+
+
+def narrowed(wide: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 values as the bytes of F32, F16 or BF16."""
+    if dtype == "BF16":
+        bits = np.ascontiguousarray(wide).view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return (
+            np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16).reshape(-1).view(np.uint8)
+        )
+    with np.errstate(over="ignore"):  # beyond float16 becomes infinity, as in torch
+        kind = {"F32": np.float32, "F16": np.float16}[dtype]
+        return np.ascontiguousarray(wide, dtype=kind).reshape(-1).view(np.uint8)

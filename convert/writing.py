@@ -1,0 +1,171 @@
+"""Checkpoints whole, as they are written: ours, as published, and for transformers.
+
+Each appears complete or not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import (
+    DTYPES,
+    READING,
+    TOKENIZER_FILES,
+    Source,
+    as_published,
+    generation_of,
+    head_size,
+    is_tower,
+    read_ours,
+)
+from .errors import UserError
+from .files import appearing, write_pth, write_safetensors
+from .names import LLAMA, to_published
+from .tensors import FLOATS, RawTensor
+
+CLIP_READING = {  # openai/clip-vit-base-patch16's own
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+}
+SIGLIP_READING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+
+
+def to_mlx(source: Source, target: Path, dtype: str | None = None, name: str | None = None) -> None:
+    """Write one of our folders, in the source's own precision or in `dtype`.
+
+    `name` is the source's, as the user gave it, for the model card.
+    """
+    config, tensors = source.config, source.tensors
+    if dtype:
+        config = {**config, "torch_dtype": dtype}
+        code = DTYPES[dtype]
+        narrow = {k: t.astype(code) if t.dtype in FLOATS else t for k, t in tensors.items()}
+        source = replace(source, config=config, tensors=narrow)
+    with appearing(target, folder=True) as folder:
+        write_json(folder / "config.json", config)
+        write_safetensors(folder / "model.safetensors", source.tensors, "mlx")
+        copy_words(source.tokenizer, folder)
+        if source.reading:
+            shutil.copyfile(source.reading / READING, folder / READING)
+        else:
+            write_json(folder / READING, _assumed_reading(config["vision_config"]))
+        (folder / "README.md").write_text(_card(config, target.name, name), encoding="utf-8")
+
+
+def _card(config: Mapping[str, Any], name: str, source: str | None) -> str:
+    """A model card for the hub."""
+    origin = source if source and source.count("/") == 1 and not Path(source).exists() else None
+    base = f"base_model: {origin}\n" if origin else ""
+    how = config.get("quantization")
+    fewer = f", its language model in {how['bits']} bits" if how else ""
+    title = generation_of(config, Path(name)).title
+    return (
+        "---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\n"
+        f"{base}tags:\n- mlx\n- mlx_vlm_prune\n---\n\n# {name}\n\n"
+        f"{title} in MLX format{fewer}, for `mlx_vlm_prune`:\n\n```bash\n"
+        f"python -m mlx_vlm_prune.generate --model {name} --image photo.jpg \\\n"
+        '    --prompt "What is this?" --pruner divprune --keep-ratio 0.5\n```\n'
+    )
+
+
+def copy_words(tokenizer: Path, folder: Path) -> None:
+    """The files of a tokenizer into a folder."""
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
+
+
+def _assumed_reading(vision: Mapping[str, Any]) -> dict[str, Any]:
+    side = vision["image_size"]
+    if vision["model_type"] == "clip_vision_model":
+        return CLIP_READING | {"crop_size": side, "size": side}
+    size = {"height": side, "width": side}
+    return SIGLIP_READING | {"do_center_crop": False, "size": size}
+
+
+def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
+    """Write one of our folders as it was published; its tower into the folder `vision`."""
+    config, ours = read_ours(source)
+    generation = generation_of(config, source)
+    published = as_published(ours, generation.table, head_size(config, source), source)
+    state: dict[str, RawTensor] = {}
+    head, embedding = generation.tied
+    last = to_published(generation.language, "language.norm.weight")
+    for name, tensor in published.items():
+        if not is_tower(name):
+            state[name] = tensor
+        if last and name == last[0] and embedding in published:  # the output layer's place
+            state[head] = published[embedding]
+    with ExitStack() as stack:
+        file = stack.enter_context(appearing(target, folder=False))
+        if vision:
+            folder = stack.enter_context(appearing(vision, folder=True))
+            write_json(folder / "config.json", _tower_config(config["vision_config"]))
+            tower = {name: tensor for name, tensor in published.items() if is_tower(name)}
+            write_safetensors(folder / "model.safetensors", tower, "pt")
+            if (source / READING).is_file():
+                shutil.copyfile(source / READING, folder / READING)
+        write_pth(file, state)
+
+
+def _tower_config(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """As Hugging Face writes it; SigLIP's pooling head is left out, as MiniMind-V does."""
+    if vision["model_type"] == "clip_vision_model":
+        return dict(vision)
+    told = {**vision, "vision_use_head": False}
+    if vision["model_type"] == "siglip2_vision_model":
+        told["num_patches"] = (told.pop("image_size") // vision["patch_size"]) ** 2
+    return told
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Sorted, indented by four, as mlx-lm writes it."""
+    text = json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def to_hf(source: Path, target: Path) -> str:
+    """Write the language model of one of our folders for transformers; its class's name.
+
+    Raises UserError where transformers has no class that computes the same.
+    """
+    config, ours = read_ours(source)
+    generation, text = generation_of(config, source), config["text_config"]
+    reader = generation.readers.get("experts" if text.get("num_experts") else "dense")
+    if reader is None:
+        raise UserError(
+            f"{source}: transformers has no class for {generation.title} with a mixture of experts"
+        )
+    words = {name: tensor for name, tensor in ours.items() if name.startswith("language.")}
+    state = as_published(words, LLAMA, head_size(config, source), source)
+    with appearing(target, folder=True) as folder:
+        write_json(folder / "config.json", _hf_config(reader, config))
+        write_safetensors(folder / "model.safetensors", state, "pt")
+        copy_words(source, folder)
+    return reader
+
+
+def _hf_config(reader: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    text = dict(config["text_config"])
+    text.pop("qk_norm", None)
+    heads = text["num_attention_heads"]
+    told: dict[str, Any] = {
+        **text,
+        "architectures": [reader],
+        "attention_bias": False,
+        "eos_token_id": config.get("eos_token_id"),
+        "head_dim": text["hidden_size"] // heads,
+        "hidden_act": "silu",
+        "model_type": {"L": "llama", "Q": "qwen3"}[reader[0]],
+        "torch_dtype": config.get("torch_dtype", "float32"),
+    }
+    if text.get("num_experts"):
+        inner = text["intermediate_size"]
+        told |= {"model_type": "qwen3_moe", "moe_intermediate_size": inner}
+        told |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    return told

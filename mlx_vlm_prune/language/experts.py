@@ -1,0 +1,125 @@
+"""A mixture of experts: every token is read by the few of E networks that its router chooses.
+
+MiniMind2 takes two of four and adds a shared one that reads all; MiniMind-3 takes one of four.
+
+Shapes: R tokens, D features, I inner features, E experts, k chosen for each token.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+GATHERED = 16  # up to so many rows the experts' weights are gathered, on the device
+
+
+class ExpertLinear(nn.Module):
+    """The matrices (E, out, in) of all experts, without biases."""
+
+    def __init__(self, experts: int, dims: int, out: int):
+        super().__init__()
+        self.weight = mx.zeros((experts, out, dims))
+
+    def __call__(self, x_R1D: mx.array, expert_R: mx.array) -> mx.array:
+        """Each row through the matrix of its own expert."""
+        return mx.gather_mm(x_R1D, self.weight.swapaxes(1, 2), rhs_indices=expert_R)
+
+    def one(self, x_RD: mx.array, expert: int) -> mx.array:
+        """All rows through one expert's matrix."""
+        return x_RD @ self.weight[expert].T
+
+    def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: Any) -> nn.Module:
+        """The same in fewer bits; called by nn.quantize."""
+        made = QuantizedExpertLinear(group_size, bits, mode)
+        made.weight, made.scales, *biases = mx.quantize(self.weight, group_size, bits, mode=mode)
+        if biases:
+            made.biases = biases[0]
+        return made
+
+
+class QuantizedExpertLinear(nn.Module):
+    """The matrices of all experts in few bits, with a scale for each group of inputs."""
+
+    def __init__(self, group_size: int, bits: int, mode: str):
+        super().__init__()
+        self.how: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+        self.weight = self.scales = mx.zeros(0)
+        self.freeze()
+
+    def __call__(self, x_R1D: mx.array, expert_R: mx.array) -> mx.array:
+        biases = self.get("biases")
+        return mx.gather_qmm(
+            x_R1D, self.weight, self.scales, biases, rhs_indices=expert_R, **self.how
+        )
+
+    def one(self, x_RD: mx.array, expert: int) -> mx.array:
+        biases = self.get("biases")
+        own = None if biases is None else biases[expert]
+        return mx.quantized_matmul(x_RD, self.weight[expert], self.scales[expert], own, **self.how)
+
+
+class Experts(nn.Module):
+    """SwiGLU networks (arXiv:2002.05202), all of one size."""
+
+    def __init__(self, experts: int, dims: int, inner: int):
+        super().__init__()
+        self.gate_proj = ExpertLinear(experts, dims, inner)
+        self.up_proj = ExpertLinear(experts, dims, inner)
+        self.down_proj = ExpertLinear(experts, inner, dims)
+
+    def __call__(self, x_RD: mx.array, expert_R: mx.array) -> mx.array:
+        """Row r through expert `expert_R[r]`."""
+        if len(x_RD) <= GATHERED:
+            x_R1D = x_RD[:, None]
+            inner = nn.silu(self.gate_proj(x_R1D, expert_R)) * self.up_proj(x_R1D, expert_R)
+            return self.down_proj(inner, expert_R)[:, 0]
+        # Of many rows, those of one expert make one product: on a CPU six times as fast.
+        chosen: list[int] = expert_R.tolist()  # type: ignore[assignment]
+        rows = [[r for r, e in enumerate(chosen) if e == expert] for expert in sorted(set(chosen))]
+        order = [r for own in rows for r in own]
+        done = [self.one(x_RD[mx.array(own)], chosen[own[0]]) for own in rows]
+        return mx.concatenate(done)[mx.argsort(mx.array(order))]
+
+    def one(self, x_RD: mx.array, expert: int) -> mx.array:
+        inner = nn.silu(self.gate_proj.one(x_RD, expert)) * self.up_proj.one(x_RD, expert)
+        return self.down_proj.one(inner, expert)
+
+
+class MixtureOfExperts(nn.Module):
+    """What stands in place of the MLP: a router (`gate`), its experts, and shared ones."""
+
+    def __init__(self, dims: int, inner: int, experts: int, chosen: int, shared: list[nn.Module]):
+        super().__init__()
+        self.chosen = chosen
+        self.gate = nn.Linear(dims, experts, bias=False)
+        self.experts = Experts(experts, dims, inner)
+        if shared:
+            self.shared_experts = shared
+
+    def __call__(self, x_BLD: mx.array) -> mx.array:
+        """The chosen experts' answers, weighted by the router's shares, which sum to one."""
+        x_RD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        share_RE = mx.softmax(self.gate(x_RD).astype(mx.float32), axis=-1)
+        expert_Rk = mx.argsort(-share_RE, axis=-1)[:, : self.chosen]  # stable: ties to the lower
+        share_Rk = mx.take_along_axis(share_RE, expert_Rk, axis=-1)
+        share_Rk = share_Rk / share_Rk.sum(axis=-1, keepdims=True)
+        each = mx.repeat(x_RD, self.chosen, axis=0)
+        answer = self.experts(each, expert_Rk.flatten()).reshape(*expert_Rk.shape, -1)
+        y_RD = (answer * share_Rk[..., None].astype(answer.dtype)).sum(axis=1)
+        for expert in self.get("shared_experts", []):
+            y_RD = y_RD + expert(x_RD)
+        return y_RD.reshape(x_BLD.shape)
+
+
+def stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Weights in which the experts' matrices, numbered one by one in a file, are one array."""
+    apart = {name: name.split(".experts.") for name in weights if ".mlp.experts." in name}
+    groups: dict[tuple[str, str], dict[int, str]] = {}
+    for name, (layer, rest) in apart.items():
+        number, _, parameter = rest.partition(".")
+        groups.setdefault((layer, parameter), {})[int(number)] = name
+    joined = {name: array for name, array in weights.items() if name not in apart}
+    for (layer, parameter), numbered in groups.items():
+        arrays = [weights[numbered[e]] for e in sorted(numbered)]
+        joined[f"{layer}.experts.{parameter}"] = mx.stack(arrays)
+    return joined

@@ -1,0 +1,276 @@
+"""Promises about every generation of MiniMind-V: known by its tensors, computed right, both ways.
+
+The oracles are transformers' classes and, where it has none, the loops in generations.py.
+"""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from convert.__main__ import main
+from convert.checkpoint import as_mlx
+from convert.errors import UserError
+from convert.layouts import CONVOLUTION, INTERLEAVED, PATCHES
+from convert.tensors import RawTensor
+from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.pruners import plan
+from torch_ref.model import VLM
+
+from . import generations
+from .generations import CASES, NAMES, SIDE
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def converted(made, folder, dtype=torch.float32, *more):
+    """The release, written and brought over to FOLDER/mlx."""
+    made.write(folder, dtype)
+    argv = ["to-mlx", folder / "published.pth", folder / "mlx", "--vision", folder / "tower"]
+    main([str(a) for a in [*argv, "--tokenizer", folder / "words", *more]])
+    return folder / "mlx"
+
+
+@pytest.fixture(params=range(len(CASES)), ids=NAMES)
+def made(request):
+    return generations.release(*CASES[request.param])
+
+
+def prompt(made, model) -> Prompt:
+    """Words, the image, words."""
+    ids = [5, 9, 20]
+    return Prompt([*ids, *[model.config.image_token_id] * made.N, 7, 11, 30], [(len(ids), made.N)])
+
+
+def test_logits_equal_those_of_the_oracle_and_of_the_reference(made, tmp_path, capsys):
+    model, _ = load(converted(made, tmp_path))
+    asked = prompt(made, model)
+    pixels_13HW = torch.randn(1, 3, SIDE, SIDE)
+    expected_LV = made.logits(asked.ids, asked.runs[0][0], pixels_13HW).numpy()
+    pixels = mx.array(pixels_13HW.permute(0, 2, 3, 1).numpy())
+    ours = model([asked], pixels, plan("none", {}), made.N, last_only=False).logits_BLV
+    tower = tmp_path / "tower"
+    other = VLM.from_pth(tmp_path / "published.pth", tower, torch.device("cpu"))
+    with torch.no_grad():
+        theirs = other.logits([asked], pixels_13HW)
+    largest = np.abs(expected_LV).max()
+    assert largest > 0.5
+    np.testing.assert_allclose(np.array(ours)[0], expected_LV, rtol=1e-4, atol=1e-5 * largest)
+    np.testing.assert_allclose(theirs[0].numpy(), expected_LV, rtol=1e-4, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_to_mlx_and_back_gives_the_same_bytes(made, tmp_path, dtype, capsys):
+    target = converted(made, tmp_path, DTYPES[dtype])
+    again, tower = tmp_path / "again.pth", tmp_path / "tower-again"
+    main(["to-torch", str(target), str(again), "--vision", str(tower)])
+    before, after = (torch.load(p, weights_only=True) for p in (tmp_path / "published.pth", again))
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].dtype == after[name].dtype and before[name].shape == after[name].shape
+        assert before[name].view(torch.uint8).equal(after[name].view(torch.uint8)), name
+    was, now = (load_file(f / "model.safetensors") for f in (tmp_path / "tower", tower))
+    assert set(was) - set(now) == {name for name in was if ".head." in name}
+    for name in now:
+        assert now[name].dtype == was[name].dtype and now[name].equal(was[name]), name
+
+
+def test_converting_twice_equals_converting_once(made, tmp_path, capsys):
+    target = converted(made, tmp_path)
+    main(["to-mlx", str(target), str(tmp_path / "twice")])
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"):
+        assert (target / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
+
+
+def test_it_is_told_by_its_tensors_and_inspect_says_so(made, tmp_path, capsys):
+    target = converted(made, tmp_path)
+    assert json.loads((target / "config.json").read_text())["published_as"] == made.name
+    capsys.readouterr()
+    main(["inspect", str(tmp_path / "published.pth"), "--vision", str(tmp_path / "tower")])
+    told = capsys.readouterr().out
+    assert f"({made.name})" in told and "missing         nothing" in told
+    heads = "read off the norm of keys" if made.third else "assumed"
+    assert f"8, and 2 for keys and values ({heads}" in told
+    assert ("of 4 a token" in told) == made.moe
+    main(["inspect", str(target)])
+    assert "missing         nothing" in capsys.readouterr().out
+
+
+def test_it_answers_pruned(made, tmp_path, capsys):
+    from PIL import Image
+
+    model, processor = load(converted(made, tmp_path))
+    picture = Image.fromarray(np.random.randint(0, 255, (80, 96, 3), np.uint8))
+    full = generate(model, processor, "where is the star", image=picture, max_tokens=4)
+    half = generate(
+        model, processor, "where is the star", image=picture, max_tokens=4,
+        pruner="received_attention", keep_ratio=0.5,
+    )  # fmt: skip
+    assert full.visual_tokens == made.N and half.visual_tokens_kept == made.N // 2
+
+
+def test_what_its_files_do_not_say_can_come_from_its_own_resume_file(tmp_path, capsys):
+    """{model, optimizer, …} in float32, the tower inside under vision_encoder."""
+    made = generations.release("minimind-3v", False)
+    target = converted(made, tmp_path)
+    inside = {f"vision_encoder.{k}": v for k, v in made.tower.items()}
+    held = {"model": made.text | inside, "optimizer": {"state": {}}, "epoch": 1, "step": 7}
+    torch.save(held, tmp_path / "resume.pth")
+    words = str(tmp_path / "words")
+    main(["to-mlx", str(tmp_path / "resume.pth"), str(tmp_path / "b"), "--tokenizer", words])
+    assert (target / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_language_model_alone_is_read_by_transformers(made, tmp_path, capsys):
+    import transformers
+
+    target = converted(made, tmp_path)
+    argv = ["to-hf", str(target), str(tmp_path / "hf")]
+    if made.moe and not made.third:
+        with pytest.raises(SystemExit):
+            main(argv)
+        assert "transformers has no class" in capsys.readouterr().err
+        assert not (tmp_path / "hf").exists()
+        return
+    main(argv)
+    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    ids = torch.arange(12)[None]
+    ours, _ = load(target)
+    asked = Prompt(ids[0].tolist(), [])
+    said = ours([asked], None, plan("none", {}), made.N, last_only=False).logits_BLV
+    with torch.no_grad():
+        expected = model.eval()(ids).logits.numpy()
+    np.testing.assert_allclose(np.array(said), expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
+
+
+def tensor(values, *shape) -> RawTensor:
+    return RawTensor("F16", shape, np.array(values, np.float16).view(np.uint8))
+
+
+def numbers(raw: RawTensor) -> list[int]:
+    return raw.data.view(np.float16).astype(int).tolist()
+
+
+def test_the_axes_of_a_convolution_worked_by_hand():
+    # one output, two inputs, 1 x 2 pixels: (o, i, h, w) holds i0w0 i0w1 i1w0 i1w1
+    published = tensor([1, 2, 3, 4], 1, 2, 1, 2)
+    ours = CONVOLUTION.there(published, 1)
+    assert ours.shape == (1, 1, 2, 2) and numbers(ours) == [1, 3, 2, 4]
+    assert CONVOLUTION.back(ours, 1) == published
+
+
+def test_the_rows_of_an_interleaved_rotation_worked_by_hand():
+    # two heads of four rows: neighbours 0 1 | 2 3 become partners two apart
+    published = tensor([10, 11, 12, 13, 20, 21, 22, 23], 8, 1)
+    ours = INTERLEAVED.there(published, 4)
+    assert numbers(ours) == [10, 12, 11, 13, 20, 22, 21, 23]
+    assert INTERLEAVED.back(ours, 4) == published
+    six = INTERLEAVED.there(tensor([0, 1, 2, 3, 4, 5], 6, 1), 6)
+    assert numbers(six) == [0, 2, 4, 1, 3, 5]
+
+
+def test_flat_patches_worked_by_hand():
+    # 2 x 2 pixels of three colours, pixel by pixel: red, green and blue lie innermost
+    published = tensor(range(12), 1, 12)
+    ours = PATCHES.there(published, 1)
+    assert ours.shape == (1, 2, 2, 3) and numbers(ours) == list(range(12))
+    assert PATCHES.back(ours, 1) == published
+
+
+def test_a_conversion_that_forgets_the_rotation_gives_other_answers(tmp_path, capsys, monkeypatch):
+    """The check can fail: without the permutation of queries and keys the logits differ."""
+    from convert import layouts
+
+    made = generations.release("minimind2-v-2025-02", False)
+    monkeypatch.setattr(layouts, "_evens_first", lambda d: list(range(d)))
+    with pytest.raises(AssertionError, match="Not equal"):
+        test_logits_equal_those_of_the_oracle_and_of_the_reference(made, tmp_path, capsys)
+
+
+REFUSED = {
+    "v1 of 2024": (
+        "minimind2-v-2025-02",
+        lambda s: s.update({"layers.0.attention.wk.weight": torch.ones(24, 48)}),
+        "minimind-v-v1 of 2024, which is not supported: it reads 50 tokens",
+    ),
+    "language model alone": (
+        "minimind-3v",
+        lambda s: [s.pop(k) for k in list(s) if k.startswith("vision_proj")],
+        "MiniMind-3's language model alone, without vision_proj",
+    ),
+    "a scorer": (
+        "minimind2-v",
+        lambda s: s.update({"vision_proj.scorer.0.weight": torch.ones(1, 32)}),
+        "its layout was never published",
+    ),
+    "two families": (
+        "minimind2-v",
+        lambda s: s.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(12)}),
+        "mixes MiniMind-3's language model with MiniMind2-V's projector",
+    ),
+    "another model": (
+        "minimind2-v",
+        lambda s: [s.pop(k) for k in list(s) if "embed_tokens" in k],
+        "holds no language model of MiniMind-V",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_supported_is_named_with_a_reason(kind, tmp_path):
+    name, change, sentence = REFUSED[kind]
+    made = generations.release(name, False)
+    change(made.text)
+    made.text.setdefault("lm_head.weight", torch.ones(1))
+    made.write(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        as_mlx(tmp_path / "published.pth", tmp_path / "tower", tmp_path / "words")
+
+
+def test_a_folder_of_transformers_says_how_many_heads(tmp_path, capsys):
+    """MiniMind2-V as on the hub: custom code, config.json, pytorch_model.bin, no tower."""
+    made = generations.release("minimind2-v", False)
+    made.write(tmp_path)
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (tmp_path / "published.pth").rename(folder / "pytorch_model.bin")
+    told = {"model_type": "minimind-v", "num_attention_heads": 4, "num_key_value_heads": 1}
+    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "model_minimind.py").write_text("raise SystemExit('executed')")
+    source = as_mlx(folder, tmp_path / "tower", tmp_path / "words")
+    text = source.config["text_config"]
+    assert (text["num_attention_heads"], text["num_key_value_heads"]) == (4, 1)
+    main(["inspect", str(folder), "--vision", str(tmp_path / "tower")])
+    assert "4, and 1 for keys and values (from config.json)" in capsys.readouterr().out
+
+
+def test_a_tower_whole_with_its_other_half_and_in_shards_gives_the_same(tmp_path, capsys):
+    made = generations.release("minimind-3v", False)
+    target = converted(made, tmp_path)
+    tower = tmp_path / "tower"
+    held = load_file(tower / "model.safetensors")
+    held["text_model.embeddings.token_embedding.weight"] = torch.ones(4, 4)
+    held["logit_scale"], held["logit_bias"] = torch.ones(1), torch.ones(1)
+    (tower / "model.safetensors").unlink()
+    parts = {"model-00001-of-00002.safetensors": sorted(held)[::2]}
+    parts["model-00002-of-00002.safetensors"] = sorted(held)[1::2]
+    for part, names in parts.items():
+        save_file({name: held[name].contiguous() for name in names}, tower / part)
+    index = {"weight_map": {name: part for part, names in parts.items() for name in names}}
+    (tower / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {"model_type": "siglip", "vision_config": made.tower_config}
+    (tower / "config.json").write_text(json.dumps(config))
+    argv = ["to-mlx", tmp_path / "published.pth", tmp_path / "b", "--vision", tower]
+    main([str(a) for a in [*argv, "--tokenizer", tmp_path / "words"]])
+    assert (target / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
