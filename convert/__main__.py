@@ -91,7 +91,7 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
     if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
         raise UserError("--q-bits, --q-group-size and --q-mode say how; -q says to quantize")
     if args.dequantize:
-        source = dequantised(source)
+        source = dequantised(source, args.dtype)
     if args.quantize:
         source = quantised(source, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
     to_mlx(source, args.target, args.dtype, args.source)

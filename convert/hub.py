@@ -4,12 +4,12 @@ What comes from the hub is read with the same distrust as any file. `HF_HUB_OFFL
 what is in the cache, `HF_HOME` says where that is.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import UserError
 
 WANTED = ["*.json", "*.jinja", "*.safetensors"]
-PICKLES = ["*.bin", "*.pth"]  # only where there is no safetensors
 
 
 def found(path_or_name: str | Path, revision: str | None = None) -> Path:
@@ -20,9 +20,9 @@ def found(path_or_name: str | Path, revision: str | None = None) -> Path:
     path = Path(path_or_name).expanduser()
     name = str(path_or_name)
     parts = name.split("/")
-    local = path.exists() or len(parts) < 2 or name.startswith((".", "/", "~"))
-    local |= len(parts) == 2 and path.suffix in (".pth", ".pt", ".bin", ".safetensors")
-    if local or "" in parts or ".." in parts or len(parts) > 4:
+    is_file = path.suffix in (".pth", ".bin", ".safetensors")
+    local = path.exists() or name.startswith((".", "/", "~")) or {"", ".."} & set(parts)
+    if local or len(parts) < 2 or is_file != (len(parts) > 2):
         if not path.exists():
             raise UserError(f"there is no {path}, and {name!r} is no hub name (owner/name) either")
         return path
@@ -46,13 +46,21 @@ def _fetched(name: str, file: str, revision: str | None) -> Path:
     try:
         if file:
             return Path(hf_hub_download(name, file, revision=revision))
-        try:
+        held: list[str] = []
+        with suppress(OfflineModeIsEnabled, HfHubHTTPError, OSError):
             held = list_repo_files(name, revision=revision)
-            safe = any(one.endswith(".safetensors") for one in held)
-        except (OfflineModeIsEnabled, HfHubHTTPError, OSError):
-            safe = False  # the cache has what it has
-        patterns = WANTED if safe else WANTED + PICKLES
+        patterns = WANTED + _pickles(name, held)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except problems as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(f"there is no {name} here, and the hub did not give it: {reason}") from None
+
+
+def _pickles(name: str, held: list[str]) -> list[str]:
+    """Patterns of pickled weights, wanted where a repository has no others; one .pth only."""
+    if any(file.endswith(".safetensors") for file in held):
+        return []
+    several = [file for file in held if file.endswith(".pth")]
+    if len(several) > 1:
+        raise UserError(f"{name} holds {', '.join(several)}: name one, as {name}/{several[0]}")
+    return ["*.bin", "*.pth"]

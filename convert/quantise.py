@@ -97,12 +97,15 @@ def _one_at_a_time(compute: Callable[[], list[np.ndarray]]) -> Callable[[int], n
     return hand_out
 
 
-def dequantised(source: Source) -> Source:
-    """The source with whole matrices again, as near to those before as its bits allow."""
+def dequantised(source: Source, dtype: str | None = None) -> Source:
+    """The source with whole matrices again, as near to those before as its bits allow.
+
+    They are in `dtype`, or in what config.json says that the source was in.
+    """
     how = source.config.get("quantization")
     if not isinstance(how, Mapping):
         raise UserError("the source is not quantized: there is nothing to undo")
-    dtype = DTYPES.get(source.config.get("torch_dtype", "float32"), "F32")
+    code = DTYPES.get(dtype or source.config.get("torch_dtype", "float32"), "F32")
     tensors = {}
     for name, tensor in source.tensors.items():
         prefix, _, part = name.rpartition(".")
@@ -110,7 +113,7 @@ def dequantised(source: Source) -> Source:
             tensors[name] = tensor
         elif part == "weight":
             held = [source.tensors.get(f"{prefix}.{part}") for part in PARTS]
-            tensors[name] = _whole(held, how, dtype)
+            tensors[name] = _whole(held, how, code)
     config = {k: v for k, v in source.config.items() if not k.startswith("quantization")}
     return replace(source, config=config, tensors=tensors)
 
@@ -124,11 +127,19 @@ def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> 
 
     def compute() -> np.ndarray:
         with mx.stream(mx.cpu):
-            arrays = [part and to_array(part) for part in held]
-            return _bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))  # type: ignore[arg-type]
+            # Scales in float32: a product rounded to sixteen bits twice would be another.
+            arrays: list[Any] = [part and to_array(part) for part in held]
+            arrays = [a.astype(mx.float32) if a is not None and _is_float(a) else a for a in arrays]
+            return _bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))
 
     shape = (weight.shape[0], scales.shape[1] * how["group_size"])
     return RawTensor(dtype, shape, compute)
+
+
+def _is_float(array: Any) -> bool:
+    import mlx.core as mx
+
+    return mx.issubdtype(array.dtype, mx.floating)
 
 
 def to_array(tensor: RawTensor) -> Any:

@@ -54,6 +54,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temp", "--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
+    add("--chat-template-config", type=_object, metavar="JSON", help='as {"open_thinking": true}')
+    add("--revision", help="of a hub name: a branch, tag or commit")
     add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
     add("--overlay", type=Path, metavar="FILE.png", help="draw what was kept")
@@ -62,6 +64,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     args.is_sample = not args.image and args.prompt is None and args.model is None
     return args
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,12 +109,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
     if args.compare and pruner == "none":
         raise UserError("--compare sets a pruner beside none; give a --pruner")
-    model, processor = load(args.model, dtype=args.dtype)
+    model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
     if processor.is_scenes and any(not _is_scene(image) for image in args.image):
         print(SCENES_ONLY, file=sys.stderr)
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
-        temperature=args.temp, top_p=args.top_p, seed=args.seed,
+        temperature=args.temp, top_p=args.top_p, seed=args.seed, template=args.chat_template_config,
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     full = None

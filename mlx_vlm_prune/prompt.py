@@ -6,7 +6,7 @@ seconds). The ids equal transformers' own, see the tests.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -176,12 +176,14 @@ def build(
     tokens_per_image: Sequence[int],
     image_token: str,
     chat: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> Prompt:
     """A question about images as ids: one user turn of the chat template, or the bare text.
 
     `<image>` in the text marks where an image goes; without any, the images come first,
     each followed by a newline. Image i becomes `tokens_per_image[i]` copies of
     `image_token`. The text may hold that token, too: runs are found by character offsets.
+    `options` are the template's own, such as open_thinking.
 
     Raises UserError: marks and images differ in number, the template drops the text, the
     tokenizer merges placeholders, or nothing is left to read.
@@ -193,7 +195,7 @@ def build(
     stand_in = next(chr(c) for c in PRIVATE_USE if chr(c) not in written)
     content = stand_in.join(parts)
     if chat:
-        content = tokenizer.render([{"role": "user", "content": content}])
+        content = tokenizer.render([{"role": "user", "content": content}], **(options or {}))
     first, *after = content.split(stand_in)
     if len(after) != len(tokens_per_image):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")

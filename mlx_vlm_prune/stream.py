@@ -4,7 +4,7 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,7 @@ def stream_generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    template: Mapping[str, Any] | None = None,
 ) -> Iterator[GenerationResult]:
     """Answer a prompt about any number of images, one piece of text at a time.
 
@@ -95,7 +96,8 @@ def stream_generate(
     `pruner` is "NAME", "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual
     tokens K stay (of a decoder method in the average layer), by `keep_ratio` or
     `keep_tokens`. Without `positions`, those of the method's paper. `temperature` 0 is
-    greedy. Raises UserError.
+    greedy. `template` are options of the chat template, such as {"open_thinking": True}.
+    Raises UserError.
     """
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
     clock = Clock()
@@ -104,7 +106,7 @@ def stream_generate(
     K = budget(N, keep_ratio, keep_tokens, chosen)
     pictures = [open_image(source) for source in _listed(image)]
     pixels = _pixels(model, processor, pictures)
-    asked = _ask(model, processor, prompt, [N] * len(pictures))
+    asked = _ask(model, processor, prompt, [N] * len(pictures), template)
     clock.lap("image", pixels)
     mx.reset_peak_memory()
     before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
@@ -116,8 +118,14 @@ def stream_generate(
     yield from _decode(model, processor, before, picker, said, clock, max_tokens)
 
 
-def _ask(model: VLM, processor: Processor, prompt: str, counts: list[int]) -> Prompt:
-    asked = build(processor.tokenizer, prompt, counts, processor.image_token)
+def _ask(
+    model: VLM,
+    processor: Processor,
+    prompt: str,
+    counts: list[int],
+    template: Mapping[str, Any] | None,
+) -> Prompt:
+    asked = build(processor.tokenizer, prompt, counts, processor.image_token, options=template)
     longest = model.config.text.max_position_embeddings
     if len(asked.ids) > longest:
         raise UserError(f"the prompt has {len(asked.ids)} tokens; the model reads up to {longest}")

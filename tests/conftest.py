@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
 os.environ["MLX_ENABLE_TF32"] = "0"  # before any import of mlx, or parity is lost on CUDA
 
 import numpy as np

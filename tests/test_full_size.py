@@ -1,4 +1,4 @@
-"""Once at full size: ViT-B/16 and MiniMind2-Small, as published, against transformers.
+"""Once at full size, as published, against transformers: MiniMind2-V small, and MiniMind-3V.
 
 Shapes: L tokens of the prompt, N visual tokens, D features.
 """
@@ -114,3 +114,80 @@ def test_sixteen_greedy_tokens_about_a_photograph_equal_those_of_transformers(
     assert answer.token_ids == expected
     half = generate(model, processor, QUESTION, image=photograph, max_tokens=TOKENS, pruner="norm")
     assert half.visual_tokens_kept == 98 and half.token_ids != expected
+
+
+class Third:
+    """MiniMind-3V in transformers' own classes: Qwen3 and SigLIP 2's base tower at 256 pixels."""
+
+    def __init__(self):
+        import transformers
+
+        torch.manual_seed(0)
+        self.tower = transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(image_size=256, patch_size=32)
+        ).eval()
+        self.text = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
+                vocab_size=6400, hidden_size=768, intermediate_size=2432, num_hidden_layers=8,
+                num_attention_heads=8, num_key_value_heads=4, head_dim=96, rms_norm_eps=1e-6,
+                tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+                rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            )
+        ).eval()  # fmt: skip
+        norm = torch.nn.LayerNorm(768)
+        layers = [norm, torch.nn.Linear(768, 768), torch.nn.GELU(), torch.nn.Linear(768, 768)]
+        self.projector = torch.nn.Sequential(*layers)
+        for model in (self.text, self.tower, self.projector):
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 2 and "embed" not in name:
+                    parameter.data *= 3  # as they are, the answer would be one token for ever
+                parameter.data = parameter.data.half().float()
+
+    def publish(self, folder: Path) -> None:
+        """float16, both tied tensors, the tower apart."""
+        text = {k: v.half().clone() for k, v in self.text.state_dict().items()}
+        words = {f"vision_proj.mlp.{k}": v.half() for k, v in self.projector.state_dict().items()}
+        torch.save(text | words, folder / "sft_vlm_768.pth")
+        self.tower.half().save_pretrained(folder / "siglip2-base-p32-256-ve")
+        self.tower.float()
+        reading = {"size": {"height": 256, "width": 256}, "resample": 2, "do_resize": True}
+        reading |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+        file = folder / "siglip2-base-p32-256-ve" / "preprocessor_config.json"
+        file.write_text(json.dumps(reading), encoding="utf-8")
+
+    @torch.no_grad()
+    def says(self, image: Path, words: Path) -> list[int]:
+        from PIL import Image
+        from transformers import AutoTokenizer
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+        tokenizer = AutoTokenizer.from_pretrained(words)
+        asked = [{"role": "user", "content": "<|image_pad|>" * 64 + "\n" + QUESTION}]
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        ids_L = torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        made = SiglipImageProcessorPil(size={"height": 256, "width": 256}, resample=2)
+        pixels = made(Image.open(image).convert("RGB"), return_tensors="pt")["pixel_values"]
+        embeds_1LD = self.text.get_input_embeddings()(ids_L[None])
+        seen_1ND = self.tower(pixels).last_hidden_state
+        embeds_1LD[:, ids_L == 12] = self.projector(seen_1ND)
+        said = self.text.generate(inputs_embeds=embeds_1LD, max_new_tokens=TOKENS, do_sample=False)
+        return said[0].tolist()
+
+
+def test_minimind_3v_says_what_transformers_says_and_less_of_it_pruned(tmp_path, shared_data):
+    words, photograph = shared_data / "minimind3", shared_data / "images" / "dance.jpg"
+    model = Third()
+    expected = model.says(photograph, words)
+    model.publish(tmp_path)
+    target = tmp_path / "mlx"
+    convert(["to-mlx", str(tmp_path / "sft_vlm_768.pth"), str(target), "--tokenizer", str(words)])
+    ours, processor = load(target, dtype="float32")
+    answer = generate(ours, processor, QUESTION, image=photograph, max_tokens=TOKENS)
+    assert len(set(expected)) > 4, "an answer that repeats itself would prove little"
+    assert answer.token_ids == expected and answer.visual_tokens == 64
+    few = generate(
+        ours, processor, QUESTION, image=photograph, max_tokens=TOKENS,
+        pruner="visionzip", keep_tokens=16,
+    )  # fmt: skip
+    assert few.visual_tokens_kept == 16 and few.token_ids != expected
+    shutil.rmtree(target)

@@ -62,6 +62,47 @@ def test_the_chat_template_gives_what_transformers_gives(folder, text):
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"open_thinking": True}, {"enable_thinking": False}])
+def test_thinking_is_asked_for_and_written_as_transformers_does(folder, options):
+    """Several turns, with and without thoughts; the template's options reach it."""
+    said = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "No.", "reasoning_content": "well"},
+        {"role": "user", "content": "Three?"},
+    ]
+    ours, reference = Tokenizer.from_folder(folder), theirs(folder)
+    for turns in (said, said[:2], said[1:3]):
+        for asks in (True, False):
+            expected = reference.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=asks, **options
+            )
+            assert ours.render(turns, add_generation_prompt=asks, **options) == expected
+    prompt = build(ours, "Three?", [], "@", options=options)
+    expected = reference.apply_chat_template(
+        said[-1:], tokenize=False, add_generation_prompt=True, **options
+    )
+    assert prompt.ids == reference.encode(expected, add_special_tokens=False)
+
+
+def test_minimind3_thinks_only_when_it_is_asked_to(shared_data):
+    asked = [{"role": "user", "content": "What?"}]
+    tokenizer = Tokenizer.from_folder(shared_data / "minimind3")
+    assert tokenizer.render(asked).endswith("<think>\n\n</think>\n\n")
+    assert tokenizer.render(asked, open_thinking=True).endswith("<think>\n")
+
+
+@pytest.mark.parametrize("K", [1, 16, 64])
+def test_an_image_of_minimind3_is_k_pads(shared_data, K):
+    tokenizer = Tokenizer.from_folder(shared_data / "minimind3")
+    prompt = build(tokenizer, "What?", [K], "<|image_pad|>")
+    [(start, length)] = prompt.runs
+    assert length == K and prompt.ids[start : start + K] == [12] * K
+    assert prompt.ids.count(12) == K
+
+
 @pytest.mark.parametrize("text", ["<image>{}", "{}<image>", "a <image> b {}", "{}"])
 @pytest.mark.parametrize("own", TEXTS)
 def test_a_prompt_with_an_image_is_the_whole_text_encoded_at_once(folder, text, own):

@@ -5,11 +5,12 @@ language model stay as they are and only the pruner learns; with --unfreeze they
 along, and what they became ends in OUT/METHOD as the trainer's own files.
 
 - attention_pool: its K slots take the image's place; the answers' loss trains it.
-- score_prune: only the K highest of the scores plus Gumbel noise are visible; the loss
-  reaches all scores through a factor on attention, 1 or next to 0 in value and a sigmoid
-  of the distance from the K-th in its slope (straight-through).
-- mlp: the share of each token in the derivative of the full model's loss by the log of
-  the attention that the token gets; and the entropy of those shares, per image.
+- score_prune and mlp: only the K highest of the scores plus Gumbel noise are visible; the
+  loss reaches all scores through a factor on attention, 1 or next to 0 in value and a
+  sigmoid of the distance from the K-th in its slope (straight-through). K is, in turn,
+  half of --keep-tokens, as many, and twice as many.
+- mlp also: how many tokens an image needs, by the entropy of the tokens' shares in the
+  derivative of the full model's loss by the log of the attention that each gets.
 
 Stop it at any time: it continues from OUT/METHOD.pt. The pruner's weights go to
 OUT/pruners.safetensors, which lies beside an MLX model.
@@ -37,7 +38,6 @@ from .model import VLM, best_device
 from .pruners import METHODS, STAGES, Signals
 from .pruners.attention_pool import AttentionPool
 from .pruners.mlp import Usefulness
-from .pruners.score_prune import Scorer
 from .scenes_data import Batch, ScenesBatches
 from .train import export, note, save
 
@@ -50,7 +50,7 @@ FIRST = 100_000  # the number of the first batch: other scenes than the model sa
 class Recipe:
     """Every number of the training."""
 
-    keep_tokens: int = 49
+    keep_tokens: int = 49  # the middle one of a scorer's three budgets
     steps: int = 600
     warmup: int = 30
     batch: int = 8  # pictures
@@ -91,21 +91,27 @@ def shortened(batch: Batch, N: int, K: int) -> Batch:
 
 
 def pool_loss(
-    vlm: VLM, pool: AttentionPool, seen: Signals, batch: Batch, recipe: Recipe, left: float
+    vlm: VLM, pool: AttentionPool, seen: Signals, batch: Batch, K: int, noise: float
 ) -> Tensor:
-    kept = pool.prune(seen, recipe.keep_tokens)
-    shorter = shortened(batch, seen.x_BND.shape[1], recipe.keep_tokens)
+    kept = pool.prune(seen, K)
+    shorter = shortened(batch, seen.x_BND.shape[1], K)
     return read(vlm, vlm.projector(kept.tokens(seen.x_BND)), shorter, None)
 
 
+def _detached(seen: Signals) -> Signals:
+    attention_BN = seen.cls_attention_BN
+    assert attention_BN is not None
+    return replace(seen, x_BND=seen.x_BND.detach(), cls_attention_BN=attention_BN.detach())
+
+
 def score_loss(
-    vlm: VLM, scorer: Scorer, seen: Signals, batch: Batch, recipe: Recipe, left: float
+    vlm: VLM, scorer: nn.Module, seen: Signals, batch: Batch, K: int, noise: float
 ) -> Tensor:
     # What makes a score is no lesson for the tower: its slopes are only guesses.
-    score_BN = scorer(replace(seen, x_BND=seen.x_BND.detach()))
+    score_BN = scorer(_detached(seen))
     gumbel_BN = -torch.empty_like(score_BN).exponential_().log()
-    noisy_BN = score_BN + recipe.noise * left * gumbel_BN
-    line_B1 = noisy_BN.detach().topk(recipe.keep_tokens).values[:, -1:]
+    noisy_BN = score_BN + noise * gumbel_BN
+    line_B1 = noisy_BN.detach().topk(K).values[:, -1:]
     soft_BN = torch.sigmoid(noisy_BN - line_B1)
     hard_BN = (noisy_BN >= line_B1).float().clamp(min=DROPPED)
     factor_BN = hard_BN + (soft_BN - soft_BN.detach())
@@ -113,7 +119,7 @@ def score_loss(
 
 
 def use_loss(
-    vlm: VLM, mlp: Usefulness, seen: Signals, batch: Batch, recipe: Recipe, left: float
+    vlm: VLM, mlp: Usefulness, seen: Signals, batch: Batch, K: int, noise: float
 ) -> Tensor:
     bias_BN = torch.zeros(seen.x_BND.shape[:2], device=seen.x_BND.device, requires_grad=True)
     answer = read(vlm, vlm.projector(seen.x_BND), batch, bias_BN)
@@ -124,10 +130,9 @@ def use_loss(
         with torch.no_grad():
             mlp.need.bias.add_(entropy_B.mean() - mlp.log_need(seen).mean())
             mlp.mean_need.copy_(entropy_B.exp().mean())
-    told_B = mlp.log_need(seen)
+    told_B = mlp.log_need(_detached(seen))
     mlp.mean_need.lerp_(told_B.detach().exp().mean(), 0.02)
-    fit = -(share_BN * mlp(seen).log_softmax(dim=1)).sum(dim=1).mean()
-    learned = fit + F.mse_loss(told_B, entropy_B)
+    learned = score_loss(vlm, mlp, seen, batch, K, noise) + F.mse_loss(told_B, entropy_B)
     return learned + answer if vlm.training else learned
 
 
@@ -161,6 +166,12 @@ class Run:
             self.optimiser.load_state_dict(held["optimiser"])
             self.step = held["step"]
 
+    @property
+    def budget(self) -> int:
+        """How many tokens this step keeps: pools have one K, scorers learn three in turn."""
+        K = self.recipe.keep_tokens
+        return K if self.name == "attention_pool" else max(1, K * 2 ** (self.step % 3) // 2)
+
     def advance(self, batch: Batch) -> float:
         """One step; its loss."""
         left = 0.5 + 0.5 * math.cos(math.pi * self.step / self.recipe.steps)
@@ -169,7 +180,8 @@ class Run:
             group["lr"] = rate * min(left, (self.step + 1) / self.recipe.warmup)
         with torch.set_grad_enabled(self.unfreeze):
             seen = self.vlm.tower(batch.pixels, {"cls_attention": -1}).signals
-        loss = LOSSES[self.name](self.vlm, self.pruner, seen, batch, self.recipe, left)
+        noise = self.recipe.noise * left
+        loss = LOSSES[self.name](self.vlm, self.pruner, seen, batch, self.budget, noise)
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         self.optimiser.step()

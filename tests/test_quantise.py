@@ -1,0 +1,190 @@
+"""Promises of -q: MLX's own values, the language model only, and mlx-lm's flags and config."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+from safetensors.torch import load_file
+
+from convert.__main__ import main
+from convert.errors import UserError
+from convert.files import open_safetensors
+from convert.quantise import MODES
+from mlx_vlm_prune import load
+from mlx_vlm_prune.language.experts import GATHERED, ExpertLinear, Experts
+from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.pruners import plan
+
+from . import generations
+from .test_convert import refused
+from .test_generations import converted
+
+AFFINE = [("affine", bits) for bits in (2, 3, 4, 6, 8)]
+OTHERS = [(mode, None) for mode in MODES if mode != "affine"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder with the built-in model, whose sizes groups of 64 fit, and what -q makes of it."""
+    from mlx_vlm_prune.scenes import CHECKPOINT
+
+    folder = tmp_path_factory.mktemp("scenes")
+
+    def made(*options: str):
+        target = folder / "-".join(["q", *options]).replace("--", "")
+        if not target.exists():
+            main(["to-mlx", str(CHECKPOINT), str(target), "-q", *options])
+        return target
+
+    made.whole = CHECKPOINT
+    return made
+
+
+def options(mode: str, bits: int | None) -> list[str]:
+    return ["--q-mode", mode, *(["--q-bits", str(bits)] if bits else [])]
+
+
+@pytest.mark.parametrize(("mode", "bits"), AFFINE + OTHERS)
+def test_every_matrix_of_the_language_model_is_what_mlx_makes_of_it(scenes, mode, bits, capsys):
+    target = scenes(*options(mode, bits))
+    how = json.loads((target / "config.json").read_text())["quantization"]
+    assert how["mode"] == mode and how["bits"] == (bits or MODES[mode][0][0])
+    before = mx.load(str(scenes.whole / "model.safetensors"))
+    after = mx.load(str(target / "model.safetensors"))
+    for name, array in before.items():
+        if name.startswith("language.") and array.ndim == 2:
+            prefix = name.removesuffix("weight")
+            expected = mx.quantize(array, **how)
+            parts = [after[prefix + x] for x in ("weight", "scales", "biases")[: len(expected)]]
+            assert all(mx.array_equal(a, b).item() for a, b in zip(parts, expected, strict=True))
+        else:
+            assert mx.array_equal(array, after[name], equal_nan=True).item(), name
+
+
+@pytest.mark.parametrize(("mode", "bits"), AFFINE + OTHERS)
+def test_it_loads_and_computes_as_the_rounded_matrices_do(scenes, mode, bits, tmp_path, capsys):
+    target = scenes(*options(mode, bits))
+    main(["to-mlx", str(target), str(tmp_path / "whole"), "--dequantize", "--dtype", "float32"])
+    assert "quantization" not in json.loads((tmp_path / "whole" / "config.json").read_text())
+    few, _ = load(target, dtype="float32")
+    whole, _ = load(tmp_path / "whole", dtype="float32")
+    assert isinstance(few.language.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    asked = Prompt(list(range(3, 30)), [])
+    a, b = (
+        np.array(m([asked], None, plan("none", {}), m.N, last_only=False).logits_BLV)
+        for m in (few, whole)
+    )
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * abs(b).max())
+
+
+def test_config_and_sizes_are_those_that_mlx_lm_users_know(scenes, capsys):
+    target = scenes("--q-bits", "4", "--q-group-size", "32")
+    told = json.loads((target / "config.json").read_text())
+    assert told["quantization"] == told["quantization_config"]
+    assert told["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
+    main(["inspect", str(target)])
+    said = capsys.readouterr().out
+    assert "4 bits, groups of 32, affine, the language model" in said
+    sizes = [sum(t.nbytes for t in open_safetensors(f / "model.safetensors").values())
+             for f in (scenes.whole, target)]  # fmt: skip
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+@pytest.mark.parametrize("name", ["minimind2-v", "minimind-3v"])
+def test_a_mixture_of_experts_is_quantized_expert_by_expert(tmp_path, name, capsys, monkeypatch):
+    """Its router stays whole; few rows and many give the same."""
+    monkeypatch.setattr(generations, "D", 64)
+    monkeypatch.setattr(generations, "d", 8)
+    target = converted(generations.release(name, True), tmp_path, generations.torch.float32,
+                       "-q", "--q-bits", "8")  # fmt: skip
+    tensors = open_safetensors(target / "model.safetensors")
+    assert "language.layers.0.mlp.experts.3.up_proj.scales" in tensors
+    assert "language.layers.0.mlp.gate.scales" not in tensors
+    few, _ = load(target, dtype="float32")
+    main(["to-mlx", str(target), str(tmp_path / "whole"), "--dequantize"])
+    whole, _ = load(tmp_path / "whole", dtype="float32")
+    for rows in (4, 40):
+        asked = Prompt([3 + i % 30 for i in range(rows)], [])
+        a, b = (
+            np.array(m([asked], None, plan("none", {}), m.N, last_only=False).logits_BLV)
+            for m in (few, whole)
+        )
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * abs(b).max())
+
+
+def test_few_rows_and_many_take_different_ways_to_the_same_answer():
+    experts = Experts(4, 32, 48)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        layer: ExpertLinear = experts[name]
+        layer.weight = mx.random.normal(layer.weight.shape)
+    rows = 3 * GATHERED
+    x_RD, chosen = mx.random.normal((rows, 32)), mx.array([i * 7 % 4 for i in range(rows)])
+    many = experts(x_RD, chosen)
+    few = mx.concatenate([experts(x_RD[i : i + 1], chosen[i : i + 1]) for i in range(rows)])
+    np.testing.assert_allclose(np.array(many), np.array(few), rtol=1e-4, atol=1e-4)
+
+
+def test_quantizing_twice_or_undoing_nothing_is_refused(scenes, tmp_path, capsys):
+    target = scenes("--q-bits", "4")
+    assert "quantized already" in refused(capsys, "to-mlx", target, tmp_path / "x", "-q")
+    whole = scenes.whole
+    assert "not quantized" in refused(capsys, "to-mlx", whole, tmp_path / "x", "--dequantize")
+    assert "--dequantize first" in refused(capsys, "to-torch", target, tmp_path / "x.pth")
+    assert "--dequantize first" in refused(capsys, "to-hf", target, tmp_path / "x")
+    assert "-q says to quantize" in refused(
+        capsys, "to-mlx", whole, tmp_path / "x", "--q-bits", "4"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--q-mode", "mxfp4", "--q-bits", "8"], "mxfp4 has bits 4, not 8"),
+        (["--q-mode", "nvfp4", "--q-group-size", "64"], "nvfp4 has group_size 16, not 64"),
+        (["--q-group-size", "16"], "affine has group_size 64 or 32 or 128, not 16"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(scenes, tmp_path, capsys, argv, part):
+    assert part in refused(capsys, "to-mlx", scenes.whole, tmp_path / "x", "-q", *argv)
+
+
+def test_the_dtype_is_that_of_the_scales(scenes, capsys):
+    target = scenes("--dtype", "bfloat16")
+    kinds = {t.dtype for t in open_safetensors(target / "model.safetensors").values()}
+    assert kinds == {"U32", "BF16"}
+
+
+@pytest.mark.parametrize(
+    "how", [3, {"bits": 4}, {"bits": 7, "group_size": 64}, {"bits": 4, "group_size": 64, "x": 1}]
+)
+def test_a_quantization_that_cannot_be_is_refused_by_load(scenes, tmp_path, how, capsys):
+    import shutil
+
+    shutil.copytree(scenes("--q-bits", "4"), tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization": how}))
+    with pytest.raises(UserError):
+        load(tmp_path / "m")
+
+
+def test_packed_words_where_none_belong_are_refused(scenes, tmp_path, capsys):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    shutil.copytree(scenes("--q-bits", "4"), tmp_path / "m")
+    held = load_file(tmp_path / "m" / "model.safetensors")
+    held["projector.weight"] = held["projector.weight"].view(generations.torch.uint8)
+    save_file(held, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(UserError, match=r"projector\.weight"):
+        load(tmp_path / "m")
+
+
+def test_parameters_that_are_not_the_language_models_stay_whole(scenes, capsys):
+    model, _ = load(scenes("--q-bits", "4"))
+    for name, array in tree_flatten(model.parameters()):
+        assert name.startswith("language.") or array.dtype == mx.float32, name
