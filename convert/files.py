@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from .errors import UserError
+from .faults import fault
 from .tensors import RawTensor
 
+LARGEST_SIZE = (1 << 31) - 1  # along one axis of an mx.array
 CHUNK = 1 << 24  # bytes written at a time
 
 
@@ -39,14 +41,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse a file that the safetensors library finds fault with, before anything else maps it."""
+    """Refuse a file that the safetensors library finds fault with, before anything else maps it.
+
+    Nor may a size exceed what MLX can count: it would take another without a word.
+    """
     try:
         with safe_open(str(path), framework="np") as opened:
-            opened.keys()
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as e:
-        raise UserError(f"{path} is no sound safetensors file ({e})") from None
+        raise UserError(f"{path} is no sound safetensors file: {fault(path) or e}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+    for name, shape in shapes.items():
+        if any(n > LARGEST_SIZE for n in shape):
+            raise UserError(f"{path} is no sound safetensors file: {name!r} has the shape {shape}")
 
 
 def open_safetensors(path: Path) -> dict[str, RawTensor]:
@@ -118,6 +126,8 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a plain tensor")
         if value.is_meta or value.is_quantized or value.nbytes > limit:
             raise UserError(f"{path}: tensor {name} claims more than the file holds")
+    if sum(value.nbytes for value in held.values()) > 2 * limit:  # tied tensors count twice
+        raise UserError(f"{path}: its tensors together claim more than the file holds")
     return {str(name): _raw(value) for name, value in held.items()}
 
 
@@ -215,6 +225,7 @@ def appearing(target: Path, *, folder: bool) -> Iterator[Path]:
         if os.path.lexists(target):
             raise UserError(f"{target} exists already; something else wrote it just now")
         beside.rename(target)
+        _fsync(target.parent)
     except OSError as e:
         raise UserError(f"cannot write {target}: {e.strerror or e}; nothing was left") from None
     finally:

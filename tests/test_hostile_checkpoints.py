@@ -93,6 +93,24 @@ def test_a_view_that_claims_gigabytes_is_refused(tmp_path):
         read_pth(tmp_path / "a.pth")
 
 
+def test_many_views_that_together_claim_gigabytes_are_refused(tmp_path):
+    whole = torch.zeros(1000)
+    torch.save({str(i): whole.view(10, 100) for i in range(1000)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="together claim more than the file holds"):
+        read_pth(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("part", ["../a.safetensors", "/a.safetensors", "b/a.bin", "C:a", "x\\y"])
+def test_a_shard_outside_its_folder_is_refused(published, part):
+    from convert.checkpoint import read_weights
+
+    (published / "clip" / "model.safetensors").rename(published / "a.safetensors")
+    index = json.dumps({"weight_map": {"vision_model.x": part}})
+    (published / "clip" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="outside its folder"):
+        read_weights(published / "clip")
+
+
 @pytest.mark.parametrize("held", [{}, [1, 2], {"a": 3}, {"a": torch.ones(2).to_sparse()}])
 def test_a_pth_that_is_no_state_dict_is_refused(tmp_path, held):
     torch.save(held, tmp_path / "a.pth")
@@ -110,23 +128,40 @@ def f32(start: int, end: int, *shape: int) -> dict:
 
 
 BAD_SAFETENSORS = {
-    "empty": b"",
-    "short": b"\1\0\0",
-    "header longer than the file": struct.pack("<Q", 1 << 40) + b"{}",
-    "header not JSON": struct.pack("<Q", 3) + b"abc",
-    "offsets beyond the end": header({"a": f32(0, 800, 200)}),
-    "shape and bytes disagree": header({"a": f32(0, 8, 3)}),
-    "overlapping tensors": header({"a": f32(0, 8, 2), "b": f32(4, 8, 1)}),
-    "overflowing shape": header({"a": f32(0, 8, 1 << 62, 1 << 62)}),
-    "trailing bytes": header({"a": f32(0, 8, 2)}, b"\0" * 80),
-}
+    "it has 0 bytes, and": b"",
+    "it has 3 bytes, and": b"\1\0\0",
+    "header claims 1099511627776 bytes, and the file has 10": struct.pack("<Q", 1 << 40) + b"{}",
+    "header claims 18446744073709551615 bytes": b"\xff" * 8 + b"{}",
+    "header claims 5 bytes, and the file has 10": struct.pack("<Q", 5) + b"{}",
+    "header is not UTF-8": struct.pack("<Q", 3) + b'"\xff"',
+    "header is not JSON": struct.pack("<Q", 3) + b"abc",
+    "header is no JSON object": struct.pack("<Q", 2) + b"[]",
+    "__metadata__ is no object of strings": header({"__metadata__": {"a": 1}, "a": f32(0, 8, 2)}),
+    "'a' lacks dtype": header({"a": {"dtype": "F32", "shape": [2]}}),
+    "'a' has a dtype that is not known: 'F33'": header({"a": f32(0, 8, 2) | {"dtype": "F33"}}),
+    "'a' has a shape that is no list of whole": header({"a": f32(0, 8, 2) | {"shape": [2.0]}}),
+    "'a' has a shape that is no list": header({"a": f32(0, 8, 2) | {"shape": "2"}}),
+    "'a' has a negative size": header({"a": f32(0, 8, -2, -1)}),
+    "'a' has data_offsets that are no": header({"a": f32(8, 0, 2)}),
+    "'a' has data_offsets that": header({"a": f32(-8, 0, 2)}),
+    "'a' has a shape of more bytes than can be counted": header({"a": f32(0, 8, 1 << 32, 1 << 32)}),
+    "'a' has 8 bytes, and its shape .3. takes 12": header({"a": f32(0, 8, 3)}),
+    "'a' has 8 bytes, and its shape .4294967298. takes": header({"a": f32(0, 8, (1 << 32) + 2)}),
+    "'a' has the shape .4294967298, 0.": header({"a": f32(0, 0, (1 << 32) + 2, 0)}, b""),
+    "tensors 'a' and 'b' overlap": header({"a": f32(0, 8, 2), "b": f32(4, 8, 1)}),
+    "there are 4 bytes of nobody before tensor 'b'": header({"a": f32(0, 4, 1), "b": f32(8, 12, 1)},
+                                                            b"\0" * 12),
+    "there are 4 bytes of nobody before tensor 'a'": header({"a": f32(4, 8, 1)}),
+    "there are 72 bytes of nobody at its end": header({"a": f32(0, 8, 2)}, b"\0" * 80),
+    "cut off: 792 bytes are missing": header({"a": f32(0, 800, 200)}),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", BAD_SAFETENSORS)
-def test_an_unsound_safetensors_file_is_refused(tmp_path, kind):
+@pytest.mark.parametrize("sentence", BAD_SAFETENSORS)
+def test_an_unsound_safetensors_file_is_refused_for_its_own_reason(tmp_path, sentence):
     file = tmp_path / "model.safetensors"
-    file.write_bytes(BAD_SAFETENSORS[kind])
-    with pytest.raises(UserError, match="no sound safetensors"):
+    file.write_bytes(BAD_SAFETENSORS[sentence])
+    with pytest.raises(UserError, match=f"no sound safetensors file: .*{sentence}"):
         check_safetensors(file)
 
 

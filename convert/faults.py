@@ -1,0 +1,85 @@
+"""What is wrong with a safetensors file that its library refuses, in a sentence of our own.
+
+The library decides (arithmetic in Rust, fuzzed); this only finds words for it.
+"""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+LONGEST_HEADER = 100_000_000
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16,
+    "BF16": 16, "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+
+
+def fault(path: Path) -> str | None:
+    """The first fault found, or None where this finds none."""
+    size = path.stat().st_size
+    with path.open("rb") as opened:
+        begin = opened.read(8)
+        if len(begin) < 8:
+            return f"it has {size} bytes, and a header's length alone takes 8"
+        length = int.from_bytes(begin, "little")
+        if length > min(LONGEST_HEADER, size - 8):
+            return f"its header claims {length} bytes, and the file has {size}"
+        text = opened.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        return "its header is not UTF-8"
+    except (ValueError, RecursionError):
+        return "its header is not JSON"
+    if not isinstance(header, dict):
+        return "its header is no JSON object"
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        return "its __metadata__ is no object of strings"
+    for name, told in header.items():
+        if wrong := _tensor(told):
+            return f"tensor {name!r} {wrong}"
+    return _places(header, size - 8 - length)
+
+
+def _tensor(told: Any) -> str | None:
+    if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
+        return "lacks dtype, shape or data_offsets, or has more than these"
+    dtype, shape, place = told["dtype"], told["shape"], told["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"has a dtype that is not known: {str(dtype)[:20]!r}"
+    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
+        return "has a shape that is no list of whole numbers"
+    if any(n < 0 for n in shape):
+        return f"has a negative size: {shape}"
+    if not _are_offsets(place):
+        return f"has data_offsets that are no [begin, end]: {str(place)[:40]}"
+    bits = BITS[dtype]
+    for n in shape:
+        bits *= n
+    if bits >= 1 << 63:
+        return f"has a shape of more bytes than can be counted: {shape}"
+    if bits != 8 * (place[1] - place[0]):
+        return f"has {place[1] - place[0]} bytes, and its shape {shape} takes {bits // 8}"
+    return None
+
+
+def _are_offsets(place: Any) -> bool:
+    if not isinstance(place, list) or len(place) != 2:
+        return False
+    return all(type(n) is int and n >= 0 for n in place) and place[0] <= place[1]
+
+
+def _places(header: dict[str, Any], body: int) -> str | None:
+    ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
+    ends = [("the header", [0, 0]), *((name, header[name]["data_offsets"]) for name in ordered)]
+    for (before, (_, end)), (name, (begin, _)) in pairwise(ends):
+        if begin < end:
+            return f"tensors {before!r} and {name!r} overlap"
+        if begin > end:
+            return f"there are {begin - end} bytes of nobody before tensor {name!r}"
+    end = ends[-1][1][1]
+    if end > body:
+        return f"it is cut off: {end - body} bytes are missing at its end"
+    return f"there are {body - end} bytes of nobody at its end" if end < body else None
