@@ -28,7 +28,7 @@ from mlx_vlm_prune.loading import Processor, load
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.prompt import build
 from mlx_vlm_prune.pruners import METHODS, Pipeline, Pruner, Stage, plan
-from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, Question, Scene, question_set
+from mlx_vlm_prune.scenes import CHECKPOINT, HELD_OUT_SEEDS, KINDS, Question, Scene, question_set
 from mlx_vlm_prune.towers.between import Encoded
 
 RESULTS = Path(__file__).parent / "results"
@@ -197,6 +197,20 @@ def earlier(out: Path, per_kind: int, pairs: Sequence[tuple[str, int]], question
     return {pair: bits for pair, bits in found.items() if pair not in pairs}
 
 
+def earlier_refusals(out: Path, pairs: Sequence[tuple[str, int]], refused: list) -> list[dict]:
+    """What an earlier run could not do, and this one was not asked for."""
+    if not out.exists():
+        return []
+    told = json.loads(out.read_text(encoding="utf-8")).get("refused", [])
+    now = {*pairs, *((row["pruner"], row["tokens"]) for row in refused)}
+    return [row for row in told if (row["pruner"], row["tokens"]) not in now]
+
+
+def weights(model: str | Path) -> int:
+    """Bytes of a folder's model."""
+    return sum(file.stat().st_size for file in Path(model).glob("model*.safetensors"))
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -205,9 +219,10 @@ def main() -> None:
     parser.add_argument("--per-kind", type=int, default=334, help="questions of each kind")
     parser.add_argument("--pruner", action="append", help="repeat for several; default: all")
     parser.add_argument("--keep-tokens", type=int, action="append", help="default: 98, 49 and 22")
+    parser.add_argument("--model", help="a folder (default: the built-in model)")
     parser.add_argument("--out", type=Path, default=RESULTS / "scenes.json")
     args = parser.parse_args()
-    model, processor = load()
+    model, processor = load(args.model)
     untrained = [
         n for n, m in METHODS.items() if getattr(m, "learned", 0) and n not in model.learned
     ]
@@ -225,9 +240,10 @@ def main() -> None:
     for row in rows:
         shown = "  ".join(f"{kind} {v:.1%}" for kind, v in row["accuracy"].items())
         print(f"{row['pruner']:<24}{row['tokens']:>4}  {shown}", flush=True)
-    about = {"per_kind": args.per_kind, "majority": majority(args.per_kind), "rows": rows}
-    text = json.dumps(about | {"refused": refused}, indent=4) + "\n"
-    args.out.write_text(text, encoding="utf-8")
+    about: dict = {"per_kind": args.per_kind, "majority": majority(args.per_kind), "rows": rows}
+    about |= {"refused": refused + earlier_refusals(args.out, pairs, refused)}
+    about |= {"megabytes": round(weights(args.model or CHECKPOINT) / 1e6, 2)}
+    args.out.write_text(json.dumps(about, indent=4) + "\n", encoding="utf-8")
     kept.unlink(missing_ok=True)
 
 
