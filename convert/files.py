@@ -69,7 +69,9 @@ def open_safetensors(path: Path) -> dict[str, RawTensor]:
     # Copy on write: torch takes no arrays that cannot be written to.
     body = np.memmap(path, dtype=np.uint8, mode="c")[8 + length :]
     return {
-        name: RawTensor(about["dtype"], tuple(about["shape"]), body[slice(*about["data_offsets"])])
+        name: RawTensor(
+            about["dtype"], about["shape"], body[slice(*about["data_offsets"])], mapped=True
+        )
         for name, about in header.items()
     }
 
@@ -94,6 +96,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], form: str) -
             for start in range(0, data.nbytes, CHUNK):
                 out.write(np.ascontiguousarray(data[start : start + CHUNK]).data)
                 bar.update(min(CHUNK, data.nbytes - start))
+            tensors[name].forget()
     check_safetensors(path)
 
 
@@ -165,7 +168,7 @@ def _raw(tensor: Any) -> RawTensor:
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
     data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-    return RawTensor(dtype, tuple(tensor.shape), data)
+    return RawTensor(dtype, tensor.shape, data, mapped=tensor.is_contiguous())
 
 
 def write_pth(path: Path, tensors: Mapping[str, RawTensor]) -> None:

@@ -5,7 +5,10 @@ no library that knows it. Whatever changes it is remembered and done when its by
 asked for: one tensor at a time is in memory, not a checkpoint.
 """
 
+import ctypes
+import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from math import prod
 
 import numpy as np
@@ -16,16 +19,18 @@ FLOATS = ("F32", "F16", "BF16")
 
 class RawTensor:
     """`dtype` as safetensors names it (F32, F16, BF16, …); `data`: its bytes, row by row, flat
-    uint8, mapped or made anew at every asking."""
+    uint8, mapped from a file or made anew at every asking."""
 
     def __init__(
         self,
         dtype: str,
         shape: Sequence[int],
         data: np.ndarray | Callable[[], np.ndarray],
+        *,
+        mapped: bool = False,
     ):
         self.dtype, self.shape = dtype, tuple(shape)
-        self._data = data
+        self._data, self._mapped = data, mapped
 
     @property
     def data(self) -> np.ndarray:
@@ -37,12 +42,18 @@ class RawTensor:
         size = SIZES.get(self.dtype)
         return self.data.nbytes if size is None else size * prod(self.shape)
 
+    def forget(self) -> None:
+        """Give back the memory of mapped bytes that were read; they can be read again."""
+        if self._mapped:
+            give_back(self.data)
+
     def permuted(self, axes: tuple[int, ...]) -> "RawTensor":
         """The same values with the axes in another order."""
 
         def made() -> np.ndarray:
             elements = self.data.reshape(*self.shape, SIZES[self.dtype])
-            return np.ascontiguousarray(elements.transpose(*axes, len(axes))).reshape(-1)
+            moved = np.ascontiguousarray(elements.transpose(*axes, len(axes))).reshape(-1)
+            return self._done(moved)
 
         return RawTensor(self.dtype, [self.shape[axis] for axis in axes], made)
 
@@ -50,19 +61,25 @@ class RawTensor:
         """The same rows in another order."""
 
         def made() -> np.ndarray:
-            return self.data.reshape(self.shape[0], -1)[list(order)].reshape(-1)
+            return self._done(self.data.reshape(self.shape[0], -1)[list(order)].reshape(-1))
 
         return RawTensor(self.dtype, self.shape, made)
 
     def reshaped(self, shape: tuple[int, ...]) -> "RawTensor":
         assert prod(shape) == prod(self.shape), (shape, self.shape)
-        return RawTensor(self.dtype, shape, self._data)
+        return RawTensor(self.dtype, shape, self._data, mapped=self._mapped)
 
     def astype(self, dtype: str) -> "RawTensor":
         """Rounded to the nearest value of F32, F16 or BF16, ties to even."""
         if dtype == self.dtype:
             return self
-        return RawTensor(dtype, self.shape, lambda: narrowed(self.floats(), dtype))
+        return RawTensor(dtype, self.shape, lambda: self._done(narrowed(self.floats(), dtype)))
+
+    def _done(self, made: np.ndarray) -> np.ndarray:
+        """What was made of this tensor, which is not needed for now."""
+        if not np.shares_memory(made, self.data):
+            self.forget()
+        return made
 
     def floats(self) -> np.ndarray:
         """The values in float32, in the tensor's shape."""
@@ -84,6 +101,17 @@ class RawTensor:
 
     def __repr__(self) -> str:
         return f"RawTensor({self.dtype}, {self.shape})"
+
+
+def give_back(mapped: np.ndarray) -> None:
+    """Drop pages of a file that is mapped and was not written to; never anything else's."""
+    with suppress(OSError, AttributeError):
+        page = mmap.PAGESIZE
+        address = mapped.ctypes.data
+        begin, end = -(-address // page) * page, (address + mapped.nbytes) // page * page
+        if begin < end:
+            advise = ctypes.CDLL(None).madvise
+            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
 def narrowed(wide: np.ndarray, dtype: str) -> np.ndarray:

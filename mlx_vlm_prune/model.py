@@ -243,7 +243,7 @@ class VLM(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        return self.tower.post_layernorm.weight.dtype
+        return self.language.norm.weight.dtype
 
     @property
     def N(self) -> int:

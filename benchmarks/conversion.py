@@ -1,0 +1,138 @@
+"""Converting a 2 GB checkpoint beside copying its file: `python -m benchmarks.conversion`.
+
+Both in alternation on the same disk, both until the bytes are on it (fsync); the conversion
+is a process of its own, so its start and its import of torch are inside the time, and its
+peak memory is the operating system's own figure. Of the two generations one is taken over as
+it is, in the other the rows of queries and keys move. Writes results/conversion.json; its
+last line is the same in one line.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from convert.generations import GENERATIONS
+from convert.names import to_published
+from convert.shapes import expected_shapes
+
+RESULTS = Path(__file__).parent / "results"
+TEXT = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 6400,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224,
+    "patch_size": 16, "model_type": "clip_vision_model",
+}  # fmt: skip
+GENERATION_NAMES = ("minimind2-v", "minimind2-v-2025-02")
+
+
+def publish(file: Path, name: str, layers: int) -> None:
+    """Write random bits in float16 under the published names, tower and all."""
+    import torch
+
+    table, state = GENERATIONS[name].table, {}
+    sizes = {"text_config": {**TEXT, "num_hidden_layers": layers}, "vision_config": VISION}
+    shapes = expected_shapes(sizes)
+    for ours, shape in tqdm(shapes.items(), desc=f"making {name}", leave=False):
+        found = to_published(table, ours)
+        assert found
+        if found[1].change and found[1].change.axes == 4:
+            shape = (shape[0], shape[3], shape[1], shape[2])
+        bits = torch.randint(0, 15360, shape, dtype=torch.int16)  # finite, positive
+        state[found[0]] = bits.view(torch.float16)
+    torch.save(state, file)
+
+
+def copied(source: Path, target: Path) -> float:
+    """Seconds to copy a file, until it is on the disk."""
+    begin = time.perf_counter()
+    shutil.copyfile(source, target)
+    with target.open("rb") as done:
+        os.fsync(done.fileno())
+    return time.perf_counter() - begin
+
+
+def converted(source: Path, target: Path, words: Path) -> tuple[float, float]:
+    """Seconds of a conversion in a process of its own, and its peak memory in MB."""
+    command = [sys.executable, "-m", "convert", "to-mlx", str(source), str(target)]
+    begin = time.perf_counter()
+    with subprocess.Popen([*command, "--tokenizer", str(words)], stdout=subprocess.DEVNULL) as run:
+        _, status, used = os.wait4(run.pid, 0)
+        run.returncode = os.waitstatus_to_exitcode(status)
+    assert run.returncode == 0, "the conversion failed"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return time.perf_counter() - begin, used.ru_maxrss * unit / 1e6
+
+
+def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
+    """Copy and conversion in alternation; medians, all runs, and the ratio of speeds."""
+    from mlx_vlm_prune.scenes import CHECKPOINT
+
+    source = folder / f"{name}.pth"
+    # In another process: Linux counts a parent's memory among that of its children.
+    maker = multiprocessing.get_context("spawn").Process(
+        target=publish, args=(source, name, layers)
+    )
+    maker.start()
+    maker.join()
+    copies, conversions, peaks = [], [], []
+    copied(source, folder / "warm")
+    (folder / "warm").unlink()
+    for _ in tqdm(range(runs), desc=name, leave=False):
+        copies.append(copied(source, folder / "copy"))
+        (folder / "copy").unlink()
+        seconds, peak = converted(source, folder / "mlx", CHECKPOINT)
+        shutil.rmtree(folder / "mlx")
+        conversions.append(seconds)
+        peaks.append(peak)
+    megabytes = source.stat().st_size / 1e6
+    source.unlink()
+    copy, conversion = statistics.median(copies), statistics.median(conversions)
+    return {
+        "generation": name,
+        "megabytes": round(megabytes),
+        "copy_s": [round(s, 2) for s in copies],
+        "conversion_s": [round(s, 2) for s in conversions],
+        "speed_of_copying": round(copy / conversion, 3),
+        "peak_megabytes": round(max(peaks)),
+        "peak_above_file_megabytes": round(max(peaks) - megabytes),
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.conversion", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--layers", type=int, default=22, help="22 make 2 GB")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
+    args = parser.parse_args()
+    rows = []
+    for name in GENERATION_NAMES:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            row = measure(name, Path(folder), args.layers, args.runs)
+        rows.append(row)
+        print(
+            f"{name}: {row['megabytes']} MB, converted at {row['speed_of_copying']:.2f} times the "
+            f"speed of copying, peak {row['peak_megabytes']} MB "
+            f"({row['peak_above_file_megabytes']:+} MB beside the file)",
+            flush=True,
+        )
+    (RESULTS / "conversion.json").write_text(json.dumps({"rows": rows}, indent=4) + "\n")
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
