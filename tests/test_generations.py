@@ -18,11 +18,13 @@ from convert.layouts import CONVOLUTION, INTERLEAVED, PATCHES
 from convert.tensors import RawTensor
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.prompt import Prompt
-from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners import Stage, plan
 from torch_ref.model import VLM
+from torch_ref.pruners import Step
 
 from . import generations
 from .generations import CASES, NAMES, SIDE
+from .test_model import CHOOSING
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -150,6 +152,51 @@ def test_the_language_model_alone_is_read_by_transformers(made, tmp_path, capsys
     with torch.no_grad():
         expected = model.eval()(ids).logits.numpy()
     np.testing.assert_allclose(np.array(said), expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
+
+
+@pytest.fixture(scope="module", params=["minimind-3v", "minimind-3v-2026-04-19"])
+def third(request, tmp_path_factory):
+    """Without CLS, with q/k norm and experts; of the second four patches make a token."""
+    folder = tmp_path_factory.mktemp("third")
+    made = generations.release(request.param, True, seed=5)
+    model, _ = load(converted(made, folder))
+    path = folder / "published.pth"
+    reference = VLM.from_pth(path, folder / "tower", torch.device("cpu"))
+    return made, model, reference
+
+
+@pytest.mark.parametrize("spec", [*CHOOSING, "tome+divprune", "cls_attention+restore"])
+def test_every_method_works_without_cls_as_the_reference_does(third, spec):
+    made, model, reference = third
+    asked, K = prompt(made, model), made.N // 2 + 1
+    pixels_13HW = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+    pixels = mx.array(pixels_13HW.permute(0, 2, 3, 1).numpy())
+    pipeline = plan(spec, {})
+    steps = [
+        Step(step.name, k, step.options)
+        for step, k in zip(pipeline.steps, pipeline.budgets(made.N, K), strict=True)
+    ]
+    if pipeline.enhancer:
+        steps.append(Step(pipeline.enhancer.name, None, pipeline.enhancer.options))
+    within = any(
+        step.stage is Stage.ENCODER and k < made.N
+        for step, k in zip(pipeline.steps, pipeline.budgets(made.N, K), strict=True)
+    )
+    if within and made.N < (SIDE // generations.PATCH) ** 2:
+        with pytest.raises(UserError, match="neighbouring patches become one visual token"):
+            model([asked], pixels, pipeline, K)
+        return
+    try:
+        before = model([asked], pixels, pipeline, K, "keep", last_only=False)
+    except UserError as e:  # few layers cannot average few tokens
+        assert pipeline.decoder and "average" in str(e)
+        return
+    with torch.no_grad():
+        expected = reference.logits([asked], pixels_13HW, steps, positions="keep")[0].numpy()
+    ours = np.array(before.logits_BLV)[0]
+    np.testing.assert_allclose(
+        ours[-len(expected) :], expected, rtol=1e-4, atol=1e-5 * abs(expected).max()
+    )
 
 
 def tensor(values, *shape) -> RawTensor:
