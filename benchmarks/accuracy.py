@@ -21,6 +21,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
+from mlx.utils import tree_unflatten
 from tqdm import tqdm
 
 from convert.errors import UserError
@@ -197,6 +199,20 @@ def earlier(out: Path, per_kind: int, pairs: Sequence[tuple[str, int]], question
     return {pair: bits for pair, bits in found.items() if pair not in pairs}
 
 
+def widened(model: VLM) -> None:
+    """Quantized matrices as float32 of the same values: a CPU multiplies those much faster."""
+    wide: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            how = {"group_size": module.group_size, "bits": module.bits}
+            weight = mx.dequantize(module.weight, module.scales, module.biases, **how)
+            is_linear = isinstance(module, nn.QuantizedLinear)
+            new = nn.Linear(1, 1, bias=False) if is_linear else nn.Embedding(1, 1)
+            new.weight = weight
+            wide.append((path, new))
+    model.update_modules(tree_unflatten(wide))
+
+
 def earlier_refusals(out: Path, pairs: Sequence[tuple[str, int]], refused: list) -> list[dict]:
     """What an earlier run could not do, and this one was not asked for."""
     if not out.exists():
@@ -223,6 +239,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "scenes.json")
     args = parser.parse_args()
     model, processor = load(args.model)
+    widened(model)
     untrained = [
         n for n, m in METHODS.items() if getattr(m, "learned", 0) and n not in model.learned
     ]

@@ -15,7 +15,7 @@ from convert.errors import UserError
 from mlx_vlm_prune.listing import Entry, entry
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.overlay import overlay, strip
-from mlx_vlm_prune.pruners import METHODS
+from mlx_vlm_prune.pruners import METHODS, Stage
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 from mlx_vlm_prune.stream import generate
 
@@ -86,7 +86,8 @@ def draw(photographs: list[Path]) -> None:
     images = [compose(seed).image() for seed in SEEDS] + [Image.open(p) for p in photographs]
     PICTURES.mkdir(exist_ok=True)
     for name, method in METHODS.items():
-        if getattr(method, "learned", False) or name in ("none", "restore"):
+        pooled = name == "attention_pool"  # its slots stand nowhere
+        if pooled or method.stage is Stage.ENHANCER or name == "none":
             continue
         tiles = [_tile(model, processor, image, name) for image in images]
         strip(tiles).save(PICTURES / f"{name}.jpg", quality=82, optimize=True)

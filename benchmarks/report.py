@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from convert.generations import GENERATIONS
 from mlx_vlm_prune.listing import entry
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
@@ -12,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def scenes(results: Path = RESULTS) -> dict[str, dict[int, dict]]:
+def scenes(results: Path = RESULTS, file: str = "scenes.json") -> dict[str, dict[int, dict]]:
     """What each method answered, by name and budget, in the order of the table of methods."""
-    told = json.loads((results / "scenes.json").read_text(encoding="utf-8"))
+    told = json.loads((results / file).read_text(encoding="utf-8"))
     found: dict[str, dict[int, dict]] = {}
     order = list(METHODS)
     rows = sorted(told["rows"], key=lambda r: (_chained(r), order.index(_first(r)), -r["tokens"]))
@@ -128,12 +129,72 @@ def selectors_table(results: Path = RESULTS) -> str:
     return "\n".join(lines)
 
 
+LEARNED = ("attention_pool", "score_prune", "mlp")
+
+
+def learned_table(results: Path = RESULTS) -> str:
+    """Learned methods with the model frozen and trained along, in Markdown."""
+    lines = ["| pruner | trained | all 196 | 98 | 49 | 22 |", "|---|---|---:|---:|---:|---:|"]
+    for name in LEARNED:
+        told = scenes(results)
+        lines += [_learned_line(told, spec, "alone") for spec in told if _is(spec, name)]
+        own = scenes(results, f"unfrozen-{name}.json")
+        lines += [_learned_line(own, spec, "with the model") for spec in own if _is(spec, name)]
+        lines.append(_learned_line(own, "random", f"– (the model of `{name}`)"))
+    return "\n".join(lines)
+
+
+def _is(spec: str, name: str) -> bool:
+    return spec.split(":")[0] == name
+
+
+def _learned_line(found: dict[str, dict[int, dict]], spec: str, how: str) -> str:
+    rows = {**found["none"], **found[spec]}
+    cells = [f"{mean(rows[k]):.1%}" if k in rows else "–" for k in (196, 98, 49, 22)]
+    return f"| `{spec}` | {how} | " + " | ".join(cells) + " |"
+
+
+def quantized_table(results: Path = RESULTS) -> str:
+    """Size and accuracy of the built-in model in fewer bits, in Markdown."""
+    spec, K = "received_attention", 98
+    lines = [f"| language model | size | all 196 tokens | `{spec}`, {K} |", "|---|---:|---:|---:|"]
+    for title, file in (
+        ("16 bits", "scenes.json"),
+        ("8 bits", "quantized-8.json"),
+        ("4 bits", "quantized-4.json"),
+    ):
+        found = scenes(results, file)
+        size = json.loads((results / file).read_text(encoding="utf-8"))["megabytes"]
+        cells = [f"{size:.1f} MB", f"{mean(found['none'][196]):.1%}", f"{mean(found[spec][K]):.1%}"]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def conversion_table(results: Path = RESULTS) -> str:
+    """How fast a checkpoint is converted, in Markdown."""
+    told = json.loads((results / "conversion.json").read_text(encoding="utf-8"))
+    lines = [
+        "| from | file | time | of the speed of copying the file | peak memory |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in told["rows"]:
+        seconds = sorted(row["conversion_s"])[len(row["conversion_s"]) // 2]
+        lines.append(
+            f"| {GENERATIONS[row['generation']].title} | {row['megabytes']} MB | {seconds:.1f} s | "
+            f"{row['speed_of_copying']:.0%} | {row['peak_megabytes']} MB |"
+        )
+    return "\n".join(lines)
+
+
 TABLES = {
     "methods": methods_table,
     "kinds": kinds_table,
     "scenes": scenes_table,
     "speed": speed_table,
     "selectors": selectors_table,
+    "learned": learned_table,
+    "quantized": quantized_table,
+    "conversion": conversion_table,
 }
 
 

@@ -57,6 +57,9 @@ def quantised(
             tensors |= _few_bits(name.removesuffix("weight"), tensor, how)
         else:
             tensors[name] = tensor
+    if len(tensors) == len(source.tensors):
+        group = how["group_size"]
+        raise UserError(f"no matrix of the language model has rows that groups of {group} divide")
     config = {**source.config, "quantization": how, "quantization_config": how}
     return replace(source, config=config, tensors=tensors)
 
@@ -67,8 +70,7 @@ def _few_bits(prefix: str, tensor: RawTensor, how: Mapping[str, Any]) -> dict[st
 
     def compute() -> list[np.ndarray]:
         with mx.stream(mx.cpu):
-            parts = mx.quantize(to_array(tensor), **how)
-            return [_bytes(part) for part in parts]
+            return [_bytes(part) for part in mx.quantize(to_array(tensor), **how)]
 
     rows, columns = tensor.shape
     groups = (rows, columns // how["group_size"])

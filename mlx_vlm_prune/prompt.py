@@ -90,7 +90,7 @@ class Tokenizer:
         return frozenset() if token is None else frozenset({self.token_id(token)})
 
     def render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **extra: Any
+        self, messages: list[dict[str, Any]], /, add_generation_prompt: bool = True, **extra: Any
     ) -> str:
         """Messages through the chat template; `extra` are its options, such as enable_thinking.
 
@@ -184,11 +184,9 @@ def build(
     each followed by a newline. Image i becomes `tokens_per_image[i]` copies of
     `image_token`. The text may hold that token, too: runs are found by character offsets.
     `options` are the template's own, such as open_thinking.
-
     Raises UserError: marks and images differ in number, the template drops the text, the
     tokenizer merges placeholders, or nothing is left to read.
     """
-    assert all(count >= 1 for count in tokens_per_image)
     parts = _between_images(text, len(tokens_per_image))
     # A stand-in that nobody wrote, so that the template sees one character per image.
     written = text + (tokenizer.chat_template or "")

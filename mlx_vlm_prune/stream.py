@@ -100,9 +100,7 @@ def stream_generate(
     Raises UserError.
     """
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
-    clock = Clock()
-    chosen = _resolve(model, pruner)
-    N = model.N
+    clock, chosen, N = Clock(), _resolve(model, pruner), model.N
     K = budget(N, keep_ratio, keep_tokens, chosen)
     pictures = [open_image(source) for source in _listed(image)]
     pixels = _pixels(model, processor, pictures)

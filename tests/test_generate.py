@@ -311,3 +311,15 @@ def test_a_result_without_an_image_has_no_overlay(home):
     model, processor = load(home / "mlx")
     with pytest.raises(UserError, match="no image"):
         generate(model, processor, QUESTION, max_tokens=1).overlay()
+
+
+@pytest.mark.parametrize("given", ["{", "[1]", "3", '"a"'])
+def test_template_options_that_are_no_object_are_refused(given, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--chat-template-config", given])
+    assert stop.value.code == 2 and "is no JSON object" in capsys.readouterr().err
+
+
+def test_template_options_cannot_replace_the_question(capsys):
+    main(["--chat-template-config", '{"messages": [], "self": 1}', "--no-verbose"])
+    assert capsys.readouterr().out.strip()

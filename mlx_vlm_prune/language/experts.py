@@ -31,7 +31,7 @@ class ExpertLinear(nn.Module):
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: Any) -> nn.Module:
         """The same in fewer bits; called by nn.quantize."""
         made = QuantizedExpertLinear(group_size, bits, mode)
-        made.weight, made.scales, *biases = mx.quantize(self.weight, group_size, bits, mode=mode)
+        made.weight, made.scales, *biases = mx.quantize(self.weight, **made.how)
         if biases:
             made.biases = biases[0]
         return made

@@ -4,7 +4,7 @@ EfficientVLM on MiniMind-V (github.com/langchengg/EfficientVLM), `score_prune`: 
 scorer ranks token importance, keeps Top-K". No commit of it has the code, so layout and
 training are ours: a norm, one hidden layer and a number per token. It learns from the
 answers' loss alone, by a straight-through top-K: only the K highest stay visible, and
-the loss reaches their scores through the attention that they get.
+the loss reaches all scores through the attention that the tokens get, or would get.
 
 Shapes: B images, N tokens, D features, K kept.
 """
