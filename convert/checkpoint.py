@@ -149,8 +149,6 @@ def as_published(
         if found is None:
             raise UserError(f"{where} holds a tensor {name} that its generation has no place for")
         new, rule = found
-        if rule.change and len(tensor.shape) != rule.change.our_axes:
-            raise UserError(f"{where}: tensor {name} has shape {tensor.shape}, not four axes")
         state[new] = rule.change.back(tensor, head_dim) if rule.change else tensor
     return {name: state[name] for name in published_order(table, state)}
 
@@ -177,8 +175,8 @@ def as_mlx(
     """
     if is_ours(source):
         reading = source if (source / READING).is_file() else None
-        config = read_json(source / "config.json")
-        return Source(config, read_weights(source), tokenizer or source, reading)
+        config, tensors = _own(source)
+        return Source(config, tensors, tokenizer or source, reading)
     published = read_published(source, vision, heads, kv_heads)
     generation, words = published.generation, tokenizer or _home(source)
     dtype = published.tensors["language.embed_tokens.weight"].dtype
@@ -280,7 +278,7 @@ def _words(folder: Path, generation: Generation) -> dict[str, Any]:
 def generation_of(config: Mapping[str, Any], where: Path) -> Generation:
     """As what one of our folders was published."""
     name = config.get("published_as", DEFAULT)
-    if name not in GENERATIONS:
+    if not isinstance(name, str) or name not in GENERATIONS:
         raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(GENERATIONS)}")
     return GENERATIONS[name]
 
@@ -289,13 +287,17 @@ def read_ours(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     """config.json and tensors of one of our folders that is not quantized; raises UserError."""
     if not is_ours(folder):
         raise UserError(f"{folder} is none of our checkpoint folders (see to-mlx)")
-    config = read_json(folder / "config.json")
+    config, tensors = _own(folder)
     if "quantization" in config:
         raise UserError(f"{folder} is quantized; convert it to-mlx with --dequantize first")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(config.get(part), Mapping):
-            raise UserError(f"{folder / 'config.json'} has no {part}")
-    return config, read_weights(folder)
+    return config, tensors
+
+
+def _own(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    config, tensors = read_json(folder / "config.json"), read_weights(folder)
+    generation_of(config, folder)
+    check_complete(tensors, config, folder)
+    return config, tensors
 
 
 def head_size(config: Mapping[str, Any], where: Path) -> int:

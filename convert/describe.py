@@ -83,8 +83,8 @@ def _is_patch(name: str) -> bool:
 
 def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
     config = read_json(path / "config.json")
-    head_size(config, path)
     expected = expected_shapes(config)
+    head_size(config, path)
     lines = [
         ("made from", config.get("published_as", "minimind2-v")),
         *_language(config["text_config"], "from config.json"),
@@ -145,7 +145,8 @@ def _projector_sizes(named: Mapping[str, RawTensor], generation: Generation) -> 
 
 
 def _tower(c: Mapping[str, Any]) -> str:
-    kind = "CLIP" if c["model_type"] == "clip_vision_model" else "SigLIP"
+    clip = c.get("model_type", "clip_vision_model") == "clip_vision_model"
+    kind = "CLIP" if clip else "SigLIP"
     side = c["image_size"] // c["patch_size"]
     return (
         f"{kind}, {c['num_hidden_layers']} layers of {c['hidden_size']}, "

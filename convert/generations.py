@@ -113,7 +113,7 @@ GENERATIONS = {
     )
 }
 SUPPORTED = ", ".join(generation.title for generation in GENERATIONS.values())
-MODEL_TYPES = {generation.model_type for generation in GENERATIONS.values()}
+MODEL_TYPES = ("minimind2_v", "minimind3_v")  # of our folders
 DEFAULT = "minimind2-v"  # of our folders that do not say
 
 
@@ -142,8 +142,9 @@ def recognise(state: Mapping[str, Shaped]) -> Generation | str:
 
 
 def _early(state: Mapping[str, Shaped]) -> Generation | str:
-    q, k = (state.get(f"layers.0.attention.w{x}.weight") for x in "qk")
-    if q and k and q.shape[0] == 2 * k.shape[0]:
+    both = (state.get(f"layers.0.attention.w{x}.weight") for x in "qk")
+    q_rows, k_rows = (tensor.shape[0] if tensor and tensor.shape else 0 for tensor in both)
+    if q_rows and q_rows == 2 * k_rows:
         return (
             "is minimind-v-v1 of 2024, which is not supported: it reads 50 tokens of CLIP"
             " ViT-B/32, CLS among them, in a prompt format that was given up"

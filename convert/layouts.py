@@ -7,18 +7,18 @@ same bytes. `d` is the size of one attention head.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .errors import UserError
 from .tensors import RawTensor
 
 
 @dataclass(frozen=True)
 class Change:
-    """`there(tensor, d)` makes our order of the published one, `back(tensor, d)` undoes it;
-    `axes` is how many a published tensor has, `our_axes` how many ours."""
+    """`there(tensor, d)` makes our order of the published one, which has so many `axes`;
+    `back(tensor, d)` undoes it."""
 
     there: Callable[[RawTensor, int], RawTensor]
     back: Callable[[RawTensor, int], RawTensor]
     axes: int
-    our_axes: int
 
 
 def _pairs_apart(tensor: RawTensor, d: int) -> RawTensor:
@@ -42,6 +42,10 @@ def _squared(tensor: RawTensor, d: int) -> RawTensor:
     """(out, p * p * 3) as (out, p, p, 3): the values stay where they are."""
     out, columns = tensor.shape
     side = round((columns // 3) ** 0.5)
+    if columns != 3 * side * side:
+        raise UserError(
+            f"a patch embedding of {columns} columns is of no square patch of 3 colours"
+        )
     return tensor.reshaped((out, side, side, 3))
 
 
@@ -55,9 +59,8 @@ CONVOLUTION = Change(
     lambda tensor, d: tensor.permuted((0, 2, 3, 1)),
     lambda tensor, d: tensor.permuted((0, 3, 1, 2)),
     4,
-    4,
 )
 # SigLIP 2's NaFlex towers multiply patches laid out flat, colours innermost.
-PATCHES = Change(_squared, _flat, 2, 4)
+PATCHES = Change(_squared, _flat, 2)
 # Early MiniMind2 turned neighbours, as complex numbers; later ones turn the two halves.
-INTERLEAVED = Change(_pairs_apart, _pairs_together, 2, 2)
+INTERLEAVED = Change(_pairs_apart, _pairs_together, 2)

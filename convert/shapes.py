@@ -1,6 +1,6 @@
 """Every tensor that a checkpoint of given sizes must have, with its shape, under our names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,17 @@ from .errors import UserError
 from .generations import Shaped
 
 Shapes = dict[str, tuple[int, ...]]
+LARGEST = 1 << 20  # of any size in a config.json
+MOST_LAYERS = 512
+SIZES = {
+    "text_config": [
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
+        "num_key_value_heads", "vocab_size",
+    ],
+    "vision_config": [
+        "hidden_size", "image_size", "intermediate_size", "num_hidden_layers", "patch_size",
+    ],
+}  # fmt: skip
 
 
 def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], where: Path) -> None:
@@ -24,17 +35,36 @@ def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], whe
 
 
 def expected_shapes(config: Mapping[str, Any]) -> Shapes:
-    """All shapes that a config.json of ours asks for."""
-    text, vision = config["text_config"], config["vision_config"]
+    """All shapes that a config.json of ours asks for; UserError for a size that cannot be."""
+    text, vision = (_sizes(config, part, names) for part, names in SIZES.items())
     width = vision["hidden_size"]
     shapes = _language(text) | _tower(vision)
     shapes |= _projector(config.get("projector"), text["hidden_size"], width)
     if "pruner" in config:
-        shapes["pruner.queries"] = (config["pruner"]["tokens"], width)
+        pruner = _sizes(config, "pruner", ["tokens"])
+        shapes["pruner.queries"] = (pruner["tokens"], width)
         for x in "qkv":
             shapes |= _linear(f"pruner.{x}_proj", width, width)
-    how = config.get("quantization")
-    return shapes if how is None else _few_bits(shapes, how)
+    if config.get("quantization") is None:
+        return shapes
+    return _few_bits(shapes, _sizes(config, "quantization", ["bits", "group_size"]))
+
+
+def _sizes(config: Mapping[str, Any], part: str, names: Sequence[str]) -> Mapping[str, Any]:
+    """A part of a config.json, its sizes checked."""
+    told = config.get(part)
+    if not isinstance(told, Mapping):
+        raise UserError(f"config.json has no {part}")
+    both = ["num_experts", "num_experts_per_tok"] if "num_experts" in told else []
+    shared = ["n_shared_experts"] if "n_shared_experts" in told else []
+    for name in (*names, *both, *shared):
+        most = MOST_LAYERS if "layers" in name or "experts" in name else LARGEST
+        if type(told.get(name)) is not int or not 1 <= told[name] <= most:
+            raise UserError(
+                f"config.json: {part}.{name} is {str(told.get(name))[:40]}, not a whole number "
+                f"from 1 to {most}"
+            )
+    return told
 
 
 def is_quantisable(name: str, shape: tuple[int, ...], group_size: int) -> bool:
@@ -65,13 +95,15 @@ def _norm(name: str, size: int) -> Shapes:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
-def _projector(told: Mapping[str, Any] | None, D: int, width: int) -> Shapes:
+def _projector(told: Any, D: int, width: int) -> Shapes:
     """One matrix, or two with a GELU between them, of patches that were put together."""
     if told is None:
         return _linear("projector", D, width)
-    rows, columns = told["merge"]
-    wide = rows * columns * width
-    norm = _norm("projector.norm", wide) if told["norm"] else {}
+    merge = told.get("merge") if isinstance(told, Mapping) else None
+    if not isinstance(merge, list | tuple) or len(merge) != 2 or set(merge) - set(range(1, 65)):
+        raise UserError(f"config.json: projector.merge is {merge!r}, not two numbers from 1 to 64")
+    wide = merge[0] * merge[1] * width
+    norm = _norm("projector.norm", wide) if told.get("norm") else {}
     return norm | _linear("projector.fc1", D, wide) | _linear("projector.fc2", D, D)
 
 
@@ -111,7 +143,7 @@ def _mlp(name: str, D: int, inner: int) -> Shapes:
 
 def _tower(c: Mapping[str, Any]) -> Shapes:
     D, inner, patch = c["hidden_size"], c["intermediate_size"], c["patch_size"]
-    clip = c["model_type"] == "clip_vision_model"
+    clip = c.get("model_type", "clip_vision_model") == "clip_vision_model"
     patches = (c["image_size"] // patch) ** 2
     shapes: Shapes = {
         "tower.embeddings.patch_embedding.weight": (D, patch, patch, 3),

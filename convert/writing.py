@@ -82,7 +82,7 @@ def copy_words(tokenizer: Path, folder: Path) -> None:
 
 def _assumed_reading(vision: Mapping[str, Any]) -> dict[str, Any]:
     side = vision["image_size"]
-    if vision["model_type"] == "clip_vision_model":
+    if vision.get("model_type", "clip_vision_model") == "clip_vision_model":
         return CLIP_READING | {"crop_size": side, "size": side}
     size = {"height": side, "width": side}
     return SIGLIP_READING | {"do_center_crop": False, "size": size}
@@ -115,7 +115,7 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
 
 def _tower_config(vision: Mapping[str, Any]) -> dict[str, Any]:
     """As Hugging Face writes it; SigLIP's pooling head is left out, as MiniMind-V does."""
-    if vision["model_type"] == "clip_vision_model":
+    if vision.get("model_type", "clip_vision_model") == "clip_vision_model":
         return dict(vision)
     told = {**vision, "vision_use_head": False}
     if vision["model_type"] == "siglip2_vision_model":

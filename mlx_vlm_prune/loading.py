@@ -151,7 +151,7 @@ def parse_config(config: Mapping[str, Any], where: Path) -> VLMConfig:
     if config.get("model_type") not in MODEL_TYPES:
         raise UserError(
             f"{where} holds a {config.get('model_type')!r} model; supported are "
-            f"{', '.join(sorted(MODEL_TYPES))}"
+            f"{', '.join(MODEL_TYPES)}"
         )
     pruner = config.get("pruner")
     learned = None
@@ -202,7 +202,7 @@ def _check_quantization(config: Mapping[str, Any], where: Path) -> None:
         return
     known = isinstance(how, Mapping) and set(how) <= {"bits", "group_size", "mode"}
     mode = how.get("mode", "affine") if known else None
-    if mode not in MODES or how.get("bits") not in BITS or how.get("group_size") not in GROUPS:
+    if mode not in [*MODES] or how.get("bits") not in BITS or how.get("group_size") not in GROUPS:
         raise UserError(
             f"{where}: quantization is {how!r}, which no mode of {', '.join(MODES)} has"
         )

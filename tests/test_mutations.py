@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError, deserialize
+from safetensors.torch import save_file
 
 from convert.checkpoint import read_weights
+from convert.describe import describe
 from convert.errors import UserError
 from convert.files import check_safetensors, open_safetensors, read_pth
+from convert.writing import to_hf, to_torch
 
 from . import tiny
 from .test_hostile_checkpoints import conversion, left, published, refused  # noqa: F401
@@ -228,3 +232,81 @@ def test_reading_a_folder_takes_no_memory_before_it_is_written(published):  # no
     assert moved.nbytes == 4 * int(np.prod(moved.shape)) and callable(moved._data)
     assert moved.data.nbytes == moved.nbytes
     assert tiny.VISION.hidden_size == moved.shape[0]
+
+
+@pytest.mark.parametrize("name", ["minimind2-v", "minimind-3v-2026-04-19"])
+def test_any_config_is_read_or_refused_in_a_sentence_by_every_command(tmp_path, capsys, name):
+    """Each entry of config.json in turn missing, or of another kind or size."""
+    from mlx_vlm_prune import load
+
+    from . import generations
+    from .test_generations import converted
+
+    target = converted(generations.release(name, True), tmp_path)
+    good = json.loads((target / "config.json").read_text())
+    places = [(key,) for key in good] + [
+        (part, key) for part, held in good.items() if isinstance(held, dict) for key in held
+    ]
+    refusals = 0
+    for place in places:
+        for value in ("missing", None, -1, 0, 3, 10**12, "x", [], {}, True, [1, 2], 0.5):
+            config = json.loads(json.dumps(good))
+            *above, key = place
+            part = config[above[0]] if above else config
+            part.pop(key)
+            part |= {} if value == "missing" else {key: value}
+            (target / "config.json").write_text(json.dumps(config))
+            refusals += _read_or_refused(lambda: describe(target))
+            refusals += _read_or_refused(lambda: load(target))
+            refusals += _read_or_refused(lambda: to_torch(target, tmp_path / "a.pth"))
+            refusals += _read_or_refused(lambda: to_hf(target, tmp_path / "hf"))
+            (tmp_path / "a.pth").unlink(missing_ok=True)
+            shutil.rmtree(tmp_path / "hf", ignore_errors=True)
+    assert refusals > 4 * len(places)
+
+
+def _read_or_refused(read) -> bool:
+    try:
+        read()
+    except UserError as e:
+        assert "\n" not in str(e)
+        return True
+    return False
+
+
+WRONGS = {
+    "missing": None,
+    "flat": lambda t: t.reshape(-1),
+    "empty": lambda t: t[:0],
+    "one more row": lambda t: torch.cat([t, t[:1]]),
+    "one more axis": lambda t: t[None],
+    "numbers": lambda t: t.int(),
+    "one number": lambda t: t.sum(),
+}
+
+
+@pytest.mark.parametrize("name", ["minimind2-v-2025-02", "minimind-3v-2026-03", "minimind-3v"])
+def test_any_published_tensor_is_as_it_should_be_or_named(tmp_path, name):
+    """Each tensor in turn missing or of another shape or kind."""
+    from convert.checkpoint import as_mlx
+
+    from . import generations
+
+    made = generations.release(name, True)
+    made.write(tmp_path)
+    pth, tower = tmp_path / "published.pth", tmp_path / "tower" / "model.safetensors"
+    for file, held in ((pth, made.text), (tower, made.tower)):
+        for key, tensor in held.items():
+            if ".head." in key or tensor.ndim == 0:  # left out, whatever they are
+                continue
+            for wrong, change in WRONGS.items():
+                if wrong == "flat" and tensor.ndim == 1:
+                    continue
+                if wrong == "missing" and key in ("lm_head.weight", "output.weight"):
+                    continue  # tied, so it may be
+                state = {k: v.contiguous() for k, v in held.items() if k != key}
+                state |= {} if change is None else {key: change(tensor)}
+                (torch.save if file == pth else save_file)(state, file)
+                with pytest.raises(UserError):
+                    as_mlx(pth, tmp_path / "tower", tmp_path / "words")
+        torch.save(made.text, pth)

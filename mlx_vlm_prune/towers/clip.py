@@ -6,7 +6,7 @@ the last layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never
 Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d head size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from mlx import nn
 from ..pruners.contract import Signals
 from ..resample import shrunk
 from .between import Between, Cut, Encoded, patched
+
+Activation = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -69,28 +71,31 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
+        self.act = act
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu_fast_approx(self.fc1(x)))  # x * sigmoid(1.702 x), "quick GELU"
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
         self.self_attn = Attention(c)
         self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, act)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
 class Encoder(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    """The layers, which SigLIP has too, with another activation."""
+
+    def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
-        self.layers = [EncoderLayer(c) for _ in range(c.num_hidden_layers)]
+        self.layers = [EncoderLayer(c, act) for _ in range(c.num_hidden_layers)]
 
 
 class Embeddings(nn.Module):
@@ -122,7 +127,7 @@ class CLIPTower(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, nn.gelu_fast_approx)  # x * sigmoid(1.702 x), "quick GELU"
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(

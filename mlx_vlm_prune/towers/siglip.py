@@ -16,7 +16,7 @@ from mlx import nn
 from ..pruners.contract import Signals
 from ..resample import shrunk
 from .between import Between, Cut, Encoded, patched
-from .clip import Attention, CLIPConfig
+from .clip import CLIPConfig, Encoder
 
 
 @dataclass(frozen=True)
@@ -26,31 +26,6 @@ class SiglipConfig(CLIPConfig):
     image_size: int = 256
     patch_size: int = 32
     layer_norm_eps: float = 1e-6
-
-
-class MLP(nn.Module):
-    def __init__(self, c: SiglipConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu_approx(self.fc1(x)))  # by tanh
-
-
-class EncoderLayer(nn.Module):
-    def __init__(self, c: SiglipConfig):
-        super().__init__()
-        self.self_attn = Attention(c)
-        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = MLP(c)
-        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-
-
-class Encoder(nn.Module):
-    def __init__(self, c: SiglipConfig):
-        super().__init__()
-        self.layers = [EncoderLayer(c) for _ in range(c.num_hidden_layers)]
 
 
 class Embeddings(nn.Module):
@@ -76,7 +51,7 @@ class SiglipTower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, nn.gelu_approx)  # by tanh
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(

@@ -8,7 +8,7 @@ Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d h
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from ..pruners import Step
 from .between import Encoded, enter, through
+
+Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,27 @@ class Attention(nn.Module):
         return self.out_proj(y_BHSd.transpose(1, 2).flatten(-2)), q, k
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 class MLP(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
+        self.act = act
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))  # "quick GELU"
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class Layer(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
         self.self_attn = Attention(c)
         self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, act)
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
@@ -101,9 +107,11 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    """The layers, which SigLIP has too, with another activation."""
+
+    def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(c, act) for _ in range(c.num_hidden_layers))
 
 
 class CLIPTower(nn.Module):
@@ -114,7 +122,7 @@ class CLIPTower(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, quick_gelu)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(

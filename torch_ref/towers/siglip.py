@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..pruners import Step
 from .between import Encoded, enter, through
-from .clip import Attention, CLIPConfig
+from .clip import CLIPConfig, Encoder
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,6 @@ class SiglipConfig(CLIPConfig):
     image_size: int = 256
     patch_size: int = 32
     layer_norm_eps: float = 1e-6
-
-
-class MLP(nn.Module):
-    def __init__(self, c: SiglipConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-class Layer(nn.Module):
-    def __init__(self, c: SiglipConfig):
-        super().__init__()
-        self.self_attn = Attention(c)
-        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = MLP(c)
-        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
 class Embeddings(nn.Module):
@@ -65,10 +46,8 @@ class Embeddings(nn.Module):
         return patches_BND + place_ND
 
 
-class Encoder(nn.Module):
-    def __init__(self, c: SiglipConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+def gelu_by_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 class SiglipTower(nn.Module):
@@ -78,7 +57,7 @@ class SiglipTower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(config, gelu_by_tanh)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
