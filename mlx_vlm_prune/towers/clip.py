@@ -70,6 +70,11 @@ class Attention(nn.Module):
         return self.out_proj(y_BHSd.swapaxes(1, 2).reshape(x_BSD.shape)), q_BHSd, k_BHSd
 
 
+def quick_gelu(x: mx.array) -> mx.array:
+    """x * sigmoid(1.702 x)."""
+    return nn.gelu_fast_approx(x)
+
+
 class MLP(nn.Module):
     def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
@@ -127,7 +132,7 @@ class CLIPTower(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config, nn.gelu_fast_approx)  # x * sigmoid(1.702 x), "quick GELU"
+        self.encoder = Encoder(config, quick_gelu)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(

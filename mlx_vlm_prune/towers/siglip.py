@@ -44,6 +44,10 @@ class Embeddings(nn.Module):
         return patches_BND + place_ND
 
 
+def gelu_by_tanh(x: mx.array) -> mx.array:
+    return nn.gelu_approx(x)
+
+
 class SiglipTower(nn.Module):
     """Pixels to patch features and the signals asked for."""
 
@@ -51,7 +55,7 @@ class SiglipTower(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config, nn.gelu_approx)  # by tanh
+        self.encoder = Encoder(config, gelu_by_tanh)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(
