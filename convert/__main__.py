@@ -95,16 +95,15 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
     if args.quantize:
         source = quantised(source, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
     to_mlx(source, args.target, args.dtype, args.source)
-    said = f"{args.target}: {sizes(source.config, assumed=not (args.heads or args.kv_heads))}"
+    said = f"{args.target}: {sizes(source.config, source.guessed)}"
     if source.reading is None:
         said += "\nno preprocessor_config.json was found: the tower's usual values are assumed"
     return said
 
 
-def sizes(config: dict[str, Any], assumed: bool) -> str:
+def sizes(config: dict[str, Any], guessed: bool) -> str:
     """A model in half a line."""
     text, vision = config["text_config"], config["vision_config"]
-    guessed = assumed and not text.get("qk_norm")
     said = (
         f"{text['num_hidden_layers']} layers of {text['hidden_size']}, "
         f"{text['num_attention_heads']} heads, {text['num_key_value_heads']} key/value heads"

@@ -20,6 +20,7 @@ from .tensors import RawTensor
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 READING = "preprocessor_config.json"
+LEARNED = "pruners.safetensors"
 TOWER_PLACES = (
     "clip",
     "clip-vit-base-patch16",
@@ -37,13 +38,15 @@ class Published:
     """A published checkpoint under our names and in our layout, checked to be complete.
 
     `sizes` has text_config, vision_config and, where they are, projector and pruner.
-    `reading` is the folder of preprocessor_config.json, or None where there is none.
+    `reading` is the folder of preprocessor_config.json, or None where there is none. `guessed`
+    says that nothing told how many heads there are.
     """
 
     tensors: dict[str, RawTensor]
     sizes: dict[str, Any]
     generation: Generation
     reading: Path | None
+    guessed: bool
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Source:
     tensors: dict[str, RawTensor]
     tokenizer: Path
     reading: Path | None
+    guessed: bool = False  # how many heads there are
+    learned: Path | None = None  # weights of learned pruners, which lie beside a model of ours
 
 
 def is_ours(folder: Path) -> bool:
@@ -96,7 +101,8 @@ def read_published(
         sizes["pruner"] = {"name": "attention_pool", "tokens": queries.shape[0]}
     check_complete(ours, sizes, source)
     reading = next((f for f in (folder, home) if f and (f / READING).is_file()), None)
-    return Published(ours, sizes, generation, reading)
+    guessed = not (heads or kv_heads or text.get("qk_norm"))
+    return Published(ours, sizes, generation, reading, guessed)
 
 
 def told_apart(state: Mapping[str, RawTensor], where: Path) -> Generation:
@@ -176,7 +182,8 @@ def as_mlx(
     if is_ours(source):
         reading = source if (source / READING).is_file() else None
         config, tensors = _own(source)
-        return Source(config, tensors, tokenizer or source, reading)
+        learned = source / LEARNED if (source / LEARNED).is_file() else None
+        return Source(config, tensors, tokenizer or source, reading, learned=learned)
     published = read_published(source, vision, heads, kv_heads)
     generation, words = published.generation, tokenizer or _home(source)
     dtype = published.tensors["language.embed_tokens.weight"].dtype
@@ -187,7 +194,7 @@ def as_mlx(
         "published_as": generation.name,
         "torch_dtype": next(k for k, v in DTYPES.items() if v == dtype),
     }
-    return Source(config, published.tensors, words, published.reading)
+    return Source(config, published.tensors, words, published.reading, published.guessed)
 
 
 def _home(source: Path) -> Path:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .checkpoint import (
     DTYPES,
+    LEARNED,
     READING,
     TOKENIZER_FILES,
     Source,
@@ -50,6 +51,8 @@ def to_mlx(source: Source, target: Path, dtype: str | None = None, name: str | N
         write_json(folder / "config.json", config)
         write_safetensors(folder / "model.safetensors", source.tensors, "mlx")
         copy_words(source.tokenizer, folder)
+        if source.learned:
+            shutil.copyfile(source.learned, folder / LEARNED)
         if source.reading:
             shutil.copyfile(source.reading / READING, folder / READING)
         else:

@@ -9,12 +9,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from convert.checkpoint import LEARNED
 from convert.errors import UserError
 from convert.files import check_safetensors
 
 from .pruners import METHODS
-
-FILE = "pruners.safetensors"
 
 
 def read_learned(folder: Path, dims: int) -> dict[str, Any]:
@@ -23,7 +22,7 @@ def read_learned(folder: Path, dims: int) -> dict[str, Any]:
     Raises UserError for a file that is not sound, an unknown method, or a tensor that is
     missing, superfluous or misshapen.
     """
-    file = folder / FILE
+    file = folder / LEARNED
     if not file.exists():
         return {}
     check_safetensors(file)  # mx.load accepts what the format forbids

@@ -80,6 +80,15 @@ def test_it_loads_and_computes_as_the_rounded_matrices_do(scenes, mode, bits, tm
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * abs(b).max())
 
 
+def test_learned_pruners_come_along_and_nothing_is_said_to_be_assumed(scenes, tmp_path, capsys):
+    main(["to-mlx", str(scenes.whole), str(tmp_path / "m"), "-q", "--q-bits", "8"])
+    assert "assumed" not in capsys.readouterr().out
+    learned = (tmp_path / "m" / "pruners.safetensors").read_bytes()
+    assert learned == (scenes.whole / "pruners.safetensors").read_bytes()
+    model, _ = load(tmp_path / "m")
+    assert set(model.learned) == {"attention_pool", "mlp", "score_prune"}
+
+
 def test_config_and_sizes_are_those_that_mlx_lm_users_know(scenes, capsys):
     target = scenes("--q-bits", "4", "--q-group-size", "32")
     told = json.loads((target / "config.json").read_text())
