@@ -136,11 +136,10 @@ def as_ours(
     tensors: Mapping[str, RawTensor], generation: Generation, head_dim: int
 ) -> dict[str, RawTensor]:
     """Tensors under our names, their values in our order."""
-    changes = {rule.ours: rule.change for rule in generation.table if rule.change}
     ours = {}
     for name, tensor in tensors.items():
         found = to_published(generation.table, name)
-        change = found and changes.get(found[1].ours)
+        change = found and found[1].change
         ours[name] = change.there(tensor, head_dim) if change else tensor
     return ours
 

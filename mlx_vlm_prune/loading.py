@@ -23,7 +23,7 @@ from convert.files import check_safetensors, read_json  # noqa: E402
 from convert.generations import MODEL_TYPES  # noqa: E402
 from convert.hub import found  # noqa: E402
 from convert.quantise import BITS, GROUPS, MODES, to_array  # noqa: E402
-from convert.shapes import check_complete  # noqa: E402
+from convert.shapes import LARGEST, MOST_LAYERS, check_complete  # noqa: E402
 
 from .image import Preprocessor, siglip_preprocessor  # noqa: E402
 from .language.experts import stacked  # noqa: E402
@@ -39,8 +39,6 @@ from .towers.siglip import SiglipConfig  # noqa: E402
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FLOATS = tuple(DTYPES.values())
 PACKED = (mx.uint32, mx.uint8)  # words of quantized weights, and scales that are powers of two
-LARGEST = 1 << 20  # of any size in a config.json
-MOST_LAYERS = 512
 TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 
 
