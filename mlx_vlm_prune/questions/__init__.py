@@ -2,8 +2,13 @@
 
 One format is one file: `read` yields its questions, `score` judges one answer by the rule
 its authors published. The table below names them all; `--format` takes these names.
+
+Nothing heavy is imported before a format is used, and MLX never: a question set can be
+looked at without a model.
 """
 
+import difflib
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +56,16 @@ class Bad:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a question set lies: its file or folder, and its images' folder if they are apart."""
+    """Where a question set lies: its file or folder, and its images' folder if they are apart.
+
+    `split` chooses a part of it where a format has parts. `boxes` is how coordinates are asked
+    for and read where answers are boxes: "unit" (0 to 1), "thousand" (0 to 1000) or "pixels".
+    """
 
     path: Path
     images: Path | None = None
     split: str | None = None
+    boxes: str = "unit"
 
 
 def mean(scores: list[float]) -> float:
@@ -71,14 +81,20 @@ class Format:
     0 to 1. It may have `together(scores) -> float`, how a group counts (default: the mean);
     `SCALE` and `UNIT`, by what a kind's mean is multiplied for display (default: 100, "%");
     `TOTAL`, "mean" over the groups (default) or "sum" over the kinds; and `more(questions,
-    said) -> dict[str, float]`, further figures its authors report (POPE: F1, share of yes).
+    said) -> dict[str, float]`, further figures its authors report (POPE: F1, share of yes),
+    in the unit in which they are shown (POPE: %).
     """
 
     name: str
     module: ModuleType
 
     def read(self, source: Source, bad: Bad) -> Iterator[Question]:
-        return self.module.read(source, bad)
+        """The questions one by one; their images are not opened yet.
+
+        Raises UserError at once for a missing file or folder, and on the way for a faulty
+        record, unless `bad` skips those. No two questions have one id.
+        """
+        return _distinct(self.module.read(source, bad), bad)
 
     def score(self, question: Question, said: str) -> float:
         return self.module.score(question, said)
@@ -100,3 +116,40 @@ class Format:
     @property
     def total(self) -> str:
         return getattr(self.module, "TOTAL", "mean")
+
+
+# A name for --format, and the module of this folder that reads it.
+FORMATS = {
+    "own": "own",
+    "scenes": "scenes",
+    "llava": "llava",
+    "minimind": "minimind",
+    "pope": "pope",
+    "textvqa": "textvqa",
+    "gqa": "gqa",
+    "mmbench": "mmbench",
+    "scienceqa": "scienceqa",
+    "mme": "mme",
+    "refcoco": "refcoco",
+}
+
+
+def format_of(name: str) -> Format:
+    """The format of a name in FORMATS; UserError, with what is close to it, for another."""
+    if name not in FORMATS:
+        close = difflib.get_close_matches(name, FORMATS, n=3)
+        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UserError(
+            f"no question format is called {name!r}; {meant}there are {', '.join(FORMATS)}"
+        )
+    return Format(name, importlib.import_module(f".{FORMATS[name]}", __name__))
+
+
+def _distinct(questions: Iterator[Question], bad: Bad) -> Iterator[Question]:
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            bad(f"question {question.id}", "another question has this id")
+            continue
+        seen.add(question.id)
+        yield question
