@@ -32,13 +32,9 @@ def _chained(row: dict) -> bool:
     return "+" in row["pruner"]
 
 
-def mean(row: dict) -> float:
-    return sum(row["accuracy"][kind] for kind in KINDS) / len(KINDS)
-
-
 def verdict(row: dict) -> str:
     """Above or below random at the same budget, where the interval says so."""
-    _, low, high = row.get("to_random", (0, -1, 1))
+    _, low, high = row.get("to_random", {}).get("overall", (0, -1, 1))
     return " ▲" if low > 0 else " ▼" if high < 0 else ""
 
 
@@ -51,7 +47,7 @@ def scenes_table(results: Path = RESULTS) -> str:
     for name, rows in found.items():
         if name != "none":
             cells = [
-                f"{mean(rows[k]):.1%}{verdict(rows[k])}" if k in rows else "–" for k in budgets
+                f"{rows[k]['overall']:.1%}{verdict(rows[k])}" if k in rows else "–" for k in budgets
             ]
             lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -150,7 +146,7 @@ def _is(spec: str, name: str) -> bool:
 
 def _learned_line(found: dict[str, dict[int, dict]], spec: str, how: str) -> str:
     rows = {**found["none"], **found[spec]}
-    cells = [f"{mean(rows[k]):.1%}" if k in rows else "–" for k in (196, 98, 49, 22)]
+    cells = [f"{rows[k]['overall']:.1%}" if k in rows else "–" for k in (196, 98, 49, 22)]
     return f"| `{spec}` | {how} | " + " | ".join(cells) + " |"
 
 
@@ -165,7 +161,8 @@ def quantized_table(results: Path = RESULTS) -> str:
     ):
         found = scenes(results, file)
         size = json.loads((results / file).read_text(encoding="utf-8"))["megabytes"]
-        cells = [f"{size:.1f} MB", f"{mean(found['none'][196]):.1%}", f"{mean(found[spec][K]):.1%}"]
+        told = [found["none"][196]["overall"], found[spec][K]["overall"]]
+        cells = [f"{size:.1f} MB", *(f"{share:.1%}" for share in told)]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

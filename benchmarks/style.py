@@ -1,0 +1,66 @@
+"""How every figure looks: readable in print, without colour, and by the colour-blind.
+
+Colours are Okabe and Ito's (Color Universal Design, 2008); what they tell is told by a marker or
+a label too. Each figure is written as SVG and as PNG.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # no window is ever opened
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLACK, ORANGE, GREEN = "#000000", "#E69F00", "#009E73"
+BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
+GREY, PALE = "#8C8C8C", "#D0D0D0"
+STRONG = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (PINK, "D"), (ORANGE, "v"))
+BASELINES = {"random": "x", "uniform": "+", "avgpool": "1", "downsample": "2"}
+
+RULES = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#EBEBEB",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "mlx_vlm_prune",  # the same figure is the same file
+    "savefig.bbox": "tight",
+}
+
+
+def canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, in the house style."""
+    plt.rcParams.update(RULES)
+    return plt.subplots(figsize=size)
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write FOLDER/NAME.svg and FOLDER/NAME.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+    plt.close(figure)
+
+
+def name_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float) -> None:
+    """Write each line's name beside its end (x, y, name, colour), at least `gap` of the height
+    apart, so that nobody has to match colours with a legend."""
+    low, high = axes.get_ylim()
+    points = axes.bbox.height * 72 / axes.figure.dpi / (high - low)  # per unit of y
+    place = float("inf")
+    for x, y, text, colour in sorted(ends, key=lambda end: -end[1]):
+        place = min(y, place - gap * (high - low))
+        axes.annotate(
+            text, (x, y), (8, (place - y) * points), textcoords="offset points",
+            color=colour, va="center", fontsize=8, annotation_clip=False,
+        )  # fmt: skip

@@ -1,0 +1,52 @@
+"""Promises of the figures: each is drawn from the results, names what it shows, and is shipped."""
+
+import re
+
+import pytest
+from PIL import Image
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from benchmarks import figures
+from benchmarks.report import RESULTS, scenes
+from mlx_vlm_prune.scenes import KINDS
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    figures.draw(folder)
+    return folder
+
+
+def words(file) -> set[str]:
+    return set(re.findall(r"<text[^>]*>([^<]+)</text>", file.read_text(encoding="utf-8")))
+
+
+def test_every_figure_is_drawn_as_vectors_and_as_pixels(drawn):
+    for name in figures.PANELS:
+        assert (drawn / f"{name}.svg").stat().st_size > 1000
+        with Image.open(drawn / f"{name}.png") as picture:
+            assert min(picture.size) > 300
+
+
+def test_every_figure_is_shipped_and_no_other():
+    shipped = {path.name for path in figures.FIGURES.iterdir()}
+    assert shipped == {f"{name}.{kind}" for name in figures.PANELS for kind in ("svg", "png")}
+
+
+def test_a_figure_drawn_twice_is_the_same_file(drawn, tmp_path):
+    figures.draw(tmp_path)
+    for name in figures.PANELS:
+        assert (tmp_path / f"{name}.svg").read_bytes() == (drawn / f"{name}.svg").read_bytes()
+
+
+def test_the_lines_are_named_baselines_first_of_all(drawn):
+    named = words(drawn / "accuracy-by-tokens.svg")
+    assert set(figures.BASELINES) <= named
+    assert set(figures.best(scenes(RESULTS), figures.QUARTER)) <= named
+
+
+def test_the_kinds_and_every_method_that_can_are_in_the_map(drawn):
+    able = {n for n, rows in figures.singles(scenes(RESULTS)).items() if figures.QUARTER in rows}
+    assert {*KINDS, *able} <= words(drawn / "kinds.svg")
