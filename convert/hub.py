@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .errors import UserError
 
-WANTED = ["*.json", "*.jinja", "*.safetensors"]
+WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 
 
 def found(path_or_name: str | Path, revision: str | None = None) -> Path:

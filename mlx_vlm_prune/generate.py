@@ -55,6 +55,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--chat-template-config", type=_object, metavar="JSON", help='as {"open_thinking": true}')
+    add("--prefill-step-size", type=int, metavar="ROWS", help="mlx-vlm models: rows read at once")
+    add("--kv-bits", type=float, help="mlx-vlm models: bits of a number in the cache")
+    add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
+        help="mlx-vlm models: one or two sides that pictures are to fit in")  # fmt: skip
     add("--revision", help="of a hub name: a branch, tag or commit")
     add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
@@ -110,11 +114,13 @@ def run(args: argparse.Namespace) -> None:
     if args.compare and pruner == "none":
         raise UserError("--compare sets a pruner beside none; give a --pruner")
     model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
-    if processor.is_scenes and any(not _is_scene(image) for image in args.image):
+    if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in args.image):
         print(SCENES_ONLY, file=sys.stderr)
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temp, top_p=args.top_p, seed=args.seed, template=args.chat_template_config,
+        prefill_step_size=args.prefill_step_size, kv_bits=args.kv_bits,
+        resize_shape=args.resize_shape,
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     full = None
@@ -215,7 +221,7 @@ def as_json(a: GenerationResult) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """What the figures were made with."""
     found: dict[str, str | None] = {"mlx_vlm_prune": __version__, "python": sys.version.split()[0]}
-    for package in ("mlx", "numpy", "pillow", "tokenizers"):
+    for package in ("mlx", "mlx-vlm", "numpy", "pillow", "tokenizers", "transformers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

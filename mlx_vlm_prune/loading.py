@@ -25,6 +25,7 @@ from convert.hub import found  # noqa: E402
 from convert.quantise import BITS, GROUPS, MODES, to_array  # noqa: E402
 from convert.shapes import LARGEST, MOST_LAYERS, check_complete  # noqa: E402
 
+from .hosts import loading as host  # noqa: E402
 from .image import Preprocessor, siglip_preprocessor  # noqa: E402
 from .language.experts import stacked  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
@@ -62,8 +63,10 @@ def load(
     *,
     dtype: str = "auto",
     revision: str | None = None,
-) -> tuple[VLM, Processor]:
+) -> tuple[Any, Any]:
     """The model and its processor; without a path, the built-in scenes model.
+
+    A folder that mlx-vlm runs gives mlx-vlm's own two; a `VLM` and a `Processor` else.
 
     `dtype` is float32, float16 or bfloat16; "auto" is the checkpoint's own on a GPU, and
     float32 on a CPU, where half precision is ten times slower.
@@ -73,6 +76,9 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
     folder = _find(path_or_hub_name, revision)
+    if kind := host.kind_of(folder):
+        cast = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
+        return host.load(folder, kind, cast)
     reading: Path | None = folder
     words = folder
     if is_ours(folder):

@@ -148,9 +148,9 @@ class VLM(nn.Module):
         if pixels_IHW3 is not None:
             lots = [self.encode(pixels_IHW3, pipeline, rows, K, lap)]  # encode
             trace += [_stop(lots, pipeline.at(Stage.IMAGE, Stage.ENCODER))]
-            lots, seen = _prune(lots, pipeline, K, Stage.FEATURES, lap)  # prune
+            lots, seen = prune(lots, pipeline, K, Stage.FEATURES, lap)  # prune
             lots = [self.project(lot) for lot in lots]  # project
-            lots, more = _prune(lots, pipeline, K, Stage.PROJECTED, lap)
+            lots, more = prune(lots, pipeline, K, Stage.PROJECTED, lap)
             trace += seen + more
             cuts = self.cuts(lots, pipeline, K, policy)
         visual = [slot for lot in lots for slot in _slots(lot, pipeline.enhancer)]
@@ -262,7 +262,7 @@ class VLM(nn.Module):
         return self.language.logits(x_BLD)
 
 
-def _prune(
+def prune(
     lots: list[Lot], pipeline: Pipeline, K: int, stage: Stage, lap: Lap
 ) -> tuple[list[Lot], list[Stop]]:
     """What the methods of a stage leave, and the stops on the way."""

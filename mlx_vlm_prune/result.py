@@ -16,11 +16,12 @@ from .overlay import captioned, overlay, strip
 @dataclass(frozen=True)
 class Seen:
     """What a picture of the pruning needs: the images as the tower saw them, and what was left
-    of them after every step."""
+    of them after every step. Without `grids`, one for each, all have the same."""
 
     images: list[Image.Image]
     grid: tuple[int, int]
     trace: list[Stop]
+    grids: list[tuple[int, int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class GenerationResult:
         """A picture of what was kept; steps and layers side by side, images below one another."""
         if self.seen is None:
             raise UserError("there is no overlay: the prompt had no image")
-        stops, grid = self.seen.trace, self.seen.grid
-        rows = []
+        stops, rows = self.seen.trace, []
+        grids = self.seen.grids or [self.seen.grid] * len(self.seen.images)
         for i, image in enumerate(self.seen.images):
             pictures = []
             for stop in stops:
@@ -67,7 +68,7 @@ class GenerationResult:
                 kept = [] if index is None else list(np.array(index[0]))
                 weights = None if weight is None else np.array(weight[0].astype(mx.float32))
                 step = f"{stop.step}: {len(kept)} left" if len(stops) > 1 else self.caption()
-                pictures.append(overlay(image, grid, kept, step, weights=weights))
+                pictures.append(overlay(image, grids[i], kept, step, weights=weights))
             rows.append(strip(pictures) if len(pictures) > 1 else pictures[0])
         if len(stops) > 1:
             return captioned(strip(rows, down=True), self.caption())

@@ -75,8 +75,8 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
 
 
 def stream_generate(
-    model: VLM,
-    processor: Processor,
+    model: Any,
+    processor: Any,
     prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
@@ -89,17 +89,38 @@ def stream_generate(
     top_p: float = 1.0,
     seed: int = 0,
     template: Mapping[str, Any] | None = None,
+    prefill_step_size: int | None = None,
+    kv_bits: float | None = None,
+    resize_shape: Sequence[int] | None = None,
 ) -> Iterator[GenerationResult]:
     """Answer a prompt about any number of images, one piece of text at a time.
+
+    `model` and `processor` are what `load` gives, or mlx-vlm's own `load`.
 
     `<image>` in the prompt marks where an image goes; without it the images come first.
     `pruner` is "NAME", "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual
     tokens K stay (of a decoder method in the average layer), by `keep_ratio` or
     `keep_tokens`. Without `positions`, those of the method's paper. `temperature` 0 is
-    greedy. `template` are options of the chat template, such as {"open_thinking": True}.
+    greedy. `template` are options of the chat template, such as {"open_thinking": True}. The
+    last three are mlx-vlm's, for its models: rows read at once, bits of a cached number, and
+    one or two sides, in pixels, that pictures are to fit in.
     Raises UserError.
     """
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
+    if not isinstance(model, VLM):
+        from .hosts import stream as host
+
+        sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        cache = host.cache_options(prefill_step_size, kv_bits)
+        size = host.resize_option(resize_shape)
+        request = host.Asked(
+            prompt, pruner, keep_ratio, keep_tokens, positions, template, size,
+            {**sampling, "seed": seed, **cache},
+        )  # fmt: skip
+        yield from host.stream_generate(model, processor, _listed(image), request)
+        return
+    if not (prefill_step_size is None and kv_bits is None and resize_shape is None):
+        raise UserError("--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models")
     clock, chosen, N = Clock(), _resolve(model, pruner), model.N
     K = budget(N, keep_ratio, keep_tokens, chosen)
     pictures = [open_image(source) for source in _listed(image)]
@@ -138,8 +159,8 @@ def _pixels(model: VLM, processor: Processor, pictures: list[Image.Image]) -> mx
 
 
 def generate(
-    model: VLM,
-    processor: Processor,
+    model: Any,
+    processor: Any,
     prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,

@@ -75,9 +75,16 @@ class Between:
                 x_BND = kept.tokens(x_BND)
         return x_BND
 
-    def read(self, layer: int, q_BHSd: mx.array, k_BHSd: mx.array) -> dict[str, Any]:
+    def read(
+        self,
+        layer: int,
+        q_BHSd: mx.array,
+        k_BHSd: mx.array,
+        windows: Sequence[mx.array] | None = None,
+    ) -> dict[str, Any]:
         """Note the signals wanted of this layer; hand over its queries and keys.
 
+        `windows`: the tokens of each, where a layer of a tower without CLS attends within them.
         Where a tower has no CLS, the mean patch stands in for it: the attention that a token
         gets from all is taken for that from CLS, the mean query for CLS's.
         """
@@ -96,7 +103,10 @@ class Between:
             attention_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
             seen |= {f"{name}_BN": attention_BQS[:, 0, 1:] for name in names & rows}
         if names & columns:
-            received_BN = received(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
+            if windows is None:
+                received_BN = received(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
+            else:
+                received_BN = received_within(windows, q_BHSd, k_BHSd)
             seen |= {f"{name}_BN": received_BN for name in names & columns}
         self.signals = replace(self.signals, **seen)
         return keys
@@ -131,6 +141,16 @@ def received(q_BHSd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx
         total_BS = total_BS + rows_BQS.sum(axis=1)
         mx.eval(total_BS)
     return total_BS / S
+
+
+def received_within(windows: Sequence[mx.array], q_BHSd: mx.array, k_BHSd: mx.array) -> mx.array:
+    """The same where attention stays within windows, which share the S tokens out."""
+    S, parts = q_BHSd.shape[2], []
+    for index_W in windows:
+        within_BW = received(q_BHSd[:, :, index_W], k_BHSd[:, :, index_W], None)
+        parts.append(within_BW * (len(index_W) / S))
+    back_S = mx.argsort(mx.concatenate(list(windows)))
+    return mx.concatenate(parts, axis=1)[:, back_S]
 
 
 def patched(pixels_BHW3: mx.array, size: int) -> mx.array:

@@ -1,0 +1,53 @@
+"""From a folder in mlx-vlm's layout to its own (model, processor).
+
+Some checkpoints name code of their own, which mlx-vlm would run; here nothing from a folder is run.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from convert.errors import UserError
+from convert.files import read_json
+
+from .families import FAMILIES, REFUSED
+
+INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
+
+
+def kind_of(folder: Path) -> str | None:
+    """The model_type in a folder's config.json, if it is one that mlx-vlm runs for us.
+
+    Raises UserError, with the reason, for a model that has no visual tokens to prune.
+    """
+    file = folder / "config.json"
+    kind = read_json(file).get("model_type") if file.is_file() else None
+    if isinstance(kind, str) and kind in REFUSED:
+        raise UserError(f"{folder} is a {kind} model: {REFUSED[kind]}")
+    return kind if isinstance(kind, str) and kind in FAMILIES else None
+
+
+def load(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:
+    """What mlx-vlm's own `load` returns, in another dtype if one is given.
+
+    Raises UserError, in one sentence, for whatever cannot be loaded.
+    """
+    config = read_json(folder / "config.json")
+    if code := config.get("model_file"):
+        raise UserError(f"{folder} wants its own {code} to be run, and no code from a folder is")
+    print(f"importing mlx-vlm for a {kind} model; this takes some seconds", file=sys.stderr)
+    try:
+        from mlx_vlm.utils import load as load_there
+    except ImportError as problem:
+        raise UserError(f"a {kind} model needs mlx-vlm: {INSTALL} ({problem})") from None
+    try:
+        model, processor = load_there(str(folder), trust_remote_code=False)
+    except Exception as problem:  # mlx-vlm and transformers raise whatever comes
+        said = (str(problem) or type(problem).__name__).splitlines()[0]
+        raise UserError(f"mlx-vlm cannot load {folder}: {said}") from problem
+    if dtype is not None:
+        model.set_dtype(dtype)
+        mx.eval(model.parameters())
+    return model, processor

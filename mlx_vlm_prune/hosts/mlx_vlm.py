@@ -1,0 +1,148 @@
+"""Pruning in a model of mlx-vlm's: encode, prune, project, splice, decode.
+
+The tower and the projector are run from here, on the instance as it stands. mlx-vlm's own
+`stream_generate` decodes: it gets ids without the dropped placeholders, the embeddings of the
+kept tokens, and positions. It is the interface it has for callers that prepare their own tensors;
+nothing is patched, and what a request leaves on the instance is taken back.
+
+Shapes: N visual tokens of a view, K kept, l rows left of the prompt, T words, D features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from convert.errors import UserError
+
+from ..model import Lap, Lot, Stop, prune
+from ..pruners import Pipeline, Stage
+from ..pruners.contract import Policy, identity
+from .families import FAMILIES, Family
+from .places import left, shortened
+from .views import Inputs, View
+
+
+@dataclass(frozen=True)
+class Told:
+    """A prompt with fewer visual tokens, as mlx-vlm's `stream_generate` takes it.
+
+    `trace` has a reduction for every view; `positions` is the policy that held.
+    """
+
+    arguments: dict[str, Any]
+    rows: int  # that the language model reads
+    views: list[View]
+    trace: list[Stop]
+    positions: Policy
+
+
+def family_of(model: Any) -> Family:
+    """How this model is run; UserError where nobody has written that down."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise UserError(f"there is no pruning in {kind} models; there is in {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def see(model: Any, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
+    """The tower, and what the pipeline wants to know of it."""
+    family = family_of(model)
+    if inputs.pixels is None:
+        return []
+    layers = family.depth(model)
+    views = family.see(model, inputs, pipeline.want(layers) if layers else {})
+    if pipeline.wants("text"):
+        views = [replace(view, signals=_worded(model, family, inputs, view)) for view in views]
+    lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deep)])
+    return views
+
+
+def tell(
+    model: Any,
+    inputs: Inputs,
+    views: list[View],
+    pipeline: Pipeline,
+    budgets: Sequence[int],
+    policy: Policy,
+    lap: Lap,
+) -> Told:
+    """Prune, project and splice: `budgets` are each view's K."""
+    family = family_of(model)
+    if inputs.pixels is None:
+        whole = shortened(model, family, inputs, range(len(inputs.ids)), policy)
+        return Told(whole, len(inputs.ids), [], [], policy)
+    lots = [Lot(v.signals, v.signals, identity(v.signals.x_BND)) for v in views]
+    trace = [Stop("", 0, [lot.kept for lot in lots])]
+    lots, seen = _prune(lots, budgets, pipeline, Stage.FEATURES, lap)  # prune
+    lots = _project(model, family, lots)  # project
+    lots, more = _prune(lots, budgets, pipeline, Stage.PROJECTED, lap)
+    kept = [lot.kept for lot in lots]
+    if any(one.index_BK is None for one in kept):
+        policy = "renumber"  # pooled slots have no place of their own
+    sizes = [view.signals.x_BND.shape[1] for view in views]
+    rows = list(range(len(inputs.ids)))
+    if family.is_expanded:
+        rows = left(inputs, family.image_token(model), sizes, kept)  # splice
+    arguments = shortened(model, family, inputs, rows, policy)
+    deep = [[one.apply(y)[0] for y in v.deep] for v, one in zip(views, kept, strict=True)]
+    arguments |= family.hand_over(model, [lot.signals.x_BND[0] for lot in lots], deep)
+    arguments["pixel_values"] = inputs.pixels  # unread, but without it no image is looked for
+    read = len(rows) if family.is_expanded else len(rows) - len(kept) + sum(k.slots for k in kept)
+    return Told(arguments, read, views, [*trace, *seen, *more], policy)
+
+
+def shares(K: int, sizes: Sequence[int]) -> list[int]:
+    """An image's K among its views, in proportion to their N; each gets one at least."""
+    ends = np.cumsum([0, *sizes])
+    own = [int(K * b // ends[-1] - K * a // ends[-1]) for a, b in pairwise(ends)]
+    if min(own) < 1:
+        raise UserError(f"an image in {len(sizes)} crops cannot keep {K} visual tokens: keep more")
+    return own
+
+
+def pictures(views: Sequence[View], processor: Any, opened: Sequence[Image.Image]) -> list:
+    """The views as the tower saw them, for a picture of what was kept."""
+    tool = getattr(processor, "image_processor", None)
+    mean, std = (getattr(tool, name, None) for name in ("image_mean", "image_std"))
+    shown = []
+    for view in views:
+        if view.pixels_HW3 is None:
+            shown.append(opened[view.image])
+            continue
+        pixels = np.array(view.pixels_HW3.astype(mx.float32))
+        pixels = pixels * (1.0 if std is None else std) + (0.0 if mean is None else mean)
+        shown.append(Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)))
+    return shown
+
+
+def _prune(
+    lots: list[Lot], budgets: Sequence[int], pipeline: Pipeline, stage: Stage, lap: Lap
+) -> tuple[list[Lot], list[Stop]]:
+    """What the methods of a stage leave of each view, which may differ in size."""
+    done = [prune([lot], pipeline, K, stage, lap) for lot, K in zip(lots, budgets, strict=True)]
+    by_step = zip(*(stops for _, stops in done), strict=True)
+    stops = [Stop(same[0].step, 0, [one for stop in same for one in stop.kept]) for same in by_step]
+    return [lot for own, _ in done for lot in own], stops
+
+
+def _project(model: Any, family: Family, lots: list[Lot]) -> list[Lot]:
+    """All views in one product."""
+    ends = np.cumsum([0, *(lot.signals.x_BND.shape[1] for lot in lots)]).tolist()
+    x_1TD = family.project(model, mx.concatenate([lot.signals.x_BND for lot in lots], axis=1))
+    return [
+        replace(lot, signals=replace(lot.signals, x_BND=x_1TD[:, a:b]))
+        for lot, (a, b) in zip(lots, pairwise(ends), strict=True)
+    ]
+
+
+def _worded(model: Any, family: Family, inputs: Inputs, view: View) -> Any:
+    """With the embeddings of the prompt's words."""
+    words = [token for token in inputs.ids if token != family.image_token(model)]
+    text_1TD = family.embed(model)(mx.array([words or [0]]))
+    real_1T = mx.full((1, text_1TD.shape[1]), bool(words))
+    return replace(view.signals, text_BTD=text_1TD, text_real_BT=real_1T)

@@ -1,0 +1,43 @@
+"""Which methods cannot work in a model of mlx-vlm's, each with the reason."""
+
+from typing import Any
+
+from convert.errors import UserError
+
+from ..pruners import Pipeline, Stage
+from ..pruners.contract import Policy
+from .families import Family
+
+LATER = "not yet in mlx-vlm models"
+REASONS = {
+    Stage.IMAGE: f"it makes the pixels fewer, {LATER}; --resize-shape makes the picture smaller",
+    Stage.DECODER: f"it works between the language model's layers, {LATER}",
+}
+TOWER = ("patches", "pixels", "text", "grid")  # what needs no attention
+
+
+def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | None) -> Policy:
+    """The position policy that holds; UserError where a method or policy cannot work."""
+    kind = model.config.model_type
+    for step in pipeline.steps:
+        reason = family.inside if step.stage is Stage.ENCODER else REASONS.get(step.stage)
+        if reason:
+            raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
+        if set(step.method.needs) - set(TOWER) and not family.depth(model):
+            raise UserError(
+                f"{step.name} cannot prune a {kind} model: its tower has neither a CLS token nor"
+                " attention that could stand in for it"
+            )
+    if pipeline.enhancer:
+        raise UserError(
+            f"{pipeline.enhancer.name} cannot work in a {kind} model: it adds to the attention"
+            f" that kept tokens get, {LATER}"
+        )
+    if family.has_mrope:
+        return positions or pipeline.positions
+    if positions == "keep":
+        raise UserError(
+            f"--positions keep cannot be had in a {kind} model: it counts the rows it is given;"
+            " leave the option out"
+        )
+    return "renumber"

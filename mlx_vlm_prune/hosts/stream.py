@@ -1,0 +1,210 @@
+"""The token loop of a model of mlx-vlm's: its own, told in our figures.
+
+Shapes: l rows of the prompt.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_reduce
+from PIL import Image
+
+from convert.errors import UserError
+
+from ..image import open_image
+from ..prompt import IMAGE_MARK
+from ..pruners import Pipeline, plan
+from ..pruners.contract import Policy
+from ..result import GenerationResult, Seen
+from ..stream import Clock, budget
+from .mlx_vlm import Told, family_of, pictures, see, shares, tell
+from .refusals import check
+from .views import Inputs, View
+
+STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: what the command line says, in its words."""
+
+    prompt: str
+    pruner: Any
+    keep_ratio: float | None
+    keep_tokens: int | None
+    positions: Policy | None
+    template: Mapping[str, Any] | None
+    resize_shape: tuple[int, int] | None
+    decoding: dict[str, Any]  # sampling and cache, in mlx-vlm's words
+
+
+def cache_options(prefill_step_size: int | None, kv_bits: float | None) -> dict[str, Any]:
+    """mlx-vlm's own two options, where they are given. Raises UserError."""
+    told: dict[str, Any] = {}
+    if prefill_step_size is not None:
+        if prefill_step_size < 1:
+            raise UserError(f"--prefill-step-size is {prefill_step_size}; it must be at least 1")
+        told["prefill_step_size"] = prefill_step_size
+    if kv_bits is not None:
+        if not 1 <= kv_bits <= 8:
+            raise UserError(f"--kv-bits is {kv_bits:g}; it must be from 1 to 8")
+        told["kv_bits"] = kv_bits
+    return told
+
+
+def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
+    """Width and height that a picture is to fit in, from one number or two. Raises UserError."""
+    if shape is None:
+        return None
+    if len(shape) not in (1, 2) or min(shape) < 1:
+        raise UserError(f"--resize-shape is {' '.join(map(str, shape))}; give one or two sides")
+    return shape[0], shape[-1]
+
+
+def stream_generate(
+    model: Any, processor: Any, images: Sequence[Any], asked: Asked
+) -> Iterator[GenerationResult]:
+    """Answer a prompt about images, one piece of text at a time. Raises UserError."""
+    clock, family = Clock(), family_of(model)
+    pipeline = plan(asked.pruner)
+    policy = check(model, family, pipeline, asked.positions)
+    opened = [open_image(source) for source in images]
+    inputs = _inputs(model, processor, opened, asked)
+    clock.lap("image", inputs.pixels)
+    mx.reset_peak_memory()
+    with _as_it_was(model.language_model):
+        views = see(model, inputs, pipeline, clock.lap)
+        kept = _budgets(views, asked, pipeline)
+        told = tell(model, inputs, views, pipeline, kept, policy, clock.lap)
+        _check_length(model, told)
+        said = _begin(told, pipeline, len(opened), model)
+        if views:
+            shown, grids = pictures(views, processor, opened), [v.signals.grid for v in views]
+            stops = [stop for stop in told.trace if stop.step] or told.trace
+            said = replace(said, seen=Seen(shown, grids[0], stops, grids))
+        yield from _decode(model, processor, told, said, clock, asked.decoding)
+
+
+def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Asked) -> Inputs:
+    from mlx_vlm.prompt_utils import apply_chat_template
+
+    if IMAGE_MARK in asked.prompt:
+        raise UserError(
+            f"leave {IMAGE_MARK} out of the prompt: in mlx-vlm models the chat template says where"
+            " images go"
+        )
+    options = dict(asked.template or {})
+    text = apply_chat_template(
+        processor, model.config, asked.prompt, num_images=len(opened), **options
+    )
+    try:
+        return family_of(model).prepare(model, processor, text, opened, asked.resize_shape)
+    except UserError:
+        raise
+    except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
+        said = (str(problem) or type(problem).__name__).splitlines()[0]
+        raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
+
+
+def _budgets(views: Sequence[View], asked: Asked, pipeline: Pipeline) -> list[int]:
+    """Each view's K: an image's own, shared among its crops."""
+    found: list[int] = []
+    for image in range(1 + max((view.image for view in views), default=-1)):
+        sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
+        K = budget(sum(sizes), asked.keep_ratio, asked.keep_tokens, pipeline)
+        found += shares(K, sizes)
+    return found
+
+
+def _check_length(model: Any, told: Told) -> None:
+    longest = getattr(model.config.text_config, "max_position_embeddings", None)
+    if longest and told.rows > longest:
+        raise UserError(f"the prompt has {told.rows} tokens; the model reads up to {longest}")
+
+
+@contextmanager
+def _as_it_was(language: Any) -> Iterator[None]:
+    """Take back what a request leaves on the language model."""
+    before = {name: getattr(language, name) for name in STATE if hasattr(language, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(language, name, value)
+
+
+def _decode(
+    model: Any,
+    processor: Any,
+    told: Told,
+    said: GenerationResult,
+    clock: Clock,
+    decoding: dict[str, Any],
+) -> Iterator[GenerationResult]:
+    """mlx-vlm's pieces, one for each token. It repeats the last one when it says why it ended, so
+    the last that may come is held back until then."""
+    from mlx_vlm.generate import stream_generate as decode
+    from mlx_vlm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model.language_model)
+    ids: list[int] = []
+    held = None
+    for piece in decode(model, processor, "", prompt_cache=cache, **decoding, **told.arguments):
+        if not said.ttft_ms:
+            clock.lap("prefill")
+            ttft = clock.ttft()
+            tps = 1000 * told.rows / ttft["total"]
+            bytes_ = _held_bytes(cache, told.rows)
+            said = replace(said, ttft_ms=ttft, prompt_tps=tps, cache_bytes=bytes_)
+        reason = piece.finish_reason
+        ids += [piece.token] if reason is None else []
+        now = replace(
+            said,
+            text=piece.text if held is None else held.text + piece.text,
+            token=piece.token,
+            token_ids=list(ids),
+            generation_tokens=piece.generation_tokens,
+            generation_tps=piece.generation_tps,
+            peak_memory=piece.peak_memory,
+            finish_reason=reason,
+        )
+        if reason is None and piece.generation_tokens == decoding["max_tokens"]:
+            held = now
+        else:
+            yield now
+
+
+def _held_bytes(cache: Sequence[Any], rows: int) -> int:
+    """Of the prompt's rows; the first token's may be in already."""
+    total = 0.0
+    for layer in cache:
+        held = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)
+        total += held * min(1.0, rows / max(1, layer.offset))
+    return round(total)
+
+
+def _begin(told: Told, pipeline: Pipeline, images: int, model: Any) -> GenerationResult:
+    """The figures known before decoding."""
+    kept: list[list[int] | None] = []
+    for image in range(images):
+        begin, own = 0, list[mx.array | None]()
+        for view, one in zip(told.views, told.trace[-1].kept, strict=True):
+            if view.image == image:
+                own.append(one.index_BK if one.index_BK is None else begin + one.index_BK[0])
+                begin += view.signals.x_BND.shape[1]
+        told_of = [i for index in own if index is not None for i in np.array(index).tolist()]
+        kept.append(None if any(i is None for i in own) else told_of)
+    slots = sum(one.slots for one in told.trace[-1].kept) if told.trace else 0
+    last = len(model.language_model.layers) - 1
+    run = {"first": 0, "last": last, "visual_tokens": slots, "kept_indices": kept}
+    return GenerationResult(
+        text="", token=-1, token_ids=[], prompt_tokens=told.rows, generation_tokens=0,
+        prompt_tps=0.0, generation_tps=0.0, peak_memory=0.0, finish_reason=None,
+        visual_tokens=sum(view.signals.x_BND.shape[1] for view in told.views),
+        visual_tokens_kept=slots, kept_indices=kept, pruner=pipeline.name,
+        positions=told.positions, ttft_ms={}, layers=[run] if images else [],
+    )  # fmt: skip
