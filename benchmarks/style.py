@@ -5,6 +5,7 @@ a label too. Each figure is written as SVG and as PNG.
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -20,7 +21,7 @@ GREY, PALE = "#8C8C8C", "#D0D0D0"
 STRONG = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (PINK, "D"), (ORANGE, "v"))
 BASELINES = {"random": "x", "uniform": "+", "avgpool": "1", "downsample": "2"}
 
-RULES = {
+RULES: Any = {  # matplotlib types every name of its own
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10.5,

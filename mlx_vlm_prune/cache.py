@@ -48,6 +48,13 @@ class LayerCache:
             self.bias_BS,
         )
 
+    def rewind(self, rows: int) -> None:
+        """Forget all but the first `rows`; what is appended next takes the others' places."""
+        assert 0 <= rows <= self.rows, f"{self.rows} rows cannot be rewound to {rows}"
+        self.rows = rows
+        if self.bias_BS is not None:
+            self.bias_BS = self.bias_BS[:, :rows]
+
     @property
     def nbytes(self) -> int:
         """Bytes of the rows held, without the room ahead."""

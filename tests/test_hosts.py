@@ -11,6 +11,9 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+
 from mlx_vlm.generate.ar import generate_step
 
 from convert.errors import UserError

@@ -72,7 +72,7 @@ def _next(stream: io.BytesIO, longest: int) -> str:
     if code.name == "STRING":  # Python's own reader takes ASCII only
         stream.readline()
         return code.name
-    told = code.arg.reader(stream) if code.arg else None
+    told = code.arg.reader(stream) if code.arg else 0
     if "PUT" in code.name and int(told) > longest:
         raise ValueError("a reference is out of bounds")
     return code.name

@@ -1,0 +1,252 @@
+"""How much each method costs in answers: pruners x budgets x a question set.
+
+python -m mlx_vlm_prune.evaluate --model my-model --questions questions.jsonl
+
+For every method: the accuracy by the question set's own rule, overall and per kind; loyalty,
+how often the answer is the very one that the model gives with all tokens; the mean
+log-probability of the right answer with its end. Each stands beside full and beside
+`random` with as many tokens, with a 95 % interval of the difference (paired bootstrap over the
+questions). Every question is asked of all methods before the next, and what was reached is
+kept beside the result: an interrupted run goes on where it was.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from convert.errors import Parser, UserError
+from convert.hub import found
+
+from . import fast_blas
+
+fast_blas.prepare()  # before the first import of mlx, or never
+
+import mlx.core as mx  # noqa: E402
+
+from .evaluation.asking import Asking, QuestionSet, entries, fingerprint  # noqa: E402
+from .evaluation.judge import Judge  # noqa: E402
+from .evaluation.kept import Kept  # noqa: E402
+from .evaluation.table import table  # noqa: E402
+from .evaluation.widen import widen  # noqa: E402
+from .generate import versions  # noqa: E402
+from .loading import Processor, load  # noqa: E402
+from .machine import machine  # noqa: E402
+from .model import VLM  # noqa: E402
+from .pruners import METHODS, Stage  # noqa: E402
+from .questions import FORMATS, Question, Source, format_of  # noqa: E402
+from .remembered import cache_folder, model_key, write_atomically  # noqa: E402
+from .scenes import CHECKPOINT  # noqa: E402
+
+CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
+RATIOS = (0.5, 0.25, 0.1125)  # the last is a ninth and a little: 22 of 196, 64 of 576
+PER_KIND = 334
+EXACT = ("scenes", "own")  # formats whose answers are right or wrong as a whole
+SPARE, SENTENCE = 4, 32  # tokens
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="python -m mlx_vlm_prune.evaluate", description=(__doc__ or "").split("\n")[0])
+    add = p.add_argument
+    add("--model", help="folder or hub name (default: the built-in scenes model)")
+    add("--questions", default="scenes", help="a file or folder, or scenes (the default)")
+    add("--format", help=f"of that file: {', '.join(FORMATS)} (default: own)")
+    add("--images", type=Path, metavar="DIR", help="where the images lie, if apart")
+    add("--split", help="a part of the questions, where the format has parts")
+    add("--boxes", help="how a format with boxes asks for them: unit, thousand or pixels")
+    add("--per-kind", type=int, metavar="n", help=f"of scenes, of each kind (default {PER_KIND})")
+    add("--limit", type=int, metavar="n", help="only the first n questions")
+    add("--pruner", action="append", help="repeat for several (default: all, and some chains)")
+    add("--keep-tokens", type=int, action="append", metavar="K", help="a budget; repeat")
+    add("--keep-ratio", type=float, action="append", metavar="SHARE", help="the same, as a share "
+        "of the tokens (default: 50, 25 and 11 %%)")  # fmt: skip
+    add("--max-tokens", type=int, metavar="n", help="of an answer (default: a few more than the "
+        f"longest right one has, and {SENTENCE} where it may be in a sentence)")  # fmt: skip
+    add("--batch", type=int, default=24, help="questions asked at once")
+    add("--skip-bad", action="store_true", help="leave out what cannot be read, and say so")
+    add("--out", type=Path, default=Path("evaluation.json"), metavar="FILE.json")
+    add("--seed", type=int, default=0, help="of the bootstrap (of random: --pruner random:seed=1)")
+    add("--widen", action=argparse.BooleanOptionalAction, help="quantized matrices as float32 of "
+        "the same values, much faster on a CPU (default: there)")  # fmt: skip
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    try:
+        run(parse(argv))
+    except UserError as e:
+        sys.exit(_fail(str(e)))
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        sys.exit(_fail(f"{e.filename or 'output'}: {e.strerror or e}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def run(args: argparse.Namespace) -> None:
+    """Ask, judge, print and write."""
+    _check(args)
+    questions = chosen(args)
+    listed, unread = questions.listed()
+    model, processor = load(args.model)
+    if args.widen is None:
+        args.widen = mx.default_device().type == mx.DeviceType.cpu
+    if args.widen:
+        widen(model)
+    contest, refused = entries(model, args.pruner or usual(model), budgets(args, model.N))
+    args.max_tokens = args.max_tokens or longest(processor, questions.format.name, listed)
+    folder = found(args.model) if args.model else CHECKPOINT
+    asking = Asking(model, processor, questions, listed, contest, args.max_tokens, args.batch)
+    kept = Kept(args.out, decisive(args, asking, folder))
+    try:
+        asking.run(kept)
+    except KeyboardInterrupt:
+        reached = f"{asking.upto} of {len(listed)} questions are answered"
+        print(f"\ninterrupted: {reached}; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    told = result(args, asking, unread, refused, folder)
+    text = json.dumps(told, indent=4, ensure_ascii=False) + "\n"
+    write_atomically(args.out, text)
+    remember(folder, text)
+    kept.remove()
+    print(table(told))
+    print(f"Wrote {args.out}")
+
+
+def decisive(args: argparse.Namespace, asking: Asking, folder: Path) -> list[Any]:
+    """All that decides what is answered, and how it is judged."""
+    options = (args.seed, args.max_tokens, args.batch, args.skip_bad, args.widen)
+    pairs = [(entry.spec, entry.K) for entry in asking.contest]
+    asked = (asking.questions.format.name, fingerprint(asking.listed))
+    return [model_key(folder), asked, pairs, options, versions()]
+
+
+def result(
+    args: argparse.Namespace, asking: Asking, unread: list[str], refused: list[dict], folder: Path
+) -> dict[str, Any]:
+    """All that --out holds."""
+    sheet, skipped = asking.sheet()
+    format = asking.questions.format
+    judge = Judge(format, sheet.questions, args.seed)
+    places = {(entry.spec, entry.K): p for p, entry in enumerate(asking.able)}
+    compared = [one.spec not in ("none", "random") for one in asking.able]
+    random = [places.get(("random", one.K)) if other else None
+              for one, other in zip(asking.able, compared, strict=True)]  # fmt: skip
+    named = [{"pruner": one.spec, "tokens": one.K, "of": asking.model.N} for one in asking.able]
+    rows = [a | b for a, b in zip(named, judge.rows(sheet, 0, random), strict=True)]
+    return {
+        "questions": asking.questions.name,
+        "format": format.name,
+        "model": args.model or "scenes",
+        "count": len(sheet.questions),
+        "kinds": {kind: sum(q.kind == kind for q in sheet.questions) for kind in judge.kinds},
+        "unit": format.unit,
+        "seed": args.seed,
+        "max_tokens": args.max_tokens,
+        "majority": judge.majority(),
+        "machine": machine(),
+        "versions": versions(),
+        "seconds": round(sum(batch.seconds for batch in asking.done), 1),
+        "megabytes": megabytes(folder),
+        "rows": rows,
+        "refused": refused + asking.refusals(),
+        "skipped": unread + skipped,
+    }
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse at once what could not be asked, or written at the end."""
+    for name in ("per_kind", "limit", "max_tokens", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0")
+    if not args.out.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {args.out.absolute().parent} to write into")
+    if args.out.is_dir():
+        raise UserError(f"--out is {args.out}, a folder; name a file in it")
+
+
+def chosen(args: argparse.Namespace) -> QuestionSet:
+    """The question set that the command line names."""
+    if args.questions == "scenes":
+        if args.format not in (None, "scenes") or args.images or args.split or args.boxes:
+            raise UserError("--format, --images, --split and --boxes are for a file's questions")
+        format = format_of("scenes")
+        read = format.module.read_scenes
+        number = args.per_kind or PER_KIND
+        return QuestionSet("scenes", format, lambda _: read(number), args.limit, args.skip_bad)
+    if args.per_kind:
+        raise UserError("--per-kind is for scenes; of a file take the first with --limit")
+    format = format_of(args.format or "own")
+    options = {"boxes": args.boxes} if args.boxes else {}
+    source = Source(Path(args.questions), args.images, args.split, **options)
+    read = format.read
+    return QuestionSet(
+        args.questions, format, lambda bad: read(source, bad), args.limit, args.skip_bad
+    )
+
+
+def usual(model: VLM) -> list[str]:
+    """All methods that the model can do, each as its paper has it, and some chains."""
+    able = [
+        name
+        for name, method in METHODS.items()
+        if method.stage is not Stage.ENHANCER
+        and (not getattr(method, "learned", False) or name in model.learned)
+    ]
+    dynamic = ["mlp:dynamic"] if "mlp" in model.learned else []
+    return [*able, *dynamic, *CHAINS]
+
+
+def budgets(args: argparse.Namespace, N: int) -> list[int]:
+    """How many of N tokens, the most first."""
+    ratios = args.keep_ratio or (() if args.keep_tokens else RATIOS)
+    for ratio in ratios:
+        if not 0 < ratio <= 1:
+            raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
+    for K in args.keep_tokens or ():
+        if not 1 <= K <= N:
+            raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
+    told = {*(args.keep_tokens or ()), *(max(1, int(N * ratio + 1e-9)) for ratio in ratios)}
+    return sorted(told, reverse=True)
+
+
+def longest(processor: Processor, format: str, questions: Sequence[Question]) -> int:
+    """Tokens that any right answer fits into, with its end and a little more; where the answer
+    is looked for in what was said, a sentence at least."""
+    most = max(len(processor.tokenizer.encode(text)) for q in questions for text in q.answers)
+    return max(most + 1 + SPARE, 0 if format in EXACT else SENTENCE)
+
+
+def megabytes(folder: Path) -> float:
+    """The size of a model's weights."""
+    files = [*folder.glob("model*.safetensors")] or [
+        file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)
+    ]
+    return round(sum(file.stat().st_size for file in files) / 1e6, 2)
+
+
+def remember(folder: Path, text: str) -> None:
+    """Keep a copy as the last evaluation of this model, for `advise`."""
+    with suppress(OSError):  # it can be made again, and the result is written
+        home = cache_folder() / "evaluations"
+        home.mkdir(parents=True, exist_ok=True)
+        write_atomically(home / f"{model_key(folder)}.json", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Every question to every method: a batch at a time, each kept before the next begins.
+
+Shapes: Q questions, P methods with their budgets, B questions of a batch.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from convert.errors import UserError
+
+from ..loading import Processor
+from ..model import VLM
+from ..pruners import Pipeline, plan
+from ..questions import Bad, Format, Question
+from .answers import Batch, Ready, Said, answer, ready, sharing
+from .judge import Sheet
+from .kept import Answered, Kept
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions to be read as often as they are needed, by the rules of their format."""
+
+    name: str
+    format: Format
+    source: Callable[[Bad], Iterator[Question]]
+    limit: int | None = None
+    skip: bool = False
+
+    def read(self, bad: Bad) -> Iterator[Question]:
+        """The questions, up to the limit; a group that was begun is completed."""
+        last = ""
+        for n, question in enumerate(self.source(bad)):
+            goes_on = question.group and question.group == last
+            if self.limit is not None and n >= self.limit and not goes_on:
+                return
+            last = question.group
+            yield question
+
+    def listed(self) -> tuple[list[Question], list[str]]:
+        """All questions, and what was left out. Of images in memory only a digest is held."""
+        bad = Bad(self.skip)
+        bar = tqdm(self.read(bad), desc="reading questions", file=sys.stderr, delay=2, leave=False)
+        found = [_light(question) for question in bar]
+        if not found:
+            raise UserError(f"{self.name} holds no question")
+        return found, bad.found
+
+
+def _light(question: Question) -> Question:
+    if isinstance(question.image, bytes):
+        return replace(question, image=hashlib.sha256(question.image).digest())
+    return question
+
+
+def fingerprint(questions: Iterable[Question]) -> str:
+    """Of all that is asked, and of the images as far as they are told apart without opening."""
+    told = hashlib.sha256()
+    for q in questions:
+        image: object = q.image if isinstance(q.image, bytes) else ""
+        if isinstance(q.image, Path) and q.image.exists():
+            about = q.image.stat()
+            image = (q.image.name, about.st_size, about.st_mtime_ns)
+        told.update(repr((q.id, q.text, q.answers, q.kind, q.group, q.told, image)).encode())
+    return told.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its budget: one row of the result."""
+
+    spec: str
+    K: int
+    pipeline: Pipeline
+
+
+def entries(
+    model: VLM, specs: Sequence[str], budgets: Sequence[int]
+) -> tuple[list[Entry], list[dict]]:
+    """Full, then at every budget `random` and the others; and what cannot be, with the reason.
+
+    Raises UserError for a method that there is not.
+    """
+    found, refused = [Entry("none", model.N, plan("none"))], []
+    for K in budgets:
+        for spec in dict.fromkeys(["random", *specs]):
+            pipeline = plan(spec, model.learned)
+            if pipeline.trained_tokens not in (None, K) and model.N != K:
+                why = f"it was trained for {pipeline.trained_tokens} tokens"
+                refused.append({"pruner": spec, "tokens": K, "why": why})
+            elif spec != "none":
+                found.append(Entry(spec, K, pipeline))
+    return found, refused
+
+
+class Asking:
+    """Asks all questions of all entries, the first of which is full."""
+
+    def __init__(
+        self, model: VLM, processor: Processor, questions: QuestionSet, listed: list[Question],
+        contest: Sequence[Entry], max_tokens: int, size: int,
+    ):  # fmt: skip
+        self.model, self.tower = sharing(model, [entry.pipeline for entry in contest])
+        self.processor, self.questions, self.listed = processor, questions, listed
+        self.contest, self.max_tokens, self.size = contest, max_tokens, size
+        self.refused: dict[int, str] = {}
+        self.done: list[Answered] = []
+        self.right, self.count = [0.0] * len(contest), 0
+        self.tick: Callable[[int], object] = lambda answers: None
+
+    @property
+    def upto(self) -> int:
+        """Questions that are done with."""
+        return self.done[-1].upto if self.done else 0
+
+    def run(self, kept: Kept) -> None:
+        """Go on after what was kept, to the end."""
+        for batch in kept.read():
+            self._book(batch)
+        if self.done:
+            print(f"going on after {self.upto} of {len(self.listed)} questions", file=sys.stderr)
+        total = len(self.listed) * len(self.contest)
+        begun = self.upto * len(self.contest)
+        with tqdm(total=total, initial=begun, desc="answers", file=sys.stderr) as bar:
+            self.tick = bar.update
+            for upto, asked, made, skipped in self._batches(self.upto):
+                batch = self._answered(upto, asked, made, skipped)
+                kept.add(batch)
+                self._book(batch)
+                bar.set_postfix_str(self.standing(), refresh=False)
+                bar.update(upto * len(self.contest) - bar.n)
+
+    def _batches(self, start: int) -> Iterator[tuple[int, list[int], list[Ready], list[str]]]:
+        """Numbers and questions made ready, with what was left out before them."""
+        asked, made, bad = [], [], Bad(self.questions.skip)
+        again = self.questions.read(Bad(skip=True))  # what was left out of the file is known
+        for n, question in enumerate(islice(again, start, len(self.listed)), start):
+            try:
+                made.append(ready(self.model, self.processor, question))
+                asked.append(n)
+            except UserError as e:
+                bad(f"question {question.id}", str(e))
+            if len(asked) == self.size:
+                yield n + 1, asked, made, bad.found
+                asked, made, bad = [], [], Bad(self.questions.skip)
+        if asked or bad.found:
+            yield len(self.listed), asked, made, bad.found
+
+    def _answered(
+        self, upto: int, asked: list[int], made: list[Ready], skipped: list[str]
+    ) -> Answered:
+        began = time.perf_counter()
+        found, refused = self._all(Batch(self.model, made)) if made else ([], [])
+        decode = self.processor.tokenizer.decode
+        full = found[0].ids if found else []
+        return Answered(
+            upto, asked,
+            said=[[decode(ids) for ids in said.ids] for said in found],
+            logprob=[said.logprob_B.tolist() for said in found],
+            loyal=[[a == b for a, b in zip(said.ids, full, strict=True)] for said in found],
+            seconds=time.perf_counter() - began, skipped=skipped, refused=refused,
+        )  # fmt: skip
+
+    def _all(self, batch: Batch) -> tuple[list[Said], list[tuple[int, str]]]:
+        """What every entry says; those that cannot be show it at the first batch."""
+        self.tower.show(batch)
+        ends = self.processor.tokenizer.eos_token_ids
+        found, refused = [], []
+        for p, entry in enumerate(self.contest):
+            if p not in self.refused:
+                ask = (self.model, batch, entry.pipeline, entry.K, ends, self.max_tokens)
+                try:
+                    found.append(answer(*ask))
+                except UserError as e:
+                    if self.count or p == 0:
+                        raise
+                    refused.append((p, str(e)))
+            self.tick(len(batch.rows))
+        return found, refused
+
+    def _book(self, batch: Answered) -> None:
+        self.done.append(batch)
+        self.refused |= {p: why for p, why in batch.refused}
+        able = [p for p in range(len(self.contest)) if p not in self.refused]
+        asked = [self.listed[n] for n in batch.asked]
+        for p, said in zip(able, batch.said, strict=bool(asked)):
+            pairs = zip(asked, said, strict=True)
+            self.right[p] += sum(self.questions.format.score(q, text) for q, text in pairs)
+        self.count += len(asked)
+
+    def standing(self) -> str:
+        """Full, the best and the worst so far, question by question."""
+        if not self.count:
+            return ""
+        able = [p for p in range(1, len(self.contest)) if p not in self.refused]
+        order = sorted(able, key=lambda p: -self.right[p])
+        told = {"full": 0} | ({"best": order[0], "worst": order[-1]} if order else {})
+        shown = []
+        for name, p in told.items():
+            entry = self.contest[p]
+            who = "" if p == 0 else f" {entry.spec}@{entry.K}"
+            shown.append(f"{name}{who} {self.right[p] / self.count:.1%}")
+        return ", ".join(shown)
+
+    @property
+    def able(self) -> list[Entry]:
+        """The entries that could be asked, full first."""
+        return [entry for p, entry in enumerate(self.contest) if p not in self.refused]
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """What could not be asked, and why."""
+        named = [(self.contest[p], why) for p, why in self.refused.items()]
+        return [{"pruner": one.spec, "tokens": one.K, "why": why} for one, why in named]
+
+    def sheet(self) -> tuple[Sheet, list[str]]:
+        """All answers, and what was left out: with a question the rest of its group."""
+        done = [batch for batch in self.done if batch.asked]
+        asked = [self.listed[n] for batch in done for n in batch.asked]
+        missing = {*range(len(self.listed))} - {n for batch in done for n in batch.asked}
+        lost = [(q.kind, q.group) for n, q in enumerate(self.listed) if n in missing and q.group]
+        use = [i for i, q in enumerate(asked) if (q.kind, q.group) not in lost]
+        if not use:
+            raise UserError(f"no question of {self.questions.name} could be asked")
+        methods = range(len(self.able))
+        said = [[text for batch in done for text in batch.said[p]] for p in methods]
+        loyal = [[same for batch in done for same in batch.loyal[p]] for p in methods]
+        logprob = [[value for batch in done for value in batch.logprob[p]] for p in methods]
+        own = [[texts[i] for i in use] for texts in said]
+        sheet = Sheet([asked[i] for i in use], own, np.array(loyal)[:, use],
+                      np.array(logprob)[:, use])  # fmt: skip
+        left_out = [what for batch in self.done for what in batch.skipped]
+        groups = [f"group {group}: a question of it is missing" for _, group in dict.fromkeys(lost)]
+        return sheet, left_out + groups
