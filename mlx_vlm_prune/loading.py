@@ -79,6 +79,11 @@ def load(
     if kind := host.kind_of(folder):
         cast = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
         return host.load(folder, kind, cast)
+    return _load(folder, dtype, "scenes" if path_or_hub_name is None else str(path_or_hub_name))
+
+
+def _load(folder: Path, dtype: str, name: str) -> tuple[VLM, Processor]:
+    """A model of ours, or one that is made ours on the way."""
     reading: Path | None = folder
     words = folder
     if is_ours(folder):
@@ -100,7 +105,6 @@ def load(
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
-    name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
     image = _preprocessor(reading, model.config.vision)
     return model, Processor(Tokenizer.from_folder(words), image, model.config.image_token, name)
 

@@ -25,6 +25,7 @@ from .result import GenerationResult, Seen, by_layers, worth_a_picture
 from .towers.between import Encoded
 
 DEFAULT_KEEP_RATIO = 0.5
+FOR_MLX_VLM = "--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models"
 ImageSource = str | Path | bytes | Image.Image
 
 
@@ -75,55 +76,54 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
 
 
 def stream_generate(
-    model: Any,
-    processor: Any,
-    prompt: str,
+    model: Any, processor: Any, prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
     pruner: str | Pruner | Pipeline = "none",
-    keep_ratio: float | None = None,
-    keep_tokens: int | None = None,
+    keep_ratio: float | None = None, keep_tokens: int | None = None,
     positions: Policy | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
     template: Mapping[str, Any] | None = None,
-    prefill_step_size: int | None = None,
-    kv_bits: float | None = None,
+    prefill_step_size: int | None = None, kv_bits: float | None = None,
     resize_shape: Sequence[int] | None = None,
-) -> Iterator[GenerationResult]:
+) -> Iterator[GenerationResult]:  # fmt: skip
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `model` and `processor` are what `load` gives, or mlx-vlm's own `load`.
-
-    `<image>` in the prompt marks where an image goes; without it the images come first.
-    `pruner` is "NAME", "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual
-    tokens K stay (of a decoder method in the average layer), by `keep_ratio` or
-    `keep_tokens`. Without `positions`, those of the method's paper. `temperature` 0 is
-    greedy. `template` are options of the chat template, such as {"open_thinking": True}. The
-    last three are mlx-vlm's, for its models: rows read at once, bits of a cached number, and
-    one or two sides, in pixels, that pictures are to fit in.
+    `model` and `processor` are what `load` gives, or mlx-vlm's own `load`. `<image>` in the prompt
+    marks where an image goes; without it the images come first. `pruner` is "NAME",
+    "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a decoder
+    method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`, those of
+    the method's paper. `temperature` 0 is greedy. `template` are options of the chat template,
+    such as {"open_thinking": True}. The last three are mlx-vlm's, for its models: rows read at
+    once, bits of a cached number, and one or two sides, in pixels, that pictures are to fit in.
     Raises UserError.
     """
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
-    if not isinstance(model, VLM):
+    sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
+    sampling |= {"top_p": top_p, "seed": seed}
+    asked = (prompt, pruner, keep_ratio, keep_tokens, positions, template)
+    if isinstance(model, VLM):
+        if not (prefill_step_size is None and kv_bits is None and resize_shape is None):
+            raise UserError(FOR_MLX_VLM)
+        yield from _stream(model, processor, _listed(image), *asked, **sampling)
+    else:
         from .hosts import stream as host
 
-        sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-        cache = host.cache_options(prefill_step_size, kv_bits)
-        size = host.resize_option(resize_shape)
-        request = host.Asked(
-            prompt, pruner, keep_ratio, keep_tokens, positions, template, size,
-            {**sampling, "seed": seed, **cache},
-        )  # fmt: skip
+        sampling |= host.cache_options(prefill_step_size, kv_bits)
+        request = host.Asked(*asked, host.resize_option(resize_shape), sampling)
         yield from host.stream_generate(model, processor, _listed(image), request)
-        return
-    if not (prefill_step_size is None and kv_bits is None and resize_shape is None):
-        raise UserError("--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models")
+
+
+def _stream(
+    model: VLM, processor: Processor, images: list[ImageSource], prompt: str,
+    pruner: str | Pruner | Pipeline, keep_ratio: float | None, keep_tokens: int | None,
+    positions: Policy | None, template: Mapping[str, Any] | None,
+    *, max_tokens: int, temperature: float, top_p: float, seed: int,
+) -> Iterator[GenerationResult]:  # fmt: skip
+    """The same of a model of ours, with options that were checked."""
     clock, chosen, N = Clock(), _resolve(model, pruner), model.N
     K = budget(N, keep_ratio, keep_tokens, chosen)
-    pictures = [open_image(source) for source in _listed(image)]
+    pictures = [open_image(source) for source in images]
     pixels = _pixels(model, processor, pictures)
     asked = _ask(model, processor, prompt, [N] * len(pictures), template)
     clock.lap("image", pixels)
