@@ -235,10 +235,17 @@ def test_a_preprocessor_that_makes_other_pictures_than_the_tower_reads_is_refuse
         load(target)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "qwen2_vl"}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "bert"}', "[" * 100_000])
 def test_a_folder_with_another_config_is_no_checkpoint(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+def test_a_model_of_mlx_vlm_without_mlx_vlm_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    monkeypatch.setitem(sys.modules, "mlx_vlm", None)
+    with pytest.raises(UserError, match="pip install"):
         load(tmp_path)
 
 
