@@ -6,7 +6,6 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,11 +20,11 @@ from .model import VLM, Prefill
 from .prompt import Prompt, build
 from .pruners import Pipeline, Pruner, Reduction, plan
 from .pruners.contract import Policy
+from .request import ImageSource, Request
 from .result import GenerationResult, Seen, by_layers, worth_a_picture
 from .towers.between import Encoded
 
 DEFAULT_KEEP_RATIO = 0.5
-ImageSource = str | Path | bytes | Image.Image
 
 
 class Clock:
@@ -95,46 +94,47 @@ def stream_generate(
 ) -> Iterator[GenerationResult]:
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `model` and `processor` are what `load` gives, or mlx-vlm's own `load`.
-
-    `<image>` in the prompt marks where an image goes; without it the images come first.
-    `pruner` is "NAME", "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual
-    tokens K stay (of a decoder method in the average layer), by `keep_ratio` or
-    `keep_tokens`. Without `positions`, those of the method's paper. `temperature` 0 is
-    greedy. `template` are options of the chat template, such as {"open_thinking": True}. The
-    last three are mlx-vlm's, for its models: rows read at once, bits of a cached number, and
-    one or two sides, in pixels, that pictures are to fit in.
+    `model` and `processor` are what `load` gives, ours or mlx-vlm's. `<image>` in the prompt
+    marks where an image goes; without it the images come first. `pruner` is "NAME",
+    "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a
+    decoder method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`,
+    those of the method's paper. `temperature` 0 is greedy. `template` are options of the chat
+    template, such as {"open_thinking": True}. The last three are for mlx-vlm's models: rows
+    read at once, bits of a cached number, one or two sides that pictures are to fit in.
     Raises UserError.
     """
+    asked = Request(
+        prompt, _listed(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
+        temperature, top_p, seed, template, prefill_step_size, kv_bits, resize_shape,
+    )  # fmt: skip
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
-    if not isinstance(model, VLM):
-        from .hosts import stream as host
+    yield from (_own if isinstance(model, VLM) else _hosts())(model, processor, asked)
 
-        sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-        cache = host.cache_options(prefill_step_size, kv_bits)
-        size = host.resize_option(resize_shape)
-        request = host.Asked(
-            prompt, pruner, keep_ratio, keep_tokens, positions, template, size,
-            {**sampling, "seed": seed, **cache},
-        )  # fmt: skip
-        yield from host.stream_generate(model, processor, _listed(image), request)
-        return
-    if not (prefill_step_size is None and kv_bits is None and resize_shape is None):
+
+def _hosts() -> Any:
+    from .hosts.stream import stream_generate as elsewhere
+
+    return elsewhere
+
+
+def _own(model: VLM, processor: Processor, request: Request) -> Iterator[GenerationResult]:
+    """The answer of a model of ours."""
+    if request.is_for_mlx_vlm:
         raise UserError("--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models")
-    clock, chosen, N = Clock(), _resolve(model, pruner), model.N
-    K = budget(N, keep_ratio, keep_tokens, chosen)
-    pictures = [open_image(source) for source in _listed(image)]
+    clock, chosen, N = Clock(), _resolve(model, request.pruner), model.N
+    K = budget(N, request.keep_ratio, request.keep_tokens, chosen)
+    pictures = [open_image(source) for source in request.images]
     pixels = _pixels(model, processor, pictures)
-    asked = _ask(model, processor, prompt, [N] * len(pictures), template)
+    asked = _ask(model, processor, request.prompt, [N] * len(pictures), request.template)
     clock.lap("image", pixels)
     mx.reset_peak_memory()
-    before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
-    picker = Picker(temperature, top_p, seed)
-    said = _begin(before, chosen, positions or chosen.positions, model, len(pictures))
+    before = model([asked], pixels, chosen, K, request.positions, lap=clock.lap)
+    picker = Picker(request.temperature, request.top_p, request.seed)
+    said = _begin(before, chosen, request.positions or chosen.positions, model, len(pictures))
     if pictures:
         visible = [processor.image.visible(p) for p in pictures]
         said = replace(said, seen=Seen(visible, model.grid, worth_a_picture(before)))
-    yield from _decode(model, processor, before, picker, said, clock, max_tokens)
+    yield from _decode(model, processor, before, picker, said, clock, request.max_tokens)
 
 
 def _ask(

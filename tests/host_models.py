@@ -32,6 +32,10 @@ CLIP = dict(
     num_attention_heads=2, image_size=56, patch_size=14, projection_dim=16,
 )  # fmt: skip
 QWEN = dict(patch_size=14, depth=3, num_heads=2, spatial_merge_size=2, temporal_patch_size=2)
+QWEN2_5 = dict(
+    hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=56,
+    fullatt_block_indexes=[2],
+)  # fmt: skip
 IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
            vision_end_token_id=END, vocab_size=VOCAB)  # fmt: skip
 
@@ -49,9 +53,7 @@ def qwen2_vl() -> Any:
 
 def qwen2_5_vl() -> Any:
     text = TEXT | {"model_type": "qwen2_5_vl", "rope_scaling": _mrope([2, 3, 3])}
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-    vision = QWEN | sizes | {"window_size": 56, "fullatt_block_indexes": [2]}
-    return _made("qwen2_5_vl", text, vision, **IDS)
+    return _made("qwen2_5_vl", text, QWEN | QWEN2_5, **IDS)
 
 
 def qwen3_vl() -> Any:

@@ -18,6 +18,7 @@ LONGEST_FILE = 350
 LONGEST_FUNCTION = 40
 # By import name, what `pip install mlx_vlm_prune` brings.
 BROUGHT = {"mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "jinja2", "safetensors", "tqdm"}
+EXTRA = {"mlx_vlm"}
 
 
 def sources(*packages: str) -> Iterator[Path]:
@@ -64,9 +65,16 @@ def tracked() -> list[Path]:
     return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
-@pytest.mark.parametrize("heavy", ["mlx.core", "torch", "transformers", "numpy", "PIL"])
+@pytest.mark.parametrize("heavy", ["mlx.core", "torch", "transformers", "numpy", "PIL", "mlx_vlm"])
 def test_importing_the_package_imports_nothing_heavy(heavy):
     code = f"import sys, mlx_vlm_prune, mlx_vlm_prune.__main__; sys.exit({heavy!r} in sys.modules)"
+    assert python("-c", code).returncode == 0
+
+
+@pytest.mark.parametrize("heavy", [*sorted(EXTRA), "transformers"])
+def test_mlx_vlm_is_not_imported_before_one_of_its_models_is_loaded(heavy):
+    wanted = "mlx_vlm_prune.generate, mlx_vlm_prune.hosts.stream"
+    code = f"import sys, {wanted}; sys.exit({heavy!r} in sys.modules)"
     assert python("-c", code).returncode == 0
 
 
@@ -90,8 +98,8 @@ def test_convert_knows_neither_side():
     assert trespasses("convert", "mlx") == ["convert/quantise.py imports mlx.core"]
 
 
-def test_the_product_imports_only_what_installing_it_brings():
-    known = BROUGHT | set(sys.stdlib_module_names) | {"mlx_vlm_prune", "convert"}
+def test_the_product_imports_only_what_installing_it_brings_and_what_an_extra_does():
+    known = BROUGHT | EXTRA | set(sys.stdlib_module_names) | {"mlx_vlm_prune", "convert"}
     names = {n.split(".")[0] for file in sources("mlx_vlm_prune") for n in imports(file)}
     assert names <= known
 
