@@ -12,10 +12,10 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from . import host_models as tiny
 
-MARKS = {"llava": "<image>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
+MARKS = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>"}
 TOKENS = {
     "llava": {"<image>": tiny.IMAGE},
-    "qwen2_5_vl": {
+    "qwen": {
         "<|video_pad|>": tiny.VIDEO, "<|image_pad|>": tiny.IMAGE,
         "<|vision_start|>": tiny.START, "<|vision_end|>": tiny.END,
     },
@@ -27,7 +27,7 @@ PICTURE = {
         "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 56},
         "crop_size": {"height": 56, "width": 56}, "resample": 3,
     },
-    "qwen2_5_vl": {
+    "qwen": {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2,
         "temporal_patch_size": 2, "min_pixels": 56**2, "max_pixels": 64 * 28**2,
     },
@@ -47,7 +47,7 @@ def checkpoint(name: str, folder: Path) -> Path:
     mx.save_safetensors(str(home / "model.safetensors"), weights, metadata={"format": "mlx"})
     normalised = {"image_mean": HALF, "image_std": HALF}
     _write(home / "config.json", _config(name))
-    _write(home / "preprocessor_config.json", PICTURE[name] | normalised)
+    _write(home / "preprocessor_config.json", PICTURE[_kind(name)] | normalised)
     if name == "llava":
         _write(home / "processor_config.json", LLAVA_PROCESSOR)
     _words(home, name)
@@ -65,13 +65,20 @@ def _config(name: str) -> dict[str, Any]:
         text = tiny.TEXT | {"model_type": "llama"}
         told = {"text_config": text, "vision_config": tiny.CLIP, "image_token_index": tiny.IMAGE}
         return told | {"model_type": name, "vision_feature_layer": -2, "eos_token_id": EOS}
+    shared = tiny.IDS | {"model_type": name, "eos_token_id": EOS}
+    if name == "qwen3_vl":
+        vision = tiny.QWEN | tiny.QWEN3 | {"model_type": name}
+        return shared | {"text_config": tiny.QWEN3_TEXT, "vision_config": vision}
     text = tiny.TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-    vision = tiny.QWEN | tiny.QWEN2_5 | {"model_type": name}
-    return text | tiny.IDS | {"model_type": name, "vision_config": vision, "eos_token_id": EOS}
+    return text | shared | {"vision_config": tiny.QWEN | tiny.QWEN2_5 | {"model_type": name}}
+
+
+def _kind(name: str) -> str:
+    return name.partition("2")[0].partition("3")[0]
 
 
 def _words(home: Path, name: str) -> None:
-    marks = TOKENS[name]
+    marks = TOKENS[_kind(name)]
     special = {"<pad>": 0, "<eos>": EOS, "<unk>": 2}
     words = special | {f"w{i}": i for i in (1, *range(3, 59))} | marks
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -79,7 +86,11 @@ def _words(home: Path, name: str) -> None:
     made.add_special_tokens([AddedToken(w, special=True, normalized=False)
                              for w in (*special, *marks)])  # fmt: skip
     made.save(str(home / "tokenizer.json"))
-    part = "{% if part.type == 'image' %}" + MARKS[name] + "{% else %} {{ part.text }}{% endif %}"
+    part = (
+        "{% if part.type == 'image' %}"
+        + MARKS[_kind(name)]
+        + "{% else %} {{ part.text }}{% endif %}"
+    )
     listed = "{% for part in m.content %}" + part + "{% endfor %}"
     content = "{% if m.content is string %}{{ m.content }}{% else %}" + listed + "{% endif %}"
     config = {

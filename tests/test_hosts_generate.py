@@ -18,12 +18,13 @@ from .test_generate import refused
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 QUESTION = "w7 w9"
-FAMILIES = ["llava", "qwen2_5_vl"]
+QWEN = ["qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["llava", *QWEN]
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny checkpoint of two families, and two pictures."""
+    """A folder with a tiny checkpoint of each family, and two pictures."""
     folder = tmp_path_factory.mktemp("hosts")
     for name in FAMILIES:
         host_folders.checkpoint(name, folder)
@@ -48,11 +49,11 @@ def test_one_command_prunes_and_tells_every_figure(home, name, capsys):
     budget = ["--pruner", "vispruner", "--keep-ratio", "0.25", "--prefill-step-size", "4"]
     main(command(home, name, *budget, "--json", str(file), "--overlay", str(picture)))
     shown, told = capsys.readouterr(), json.loads(file.read_text())
-    sizes = {"llava": [16, 16], "qwen2_5_vl": [9, 8]}[name]
+    sizes = [16, 16] if name == "llava" else [9, 8]
     assert told["visual_tokens"] == sum(sizes)
     assert [len(image) for image in told["kept_indices"]] == [n // 4 for n in sizes]
     assert told["visual_tokens_kept"] == sum(n // 4 for n in sizes)
-    assert told["positions"] == {"llava": "renumber", "qwen2_5_vl": "keep"}[name]
+    assert told["positions"] == ("renumber" if name == "llava" else "keep")
     parts = sum(told["ttft_ms"][part] for part in ("image", "vision", "pruner", "prefill"))
     assert parts == pytest.approx(told["ttft_ms"]["total"]) and told["ttft_ms"]["vision"] > 0
     assert told["text"] in shown.out and "Visual tokens:" in shown.out
@@ -73,11 +74,12 @@ def test_the_words_and_the_kept_tokens_are_all_there_is_in_the_prompt(loaded, ho
 
 
 @pytest.mark.parametrize("pruner", ["none", "divprune"])
-def test_unpruned_it_answers_as_mlx_vlm_does(loaded, home, pruner):
+@pytest.mark.parametrize("name", QWEN)
+def test_unpruned_it_answers_as_mlx_vlm_does(loaded, home, name, pruner):
     from mlx_vlm import apply_chat_template
     from mlx_vlm import generate as stock
 
-    model, processor = loaded["qwen2_5_vl"]
+    model, processor = loaded[name]
     images = [str(home / "a.png"), str(home / "b.png")]
     text = apply_chat_template(processor, model.config, QUESTION, num_images=2)
     theirs = stock(model, processor, text, image=images, max_tokens=6, temperature=0.0)
