@@ -11,7 +11,6 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_vlm.generate.ar import generate_step
 
 from convert.errors import UserError
 from mlx_vlm_prune.hosts.mlx_vlm import Told, family_of, see, shares, tell
@@ -64,6 +63,8 @@ def told(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> Told
 
 def decoded(model, arguments: dict, **options) -> tuple[list[int], np.ndarray]:
     """Tokens and their log probabilities (T, V), by mlx-vlm's own loop."""
+    from mlx_vlm.generate.ar import generate_step
+
     rest = {**arguments, **options}
     ids, pixels, mask = (rest.pop(x) for x in ("input_ids", "pixel_values", "mask"))
     steps = list(generate_step(ids, model, pixels, mask, max_tokens=TOKENS, temperature=0, **rest))
