@@ -64,26 +64,17 @@ def load(
     dtype: str = "auto",
     revision: str | None = None,
 ) -> tuple[Any, Any]:
-    """The model and its processor; without a path, the built-in scenes model.
-
-    A folder that mlx-vlm runs gives mlx-vlm's own two; a `VLM` and a `Processor` else.
+    """The model and its processor, ours or mlx-vlm's; without a path, the built-in scenes model.
 
     `dtype` is float32, float16 or bfloat16; "auto" is the checkpoint's own on a GPU, and
     float32 on a CPU, where half precision is ten times slower.
     Raises UserError, in one sentence, for whatever cannot be loaded.
     """
     fast_blas.load()  # says what is wrong with a library that the user named
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
+    _target(dtype)
     folder = _find(path_or_hub_name, revision)
     if kind := host.kind_of(folder):
-        cast = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
-        return host.load(folder, kind, cast)
-    return _load(folder, dtype, "scenes" if path_or_hub_name is None else str(path_or_hub_name))
-
-
-def _load(folder: Path, dtype: str, name: str) -> tuple[VLM, Processor]:
-    """A model of ours, or one that is made ours on the way."""
+        return host.load(folder, kind, _target(dtype))
     reading: Path | None = folder
     words = folder
     if is_ours(folder):
@@ -97,16 +88,23 @@ def _load(folder: Path, dtype: str, name: str) -> tuple[VLM, Processor]:
     if how := config.get("quantization"):
         few = {name.removesuffix(".scales") for name in stacked(weights) if ".scales" in name}
         nn.quantize(model, **how, class_predicate=lambda path, _: path in few)
-    own = weights["language.norm.weight"].dtype
-    target = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else own
+    target = _target(dtype) or weights["language.norm.weight"].dtype
     ready = {name: a.astype(target) if a.dtype in FLOATS else a for name, a in weights.items()}
     model.load_weights(list(stacked(ready).items()))
     beside = read_learned(folder, model.feature_dims)
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
+    name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
     image = _preprocessor(reading, model.config.vision)
     return model, Processor(Tokenizer.from_folder(words), image, model.config.image_token, name)
+
+
+def _target(dtype: str) -> mx.Dtype | None:
+    """What weights become; None is the checkpoint's own. UserError for an unknown name."""
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
 
 
 def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:

@@ -6,7 +6,6 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -21,12 +20,11 @@ from .model import VLM, Prefill
 from .prompt import Prompt, build
 from .pruners import Pipeline, Pruner, Reduction, plan
 from .pruners.contract import Policy
+from .request import ImageSource, Request
 from .result import GenerationResult, Seen, by_layers, worth_a_picture
 from .towers.between import Encoded
 
 DEFAULT_KEEP_RATIO = 0.5
-FOR_MLX_VLM = "--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models"
-ImageSource = str | Path | bytes | Image.Image
 
 
 class Clock:
@@ -76,65 +74,67 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
 
 
 def stream_generate(
-    model: Any, processor: Any, prompt: str,
+    model: Any,
+    processor: Any,
+    prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
     pruner: str | Pruner | Pipeline = "none",
-    keep_ratio: float | None = None, keep_tokens: int | None = None,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
     positions: Policy | None = None,
-    max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
     template: Mapping[str, Any] | None = None,
-    prefill_step_size: int | None = None, kv_bits: float | None = None,
+    prefill_step_size: int | None = None,
+    kv_bits: float | None = None,
     resize_shape: Sequence[int] | None = None,
-) -> Iterator[GenerationResult]:  # fmt: skip
+) -> Iterator[GenerationResult]:
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `model` and `processor` are what `load` gives, or mlx-vlm's own `load`. `<image>` in the prompt
+    `model` and `processor` are what `load` gives, ours or mlx-vlm's. `<image>` in the prompt
     marks where an image goes; without it the images come first. `pruner` is "NAME",
-    "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a decoder
-    method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`, those of
-    the method's paper. `temperature` 0 is greedy. `template` are options of the chat template,
-    such as {"open_thinking": True}. The last three are mlx-vlm's, for its models: rows read at
-    once, bits of a cached number, and one or two sides, in pixels, that pictures are to fit in.
+    "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a
+    decoder method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`,
+    those of the method's paper. `temperature` 0 is greedy. `template` are options of the chat
+    template, such as {"open_thinking": True}. The last three are for mlx-vlm's models: rows
+    read at once, bits of a cached number, one or two sides that pictures are to fit in.
     Raises UserError.
     """
+    asked = Request(
+        prompt, _listed(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
+        temperature, top_p, seed, template, prefill_step_size, kv_bits, resize_shape,
+    )  # fmt: skip
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
-    sampling: dict[str, Any] = {"max_tokens": max_tokens, "temperature": temperature}
-    sampling |= {"top_p": top_p, "seed": seed}
-    asked = (prompt, pruner, keep_ratio, keep_tokens, positions, template)
-    if isinstance(model, VLM):
-        if not (prefill_step_size is None and kv_bits is None and resize_shape is None):
-            raise UserError(FOR_MLX_VLM)
-        yield from _stream(model, processor, _listed(image), *asked, **sampling)
-    else:
-        from .hosts import stream as host
-
-        sampling |= host.cache_options(prefill_step_size, kv_bits)
-        request = host.Asked(*asked, host.resize_option(resize_shape), sampling)
-        yield from host.stream_generate(model, processor, _listed(image), request)
+    yield from (_own if isinstance(model, VLM) else _hosts())(model, processor, asked)
 
 
-def _stream(
-    model: VLM, processor: Processor, images: list[ImageSource], prompt: str,
-    pruner: str | Pruner | Pipeline, keep_ratio: float | None, keep_tokens: int | None,
-    positions: Policy | None, template: Mapping[str, Any] | None,
-    *, max_tokens: int, temperature: float, top_p: float, seed: int,
-) -> Iterator[GenerationResult]:  # fmt: skip
-    """The same of a model of ours, with options that were checked."""
-    clock, chosen, N = Clock(), _resolve(model, pruner), model.N
-    K = budget(N, keep_ratio, keep_tokens, chosen)
-    pictures = [open_image(source) for source in images]
+def _hosts() -> Any:
+    from .hosts.stream import stream_generate as elsewhere
+
+    return elsewhere
+
+
+def _own(model: VLM, processor: Processor, request: Request) -> Iterator[GenerationResult]:
+    """The answer of a model of ours."""
+    if request.is_for_mlx_vlm:
+        raise UserError("--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models")
+    clock, chosen, N = Clock(), _resolve(model, request.pruner), model.N
+    K = budget(N, request.keep_ratio, request.keep_tokens, chosen)
+    pictures = [open_image(source) for source in request.images]
     pixels = _pixels(model, processor, pictures)
-    asked = _ask(model, processor, prompt, [N] * len(pictures), template)
+    asked = _ask(model, processor, request.prompt, [N] * len(pictures), request.template)
     clock.lap("image", pixels)
     mx.reset_peak_memory()
-    before = model([asked], pixels, chosen, K, positions, lap=clock.lap)
-    picker = Picker(temperature, top_p, seed)
-    said = _begin(before, chosen, positions or chosen.positions, model, len(pictures))
+    before = model([asked], pixels, chosen, K, request.positions, lap=clock.lap)
+    picker = Picker(request.temperature, request.top_p, request.seed)
+    said = _begin(before, chosen, request.positions or chosen.positions, model, len(pictures))
     if pictures:
         visible = [processor.image.visible(p) for p in pictures]
         said = replace(said, seen=Seen(visible, model.grid, worth_a_picture(before)))
-    yield from _decode(model, processor, before, picker, said, clock, max_tokens)
+    yield from _decode(model, processor, before, picker, said, clock, request.max_tokens)
 
 
 def _ask(

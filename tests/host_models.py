@@ -31,7 +31,23 @@ CLIP = dict(
     model_type="clip_vision_model", hidden_size=32, num_hidden_layers=4, intermediate_size=48,
     num_attention_heads=2, image_size=56, patch_size=14, projection_dim=16,
 )  # fmt: skip
+SIGLIP = dict(
+    model_type="siglip_vision_model", hidden_size=32, num_hidden_layers=3, intermediate_size=48,
+    num_attention_heads=2, image_size=56, patch_size=14,
+)  # fmt: skip
 QWEN = dict(patch_size=14, depth=3, num_heads=2, spatial_merge_size=2, temporal_patch_size=2)
+QWEN2_5 = dict(
+    hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=56,
+    fullatt_block_indexes=[2],
+)  # fmt: skip
+QWEN3 = dict(
+    hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=64,
+    deepstack_visual_indexes=[0, 1],
+)  # fmt: skip
+QWEN3_TEXT = TEXT | {
+    "model_type": "qwen3_vl", "head_dim": 16,
+    "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]},
+}  # fmt: skip
 IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
            vision_end_token_id=END, vocab_size=VOCAB)  # fmt: skip
 
@@ -49,16 +65,11 @@ def qwen2_vl() -> Any:
 
 def qwen2_5_vl() -> Any:
     text = TEXT | {"model_type": "qwen2_5_vl", "rope_scaling": _mrope([2, 3, 3])}
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-    vision = QWEN | sizes | {"window_size": 56, "fullatt_block_indexes": [2]}
-    return _made("qwen2_5_vl", text, vision, **IDS)
+    return _made("qwen2_5_vl", text, QWEN | QWEN2_5, **IDS)
 
 
 def qwen3_vl() -> Any:
-    text = TEXT | {"model_type": "qwen3_vl", "head_dim": 16, "rope_scaling": _mrope([4, 2, 2])}
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
-    vision = QWEN | sizes | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    return _made("qwen3_vl", text, vision, **IDS)
+    return _made("qwen3_vl", QWEN3_TEXT, QWEN | QWEN3, **IDS)
 
 
 def fastvlm() -> Any:
@@ -71,6 +82,52 @@ def fastvlm() -> Any:
         text_config=text, vision_config=vision, mm_hidden_size=128, model_type="fastvlm"
     )
     return _ready(home.Model(config))
+
+
+def llava_next() -> Any:
+    model = _made("llava_next", TEXT | {"model_type": "llama"}, CLIP, image_token_index=IMAGE)
+    assert model.image_newline.shape == (64,)
+    return model
+
+
+def gemma3() -> Any:
+    text = _without(TEXT, "rope_theta") | {
+        "model_type": "gemma3_text", "head_dim": 16, "mm_tokens_per_image": 4,
+        "sliding_window_pattern": 2, "query_pre_attn_scalar": 16.0,
+    }  # fmt: skip
+    return _made("gemma3", text, SIGLIP, image_token_index=IMAGE, hidden_size=64)
+
+
+def paligemma() -> Any:
+    text = TEXT | {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": True}
+    vision = SIGLIP | {"projection_dim": 64}
+    return _made("paligemma", text, vision, image_token_index=IMAGE, hidden_size=64)
+
+
+def idefics3() -> Any:
+    text = TEXT | {"model_type": "llama"}
+    return _made("idefics3", text, SIGLIP, image_token_id=IMAGE)
+
+
+def smolvlm() -> Any:
+    text = TEXT | {"model_type": "llama"}
+    return _made("smolvlm", text, SIGLIP, image_token_id=IMAGE)
+
+
+def internvl_chat() -> Any:
+    vision = _without(CLIP, "projection_dim") | {"model_type": "intern_vit_6b"}
+    text = TEXT | {"model_type": "qwen2"}
+    return _made("internvl_chat", text, vision, image_token_index=IMAGE)
+
+
+def pixtral() -> Any:
+    vision = CLIP | {"model_type": "pixtral", "head_dim": 16, "image_size": 112}
+    text = TEXT | {"model_type": "mistral", "head_dim": 16}
+    return _made("pixtral", text, vision, image_token_index=IMAGE)
+
+
+def _without(told: dict, name: str) -> dict:
+    return {key: value for key, value in told.items() if key != name}
 
 
 def _mrope(section: list[int]) -> dict[str, Any]:
@@ -104,9 +161,15 @@ class Kind:
     """A family under test."""
 
     make: Callable[[], Any]
-    grids: list[tuple[int, int]]  # of visual tokens, one image after another
+    grids: list[tuple[int, int]]  # of visual tokens, one picture after another
     prompt: Callable[[Any, list[tuple[int, int]]], Inputs]
     full: Callable[[Any, Inputs], tuple[list[mx.array], list[list[mx.array]]]]
+    tiles: tuple[int, ...] = (1, 1)  # pictures of each image
+    marks: str = "token"  # what a placeholder stands for
+
+    def inputs(self, model: Any, images: int | None = None) -> Inputs:
+        """A prompt with so many images, or all there are."""
+        return self.prompt(model, self.grids[: sum(self.tiles[:images])])
 
 
 def _rng() -> np.random.Generator:
@@ -138,6 +201,42 @@ def single_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
     return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
 
 
+def tiled_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+    """Idefics3's, InternVL's: (1, T, …) tiles; the first image is cut in two, the next is whole."""
+    tiles = [2, 1][: len(grids) - 1]
+    pixels = _rng().normal(size=(1, sum(tiles), 3, 56, 56)).astype(np.float32)
+    ids = _ids([[START, *([IMAGE] * 4 + [END]) * n] for n in tiles])
+    mask = mx.ones((1, len(ids)), mx.int32)
+    return Inputs(ids, mask, mx.array(pixels), len(grids), {"num_patches_list": tiles})
+
+
+def broken_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+    """Pixtral's: a break after every row, pictures padded to the largest."""
+    rows = []
+    for h, w in grids:
+        *broken, _ = ([IMAGE] * w + [START]) * h
+        rows.append([*broken, END])
+    ids, sizes = _ids(rows), [(14 * h, 14 * w) for h, w in grids]
+    H, W = (max(sides) for sides in zip(*sizes, strict=True))
+    pixels = _rng().normal(size=(len(grids), 3, H, W)).astype(np.float32)
+    extra = {"image_sizes": mx.array(sizes)}
+    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), len(grids), extra)
+
+
+def leading_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+    """PaliGemma's: the image stands first."""
+    pixels = _rng().normal(size=(1, 3, 56, 56)).astype(np.float32)
+    ids = [IMAGE] * 16 + WORDS[2]
+    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
+
+
+def cropped_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+    """LLaVA-NeXT's: the crops of one image, and as many placeholders as its processor wants."""
+    pixels = _rng().normal(size=(1, 3, 3, 56, 56)).astype(np.float32)
+    ids = _ids([[IMAGE] * 40])
+    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
+
+
 def _ids(images: list[list[int]]) -> list[int]:
     ids = list(WORDS[0])
     for i, image in enumerate(images):
@@ -166,11 +265,57 @@ def fastvlm_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[
     return list(model.mm_projector(x_IHWC.flatten(1, 2))), []
 
 
+def llava_next_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+    return llava_full(model, Inputs(inputs.ids, inputs.mask_1L, inputs.pixels[0]))
+
+
+def gemma_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+    """As the words are scaled: by the square root of the size, which the language model undoes."""
+    x, _, _ = model.vision_tower(inputs.pixels.transpose(0, 2, 3, 1), output_hidden_states=True)
+    x = x[None] if x.ndim == 2 else x
+    return list(model.multi_modal_projector(x) / 8), []
+
+
+def idefics3_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+    pixels_THW3 = inputs.pixels[0].transpose(0, 2, 3, 1)
+    mask_T44 = mx.ones((len(pixels_THW3), 4, 4), mx.bool_)
+    x, *_ = model.vision_model(pixels_THW3, patch_attention_mask=mask_T44)
+    return list(model.connector(x)), []
+
+
+def internvl_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+    from mlx_vlm.models.base import pixel_shuffle
+
+    pixels_THW3 = inputs.pixels[0].transpose(0, 2, 3, 1)
+    x, *_ = model.vision_model(pixels_THW3, output_hidden_states=True)
+    x = pixel_shuffle(x[:, 1:], shuffle_ratio=0.5)
+    for layer in model.mlp1:
+        x = layer(x)
+    return list(x), []
+
+
+def pixtral_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+    """One image at a time: in a row they must not see one another."""
+    parts = []
+    for image, (h, w) in zip(inputs.pixels, inputs.extra["image_sizes"].tolist(), strict=True):
+        alone_1HW3 = image[None, :, :h, :w].transpose(0, 2, 3, 1)
+        x_1ND, _ = model.vision_tower(alone_1HW3)
+        parts.append(model.multi_modal_projector(x_1ND)[0])
+    return parts, []
+
+
 TWO = [(4, 6), (6, 2)]  # two images of different shapes, wider and higher than a window
 KINDS = {
     "llava": Kind(llava, [(4, 4)] * 2, square_prompt, llava_full),
     "qwen2_5_vl": Kind(qwen2_5_vl, TWO, framed_prompt, qwen_full),
     "qwen2_vl": Kind(qwen2_vl, TWO, framed_prompt, qwen_full),
     "qwen3_vl": Kind(qwen3_vl, TWO, framed_prompt, qwen_full),
-    "fastvlm": Kind(fastvlm, [(4, 4)], single_prompt, fastvlm_full),
+    "fastvlm": Kind(fastvlm, [(4, 4)], single_prompt, fastvlm_full, (1,), "image"),
+    "llava_next": Kind(llava_next, [(4, 4)] * 3, cropped_prompt, llava_next_full, (3,), "all"),
+    "gemma3": Kind(gemma3, [(2, 2)] * 2, square_prompt, gemma_full),
+    "idefics3": Kind(idefics3, [(2, 2)] * 3, tiled_prompt, idefics3_full, (2, 1)),
+    "smolvlm": Kind(smolvlm, [(2, 2)] * 3, tiled_prompt, idefics3_full, (2, 1)),
+    "paligemma": Kind(paligemma, [(4, 4)], leading_prompt, gemma_full, (1,)),
+    "internvl_chat": Kind(internvl_chat, [(2, 2)] * 3, tiled_prompt, internvl_full, (2, 1)),
+    "pixtral": Kind(pixtral, [(3, 5), (4, 2)], broken_prompt, pixtral_full),
 }

@@ -12,10 +12,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
-
-from mlx_vlm.generate.ar import generate_step
-
 from convert.errors import UserError
 from mlx_vlm_prune.hosts.mlx_vlm import Told, family_of, see, shares, tell
 from mlx_vlm_prune.hosts.refusals import check
@@ -54,8 +50,7 @@ def no_lap(name, value=None):
 
 
 def prompt(models, name: str, images: int | None = None) -> Inputs:
-    kind = KINDS[name]
-    return kind.prompt(models(name), kind.grids[:images])
+    return KINDS[name].inputs(models(name), images)
 
 
 def told(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> Told:
@@ -68,6 +63,8 @@ def told(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> Told
 
 def decoded(model, arguments: dict, **options) -> tuple[list[int], np.ndarray]:
     """Tokens and their log probabilities (T, V), by mlx-vlm's own loop."""
+    from mlx_vlm.generate.ar import generate_step
+
     rest = {**arguments, **options}
     ids, pixels, mask = (rest.pop(x) for x in ("input_ids", "pixel_values", "mask"))
     steps = list(generate_step(ids, model, pixels, mask, max_tokens=TOKENS, temperature=0, **rest))
@@ -106,56 +103,57 @@ def reference(models, name: str, inputs: Inputs, kept: list[list[int]], policy: 
 
 
 def table(model):
-    return model.language_model.model.embed_tokens
+    return getattr(model.language_model, "model", model.language_model).embed_tokens
 
 
 def rows(model, name: str, inputs: Inputs, kept, embeds):
-    """Embeddings, positions and what is visual of the rows left, image after image by hand."""
-    x, places, visual, image, at = [], [], [], -1, 0
-    one_each = name != "fastvlm"
-    mark = IMAGE if one_each else model.config.image_token_index
-    seen = 0
+    """Embeddings, positions and what is visual of the rows left, picture after picture by hand."""
+    x, places, visual, at, kind = [], [], [], 0, KINDS[name]
+    coming = [(v, i) for v, picture in enumerate(embeds) for i in range(len(picture))]
+    mark = -200 if name == "fastvlm" else IMAGE
     for token in inputs.ids:
         if token != mark:
             x.append(table(model)(mx.array([token]))[0])
             places.append((at, at, at))
             visual.append(False)
-            at, seen = at + 1, 0
+            at += 1
             continue
-        if seen == 0 or (one_each and seen == len(embeds[image])):
-            image, seen = image + 1, 0
-        height, width = KINDS[name].grids[image]
-        for i in range(seen, seen + 1) if one_each else range(height * width):
-            if i in kept[image]:
-                x.append(embeds[image][i])
+        taken = coming[:1] if kind.marks == "token" else coming
+        coming = coming[len(taken) :]
+        for v, i in taken:
+            height, width = kind.grids[v]
+            if i in kept[v]:
+                x.append(embeds[v][i])
                 places.append((at, at + i // width, at + i % width))
                 visual.append(True)
-        seen += 1
-        if seen == len(embeds[image]):
-            at += max(height, width)
+            if i == height * width - 1:
+                at += max(height, width)
     return mx.stack(x), places, visual
 
 
 def forward(model, name: str, x_LD, places, visual, added):
     """Logits (V,) of the last row."""
-    language, x_1LD = model.language_model, x_LD[None]
-    ids = mx.zeros((1, len(x_LD)), mx.int32)
+    language, x_1LD, L = model.language_model, x_LD[None], len(x_LD)
+    ids, more = mx.zeros((1, L), mx.int32), {}
+    if name == "paligemma":  # the prompt sees all of itself; what is generated is causal
+        prompt = 1 + max(i for i, is_image in enumerate(visual) if is_image)
+        prompt += len(host_models.WORDS[2])
+        at = mx.arange(L)
+        more["mask"] = ((at < prompt) | (at <= at[:, None]))[None, None]
     if name not in QWEN:  # positions are counted by the model itself
-        return language(ids, inputs_embeds=x_1LD, cache=None).logits[0, -1]
-    more = {"position_ids": mx.array(places).T[:, None]}
+        return language(ids, inputs_embeds=x_1LD, cache=None, **more).logits[0, -1]
+    more["position_ids"] = mx.array(places).T[:, None]
     if added:
         more |= {"visual_pos_masks": mx.array([visual]), "deepstack_visual_embeds": added}
     h_1LD = language.model(ids, inputs_embeds=x_1LD, cache=None, **more)
-    tied = not hasattr(language, "lm_head")
-    return (language.model.embed_tokens.as_linear(h_1LD) if tied else language.lm_head(h_1LD))[
-        0, -1
-    ]
+    head = language.lm_head if hasattr(language, "lm_head") else table(model).as_linear
+    return head(h_1LD)[0, -1]
 
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", KINDS)
 def test_with_all_tokens_it_is_the_stock_model_bit_for_bit(models, name, images):
-    if images > len(KINDS[name].grids):
+    if images > len(KINDS[name].tiles):
         pytest.skip(f"{name} reads one image")
     model, inputs = models(name), prompt(models, name, images)
     for spec in ("none", "vispruner"):
@@ -169,7 +167,7 @@ def test_with_all_tokens_it_is_the_stock_model_bit_for_bit(models, name, images)
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, name, images, step):
-    if images > len(KINDS[name].grids):
+    if images > len(KINDS[name].tiles):
         pytest.skip(f"{name} reads one image")
     model, inputs = models(name), prompt(models, name, images)
     for spec, ratio in (("vispruner", 0.25), ("divprune", 0.5), ("random", 0.3)):
@@ -178,9 +176,8 @@ def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, n
         expected, expected_odds = reference(models, name, inputs, indices(said))
         assert tokens == expected
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
-        assert said.rows == len(inputs.ids) - sum(inputs.ids.count(x) for x in (IMAGE, -200)) + sum(
-            map(len, indices(said))
-        )
+        words = [token for token in inputs.ids if token not in (IMAGE, -200)]
+        assert said.rows == len(words) + sum(map(len, indices(said)))
 
 
 @pytest.mark.parametrize("name", QWEN)
@@ -280,27 +277,49 @@ def test_every_method_of_the_towers_end_leaves_as_many_as_it_is_told(models, nam
 def test_merged_tokens_are_mixed_before_the_projector(models, name):
     model, inputs = models(name), prompt(models, name, 1)
     said = told(model, inputs, "avgpool", 0.25)
-    whole = see(model, inputs, plan("none"), no_lap)[0].signals.x_BND
-    (reduction,) = said.trace[-1].kept
-    expected = family_of(model).project(model, reduction.apply(whole))[0]
+    whole = [view.signals.x_BND for view in see(model, inputs, plan("none"), no_lap)]
+    pairs = zip(said.trace[-1].kept, whole, strict=True)
+    expected = [family_of(model).project(model, one.apply(x))[0] for one, x in pairs]
     ours = said.arguments["cached_image_features"]
     ours = ours[0] if isinstance(ours, list) or ours.ndim == 3 else ours
-    np.testing.assert_allclose(np.array(ours), np.array(expected), atol=1e-5)
+    np.testing.assert_allclose(np.array(ours), np.concatenate(expected), atol=1e-5)
 
 
-def test_what_cls_looks_at_is_the_row_of_the_whole_attention(models):
-    """Of the layer whose output the features are, as papers count."""
-    model, inputs = models("llava"), prompt(models, "llava", 1)
-    (view,) = see(model, inputs, plan("cls_attention"), no_lap)
-    *_, states = model.vision_tower(inputs.pixels.transpose(0, 2, 3, 1), output_hidden_states=True)
-    layer = model.vision_tower.vision_model.encoder.layers[-2]
-    x_SD = np.array(layer.layer_norm1(states[-3])[0], np.float64)
-    q, k = (
-        (x_SD @ np.array(p.weight, np.float64).T + np.array(p.bias)).reshape(17, 2, 16)
-        for p in (layer.self_attn.q_proj, layer.self_attn.k_proj)
-    )
-    row_N = np.mean([softmax(q[:, h] @ k[:, h].T / 4)[0, 1:] for h in range(2)], axis=0)
-    np.testing.assert_allclose(np.array(view.signals.cls_attention_BN[0]), row_N, atol=1e-6)
+@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in QWEN])
+def test_attention_is_what_the_towers_own_layer_computes(models, name, layer, monkeypatch):
+    """The stock tower is overheard where it attends; CLS's row, or the mean of all rows."""
+    model, inputs, calls, real = models(name), prompt(models, name), [], None
+
+    def overheard(q, k, v, *, scale, mask=None):
+        calls.append((np.array(q, np.float64), np.array(k, np.float64), scale, mask))
+        return real(q, k, v, scale=scale, mask=mask)
+
+    views = see(model, inputs, plan(f"cls_attention:layer={layer}"), no_lap)
+    real = mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", overheard)
+    see(model, inputs, plan("none"), no_lap)
+    depth = family_of(model).depth(model)
+    first = 1 if name == "fastvlm" else 0  # an earlier stage attends, too
+    q, k, scale, mask = calls[first + layer % depth]
+    logits = q @ k.swapaxes(2, 3) * scale + (0 if mask is None else np.array(mask))
+    attention_TSS = softmax(logits).mean(axis=1)
+    begin = 0
+    for t, view in enumerate(views):
+        if name == "pixtral":  # all pictures are one row
+            end = begin + view.signals.x_BND.shape[1]
+            own_P = attention_TSS[0, begin:end, begin:end].mean(axis=0)
+            begin = end
+        elif name in ("llava", "llava_next", "internvl_chat"):
+            own_P = attention_TSS[t, 0, 1:]
+        else:
+            own_P = attention_TSS[t].mean(axis=0)
+        rows, columns = view.signals.grid
+        m = int((len(own_P) / (rows * columns)) ** 0.5)
+        own_N = own_P.reshape(rows, m, columns, m).mean(axis=(1, 3)).ravel()
+        np.testing.assert_allclose(
+            np.array(view.signals.cls_attention_BN[0]), own_N, rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("layer", [0, -1], ids=["in windows", "over the image"])
@@ -367,35 +386,83 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
-def test_fastvlms_received_attention_is_that_of_its_last_block(models):
-    model, inputs = models("fastvlm"), prompt(models, "fastvlm")
-    (view,) = see(model, inputs, plan("received_attention"), no_lap)
-    tower = model.vision_tower.vision_model
-    *_, stage = tower.network
-    x = tower.patch_embed(inputs.pixels.transpose(0, 2, 3, 1))
-    for part in tower.network[:-1]:
-        x = part(x)
-    x_SD = np.array(stage[1].norm(stage[0](x)).reshape(16, 64), np.float64)
-    qkv = (x_SD @ np.array(stage[1].token_mixer.qkv.weight, np.float64).T).reshape(16, 3, 2, 32)
-    logits = np.einsum("qhd,khd->hqk", qkv[:, 0], qkv[:, 1]) * 32**-0.5
-    expected = softmax(logits).mean(axis=(0, 1))
-    np.testing.assert_allclose(np.array(view.signals.received_attention_BN[0]), expected, atol=1e-6)
+def test_crops_of_any_resolution_stand_in_one_block_in_place_of_the_first_placeholder(
+    models, monkeypatch
+):
+    """Three crops of sixteen tokens; words 3 9 4, the block, words 5 8 2 30."""
+    model, inputs = models("llava_next"), prompt(models, "llava_next")
+    chosen = iter([[2, 9], [0], [4, 5, 15]])
+    monkeypatch.setattr(METHODS["norm"], "prune", lambda signals, K: kept(next(chosen)))
+    said = told(model, inputs, "norm", 0.125)
+    assert said.arguments["input_ids"].tolist() == [[3, 9, 4, IMAGE, 5, 8, 2, 30]]
+    full, _ = KINDS["llava_next"].full(model, inputs)
+    block = np.concatenate(
+        [np.array(full[v])[i] for v, i in ((0, [2, 9]), (1, [0]), (2, [4, 5, 15]))]
+    )
+    np.testing.assert_allclose(
+        np.array(said.arguments["cached_image_features"][0]), block, atol=1e-5
+    )
+    assert said.rows == 7 + 6
+    assert [view.image for view in said.views] == [0, 0, 0]
+
+
+def test_without_pruning_the_newlines_behind_the_crops_stay_as_mlx_vlm_puts_them(models):
+    model, inputs = models("llava_next"), prompt(models, "llava_next")
+    block = told(model, inputs, "none", 1.0).arguments["cached_image_features"][0]
+    assert block.shape[0] == 2 * 48
+    assert (block[48:] == model.image_newline).all().item()
+
+
+def test_tiles_belong_to_the_image_whose_whole_picture_ends_them(models, monkeypatch):
+    """Two tiles and a whole, then an image that was not cut."""
+    from mlx_vlm_prune.hosts.families import common, idefics3
+
+    tile, whole = [50, *[IMAGE] * 4], [51, *[IMAGE] * 4]
+    ids = [3, *tile, *tile, *whole, 7, *whole, 5]
+    made = Inputs(ids, mx.ones((1, len(ids))), mx.zeros((1, 4, 3, 56, 56)), 2)
+    monkeypatch.setattr(common, "prepare", lambda *_: made)
+
+    class Processor:
+        class tokenizer:
+            convert_tokens_to_ids = {"<global-img>": 51}.get
+
+    inputs = idefics3.prepare(models("idefics3"), Processor(), "", [], None)
+    assert inputs.extra["num_patches_list"] == [3, 1]
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm", "internvl_chat"])
+def test_tiles_of_an_image_share_its_budget(models, name):
+    model, inputs = models(name), prompt(models, name)
+    views = see(model, inputs, plan("norm"), no_lap)
+    assert [view.image for view in views] == [0, 0, 1]
+    assert [view.signals.grid for view in views] == [(2, 2)] * 3
+
+
+def test_a_tile_that_only_fills_up_a_batch_is_not_seen(models):
+    model, inputs = models("idefics3"), prompt(models, "idefics3", 1)
+    blank = mx.concatenate([inputs.pixels, mx.zeros_like(inputs.pixels[:, :1])], axis=1)
+    assert len(see(model, replace(inputs, pixels=blank), plan("none"), no_lap)) == 2
+
+
+def test_pictures_of_which_nobody_knows_whose_they_are_are_refused(models):
+    model, inputs = models("gemma3"), prompt(models, "gemma3")
+    three = mx.concatenate([inputs.pixels, inputs.pixels[:1]])
+    with pytest.raises(UserError, match="2 images became 3 pictures"):
+        see(model, replace(inputs, pixels=three), plan("none"), no_lap)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_words_are_the_prompts_without_its_placeholders(models, name):
     model, inputs = models(name), prompt(models, name, 1)
-    (view,) = see(model, inputs, plan("mmtok"), no_lap)
+    view, *_ = see(model, inputs, plan("mmtok"), no_lap)
     words = [token for token in inputs.ids if token not in (IMAGE, -200)]
     np.testing.assert_array_equal(
         np.array(view.signals.text_BTD[0]), np.array(table(model)(mx.array(words)))
     )
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["llava", *QWEN])
 def test_images_do_not_change_one_anothers_choice(models, name):
-    if len(KINDS[name].grids) < 2:
-        pytest.skip(f"{name} reads one image")
     model, both = models(name), prompt(models, name)
     one = prompt(models, name, 1)
     together = indices(told(model, both, "vispruner", 0.25))
@@ -419,17 +486,17 @@ def test_what_cannot_work_is_refused_by_name_with_the_reason(models, name, spec,
         check(models(name), family_of(models(name)), plan(spec), None)
 
 
-@pytest.mark.parametrize("name", ["llava", "fastvlm"])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in QWEN])
 def test_positions_that_a_model_only_counts_cannot_be_kept(models, name):
     with pytest.raises(UserError, match="counts the rows"):
         check(models(name), family_of(models(name)), plan("norm"), "keep")
 
 
-def test_fastvlm_refuses_a_second_image(models):
-    inputs = prompt(models, "fastvlm")
-    two = replace(inputs, pixels=mx.concatenate([inputs.pixels] * 2), images=2)
-    with pytest.raises(UserError, match="one image"):
-        see(models("fastvlm"), two, plan("none"), no_lap)
+@pytest.mark.parametrize("name", ["fastvlm", "llava_next", "paligemma"])
+def test_families_that_mlx_vlm_shows_one_image_refuse_a_second(models, name):
+    two = replace(prompt(models, name), images=2)
+    with pytest.raises(UserError, match="reads one image"):
+        see(models(name), two, plan("none"), no_lap)
 
 
 def test_a_tower_without_attention_refuses_what_needs_it():

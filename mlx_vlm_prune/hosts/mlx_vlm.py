@@ -85,14 +85,18 @@ def tell(
     if any(one.index_BK is None for one in kept):
         policy = "renumber"  # pooled slots have no place of their own
     sizes = [view.signals.x_BND.shape[1] for view in views]
-    rows = list(range(len(inputs.ids)))
-    if family.is_expanded:
-        rows = left(inputs, family.image_token(model), sizes, kept)  # splice
+    rows = left(inputs, family, family.image_token(model, inputs), sizes, kept)  # splice
     arguments = shortened(model, family, inputs, rows, policy)
     deep = [[one.apply(y)[0] for y in v.deep] for v, one in zip(views, kept, strict=True)]
-    arguments |= family.hand_over(model, [lot.signals.x_BND[0] for lot in lots], deep)
+    x, is_full = [lot.signals.x_BND[0] for lot in lots], sum(sizes) == sum(k.slots for k in kept)
+    arguments |= family.hand_over(model, x, deep, is_full)
     arguments["pixel_values"] = inputs.pixels  # unread, but without it no image is looked for
-    read = len(rows) if family.is_expanded else len(rows) - len(kept) + sum(k.slots for k in kept)
+    if "image_token_index" in inputs.extra:
+        arguments["image_token_index"] = inputs.extra["image_token_index"]
+    read = len(rows)
+    if family.placeholders != "token":
+        words = [i for i in rows if inputs.ids[i] != family.image_token(model, inputs)]
+        read = len(words) + sum(map(len, arguments["cached_image_features"]))
     return Told(arguments, read, views, [*trace, *seen, *more], policy)
 
 
@@ -142,7 +146,7 @@ def _project(model: Any, family: Family, lots: list[Lot]) -> list[Lot]:
 
 def _worded(model: Any, family: Family, inputs: Inputs, view: View) -> Any:
     """With the embeddings of the prompt's words."""
-    words = [token for token in inputs.ids if token != family.image_token(model)]
+    words = [token for token in inputs.ids if token != family.image_token(model, inputs)]
     text_1TD = family.embed(model)(mx.array([words or [0]]))
     real_1T = mx.full((1, text_1TD.shape[1]), bool(words))
     return replace(view.signals, text_BTD=text_1TD, text_real_BT=real_1T)

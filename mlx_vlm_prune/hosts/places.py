@@ -17,11 +17,18 @@ from .views import Inputs
 
 
 def left(
-    inputs: Inputs, placeholder: int, sizes: Sequence[int], kept: Sequence[Reduction]
+    inputs: Inputs,
+    family: Family,
+    placeholder: int,
+    sizes: Sequence[int],
+    kept: Sequence[Reduction],
 ) -> list[int]:
     """Which rows stay: all words, and the placeholder of each slot's own token; slots without
     one take the first. `sizes` are the views' N."""
     at = [row for row, token in enumerate(inputs.ids) if token == placeholder]
+    if family.placeholders != "token":
+        gone = set(at[1:]) if family.placeholders == "all" else set()
+        return [row for row in range(len(inputs.ids)) if row not in gone]
     if len(at) != sum(sizes):
         raise UserError(
             f"the prompt has room for {len(at)} visual tokens and the images have {sum(sizes)};"

@@ -3,9 +3,9 @@
 Shapes: l rows of the prompt.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from convert.errors import UserError
 from ..image import open_image
 from ..prompt import IMAGE_MARK
 from ..pruners import Pipeline, plan
-from ..pruners.contract import Policy
+from ..request import Request
 from ..result import GenerationResult, Seen
 from ..stream import Clock, budget
 from .mlx_vlm import Told, family_of, pictures, see, shares, tell
@@ -26,20 +26,6 @@ from .refusals import check
 from .views import Inputs, View
 
 STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request: what the command line says, in its words."""
-
-    prompt: str
-    pruner: Any
-    keep_ratio: float | None
-    keep_tokens: int | None
-    positions: Policy | None
-    template: Mapping[str, Any] | None
-    resize_shape: tuple[int, int] | None
-    decoding: dict[str, Any]  # sampling and cache, in mlx-vlm's words
 
 
 def cache_options(prefill_step_size: int | None, kv_bits: float | None) -> dict[str, Any]:
@@ -65,14 +51,14 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
     return shape[0], shape[-1]
 
 
-def stream_generate(
-    model: Any, processor: Any, images: Sequence[Any], asked: Asked
-) -> Iterator[GenerationResult]:
+def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[GenerationResult]:
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
-    clock, family = Clock(), family_of(model)
-    pipeline = plan(asked.pruner)
+    clock, family, pipeline = Clock(), family_of(model), plan(asked.pruner)
+    cache = cache_options(asked.prefill_step_size, asked.kv_bits)
+    sampling = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
+    sampling |= {"top_p": asked.top_p, "seed": asked.seed}
     policy = check(model, family, pipeline, asked.positions)
-    opened = [open_image(source) for source in images]
+    opened = [open_image(source) for source in asked.images]
     inputs = _inputs(model, processor, opened, asked)
     clock.lap("image", inputs.pixels)
     mx.reset_peak_memory()
@@ -86,10 +72,10 @@ def stream_generate(
             shown, grids = pictures(views, processor, opened), [v.signals.grid for v in views]
             stops = [stop for stop in told.trace if stop.step] or told.trace
             said = replace(said, seen=Seen(shown, grids[0], stops, grids))
-        yield from _decode(model, processor, told, said, clock, asked.decoding)
+        yield from _decode(model, processor, told, said, clock, sampling | cache)
 
 
-def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Asked) -> Inputs:
+def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Request) -> Inputs:
     from mlx_vlm.prompt_utils import apply_chat_template
 
     if IMAGE_MARK in asked.prompt:
@@ -97,12 +83,12 @@ def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: As
             f"leave {IMAGE_MARK} out of the prompt: in mlx-vlm models the chat template says where"
             " images go"
         )
-    options = dict(asked.template or {})
+    size, options = resize_option(asked.resize_shape), dict(asked.template or {})
     text = apply_chat_template(
         processor, model.config, asked.prompt, num_images=len(opened), **options
     )
     try:
-        return family_of(model).prepare(model, processor, text, opened, asked.resize_shape)
+        return family_of(model).prepare(model, processor, text, opened, size)
     except UserError:
         raise
     except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
@@ -110,7 +96,7 @@ def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: As
         raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
 
 
-def _budgets(views: Sequence[View], asked: Asked, pipeline: Pipeline) -> list[int]:
+def _budgets(views: Sequence[View], asked: Request, pipeline: Pipeline) -> list[int]:
     """Each view's K: an image's own, shared among its crops."""
     found: list[int] = []
     for image in range(1 + max((view.image for view in views), default=-1)):

@@ -1,6 +1,7 @@
 """What passes between a host's model and its pruning.
 
-Shapes: N visual tokens of a view, K kept of them, L rows of the prompt, D features.
+Shapes: T pictures (images or tiles of them), N visual tokens of one, K kept of them, L rows of
+the prompt, D features.
 """
 
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+
+from convert.errors import UserError
 
 from ..pruners.contract import Signals
 
@@ -31,3 +34,14 @@ class View:
     signals: Signals  # of one picture
     pixels_HW3: mx.array | None = None  # as the tower read it; None: the whole picture
     deep: tuple[mx.array, ...] = ()  # (1, N, D) each, what DeepStack adds in the first layers
+
+
+def per_picture(inputs: Inputs, seen: Signals, pixels_THW3: mx.array) -> list[View]:
+    """A view for each of T pictures, with whose it is."""
+    tiles, T = inputs.extra.get("num_patches_list"), len(pixels_THW3)
+    if tiles is None:
+        tiles = [T] if inputs.images == 1 else [1] * inputs.images
+    if sum(tiles) != T:
+        raise UserError(f"{inputs.images} images became {T} pictures: give one image")
+    whose = [image for image, n in enumerate(tiles) for _ in range(n)]
+    return [View(whose[i], seen.of(i), pixels_THW3[i]) for i in range(T)]

@@ -3,7 +3,18 @@
 To add one: its file, a line here, and a tiny model in the tests.
 """
 
-from . import fastvlm, llava, qwen2_5_vl, qwen2_vl, qwen3_vl
+from . import (
+    fastvlm,
+    idefics3,
+    internvl_chat,
+    llava,
+    llava_next,
+    pixtral,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    siglip,
+)  # fmt: skip
 from .common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -13,6 +24,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": qwen3_vl.family,
     "fastvlm": fastvlm.family,
     "llava_qwen2": fastvlm.family,  # as Apple's own config.json calls it
+    "llava_next": llava_next.family,
+    "gemma3": siglip.gemma3,
+    "idefics3": idefics3.family,
+    "smolvlm": idefics3.family,
+    "paligemma": siglip.paligemma,
+    "internvl_chat": internvl_chat.family,
+    "pixtral": pixtral.family,
 }
 # Models that mlx-vlm runs and that have nothing to prune.
 REFUSED = {

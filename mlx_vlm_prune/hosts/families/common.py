@@ -6,7 +6,7 @@ H heads, d head size.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -19,19 +19,19 @@ from ..views import Inputs, View
 INSIDE = "it works between the tower's layers, which is not yet there for mlx-vlm models"
 
 
-def image_token(model: Any) -> int:
-    """The placeholder's id, which some call its index."""
-    config = model.config
-    return (
-        config.image_token_index if "image_token_index" in vars(config) else config.image_token_id
-    )
+def image_token(model: Any, inputs: Inputs) -> int:
+    """The placeholder's id, which some call its index; some processors know better."""
+    named = {**vars(model.config), **inputs.extra}
+    return named["image_token_index" if "image_token_index" in named else "image_token_id"]
 
 
 def embed(model: Any) -> Callable[[mx.array], mx.array]:
     return model.language_model.model.embed_tokens
 
 
-def hand_over(model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]]) -> dict:
+def hand_over(
+    model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
+) -> dict:
     """All embeddings (K, D) in a row, as one picture's."""
     return {"cached_image_features": mx.concatenate(list(x))[None]}
 
@@ -65,8 +65,9 @@ def signals(
     grid: tuple[int, int],
     want: Mapping[str, int | None],
     layers: Sequence[Any],
-    inputs: Sequence[mx.array],
+    inputs: Sequence[Any],
     has_cls: bool,
+    read: Callable[[Any, mx.array], tuple[mx.array, mx.array]] | None = None,
 ) -> Signals:
     """The signals asked for, of layers whose `inputs` (I, S, D) are at hand.
 
@@ -74,10 +75,14 @@ def signals(
     """
     run = Between(Signals(x_IND, grid), want, len(layers), (), has_cls)
     for at in sorted(set(run.want.values())):
-        own, x_ISD = layers[at].self_attn, layers[at].layer_norm1(inputs[at])
-        q_IHSd, k_IHSd = (split(p(x_ISD), own.num_heads) for p in (own.q_proj, own.k_proj))
-        run.read(at, q_IHSd, k_IHSd)
+        run.read(at, *(read or queries_and_keys)(layers[at], inputs[at]))
     return run.signals
+
+
+def queries_and_keys(layer: Any, x_ISD: mx.array) -> tuple[mx.array, mx.array]:
+    """(I, H, S, d) each."""
+    own, x_ISD = layer.self_attn, layer.layer_norm1(x_ISD)
+    return split(own.q_proj(x_ISD), own.num_heads), split(own.k_proj(x_ISD), own.num_heads)
 
 
 def split(x_ISD: mx.array, heads: int) -> mx.array:
@@ -95,7 +100,7 @@ class Family:
     hand_over: Callable[..., dict[str, Any]] = hand_over  # those as arguments of mlx-vlm's
     prepare: Callable[..., Inputs] = prepare  # a prompt and pictures to ids and pixels
     embed: Callable[[Any], Callable[[mx.array], mx.array]] = embed
-    image_token: Callable[[Any], int] = image_token
+    image_token: Callable[[Any, Inputs], int] = image_token
     has_mrope: bool = False  # do positions have three axes, and come from outside?
-    is_expanded: bool = True  # a placeholder for every visual token; else one for an image
+    placeholders: Literal["token", "image", "all"] = "token"  # for what there is one of them
     inside: str = INSIDE  # why nothing leaves between the tower's layers

@@ -60,9 +60,11 @@ def project(model: Any, x_1KD: mx.array) -> mx.array:
     return model.mm_projector(x_1KD)
 
 
-def hand_over(model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]]) -> dict:
+def hand_over(
+    model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
+) -> dict:
     """A picture's embeddings (K, D) each, put in place of its one placeholder."""
     return {"cached_image_features": list(x)}
 
 
-family = Family(depth, see, project, hand_over, is_expanded=False)
+family = Family(depth, see, project, hand_over, placeholders="image")

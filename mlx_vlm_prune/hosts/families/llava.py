@@ -13,7 +13,8 @@ from PIL import Image
 
 from convert.errors import UserError
 
-from ..views import Inputs, View
+from ...pruners.contract import Signals
+from ..views import Inputs, View, per_picture
 from . import common
 from .common import Family, signals
 
@@ -27,16 +28,24 @@ def depth(model: Any) -> int:
 
 def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
     assert inputs.pixels is not None
-    pixels_IHW3 = inputs.pixels.transpose(0, 2, 3, 1)
+    return per_picture(inputs, *encode(model, inputs.pixels, want))
+
+
+def encode(
+    model: Any, pixels_I3HW: mx.array, want: Mapping[str, int | None]
+) -> tuple[Signals, mx.array]:
+    """Signals, and the pixels (I, H, W, 3) as the tower read them."""
+    pixels_IHW3 = pixels_I3HW.transpose(0, 2, 3, 1)
     *_, states = model.vision_tower(pixels_IHW3, output_hidden_states=True)
-    tower, n, first = model.vision_tower.vision_model, depth(model), _first(model)
-    layers, grid = tower.encoder.layers[:n], grid_of(model, pixels_IHW3)
+    n, first = depth(model), _first(model)
+    layers = model.vision_tower.vision_model.encoder.layers[:n]
+    grid = grid_of(model, pixels_IHW3)
     seen = signals(states[n][:, first:], grid, want, layers, states, bool(first))
-    return [View(i, seen.of(i), pixels) for i, pixels in enumerate(pixels_IHW3)]
+    return seen, pixels_IHW3
 
 
 def grid_of(model: Any, pixels_IHW3: mx.array) -> tuple[int, int]:
-    patch = model.vision_tower.vision_model.config.patch_size
+    patch = model.config.vision_config.patch_size
     return pixels_IHW3.shape[1] // patch, pixels_IHW3.shape[2] // patch
 
 

@@ -46,7 +46,9 @@ def project(model: Any, x_1KD: mx.array) -> mx.array:
     return x_1KD
 
 
-def hand_over(model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]]) -> dict:
+def hand_over(
+    model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
+) -> dict:
     """Embeddings (K, D) in a row. What DeepStack adds is handed over too: with features from
     outside, mlx-vlm 0.7 would leave it out."""
     told: dict[str, Any] = {"cached_image_features": mx.concatenate(list(x))}

@@ -1,0 +1,285 @@
+"""Promises of the main job with mlx-vlm's models: load, generate, the command line, refusals."""
+
+import json
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from convert.errors import UserError
+from mlx_vlm_prune import generate, load, stream_generate
+from mlx_vlm_prune.generate import main
+
+from . import host_folders
+from .test_generate import refused
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+QUESTION = "w7 w9"
+QWEN = ["qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["llava", *QWEN]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny checkpoint of each family, and two pictures."""
+    folder = tmp_path_factory.mktemp("hosts")
+    for name in FAMILIES:
+        host_folders.checkpoint(name, folder)
+    host_folders.picture(folder, "a.png", 80, 90)
+    host_folders.picture(folder, "b.png", 120, 60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(home):
+    return {name: load(home / name) for name in FAMILIES}
+
+
+def command(home, name: str, *more: str) -> list[str]:
+    image = ["--image", str(home / "a.png"), "--image", str(home / "b.png")]
+    return ["--model", str(home / name), "--prompt", QUESTION, "--max-tokens", "5", *image, *more]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_command_prunes_and_tells_every_figure(home, name, capsys):
+    file, picture = home / "told.json", home / "kept.png"
+    budget = ["--pruner", "vispruner", "--keep-ratio", "0.25", "--prefill-step-size", "4"]
+    main(command(home, name, *budget, "--json", str(file), "--overlay", str(picture)))
+    shown, told = capsys.readouterr(), json.loads(file.read_text())
+    sizes = [16, 16] if name == "llava" else [9, 8]
+    assert told["visual_tokens"] == sum(sizes)
+    assert [len(image) for image in told["kept_indices"]] == [n // 4 for n in sizes]
+    assert told["visual_tokens_kept"] == sum(n // 4 for n in sizes)
+    assert told["positions"] == ("renumber" if name == "llava" else "keep")
+    parts = sum(told["ttft_ms"][part] for part in ("image", "vision", "pruner", "prefill"))
+    assert parts == pytest.approx(told["ttft_ms"]["total"]) and told["ttft_ms"]["vision"] > 0
+    assert told["text"] in shown.out and "Visual tokens:" in shown.out
+    assert "importing mlx-vlm" in shown.err
+    rows = told["prompt_tokens"]
+    assert told["cache_bytes"] == rows * 3 * 2 * 2 * 16 * 4  # layers, key and value, heads, float32
+    assert Image.open(picture).size[0] > 600
+
+
+def test_the_words_and_the_kept_tokens_are_all_there_is_in_the_prompt(loaded, home):
+    model, processor = loaded["llava"]
+    both = [home / "a.png", home / "b.png"]
+    full = generate(model, processor, QUESTION, image=both, max_tokens=1)
+    kept = generate(
+        model, processor, QUESTION, image=both, pruner="norm", keep_tokens=3, max_tokens=1
+    )
+    assert (full.prompt_tokens, kept.prompt_tokens) == (3 + 32, 3 + 6)
+
+
+@pytest.mark.parametrize("pruner", ["none", "divprune"])
+@pytest.mark.parametrize("name", QWEN)
+def test_unpruned_it_answers_as_mlx_vlm_does(loaded, home, name, pruner):
+    from mlx_vlm import apply_chat_template
+    from mlx_vlm import generate as stock
+
+    model, processor = loaded[name]
+    images = [str(home / "a.png"), str(home / "b.png")]
+    text = apply_chat_template(processor, model.config, QUESTION, num_images=2)
+    theirs = stock(model, processor, text, image=images, max_tokens=6, temperature=0.0)
+    ours = generate(
+        model, processor, QUESTION, image=images, pruner=pruner, keep_ratio=1.0, max_tokens=6
+    )
+    assert (ours.text, ours.prompt_tokens) == (theirs.text, theirs.prompt_tokens)
+    assert ours.token_ids == theirs.token_ids
+
+
+def test_llavas_picture_is_what_transformers_makes_of_it(loaded, home):
+    from transformers import CLIPImageProcessor
+
+    from mlx_vlm_prune.hosts.families import FAMILIES as families
+
+    model, processor = loaded["llava"]
+    opened = Image.open(home / "a.png").convert("RGB")
+    inputs = families["llava"].prepare(model, processor, "<image> w7", [opened], None)
+    theirs = CLIPImageProcessor.from_pretrained(home / "llava")(opened)["pixel_values"][0]
+    np.testing.assert_allclose(np.array(inputs.pixels[0]), np.asarray(theirs), atol=1e-6)
+    assert inputs.ids == [60] * 16 + [7]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_stream_is_the_answer_in_pieces(loaded, home, name):
+    model, processor = loaded[name]
+    options = dict(image=home / "a.png", pruner="norm", keep_tokens=4, max_tokens=7)
+    pieces = list(stream_generate(model, processor, QUESTION, **options))
+    whole = generate(model, processor, QUESTION, **options)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert whole.text.split() == processor.tokenizer.decode(whole.token_ids).split()
+    assert [piece.generation_tokens for piece in pieces] == list(range(1, len(pieces) + 1))
+    assert [piece.finish_reason for piece in pieces] == [None] * 6 + ["length"]
+    assert len(pieces) == len(whole.token_ids) == 7
+
+
+def test_an_answer_ends_at_the_token_that_ends_it(loaded, home, monkeypatch):
+    model, processor = loaded["llava"]
+    options = dict(image=home / "a.png", pruner="norm", keep_tokens=4, max_tokens=7)
+    first, second, *_ = generate(model, processor, QUESTION, **options).token_ids
+    assert first != second
+    monkeypatch.setattr(processor.tokenizer.stopping_criteria, "eos_token_ids", [second])
+    answer = generate(model, processor, QUESTION, **options)
+    assert (answer.token_ids, answer.generation_tokens) == ([first], 2)
+    assert answer.finish_reason == "stop"
+
+
+def test_sampling_with_one_seed_repeats_and_with_another_differs(loaded, home):
+    options = dict(image=home / "a.png", temperature=50.0, top_p=0.99, max_tokens=12)
+    model, processor = loaded["qwen2_5_vl"]
+    first, again, other = (
+        generate(model, processor, QUESTION, **options, seed=seed).token_ids for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_text_alone_is_answered_too(loaded):
+    for model, processor in loaded.values():
+        answer = generate(model, processor, QUESTION, max_tokens=3)
+        assert (answer.prompt_tokens, answer.visual_tokens, len(answer.token_ids)) == (3, 0, 3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_nothing_is_left_on_the_instance_or_its_classes(loaded, home, name):
+    model, processor = loaded[name]
+    before = left_on(model)
+    generate(model, processor, QUESTION, image=home / "a.png", pruner="norm", keep_tokens=2)
+    assert left_on(model) == before
+    broken = stream_generate(model, processor, QUESTION, image=home / "a.png", max_tokens=9)
+    next(broken)
+    broken.close()  # and after an answer that nobody reads to its end
+    assert left_on(model) == before
+
+
+def left_on(model) -> list:
+    """Everything a module and its class hold, by identity."""
+    held = []
+    for name, module in model.named_modules():
+        held.append((name, {k: id(v) for k, v in vars(type(module)).items()}))
+        held.append((name, {k: id(v) for k, v in vars(module).items()}))
+        held.append((name, {k: id(v) for k, v in module.items()}))
+    return held
+
+
+def test_the_stock_model_answers_afterwards_as_before(loaded, home):
+    from mlx_vlm import apply_chat_template
+    from mlx_vlm import stream_generate as stock
+
+    model, processor = loaded["qwen2_5_vl"]
+    text = apply_chat_template(processor, model.config, QUESTION, num_images=1)
+    options = dict(image=str(home / "a.png"), max_tokens=4, temperature=0.0)
+
+    def odds():
+        return [np.array(p.logprobs) for p in stock(model, processor, text, **options)]
+
+    before = odds()
+    generate(model, processor, QUESTION, image=home / "b.png", pruner="norm", keep_tokens=2)
+    for a, b in zip(before, odds(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_mlx_vlms_options_reach_mlx_vlm(loaded, home, monkeypatch):
+    theirs = sys.modules["mlx_vlm.generate"]  # its package has a function of that name
+    given, real = {}, theirs.stream_generate
+
+    def heard(*args, **options):
+        given.update(options)
+        return real(*args, **options)
+
+    monkeypatch.setattr(theirs, "stream_generate", heard)
+    model, processor = loaded["qwen2_5_vl"]
+    generate(
+        model, processor, QUESTION, image=home / "a.png", kv_bits=8, prefill_step_size=3,
+        temperature=0.5, top_p=0.9, seed=3, max_tokens=1,
+    )  # fmt: skip
+    named = ("kv_bits", "prefill_step_size", "temperature", "top_p", "seed", "max_tokens")
+    assert [given[name] for name in named] == [8, 3, 0.5, 0.9, 3, 1]
+
+
+def test_a_picture_is_made_to_fit_the_shape_asked_for(loaded, home):
+    model, processor = loaded["qwen2_5_vl"]
+    large = home / "large.png"
+    host_folders.picture(home, "large.png", 224, 224)
+    whole = generate(model, processor, QUESTION, image=large, max_tokens=1)
+    small = generate(model, processor, QUESTION, image=large, resize_shape=[112], max_tokens=1)
+    assert (whole.visual_tokens, small.visual_tokens) == (64, 16)
+
+
+def test_a_model_that_mlx_vlm_itself_loaded_is_taken_as_well(home):
+    from mlx_vlm import load as their_load
+
+    model, processor = their_load(str(home / "llava"))
+    answer = generate(
+        model, processor, QUESTION, image=home / "a.png", pruner="norm", keep_tokens=4, max_tokens=2
+    )
+    assert answer.visual_tokens_kept == 4
+
+
+def test_half_precision_becomes_float32_on_a_cpu_unless_one_says_otherwise(tmp_path):
+    folder = host_folders.checkpoint("llava", tmp_path)
+    held = mx.load(str(folder / "model.safetensors"))
+    half = {name: array.astype(mx.bfloat16) for name, array in held.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), half, metadata={"format": "mlx"})
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    for dtype, expected in (
+        ("auto", mx.float32 if on_cpu else mx.bfloat16), ("float16", mx.float16),
+    ):  # fmt: skip
+        model, _ = load(folder, dtype=dtype)
+        assert model.language_model.model.norm.weight.dtype == expected
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        (["--pruner", "fastv", "--keep-ratio", "0.5"], "not yet in mlx-vlm models"),
+        (["--pruner", "norm", "--keep-tokens", "40"], "an image has 1 to 16 visual tokens"),
+        (["--pruner", "norm", "--positions", "keep"], "counts the rows it is given"),
+        (["--kv-bits", "99"], "--kv-bits is 99; it must be from 1 to 8"),
+        (["--prefill-step-size", "0"], "it must be at least 1"),
+        (["--resize-shape", "1", "2", "3"], "give one or two sides"),
+        (["--pruner", "mlp"], "holds no weights for it"),
+        (["--prompt", "see <image> w7"], "leave <image> out of the prompt"),
+        (["--image", "/nowhere.png"], "nowhere.png"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(home, capsys, more, sentence):
+    assert sentence in refused(capsys, command(home, "llava", *more))
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        ({"model_type": "mllama"}, "cross-attention"),
+        ({"model_type": "llava", "model_file": "evil.py"}, "no code from a folder is"),
+        ({"model_type": "llava"}, "mlx-vlm cannot load"),
+    ],
+)
+def test_a_folder_that_cannot_be_had_is_refused(tmp_path, capsys, config, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
+    argv = ["--model", str(tmp_path), "--prompt", QUESTION]
+    assert sentence in refused(capsys, argv)
+
+
+def test_without_mlx_vlm_it_says_what_to_install(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
+    with pytest.raises(UserError, match=r"pip install 'mlx_vlm_prune\[mlx-vlm\]'"):
+        load(home / "llava")
+
+
+def test_the_hosts_options_are_refused_for_our_own_models(tmp_path):
+    model, processor = load()
+    with pytest.raises(UserError, match="are for mlx-vlm models"):
+        generate(model, processor, "What does the sign say?", kv_bits=8)
+
+
+def test_a_model_nobody_wrote_down_is_refused_by_name():
+    class Other:
+        class config:
+            model_type = "kimi_vl"
+
+    with pytest.raises(UserError, match="no pruning in kimi_vl models; there is in llava"):
+        generate(Other(), None, QUESTION)
