@@ -24,13 +24,16 @@ from mlx_vlm_prune.decoder import At, through
 from mlx_vlm_prune.generate import versions
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
-from mlx_vlm_prune.splice import Visual, splice
+from mlx_vlm_prune.splice import Row, Visual, splice
+from mlx_vlm_prune.stream import Clock
 from mlx_vlm_prune.towers.between import received
 
-from .speed import SHAPES, TEXT_TOKENS, once, prompt, spread
+from .shapes import SHAPES, TEXT_TOKENS, prompt
+from .timing import spread
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE, K, H, ALLOWED = "llava-8", 64, 16, 0.03
+TWIG_LAYERS = 3  # its paper's for LLaVA-1.5
 
 
 def clocked(call: Callable, runs: int) -> dict[str, float]:
@@ -96,10 +99,17 @@ def inside_the_decoder(pruner: Pruner, model: VLM) -> Callable:
     mx.eval(before_BLD)
 
     def call() -> list[mx.array]:
-        at = At(model.language, layer, told, before_BLD, cache)
+        at = At(model.language, layer, told, before_BLD, cache, pruner.learned)
         return pruner(at.signals(pruner, model.grid), K).parts
 
     return call
+
+
+def first_token(model: VLM, row: Row, pixels: mx.array) -> float:
+    """Milliseconds of a full forward pass."""
+    clock = Clock()
+    model([row], pixels, plan("none"), model.N, lap=clock.lap)
+    return clock.ttft()["total"]
 
 
 def main() -> None:
@@ -117,14 +127,15 @@ def main() -> None:
     mx.eval(model.parameters())
     side, row = config.vision.image_size, prompt(config)
     pixels = mx.random.normal((1, side, side, 3))
-    full = [once(model, row, pixels, plan("none"), model.N)["total"] for _ in range(5)][2:]
+    full = [first_token(model, row, pixels) for _ in range(5)][2:]
     ttft = statistics.median(full)
     print(f"Full time to the first token: {ttft:.0f} ms; 3 % of it are {ALLOWED * ttft:.0f} ms")
     seen = signals(model.N, model.grid, config.vision.hidden_size, config.text.hidden_size)
+    twig = METHODS["twig"].make(config.text, TWIG_LAYERS)
     names = args.pruner or [n for n, m in METHODS.items() if hasattr(m, "prune") and n != "none"]
     rows = []
     for name in tqdm(names, file=sys.stderr, leave=False):
-        pruner = resolve(name)
+        pruner = resolve(name, {"twig": twig})
         decoder = pruner.stage is Stage.DECODER
         layers = config.vision.num_hidden_layers
         call = (

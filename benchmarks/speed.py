@@ -1,194 +1,282 @@
 """How much sooner the first token comes: `python -m benchmarks.speed`.
 
-Full size, random weights: ViT-B/16 and a MiniMind2 language model, 196 visual tokens.
-Full and pruned run in alternation in one process, warm; the tower and the pruner are
-inside the time. Before measuring it prints what the operation count allows; the last
-line of its output is one JSON object of the same figures.
+Models of published sizes with random weights answer a photograph: opening its file, the tower,
+the pruner, the projector, the prefill and new tokens are timed apart, and the time to the first
+token is all of it, from the file on. Full and pruned take turns in one process, warm. Every
+answer has the same number of tokens, since nothing ends it. Before measuring it says what the
+operation count allows (mlx_vlm_prune/operations.py), and beside each gain, how many times as fast
+as full, stands the count's own. A gain is not told where the ratios spread by more than it
+differs from 1 (benchmarks/timing.py). The last line is one JSON object of all figures.
+
+Every option with "repeat" sweeps: each shape, batch, text and side is measured in turn with
+all pruners and budgets.
 """
 
 import argparse
+import itertools
 import json
-import platform
-import statistics
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_vlm_prune.generate import versions
-from mlx_vlm_prune.language.minimind import MiniMindConfig
-from mlx_vlm_prune.model import VLM, VLMConfig
-from mlx_vlm_prune.pruners import Pipeline, Stage, plan
-from mlx_vlm_prune.stream import Clock
-from mlx_vlm_prune.towers.clip import CLIPConfig
+from convert.errors import Parser, UserError
+from mlx_vlm_prune import operations
+from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.model import VLMConfig
+from mlx_vlm_prune.pruners import Pipeline, plan
+from mlx_vlm_prune.remembered import write_atomically
 
-from . import operations
+from .ceiling import announce
+from .shapes import SHAPES, TEXT_TOKENS, request, shape
+from .table import show
+from .timing import Gain, Run, alternate, spread
 
 RESULTS = Path(__file__).parent / "results"
-TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image
-BASE = MiniMindConfig(hidden_size=768, intermediate_size=2048, num_hidden_layers=16)
-SHAPES = {
-    "minimind2-v-small": VLMConfig(),
-    "minimind2-v": VLMConfig(text=BASE),
-    # LLaVA-1.5's tower, CLIP ViT-L/14 at 336 pixels, and 8 layers as wide as a 1 B model's.
-    "llava-8": VLMConfig(
-        CLIPConfig(1024, 4096, 24, 16, 336, 14), MiniMindConfig(2048, 5504, 8, 16, 16, 32000)
-    ),
-}
-DEFAULT = ("random", "uniform", "avgpool", "downsample", "tome", "cls_attention", "divprune")
-PARTS = ("vision", "pruner", "prefill", "total")
+PRUNERS = (
+    "random", "downsample", "tome", "cls_attention", "visionzip", "divprune", "fastv",
+    "pyramiddrop",
+)  # fmt: skip
+RATIOS = (0.5, 0.25, 0.11)
+# Each gain's name in results: what is timed, and what the operation count says of it.
+TIMED = {"vision": "vision", "projector": "projector", "prefill": "prefill",
+         "total": "first_token", "token": "decode"}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Row:
-    """A prompt of random ids with one image in the middle."""
+class Setting:
+    """What a run is asked, all but the pruner."""
 
-    ids: list[int]
-    runs: list[tuple[int, int]]
+    shape: str
+    batch: int
+    text: int
+    side: int | None
 
-
-def prompt(config: VLMConfig) -> Row:
-    N = config.vision.grid[0] * config.vision.grid[1]
-    text = [5 + i for i in range(TEXT_TOKENS)]
-    half = TEXT_TOKENS // 2
-    return Row(text[:half] + [config.image_token_id] * N + text[half:], [(half, N)])
-
-
-def once(model: VLM, row: Row, pixels: mx.array, pruner: Pipeline, K: int) -> dict[str, float]:
-    """Milliseconds of each part of one forward pass up to the first token."""
-    clock = Clock()
-    model([row], pixels, pruner, K, lap=clock.lap)
-    return clock.ttft()
+    @property
+    def config(self) -> VLMConfig:
+        return shape(self.shape, self.side)
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    deciles = statistics.quantiles(times, n=10)
-    return {"median": statistics.median(times), "p10": deciles[0], "p90": deciles[-1]}
+@dataclass(frozen=True)
+class Case:
+    """A method and a budget of K tokens."""
+
+    pipeline: Pipeline
+    K: int
+    work: operations.Operations
+
+    @property
+    def kept(self) -> float:
+        """Of one image, in the average layer."""
+        return sum(self.work.visual) / len(self.work.visual)
 
 
-def work(config: VLMConfig, pipeline: Pipeline, K: int) -> int:
-    """Multiply-adds of projector and language model."""
-    N, layers = config.vision.grid[0] * config.vision.grid[1], config.text.num_hidden_layers
-    before = [k for k, s in zip(pipeline.budgets(N, K), pipeline.steps, strict=True)
-              if s.stage is not Stage.DECODER]  # fmt: skip
-    left = before[-1] if before else N
-    held = [left] * layers
-    if pipeline.decoder and left > K:
-        step = pipeline.decoder
-        for layer, rows in step.ask(step.method.schedule, layers, left, K).items():
-            held[layer:] = [rows] * (layers - layer)
-    projected = N if pipeline.at(Stage.PROJECTED) else left
-    return operations.prefill(config, TEXT_TOKENS, held, projected)
+def cases(
+    setting: Setting, stack: Any, specs: Sequence[str], budgets: Sequence[int]
+) -> tuple[Case, list[Case], list[dict[str, Any]]]:
+    """Full, all that can be, and why the others cannot."""
+    config, refused, able = setting.config, [], []
+    N = operations.tokens(config)
+    for spec, K in itertools.product(specs, budgets):
+        try:
+            pipeline = plan(spec, stack.learned(K))
+            pipeline.want(config.vision.num_hidden_layers)
+            able.append(Case(pipeline, K, operations.count(config, setting.text, pipeline, K)))
+        except UserError as e:
+            refused.append({**asdict(setting), "pruner": spec, "budget": K, "why": str(e)})
+    full = Case(plan("none"), N, operations.count(config, setting.text, plan("none"), N))
+    return full, able, refused
 
 
-def measure(config: VLMConfig, names: list[str], K: int, runs: int) -> list[dict]:
-    """One row of figures per method, each measured beside full in alternation."""
-    mx.random.seed(0)
-    model = VLM(config)
-    mx.eval(model.parameters())
-    row = prompt(config)
-    side = config.vision.image_size
-    pixels = mx.random.normal((1, side, side, 3))
-    N, full, rows = model.N, plan("none"), []
-    for name in names:
-        pruner = plan(name)
-        gain = work(config, full, N) / work(config, pruner, K)
-        laps: dict[str, list[dict[str, float]]] = {"full": [], "pruned": []}
-        for i in tqdm(range(runs + 2), desc=name, leave=False, file=sys.stderr):
-            seen = once(model, row, pixels, full, N), once(model, row, pixels, pruner, K)
-            if i >= 2:  # the first two are warm-up
-                laps["full"].append(seen[0])
-                laps["pruned"].append(seen[1])
-        rows.append({"pruner": name, "tokens": N, "kept": K, **figures(laps, gain)})
-    return rows
+def measure(
+    setting: Setting, stack: Any, full: Case, pruned: Sequence[Case], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One row of figures a case."""
+    asked = request(setting.config, setting.text, setting.batch)
+    runs = [
+        partial(stack.run, asked, case.pipeline, case.K, args.tokens) for case in (full, *pruned)
+    ]
+    found: list[list[tuple[Run, Run]]] = [[] for _ in pruned]
+    rounds = len(pruned) + -(-len(pruned) // args.share)
+    total, title = (args.warmup + args.runs) * rounds, f"{setting.shape}, runs"
+    turns = alternate(runs[0], runs[1:], args.runs, args.warmup, args.share)
+    for done in tqdm(turns, total=total, desc=title, file=sys.stderr, leave=False):
+        if done:
+            i, one, before = done
+            found[i].append((before, one))
+    return [row(setting, full, case, pairs) for case, pairs in zip(pruned, found, strict=True)]
 
 
-def figures(laps: dict[str, list[dict[str, float]]], gain: float) -> dict:
-    """What the laps come to, beside the gain of the prefill that was predicted."""
-    pairs = zip(laps["pruned"], laps["full"], strict=True)
-    realised = _ratio(laps, "prefill")
+def row(
+    setting: Setting, full: Case, case: Case, pairs: Sequence[tuple[Run, Run]]
+) -> dict[str, Any]:
+    """What the runs of a case, each with the full run before it, come to."""
+    kinds = {"full": [before for before, _ in pairs], "pruned": [one for _, one in pairs]}
+    laps = {
+        kind: {name: [run.figures[name] for run in runs] for name in runs[0].figures}
+        for kind, runs in kinds.items()
+    }
+    gains = {}
+    for name, counted in TIMED.items():
+        predicted = getattr(full.work, counted) / getattr(case.work, counted)
+        gain = Gain.of(laps["full"][name], laps["pruned"][name])
+        gains[name] = gain.report(predicted)
+    share = zip(laps["pruned"]["pruner"], laps["full"]["total"], strict=True)
     return {
-        "ms": {
-            kind: {part: spread([lap[part] for lap in laps[kind]]) for part in PARTS}
-            for kind in laps
-        },
-        "prefill_gain": realised,
-        "prefill_gain_predicted": gain,
-        "realised": realised / gain,
-        "ttft_gain": _ratio(laps, "total"),
-        "pruner_share": statistics.median(p["pruner"] / f["total"] for p, f in pairs),
-    }
+        **asdict(setting), "pruner": case.pipeline.name, "budget": case.K,
+        "tokens": full.K, "kept": case.kept,
+        "ms": {kind: {n: spread(ms) for n, ms in told.items()} for kind, told in laps.items()},
+        "gain": gains,
+        "pruner_share": spread([own / total for own, total in share])["median"],
+        "operations": {"full": counted_work(full), "pruned": counted_work(case)},
+        "cache_bytes": {kind: runs[0].cache_bytes for kind, runs in kinds.items()},
+        "peak_bytes": {kind: _peak(runs) for kind, runs in kinds.items()},
+    }  # fmt: skip
 
 
-def _ratio(laps: dict[str, list[dict[str, float]]], part: str) -> float:
-    """Median over the runs of full ÷ pruned, pair by pair: a drifting machine cancels out."""
-    pairs = zip(laps["full"], laps["pruned"], strict=True)
-    return statistics.median(f[part] / p[part] for f, p in pairs)
+def counted_work(case: Case) -> dict[str, int]:
+    """Multiply-adds of one prompt."""
+    return {name: getattr(case.work, name) for name in ("vision", "projector", "prefill", "decode")}
 
 
-def predict(config: VLMConfig, K: int) -> None:
-    """Print what the operation count allows."""
-    N = config.vision.grid[0] * config.vision.grid[1]
-    full, kept = (work(config, plan("uniform"), left) for left in (N, K))
-    tower = operations.tower(config)
-    print(f"{N} -> {K} visual tokens before the decoder, {TEXT_TOKENS} of text, float32,", end=" ")
-    print(mx.default_device())
-    print(
-        f"Ceiling by operation count: prefill {full / kept:.2f} x, "
-        f"time to first token {(tower + full) / (tower + kept):.2f} x"
-    )
-    print(
-        f"(G multiply-adds: tower {tower / 1e9:.2f}, prefill {full / 1e9:.2f} -> {kept / 1e9:.2f})"
-    )
+def _peak(runs: Sequence[Run]) -> int | None:
+    told = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return max(told) if told else None
 
 
-def show(rows: list[dict]) -> None:
-    """Print the measured rows; times are medians."""
-    print(f"{'pruner':<15}{'prefill ms':>20}{'gain':>7}{'realised':>10}", end="")
-    print(f"{'TTFT ms':>20}{'gain':>7}{'pruner':>9}")
-    for r in rows:
-        full, pruned = r["ms"]["full"], r["ms"]["pruned"]
-        prefill, total = (
-            f"{full[part]['median']:.1f} -> {pruned[part]['median']:.1f}"
-            for part in ("prefill", "total")
-        )
-        print(
-            f"{r['pruner']:<15}{prefill:>20}{r['prefill_gain']:>6.2f}x{r['realised']:>10.0%}",
-            end="",
-        )
-        print(f"{total:>20}{r['ttft_gain']:>6.2f}x{r['pruner_share']:>9.1%}")
-    print("realised: measured ÷ predicted gain of the prefill; pruner: its share of the full TTFT")
+def settings(args: argparse.Namespace) -> Iterator[Setting]:
+    """Everything that is to be measured in turn."""
+    for name in args.shape:
+        for batch, text, side in itertools.product(args.batch, args.text, args.side):
+            yield Setting(name, batch, text, side)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
-    parser.add_argument("--pruner", action="append", help="repeat for several")
-    parser.add_argument("--keep-ratio", type=float, default=0.25)
-    parser.add_argument("--keep-tokens", type=int, help="instead of a ratio")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--save", metavar="NAME", help="keep as benchmarks/results/NAME.json")
-    args = parser.parse_args()
-    config = SHAPES[args.shape]
-    N = config.vision.grid[0] * config.vision.grid[1]
-    K = args.keep_tokens or max(1, int(N * args.keep_ratio))
-    predict(config, K)
-    rows = measure(config, args.pruner or list(DEFAULT), K, args.runs)
-    show(rows)
-    about = {
-        "shape": args.shape,
-        "runs": args.runs,
-        "machine": platform.machine(),
-        "device": str(mx.default_device()),
-        "versions": versions(),
-    }
-    told = json.dumps({**about, "rows": rows})
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.save}.json").write_text(told + "\n", encoding="utf-8")
-    print(told)
+def budgets(args: argparse.Namespace, N: int) -> list[int]:
+    """How many of N tokens to keep."""
+    if args.keep_tokens:
+        for K in args.keep_tokens:
+            if not 1 <= K < N:
+                raise UserError(f"--keep-tokens is {K}; of {N} visual tokens keep 1 to {N - 1}")
+        return args.keep_tokens
+    return [max(1, int(N * ratio + 1e-9)) for ratio in args.keep_ratio or RATIOS]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
+    add, positive = p.add_argument, partial(_whole, 1)
+    add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the first)")
+    add("--pruner", action="append", help="NAME, NAME:option=value or a chain; repeat")
+    add("--keep-ratio", type=_ratio, action="append", help="repeat (default: 0.5, 0.25, 0.11)")
+    add("--keep-tokens", type=positive, action="append", help="instead of ratios; repeat")
+    add("--batch", type=positive, action="append", help="prompts at once; repeat (default: 1)")
+    add("--text", type=positive, action="append", help="words of a prompt; repeat (default: 30)")
+    add("--side", type=positive, action="append", help="pixels of a picture's side, which decide"
+        " how many visual tokens there are; repeat (default: the shape's own)")  # fmt: skip
+    add("--backend", choices=("mlx", "torch"), default="mlx", help="torch: the reference")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    add("--tokens", type=positive, default=8, help="new tokens of every answer (default: 8)")
+    add("--runs", type=positive, default=20, help="measured runs of each case (default: 20)")
+    add("--warmup", type=partial(_whole, 0), default=1, help="runs before them (default: 1)")
+    add("--share", type=positive, default=4, help="pruned runs after each full one (default: 4)")
+    add("--save", metavar="NAME", type=_name, help="keep as benchmarks/results/NAME.json")
+    args = p.parse_args(argv)
+    if args.keep_ratio and args.keep_tokens:
+        raise UserError("give --keep-ratio or --keep-tokens, not both")
+    args.shape, args.pruner = args.shape or [next(iter(SHAPES))], args.pruner or list(PRUNERS)
+    args.batch, args.text = args.batch or [1], args.text or [TEXT_TOKENS]
+    args.side = args.side or [None]
+    if "none" in args.pruner:
+        raise UserError("--pruner none is what all are measured beside; name another")
+    return args
+
+
+def _whole(least: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return int(text)
+
+
+def _ratio(text: str) -> float:
+    try:
+        told = float(text)
+    except ValueError:
+        told = 0.0
+    if not 0 < told < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+    return told
+
+
+def _name(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain file name")
+    return text
+
+
+def backend(name: str) -> ModuleType:
+    if name == "mlx":
+        from . import on_mlx
+
+        return on_mlx
+    from . import on_torch
+
+    return on_torch
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all settings, printing each; everything that was found."""
+    host = backend(args.backend)
+    rows, refused = [], []
+    made: tuple[VLMConfig | None, Any] = None, None
+    for setting in list(settings(args)):  # a wrong one is refused before any is measured
+        budgets(args, operations.tokens(setting.config))
+    for setting in settings(args):
+        config = setting.config
+        if made[0] != config:
+            made = config, host.Stack(config, args.dtype)
+        able = budgets(args, operations.tokens(config))
+        announce(setting, args.dtype, f"{args.backend} on {host.device()}", able)
+        full, pruned, impossible = cases(setting, made[1], args.pruner, able)
+        refused += impossible
+        if not pruned:
+            raise UserError(impossible[0]["why"])
+        rows += (measured := measure(setting, made[1], full, pruned, args))
+        show(measured, impossible, args.runs)
+    return {
+        "benchmark": "speed", "backend": args.backend, "device": host.device(),
+        "dtype": args.dtype, "runs": args.runs, "warmup": args.warmup, "share": args.share,
+        "new_tokens": args.tokens, "machine": machine(), "versions": _versions(args.backend),
+        "rows": rows, "refused": refused,
+    }  # fmt: skip
+
+
+def _versions(name: str) -> dict[str, str | None]:
+    if name == "mlx":
+        return versions()
+    import torch
+
+    return {**versions(), "torch": torch.__version__}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    try:
+        args = parse(argv)
+        told = json.dumps(run(args))
+        if args.save:
+            RESULTS.mkdir(exist_ok=True)
+            write_atomically(RESULTS / f"{args.save}.json", told + "\n")
+        print(told)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

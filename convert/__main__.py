@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from .errors import Parser, UserError
 from .generations import KV_HEADS
 from .hub import found
 from .quantise import BITS, GROUPS, MODES, dequantised, quantised
+from .twig import read_twig
 from .writing import to_hf, to_mlx, to_torch
 
 
@@ -44,6 +46,8 @@ def _to_mlx_options(there: argparse.ArgumentParser) -> None:
     there.add_argument("--dtype", choices=DTYPES, help="default: each tensor's own")
     there.add_argument("--heads", type=_positive, help="query heads; no .pth says how many")
     there.add_argument("--kv-heads", type=_positive, help=f"default {KV_HEADS}, as in MiniMind2")
+    there.add_argument("--twig", metavar="FILE", help="TwigVLM's, to go with the model")
+    there.add_argument("--twig-layer", type=_positive, help="that it grows on; no file says which")
     fewer = there.add_mutually_exclusive_group()
     fewer.add_argument("-q", "--quantize", action="store_true", help="the language model")
     fewer.add_argument("--dequantize", action="store_true", help="undo -q, but for what it lost")
@@ -88,6 +92,11 @@ def run(args: argparse.Namespace) -> str:
 def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
     words = args.tokenizer and found(args.tokenizer)
     source = as_mlx(path, vision, words, args.heads, args.kv_heads)
+    if bool(args.twig) != bool(args.twig_layer):
+        raise UserError("--twig and --twig-layer belong together: a twig, and the layer it reads")
+    if args.twig:
+        twig = read_twig(found(args.twig), args.twig_layer, source.config)
+        source = replace(source, twig=twig)
     if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
         raise UserError("--q-bits, --q-group-size and --q-mode say how; -q says to quantize")
     if args.dequantize:

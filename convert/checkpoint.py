@@ -5,7 +5,7 @@ vision tower in a folder of its own, and the tokenizer in another. Ours: one fol
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Source:
     reading: Path | None
     guessed: bool = False  # how many heads there are
     learned: Path | None = None  # weights of learned pruners, which lie beside a model of ours
+    twig: Mapping[str, RawTensor] = field(default_factory=dict)  # goes with them
 
 
 def is_ours(folder: Path) -> bool:

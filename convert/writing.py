@@ -24,7 +24,7 @@ from .checkpoint import (
     read_ours,
 )
 from .errors import UserError
-from .files import appearing, write_pth, write_safetensors
+from .files import appearing, open_safetensors, write_pth, write_safetensors
 from .names import LLAMA, to_published
 from .tensors import FLOATS, RawTensor
 
@@ -51,7 +51,11 @@ def to_mlx(source: Source, target: Path, dtype: str | None = None, name: str | N
         write_json(folder / "config.json", config)
         write_safetensors(folder / "model.safetensors", source.tensors, "mlx")
         copy_words(source.tokenizer, folder)
-        if source.learned:
+        if source.twig:
+            held = open_safetensors(source.learned) if source.learned else {}
+            others = {k: tensor for k, tensor in held.items() if not k.startswith("twig.")}
+            write_safetensors(folder / LEARNED, {**others, **source.twig}, "mlx")
+        elif source.learned:
             shutil.copyfile(source.learned, folder / LEARNED)
         if source.reading:
             shutil.copyfile(source.reading / READING, folder / READING)

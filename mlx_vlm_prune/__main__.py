@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from . import __version__
 
 # Each command's module.
-COMMANDS = {"generate": "generate", "evaluate": "evaluate", "pruners": "listing"}
+COMMANDS = {"evaluate": "evaluate", "generate": "generate", "pruners": "listing"}
 USAGE = """usage: python -m mlx_vlm_prune COMMAND …
 
 commands:
+  evaluate   what each method costs in answers, over a set of questions
   generate   answer a prompt about images with fewer visual tokens
-  evaluate   measure what methods cost in answers, on a question set
   pruners    list the methods; with a name, tell more of one
 
 python -m mlx_vlm_prune COMMAND --help says more; --version prints the version."""

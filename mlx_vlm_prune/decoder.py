@@ -14,7 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from .cache import LayerCache
-from .language.minimind import MiniMind
+from .language.minimind import DecoderLayer, MiniMind
+from .language.twig import Twig
 from .pruners import Pruner, Reduction, Signals
 from .pruners.contract import Policy, take
 from .splice import Spliced, shorten
@@ -66,7 +67,8 @@ def read(
         told, begin = replace(told, x_BLD=lap("prefill", x_BLD)), layer
         if K is not None:
             assert cuts.pruner
-            signals = At(language, layer, told, before_BLD, cache).signals(cuts.pruner, grid)
+            at = At(language, layer, told, before_BLD, cache, cuts.pruner.learned)
+            signals = at.signals(cuts.pruner, grid) if K else at.visual(grid)
             kept = lap("pruner", cuts.pruner(signals, K))
             reductions.append((layer, kept))
             told = shorten(told, kept, bias(cuts, told, signals, kept), cuts.policy)
@@ -74,7 +76,9 @@ def read(
     return Read(language.logits(x_BLD), segments, reductions)
 
 
-def through(language: MiniMind, numbers: range, told: Spliced, cache: list[LayerCache]) -> mx.array:
+def through(
+    language: MiniMind | Twig, numbers: range, told: Spliced, cache: list[LayerCache]
+) -> mx.array:
     """Hidden states after some layers. A long prompt is read in pieces: memory must not grow
     with its square."""
     if not numbers:
@@ -97,7 +101,7 @@ def bias(cuts: Cuts, told: Spliced, signals: Signals, kept: Reduction) -> mx.arr
     assert cuts.pruner and kept.index_BK is not None
     held_BL = mx.zeros(told.positions_BL.shape) if told.bias_BL is None else told.bias_BL
     bias_IN = held_BL[told.where]
-    if cuts.enhancer:
+    if cuts.enhancer and kept.slots:
         added = cuts.enhancer.ask(cuts.enhancer.method.weigh, signals, kept)
         return take(bias_IN, kept.index_BK) + added
     if cuts.pruner.is_proportional:
@@ -111,19 +115,23 @@ class At:
 
     def __init__(
         self, language: MiniMind, layer: int, told: Spliced, before_BLD: mx.array,
-        cache: list[LayerCache],
+        cache: list[LayerCache], twig: Twig | None = None,
     ):  # fmt: skip
-        self.language, self.told, self.before_BLD = language, told, before_BLD
+        self.language, self.told, self.before_BLD, self.twig = language, told, before_BLD, twig
         self.this, self.last = language.layers[layer], language.layers[layer - 1]
         self.held = cache[layer - 1]
         self.image_I1, self.columns_IN = told.where
 
+    def visual(self, grid: tuple[int, int]) -> Signals:
+        """The visual rows of all images."""
+        return Signals(self.told.x_BLD[self.told.where], grid)
+
     def signals(self, pruner: Pruner, grid: tuple[int, int]) -> Signals:
-        """The visual rows of all images, and what the method needs."""
+        """The same, and what the method needs."""
         found: dict[str, Any] = {}
         for name in pruner.method.needs:
             found |= getattr(self, name)()
-        return Signals(self.told.x_BLD[self.told.where], grid, **found)
+        return replace(self.visual(grid), **found)
 
     def before(self) -> dict[str, mx.array]:
         return {"before_BND": self.before_BLD[self.told.where]}
@@ -164,12 +172,15 @@ class At:
 
     def next_attention(self) -> dict[str, mx.array]:
         """Of the prompt's last token, by this layer's own projections."""
-        attend, x_BLD = self.this.self_attn, self.this.input_layernorm(self.told.x_BLD)
-        places_BL = self.told.positions_BL
-        q = attend.grouped_queries(x_BLD[:, -1:], self.language.rotary(places_BL[:, -1:]))
-        k = attend.turned_keys(x_BLD, self.language.rotary(places_BL))
-        rows_BQS = rows(q, k, self._visible(places_BL[:, -1:]), self.told.bias_BL)
-        return {"next_attention_BN": rows_BQS[self.image_I1, 0, self.columns_IN]}
+        return {"next_attention_BN": self._coming(self.this, self.told.x_BLD)}
+
+    def twig_attention(self) -> dict[str, mx.array]:
+        """Of the prompt's last token, in the last layer of the twig that grows here; of that
+        layer nothing else is computed."""
+        assert self.twig is not None, "the method brings its twig"
+        below, last = range(len(self.twig.layers) - 1), self.twig.layers[-1]
+        x_BLD = through(self.twig, below, self.told, self.twig.make_cache())
+        return {"twig_attention_BN": self._coming(last, x_BLD)}
 
     def mean_attention(self) -> dict[str, mx.array]:
         """Of the mean visual query to the visual keys, by this layer's own projections."""
@@ -183,6 +194,15 @@ class At:
             "mean_attention_BN": rows(q_IGR1d, k_IGNd, everywhere, None)[:, 0],
             "next_keys_BND": k_IGNd.swapaxes(1, 2).flatten(2),
         }
+
+    def _coming(self, layer: DecoderLayer, x_BLD: mx.array) -> mx.array:
+        """What the prompt's last token attends to in a layer with the input x, (I, n)."""
+        attend, x_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
+        places_BL = self.told.positions_BL
+        q = attend.grouped_queries(x_BLD[:, -1:], self.language.rotary(places_BL[:, -1:]))
+        k = attend.turned_keys(x_BLD, self.language.rotary(places_BL))
+        rows_BQS = rows(q, k, self._visible(places_BL[:, -1:]), self.told.bias_BL)
+        return rows_BQS[self.image_I1, 0, self.columns_IN]
 
     @property
     def _L(self) -> int:

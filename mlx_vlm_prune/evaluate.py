@@ -33,9 +33,8 @@ from .evaluation.judge import Judge  # noqa: E402
 from .evaluation.kept import Kept  # noqa: E402
 from .evaluation.table import table  # noqa: E402
 from .evaluation.widen import widen  # noqa: E402
-from .generate import versions  # noqa: E402
-from .loading import Processor, load  # noqa: E402
-from .machine import machine  # noqa: E402
+from .loading import DTYPES, Processor, load  # noqa: E402
+from .machine import machine, versions  # noqa: E402
 from .model import VLM  # noqa: E402
 from .pruners import METHODS, Stage  # noqa: E402
 from .questions import FORMATS, Question, Source, format_of  # noqa: E402
@@ -70,6 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--skip-bad", action="store_true", help="leave out what cannot be read, and say so")
     add("--out", type=Path, default=Path("evaluation.json"), metavar="FILE.json")
     add("--seed", type=int, default=0, help="of the bootstrap (of random: --pruner random:seed=1)")
+    add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     add("--widen", action=argparse.BooleanOptionalAction, help="quantized matrices as float32 of "
         "the same values, much faster on a CPU (default: there)")  # fmt: skip
     return p.parse_args(argv)
@@ -100,14 +100,14 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     questions = chosen(args)
     listed, unread = questions.listed()
-    model, processor = load(args.model)
+    folder = found(args.model) if args.model else CHECKPOINT
+    model, processor = load(folder, dtype=args.dtype)
     if args.widen is None:
         args.widen = mx.default_device().type == mx.DeviceType.cpu
     if args.widen:
         widen(model)
     contest, refused = entries(model, args.pruner or usual(model), budgets(args, model.N))
     args.max_tokens = args.max_tokens or longest(processor, questions.format.name, listed)
-    folder = found(args.model) if args.model else CHECKPOINT
     asking = Asking(model, processor, questions, listed, contest, args.max_tokens, args.batch)
     kept = Kept(args.out, decisive(args, asking, folder))
     try:
@@ -126,8 +126,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def decisive(args: argparse.Namespace, asking: Asking, folder: Path) -> list[Any]:
-    """All that decides what is answered, and how it is judged."""
-    options = (args.seed, args.max_tokens, args.batch, args.skip_bad, args.widen)
+    """All that decides what is answered, and how it is judged; not whether bad ones are skipped,
+    so that one can go on with --skip-bad where one was met."""
+    options = (args.seed, args.max_tokens, args.batch, args.dtype, args.widen)
     pairs = [(entry.spec, entry.K) for entry in asking.contest]
     asked = (asking.questions.format.name, fingerprint(asking.listed))
     return [model_key(folder), asked, pairs, options, versions()]

@@ -11,25 +11,27 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from convert.errors import Parser, UserError
 
-from . import __version__, fast_blas
+from .budgets import keep_within
 from .loading import DTYPES, load
+from .machine import versions
+from .model import VLM
+from .printing import LINE, as_json, print_comparison, print_figures
 from .result import GenerationResult
 from .stream import generate, stream_generate
+from .wish import Choice, Wish
 
-__all__ = ["GenerationResult", "generate", "main", "stream_generate"]
+__all__ = ["GenerationResult", "generate", "main", "stream_generate", "versions"]
 
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 SAMPLE_PROMPT = "What does the sign say?"
 SAMPLE_PRUNER = "cls_attention"
 SAMPLE_OVERLAY = Path("kept.png")
-LINE = "=" * 10
 SCENES_ONLY = (
     "note: the built-in model knows its own drawn scenes only, not photographs; for those convert"
     " a trained checkpoint (python -m convert to-mlx --help) and give it as --model"
@@ -49,6 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pruner", help="NAME, NAME:option=value,… or a chain NAME+NAME")
     add("--keep-ratio", type=float, help="share of the visual tokens to keep, above 0 to 1")
     add("--keep-tokens", type=int, help="how many visual tokens of each image to keep")
+    add("--budget-ms", type=float, metavar="MS", help="instead: as many as the first token can "
+        "come with in this time, by a calibration of this machine")  # fmt: skip
+    add("--budget-gb", type=float, metavar="GB", help="instead: as many as fit into this memory")
     add("--positions", help="keep or renumber kept tokens' positions (default: as its paper)")
     add("--max-tokens", "-m", type=int, default=256, help="most tokens to answer with")
     add("--temp", "--temperature", type=float, default=0.0, help="0 (the default) is greedy")
@@ -108,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    pruner = args.pruner or ("none" if not _has_budget(args) else None)
+    pruner, wish = args.pruner or ("none" if not _has_budget(args) else None), _wish(args)
     if pruner is None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
     if args.compare and pruner == "none":
@@ -123,20 +128,36 @@ def run(args: argparse.Namespace) -> None:
         resize_shape=args.resize_shape,
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
+    choice = _choose(args, model, processor, prompt, pruner, wish) if wish else None
+    if choice:
+        budget = choice.options
+    compare = args.compare and budget["pruner"] != "none"
+    for chosen in (*([{}] if compare else []), *([budget] if compare or choice else [])):
+        generate(model, processor, prompt, **{**options, **chosen, "max_tokens": 1})  # warm
     full = None
-    if args.compare:
-        for chosen in ({}, budget):  # warm both, so that neither pays for the first run
-            generate(model, processor, prompt, **{**options, **chosen, "max_tokens": 1})
+    if compare:
         full = _answer(args, model, processor, prompt, options, "All visual tokens")
     answer = _answer(args, model, processor, prompt, options | budget, "Pruned" if full else "")
+    if choice and args.verbose:
+        print(choice.outcome(answer))
     if full and args.verbose:
-        _print_comparison(full, answer)
+        print_comparison(full, answer)
+    _write_files(args, answer, full, choice)
+
+
+def _write_files(
+    args: argparse.Namespace,
+    answer: GenerationResult,
+    full: GenerationResult | None,
+    choice: Choice | None,
+) -> None:
     if args.overlay:
         _write(args.overlay, lambda path: answer.overlay().save(path, format="PNG"))
         if args.verbose:
             print(f"Overlay: {args.overlay}")
     if args.json:
         figures = as_json(answer) | ({"full": as_json(full)} if full else {})
+        figures |= {"budget": choice.as_json(answer)} if choice else {}
         text = json.dumps(figures, indent=4, ensure_ascii=False) + "\n"
         _write(args.json, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -155,82 +176,43 @@ def _answer(
     answer = replace(piece, text="".join(pieces))
     if args.verbose:
         print(LINE)
-        _print_figures(answer)
+        print_figures(answer)
     return answer
 
 
-def _print_figures(a: GenerationResult) -> None:
-    print(f"Prompt: {a.prompt_tokens} tokens, {a.prompt_tps:.3f} tokens-per-sec")
-    print(f"Generation: {a.generation_tokens} tokens, {a.generation_tps:.3f} tokens-per-sec")
-    print(f"Peak memory: {a.peak_memory:.3f} GB")
-    if a.visual_tokens:
-        pruned = 1 - a.visual_tokens_kept / a.visual_tokens
-        print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
-        if len(a.layers) > 1:
-            print(f"By layer: {_by_layer(a)}; {a.visual_tokens_kept} in the mean")
-    parts = ", ".join(
-        f"{name} {a.ttft_ms[name]:.1f}" for name in ("image", "vision", "pruner", "prefill")
-    )
-    print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({parts})")
-
-
-def _by_layer(a: GenerationResult) -> str:
-    """How many visual tokens which layers of the language model hold."""
-    told = []
-    for run in a.layers:
-        first, last = run["first"], run["last"]
-        where = f"layer {first}" if first == last else f"layers {first} to {last}"
-        told.append(f"{run['visual_tokens']} in {where}")
-    return ", ".join(told)
-
-
-def _print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
-    ratio = full.ttft_ms["total"] / pruned.ttft_ms["total"]
-    same = "the same answer" if full.token_ids == pruned.token_ids else "another answer"
-    print(LINE, "Full beside pruned")
-    print(f"Time to first token: {full.ttft_ms['total']:.1f} -> {pruned.ttft_ms['total']:.1f} ms, "
-          f"{ratio:.2f} x as fast, all parts included (one warm run each)")  # fmt: skip
-    print(
-        f"Answer: {same} with {pruned.visual_tokens_kept} of {pruned.visual_tokens} visual tokens"
-    )
-
-
-def as_json(a: GenerationResult) -> dict[str, Any]:
-    """What --json holds: the answer and every figure, without the arrays."""
-    return {
-        "text": a.text,
-        "token_ids": a.token_ids,
-        "prompt_tokens": a.prompt_tokens,
-        "generation_tokens": a.generation_tokens,
-        "visual_tokens": a.visual_tokens,
-        "visual_tokens_kept": a.visual_tokens_kept,
-        "kept_indices": a.kept_indices,
-        "layers": a.layers,
-        "cache_bytes": a.cache_bytes,
-        "pruner": a.pruner,
-        "positions": a.positions,
-        "ttft_ms": a.ttft_ms,
-        "prompt_tps": a.prompt_tps,
-        "generation_tps": a.generation_tps,
-        "peak_memory_gb": a.peak_memory,
-        "finish_reason": a.finish_reason,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """What the figures were made with."""
-    found: dict[str, str | None] = {"mlx_vlm_prune": __version__, "python": sys.version.split()[0]}
-    for package in ("mlx", "mlx-vlm", "numpy", "pillow", "tokenizers", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found | {"blas": fast_blas.loaded()}
-
-
 def _has_budget(args: argparse.Namespace) -> bool:
-    return args.keep_ratio is not None or args.keep_tokens is not None
+    told = (args.keep_ratio, args.keep_tokens, args.budget_ms, args.budget_gb)
+    return any(one is not None for one in told)
+
+
+def _wish(args: argparse.Namespace) -> Wish | None:
+    if args.budget_ms is None and args.budget_gb is None:
+        return None
+    if args.keep_ratio is not None or args.keep_tokens is not None:
+        raise UserError(
+            "--budget-ms and --budget-gb choose how many tokens to keep; leave out --keep-ratio"
+            " and --keep-tokens"
+        )
+    return Wish(args.budget_ms, args.budget_gb)
+
+
+def _choose(
+    args: argparse.Namespace, model: Any, processor: Any, prompt: str, pruner: str, wish: Wish
+) -> Choice:
+    """K for a wish, and the prediction, said before the answer is begun."""
+    if not isinstance(model, VLM):
+        raise UserError(
+            "--budget-ms and --budget-gb do not know mlx-vlm's models yet; give --keep-tokens"
+        )
+    choice = keep_within(
+        model, processor, prompt, args.image, pruner=pruner, ms=wish.ms, gb=wish.gb,
+        max_tokens=args.max_tokens, template=args.chat_template_config,
+    )  # fmt: skip
+    if choice.why:
+        print(f"note: {choice.why}", file=sys.stderr)
+    elif args.verbose:
+        print(choice)
+    return choice
 
 
 def _is_scene(image: Any) -> bool:

@@ -149,7 +149,11 @@ class Preprocessor:
         Equal to CLIPImageProcessor's `pixel_values` but for the order of the axes.
         Raises UserError for a picture too thin to resize without a crop.
         """
-        pixels = np.asarray(self.visible(image))
+        return self.values(self.visible(image))
+
+    def values(self, visible: Image.Image) -> np.ndarray:
+        """The same of the part that the tower sees, as `visible` gives it."""
+        pixels = np.asarray(visible)
         if self.rescale is not None:  # in float64 and then rounded, as Hugging Face does
             pixels = pixels.astype(np.float64) * self.rescale
         pixels = pixels.astype(np.float32)

@@ -13,11 +13,15 @@ from convert.checkpoint import LEARNED
 from convert.errors import UserError
 from convert.files import check_safetensors
 
+from .language.experts import stacked
+from .model import VLM
 from .pruners import METHODS
 
+Weights = dict[str, mx.array]
 
-def read_learned(folder: Path, dims: int) -> dict[str, Any]:
-    """Modules by the names of their methods, for features of `dims`; none without the file.
+
+def read_learned(folder: Path, model: VLM) -> dict[str, Any]:
+    """Modules by the names of their methods, of the model's sizes; none without the file.
 
     Raises UserError for a file that is not sound, an unknown method, or a tensor that is
     missing, superfluous or misshapen.
@@ -28,24 +32,51 @@ def read_learned(folder: Path, dims: int) -> dict[str, Any]:
     check_safetensors(file)  # mx.load accepts what the format forbids
     held = mx.load(str(file))
     assert isinstance(held, dict)
-    found: dict[str, dict[str, mx.array]] = {}
+    found: dict[str, Weights] = {}
     for key, array in held.items():
         name, _, parameter = key.partition(".")
         if not getattr(METHODS.get(name), "learned", False):
             raise UserError(f"{file}: tensor {key} belongs to no learned method")
         found.setdefault(name, {})[parameter] = array
-    return {name: _module(file, name, weights, dims) for name, weights in found.items()}
+    return {name: _module(file, name, weights, model) for name, weights in found.items()}
 
 
-def _module(file: Path, name: str, weights: dict[str, mx.array], dims: int) -> Any:
-    queries = weights.get("queries")
-    module = METHODS[name].make(dims, 1 if queries is None or not queries.size else len(queries))
+def _module(file: Path, name: str, weights: Weights, model: VLM) -> Any:
+    queries, dtype = weights.get("queries"), mx.float32
+    if name == "twig":  # it reads the model's hidden states, as the model's own layers do
+        module, weights, dtype = _twig(file, weights, model), _joined(file, weights), model.dtype
+    else:
+        tokens = 1 if queries is None or not queries.size else len(queries)
+        module = METHODS[name].make(model.feature_dims, tokens)
     own: Any = tree_flatten(module.parameters())
     wanted = {key: array.shape for key, array in own}
     for key in wanted | weights:
         shape = weights[key].shape if key in weights else None
         if shape != wanted.get(key):
             raise UserError(f"{file}: {name}.{key} is {shape}, not {wanted.get(key)}")
-    module.load_weights([(key, array.astype(mx.float32)) for key, array in weights.items()])
+    module.load_weights([(key, array.astype(dtype)) for key, array in weights.items()])
     module.eval()
     return module
+
+
+def _joined(file: Path, weights: Weights) -> Weights:
+    """A twig's parameters, the experts' matrices as one array."""
+    try:
+        return stacked({key: array for key, array in weights.items() if key != "layer"})
+    except ValueError as e:
+        raise UserError(f"{file}: the twig's experts are not of one kind ({e})") from None
+
+
+def _twig(file: Path, weights: Weights, model: VLM) -> Any:
+    """Untrained, of as many layers as the file has, on the layer of the base that it names."""
+    text, layer = model.config.text, weights.get("layer")
+    depth, told = text.num_hidden_layers, None
+    if layer is not None and layer.shape == (1,):
+        told = layer.item()
+    places = [number for number in range(1, depth) if number == told]
+    if not places:
+        raise UserError(f"{file}: twig.layer is {told}, not a whole number from 1 to {depth - 1}")
+    layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
+    if not 1 <= layers <= depth:
+        raise UserError(f"{file}: the twig has {layers} layers; this model allows 1 to {depth}")
+    return METHODS["twig"].make(text, layers, places[0])

@@ -16,7 +16,9 @@ from .pruners import METHODS, PRESETS  # noqa: E402
 from .pruners.pipeline import known_options  # noqa: E402
 from .pruners.spec import nearest  # noqa: E402
 
-WORDS = {"text", "last_attention", "next_attention", "text_attention", "held_keys"}
+WORDS = {
+    "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
+}  # fmt: skip
 COLUMNS = ("name", "stage", "text-aware", "training-free", "source", "needs")
 
 

@@ -51,6 +51,7 @@ class Processor:
     image: Preprocessor
     image_token: str
     name: str  # of the checkpoint, as the user gave it
+    folder: Path | None = None  # where it lies
 
     @property
     def is_scenes(self) -> bool:
@@ -91,13 +92,13 @@ def load(
     target = _target(dtype) or weights["language.norm.weight"].dtype
     ready = {name: a.astype(target) if a.dtype in FLOATS else a for name, a in weights.items()}
     model.load_weights(list(stacked(ready).items()))
-    beside = read_learned(folder, model.feature_dims)
+    beside = read_learned(folder, model)
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    image = _preprocessor(reading, model.config.vision)
-    return model, Processor(Tokenizer.from_folder(words), image, model.config.image_token, name)
+    image, tokenizer = _preprocessor(reading, model.config.vision), Tokenizer.from_folder(words)
+    return model, Processor(tokenizer, image, model.config.image_token, name, folder)
 
 
 def _target(dtype: str) -> mx.Dtype | None:

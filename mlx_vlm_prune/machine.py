@@ -19,12 +19,20 @@ def machine() -> dict[str, Any]:
     """The processor's name, how many cores this process may use, the system, MLX's device."""
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "system": platform.platform(),
+        "cores": _cores(),
+        "system": f"{_system()} {platform.machine()}",
         "device": "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu",
     }
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _system() -> str:
+    if platform.system() == "Darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    return platform.system()
 
 
 def _cpu() -> str:
@@ -44,7 +52,7 @@ def _cpu() -> str:
 def versions() -> dict[str, str | None]:
     """What the figures were made with."""
     found: dict[str, str | None] = {"mlx_vlm_prune": __version__, "python": sys.version.split()[0]}
-    for package in ("mlx", "numpy", "pillow", "tokenizers"):
+    for package in ("mlx", "mlx-vlm", "numpy", "pillow", "tokenizers", "transformers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -149,7 +149,7 @@ class VLM(nn.Module):
             lots = [self.encode(pixels_IHW3, pipeline, rows, K, lap)]  # encode
             trace += [_stop(lots, pipeline.at(Stage.IMAGE, Stage.ENCODER))]
             lots, seen = prune(lots, pipeline, K, Stage.FEATURES, lap)  # prune
-            lots = [self.project(lot) for lot in lots]  # project
+            lots = [self.project(lot, lap) for lot in lots]  # project
             lots, more = prune(lots, pipeline, K, Stage.PROJECTED, lap)
             trace += seen + more
             cuts = self.cuts(lots, pipeline, K, policy)
@@ -206,8 +206,9 @@ class VLM(nn.Module):
         text_BTD = self.language.embed_tokens(mx.array(padded))
         return replace(signals, text_BTD=text_BTD, text_real_BT=mx.array(real))
 
-    def project(self, lot: Lot) -> Lot:
-        return replace(lot, signals=replace(lot.signals, x_BND=self.projector(lot.signals.x_BND)))
+    def project(self, lot: Lot, lap: Lap = _no_lap) -> Lot:
+        x_BND = lap("projector", self.projector(lot.signals.x_BND))
+        return replace(lot, signals=replace(lot.signals, x_BND=x_BND))
 
     def cuts(self, lots: list[Lot], pipeline: Pipeline, K: int, policy: Policy) -> Cuts:
         """Where the decoder lets go of visual rows, so that an average of K stays."""

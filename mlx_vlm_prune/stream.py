@@ -5,7 +5,7 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from .result import GenerationResult, Seen, by_layers, worth_a_picture
 from .towers.between import Encoded
 
 DEFAULT_KEEP_RATIO = 0.5
+WITHIN = {"projector": "prefill"}  # laps that a user reads as part of another
 
 
 class Clock:
@@ -41,7 +42,7 @@ class Clock:
         elif value is not None:
             mx.eval(value.signals.x_BND if isinstance(value, Encoded) else value)
         now = time.perf_counter()
-        self.ms[name] += 1000 * (now - self.last)
+        self.ms[WITHIN.get(name, name)] += 1000 * (now - self.last)
         self.last = now
         return value
 
@@ -121,41 +122,53 @@ def _own(model: VLM, processor: Processor, request: Request) -> Iterator[Generat
     """The answer of a model of ours."""
     if request.is_for_mlx_vlm:
         raise UserError("--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models")
-    clock, chosen, N = Clock(), _resolve(model, request.pruner), model.N
-    K = budget(N, request.keep_ratio, request.keep_tokens, chosen)
-    pictures = [open_image(source) for source in request.images]
-    pixels = _pixels(model, processor, pictures)
-    asked = _ask(model, processor, request.prompt, [N] * len(pictures), request.template)
-    clock.lap("image", pixels)
+    clock, chosen = Clock(), resolve(model, request.pruner)
+    K = budget(model.N, request.keep_ratio, request.keep_tokens, chosen)
+    asked = ask(model, processor, request.prompt, request.images, request.template)
+    clock.lap("image", asked.pixels)
     mx.reset_peak_memory()
-    before = model([asked], pixels, chosen, K, request.positions, lap=clock.lap)
+    before = model([asked.prompt], asked.pixels, chosen, K, request.positions, lap=clock.lap)
     picker = Picker(request.temperature, request.top_p, request.seed)
-    said = _begin(before, chosen, request.positions or chosen.positions, model, len(pictures))
-    if pictures:
-        visible = [processor.image.visible(p) for p in pictures]
-        said = replace(said, seen=Seen(visible, model.grid, worth_a_picture(before)))
+    positions = request.positions or chosen.positions
+    said = _begin(before, chosen, positions, model, len(asked.visible))
+    if asked.visible:
+        said = replace(said, seen=Seen(asked.visible, model.grid, worth_a_picture(before)))
     yield from _decode(model, processor, before, picker, said, clock, request.max_tokens)
 
 
-def _ask(
+@dataclass(frozen=True)
+class Asked:
+    """A prompt and its images, ready for the model."""
+
+    prompt: Prompt
+    visible: list[Image.Image]  # what the tower sees of each image
+    pixels: mx.array | None
+
+    @property
+    def text(self) -> int:
+        """Tokens of text."""
+        return len(self.prompt.ids) - sum(length for _, length in self.prompt.runs)
+
+
+def ask(
     model: VLM,
     processor: Processor,
     prompt: str,
-    counts: list[int],
-    template: Mapping[str, Any] | None,
-) -> Prompt:
-    asked = build(processor.tokenizer, prompt, counts, processor.image_token, options=template)
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    template: Mapping[str, Any] | None = None,
+) -> Asked:
+    """Open the images and turn all into ids and pixels. Raises UserError."""
+    visible = [processor.image.visible(open_image(source)) for source in _listed(image)]
+    counts = [model.N] * len(visible)
+    built = build(processor.tokenizer, prompt, counts, processor.image_token, options=template)
     longest = model.config.text.max_position_embeddings
-    if len(asked.ids) > longest:
-        raise UserError(f"the prompt has {len(asked.ids)} tokens; the model reads up to {longest}")
-    return asked
-
-
-def _pixels(model: VLM, processor: Processor, pictures: list[Image.Image]) -> mx.array | None:
-    if not pictures:
-        return None
-    pixels = mx.array(np.stack([processor.image(picture) for picture in pictures]))
-    return pixels.astype(model.dtype)
+    if len(built.ids) > longest:
+        raise UserError(f"the prompt has {len(built.ids)} tokens; the model reads up to {longest}")
+    pixels = None
+    if visible:
+        values = np.stack([processor.image.values(picture) for picture in visible])
+        pixels = mx.array(values).astype(model.dtype)
+    return Asked(built, visible, pixels)
 
 
 def generate(
@@ -260,7 +273,8 @@ def _begin(
     )  # fmt: skip
 
 
-def _resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
+def resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
+    """The methods that are named, if the model can do them. Raises UserError."""
     chosen = plan(pruner, model.learned)
     chosen.want(model.config.vision.num_hidden_layers)  # a layer that is not there is said early
     return chosen

@@ -1,147 +1,333 @@
-"""Promises of the evaluation: the same figures every time, each method beside full and random."""
+"""Promises of `python -m mlx_vlm_prune.evaluate`: it repeats, goes on where it was, and tells."""
 
 import json
+import shutil
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.evaluate import main
-from mlx_vlm_prune.evaluation import asking
-from mlx_vlm_prune.evaluation.answers import Batch, answer, ready
-from mlx_vlm_prune.evaluation.bootstrap import interval, resampled
-from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.questions import Question
+from mlx_vlm_prune.evaluation.answers import ready
+from mlx_vlm_prune.remembered import cache_folder, model_key
 
-from . import tiny
+from . import generations, tiny
+from .test_generations import converted
 
-QUESTIONS = ("Is there a red star?", "What colour is the star?", "Where is the blue heart?")
-TIMES = ("seconds", "machine", "versions")
+TIMES = ("seconds", "machine")
+KEYS = {
+    "questions", "format", "model", "count", "kinds", "unit", "seed", "max_tokens", "majority",
+    "machine", "versions", "seconds", "megabytes", "rows", "refused", "skipped",
+}  # fmt: skip
+ROW_KEYS = {
+    "pruner", "tokens", "of", "accuracy", "overall", "loyalty", "logprob", "to_full", "right",
+}  # fmt: skip
+SPECS = ("norm", "tome", "fastv", "avgpool")
+TEXTS = ("Is there a red star?", "What does the sign say?", "Where is the star?")
+COUNT, WORDS = 11, 3
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A random tiny model, and six questions about two pictures."""
+    """A tiny model (`mlx`), and eleven questions of two kinds about four pictures.
+
+    Of the kind a the right answers are what the model says, so that some answers are right.
+    """
     folder = tmp_path_factory.mktemp("home")
-    tiny.checkpoint(tiny.reference(), folder)
+    model, processor = load(tiny.checkpoint(tiny.reference(), folder))
     rng = np.random.default_rng(0)
-    lines = []
-    for name in ("a.png", "b.png"):
-        Image.fromarray(rng.integers(0, 255, (80, 90, 3), dtype=np.uint8)).save(folder / name)
-        lines += [{"image": name, "question": q, "answer": "yes"} for q in QUESTIONS]
-    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for n in range(4):
+        pixels = rng.integers(0, 255, (70, 70, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{n}.png")
+    rows = []
+    for n in range(COUNT):
+        image, text = f"{n % 4}.png", TEXTS[n % 3]
+        said = generate(model, processor, text, image=folder / image, max_tokens=WORDS).text
+        kind, right = ("a", said) if n % 2 and said.strip() else ("b", "yes" if n % 3 else "no")
+        rows.append(
+            {"id": f"q{n}", "image": image, "question": text, "kind": kind, "answer": right}
+        )
+    write(folder, rows)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _no_real_cache(tmp_path, monkeypatch):
+def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "cache"))
 
 
-def evaluated(home, out, *more: str, pruners=("norm", "fastv:layer=1")) -> dict:
-    """What a run with 12 of 16 tokens writes, without times."""
-    named = [part for name in pruners for part in ("--pruner", name)]
-    asked = ["--questions", str(home / "questions.jsonl"), "--model", str(home / "mlx")]
-    main([*asked, *named, "--keep-tokens", "12", "--batch", "2", "--out", str(out), *more])
-    told = json.loads(out.read_text())
+def write(folder, rows) -> None:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def rows_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+
+
+def command(home, out, *more: str, specs=SPECS) -> list[str]:
+    chosen = [part for spec in specs for part in ("--pruner", spec)]
+    return [
+        "--model", str(home / "mlx"), "--questions", str(home / "questions.jsonl"), "--out",
+        str(out), "--batch", "4", "--max-tokens", str(WORDS), *chosen, *more,
+    ]  # fmt: skip
+
+
+def run(home, out, *more: str, **options) -> dict:
+    main(command(home, out, *more, **options))
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def refused(capsys, argv) -> str:
+    """The one sentence of a command that must fail with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(one) for one in argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in err
+    (line,) = [line for line in err.splitlines() if "error:" in line]
+    return line
+
+
+def timeless(told: dict) -> dict:
     return {key: value for key, value in told.items() if key not in TIMES}
 
 
-def test_two_runs_give_the_same_file_but_for_times(home, tmp_path):
-    first = evaluated(home, tmp_path / "a.json")
-    assert first == evaluated(home, tmp_path / "b.json")
-    assert [row["pruner"] for row in first["rows"]] == ["none", "random", "norm", "fastv:layer=1"]
-    assert first["rows"][0]["loyalty"] == 1
+def interrupt(monkeypatch, at: int) -> None:
+    """Ctrl-C, while the `at`-th question is being made ready."""
+    seen = []
+
+    def stopping(*arguments):
+        seen.append(arguments)
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        return ready(*arguments)
+
+    monkeypatch.setattr("mlx_vlm_prune.evaluation.asking.ready", stopping)
+
+
+def test_the_result_holds_every_figure(home, tmp_path, capsys):
+    told = run(home, tmp_path / "e.json", "--keep-tokens", "12", "--keep-tokens", "5")
+    assert told.keys() == KEYS
+    assert (told["count"], sum(told["kinds"].values())) == (COUNT, COUNT)
+    assert (tmp_path / "e.json").read_text().startswith('{\n    "questions"')
+    pairs = [(row["pruner"], row["tokens"]) for row in told["rows"]]
+    assert pairs[:2] == [("none", tiny.N), ("random", 12)] and ("fastv", 5) not in pairs
+    assert [(one["pruner"], one["tokens"]) for one in told["refused"]] == [("fastv", 5)]
+    for row in told["rows"]:
+        beside = set() if row["pruner"] in ("none", "random") else {"to_random"}
+        assert row.keys() == ROW_KEYS | beside
+        figures = {"overall", "loyalty", "logprob", *told["kinds"]}
+        assert all(row[name].keys() == figures for name in {"to_full", *beside})
+        assert all(low <= x <= high for x, low, high in row["to_full"].values())
+        assert row["of"] == tiny.N and row["logprob"] < 0
+    out = capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'e.json'}" in out and "Not asked: fastv with 5 tokens" in out
+
+
+def test_full_is_loyal_to_itself_and_right_where_the_answer_is_its_own(home, tmp_path):
+    full = run(home, tmp_path / "e.json", "--keep-tokens", "12")["rows"][0]
+    assert full["loyalty"] == 1 and full["to_full"]["loyalty"] == [0, 0, 0]
+    assert full["accuracy"]["a"] == 1
+
+
+def test_two_runs_give_the_same_but_for_times(home, tmp_path):
+    first, second = (run(home, tmp_path / name, "--keep-tokens", "12") for name in ("a", "b"))
+    assert timeless(first) == timeless(second)
+    third = run(home, tmp_path / "c", "--keep-tokens", "12", "--seed", "1")
+    bounds = [[row["to_full"]["logprob"] for row in told["rows"]] for told in (first, third)]
+    assert bounds[0] != bounds[1]
+
+
+def test_with_all_tokens_every_method_has_fulls_figures(home, tmp_path):
+    told = run(home, tmp_path / "e.json", "--keep-ratio", "1")
+    full, *others = told["rows"]
+    assert len(others) == 1 + len(SPECS)
+    for row in others:
+        for key in ("accuracy", "overall", "loyalty", "logprob", "to_full", "right"):
+            assert row[key] == full[key], (row["pruner"], key)
+    assert full["to_full"]["logprob"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("at", [1, 6, COUNT])
+def test_an_interrupted_run_goes_on_and_ends_in_the_same_table(
+    home, tmp_path, monkeypatch, capsys, at
+):
+    budgets, done = ("--keep-tokens", "12", "--keep-tokens", "5"), (at - 1) // 4 * 4
+    straight = run(home, tmp_path / "straight.json", *budgets)
+    table = capsys.readouterr().out
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        interrupt(patched, at)
+        main(command(home, tmp_path / "e.json", *budgets))
+    assert stop.value.code == 130
+    assert not (tmp_path / "e.json").exists()
+    told = f"interrupted: {done} of {COUNT} questions are answered; the same command goes on"
+    assert told in capsys.readouterr().err
+    assert timeless(run(home, tmp_path / "e.json", *budgets)) == timeless(straight)
+    again = capsys.readouterr()
+    assert again.out == table.replace("straight.json", "e.json")
+    assert (f"going on after {done} of {COUNT} questions" in again.err) == (done > 0)
     assert not list(tmp_path.glob("*.part.jsonl"))
 
 
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(home, tmp_path, monkeypatch, capsys):
-    whole = evaluated(home, tmp_path / "whole.json")
-    asked, real = [], asking.answer
-
-    def interrupting(*told):
-        asked.append(told)
-        if len(asked) == 6:  # in the second batch of two questions, with four methods each
-            raise KeyboardInterrupt
-        return real(*told)
-
-    monkeypatch.setattr(asking, "answer", interrupting)
-    with pytest.raises(SystemExit) as stop:
-        evaluated(home, tmp_path / "cut.json")
-    assert stop.value.code == 130
-    assert "2 of 6 questions are answered" in capsys.readouterr().err
-    assert not (tmp_path / "cut.json").exists()
-    asked.clear()
-    asked += [None] * 6
-    assert evaluated(home, tmp_path / "cut.json") == whole
-    assert len(asked) - 6 == 2 * 4  # two batches were left
-    assert "going on after 2 of 6 questions" in capsys.readouterr().err
+def test_a_line_that_was_cut_off_is_asked_again(home, tmp_path, monkeypatch):
+    straight = run(home, tmp_path / "straight.json", "--keep-tokens", "12")
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        interrupt(patched, 10)
+        main(command(home, tmp_path / "e.json", "--keep-tokens", "12"))
+    (part,) = tmp_path.glob("e.*.part.jsonl")
+    part.write_bytes(part.read_bytes()[:-20])
+    assert timeless(run(home, tmp_path / "e.json", "--keep-tokens", "12")) == timeless(straight)
 
 
-def test_all_tokens_kept_is_full_whatever_the_method(home, tmp_path):
-    told = evaluated(home, tmp_path / "a.json", "--keep-tokens", "16", pruners=("norm", "tome"))
-    full = told["rows"][0]
-    for row in (row for row in told["rows"] if row["tokens"] == 16):
-        for name in ("accuracy", "overall", "loyalty", "logprob"):
-            assert row[name] == full[name]
-        assert set(map(tuple, row["to_full"].values())) == {(0, 0, 0)}
+def test_what_was_reached_counts_only_for_the_same_questions_and_options(
+    home, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        interrupt(patched, 10)
+        main(command(home, tmp_path / "e.json", "--keep-tokens", "12"))
+    for other in (("--keep-tokens", "5"), ("--keep-tokens", "12", "--limit", "5")):
+        run(home, tmp_path / "e.json", *other)
+        assert "going on" not in capsys.readouterr().err
+    assert len(list(tmp_path.glob("e.*.part.jsonl"))) == 1
+    run(home, tmp_path / "e.json", "--keep-tokens", "12")
+    assert "going on" in capsys.readouterr().err
 
 
-def test_answers_are_those_of_generate_and_likelihoods_those_of_a_recomputation(home):
-    model, processor = load(home / "mlx")
-    asked = [Question(q, q, ("red star",), home / "a.png") for q in QUESTIONS]
-    batch = Batch(model, [ready(model, processor, q) for q in asked])
-    ends = processor.tokenizer.eos_token_ids
-    for spec in ("none", "norm", "avgpool", "fastv:layer=1"):
-        K = 16 if spec == "none" else 12
-        said = answer(model, batch, plan(spec), K, ends, 5)
-        for b, q in enumerate(asked):
-            budget = {} if spec == "none" else {"keep_tokens": K}
-            options = {"pruner": spec, "max_tokens": 5, **budget}
-            alone = generate(model, processor, q.text, image=home / "a.png", **options)
-            assert said.ids[b] == alone.token_ids
-        if spec in ("none", "norm"):  # without a cache: the answer is part of the prompt
-            assert said.logprob_B[0] == pytest.approx(recomputed(model, batch, spec, K), abs=1e-4)
+@pytest.mark.parametrize("fault", ["image", "line"])
+def test_what_cannot_be_read_is_an_error_or_with_skip_bad_named_and_left_out(
+    home, tmp_path, capsys, fault
+):
+    broken = shutil.copytree(home, tmp_path / "broken")
+    whole = run(broken, tmp_path / "whole.json", "--keep-tokens", "12")
+    rows = rows_of(home)
+    if fault == "image":
+        (broken / "cut.png").write_bytes((home / "0.png").read_bytes()[:400])
+        rows[4]["image"], name = "cut.png", "cut.png"
+    else:
+        rows[4], name = '{"image": "0.png", "question"', "questions.jsonl, line 5"
+    write(broken, rows)
+    out = tmp_path / "e.json"
+    assert name in refused(capsys, command(broken, out, "--keep-tokens", "12"))
+    told = run(broken, out, "--keep-tokens", "12", "--skip-bad")
+    captured = capsys.readouterr()
+    went_on = "going on after 4 of" in captured.err
+    assert went_on == (fault == "image"), "what was asked before the damaged image counts"
+    assert f"Skipped: {told['skipped'][0]}" in captured.out
+    assert told["count"] == COUNT - 1 and len(told["skipped"]) == 1 and name in told["skipped"][0]
+    for row, before in zip(told["rows"], whole["rows"], strict=True):
+        bits, bits_before = (bin(int("1" + r["right"], 16))[3:] for r in (row, before))
+        assert bits[: COUNT - 1] == bits_before[:4] + bits_before[5:COUNT], "all lost the same"
 
 
-def recomputed(model, batch, spec: str, K: int) -> float:
-    """The first right answer's log-probability from one pass over prompt and answer."""
-    right = [int(token) for token in batch.right_BA[0] if token >= 0]
-    row = type(batch.rows[0])([*batch.rows[0].ids, *right], batch.rows[0].runs)
-    done = model([row], batch.pixels_IHW3[:1], plan(spec), K, last_only=False)
-    logits_LV = done.logits_BLV[0, -len(right) - 1 : -1]
-    told_LV = logits_LV - mx.logsumexp(logits_LV, axis=-1, keepdims=True)
-    return sum(told_LV[i, token].item() for i, token in enumerate(right))
+def test_with_a_question_its_group_is_left_out(home, tmp_path, capsys):
+    """MME judges two questions about an image together."""
+    task = tmp_path / "mme" / "count"
+    task.mkdir(parents=True)
+    for n in range(3):
+        shutil.copy(home / f"{n}.png", task)
+        (task / f"{n}.txt").write_text("Is it red?\tYes\nIs it blue?\tNo\n")
+    (task / "1.png").write_bytes(b"no picture")
+    argv = command(home, tmp_path / "e.json", "--keep-tokens", "12", "--format", "mme")
+    argv[argv.index("--questions") + 1] = str(tmp_path / "mme")
+    assert "1.png" in refused(capsys, argv)
+    main([*argv, "--skip-bad", "--batch", "1"])
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert told["count"] == 4 and told["unit"] == "" and len(told["skipped"]) == 3
+    assert told["skipped"][-1] == "group count/1: a question of it is missing"
 
 
-def test_a_damaged_image_is_an_error_or_named_and_left_out(home, tmp_path, capsys):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
-    lines = [json.loads(line) for line in (home / "questions.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["image"] = str(home / line["image"])
-    lines.insert(1, {**lines[0], "image": str(tmp_path / "broken.png"), "id": "torn"})
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\nno json")
-    (tmp_path / "mlx").symlink_to(home / "mlx")
-    with pytest.raises(SystemExit) as stop:
-        evaluated(tmp_path, tmp_path / "a.json", pruners=("norm",))
-    assert stop.value.code == 2
-    assert "line 8" in capsys.readouterr().err
-    told = evaluated(tmp_path, tmp_path / "a.json", "--skip-bad", pruners=("norm",))
-    assert told["count"] == 6
-    assert len(told["skipped"]) == 2 and "torn" in " ".join(told["skipped"])
+def test_without_a_question_left_there_is_no_result(home, tmp_path, capsys):
+    broken = shutil.copytree(home, tmp_path / "broken")
+    for n in range(4):
+        (broken / f"{n}.png").write_bytes(b"no picture")
+    argv = command(broken, tmp_path / "e.json", "--keep-tokens", "12", "--skip-bad")
+    assert "could be asked" in refused(capsys, argv)
+    write(broken, ["{}"])
+    assert "holds no question" in refused(capsys, argv)
+    assert not (tmp_path / "e.json").exists()
 
 
-def test_ninety_five_percent_intervals_cover_the_truth_in_ninety_to_ninety_nine():
-    rng, hits, trials, G = np.random.default_rng(1), 0, 300, 150
-    for trial in range(trials):
-        easy_G = rng.random(G)  # what both methods share, so that they are paired
-        ours_G = (easy_G < 0.8) ^ (rng.random(G) < 0.05)
-        theirs_G = (easy_G < 0.7) ^ (rng.random(G) < 0.05)
-        sums_GM = np.stack([ours_G, theirs_G], axis=1)
-        drawn_RM = resampled(sums_GM, np.ones(G), rng=np.random.default_rng(trial), resamples=400)
-        apart = float(ours_G.mean() - theirs_G.mean())
-        _, low, high = interval(apart, drawn_RM[:, 0] - drawn_RM[:, 1])
-        hits += low <= 0.9 * (0.8 - 0.7) <= high
-    assert 0.90 <= hits / trials <= 0.99
+BAD_FLAGS = {
+    "no such file": (["--questions", "absent.jsonl"], "absent.jsonl"),
+    "format": (["--format", "popo"], "did you mean pope"),
+    "unknown pruner": (["--pruner", "nrom"], "did you mean norm"),
+    "learned without weights": (["--pruner", "attention_pool"], "holds no weights"),
+    "ratio": (["--keep-ratio", "1.5"], "above 0 and at most 1"),
+    "ratio nan": (["--keep-ratio", "nan"], "above 0 and at most 1"),
+    "tokens": (["--keep-tokens", "17"], "1 to 16"),
+    "batch": (["--batch", "0"], "--batch"),
+    "limit": (["--limit", "0"], "--limit"),
+    "max-tokens": (["--max-tokens", "-1"], "--max-tokens"),
+    "seed": (["--seed", "-1"], "--seed"),
+    "out": (["--out", "absent/e.json"], "no folder"),
+    "out is a folder": (["--out", "."], "a folder"),
+    "per-kind": (["--per-kind", "3"], "for scenes"),
+    "model": (["--model", "nowhere"], "nowhere"),
+    "dtype": (["--dtype", "float8"], "float16"),
+    "images": (["--questions", "scenes", "--split", "val"], "for a file's questions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_a_wrong_flag_is_refused_in_one_sentence(home, tmp_path, capsys, monkeypatch, case):
+    flags, part = BAD_FLAGS[case]
+    monkeypatch.chdir(tmp_path)
+    assert part in refused(capsys, command(home, tmp_path / "e.json", *flags))
+    assert not list(tmp_path.glob("*.json*"))
+
+
+def test_what_a_model_cannot_do_is_told_beside_what_it_can(home, tmp_path, capsys):
+    """Behind one of MiniMind-3V's towers four patches become one token: none may leave before."""
+    made = generations.release("minimind-3v-2026-04-19", False)
+    model = converted(made, tmp_path)
+    argv = command(home, tmp_path / "e.json", "--keep-ratio", "0.5", specs=("tome", "norm"))
+    argv[1] = str(model)
+    main(argv)
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert [row["pruner"] for row in told["rows"]] == ["none", "random", "norm"]
+    (one,) = told["refused"]
+    assert one["pruner"] == "tome" and "inside the tower" in one["why"]
+    assert "Not asked: tome with" in capsys.readouterr().out
+
+
+def test_a_kind_that_is_called_as_a_figure_is_refused_at_once(home, tmp_path, capsys):
+    broken = shutil.copytree(home, tmp_path / "broken")
+    write(broken, [rows_of(home)[0] | {"kind": "overall"}])
+    assert "overall" in refused(capsys, command(broken, tmp_path / "e.json"))
+
+
+def test_the_last_evaluation_of_a_model_is_remembered(home, tmp_path):
+    run(home, tmp_path / "e.json", "--keep-tokens", "12")
+    copy = cache_folder() / "evaluations" / f"{model_key(home / 'mlx')}.json"
+    assert copy.read_text() == (tmp_path / "e.json").read_text()
+
+
+def test_a_cache_that_cannot_be_written_fails_no_run(home, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "file"))
+    assert run(home, tmp_path / "e.json", "--keep-tokens", "12")["count"] == COUNT
+
+
+def test_a_models_key_is_its_contents(home, tmp_path):
+    copied = shutil.copytree(home / "mlx", tmp_path / "copy")
+    assert model_key(copied) == model_key(home / "mlx")
+    weights = copied / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert model_key(copied) != model_key(home / "mlx")
+    shutil.copy(home / "mlx" / "model.safetensors", copied)
+    (copied / "config.json").write_text("{}")
+    assert model_key(copied) != model_key(home / "mlx")
+
+
+def test_scenes_are_asked_of_the_built_in_model(tmp_path, capsys):
+    argv = ["--per-kind", "2", "--pruner", "divprune", "--keep-ratio", "0.5", "--out"]
+    main([*argv, str(tmp_path / "e.json")])
+    told = json.loads((tmp_path / "e.json").read_text())
+    assert told["count"] == 12 and set(told["kinds"].values()) == {2}
+    assert [(row["pruner"], row["tokens"]) for row in told["rows"]] == [
+        ("none", 196), ("random", 98), ("divprune", 98),
+    ]  # fmt: skip
+    assert told["rows"][0]["overall"] > 0.8 and told["model"] == "scenes"

@@ -9,7 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.pruners import METHODS, Signals, resolve
+from mlx_vlm_prune.pruners import METHODS, Signals
+
+from .test_pruners import ready
 
 ROWS, COLUMNS, D, HEADS, T = 6, 6, 8, 2, 4
 N = ROWS * COLUMNS
@@ -48,6 +50,7 @@ def seen() -> Signals:
         cls_attention_BN=row(0.45), local_attention_BN=row(0.6),
         received_attention_BN=row(0.85), object_attention_BN=row(1.3),
         last_attention_BN=row(1.9), next_attention_BN=row(2.3), mean_attention_BN=row(2.9),
+        twig_attention_BN=row(3.1),
     )  # fmt: skip
 
 
@@ -86,6 +89,7 @@ GOLDENS: dict[str, list[int]] = {
     "v2drop": [5, 7, 8, 16, 17, 18, 26, 27, 28],
     "vtw": [0, 1, 2, 3, 4, 5, 6, 7, 8],
     "pact": [11, 13, 15, 21, 25, 26, 28, 30, 35],
+    "twig": [10, 12, 14, 16, 18, 23, 25, 30, 35],
     "similarity:published": [0, 1, 2, 3, 4, 5, 6, 7, 8],
     "hiprune:objects=1": [2, 8, 14, 24, 26, 29, 31, 32, 33],
     "visionzip:contextual=0.5": [0, 3, 7, 13, 19, 21, 26, 28, 34],
@@ -95,4 +99,4 @@ GOLDENS: dict[str, list[int]] = {
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_same_tokens_as_ever_are_kept(spec):
-    assert np.array(resolve(spec)(seen(), 9).index_BK[0]).tolist() == GOLDENS[spec]
+    assert np.array(ready(spec)(seen(), 9).index_BK[0]).tolist() == GOLDENS[spec]

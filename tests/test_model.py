@@ -17,20 +17,20 @@ from mlx_vlm_prune.language.minimind import attend
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, plan, resolve
 from mlx_vlm_prune.towers.between import Between, Cut
+from torch_ref.decoder import attention
 from torch_ref.pruners import Step
 
 from . import tiny
 from .test_pruners import close
 
 POLICIES = ("keep", "renumber")
-UNTRAINED = [n for n, m in METHODS.items() if getattr(m, "learned", False)]
-CHOOSING = [n for n in METHODS if n not in ("none", "restore", *UNTRAINED)]
+CHOOSING = [n for n in METHODS if n not in ("none", "restore", "attention_pool")]
 # Of a decoder method K is the average over 3 layers, of which the first holds all 16.
 SPECS = [
     *CHOOSING, "visionzip+fastv", "tome+divprune", "cls_attention+cdpruner", "fastv+restore",
     "cls_attention+restore", "downsample+norm", "patch_norm:keep=11+pact", "similarity+sparsevlm",
     "visionzip:keep=11+pyramiddrop", "apet+restore", "tome:r=2", "cls_attention:layer=0",
-    "global_local:keep=11+fastv",
+    "global_local:keep=11+fastv", "cls_attention+twig", "twig+restore", "vtw+restore",
 ]  # fmt: skip
 K = 9
 ROWS = (
@@ -43,7 +43,7 @@ ROWS = (
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The same random weights in the reference and in MLX, brought over by the converter."""
-    reference = tiny.reference()
+    reference = tiny.taught(tiny.reference())
     model, _ = load(tiny.checkpoint(reference, tmp_path_factory.mktemp("pair")), dtype="float32")
     pixels = np.random.default_rng(0).normal(size=(3, 64, 64, 3)).astype(np.float32)
     return SimpleNamespace(ours=model, theirs=reference, pixels=pixels)
@@ -51,13 +51,14 @@ def pair(tmp_path_factory):
 
 def logits(pair, rows, images, spec, K, policy="keep"):
     pixels = mx.array(pair.pixels[images]) if images else None
-    before = pair.ours(rows, pixels, plan(spec), K, policy, last_only=False)
+    chain = plan(spec, pair.ours.learned)
+    before = pair.ours(rows, pixels, chain, K, policy, last_only=False)
     return before, np.array(before.logits_BLV)
 
 
-def steps_of(spec: str, K: int) -> list[Step]:
+def steps_of(pair, spec: str, K: int) -> list[Step]:
     """The same chain for the reference, with what the product leaves to each step."""
-    pipeline = plan(spec)
+    pipeline = plan(spec, pair.ours.learned)
     budgets = pipeline.budgets(tiny.N, K)
     steps = [Step(s.name, k, s.options) for s, k in zip(pipeline.steps, budgets, strict=True)]
     enhancer = pipeline.enhancer
@@ -71,7 +72,7 @@ def test_logits_equal_the_reference_for_every_method(pair, spec, policy):
     before, ours = logits(pair, rows, [0, 1, 2], spec, K, policy)
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        theirs = pair.theirs.logits(rows, pixels, steps_of(spec, K), positions=policy).numpy()
+        theirs = pair.theirs.logits(rows, pixels, steps_of(pair, spec, K), positions=policy).numpy()
     left = before.trace[-1].kept[0].slots
     for b, row in enumerate(rows):
         length = len(row.ids) - len(row.runs) * (tiny.N - left)
@@ -101,8 +102,8 @@ class Replaying:
     What methods choose may depend on the prompt's words, and so change when they grow.
     """
 
-    def __init__(self, spec: str):
-        pipeline, self.again = plan(spec), False
+    def __init__(self, pair, spec: str):
+        pipeline, self.again = plan(spec, pair.ours.learned), False
         steps = tuple(self.wrapped(step) for step in pipeline.steps)
         self.pipeline = replace(pipeline, steps=steps)
 
@@ -124,7 +125,7 @@ class Replaying:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("spec", ["none", *SPECS])
 def test_cached_decoding_equals_the_cache_free_recomputation_at_every_split(pair, spec, policy):
-    budget, chain = tiny.N if spec == "none" else K, Replaying(spec)
+    budget, chain = tiny.N if spec == "none" else K, Replaying(pair, spec)
     row, said = ROWS[1], tiny.row("yes the red star is left of it").ids
     pixels = mx.array(pair.pixels[:2])
     before = pair.ours([row], pixels, chain.pipeline, budget, policy, last_only=False)
@@ -161,7 +162,9 @@ def test_a_prompt_read_in_two_pieces_gives_the_same_as_in_one(pair, split):
     close(np.concatenate([np.array(first), np.array(second)], axis=1), whole)
 
 
-@pytest.mark.parametrize("spec", ["norm", "fastv", "sparsevlm", "pyramiddrop", "pact", "dart"])
+@pytest.mark.parametrize(
+    "spec", ["norm", "fastv", "sparsevlm", "pyramiddrop", "pact", "dart", "twig"]
+)
 def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, spec, monkeypatch):
     whole, expected = logits(pair, list(ROWS), [0, 1, 2], spec, K)
     monkeypatch.setattr("mlx_vlm_prune.decoder.PIECE", 6)
@@ -288,6 +291,8 @@ def test_a_chain_keeps_the_places_of_the_whole_image(pair):
         ("fastv", "torch_ref.pruners.fastv.schedule"),
         ("patch_norm", "torch_ref.pruners.patch_norm.cuts"),
         ("downsample", "torch_ref.pruners.downsample.smaller"),
+        ("twig", "torch_ref.decoder.in_twig"),
+        ("twig", "torch_ref.pruners.twig.wiped"),
     ],
 )
 def test_the_check_of_the_model_fails_for_a_broken_twin(pair, spec, broken, monkeypatch):
@@ -297,6 +302,8 @@ def test_the_check_of_the_model_fails_for_a_broken_twin(pair, spec, broken, monk
         "schedule": lambda layers, N, K: {2: 5},
         "cuts": lambda layers, N, K: [(1, "before", K)],
         "smaller": lambda grid, K: (3, 2),
+        "in_twig": lambda language, twig, prompt: attention(language, twig.layers[0], prompt)[2],
+        "wiped": lambda layers, N, K, layer, wipe: {1: 11, 2: 1},
     }
     monkeypatch.setattr(broken, wrong[broken.rsplit(".", 1)[1]])
     with pytest.raises(AssertionError):

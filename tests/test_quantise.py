@@ -86,7 +86,7 @@ def test_learned_pruners_come_along_and_nothing_is_said_to_be_assumed(scenes, tm
     learned = (tmp_path / "m" / "pruners.safetensors").read_bytes()
     assert learned == (scenes.whole / "pruners.safetensors").read_bytes()
     model, _ = load(tmp_path / "m")
-    assert set(model.learned) == {"attention_pool", "mlp", "score_prune"}
+    assert set(model.learned) == {"attention_pool", "mlp", "score_prune", "twig"}
 
 
 def test_config_and_sizes_are_those_that_mlx_lm_users_know(scenes, capsys):

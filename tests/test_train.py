@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 TINY = Recipe(tower_steps=1, steps=3, warmup=1, batch=2, question_tokens=40)
 
 
+@pytest.fixture(scope="module")
+def built_in():
+    """A model of the sizes that are trained here."""
+    return load()[0]
+
+
 def test_a_step_of_either_stage_moves_every_weight_that_it_should(monkeypatch):
     torch.manual_seed(0)
     run = Run(Trainee(0.5), TINY, CPU)
@@ -66,7 +72,9 @@ def test_what_training_exports_converts_and_loads(tmp_path):
 
 @pytest.mark.parametrize("unfreeze", [False, True])
 @pytest.mark.parametrize("name", LEARNED)
-def test_a_learned_pruner_trains_and_lies_beside_the_model(tmp_path, monkeypatch, name, unfreeze):
+def test_a_learned_pruner_trains_and_lies_beside_the_model(
+    tmp_path, monkeypatch, built_in, name, unfreeze
+):
     monkeypatch.setattr("torch_ref.train_pruners.best_device", lambda: CPU)
     monkeypatch.setattr("torch_ref.model.best_device", lambda: CPU)
     model, out = tmp_path / "model", tmp_path / "out"
@@ -75,7 +83,7 @@ def test_a_learned_pruner_trains_and_lies_beside_the_model(tmp_path, monkeypatch
     recipe = train_pruners.Recipe(keep_tokens=20, steps=2, batch=2, question_tokens=30)
     before = torch.load(model / "scenes.pth")
     train_pruners.train(name, model, out, recipe, unfreeze, workers=0)
-    held = read_learned(out / f"{name}-unfrozen" if unfreeze else out, 192)
+    held = read_learned(out / f"{name}-unfrozen" if unfreeze else out, built_in)
     assert list(held) == [name]
     if unfreeze:
         after = torch.load(out / f"{name}-unfrozen" / "scenes.pth")
@@ -91,12 +99,12 @@ def test_a_learned_pruner_trains_and_lies_beside_the_model(tmp_path, monkeypatch
         ({"score_prune.more": (1,)}, "score_prune"),
     ],
 )
-def test_learned_weights_that_do_not_fit_are_refused(tmp_path, tensors, part):
+def test_learned_weights_that_do_not_fit_are_refused(tmp_path, built_in, tensors, part):
     save_file(
         {k: torch.zeros(shape) for k, shape in tensors.items()}, tmp_path / "pruners.safetensors"
     )
     with pytest.raises(UserError, match=part):
-        read_learned(tmp_path, 192)
+        read_learned(tmp_path, built_in)
     (tmp_path / "pruners.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="no sound safetensors file"):
-        read_learned(tmp_path, 192)
+        read_learned(tmp_path, built_in)

@@ -17,7 +17,9 @@ from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.scenes.vocabulary import tokenizer, words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.language.minimind import MiniMindConfig
+from torch_ref.language.twig import grown
 from torch_ref.model import VLM, VLMConfig
+from torch_ref.pruners import METHODS
 from torch_ref.towers.clip import CLIPConfig
 
 VISION = CLIPConfig(
@@ -49,6 +51,18 @@ def reference(seed: int = 0) -> VLM:
     return model
 
 
+def taught(model: VLM) -> VLM:
+    """The model with random weights of the learned methods that keep whatever K they are told."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        scorers = {n: METHODS[n].make(VISION.hidden_size, 1) for n in ("score_prune", "mlp")}
+        model.learned = {**scorers, "twig": grown(model.language, 1, 2)}
+        for weights in model.learned.values():
+            for parameter in weights.eval().parameters():
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
 def publish(model: VLM, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
     """Write FOLDER/published.pth and FOLDER/clip."""
     state = {k: v.to(dtype).contiguous() for k, v in model.state_dict().items()}
@@ -65,7 +79,8 @@ def publish(model: VLM, folder: Path, dtype: torch.dtype = torch.float32) -> tup
 
 
 def checkpoint(model: VLM, folder: Path) -> Path:
-    """The model as an MLX checkpoint folder, through the shipped converter."""
+    """The model as an MLX checkpoint folder, through the shipped converter; what it was taught
+    lies beside."""
     pth, clip = publish(model, folder)
     words_folder = folder / "words"
     write_words(words_folder)
@@ -73,6 +88,13 @@ def checkpoint(model: VLM, folder: Path) -> Path:
     convert(
         ["to-mlx", str(pth), str(target), "--vision", str(clip), "--tokenizer", str(words_folder)]
     )
+    beside = {
+        f"{name}.{key}": tensor.contiguous()
+        for name, weights in model.learned.items()
+        for key, tensor in weights.state_dict().items()
+    }
+    if beside:
+        save_file(beside, target / "pruners.safetensors", metadata={"format": "mlx"})
     return target
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .language.minimind import Layer, MiniMind, rotary_table, rotate
+from .language.twig import Twig
 from .pruners import Reduction, Signals, Step, reduce
 
 
@@ -64,7 +65,7 @@ def read(language: MiniMind, prompt: Prompt, grid: tuple[int, int], plan: Plan) 
         if plan.step and i in plan.schedule:
             kept = [
                 reduce(plan.step.name, seen, plan.schedule[i], **plan.step.options)
-                for seen in signals(language, i, before, prompt, grid)
+                for seen in signals(language, i, before, prompt, grid, plan.step.learned)
             ]
             prompt = shorten(prompt, kept, plan)
             done.cuts.append((i, kept))
@@ -103,7 +104,7 @@ def shorten(prompt: Prompt, kept: list[Reduction], plan: Plan) -> Prompt:
         assert one.index_BK is not None
         bias_1n = prompt.bias_L[None, image]
         own_1K = bias_1n.take_along_dim(one.index_BK, dim=1)
-        if plan.enhancer:
+        if plan.enhancer and one.index_BK.shape[1]:
             seen = Signals(prompt.x_1LD[:, image], (1, n))
             own_1K = own_1K + plan.enhancer.call("weigh", seen, one)
         elif plan.step.merges and one.weight_BKN is not None:
@@ -127,14 +128,17 @@ def shorten(prompt: Prompt, kept: list[Reduction], plan: Plan) -> Prompt:
 
 
 def signals(
-    language: MiniMind, i: int, before: Prompt, now: Prompt, grid: tuple[int, int]
-) -> list[Signals]:
-    """Everything that can be known of each image at the input of layer i."""
+    language: MiniMind, i: int, before: Prompt, now: Prompt, grid: tuple[int, int],
+    twig: Twig | None = None,
+) -> list[Signals]:  # fmt: skip
+    """Everything that can be known of each image at the input of layer i, on which a twig may
+    grow."""
     last, this = language.layers[i - 1], language.layers[i]
     assert isinstance(last, Layer) and isinstance(this, Layer)
     _, held_GLd, attended_LL = attention(language, last, before)
     q_HLd, k_GLd, coming_LL = attention(language, this, now)
     words, normed_1LD = now.words, language.norm(now.x_1LD)
+    twig_LL = torch.zeros_like(coming_LL) if twig is None else in_twig(language, twig, now)
     found = []
     for start, n in now.runs:
         image = slice(start, start + n)
@@ -157,6 +161,7 @@ def signals(
                 text_attention_BTN=attended_LL[None, words][:, :, image],
                 next_attention_BN=coming_LL[None, -1, image],
                 mean_attention_BN=logits_H1n.softmax(-1).mean(dim=0),
+                twig_attention_BN=twig_LL[None, -1, image],
             )
         )
     return found
@@ -172,6 +177,17 @@ def attention(language: MiniMind, layer: Layer, prompt: Prompt) -> tuple[Tensor,
     logits_HLL = (q_HLd @ k_HLd.mT).float() / attend.d**0.5
     logits_HLL = logits_HLL + causal(x_1LD.shape[1], x_1LD.device) + prompt.bias_L
     return q_HLd, k_GLd, logits_HLL.softmax(-1).mean(dim=0)
+
+
+def in_twig(language: MiniMind, twig: Twig, prompt: Prompt) -> Tensor:
+    """Who attends to whom in a twig's last layer (L, L), mean over heads."""
+    mask_LL = causal(prompt.x_1LD.shape[1], prompt.x_1LD.device) + prompt.bias_L
+    rotary, x_1LD = tables(language, prompt), prompt.x_1LD
+    for layer in twig.layers[:-1]:
+        x_1LD = layer(x_1LD, rotary, mask_LL[None, None], None)
+    last = twig.layers[-1]
+    assert isinstance(last, Layer)
+    return attention(language, last, replace(prompt, x_1LD=x_1LD))[2]
 
 
 def tables(language: MiniMind, prompt: Prompt) -> tuple[Tensor, Tensor]:

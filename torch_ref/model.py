@@ -69,6 +69,8 @@ class VLM(nn.Module):
         self.model = MiniMind(config.text)
         self.vision_proj = vision_proj(config)
         self.vision_encoder = VisionEncoder(config.vision)
+        # Weights of learned methods that were trained beside a model, by name: none of its own.
+        self.learned: dict[str, Any] = {}
 
     @classmethod
     def from_pth(
@@ -273,8 +275,7 @@ class VLM(nn.Module):
                 if step.stage == stage:
                     m = now.x_BND.shape[1]
                     own = min(m if step.K is None else step.K, m)
-                    pool = self.pool if step.name == "attention_pool" else None
-                    kept = reduce(step.name, now, own, pool, **step.options)
+                    kept = reduce(step.name, now, own, step.learned, **step.options)
                     slots = kept.tokens(now.x_BND)
                     now = now if kept.index_BK is None else now.rows(kept.index_BK)
                     now, since = replace(now, x_BND=slots), kept.after(since, n)
@@ -312,22 +313,24 @@ class VLM(nn.Module):
     ) -> Sequence[Step]:
         """The steps of a chain, or the one that a name, a budget and options stand for."""
         if isinstance(pruner, str):
-            return [Step(pruner, self.budget(pruner, K), dict(options or {}))]
-        return pruner
+            pruner = [Step(pruner, self.budget(pruner, K), dict(options or {}))]
+        return [replace(step, learned=self.weights(step.name)) for step in pruner]
+
+    def weights(self, pruner: str) -> Any:
+        """Of a learned method, from the checkpoint or from beside it; else None."""
+        return self.pool if pruner == "attention_pool" else self.learned.get(pruner)
 
     def budget(self, pruner: str, K: int | None) -> int:
         """How many of the N tokens a pruner shall keep; UserError where it cannot."""
-        N, trained = self.N, self.config.pool_tokens
+        N, trained = self.N, self.config.pool_tokens if pruner == "attention_pool" else None
         if pruner not in METHODS:
             raise UserError(f"no pruner is called {pruner!r}; there are {', '.join(METHODS)}")
         if K is not None and not 1 <= K <= N:
             raise UserError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
         if pruner == "none" and K not in (None, N):
             raise UserError(f"none keeps all {N} visual tokens, not {K}; name another pruner")
-        if pruner != "attention_pool":
-            return N if K is None else K
-        if trained is None:
+        if hasattr(METHODS[pruner], "make") and self.weights(pruner) is None:
             raise UserError(f"{pruner} is learned, and this model holds no weights for it")
-        if K not in (None, trained, N):
+        if trained and K not in (None, trained, N):
             raise UserError(f"this model's {pruner} keeps {trained} tokens, not {K}")
-        return trained if K is None else K
+        return (trained or N) if K is None else K

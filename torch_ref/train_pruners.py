@@ -9,6 +9,8 @@ along, and what they became ends in OUT/METHOD as the trainer's own files.
   loss reaches all scores through a factor on attention, 1 or next to 0 in value and a
   sigmoid of the distance from the K-th in its slope (straight-through). K is, in turn,
   half of --keep-tokens, as many, and twice as many.
+- twig: its layers, which begin as the model's own, learn to say the answers from an early
+  layer's output, all tokens visible; what they then look at ranks the tokens.
 - mlp also: how many tokens an image needs, by the entropy of the tokens' shares in the
   derivative of the full model's loss by the log of the attention that each gets.
 
@@ -34,14 +36,16 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from .language.minimind import rotary_table
+from .language.twig import Twig, grown
 from .model import VLM, best_device
-from .pruners import METHODS, STAGES, Signals
+from .pruners import METHODS, Signals
 from .pruners.attention_pool import AttentionPool
 from .pruners.mlp import Usefulness
 from .scenes_data import Batch, ScenesBatches
 from .train import export, note, save
 
-LEARNED = [name for name in STAGES["features"] if hasattr(METHODS[name], "make")]
+LEARNED = [name for name, method in METHODS.items() if hasattr(method, "make")]
 DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
 FIRST = 100_000  # the number of the first batch: other scenes than the model saw
 
@@ -58,6 +62,9 @@ class Recipe:
     rate: float = 2e-3
     model_rate: float = 2e-4  # of tower and language model, when they learn along
     noise: float = 1.0  # of the scores, falling to zero
+    twig_layer: int = 1  # 2 of 32 in the paper
+    twig_layers: int = 1  # 3 of 32
+    twig_rate: float = 1e-3
     seed: int = 3
 
 
@@ -70,11 +77,16 @@ def read(vlm: VLM, visual_BND: Tensor, batch: Batch, bias_BN: Tensor | None) -> 
         row_BL = F.pad(bias_BN, (first, L - first - N))
         itself_LL = torch.eye(L, dtype=torch.bool, device=row_BL.device)
         mask_BLL = mask_BLL + torch.where(itself_LL, 0.0, row_BL[:, None])
-    embeds_BLD = vlm.language.embed_tokens(batch.ids)
-    pieces = [embeds_BLD[:, :first], visual_BND, embeds_BLD[:, first + N :]]
-    hidden_BLD = vlm.language(torch.cat(pieces, dim=1), batch.positions, mask_BLL)
+    hidden_BLD = vlm.language(embedded(vlm, visual_BND, batch), batch.positions, mask_BLL)
     logits = vlm.language.logits(hidden_BLD.flatten(0, 1)[batch.answer_at])
     return F.cross_entropy(logits.float(), batch.targets)
+
+
+def embedded(vlm: VLM, visual_BND: Tensor, batch: Batch) -> Tensor:
+    """The prompts with their images in place, (B, L, D)."""
+    first, embeds_BLD = batch.first_visual, vlm.language.embed_tokens(batch.ids)
+    after = embeds_BLD[:, first + visual_BND.shape[1] :]
+    return torch.cat([embeds_BLD[:, :first], visual_BND, after], dim=1)
 
 
 def shortened(batch: Batch, N: int, K: int) -> Batch:
@@ -136,11 +148,33 @@ def use_loss(
     return learned + answer if vlm.training else learned
 
 
+def twig_loss(vlm: VLM, twig: Twig, seen: Signals, batch: Batch, K: int, noise: float) -> Tensor:
+    """The answers' loss after the twig, on the base's first layers; with the base's own where
+    that learns along."""
+    x_BLD, c = embedded(vlm, vlm.projector(seen.x_BND), batch), vlm.config.text
+    mask_BLL = torch.where(batch.visible(), 0.0, -torch.inf)
+    rotary = rotary_table(batch.positions, c.head_dim, c.rope_theta)
+    for layer in vlm.language.layers[: int(twig.layer)]:
+        x_BLD = layer(x_BLD, rotary, mask_BLL[:, None], None)
+    hidden_BLD = twig(x_BLD, batch.positions, mask_BLL)
+    logits = twig.head(hidden_BLD.flatten(0, 1)[batch.answer_at])
+    own = F.cross_entropy(logits.float(), batch.targets)
+    return own + read(vlm, vlm.projector(seen.x_BND), batch, None) if vlm.training else own
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "attention_pool": pool_loss,
     "score_prune": score_loss,
     "mlp": use_loss,
+    "twig": twig_loss,
 }
+
+
+def untrained(name: str, vlm: VLM, recipe: Recipe) -> nn.Module:
+    """What a training begins with."""
+    if name == "twig":
+        return grown(vlm.language, recipe.twig_layer, recipe.twig_layers)
+    return METHODS[name].make(vlm.config.vision.hidden_size, recipe.keep_tokens)
 
 
 class Run:
@@ -152,9 +186,9 @@ class Run:
         self.device, self.last = best_device(), out / f"{name}{'-unfrozen' * unfreeze}.pt"
         self.vlm = VLM.from_pth(model / "scenes.pth", model / "clip", self.device)
         self.vlm.requires_grad_(unfreeze).train(unfreeze)
-        dims = self.vlm.config.vision.hidden_size
-        self.pruner = METHODS[name].make(dims, recipe.keep_tokens).to(self.device)
-        own: list[dict[str, Any]] = [{"params": list(self.pruner.parameters()), "lr": recipe.rate}]
+        self.pruner = untrained(name, self.vlm, recipe).to(self.device)
+        rate = recipe.twig_rate if name == "twig" else recipe.rate
+        own: list[dict[str, Any]] = [{"params": list(self.pruner.parameters()), "lr": rate}]
         if unfreeze:
             own.append({"params": list(self.vlm.parameters()), "lr": recipe.model_rate})
         self.rates = [group["lr"] for group in own]

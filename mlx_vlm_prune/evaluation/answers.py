@@ -146,7 +146,10 @@ def likelihood(model: VLM, right_BA: np.ndarray, before: Prefill) -> np.ndarray:
     logits_BAV = logits_BAV.astype(mx.float32)
     own_BA = mx.take_along_axis(logits_BAV, right[..., None], axis=-1)[..., 0]
     told_BA = np.array(own_BA - mx.logsumexp(logits_BAV, axis=-1)).astype(np.float64)
-    return np.where(right_BA >= 0, told_BA, 0).sum(axis=1)
+    logprob_B = np.where(right_BA >= 0, told_BA, 0).sum(axis=1)
+    if not np.isfinite(logprob_B).all():
+        raise UserError("the language model gave NaN or infinite odds; try --dtype float32")
+    return logprob_B
 
 
 def greedy(model: VLM, before: Prefill, ends: Collection[int], max_tokens: int) -> list[list[int]]:

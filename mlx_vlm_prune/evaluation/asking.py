@@ -22,7 +22,7 @@ from ..model import VLM
 from ..pruners import Pipeline, plan
 from ..questions import Bad, Format, Question
 from .answers import Batch, Ready, Said, answer, ready, sharing
-from .judge import Sheet
+from .judge import Sheet, check_kinds
 from .kept import Answered, Kept
 
 
@@ -53,6 +53,7 @@ class QuestionSet:
         found = [_light(question) for question in bar]
         if not found:
             raise UserError(f"{self.name} holds no question")
+        check_kinds(question.kind for question in found)
         return found, bad.found
 
 
@@ -225,8 +226,9 @@ class Asking:
         """All answers, and what was left out: with a question the rest of its group."""
         done = [batch for batch in self.done if batch.asked]
         asked = [self.listed[n] for batch in done for n in batch.asked]
-        missing = {*range(len(self.listed))} - {n for batch in done for n in batch.asked}
-        lost = [(q.kind, q.group) for n, q in enumerate(self.listed) if n in missing and q.group]
+        there = {n for batch in done for n in batch.asked}
+        lost = {(q.kind, q.group): n for n, q in enumerate(self.listed) if n not in there}
+        lost = {place: n for place, n in lost.items() if place[1]}
         use = [i for i, q in enumerate(asked) if (q.kind, q.group) not in lost]
         if not use:
             raise UserError(f"no question of {self.questions.name} could be asked")
@@ -238,5 +240,5 @@ class Asking:
         sheet = Sheet([asked[i] for i in use], own, np.array(loyal)[:, use],
                       np.array(logprob)[:, use])  # fmt: skip
         left_out = [what for batch in self.done for what in batch.skipped]
-        groups = [f"group {group}: a question of it is missing" for _, group in dict.fromkeys(lost)]
+        groups = [f"group {group}: a question of it is missing" for _, group in lost]
         return sheet, left_out + groups

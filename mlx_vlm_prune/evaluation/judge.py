@@ -6,12 +6,14 @@ is drawn in the bootstrap; a question without a group is one of its own.
 Shapes: Q questions, G groups, P methods with their budgets, R resamples.
 """
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from convert.errors import UserError
 
@@ -31,6 +33,12 @@ class Sheet:
     logprob_PQ: np.ndarray
 
 
+def check_kinds(kinds: Iterable[str]) -> None:
+    """Refuse a kind that is called as a figure is: the two stand beside each other."""
+    if wrong := set(kinds) & set(BESIDE):
+        raise UserError(f"no kind of question can be called {wrong.pop()}; rename it")
+
+
 class Judge:
     """The rules of a format, for one set of questions."""
 
@@ -42,8 +50,7 @@ class Judge:
             members.setdefault((q.kind, q.group, 0) if q.group else alone, []).append(n)
         self.members = list(members.values())
         self.kinds = list(dict.fromkeys(q.kind for q in questions))
-        if wrong := set(self.kinds) & set(BESIDE):
-            raise UserError(f"no kind of question can be called {wrong.pop()}; rename it")
+        check_kinds(self.kinds)
         kind_G = np.array([kind for kind, _, _ in members])
         self.of_kind = {kind: np.flatnonzero(kind_G == kind) for kind in self.kinds}
         self.size_G = np.array([len(group) for group in self.members], np.float64)
@@ -84,8 +91,8 @@ class Judge:
         sums_GP = {name: np.array([self.sums(v) for v in x]).T for name, x in others.items()}
         told = Figures(self, worth_GP, sums_GP)
         rows = []
-        for p, score_Q in enumerate(score_PQ):
-            row = told.row(p) | {"to_full": told.apart(p, full)}
+        for p in tqdm(range(len(random)), desc="judging", file=sys.stderr, delay=2, leave=False):
+            score_Q, row = score_PQ[p], told.row(p) | {"to_full": told.apart(p, full)}
             if (r := random[p]) is not None:
                 row["to_random"] = told.apart(p, r)
             more = self.format.more(self.questions, list(sheet.said_PQ[p]))

@@ -5,7 +5,7 @@ from typing import Any
 
 MOST_KINDS = 8  # more do not fit into a line
 LONGEST = 12  # letters of a column's head
-NARROWEST = 9
+NARROWEST = 8
 Told = dict[str, Any]
 
 
@@ -21,7 +21,7 @@ class Column:
 
     @property
     def width(self) -> int:
-        return max(NARROWEST, len(self.title) + 3)
+        return max(NARROWEST, len(self.title) + 2)
 
     @property
     def title(self) -> str:
@@ -83,5 +83,6 @@ def _notes(told: Told) -> list[str]:
         named = [f"{name} ({', '.join(tokens)})" for name, tokens in worse.items()]
         lines.append(f"Worse than random: {', '.join(named)}.")
     for one in told["refused"]:
-        lines.append(f"Not asked: {one['pruner']} with {one['tokens']} tokens: {one['why']}")
+        who = f"{one['pruner']} with {one['tokens']} tokens"
+        lines.append(f"Not asked: {who}: {one['why'].removeprefix(one['pruner'] + ': ')}")
     return [*lines, *(f"Skipped: {what}" for what in told["skipped"])]

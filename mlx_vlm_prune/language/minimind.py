@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx import nn
 
 from ..cache import LayerCache
-from .experts import MixtureOfExperts
+from .experts import MixtureOfExperts, swiglu
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,15 @@ class Rotary:
     def __init__(self, positions_BL: mx.array, head_dim: int, theta: float):
         rate_h = theta ** (-mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
         angle_B1Lh = positions_BL[:, None, :, None].astype(mx.float32) * rate_h
-        self.cos, self.sin = mx.cos(angle_B1Lh), mx.sin(angle_B1Lh)
+        cos, sin = mx.cos(angle_B1Lh), mx.sin(angle_B1Lh)
+        self.cos_B1Ld = mx.concatenate([cos, cos], axis=-1)
+        self.sin_B1Ld = mx.concatenate([-sin, sin], axis=-1)
 
     def __call__(self, x_BHLd: mx.array) -> mx.array:
-        a, b = mx.split(x_BHLd.astype(mx.float32), 2, axis=-1)
-        turned = [a * self.cos - b * self.sin, b * self.cos + a * self.sin]
-        return mx.concatenate(turned, axis=-1).astype(x_BHLd.dtype)
+        x = x_BHLd.astype(mx.float32)
+        a, b = mx.split(x, 2, axis=-1)
+        turned = x * self.cos_B1Ld + mx.concatenate([b, a], axis=-1) * self.sin_B1Ld
+        return turned.astype(x_BHLd.dtype)
 
 
 class Attention(nn.Module):
@@ -109,7 +112,8 @@ def attend(
     """Grouped attention, (B, H, L, d). `fold` lays the queries of a group end to end.
 
     On a CPU MLX multiplies head by head, and waking its threads for such small products took
-    longer than the products; folded, there is one per group (docs/log.md).
+    longer than the products; folded, there is one per group. A single query wakes no threads
+    while it is not folded (docs/log.md).
     """
     B, H, L, d = q_BHLd.shape
     G = k_BGSd.shape[1]
@@ -129,7 +133,7 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def _mlp(c: MiniMindConfig) -> nn.Module:
@@ -165,7 +169,8 @@ class Step:
     ):
         self.positions_BL, self.rotary = positions_BL, rotary
         self.padded, self.bias_BL = padded, bias_BL
-        self.fold = mx.default_device().type == mx.DeviceType.cpu
+        is_cpu = mx.default_device().type == mx.DeviceType.cpu
+        self.fold = is_cpu and positions_BL.shape[1] > 1
 
     def mask(
         self, seen_BS: mx.array, bias_BS: mx.array | None, dtype: mx.Dtype

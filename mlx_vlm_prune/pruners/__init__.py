@@ -41,6 +41,7 @@ from . import (
     similarity,
     sparsevlm,
     tome,
+    twig,
     uniform,
     v2drop,
     visionzip,
@@ -87,6 +88,7 @@ METHODS: dict[str, ModuleType] = {
     "attention_pool": attention_pool,
     "score_prune": score_prune,
     "mlp": mlp,
+    "twig": twig,
     "restore": restore,
 }
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half

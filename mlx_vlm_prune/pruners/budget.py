@@ -18,6 +18,23 @@ def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
     return {at: left}
 
 
+def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
+    """After a cut at `layer`, with none left from `wipe` on. TwigVLM rounds up: the average
+    may be above K by a part of one row."""
+    at, end = _inside(layer, layers), layer_at(wipe, layers)
+    if end <= at:
+        raise ValueError(f"wipe is layer {end}; it must come after the cut at layer {at}")
+    left = -(-(K * layers - at * N) // (end - at))
+    if left < 1:
+        raise ValueError(_too_few(K, N, layers, at))
+    if left > N:
+        raise ValueError(
+            f"cannot keep {K} of {N} visual tokens in the average of {layers} layers, because those"
+            f" from layer {end} on hold none; keep at most {end * N // layers}"
+        )
+    return {at: left, end: 0}
+
+
 def several_cuts(
     layers: int, N: int, K: int, at: Sequence[float], counts: Callable[[float], Sequence[int]]
 ) -> dict[int, int]:
@@ -52,7 +69,11 @@ def _total(layers: int, N: int, places: Sequence[int], counts: Sequence[int]) ->
 
 
 def _impossible(K: int, N: int, layers: int, at: int) -> str:
+    return f"{_too_few(K, N, layers, at)}, or cut earlier"
+
+
+def _too_few(K: int, N: int, layers: int, at: int) -> str:
     return (
         f"cannot keep {K} of {N} visual tokens in the average of {layers} layers, because those"
-        f" before layer {at} hold all; keep more than {at * N // layers}, or cut earlier"
+        f" before layer {at} hold all; keep more than {at * N // layers}"
     )

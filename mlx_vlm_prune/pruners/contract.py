@@ -63,6 +63,7 @@ class Signals:
     next_attention_BN: mx.array | None = None  # the prompt's last token, in this layer
     text_attention_BTN: mx.array | None = None  # every token of text, in the layer before
     mean_attention_BN: mx.array | None = None  # the mean visual query to the keys of this layer
+    twig_attention_BN: mx.array | None = None  # the prompt's last token, in a twig's last layer
 
     @property
     def is_whole(self) -> bool:

@@ -88,9 +88,10 @@ class Pruner:
             raise UserError(f"{self.name}: {e}") from None
 
     def given(self, function: Callable) -> dict[str, Any]:
-        """The options that one of the method's functions takes."""
+        """The options that one of the method's functions takes, and what training settled."""
         names = inspect.signature(function).parameters
-        return {name: value for name, value in self.options.items() if name in names}
+        told = {**self.options, **getattr(self.learned, "settled", {})}
+        return {name: value for name, value in told.items() if name in names}
 
     def ask(self, function: Callable, *arguments: Any) -> Any:
         """Call one of the method's functions with its options; a ValueError is the user's."""
@@ -100,17 +101,21 @@ class Pruner:
             raise UserError(f"{self.name}: {e}") from None
 
     def __call__(self, signals: Signals, K: int) -> Reduction:
-        """Reduce to K slots. K = N is the identity, bit for bit, whatever the method."""
+        """Reduce to K slots. K = N is the identity, bit for bit, whatever the method, and of
+        none there is nothing to choose."""
         N = signals.x_BND.shape[1]
         if not (self.stage is not Stage.DECODER) <= K <= N:
             raise UserError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
         if K == N:
             return identity(signals.x_BND)
+        if not K:
+            return Reduction(index_BK=mx.zeros((len(signals.x_BND), 0), dtype=mx.uint32))
         if "grid" in self.method.needs and not signals.is_whole:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
         if not mx.isfinite(signals.x_BND).all().item():
             raise UserError("the vision tower gave NaN or infinite features; try --dtype float32")
-        return self.ask(self.learned.prune if self.is_learned else self.method.prune, signals, K)
+        chooses = self.method if hasattr(self.method, "prune") else self.learned
+        return self.ask(chooses.prune, signals, K)
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,8 @@ class Pipeline:
 def known_options(method: ModuleType) -> dict[str, Any]:
     """Names and defaults of a method's options: the keyword-only parameters of its functions."""
     found: dict[str, Any] = {}
-    owner = type(method.make(1, 1)) if hasattr(method, "make") else method
+    chooses = hasattr(method, "prune") or not hasattr(method, "make")  # where not, its weights do
+    owner = method if chooses else type(method.make(1, 1))
     for name in ("cuts", "schedule", "prune", "weigh"):
         if hasattr(owner, name):
             for p in inspect.signature(getattr(owner, name)).parameters.values():

@@ -77,6 +77,9 @@ def _one(
         return pruner
     if name not in learned:
         raise UserError(f"{name} is learned, and this checkpoint holds no weights for it")
+    for key, value in getattr(learned[name], "settled", {}).items():
+        if options.get(key, value) != value:
+            raise UserError(f"{name} was trained for {key}={value}; leave {key} out")
     return Pruner(name, method, options, learned[name], keep)
 
 

@@ -42,6 +42,7 @@ from . import (
     similarity,
     sparsevlm,
     tome,
+    twig,
     uniform,
     v2drop,
     visionzip,
@@ -93,6 +94,7 @@ STAGES: dict[str, dict[str, ModuleType]] = {
         "v2drop": v2drop,
         "vtw": vtw,
         "pact": pact,
+        "twig": twig,
     },
     "enhancer": {"restore": restore},
 }
@@ -103,11 +105,13 @@ __all__ = ["METHODS", "STAGES", "Reduction", "Signals", "Step", "reduce", "wante
 
 @dataclass(frozen=True)
 class Step:
-    """A method with its options, and how many tokens it shall leave (None: the whole budget)."""
+    """A method with its options and learned weights, and how many tokens it shall leave (None:
+    the whole budget)."""
 
     name: str
     K: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    learned: Any = None
 
     @property
     def method(self) -> ModuleType:
@@ -123,10 +127,13 @@ class Step:
         return getattr(self.method, "proportional", False)
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """One of the method's functions, with those options that it takes."""
+        """One of the method's functions, with those options that it takes; where its weights
+        settle one, with that."""
         called = getattr(self.method, function)
-        names = inspect.signature(called).parameters
-        return called(*arguments, **{k: v for k, v in self.options.items() if k in names})
+        names, told = inspect.signature(called).parameters, dict(self.options)
+        if self.learned is not None:
+            told |= getattr(self.learned, "settled", {})
+        return called(*arguments, **{k: v for k, v in told.items() if k in names})
 
 
 def reduce(
@@ -155,10 +162,11 @@ def reduce(
 def wanted(step: Step, layers: int) -> dict[str, int | None]:
     """What a tower of so many layers must hand over for a method, and of which layer."""
     found: dict[str, int | None] = {}
+    chooses = step.method if hasattr(step.method, "prune") else step.learned
     for name, option in getattr(step.method, "needs", {}).items():
         if option is None:
             found[name] = None
         else:
-            default = inspect.signature(step.method.prune).parameters[option].default
+            default = inspect.signature(chooses.prune).parameters[option].default
             found[name] = number(step.options.get(option, default), layers)
     return found

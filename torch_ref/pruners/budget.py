@@ -1,5 +1,6 @@
 """Rows at each cut in the decoder, so that the average over all layers is K."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from .contract import number
@@ -37,3 +38,14 @@ def several(
         else:
             high = t
     return dict(zip(where, counts(low), strict=True))
+
+
+def wiped(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
+    """One cut, and none left from `wipe` on; rounded up, as TwigVLM does."""
+    at, end = number(layer, layers), number(wipe, layers)
+    if not 1 <= at < end:
+        raise ValueError(f"a cut at layer {at} has no room before a wipe at layer {end}")
+    left = math.ceil((layers * K - at * N) / (end - at))
+    if not 1 <= left <= N:
+        raise ValueError(f"an average of {K} of {N} cannot be had between layers {at} and {end}")
+    return {at: left, end: 0}

@@ -37,6 +37,7 @@ class Signals:
     next_attention_BN: Tensor | None = None
     text_attention_BTN: Tensor | None = None
     mean_attention_BN: Tensor | None = None
+    twig_attention_BN: Tensor | None = None
 
     def rows(self, index_BK: Tensor) -> "Signals":
         """Of some tokens only; what is not per token stays."""

@@ -1,0 +1,113 @@
+"""What is measured: models of published sizes with random weights, and what they are asked.
+
+Times do not depend on the values of weights, so none are needed; what a model answers does,
+so its answers are not judged.
+"""
+
+import io
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten
+from PIL import Image
+
+from convert.errors import UserError
+from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
+from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.model import VLM, VLMConfig
+from mlx_vlm_prune.operations import tokens
+from mlx_vlm_prune.projector import ProjectorConfig
+from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.pruners.spec import nearest
+from mlx_vlm_prune.towers.clip import CLIPConfig
+from mlx_vlm_prune.towers.siglip import SiglipConfig
+
+TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image
+PHOTO = (1024, 768)  # pixels of the JPEG that is opened
+LARGE = CLIPConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower
+SHAPES = {
+    "minimind2-v-small": VLMConfig(),
+    "minimind2-v": VLMConfig(text=MiniMindConfig(768, 2048, 16)),
+    "minimind-3v": VLMConfig(
+        SiglipConfig(),
+        MiniMindConfig(768, 2432, 8, 8, 4, rms_norm_eps=1e-6, qk_norm=True),
+        ProjectorConfig(),
+        "<|image_pad|>",
+        12,
+    ),
+    # Two cuts of LLaVA-1.5-7B for small machines: 8 layers as wide as a model of 1 B has, and
+    # 2 of its own 32 layers, with its own projector. Either makes the first token dear enough.
+    "llava-8": VLMConfig(LARGE, MiniMindConfig(2048, 5504, 8, 16, 16, 32000)),
+    "llava-7b-2": VLMConfig(
+        LARGE,
+        MiniMindConfig(4096, 11008, 2, 32, 32, 32000, rope_theta=1e4),
+        ProjectorConfig(norm=False),
+    ),
+}
+
+
+def shape(name: str, side: int | None = None) -> VLMConfig:
+    """A preset, with pictures of another side, in pixels, if one is given. Raises UserError."""
+    if name not in SHAPES:
+        raise UserError(f"no shape is called {name!r}; {nearest(name, SHAPES)}")
+    config = SHAPES[name]
+    if side is None:
+        return config
+    merge = config.projector.merge if config.projector else (1, 1)
+    block = config.vision.patch_size * max(merge)
+    if side < block or side % block:
+        raise UserError(f"--side is {side}; of {name} it must be a multiple of {block}")
+    return replace(config, vision=replace(config.vision, image_size=side))
+
+
+def parameters(config: VLMConfig) -> dict[str, int]:
+    """How many numbers the tower, the projector and the language model hold."""
+    model = VLM(config)  # lazy: no weight is computed
+    parts = {"tower": model.tower, "projector": model.projector, "language": model.language}
+    return {name: _size(part) for name, part in parts.items()}
+
+
+def _size(module: nn.Module) -> int:
+    found: Any = tree_flatten(module.parameters())
+    return sum(array.size for _, array in found)
+
+
+@dataclass(frozen=True)
+class Request:
+    """B prompts of random words, each with one image in its middle, and the images' files."""
+
+    rows: list[Prompt]
+    files: list[bytes]
+    preprocessor: Preprocessor
+
+
+def request(config: VLMConfig, text: int = TEXT_TOKENS, batch: int = 1) -> Request:
+    """`batch` prompts of `text` words, and as many photographs."""
+    side = config.vision.image_size
+    clip = Preprocessor(size=side, crop=(side, side))
+    siglip = isinstance(config.vision, SiglipConfig)
+    return Request(
+        [prompt(config, text)] * batch,
+        [photo(seed) for seed in range(batch)],
+        siglip_preprocessor(side) if siglip else clip,
+    )
+
+
+def prompt(config: VLMConfig, text: int = TEXT_TOKENS) -> Prompt:
+    """Words, one image in the middle."""
+    N, half = tokens(config), text // 2
+    words = [13 + i % 80 for i in range(text)]
+    return Prompt(words[:half] + [config.image_token_id] * N + words[half:], [(half, N)])
+
+
+def photo(seed: int, size: tuple[int, int] = PHOTO) -> bytes:
+    """A JPEG about as rough as a photograph: soft colours, fine grain."""
+    rng, (width, height) = np.random.default_rng(seed), size
+    soft = Image.fromarray(rng.integers(0, 256, (height // 64, width // 64, 3), dtype=np.uint8))
+    grain = rng.normal(0, 6, (height, width, 3))
+    pixels = np.asarray(soft.resize(size, Image.Resampling.BICUBIC)) + grain
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -1,0 +1,48 @@
+"""The measured figures in a table of fixed width."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from .timing import NOT_TOLD
+
+WIDTH = 118
+TIMES = ("image", "vision", "pruner", "projector", "prefill", "total", "token")
+HEADS = ("image", "tower", "pruner", "project", "prefill", "first", "token")
+GAINS = {"vision": "tower", "prefill": "prefill", "total": "first token"}
+
+
+def show(rows: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]], runs: int) -> None:
+    """Print full, then every row, then what the columns mean."""
+    name = max(10, *(len(row["pruner"]) for row in rows))
+    heads = "".join(f"{head:>9}" for head in HEADS) + "".join(f"{h:>13}" for h in GAINS.values())
+    print(f"{'':<{name}}{'':>6}{'ms, median':>63}{'times as fast (count)':>36}{'peak':>8}")
+    print(f"{'pruner':<{name}}{'kept':>6}{heads}{'MB':>8}")
+    longest = max(rows, key=lambda row: row["tokens"])
+    print(f"{'full':<{name}}{longest['tokens']:>6}{_times(longest, 'full')}{'':>39}", end="")
+    print(f"{_mb(longest, 'full'):>8}")
+    for row in rows:
+        gains = "".join(f"{_gain(row['gain'][part]):>13}" for part in GAINS)
+        print(f"{row['pruner']:<{name}}{row['kept']:>6.0f}{_times(row, 'pruned')}{gains}", end="")
+        print(f"{_mb(row, 'pruned'):>8}")
+    for one in refused:
+        print(f"{one['pruner']:<{name}}{one['budget']:>6}  {one['why']}")
+    print(textwrap.fill(
+        f"Medians of {runs} runs. first: from the image's file to the first token; token: each new "
+        "one. In brackets what the operation count allows, in which opening the image and choosing "
+        f"tokens take no time. –: {NOT_TOLD}.", WIDTH
+    ), flush=True)  # fmt: skip
+
+
+def _times(row: dict[str, Any], kind: str) -> str:
+    return "".join(f"{row['ms'][kind][part]['median']:>9.1f}" for part in TIMES)
+
+
+def _gain(gain: dict[str, Any]) -> str:
+    told = "–" if gain["realised"] is None else f"{gain['realised']:.2f}"
+    return f"{told} ({gain['predicted']:.2f})"
+
+
+def _mb(row: dict[str, Any], kind: str) -> str:
+    peak = row["peak_bytes"][kind]
+    return "–" if peak is None else f"{peak / 1e6:.0f}"

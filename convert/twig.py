@@ -1,0 +1,63 @@
+"""A twig as TwigVLM publishes it (arXiv:2503.14075), for one of our models.
+
+Its file holds the twig's layers, norm and output layer, under Llama's names. How many layers
+there are is counted; which layer of the base they grow on, no file says.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .checkpoint import read_weights
+from .errors import UserError
+from .names import LLAMA, to_published
+from .shapes import expected_shapes
+from .tensors import FLOATS, RawTensor
+
+HEAD = "lm_head.weight"
+
+
+def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, RawTensor]:
+    """Its tensors as they lie in pruners.safetensors beside the model of a config.json.
+
+    Raises UserError for a layer that the model lacks, and for a tensor that is missing,
+    misshapen or one too many.
+    """
+    depth, state = config["text_config"]["num_hidden_layers"], read_weights(path)
+    if not 1 <= layer < depth:
+        raise UserError(f"--twig-layer is {layer}; here a twig grows on layer 1 to {depth - 1}")
+    layers = len({name.split(".")[2] for name in state if name.startswith("model.layers.")})
+    if not 1 <= layers <= depth:
+        raise UserError(f"{path} has {layers} layers; a twig of this model has 1 to {depth}")
+    expected = _expected(layers, config)
+    for name in expected | state:
+        _, shape = expected.get(name, ("", None))
+        held = state[name].shape if name in state else None
+        if held != shape:
+            raise UserError(f"{path}: tensor {name} is {held}; a twig of this model has {shape}")
+        if state[name].dtype not in FLOATS:
+            raise UserError(f"{path}: tensor {name} is {state[name].dtype}, not {FLOATS}")
+    place = RawTensor("F32", (1,), np.array([layer], "<f4").view(np.uint8))
+    return {"twig.layer": place} | {expected[name][0]: tensor for name, tensor in state.items()}
+
+
+def _expected(
+    layers: int, config: Mapping[str, Any]
+) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+    """By published names, ours and the shape: those of the base's own layers."""
+    shapes = expected_shapes({k: v for k, v in config.items() if k != "quantization"})
+    first, found = "language.layers.0.", {}
+    wanted = {
+        f"language.layers.{i}.{key.removeprefix(first)}": shape
+        for i in range(layers)
+        for key, shape in shapes.items()
+        if key.startswith(first)
+    }
+    wanted["language.norm.weight"] = shapes["language.norm.weight"]
+    for name, shape in wanted.items():
+        rule = to_published(LLAMA, name)
+        assert rule, name
+        found[rule[0]] = name.replace("language.", "twig.", 1), shape
+    return {**found, HEAD: ("twig.head.weight", shapes["language.embed_tokens.weight"])}

@@ -1,0 +1,46 @@
+"""Keep what the last word looks at in layers that were grown to judge early.
+
+TwigVLM, Shao et al., ICCV 2025, arXiv:2503.14075, its token pruning. A twig, a few layers
+trained to say the answer from the output of an early layer (2 of 32), reads the prompt; the
+score of a visual token is the attention that the prompt's last token pays to it in the
+twig's last layer, the mean over heads. The best R go on in the base, and before layer `wipe`
+(24 of 32) all visual tokens leave; positions are kept. With L layers, V tokens, the twig
+on layer K and the wipe at F, an average of R' keeps R = ceil((L R' - K V) / (F - K)).
+
+Differs from the authors' code: of the twig's last layer one row of attention is computed,
+not the layer; a budget that leaves R below 1 or above V is refused; any batch and any
+number of images. The layer is the one that the weights were trained on. Training here is
+theirs but for its length and rate: the base stays as it is, the twig begins as the base's next
+layers, final norm and output layer, and learns from the answers' loss, nothing pruned.
+
+It looks at what the next word needs: of an answer of several words, at what the first does.
+
+Shapes: I images, N tokens, K kept.
+"""
+
+from ..language.minimind import MiniMindConfig
+from ..language.twig import Twig
+from .budget import cut_and_wipe
+from .contract import Reduction, Signals, Stage, keep_highest
+
+stage = Stage.DECODER
+needs: dict[str, str | None] = {"twig_attention": None}
+learned = True
+
+
+def schedule(
+    layers: int, N: int, K: int, *, layer: float = 2 / 32, wipe: float = 24 / 32
+) -> dict[int, int]:
+    """One cut where the twig grows, and none left late."""
+    return cut_and_wipe(layers, N, K, layer, wipe)
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    """Keep the K most attended."""
+    assert signals.twig_attention_BN is not None
+    return Reduction(index_BK=keep_highest(signals.twig_attention_BN, K))
+
+
+def make(text: MiniMindConfig, layers: int, layer: int = 1) -> Twig:
+    """An untrained twig of so many layers, of the sizes of the base that it grows on."""
+    return Twig(text, layers, layer)

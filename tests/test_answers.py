@@ -1,0 +1,253 @@
+"""Promises of an evaluation's parts: answers as one alone would give them, and their odds."""
+
+from itertools import islice
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from PIL import Image
+
+from convert.errors import UserError
+from mlx_vlm_prune import load, stream_generate
+from mlx_vlm_prune.cache import LayerCache
+from mlx_vlm_prune.evaluation.answers import Batch, answer, likelihood, ready, sharing
+from mlx_vlm_prune.evaluation.asking import QuestionSet, entries, fingerprint
+from mlx_vlm_prune.evaluation.kept import Answered, Kept
+from mlx_vlm_prune.evaluation.widen import widen
+from mlx_vlm_prune.language.experts import ExpertLinear, QuantizedExpertLinear
+from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.questions import Question, format_of
+
+from . import tiny
+
+K, WORDS = 12, 5
+TEXTS = (
+    "Is there a red star?", "What does the sign say?", "Where is the star?",
+    "How many red shapes are there?", "Is there a red star?", "Read the sign.",
+)  # fmt: skip
+ANSWERS = ("yes", "a b c", "b2", "3", "no", "a")
+SEVERAL = (
+    "none", "random", "avgpool", "downsample", "tome", "pixelprune", "divprune", "cdpruner",
+    "fastv", "pyramiddrop", "dart", "pact", "cls_attention+restore", "visionzip+fastv",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny model with its processor, and six questions about three pictures."""
+    folder = tmp_path_factory.mktemp("home")
+    model, processor = load(tiny.checkpoint(tiny.reference(), folder))
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (70, 70, 3), dtype=np.uint8)) for _ in range(3)]
+    questions = [
+        Question(f"{n}", text, (right,), lambda image=images[n // 2]: image)
+        for n, (text, right) in enumerate(zip(TEXTS, ANSWERS, strict=True))
+    ]
+    return model, processor, questions
+
+
+def budget(model, spec: str) -> int:
+    return model.N if spec == "none" else K
+
+
+def together(home, spec: str, kept: int | None = None, words: int = WORDS):
+    """What a method says to all six questions in one batch."""
+    model, processor, questions = home
+    pipeline = plan(spec)
+    shared, tower = sharing(model, [pipeline])
+    batch = Batch(shared, [ready(model, processor, question) for question in questions])
+    tower.show(batch)
+    ends = processor.tokenizer.eos_token_ids
+    return answer(shared, batch, pipeline, kept or budget(model, spec), ends, words)
+
+
+@pytest.mark.parametrize("spec", SEVERAL)
+def test_a_batch_says_what_generate_says_one_question_at_a_time(home, spec):
+    model, processor, questions = home
+    kept = budget(model, spec)
+    for question, ids in zip(questions, together(home, spec).ids, strict=True):
+        image = question.image()
+        pieces = stream_generate(model, processor, question.text, image, pruner=spec,
+                                 keep_tokens=kept, max_tokens=WORDS)  # fmt: skip
+        assert list(pieces)[-1].token_ids == ids
+
+
+@pytest.mark.parametrize("spec", ["none", "uniform", "avgpool", "tome", "divprune"])
+def test_the_log_probability_is_that_of_reading_question_and_answer_without_a_cache(home, spec):
+    model, processor, questions = home
+    found = together(home, spec).logprob_B
+    for question, logprob in zip(questions, found, strict=True):
+        one = ready(model, processor, question)
+        whole = Prompt(one.prompt.ids + one.right, one.prompt.runs)
+        pixels = mx.array(one.pixels_HW3)[None]
+        logits = model([whole], pixels, plan(spec), budget(model, spec), last_only=False).logits_BLV
+        logits_LV = np.array(logits)[0].astype(np.float64)
+        before_LV = logits_LV[-len(one.right) - 1 : -1]
+        odds_LV = np.exp(before_LV) / np.exp(before_LV).sum(axis=1, keepdims=True)
+        by_hand = sum(np.log(odds_LV[i, token]) for i, token in enumerate(one.right))
+        assert logprob == pytest.approx(by_hand, rel=1e-4)
+        assert one.right[-1] in processor.tokenizer.eos_token_ids
+
+
+@pytest.mark.parametrize("spec", ["fastv", "pyramiddrop", "pact", "cls_attention+restore"])
+def test_the_log_probability_is_that_of_one_word_after_another(home, spec):
+    model, processor, questions = home
+    found = together(home, spec).logprob_B
+    for question, logprob in zip(questions, found, strict=True):
+        one = ready(model, processor, question)
+        before = model([one.prompt], mx.array(one.pixels_HW3)[None], plan(spec), K)
+        logits_BV, place_B1, by_hand = before.logits_BLV[:, -1], before.next_B1, 0.0
+        for token in one.right:
+            by_hand += (logits_BV - mx.logsumexp(logits_BV))[0, token].item()
+            logits_BV = model.step(mx.array([[token]]), place_B1, before)[:, -1]
+            place_B1 = place_B1 + 1
+        assert logprob == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_with_all_tokens_every_method_is_full_bit_for_bit(home):
+    full = together(home, "none")
+    contest, refused = entries(home[0], SEVERAL, [tiny.N])
+    assert not refused and len(contest) == len(SEVERAL)
+    for entry in contest:
+        said = together(home, entry.spec, tiny.N)
+        assert said.ids == full.ids
+        assert (said.logprob_B == full.logprob_B).all(), entry.spec
+
+
+def test_an_answer_ends_where_the_model_ends_it(home):
+    model, processor, questions = home
+    batch = Batch(model, [ready(model, processor, question) for question in questions])
+    endless = answer(model, batch, plan("none"), model.N, (), WORDS).ids
+    assert [len(ids) for ids in endless] == [WORDS] * len(questions)
+    end = endless[0][2]
+    cut = [ids[: ids.index(end)] if end in ids else ids for ids in endless]
+    assert answer(model, batch, plan("none"), model.N, (end,), WORDS).ids == cut
+
+
+def test_a_picture_that_questions_share_is_encoded_once_for_all_methods(home):
+    model, processor, questions = home
+    seen = []
+
+    def counted(pixels, want, cuts=()):
+        seen.append(len(pixels))
+        return model.tower(pixels, want, cuts)
+
+    plans = [plan(spec) for spec in ("none", "norm", "cls_attention", "divprune", "tome")]
+    shared, tower = sharing(model, plans)
+    tower.tower = counted
+    batch = Batch(shared, [ready(model, processor, question) for question in questions])
+    tower.show(batch)
+    for pipeline in plans:
+        answer(shared, batch, pipeline, budget(model, pipeline.name), (), 1)
+    assert seen == [3, 3]  # three pictures: for the four behind the tower, and for tome
+    assert type(model.tower) is not type(shared.tower)
+
+
+def test_the_cache_forgets_what_it_is_told_to():
+    rng = np.random.default_rng(0)
+    rows = [mx.array(rng.normal(size=(2, 1, n, 4)).astype(np.float32)) for n in (5, 3, 2)]
+    places = [mx.array([list(range(a, b))] * 2) for a, b in ((0, 5), (5, 8), (5, 7))]
+    bias = mx.array(rng.normal(size=(2, 5)).astype(np.float32))
+    cache, other = LayerCache(), LayerCache()
+    for one in (cache, other):
+        one.append(rows[0], rows[0], places[0], bias)
+    cache.append(rows[1], rows[1], places[1])
+    cache.rewind(5)
+    for a, b in zip(
+        cache.append(rows[2], rows[2], places[2]), other.append(rows[2], rows[2], places[2]),
+        strict=True,
+    ):  # fmt: skip
+        assert a is not None and b is not None and mx.array_equal(a, b).item()
+    with pytest.raises(AssertionError, match="cannot be rewound"):
+        cache.rewind(8)
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(8, "affine"), (4, "affine"), (4, "mxfp4")])
+def test_widened_matrices_compute_as_the_quantized_do(bits, mode):
+    model, _ = load()
+    group = 32 if mode == "mxfp4" else 64
+    nn.quantize(model.language, group_size=group, bits=bits, mode=mode)
+    asked = Prompt(list(range(3, 30)), [])
+    logits = [np.array(model([asked], None, plan("none"), model.N).logits_BLV)]
+    assert widen(model) == sum(isinstance(m, nn.Linear) for m in model.language.modules()) + 1
+    assert not any(isinstance(m, nn.QuantizedLinear) for m in model.modules())
+    logits.append(np.array(model([asked], None, plan("none"), model.N).logits_BLV))
+    np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-4 * abs(logits[0]).max())
+
+
+def test_widened_experts_compute_as_the_quantized_do():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = ExpertLinear(3, 64, 32)
+            self.experts.weight = mx.random.normal((3, 32, 64), key=mx.random.key(0))
+
+    holder = Holder()
+    nn.quantize(holder, group_size=64, bits=4)
+    assert isinstance(holder.experts, QuantizedExpertLinear)
+    x_R1D, expert_R = mx.random.normal((5, 1, 64), key=mx.random.key(1)), mx.array([0, 2, 1, 1, 0])
+    few = np.array(holder.experts(x_R1D, expert_R))
+    assert widen(holder) == 1 and isinstance(holder.experts, ExpertLinear)
+    np.testing.assert_allclose(few, np.array(holder.experts(x_R1D, expert_R)), rtol=1e-3, atol=1e-3)
+
+
+def test_odds_that_are_no_numbers_are_refused(home):
+    broken, _ = load()
+    broken.language.norm.weight = broken.language.norm.weight * float("nan")
+    right_BA, asked = np.array([[3, 4]]), Prompt([3, 5, 6], [])
+    before = broken([asked], None, plan("none"), broken.N)
+    with pytest.raises(UserError, match="NaN"):
+        likelihood(broken, right_BA, before)
+
+
+def test_a_question_without_an_answer_or_too_long_is_refused(home):
+    model, processor, questions = home
+    first, *_ = islice(questions, 1)
+    with pytest.raises(UserError, match="no answer"):
+        ready(model, processor, Question("1", first.text, (), first.image))
+    with pytest.raises(UserError, match="reads up to 32768"):
+        ready(model, processor, Question("1", "star " * 40_000, ("a",), first.image))
+
+
+def picture() -> Image.Image:
+    return Image.new("RGB", (8, 8))
+
+
+def test_a_limit_completes_the_group_that_it_meets():
+    asked = [Question(f"{n}", "?", ("a",), picture, "all", "" if n < 3 else f"g{n // 3}")
+             for n in range(9)]  # fmt: skip
+
+    def first(limit: int) -> int:
+        limited = QuestionSet("own", format_of("own"), lambda _: iter(asked), limit)
+        return len(limited.listed()[0])
+
+    assert [first(n) for n in (1, 3, 4, 6, 7, 9, 20)] == [1, 3, 6, 6, 9, 9, 9]
+
+
+def test_of_images_in_memory_a_digest_is_held_and_told_apart():
+    def listed(image: bytes):
+        asked = [Question("1", "?", ("a",), image)]
+        return QuestionSet("own", format_of("own"), lambda _: iter(asked)).listed()[0]
+
+    first, second = listed(b"x" * 10_000), listed(b"y" * 10_000)
+    assert len(first[0].image) == 32
+    assert fingerprint(first) != fingerprint(second)
+    assert fingerprint(first) == fingerprint(listed(b"x" * 10_000))
+
+
+def test_what_is_kept_is_read_back_as_it_was(tmp_path):
+    batch = Answered(4, [0, 1, 3], [["é", "", "b"]], [[-0.1, -1 / 3, -2.0]], [[True, False, True]],
+                     0.5, ["question 2: bad"], [[1, "why"]])  # fmt: skip
+    kept = Kept(tmp_path / "e.json", ["told"])
+    assert kept.read() == []
+    kept.add(batch)
+    kept.add(batch)
+    assert kept.read() == [batch, batch]
+    whole = kept.path.read_bytes()
+    for cut in (1, 10, len(whole) // 2 - 1):
+        kept.path.write_bytes(whole[:-cut])
+        assert kept.read() == [batch]
+        assert kept.path.read_bytes() == whole[: len(whole) // 2]
+    assert Kept(tmp_path / "e.json", ["other"]).path != kept.path

@@ -1,0 +1,123 @@
+"""Promises of the speed benchmark: fair turns, honest spreads, one JSON line with every figure."""
+
+import json
+
+import pytest
+
+from benchmarks import shapes, speed
+from benchmarks.timing import Gain, Run, alternate, spread, turns
+from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.model import VLMConfig
+from mlx_vlm_prune.towers.clip import CLIPConfig
+
+# Published: the language models' and projectors' numbers of parameters.
+PUBLISHED = {
+    "minimind2-v-small": (25_829_888, 393_728),
+    "minimind2-v": (104_030_976, 590_592),
+    "minimind-3v": (63_912_192, 1_182_720),
+}
+PARTS = {"image", "vision", "pruner", "projector", "prefill", "total", "token"}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A shape that takes no time, named tiny: 16 visual tokens."""
+    config = VLMConfig(CLIPConfig(32, 48, 3, 2, 64, 16), MiniMindConfig(48, 64, 4, 4, 2, 128))
+    monkeypatch.setitem(shapes.SHAPES, "tiny", config)
+
+
+def measured(capsys, *more: str) -> dict:
+    """What the last line of a short run says."""
+    pruners = ["--pruner", "norm", "--pruner", "fastv"]
+    speed.main(["--shape", "tiny", *pruners, "--runs", "3", "--tokens", "4", *more])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_the_last_line_is_json_with_every_figure_of_either_backend(tiny, capsys, backend):
+    told = measured(capsys, "--backend", backend, "--keep-tokens", "12")
+    assert told.keys() >= {"backend", "device", "dtype", "runs", "machine", "versions", "rows"}
+    assert [row["pruner"] for row in told["rows"]] == ["norm", "fastv"]
+    for row in told["rows"]:
+        assert (row["tokens"], row["budget"]) == (16, 12)
+        for kind in ("full", "pruned"):
+            assert row["ms"][kind].keys() == PARTS
+            for figures in row["ms"][kind].values():
+                assert figures["p10"] <= figures["median"] <= figures["p90"]
+        assert row["gain"].keys() == set(speed.TIMED)
+        assert row["cache_bytes"]["pruned"] < row["cache_bytes"]["full"]
+        assert row["operations"]["pruned"]["prefill"] < row["operations"]["full"]["prefill"]
+
+
+def test_what_cannot_be_is_said_and_the_rest_is_measured(tiny, capsys):
+    told = measured(capsys, "--keep-tokens", "2")
+    assert [row["pruner"] for row in told["rows"]] == ["norm"]
+    assert [one["pruner"] for one in told["refused"]] == ["fastv"]
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+def test_every_answer_has_as_many_tokens_since_nothing_ends_it(tiny, backend):
+    host, config = speed.backend(backend), shapes.shape("tiny")
+    stack = host.Stack(config, "float32")
+    asked = shapes.request(config, 9, 2)
+    for spec, K in (("none", 16), ("norm", 4)):
+        done = stack.run(asked, speed.plan(spec), K, 7)
+        assert [len(ids) for ids in done.said] == [1 + 7] * 2  # the first, and 7 timed ones
+
+
+def test_full_goes_before_every_few_pruned_ones_and_warm_up_is_not_counted():
+    assert list(turns(5, 2)) == [None, 0, 1, None, 2, 3, None, 4]
+    order = []
+
+    def runs(name):
+        def one() -> Run:
+            order.append(name)
+            return Run({}, 0.0, len(order), None, [])
+
+        return one
+
+    told = list(alternate(runs("full"), [runs(0), runs(1)], runs=2, warmup=1, share=1))
+    assert order == ["full", 0, "full", 1] * 3
+    assert len(told) == len(order)
+    counted = [one for one in told if one]
+    assert [i for i, _, _ in counted] == [0, 1, 0, 1]
+    assert all(one.cache_bytes == before.cache_bytes + 1 for _, one, before in counted)
+
+
+def test_a_gain_is_told_only_where_it_is_larger_than_its_spread():
+    clear = Gain.of([200, 202, 198, 200], [100, 100, 100, 100])
+    assert clear.is_told and clear.report(2.5)["of_predicted"] == pytest.approx(0.8)
+    noisy = Gain.of([100, 140, 80, 110], [100, 100, 100, 100])
+    assert not noisy.is_told
+    report = noisy.report(1.1)
+    assert report["realised"] is None and report["of_predicted"] is None
+    assert report["p10"] < 1 < report["p90"]
+
+
+def test_the_spread_of_one_value_is_that_value():
+    assert spread([3.0]) == {"median": 3.0, "p10": 3.0, "p90": 3.0}
+    assert spread([1.0, 2.0, 9.0])["median"] == 2.0
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_shapes_have_the_published_numbers_of_parameters(name):
+    told = shapes.parameters(shapes.shape(name))
+    assert (told["language"], told["projector"]) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--shape", "minimind9"], "no shape is called 'minimind9'"),
+        (["--pruner", "none"], "name another"),
+        (["--keep-ratio", "0.5", "--keep-tokens", "3"], "not both"),
+        (["--keep-tokens", "196"], "keep 1 to 195"),
+        (["--keep-ratio", "2"], "'2' is not a number above 0 and below 1"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence(capsys, argv, sentence):
+    with pytest.raises(SystemExit) as stop:
+        speed.main(argv)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert sentence in err and err.count("\n") == 1

@@ -1,0 +1,26 @@
+"""TwigVLM (arXiv:2503.14075): what the last word looks at in the twig; late layers see no image.
+
+Its speculative decoding is another matter.
+"""
+
+from ..language.minimind import MiniMindConfig
+from ..language.twig import Twig
+from .budget import wiped
+from .contract import Reduction, Signals, top
+
+needs: dict[str, str | None] = {"twig_attention": None}
+
+
+def schedule(
+    layers: int, N: int, K: int, layer: float = 2 / 32, wipe: float = 24 / 32
+) -> dict[int, int]:
+    return wiped(layers, N, K, layer, wipe)
+
+
+def prune(signals: Signals, K: int) -> Reduction:
+    assert signals.twig_attention_BN is not None
+    return Reduction(top(signals.twig_attention_BN, K))
+
+
+def make(text: MiniMindConfig, layers: int, layer: int = 1) -> Twig:
+    return Twig(text, layers, layer)
