@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from . import __version__
 
 # Each command's module.
-COMMANDS = {"evaluate": "evaluate", "generate": "generate", "pruners": "listing"}
+COMMANDS = {
+    "advise": "advise", "evaluate": "evaluate", "generate": "generate", "pruners": "listing",
+}  # fmt: skip
 USAGE = """usage: python -m mlx_vlm_prune COMMAND …
 
 commands:
+  advise     whether pruning pays, for this model on this machine
   evaluate   what each method costs in answers, over a set of questions
   generate   answer a prompt about images with fewer visual tokens
   pruners    list the methods; with a name, tell more of one

@@ -1,0 +1,248 @@
+"""Does pruning pay? For this model on this machine: `python -m mlx_vlm_prune advise`.
+
+Where the time goes is measured, what each stage could win follows from that and from the operation
+counts, and which methods stand on the frontier the last evaluation of this model says.
+
+Shapes: B prompts (1 here), L tokens, V words.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from convert.errors import Parser, UserError
+from convert.files import read_json
+
+from . import fast_blas
+
+fast_blas.prepare()  # before the first import of mlx, or never
+
+import mlx.core as mx  # noqa: E402
+
+from . import operations  # noqa: E402
+from .budgets import calibrated  # noqa: E402
+from .loading import DTYPES, Processor, load  # noqa: E402
+from .machine import machine, versions  # noqa: E402
+from .model import VLM  # noqa: E402
+from .pruners import plan  # noqa: E402
+from .remembered import cache_folder, model_key, write_atomically  # noqa: E402
+from .scenes import compose  # noqa: E402
+from .stream import Asked, ask  # noqa: E402
+
+SAMPLE_SEED, PROMPT, TOKENS = 1_000_000_007, "What is this?", 16
+BEHIND, INSIDE, SMALLER = "random", "tome", "downsample"  # of each stage, what costs least to run
+WORTH, SAFE = 1.1, 0.02  # a gain worth having; a loss of accuracy that nobody minds
+EVALUATE = "python -m mlx_vlm_prune.evaluate"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of a warm request with all tokens, and what may be had with a quarter.
+
+    `first` of each stage is the predicted time to the first token when a quarter stays there.
+    """
+
+    image: float
+    vision: float
+    prefill: float
+    token: float
+    first: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return self.image + self.vision + self.prefill
+
+    @property
+    def most(self) -> float:
+        """The most that any method behind the tower can win, were it to leave nothing."""
+        return self.total / (self.image + self.vision)
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was found; `lines` says it to a person."""
+
+    model: str
+    tokens: int
+    kept: int
+    times: Times
+    cache_bytes: tuple[int, int]  # full, and with `kept` tokens
+    frontier: list[dict[str, Any]] = field(default_factory=list)
+    questions: str = ""
+
+    @property
+    def lines(self) -> list[str]:
+        t, full, few = self.times, *(n / 1e6 for n in self.cache_bytes)
+        share = {name: getattr(t, name) / t.total for name in ("image", "vision", "prefill")}
+        gains = {stage: t.total / ms for stage, ms in t.first.items()}
+        return [
+            f"{self.model} on this machine: the first token after {t.total:.0f} ms, then one every "
+            f"{t.token:.1f} ms, with all {self.tokens} visual tokens of an image.",
+            f"Of the time to the first token, opening the image takes {share['image']:.0%}, the "
+            f"vision tower {share['vision']:.0%}, projector and prompt {share['prefill']:.0%}.",
+            f"Behind the tower no method can win more than {t.most:.2f} x, even if nothing were "
+            f"left; with {self.kept} tokens {gains['behind']:.2f} x is to be expected.",
+            f"Inside the tower ({INSIDE}) the operation count lets expect {gains['inside']:.2f} x, "
+            f"of a smaller image ({SMALLER}) {gains['smaller']:.2f} x, with {self.kept} tokens.",
+            f"The cache of the prompt: {full:.1f} MB, with {self.kept} tokens {few:.1f} MB.",
+            *self._frontier_lines(),
+            self.recommendation,
+        ]
+
+    def _frontier_lines(self) -> list[str]:
+        if not self.frontier:
+            return [f"What it costs in answers is not known: run {EVALUATE}{self._model}"]
+        losses = [100 * row["to_full"]["overall"][0] for row in self.frontier]
+        told = "; ".join(
+            f"{row['pruner']} with {row['tokens']} ({loss:+.1f} points)"
+            for row, loss in zip(self.frontier, losses, strict=True)
+        )
+        return [f"On the frontier of the last evaluation ({self.questions}): {told}."]
+
+    @property
+    def _model(self) -> str:
+        return "" if self.model == "scenes" else f" --model {self.model}"
+
+    @property
+    def recommendation(self) -> str:
+        """One command to copy, or not to prune."""
+        gain = self.times.total / min(self.times.first.values())
+        if gain < WORTH:
+            return f"Advice: do not prune; at best it would be {gain:.2f} x as fast here."
+        safe = [row for row in self.frontier if row["to_full"]["overall"][0] >= -SAFE]
+        start = f"python -m mlx_vlm_prune.generate{self._model} --image photo.jpg --prompt '…'"
+        if not self.frontier:
+            return f"Advice: evaluate first; then {start} --pruner … --keep-ratio 0.25"
+        if not safe:
+            return (
+                f"Advice: do not prune; every method loses more than {SAFE:.0%} of the answers at"
+                " the budgets that were evaluated."
+            )
+        best = min(safe, key=lambda row: row["tokens"])
+        return f"Advice: {start} --pruner {best['pruner']} --keep-tokens {best['tokens']}"
+
+
+def frontier(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows than which none is better with as few tokens, nor as good with fewer; most tokens
+    first. Full is not among them."""
+    pruned = [row for row in rows if row["pruner"] != "none" and row["tokens"] < row["of"]]
+    best: list[Mapping[str, Any]] = []
+    for row in sorted(pruned, key=lambda row: (row["tokens"], -row["overall"])):
+        if not best or row["overall"] > best[-1]["overall"]:
+            best.append(row)
+    return best[::-1]
+
+
+def evaluation(folder: Path | None, named: Path | None) -> dict[str, Any]:
+    """The evaluation that was named, else the last one of this model, else nothing.
+
+    Raises UserError for a named file that is none.
+    """
+    path = named or (folder and cache_folder() / "evaluations" / f"{model_key(folder)}.json")
+    if not path or (named is None and not path.is_file()):
+        return {}
+    try:
+        told = read_json(path)
+        for row in told["rows"]:
+            row["pruner"], row["tokens"] + row["of"], row["overall"] + row["to_full"]["overall"][0]
+    except (KeyError, TypeError, IndexError) as e:
+        raise UserError(f"{path} is no evaluation ({e}); {EVALUATE} writes one") from None
+    return told
+
+
+def measured(model: VLM, processor: Processor, image: Any, K: int) -> Times:
+    """A calibration, kept for budgets too, and what follows from it."""
+    asked = ask(model, processor, PROMPT, image)
+    known = calibrated(model, processor.folder, plan(BEHIND), asked)
+    N, parts = model.N, known.ms(model.N, asked.text, 1)
+    began = time.perf_counter()
+    mx.eval(ask(model, processor, PROMPT, image).pixels)
+    opened, few = 1000 * (time.perf_counter() - began), known.ms(K, asked.text, 1)
+    whole, smaller = (
+        operations.count(model.config, asked.text, plan(name), k).vision
+        for name, k in (("none", N), (SMALLER, K))
+    )
+    inside = whole
+    if model.merge == (1, 1):
+        inside = operations.count(model.config, asked.text, plan(INSIDE), K).vision
+    first = {
+        "behind": opened + sum(few.values()),
+        "inside": opened + parts["vision"] * inside / whole + few["prefill"],
+        "smaller": opened + parts["vision"] * smaller / whole + few["prefill"],
+    }
+    return Times(opened, parts["vision"], parts["prefill"], new_token(model, asked), first)
+
+
+def new_token(model: VLM, asked: Asked) -> float:
+    """Milliseconds, the mean of TOKENS after the prompt; none of them ends it."""
+    before = model([asked.prompt], asked.pixels, plan("none"), model.N)
+    token_B1, position_B1 = mx.argmax(before.logits_BLV[:, -1], -1, keepdims=True), before.next_B1
+    mx.eval(token_B1)
+    began = time.perf_counter()
+    for n in range(TOKENS):
+        logits_BLV = model.step(token_B1, position_B1 + n, before)
+        token_B1 = mx.argmax(logits_BLV[:, -1], axis=-1, keepdims=True)
+        mx.eval(token_B1)
+    return 1000 * (time.perf_counter() - began) / TOKENS
+
+
+def advise(model: VLM, processor: Processor, image: Any, told: Mapping[str, Any]) -> Advice:
+    """Measure, which takes some seconds and shows progress, and compare."""
+    N = model.N
+    K = max(1, N // 4)
+    text = ask(model, processor, PROMPT, image).text
+    held = [
+        operations.count(model.config, text, plan(name), k, itemsize=model.dtype.size).cache_bytes
+        for name, k in (("none", N), (BEHIND, K))
+    ]
+    rows = [
+        {name: row[name] for name in ("pruner", "tokens", "of", "overall", "to_full")}
+        for row in frontier(told.get("rows", ()))
+    ]
+    times = measured(model, processor, image, K)
+    questions = str(told.get("questions", ""))
+    return Advice(processor.name, N, K, times, (held[0], held[1]), rows, questions)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    p = Parser(prog="python -m mlx_vlm_prune advise", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--model", help="folder or hub name (default: the built-in scenes model)")
+    p.add_argument("--image", help="a picture like those it will see (default: a drawn scene)")
+    p.add_argument("--evaluation", type=Path, metavar="FILE.json", help="instead of the last one")
+    p.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    try:
+        run(p.parse_args(argv))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        print(f"error: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, measure and say."""
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {args.json.absolute().parent} to write into")
+    model, processor = load(args.model, dtype=args.dtype)
+    if not isinstance(model, VLM):
+        raise UserError("advice is for models of ours; mlx-vlm's are not measured yet")
+    told = evaluation(processor.folder, args.evaluation)
+    advice = advise(model, processor, args.image or compose(SAMPLE_SEED).image(), told)
+    print("\n".join(advice.lines))
+    if args.json:
+        figures = {**asdict(advice), "machine": machine(), "versions": versions()}
+        write_atomically(args.json, json.dumps(figures, indent=4, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
