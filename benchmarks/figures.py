@@ -1,12 +1,14 @@
 """Draw what was measured: `python -m benchmarks.figures`.
 
-From benchmarks/results to docs/figures, each as SVG and PNG: accuracy against tokens, and what
-each kind of question loses.
+From benchmarks/results to docs/figures, each as SVG and PNG: accuracy against tokens and
+against the time to the first token, gains realised and counted, where the time goes, memory, what
+each kind of question loses, and all of them on one page.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,7 +17,21 @@ from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
 from .report import RESULTS, ROOT, scenes
-from .style import BASELINES, BLACK, GREY, PALE, STRONG, canvas, name_ends, save
+from .style import (
+    BASELINES,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PALE,
+    STRONG,
+    canvas,
+    name_ends,
+    save,
+    sheet,
+)  # fmt: skip
+from .tables import read, speed_rows
 
 FIGURES = ROOT / "docs" / "figures"
 NAMED = 5  # methods that a figure names; the others are pale
@@ -83,19 +99,145 @@ def kinds(axes: Axes, results: Path, tokens: int = QUARTER) -> None:
     axes.set_title(f"What {tokens} of 196 tokens cost, by kind of question")
 
 
+def timed(results: Path, shape: str) -> list[dict[str, Any]]:
+    """The speed benchmark's rows of a shape."""
+    return [row for row in speed_rows(results) if row["shape"] == shape]
+
+
+def accuracy_by_time(axes: Axes, results: Path) -> None:
+    """Each method and budget a point; those that nothing beats in both make the frontier."""
+    found, points = scenes(results), []
+    for row in timed(results, "scenes"):
+        judged = found.get(row["pruner"], {}).get(row["budget"])
+        if judged:
+            first = row["ms"]["pruned"]["total"]["median"]
+            points.append((first, 100 * judged["overall"], row["pruner"], row["budget"]))
+    full = timed(results, "scenes")[0]["ms"]["full"]["total"]["median"]
+    points.append((full, 100 * found["none"][196]["overall"], "all tokens", 196))
+    edge = frontier([point[:2] for point in points])
+    axes.step(*zip(*edge, strict=True), where="post", color=BLUE, lw=1.4, zorder=1)
+    for tokens, (colour, marker) in zip((98, 49, 22), STRONG, strict=False):
+        own = [point for point in points if point[3] == tokens]
+        axes.scatter([p[0] for p in own], [p[1] for p in own], s=18, c=colour, marker=marker,
+                     label=f"{tokens} tokens", zorder=2)  # fmt: skip
+    axes.scatter(*points[-1][:2], s=40, c=BLACK, marker="*", label="all 196", zorder=3)
+    for x, y, name, _ in points:
+        if (x, y) in edge or name in BASELINES:
+            axes.annotate(name, (x, y), (4, -9), textcoords="offset points", fontsize=6.5)
+    axes.set_xlabel("time to the first token, ms (all parts inside)")
+    axes.set_ylabel("questions answered right, %")
+    axes.set_title("Accuracy against time")
+    axes.legend(loc="lower right")
+
+
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points than which none is both sooner and better, by time."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def gains(axes: Axes, results: Path, shape: str = "minimind2-v-small") -> None:
+    """How many times as fast the first token comes: measured, and what the count allows."""
+    rows = [row for row in timed(results, shape) if row["budget"] <= row["tokens"] // 4]
+    most = max(row["budget"] for row in rows)
+    rows = sorted(
+        (row for row in rows if row["budget"] == most),
+        key=lambda row: row["gain"]["total"]["predicted"],
+    )
+    for place, row in enumerate(rows):
+        gain = row["gain"]["total"]
+        middle = gain["realised"] or (gain["p10"] + gain["p90"]) / 2
+        axes.plot([middle, gain["predicted"]], [place, place], color=PALE, lw=3, zorder=1)
+        axes.plot([gain["p10"], gain["p90"]], [place, place], color=BLUE, lw=1, zorder=2)
+        axes.scatter(middle, place, c=BLUE, marker="o", s=30, zorder=3)
+        axes.scatter(gain["predicted"], place, c=BLACK, marker="|", s=90, zorder=3)
+    axes.set_yticks(range(len(rows)), [row["pruner"] for row in rows])
+    axes.axvline(1, color=GREY, lw=0.8, ls=":")
+    axes.set_xlabel("times as fast to the first token (● measured, | counted)")
+    axes.set_title(f"{shape}: gain with {most} of {rows[0]['tokens']} tokens")
+
+
+def where(axes: Axes, results: Path) -> None:
+    """Of every shape, full and pruned to a quarter: what each part takes of full's time."""
+    parts = ("image", "vision", "pruner", "projector", "prefill")
+    looks = zip(
+        parts, (GREY, BLUE, BLACK, GREEN, ORANGE), ("", "//", "", "xx", "\\\\"), strict=True
+    )
+    bars: list[tuple[str, dict[str, float], float]] = []
+    for shape in dict.fromkeys(row["shape"] for row in speed_rows(results)):
+        rows = [r for r in timed(results, shape) if r["budget"] == max(1, r["tokens"] // 4)]
+        for kind, row in [("full", rows[0]), *((r["pruner"], r) for r in rows)]:
+            if kind in ("full", "cls_attention", "received_attention", "tome", "downsample"):
+                ms = row["ms"]["full" if kind == "full" else "pruned"]
+                times = {part: ms[part]["median"] for part in parts}
+                bars.append((f"{shape}, {kind}", times, row["ms"]["full"]["total"]["median"]))
+    begin = np.zeros(len(bars))
+    for part, colour, hatch in looks:
+        share = np.array([100 * times[part] / whole for _, times, whole in bars])
+        axes.barh(range(len(bars)), share, left=begin, color=colour, hatch=hatch, label=part,
+                  edgecolor="white", lw=0.3)  # fmt: skip
+        begin += share
+    axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set_xlabel("% of the time to the first token with all tokens")
+    axes.set_title("Where the time goes, a quarter of the tokens kept")
+    axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.45, -0.1), fontsize=8)
+
+
+def memory(axes: Axes, results: Path) -> None:
+    """The prompt's cache against the tokens kept, by shape."""
+    for shape, (colour, marker) in zip(
+        dict.fromkeys(row["shape"] for row in speed_rows(results)), STRONG, strict=False
+    ):
+        rows = [row for row in timed(results, shape) if row["pruner"] == "random"]
+        points = [(100 * r["kept"] / r["tokens"], r["cache_bytes"]["pruned"]) for r in rows]
+        points = sorted([*points, (100.0, rows[0]["cache_bytes"]["full"])])
+        x, y = zip(*points, strict=True)
+        axes.plot(x, np.array(y) / 1e6, color=colour, marker=marker, ms=5, label=shape)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=6)
+    axes.set_xlabel("% of the visual tokens kept")
+    axes.set_ylabel("the prompt's cache, MB")
+    axes.set_title("Memory that grows with the tokens")
+    axes.legend()
+
+
 # A figure's name, how it is drawn, and its size in inches.
 PANELS: dict[str, tuple[Callable[[Axes, Path], None], tuple[float, float]]] = {
     "accuracy-by-tokens": (accuracy_by_tokens, (6.8, 4.6)),
+    "accuracy-by-time": (accuracy_by_time, (6.8, 4.6)),
     "kinds": (kinds, (6.2, 8.0)),
+    "gains": (gains, (6.8, 3.6)),
+    "where": (where, (6.8, 4.8)),
+    "memory": (memory, (5.6, 4.0)),
 }
+DASHBOARD = "dashboard"
+PLACES = (  # rows and columns on the page
+    ("accuracy-by-tokens", (0, 4), (0, 6)), ("accuracy-by-time", (0, 4), (9, 16)),
+    ("gains", (4, 8), (1, 6)), ("where", (4, 8), (10, 16)),
+    ("kinds", (0, 6), (18, 24)), ("memory", (6, 8), (18, 24)),
+)  # fmt: skip
 
 
 def draw(folder: Path = FIGURES, results: Path = RESULTS) -> None:
-    """Write every figure into a folder."""
+    """Write every figure, and the page of all, into a folder."""
     for name, (panel, size) in PANELS.items():
         figure, axes = canvas(size)
         panel(axes, results)
         save(figure, folder, name)
+    figure, grid = sheet((23.4, 15.0), 8, 24)
+    for name, (top, bottom), (left, right) in PLACES:
+        PANELS[name][0](figure.add_subplot(grid[top:bottom, left:right]), results)
+    told = read(results, "speed")
+    on, versions = told["machine"], told["versions"]
+    where_told = f"{on['cpu']}, {on['cores']} cores, {on['system']}, MLX {versions['mlx']}"
+    figure.suptitle(f"mlx_vlm_prune: what was measured ({where_told})", y=0.93, fontsize=13)
+    save(figure, folder, DASHBOARD)
 
 
 def main() -> None:

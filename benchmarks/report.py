@@ -9,6 +9,8 @@ from mlx_vlm_prune.listing import entry
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
+from .tables import claims_table, rivals_table, speed_table
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -82,34 +84,6 @@ def link(source: str) -> str:
     if source.startswith("arXiv:"):
         return f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})"
     return f"[{source.split('/')[-1]}](https://{source})" if source else "–"
-
-
-def speed_table(results: Path = RESULTS) -> str:
-    """Realised and predicted speed per model shape and method, in Markdown."""
-    lines = [
-        "| shape | pruner | visual tokens | prefill, ms | gain (predicted) "
-        "| first token, ms | gain | pruner |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in ("speed", "speed-llava", "speed-fastv"):
-        told = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        lines += [_speed_line(told["shape"], row) for row in told["rows"]]
-    return "\n".join(lines)
-
-
-def _speed_line(shape: str, r: dict) -> str:
-    full, kept = r["ms"]["full"], r["ms"]["pruned"]
-    cells = [
-        shape,
-        f"`{r['pruner']}`",
-        f"{r['tokens']} → {r['kept']}",
-        f"{full['prefill']['median']:.0f} → {kept['prefill']['median']:.0f}",
-        f"{r['prefill_gain']:.2f}x ({r['prefill_gain_predicted']:.2f}x)",
-        f"{full['total']['median']:.0f} → {kept['total']['median']:.0f}",
-        f"{r['ttft_gain']:.2f}x",
-        f"{r['pruner_share']:.1%}",
-    ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def selectors_table(results: Path = RESULTS) -> str:
@@ -188,6 +162,8 @@ TABLES = {
     "kinds": kinds_table,
     "scenes": scenes_table,
     "speed": speed_table,
+    "claims": claims_table,
+    "rivals": rivals_table,
     "selectors": selectors_table,
     "learned": learned_table,
     "quantized": quantized_table,

@@ -14,16 +14,20 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from convert.errors import UserError
+from convert.files import read_json
 from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
 from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.loading import parse_config
 from mlx_vlm_prune.model import VLM, VLMConfig
 from mlx_vlm_prune.operations import tokens
 from mlx_vlm_prune.projector import ProjectorConfig
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners.spec import nearest
+from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.towers.clip import CLIPConfig
 from mlx_vlm_prune.towers.siglip import SiglipConfig
 
+BUILT_IN = parse_config(read_json(CHECKPOINT / "config.json"), CHECKPOINT)
 TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image
 PHOTO = (1024, 768)  # pixels of the JPEG that is opened
 LARGE = CLIPConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower
@@ -37,6 +41,7 @@ SHAPES = {
         "<|image_pad|>",
         12,
     ),
+    "scenes": BUILT_IN,
     # Two cuts of LLaVA-1.5-7B for small machines: 8 layers as wide as a model of 1 B has, and
     # 2 of its own 32 layers, with its own projector. Either makes the first token dear enough.
     "llava-8": VLMConfig(LARGE, MiniMindConfig(2048, 5504, 8, 16, 16, 32000)),

@@ -14,6 +14,7 @@ mpl.use("Agg")  # no window is ever opened
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 
 BLACK, ORANGE, GREEN = "#000000", "#E69F00", "#009E73"
 BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
@@ -43,6 +44,13 @@ def canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
     """A figure with one pair of axes, in the house style."""
     plt.rcParams.update(RULES)
     return plt.subplots(figsize=size)
+
+
+def sheet(size: tuple[float, float], rows: int, columns: int) -> tuple[Figure, GridSpec]:
+    """A page for several pairs of axes, in the house style."""
+    plt.rcParams.update(RULES)
+    figure = plt.figure(figsize=size)
+    return figure, figure.add_gridspec(rows, columns, hspace=1.0, wspace=0.6)
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:

@@ -11,8 +11,9 @@ there is one, and it is not reported.
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+Outcome = TypeVar("Outcome")  # of a run, whatever is told of it
 NOT_TOLD = "not told: spread larger than the difference"
 PARTS = ("image", "vision", "pruner", "projector", "prefill")  # up to the first token
 
@@ -78,17 +79,21 @@ def turns(pruned: int, share: int) -> Iterator[int | None]:
 
 
 def alternate(
-    full: Callable[[], Run], pruned: Sequence[Callable[[], Run]], runs: int, warmup: int, share: int
-) -> Iterator[tuple[int, Run, Run] | None]:
+    full: Callable[[], Outcome],
+    pruned: Sequence[Callable[[], Outcome]],
+    runs: int,
+    warmup: int,
+    share: int,
+) -> Iterator[tuple[int, Outcome, Outcome] | None]:
     """Rounds of turns: (which, pruned, the full run before it), or None after a run that is only
     warm-up or full. Every run yields once, so that progress can be shown."""
     for turn in range(warmup + runs):
-        before: Run | None = None
+        before: Outcome | None = None
         for i in turns(len(pruned), share):
             if i is None:
                 before = full()
                 yield None
             else:
-                assert before, "full goes first"
+                assert before is not None, "full goes first"
                 done = pruned[i](), before
                 yield (i, *done) if turn >= warmup else None

@@ -1,0 +1,152 @@
+"""The five founding systems' claims beside what is measured: `python -m benchmarks.claims`.
+
+The same method, on a model of the kind it was made for, with random weights; full and pruned take
+turns in one process. Everything from the image's file on is inside the time, and beside it
+stands what the authors timed. Writes benchmarks/results/claims.json with `--save`; accuracy
+comes from the built-in model's evaluation, in benchmarks/results/scenes.json.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.errors import Parser, UserError
+from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.remembered import write_atomically
+
+from . import on_mlx
+from .shapes import TEXT_TOKENS
+from .speed import Setting, cases, measure
+
+RESULTS = Path(__file__).parent / "results"
+ANSWER = 64  # tokens, of the answer whose whole time is told
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A headline, and how its method is run here: K of N tokens of a shape.
+
+    `timed` is what the authors timed, where it can be timed here; `judged` the method and
+    budget of 196 whose accuracy on scenes stands beside.
+    """
+
+    system: str
+    says: str
+    shape: str
+    pruner: str
+    K: int
+    timed: str | None
+    judged: tuple[str, int]
+
+
+CLAIMS = (
+    Claim(
+        "[EfficientVLM](https://github.com/langchengg/EfficientVLM)",
+        "1.52x tokens per second at 98 of 196 tokens",
+        "minimind2-v-small", "attention_pool", 98, "answer", ("attention_pool", 49),
+    ),
+    Claim(
+        "[fastvlm-token-pruning](https://github.com/aledevv/fastvlm-token-pruning)",
+        "first token 80 % sooner (4.9x) at half of the tokens, \"excellent\" quality",
+        "llava-8", "norm", 288, "tower_left_out", ("norm", 98),
+    ),
+    Claim(
+        "[Vision-Token-Pruning](https://github.com/denis7-jean/ece1512-projectA)",
+        "vision tower 43 % faster (1.76x) at half of the patches",
+        "minimind2-v-small", "patch_norm", 98, "vision", ("patch_norm", 98),
+    ),
+    Claim(
+        "[LightVLM](https://github.com/falenai/LightVLM)",
+        "prefill 2x to 3x as fast at 144 of 576 tokens, less than 3 % lost",
+        "llava-8", "mlp", 144, "prefill", ("mlp", 49),
+    ),
+    Claim(
+        "[TwigVLM](https://arxiv.org/abs/2503.14075)",
+        "99.2 % kept at 192 of 576 tokens on average; 2.54x as fast by its speculative decoding",
+        "llava-8", "twig", 192, None, ("twig", 98),  # its speculative decoding is not here yet
+    ),
+)  # fmt: skip
+
+
+def measured(claim: Claim, stack: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of `benchmarks.speed`, with the gains that this page tells."""
+    setting = Setting(claim.shape, 1, TEXT_TOKENS, None)
+    full, able, refused = cases(setting, stack, [claim.pruner], [claim.K])
+    if refused:
+        raise UserError(refused[0]["why"])
+    row = measure(setting, stack, full, able, args)[0]
+    return {**row, "gains": gains(row["ms"])}
+
+
+def gains(ms: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """How many times as fast, by what is counted, from medians.
+
+    `first_token` has everything inside, `answer` an answer of ANSWER tokens too. `tower_left_out`
+    is the pruned prefill beside the whole of full, as when features come from outside.
+    """
+    full, pruned = ({part: told["median"] for part, told in ms[kind].items()} for kind in ms)
+    whole, less = (one["total"] + (ANSWER - 1) * one["token"] for one in (full, pruned))
+    return {
+        "first_token": full["total"] / pruned["total"],
+        "answer": whole / less,
+        "vision": full["vision"] / pruned["vision"],
+        "prefill": full["prefill"] / pruned["prefill"],
+        "tower_left_out": full["total"] / (pruned["projector"] + pruned["prefill"]),
+    }
+
+
+def timed(claim: Claim, told: dict[str, float]) -> str:
+    """The gain in what the authors timed, and what that is."""
+    if claim.timed is None:
+        return "is not here yet"
+    return f"{told[claim.timed]:.2f}x ({claim.timed.replace('_', ' ')})"
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Every claim in turn, each shape's model made once."""
+    rows, stacks = [], dict[str, Any]()
+    for claim in sorted(CLAIMS, key=lambda claim: claim.shape):
+        if claim.shape not in stacks:
+            stacks = {claim.shape: on_mlx.Stack(Setting(claim.shape, 1, 1, None).config, "float32")}
+        rows.append({"system": claim.system, **measured(claim, stacks[claim.shape], args)})
+        told = rows[-1]["gains"]
+        print(f"{claim.system}: claims {claim.says}")
+        print(
+            f"  {claim.pruner} on {claim.shape}, {claim.K} tokens: what they timed "
+            f"{timed(claim, told)}, first token with everything inside {told['first_token']:.2f}x, "
+            f"{ANSWER} tokens {told['answer']:.2f}x",
+            flush=True,
+        )
+    return {
+        "benchmark": "claims", "device": on_mlx.device(), "runs": args.runs,
+        "machine": machine(), "versions": versions(), "rows": rows,
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    p = Parser(prog="python -m benchmarks.claims", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--runs", type=int, default=20, help="measured runs of each (default: 20)")
+    p.add_argument("--save", action="store_true", help="keep as benchmarks/results/claims.json")
+    args = p.parse_args(argv)
+    args.tokens, args.warmup, args.share = 8, 1, 1
+    try:
+        if args.runs < 1:
+            raise UserError(f"--runs is {args.runs}; it must be at least 1")
+        told = json.dumps(run(args))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if args.save:
+        write_atomically(RESULTS / "claims.json", told + "\n")
+    print(told)
+
+
+if __name__ == "__main__":
+    main()

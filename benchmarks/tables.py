@@ -1,0 +1,85 @@
+"""The README's tables of speed: what is measured beside what the operation count allows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .claims import CLAIMS, timed
+
+SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
+
+
+def read(results: Path, name: str) -> dict[str, Any]:
+    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def speed_rows(results: Path) -> list[dict[str, Any]]:
+    """Of all shapes, which were measured in several runs."""
+    files = ("speed", "speed-llava", "speed-scenes")
+    return [row for name in files for row in read(results, name)["rows"]]
+
+
+def speed_table(results: Path) -> str:
+    """Of every shape and method, first token and prefill at three budgets, in Markdown."""
+    heads = "".join(f" {share} kept: first token | prefill |" for _, share in SHARES)
+    lines = [f"| shape | pruner |{heads}", "|---|---|" + "---:|---:|" * len(SHARES)]
+    cells: dict[tuple[str, str], dict[int, dict]] = {}
+    for row in speed_rows(results):
+        if row["shape"] == "scenes":
+            continue  # its figures are those of accuracy against time
+        cells.setdefault((row["shape"], row["pruner"]), {})[row["budget"]] = row
+    for (shape, pruner), rows in cells.items():
+        N = next(iter(rows.values()))["tokens"]
+        told = [rows.get(max(1, int(N * share + 1e-9))) for share, _ in SHARES]
+        shown = [f"{_gain(row, 'total')} | {_gain(row, 'prefill', True)}" for row in told]
+        lines.append(f"| {shape} | `{pruner}` | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def _gain(row: dict | None, part: str, of_predicted: bool = False) -> str:
+    """The gain; with `of_predicted`, how much of the operation count's own it is."""
+    if row is None:
+        return "–"
+    gain = row["gain"][part]
+    if gain["realised"] is None:
+        return "≈ 1"
+    share = f" ({gain['of_predicted']:.0%})" if of_predicted else ""
+    return f"{gain['realised']:.2f}x{share}"
+
+
+def claims_table(results: Path) -> str:
+    """The founding systems, in Markdown."""
+    told = {row["system"]: row for row in read(results, "claims")["rows"]}
+    judged = {(row["pruner"], row["tokens"]): row for row in read(results, "scenes")["rows"]}
+    full = judged["none", 196]["overall"]
+    lines = [
+        "| system | it claims | measured: what it timed | first token, everything inside "
+        "| answers right on scenes |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for claim in CLAIMS:
+        row = told[claim.system]
+        pruner, tokens = claim.judged
+        own = judged.get(claim.judged)
+        right = f"{full:.1%} → {own['overall']:.1%} (`{pruner}`, {tokens} of 196)" if own else "–"
+        lines.append(
+            f"| {claim.system} | {claim.says} | {timed(claim, row['gains'])} | "
+            f"{row['gains']['first_token']:.2f}x | {right} |"
+        )
+    return "\n".join(lines)
+
+
+def rivals_table(results: Path) -> str:
+    """Ours beside what one would take instead, full on both sides, in Markdown."""
+    lines = [
+        "| shape | beside | part | ours, ms | theirs, ms | ours is |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for row in read(results, "rivals")["rows"]:
+        gain = row["gain"]
+        told = "as fast" if gain["realised"] is None else f"{gain['realised']:.2f}x as fast"
+        lines.append(
+            f"| {row['shape']} | {row['rival']} | {row['part']} | {row['ours_ms']['median']:.1f} | "
+            f"{row['theirs_ms']['median']:.1f} | {told} |"
+        )
+    return "\n".join(lines)
