@@ -115,12 +115,16 @@ def _language(c: Mapping[str, Any]) -> Shapes:
         layer = f"language.layers.{i}"
         rows = {"q_proj": D, "k_proj": keys, "v_proj": keys, "o_proj": D}
         shapes |= {f"{layer}.self_attn.{name}.weight": (size, D) for name, size in rows.items()}
+        if c.get("attention_bias"):
+            shapes |= {f"{layer}.self_attn.{x}_proj.bias": (rows[f"{x}_proj"],) for x in "qkv"}
         if c.get("qk_norm"):
             shapes |= {f"{layer}.self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
         shapes |= _mlps(f"{layer}.mlp", c)
         shapes[f"{layer}.input_layernorm.weight"] = (D,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
     shapes["language.norm.weight"] = (D,)
+    if not c.get("tie_word_embeddings", True):
+        shapes["language.lm_head.weight"] = (c["vocab_size"], D)
     return shapes
 
 

@@ -6,6 +6,7 @@ them by name and shape, and nothing in it is executed.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,8 @@ fast_blas.prepare()  # before the first import of mlx, or never
 import mlx.core as mx  # noqa: E402
 from mlx import nn  # noqa: E402
 
-from convert.checkpoint import as_mlx, is_ours  # noqa: E402
+from convert.checkpoint import DTYPES as CODES  # noqa: E402
+from convert.checkpoint import as_mlx, is_composed, is_ours  # noqa: E402
 from convert.errors import UserError  # noqa: E402
 from convert.files import check_safetensors, read_json  # noqa: E402
 from convert.generations import MODEL_TYPES  # noqa: E402
@@ -29,9 +31,10 @@ from .image import Preprocessor, siglip_preprocessor  # noqa: E402
 from .language.experts import stacked  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
 from .learned import read_learned  # noqa: E402
+from .memory import check_fits  # noqa: E402
 from .model import VLM, VLMConfig  # noqa: E402
 from .projector import ProjectorConfig  # noqa: E402
-from .prompt import Tokenizer  # noqa: E402
+from .prompt import VICUNA, Tokenizer  # noqa: E402
 from .scenes import CHECKPOINT  # noqa: E402
 from .towers.clip import CLIPConfig  # noqa: E402
 from .towers.siglip import SiglipConfig  # noqa: E402
@@ -75,21 +78,13 @@ def load(
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
     folder = _find(path_or_hub_name, revision)
-    reading: Path | None = folder
-    words = folder
-    if is_ours(folder):
-        config, weights = read_json(folder / "config.json"), _mlx_weights(folder)
-    else:
-        source = as_mlx(folder)
-        config, words, reading = source.config, source.tokenizer, source.reading
-        weights = {name: to_array(tensor) for name, tensor in source.tensors.items()}
+    found = _read(folder, dtype)
+    config, weights, target = found.config, found.weights, found.target
     model = VLM(parse_config(config, folder))
     check_complete(weights, config, folder)
     if how := config.get("quantization"):
         few = {name.removesuffix(".scales") for name in stacked(weights) if ".scales" in name}
         nn.quantize(model, **how, class_predicate=lambda path, _: path in few)
-    own = weights["language.norm.weight"].dtype
-    target = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else own
     ready = {name: a.astype(target) if a.dtype in FLOATS else a for name, a in weights.items()}
     model.load_weights(list(stacked(ready).items()))
     beside = read_learned(folder, model.feature_dims)
@@ -97,8 +92,50 @@ def load(
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    image = _preprocessor(reading, model.config.vision)
-    return model, Processor(Tokenizer.from_folder(words), image, model.config.image_token, name)
+    image = _preprocessor(found.reading, model.config.vision)
+    tokenizer = Tokenizer.from_folder(found.words)
+    if is_composed(config) and tokenizer.chat_template is None:
+        tokenizer.chat_template = VICUNA
+    return model, Processor(tokenizer, image, model.config.image_token, name)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A checkpoint as it lies in its folders, and what its weights are to be in."""
+
+    config: Mapping[str, Any]
+    weights: dict[str, mx.array]
+    target: mx.Dtype
+    words: Path
+    reading: Path | None
+
+
+def _read(folder: Path, dtype: str) -> _Read:
+    """One of our folders, or one as published, brought over."""
+    if is_ours(folder):
+        config, weights = read_json(folder / "config.json"), _mlx_weights(folder)
+        shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
+        return _Read(config, weights, _check_size(shapes, dtype, folder), folder, folder)
+    source, kinds = as_mlx(folder), {code: DTYPES[name] for name, code in CODES.items()}
+    tensors = source.tensors.items()
+    target = _check_size({k: (t.shape, kinds.get(t.dtype)) for k, t in tensors}, dtype, folder)
+    weights = {name: to_array(tensor) for name, tensor in tensors}
+    return _Read(source.config, weights, target, source.tokenizer, source.reading)
+
+
+def _check_size(shapes: Mapping[str, tuple[Any, Any]], dtype: str, where: Path) -> mx.Dtype:
+    """What the weights are to be in; UserError where they would not fit into memory.
+
+    `shapes` are shape and type of each.
+    """
+    own = shapes.get("language.norm.weight", ((), mx.float32))[1] or mx.float32
+    target = DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else own
+    needed = sum(
+        prod(shape) * (target.size if kind in FLOATS else kind.size if kind else 0)
+        for shape, kind in shapes.values()
+    )
+    check_fits(needed, str(where))
+    return target
 
 
 def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
@@ -170,6 +207,8 @@ def parse_config(config: Mapping[str, Any], where: Path) -> VLMConfig:
     _check_quantization(config, where)
     if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
         raise UserError(f"{where}: vision_config's sizes do not divide evenly")
+    if vision.feature_layers > vision.num_hidden_layers:
+        raise UserError(f"{where}: the tower has no layer {vision.feature_layers} to read from")
     if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
         raise UserError(f"{where}: text_config's heads do not divide hidden_size evenly")
     if text.num_attention_heads % text.num_key_value_heads:

@@ -241,7 +241,7 @@ def _begin(
 
 def _resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
     chosen = plan(pruner, model.learned)
-    chosen.want(model.config.vision.num_hidden_layers)  # a layer that is not there is said early
+    chosen.want(model.config.vision.depth)  # a layer that is not there is said early
     return chosen
 
 
