@@ -137,7 +137,7 @@ def main() -> None:
     for name in tqdm(names, file=sys.stderr, leave=False):
         pruner = resolve(name, {"twig": twig})
         decoder = pruner.stage is Stage.DECODER
-        layers = config.vision.num_hidden_layers
+        layers = config.vision.depth
         call = (
             inside_the_decoder(pruner, model)
             if decoder

@@ -86,7 +86,7 @@ def cases(
     for spec, K in itertools.product(specs, budgets):
         try:
             pipeline = plan(spec, stack.learned(K))
-            pipeline.want(config.vision.num_hidden_layers)
+            pipeline.want(config.vision.depth)
             able.append(Case(pipeline, K, operations.count(config, setting.text, pipeline, K)))
         except UserError as e:
             refused.append({**asdict(setting), "pruner": spec, "budget": K, "why": str(e)})

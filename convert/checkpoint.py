@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import llava
 from .detect import our_tensors, text_config, tidy, untied, vision_config
 from .errors import UserError
 from .files import open_safetensors, read_json, read_pth
@@ -18,7 +19,9 @@ from .shapes import check_complete
 from .tensors import RawTensor
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 READING = "preprocessor_config.json"
 LEARNED = "pruners.safetensors"
 TOWER_PLACES = (
@@ -184,6 +187,8 @@ def as_mlx(
         config, tensors = _own(source)
         learned = source / LEARNED if (source / LEARNED).is_file() else None
         return Source(config, tensors, tokenizer or source, reading, learned=learned)
+    if llava.is_published(source):
+        return _composed(source, tokenizer or source)
     published = read_published(source, vision, heads, kv_heads)
     generation, words = published.generation, tokenizer or _home(source)
     dtype = published.tensors["language.embed_tokens.weight"].dtype
@@ -195,6 +200,16 @@ def as_mlx(
         "torch_dtype": next(k for k, v in DTYPES.items() if v == dtype),
     }
     return Source(config, published.tensors, words, published.reading, published.guessed)
+
+
+def _composed(source: Path, words: Path) -> Source:
+    """A LLaVA-style model as Hugging Face has it."""
+    config, tensors = llava.composed(read_weights(source), source)
+    dtype = tensors["language.embed_tokens.weight"].dtype
+    told = {"torch_dtype": next(k for k, v in DTYPES.items() if v == dtype)}
+    reading = source if (source / READING).is_file() else None
+    config |= told | llava.words(config["published"], words)
+    return Source(config, tensors, words, reading)
 
 
 def _home(source: Path) -> Path:
@@ -290,6 +305,18 @@ def generation_of(config: Mapping[str, Any], where: Path) -> Generation:
     return GENERATIONS[name]
 
 
+def title_of(config: Mapping[str, Any], where: Path) -> str:
+    """What one of our folders is."""
+    if is_composed(config):
+        return llava.layout_of(config, where).title
+    return generation_of(config, where).title
+
+
+def is_composed(config: Mapping[str, Any]) -> bool:
+    """Is it of a LLaVA-style model, rather than of a MiniMind-V?"""
+    return config.get("model_type") == llava.MODEL_TYPE
+
+
 def read_ours(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     """config.json and tensors of one of our folders that is not quantized; raises UserError."""
     if not is_ours(folder):
@@ -302,7 +329,7 @@ def read_ours(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
 
 def _own(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     config, tensors = read_json(folder / "config.json"), read_weights(folder)
-    generation_of(config, folder)
+    title_of(config, folder)
     check_complete(tensors, config, folder)
     return config, tensors
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from . import llava
 from .checkpoint import (
     READING,
     TOKENIZER_FILES,
@@ -28,7 +29,10 @@ HEADS = "assumed, as in every published MiniMind2: no file says it"
 def describe(path: Path, vision: Path | None = None) -> str:
     """A few lines about a .pth, a folder as published or one of ours; raises UserError."""
     state = read_weights(path)
-    lines = _ours(path, state) if is_ours(path) else _published(path, state, vision)
+    if llava.is_published(path):
+        lines = _composed(path, state)
+    else:
+        lines = _ours(path, state) if is_ours(path) else _published(path, state, vision)
     size = sum(tensor.nbytes for tensor in state.values())
     kinds = sorted({tensor.dtype for tensor in state.values()})
     lines += [("tensors", f"{len(state)}, {size / 1e6:.1f} MB, {', '.join(kinds)}")]
@@ -71,6 +75,21 @@ def _published(path: Path, raw: dict[str, RawTensor], vision: Path | None) -> Li
     return [*lines, ("missing", _few(missing))]
 
 
+def _composed(path: Path, state: dict[str, RawTensor]) -> Lines:
+    """A LLaVA-style model, by config.json; its tensors are held against it."""
+    layout, sizes = llava.sizes_of(state, path)
+    _, named = llava.composed(state, path)
+    seen, text = sizes["vision_config"], sizes["text_config"]
+    files = [name for name in (READING, TOKENIZER_FILES[0]) if not (path / name).is_file()]
+    return [
+        ("published as", f"{layout.title} ({layout.name})"),
+        *_language(text, "from config.json"),
+        ("projector", _projector(named)),
+        ("tower", f"{_tower(seen)}, features of layer {seen['feature_layers']}"),
+        ("missing", _few(files)),
+    ]
+
+
 def _laid(tensor: RawTensor, name: str, generation: Generation) -> Shaped:
     """With its axes in our order."""
     change = next(r.change for r in generation.tower if _is_patch(r.ours))
@@ -101,6 +120,7 @@ def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
 
 def _language(text: Mapping[str, Any], why: str) -> Lines:
     kind = "Qwen3-like, q/k norm" if text.get("qk_norm") else "Llama-like"
+    kind = "Qwen2-like, biases" if text.get("attention_bias") else kind
     lines = [
         ("language model", f"{text['num_hidden_layers']} layers of {text['hidden_size']}, {kind}"),
         (

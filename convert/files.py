@@ -45,9 +45,18 @@ def check_safetensors(path: Path) -> None:
 
     Nor may a size exceed what MLX can count: it would take another without a word.
     """
+    header(path)
+
+
+def header(path: Path) -> tuple[dict[str, list[int]], str | None]:
+    """The shape of each tensor in a safetensors file, and the framework that its metadata name.
+
+    Raises UserError as `check_safetensors` says.
+    """
     try:
         with safe_open(str(path), framework="np") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+            form = (opened.metadata() or {}).get("format")
     except SafetensorError as e:
         raise UserError(f"{path} is no sound safetensors file: {fault(path) or e}") from None
     except OSError as e:
@@ -55,6 +64,7 @@ def check_safetensors(path: Path) -> None:
     for name, shape in shapes.items():
         if any(n > LARGEST_SIZE for n in shape):
             raise UserError(f"{path} is no sound safetensors file: {name!r} has the shape {shape}")
+    return shapes, form
 
 
 def open_safetensors(path: Path) -> dict[str, RawTensor]:

@@ -113,7 +113,7 @@ GENERATIONS = {
     )
 }
 SUPPORTED = ", ".join(generation.title for generation in GENERATIONS.values())
-MODEL_TYPES = ("minimind2_v", "minimind3_v")  # of our folders
+MODEL_TYPES = ("minimind2_v", "minimind3_v", "composed_vlm")  # of our folders
 DEFAULT = "minimind2-v"  # of our folders that do not say
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .checkpoint import DTYPES, Source
 from .errors import UserError
-from .shapes import is_quantisable
+from .shapes import check_packable, is_quantisable
 from .tensors import RawTensor
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -54,6 +54,7 @@ def quantised(
     for name, tensor in source.tensors.items():
         tensor = tensor.astype(DTYPES[dtype]) if dtype else tensor
         if is_quantisable(name, tensor.shape, how["group_size"]):
+            check_packable(name, tensor.shape, mode)
             tensors |= _few_bits(name.removesuffix("weight"), tensor, how)
         else:
             tensors[name] = tensor

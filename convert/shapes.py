@@ -73,14 +73,26 @@ def is_quantisable(name: str, shape: tuple[int, ...], group_size: int) -> bool:
     return matrix and not name.endswith(".mlp.gate.weight") and shape[1] % group_size == 0
 
 
+def check_packable(name: str, shape: tuple[int, ...], mode: str) -> None:
+    """UserError for a matrix that MLX cannot pack: nvfp4 takes 32 numbers, in a row or across."""
+    rows, columns = shape
+    if mode == "nvfp4" and rows * columns % 32:
+        raise UserError(
+            f"{name} is {rows} x {columns}: nvfp4 needs an even number of rows, or rows that 32"
+            " divides; take another mode"
+        )
+
+
 def _few_bits(shapes: Shapes, how: Mapping[str, Any]) -> Shapes:
     """The same of a quantized checkpoint: bits packed into words of 32, scales, and biases."""
     bits, group = how["bits"], how["group_size"]
-    parts = ("scales", "biases") if how.get("mode", "affine") == "affine" else ("scales",)
+    mode = how.get("mode", "affine")
+    parts = ("scales", "biases") if mode == "affine" else ("scales",)
     made: Shapes = {}
     for name, shape in shapes.items():
         made[name] = shape
         if is_quantisable(name, shape, group):
+            check_packable(name, shape, mode)
             made[name] = (shape[0], shape[1] * bits // 32)
             prefix = name.removesuffix("weight")
             made |= {prefix + part: (shape[0], shape[1] // group) for part in parts}
@@ -115,12 +127,16 @@ def _language(c: Mapping[str, Any]) -> Shapes:
         layer = f"language.layers.{i}"
         rows = {"q_proj": D, "k_proj": keys, "v_proj": keys, "o_proj": D}
         shapes |= {f"{layer}.self_attn.{name}.weight": (size, D) for name, size in rows.items()}
+        if c.get("attention_bias"):
+            shapes |= {f"{layer}.self_attn.{x}_proj.bias": (rows[f"{x}_proj"],) for x in "qkv"}
         if c.get("qk_norm"):
             shapes |= {f"{layer}.self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
         shapes |= _mlps(f"{layer}.mlp", c)
         shapes[f"{layer}.input_layernorm.weight"] = (D,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
     shapes["language.norm.weight"] = (D,)
+    if not c.get("tie_word_embeddings", True):
+        shapes["language.lm_head.weight"] = (c["vocab_size"], D)
     return shapes
 
 

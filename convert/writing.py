@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from . import llava
 from .checkpoint import (
     DTYPES,
     LEARNED,
@@ -20,8 +21,10 @@ from .checkpoint import (
     as_published,
     generation_of,
     head_size,
+    is_composed,
     is_tower,
     read_ours,
+    title_of,
 )
 from .errors import UserError
 from .files import appearing, open_safetensors, write_pth, write_safetensors
@@ -70,7 +73,8 @@ def _card(config: Mapping[str, Any], name: str, source: str | None) -> str:
     base = f"base_model: {origin}\n" if origin else ""
     how = config.get("quantization")
     fewer = f", its language model in {how['bits']} bits" if how else ""
-    title = generation_of(config, Path(name)).title
+    title = title_of(config, Path(name))
+    title = title[0].upper() + title[1:]
     return (
         "---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\n"
         f"{base}tags:\n- mlx\n- mlx_vlm_prune\n---\n\n# {name}\n\n"
@@ -98,6 +102,8 @@ def _assumed_reading(vision: Mapping[str, Any]) -> dict[str, Any]:
 def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
     """Write one of our folders as it was published; its tower into the folder `vision`."""
     config, ours = read_ours(source)
+    if is_composed(config):
+        return _to_folder(source, target, config, ours)
     generation = generation_of(config, source)
     published = as_published(ours, generation.table, head_size(config, source), source)
     state: dict[str, RawTensor] = {}
@@ -118,6 +124,19 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
             if (source / READING).is_file():
                 shutil.copyfile(source / READING, folder / READING)
         write_pth(file, state)
+
+
+def _to_folder(
+    source: Path, target: Path, config: Mapping[str, Any], ours: Mapping[str, RawTensor]
+) -> None:
+    """A LLaVA-style model whole, as it was published: tower, projector and language model."""
+    told, state = llava.as_published(config, ours, source)
+    with appearing(target, folder=True) as folder:
+        write_json(folder / "config.json", told)
+        write_safetensors(folder / "model.safetensors", state, "pt")
+        copy_words(source, folder)
+        if (source / READING).is_file():
+            shutil.copyfile(source / READING, folder / READING)
 
 
 def _tower_config(vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,6 +161,9 @@ def to_hf(source: Path, target: Path) -> str:
     Raises UserError where transformers has no class that computes the same.
     """
     config, ours = read_ours(source)
+    if is_composed(config):
+        _to_folder(source, target, config, ours)
+        return llava.READER
     generation, text = generation_of(config, source), config["text_config"]
     reader = generation.readers.get("experts" if text.get("num_experts") else "dense")
     if reader is None:

@@ -120,6 +120,7 @@ class Preprocessor:
     mean: tuple[float, float, float] | None = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     resample: Image.Resampling = Image.Resampling.BICUBIC
+    pad: bool = False  # first made square, the picture in the middle, `mean` around it: LLaVA's
 
     @classmethod
     def from_folder(
@@ -141,6 +142,7 @@ class Preprocessor:
             mean=fields.channels("image_mean", usual.mean) if normalise else None,
             std=fields.channels("image_std", usual.std) if normalise else cls.std,
             resample=fields.filter(usual.resample),
+            pad=fields.flag("do_pad", False),
         )
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -165,6 +167,7 @@ class Preprocessor:
     def visible(self, image: Image.Image) -> Image.Image:
         """The part of the picture the tower sees, resized and cropped, as RGB."""
         image = image if image.mode == "RGB" else _rgb(image, "the image")
+        image = self._square(image) if self.pad else image
         width, height = self._resized(image.size)
         if width * height > MAX_PIXELS:
             return self._visible_of_sliver(image, width, height)
@@ -174,6 +177,17 @@ class Preprocessor:
             return image
         box = self._crop_box(width, height)
         return image.crop(box)  # Pillow, too, pads with black
+
+    def _square(self, image: Image.Image) -> Image.Image:
+        side = max(image.size)
+        if side**2 > 4 * MAX_PIXELS:
+            raise UserError(
+                f"an image of {image.width} x {image.height} pixels is too long to be made square"
+            )
+        red, green, blue = (int(255 * x) for x in self.mean or (0, 0, 0))
+        canvas = Image.new("RGB", (side, side), (red, green, blue))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return canvas
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height after resizing: the shorter side to `size`, the other rounded down."""

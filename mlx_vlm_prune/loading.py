@@ -6,6 +6,7 @@ them by name and shape, and nothing in it is executed.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +18,8 @@ fast_blas.prepare()  # before the first import of mlx, or never
 import mlx.core as mx  # noqa: E402
 from mlx import nn  # noqa: E402
 
-from convert.checkpoint import as_mlx, is_ours  # noqa: E402
+from convert.checkpoint import DTYPES as CODES  # noqa: E402
+from convert.checkpoint import as_mlx, is_composed, is_ours  # noqa: E402
 from convert.errors import UserError  # noqa: E402
 from convert.files import check_safetensors, read_json  # noqa: E402
 from convert.generations import MODEL_TYPES  # noqa: E402
@@ -30,9 +32,10 @@ from .image import Preprocessor, siglip_preprocessor  # noqa: E402
 from .language.experts import stacked  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
 from .learned import read_learned  # noqa: E402
+from .memory import check_fits  # noqa: E402
 from .model import VLM, VLMConfig  # noqa: E402
 from .projector import ProjectorConfig  # noqa: E402
-from .prompt import Tokenizer  # noqa: E402
+from .prompt import VICUNA, Tokenizer  # noqa: E402
 from .scenes import CHECKPOINT  # noqa: E402
 from .towers.clip import CLIPConfig  # noqa: E402
 from .towers.siglip import SiglipConfig  # noqa: E402
@@ -72,40 +75,86 @@ def load(
     Raises UserError, in one sentence, for whatever cannot be loaded.
     """
     fast_blas.load()  # says what is wrong with a library that the user named
-    _target(dtype)
+    _known(dtype)
     folder = _find(path_or_hub_name, revision)
     if kind := host.kind_of(folder):
-        return host.load(folder, kind, _target(dtype))
-    reading: Path | None = folder
-    words = folder
-    if is_ours(folder):
-        config, weights = read_json(folder / "config.json"), _mlx_weights(folder)
-    else:
-        source = as_mlx(folder)
-        config, words, reading = source.config, source.tokenizer, source.reading
-        weights = {name: to_array(tensor) for name, tensor in source.tensors.items()}
+        return host.load(folder, kind, _known(dtype))
+    found = _read(folder, dtype)
+    config, weights = found.config, found.weights
     model = VLM(parse_config(config, folder))
     check_complete(weights, config, folder)
     if how := config.get("quantization"):
         few = {name.removesuffix(".scales") for name in stacked(weights) if ".scales" in name}
         nn.quantize(model, **how, class_predicate=lambda path, _: path in few)
-    target = _target(dtype) or weights["language.norm.weight"].dtype
-    ready = {name: a.astype(target) if a.dtype in FLOATS else a for name, a in weights.items()}
-    model.load_weights(list(stacked(ready).items()))
+    model.load_weights(list(stacked(weights).items()))
     beside = read_learned(folder, model)
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    image, tokenizer = _preprocessor(reading, model.config.vision), Tokenizer.from_folder(words)
+    image = _preprocessor(found.reading, model.config.vision)
+    tokenizer = Tokenizer.from_folder(found.words)
+    if is_composed(config) and tokenizer.chat_template is None:
+        tokenizer.chat_template = VICUNA
     return model, Processor(tokenizer, image, model.config.image_token, name, folder)
 
 
-def _target(dtype: str) -> mx.Dtype | None:
+def _known(dtype: str) -> mx.Dtype | None:
     """What weights become; None is the checkpoint's own. UserError for an unknown name."""
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
     return DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A checkpoint as it lies in its folders, its weights in what they are to be in."""
+
+    config: Mapping[str, Any]
+    weights: dict[str, mx.array]
+    words: Path
+    reading: Path | None
+
+
+def _read(folder: Path, dtype: str) -> _Read:
+    """One of our folders, or one as published, brought over."""
+    if is_ours(folder):
+        config, weights = read_json(folder / "config.json"), _mlx_weights(folder)
+        shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
+        target = _check_size(shapes, dtype, folder)
+        weights = {name: _as(weights.pop(name), target) for name in shapes}
+        return _Read(config, weights, folder, folder)
+    source, kinds = as_mlx(folder), {code: DTYPES[name] for name, code in CODES.items()}
+    tensors = source.tensors.items()
+    target = _check_size({k: (t.shape, kinds.get(t.dtype)) for k, t in tensors}, dtype, folder)
+    weights = {name: _as(to_array(tensor), target) for name, tensor in tensors}
+    return _Read(source.config, weights, source.tokenizer, source.reading)
+
+
+def _as(array: mx.array, target: mx.Dtype) -> mx.array:
+    """Read at once, so that the array it was made from is let go before the next is read."""
+    made = array.astype(target) if array.dtype in FLOATS else array
+    mx.eval(made)
+    return made
+
+
+def _check_size(shapes: Mapping[str, tuple[Any, Any]], dtype: str, where: Path) -> mx.Dtype:
+    """What the weights are to be in; UserError where they would not fit into memory.
+
+    `shapes` are shape and type of each. What they are in now is not counted on top: tensors are
+    read and changed one after another, and each old one is let go. Experts count twice, since
+    they are put together while all are there.
+    """
+    own = shapes.get("language.norm.weight", ((), mx.float32))[1] or mx.float32
+    target = _known(dtype) or own
+    needed = sum(
+        prod(shape)
+        * (target.size if kind in FLOATS else kind.size if kind else 0)
+        * (2 if ".experts." in name else 1)
+        for name, (shape, kind) in shapes.items()
+    )
+    check_fits(needed, str(where))
+    return target
 
 
 def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
@@ -177,6 +226,8 @@ def parse_config(config: Mapping[str, Any], where: Path) -> VLMConfig:
     _check_quantization(config, where)
     if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
         raise UserError(f"{where}: vision_config's sizes do not divide evenly")
+    if vision.feature_layers > vision.num_hidden_layers:
+        raise UserError(f"{where}: the tower has no layer {vision.feature_layers} to read from")
     if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
         raise UserError(f"{where}: text_config's heads do not divide hidden_size evenly")
     if text.num_attention_heads % text.num_key_value_heads:

@@ -168,7 +168,7 @@ class VLM(nn.Module):
         self, pixels_IHW3: mx.array, pipeline: Pipeline, rows: Sequence[Row], K: int, lap: Lap
     ) -> Lot:
         """The tower, inside which tokens may leave already; the prompt's words beside."""
-        layers, budgets = self.config.vision.num_hidden_layers, pipeline.budgets(self.N, K)
+        layers, budgets = self.config.vision.depth, pipeline.budgets(self.N, K)
         cuts, N, within = [], self.N, None
         for step, own in zip(pipeline.steps, budgets, strict=True):
             if step.stage is Stage.IMAGE and own < N:

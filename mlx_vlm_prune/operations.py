@@ -92,7 +92,7 @@ def _tower(config: VLMConfig, pipeline: Pipeline, K: int) -> tuple[int, int]:
             n = rows * columns
             patches = n * down * across
         elif step.stage is Stage.ENCODER and own < n:
-            cuts += step.ask(step.method.cuts, v.num_hidden_layers, n, own)
+            cuts += step.ask(step.method.cuts, v.depth, n, own)
             n = own
     return tower(config, patches, cuts), n
 
@@ -103,7 +103,7 @@ def tower(config: VLMConfig, patches: int, cuts: Sequence[tuple[int, str, int]] 
     v = config.vision
     D, cls = v.hidden_size, 0 if isinstance(v, SiglipConfig) else 1
     total, n = patches * D * 3 * v.patch_size**2, patches
-    for layer in range(v.num_hidden_layers):
+    for layer in range(v.depth):
         n = _left(n, cuts, layer, "before")
         S = n + cls
         total += S * 4 * D * D + 2 * S * S * D

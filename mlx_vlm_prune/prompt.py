@@ -22,6 +22,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from convert.errors import UserError
 
 IMAGE_MARK = "<image>"
+VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their own
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
+    " helpful, detailed, and polite answers to the user's questions."
+    "{% for m in messages %}{% if m['role'] == 'assistant' %} ASSISTANT: {{ m['content'] }}</s>"
+    "{% else %} USER: {{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
 INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning of their own
 
@@ -71,6 +78,13 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise UserError("the prompt is not valid Unicode text") from None
         return self.backend.encode(text, add_special_tokens=False)
+
+    def beginning(self, text: str) -> str:
+        """The token that begins every text, where the tokenizer puts one before and the text
+        lacks it: Llama's does, and LLaVA's templates leave it out."""
+        begin = self.special_tokens.get("bos_token")
+        ahead = self.backend.encode("", add_special_tokens=True).tokens
+        return begin if begin and ahead[:1] == [begin] and not text.startswith(begin) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -193,7 +207,7 @@ def build(
     stand_in = next(chr(c) for c in PRIVATE_USE if chr(c) not in written)
     content = stand_in.join(parts)
     if chat:
-        content = tokenizer.render([{"role": "user", "content": content}], **(options or {}))
+        content = _rendered(tokenizer, content, options or {})
     first, *after = content.split(stand_in)
     if len(after) != len(tokens_per_image):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")
@@ -210,6 +224,16 @@ def build(
         for start, count in zip(starts, tokens_per_image, strict=True)
     ]
     return Prompt(encoding.ids, runs)
+
+
+def _rendered(tokenizer: Tokenizer, content: str, options: Mapping[str, Any]) -> str:
+    """One user turn, from the token that begins every text. Some templates, as LLaVA's, read
+    content in parts only: a plain text would vanish."""
+    turn = tokenizer.render([{"role": "user", "content": content}], **options)
+    if content.strip() not in turn:
+        parts = [{"type": "text", "text": content}]
+        turn = tokenizer.render([{"role": "user", "content": parts}], **options)
+    return tokenizer.beginning(turn) + turn
 
 
 def _between_images(text: str, images: int) -> list[str]:
@@ -283,7 +307,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as problem:
             raise UserError(f"cannot read {file}: {_first_line(problem)}") from problem
-    template = config.get("chat_template")
+    older = _read_json(folder / "chat_template.json")
+    template = older.get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # the older form: several, each with a name
         given = [each for each in template if isinstance(each, dict)]
         named = {each.get("name"): each.get("template") for each in given}

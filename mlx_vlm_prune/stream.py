@@ -276,7 +276,7 @@ def _begin(
 def resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
     """The methods that are named, if the model can do them. Raises UserError."""
     chosen = plan(pruner, model.learned)
-    chosen.want(model.config.vision.num_hidden_layers)  # a layer that is not there is said early
+    chosen.want(model.config.vision.depth)  # a layer that is not there is said early
     return chosen
 
 

@@ -43,6 +43,9 @@ TWO_AND_SHARED = {"num_experts": 4, "num_experts_per_tok": 2, "n_shared_experts"
 CONFIGS = {
     "clip": VLMConfig(CLIP, LLAMA),
     "siglip": VLMConfig(SIGLIP, QWEN, ProjectorConfig()),
+    "clip, its last layer but one": VLMConfig(
+        replace(CLIP, feature_layers=3), replace(LLAMA, attention_bias=True), ProjectorConfig()
+    ),
     "siglip, blocks of patches": VLMConfig(SIGLIP, QWEN, ProjectorConfig((3, 2), norm=False)),
     "two experts and a shared one": VLMConfig(CLIP, replace(LLAMA, **TWO_AND_SHARED)),
     "one expert": VLMConfig(CLIP, replace(QWEN, num_experts=4, num_experts_per_tok=1)),

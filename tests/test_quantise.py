@@ -1,6 +1,7 @@
 """Promises of -q: MLX's own values, the language model only, and mlx-lm's flags and config."""
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -9,9 +10,10 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from convert.__main__ import main
+from convert.checkpoint import Source
 from convert.errors import UserError
 from convert.files import open_safetensors, write_safetensors
-from convert.quantise import MODES
+from convert.quantise import MODES, quantised
 from convert.tensors import RawTensor
 from mlx_vlm_prune import load
 from mlx_vlm_prune.language.experts import GATHERED, ExpertLinear, Experts
@@ -160,6 +162,22 @@ def test_quantizing_twice_or_undoing_nothing_is_refused(scenes, tmp_path, capsys
 )
 def test_sizes_that_do_not_go_together_are_refused(scenes, tmp_path, capsys, argv, part):
     assert part in refused(capsys, "to-mlx", scenes.whole, tmp_path / "x", "-q", *argv)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 16), (8, 16), (7, 32), (5, 48)])
+def test_a_matrix_that_mlx_cannot_pack_is_refused_by_name_and_any_other_is_packed(rows, columns):
+    """In nvfp4, which takes 32 numbers at a time."""
+    weight = np.arange(rows * columns, dtype=np.float32)
+    tensor = RawTensor("F32", (rows, columns), weight.view(np.uint8))
+    source = Source({}, {"language.lm_head.weight": tensor}, Path(), None)
+    if rows * columns % 32:
+        with pytest.raises(UserError, match=f"lm_head.weight is {rows} x {columns}: nvfp4 needs"):
+            quantised(source, mode="nvfp4")
+        with pytest.raises(ValueError, match="reshape"):  # or it could be allowed
+            mx.quantize(mx.array(weight).reshape(rows, columns), 16, 4, "nvfp4")
+    else:
+        packed = quantised(source, mode="nvfp4").tensors["language.lm_head.weight"]
+        assert len(packed.data) == rows * columns // 2
 
 
 def test_the_dtype_is_that_of_the_scales(scenes, capsys):

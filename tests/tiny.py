@@ -88,14 +88,19 @@ def checkpoint(model: VLM, folder: Path) -> Path:
     convert(
         ["to-mlx", str(pth), str(target), "--vision", str(clip), "--tokenizer", str(words_folder)]
     )
+    write_learned(model, target)
+    return target
+
+
+def write_learned(model: VLM, folder: Path) -> None:
+    """What the model was taught, beside a checkpoint of it."""
     beside = {
         f"{name}.{key}": tensor.contiguous()
         for name, weights in model.learned.items()
         for key, tensor in weights.state_dict().items()
     }
     if beside:
-        save_file(beside, target / "pruners.safetensors", metadata={"format": "mlx"})
-    return target
+        save_file(beside, folder / "pruners.safetensors", metadata={"format": "mlx"})
 
 
 def row(text: str) -> Prompt:

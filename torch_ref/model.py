@@ -235,7 +235,7 @@ class VLM(nn.Module):
         """The tower, with the steps that work in front of it and inside."""
         grid, (down, across) = self.grid, self.config.merge or (1, 1)
         patch = self.config.vision.patch_size
-        layers, N, cuts, within = len(self.tower.encoder.layers), self.N, [], None
+        layers, N, cuts, within = self.config.vision.depth, self.N, [], None
         want: dict[str, int | None] = {}
         for step in steps:
             own = N if step.K is None else step.K

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from convert import llava
 from convert.errors import UserError
 from convert.files import read_json
 
@@ -20,13 +21,16 @@ INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
 def kind_of(folder: Path) -> str | None:
     """The model_type in a folder's config.json, if it is one that mlx-vlm runs for us.
 
+    A LLaVA may be one for our own decoder: `convert.llava.is_for_us` says which is whose.
     Raises UserError, with the reason, for a model that has no visual tokens to prune.
     """
     file = folder / "config.json"
     kind = read_json(file).get("model_type") if file.is_file() else None
     if isinstance(kind, str) and kind in REFUSED:
         raise UserError(f"{folder} is a {kind} model: {REFUSED[kind]}")
-    return kind if isinstance(kind, str) and kind in FAMILIES else None
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        return None
+    return None if llava.is_published(folder) and llava.is_for_us(folder) else kind
 
 
 def load(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """MiniMind's language models: grouped heads, half-rotation RoPE, tied embeddings.
 
 MiniMind2 is Llama-like; MiniMind-3 is Qwen3-like, which adds normed queries and keys. Both
-also come as mixtures of experts.
+also come as mixtures of experts. With an output layer of its own it is Vicuna, with biases
+of queries, keys and values Qwen2: what LLaVA-style models speak through.
 
 Every token carries its position: after pruning, positions have gaps, and what a
 token sees is decided by positions alone.
@@ -33,6 +34,8 @@ class MiniMindConfig:
     rope_theta: float = 1e6
     max_position_embeddings: int = 32768
     qk_norm: bool = False
+    attention_bias: bool = False  # of queries, keys and values: Qwen2's
+    tie_word_embeddings: bool = True
     num_experts: int = 0  # 0: one MLP
     num_experts_per_tok: int = 0
     n_shared_experts: int = 0
@@ -63,9 +66,10 @@ class Attention(nn.Module):
     def __init__(self, c: MiniMindConfig):
         super().__init__()
         self.head_dim, self.groups = c.head_dim, c.num_key_value_heads
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        rows, bias = c.num_key_value_heads * c.head_dim, c.attention_bias
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, rows, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, rows, bias=bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         if c.qk_norm:
             self.q_norm = nn.RMSNorm(c.head_dim, eps=c.rms_norm_eps)
@@ -205,6 +209,8 @@ class MiniMind(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def make_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in self.layers]
@@ -249,4 +255,5 @@ class MiniMind(nn.Module):
 
     def logits(self, x_BLD: mx.array) -> mx.array:
         """Of the next word, from the last layer's hidden states."""
-        return self.embed_tokens.as_linear(self.norm(x_BLD))
+        x_BLD = self.norm(x_BLD)
+        return self.lm_head(x_BLD) if "lm_head" in self else self.embed_tokens.as_linear(x_BLD)

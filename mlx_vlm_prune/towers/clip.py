@@ -1,7 +1,8 @@
 """CLIP's vision transformer (arXiv:2103.00020), as MiniMind2-V reads it.
 
 Attribute names equal Hugging Face's, so weights need no renaming. The features are
-the last layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never applies).
+the last layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never applies);
+LLaVA reads those of the last layer but one.
 
 Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d head size.
 """
@@ -31,6 +32,12 @@ class CLIPConfig:
     image_size: int = 224
     patch_size: int = 16
     layer_norm_eps: float = 1e-5
+    feature_layers: int = 0  # whose last gives the features; 0: all
+
+    @property
+    def depth(self) -> int:
+        """How many layers are run: what lies behind the features is held, and never read."""
+        return self.feature_layers or self.num_hidden_layers
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -156,7 +163,7 @@ class CLIPTower(nn.Module):
             door["patches_BND"] = patches_BND
         if "pixels" in want:
             door["pixels_BND"] = patched(pixels_BHW3, size)
-        layers = self.encoder.layers
+        layers = self.encoder.layers[: self.config.depth]
         run = Between(Signals(x_BND, grid, **door), want, len(layers), cuts)
         for i, layer in enumerate(layers):
             x_BND = run.cut(x_BND, i, "before")

@@ -26,6 +26,7 @@ class SiglipConfig(CLIPConfig):
     image_size: int = 256
     patch_size: int = 32
     layer_norm_eps: float = 1e-6
+    post_norm: bool = True  # LLaVA's go without
 
 
 class Embeddings(nn.Module):
@@ -74,11 +75,11 @@ class SiglipTower(nn.Module):
             door["patches_BND"] = patches_BND
         if "pixels" in want:
             door["pixels_BND"] = patched(pixels_BHW3, size)
-        layers = self.encoder.layers
+        layers = self.encoder.layers[: self.config.depth]
         run = Between(Signals(x_BND, grid, **door), want, len(layers), cuts, has_cls=False)
         for i, layer in enumerate(layers):
             x_BND = run.cut(x_BND, i, "before")
             y_BND, q_BHNd, k_BHNd = layer.self_attn(layer.layer_norm1(x_BND), run.bias_BS)
             x_BND = run.cut(x_BND + y_BND, i, "middle", run.read(i, q_BHNd, k_BHNd))
             x_BND = x_BND + layer.mlp(layer.layer_norm2(x_BND))
-        return run.end(self.post_layernorm(x_BND))
+        return run.end(self.post_layernorm(x_BND) if self.config.post_norm else x_BND)

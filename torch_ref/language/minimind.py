@@ -1,7 +1,8 @@
 """MiniMind's language models: grouped heads, half-rotation RoPE, tied embeddings.
 
 MiniMind2 is Llama-like; MiniMind-3 is Qwen3-like, which adds normed queries and keys. Both
-also come as mixtures of experts.
+also come as mixtures of experts. With an output layer of its own it is Vicuna, with biases
+of queries, keys and values Qwen2.
 
 Module names are those of the published .pth, so its `model.*` weights load unrenamed.
 
@@ -29,6 +30,8 @@ class MiniMindConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e6
     qk_norm: bool = False
+    attention_bias: bool = False  # of queries, keys and values
+    tie_word_embeddings: bool = True
     num_experts: int = 0  # 0: one MLP
     num_experts_per_tok: int = 0
     n_shared_experts: int = 0
@@ -70,9 +73,9 @@ class Attention(nn.Module):
     def __init__(self, c: MiniMindConfig):
         super().__init__()
         self.d, self.H, self.G = c.head_dim, c.num_attention_heads, c.num_key_value_heads
-        self.q_proj = nn.Linear(c.hidden_size, self.H * self.d, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=False)
+        self.q_proj = nn.Linear(c.hidden_size, self.H * self.d, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, self.G * self.d, bias=c.attention_bias)
         self.o_proj = nn.Linear(self.H * self.d, c.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
@@ -151,6 +154,8 @@ class MiniMind(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -177,5 +182,6 @@ class MiniMind(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
-        """Scores of the next token; the output layer is the embedding itself."""
-        return F.linear(hidden_BLD, self.embed_tokens.weight)
+        """Scores of the next token; the output layer may be the embedding itself."""
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden_BLD, (self.embed_tokens if tied else self.lm_head).weight)

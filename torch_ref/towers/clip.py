@@ -32,6 +32,12 @@ class CLIPConfig:
     image_size: int = 224
     patch_size: int = 16
     layer_norm_eps: float = 1e-5
+    feature_layers: int = 0  # LLaVA leaves the last out; 0: all are run
+
+    @property
+    def depth(self) -> int:
+        """How many layers are run."""
+        return self.feature_layers if self.feature_layers else self.num_hidden_layers
 
     @property
     def side(self) -> int:
@@ -142,4 +148,4 @@ class CLIPTower(nn.Module):
         patches_BND = patches_BDHW.flatten(2).mT
         x_BSD = self.pre_layrnorm(self.embeddings(patches_BND, grid))
         run = enter(x_BSD, 1, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
-        return through(self.encoder.layers, run, want or {}, cuts)
+        return through(self.encoder.layers[: self.config.depth], run, want or {}, cuts)

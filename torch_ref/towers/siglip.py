@@ -25,6 +25,7 @@ class SiglipConfig(CLIPConfig):
     image_size: int = 256
     patch_size: int = 32
     layer_norm_eps: float = 1e-6
+    post_norm: bool = True
 
 
 class Embeddings(nn.Module):
@@ -72,5 +73,5 @@ class SiglipTower(nn.Module):
         patches_BND = patches_BDHW.flatten(2).mT
         x_BND = self.embeddings(patches_BND, grid)
         run = enter(x_BND, 0, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
-        run = through(self.encoder.layers, run, want or {}, cuts)
-        return run.now(self.post_layernorm(run.signals.x_BND))
+        run = through(self.encoder.layers[: self.config.depth], run, want or {}, cuts)
+        return run.now(self.post_layernorm(run.signals.x_BND)) if self.config.post_norm else run

@@ -1,0 +1,295 @@
+"""LLaVA-style models: somebody's tower, a projector, and somebody's language model.
+
+What MiniMind-V's files leave out, theirs say: config.json has every size, or means the
+default of the class it names. Sizes are taken from there, and the tensors held against them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import header, read_json
+from .llava_names import LAYOUTS, Layout, recognise
+from .names import Table, published_order, to_ours, to_published
+from .shapes import check_complete
+from .tensors import FLOATS, RawTensor
+
+MODEL_TYPE = "composed_vlm"  # of our folders
+PUBLISHED_TYPE = "llava"  # of theirs
+READER = "LlavaForConditionalGeneration"
+_ROPE = {"rope_theta": 10000.0}
+# What a class of transformers takes for a size that config.json leaves out.
+TEXT: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048, **_ROPE,
+    },
+    "qwen2": {
+        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 151936,
+        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, **_ROPE,
+    },
+}  # fmt: skip
+_TOWER = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "num_channels": 3,
+}  # fmt: skip
+VISION: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {
+        **_TOWER, "patch_size": 32, "layer_norm_eps": 1e-5, "hidden_act": "quick_gelu",
+    },
+    "siglip_vision_model": {
+        **_TOWER, "patch_size": 16, "layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh",
+    },
+}  # fmt: skip
+# Buffers, and the pooling head of SigLIP, which no LLaVA reads.
+REST = re.compile(
+    r".*\.(position_ids|rotary_emb\.inv_freq)|.*vision_tower\.(vision_model\.)?head\..*"
+)
+
+
+def is_published(folder: Path) -> bool:
+    """Does this folder's config.json say that a LLaVA-style model is in it?
+
+    Transformers and mlx-vlm both write that; `is_for_us` tells which of them did.
+    """
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == PUBLISHED_TYPE
+
+
+def is_for_us(folder: Path) -> bool:
+    """Is the LLaVA in this folder one for our own decoder, rather than for mlx-vlm?
+
+    The rule, which is stated here only. Ours is what transformers wrote, if its language model
+    and its tower are of kinds that we have; anything else (what mlx-vlm converted, a Mistral, a
+    Pixtral, a folder without weights) is left to mlx-vlm. Who wrote the weights is told by the
+    convolution that makes patches: transformers has (D, 3, patch, patch), mlx-vlm (D, patch,
+    patch, 3). Where its shape says nothing, the metadata do: {"format": "mlx"} is mlx-vlm's, "pt"
+    or none transformers'. A pytorch_model.bin is always transformers'.
+
+    Only headers are read. Raises UserError for a file that is no sound safetensors.
+    """
+    told = read_json(folder / "config.json")
+    for part, kinds in (("text_config", TEXT), ("vision_config", VISION)):
+        given = told.get(part)
+        if isinstance(given, Mapping) and given.get("model_type", next(iter(kinds))) not in kinds:
+            return False
+    files = _files(folder)
+    return _wrote_transformers(files) if files else any(folder.glob("pytorch_model*.bin"))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _wrote_transformers(files: Sequence[Path]) -> bool:
+    """Or else mlx-vlm did."""
+    forms = set()
+    for file in files:
+        shapes, form = header(file)
+        forms.add(form)
+        for name, shape in shapes.items():
+            if name.endswith("patch_embedding.weight") and len(shape) == 4:
+                _, first, _, last = shape
+                if (first == 3) is not (last == 3):
+                    return first == 3
+    return "mlx" not in forms
+
+
+def composed(
+    state: Mapping[str, RawTensor], folder: Path
+) -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    """What goes into our config.json (without the tokenizer's part), and tensors under our names.
+
+    Raises UserError, naming file and field or tensor, for whatever does not fit.
+    """
+    layout, sizes = sizes_of(state, folder)
+    ours = _ours({k: v for k, v in state.items() if not REST.fullmatch(k)}, layout, sizes, folder)
+    head, embedding = (f"language.{x}.weight" for x in ("lm_head", "embed_tokens"))
+    tied = sizes["text_config"]["tie_word_embeddings"]
+    last = ours.pop(head, None) if tied else None
+    if last is not None and last != ours.get(embedding):
+        raise UserError(f"{folder}: the output layer differs from the embedding it is tied to")
+    check_complete(ours, sizes, folder)
+    published = read_json(folder / "config.json")
+    config = {
+        **sizes, "model_type": MODEL_TYPE, "published": published, "published_as": layout.name,
+    }  # fmt: skip
+    return config, ours
+
+
+def sizes_of(names: Mapping[str, RawTensor], folder: Path) -> tuple[Layout, dict[str, Any]]:
+    """The layout of a published folder, and the parts of our config.json that are sizes."""
+    told = read_json(folder / "config.json")
+    if not _wrote_transformers(_files(folder)):
+        raise UserError(
+            f"{folder} is a LLaVA that mlx-vlm converted: --model takes it as it is, and only one"
+            " as transformers wrote it can be converted"
+        )
+    layout = recognise(names)
+    if layout is None:
+        raise UserError(
+            f"{folder}: its config.json says llava, but its tensors lie as in none of"
+            f" {', '.join(LAYOUTS)}"
+        )
+    where = folder / "config.json"
+    if told.get("projector_hidden_act", "gelu") != "gelu":
+        raise UserError(
+            f"{where}: projector_hidden_act is {told['projector_hidden_act']!r}, not gelu"
+        )
+    return layout, {
+        "projector": {"merge": [1, 1], "norm": False},
+        "text_config": text_config(_part(told, "text_config", where), told, where),
+        "vision_config": vision_config(told, where),
+    }
+
+
+def text_config(given: Mapping[str, Any], whole: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The language model's part of our config.json; UserError for what is computed otherwise."""
+    kind = given.get("model_type", "llama")
+    if kind not in TEXT:
+        raise UserError(f"{where}: no language model is called {kind!r}; there are {_list(TEXT)}")
+    told = {**TEXT[kind], **given}
+    turns = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    plain = isinstance(turns, Mapping) and (
+        turns.get("rope_type", turns.get("type", "default")) == "default"
+    )
+    heads = told.get("num_attention_heads")
+    told.setdefault("num_key_value_heads", heads)
+    heads_fit = type(heads) is int and heads > 0 and type(told.get("hidden_size")) is int
+    width = told.get("head_dim")
+    wants = {
+        "rope_parameters": plain,
+        "hidden_act": told.get("hidden_act", "silu") == "silu",
+        "attention_bias": not told.get("attention_bias") or kind == "qwen2",
+        "mlp_bias": not told.get("mlp_bias"),
+        "head_dim": width is None or (heads_fit and width * heads == told["hidden_size"]),
+        "use_sliding_window": not told.get("use_sliding_window"),
+    }
+    for name, fine in wants.items():
+        if not fine:
+            raise UserError(
+                f"{where}: {name} of {kind} is {told.get(name)!r}, which is not supported"
+            )
+    names = [*TEXT["llama"], "num_key_value_heads"]
+    tied = bool(given.get("tie_word_embeddings", whole.get("tie_word_embeddings", False)))
+    return {
+        **{name: told[name] for name in names},
+        "attention_bias": kind == "qwen2",
+        "model_type": kind,
+        "rope_theta": turns.get("rope_theta", told["rope_theta"]),
+        "tie_word_embeddings": tied,
+    }
+
+
+def vision_config(told: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The tower's part of our config.json, with the layer whose features LLaVA reads."""
+    given = _part(told, "vision_config", where)
+    kind = given.get("model_type", "clip_vision_model")
+    if kind not in VISION:
+        raise UserError(f"{where}: no tower is called {kind!r}; there are {_list(VISION)}")
+    full, act = {**VISION[kind], **given}, VISION[kind]["hidden_act"]
+    if full["hidden_act"] != act:
+        raise UserError(f"{where}: hidden_act is {full['hidden_act']!r}; {kind} has {act}")
+    clip = kind == "clip_vision_model"
+    right = "default" if clip else "full"  # SigLIP has no CLS to leave out
+    strategy = told.get("vision_feature_select_strategy", "default")
+    if strategy != right:
+        raise UserError(
+            f"{where}: vision_feature_select_strategy is {strategy!r}; {kind} needs {right}"
+        )
+    at, layers = told.get("vision_feature_layer", -2), full["num_hidden_layers"]
+    run = at if type(at) is not int or at >= 0 else layers + 1 + at
+    if type(run) is not int or type(layers) is not int or not 1 <= run <= layers:
+        raise UserError(
+            f"{where}: vision_feature_layer is {at!r}; one of {layers} layers is supported"
+        )
+    post = {} if clip else {"post_norm": False}
+    names = [name for name in VISION[kind] if name != "num_channels"]
+    return {name: full[name] for name in names} | {"feature_layers": run, "model_type": kind} | post
+
+
+def words(told: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """What our config.json says of the tokenizer in a folder."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UserError(f"there is no {file}; give the folder of the tokenizer with --tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises bare Exception
+        raise UserError(f"{file} is no tokenizer ({e})") from None
+    number = told.get("image_token_index", told.get("image_token_id", 32000))
+    token = tokenizer.id_to_token(number) if type(number) is int and number >= 0 else None
+    if token is None:
+        raise UserError(f"{file} has no token {number!r}, the place for an image in config.json")
+    return {"image_token": token, "image_token_id": number}
+
+
+def as_published(
+    config: Mapping[str, Any], tensors: Mapping[str, RawTensor], where: Path
+) -> tuple[dict[str, Any], dict[str, RawTensor]]:
+    """config.json and tensors of one of our folders as they were published."""
+    layout = layout_of(config, where)
+    return config["published"], renamed(tensors, layout, config, where)
+
+
+def renamed(
+    tensors: Mapping[str, RawTensor], layout: Layout, config: Mapping[str, Any], where: Path
+) -> dict[str, RawTensor]:
+    """Our tensors under the names of a layout, and in its order."""
+    table, state = layout.table(is_clip(config)), {}
+    for name, tensor in tensors.items():
+        found = to_published(table, name)
+        if found is None:
+            raise UserError(f"{where} holds a tensor {name} that its layout has no place for")
+        new, rule = found
+        state[new] = rule.change.back(tensor, 1) if rule.change else tensor
+    return {name: state[name] for name in published_order(table, state)}
+
+
+def layout_of(config: Mapping[str, Any], where: Path) -> Layout:
+    """As what one of our folders was published."""
+    name = config.get("published_as")
+    if not isinstance(name, str) or name not in LAYOUTS:
+        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(LAYOUTS)}")
+    return LAYOUTS[name]
+
+
+def is_clip(config: Mapping[str, Any]) -> bool:
+    return config["vision_config"].get("model_type") == "clip_vision_model"
+
+
+def _ours(
+    state: Mapping[str, RawTensor], layout: Layout, sizes: Mapping[str, Any], where: Path
+) -> dict[str, RawTensor]:
+    table: Table = layout.table(is_clip(sizes))
+    ours = {}
+    for name, tensor in state.items():
+        found = to_ours(table, name)
+        if found is None:
+            raise UserError(f"{where} holds a tensor {name}; {layout.title} has no place for it")
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{where}: tensor {name} is {tensor.dtype}; F32, F16 or BF16 is needed")
+        new, rule = found
+        if rule.change and len(tensor.shape) != rule.change.axes:
+            raise UserError(
+                f"{where}: tensor {name} has shape {tensor.shape}, not {rule.change.axes} axes"
+            )
+        ours[new] = rule.change.there(tensor, 1) if rule.change else tensor
+    return ours
+
+
+def _part(told: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:
+    part = told.get(name)
+    if not isinstance(part, Mapping):
+        raise UserError(f"{where} has no {name}")
+    return part
+
+
+def _list(kinds: Mapping[str, Any]) -> str:
+    return ", ".join(kinds)

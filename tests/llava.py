@@ -1,0 +1,152 @@
+"""A small random LLaVA, made and saved by transformers, with a tokenizer that has <image>.
+
+Shapes: N visual tokens.
+"""
+
+import json
+from math import prod
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, SiglipVisionConfig
+from transformers import LlavaForConditionalGeneration as Llava
+
+from convert.llava import text_config, vision_config
+from convert.llava_names import LAYOUTS
+from convert.names import to_published
+from convert.shapes import expected_shapes
+from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.scenes.vocabulary import words
+from mlx_vlm_prune.scenes.vocabulary import write as write_words
+
+SIDE, PATCH, N = 64, 16, 16
+IMAGE = words().index("@")
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "vocab_size": len(words()),
+}  # fmt: skip
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH,
+}  # fmt: skip
+KINDS = {
+    "vicuna": (LlamaConfig(**SIZES, num_key_value_heads=4), CLIPVisionConfig(**TOWER), {}),
+    "vicuna, last layer": (
+        LlamaConfig(**SIZES, num_key_value_heads=2), CLIPVisionConfig(**TOWER),
+        {"vision_feature_layer": -1},
+    ),
+    "qwen2 and siglip": (
+        Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1e6), SiglipVisionConfig(**TOWER),
+        {"vision_feature_select_strategy": "full"},
+    ),
+    "qwen2, tied": (
+        Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+        CLIPVisionConfig(**TOWER), {"tie_word_embeddings": True, "vision_feature_layer": 2},
+    ),
+}  # fmt: skip
+# How tensors were called by one release or another, from transformers 5's names on disk.
+RENAMED = {
+    "llava-hf-flat": {},
+    "llava-hf": {"vision_tower.": "vision_tower.vision_model."},
+    "llava-hf-inner-flat": {
+        "language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+    "llava-hf-inner": {
+        "language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model.",
+        "vision_tower.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
+}  # fmt: skip
+TEMPLATE = (  # reads parts only, as the published one does
+    "{% for m in messages %}{{ m['role'].upper() }}: "
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] }} "
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def made(kind: str = "vicuna", seed: int = 0) -> Llava:
+    """Random, its scores well apart."""
+    torch.manual_seed(seed)
+    text, vision, more = KINDS[kind]
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **more)
+    model = Llava(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def write(model: Llava, folder: Path, layout: str = "llava-hf-flat", dtype=torch.float32) -> Path:
+    """FOLDER as transformers saves it, its tensors called as in `layout`."""
+    from safetensors.torch import load_file, save_file
+
+    model.to(dtype).save_pretrained(folder)
+    model.to(torch.float32)
+    file = folder / "model.safetensors"
+    state = {}
+    for name, tensor in load_file(file).items():
+        for old, new in RENAMED[layout].items():
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        state[name] = tensor
+    save_file(state, file, metadata={"format": "pt"})
+    write_words(folder)
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told["chat_template"] = TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    reading = {"size": {"shortest_edge": SIDE}, "crop_size": SIDE}
+    if model.config.vision_config.model_type == "siglip_vision_model":
+        reading = {"size": {"height": SIDE, "width": SIDE}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(reading))
+    return folder
+
+
+SEVEN_BILLION = {  # config.json of llava-hf/llava-1.5-7b-hf, what it leaves out left out
+    "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
+    "ignore_index": -100, "image_token_index": IMAGE, "projector_hidden_act": "gelu",
+    "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+    "torch_dtype": "float16",
+    "text_config": {
+        "model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "vocab_size": 32064,
+    },
+    "vision_config": {
+        "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
+        "model_type": "clip_vision_model", "num_attention_heads": 16, "num_hidden_layers": 24,
+        "patch_size": 14, "projection_dim": 768, "vocab_size": 32000,
+    },
+}  # fmt: skip
+
+
+def write_seven_billion(folder: Path) -> None:
+    """Names and shapes of every tensor, as transformers 4 saved them; a hole for the values."""
+    told = SEVEN_BILLION
+    sizes = {
+        "text_config": text_config(told["text_config"], told, folder),
+        "vision_config": vision_config(told, folder),
+        "projector": {"merge": [1, 1], "norm": False},
+    }
+    header, end = {}, 0
+    table = LAYOUTS["llava-hf"].table(clip=True)
+    for ours, shape in expected_shapes(sizes).items():
+        name, rule = to_published(table, ours)
+        shape = [shape[i] for i in (0, 3, 1, 2)] if rule.change else shape
+        begin, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
+    (folder / "config.json").write_text(json.dumps(told))
+    write_words(folder)
+
+
+def prompt(images: int = 1) -> Prompt:
+    """Words, and images between them."""
+    ids, runs = [5, 9], []
+    for i in range(images):
+        runs.append((len(ids), N))
+        ids += [*[IMAGE] * N, 7 + i, 11]
+    return Prompt([*ids, 30, 12], runs)

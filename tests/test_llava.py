@@ -1,0 +1,476 @@
+"""Promises about LLaVA-style models: read as Hugging Face has them, computed and pruned right.
+
+The oracles are transformers' LlavaForConditionalGeneration, the reference, and the prompt
+read again without a cache.
+
+Shapes: I images, L rows, V words.
+"""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from convert.__main__ import main
+from convert.checkpoint import as_mlx
+from convert.describe import describe
+from convert.errors import UserError
+from convert.llava import is_for_us
+from mlx_vlm_prune import generate, load, memory
+from mlx_vlm_prune.hosts.loading import kind_of
+from mlx_vlm_prune.image import Preprocessor
+from mlx_vlm_prune.prompt import Prompt, Tokenizer, build
+from mlx_vlm_prune.pruners import plan
+from torch_ref.llava import read
+
+from . import llava, tiny
+from .llava import KINDS, SIDE, N
+from .test_model import CHOOSING, POLICIES, SPECS, K, Replaying, steps_of
+from .test_pruners import close
+
+CPU = torch.device("cpu")
+
+
+def pixels(images: int = 1, seed: int = 1) -> torch.Tensor:
+    return torch.randn(images, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+
+
+def as_mx(pixels_I3HW: torch.Tensor) -> mx.array:
+    return mx.array(pixels_I3HW.permute(0, 2, 3, 1).numpy())
+
+
+def theirs(model, asked: Prompt, pixels_I3HW: torch.Tensor) -> np.ndarray:
+    """Of transformers, (L, V)."""
+    with torch.no_grad():
+        return (
+            model(input_ids=torch.tensor([asked.ids]), pixel_values=pixels_I3HW).logits[0].numpy()
+        )
+
+
+def ours(model, asked: Prompt, pixels_I3HW: torch.Tensor) -> np.ndarray:
+    seen = as_mx(pixels_I3HW)
+    return np.array(model([asked], seen, plan("none"), N, last_only=False).logits_BLV)[0]
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory):
+    """The same random weights in transformers, in the reference, and in MLX; the latter two
+    were taught the learned methods."""
+    folder = llava.write(llava.made(), tmp_path_factory.mktemp("llava"))
+    reference = tiny.taught(read(folder, CPU))
+    tiny.write_learned(reference, folder)
+    model, processor = load(folder, dtype="float32")
+    return SimpleNamespace(
+        theirs=llava.made(), reference=reference, ours=model, folder=folder, processor=processor
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_equal_those_of_transformers(kind, tmp_path):
+    model = llava.made(kind)
+    folder = llava.write(model, tmp_path / "hf")
+    asked, seen = llava.prompt(2), pixels(2)
+    expected = theirs(model, asked, seen)
+    assert np.abs(expected).max() > 0.5
+    close(ours(load(folder, dtype="float32")[0], asked, seen), expected)
+    with torch.no_grad():
+        close(read(folder, CPU).logits([asked], seen)[0].numpy(), expected)
+
+
+def test_a_model_that_reads_another_layer_gives_other_logits(trio, tmp_path):
+    """The check can fail: the last layer's features, where the last but one's are meant."""
+    model = llava.made()
+    folder = llava.write(model, tmp_path / "hf")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**told, "vision_feature_layer": -1}))
+    other, _ = load(folder, dtype="float32")
+    with pytest.raises(AssertionError):
+        close(ours(other, llava.prompt(), pixels()), theirs(model, llava.prompt(), pixels()))
+
+
+def test_greedy_tokens_equal_those_of_transformers(trio):
+    asked, seen = llava.prompt(), pixels()
+    model, said, ids = trio.ours, [], torch.tensor([asked.ids])
+    with torch.no_grad():
+        expected = trio.theirs.generate(
+            input_ids=ids, pixel_values=seen, max_new_tokens=12, do_sample=False, eos_token_id=-1
+        )[0, len(asked.ids) :].tolist()
+    before = model([asked], as_mx(seen), plan("none"), N)
+    logits_BLV, position_B1 = before.logits_BLV, before.next_B1
+    for _ in range(12):
+        said.append(int(mx.argmax(logits_BLV[0, -1])))
+        logits_BLV = model.step(mx.array([[said[-1]]]), position_B1, before)
+        position_B1 = position_B1 + 1
+    assert len(set(expected)) > 2, "an answer that repeats itself would prove little"
+    assert said == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_method_prunes_it_as_the_reference_does(trio, spec, policy):
+    rows, seen = [llava.prompt(2), llava.prompt(1)], pixels(3)
+    chain, steps = plan(spec, trio.ours.learned), steps_of(trio, spec, K)
+    before = trio.ours(rows, as_mx(seen), chain, K, policy, last_only=False)
+    with torch.no_grad():
+        expected = trio.reference.logits(rows, seen, steps, positions=policy).numpy()
+    left = before.trace[-1].kept[0].slots
+    assert left < N
+    for b, row in enumerate(rows):
+        length = len(row.ids) - len(row.runs) * (N - left)
+        close(np.array(before.logits_BLV)[b, -length:], expected[b, -length:])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_cached_decoding_equals_reading_again_without_a_cache(trio, spec, policy):
+    chain, row, said = Replaying(trio, spec), llava.prompt(2), [8, 13, 21, 9]
+    seen = as_mx(pixels(2))
+    before = trio.ours([row], seen, chain.pipeline, K, policy, last_only=False)
+    chain.again = True
+    whole = Prompt([*row.ids, *said], row.runs)
+    after = trio.ours([whole], seen, chain.pipeline, K, policy, last_only=False)
+    position_B1 = before.next_B1
+    for i, token in enumerate(said):
+        got = trio.ours.step(mx.array([[token]]), position_B1, before)
+        position_B1 = position_B1 + 1
+        close(np.array(got)[0, 0], np.array(after.logits_BLV)[0, i - len(said)])
+
+
+@pytest.mark.parametrize("spec", CHOOSING)
+def test_keeping_all_gives_the_unpruned_bits(trio, spec):
+    full = trio.ours([llava.prompt()], as_mx(pixels()), plan("none"), N).logits_BLV
+    chain = plan(spec, trio.ours.learned)
+    kept = trio.ours([llava.prompt()], as_mx(pixels()), chain, N).logits_BLV
+    assert mx.array_equal(kept, full)
+
+
+# --- conversion -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", llava.RENAMED)
+def test_there_and_back_gives_the_same_bytes_under_the_same_names(layout, dtype, tmp_path, capsys):
+    folder = llava.write(llava.made(), tmp_path / "hf", layout, dtype)
+    main(["to-mlx", str(folder), str(tmp_path / "mlx")])
+    assert json.loads((tmp_path / "mlx" / "config.json").read_text())["published_as"] == layout
+    for way in ("to-torch", "to-hf"):
+        main([way, str(tmp_path / "mlx"), str(tmp_path / way)])
+        was, now = (load_file(f / "model.safetensors") for f in (folder, tmp_path / way))
+        assert was.keys() == now.keys()
+        for name in was:
+            assert was[name].dtype == now[name].dtype and was[name].shape == now[name].shape
+            assert was[name].view(torch.uint8).equal(now[name].view(torch.uint8)), name
+        told, again = (
+            json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / way)
+        )
+        assert told == again
+
+
+def test_what_comes_back_is_read_by_transformers(trio, tmp_path, capsys):
+    from transformers import LlavaForConditionalGeneration
+
+    main(["to-mlx", str(trio.folder), str(tmp_path / "mlx")])
+    main(["to-hf", str(tmp_path / "mlx"), str(tmp_path / "hf")])
+    assert "LlavaForConditionalGeneration" in capsys.readouterr().out
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    np.testing.assert_array_equal(
+        theirs(again, llava.prompt(), pixels()), theirs(trio.theirs, llava.prompt(), pixels())
+    )
+
+
+def test_a_converted_folder_and_a_quantized_one_answer_pruned(trio, tmp_path, capsys):
+    picture = Image.fromarray(np.random.randint(0, 255, (80, 96, 3), np.uint8))
+    main(["to-mlx", str(trio.folder), str(tmp_path / "mlx")])
+    options = ["-q", "--q-group-size", "32"]
+    main(["to-mlx", str(trio.folder), str(tmp_path / "few"), *options])
+    said = []
+    for place in (trio.folder, tmp_path / "mlx", tmp_path / "few"):
+        model, processor = load(place)
+        answer = generate(
+            model, processor, "where is the star ?", image=picture, max_tokens=4,
+            pruner="visionzip+fastv", keep_ratio=0.5,
+        )  # fmt: skip
+        assert answer.visual_tokens == N and answer.visual_tokens_kept == N // 2
+        said.append(answer.token_ids)
+    assert said[0] == said[1]
+
+
+def test_a_seven_billion_model_is_inspected_and_refused_where_memory_does_not_suffice(
+    tmp_path, capsys, monkeypatch
+):
+    """LLaVA-1.5-7B's config.json as published, and its tensors' headers: the data is a hole."""
+    llava.write_seven_billion(tmp_path)
+    main(["inspect", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "32 layers of 4096, Llama-like" in told
+    assert "CLIP, 24 layers of 1024, 24 x 24 patches of 14 pixels, features of layer 23" in told
+    assert "two layers, 1024 to 4096" in told and "14126.9 MB, F16" in told  # 7,063,427,072 weights
+    monkeypatch.setattr(memory, "available", lambda: 16 * 10**9)
+    with pytest.raises(UserError, match=r"needs 28.3 GB for its weights, and 16.0 GB are avail"):
+        load(tmp_path, dtype="float32")
+
+
+def test_inspect_says_what_it_is_published_and_converted(trio, tmp_path, capsys):
+    main(["to-mlx", str(trio.folder), str(tmp_path / "mlx")])
+    capsys.readouterr()
+    for place in (trio.folder, tmp_path / "mlx"):
+        main(["inspect", str(place)])
+        told = capsys.readouterr().out
+        assert "(llava-hf-flat)" in told or "llava-hf-flat" in told
+        assert "4, and 4 for keys and values (from config.json)" in told
+        assert "CLIP, 4 layers of 32, 4 x 4 patches of 16 pixels" in told
+        assert "missing         nothing" in told
+
+
+# --- what a user may give -------------------------------------------------------------
+
+
+def _in(part: str, **values):
+    return lambda told: {**told, part: {**told[part], **values}}
+
+
+REFUSED = {
+    "CLS among the tokens": (
+        lambda told: {**told, "vision_feature_select_strategy": "full"},
+        "vision_feature_select_strategy is 'full'; clip_vision_model needs default",
+    ),
+    "several layers": (
+        lambda told: {**told, "vision_feature_layer": [-2, -1]},
+        r"vision_feature_layer is \[-2, -1\]; one of 4 layers is supported",
+    ),
+    "a layer that is not there": (
+        lambda told: {**told, "vision_feature_layer": -6},
+        "vision_feature_layer is -6; one of 4 layers",
+    ),
+    "another rotation": (
+        _in("text_config", rope_parameters={"rope_type": "linear", "factor": 2.0}),
+        "rope_parameters of llama is .* not supported",
+    ),
+    "other sizes than the tensors": (
+        _in("text_config", intermediate_size=97), r"is \(96, 64\); \(97, 64\) is expected",
+    ),
+    "another activation": (
+        lambda told: {**told, "projector_hidden_act": "relu"}, "is 'relu', not gelu",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_computed_otherwise_is_refused_by_name(kind, tmp_path):
+    change, sentence = REFUSED[kind]
+    folder = llava.write(llava.made(), tmp_path / "hf")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(told)))
+    with pytest.raises(UserError, match=sentence):
+        load(folder)
+
+
+FOREIGN = {
+    "no language model is called 'mistral'": _in("text_config", model_type="mistral"),
+    "no tower is called 'pixtral'": _in("vision_config", model_type="pixtral"),
+}
+
+
+@pytest.mark.parametrize("sentence", FOREIGN)
+def test_other_parts_than_ours_are_left_to_mlx_vlm_and_not_converted(
+    sentence, trio, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(trio.folder, tmp_path / "hf")
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(FOREIGN[sentence](told)))
+    monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
+    with pytest.raises(UserError, match="a llava model needs mlx-vlm"):
+        load(folder)
+    with pytest.raises(UserError, match=sentence):
+        as_mlx(folder)
+
+
+def rewritten(folder, metadata, *, axes=(0, 1, 2, 3), without=""):
+    """The same weights, the patches' convolution with its axes in another order."""
+    file = folder / "model.safetensors"
+    state = {k: v for k, v in load_file(file).items() if not without or without not in k}
+    for name, tensor in state.items():
+        if name.endswith("patch_embedding.weight"):
+            state[name] = tensor.permute(axes).contiguous()
+    save_file(state, file, metadata=metadata)
+
+
+MLX, PT, LAST = {"format": "mlx"}, {"format": "pt"}, (0, 2, 3, 1)
+WRITERS = {  # metadata, the convolution's axes, what is left out, and whether it is ours
+    "transformers": (PT, (0, 1, 2, 3), "", True),
+    "transformers, and nothing says so": (None, (0, 1, 2, 3), "", True),
+    "transformers, saved again by MLX": (MLX, (0, 1, 2, 3), "", True),
+    "mlx-vlm": (MLX, LAST, "", False),
+    "mlx-vlm, and nothing says so": (None, LAST, "", False),
+    "transformers, its tower elsewhere": (PT, LAST, "vision_tower", True),
+    "mlx-vlm, its tower elsewhere": (MLX, LAST, "vision_tower", False),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_llava_is_ours_as_transformers_wrote_it_and_mlx_vlms_as_that_did(writer, trio, tmp_path):
+    metadata, axes, without, expected = WRITERS[writer]
+    folder = shutil.copytree(trio.folder, tmp_path / "hf")
+    rewritten(folder, metadata, axes=axes, without=without)
+    assert is_for_us(folder) is expected
+    assert kind_of(folder) == (None if expected else "llava")
+
+
+def test_what_was_saved_again_by_mlx_answers_as_before(trio, tmp_path):
+    folder = shutil.copytree(trio.folder, tmp_path / "hf")
+    rewritten(folder, MLX)
+    asked, seen = llava.prompt(), pixels()
+    model, _ = load(folder, dtype="float32")
+    np.testing.assert_array_equal(ours(model, asked, seen), ours(trio.ours, asked, seen))
+
+
+def test_with_patches_of_three_pixels_the_metadata_tell(trio, tmp_path):
+    folder = shutil.copytree(trio.folder, tmp_path / "hf")
+    for metadata, expected in ((PT, True), (MLX, False)):
+        state = {"vision_tower.embeddings.patch_embedding.weight": torch.zeros(2, 3, 3, 3)}
+        save_file(state, folder / "model.safetensors", metadata=metadata)
+        assert is_for_us(folder) is expected
+
+
+def test_what_mlx_vlm_converted_is_neither_inspected_nor_converted(trio, tmp_path):
+    folder = shutil.copytree(trio.folder, tmp_path / "hf")
+    rewritten(folder, MLX, axes=LAST)
+    for step in (lambda: as_mlx(folder), lambda: describe(folder)):
+        with pytest.raises(UserError, match="a LLaVA that mlx-vlm converted: --model takes it"):
+            step()
+
+
+def test_pytorchs_own_files_are_ours_and_a_folder_without_weights_is_mlx_vlms(trio, tmp_path):
+    folder = shutil.copytree(trio.folder, tmp_path / "hf")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    assert not is_for_us(folder)
+    torch.save(state, folder / "pytorch_model.bin")
+    assert is_for_us(folder)
+    asked, seen = llava.prompt(), pixels()
+    model, _ = load(folder, dtype="float32")
+    np.testing.assert_array_equal(ours(model, asked, seen), ours(trio.ours, asked, seen))
+
+
+@pytest.mark.parametrize("kind", ["as published", "as ours"])
+@pytest.mark.parametrize("was, now", [("float16", "float32"), ("float32", "float16")])
+def test_a_change_of_precision_holds_no_second_copy_of_the_weights(kind, was, now, tmp_path):
+    """But for two tensors on their way, and a tenth for what else is there."""
+    model = llava.made()
+    folder = llava.write(model, tmp_path / "hf", dtype=getattr(torch, was))
+    if kind == "as ours":
+        main(["to-mlx", str(folder), str(tmp_path / "mlx")])
+        folder = tmp_path / "mlx"
+    sizes, size = [p.numel() for p in model.parameters()], 4 if now == "float32" else 2
+    needed, other = size * sum(sizes), 6 - size
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    kept = load(folder, dtype=now)
+    peak = mx.get_peak_memory() - before
+    assert kept and needed <= peak < 1.1 * needed + 2 * other * max(sizes)
+    assert 1.1 * needed + 2 * other * max(sizes) < needed + other * sum(sizes), "two would pass"
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_read(
+    trio, monkeypatch, tmp_path, capsys
+):
+    main(["to-mlx", str(trio.folder), str(tmp_path / "mlx")])
+    size = sum(p.numel() for p in trio.theirs.parameters()) * 4
+    for place in (trio.folder, tmp_path / "mlx"):
+        monkeypatch.setattr(memory, "available", lambda: size)
+        load(place)
+        monkeypatch.setattr(memory, "available", lambda: size - 1)
+        with pytest.raises(UserError, match=r"needs 0.0 GB for its weights, and 0.0 GB are avail"):
+            load(place, dtype="float32")
+        load(place, dtype="float16")
+
+
+LLAVA_1_5 = (  # what llava-hf/llava-1.5-7b-hf's template comes to for one user turn
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def llama_words(folder):
+    """A tokenizer that, as Llama's, puts <s> before every text; <image> is one token."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, processors
+
+    vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(10, 127))])}
+    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(["<s>", "</s>", "<image>"])
+    single = "<s> $A"
+    backend.post_processor = processors.TemplateProcessing(single, None, [("<s>", 1)])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    told = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": LLAVA_1_5}))
+    return folder
+
+
+def test_ids_of_a_question_equal_those_of_transformers_tokenizer_and_template(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = llama_words(tmp_path / "words")
+    asked = build(Tokenizer.from_folder(folder), "What is this?", [3], "<image>")
+    other = AutoTokenizer.from_pretrained(folder)
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    text = other.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=LLAVA_1_5, tokenize=False,
+        add_generation_prompt=True,
+    )  # fmt: skip
+    assert text == "USER: <image>\nWhat is this? ASSISTANT:"
+    expected = other(text.replace("<image>", "<image>" * 3))["input_ids"]
+    assert asked.ids == expected and expected.count(1) == 1 and expected[0] == 1
+    assert asked.runs == [(expected.index(other.convert_tokens_to_ids("<image>")), 3)]
+
+
+def test_a_folder_without_a_template_is_asked_as_vicuna_was_trained(trio, tmp_path):
+    folder = llava.write(llava.made(), tmp_path / "hf")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told.pop("chat_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    _, processor = load(folder)
+    said = processor.tokenizer.render([{"role": "user", "content": "<image>\nWhat is this?"}])
+    assert said == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant"
+        " gives helpful, detailed, and polite answers to the user's questions."
+        " USER: <image>\nWhat is this? ASSISTANT:"
+    )
+
+
+def test_memory_is_what_linux_says_is_free_but_no_more_than_a_container_leaves(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.available() == 5000 * 1024
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert memory.available() == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available() == 5000 * 1024
+
+
+def test_a_picture_is_made_square_before_it_is_cropped():
+    """3 x 1 pixels: the mean's colour above and below, the left-over row below."""
+    picture = Image.fromarray(np.full((2, 5, 3), 200, np.uint8))
+    square = np.array(Preprocessor(size=5, crop=(5, 5), pad=True).visible(picture))
+    around = [int(255 * x) for x in Preprocessor().mean]
+    assert square.shape == (5, 5, 3)
+    assert [row[0].tolist() == around for row in square] == [True, False, False, True, True]
+    assert (square[1:3] == 200).all()

@@ -1,0 +1,25 @@
+"""LLaVA-style models in the reference: Hugging Face's folder as the reference's own modules."""
+
+from pathlib import Path
+
+import torch
+
+from convert.checkpoint import as_mlx
+from convert.llava import renamed
+from convert.llava_names import REFERENCE
+
+from .layout import config_of
+from .model import VLM, _tensor, best_device
+
+
+def read(folder: str | Path, device: torch.device | None = None) -> VLM:
+    """A LlavaForConditionalGeneration folder, in float32, on the best device unless one is given.
+
+    Raises UserError for what cannot be read or holds another model.
+    """
+    where = Path(folder)
+    source = as_mlx(where)
+    model = VLM(config_of(source.config))
+    state = renamed(source.tensors, REFERENCE, source.config, where)
+    model.load_state_dict({name: _tensor(raw) for name, raw in state.items()})
+    return model.eval().to(device or best_device())
