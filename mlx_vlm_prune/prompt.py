@@ -183,6 +183,14 @@ class Prompt:
     ids: list[int]
     runs: list[tuple[int, int]]
 
+    def too_much(self, longest: int, vocabulary: int) -> str | None:
+        """What of it a model that reads so many tokens of so many words cannot read; else None."""
+        if len(self.ids) > longest:
+            return f"has {len(self.ids)} tokens; the model reads up to {longest}"
+        if max(self.ids) >= vocabulary:
+            return f"has token {max(self.ids)}; the model's vocabulary has {vocabulary}"
+        return None
+
 
 def build(
     tokenizer: Tokenizer,

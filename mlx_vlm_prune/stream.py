@@ -161,9 +161,9 @@ def ask(
     visible = [processor.image.visible(open_image(source)) for source in _listed(image)]
     counts = [model.N] * len(visible)
     built = build(processor.tokenizer, prompt, counts, processor.image_token, options=template)
-    longest = model.config.text.max_position_embeddings
-    if len(built.ids) > longest:
-        raise UserError(f"the prompt has {len(built.ids)} tokens; the model reads up to {longest}")
+    text = model.config.text
+    if fault := built.too_much(text.max_position_embeddings, text.vocab_size):
+        raise UserError(f"the prompt {fault}")
     pixels = None
     if visible:
         values = np.stack([processor.image.values(picture) for picture in visible])

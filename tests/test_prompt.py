@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convert.errors import UserError
-from mlx_vlm_prune.prompt import INCOMPLETE, Tokenizer, build
+from mlx_vlm_prune.prompt import INCOMPLETE, Prompt, Tokenizer, build
 from mlx_vlm_prune.scenes.vocabulary import write
 
 N = 7
@@ -234,3 +234,11 @@ def test_no_piece_shows_half_a_character(minimind, text):
 def test_the_end_of_an_answer_is_what_the_config_names(minimind, words):
     assert minimind.eos_token_ids == {2}
     assert Tokenizer.from_folder(words).eos_token_ids == {2}
+
+
+def test_a_prompt_knows_what_a_model_cannot_read_of_it():
+    """MLX would read behind the table of embeddings, for a number or a crash."""
+    asked = Prompt([1, 7], [])
+    assert asked.too_much(2, 8) is None
+    assert asked.too_much(1, 8) == "has 2 tokens; the model reads up to 1"
+    assert asked.too_much(2, 7) == "has token 7; the model's vocabulary has 7"

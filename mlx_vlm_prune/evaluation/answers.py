@@ -43,9 +43,9 @@ def ready(model: VLM, processor: Processor, question: Question) -> Ready:
     image = question.image() if callable(question.image) else question.image
     words = processor.tokenizer
     prompt = build(words, question.text, [model.N], processor.image_token)
-    longest = model.config.text.max_position_embeddings
-    if len(prompt.ids) > longest:
-        raise UserError(f"it has {len(prompt.ids)} tokens; the model reads up to {longest}")
+    text = model.config.text
+    if fault := prompt.too_much(text.max_position_embeddings, text.vocab_size):
+        raise UserError(f"it {fault}")
     right = [*words.encode(question.answers[0]), *sorted(words.eos_token_ids)[:1]]
     return Ready(prompt, processor.image(open_image(image)), right)
 
