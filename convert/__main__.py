@@ -12,6 +12,7 @@ from .describe import describe
 from .errors import Parser, UserError
 from .generations import KV_HEADS
 from .hub import found
+from .llava import READER
 from .quantise import BITS, GROUPS, MODES, dequantised, quantised
 from .twig import read_twig
 from .writing import to_hf, to_mlx, to_torch
@@ -23,12 +24,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     told = ways.add_parser("inspect", help="what a checkpoint is; its tensors are not loaded")
     told.add_argument("source", metavar="SRC", help="a .pth, a folder, or a hub name")
     told.add_argument("--vision", metavar="FOLDER", help="of its CLIP or SigLIP tower")
-    _to_mlx_options(ways.add_parser("to-mlx", help="from MiniMind-V as published to MLX"))
-    back = ways.add_parser("to-torch", help="from a folder for MLX to MiniMind-V as published")
+    _to_mlx_options(ways.add_parser("to-mlx", help="from MiniMind-V or LLaVA as published to MLX"))
+    back = ways.add_parser("to-torch", help="from a folder for MLX to what was published")
     back.add_argument("source", metavar="SRC", type=Path, help="a folder that to-mlx made")
-    back.add_argument("target", metavar="DST", type=Path, help="the .pth to write")
+    back.add_argument(
+        "target", metavar="DST", type=Path, help="the .pth to write, or of a LLaVA the folder"
+    )
     back.add_argument("--vision", type=Path, metavar="FOLDER", help="also write the tower, here")
-    hf = ways.add_parser("to-hf", help="the language model alone, as transformers reads it")
+    hf = ways.add_parser("to-hf", help="for transformers: MiniMind-V's language model, or a LLaVA")
     hf.add_argument("source", metavar="SRC", type=Path, help="a folder that to-mlx made")
     hf.add_argument("target", metavar="DST", type=Path, help="the folder to make")
     for way in ways.choices.values():
@@ -82,7 +85,8 @@ def run(args: argparse.Namespace) -> str:
         return f"{args.target}: as it was published{tower}"
     if args.way == "to-hf":
         reader = to_hf(args.source, args.target)
-        return f"{args.target}: the language model, for transformers' {reader}"
+        part = "the whole model" if reader == READER else "the language model"
+        return f"{args.target}: {part}, for transformers' {reader}"
     path, vision = (name and found(name, args.revision) for name in (args.source, args.vision))
     if args.way == "inspect":
         return describe(path, vision)

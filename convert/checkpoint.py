@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import llava
+from . import llava, llava_original
 from .detect import our_tensors, text_config, tidy, untied, vision_config
 from .errors import UserError
-from .files import open_safetensors, read_json, read_pth
+from .files import read_json
 from .generations import DEFAULT, GENERATIONS, MODEL_TYPES, Generation, recognise
 from .names import LLAMA, NAFLEX, SIGLIP, Table, published_order, to_published
 from .shapes import check_complete
 from .tensors import RawTensor
+from .weights import read_weights
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TOKENIZER_FILES = (
@@ -33,7 +34,6 @@ TOWER_PLACES = (
     "siglip2-base-p16-256-ve",
     "siglip2-base-p16-ve",
 )
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def read_published(
     ours = as_ours(ours | seen, generation, head_dim)
     sizes: dict[str, Any] = {
         "text_config": text,
-        "vision_config": vision_config(ours, generation, told, folder or source),
+        "vision_config": vision_config(ours, generation.tower_type, told, folder or source),
     }
     if "projector.fc1.weight" in ours:
         norm = "projector.norm.weight" in ours
@@ -188,7 +188,7 @@ def as_mlx(
         learned = source / LEARNED if (source / LEARNED).is_file() else None
         return Source(config, tensors, tokenizer or source, reading, learned=learned)
     if llava.is_published(source):
-        return _composed(source, tokenizer or source)
+        return _composed(source, vision, tokenizer or source)
     published = read_published(source, vision, heads, kv_heads)
     generation, words = published.generation, tokenizer or _home(source)
     dtype = published.tensors["language.embed_tokens.weight"].dtype
@@ -202,12 +202,13 @@ def as_mlx(
     return Source(config, published.tensors, words, published.reading, published.guessed)
 
 
-def _composed(source: Path, words: Path) -> Source:
-    """A LLaVA-style model as Hugging Face has it."""
-    config, tensors = llava.composed(read_weights(source), source)
+def _composed(source: Path, vision: Path | None, words: Path) -> Source:
+    """A LLaVA-style model as Hugging Face has it, or as its authors do."""
+    state, tower = llava_original.parts(source, vision)
+    config, tensors = llava.composed(state, source, tower)
     dtype = tensors["language.embed_tokens.weight"].dtype
     told = {"torch_dtype": next(k for k, v in DTYPES.items() if v == dtype)}
-    reading = source if (source / READING).is_file() else None
+    reading = next((f for f in (tower, source) if f and (f / READING).is_file()), None)
     config |= told | llava.words(config["published"], words)
     return Source(config, tensors, words, reading)
 
@@ -234,43 +235,6 @@ def _read_tower(
 
 def is_tower(name: str) -> bool:
     return name.startswith("vision_model.")
-
-
-def read_weights(path: Path) -> dict[str, RawTensor]:
-    """The tensors of a weight file, or of the one in a folder; shards are put together."""
-    if path.is_dir():
-        return _read_folder(path)
-    if not path.exists():
-        raise UserError(f"there is no {path}")
-    return open_safetensors(path) if path.suffix == ".safetensors" else read_pth(path)
-
-
-def _read_folder(folder: Path) -> dict[str, RawTensor]:
-    for name in WEIGHTS:
-        index = folder / (f"{name}.index.json")
-        if index.is_file():
-            return _read_shards(index)
-        if (folder / name).is_file():
-            return read_weights(folder / name)
-    found = sorted(folder.glob("*.pth"))
-    if len(found) == 1:
-        return read_pth(found[0])
-    several = f"{len(found)} .pth files: name one of them" if found else "no .pth"
-    raise UserError(f"{folder} is no checkpoint: it holds no {' or '.join(WEIGHTS)}, and {several}")
-
-
-def _read_shards(index: Path) -> dict[str, RawTensor]:
-    parts = read_json(index).get("weight_map")
-    if not isinstance(parts, Mapping) or not all(isinstance(p, str) for p in parts.values()):
-        raise UserError(f"{index} has no weight_map of file names")
-    tensors: dict[str, RawTensor] = {}
-    for part in sorted(set(parts.values())):
-        if Path(part).name != part or "\\" in part or ":" in part:
-            raise UserError(f"{index} names {part!r}, which is outside its folder")
-        tensors |= read_weights(index.parent / part)
-    if missing := sorted(set(parts) - set(tensors)):
-        raise UserError(f"{index} promises {missing[0]}, which no shard holds")
-    return tensors
 
 
 def _words(folder: Path, generation: Generation) -> dict[str, Any]:

@@ -4,14 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import llava
+from . import llava, llava_original
 from .checkpoint import (
     READING,
     TOKENIZER_FILES,
     head_size,
     is_ours,
     is_tower,
-    read_weights,
     told_apart,
     told_heads,
     tower_folder,
@@ -21,6 +20,7 @@ from .files import read_json
 from .generations import Generation, Shaped
 from .shapes import expected_shapes
 from .tensors import RawTensor
+from .weights import read_weights
 
 Lines = list[tuple[str, str]]
 HEADS = "assumed, as in every published MiniMind2: no file says it"
@@ -28,10 +28,11 @@ HEADS = "assumed, as in every published MiniMind2: no file says it"
 
 def describe(path: Path, vision: Path | None = None) -> str:
     """A few lines about a .pth, a folder as published or one of ours; raises UserError."""
-    state = read_weights(path)
     if llava.is_published(path):
-        lines = _composed(path, state)
+        state, tower = llava_original.parts(path, vision)
+        lines = _composed(path, state, tower)
     else:
+        state = read_weights(path)
         lines = _ours(path, state) if is_ours(path) else _published(path, state, vision)
     size = sum(tensor.nbytes for tensor in state.values())
     kinds = sorted({tensor.dtype for tensor in state.values()})
@@ -63,7 +64,7 @@ def _published(path: Path, raw: dict[str, RawTensor], vision: Path | None) -> Li
         told = read_json(folder / "config.json") if folder and not inside else {}
         seen = our_tensors(tower, generation, folder or path)
         laid = {k: _laid(v, k, generation) for k, v in seen.items()}
-        sizes = vision_config(laid, generation, told, folder or path)
+        sizes = vision_config(laid, generation.tower_type, told, folder or path)
         lines += [("tower", _tower(sizes) + (", in the file" if inside else f", in {folder}"))]
         full = {"text_config": text, "vision_config": sizes} | _projector_sizes(named, generation)
         missing = [name for name in expected_shapes(full) if name not in named | seen]
@@ -75,18 +76,34 @@ def _published(path: Path, raw: dict[str, RawTensor], vision: Path | None) -> Li
     return [*lines, ("missing", _few(missing))]
 
 
-def _composed(path: Path, state: dict[str, RawTensor]) -> Lines:
+def _composed(path: Path, state: dict[str, RawTensor], tower: Path | None) -> Lines:
     """A LLaVA-style model, by config.json; its tensors are held against it."""
-    layout, sizes = llava.sizes_of(state, path)
-    _, named = llava.composed(state, path)
+    if llava_original.is_one(path) and llava_original.lacks_tower(state):
+        return _without_tower(path)
+    layout, sizes = llava.sizes_of(state, path, tower)
+    _, named = llava.composed(state, path, tower)
     seen, text = sizes["vision_config"], sizes["text_config"]
-    files = [name for name in (READING, TOKENIZER_FILES[0]) if not (path / name).is_file()]
+    places = {READING: tower or path, TOKENIZER_FILES[0]: path}
+    files = [name for name, place in places.items() if not (place / name).is_file()]
+    apart = f", in {tower}" if tower else ""
     return [
         ("published as", f"{layout.title} ({layout.name})"),
         *_language(text, "from config.json"),
         ("projector", _projector(named)),
-        ("tower", f"{_tower(seen)}, features of layer {seen['feature_layers']}"),
+        ("tower", f"{_tower(seen)}, features of layer {seen['feature_layers']}{apart}"),
         ("missing", _few(files)),
+    ]
+
+
+def _without_tower(path: Path) -> Lines:
+    """A LLaVA in its authors' layout, whose tower is elsewhere."""
+    told = read_json(path / "config.json")
+    llava_original.check(told, path / "config.json")
+    text = llava.text_config({**told, "model_type": "llama"}, told, path / "config.json")
+    return [
+        ("published as", llava_original.TITLE),
+        *_language(text, "from config.json"),
+        ("tower", f"not here: give the folder of {told['mm_vision_tower']} with --vision"),
     ]
 
 

@@ -91,7 +91,7 @@ def _mlp_sizes(state: Mapping[str, Shaped], generation: Generation, where: Path)
 
 
 def vision_config(
-    state: Mapping[str, Shaped], generation: Generation, given: Mapping[str, Any], where: Path
+    state: Mapping[str, Shaped], tower_type: str, given: Mapping[str, Any], where: Path
 ) -> dict[str, Any]:
     """The tower's sizes from its tensors; heads and the rest from its folder's config.json.
 
@@ -102,7 +102,7 @@ def vision_config(
         raise UserError(f"{where}: the patch embedding has shape {patches}, not four axes")
     rows, width = _matrix(state, "tower.embeddings.position_embedding.weight", where)
     inner, _ = _matrix(state, "tower.encoder.layers.0.mlp.fc1.weight", where)
-    clip = generation.tower_type == "clip_vision_model"
+    clip = tower_type == "clip_vision_model"
     measured = {
         "hidden_size": width,
         "image_size": round((rows - clip) ** 0.5) * patches[1],
@@ -113,7 +113,7 @@ def vision_config(
     given = given.get("vision_config", given)
     if not isinstance(given, Mapping):
         raise UserError(f"{where}: vision_config must be an object")
-    naflex = generation.tower_type == "siglip2_vision_model"
+    naflex = tower_type == "siglip2_vision_model"
     for name, size in measured.items():
         if given.get(name, size) != size and not (naflex and name == "image_size"):
             raise UserError(
@@ -126,7 +126,7 @@ def vision_config(
         **measured,
         "hidden_act": right,
         "layer_norm_eps": given.get("layer_norm_eps", 1e-05 if clip else 1e-06),
-        "model_type": generation.tower_type,
+        "model_type": tower_type,
         "num_attention_heads": given.get("num_attention_heads", max(1, width // 64)),
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import llava_original as original
 from .errors import UserError
 from .files import header, read_json
 from .llava_names import LAYOUTS, Layout, recognise
@@ -54,18 +55,20 @@ REST = re.compile(
 def is_published(folder: Path) -> bool:
     """Does this folder's config.json say that a LLaVA-style model is in it?
 
-    Transformers and mlx-vlm both write that; `is_for_us` tells which of them did.
+    Its authors, transformers and mlx-vlm all write that; `is_for_us` tells what is ours.
     """
-    config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") == PUBLISHED_TYPE
+    file = folder / "config.json"
+    told = read_json(file) if file.is_file() else {}
+    return told.get("model_type") == PUBLISHED_TYPE or original.is_original(told)
 
 
 def is_for_us(folder: Path) -> bool:
     """Is the LLaVA in this folder one for our own decoder, rather than for mlx-vlm?
 
-    The rule, which is stated here only. Ours is what transformers wrote, if its language model
-    and its tower are of kinds that we have; anything else (what mlx-vlm converted, a Mistral, a
-    Pixtral, a folder without weights) is left to mlx-vlm. Who wrote the weights is told by the
+    The rule, which is stated here only. Ours is what LLaVA's authors wrote of a Llama, which
+    mlx-vlm does not read, and what transformers wrote, if its language model and its tower are
+    of kinds that we have; anything else (what mlx-vlm converted, a Mistral, a Pixtral, Apple's
+    FastVLM, a folder without weights) is left to mlx-vlm. Who wrote the weights is told by the
     convolution that makes patches: transformers has (D, 3, patch, patch), mlx-vlm (D, patch,
     patch, 3). Where its shape says nothing, the metadata do: {"format": "mlx"} is mlx-vlm's, "pt"
     or none transformers'. A pytorch_model.bin is always transformers'.
@@ -73,6 +76,8 @@ def is_for_us(folder: Path) -> bool:
     Only headers are read. Raises UserError for a file that is no sound safetensors.
     """
     told = read_json(folder / "config.json")
+    if original.is_original(told):
+        return told.get("model_type") in original.TYPES
     for part, kinds in (("text_config", TEXT), ("vision_config", VISION)):
         given = told.get(part)
         if isinstance(given, Mapping) and given.get("model_type", next(iter(kinds))) not in kinds:
@@ -100,13 +105,14 @@ def _wrote_transformers(files: Sequence[Path]) -> bool:
 
 
 def composed(
-    state: Mapping[str, RawTensor], folder: Path
+    state: Mapping[str, RawTensor], folder: Path, tower: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     """What goes into our config.json (without the tokenizer's part), and tensors under our names.
 
+    `tower` is the folder that the tower's tensors came from, where they lie apart.
     Raises UserError, naming file and field or tensor, for whatever does not fit.
     """
-    layout, sizes = sizes_of(state, folder)
+    layout, sizes = sizes_of(state, folder, tower)
     ours = _ours({k: v for k, v in state.items() if not REST.fullmatch(k)}, layout, sizes, folder)
     head, embedding = (f"language.{x}.weight" for x in ("lm_head", "embed_tokens"))
     tied = sizes["text_config"]["tie_word_embeddings"]
@@ -121,10 +127,15 @@ def composed(
     return config, ours
 
 
-def sizes_of(names: Mapping[str, RawTensor], folder: Path) -> tuple[Layout, dict[str, Any]]:
+def sizes_of(
+    names: Mapping[str, RawTensor], folder: Path, tower: Path | None = None
+) -> tuple[Layout, dict[str, Any]]:
     """The layout of a published folder, and the parts of our config.json that are sizes."""
-    told = read_json(folder / "config.json")
-    if not _wrote_transformers(_files(folder)):
+    told, linear = read_json(folder / "config.json"), False
+    if original.is_original(told):
+        linear = told.get("mm_projector_type", "linear") == "linear"
+        told = original.as_hugging_face(names, folder, tower)
+    elif not _wrote_transformers(_files(folder)):
         raise UserError(
             f"{folder} is a LLaVA that mlx-vlm converted: --model takes it as it is, and only one"
             " as transformers wrote it can be converted"
@@ -140,8 +151,7 @@ def sizes_of(names: Mapping[str, RawTensor], folder: Path) -> tuple[Layout, dict
         raise UserError(
             f"{where}: projector_hidden_act is {told['projector_hidden_act']!r}, not gelu"
         )
-    return layout, {
-        "projector": {"merge": [1, 1], "norm": False},
+    return layout, ({} if linear else {"projector": {"merge": [1, 1], "norm": False}}) | {
         "text_config": text_config(_part(told, "text_config", where), told, where),
         "vision_config": vision_config(told, where),
     }
@@ -153,7 +163,8 @@ def text_config(given: Mapping[str, Any], whole: Mapping[str, Any], where: Path)
     if kind not in TEXT:
         raise UserError(f"{where}: no language model is called {kind!r}; there are {_list(TEXT)}")
     told = {**TEXT[kind], **given}
-    turns = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    rope = "rope_parameters" if told.get("rope_parameters") else "rope_scaling"
+    turns = told.get(rope) or {}
     plain = isinstance(turns, Mapping) and (
         turns.get("rope_type", turns.get("type", "default")) == "default"
     )
@@ -162,7 +173,7 @@ def text_config(given: Mapping[str, Any], whole: Mapping[str, Any], where: Path)
     heads_fit = type(heads) is int and heads > 0 and type(told.get("hidden_size")) is int
     width = told.get("head_dim")
     wants = {
-        "rope_parameters": plain,
+        rope: plain,
         "hidden_act": told.get("hidden_act", "silu") == "silu",
         "attention_bias": not told.get("attention_bias") or kind == "qwen2",
         "mlp_bias": not told.get("mlp_bias"),
@@ -223,6 +234,8 @@ def words(told: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
         raise UserError(f"{file} is no tokenizer ({e})") from None
+    if original.is_original(told):
+        return original.words(tokenizer, told, file)
     number = told.get("image_token_index", told.get("image_token_id", 32000))
     token = tokenizer.id_to_token(number) if type(number) is int and number >= 0 else None
     if token is None:

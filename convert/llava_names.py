@@ -16,6 +16,7 @@ _LAYER = (
     "input_layernorm.weight post_attention_layernorm.weight"
 ).split()
 _TWO = {"projector.fc1": "linear_1", "projector.fc2": "linear_2"}
+_ONE_OR_TWO = {"projector": "", "projector.fc1": ".0", "projector.fc2": ".2"}
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,24 @@ LAYOUTS = {
         _hugging_face("llava-hf-inner-flat", inner=True, flat=True),
     )
 }
+ORIGINAL = {  # as its authors publish it, its tower inside or in a folder of its own
+    name: Layout(
+        name, "a LLaVA-1.5 in its authors' layout", "model", "lm_head",
+        {a: f"model.mm_projector{b}" for a, b in _ONE_OR_TWO.items()}, tower_at,
+    )
+    for name, tower_at in (
+        ("llava", "model.vision_tower.vision_tower.vision_model"),
+        ("llava-apart", "vision_model"),
+    )
+}  # fmt: skip
+LAYOUTS |= ORIGINAL
 # torch_ref's own names of the same parts.
 REFERENCE = Layout(
     "reference", "", "model", "model.lm_head",
-    {"projector.fc1": "vision_proj.mlp.0", "projector.fc2": "vision_proj.mlp.2"},
+    {
+        "projector": "vision_proj.vision_proj.0",
+        "projector.fc1": "vision_proj.mlp.0", "projector.fc2": "vision_proj.mlp.2",
+    },
     "vision_encoder.vision_model",
 )  # fmt: skip
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import read_weights
 from .errors import UserError
 from .names import LLAMA, to_published
 from .shapes import expected_shapes
 from .tensors import FLOATS, RawTensor
+from .weights import read_weights
 
 HEAD = "lm_head.weight"
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import llava
+from . import llava, llava_original
 from .checkpoint import (
     DTYPES,
     LEARNED,
@@ -27,7 +27,7 @@ from .checkpoint import (
     title_of,
 )
 from .errors import UserError
-from .files import appearing, open_safetensors, write_pth, write_safetensors
+from .files import appearing, open_safetensors, read_json, write_pth, write_safetensors
 from .names import LLAMA, to_published
 from .tensors import FLOATS, RawTensor
 
@@ -103,7 +103,7 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
     """Write one of our folders as it was published; its tower into the folder `vision`."""
     config, ours = read_ours(source)
     if is_composed(config):
-        return _to_folder(source, target, config, ours)
+        return _composed_to_torch(source, target, vision, config, ours)
     generation = generation_of(config, source)
     published = as_published(ours, generation.table, head_size(config, source), source)
     state: dict[str, RawTensor] = {}
@@ -118,31 +118,70 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
         file = stack.enter_context(appearing(target, folder=False))
         if vision:
             folder = stack.enter_context(appearing(vision, folder=True))
-            write_json(folder / "config.json", _tower_config(config["vision_config"]))
-            tower = {name: tensor for name, tensor in published.items() if is_tower(name)}
-            write_safetensors(folder / "model.safetensors", tower, "pt")
-            if (source / READING).is_file():
-                shutil.copyfile(source / READING, folder / READING)
+            _write_tower(source, folder, config, published)
         write_pth(file, state)
 
 
-def _to_folder(
+def _write_tower(
+    source: Path, folder: Path, config: Mapping[str, Any], published: Mapping[str, RawTensor]
+) -> None:
+    write_json(folder / "config.json", _tower_config(config["vision_config"]))
+    tower = {name: tensor for name, tensor in published.items() if is_tower(name)}
+    write_safetensors(folder / "model.safetensors", tower, "pt")
+    _copy_reading(source, folder)
+
+
+def _copy_reading(source: Path, folder: Path) -> None:
+    if (source / READING).is_file():
+        shutil.copyfile(source / READING, folder / READING)
+
+
+def _composed_to_torch(
+    source: Path,
+    target: Path,
+    vision: Path | None,
+    config: Mapping[str, Any],
+    ours: Mapping[str, RawTensor],
+) -> None:
+    """A LLaVA-style model as it was published: whole, or its tower in a folder of its own."""
+    told, state = llava.as_published(config, ours, source)
+    inside = not any(is_tower(name) for name in state)
+    if inside and vision:
+        raise UserError(f"{source} was published with its tower inside; leave out --vision")
+    rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
+    with ExitStack() as stack:
+        folder = stack.enter_context(appearing(target, folder=True))
+        if vision:
+            _write_tower(source, stack.enter_context(appearing(vision, folder=True)), config, state)
+        write_json(folder / "config.json", told)
+        write_safetensors(folder / "model.safetensors", rest, "pt")
+        copy_words(source, folder)
+        if inside:
+            _copy_reading(source, folder)
+
+
+def _composed_to_hf(
     source: Path, target: Path, config: Mapping[str, Any], ours: Mapping[str, RawTensor]
 ) -> None:
-    """A LLaVA-style model whole, as it was published: tower, projector and language model."""
-    told, state = llava.as_published(config, ours, source)
+    """A LLaVA-style model for transformers: tower, projector and language model."""
+    if not llava_original.is_original(config["published"]):
+        return _composed_to_torch(source, target, None, config, ours)
+    told = llava_original.for_transformers(config, source)
+    state = llava.renamed(ours, llava.LAYOUTS["llava-hf"], config, source)
     with appearing(target, folder=True) as folder:
         write_json(folder / "config.json", told)
         write_safetensors(folder / "model.safetensors", state, "pt")
         copy_words(source, folder)
         if (source / READING).is_file():
-            shutil.copyfile(source / READING, folder / READING)
+            square = {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+            pads = llava_original.pads(config["published"])
+            write_json(folder / READING, read_json(source / READING) | (square if pads else {}))
 
 
 def _tower_config(vision: Mapping[str, Any]) -> dict[str, Any]:
     """As Hugging Face writes it; SigLIP's pooling head is left out, as MiniMind-V does."""
     if vision.get("model_type", "clip_vision_model") == "clip_vision_model":
-        return dict(vision)
+        return {name: value for name, value in vision.items() if name != "feature_layers"}
     told = {**vision, "vision_use_head": False}
     if vision["model_type"] == "siglip2_vision_model":
         told["num_patches"] = (told.pop("image_size") // vision["patch_size"]) ** 2
@@ -162,7 +201,7 @@ def to_hf(source: Path, target: Path) -> str:
     """
     config, ours = read_ours(source)
     if is_composed(config):
-        _to_folder(source, target, config, ours)
+        _composed_to_hf(source, target, config, ours)
         return llava.READER
     generation, text = generation_of(config, source), config["text_config"]
     reader = generation.readers.get("experts" if text.get("num_experts") else "dense")

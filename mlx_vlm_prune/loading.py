@@ -5,7 +5,7 @@ them by name and shape, and nothing in it is executed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from convert.errors import UserError  # noqa: E402
 from convert.files import check_safetensors, read_json  # noqa: E402
 from convert.generations import MODEL_TYPES  # noqa: E402
 from convert.hub import found  # noqa: E402
+from convert.llava_original import pads  # noqa: E402
 from convert.quantise import BITS, GROUPS, MODES, to_array  # noqa: E402
 from convert.shapes import LARGEST, MOST_LAYERS, check_complete  # noqa: E402
 
@@ -93,6 +94,8 @@ def load(
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
     image = _preprocessor(found.reading, model.config.vision)
+    if is_composed(config) and pads(config.get("published", {})):
+        image = replace(image, pad=True)
     tokenizer = Tokenizer.from_folder(found.words)
     if is_composed(config) and tokenizer.chat_template is None:
         tokenizer.chat_template = VICUNA

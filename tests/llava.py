@@ -35,6 +35,9 @@ KINDS = {
         LlamaConfig(**SIZES, num_key_value_heads=2), CLIPVisionConfig(**TOWER),
         {"vision_feature_layer": -1},
     ),
+    "vicuna, heads as wide as OpenAI's": (
+        LlamaConfig(**SIZES), CLIPVisionConfig(**TOWER | {"hidden_size": 128}), {},
+    ),
     "qwen2 and siglip": (
         Qwen2Config(**SIZES, num_key_value_heads=2, rope_theta=1e6), SiglipVisionConfig(**TOWER),
         {"vision_feature_select_strategy": "full"},
@@ -103,6 +106,80 @@ def write(model: Llava, folder: Path, layout: str = "llava-hf-flat", dtype=torch
     return folder
 
 
+WORDS = 99  # of the authors' vocabulary: those of `llama_words` that lie in front of <image>
+MOVED = {  # from transformers 5's names on disk to those of LLaVA's authors
+    "language_model.lm_head.": "lm_head.",
+    "language_model.model.": "model.",
+    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+}
+
+
+def write_original(model: Llava, folder: Path, dtype=torch.float32, inside=False, **fields) -> Path:
+    """FOLDER as LLaVA's authors publish it, with other `fields` in config.json. The tower is
+    inside, or in FOLDER/../clip, a whole CLIP. Of the vocabulary the first `WORDS` are left."""
+    from safetensors.torch import load_file
+
+    model.to(dtype).save_pretrained(folder)
+    model.to(torch.float32)
+    moved = MOVED | {"vision_tower.": "vision_model."}
+    if inside:
+        moved = MOVED | {"vision_tower.": "model.vision_tower.vision_tower.vision_model."}
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        old = next(old for old in moved if name.startswith(old))
+        words = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        state[moved[old] + name.removeprefix(old)] = tensor[:WORDS].clone() if words else tensor
+    for file in folder.iterdir():
+        file.unlink()
+    tower = {name: state.pop(name) for name in [*state] if name.startswith("vision_model.")}
+    if tower:
+        _write_clip(model, tower, folder.parent / "clip")
+    write_pickles(state, folder)
+    (folder / "config.json").write_text(json.dumps(_authors_config(model) | fields))
+    return llama_words(folder)
+
+
+def write_pickles(state: dict[str, torch.Tensor], folder: Path) -> None:
+    """In two files, as PyTorch does."""
+    names, where = [*state], {}
+    for i in range(2):
+        file = f"pytorch_model-0000{i + 1}-of-00002.bin"
+        torch.save({name: state[name] for name in names[i::2]}, folder / file)
+        where |= dict.fromkeys(names[i::2], file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+def _write_clip(model: Llava, tower: dict[str, torch.Tensor], folder: Path) -> None:
+    """As openai/clip-vit-large-patch14-336 has it: with the half that reads text."""
+    folder.mkdir()
+    vision = model.config.vision_config.to_dict()
+    told = {"model_type": "clip", "text_config": {"hidden_size": 8}, "vision_config": vision}
+    other = {"text_model.embeddings.token_embedding.weight": torch.ones(3, 8)}
+    torch.save(tower | other | {"logit_scale": torch.ones(())}, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(told))
+    reading = {"size": SIDE, "crop_size": SIDE, "do_center_crop": True, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(reading))
+
+
+def _authors_config(model: Llava) -> dict:
+    """The fields of liuhaotian/llava-v1.5-7b's, its sizes those of the model."""
+    text = model.config.text_config
+    names = [*SIZES, "num_key_value_heads", "rms_norm_eps", "max_position_embeddings"]
+    return {
+        **{name: getattr(text, name) for name in names},
+        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "vocab_size": WORDS,
+        "bos_token_id": 1, "eos_token_id": 2, "freeze_mm_mlp_adapter": False, "hidden_act": "silu",
+        "image_aspect_ratio": "pad", "mm_hidden_size": model.config.vision_config.hidden_size,
+        "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": model.config.vision_feature_layer,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "rope_scaling": None,
+        "tie_word_embeddings": False, "torch_dtype": "float16", "use_mm_proj": True,
+    }  # fmt: skip
+
+
 SEVEN_BILLION = {  # config.json of llava-hf/llava-1.5-7b-hf, what it leaves out left out
     "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
     "ignore_index": -100, "image_token_index": IMAGE, "projector_hidden_act": "gelu",
@@ -141,6 +218,39 @@ def write_seven_billion(folder: Path) -> None:
         out.truncate(8 + len(text) + end)
     (folder / "config.json").write_text(json.dumps(told))
     write_words(folder)
+
+
+LLAVA_1_5 = (  # what llava-hf/llava-1.5-7b-hf's template comes to for one user turn
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
+    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def llama_words(folder: Path, template: str | None = None) -> Path:
+    """A tokenizer that does what Llama's does to a text: <s> before it, a space before each piece
+    between special tokens, and spaces as a sign of their own. <image> and <pad> come last, as
+    Hugging Face added them: LLaVA's authors have neither."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    signs = ["<unk>", "<s>", "</s>", "\n", "▁", *map(chr, range(33, 127)), "<image>", "<pad>"]
+    model = models.WordLevel({sign: i for i, sign in enumerate(signs)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(["<unk>", "<s>", "</s>", "<image>", "<pad>"])
+    backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    told = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    if template:
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    return folder
 
 
 def prompt(images: int = 1) -> Prompt:

@@ -102,7 +102,7 @@ def test_many_views_that_together_claim_gigabytes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("part", ["../a.safetensors", "/a.safetensors", "b/a.bin", "C:a", "x\\y"])
 def test_a_shard_outside_its_folder_is_refused(published, part):
-    from convert.checkpoint import read_weights
+    from convert.weights import read_weights
 
     (published / "clip" / "model.safetensors").rename(published / "a.safetensors")
     index = json.dumps({"weight_map": {"vision_model.x": part}})

@@ -393,43 +393,15 @@ def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_read(
         load(place, dtype="float16")
 
 
-LLAVA_1_5 = (  # what llava-hf/llava-1.5-7b-hf's template comes to for one user turn
-    "{% for m in messages %}{{ m['role'].upper() + ': ' }}"
-    "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
-    "{% endfor %}{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{{ c['text'] + ' ' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}"
-    "{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-
-def llama_words(folder):
-    """A tokenizer that, as Llama's, puts <s> before every text; <image> is one token."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers, processors
-
-    vocab = {c: i for i, c in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(10, 127))])}
-    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.add_special_tokens(["<s>", "</s>", "<image>"])
-    single = "<s> $A"
-    backend.post_processor = processors.TemplateProcessing(single, None, [("<s>", 1)])
-    folder.mkdir()
-    backend.save(str(folder / "tokenizer.json"))
-    told = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": LLAVA_1_5}))
-    return folder
-
-
 def test_ids_of_a_question_equal_those_of_transformers_tokenizer_and_template(tmp_path):
     from transformers import AutoTokenizer
 
-    folder = llama_words(tmp_path / "words")
+    folder = llava.llama_words(tmp_path / "words", llava.LLAVA_1_5)
     asked = build(Tokenizer.from_folder(folder), "What is this?", [3], "<image>")
     other = AutoTokenizer.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     text = other.apply_chat_template(
-        [{"role": "user", "content": content}], chat_template=LLAVA_1_5, tokenize=False,
+        [{"role": "user", "content": content}], chat_template=llava.LLAVA_1_5, tokenize=False,
         add_generation_prompt=True,
     )  # fmt: skip
     assert text == "USER: <image>\nWhat is this? ASSISTANT:"

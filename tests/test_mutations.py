@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
-from convert.checkpoint import read_weights
 from convert.describe import describe
 from convert.errors import UserError
 from convert.files import check_safetensors, open_safetensors, read_pth
+from convert.weights import read_weights
 from convert.writing import to_hf, to_torch
 
 from . import tiny

@@ -1,4 +1,4 @@
-"""LLaVA-style models in the reference: Hugging Face's folder as the reference's own modules."""
+"""LLaVA-style models in the reference: a published folder as the reference's own modules."""
 
 from pathlib import Path
 
@@ -12,13 +12,16 @@ from .layout import config_of
 from .model import VLM, _tensor, best_device
 
 
-def read(folder: str | Path, device: torch.device | None = None) -> VLM:
-    """A LlavaForConditionalGeneration folder, in float32, on the best device unless one is given.
+def read(
+    folder: str | Path, device: torch.device | None = None, tower: str | Path | None = None
+) -> VLM:
+    """A LLaVA as transformers or its authors wrote it, in float32, on the best device unless one
+    is given. `tower` is the folder of one that lies apart.
 
     Raises UserError for what cannot be read or holds another model.
     """
     where = Path(folder)
-    source = as_mlx(where)
+    source = as_mlx(where, Path(tower) if tower else None)
     model = VLM(config_of(source.config))
     state = renamed(source.tensors, REFERENCE, source.config, where)
     model.load_state_dict({name: _tensor(raw) for name, raw in state.items()})
