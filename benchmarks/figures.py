@@ -36,6 +36,7 @@ from .tables import read, speed_rows
 FIGURES = ROOT / "docs" / "figures"
 NAMED = 5  # methods that a figure names; the others are pale
 QUARTER = 49  # tokens, of 196
+SHOWN = ("cls_attention", "tome", "downsample")  # of those that all shapes were timed with
 
 
 def singles(found: dict) -> dict:
@@ -121,13 +122,23 @@ def accuracy_by_time(axes: Axes, results: Path) -> None:
         axes.scatter([p[0] for p in own], [p[1] for p in own], s=18, c=colour, marker=marker,
                      label=f"{tokens} tokens", zorder=2)  # fmt: skip
     axes.scatter(*points[-1][:2], s=40, c=BLACK, marker="*", label="all 196", zorder=3)
-    for x, y, name, _ in points:
-        if (x, y) in edge or name in BASELINES:
-            axes.annotate(name, (x, y), (4, -9), textcoords="offset points", fontsize=6.5)
+    drawn = [point for point in points if point[2] == "random"]
+    axes.scatter([p[0] for p in drawn], [p[1] for p in drawn], s=70, c="none",
+                 edgecolors=BLACK, label="random", zorder=3)  # fmt: skip
+    _number(axes, sorted(point for point in points if point[:2] in edge))
     axes.set_xlabel("time to the first token, ms (all parts inside)")
     axes.set_ylabel("questions answered right, %")
     axes.set_title("Accuracy against time")
     axes.legend(loc="lower right")
+
+
+def _number(axes: Axes, points: Sequence[tuple[float, float, str, int]]) -> None:
+    """Numbers beside the frontier's points, and their names in the margin."""
+    for number, (x, y, _, _) in enumerate(points, 1):
+        axes.annotate(str(number), (x, y), (-3, 5), textcoords="offset points", ha="right")
+    told = [f"{i}  {name}, {tokens}" for i, (_, _, name, tokens) in enumerate(points, 1)]
+    axes.text(1.03, 1, "\n".join(["on the frontier:", *told]), transform=axes.transAxes, va="top",
+              fontsize=8, linespacing=1.5)  # fmt: skip
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -168,12 +179,14 @@ def where(axes: Axes, results: Path) -> None:
     )
     bars: list[tuple[str, dict[str, float], float]] = []
     for shape in dict.fromkeys(row["shape"] for row in speed_rows(results)):
-        rows = [r for r in timed(results, shape) if r["budget"] == max(1, r["tokens"] // 4)]
-        for kind, row in [("full", rows[0]), *((r["pruner"], r) for r in rows)]:
-            if kind in ("full", "cls_attention", "received_attention", "tome", "downsample"):
-                ms = row["ms"]["full" if kind == "full" else "pruned"]
-                times = {part: ms[part]["median"] for part in parts}
-                bars.append((f"{shape}, {kind}", times, row["ms"]["full"]["total"]["median"]))
+        rows = {
+            r["pruner"]: r for r in timed(results, shape) if r["budget"] == max(1, r["tokens"] // 4)
+        }
+        whole = rows["tome"]["ms"]["full"]
+        told = {"full": whole, **{n: rows[n]["ms"]["pruned"] for n in SHOWN if n in rows}}
+        for name, ms in told.items():
+            times = {part: ms[part]["median"] for part in parts}
+            bars.append((f"{shape}, {name}", times, whole["total"]["median"]))
     begin = np.zeros(len(bars))
     for part, colour, hatch in looks:
         share = np.array([100 * times[part] / whole for _, times, whole in bars])
@@ -181,30 +194,36 @@ def where(axes: Axes, results: Path) -> None:
                   edgecolor="white", lw=0.3)  # fmt: skip
         begin += share
     axes.set_yticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7.5)
-    axes.invert_yaxis()
+    for place, (name, _, _) in enumerate(bars):
+        if name.endswith(", full"):
+            axes.get_yticklabels()[place].set_fontweight("bold")
+            axes.axhline(place - 0.5, color=GREY, lw=0.6)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlabel("% of the time to the first token with all tokens")
     axes.set_title("Where the time goes, a quarter of the tokens kept")
     axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.45, -0.1), fontsize=8)
 
 
 def memory(axes: Axes, results: Path) -> None:
-    """The prompt's cache against the tokens kept, by shape."""
+    """The prompt's cache against the tokens kept, by shape: alike for all that choose behind the
+    tower."""
+    ends = []
     for shape, (colour, marker) in zip(
         dict.fromkeys(row["shape"] for row in speed_rows(results)), STRONG, strict=False
     ):
-        rows = [row for row in timed(results, shape) if row["pruner"] == "random"]
+        rows = [row for row in timed(results, shape) if row["pruner"] == "cls_attention"]
         points = [(100 * r["kept"] / r["tokens"], r["cache_bytes"]["pruned"]) for r in rows]
         points = sorted([*points, (100.0, rows[0]["cache_bytes"]["full"])])
         x, y = zip(*points, strict=True)
-        axes.plot(x, np.array(y) / 1e6, color=colour, marker=marker, ms=5, label=shape)
+        axes.plot(x, np.array(y) / 1e6, color=colour, marker=marker, ms=5)
+        ends.append((x[-1], y[-1] / 1e6, shape, colour))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize=6)
+    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("% of the visual tokens kept")
     axes.set_ylabel("the prompt's cache, MB")
     axes.set_title("Memory that grows with the tokens")
-    axes.legend()
+    name_ends(axes, ends, 0.07)
 
 
 # A figure's name, how it is drawn, and its size in inches.
@@ -218,9 +237,9 @@ PANELS: dict[str, tuple[Callable[[Axes, Path], None], tuple[float, float]]] = {
 }
 DASHBOARD = "dashboard"
 PLACES = (  # rows and columns on the page
-    ("accuracy-by-tokens", (0, 4), (0, 6)), ("accuracy-by-time", (0, 4), (9, 16)),
+    ("accuracy-by-tokens", (0, 4), (0, 6)), ("accuracy-by-time", (0, 4), (9, 15)),
     ("gains", (4, 8), (1, 6)), ("where", (4, 8), (10, 16)),
-    ("kinds", (0, 6), (18, 24)), ("memory", (6, 8), (18, 24)),
+    ("kinds", (0, 6), (18, 24)), ("memory", (6, 8), (18, 23)),
 )  # fmt: skip
 
 

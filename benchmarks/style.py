@@ -64,12 +64,12 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 def name_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float) -> None:
     """Write each line's name beside its end (x, y, name, colour), at least `gap` of the height
     apart, so that nobody has to match colours with a legend."""
-    low, high = axes.get_ylim()
-    points = axes.bbox.height * 72 / axes.figure.dpi / (high - low)  # per unit of y
-    place = float("inf")
+    axes.figure.canvas.draw()  # scales and limits are final only now
+    points, place = 72 / axes.figure.dpi, float("inf")
     for x, y, text, colour in sorted(ends, key=lambda end: -end[1]):
-        place = min(y, place - gap * (high - low))
+        height = axes.transData.transform((x, y))[1]
+        place = min(height, place - gap * axes.bbox.height)
         axes.annotate(
-            text, (x, y), (8, (place - y) * points), textcoords="offset points",
+            text, (x, y), (8, (place - height) * points), textcoords="offset points",
             color=colour, va="center", fontsize=8, annotation_clip=False,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def _gain(row: dict | None, part: str, of_predicted: bool = False) -> str:
         return "–"
     gain = row["gain"][part]
     if gain["realised"] is None:
-        return "≈ 1"
+        return "?"  # spread larger than the difference
     share = f" ({gain['of_predicted']:.0%})" if of_predicted else ""
     return f"{gain['realised']:.2f}x{share}"
 
@@ -72,14 +72,32 @@ def claims_table(results: Path) -> str:
 def rivals_table(results: Path) -> str:
     """Ours beside what one would take instead, full on both sides, in Markdown."""
     lines = [
-        "| shape | beside | part | ours, ms | theirs, ms | ours is |",
+        "| shape | beside | part | ours, ms | theirs, ms | times as fast, p10 to p90 |",
         "|---|---|---|---:|---:|---:|",
     ]
     for row in read(results, "rivals")["rows"]:
         gain = row["gain"]
-        told = "as fast" if gain["realised"] is None else f"{gain['realised']:.2f}x as fast"
+        told = f"{gain['p10']:.2f} to {gain['p90']:.2f}"
         lines.append(
             f"| {row['shape']} | {row['rival']} | {row['part']} | {row['ours_ms']['median']:.1f} | "
             f"{row['theirs_ms']['median']:.1f} | {told} |"
+        )
+    return "\n".join(lines)
+
+
+def budgets_table(results: Path) -> str:
+    """Whether a wish in milliseconds was met, and what a few tokens more would have done."""
+    told = read(results, "budgets")
+    lines = [
+        "| pruner | within the wish | prediction off by (median) | with 1/49 of the tokens more "
+        "| with a quarter more |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in told["rows"]:
+        more = {int(step): tried for step, tried in row["within_with_more"].items()}
+        next_step, quarter = (more[step] for step in (min(more), max(more)))
+        lines.append(
+            f"| `{row['pruner']}` | {row['met']} of {row['of']} | {row['off']:.1%} | "
+            f"{next_step[0]} of {next_step[1]} | {quarter[0]} of {quarter[1]} |"
         )
     return "\n".join(lines)

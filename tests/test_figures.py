@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from benchmarks import figures
 from benchmarks.report import RESULTS, scenes
+from benchmarks.tables import speed_rows
 from mlx_vlm_prune.scenes import KINDS
 
 
@@ -23,8 +24,11 @@ def words(file) -> set[str]:
     return set(re.findall(r"<text[^>]*>([^<]+)</text>", file.read_text(encoding="utf-8")))
 
 
+ALL = (*figures.PANELS, figures.DASHBOARD)
+
+
 def test_every_figure_is_drawn_as_vectors_and_as_pixels(drawn):
-    for name in figures.PANELS:
+    for name in ALL:
         assert (drawn / f"{name}.svg").stat().st_size > 1000
         with Image.open(drawn / f"{name}.png") as picture:
             assert min(picture.size) > 300
@@ -32,12 +36,12 @@ def test_every_figure_is_drawn_as_vectors_and_as_pixels(drawn):
 
 def test_every_figure_is_shipped_and_no_other():
     shipped = {path.name for path in figures.FIGURES.iterdir()}
-    assert shipped == {f"{name}.{kind}" for name in figures.PANELS for kind in ("svg", "png")}
+    assert shipped == {f"{name}.{kind}" for name in ALL for kind in ("svg", "png")}
 
 
 def test_a_figure_drawn_twice_is_the_same_file(drawn, tmp_path):
     figures.draw(tmp_path)
-    for name in figures.PANELS:
+    for name in ALL:
         assert (tmp_path / f"{name}.svg").read_bytes() == (drawn / f"{name}.svg").read_bytes()
 
 
@@ -50,3 +54,22 @@ def test_the_lines_are_named_baselines_first_of_all(drawn):
 def test_the_kinds_and_every_method_that_can_are_in_the_map(drawn):
     able = {n for n, rows in figures.singles(scenes(RESULTS)).items() if figures.QUARTER in rows}
     assert {*KINDS, *able} <= words(drawn / "kinds.svg")
+
+
+def test_the_frontier_is_what_nothing_beats_in_both():
+    points = [(10, 50), (20, 40), (20, 70), (30, 70), (40, 90), (5, 20)]
+    assert figures.frontier(points) == [(5, 20), (10, 50), (20, 70), (40, 90)]
+
+
+def test_time_and_memory_are_drawn_for_every_shape_that_was_measured(drawn):
+    shapes = {row["shape"] for row in speed_rows(RESULTS)}
+    assert shapes <= words(drawn / "memory.svg")
+    bars = words(drawn / "where.svg")
+    assert {f"{shape}, full" for shape in shapes} <= bars
+
+
+def test_the_page_names_the_machine_and_holds_every_panel(drawn):
+    page = words(drawn / "dashboard.svg")
+    assert any("cores" in text and "MLX" in text for text in page)
+    for name in figures.PANELS:
+        assert words(drawn / f"{name}.svg") & page

@@ -46,7 +46,8 @@ def desk(tmp_path_factory):
     return folder
 
 
-def test_every_python_command_of_the_readme_runs(desk):
+def test_every_python_command_of_the_readme_runs(desk, monkeypatch):
+    monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(desk / "cache"))
     python = [c[1:] for c in sorted(commands(), key=conversions_first) if c[0] == "python"]
     assert {command[1].split(".")[0] for command in python} == {"convert", "mlx_vlm_prune"}
     for command in python:
