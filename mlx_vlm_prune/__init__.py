@@ -14,10 +14,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .generate import generate, stream_generate
+    from .hosts.pruned import pruned
     from .loading import load
     from .pruners import METHODS as PRUNERS
 
-__all__ = ["PRUNERS", "__version__", "generate", "load", "stream_generate"]
+__all__ = ["PRUNERS", "__version__", "generate", "load", "pruned", "stream_generate"]
 
 # Nothing heavy is imported before it is used. The module generate.py is itself callable.
 _HOME = {
@@ -25,6 +26,7 @@ _HOME = {
     "generate": "generate",
     "stream_generate": "generate",
     "PRUNERS": "pruners",
+    "pruned": "hosts.pruned",
 }
 
 

@@ -319,3 +319,15 @@ KINDS = {
     "internvl_chat": Kind(internvl_chat, [(2, 2)] * 3, tiled_prompt, internvl_full, (2, 1)),
     "pixtral": Kind(pixtral, [(3, 5), (4, 2)], broken_prompt, pixtral_full),
 }
+
+
+def once() -> Callable[[str], Any]:
+    """Every family's tiny model by its name, made when it is first asked for."""
+    made: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in made:
+            made[name] = KINDS[name].make()
+        return made[name]
+
+    return get

@@ -84,7 +84,7 @@ def indices(said: Told) -> list[list[int]]:
 def reference(models, name: str, inputs: Inputs, kept: list[list[int]], policy: str = "keep"):
     """The same without a cache, each step over all rows, at positions counted here."""
     model, kind = models(name), KINDS[name]
-    embeds, deep = kind.full(model, inputs)
+    embeds, deep = kind.full(model, inputs) if inputs.pixels is not None else ([], [])
     x_LD, places, visual = rows(model, name, inputs, kept, embeds)
     if policy == "renumber":
         places = [(i, i, i) for i in range(len(places))]

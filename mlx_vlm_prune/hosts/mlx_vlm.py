@@ -8,7 +8,8 @@ nothing is patched, and what a request leaves on the instance is taken back.
 Shapes: N visual tokens of a view, K kept, l rows left of the prompt, T words, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -22,9 +23,12 @@ from convert.errors import UserError
 from ..model import Lap, Lot, Stop, prune
 from ..pruners import Pipeline, Stage
 from ..pruners.contract import Policy, identity
+from ..stream import budget
 from .families import FAMILIES, Family
 from .places import left, shortened
 from .views import Inputs, View
+
+STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Told:
     """
 
     arguments: dict[str, Any]
+    left: Sequence[int]  # the rows of the whole prompt that stay
     rows: int  # that the language model reads
     views: list[View]
     trace: list[Stop]
@@ -49,17 +54,64 @@ def family_of(model: Any) -> Family:
     return FAMILIES[kind]
 
 
+@contextmanager
+def as_it_was(language: Any) -> Iterator[None]:
+    """Take back what requests leave on the language model."""
+    before = {name: getattr(language, name) for name in STATE if hasattr(language, name)}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(language, name, value)
+
+
 def see(model: Any, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
-    """The tower, and what the pipeline wants to know of it."""
+    """The tower, and what the pipeline wants to know of it and of the prompt."""
+    return hear(model, inputs, look(model, inputs, pipeline, lap), pipeline)
+
+
+def look(model: Any, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
+    """The tower, which knows nothing of the prompt."""
     family = family_of(model)
     if inputs.pixels is None:
         return []
     layers = family.depth(model)
     views = family.see(model, inputs, pipeline.want(layers) if layers else {})
-    if pipeline.wants("text"):
-        views = [replace(view, signals=_worded(model, family, inputs, view)) for view in views]
     lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deep)])
     return views
+
+
+def hear(model: Any, inputs: Inputs, views: list[View], pipeline: Pipeline) -> list[View]:
+    """The views with the prompt's words, where the pipeline wants them."""
+    if not pipeline.wants("text"):
+        return views
+    family = family_of(model)
+    return [replace(view, signals=_worded(model, family, inputs, view)) for view in views]
+
+
+def budgets(
+    views: Sequence[View], keep_ratio: float | None, keep_tokens: int | None, pipeline: Pipeline
+) -> list[int]:
+    """Each view's K: an image's own, shared among its crops."""
+    found: list[int] = []
+    for image in range(1 + max((view.image for view in views), default=-1)):
+        sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
+        found += shares(budget(sum(sizes), keep_ratio, keep_tokens, pipeline), sizes)
+    return found
+
+
+def chosen(views: Sequence[View], last: Stop, images: int) -> list[list[int] | None]:
+    """Which tokens of each image stay; None where a slot is pooled from everywhere."""
+    kept: list[list[int] | None] = []
+    for image in range(images):
+        begin, own = 0, list[mx.array | None]()
+        for view, one in zip(views, last.kept, strict=True):
+            if view.image == image:
+                own.append(one.index_BK if one.index_BK is None else begin + one.index_BK[0])
+                begin += view.signals.x_BND.shape[1]
+        told_of = [i for index in own if index is not None for i in np.array(index).tolist()]
+        kept.append(None if any(i is None for i in own) else told_of)
+    return kept
 
 
 def tell(
@@ -74,8 +126,9 @@ def tell(
     """Prune, project and splice: `budgets` are each view's K."""
     family = family_of(model)
     if inputs.pixels is None:
-        whole = shortened(model, family, inputs, range(len(inputs.ids)), policy)
-        return Told(whole, len(inputs.ids), [], [], policy)
+        all_rows = range(len(inputs.ids))
+        whole = shortened(model, family, inputs, all_rows, policy)
+        return Told(whole, all_rows, len(all_rows), [], [], policy)
     lots = [Lot(v.signals, v.signals, identity(v.signals.x_BND)) for v in views]
     trace = [Stop("", 0, [lot.kept for lot in lots])]
     lots, seen = _prune(lots, budgets, pipeline, Stage.FEATURES, lap)  # prune
@@ -97,7 +150,7 @@ def tell(
     if family.placeholders != "token":
         words = [i for i in rows if inputs.ids[i] != family.image_token(model, inputs)]
         read = len(words) + sum(map(len, arguments["cached_image_features"]))
-    return Told(arguments, read, views, [*trace, *seen, *more], policy)
+    return Told(arguments, rows, read, views, [*trace, *seen, *more], policy)
 
 
 def shares(K: int, sizes: Sequence[int]) -> list[int]:

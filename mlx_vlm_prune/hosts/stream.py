@@ -4,12 +4,10 @@ Shapes: l rows of the prompt.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_reduce
 from PIL import Image
 
@@ -20,12 +18,10 @@ from ..prompt import IMAGE_MARK
 from ..pruners import Pipeline, plan
 from ..request import Request
 from ..result import GenerationResult, Seen
-from ..stream import Clock, budget
-from .mlx_vlm import Told, family_of, pictures, see, shares, tell
+from ..stream import Clock
+from .mlx_vlm import Told, as_it_was, budgets, chosen, family_of, pictures, see, tell
 from .refusals import check
-from .views import Inputs, View
-
-STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
+from .views import Inputs
 
 
 def cache_options(prefill_step_size: int | None, kv_bits: float | None) -> dict[str, Any]:
@@ -62,9 +58,9 @@ def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[Gene
     inputs = _inputs(model, processor, opened, asked)
     clock.lap("image", inputs.pixels)
     mx.reset_peak_memory()
-    with _as_it_was(model.language_model):
+    with as_it_was(model.language_model):
         views = see(model, inputs, pipeline, clock.lap)
-        kept = _budgets(views, asked, pipeline)
+        kept = budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
         told = tell(model, inputs, views, pipeline, kept, policy, clock.lap)
         _check_length(model, told)
         said = _begin(told, pipeline, len(opened), model)
@@ -96,31 +92,10 @@ def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Re
         raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
 
 
-def _budgets(views: Sequence[View], asked: Request, pipeline: Pipeline) -> list[int]:
-    """Each view's K: an image's own, shared among its crops."""
-    found: list[int] = []
-    for image in range(1 + max((view.image for view in views), default=-1)):
-        sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
-        K = budget(sum(sizes), asked.keep_ratio, asked.keep_tokens, pipeline)
-        found += shares(K, sizes)
-    return found
-
-
 def _check_length(model: Any, told: Told) -> None:
     longest = getattr(model.config.text_config, "max_position_embeddings", None)
     if longest and told.rows > longest:
         raise UserError(f"the prompt has {told.rows} tokens; the model reads up to {longest}")
-
-
-@contextmanager
-def _as_it_was(language: Any) -> Iterator[None]:
-    """Take back what a request leaves on the language model."""
-    before = {name: getattr(language, name) for name in STATE if hasattr(language, name)}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(language, name, value)
 
 
 def _decode(
@@ -175,15 +150,7 @@ def _held_bytes(cache: Sequence[Any], rows: int) -> int:
 
 def _begin(told: Told, pipeline: Pipeline, images: int, model: Any) -> GenerationResult:
     """The figures known before decoding."""
-    kept: list[list[int] | None] = []
-    for image in range(images):
-        begin, own = 0, list[mx.array | None]()
-        for view, one in zip(told.views, told.trace[-1].kept, strict=True):
-            if view.image == image:
-                own.append(one.index_BK if one.index_BK is None else begin + one.index_BK[0])
-                begin += view.signals.x_BND.shape[1]
-        told_of = [i for index in own if index is not None for i in np.array(index).tolist()]
-        kept.append(None if any(i is None for i in own) else told_of)
+    kept = chosen(told.views, told.trace[-1], images) if told.trace else []
     slots = sum(one.slots for one in told.trace[-1].kept) if told.trace else 0
     last = len(model.language_model.layers) - 1
     run = {"first": 0, "last": last, "visual_tokens": slots, "kept_indices": kept}

@@ -1,0 +1,188 @@
+"""`get_input_embeddings` of a model that prunes: the same question, answered with rows gone.
+
+Shapes: B prompts, L rows of the longest, l rows left of one, Y layers that DeepStack adds to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+
+from convert.errors import UserError
+
+from ..pruners import Pipeline
+from ..pruners.contract import Policy
+from ..stream import Clock
+from .batches import taken_apart, tiles_are_untold
+from .fewer import Laid, laid_out
+from .memory import Memory, key_of
+from .mlx_vlm import Told, budgets, chosen, family_of, hear, look, tell
+from .report import Prompt, Report
+from .views import Inputs, View
+
+UNREAD = ("vision_cache", "_image_key")  # caches of whole features that others would read
+OTHERS = ("pixel_values_videos", "input_features", "audio_values")
+PREPARED = ("cached_image_features", "inputs_embeds", "position_ids")  # by the caller
+OURS = ("position_ids", "rope_deltas", "deepstack_visual_embeds")  # better than what it derives
+
+
+@dataclass
+class Embeddings:
+    """How a model prunes, and what it has seen; called as `get_input_embeddings` is."""
+
+    model: Any
+    stock: Any  # the model's own `get_input_embeddings`
+    pipeline: Pipeline
+    keep_ratio: float | None
+    keep_tokens: int | None
+    policy: Policy
+    report: Report
+    memory: Memory = field(default_factory=Memory)
+    busy: bool = False  # are the language model's own functions called from here?
+
+    def __call__(
+        self, input_ids: Any = None, pixel_values: Any = None, mask: Any = None, **told: Any
+    ) -> Any:
+        """mlx-vlm's features of B prompts. Raises UserError for what is no image."""
+        if any(told.get(name) is not None for name in OTHERS):
+            raise UserError("only images are pruned: videos and sound go outside the block")
+        for name in PREPARED:
+            if told.get(name) is not None:
+                raise UserError(f"inside a block that prunes leave out {name}: which tokens stay is"
+                                " judged by the images, and where they stand follows")  # fmt: skip
+        told = {name: value for name, value in told.items() if name not in UNREAD}
+        self.busy = True
+        try:
+            return self._answer(input_ids, pixel_values, mask, told)
+        finally:
+            self.busy = False
+
+    def _answer(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, told: dict[str, Any]) -> Any:
+        if pixels is None:
+            return self._words(self.stock(ids_BL, None, mask=mask_BL, **told))
+        clock, seen, family = Clock(), _Seen(), family_of(self.model)
+
+        def see(inputs: Inputs) -> list[View]:
+            return self._see(inputs, clock, seen)
+
+        prompts = taken_apart(self.model, family, ids_BL, mask_BL, pixels, told, see)
+        rows = [(at, *self._prompt(inputs, views, clock, seen)) for at, inputs, views in prompts]
+        if family.placeholders != "token":  # mlx-vlm's rows and ids differ there anyway
+            return rows[0][2]
+        return self._side_by_side(rows, [len(i.ids) for _, i, _ in prompts], ids_BL.shape[1])
+
+    def _see(self, inputs: Inputs, clock: Clock, seen: "_Seen") -> list[View]:
+        key = key_of(inputs)
+        views = self.memory.recall(key)
+        if views is None:
+            seen.all_before = False
+            views = look(self.model, inputs, self.pipeline, clock.lap)
+            self.memory.keep(key, views)
+        return views
+
+    def _prompt(
+        self, inputs: Inputs, views: list[View], clock: Clock, seen: "_Seen"
+    ) -> tuple[Told, Any]:
+        """What stays of a prompt, and mlx-vlm's features of that."""
+        if self.keep_tokens is not None and tiles_are_untold(self.model, inputs, views):
+            raise UserError(
+                f"prompts of a {self.model.config.model_type} model do not say which crops are of"
+                " one image: give keep_ratio in place of keep_tokens"
+            )
+        views = hear(self.model, inputs, views, self.pipeline)
+        kept = budgets(views, self.keep_ratio, self.keep_tokens, self.pipeline)
+        told = tell(self.model, inputs, views, self.pipeline, kept, self.policy, clock.lap)
+        if views:
+            self._tell(inputs, told, seen.since(clock), seen.all_before)
+        given = dict(told.arguments)
+        ours = {name: given.pop(name) for name in OURS if name in given}
+        ids_1l, pixels = given.pop("input_ids"), given.pop("pixel_values", None)
+        found = self.stock(ids_1l, pixels, **given)
+        return told, replace(found, **ours, attention_mask_4d=None)  # which nothing there reads
+
+    def _tell(self, inputs: Inputs, told: Told, ms: dict[str, float], seen_before: bool) -> None:
+        last, images = told.trace[-1], 1 + max(view.image for view in told.views)
+        total, kept = [0] * images, [0] * images
+        for view, one in zip(told.views, last.kept, strict=True):
+            total[view.image] += view.signals.x_BND.shape[1]
+            kept[view.image] += one.slots
+        seconds = {part: ms[part] / 1000 for part in ("vision", "pruner")}
+        whole = len(inputs.ids) if self._has_room_for_each else told.rows + sum(total) - sum(kept)
+        self.report.add(
+            Prompt(
+                total, kept, chosen(told.views, last, images), (whole, told.rows), seconds,
+                seen_before,
+            )
+        )  # fmt: skip
+
+    @property
+    def _has_room_for_each(self) -> bool:
+        return family_of(self.model).placeholders == "token"
+
+    def _words(self, found: Any) -> Any:
+        """A prompt without images, told as its neighbours in a batch are."""
+        if not self._deep:
+            return found
+        B, L, D = found.inputs_embeds.shape
+        return replace(
+            found,
+            visual_pos_masks=mx.zeros((B, L), mx.bool_),
+            deepstack_visual_embeds=mx.zeros((B, L, self._deep, D), found.inputs_embeds.dtype),
+        )
+
+    @property
+    def _deep(self) -> int:
+        """Layers that DeepStack adds to."""
+        tower = getattr(self.model, "vision_tower", None)
+        return len(getattr(tower, "deepstack_visual_indexes", ()))
+
+    def _side_by_side(
+        self, rows: Sequence[tuple[int, Told, Any]], lengths: Sequence[int], L: int
+    ) -> Any:
+        """The prompts in their padded rows."""
+        laid = [
+            self._laid(found, told, at, length, L)
+            for (at, told, found), length in zip(rows, lengths, strict=True)
+        ]
+        first = rows[0][2]
+        deltas = [found.rope_deltas for _, _, found in rows]
+        return replace(
+            first,
+            inputs_embeds=mx.stack([one.x_LD for one in laid]),
+            position_ids=_stacked([one.place_3L for one in laid], 1),
+            visual_pos_masks=_stacked([one.visual_L for one in laid]),
+            deepstack_visual_embeds=_stacked([one.deep_LYD for one in laid]),
+            rope_deltas=None if deltas[0] is None else mx.concatenate(deltas),
+        )
+
+    def _laid(self, found: Any, told: Told, begin: int, length: int, L: int) -> Laid:
+        x_lD, place, visual_l = found.inputs_embeds[0], found.position_ids, None
+        if place is not None:
+            place = mx.broadcast_to(place.reshape(-1, len(x_lD)), (3, len(x_lD)))
+        if self._deep:
+            visual = found.visual_pos_masks
+            visual_l = mx.zeros(len(x_lD), mx.bool_) if visual is None else visual[0]
+        deep = found.deepstack_visual_embeds or [x_lD[:0]] * self._deep
+        return laid_out(L, begin, begin + length, told.left, x_lD, place, visual_l, deep)
+
+
+@dataclass
+class _Seen:
+    """Of one call: were all images seen before, and how much of the clock is told of already?"""
+
+    all_before: bool = True
+    told_ms: dict[str, float] = field(default_factory=dict)
+
+    def since(self, clock: Clock) -> dict[str, float]:
+        """What each part took since the last prompt of the call."""
+        now, before = dict(clock.ms), self.told_ms
+        self.told_ms = now
+        return {part: ms - before.get(part, 0.0) for part, ms in now.items()}
+
+
+def _stacked(parts: Sequence[mx.array | None], axis: int = 0) -> mx.array | None:
+    """Prompts along an axis; None where a family has no such thing."""
+    there = [part for part in parts if part is not None]
+    assert len(there) in (0, len(parts)), "a family tells this of all prompts or of none"
+    return mx.stack(there, axis) if there else None

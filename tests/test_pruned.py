@@ -1,0 +1,112 @@
+"""Promises of `with pruned(model, …)`: what mlx-vlm does with the model prunes, and only inside.
+
+The reference is that of the hosts: the rows that stay and their positions by counting, and the
+language model without a cache over the whole sequence.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from convert.errors import UserError
+from mlx_vlm_prune import pruned
+
+from .host_models import KINDS, once
+from .test_hosts import QWEN, reference, stock
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+ALONE = ("fastvlm", "llava_next")  # families whose ids say less than their rows
+BATCHED = [name for name in KINDS if name not in (*ALONE, "paligemma")]
+
+
+@pytest.fixture(scope="module")
+def models() -> Callable[[str], Any]:
+    return once()
+
+
+def several(name: str) -> int:
+    """Images in a prompt."""
+    return len(KINDS[name].tiles)
+
+
+def by_view(name: str, kept_indices: list[list[int]]) -> list[list[int]]:
+    """An image's tokens, picture by picture of its tiles."""
+    grids, found = iter(KINDS[name].grids), []
+    for tiles, index in zip(KINDS[name].tiles, kept_indices, strict=False):
+        begin = 0
+        for h, w in (next(grids) for _ in range(tiles)):
+            found.append([i - begin for i in index if begin <= i < begin + h * w])
+            begin += h * w
+    return found
+
+
+def held(model: Any) -> list[Any]:
+    """Everything a model and its classes hold, by identity."""
+    return [
+        (name, type(module), *({k: id(v) for k, v in d.items()} for d in
+                               (vars(type(module)), vars(module), module)))
+        for name, module in model.named_modules()
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", [3, None, 2048], ids=["chunked", "whole", "default"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, name, step):
+    model = models(name)
+    for images in range(1, several(name) + 1):
+        inputs = KINDS[name].inputs(model, images)
+        for spec, ratio in (("vispruner", 0.25), ("divprune", 0.5), ("random", 0.7)):
+            with pruned(model, spec, keep_ratio=ratio) as report:
+                tokens, odds = stock(model, inputs, prefill_step_size=step)
+            kept = by_view(name, report.prompts[-1].kept_indices)
+            expected, expected_odds = reference(models, name, inputs, kept)
+            assert tokens == expected
+            np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_with_all_tokens_it_is_the_stock_model_bit_for_bit(models, name):
+    model, inputs = models(name), KINDS[name].inputs(models(name))
+    expected, expected_odds = stock(model, inputs)
+    with pruned(model, "vispruner", keep_ratio=1.0) as report:
+        tokens, odds = stock(model, inputs)
+    assert report.kept == report.total > 0
+    assert tokens == expected
+    np.testing.assert_array_equal(odds, expected_odds)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_afterwards_the_model_is_as_it_was_bit_for_bit(models, name):
+    model, inputs = models(name), KINDS[name].inputs(models(name))
+    odds, before = stock(model, inputs)[1], held(model)
+    with pruned(model, "vispruner", keep_ratio=0.25):
+        stock(model, inputs)
+    assert held(model) == before
+    np.testing.assert_array_equal(stock(model, inputs)[1], odds)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_an_exception_inside_leaves_nothing_either(models, name):
+    model, inputs = models(name), KINDS[name].inputs(models(name))
+    before = held(model)
+    with pytest.raises(ZeroDivisionError), pruned(model, "norm", keep_ratio=0.25):
+        stock(model, inputs)
+        _ = 1 / 0
+    assert held(model) == before
+    with pytest.raises(UserError, match="an image has 1 to"), pruned(model, "norm", keep_tokens=99):
+        stock(model, inputs)
+    assert held(model) == before
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_positions_counted_anew_would_not_pass(models, name):
+    """The control: the same rows, at positions without gaps."""
+    model, inputs = models(name), KINDS[name].inputs(models(name))
+    with pruned(model, "vispruner", keep_ratio=0.25, positions="renumber") as report:
+        _, odds = stock(model, inputs)
+    kept = by_view(name, report.prompts[-1].kept_indices)
+    assert np.abs(odds - reference(models, name, inputs, kept)[1]).max() > 1e-2
+    expected = reference(models, name, inputs, kept, "renumber")[1]
+    np.testing.assert_allclose(odds, expected, rtol=0, atol=1e-4)

@@ -1,0 +1,289 @@
+"""Promises of `pruned` about mlx-vlm's tools: batches, caches, several turns, and refusals.
+
+Shapes: B prompts, L rows, V words.
+"""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from convert.errors import UserError
+from mlx_vlm_prune import generate, load, pruned
+from mlx_vlm_prune.hosts.views import Inputs
+
+from . import host_folders
+from .host_models import IMAGE, KINDS, WORDS, once
+from .test_hosts import TOKENS, reference, stock
+from .test_pruned import BATCHED, by_view, held, several
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+FOLDERS = ["llava", "qwen2_5_vl", "qwen3_vl"]
+QUESTION = "w7 w9"
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def models():
+    return once()
+
+
+class Stop:
+    """A tokenizer's word on where answers end: nowhere."""
+
+    def add_eos_token_ids(self, ids: Any) -> None: ...
+    def __call__(self, token: int) -> bool:
+        return False
+
+
+def batch(model: Any, prompts: list[Inputs], **options: Any) -> list[list[tuple[int, float]]]:
+    """Tokens and log probabilities of each prompt, as mlx-vlm's server has them: embeddings one by
+    one, then all ids in one batch."""
+    from mlx_vlm.generate.ar import BatchGenerator
+
+    engine = BatchGenerator(
+        model.language_model, SimpleNamespace(stopping_criteria=Stop()),
+        prefill_batch_size=len(prompts), completion_batch_size=len(prompts), **options,
+    )  # fmt: skip
+    uids = []
+    for told in prompts:
+        ids_1L, more = mx.array(told.ids)[None], dict(told.extra)
+        found = model.get_input_embeddings(ids_1L, told.pixels, mask=told.mask_1L, **more)
+        more |= {name: value for name, value in found.to_dict().items() if value is not None}
+        uids += engine.insert([told.ids], max_tokens=TOKENS, prompt_kwargs=[more])
+    said: dict[int, list[tuple[int, float]]] = {uid: [] for uid in uids}
+    while engine.has_work:
+        for one in engine.next()[1]:
+            said[one.uid].append((one.token, one.token_logprob))
+    engine.close()
+    return [said[uid] for uid in uids]
+
+
+def words(*ids: int) -> Inputs:
+    return Inputs(list(ids), mx.ones((1, len(ids)), mx.int32))
+
+
+def prompts_of(model: Any, name: str) -> list[Inputs]:
+    """One with one image, one of words, one with all images: none as long as another."""
+    return [
+        KINDS[name].inputs(model, 1), words(7, 3, 5, 11, 2, 9, 30),
+        KINDS[name].inputs(model, several(name)),
+    ]  # fmt: skip
+
+
+def check_batch(models, name: str, told, prompts: list[Inputs], kept: list[list[list[int]]]):
+    for said, inputs, own in zip(told, prompts, kept, strict=True):
+        tokens, odds = reference(models, name, inputs, own)
+        assert [token for token, _ in said] == tokens
+        expected = [odds[i, token] for i, token in enumerate(tokens)]
+        np.testing.assert_allclose([p for _, p in said], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [3, 2048], ids=["chunked", "default"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_in_a_batch_every_prompt_answers_as_if_alone_pruned_or_not(models, name, step):
+    model = models(name)
+    prompts = prompts_of(model, name)
+    with pruned(model, "vispruner", keep_ratio=0.4) as report:
+        told = batch(model, prompts, prefill_step_size=step)
+    one, both = (by_view(name, prompt.kept_indices) for prompt in report.prompts)
+    check_batch(models, name, told, prompts, [one, [], both])
+
+
+def test_in_a_batch_an_image_may_stay_whole_beside_pruned_ones(models):
+    """Of twelve tokens twelve stay, of twenty-four twelve."""
+    model, name = models("qwen2_5_vl"), "qwen2_5_vl"
+    prompts = prompts_of(model, name)
+    with pruned(model, "norm", keep_tokens=12) as report:
+        told = batch(model, prompts)
+    assert [prompt.kept for prompt in report.prompts] == [[12], [12, 12]]
+    assert [prompt.total for prompt in report.prompts] == [[24], [24, 12]]
+    one, both = (prompt.kept_indices for prompt in report.prompts)
+    check_batch(models, name, told, prompts, [one, [], both])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral"])
+def test_a_batch_with_all_tokens_is_the_stock_batch_bit_for_bit(models, name):
+    model = models(name)
+    prompts = prompts_of(model, name)
+    expected = batch(model, prompts)
+    with pruned(model, "vispruner", keep_ratio=1.0):
+        assert batch(model, prompts) == expected
+    assert batch(model, prompts) == expected
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_padded_prompts_are_taken_apart(models, name):
+    """Embeddings of three prompts at once, as `batch_generate` asks for them."""
+    model, kind = models(name), KINDS[name]
+    inputs = kind.inputs(model, 2)
+    middle = len(WORDS[0]) + inputs.ids[len(WORDS[0]) :].index(WORDS[1][0])
+    rows = [inputs.ids[:middle], inputs.ids[middle:], [7, 3, 5]]
+    L = max(map(len, rows))
+    ids_BL = mx.array([[0] * (L - len(row)) + row for row in rows])
+    mask_BL = mx.array([[0] * (L - len(row)) + [1] * len(row) for row in rows])
+    with pruned(model, "vispruner", keep_ratio=0.4) as report:
+        x_BLD = model.get_input_embeddings(
+            ids_BL, inputs.pixels, mask=mask_BL, **inputs.extra
+        ).inputs_embeds
+    full, _ = kind.full(model, inputs)
+    for x_LD, row, image, prompt in zip(x_BLD, rows, full, report.prompts, strict=False):
+        there = np.array(x_LD)[L - len(row) :]
+        there = there[~np.isnan(there[:, 0])]
+        (own,) = prompt.kept_indices
+        kept = np.array(image)[own]
+        at = next(i for i, token in enumerate(row) if token == IMAGE)
+        np.testing.assert_allclose(there[at : at + len(own)], kept, atol=1e-5)
+    assert not np.isnan(np.array(x_BLD[2])).any() and len(report.prompts) == 2
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny checkpoint of each family, and two pictures."""
+    folder = tmp_path_factory.mktemp("pruned")
+    for name in FOLDERS:
+        host_folders.checkpoint(name, folder)
+    host_folders.picture(folder, "a.png", 80, 90)
+    host_folders.picture(folder, "b.png", 120, 60)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(home):
+    return {name: load(home / name) for name in FOLDERS}
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_mlx_vlms_own_generate_answers_as_ours_does(loaded, home, name):
+    from mlx_vlm import apply_chat_template
+    from mlx_vlm import generate as theirs
+
+    model, processor = loaded[name]
+    images = [str(home / "a.png"), str(home / "b.png")]
+    text = apply_chat_template(processor, model.config, QUESTION, num_images=2)
+    budget = {"keep_ratio": 0.3}
+    ours = generate(model, processor, QUESTION, images, pruner="vispruner", max_tokens=6, **budget)
+    with pruned(model, "vispruner", **budget) as report:
+        said = theirs(model, processor, text, image=images, max_tokens=6, temperature=0.0)
+    assert (said.text, said.token_ids) == (ours.text, ours.token_ids)
+    (prompt,) = report.prompts
+    assert prompt.kept_indices == ours.kept_indices
+    assert (report.kept, report.total) == (ours.visual_tokens_kept, ours.visual_tokens)
+    assert prompt.rows == (said.prompt_tokens, ours.prompt_tokens)
+    assert prompt.seconds["vision"] > 0 and prompt.seconds["pruner"] > 0
+    assert str(report) == "Visual tokens: 17 -> 4 (76.5% pruned)"
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_mlx_vlms_batch_generate_prunes(loaded, home, name):
+    from mlx_vlm.generate import batch_generate
+
+    model, processor = loaded[name]
+    images = [str(home / f"{letter}.png") for letter in "aba"]  # two of a shape share a batch
+    asked = [QUESTION, "w3", "w4 w5 w6", "w8"]
+    told = dict(pruner="vispruner", keep_ratio=0.3, max_tokens=6)
+    ours = [
+        generate(model, processor, question, image, **told).text
+        for question, image in zip(asked, [*images, None], strict=True)
+    ]
+    with pruned(model, "vispruner", keep_ratio=0.3) as report:
+        said = batch_generate(model, processor, images=images, prompts=asked, max_tokens=6)
+    assert [text.strip() for text in said.texts] == [text.strip() for text in ours]
+    assert len(report.prompts) == 3 and report.kept < report.total
+
+
+def test_a_prompt_that_ends_in_an_image_answers_from_its_last_row(models):
+    model, name = models("qwen2_5_vl"), "qwen2_5_vl"
+    inputs = KINDS[name].inputs(model, 1)
+    ids = inputs.ids[: len(inputs.ids) - len(WORDS[2]) - 1]
+    inputs = replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
+    with pruned(model, "uniform", keep_ratio=0.25) as report:
+        _, odds = stock(model, inputs, prefill_step_size=4)
+    kept = report.prompts[-1].kept_indices
+    assert kept[0][-1] != 23  # the last of the image's rows is gone
+    _, expected = reference(models, name, inputs, kept)
+    np.testing.assert_allclose(odds[0], expected[0], rtol=0, atol=1e-4)
+
+
+def test_a_model_is_not_pruned_twice_at_once(models):
+    model = models("llava")
+    before = held(model)
+    with pruned(model, "norm", keep_ratio=0.25):
+        inside = held(model)
+        with (
+            pytest.raises(UserError, match="being pruned already"),
+            pruned(model, "norm", keep_ratio=0.5),
+        ):
+            pass
+        assert held(model) == inside
+        with pytest.raises(UserError, match="being pruned already"):
+            generate(model, None, QUESTION)
+    assert held(model) == before
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"keep_ratio": 0.5, "keep_tokens": 4}, "not both"),
+        ({"keep_ratio": 1.5}, "above 0 and at most 1"),
+        ({"positions": "keep"}, "counts the rows"),
+        ({"pruner": "tome"}, "between the tower's layers"),
+        ({"pruner": "nonsuch"}, "no pruner is called"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_touched(models, options, sentence):
+    model = models("llava")
+    before = held(model)
+    with pytest.raises(UserError, match=sentence), pruned(model, **options):
+        pass
+    assert held(model) == before
+
+
+def test_what_is_no_image_is_refused(models):
+    model = models("qwen2_5_vl")
+    inputs = KINDS["qwen2_5_vl"].inputs(model, 1)
+    ids = mx.array(inputs.ids)[None]
+    with pruned(model, "norm", keep_ratio=0.5):
+        with pytest.raises(UserError, match="only images"):
+            model.get_input_embeddings(ids, None, pixel_values_videos=inputs.pixels)
+        with pytest.raises(UserError, match="cached_image_features"):
+            model.get_input_embeddings(ids, inputs.pixels, cached_image_features=inputs.pixels)
+
+
+def test_crops_that_nobody_tells_apart_take_a_ratio_only(models):
+    model = models("idefics3")
+    inputs = replace(KINDS["idefics3"].inputs(model, 1), extra={})
+    with pruned(model, "norm", keep_tokens=3), pytest.raises(UserError, match="give keep_ratio"):
+        stock(model, inputs)
+    with pruned(model, "norm", keep_ratio=0.5) as report:
+        stock(model, inputs)
+    assert report.prompts[-1].kept == [4]
+
+
+def test_families_that_grow_their_prompts_read_one_at_a_time(models):
+    model = models("fastvlm")
+    inputs = KINDS["fastvlm"].inputs(model)
+    ids = mx.array([inputs.ids, inputs.ids])
+    with pruned(model, "norm", keep_ratio=0.5), pytest.raises(UserError, match="one prompt at a"):
+        model.get_input_embeddings(ids, inputs.pixels, mask=mx.ones_like(ids))
+
+
+def test_the_readmes_block_runs(home, monkeypatch, capsys):
+    (block,) = re.findall(r"```py\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(home)
+    shutil.copy(home / "a.png", home / "photo.jpg")
+    exec(block.replace("Qwen2.5-VL-3B-Instruct-4bit", "qwen2_5_vl"), {})
+    assert "Visual tokens: 9 -> 2 (77.8% pruned) [[" in capsys.readouterr().out
+
+
+def test_our_own_models_are_told_where_they_are_pruned():
+    model, _ = load()
+    with pytest.raises(UserError, match="ours take a pruner in generate"), pruned(model, "norm"):
+        pass
