@@ -257,6 +257,46 @@ def test_what_is_no_image_is_refused(models):
             model.get_input_embeddings(ids, inputs.pixels, cached_image_features=inputs.pixels)
 
 
+def test_whoever_forgets_that_rows_are_gone_gets_nan_and_no_answer(models):
+    model = models("llava")
+    inputs = KINDS["llava"].inputs(model, 1)
+    ids, stock_call = mx.array(inputs.ids)[None], type(model.language_model).__call__
+    with pruned(model, "norm", keep_ratio=0.5):
+        x_1LD = model.get_input_embeddings(ids, inputs.pixels).inputs_embeds
+        out = stock_call(model.language_model, ids, inputs_embeds=x_1LD)
+    assert np.isnan(np.array(out.logits[0, -1])).all()
+
+
+def test_a_cache_of_features_is_neither_read_nor_filled(models):
+    class Untouched:
+        def __getattr__(self, name: str) -> Any:
+            raise AssertionError(name)
+
+    model = models("qwen3_vl")
+    inputs = KINDS["qwen3_vl"].inputs(model, 1)
+    more = {"vision_cache": Untouched(), "_image_key": "a"}
+    with pruned(model, "norm", keep_ratio=0.5) as report:
+        model.get_input_embeddings(
+            mx.array(inputs.ids)[None], inputs.pixels, **inputs.extra, **more
+        )
+    assert report.prompts[-1].kept == [12]
+
+
+def test_prompts_that_see_their_own_end_share_a_batch_only_when_equally_long(models):
+    model = models("paligemma")
+    inputs = KINDS["paligemma"].inputs(model)
+    with pruned(model, "norm", keep_ratio=0.5):
+        tokens, _ = stock(model, inputs)
+        assert [[token for token, _ in one] for one in batch(model, [inputs] * 2)] == [tokens] * 2
+        with pytest.raises(UserError, match="only when equally long"):
+            batch(model, [inputs, longer(inputs)])
+
+
+def longer(inputs: Inputs) -> Inputs:
+    ids = [*inputs.ids, 7, 11]
+    return replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
+
+
 def test_crops_that_nobody_tells_apart_take_a_ratio_only(models):
     model = models("idefics3")
     inputs = replace(KINDS["idefics3"].inputs(model, 1), extra={})
