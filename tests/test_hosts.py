@@ -473,11 +473,11 @@ def test_images_do_not_change_one_anothers_choice(models, name):
 @pytest.mark.parametrize(
     "spec, reason",
     [
-        ("fastv", "not yet in mlx-vlm models"),
+        ("sparsevlm", "not yet in mlx-vlm models"),
         ("tome", "between the tower's layers"),
         ("downsample", "--resize-shape"),
         ("norm+restore", "not yet in mlx-vlm models"),
-        ("visionzip+fastv", "fastv cannot prune"),
+        ("visionzip+pact", "pact cannot prune"),
     ],
 )
 @pytest.mark.parametrize("name", KINDS)

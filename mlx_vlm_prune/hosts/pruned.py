@@ -49,6 +49,11 @@ def pruned(
         raise UserError("pruned() is for mlx-vlm's models; ours take a pruner in generate()")
     family, pipeline = family_of(model), plan(pruner)
     policy = check(model, family, pipeline, positions)
+    if pipeline.decoder:
+        raise UserError(
+            f"{pipeline.decoder.name} works between the language model's layers, where a block that"
+            " prunes does not reach: call mlx_vlm_prune.generate"
+        )
     budget(keep_tokens or 1, keep_ratio, keep_tokens, pipeline)  # a mistake is said early
     report, language = Report(pipeline.name, policy), model.language_model
     embeddings = Embeddings(

@@ -4,15 +4,15 @@ from typing import Any
 
 from convert.errors import UserError
 
-from ..pruners import Pipeline, Stage
+from ..pruners import Pipeline, Pruner, Stage
 from ..pruners.contract import Policy
 from .families import Family
 
 LATER = "not yet in mlx-vlm models"
 REASONS = {
     Stage.IMAGE: f"it makes the pixels fewer, {LATER}; --resize-shape makes the picture smaller",
-    Stage.DECODER: f"it works between the language model's layers, {LATER}",
 }
+INNER = ("before", "normed", "held_keys", "last_attention", "next_attention")  # what layers tell
 TOWER = ("patches", "pixels", "text", "grid")  # what needs no attention
 
 
@@ -23,9 +23,11 @@ def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | No
         raise UserError("this model is being pruned already: leave that block first")
     for step in pipeline.steps:
         reason = family.inside if step.stage is Stage.ENCODER else REASONS.get(step.stage)
+        reason = _inner(family, step) if step.stage is Stage.DECODER else reason
         if reason:
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
-        if set(step.method.needs) - set(TOWER) and not family.depth(model):
+        needs = set() if step.stage is Stage.DECODER else set(step.method.needs)
+        if needs - set(TOWER) and not family.depth(model):
             raise UserError(
                 f"{step.name} cannot prune a {kind} model: its tower has neither a CLS token nor"
                 " attention that could stand in for it"
@@ -35,7 +37,7 @@ def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | No
             f"{pipeline.enhancer.name} cannot work in a {kind} model: it adds to the attention"
             f" that kept tokens get, {LATER}"
         )
-    if family.has_mrope:
+    if family.has_mrope or pipeline.decoder:
         return positions or pipeline.positions
     if positions == "keep":
         raise UserError(
@@ -43,3 +45,14 @@ def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | No
             " leave the option out"
         )
     return "renumber"
+
+
+def _inner(family: Family, step: Pruner) -> str | None:
+    """Why a method cannot work between the language model's layers."""
+    if family.inner is None:
+        return f"it works between the language model's layers, {LATER} of this kind"
+    if step.is_proportional:
+        return f"it adds to the attention that merged tokens get, {LATER}"
+    if set(step.method.needs) - set(INNER):
+        return f"it needs {', '.join(sorted(set(step.method.needs) - set(INNER)))}, {LATER}"
+    return None

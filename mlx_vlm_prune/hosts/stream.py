@@ -19,6 +19,7 @@ from ..pruners import Pipeline, plan
 from ..request import Request
 from ..result import GenerationResult, Seen
 from ..stream import Clock
+from .deep import Read, read
 from .mlx_vlm import Told, as_it_was, budgets, chosen, family_of, pictures, see, tell
 from .refusals import check
 from .views import Inputs
@@ -61,14 +62,20 @@ def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[Gene
     with as_it_was(model.language_model):
         views = see(model, inputs, pipeline, clock.lap)
         kept = budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
-        told = tell(model, inputs, views, pipeline, kept, policy, clock.lap)
+        between = pipeline.decoder is not None and bool(views)
+        told = tell(model, inputs, views, pipeline, kept, "keep" if between else policy, clock.lap)
         _check_length(model, told)
-        said = _begin(told, pipeline, len(opened), model)
+        deep = None
+        if between:
+            piece = asked.prefill_step_size
+            deep = read(model, inputs, told, pipeline, kept, policy, piece, clock.lap)
+        said = _begin(told, deep, pipeline, len(opened), model)
         if views:
             shown, grids = pictures(views, processor, opened), [v.signals.grid for v in views]
-            stops = [stop for stop in told.trace if stop.step] or told.trace
+            trace = [*told.trace, *(deep.trace if deep else [])]
+            stops = [stop for stop in trace if stop.step] or trace
             said = replace(said, seen=Seen(shown, grids[0], stops, grids))
-        yield from _decode(model, processor, told, said, clock, sampling | cache)
+        yield from _decode(model, processor, told, deep, said, clock, sampling | cache)
 
 
 def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Request) -> Inputs:
@@ -99,27 +106,24 @@ def _check_length(model: Any, told: Told) -> None:
 
 
 def _decode(
-    model: Any,
-    processor: Any,
-    told: Told,
-    said: GenerationResult,
-    clock: Clock,
-    decoding: dict[str, Any],
-) -> Iterator[GenerationResult]:
+    model: Any, processor: Any, told: Told, deep: Read | None, said: GenerationResult,
+    clock: Clock, decoding: dict[str, Any],
+) -> Iterator[GenerationResult]:  # fmt: skip
     """mlx-vlm's pieces, one for each token. It repeats the last one when it says why it ended, so
     the last that may come is held back until then."""
     from mlx_vlm.generate import stream_generate as decode
     from mlx_vlm.models.cache import make_prompt_cache
 
-    cache = make_prompt_cache(model.language_model)
+    cache = deep.cache if deep else make_prompt_cache(model.language_model)
+    arguments = deep.arguments if deep else told.arguments
     ids: list[int] = []
     held = None
-    for piece in decode(model, processor, "", prompt_cache=cache, **decoding, **told.arguments):
+    for piece in decode(model, processor, "", prompt_cache=cache, **decoding, **arguments):
         if not said.ttft_ms:
             clock.lap("prefill")
             ttft = clock.ttft()
             tps = 1000 * told.rows / ttft["total"]
-            bytes_ = _held_bytes(cache, told.rows)
+            bytes_ = deep.cache_bytes if deep else _held_bytes(cache, told.rows)
             said = replace(said, ttft_ms=ttft, prompt_tps=tps, cache_bytes=bytes_)
         reason = piece.finish_reason
         ids += [piece.token] if reason is None else []
@@ -148,16 +152,22 @@ def _held_bytes(cache: Sequence[Any], rows: int) -> int:
     return round(total)
 
 
-def _begin(told: Told, pipeline: Pipeline, images: int, model: Any) -> GenerationResult:
+def _begin(
+    told: Told, deep: Read | None, pipeline: Pipeline, images: int, model: Any
+) -> GenerationResult:
     """The figures known before decoding."""
     kept = chosen(told.views, told.trace[-1], images) if told.trace else []
     slots = sum(one.slots for one in told.trace[-1].kept) if told.trace else 0
     last = len(model.language_model.layers) - 1
-    run = {"first": 0, "last": last, "visual_tokens": slots, "kept_indices": kept}
+    layers = [{"first": 0, "last": last, "visual_tokens": slots, "kept_indices": kept}]
+    if deep:
+        layers = deep.layers
+    held = sum(run["visual_tokens"] * (run["last"] - run["first"] + 1) for run in layers)
     return GenerationResult(
         text="", token=-1, token_ids=[], prompt_tokens=told.rows, generation_tokens=0,
         prompt_tps=0.0, generation_tps=0.0, peak_memory=0.0, finish_reason=None,
         visual_tokens=sum(view.signals.x_BND.shape[1] for view in told.views),
-        visual_tokens_kept=slots, kept_indices=kept, pruner=pipeline.name,
-        positions=told.positions, ttft_ms={}, layers=[run] if images else [],
+        visual_tokens_kept=round(held / (last + 1)), kept_indices=layers[-1]["kept_indices"],
+        pruner=pipeline.name, positions=deep.positions if deep else told.positions, ttft_ms={},
+        layers=layers if images else [],
     )  # fmt: skip

@@ -104,3 +104,4 @@ class Family:
     has_mrope: bool = False  # do positions have three axes, and come from outside?
     placeholders: Literal["token", "image", "all"] = "token"  # for what there is one of them
     inside: str = INSIDE  # why nothing leaves between the tower's layers
+    inner: Any = None  # how the language model's layers are driven; None: not from here

@@ -17,6 +17,7 @@ from ...pruners.contract import Signals
 from ..views import Inputs, View, per_picture
 from . import common
 from .common import Family, signals
+from .inner import counting
 
 
 def depth(model: Any) -> int:
@@ -95,4 +96,4 @@ def _resized(picture: Image.Image, resize_shape: tuple[int, int] | None) -> Imag
     return picture if resize_shape is None else resize_image(picture, resize_shape)
 
 
-family = Family(depth, see, project, prepare=prepare)
+family = Family(depth, see, project, prepare=prepare, inner=counting)

@@ -21,6 +21,7 @@ from ...pruners.contract import Signals
 from ...towers.between import Between
 from ..views import Inputs, View
 from .common import Family
+from .inner import told as told_places
 
 INSIDE = (
     "it works between the tower's layers, where the patches of all images are packed in one row"
@@ -71,7 +72,9 @@ def patches(model: Any, inputs: Inputs) -> tuple[mx.array, mx.array, mx.array]:
 
 def qwen(see: Callable[..., list[View]]) -> Family:
     """A family of Qwen's."""
-    return Family(depth, see, project, hand_over, has_mrope=True, inside=INSIDE)
+    return Family(
+        depth, see, project, hand_over, has_mrope=True, inside=INSIDE, inner=told_places
+    )  # fmt: skip
 
 
 def run(
