@@ -73,7 +73,7 @@ def test_the_words_and_the_kept_tokens_are_all_there_is_in_the_prompt(loaded, ho
     assert (full.prompt_tokens, kept.prompt_tokens) == (3 + 32, 3 + 6)
 
 
-@pytest.mark.parametrize("pruner", ["none", "divprune"])
+@pytest.mark.parametrize("pruner", ["none", "divprune", "fastv", "pyramiddrop"])
 @pytest.mark.parametrize("name", QWEN)
 def test_unpruned_it_answers_as_mlx_vlm_does(loaded, home, name, pruner):
     from mlx_vlm import apply_chat_template

@@ -235,6 +235,7 @@ def test_a_model_is_not_pruned_twice_at_once(models):
         ({"keep_ratio": 1.5}, "above 0 and at most 1"),
         ({"positions": "keep"}, "counts the rows"),
         ({"pruner": "tome"}, "between the tower's layers"),
+        ({"pruner": "fastv"}, "where a block that prunes does not reach"),
         ({"pruner": "nonsuch"}, "no pruner is called"),
     ],
 )
@@ -280,6 +281,23 @@ def test_a_cache_of_features_is_neither_read_nor_filled(models):
             mx.array(inputs.ids)[None], inputs.pixels, **inputs.extra, **more
         )
     assert report.prompts[-1].kept == [12]
+
+
+def test_mlx_vlms_server_is_given_pruned_prompts(models):
+    """By its own function, which needs no more of it than the model and a cache."""
+    from mlx_vlm.server.generation import ResponseGenerator
+    from mlx_vlm.vision_cache import VisionFeatureCache
+
+    model, seen = models("qwen2_5_vl"), VisionFeatureCache()
+    inputs = KINDS["qwen2_5_vl"].inputs(model, 1)
+    server = SimpleNamespace(model=model, vision_cache=seen)
+    ids_1L = mx.array(inputs.ids)[None]
+    asked = {"input_ids": ids_1L, "pixel_values": inputs.pixels, "attention_mask": inputs.mask_1L}
+    with pruned(model, "norm", keep_ratio=0.25) as report:
+        ids, told = ResponseGenerator._gpu_embed(server, asked | dict(inputs.extra), ["a.png"])
+    gone = np.isnan(np.array(told["inputs_embeds"][0, :, 0]))
+    assert ids.tolist() == [inputs.ids] and gone.sum() == 24 - 6
+    assert report.prompts[-1].kept == [6] and not len(seen)
 
 
 def test_prompts_that_see_their_own_end_share_a_batch_only_when_equally_long(models):

@@ -118,7 +118,7 @@ def _begun(
     placeholder = family_of(model).image_token(model, inputs)
     if ids[-1] == placeholder:
         raise UserError("the prompt ends in an image; between layers, words judge it: add some")
-    at, runs = [i for i, token in enumerate(ids) if token == placeholder], []
+    at, runs = [i for i, token in enumerate(ids) if token == placeholder], list[tuple[int, int]]()
     for one in told.trace[-1].kept:
         runs.append((at[sum(n for _, n in runs)], one.slots))
     ends = np.cumsum([0, *(n for _, n in runs)]).tolist()

@@ -15,7 +15,7 @@ from convert.errors import UserError
 
 from ..image import open_image
 from ..prompt import IMAGE_MARK
-from ..pruners import Pipeline, plan
+from ..pruners import Pipeline, Reduction, plan
 from ..request import Request
 from ..result import GenerationResult, Seen
 from ..stream import Clock
@@ -62,11 +62,13 @@ def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[Gene
     with as_it_was(model.language_model):
         views = see(model, inputs, pipeline, clock.lap)
         kept = budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
-        between = pipeline.decoder is not None and bool(views)
-        told = tell(model, inputs, views, pipeline, kept, "keep" if between else policy, clock.lap)
+        places = "keep" if pipeline.decoder else policy
+        told = tell(model, inputs, views, pipeline, kept, places, clock.lap)
         _check_length(model, told)
         deep = None
-        if between:
+        if pipeline.decoder and any(
+            one.slots > K for one, K in zip(_last(told), kept, strict=True)
+        ):
             piece = asked.prefill_step_size
             deep = read(model, inputs, told, pipeline, kept, policy, piece, clock.lap)
         said = _begin(told, deep, pipeline, len(opened), model)
@@ -97,6 +99,11 @@ def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Re
     except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
         said = (str(problem) or type(problem).__name__).splitlines()[0]
         raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
+
+
+def _last(told: Told) -> Sequence[Reduction]:
+    """What is left of each picture behind the projector."""
+    return told.trace[-1].kept if told.trace else []
 
 
 def _check_length(model: Any, told: Told) -> None:
@@ -159,9 +166,8 @@ def _begin(
     kept = chosen(told.views, told.trace[-1], images) if told.trace else []
     slots = sum(one.slots for one in told.trace[-1].kept) if told.trace else 0
     last = len(model.language_model.layers) - 1
-    layers = [{"first": 0, "last": last, "visual_tokens": slots, "kept_indices": kept}]
-    if deep:
-        layers = deep.layers
+    whole: dict[str, Any] = {"first": 0, "last": last, "visual_tokens": slots, "kept_indices": kept}
+    layers = deep.layers if deep else [whole]
     held = sum(run["visual_tokens"] * (run["last"] - run["first"] + 1) for run in layers)
     return GenerationResult(
         text="", token=-1, token_ids=[], prompt_tokens=told.rows, generation_tokens=0,
