@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from convert.errors import UserError
-from mlx_vlm_prune import pruned
+from mlx_vlm_prune import generate, pruned
 
 from .host_models import KINDS, once
 from .test_hosts import QWEN, reference, stock
@@ -110,3 +110,38 @@ def test_positions_counted_anew_would_not_pass(models, name):
     assert np.abs(odds - reference(models, name, inputs, kept)[1]).max() > 1e-2
     expected = reference(models, name, inputs, kept, "renumber")[1]
     np.testing.assert_allclose(odds, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_is_not_pruned_twice_at_once(models):
+    model = models("llava")
+    before = held(model)
+    with pruned(model, "norm", keep_ratio=0.25):
+        inside = held(model)
+        with (
+            pytest.raises(UserError, match="being pruned already"),
+            pruned(model, "norm", keep_ratio=0.5),
+        ):
+            pass
+        assert held(model) == inside
+        with pytest.raises(UserError, match="being pruned already"):
+            generate(model, None, "w7 w9")
+    assert held(model) == before
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ({"keep_ratio": 0.5, "keep_tokens": 4}, "not both"),
+        ({"keep_ratio": 1.5}, "above 0 and at most 1"),
+        ({"positions": "keep"}, "counts the rows"),
+        ({"pruner": "tome"}, "between the tower's layers"),
+        ({"pruner": "fastv"}, "where a block that prunes does not reach"),
+        ({"pruner": "nonsuch"}, "no pruner is called"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_touched(models, options, sentence):
+    model = models("llava")
+    before = held(model)
+    with pytest.raises(UserError, match=sentence), pruned(model, **options):
+        pass
+    assert held(model) == before

@@ -21,7 +21,7 @@ from mlx_vlm_prune.hosts.views import Inputs
 from . import host_folders
 from .host_models import IMAGE, KINDS, WORDS, once
 from .test_hosts import TOKENS, reference, stock
-from .test_pruned import BATCHED, by_view, held, several
+from .test_pruned import BATCHED, by_view, several
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -43,14 +43,16 @@ class Stop:
         return False
 
 
-def batch(model: Any, prompts: list[Inputs], **options: Any) -> list[list[tuple[int, float]]]:
+def batch(
+    model: Any, prompts: list[Inputs], at_once: int | None = None, **options: Any
+) -> list[list[tuple[int, float]]]:
     """Tokens and log probabilities of each prompt, as mlx-vlm's server has them: embeddings one by
-    one, then all ids in one batch."""
+    one, then all ids in one batch, of which so many are read at once."""
     from mlx_vlm.generate.ar import BatchGenerator
 
     engine = BatchGenerator(
         model.language_model, SimpleNamespace(stopping_criteria=Stop()),
-        prefill_batch_size=len(prompts), completion_batch_size=len(prompts), **options,
+        prefill_batch_size=at_once or len(prompts), completion_batch_size=len(prompts), **options,
     )  # fmt: skip
     uids = []
     for told in prompts:
@@ -93,6 +95,16 @@ def test_in_a_batch_every_prompt_answers_as_if_alone_pruned_or_not(models, name,
     prompts = prompts_of(model, name)
     with pruned(model, "vispruner", keep_ratio=0.4) as report:
         told = batch(model, prompts, prefill_step_size=step)
+    one, both = (by_view(name, prompt.kept_indices) for prompt in report.prompts)
+    check_batch(models, name, told, prompts, [one, [], both])
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_a_prompt_may_join_a_batch_that_is_answering_already(models, name):
+    model = models(name)
+    prompts = prompts_of(model, name)
+    with pruned(model, "vispruner", keep_ratio=0.4) as report:
+        told = batch(model, prompts, at_once=1)
     one, both = (by_view(name, prompt.kept_indices) for prompt in report.prompts)
     check_batch(models, name, told, prompts, [one, [], both])
 
@@ -210,41 +222,6 @@ def test_a_prompt_that_ends_in_an_image_answers_from_its_last_row(models):
     assert kept[0][-1] != 23  # the last of the image's rows is gone
     _, expected = reference(models, name, inputs, kept)
     np.testing.assert_allclose(odds[0], expected[0], rtol=0, atol=1e-4)
-
-
-def test_a_model_is_not_pruned_twice_at_once(models):
-    model = models("llava")
-    before = held(model)
-    with pruned(model, "norm", keep_ratio=0.25):
-        inside = held(model)
-        with (
-            pytest.raises(UserError, match="being pruned already"),
-            pruned(model, "norm", keep_ratio=0.5),
-        ):
-            pass
-        assert held(model) == inside
-        with pytest.raises(UserError, match="being pruned already"):
-            generate(model, None, QUESTION)
-    assert held(model) == before
-
-
-@pytest.mark.parametrize(
-    "options, sentence",
-    [
-        ({"keep_ratio": 0.5, "keep_tokens": 4}, "not both"),
-        ({"keep_ratio": 1.5}, "above 0 and at most 1"),
-        ({"positions": "keep"}, "counts the rows"),
-        ({"pruner": "tome"}, "between the tower's layers"),
-        ({"pruner": "fastv"}, "where a block that prunes does not reach"),
-        ({"pruner": "nonsuch"}, "no pruner is called"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_touched(models, options, sentence):
-    model = models("llava")
-    before = held(model)
-    with pytest.raises(UserError, match=sentence), pruned(model, **options):
-        pass
-    assert held(model) == before
 
 
 def test_what_is_no_image_is_refused(models):
