@@ -9,7 +9,7 @@ from mlx_vlm_prune.listing import entry
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
-from .tables import budgets_table, claims_table, rivals_table, speed_table
+from .tables import budgets_table, claims_table, hosts_table, rivals_table, speed_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -164,6 +164,7 @@ TABLES = {
     "speed": speed_table,
     "claims": claims_table,
     "rivals": rivals_table,
+    "hosts": hosts_table,
     "budgets": budgets_table,
     "selectors": selectors_table,
     "learned": learned_table,

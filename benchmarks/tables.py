@@ -101,3 +101,24 @@ def budgets_table(results: Path) -> str:
             f"{next_step[0]} of {next_step[1]} | {quarter[0]} of {quarter[1]} |"
         )
     return "\n".join(lines)
+
+
+def hosts_table(results: Path) -> str:
+    """mlx-vlm beside our path with all tokens, and beside a quarter of them, in Markdown."""
+    told = read(results, "hosts")
+    lines = [
+        "| model | first token, ms: mlx-vlm | our path, all tokens | mlx-vlm ÷ ours, p10 to p90 | "
+        "a quarter kept | prefill, times as fast (of predicted) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in told["rows"]:
+        ms = {who: parts["total"]["median"] for who, parts in row["ms"].items()}
+        cost, gain = row["stock_by_ours"], row["prefill"]
+        realised = gain["realised"]
+        told_gain = "?" if realised is None else f"{realised:.2f}x ({gain['of_predicted']:.0%})"
+        lines.append(
+            f"| {row['family']}, {row['size']}, {row['tokens']} tokens | {ms['stock']:.1f} | "
+            f"{ms['full']:.1f} | {cost['median']:.2f} ({cost['p10']:.2f} to {cost['p90']:.2f}) | "
+            f"{ms['pruned']:.1f} | {told_gain} |"
+        )
+    return "\n".join(lines)

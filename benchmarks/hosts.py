@@ -1,0 +1,257 @@
+"""What pruning inside mlx-vlm's models costs and gains: `python -m benchmarks.hosts`.
+
+Three take turns in one process, warm: mlx-vlm left to itself, the same full model through our
+path, and ours with a quarter of the visual tokens. Timed is everything from prepared pixels and
+ids to the first token, vision tower and pruner inside; preparing them is mlx-vlm's own on both
+sides. The prefill's gain stands beside what the operation count predicts. Models have random
+weights, float32, in the layout of the family. A ratio that spreads by more than it differs from 1
+is not told (benchmarks/timing.py). The last line is one JSON object of all figures.
+
+Shapes: L rows of the prompt, N visual tokens.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module, metadata, util
+from typing import Any
+
+from mlx_vlm_prune import fast_blas
+
+fast_blas.prepare()  # before the first import of mlx, or never
+
+import mlx.core as mx  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from convert.errors import Parser, UserError  # noqa: E402
+from mlx_vlm_prune.hosts.loading import INSTALL  # noqa: E402
+from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, tell  # noqa: E402
+from mlx_vlm_prune.hosts.refusals import check  # noqa: E402
+from mlx_vlm_prune.hosts.views import Inputs  # noqa: E402
+from mlx_vlm_prune.language.minimind import MiniMindConfig  # noqa: E402
+from mlx_vlm_prune.machine import machine, versions  # noqa: E402
+from mlx_vlm_prune.operations import prefill  # noqa: E402
+from mlx_vlm_prune.pruners import plan  # noqa: E402
+from mlx_vlm_prune.remembered import write_atomically  # noqa: E402
+from mlx_vlm_prune.stream import Clock  # noqa: E402
+
+from .on_mlx import device  # noqa: E402
+from .speed import RESULTS, _name, _whole  # noqa: E402
+from .timing import NOT_TOLD, Gain, alternate, spread  # noqa: E402
+
+IMAGE, START, END, VIDEO, VOCAB = 4, 5, 6, 7, 32000
+WORDS = 30
+PATCH = 14
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model: the tower's layers and width, the language model's, and patches a side."""
+
+    tower: tuple[int, int]
+    language: tuple[int, int]
+    side: int
+
+
+SIZES = {"tiny": Size((2, 64), (2, 64), 8), "mid": Size((12, 512), (8, 1024), 24)}
+Laps = dict[str, float]
+
+
+def _text(size: Size, kind: str, **more: Any) -> dict[str, Any]:
+    layers, D = size.language
+    return {
+        "model_type": kind, "hidden_size": D, "num_hidden_layers": layers,
+        "intermediate_size": 3 * D, "num_attention_heads": D // 32, "vocab_size": VOCAB,
+        "num_key_value_heads": D // 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
+        "max_position_embeddings": 4096, **more,
+    }  # fmt: skip
+
+
+def llava(size: Size) -> tuple[Any, Inputs]:
+    """CLIP, a projector, Llama; one image."""
+    (layers, D), home = size.tower, import_module("mlx_vlm.models.llava")
+    vision = home.VisionConfig(
+        model_type="clip_vision_model", hidden_size=D, num_hidden_layers=layers,
+        intermediate_size=4 * D, num_attention_heads=D // 32, image_size=PATCH * size.side,
+        patch_size=PATCH, projection_dim=D,
+    )  # fmt: skip
+    text = home.TextConfig(**_text(size, "llama"))
+    model = home.Model(home.ModelConfig(text, vision, model_type="llava", image_token_index=IMAGE))
+    ids = _ids([IMAGE] * size.side**2)
+    pixels = mx.random.normal((1, 3, PATCH * size.side, PATCH * size.side))
+    return model, Inputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1)
+
+
+def qwen2_5_vl(size: Size) -> tuple[Any, Inputs]:
+    """A tower with windows whose merger makes one token of four patches, and M-RoPE; one image."""
+    (layers, D), home = size.tower, import_module("mlx_vlm.models.qwen2_5_vl")
+    vision = home.VisionConfig(
+        depth=layers, hidden_size=D, intermediate_size=4 * D, num_heads=D // 32,
+        out_hidden_size=size.language[1], patch_size=PATCH, spatial_merge_size=2,
+        temporal_patch_size=2, window_size=112, fullatt_block_indexes=[layers - 1],
+    )  # fmt: skip
+    rope = {"type": "mrope", "mrope_section": [4, 6, 6]}
+    text = home.TextConfig(**_text(size, "qwen2_5_vl", rope_scaling=rope))
+    model = home.Model(
+        home.ModelConfig(
+            text, vision, model_type="qwen2_5_vl", image_token_id=IMAGE, video_token_id=VIDEO,
+            vision_start_token_id=START, vision_end_token_id=END, vocab_size=VOCAB,
+        )
+    )  # fmt: skip
+    side = size.side * 2  # as many tokens as LLaVA's
+    ids = _ids([START, *[IMAGE] * size.side**2, END])
+    pixels = mx.random.normal((side**2, 3 * 2 * PATCH * PATCH))
+    extra = {"image_grid_thw": mx.array([[1, side, side]])}
+    return model, Inputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1, extra)
+
+
+FAMILIES: dict[str, Callable[[Size], tuple[Any, Inputs]]] = {
+    "llava": llava, "qwen2_5_vl": qwen2_5_vl,
+}  # fmt: skip
+
+
+def _ids(image: list[int]) -> list[int]:
+    words = [10 + i for i in range(WORDS)]
+    return [*words[: WORDS // 2], *image, *words[WORDS // 2 :]]
+
+
+def first_token(model: Any, arguments: dict[str, Any]) -> int:
+    """By mlx-vlm's own loop."""
+    from mlx_vlm.generate.ar import generate_step
+
+    rest = dict(arguments)
+    ids, pixels, mask = (rest.pop(name) for name in ("input_ids", "pixel_values", "mask"))
+    token, _ = next(generate_step(ids, model, pixels, mask, max_tokens=1, temperature=0, **rest))
+    return int(token)
+
+
+def stock(model: Any, inputs: Inputs) -> tuple[Laps, int]:
+    """mlx-vlm left to itself."""
+    began = time.perf_counter()
+    ids = mx.array(inputs.ids)[None]
+    told = {"input_ids": ids, "pixel_values": inputs.pixels, "mask": inputs.mask_1L}
+    with as_it_was(model.language_model):
+        token = first_token(model, {**told, **inputs.extra})
+    return {"total": 1000 * (time.perf_counter() - began)}, token
+
+
+def ours(model: Any, inputs: Inputs, spec: str, share: float) -> tuple[Laps, int]:
+    """The same through our path."""
+    began, clock = time.perf_counter(), Clock()
+    pipeline = plan(spec)
+    policy = check(model, family_of(model), pipeline, None)
+    with as_it_was(model.language_model):
+        views = see(model, inputs, pipeline, clock.lap)
+        K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
+        told = tell(model, inputs, views, pipeline, K, policy, clock.lap)
+        token = first_token(model, told.arguments)
+    clock.lap("prefill")
+    return {**clock.ms, "total": 1000 * (time.perf_counter() - began)}, token
+
+
+def predicted(size: Size, share: float) -> float:
+    """How many times as fast the prefill may be, by the count of multiply-adds."""
+    layers, D = size.language
+    # A Llama and a Qwen2 of these sizes take as many.
+    like = MiniMindConfig(D, 3 * D, layers, D // 32, D // 64, VOCAB)
+    whole, less = (
+        prefill(like, [WORDS + int(size.side**2 * kept)] * layers) for kept in (1.0, share)
+    )
+    return whole / less
+
+
+def measure(family: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One model: the times of all three, what our path costs, and what pruning gains."""
+    mx.random.seed(0)
+    model, inputs = FAMILIES[family](SIZES[name])
+    mx.eval(model.parameters(), inputs.pixels)
+    both = [partial(ours, model, inputs, "none", 1.0), partial(ours, model, inputs, args.pruner,
+            args.keep_ratio)]  # fmt: skip
+    turns = alternate(partial(stock, model, inputs), both, args.runs, args.warmup, 2)
+    total = 3 * (args.runs + args.warmup)
+    bar = tqdm(turns, total=total, desc=f"{family}, {name}", file=sys.stderr, leave=False)
+    full, pruned, left = list[Laps](), list[Laps](), list[Laps]()
+    for i, (ms, token), (before, expected) in filter(None, bar):
+        if i == 0:
+            left.append(before)
+            if token != expected:
+                raise UserError(f"{family}, {name}: unpruned, our path says another first token")
+        (pruned if i else full).append(ms)
+    times = {"stock": left, "full": full, "pruned": pruned}
+    gain = Gain.of([one["prefill"] for one in full], [one["prefill"] for one in pruned])
+    return {
+        "family": family, "size": name, "tokens": SIZES[name].side ** 2, "pruner": args.pruner,
+        "keep_ratio": args.keep_ratio,
+        "ms": {who: {part: spread([one[part] for one in runs]) for part in runs[0]}
+               for who, runs in times.items()},
+        "stock_by_ours": spread([a["total"] / b["total"] for a, b in zip(left, full, strict=True)]),
+        "prefill": gain.report(predicted(SIZES[name], args.keep_ratio)),
+        "first_token": spread([a["total"] / b["total"] for a, b in zip(left, pruned, strict=True)]),
+    }  # fmt: skip
+
+
+def show(row: dict[str, Any]) -> None:
+    """A few lines."""
+    whole = {who: told["total"]["median"] for who, told in row["ms"].items()}
+    cost, gain, first = row["stock_by_ours"], row["prefill"], row["first_token"]
+    told = "not told" if gain["realised"] is None else f"{gain['realised']:.2f}x"
+    print(
+        f"{row['family']}, {row['size']}, {row['tokens']} visual tokens, first token in ms: "
+        f"mlx-vlm {whole['stock']:.1f}, ours full {whole['full']:.1f}, "
+        f"{row['pruner']} {whole['pruned']:.1f}\n"
+        f"  unpruned, mlx-vlm ÷ ours: {cost['median']:.3f} ({cost['p10']:.3f} to {cost['p90']:.3f})"
+        f"\n  prefill at {row['keep_ratio']:.0%}: {told} of {gain['predicted']:.2f}x predicted; "
+        f"first token {first['median']:.2f}x ({first['p10']:.2f} to {first['p90']:.2f})",
+        flush=True,
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Every family at every size asked for."""
+    rows = []
+    for family in args.family or FAMILIES:
+        for name in args.size or SIZES:
+            rows.append(measure(family, name, args))
+            show(rows[-1])
+    print(f"Medians of {args.runs} runs. {NOT_TOLD[0].upper()}{NOT_TOLD[1:]}.")
+    return {
+        "benchmark": "hosts", "device": device(), "runs": args.runs, "machine": machine(),
+        "versions": {**versions(), "mlx-vlm": metadata.version("mlx-vlm")}, "rows": rows,
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    p = Parser(prog="python -m benchmarks.hosts", description=(__doc__ or "").split("\n")[0])
+    add = p.add_argument
+    add("--family", action="append", choices=FAMILIES, help="repeat (default: all)")
+    add("--size", action="append", choices=SIZES, help="repeat (default: all)")
+    add("--pruner", default="received_attention", help="(default: received_attention)")
+    add("--keep-ratio", type=float, default=0.25, help="(default: 0.25)")
+    add("--runs", type=partial(_whole, 1), default=20, help="measured runs of each (default: 20)")
+    add("--warmup", type=partial(_whole, 0), default=2, help="runs before them (default: 2)")
+    add("--save", metavar="NAME", type=_name, help="keep as benchmarks/results/NAME.json")
+    args = p.parse_args(argv)
+    try:
+        if not 0 < args.keep_ratio <= 1:
+            raise UserError(f"--keep-ratio is {args.keep_ratio:g}; it must be above 0 and up to 1")
+        if util.find_spec("mlx_vlm") is None:
+            raise UserError(f"mlx-vlm cannot be found; {INSTALL}")
+        told = json.dumps(run(args))
+        if args.save:
+            RESULTS.mkdir(exist_ok=True)
+            write_atomically(RESULTS / f"{args.save}.json", told + "\n")
+        print(told)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
