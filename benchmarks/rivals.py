@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from convert.errors import Parser, UserError
 from mlx_vlm_prune.cache import LayerCache
-from mlx_vlm_prune.language.minimind import MiniMind
+from mlx_vlm_prune.language.minimind import MiniMind, MiniMindConfig
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.operations import tokens
@@ -136,6 +136,7 @@ class TheirLanguage:
 def beside_mlx_lm(config: VLMConfig) -> Pair:
     """The language models, and as many random rows as a prompt of the shape has."""
     mx.random.seed(0)
+    assert isinstance(config.text, MiniMindConfig)
     model = MiniMind(config.text)
     # Norms of one, as they are made, would hide that one is another's.
     model.update(tree_map(lambda w: w + 0.1 * mx.random.normal(w.shape) * (w.ndim == 1),

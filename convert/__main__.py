@@ -117,9 +117,10 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
 def sizes(config: dict[str, Any], guessed: bool) -> str:
     """A model in half a line."""
     text, vision = config["text_config"], config["vision_config"]
+    heads, groups = text.get("num_attention_heads", "no"), text.get("num_key_value_heads", "no")
     said = (
         f"{text['num_hidden_layers']} layers of {text['hidden_size']}, "
-        f"{text['num_attention_heads']} heads, {text['num_key_value_heads']} key/value heads"
+        f"{heads} heads, {groups} key/value heads"
         f"{' (assumed, as in every MiniMind2)' if guessed else ''}, "
     )
     if experts := text.get("num_experts"):

@@ -206,7 +206,7 @@ def _composed(source: Path, vision: Path | None, words: Path) -> Source:
     """A LLaVA-style model as Hugging Face has it, or as its authors do."""
     state, tower = llava_original.parts(source, vision)
     config, tensors = llava.composed(state, source, tower)
-    dtype = tensors["language.embed_tokens.weight"].dtype
+    dtype = next(tensor.dtype for name, tensor in tensors.items() if name.startswith("language."))
     told = {"torch_dtype": next(k for k, v in DTYPES.items() if v == dtype)}
     reading = next((f for f in (tower, source) if f and (f / READING).is_file()), None)
     config |= told | llava.words(config["published"], words)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from . import llava, llava_original
+from .backbones import BACKBONES, is_backbone
 from .checkpoint import (
     READING,
     TOKENIZER_FILES,
@@ -120,7 +121,8 @@ def _is_patch(name: str) -> bool:
 def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
     config = read_json(path / "config.json")
     expected = expected_shapes(config)
-    head_size(config, path)
+    if not is_backbone(config["text_config"]):
+        head_size(config, path)
     lines = [
         ("made from", config.get("published_as", "minimind2-v")),
         *_language(config["text_config"], "from config.json"),
@@ -138,15 +140,13 @@ def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
 def _language(text: Mapping[str, Any], why: str) -> Lines:
     kind = "Qwen3-like, q/k norm" if text.get("qk_norm") else "Llama-like"
     kind = "Qwen2-like, biases" if text.get("attention_bias") else kind
-    lines = [
-        ("language model", f"{text['num_hidden_layers']} layers of {text['hidden_size']}, {kind}"),
-        (
-            "heads",
-            f"{text['num_attention_heads']}, and {text['num_key_value_heads']} for keys and "
-            f"values ({why})",
-        ),
-        ("vocabulary", str(text["vocab_size"])),
-    ]
+    if is_backbone(text):
+        kind = f"{BACKBONES[text['model_type']].title}, computed by mlx-lm"
+    deep = f"{text['num_hidden_layers']} layers of {text['hidden_size']}, {kind}"
+    lines = [("language model", deep), ("vocabulary", str(text["vocab_size"]))]
+    if heads := text.get("num_attention_heads"):
+        groups = text["num_key_value_heads"]
+        lines.insert(1, ("heads", f"{heads}, and {groups} for keys and values ({why})"))
     if experts := text.get("num_experts"):
         shared = text.get("n_shared_experts", 0)
         more = f", and {shared} that reads all" if shared else ""

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import backbones
 from . import llava_original as original
+from .backbones import BACKBONES
 from .errors import UserError
 from .files import header, read_json
 from .llava_names import LAYOUTS, Layout, recognise
@@ -67,18 +69,19 @@ def is_for_us(folder: Path) -> bool:
 
     The rule, which is stated here only. Ours is what LLaVA's authors wrote of a Llama, which
     mlx-vlm does not read, and what transformers wrote, if its language model and its tower are
-    of kinds that we have; anything else (what mlx-vlm converted, a Mistral, a Pixtral, Apple's
-    FastVLM, a folder without weights) is left to mlx-vlm. Who wrote the weights is told by the
-    convolution that makes patches: transformers has (D, 3, patch, patch), mlx-vlm (D, patch,
-    patch, 3). Where its shape says nothing, the metadata do: {"format": "mlx"} is mlx-vlm's, "pt"
-    or none transformers'. A pytorch_model.bin is always transformers'.
+    of kinds that we have (some language models are mlx-lm's to compute); anything else (what
+    mlx-vlm converted, a Mistral, a Pixtral, Apple's FastVLM, a folder without weights) is left to
+    mlx-vlm. Who wrote the weights is told by the convolution that makes patches: transformers has
+    (D, 3, patch, patch), mlx-vlm (D, patch, patch, 3). Where its shape says nothing, the metadata
+    do: {"format": "mlx"} is mlx-vlm's, "pt" or none transformers'. A pytorch_model.bin is always
+    transformers'.
 
     Only headers are read. Raises UserError for a file that is no sound safetensors.
     """
     told = read_json(folder / "config.json")
     if original.is_original(told):
         return told.get("model_type") in original.TYPES
-    for part, kinds in (("text_config", TEXT), ("vision_config", VISION)):
+    for part, kinds in (("text_config", BACKBONES), ("vision_config", VISION)):
         given = told.get(part)
         if isinstance(given, Mapping) and given.get("model_type", next(iter(kinds))) not in kinds:
             return False
@@ -151,40 +154,32 @@ def sizes_of(
         raise UserError(
             f"{where}: projector_hidden_act is {told['projector_hidden_act']!r}, not gelu"
         )
+    head = [f"{layout.head}.{kind}" in names for kind in ("weight", "bias")]
     return layout, ({} if linear else {"projector": {"merge": [1, 1], "norm": False}}) | {
-        "text_config": text_config(_part(told, "text_config", where), told, where),
+        "text_config": text_config(_part(told, "text_config", where), told, where, *head),
         "vision_config": vision_config(told, where),
     }
 
 
-def text_config(given: Mapping[str, Any], whole: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """The language model's part of our config.json; UserError for what is computed otherwise."""
+def text_config(
+    given: Mapping[str, Any], whole: Mapping[str, Any], where: Path,
+    has_head: bool = True, has_bias: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """The language model's part of our config.json; UserError for what is computed otherwise.
+
+    What our own decoder does not compute is left to mlx-lm. `has_head` and `has_bias` say whether
+    the files hold an output layer, and its bias.
+    """
     kind = given.get("model_type", "llama")
-    if kind not in TEXT:
-        raise UserError(f"{where}: no language model is called {kind!r}; there are {_list(TEXT)}")
-    told = {**TEXT[kind], **given}
-    rope = "rope_parameters" if told.get("rope_parameters") else "rope_scaling"
-    turns = told.get(rope) or {}
-    plain = isinstance(turns, Mapping) and (
-        turns.get("rope_type", turns.get("type", "default")) == "default"
-    )
-    heads = told.get("num_attention_heads")
-    told.setdefault("num_key_value_heads", heads)
-    heads_fit = type(heads) is int and heads > 0 and type(told.get("hidden_size")) is int
-    width = told.get("head_dim")
-    wants = {
-        rope: plain,
-        "hidden_act": told.get("hidden_act", "silu") == "silu",
-        "attention_bias": not told.get("attention_bias") or kind == "qwen2",
-        "mlp_bias": not told.get("mlp_bias"),
-        "head_dim": width is None or (heads_fit and width * heads == told["hidden_size"]),
-        "use_sliding_window": not told.get("use_sliding_window"),
-    }
-    for name, fine in wants.items():
-        if not fine:
-            raise UserError(
-                f"{where}: {name} of {kind} is {told.get(name)!r}, which is not supported"
-            )
+    if kind not in BACKBONES:
+        raise UserError(
+            f"{where}: no language model is called {kind!r}; there are {_list(BACKBONES)}"
+        )
+    told = {**TEXT.get(kind, {}), **given}
+    told.setdefault("num_key_value_heads", told.get("num_attention_heads"))
+    turns = told.get("rope_parameters") or told.get("rope_scaling") or {}
+    if not _is_plain(kind, told, turns):
+        return backbones.text_config(given, whole, where, has_head, has_bias)
     names = [*TEXT["llama"], "num_key_value_heads"]
     tied = bool(given.get("tie_word_embeddings", whole.get("tie_word_embeddings", False)))
     return {
@@ -194,6 +189,22 @@ def text_config(given: Mapping[str, Any], whole: Mapping[str, Any], where: Path)
         "rope_theta": turns.get("rope_theta", told["rope_theta"]),
         "tie_word_embeddings": tied,
     }
+
+
+def _is_plain(kind: str, told: Mapping[str, Any], turns: Any) -> bool:
+    """Is it a Llama or a Qwen2 as our own decoder computes them?"""
+    heads, width, size = (told.get(k) for k in ("num_attention_heads", "head_dim", "hidden_size"))
+    heads_fit = type(heads) is int and type(size) is int and heads > 0
+    return (
+        kind in TEXT
+        and isinstance(turns, Mapping)
+        and turns.get("rope_type", turns.get("type", "default")) == "default"
+        and told.get("hidden_act", "silu") == "silu"
+        and (not told.get("attention_bias") or kind == "qwen2")
+        and not told.get("mlp_bias")
+        and (width is None or (heads_fit and width * heads == size))
+        and not told.get("use_sliding_window")
+    )
 
 
 def vision_config(told: Mapping[str, Any], where: Path) -> dict[str, Any]:
@@ -255,7 +266,7 @@ def renamed(
     tensors: Mapping[str, RawTensor], layout: Layout, config: Mapping[str, Any], where: Path
 ) -> dict[str, RawTensor]:
     """Our tensors under the names of a layout, and in its order."""
-    table, state = layout.table(is_clip(config)), {}
+    table, state = layout.table(is_clip(config), config["text_config"]), {}
     for name, tensor in tensors.items():
         found = to_published(table, name)
         if found is None:
@@ -280,7 +291,7 @@ def is_clip(config: Mapping[str, Any]) -> bool:
 def _ours(
     state: Mapping[str, RawTensor], layout: Layout, sizes: Mapping[str, Any], where: Path
 ) -> dict[str, RawTensor]:
-    table: Table = layout.table(is_clip(sizes))
+    table: Table = layout.table(is_clip(sizes), sizes["text_config"])
     ours = {}
     for name, tensor in state.items():
         found = to_ours(table, name)

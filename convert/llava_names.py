@@ -4,9 +4,11 @@ where its language model, projector and tower lie.
 `*` is a number of a layer, as in names.py.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from .backbones import EMBEDDINGS, is_backbone, rules
 from .names import CLIP, SIGLIP, Rule, Table
 
 _LAYER = (
@@ -30,9 +32,12 @@ class Layout:
     projector: dict[str, str]
     tower: str
 
-    def table(self, clip: bool) -> Table:
-        """Of a model whose tower is CLIP's, or else SigLIP's."""
-        return (*_text(self.text, self.head), *self._projector(), *tower(self.tower, clip))
+    def table(self, clip: bool, text: Mapping[str, Any] | None = None) -> Table:
+        """Of a model whose tower is CLIP's, or else SigLIP's; `text` is our text_config."""
+        words = rules(text, self.text, self.head) if is_backbone(text) and text else None
+        return (
+            *(words or _text(self.text, self.head)), *self._projector(), *tower(self.tower, clip)
+        )  # fmt: skip
 
     def _projector(self) -> Table:
         both = [(ours, theirs) for ours, theirs in self.projector.items()]
@@ -105,7 +110,7 @@ REFERENCE = Layout(
 def recognise(names: Collection[str]) -> Layout | None:
     """The layout of a state dict; None where it is none of these."""
     for layout in LAYOUTS.values():
-        marks = (f"{layout.text}.embed_tokens.weight", f"{layout.tower}.post_layernorm.weight")
-        if all(mark in names for mark in marks):
+        words = (f"{layout.text}.{name}.weight" for name in EMBEDDINGS)
+        if any(w in names for w in words) and f"{layout.tower}.post_layernorm.weight" in names:
             return layout
     return None

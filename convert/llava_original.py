@@ -117,6 +117,7 @@ def for_transformers(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     if "projector" not in config:
         raise UserError(f"{where}: transformers has no class for a LLaVA whose projector is linear")
     text, seen, published = (config[x] for x in ("text_config", "vision_config", "published"))
+    text = {k: v for k, v in text.items() if k not in ("runner", "lm_head_bias")}
     ends = [name for name in ("bos_token_id", "eos_token_id") if name in published]
     return {
         "architectures": ["LlavaForConditionalGeneration"],

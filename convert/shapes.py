@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import backbones
+from .backbones import LARGEST, MOST_LAYERS
 from .errors import UserError
 from .generations import Shaped
 
 Shapes = dict[str, tuple[int, ...]]
-LARGEST = 1 << 20  # of any size in a config.json
-MOST_LAYERS = 512
 SIZES = {
     "text_config": [
         "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers",
@@ -36,9 +36,16 @@ def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], whe
 
 def expected_shapes(config: Mapping[str, Any]) -> Shapes:
     """All shapes that a config.json of ours asks for; UserError for a size that cannot be."""
-    text, vision = (_sizes(config, part, names) for part, names in SIZES.items())
+    vision = _sizes(config, "vision_config", SIZES["vision_config"])
+    told = config.get("text_config")
     width = vision["hidden_size"]
-    shapes = _language(text) | _tower(vision)
+    if isinstance(told, Mapping) and backbones.is_backbone(told):
+        backbones.check(told, Path("config.json"))
+        text, shapes = told, backbones.shapes(told)
+    else:
+        text = _sizes(config, "text_config", SIZES["text_config"])
+        shapes = _language(text)
+    shapes |= _tower(vision)
     shapes |= _projector(config.get("projector"), text["hidden_size"], width)
     if "pruner" in config:
         pruner = _sizes(config, "pruner", ["tokens"])

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .cache import LayerCache
-from .language.minimind import DecoderLayer, MiniMind
+from .language.contract import Language, Layer
 from .language.twig import Twig
 from .pruners import Pruner, Reduction, Signals
 from .pruners.contract import Policy, take
@@ -54,7 +54,7 @@ class Read:
 
 
 def read(
-    language: MiniMind, told: Spliced, grid: tuple[int, int], cache: list[LayerCache],
+    language: Language, told: Spliced, grid: tuple[int, int], cache: list[LayerCache],
     cuts: Cuts, last_only: bool, lap: Callable[[str, Any], Any],
 ) -> Read:  # fmt: skip
     """Logits (B, L, V), or (B, 1, V) of the last word; the caches are filled."""
@@ -77,7 +77,7 @@ def read(
 
 
 def through(
-    language: MiniMind | Twig, numbers: range, told: Spliced, cache: list[LayerCache]
+    language: Language | Twig, numbers: range, told: Spliced, cache: list[LayerCache]
 ) -> mx.array:
     """Hidden states after some layers. A long prompt is read in pieces: memory must not grow
     with its square."""
@@ -114,7 +114,7 @@ class At:
     """The input of a layer, and what can be known there."""
 
     def __init__(
-        self, language: MiniMind, layer: int, told: Spliced, before_BLD: mx.array,
+        self, language: Language, layer: int, told: Spliced, before_BLD: mx.array,
         cache: list[LayerCache], twig: Twig | None = None,
     ):  # fmt: skip
         self.language, self.told, self.before_BLD, self.twig = language, told, before_BLD, twig
@@ -195,7 +195,7 @@ class At:
             "next_keys_BND": k_IGNd.swapaxes(1, 2).flatten(2),
         }
 
-    def _coming(self, layer: DecoderLayer, x_BLD: mx.array) -> mx.array:
+    def _coming(self, layer: Layer, x_BLD: mx.array) -> mx.array:
         """What the prompt's last token attends to in a layer with the input x, (I, n)."""
         attend, x_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
         places_BL = self.told.positions_BL

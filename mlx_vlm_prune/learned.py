@@ -14,6 +14,7 @@ from convert.errors import UserError
 from convert.files import check_safetensors
 
 from .language.experts import stacked
+from .language.minimind import MiniMindConfig
 from .model import VLM
 from .pruners import METHODS
 
@@ -70,6 +71,8 @@ def _joined(file: Path, weights: Weights) -> Weights:
 def _twig(file: Path, weights: Weights, model: VLM) -> Any:
     """Untrained, of as many layers as the file has, on the layer of the base that it names."""
     text, layer = model.config.text, weights.get("layer")
+    if not isinstance(text, MiniMindConfig):
+        raise UserError(f"{file}: a twig does not grow on a language model of mlx-lm's")
     depth, told = text.num_hidden_layers, None
     if layer is not None and layer.shape == (1,):
         told = layer.item()

@@ -18,6 +18,7 @@ fast_blas.prepare()  # before the first import of mlx, or never
 import mlx.core as mx  # noqa: E402
 from mlx import nn  # noqa: E402
 
+from convert import backbones  # noqa: E402
 from convert.checkpoint import DTYPES as CODES  # noqa: E402
 from convert.checkpoint import as_mlx, is_composed, is_ours  # noqa: E402
 from convert.errors import UserError  # noqa: E402
@@ -32,6 +33,7 @@ from .hosts import loading as host  # noqa: E402
 from .image import Preprocessor, siglip_preprocessor  # noqa: E402
 from .language.experts import stacked  # noqa: E402
 from .language.minimind import MiniMindConfig  # noqa: E402
+from .language.mlx_lm import MlxLmConfig  # noqa: E402
 from .learned import read_learned  # noqa: E402
 from .memory import check_fits  # noqa: E402
 from .model import VLM, VLMConfig  # noqa: E402
@@ -148,7 +150,8 @@ def _check_size(shapes: Mapping[str, tuple[Any, Any]], dtype: str, where: Path) 
     read and changed one after another, and each old one is let go. Experts count twice, since
     they are put together while all are there.
     """
-    own = shapes.get("language.norm.weight", ((), mx.float32))[1] or mx.float32
+    norms = (n for n in shapes if n.startswith("language.") and n.endswith("norm.weight"))
+    own = shapes.get(next(norms, ""), ((), mx.float32))[1] or mx.float32
     target = _known(dtype) or own
     needed = sum(
         prod(shape)
@@ -225,23 +228,32 @@ def parse_config(config: Mapping[str, Any], where: Path) -> VLMConfig:
     vision = _fill(
         CLIPConfig if kind == TOWERS[0] else SiglipConfig, config, "vision_config", where
     )
-    text = _fill(MiniMindConfig, config, "text_config", where)
+    text = _text(config, where)
     _check_quantization(config, where)
     if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
         raise UserError(f"{where}: vision_config's sizes do not divide evenly")
     if vision.feature_layers > vision.num_hidden_layers:
         raise UserError(f"{where}: the tower has no layer {vision.feature_layers} to read from")
+    projector = _projector(config.get("projector"), vision, where)
+    token, token_id = str(config.get("image_token", "@")), config.get("image_token_id", 34)
+    if type(token_id) is not int or not 0 <= token_id < text.vocab_size:
+        raise UserError(f"{where}: image_token_id is {token_id!r}, none of the vocabulary's")
+    return VLMConfig(vision, text, projector, token, token_id, learned)
+
+
+def _text(config: Mapping[str, Any], where: Path) -> MiniMindConfig | MlxLmConfig:
+    told = config.get("text_config")
+    if isinstance(told, Mapping) and backbones.is_backbone(told):
+        backbones.check(told, where / "config.json")
+        return MlxLmConfig.of(told)
+    text = _fill(MiniMindConfig, config, "text_config", where)
     if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
         raise UserError(f"{where}: text_config's heads do not divide hidden_size evenly")
     if text.num_attention_heads % text.num_key_value_heads:
         raise UserError(f"{where}: text_config's key/value heads do not divide its heads")
     if text.num_experts and not 1 <= text.num_experts_per_tok <= text.num_experts:
         raise UserError(f"{where}: a token cannot choose {text.num_experts_per_tok} experts")
-    projector = _projector(config.get("projector"), vision, where)
-    token, token_id = str(config.get("image_token", "@")), config.get("image_token_id", 34)
-    if type(token_id) is not int or not 0 <= token_id < text.vocab_size:
-        raise UserError(f"{where}: image_token_id is {token_id!r}, none of the vocabulary's")
-    return VLMConfig(vision, text, projector, token, token_id, learned)
+    return text
 
 
 def _projector(told: Any, vision: CLIPConfig, where: Path) -> ProjectorConfig | None:

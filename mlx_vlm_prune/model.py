@@ -18,6 +18,7 @@ from convert.errors import UserError
 from .cache import LayerCache
 from .decoder import Cuts, Segment, read
 from .language.minimind import MiniMind, MiniMindConfig
+from .language.mlx_lm import MlxLm, MlxLmConfig
 from .projector import MLPProjector, ProjectorConfig, merged
 from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, downsample
 from .pruners.attention_pool import AttentionPool
@@ -39,7 +40,7 @@ class VLMConfig:
     """
 
     vision: CLIPConfig | SiglipConfig = field(default_factory=CLIPConfig)
-    text: MiniMindConfig = field(default_factory=MiniMindConfig)
+    text: MiniMindConfig | MlxLmConfig = field(default_factory=MiniMindConfig)
     projector: ProjectorConfig | None = None
     image_token: str = "@"
     image_token_id: int = 34
@@ -119,7 +120,10 @@ class VLM(nn.Module):
         )
         told = config.projector
         self.projector = MLPProjector(*dims, told) if told else nn.Linear(*dims)
-        self.language = MiniMind(config.text)
+        text = config.text
+        self.language: MiniMind | MlxLm = (
+            MlxLm(text) if isinstance(text, MlxLmConfig) else MiniMind(text)
+        )
         held = {}
         if config.pruner:
             self.pruner = held[config.pruner[0]] = AttentionPool(
@@ -143,6 +147,7 @@ class VLM(nn.Module):
         average over layers. Without `positions`, those of the method's paper.
         `lap(name, value)` may evaluate and time each part."""
         pipeline = Pipeline.of(pruner)
+        self.language.check(pipeline)
         policy = positions or pipeline.positions
         lots, cuts, trace = [], Cuts(), []
         if pixels_IHW3 is not None:

@@ -15,9 +15,12 @@ from dataclasses import dataclass
 
 from .decoder import PIECE
 from .language.minimind import MiniMindConfig
+from .language.mlx_lm import MlxLmConfig
 from .model import VLMConfig
 from .pruners import Pipeline, Stage, downsample
 from .towers.siglip import SiglipConfig
+
+Text = MiniMindConfig | MlxLmConfig
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def projector(config: VLMConfig, n: int) -> int:
     return n * (wide * D + (D * D if config.projector else 0))
 
 
-def held(text: MiniMindConfig, pipeline: Pipeline, n: int, K: int) -> tuple[int, ...]:
+def held(text: Text, pipeline: Pipeline, n: int, K: int) -> tuple[int, ...]:
     """How many of an image's n tokens each layer of the language model holds."""
     layers, step = text.num_hidden_layers, pipeline.decoder
     told = [n] * layers
@@ -135,7 +138,7 @@ def held(text: MiniMindConfig, pipeline: Pipeline, n: int, K: int) -> tuple[int,
     return tuple(told)
 
 
-def prefill(text: MiniMindConfig, rows: Sequence[int]) -> int:
+def prefill(text: Text, rows: Sequence[int]) -> int:
     """Multiply-adds of reading a prompt, of which each layer holds so many rows."""
     wide = text.num_attention_heads * text.head_dim
     seen = sum(L * S for own in rows for L, S in _pieces(own))
@@ -149,14 +152,16 @@ def _pieces(L: int) -> Iterator[tuple[int, int]]:
         yield end - begin, end
 
 
-def decode(text: MiniMindConfig, seen: Sequence[int]) -> int:
+def decode(text: Text, seen: Sequence[int]) -> int:
     """Multiply-adds of one new token that sees so many rows in each layer, itself included."""
     wide = text.num_attention_heads * text.head_dim
     return len(seen) * _linear(text) + 2 * sum(seen) * wide + _logits(text)
 
 
-def _linear(text: MiniMindConfig) -> int:
+def _linear(text: Text) -> int:
     """Of one row through the matrices of one layer."""
+    if isinstance(text, MlxLmConfig):
+        return text.layer_size
     D, d = text.hidden_size, text.head_dim
     network = 3 * D * text.intermediate_size
     if text.num_experts:
@@ -165,10 +170,10 @@ def _linear(text: MiniMindConfig) -> int:
     return 2 * D * (text.num_attention_heads + text.num_key_value_heads) * d + network
 
 
-def _logits(text: MiniMindConfig) -> int:
+def _logits(text: Text) -> int:
     return text.hidden_size * text.vocab_size
 
 
-def cache_bytes(text: MiniMindConfig, rows: Sequence[int], itemsize: int = 4) -> int:
+def cache_bytes(text: Text, rows: Sequence[int], itemsize: int = 4) -> int:
     """Of keys and values, with so many rows in each layer."""
     return sum(rows) * 2 * text.num_key_value_heads * text.head_dim * itemsize

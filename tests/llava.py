@@ -198,15 +198,19 @@ SEVEN_BILLION = {  # config.json of llava-hf/llava-1.5-7b-hf, what it leaves out
 
 
 def write_seven_billion(folder: Path) -> None:
-    """Names and shapes of every tensor, as transformers 4 saved them; a hole for the values."""
     told = SEVEN_BILLION
+    write_hole(folder, told, text_config(told["text_config"], told, folder))
+
+
+def write_hole(folder: Path, told: dict, text: dict) -> None:
+    """Names and shapes of every tensor, as transformers 4 saved them; a hole for the values."""
     sizes = {
-        "text_config": text_config(told["text_config"], told, folder),
+        "text_config": text,
         "vision_config": vision_config(told, folder),
         "projector": {"merge": [1, 1], "norm": False},
     }
     header, end = {}, 0
-    table = LAYOUTS["llava-hf"].table(clip=True)
+    table = LAYOUTS["llava-hf"].table(True, text)
     for ours, shape in expected_shapes(sizes).items():
         name, rule = to_published(table, ours)
         shape = [shape[i] for i in (0, 3, 1, 2)] if rule.change else shape

@@ -97,8 +97,12 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for file in sources("mlx_vlm_prune")
         for name in {n.split(".")[0] for n in imports(file)} - known
     }
-    assert {name for name, _ in found} == {"mlx_vlm", "pyarrow"}
-    home = {"mlx_vlm": "mlx_vlm_prune/hosts/", "pyarrow": "mlx_vlm_prune/questions/minimind.py"}
+    assert {name for name, _ in found} == {"mlx_lm", "mlx_vlm", "pyarrow"}
+    home = {
+        "mlx_lm": "mlx_vlm_prune/language/",
+        "mlx_vlm": "mlx_vlm_prune/hosts/",
+        "pyarrow": "mlx_vlm_prune/questions/minimind.py",
+    }
     assert all(file.startswith(home[name]) for name, file in found)
 
 

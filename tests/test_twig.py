@@ -147,7 +147,7 @@ def test_one_that_has_all_the_layers_above_says_what_the_base_says(pair):
     language = pair.theirs.language
     x_BLD = torch.randn(2, L, tiny.TEXT.hidden_size, generator=torch.Generator().manual_seed(0))
     position_BL = torch.tensor([PLACES_BL[0]] * 2)
-    rotary = decoder.rotary_table(position_BL, tiny.TEXT.head_dim, tiny.TEXT.rope_theta)
+    rotary = language.rotary(position_BL)
     mask_LL = decoder.causal(L, torch.device("cpu"))
     twig = grown(language, 1, 2)
     ours = read(twig, pair.folder, pair.ours)

@@ -9,12 +9,12 @@ H heads, G key/value heads, d head size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .language.minimind import Layer, MiniMind, rotary_table, rotate
 from .language.twig import Twig
 from .pruners import Reduction, Signals, Step, reduce
 
@@ -56,12 +56,11 @@ class Plan:
     enhancer: Step | None = None
 
 
-def read(language: MiniMind, prompt: Prompt, grid: tuple[int, int], plan: Plan) -> Cached:
+def read(language: Any, prompt: Prompt, grid: tuple[int, int], plan: Plan) -> Cached:
     """All layers, with fewer rows after each cut."""
     before = prompt
     done = Cached(prompt.x_1LD, [], [], [])
     for i, layer in enumerate(language.layers):
-        assert isinstance(layer, Layer)
         if plan.step and i in plan.schedule:
             kept = [
                 reduce(plan.step.name, seen, plan.schedule[i], **plan.step.options)
@@ -70,7 +69,7 @@ def read(language: MiniMind, prompt: Prompt, grid: tuple[int, int], plan: Plan) 
             prompt = shorten(prompt, kept, plan)
             done.cuts.append((i, kept))
         rows: list[Tensor] = []
-        rotary = tables(language, prompt)
+        rotary = language.rotary(prompt.position_1L)
         L = prompt.x_1LD.shape[1]
         mask_LL = causal(L, prompt.x_1LD.device) + prompt.bias_L
         before = prompt
@@ -83,12 +82,12 @@ def read(language: MiniMind, prompt: Prompt, grid: tuple[int, int], plan: Plan) 
     return done
 
 
-def step(language: MiniMind, done: Cached, token: int) -> Tensor:
+def step(language: Any, done: Cached, token: int) -> Tensor:
     """Scores (1, V) after one more token."""
     x_11D = language.embed_tokens(torch.tensor([[token]], device=done.hidden_1LD.device))
     for i, layer in enumerate(language.layers):
         place_11 = torch.tensor([[done.after[i]]], device=x_11D.device)
-        rotary = rotary_table(place_11, language.config.head_dim, language.config.rope_theta)
+        rotary = language.rotary(place_11)
         done.biases[i] = F.pad(done.biases[i], (0, 1))
         x_11D = layer(x_11D, rotary, done.biases[i][None, None, None], done.rows[i])
         done.after[i] += 1
@@ -128,24 +127,15 @@ def shorten(prompt: Prompt, kept: list[Reduction], plan: Plan) -> Prompt:
 
 
 def signals(
-    language: MiniMind, i: int, before: Prompt, now: Prompt, grid: tuple[int, int],
+    language: Any, i: int, before: Prompt, now: Prompt, grid: tuple[int, int],
     twig: Twig | None = None,
 ) -> list[Signals]:  # fmt: skip
     """Everything that can be known of each image at the input of layer i, on which a twig may
     grow."""
-    last, this = language.layers[i - 1], language.layers[i]
-    assert isinstance(last, Layer) and isinstance(this, Layer)
-    _, held_GLd, attended_LL = attention(language, last, before)
-    q_HLd, k_GLd, coming_LL = attention(language, this, now)
     words, normed_1LD = now.words, language.norm(now.x_1LD)
-    twig_LL = torch.zeros_like(coming_LL) if twig is None else in_twig(language, twig, now)
     found = []
     for start, n in now.runs:
         image = slice(start, start + n)
-        mean_H1d = q_HLd[:, image].mean(dim=1, keepdim=True)
-        keys_Hnd = k_GLd[:, image].repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
-        logits_H1n = mean_H1d @ keys_Hnd.mT / keys_Hnd.shape[-1] ** 0.5
-        held_LD, coming_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
         found.append(
             Signals(
                 now.x_1LD[:, image],
@@ -154,45 +144,61 @@ def signals(
                 normed_BND=normed_1LD[:, image],
                 text_BTD=normed_1LD[:, words],
                 text_real_BT=torch.ones(1, len(words), dtype=torch.bool),
-                keys_BND=held_LD[None, image],
-                text_keys_BTD=held_LD[None, words],
-                next_keys_BND=coming_LD[None, image],
-                last_attention_BN=attended_LL[None, -1, image],
-                text_attention_BTN=attended_LL[None, words][:, :, image],
-                next_attention_BN=coming_LL[None, -1, image],
-                mean_attention_BN=logits_H1n.softmax(-1).mean(dim=0),
-                twig_attention_BN=twig_LL[None, -1, image],
             )
+        )
+    if not language.attends:
+        return found
+    told = attended(language, i, before, now, twig)
+    return [replace(rows, **own) for rows, own in zip(found, told, strict=True)]
+
+
+def attended(
+    language: Any, i: int, before: Prompt, now: Prompt, twig: Twig | None
+) -> list[dict[str, Any]]:
+    """What attention says of each image there."""
+    last, this, words = language.layers[i - 1], language.layers[i], now.words
+    _, held_GLd, attended_LL = attention(language, last, before)
+    q_HLd, k_GLd, coming_LL = attention(language, this, now)
+    twig_LL = torch.zeros_like(coming_LL) if twig is None else in_twig(language, twig, now)
+    held_LD, coming_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
+    found = []
+    for start, n in now.runs:
+        image = slice(start, start + n)
+        mean_H1d = q_HLd[:, image].mean(dim=1, keepdim=True)
+        keys_Hnd = k_GLd[:, image].repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
+        logits_H1n = mean_H1d @ keys_Hnd.mT / keys_Hnd.shape[-1] ** 0.5
+        found.append(
+            {
+                "keys_BND": held_LD[None, image],
+                "text_keys_BTD": held_LD[None, words],
+                "next_keys_BND": coming_LD[None, image],
+                "last_attention_BN": attended_LL[None, -1, image],
+                "text_attention_BTN": attended_LL[None, words][:, :, image],
+                "next_attention_BN": coming_LL[None, -1, image],
+                "mean_attention_BN": logits_H1n.softmax(-1).mean(dim=0),
+                "twig_attention_BN": twig_LL[None, -1, image],
+            }
         )
     return found
 
 
-def attention(language: MiniMind, layer: Layer, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
+def attention(language: Any, layer: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
     """Turned queries (H, L, d) and keys (G, L, d), and who attends to whom (L, L), mean over
     heads."""
-    attend, x_1LD = layer.self_attn, layer.input_layernorm(prompt.x_1LD)
-    turns = tables(language, prompt)
-    q_HLd, k_GLd = (rotate(p(x_1LD), *turns)[0] for p in (attend.queries, attend.keys))
-    k_HLd = k_GLd.repeat_interleave(attend.H // attend.G, dim=0)
-    logits_HLL = (q_HLd @ k_HLd.mT).float() / attend.d**0.5
-    logits_HLL = logits_HLL + causal(x_1LD.shape[1], x_1LD.device) + prompt.bias_L
+    q_HLd, k_GLd = layer.turned(prompt.x_1LD, language.rotary(prompt.position_1L))
+    k_HLd = k_GLd.repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
+    logits_HLL = (q_HLd @ k_HLd.mT).float() / q_HLd.shape[-1] ** 0.5
+    logits_HLL = logits_HLL + causal(q_HLd.shape[1], q_HLd.device) + prompt.bias_L
     return q_HLd, k_GLd, logits_HLL.softmax(-1).mean(dim=0)
 
 
-def in_twig(language: MiniMind, twig: Twig, prompt: Prompt) -> Tensor:
+def in_twig(language: Any, twig: Twig, prompt: Prompt) -> Tensor:
     """Who attends to whom in a twig's last layer (L, L), mean over heads."""
     mask_LL = causal(prompt.x_1LD.shape[1], prompt.x_1LD.device) + prompt.bias_L
-    rotary, x_1LD = tables(language, prompt), prompt.x_1LD
+    rotary, x_1LD = language.rotary(prompt.position_1L), prompt.x_1LD
     for layer in twig.layers[:-1]:
         x_1LD = layer(x_1LD, rotary, mask_LL[None, None], None)
-    last = twig.layers[-1]
-    assert isinstance(last, Layer)
-    return attention(language, last, replace(prompt, x_1LD=x_1LD))[2]
-
-
-def tables(language: MiniMind, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    c = language.config
-    return rotary_table(prompt.position_1L, c.head_dim, c.rope_theta)
+    return attention(language, twig.layers[-1], replace(prompt, x_1LD=x_1LD))[2]
 
 
 def causal(L: int, device: torch.device) -> Tensor:

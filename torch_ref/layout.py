@@ -21,7 +21,7 @@ class VLMConfig:
     """A MiniMind-V: its tower, its language model, and the tokens with a meaning."""
 
     vision: CLIPConfig = field(default_factory=CLIPConfig)
-    text: MiniMindConfig = field(default_factory=MiniMindConfig)
+    text: Any = field(default_factory=MiniMindConfig)  # or the TextConfig of one of transformers'
     image_token_id: int = 34
     eos_token_id: int = 2
     pool_tokens: int | None = None  # how many tokens its learned pruner keeps, where it has one

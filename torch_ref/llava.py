@@ -1,9 +1,11 @@
 """LLaVA-style models in the reference: a published folder as the reference's own modules."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from convert.backbones import is_backbone
 from convert.checkpoint import as_mlx
 from convert.llava import renamed
 from convert.llava_names import REFERENCE
@@ -22,7 +24,16 @@ def read(
     """
     where = Path(folder)
     source = as_mlx(where, Path(tower) if tower else None)
-    model = VLM(config_of(source.config))
-    state = renamed(source.tensors, REFERENCE, source.config, where)
+    sizes, layout = config_of(source.config), REFERENCE
+    if is_backbone(text := source.config["text_config"]):
+        from .language.transformers import TextConfig
+
+        layout = replace(REFERENCE, text="model.stock")
+        whole = source.config["published"]
+        told = whole.get("text_config") or {**whole, "model_type": text["model_type"]}
+        own = {k: text[k] for k in ("hidden_size", "tie_word_embeddings", "lm_head_bias")}
+        sizes = replace(sizes, text=TextConfig(told, **own))
+    model = VLM(sizes)
+    state = renamed(source.tensors, layout, source.config, where)
     model.load_state_dict({name: _tensor(raw) for name, raw in state.items()})
     return model.eval().to(device or best_device())

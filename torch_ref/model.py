@@ -23,7 +23,7 @@ from convert.errors import UserError
 from convert.tensors import RawTensor
 
 from . import decoder
-from .language.minimind import MiniMind
+from .language.minimind import MiniMind, MiniMindConfig
 from .language.splice import Row, Spliced, splice, visible
 from .layout import VisionEncoder, VLMConfig, config_of, merged, vision_proj
 from .pruners import METHODS, Reduction, Signals, Step, reduce, wanted
@@ -55,6 +55,15 @@ def _tensor(raw: RawTensor) -> Tensor:
     return torch.from_numpy(np.array(raw.data)).view(kinds[raw.dtype]).reshape(raw.shape)
 
 
+def language_of(text: Any) -> Any:
+    """The reference's own, or one of transformers', which is imported only then."""
+    if isinstance(text, MiniMindConfig):
+        return MiniMind(text)
+    from .language.transformers import TextModel
+
+    return TextModel(text)
+
+
 def one_by_one(spliced: Spliced, plan: decoder.Plan) -> bool:
     """Must prompts be read one at a time, because layers differ or rows count differently?"""
     return plan.step is not None or bool(spliced.bias_BL.any())
@@ -66,7 +75,7 @@ class VLM(nn.Module):
     def __init__(self, config: VLMConfig):
         super().__init__()
         self.config = config
-        self.model = MiniMind(config.text)
+        self.model = language_of(config.text)
         self.vision_proj = vision_proj(config)
         self.vision_encoder = VisionEncoder(config.vision)
         # Weights of learned methods that were trained beside a model, by name: none of its own.
@@ -100,7 +109,7 @@ class VLM(nn.Module):
         return getattr(self.vision_proj, "mlp" if self.config.merge else "vision_proj")
 
     @property
-    def language(self) -> MiniMind:
+    def language(self) -> Any:
         return self.model
 
     @property

@@ -12,6 +12,7 @@ H heads, G key/value heads, d head size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -167,7 +168,7 @@ class Step:
     def __init__(
         self,
         positions_BL: mx.array,
-        rotary: Rotary,
+        rotary: Any,  # what the layers turn queries and keys with
         padded: bool,
         bias_BL: mx.array | None = None,
     ):
@@ -211,6 +212,9 @@ class MiniMind(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def check(self, pipeline: Any) -> None:
+        """Every method works between these layers."""
 
     def make_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in self.layers]

@@ -140,6 +140,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
+    def turned(self, x_1LD: Tensor, rotary) -> tuple[Tensor, Tensor]:
+        """Queries (H, L, d) and keys (G, L, d) of the layer's input, with their positions."""
+        attend, x_1LD = self.self_attn, self.input_layernorm(x_1LD)
+        q_HLd, k_GLd = (rotate(p(x_1LD), *rotary)[0] for p in (attend.queries, attend.keys))
+        return q_HLd, k_GLd
+
     def forward(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, visible, rows)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -147,6 +153,8 @@ class Layer(nn.Module):
 
 class MiniMind(nn.Module):
     """Embeddings with explicit positions to hidden states."""
+
+    attends = True  # there is attention to read
 
     def __init__(self, config: MiniMindConfig):
         super().__init__()
@@ -169,8 +177,7 @@ class MiniMind(nn.Module):
         `visible_BLS` says which tokens each new token sees; by default those cached and
         those before it. `cache` is one list per layer, empty at first, changed in place.
         """
-        c = self.config
-        rotary = rotary_table(positions_BL, c.head_dim, c.rope_theta)
+        rotary = self.rotary(positions_BL)
         if visible_BLS is None:
             L = embeds_BLD.shape[1]
             past = cache[0][0].shape[2] if cache and cache[0] else 0
@@ -180,6 +187,10 @@ class MiniMind(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, visible_BLS[:, None], None if cache is None else cache[i])
         return self.norm(x)
+
+    def rotary(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, as the layers take them."""
+        return rotary_table(positions_BL, self.config.head_dim, self.config.rope_theta)
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the next token; the output layer may be the embedding itself."""

@@ -1,0 +1,168 @@
+"""Language models of transformers', through the same layers with fewer rows: the twin of mlx-lm's.
+
+transformers' own layers are called with explicit positions and masks. Their attention goes
+through a function of ours, which computes it whole and hands out what it was given.
+
+Shapes: B rows, L new tokens, S tokens with the cached ones, D features, H heads, G key/value heads,
+d head size.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AutoConfig, AutoModel
+
+WHOLE = "mlx_vlm_prune_whole"  # what transformers calls the function below
+NORMS = ("norm", "final_layernorm", "norm_f")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """`published` is the text_config of a LLaVA's config.json."""
+
+    published: Mapping[str, Any]
+    hidden_size: int
+    tie_word_embeddings: bool
+    lm_head_bias: bool
+
+
+def whole(
+    module: nn.Module, q_BHLd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None,
+    *, scaling: float, seen: list | None = None, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention (B, L, H, d) and its matrix; queries and keys go into `seen`."""
+    if seen is not None:
+        seen += [q_BHLd, k_BGSd]
+    times = q_BHLd.shape[1] // k_BGSd.shape[1]
+    k_BHSd, v_BHSd = (t.repeat_interleave(times, dim=1) for t in (k_BGSd, v_BGSd))
+    logits_BHLS = (q_BHLd @ k_BHSd.mT) * scaling
+    if mask is not None:
+        forbids = mask.dtype == torch.bool
+        logits_BHLS = logits_BHLS.masked_fill(~mask, -torch.inf) if forbids else logits_BHLS + mask
+    share_BHLS = logits_BHLS.softmax(-1)
+    return (share_BHLS @ v_BHSd).transpose(1, 2), share_BHLS
+
+
+AttentionInterface.register(WHOLE, whole)
+
+
+class Rows:
+    """A layer's keys and values, kept in a list that the caller holds."""
+
+    def __init__(self, rows: list):
+        self.rows = rows
+
+    def update(self, k_BGLd: Tensor, v_BGLd: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        held = self.rows or [k_BGLd[:, :, :0], v_BGLd[:, :, :0]]
+        new = zip(held, (k_BGLd, v_BGLd), strict=True)
+        self.rows[:] = [torch.cat(pair, dim=2) for pair in new]
+        return self.rows[0], self.rows[1]
+
+
+class Attending:
+    """A layer with attention."""
+
+    def __init__(self, stock: nn.Module):
+        self.stock = stock
+
+    def __call__(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
+        held = None if rows is None else Rows(rows)
+        return self._called(x, rotary, attention_mask=visible, past_key_values=held)
+
+    def turned(self, x_1LD: Tensor, rotary) -> tuple[Tensor, Tensor]:
+        """Queries (H, L, d) and keys (G, L, d) of the layer's input, with their positions."""
+        seen: list[Tensor] = []
+        self._called(x_1LD, rotary, attention_mask=None, seen=seen)
+        return seen[0][0], seen[1][0]
+
+    def _called(self, x: Tensor, rotary, **options: Any) -> Tensor:
+        out = self.stock(x, position_embeddings=rotary, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class Scanning:
+    """A layer of Mamba. Rows are read again from the first one on: nothing is remembered."""
+
+    def __init__(self, stock: nn.Module):
+        self.stock = stock
+
+    def __call__(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
+        whole = torch.cat([*(rows or []), x], dim=1)
+        if rows is not None:
+            rows[:] = [whole]
+        return self.stock(whole)[:, -x.shape[1] :]
+
+
+class TextModel(nn.Module):
+    """Embeddings with explicit positions to hidden states, as the reference's own models."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        told = AutoConfig.for_model(**config.published)
+        self.config = config
+        self.stock = AutoModel.from_config(told, attn_implementation=WHOLE, dtype=torch.float32)
+        if not config.tie_word_embeddings:
+            sizes = config.hidden_size, told.vocab_size
+            self.lm_head = nn.Linear(*sizes, bias=config.lm_head_bias)
+
+    @property
+    def embed_tokens(self) -> Any:
+        return self.stock.get_input_embeddings()
+
+    @property
+    def attends(self) -> bool:
+        return hasattr(self.stock.layers[0], "self_attn")
+
+    @property
+    def layers(self) -> list[Attending | Scanning]:
+        kind = Attending if self.attends else Scanning
+        return [kind(layer) for layer in self.stock.layers]
+
+    @property
+    def norm(self) -> nn.Module:
+        return next(getattr(self.stock, name) for name in NORMS if hasattr(self.stock, name))
+
+    def rotary(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, as the layers take them; of no layer that scans."""
+        if not self.attends:
+            return positions_BL, positions_BL
+        like = torch.zeros(1, device=positions_BL.device)
+        return self.stock.rotary_emb(like, positions_BL)
+
+    def forward(
+        self,
+        embeds_BLD: Tensor,
+        positions_BL: Tensor,
+        visible_BLS: Tensor | None = None,
+        cache: list[list] | None = None,
+    ) -> Tensor:
+        """Hidden states (B, L, D) after the final norm; arguments as of the reference's own."""
+        L = embeds_BLD.shape[1]
+        if visible_BLS is None:
+            past = cache[0][0].shape[2] if cache and cache[0] and self.attends else 0
+            visible_BLS = torch.ones(1, L, past + L, dtype=torch.bool).tril(past)
+            visible_BLS = visible_BLS.to(embeds_BLD.device)
+        if not self.attends and len(embeds_BLD) > 1:
+            return self._apart(embeds_BLD, positions_BL, visible_BLS)
+        x, rotary = embeds_BLD, self.rotary(positions_BL)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rotary, visible_BLS[:, None], None if cache is None else cache[i])
+        return self.norm(x)
+
+    def _apart(self, embeds_BLD: Tensor, positions_BL: Tensor, visible_BLS: Tensor) -> Tensor:
+        """Prompts one by one, what pads them left out: the last row sees all that are real."""
+        out = torch.zeros_like(embeds_BLD)
+        for b, real_L in enumerate(visible_BLS[:, -1]):
+            own = slice(b, b + 1)
+            out[b, real_L] = self(embeds_BLD[own, real_L], positions_BL[own, real_L])[0]
+        return out
+
+    def logits(self, hidden_BLD: Tensor) -> Tensor:
+        """Scores of the next token."""
+        if self.config.tie_word_embeddings:
+            return F.linear(hidden_BLD, self.embed_tokens.weight)
+        return self.lm_head(hidden_BLD)
