@@ -34,6 +34,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     hf = ways.add_parser("to-hf", help="for transformers: MiniMind-V's language model, or a LLaVA")
     hf.add_argument("source", metavar="SRC", type=Path, help="a folder that to-mlx made")
     hf.add_argument("target", metavar="DST", type=Path, help="the folder to make")
+    _prune_into_options(ways.add_parser("prune-into", help="so that mlx-vlm itself prunes"))
     for way in ways.choices.values():
         way.add_argument("--revision", help="of a hub name: a branch, tag or commit")
     return parser.parse_args(argv)
@@ -57,6 +58,15 @@ def _to_mlx_options(there: argparse.ArgumentParser) -> None:
     there.add_argument("--q-bits", type=int, choices=BITS, help="bits a weight (default 4)")
     there.add_argument("--q-group-size", type=int, choices=GROUPS, help="weights a scale (64)")
     there.add_argument("--q-mode", choices=MODES, default="affine", help="default affine")
+
+
+def _prune_into_options(there: argparse.ArgumentParser) -> None:
+    there.add_argument("source", metavar="SRC", type=Path, help="a folder that mlx-vlm runs")
+    there.add_argument("target", metavar="DST", type=Path, help="the folder to make")
+    there.add_argument("--pruner", required=True, metavar="NAME", help="as in generate")
+    budget = there.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--keep-ratio", type=float, metavar="R", help="of an image's tokens")
+    budget.add_argument("--keep-tokens", type=int, metavar="K", help="so many of an image's")
 
 
 def _positive(text: str) -> int:
@@ -87,6 +97,8 @@ def run(args: argparse.Namespace) -> str:
         reader = to_hf(args.source, args.target)
         part = "the whole model" if reader == READER else "the language model"
         return f"{args.target}: {part}, for transformers' {reader}"
+    if args.way == "prune-into":
+        return _prune_into(args)
     path, vision = (name and found(name, args.revision) for name in (args.source, args.vision))
     if args.way == "inspect":
         return describe(path, vision)
@@ -112,6 +124,23 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
     if source.reading is None:
         said += "\nno preprocessor_config.json was found: the tower's usual values are assumed"
     return said
+
+
+def _prune_into(args: argparse.Namespace) -> str:
+    # Methods are the product's: for this way alone, convert asks it.
+    from mlx_vlm_prune.hosts.into.folder import prune_into
+
+    made = prune_into(args.source, args.target, args.pruner, args.keep_ratio, args.keep_tokens)
+    budget = f"{args.keep_tokens}" if args.keep_ratio is None else f"{args.keep_ratio:.4g}"
+    needs = "mlx_vlm_prune too, where it is run" if made.leans else "nothing but mlx-vlm"
+    return (
+        f"{args.target}: {args.source}, and a pruned.py that keeps {budget} of an image's visual"
+        f" tokens by {args.pruner}\n"
+        f"{made.linked} files of weights are linked, {made.copied} others copied; pruned.py needs"
+        f" {needs}\n"
+        "warning: mlx-vlm executes pruned.py whenever it loads this folder, without asking; read"
+        " it, as you would read any program"
+    )
 
 
 def sizes(config: dict[str, Any], guessed: bool) -> str:

@@ -43,6 +43,9 @@ def desk(tmp_path_factory):
     clip.rename(folder / "clip-vit-base-patch16")
     tiny.write_words(folder / "minimind2")
     compose(0).image().save(folder / "photo.jpg")
+    (folder / "my-vlm").mkdir()  # as far as prune-into reads it
+    (folder / "my-vlm" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (folder / "my-vlm" / "model.safetensors").write_bytes(b"")
     return folder
 
 

@@ -86,7 +86,8 @@ def test_torch_ref_is_independent_but_for_the_scenes():
 
 
 def test_convert_knows_neither_side():
-    assert not trespasses("convert", "mlx_vlm_prune", "torch_ref")
+    asks_for_methods = "convert/__main__.py imports mlx_vlm_prune.hosts.into.folder.prune_into"
+    assert trespasses("convert", "mlx_vlm_prune", "torch_ref") == [asks_for_methods]
     assert trespasses("convert", "mlx") == ["convert/quantise.py imports mlx.core"]
 
 

@@ -15,6 +15,7 @@ from convert.files import read_json
 
 from .families import FAMILIES, REFUSED
 
+RECORD = "mlx_vlm_prune"  # in the config.json of a folder that prune-into made
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
 
 
@@ -25,7 +26,13 @@ def kind_of(folder: Path) -> str | None:
     Raises UserError, with the reason, for a model that has no visual tokens to prune.
     """
     file = folder / "config.json"
-    kind = read_json(file).get("model_type") if file.is_file() else None
+    config = read_json(file) if file.is_file() else {}
+    kind = config.get("model_type")
+    if isinstance(made := config.get(RECORD), dict):
+        raise UserError(
+            f"{folder} prunes by itself ({made.get('pruner')}), for mlx-vlm to run; here give the"
+            " folder that it was made from, and --pruner"
+        )
     if isinstance(kind, str) and kind in REFUSED:
         raise UserError(f"{folder} is a {kind} model: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:

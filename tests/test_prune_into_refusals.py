@@ -1,0 +1,137 @@
+"""Refusals of `convert prune-into`: one sentence, exit code 2, and nothing is left."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from convert.__main__ import main
+from mlx_vlm_prune.hosts.into import folder as into
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    """A folder as far as it is read."""
+    return made(tmp_path / "source", {"model_type": "llava"})
+
+
+def made(folder: Path, config: dict) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(b"weights, never read here")
+    return folder
+
+
+def refused(capsys, *words) -> str:
+    """The one sentence."""
+    with pytest.raises(SystemExit) as end:
+        main(["prune-into", *map(str, words)])
+    told = capsys.readouterr()
+    assert end.value.code == 2 and not told.out
+    assert told.err.startswith("error: ") and told.err.count("\n") == 1
+    return told.err
+
+
+NORM = ("--pruner", "norm", "--keep-ratio", "0.5")
+BUDGET = ("--keep-ratio", "0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--pruner", "divprun", *BUDGET], "did you mean divprune"),
+        (["--pruner", "norm:seed=1", *BUDGET], "norm has no option 'seed'"),
+        (["--pruner", "none", *BUDGET], "none prunes nothing"),
+        (["--pruner", "fastv", *BUDGET], "fastv cannot be written into a checkpoint: it works"),
+        (["--pruner", "divprune+fastv", *BUDGET], "between the language model's layers"),
+        (["--pruner", "tome", *BUDGET], "it works between the tower's layers"),
+        (["--pruner", "downsample", *BUDGET], "it makes the picture smaller"),
+        (["--pruner", "norm+restore", *BUDGET], "restore cannot be written"),
+        (["--pruner", "score_prune", *BUDGET], "score_prune is learned"),
+        (["--pruner", "cls_attention:layer=0.5", *BUDGET], "takes an int, not '0.5'"),
+        (["--pruner", "norm", "--keep-ratio", "0"], "must be above 0 and at most 1"),
+        (["--pruner", "norm", "--keep-ratio", "1.5"], "must be above 0 and at most 1"),
+        (["--pruner", "norm", "--keep-ratio", "nan"], "must be above 0 and at most 1"),
+        (["--pruner", "norm", "--keep-tokens", "0"], "must be at least 1"),
+        (["--pruner", "norm", "--keep-tokens", "few"], "invalid int value"),
+        (["--pruner", "norm"], "--keep-ratio --keep-tokens is required"),
+        ([*NORM, "--keep-tokens", "4"], "not allowed with"),
+        (BUDGET, "--pruner"),
+    ],
+)
+def test_what_cannot_be_asked(source, tmp_path, capsys, words, said):
+    assert said in refused(capsys, source, tmp_path / "new", *words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "mllama"}, "it reads images by cross-attention"),
+        ({"model_type": "unheard_of"}, "is a unheard_of model; prune-into knows mlx-vlm's llava"),
+        ({"model_type": ["llava"]}, "prune-into knows mlx-vlm's"),
+        ({}, "is a None model"),
+        ({"model_type": "llava", "model_file": "own.py"}, "a model of its own in own.py"),
+        ({"model_type": "llava", "mlx_vlm_prune": {}}, "prunes already"),
+        ({"model_type": "llava", "vision_feature_layer": [3, 7]}, "vision_feature_layer is [3, 7]"),
+        ({"model_type": "llava", "vision_feature_select_strategy": "full"}, "not the patches"),
+        ({"model_type": "smolvlm"}, "tokenizer.json"),
+    ],
+)
+def test_what_cannot_be_pruned(tmp_path, capsys, config, said):
+    folder = made(tmp_path / "source", config)
+    assert said in refused(capsys, folder, tmp_path / "new", *NORM)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_tokenizer_that_does_not_mark_the_last_tile(tmp_path, capsys):
+    folder = made(tmp_path / "source", {"model_type": "idefics3"})
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 1, "content": "<x>"}]}')
+    assert "has no <global-img>" in refused(capsys, folder, tmp_path / "new", *NORM)
+
+
+def test_folders_that_are_not_there_or_hold_no_model(tmp_path, capsys):
+    new = tmp_path / "new"
+    assert "there is no folder" in refused(capsys, tmp_path / "gone", new, *NORM)
+    (tmp_path / "empty").mkdir()
+    assert "cannot read" in refused(capsys, tmp_path / "empty", new, *NORM)
+    (tmp_path / "empty" / "config.json").write_text("{")
+    assert "is not valid JSON" in refused(capsys, tmp_path / "empty", new, *NORM)
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "llava"}')
+    assert "holds no .safetensors" in refused(capsys, tmp_path / "empty", new, *NORM)
+
+
+def test_nothing_is_overwritten(source, tmp_path, capsys):
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "mine.txt").write_text("mine")
+    assert "exists already" in refused(capsys, source, there, *NORM)
+    assert "exists already" in refused(capsys, source, source, *NORM)
+    assert "there is no folder" in refused(capsys, source, tmp_path / "a" / "b", *NORM)
+    assert [p.name for p in there.iterdir()] == ["mine.txt"]
+
+
+def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):
+    (source / "tokenizer.json").write_text("{}")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(into.shutil, "copyfile", full)
+    assert "No space left on device; nothing was left" in refused(
+        capsys, source, tmp_path / "new", *NORM
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("pruner", "needs"), [("divprune", "nothing but mlx-vlm"), ("visionzip", "mlx_vlm_prune too")]
+)
+def test_it_says_what_was_written_and_that_it_will_be_executed(
+    source, tmp_path, capsys, pruner, needs
+):
+    main(["prune-into", str(source), str(tmp_path / "new"), "--pruner", pruner, *BUDGET])
+    told = capsys.readouterr().out
+    assert f"keeps 0.5 of an image's visual tokens by {pruner}" in told and needs in told
+    assert "warning: mlx-vlm executes pruned.py whenever it loads this folder" in told
+    assert (tmp_path / "new" / "pruned.py").is_file()
