@@ -4,6 +4,7 @@ Shapes: B prompts (1 here), I images (1), N visual tokens, L rows, D features, V
 """
 
 import copy
+import inspect
 from dataclasses import asdict
 from typing import Any
 
@@ -74,10 +75,16 @@ class Theirs:
     def step(self, token_B: Tensor, cache: Any) -> Tensor:
         return self._logits(cache, input_ids=token_B[:, None])
 
-    def _logits(self, cache: Any, **given: Tensor) -> Tensor:
+    def _logits(self, cache: Any, **given: Any) -> Tensor:
         """Of the last row only."""
-        told = self.language(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return told.logits[:, -1]
+        given[cache_name(self.language)] = cache
+        return self.language(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def cache_name(module: nn.Module) -> str:
+    """What a module of transformers calls its cache: another name since 5.24."""
+    known = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def tower(own: CLIPTower | SiglipTower) -> Any:

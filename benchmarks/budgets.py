@@ -8,7 +8,6 @@ tokens more, too. One calibration, on another picture, serves all. The last line
 object of the same figures.
 """
 
-import argparse
 import json
 import random
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from convert.errors import Parser
 from mlx_vlm_prune import load
 from mlx_vlm_prune.budgets import keep_within
 from mlx_vlm_prune.calibrate import measure
@@ -153,7 +153,7 @@ def show(spec: str, known: Calibration, seconds: float, trials: list[Trial]) -> 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.budgets", description=__doc__)
+    parser = Parser(prog="python -m benchmarks.budgets", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
     parser.add_argument("--pruner", action="append", help="repeat for several")
     parser.add_argument("--prompts", type=int, default=20)

@@ -7,7 +7,6 @@ it is, in the other the rows of queries and keys move. Writes results/conversion
 last line is the same in one line.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from convert.errors import Parser
 from convert.generations import GENERATIONS
 from convert.names import to_published
 from convert.shapes import expected_shapes
@@ -112,9 +112,7 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.conversion", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks.conversion", description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=22, help="22 make 2 GB")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")

@@ -5,7 +5,6 @@ against the time to the first token, gains realised and counted, where the time 
 each kind of question loses, and all of them on one page.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from convert.errors import Parser
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
@@ -261,9 +261,7 @@ def draw(folder: Path = FIGURES, results: Path = RESULTS) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.figures", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks.figures", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER")
     draw(parser.parse_args().out)
 

@@ -5,13 +5,12 @@ pictures from the built-in model: `--draw` makes them again, of three scenes and
 photographs it is given. Nothing on the page is written by hand.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from convert.errors import UserError
+from convert.errors import Parser, UserError
 from mlx_vlm_prune.listing import Entry, entry
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.overlay import overlay, strip
@@ -115,9 +114,7 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gallery", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks.gallery", description=__doc__.split("\n")[0])
     parser.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
     args = parser.parse_args()
     if args.draw is not None:

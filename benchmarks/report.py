@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+from convert.errors import Parser
 from convert.generations import GENERATIONS
 from mlx_vlm_prune.listing import entry
 from mlx_vlm_prune.pruners import METHODS
+from mlx_vlm_prune.remembered import write_atomically
 from mlx_vlm_prune.scenes import KINDS
 
 from .tables import budgets_table, claims_table, hosts_table, rivals_table, speed_table
@@ -182,6 +184,15 @@ def fill(text: str, results: Path = RESULTS) -> str:
     return text
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line."""
+    Parser(
+        prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0]
+    ).parse_args()
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    write_atomically(readme, fill(readme.read_text(encoding="utf-8")))
+    print(f"Wrote {readme}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ Writes benchmarks/results/selectors.json; the last line of the output is the sam
 Shapes: N tokens, D features, H heads, d head size, T words.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
+from convert.errors import Parser
 from mlx_vlm_prune.decoder import At, through
 from mlx_vlm_prune.generate import versions
 from mlx_vlm_prune.model import VLM
@@ -114,9 +114,7 @@ def first_token(model: VLM, row: Row, pixels: mx.array) -> float:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.selectors", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m benchmarks.selectors", description=__doc__.split("\n")[0])
     parser.add_argument("--pruner", action="append", help="repeat for several; default: all")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--save", action="store_true", help="keep as a result")

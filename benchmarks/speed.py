@@ -30,7 +30,8 @@ from convert.errors import Parser, UserError
 from mlx_vlm_prune import operations
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLMConfig
-from mlx_vlm_prune.pruners import Pipeline, plan
+from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
+from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.remembered import write_atomically
 
 from .ceiling import announce
@@ -191,6 +192,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.shape, args.pruner = args.shape or [next(iter(SHAPES))], args.pruner or list(PRUNERS)
     args.batch, args.text = args.batch or [1], args.text or [TEXT_TOKENS]
     args.side = args.side or [None]
+    for name in (one.split(":")[0] for one in "+".join(args.pruner).split("+")):
+        if name not in (known := {**METHODS, **PRESETS}):  # refused before any is measured
+            raise UserError(f"no pruner is called {name!r}; {nearest(name, known)}")
     if "none" in args.pruner:
         raise UserError("--pruner none is what all are measured beside; name another")
     return args

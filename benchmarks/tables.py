@@ -63,8 +63,8 @@ def claims_table(results: Path) -> str:
         own = judged.get(claim.judged)
         right = f"{full:.1%} → {own['overall']:.1%} (`{pruner}`, {tokens} of 196)" if own else "–"
         lines.append(
-            f"| {claim.system} | {claim.says} | {timed(claim, row['gains'])} | "
-            f"{row['gains']['first_token']:.2f}x | {right} |"
+            f"| {claim.system} | {claim.says} | {timed(claim, row)} | {_gain(row, 'total')} | "
+            f"{right} |"
         )
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ import mlx.core as mx  # noqa: E402
 
 from . import operations  # noqa: E402
 from .budgets import calibrated  # noqa: E402
+from .evaluation.bootstrap import FEWEST  # noqa: E402
 from .loading import DTYPES, Processor, load  # noqa: E402
 from .machine import machine, versions  # noqa: E402
 from .model import VLM  # noqa: E402
@@ -74,6 +75,8 @@ class Advice:
     cache_bytes: tuple[int, int]  # full, and with `kept` tokens
     frontier: list[dict[str, Any]] = field(default_factory=list)
     questions: str = ""
+    count: int = 0  # of the questions
+    full: float = 1.0  # what the model with all tokens got in them
 
     @property
     def lines(self) -> list[str]:
@@ -102,7 +105,7 @@ class Advice:
             f"{row['pruner']} with {row['tokens']} ({loss:+.1f} points)"
             for row, loss in zip(self.frontier, losses, strict=True)
         )
-        return [f"On the frontier of the last evaluation ({self.questions}): {told}."]
+        return [f"On the frontier of the last evaluation ({self.questions}, {self.count}): {told}."]
 
     @property
     def _model(self) -> str:
@@ -114,17 +117,26 @@ class Advice:
         gain = self.times.total / min(self.times.first.values())
         if gain < WORTH:
             return f"Advice: do not prune; at best it would be {gain:.2f} x as fast here."
-        safe = [row for row in self.frontier if row["to_full"]["overall"][0] >= -SAFE]
+        safe = [row for row in self.frontier if self._is_safe(row)]
         start = f"python -m mlx_vlm_prune.generate{self._model} --image photo.jpg --prompt '…'"
         if not self.frontier:
             return f"Advice: evaluate first; then {start} --pruner … --keep-ratio 0.25"
+        if self.count < FEWEST or self.full <= 0:
+            few = f"only {self.count} questions" if self.count < FEWEST else "no right answer"
+            return f"Advice: evaluate again; with {few} the last one says nothing."
         if not safe:
             return (
-                f"Advice: do not prune; every method loses more than {SAFE:.0%} of the answers at"
-                " the budgets that were evaluated."
+                f"Advice: do not prune; every method may lose more than {SAFE:.0%} of the answers"
+                " (95 % interval) at the budgets that were evaluated."
             )
         best = min(safe, key=lambda row: row["tokens"])
         return f"Advice: {start} --pruner {best['pruner']} --keep-tokens {best['tokens']}"
+
+    @staticmethod
+    def _is_safe(row: Mapping[str, Any]) -> bool:
+        """Does it lose no more than SAFE, as far as the interval tells?"""
+        low = row["to_full"]["overall"][1]
+        return low is not None and low >= -SAFE
 
 
 def frontier(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -150,6 +162,7 @@ def evaluation(folder: Path | None, named: Path | None) -> dict[str, Any]:
         told = read_json(path)
         for row in told["rows"]:
             row["pruner"], row["tokens"] + row["of"], row["overall"] + row["to_full"]["overall"][0]
+            row["to_full"]["overall"][1]
     except (KeyError, TypeError, IndexError) as e:
         raise UserError(f"{path} is no evaluation ({e}); {EVALUATE} writes one") from None
     return told
@@ -205,8 +218,11 @@ def advise(model: VLM, processor: Processor, image: Any, told: Mapping[str, Any]
         for row in frontier(told.get("rows", ()))
     ]
     times = measured(model, processor, image, K)
-    questions = str(told.get("questions", ""))
-    return Advice(processor.name, N, K, times, (held[0], held[1]), rows, questions)
+    full = [row["overall"] for row in told.get("rows", ()) if row["pruner"] == "none"]
+    return Advice(
+        processor.name, N, K, times, (held[0], held[1]), rows, str(told.get("questions", "")),
+        int(told.get("count", 0)), max(full, default=0.0),
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

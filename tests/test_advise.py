@@ -1,6 +1,7 @@
 """Promises of the advice: true figures, a true frontier, one recommendation that can be copied."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from . import tiny
 
 
 def row(pruner: str, tokens: int, overall: float) -> dict:
-    lost = [overall - 0.99, overall - 1.0, overall - 0.98]
+    lost = [overall - 0.99, overall - 0.992, overall - 0.985]
     return {"pruner": pruner, "tokens": tokens, "of": 196, "overall": overall,
             "to_full": {"overall": lost}}  # fmt: skip
 
@@ -28,7 +29,8 @@ TIMES = Times(10.0, 60.0, 30.0, 5.0, {"behind": 80.0, "inside": 50.0, "smaller":
 
 
 def advice(rows=(), times=TIMES, model="my-model") -> Advice:
-    return Advice(model, 196, 49, times, (4_000_000, 1_500_000), list(frontier(rows)), "scenes")
+    edge, size = list(frontier(rows)), (4_000_000, 1_500_000)
+    return Advice(model, 196, 49, times, size, edge, "scenes", count=2004)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,18 @@ def test_where_nothing_is_won_or_too_much_lost_it_says_not_to_prune():
     slow = Times(10.0, 60.0, 30.0, 5.0, {"behind": 99.0, "inside": 98.0, "smaller": 97.0})
     assert "do not prune; at best it would be 1.03 x" in advice(ROWS, slow).recommendation
     lossy = [row("random", 98, 0.9), row("random", 49, 0.8)]
-    assert "every method loses more than 2%" in advice(lossy).recommendation
+    assert "every method may lose more than 2%" in advice(lossy).recommendation
+    unsure = row("uniform", 49, 0.98)
+    unsure["to_full"]["overall"] = [-0.01, -0.03, 0.01]
+    assert "every method may lose more than 2%" in advice([unsure]).recommendation
+
+
+@pytest.mark.parametrize(
+    ("told", "why"), [({"count": 19}, "only 19 questions"), ({"full": 0.0}, "no right answer")]
+)
+def test_an_evaluation_that_says_nothing_is_no_ground_for_advice(told, why):
+    advised = replace(advice(ROWS), **told).recommendation
+    assert advised == f"Advice: evaluate again; with {why} the last one says nothing."
 
 
 def test_without_an_evaluation_it_says_how_to_make_one():

@@ -9,6 +9,7 @@ from PIL import Image
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.evaluate import main
+from mlx_vlm_prune.evaluation import bootstrap
 from mlx_vlm_prune.evaluation.answers import ready
 from mlx_vlm_prune.remembered import cache_folder, model_key
 
@@ -55,6 +56,7 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(bootstrap, "FEWEST", 1)  # the few questions here are enough
 
 
 def write(folder, rows) -> None:

@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 
 from convert.errors import UserError
-from mlx_vlm_prune.evaluation.bootstrap import interval, resampled
+from mlx_vlm_prune.evaluation import bootstrap
+from mlx_vlm_prune.evaluation.bootstrap import FEWEST, interval, resampled
 from mlx_vlm_prune.evaluation.judge import Judge, Sheet
-from mlx_vlm_prune.evaluation.table import table
+from mlx_vlm_prune.evaluation.table import mark, table
 from mlx_vlm_prune.questions import Question, format_of
 
 NO_PICTURE = b""
+
+
+@pytest.fixture(autouse=True)
+def _few_are_enough(monkeypatch):
+    monkeypatch.setattr(bootstrap, "FEWEST", 1)
 
 
 def asked(*told: tuple[str, str, str], answers=("yes",)) -> list[Question]:
@@ -35,7 +41,7 @@ def rows_of(name: str, questions, *said: list[str], loyal=None, logprob=None, ra
 
 def coverage(drawn_RS: np.ndarray, truth: float) -> float:
     """The share of simulated sets whose interval holds the truth."""
-    bounds = [interval(0.0, column)[1:] for column in drawn_RS.T]
+    bounds = [interval(0.0, column, FEWEST)[1:] for column in drawn_RS.T]
     return float(np.mean([low <= truth <= high for low, high in bounds]))
 
 
@@ -70,7 +76,18 @@ def test_resampled_differences_are_differences_of_resampled_means_and_repeat_wit
     np.testing.assert_allclose(both[:, 0] - both[:, 1], both[:, 2], atol=1e-12)
     again = resampled((a_G - b_G)[:, None], ones_G, np.random.default_rng(7))
     np.testing.assert_allclose(again[:, 0], both[:, 2], atol=1e-12)
-    assert interval(0.5, np.zeros(10)) == [0.5, 0.0, 0.0]
+    assert interval(0.5, np.zeros(10), FEWEST) == [0.5, 0.0, 0.0]
+
+
+def test_of_a_handful_of_groups_there_is_no_interval(monkeypatch):
+    """One question drawn again and again would always be sure of itself."""
+    monkeypatch.setattr(bootstrap, "FEWEST", FEWEST)
+    assert interval(0.5, np.full(10, 0.5), FEWEST - 1) == [0.5, None, None]
+    questions = asked(*[("all", "", "yes")] * (FEWEST - 1))
+    full, other = ["yes"] * (FEWEST - 1), ["no"] * (FEWEST - 1)
+    row = rows_of("own", questions, full, other)[1]
+    assert row["to_full"]["overall"] == [-1.0, None, None]
+    assert mark({"to_random": row["to_full"]}) == " "
 
 
 def test_many_groups_are_drawn_in_pieces(monkeypatch):

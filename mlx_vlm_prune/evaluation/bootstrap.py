@@ -11,6 +11,7 @@ import numpy as np
 
 RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)  # of a 95 % interval
+FEWEST = 20  # groups; of fewer an interval says too much
 HELD = 1 << 22  # counts in memory at once
 
 
@@ -30,8 +31,11 @@ def resampled(
     return np.concatenate(means)
 
 
-def interval(apart: float, apart_R: np.ndarray) -> list[float]:
-    """A difference and its 95 % interval, from the resampled differences."""
+def interval(apart: float, apart_R: np.ndarray, groups: int) -> list[float | None]:
+    """A difference and its 95 % interval, from the resampled differences; of fewer groups than
+    FEWEST, None for the interval's ends."""
+    if groups < FEWEST:
+        return [short(apart), None, None]
     low, high = np.quantile(apart_R, BOUNDS)
     return [short(x) for x in (apart, low, high)]
 

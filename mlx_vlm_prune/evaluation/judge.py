@@ -109,6 +109,9 @@ class Figures:
     def __init__(self, judge: Judge, worth_GP: np.ndarray, sums_GP: dict[str, np.ndarray]):
         ones_G = np.ones(len(worth_GP))
         self.kinds = judge.kinds
+        sizes = {kind: len(own) for kind, own in judge.of_kind.items()}
+        strata = min(sizes.values()) if judge.format.total == "sum" else len(worth_GP)
+        self.groups = {**dict.fromkeys(BESIDE, len(worth_GP)), "overall": strata, **sizes}
         self.mean_P = {kind: worth_GP[own].mean(axis=0) for kind, own in judge.of_kind.items()}
         self.drawn_RP = {
             kind: resampled(worth_GP[own], ones_G[own], judge.rng(kind))
@@ -130,12 +133,13 @@ class Figures:
         accuracy = {kind: own.pop(kind) for kind in self.kinds}
         return {"accuracy": accuracy, **own}
 
-    def apart(self, p: int, other: int) -> dict[str, list[float]]:
+    def apart(self, p: int, other: int) -> dict[str, list[float | None]]:
         """Every figure's difference to another method's, with its 95 % interval."""
         return {
             name: interval(
                 self.mean_P[name][p] - self.mean_P[name][other],
                 self.drawn_RP[name][:, p] - self.drawn_RP[name][:, other],
+                self.groups[name],
             )
             for name in (*BESIDE, *self.kinds)
         }

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from . import bootstrap
+
 MOST_KINDS = 8  # more do not fit into a line
 LONGEST = 12  # letters of a column's head
 NARROWEST = 8
@@ -61,18 +63,24 @@ def _columns(told: Told) -> list[Column]:
 
 
 def mark(row: Told, name: str = "overall") -> str:
-    """Above or below `random` at the same budget, where the interval says so."""
-    _, low, high = row.get("to_random", {}).get(name, (0, -1, 1))
+    """Above or below `random` at the same budget, where there is an interval that says so."""
+    _, low, high = row.get("to_random", {}).get(name, (0, None, None))
+    if low is None:
+        return " "
     return "▲" if low > 0 else "▼" if high < 0 else " "
 
 
 def _notes(told: Told) -> list[str]:
     unit = ", in %" if told["unit"] == "%" else ""
     lines = [
-        f"{told['count']} questions ({told['format']}){unit}. Loyalty: the same answer as with all"
-        " tokens, in %. Log-prob: of the right answer, its mean.",
+        f"{told['count']} question{'s' * (told['count'] != 1)} ({told['format']}){unit}. Loyalty:"
+        " the same answer as with all tokens, in %. Log-prob: of the right answer, its mean.",
         "▲ ▼: above or below random with as many tokens (95 % interval, paired bootstrap).",
     ]
+    if told["count"] < bootstrap.FEWEST:
+        lines[-1] = (
+            f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
+        )
     if len(told["kinds"]) > MOST_KINDS:
         lines.append(f"The {len(told['kinds'])} kinds of question are told apart in the file.")
     worse: dict[str, list[str]] = {}

@@ -7,8 +7,8 @@ named. The kind is `subject`. The question comes first, then its hint as context
 and the field's suffix that asks for the letter.
 
 The rule that the field follows (LLaVA's, arXiv:2304.08485): the answer is a letter, begins with
-"B. ", or says "The answer is B". We also take "B." alone. Where none holds the authors guess at
-random; here the answer is wrong.
+"B. ", or says once "The answer is B." We also take "B." alone, and a missing last full stop. Where
+none holds the authors guess at random; here the answer is wrong.
 """
 
 import re
@@ -34,7 +34,8 @@ from .reading import (
 
 SPLIT = "test"
 MOST = 5
-_LETTER = re.compile(r"([A-E])\.?$|([A-E])\. |.*?The answer is ([A-E])")
+_LETTER = re.compile(r"([A-E])(\.?$|\. )")
+_SENTENCE = re.compile(r"The answer is ([A-E])\b")
 
 
 def read(source: Source, bad: Bad) -> Iterator[Question]:
@@ -74,8 +75,11 @@ def _questions(pid: str, problem: Any, images: Path, split: str) -> list[Questio
 
 def chosen(said: str) -> str:
     """The letter that an answer names, or "" where it names none."""
-    found = _LETTER.match(said.strip().replace("\n", ". "))
-    return next(filter(None, found.groups())) if found else ""
+    said = said.strip()
+    if found := _LETTER.match(said):
+        return found.group(1)
+    told = _SENTENCE.findall(said)
+    return told[0] if len(told) == 1 else ""
 
 
 def score(question: Question, said: str) -> float:
