@@ -4,7 +4,6 @@ Shapes: B prompts (1 here), I images (1), N visual tokens, L rows, D features, V
 """
 
 import copy
-import inspect
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +16,7 @@ from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.prompt import Prompt
 from torch_ref.language.minimind import MiniMind, MiniMindConfig
+from torch_ref.language.transformers import cache_name
 from torch_ref.model import VLM, Decoding, best_device
 from torch_ref.towers.clip import CLIPTower
 from torch_ref.towers.siglip import SiglipTower
@@ -79,12 +79,6 @@ class Theirs:
         """Of the last row only."""
         given[cache_name(self.language)] = cache
         return self.language(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
-
-
-def cache_name(module: nn.Module) -> str:
-    """What a module of transformers calls its cache: another name since 5.24."""
-    known = inspect.signature(module.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
 
 
 def tower(own: CLIPTower | SiglipTower) -> Any:

@@ -7,6 +7,7 @@ Shapes: B rows, L new tokens, S tokens with the cached ones, D features, H heads
 d head size.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +64,12 @@ class Rows:
         return self.rows[0], self.rows[1]
 
 
+def cache_name(module: nn.Module) -> str:
+    """What a module of transformers calls its cache: another name since 5.24."""
+    known = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
+
+
 class Attending:
     """A layer with attention."""
 
@@ -71,7 +78,7 @@ class Attending:
 
     def __call__(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
         held = None if rows is None else Rows(rows)
-        return self._called(x, rotary, attention_mask=visible, past_key_values=held)
+        return self._called(x, rotary, attention_mask=visible, **{cache_name(self.stock): held})
 
     def turned(self, x_1LD: Tensor, rotary) -> tuple[Tensor, Tensor]:
         """Queries (H, L, d) and keys (G, L, d) of the layer's input, with their positions."""
