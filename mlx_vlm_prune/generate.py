@@ -61,7 +61,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--chat-template-config", type=_object, metavar="JSON", help='as {"open_thinking": true}')
     add("--prefill-step-size", type=int, metavar="ROWS", help="mlx-vlm models: rows read at once")
-    add("--kv-bits", type=float, help="mlx-vlm models: bits of a number in the cache")
+    add("--kv-bits", type=float, help="mlx-vlm models: bits of a number in the cache,"
+        " where it is longer than 5,000 rows")  # fmt: skip
     add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
         help="mlx-vlm models: one or two sides that pictures are to fit in")  # fmt: skip
     add("--revision", help="of a hub name: a branch, tag or commit")

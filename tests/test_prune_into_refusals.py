@@ -109,6 +109,8 @@ def test_nothing_is_overwritten(source, tmp_path, capsys):
     assert "exists already" in refused(capsys, source, source, *NORM)
     assert "there is no folder" in refused(capsys, source, tmp_path / "a" / "b", *NORM)
     assert [p.name for p in there.iterdir()] == ["mine.txt"]
+    assert "lies inside" in refused(capsys, source, source / "inside", *NORM)
+    assert not (source / "inside").exists()
 
 
 def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def load(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:
     try:
         model, processor = load_there(str(folder), trust_remote_code=False)
     except Exception as problem:  # mlx-vlm and transformers raise whatever comes
-        said = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        said = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot load {folder}: {said}") from problem
     if dtype is not None:
         model.set_dtype(dtype)

@@ -19,6 +19,8 @@ TOWER = ("patches", "pixels", "text", "grid")  # what needs no attention
 def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | None) -> Policy:
     """The position policy that holds; UserError where a method or policy cannot work."""
     kind = model.config.model_type
+    if positions not in (None, "keep", "renumber"):
+        raise UserError(f"--positions is {positions!r}; it is keep or renumber")
     if "get_input_embeddings" in vars(model):
         raise UserError("this model is being pruned already: leave that block first")
     for step in pipeline.steps:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from convert.errors import UserError
 
-from ..image import open_image
+from ..image import MAX_PIXELS, open_image
 from ..prompt import IMAGE_MARK
 from ..pruners import Pipeline, Reduction, plan
 from ..request import Request
@@ -33,8 +33,8 @@ def cache_options(prefill_step_size: int | None, kv_bits: float | None) -> dict[
             raise UserError(f"--prefill-step-size is {prefill_step_size}; it must be at least 1")
         told["prefill_step_size"] = prefill_step_size
     if kv_bits is not None:
-        if not 1 <= kv_bits <= 8:
-            raise UserError(f"--kv-bits is {kv_bits:g}; it must be from 1 to 8")
+        if not 1.5 <= kv_bits <= 8 or kv_bits == 7:
+            raise UserError(f"--kv-bits is {kv_bits:g}; it must be from 1.5 to 8, and not 7")
         told["kv_bits"] = kv_bits
     return told
 
@@ -45,6 +45,10 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
         return None
     if len(shape) not in (1, 2) or min(shape) < 1:
         raise UserError(f"--resize-shape is {' '.join(map(str, shape))}; give one or two sides")
+    if shape[0] * shape[-1] > MAX_PIXELS:
+        raise UserError(
+            f"--resize-shape is {' '.join(map(str, shape))}; the most is {MAX_PIXELS} pixels"
+        )
     return shape[0], shape[-1]
 
 
@@ -97,7 +101,7 @@ def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Re
     except UserError:
         raise
     except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
-        said = (str(problem) or type(problem).__name__).splitlines()[0]
+        said = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
 
 

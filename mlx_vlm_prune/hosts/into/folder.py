@@ -63,6 +63,8 @@ def prune_into(
     config = _config(source)
     pipeline = _pipeline(pruner, config["model_type"])
     _check_budget(keep_ratio, keep_tokens)
+    if source.resolve() in target.resolve().parents:
+        raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
     text, leans = _source(source, config, pipeline, keep_ratio, keep_tokens)
     record: dict[str, Any] = {"pruner": pipeline.name, "version": __version__}
     record |= {"keep_ratio": keep_ratio} if keep_tokens is None else {"keep_tokens": keep_tokens}
