@@ -11,6 +11,7 @@ from PIL import Image
 from convert.errors import UserError
 from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.hosts.stream import explained
 
 from . import host_folders
 from .test_generate import refused
@@ -197,6 +198,19 @@ def test_mlx_vlms_options_reach_mlx_vlm(loaded, home, monkeypatch):
     )  # fmt: skip
     named = ("kv_bits", "prefill_step_size", "temperature", "top_p", "seed", "max_tokens")
     assert [given[name] for name in named] == [8, 3, 0.5, 0.9, 3, 1]
+
+
+def test_a_cache_that_cannot_have_so_few_bits_ends_in_one_sentence():
+    def pieces():
+        yield "a piece"
+        raise ValueError("[quantize] The last dimension\nmust be divisible by 64")
+
+    told = explained(pieces(), 4)
+    assert next(told) == "a piece"
+    with pytest.raises(UserError, match=r"--kv-bits 4 cannot be had of this model: .* by 64"):
+        next(told)
+    with pytest.raises(ValueError, match="quantize"):
+        list(explained(pieces(), None))
 
 
 def test_a_picture_is_made_to_fit_the_shape_asked_for(loaded, home):

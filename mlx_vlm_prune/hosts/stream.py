@@ -81,7 +81,21 @@ def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[Gene
             trace = [*told.trace, *(deep.trace if deep else [])]
             stops = [stop for stop in trace if stop.step] or trace
             said = replace(said, seen=Seen(shown, grids[0], stops, grids))
-        yield from _decode(model, processor, told, deep, said, clock, sampling | cache)
+        pieces = _decode(model, processor, told, deep, said, clock, sampling | cache)
+        yield from explained(pieces, asked.kv_bits)
+
+
+def explained(
+    pieces: Iterator[GenerationResult], kv_bits: float | None
+) -> Iterator[GenerationResult]:
+    """The pieces; where mlx-vlm cannot give the cache so few bits, UserError says so."""
+    try:
+        yield from pieces
+    except ValueError as problem:
+        if kv_bits is None or isinstance(problem, UserError):
+            raise
+        said = " ".join(str(problem).split())
+        raise UserError(f"--kv-bits {kv_bits:g} cannot be had of this model: {said}") from problem
 
 
 def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Request) -> Inputs:
