@@ -7,18 +7,17 @@ comes from the built-in model's evaluation, in benchmarks/results/scenes.json.
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from convert.errors import Parser, UserError
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.remembered import write_atomically
 
 from . import on_mlx
+from .command import finish, whole
 from .shapes import TEXT_TOKENS
 from .speed import Setting, cases, measure
 
@@ -132,27 +131,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one sentence and exit code 2."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="python -m benchmarks.claims", description=(__doc__ or "").split("\n")[0])
-    p.add_argument(
-        "--runs", type=int, default=20, help="measured runs (default: 20; llava-8 a quarter)"
-    )
-    p.add_argument("--save", action="store_true", help="keep as benchmarks/results/claims.json")
+    told = "measured runs (default: 20; llava-8 a quarter)"
+    p.add_argument("--runs", type=partial(whole, 1), default=20, help=told)
+    p.add_argument("--save", action="store_const", const="claims", help="keep as claims.json")
     args = p.parse_args(argv)
     args.tokens, args.warmup, args.share = 8, 1, 1
-    try:
-        if args.runs < 1:
-            raise UserError(f"--runs is {args.runs}; it must be at least 1")
-        told = json.dumps(run(args))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    if args.save:
-        write_atomically(RESULTS / "claims.json", told + "\n")
-    print(told)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ Shapes: L rows of the prompt, N visual tokens.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -36,11 +35,11 @@ from mlx_vlm_prune.language.minimind import MiniMindConfig  # noqa: E402
 from mlx_vlm_prune.machine import machine, versions  # noqa: E402
 from mlx_vlm_prune.operations import prefill  # noqa: E402
 from mlx_vlm_prune.pruners import plan  # noqa: E402
-from mlx_vlm_prune.remembered import write_atomically  # noqa: E402
 from mlx_vlm_prune.stream import Clock  # noqa: E402
 
+from .command import finish, plain_name, whole  # noqa: E402
 from .on_mlx import device  # noqa: E402
-from .speed import RESULTS, _name, _whole  # noqa: E402
+from .speed import RESULTS  # noqa: E402
 from .timing import NOT_TOLD, Gain, alternate, spread  # noqa: E402
 
 IMAGE, START, END, VIDEO, VOCAB = 4, 5, 6, 7, 32000
@@ -224,33 +223,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one sentence and exit code 2."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="python -m benchmarks.hosts", description=(__doc__ or "").split("\n")[0])
     add = p.add_argument
     add("--family", action="append", choices=FAMILIES, help="repeat (default: all)")
     add("--size", action="append", choices=SIZES, help="repeat (default: all)")
     add("--pruner", default="received_attention", help="(default: received_attention)")
     add("--keep-ratio", type=float, default=0.25, help="(default: 0.25)")
-    add("--runs", type=partial(_whole, 1), default=20, help="measured runs of each (default: 20)")
-    add("--warmup", type=partial(_whole, 0), default=2, help="runs before them (default: 2)")
-    add("--save", metavar="NAME", type=_name, help="keep as benchmarks/results/NAME.json")
+    add("--runs", type=partial(whole, 1), default=20, help="measured runs of each (default: 20)")
+    add("--warmup", type=partial(whole, 0), default=2, help="runs before them (default: 2)")
+    add("--save", metavar="NAME", type=plain_name, help="keep as benchmarks/results/NAME.json")
     args = p.parse_args(argv)
-    try:
-        if not 0 < args.keep_ratio <= 1:
-            raise UserError(f"--keep-ratio is {args.keep_ratio:g}; it must be above 0 and up to 1")
-        if util.find_spec("mlx_vlm") is None:
-            raise UserError(f"mlx-vlm cannot be found; {INSTALL}")
-        told = json.dumps(run(args))
-        if args.save:
-            RESULTS.mkdir(exist_ok=True)
-            write_atomically(RESULTS / f"{args.save}.json", told + "\n")
-        print(told)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    if not 0 < args.keep_ratio <= 1:
+        raise UserError(f"--keep-ratio is {args.keep_ratio:g}; it must be above 0 and up to 1")
+    if util.find_spec("mlx_vlm") is None:
+        raise UserError(f"mlx-vlm cannot be found; {INSTALL}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ Shapes: B prompts (1 here), L rows, D features, V words.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,11 +37,11 @@ from mlx_vlm_prune.language.minimind import MiniMind, MiniMindConfig
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.operations import tokens
-from mlx_vlm_prune.remembered import write_atomically
 
+from .command import finish, plain_name, whole
 from .on_mlx import device
 from .shapes import SHAPES, TEXT_TOKENS, shape
-from .speed import RESULTS, _name, _whole
+from .speed import RESULTS
 from .timing import NOT_TOLD, Gain, alternate, spread
 
 RTOL = 1e-3  # of the largest logit
@@ -280,13 +279,13 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="python -m benchmarks.rivals", description=__doc__.split("\n\n")[0])
-    add, positive = p.add_argument, partial(_whole, 1)
+    add, positive = p.add_argument, partial(whole, 1)
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the rival's)")
     add("--rival", action="append", choices=RIVALS, help="repeat (default: both)")
     add("--tokens", type=positive, default=16, help="new tokens of every answer (default: 16)")
     add("--runs", type=positive, default=20, help="measured runs of each side (default: 20)")
-    add("--warmup", type=partial(_whole, 0), default=2, help="runs before them (default: 2)")
-    add("--save", metavar="NAME", type=_name, help="keep as benchmarks/results/NAME.json")
+    add("--warmup", type=partial(whole, 0), default=2, help="runs before them (default: 2)")
+    add("--save", metavar="NAME", type=plain_name, help="keep as benchmarks/results/NAME.json")
     args = p.parse_args(argv)
     args.rival = args.rival or list(RIVALS)
     for rival in args.rival:
@@ -315,19 +314,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one sentence and exit code 2."""
-    try:
-        args = parse(argv)
-        told = json.dumps(run(args))
-        if args.save:
-            RESULTS.mkdir(exist_ok=True)
-            write_atomically(RESULTS / f"{args.save}.json", told + "\n")
-        print(told)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """The command line."""
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

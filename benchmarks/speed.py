@@ -14,8 +14,6 @@ all pruners and budgets.
 
 import argparse
 import itertools
-import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -32,9 +30,9 @@ from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.spec import nearest
-from mlx_vlm_prune.remembered import write_atomically
 
 from .ceiling import announce
+from .command import finish, plain_name, whole
 from .shapes import SHAPES, TEXT_TOKENS, request, shape
 from .table import show
 from .timing import Gain, Run, alternate, spread
@@ -170,7 +168,7 @@ def budgets(args: argparse.Namespace, N: int) -> list[int]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
-    add, positive = p.add_argument, partial(_whole, 1)
+    add, positive = p.add_argument, partial(whole, 1)
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the first)")
     add("--pruner", action="append", help="NAME, NAME:option=value or a chain; repeat")
     add("--keep-ratio", type=_ratio, action="append", help="repeat (default: 0.5, 0.25, 0.11)")
@@ -183,9 +181,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--tokens", type=positive, default=8, help="new tokens of every answer (default: 8)")
     add("--runs", type=positive, default=20, help="measured runs of each case (default: 20)")
-    add("--warmup", type=partial(_whole, 0), default=1, help="runs before them (default: 1)")
+    add("--warmup", type=partial(whole, 0), default=1, help="runs before them (default: 1)")
     add("--share", type=positive, default=4, help="pruned runs after each full one (default: 4)")
-    add("--save", metavar="NAME", type=_name, help="keep as benchmarks/results/NAME.json")
+    add("--save", metavar="NAME", type=plain_name, help="keep as benchmarks/results/NAME.json")
     args = p.parse_args(argv)
     if args.keep_ratio and args.keep_tokens:
         raise UserError("give --keep-ratio or --keep-tokens, not both")
@@ -200,12 +198,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def _whole(least: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-    return int(text)
-
-
 def _ratio(text: str) -> float:
     try:
         told = float(text)
@@ -214,12 +206,6 @@ def _ratio(text: str) -> float:
     if not 0 < told < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
     return told
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain file name")
-    return text
 
 
 def backend(name: str) -> ModuleType:
@@ -268,19 +254,8 @@ def _versions(name: str) -> dict[str, str | None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one sentence and exit code 2."""
-    try:
-        args = parse(argv)
-        told = json.dumps(run(args))
-        if args.save:
-            RESULTS.mkdir(exist_ok=True)
-            write_atomically(RESULTS / f"{args.save}.json", told + "\n")
-        print(told)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """The command line."""
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

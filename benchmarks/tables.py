@@ -37,10 +37,11 @@ def speed_table(results: Path) -> str:
 
 
 def _gain(row: dict | None, part: str, of_predicted: bool = False) -> str:
+    return "–" if row is None else _told(row["gain"][part], of_predicted)
+
+
+def _told(gain: dict, of_predicted: bool = False) -> str:
     """The gain; with `of_predicted`, how much of the operation count's own it is."""
-    if row is None:
-        return "–"
-    gain = row["gain"][part]
     if gain["realised"] is None:
         return "?"  # spread larger than the difference
     share = f" ({gain['of_predicted']:.0%})" if of_predicted else ""
@@ -114,11 +115,9 @@ def hosts_table(results: Path) -> str:
     for row in told["rows"]:
         ms = {who: parts["total"]["median"] for who, parts in row["ms"].items()}
         cost, gain = row["stock_by_ours"], row["prefill"]
-        realised = gain["realised"]
-        told_gain = "?" if realised is None else f"{realised:.2f}x ({gain['of_predicted']:.0%})"
         lines.append(
             f"| {row['family']}, {row['size']}, {row['tokens']} tokens | {ms['stock']:.1f} | "
             f"{ms['full']:.1f} | {cost['median']:.2f} ({cost['p10']:.2f} to {cost['p90']:.2f}) | "
-            f"{ms['pruned']:.1f} | {told_gain} |"
+            f"{ms['pruned']:.1f} | {_told(gain, True)} |"
         )
     return "\n".join(lines)

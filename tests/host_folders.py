@@ -1,6 +1,7 @@
 """Tiny mlx-vlm checkpoints on disk: random weights, a tokenizer of 64 words, a preprocessor."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,3 +104,12 @@ def _words(home: Path, name: str) -> None:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def desk(folder: Path, names: Iterable[str]) -> Path:
+    """The folder, with a tiny checkpoint of each family and two pictures."""
+    for name in names:
+        checkpoint(name, folder)
+    picture(folder, "a.png", 80, 90)
+    picture(folder, "b.png", 120, 60)
+    return folder

@@ -25,13 +25,7 @@ FAMILIES = ["llava", *QWEN]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny checkpoint of each family, and two pictures."""
-    folder = tmp_path_factory.mktemp("hosts")
-    for name in FAMILIES:
-        host_folders.checkpoint(name, folder)
-    host_folders.picture(folder, "a.png", 80, 90)
-    host_folders.picture(folder, "b.png", 120, 60)
-    return folder
+    return host_folders.desk(tmp_path_factory.mktemp("hosts"), FAMILIES)
 
 
 @pytest.fixture(scope="module")

@@ -158,13 +158,7 @@ def test_padded_prompts_are_taken_apart(models, name):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny checkpoint of each family, and two pictures."""
-    folder = tmp_path_factory.mktemp("pruned")
-    for name in FOLDERS:
-        host_folders.checkpoint(name, folder)
-    host_folders.picture(folder, "a.png", 80, 90)
-    host_folders.picture(folder, "b.png", 120, 60)
-    return folder
+    return host_folders.desk(tmp_path_factory.mktemp("pruned"), FOLDERS)
 
 
 @pytest.fixture(scope="module")

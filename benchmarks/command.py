@@ -1,0 +1,50 @@
+"""What the benchmarks share: what options may be, how a run ends, where it is kept."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from convert.errors import UserError
+from mlx_vlm_prune.remembered import write_atomically
+
+
+def whole(least: int, text: str) -> int:
+    """An option that is a whole number."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return int(text)
+
+
+def plain_name(text: str) -> str:
+    """An option that is a file's name, without folder or ending."""
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain file name")
+    return text
+
+
+def finish(
+    argv: Sequence[str] | None,
+    parse: Callable[[Sequence[str] | None], argparse.Namespace],
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    results: Path,
+) -> None:
+    """Run, keep what was found as `--save` says, and print it in one line of JSON, the last.
+
+    A user's mistake ends in one sentence and exit code 2.
+    """
+    try:
+        args = parse(argv)
+        told = json.dumps(run(args))
+        if args.save:
+            results.mkdir(exist_ok=True)
+            write_atomically(results / f"{args.save}.json", told + "\n")
+        print(told)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
