@@ -28,7 +28,7 @@ from tqdm import tqdm  # noqa: E402
 
 from convert.errors import Parser, UserError  # noqa: E402
 from mlx_vlm_prune.hosts.loading import INSTALL  # noqa: E402
-from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, tell  # noqa: E402
+from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, stream, tell  # noqa: E402
 from mlx_vlm_prune.hosts.refusals import check  # noqa: E402
 from mlx_vlm_prune.hosts.views import Inputs  # noqa: E402
 from mlx_vlm_prune.language.minimind import MiniMindConfig  # noqa: E402
@@ -144,9 +144,10 @@ def ours(model: Any, inputs: Inputs, spec: str, share: float) -> tuple[Laps, int
     pipeline = plan(spec)
     policy = check(model, family_of(model), pipeline, None)
     with as_it_was(model.language_model):
-        views = see(model, inputs, pipeline, clock.lap)
-        K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
-        told = tell(model, inputs, views, pipeline, K, policy, clock.lap)
+        with stream():
+            views = see(model, inputs, pipeline, clock.lap)
+            K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
+            told = tell(model, inputs, views, pipeline, K, policy, clock.lap)
         token = first_token(model, told.arguments)
     clock.lap("prefill")
     return {**clock.ms, "total": 1000 * (time.perf_counter() - began)}, token

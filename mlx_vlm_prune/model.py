@@ -291,11 +291,13 @@ def _reduce(lot: Lot, step: Pruner, K: int, lap: Lap) -> list[Lot]:
     lots, budgets = [lot], [K]
     if step.has_dynamic_budget:
         lots, budgets = lot.split(), step.budgets(lot.signals, K)
-    pairs = zip(lots, budgets, strict=True)
-    kept = [
-        lap("pruner", step(lot.signals, min(own, lot.signals.x_BND.shape[1]))) for lot, own in pairs
-    ]
-    return [lot.reduced(reduction) for lot, reduction in zip(lots, kept, strict=True)]
+    return [_smaller(*pair, step, lap) for pair in zip(lots, budgets, strict=True)]
+
+
+def _smaller(lot: Lot, K: int, step: Pruner, lap: Lap) -> Lot:
+    N = lot.signals.x_BND.shape[1]
+    kept = step(lot.signals, min(K, N))
+    return lot.reduced(lap("pruner", kept)) if K < N else lot  # where all stay nothing is computed
 
 
 def _slots(lot: Lot, enhancer: Pruner | None) -> list[Visual]:

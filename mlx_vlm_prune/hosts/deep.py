@@ -101,7 +101,7 @@ def read(
     runs = [_told(told.views, *pair) for pair in zip(stops, ends, strict=True)]
     size = sum(_bytes(one, n) for one, n in zip(cache, held, strict=True))
     left = [_left(inner, one, after - n) for one, n in zip(cache, held, strict=True)]
-    return Read(_go_on(told, last, inner), left, stops[1:], runs, policy, size)
+    return Read(_go_on(told, last, inner, after), left, stops[1:], runs, policy, size)
 
 
 def _begun(
@@ -113,7 +113,10 @@ def _begun(
         given.pop(name, None) for name in ("position_ids", "rope_deltas", "deepstack_visual_embeds")
     )
     ids_1l, pixels = given.pop("input_ids"), given.pop("pixel_values", None)
-    x_1lD = model.get_input_embeddings(ids_1l, pixels, **given).inputs_embeds
+    found = model.get_input_embeddings(ids_1l, pixels, **given)
+    if place is None:
+        place, delta = found.position_ids, found.rope_deltas
+    x_1lD = found.inputs_embeds
     ids, l = ids_1l[0].tolist(), x_1lD.shape[1]  # noqa: E741
     placeholder = family_of(model).image_token(model, inputs)
     if ids[-1] == placeholder:
@@ -264,13 +267,13 @@ def _left(inner: Inner, cache: Any, by: int) -> Any:
     return Ahead(cache, by) if inner.axes == 1 and by else cache
 
 
-def _go_on(told: Told, last: Rows, inner: Inner) -> dict[str, Any]:
+def _go_on(told: Told, last: Rows, inner: Inner, after: int) -> dict[str, Any]:
     """mlx-vlm's arguments for the prompt's last row."""
     more: Mapping[str, Any] = {}
     if inner.axes == 3:
         more = {
             "position_ids": last.place_Al[:, None, -1:],
-            "rope_deltas": told.arguments["rope_deltas"],
+            "rope_deltas": mx.array([[after - told.rows]]),
         }
     ids_11 = told.arguments["input_ids"][:, -1:]
     return {"input_ids": ids_11, "mask": mx.ones((1, 1), mx.int32), **more}

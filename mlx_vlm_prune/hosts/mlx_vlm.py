@@ -65,6 +65,13 @@ def as_it_was(language: Any) -> Iterator[None]:
             setattr(language, name, value)
 
 
+def stream() -> Any:
+    """mlx-vlm computes on a stream of its own, and going from one to another costs time."""
+    from mlx_vlm.generate import generation_stream
+
+    return mx.stream(generation_stream)
+
+
 def see(model: Any, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
     """The tower, and what the pipeline wants to know of it and of the prompt."""
     return hear(model, inputs, look(model, inputs, pipeline, lap), pipeline)
@@ -190,7 +197,8 @@ def _prune(
 def _project(model: Any, family: Family, lots: list[Lot]) -> list[Lot]:
     """All views in one product."""
     ends = np.cumsum([0, *(lot.signals.x_BND.shape[1] for lot in lots)]).tolist()
-    x_1TD = family.project(model, mx.concatenate([lot.signals.x_BND for lot in lots], axis=1))
+    parts = [lot.signals.x_BND for lot in lots]
+    x_1TD = family.project(model, mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     return [
         replace(lot, signals=replace(lot.signals, x_BND=x_1TD[:, a:b]))
         for lot, (a, b) in zip(lots, pairwise(ends), strict=True)

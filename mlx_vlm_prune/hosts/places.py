@@ -25,21 +25,21 @@ def left(
 ) -> list[int]:
     """Which rows stay: all words, and the placeholder of each slot's own token; slots without
     one take the first. `sizes` are the views' N."""
-    at = [row for row, token in enumerate(inputs.ids) if token == placeholder]
+    stays_L = np.array(inputs.ids) != placeholder
+    at = np.flatnonzero(~stays_L)
     if family.placeholders != "token":
-        gone = set(at[1:]) if family.placeholders == "all" else set()
-        return [row for row in range(len(inputs.ids)) if row not in gone]
+        stays_L[at if family.placeholders == "image" else at[:1]] = True
+        return np.flatnonzero(stays_L).tolist()
     if len(at) != sum(sizes):
         raise UserError(
             f"the prompt has room for {len(at)} visual tokens and the images have {sum(sizes)};"
             " an image's placeholder in the text counts, too"
         )
-    rows, begin = sorted(set(range(len(inputs.ids))) - set(at)), 0
-    for size, one in zip(sizes, kept, strict=True):
-        own = np.arange(one.slots) if one.index_BK is None else np.array(one.index_BK[0])
-        rows += [at[begin + i] for i in own]
-        begin += size
-    return sorted(rows)
+    for own, one in zip(np.split(at, np.cumsum(sizes)[:-1]), kept, strict=True):
+        if one.slots < len(own):
+            own = own[: one.slots] if one.index_BK is None else own[np.array(one.index_BK[0])]
+        stays_L[own] = True
+    return np.flatnonzero(stays_L).tolist()
 
 
 def shortened(
@@ -48,14 +48,21 @@ def shortened(
     """The arguments that tell mlx-vlm which rows there are, and where.
 
     Positions of one axis count rows, and need no telling. Those of three come from the whole
-    prompt, and so does what decoding adds to the number of rows (`rope_deltas`).
+    prompt, and so does what decoding adds to the number of rows (`rope_deltas`); where all rows
+    stay, mlx-vlm finds both.
     """
-    ids_1L, rows_l = mx.array(inputs.ids)[None], mx.array(np.array(rows, np.int32))
-    told: dict[str, Any] = {"input_ids": ids_1L[:, rows_l], "mask": inputs.mask_1L[:, rows_l]}
+    ids_1L = mx.array(inputs.ids)[None]
+    told: dict[str, Any] = {"input_ids": ids_1L, "mask": inputs.mask_1L}
+    is_full = len(rows) == len(inputs.ids)
+    if not is_full:
+        rows_l = mx.array(np.array(rows, np.int32))
+        told = {name: x_1L[:, rows_l] for name, x_1L in told.items()}
     if family.has_mrope and policy == "renumber":
         place_l = mx.arange(len(rows), dtype=mx.int32)
         told["position_ids"] = mx.broadcast_to(place_l, (3, 1, len(rows)))
         told["rope_deltas"] = mx.zeros((1, 1), mx.int32)
+    elif family.has_mrope and is_full:  # mlx-vlm's own
+        told["image_grid_thw"] = inputs.extra.get("image_grid_thw")
     elif family.has_mrope:
         place_31L, delta_11 = model.language_model.get_rope_index(
             ids_1L, inputs.extra.get("image_grid_thw"), None, inputs.mask_1L

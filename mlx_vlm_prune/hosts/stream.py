@@ -21,6 +21,7 @@ from ..result import GenerationResult, Seen
 from ..stream import Clock
 from .deep import Read, read
 from .mlx_vlm import Told, as_it_was, budgets, chosen, family_of, pictures, see, tell
+from .mlx_vlm import stream as its_stream
 from .refusals import check
 from .views import Inputs
 
@@ -64,17 +65,18 @@ def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[Gene
     clock.lap("image", inputs.pixels)
     mx.reset_peak_memory()
     with as_it_was(model.language_model):
-        views = see(model, inputs, pipeline, clock.lap)
-        kept = budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
-        places = "keep" if pipeline.decoder else policy
-        told = tell(model, inputs, views, pipeline, kept, places, clock.lap)
-        _check_length(model, told)
-        deep = None
-        if pipeline.decoder and any(
-            one.slots > K for one, K in zip(_last(told), kept, strict=True)
-        ):
-            piece = asked.prefill_step_size
-            deep = read(model, inputs, told, pipeline, kept, policy, piece, clock.lap)
+        with its_stream():
+            views = see(model, inputs, pipeline, clock.lap)
+            kept = budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
+            places = "keep" if pipeline.decoder else policy
+            told = tell(model, inputs, views, pipeline, kept, places, clock.lap)
+            _check_length(model, told)
+            deep = None
+            if pipeline.decoder and any(
+                one.slots > K for one, K in zip(_last(told), kept, strict=True)
+            ):
+                piece = asked.prefill_step_size
+                deep = read(model, inputs, told, pipeline, kept, policy, piece, clock.lap)
         said = _begin(told, deep, pipeline, len(opened), model)
         if views:
             shown, grids = pictures(views, processor, opened), [v.signals.grid for v in views]
