@@ -24,6 +24,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 READING = "preprocessor_config.json"
+# Nothing here reads these; they go with a LLaVA, so that it comes back as it was.
+CARRIED = (
+    "generation_config.json", "processor_config.json", "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model",
+)  # fmt: skip
 LEARNED = "pruners.safetensors"
 TOWER_PLACES = (
     "clip",
@@ -63,6 +68,7 @@ class Source:
     guessed: bool = False  # how many heads there are
     learned: Path | None = None  # weights of learned pruners, which lie beside a model of ours
     twig: Mapping[str, RawTensor] = field(default_factory=dict)  # goes with them
+    beside: Path | None = None  # where files lie that are carried along
 
 
 def is_ours(folder: Path) -> bool:
@@ -186,7 +192,7 @@ def as_mlx(
         reading = source if (source / READING).is_file() else None
         config, tensors = _own(source)
         learned = source / LEARNED if (source / LEARNED).is_file() else None
-        return Source(config, tensors, tokenizer or source, reading, learned=learned)
+        return Source(config, tensors, tokenizer or source, reading, learned=learned, beside=source)
     if llava.is_published(source):
         return _composed(source, vision, tokenizer or source)
     published = read_published(source, vision, heads, kv_heads)
@@ -210,7 +216,7 @@ def _composed(source: Path, vision: Path | None, words: Path) -> Source:
     told = {"torch_dtype": next(k for k, v in DTYPES.items() if v == dtype)}
     reading = next((f for f in (tower, source) if f and (f / READING).is_file()), None)
     config |= told | llava.words(config["published"], words)
-    return Source(config, tensors, words, reading)
+    return Source(config, tensors, words, reading, beside=source)
 
 
 def _home(source: Path) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import llava, llava_original
+from . import elsewhere, llava, llava_original
 from .backbones import BACKBONES, is_backbone
 from .checkpoint import (
     READING,
@@ -29,7 +29,9 @@ HEADS = "assumed, as in every published MiniMind2: no file says it"
 
 def describe(path: Path, vision: Path | None = None) -> str:
     """A few lines about a .pth, a folder as published or one of ours; raises UserError."""
-    if llava.is_published(path):
+    if elsewhere.is_one(path):
+        lines, state = elsewhere.lines(path), read_weights(path)
+    elif llava.is_published(path):
         state, tower = llava_original.parts(path, vision)
         lines = _composed(path, state, tower)
     else:
@@ -120,7 +122,7 @@ def _is_patch(name: str) -> bool:
 
 def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
     config = read_json(path / "config.json")
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, path / "config.json")
     if not is_backbone(config["text_config"]):
         head_size(config, path)
     lines = [

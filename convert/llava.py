@@ -311,7 +311,8 @@ def _ours(
 def _part(told: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:
     part = told.get(name)
     if not isinstance(part, Mapping):
-        raise UserError(f"{where} has no {name}")
+        said = f"{name} is {str(part)[:40]}, not an object" if name in told else f"has no {name}"
+        raise UserError(f"{where}: {said}" if name in told else f"{where} {said}")
     return part
 
 

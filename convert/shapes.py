@@ -9,6 +9,7 @@ from .backbones import LARGEST, MOST_LAYERS
 from .errors import UserError
 from .generations import Shaped
 
+CONFIG = "config.json"
 Shapes = dict[str, tuple[int, ...]]
 SIZES = {
     "text_config": [
@@ -23,7 +24,7 @@ SIZES = {
 
 def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], where: Path) -> None:
     """UserError that names the first tensor which is missing, misshapen or one too many."""
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, where / CONFIG if where.is_dir() else Path(CONFIG))
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{where} lacks the tensor {name} {shape}")
@@ -34,41 +35,43 @@ def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], whe
             raise UserError(f"{where} holds a tensor {name} that this model has no place for")
 
 
-def expected_shapes(config: Mapping[str, Any]) -> Shapes:
+def expected_shapes(config: Mapping[str, Any], file: Path = Path(CONFIG)) -> Shapes:
     """All shapes that a config.json of ours asks for; UserError for a size that cannot be."""
-    vision = _sizes(config, "vision_config", SIZES["vision_config"])
+    vision = _sizes(config, "vision_config", SIZES["vision_config"], file)
     told = config.get("text_config")
     width = vision["hidden_size"]
     if isinstance(told, Mapping) and backbones.is_backbone(told):
-        backbones.check(told, Path("config.json"))
+        backbones.check(told, file)
         text, shapes = told, backbones.shapes(told)
     else:
-        text = _sizes(config, "text_config", SIZES["text_config"])
+        text = _sizes(config, "text_config", SIZES["text_config"], file)
         shapes = _language(text)
     shapes |= _tower(vision)
-    shapes |= _projector(config.get("projector"), text["hidden_size"], width)
+    shapes |= _projector(config.get("projector"), text["hidden_size"], width, file)
     if "pruner" in config:
-        pruner = _sizes(config, "pruner", ["tokens"])
+        pruner = _sizes(config, "pruner", ["tokens"], file)
         shapes["pruner.queries"] = (pruner["tokens"], width)
         for x in "qkv":
             shapes |= _linear(f"pruner.{x}_proj", width, width)
     if config.get("quantization") is None:
         return shapes
-    return _few_bits(shapes, _sizes(config, "quantization", ["bits", "group_size"]))
+    return _few_bits(shapes, _sizes(config, "quantization", ["bits", "group_size"], file))
 
 
-def _sizes(config: Mapping[str, Any], part: str, names: Sequence[str]) -> Mapping[str, Any]:
+def _sizes(
+    config: Mapping[str, Any], part: str, names: Sequence[str], file: Path
+) -> Mapping[str, Any]:
     """A part of a config.json, its sizes checked."""
     told = config.get(part)
     if not isinstance(told, Mapping):
-        raise UserError(f"config.json has no {part}")
+        raise UserError(f"{file} has no {part}")
     both = ["num_experts", "num_experts_per_tok"] if "num_experts" in told else []
     shared = ["n_shared_experts"] if "n_shared_experts" in told else []
     for name in (*names, *both, *shared):
         most = MOST_LAYERS if "layers" in name or "experts" in name else LARGEST
         if type(told.get(name)) is not int or not 1 <= told[name] <= most:
             raise UserError(
-                f"config.json: {part}.{name} is {str(told.get(name))[:40]}, not a whole number "
+                f"{file}: {part}.{name} is {str(told.get(name))[:40]}, not a whole number "
                 f"from 1 to {most}"
             )
     return told
@@ -114,13 +117,13 @@ def _norm(name: str, size: int) -> Shapes:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
-def _projector(told: Any, D: int, width: int) -> Shapes:
+def _projector(told: Any, D: int, width: int, file: Path) -> Shapes:
     """One matrix, or two with a GELU between them, of patches that were put together."""
     if told is None:
         return _linear("projector", D, width)
     merge = told.get("merge") if isinstance(told, Mapping) else None
     if not isinstance(merge, list | tuple) or len(merge) != 2 or set(merge) - set(range(1, 65)):
-        raise UserError(f"config.json: projector.merge is {merge!r}, not two numbers from 1 to 64")
+        raise UserError(f"{file}: projector.merge is {merge!r}, not two numbers from 1 to 64")
     wide = merge[0] * merge[1] * width
     norm = _norm("projector.norm", wide) if told.get("norm") else {}
     return norm | _linear("projector.fc1", D, wide) | _linear("projector.fc2", D, D)

@@ -5,7 +5,7 @@ Each appears complete or not at all.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from . import llava, llava_original
 from .checkpoint import (
+    CARRIED,
     DTYPES,
     LEARNED,
     READING,
@@ -53,7 +54,9 @@ def to_mlx(source: Source, target: Path, dtype: str | None = None, name: str | N
     with appearing(target, folder=True) as folder:
         write_json(folder / "config.json", config)
         write_safetensors(folder / "model.safetensors", source.tensors, "mlx")
-        copy_words(source.tokenizer, folder)
+        copy_files(TOKENIZER_FILES, source.tokenizer, folder)
+        if source.beside:
+            copy_files(CARRIED, source.beside, folder)
         if source.twig:
             held = open_safetensors(source.learned) if source.learned else {}
             others = {k: tensor for k, tensor in held.items() if not k.startswith("twig.")}
@@ -84,11 +87,11 @@ def _card(config: Mapping[str, Any], name: str, source: str | None) -> str:
     )
 
 
-def copy_words(tokenizer: Path, folder: Path) -> None:
-    """The files of a tokenizer into a folder."""
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
+    """Those that are there, from folder to folder."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _assumed_reading(vision: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,15 +128,10 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
 def _write_tower(
     source: Path, folder: Path, config: Mapping[str, Any], published: Mapping[str, RawTensor]
 ) -> None:
-    write_json(folder / "config.json", _tower_config(config["vision_config"]))
+    _write_theirs(folder / "config.json", _tower_config(config["vision_config"]))
     tower = {name: tensor for name, tensor in published.items() if is_tower(name)}
     write_safetensors(folder / "model.safetensors", tower, "pt")
-    _copy_reading(source, folder)
-
-
-def _copy_reading(source: Path, folder: Path) -> None:
-    if (source / READING).is_file():
-        shutil.copyfile(source / READING, folder / READING)
+    copy_files([READING], source, folder)
 
 
 def _composed_to_torch(
@@ -153,11 +151,9 @@ def _composed_to_torch(
         folder = stack.enter_context(appearing(target, folder=True))
         if vision:
             _write_tower(source, stack.enter_context(appearing(vision, folder=True)), config, state)
-        write_json(folder / "config.json", told)
+        _write_theirs(folder / "config.json", told)
         write_safetensors(folder / "model.safetensors", rest, "pt")
-        copy_words(source, folder)
-        if inside:
-            _copy_reading(source, folder)
+        copy_files([*TOKENIZER_FILES, *CARRIED, *([READING] if inside else [])], source, folder)
 
 
 def _composed_to_hf(
@@ -169,9 +165,9 @@ def _composed_to_hf(
     told = llava_original.for_transformers(config, source)
     state = llava.renamed(ours, llava.LAYOUTS["llava-hf"], config, source)
     with appearing(target, folder=True) as folder:
-        write_json(folder / "config.json", told)
+        _write_theirs(folder / "config.json", told)
         write_safetensors(folder / "model.safetensors", state, "pt")
-        copy_words(source, folder)
+        copy_files([*TOKENIZER_FILES, *CARRIED], source, folder)
         if (source / READING).is_file():
             square = {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
             pads = llava_original.pads(config["published"])
@@ -194,6 +190,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
+def _write_theirs(path: Path, content: Mapping[str, Any]) -> None:
+    """As transformers writes it, so that what it wrote comes back the same."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def to_hf(source: Path, target: Path) -> str:
     """Write the language model of one of our folders for transformers; its class's name.
 
@@ -212,9 +213,9 @@ def to_hf(source: Path, target: Path) -> str:
     words = {name: tensor for name, tensor in ours.items() if name.startswith("language.")}
     state = as_published(words, LLAMA, head_size(config, source), source)
     with appearing(target, folder=True) as folder:
-        write_json(folder / "config.json", _hf_config(reader, config))
+        _write_theirs(folder / "config.json", _hf_config(reader, config))
         write_safetensors(folder / "model.safetensors", state, "pt")
-        copy_words(source, folder)
+        copy_files(TOKENIZER_FILES, source, folder)
     return reader
 
 

@@ -22,6 +22,7 @@ from .loading import DTYPES, load
 from .machine import versions
 from .model import VLM
 from .printing import LINE, as_json, print_comparison, print_figures
+from .request import check_budget
 from .result import GenerationResult
 from .stream import generate, stream_generate
 from .wish import Choice, Wish
@@ -61,8 +62,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--chat-template-config", type=_object, metavar="JSON", help='as {"open_thinking": true}')
     add("--prefill-step-size", type=int, metavar="ROWS", help="mlx-vlm models: rows read at once")
-    add("--kv-bits", type=float, help="mlx-vlm models: bits of a number in the cache,"
-        " where it is longer than 5,000 rows")  # fmt: skip
+    add("--kv-bits", type=float, help="mlx-vlm models: bits of a number in the cache")
+    add("--quantized-kv-start", type=int, metavar="ROWS",
+        help="mlx-vlm models: once the cache has more rows than these (default 5000)")  # fmt: skip
     add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
         help="mlx-vlm models: one or two sides that pictures are to fit in")  # fmt: skip
     add("--revision", help="of a hub name: a branch, tag or commit")
@@ -126,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temp, top_p=args.top_p, seed=args.seed, template=args.chat_template_config,
         prefill_step_size=args.prefill_step_size, kv_bits=args.kv_bits,
-        resize_shape=args.resize_shape,
+        quantized_kv_start=args.quantized_kv_start, resize_shape=args.resize_shape,
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     choice = _choose(args, model, processor, prompt, pruner, wish) if wish else None
@@ -235,9 +237,7 @@ def _use_sample(args: argparse.Namespace) -> None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse before any work what could not be written, or makes no sense, after it."""
-    ratio = args.keep_ratio
-    if ratio is not None and not 0 < ratio <= 1:  # not a number, too
-        raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
+    check_budget(args.keep_ratio, args.keep_tokens)
     for path in (args.json, args.overlay):
         if path and not path.absolute().parent.is_dir():
             raise UserError(

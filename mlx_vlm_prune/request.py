@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from convert.errors import UserError
 
 from .pruners import Pipeline, Pruner
 from .pruners.contract import Policy
@@ -30,9 +33,21 @@ class Request:
     template: Mapping[str, Any] | None
     prefill_step_size: int | None
     kv_bits: float | None
+    quantized_kv_start: int | None
     resize_shape: Sequence[int] | None
 
     @property
     def is_for_mlx_vlm(self) -> bool:
         """Is there an option that only mlx-vlm's models have?"""
-        return any(x is not None for x in (self.prefill_step_size, self.kv_bits, self.resize_shape))
+        cache = (self.prefill_step_size, self.kv_bits, self.quantized_kv_start)
+        return any(x is not None for x in (*cache, self.resize_shape))
+
+
+def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
+    """Say early what is wrong with a budget, however many tokens an image has. Raises UserError."""
+    if keep_ratio is not None and keep_tokens is not None:
+        raise UserError("give --keep-ratio or --keep-tokens, not both")
+    if keep_ratio is not None and not (isinstance(keep_ratio, Real) and 0 < keep_ratio <= 1):
+        raise UserError(f"--keep-ratio is {keep_ratio}; it must be above 0 and at most 1")
+    if keep_tokens is not None and not (isinstance(keep_tokens, Integral) and keep_tokens >= 1):
+        raise UserError(f"--keep-tokens is {keep_tokens}; it must be a whole number, at least 1")

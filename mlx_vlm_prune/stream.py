@@ -20,7 +20,7 @@ from .model import VLM, Prefill
 from .prompt import Prompt, build
 from .pruners import Pipeline, Pruner, Reduction, plan
 from .pruners.contract import Policy
-from .request import ImageSource, Request
+from .request import ImageSource, Request, check_budget
 from .result import GenerationResult, Seen, by_layers, worth_a_picture
 from .towers.between import Encoded
 
@@ -52,11 +52,8 @@ class Clock:
 
 def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pipeline) -> int:
     """K of N tokens: `keep_tokens`, or max(1, floor(N * keep_ratio)); half without either."""
-    if keep_ratio is not None and keep_tokens is not None:
-        raise UserError("give --keep-ratio or --keep-tokens, not both")
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise UserError(f"--keep-ratio is {keep_ratio}; it must be above 0 and at most 1")
-    if keep_tokens is not None and not 1 <= keep_tokens <= N:
+    check_budget(keep_ratio, keep_tokens)
+    if keep_tokens is not None and keep_tokens > N:
         raise UserError(f"--keep-tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
@@ -91,6 +88,7 @@ def stream_generate(
     template: Mapping[str, Any] | None = None,
     prefill_step_size: int | None = None,
     kv_bits: float | None = None,
+    quantized_kv_start: int | None = None,
     resize_shape: Sequence[int] | None = None,
 ) -> Iterator[GenerationResult]:
     """Answer a prompt about any number of images, one piece of text at a time.
@@ -100,13 +98,15 @@ def stream_generate(
     "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a
     decoder method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`,
     those of the method's paper. `temperature` 0 is greedy. `template` are options of the chat
-    template, such as {"open_thinking": True}. The last three are for mlx-vlm's models: rows
-    read at once, bits of a cached number, one or two sides that pictures are to fit in.
+    template, such as {"open_thinking": True}. The last four are for mlx-vlm's models: rows
+    read at once, bits of a cached number and rows before the cache has so few, one or two sides
+    that pictures are to fit in.
     Raises UserError.
     """
     asked = Request(
         prompt, _listed(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
-        temperature, top_p, seed, template, prefill_step_size, kv_bits, resize_shape,
+        temperature, top_p, seed, template, prefill_step_size, kv_bits,
+        quantized_kv_start, resize_shape,
     )  # fmt: skip
     _check_sampling(positions, max_tokens, temperature, top_p, seed)
     yield from (_own if isinstance(model, VLM) else _hosts())(model, processor, asked)
@@ -121,7 +121,10 @@ def _hosts() -> Any:
 def _own(model: VLM, processor: Processor, request: Request) -> Iterator[GenerationResult]:
     """The answer of a model of ours."""
     if request.is_for_mlx_vlm:
-        raise UserError("--prefill-step-size, --kv-bits and --resize-shape are for mlx-vlm models")
+        raise UserError(
+            "--prefill-step-size, --kv-bits, --quantized-kv-start and --resize-shape are for"
+            " mlx-vlm models"
+        )
     clock, chosen = Clock(), resolve(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, chosen)
     asked = ask(model, processor, request.prompt, request.images, request.template)

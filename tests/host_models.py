@@ -52,8 +52,9 @@ IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=STA
            vision_end_token_id=END, vocab_size=VOCAB)  # fmt: skip
 
 
-def llava() -> Any:
-    return _made("llava", TEXT | {"model_type": "llama"}, CLIP, image_token_index=IMAGE)
+def llava(**sizes: int) -> Any:
+    text = TEXT | {"model_type": "llama"} | sizes
+    return _made("llava", text, CLIP, image_token_index=IMAGE)
 
 
 def qwen2_vl() -> Any:

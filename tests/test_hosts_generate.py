@@ -13,7 +13,7 @@ from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.hosts.stream import explained
 
-from . import host_folders
+from . import host_folders, host_models
 from .test_generate import refused
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
@@ -188,10 +188,36 @@ def test_mlx_vlms_options_reach_mlx_vlm(loaded, home, monkeypatch):
     model, processor = loaded["qwen2_5_vl"]
     generate(
         model, processor, QUESTION, image=home / "a.png", kv_bits=8, prefill_step_size=3,
+        quantized_kv_start=9999,
         temperature=0.5, top_p=0.9, seed=3, max_tokens=1,
     )  # fmt: skip
-    named = ("kv_bits", "prefill_step_size", "temperature", "top_p", "seed", "max_tokens")
-    assert [given[name] for name in named] == [8, 3, 0.5, 0.9, 3, 1]
+    named = ("kv_bits", "prefill_step_size", "quantized_kv_start", "temperature", "top_p", "seed")
+    assert [given[name] for name in (*named, "max_tokens")] == [8, 3, 9999, 0.5, 0.9, 3, 1]
+
+
+@pytest.mark.parametrize("pruner", ["norm", "fastv"])
+def test_a_cache_of_few_bits_is_one_from_the_row_asked_for_on(loaded, home, monkeypatch, pruner):
+    """Keys of 64 numbers, as the real models have; `held` is the kind of cache in every layer."""
+    _, processor = loaded["llava"]
+    model = host_models.llava(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
+    real, held = type(model.language_model).__call__, set()
+
+    def watched(self, *args, **told):
+        done = real(self, *args, **told)
+        held.update(type(getattr(one, "cache", one)).__name__ for one in told["cache"])
+        return done
+
+    monkeypatch.setattr(type(model.language_model), "__call__", watched)
+    said = {}
+    for start in (0, 9999):
+        answer = generate(
+            model, processor, QUESTION, image=home / "a.png", pruner=pruner, keep_ratio=0.75,
+            kv_bits=8, quantized_kv_start=start, max_tokens=4,
+        )  # fmt: skip
+        said[start] = answer.token_ids
+        assert ("QuantizedKVCache" in held) is (start == 0)
+        held.clear()
+    assert said[0] == said[9999]  # of eight bits these weights lose no choice
 
 
 def test_a_cache_that_cannot_have_so_few_bits_ends_in_one_sentence():
@@ -247,6 +273,9 @@ def test_half_precision_becomes_float32_on_a_cpu_unless_one_says_otherwise(tmp_p
         (["--pruner", "norm", "--positions", "keep"], "counts the rows it is given"),
         (["--kv-bits", "99"], "--kv-bits is 99; it must be from 1.5 to 8"),
         (["--kv-bits", "7"], "--kv-bits is 7; it must be from 1.5 to 8, and not 7"),
+        (["--pruner", "fastv", "--kv-bits", "3.5"], "with fastv a whole number can be had"),
+        (["--quantized-kv-start", "0"], "goes with --kv-bits"),
+        (["--kv-bits", "8", "--quantized-kv-start", "-1"], "it must be at least 0"),
         (["--resize-shape", "100000"], "the most is 25000000 pixels"),
         (["--prefill-step-size", "0"], "it must be at least 1"),
         (["--resize-shape", "1", "2", "3"], "give one or two sides"),

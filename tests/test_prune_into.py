@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from mlx import nn
 
+from convert.describe import describe
 from convert.errors import UserError
 from mlx_vlm_prune import load
 from mlx_vlm_prune.hosts.into.folder import prune_into
@@ -62,6 +63,23 @@ def home(tmp_path_factory):
         words = Inputs([3, 9, 4], mx.ones((1, 3), mx.int32))
         save_prompt(folder / f"{kind}-0.safetensors", kind, words)
     return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_says_whose_a_folder_is_and_what_prunes_it(kind, home, tmp_path):
+    bits = {"quantization": {"bits": 4, "group_size": 64}}
+    source = shutil.copytree(home / kind, tmp_path / "source")
+    told = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(told | bits))
+    before = describe(source)
+    assert f"{told['model_type']}, which mlx-vlm runs: nothing is to be converted" in before
+    assert f"layers of {TEXT['hidden_size']}" in before and "4 bits, groups of 64" in before
+    assert "generate --model source --pruner NAME" in before and "F32" in before
+    for at, (ratio, tokens, kept) in enumerate([(0.5, None, "0.5"), (None, 3, "3")]):
+        prune_into(source, tmp_path / f"pruned{at}", "norm", ratio, tokens)
+        after = describe(tmp_path / f"pruned{at}")
+        assert f"norm, which keeps {kept} of an image's visual tokens" in after
+        assert "pruned.py, whenever mlx-vlm loads this folder" in after
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ BUDGET = ("--keep-ratio", "0.5")
         (["--pruner", "norm", "--keep-ratio", "0"], "must be above 0 and at most 1"),
         (["--pruner", "norm", "--keep-ratio", "1.5"], "must be above 0 and at most 1"),
         (["--pruner", "norm", "--keep-ratio", "nan"], "must be above 0 and at most 1"),
-        (["--pruner", "norm", "--keep-tokens", "0"], "must be at least 1"),
+        (["--pruner", "norm", "--keep-tokens", "0"], "it must be a whole number, at least 1"),
         (["--pruner", "norm", "--keep-tokens", "few"], "invalid int value"),
         (["--pruner", "norm"], "--keep-ratio --keep-tokens is required"),
         ([*NORM, "--keep-tokens", "4"], "not allowed with"),

@@ -133,7 +133,9 @@ def test_a_model_is_not_pruned_twice_at_once(models):
     [
         ({"keep_ratio": 0.5, "keep_tokens": 4}, "not both"),
         ({"keep_ratio": 1.5}, "above 0 and at most 1"),
-        ({"keep_tokens": 0}, "keep_tokens is 0; it must be at least 1"),
+        ({"keep_tokens": 0}, "it must be a whole number, at least 1"),
+        ({"keep_tokens": 1.5}, "it must be a whole number, at least 1"),
+        ({"keep_ratio": "half"}, "it must be above 0 and at most 1"),
         ({"positions": "keep"}, "counts the rows"),
         ({"positions": "foo"}, "it is keep or renumber"),
         ({"pruner": "tome"}, "between the tower's layers"),

@@ -10,12 +10,12 @@ from typing import Any
 import mlx.core as mx
 
 from convert import llava
+from convert.elsewhere import RECORD
 from convert.errors import UserError
 from convert.files import read_json
 
 from .families import FAMILIES, REFUSED
 
-RECORD = "mlx_vlm_prune"  # in the config.json of a folder that prune-into made
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
 
 

@@ -54,7 +54,7 @@ def pruned(
             f"{pipeline.decoder.name} works between the language model's layers, where a block that"
             " prunes does not reach: call mlx_vlm_prune.generate"
         )
-    _check_budget(keep_ratio, keep_tokens, pipeline)
+    budget(keep_tokens or 1, keep_ratio, keep_tokens, pipeline)
     report, language = Report(pipeline.name, policy), model.language_model
     embeddings = Embeddings(
         model, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, report
@@ -128,10 +128,3 @@ def _spend(caches: WeakSet[Any]) -> None:
     for cache in caches:
         if isinstance(cache.offset, int):
             cache.offset, cache.is_trimmable, cache.update_and_fetch = SPENT, lambda: False, refuse
-
-
-def _check_budget(keep_ratio: float | None, keep_tokens: int | None, pipeline: Pipeline) -> None:
-    """Say early what is wrong whatever an image has."""
-    if keep_tokens is not None and keep_tokens < 1:
-        raise UserError(f"keep_tokens is {keep_tokens}; it must be at least 1")
-    budget(keep_tokens or 1, keep_ratio, keep_tokens, pipeline)

@@ -20,14 +20,17 @@ from ..request import Request
 from ..result import GenerationResult, Seen
 from ..stream import Clock
 from .deep import Read, read
+from .families import Family
 from .mlx_vlm import Told, as_it_was, budgets, chosen, family_of, pictures, see, tell
 from .mlx_vlm import stream as its_stream
 from .refusals import check
 from .views import Inputs
 
 
-def cache_options(prefill_step_size: int | None, kv_bits: float | None) -> dict[str, Any]:
-    """mlx-vlm's own two options, where they are given. Raises UserError."""
+def cache_options(
+    prefill_step_size: int | None, kv_bits: float | None, quantized_kv_start: int | None
+) -> dict[str, Any]:
+    """mlx-vlm's own options, where they are given. Raises UserError."""
     told: dict[str, Any] = {}
     if prefill_step_size is not None:
         if prefill_step_size < 1:
@@ -37,6 +40,13 @@ def cache_options(prefill_step_size: int | None, kv_bits: float | None) -> dict[
         if not 1.5 <= kv_bits <= 8 or kv_bits == 7:
             raise UserError(f"--kv-bits is {kv_bits:g}; it must be from 1.5 to 8, and not 7")
         told["kv_bits"] = kv_bits
+    if quantized_kv_start is not None:
+        if quantized_kv_start < 0 or kv_bits is None:
+            raise UserError(
+                f"--quantized-kv-start is {quantized_kv_start}; it must be at least 0, and goes"
+                " with --kv-bits"
+            )
+        told["quantized_kv_start"] = quantized_kv_start
     return told
 
 
@@ -56,10 +66,11 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
 def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[GenerationResult]:
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
     clock, family, pipeline = Clock(), family_of(model), plan(asked.pruner)
-    cache = cache_options(asked.prefill_step_size, asked.kv_bits)
+    cache = cache_options(asked.prefill_step_size, asked.kv_bits, asked.quantized_kv_start)
     sampling = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
     sampling |= {"top_p": asked.top_p, "seed": asked.seed}
     policy = check(model, family, pipeline, asked.positions)
+    _check_bits(family, pipeline, asked.kv_bits)
     opened = [open_image(source) for source in asked.images]
     inputs = _inputs(model, processor, opened, asked)
     clock.lap("image", inputs.pixels)
@@ -119,6 +130,14 @@ def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Re
     except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
         said = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
+
+
+def _check_bits(family: Family, pipeline: Pipeline, kv_bits: float | None) -> None:
+    """Broken bits are another kind of cache, which cannot say that rows are gone."""
+    if pipeline.decoder and family.inner.axes == 1 and kv_bits is not None and kv_bits % 1:
+        raise UserError(
+            f"--kv-bits is {kv_bits:g}; with {pipeline.decoder.name} a whole number can be had"
+        )
 
 
 def _last(told: Told) -> Sequence[Reduction]:

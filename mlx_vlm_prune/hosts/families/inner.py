@@ -37,11 +37,11 @@ class Ahead:
     def offset(self) -> int:
         return self.cache.offset + self.by
 
-    def to_quantized(self, **told: Any) -> "Ahead":
-        return Ahead(self.cache.to_quantized(**told), self.by)
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.cache, name)
+        own = getattr(self.cache, name)
+        if name == "to_quantized":  # which mlx-vlm asks of every cache that has it
+            return lambda **told: Ahead(own(**told), self.by)
+        return own
 
 
 def _counting_run(layer: Any, x_1LD: mx.array, place_1L: mx.array, cache: Any) -> mx.array:

@@ -13,6 +13,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from convert.elsewhere import RECORD
 from convert.errors import UserError
 from convert.files import appearing, read_json
 from convert.writing import write_json
@@ -20,8 +21,8 @@ from convert.writing import write_json
 from ... import __version__
 from ...pruners import Pipeline, Pruner, Stage, plan
 from ...pruners.pipeline import known_options
+from ...request import check_budget
 from ..families import FAMILIES, REFUSED
-from ..loading import RECORD
 from .source import INTO, ROOT, Writer
 
 FILE = "pruned.py"
@@ -62,7 +63,9 @@ def prune_into(
     """
     config = _config(source)
     pipeline = _pipeline(pruner, config["model_type"])
-    _check_budget(keep_ratio, keep_tokens)
+    check_budget(keep_ratio, keep_tokens)
+    if keep_ratio is None and keep_tokens is None:
+        raise UserError("give --keep-ratio or --keep-tokens")
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
     text, leans = _source(source, config, pipeline, keep_ratio, keep_tokens)
@@ -133,15 +136,6 @@ def _pipeline(spec: str, kind: str) -> Pipeline:
     if pipeline.name == "none":
         raise UserError("none prunes nothing, so there is nothing to write")
     return pipeline
-
-
-def _check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
-    if (keep_ratio is None) is (keep_tokens is None):
-        raise UserError("give --keep-ratio or --keep-tokens, one of the two")
-    if keep_ratio is not None and not 0 < keep_ratio <= 1:
-        raise UserError(f"--keep-ratio is {keep_ratio}; it must be above 0 and at most 1")
-    if keep_tokens is not None and keep_tokens < 1:
-        raise UserError(f"--keep-tokens is {keep_tokens}; it must be at least 1")
 
 
 def _source(
