@@ -71,7 +71,9 @@ def _few_bits(prefix: str, tensor: RawTensor, how: Mapping[str, Any]) -> dict[st
 
     def compute() -> list[np.ndarray]:
         with mx.stream(mx.cpu):
-            return [_bytes(part) for part in mx.quantize(to_array(tensor), **how)]
+            made = [_bytes(part) for part in mx.quantize(to_array(tensor), **how)]
+        tensor.forget()
+        return made
 
     rows, columns = tensor.shape
     groups = (rows, columns // how["group_size"])
@@ -133,7 +135,10 @@ def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> 
             # Scales in float32: a product rounded to sixteen bits twice would be another.
             arrays: list[Any] = [part and to_array(part) for part in held]
             arrays = [a.astype(mx.float32) if a is not None and _is_float(a) else a for a in arrays]
-            return _bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))
+            made = _bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))
+        for part in filter(None, held):
+            part.forget()
+        return made
 
     shape = (weight.shape[0], scales.shape[1] * how["group_size"])
     return RawTensor(dtype, shape, compute)

@@ -66,6 +66,16 @@ def test_every_matrix_of_the_language_model_is_what_mlx_makes_of_it(scenes, mode
             assert mx.array_equal(array, after[name], equal_nan=True).item(), name
 
 
+def test_the_pages_of_a_matrix_are_given_back_once_it_is_packed(scenes, tmp_path, monkeypatch):
+    """Or else the source, however large, would fill memory page by page."""
+    given = []
+    monkeypatch.setattr("convert.tensors.give_back", lambda mapped: given.append(mapped.nbytes))
+    main(["to-mlx", str(scenes.whole), str(tmp_path / "made"), "-q"])
+    held = open_safetensors(scenes.whole / "model.safetensors")
+    matrices = [t.nbytes for k, t in held.items() if k.startswith("language.layers.")]
+    assert sum(given) >= sum(matrices) > 10**6
+
+
 @pytest.mark.parametrize(("mode", "bits"), AFFINE + OTHERS)
 def test_it_loads_and_computes_as_the_rounded_matrices_do(scenes, mode, bits, tmp_path, capsys):
     target = scenes(*options(mode, bits))
