@@ -7,6 +7,7 @@ whose own `mx.quantize` does it, tensor by tensor.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def _few_bits(prefix: str, tensor: RawTensor, how: Mapping[str, Any]) -> dict[st
     ]
     each = _one_at_a_time(compute)
     return {
-        prefix + part: RawTensor(dtype, shape, lambda i=i: each(i))  # type: ignore[misc]
+        prefix + part: RawTensor(dtype, shape, partial(each, i))
         for i, (part, (dtype, shape)) in enumerate(zip(PARTS, kinds, strict=False))
     }
 

@@ -97,7 +97,7 @@ class RawTensor:
         same = (self.dtype, self.shape) == (other.dtype, other.shape)
         return same and np.array_equal(self.data, other.data)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # equal by value: how Python spells it
 
     def __repr__(self) -> str:
         return f"RawTensor({self.dtype}, {self.shape})"

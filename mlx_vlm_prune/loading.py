@@ -260,9 +260,9 @@ def _projector(told: Any, vision: CLIPConfig, where: Path) -> ProjectorConfig | 
     if told is None:
         return None
     given = told.get("merge") if isinstance(told, Mapping) else None
-    fine = isinstance(given, list) and len(given) == 2 and all(type(m) is int for m in given)
-    merge: list[int] = given if fine else [0, 0]  # type: ignore[assignment]
-    if any(m < 1 or n % m for m, n in zip(merge, vision.grid, strict=True)):
+    listed = given if isinstance(given, list) and len(given) == 2 else []
+    merge = [m for m in listed if type(m) is int]
+    if len(merge) != 2 or any(m < 1 or n % m for m, n in zip(merge, vision.grid, strict=True)):
         raise UserError(f"{where}: the projector's merge must be two divisors of the grid's sides")
     if not isinstance(told.get("norm"), bool):
         raise UserError(f"{where}: the projector's norm is {told.get('norm')!r}, not true or false")

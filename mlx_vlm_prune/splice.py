@@ -152,7 +152,8 @@ def _pad(prompts: list[list[_Piece]], next_B1: mx.array | None) -> Spliced:
         xs.append(mx.pad(mx.concatenate([p.x_LD for p in pieces]), [(ahead, 0), (0, 0)]))
         place_L = mx.arange(length)
         if next_B1 is not None:
-            place_L = mx.concatenate([p.place_L.astype(mx.int32) for p in pieces])  # type: ignore[union-attr]
+            told = [p.place_L for p in pieces if p.place_L is not None]
+            place_L = mx.concatenate([place.astype(mx.int32) for place in told])
         places.append(mx.pad(place_L.astype(mx.int32), [(ahead, 0)], constant_values=PADDING))
         bias = [mx.zeros(len(p.x_LD)) if p.bias_L is None else p.bias_L for p in pieces]
         biases.append(mx.pad(mx.concatenate(bias), [(ahead, 0)]))

@@ -206,13 +206,13 @@ def test_noise_never_makes_more_rows_quicker(values):
 def test_an_outcome_says_how_far_the_prediction_was_off():
     choice = choose(made(), Wish(120, 0.2), request(), ABLE)
     answer = Answer({"total": 114.0}, 0.12)
-    assert choice.outcome(answer) == (  # type: ignore[arg-type]
+    assert choice.outcome(answer) == (
         "Budget met: 114 ms of 120 ms (predicted 120 ms, 5.0 % off), "
         "0.120 GB of 0.2 GB (predicted 0.120 GB, 0.2 % off)"
     )
     late = replace(choice, wish=Wish(ms=110))
-    assert late.outcome(answer).startswith("Budget missed: 114 ms of 110 ms")  # type: ignore[arg-type]
-    told = choice.as_json(answer)  # type: ignore[arg-type]
+    assert late.outcome(answer).startswith("Budget missed: 114 ms of 110 ms")
+    told = choice.as_json(answer)
     assert told["off"]["ms"] == pytest.approx(-0.05) and told["met"] is True
     assert Forecast(1, 1, 1).meets(Wish(ms=1)) and not Forecast(1, 1, 1).meets(Wish(gb=0.9))
 
@@ -401,9 +401,9 @@ def test_a_model_without_a_folder_is_calibrated_and_not_remembered(loaded, home,
 
 def test_learned_pools_and_budgets_of_each_image_are_refused():
     with pytest.raises(UserError, match="attention_pool was trained for 5 visual tokens"):
-        check(Pool())  # type: ignore[arg-type]
+        check(Pool())
     with pytest.raises(UserError, match="leave out dynamic"):
-        check(plan("norm+restore", {}).of(Dynamic()))  # type: ignore[arg-type]
+        check(plan("norm+restore", {}).of(Dynamic()))
 
 
 class Pool:

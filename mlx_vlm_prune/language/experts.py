@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 GATHERED = 16  # up to so many rows the experts' weights are gathered, on the device
@@ -81,7 +82,7 @@ class Experts(nn.Module):
             inner = swiglu(self.gate_proj(x_R1D, expert_R), self.up_proj(x_R1D, expert_R))
             return self.down_proj(inner, expert_R)[:, 0]
         # Of many rows, those of one expert make one product: on a CPU six times as fast.
-        chosen: list[int] = expert_R.tolist()  # type: ignore[assignment]
+        chosen = np.array(expert_R).tolist()
         rows = [[r for r, e in enumerate(chosen) if e == expert] for expert in sorted(set(chosen))]
         order = [r for own in rows for r in own]
         done = [self.one(x_RD[mx.array(own)], chosen[own[0]]) for own in rows]

@@ -38,7 +38,7 @@ def prune(signals: Signals, K: int) -> Reduction:
         N = keys_BNd.shape[1]
         size_BN = mx.ones(keys_BNd.shape[:2]) if signals.size_BN is None else signals.size_BN
         kept = identity(keys_BNd)
-        while kept.index_BK.shape[1] > K:  # type: ignore[union-attr]
+        while kept.slots > K:
             once = merge(keys_BNd, size_BN, K)
             keys_BNd, size_BN = once.apply(keys_BNd), grown(once, size_BN)
             kept = once.after(kept, N)
