@@ -28,12 +28,20 @@ fast_blas.prepare()  # before the first import of mlx, or never
 
 import mlx.core as mx  # noqa: E402
 
-from .evaluation.asking import Asking, QuestionSet, entries, fingerprint  # noqa: E402
+from .evaluation.answers import Own  # noqa: E402
+from .evaluation.asking import (  # noqa: E402
+    Asked,
+    Asking,
+    Entry,
+    QuestionSet,
+    entries,
+    fingerprint,
+)
 from .evaluation.judge import Judge  # noqa: E402
 from .evaluation.kept import Kept  # noqa: E402
 from .evaluation.table import table  # noqa: E402
 from .evaluation.widen import widen  # noqa: E402
-from .loading import DTYPES, Processor, load  # noqa: E402
+from .loading import DTYPES, load  # noqa: E402
 from .machine import machine, versions  # noqa: E402
 from .model import VLM  # noqa: E402
 from .pruners import METHODS, Stage  # noqa: E402
@@ -106,9 +114,9 @@ def run(args: argparse.Namespace) -> None:
         args.widen = mx.default_device().type == mx.DeviceType.cpu
     if args.widen:
         widen(model)
-    contest, refused = entries(model, args.pruner or usual(model), budgets(args, model.N))
-    args.max_tokens = args.max_tokens or longest(processor, questions.format.name, listed)
-    asking = Asking(model, processor, questions, listed, contest, args.max_tokens, args.batch)
+    contest, refused, asked = begun(args, model, processor)
+    args.max_tokens = args.max_tokens or longest(asked, questions.format.name, listed)
+    asking = Asking(asked, questions, listed, contest, args.max_tokens, args.batch)
     kept = Kept(args.out, decisive(args, asking, folder))
     try:
         asking.run(kept)
@@ -123,6 +131,22 @@ def run(args: argparse.Namespace) -> None:
     kept.remove()
     print(table(told))
     print(f"Wrote {args.out}")
+
+
+def begun(
+    args: argparse.Namespace, model: Any, processor: Any
+) -> tuple[list[Entry], list[dict], Asked]:
+    """The methods with their budgets, those that cannot be, and the model to be asked."""
+    if isinstance(model, VLM):
+        specs = args.pruner or usual(model)
+        contest, refused = entries(model.N, specs, budgets(args, model.N), model.learned)
+        return contest, refused, Own(model, processor, [entry.pipeline for entry in contest])
+    from .hosts import asking as elsewhere  # a model of mlx-vlm's, whose images differ in N
+
+    specs = args.pruner or elsewhere.usual(model)
+    contest, refused = entries(None, specs, budgets(args, None), {})
+    pipelines = [entry.pipeline for entry in contest]
+    return contest, refused, elsewhere.Host(model, processor, pipelines)
 
 
 def decisive(args: argparse.Namespace, asking: Asking, folder: Path) -> list[Any]:
@@ -145,7 +169,13 @@ def result(
     compared = [one.spec not in ("none", "random") for one in asking.able]
     random = [places.get(("random", one.K)) if other else None
               for one, other in zip(asking.able, compared, strict=True)]  # fmt: skip
-    named = [{"pruner": one.spec, "tokens": one.K, "of": asking.model.N} for one in asking.able]
+    sizes = asking.sizes
+    of = round(sum(sizes) / len(sizes))
+    named = [
+        {"pruner": a.spec, "tokens": a.tokens(sizes), "of": of}
+        | ({} if isinstance(a.K, int) else {"keep_ratio": a.K})
+        for a in asking.able
+    ]
     rows = [a | b for a, b in zip(named, judge.rows(sheet, 0, random), strict=True)]
     return {
         "questions": asking.questions.name,
@@ -213,23 +243,24 @@ def usual(model: VLM) -> list[str]:
     return [*able, *dynamic, *CHAINS]
 
 
-def budgets(args: argparse.Namespace, N: int) -> list[int]:
-    """How many of N tokens, the most first."""
+def budgets(args: argparse.Namespace, N: int | None) -> list[float]:
+    """How many of N tokens, the most first; where images differ in N, shares as they are."""
     ratios = args.keep_ratio or (() if args.keep_tokens else RATIOS)
     for ratio in ratios:
         if not 0 < ratio <= 1:
             raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
     for K in args.keep_tokens or ():
-        if not 1 <= K <= N:
-            raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
-    told = {*(args.keep_tokens or ()), *(max(1, int(N * ratio + 1e-9)) for ratio in ratios)}
+        if K < 1 or (N and K > N):
+            raise UserError(f"--keep-tokens is {K}; an image has 1 to {N or 'N'} visual tokens")
+    told: set[float] = {*(args.keep_tokens or ())}
+    told |= {max(1, int(N * ratio + 1e-9)) if N else float(ratio) for ratio in ratios}
     return sorted(told, reverse=True)
 
 
-def longest(processor: Processor, format: str, questions: Sequence[Question]) -> int:
+def longest(model: Asked, format: str, questions: Sequence[Question]) -> int:
     """Tokens that any right answer fits into, with its end and a little more; where the answer
     is looked for in what was said, a sentence at least."""
-    most = max(len(processor.tokenizer.encode(text)) for q in questions for text in q.answers)
+    most = max(len(model.encode(text)) for q in questions for text in q.answers)
     return max(most + 1 + SPARE, 0 if format in EXACT else SENTENCE)
 
 

@@ -108,7 +108,7 @@ def test_the_log_probability_is_that_of_one_word_after_another(home, spec):
 
 def test_with_all_tokens_every_method_is_full_bit_for_bit(home):
     full = together(home, "none")
-    contest, refused = entries(home[0], SEVERAL, [tiny.N])
+    contest, refused = entries(tiny.N, SEVERAL, [tiny.N], {})
     assert not refused and len(contest) == len(SEVERAL)
     for entry in contest:
         said = together(home, entry.spec, tiny.N)

@@ -105,7 +105,7 @@ def interrupt(monkeypatch, at: int) -> None:
             raise KeyboardInterrupt
         return ready(*arguments)
 
-    monkeypatch.setattr("mlx_vlm_prune.evaluation.asking.ready", stopping)
+    monkeypatch.setattr("mlx_vlm_prune.evaluation.answers.ready", stopping)
 
 
 def test_the_result_holds_every_figure(home, tmp_path, capsys):

@@ -63,6 +63,7 @@ class Batch:
         self.pixels_IHW3 = pixels.astype(model.dtype)
         A = max(len(one.right) for one in asked)
         self.right_BA = np.array([one.right + [-1] * (A - len(one.right)) for one in asked])
+        self.sizes = [model.N] * len(asked)  # visual tokens of each question's image
 
 
 class SharedTower:
@@ -115,6 +116,26 @@ class Said:
 
     ids: list[list[int]]
     logprob_B: np.ndarray
+
+
+class Own:
+    """A model of ours that is asked by all these methods."""
+
+    def __init__(self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline]):
+        self.model, self.tower = sharing(model, pipelines)
+        self.processor, words = processor, processor.tokenizer
+        self.encode, self.decode, self.ends = words.encode, words.decode, words.eos_token_ids
+
+    def ready(self, question: Question) -> Ready:
+        return ready(self.model, self.processor, question)
+
+    def begin(self, asked: Sequence[Ready]) -> Batch:
+        batch = Batch(self.model, asked)
+        self.tower.show(batch)
+        return batch
+
+    def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Said:
+        return answer(self.model, batch, pipeline, int(keep), self.ends, max_tokens)
 
 
 def answer(

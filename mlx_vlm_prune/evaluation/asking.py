@@ -6,22 +6,20 @@ Shapes: Q questions, P methods with their budgets, B questions of a batch.
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from convert.errors import UserError
 
-from ..loading import Processor
-from ..model import VLM
 from ..pruners import Pipeline, plan
 from ..questions import Bad, Format, Question
-from .answers import Batch, Ready, Said, answer, ready, sharing
+from .answers import Said
 from .judge import Sheet, check_kinds
 from .kept import Answered, Kept
 
@@ -75,27 +73,51 @@ def fingerprint(questions: Iterable[Question]) -> str:
     return told.hexdigest()
 
 
+class Asked(Protocol):
+    """A model that questions are put to: ours, or one of mlx-vlm's."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def ready(self, question: Question) -> Any:
+        """The question as the model reads it. Raises UserError, which says what is wrong."""
+
+    def begin(self, asked: Sequence[Any]) -> Any:
+        """A batch of those, and the `sizes` of their images in visual tokens."""
+
+    def answer(self, batch: Any, pipeline: Pipeline, keep: float, max_tokens: int) -> Said:
+        """What the model says to a batch. Raises UserError where that cannot be."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """A method with its budget: one row of the result."""
 
     spec: str
-    K: int
+    K: float  # tokens; below 1, or 1.0, a share of an image's
     pipeline: Pipeline
+
+    def tokens(self, sizes: Sequence[int]) -> int:
+        """That an image keeps, on average over images of so many."""
+        if isinstance(self.K, int):
+            return self.K
+        return round(sum(max(1, int(N * self.K + 1e-9)) for N in sizes) / len(sizes))
 
 
 def entries(
-    model: VLM, specs: Sequence[str], budgets: Sequence[int]
+    N: int | None, specs: Sequence[str], budgets: Sequence[float], learned: Mapping[str, Any]
 ) -> tuple[list[Entry], list[dict]]:
     """Full, then at every budget `random` and the others; and what cannot be, with the reason.
 
-    Raises UserError for a method that there is not.
+    `N` is that of every image; where they differ, None. Raises UserError for a method that there
+    is not.
     """
-    found, refused = [Entry("none", model.N, plan("none"))], []
+    found, refused = [Entry("none", N or 1.0, plan("none"))], []
     for K in budgets:
         for spec in dict.fromkeys(["random", *specs]):
-            pipeline = plan(spec, model.learned)
-            if pipeline.trained_tokens not in (None, K) and model.N != K:
+            pipeline = plan(spec, learned)
+            if pipeline.trained_tokens not in (None, K) and N != K:
                 why = f"it was trained for {pipeline.trained_tokens} tokens"
                 refused.append({"pruner": spec, "tokens": K, "why": why})
             elif spec != "none":
@@ -107,11 +129,10 @@ class Asking:
     """Asks all questions of all entries, the first of which is full."""
 
     def __init__(
-        self, model: VLM, processor: Processor, questions: QuestionSet, listed: list[Question],
+        self, model: Asked, questions: QuestionSet, listed: list[Question],
         contest: Sequence[Entry], max_tokens: int, size: int,
     ):  # fmt: skip
-        self.model, self.tower = sharing(model, [entry.pipeline for entry in contest])
-        self.processor, self.questions, self.listed = processor, questions, listed
+        self.model, self.questions, self.listed = model, questions, listed
         self.contest, self.max_tokens, self.size = contest, max_tokens, size
         self.refused: dict[int, str] = {}
         self.done: list[Answered] = []
@@ -140,13 +161,13 @@ class Asking:
                 bar.set_postfix_str(self.standing(), refresh=False)
                 bar.update(upto * len(self.contest) - bar.n)
 
-    def _batches(self, start: int) -> Iterator[tuple[int, list[int], list[Ready], list[str]]]:
+    def _batches(self, start: int) -> Iterator[tuple[int, list[int], list[Any], list[str]]]:
         """Numbers and questions made ready, with what was left out before them."""
         asked, made, bad = [], [], Bad(self.questions.skip)
         again = self.questions.read(Bad(skip=True))  # what was left out of the file is known
         for n, question in enumerate(islice(again, start, len(self.listed)), start):
             try:
-                made.append(ready(self.model, self.processor, question))
+                made.append(self.model.ready(question))
                 asked.append(n)
             except UserError as e:
                 bad(f"question {question.id}", str(e))
@@ -157,35 +178,34 @@ class Asking:
             yield len(self.listed), asked, made, bad.found
 
     def _answered(
-        self, upto: int, asked: list[int], made: list[Ready], skipped: list[str]
+        self, upto: int, asked: list[int], made: list[Any], skipped: list[str]
     ) -> Answered:
-        began = time.perf_counter()
-        found, refused = self._all(Batch(self.model, made)) if made else ([], [])
-        decode = self.processor.tokenizer.decode
+        began, decode = time.perf_counter(), self.model.decode
+        batch = self.model.begin(made) if made else None
+        found, refused = self._all(batch) if batch else ([], [])
         full = found[0].ids if found else []
         return Answered(
             upto, asked,
             said=[[decode(ids) for ids in said.ids] for said in found],
             logprob=[said.logprob_B.tolist() for said in found],
             loyal=[[a == b for a, b in zip(said.ids, full, strict=True)] for said in found],
-            seconds=time.perf_counter() - began, skipped=skipped, refused=refused,
+            seconds=time.perf_counter() - began, sizes=batch.sizes if batch else [],
+            skipped=skipped, refused=refused,
         )  # fmt: skip
 
-    def _all(self, batch: Batch) -> tuple[list[Said], list[tuple[int, str]]]:
+    def _all(self, batch: Any) -> tuple[list[Said], list[tuple[int, str]]]:
         """What every entry says; those that cannot be show it at the first batch."""
-        self.tower.show(batch)
-        ends = self.processor.tokenizer.eos_token_ids
         found, refused = [], []
         for p, entry in enumerate(self.contest):
             if p not in self.refused:
-                ask = (self.model, batch, entry.pipeline, entry.K, ends, self.max_tokens)
+                ask = (batch, entry.pipeline, entry.K, self.max_tokens)
                 try:
-                    found.append(answer(*ask))
+                    found.append(self.model.answer(*ask))
                 except UserError as e:
                     if self.count or p == 0:
                         raise
                     refused.append((p, str(e)))
-            self.tick(len(batch.rows))
+            self.tick(len(batch.sizes))
         return found, refused
 
     def _book(self, batch: Answered) -> None:
@@ -208,9 +228,14 @@ class Asking:
         shown = []
         for name, p in told.items():
             entry = self.contest[p]
-            who = "" if p == 0 else f" {entry.spec}@{entry.K}"
+            who = "" if p == 0 else f" {entry.spec}@{entry.K:.4g}"
             shown.append(f"{name}{who} {self.right[p] / self.count:.1%}")
         return ", ".join(shown)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Visual tokens of each question's image."""
+        return [N for batch in self.done for N in batch.sizes]
 
     @property
     def able(self) -> list[Entry]:

@@ -29,6 +29,7 @@ class Answered:
     logprob: list[list[float]]  # (P, B)
     loyal: list[list[bool]]  # (P, B): the same ids as the first method's
     seconds: float
+    sizes: list[int]  # (B,): visual tokens of each question's image
     skipped: list[str] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
 

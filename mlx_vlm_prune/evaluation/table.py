@@ -77,10 +77,10 @@ def _notes(told: Told) -> list[str]:
         " the same answer as with all tokens, in %. Log-prob: of the right answer, its mean.",
         "▲ ▼: above or below random with as many tokens (95 % interval, paired bootstrap).",
     ]
+    if any("keep_ratio" in row for row in told["rows"]):
+        lines.append("Tokens: of an image, the mean over all.")
     if told["count"] < bootstrap.FEWEST:
-        lines[-1] = (
-            f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
-        )
+        lines[1] = f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
     if len(told["kinds"]) > MOST_KINDS:
         lines.append(f"The {len(told['kinds'])} kinds of question are told apart in the file.")
     worse: dict[str, list[str]] = {}
@@ -91,6 +91,8 @@ def _notes(told: Told) -> list[str]:
         named = [f"{name} ({', '.join(tokens)})" for name, tokens in worse.items()]
         lines.append(f"Worse than random: {', '.join(named)}.")
     for one in told["refused"]:
-        who = f"{one['pruner']} with {one['tokens']} tokens"
+        kept = one["tokens"]
+        amount = f"{kept} tokens" if isinstance(kept, int) else f"{kept:.0%} of the tokens"
+        who = f"{one['pruner']} with {amount}"
         lines.append(f"Not asked: {who}: {one['why'].removeprefix(one['pruner'] + ': ')}")
     return [*lines, *(f"Skipped: {what}" for what in told["skipped"])]

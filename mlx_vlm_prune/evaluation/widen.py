@@ -7,12 +7,11 @@ from mlx import nn
 from mlx.utils import tree_unflatten
 
 from ..language.experts import ExpertLinear, QuantizedExpertLinear
-from ..model import VLM
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
 
 
-def widen(model: VLM) -> int:
+def widen(model: nn.Module) -> int:
     """Widen the matrices of a model in place; how many there were."""
     wide = [
         (path, _wide(module))

@@ -3,7 +3,7 @@
 Shapes: l rows of the prompt.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,10 @@ from PIL import Image
 from convert.errors import UserError
 
 from ..image import MAX_PIXELS, open_image
+from ..model import Lap
 from ..prompt import IMAGE_MARK
-from ..pruners import Pipeline, Reduction, plan
+from ..pruners import Pipeline, plan
+from ..pruners.contract import Policy
 from ..request import Request
 from ..result import GenerationResult, Seen
 from ..stream import Clock
@@ -24,7 +26,7 @@ from .families import Family
 from .mlx_vlm import Told, as_it_was, budgets, chosen, family_of, pictures, see, tell
 from .mlx_vlm import stream as its_stream
 from .refusals import check
-from .views import Inputs
+from .views import Inputs, View
 
 
 def cache_options(
@@ -72,22 +74,17 @@ def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[Gene
     policy = check(model, family, pipeline, asked.positions)
     _check_bits(family, pipeline, asked.kv_bits)
     opened = [open_image(source) for source in asked.images]
-    inputs = _inputs(model, processor, opened, asked)
+    size = resize_option(asked.resize_shape)
+    inputs = prepared(model, processor, asked.prompt, opened, asked.template, size)
     clock.lap("image", inputs.pixels)
     mx.reset_peak_memory()
     with as_it_was(model.language_model):
         with its_stream():
             views = see(model, inputs, pipeline, clock.lap)
             kept = budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
-            places = "keep" if pipeline.decoder else policy
-            told = tell(model, inputs, views, pipeline, kept, places, clock.lap)
-            _check_length(model, told)
-            deep = None
-            if pipeline.decoder and any(
-                one.slots > K for one, K in zip(_last(told), kept, strict=True)
-            ):
-                piece = asked.prefill_step_size
-                deep = read(model, inputs, told, pipeline, kept, policy, piece, clock.lap)
+            told, deep = fewer(
+                model, inputs, views, pipeline, kept, policy, asked.prefill_step_size, clock.lap
+            )
         said = _begin(told, deep, pipeline, len(opened), model)
         if views:
             shown, grids = pictures(views, processor, opened), [v.signals.grid for v in views]
@@ -111,18 +108,23 @@ def explained(
         raise UserError(f"--kv-bits {kv_bits:g} cannot be had of this model: {said}") from problem
 
 
-def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Request) -> Inputs:
+def prepared(
+    model: Any, processor: Any, prompt: str, opened: Sequence[Image.Image],
+    template: Mapping[str, Any] | None = None, size: tuple[int, int] | None = None,
+) -> Inputs:  # fmt: skip
+    """A prompt and pictures, through mlx-vlm's chat template and the model's own processor.
+
+    Raises UserError.
+    """
     from mlx_vlm.prompt_utils import apply_chat_template
 
-    if IMAGE_MARK in asked.prompt:
+    if IMAGE_MARK in prompt:
         raise UserError(
             f"leave {IMAGE_MARK} out of the prompt: in mlx-vlm models the chat template says where"
             " images go"
         )
-    size, options = resize_option(asked.resize_shape), dict(asked.template or {})
-    text = apply_chat_template(
-        processor, model.config, asked.prompt, num_images=len(opened), **options
-    )
+    options = dict(template or {})
+    text = apply_chat_template(processor, model.config, prompt, num_images=len(opened), **options)
     try:
         return family_of(model).prepare(model, processor, text, opened, size)
     except UserError:
@@ -132,17 +134,28 @@ def _inputs(model: Any, processor: Any, opened: Sequence[Image.Image], asked: Re
         raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
 
 
+def fewer(
+    model: Any, inputs: Inputs, views: list[View], pipeline: Pipeline, kept: Sequence[int],
+    policy: Policy, piece: int | None, lap: Lap,
+) -> tuple[Told, Read | None]:  # fmt: skip
+    """The prompt with `kept` tokens of each view; read already where rows leave between layers.
+
+    Raises UserError.
+    """
+    told = tell(model, inputs, views, pipeline, kept, "keep" if pipeline.decoder else policy, lap)
+    _check_length(model, told)
+    left = told.trace[-1].kept if told.trace else []  # behind the projector
+    if pipeline.decoder and any(one.slots > K for one, K in zip(left, kept, strict=True)):
+        return told, read(model, inputs, told, pipeline, kept, policy, piece, lap)
+    return told, None
+
+
 def _check_bits(family: Family, pipeline: Pipeline, kv_bits: float | None) -> None:
     """Broken bits are another kind of cache, which cannot say that rows are gone."""
     if pipeline.decoder and family.inner.axes == 1 and kv_bits is not None and kv_bits % 1:
         raise UserError(
             f"--kv-bits is {kv_bits:g}; with {pipeline.decoder.name} a whole number can be had"
         )
-
-
-def _last(told: Told) -> Sequence[Reduction]:
-    """What is left of each picture behind the projector."""
-    return told.trace[-1].kept if told.trace else []
 
 
 def _check_length(model: Any, told: Told) -> None:

@@ -1,0 +1,173 @@
+"""Promises of an evaluation of mlx-vlm's models: what `generate` says, and the right answers' odds.
+
+Shapes: V words.
+"""
+
+import json
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+from mlx_vlm_prune import evaluate, generate, load
+from mlx_vlm_prune.hosts import asking
+from mlx_vlm_prune.hosts.asking import Host, Ready
+from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, budgets, family_of, see
+from mlx_vlm_prune.hosts.refusals import check
+from mlx_vlm_prune.hosts.stream import fewer
+from mlx_vlm_prune.pruners import plan
+
+from . import host_folders
+from .host_models import KINDS
+from .test_hosts import no_lap
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+BEHIND = ("none", "divprune", "avgpool", "received_attention", "cdpruner")
+DEEP = [(kind, spec) for kind in ("llava", "qwen2_5_vl", "qwen3_vl") for spec in ("fastv", "vtw")]
+CASES = [(kind, spec) for kind in KINDS for spec in BEHIND] + DEEP
+RIGHT, WORDS, END = [7, 3, 21, 63], 5, 63
+NAMES = ("llava", "qwen2_5_vl")
+
+
+def host(model, *specs: str) -> Host:
+    words = SimpleNamespace(stopping_criteria=SimpleNamespace(eos_token_ids=[END]))
+    return Host(model, SimpleNamespace(tokenizer=words), [plan(spec) for spec in specs])
+
+
+def share(spec: str) -> float:
+    return {"none": 1.0, "fastv": 0.75, "vtw": 0.75}.get(spec, 0.5)
+
+
+def by_mlx_vlm(model, inputs, spec: str, forced=()) -> tuple[list[int], float]:
+    """Tokens of mlx-vlm's own loop from the prompt on, and the odds of those it was forced to."""
+    from mlx_vlm.generate.ar import generate_step
+
+    pipeline, coming, odds = plan(spec), [*forced], 0.0
+
+    def choose(odds_1V):
+        return mx.array([coming.pop(0)]) if coming else mx.argmax(odds_1V, axis=-1)
+
+    policy = check(model, family_of(model), pipeline, None)
+    with as_it_was(model.language_model):
+        views = see(model, inputs, pipeline, no_lap)
+        kept = budgets(views, share(spec), None, pipeline)
+        told, deep = fewer(model, inputs, views, pipeline, kept, policy, None, no_lap)
+        rest = dict(deep.arguments if deep else told.arguments)
+        rest |= {"prompt_cache": deep.cache} if deep else {}
+        ids, pixels, mask = (rest.pop(x, None) for x in ("input_ids", "pixel_values", "mask"))
+        steps = generate_step(ids, model, pixels, mask, max_tokens=WORDS, sampler=choose, **rest)
+        said = []
+        for i, (token, odds_V) in enumerate(steps):
+            odds += odds_V[forced[i]].item() if i < len(forced) else 0.0
+            said.append(int(token))
+    return said[: said.index(END)] if END in said and not forced else said, odds
+
+
+@pytest.mark.parametrize(("kind", "spec"), CASES)
+def test_it_answers_as_mlx_vlms_own_loop_does_and_finds_the_same_odds(kind, spec):
+    model = KINDS[kind].make()
+    inputs = KINDS[kind].inputs(model)
+    one = host(model, spec)
+    said = one.answer(one.begin([Ready(inputs, RIGHT)]), plan(spec), share(spec), WORDS)
+    assert said.ids == [by_mlx_vlm(model, inputs, spec)[0]]
+    assert said.logprob_B == pytest.approx(by_mlx_vlm(model, inputs, spec, RIGHT)[1], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_an_answer_that_went_on_from_the_right_one_would_be_told_apart(kind, monkeypatch):
+    model = KINDS[kind].make()
+    one, ready = host(model, "none"), Ready(KINDS[kind].inputs(model), RIGHT)
+    said = one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids
+    monkeypatch.setattr(asking, "_copied", lambda cache: cache)
+    assert one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids != said
+
+
+def test_the_tower_works_once_for_all_methods():
+    model = KINDS["llava"].make()
+    calls, real = [], type(model.vision_tower).__call__
+
+    class Counted(type(model.vision_tower)):
+        def __call__(self, *args, **told):
+            calls.append(len(args[0]))
+            return real(self, *args, **told)
+
+    model.vision_tower.__class__ = Counted
+    one = host(model, "none", "cls_attention", "divprune", "cdpruner", "tome")
+    batch = one.begin([Ready(KINDS["llava"].inputs(model, 1), RIGHT)] * 2)
+    for spec in ("none", "cls_attention", "divprune", "cdpruner"):
+        one.answer(batch, plan(spec), share(spec), 1)
+    assert calls == [1, 1]
+
+
+# --- the command ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Two models, and four questions about two pictures of different sizes."""
+    folder = tmp_path_factory.mktemp("asked")
+    for name in NAMES:
+        host_folders.checkpoint(name, folder)
+    host_folders.picture(folder, "a.png", 70, 90)
+    host_folders.picture(folder, "b.png", 150, 120)
+    rows = [
+        {"id": f"q{n}", "image": f"{'ab'[n % 2]}.png", "question": f"w{n + 7} w9", "answer": "w3"}
+        for n in range(4)
+    ]
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def command(home, name: str, out, *more: str) -> list[str]:
+    return ["--model", str(home / name), "--questions", str(home / "q.jsonl"), "--out", str(out),
+            "--max-tokens", "3", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_has_shares_of_images_that_differ_in_size(home, name, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    specs = [part for spec in ("norm", "fastv", "tome") for part in ("--pruner", spec)]
+    evaluate.main(command(home, name, out, "--keep-ratio", "0.75", *specs))
+    told, model = json.loads(out.read_text()), load(home / name)
+    sizes = [16, 16] if name == "llava" else [6, 20]  # LLaVA's pictures are all made alike
+    assert [row["pruner"] for row in told["rows"]] == ["none", "random", "norm", "fastv"]
+    for row in told["rows"]:
+        kept = [N if row["pruner"] == "none" else N * 3 // 4 for N in sizes]
+        assert (row["of"], row["tokens"]) == (sum(sizes) / 2, round(sum(kept) / 2))
+        assert np.isfinite(row["logprob"])
+    why = told["refused"][0]["why"]
+    assert told["refused"][0]["pruner"] == "tome" and "between the tower's layers" in why
+    shown = capsys.readouterr().out
+    assert "Not asked: tome with 75% of the tokens" in shown and "the mean over all" in shown
+    for spec, loyal in (("none", 1.0), ("norm", None)):
+        same = [
+            generate(*model, f"w{n + 7} w9", image=home / f"{'ab'[n % 2]}.png", pruner=spec,
+                     keep_ratio=share(spec) if spec == "none" else 0.75, max_tokens=3).text
+            for n in range(4)
+        ]  # fmt: skip
+        row = next(row for row in told["rows"] if row["pruner"] == spec)
+        right = sum(text.strip() == "w3" for text in same) / 4
+        assert row["overall"] == right and loyal in (None, row["loyalty"])
+
+
+def test_tokens_are_taken_as_they_are_and_refused_where_an_image_has_fewer(home, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    evaluate.main(command(home, "qwen2_5_vl", out, "--keep-tokens", "4", "--pruner", "norm"))
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["tokens"], row["of"]) for row in rows] == [(13, 13), (4, 13), (4, 13)]
+    asked = command(home, "qwen2_5_vl", out, "--keep-tokens", "7", "--pruner", "norm")
+    evaluate.main(asked)
+    told = capsys.readouterr().out
+    assert (
+        "Not asked: norm with 7 tokens: --keep-tokens is 7; an image has 1 to 6 visual tokens"
+        in told
+    )
+
+
+def test_without_names_every_method_that_can_is_asked():
+    names = asking.usual(KINDS["llava"].make())
+    assert {"random", "divprune", "cls_attention", "fastv", "vtw"} <= {*names}
+    assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
+    assert "fastv" not in asking.usual(KINDS["gemma3"].make())
