@@ -31,6 +31,7 @@ class Request:
     prefill_step_size: int | None
     kv_bits: float | None
     resize_shape: Sequence[int] | None
+    num_draft_tokens: int | None
 
     @property
     def is_for_mlx_vlm(self) -> bool:
