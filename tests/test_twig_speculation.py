@@ -3,7 +3,6 @@
 Shapes: I images, L rows, V words.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -14,19 +13,16 @@ import pytest
 import torch
 
 from convert.errors import UserError
-from mlx_vlm_prune import generate, speculate, stream_generate
+from mlx_vlm_prune import speculate
 from mlx_vlm_prune.decoder import Growth
-from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 from mlx_vlm_prune.speculate import Speculation
 from torch_ref.language.twig import Twig, grown
 from torch_ref.model import VLM, VLMConfig
 from torch_ref.speculate import speculate as theirs
 
 from . import tiny
-from .test_generate import refused
 from .test_model import Replaying, steps_of
 from .test_pruners import close
 
@@ -331,96 +327,3 @@ def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
 def test_the_reference_without_a_twig_says_so():
     with pytest.raises(UserError, match="no twig"):
         theirs(tiny.reference(), tiny.row("how many ?"), None)
-
-
-# --- what a user sees -----------------------------------------------------------------
-
-
-def test_the_built_in_model_answers_the_same_with_its_twig():
-    """Real ends, real drafts: more than half of them right."""
-    model, processor = load()
-    drafted = accepted = 0
-    for scene, several in question_set(HELD_OUT_SEEDS, 3):
-        for question in several:
-            for options in ({}, {"pruner": "twig", "keep_tokens": 98}):
-                plain = generate(model, processor, question.text, scene.image(), **options)
-                told = generate(
-                    model, processor, question.text, scene.image(), num_draft_tokens=5, **options
-                )
-                assert told.token_ids == plain.token_ids and told.text == plain.text
-                assert told.finish_reason == plain.finish_reason
-                assert told.generation_tokens == plain.generation_tokens
-                assert (plain.drafted, plain.accepted) == (None, None)
-                drafted, accepted = drafted + told.drafted, accepted + told.accepted
-    assert drafted > 30 and accepted / drafted > 0.5, (drafted, accepted)
-
-
-def test_a_stream_counts_drafts_up_to_each_piece():
-    model, processor = load()
-    scene, (question, *_) = next(question_set(HELD_OUT_SEEDS, 1))
-    pieces = [*stream_generate(model, processor, question.text, scene.image(), num_draft_tokens=2)]
-    assert (pieces[0].drafted, pieces[0].accepted) == (0, 0)
-    counts = [piece.drafted for piece in pieces]
-    assert counts == sorted(counts) and counts[-1] > 0
-    whole = generate(model, processor, question.text, scene.image(), num_draft_tokens=2)
-    assert (whole.drafted, whole.accepted) == (pieces[-1].drafted, pieces[-1].accepted)
-
-
-@pytest.fixture
-def picture(tmp_path):
-    scene, _ = next(question_set(HELD_OUT_SEEDS, 1))
-    scene.image().save(tmp_path / "scene.png")
-    return str(tmp_path / "scene.png")
-
-
-def test_the_figures_say_what_was_drafted_and_what_was_right(picture, tmp_path, capsys):
-    file = tmp_path / "a.json"
-    command = ["--image", picture, "--prompt", "What does the sign say?", "--json", str(file)]
-    main([*command, "--pruner", "twig", "--num-draft-tokens", "5"])
-    told = json.loads(file.read_text())
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Drafted: ")]
-    share = told["accepted"] / told["drafted"]
-    assert line == f"Drafted: {told['drafted']}, accepted {told['accepted']} ({share:.1%})"
-    main([*command, "--num-draft-tokens", "5", "--max-tokens", "1"])
-    assert "Drafted: 0, accepted 0\n" in capsys.readouterr().out
-    main(command)
-    assert "Drafted" not in capsys.readouterr().out
-    told = json.loads(file.read_text())
-    assert told["drafted"] is None and told["accepted"] is None
-
-
-def test_the_twigs_rows_are_counted_among_the_caches(pairs):
-    model, processor = load()
-    plain, told = (
-        generate(model, processor, "how many ?", num_draft_tokens=n, max_tokens=2)
-        for n in (None, 1)
-    )
-    row = 2 * 4 * model.config.text.num_key_value_heads * model.config.text.head_dim
-    assert told.cache_bytes - plain.cache_bytes == plain.prompt_tokens * row  # a twig of one layer
-
-
-REFUSED = {
-    "none": (["--num-draft-tokens", "0"], "--num-draft-tokens is 0; it must be at least 1"),
-    "chance": (["--num-draft-tokens", "5", "--temp", "0.7"], "is for greedy answers, and --temp"),
-    "a wish": (
-        ["--num-draft-tokens", "5", "--budget-ms", "90", "--pruner", "norm"],
-        "do not count what a twig takes",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_drafted_is_refused_in_a_sentence(picture, capsys, case):
-    flags, part = REFUSED[case]
-    command = ["--image", picture, "--prompt", "What does the sign say?", *flags]
-    assert part in refused(capsys, command)
-
-
-def test_a_model_without_a_twig_and_one_of_mlx_vlms_are_refused(pairs, tmp_path, capsys):
-    own = tmp_path / "mlx"
-    shutil.copytree(pairs["short"].folder, own)
-    (own / "pruners.safetensors").unlink()
-    command = ["--model", str(own), "--prompt", "how many ?", "--num-draft-tokens", "5"]
-    assert f"needs a twig, and {own} has none beside it" in refused(capsys, command)
-    with pytest.raises(UserError, match="a model of mlx-vlm's has none"):
-        generate(SimpleNamespace(), None, "how many ?", num_draft_tokens=5)
