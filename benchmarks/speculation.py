@@ -199,7 +199,7 @@ def summary(found: dict[str, Any]) -> str:
     ends = [found["cost"]["gain"][mode]["full"]["median"] for mode in ("wrong", "right")]
     low, high = ("?" if gain is None else f"{gain:.2f}x" for gain in ends)
     share = found["scenes"]["accepted"] / max(1, found["scenes"]["drafted"])
-    return f"{low} to {high} (token; no draft right to all, on scenes {share:.0%})"
+    return f"{low} to {high} (token; none to all of the drafts right, on scenes {share:.0%})"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add, positive = p.add_argument, partial(whole, 1)
     add("--shape", default="llava-8", help=f"{', '.join(SHAPES)} (default: llava-8)")
     add("--drafts", type=positive, default=5, help="of a turn (default: the paper's 5)")
-    add("--tokens", type=positive, default=24, help="after the first (default: 24)")
+    add("--tokens", type=positive, default=12, help="after the first (default: 12)")
     add("--runs", type=positive, default=5, help="measured runs of each mode (default: 5)")
     add("--per-kind", type=positive, default=12, help="scenes: questions a kind (default: 12)")
     add("--save", action="store_const", const="speculation", help="keep as speculation.json")

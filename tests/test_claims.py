@@ -71,7 +71,7 @@ def test_the_table_says_both_ends_and_how_often_scenes_is_right():
         gain = {"wrong": {"full": {"median": wrong}}, "right": {"full": {"median": right}}}
         return {"cost": {"gain": gain}, "scenes": {"drafted": 8, "accepted": 6}}
 
-    tail = "(token; no draft right to all, on scenes 75%)"
+    tail = "(token; none to all of the drafts right, on scenes 75%)"
     assert speculation.summary(ends(0.3, 2.1)) == f"0.30x to 2.10x {tail}"
     assert speculation.summary(ends(None, 2.1)) == f"? to 2.10x {tail}"
 

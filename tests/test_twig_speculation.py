@@ -83,11 +83,11 @@ def K_of(spec: str) -> int:
     return tiny.N if spec == "none" else K
 
 
-def read(pair, spec: str, row=ROW, growth: Growth | None = None, chain=None):
+def read(pair, spec: str, row=ROW, growth: Growth | None = None, chain=None, policy=None):
     """The prompt with its images."""
     pixels = mx.array(pair.pixels[: len(row.runs)]) if row.runs else None
-    return pair.ours([row], pixels, chain or plan(spec, pair.ours.learned), K_of(spec),
-                     growth=growth)  # fmt: skip
+    chain = chain or plan(spec, pair.ours.learned)
+    return pair.ours([row], pixels, chain, K_of(spec), policy, growth=growth)
 
 
 def greedy(pair, spec: str, limit: int, row=ROW, chain=None) -> list[int]:
@@ -102,10 +102,10 @@ def greedy(pair, spec: str, limit: int, row=ROW, chain=None) -> list[int]:
     return said
 
 
-def begun(pair, spec: str, most=5, sure=0.6, ends=NO_END, row=ROW, chain=None):
+def begun(pair, spec: str, most=5, sure=0.6, ends=NO_END, row=ROW, chain=None, policy=None):
     """A speculation and the first token; its drafts are written down in `drafts`."""
     growth = Growth(pair.ours.learned["twig"])
-    before = read(pair, spec, row, growth, chain)
+    before = read(pair, spec, row, growth, chain, policy)
     turns = Speculation(pair.ours, before, growth, ends, most, sure)
     turns.drafts, draft = [], turns.draft
 
@@ -230,7 +230,9 @@ def test_what_agrees_is_counted_up_to_the_first_that_does_not():
 # --- what caches hold -----------------------------------------------------------------
 
 
-def check_caches(pair, spec: str, turns: Speculation, first: int, chain, limit: int) -> int:
+def check_caches(
+    pair, spec: str, turns: Speculation, first: int, chain, limit: int, policy=None
+) -> int:
     """After every turn: rows, places, biases, keys and values of all layers, the twig's too, are
     those of the same tokens read at once into empty caches. How many drafts were wrong."""
     said = []
@@ -241,7 +243,7 @@ def check_caches(pair, spec: str, turns: Speculation, first: int, chain, limit: 
         chain.again = True
         whole = tiny.Prompt([*ROW.ids, *said[:-1]], ROW.runs)
         growth = Growth(pair.ours.learned["twig"])
-        after = read(pair, spec, whole, growth, chain.pipeline)
+        after = read(pair, spec, whole, growth, chain.pipeline, policy)
         held, expected = (
             [*t.cache, *g.cache] for t, g in ((turns.before, turns.growth), (after, growth))
         )
@@ -265,6 +267,16 @@ def test_after_every_turn_caches_hold_what_a_recomputation_without_any_holds(pai
     chain = Replaying(pairs[name], spec)
     turns, first = begun(pairs[name], spec, 4, 0.0, chain=chain.pipeline)
     assert check_caches(pairs[name], spec, turns, first, chain, 14) > 0
+
+
+@pytest.mark.parametrize("spec", ["none", "twig", "fastv", "cls_attention"])
+def test_so_they_do_where_positions_count_anew_and_room_is_made_inside_a_draft(
+    pairs, spec, monkeypatch
+):
+    monkeypatch.setattr("mlx_vlm_prune.cache.STEP", 3)
+    pair, chain = pairs["short"], Replaying(pairs["short"], spec)
+    turns, first = begun(pair, spec, 4, 0.0, chain=chain.pipeline, policy="renumber")
+    assert check_caches(pair, spec, turns, first, chain, 14, "renumber") > 0
 
 
 @pytest.mark.parametrize("spec", ["none", "twig"])
@@ -313,15 +325,17 @@ def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
     pair = pairs[name]
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
     end = pair.theirs.config.eos_token_id
-    for most, sure in ((5, 0.6), (3, 0.0)):
-        turns, first = begun(pair, spec, most, sure, ends={end})
+    for most, sure, policy in ((5, 0.6, "keep"), (3, 0.0, "renumber")):
+        turns, first = begun(pair, spec, most, sure, ends={end}, policy=policy)
         said = spoken(turns, first, 18)
         steps = steps_of(pair, spec, K_of(spec))
-        answer = theirs(pair.theirs, ROW, pixels, steps, most=most, sure=sure, max_tokens=18)
+        sizes = {"most": most, "sure": sure, "max_tokens": 18}
+        answer = theirs(pair.theirs, ROW, pixels, steps, positions=policy, **sizes)
         assert answer.ids == [token.id for token in said if token.id != end]
         assert answer.drafts == turns.drafts
         assert sum(answer.accepted) == said[-1].accepted
-        assert answer.ids == pair.theirs.generate([ROW], pixels, steps, max_tokens=18)[0]
+        plain = pair.theirs.generate([ROW], pixels, steps, positions=policy, max_tokens=18)
+        assert answer.ids == plain[0]
 
 
 def test_the_reference_without_a_twig_says_so():
