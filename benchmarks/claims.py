@@ -30,8 +30,8 @@ SLOW, SLOWER = "llava-8", 4  # a shape whose runs take seconds, and how many tim
 class Claim:
     """A headline, and how its method is run here: K of N tokens of a shape.
 
-    `timed` is what the authors timed, where it can be timed here; `judged` the method and
-    budget of 196 whose accuracy on scenes stands beside.
+    `timed` is what the authors timed, or None where `benchmarks.speculation` times it; `judged`
+    the method and budget of 196 whose accuracy on scenes stands beside.
     """
 
     system: str
@@ -67,7 +67,7 @@ CLAIMS = (
     Claim(
         "[TwigVLM](https://arxiv.org/abs/2503.14075)",
         "99.2 % kept at 192 of 576 tokens on average; 2.54x as fast by its speculative decoding",
-        "llava-8", "twig", 192, None, ("twig", 98),  # its speculative decoding is not here yet
+        "llava-8", "twig", 192, None, ("twig", 98),  # its drafting has a benchmark of its own
     ),
 )  # fmt: skip
 
@@ -98,7 +98,7 @@ def gains(ms: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
 def timed(claim: Claim, row: dict[str, Any]) -> str:
     """The gain in what the authors timed, and what that is; "?" where runs spread too much."""
     if claim.timed is None:
-        return "is not here yet"
+        return "see python -m benchmarks.speculation"
     gain = row["gain"].get(claim.timed)
     told = gain["realised"] if gain else row["gains"][claim.timed]
     if not gain and row["gain"]["total"]["realised"] is None:

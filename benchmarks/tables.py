@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .claims import CLAIMS, timed
+from .speculation import summary
 
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
 
@@ -60,14 +61,20 @@ def claims_table(results: Path) -> str:
     ]
     for claim in CLAIMS:
         row = told[claim.system]
+        gain = timed(claim, row) if claim.timed else _drafting(results)
         pruner, tokens = claim.judged
         own = judged.get(claim.judged)
         right = f"{full:.1%} → {own['overall']:.1%} (`{pruner}`, {tokens} of 196)" if own else "–"
         lines.append(
-            f"| {claim.system} | {claim.says} | {timed(claim, row)} | {_gain(row, 'total')} | "
-            f"{right} |"
+            f"| {claim.system} | {claim.says} | {gain} | {_gain(row, 'total')} | {right} |"
         )
     return "\n".join(lines)
+
+
+def _drafting(results: Path) -> str:
+    """What speculative decoding gains, where it was measured."""
+    is_there = (results / "speculation.json").exists()
+    return summary(read(results, "speculation")) if is_there else "not measured yet"
 
 
 def rivals_table(results: Path) -> str:

@@ -55,19 +55,21 @@ class Read:
 
 def read(
     language: Language, told: Spliced, grid: tuple[int, int], cache: list[LayerCache],
-    cuts: Cuts, last_only: bool, lap: Callable[[str, Any], Any],
+    cuts: Cuts, last_only: bool, lap: Callable[[str, Any], Any], growth: "Growth | None" = None,
 ) -> Read:  # fmt: skip
-    """Logits (B, L, V), or (B, 1, V) of the last word; the caches are filled."""
+    """Logits (B, L, V), or (B, 1, V) of the last word; the caches are filled, and those of a
+    growth with what reached its layer, before any leave there."""
     begin, next_B1, segments, reductions = 0, told.next_B1, [], []
     for layer, K in [*sorted(cuts.schedule.items()), (len(language.layers), None)]:
         halt = layer if K is None else layer - 1  # what goes into the layer before a cut is kept
-        before_BLD = through(language, range(begin, halt), told, cache)
-        x_BLD = through(language, range(halt, layer), replace(told, x_BLD=before_BLD), cache)
+        before_BLD = past(language, range(begin, halt), told, cache, growth)
+        inner = replace(told, x_BLD=before_BLD)
+        x_BLD = past(language, range(halt, layer), inner, cache, growth)
         segments.append(Segment(range(begin, layer), told.padded, told.next_B1 - next_B1))
         told, begin = replace(told, x_BLD=lap("prefill", x_BLD)), layer
         if K is not None:
             assert cuts.pruner
-            at = At(language, layer, told, before_BLD, cache, cuts.pruner.learned)
+            at = At(language, layer, told, before_BLD, cache, cuts.pruner.learned, growth)
             signals = at.signals(cuts.pruner, grid) if K else at.visual(grid)
             kept = lap("pruner", cuts.pruner(signals, K))
             reductions.append((layer, kept))
@@ -95,6 +97,47 @@ def through(
     return mx.concatenate(pieces, axis=1)
 
 
+class Growth:
+    """A twig in use: the rows it holds of a request, and what its last layer reads of the
+    prompts."""
+
+    def __init__(self, twig: Twig):
+        self.twig, self.cache = twig, twig.make_cache()
+        self.below_BLD: mx.array | None = None
+
+    def below(self, told: Spliced) -> mx.array:
+        """What its last layer reads; the layers under it run once."""
+        if self.below_BLD is None:
+            self.below_BLD = through(self.twig, range(self.last), told, self.cache)
+        return self.below_BLD
+
+    def read(self, told: Spliced) -> None:
+        """The prompts, as they are at its layer. Nobody asks what the last layer makes of them,
+        so MLX computes its keys and values and nothing else."""
+        options: dict[str, Any] = {"padded": told.padded, "bias_BL": told.bias_BL}
+        last, x_BLD = range(self.last, self.last + 1), self.below(told)
+        self.twig.run(last, x_BLD, told.positions_BL, self.cache, **options)
+        held = self.cache[self.last]
+        mx.eval(held.keys_BGSd, held.values_BGSd)
+
+    @property
+    def last(self) -> int:
+        return len(self.twig.layers) - 1
+
+
+def past(
+    language: Language, numbers: range, told: Spliced, cache: list[LayerCache],
+    growth: Growth | None,
+) -> mx.array:  # fmt: skip
+    """`through`; where a twig grows on the way, it reads what goes past."""
+    if growth and numbers.start < growth.twig.layer <= numbers.stop:
+        lower = range(numbers.start, growth.twig.layer)
+        told = replace(told, x_BLD=through(language, lower, told, cache))
+        growth.read(told)
+        numbers = range(growth.twig.layer, numbers.stop)
+    return through(language, numbers, told, cache)
+
+
 def bias(cuts: Cuts, told: Spliced, signals: Signals, kept: Reduction) -> mx.array | None:
     """What is added to the attention that kept rows get, (I, K): merged rows speak for all
     their members, and so do kept ones with an enhancer."""
@@ -115,9 +158,10 @@ class At:
 
     def __init__(
         self, language: Language, layer: int, told: Spliced, before_BLD: mx.array,
-        cache: list[LayerCache], twig: Twig | None = None,
+        cache: list[LayerCache], twig: Twig | None = None, growth: Growth | None = None,
     ):  # fmt: skip
         self.language, self.told, self.before_BLD, self.twig = language, told, before_BLD, twig
+        self.growth = growth
         self.this, self.last = language.layers[layer], language.layers[layer - 1]
         self.held = cache[layer - 1]
         self.image_I1, self.columns_IN = told.where
@@ -178,9 +222,10 @@ class At:
         """Of the prompt's last token, in the last layer of the twig that grows here; of that
         layer nothing else is computed."""
         assert self.twig is not None, "the method brings its twig"
-        below, last = range(len(self.twig.layers) - 1), self.twig.layers[-1]
-        x_BLD = through(self.twig, below, self.told, self.twig.make_cache())
-        return {"twig_attention_BN": self._coming(last, x_BLD)}
+        growth = self.growth
+        if growth is None or growth.twig is not self.twig:
+            growth = Growth(self.twig)
+        return {"twig_attention_BN": self._coming(self.twig.layers[-1], growth.below(self.told))}
 
     def mean_attention(self) -> dict[str, mx.array]:
         """Of the mean visual query to the visual keys, by this layer's own projections."""

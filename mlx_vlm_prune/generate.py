@@ -67,6 +67,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="mlx-vlm models: once the cache has more rows than these (default 5000)")  # fmt: skip
     add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
         help="mlx-vlm models: one or two sides that pictures are to fit in")  # fmt: skip
+    add("--num-draft-tokens", type=int, metavar="N", help="models with a twig: tokens that it may"
+        " guess ahead (TwigVLM's 5); the greedy answer stays the same")  # fmt: skip
     add("--revision", help="of a hub name: a branch, tag or commit")
     add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
@@ -129,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
         temperature=args.temp, top_p=args.top_p, seed=args.seed, template=args.chat_template_config,
         prefill_step_size=args.prefill_step_size, kv_bits=args.kv_bits,
         quantized_kv_start=args.quantized_kv_start, resize_shape=args.resize_shape,
+        num_draft_tokens=args.num_draft_tokens,
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     choice = _choose(args, model, processor, prompt, pruner, wish) if wish else None
@@ -195,6 +198,11 @@ def _wish(args: argparse.Namespace) -> Wish | None:
         raise UserError(
             "--budget-ms and --budget-gb choose how many tokens to keep; leave out --keep-ratio"
             " and --keep-tokens"
+        )
+    if args.num_draft_tokens is not None:
+        raise UserError(
+            "--budget-ms and --budget-gb do not count what a twig takes; leave out"
+            " --num-draft-tokens"
         )
     return Wish(args.budget_ms, args.budget_gb)
 

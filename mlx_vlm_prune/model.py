@@ -16,7 +16,7 @@ from mlx import nn
 from convert.errors import UserError
 
 from .cache import LayerCache
-from .decoder import Cuts, Segment, read
+from .decoder import Cuts, Growth, Segment, read
 from .language.minimind import MiniMind, MiniMindConfig
 from .language.mlx_lm import MlxLm, MlxLmConfig
 from .projector import MLPProjector, ProjectorConfig, merged
@@ -142,10 +142,11 @@ class VLM(nn.Module):
         *,
         last_only: bool = True,
         lap: Lap = _no_lap,
+        growth: Growth | None = None,
     ) -> Prefill:
         """Read B prompts with I images, K tokens of each; of a decoder method, K is the
         average over layers. Without `positions`, those of the method's paper.
-        `lap(name, value)` may evaluate and time each part."""
+        `lap(name, value)` may evaluate and time each part; a `growth` reads along."""
         pipeline = Pipeline.of(pruner)
         self.language.check(pipeline)
         policy = positions or pipeline.positions
@@ -161,7 +162,7 @@ class VLM(nn.Module):
         visual = [slot for lot in lots for slot in _slots(lot, pipeline.enhancer)]
         told = splice(self.language.embed_tokens, rows, visual, policy)  # splice
         cache = self.language.make_cache()
-        done = read(self.language, told, self.grid, cache, cuts, last_only, lap)  # decode
+        done = read(self.language, told, self.grid, cache, cuts, last_only, lap, growth)  # decode
         lap("prefill", done.logits_BLV)
         for layer, kept in done.reductions:
             before = trace[-1].kept
@@ -259,13 +260,23 @@ class VLM(nn.Module):
     def step(self, token_BL: mx.array, position_B1: mx.array, before: Prefill) -> mx.array:
         """Logits (B, L, V) after more tokens, mostly one; the cache in `before` grows by them.
         `position_B1` is where the first stands."""
+        every = range(self.config.text.num_hidden_layers)
         x_BLD = self.language.embed_tokens(token_BL)
+        return self.language.logits(self.onward(every, x_BLD, position_B1, before))
+
+    def onward(
+        self, layers: range, x_BLD: mx.array, position_B1: mx.array, before: Prefill
+    ) -> mx.array:
+        """Hidden states of more tokens through some of the layers, whose caches grow; rows that
+        left between layers left each with its own places."""
         for part in before.segments:
-            place_BL = position_B1 + part.shift_B1 + mx.arange(token_BL.shape[1])
-            x_BLD = self.language.run(
-                part.layers, x_BLD, place_BL, before.cache, padded=part.padded
-            )
-        return self.language.logits(x_BLD)
+            first, end = max(layers.start, part.layers.start), min(layers.stop, part.layers.stop)
+            if first < end:
+                place_BL = position_B1 + part.shift_B1 + mx.arange(x_BLD.shape[1])
+                x_BLD = self.language.run(
+                    range(first, end), x_BLD, place_BL, before.cache, padded=part.padded
+                )
+        return x_BLD
 
 
 def prune(

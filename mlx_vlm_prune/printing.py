@@ -12,6 +12,9 @@ def print_figures(a: GenerationResult) -> None:
     print(f"Prompt: {a.prompt_tokens} tokens, {a.prompt_tps:.3f} tokens-per-sec")
     print(f"Generation: {a.generation_tokens} tokens, {a.generation_tps:.3f} tokens-per-sec")
     print(f"Peak memory: {a.peak_memory:.3f} GB")
+    if a.drafted is not None:
+        share = f" ({a.accepted / a.drafted:.1%})" if a.drafted and a.accepted is not None else ""
+        print(f"Drafted: {a.drafted}, accepted {a.accepted}{share}")
     if a.visual_tokens:
         pruned = 1 - a.visual_tokens_kept / a.visual_tokens
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
@@ -61,6 +64,8 @@ def as_json(a: GenerationResult) -> dict[str, Any]:
         "ttft_ms": a.ttft_ms,
         "prompt_tps": a.prompt_tps,
         "generation_tps": a.generation_tps,
+        "drafted": a.drafted,
+        "accepted": a.accepted,
         "peak_memory_gb": a.peak_memory,
         "finish_reason": a.finish_reason,
         "versions": versions(),

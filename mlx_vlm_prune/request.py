@@ -35,6 +35,7 @@ class Request:
     kv_bits: float | None
     quantized_kv_start: int | None
     resize_shape: Sequence[int] | None
+    num_draft_tokens: int | None
 
     @property
     def is_for_mlx_vlm(self) -> bool:

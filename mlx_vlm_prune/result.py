@@ -34,6 +34,7 @@ class GenerationResult:
     average over the language model's layers. `kept_indices` holds, per image, the places
     in the original grid of the tokens kept to the end, or None where slots have none;
     `layers` the same for every run of layers. `cache_bytes` are those of the prompt's rows.
+    `drafted` and `accepted` count the tokens that a twig guessed, where one was to.
     """
 
     text: str
@@ -54,6 +55,8 @@ class GenerationResult:
     layers: list[dict[str, Any]] = field(default_factory=list)
     cache_bytes: int = 0
     seen: Seen | None = None
+    drafted: int | None = None
+    accepted: int | None = None
 
     def overlay(self) -> Image.Image:
         """A picture of what was kept; steps and layers side by side, images below one another."""

@@ -22,6 +22,7 @@ from .pruners import Pipeline, Pruner, Reduction, plan
 from .pruners.contract import Policy
 from .request import ImageSource, Request, check_budget
 from .result import GenerationResult, Seen, by_layers, worth_a_picture
+from .speculate import Speculation, Token, check_drafts, growth_of
 from .towers.between import Encoded
 
 DEFAULT_KEEP_RATIO = 0.5
@@ -90,25 +91,26 @@ def stream_generate(
     kv_bits: float | None = None,
     quantized_kv_start: int | None = None,
     resize_shape: Sequence[int] | None = None,
+    num_draft_tokens: int | None = None,
 ) -> Iterator[GenerationResult]:
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `model` and `processor` are what `load` gives, ours or mlx-vlm's. `<image>` in the prompt
-    marks where an image goes; without it the images come first. `pruner` is "NAME",
+    `model` and `processor` are `load`'s, ours or mlx-vlm's. `<image>` in the prompt marks
+    where an image goes; without it the images come first. `pruner` is "NAME",
     "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a
     decoder method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`,
     those of the method's paper. `temperature` 0 is greedy. `template` are options of the chat
-    template, such as {"open_thinking": True}. The last four are for mlx-vlm's models: rows
-    read at once, bits of a cached number and rows before the cache has so few, one or two sides
-    that pictures are to fit in.
-    Raises UserError.
+    template, such as {"open_thinking": True}. The next four are for mlx-vlm's models: rows
+    read at once, bits of a cached number from which row on, sides that pictures are to fit in.
+    `num_draft_tokens`, for a model of ours with a twig: how many tokens that may guess ahead;
+    the greedy answer stays the same. Raises UserError.
     """
     asked = Request(
         prompt, _listed(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
-        temperature, top_p, seed, template, prefill_step_size, kv_bits,
-        quantized_kv_start, resize_shape,
+        temperature, top_p, seed, template, prefill_step_size, kv_bits, quantized_kv_start,
+        resize_shape, num_draft_tokens,
     )  # fmt: skip
-    _check_sampling(positions, max_tokens, temperature, top_p, seed)
+    _check_decoding(asked, isinstance(model, VLM))
     yield from (_own if isinstance(model, VLM) else _hosts())(model, processor, asked)
 
 
@@ -127,16 +129,27 @@ def _own(model: VLM, processor: Processor, request: Request) -> Iterator[Generat
         )
     clock, chosen = Clock(), resolve(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, chosen)
+    growth = growth_of(model, processor.name) if request.num_draft_tokens else None
     asked = ask(model, processor, request.prompt, request.images, request.template)
     clock.lap("image", asked.pixels)
     mx.reset_peak_memory()
-    before = model([asked.prompt], asked.pixels, chosen, K, request.positions, lap=clock.lap)
+    before = model(
+        [asked.prompt], asked.pixels, chosen, K, request.positions, lap=clock.lap, growth=growth
+    )
     picker = Picker(request.temperature, request.top_p, request.seed)
     positions = request.positions or chosen.positions
     said = _begin(before, chosen, positions, model, len(asked.visible))
     if asked.visible:
         said = replace(said, seen=Seen(asked.visible, model.grid, worth_a_picture(before)))
-    yield from _decode(model, processor, before, picker, said, clock, request.max_tokens)
+    first_B1 = clock.lap("prefill", picker(before.logits_BLV[:, -1]))
+    if growth and request.num_draft_tokens:
+        held = said.cache_bytes + sum(layer.nbytes for layer in growth.cache)
+        said, ends = replace(said, cache_bytes=held), processor.tokenizer.eos_token_ids
+        turns = Speculation(model, before, growth, ends, request.num_draft_tokens)
+        tokens = turns.tokens(int(np.array(first_B1)[0, 0]), request.max_tokens)
+    else:
+        tokens = _one_by_one(model, before, picker, first_B1, request.max_tokens)
+    yield from _written(tokens, processor, said, clock, request.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -216,28 +229,32 @@ class Picker:
         return mx.random.categorical(logits_BV, key=now)[:, None]
 
 
-def _decode(
-    model: VLM,
+def _one_by_one(
+    model: VLM, before: Prefill, picker: Picker, token_B1: mx.array, max_tokens: int
+) -> Iterator[Token]:
+    """The first token and the next ones; while one is being printed, the next is being made."""
+    position_B1 = before.next_B1
+    for _ in range(max_tokens - 1):
+        coming_B1 = picker(model.step(token_B1, position_B1, before)[:, -1])
+        mx.async_eval(coming_B1)
+        yield Token(int(np.array(token_B1)[0, 0]))
+        token_B1, position_B1 = coming_B1, position_B1 + 1
+    yield Token(int(np.array(token_B1)[0, 0]))
+
+
+def _written(
+    tokens: Iterator[Token],
     processor: Processor,
-    before: Prefill,
-    picker: Picker,
     said: GenerationResult,
     clock: Clock,
     max_tokens: int,
 ) -> Iterator[GenerationResult]:
-    """Token after token; while one is being printed, the next is being computed."""
-    token_B1, position_B1 = picker(before.logits_BLV[:, -1]), before.next_B1
-    clock.lap("prefill", token_B1)
+    """Tokens as text, with the figures up to each, until the answer ends."""
     ttft, writer = clock.ttft(), processor.tokenizer.detokenizer()
     said = replace(said, ttft_ms=ttft, prompt_tps=1000 * said.prompt_tokens / ttft["total"])
     ids: list[int] = []
     began = time.perf_counter()
-    for n in range(1, max_tokens + 1):
-        coming = None
-        if n < max_tokens:
-            coming = picker(model.step(token_B1, position_B1, before)[:, -1])
-            mx.async_eval(coming)
-        token, position_B1 = int(np.array(token_B1)[0, 0]), position_B1 + 1
+    for n, (token, drafted, accepted) in enumerate(tokens, 1):
         ended = token in processor.tokenizer.eos_token_ids
         reason = "stop" if ended else "length" if n == max_tokens else None
         ids += [] if ended else [token]
@@ -252,10 +269,11 @@ def _decode(
             generation_tps=(n - 1) / seconds if n > 1 and seconds else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
+            drafted=drafted,
+            accepted=accepted,
         )
-        if reason or coming is None:
+        if reason:
             return
-        token_B1 = coming
 
 
 def _begin(
@@ -291,16 +309,15 @@ def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSour
     return list(image)
 
 
-def _check_sampling(
-    positions: str | None, max_tokens: int, temperature: float, top_p: float, seed: int
-) -> None:
-    if positions not in (None, "keep", "renumber"):
-        raise UserError(f"--positions is {positions!r}; it is keep or renumber")
-    if max_tokens < 1:
-        raise UserError(f"--max-tokens is {max_tokens}; it must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temp is {temperature}; it must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}; it must be at least 0 and below 2**63")
+def _check_decoding(asked: Request, is_own: bool) -> None:
+    if asked.positions not in (None, "keep", "renumber"):
+        raise UserError(f"--positions is {asked.positions!r}; it is keep or renumber")
+    if asked.max_tokens < 1:
+        raise UserError(f"--max-tokens is {asked.max_tokens}; it must be at least 1")
+    if not 0 <= asked.temperature < float("inf"):
+        raise UserError(f"--temp is {asked.temperature}; it must be 0 or more")
+    if not 0 < asked.top_p <= 1:
+        raise UserError(f"--top-p is {asked.top_p}; it must be above 0 and at most 1")
+    if not 0 <= asked.seed < 2**63:
+        raise UserError(f"--seed is {asked.seed}; it must be at least 0 and below 2**63")
+    check_drafts(asked.num_draft_tokens, asked.temperature, is_own)

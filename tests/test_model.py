@@ -97,7 +97,7 @@ def test_half_precision_stays_near_the_reference(tmp_path, dtype, tolerance):
 
 
 class Replaying:
-    """A pipeline whose steps repeat, the second time, what they answered the first time.
+    """A pipeline whose steps repeat, once told to, what they answered the first time.
 
     What methods choose may depend on the prompt's words, and so change when they grow.
     """
@@ -115,7 +115,8 @@ class Replaying:
         @functools.wraps(step.method.prune)
         def prune(signals, K, **options):
             if self.again:
-                return told.pop(0)
+                told.append(told.pop(0))
+                return told[-1]
             told.append(step.method.prune(signals, K, **options))
             return told[-1]
 

@@ -26,6 +26,7 @@ from mlx_vlm_prune.pruners import METHODS, plan
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 from mlx_vlm_prune.splice import Spliced
 from torch_ref import decoder
+from torch_ref.language.minimind import MiniMind
 from torch_ref.language.twig import Twig, grown
 from torch_ref.pruners import METHODS as REFERENCE
 
@@ -159,6 +160,16 @@ def test_one_that_has_all_the_layers_above_says_what_the_base_says(pair):
     states, places = mx.array(first.numpy()), mx.array(PLACES_BL[:1] * 2)
     close(np.array(ours.logits(ours.run(range(2), states, places, ours.make_cache()))),
           whole.numpy())  # fmt: skip
+
+
+def test_one_on_a_base_with_an_output_layer_of_its_own_begins_with_that():
+    language = MiniMind(replace(tiny.TEXT, tie_word_embeddings=False))
+    x_BLD, position_BL = torch.randn(1, L, tiny.TEXT.hidden_size), torch.arange(L)[None]
+    twig, mask_LL = grown(language, 1, 2), decoder.causal(L, torch.device("cpu"))
+    with torch.no_grad():
+        whole = language.logits(language(x_BLD, position_BL))
+        first = language.layers[0](x_BLD, language.rotary(position_BL), mask_LL, None)
+        close(twig.head(twig(first, position_BL, mask_LL[None])).numpy(), whole.numpy())
 
 
 def test_it_reads_half_precision_as_the_base_does(pair):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .language.splice import Spliced
 from .language.twig import Twig
 from .pruners import Reduction, Signals, Step, reduce
 
@@ -28,6 +29,15 @@ class Prompt:
     after: int  # the position of the next token
     runs: list[tuple[int, int]]  # (start, n) of each image
     bias_L: Tensor  # added to the attention a row gets
+
+    @classmethod
+    def of(cls, spliced: Spliced, b: int) -> "Prompt":
+        """The b-th of several, without its padding."""
+        real_L = spliced.real_BL[b]
+        x_BLD, position_BL = spliced.embeds_BLD, spliced.positions_BL
+        x_1LD, position_1L = x_BLD[b, real_L][None], position_BL[b, real_L][None]
+        after = int(spliced.next_B[b])
+        return cls(x_1LD, position_1L, after, spliced.runs[b], spliced.bias_BL[b, real_L])
 
     @property
     def words(self) -> list[int]:
@@ -44,6 +54,7 @@ class Cached:
     biases: list[Tensor]
     after: list[int]  # the next position in each layer
     cuts: list[tuple[int, list[Reduction]]] = field(default_factory=list)
+    fork: Prompt | None = None  # as it came to the layer that was asked for
 
 
 @dataclass(frozen=True)
@@ -56,11 +67,16 @@ class Plan:
     enhancer: Step | None = None
 
 
-def read(language: Any, prompt: Prompt, grid: tuple[int, int], plan: Plan) -> Cached:
-    """All layers, with fewer rows after each cut."""
+def read(
+    language: Any, prompt: Prompt, grid: tuple[int, int], plan: Plan, fork: int | None = None
+) -> Cached:
+    """All layers, with fewer rows after each cut; as the rows came to the layer `fork`, they are
+    handed out."""
     before = prompt
     done = Cached(prompt.x_1LD, [], [], [])
     for i, layer in enumerate(language.layers):
+        if i == fork:
+            done.fork = prompt
         if plan.step and i in plan.schedule:
             kept = [
                 reduce(plan.step.name, seen, plan.schedule[i], **plan.step.options)
@@ -85,13 +101,29 @@ def read(language: Any, prompt: Prompt, grid: tuple[int, int], plan: Plan) -> Ca
 def step(language: Any, done: Cached, token: int) -> Tensor:
     """Scores (1, V) after one more token."""
     x_11D = language.embed_tokens(torch.tensor([[token]], device=done.hidden_1LD.device))
-    for i, layer in enumerate(language.layers):
-        place_11 = torch.tensor([[done.after[i]]], device=x_11D.device)
-        rotary = language.rotary(place_11)
-        done.biases[i] = F.pad(done.biases[i], (0, 1))
-        x_11D = layer(x_11D, rotary, done.biases[i][None, None, None], done.rows[i])
-        done.after[i] += 1
+    x_11D = onward(language, done, range(len(language.layers)), x_11D)
     return language.logits(language.norm(x_11D))[:, 0]
+
+
+def onward(language: Any, done: Cached, numbers: range, x_1nD: Tensor) -> Tensor:
+    """n more tokens through some of the layers."""
+    n, device = x_1nD.shape[1], x_1nD.device
+    for i in numbers:
+        place_1n = done.after[i] + torch.arange(n, device=device)[None]
+        done.biases[i] = F.pad(done.biases[i], (0, n))
+        mask_nS = causal(len(done.biases[i]), device)[-n:] + done.biases[i]
+        layer = language.layers[i]
+        x_1nD = layer(x_1nD, language.rotary(place_1n), mask_nS[None, None], done.rows[i])
+        done.after[i] += n
+    return x_1nD
+
+
+def forget(done: Cached, n: int) -> None:
+    """The last n tokens, in all layers."""
+    for i, rows in enumerate(done.rows):
+        rows[:] = [held[:, :, : held.shape[2] - n] for held in rows]
+        done.biases[i] = done.biases[i][: len(done.biases[i]) - n]
+        done.after[i] -= n
 
 
 def shorten(prompt: Prompt, kept: list[Reduction], plan: Plan) -> Prompt:

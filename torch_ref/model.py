@@ -294,17 +294,8 @@ class VLM(nn.Module):
 
     def read_each(self, spliced: Spliced, plan: decoder.Plan) -> list[decoder.Cached]:
         """Through the layers, prompt by prompt."""
-        done, grid = [], self.grid
-        for b, real_L in enumerate(spliced.real_BL):
-            prompt = decoder.Prompt(
-                spliced.embeds_BLD[b, real_L][None],
-                spliced.positions_BL[b, real_L][None],
-                int(spliced.next_B[b]),
-                spliced.runs[b],
-                spliced.bias_BL[b, real_L],
-            )
-            done.append(decoder.read(self.language, prompt, grid, plan))
-        return done
+        prompts = [decoder.Prompt.of(spliced, b) for b in range(len(spliced.runs))]
+        return [decoder.read(self.language, prompt, self.grid, plan) for prompt in prompts]
 
     @property
     def N(self) -> int:

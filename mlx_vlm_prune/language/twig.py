@@ -1,7 +1,8 @@
 """A twig: layers, a norm and an output layer of its own, grown on an early layer of a base.
 
 TwigVLM, arXiv:2503.14075. It reads what the base's layer `layer` reads, and was trained to say the
-next word from there.
+next word from there: what it looks at says which visual tokens go on (pruners/twig.py), and its
+words are drafts of the base's (speculate.py).
 
 Shapes: B prompts, L new tokens, D features, V words.
 """

@@ -6,6 +6,7 @@ score of a visual token is the attention that the prompt's last token pays to it
 twig's last layer, the mean over heads. The best R go on in the base, and before layer `wipe`
 (24 of 32) all visual tokens leave; positions are kept. With L layers, V tokens, the twig
 on layer K and the wipe at F, an average of R' keeps R = ceil((L R' - K V) / (F - K)).
+Its speculative decoding is `--num-draft-tokens` (mlx_vlm_prune/speculate.py), with any method.
 
 Differs from the authors' code: of the twig's last layer one row of attention is computed,
 not the layer; a budget that leaves R below 1 or above V is refused; any batch and any

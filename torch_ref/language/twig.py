@@ -41,7 +41,7 @@ class Twig(nn.Module):
 
 
 def grown(language: MiniMind, layer: int, layers: int) -> Twig:
-    """One that begins as the base's own layers from `layer` on, its final norm and its embedding.
+    """One that begins as the base's own layers from `layer` on, its final norm and output layer.
 
     Raises ValueError where the base has no such layers.
     """
@@ -53,5 +53,7 @@ def grown(language: MiniMind, layer: int, layers: int) -> Twig:
     twig = Twig(language.config, layers, layer)
     twig.layers = copy.deepcopy(language.layers[layer : layer + layers])
     twig.norm = copy.deepcopy(language.norm)
-    twig.head.weight = nn.Parameter(language.embed_tokens.weight.detach().clone())
+    tied = language.config.tie_word_embeddings
+    head = language.embed_tokens if tied else language.lm_head
+    twig.head.weight = nn.Parameter(head.weight.detach().clone())
     return twig.requires_grad_()

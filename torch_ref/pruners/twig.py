@@ -1,6 +1,6 @@
 """TwigVLM (arXiv:2503.14075): what the last word looks at in the twig; late layers see no image.
 
-Its speculative decoding is another matter.
+Its speculative decoding is `torch_ref.speculate`.
 """
 
 from ..language.minimind import MiniMindConfig
