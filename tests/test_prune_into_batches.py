@@ -1,4 +1,4 @@
-"""Promises of `prune-into` folders in mlx-vlm's batch engine, which its server runs.
+"""Promises of `prune-into` folders in mlx-vlm's batch engine, and between turns and requests.
 
 Each prompt answers as by itself on our own path, which `test_hosts` checks.
 """
@@ -11,10 +11,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_vlm_prune import load as load_ours
 from mlx_vlm_prune.hosts.into.folder import prune_into
 from mlx_vlm_prune.hosts.views import Inputs
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+from . import host_folders
 from .host_models import KINDS
 from .into_folders import checkpoint, fastvlm_sizes, inputs_of
 from .test_hosts import stock
@@ -22,6 +24,7 @@ from .test_prune_into import QWEN, most, ours
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 UNEQUAL = ["llava", "gemma3", "idefics3", "smolvlm", "internvl_chat", "pixtral", *QWEN]
+TURNS = ["llava", "qwen2_5_vl", "qwen3_vl"]
 RATIO = 0.4
 TOKENS = 5
 Answer = tuple[list[int], np.ndarray]
@@ -63,9 +66,12 @@ def engine(model: Any, **options: Any) -> Any:
 
 def queue(batch: Any, model: Any, inputs: Inputs) -> int:
     """As mlx-vlm's server does."""
+    from mlx_vlm.apc import semantic_extra_hash
+
     ids = mx.array(inputs.ids)[None]
     seen = model.get_input_embeddings(ids, inputs.pixels, mask=inputs.mask_1L, **inputs.extra)
     told = {name: value for name, value in seen.to_dict().items() if value is not None}
+    told["_apc_semantic_hash"] = semantic_extra_hash(image_hash=1, model=model.language_model)
     (uid,) = batch.insert([inputs.ids], prompt_kwargs=[{**inputs.extra, **told}])
     return uid
 
@@ -187,3 +193,62 @@ def test_other_prompts_share_a_batch_when_those_of_the_whole_model_can(load, kin
         if kind == "paligemma":
             with pytest.raises(ValueError, match="dimensions must match"):
                 together(model, [inputs, longer(inputs)])
+
+
+@pytest.mark.parametrize("kind", ["llava", "pixtral"])
+def test_the_servers_prefix_cache_finds_no_prompt_of_fewer_rows_again(load, kind):
+    from mlx_vlm.apc import APCManager
+
+    inputs, hits = inputs_of(kind, load(kind), 1), {}
+    for name in (kind, f"{kind}-pruned"):
+        model, manager = load(name), APCManager(num_blocks=64, block_size=4)
+        first, again = (together(model, [inputs], apc_manager=manager) for _ in range(2))
+        np.testing.assert_allclose(again, first, rtol=0, atol=1e-4)
+        hits[name] = manager.stats.hits
+    assert hits == {kind: 1, f"{kind}-pruned": 0}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """Folders with a tokenizer."""
+    folder = host_folders.desk(tmp_path_factory.mktemp("turns"), TURNS)
+    for kind in TURNS:
+        prune_into(folder / kind, folder / f"{kind}-pruned", "divprune", RATIO, None)
+        prune_into(folder / kind, folder / f"{kind}-leaning", "received_attention", RATIO, None)
+    return folder
+
+
+def turn(model: Any, processor: Any, inputs: Inputs, **options: Any) -> tuple[Answer, int]:
+    """Tokens and log probabilities (T, V), and how many of the prompt's tokens were cached."""
+    from mlx_vlm import stream_generate
+
+    *pieces, last = stream_generate(
+        model, processor, "", input_ids=mx.array(inputs.ids)[None], pixel_values=inputs.pixels,
+        mask=inputs.mask_1L, max_tokens=TOKENS, temperature=0.0, **inputs.extra, **options,
+    )  # fmt: skip
+    odds_TV = np.stack([np.array(piece.logprobs) for piece in pieces])
+    return (last.token_ids[: len(pieces)], odds_TV), last.cached_tokens
+
+
+@pytest.mark.parametrize("file", ["pruned", "leaning"])
+@pytest.mark.parametrize("kind", TURNS)
+def test_a_turn_that_could_go_on_from_the_last_ones_cache_answers_as_a_fresh_one(desk, kind, file):
+    """The second repeats the first with its answer, the third goes another way in between."""
+    from mlx_vlm.generate import PromptCacheState
+    from mlx_vlm.utils import load_model
+
+    _, processor = load_ours(desk / kind)
+    cached = {}
+    for name in (kind, f"{kind}-{file}"):
+        model, state, cached[name] = load_model(desk / name), PromptCacheState(), 0
+        first = KINDS[kind].inputs(model, 1)
+        (tokens, _), _ = turn(model, processor, first, prompt_cache_state=state)
+        for more in ([*tokens, 7, 11], [*tokens[:2], 30, 12, 9, 4, 4]):
+            ids = [*first.ids, *more]
+            inputs = replace(first, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
+            fresh, _ = turn(model, processor, inputs)
+            said, found = turn(model, processor, inputs, prompt_cache_state=state)
+            assert said[0] == fresh[0]
+            np.testing.assert_allclose(said[1], fresh[1], rtol=0, atol=1e-4)
+            cached[name] += found
+    assert cached[kind] > 0 == cached[f"{kind}-{file}"]  # a whole model's rows are read again
