@@ -37,6 +37,7 @@ KIND = "qwen3_vl"
 METHOD, RATIO = "divprune", 0.25
 TOKENS = 6
 PATIENCE = 120  # seconds until a server must answer at all
+README = Path(__file__).resolve().parents[1] / "README.md"
 WORD = re.compile(r"\bw\d+\b")
 Said = list[float]  # log probabilities of an answer's tokens
 
@@ -122,10 +123,12 @@ def free_port() -> int:
 
 @contextmanager
 def command(home: Path, name: str, **settings: str) -> Iterator[Server]:
-    """`python -m mlx_vlm.server --model FOLDER`, as a user starts it."""
+    """As the README starts it."""
     server = Server(free_port(), str(home / name), home)
-    words = [sys.executable, "-m", "mlx_vlm.server", "--model", server.model]
-    words += ["--host", "127.0.0.1", "--port", str(server.port)]
+    (line,) = re.findall(r"```sh\n(.*?)\n```", README.read_text(encoding="utf-8"), re.S)
+    own = {"python": sys.executable, "my-vlm-pruned": server.model, "8080": str(server.port)}
+    words = [own.pop(word, word) for word in line.split()]
+    assert not own, f"the README's server needs {own}"
     with (home / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             words, cwd=home, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT
