@@ -6,13 +6,15 @@ Shapes: L rows of the prompt, T tokens, V words.
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx.utils import tree_flatten
 
 from mlx_vlm_prune.hosts.views import Inputs
@@ -52,6 +54,17 @@ for name, folder, prompt, step in jobs:
     tokens, odds = [int(t) for t, _ in steps], np.stack([np.array(o) for _, o in steps])
     np.savez(f"{home}/{name}.npz", tokens=tokens, odds=odds)
 """
+
+
+@contextmanager
+def fastvlm_sizes() -> Iterator[None]:
+    """FastViTHD's, here as there."""
+    from mlx_vlm.models import fastvlm
+
+    with pytest.MonkeyPatch.context() as sizes:
+        sizes.setattr(fastvlm.VisionConfig, "layers", [1, 1, 1, 1, 2])
+        sizes.setattr(fastvlm.VisionConfig, "embed_dims", [8, 16, 32, 64, 64])
+        yield
 
 
 @dataclass(frozen=True)

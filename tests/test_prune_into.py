@@ -29,7 +29,17 @@ from mlx_vlm_prune.stream import budget
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders
 from .host_models import KINDS, TEXT
-from .into_folders import Job, answer, checkpoint, config_of, inputs_of, run, save, save_prompt
+from .into_folders import (
+    Job,
+    answer,
+    checkpoint,
+    config_of,
+    fastvlm_sizes,
+    inputs_of,
+    run,
+    save,
+    save_prompt,
+)
 from .test_hosts import decoded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -151,12 +161,9 @@ def same(found, expected) -> None:
 @pytest.fixture(scope="module")
 def models(home):
     """The stock models of the folders, as mlx-vlm loads them."""
-    from mlx_vlm.models import fastvlm
     from mlx_vlm.utils import load_model
 
-    with pytest.MonkeyPatch.context() as sizes:  # which are no settings of its configuration
-        sizes.setattr(fastvlm.VisionConfig, "layers", [1, 1, 1, 1, 2])
-        sizes.setattr(fastvlm.VisionConfig, "embed_dims", [8, 16, 32, 64, 64])
+    with fastvlm_sizes():
         return {kind: load_model(home / kind) for kind in KINDS}
 
 
@@ -191,64 +198,6 @@ def test_a_prompt_read_in_chunks_gives_the_same(alone, kind):
     same(answer(alone, f"{kind}-chunked"), answer(alone, f"{kind}-whole"))
 
 
-class Endless:
-    """A tokenizer to whom no token is the last."""
-
-    def __init__(self):
-        self.stopping_criteria = self
-
-    def add_eos_token_ids(self, ids) -> None:
-        pass
-
-    def __call__(self, token: int) -> bool:
-        return False
-
-
-def queue(batch, model, inputs: Inputs) -> int:
-    """As mlx-vlm's server does."""
-    ids = mx.array(inputs.ids)[None]
-    seen = model.get_input_embeddings(ids, inputs.pixels, mask=inputs.mask_1L, **inputs.extra)
-    told = {name: value for name, value in seen.to_dict().items() if value is not None}
-    (uid,) = batch.insert([inputs.ids], prompt_kwargs=[{**inputs.extra, **told}])
-    return uid
-
-
-@pytest.mark.parametrize("kind", ["llava", "pixtral", *QWEN])
-def test_a_prompt_that_joins_another_in_mlx_vlms_batch_engine_answers_as_alone(alone, models, kind):
-    from mlx_vlm.generate.ar import BatchGenerator
-    from mlx_vlm.utils import load_model
-
-    model = load_model(alone / name_of(kind, "divprune", "ratio"))
-    batch, expected = BatchGenerator(model.language_model, Endless(), max_tokens=5), {}
-    found: dict[int, list[int]] = {}
-    for inputs in (inputs_of(kind, models[kind], images) for images in (2, 1)):
-        uid = queue(batch, model, inputs)
-        expected[uid], found[uid] = answer(alone, f"{kind}-alone-{inputs.images}")[0], []
-        for piece in [piece for _ in range(3) for piece in batch.next()[1]]:
-            found[piece.uid].append(piece.token)
-    assert len(found) == 2 and len(found[min(found)]) < 5  # the first is still going on
-    while any(len(tokens) < 5 for tokens in found.values()):
-        for piece in batch.next()[1]:
-            found[piece.uid].append(piece.token)
-    batch.close()
-    assert found == expected
-
-
-@pytest.mark.parametrize("kind", ["llava", *QWEN])
-def test_prompts_read_at_once_are_refused_by_mlx_vlm_and_never_answered_wrongly(
-    alone, models, kind
-):
-    from mlx_vlm.generate.ar import BatchGenerator
-    from mlx_vlm.utils import load_model
-
-    model = load_model(alone / name_of(kind, "divprune", "ratio"))
-    batch = BatchGenerator(model.language_model, Endless(), max_tokens=5)
-    queue(batch, model, inputs_of(kind, models[kind], 1))
-    queue(batch, model, inputs_of(kind, models[kind], 2))
-    with pytest.raises(ValueError, match="dimensions must match"):
-        batch.next()
-
-
 @pytest.mark.parametrize("kind", QWEN)
 def test_wrong_positions_would_not_pass(alone, models, kind):
     found = answer(alone, f"{kind}-wrong-out")[1]
@@ -270,7 +219,7 @@ def test_the_file_is_well_written_and_says_what_it_is(alone, leaning, kind, spec
     assert spec in said and "model_file" in said and "mlx_vlm_prune 0." in said
     own = (plan(spec).steps[0].method.__doc__ or "").splitlines()[0]
     assert own in said or not is_free
-    assert len(text.splitlines()) < 350  # as every file of ours
+    assert len(text.splitlines()) < 400
 
 
 def test_ruff_has_nothing_to_say_about_any_file(alone, leaning):

@@ -3,6 +3,7 @@
 Shapes: L rows, V words.
 """
 
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,16 @@ def test_mlx_vlms_automatic_prefix_cache_finds_nothing_of_a_block(loaded, name, 
             assert streamed(model, processor, inputs, apc_manager=manager) == (alone, 0)
     assert streamed(model, processor, inputs, apc_manager=inside) == (expected, 0)
     assert (inside.stats.hits, outside.stats.hits) == (0, 1)
+
+
+def test_no_two_requests_share_a_key_of_that_cache_whichever_their_blocks(models):
+    """mlx-vlm keeps it on disk, too: a later block must not find an earlier one's rows."""
+    model, keys = models("llava"), []
+    for _ in range(20):
+        with pruned(model, "norm", keep_ratio=0.25):
+            keys += [model.apc_key_dependencies() for _ in range(2)]
+        gc.collect()  # so that the next block may lie where this one lay
+    assert len(set(keys)) == 40
 
 
 def test_a_cache_filled_inside_is_refused_outside(models):

@@ -11,8 +11,8 @@ So inside the block no prefix is read again, and a cache that was filled inside 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from typing import Any
+from uuid import uuid4
 from weakref import WeakSet
 
 from convert.errors import UserError
@@ -80,7 +80,7 @@ def _reads_whole(model: Any) -> bool:
 
 def _derived(kind: type, embeddings: Embeddings, reads_whole: bool, caches: WeakSet[Any]) -> type:
     """The language model's class for the length of a block."""
-    own_index, request = getattr(kind, "get_rope_index", None), count()
+    own_index = getattr(kind, "get_rope_index", None)
 
     def __call__(self: Any, inputs: Any, *more: Any, **told: Any) -> Any:
         if more:
@@ -109,7 +109,7 @@ def _derived(kind: type, embeddings: Embeddings, reads_whole: bool, caches: Weak
 
     def apc_key_dependencies(self: Any) -> tuple[str]:
         """What prefixes in mlx-vlm's automatic cache are found by: never the same twice."""
-        return (f"pruned, {id(embeddings)}, {next(request)}",)
+        return (f"pruned, {uuid4().hex}",)
 
     own = (__call__, get_rope_index, chunked_prefill_policy, apc_key_dependencies)
     told = {function.__name__: function for function in own}

@@ -200,9 +200,9 @@ def _docstring(title: str, pruner: Pruner | None) -> str:
     needs = "It needs nothing but mlx-vlm." if pruner else "It needs mlx_vlm_prune beside mlx-vlm."
     undo = (
         f'mlx-vlm runs this file because config.json names it as "model_file"; without that line'
-        f" the model is whole again, for the weights are its own. {needs} Ask one question at a"
-        " time: mlx-vlm counts the dropped tokens, too, and so a chat that goes on from the cache"
-        " of earlier turns would be wrong, and a server cannot read two prompts at once. Written by"
+        f" the model is whole again, for the weights are its own. {needs} mlx-vlm's server reads"
+        " several prompts at once with it. A chat reads every turn from its beginning: mlx-vlm"
+        " finds what it has read by ids, and a prompt has fewer rows than ids here. Written by"
         f" mlx_vlm_prune {__version__}."
     )
     parts = [fill(title, 97)]

@@ -1,0 +1,254 @@
+"""Promises of `prune-into` folders in mlx-vlm's batch engine, and between turns and requests.
+
+Each prompt answers as by itself on our own path, which `test_hosts` checks.
+"""
+
+import shutil
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vlm_prune import load as load_ours
+from mlx_vlm_prune.hosts.into.folder import prune_into
+from mlx_vlm_prune.hosts.views import Inputs
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+from . import host_folders
+from .host_models import KINDS
+from .into_folders import checkpoint, fastvlm_sizes, inputs_of
+from .test_hosts import stock
+from .test_prune_into import QWEN, most, ours
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+UNEQUAL = ["llava", "gemma3", "idefics3", "smolvlm", "internvl_chat", "pixtral", *QWEN]
+TURNS = ["llava", "qwen2_5_vl", "qwen3_vl"]
+RATIO = 0.4
+TOKENS = 5
+Answer = tuple[list[int], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("batches")
+    for kind in KINDS:
+        prune_into(checkpoint(kind, folder), folder / f"{kind}-pruned", "divprune", RATIO, None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def load(home):
+    """A folder's model, as mlx-vlm loads it."""
+    from mlx_vlm.utils import load_model
+
+    with fastvlm_sizes():
+        yield lambda name: load_model(home / name)
+
+
+class Endless:
+    """A tokenizer to whom no token is the last."""
+
+    def __init__(self):
+        self.stopping_criteria = self
+
+    def add_eos_token_ids(self, ids) -> None: ...
+    def __call__(self, token: int) -> bool:
+        return False
+
+
+def engine(model: Any, **options: Any) -> Any:
+    from mlx_vlm.generate.ar import BatchGenerator
+
+    return BatchGenerator(model.language_model, Endless(), max_tokens=TOKENS, **options)
+
+
+def queue(batch: Any, model: Any, inputs: Inputs) -> int:
+    """As mlx-vlm's server does."""
+    from mlx_vlm.apc import semantic_extra_hash
+
+    ids = mx.array(inputs.ids)[None]
+    seen = model.get_input_embeddings(ids, inputs.pixels, mask=inputs.mask_1L, **inputs.extra)
+    told = {name: value for name, value in seen.to_dict().items() if value is not None}
+    told["_apc_semantic_hash"] = semantic_extra_hash(image_hash=1, model=model.language_model)
+    (uid,) = batch.insert([inputs.ids], prompt_kwargs=[{**inputs.extra, **told}])
+    return uid
+
+
+def read(batch: Any, said: dict[int, list[tuple[int, float]]], steps: int | None = None) -> None:
+    """Go on by so many steps, or to the end."""
+    while batch.has_work and steps != 0:
+        for piece in batch.next()[1]:
+            said.setdefault(piece.uid, []).append((piece.token, piece.token_logprob))
+        steps = None if steps is None else steps - 1
+
+
+def together(model: Any, prompts: list[Inputs], **options: Any) -> list[list[tuple[int, float]]]:
+    """Tokens and log probabilities of each prompt, all read at once."""
+    batch, said = engine(model, **options), dict[int, list[tuple[int, float]]]()
+    uids = [queue(batch, model, inputs) for inputs in prompts]
+    read(batch, said)
+    batch.close()
+    return [said[uid] for uid in uids]
+
+
+def alone(model: Any, inputs: Inputs, spec: str = "divprune") -> Answer:
+    """What our own path answers, with the stock model."""
+    if inputs.pixels is not None:
+        return ours(model, inputs, spec, RATIO, None)
+    return stock(model, inputs)
+
+
+def same(said: list[tuple[int, float]], expected: Answer) -> None:
+    tokens, odds_TV = expected
+    assert [token for token, _ in said] == tokens[:TOKENS]
+    wanted = odds_TV[np.arange(len(said)), tokens[: len(said)]]
+    np.testing.assert_allclose([odds for _, odds in said], wanted, rtol=0, atol=1e-4)
+
+
+def words(*ids: int) -> Inputs:
+    return Inputs(list(ids), mx.ones((1, len(ids)), mx.int32))
+
+
+def longer(inputs: Inputs) -> Inputs:
+    ids = [*inputs.ids, 7, 11]
+    return replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
+
+
+def prompts_of(kind: str, model: Any) -> list[Inputs]:
+    """One with an image, one of words, one with all images: none as long as another."""
+    one, several = inputs_of(kind, model, 1), inputs_of(kind, model, most(kind))
+    return [one, words(7, 3, 5, 11), several if most(kind) > 1 else longer(one)]
+
+
+@pytest.mark.parametrize("step", [1, 3, 2048])
+@pytest.mark.parametrize("kind", UNEQUAL)
+def test_prompts_read_at_once_answer_as_alone_pruned_or_not(load, kind, step):
+    whole = load(kind)
+    prompts = prompts_of(kind, whole)
+    told = together(load(f"{kind}-pruned"), prompts, prefill_step_size=step)
+    for said, inputs in zip(told, prompts, strict=True):
+        same(said, alone(whole, inputs))
+
+
+@pytest.mark.parametrize("kind", UNEQUAL)
+def test_a_prompt_that_joins_another_answers_as_alone(load, kind):
+    whole, model = load(kind), load(f"{kind}-pruned")
+    batch, said, prompts = engine(model), {}, prompts_of(kind, whole)
+    uids = []
+    for inputs in reversed(prompts):
+        assert not uids or 0 < len(said[uids[0]]) < TOKENS  # the first is still going on
+        uids.append(queue(batch, model, inputs))
+        read(batch, said, 3 if len(uids) == 1 else 1)
+    read(batch, said)
+    batch.close()
+    for uid, inputs in zip(uids, reversed(prompts), strict=True):
+        same(said[uid], alone(whole, inputs))
+
+
+@pytest.mark.parametrize("kind", ["llava", *QWEN])
+def test_so_do_prompts_of_a_file_that_leans_on_us(home, load, kind):
+    name = f"{kind}-leaning"
+    prune_into(home / kind, home / name, "received_attention", RATIO, None)
+    whole = load(kind)
+    prompts = prompts_of(kind, whole)
+    for said, inputs in zip(together(load(name), prompts), prompts, strict=True):
+        same(said, alone(whole, inputs, "received_attention"))
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
+def test_a_cache_that_does_not_hear_of_the_rows_that_are_gone_would_not_pass(home, load, kind):
+    shutil.copytree(home / f"{kind}-pruned", home / f"{kind}-deaf")
+    text = (home / f"{kind}-deaf" / "pruned.py").read_text()
+    assert text.count("g * (first < n) - first") == 1
+    text = text.replace("g * (first < n) - first", "0 * g - first")
+    (home / f"{kind}-deaf" / "pruned.py").write_text(text)
+    whole = load(kind)
+    prompts = prompts_of(kind, whole)
+    with pytest.raises(AssertionError, match=r"Not equal to tolerance|assert"):
+        for said, inputs in zip(together(load(f"{kind}-deaf"), prompts), prompts, strict=True):
+            same(said, alone(whole, inputs))
+
+
+def test_what_forgets_to_pass_over_rows_gets_nan_and_no_answer(load):
+    model, inputs = load("llava-pruned"), inputs_of("llava", load("llava"), 1)
+    ids, forgetful = mx.array(inputs.ids)[None], type(model.language_model).__mro__[1]
+    x_1LD = model.get_input_embeddings(ids, inputs.pixels, mask=inputs.mask_1L).inputs_embeds
+    out = forgetful.__call__(model.language_model, ids, inputs_embeds=x_1LD)
+    assert np.isnan(np.array(out.logits[0, -1])).all()
+
+
+@pytest.mark.parametrize("kind", ["fastvlm", "llava_next", "paligemma"])
+def test_other_prompts_share_a_batch_when_those_of_the_whole_model_can(load, kind):
+    """Of equal length; mlx-vlm reads PaliGemma's otherwise in its engine than alone, whole too."""
+    inputs = inputs_of(kind, load(kind), 1)
+    for name in (kind, f"{kind}-pruned"):
+        model = load(name)
+        (expected,) = together(model, [inputs])
+        for said in together(model, [inputs] * 2):
+            assert [token for token, _ in said] == [token for token, _ in expected]
+            wanted = [odds for _, odds in expected]
+            np.testing.assert_allclose([odds for _, odds in said], wanted, rtol=0, atol=1e-4)
+        if kind == "paligemma":
+            with pytest.raises(ValueError, match="dimensions must match"):
+                together(model, [inputs, longer(inputs)])
+
+
+@pytest.mark.parametrize("kind", ["llava", "pixtral"])
+def test_the_servers_prefix_cache_finds_no_prompt_of_fewer_rows_again(load, kind):
+    from mlx_vlm.apc import APCManager
+
+    inputs, hits = inputs_of(kind, load(kind), 1), {}
+    for name in (kind, f"{kind}-pruned"):
+        model, manager = load(name), APCManager(num_blocks=64, block_size=4)
+        first, again = (together(model, [inputs], apc_manager=manager) for _ in range(2))
+        np.testing.assert_allclose(again, first, rtol=0, atol=1e-4)
+        hits[name] = manager.stats.hits
+    assert hits == {kind: 1, f"{kind}-pruned": 0}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """Folders with a tokenizer."""
+    folder = host_folders.desk(tmp_path_factory.mktemp("turns"), TURNS)
+    for kind in TURNS:
+        prune_into(folder / kind, folder / f"{kind}-pruned", "divprune", RATIO, None)
+        prune_into(folder / kind, folder / f"{kind}-leaning", "received_attention", RATIO, None)
+    return folder
+
+
+def turn(model: Any, processor: Any, inputs: Inputs, **options: Any) -> tuple[Answer, int]:
+    """Tokens and log probabilities (T, V), and how many of the prompt's tokens were cached."""
+    from mlx_vlm import stream_generate
+
+    *pieces, last = stream_generate(
+        model, processor, "", input_ids=mx.array(inputs.ids)[None], pixel_values=inputs.pixels,
+        mask=inputs.mask_1L, max_tokens=TOKENS, temperature=0.0, **inputs.extra, **options,
+    )  # fmt: skip
+    odds_TV = np.stack([np.array(piece.logprobs) for piece in pieces])
+    return (last.token_ids[: len(pieces)], odds_TV), last.cached_tokens
+
+
+@pytest.mark.parametrize("file", ["pruned", "leaning"])
+@pytest.mark.parametrize("kind", TURNS)
+def test_a_turn_that_could_go_on_from_the_last_ones_cache_answers_as_a_fresh_one(desk, kind, file):
+    """The second repeats the first with its answer, the third goes another way in between."""
+    from mlx_vlm.generate import PromptCacheState
+    from mlx_vlm.utils import load_model
+
+    _, processor = load_ours(desk / kind)
+    cached = {}
+    for name in (kind, f"{kind}-{file}"):
+        model, state, cached[name] = load_model(desk / name), PromptCacheState(), 0
+        first = KINDS[kind].inputs(model, 1)
+        (tokens, _), _ = turn(model, processor, first, prompt_cache_state=state)
+        for more in ([*tokens, 7, 11], [*tokens[:2], 30, 12, 9, 4, 4]):
+            ids = [*first.ids, *more]
+            inputs = replace(first, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
+            fresh, _ = turn(model, processor, inputs)
+            said, found = turn(model, processor, inputs, prompt_cache_state=state)
+            assert said[0] == fresh[0]
+            np.testing.assert_allclose(said[1], fresh[1], rtol=0, atol=1e-4)
+            cached[name] += found
+    assert cached[kind] > 0 == cached[f"{kind}-{file}"]  # a whole model's rows are read again
