@@ -1,5 +1,6 @@
 # make demo   a question about a picture, answered with all visual tokens and with half of them
 # make test   lint, then the tests
+# make test-lowest  the tests of what we depend on, with the oldest versions that we allow
 # make lint   ruff and mypy
 # make clean  remove what the others made
 #
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test test-lowest lint clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python -m mlx_vlm_prune.generate
@@ -19,13 +20,25 @@ demo: $(VENV)/.demo-ready
 test: lint
 	$(BIN)/python -m pytest
 
+LOWEST := $(VENV)-lowest
+INSTALLS_alone := .
+INSTALLS_hosts := '.[mlx-lm,mlx-vlm]' transformers
+TESTS_alone := $(patsubst %,tests/test_%.py,answers generate goldens image image_refusals model \
+	overlay prompt pruners scenes twig)
+TESTS_hosts := $(wildcard tests/test_hosts*.py tests/test_pruned*.py tests/test_prune_*.py) \
+	$(patsubst %,tests/test_%.py,hub image llava llava_original mlx_lm torch_ref_parts)
+
+test-lowest: $(LOWEST)/alone/.ready $(LOWEST)/hosts/.ready
+	$(LOWEST)/alone/bin/python -m pytest $(TESTS_alone)
+	$(LOWEST)/hosts/bin/python -m pytest $(TESTS_hosts)
+
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The markers say what is installed; they are made again when the requirements change.
@@ -36,6 +49,12 @@ $(VENV)/.demo-ready: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.test-ready: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.demo-ready
+
+$(LOWEST)/%/.ready: constraints-lowest-%.txt constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -c $< \
+		-e $(INSTALLS_$*) torch pytest pytest-timeout hypothesis
+	touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

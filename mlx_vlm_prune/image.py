@@ -36,7 +36,7 @@ def open_image(source: Source) -> Image.Image:
     """An image from a path, a file's bytes or Pillow, upright and as RGB.
 
     Of an animation, the first frame. EXIF rotation is applied, transparency is laid on
-    white (as transformers 5 does), 16-bit grey is scaled to 8 bits.
+    white (as transformers does since 5.21), 16-bit grey is scaled to 8 bits.
 
     Raises UserError, one sentence that names the path: no such file, a directory, an
     empty file, not one of FORMATS, truncated or damaged, more than MAX_PIXELS.

@@ -47,6 +47,16 @@ def hugging_face(image: Image.Image, **fields: Any) -> np.ndarray:
     return processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
 
 
+SEE_THROUGH = {
+    "palette with a transparent colour", "palette with an alpha for each colour", "RGBA", "LA",
+}  # fmt: skip
+
+
+def on_white() -> bool:
+    transformers = pytest.importorskip("transformers")
+    return tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 21)
+
+
 def modes() -> dict[str, Image.Image]:
     colour = Image.fromarray(noise())
     palette = colour.quantize(32)
@@ -79,6 +89,8 @@ def test_photographs_equal_clip_image_processor_bit_for_bit(shared_data: Path) -
 
 @pytest.mark.parametrize("mode", modes())
 def test_every_mode_equals_clip_image_processor(mode: str) -> None:
+    if mode in SEE_THROUGH and not on_white():
+        pytest.skip("before 5.21 transformers shows the colour stored beneath, or warns")
     data = encoded(modes()[mode])
     expected = hugging_face(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(Preprocessor()(open_image(data)), expected)

@@ -59,7 +59,9 @@ def read(twig: Twig, folder, model: VLM, **changes):
     state = {f"twig.{key}": value.contiguous() for key, value in twig.state_dict().items()}
     state |= {f"twig.{key}": value for key, value in changes.items()}
     save_file({k: v for k, v in state.items() if v is not None}, folder / "pruners.safetensors")
-    return read_learned(folder, model)["twig"]
+    learned = read_learned(folder, model)["twig"]
+    mx.eval(learned.parameters())  # MLX reads late, and the next twig may be written over this one
+    return learned
 
 
 # --- how many go on -------------------------------------------------------------------
