@@ -22,13 +22,11 @@ from .weights import read_weights
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
 )  # fmt: skip
 READING = "preprocessor_config.json"
 # Nothing here reads these; they go with a LLaVA, so that it comes back as it was.
-CARRIED = (
-    "generation_config.json", "processor_config.json", "special_tokens_map.json",
-    "added_tokens.json", "tokenizer.model",
-)  # fmt: skip
+CARRIED = ("generation_config.json", "processor_config.json")
 LEARNED = "pruners.safetensors"
 TOWER_PLACES = (
     "clip",

@@ -275,7 +275,7 @@ def test_half_precision_becomes_float32_on_a_cpu_unless_one_says_otherwise(tmp_p
         (["--kv-bits", "7"], "--kv-bits is 7; it must be from 1.5 to 8, and not 7"),
         (["--pruner", "fastv", "--kv-bits", "3.5"], "with fastv a whole number can be had"),
         (["--quantized-kv-start", "0"], "goes with --kv-bits"),
-        (["--kv-bits", "8", "--quantized-kv-start", "-1"], "it must be at least 0"),
+        (["--kv-bits", "8", "--quantized-kv-start", "-1"], "it is a number from 0"),
         (["--resize-shape", "100000"], "the most is 25000000 pixels"),
         (["--prefill-step-size", "0"], "it must be at least 1"),
         (["--resize-shape", "1", "2", "3"], "give one or two sides"),

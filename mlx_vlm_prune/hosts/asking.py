@@ -128,7 +128,8 @@ class Host:
         none_more = generate_step(
             ids, self.model, pixels, mask, max_tokens=0, sampler=first, prompt_cache=cache, **rest
         )
-        assert not list(none_more) and len(heard) == 1
+        said = list(none_more)
+        assert not said and len(heard) == 1
         return _plain(heard[0][0]), cache
 
     def _next(self, token: int, cache: list[Any]) -> np.ndarray:

@@ -45,7 +45,7 @@ def cache_options(
     if quantized_kv_start is not None:
         if quantized_kv_start < 0 or kv_bits is None:
             raise UserError(
-                f"--quantized-kv-start is {quantized_kv_start}; it must be at least 0, and goes"
+                f"--quantized-kv-start is {quantized_kv_start}; it is a number from 0, and goes"
                 " with --kv-bits"
             )
         told["quantized_kv_start"] = quantized_kv_start
