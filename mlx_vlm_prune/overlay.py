@@ -71,7 +71,7 @@ def strip(pictures: Sequence[Image.Image], *, down: bool = False) -> Image.Image
 
 def _groups(N: int, kept: Sequence[int], weights: np.ndarray | None) -> np.ndarray:
     """The slot each patch went into, (N,); -1 for none."""
-    if weights is not None:
+    if weights is not None and len(weights):  # a chain may end in none
         return np.where(weights.any(axis=0), weights.argmax(axis=0), -1)
     group = np.full(N, -1)
     group[list(kept)] = np.arange(len(kept))
