@@ -29,7 +29,7 @@ def is_one(folder: Path) -> bool:
 def lines(folder: Path) -> list[tuple[str, str]]:
     """What `inspect` says of it."""
     told = read_json(folder / "config.json")
-    kind = str(told["model_type"])
+    kind = _plain(told["model_type"])
     said = [("model", f"{kind}, which mlx-vlm runs: nothing is to be converted")]
     inner = told.get("text_config")
     text: Mapping[str, Any] = inner if isinstance(inner, Mapping) else told
@@ -38,14 +38,26 @@ def lines(folder: Path) -> list[tuple[str, str]]:
         said += [("language model", f"{layers} layers of {width}")]
     how = told.get("quantization")
     if isinstance(how, Mapping):
-        said += [("quantized", f"{how.get('bits')} bits, groups of {how.get('group_size')}")]
+        said += [
+            (
+                "quantized",
+                f"{_plain(how.get('bits'))} bits, groups of {_plain(how.get('group_size'))}",
+            )
+        ]
     made = told.get(RECORD)
     if not isinstance(made, Mapping):
-        return [*said, ("to prune it", f"generate --model {folder.name} --pruner NAME")]
-    ratio, K = made.get("keep_ratio"), made.get("keep_tokens")
-    kept = f"{K} of" if ratio is None else f"{ratio} of"
+        return [*said, ("to prune it", f"generate --model {folder} --pruner NAME")]
+    kept = _plain(made.get("keep_tokens") or made.get("keep_ratio"))
     return [
         *said,
-        ("pruned by", f"{made.get('pruner')}, which keeps {kept} an image's visual tokens"),
-        ("executes", f"{told.get('model_file')}, whenever mlx-vlm loads this folder"),
+        (
+            "pruned by",
+            f"{_plain(made.get('pruner'))}, which keeps {kept} of an image's visual tokens",
+        ),
+        ("executes", f"{_plain(told.get('model_file'))}, whenever mlx-vlm loads this folder"),
     ]
+
+
+def _plain(value: Any) -> str:
+    """As a terminal may show it: the file is anybody's."""
+    return "".join(c for c in str(value)[:60] if c.isprintable())

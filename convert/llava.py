@@ -311,8 +311,8 @@ def _ours(
 def _part(told: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:
     part = told.get(name)
     if not isinstance(part, Mapping):
-        said = f"{name} is {str(part)[:40]}, not an object" if name in told else f"has no {name}"
-        raise UserError(f"{where}: {said}" if name in told else f"{where} {said}")
+        wrong = f": {name} is {str(part)[:40]}, not an object"
+        raise UserError(f"{where}{wrong if name in told else f' has no {name}'}")
     return part
 
 

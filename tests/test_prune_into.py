@@ -84,7 +84,7 @@ def test_inspect_says_whose_a_folder_is_and_what_prunes_it(kind, home, tmp_path)
     before = describe(source)
     assert f"{told['model_type']}, which mlx-vlm runs: nothing is to be converted" in before
     assert f"layers of {TEXT['hidden_size']}" in before and "4 bits, groups of 64" in before
-    assert "generate --model source --pruner NAME" in before and "F32" in before
+    assert f"generate --model {source} --pruner NAME" in before and "F32" in before
     for at, (ratio, tokens, kept) in enumerate([(0.5, None, "0.5"), (None, 3, "3")]):
         prune_into(source, tmp_path / f"pruned{at}", "norm", ratio, tokens)
         after = describe(tmp_path / f"pruned{at}")
