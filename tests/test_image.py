@@ -84,7 +84,8 @@ def test_photographs_equal_clip_image_processor_bit_for_bit(shared_data: Path) -
     for path in photographs:
         got = Preprocessor()(open_image(path))
         assert got.dtype == np.float32 and got.shape == (224, 224, 3)
-        np.testing.assert_array_equal(got, hugging_face(Image.open(path)), err_msg=path.name)
+        with Image.open(path) as picture:
+            np.testing.assert_array_equal(got, hugging_face(picture), err_msg=path.name)
 
 
 @pytest.mark.parametrize("mode", modes())
