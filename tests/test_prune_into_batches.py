@@ -179,6 +179,24 @@ def test_what_forgets_to_pass_over_rows_gets_nan_and_no_answer(load):
     assert np.isnan(np.array(out.logits[0, -1])).all()
 
 
+@pytest.mark.parametrize("kind", UNEQUAL)
+def test_the_nan_of_an_image_reaches_its_own_answer_and_no_other(home, load, kind):
+    from mlx_vlm.models.cache import make_prompt_cache
+
+    prune_into(home / kind, home / f"{kind}-evenly", "uniform", RATIO, None)
+    whole, model = load(kind), load(f"{kind}-evenly")
+    one, text, _ = prompts_of(kind, whole)
+    broken = replace(one, pixels=mx.full(one.pixels.shape, mx.nan, one.pixels.dtype))
+    ids = mx.array(broken.ids)[None]
+    x_1LD = model.get_input_embeddings(ids, broken.pixels, mask=broken.mask_1L, **broken.extra)
+    told = {name: x for name, x in x_1LD.to_dict().items() if x is not None}
+    out = model.language_model(ids, **told, cache=make_prompt_cache(model.language_model))
+    assert np.isnan(np.array(out.logits[0, -1])).all()
+    said = together(model, [broken, text])
+    assert np.isnan([odds for _, odds in said[0]]).all()
+    same(said[1], alone(whole, text))
+
+
 @pytest.mark.parametrize("kind", ["fastvlm", "llava_next", "paligemma"])
 def test_other_prompts_share_a_batch_when_those_of_the_whole_model_can(load, kind):
     """Of equal length; mlx-vlm reads PaliGemma's otherwise in its engine than alone, whole too."""

@@ -7,8 +7,10 @@ language model without a cache over the whole sequence.
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from convert.errors import UserError
 from mlx_vlm_prune import generate, pruned
@@ -64,6 +66,24 @@ def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, n
             expected, expected_odds = reference(models, name, inputs, kept)
             assert tokens == expected
             np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "projector"),
+    [
+        ("llava", "multi_modal_projector.linear_2.bias"),
+        ("gemma3", "multi_modal_projector.mm_input_projection_weight"),
+    ],
+)
+def test_rows_that_a_broken_projector_makes_nan_are_not_taken_for_those_that_are_gone(
+    name, projector
+):
+    model = KINDS[name].make()
+    broken = dict(tree_flatten(model.parameters()))[projector] * mx.nan
+    model.load_weights([(projector, broken)], strict=False)
+    with pruned(model, "uniform", keep_ratio=0.5):
+        _, odds = stock(model, KINDS[name].inputs(model, 1))
+    assert np.isnan(odds).all()
 
 
 @pytest.mark.parametrize("name", KINDS)

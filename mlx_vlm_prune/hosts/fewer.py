@@ -2,8 +2,9 @@
 
 mlx-vlm's tools count a prompt by its ids: they cut, pad and split by that number, and a batch puts
 prompts side by side by it. So a prompt keeps its length. The embedding of a row that is gone is
-NaN and its position is -1, and both are left out at the last moment, when the language model is
-called; whatever forgets to leave them out gives NaN, never a wrong answer.
+NaN and infinities, its position is -1, and both are left out at the last moment, when the language
+model is called; whatever forgets to leave them out gives NaN, never a wrong answer, and the NaN of
+a model that is broken is no such row.
 
 Shapes: B prompts, L rows with those that are gone, l rows left, n rows of a piece, D features,
 Y layers that DeepStack adds to, V visual rows left.
@@ -48,7 +49,7 @@ def laid_out(
     at_l[-1] = end - 1
     at = mx.array(at_l)
     x_LD = mx.zeros((L, x_lD.shape[1]), x_lD.dtype)
-    x_LD[begin:end] = mx.nan
+    x_LD[begin:end] = mx.where(mx.arange(x_lD.shape[1]) == 0, mx.nan, mx.inf)
     x_LD[at] = x_lD
     place_3L = visual_L = deep_LYD = None
     if place_3l is not None:
@@ -72,7 +73,8 @@ def call(stock: Stock, reads_whole: bool, inputs: mx.array, told: dict[str, Any]
     """
     if told.get("inputs_embeds") is None:
         return stock(inputs, **told)
-    gone_Bn = np.array(mx.isnan(told["inputs_embeds"][..., 0]))
+    x_BnD = told["inputs_embeds"]
+    gone_Bn = np.array(mx.isnan(x_BnD[..., 0]) & mx.isinf(x_BnD[..., 1]))
     first = told["cache"][0] if told.get("cache") else None
     if hasattr(first, "left_padding"):
         return _together(stock, reads_whole, inputs, told, gone_Bn)
@@ -92,7 +94,7 @@ def _alone(stock: Stock, inputs: mx.array, told: dict[str, Any], gone_n: np.ndar
         inputs, told["inputs_embeds"] = inputs[:, left], told["inputs_embeds"][:, left]
     told |= _shorter(told)
     if not told["inputs_embeds"].shape[1]:
-        return _nothing()
+        return _nothing(len(inputs))
     return stock(inputs, **_with_deep(told))
 
 
@@ -179,8 +181,8 @@ def _check_mask(told: dict[str, Any]) -> None:
         raise UserError("a mask of one's own does not fit a pruned prompt: leave it out")
 
 
-def _nothing() -> Any:
+def _nothing(B: int) -> Any:
     """Of a piece of which nothing is left; nobody reads a piece's logits."""
     from mlx_vlm.models.base import LanguageModelOutput
 
-    return LanguageModelOutput(logits=mx.zeros((1, 1, 1)))
+    return LanguageModelOutput(logits=mx.zeros((B, 1, 1)))

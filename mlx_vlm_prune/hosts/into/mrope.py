@@ -14,10 +14,11 @@ from uuid import uuid4
 import mlx.core as mx
 import numpy as np
 from mlx_vlm.models import qwen3_vl as stock
+from mlx_vlm.models.base import LanguageModelOutput
 from mlx_vlm.models.qwen3_vl import ModelConfig, TextConfig, VisionConfig, VisionModel
 
 from ...pruners.contract import Reduction, Signals
-from .ahead import ANEW, lengthened, nothing, passed_over, there
+from .ahead import ANEW, lengthened, passed_over, there
 from .parts import keep, one_prompt, shares
 
 GONE = -1  # the position of a row that is gone
@@ -84,10 +85,11 @@ class LanguageModel(stock.LanguageModel):
     ) -> Any:
         if inputs_embeds is None:
             return super().__call__(inputs, **told)
-        first = passed_over(inputs_embeds, told.get("cache"), gone_B)
+        cache, is_alone = told.get("cache"), len(inputs_embeds) == 1
+        first = passed_over(inputs_embeds, cache, gone_B)
         if first == inputs_embeds.shape[1]:
-            return nothing()
-        x_BnD, is_alone = there(inputs_embeds, first), len(inputs_embeds) == 1
+            return LanguageModelOutput(mx.zeros((len(inputs_embeds), 1, 1)))  # which nobody reads
+        x_BnD = there(inputs_embeds, first, cache)
         told |= later(told, None if is_alone else first)
         return super().__call__(inputs[:, first:], inputs_embeds=x_BnD, **told)
 

@@ -9,10 +9,12 @@ Shapes: L rows of the prompt, l of them left, k visual tokens among them, D feat
 from typing import Any
 from uuid import uuid4
 
+import mlx.core as mx
 from mlx_vlm.models import llava as stock
+from mlx_vlm.models.base import LanguageModelOutput
 from mlx_vlm.models.llava import ModelConfig, TextConfig, VisionConfig, VisionModel
 
-from .ahead import ANEW, lengthened, nothing, passed_over, there
+from .ahead import ANEW, lengthened, passed_over, there
 from .family import hand_over, left, mark, see
 from .features import reduced
 from .parts import one_prompt, shares
@@ -57,10 +59,11 @@ class LanguageModel(stock.LanguageModel):
     ) -> Any:
         if inputs_embeds is None:
             return super().__call__(inputs, **told)
-        first = passed_over(inputs_embeds, told.get("cache"), gone_B)
+        first = passed_over(inputs_embeds, cache := told.get("cache"), gone_B)
         if first == inputs_embeds.shape[1]:
-            return nothing()
-        x_BnD, ids = there(inputs_embeds, first), inputs if inputs is None else inputs[:, first:]
+            return LanguageModelOutput(mx.zeros((len(inputs_embeds), 1, 1)))  # which nobody reads
+        x_BnD = there(inputs_embeds, first, cache)
+        ids = None if inputs is None else inputs[:, first:]
         return super().__call__(ids, inputs_embeds=x_BnD, **told)
 
     def get_rope_index(self, *_: Any) -> Any:

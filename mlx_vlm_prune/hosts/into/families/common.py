@@ -48,9 +48,7 @@ def pictures(x_IND: mx.array, grid: tuple[int, int]) -> list[Signals]:
 def grouped(seen: Sequence[Signals], tiles: Sequence[int]) -> list[list[Signals]]:
     """The pictures of each image, which was cut into so many."""
     if sum(tiles) != len(seen):
-        raise ValueError(
-            f"the images became {len(seen)} pictures, the prompt tells of {sum(tiles)}"
-        )
+        raise ValueError(f"the images gave {len(seen)} pictures, the prompt tells of {sum(tiles)}")
     ends = np.cumsum([0, *tiles]).tolist()
     return [list(seen[a:b]) for a, b in pairwise(ends)]
 
