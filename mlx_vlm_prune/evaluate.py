@@ -47,6 +47,7 @@ from .model import VLM  # noqa: E402
 from .pruners import METHODS, Stage  # noqa: E402
 from .questions import FORMATS, Question, Source, format_of  # noqa: E402
 from .remembered import cache_folder, model_key, write_atomically  # noqa: E402
+from .request import check_budget  # noqa: E402
 from .scenes import CHECKPOINT  # noqa: E402
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
@@ -171,11 +172,14 @@ def result(
               for one, other in zip(asking.able, compared, strict=True)]  # fmt: skip
     sizes = asking.sizes
     of = round(sum(sizes) / len(sizes))
-    named = [
-        {"pruner": a.spec, "tokens": a.tokens(sizes), "of": of}
-        | ({} if isinstance(a.K, int) else {"keep_ratio": a.K})
-        for a in asking.able
+    named: list[dict[str, Any]] = [
+        {"pruner": a.spec, "tokens": a.tokens(sizes), "of": of} for a in asking.able
     ]
+    for row, one in zip(named, asking.able, strict=True):
+        if not isinstance(one.K, int):
+            row["keep_ratio"] = one.K
+        elif row["tokens"] != one.K:
+            row["keep_tokens"] = one.K  # some images have fewer
     rows = [a | b for a, b in zip(named, judge.rows(sheet, 0, random), strict=True)]
     return {
         "questions": asking.questions.name,
@@ -247,11 +251,11 @@ def budgets(args: argparse.Namespace, N: int | None) -> list[float]:
     """How many of N tokens, the most first; where images differ in N, shares as they are."""
     ratios = args.keep_ratio or (() if args.keep_tokens else RATIOS)
     for ratio in ratios:
-        if not 0 < ratio <= 1:
-            raise UserError(f"--keep-ratio is {ratio}; it must be above 0 and at most 1")
+        check_budget(ratio, None)
     for K in args.keep_tokens or ():
-        if K < 1 or (N and K > N):
-            raise UserError(f"--keep-tokens is {K}; an image has 1 to {N or 'N'} visual tokens")
+        check_budget(None, K)
+        if N and K > N:
+            raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
     told: set[float] = {*(args.keep_tokens or ())}
     told |= {max(1, int(N * ratio + 1e-9)) if N else float(ratio) for ratio in ratios}
     return sorted(told, reverse=True)

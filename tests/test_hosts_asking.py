@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+from convert.errors import UserError
 from mlx_vlm_prune import evaluate, generate, load
 from mlx_vlm_prune.hosts import asking
 from mlx_vlm_prune.hosts.asking import Host, Ready
@@ -18,6 +19,7 @@ from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, budgets, family_of, see
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.stream import fewer
 from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.questions import Question
 
 from . import host_folders
 from .host_models import KINDS
@@ -152,18 +154,41 @@ def test_the_table_has_shares_of_images_that_differ_in_size(home, name, tmp_path
         assert row["overall"] == right and loyal in (None, row["loyalty"])
 
 
-def test_tokens_are_taken_as_they_are_and_refused_where_an_image_has_fewer(home, tmp_path, capsys):
+def test_tokens_are_taken_as_they_are_and_an_image_that_has_fewer_keeps_all(home, tmp_path, capsys):
     out = tmp_path / "e.json"
-    evaluate.main(command(home, "qwen2_5_vl", out, "--keep-tokens", "4", "--pruner", "norm"))
-    rows = json.loads(out.read_text())["rows"]
-    assert [(row["tokens"], row["of"]) for row in rows] == [(13, 13), (4, 13), (4, 13)]
-    asked = command(home, "qwen2_5_vl", out, "--keep-tokens", "7", "--pruner", "norm")
-    evaluate.main(asked)
-    told = capsys.readouterr().out
-    assert (
-        "Not asked: norm with 7 tokens: --keep-tokens is 7; an image has 1 to 6 visual tokens"
-        in told
-    )
+    for K, mean in ((4, 4), (7, (6 + 7) / 2)):  # of 6 and 20
+        asked = ("--keep-tokens", str(K), "--pruner", "norm")
+        evaluate.main(command(home, "qwen2_5_vl", out, *asked))
+        rows = json.loads(out.read_text())["rows"]
+        assert [(row["tokens"], row["of"]) for row in rows] == [(13, 13), *[(round(mean), 13)] * 2]
+        said = f"Of {K} tokens: an image that has fewer keeps all" in capsys.readouterr().out
+        assert said is (K == 7) and said is ("keep_tokens" in rows[-1])
+
+
+def test_what_cannot_be_asked_later_on_names_the_method_and_the_question(
+    home, tmp_path, monkeypatch, capsys
+):
+    whole = asking.Host.answer
+
+    def sometimes(self, batch, pipeline, keep, max_tokens):
+        if pipeline.name == "norm" and batch.sizes[0] > 6:
+            raise UserError("it cannot be")
+        return whole(self, batch, pipeline, keep, max_tokens)
+
+    monkeypatch.setattr(asking.Host, "answer", sometimes)
+    more = ("--keep-tokens", "4", "--pruner", "norm", "--batch", "1")
+    with pytest.raises(SystemExit):
+        evaluate.main(command(home, "qwen2_5_vl", tmp_path / "e.json", *more))
+    assert "error: norm with 4 tokens, question q1: it cannot be" in capsys.readouterr().err
+
+
+def test_an_answer_of_nothing_is_refused_where_no_token_ends_one(home):
+    one = Host(*load(home / "llava"), [])
+    question = Question("q0", "w7 w9", ("",), home / "a.png")
+    assert len(one.ready(question).right) == 1
+    one.ends = set()
+    with pytest.raises(UserError, match="its answer is empty"):
+        one.ready(question)
 
 
 def test_without_names_every_method_that_can_is_asked():

@@ -101,8 +101,13 @@ class Entry:
     def tokens(self, sizes: Sequence[int]) -> int:
         """That an image keeps, on average over images of so many."""
         if isinstance(self.K, int):
-            return self.K
+            return round(sum(min(self.K, N) for N in sizes) / len(sizes))
         return round(sum(max(1, int(N * self.K + 1e-9)) for N in sizes) / len(sizes))
+
+
+def amount(K: float) -> str:
+    """A budget in words."""
+    return f"{K} tokens" if isinstance(K, int) else f"{K:.4g} of the tokens"
 
 
 def entries(
@@ -181,8 +186,9 @@ class Asking:
         self, upto: int, asked: list[int], made: list[Any], skipped: list[str]
     ) -> Answered:
         began, decode = time.perf_counter(), self.model.decode
+        who = " to ".join(str(self.listed[n].id) for n in dict.fromkeys(asked[:1] + asked[-1:]))
         batch = self.model.begin(made) if made else None
-        found, refused = self._all(batch) if batch else ([], [])
+        found, refused = self._all(batch, who) if batch else ([], [])
         full = found[0].ids if found else []
         return Answered(
             upto, asked,
@@ -193,7 +199,7 @@ class Asking:
             skipped=skipped, refused=refused,
         )  # fmt: skip
 
-    def _all(self, batch: Any) -> tuple[list[Said], list[tuple[int, str]]]:
+    def _all(self, batch: Any, who: str) -> tuple[list[Said], list[tuple[int, str]]]:
         """What every entry says; those that cannot be show it at the first batch."""
         found, refused = [], []
         for p, entry in enumerate(self.contest):
@@ -203,7 +209,8 @@ class Asking:
                     found.append(self.model.answer(*ask))
                 except UserError as e:
                     if self.count or p == 0:
-                        raise
+                        named = f"{entry.spec} with {amount(entry.K)}, question {who}"
+                        raise UserError(f"{named}: {e}") from e
                     refused.append((p, str(e)))
             self.tick(len(batch.sizes))
         return found, refused

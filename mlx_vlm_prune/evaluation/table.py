@@ -79,6 +79,8 @@ def _notes(told: Told) -> list[str]:
     ]
     if any("keep_ratio" in row for row in told["rows"]):
         lines.append("Tokens: of an image, the mean over all.")
+    for K in sorted({row["keep_tokens"] for row in told["rows"] if "keep_tokens" in row}):
+        lines.append(f"Of {K} tokens: an image that has fewer keeps all; the mean is shown.")
     if told["count"] < bootstrap.FEWEST:
         lines[1] = f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
     if len(told["kinds"]) > MOST_KINDS:

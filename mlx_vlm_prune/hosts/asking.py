@@ -72,7 +72,10 @@ class Host:
         inputs = prepared(self.model, self.processor, question.text, [open_image(image)])
         end = getattr(self.words, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
-        return Ready(inputs, [*self.encode(question.answers[0]), *ends])
+        right = [*self.encode(question.answers[0]), *ends]
+        if not right:
+            raise UserError("its answer is empty, and the tokenizer has no token that ends one")
+        return Ready(inputs, right)
 
     def begin(self, asked: Sequence[Ready]) -> Batch:
         views = []
@@ -84,14 +87,14 @@ class Host:
         return Batch(asked, views, sizes)
 
     def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Said:
-        """With `keep` tokens of an image, or that share of them.
+        """With `keep` tokens of an image, all where it has fewer, or with that share of them.
 
         Raises UserError where that cannot be.
         """
         policy = check(self.model, self.family, pipeline, None)
-        share, K = (None, keep) if isinstance(keep, int) else (keep, None)
         ids, odds = [], []
-        for one, seen in zip(batch.asked, batch.views, strict=True):
+        for one, seen, N in zip(batch.asked, batch.views, batch.sizes, strict=True):
+            share, K = (None, min(keep, N)) if isinstance(keep, int) else (keep, None)
             with as_it_was(self.model.language_model), stream():
                 views = hear(self.model, one.inputs, seen, pipeline)
                 kept = budgets(views, share, K, pipeline)
