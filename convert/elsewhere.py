@@ -30,32 +30,31 @@ def lines(folder: Path) -> list[tuple[str, str]]:
     """What `inspect` says of it."""
     told = read_json(folder / "config.json")
     kind = _plain(told["model_type"])
-    said = [("model", f"{kind}, which mlx-vlm runs: nothing is to be converted")]
+    said = [("model", f"{kind}, for mlx-vlm, if it knows this kind: nothing is to be converted")]
     inner = told.get("text_config")
     text: Mapping[str, Any] = inner if isinstance(inner, Mapping) else told
     layers, width = (text.get(name) for name in ("num_hidden_layers", "hidden_size"))
     if type(layers) is int and type(width) is int:
         said += [("language model", f"{layers} layers of {width}")]
     how = told.get("quantization")
-    if isinstance(how, Mapping):
-        said += [
-            (
-                "quantized",
-                f"{_plain(how.get('bits'))} bits, groups of {_plain(how.get('group_size'))}",
-            )
-        ]
-    made = told.get(RECORD)
-    if not isinstance(made, Mapping):
+    if isinstance(how, Mapping) and {"bits", "group_size"} <= {*how}:
+        bits, size = _plain(how["bits"]), _plain(how["group_size"])
+        said += [("quantized", f"{bits} bits, groups of {size}")]
+    if "model_file" in told:
+        said += [("executes", f"{_plain(told['model_file'])}, whenever mlx-vlm loads this folder")]
+    if RECORD not in told:
         return [*said, ("to prune it", f"generate --model {folder} --pruner NAME")]
-    kept = _plain(made.get("keep_tokens") or made.get("keep_ratio"))
-    return [
-        *said,
-        (
-            "pruned by",
-            f"{_plain(made.get('pruner'))}, which keeps {kept} of an image's visual tokens",
-        ),
-        ("executes", f"{_plain(told.get('model_file'))}, whenever mlx-vlm loads this folder"),
-    ]
+    return [*said, *_of_record(told[RECORD])]
+
+
+def _of_record(made: Any) -> list[tuple[str, str]]:
+    """What prune-into wrote down, as far as it can still be read."""
+    made = made if isinstance(made, Mapping) else {}
+    pruner, kept = made.get("pruner"), made.get("keep_tokens") or made.get("keep_ratio")
+    if pruner is None or kept is None:
+        return [("pruned by", "convert prune-into, but the record of how is damaged")]
+    keeps = f"{_plain(pruner)}, which keeps {_plain(kept)} of an image's visual tokens"
+    return [("pruned by", keeps)]
 
 
 def _plain(value: Any) -> str:

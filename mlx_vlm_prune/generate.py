@@ -22,8 +22,9 @@ from .loading import DTYPES, load
 from .machine import versions
 from .model import VLM
 from .printing import LINE, as_json, print_comparison, print_figures
-from .request import check_budget
+from .request import check_budget, check_decoding
 from .result import GenerationResult
+from .speculate import check_drafts
 from .stream import generate, stream_generate
 from .wish import Choice, Wish
 
@@ -246,6 +247,8 @@ def _use_sample(args: argparse.Namespace) -> None:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuse before any work what could not be written, or makes no sense, after it."""
     check_budget(args.keep_ratio, args.keep_tokens)
+    check_decoding(args.max_tokens, args.temp, args.top_p, args.seed)
+    check_drafts(args.num_draft_tokens, args.temp, True)
     for path in (args.json, args.overlay):
         if path and not path.absolute().parent.is_dir():
             raise UserError(

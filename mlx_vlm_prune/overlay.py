@@ -31,6 +31,8 @@ def overlay(
     how each slot is mixed. Patches mixed into one slot share a tint and an outline; without
     own patches, brightness shows how much the slots read of a patch.
     """
+    if weights is not None and not len(weights):
+        weights = None  # a chain that ends in no slot
     rows, columns = grid
     patch = max(4, round(LONG_SIDE / max(grid)))
     canvas = image.convert("RGB").resize((columns * patch, rows * patch), Image.Resampling.LANCZOS)
@@ -71,7 +73,7 @@ def strip(pictures: Sequence[Image.Image], *, down: bool = False) -> Image.Image
 
 def _groups(N: int, kept: Sequence[int], weights: np.ndarray | None) -> np.ndarray:
     """The slot each patch went into, (N,); -1 for none."""
-    if weights is not None and len(weights):  # a chain may end in none
+    if weights is not None:
         return np.where(weights.any(axis=0), weights.argmax(axis=0), -1)
     group = np.full(N, -1)
     group[list(kept)] = np.arange(len(kept))

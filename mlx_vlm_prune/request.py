@@ -43,6 +43,24 @@ class Request:
         cache = (self.prefill_step_size, self.kv_bits, self.quantized_kv_start)
         return any(x is not None for x in (*cache, self.resize_shape))
 
+    def check(self) -> None:
+        """Raises UserError for what no model can do."""
+        if self.positions not in (None, "keep", "renumber"):
+            raise UserError(f"--positions is {self.positions!r}; it is keep or renumber")
+        check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)
+
+
+def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    """Say early how an answer cannot be decoded. Raises UserError."""
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens is {max_tokens}; it must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"--temp is {temperature}; it must be 0 or more")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; it must be at least 0 and below 2**63")
+
 
 def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
     """Say early what is wrong with a budget, however many tokens an image has. Raises UserError."""

@@ -110,7 +110,8 @@ def stream_generate(
         temperature, top_p, seed, template, prefill_step_size, kv_bits, quantized_kv_start,
         resize_shape, num_draft_tokens,
     )  # fmt: skip
-    _check_decoding(asked, isinstance(model, VLM))
+    asked.check()
+    check_drafts(num_draft_tokens, temperature, isinstance(model, VLM))
     yield from (_own if isinstance(model, VLM) else _hosts())(model, processor, asked)
 
 
@@ -307,17 +308,3 @@ def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSour
     if isinstance(image, ImageSource):
         return [image]
     return list(image)
-
-
-def _check_decoding(asked: Request, is_own: bool) -> None:
-    if asked.positions not in (None, "keep", "renumber"):
-        raise UserError(f"--positions is {asked.positions!r}; it is keep or renumber")
-    if asked.max_tokens < 1:
-        raise UserError(f"--max-tokens is {asked.max_tokens}; it must be at least 1")
-    if not 0 <= asked.temperature < float("inf"):
-        raise UserError(f"--temp is {asked.temperature}; it must be 0 or more")
-    if not 0 < asked.top_p <= 1:
-        raise UserError(f"--top-p is {asked.top_p}; it must be above 0 and at most 1")
-    if not 0 <= asked.seed < 2**63:
-        raise UserError(f"--seed is {asked.seed}; it must be at least 0 and below 2**63")
-    check_drafts(asked.num_draft_tokens, asked.temperature, is_own)

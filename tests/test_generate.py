@@ -233,6 +233,14 @@ def test_a_wrong_flag_is_refused_in_one_sentence(home, capsys, monkeypatch, case
     assert part in refused(capsys, argv)
 
 
+@pytest.mark.parametrize("flags", [("--temp", "-1"), ("--num-draft-tokens", "0")])
+def test_of_a_wrong_flag_the_sample_hears_before_anything_is_shown(capsys, flags):
+    with pytest.raises(SystemExit):
+        main([*flags])
+    shown = capsys.readouterr()
+    assert shown.out == "" and f"error: {flags[0]} is {flags[1]}" in shown.err
+
+
 def test_a_prompt_longer_than_the_model_reads_is_refused(home, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("star " * 40_000))
     argv = ["--model", str(home / "mlx"), "--prompt", "-"]

@@ -274,8 +274,8 @@ def test_half_precision_becomes_float32_on_a_cpu_unless_one_says_otherwise(tmp_p
         (["--kv-bits", "99"], "--kv-bits is 99; it must be from 1.5 to 8"),
         (["--kv-bits", "7"], "--kv-bits is 7; it must be from 1.5 to 8, and not 7"),
         (["--pruner", "fastv", "--kv-bits", "3.5"], "with fastv a whole number can be had"),
-        (["--quantized-kv-start", "0"], "goes with --kv-bits"),
-        (["--kv-bits", "8", "--quantized-kv-start", "-1"], "it is a number from 0"),
+        (["--quantized-kv-start", "0"], "from when on --kv-bits holds; give both"),
+        (["--kv-bits", "8", "--quantized-kv-start", "-1"], "it must be at least 0"),
         (["--resize-shape", "100000"], "the most is 25000000 pixels"),
         (["--prefill-step-size", "0"], "it must be at least 1"),
         (["--resize-shape", "1", "2", "3"], "give one or two sides"),
@@ -286,6 +286,11 @@ def test_half_precision_becomes_float32_on_a_cpu_unless_one_says_otherwise(tmp_p
 )
 def test_a_mistake_ends_in_one_sentence(home, capsys, more, sentence):
     assert sentence in refused(capsys, command(home, "llava", *more))
+
+
+def test_a_models_own_mark_of_an_image_is_left_to_its_template(home, capsys):
+    asked = command(home, "qwen2_5_vl", "--prompt", "w7 <|image_pad|> w9")
+    assert "leave <|image_pad|> out of the prompt" in refused(capsys, asked)
 
 
 @pytest.mark.parametrize(

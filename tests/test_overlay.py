@@ -74,6 +74,11 @@ def test_any_grid_is_drawn_with_whole_patches():
         assert picture.width / columns >= 4
 
 
+def test_a_chain_that_ends_in_no_slot_dims_the_whole_picture():
+    none = overlay(LIGHT, GRID, [], "x", weights=np.zeros((0, 16), np.float32))
+    assert none == overlay(LIGHT, GRID, [], "x") != overlay(LIGHT, GRID, [0], "x")
+
+
 def test_the_image_is_left_as_it_was():
     image = LIGHT.copy()
     overlay(image, GRID, [0], "x", weights=groups([0, 1]))

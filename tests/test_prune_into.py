@@ -17,6 +17,7 @@ import pytest
 from mlx import nn
 
 from convert.describe import describe
+from convert.elsewhere import RECORD
 from convert.errors import UserError
 from mlx_vlm_prune import load
 from mlx_vlm_prune.hosts.into.folder import prune_into
@@ -82,7 +83,7 @@ def test_inspect_says_whose_a_folder_is_and_what_prunes_it(kind, home, tmp_path)
     told = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(told | bits))
     before = describe(source)
-    assert f"{told['model_type']}, which mlx-vlm runs: nothing is to be converted" in before
+    assert f"{told['model_type']}, for mlx-vlm, if it knows this kind: nothing is" in before
     assert f"layers of {TEXT['hidden_size']}" in before and "4 bits, groups of 64" in before
     assert f"generate --model {source} --pruner NAME" in before and "F32" in before
     for at, (ratio, tokens, kept) in enumerate([(0.5, None, "0.5"), (None, 3, "3")]):
@@ -90,6 +91,11 @@ def test_inspect_says_whose_a_folder_is_and_what_prunes_it(kind, home, tmp_path)
         after = describe(tmp_path / f"pruned{at}")
         assert f"norm, which keeps {kept} of an image's visual tokens" in after
         assert "pruned.py, whenever mlx-vlm loads this folder" in after
+    for made in ({}, 5, {"pruner": "norm"}):
+        (source / "config.json").write_text(json.dumps({**told, "quantization": {}, RECORD: made}))
+        after = describe(source)
+        assert "the record of how is damaged" in after
+        assert "None" not in after and "quantized" not in after and "executes" not in after
 
 
 @pytest.fixture(scope="module")

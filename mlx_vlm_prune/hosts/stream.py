@@ -43,11 +43,10 @@ def cache_options(
             raise UserError(f"--kv-bits is {kv_bits:g}; it must be from 1.5 to 8, and not 7")
         told["kv_bits"] = kv_bits
     if quantized_kv_start is not None:
-        if quantized_kv_start < 0 or kv_bits is None:
-            raise UserError(
-                f"--quantized-kv-start is {quantized_kv_start}; it is a number from 0, and goes"
-                " with --kv-bits"
-            )
+        if quantized_kv_start < 0:
+            raise UserError(f"--quantized-kv-start is {quantized_kv_start}; it must be at least 0")
+        if kv_bits is None:
+            raise UserError("--quantized-kv-start says from when on --kv-bits holds; give both")
         told["quantized_kv_start"] = quantized_kv_start
     return told
 
@@ -118,11 +117,12 @@ def prepared(
     """
     from mlx_vlm.prompt_utils import apply_chat_template
 
-    if IMAGE_MARK in prompt:
-        raise UserError(
-            f"leave {IMAGE_MARK} out of the prompt: in mlx-vlm models the chat template says where"
-            " images go"
-        )
+    for mark in _image_marks(model, processor):
+        if mark in prompt:
+            raise UserError(
+                f"leave {mark} out of the prompt: in mlx-vlm models the chat template says where"
+                " images go"
+            )
     options = dict(template or {})
     text = apply_chat_template(processor, model.config, prompt, num_images=len(opened), **options)
     try:
@@ -132,6 +132,15 @@ def prepared(
     except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
         said = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot prepare the images: {said}") from problem
+
+
+def _image_marks(model: Any, processor: Any) -> list[str]:
+    """What stands for an image in a prompt: our mark, and the model's own."""
+    words, config = getattr(processor, "tokenizer", processor), model.config
+    ids = (getattr(config, f"image_token_{end}", None) for end in ("index", "id"))
+    told = [words.convert_ids_to_tokens(own) for own in ids if own is not None]
+    named = [getattr(processor, "image_token", None), *told]
+    return [IMAGE_MARK, *(mark for mark in named if isinstance(mark, str) and mark)]
 
 
 def fewer(
