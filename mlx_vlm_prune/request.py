@@ -18,7 +18,7 @@ ImageSource = str | Path | bytes | Image.Image
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `stream_generate`, as they were given."""
+    """The arguments of `stream_generate`, as they were given. UserError for what no model can do."""
 
     prompt: str
     images: Sequence[ImageSource]
@@ -43,8 +43,7 @@ class Request:
         cache = (self.prefill_step_size, self.kv_bits, self.quantized_kv_start)
         return any(x is not None for x in (*cache, self.resize_shape))
 
-    def check(self) -> None:
-        """Raises UserError for what no model can do."""
+    def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "renumber"):
             raise UserError(f"--positions is {self.positions!r}; it is keep or renumber")
         check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)

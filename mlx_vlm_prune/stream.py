@@ -110,7 +110,6 @@ def stream_generate(
         temperature, top_p, seed, template, prefill_step_size, kv_bits, quantized_kv_start,
         resize_shape, num_draft_tokens,
     )  # fmt: skip
-    asked.check()
     check_drafts(num_draft_tokens, temperature, isinstance(model, VLM))
     yield from (_own if isinstance(model, VLM) else _hosts())(model, processor, asked)
 
