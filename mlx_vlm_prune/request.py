@@ -18,7 +18,7 @@ ImageSource = str | Path | bytes | Image.Image
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `stream_generate`, as they were given. UserError for what no model can do."""
+    """The arguments of `stream_generate`, as given. Raises UserError for what no model can do."""
 
     prompt: str
     images: Sequence[ImageSource]
@@ -37,16 +37,16 @@ class Request:
     resize_shape: Sequence[int] | None
     num_draft_tokens: int | None
 
+    def __post_init__(self) -> None:
+        if self.positions not in (None, "keep", "renumber"):
+            raise UserError(f"--positions is {self.positions!r}; it is keep or renumber")
+        check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)
+
     @property
     def is_for_mlx_vlm(self) -> bool:
         """Is there an option that only mlx-vlm's models have?"""
         cache = (self.prefill_step_size, self.kv_bits, self.quantized_kv_start)
         return any(x is not None for x in (*cache, self.resize_shape))
-
-    def __post_init__(self) -> None:
-        if self.positions not in (None, "keep", "renumber"):
-            raise UserError(f"--positions is {self.positions!r}; it is keep or renumber")
-        check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)
 
 
 def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
