@@ -1,7 +1,8 @@
 """What pruning inside mlx-vlm's models costs and gains: `python -m benchmarks.hosts`.
 
-Three take turns in one process, warm: mlx-vlm left to itself, the same full model through our
-path, and ours with a quarter of the visual tokens. Timed is everything from prepared pixels and
+They take turns in one process, warm: mlx-vlm left to itself, the same full model through our
+path, and ours with a quarter of the visual tokens. A fourth, full with a wait behind the tower,
+tells what the prefill alone takes. Timed is everything from prepared pixels and
 ids to the first token, vision tower and pruner inside; preparing them is mlx-vlm's own on both
 sides. The prefill's gain stands beside what the operation count predicts. Models have random
 weights, float32, in the layout of the family. A ratio that spreads by more than it differs from 1
@@ -33,6 +34,7 @@ from mlx_vlm_prune.hosts.refusals import check  # noqa: E402
 from mlx_vlm_prune.hosts.views import Inputs  # noqa: E402
 from mlx_vlm_prune.language.minimind import MiniMindConfig  # noqa: E402
 from mlx_vlm_prune.machine import machine, versions  # noqa: E402
+from mlx_vlm_prune.model import no_lap  # noqa: E402
 from mlx_vlm_prune.operations import prefill  # noqa: E402
 from mlx_vlm_prune.pruners import plan  # noqa: E402
 from mlx_vlm_prune.stream import Clock  # noqa: E402
@@ -54,9 +56,10 @@ class Size:
     tower: tuple[int, int]
     language: tuple[int, int]
     side: int
+    times: int  # as many runs as are asked for: a toy takes milliseconds
 
 
-SIZES = {"tiny": Size((2, 64), (2, 64), 8), "mid": Size((12, 512), (8, 1024), 24)}
+SIZES = {"tiny": Size((2, 64), (2, 64), 8, 10), "mid": Size((12, 512), (8, 1024), 24, 1)}
 Laps = dict[str, float]
 
 
@@ -138,19 +141,23 @@ def stock(model: Any, inputs: Inputs) -> tuple[Laps, int]:
     return {"total": 1000 * (time.perf_counter() - began)}, token
 
 
-def ours(model: Any, inputs: Inputs, spec: str, share: float) -> tuple[Laps, int]:
-    """The same through our path."""
+def ours(
+    model: Any, inputs: Inputs, spec: str, share: float, in_parts: bool = True
+) -> tuple[Laps, int]:
+    """The same through our path, which times its parts where it prunes."""
     began, clock = time.perf_counter(), Clock()
+    lap = clock.lap if in_parts else no_lap
     pipeline = plan(spec)
     policy = check(model, family_of(model), pipeline, None)
     with as_it_was(model.language_model):
         with stream():
-            views = see(model, inputs, pipeline, clock.lap)
+            views = see(model, inputs, pipeline, lap)
             K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
-            told = tell(model, inputs, views, pipeline, K, policy, clock.lap)
+            told = tell(model, inputs, views, pipeline, K, policy, lap)
         token = first_token(model, told.arguments)
     clock.lap("prefill")
-    return {**clock.ms, "total": 1000 * (time.perf_counter() - began)}, token
+    total = 1000 * (time.perf_counter() - began)
+    return {**(clock.ms if in_parts else {}), "total": total}, token
 
 
 def predicted(size: Size, share: float) -> float:
@@ -165,33 +172,40 @@ def predicted(size: Size, share: float) -> float:
 
 
 def measure(family: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One model: the times of all three, what our path costs, and what pruning gains."""
+    """One model: the times of all, what our path costs, and what pruning gains."""
     mx.random.seed(0)
     model, inputs = FAMILIES[family](SIZES[name])
     mx.eval(model.parameters(), inputs.pixels)
-    both = [partial(ours, model, inputs, "none", 1.0), partial(ours, model, inputs, args.pruner,
-            args.keep_ratio)]  # fmt: skip
-    turns = alternate(partial(stock, model, inputs), both, args.runs, args.warmup, 2)
-    total = 3 * (args.runs + args.warmup)
+    full = partial(ours, model, inputs, "none", 1.0)
+    three = [partial(full, in_parts=False), full,
+             partial(ours, model, inputs, args.pruner, args.keep_ratio)]  # fmt: skip
+    runs = args.runs * SIZES[name].times
+    turns = alternate(partial(stock, model, inputs), three, runs, args.warmup, len(three))
+    total = (1 + len(three)) * (runs + args.warmup)
     bar = tqdm(turns, total=total, desc=f"{family}, {name}", file=sys.stderr, leave=False)
-    full, pruned, left = list[Laps](), list[Laps](), list[Laps]()
+    times: dict[str, list[Laps]] = {who: [] for who in ("stock", "full", "parts", "pruned")}
     for i, (ms, token), (before, expected) in filter(None, bar):
         if i == 0:
-            left.append(before)
-            if token != expected:
-                raise UserError(f"{family}, {name}: unpruned, our path says another first token")
-        (pruned if i else full).append(ms)
-    times = {"stock": left, "full": full, "pruned": pruned}
-    gain = Gain.of([one["prefill"] for one in full], [one["prefill"] for one in pruned])
+            times["stock"].append(before)
+        if i < 2 and token != expected:
+            raise UserError(f"{family}, {name}: unpruned, our path says another first token")
+        times[("full", "parts", "pruned")[i]].append(ms)
+    gain = Gain.of(*([one["prefill"] for one in times[who]] for who in ("parts", "pruned")))
     return {
         "family": family, "size": name, "tokens": SIZES[name].side ** 2, "pruner": args.pruner,
         "keep_ratio": args.keep_ratio,
-        "ms": {who: {part: spread([one[part] for one in runs]) for part in runs[0]}
-               for who, runs in times.items()},
-        "stock_by_ours": spread([a["total"] / b["total"] for a, b in zip(left, full, strict=True)]),
+        "ms": {who: {part: spread([one[part] for one in laps]) for part in laps[0]}
+               for who, laps in times.items()},
+        "stock_by_ours": _beside(times, "full"),
         "prefill": gain.report(predicted(SIZES[name], args.keep_ratio)),
-        "first_token": spread([a["total"] / b["total"] for a, b in zip(left, pruned, strict=True)]),
+        "first_token": _beside(times, "pruned"), "runs": runs,
     }  # fmt: skip
+
+
+def _beside(times: dict[str, list[Laps]], who: str) -> dict[str, float]:
+    """How many times as long mlx-vlm takes to the first token, run by run."""
+    pairs = zip(times["stock"], times[who], strict=True)
+    return spread([left["total"] / ours["total"] for left, ours in pairs])
 
 
 def show(row: dict[str, Any]) -> None:
@@ -217,7 +231,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.size or SIZES:
             rows.append(measure(family, name, args))
             show(rows[-1])
-    print(f"Medians of {args.runs} runs. {NOT_TOLD[0].upper()}{NOT_TOLD[1:]}.")
+    print(f"Medians of {args.runs} runs, of toys ten times as many.")
+    print(f"{NOT_TOLD[0].upper()}{NOT_TOLD[1:]}.")
     return {
         "benchmark": "hosts", "device": device(), "runs": args.runs, "machine": machine(),
         "versions": {**versions(), "mlx-vlm": metadata.version("mlx-vlm")}, "rows": rows,

@@ -104,7 +104,8 @@ class Lot:
         return len(self.signals.x_BND)
 
 
-def _no_lap(name: str, value: Any) -> Any:
+def no_lap(name: str, value: Any = None) -> Any:
+    """Of a request that nobody times: nothing is waited for."""
     return value
 
 
@@ -141,7 +142,7 @@ class VLM(nn.Module):
         positions: Policy | None = None,
         *,
         last_only: bool = True,
-        lap: Lap = _no_lap,
+        lap: Lap = no_lap,
         growth: Growth | None = None,
     ) -> Prefill:
         """Read B prompts with I images, K tokens of each; of a decoder method, K is the
@@ -212,7 +213,7 @@ class VLM(nn.Module):
         text_BTD = self.language.embed_tokens(mx.array(padded))
         return replace(signals, text_BTD=text_BTD, text_real_BT=mx.array(real))
 
-    def project(self, lot: Lot, lap: Lap = _no_lap) -> Lot:
+    def project(self, lot: Lot, lap: Lap = no_lap) -> Lot:
         x_BND = lap("projector", self.projector(lot.signals.x_BND))
         return replace(lot, signals=replace(lot.signals, x_BND=x_BND))
 

@@ -20,9 +20,7 @@ def print_figures(a: GenerationResult) -> None:
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
         if len(a.layers) > 1:
             print(f"By layer: {_by_layer(a)}; {a.visual_tokens_kept} in the mean")
-    parts = ", ".join(
-        f"{name} {a.ttft_ms[name]:.1f}" for name in ("image", "vision", "pruner", "prefill")
-    )
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in a.ttft_ms.items() if name != "total")
     print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({parts})")
 
 

@@ -30,7 +30,8 @@ class GenerationResult:
 
     Times are milliseconds; `ttft_ms` has image (opening and preprocessing), vision (the
     tower), pruner, prefill (projector, splicing and the language model) and total, all up
-    to the first token. Tokens per second; peak memory in GB. `visual_tokens_kept` is the
+    to the first token; an mlx-vlm model that is not pruned has "vision and prefill", which
+    it computes in one go. Tokens per second; peak memory in GB. `visual_tokens_kept` is the
     average over the language model's layers. `kept_indices` holds, per image, the places
     in the original grid of the tokens kept to the end, or None where slots have none;
     `layers` the same for every run of layers. `cache_bytes` are those of the prompt's rows.

@@ -32,9 +32,9 @@ WITHIN = {"projector": "prefill"}  # laps that a user reads as part of another
 class Clock:
     """Times the parts of a request; a lap ends when its arrays are computed."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[str] = ("image", "vision", "pruner", "prefill")) -> None:
         self.began = self.last = time.perf_counter()
-        self.ms: dict[str, float] = dict.fromkeys(("image", "vision", "pruner", "prefill"), 0.0)
+        self.ms: dict[str, float] = dict.fromkeys(parts, 0.0)
 
     def lap(self, name: str, value: Any = None) -> Any:
         """Evaluate the value, book the time since the last lap, and hand the value on."""

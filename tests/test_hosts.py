@@ -16,6 +16,7 @@ from convert.errors import UserError
 from mlx_vlm_prune.hosts.mlx_vlm import Told, family_of, see, shares, tell
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import METHODS, Stage, plan
 
 from . import host_models
@@ -43,10 +44,6 @@ def models():
         return made[name]
 
     return get
-
-
-def no_lap(name, value=None):
-    return value
 
 
 def prompt(models, name: str, images: int | None = None) -> Inputs:

@@ -18,12 +18,12 @@ from mlx_vlm_prune.hosts.asking import Host, Ready
 from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, budgets, family_of, see
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.stream import fewer
+from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.questions import Question
 
 from . import host_folders
 from .host_models import KINDS
-from .test_hosts import no_lap
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 BEHIND = ("none", "divprune", "avgpool", "received_attention", "cdpruner")

@@ -18,11 +18,12 @@ from mlx_vlm_prune.hosts.deep import Read, read
 from mlx_vlm_prune.hosts.families.inner import Ahead
 from mlx_vlm_prune.hosts.mlx_vlm import budgets, family_of, see, tell
 from mlx_vlm_prune.hosts.refusals import check
+from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import METHODS, Signals, plan
 
 from . import host_folders
 from .host_models import IMAGE, KINDS, once
-from .test_hosts import QWEN, TOKENS, decoded, no_lap, rows, stock, table
+from .test_hosts import QWEN, TOKENS, decoded, rows, stock, table
 from .test_hosts_generate import left_on
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")

@@ -39,6 +39,16 @@ def command(home, name: str, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_not_pruned_is_computed_and_timed_in_one_go_as_mlx_vlm_has_it(home, name, capsys):
+    file = home / "none.json"
+    main(command(home, name, "--json", str(file)))
+    took = json.loads(file.read_text())["ttft_ms"]
+    assert took.keys() == {"image", "vision and prefill", "total"}
+    assert took["image"] + took["vision and prefill"] == pytest.approx(took["total"])
+    assert f"vision and prefill {took['vision and prefill']:.1f})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_one_command_prunes_and_tells_every_figure(home, name, capsys):
     file, picture = home / "told.json", home / "kept.png"
     budget = ["--pruner", "vispruner", "--keep-ratio", "0.25", "--prefill-step-size", "4"]

@@ -18,6 +18,8 @@ def test_both_sides_say_the_same_first_token_and_fewer_tokens_are_read(family):
     ms, token = hosts.ours(model, inputs, "none", 1.0)
     assert token == expected
     assert {"vision", "prefill", "total"} <= ms.keys()
+    ms, token = hosts.ours(model, inputs, "none", 1.0, in_parts=False)
+    assert token == expected and ms.keys() == {"total"}
 
 
 def test_the_prediction_is_that_of_a_count_by_hand():
@@ -48,7 +50,7 @@ def test_the_last_line_is_json_and_it_is_saved(monkeypatch, capsys, tmp_path):
     assert json.loads((tmp_path / "hosts.json").read_text(encoding="utf-8")) == told
     assert [row["family"] for row in told["rows"]] == list(hosts.FAMILIES)
     for row in told["rows"]:
-        assert row["ms"].keys() == {"stock", "full", "pruned"}
+        assert row["ms"].keys() == {"stock", "full", "parts", "pruned"}
         assert row["stock_by_ours"]["p10"] <= row["stock_by_ours"]["p90"]
 
 

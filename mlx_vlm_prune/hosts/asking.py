@@ -19,6 +19,7 @@ from convert.errors import UserError
 
 from ..evaluation.answers import Said
 from ..image import open_image
+from ..model import no_lap
 from ..pruners import METHODS, Pipeline, Stage, plan
 from ..questions import Question
 from .deep import Read
@@ -99,7 +100,7 @@ class Host:
                 views = hear(self.model, one.inputs, seen, pipeline)
                 kept = budgets(views, share, K, pipeline)
                 told, deep = fewer(
-                    self.model, one.inputs, views, pipeline, kept, policy, None, _no_lap
+                    self.model, one.inputs, views, pipeline, kept, policy, None, no_lap
                 )
                 first_V, cache = self._prefilled(told, deep)
                 odds.append(self._likelihood(one.right, first_V, _copied(cache)))
@@ -193,7 +194,3 @@ def _copy(layer: Any) -> Any:
         if isinstance(value, mx.array):
             setattr(own, name, mx.array(value))
     return own
-
-
-def _no_lap(name: str, value: Any = None) -> Any:
-    return value

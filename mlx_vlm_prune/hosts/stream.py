@@ -14,7 +14,7 @@ from PIL import Image
 from convert.errors import UserError
 
 from ..image import MAX_PIXELS, open_image
-from ..model import Lap
+from ..model import Lap, no_lap
 from ..prompt import IMAGE_MARK
 from ..pruners import Pipeline, plan
 from ..pruners.contract import Policy
@@ -27,6 +27,8 @@ from .mlx_vlm import Told, as_it_was, budgets, chosen, family_of, pictures, see,
 from .mlx_vlm import stream as its_stream
 from .refusals import check
 from .views import Inputs, View
+
+TOGETHER = "vision and prefill"  # where nothing is pruned, timed as mlx-vlm computes it
 
 
 def cache_options(
@@ -66,7 +68,10 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
 
 def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[GenerationResult]:
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
-    clock, family, pipeline = Clock(), family_of(model), plan(asked.pruner)
+    family, pipeline = family_of(model), plan(asked.pruner)
+    in_one_go = pipeline.name == "none" and bool(asked.images)  # a wait in between costs time
+    clock = Clock(("image", TOGETHER)) if in_one_go else Clock()
+    lap = no_lap if in_one_go else clock.lap
     cache = cache_options(asked.prefill_step_size, asked.kv_bits, asked.quantized_kv_start)
     sampling = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
     sampling |= {"top_p": asked.top_p, "seed": asked.seed}
@@ -79,10 +84,10 @@ def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[Gene
     mx.reset_peak_memory()
     with as_it_was(model.language_model):
         with its_stream():
-            views = see(model, inputs, pipeline, clock.lap)
+            views = see(model, inputs, pipeline, lap)
             kept = budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
             told, deep = fewer(
-                model, inputs, views, pipeline, kept, policy, asked.prefill_step_size, clock.lap
+                model, inputs, views, pipeline, kept, policy, asked.prefill_step_size, lap
             )
         said = _begin(told, deep, pipeline, len(opened), model)
         if views:
@@ -188,7 +193,7 @@ def _decode(
     held = None
     for piece in decode(model, processor, "", prompt_cache=cache, **decoding, **arguments):
         if not said.ttft_ms:
-            clock.lap("prefill")
+            clock.lap(list(clock.ms)[-1])
             ttft = clock.ttft()
             tps = 1000 * told.rows / ttft["total"]
             bytes_ = deep.cache_bytes if deep else _held_bytes(cache, told.rows)
