@@ -79,7 +79,8 @@ def test_rows_that_a_broken_projector_makes_nan_are_not_taken_for_those_that_are
     name, projector
 ):
     model = KINDS[name].make()
-    broken = dict(tree_flatten(model.parameters()))[projector] * mx.nan
+    sound = dict(tree_flatten(model.parameters()))[projector]
+    broken = mx.where(mx.arange(sound.shape[-1]) % 2 == 0, mx.nan, mx.inf) * mx.ones_like(sound)
     model.load_weights([(projector, broken)], strict=False)
     with pruned(model, "uniform", keep_ratio=0.5):
         _, odds = stock(model, KINDS[name].inputs(model, 1))

@@ -74,7 +74,7 @@ def call(stock: Stock, reads_whole: bool, inputs: mx.array, told: dict[str, Any]
     if told.get("inputs_embeds") is None:
         return stock(inputs, **told)
     x_BnD = told["inputs_embeds"]
-    gone_Bn = np.array(mx.isnan(x_BnD[..., 0]) & mx.isinf(x_BnD[..., 1]))
+    gone_Bn = np.array(mx.isnan(x_BnD[..., 0]) & (x_BnD[..., 1:] == mx.inf).all(axis=-1))
     first = told["cache"][0] if told.get("cache") else None
     if hasattr(first, "left_padding"):
         return _together(stock, reads_whole, inputs, told, gone_Bn)

@@ -11,7 +11,7 @@ Shapes: N visual tokens of a view, K kept, l rows left of the prompt, T words, D
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -196,8 +196,8 @@ def _prune(
 
 def _project(model: Any, family: Family, lots: list[Lot]) -> list[Lot]:
     """All views in one product."""
-    ends = np.cumsum([0, *(lot.signals.x_BND.shape[1] for lot in lots)]).tolist()
     parts = [lot.signals.x_BND for lot in lots]
+    ends = accumulate([0, *(part.shape[1] for part in parts)])
     x_1TD = family.project(model, mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     return [
         replace(lot, signals=replace(lot.signals, x_BND=x_1TD[:, a:b]))

@@ -25,16 +25,19 @@ def left(
 ) -> list[int]:
     """Which rows stay: all words, and the placeholder of each slot's own token; slots without
     one take the first. `sizes` are the views' N."""
+    room, N = inputs.ids.count(placeholder), sum(sizes)
+    if family.placeholders == "token" and room != N:
+        raise UserError(
+            f"the prompt has room for {room} visual tokens and the images have {N};"
+            " an image's placeholder in the text counts, too"
+        )
+    if family.placeholders == "token" and sum(one.slots for one in kept) == N:
+        return list(range(len(inputs.ids)))
     stays_L = np.array(inputs.ids) != placeholder
     at = np.flatnonzero(~stays_L)
     if family.placeholders != "token":
         stays_L[at if family.placeholders == "image" else at[:1]] = True
         return np.flatnonzero(stays_L).tolist()
-    if len(at) != sum(sizes):
-        raise UserError(
-            f"the prompt has room for {len(at)} visual tokens and the images have {sum(sizes)};"
-            " an image's placeholder in the text counts, too"
-        )
     for own, one in zip(np.split(at, np.cumsum(sizes)[:-1]), kept, strict=True):
         if one.slots < len(own):
             own = own[: one.slots] if one.index_BK is None else own[np.array(one.index_BK[0])]

@@ -44,7 +44,7 @@ def lengthened(found: Any, L: int) -> Any:
 def passed_over(x_BnD: mx.array, cache: Any, gone_B: Any) -> int:
     """How many rows of this piece nobody reads; a batch's cache hears how each prompt is padded."""
     if gone_B is None or not cache or not hasattr(cache[0], "left_padding"):  # one prompt
-        return int((mx.isnan(x_BnD[0, :, 0]) & mx.isinf(x_BnD[0, :, 1])).sum())
+        return int((mx.isnan(x_BnD[0, :, 0]) & (x_BnD[0, :, 1:] == mx.inf).all(axis=-1)).sum())
     if cache[0].keys is not None:
         return 0
     n, is_ring = x_BnD.shape[1], any(hasattr(layer, "max_size") for layer in cache)
