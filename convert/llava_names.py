@@ -5,7 +5,7 @@ where its language model, projector and tower lie.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .backbones import EMBEDDINGS, is_backbone, rules
@@ -76,6 +76,11 @@ def _hugging_face(name: str, inner: bool, flat: bool) -> Layout:
     )
 
 
+# As transformers 5.4.0 saves it: it puts its old names into the new ones.
+_OLD_IN_NEW = replace(
+    _hugging_face("llava-hf-old-inner", inner=True, flat=False),
+    text="model.language_model.model", head="language_model.lm_head",
+)  # fmt: skip
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -83,6 +88,7 @@ LAYOUTS = {
         _hugging_face("llava-hf-flat", inner=False, flat=True),  # saved by transformers 5
         _hugging_face("llava-hf-inner", inner=True, flat=False),
         _hugging_face("llava-hf-inner-flat", inner=True, flat=True),
+        _OLD_IN_NEW,
     )
 }
 ORIGINAL = {  # as its authors publish it, its tower inside or in a folder of its own

@@ -61,6 +61,11 @@ RENAMED = {
         "vision_tower.": "model.vision_tower.vision_model.",
         "multi_modal_projector.": "model.multi_modal_projector.",
     },
+    "llava-hf-old-inner": {  # 5.4.0's
+        "language_model.model.": "model.language_model.model.",
+        "vision_tower.": "model.vision_tower.vision_model.",
+        "multi_modal_projector.": "model.multi_modal_projector.",
+    },
 }  # fmt: skip
 TEMPLATE = (  # reads parts only, as the published one does
     "{% for m in messages %}{{ m['role'].upper() }}: "
