@@ -22,7 +22,7 @@ from .weights import read_weights
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-    "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
 READING = "preprocessor_config.json"
 # Nothing here reads these; they go with a LLaVA, so that it comes back as it was.
