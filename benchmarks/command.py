@@ -3,12 +3,11 @@
 import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.errors import UserError
+from convert.errors import in_one_sentence
 from mlx_vlm_prune.remembered import write_atomically
 
 
@@ -36,15 +35,10 @@ def finish(
 
     A user's mistake ends in one sentence and exit code 2.
     """
-    try:
+    with in_one_sentence():
         args = parse(argv)
         told = json.dumps(run(args))
         if args.save:
             results.mkdir(exist_ok=True)
             write_atomically(results / f"{args.save}.json", told + "\n")
         print(told)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -1,7 +1,6 @@
 """`python -m convert`: trained weights from PyTorch to MLX and back, byte for byte."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from .checkpoint import DTYPES, as_mlx
 from .describe import describe
-from .errors import Parser, UserError
+from .errors import Parser, UserError, in_one_sentence
 from .generations import KV_HEADS
 from .hub import found
 from .llava import READER
@@ -77,14 +76,8 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    args = parse(argv)
-    try:
-        print(run(args))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with in_one_sentence():
+        print(run(parse(argv)))
 
 
 def run(args: argparse.Namespace) -> str:

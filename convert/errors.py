@@ -1,6 +1,10 @@
 """What a user did wrong, in one sentence: what, where, and what is allowed."""
 
 import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
@@ -13,3 +17,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists what there is)\n")
+
+
+@contextmanager
+def in_one_sentence() -> Iterator[None]:
+    """How a command ends: of a mistake, or a file that cannot be written, in one sentence and exit
+    code 2; of an interrupt in 130; in silence where a reader such as `head` has enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as e:
+        _refuse(str(e))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        _refuse(f"{e.filename or 'output'}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from convert.errors import in_one_sentence
+
 from . import __version__
 
 # Each command's module.
@@ -25,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; without a known one, print the usage and exit with code 2."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
     if command in COMMANDS:
-        importlib.import_module(f".{COMMANDS[command]}", __package__).main(rest)
+        with in_one_sentence():
+            importlib.import_module(f".{COMMANDS[command]}", __package__).main(rest)
     elif command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":

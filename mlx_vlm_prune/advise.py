@@ -8,14 +8,13 @@ Shapes: B prompts (1 here), L tokens, V words.
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.errors import Parser, UserError
+from convert.errors import Parser, UserError, in_one_sentence
 from convert.files import read_json
 
 from . import fast_blas
@@ -233,16 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--evaluation", type=Path, metavar="FILE.json", help="instead of the last one")
     p.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    try:
+    with in_one_sentence():
         run(p.parse_args(argv))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        print(f"error: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,14 +12,13 @@ kept beside the result: an interrupted run goes on where it was.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from convert.errors import Parser, UserError
+from convert.errors import Parser, UserError, in_one_sentence
 from convert.hub import found
 
 from . import fast_blas
@@ -86,22 +85,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    try:
+    with in_one_sentence():
         run(parse(argv))
-    except UserError as e:
-        sys.exit(_fail(str(e)))
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as e:
-        sys.exit(_fail(f"{e.filename or 'output'}: {e.strerror or e}"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
 
 
 def run(args: argparse.Namespace) -> None:

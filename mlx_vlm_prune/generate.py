@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.errors import Parser, UserError
+from convert.errors import Parser, UserError, in_one_sentence
 
 from .budgets import keep_within
 from .loading import DTYPES, load
@@ -93,22 +93,8 @@ def _object(text: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    try:
+    with in_one_sentence():
         run(parse(argv))
-    except UserError as e:
-        sys.exit(_fail(str(e)))
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as e:
-        sys.exit(_fail(f"{e.filename or 'output'}: {e.strerror or e}"))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _fail(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
-    return 2
 
 
 def run(args: argparse.Namespace) -> None:

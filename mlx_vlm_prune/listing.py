@@ -1,12 +1,11 @@
 """Which methods there are: `python -m mlx_vlm_prune pruners [NAME]`."""
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import getdoc
 
-from convert.errors import Parser, UserError
+from convert.errors import Parser, UserError, in_one_sentence
 
 from . import fast_blas
 
@@ -65,11 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="List the methods, or tell of one what it does and what options it has.",
     )
     parser.add_argument("name", nargs="?", help="a method or preset")
-    try:
+    with in_one_sentence():
         show(parser.parse_args(argv).name)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
 
 
 def show(name: str | None) -> None:

@@ -247,9 +247,13 @@ def test_a_prompt_longer_than_the_model_reads_is_refused(home, capsys, monkeypat
     assert "the model reads up to 32768" in refused(capsys, argv)
 
 
-def test_a_reader_that_has_enough_is_no_error(home):
+@pytest.mark.parametrize(
+    "asked", [("mlx_vlm_prune.generate",), ("mlx_vlm_prune", "pruners"), ("convert", "inspect")]
+)
+def test_a_reader_that_has_enough_is_no_error(home, asked):
     """As in `… | head -1`."""
-    argv = [sys.executable, "-m", "mlx_vlm_prune.generate", *command(home)]
+    more = {"mlx_vlm_prune.generate": command(home), "convert": [str(home / "mlx")]}
+    argv = [sys.executable, "-m", *asked, *more.get(asked[0], [])]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout and run.stderr
         run.stdout.close()
