@@ -25,7 +25,7 @@ def in_one_sentence() -> Iterator[None]:
     code 2; of an interrupt in 130; in silence where a reader such as `head` has enough."""
     try:
         yield
-        sys.stdout.flush()
+        print(end="", flush=True)  # a reader may be gone, or there may be none
     except UserError as e:
         _refuse(str(e))
     except BrokenPipeError:

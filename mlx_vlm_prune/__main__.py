@@ -25,10 +25,13 @@ python -m mlx_vlm_prune COMMAND --help says more; --version prints the version."
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; without a known one, print the usage and exit with code 2."""
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or [""]
+    with in_one_sentence():
+        _run(*(list(sys.argv[1:] if argv is None else argv) or [""]))
+
+
+def _run(command: str, *rest: str) -> None:
     if command in COMMANDS:
-        with in_one_sentence():
-            importlib.import_module(f".{COMMANDS[command]}", __package__).main(rest)
+        importlib.import_module(f".{COMMANDS[command]}", __package__).main(list(rest))
     elif command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":

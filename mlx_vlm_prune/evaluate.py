@@ -192,6 +192,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    for ratio in args.keep_ratio or ():
+        check_budget(ratio, None)
+    for K in args.keep_tokens or ():
+        check_budget(None, K)
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
     if not args.out.absolute().parent.is_dir():
@@ -235,10 +239,7 @@ def usual(model: VLM) -> list[str]:
 def budgets(args: argparse.Namespace, N: int | None) -> list[float]:
     """How many of N tokens, the most first; where images differ in N, shares as they are."""
     ratios = args.keep_ratio or (() if args.keep_tokens else RATIOS)
-    for ratio in ratios:
-        check_budget(ratio, None)
     for K in args.keep_tokens or ():
-        check_budget(None, K)
         if N and K > N:
             raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
     told: set[float] = {*(args.keep_tokens or ())}

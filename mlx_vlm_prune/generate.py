@@ -240,6 +240,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise UserError(
                 f"there is no folder {path.absolute().parent} to write {path.name} into"
             )
+        if path and path.is_dir():
+            raise UserError(f"{path} is a folder; name a file in it")
     if args.overlay and not args.image and not args.is_sample:
         raise UserError("--overlay needs an --image")
     if args.overlay and args.overlay.suffix.lower() != ".png":

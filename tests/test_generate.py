@@ -221,6 +221,7 @@ BAD_FLAGS = {
     "overlay folder": (["--overlay", "absent/kept.png"], "no folder"),
     "overlay name": (["--overlay", "kept.jpg"], ".png"),
     "json folder": (["--json", "absent/a.json"], "no folder"),
+    "json onto a folder": (["--json", "."], "is a folder; name a file in it"),
     "compare without a pruner": (["--compare"], "--pruner"),
 }
 
@@ -231,6 +232,13 @@ def test_a_wrong_flag_is_refused_in_one_sentence(home, capsys, monkeypatch, case
     monkeypatch.chdir(home)
     argv = command(home, "--image", str(home / "a.png"), *flags)
     assert part in refused(capsys, argv)
+
+
+@pytest.mark.parametrize("asked", [("mlx_vlm_prune", "--help"), ("mlx_vlm_prune", "pruners")])
+def test_a_command_without_anywhere_to_print_ends_without_a_traceback(asked):
+    run = f"{sys.executable} -m {' '.join(asked)}"
+    told = subprocess.run(["sh", "-c", f"{run} >&-"], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in told.stderr and told.returncode == 0
 
 
 @pytest.mark.parametrize("flags", [("--temp", "-1"), ("--num-draft-tokens", "0")])

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from convert.errors import UserError
 from mlx_vlm_prune import evaluate, generate, load
-from mlx_vlm_prune.hosts import asking
+from mlx_vlm_prune.hosts import asking, stream
 from mlx_vlm_prune.hosts.asking import Host, Ready
 from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, budgets, family_of, see
 from mlx_vlm_prune.hosts.refusals import check
@@ -165,21 +165,31 @@ def test_tokens_are_taken_as_they_are_and_an_image_that_has_fewer_keeps_all(home
         assert said is (K == 7) and said is ("keep_tokens" in rows[-1])
 
 
-def test_what_cannot_be_asked_later_on_names_the_method_and_the_question(
-    home, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_what_cannot_be_asked_later_on_is_asked_no_more_and_the_rest_goes_on(
+    home, tmp_path, size, capsys
 ):
-    whole = asking.Host.answer
+    """Of 20 tokens fastv cannot keep 7 in the average layer; of 6 it keeps all."""
+    out = tmp_path / "e.json"
+    more = ("--keep-tokens", "7", "--pruner", "fastv", "--pruner", "norm", "--batch", size)
+    evaluate.main(command(home, "qwen2_5_vl", out, *more))
+    told = json.loads(out.read_text())
+    assert [row["pruner"] for row in told["rows"]] == ["none", "random", "norm"]
+    (one,) = told["refused"]
+    assert "cannot keep 7 of 20 visual tokens" in one["why"]
+    assert one["why"].startswith("question q1: ") is (size == "1")
+    alone = tmp_path / "alone.json"
+    evaluate.main(command(home, "qwen2_5_vl", alone, "--keep-tokens", "7", "--pruner", "norm"))
+    for row, other in zip(told["rows"], json.loads(alone.read_text())["rows"], strict=True):
+        assert row["logprob"] == pytest.approx(other["logprob"], abs=1e-6)
+        assert row["overall"] == other["overall"] and row["loyalty"] == other["loyalty"]
 
-    def sometimes(self, batch, pipeline, keep, max_tokens):
-        if pipeline.name == "norm" and batch.sizes[0] > 6:
-            raise UserError("it cannot be")
-        return whole(self, batch, pipeline, keep, max_tokens)
 
-    monkeypatch.setattr(asking.Host, "answer", sometimes)
-    more = ("--keep-tokens", "4", "--pruner", "norm", "--batch", "1")
-    with pytest.raises(SystemExit):
-        evaluate.main(command(home, "qwen2_5_vl", tmp_path / "e.json", *more))
-    assert "error: norm with 4 tokens, question q1: it cannot be" in capsys.readouterr().err
+def test_a_mark_that_is_no_token_is_passed_over(home):
+    model, processor = load(home / "llava")
+    config = SimpleNamespace(image_token_index=-200)  # FastVLM's
+    assert "<image>" in stream._image_marks(SimpleNamespace(config=config), processor)
+    assert stream._image_marks(model, processor).count("<image>") == 1
 
 
 def test_an_answer_of_nothing_is_refused_where_no_token_ends_one(home):

@@ -105,11 +105,6 @@ class Entry:
         return round(sum(max(1, int(N * self.K + 1e-9)) for N in sizes) / len(sizes))
 
 
-def amount(K: float) -> str:
-    """A budget in words."""
-    return f"{K} tokens" if isinstance(K, int) else f"{K:.4g} of the tokens"
-
-
 def entries(
     N: int | None, specs: Sequence[str], budgets: Sequence[float], learned: Mapping[str, Any]
 ) -> tuple[list[Entry], list[dict]]:
@@ -141,6 +136,7 @@ class Asking:
         self.contest, self.max_tokens, self.size = contest, max_tokens, size
         self.refused: dict[int, str] = {}
         self.done: list[Answered] = []
+        self.told: list[list[int]] = []  # of each batch, the entries that said something
         self.right, self.count = [0.0] * len(contest), 0
         self.tick: Callable[[int], object] = lambda answers: None
 
@@ -200,7 +196,7 @@ class Asking:
         )  # fmt: skip
 
     def _all(self, batch: Any, who: str) -> tuple[list[Said], list[tuple[int, str]]]:
-        """What every entry says; those that cannot be show it at the first batch."""
+        """What every entry says. One that cannot is asked no more, and has no row."""
         found, refused = [], []
         for p, entry in enumerate(self.contest):
             if p not in self.refused:
@@ -208,10 +204,9 @@ class Asking:
                 try:
                     found.append(self.model.answer(*ask))
                 except UserError as e:
-                    if self.count or p == 0:
-                        named = f"{entry.spec} with {amount(entry.K)}, question {who}"
-                        raise UserError(f"{named}: {e}") from e
-                    refused.append((p, str(e)))
+                    if p == 0:
+                        raise UserError(f"question {who}, with all visual tokens: {e}") from e
+                    refused.append((p, f"question {who}: {e}" if self.count else str(e)))
             self.tick(len(batch.sizes))
         return found, refused
 
@@ -219,6 +214,7 @@ class Asking:
         self.done.append(batch)
         self.refused |= {p: why for p, why in batch.refused}
         able = [p for p in range(len(self.contest)) if p not in self.refused]
+        self.told.append(able)
         asked = [self.listed[n] for n in batch.asked]
         for p, said in zip(able, batch.said, strict=bool(asked)):
             pairs = zip(asked, said, strict=True)
@@ -256,18 +252,19 @@ class Asking:
 
     def sheet(self) -> tuple[Sheet, list[str]]:
         """All answers, and what was left out: with a question the rest of its group."""
-        done = [batch for batch in self.done if batch.asked]
-        asked = [self.listed[n] for batch in done for n in batch.asked]
-        there = {n for batch in done for n in batch.asked}
+        done = [(one, able) for one, able in zip(self.done, self.told, strict=True) if one.asked]
+        asked = [self.listed[n] for batch, _ in done for n in batch.asked]
+        there = {n for batch, _ in done for n in batch.asked}
         lost = {(q.kind, q.group): n for n, q in enumerate(self.listed) if n not in there}
         lost = {place: n for place, n in lost.items() if place[1]}
         use = [i for i, q in enumerate(asked) if (q.kind, q.group) not in lost]
         if not use:
             raise UserError(f"no question of {self.questions.name} could be asked")
-        methods = range(len(self.able))
-        said = [[text for batch in done for text in batch.said[p]] for p in methods]
-        loyal = [[same for batch in done for same in batch.loyal[p]] for p in methods]
-        logprob = [[value for batch in done for value in batch.logprob[p]] for p in methods]
+        methods = [p for p in range(len(self.contest)) if p not in self.refused]
+        at = [[(batch, able.index(p)) for batch, able in done] for p in methods]
+        said = [[text for batch, i in own for text in batch.said[i]] for own in at]
+        loyal = [[same for batch, i in own for same in batch.loyal[i]] for own in at]
+        logprob = [[value for batch, i in own for value in batch.logprob[i]] for own in at]
         own = [[texts[i] for i in use] for texts in said]
         sheet = Sheet([asked[i] for i in use], own, np.array(loyal)[:, use],
                       np.array(logprob)[:, use])  # fmt: skip

@@ -58,7 +58,9 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
     if shape is None:
         return None
     if len(shape) not in (1, 2) or min(shape) < 1:
-        raise UserError(f"--resize-shape is {' '.join(map(str, shape))}; give one or two sides")
+        raise UserError(
+            f"--resize-shape is {' '.join(map(str, shape))}; give one or two sides, each at least 1"
+        )
     if shape[0] * shape[-1] > MAX_PIXELS:
         raise UserError(
             f"--resize-shape is {' '.join(map(str, shape))}; the most is {MAX_PIXELS} pixels"
@@ -143,9 +145,10 @@ def _image_marks(model: Any, processor: Any) -> list[str]:
     """What stands for an image in a prompt: our mark, and the model's own."""
     words, config = getattr(processor, "tokenizer", processor), model.config
     ids = (getattr(config, f"image_token_{end}", None) for end in ("index", "id"))
-    told = [words.convert_ids_to_tokens(own) for own in ids if own is not None]
-    named = [getattr(processor, "image_token", None), *told]
-    return [IMAGE_MARK, *(mark for mark in named if isinstance(mark, str) and mark)]
+    # FastVLM's is -200: no token at all
+    told = [words.convert_ids_to_tokens(own) for own in ids if own is not None and own >= 0]
+    named = [IMAGE_MARK, getattr(processor, "image_token", None), *told]
+    return list(dict.fromkeys(mark for mark in named if isinstance(mark, str) and mark))
 
 
 def fewer(
