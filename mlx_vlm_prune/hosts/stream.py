@@ -196,7 +196,7 @@ def _decode(
     held = None
     for piece in decode(model, processor, "", prompt_cache=cache, **decoding, **arguments):
         if not said.ttft_ms:
-            clock.lap(list(clock.ms)[-1])
+            clock.lap(TOGETHER if TOGETHER in clock.ms else "prefill")
             ttft = clock.ttft()
             tps = 1000 * told.rows / ttft["total"]
             bytes_ = deep.cache_bytes if deep else _held_bytes(cache, told.rows)
