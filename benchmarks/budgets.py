@@ -21,10 +21,10 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from convert.errors import Parser
 from mlx_vlm_prune import load
 from mlx_vlm_prune.budgets import keep_within
 from mlx_vlm_prune.calibrate import measure
+from mlx_vlm_prune.checkpoints.errors import Parser
 from mlx_vlm_prune.loading import Processor
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLM, VLMConfig

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from convert.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.machine import machine, versions
 
 from . import on_mlx

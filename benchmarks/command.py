@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from convert.errors import in_one_sentence
+from mlx_vlm_prune.checkpoints.errors import in_one_sentence
 from mlx_vlm_prune.remembered import write_atomically
 
 

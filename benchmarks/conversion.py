@@ -20,10 +20,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from convert.errors import Parser
-from convert.generations import GENERATIONS
-from convert.names import to_published
-from convert.shapes import expected_shapes
+from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.generations import GENERATIONS
+from mlx_vlm_prune.checkpoints.names import to_published
+from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = {

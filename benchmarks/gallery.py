@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convert.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.listing import Entry, entry
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.overlay import overlay, strip

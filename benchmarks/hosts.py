@@ -20,29 +20,25 @@ from functools import partial
 from importlib import import_module, metadata, util
 from typing import Any
 
-from mlx_vlm_prune import fast_blas
+import mlx.core as mx
+from tqdm import tqdm
 
-fast_blas.prepare()  # before the first import of mlx, or never
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.hosts.loading import INSTALL
+from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, stream, tell
+from mlx_vlm_prune.hosts.refusals import check
+from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.model import no_lap
+from mlx_vlm_prune.operations import prefill
+from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.stream import Clock
 
-import mlx.core as mx  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from convert.errors import Parser, UserError  # noqa: E402
-from mlx_vlm_prune.hosts.loading import INSTALL  # noqa: E402
-from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, stream, tell  # noqa: E402
-from mlx_vlm_prune.hosts.refusals import check  # noqa: E402
-from mlx_vlm_prune.hosts.views import Inputs  # noqa: E402
-from mlx_vlm_prune.language.minimind import MiniMindConfig  # noqa: E402
-from mlx_vlm_prune.machine import machine, versions  # noqa: E402
-from mlx_vlm_prune.model import no_lap  # noqa: E402
-from mlx_vlm_prune.operations import prefill  # noqa: E402
-from mlx_vlm_prune.pruners import plan  # noqa: E402
-from mlx_vlm_prune.stream import Clock  # noqa: E402
-
-from .command import finish, plain_name, whole  # noqa: E402
-from .on_mlx import device  # noqa: E402
-from .speed import RESULTS  # noqa: E402
-from .timing import NOT_TOLD, Gain, alternate, spread  # noqa: E402
+from .command import finish, plain_name, whole
+from .on_mlx import device
+from .speed import RESULTS
+from .timing import NOT_TOLD, Gain, alternate, spread
 
 IMAGE, START, END, VIDEO, VOCAB = 4, 5, 6, 7, 32000
 WORDS = 30

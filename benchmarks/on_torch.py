@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.model import VLMConfig

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from convert.errors import Parser
-from convert.generations import GENERATIONS
+from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.generations import GENERATIONS
 from mlx_vlm_prune.listing import entry
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.remembered import write_atomically

@@ -31,8 +31,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
-from convert.errors import Parser, UserError
 from mlx_vlm_prune.cache import LayerCache
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.language.minimind import MiniMind, MiniMindConfig
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLMConfig

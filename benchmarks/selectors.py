@@ -19,7 +19,7 @@ from pathlib import Path
 import mlx.core as mx
 from tqdm import tqdm
 
-from convert.errors import Parser
+from mlx_vlm_prune.checkpoints.errors import Parser
 from mlx_vlm_prune.decoder import At, through
 from mlx_vlm_prune.generate import versions
 from mlx_vlm_prune.model import VLM

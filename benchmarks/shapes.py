@@ -13,8 +13,8 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from convert.errors import UserError
-from convert.files import read_json
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.files import read_json
 from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.loading import parse_config

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.decoder import Growth
 from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.language.mlx_lm import MlxLm

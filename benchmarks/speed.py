@@ -24,8 +24,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from convert.errors import Parser, UserError
 from mlx_vlm_prune import operations
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import DTYPES, as_mlx
+from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, as_mlx
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
+from mlx_vlm_prune.checkpoints.generations import KV_HEADS
+from mlx_vlm_prune.checkpoints.hub import found
+from mlx_vlm_prune.checkpoints.llava import READER
+from mlx_vlm_prune.checkpoints.shapes import BITS, GROUPS, MODES
+
 from .describe import describe
-from .errors import Parser, UserError, in_one_sentence
-from .generations import KV_HEADS
-from .hub import found
-from .llava import READER
-from .quantise import BITS, GROUPS, MODES, dequantised, quantised
+from .quantise import dequantised, quantised
 from .twig import read_twig
 from .writing import to_hf, to_mlx, to_torch
 

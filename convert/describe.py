@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import elsewhere, llava, llava_original
-from .backbones import BACKBONES, is_backbone
-from .checkpoint import (
+from mlx_vlm_prune.checkpoints import elsewhere, llava, llava_original
+from mlx_vlm_prune.checkpoints.backbones import BACKBONES, is_backbone
+from mlx_vlm_prune.checkpoints.checkpoint import (
     READING,
     TOKENIZER_FILES,
     head_size,
@@ -16,12 +16,12 @@ from .checkpoint import (
     told_heads,
     tower_folder,
 )
-from .detect import our_tensors, text_config, tidy, vision_config
-from .files import read_json
-from .generations import Generation, Shaped
-from .shapes import expected_shapes
-from .tensors import RawTensor
-from .weights import read_weights
+from mlx_vlm_prune.checkpoints.detect import our_tensors, text_config, tidy, vision_config
+from mlx_vlm_prune.checkpoints.files import read_json
+from mlx_vlm_prune.checkpoints.generations import Generation, Shaped
+from mlx_vlm_prune.checkpoints.shapes import expected_shapes
+from mlx_vlm_prune.checkpoints.tensors import RawTensor
+from mlx_vlm_prune.checkpoints.weights import read_weights
 
 Lines = list[tuple[str, str]]
 HEADS = "assumed, as in every published MiniMind2: no file says it"

@@ -12,20 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import DTYPES, Source
-from .errors import UserError
-from .shapes import check_packable, is_quantisable
-from .tensors import RawTensor
+from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, Source
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.shapes import MODES, check_packable, is_quantisable
+from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUPS = (16, 32, 64, 128)
-# Bits and group sizes of each mode, the default first.
-MODES = {
-    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
 PARTS = ("weight", "scales", "biases")
 
 
@@ -70,9 +61,11 @@ def _few_bits(prefix: str, tensor: RawTensor, how: Mapping[str, Any]) -> dict[st
     """The two or three tensors that take a matrix' place."""
     import mlx.core as mx
 
+    from mlx_vlm_prune.arrays import to_array, to_bytes
+
     def compute() -> list[np.ndarray]:
         with mx.stream(mx.cpu):
-            made = [_bytes(part) for part in mx.quantize(to_array(tensor), **how)]
+            made = [to_bytes(part) for part in mx.quantize(to_array(tensor), **how)]
         tensor.forget()
         return made
 
@@ -127,6 +120,8 @@ def dequantised(source: Source, dtype: str | None = None) -> Source:
 def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> RawTensor:
     import mlx.core as mx
 
+    from mlx_vlm_prune.arrays import to_array, to_bytes
+
     kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
     weight, scales = held[:2]
     assert weight and scales
@@ -136,7 +131,7 @@ def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> 
             # Scales in float32: a product rounded to sixteen bits twice would be another.
             arrays: list[Any] = [part and to_array(part) for part in held]
             arrays = [a.astype(mx.float32) if a is not None and _is_float(a) else a for a in arrays]
-            made = _bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))
+            made = to_bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))
         for part in filter(None, held):
             part.forget()
         return made
@@ -149,22 +144,3 @@ def _is_float(array: Any) -> bool:
     import mlx.core as mx
 
     return mx.issubdtype(array.dtype, mx.floating)
-
-
-def to_array(tensor: RawTensor) -> Any:
-    """The same bits as an mx.array; numpy has no bfloat16, so bits travel as integers."""
-    import mlx.core as mx
-
-    kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-    integer = {2: np.uint16, 4: np.uint32, 1: np.uint8}[
-        len(tensor.data) // max(1, int(np.prod(tensor.shape)))
-    ]
-    bits = mx.array(np.ascontiguousarray(tensor.data).view(integer).reshape(tensor.shape))
-    return bits.view(kinds[tensor.dtype]) if tensor.dtype in kinds else bits
-
-
-def _bytes(array: Any) -> np.ndarray:
-    import mlx.core as mx
-
-    integer = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
-    return np.array(array.view(integer)).reshape(-1).view(np.uint8)

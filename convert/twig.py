@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError
-from .names import LLAMA, to_published
-from .shapes import expected_shapes
-from .tensors import FLOATS, RawTensor
-from .weights import read_weights
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.names import LLAMA, to_published
+from mlx_vlm_prune.checkpoints.shapes import expected_shapes
+from mlx_vlm_prune.checkpoints.tensors import FLOATS, RawTensor
+from mlx_vlm_prune.checkpoints.weights import read_weights
 
 HEAD = "lm_head.weight"
 

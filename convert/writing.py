@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import llava, llava_original
-from .checkpoint import (
+from mlx_vlm_prune.checkpoints import llava, llava_original
+from mlx_vlm_prune.checkpoints.checkpoint import (
     CARRIED,
     DTYPES,
     LEARNED,
@@ -27,10 +27,17 @@ from .checkpoint import (
     read_ours,
     title_of,
 )
-from .errors import UserError
-from .files import appearing, open_safetensors, read_json, write_pth, write_safetensors
-from .names import LLAMA, to_published
-from .tensors import FLOATS, RawTensor
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.files import (
+    appearing,
+    open_safetensors,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+from mlx_vlm_prune.checkpoints.names import LLAMA, to_published
+from mlx_vlm_prune.checkpoints.pth import write_pth
+from mlx_vlm_prune.checkpoints.tensors import FLOATS, RawTensor
 
 CLIP_READING = {  # openai/clip-vit-base-patch16's own
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -182,12 +189,6 @@ def _tower_config(vision: Mapping[str, Any]) -> dict[str, Any]:
     if vision["model_type"] == "siglip2_vision_model":
         told["num_patches"] = (told.pop("image_size") // vision["patch_size"]) ** 2
     return told
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Sorted, indented by four, as mlx-lm writes it."""
-    text = json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
 
 
 def _write_theirs(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,11 @@ answer = generate(model, processor, "What colour is the star?", image="scene.png
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import fast_blas
+
 __version__ = "0.1.0"
+
+fast_blas.prepare()  # whatever of ours is imported first: before mlx, or never
 
 if TYPE_CHECKING:
     from .generate import generate, stream_generate

@@ -4,9 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from convert.errors import in_one_sentence
-
 from . import __version__
+from .checkpoints.errors import in_one_sentence
 
 # Each command's module.
 COMMANDS = {

@@ -14,25 +14,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.errors import Parser, UserError, in_one_sentence
-from convert.files import read_json
+import mlx.core as mx
 
-from . import fast_blas
-
-fast_blas.prepare()  # before the first import of mlx, or never
-
-import mlx.core as mx  # noqa: E402
-
-from . import operations  # noqa: E402
-from .budgets import calibrated  # noqa: E402
-from .evaluation.bootstrap import FEWEST  # noqa: E402
-from .loading import DTYPES, Processor, load  # noqa: E402
-from .machine import machine, versions  # noqa: E402
-from .model import VLM  # noqa: E402
-from .pruners import plan  # noqa: E402
-from .remembered import cache_folder, model_key, write_atomically  # noqa: E402
-from .scenes import compose  # noqa: E402
-from .stream import Asked, ask  # noqa: E402
+from . import operations
+from .budgets import calibrated
+from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .checkpoints.files import read_json
+from .evaluation.bootstrap import FEWEST
+from .loading import DTYPES, Processor, load
+from .machine import machine, versions
+from .model import VLM
+from .pruners import plan
+from .remembered import cache_folder, model_key, write_atomically
+from .scenes import compose
+from .stream import Asked, ask
 
 SAMPLE_SEED, PROMPT, TOKENS = 1_000_000_007, "What is this?", 16
 BEHIND, INSIDE, SMALLER = "random", "tome", "downsample"  # of each stage, what costs least to run

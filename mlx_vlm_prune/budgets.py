@@ -20,9 +20,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert.errors import UserError
-
 from .calibrate import able, about, measure, run
+from .checkpoints.errors import UserError
 from .loading import Processor
 from .model import VLM
 from .predict import BEFORE, PARTS, Calibration, Place, Run

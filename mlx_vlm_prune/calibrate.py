@@ -11,22 +11,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import fast_blas
+import mlx.core as mx
+from tqdm import tqdm
 
-fast_blas.prepare()  # before the first import of mlx, or never
-
-import mlx.core as mx  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from convert.errors import UserError  # noqa: E402
-
-from .machine import machine, versions  # noqa: E402
-from .model import VLM  # noqa: E402
-from .operations import cache_bytes  # noqa: E402
-from .predict import PARTS, Calibration, Place, Run  # noqa: E402
-from .prompt import Prompt  # noqa: E402
-from .pruners import Pipeline, Stage, downsample, plan  # noqa: E402
-from .stream import WITHIN, Asked, Clock, Picker  # noqa: E402
+from .checkpoints.errors import UserError
+from .machine import machine, versions
+from .model import VLM
+from .operations import cache_bytes
+from .predict import PARTS, Calibration, Place, Run
+from .prompt import Prompt
+from .pruners import Pipeline, Stage, downsample, plan
+from .stream import WITHIN, Asked, Clock, Picker
 
 # Runs at each place: as many as fit into SECONDS, FEW to MANY; of a slow model what fits into
 # PATIENCE, but two.

@@ -18,17 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from convert.errors import Parser, UserError, in_one_sentence
-from convert.hub import found
+import mlx.core as mx
 
-from . import fast_blas
-
-fast_blas.prepare()  # before the first import of mlx, or never
-
-import mlx.core as mx  # noqa: E402
-
-from .evaluation.answers import Own  # noqa: E402
-from .evaluation.asking import (  # noqa: E402
+from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .checkpoints.hub import found
+from .evaluation.answers import Own
+from .evaluation.asking import (
     Asked,
     Asking,
     Entry,
@@ -36,18 +31,18 @@ from .evaluation.asking import (  # noqa: E402
     entries,
     fingerprint,
 )
-from .evaluation.judge import Judge  # noqa: E402
-from .evaluation.kept import Kept  # noqa: E402
-from .evaluation.table import table  # noqa: E402
-from .evaluation.widen import widen  # noqa: E402
-from .loading import DTYPES, load  # noqa: E402
-from .machine import machine, versions  # noqa: E402
-from .model import VLM  # noqa: E402
-from .pruners import METHODS, Stage  # noqa: E402
-from .questions import FORMATS, Question, Source, format_of  # noqa: E402
-from .remembered import cache_folder, model_key, write_atomically  # noqa: E402
-from .request import check_budget  # noqa: E402
-from .scenes import CHECKPOINT  # noqa: E402
+from .evaluation.judge import Judge
+from .evaluation.kept import Kept
+from .evaluation.table import table
+from .evaluation.widen import widen
+from .loading import DTYPES, load
+from .machine import machine, versions
+from .model import VLM
+from .pruners import METHODS, Stage
+from .questions import FORMATS, Question, Source, format_of
+from .remembered import cache_folder, model_key, write_atomically
+from .request import check_budget
+from .scenes import CHECKPOINT
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
 RATIOS = (0.5, 0.25, 0.1125)  # the last is a ninth and a little: 22 of 196, 64 of 576

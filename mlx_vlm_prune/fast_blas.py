@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.errors import UserError
+from .checkpoints.errors import UserError
 
 SWITCH = "MLX_VLM_PRUNE_BLAS"
 SYMBOL = "sgemm_"  # what every BLAS has, and what the wheel's cblas_sgemm ends in

@@ -15,9 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from convert.errors import Parser, UserError, in_one_sentence
-
 from .budgets import keep_within
+from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .loading import DTYPES, load
 from .machine import versions
 from .model import VLM

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from convert.errors import UserError
+from .checkpoints.errors import UserError
 
 # Formats whose readers neither start a program nor follow a reference. TIFF, EPS, PSD,
 # ICO and the rest are left out: each is one more parser to attack, and no photograph needs it.

@@ -9,10 +9,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from convert.checkpoint import LEARNED
-from convert.errors import UserError
-from convert.files import check_safetensors
-
+from .checkpoints.checkpoint import LEARNED
+from .checkpoints.errors import UserError
+from .checkpoints.files import check_safetensors
 from .language.experts import stacked
 from .language.minimind import MiniMindConfig
 from .model import VLM

@@ -5,15 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import getdoc
 
-from convert.errors import Parser, UserError, in_one_sentence
-
-from . import fast_blas
-
-fast_blas.prepare()  # before the first import of mlx, or never
-
-from .pruners import METHODS, PRESETS  # noqa: E402
-from .pruners.pipeline import known_options  # noqa: E402
-from .pruners.spec import nearest  # noqa: E402
+from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .pruners import METHODS, PRESETS
+from .pruners.pipeline import known_options
+from .pruners.spec import nearest
 
 WORDS = {
     "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",

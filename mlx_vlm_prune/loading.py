@@ -11,37 +11,33 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import mlx.core as mx
+from mlx import nn
+
 from . import fast_blas
-
-fast_blas.prepare()  # before the first import of mlx, or never
-
-import mlx.core as mx  # noqa: E402
-from mlx import nn  # noqa: E402
-
-from convert import backbones  # noqa: E402
-from convert.checkpoint import DTYPES as CODES  # noqa: E402
-from convert.checkpoint import as_mlx, is_composed, is_ours  # noqa: E402
-from convert.errors import UserError  # noqa: E402
-from convert.files import check_safetensors, read_json  # noqa: E402
-from convert.generations import MODEL_TYPES  # noqa: E402
-from convert.hub import found  # noqa: E402
-from convert.llava_original import pads  # noqa: E402
-from convert.quantise import BITS, GROUPS, MODES, to_array  # noqa: E402
-from convert.shapes import LARGEST, MOST_LAYERS, check_complete  # noqa: E402
-
-from .hosts import loading as host  # noqa: E402
-from .image import Preprocessor, siglip_preprocessor  # noqa: E402
-from .language.experts import stacked  # noqa: E402
-from .language.minimind import MiniMindConfig  # noqa: E402
-from .language.mlx_lm import MlxLmConfig  # noqa: E402
-from .learned import read_learned  # noqa: E402
-from .memory import check_fits  # noqa: E402
-from .model import VLM, VLMConfig  # noqa: E402
-from .projector import ProjectorConfig  # noqa: E402
-from .prompt import VICUNA, Tokenizer  # noqa: E402
-from .scenes import CHECKPOINT  # noqa: E402
-from .towers.clip import CLIPConfig  # noqa: E402
-from .towers.siglip import SiglipConfig  # noqa: E402
+from .arrays import to_array
+from .checkpoints import backbones
+from .checkpoints.checkpoint import DTYPES as CODES
+from .checkpoints.checkpoint import as_mlx, is_composed, is_ours
+from .checkpoints.errors import UserError
+from .checkpoints.files import check_safetensors, read_json
+from .checkpoints.generations import MODEL_TYPES
+from .checkpoints.hub import found
+from .checkpoints.llava_original import pads
+from .checkpoints.shapes import BITS, GROUPS, LARGEST, MODES, MOST_LAYERS, check_complete
+from .hosts import loading as host
+from .image import Preprocessor, siglip_preprocessor
+from .language.experts import stacked
+from .language.minimind import MiniMindConfig
+from .language.mlx_lm import MlxLmConfig
+from .learned import read_learned
+from .memory import check_fits
+from .model import VLM, VLMConfig
+from .projector import ProjectorConfig
+from .prompt import VICUNA, Tokenizer
+from .scenes import CHECKPOINT
+from .towers.clip import CLIPConfig
+from .towers.siglip import SiglipConfig
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FLOATS = tuple(DTYPES.values())

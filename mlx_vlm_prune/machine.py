@@ -8,11 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from . import __version__, fast_blas
-
-fast_blas.prepare()  # before the first import of mlx, or never
-
-import mlx.core as mx  # noqa: E402
 
 
 def machine() -> dict[str, Any]:

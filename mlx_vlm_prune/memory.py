@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from convert.errors import UserError
+from .checkpoints.errors import UserError
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")

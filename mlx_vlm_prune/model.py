@@ -13,9 +13,8 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from convert.errors import UserError
-
 from .cache import LayerCache
+from .checkpoints.errors import UserError
 from .decoder import Cuts, Growth, Segment, read
 from .language.minimind import MiniMind, MiniMindConfig
 from .language.mlx_lm import MlxLm, MlxLmConfig

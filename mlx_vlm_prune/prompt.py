@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from convert.errors import UserError
+from .checkpoints.errors import UserError
 
 IMAGE_MARK = "<image>"
 VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their own

@@ -7,7 +7,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from convert.errors import UserError
+from .checkpoints.errors import UserError
 
 HEADER = 64 * 1024  # bytes read at a weights file's beginning
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # learned pruners beside a model count too

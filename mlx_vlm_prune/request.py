@@ -8,8 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from convert.errors import UserError
-
+from .checkpoints.errors import UserError
 from .pruners import Pipeline, Pruner
 from .pruners.contract import Policy
 

@@ -7,8 +7,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from convert.errors import UserError
-
+from .checkpoints.errors import UserError
 from .model import Prefill, Stop
 from .overlay import captioned, overlay, strip
 

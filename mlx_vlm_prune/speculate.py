@@ -24,8 +24,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import UserError
-
+from .checkpoints.errors import UserError
 from .decoder import Growth
 from .model import VLM, Prefill
 

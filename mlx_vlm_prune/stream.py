@@ -12,8 +12,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from convert.errors import UserError
-
+from .checkpoints.errors import UserError
 from .image import open_image
 from .loading import Processor
 from .model import VLM, Prefill

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from convert.errors import UserError
-
 from .cache import STEP
+from .checkpoints.errors import UserError
 from .predict import Calibration
 from .result import GenerationResult
 

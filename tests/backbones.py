@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers import LlavaForConditionalGeneration as Llava
 
-from convert.llava import text_config
+from mlx_vlm_prune.checkpoints.llava import text_config
 from mlx_vlm_prune.prompt import Prompt
 
 from . import llava

@@ -11,10 +11,10 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, SiglipVisionConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
-from convert.llava import text_config, vision_config
-from convert.llava_names import LAYOUTS
-from convert.names import to_published
-from convert.shapes import expected_shapes
+from mlx_vlm_prune.checkpoints.llava import text_config, vision_config
+from mlx_vlm_prune.checkpoints.llava_names import LAYOUTS
+from mlx_vlm_prune.checkpoints.names import to_published
+from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.scenes.vocabulary import words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from convert.errors import UserError
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.advise import Advice, Times, advise, evaluation, frontier, main
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.remembered import model_key
 
 from . import tiny

@@ -8,9 +8,9 @@ import pytest
 from mlx import nn
 from PIL import Image
 
-from convert.errors import UserError
 from mlx_vlm_prune import load, stream_generate
 from mlx_vlm_prune.cache import LayerCache
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation.answers import Batch, answer, likelihood, ready, sharing
 from mlx_vlm_prune.evaluation.asking import QuestionSet, entries, fingerprint
 from mlx_vlm_prune.evaluation.kept import Answered, Kept

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from convert.errors import UserError
 from mlx_vlm_prune import budgets, calibrate, generate, load, predict
 from mlx_vlm_prune.budgets import calibrated, check, keep_within, read
 from mlx_vlm_prune.calibrate import able, about, design, measure
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.predict import PARTS, Calibration, Place, Run, rising
 from mlx_vlm_prune.pruners import plan

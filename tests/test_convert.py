@@ -10,12 +10,13 @@ from safetensors import safe_open
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from convert.__main__ import main
-from convert.checkpoint import as_mlx
-from convert.files import open_safetensors, read_pth
-from convert.generations import GENERATIONS
-from convert.names import TABLES, published_order, to_ours, to_published
-from convert.tensors import RawTensor
 from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
+from mlx_vlm_prune.checkpoints.files import open_safetensors
+from mlx_vlm_prune.checkpoints.generations import GENERATIONS
+from mlx_vlm_prune.checkpoints.names import TABLES, published_order, to_ours, to_published
+from mlx_vlm_prune.checkpoints.pth import read_pth
+from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
 from . import tiny
 

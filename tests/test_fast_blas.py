@@ -23,8 +23,8 @@ with_reference_blas = pytest.mark.skipif(
 BEFORE = """
     import ctypes, json, os, sys
     import numpy as np
-    from convert.errors import UserError
     from mlx_vlm_prune import fast_blas
+    from mlx_vlm_prune.checkpoints.errors import UserError
 
     def matrices():
         return np.random.default_rng(0).standard_normal((2, 300, 300), dtype=np.float32)
@@ -46,10 +46,11 @@ BEFORE = """
 """
 
 
-def fresh(code: str, blas: str | None = None, **environ: str) -> Any:
-    """The value of the last line, an expression, in a new Python with this switch."""
+def fresh(code: str, blas: str | None = None, first: str = "", **environ: str) -> Any:
+    """The value of the last line, an expression, in a new Python with this switch; `first` is run
+    before anything of ours is imported."""
     *lines, last = dedent(code).strip().splitlines()
-    program = "\n".join([dedent(BEFORE), *lines, f"print(json.dumps(({last})))"])
+    program = "\n".join([first, dedent(BEFORE), *lines, f"print(json.dumps(({last})))"])
     ours = (fast_blas.SWITCH, "OMP_WAIT_POLICY")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
     switch = {} if blas is None else {fast_blas.SWITCH: blas}
@@ -98,10 +99,7 @@ def test_torch_still_works_when_it_is_imported_later_in_the_same_process():
 
 @with_reference_blas
 def test_a_blas_is_still_in_time_after_torch_is_imported():
-    assert fresh("""
-        import torch
-        fast_blas.load()
-    """)
+    assert fresh("fast_blas.load()", first="import torch")
 
 
 def test_off_loads_nothing():
@@ -110,10 +108,7 @@ def test_off_loads_nothing():
 
 @on_linux
 def test_after_mlx_is_imported_nothing_is_loaded_and_the_reason_says_so():
-    loaded, reason = fresh("""
-        import mlx.core
-        fast_blas.load(), fast_blas.reason()
-    """)
+    loaded, reason = fresh("fast_blas.load(), fast_blas.reason()", first="import mlx.core")
     assert loaded is None
     assert "mlx was imported first" in reason
 
@@ -129,11 +124,12 @@ def test_loading_again_changes_nothing_even_after_mlx():
 
 
 def test_nothing_happens_on_other_systems():
-    code = """
-        sys.platform = "darwin"
-        fast_blas.load(), "OMP_WAIT_POLICY" in os.environ
-    """
-    assert fresh(code) == fresh(code, "/no/such/library") == [None, False]
+    code, darwin = (
+        'fast_blas.load(), "OMP_WAIT_POLICY" in os.environ',
+        "import sys; sys.platform = 'darwin'",
+    )
+    assert fresh(code, first=darwin) == [None, False]
+    assert fresh(code, "/no/such/library", first=darwin) == [None, False]
 
 
 @on_linux
@@ -144,13 +140,7 @@ def test_nothing_happens_on_other_systems():
 def test_a_path_without_a_blas_is_refused_in_one_sentence_by_load_and_not_by_import(
     path, complaint
 ):
-    first, second = fresh(
-        """
-        fast_blas.prepare()
-        sentence(), sentence()
-        """,
-        path,
-    )
+    first, second = fresh("sentence(), sentence()", path)
     assert first == second
     assert first.startswith(f"{fast_blas.SWITCH} is {path!r}, which {complaint}")
     assert "auto, off, or the path" in first

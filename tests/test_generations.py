@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
-from convert.checkpoint import as_mlx
-from convert.errors import UserError
-from convert.layouts import CONVOLUTION, INTERLEAVED, PATCHES
-from convert.tensors import RawTensor
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.layouts import CONVOLUTION, INTERLEAVED, PATCHES
+from mlx_vlm_prune.checkpoints.tensors import RawTensor
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, Stage, plan
 from torch_ref.model import VLM
@@ -237,7 +237,7 @@ def test_flat_patches_worked_by_hand():
 
 def test_a_conversion_that_forgets_the_rotation_gives_other_answers(tmp_path, capsys, monkeypatch):
     """The check can fail: without the permutation of queries and keys the logits differ."""
-    from convert import layouts
+    from mlx_vlm_prune.checkpoints import layouts
 
     made = generations.release("minimind2-v-2025-02", False)
     monkeypatch.setattr(layouts, "_evens_first", lambda d: list(range(d)))

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.mlx_vlm import Told, family_of, see, shares, tell
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
-from convert.errors import UserError
 from mlx_vlm_prune import evaluate, generate, load
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts import asking, stream
 from mlx_vlm_prune.hosts.asking import Host, Ready
 from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, budgets, family_of, see

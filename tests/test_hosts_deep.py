@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.errors import UserError
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.deep import Read, read
 from mlx_vlm_prune.hosts.families.inner import Ahead
 from mlx_vlm_prune.hosts.mlx_vlm import budgets, family_of, see, tell

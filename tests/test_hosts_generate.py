@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from convert.errors import UserError
 from mlx_vlm_prune import generate, load, stream_generate
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.hosts.stream import explained
 

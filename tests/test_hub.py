@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from convert.__main__ import main
-from convert.errors import UserError
-from convert.hub import found
 from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.hub import found
 
 from . import generations
 from .test_generations import converted

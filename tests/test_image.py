@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from convert.errors import UserError
 from mlx_vlm_prune import image as image_module
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.image import FORMATS, Preprocessor, open_image
 
 CLIP = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.image import FORMATS, MAX_PIXELS, Preprocessor, open_image
 
 from .test_image import encoded, folder, noise

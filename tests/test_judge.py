@@ -6,7 +6,7 @@ Shapes: G groups, S simulated sets.
 import numpy as np
 import pytest
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation import bootstrap
 from mlx_vlm_prune.evaluation.bootstrap import FEWEST, interval, resampled
 from mlx_vlm_prune.evaluation.judge import Judge, Sheet

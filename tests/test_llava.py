@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
-from convert.checkpoint import as_mlx
 from convert.describe import describe
-from convert.errors import UserError
-from convert.llava import is_for_us
 from mlx_vlm_prune import generate, load, memory
+from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.llava import is_for_us
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.image import Preprocessor
 from mlx_vlm_prune.prompt import Prompt, Tokenizer, build

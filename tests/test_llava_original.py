@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from convert.__main__ import main
-from convert.checkpoint import as_mlx
-from convert.errors import UserError
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.prompt import build
 from torch_ref.llava import read

@@ -26,9 +26,9 @@ from transformers import LlavaForConditionalGeneration as Llava
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from convert.__main__ import main
-from convert.backbones import text_config
-from convert.errors import UserError
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.backbones import text_config
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.language.mlx_lm import MlxLm, MlxLmConfig
 from mlx_vlm_prune.operations import count
 from mlx_vlm_prune.prompt import Prompt

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
 from convert.describe import describe
-from convert.errors import UserError
-from convert.files import check_safetensors, open_safetensors, read_pth
-from convert.weights import read_weights
 from convert.writing import to_hf, to_torch
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.files import check_safetensors, open_safetensors
+from mlx_vlm_prune.checkpoints.pth import read_pth
+from mlx_vlm_prune.checkpoints.weights import read_weights
 
 from . import tiny
 from .test_hostile_checkpoints import conversion, left, published, refused  # noqa: F401
@@ -288,7 +289,7 @@ WRONGS = {
 @pytest.mark.parametrize("name", ["minimind2-v-2025-02", "minimind-3v-2026-03", "minimind-3v"])
 def test_any_published_tensor_is_as_it_should_be_or_named(tmp_path, name):
     """Each tensor in turn missing or of another shape or kind."""
-    from convert.checkpoint import as_mlx
+    from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 
     from . import generations
 

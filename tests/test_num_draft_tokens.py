@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main as convert
-from convert.errors import UserError
 from mlx_vlm_prune import generate, load, stream_generate
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 

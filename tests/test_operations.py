@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_ref.decoder
 import torch_ref.model
 import torch_ref.towers.between
-from convert.errors import UserError
 from mlx_vlm_prune import decoder, operations
 from mlx_vlm_prune import model as vlm_module
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.model import VLM, VLMConfig
 from mlx_vlm_prune.operations import count, tokens

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.prompt import INCOMPLETE, Prompt, Tokenizer, build
 from mlx_vlm_prune.scenes.vocabulary import write
 

@@ -17,9 +17,9 @@ import pytest
 from mlx import nn
 
 from convert.describe import describe
-from convert.elsewhere import RECORD
-from convert.errors import UserError
 from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.elsewhere import RECORD
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.into.folder import prune_into
 from mlx_vlm_prune.hosts.mlx_vlm import family_of, see, shares, tell
 from mlx_vlm_prune.hosts.refusals import check

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from convert.errors import UserError
 from mlx_vlm_prune import generate, pruned
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from .host_models import KINDS, once
 from .test_hosts import QWEN, reference, stock

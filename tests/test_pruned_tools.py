@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from convert.errors import UserError
 from mlx_vlm_prune import generate, load, pruned
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.views import Inputs
 
 from . import host_folders

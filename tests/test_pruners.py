@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import torch_ref.pruners as ref
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, plan, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.grid import windows

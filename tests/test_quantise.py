@@ -10,12 +10,13 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from convert.__main__ import main
-from convert.checkpoint import Source
-from convert.errors import UserError
-from convert.files import open_safetensors, write_safetensors
-from convert.quantise import MODES, quantised
-from convert.tensors import RawTensor
+from convert.quantise import quantised
 from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.checkpoint import Source
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.files import open_safetensors, write_safetensors
+from mlx_vlm_prune.checkpoints.shapes import MODES
+from mlx_vlm_prune.checkpoints.tensors import RawTensor
 from mlx_vlm_prune.language.experts import GATHERED, ExpertLinear, Experts
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import plan
@@ -69,7 +70,9 @@ def test_every_matrix_of_the_language_model_is_what_mlx_makes_of_it(scenes, mode
 def test_the_pages_of_a_matrix_are_given_back_once_it_is_packed(scenes, tmp_path, monkeypatch):
     """Or else the source, however large, would fill memory page by page."""
     given = []
-    monkeypatch.setattr("convert.tensors.give_back", lambda mapped: given.append(mapped.nbytes))
+    monkeypatch.setattr(
+        "mlx_vlm_prune.checkpoints.tensors.give_back", lambda mapped: given.append(mapped.nbytes)
+    )
     main(["to-mlx", str(scenes.whole), str(tmp_path / "made"), "-q"])
     held = open_safetensors(scenes.whole / "model.safetensors")
     matrices = [t.nbytes for k, t in held.items() if k.startswith("language.layers.")]

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.questions import Bad, format_of
 from mlx_vlm_prune.questions.pickles import plain_data
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.questions import FORMATS, Bad, Source, format_of
 from mlx_vlm_prune.questions.scenes import KINDS, read_scenes
 

@@ -70,39 +70,61 @@ def test_importing_the_package_imports_nothing_heavy(heavy):
     assert python("-c", code).returncode == 0
 
 
-def test_the_product_imports_no_torch():
-    assert not trespasses("mlx_vlm_prune", "torch", "torch_ref", "transformers")
+def test_the_product_imports_no_torch_but_to_read_or_write_a_pth_file():
+    imported = trespasses("mlx_vlm_prune", "torch", "torch_ref", "transformers")
+    assert set(imported) == {"mlx_vlm_prune/checkpoints/pth.py imports torch"}
+    top = ast.parse((ROOT / "mlx_vlm_prune/checkpoints/pth.py").read_text("utf-8")).body
+    heads = [ast.unparse(n) for n in top if isinstance(n, ast.Import | ast.ImportFrom)]
+    assert "import torch" not in heads
 
 
 def test_the_scenes_import_no_mlx_since_the_trainer_reads_them():
     assert not trespasses("mlx_vlm_prune/scenes", "mlx")
 
 
-def test_torch_ref_is_independent_but_for_the_scenes():
-    assert not trespasses("torch_ref", "mlx")
-    allowed = "torch_ref/scenes_data.py imports mlx_vlm_prune.scenes"
-    others = [t for t in trespasses("torch_ref", "mlx_vlm_prune") if not t.startswith(allowed)]
-    assert not others
+def test_torch_ref_is_independent_but_for_the_scenes_and_checkpoints():
+    assert not trespasses("torch_ref", "mlx", "convert")
+    shared = ("mlx_vlm_prune.scenes", "mlx_vlm_prune.checkpoints")
+    imported = [t.split(" imports ")[1] for t in trespasses("torch_ref", "mlx_vlm_prune")]
+    assert imported and not [name for name in imported if not name.startswith(shared)]
 
 
-def test_convert_knows_neither_side():
-    asks_for_methods = "convert/__main__.py imports mlx_vlm_prune.hosts.into.folder.prune_into"
-    assert trespasses("convert", "mlx_vlm_prune", "torch_ref") == [asks_for_methods]
+def test_checkpoints_know_neither_mlx_nor_the_converter_nor_the_rest_of_the_product():
+    folder = "mlx_vlm_prune/checkpoints"
+    assert not trespasses(folder, "mlx", "convert", "mlx_vlm_prune")
+    relative = [line for file in sources(folder) for line in file.read_text("utf-8").splitlines()]
+    assert not [line for line in relative if re.match(r"\s*from \.\.", line)]
+
+
+def test_the_converter_stands_on_checkpoints_and_asks_the_product_for_methods_and_arrays():
+    assert not trespasses("convert", "torch_ref", "mlx_lm", "mlx_vlm")
+    above = [t for t in trespasses("convert", "mlx_vlm_prune") if ".checkpoints" not in t]
+    assert above == [
+        "convert/__main__.py imports mlx_vlm_prune.hosts.into.folder.prune_into",
+        "convert/quantise.py imports mlx_vlm_prune.arrays.to_array",
+        "convert/quantise.py imports mlx_vlm_prune.arrays.to_bytes",
+    ]
     assert trespasses("convert", "mlx") == ["convert/quantise.py imports mlx.core"]
 
 
+def test_the_product_never_imports_the_converter():
+    """In a folder that holds a user's convert.py it would be executed."""
+    assert not trespasses("mlx_vlm_prune", "convert", "benchmarks", "tests")
+
+
 def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_place_each():
-    known = BROUGHT | set(sys.stdlib_module_names) | {"mlx_vlm_prune", "convert"}
+    known = BROUGHT | set(sys.stdlib_module_names) | {"mlx_vlm_prune"}
     found = {
         (name, str(file.relative_to(ROOT)))
         for file in sources("mlx_vlm_prune")
         for name in {n.split(".")[0] for n in imports(file)} - known
     }
-    assert {name for name, _ in found} == {"mlx_lm", "mlx_vlm", "pyarrow"}
+    assert {name for name, _ in found} == {"mlx_lm", "mlx_vlm", "pyarrow", "torch"}
     home = {
         "mlx_lm": "mlx_vlm_prune/language/",
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/questions/minimind.py",
+        "torch": "mlx_vlm_prune/checkpoints/pth.py",
     }
     assert all(file.startswith(home[name]) for name, file in found)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from torch_ref.language.splice import visible
 from torch_ref.model import VLM, VLMConfig
 from torch_ref.pruners import METHODS, STAGES, Signals

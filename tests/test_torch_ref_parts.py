@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from torch_ref.model import VLM
 
 from . import tiny

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.learned import read_learned
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.scenes.vocabulary import write as write_words

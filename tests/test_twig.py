@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main as convert
-from convert.errors import UserError
 from mlx_vlm_prune import generate
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.decoder import At, through
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.learned import read_learned

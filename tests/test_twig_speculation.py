@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from convert.errors import UserError
 from mlx_vlm_prune import speculate
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.decoder import Growth
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.pruners import plan

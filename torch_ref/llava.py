@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from convert.backbones import is_backbone
-from convert.checkpoint import as_mlx
-from convert.llava import renamed
-from convert.llava_names import REFERENCE
+from mlx_vlm_prune.checkpoints.backbones import is_backbone
+from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
+from mlx_vlm_prune.checkpoints.llava import renamed
+from mlx_vlm_prune.checkpoints.llava_names import REFERENCE
 
 from .layout import config_of
 from .model import VLM, _tensor, best_device

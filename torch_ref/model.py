@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from convert.checkpoint import read_published, torch_tensors
-from convert.errors import UserError
-from convert.tensors import RawTensor
+from mlx_vlm_prune.checkpoints.checkpoint import read_published, torch_tensors
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
 from . import decoder
 from .language.minimind import MiniMind, MiniMindConfig

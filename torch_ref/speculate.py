@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from . import decoder
 from .language.splice import Row

@@ -16,8 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..image import open_image
 from ..loading import Processor
 from ..model import VLM, Prefill

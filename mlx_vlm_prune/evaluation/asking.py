@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, plan
 from ..questions import Bad, Format, Question
 from .answers import Said

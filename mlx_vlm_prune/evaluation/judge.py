@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..questions import Format, Question
 from .bootstrap import interval, resampled, short
 

@@ -15,8 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..evaluation.answers import Said
 from ..image import open_image
 from ..model import no_lap

@@ -11,8 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from .families import Family
 from .views import Inputs, View
 

@@ -19,8 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..decoder import rows as attention
 from ..model import Lap, Stop
 from ..pruners import Pipeline, Pruner, Reduction, Signals

@@ -9,8 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
 from ..stream import Clock

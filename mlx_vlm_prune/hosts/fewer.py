@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import UserError
+from ..checkpoints.errors import UserError
 
 GONE = -1  # the position of a row that is gone
 PIECE = 2048  # rows of a batch read at once

@@ -9,11 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert import llava
-from convert.elsewhere import RECORD
-from convert.errors import UserError
-from convert.files import read_json
-
+from ..checkpoints import llava
+from ..checkpoints.elsewhere import RECORD
+from ..checkpoints.errors import UserError
+from ..checkpoints.files import read_json
 from .families import FAMILIES, REFUSED
 
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"

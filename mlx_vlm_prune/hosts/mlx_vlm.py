@@ -18,8 +18,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..model import Lap, Lot, Stop, prune
 from ..pruners import Pipeline, Stage
 from ..pruners.contract import Policy, identity

@@ -9,8 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..pruners.contract import Policy, Reduction
 from .families import Family
 from .views import Inputs

@@ -15,8 +15,7 @@ from typing import Any
 from uuid import uuid4
 from weakref import WeakSet
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.contract import Policy
 from ..stream import budget

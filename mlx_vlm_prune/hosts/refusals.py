@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, Pruner, Stage
 from ..pruners.contract import Policy
 from .families import Family

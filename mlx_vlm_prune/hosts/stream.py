@@ -11,8 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_reduce
 from PIL import Image
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from ..image import MAX_PIXELS, open_image
 from ..model import Lap, no_lap
 from ..prompt import IMAGE_MARK

@@ -21,10 +21,9 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from convert.backbones import BACKBONES
-from convert.errors import UserError
-
 from ..cache import LayerCache
+from ..checkpoints.backbones import BACKBONES
+from ..checkpoints.errors import UserError
 from ..pruners.contract import Stage
 from ..pruners.pipeline import Pipeline
 from . import mamba

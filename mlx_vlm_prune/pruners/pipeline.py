@@ -11,8 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
 
 # Of a chain's budget K, what an earlier method leaves to the next: VScan's 96 for 64.

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from .contract import Stage
 from .pipeline import Pipeline, Pruner, known_options
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from convert.errors import UserError
+from ..checkpoints.errors import UserError
 
 
 @dataclass(frozen=True)

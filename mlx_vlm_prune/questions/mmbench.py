@@ -18,8 +18,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from . import Bad, Question, Source
 from .answers import LETTERS, ONE_LETTER, options
 from .reading import LONGEST_LINE, Fault, each, existing, text_of

@@ -14,8 +14,7 @@ the subtasks, ten of perception and four of cognition, which `more` gives apart.
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from . import Bad, Question, Source, mean
 from .reading import Fault, each, folder
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from convert.errors import UserError
+from ..checkpoints.errors import UserError
 
 LARGEST = 1 << 29  # bytes
 PLAIN = frozenset(

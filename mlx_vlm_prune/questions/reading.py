@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from . import Bad, Question, Source
 
 LONGEST_LINE = 1 << 26  # bytes; a picture in base64 fits, and a file without line ends does not

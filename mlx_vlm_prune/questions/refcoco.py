@@ -17,8 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from . import Bad, Question, Source
 from .pickles import plain_data
 from .reading import Fault, each, existing, folder, image_file, name_of, text_of, whole_json

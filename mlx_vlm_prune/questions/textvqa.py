@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convert.errors import UserError
-
+from ..checkpoints.errors import UserError
 from . import Bad, Question, Source
 from .answers import ONE_WORD
 from .reading import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from ..pruners import Reduction
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from convert.errors import UserError
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from ..pruners import Reduction, Signals, Step, reduce
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert.errors import UserError
-
+from ...checkpoints.errors import UserError
 from ...pruners.contract import Signals
 from ...towers.between import Between
 from ..views import Inputs, View

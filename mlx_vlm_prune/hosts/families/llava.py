@@ -11,8 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from convert.errors import UserError
-
+from ...checkpoints.errors import UserError
 from ...pruners.contract import Signals
 from ..views import Inputs, View, per_picture
 from . import common

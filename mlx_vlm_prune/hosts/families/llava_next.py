@@ -13,8 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert.errors import UserError
-
+from ...checkpoints.errors import UserError
 from ..views import Inputs, View, per_picture
 from . import llava
 from .common import Family

@@ -9,8 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert.errors import UserError
-
+from ...checkpoints.errors import UserError
 from ...projector import merged
 from ..views import Inputs, View, per_picture
 from .common import Family, embed, signals

@@ -13,12 +13,10 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from convert.elsewhere import RECORD
-from convert.errors import UserError
-from convert.files import appearing, read_json
-from convert.writing import write_json
-
 from ... import __version__
+from ...checkpoints.elsewhere import RECORD
+from ...checkpoints.errors import UserError
+from ...checkpoints.files import appearing, read_json, write_json
 from ...pruners import Pipeline, Pruner, Stage, plan
 from ...pruners.pipeline import known_options
 from ...request import check_budget

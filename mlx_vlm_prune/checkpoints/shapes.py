@@ -20,6 +20,15 @@ SIZES = {
         "hidden_size", "image_size", "intermediate_size", "num_hidden_layers", "patch_size",
     ],
 }  # fmt: skip
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (16, 32, 64, 128)
+# Bits and group sizes of each mode of quantization, the default first.
+MODES = {
+    "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
 
 
 def check_complete(tensors: Mapping[str, Shaped], config: Mapping[str, Any], where: Path) -> None:

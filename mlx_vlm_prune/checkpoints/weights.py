@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .errors import UserError
-from .files import open_safetensors, read_json, read_pth
+from .files import open_safetensors, read_json
+from .pth import read_pth
 from .tensors import RawTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
