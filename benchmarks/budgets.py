@@ -25,12 +25,12 @@ from mlx_vlm_prune import load
 from mlx_vlm_prune.budgets import keep_within
 from mlx_vlm_prune.calibrate import measure
 from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.generation.stream import generate, prepare, resolve
 from mlx_vlm_prune.loading import Processor
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLM, VLMConfig
 from mlx_vlm_prune.predict import Calibration
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, compose
-from mlx_vlm_prune.stream import ask, generate, resolve
 from mlx_vlm_prune.wish import Choice, forecast
 
 RESULTS = Path(__file__).parent / "results"
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     for spec in args.pruner or ["divprune", "tome"]:
         words, image = question(rng)
         began = time.perf_counter()
-        known = measure(model, resolve(model, spec), ask(model, processor, words, image))
+        known = measure(model, resolve(model, spec), prepare(model, processor, words, image))
         seconds = time.perf_counter() - began
         bar = tqdm(range(args.prompts), desc=f"{spec}, asking", leave=False, file=sys.stderr)
         trials = [trial(model, processor, known, rng, spec) for _ in bar]

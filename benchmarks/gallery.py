@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.generation.overlay import overlay, strip
+from mlx_vlm_prune.generation.stream import generate
 from mlx_vlm_prune.listing import Entry, entry
 from mlx_vlm_prune.loading import load
-from mlx_vlm_prune.overlay import overlay, strip
 from mlx_vlm_prune.pruners import METHODS, Stage
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
-from mlx_vlm_prune.stream import generate
 
 from .report import RESULTS, link, scenes, verdict
 
@@ -99,15 +99,15 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
                               max_tokens=1)  # fmt: skip
         except UserError:
             continue
-        assert answer.seen
-        seen = answer.seen
-        kept = [stop.kept[0] for stop in seen.trace]
+        assert answer.trace
+        (picture, grid), *_ = answer.views
+        kept = [step.reductions[0] for step in answer.trace.pictured()]
         last = [one for one in kept if one.slots][-1:] or kept[-1:]
         index_BK, weight_BKN = last[0].index_BK, last[0].weight_BKN
         assert index_BK is not None
         index = list(np.array(index_BK[0]))
         weights = None if weight_BKN is None else np.array(weight_BKN[0])
-        shown = overlay(seen.images[0], seen.grid, index, "", weights=weights)
+        shown = overlay(picture, grid, index, "", weights=weights)
         return shown.resize((TILE, TILE), Image.Resampling.LANCZOS)
     raise AssertionError(f"{name} can do with neither budget")
 

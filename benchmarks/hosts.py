@@ -24,6 +24,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.generation.stream import Clock
 from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, stream, tell
 from mlx_vlm_prune.hosts.refusals import check
@@ -33,7 +34,6 @@ from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.operations import prefill
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.stream import Clock
 
 from .command import finish, plain_name, whole
 from .on_mlx import device

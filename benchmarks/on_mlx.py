@@ -6,11 +6,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_prune.generation.steps import generate_step, greedy
 from mlx_vlm_prune.image import open_image
+from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.loading import DTYPES
 from mlx_vlm_prune.model import VLM, Prefill, VLMConfig
 from mlx_vlm_prune.pruners import METHODS, Pipeline
-from mlx_vlm_prune.stream import Clock
 
 from .shapes import Request
 from .timing import PARTS, Run
@@ -44,37 +45,21 @@ class Stack:
     def run(self, asked: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:
         """From the images' files to the first token, then so many more."""
         mx.reset_peak_memory()
-        clock, ms = Clock(), dict.fromkeys(PARTS, 0.0)
-
-        def lap(name: str, value: Any = None) -> Any:
-            began = clock.last
-            told = clock.lap(name, value)
-            ms[name] += 1000 * (clock.last - began)
-            return told
-
-        values = [asked.preprocessor(open_image(file)) for file in asked.files]
-        pixels = lap("image", mx.array(np.stack(values)).astype(self.model.dtype))
-        before = self.model(asked.rows, pixels, pipeline, K, lap=lap)
-        first_B1 = lap("prefill", mx.argmax(before.logits_BLV[:, -1], axis=-1, keepdims=True))
-        held = sum(layer.nbytes for layer in before.cache)
-        said, token_ms = self.say(before, first_B1, tokens)
-        return Run(ms, token_ms, held, mx.get_peak_memory(), said)
+        with Clock(PARTS).running() as clock:
+            values = [asked.preprocessor(open_image(file)) for file in asked.files]
+            pixels = clock.lap("image", mx.array(np.stack(values)).astype(self.model.dtype))
+            prefill = self.model(asked.rows, pixels, pipeline, K)
+            first_B1 = clock.lap("prefill", greedy(prefill.logits_BV))
+        cache_bytes = prefill.cache_bytes
+        answer, token_ms = self.say(prefill, first_B1, tokens)
+        return Run(clock.ms, token_ms, cache_bytes, mx.get_peak_memory(), answer)
 
     def say(
-        self, before: Prefill, token_B1: mx.array, tokens: int
+        self, prefill: Prefill, first_B1: mx.array, tokens: int
     ) -> tuple[list[list[int]], float]:
-        """So many more tokens, whatever they are, and the milliseconds of each on average.
-
-        As in `stream_generate`, the next is being computed while one is handed over.
-        """
-        said, place_B1 = [], before.next_B1
-        began = time.perf_counter()
-        for _ in range(tokens):
-            logits_BLV = self.model.step(token_B1, place_B1, before)
-            coming_B1 = mx.argmax(logits_BLV[:, -1], axis=-1, keepdims=True)
-            mx.async_eval(coming_B1)
-            said.append(np.array(token_B1))
-            token_B1, place_B1 = coming_B1, place_B1 + 1
-        said.append(np.array(token_B1))
-        took = 1000 * (time.perf_counter() - began)
-        return np.concatenate(said, axis=1).tolist(), took / max(1, tokens)
+        """So many more tokens, whatever they are, and the milliseconds of each on average."""
+        start = time.perf_counter()
+        steps = generate_step(prefill, first_B1, greedy, tokens + 1)
+        answer = np.concatenate([np.array(token_B1) for token_B1 in steps], axis=1)
+        ms = 1000 * (time.perf_counter() - start)
+        return answer.tolist(), ms / max(1, tokens)

@@ -20,12 +20,12 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.errors import Parser
-from mlx_vlm_prune.decoder import At, through
+from mlx_vlm_prune.decoder import Cuts, Decoder, LayerInput, TwigReader, through
 from mlx_vlm_prune.generate import versions
+from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
 from mlx_vlm_prune.splice import Row, Visual, splice
-from mlx_vlm_prune.stream import Clock
 from mlx_vlm_prune.towers.between import received
 
 from .shapes import SHAPES, TEXT_TOKENS, prompt
@@ -79,7 +79,7 @@ def before_the_decoder(pruner: Pruner, layers: int, seen: Signals) -> Callable:
         left = seen
         for _, _, count in steps:
             kept = pruner(left, count)
-            done += kept.parts
+            done += kept.arrays
             left = left.reduced(kept)
         return done
 
@@ -99,16 +99,18 @@ def inside_the_decoder(pruner: Pruner, model: VLM) -> Callable:
     mx.eval(before_BLD)
 
     def call() -> list[mx.array]:
-        at = At(model.language, layer, told, before_BLD, cache, pruner.learned)
-        return pruner(at.signals(pruner, model.grid), K).parts
+        twig = TwigReader(pruner.learned) if pruner.learned else None
+        decoder = Decoder(model.language, cache, Cuts(pruner, twig=twig))
+        at = LayerInput(decoder, layer, told, before_BLD, [0], model.grid)
+        return pruner(at.signals(pruner), K).arrays
 
     return call
 
 
 def first_token(model: VLM, row: Row, pixels: mx.array) -> float:
     """Milliseconds of a full forward pass."""
-    clock = Clock()
-    model([row], pixels, plan("none"), model.N, lap=clock.lap)
+    with Clock().running() as clock:
+        model([row], pixels, plan("none"), model.N)
     return clock.ttft()["total"]
 
 

@@ -25,7 +25,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
-from mlx_vlm_prune.decoder import Growth
+from mlx_vlm_prune.decoder import TwigReader
+from mlx_vlm_prune.generation.speculation import Speculation
+from mlx_vlm_prune.generation.steps import greedy
+from mlx_vlm_prune.generation.stream import generate
 from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.language.mlx_lm import MlxLm
 from mlx_vlm_prune.language.twig import Twig
@@ -34,8 +37,6 @@ from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLM, Prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
-from mlx_vlm_prune.speculate import Speculation
-from mlx_vlm_prune.stream import generate
 
 from . import on_mlx
 from .command import finish, whole
@@ -97,32 +98,33 @@ class Desk:
         values = [asked.preprocessor(open_image(file)) for file in asked.files]
         pixels = mx.array(np.stack(values)).astype(self.model.dtype)
         right, wrong = both_ends(self.model)
-        self.growths = {"right": Growth(right), "wrong": Growth(wrong)}
+        self.readers = {"right": TwigReader(right), "wrong": TwigReader(wrong)}
         self.K = max(1, int(self.model.N * SHARE + 1e-9))
         pipeline = plan("twig", {"twig": right})
         read = partial(self.model, asked.rows, pixels)
         self.full = read(plan("none"), self.model.N)
-        self.pruned = read(pipeline, self.K, growth=self.growths["right"])
-        self.growths["wrong"].cache = self.growths["right"].cache  # of the same layers
+        self.pruned = read(pipeline, self.K, twig=self.readers["right"])
+        self.readers["wrong"].cache = self.readers["right"].cache  # of the same layers
 
     def say(self, mode: str) -> Said:
         """From behind the prompt again."""
-        before = self.full if mode == "full" else self.pruned
-        growth = self.growths.get(mode)
-        held = [*before.cache, *(growth.cache if growth else [])]
-        rows = [layer.rows for layer in held]
-        first_11 = mx.argmax(before.logits_BLV[:, -1], axis=-1, keepdims=True)
-        said = self._drafted(before, growth, first_11) if growth else self._plain(before, first_11)
-        for layer, n in zip(held, rows, strict=True):
+        prefill = (self.full if mode == "full" else self.pruned).fork()
+        reader = self.readers.get(mode)
+        first_11 = greedy(prefill.logits_BV)
+        if reader is None:
+            return self._plain(prefill, first_11)
+        rows = [layer.rows for layer in reader.cache]
+        answer = self._drafted(prefill, reader, first_11)
+        for layer, n in zip(reader.cache, rows, strict=True):
             layer.rewind(n)
-        return said
+        return answer
 
-    def _plain(self, before: Prefill, first_11: mx.array) -> Said:
-        (ids,), ms = self.stack.say(before, first_11, self.tokens)
+    def _plain(self, prefill: Prefill, first_11: mx.array) -> Said:
+        (ids,), ms = self.stack.say(prefill, first_11, self.tokens)
         return Said(ids, ms)
 
-    def _drafted(self, before: Prefill, growth: Growth, first_11: mx.array) -> Said:
-        turns = Speculation(self.model, before, growth, (), self.drafts, sure=0.0)
+    def _drafted(self, prefill: Prefill, reader: TwigReader, first_11: mx.array) -> Said:
+        turns = Speculation(prefill, reader, (), self.drafts, sure=0.0)
         began = time.perf_counter()
         first, limit = int(np.array(first_11)[0, 0]), self.tokens + 1
         tokens = turns.tokens(first, limit + self.drafts)  # so that the last draft is full, too

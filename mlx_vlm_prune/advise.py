@@ -21,13 +21,14 @@ from .budgets import calibrated
 from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .checkpoints.files import read_json
 from .evaluation.bootstrap import FEWEST
+from .generation.steps import generate_step, greedy
+from .generation.stream import PreparedPrompt, prepare
 from .loading import DTYPES, Processor, load
 from .machine import machine, versions
 from .model import VLM
 from .pruners import plan
 from .remembered import cache_folder, model_key, write_atomically
 from .scenes import compose
-from .stream import Asked, ask
 
 SAMPLE_SEED, PROMPT, TOKENS = 1_000_000_007, "What is this?", 16
 BEHIND, INSIDE, SMALLER = "random", "tome", "downsample"  # of each stage, what costs least to run
@@ -164,11 +165,11 @@ def evaluation(folder: Path | None, named: Path | None) -> dict[str, Any]:
 
 def measured(model: VLM, processor: Processor, image: Any, K: int) -> Times:
     """A calibration, kept for budgets too, and what follows from it."""
-    asked = ask(model, processor, PROMPT, image)
+    asked = prepare(model, processor, PROMPT, image)
     known = calibrated(model, processor.folder, plan(BEHIND), asked)
     N, parts = model.N, known.ms(model.N, asked.text, 1)
     began = time.perf_counter()
-    mx.eval(ask(model, processor, PROMPT, image).pixels)
+    mx.eval(prepare(model, processor, PROMPT, image).pixels)
     opened, few = 1000 * (time.perf_counter() - began), known.ms(K, asked.text, 1)
     whole, smaller = (
         operations.count(model.config, asked.text, plan(name), k).vision
@@ -185,24 +186,22 @@ def measured(model: VLM, processor: Processor, image: Any, K: int) -> Times:
     return Times(opened, parts["vision"], parts["prefill"], new_token(model, asked), first)
 
 
-def new_token(model: VLM, asked: Asked) -> float:
+def new_token(model: VLM, asked: PreparedPrompt) -> float:
     """Milliseconds, the mean of TOKENS after the prompt; none of them ends it."""
-    before = model([asked.prompt], asked.pixels, plan("none"), model.N)
-    token_B1, position_B1 = mx.argmax(before.logits_BLV[:, -1], -1, keepdims=True), before.next_B1
-    mx.eval(token_B1)
-    began = time.perf_counter()
-    for n in range(TOKENS):
-        logits_BLV = model.step(token_B1, position_B1 + n, before)
-        token_B1 = mx.argmax(logits_BLV[:, -1], axis=-1, keepdims=True)
+    prefill = model([asked.prompt], asked.pixels, plan("none"), model.N)
+    first_B1 = greedy(prefill.logits_BV)
+    mx.eval(first_B1)
+    start = time.perf_counter()
+    for token_B1 in generate_step(prefill, first_B1, greedy, TOKENS + 1):
         mx.eval(token_B1)
-    return 1000 * (time.perf_counter() - began) / TOKENS
+    return 1000 * (time.perf_counter() - start) / TOKENS
 
 
 def advise(model: VLM, processor: Processor, image: Any, told: Mapping[str, Any]) -> Advice:
     """Measure, which takes some seconds and shows progress, and compare."""
     N = model.N
     K = max(1, N // 4)
-    text = ask(model, processor, PROMPT, image).text
+    text = prepare(model, processor, PROMPT, image).text
     held = [
         operations.count(model.config, text, plan(name), k, itemsize=model.dtype.size).cache_bytes
         for name, k in (("none", N), (BEHIND, K))

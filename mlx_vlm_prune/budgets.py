@@ -22,12 +22,12 @@ import mlx.core as mx
 
 from .calibrate import able, about, measure, run
 from .checkpoints.errors import UserError
+from .generation.stream import ImageSource, PreparedPrompt, prepare, resolve
 from .loading import Processor
 from .model import VLM
 from .predict import BEFORE, PARTS, Calibration, Place, Run
 from .pruners import Pipeline, Pruner
 from .remembered import cache_folder, model_key, write_atomically
-from .stream import Asked, ImageSource, ask, resolve
 from .wish import Choice, Request, Wish, choose
 
 FORMAT = 1  # of the files
@@ -59,7 +59,7 @@ def keep_within(
     """
     wish, pipeline = Wish(ms, gb), resolve(model, pruner)
     check(pipeline)
-    asked = ask(model, processor, prompt, image, template)
+    asked = prepare(model, processor, prompt, image, template)
     if asked.pixels is None:
         raise UserError("a budget needs an --image; without one there is nothing to prune")
     known = calibration or calibrated(model, processor.folder, pipeline, asked)
@@ -68,7 +68,7 @@ def keep_within(
         known = calibrated(model, processor.folder, pipeline, asked, anew=True)
         level = present(model, pipeline, asked, known)
     began = time.perf_counter()  # once more: warm, as the answer will be
-    asked = ask(model, processor, prompt, image, template)
+    asked = prepare(model, processor, prompt, image, template)
     mx.eval(asked.pixels)
     image_ms, held = 1000 * (time.perf_counter() - began), mx.get_active_memory()
     request = Request(asked.text, len(asked.visible), image_ms, held, max_tokens, level)
@@ -90,7 +90,7 @@ def check(pipeline: Pipeline) -> None:
 
 
 def calibrated(
-    model: VLM, folder: Path | None, pipeline: Pipeline, asked: Asked, anew: bool = False
+    model: VLM, folder: Path | None, pipeline: Pipeline, asked: PreparedPrompt, anew: bool = False
 ) -> Calibration:
     """The calibration for what is asked: of this process, of the cache folder, or a new one."""
     path, known = _path(model, folder, pipeline), None
@@ -116,12 +116,12 @@ def is_worth_keeping(known: Calibration) -> bool:
     return known.slack <= BUSY
 
 
-def covers(known: Calibration, asked: Asked) -> bool:
+def covers(known: Calibration, asked: PreparedPrompt) -> bool:
     """Was it made with as many words and images?"""
     return asked.text <= known.longest and len(asked.visible) <= known.most_images
 
 
-def present(model: VLM, pipeline: Pipeline, asked: Asked, known: Calibration) -> float:
+def present(model: VLM, pipeline: Pipeline, asked: PreparedPrompt, known: Calibration) -> float:
     """How much longer a run takes now than when this was measured: a factor, of a few runs."""
     place = known.middle
     run(model, pipeline, asked, place)  # warm-up

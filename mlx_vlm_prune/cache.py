@@ -6,9 +6,23 @@ from the row, never from how many rows there are.
 Shapes: B prompts, G key/value heads, L new rows, S rows held, d head size.
 """
 
+import copy
+from typing import Protocol
+
 import mlx.core as mx
 
 STEP = 256  # rows are allocated in steps, so that a new token copies nothing
+
+
+class NewRows(Protocol):
+    """What is noted of rows beside their keys and values."""
+
+    @property
+    def positions_BL(self) -> mx.array: ...
+    @property
+    def padded(self) -> bool: ...
+    @property
+    def bias_BL(self) -> mx.array | None: ...
 
 
 class LayerCache:
@@ -19,34 +33,47 @@ class LayerCache:
         self.values_BGSd: mx.array | None = None
         self.positions_BS: mx.array | None = None  # -1 is padding
         self.bias_BS: mx.array | None = None  # added to the attention a row gets; mostly nothing
+        self.padded = False  # is any row padding?
         self.rows = 0
 
     def append(
-        self,
-        keys_BGLd: mx.array,
-        values_BGLd: mx.array,
-        positions_BL: mx.array,
-        bias_BL: mx.array | None = None,
-    ) -> tuple[mx.array, mx.array, mx.array, mx.array | None]:
-        """Add L rows; return all keys, values, positions and biases held."""
+        self, keys_BGLd: mx.array, values_BGLd: mx.array, new: NewRows
+    ) -> tuple[mx.array, mx.array]:
+        """Add L rows; return the keys and values of all rows held."""
         begin, end = self.rows, self.rows + keys_BGLd.shape[2]
         self.keys_BGSd = _room(self.keys_BGSd, keys_BGLd, begin, end, axis=2)
         self.values_BGSd = _room(self.values_BGSd, values_BGLd, begin, end, axis=2)
-        self.positions_BS = _room(self.positions_BS, positions_BL, begin, end, axis=1)
+        self.positions_BS = _room(self.positions_BS, new.positions_BL, begin, end, axis=1)
         self.keys_BGSd[:, :, begin:end] = keys_BGLd
         self.values_BGSd[:, :, begin:end] = values_BGLd
-        self.positions_BS[:, begin:end] = positions_BL
-        if bias_BL is not None or self.bias_BS is not None:
-            held = mx.zeros((len(positions_BL), begin)) if self.bias_BS is None else self.bias_BS
-            new = mx.zeros(positions_BL.shape) if bias_BL is None else bias_BL
-            self.bias_BS = mx.concatenate([held, new], axis=1)
-        self.rows = end
-        return (
-            self.keys_BGSd[:, :, :end],
-            self.values_BGSd[:, :, :end],
-            self.positions_BS[:, :end],
-            self.bias_BS,
-        )
+        self.positions_BS[:, begin:end] = new.positions_BL
+        if new.bias_BL is not None or self.bias_BS is not None:
+            B, L = new.positions_BL.shape
+            held_BS = mx.zeros((B, begin)) if self.bias_BS is None else self.bias_BS
+            bias_BL = mx.zeros((B, L)) if new.bias_BL is None else new.bias_BL
+            self.bias_BS = mx.concatenate([held_BS, bias_BL], axis=1)
+        self.rows, self.padded = end, self.padded or new.padded
+        return self.keys, self.values_BGSd[:, :, :end]
+
+    @property
+    def keys(self) -> mx.array:
+        """(B, G, S, d)."""
+        assert self.keys_BGSd is not None, "no row has been read"
+        return self.keys_BGSd[:, :, : self.rows]
+
+    @property
+    def positions(self) -> mx.array:
+        """(B, S)."""
+        assert self.positions_BS is not None, "no row has been read"
+        return self.positions_BS[:, : self.rows]
+
+    def fork(self) -> "LayerCache":
+        """The same rows; what is appended to one of both is not in the other."""
+        fork = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, mx.array):
+                setattr(fork, name, mx.array(value))
+        return fork
 
     def rewind(self, rows: int) -> None:
         """Forget all but the first `rows`; what is appended next takes the others' places."""

@@ -15,13 +15,15 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from .checkpoints.errors import UserError
+from .generation.steps import greedy
+from .generation.stream import PreparedPrompt
+from .laps import Clock
 from .machine import machine, versions
 from .model import VLM
 from .operations import cache_bytes
 from .predict import PARTS, Calibration, Place, Run
 from .prompt import Prompt
 from .pruners import Pipeline, Stage, downsample, plan
-from .stream import WITHIN, Asked, Clock, Picker
 
 # Runs at each place: as many as fit into SECONDS, FEW to MANY; of a slow model what fits into
 # PATIENCE, but two.
@@ -29,7 +31,7 @@ SECONDS, PATIENCE, FEW, MANY = 8.0, 30.0, 4, 12
 SHORT, LONG = 8, 128  # words; the long text is longer where the prompt is
 
 
-def measure(model: VLM, pipeline: Pipeline, asked: Asked) -> Calibration:
+def measure(model: VLM, pipeline: Pipeline, asked: PreparedPrompt) -> Calibration:
     """Run the model with a handful of K on the pictures that were asked about.
 
     The places take turns, so that a machine that slows down does so for all of them.
@@ -49,7 +51,7 @@ def measure(model: VLM, pipeline: Pipeline, asked: Asked) -> Calibration:
     return Calibration(pipeline.name, model.N, in_tower, row, runs, about(model))
 
 
-def design(model: VLM, pipeline: Pipeline, asked: Asked) -> list[Place]:
+def design(model: VLM, pipeline: Pipeline, asked: PreparedPrompt) -> list[Place]:
     """Which (K, words, images) are run: from the least K to N, a long text too, and, where there
     are several images, all of them at once."""
     N, images, K_able = model.N, len(asked.visible), able(model, pipeline)
@@ -66,26 +68,33 @@ def nearest(K_able: Sequence[int], aim: float) -> int:
     return min(K_able, key=lambda K: abs(K - aim))
 
 
-def run(model: VLM, pipeline: Pipeline, asked: Asked, place: Place) -> Run:
+def run(model: VLM, pipeline: Pipeline, asked: PreparedPrompt, place: Place) -> Run:
     """One forward pass to the first token."""
     assert asked.pixels is not None
     row, pixels = words(model, place.text, place.images), asked.pixels[: place.images]
     mx.eval(pixels)
-    pick, nbytes = Picker(0.0, 1.0, 0), dict.fromkeys(PARTS, 0.0)
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    clock = Clock()
-
-    def lap(name: str, value: Any = None) -> Any:
-        told, part = clock.lap(name, value), WITHIN.get(name, name)
-        nbytes[part] = max(nbytes[part], mx.get_peak_memory() - before)
-        mx.reset_peak_memory()
-        return told
-
     chosen = pipeline if place.K < model.N else plan("none")
-    done = model([row], pixels, chosen, place.K, lap=lap)
-    lap("prefill", pick(done.logits_BLV[:, -1]))
-    return Run(place, {part: clock.ms[part] for part in PARTS}, nbytes)
+    clock = MemoryClock()
+    with clock.running():
+        prefill = model([row], pixels, chosen, place.K)
+        clock.lap("prefill", greedy(prefill.logits_BV))
+    return Run(place, {part: clock.ms[part] for part in PARTS}, clock.nbytes)
+
+
+class MemoryClock(Clock):
+    """A clock that notes, too, the most bytes that each part held beside what was there."""
+
+    def __init__(self) -> None:
+        super().__init__(PARTS)
+        self.before, self.nbytes = mx.get_active_memory(), dict.fromkeys(PARTS, 0.0)
+        mx.reset_peak_memory()
+
+    def lap(self, name: str, value: Any = None) -> Any:
+        super().lap(name, value)
+        part = self.part(name)
+        self.nbytes[part] = max(self.nbytes[part], mx.get_peak_memory() - self.before)
+        mx.reset_peak_memory()
+        return value
 
 
 def words(model: VLM, text: int, images: int) -> Prompt:

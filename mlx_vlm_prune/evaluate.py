@@ -35,13 +35,13 @@ from .evaluation.judge import Judge
 from .evaluation.kept import Kept
 from .evaluation.table import table
 from .evaluation.widen import widen
+from .generation.request import check_budget
 from .loading import DTYPES, load
 from .machine import machine, versions
 from .model import VLM
 from .pruners import METHODS, Stage
 from .questions import FORMATS, Question, Source, format_of
 from .remembered import cache_folder, model_key, write_atomically
-from .request import check_budget
 from .scenes import CHECKPOINT
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")

@@ -17,14 +17,14 @@ from typing import Any
 
 from .budgets import keep_within
 from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .generation.request import check_budget, check_decoding
+from .generation.result import GenerationResult
+from .generation.speculation import check_drafts
+from .generation.stream import generate, stream_generate
 from .loading import DTYPES, load
 from .machine import versions
 from .model import VLM
 from .printing import LINE, as_json, print_comparison, print_figures
-from .request import check_budget, check_decoding
-from .result import GenerationResult
-from .speculate import check_drafts
-from .stream import generate, stream_generate
 from .wish import Choice, Wish
 
 __all__ = ["GenerationResult", "generate", "main", "stream_generate", "versions"]

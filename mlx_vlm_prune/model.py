@@ -4,7 +4,8 @@ Shapes: B prompts, I images over all prompts, N visual tokens, K kept of each im
 L rows of the spliced sequence, D features, T tokens of text, V words.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -13,22 +14,21 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from .cache import LayerCache
 from .checkpoints.errors import UserError
-from .decoder import Cuts, Growth, Segment, read
+from .decoder import Cuts, Decoded, Decoder, TwigReader
 from .language.minimind import MiniMind, MiniMindConfig
 from .language.mlx_lm import MlxLm, MlxLmConfig
+from .laps import lap
 from .projector import MLPProjector, ProjectorConfig, merged
 from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, downsample
 from .pruners.attention_pool import AttentionPool
 from .pruners.contract import Policy, identity
+from .pruners.trace import ReductionStep, Trace
 from .resample import shrunk
 from .splice import Row, Visual, splice
 from .towers.between import Cut
 from .towers.clip import CLIPConfig, CLIPTower
 from .towers.siglip import SiglipConfig, SiglipTower
-
-Lap = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -46,66 +46,88 @@ class VLMConfig:
     pruner: tuple[str, int] | None = None
 
 
-@dataclass(frozen=True)
 class Prefill:
-    """What the first forward pass hands to decoding, and what became of the visual tokens.
+    """Prompts that a model of ours has read: see `generation.prefill`.
 
-    `trace` says what was left of the whole images after every step (empty without images).
+    `logits_BLV` are of the last row, or of every row where that was asked for; `next_B1` is the
+    position of the next token, `cache` has the rows of every layer.
     """
 
-    logits_BLV: mx.array
-    trace: list["Stop"]
-    next_B1: mx.array  # the position of the first new token
-    lengths: list[int]  # rows of each prompt in the first layer
-    segments: list[Segment]
-    cache: list[LayerCache]
+    def __init__(
+        self, language: MiniMind | MlxLm, logits_BLV: mx.array, next_B1: mx.array,
+        cache: list[Any], rows: list[int], trace: Trace,
+    ):  # fmt: skip
+        self.language, self.logits_BLV, self.next_B1 = language, logits_BLV, next_B1
+        self.cache, self.rows, self.trace = cache, rows, trace
+
+    @property
+    def logits_BV(self) -> mx.array:
+        return self.logits_BLV[:, -1]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(layer.nbytes for layer in self.cache)
+
+    def step(self, token_BL: mx.array) -> mx.array:
+        """Read more tokens; logits (B, L, V) after each of them."""
+        x_BLD = self.language.embed_tokens(token_BL)
+        x_BLD = self.onward(range(self.language.depth), x_BLD, self.next_B1)
+        self.next_B1 = self.next_B1 + token_BL.shape[1]
+        return self.language.logits(x_BLD)
+
+    def onward(self, layers: range, x_BLD: mx.array, position_B1: mx.array) -> mx.array:
+        """Hidden states of more tokens through some of the layers, whose caches grow.
+
+        The first of them stands at `position_B1`.
+        """
+        positions_BL = position_B1 + mx.arange(x_BLD.shape[1])
+        return self.language.run(layers, x_BLD, positions_BL, self.cache)
+
+    def fork(self) -> "Prefill":
+        """The same, whose steps leave this one as it is."""
+        fork = copy.copy(self)
+        fork.cache = [layer.fork() for layer in self.cache]
+        return fork
 
 
 @dataclass(frozen=True)
-class Stop:
-    """What was left of every image after a step, from `layer` of the language model on."""
-
-    step: str
-    layer: int
-    kept: list[Reduction]
-
-
-@dataclass(frozen=True)
-class Lot:
+class ImageBatch:
     """Images that are reduced together."""
 
     signals: Signals  # of the tokens at present
-    seen: Signals  # as the tower handed them over
-    since: Reduction  # what became of those
-    within: Reduction | None = None  # what became of the patches inside the tower
+    encoded: Signals  # as the tower handed them over
+    kept_of_encoded: Reduction
+    kept_in_tower: Reduction | None = None  # what stayed of the patches inside the tower
 
     @property
     def kept(self) -> Reduction:
-        """What became of the whole image."""
-        rows, columns = self.seen.grid
-        return self.since.after(self.within, rows * columns) if self.within else self.since
+        """What stays of the whole images."""
+        rows, columns = self.encoded.grid
+        if self.kept_in_tower is None:
+            return self.kept_of_encoded
+        return self.kept_of_encoded.after(self.kept_in_tower, rows * columns)
 
-    def reduced(self, kept: Reduction) -> "Lot":
-        N = self.seen.x_BND.shape[1]
-        signals, since = self.signals.reduced(kept), kept.after(self.since, N)
-        return replace(self, signals=signals, since=since)
+    def reduced(self, kept: Reduction) -> "ImageBatch":
+        N = self.encoded.x_BND.shape[1]
+        signals, whole = self.signals.reduced(kept), kept.after(self.kept_of_encoded, N)
+        return replace(self, signals=signals, kept_of_encoded=whole)
 
-    def split(self) -> "list[Lot]":
+    def split(self) -> "list[ImageBatch]":
         """One image at a time."""
-        one = [
-            Lot(self.signals.of(i), self.seen.of(i), self.since.of(i)) for i in range(self.images)
+        inside = self.kept_in_tower
+        return [
+            ImageBatch(
+                self.signals.of(i),
+                self.encoded.of(i),
+                self.kept_of_encoded.of(i),
+                inside.of(i) if inside else None,
+            )
+            for i in range(self.images)
         ]
-        within = self.within
-        return [replace(lot, within=within.of(i)) if within else lot for i, lot in enumerate(one)]
 
     @property
     def images(self) -> int:
         return len(self.signals.x_BND)
-
-
-def no_lap(name: str, value: Any = None) -> Any:
-    """Of a request that nobody times: nothing is waited for."""
-    return value
 
 
 class VLM(nn.Module):
@@ -118,61 +140,62 @@ class VLM(nn.Module):
         self.tower: CLIPTower | SiglipTower = (
             SiglipTower(vision) if isinstance(vision, SiglipConfig) else CLIPTower(vision)
         )
-        told = config.projector
-        self.projector = MLPProjector(*dims, told) if told else nn.Linear(*dims)
+        projector = config.projector
+        self.projector = MLPProjector(*dims, projector) if projector else nn.Linear(*dims)
         text = config.text
         self.language: MiniMind | MlxLm = (
             MlxLm(text) if isinstance(text, MlxLmConfig) else MiniMind(text)
         )
-        held = {}
+        learned = {}
         if config.pruner:
-            self.pruner = held[config.pruner[0]] = AttentionPool(
+            self.pruner = learned[config.pruner[0]] = AttentionPool(
                 config.pruner[1], config.vision.hidden_size
             )
         # Weights of learned methods, by name; a proxy, so that they are no parameters of ours.
-        self.learned: Mapping[str, Any] = MappingProxyType(held)
+        self.learned: Mapping[str, Any] = MappingProxyType(learned)
 
     def __call__(
         self,
-        rows: Sequence[Row],
+        prompts: Sequence[Row],
         pixels_IHW3: mx.array | None,
         pruner: Pruner | Pipeline,
         K: int,
         positions: Policy | None = None,
         *,
         last_only: bool = True,
-        lap: Lap = no_lap,
-        growth: Growth | None = None,
+        twig: TwigReader | None = None,
     ) -> Prefill:
         """Read B prompts with I images, K tokens of each; of a decoder method, K is the
-        average over layers. Without `positions`, those of the method's paper.
-        `lap(name, value)` may evaluate and time each part; a `growth` reads along."""
+        average over layers. Without `positions`, those of the method's paper. A `twig` reads
+        along; without `last_only` there are logits of every row."""
         pipeline = Pipeline.of(pruner)
         self.language.check(pipeline)
         policy = positions or pipeline.positions
-        lots, cuts, trace = [], Cuts(), []
+        batches: list[ImageBatch] = []
+        steps: list[ReductionStep] = []
         if pixels_IHW3 is not None:
-            lots = [self.encode(pixels_IHW3, pipeline, rows, K, lap)]  # encode
-            trace += [_stop(lots, pipeline.at(Stage.IMAGE, Stage.ENCODER))]
-            lots, seen = prune(lots, pipeline, K, Stage.FEATURES, lap)  # prune
-            lots = [self.project(lot, lap) for lot in lots]  # project
-            lots, more = prune(lots, pipeline, K, Stage.PROJECTED, lap)
-            trace += seen + more
-            cuts = self.cuts(lots, pipeline, K, policy)
-        visual = [slot for lot in lots for slot in _slots(lot, pipeline.enhancer)]
-        told = splice(self.language.embed_tokens, rows, visual, policy)  # splice
+            batches = [self.encode(pixels_IHW3, pipeline, prompts, K)]  # encode
+            steps.append(_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
+            batches, more = prune(batches, pipeline, K, Stage.FEATURES)  # prune
+            steps += more
+            batches = [self.project(batch) for batch in batches]  # project
+            batches, more = prune(batches, pipeline, K, Stage.PROJECTED)
+            steps += more
+        visual = [slot for batch in batches for slot in _slots(batch, pipeline.enhancer)]
+        spliced = splice(self.language.embed_tokens, prompts, visual, policy)  # splice
+        cuts = self.cuts(batches, pipeline, K, policy, twig)
         cache = self.language.make_cache()
-        done = read(self.language, told, self.grid, cache, cuts, last_only, lap, growth)  # decode
-        lap("prefill", done.logits_BLV)
-        for layer, kept in done.reductions:
-            before = trace[-1].kept
-            after = [kept.of(i).after(one, self.N) for i, one in enumerate(before)]
-            trace.append(Stop(f"{pipeline.steps[-1].name}, layer {layer}", layer, after))
-        return Prefill(done.logits_BLV, trace, told.next_B1, told.lengths, done.segments, cache)
+        read = Decoder(self.language, cache, cuts, twig.watch if twig else {})  # decode
+        decoded = read(spliced)
+        x_BLD = decoded.spliced.x_BLD
+        logits_BLV = lap("prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD))
+        steps += _decoder_steps(decoded, pipeline, steps[-1], self.N) if cuts.layers else []
+        trace = Trace.of_images(steps, [self.N] * len(visual))
+        return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
 
     def encode(
-        self, pixels_IHW3: mx.array, pipeline: Pipeline, rows: Sequence[Row], K: int, lap: Lap
-    ) -> Lot:
+        self, pixels_IHW3: mx.array, pipeline: Pipeline, prompts: Sequence[Row], K: int
+    ) -> ImageBatch:
         """The tower, inside which tokens may leave already; the prompt's words beside."""
         layers, budgets = self.config.vision.depth, pipeline.budgets(self.N, K)
         cuts, N, within = [], self.N, None
@@ -196,13 +219,13 @@ class VLM(nn.Module):
         if done.kept:
             within = done.kept.after(within, self.N) if within else done.kept
         seen = merged(done.signals, self.merge)
-        seen = self.worded(seen, rows) if pipeline.wants("text") else seen
-        return Lot(seen, seen, identity(seen.x_BND), within)
+        seen = self.add_text(seen, prompts) if pipeline.wants("text") else seen
+        return ImageBatch(seen, seen, identity(seen.x_BND), within)
 
-    def worded(self, signals: Signals, rows: Sequence[Row]) -> Signals:
+    def add_text(self, signals: Signals, prompts: Sequence[Row]) -> Signals:
         """With the embeddings of the words around each image."""
         words = []
-        for row in rows:
+        for row in prompts:
             inside = {p for start, length in row.runs for p in range(start, start + length)}
             ids = [token for p, token in enumerate(row.ids) if p not in inside]
             words += [ids] * len(row.runs)
@@ -212,20 +235,25 @@ class VLM(nn.Module):
         text_BTD = self.language.embed_tokens(mx.array(padded))
         return replace(signals, text_BTD=text_BTD, text_real_BT=mx.array(real))
 
-    def project(self, lot: Lot, lap: Lap = no_lap) -> Lot:
-        x_BND = lap("projector", self.projector(lot.signals.x_BND))
-        return replace(lot, signals=replace(lot.signals, x_BND=x_BND))
+    def project(self, batch: ImageBatch) -> ImageBatch:
+        x_BND = lap("projector", self.projector(batch.signals.x_BND))
+        return replace(batch, signals=replace(batch.signals, x_BND=x_BND))
 
-    def cuts(self, lots: list[Lot], pipeline: Pipeline, K: int, policy: Policy) -> Cuts:
-        """Where the decoder lets go of visual rows, so that an average of K stays."""
-        step, counts = pipeline.decoder, {lot.signals.x_BND.shape[1] for lot in lots}
-        if step is None or max(counts) <= K:
+    def cuts(
+        self, batches: list[ImageBatch], pipeline: Pipeline, K: int, policy: Policy,
+        reader: TwigReader | None,
+    ) -> Cuts:  # fmt: skip
+        """Where the decoder lets go of visual rows, so that an average of K stays of an image."""
+        step = pipeline.decoder
+        counts = [batch.signals.x_BND.shape[1] for batch in batches for _ in range(batch.images)]
+        if step is None or not counts or max(counts) <= K:
             return Cuts()
-        if len(counts) > 1:
-            raise UserError(f"{pipeline.name}: in the decoder all images need as many tokens")
-        layers = self.config.text.num_hidden_layers
-        schedule = step.ask(step.method.schedule, layers, counts.pop(), K)
-        return Cuts(step, schedule, pipeline.enhancer, policy)
+        layers, twig = self.config.text.num_hidden_layers, step.learned
+        if "twig_attention" in step.method.needs and not (reader and reader.twig is twig):
+            reader = TwigReader(twig)
+        schedules = [step.ask(step.method.schedule, layers, n, K) if n > K else {} for n in counts]
+        grids = [self.grid] * len(counts)
+        return Cuts(step, schedules, grids, policy, pipeline.enhancer, reader)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -257,70 +285,62 @@ class VLM(nn.Module):
         """Visual tokens of one image."""
         return self.grid[0] * self.grid[1]
 
-    def step(self, token_BL: mx.array, position_B1: mx.array, before: Prefill) -> mx.array:
-        """Logits (B, L, V) after more tokens, mostly one; the cache in `before` grows by them.
-        `position_B1` is where the first stands."""
-        every = range(self.config.text.num_hidden_layers)
-        x_BLD = self.language.embed_tokens(token_BL)
-        return self.language.logits(self.onward(every, x_BLD, position_B1, before))
-
-    def onward(
-        self, layers: range, x_BLD: mx.array, position_B1: mx.array, before: Prefill
-    ) -> mx.array:
-        """Hidden states of more tokens through some of the layers, whose caches grow; rows that
-        left between layers left each with its own places."""
-        for part in before.segments:
-            first, end = max(layers.start, part.layers.start), min(layers.stop, part.layers.stop)
-            if first < end:
-                place_BL = position_B1 + part.shift_B1 + mx.arange(x_BLD.shape[1])
-                x_BLD = self.language.run(
-                    range(first, end), x_BLD, place_BL, before.cache, padded=part.padded
-                )
-        return x_BLD
-
 
 def prune(
-    lots: list[Lot], pipeline: Pipeline, K: int, stage: Stage, lap: Lap
-) -> tuple[list[Lot], list[Stop]]:
-    """What the methods of a stage leave, and the stops on the way."""
-    rows, columns = lots[0].seen.grid
-    budgets, stops = pipeline.budgets(rows * columns, K), []
-    for step, own in zip(pipeline.steps, budgets, strict=True):
-        if step.stage is stage:
-            lots = [smaller for lot in lots for smaller in _reduce(lot, step, own, lap)]
-            stops.append(_stop(lots, [step]))
-    return lots, stops
+    batches: list[ImageBatch], pipeline: Pipeline, K: int, stage: Stage
+) -> tuple[list[ImageBatch], list[ReductionStep]]:
+    """What the methods of a stage leave, and the steps on the way."""
+    rows, columns = batches[0].encoded.grid
+    budgets, steps = pipeline.budgets(rows * columns, K), []
+    for pruner, tokens in zip(pipeline.steps, budgets, strict=True):
+        if pruner.stage is stage:
+            batches = [less for batch in batches for less in _reduce(batch, pruner, tokens)]
+            steps.append(_step(batches, [pruner]))
+    return batches, steps
 
 
-def _stop(lots: list[Lot], steps: list[Pruner]) -> Stop:
-    kept = [lot.kept.of(i) for lot in lots for i in range(lot.images)]
-    return Stop("+".join(step.name for step in steps), 0, kept)
+def _step(batches: list[ImageBatch], pruners: list[Pruner]) -> ReductionStep:
+    reductions = [batch.kept.of(i) for batch in batches for i in range(batch.images)]
+    return ReductionStep("+".join(pruner.name for pruner in pruners), 0, reductions)
 
 
-def _reduce(lot: Lot, step: Pruner, K: int, lap: Lap) -> list[Lot]:
-    """One step of one lot; where each image has a budget of its own, one lot an image."""
-    lots, budgets = [lot], [K]
-    if step.has_dynamic_budget:
-        lots, budgets = lot.split(), step.budgets(lot.signals, K)
-    return [_smaller(*pair, step, lap) for pair in zip(lots, budgets, strict=True)]
+def _decoder_steps(
+    decoded: Decoded, pipeline: Pipeline, last: ReductionStep, N: int
+) -> list[ReductionStep]:
+    """What every cut left of whole images, of which `last` is left before the decoder."""
+    steps, name = [last], pipeline.steps[-1].name
+    for layer, reductions in decoded.reductions:
+        pairs = zip(reductions, steps[-1].reductions, strict=True)
+        whole = [kept.after(before, N) for kept, before in pairs]
+        steps.append(ReductionStep(f"{name}, layer {layer}", layer, whole))
+    return steps[1:]
 
 
-def _smaller(lot: Lot, K: int, step: Pruner, lap: Lap) -> Lot:
-    N = lot.signals.x_BND.shape[1]
-    kept = step(lot.signals, min(K, N))
-    return lot.reduced(lap("pruner", kept)) if K < N else lot  # where all stay nothing is computed
+def _reduce(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
+    """One step of one batch; where each image has a budget of its own, one batch an image."""
+    batches, budgets = [batch], [K]
+    if pruner.has_dynamic_budget:
+        batches, budgets = batch.split(), pruner.budgets(batch.signals, K)
+    return [_keep(*pair, pruner) for pair in zip(batches, budgets, strict=True)]
 
 
-def _slots(lot: Lot, enhancer: Pruner | None) -> list[Visual]:
+def _keep(batch: ImageBatch, K: int, pruner: Pruner) -> ImageBatch:
+    N = batch.signals.x_BND.shape[1]
+    kept = pruner(batch.signals, min(K, N))
+    # where all stay nothing is computed
+    return batch.reduced(lap("pruner", kept)) if K < N else batch
+
+
+def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[Visual]:
     """Each image's slots, ready to be spliced."""
-    bias_BK, index_BK = None, lot.kept.index_BK
-    if enhancer and lot.signals.x_BND.shape[1] < lot.seen.x_BND.shape[1]:
-        bias_BK = enhancer.ask(enhancer.method.weigh, lot.seen, lot.since)
+    bias_BK, index_BK = None, batch.kept.index_BK
+    if enhancer and batch.signals.x_BND.shape[1] < batch.encoded.x_BND.shape[1]:
+        bias_BK = enhancer.ask(enhancer.method.weigh, batch.encoded, batch.kept_of_encoded)
     return [
         Visual(
-            lot.signals.x_BND[i],
+            batch.signals.x_BND[i],
             None if index_BK is None else index_BK[i],
             None if bias_BK is None else bias_BK[i],
         )
-        for i in range(lot.images)
+        for i in range(batch.images)
     ]

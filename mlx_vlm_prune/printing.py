@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from .generation.result import GenerationResult
 from .machine import versions
-from .result import GenerationResult
 
 LINE = "=" * 10
 

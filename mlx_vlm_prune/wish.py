@@ -7,8 +7,8 @@ from typing import Any
 
 from .cache import STEP
 from .checkpoints.errors import UserError
+from .generation.result import GenerationResult
 from .predict import Calibration
-from .result import GenerationResult
 
 SPARE = 1.01  # memory hardly varies
 ELSE = "a smaller image (downsample) or a method inside the tower (tome) may"

@@ -16,6 +16,7 @@ from mlx_vlm_prune.evaluation.asking import QuestionSet, entries, fingerprint
 from mlx_vlm_prune.evaluation.kept import Answered, Kept
 from mlx_vlm_prune.evaluation.widen import widen
 from mlx_vlm_prune.language.experts import ExpertLinear, QuantizedExpertLinear
+from mlx_vlm_prune.language.minimind import Step
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.questions import Question, format_of
@@ -101,7 +102,7 @@ def test_the_log_probability_is_that_of_one_word_after_another(home, spec):
         logits_BV, place_B1, by_hand = before.logits_BLV[:, -1], before.next_B1, 0.0
         for token in one.right:
             by_hand += (logits_BV - mx.logsumexp(logits_BV))[0, token].item()
-            logits_BV = model.step(mx.array([[token]]), place_B1, before)[:, -1]
+            logits_BV = before.step(mx.array([[token]]))[:, -1]
             place_B1 = place_B1 + 1
         assert logprob == pytest.approx(by_hand, rel=1e-4)
 
@@ -152,14 +153,15 @@ def test_the_cache_forgets_what_it_is_told_to():
     bias = mx.array(rng.normal(size=(2, 5)).astype(np.float32))
     cache, other = LayerCache(), LayerCache()
     for one in (cache, other):
-        one.append(rows[0], rows[0], places[0], bias)
-    cache.append(rows[1], rows[1], places[1])
+        one.append(rows[0], rows[0], Step(places[0], None, False, bias))
+    fork = cache.fork()
+    cache.append(rows[1], rows[1], Step(places[1], None, False))
     cache.rewind(5)
-    for a, b in zip(
-        cache.append(rows[2], rows[2], places[2]), other.append(rows[2], rows[2], places[2]),
-        strict=True,
-    ):  # fmt: skip
-        assert a is not None and b is not None and mx.array_equal(a, b).item()
+    for one in (other, cache, fork):
+        one.append(rows[2], rows[2], Step(places[2], None, False))
+        assert mx.array_equal(one.keys, other.keys).item() and one.rows == 7
+        assert mx.array_equal(one.positions, other.positions).item()
+        assert mx.array_equal(one.bias_BS, other.bias_BS).item()
     with pytest.raises(AssertionError, match="cannot be rewound"):
         cache.rewind(8)
 
@@ -199,7 +201,7 @@ def test_odds_that_are_no_numbers_are_refused(home):
     right_BA, asked = np.array([[3, 4]]), Prompt([3, 5, 6], [])
     before = broken([asked], None, plan("none"), broken.N)
     with pytest.raises(UserError, match="NaN"):
-        likelihood(broken, right_BA, before)
+        likelihood(before, right_BA)
 
 
 def test_a_question_without_an_answer_or_too_long_is_refused(home):

@@ -21,9 +21,9 @@ from mlx_vlm_prune.budgets import calibrated, check, keep_within, read
 from mlx_vlm_prune.calibrate import able, about, design, measure
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.generation.stream import prepare
 from mlx_vlm_prune.predict import PARTS, Calibration, Place, Run, rising
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.stream import ask
 from mlx_vlm_prune.wish import Forecast, Request, Wish, choose, forecast
 
 from . import tiny
@@ -253,7 +253,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def asked_of(loaded, home, images: int = 1, prompt: str = QUESTION):
-    return ask(*loaded, prompt, [home / "a.png"] * images)
+    return prepare(*loaded, prompt, [home / "a.png"] * images)
 
 
 def test_of_a_decoder_method_only_averages_that_its_schedule_allows(loaded):

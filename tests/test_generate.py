@@ -15,7 +15,7 @@ from PIL import Image
 from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.stream import Picker
+from mlx_vlm_prune.generation.steps import make_sampler
 
 from . import tiny
 
@@ -103,9 +103,9 @@ def test_sampling_with_one_seed_repeats_and_with_another_differs(home):
 def test_top_p_never_picks_from_outside_the_set():
     odds = mx.log(mx.array([[0.05, 0.5, 0.15, 0.3]]))
     for seed in range(50):
-        assert Picker(1.0, 0.7, seed)(odds).item() in (1, 3)  # .5 alone is short of .7
-    assert {Picker(1.0, 1.0, seed)(odds).item() for seed in range(80)} == {0, 1, 2, 3}
-    assert Picker(0.0, 1.0, 0)(odds).item() == 1
+        assert make_sampler(1.0, 0.7, seed)(odds).item() in (1, 3)  # .5 alone is short of .7
+    assert {make_sampler(1.0, 1.0, seed)(odds).item() for seed in range(80)} == {0, 1, 2, 3}
+    assert make_sampler(0.0, 1.0, 0)(odds).item() == 1
 
 
 def test_text_alone_is_answered_too(home, capsys):

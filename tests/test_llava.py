@@ -106,7 +106,7 @@ def test_greedy_tokens_equal_those_of_transformers(trio):
     logits_BLV, position_B1 = before.logits_BLV, before.next_B1
     for _ in range(12):
         said.append(int(mx.argmax(logits_BLV[0, -1])))
-        logits_BLV = model.step(mx.array([[said[-1]]]), position_B1, before)
+        logits_BLV = before.step(mx.array([[said[-1]]]))
         position_B1 = position_B1 + 1
     assert len(set(expected)) > 2, "an answer that repeats itself would prove little"
     assert said == expected
@@ -120,7 +120,7 @@ def test_every_method_prunes_it_as_the_reference_does(trio, spec, policy):
     before = trio.ours(rows, as_mx(seen), chain, K, policy, last_only=False)
     with torch.no_grad():
         expected = trio.reference.logits(rows, seen, steps, positions=policy).numpy()
-    left = before.trace[-1].kept[0].slots
+    left = before.trace.steps[-1].reductions[0].slots
     assert left < N
     for b, row in enumerate(rows):
         length = len(row.ids) - len(row.runs) * (N - left)
@@ -138,7 +138,7 @@ def test_cached_decoding_equals_reading_again_without_a_cache(trio, spec, policy
     after = trio.ours([whole], seen, chain.pipeline, K, policy, last_only=False)
     position_B1 = before.next_B1
     for i, token in enumerate(said):
-        got = trio.ours.step(mx.array([[token]]), position_B1, before)
+        got = before.step(mx.array([[token]]))
         position_B1 = position_B1 + 1
         close(np.array(got)[0, 0], np.array(after.logits_BLV)[0, i - len(said)])
 

@@ -91,7 +91,7 @@ def test_every_method_prunes_as_in_transformers_layers(kind, spec, policy, model
     before = both.ours(rows, as_mx(seen), chain, K, policy, last_only=False)
     with torch.no_grad():
         expected = both.reference.logits(rows, seen, steps, positions=policy).numpy()
-    left = before.trace[-1].kept[0].slots
+    left = before.trace.steps[-1].reductions[0].slots
     assert left < N
     for b, row in enumerate(rows):
         length = len(row.ids) - len(row.runs) * (N - left)
@@ -153,7 +153,7 @@ def test_cached_decoding_equals_reading_again_without_a_cache(kind, spec, policy
     after = both.ours([whole], seen, chain.pipeline, budget, policy, last_only=False)
     position_B1 = before.next_B1
     for i, token in enumerate(said):
-        got = both.ours.step(mx.array([[token]]), position_B1, before)
+        got = before.step(mx.array([[token]]))
         position_B1 = position_B1 + 1
         close(np.array(got)[0, 0], np.array(after.logits_BLV)[0, i - len(said)])
 
@@ -174,10 +174,10 @@ def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(kind, models):
         own, image = seen[image : image + len(row.runs)], image + len(row.runs)
         each.append(model([row], own, plan("v2drop"), K))
     close(np.array(together.logits_BLV), np.concatenate([np.array(e.logits_BLV) for e in each]))
-    for n, token in enumerate(said):
-        got = model.step(mx.full((2, 1), token), together.next_B1 + n, together)
+    for token in said:
+        got = together.step(mx.full((2, 1), token))
         for b, alone in enumerate(each):
-            one = model.step(mx.full((1, 1), token), alone.next_B1 + n, alone)
+            one = alone.step(mx.full((1, 1), token))
             close(np.array(got)[b], np.array(one)[0])
 
 
@@ -220,10 +220,10 @@ def test_mlx_lms_llama_and_qwen2_prune_as_our_own_decoder(kind, spec, policy, tm
     renamed = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in parts.items()}
     own.language.load_weights(list(renamed.items()))
     got = own(asked, seen, plan(spec), K, policy, last_only=False)
-    for one, other in zip(got.trace, expected.trace, strict=True):
-        pairs = zip(one.kept, other.kept, strict=True)
+    for one, other in zip(got.trace.steps, expected.trace.steps, strict=True):
+        pairs = zip(one.reductions, other.reductions, strict=True)
         assert all(mx.array_equal(a.index_BK, b.index_BK) for a, b in pairs)
-    L = expected.lengths[1]
+    L = expected.rows[1]
     close(np.array(got.logits_BLV)[:, -L:], np.array(expected.logits_BLV)[:, -L:])
 
 
@@ -343,7 +343,7 @@ def test_any_tower_goes_with_any_projector(tower, linear, models, tmp_path, caps
     if linear:
         close(np.array(x_BND), np.array(expected + state_of(state, "projector.bias")))
     pruned = model([asked], seen, plan("norm+fastv"), K)
-    assert pruned.trace[-1].kept[0].slots < N and mx.isfinite(pruned.logits_BLV).all()
+    assert pruned.trace.steps[-1].reductions[0].slots < N and mx.isfinite(pruned.logits_BLV).all()
 
 
 def state_of(state, name: str) -> mx.array:

@@ -73,7 +73,7 @@ def test_logits_equal_the_reference_for_every_method(pair, spec, policy):
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         theirs = pair.theirs.logits(rows, pixels, steps_of(pair, spec, K), positions=policy).numpy()
-    left = before.trace[-1].kept[0].slots
+    left = before.trace.steps[-1].reductions[0].slots
     for b, row in enumerate(rows):
         length = len(row.ids) - len(row.runs) * (tiny.N - left)
         close(ours[b, -length:], theirs[b, -length:])
@@ -135,7 +135,7 @@ def test_cached_decoding_equals_the_cache_free_recomputation_at_every_split(pair
     after = pair.ours([whole], pixels, chain.pipeline, budget, policy, last_only=False)
     expected_LV, position_B1 = np.array(after.logits_BLV)[0, -len(said) :], before.next_B1
     for token, expected_V in zip(said, expected_LV, strict=True):
-        got = pair.ours.step(mx.array([[token]]), position_B1, before)
+        got = before.step(mx.array([[token]]))
         position_B1 = position_B1 + 1
         close(np.array(got)[0, 0], expected_V)
 
@@ -172,7 +172,7 @@ def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, spec, monk
     monkeypatch.setattr("mlx_vlm_prune.decoder.ROWS", 2)
     pieces, got = logits(pair, list(ROWS), [0, 1, 2], spec, K)
     for b, row in enumerate(ROWS):
-        length = len(row.ids) - len(row.runs) * (tiny.N - whole.trace[-1].kept[0].slots)
+        length = len(row.ids) - len(row.runs) * (tiny.N - whole.trace.steps[-1].reductions[0].slots)
         close(got[b, -length:], expected[b, -length:])
     assert [c.rows for c in pieces.cache] == [c.rows for c in whole.cache]
 
@@ -204,7 +204,7 @@ def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(pair, spec, poli
 def steps(model, before, said, B):
     position_B1 = before.next_B1
     for token in said:
-        yield model.step(mx.full((B, 1), token), position_B1, before)
+        yield before.step(mx.full((B, 1), token))
         position_B1 = position_B1 + 1
 
 
@@ -233,7 +233,7 @@ def test_pruning_in_the_decoder_leaves_fewer_rows_in_deeper_caches_and_their_byt
     before, _ = logits(pair, [row], [0], "fastv", K)  # 16, then 5 and 5: 26 of 3 x 9
     assert [layer.rows - words for layer in before.cache] == [16, 5, 5]
     assert before.cache[1].nbytes * full.cache[1].rows == full.cache[1].nbytes * (words + 5)
-    index = np.array(before.trace[-1].kept[0].index_BK)[0]
+    index = np.array(before.trace.steps[-1].reductions[0].index_BK)[0]
     start = row.runs[0][0]
     held = np.array(before.cache[2].positions_BS)[0, start : start + 5]
     assert held.tolist() == (start + index).tolist()  # fastv keeps positions
@@ -242,13 +242,15 @@ def test_pruning_in_the_decoder_leaves_fewer_rows_in_deeper_caches_and_their_byt
 
 
 def test_positions_are_those_of_the_methods_paper_unless_told(pair):
-    def last(spec, policy):
+    def counts(spec, policy):
+        """Do the rows of the last layer count up to the next position without a gap?"""
         before = pair.ours([ROWS[0]], mx.array(pair.pixels[:1]), plan(spec), K, policy)
-        return before.segments[-1].shift_B1.item()
+        position_S, after = np.array(before.cache[-1].positions)[0], before.next_B1.item()
+        assert after == len(ROWS[0].ids) and position_S[-1] == after - 1
+        return position_S.tolist() == list(range(after - len(position_S), after))
 
-    gone = tiny.N - 5
-    assert last("fastv", None) == 0 and last("fastv", "renumber") == -gone
-    assert last("pact", None) == -gone and last("pact", "keep") == 0
+    assert not counts("fastv", None) and counts("fastv", "renumber")
+    assert counts("pact", None) and not counts("pact", "keep")
 
 
 def test_a_merged_token_gets_the_attention_of_all_its_members(pair):
@@ -279,7 +281,7 @@ def test_the_tower_reads_a_merged_patch_as_often_as_it_has_members(pair):
 def test_a_chain_keeps_the_places_of_the_whole_image(pair):
     """The second step counts in what the first left; what is told counts in the image."""
     before, _ = logits(pair, [ROWS[0]], [0], "uniform:keep=8+norm", 3)
-    first, last = (np.array(stop.kept[0].index_BK)[0] for stop in before.trace[1:])
+    first, last = (np.array(stop.reductions[0].index_BK)[0] for stop in before.trace.steps[1:])
     assert set(last) < set(first) and len(first) == 8 and len(last) == 3
 
 
@@ -331,12 +333,12 @@ def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(p
     weights.need.bias = mx.zeros((1,))
     chain, rows = plan("mlp:dynamic", {"mlp": weights}), list(ROWS)
     together = pair.ours(rows, mx.array(pair.pixels), chain, 6, "keep")
-    counts = [one.slots for one in together.trace[-1].kept]
+    counts = [one.slots for one in together.trace.steps[-1].reductions]
     assert len(set(counts)) > 1, counts
     image = 0
     for b, row in enumerate(rows):
         own = pair.pixels[image : image + len(row.runs)]
         image += len(row.runs)
         alone = pair.ours([row], mx.array(own) if len(own) else None, chain, 6, "keep")
-        assert alone.lengths[0] == together.lengths[b]
+        assert alone.rows[0] == together.rows[b]
         close(np.array(together.logits_BLV)[b], np.array(alone.logits_BLV)[0])

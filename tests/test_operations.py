@@ -22,6 +22,7 @@ from mlx_vlm_prune import decoder, operations
 from mlx_vlm_prune import model as vlm_module
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.model import VLM, VLMConfig
 from mlx_vlm_prune.operations import count, tokens
 from mlx_vlm_prune.projector import ProjectorConfig
@@ -62,7 +63,7 @@ WORDS = 11
 
 
 @dataclass
-class Watch:
+class Watch(Clock):
     """Multiply-adds by part, a part ending at its lap; and of them, those made in choosing."""
 
     parts: Counter = field(default_factory=Counter)
@@ -139,8 +140,7 @@ def watch(monkeypatch) -> Watch:
     watched.set_apart(monkeypatch, Reduction, "apply", "after", "mixture")
     watched.set_apart(monkeypatch, between.Between, "read")
     watched.set_apart(monkeypatch, between, "_grown")
-    watched.set_apart(monkeypatch, decoder.At, "signals")
-    watched.set_apart(monkeypatch, decoder, "bias")
+    watched.set_apart(monkeypatch, decoder.LayerInput, "signals", "bias_of")
     for module in (vlm_module, clip, siglip):
         watched.set_apart(monkeypatch, module, "shrunk")
     return watched
@@ -166,7 +166,8 @@ def run(config: VLMConfig, spec: str, K: int, watch: Watch, images: int = 1, B: 
     pixels = mx.random.normal((images * B, side, side, 3))
     pipeline = plan(spec, learned(config, K))
     rows = [prompt(model.N, config.image_token_id, images)] * B
-    before = model(rows, pixels, pipeline, K, lap=watch.lap)
+    with watch.running():
+        before = model(rows, pixels, pipeline, K)
     told = count(config, WORDS, pipeline, K, images=images)
     return model, before, told
 
@@ -225,10 +226,10 @@ def test_full_models_take_the_counted_work_and_nothing_to_choose(name, watch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_new_token_takes_the_counted_work(name, spec, watch):
     config = CONFIGS[name]
-    model, before, told = run(config, spec, budget(config, spec), watch)
+    _, before, told = run(config, spec, budget(config, spec), watch)
     for i in range(3):
         watch.since = 0
-        model.step(mx.array([[7]]), before.next_B1 + i, before)
+        before.step(mx.array([[7]]))
         seen = [rows + 1 + i for rows in told.rows]
         assert watch.since == operations.decode(config.text, seen)
         assert i or watch.since == told.decode

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_prune.overlay import LONG_SIDE, overlay, strip
+from mlx_vlm_prune.generation.overlay import LONG_SIDE, overlay, strip
 
 GRID, PATCH = (4, 4), LONG_SIDE // 4
 LIGHT = Image.new("RGB", (64, 64), (200, 120, 60))

@@ -20,12 +20,12 @@ from convert.describe import describe
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.elsewhere import RECORD
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.generation.stream import budget
 from mlx_vlm_prune.hosts.into.folder import prune_into
 from mlx_vlm_prune.hosts.mlx_vlm import family_of, see, shares, tell
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.stream import budget
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.decoder import At, through
+from mlx_vlm_prune.decoder import Cuts, Decoder, LayerInput, TwigReader, through
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.learned import read_learned
 from mlx_vlm_prune.loading import load
@@ -108,7 +108,7 @@ def test_deep_caches_hold_no_visual_rows_and_the_words_keep_their_places(pair):
     places = [*range(start), *range(start + length, len(row.ids))]
     assert np.array(before.cache[2].positions_BS)[0, : len(words)].tolist() == places
     held = np.array(before.cache[1].positions_BS)[0, start : start + 11] - start
-    (kept,) = before.trace[-2].kept
+    (kept,) = before.trace.steps[-2].reductions
     assert held.tolist() == np.array(kept.index_BK)[0].tolist()
     assert before.next_B1.item() == len(row.ids)
 
@@ -133,7 +133,8 @@ def test_its_row_of_attention_is_that_of_whole_attention(pair, monkeypatch, laye
     )  # fmt: skip
     cache = pair.ours.language.make_cache()
     before = through(pair.ours.language, range(1), told, cache)  # fills the cache of layer 0
-    at = At(pair.ours.language, 1, told, before, cache, ours)
+    inside = Decoder(pair.ours.language, cache, Cuts(twig=TwigReader(ours)))
+    at = LayerInput(inside, 1, told, before, [0, 1], (1, 5))
     rows_In = np.array(at.twig_attention()["twig_attention_BN"])
     for b, (ahead, start) in enumerate(((0, 2), (PADDED, 1))):
         one = decoder.Prompt(

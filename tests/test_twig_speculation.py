@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_vlm_prune import speculate
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.decoder import Growth
+from mlx_vlm_prune.decoder import TwigReader
+from mlx_vlm_prune.generation import speculation as speculate
+from mlx_vlm_prune.generation.speculation import Speculation
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.speculate import Speculation
 from torch_ref.language.twig import Twig, grown
 from torch_ref.model import VLM, VLMConfig
 from torch_ref.speculate import speculate as theirs
@@ -83,11 +83,11 @@ def K_of(spec: str) -> int:
     return tiny.N if spec == "none" else K
 
 
-def read(pair, spec: str, row=ROW, growth: Growth | None = None, chain=None, policy=None):
+def read(pair, spec: str, row=ROW, growth: TwigReader | None = None, chain=None, policy=None):
     """The prompt with its images."""
     pixels = mx.array(pair.pixels[: len(row.runs)]) if row.runs else None
     chain = chain or plan(spec, pair.ours.learned)
-    return pair.ours([row], pixels, chain, K_of(spec), policy, growth=growth)
+    return pair.ours([row], pixels, chain, K_of(spec), policy, twig=growth)
 
 
 def greedy(pair, spec: str, limit: int, row=ROW, chain=None) -> list[int]:
@@ -96,7 +96,7 @@ def greedy(pair, spec: str, limit: int, row=ROW, chain=None) -> list[int]:
     token_11, place_11 = mx.argmax(before.logits_BLV[:, -1], -1, keepdims=True), before.next_B1
     said = [token_11.item()]
     for _ in range(limit - 1):
-        logits_1LV = pair.ours.step(token_11, place_11, before)
+        logits_1LV = before.step(token_11)
         token_11, place_11 = mx.argmax(logits_1LV[:, -1], -1, keepdims=True), place_11 + 1
         said.append(token_11.item())
     return said
@@ -104,9 +104,9 @@ def greedy(pair, spec: str, limit: int, row=ROW, chain=None) -> list[int]:
 
 def begun(pair, spec: str, most=5, sure=0.6, ends=NO_END, row=ROW, chain=None, policy=None):
     """A speculation and the first token; its drafts are written down in `drafts`."""
-    growth = Growth(pair.ours.learned["twig"])
+    growth = TwigReader(pair.ours.learned["twig"])
     before = read(pair, spec, row, growth, chain, policy)
-    turns = Speculation(pair.ours, before, growth, ends, most, sure)
+    turns = Speculation(before, growth, ends, most, sure)
     turns.drafts, draft = [], turns.draft
 
     def noted(*arguments):
@@ -206,10 +206,10 @@ def test_a_draft_ends_behind_what_the_twig_is_not_sure_of_behind_an_end_and_when
         turns, first = begun(pairs["wrong"], "none", ends={9}, most=most)
         guesses = iter(told)
         turns.guess = lambda state, place: (turns.read(state, place), next(guesses))[1]
-        held = [layer.rows for layer in turns.growth.cache]
-        draft, states = turns.draft(first, turns.before.next_B1, most)
+        held = [layer.rows for layer in turns.reader.cache]
+        draft, states = turns.draft(first, turns.prefill.next_B1, most)
         assert states.shape[1] == len(draft) + 1
-        assert [layer.rows for layer in turns.growth.cache] == [n + len(draft) + 1 for n in held]
+        assert [layer.rows for layer in turns.reader.cache] == [n + len(draft) + 1 for n in held]
         return draft
 
     sure = [(3, 0.9), (4, 0.6), (5, 0.7), (6, 0.99), (7, 0.8), (8, 0.9)]
@@ -242,10 +242,10 @@ def check_caches(
             continue  # not the last of its turn
         chain.again = True
         whole = tiny.Prompt([*ROW.ids, *said[:-1]], ROW.runs)
-        growth = Growth(pair.ours.learned["twig"])
+        growth = TwigReader(pair.ours.learned["twig"])
         after = read(pair, spec, whole, growth, chain.pipeline, policy)
         held, expected = (
-            [*t.cache, *g.cache] for t, g in ((turns.before, turns.growth), (after, growth))
+            [*t.cache, *g.cache] for t, g in ((turns.prefill, turns.reader), (after, growth))
         )
         assert [layer.rows for layer in held] == [layer.rows for layer in expected]
         for one, other in zip(held, expected, strict=True):
@@ -307,8 +307,8 @@ def test_a_decoder_that_believes_every_draft_is_found_out(pairs, monkeypatch):
 def test_reading_along_changes_nothing_that_the_model_reads(pairs, spec, piece, monkeypatch):
     monkeypatch.setattr("mlx_vlm_prune.decoder.PIECE", piece)
     pair = pairs["nearly"]
-    growth = Growth(pair.ours.learned["twig"])
-    alone, along = read(pair, spec), read(pair, spec, growth=growth)
+    growth = TwigReader(pair.ours.learned["twig"])
+    alone, along = read(pair, spec), read(pair, spec, twig=growth)
     assert np.array(alone.logits_BLV).tobytes() == np.array(along.logits_BLV).tobytes()
     for one, other in zip(alone.cache, along.cache, strict=True):
         assert one.rows == other.rows

@@ -8,8 +8,7 @@ longest right answer with its end, V words, H height, W width.
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -17,9 +16,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..generation.steps import greedy_answers, likelihood
 from ..image import open_image
 from ..loading import Processor
-from ..model import VLM, Prefill
+from ..model import VLM
 from ..prompt import Prompt, build
 from ..pruners import Pipeline, Reduction
 from ..questions import Question
@@ -141,50 +141,6 @@ def answer(
     model: VLM, batch: Batch, pruner: Pipeline, K: int, ends: Collection[int], max_tokens: int
 ) -> Said:
     """What the model says with K of N visual tokens. Raises UserError where that cannot be."""
-    before = model(batch.rows, batch.pixels_IHW3, pruner, K)
-    with unchanged(before):
-        logprob_B = likelihood(model, batch.right_BA, before)
-    return Said(greedy(model, before, ends, max_tokens), logprob_B)
-
-
-@contextmanager
-def unchanged(before: Prefill) -> Iterator[None]:
-    """What is read inside is forgotten afterwards."""
-    held = [layer.rows for layer in before.cache]
-    yield
-    for layer, rows in zip(before.cache, held, strict=True):
-        layer.rewind(rows)
-
-
-def likelihood(model: VLM, right_BA: np.ndarray, before: Prefill) -> np.ndarray:
-    """Log-probabilities (B,) of answers with their ends: the sums over their tokens. -1 pads."""
-    right = mx.array(np.maximum(right_BA, 0))
-    logits_BAV = before.logits_BLV[:, -1:]
-    if right_BA.shape[1] > 1:
-        after_BAV = model.step(right[:, :-1], before.next_B1, before)
-        logits_BAV = mx.concatenate([logits_BAV, after_BAV], axis=1)
-    logits_BAV = logits_BAV.astype(mx.float32)
-    own_BA = mx.take_along_axis(logits_BAV, right[..., None], axis=-1)[..., 0]
-    told_BA = np.array(own_BA - mx.logsumexp(logits_BAV, axis=-1)).astype(np.float64)
-    logprob_B = np.where(right_BA >= 0, told_BA, 0).sum(axis=1)
-    if not np.isfinite(logprob_B).all():
-        raise UserError("the language model gave NaN or infinite odds; try --dtype float32")
-    return logprob_B
-
-
-def greedy(model: VLM, before: Prefill, ends: Collection[int], max_tokens: int) -> list[list[int]]:
-    """The likeliest next token, again and again, until every answer ended."""
-    token_B1 = mx.argmax(before.logits_BLV[:, -1], axis=-1, keepdims=True)
-    position_B1 = before.next_B1
-    said: list[list[int]] = [[] for _ in before.lengths]
-    running = set(range(len(said)))
-    for n in range(1, max_tokens + 1):
-        tokens = np.array(token_B1)[:, 0].tolist()
-        running -= {b for b in running if tokens[b] in ends}
-        for b in running:
-            said[b].append(tokens[b])
-        if not running or n == max_tokens:
-            break
-        logits_BV = model.step(token_B1, position_B1, before)[:, -1]
-        token_B1, position_B1 = mx.argmax(logits_BV, axis=-1, keepdims=True), position_B1 + 1
-    return said
+    prefill = model(batch.rows, batch.pixels_IHW3, pruner, K)
+    logprob_B = likelihood(prefill, batch.right_BA)
+    return Said(greedy_answers(prefill, ends, max_tokens), logprob_B)

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
+from ..generation.stream import Clock
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
-from ..stream import Clock
 from .batches import taken_apart, tiles_are_untold
 from .fewer import Laid, laid_out
 from .memory import Memory, key_of

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..generation.stream import budget
 from ..pruners import plan
-from ..stream import budget
 from .families import common
 from .mlx_vlm import family_of, see, shares, tell
 from .refusals import check

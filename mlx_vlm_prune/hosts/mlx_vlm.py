@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..generation.stream import budget
 from ..model import Lap, Lot, Stop, prune
 from ..pruners import Pipeline, Stage
 from ..pruners.contract import Policy, identity
-from ..stream import budget
 from .families import FAMILIES, Family
 from .places import left, shortened
 from .views import Inputs, View

@@ -16,9 +16,9 @@ from uuid import uuid4
 from weakref import WeakSet
 
 from ..checkpoints.errors import UserError
+from ..generation.stream import budget
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.contract import Policy
-from ..stream import budget
 from .embeddings import Embeddings
 from .fewer import call
 from .mlx_vlm import as_it_was, family_of

@@ -12,14 +12,14 @@ from mlx.utils import tree_reduce
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..generation.request import Request
+from ..generation.result import GenerationResult, Seen
+from ..generation.stream import Clock
 from ..image import MAX_PIXELS, open_image
 from ..model import Lap, no_lap
 from ..prompt import IMAGE_MARK
 from ..pruners import Pipeline, plan
 from ..pruners.contract import Policy
-from ..request import Request
-from ..result import GenerationResult, Seen
-from ..stream import Clock
 from .deep import Read, read
 from .families import Family
 from .mlx_vlm import Told, as_it_was, budgets, chosen, family_of, pictures, see, tell

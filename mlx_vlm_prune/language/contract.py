@@ -1,60 +1,54 @@
-"""What the model asks of a language model, whoever computes its layers.
+"""What the decoder asks of a language model, whoever computes its layers.
 
-Shapes: B prompts, L rows, D features, V words, H heads, G key/value heads, d head size.
+Shapes: B prompts, L rows, S rows held, D features, V words, G key/value heads, R queries of each,
+d head size. Positions are (B, L), or (B, L, A) of a model that counts along A axes.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
-from mlx import nn
-
-from ..pruners.pipeline import Pipeline
 
 
-class Attention(Protocol):
-    """One layer's attention, part by part; `rotary` is what the language model makes of
-    positions."""
-
-    def grouped_queries(self, x_BLD: mx.array, rotary: Any) -> mx.array:
-        """Turned queries as the keys are grouped, (B, G, H/G, L, d)."""
-        ...
-
-    def turned_keys(self, x_BLD: mx.array, rotary: Any) -> mx.array:
-        """(B, G, L, d)."""
-        ...
-
-
-class Layer(Protocol):
-    @property
-    def self_attn(self) -> Attention: ...
-    @property
-    def input_layernorm(self) -> nn.Module: ...
-
-
-class Language(Protocol):
-    """Embeddings with positions to logits, layer by layer."""
-
-    @property
-    def layers(self) -> Sequence[Any]: ...
-    @property
-    def norm(self) -> nn.Module: ...
-
-    def embed_tokens(self, ids: mx.array) -> mx.array: ...
-
-    def check(self, pipeline: Pipeline) -> None:
-        """UserError, by name and with the reason, for a method that cannot work here."""
-        ...
+class Layers(Protocol):
+    """Layers that are driven one by one: a language model's, or a twig's."""
 
     def make_cache(self) -> list[Any]: ...
-
-    def rotary(self, positions_BL: mx.array) -> Any: ...
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
         *, padded: bool = False, bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
-        """Hidden states through some of the layers, whose caches grow by L rows."""
+        """Hidden states through some of the layers, whose caches grow by L rows.
+
+        `padded` says that some rows are padding, at position -1.
+        """
         ...
 
-    def logits(self, x_BLD: mx.array) -> mx.array: ...
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The queries (B, G, R, L, d) that a layer makes of its input, rotated."""
+        ...
+
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
+        ...
+
+
+class Language(Layers, Protocol):
+    """Embeddings with positions to logits, layer by layer."""
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        ...
+
+    def held_keys(self, layer_cache: Any) -> mx.array:
+        """The keys (B, G, S, d) of all rows that a layer holds."""
+        ...
+
+    def norm(self, x_BLD: mx.array) -> mx.array:
+        """The last norm, ahead of the output layer."""
+        ...
+
+    def logits(self, x_BLD: mx.array) -> mx.array:
+        """Of the next word, (B, L, V), from the last layer's hidden states."""
+        ...

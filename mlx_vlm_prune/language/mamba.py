@@ -8,6 +8,7 @@ a method can save is reading, not memory.
 Shapes: B prompts, L new rows, l of them real, D features.
 """
 
+import copy
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,15 @@ class State:
     def __init__(self) -> None:
         self.held: list[Any] = []
         self.rows = 0  # that were read, padding among them
+        self.padded = False  # is any of them padding?
+
+    def fork(self) -> "State":
+        """The same; what is read on top of one of both is not in the other."""
+        fork = copy.copy(self)
+        fork.held = [copy.copy(one) for one in self.held]
+        for one in fork.held:
+            one.cache = [part if part is None else mx.array(part) for part in one.cache]
+        return fork
 
     def of(self, number: int) -> Any:
         """mlx-lm's own cache of a layer: what the convolution and the scan go on from."""
@@ -37,8 +47,8 @@ class State:
 def block(layer: Any, x_BLD: mx.array, step: Any, state: State) -> mx.array:
     """One layer. A state cannot be masked, so padding is not read: prompts go one by one."""
     L = x_BLD.shape[1]
-    state.rows += L
-    if not step.padded:
+    state.rows, state.padded = state.rows + L, state.padded or step.padded
+    if not state.padded:
         y_BLD = layer.part(x_BLD, state.of(0))
     else:
         parts = []

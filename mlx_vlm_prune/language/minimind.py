@@ -87,10 +87,8 @@ class Attention(nn.Module):
             self.turned_keys(x_BLD, step.rotary),
         )
         v_BGLd = self.split(self.v_proj(x_BLD))
-        k_BGSd, v_BGSd, seen_BS, bias_BS = cache.append(
-            k_BGLd, v_BGLd, step.positions_BL, step.bias_BL
-        )
-        mask = step.mask(seen_BS, bias_BS, x_BLD.dtype)
+        k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, step)
+        mask = step.mask(cache, x_BLD.dtype)
         y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, mask, step.fold)
         return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
 
@@ -103,12 +101,6 @@ class Attention(nn.Module):
         """Of some rows, turned, (B, G, L, d)."""
         k_BGLd = self.split(self.k_proj(x_BLD))
         return rotary(self.k_norm(k_BGLd) if "k_norm" in self else k_BGLd)
-
-    def grouped_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
-        """The queries as the keys are grouped, (B, G, H/G, L, d)."""
-        q_BHLd = self.turned_queries(x_BLD, rotary)
-        B, H, L, d = q_BHLd.shape
-        return q_BHLd.reshape(B, self.groups, H // self.groups, L, d)
 
 
 def attend(
@@ -128,6 +120,12 @@ def attend(
         mask = mask if mask is None else mx.tile(mask, (1, 1, H // G, 1))
     y = mx.fast.scaled_dot_product_attention(q_BHLd, k_BGSd, v_BGSd, scale=d**-0.5, mask=mask)
     return y.reshape(B, H, L, d)
+
+
+def grouped(q_BHLd: mx.array, groups: int) -> mx.array:
+    """Queries by the key/value heads that they read, (B, G, H/G, L, d)."""
+    B, H, L, d = q_BHLd.shape
+    return q_BHLd.reshape(B, groups, H // groups, L, d)
 
 
 class MLP(nn.Module):
@@ -161,6 +159,15 @@ class DecoderLayer(nn.Module):
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), step, cache)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
+    def rotated_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+        """As the keys are grouped, (B, G, H/G, L, d)."""
+        q_BHLd = self.self_attn.turned_queries(self.input_layernorm(x_BLD), rotary)
+        return grouped(q_BHLd, self.self_attn.groups)
+
+    def rotated_keys(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+        """(B, G, L, d)."""
+        return self.self_attn.turned_keys(self.input_layernorm(x_BLD), rotary)
+
 
 class Step:
     """What all layers of one forward pass share: positions, rotation, visibility."""
@@ -177,22 +184,21 @@ class Step:
         is_cpu = mx.default_device().type == mx.DeviceType.cpu
         self.fold = is_cpu and positions_BL.shape[1] > 1
 
-    def mask(
-        self, seen_BS: mx.array, bias_BS: mx.array | None, dtype: mx.Dtype
-    ) -> mx.array | str | None:
-        """Who sees whom: rows at one's own position or before; padding (-1) is seen by none.
+    def mask(self, cache: LayerCache, dtype: mx.Dtype) -> mx.array | str | None:
+        """Who sees whom in a layer that holds these rows: rows at one's own position or before;
+        padding (-1) is seen by none.
 
         Rows are stored in the order of their positions, so without padding the fused
         causal kernel says the same, and a single new token sees all. A bias is added.
         """
-        if bias_BS is not None:
-            visible_B1LS = self.visible(seen_BS)
-            return mx.where(visible_B1LS, bias_BS[:, None, None], -mx.inf).astype(dtype)
-        if not self.padded and self.positions_BL.shape[1] == 1:
+        if cache.bias_BS is not None:
+            visible_B1LS = self.visible(cache.positions)
+            return mx.where(visible_B1LS, cache.bias_BS[:, None, None], -mx.inf).astype(dtype)
+        if not cache.padded and self.positions_BL.shape[1] == 1:
             return None
-        if not self.padded and not self.fold:
+        if not cache.padded and not self.fold:
             return "causal"
-        return self.visible(seen_BS)
+        return self.visible(cache.positions)
 
     def visible(self, seen_BS: mx.array) -> mx.array:
         """Which rows each new row sees, (B, 1, L, S)."""
@@ -254,8 +260,24 @@ class MiniMind(nn.Module):
             x_BLD = self.layers[number](x_BLD, step, cache[number])
         return x_BLD
 
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
+        return self.layers[number].rotated_queries(x_BLD, self.rotary(positions_BL))
+
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
+        return self.layers[number].rotated_keys(x_BLD, self.rotary(positions_BL))
+
+    def held_keys(self, layer_cache: LayerCache) -> mx.array:
+        """(B, G, S, d)."""
+        return layer_cache.keys
+
     def rotary(self, positions_BL: mx.array) -> Rotary:
         return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
 
     def logits(self, x_BLD: mx.array) -> mx.array:
         """Of the next word, from the last layer's hidden states."""

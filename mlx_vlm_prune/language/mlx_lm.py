@@ -27,7 +27,7 @@ from ..checkpoints.errors import UserError
 from ..pruners.contract import Stage
 from ..pruners.pipeline import Pipeline
 from . import mamba
-from .minimind import Step, attend
+from .minimind import Step, attend, grouped
 
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
 
@@ -83,8 +83,8 @@ class Attention:
         q_BHLd = self.turned_queries(x_BLD, places_BL)
         k_BGLd = self.turned_keys(x_BLD, places_BL)
         v_BGLd = self.part.v_proj(x_BLD).reshape(B, L, self.groups, -1).swapaxes(1, 2)
-        k_BGSd, v_BGSd, seen_BS, bias_BS = cache.append(k_BGLd, v_BGLd, places_BL, step.bias_BL)
-        mask = step.mask(seen_BS, bias_BS, x_BLD.dtype)
+        k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, step)
+        mask = step.mask(cache, x_BLD.dtype)
         y_BHLd = attend(self.family.widen(q_BHLd), k_BGSd, v_BGSd, mask, step.fold)
         out = self.part[self.family.out]
         return out(y_BHLd.astype(x_BLD.dtype).swapaxes(1, 2).reshape(B, L, -1))
@@ -97,12 +97,6 @@ class Attention:
         """(B, G, L, d)."""
         return self._turned(self.part.k_proj(x_BLD), self.groups, "k_norm", places_BL)
 
-    def grouped_queries(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
-        """The queries as the keys are grouped, (B, G, H/G, L, d)."""
-        q_BHLd = self.turned_queries(x_BLD, places_BL)
-        B, H, L, d = q_BHLd.shape
-        return q_BHLd.reshape(B, self.groups, H // self.groups, L, d)
-
     def _turned(self, x: mx.array, heads: int, norm: str, places_BL: mx.array) -> mx.array:
         """mlx-lm's rotation takes one offset for each entry of a batch: a row is an entry."""
         B, L, _ = x.shape
@@ -113,7 +107,7 @@ class Attention:
 
 
 class Layer:
-    """One of mlx-lm's layers, as methods in the decoder ask it."""
+    """One of mlx-lm's layers, read part by part."""
 
     def __init__(self, part: nn.Module, family: "Family", c: MlxLmConfig):
         self.part, self.family, self.c = part, family, c
@@ -122,9 +116,16 @@ class Layer:
     def self_attn(self) -> Attention:
         return Attention(self.part.self_attn, self.family, self.c)
 
-    @property
-    def input_layernorm(self) -> nn.Module:
-        return self.part.input_layernorm
+    def rotated_queries(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
+        """As the keys are grouped, (B, G, H/G, L, d)."""
+        attention = self.self_attn
+        return grouped(
+            attention.turned_queries(self.part.input_layernorm(x_BLD), places_BL), attention.groups
+        )
+
+    def rotated_keys(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
+        """(B, G, L, d)."""
+        return self.self_attn.turned_keys(self.part.input_layernorm(x_BLD), places_BL)
 
     def __call__(self, x_BLD: mx.array, step: Step, cache: Any) -> mx.array:
         return self.family.block(self, x_BLD, step, cache)
@@ -246,9 +247,21 @@ class MlxLm(nn.Module):
     def make_cache(self) -> list[Any]:
         return [self.family.cache() for _ in range(self.config.num_hidden_layers)]
 
-    def rotary(self, positions_BL: mx.array) -> mx.array:
-        """The positions themselves: each layer turns by its own rotation."""
-        return positions_BL
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
+        return self.layers[number].rotated_queries(x_BLD, positions_BL)
+
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
+        return self.layers[number].rotated_keys(x_BLD, positions_BL)
+
+    def held_keys(self, layer_cache: LayerCache) -> mx.array:
+        """(B, G, S, d)."""
+        return layer_cache.keys
+
+    @property
+    def depth(self) -> int:
+        return self.config.num_hidden_layers
 
     def run(
         self,

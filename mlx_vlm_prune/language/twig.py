@@ -43,11 +43,21 @@ class Twig(nn.Module):
         bias_BL: mx.array | None = None,
     ) -> mx.array:
         """The base's hidden states through some of the twig's layers, whose caches grow."""
-        rotary = Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
-        step = Step(positions_BL, rotary, padded, bias_BL)
+        step = Step(positions_BL, self.rotary(positions_BL), padded, bias_BL)
         for number in numbers:
             x_BLD = self.layers[number](x_BLD, step, cache[number])
         return x_BLD
+
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
+        return self.layers[number].rotated_queries(x_BLD, self.rotary(positions_BL))
+
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
+        return self.layers[number].rotated_keys(x_BLD, self.rotary(positions_BL))
+
+    def rotary(self, positions_BL: mx.array) -> Rotary:
+        return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
 
     def logits(self, x_BLD: mx.array) -> mx.array:
         """Of the next word, from the last layer's hidden states, (B, L, V)."""

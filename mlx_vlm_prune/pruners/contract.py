@@ -153,7 +153,7 @@ class Reduction:
         return part.shape[1]
 
     @cached_property
-    def parts(self) -> list[mx.array]:
+    def arrays(self) -> list[mx.array]:
         """The arrays that are there, to evaluate together."""
         return [a for a in (self.index_BK, self.weight_BKN, self.value_BND) if a is not None]
 

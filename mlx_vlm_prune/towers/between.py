@@ -35,6 +35,11 @@ class Encoded:
     signals: Signals
     kept: Reduction | None = None
 
+    @property
+    def arrays(self) -> mx.array:
+        """What is computed when the tower is done."""
+        return self.signals.x_BND
+
 
 class Between:
     """One pass through a tower: the signals so far, of the tokens that are left."""

@@ -17,9 +17,9 @@ from ... import __version__
 from ...checkpoints.elsewhere import RECORD
 from ...checkpoints.errors import UserError
 from ...checkpoints.files import appearing, read_json, write_json
+from ...generation.request import check_budget
 from ...pruners import Pipeline, Pruner, Stage, plan
 from ...pruners.pipeline import known_options
-from ...request import check_budget
 from ..families import FAMILIES, REFUSED
 from .source import INTO, ROOT, Writer
 

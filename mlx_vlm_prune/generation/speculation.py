@@ -24,14 +24,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .checkpoints.errors import UserError
-from .decoder import Growth
-from .model import VLM, Prefill
+from ..checkpoints.errors import UserError
+from ..decoder import TwigReader
+from ..model import VLM, Prefill
 
 SURE = 0.6  # TwigVLM's; a draft ends behind what the twig thinks less likely
 
 
-def check_drafts(most: int | None, temperature: float, is_own: bool) -> None:
+def check_drafts(most: int | None, temperature: float, has_twigs: bool) -> None:
     """UserError for a number of drafted tokens that this answer, or this model, cannot have."""
     if most is None:
         return
@@ -41,16 +41,16 @@ def check_drafts(most: int | None, temperature: float, is_own: bool) -> None:
         raise UserError(
             f"--num-draft-tokens is for greedy answers, and --temp is {temperature}; leave one out"
         )
-    if not is_own:
+    if not has_twigs:
         raise UserError(
             "--num-draft-tokens needs a twig, and a model of mlx-vlm's has none; leave it out"
         )
 
 
-def growth_of(model: VLM, name: str) -> Growth:
+def twig_of(model: VLM, name: str) -> TwigReader:
     """The twig beside a model, which has read nothing yet. Raises UserError without one."""
     if twig := model.learned.get("twig"):
-        return Growth(twig)
+        return TwigReader(twig)
     raise UserError(
         f"--num-draft-tokens needs a twig, and {name} has none beside it; python -m convert to-mlx"
         " --twig brings one along, python -m torch_ref.train_pruners trains one"
@@ -68,80 +68,79 @@ class Token(NamedTuple):
 class Speculation:
     """Greedy decoding of one prompt that was read, `most` drafted tokens a turn at most.
 
-    `growth` is the twig with its rows of the prompt; a draft ends behind a token of `ends`.
+    `reader` is the twig with its rows of the prompt; a draft ends behind a token of `ends`.
     """
 
     def __init__(
-        self, model: VLM, before: Prefill, growth: Growth, ends: Collection[int], most: int,
+        self, prefill: Prefill, reader: TwigReader, ends: Collection[int], most: int,
         sure: float = SURE,
     ):  # fmt: skip
-        self.model, self.before, self.growth = model, before, growth
+        self.prefill, self.reader, self.twig = prefill, reader, reader.twig
         self.ends, self.most, self.sure = ends, most, sure
 
     def tokens(self, token: int, limit: int) -> Iterator[Token]:
         """The first token, which the prompt gave, and the next ones: `limit` in all, unless the
         caller stops. When a turn's tokens come, its rows are cropped."""
-        place_11, drafted, accepted = self.before.next_B1, 0, 0
+        position_11, drafted, accepted = self.prefill.next_B1, 0, 0
         yield Token(token, 0, 0)
         left = limit - 1
         while left:
-            draft, states_1LD = self.draft(token, place_11, min(self.most, left - 1))
-            said = self.verify(states_1LD, place_11)
-            right = agreeing(draft, said)
+            draft, states_1LD = self.draft(token, position_11, min(self.most, left - 1))
+            verified = self.verify(states_1LD, position_11)
+            right = agreeing(draft, verified)
             self.crop(len(draft) - right)
             drafted, accepted = drafted + len(draft), accepted + right
-            for one in said[: right + 1]:
-                yield Token(one, drafted, accepted)
-            token, place_11, left = said[right], place_11 + right + 1, left - right - 1
+            for next_token in verified[: right + 1]:
+                yield Token(next_token, drafted, accepted)
+            token, position_11 = verified[right], position_11 + right + 1
+            left -= right + 1
 
-    def draft(self, token: int, place_11: mx.array, most: int) -> tuple[list[int], mx.array]:
+    def draft(self, token: int, position_11: mx.array, most: int) -> tuple[list[int], mx.array]:
         """Tokens that may follow, and the hidden states (1, n + 1, D) of `token` and of them all,
         which the model's late layers have still to read."""
         drafted: list[int] = []
-        states = [self.early(token, place_11)]
+        states = [self.early(token, position_11)]
         while len(drafted) < most:
-            token, odds = self.guess(states[-1], place_11 + len(drafted))
+            token, odds = self.guess(states[-1], position_11 + len(drafted))
             drafted.append(token)
-            states.append(self.early(token, place_11 + len(drafted)))
+            states.append(self.early(token, position_11 + len(drafted)))
             if odds < self.sure or token in self.ends:
                 break
-        self.read(states[-1], place_11 + len(drafted))
+        self.read(states[-1], position_11 + len(drafted))
         return drafted, mx.concatenate(states, axis=1)
 
-    def verify(self, states_1LD: mx.array, place_11: mx.array) -> list[int]:
-        """What the model says after each of these hidden states, in one pass."""
-        depth = self.model.config.text.num_hidden_layers
-        late = range(self.growth.twig.layer, depth)
-        x_1LD = self.model.onward(late, states_1LD, place_11, self.before)
-        said_1L = np.array(mx.argmax(self.model.language.logits(x_1LD), axis=-1))
-        return said_1L[0].tolist()
+    def verify(self, states_1LD: mx.array, position_11: mx.array) -> list[int]:
+        """The model's own next token after each of these hidden states, in one pass."""
+        language = self.prefill.language
+        late = range(self.twig.layer, language.depth)
+        x_1LD = self.prefill.onward(late, states_1LD, position_11)
+        return np.array(mx.argmax(language.logits(x_1LD), axis=-1))[0].tolist()
 
     def crop(self, rows: int) -> None:
         """Forget the last rows of every layer, however many it holds."""
-        for held in (*self.before.cache, *self.growth.cache):
-            held.rewind(held.rows - rows)
+        for layer in (*self.prefill.cache, *self.reader.cache):
+            layer.rewind(layer.rows - rows)
 
-    def early(self, token: int, place_11: mx.array) -> mx.array:
+    def early(self, token: int, position_11: mx.array) -> mx.array:
         """A token's hidden state (1, 1, D) where the twig grows."""
-        x_11D = self.model.language.embed_tokens(mx.array([[token]]))
-        return self.model.onward(range(self.growth.twig.layer), x_11D, place_11, self.before)
+        x_11D = self.prefill.language.embed_tokens(mx.array([[token]]))
+        return self.prefill.onward(range(self.twig.layer), x_11D, position_11)
 
-    def guess(self, state_11D: mx.array, place_11: mx.array) -> tuple[int, float]:
+    def guess(self, state_11D: mx.array, position_11: mx.array) -> tuple[int, float]:
         """The twig's most likely next token, and how likely it thinks it."""
-        logits_V = self.growth.twig.logits(self.read(state_11D, place_11))[0, 0]
+        logits_V = self.twig.logits(self.read(state_11D, position_11))[0, 0]
         share_V = mx.softmax(logits_V.astype(mx.float32))
         token, odds = mx.argmax(share_V), share_V.max()
         mx.eval(token, odds)
         return int(np.array(token)), float(np.array(odds))
 
-    def read(self, state_11D: mx.array, place_11: mx.array) -> mx.array:
-        """The hidden state through the twig's layers, which stand where the one below stands."""
-        twig, below = self.growth.twig, self.growth.twig.layer - 1
-        (shift_11,) = [p.shift_B1 for p in self.before.segments if below in p.layers]
-        return twig.run(range(len(twig.layers)), state_11D, place_11 + shift_11, self.growth.cache)
+    def read(self, state_11D: mx.array, position_11: mx.array) -> mx.array:
+        """The hidden state through the twig's layers."""
+        every = range(len(self.twig.layers))
+        return self.twig.run(every, state_11D, position_11, self.reader.cache)
 
 
-def agreeing(draft: list[int], said: list[int]) -> int:
-    """How many drafted tokens are what the model says, up to the first that is not."""
-    pairs = enumerate(zip(draft, said, strict=False))
+def agreeing(draft: list[int], verified: list[int]) -> int:
+    """How many drafted tokens are the model's own, up to the first that is not."""
+    pairs = enumerate(zip(draft, verified, strict=False))
     return next((i for i, (one, other) in pairs if one != other), len(draft))

@@ -6,8 +6,11 @@ Shapes: N patches in raster order, K slots.
 import textwrap
 from collections.abc import Sequence
 
+import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..pruners.trace import Trace
 
 LONG_SIDE = 672  # pixels, about; every patch gets a whole number of them
 MARGIN = 12
@@ -55,6 +58,28 @@ def overlay(
         if weights is not None:
             _mark(drawn, kept, columns, patch)
     return captioned(drawn, caption)
+
+
+def draw_trace(
+    trace: Trace, views: Sequence[tuple[Image.Image, tuple[int, int]]], caption: str
+) -> Image.Image:
+    """What was kept of every view, each a picture with its (rows, columns) of visual tokens.
+
+    Steps lie side by side, views below one another.
+    """
+    steps, rows = trace.pictured(), []
+    for v, (image, grid) in enumerate(views):
+        pictures = []
+        for step in steps:
+            index, weight = step.reductions[v].index_BK, step.reductions[v].weight_BKN
+            kept = [] if index is None else list(np.array(index[0]))
+            weights = None if weight is None else np.array(weight[0].astype(mx.float32))
+            below = f"{step.name}: {len(kept)} left" if len(steps) > 1 else caption
+            pictures.append(overlay(image, grid, kept, below, weights=weights))
+        rows.append(strip(pictures) if len(pictures) > 1 else pictures[0])
+    if len(steps) > 1:
+        return captioned(strip(rows, down=True), caption)
+    return strip(rows) if len(rows) > 1 else rows[0]
 
 
 def strip(pictures: Sequence[Image.Image], *, down: bool = False) -> Image.Image:

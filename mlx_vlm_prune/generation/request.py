@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from .checkpoints.errors import UserError
-from .pruners import Pipeline, Pruner
-from .pruners.contract import Policy
+from ..checkpoints.errors import UserError
+from ..pruners import Pipeline, Pruner
+from ..pruners.contract import Policy
 
 ImageSource = str | Path | bytes | Image.Image
 

@@ -1,0 +1,92 @@
+"""The token loop, and what else is asked of prompts that were read.
+
+Shapes: B prompts, A tokens of the longest right answer with its end, V words.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoints.errors import UserError
+from .prefill import Prefill
+
+PADDING = -1  # behind a right answer that is shorter than the longest
+Sampler = Callable[[mx.array], mx.array]
+
+
+def generate_step(
+    prefill: Prefill, token_B1: mx.array, sampler: Sampler, max_tokens: int
+) -> Iterator[mx.array]:
+    """The first token of each prompt, which is given, and the next ones, `max_tokens` in all; while
+    one is used, the next is computed."""
+    for _ in range(max_tokens - 1):
+        next_B1 = sampler(prefill.step(token_B1)[:, -1])
+        mx.async_eval(next_B1)
+        yield token_B1
+        token_B1 = next_B1
+    yield token_B1
+
+
+def greedy(logits_BV: mx.array) -> mx.array:
+    """The likeliest tokens, (B, 1)."""
+    return mx.argmax(logits_BV, axis=-1, keepdims=True)
+
+
+class TopP:
+    """Draws from the smallest set of tokens that holds `top_p` of the probability."""
+
+    def __init__(self, temperature: float, top_p: float, seed: int):
+        self.temperature, self.top_p, self.key = temperature, top_p, mx.random.key(seed)
+
+    def __call__(self, logits_BV: mx.array) -> mx.array:
+        """Token ids (B, 1)."""
+        logits_BV = logits_BV.astype(mx.float32) / self.temperature
+        if self.top_p < 1:
+            order_BV = mx.argsort(-logits_BV, axis=-1)
+            ranked_BV = mx.take_along_axis(mx.softmax(logits_BV, axis=-1), order_BV, axis=-1)
+            before_BV = mx.cumsum(ranked_BV, axis=-1) - ranked_BV
+            rank_BV = mx.argsort(order_BV, axis=-1)
+            outside_BV = mx.take_along_axis(before_BV, rank_BV, axis=-1) >= self.top_p
+            logits_BV = mx.where(outside_BV, -mx.inf, logits_BV)
+        self.key, now = mx.random.split(self.key)
+        return mx.random.categorical(logits_BV, key=now)[:, None]
+
+
+def make_sampler(temperature: float, top_p: float, seed: int) -> Sampler:
+    """How the next token is chosen; greedily at temperature 0."""
+    return TopP(temperature, top_p, seed) if temperature else greedy
+
+
+def greedy_answers(prefill: Prefill, ends: Collection[int], max_tokens: int) -> list[list[int]]:
+    """Each prompt's answer without the token that ended it, `max_tokens` at most."""
+    answers: list[list[int]] = [[] for _ in prefill.rows]
+    running = set(range(len(answers)))
+    first_B1 = greedy(prefill.logits_BV)
+    for token_B1 in generate_step(prefill, first_B1, greedy, max_tokens):
+        tokens = np.array(token_B1)[:, 0].tolist()
+        running -= {b for b in running if tokens[b] in ends}
+        if not running:
+            break
+        for b in running:
+            answers[b].append(tokens[b])
+    return answers
+
+
+def likelihood(prefill: Prefill, right_BA: np.ndarray) -> np.ndarray:
+    """Log-probabilities (B,) of answers with their ends: the sums over their tokens.
+
+    -1 pads. Raises UserError where the model gives none.
+    """
+    right = mx.array(np.maximum(right_BA, 0))
+    logits_BAV = prefill.logits_BV[:, None]
+    if right_BA.shape[1] > 1:
+        after_BAV = prefill.fork().step(right[:, :-1])
+        logits_BAV = mx.concatenate([logits_BAV, after_BAV], axis=1)
+    logits_BAV = logits_BAV.astype(mx.float32)
+    right_logit_BA = mx.take_along_axis(logits_BAV, right[..., None], axis=-1)[..., 0]
+    logprob_BA = np.array(right_logit_BA - mx.logsumexp(logits_BAV, axis=-1)).astype(np.float64)
+    logprob_B = np.where(right_BA != PADDING, logprob_BA, 0).sum(axis=1)
+    if not np.isfinite(logprob_B).all():
+        raise UserError("the language model gave NaN or infinite odds; try --dtype float32")
+    return logprob_B

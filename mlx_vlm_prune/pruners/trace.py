@@ -1,0 +1,81 @@
+"""What was left of every image, step by step through a model.
+
+A view is what the tower saw of an image: all of it, or one crop.
+
+Shapes: N visual tokens of a view, K kept of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .contract import Reduction
+
+
+@dataclass(frozen=True)
+class ReductionStep:
+    """What a step left of every view, from `layer` of the language model on.
+
+    `name` is the methods', or empty where none worked; `reductions` are of whole views, one each.
+    """
+
+    name: str
+    layer: int
+    reductions: list[Reduction]
+
+    @property
+    def rows(self) -> int:
+        """Visual tokens of all views together."""
+        return sum(reduction.slots for reduction in self.reductions)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The steps of one prompt in their order; empty without images."""
+
+    steps: list[ReductionStep]
+    sizes: list[int]  # N of each view
+    images: list[int]  # the image of each view
+
+    @classmethod
+    def of_images(cls, steps: Sequence[ReductionStep], sizes: Sequence[int]) -> "Trace":
+        """Of images that are seen whole."""
+        return cls(list(steps), list(sizes), list(range(len(sizes))))
+
+    @property
+    def image_count(self) -> int:
+        return 1 + max(self.images, default=-1)
+
+    def kept(self, image: int, step: int = -1) -> list[int] | None:
+        """The tokens of an image that stay after a step, counted view after view; None where a
+        slot is pooled from everywhere."""
+        kept: list[int] = []
+        first = 0
+        views = zip(self.images, self.sizes, self.steps[step].reductions, strict=True)
+        for owner, N, reduction in views:
+            if owner == image:
+                if reduction.index_BK is None:
+                    return None
+                kept += (first + np.array(reduction.index_BK[0]).astype(int)).tolist()
+                first += N
+        return kept
+
+    def layers(self, depth: int) -> list[dict[str, Any]]:
+        """Which tokens every run of a language model's `depth` layers holds."""
+        last = {step.layer: number for number, step in enumerate(self.steps)}
+        ends = [*list(last)[1:], depth] if last else []
+        return [
+            {
+                "first": first,
+                "last": end - 1,
+                "visual_tokens": self.steps[number].rows,
+                "kept_indices": [self.kept(i, number) for i in range(self.image_count)],
+            }
+            for (first, number), end in zip(last.items(), ends, strict=True)
+        ]
+
+    def pictured(self) -> list[ReductionStep]:
+        """The steps worth a picture: those at which tokens left, or the only one."""
+        return [step for step in self.steps if step.name] or self.steps
