@@ -83,11 +83,11 @@ def K_of(spec: str) -> int:
     return tiny.N if spec == "none" else K
 
 
-def read(pair, spec: str, row=ROW, growth: TwigReader | None = None, chain=None, policy=None):
+def read(pair, spec: str, row=ROW, twig: TwigReader | None = None, chain=None, policy=None):
     """The prompt with its images."""
     pixels = mx.array(pair.pixels[: len(row.runs)]) if row.runs else None
     chain = chain or plan(spec, pair.ours.learned)
-    return pair.ours([row], pixels, chain, K_of(spec), policy, twig=growth)
+    return pair.ours([row], pixels, chain, K_of(spec), policy, twig=twig)
 
 
 def greedy(pair, spec: str, limit: int, row=ROW, chain=None) -> list[int]:
