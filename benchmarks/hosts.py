@@ -24,9 +24,10 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
-from mlx_vlm_prune.generation.stream import Clock
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.host import generation_stream
 from mlx_vlm_prune.hosts.loading import INSTALL
-from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, stream, tell
+from mlx_vlm_prune.hosts.prompt import prune_prompt, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
 from mlx_vlm_prune.language.minimind import MiniMindConfig
@@ -34,6 +35,7 @@ from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.operations import prefill
 from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.generation.stream import Clock
 
 from .command import finish, plain_name, whole
 from .on_mlx import device
@@ -132,7 +134,7 @@ def stock(model: Any, inputs: Inputs) -> tuple[Laps, int]:
     began = time.perf_counter()
     ids = mx.array(inputs.ids)[None]
     told = {"input_ids": ids, "pixel_values": inputs.pixels, "mask": inputs.mask_1L}
-    with as_it_was(model.language_model):
+    with host_of(model).restored():
         token = first_token(model, {**told, **inputs.extra})
     return {"total": 1000 * (time.perf_counter() - began)}, token
 
@@ -143,14 +145,14 @@ def ours(
     """The same through our path, which times its parts where it prunes."""
     began, clock = time.perf_counter(), Clock()
     lap = clock.lap if in_parts else no_lap
-    pipeline = plan(spec)
-    policy = check(model, family_of(model), pipeline, None)
-    with as_it_was(model.language_model):
-        with stream():
-            views = see(model, inputs, pipeline, lap)
+    host, pipeline = host_of(model), plan(spec)
+    policy = check(host, pipeline, None)
+    with host.restored():
+        with generation_stream():
+            views = views_of(host, inputs, pipeline, lap)
             K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
-            told = tell(model, inputs, views, pipeline, K, policy, lap)
-        token = first_token(model, told.arguments)
+            prompt = prune_prompt(host, inputs, views, pipeline, K, policy, lap)
+        token = first_token(model, prompt.arguments)
     clock.lap("prefill")
     total = 1000 * (time.perf_counter() - began)
     return {**(clock.ms if in_parts else {}), "total": total}, token

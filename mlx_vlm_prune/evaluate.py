@@ -123,11 +123,13 @@ def begun(
         contest, refused = entries(model.N, specs, budgets(args, model.N), model.learned)
         return contest, refused, Own(model, processor, [entry.pipeline for entry in contest])
     from .hosts import asking as elsewhere  # a model of mlx-vlm's, whose images differ in N
+    from .hosts.families import host_of
 
-    specs = args.pruner or elsewhere.usual(model)
+    host = host_of(model, processor)
+    specs = args.pruner or elsewhere.usual(host)
     contest, refused = entries(None, specs, budgets(args, None), {})
     pipelines = [entry.pipeline for entry in contest]
-    return contest, refused, elsewhere.Host(model, processor, pipelines)
+    return contest, refused, elsewhere.HostRespondent(host, pipelines)
 
 
 def decisive(args: argparse.Namespace, asking: Asking, folder: Path) -> list[Any]:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts.mlx_vlm import Told, family_of, see, shares, tell
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.host import Host
+from mlx_vlm_prune.hosts.prompt import PrunedPrompt, prune_prompt, shares, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
 from mlx_vlm_prune.model import no_lap
@@ -50,12 +52,16 @@ def prompt(models, name: str, images: int | None = None) -> Inputs:
     return KINDS[name].inputs(models(name), images)
 
 
-def told(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> Told:
-    pipeline = plan(spec)
-    policy = check(model, family_of(model), pipeline, positions)
-    views = see(model, inputs, pipeline, no_lap)
+def reduced(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> PrunedPrompt:
+    host, pipeline = host_of(model), plan(spec)
+    policy = check(host, pipeline, positions)
+    views = views_of(host, inputs, pipeline, no_lap)
     K = [max(1, int(view.signals.x_BND.shape[1] * ratio)) for view in views]
-    return tell(model, inputs, views, pipeline, K, policy, no_lap)
+    return prune_prompt(host, inputs, views, pipeline, K, policy, no_lap)
+
+
+def encoded(model, inputs: Inputs, spec: str):
+    return views_of(host_of(model), inputs, plan(spec), no_lap)
 
 
 def decoded(model, arguments: dict, **options) -> tuple[list[int], np.ndarray]:
@@ -74,7 +80,7 @@ def stock(model, inputs: Inputs, **options) -> tuple[list[int], np.ndarray]:
     return decoded(model, {**arguments, "mask": inputs.mask_1L, **inputs.extra}, **options)
 
 
-def indices(said: Told) -> list[list[int]]:
+def indices(said: PrunedPrompt) -> list[list[int]]:
     return [one.index_BK[0].tolist() for one in said.trace[-1].kept]
 
 
@@ -154,7 +160,7 @@ def test_with_all_tokens_it_is_the_stock_model_bit_for_bit(models, name, images)
         pytest.skip(f"{name} reads one image")
     model, inputs = models(name), prompt(models, name, images)
     for spec in ("none", "vispruner"):
-        tokens, odds = decoded(model, told(model, inputs, spec, 1.0).arguments)
+        tokens, odds = decoded(model, reduced(model, inputs, spec, 1.0).arguments)
         expected, expected_odds = stock(model, inputs)
         assert tokens == expected
         np.testing.assert_array_equal(odds, expected_odds)
@@ -168,19 +174,19 @@ def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, n
         pytest.skip(f"{name} reads one image")
     model, inputs = models(name), prompt(models, name, images)
     for spec, ratio in (("vispruner", 0.25), ("divprune", 0.5), ("random", 0.3)):
-        said = told(model, inputs, spec, ratio)
+        said = reduced(model, inputs, spec, ratio)
         tokens, odds = decoded(model, said.arguments, prefill_step_size=step)
         expected, expected_odds = reference(models, name, inputs, indices(said))
         assert tokens == expected
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
         words = [token for token in inputs.ids if token not in (IMAGE, -200)]
-        assert said.rows == len(words) + sum(map(len, indices(said)))
+        assert said.length == len(words) + sum(map(len, indices(said)))
 
 
 @pytest.mark.parametrize("name", QWEN)
 def test_renumbered_positions_count_what_is_left(models, name):
     model, inputs = models(name), prompt(models, name)
-    said = told(model, inputs, "norm", 0.5, "renumber")
+    said = reduced(model, inputs, "norm", 0.5, "renumber")
     assert said.positions == "renumber"
     _, odds = decoded(model, said.arguments, prefill_step_size=4)
     _, expected = reference(models, name, inputs, indices(said), "renumber")
@@ -192,10 +198,10 @@ def test_renumbered_positions_count_what_is_left(models, name):
 def test_wrong_positions_would_not_pass(models, name, wrong):
     """The control: positions as mlx-vlm derives them from the short ids, or its old delta."""
     model, inputs = models(name), prompt(models, name)
-    said = told(model, inputs, "vispruner", 0.25)
-    short = mx.arange(said.rows)[None, None]
-    as_before = said.arguments["rope_deltas"] - (len(inputs.ids) - said.rows)
-    value = {"position_ids": mx.broadcast_to(short, (3, 1, said.rows)), "rope_deltas": as_before}
+    said = reduced(model, inputs, "vispruner", 0.25)
+    short = mx.arange(said.length)[None, None]
+    as_before = said.arguments["rope_deltas"] - (len(inputs.ids) - said.length)
+    value = {"position_ids": mx.broadcast_to(short, (3, 1, said.length)), "rope_deltas": as_before}
     _, odds = decoded(model, said.arguments | {wrong: value[wrong]})
     _, expected = reference(models, name, inputs, indices(said))
     assert np.abs(odds - expected).max() > 1e-2
@@ -203,7 +209,7 @@ def test_wrong_positions_would_not_pass(models, name, wrong):
 
 def test_deepstack_left_out_would_not_pass(models):
     model, inputs = models("qwen3_vl"), prompt(models, "qwen3_vl")
-    said = told(model, inputs, "vispruner", 0.25)
+    said = reduced(model, inputs, "vispruner", 0.25)
     without = {k: v for k, v in said.arguments.items() if k != "deepstack_visual_embeds"}
     _, odds = decoded(model, without)
     _, expected = reference(models, "qwen3_vl", inputs, indices(said))
@@ -219,7 +225,7 @@ def test_a_kept_token_of_a_grid_keeps_its_three_positions(models, name, monkeypa
         mx.random.normal((24, 3 * 2 * 14 * 14)), 1, {"image_grid_thw": mx.array([[1, 4, 6]])},
     )  # fmt: skip
     monkeypatch.setattr(METHODS["norm"], "prune", lambda signals, K: kept([1, 3, 5]))
-    said = told(model, inputs, "norm", 0.5)
+    said = reduced(model, inputs, "norm", 0.5)
     assert said.arguments["input_ids"].tolist() == [[9, START, *[IMAGE] * 3, host_models.END, 5]]
     assert said.arguments["position_ids"][:, 0].tolist() == [
         [0, 1, 2, 2, 2, 5, 6],  # time
@@ -237,7 +243,7 @@ def kept(index: list[int]):
 
 def test_what_deepstack_adds_is_cut_to_the_same_tokens(models):
     model, inputs = models("qwen3_vl"), prompt(models, "qwen3_vl")
-    said = told(model, inputs, "norm", 0.25)
+    said = reduced(model, inputs, "norm", 0.25)
     _, deep = KINDS["qwen3_vl"].full(model, inputs)
     for layer, ours in enumerate(said.arguments["deepstack_visual_embeds"]):
         own = [np.array(y[layer])[k] for y, k in zip(deep, indices(said), strict=True)]
@@ -249,7 +255,7 @@ def test_with_several_images_every_token_takes_the_place_of_its_own_image(models
     model, inputs = models("llava"), prompt(models, "llava")
     chosen = iter([[2, 9], [0, 15]])
     monkeypatch.setattr(METHODS["norm"], "prune", lambda signals, K: kept(next(chosen)))
-    said = told(model, inputs, "norm", 0.125)
+    said = reduced(model, inputs, "norm", 0.125)
     assert said.arguments["input_ids"].tolist() == [
         [3, 9, 4, IMAGE, IMAGE, 7, 11, IMAGE, IMAGE, 5, 8, 2, 30]
     ]
@@ -263,7 +269,7 @@ def test_with_several_images_every_token_takes_the_place_of_its_own_image(models
 @pytest.mark.parametrize("name", KINDS)
 def test_every_method_of_the_towers_end_leaves_as_many_as_it_is_told(models, name, method):
     model, inputs = models(name), prompt(models, name)
-    said = told(model, inputs, method, 0.5)
+    said = reduced(model, inputs, method, 0.5)
     sizes = [view.signals.x_BND.shape[1] for view in said.views]
     assert [one.slots for one in said.trace[-1].kept] == [n // 2 for n in sizes]
     _, odds = decoded(model, said.arguments)
@@ -273,10 +279,10 @@ def test_every_method_of_the_towers_end_leaves_as_many_as_it_is_told(models, nam
 @pytest.mark.parametrize("name", KINDS)
 def test_merged_tokens_are_mixed_before_the_projector(models, name):
     model, inputs = models(name), prompt(models, name, 1)
-    said = told(model, inputs, "avgpool", 0.25)
-    whole = [view.signals.x_BND for view in see(model, inputs, plan("none"), no_lap)]
+    said = reduced(model, inputs, "avgpool", 0.25)
+    whole = [view.signals.x_BND for view in encoded(model, inputs, "none")]
     pairs = zip(said.trace[-1].kept, whole, strict=True)
-    expected = [family_of(model).project(model, one.apply(x))[0] for one, x in pairs]
+    expected = [host_of(model).project(one.apply(x))[0] for one, x in pairs]
     ours = said.arguments["cached_image_features"]
     ours = ours[0] if isinstance(ours, list) or ours.ndim == 3 else ours
     np.testing.assert_allclose(np.array(ours), np.concatenate(expected), atol=1e-5)
@@ -292,11 +298,11 @@ def test_attention_is_what_the_towers_own_layer_computes(models, name, layer, mo
         calls.append((np.array(q, np.float64), np.array(k, np.float64), scale, mask))
         return real(q, k, v, scale=scale, mask=mask)
 
-    views = see(model, inputs, plan(f"cls_attention:layer={layer}"), no_lap)
+    views = encoded(model, inputs, f"cls_attention:layer={layer}")
     real = mx.fast.scaled_dot_product_attention
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", overheard)
-    see(model, inputs, plan("none"), no_lap)
-    depth = family_of(model).depth(model)
+    encoded(model, inputs, "none")
+    depth = host_of(model).depth
     first = 1 if name == "fastvlm" else 0  # an earlier stage attends, too
     q, k, scale, mask = calls[first + layer % depth]
     logits = q @ k.swapaxes(2, 3) * scale + (0 if mask is None else np.array(mask))
@@ -324,7 +330,7 @@ def test_attention_is_what_the_towers_own_layer_computes(models, name, layer, mo
 def test_received_attention_is_put_back_in_rows_and_pooled_by_the_merger(models, name, layer):
     """The whole attention matrix in the tower's order; its columns then go home one by one."""
     model, inputs = models(name), prompt(models, name)
-    views = see(model, inputs, plan(f"received_attention:layer={layer}"), no_lap)
+    views = encoded(model, inputs, f"received_attention:layer={layer}")
     received_S = np.zeros(sum(4 * v.signals.x_BND.shape[1] for v in views))
     logits_HSS, same_SS, home_S = whole_attention(model, name, inputs, layer)
     attention_HSS = softmax(np.where(same_SS, logits_HSS, -np.inf))
@@ -390,7 +396,7 @@ def test_crops_of_any_resolution_stand_in_one_block_in_place_of_the_first_placeh
     model, inputs = models("llava_next"), prompt(models, "llava_next")
     chosen = iter([[2, 9], [0], [4, 5, 15]])
     monkeypatch.setattr(METHODS["norm"], "prune", lambda signals, K: kept(next(chosen)))
-    said = told(model, inputs, "norm", 0.125)
+    said = reduced(model, inputs, "norm", 0.125)
     assert said.arguments["input_ids"].tolist() == [[3, 9, 4, IMAGE, 5, 8, 2, 30]]
     full, _ = KINDS["llava_next"].full(model, inputs)
     block = np.concatenate(
@@ -399,38 +405,36 @@ def test_crops_of_any_resolution_stand_in_one_block_in_place_of_the_first_placeh
     np.testing.assert_allclose(
         np.array(said.arguments["cached_image_features"][0]), block, atol=1e-5
     )
-    assert said.rows == 7 + 6
+    assert said.length == 7 + 6
     assert [view.image for view in said.views] == [0, 0, 0]
 
 
 def test_without_pruning_the_newlines_behind_the_crops_stay_as_mlx_vlm_puts_them(models):
     model, inputs = models("llava_next"), prompt(models, "llava_next")
-    block = told(model, inputs, "none", 1.0).arguments["cached_image_features"][0]
+    block = reduced(model, inputs, "none", 1.0).arguments["cached_image_features"][0]
     assert block.shape[0] == 2 * 48
     assert (block[48:] == model.image_newline).all().item()
 
 
 def test_tiles_belong_to_the_image_whose_whole_picture_ends_them(models, monkeypatch):
     """Two tiles and a whole, then an image that was not cut."""
-    from mlx_vlm_prune.hosts.families import common, idefics3
-
     tile, whole = [50, *[IMAGE] * 4], [51, *[IMAGE] * 4]
     ids = [3, *tile, *tile, *whole, 7, *whole, 5]
     made = Inputs(ids, mx.ones((1, len(ids))), mx.zeros((1, 4, 3, 56, 56)), 2)
-    monkeypatch.setattr(common, "prepare", lambda *_: made)
+    monkeypatch.setattr(Host, "prepare", lambda *_: made)
 
     class Processor:
         class tokenizer:
             convert_tokens_to_ids = {"<global-img>": 51}.get
 
-    inputs = idefics3.prepare(models("idefics3"), Processor(), "", [], None)
+    inputs = host_of(models("idefics3"), Processor()).prepare("", [], None)
     assert inputs.extra["num_patches_list"] == [3, 1]
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm", "internvl_chat"])
 def test_tiles_of_an_image_share_its_budget(models, name):
     model, inputs = models(name), prompt(models, name)
-    views = see(model, inputs, plan("norm"), no_lap)
+    views = encoded(model, inputs, "norm")
     assert [view.image for view in views] == [0, 0, 1]
     assert [view.signals.grid for view in views] == [(2, 2)] * 3
 
@@ -438,20 +442,20 @@ def test_tiles_of_an_image_share_its_budget(models, name):
 def test_a_tile_that_only_fills_up_a_batch_is_not_seen(models):
     model, inputs = models("idefics3"), prompt(models, "idefics3", 1)
     blank = mx.concatenate([inputs.pixels, mx.zeros_like(inputs.pixels[:, :1])], axis=1)
-    assert len(see(model, replace(inputs, pixels=blank), plan("none"), no_lap)) == 2
+    assert len(encoded(model, replace(inputs, pixels=blank), "none")) == 2
 
 
 def test_pictures_of_which_nobody_knows_whose_they_are_are_refused(models):
     model, inputs = models("gemma3"), prompt(models, "gemma3")
     three = mx.concatenate([inputs.pixels, inputs.pixels[:1]])
     with pytest.raises(UserError, match="2 images became 3 pictures"):
-        see(model, replace(inputs, pixels=three), plan("none"), no_lap)
+        encoded(model, replace(inputs, pixels=three), "none")
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_words_are_the_prompts_without_its_placeholders(models, name):
     model, inputs = models(name), prompt(models, name, 1)
-    view, *_ = see(model, inputs, plan("mmtok"), no_lap)
+    view, *_ = encoded(model, inputs, "mmtok")
     words = [token for token in inputs.ids if token not in (IMAGE, -200)]
     np.testing.assert_array_equal(
         np.array(view.signals.text_BTD[0]), np.array(table(model)(mx.array(words)))
@@ -462,9 +466,9 @@ def test_the_words_are_the_prompts_without_its_placeholders(models, name):
 def test_images_do_not_change_one_anothers_choice(models, name):
     model, both = models(name), prompt(models, name)
     one = prompt(models, name, 1)
-    together = indices(told(model, both, "vispruner", 0.25))
+    together = indices(reduced(model, both, "vispruner", 0.25))
     pixels = both.pixels[:1] if name == "llava" else both.pixels[: 4 * 24]
-    assert indices(told(model, replace(one, pixels=pixels), "vispruner", 0.25)) == together[:1]
+    assert indices(reduced(model, replace(one, pixels=pixels), "vispruner", 0.25)) == together[:1]
 
 
 @pytest.mark.parametrize(
@@ -480,20 +484,20 @@ def test_images_do_not_change_one_anothers_choice(models, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_what_cannot_work_is_refused_by_name_with_the_reason(models, name, spec, reason):
     with pytest.raises(UserError, match=reason):
-        check(models(name), family_of(models(name)), plan(spec), None)
+        check(host_of(models(name)), plan(spec), None)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in QWEN])
 def test_positions_that_a_model_only_counts_cannot_be_kept(models, name):
     with pytest.raises(UserError, match="counts the rows"):
-        check(models(name), family_of(models(name)), plan("norm"), "keep")
+        check(host_of(models(name)), plan("norm"), "keep")
 
 
 @pytest.mark.parametrize("name", ["fastvlm", "llava_next", "paligemma"])
 def test_families_that_mlx_vlm_shows_one_image_refuse_a_second(models, name):
     two = replace(prompt(models, name), images=2)
     with pytest.raises(UserError, match="reads one image"):
-        see(models(name), two, plan("none"), no_lap)
+        encoded(models(name), two, "none")
 
 
 def test_a_tower_without_attention_refuses_what_needs_it():
@@ -503,8 +507,8 @@ def test_a_tower_without_attention_refuses_what_needs_it():
         [host_models.import_module("mlx_vlm.models.fastvlm.vision").RepMixerBlock(64)]
     )
     with pytest.raises(UserError, match="neither a CLS token nor attention"):
-        check(model, family_of(model), plan("vispruner"), None)
-    check(model, family_of(model), plan("divprune"), None)
+        check(host_of(model), plan("vispruner"), None)
+    check(host_of(model), plan("divprune"), None)
 
 
 def test_an_images_budget_is_shared_among_its_crops_in_proportion():
@@ -519,4 +523,4 @@ def test_more_placeholders_than_visual_tokens_are_refused(models):
     model, inputs = models("llava"), prompt(models, "llava", 1)
     longer = replace(inputs, ids=[IMAGE, *inputs.ids])
     with pytest.raises(UserError, match="room for 17 visual tokens and the images have 16"):
-        told(model, longer, "norm", 0.5)
+        reduced(model, longer, "norm", 0.5)

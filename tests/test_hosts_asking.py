@@ -13,11 +13,13 @@ import pytest
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from mlx_vlm_prune import evaluate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts import asking, stream
-from mlx_vlm_prune.hosts.asking import Host, Ready
-from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, budgets, family_of, see
+from mlx_vlm_prune.hosts import asking
+from mlx_vlm_prune.hosts.asking import HostRespondent, Ready
+from mlx_vlm_prune.hosts.deep import read
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.families.llava import LlavaHost
+from mlx_vlm_prune.hosts.prompt import prune_prompt, view_budgets, views_of
 from mlx_vlm_prune.hosts.refusals import check
-from mlx_vlm_prune.hosts.stream import fewer
 from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.questions import Question
@@ -33,9 +35,10 @@ RIGHT, WORDS, END = [7, 3, 21, 63], 5, 63
 NAMES = ("llava", "qwen2_5_vl")
 
 
-def host(model, *specs: str) -> Host:
+def respondent(model, *specs: str) -> HostRespondent:
     words = SimpleNamespace(stopping_criteria=SimpleNamespace(eos_token_ids=[END]))
-    return Host(model, SimpleNamespace(tokenizer=words), [plan(spec) for spec in specs])
+    host = host_of(model, SimpleNamespace(tokenizer=words))
+    return HostRespondent(host, [plan(spec) for spec in specs])
 
 
 def share(spec: str) -> float:
@@ -46,17 +49,18 @@ def by_mlx_vlm(model, inputs, spec: str, forced=()) -> tuple[list[int], float]:
     """Tokens of mlx-vlm's own loop from the prompt on, and the odds of those it was forced to."""
     from mlx_vlm.generate.ar import generate_step
 
-    pipeline, coming, odds = plan(spec), [*forced], 0.0
+    pipeline, host, coming, odds = plan(spec), host_of(model), [*forced], 0.0
 
     def choose(odds_1V):
         return mx.array([coming.pop(0)]) if coming else mx.argmax(odds_1V, axis=-1)
 
-    policy = check(model, family_of(model), pipeline, None)
-    with as_it_was(model.language_model):
-        views = see(model, inputs, pipeline, no_lap)
-        kept = budgets(views, share(spec), None, pipeline)
-        told, deep = fewer(model, inputs, views, pipeline, kept, policy, None, no_lap)
-        rest = dict(deep.arguments if deep else told.arguments)
+    policy = check(host, pipeline, None)
+    with host.restored():
+        views = views_of(host, inputs, pipeline, no_lap)
+        budgets = view_budgets(views, share(spec), None, pipeline)
+        prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy, no_lap)
+        deep = read(host, prompt, pipeline, budgets, policy, None, no_lap)
+        rest = dict(deep.arguments if deep else prompt.arguments)
         rest |= {"prompt_cache": deep.cache} if deep else {}
         ids, pixels, mask = (rest.pop(x, None) for x in ("input_ids", "pixel_values", "mask"))
         steps = generate_step(ids, model, pixels, mask, max_tokens=WORDS, sampler=choose, **rest)
@@ -71,7 +75,7 @@ def by_mlx_vlm(model, inputs, spec: str, forced=()) -> tuple[list[int], float]:
 def test_it_answers_as_mlx_vlms_own_loop_does_and_finds_the_same_odds(kind, spec):
     model = KINDS[kind].make()
     inputs = KINDS[kind].inputs(model)
-    one = host(model, spec)
+    one = respondent(model, spec)
     said = one.answer(one.begin([Ready(inputs, RIGHT)]), plan(spec), share(spec), WORDS)
     assert said.ids == [by_mlx_vlm(model, inputs, spec)[0]]
     assert said.logprob_B == pytest.approx(by_mlx_vlm(model, inputs, spec, RIGHT)[1], abs=1e-4)
@@ -80,7 +84,7 @@ def test_it_answers_as_mlx_vlms_own_loop_does_and_finds_the_same_odds(kind, spec
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
 def test_an_answer_that_went_on_from_the_right_one_would_be_told_apart(kind, monkeypatch):
     model = KINDS[kind].make()
-    one, ready = host(model, "none"), Ready(KINDS[kind].inputs(model), RIGHT)
+    one, ready = respondent(model, "none"), Ready(KINDS[kind].inputs(model), RIGHT)
     said = one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids
     monkeypatch.setattr(asking, "_copied", lambda cache: cache)
     assert one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids != said
@@ -96,7 +100,7 @@ def test_the_tower_works_once_for_all_methods():
             return real(self, *args, **told)
 
     model.vision_tower.__class__ = Counted
-    one = host(model, "none", "cls_attention", "divprune", "cdpruner", "tome")
+    one = respondent(model, "none", "cls_attention", "divprune", "cdpruner", "tome")
     batch = one.begin([Ready(KINDS["llava"].inputs(model, 1), RIGHT)] * 2)
     for spec in ("none", "cls_attention", "divprune", "cdpruner"):
         one.answer(batch, plan(spec), share(spec), 1)
@@ -188,12 +192,12 @@ def test_what_cannot_be_asked_later_on_is_asked_no_more_and_the_rest_goes_on(
 def test_a_mark_that_is_no_token_is_passed_over(home):
     model, processor = load(home / "llava")
     config = SimpleNamespace(image_token_index=-200)  # FastVLM's
-    assert "<image>" in stream._image_marks(SimpleNamespace(config=config), processor)
-    assert stream._image_marks(model, processor).count("<image>") == 1
+    assert "<image>" in LlavaHost(SimpleNamespace(config=config), processor).image_marks
+    assert host_of(model, processor).image_marks.count("<image>") == 1
 
 
 def test_an_answer_of_nothing_is_refused_where_no_token_ends_one(home):
-    one = Host(*load(home / "llava"), [])
+    one = HostRespondent(host_of(*load(home / "llava")), [])
     question = Question("q0", "w7 w9", ("",), home / "a.png")
     assert len(one.ready(question).right) == 1
     one.ends = set()
@@ -202,7 +206,7 @@ def test_an_answer_of_nothing_is_refused_where_no_token_ends_one(home):
 
 
 def test_without_names_every_method_that_can_is_asked():
-    names = asking.usual(KINDS["llava"].make())
+    names = asking.usual(host_of(KINDS["llava"].make()))
     assert {"random", "divprune", "cls_attention", "fastv", "vtw"} <= {*names}
     assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
-    assert "fastv" not in asking.usual(KINDS["gemma3"].make())
+    assert "fastv" not in asking.usual(host_of(KINDS["gemma3"].make()))

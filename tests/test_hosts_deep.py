@@ -15,8 +15,9 @@ import pytest
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.deep import Read, read
-from mlx_vlm_prune.hosts.families.inner import Ahead
-from mlx_vlm_prune.hosts.mlx_vlm import budgets, family_of, see, tell
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.layers import Ahead
+from mlx_vlm_prune.hosts.prompt import prune_prompt, view_budgets, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import METHODS, Signals, plan
@@ -39,12 +40,14 @@ def models():
 
 
 def pruned(model, inputs, spec: str, ratio: float, positions=None, piece=None) -> Read:
-    pipeline, family = plan(spec), family_of(model)
-    policy = check(model, family, pipeline, positions)
-    views = see(model, inputs, pipeline, no_lap)
-    K = budgets(views, ratio, None, pipeline)
-    told = tell(model, inputs, views, pipeline, K, "keep", no_lap)
-    return read(model, inputs, told, pipeline, K, policy, piece, no_lap)
+    pipeline, host = plan(spec), host_of(model)
+    policy = check(host, pipeline, positions)
+    views = views_of(host, inputs, pipeline, no_lap)
+    K = view_budgets(views, ratio, None, pipeline)
+    prompt = prune_prompt(host, inputs, views, pipeline, K, policy, no_lap)
+    done = read(host, prompt, pipeline, K, policy, piece, no_lap)
+    assert done
+    return done
 
 
 def answered(model, said: Read) -> tuple[list[int], np.ndarray]:
@@ -255,7 +258,7 @@ def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in DEEP])
 def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name):
     with pytest.raises(UserError, match="fastv cannot prune"):
-        check(models(name), family_of(models(name)), plan("fastv"), None)
+        check(host_of(models(name)), plan("fastv"), None)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +268,7 @@ def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name)
 @pytest.mark.parametrize("name", DEEP)
 def test_methods_that_change_attention_are_refused_by_name(models, name, spec, reason):
     with pytest.raises(UserError, match=reason):
-        check(models(name), family_of(models(name)), plan(spec), None)
+        check(host_of(models(name)), plan(spec), None)
 
 
 def test_a_prompt_that_ends_in_an_image_is_refused(models):

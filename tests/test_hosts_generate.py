@@ -98,11 +98,11 @@ def test_unpruned_it_answers_as_mlx_vlm_does(loaded, home, name, pruner):
 def test_llavas_picture_is_what_transformers_makes_of_it(loaded, home):
     from transformers import CLIPImageProcessor
 
-    from mlx_vlm_prune.hosts.families import FAMILIES as families
+    from mlx_vlm_prune.hosts.families import host_of
 
-    model, processor = loaded["llava"]
+    host = host_of(*loaded["llava"])
     opened = Image.open(home / "a.png").convert("RGB")
-    inputs = families["llava"].prepare(model, processor, "<image> w7", [opened], None)
+    inputs = host.prepare("<image> w7", [opened], None)
     theirs = CLIPImageProcessor.from_pretrained(home / "llava")(opened)["pixel_values"][0]
     np.testing.assert_allclose(np.array(inputs.pixels[0]), np.asarray(theirs), atol=1e-6)
     assert inputs.ids == [60] * 16 + [7]

@@ -127,13 +127,13 @@ def test_a_new_question_chooses_anew_without_the_tower(models, name, monkeypatch
     with pruned(model, "mmtok", keep_ratio=0.25) as report:
         stock(model, other)
     expected = report.prompts[-1].kept_indices
-    looks, real = [], embeddings.look
+    looks, real = [], embeddings.encode_images
 
     def counted(*told: Any) -> Any:
         looks.append(told)
         return real(*told)
 
-    monkeypatch.setattr(embeddings, "look", counted)
+    monkeypatch.setattr(embeddings, "encode_images", counted)
     with pruned(model, "mmtok", keep_ratio=0.25) as report:
         stock(model, first)
         tokens, odds = stock(model, other)

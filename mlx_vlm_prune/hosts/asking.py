@@ -21,11 +21,11 @@ from ..image import open_image
 from ..model import no_lap
 from ..pruners import METHODS, Pipeline, Stage, plan
 from ..questions import Question
-from .deep import Read
-from .families.inner import Ahead
-from .mlx_vlm import Told, as_it_was, budgets, family_of, hear, stream
+from .deep import Read, read
+from .host import Host, generation_stream
+from .layers import Ahead
+from .prompt import PrunedPrompt, add_text, prepare_prompt, prune_prompt, view_budgets
 from .refusals import check
-from .stream import fewer, prepared
 from .views import Inputs, View
 
 
@@ -46,16 +46,16 @@ class Batch:
     sizes: list[int]  # visual tokens of each
 
 
-class Host:
-    """A model of mlx-vlm's that is asked by all these methods."""
+class HostRespondent:
+    """A model of mlx-vlm's that answers with all these methods."""
 
-    def __init__(self, model: Any, processor: Any, pipelines: Sequence[Pipeline]):
-        self.model, self.processor, self.family = model, processor, family_of(model)
-        self.words = getattr(processor, "tokenizer", processor)
+    def __init__(self, host: Host, pipelines: Sequence[Pipeline]):
+        self.host = host
+        self.words = getattr(host.processor, "tokenizer", host.processor)
         self.ends = set(self.words.stopping_criteria.eos_token_ids)
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
-            if self._policy(pipeline) and (layers := self.family.depth(model)):
+            if self._policy(pipeline) and (layers := host.depth):
                 self.want |= pipeline.want(layers)
 
     def encode(self, text: str) -> list[int]:
@@ -69,7 +69,7 @@ class Host:
         if not question.answers:
             raise UserError("it has no answer")
         image = question.image() if callable(question.image) else question.image
-        inputs = prepared(self.model, self.processor, question.text, [open_image(image)])
+        inputs = prepare_prompt(self.host, question.text, [open_image(image)])
         end = getattr(self.words, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
         right = [*self.encode(question.answers[0]), *ends]
@@ -79,9 +79,9 @@ class Host:
 
     def begin(self, asked: Sequence[Ready]) -> Batch:
         views = []
-        with stream():
+        with generation_stream():
             for one in asked:
-                views.append(self.family.see(self.model, one.inputs, self.want))
+                views.append(self.host.see(one.inputs, self.want))
                 mx.eval([_arrays(view) for view in views[-1]])
         sizes = [sum(view.signals.x_BND.shape[1] for view in own) for own in views]
         return Batch(asked, views, sizes)
@@ -91,17 +91,19 @@ class Host:
 
         Raises UserError where that cannot be.
         """
-        policy = check(self.model, self.family, pipeline, None)
+        policy = check(self.host, pipeline, None)
         ids, odds = [], []
         for one, seen, N in zip(batch.asked, batch.views, batch.sizes, strict=True):
             share, K = (None, min(keep, N)) if isinstance(keep, int) else (keep, None)
-            with as_it_was(self.model.language_model), stream():
-                views = hear(self.model, one.inputs, seen, pipeline)
-                kept = budgets(views, share, K, pipeline)
-                told, deep = fewer(
-                    self.model, one.inputs, views, pipeline, kept, policy, None, no_lap
+            with self.host.restored(), generation_stream():
+                views = add_text(self.host, one.inputs, seen, pipeline)
+                budgets = view_budgets(views, share, K, pipeline)
+                prompt = prune_prompt(
+                    self.host, one.inputs, views, pipeline, budgets, policy, no_lap
                 )
-                first_V, cache = self._prefilled(told, deep)
+                self.host.check_length(prompt.length)
+                deep = read(self.host, prompt, pipeline, budgets, policy, None, no_lap)
+                first_V, cache = self._prefilled(prompt, deep)
                 odds.append(self._likelihood(one.right, first_V, _copied(cache)))
                 ids.append(self._greedy(first_V, cache, max_tokens))
         if not np.isfinite(odds).all():
@@ -110,34 +112,41 @@ class Host:
 
     def _policy(self, pipeline: Pipeline) -> str | None:
         try:
-            return check(self.model, self.family, pipeline, None)
+            return check(self.host, pipeline, None)
         except UserError:
             return None  # `answer` says why
 
-    def _prefilled(self, told: Told, deep: Read | None) -> tuple[np.ndarray, list[Any]]:
+    def _prefilled(self, prompt: PrunedPrompt, deep: Read | None) -> tuple[np.ndarray, list[Any]]:
         """Log-probabilities (V,) of the first word, and the prompt's cache."""
         from mlx_vlm.generate.ar import generate_step
         from mlx_vlm.models.cache import make_prompt_cache
 
-        cache = deep.cache if deep else make_prompt_cache(self.model.language_model)
-        rest = dict(deep.arguments if deep else told.arguments)
+        cache = deep.cache if deep else make_prompt_cache(self.host.language)
+        rest = dict(deep.arguments if deep else prompt.arguments)
         ids, pixels, mask = (rest.pop(x, None) for x in ("input_ids", "pixel_values", "mask"))
-        heard: list[mx.array] = []
+        first_odds: list[mx.array] = []
 
         def first(odds_1V: mx.array) -> mx.array:
-            heard.append(odds_1V)
+            first_odds.append(odds_1V)
             return mx.argmax(odds_1V, axis=-1)
 
         none_more = generate_step(
-            ids, self.model, pixels, mask, max_tokens=0, sampler=first, prompt_cache=cache, **rest
+            ids,
+            self.host.model,
+            pixels,
+            mask,
+            max_tokens=0,
+            sampler=first,
+            prompt_cache=cache,
+            **rest,
         )
         said = list(none_more)
-        assert not said and len(heard) == 1
-        return _plain(heard[0][0]), cache
+        assert not said and len(first_odds) == 1
+        return _plain(first_odds[0][0]), cache
 
     def _next(self, token: int, cache: list[Any]) -> np.ndarray:
         """Log-probabilities (V,) of the word after one more."""
-        logits_V = self.model.language_model(mx.array([[token]]), cache=cache).logits[0, -1]
+        logits_V = self.host.language(mx.array([[token]]), cache=cache).logits[0, -1]
         return _plain(logits_V - mx.logsumexp(logits_V))
 
     def _likelihood(self, right: list[int], odds_V: np.ndarray, cache: list[Any]) -> float:
@@ -158,14 +167,14 @@ class Host:
         return said
 
 
-def usual(model: Any) -> list[str]:
+def usual(host: Host) -> list[str]:
     """All methods that can prune this model."""
-    family, able = family_of(model), []
+    able = []
     for name, method in METHODS.items():
         if method.stage is Stage.ENHANCER or getattr(method, "learned", False) or name == "none":
             continue
         try:
-            check(model, family, plan(name), None)
+            check(host, plan(name), None)
         except UserError:
             continue
         able.append(name)

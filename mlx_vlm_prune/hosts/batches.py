@@ -5,31 +5,27 @@ Shapes: B prompts, L rows of the longest, N visual tokens of a view, T pictures.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from .families import Family
+from .host import Host
 from .views import Inputs, View
 
-# Families that cut an image into tiles, and whose prompts reach us without how many.
-TILED = ("idefics3", "smolvlm", "internvl_chat")
-Look = Callable[[Inputs], list[View]]
+Encode = Callable[[Inputs], list[View]]
 
 
 def taken_apart(
-    model: Any,
-    family: Family,
+    host: Host,
     ids_BL: mx.array,
     mask_BL: mx.array | None,
     pixels: Any,
     extra: Mapping[str, Any],
-    look: Look,
+    encode: Encode,
 ) -> list[tuple[int, Inputs, list[View]]]:
-    """Of each prompt where it begins in its padded row, what it says, and what the tower saw.
+    """Where each prompt begins in its padded row, its inputs, and its views by `encode`.
 
     Raises UserError where the images do not fit the prompts.
     """
@@ -40,19 +36,19 @@ def taken_apart(
     ]
     if len(prompts) == 1:
         begin, inputs = prompts[0]
-        return [(begin, inputs, _grouped(model, family, inputs, look(inputs)))]
-    if family.placeholders != "token":
-        kind = model.config.model_type
-        raise UserError(f"a {kind} model reads one prompt at a time here: its rows grow by images")
-    if not isinstance(pixels, list) and pixels.ndim == 5:  # each prompt's tiles in a row of its own
-        return [
-            (begin, own, _grouped(model, family, own, look(own) if own.pixels is not None else []))
-            for begin, own in (
-                (begin, _tiles_of(model, family, inputs, b))
-                for b, (begin, inputs) in enumerate(prompts)
-            )
-        ]
-    return _dealt(model, family, prompts, look(prompts[0][1]))
+        return [(begin, inputs, host.assign_tiles(inputs, encode(inputs)))]
+    if host.placeholders != "token":
+        raise UserError(
+            f"a {host.kind} model reads one prompt at a time here: its rows grow by images"
+        )
+    if isinstance(pixels, list) or pixels.ndim != 5:
+        return _dealt(host, prompts, encode(prompts[0][1]))
+    parts = []  # each prompt's tiles are a row of the pixels
+    for b, (begin, inputs) in enumerate(prompts):
+        inputs = _tiles_of(host, inputs, b)
+        views = encode(inputs) if inputs.pixels is not None else []
+        parts.append((begin, inputs, host.assign_tiles(inputs, views)))
+    return parts
 
 
 def _inputs(ids: list[int], pixels: Any, extra: Mapping[str, Any]) -> Inputs:
@@ -70,60 +66,36 @@ def _images(pixels: Any, extra: Mapping[str, Any]) -> int:
     return 1 if pixels.ndim in (3, 5) else len(pixels)
 
 
-def _tiles_of(model: Any, family: Family, inputs: Inputs, b: int) -> Inputs:
-    if family.image_token(model, inputs) not in inputs.ids:
+def _tiles_of(host: Host, inputs: Inputs, b: int) -> Inputs:
+    """The inputs with row b of the pixels; without pixels where the prompt has no image."""
+    if host.image_token_id(inputs) not in inputs.ids:
         return replace(inputs, pixels=None, images=0)
-    own = dict(inputs.extra)
-    if own.get("pixel_attention_mask") is not None:
-        own["pixel_attention_mask"] = own["pixel_attention_mask"][b : b + 1]
+    extra = dict(inputs.extra)
+    if extra.get("pixel_attention_mask") is not None:
+        extra["pixel_attention_mask"] = extra["pixel_attention_mask"][b : b + 1]
     assert inputs.pixels is not None
-    return replace(inputs, pixels=inputs.pixels[b : b + 1], images=1, extra=own)
+    return replace(inputs, pixels=inputs.pixels[b : b + 1], images=1, extra=extra)
 
 
 def _dealt(
-    model: Any, family: Family, prompts: Sequence[tuple[int, Inputs]], views: Sequence[View]
+    host: Host, prompts: Sequence[tuple[int, Inputs]], views: Sequence[View]
 ) -> list[tuple[int, Inputs, list[View]]]:
-    """Each prompt's own views, as many as it has placeholders for."""
-    coming, done = list(views), []
+    """Each prompt with as many views as it has placeholders for."""
+    coming, parts = list(views), []
     for begin, inputs in prompts:
-        room, own = inputs.ids.count(family.image_token(model, inputs)), list[View]()
-        while coming and sum(v.signals.x_BND.shape[1] for v in own) < room:
-            own.append(coming.pop(0))
-        if not own:
-            done.append((begin, replace(inputs, pixels=None, images=0, extra={}), own))
+        room, taken = inputs.ids.count(host.image_token_id(inputs)), list[View]()
+        while coming and sum(v.signals.x_BND.shape[1] for v in taken) < room:
+            taken.append(coming.pop(0))
+        if not taken:
+            parts.append((begin, replace(inputs, pixels=None, images=0, extra={}), taken))
             continue
-        first, last = own[0].image, own[-1].image
+        first, last = taken[0].image, taken[-1].image
         extra = dict(inputs.extra)
         if extra.get("image_grid_thw") is not None:
             extra["image_grid_thw"] = extra["image_grid_thw"][first : last + 1]
-        mine = replace(inputs, images=last - first + 1, extra=extra)
-        own = [replace(view, image=view.image - first) for view in own]
-        done.append((begin, mine, _grouped(model, family, mine, own)))
+        inputs = replace(inputs, images=last - first + 1, extra=extra)
+        taken = [replace(view, image=view.image - first) for view in taken]
+        parts.append((begin, inputs, host.assign_tiles(inputs, taken)))
     if coming:
         raise UserError(f"{len(coming)} of {len(views)} pictures have no placeholders in a prompt")
-    return done
-
-
-def _grouped(model: Any, family: Family, inputs: Inputs, views: list[View]) -> list[View]:
-    """Tiles by images: InternVL's stand in one run; Idefics3's cannot be told apart, and are one.
-
-    Elsewhere a view's image is known already.
-    """
-    kind = model.config.model_type
-    if kind not in TILED or "num_patches_list" in inputs.extra or not views:
-        return views
-    if kind != "internvl_chat":
-        return [replace(view, image=0) for view in views]
-    placeholder, N = family.image_token(model, inputs), views[0].signals.x_BND.shape[1]
-    runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
-    whose = [image for image, length in enumerate(runs) for _ in range(length // N)]
-    if len(whose) != len(views):
-        raise UserError(f"the prompt has room for {len(whose)} tiles and the images have"
-                        f" {len(views)}")  # fmt: skip
-    return [replace(view, image=image) for view, image in zip(views, whose, strict=True)]
-
-
-def tiles_are_untold(model: Any, inputs: Inputs, views: Sequence[View]) -> bool:
-    """Are there several tiles, and nothing that says which are of one image?"""
-    kind = model.config.model_type
-    return kind in TILED[:2] and "num_patches_list" not in inputs.extra and len(views) > 1
+    return parts

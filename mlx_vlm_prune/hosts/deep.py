@@ -24,9 +24,10 @@ from ..decoder import rows as attention
 from ..model import Lap, Stop
 from ..pruners import Pipeline, Pruner, Reduction, Signals
 from ..pruners.contract import Policy
-from .families.inner import Ahead, Inner
-from .mlx_vlm import Told, chosen, family_of
-from .views import Inputs, View
+from .host import Host
+from .layers import Ahead, Layers
+from .prompt import PrunedPrompt, kept_indices
+from .views import View
 
 PIECE = 2048  # rows read at once, unless the user says otherwise
 
@@ -63,78 +64,85 @@ class Read:
 
 
 def read(
-    model: Any, inputs: Inputs, told: Told, pipeline: Pipeline, budgets: Sequence[int],
+    host: Host, prompt: PrunedPrompt, pipeline: Pipeline, budgets: Sequence[int],
     policy: Policy, piece: int | None, lap: Lap,
-) -> Read:  # fmt: skip
-    """The prompt through all layers; `budgets` are each picture's K in the average layer.
-    `told` has kept places, of which `policy` says whether a cut leaves them.
+) -> Read | None:  # fmt: skip
+    """The prompt through all layers; None where no row leaves between them.
 
+    `budgets` are each picture's K in the average layer. `prompt` has kept places, of which
+    `policy` says whether a cut leaves them.
     Raises UserError where the budget cannot be had, or the prompt ends in an image.
     """
     from mlx_vlm.models.cache import make_prompt_cache
 
-    step, language, inner = pipeline.decoder, model.language_model, family_of(model).inner
-    assert step and inner
-    policy = "renumber" if told.positions == "renumber" else policy  # pooled: no own places
-    rows, after = _begun(model, inputs, told, inner, policy)
-    layers, cache = language.model.layers, make_prompt_cache(language)
-    schedules = [
-        step.ask(step.method.schedule, len(layers), n, K) if n > K else {}
-        for (_, n), K in zip(rows.runs, budgets, strict=True)
-    ]
+    step, projected = pipeline.decoder, prompt.trace[-1].kept if prompt.trace else []
+    if not step or all(one.slots <= K for one, K in zip(projected, budgets, strict=True)):
+        return None
+    layers = host.layers
+    assert layers is not None, "`check` comes first"
+    policy = "renumber" if prompt.positions == "renumber" else policy  # pooled: no own places
+    rows, after = _begun(host, prompt, policy)
+    cache = make_prompt_cache(host.language)
+    schedules = _schedules(step, len(layers), [n for _, n in rows.runs], budgets)
     cuts = sorted({layer for one in schedules for layer in one})
-    begin, stops, held, last = 0, [Stop("", 0, told.trace[-1].kept)], [], rows
+    begin, stops, held, last = 0, [Stop("", 0, projected)], [], rows
     for cut in [*cuts, len(layers)]:
         halt = cut - (cut in cuts)  # what goes into the layer before a cut is kept
-        before = through(language.model, inner, range(begin, halt), rows, cache, piece or PIECE)
-        rows = through(language.model, inner, range(halt, cut), before, cache, piece or PIECE)
+        before = through(layers, range(begin, halt), rows, cache, piece or PIECE)
+        rows = through(layers, range(halt, cut), before, cache, piece or PIECE)
         lap("prefill", rows.x_1lD)
         held += [rows.x_1lD.shape[1]] * (cut - begin)
         begin, last = cut, rows
         if cut in cuts:
-            at = At(language.model, inner, cut, rows, before, cache)
-            kept = _cut(step, at, told.views, [one.get(cut) for one in schedules], lap)
+            at = At(layers, cut, rows, before, cache)
+            kept = _cut(step, at, prompt.views, [one.get(cut) for one in schedules], lap)
             rows = _shorter(rows, kept, policy, after)
-            stops.append(_stop(f"{step.name}, layer {cut}", cut, kept, stops[-1], told.views))
+            stops.append(_stop(f"{step.name}, layer {cut}", cut, kept, stops[-1], prompt.views))
     ends = [stop.layer for stop in stops[1:]] + [len(layers)]
-    runs = [_told(told.views, *pair) for pair in zip(stops, ends, strict=True)]
+    runs = [_layer_run(prompt.views, *pair) for pair in zip(stops, ends, strict=True)]
     size = sum(_bytes(one, n) for one, n in zip(cache, held, strict=True))
-    left = [_left(inner, one, after - n) for one, n in zip(cache, held, strict=True)]
-    return Read(_go_on(told, last, inner, after), left, stops[1:], runs, policy, size)
+    cache = [_without_last(layers, one, after - n) for one, n in zip(cache, held, strict=True)]
+    return Read(_last_row(prompt, last, layers, after), cache, stops[1:], runs, policy, size)
 
 
-def _begun(
-    model: Any, inputs: Inputs, told: Told, inner: Inner, policy: Policy
-) -> tuple[Rows, int]:
+def _schedules(
+    step: Pruner, layers: int, sizes: Sequence[int], budgets: Sequence[int]
+) -> list[Mapping[int, int]]:
+    """How many tokens of each picture stay from which layer on."""
+    return [
+        step.ask(step.method.schedule, layers, n, K) if n > K else {}
+        for n, K in zip(sizes, budgets, strict=True)
+    ]
+
+
+def _begun(host: Host, prompt: PrunedPrompt, policy: Policy) -> tuple[Rows, int]:
     """The rows as they go into the first layer, and where the next token will stand."""
-    given = dict(told.arguments)
+    given = dict(prompt.arguments)
     place, delta, deep = (
         given.pop(name, None) for name in ("position_ids", "rope_deltas", "deepstack_visual_embeds")
     )
     ids_1l, pixels = given.pop("input_ids"), given.pop("pixel_values", None)
-    found = model.get_input_embeddings(ids_1l, pixels, **given)
+    features = host.model.get_input_embeddings(ids_1l, pixels, **given)
     if place is None:
-        place, delta = found.position_ids, found.rope_deltas
-    x_1lD = found.inputs_embeds
+        place, delta = features.position_ids, features.rope_deltas
+    x_1lD = features.inputs_embeds
     ids, l = ids_1l[0].tolist(), x_1lD.shape[1]  # noqa: E741
-    placeholder = family_of(model).image_token(model, inputs)
+    placeholder = host.image_token_id(prompt.inputs)
     if ids[-1] == placeholder:
         raise UserError("the prompt ends in an image; between layers, words judge it: add some")
     at, runs = [i for i, token in enumerate(ids) if token == placeholder], list[tuple[int, int]]()
-    for one in told.trace[-1].kept:
+    for one in prompt.trace[-1].kept:
         runs.append((at[sum(n for _, n in runs)], one.slots))
     ends = np.cumsum([0, *(n for _, n in runs)]).tolist()
     parts = [[y[a:b] for a, b in pairwise(ends)] for y in deep or []]
     if place is not None:
         return Rows(x_1lD, place[:, 0], runs, parts), l + int(delta.item())
-    kept = told.left if policy == "keep" else range(l)
-    after = len(inputs.ids) if policy == "keep" else l
+    kept = prompt.kept_rows if policy == "keep" else range(l)
+    after = len(prompt.inputs.ids) if policy == "keep" else l
     return Rows(x_1lD, mx.array([list(kept)]), runs, parts), after
 
 
-def through(
-    body: Any, inner: Inner, numbers: range, rows: Rows, cache: list[Any], piece: int
-) -> Rows:
+def through(layers: Layers, numbers: range, rows: Rows, cache: list[Any], piece: int) -> Rows:
     """The rows after some layers. A long prompt is read in pieces, each by all of them."""
     if not numbers:
         return rows
@@ -143,7 +151,7 @@ def through(
         own = slice(begin, begin + piece)
         x_1lD, place_Al = rows.x_1lD[:, own], rows.place_Al[:, own]
         for number in numbers:
-            x_1lD = inner.run(body.layers[number], x_1lD, place_Al, cache[number])
+            x_1lD = layers.run(number, x_1lD, place_Al, cache[number])
             if number < len(rows.deep):
                 x_1lD = x_1lD + _deep(rows, number)[:, own]
         mx.eval(x_1lD, [cache[number].state for number in numbers])
@@ -162,12 +170,9 @@ def _deep(rows: Rows, number: int) -> mx.array:
 class At:
     """The input of a layer, and what can be known there of each picture."""
 
-    def __init__(
-        self, body: Any, inner: Inner, layer: int, rows: Rows, before: Rows, cache: list[Any]
-    ):
-        self.body, self.inner, self.rows, self.before_rows = body, inner, rows, before
-        self.this, self.last, self.held = body.layers[layer], body.layers[layer - 1], layer - 1
-        self.cache = cache
+    def __init__(self, layers: Layers, layer: int, rows: Rows, before: Rows, cache: list[Any]):
+        self.layers, self.rows, self.before_rows, self.cache = layers, rows, before, cache
+        self.this, self.last = layer, layer - 1
 
     def signals(self, v: int, pruner: Pruner, grid: tuple[int, int]) -> Signals:
         """A picture's rows, and what the method needs."""
@@ -180,7 +185,7 @@ class At:
         return {"before_BND": self.before_rows.x_1lD[:, own]}
 
     def normed(self, own: slice) -> dict[str, mx.array]:
-        y_1lD, words = self.body.norm(self.rows.x_1lD), self.rows.words
+        y_1lD, words = self.layers.norm(self.rows.x_1lD), self.rows.words
         real_BT = mx.ones((1, len(words)), mx.bool_)
         return {"normed_BND": y_1lD[:, own], "text_BTD": y_1lD[:, words], "text_real_BT": real_BT}
 
@@ -191,19 +196,19 @@ class At:
     def last_attention(self, own: slice) -> dict[str, mx.array]:
         """Of the prompt's last token, in the layer before."""
         x_11D, place_A1 = self.before_rows.x_1lD[:, -1:], self.rows.place_Al[:, -1:]
-        q = self.inner.queries(self.last, x_11D, place_A1)
+        q = self.layers.queries(self.last, x_11D, place_A1)
         return {"last_attention_BN": self._attention(q, self._held_keys())[:, own]}
 
     def next_attention(self, own: slice) -> dict[str, mx.array]:
         """Of the prompt's last token, by this layer's own projections."""
         x_1lD, place_Al = self.rows.x_1lD, self.rows.place_Al
-        q = self.inner.queries(self.this, x_1lD[:, -1:], place_Al[:, -1:])
-        k = self.inner.keys(self.this, x_1lD, place_Al)
+        q = self.layers.queries(self.this, x_1lD[:, -1:], place_Al[:, -1:])
+        k = self.layers.keys(self.this, x_1lD, place_Al)
         return {"next_attention_BN": self._attention(q, k)[:, own]}
 
     def _held_keys(self) -> mx.array:
         """(1, G, l, d)."""
-        return self.cache[self.held].state[0]
+        return self.cache[self.last].state[0]
 
     def _attention(self, q_1GR1d: mx.array, k_1Gld: mx.array) -> mx.array:
         """(1, l): the last row sees all."""
@@ -260,21 +265,21 @@ def _shorter(rows: Rows, kept: Sequence[Reduction], policy: Policy, after: int) 
     return Rows(x_1lD, place_Al, runs, deep)
 
 
-def _left(inner: Inner, cache: Any, by: int) -> Any:
+def _without_last(layers: Layers, cache: Any, by: int) -> Any:
     """A cache without the prompt's last row, where layers count ahead by the rows it lacks."""
     cache.trim(1)
-    return Ahead(cache, by) if inner.axes == 1 and by else cache
+    return Ahead(cache, by) if layers.axes == 1 and by else cache
 
 
-def _go_on(told: Told, last: Rows, inner: Inner, after: int) -> dict[str, Any]:
+def _last_row(prompt: PrunedPrompt, last: Rows, layers: Layers, after: int) -> dict[str, Any]:
     """mlx-vlm's arguments for the prompt's last row."""
     more: Mapping[str, Any] = {}
-    if inner.axes == 3:
+    if layers.axes == 3:
         more = {
             "position_ids": last.place_Al[:, None, -1:],
-            "rope_deltas": mx.array([[after - told.rows]]),
+            "rope_deltas": mx.array([[after - prompt.length]]),
         }
-    ids_11 = told.arguments["input_ids"][:, -1:]
+    ids_11 = prompt.arguments["input_ids"][:, -1:]
     return {"input_ids": ids_11, "mask": mx.ones((1, 1), mx.int32), **more}
 
 
@@ -282,12 +287,12 @@ def _bytes(cache: Any, rows: int) -> int:
     return sum(a.nbytes // a.shape[2] * rows for a in cache.state)
 
 
-def _told(views: Sequence[View], stop: Stop, end: int) -> dict[str, Any]:
+def _layer_run(views: Sequence[View], stop: Stop, end: int) -> dict[str, Any]:
     """What a run of layers holds."""
     images = 1 + max(view.image for view in views)
     return {
         "first": stop.layer,
         "last": end - 1,
         "visual_tokens": sum(one.slots for one in stop.kept),
-        "kept_indices": chosen(views, stop, images),
+        "kept_indices": kept_indices(views, stop, images),
     }

@@ -10,13 +10,21 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
-from ..generation.stream import Clock
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
-from .batches import taken_apart, tiles_are_untold
+from ..generation.stream import Clock
+from .batches import taken_apart
 from .fewer import Laid, laid_out
+from .host import Host
 from .memory import Memory, key_of
-from .mlx_vlm import Told, budgets, chosen, family_of, hear, look, tell
+from .prompt import (
+    PrunedPrompt,
+    add_text,
+    encode_images,
+    kept_indices,
+    prune_prompt,
+    view_budgets,
+)
 from .report import Prompt, Report
 from .views import Inputs, View
 
@@ -30,7 +38,7 @@ OURS = ("position_ids", "rope_deltas", "deepstack_visual_embeds")  # better than
 class Embeddings:
     """How a model prunes, and what it has seen; called as `get_input_embeddings` is."""
 
-    model: Any
+    host: Host
     stock: Any  # the model's own `get_input_embeddings`
     pipeline: Pipeline
     keep_ratio: float | None
@@ -60,14 +68,14 @@ class Embeddings:
     def _answer(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, told: dict[str, Any]) -> Any:
         if pixels is None:
             return self._words(self.stock(ids_BL, None, mask=mask_BL, **told))
-        clock, seen, family = Clock(), _Seen(), family_of(self.model)
+        clock, seen = Clock(), _Seen()
 
         def see(inputs: Inputs) -> list[View]:
             return self._see(inputs, clock, seen)
 
-        prompts = taken_apart(self.model, family, ids_BL, mask_BL, pixels, told, see)
+        prompts = taken_apart(self.host, ids_BL, mask_BL, pixels, told, see)
         rows = [(at, *self._prompt(inputs, views, clock, seen)) for at, inputs, views in prompts]
-        if family.placeholders != "token":  # mlx-vlm's rows and ids differ there anyway
+        if self.host.placeholders != "token":  # mlx-vlm's rows and ids differ there anyway
             return rows[0][2]
         return self._side_by_side(rows, [len(i.ids) for _, i, _ in prompts], ids_BL.shape[1])
 
@@ -76,48 +84,44 @@ class Embeddings:
         views = self.memory.recall(key)
         if views is None:
             seen.all_before = False
-            views = look(self.model, inputs, self.pipeline, clock.lap)
+            views = encode_images(self.host, inputs, self.pipeline, clock.lap)
             self.memory.keep(key, views)
         return views
 
     def _prompt(
         self, inputs: Inputs, views: list[View], clock: Clock, seen: "_Seen"
-    ) -> tuple[Told, Any]:
+    ) -> tuple[PrunedPrompt, Any]:
         """What stays of a prompt, and mlx-vlm's features of that."""
-        if self.keep_tokens is not None and tiles_are_untold(self.model, inputs, views):
+        if self.keep_tokens is not None and not self.host.knows_images(inputs, views):
             raise UserError(
-                f"prompts of a {self.model.config.model_type} model do not say which crops are of"
+                f"prompts of a {self.host.kind} model do not say which crops are of"
                 " one image: give keep_ratio in place of keep_tokens"
             )
-        views = hear(self.model, inputs, views, self.pipeline)
-        kept = budgets(views, self.keep_ratio, self.keep_tokens, self.pipeline)
-        told = tell(self.model, inputs, views, self.pipeline, kept, self.policy, clock.lap)
+        views = add_text(self.host, inputs, views, self.pipeline)
+        budgets = view_budgets(views, self.keep_ratio, self.keep_tokens, self.pipeline)
+        prompt = prune_prompt(
+            self.host, inputs, views, self.pipeline, budgets, self.policy, clock.lap
+        )
         if views:
-            self._tell(inputs, told, seen.since(clock), seen.all_before)
-        given = dict(told.arguments)
+            self._report(prompt, seen.since(clock), seen.all_before)
+        given = dict(prompt.arguments)
         ours = {name: given.pop(name) for name in OURS if name in given}
         ids_1l, pixels = given.pop("input_ids"), given.pop("pixel_values", None)
         found = self.stock(ids_1l, pixels, **given)
-        return told, replace(found, **ours, attention_mask_4d=None)  # which nothing there reads
+        return prompt, replace(found, **ours, attention_mask_4d=None)  # which nothing there reads
 
-    def _tell(self, inputs: Inputs, told: Told, ms: dict[str, float], seen_before: bool) -> None:
-        last, images = told.trace[-1], 1 + max(view.image for view in told.views)
+    def _report(self, prompt: PrunedPrompt, ms: dict[str, float], seen_before: bool) -> None:
+        last, images = prompt.trace[-1], 1 + max(view.image for view in prompt.views)
         total, kept = [0] * images, [0] * images
-        for view, one in zip(told.views, last.kept, strict=True):
+        for view, one in zip(prompt.views, last.kept, strict=True):
             total[view.image] += view.signals.x_BND.shape[1]
             kept[view.image] += one.slots
         seconds = {part: ms[part] / 1000 for part in ("vision", "pruner")}
-        whole = len(inputs.ids) if self._has_room_for_each else told.rows + sum(total) - sum(kept)
-        self.report.add(
-            Prompt(
-                total, kept, chosen(told.views, last, images), (whole, told.rows), seconds,
-                seen_before,
-            )
-        )  # fmt: skip
-
-    @property
-    def _has_room_for_each(self) -> bool:
-        return family_of(self.model).placeholders == "token"
+        whole = len(prompt.inputs.ids)
+        if self.host.placeholders != "token":
+            whole = prompt.length + sum(total) - sum(kept)
+        indices = kept_indices(prompt.views, last, images)
+        self.report.add(Prompt(total, kept, indices, (whole, prompt.length), seconds, seen_before))
 
     def _words(self, found: Any) -> Any:
         """A prompt without images, told as its neighbours in a batch are."""
@@ -133,16 +137,16 @@ class Embeddings:
     @property
     def _deep(self) -> int:
         """Layers that DeepStack adds to."""
-        tower = getattr(self.model, "vision_tower", None)
+        tower = getattr(self.host.model, "vision_tower", None)
         return len(getattr(tower, "deepstack_visual_indexes", ()))
 
     def _side_by_side(
-        self, rows: Sequence[tuple[int, Told, Any]], lengths: Sequence[int], L: int
+        self, rows: Sequence[tuple[int, PrunedPrompt, Any]], lengths: Sequence[int], L: int
     ) -> Any:
         """The prompts in their padded rows."""
         laid = [
-            self._laid(found, told, at, length, L)
-            for (at, told, found), length in zip(rows, lengths, strict=True)
+            self._laid(found, prompt, at, length, L)
+            for (at, prompt, found), length in zip(rows, lengths, strict=True)
         ]
         first = rows[0][2]
         deltas = [found.rope_deltas for _, _, found in rows]
@@ -155,7 +159,7 @@ class Embeddings:
             rope_deltas=None if deltas[0] is None else mx.concatenate(deltas),
         )
 
-    def _laid(self, found: Any, told: Told, begin: int, length: int, L: int) -> Laid:
+    def _laid(self, found: Any, prompt: PrunedPrompt, begin: int, length: int, L: int) -> Laid:
         x_lD, place, visual_l = found.inputs_embeds[0], found.position_ids, None
         if place is not None:
             place = mx.broadcast_to(place.reshape(-1, len(x_lD)), (3, len(x_lD)))
@@ -163,7 +167,8 @@ class Embeddings:
             visual = found.visual_pos_masks
             visual_l = mx.zeros(len(x_lD), mx.bool_) if visual is None else visual[0]
         deep = found.deepstack_visual_embeds or [x_lD[:0]] * self._deep
-        return laid_out(L, begin, begin + length, told.left, x_lD, place, visual_l, deep)
+        columns = range(begin, begin + length)
+        return laid_out(L, columns, prompt.kept_rows, x_lD, place, visual_l, deep)
 
 
 @dataclass

@@ -37,15 +37,16 @@ class Laid:
 
 
 def laid_out(
-    L: int, begin: int, end: int, left: Sequence[int], x_lD: mx.array,
+    L: int, columns: range, kept_rows: Sequence[int], x_lD: mx.array,
     place_3l: mx.array | None, visual_l: mx.array | None, deep: Sequence[mx.array],
 ) -> Laid:  # fmt: skip
-    """Rows `left` of the prompt that fills columns `begin` to `end`; the other columns are padding.
+    """The kept rows of a prompt that fills some columns; the other columns are padding.
 
-    The last row left stands last: a prompt that ends in an image would else end in nothing.
+    The last kept row stands last: a prompt that ends in an image would else end in nothing.
     `deep` has (V, D) for each layer.
     """
-    at_l = np.array(left, np.int32) + begin
+    begin, end = columns.start, columns.stop
+    at_l = np.array(kept_rows, np.int32) + begin
     at_l[-1] = end - 1
     at = mx.array(at_l)
     x_LD = mx.zeros((L, x_lD.shape[1]), x_lD.dtype)

@@ -20,8 +20,8 @@ from ..generation.stream import budget
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.contract import Policy
 from .embeddings import Embeddings
+from .families import host_of
 from .fewer import call
-from .mlx_vlm import as_it_was, family_of
 from .refusals import check
 from .report import Report
 
@@ -46,8 +46,8 @@ def pruned(
     """
     if type(model).__module__.startswith("mlx_vlm_prune."):
         raise UserError("pruned() is for mlx-vlm's models; ours take a pruner in generate()")
-    family, pipeline = family_of(model), plan(pruner)
-    policy = check(model, family, pipeline, positions)
+    host, pipeline = host_of(model), plan(pruner)
+    policy = check(host, pipeline, positions)
     if pipeline.decoder:
         raise UserError(
             f"{pipeline.decoder.name} works between the language model's layers, where a block that"
@@ -56,10 +56,10 @@ def pruned(
     budget(keep_tokens or 1, keep_ratio, keep_tokens, pipeline)
     report, language = Report(pipeline.name, policy), model.language_model
     embeddings = Embeddings(
-        model, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, report
+        host, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, report
     )
     kind, caches = type(language), WeakSet[Any]()
-    with as_it_was(language):
+    with host.restored():
         model.get_input_embeddings = embeddings
         language.__class__ = _derived(kind, embeddings, _reads_whole(model), caches)
         model.apc_key_dependencies = language.apc_key_dependencies

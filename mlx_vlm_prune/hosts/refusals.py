@@ -1,44 +1,32 @@
 """Which methods cannot work in a model of mlx-vlm's, each with the reason."""
 
-from typing import Any
-
 from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, Pruner, Stage
 from ..pruners.contract import Policy
-from .families import Family
+from .host import Host
 
 LATER = "not yet in mlx-vlm models"
-REASONS = {
-    Stage.IMAGE: f"it makes the pixels fewer, {LATER}; --resize-shape makes the picture smaller",
-}
-INNER = ("before", "normed", "held_keys", "last_attention", "next_attention")  # what layers tell
+SMALLER = f"it makes the pixels fewer, {LATER}; --resize-shape makes the picture smaller"
+BETWEEN = ("before", "normed", "held_keys", "last_attention", "next_attention")  # layers have these
 TOWER = ("patches", "pixels", "text", "grid")  # what needs no attention
 
 
-def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | None) -> Policy:
+def check(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
     """The position policy that holds; UserError where a method or policy cannot work."""
-    kind = model.config.model_type
+    kind = host.kind
     if positions not in (None, "keep", "renumber"):
         raise UserError(f"--positions is {positions!r}; it is keep or renumber")
-    if "get_input_embeddings" in vars(model):
+    if "get_input_embeddings" in vars(host.model):
         raise UserError("this model is being pruned already: leave that block first")
     for step in pipeline.steps:
-        reason = family.inside if step.stage is Stage.ENCODER else REASONS.get(step.stage)
-        reason = _inner(family, step) if step.stage is Stage.DECODER else reason
-        if reason:
+        if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
-        needs = set() if step.stage is Stage.DECODER else set(step.method.needs)
-        if needs - set(TOWER) and not family.depth(model):
-            raise UserError(
-                f"{step.name} cannot prune a {kind} model: its tower has neither a CLS token nor"
-                " attention that could stand in for it"
-            )
     if pipeline.enhancer:
         raise UserError(
             f"{pipeline.enhancer.name} cannot work in a {kind} model: it adds to the attention"
             f" that kept tokens get, {LATER}"
         )
-    if family.has_mrope or pipeline.decoder:
+    if host.has_mrope or pipeline.decoder:
         return positions or pipeline.positions
     if positions == "keep":
         raise UserError(
@@ -48,12 +36,35 @@ def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | No
     return "renumber"
 
 
-def _inner(family: Family, step: Pruner) -> str | None:
-    """Why a method cannot work between the language model's layers."""
-    if family.inner is None:
+def check_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None:
+    """Broken bits are another kind of cache, which cannot say that rows are gone."""
+    if not pipeline.decoder or kv_bits is None:
+        return
+    assert host.layers is not None, "`check` comes first"
+    if host.layers.axes == 1 and kv_bits % 1:
+        raise UserError(
+            f"--kv-bits is {kv_bits:g}; with {pipeline.decoder.name} a whole number can be had"
+        )
+
+
+def _why_not(host: Host, step: Pruner) -> str | None:
+    """Why a method cannot work in this model; None where it can."""
+    if step.stage is Stage.IMAGE:
+        return SMALLER
+    if step.stage is Stage.ENCODER:
+        return host.why_not_inside
+    if step.stage is Stage.DECODER:
+        return _why_not_between_layers(host, step)
+    if set(step.method.needs) - set(TOWER) and not host.depth:
+        return "its tower has neither a CLS token nor attention that could stand in for it"
+    return None
+
+
+def _why_not_between_layers(host: Host, step: Pruner) -> str | None:
+    if host.layers is None:
         return f"it works between the language model's layers, {LATER} of this kind"
     if step.is_proportional:
         return f"it adds to the attention that merged tokens get, {LATER}"
-    if set(step.method.needs) - set(INNER):
-        return f"it needs {', '.join(sorted(set(step.method.needs) - set(INNER)))}, {LATER}"
+    if beyond := set(step.method.needs) - set(BETWEEN):
+        return f"it needs {', '.join(sorted(beyond))}, {LATER}"
     return None

@@ -3,34 +3,36 @@
 To add one: its file, a line here, and a tiny model in the tests.
 """
 
-from . import (
-    fastvlm,
-    idefics3,
-    internvl_chat,
-    llava,
-    llava_next,
-    pixtral,
-    qwen2_5_vl,
-    qwen2_vl,
-    qwen3_vl,
-    siglip,
-)  # fmt: skip
-from .common import Family
+from typing import Any
 
-FAMILIES: dict[str, Family] = {
-    "llava": llava.family,
-    "qwen2_5_vl": qwen2_5_vl.family,
-    "qwen2_vl": qwen2_vl.family,
-    "qwen3_vl": qwen3_vl.family,
-    "fastvlm": fastvlm.family,
-    "llava_qwen2": fastvlm.family,  # as Apple's own config.json calls it
-    "llava_next": llava_next.family,
-    "gemma3": siglip.gemma3,
-    "idefics3": idefics3.family,
-    "smolvlm": idefics3.family,
-    "paligemma": siglip.paligemma,
-    "internvl_chat": internvl_chat.family,
-    "pixtral": pixtral.family,
+from ...checkpoints.errors import UserError
+from ..host import Host
+from .fastvlm import FastVLMHost
+from .gemma3 import Gemma3Host
+from .idefics3 import Idefics3Host
+from .internvl_chat import InternVLHost
+from .llava import LlavaHost
+from .llava_next import LlavaNextHost
+from .paligemma import PaliGemmaHost
+from .pixtral import PixtralHost
+from .qwen2_5_vl import Qwen2_5VLHost
+from .qwen2_vl import Qwen2VLHost
+from .qwen3_vl import Qwen3VLHost
+
+FAMILIES: dict[str, type[Host]] = {
+    "llava": LlavaHost,
+    "qwen2_5_vl": Qwen2_5VLHost,
+    "qwen2_vl": Qwen2VLHost,
+    "qwen3_vl": Qwen3VLHost,
+    "fastvlm": FastVLMHost,
+    "llava_qwen2": FastVLMHost,  # as Apple's own config.json calls it
+    "llava_next": LlavaNextHost,
+    "gemma3": Gemma3Host,
+    "idefics3": Idefics3Host,
+    "smolvlm": Idefics3Host,
+    "paligemma": PaliGemmaHost,
+    "internvl_chat": InternVLHost,
+    "pixtral": PixtralHost,
 }
 # Models that mlx-vlm runs and that have nothing to prune.
 REFUSED = {
@@ -38,4 +40,10 @@ REFUSED = {
     "florence2": "it reads images by an encoder, so no visual token is in its sequence",
 }
 
-__all__ = ["FAMILIES", "REFUSED", "Family"]
+
+def host_of(model: Any, processor: Any = None) -> Host:
+    """The model as its family's host. Raises UserError for a family that is not known."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind not in FAMILIES:
+        raise UserError(f"there is no pruning in {kind} models; there is in {', '.join(FAMILIES)}")
+    return FAMILIES[kind](model, processor)

@@ -3,7 +3,7 @@
 Shapes: T tiles, P patches, N visual tokens, K kept, D features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,27 +11,68 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ..host import Host
 from ..views import Inputs, View, per_picture
-from . import common, siglip
-from .common import Family
+from . import siglip
 
 
-def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-    assert inputs.pixels is not None
-    there = mx.array(np.flatnonzero(np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))))
-    pixels_T3HW = inputs.pixels[0][there]  # a tile of zeros only fills up a batch
-    mask = inputs.extra.get("pixel_attention_mask")
-    mask_THW = mx.ones_like(pixels_T3HW[:, 0]) if mask is None else mask[0][there]
-    out = model.vision_model(
-        pixels_T3HW.transpose(0, 2, 3, 1),
-        patch_attention_mask=_patches(mask_THW, model.config.vision_config.patch_size),
-        output_hidden_states=True,
-    )
-    m = model.connector.scale_factor
-    seen = siglip.encode(model.vision_model, out, want, m)
-    x_TPD = out[0].astype(pixels_T3HW.dtype)
-    seen = replace(seen, x_BND=model.connector.pixel_shuffle(x_TPD, m))
-    return per_picture(inputs, seen, pixels_T3HW.transpose(0, 2, 3, 1))
+class Idefics3Host(Host):
+    @property
+    def depth(self) -> int:
+        return len(self.model.vision_model.encoder.layers)
+
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        assert inputs.pixels is not None
+        there = mx.array(np.flatnonzero(np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))))
+        pixels_T3HW = inputs.pixels[0][there]  # a tile of zeros only fills up a batch
+        mask = inputs.extra.get("pixel_attention_mask")
+        mask_THW = mx.ones_like(pixels_T3HW[:, 0]) if mask is None else mask[0][there]
+        tower, connector = self.model.vision_model, self.model.connector
+        out = tower(
+            pixels_T3HW.transpose(0, 2, 3, 1),
+            patch_attention_mask=_patches(mask_THW, self.model.config.vision_config.patch_size),
+            output_hidden_states=True,
+        )
+        m = connector.scale_factor
+        seen = siglip.encode(tower, out, want, m)
+        x_TPD = out[0].astype(pixels_T3HW.dtype)
+        seen = replace(seen, x_BND=connector.pixel_shuffle(x_TPD, m))
+        return per_picture(inputs, seen, pixels_T3HW.transpose(0, 2, 3, 1))
+
+    def project(self, x_1KD: mx.array) -> mx.array:
+        return self.model.connector.modality_projection(x_1KD)
+
+    def hand_over(
+        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
+    ) -> dict[str, Any]:
+        """All embeddings (K, D) in a row."""
+        return {"cached_image_features": mx.concatenate(list(x))}
+
+    def prepare(
+        self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
+    ) -> Inputs:
+        """With the number of tiles of each image: the last shows all of it, as its mark says."""
+        inputs = super().prepare(text, images, resize)
+        mark = getattr(self.processor, "global_image_token", "<global-img>")
+        whole = self.processor.tokenizer.convert_tokens_to_ids(mark)
+        image, tiles = self.image_token_id(inputs), [0]
+        for before, token in zip([-1, *inputs.ids], inputs.ids, strict=False):
+            if token == image and before != image:
+                tiles[-1] += 1
+                tiles += [0] if before == whole else []
+        return replace(inputs, extra={**inputs.extra, "num_patches_list": [n for n in tiles if n]})
+
+    def embed(self, ids: mx.array) -> mx.array:
+        return self.language.embed_tokens(ids)
+
+    def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
+        """All tiles are one image's: nothing in the ids tells them apart."""
+        if "num_patches_list" in inputs.extra:
+            return views
+        return [replace(view, image=0) for view in views]
+
+    def knows_images(self, inputs: Inputs, views: Sequence[View]) -> bool:
+        return "num_patches_list" in inputs.extra or len(views) <= 1
 
 
 def _patches(mask_THW: mx.array, size: int) -> mx.array:
@@ -39,43 +80,3 @@ def _patches(mask_THW: mx.array, size: int) -> mx.array:
     T, rows, columns = len(mask_THW), mask_THW.shape[1] // size, mask_THW.shape[2] // size
     cut = mask_THW[:, : rows * size, : columns * size].reshape(T, rows, size, columns, size)
     return cut.any(axis=(2, 4))
-
-
-def project(model: Any, x_1KD: mx.array) -> mx.array:
-    return model.connector.modality_projection(x_1KD)
-
-
-def hand_over(
-    model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
-) -> dict:
-    return {"cached_image_features": mx.concatenate(list(x))}
-
-
-def prepare(
-    model: Any,
-    processor: Any,
-    text: str,
-    pictures: Sequence[Image.Image],
-    resize_shape: tuple[int, int] | None,
-) -> Inputs:
-    """With how many tiles each image was cut into: the last shows all of it, as its mark says."""
-    made = common.prepare(model, processor, text, pictures, resize_shape)
-    mark = getattr(processor, "global_image_token", "<global-img>")
-    whole = processor.tokenizer.convert_tokens_to_ids(mark)
-    image, tiles = common.image_token(model, made), [0]
-    for before, token in zip([-1, *made.ids], made.ids, strict=False):
-        if token == image and before != image:
-            tiles[-1] += 1
-            tiles += [0] if before == whole else []
-    return replace(made, extra={**made.extra, "num_patches_list": [n for n in tiles if n]})
-
-
-def embed(model: Any) -> Callable[[mx.array], mx.array]:
-    return model.language_model.embed_tokens
-
-
-def depth(model: Any) -> int:
-    return len(model.vision_model.encoder.layers)
-
-
-family = Family(depth, see, project, hand_over, prepare, embed)

@@ -5,29 +5,56 @@ Shapes: T tiles, S tokens with CLS, N visual tokens, K kept, D features, H heads
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 
+from ...checkpoints.errors import UserError
 from ...projector import merged
+from ..host import Host
+from ..layers import split
 from ..views import Inputs, View, per_picture
-from .common import Family, signals, split
+from .common import signals
 
 
-def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-    from mlx_vlm.models.base import pixel_shuffle
+class InternVLHost(Host):
+    @property
+    def depth(self) -> int:
+        return len(self.model.vision_model.encoder.layers)
 
-    assert inputs.pixels is not None
-    tower, pixels = model.vision_model, inputs.pixels
-    pixels = pixels.astype(tower.embeddings.patch_embedding.weight.dtype)
-    pixels_THW3 = (pixels[0] if pixels.ndim == 5 else pixels).transpose(0, 2, 3, 1)
-    x_TSD, _, after = tower(pixels_THW3, output_hidden_states=True)
-    states = [tower.embeddings(pixels_THW3) if 0 in want.values() else None, *after]
-    side, m = int((x_TSD.shape[1] - 1) ** 0.5), int(1 / model.downsample_ratio)
-    layers = tower.encoder.layers
-    seen = signals(x_TSD[:, 1:], (side, side), want, layers, states, True, _queries_and_keys)
-    x_TND = pixel_shuffle(x_TSD[:, 1:], shuffle_ratio=model.downsample_ratio)
-    return per_picture(inputs, replace(merged(seen, (m, m)), x_BND=x_TND), pixels_THW3)
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        from mlx_vlm.models.base import pixel_shuffle
+
+        assert inputs.pixels is not None
+        tower, pixels, ratio = self.model.vision_model, inputs.pixels, self.model.downsample_ratio
+        pixels = pixels.astype(tower.embeddings.patch_embedding.weight.dtype)
+        pixels_THW3 = (pixels[0] if pixels.ndim == 5 else pixels).transpose(0, 2, 3, 1)
+        x_TSD, _, after = tower(pixels_THW3, output_hidden_states=True)
+        states = [tower.embeddings(pixels_THW3) if 0 in want.values() else None, *after]
+        side, m = int((x_TSD.shape[1] - 1) ** 0.5), int(1 / ratio)
+        layers = tower.encoder.layers
+        seen = signals(x_TSD[:, 1:], (side, side), want, layers, states, True, _queries_and_keys)
+        x_TND = pixel_shuffle(x_TSD[:, 1:], shuffle_ratio=ratio)
+        return per_picture(inputs, replace(merged(seen, (m, m)), x_BND=x_TND), pixels_THW3)
+
+    def project(self, x_1KD: mx.array) -> mx.array:
+        for layer in self.model.mlp1:
+            x_1KD = layer(x_1KD)
+        return x_1KD
+
+    def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
+        """An image's tiles stand in one run of placeholders."""
+        if "num_patches_list" in inputs.extra or not views:
+            return views
+        placeholder, N = self.image_token_id(inputs), views[0].signals.x_BND.shape[1]
+        runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
+        whose = [image for image, length in enumerate(runs) for _ in range(length // N)]
+        if len(whose) != len(views):
+            raise UserError(
+                f"the prompt has room for {len(whose)} tiles and the images have {len(views)}"
+            )
+        return [replace(view, image=image) for view, image in zip(views, whose, strict=True)]
 
 
 def _queries_and_keys(layer: Any, x_TSD: mx.array) -> tuple[mx.array, mx.array]:
@@ -37,16 +64,3 @@ def _queries_and_keys(layer: Any, x_TSD: mx.array) -> tuple[mx.array, mx.array]:
     if own.qk_normalization:
         q_TSD, k_TSD = own.q_norm(q_TSD), own.k_norm(k_TSD)
     return split(q_TSD, own.num_heads), split(k_TSD, own.num_heads)
-
-
-def project(model: Any, x_1KD: mx.array) -> mx.array:
-    for layer in model.mlp1:
-        x_1KD = layer(x_1KD)
-    return x_1KD
-
-
-def depth(model: Any) -> int:
-    return len(model.vision_model.encoder.layers)
-
-
-family = Family(depth, see, project)

@@ -15,26 +15,26 @@ import mlx.core as mx
 
 from ...checkpoints.errors import UserError
 from ..views import Inputs, View, per_picture
-from . import llava
-from .common import Family
+from .llava import LlavaTowerHost
 
 
-def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-    if inputs.images > 1:
-        raise UserError("a llava_next model reads one image here: mlx-vlm shows it the first only")
-    assert inputs.pixels is not None
-    return per_picture(inputs, *llava.encode(model, inputs.pixels[0], want))
+class LlavaNextHost(LlavaTowerHost):
+    placeholders = "all"
 
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        if inputs.images > 1:
+            raise UserError(
+                "a llava_next model reads one image here: mlx-vlm shows it the first only"
+            )
+        assert inputs.pixels is not None
+        return per_picture(inputs, *self.encode(inputs.pixels[0], want))
 
-def hand_over(
-    model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
-) -> dict:
-    """One block of all crops' embeddings."""
-    rows = list(x)
-    if is_full:
-        patches = sum(map(len, rows))
-        rows.append(mx.broadcast_to(model.image_newline, (patches, rows[0].shape[-1])))
-    return {"cached_image_features": mx.concatenate(rows)[None]}
-
-
-family = Family(llava.depth, see, llava.project, hand_over, placeholders="all")
+    def hand_over(
+        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
+    ) -> dict[str, Any]:
+        """One block of all crops' embeddings."""
+        rows = list(x)
+        if is_full:
+            patches = sum(map(len, rows))
+            rows.append(mx.broadcast_to(self.model.image_newline, (patches, rows[0].shape[-1])))
+        return {"cached_image_features": mx.concatenate(rows)[None]}

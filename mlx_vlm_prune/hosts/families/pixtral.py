@@ -13,37 +13,43 @@ import numpy as np
 
 from ...pruners.contract import Signals
 from ...towers.between import Between
+from ..host import Host
+from ..layers import split
 from ..views import Inputs, View
-from .common import Family, split
 from .qwen import turned
 
 
-def depth(model: Any) -> int:
-    """Layers up to the one whose output the features are."""
-    layers = model.vision_tower.vision_model.transformer.layers
-    return range(len(layers) + 1)[model.vision_feature_layer]
+class PixtralHost(Host):
+    @property
+    def depth(self) -> int:
+        """Layers up to the one whose output the features are."""
+        layers = self.model.vision_tower.vision_model.transformer.layers
+        return range(len(layers) + 1)[self.model.vision_feature_layer]
 
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        assert inputs.pixels is not None
+        pixels, tower, depth = inputs.pixels, self.model.vision_tower.vision_model, self.depth
+        if isinstance(pixels, list):
+            pixels = mx.stack([mx.array(each) for each in pixels])
+        pixels_IHW3 = (pixels[None] if pixels.ndim == 3 else pixels).transpose(0, 2, 3, 1)
+        sizes = inputs.extra.get("image_sizes")
+        *_, states = self.model.vision_tower(
+            pixels_IHW3, output_hidden_states=True, image_sizes=sizes
+        )
+        views, begin = [], 0
+        for i, grid in enumerate(_grids(tower.patch_size, pixels_IHW3, sizes)):
+            end = begin + grid[0] * grid[1]
+            bare, angles_Na = Signals(states[depth][:, begin:end], grid), _angles(tower, grid)
+            run = Between(bare, want, depth, (), has_cls=False)
+            for at in sorted(set(run.want.values())):
+                layer = tower.transformer.layers[at]
+                run.read(at, *_queries_and_keys(layer, states[at][:, begin:end], angles_Na))
+            views.append(View(i, run.signals))
+            begin = end
+        return views
 
-def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-    assert inputs.pixels is not None
-    pixels, tower = inputs.pixels, model.vision_tower.vision_model
-    if isinstance(pixels, list):
-        pixels = mx.stack([mx.array(each) for each in pixels])
-    pixels_IHW3 = (pixels[None] if pixels.ndim == 3 else pixels).transpose(0, 2, 3, 1)
-    sizes = inputs.extra.get("image_sizes")
-    *_, states = model.vision_tower(pixels_IHW3, output_hidden_states=True, image_sizes=sizes)
-    grids = _grids(tower.patch_size, pixels_IHW3, sizes)
-    views, begin = [], 0
-    for i, grid in enumerate(grids):
-        end = begin + grid[0] * grid[1]
-        bare, angles_Na = Signals(states[depth(model)][:, begin:end], grid), _angles(tower, grid)
-        run = Between(bare, want, depth(model), (), has_cls=False)
-        for at in sorted(set(run.want.values())):
-            layer = tower.transformer.layers[at]
-            run.read(at, *_queries_and_keys(layer, states[at][:, begin:end], angles_Na))
-        views.append(View(i, run.signals))
-        begin = end
-    return views
+    def project(self, x_1KD: mx.array) -> mx.array:
+        return self.model.multi_modal_projector(x_1KD)
 
 
 def _grids(patch: int, pixels_IHW3: mx.array, sizes: Any) -> list[tuple[int, int]]:
@@ -69,10 +75,3 @@ def _queries_and_keys(
     both = (split(p(x_1ND), own.num_heads)[0] for p in (own.q_proj, own.k_proj))
     q, k = (turned(y_HNd.swapaxes(0, 1), angles_Na).swapaxes(0, 1)[None] for y_HNd in both)
     return q, k
-
-
-def project(model: Any, x_1KD: mx.array) -> mx.array:
-    return model.multi_modal_projector(x_1KD)
-
-
-family = Family(depth, see, project)

@@ -8,6 +8,7 @@ Shapes: S patches of all images, s of one, U = S / m^2 visual tokens, N of one i
 H heads, d head size.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,9 +20,9 @@ import numpy as np
 from ...projector import merged
 from ...pruners.contract import Signals
 from ...towers.between import Between
+from ..host import Host
+from ..layers import PlacedLayers
 from ..views import Inputs, View
-from .common import Family
-from .inner import told as told_places
 
 INSIDE = (
     "it works between the tower's layers, where the patches of all images are packed in one row"
@@ -39,91 +40,94 @@ class Row:
     order_U: np.ndarray  # which visual token, image after image, stands where
 
 
-def depth(model: Any) -> int:
-    return len(model.vision_tower.blocks)
+class QwenHost(Host):
+    """A host of Qwen's; a family says how its patches are packed in a row."""
 
+    has_mrope = True
+    why_not_inside = INSIDE
+    layers_class = PlacedLayers
 
-def project(model: Any, x_1KD: mx.array) -> mx.array:
-    return x_1KD
+    @abstractmethod
+    def pack(self, inputs: Inputs) -> Row:
+        """The patches of all images, as the tower's first layer reads them."""
 
+    @property
+    def deepstack(self) -> Mapping[int, Callable[[mx.array], mx.array]]:
+        """Behind which layers DeepStack reads the patches, and by what."""
+        return {}
 
-def hand_over(
-    model: Any, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
-) -> dict:
-    """Embeddings (K, D) in a row. What DeepStack adds is handed over too: with features from
-    outside, mlx-vlm 0.7 would leave it out."""
-    told: dict[str, Any] = {"cached_image_features": mx.concatenate(list(x))}
-    if deep and deep[0]:
-        told["deepstack_visual_embeds"] = [
-            mx.concatenate(list(each)) for each in zip(*deep, strict=True)
-        ]
-    return told
+    @property
+    def tower(self) -> Any:
+        return self.model.vision_tower
 
+    @property
+    def depth(self) -> int:
+        return len(self.tower.blocks)
 
-def patches(model: Any, inputs: Inputs) -> tuple[mx.array, mx.array, mx.array]:
-    """Embedded patches (S, D), angles (S, a) of the rotation, and the images' ends (I + 1,)."""
-    tower, grid_I3 = model.vision_tower, inputs.extra["image_grid_thw"]
-    assert inputs.pixels is not None
-    x_SD = tower.patch_embed(inputs.pixels.astype(tower.patch_embed.proj.weight.dtype))
-    angles_Sa = tower.rot_pos_emb(grid_I3)
-    sizes = [h * w for t, h, w in grid_I3.tolist() for _ in range(t)]
-    return x_SD, angles_Sa.reshape(len(x_SD), -1), mx.array(np.cumsum([0, *sizes]), mx.int32)
+    def project(self, x_1KD: mx.array) -> mx.array:
+        return x_1KD
 
+    def hand_over(
+        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
+    ) -> dict[str, Any]:
+        """Embeddings (K, D) in a row. What DeepStack adds is handed over too: with features from
+        outside, mlx-vlm 0.7 would leave it out."""
+        arguments: dict[str, Any] = {"cached_image_features": mx.concatenate(list(x))}
+        if deep and deep[0]:
+            by_layer = zip(*deep, strict=True)
+            arguments["deepstack_visual_embeds"] = [mx.concatenate(list(y)) for y in by_layer]
+        return arguments
 
-def qwen(see: Callable[..., list[View]]) -> Family:
-    """A family of Qwen's."""
-    return Family(
-        depth, see, project, hand_over, has_mrope=True, inside=INSIDE, inner=told_places
-    )  # fmt: skip
+    def patches(self, inputs: Inputs) -> tuple[mx.array, mx.array, mx.array]:
+        """Embedded patches (S, D), angles (S, a) of the rotation, the images' ends (I + 1,)."""
+        tower, grid_I3 = self.tower, inputs.extra["image_grid_thw"]
+        assert inputs.pixels is not None
+        x_SD = tower.patch_embed(inputs.pixels.astype(tower.patch_embed.proj.weight.dtype))
+        angles_Sa = tower.rot_pos_emb(grid_I3)
+        sizes = [h * w for t, h, w in grid_I3.tolist() for _ in range(t)]
+        return x_SD, angles_Sa.reshape(len(x_SD), -1), mx.array(np.cumsum([0, *sizes]), mx.int32)
 
-
-def run(
-    model: Any,
-    inputs: Inputs,
-    want: Mapping[str, int | None],
-    row: Row,
-    deep: Mapping[int, Callable[[mx.array], mx.array]] | None = None,
-) -> list[View]:
-    """The blocks, with the queries and keys of the layers wanted; `deep` reads after a layer."""
-    tower, x_SD, added = model.vision_tower, row.x_SD, []
-    wanted = {layer for layer in want.values() if layer is not None}
-    heard: dict[int, tuple[mx.array, mx.array]] = {}
-    for i, block in enumerate(tower.blocks):
-        if i in wanted:
-            heard[i] = _queries_and_keys(block, x_SD, row.angles_Sa)
-        x_SD = block(x_SD, cu_seqlens=row.bounds(i), rotary_pos_emb=row.angles_Sa)
-        if deep and i in deep:
-            added.append(deep[i](x_SD))
-    back_U = mx.array(np.argsort(row.order_U))
-    x_UD, added = tower.merger(x_SD)[back_U], [y_UD[back_U] for y_UD in added]
-    views, m, begin = [], tower.spatial_merge_size, 0
-    for i, (_, h, w) in enumerate(inputs.extra["image_grid_thw"].tolist()):
-        end = begin + h * w // m**2
-        own = _signals(row, heard, want, (h, w), m, begin, end)
-        own = replace(own, x_BND=x_UD[None, begin:end])
-        views.append(View(i, own, deep=tuple(y_UD[None, begin:end] for y_UD in added)))
-        begin = end
-    return views
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        """The blocks, with the queries and keys of the layers wanted."""
+        tower, row, deepstack, added = self.tower, self.pack(inputs), self.deepstack, []
+        x_SD, layers = row.x_SD, {layer for layer in want.values() if layer is not None}
+        attended: dict[int, tuple[mx.array, mx.array]] = {}
+        for i, block in enumerate(tower.blocks):
+            if i in layers:
+                attended[i] = _queries_and_keys(block, x_SD, row.angles_Sa)
+            x_SD = block(x_SD, cu_seqlens=row.bounds(i), rotary_pos_emb=row.angles_Sa)
+            if i in deepstack:
+                added.append(deepstack[i](x_SD))
+        back_U = mx.array(np.argsort(row.order_U))
+        x_UD, added = tower.merger(x_SD)[back_U], [y_UD[back_U] for y_UD in added]
+        views, m, begin = [], tower.spatial_merge_size, 0
+        for i, (_, h, w) in enumerate(inputs.extra["image_grid_thw"].tolist()):
+            end = begin + h * w // m**2
+            signals = _signals(row, attended, want, (h, w), m, range(begin, end))
+            signals = replace(signals, x_BND=x_UD[None, begin:end])
+            views.append(View(i, signals, deep=tuple(y_UD[None, begin:end] for y_UD in added)))
+            begin = end
+        return views
 
 
 def _signals(
     row: Row,
-    heard: Mapping[int, tuple[mx.array, mx.array]],
+    attended: Mapping[int, tuple[mx.array, mx.array]],
     want: Mapping[str, int | None],
     grid: tuple[int, int],
     m: int,
-    begin: int,
-    end: int,
+    tokens: range,
 ) -> Signals:
-    """One image's: of its patches, back in raster order, then as means over each m x m."""
-    if not heard:
-        return Signals(mx.zeros((1, end - begin, 1)), (grid[0] // m, grid[1] // m))
-    first, last = begin * m**2, end * m**2
-    place_s = raster(row.order_U[begin:end] - begin, grid, m)
+    """The signals of the image with these visual tokens: of its patches, back in raster order,
+    then as means over each m x m."""
+    if not attended:
+        return Signals(mx.zeros((1, len(tokens), 1)), (grid[0] // m, grid[1] // m))
+    first, last = tokens.start * m**2, tokens.stop * m**2
+    place_s = raster(row.order_U[tokens.start : tokens.stop] - tokens.start, grid, m)
     at_s = mx.array(first + np.argsort(place_s))
     bare = Signals(mx.zeros((1, last - first, 1)), grid)
-    run = Between(bare, want, max(heard, default=0) + 1, (), has_cls=False)
-    for layer, (q_HSd, k_HSd) in heard.items():
+    run = Between(bare, want, max(attended) + 1, (), has_cls=False)
+    for layer, (q_HSd, k_HSd) in attended.items():
         ends = [int(b) for b in np.array(row.bounds(layer)) if first <= b <= last]
         windows = [mx.array(place_s[a - first : b - first]) for a, b in pairwise(ends)]
         run.read(layer, q_HSd[None, :, at_s], k_HSd[None, :, at_s], windows)

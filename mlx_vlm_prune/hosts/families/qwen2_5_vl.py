@@ -3,30 +3,24 @@
 Shapes: S patches of all images, U = S / m^2 visual tokens, a angles.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 
-from ..views import Inputs, View
-from .qwen import Row, patches, qwen, run
+from ..views import Inputs
+from .qwen import QwenHost, Row
 
 
-def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-    tower = model.vision_tower
-    x_SD, angles_Sa, whole = patches(model, inputs)
-    order_U, ends = tower.get_window_index(inputs.extra["image_grid_thw"])
-    windows = mx.array(np.unique(np.array(ends)), mx.int32)  # empty windows are listed, too
+class Qwen2_5VLHost(QwenHost):
+    def pack(self, inputs: Inputs) -> Row:
+        tower = self.tower
+        x_SD, angles_Sa, whole = self.patches(inputs)
+        order_U, ends = tower.get_window_index(inputs.extra["image_grid_thw"])
+        windows = mx.array(np.unique(np.array(ends)), mx.int32)  # empty windows are listed, too
 
-    def gathered(x_Sa: mx.array) -> mx.array:
-        return x_Sa.reshape(len(order_U), -1, x_Sa.shape[-1])[order_U].reshape(x_Sa.shape)
+        def gathered(x_Sa: mx.array) -> mx.array:
+            return x_Sa.reshape(len(order_U), -1, x_Sa.shape[-1])[order_U].reshape(x_Sa.shape)
 
-    def bounds(layer: int) -> mx.array:
-        return whole if layer in tower.fullatt_block_indexes else windows
+        def bounds(layer: int) -> mx.array:
+            return whole if layer in tower.fullatt_block_indexes else windows
 
-    row = Row(gathered(x_SD), gathered(angles_Sa), bounds, np.array(order_U))
-    return run(model, inputs, want, row)
-
-
-family = qwen(see)
+        return Row(gathered(x_SD), gathered(angles_Sa), bounds, np.array(order_U))

@@ -1,18 +1,13 @@
 """Qwen2-VL: every layer of the tower sees the whole image."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
-from ..views import Inputs, View
-from .qwen import Row, patches, qwen, run
+from ..views import Inputs
+from .qwen import QwenHost, Row
 
 
-def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-    x_SD, angles_Sa, ends = patches(model, inputs)
-    order_U = np.arange(len(x_SD) // model.vision_tower.spatial_merge_size**2)
-    return run(model, inputs, want, Row(x_SD, angles_Sa, lambda _: ends, order_U))
-
-
-family = qwen(see)
+class Qwen2VLHost(QwenHost):
+    def pack(self, inputs: Inputs) -> Row:
+        x_SD, angles_Sa, ends = self.patches(inputs)
+        order_U = np.arange(len(x_SD) // self.tower.spatial_merge_size**2)
+        return Row(x_SD, angles_Sa, lambda _: ends, order_U)

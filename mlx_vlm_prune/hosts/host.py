@@ -1,0 +1,165 @@
+"""A model of another library's, as pruning needs it: `Host`, of which each family is a subclass.
+
+Shapes: N visual tokens of a view, K kept, L rows of the prompt, D features.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..checkpoints.errors import UserError
+from ..prompt import IMAGE_MARK
+from .layers import Layers
+from .views import Inputs, View
+
+STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
+
+
+class Host(ABC):
+    """A loaded model of mlx-vlm's with its processor; made by `host_of`, once for a model.
+
+    A family must say how its tower is run and how its projector is called. The rest is what most
+    families share.
+    """
+
+    has_mrope: ClassVar[bool] = False  # do positions have three axes, and come from outside?
+    placeholders: ClassVar[Literal["token", "image", "all"]] = "token"  # what one stands for
+    why_not_inside: ClassVar[str] = (
+        "it works between the tower's layers, which is not yet there for mlx-vlm models"
+    )
+    layers_class: ClassVar[type[Layers] | None] = None  # None: not driven from here
+
+    def __init__(self, model: Any, processor: Any = None):
+        self.model, self.processor = model, processor
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """How many layers of the tower signals can be read of."""
+
+    @abstractmethod
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        """The tower run: a view for each picture, with the signals in `want`.
+
+        Raises UserError for images that this family cannot read.
+        """
+
+    @abstractmethod
+    def project(self, x_1KD: mx.array) -> mx.array:
+        """Embeddings of visual tokens (1, K, D)."""
+
+    def prepare(
+        self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
+    ) -> Inputs:
+        """Ids and pixels, as mlx-vlm itself makes them; `text` has been through the template."""
+        from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
+
+        arrays = prepare_inputs(
+            self.processor,
+            images=list(images) or None,
+            prompts=text,
+            image_token_index=getattr(self.model.config, "image_token_index", None),
+            resize_shape=resize,
+            add_special_tokens=should_add_special_tokens(self.kind, self.processor),
+        )
+        names = ("input_ids", "attention_mask", "pixel_values")
+        ids, mask, pixels = (arrays.pop(name, None) for name in names)
+        ids = mx.array(ids).reshape(-1)
+        mask = mx.ones((1, len(ids)), mx.int32) if mask is None else mask
+        return Inputs(np.array(ids).tolist(), mask, pixels, len(images), arrays)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """The word embeddings of ids."""
+        return self.language.model.embed_tokens(ids)
+
+    def hand_over(
+        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
+    ) -> dict[str, Any]:
+        """The embeddings (K, D) of each view as arguments of mlx-vlm's; here as one picture's.
+
+        `deep` is what DeepStack adds to each view, `is_full` says that every token stays.
+        """
+        return {"cached_image_features": mx.concatenate(list(x))[None]}
+
+    def image_token_id(self, inputs: Inputs) -> int:
+        """The placeholder's id. Some configs call it an index, some processors know better."""
+        known = {**vars(self.model.config), **inputs.extra}
+        return known["image_token_index" if "image_token_index" in known else "image_token_id"]
+
+    def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
+        """The views, each with its image, where a prompt comes without the number of tiles.
+
+        Raises UserError where prompt and tiles do not fit.
+        """
+        return views
+
+    def knows_images(self, inputs: Inputs, views: Sequence[View]) -> bool:
+        """Is it known which views are of the same image?"""
+        return True
+
+    @property
+    def kind(self) -> str:
+        """The model_type."""
+        return self.model.config.model_type
+
+    @property
+    def language(self) -> Any:
+        return self.model.language_model
+
+    @property
+    def layers(self) -> Layers | None:
+        """The language model's layers one by one; None where they cannot be driven from here."""
+        return None if self.layers_class is None else self.layers_class(self.language.model)
+
+    @property
+    def image_marks(self) -> list[str]:
+        """What stands for an image in a prompt: our mark, and the model's own."""
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        ids = (getattr(self.model.config, f"image_token_{end}", None) for end in ("index", "id"))
+        # FastVLM's is -200: no token at all
+        tokens = [tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None and i >= 0]
+        marks = [IMAGE_MARK, getattr(self.processor, "image_token", None), *tokens]
+        return list(dict.fromkeys(mark for mark in marks if isinstance(mark, str) and mark))
+
+    def check_length(self, rows: int) -> None:
+        """Raises UserError for a prompt of more rows than the model reads."""
+        longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        if longest and rows > longest:
+            raise UserError(f"the prompt has {rows} tokens; the model reads up to {longest}")
+
+    def pictures(self, views: Sequence[View], images: Sequence[Image.Image]) -> list[Image.Image]:
+        """The views as the tower read them, for a picture of what was kept."""
+        tool = getattr(self.processor, "image_processor", None)
+        mean, std = (getattr(tool, name, None) for name in ("image_mean", "image_std"))
+        shown = []
+        for view in views:
+            if view.pixels_HW3 is None:
+                shown.append(images[view.image])
+                continue
+            pixels = np.array(view.pixels_HW3.astype(mx.float32))
+            pixels = pixels * (1.0 if std is None else std) + (0.0 if mean is None else mean)
+            shown.append(Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)))
+        return shown
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Take back what requests leave on the language model."""
+        language = self.language
+        before = {name: getattr(language, name) for name in STATE if hasattr(language, name)}
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(language, name, value)
+
+
+def generation_stream() -> Any:
+    """mlx-vlm computes on a stream of its own, and going from one to another costs time."""
+    from mlx_vlm.generate import generation_stream as stream
+
+    return mx.stream(stream)

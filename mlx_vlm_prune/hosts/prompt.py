@@ -1,0 +1,211 @@
+"""A prompt with fewer visual tokens: encode, prune, project, splice.
+
+The tower and the projector are run from here, on the instance as it stands. mlx-vlm's own
+`stream_generate` decodes: it gets ids without the dropped placeholders, the embeddings of the
+kept tokens, and positions. It is the interface it has for callers that prepare their own tensors;
+nothing is patched, and what a request leaves on the instance is taken back.
+
+Shapes: N visual tokens of a view, K kept, l rows that stay of the prompt, T words, D features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..checkpoints.errors import UserError
+from ..model import Lap, Lot, Stop, prune
+from ..pruners import Pipeline, Stage
+from ..pruners.contract import Policy, identity
+from ..generation.stream import budget
+from .host import Host
+from .places import kept_rows, row_arguments
+from .views import Inputs, View
+
+
+@dataclass(frozen=True)
+class PrunedPrompt:
+    """A prompt with fewer visual tokens, as mlx-vlm's `stream_generate` takes it.
+
+    `trace` has a reduction for every view; `positions` is the policy that holds.
+    """
+
+    inputs: Inputs
+    views: list[View]
+    arguments: dict[str, Any]
+    kept_rows: Sequence[int]  # of the whole prompt
+    length: int  # rows that the language model reads
+    trace: list[Stop]
+    positions: Policy
+
+
+def prepare_prompt(
+    host: Host,
+    prompt: str,
+    images: Sequence[Image.Image],
+    template: Mapping[str, Any] | None = None,
+    resize: tuple[int, int] | None = None,
+) -> Inputs:
+    """A prompt and images, through mlx-vlm's chat template and the model's own processor.
+
+    Raises UserError.
+    """
+    from mlx_vlm.prompt_utils import apply_chat_template
+
+    for mark in host.image_marks:
+        if mark in prompt:
+            raise UserError(
+                f"leave {mark} out of the prompt: in mlx-vlm models the chat template says where"
+                " images go"
+            )
+    options = dict(template or {})
+    text = apply_chat_template(
+        host.processor, host.model.config, prompt, num_images=len(images), **options
+    )
+    try:
+        return host.prepare(text, images, resize)
+    except UserError:
+        raise
+    except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
+        reason = " ".join((str(problem).strip() or type(problem).__name__).split())
+        raise UserError(f"mlx-vlm cannot prepare the images: {reason}") from problem
+
+
+def views_of(host: Host, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
+    """The images as the tower sees them, with what the pipeline needs of tower and prompt."""
+    return add_text(host, inputs, encode_images(host, inputs, pipeline, lap), pipeline)
+
+
+def encode_images(host: Host, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
+    """The tower's part of that, which knows nothing of the prompt."""
+    if inputs.pixels is None:
+        return []
+    layers = host.depth
+    views = host.see(inputs, pipeline.want(layers) if layers else {})
+    lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deep)])
+    return views
+
+
+def add_text(host: Host, inputs: Inputs, views: list[View], pipeline: Pipeline) -> list[View]:
+    """The views with the embeddings of the prompt's words, where the pipeline needs them."""
+    if not pipeline.wants("text"):
+        return views
+    words = [token for token in inputs.ids if token != host.image_token_id(inputs)]
+    text_1TD = host.embed(mx.array([words or [0]]))
+    real_1T = mx.full((1, text_1TD.shape[1]), bool(words))
+    return [
+        replace(view, signals=replace(view.signals, text_BTD=text_1TD, text_real_BT=real_1T))
+        for view in views
+    ]
+
+
+def view_budgets(
+    views: Sequence[View], keep_ratio: float | None, keep_tokens: int | None, pipeline: Pipeline
+) -> list[int]:
+    """Each view's K: an image's budget, shared among its crops."""
+    budgets: list[int] = []
+    for image in range(1 + max((view.image for view in views), default=-1)):
+        sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
+        budgets += shares(budget(sum(sizes), keep_ratio, keep_tokens, pipeline), sizes)
+    return budgets
+
+
+def shares(K: int, sizes: Sequence[int]) -> list[int]:
+    """An image's K among its views, in proportion to their N; each gets one at least."""
+    ends = np.cumsum([0, *sizes])
+    parts = [int(K * b // ends[-1] - K * a // ends[-1]) for a, b in pairwise(ends)]
+    if min(parts) < 1:
+        raise UserError(f"an image in {len(sizes)} crops cannot keep {K} visual tokens: keep more")
+    return parts
+
+
+def prune_prompt(
+    host: Host,
+    inputs: Inputs,
+    views: list[View],
+    pipeline: Pipeline,
+    budgets: Sequence[int],
+    policy: Policy,
+    lap: Lap,
+) -> PrunedPrompt:
+    """Prune, project and splice; `budgets` are each view's K.
+
+    Rows that are to leave between the language model's layers are all there, at their positions.
+    """
+    policy = "keep" if pipeline.decoder else policy
+    if inputs.pixels is None:
+        rows = range(len(inputs.ids))
+        arguments = row_arguments(host, inputs, rows, policy)
+        return PrunedPrompt(inputs, [], arguments, rows, len(rows), [], policy)
+    lots = [Lot(v.signals, v.signals, identity(v.signals.x_BND)) for v in views]
+    trace = [Stop("", 0, [lot.kept for lot in lots])]
+    lots, features = _prune(lots, budgets, pipeline, Stage.FEATURES, lap)  # prune
+    lots = _project(host, lots)  # project
+    lots, projected = _prune(lots, budgets, pipeline, Stage.PROJECTED, lap)
+    kept = [lot.kept for lot in lots]
+    if any(one.index_BK is None for one in kept):
+        policy = "renumber"  # pooled slots have no place of their own
+    sizes = [view.signals.x_BND.shape[1] for view in views]
+    kept_at = kept_rows(host, inputs, sizes, kept)  # splice
+    arguments = row_arguments(host, inputs, kept_at, policy)
+    arguments |= _visual_arguments(host, inputs, views, lots)
+    length = len(kept_at)
+    if host.placeholders != "token":
+        words = [i for i in kept_at if inputs.ids[i] != host.image_token_id(inputs)]
+        length = len(words) + sum(map(len, arguments["cached_image_features"]))
+    trace += [*features, *projected]
+    return PrunedPrompt(inputs, views, arguments, kept_at, length, trace, policy)
+
+
+def kept_indices(views: Sequence[View], last: Stop, images: int) -> list[list[int] | None]:
+    """Which tokens of each image stay; None where a slot is pooled from everywhere."""
+    indices: list[list[int] | None] = []
+    for image in range(images):
+        begin, parts = 0, list[mx.array | None]()
+        for view, kept in zip(views, last.kept, strict=True):
+            if view.image == image:
+                parts.append(kept.index_BK if kept.index_BK is None else begin + kept.index_BK[0])
+                begin += view.signals.x_BND.shape[1]
+        every = [i for part in parts if part is not None for i in np.array(part).tolist()]
+        indices.append(None if any(part is None for part in parts) else every)
+    return indices
+
+
+def _prune(
+    lots: list[Lot], budgets: Sequence[int], pipeline: Pipeline, stage: Stage, lap: Lap
+) -> tuple[list[Lot], list[Stop]]:
+    """What the methods of a stage leave of each view, which may differ in size."""
+    done = [prune([lot], pipeline, K, stage, lap) for lot, K in zip(lots, budgets, strict=True)]
+    by_step = zip(*(stops for _, stops in done), strict=True)
+    stops = [Stop(same[0].step, 0, [one for stop in same for one in stop.kept]) for same in by_step]
+    return [lot for parts, _ in done for lot in parts], stops
+
+
+def _project(host: Host, lots: list[Lot]) -> list[Lot]:
+    """All views in one product."""
+    parts = [lot.signals.x_BND for lot in lots]
+    ends = accumulate([0, *(part.shape[1] for part in parts)])
+    x_1TD = host.project(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
+    return [
+        replace(lot, signals=replace(lot.signals, x_BND=x_1TD[:, a:b]))
+        for lot, (a, b) in zip(lots, pairwise(ends), strict=True)
+    ]
+
+
+def _visual_arguments(
+    host: Host, inputs: Inputs, views: Sequence[View], lots: Sequence[Lot]
+) -> dict[str, Any]:
+    """The arguments that hand over the visual tokens."""
+    kept = [lot.kept for lot in lots]
+    deep = [[one.apply(y)[0] for y in v.deep] for v, one in zip(views, kept, strict=True)]
+    N = sum(view.signals.x_BND.shape[1] for view in views)
+    x, is_full = [lot.signals.x_BND[0] for lot in lots], sum(one.slots for one in kept) == N
+    arguments = host.hand_over(x, deep, is_full)
+    arguments["pixel_values"] = inputs.pixels  # unread, but without it no image is looked for
+    if "image_token_index" in inputs.extra:
+        arguments["image_token_index"] = inputs.extra["image_token_index"]
+    return arguments
