@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, metadata, util
@@ -31,11 +32,10 @@ from mlx_vlm_prune.hosts.prompt import prune_prompt, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
 from mlx_vlm_prune.language.minimind import MiniMindConfig
+from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.operations import prefill
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.generation.stream import Clock
 
 from .command import finish, plain_name, whole
 from .on_mlx import device
@@ -144,14 +144,13 @@ def ours(
 ) -> tuple[Laps, int]:
     """The same through our path, which times its parts where it prunes."""
     began, clock = time.perf_counter(), Clock()
-    lap = clock.lap if in_parts else no_lap
     host, pipeline = host_of(model), plan(spec)
     policy = check(host, pipeline, None)
     with host.restored():
-        with generation_stream():
-            views = views_of(host, inputs, pipeline, lap)
+        with generation_stream(), clock.running() if in_parts else nullcontext():
+            views = views_of(host, inputs, pipeline)
             K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
-            prompt = prune_prompt(host, inputs, views, pipeline, K, policy, lap)
+            prompt = prune_prompt(host, inputs, views, pipeline, K, policy)
         token = first_token(model, prompt.arguments)
     clock.lap("prefill")
     total = 1000 * (time.perf_counter() - began)

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .checkpoints.hub import found
-from .evaluation.answers import Own
+from .evaluation.answers import OwnRespondent
 from .evaluation.asking import (
     Asked,
     Asking,
@@ -121,15 +121,17 @@ def begun(
     if isinstance(model, VLM):
         specs = args.pruner or usual(model)
         contest, refused = entries(model.N, specs, budgets(args, model.N), model.learned)
-        return contest, refused, Own(model, processor, [entry.pipeline for entry in contest])
-    from .hosts import asking as elsewhere  # a model of mlx-vlm's, whose images differ in N
+        pipelines = [entry.pipeline for entry in contest]
+        return contest, refused, OwnRespondent(model, processor, pipelines)
+    # a model of mlx-vlm's, whose images differ in N
+    from .evaluation import host_answers
     from .hosts.families import host_of
 
     host = host_of(model, processor)
-    specs = args.pruner or elsewhere.usual(host)
+    specs = args.pruner or host_answers.usual(host)
     contest, refused = entries(None, specs, budgets(args, None), {})
     pipelines = [entry.pipeline for entry in contest]
-    return contest, refused, elsewhere.HostRespondent(host, pipelines)
+    return contest, refused, host_answers.HostRespondent(host, pipelines)
 
 
 def decisive(args: argparse.Namespace, asking: Asking, folder: Path) -> list[Any]:

@@ -18,7 +18,6 @@ from mlx_vlm_prune.hosts.host import Host
 from mlx_vlm_prune.hosts.prompt import PrunedPrompt, prune_prompt, shares, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
-from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import METHODS, Stage, plan
 
 from . import host_models
@@ -55,13 +54,13 @@ def prompt(models, name: str, images: int | None = None) -> Inputs:
 def reduced(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> PrunedPrompt:
     host, pipeline = host_of(model), plan(spec)
     policy = check(host, pipeline, positions)
-    views = views_of(host, inputs, pipeline, no_lap)
+    views = views_of(host, inputs, pipeline)
     K = [max(1, int(view.signals.x_BND.shape[1] * ratio)) for view in views]
-    return prune_prompt(host, inputs, views, pipeline, K, policy, no_lap)
+    return prune_prompt(host, inputs, views, pipeline, K, policy)
 
 
 def encoded(model, inputs: Inputs, spec: str):
-    return views_of(host_of(model), inputs, plan(spec), no_lap)
+    return views_of(host_of(model), inputs, plan(spec))
 
 
 def decoded(model, arguments: dict, **options) -> tuple[list[int], np.ndarray]:
@@ -81,7 +80,7 @@ def stock(model, inputs: Inputs, **options) -> tuple[list[int], np.ndarray]:
 
 
 def indices(said: PrunedPrompt) -> list[list[int]]:
-    return [one.index_BK[0].tolist() for one in said.trace[-1].kept]
+    return [one.index_BK[0].tolist() for one in said.trace.steps[-1].reductions]
 
 
 def reference(models, name: str, inputs: Inputs, kept: list[list[int]], policy: str = "keep"):
@@ -271,7 +270,7 @@ def test_every_method_of_the_towers_end_leaves_as_many_as_it_is_told(models, nam
     model, inputs = models(name), prompt(models, name)
     said = reduced(model, inputs, method, 0.5)
     sizes = [view.signals.x_BND.shape[1] for view in said.views]
-    assert [one.slots for one in said.trace[-1].kept] == [n // 2 for n in sizes]
+    assert [one.slots for one in said.trace.steps[-1].reductions] == [n // 2 for n in sizes]
     _, odds = decoded(model, said.arguments)
     assert np.isfinite(odds).all()
 
@@ -281,7 +280,7 @@ def test_merged_tokens_are_mixed_before_the_projector(models, name):
     model, inputs = models(name), prompt(models, name, 1)
     said = reduced(model, inputs, "avgpool", 0.25)
     whole = [view.signals.x_BND for view in encoded(model, inputs, "none")]
-    pairs = zip(said.trace[-1].kept, whole, strict=True)
+    pairs = zip(said.trace.steps[-1].reductions, whole, strict=True)
     expected = [host_of(model).project(one.apply(x))[0] for one, x in pairs]
     ours = said.arguments["cached_image_features"]
     ours = ours[0] if isinstance(ours, list) or ours.ndim == 3 else ours

@@ -13,14 +13,13 @@ import pytest
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from mlx_vlm_prune import evaluate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts import asking
-from mlx_vlm_prune.hosts.asking import HostRespondent, Ready
-from mlx_vlm_prune.hosts.deep import read
+from mlx_vlm_prune.evaluation import host_answers
+from mlx_vlm_prune.evaluation.host_answers import HostRespondent, Ready
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.families.llava import LlavaHost
+from mlx_vlm_prune.hosts.prefill import HostPrefill, read_through_cuts
 from mlx_vlm_prune.hosts.prompt import prune_prompt, view_budgets, views_of
 from mlx_vlm_prune.hosts.refusals import check
-from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.questions import Question
 
@@ -56,12 +55,11 @@ def by_mlx_vlm(model, inputs, spec: str, forced=()) -> tuple[list[int], float]:
 
     policy = check(host, pipeline, None)
     with host.restored():
-        views = views_of(host, inputs, pipeline, no_lap)
+        views = views_of(host, inputs, pipeline)
         budgets = view_budgets(views, share(spec), None, pipeline)
-        prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy, no_lap)
-        deep = read(host, prompt, pipeline, budgets, policy, None, no_lap)
-        rest = dict(deep.arguments if deep else prompt.arguments)
-        rest |= {"prompt_cache": deep.cache} if deep else {}
+        prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
+        prompt = read_through_cuts(host, prompt, pipeline, budgets, policy)
+        rest = dict(prompt.arguments) | ({"prompt_cache": prompt.cache} if prompt.cache else {})
         ids, pixels, mask = (rest.pop(x, None) for x in ("input_ids", "pixel_values", "mask"))
         steps = generate_step(ids, model, pixels, mask, max_tokens=WORDS, sampler=choose, **rest)
         said = []
@@ -86,7 +84,7 @@ def test_an_answer_that_went_on_from_the_right_one_would_be_told_apart(kind, mon
     model = KINDS[kind].make()
     one, ready = respondent(model, "none"), Ready(KINDS[kind].inputs(model), RIGHT)
     said = one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids
-    monkeypatch.setattr(asking, "_copied", lambda cache: cache)
+    monkeypatch.setattr(HostPrefill, "fork", lambda prefill: prefill)
     assert one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids != said
 
 
@@ -206,7 +204,7 @@ def test_an_answer_of_nothing_is_refused_where_no_token_ends_one(home):
 
 
 def test_without_names_every_method_that_can_is_asked():
-    names = asking.usual(host_of(KINDS["llava"].make()))
+    names = host_answers.usual(host_of(KINDS["llava"].make()))
     assert {"random", "divprune", "cls_attention", "fastv", "vtw"} <= {*names}
     assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
-    assert "fastv" not in asking.usual(host_of(KINDS["gemma3"].make()))
+    assert "fastv" not in host_answers.usual(host_of(KINDS["gemma3"].make()))

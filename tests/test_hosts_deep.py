@@ -14,12 +14,11 @@ import pytest
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts.deep import Read, read
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.layers import Ahead
-from mlx_vlm_prune.hosts.prompt import prune_prompt, view_budgets, views_of
+from mlx_vlm_prune.hosts.prefill import read_through_cuts
+from mlx_vlm_prune.hosts.prompt import PrunedPrompt, prune_prompt, view_budgets, views_of
 from mlx_vlm_prune.hosts.refusals import check
-from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import METHODS, Signals, plan
 
 from . import host_folders
@@ -39,18 +38,18 @@ def models():
     return once()
 
 
-def pruned(model, inputs, spec: str, ratio: float, positions=None, piece=None) -> Read:
+def pruned(model, inputs, spec: str, ratio: float, positions=None, piece=None) -> PrunedPrompt:
     pipeline, host = plan(spec), host_of(model)
     policy = check(host, pipeline, positions)
-    views = views_of(host, inputs, pipeline, no_lap)
+    views = views_of(host, inputs, pipeline)
     K = view_budgets(views, ratio, None, pipeline)
-    prompt = prune_prompt(host, inputs, views, pipeline, K, policy, no_lap)
-    done = read(host, prompt, pipeline, K, policy, piece, no_lap)
-    assert done
+    prompt = prune_prompt(host, inputs, views, pipeline, K, policy)
+    done = read_through_cuts(host, prompt, pipeline, K, policy, piece)
+    assert done.cache
     return done
 
 
-def answered(model, said: Read) -> tuple[list[int], np.ndarray]:
+def answered(model, said: PrunedPrompt) -> tuple[list[int], np.ndarray]:
     return decoded(model, said.arguments | {"pixel_values": None}, prompt_cache=said.cache)
 
 
@@ -170,9 +169,9 @@ def test_an_answer_is_that_of_fewer_rows_in_deeper_layers(models, name, spec, po
     for images in (1, 2):
         inputs = KINDS[name].inputs(model, images)
         said = pruned(model, inputs, spec, 0.6, positions, piece)
-        assert len(said.layers) > 1
+        assert len(said.trace.layers(3)) > 1
         tokens, odds = answered(model, said)
-        expected, expected_odds = reference(model, name, inputs, said.layers, positions)
+        expected, expected_odds = reference(model, name, inputs, said.trace.layers(3), positions)
         assert tokens == expected
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
 
@@ -184,7 +183,7 @@ def test_places_counted_anew_would_not_pass_for_kept_ones(models, name):
     inputs = KINDS[name].inputs(model)
     said = pruned(model, inputs, "fastv", 0.6, "renumber")
     _, odds = answered(model, said)
-    kept = reference(model, name, inputs, said.layers, "keep")[1]
+    kept = reference(model, name, inputs, said.trace.layers(3), "keep")[1]
     assert np.abs(odds - kept).max() > 1e-2
 
 
@@ -200,7 +199,7 @@ def test_rows_counted_by_the_cache_would_not_pass_either(models, name):
     else:
         said.arguments["rope_deltas"] = said.arguments["rope_deltas"] - 7
     _, odds = answered(model, said)
-    expected = reference(model, name, inputs, said.layers, "keep")[1]
+    expected = reference(model, name, inputs, said.trace.layers(3), "keep")[1]
     assert np.abs(odds - expected).max() > 1e-2
 
 
@@ -210,11 +209,11 @@ def test_what_leaves_behind_the_tower_stays_away_in_all_layers(models, name, spe
     model = models(name)
     inputs = KINDS[name].inputs(model, 1)
     said = pruned(model, inputs, spec.replace("visionzip", "cls_attention"), 0.5, "keep")
-    first, *_, last = said.layers
+    first, *_, last = said.trace.layers(3)
     assert set(last["kept_indices"][0]) < set(first["kept_indices"][0])
     assert len(first["kept_indices"][0]) < KINDS[name].grids[0][0] * KINDS[name].grids[0][1]
     tokens, odds = answered(model, said)
-    expected, expected_odds = reference(model, name, inputs, said.layers, "keep")
+    expected, expected_odds = reference(model, name, inputs, said.trace.layers(3), "keep")
     assert tokens == expected
     np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
 
@@ -250,8 +249,8 @@ def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
     model = models(name)
     inputs = KINDS[name].inputs(model, 1)
     said = pruned(model, inputs, spec, 0.6)
-    (kept,) = said.layers[1]["kept_indices"]
-    signals = by_hand(model, name, inputs, said.layers[1]["first"])
+    (kept,) = said.trace.layers(3)[1]["kept_indices"]
+    signals = by_hand(model, name, inputs, said.trace.layers(3)[1]["first"])
     assert METHODS[spec].prune(signals, len(kept)).index_BK[0].tolist() == kept
 
 

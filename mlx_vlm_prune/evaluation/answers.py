@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..generation.prefill import Prefill
 from ..generation.steps import greedy_answers, likelihood
 from ..image import open_image
 from ..loading import Processor
@@ -110,14 +111,23 @@ def sharing(model: VLM, pipelines: Sequence[Pipeline]) -> tuple[VLM, SharedTower
 
 
 @dataclass(frozen=True)
-class Said:
+class Answers:
     """Answers to a batch: ids without the end, and the right answers' log-probabilities (B,)."""
 
     ids: list[list[int]]
     logprob_B: np.ndarray
 
 
-class Own:
+def answers_of(
+    prefill: Prefill, right_BA: np.ndarray, ends: Collection[int], max_tokens: int
+) -> Answers:
+    """What follows on prompts that were read, and how likely the right answers with their ends
+    were. Raises UserError where the model gives no odds."""
+    logprob_B = likelihood(prefill, right_BA)
+    return Answers(greedy_answers(prefill, ends, max_tokens), logprob_B)
+
+
+class OwnRespondent:
     """A model of ours that is asked by all these methods."""
 
     def __init__(self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline]):
@@ -133,14 +143,6 @@ class Own:
         self.tower.show(batch)
         return batch
 
-    def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Said:
-        return answer(self.model, batch, pipeline, int(keep), self.ends, max_tokens)
-
-
-def answer(
-    model: VLM, batch: Batch, pruner: Pipeline, K: int, ends: Collection[int], max_tokens: int
-) -> Said:
-    """What the model says with K of N visual tokens. Raises UserError where that cannot be."""
-    prefill = model(batch.rows, batch.pixels_IHW3, pruner, K)
-    logprob_B = likelihood(prefill, batch.right_BA)
-    return Said(greedy_answers(prefill, ends, max_tokens), logprob_B)
+    def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Answers:
+        prefill = self.model(batch.rows, batch.pixels_IHW3, pipeline, int(keep))
+        return answers_of(prefill, batch.right_BA, self.ends, max_tokens)

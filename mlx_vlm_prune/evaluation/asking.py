@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, plan
 from ..questions import Bad, Format, Question
-from .answers import Said
+from .answers import Answers
 from .judge import Sheet, check_kinds
 from .kept import Answered, Kept
 
@@ -85,7 +85,7 @@ class Asked(Protocol):
     def begin(self, asked: Sequence[Any]) -> Any:
         """A batch of those, and the `sizes` of their images in visual tokens."""
 
-    def answer(self, batch: Any, pipeline: Pipeline, keep: float, max_tokens: int) -> Said:
+    def answer(self, batch: Any, pipeline: Pipeline, keep: float, max_tokens: int) -> Answers:
         """What the model says to a batch. Raises UserError where that cannot be."""
 
 
@@ -194,7 +194,7 @@ class Asking:
             skipped=skipped, refused=refused,
         )  # fmt: skip
 
-    def _all(self, batch: Any, who: str) -> tuple[list[Said], list[tuple[int, str]]]:
+    def _all(self, batch: Any, who: str) -> tuple[list[Answers], list[tuple[int, str]]]:
         """What every entry says. One that cannot is asked no more, and has no row."""
         found, refused = [], []
         for p, entry in enumerate(self.contest):

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
+from ..laps import Clock
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
-from ..generation.stream import Clock
 from .batches import taken_apart
 from .fewer import Laid, laid_out
 from .host import Host
@@ -21,7 +21,6 @@ from .prompt import (
     PrunedPrompt,
     add_text,
     encode_images,
-    kept_indices,
     prune_prompt,
     view_budgets,
 )
@@ -73,8 +72,11 @@ class Embeddings:
         def see(inputs: Inputs) -> list[View]:
             return self._see(inputs, clock, seen)
 
-        prompts = taken_apart(self.host, ids_BL, mask_BL, pixels, told, see)
-        rows = [(at, *self._prompt(inputs, views, clock, seen)) for at, inputs, views in prompts]
+        with clock.running():
+            prompts = taken_apart(self.host, ids_BL, mask_BL, pixels, told, see)
+            rows = [
+                (at, *self._prompt(inputs, views, clock, seen)) for at, inputs, views in prompts
+            ]
         if self.host.placeholders != "token":  # mlx-vlm's rows and ids differ there anyway
             return rows[0][2]
         return self._side_by_side(rows, [len(i.ids) for _, i, _ in prompts], ids_BL.shape[1])
@@ -84,7 +86,7 @@ class Embeddings:
         views = self.memory.recall(key)
         if views is None:
             seen.all_before = False
-            views = encode_images(self.host, inputs, self.pipeline, clock.lap)
+            views = encode_images(self.host, inputs, self.pipeline)
             self.memory.keep(key, views)
         return views
 
@@ -99,9 +101,7 @@ class Embeddings:
             )
         views = add_text(self.host, inputs, views, self.pipeline)
         budgets = view_budgets(views, self.keep_ratio, self.keep_tokens, self.pipeline)
-        prompt = prune_prompt(
-            self.host, inputs, views, self.pipeline, budgets, self.policy, clock.lap
-        )
+        prompt = prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
         if views:
             self._report(prompt, seen.since(clock), seen.all_before)
         given = dict(prompt.arguments)
@@ -111,16 +111,16 @@ class Embeddings:
         return prompt, replace(found, **ours, attention_mask_4d=None)  # which nothing there reads
 
     def _report(self, prompt: PrunedPrompt, ms: dict[str, float], seen_before: bool) -> None:
-        last, images = prompt.trace[-1], 1 + max(view.image for view in prompt.views)
+        trace, images = prompt.trace, prompt.trace.image_count
         total, kept = [0] * images, [0] * images
-        for view, one in zip(prompt.views, last.kept, strict=True):
+        for view, one in zip(prompt.views, trace.steps[-1].reductions, strict=True):
             total[view.image] += view.signals.x_BND.shape[1]
             kept[view.image] += one.slots
         seconds = {part: ms[part] / 1000 for part in ("vision", "pruner")}
         whole = len(prompt.inputs.ids)
         if self.host.placeholders != "token":
             whole = prompt.length + sum(total) - sum(kept)
-        indices = kept_indices(prompt.views, last, images)
+        indices = [trace.kept(image) for image in range(images)]
         self.report.add(Prompt(total, kept, indices, (whole, prompt.length), seconds, seen_before))
 
     def _words(self, found: Any) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..prompt import IMAGE_MARK
-from .layers import Layers
+from .layers import HostLanguage
 from .views import Inputs, View
 
 STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
@@ -32,7 +32,7 @@ class Host(ABC):
     why_not_inside: ClassVar[str] = (
         "it works between the tower's layers, which is not yet there for mlx-vlm models"
     )
-    layers_class: ClassVar[type[Layers] | None] = None  # None: not driven from here
+    layers_class: ClassVar[type[HostLanguage] | None] = None  # None: not driven from here
 
     def __init__(self, model: Any, processor: Any = None):
         self.model, self.processor = model, processor
@@ -112,9 +112,9 @@ class Host(ABC):
         return self.model.language_model
 
     @property
-    def layers(self) -> Layers | None:
+    def layers(self) -> HostLanguage | None:
         """The language model's layers one by one; None where they cannot be driven from here."""
-        return None if self.layers_class is None else self.layers_class(self.language.model)
+        return None if self.layers_class is None else self.layers_class(self.language)
 
     @property
     def image_marks(self) -> list[str]:

@@ -4,8 +4,8 @@ Qwen's layers take positions. Llama's count: rotation starts at the cache's offs
 between them are rotated as if each were a prompt of one row, which may start anywhere; and a cache
 with fewer rows than came before says by how many it is `Ahead`.
 
-Shapes: L rows, S rows held, D features, A axes of a position (1 or 3), G key/value heads, R queries
-of each, d head size.
+Shapes: B prompts, L rows, S rows held, D features, G key/value heads, R queries of each, d head
+size.
 """
 
 from abc import ABC, abstractmethod
@@ -13,92 +13,117 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
+from ..language.minimind import grouped
 
-class Layers(ABC):
-    """The layers of a host's language model, called by their numbers; positions are (A, L)."""
+
+class HostLanguage(ABC):
+    """The layers of a host's language model, as the decoder drives them."""
 
     axes: ClassVar[int]
 
-    def __init__(self, body: Any):
-        self.body = body
-
-    def __len__(self) -> int:
-        return len(self.body.layers)
+    def __init__(self, model: Any):
+        self.model = model
 
     @property
-    def norm(self) -> Any:
+    def depth(self) -> int:
+        return len(self.model.model.layers)
+
+    def make_cache(self) -> list[Any]:
+        """mlx-vlm's own, one a layer."""
+        from mlx_vlm.models.cache import make_prompt_cache
+
+        return make_prompt_cache(self.model)
+
+    def norm(self, x_BLD: mx.array) -> mx.array:
         """The norm behind the last layer."""
-        return self.body.norm
+        return self.model.model.norm(x_BLD)
+
+    def held_keys(self, layer_cache: Any) -> mx.array:
+        """(1, G, S, d)."""
+        return layer_cache.state[0]
+
+    def run(
+        self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
+        *, padded: bool = False, bias_BL: mx.array | None = None,
+    ) -> mx.array:  # fmt: skip
+        """Hidden states through some of the layers, whose caches grow by L rows."""
+        assert not padded and bias_BL is None, "`check` refuses what needs either"
+        for number in numbers:
+            x_BLD = self.block(number, x_BLD, positions_BL, cache[number])
+        return x_BLD
 
     @abstractmethod
-    def run(self, number: int, x_1LD: mx.array, place_AL: mx.array, cache: Any) -> mx.array:
-        """The rows (1, L, D) behind a layer, whose cache grows by them."""
+    def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
+        """One layer, whose cache grows by L rows."""
 
     @abstractmethod
-    def queries(self, number: int, x_1LD: mx.array, place_AL: mx.array) -> mx.array:
-        """A layer's rotated queries, as its keys are grouped, (1, G, R, L, d)."""
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The queries that a layer makes of its input, as its keys are grouped, (B, G, R, L, d)."""
 
     @abstractmethod
-    def keys(self, number: int, x_1LD: mx.array, place_AL: mx.array) -> mx.array:
-        """A layer's rotated keys, (1, G, L, d)."""
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The keys that a layer makes of its input, (B, G, L, d)."""
 
 
-class CountingLayers(Layers):
+class CountingLayers(HostLanguage):
     """Llama's: rows are rotated here, since the layers would count them."""
 
     axes = 1
 
-    def run(self, number: int, x_1LD: mx.array, place_AL: mx.array, cache: Any) -> mx.array:
-        layer = self.body.layers[number]
-        attention, y_1LD = layer.self_attn, layer.input_layernorm(x_1LD)
-        q_1HLd = _rotated(
-            attention.rope, split(attention.q_proj(y_1LD), attention.n_heads), place_AL
+    def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
+        layer = self.model.model.layers[number]
+        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
+        q_BHLd = _rotated(
+            attention.rope, split(attention.q_proj(y_BLD), attention.n_heads), positions_BL
         )
-        k_1GLd = _rotated(
-            attention.rope, split(attention.k_proj(y_1LD), attention.n_kv_heads), place_AL
-        )
-        v_1GLd = split(attention.v_proj(y_1LD), attention.n_kv_heads)
-        k, v = cache.update_and_fetch(k_1GLd, v_1GLd)
+        k_BGLd = self._keys(attention, y_BLD, positions_BL)
+        v_BGLd = split(attention.v_proj(y_BLD), attention.n_kv_heads)
+        k, v = cache.update_and_fetch(k_BGLd, v_BGLd)
         out = mx.fast.scaled_dot_product_attention(
-            q_1HLd, k, v, scale=attention.scale, mask="causal"
+            q_BHLd, k, v, scale=attention.scale, mask="causal"
         )
-        x_1LD = x_1LD + attention.o_proj(out.swapaxes(1, 2).flatten(2))
-        return x_1LD + layer.mlp(layer.post_attention_layernorm(x_1LD))
+        x_BLD = x_BLD + attention.o_proj(out.swapaxes(1, 2).flatten(2))
+        return x_BLD + layer.mlp(layer.post_attention_layernorm(x_BLD))
 
-    def queries(self, number: int, x_1LD: mx.array, place_AL: mx.array) -> mx.array:
-        layer = self.body.layers[number]
-        attention, y_1LD = layer.self_attn, layer.input_layernorm(x_1LD)
-        q_1HLd = split(attention.q_proj(y_1LD), attention.n_heads)
-        return _grouped(attention, _rotated(attention.rope, q_1HLd, place_AL))
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        layer = self.model.model.layers[number]
+        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
+        q_BHLd = split(attention.q_proj(y_BLD), attention.n_heads)
+        return grouped(_rotated(attention.rope, q_BHLd, positions_BL), attention.n_kv_heads)
 
-    def keys(self, number: int, x_1LD: mx.array, place_AL: mx.array) -> mx.array:
-        layer = self.body.layers[number]
-        attention, y_1LD = layer.self_attn, layer.input_layernorm(x_1LD)
-        k_1GLd = split(attention.k_proj(y_1LD), attention.n_kv_heads)
-        return _rotated(attention.rope, k_1GLd, place_AL)
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        layer = self.model.model.layers[number]
+        return self._keys(layer.self_attn, layer.input_layernorm(x_BLD), positions_BL)
+
+    def _keys(self, attention: Any, y_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        k_BGLd = split(attention.k_proj(y_BLD), attention.n_kv_heads)
+        return _rotated(attention.rope, k_BGLd, positions_BL)
 
 
-class PlacedLayers(Layers):
-    """Qwen's: the layers take positions of three axes."""
+class PlacedLayers(HostLanguage):
+    """Qwen's: the layers take positions along three axes, (B, L, 3)."""
 
     axes = 3
 
-    def run(self, number: int, x_1LD: mx.array, place_AL: mx.array, cache: Any) -> mx.array:
-        mask = cache.make_mask(x_1LD.shape[1], return_array=False, window_size=None)
-        return self.body.layers[number](x_1LD, mask, cache, place_AL[:, None])
+    def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
+        mask = cache.make_mask(x_BLD.shape[1], return_array=False, window_size=None)
+        layer = self.model.model.layers[number]
+        return layer(x_BLD, mask, cache, positions_BL.transpose(2, 0, 1))
 
-    def queries(self, number: int, x_1LD: mx.array, place_AL: mx.array) -> mx.array:
-        layer = self.body.layers[number]
-        attention, y_1LD = layer.self_attn, layer.input_layernorm(x_1LD)
-        q_1HLd = _normed(attention, "q", split(attention.q_proj(y_1LD), attention.n_heads))
-        rotate = attention.rotary_emb.apply_rotary
-        return _grouped(attention, rotate(q_1HLd, q_1HLd, place_AL[:, None])[0])
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        layer = self.model.model.layers[number]
+        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
+        q_BHLd = _normed(attention, "q", split(attention.q_proj(y_BLD), attention.n_heads))
+        place_3BL = positions_BL.transpose(2, 0, 1)
+        q_BHLd, _ = attention.rotary_emb.apply_rotary(q_BHLd, q_BHLd, place_3BL)
+        return grouped(q_BHLd, attention.n_kv_heads)
 
-    def keys(self, number: int, x_1LD: mx.array, place_AL: mx.array) -> mx.array:
-        layer = self.body.layers[number]
-        attention, y_1LD = layer.self_attn, layer.input_layernorm(x_1LD)
-        k_1GLd = _normed(attention, "k", split(attention.k_proj(y_1LD), attention.n_kv_heads))
-        return attention.rotary_emb.apply_rotary(k_1GLd, k_1GLd, place_AL[:, None])[1]
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        layer = self.model.model.layers[number]
+        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
+        k_BGLd = _normed(attention, "k", split(attention.k_proj(y_BLD), attention.n_kv_heads))
+        place_3BL = positions_BL.transpose(2, 0, 1)
+        return attention.rotary_emb.apply_rotary(k_BGLd, k_BGLd, place_3BL)[1]
 
 
 class Ahead:
@@ -123,14 +148,12 @@ def split(x_ISD: mx.array, heads: int) -> mx.array:
     return x_ISD.reshape(*x_ISD.shape[:2], heads, -1).swapaxes(1, 2)
 
 
-def _rotated(rope: Any, x_1HLd: mx.array, place_1L: mx.array) -> mx.array:
+def _rotated(rope: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
     """Every row by itself, as the first of a prompt that starts where it stands."""
-    x_LH1d = x_1HLd.transpose(2, 1, 0, 3)
-    return rope(x_LH1d, offset=place_1L[0].astype(mx.int32)).transpose(2, 1, 0, 3)
-
-
-def _grouped(attention: Any, q_1HLd: mx.array) -> mx.array:
-    return q_1HLd.reshape(1, attention.n_kv_heads, -1, *q_1HLd.shape[2:])
+    B, H, L, d = x_BHLd.shape
+    x_NH1d = x_BHLd.swapaxes(1, 2).reshape(B * L, H, 1, d)
+    x_NH1d = rope(x_NH1d, offset=positions_BL.reshape(-1).astype(mx.int32))
+    return x_NH1d.reshape(B, L, H, d).swapaxes(1, 2)
 
 
 def _normed(attention: Any, which: str, x_1HLd: mx.array) -> mx.array:

@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..pruners import plan
 from ..generation.stream import budget
+from ..pruners import plan
 from .families import host_of
 from .host import Host
 from .prompt import prune_prompt, shares, views_of

@@ -18,10 +18,12 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..model import Lap, Lot, Stop, prune
+from ..generation.stream import budget
+from ..laps import lap
+from ..model import ImageBatch, prune
 from ..pruners import Pipeline, Stage
 from ..pruners.contract import Policy, identity
-from ..generation.stream import budget
+from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .places import kept_rows, row_arguments
 from .views import Inputs, View
@@ -31,7 +33,8 @@ from .views import Inputs, View
 class PrunedPrompt:
     """A prompt with fewer visual tokens, as mlx-vlm's `stream_generate` takes it.
 
-    `trace` has a reduction for every view; `positions` is the policy that holds.
+    `trace` has a reduction for every view; `positions` is the policy that holds. Where the prompt
+    was read already, but for its last row, `cache` has its rows and `cache_bytes` their size.
     """
 
     inputs: Inputs
@@ -39,8 +42,10 @@ class PrunedPrompt:
     arguments: dict[str, Any]
     kept_rows: Sequence[int]  # of the whole prompt
     length: int  # rows that the language model reads
-    trace: list[Stop]
+    trace: Trace
     positions: Policy
+    cache: list[Any] | None = None
+    cache_bytes: int | None = None
 
 
 def prepare_prompt(
@@ -75,12 +80,12 @@ def prepare_prompt(
         raise UserError(f"mlx-vlm cannot prepare the images: {reason}") from problem
 
 
-def views_of(host: Host, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
+def views_of(host: Host, inputs: Inputs, pipeline: Pipeline) -> list[View]:
     """The images as the tower sees them, with what the pipeline needs of tower and prompt."""
-    return add_text(host, inputs, encode_images(host, inputs, pipeline, lap), pipeline)
+    return add_text(host, inputs, encode_images(host, inputs, pipeline), pipeline)
 
 
-def encode_images(host: Host, inputs: Inputs, pipeline: Pipeline, lap: Lap) -> list[View]:
+def encode_images(host: Host, inputs: Inputs, pipeline: Pipeline) -> list[View]:
     """The tower's part of that, which knows nothing of the prompt."""
     if inputs.pixels is None:
         return []
@@ -130,7 +135,6 @@ def prune_prompt(
     pipeline: Pipeline,
     budgets: Sequence[int],
     policy: Policy,
-    lap: Lap,
 ) -> PrunedPrompt:
     """Prune, project and splice; `budgets` are each view's K.
 
@@ -140,70 +144,59 @@ def prune_prompt(
     if inputs.pixels is None:
         rows = range(len(inputs.ids))
         arguments = row_arguments(host, inputs, rows, policy)
-        return PrunedPrompt(inputs, [], arguments, rows, len(rows), [], policy)
-    lots = [Lot(v.signals, v.signals, identity(v.signals.x_BND)) for v in views]
-    trace = [Stop("", 0, [lot.kept for lot in lots])]
-    lots, features = _prune(lots, budgets, pipeline, Stage.FEATURES, lap)  # prune
-    lots = _project(host, lots)  # project
-    lots, projected = _prune(lots, budgets, pipeline, Stage.PROJECTED, lap)
-    kept = [lot.kept for lot in lots]
+        return PrunedPrompt(inputs, [], arguments, rows, len(rows), Trace([], [], []), policy)
+    batches = [ImageBatch(v.signals, v.signals, identity(v.signals.x_BND)) for v in views]
+    steps = [ReductionStep("", 0, [batch.kept for batch in batches])]
+    batches, features = _prune(batches, budgets, pipeline, Stage.FEATURES)  # prune
+    batches = _project(host, batches)  # project
+    batches, projected = _prune(batches, budgets, pipeline, Stage.PROJECTED)
+    kept = [batch.kept for batch in batches]
     if any(one.index_BK is None for one in kept):
         policy = "renumber"  # pooled slots have no place of their own
     sizes = [view.signals.x_BND.shape[1] for view in views]
     kept_at = kept_rows(host, inputs, sizes, kept)  # splice
     arguments = row_arguments(host, inputs, kept_at, policy)
-    arguments |= _visual_arguments(host, inputs, views, lots)
+    arguments |= _visual_arguments(host, inputs, views, batches)
     length = len(kept_at)
     if host.placeholders != "token":
         words = [i for i in kept_at if inputs.ids[i] != host.image_token_id(inputs)]
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
-    trace += [*features, *projected]
+    trace = Trace([*steps, *features, *projected], sizes, [view.image for view in views])
     return PrunedPrompt(inputs, views, arguments, kept_at, length, trace, policy)
 
 
-def kept_indices(views: Sequence[View], last: Stop, images: int) -> list[list[int] | None]:
-    """Which tokens of each image stay; None where a slot is pooled from everywhere."""
-    indices: list[list[int] | None] = []
-    for image in range(images):
-        begin, parts = 0, list[mx.array | None]()
-        for view, kept in zip(views, last.kept, strict=True):
-            if view.image == image:
-                parts.append(kept.index_BK if kept.index_BK is None else begin + kept.index_BK[0])
-                begin += view.signals.x_BND.shape[1]
-        every = [i for part in parts if part is not None for i in np.array(part).tolist()]
-        indices.append(None if any(part is None for part in parts) else every)
-    return indices
-
-
 def _prune(
-    lots: list[Lot], budgets: Sequence[int], pipeline: Pipeline, stage: Stage, lap: Lap
-) -> tuple[list[Lot], list[Stop]]:
+    batches: list[ImageBatch], budgets: Sequence[int], pipeline: Pipeline, stage: Stage
+) -> tuple[list[ImageBatch], list[ReductionStep]]:
     """What the methods of a stage leave of each view, which may differ in size."""
-    done = [prune([lot], pipeline, K, stage, lap) for lot, K in zip(lots, budgets, strict=True)]
-    by_step = zip(*(stops for _, stops in done), strict=True)
-    stops = [Stop(same[0].step, 0, [one for stop in same for one in stop.kept]) for same in by_step]
-    return [lot for parts, _ in done for lot in parts], stops
+    done = [prune([batch], pipeline, K, stage) for batch, K in zip(batches, budgets, strict=True)]
+    by_step = zip(*(steps for _, steps in done), strict=True)
+    together = [
+        ReductionStep(same[0].name, 0, [r for step in same for r in step.reductions])
+        for same in by_step
+    ]
+    return [batch for parts, _ in done for batch in parts], together
 
 
-def _project(host: Host, lots: list[Lot]) -> list[Lot]:
+def _project(host: Host, batches: list[ImageBatch]) -> list[ImageBatch]:
     """All views in one product."""
-    parts = [lot.signals.x_BND for lot in lots]
+    parts = [batch.signals.x_BND for batch in batches]
     ends = accumulate([0, *(part.shape[1] for part in parts)])
     x_1TD = host.project(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     return [
-        replace(lot, signals=replace(lot.signals, x_BND=x_1TD[:, a:b]))
-        for lot, (a, b) in zip(lots, pairwise(ends), strict=True)
+        replace(batch, signals=replace(batch.signals, x_BND=x_1TD[:, a:b]))
+        for batch, (a, b) in zip(batches, pairwise(ends), strict=True)
     ]
 
 
 def _visual_arguments(
-    host: Host, inputs: Inputs, views: Sequence[View], lots: Sequence[Lot]
+    host: Host, inputs: Inputs, views: Sequence[View], batches: Sequence[ImageBatch]
 ) -> dict[str, Any]:
     """The arguments that hand over the visual tokens."""
-    kept = [lot.kept for lot in lots]
+    kept = [batch.kept for batch in batches]
     deep = [[one.apply(y)[0] for y in v.deep] for v, one in zip(views, kept, strict=True)]
     N = sum(view.signals.x_BND.shape[1] for view in views)
-    x, is_full = [lot.signals.x_BND[0] for lot in lots], sum(one.slots for one in kept) == N
+    x, is_full = [batch.signals.x_BND[0] for batch in batches], sum(one.slots for one in kept) == N
     arguments = host.hand_over(x, deep, is_full)
     arguments["pixel_values"] = inputs.pixels  # unread, but without it no image is looked for
     if "image_token_index" in inputs.extra:

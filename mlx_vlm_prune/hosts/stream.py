@@ -4,6 +4,7 @@ Shapes: l rows of the prompt.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,23 +12,16 @@ import mlx.core as mx
 from mlx.utils import tree_reduce
 
 from ..checkpoints.errors import UserError
-from ..image import MAX_PIXELS, open_image
-from ..model import no_lap
-from ..pruners import plan
 from ..generation.request import Request
-from ..generation.result import GenerationResult, Seen
-from ..generation.stream import Clock
-from .deep import Read, read
+from ..generation.result import GenerationResult
+from ..generation.stream import empty_answer
+from ..image import MAX_PIXELS, open_image
+from ..laps import Clock
+from ..pruners import plan
 from .families import host_of
 from .host import Host, generation_stream
-from .prompt import (
-    PrunedPrompt,
-    kept_indices,
-    prepare_prompt,
-    prune_prompt,
-    view_budgets,
-    views_of,
-)
+from .prefill import read_through_cuts
+from .prompt import PrunedPrompt, prepare_prompt, prune_prompt, view_budgets, views_of
 from .refusals import check, check_bits
 
 TOGETHER = "vision and prefill"  # where nothing is pruned, timed as mlx-vlm computes it
@@ -70,37 +64,35 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
     return shape[0], shape[-1]
 
 
-def stream_generate(model: Any, processor: Any, asked: Request) -> Iterator[GenerationResult]:
+def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[GenerationResult]:
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
-    host, pipeline = host_of(model, processor), plan(asked.pruner)
-    in_one_go = pipeline.name == "none" and bool(asked.images)  # a wait in between costs time
+    host, pipeline = host_of(model, processor), plan(request.pruner)
+    in_one_go = pipeline.name == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", TOGETHER)) if in_one_go else Clock()
-    lap = no_lap if in_one_go else clock.lap
-    cache = cache_options(asked.prefill_step_size, asked.kv_bits, asked.quantized_kv_start)
-    sampling = {"max_tokens": asked.max_tokens, "temperature": asked.temperature}
-    sampling |= {"top_p": asked.top_p, "seed": asked.seed}
-    policy = check(host, pipeline, asked.positions)
-    check_bits(host, pipeline, asked.kv_bits)
-    opened = [open_image(source) for source in asked.images]
-    size = resize_option(asked.resize_shape)
-    inputs = prepare_prompt(host, asked.prompt, opened, asked.template, size)
+    decoding = {"max_tokens": request.max_tokens, "temperature": request.temperature}
+    decoding |= {"top_p": request.top_p, "seed": request.seed} | cache_options(
+        request.prefill_step_size, request.kv_bits, request.quantized_kv_start
+    )
+    policy = check(host, pipeline, request.positions)
+    check_bits(host, pipeline, request.kv_bits)
+    images = [open_image(source) for source in request.images]
+    size = resize_option(request.resize_shape)
+    inputs = prepare_prompt(host, request.prompt, images, request.template, size)
     clock.lap("image", inputs.pixels)
     mx.reset_peak_memory()
     with host.restored():
-        with generation_stream():
-            views = views_of(host, inputs, pipeline, lap)
-            budgets = view_budgets(views, asked.keep_ratio, asked.keep_tokens, pipeline)
-            prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy, lap)
+        with generation_stream(), nullcontext() if in_one_go else clock.running():
+            views = views_of(host, inputs, pipeline)
+            budgets = view_budgets(views, request.keep_ratio, request.keep_tokens, pipeline)
+            prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
             host.check_length(prompt.length)
-            deep = read(host, prompt, pipeline, budgets, policy, asked.prefill_step_size, lap)
-        begun = _begin(host, prompt, deep, pipeline.name, len(opened))
-        if views:
-            shown, grids = host.pictures(views, opened), [v.signals.grid for v in views]
-            trace = [*prompt.trace, *(deep.trace if deep else [])]
-            stops = [stop for stop in trace if stop.step] or trace
-            begun = replace(begun, seen=Seen(shown, grids[0], stops, grids))
-        pieces = _decode(host, prompt, deep, begun, clock, sampling | cache)
-        yield from explained(pieces, asked.kv_bits)
+            step_size = request.prefill_step_size
+            prompt = read_through_cuts(host, prompt, pipeline, budgets, policy, step_size)
+        answer = empty_answer(prompt.trace, len(host.language.layers), pipeline, prompt.positions)
+        pictures = zip(host.pictures(views, images), views, strict=True)
+        shown = [(picture, view.signals.grid) for picture, view in pictures]
+        answer = replace(answer, prompt_tokens=prompt.length, views=shown)
+        yield from explained(_decode(host, prompt, answer, clock, decoding), request.kv_bits)
 
 
 def explained(
@@ -117,30 +109,29 @@ def explained(
 
 
 def _decode(
-    host: Host, prompt: PrunedPrompt, deep: Read | None, begun: GenerationResult,
-    clock: Clock, decoding: dict[str, Any],
+    host: Host, prompt: PrunedPrompt, answer: GenerationResult, clock: Clock,
+    decoding: dict[str, Any],
 ) -> Iterator[GenerationResult]:  # fmt: skip
     """mlx-vlm's pieces, one for each token. It repeats the last one when it says why it ended, so
     the last that may come is held back until then."""
     from mlx_vlm.generate import stream_generate as decode
     from mlx_vlm.models.cache import make_prompt_cache
 
-    cache = deep.cache if deep else make_prompt_cache(host.language)
-    arguments = deep.arguments if deep else prompt.arguments
-    arguments = {"prompt_cache": cache, **decoding, **arguments}
+    cache = prompt.cache or make_prompt_cache(host.language)
+    arguments = {"prompt_cache": cache, **decoding, **prompt.arguments}
     ids: list[int] = []
     held = None
     for piece in decode(host.model, host.processor, "", **arguments):
-        if not begun.ttft_ms:
+        if not answer.ttft_ms:
             clock.lap(TOGETHER if TOGETHER in clock.ms else "prefill")
-            ttft = clock.ttft()
+            ttft, size = clock.ttft(), prompt.cache_bytes
+            size = _held_bytes(cache, prompt.length) if size is None else size
             tps = 1000 * prompt.length / ttft["total"]
-            bytes_ = deep.cache_bytes if deep else _held_bytes(cache, prompt.length)
-            begun = replace(begun, ttft_ms=ttft, prompt_tps=tps, cache_bytes=bytes_)
+            answer = replace(answer, ttft_ms=ttft, prompt_tps=tps, cache_bytes=size)
         reason = piece.finish_reason
         ids += [piece.token] if reason is None else []
         now = replace(
-            begun,
+            answer,
             text=piece.text if held is None else held.text + piece.text,
             token=piece.token,
             token_ids=list(ids),
@@ -162,23 +153,3 @@ def _held_bytes(cache: Sequence[Any], rows: int) -> int:
         held = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)
         total += held * min(1.0, rows / max(1, layer.offset))
     return round(total)
-
-
-def _begin(
-    host: Host, prompt: PrunedPrompt, deep: Read | None, pruner: str, images: int
-) -> GenerationResult:
-    """The figures known before decoding."""
-    kept = kept_indices(prompt.views, prompt.trace[-1], images) if prompt.trace else []
-    slots = sum(one.slots for one in prompt.trace[-1].kept) if prompt.trace else 0
-    last = len(host.language.layers) - 1
-    whole: dict[str, Any] = {"first": 0, "last": last, "visual_tokens": slots, "kept_indices": kept}
-    layers = deep.layers if deep else [whole]
-    held = sum(run["visual_tokens"] * (run["last"] - run["first"] + 1) for run in layers)
-    return GenerationResult(
-        text="", token=-1, token_ids=[], prompt_tokens=prompt.length, generation_tokens=0,
-        prompt_tps=0.0, generation_tps=0.0, peak_memory=0.0, finish_reason=None,
-        visual_tokens=sum(view.signals.x_BND.shape[1] for view in prompt.views),
-        visual_tokens_kept=round(held / (last + 1)), kept_indices=layers[-1]["kept_indices"],
-        pruner=pruner, positions=deep.positions if deep else prompt.positions, ttft_ms={},
-        layers=layers if images else [],
-    )  # fmt: skip

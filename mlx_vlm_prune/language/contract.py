@@ -34,7 +34,7 @@ class Layers(Protocol):
 
 
 class Language(Layers, Protocol):
-    """Embeddings with positions to logits, layer by layer."""
+    """All layers of a language model, and the norm behind them."""
 
     @property
     def depth(self) -> int:
@@ -47,8 +47,4 @@ class Language(Layers, Protocol):
 
     def norm(self, x_BLD: mx.array) -> mx.array:
         """The last norm, ahead of the output layer."""
-        ...
-
-    def logits(self, x_BLD: mx.array) -> mx.array:
-        """Of the next word, (B, L, V), from the last layer's hidden states."""
         ...

@@ -1,0 +1,124 @@
+"""A model of mlx-vlm's in an evaluation. The tower sees a picture once for all methods.
+
+Shapes: B questions.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoints.errors import UserError
+from ..hosts.host import Host, generation_stream
+from ..hosts.prefill import HostPrefill, read_through_cuts
+from ..hosts.prompt import add_text, prepare_prompt, prune_prompt, view_budgets
+from ..hosts.refusals import check
+from ..hosts.views import Inputs, View
+from ..image import open_image
+from ..pruners import METHODS, Pipeline, Stage, plan
+from ..questions import Question
+from .answers import Answers, answers_of
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A question as the model reads it, and the right answer's ids with its end."""
+
+    inputs: Inputs
+    right: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions, and what the tower saw of each one's picture."""
+
+    asked: Sequence[Ready]
+    views: list[list[View]]
+    sizes: list[int]  # visual tokens of each
+
+
+class HostRespondent:
+    """A model of mlx-vlm's that answers with all these methods."""
+
+    def __init__(self, host: Host, pipelines: Sequence[Pipeline]):
+        self.host = host
+        self.words = getattr(host.processor, "tokenizer", host.processor)
+        self.ends = set(self.words.stopping_criteria.eos_token_ids)
+        self.want: dict[str, int | None] = {}
+        for pipeline in pipelines:
+            if self._policy(pipeline) and (layers := host.depth):
+                self.want |= pipeline.want(layers)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.words.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.words.decode(ids))
+
+    def ready(self, question: Question) -> Ready:
+        """Raises UserError, which says what is wrong with the question."""
+        if not question.answers:
+            raise UserError("it has no answer")
+        image = question.image() if callable(question.image) else question.image
+        inputs = prepare_prompt(self.host, question.text, [open_image(image)])
+        end = getattr(self.words, "eos_token_id", None)
+        ends = [end] if end in self.ends else sorted(self.ends)[:1]
+        right = [*self.encode(question.answers[0]), *ends]
+        if not right:
+            raise UserError("its answer is empty, and the tokenizer has no token that ends one")
+        return Ready(inputs, right)
+
+    def begin(self, asked: Sequence[Ready]) -> Batch:
+        views = []
+        with generation_stream():
+            for one in asked:
+                views.append(self.host.see(one.inputs, self.want))
+                mx.eval([_arrays(view) for view in views[-1]])
+        sizes = [sum(view.signals.x_BND.shape[1] for view in own) for own in views]
+        return Batch(asked, views, sizes)
+
+    def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Answers:
+        """With `keep` tokens of an image, all where it has fewer, or with that share of them.
+
+        Raises UserError where that cannot be.
+        """
+        policy = check(self.host, pipeline, None)
+        answers = []
+        for one, seen, N in zip(batch.asked, batch.views, batch.sizes, strict=True):
+            share, K = (None, min(keep, N)) if isinstance(keep, int) else (keep, None)
+            with self.host.restored(), generation_stream():
+                views = add_text(self.host, one.inputs, seen, pipeline)
+                budgets = view_budgets(views, share, K, pipeline)
+                prompt = prune_prompt(self.host, one.inputs, views, pipeline, budgets, policy)
+                self.host.check_length(prompt.length)
+                prompt = read_through_cuts(self.host, prompt, pipeline, budgets, policy)
+                prefill = HostPrefill(self.host, prompt)
+                answers.append(answers_of(prefill, np.array([one.right]), self.ends, max_tokens))
+        ids = [answer for one in answers for answer in one.ids]
+        return Answers(ids, np.concatenate([one.logprob_B for one in answers]))
+
+    def _policy(self, pipeline: Pipeline) -> str | None:
+        try:
+            return check(self.host, pipeline, None)
+        except UserError:
+            return None  # `answer` says why
+
+
+def usual(host: Host) -> list[str]:
+    """All methods that can prune this model."""
+    able = []
+    for name, method in METHODS.items():
+        if method.stage is Stage.ENHANCER or getattr(method, "learned", False) or name == "none":
+            continue
+        try:
+            check(host, plan(name), None)
+        except UserError:
+            continue
+        able.append(name)
+    return able
+
+
+def _arrays(view: View) -> Iterator[mx.array]:
+    told = (getattr(view.signals, f.name) for f in fields(view.signals))
+    yield from (a for a in (*told, *view.deep) if isinstance(a, mx.array))

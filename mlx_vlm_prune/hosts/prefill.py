@@ -1,0 +1,197 @@
+"""A prompt read by a model of mlx-vlm's.
+
+Its own loop reads it, but where rows leave between the language model's layers: there the prompt is
+read from here, and mlx-vlm's loop goes on from the caches. The prompt's last row is taken back out
+of them and left to that loop, which wants a row to begin with; so nothing is put on the model, and
+what is to be known later is in the caches.
+
+Shapes: B prompts (1 here), l rows of it, L new tokens, D features, V words.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoints.errors import UserError
+from ..decoder import Cuts, Decoded, Decoder
+from ..pruners import Pipeline
+from ..pruners.contract import Policy
+from ..pruners.trace import ReductionStep, Trace
+from ..splice import Spliced
+from .host import Host
+from .layers import Ahead, HostLanguage
+from .prompt import PrunedPrompt
+
+
+def read_through_cuts(
+    host: Host, prompt: PrunedPrompt, pipeline: Pipeline, budgets: Sequence[int],
+    policy: Policy, piece: int | None = None,
+) -> PrunedPrompt:  # fmt: skip
+    """The prompt that was read through all layers, with its last row left to be read again; as it
+    was where no row leaves between layers.
+
+    `budgets` are each view's K in the average layer. `prompt` has kept positions, of which `policy`
+    says whether a cut leaves them; `piece` is how many rows are read at once.
+    Raises UserError where the budget cannot be had, or the prompt ends in an image.
+    """
+    step = pipeline.decoder
+    if not step or not prompt.trace.steps:
+        return prompt
+    sizes = [reduction.slots for reduction in prompt.trace.steps[-1].reductions]
+    if all(n <= K for n, K in zip(sizes, budgets, strict=True)):
+        return prompt
+    language = host.layers
+    assert language is not None, "`check` comes first"
+    policy = "renumber" if prompt.positions == "renumber" else policy  # pooled: no own places
+    spliced = _spliced(host, prompt, sizes, policy)
+    schedules = [
+        step.ask(step.method.schedule, language.depth, n, K) if n > K else {}
+        for n, K in zip(sizes, budgets, strict=True)
+    ]
+    cuts = Cuts(step, schedules, [view.signals.grid for view in prompt.views], policy)
+    decoder = Decoder(language, language.make_cache(), cuts, piece=piece)
+    decoded = decoder(spliced)
+    after = int(np.array(spliced.next_B1)[0, 0])
+    return replace(
+        prompt,
+        arguments=_last_row(prompt, decoded.spliced, language, after),
+        cache=[
+            _without_last(language, layer, after - rows)
+            for layer, rows in zip(decoder.cache, decoded.rows, strict=True)
+        ],
+        cache_bytes=sum(
+            _bytes(layer, rows) for layer, rows in zip(decoder.cache, decoded.rows, strict=True)
+        ),
+        trace=_after(prompt.trace, decoded, step.name),
+        positions=policy,
+    )
+
+
+def _spliced(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Policy) -> Spliced:
+    """The rows as they go into the first layer; `sizes` are the visual tokens of each view."""
+    arguments = dict(prompt.arguments)
+    place_A1l, delta, deep = (
+        arguments.pop(name, None)
+        for name in ("position_ids", "rope_deltas", "deepstack_visual_embeds")
+    )
+    ids_1l, pixels = arguments.pop("input_ids"), arguments.pop("pixel_values", None)
+    features = host.model.get_input_embeddings(ids_1l, pixels, **arguments)
+    if place_A1l is None:
+        place_A1l, delta = features.position_ids, features.rope_deltas
+    x_1lD, ids = features.inputs_embeds, ids_1l[0].tolist()
+    length, placeholder = len(ids), host.image_token_id(prompt.inputs)
+    if ids[-1] == placeholder:
+        raise UserError("the prompt ends in an image; between layers, words judge it: add some")
+    at = [i for i, token in enumerate(ids) if token == placeholder]
+    starts = [at[first] for first in accumulate(sizes[:-1], initial=0)]
+    if place_A1l is not None:
+        positions_1l, after = place_A1l.transpose(1, 2, 0), length + int(delta.item())
+    elif policy == "keep":
+        positions_1l, after = mx.array([list(prompt.kept_rows)]), len(prompt.inputs.ids)
+    else:
+        positions_1l, after = mx.arange(length)[None], length
+    runs = list(zip(starts, sizes, strict=True))
+    added = [_added(x_1lD, y_VD, runs) for y_VD in deep or []]
+    return Spliced(x_1lD, positions_1l, mx.array([[after]]), [length], [runs], added=added)
+
+
+def _added(x_1lD: mx.array, y_VD: mx.array, runs: Sequence[tuple[int, int]]) -> mx.array:
+    """What DeepStack adds behind a layer, (1, l, D): all visual rows (V, D), zeros for words."""
+    added_1lD = mx.zeros_like(x_1lD)
+    ends = list(accumulate((n for _, n in runs), initial=0))
+    for (start, n), (first, last) in zip(runs, pairwise(ends), strict=True):
+        added_1lD[0, start : start + n] = y_VD[first:last].astype(added_1lD.dtype)
+    return added_1lD
+
+
+def _after(trace: Trace, decoded: Decoded, name: str) -> Trace:
+    """The trace with what every cut left of the whole views."""
+    steps = list(trace.steps)
+    for layer, reductions in decoded.reductions:
+        parts = zip(reductions, steps[-1].reductions, trace.sizes, strict=True)
+        whole = [kept.after(before, N) for kept, before, N in parts]
+        steps.append(ReductionStep(f"{name}, layer {layer}", layer, whole))
+    return replace(trace, steps=steps)
+
+
+def _without_last(language: HostLanguage, cache: Any, by: int) -> Any:
+    """A cache without the prompt's last row, where layers count ahead by the rows it lacks."""
+    cache.trim(1)
+    return Ahead(cache, by) if language.axes == 1 and by else cache
+
+
+def _last_row(
+    prompt: PrunedPrompt, spliced: Spliced, language: HostLanguage, after: int
+) -> dict[str, Any]:
+    """mlx-vlm's arguments for the prompt's last row."""
+    arguments = {
+        "input_ids": prompt.arguments["input_ids"][:, -1:],
+        "mask": mx.ones((1, 1), mx.int32),
+    }
+    if language.axes == 3:
+        arguments["position_ids"] = spliced.positions_BL[:, -1:].transpose(2, 0, 1)
+        arguments["rope_deltas"] = mx.array([[after - prompt.length]])
+    return arguments
+
+
+def _bytes(cache: Any, rows: int) -> int:
+    return sum(a.nbytes // a.shape[2] * rows for a in cache.state)
+
+
+class HostPrefill:
+    """A prompt that mlx-vlm's own loop has read to its end: see `generation.prefill`."""
+
+    def __init__(self, host: Host, prompt: PrunedPrompt):
+        from mlx_vlm.generate.ar import generate_step
+        from mlx_vlm.models.cache import make_prompt_cache
+
+        self.host, self.trace, self.rows = host, prompt.trace, [prompt.length]
+        self.cache = prompt.cache or make_prompt_cache(host.language)
+        arguments = dict(prompt.arguments)
+        names = ("input_ids", "pixel_values", "mask")
+        ids, pixels, mask = (arguments.pop(name, None) for name in names)
+        first: list[mx.array] = []
+
+        def sampler(odds_1V: mx.array) -> mx.array:
+            first.append(odds_1V)
+            return mx.argmax(odds_1V, axis=-1)
+
+        options = {"max_tokens": 0, "sampler": sampler, "prompt_cache": self.cache}
+        tokens = list(generate_step(ids, host.model, pixels, mask, **options, **arguments))
+        assert not tokens and len(first) == 1
+        self.logits_BV = first[0]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(_bytes(layer, self.rows[0]) for layer in self.cache)
+
+    def step(self, token_BL: mx.array) -> mx.array:
+        """Read more tokens; logits (B, L, V) after each. They are read one by one: layers that
+        hold different numbers of rows share no mask."""
+        parts = [
+            self.host.language(token_BL[:, i : i + 1], cache=self.cache).logits[:, -1:]
+            for i in range(token_BL.shape[1])
+        ]
+        return mx.concatenate(parts, axis=1)
+
+    def fork(self) -> "HostPrefill":
+        """The same, whose steps leave this one as it is."""
+        fork = copy.copy(self)
+        fork.cache = [_fork(layer) for layer in self.cache]
+        return fork
+
+
+def _fork(layer: Any) -> Any:
+    """A cache whose new rows are not in the original."""
+    if isinstance(layer, Ahead):
+        return Ahead(_fork(layer.cache), layer.by)
+    fork = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, mx.array):
+            setattr(fork, name, mx.array(value))
+    return fork
