@@ -57,16 +57,12 @@ def read_through_cuts(
     decoder = Decoder(language, language.make_cache(), cuts, piece=piece)
     decoded = decoder(spliced)
     after = int(np.array(spliced.next_B1)[0, 0])
+    held = list(zip(decoder.cache, decoded.rows, strict=True))
     return replace(
         prompt,
         arguments=_last_row(prompt, decoded.spliced, language, after),
-        cache=[
-            _without_last(language, layer, after - rows)
-            for layer, rows in zip(decoder.cache, decoded.rows, strict=True)
-        ],
-        cache_bytes=sum(
-            _bytes(layer, rows) for layer, rows in zip(decoder.cache, decoded.rows, strict=True)
-        ),
+        cache_bytes=sum(_bytes(layer, rows) for layer, rows in held),
+        cache=[_without_last(language, layer, after - rows) for layer, rows in held],
         trace=_after(prompt.trace, decoded, step.name),
         positions=policy,
     )
