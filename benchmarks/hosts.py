@@ -23,12 +23,12 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, stream, tell
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
-from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.operations import prefill

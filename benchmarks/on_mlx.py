@@ -6,9 +6,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.loading import DTYPES
-from mlx_vlm_prune.model import VLM, Prefill, VLMConfig
+from mlx_vlm_prune.model import VLM, Prefill
 from mlx_vlm_prune.pruners import METHODS, Pipeline
 from mlx_vlm_prune.stream import Clock
 
