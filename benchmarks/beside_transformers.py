@@ -12,16 +12,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.image import open_image
-from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.prompt import Prompt
-from torch_ref.language.minimind import MiniMind, MiniMindConfig
+from torch_ref.language.minimind import MiniMind
 from torch_ref.language.transformers import cache_name
+from torch_ref.layout import config_of
 from torch_ref.model import VLM, Decoding, best_device
 from torch_ref.towers.clip import CLIPTower
 from torch_ref.towers.siglip import SiglipTower
 
-from .on_torch import twin
 from .shapes import request
 
 
@@ -122,7 +122,7 @@ def sides(config: VLMConfig) -> tuple[Ours, Theirs]:
     """Both, with a photograph whose pixels are ready and a prompt around it."""
     assert config.projector is None or config.projector.merge == (1, 1), "no class of theirs merges"
     torch.manual_seed(0)
-    model = VLM(twin(config)).eval().requires_grad_(False).to(best_device())
+    model = VLM(config_of(config)).eval().requires_grad_(False).to(best_device())
     shake(model)
     asked = request(config)
     values_HW3 = asked.preprocessor(open_image(asked.files[0]))

@@ -8,10 +8,11 @@ tokens more, too. One calibration, on another picture, serves all. The last line
 object of the same figures.
 """
 
-import json
+import argparse
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -24,14 +25,17 @@ from tqdm import tqdm
 from mlx_vlm_prune import load
 from mlx_vlm_prune.budgets import keep_within
 from mlx_vlm_prune.calibrate import measure
+from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import Parser
 from mlx_vlm_prune.generation.stream import generate, prepare, resolve
 from mlx_vlm_prune.loading import Processor
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.model import VLM, VLMConfig
+from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.predict import Calibration
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, compose
 from mlx_vlm_prune.wish import Choice, forecast
+
+from .command import finish, plain_name
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {"scenes": None, "minimind2-v-small": VLMConfig()}  # the built-in model; random weights
@@ -151,15 +155,18 @@ def show(spec: str, known: Calibration, seconds: float, trials: list[Trial]) -> 
     }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.budgets", description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
     parser.add_argument("--pruner", action="append", help="repeat for several")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", metavar="NAME", help="keep as benchmarks/results/NAME.json")
-    args = parser.parse_args(argv)
+    parser.add_argument("--save", metavar="NAME", type=plain_name, help="keep as a result")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Calibrate, ask, and hold what was predicted against what it took."""
     model, processor = model_of(args.shape)
     rng, rows = random.Random(args.seed), []
     for spec in args.pruner or ["divprune", "tome"]:
@@ -171,11 +178,12 @@ def main(argv: list[str] | None = None) -> None:
         trials = [trial(model, processor, known, rng, spec) for _ in bar]
         rows.append(show(spec, known, seconds, trials))
     about = {"shape": args.shape, "N": model.N, "machine": machine(), "versions": versions()}
-    told = json.dumps({**about, "rows": rows})
-    if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{args.save}.json").write_text(told + "\n", encoding="utf-8")
-    print(told)
+    return {**about, "rows": rows}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

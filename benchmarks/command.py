@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.errors import in_one_sentence
-from mlx_vlm_prune.remembered import write_atomically
+from mlx_vlm_prune.checkpoints.files import write_atomically
 
 
 def whole(least: int, text: str) -> int:

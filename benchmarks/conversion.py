@@ -7,6 +7,7 @@ it is, in the other the rows of queries and keys move. Writes results/conversion
 last line is the same in one line.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -16,24 +17,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
+from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.files import write_atomically
 from mlx_vlm_prune.checkpoints.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.names import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
 RESULTS = Path(__file__).parent / "results"
-TEXT = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 8,
-    "num_key_value_heads": 2, "vocab_size": 6400,
-}  # fmt: skip
-VISION = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "image_size": 224,
-    "patch_size": 16, "model_type": "clip_vision_model",
-}  # fmt: skip
 GENERATION_NAMES = ("minimind2-v", "minimind2-v-2025-02")
 
 
@@ -42,8 +38,8 @@ def publish(file: Path, name: str, layers: int) -> None:
     import torch
 
     table, state = GENERATIONS[name].table, {}
-    sizes = {"text_config": {**TEXT, "num_hidden_layers": layers}, "vision_config": VISION}
-    shapes = expected_shapes(sizes)
+    text = MiniMindConfig(2048, 5632, layers, 8, 2, 6400)
+    shapes = expected_shapes(VLMConfig(CLIPConfig(), text))
     for ours, shape in tqdm(shapes.items(), desc=f"making {name}", leave=False):
         found = to_published(table, ours)
         assert found
@@ -110,13 +106,16 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
     }
 
 
-def main() -> None:
-    """The command line."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.conversion", description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, default=22, help="22 make 2 GB")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert and copy both generations, and keep what that took as a result."""
     rows = []
     for name in GENERATION_NAMES:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -128,8 +127,14 @@ def main() -> None:
             f"({row['peak_above_file_megabytes']:+} MB beside the file)",
             flush=True,
         )
-    (RESULTS / "conversion.json").write_text(json.dumps({"rows": rows}, indent=4) + "\n")
+    write_atomically(RESULTS / "conversion.json", json.dumps({"rows": rows}, indent=4) + "\n")
     print(json.dumps(rows))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with in_one_sentence():
+        run(parse(argv))
 
 
 if __name__ == "__main__":

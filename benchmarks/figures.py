@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
@@ -263,7 +263,8 @@ def main() -> None:
     """The command line."""
     parser = Parser(prog="python -m benchmarks.figures", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER")
-    draw(parser.parse_args().out)
+    with in_one_sentence():
+        draw(parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
+from mlx_vlm_prune.checkpoints.files import appearing, write_atomically
 from mlx_vlm_prune.generation.overlay import overlay, strip
 from mlx_vlm_prune.generation.stream import generate
 from mlx_vlm_prune.listing import Entry, entry
@@ -89,7 +90,8 @@ def draw(photographs: list[Path]) -> None:
         if pooled or method.stage is Stage.ENHANCER or name == "none":
             continue
         tiles = [_tile(model, processor, image, name) for image in images]
-        strip(tiles).save(PICTURES / f"{name}.jpg", quality=82, optimize=True)
+        with appearing(PICTURES / f"{name}.jpg", replace=True) as beside:
+            strip(tiles).save(beside, format="JPEG", quality=82, optimize=True)
 
 
 def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
@@ -116,10 +118,11 @@ def main() -> None:
     """The command line."""
     parser = Parser(prog="python -m benchmarks.gallery", description=__doc__.split("\n")[0])
     parser.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
-    args = parser.parse_args()
-    if args.draw is not None:
-        draw(args.draw)
-    PAGE.write_text(page(), encoding="utf-8")
+    with in_one_sentence():
+        args = parser.parse_args()
+        if args.draw is not None:
+            draw(args.draw)
+        write_atomically(PAGE, page())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.host import generation_stream
@@ -31,7 +32,6 @@ from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.hosts.prompt import prune_prompt, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
-from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.operations import prefill

@@ -6,11 +6,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.generation.steps import generate_step, greedy
 from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.loading import DTYPES
-from mlx_vlm_prune.model import VLM, Prefill, VLMConfig
+from mlx_vlm_prune.model import VLM, Prefill
 from mlx_vlm_prune.pruners import METHODS, Pipeline
 
 from .shapes import Request

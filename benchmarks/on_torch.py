@@ -7,25 +7,21 @@ which counts as prefill here.
 
 import math
 import time
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.image import open_image
-from mlx_vlm_prune.language.minimind import MiniMindConfig
-from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.pruners import METHODS, Pipeline
-from mlx_vlm_prune.towers.siglip import SiglipConfig
-from torch_ref import layout
-from torch_ref.language import minimind, twig
+from torch_ref.language import twig
+from torch_ref.layout import config_of
 from torch_ref.model import VLM, Decoding, best_device
 from torch_ref.pruners import METHODS as TWINS
 from torch_ref.pruners import Step
-from torch_ref.towers import clip, siglip
 
 from .shapes import Request
 from .timing import PARTS, Run
@@ -38,23 +34,6 @@ def device() -> str:
     """Its kind, and its name where torch tells one."""
     kind = best_device().type
     return f"{kind} ({torch.cuda.get_device_name()})" if kind == "cuda" else kind
-
-
-def twin(config: VLMConfig) -> layout.VLMConfig:
-    """The same sizes in the reference's words."""
-    kind = siglip.SiglipConfig if isinstance(config.vision, SiglipConfig) else clip.CLIPConfig
-    told = config.projector
-    return layout.VLMConfig(
-        kind(**_same(kind, config.vision)),
-        minimind.MiniMindConfig(**_same(minimind.MiniMindConfig, config.text)),
-        config.image_token_id,
-        merge=told.merge if told else None,
-        projector_norm=told.norm if told else True,
-    )
-
-
-def _same(kind: type, config: Any) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in fields(kind)}
 
 
 class Laps:
@@ -80,7 +59,7 @@ class Stack:
     def __init__(self, config: VLMConfig, dtype: str):
         torch.manual_seed(0)
         self.at = best_device()
-        self.model = VLM(twin(config)).eval().to(self.at, DTYPES[dtype])
+        self.model = VLM(config_of(config)).eval().to(self.at, DTYPES[dtype])
         self.laps: Laps | None = None
         for module, before, after in (
             (self.model.tower, None, "vision"),
@@ -109,7 +88,7 @@ class Stack:
         for weights in self.model.learned.values():
             weights.eval().to(self.at)
         known = {name: METHODS[name].make(dims, K) for name in ("score_prune", "mlp")}
-        return {**known, "twig": METHODS["twig"].make(MiniMindConfig(**vars(c.text)), 1)}
+        return {**known, "twig": METHODS["twig"].make(c.text, 1)}
 
     def steps(self, pipeline: Pipeline, K: int) -> list[Step]:
         """The chain in the reference's words."""

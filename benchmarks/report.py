@@ -1,25 +1,24 @@
 """Write the README's tables from benchmarks/results: `python -m benchmarks.report`."""
 
-import json
 import re
 from pathlib import Path
 
-from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.files import write_atomically
 from mlx_vlm_prune.checkpoints.generations import GENERATIONS
 from mlx_vlm_prune.listing import entry
 from mlx_vlm_prune.pruners import METHODS
-from mlx_vlm_prune.remembered import write_atomically
 from mlx_vlm_prune.scenes import KINDS
 
-from .tables import budgets_table, claims_table, hosts_table, rivals_table, speed_table
+from .tables import budgets_table, claims_table, hosts_table, read, rivals_table, speed_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def scenes(results: Path = RESULTS, file: str = "scenes.json") -> dict[str, dict[int, dict]]:
+def scenes(results: Path = RESULTS, name: str = "scenes") -> dict[str, dict[int, dict]]:
     """What each method answered, by name and budget, in the order of the table of methods."""
-    told = json.loads((results / file).read_text(encoding="utf-8"))
+    told = read(results, name)
     found: dict[str, dict[int, dict]] = {}
     order = list(METHODS)
     rows = sorted(told["rows"], key=lambda r: (_chained(r), order.index(_first(r)), -r["tokens"]))
@@ -59,7 +58,7 @@ def scenes_table(results: Path = RESULTS) -> str:
 
 def kinds_table(results: Path = RESULTS) -> str:
     """What comes free: all tokens, and the majority answer, per kind of question."""
-    told = json.loads((results / "scenes.json").read_text(encoding="utf-8"))
+    told = read(results, "scenes")
     lines = ["| | " + " | ".join(KINDS) + " | mean |", "|---|" + "---:|" * (len(KINDS) + 1)]
     full = scenes(results)["none"][196]["accuracy"]
     lines += [_line("all 196 tokens", full), _line("majority answer", told["majority"])]
@@ -90,7 +89,7 @@ def link(source: str) -> str:
 
 def selectors_table(results: Path = RESULTS) -> str:
     """What choosing costs, in Markdown: the methods in columns of three."""
-    told = json.loads((results / "selectors.json").read_text(encoding="utf-8"))
+    told = read(results, "selectors")
     rows = sorted(told["rows"], key=lambda r: -r["ms"]["median"])
     cells = [f"`{r['pruner']}` | {r['ms']['median']:.1f} ms | {r['share']:.2%}" for r in rows]
     third = -(-len(cells) // 3)
@@ -110,7 +109,7 @@ def learned_table(results: Path = RESULTS) -> str:
     for name in LEARNED:
         told = scenes(results)
         lines += [_learned_line(told, spec, "alone") for spec in told if _is(spec, name)]
-        own = scenes(results, f"unfrozen-{name}.json")
+        own = scenes(results, f"unfrozen-{name}")
         lines += [_learned_line(own, spec, "with the model") for spec in own if _is(spec, name)]
         lines.append(_learned_line(own, "random", f"– (the model of `{name}`)"))
     return "\n".join(lines)
@@ -130,13 +129,12 @@ def quantized_table(results: Path = RESULTS) -> str:
     """Size and accuracy of the built-in model in fewer bits, in Markdown."""
     spec, K = "received_attention", 98
     lines = [f"| language model | size | all 196 tokens | `{spec}`, {K} |", "|---|---:|---:|---:|"]
-    for title, file in (
-        ("16 bits", "scenes.json"),
-        ("8 bits", "quantized-8.json"),
-        ("4 bits", "quantized-4.json"),
+    for title, name in (
+        ("16 bits", "scenes"),
+        ("8 bits", "quantized-8"),
+        ("4 bits", "quantized-4"),
     ):
-        found = scenes(results, file)
-        size = json.loads((results / file).read_text(encoding="utf-8"))["megabytes"]
+        found, size = scenes(results, name), read(results, name)["megabytes"]
         told = [found["none"][196]["overall"], found[spec][K]["overall"]]
         cells = [f"{size:.1f} MB", *(f"{share:.1%}" for share in told)]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
@@ -145,7 +143,7 @@ def quantized_table(results: Path = RESULTS) -> str:
 
 def conversion_table(results: Path = RESULTS) -> str:
     """How fast a checkpoint is converted, in Markdown."""
-    told = json.loads((results / "conversion.json").read_text(encoding="utf-8"))
+    told = read(results, "conversion")
     lines = [
         "| from | file | time | of the speed of copying the file | peak memory |",
         "|---|---:|---:|---:|---:|",
@@ -190,8 +188,9 @@ def main() -> None:
         prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0]
     ).parse_args()
     readme = ROOT / "README.md"
-    write_atomically(readme, fill(readme.read_text(encoding="utf-8")))
-    print(f"Wrote {readme}")
+    with in_one_sentence():
+        write_atomically(readme, fill(readme.read_text(encoding="utf-8")))
+        print(f"Wrote {readme}")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,10 @@ from mlx.utils import tree_flatten, tree_map
 from tqdm import tqdm
 
 from mlx_vlm_prune.cache import LayerCache
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
-from mlx_vlm_prune.language.minimind import MiniMind, MiniMindConfig
+from mlx_vlm_prune.language.minimind import MiniMind
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.operations import tokens
 
 from .command import finish, plain_name, whole

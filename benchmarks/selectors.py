@@ -9,12 +9,13 @@ Writes benchmarks/results/selectors.json; the last line of the output is the sam
 Shapes: N tokens, D features, H heads, d head size, T words.
 """
 
-import json
+import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
@@ -28,6 +29,7 @@ from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
 from mlx_vlm_prune.splice import Row, Visual, splice
 from mlx_vlm_prune.towers.between import received
 
+from .command import finish
 from .shapes import SHAPES, TEXT_TOKENS, prompt
 from .timing import spread
 
@@ -114,13 +116,16 @@ def first_token(model: VLM, row: Row, pixels: mx.array) -> float:
     return clock.ttft()["total"]
 
 
-def main() -> None:
-    """The command line."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m benchmarks.selectors", description=__doc__.split("\n")[0])
     parser.add_argument("--pruner", action="append", help="repeat for several; default: all")
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--save", action="store_true", help="keep as a result")
-    args = parser.parse_args()
+    parser.add_argument("--save", action="store_const", const="selectors", help="keep as a result")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the first token, and beside it what every method takes to choose."""
     mx.random.seed(0)
     config = SHAPES[SHAPE]
     model = VLM(config)
@@ -147,11 +152,15 @@ def main() -> None:
         rows.append({"pruner": name, "ms": told, "share": told["median"] / ttft})
         mark = "" if rows[-1]["share"] <= ALLOWED else "  above 3 %"
         print(f"{name:<20}{told['median']:>8.1f} ms{rows[-1]['share']:>8.2%}{mark}", flush=True)
-    text = json.dumps({"shape": SHAPE, "N": model.N, "K": K, "ttft_ms": ttft, "runs": args.runs,
-                       "versions": versions(), "rows": rows})  # fmt: skip
-    if args.save:
-        (RESULTS / "selectors.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    return {
+        "shape": SHAPE, "N": model.N, "K": K, "ttft_ms": ttft, "runs": args.runs,
+        "versions": versions(), "rows": rows,
+    }  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

@@ -13,19 +13,22 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlx_vlm_prune.checkpoints.config import (
+    CLIPConfig,
+    MiniMindConfig,
+    ProjectorConfig,
+    SiglipConfig,
+    VLMConfig,
+)
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.files import read_json
 from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
-from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.loading import parse_config
-from mlx_vlm_prune.model import VLM, VLMConfig
+from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.operations import tokens
-from mlx_vlm_prune.projector import ProjectorConfig
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.scenes import CHECKPOINT
-from mlx_vlm_prune.towers.clip import CLIPConfig
-from mlx_vlm_prune.towers.siglip import SiglipConfig
 
 BUILT_IN = parse_config(read_json(CHECKPOINT / "config.json"), CHECKPOINT)
 TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image

@@ -25,9 +25,9 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_vlm_prune import operations
+from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.model import VLMConfig
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.spec import nearest
 

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 
+from mlx_vlm_prune.checkpoints.files import appearing
+
 BLACK, ORANGE, GREEN = "#000000", "#E69F00", "#009E73"
 BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
 GREY, PALE = "#8C8C8C", "#D0D0D0"
@@ -38,6 +40,11 @@ RULES: Any = {  # matplotlib types every name of its own
     "svg.hashsalt": "mlx_vlm_prune",  # the same figure is the same file
     "savefig.bbox": "tight",
 }
+# Without a date and a version the same figure is the same file.
+FORMATS: dict[str, Any] = {
+    "svg": {"metadata": {"Date": None}},
+    "png": {"metadata": {"Software": None}, "dpi": 130},
+}
 
 
 def canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -56,8 +63,9 @@ def sheet(size: tuple[float, float], rows: int, columns: int) -> tuple[Figure, G
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write FOLDER/NAME.svg and FOLDER/NAME.png."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    figure.savefig(folder / f"{name}.png", dpi=130, metadata={"Software": None})
+    for kind, options in FORMATS.items():
+        with appearing(folder / f"{name}.{kind}", replace=True) as beside:
+            figure.savefig(beside, format=kind, **options)
     plt.close(figure)
 
 

@@ -1,8 +1,9 @@
 """The README's tables of speed: what is measured beside what the operation count allows."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from mlx_vlm_prune.checkpoints.files import read_json
 
 from .claims import CLAIMS, timed
 from .speculation import summary
@@ -11,7 +12,7 @@ SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
 
 
 def read(results: Path, name: str) -> dict[str, Any]:
-    return json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+    return read_json(results / f"{name}.json")
 
 
 def speed_rows(results: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
 from mlx_vlm_prune.checkpoints.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.hub import found
 from mlx_vlm_prune.checkpoints.llava import READER
-from mlx_vlm_prune.checkpoints.shapes import BITS, GROUPS, MODES
+from mlx_vlm_prune.checkpoints.quantization import BITS, GROUPS, MODES
 
 from .describe import describe
 from .quantise import dequantised, quantised

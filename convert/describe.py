@@ -5,20 +5,31 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune.checkpoints import elsewhere, llava, llava_original
-from mlx_vlm_prune.checkpoints.backbones import BACKBONES, is_backbone
+from mlx_vlm_prune.checkpoints.backbones import BACKBONES
 from mlx_vlm_prune.checkpoints.checkpoint import (
-    READING,
-    TOKENIZER_FILES,
-    head_size,
     is_ours,
     is_tower,
     told_apart,
     told_heads,
     tower_folder,
 )
-from mlx_vlm_prune.checkpoints.detect import our_tensors, text_config, tidy, vision_config
+from mlx_vlm_prune.checkpoints.config import (
+    CONFIG,
+    POOL,
+    CLIPConfig,
+    MiniMindConfig,
+    MlxLmConfig,
+    SiglipConfig,
+    parse_config,
+    parse_sizes,
+    parse_text,
+)
+from mlx_vlm_prune.checkpoints.detect import text_config, tidy, vision_config
+from mlx_vlm_prune.checkpoints.fields import Fields
 from mlx_vlm_prune.checkpoints.files import read_json
 from mlx_vlm_prune.checkpoints.generations import Generation, Shaped
+from mlx_vlm_prune.checkpoints.processor import READING, TOKENIZER
+from mlx_vlm_prune.checkpoints.renaming import renamed
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 from mlx_vlm_prune.checkpoints.weights import read_weights
@@ -52,29 +63,29 @@ def _published(path: Path, raw: dict[str, RawTensor], vision: Path | None) -> Li
         tower = {k: v for k, v in tidy(read_weights(folder), folder).items() if is_tower(k)}
     rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
     generation = told_apart(rest | tower, path)
-    named = our_tensors(
-        {k: v for k, v in rest.items() if k != generation.tied[0]}, generation, path
-    )
+    table, title = generation.table, generation.title
+    named = renamed({k: v for k, v in rest.items() if k != generation.tied[0]}, table, title, path)
     heads, kv_heads = told_heads(path, None, None)
-    text = text_config(named, generation, path, heads, kv_heads)
-    why = "read off the norm of keys" if text.get("qk_norm") else HEADS
-    why = "from config.json" if heads and kv_heads else why
-    lines = [("published as", f"{generation.title} ({generation.name})")]
+    sizes: dict[str, Any] = {"text_config": text_config(named, generation, path, heads, kv_heads)}
+    text = parse_text(Fields(sizes, path).part("text_config"))
+    why = "from config.json" if heads and kv_heads else HEADS
+    why = "read off the norm of keys" if "qk_norm" in sizes["text_config"] else why
+    lines = [("published as", f"{title} ({generation.name})")]
     lines += [*_language(text, why), ("embeddings", _tie(rest, generation))]
     lines += [("projector", _projector(named))]
     missing = []
     if tower:
-        told = read_json(folder / "config.json") if folder and not inside else {}
-        seen = our_tensors(tower, generation, folder or path)
+        told = read_json(folder / CONFIG) if folder and not inside else {}
+        seen = renamed(tower, table, title, folder or path)
         laid = {k: _laid(v, k, generation) for k, v in seen.items()}
-        sizes = vision_config(laid, generation.tower_type, told, folder or path)
-        lines += [("tower", _tower(sizes) + (", in the file" if inside else f", in {folder}"))]
-        full = {"text_config": text, "vision_config": sizes} | _projector_sizes(named, generation)
-        missing = [name for name in expected_shapes(full) if name not in named | seen]
+        sizes["vision_config"] = vision_config(laid, generation.tower_type, told, folder or path)
+        config = parse_sizes(sizes | _projector_sizes(named, generation), path)
+        where = ", in the file" if inside else f", in {folder}"
+        lines += [("tower", _tower(config.vision) + where)]
+        missing = [name for name in expected_shapes(config) if name not in named | seen]
     else:
         lines += [("tower", "not here: give its folder with --vision")]
-    words = (path if path.is_dir() else path.parent) / TOKENIZER_FILES[0]
-    if not words.is_file():
+    if not ((path if path.is_dir() else path.parent) / TOKENIZER).is_file():
         lines += [("tokenizer", "not here: give its folder with --tokenizer")]
     return [*lines, ("missing", _few(missing))]
 
@@ -83,29 +94,29 @@ def _composed(path: Path, state: dict[str, RawTensor], tower: Path | None) -> Li
     """A LLaVA-style model, by config.json; its tensors are held against it."""
     if llava_original.is_one(path) and llava_original.lacks_tower(state):
         return _without_tower(path)
-    layout, sizes = llava.sizes_of(state, path, tower)
-    _, named = llava.composed(state, path, tower)
-    seen, text = sizes["vision_config"], sizes["text_config"]
-    places = {READING: tower or path, TOKENIZER_FILES[0]: path}
+    config, named = llava.composed(state, path, tower)
+    layout, sizes = llava.LAYOUTS[config["published_as"]], parse_sizes(config, path / CONFIG)
+    places = {READING: tower or path, TOKENIZER: path}
     files = [name for name, place in places.items() if not (place / name).is_file()]
     apart = f", in {tower}" if tower else ""
     return [
         ("published as", f"{layout.title} ({layout.name})"),
-        *_language(text, "from config.json"),
+        *_language(sizes.text, "from config.json"),
         ("projector", _projector(named)),
-        ("tower", f"{_tower(seen)}, features of layer {seen['feature_layers']}{apart}"),
+        ("tower", f"{_tower(sizes.vision)}, features of layer {sizes.vision.depth}{apart}"),
         ("missing", _few(files)),
     ]
 
 
 def _without_tower(path: Path) -> Lines:
     """A LLaVA in its authors' layout, whose tower is elsewhere."""
-    told = read_json(path / "config.json")
-    llava_original.check(told, path / "config.json")
-    text = llava.text_config({**told, "model_type": "llama"}, told, path / "config.json")
+    file = path / CONFIG
+    told = read_json(file)
+    llava_original.check(told, file)
+    text = llava.text_config({**told, "model_type": "llama"}, told, file)
     return [
         ("published as", llava_original.TITLE),
-        *_language(text, "from config.json"),
+        *_language(parse_text(Fields(text, file, "text_config")), "from config.json"),
         ("tower", f"not here: give the folder of {told['mm_vision_tower']} with --vision"),
     ]
 
@@ -121,38 +132,38 @@ def _is_patch(name: str) -> bool:
 
 
 def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
-    config = read_json(path / "config.json")
-    expected = expected_shapes(config, path / "config.json")
-    if not is_backbone(config["text_config"]):
-        head_size(config, path)
+    whole = read_json(path / CONFIG)
+    config = parse_config(whole, path / CONFIG)
     lines = [
-        ("made from", config.get("published_as", "minimind2-v")),
-        *_language(config["text_config"], "from config.json"),
+        ("made from", whole.get("published_as", "minimind2-v")),
+        *_language(config.text, "from config.json"),
         ("projector", _projector(state)),
-        ("tower", _tower(config["vision_config"])),
+        ("tower", _tower(config.vision)),
     ]
-    if how := config.get("quantization"):
-        text = f"{how['bits']} bits, groups of {how['group_size']}, {how.get('mode', 'affine')}"
-        lines += [("quantized", text + ", the language model")]
-    missing = [name for name in expected if name not in state]
-    missing += [name for name in (READING, TOKENIZER_FILES[0]) if not (path / name).is_file()]
+    if how := config.quantization:
+        text = f"{how.bits} bits, groups of {how.group_size}, {how.mode}, the language model"
+        lines += [("quantized", text)]
+    missing = [name for name in expected_shapes(config) if name not in state]
+    missing += [name for name in (READING, TOKENIZER) if not (path / name).is_file()]
     return [*lines, ("missing", _few(missing))]
 
 
-def _language(text: Mapping[str, Any], why: str) -> Lines:
-    kind = "Qwen3-like, q/k norm" if text.get("qk_norm") else "Llama-like"
-    kind = "Qwen2-like, biases" if text.get("attention_bias") else kind
-    if is_backbone(text):
-        kind = f"{BACKBONES[text['model_type']].title}, computed by mlx-lm"
-    deep = f"{text['num_hidden_layers']} layers of {text['hidden_size']}, {kind}"
-    lines = [("language model", deep), ("vocabulary", str(text["vocab_size"]))]
-    if heads := text.get("num_attention_heads"):
-        groups = text["num_key_value_heads"]
+def _language(text: MiniMindConfig | MlxLmConfig, why: str) -> Lines:
+    if isinstance(text, MlxLmConfig):
+        kind = f"{BACKBONES[text.model_type].title}, computed by mlx-lm"
+    else:
+        kind = "Qwen3-like, q/k norm" if text.qk_norm else "Llama-like"
+        kind = "Qwen2-like, biases" if text.attention_bias else kind
+    deep = f"{text.num_hidden_layers} layers of {text.hidden_size}, {kind}"
+    lines = [("language model", deep), ("vocabulary", str(text.vocab_size))]
+    if heads := text.num_attention_heads:
+        groups = text.num_key_value_heads
         lines.insert(1, ("heads", f"{heads}, and {groups} for keys and values ({why})"))
-    if experts := text.get("num_experts"):
-        shared = text.get("n_shared_experts", 0)
+    if isinstance(text, MiniMindConfig) and text.num_experts:
+        shared = text.n_shared_experts
         more = f", and {shared} that reads all" if shared else ""
-        lines += [("experts", f"{text['num_experts_per_tok']} of {experts} a token{more}")]
+        chosen = f"{text.num_experts_per_tok} of {text.num_experts} a token"
+        lines += [("experts", chosen + more)]
     return lines
 
 
@@ -179,17 +190,15 @@ def _projector_sizes(named: Mapping[str, RawTensor], generation: Generation) -> 
     if "projector.fc1.weight" in named:
         sizes["projector"] = {"merge": generation.merge, "norm": "projector.norm.weight" in named}
     if queries := named.get("pruner.queries"):
-        sizes["pruner"] = {"tokens": queries.shape[0]}
+        sizes["pruner"] = {"name": POOL, "tokens": queries.shape[0] if queries.shape else 0}
     return sizes
 
 
-def _tower(c: Mapping[str, Any]) -> str:
-    clip = c.get("model_type", "clip_vision_model") == "clip_vision_model"
-    kind = "CLIP" if clip else "SigLIP"
-    side = c["image_size"] // c["patch_size"]
+def _tower(c: CLIPConfig) -> str:
+    kind, (rows, columns) = "SigLIP" if isinstance(c, SiglipConfig) else "CLIP", c.grid
     return (
-        f"{kind}, {c['num_hidden_layers']} layers of {c['hidden_size']}, "
-        f"{side} x {side} patches of {c['patch_size']} pixels"
+        f"{kind}, {c.num_hidden_layers} layers of {c.hidden_size}, "
+        f"{rows} x {columns} patches of {c.patch_size} pixels"
     )
 
 

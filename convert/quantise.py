@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, Source
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.shapes import MODES, check_packable, is_quantisable
+from mlx_vlm_prune.checkpoints.quantization import MODES, check_packable, is_quantisable
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
 PARTS = ("weight", "scales", "biases")

@@ -5,11 +5,13 @@ there are is counted; which layer of the base they grow on, no file says.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, VLMConfig, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.names import LLAMA, to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
@@ -22,16 +24,19 @@ HEAD = "lm_head.weight"
 def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, RawTensor]:
     """Its tensors as they lie in pruners.safetensors beside the model of a config.json.
 
-    Raises UserError for a layer that the model lacks, and for a tensor that is missing,
-    misshapen or one too many.
+    Raises UserError for a model that no twig grows on, a layer that it lacks, and a tensor that
+    is missing, misshapen or one too many.
     """
-    depth, state = config["text_config"]["num_hidden_layers"], read_weights(path)
+    sizes, state = parse_sizes(config, Path(CONFIG)), read_weights(path)
+    if isinstance(sizes.text, MlxLmConfig):
+        raise UserError(f"{path}: a twig does not grow on a language model of mlx-lm's")
+    depth = sizes.text.num_hidden_layers
     if not 1 <= layer < depth:
         raise UserError(f"--twig-layer is {layer}; here a twig grows on layer 1 to {depth - 1}")
     layers = len({name.split(".")[2] for name in state if name.startswith("model.layers.")})
     if not 1 <= layers <= depth:
         raise UserError(f"{path} has {layers} layers; a twig of this model has 1 to {depth}")
-    expected = _expected(layers, config)
+    expected = _expected(layers, sizes)
     for name in expected | state:
         _, shape = expected.get(name, ("", None))
         held = state[name].shape if name in state else None
@@ -43,11 +48,9 @@ def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, Ra
     return {"twig.layer": place} | {expected[name][0]: tensor for name, tensor in state.items()}
 
 
-def _expected(
-    layers: int, config: Mapping[str, Any]
-) -> dict[str, tuple[str, tuple[int, ...] | None]]:
+def _expected(layers: int, sizes: VLMConfig) -> dict[str, tuple[str, tuple[int, ...] | None]]:
     """By published names, ours and the shape: those of the base's own layers."""
-    shapes = expected_shapes({k: v for k, v in config.items() if k != "quantization"})
+    shapes = expected_shapes(replace(sizes, quantization=None))
     first, found = "language.layers.0.", {}
     wanted = {
         f"language.layers.{i}.{key.removeprefix(first)}": shape

@@ -13,20 +13,16 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints import llava, llava_original
 from mlx_vlm_prune.checkpoints.checkpoint import (
-    CARRIED,
     DTYPES,
     LEARNED,
-    READING,
-    TOKENIZER_FILES,
     Source,
-    as_published,
     generation_of,
-    head_size,
     is_composed,
     is_tower,
     read_ours,
     title_of,
 )
+from mlx_vlm_prune.checkpoints.config import CONFIG, VLMConfig, is_clip
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.files import (
     appearing,
@@ -36,7 +32,9 @@ from mlx_vlm_prune.checkpoints.files import (
     write_safetensors,
 )
 from mlx_vlm_prune.checkpoints.names import LLAMA, to_published
+from mlx_vlm_prune.checkpoints.processor import CARRIED, READING, TOKENIZER_FILES
 from mlx_vlm_prune.checkpoints.pth import write_pth
+from mlx_vlm_prune.checkpoints.renaming import as_published
 from mlx_vlm_prune.checkpoints.tensors import FLOATS, RawTensor
 
 CLIP_READING = {  # openai/clip-vit-base-patch16's own
@@ -59,7 +57,7 @@ def to_mlx(source: Source, target: Path, dtype: str | None = None, name: str | N
         narrow = {k: t.astype(code) if t.dtype in FLOATS else t for k, t in tensors.items()}
         source = replace(source, config=config, tensors=narrow)
     with appearing(target, folder=True) as folder:
-        write_json(folder / "config.json", config)
+        write_json(folder / CONFIG, config)
         write_safetensors(folder / "model.safetensors", source.tensors, "mlx")
         copy_files(TOKENIZER_FILES, source.tokenizer, folder)
         if source.beside:
@@ -103,7 +101,7 @@ def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
 
 def _assumed_reading(vision: Mapping[str, Any]) -> dict[str, Any]:
     side = vision["image_size"]
-    if vision.get("model_type", "clip_vision_model") == "clip_vision_model":
+    if is_clip(vision):
         return CLIP_READING | {"crop_size": side, "size": side}
     size = {"height": side, "width": side}
     return SIGLIP_READING | {"do_center_crop": False, "size": size}
@@ -111,11 +109,11 @@ def _assumed_reading(vision: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
     """Write one of our folders as it was published; its tower into the folder `vision`."""
-    config, ours = read_ours(source)
+    config, sizes, ours = read_ours(source)
     if is_composed(config):
         return _composed_to_torch(source, target, vision, config, ours)
     generation = generation_of(config, source)
-    published = as_published(ours, generation.table, head_size(config, source), source)
+    published = as_published(ours, generation.table, sizes.text.head_dim, source)
     state: dict[str, RawTensor] = {}
     head, embedding = generation.tied
     last = to_published(generation.language, "language.norm.weight")
@@ -125,7 +123,7 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
         if last and name == last[0] and embedding in published:  # the output layer's place
             state[head] = published[embedding]
     with ExitStack() as stack:
-        file = stack.enter_context(appearing(target, folder=False))
+        file = stack.enter_context(appearing(target))
         if vision:
             folder = stack.enter_context(appearing(vision, folder=True))
             _write_tower(source, folder, config, published)
@@ -135,7 +133,7 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
 def _write_tower(
     source: Path, folder: Path, config: Mapping[str, Any], published: Mapping[str, RawTensor]
 ) -> None:
-    _write_theirs(folder / "config.json", _tower_config(config["vision_config"]))
+    _write_theirs(folder / CONFIG, _tower_config(config["vision_config"]))
     tower = {name: tensor for name, tensor in published.items() if is_tower(name)}
     write_safetensors(folder / "model.safetensors", tower, "pt")
     copy_files([READING], source, folder)
@@ -149,7 +147,8 @@ def _composed_to_torch(
     ours: Mapping[str, RawTensor],
 ) -> None:
     """A LLaVA-style model as it was published: whole, or its tower in a folder of its own."""
-    told, state = llava.as_published(config, ours, source)
+    told, layout = llava.published_config(config, source), llava.layout_of(config, source)
+    state = llava.published(ours, layout, config, source)
     inside = not any(is_tower(name) for name in state)
     if inside and vision:
         raise UserError(f"{source} was published with its tower inside; leave out --vision")
@@ -158,32 +157,37 @@ def _composed_to_torch(
         folder = stack.enter_context(appearing(target, folder=True))
         if vision:
             _write_tower(source, stack.enter_context(appearing(vision, folder=True)), config, state)
-        _write_theirs(folder / "config.json", told)
+        _write_theirs(folder / CONFIG, told)
         write_safetensors(folder / "model.safetensors", rest, "pt")
         copy_files([*TOKENIZER_FILES, *CARRIED, *([READING] if inside else [])], source, folder)
 
 
 def _composed_to_hf(
-    source: Path, target: Path, config: Mapping[str, Any], ours: Mapping[str, RawTensor]
+    source: Path,
+    target: Path,
+    config: Mapping[str, Any],
+    sizes: VLMConfig,
+    ours: Mapping[str, RawTensor],
 ) -> None:
     """A LLaVA-style model for transformers: tower, projector and language model."""
-    if not llava_original.is_original(config["published"]):
+    published = llava.published_config(config, source)
+    if not llava_original.is_original(published):
         return _composed_to_torch(source, target, None, config, ours)
-    told = llava_original.for_transformers(config, source)
-    state = llava.renamed(ours, llava.LAYOUTS["llava-hf"], config, source)
+    told = llava_original.for_transformers(config, sizes, source)
+    state = llava.published(ours, llava.LAYOUTS["llava-hf"], config, source)
     with appearing(target, folder=True) as folder:
-        _write_theirs(folder / "config.json", told)
+        _write_theirs(folder / CONFIG, told)
         write_safetensors(folder / "model.safetensors", state, "pt")
         copy_files([*TOKENIZER_FILES, *CARRIED], source, folder)
         if (source / READING).is_file():
             square = {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
-            pads = llava_original.pads(config["published"])
+            pads = llava_original.pads(published)
             write_json(folder / READING, read_json(source / READING) | (square if pads else {}))
 
 
 def _tower_config(vision: Mapping[str, Any]) -> dict[str, Any]:
     """As Hugging Face writes it; SigLIP's pooling head is left out, as MiniMind-V does."""
-    if vision.get("model_type", "clip_vision_model") == "clip_vision_model":
+    if is_clip(vision):
         return {name: value for name, value in vision.items() if name != "feature_layers"}
     told = {**vision, "vision_use_head": False}
     if vision["model_type"] == "siglip2_vision_model":
@@ -201,9 +205,9 @@ def to_hf(source: Path, target: Path) -> str:
 
     Raises UserError where transformers has no class that computes the same.
     """
-    config, ours = read_ours(source)
+    config, sizes, ours = read_ours(source)
     if is_composed(config):
-        _composed_to_hf(source, target, config, ours)
+        _composed_to_hf(source, target, config, sizes, ours)
         return llava.READER
     generation, text = generation_of(config, source), config["text_config"]
     reader = generation.readers.get("experts" if text.get("num_experts") else "dense")
@@ -212,24 +216,22 @@ def to_hf(source: Path, target: Path) -> str:
             f"{source}: transformers has no class for {generation.title} with a mixture of experts"
         )
     words = {name: tensor for name, tensor in ours.items() if name.startswith("language.")}
-    state = as_published(words, LLAMA, head_size(config, source), source)
+    state = as_published(words, LLAMA, sizes.text.head_dim, source)
     with appearing(target, folder=True) as folder:
-        _write_theirs(folder / "config.json", _hf_config(reader, config))
+        _write_theirs(folder / CONFIG, _hf_config(reader, config, sizes.text.head_dim))
         write_safetensors(folder / "model.safetensors", state, "pt")
         copy_files(TOKENIZER_FILES, source, folder)
     return reader
 
 
-def _hf_config(reader: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    text = dict(config["text_config"])
-    text.pop("qk_norm", None)
-    heads = text["num_attention_heads"]
+def _hf_config(reader: str, config: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    text = {k: v for k, v in config["text_config"].items() if k != "qk_norm"}
     told: dict[str, Any] = {
         **text,
         "architectures": [reader],
         "attention_bias": False,
         "eos_token_id": config.get("eos_token_id"),
-        "head_dim": text["hidden_size"] // heads,
+        "head_dim": head_dim,
         "hidden_act": "silu",
         "model_type": {"L": "llama", "Q": "qwen3"}[reader[0]],
         "torch_dtype": config.get("torch_dtype", "float32"),

@@ -19,7 +19,7 @@ import mlx.core as mx
 from . import operations
 from .budgets import calibrated
 from .checkpoints.errors import Parser, UserError, in_one_sentence
-from .checkpoints.files import read_json
+from .checkpoints.files import check_target, read_json, write_atomically
 from .evaluation.bootstrap import FEWEST
 from .generation.steps import generate_step, greedy
 from .generation.stream import PreparedPrompt, prepare
@@ -27,7 +27,7 @@ from .loading import DTYPES, Processor, load
 from .machine import machine, versions
 from .model import VLM
 from .pruners import plan
-from .remembered import cache_folder, model_key, write_atomically
+from .remembered import cache_folder, model_key
 from .scenes import compose
 
 SAMPLE_SEED, PROMPT, TOKENS = 1_000_000_007, "What is this?", 16
@@ -232,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, measure and say."""
-    if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {args.json.absolute().parent} to write into")
+    if args.json:
+        check_target(args.json, replace=True)
     model, processor = load(args.model, dtype=args.dtype)
     if not isinstance(model, VLM):
         raise UserError("advice is for models of ours; mlx-vlm's are not measured yet")

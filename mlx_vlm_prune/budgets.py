@@ -22,12 +22,13 @@ import mlx.core as mx
 
 from .calibrate import able, about, measure, run
 from .checkpoints.errors import UserError
+from .checkpoints.files import read_json
 from .generation.stream import ImageSource, PreparedPrompt, prepare, resolve
 from .loading import Processor
 from .model import VLM
 from .predict import BEFORE, PARTS, Calibration, Place, Run
 from .pruners import Pipeline, Pruner
-from .remembered import cache_folder, model_key, write_atomically
+from .remembered import cache_folder, keep, model_key
 from .wish import Choice, Request, Wish, choose
 
 FORMAT = 1  # of the files
@@ -147,7 +148,7 @@ def _path(model: VLM, folder: Path | None, pipeline: Pipeline) -> Path | None:
 def read(path: Path, expected: Mapping[str, Any]) -> Calibration | None:
     """The file's, if it is whole and of this machine and these versions."""
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        told = read_json(path)
         if told["format"] != FORMAT or told["about"] != expected:
             return None
         runs = tuple(
@@ -163,7 +164,7 @@ def read(path: Path, expected: Mapping[str, Any]) -> Calibration | None:
         for K in (1, N):  # fails where runs are missing
             known.slack, known.ms(K, 1, 1), known.nbytes(K, 1, 1)
         return known
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+    except (ValueError, TypeError, LookupError, ArithmeticError):
         return None
 
 
@@ -190,11 +191,9 @@ def _write(path: Path, known: Calibration) -> None:
         "runs": [{**run.place._asdict(), "ms": run.ms, "nbytes": run.nbytes} for run in known.runs],
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(told, indent=1) + "\n")
-    except OSError as e:
+        keep(path, json.dumps(told, indent=1) + "\n")
+    except UserError as e:
         print(
-            f"note: the calibration cannot be kept in {path.parent} ({e.strerror or e}), so the"
-            " next run makes it anew",
+            f"note: the calibration cannot be kept, so the next run makes it anew: {e}",
             file=sys.stderr,
         )

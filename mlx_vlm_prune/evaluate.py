@@ -21,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .checkpoints.files import check_target, write_atomically
 from .checkpoints.hub import found
 from .evaluation.answers import OwnRespondent
 from .evaluation.asking import (
@@ -41,7 +42,7 @@ from .machine import machine, versions
 from .model import VLM
 from .pruners import METHODS, Stage
 from .questions import FORMATS, Question, Source, format_of
-from .remembered import cache_folder, model_key, write_atomically
+from .remembered import cache_folder, keep, model_key
 from .scenes import CHECKPOINT
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
@@ -197,10 +198,7 @@ def _check(args: argparse.Namespace) -> None:
         check_budget(None, K)
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"there is no folder {args.out.absolute().parent} to write into")
-    if args.out.is_dir():
-        raise UserError(f"--out is {args.out}, a folder; name a file in it")
+    check_target(args.out, replace=True)
 
 
 def chosen(args: argparse.Namespace) -> QuestionSet:
@@ -263,10 +261,8 @@ def megabytes(folder: Path) -> float:
 
 def remember(folder: Path, text: str) -> None:
     """Keep a copy as the last evaluation of this model, for `advise`."""
-    with suppress(OSError):  # it can be made again, and the result is written
-        home = cache_folder() / "evaluations"
-        home.mkdir(parents=True, exist_ok=True)
-        write_atomically(home / f"{model_key(folder)}.json", text)
+    with suppress(UserError):  # it can be made again, and the result is written
+        keep(cache_folder() / "evaluations" / f"{model_key(folder)}.json", text)
 
 
 if __name__ == "__main__":

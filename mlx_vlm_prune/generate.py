@@ -7,7 +7,6 @@ Without arguments: a sample question about a sample scene, full beside pruned.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any
 
 from .budgets import keep_within
 from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .checkpoints.files import appearing, check_target, parse_json, write_atomically
 from .generation.request import check_budget, check_decoding
 from .generation.result import GenerationResult
 from .generation.speculation import check_drafts
@@ -82,7 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         value = None
     if not isinstance(value, dict):
@@ -144,14 +144,14 @@ def _write_files(
     choice: Choice | None,
 ) -> None:
     if args.overlay:
-        _write(args.overlay, lambda path: answer.overlay().save(path, format="PNG"))
+        with appearing(args.overlay, replace=True) as beside:
+            answer.overlay().save(beside, format="PNG")
         if args.verbose:
             print(f"Overlay: {args.overlay}")
     if args.json:
         figures = as_json(answer) | ({"full": as_json(full)} if full else {})
         figures |= {"budget": choice.as_json(answer)} if choice else {}
-        text = json.dumps(figures, indent=4, ensure_ascii=False) + "\n"
-        _write(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(args.json, json.dumps(figures, indent=4, ensure_ascii=False) + "\n")
 
 
 def _answer(
@@ -235,26 +235,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
     check_decoding(args.max_tokens, args.temp, args.top_p, args.seed)
     check_drafts(args.num_draft_tokens, args.temp, True)
     for path in (args.json, args.overlay):
-        if path and not path.absolute().parent.is_dir():
-            raise UserError(
-                f"there is no folder {path.absolute().parent} to write {path.name} into"
-            )
-        if path and path.is_dir():
-            raise UserError(f"{path} is a folder; name a file in it")
+        if path:
+            check_target(path, replace=True)
     if args.overlay and not args.image and not args.is_sample:
         raise UserError("--overlay needs an --image")
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise UserError(f"--overlay is {args.overlay}; it is drawn as PNG, so name it .png")
-
-
-def _write(path: Path, put: Any) -> None:
-    """Write beside, then replace: a full disk leaves nothing half-written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        put(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class _Callable(ModuleType):

@@ -8,7 +8,6 @@ Shapes: H height, W width, 3 channels, last.
 """
 
 import io
-import json
 import math
 import os
 import warnings
@@ -20,6 +19,9 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .checkpoints.errors import UserError
+from .checkpoints.fields import Fields
+from .checkpoints.files import read_json
+from .checkpoints.processor import READING
 
 # Formats whose readers neither start a program nor follow a reference. TIFF, EPS, PSD,
 # ICO and the rest are left out: each is one more parser to attack, and no photograph needs it.
@@ -132,13 +134,15 @@ class Preprocessor:
         names the file and the field.
         """
         usual = usual or cls()
-        fields = _Fields(Path(path) / "preprocessor_config.json")
+        file = Path(path) / READING
+        fields = _Fields(read_json(file), file)
         normalise = fields.flag("do_normalize")
         crops = fields.flag("do_center_crop", usual.crop is not None)
+        rescales = fields.flag("do_rescale")
         return cls(
             size=fields.size(usual.size) if fields.flag("do_resize") else None,
             crop=fields.crop() if crops else None,
-            rescale=fields.factor() if fields.flag("do_rescale") else None,
+            rescale=fields.positive("rescale_factor", 1 / 255) if rescales else None,
             mean=fields.channels("image_mean", usual.mean) if normalise else None,
             std=fields.channels("image_std", usual.std) if normalise else cls.std,
             resample=fields.filter(usual.resample),
@@ -239,36 +243,18 @@ def siglip_preprocessor(side: int) -> Preprocessor:
     return Preprocessor(size, None, mean=half, std=half, resample=Image.Resampling.BILINEAR)
 
 
-class _Fields:
-    """The fields of a preprocessor_config.json, each checked as it is read."""
+class _Fields(Fields):
+    """The fields of a preprocessor_config.json."""
 
-    def __init__(self, file: Path):
-        self.file = file
-        try:
-            self.values = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as problem:
-            raise UserError(f"cannot read {file}: {problem.strerror}") from problem
-        except (ValueError, RecursionError) as problem:
-            raise UserError(f"{file} is not valid JSON: {problem}") from problem
-        if not isinstance(self.values, dict):
-            raise UserError(f"{file} must hold a JSON object")
-
-    def wrong(self, field: str, allowed: str) -> UserError:
-        shown = json.dumps(self.values.get(field))
-        shown = shown if len(shown) <= 60 else shown[:60] + "…"
-        return UserError(f"{self.file}: {field} is {shown}; it must be {allowed}")
-
-    def flag(self, field: str, default: bool = True) -> bool:
-        value = self.values.get(field, default)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise self.wrong(field, "true or false")
-        return value
+    def flag(self, field: str, default: bool | None = True) -> bool:
+        if default is not None and self.get(field) is None:  # null is the default, too
+            return default
+        return super().flag(field, default)
 
     def size(self, default: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        if self.values.get("size") is None:
+        value = self.get("size")
+        if value is None:
             return default
-        value = self.values["size"]
         if isinstance(value, dict) and set(value) == {"shortest_edge"}:
             value = value["shortest_edge"]
         if _is_side(value):
@@ -287,12 +273,6 @@ class _Fields:
             if _is_side(height) and _is_side(width):
                 return height, width
         raise self.wrong(field, f'{others}{{"height": n, "width": n}}, n from 1 to {MAX_SIDE}')
-
-    def factor(self) -> float:
-        value = self.values.get("rescale_factor", 1 / 255)
-        if not (_is_finite(value) and value > 0):
-            raise self.wrong("rescale_factor", "a positive number")
-        return float(value)
 
     def channels(self, field: str, default: Any) -> tuple[float, float, float]:
         value = self.values.get(field, default)

@@ -9,11 +9,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .arrays import read_arrays
 from .checkpoints.checkpoint import LEARNED
+from .checkpoints.config import MiniMindConfig
 from .checkpoints.errors import UserError
-from .checkpoints.files import check_safetensors
 from .language.experts import stacked
-from .language.minimind import MiniMindConfig
 from .model import VLM
 from .pruners import METHODS
 
@@ -29,11 +29,8 @@ def read_learned(folder: Path, model: VLM) -> dict[str, Any]:
     file = folder / LEARNED
     if not file.exists():
         return {}
-    check_safetensors(file)  # mx.load accepts what the format forbids
-    held = mx.load(str(file))
-    assert isinstance(held, dict)
     found: dict[str, Weights] = {}
-    for key, array in held.items():
+    for key, array in read_arrays(file).items():
         name, _, parameter = key.partition(".")
         if not getattr(METHODS.get(name), "learned", False):
             raise UserError(f"{file}: tensor {key} belongs to no learned method")

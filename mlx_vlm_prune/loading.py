@@ -5,7 +5,7 @@ them by name and shape, and nothing in it is executed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -15,34 +15,28 @@ import mlx.core as mx
 from mlx import nn
 
 from . import fast_blas
-from .arrays import to_array
-from .checkpoints import backbones
+from .arrays import read_arrays, to_array
 from .checkpoints.checkpoint import DTYPES as CODES
 from .checkpoints.checkpoint import as_mlx, is_composed, is_ours
+from .checkpoints.config import CONFIG, CLIPConfig, SiglipConfig, VLMConfig, parse_config
 from .checkpoints.errors import UserError
-from .checkpoints.files import check_safetensors, read_json
-from .checkpoints.generations import MODEL_TYPES
+from .checkpoints.files import read_json
 from .checkpoints.hub import found
 from .checkpoints.llava_original import pads
-from .checkpoints.shapes import BITS, GROUPS, LARGEST, MODES, MOST_LAYERS, check_complete
+from .checkpoints.processor import READING
+from .checkpoints.shapes import check_complete
 from .hosts import loading as host
 from .image import Preprocessor, siglip_preprocessor
 from .language.experts import stacked
-from .language.minimind import MiniMindConfig
-from .language.mlx_lm import MlxLmConfig
 from .learned import read_learned
 from .memory import check_fits
-from .model import VLM, VLMConfig
-from .projector import ProjectorConfig
+from .model import VLM
 from .prompt import VICUNA, Tokenizer
 from .scenes import CHECKPOINT
-from .towers.clip import CLIPConfig
-from .towers.siglip import SiglipConfig
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FLOATS = tuple(DTYPES.values())
 PACKED = (mx.uint32, mx.uint8)  # words of quantized weights, and scales that are powers of two
-TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 
 
 @dataclass(frozen=True)
@@ -79,23 +73,21 @@ def load(
     if kind := host.kind_of(folder):
         return host.load(folder, kind, _known(dtype))
     found = _read(folder, dtype)
-    config, weights = found.config, found.weights
-    model = VLM(parse_config(config, folder))
-    check_complete(weights, config, folder)
-    if how := config.get("quantization"):
-        few = {name.removesuffix(".scales") for name in stacked(weights) if ".scales" in name}
-        nn.quantize(model, **how, class_predicate=lambda path, _: path in few)
-    model.load_weights(list(stacked(weights).items()))
+    model, weights = VLM(found.config), stacked(found.weights)
+    if how := found.config.quantization:
+        few = {name.removesuffix(".scales") for name in weights if ".scales" in name}
+        nn.quantize(model, **asdict(how), class_predicate=lambda path, _: path in few)
+    model.load_weights(list(weights.items()))
     beside = read_learned(folder, model)
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
     image = _preprocessor(found.reading, model.config.vision)
-    if is_composed(config) and pads(config.get("published", {})):
+    if pads(found.published):
         image = replace(image, pad=True)
     tokenizer = Tokenizer.from_folder(found.words)
-    if is_composed(config) and tokenizer.chat_template is None:
+    if found.published is not None and tokenizer.chat_template is None:
         tokenizer.chat_template = VICUNA
     return model, Processor(tokenizer, image, model.config.image_token, name, folder)
 
@@ -109,27 +101,34 @@ def _known(dtype: str) -> mx.Dtype | None:
 
 @dataclass(frozen=True)
 class _Read:
-    """A checkpoint as it lies in its folders, its weights in what they are to be in."""
+    """A checkpoint as it lies in its folders, checked, its weights in what they are to be in."""
 
-    config: Mapping[str, Any]
+    config: VLMConfig
     weights: dict[str, mx.array]
     words: Path
     reading: Path | None
+    published: Any  # a LLaVA's config.json, as somebody else wrote it
 
 
 def _read(folder: Path, dtype: str) -> _Read:
     """One of our folders, or one as published, brought over."""
     if is_ours(folder):
-        config, weights = read_json(folder / "config.json"), _mlx_weights(folder)
+        whole = read_json(folder / CONFIG)
+        config, weights = parse_config(whole, folder / CONFIG), _mlx_weights(folder)
+        check_complete(weights, config, folder)
         shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
         target = _check_size(shapes, dtype, folder)
         weights = {name: _as(weights.pop(name), target) for name in shapes}
-        return _Read(config, weights, folder, folder)
+        return _Read(config, weights, folder, folder, _published(whole))
     source, kinds = as_mlx(folder), {code: DTYPES[name] for name, code in CODES.items()}
-    tensors = source.tensors.items()
+    config, tensors = parse_config(source.config, folder / CONFIG), source.tensors.items()
     target = _check_size({k: (t.shape, kinds.get(t.dtype)) for k, t in tensors}, dtype, folder)
     weights = {name: _as(to_array(tensor), target) for name, tensor in tensors}
-    return _Read(source.config, weights, source.tokenizer, source.reading)
+    return _Read(config, weights, source.tokenizer, source.reading, _published(source.config))
+
+
+def _published(config: Mapping[str, Any]) -> Any:
+    return config.get("published", {}) if is_composed(config) else None
 
 
 def _as(array: mx.array, target: mx.Dtype) -> mx.array:
@@ -170,7 +169,7 @@ def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
     image = Preprocessor.from_folder(folder, usual)
     if (image.crop or image.size) != (side, side):
         raise UserError(
-            f"{folder / 'preprocessor_config.json'} makes pictures of {image.crop or image.size}"
+            f"{folder / READING} makes pictures of {image.crop or image.size}"
             f" pixels, but the tower reads {side} x {side}"
         )
     return image
@@ -193,121 +192,9 @@ def _mlx_weights(folder: Path) -> dict[str, mx.array]:
         raise UserError(f"{folder} holds no model.safetensors")
     weights: dict[str, mx.array] = {}
     for file in files:
-        check_safetensors(file)  # mx.load accepts what the format forbids
-        arrays = mx.load(str(file))
-        assert isinstance(arrays, dict)
-        weights |= arrays
+        weights |= read_arrays(file)
     for name, array in weights.items():
         packed = f"{name.rpartition('.')[0]}.scales" in weights
         if array.dtype not in (*FLOATS, *(PACKED if packed else ())):
             raise UserError(f"{folder}: tensor {name} is {array.dtype}, not {', '.join(DTYPES)}")
     return weights
-
-
-def parse_config(config: Mapping[str, Any], where: Path) -> VLMConfig:
-    """The part of a config.json that shapes the model, every size checked."""
-    if config.get("model_type") not in MODEL_TYPES:
-        raise UserError(
-            f"{where} holds a {config.get('model_type')!r} model; supported are "
-            f"{', '.join(MODEL_TYPES)}"
-        )
-    pruner = config.get("pruner")
-    learned = None
-    if pruner is not None:
-        learned = ("attention_pool", _size(pruner, "tokens", where))
-        if pruner.get("name") != learned[0]:
-            raise UserError(f"{where}: no learned pruner is called {pruner.get('name')!r}")
-    told = config.get("vision_config")
-    kind = told.get("model_type", TOWERS[0]) if isinstance(told, Mapping) else TOWERS[0]
-    if kind not in TOWERS:
-        raise UserError(f"{where}: no tower is called {kind!r}; there are {', '.join(TOWERS)}")
-    vision = _fill(
-        CLIPConfig if kind == TOWERS[0] else SiglipConfig, config, "vision_config", where
-    )
-    text = _text(config, where)
-    _check_quantization(config, where)
-    if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
-        raise UserError(f"{where}: vision_config's sizes do not divide evenly")
-    if vision.feature_layers > vision.num_hidden_layers:
-        raise UserError(f"{where}: the tower has no layer {vision.feature_layers} to read from")
-    projector = _projector(config.get("projector"), vision, where)
-    token, token_id = str(config.get("image_token", "@")), config.get("image_token_id", 34)
-    if type(token_id) is not int or not 0 <= token_id < text.vocab_size:
-        raise UserError(f"{where}: image_token_id is {token_id!r}, none of the vocabulary's")
-    return VLMConfig(vision, text, projector, token, token_id, learned)
-
-
-def _text(config: Mapping[str, Any], where: Path) -> MiniMindConfig | MlxLmConfig:
-    told = config.get("text_config")
-    if isinstance(told, Mapping) and backbones.is_backbone(told):
-        backbones.check(told, where / "config.json")
-        return MlxLmConfig.of(told)
-    text = _fill(MiniMindConfig, config, "text_config", where)
-    if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
-        raise UserError(f"{where}: text_config's heads do not divide hidden_size evenly")
-    if text.num_attention_heads % text.num_key_value_heads:
-        raise UserError(f"{where}: text_config's key/value heads do not divide its heads")
-    if text.num_experts and not 1 <= text.num_experts_per_tok <= text.num_experts:
-        raise UserError(f"{where}: a token cannot choose {text.num_experts_per_tok} experts")
-    return text
-
-
-def _projector(told: Any, vision: CLIPConfig, where: Path) -> ProjectorConfig | None:
-    if told is None:
-        return None
-    given = told.get("merge") if isinstance(told, Mapping) else None
-    listed = given if isinstance(given, list) and len(given) == 2 else []
-    merge = [m for m in listed if type(m) is int]
-    if len(merge) != 2 or any(m < 1 or n % m for m, n in zip(merge, vision.grid, strict=True)):
-        raise UserError(f"{where}: the projector's merge must be two divisors of the grid's sides")
-    if not isinstance(told.get("norm"), bool):
-        raise UserError(f"{where}: the projector's norm is {told.get('norm')!r}, not true or false")
-    return ProjectorConfig((merge[0], merge[1]), told["norm"])
-
-
-def _check_quantization(config: Mapping[str, Any], where: Path) -> None:
-    how = config.get("quantization")
-    if how is None:
-        return
-    known = isinstance(how, Mapping) and set(how) <= {"bits", "group_size", "mode"}
-    mode = how.get("mode", "affine") if known else None
-    if mode not in [*MODES] or how.get("bits") not in BITS or how.get("group_size") not in GROUPS:
-        raise UserError(
-            f"{where}: quantization is {how!r}, which no mode of {', '.join(MODES)} has"
-        )
-
-
-def _fill(kind: type, config: Mapping[str, Any], part: str, where: Path) -> Any:
-    given = config.get(part)
-    if not isinstance(given, Mapping):
-        raise UserError(f"{where / 'config.json'} has no {part}")
-    values = {}
-    for f in fields(kind):
-        if isinstance(f.default, bool):
-            values[f.name] = given.get(f.name, f.default)
-            if not isinstance(values[f.name], bool):
-                raise UserError(f"{where / 'config.json'}: {f.name} must be true or false")
-        elif f.default == 0 and f.name not in given:
-            values[f.name] = 0
-        elif f.type is float or f.type == "float":
-            values[f.name] = _positive(given, f.name, where)
-        else:
-            values[f.name] = _size(given, f.name, where)
-    return kind(**values)
-
-
-def _positive(given: Mapping[str, Any], name: str, where: Path) -> float:
-    value = given.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise UserError(f"{where / 'config.json'}: {name} is {value!r}, not a positive number")
-    return float(value)
-
-
-def _size(given: Mapping[str, Any], name: str, where: Path) -> int:
-    value = given.get(name) if isinstance(given, Mapping) else None
-    most = MOST_LAYERS if "layers" in name else LARGEST
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise UserError(
-            f"{where / 'config.json'}: {name} is {value!r}, not a whole number from 1 to {most}"
-        )
-    return value

@@ -6,7 +6,7 @@ L rows of the spliced sequence, D features, T tokens of text, V words.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,12 +14,13 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from .checkpoints.config import MlxLmConfig, SiglipConfig, VLMConfig
 from .checkpoints.errors import UserError
 from .decoder import Cuts, Decoded, Decoder, TwigReader
-from .language.minimind import MiniMind, MiniMindConfig
-from .language.mlx_lm import MlxLm, MlxLmConfig
+from .language.minimind import MiniMind
+from .language.mlx_lm import MlxLm
 from .laps import lap
-from .projector import MLPProjector, ProjectorConfig, merged
+from .projector import MLPProjector, merged
 from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, downsample
 from .pruners.attention_pool import AttentionPool
 from .pruners.contract import Policy, identity
@@ -27,23 +28,8 @@ from .pruners.trace import ReductionStep, Trace
 from .resample import shrunk
 from .splice import Row, Visual, splice
 from .towers.between import Cut
-from .towers.clip import CLIPConfig, CLIPTower
-from .towers.siglip import SiglipConfig, SiglipTower
-
-
-@dataclass(frozen=True)
-class VLMConfig:
-    """What config.json says; `pruner` is the name and size of learned weights, if any.
-
-    Without `projector` it is one matrix.
-    """
-
-    vision: CLIPConfig | SiglipConfig = field(default_factory=CLIPConfig)
-    text: MiniMindConfig | MlxLmConfig = field(default_factory=MiniMindConfig)
-    projector: ProjectorConfig | None = None
-    image_token: str = "@"
-    image_token_id: int = 34
-    pruner: tuple[str, int] | None = None
+from .towers.clip import CLIPTower
+from .towers.siglip import SiglipTower
 
 
 class Prefill:

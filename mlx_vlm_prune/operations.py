@@ -13,12 +13,9 @@ prompt, D features, B prompts.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
 from .decoder import PIECE
-from .language.minimind import MiniMindConfig
-from .language.mlx_lm import MlxLmConfig
-from .model import VLMConfig
 from .pruners import Pipeline, Stage, downsample
-from .towers.siglip import SiglipConfig
 
 Text = MiniMindConfig | MlxLmConfig
 

@@ -6,21 +6,14 @@ neighbouring patches together before: a visual token is then a block of patches.
 Shapes: B images, N patches, M blocks of m patches, D features.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
+from .checkpoints.config import ProjectorConfig
 from .pruners.contract import Signals
-
-
-@dataclass(frozen=True)
-class ProjectorConfig:
-    """`merge` patches, down and across, become one token; `norm` stands before the layers."""
-
-    merge: tuple[int, int] = (1, 1)
-    norm: bool = True
 
 
 class MLPProjector(nn.Module):

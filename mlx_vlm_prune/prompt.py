@@ -19,7 +19,14 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .checkpoints.errors import UserError
+from .checkpoints.errors import UserError, reason
+from .checkpoints.files import optional_json
+from .checkpoints.processor import (
+    TOKENIZER_CONFIG,
+    chat_template,
+    read_tokenizer,
+    special_tokens,
+)
 
 IMAGE_MARK = "<image>"
 VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their own
@@ -48,7 +55,7 @@ class Tokenizer:
         self.backend.no_padding()
         self.chat_template = chat_template
         self.name = name
-        self.special_tokens = _special_tokens(config or {})
+        self.special_tokens = special_tokens(config or {})
 
     @classmethod
     def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
@@ -57,15 +64,9 @@ class Tokenizer:
         Raises UserError that names the file.
         """
         folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(f"there is no {file}")
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as problem:  # the library raises bare Exception
-            raise UserError(f"{file} is not a tokenizer: {_first_line(problem)}") from problem
-        config = _read_json(folder / "tokenizer_config.json")
-        return cls(backend, config, _chat_template(folder, config), str(folder))
+        backend = read_tokenizer(folder)
+        config = optional_json(folder / TOKENIZER_CONFIG)
+        return cls(backend, config, chat_template(folder, config), str(folder))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands: nothing is put before or after it."""
@@ -118,8 +119,9 @@ class Tokenizer:
         except UserError:
             raise
         except Exception as problem:  # anything may happen in a stranger's code
-            reason = _first_line(problem)
-            raise UserError(f"the chat template of {self.name} failed: {reason}") from problem
+            raise UserError(
+                f"the chat template of {self.name} failed: {reason(problem)}"
+            ) from problem
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -295,48 +297,3 @@ def _raise_exception(message: str) -> None:
 
 def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
-
-
-def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like; a token is a string, or an object with its content."""
-    found = {}
-    for key, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(content, str):
-            found[key] = content
-    return found
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """A file of its own comes before the config's field, as in transformers."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, ValueError) as problem:
-            raise UserError(f"cannot read {file}: {_first_line(problem)}") from problem
-    older = _read_json(folder / "chat_template.json")
-    template = older.get("chat_template", config.get("chat_template"))
-    if isinstance(template, list):  # the older form: several, each with a name
-        given = [each for each in template if isinstance(each, dict)]
-        named = {each.get("name"): each.get("template") for each in given}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template must be a string")
-    return template
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{file} is not valid JSON: {_first_line(problem)}") from problem
-    if not isinstance(value, dict):
-        raise UserError(f"{file} must hold a JSON object")
-    return value
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem) or type(problem).__name__).splitlines()[0]

@@ -7,7 +7,9 @@ import hashlib
 import os
 from pathlib import Path
 
+from .checkpoints.config import CONFIG
 from .checkpoints.errors import UserError
+from .checkpoints.files import write_atomically
 
 HEADER = 64 * 1024  # bytes read at a weights file's beginning
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # learned pruners beside a model count too
@@ -34,8 +36,8 @@ def model_key(folder: str | Path) -> str:
         raise UserError(f"{folder} holds no weights")
     told = hashlib.sha256()
     try:
-        if (folder / "config.json").exists():
-            told.update((folder / "config.json").read_bytes())
+        if (folder / CONFIG).exists():
+            told.update((folder / CONFIG).read_bytes())
         for file in files:
             told.update(f"\n{file.name} {file.stat().st_size}\n".encode())
             told.update(_sampled(file))
@@ -54,11 +56,10 @@ def _sampled(file: Path) -> bytes:
     return b"".join(parts)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, then replace: whoever reads sees the old text or the new, never half."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+def keep(path: Path, text: str) -> None:
+    """Write what can be made again below the cache's folder; UserError where that cannot be."""
     try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write into {path.parent}: {e.strerror or e}") from None
+    write_atomically(path, text)

@@ -11,6 +11,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config, SiglipVisionConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
+from mlx_vlm_prune.checkpoints.config import parse_sizes
 from mlx_vlm_prune.checkpoints.llava import text_config, vision_config
 from mlx_vlm_prune.checkpoints.llava_names import LAYOUTS
 from mlx_vlm_prune.checkpoints.names import to_published
@@ -216,7 +217,7 @@ def write_hole(folder: Path, told: dict, text: dict) -> None:
     }
     header, end = {}, 0
     table = LAYOUTS["llava-hf"].table(True, text)
-    for ours, shape in expected_shapes(sizes).items():
+    for ours, shape in expected_shapes(parse_sizes(sizes, folder)).items():
         name, rule = to_published(table, ours)
         shape = [shape[i] for i in (0, 3, 1, 2)] if rule.change else shape
         begin, end = end, end + 2 * prod(shape)

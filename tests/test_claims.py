@@ -5,10 +5,8 @@ import json
 import pytest
 
 from benchmarks import claims, shapes, speculation, tables
-from mlx_vlm_prune.language.minimind import MiniMindConfig
-from mlx_vlm_prune.model import VLMConfig
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 from mlx_vlm_prune.pruners import METHODS
-from mlx_vlm_prune.towers.clip import CLIPConfig
 
 
 def test_a_claim_is_counted_with_everything_inside_and_as_its_authors_did():

@@ -28,8 +28,9 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from convert.__main__ import main
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.backbones import text_config
+from mlx_vlm_prune.checkpoints.config import MlxLmConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.language.mlx_lm import MlxLm, MlxLmConfig
+from mlx_vlm_prune.language.mlx_lm import MlxLm
 from mlx_vlm_prune.operations import count
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, Pipeline, Stage, plan
@@ -435,7 +436,7 @@ def test_a_damaged_config_of_ours_is_refused_in_a_sentence(models, tmp_path, cap
         "head_dim is -2, not a whole number": {"head_dim": -2},
         "heads do not divide evenly": {"head_dim": 23},
         "rms_norm_eps is 'small', not a positive": {"rms_norm_eps": "small"},
-        "mlp_bias must be true or false": {"mlp_bias": 1},
+        "mlp_bias is 1, not true or false": {"mlp_bias": 1},
         "rope_scaling of llama is": {"rope_scaling": {"rope_type": "llama3"}},
     }
     for sentence, damage in damages.items():

@@ -20,17 +20,20 @@ import torch_ref.model
 import torch_ref.towers.between
 from mlx_vlm_prune import decoder, operations
 from mlx_vlm_prune import model as vlm_module
+from mlx_vlm_prune.checkpoints.config import (
+    CLIPConfig,
+    MiniMindConfig,
+    ProjectorConfig,
+    SiglipConfig,
+    VLMConfig,
+)
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.laps import Clock
-from mlx_vlm_prune.model import VLM, VLMConfig
+from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.operations import count, tokens
-from mlx_vlm_prune.projector import ProjectorConfig
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pruner, Reduction, Stage, plan
 from mlx_vlm_prune.towers import between, clip, siglip
-from mlx_vlm_prune.towers.clip import CLIPConfig
-from mlx_vlm_prune.towers.siglip import SiglipConfig
 
 from . import tiny
 

@@ -15,7 +15,7 @@ from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.checkpoint import Source
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.files import open_safetensors, write_safetensors
-from mlx_vlm_prune.checkpoints.shapes import MODES
+from mlx_vlm_prune.checkpoints.quantization import MODES
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 from mlx_vlm_prune.language.experts import GATHERED, ExpertLinear, Experts
 from mlx_vlm_prune.prompt import Prompt

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from benchmarks import rivals, shapes
-from mlx_vlm_prune.language.minimind import MiniMindConfig
-from mlx_vlm_prune.model import VLMConfig
-from mlx_vlm_prune.projector import ProjectorConfig
-from mlx_vlm_prune.towers.clip import CLIPConfig
-from mlx_vlm_prune.towers.siglip import SiglipConfig
+from mlx_vlm_prune.checkpoints.config import (
+    CLIPConfig,
+    MiniMindConfig,
+    ProjectorConfig,
+    SiglipConfig,
+    VLMConfig,
+)
 
 # Layouts of MiniMind2-V and MiniMind-3V, 16 visual tokens each.
 TINY = {

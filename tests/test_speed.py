@@ -6,9 +6,7 @@ import pytest
 
 from benchmarks import shapes, speed
 from benchmarks.timing import Gain, Run, alternate, spread, turns
-from mlx_vlm_prune.language.minimind import MiniMindConfig
-from mlx_vlm_prune.model import VLMConfig
-from mlx_vlm_prune.towers.clip import CLIPConfig
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 
 # Published: the language models' and projectors' numbers of parameters.
 PUBLISHED = {

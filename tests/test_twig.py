@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.decoder import Cuts, Decoder, LayerInput, TwigReader, through
-from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.learned import read_learned
 from mlx_vlm_prune.loading import load
-from mlx_vlm_prune.model import VLM, VLMConfig
+from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.pruners import METHODS, plan
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 from mlx_vlm_prune.splice import Spliced

@@ -13,14 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.scenes.vocabulary import tokenizer, words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
-from torch_ref.language.minimind import MiniMindConfig
 from torch_ref.language.twig import grown
 from torch_ref.model import VLM, VLMConfig
 from torch_ref.pruners import METHODS
-from torch_ref.towers.clip import CLIPConfig
 
 VISION = CLIPConfig(
     hidden_size=32,

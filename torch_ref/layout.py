@@ -3,17 +3,18 @@
 Shapes: B images, N patches, D features, K kept tokens.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from .language.minimind import MiniMindConfig
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, SiglipConfig
+from mlx_vlm_prune.checkpoints.config import VLMConfig as Sizes
+
 from .pruners import Signals
 from .pruners.attention_pool import AttentionPool
-from .towers.clip import CLIPConfig, CLIPTower
-from .towers.siglip import SiglipConfig, SiglipTower
+from .towers.clip import CLIPTower
+from .towers.siglip import SiglipTower
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,17 @@ class MLPVisionProj(nn.Module):
         self.mlp = nn.Sequential(*norm, nn.Linear(wide, out), nn.GELU(), nn.Linear(out, out))
 
 
-def config_of(sizes: Mapping[str, Any]) -> VLMConfig:
-    """Of the sizes that a checkpoint was found to have."""
-    pruner, projector = sizes.get("pruner"), sizes.get("projector")
-    clip = sizes["vision_config"]["model_type"] == "clip_vision_model"
-    kind = CLIPConfig if clip else SiglipConfig
+def config_of(sizes: Sizes) -> VLMConfig:
+    """Of what a checkpoint's config.json says."""
+    projector = sizes.projector
     return VLMConfig(
-        kind(**_known(kind, sizes["vision_config"])),
-        MiniMindConfig(**_known(MiniMindConfig, sizes["text_config"])),
-        pool_tokens=pruner and pruner["tokens"],
-        merge=projector and tuple(projector["merge"]),
-        projector_norm=bool(projector and projector["norm"]),
+        sizes.vision,
+        sizes.text,
+        sizes.image_token_id,
+        pool_tokens=sizes.pruner and sizes.pruner[1],
+        merge=projector.merge if projector else None,
+        projector_norm=projector.norm if projector else True,
     )
-
-
-def _known(kind: type, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    return {f.name: sizes[f.name] for f in fields(kind) if f.name in sizes}
 
 
 def vision_proj(c: VLMConfig) -> nn.Module:

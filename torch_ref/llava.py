@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from mlx_vlm_prune.checkpoints.backbones import is_backbone
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
-from mlx_vlm_prune.checkpoints.llava import renamed
+from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, parse_config
+from mlx_vlm_prune.checkpoints.llava import published
 from mlx_vlm_prune.checkpoints.llava_names import REFERENCE
 
 from .layout import config_of
@@ -24,16 +24,17 @@ def read(
     """
     where = Path(folder)
     source = as_mlx(where, Path(tower) if tower else None)
-    sizes, layout = config_of(source.config), REFERENCE
-    if is_backbone(text := source.config["text_config"]):
+    config, layout = parse_config(source.config, where / CONFIG), REFERENCE
+    sizes = config_of(config)
+    if isinstance(config.text, MlxLmConfig):
         from .language.transformers import TextConfig
 
         layout = replace(REFERENCE, text="model.stock")
-        whole = source.config["published"]
+        text, whole = config.text.told, source.config["published"]
         told = whole.get("text_config") or {**whole, "model_type": text["model_type"]}
         own = {k: text[k] for k in ("hidden_size", "tie_word_embeddings", "lm_head_bias")}
         sizes = replace(sizes, text=TextConfig(told, **own))
     model = VLM(sizes)
-    state = renamed(source.tensors, layout, source.config, where)
+    state = published(source.tensors, layout, source.config, where)
     model.load_state_dict({name: _tensor(raw) for name, raw in state.items()})
     return model.eval().to(device or best_device())

@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from mlx_vlm_prune.checkpoints.checkpoint import read_published, torch_tensors
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
 from . import decoder
-from .language.minimind import MiniMind, MiniMindConfig
+from .language.minimind import MiniMind
 from .language.splice import Row, Spliced, splice, visible
 from .layout import VisionEncoder, VLMConfig, config_of, merged, vision_proj
 from .pruners import METHODS, Reduction, Signals, Step, reduce, wanted
@@ -91,7 +92,7 @@ class VLM(nn.Module):
         UserError for files that cannot be read or that hold another model.
         """
         published = read_published(Path(path), Path(clip_folder))
-        model = cls(config_of(published.sizes))
+        model = cls(config_of(published.config))
         prefix = {True: "vision_encoder.", False: ""}
         state = {
             prefix[name.startswith("vision_model.")] + name: _tensor(raw)
@@ -306,7 +307,8 @@ class VLM(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Rows and columns of visual tokens."""
         down, across = self.config.merge or (1, 1)
-        return self.config.vision.side // down, self.config.vision.side // across
+        rows, columns = self.config.vision.grid
+        return rows // down, columns // across
 
     def steps(
         self, pruner: str | Sequence[Step], K: int | None, options: Mapping[str, Any] | None

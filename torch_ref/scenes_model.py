@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .language.minimind import MiniMindConfig
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig
+
 from .model import VLM, VLMConfig
 from .scenes_data import IGNORE, Batch, dense_words, vocabulary
-from .towers.clip import CLIPConfig, CLIPTower, Layer
+from .towers.clip import CLIPTower, Layer
 
 VISION = CLIPConfig(
     hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6
@@ -55,7 +56,7 @@ def look_at_neighbours(tower: CLIPTower) -> None:
     layers are told. A query turned by an offset's angles matches the key of the patch
     at that offset.
     """
-    side, pairs = tower.config.side, 2 * FREQUENCIES
+    (side, _), pairs = tower.config.grid, 2 * FREQUENCIES
     rate = 2 * torch.pi / (2 * side) * torch.arange(1, FREQUENCIES + 1)
     row, column = torch.arange(side**2) // side, torch.arange(side**2) % side
     angle = torch.cat([row[:, None] * rate, column[:, None] * rate], dim=1)  # (N, pairs)

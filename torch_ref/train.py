@@ -12,9 +12,7 @@ folder), which `python -m convert to-mlx` brings over.
 Shapes: B pictures, N patches, L prompt and question tokens together, D features, V words.
 """
 
-import argparse
 import json
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +21,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from mlx_vlm_prune.checkpoints import pth
+from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.files import appearing, write_atomically, write_safetensors
 
 from .model import VLM, best_device
 from .scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
@@ -90,16 +92,13 @@ def judge(trainee: Trainee, device: torch.device, per_kind: int) -> dict[str, fl
 
 
 def save(path: Path, content: dict) -> None:
-    """Write beside, then replace: a stopped run never leaves half a checkpoint."""
-    beside = path.with_suffix(".part")
-    torch.save(content, beside)
-    os.replace(beside, path)
+    """Write a checkpoint, or replace it: a stopped run never leaves half of one."""
+    with appearing(path, replace=True) as beside:
+        pth.save(beside, content)
 
 
 def export(vlm: VLM, out: Path) -> None:
     """Write OUT/scenes.pth and OUT/clip, the two halves MiniMind2-V is published in."""
-    from safetensors.torch import save_file
-
     state = {k: v.half().cpu().contiguous() for k, v in vlm.state_dict().items()}
     flat = {k: v for k, v in state.items() if not k.startswith("vision_encoder.")}
     flat["lm_head.weight"] = flat["model.embed_tokens.weight"].clone()
@@ -107,7 +106,8 @@ def export(vlm: VLM, out: Path) -> None:
     clip = out / "clip"
     clip.mkdir(exist_ok=True)
     vision = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
-    save_file(vision, clip / "model.safetensors", metadata={"format": "pt"})
+    with appearing(clip / "model.safetensors", replace=True) as beside:
+        write_safetensors(beside, {k: pth.raw(v) for k, v in vision.items()}, "pt")
     config = {**asdict(VISION), "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
     side = VISION.image_size
     reading = {
@@ -118,8 +118,7 @@ def export(vlm: VLM, out: Path) -> None:
         "size": {"shortest_edge": side},
     }
     for name, content in (("config.json", config), ("preprocessor_config.json", reading)):
-        text = json.dumps(content, indent=4, sort_keys=True) + "\n"
-        (clip / name).write_text(text, encoding="utf-8")
+        write_atomically(clip / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
 @dataclass
@@ -199,9 +198,7 @@ def note(out: Path, row: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m torch_ref.train", description=__doc__.split("\n")[0]
-    )
+    parser = Parser(prog="python -m torch_ref.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"))
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this long")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
@@ -209,7 +206,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     args = parser.parse_args()
     recipe = Recipe(steps=args.steps, tower_steps=args.tower_steps)
-    train(args.out, recipe, args.minutes, args.workers)
+    with in_one_sentence():
+        train(args.out, recipe, args.minutes, args.workers)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ OUT/pruners.safetensors, which lies beside an MLX model.
 Shapes: B pictures, N patches, K kept, L rows of the packed prompt, D features.
 """
 
-import argparse
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,11 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from mlx_vlm_prune.checkpoints import pth
+from mlx_vlm_prune.checkpoints.checkpoint import LEARNED as LEARNED_FILE
+from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.files import appearing, open_safetensors, write_safetensors
 
 from .language.minimind import rotary_table
 from .language.twig import Twig, grown
@@ -253,18 +255,18 @@ def finish(name: str, pruner: nn.Module, vlm: VLM, out: Path, unfreeze: bool) ->
     out.mkdir(parents=True, exist_ok=True)
     if unfreeze:
         export(vlm, out)
-    file, beside = out / "pruners.safetensors", out / "pruners.part"
-    held = load_file(file) if file.exists() else {}
+    file = out / LEARNED_FILE
+    held = open_safetensors(file) if file.exists() else {}
     held = {key: value for key, value in held.items() if not key.startswith(name + ".")}
     for key, value in pruner.state_dict().items():
-        held[f"{name}.{key.replace('pool_', '')}"] = value.half().cpu().contiguous()
-    save_file(dict(sorted(held.items())), beside, metadata={"format": "mlx"})
-    os.replace(beside, file)
+        held[f"{name}.{key.replace('pool_', '')}"] = pth.raw(value.half().cpu())
+    with appearing(file, replace=True) as beside:
+        write_safetensors(beside, held, "mlx")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m torch_ref.train_pruners", description=__doc__.split("\n")[0]
+    parser = Parser(
+        prog="python -m torch_ref.train_pruners", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("method", choices=LEARNED)
     parser.add_argument("--model", type=Path, default=Path("runs/scenes"), help="what train wrote")
@@ -275,7 +277,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
     args = parser.parse_args()
     recipe = Recipe(keep_tokens=args.keep_tokens, steps=args.steps)
-    train(args.method, args.model, args.out, recipe, args.unfreeze, args.workers)
+    with in_one_sentence():
+        train(args.method, args.model, args.out, recipe, args.unfreeze, args.workers)
 
 
 if __name__ == "__main__":

@@ -13,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .fields import Fields, is_positive
 from .layouts import Change
 from .names import Rule, Table
 
-LARGEST = 1 << 20  # of any size in a config.json
-MOST_LAYERS = 512
 RUNNER = "mlx-lm"  # what text_config.runner says where mlx-lm's modules are driven
 Shapes = dict[str, tuple[int, ...]]
 Sizes = Mapping[str, Any]
 
 
-def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Shapes:
+def linear(name: str, rows: int, columns: int, bias: bool = False) -> Shapes:
     return {f"{name}.weight": (rows, columns), **({f"{name}.bias": (rows,)} if bias else {})}
 
 
-def _norm(name: str, size: int, bias: bool = False) -> Shapes:
+def norm(name: str, size: int, bias: bool = False) -> Shapes:
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if bias else {})}
 
 
@@ -36,10 +35,10 @@ def _attention(c: Sizes, inner: bool, out: bool, last: str = "o_proj") -> Shapes
     D, wide, narrow = c["hidden_size"], *(c[f"num_{x}_heads"] for x in ("attention", "key_value"))
     wide, narrow = wide * c["head_dim"], narrow * c["head_dim"]
     return {
-        **_linear("self_attn.q_proj", wide, D, inner),
-        **_linear("self_attn.k_proj", narrow, D, inner),
-        **_linear("self_attn.v_proj", narrow, D, inner),
-        **_linear(f"self_attn.{last}", D, wide, out),
+        **linear("self_attn.q_proj", wide, D, inner),
+        **linear("self_attn.k_proj", narrow, D, inner),
+        **linear("self_attn.v_proj", narrow, D, inner),
+        **linear(f"self_attn.{last}", D, wide, out),
     }
 
 
@@ -47,11 +46,11 @@ def _gated(c: Sizes, bias: bool = False) -> Shapes:
     """The network of three matrices, and the norms around it."""
     D, inner = c["hidden_size"], c["intermediate_size"]
     return {
-        **_linear("mlp.gate_proj", inner, D, bias),
-        **_linear("mlp.up_proj", inner, D, bias),
-        **_linear("mlp.down_proj", D, inner, bias),
-        **_norm("input_layernorm", D),
-        **_norm("post_attention_layernorm", D),
+        **linear("mlp.gate_proj", inner, D, bias),
+        **linear("mlp.up_proj", inner, D, bias),
+        **linear("mlp.down_proj", D, inner, bias),
+        **norm("input_layernorm", D),
+        **norm("post_attention_layernorm", D),
     }
 
 
@@ -65,7 +64,7 @@ def _qwen2(c: Sizes) -> Shapes:
 
 
 def _qwen3(c: Sizes) -> Shapes:
-    norms = [_norm(f"self_attn.{x}_norm", c["head_dim"]) for x in "qk"]
+    norms = [norm(f"self_attn.{x}_norm", c["head_dim"]) for x in "qk"]
     return _attention(c, False, False) | norms[0] | norms[1] | _gated(c)
 
 
@@ -73,9 +72,9 @@ def _phi(c: Sizes) -> Shapes:
     D, inner = c["hidden_size"], c["intermediate_size"]
     return {
         **_attention(c, True, True, "dense"),
-        **_linear("mlp.fc1", inner, D, True),
-        **_linear("mlp.fc2", D, inner, True),
-        **_norm("input_layernorm", D, True),
+        **linear("mlp.fc1", inner, D, True),
+        **linear("mlp.fc2", D, inner, True),
+        **norm("input_layernorm", D, True),
     }
 
 
@@ -87,13 +86,13 @@ def _mamba(c: Sizes) -> Shapes:
     D, inner, state, rank = (c[k] for k in _SCANNED[:4])
     kernel = {"mixer.conv1d.weight": (inner, c["conv_kernel"], 1)}
     return {
-        **_linear("mixer.in_proj", 2 * inner, D, c["use_bias"]),
+        **linear("mixer.in_proj", 2 * inner, D, c["use_bias"]),
         **kernel, **({"mixer.conv1d.bias": (inner,)} if c["use_conv_bias"] else {}),
-        **_linear("mixer.x_proj", rank + 2 * state, inner),
-        **_linear("mixer.dt_proj", inner, rank, True),
+        **linear("mixer.x_proj", rank + 2 * state, inner),
+        **linear("mixer.dt_proj", inner, rank, True),
         "mixer.A_log": (inner, state), "mixer.D": (inner,),
-        **_linear("mixer.out_proj", D, inner, c["use_bias"]),
-        **_norm("norm", D),
+        **linear("mixer.out_proj", D, inner, c["use_bias"]),
+        **norm("norm", D),
     }  # fmt: skip
 
 
@@ -119,11 +118,10 @@ def _equal_heads(told: Sizes, where: Path) -> dict[str, Any]:
 
 def _scanned(told: Sizes, where: Path) -> dict[str, Any]:
     """Mamba's sizes that follow from others."""
-    size, expand, rank = told["hidden_size"], told["expand"], told["time_step_rank"]
-    if type(size) is not int or not _is_positive(expand):
-        raise UserError(f"{where}: a hidden_size of {size!r} cannot expand {expand!r} times")
+    part = Fields(told, where, "text_config")
+    size, rank = part.whole("hidden_size"), told["time_step_rank"]
     rank = -(-size // 16) if rank == "auto" else rank
-    return {"intermediate_size": int(expand * size), "time_step_rank": rank}
+    return {"intermediate_size": int(part.positive("expand") * size), "time_step_rank": rank}
 
 
 _ATTENDED = (
@@ -155,6 +153,11 @@ class Backbone:
     norm: str = "norm"
     normed_bias: bool = False  # has the last norm one?
     changes: Mapping[str, Change] = field(default_factory=dict)  # of axes that lie otherwise
+
+    @property
+    def flags(self) -> list[str]:
+        """The fields that are true or false."""
+        return [name for name, value in self.defaults.items() if isinstance(value, bool)]
 
 
 _LLAMA = {
@@ -226,7 +229,7 @@ def text_config(
     """The language model's part of our config.json: sizes, and what mlx-lm is told.
 
     `has_head` and `has_bias` say whether the files hold an output layer of its own, and its
-    bias. Raises UserError for what mlx-lm computes otherwise.
+    bias. Sizes are not checked yet. Raises UserError for what mlx-lm computes otherwise.
     """
     kind = given.get("model_type", "llama")
     family = BACKBONES[kind]
@@ -238,14 +241,12 @@ def text_config(
     if "rope_theta" in family.numbers:
         told |= _rotation(told, kind, where)
     tied = told.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
-    flags = {k: bool(told[k]) for k, v in family.defaults.items() if isinstance(v, bool)}
+    flags = {name: bool(told[name]) for name in family.flags}
     names = (*family.sizes, *family.numbers, *(["rope_scaling"] if family.rotations else []))
-    ours = {
+    return {
         **{name: told.get(name) for name in names}, **flags, "model_type": kind, "runner": RUNNER,
         "tie_word_embeddings": bool(tied) and not has_head, "lm_head_bias": has_bias,
     }  # fmt: skip
-    check(ours, where)
-    return ours
 
 
 def _rotation(told: Sizes, kind: str, where: Path) -> dict[str, Any]:
@@ -254,7 +255,7 @@ def _rotation(told: Sizes, kind: str, where: Path) -> dict[str, Any]:
     turns = told.get(place) or {}
     form = str(turns.get("rope_type", turns.get("type", "default"))) if type(turns) is dict else ""
     names = () if form == "default" else BACKBONES[kind].rotations.get(form)
-    if names is None or not all(_is_positive(turns.get(name)) for name in names):
+    if names is None or not all(is_positive(turns.get(name)) for name in names):
         raise UserError(f"{where}: {place} of {kind} is {turns!r}, which is not supported")
     scaling = {"rope_type": form, **{name: turns[name] for name in names}} if names else None
     return {
@@ -264,10 +265,6 @@ def _rotation(told: Sizes, kind: str, where: Path) -> dict[str, Any]:
         ),
         "rope_scaling": scaling,
     }
-
-
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e12
 
 
 def is_backbone(text: Any) -> bool:
@@ -283,9 +280,9 @@ def shapes(c: Sizes) -> Shapes:
     one = family.layer(c)
     for i in range(c["num_hidden_layers"]):
         found |= {f"{at}.layers.{i}.{name}": shape for name, shape in one.items()}
-    found |= _norm(f"{at}.{family.norm}", D, family.normed_bias)
+    found |= norm(f"{at}.{family.norm}", D, family.normed_bias)
     if not c["tie_word_embeddings"]:
-        found |= _linear("language.lm_head", V, D, c["lm_head_bias"])
+        found |= linear("language.lm_head", V, D, c["lm_head_bias"])
     return found
 
 
@@ -304,28 +301,23 @@ def rules(c: Sizes, text: str, head: str) -> Table:
     return tuple(found)
 
 
-def check(c: Sizes, where: Path) -> None:
+def check(part: Fields) -> None:
     """UserError for a size, number or flag of a text_config of ours that cannot be."""
-    kind = c.get("model_type")
-    if kind not in BACKBONES:
-        raise UserError(f"{where}: mlx-lm's {kind!r} is none of {', '.join(BACKBONES)}")
+    c, kind = part.values, part.get("model_type")
+    if kind not in [*BACKBONES]:
+        raise UserError(f"{part.file}: mlx-lm's {kind!r} is none of {', '.join(BACKBONES)}")
     family = BACKBONES[kind]
     for name in family.sizes:
-        most = MOST_LAYERS if "layers" in name else LARGEST
-        if type(c.get(name)) is not int or not 1 <= c[name] <= most:
-            raise UserError(
-                f"{where}: {name} is {str(c.get(name))[:40]}, not a whole number from 1 to {most}"
-            )
+        part.whole(name)
     for name in family.numbers:
-        if not _is_positive(c.get(name)):
-            raise UserError(f"{where}: {name} is {c.get(name)!r}, not a positive number")
-    flags = [name for name, value in family.defaults.items() if isinstance(value, bool)]
-    for name in (*flags, "tie_word_embeddings", "lm_head_bias"):
-        if not isinstance(c.get(name), bool):
-            raise UserError(f"{where}: {name} must be true or false")
+        part.positive(name)
+    for name in (*family.flags, "tie_word_embeddings", "lm_head_bias"):
+        part.flag(name)
     if c.get("rope_scaling") is not None:
-        _rotation(c, kind, where)
-    heads, groups = c.get("num_attention_heads", 1), c.get("num_key_value_heads", 1)
-    turned = c.get("head_dim", 2) * c.get("partial_rotary_factor", 1.0)
-    if heads % groups or int(turned) % 2 or not int(turned) <= c.get("head_dim", 2):
-        raise UserError(f"{where}: text_config's heads do not divide evenly")
+        _rotation(c, kind, part.file)
+    if family.sizes is not _ATTENDED:
+        return
+    share = "partial_rotary_factor"
+    turned = int(c["head_dim"] * (c[share] if share in family.numbers else 1))
+    if c["num_attention_heads"] % c["num_key_value_heads"] or turned % 2 or turned > c["head_dim"]:
+        raise UserError(f"{part.file}: {part.name}'s heads do not divide evenly")

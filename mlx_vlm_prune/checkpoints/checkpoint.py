@@ -10,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from . import llava, llava_original
-from .detect import our_tensors, text_config, tidy, untied, vision_config
+from .config import CONFIG, POOL, VLMConfig, parse_config, parse_sizes
+from .detect import text_config, tidy, vision_config
 from .errors import UserError
-from .files import read_json
+from .files import optional_json, read_json
 from .generations import DEFAULT, GENERATIONS, MODEL_TYPES, Generation, recognise
-from .names import LLAMA, NAFLEX, SIGLIP, Table, published_order, to_published
+from .names import LLAMA, NAFLEX, SIGLIP
+from .processor import (
+    ADVICE,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    read_tokenizer,
+    reading_in,
+    special_tokens,
+)
+from .renaming import as_ours, as_published, renamed, untied
 from .shapes import check_complete
 from .tensors import RawTensor
 from .weights import read_weights
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json",
-    "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
-READING = "preprocessor_config.json"
-# Nothing here reads these; they go with a LLaVA, so that it comes back as it was.
-CARRIED = ("generation_config.json", "processor_config.json")
 LEARNED = "pruners.safetensors"
 TOWER_PLACES = (
     "clip",
@@ -43,13 +46,14 @@ TOWER_PLACES = (
 class Published:
     """A published checkpoint under our names and in our layout, checked to be complete.
 
-    `sizes` has text_config, vision_config and, where they are, projector and pruner.
-    `reading` is the folder of preprocessor_config.json, or None where there is none. `guessed`
-    says that nothing told how many heads there are.
+    `sizes` has text_config, vision_config and, where they are, projector and pruner; `config` is
+    the same, parsed. `reading` is the folder of preprocessor_config.json, or None where there is
+    none. `guessed` says that nothing told how many heads there are.
     """
 
     tensors: dict[str, RawTensor]
     sizes: dict[str, Any]
+    config: VLMConfig
     generation: Generation
     reading: Path | None
     guessed: bool
@@ -71,8 +75,7 @@ class Source:
 
 def is_ours(folder: Path) -> bool:
     """Is this one of our own checkpoint folders?"""
-    config = folder / "config.json"
-    return config.is_file() and read_json(config).get("model_type") in MODEL_TYPES
+    return optional_json(folder / CONFIG).get("model_type") in MODEL_TYPES
 
 
 def read_published(
@@ -86,18 +89,17 @@ def read_published(
     Raises UserError, naming file and tensor, for whatever does not fit.
     """
     state = tidy(read_weights(source), source)
-    home = _home(source)
     folder = vision or tower_folder(source)
     told_apart(state, source)
     tower, told = _read_tower(state, source, folder, vision is not None)
     rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
     generation = told_apart(rest | tower, source)  # some differ by the tower's width alone
-    ours = our_tensors(untied(rest, generation, source), generation, source)
+    table, title = generation.table, generation.title
+    ours = renamed(untied(rest, *generation.tied, source), table, title, source)
     heads, kv_heads = told_heads(source, heads, kv_heads)
     text = text_config(ours, generation, source, heads, kv_heads)
-    seen = our_tensors(tower, generation, folder or source)
-    head_dim = text["hidden_size"] // text["num_attention_heads"]
-    ours = as_ours(ours | seen, generation, head_dim)
+    seen = renamed(tower, table, title, folder or source)
+    ours = as_ours(ours | seen, table, text["hidden_size"] // text["num_attention_heads"])
     sizes: dict[str, Any] = {
         "text_config": text,
         "vision_config": vision_config(ours, generation.tower_type, told, folder or source),
@@ -106,11 +108,12 @@ def read_published(
         norm = "projector.norm.weight" in ours
         sizes["projector"] = {"merge": list(generation.merge), "norm": norm}
     if queries := ours.get("pruner.queries"):
-        sizes["pruner"] = {"name": "attention_pool", "tokens": queries.shape[0]}
-    check_complete(ours, sizes, source)
-    reading = next((f for f in (folder, home) if f and (f / READING).is_file()), None)
+        sizes["pruner"] = {"name": POOL, "tokens": queries.shape[0] if queries.shape else 0}
+    config = parse_sizes(sizes, source)
+    check_complete(ours, config, source)
     guessed = not (heads or kv_heads or text.get("qk_norm"))
-    return Published(ours, sizes, generation, reading, guessed)
+    reading = reading_in(folder, _home(source))
+    return Published(ours, sizes, config, generation, reading, guessed)
 
 
 def told_apart(state: Mapping[str, RawTensor], where: Path) -> Generation:
@@ -131,48 +134,20 @@ def told_heads(
     source: Path, heads: int | None, kv_heads: int | None
 ) -> tuple[int | None, int | None]:
     """As given, or as a Hugging Face folder's config.json says."""
-    config = source / "config.json"
-    if heads or kv_heads or not config.is_file():
+    if heads or kv_heads:
         return heads, kv_heads
-    told = read_json(config)
+    told = optional_json(source / CONFIG)
     own = [told.get(f"num_{name}_heads") for name in ("attention", "key_value")]
     heads, kv_heads = (n if type(n) is int and 0 < n <= 1024 else None for n in own)
     return heads, kv_heads
 
 
-def as_ours(
-    tensors: Mapping[str, RawTensor], generation: Generation, head_dim: int
-) -> dict[str, RawTensor]:
-    """Tensors under our names, their values in our order."""
-    ours = {}
-    for name, tensor in tensors.items():
-        found = to_published(generation.table, name)
-        change = found and found[1].change
-        ours[name] = change.there(tensor, head_dim) if change else tensor
-    return ours
-
-
-def as_published(
-    tensors: Mapping[str, RawTensor], table: Table, head_dim: int, where: Path
-) -> dict[str, RawTensor]:
-    """Our tensors under the names of a table, in its layout and order."""
-    state: dict[str, RawTensor] = {}
-    for name, tensor in tensors.items():
-        found = to_published(table, name)
-        if found is None:
-            raise UserError(f"{where} holds a tensor {name} that its generation has no place for")
-        new, rule = found
-        state[new] = rule.change.back(tensor, head_dim) if rule.change else tensor
-    return {name: state[name] for name in published_order(table, state)}
-
-
 def torch_tensors(published: Published) -> dict[str, RawTensor]:
     """The same in PyTorch's layout, under the names of the latest release of its family."""
-    generation, text = published.generation, published.sizes["text_config"]
+    generation, text = published.generation, published.config.text
     tower = SIGLIP if generation.tower == NAFLEX else generation.tower
-    head_dim = text["hidden_size"] // text["num_attention_heads"]
     table = LLAMA + generation.projector + tower
-    return as_published(published.tensors, table, head_dim, Path())
+    return as_published(published.tensors, table, text.head_dim, Path())
 
 
 def as_mlx(
@@ -187,21 +162,21 @@ def as_mlx(
     Without `vision` and `tokenizer` they are looked for in or beside `source`. Raises UserError.
     """
     if is_ours(source):
-        reading = source if (source / READING).is_file() else None
-        config, tensors = _own(source)
+        config, _, tensors = _own(source)
         learned = source / LEARNED if (source / LEARNED).is_file() else None
-        return Source(config, tensors, tokenizer or source, reading, learned=learned, beside=source)
+        return Source(
+            config, tensors, tokenizer or source, reading_in(source), learned=learned, beside=source
+        )
     if llava.is_published(source):
         return _composed(source, vision, tokenizer or source)
     published = read_published(source, vision, heads, kv_heads)
     generation, words = published.generation, tokenizer or _home(source)
-    dtype = published.tensors["language.embed_tokens.weight"].dtype
     config = {
         **_words(words, generation),
         **published.sizes,
         "model_type": generation.model_type,
         "published_as": generation.name,
-        "torch_dtype": next(k for k, v in DTYPES.items() if v == dtype),
+        "torch_dtype": _precision(published.tensors),
     }
     return Source(config, published.tensors, words, published.reading, published.guessed)
 
@@ -210,11 +185,8 @@ def _composed(source: Path, vision: Path | None, words: Path) -> Source:
     """A LLaVA-style model as Hugging Face has it, or as its authors do."""
     state, tower = llava_original.parts(source, vision)
     config, tensors = llava.composed(state, source, tower)
-    dtype = next(tensor.dtype for name, tensor in tensors.items() if name.startswith("language."))
-    told = {"torch_dtype": next(k for k, v in DTYPES.items() if v == dtype)}
-    reading = next((f for f in (tower, source) if f and (f / READING).is_file()), None)
-    config |= told | llava.words(config["published"], words)
-    return Source(config, tensors, words, reading, beside=source)
+    config |= {"torch_dtype": _precision(tensors)} | llava.words(config["published"], words)
+    return Source(config, tensors, words, reading_in(tower, source), beside=source)
 
 
 def _home(source: Path) -> Path:
@@ -234,7 +206,7 @@ def _read_tower(
             " folder of its CLIP or SigLIP with --vision"
         )
     tensors = tidy(read_weights(folder), folder)
-    return {k: v for k, v in tensors.items() if is_tower(k)}, read_json(folder / "config.json")
+    return {k: v for k, v in tensors.items() if is_tower(k)}, read_json(folder / CONFIG)
 
 
 def is_tower(name: str) -> bool:
@@ -243,25 +215,15 @@ def is_tower(name: str) -> bool:
 
 def _words(folder: Path, generation: Generation) -> dict[str, Any]:
     """What config.json says of the tokenizer."""
-    from tokenizers import Tokenizer
-
-    file = folder / TOKENIZER_FILES[0]
-    if not file.is_file():
-        raise UserError(f"there is no {file}; give the folder of the tokenizer with --tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises bare Exception
-        raise UserError(f"{file} is no tokenizer ({e})") from None
-    image = generation.image_token
+    tokenizer, image = read_tokenizer(folder, ADVICE), generation.image_token
     token = tokenizer.token_to_id(image)
     if token is None:
         raise UserError(
-            f"{file} has no token {image!r}, the place for an image in {generation.title}"
+            f"{folder / TOKENIZER} has no token {image!r}, the place for an image in"
+            f" {generation.title}"
         )
-    told = folder / TOKENIZER_FILES[1]
-    end = read_json(told).get("eos_token") if told.is_file() else None
-    end = end.get("content") if isinstance(end, Mapping) else end
-    end_id = tokenizer.token_to_id(end) if isinstance(end, str) else None
+    end = special_tokens(optional_json(folder / TOKENIZER_CONFIG)).get("eos_token")
+    end_id = None if end is None else tokenizer.token_to_id(end)
     return {"eos_token_id": end_id, "image_token": image, "image_token_id": token}
 
 
@@ -285,27 +247,28 @@ def is_composed(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == llava.MODEL_TYPE
 
 
-def read_ours(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
-    """config.json and tensors of one of our folders that is not quantized; raises UserError."""
+def read_ours(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTensor]]:
+    """config.json, its sizes, and the tensors of one of our folders that is not quantized.
+
+    Raises UserError.
+    """
     if not is_ours(folder):
         raise UserError(f"{folder} is none of our checkpoint folders (see to-mlx)")
-    config, tensors = _own(folder)
-    if "quantization" in config:
+    config, sizes, tensors = _own(folder)
+    if sizes.quantization:
         raise UserError(f"{folder} is quantized; convert it to-mlx with --dequantize first")
-    return config, tensors
+    return config, sizes, tensors
 
 
-def _own(folder: Path) -> tuple[dict[str, Any], dict[str, RawTensor]]:
-    config, tensors = read_json(folder / "config.json"), read_weights(folder)
+def _own(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTensor]]:
+    config = read_json(folder / CONFIG)
     title_of(config, folder)
-    check_complete(tensors, config, folder)
-    return config, tensors
+    sizes, tensors = parse_config(config, folder / CONFIG), read_weights(folder)
+    check_complete(tensors, sizes, folder)
+    return config, sizes, tensors
 
 
-def head_size(config: Mapping[str, Any], where: Path) -> int:
-    """Of the language model of a config.json."""
-    text = config["text_config"]
-    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
-    if type(hidden) is not int or type(heads) is not int or heads < 1 or hidden % heads:
-        raise UserError(f"{where}: {heads} heads do not divide a hidden_size of {hidden}")
-    return hidden // heads
+def _precision(tensors: Mapping[str, RawTensor]) -> str:
+    """What the language model is in, as config.json says it."""
+    code = next(tensor.dtype for name, tensor in tensors.items() if name.startswith("language."))
+    return next(name for name, each in DTYPES.items() if each == code)

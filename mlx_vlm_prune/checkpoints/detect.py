@@ -7,10 +7,9 @@ from typing import Any
 
 from .errors import UserError
 from .generations import Generation, Shaped
-from .names import to_ours
-from .tensors import FLOATS, RawTensor
+from .renaming import Tensors
+from .tensors import RawTensor
 
-Tensors = Mapping[str, RawTensor]
 # Left out of a tower's folder: buffers, the half that reads text, and SigLIP's pooling head,
 # which no MiniMind-V uses.
 TOWER_REST = re.compile(
@@ -25,17 +24,6 @@ def tidy(state: Tensors, where: Path) -> dict[str, RawTensor]:
     if "embeddings.patch_embedding.weight" in kept:  # a tower alone, as transformers 5 saves it
         kept = {f"vision_model.{name}": tensor for name, tensor in kept.items()}
     return {k: v for k, v in kept.items() if not TOWER_REST.fullmatch(k)}
-
-
-def untied(state: Tensors, generation: Generation, where: Path) -> dict[str, RawTensor]:
-    """Without the output layer; UserError where it is not the embedding."""
-    rest = dict(state)
-    head, embedding = rest.pop(generation.tied[0], None), rest.get(generation.tied[1])
-    if head is not None and embedding is not None and head != embedding:
-        raise UserError(
-            f"{where}: {generation.tied[0]} differs from the embedding it should be tied to"
-        )
-    return rest
 
 
 def text_config(
@@ -129,26 +117,6 @@ def vision_config(
         "model_type": tower_type,
         "num_attention_heads": given.get("num_attention_heads", max(1, width // 64)),
     }
-
-
-def our_tensors(state: Tensors, generation: Generation, where: Path) -> dict[str, RawTensor]:
-    """Every tensor under our name, in its published layout; UserError where one has no place."""
-    ours: dict[str, RawTensor] = {}
-    for name, tensor in state.items():
-        found = to_ours(generation.table, name)
-        if found is None:
-            raise UserError(
-                f"{where} holds a tensor {name}; {generation.title} has no place for it"
-            )
-        new, rule = found
-        if tensor.dtype not in FLOATS:
-            raise UserError(f"{where}: tensor {name} is {tensor.dtype}; F32, F16 or BF16 is needed")
-        if rule.change and len(tensor.shape) != rule.change.axes:
-            raise UserError(
-                f"{where}: tensor {name} has shape {tensor.shape}, not {rule.change.axes} axes"
-            )
-        ours[new] = tensor
-    return ours
 
 
 def _tensor(state: Mapping[str, Shaped], name: str, where: Path) -> Shaped:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from . import llava
-from .files import read_json
+from .config import CONFIG
+from .files import optional_json, read_json
 from .generations import MODEL_TYPES
 
 RECORD = "mlx_vlm_prune"  # in the config.json of a folder that prune-into made
@@ -14,8 +15,7 @@ TOWERS = ("clip", "siglip", "siglip2")  # have a vision_config too, and say noth
 
 def is_one(folder: Path) -> bool:
     """Is this a vision-language model, and none that is converted?"""
-    file = folder / "config.json"
-    told = read_json(file) if file.is_file() else {}
+    told = optional_json(folder / CONFIG)
     kind = told.get("model_type")
     if not isinstance(kind, str) or kind in (*MODEL_TYPES, *TOWERS):
         return False
@@ -28,7 +28,7 @@ def is_one(folder: Path) -> bool:
 
 def lines(folder: Path) -> list[tuple[str, str]]:
     """What `inspect` says of it."""
-    told = read_json(folder / "config.json")
+    told = read_json(folder / CONFIG)
     kind = _plain(told["model_type"])
     said = [("model", f"{kind}, for mlx-vlm, if it knows this kind: nothing is to be converted")]
     inner = told.get("text_config")

@@ -19,6 +19,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists what there is)\n")
 
 
+def reason(problem: BaseException) -> str:
+    """The first line of what an exception of another library says, or else its name."""
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
 @contextmanager
 def in_one_sentence() -> Iterator[None]:
     """How a command ends: of a mistake, or a file that cannot be written, in one sentence and exit

@@ -1,8 +1,9 @@
-"""JSON and safetensors files: read what strangers wrote; write so that nothing half-written stays.
+"""Files: what strangers wrote is checked as it is read; what we write is whole, or is not there.
 
-What is read is checked first: a safetensors header by the safetensors library.
+JSON, and safetensors, whose headers the safetensors library checks.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -23,21 +24,36 @@ LARGEST_SIZE = (1 << 31) - 1  # along one axis of an mx.array
 CHUNK = 1 << 24  # bytes written at a time
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; UserError where there is none."""
+def parse_json(text: bytes | str, encoding: str = "utf-8") -> Any:
+    """The JSON value of a text; ValueError, the end of a sentence, where it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text.decode(encoding) if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"is not valid JSON ({e})") from None
+
+
+def read_json(path: Path, kind: type = dict, encoding: str = "utf-8") -> Any:
+    """What a JSON file holds: an object (`dict`), or else a `list`; UserError otherwise."""
+    try:
+        content = parse_json(path.read_bytes(), encoding)
     except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON ({e})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object")
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise UserError(f"{path} {e}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
     return content
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Sorted, indented by four, as mlx-lm writes it."""
+    """Sorted, indented by four, as mlx-lm writes it; into a folder that is about to appear."""
     text = json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8")
 
@@ -117,45 +133,65 @@ def progress(total: int, what: str) -> tqdm:
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False)
 
 
+def check_target(target: Path, *, replace: bool) -> None:
+    """UserError for a place that nothing can be written to; with `replace` a file may be there."""
+    if not target.absolute().parent.is_dir():
+        raise UserError(
+            f"there is no folder {target.absolute().parent} to write {target.name} into"
+        )
+    if not replace and os.path.lexists(target):
+        raise UserError(f"{target} exists already; give a new name, nothing is overwritten")
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; name a file in it")
+    if target.exists() and not target.is_file():  # a device or a pipe is no place for a file
+        raise UserError(f"{target} is no regular file, and is not replaced by one")
+
+
 @contextmanager
-def appearing(target: Path, *, folder: bool) -> Iterator[Path]:
+def appearing(target: Path, *, folder: bool = False, replace: bool = False) -> Iterator[Path]:
     """Yield a place beside `target` to write to; at the end it becomes `target`, whole.
 
-    On any error, Ctrl-C too, nothing stays. What a killed run left is swept by the next.
-    Raises UserError where the target exists, its folder does not, or the disk fills up.
+    What is there already is refused, or with `replace`, if it is a file, gives way in one step. On
+    any error, Ctrl-C too, all is as it was before; what a killed run left is swept by the next.
+    Raises UserError where nothing can be written, or the disk fills up.
     """
+    assert not (folder and replace), "a folder cannot take another's place in one step"
     target = target.absolute()
-    if os.path.lexists(target):
-        raise UserError(f"{target} exists already; give a new name, nothing is overwritten")
-    if not target.parent.is_dir():
-        raise UserError(f"there is no folder {target.parent} to write into")
-    sweep(target)
     beside = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
+        check_target(target, replace=replace)
+        _sweep(target)
         if folder:
             beside.mkdir()
         yield beside
-        for path in [*(beside.iterdir() if folder else ()), beside]:
+        for path in [*(beside.rglob("*") if folder else ()), beside]:
             _fsync(path)
-        if os.path.lexists(target):
-            raise UserError(f"{target} exists already; something else wrote it just now")
-        beside.rename(target)
-        _fsync(target.parent)
+        check_target(target, replace=replace)  # something else may have written it just now
+        beside.replace(target)
     except OSError as e:
-        raise UserError(f"cannot write {target}: {e.strerror or e}; nothing was left") from None
+        kept = "what was there stays" if os.path.lexists(target) else "nothing was left"
+        raise UserError(f"cannot write {target}: {e.strerror or e}; {kept}") from None
     finally:
-        remove(beside)
+        _remove(beside)
+    with suppress(OSError):  # it is there; only a power failure could still undo that
+        _fsync(target.parent)
 
 
-def sweep(target: Path) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text, or replace it: whoever reads sees the old or the new, never half."""
+    with appearing(path, replace=True) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def _sweep(target: Path) -> None:
     """Remove what killed runs left of this target; those under way are left alone."""
-    for stray in target.parent.glob(f".{target.name}.part-*"):
+    for stray in target.parent.glob(f".{glob.escape(target.name)}.part-*"):
         owner = stray.name.rpartition("-")[2]
         if owner.isdigit() and not _is_alive(int(owner)):
-            remove(stray)
+            _remove(stray)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

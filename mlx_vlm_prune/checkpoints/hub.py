@@ -7,7 +7,7 @@ what is in the cache, `HF_HOME` says where that is.
 from contextlib import suppress
 from pathlib import Path
 
-from .errors import UserError
+from .errors import UserError, reason
 
 WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 
@@ -52,8 +52,9 @@ def _fetched(name: str, file: str, revision: str | None) -> Path:
         patterns = WANTED + _pickles(name, held)
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except problems as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"there is no {name} here, and the hub did not give it: {reason}") from None
+        raise UserError(
+            f"there is no {name} here, and the hub did not give it: {reason(e)}"
+        ) from None
 
 
 def _pickles(name: str, held: list[str]) -> list[str]:

@@ -12,12 +12,15 @@ from typing import Any
 from . import backbones
 from . import llava_original as original
 from .backbones import BACKBONES
+from .config import CONFIG, TOWERS, is_clip, parse_sizes
 from .errors import UserError
-from .files import header, read_json
+from .fields import LARGEST, Fields
+from .files import header, optional_json, read_json
 from .llava_names import LAYOUTS, Layout, recognise
-from .names import Table, published_order, to_ours, to_published
+from .processor import ADVICE, TOKENIZER, read_tokenizer
+from .renaming import as_ours, as_published, renamed, untied
 from .shapes import check_complete
-from .tensors import FLOATS, RawTensor
+from .tensors import RawTensor
 
 MODEL_TYPE = "composed_vlm"  # of our folders
 PUBLISHED_TYPE = "llava"  # of theirs
@@ -59,8 +62,7 @@ def is_published(folder: Path) -> bool:
 
     Its authors, transformers and mlx-vlm all write that; `is_for_us` tells what is ours.
     """
-    file = folder / "config.json"
-    told = read_json(file) if file.is_file() else {}
+    told = optional_json(folder / CONFIG)
     return told.get("model_type") == PUBLISHED_TYPE or original.is_original(told)
 
 
@@ -78,12 +80,14 @@ def is_for_us(folder: Path) -> bool:
 
     Only headers are read. Raises UserError for a file that is no sound safetensors.
     """
-    told = read_json(folder / "config.json")
+    told = read_json(folder / CONFIG)
     if original.is_original(told):
         return told.get("model_type") in original.TYPES
     for part, kinds in (("text_config", BACKBONES), ("vision_config", VISION)):
         given = told.get(part)
-        if isinstance(given, Mapping) and given.get("model_type", next(iter(kinds))) not in kinds:
+        if isinstance(given, Mapping) and given.get("model_type", next(iter(kinds))) not in [
+            *kinds
+        ]:
             return False
     files = _files(folder)
     return _wrote_transformers(files) if files else any(folder.glob("pytorch_model*.bin"))
@@ -116,25 +120,23 @@ def composed(
     Raises UserError, naming file and field or tensor, for whatever does not fit.
     """
     layout, sizes = sizes_of(state, folder, tower)
-    ours = _ours({k: v for k, v in state.items() if not REST.fullmatch(k)}, layout, sizes, folder)
-    head, embedding = (f"language.{x}.weight" for x in ("lm_head", "embed_tokens"))
-    tied = sizes["text_config"]["tie_word_embeddings"]
-    last = ours.pop(head, None) if tied else None
-    if last is not None and last != ours.get(embedding):
-        raise UserError(f"{folder}: the output layer differs from the embedding it is tied to")
-    check_complete(ours, sizes, folder)
-    published = read_json(folder / "config.json")
-    config = {
-        **sizes, "model_type": MODEL_TYPE, "published": published, "published_as": layout.name,
-    }  # fmt: skip
-    return config, ours
+    config = parse_sizes(sizes, folder / CONFIG)
+    table = layout.table(is_clip(sizes["vision_config"]), sizes["text_config"])
+    held = {k: v for k, v in state.items() if not REST.fullmatch(k)}
+    ours = as_ours(renamed(held, table, layout.title, folder), table, 1)
+    if sizes["text_config"]["tie_word_embeddings"]:
+        ours = untied(ours, "language.lm_head.weight", "language.embed_tokens.weight", folder)
+    check_complete(ours, config, folder)
+    whole = {"published": read_json(folder / CONFIG), "published_as": layout.name}
+    return {**sizes, "model_type": MODEL_TYPE, **whole}, ours
 
 
 def sizes_of(
     names: Mapping[str, RawTensor], folder: Path, tower: Path | None = None
 ) -> tuple[Layout, dict[str, Any]]:
     """The layout of a published folder, and the parts of our config.json that are sizes."""
-    told, linear = read_json(folder / "config.json"), False
+    where, linear = folder / CONFIG, False
+    told = read_json(where)
     if original.is_original(told):
         linear = told.get("mm_projector_type", "linear") == "linear"
         told = original.as_hugging_face(names, folder, tower)
@@ -149,14 +151,14 @@ def sizes_of(
             f"{folder}: its config.json says llava, but its tensors lie as in none of"
             f" {', '.join(LAYOUTS)}"
         )
-    where = folder / "config.json"
     if told.get("projector_hidden_act", "gelu") != "gelu":
         raise UserError(
             f"{where}: projector_hidden_act is {told['projector_hidden_act']!r}, not gelu"
         )
     head = [f"{layout.head}.{kind}" in names for kind in ("weight", "bias")]
+    text = Fields(told, where).part("text_config").values
     return layout, ({} if linear else {"projector": {"merge": [1, 1], "norm": False}}) | {
-        "text_config": text_config(_part(told, "text_config", where), told, where, *head),
+        "text_config": text_config(text, told, where, *head),
         "vision_config": vision_config(told, where),
     }
 
@@ -171,7 +173,7 @@ def text_config(
     the files hold an output layer, and its bias.
     """
     kind = given.get("model_type", "llama")
-    if kind not in BACKBONES:
+    if kind not in [*BACKBONES]:
         raise UserError(
             f"{where}: no language model is called {kind!r}; there are {_list(BACKBONES)}"
         )
@@ -194,7 +196,7 @@ def text_config(
 def _is_plain(kind: str, told: Mapping[str, Any], turns: Any) -> bool:
     """Is it a Llama or a Qwen2 as our own decoder computes them?"""
     heads, width, size = (told.get(k) for k in ("num_attention_heads", "head_dim", "hidden_size"))
-    heads_fit = type(heads) is int and type(size) is int and heads > 0
+    heads_fit = type(width) is int and type(heads) is int and width * heads == size
     return (
         kind in TEXT
         and isinstance(turns, Mapping)
@@ -202,30 +204,31 @@ def _is_plain(kind: str, told: Mapping[str, Any], turns: Any) -> bool:
         and told.get("hidden_act", "silu") == "silu"
         and (not told.get("attention_bias") or kind == "qwen2")
         and not told.get("mlp_bias")
-        and (width is None or (heads_fit and width * heads == size))
+        and (width is None or heads_fit)
         and not told.get("use_sliding_window")
     )
 
 
 def vision_config(told: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """The tower's part of our config.json, with the layer whose features LLaVA reads."""
-    given = _part(told, "vision_config", where)
-    kind = given.get("model_type", "clip_vision_model")
-    if kind not in VISION:
+    given = Fields(told, where).part("vision_config").values
+    kind = given.get("model_type", TOWERS[0])
+    if kind not in [*VISION]:
         raise UserError(f"{where}: no tower is called {kind!r}; there are {_list(VISION)}")
     full, act = {**VISION[kind], **given}, VISION[kind]["hidden_act"]
     if full["hidden_act"] != act:
         raise UserError(f"{where}: hidden_act is {full['hidden_act']!r}; {kind} has {act}")
-    clip = kind == "clip_vision_model"
+    clip = kind == TOWERS[0]
     right = "default" if clip else "full"  # SigLIP has no CLS to leave out
     strategy = told.get("vision_feature_select_strategy", "default")
     if strategy != right:
         raise UserError(
             f"{where}: vision_feature_select_strategy is {strategy!r}; {kind} needs {right}"
         )
-    at, layers = told.get("vision_feature_layer", -2), full["num_hidden_layers"]
+    layers = Fields(full, where, "vision_config").whole("num_hidden_layers")
+    at = told.get("vision_feature_layer", -2)
     run = at if type(at) is not int or at >= 0 else layers + 1 + at
-    if type(run) is not int or type(layers) is not int or not 1 <= run <= layers:
+    if type(run) is not int or not 1 <= run <= layers:
         raise UserError(
             f"{where}: vision_feature_layer is {at!r}; one of {layers} layers is supported"
         )
@@ -236,44 +239,28 @@ def vision_config(told: Mapping[str, Any], where: Path) -> dict[str, Any]:
 
 def words(told: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What our config.json says of the tokenizer in a folder."""
-    from tokenizers import Tokenizer
-
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise UserError(f"there is no {file}; give the folder of the tokenizer with --tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises bare Exception
-        raise UserError(f"{file} is no tokenizer ({e})") from None
+    tokenizer, file = read_tokenizer(folder, ADVICE), folder / TOKENIZER
     if original.is_original(told):
         return original.words(tokenizer, told, file)
     number = told.get("image_token_index", told.get("image_token_id", 32000))
-    token = tokenizer.id_to_token(number) if type(number) is int and number >= 0 else None
+    able = type(number) is int and 0 <= number <= LARGEST
+    token = tokenizer.id_to_token(number) if able else None
     if token is None:
         raise UserError(f"{file} has no token {number!r}, the place for an image in config.json")
     return {"image_token": token, "image_token_id": number}
 
 
-def as_published(
-    config: Mapping[str, Any], tensors: Mapping[str, RawTensor], where: Path
-) -> tuple[dict[str, Any], dict[str, RawTensor]]:
-    """config.json and tensors of one of our folders as they were published."""
-    layout = layout_of(config, where)
-    return config["published"], renamed(tensors, layout, config, where)
-
-
-def renamed(
+def published(
     tensors: Mapping[str, RawTensor], layout: Layout, config: Mapping[str, Any], where: Path
 ) -> dict[str, RawTensor]:
     """Our tensors under the names of a layout, and in its order."""
-    table, state = layout.table(is_clip(config), config["text_config"]), {}
-    for name, tensor in tensors.items():
-        found = to_published(table, name)
-        if found is None:
-            raise UserError(f"{where} holds a tensor {name} that its layout has no place for")
-        new, rule = found
-        state[new] = rule.change.back(tensor, 1) if rule.change else tensor
-    return {name: state[name] for name in published_order(table, state)}
+    table = layout.table(is_clip(config["vision_config"]), config["text_config"])
+    return as_published(tensors, table, 1, where)
+
+
+def published_config(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
+    """The config.json that one of our folders was published with."""
+    return Fields(config, where / CONFIG).part("published").values
 
 
 def layout_of(config: Mapping[str, Any], where: Path) -> Layout:
@@ -282,38 +269,6 @@ def layout_of(config: Mapping[str, Any], where: Path) -> Layout:
     if not isinstance(name, str) or name not in LAYOUTS:
         raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(LAYOUTS)}")
     return LAYOUTS[name]
-
-
-def is_clip(config: Mapping[str, Any]) -> bool:
-    return config["vision_config"].get("model_type") == "clip_vision_model"
-
-
-def _ours(
-    state: Mapping[str, RawTensor], layout: Layout, sizes: Mapping[str, Any], where: Path
-) -> dict[str, RawTensor]:
-    table: Table = layout.table(is_clip(sizes), sizes["text_config"])
-    ours = {}
-    for name, tensor in state.items():
-        found = to_ours(table, name)
-        if found is None:
-            raise UserError(f"{where} holds a tensor {name}; {layout.title} has no place for it")
-        if tensor.dtype not in FLOATS:
-            raise UserError(f"{where}: tensor {name} is {tensor.dtype}; F32, F16 or BF16 is needed")
-        new, rule = found
-        if rule.change and len(tensor.shape) != rule.change.axes:
-            raise UserError(
-                f"{where}: tensor {name} has shape {tensor.shape}, not {rule.change.axes} axes"
-            )
-        ours[new] = rule.change.there(tensor, 1) if rule.change else tensor
-    return ours
-
-
-def _part(told: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:
-    part = told.get(name)
-    if not isinstance(part, Mapping):
-        wrong = f": {name} is {str(part)[:40]}, not an object"
-        raise UserError(f"{where}{wrong if name in told else f' has no {name}'}")
-    return part
 
 
 def _list(kinds: Mapping[str, Any]) -> str:

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .config import CONFIG, TOWERS, VLMConfig
 from .detect import tidy, vision_config
 from .errors import UserError
-from .files import read_json
+from .files import optional_json, read_json
 from .llava_names import ORIGINAL
 from .names import to_ours
 from .tensors import RawTensor
@@ -21,7 +22,6 @@ TYPES = ("llava", "llava_llama")
 TITLE = ORIGINAL["llava"].title
 INSIDE = f"{ORIGINAL['llava'].tower}."
 IMAGE_TOKEN = "<unk>"  # stands where an image is: the authors' vocabulary has no token for it
-TOWER = "clip_vision_model"
 # What else the authors' code can do, and its value where config.json says nothing.
 FIELDS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "model_type": (None, TYPES),
@@ -41,8 +41,7 @@ def is_original(told: Mapping[str, Any]) -> bool:
 
 
 def is_one(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and is_original(read_json(file))
+    return is_original(optional_json(folder / CONFIG))
 
 
 def parts(source: Path, vision: Path | None) -> tuple[dict[str, RawTensor], Path | None]:
@@ -61,7 +60,7 @@ def _tower_folder(source: Path, state: Mapping[str, RawTensor], asked: Path | No
         if asked:
             raise UserError(f"{source} holds the tower it was trained with; leave out --vision")
         return None
-    beside = source / _name(read_json(source / "config.json")["mm_vision_tower"])
+    beside = source / _name(read_json(source / CONFIG)["mm_vision_tower"])
     return asked or (beside if beside.is_dir() else None)
 
 
@@ -76,7 +75,7 @@ def as_hugging_face(
 
     Raises UserError, naming file and field, for whatever is computed otherwise.
     """
-    where = source / "config.json"
+    where = source / CONFIG
     told = read_json(where)
     check(told, where)
     if lacks_tower(state):
@@ -109,26 +108,27 @@ def pads(told: Any) -> bool:
     return isinstance(told, Mapping) and told.get("image_aspect_ratio") == "pad"
 
 
-def for_transformers(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """config.json of Hugging Face's layout, from ours of a model in the authors'.
+def for_transformers(config: Mapping[str, Any], sizes: VLMConfig, where: Path) -> dict[str, Any]:
+    """config.json of Hugging Face's layout, from ours of a model in the authors'; `sizes` is it
+    parsed.
 
     Raises UserError for a projector of one matrix, which transformers has no class for.
     """
-    if "projector" not in config:
+    if sizes.projector is None:
         raise UserError(f"{where}: transformers has no class for a LLaVA whose projector is linear")
     text, seen, published = (config[x] for x in ("text_config", "vision_config", "published"))
     text = {k: v for k, v in text.items() if k not in ("runner", "lm_head_bias")}
     ends = [name for name in ("bos_token_id", "eos_token_id") if name in published]
     return {
         "architectures": ["LlavaForConditionalGeneration"],
-        "image_token_index": config["image_token_id"],
+        "image_token_index": sizes.image_token_id,
         "model_type": "llava",
         "projector_hidden_act": "gelu",
         "text_config": {**text, **{name: published[name] for name in ends}},
-        "tie_word_embeddings": text["tie_word_embeddings"],
-        "torch_dtype": config["torch_dtype"],
+        "tie_word_embeddings": text.get("tie_word_embeddings", True),
+        "torch_dtype": config.get("torch_dtype", "float32"),
         "vision_config": {k: v for k, v in seen.items() if k != "feature_layers"},
-        "vision_feature_layer": seen["feature_layers"],
+        "vision_feature_layer": sizes.vision.depth,
         "vision_feature_select_strategy": "default",
     }
 
@@ -145,15 +145,15 @@ def words(tokenizer: Any, told: Mapping[str, Any], file: Path) -> dict[str, Any]
 
 def _tower(state: Mapping[str, RawTensor], source: Path, folder: Path | None) -> dict[str, Any]:
     """Its sizes, as its tensors have them; a folder of its own says the rest."""
-    where, name = folder or source, read_json(source / "config.json")["mm_vision_tower"]
+    where, name = folder or source, read_json(source / CONFIG)["mm_vision_tower"]
     if not folder and not _name(name).startswith("clip-vit-"):  # others have heads of other sizes
         raise UserError(
             f"{source}: the tower inside is {name}; of towers inside only OpenAI's clip-vit-… is"
             " supported"
         )
-    given = read_json(where / "config.json") if folder else {}
-    kind = given.get("model_type", TOWER)
-    if kind not in ("clip", TOWER):
+    given = read_json(where / CONFIG) if folder else {}
+    kind = given.get("model_type", TOWERS[0])
+    if kind not in ("clip", TOWERS[0]):
         raise UserError(f"{where} is a {kind!r}; the tower of a LLaVA in its own layout is CLIP")
     table, shaped = ORIGINAL["llava-apart" if folder else "llava"].table(clip=True), {}
     for name, tensor in state.items():
@@ -161,7 +161,7 @@ def _tower(state: Mapping[str, RawTensor], source: Path, folder: Path | None) ->
         if rule and new.startswith("tower."):
             change = rule.change if len(tensor.shape) == 4 else None
             shaped[new] = change.there(tensor, 1) if change else tensor
-    return vision_config(shaped, TOWER, given, where)
+    return vision_config(shaped, TOWERS[0], given, where)
 
 
 def _name(tower: str) -> str:

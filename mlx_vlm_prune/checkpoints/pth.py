@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, reason
 from .tensors import RawTensor
 
 
@@ -25,9 +25,9 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # whatever an unpickler of hostile bytes may raise
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise UserError(
-            f"{path} is refused, nothing in it was executed: it must hold tensors only ({reason})"
+            f"{path} is refused, nothing in it was executed: it must hold tensors only"
+            f" ({reason(e)})"
         ) from None
     if isinstance(held, dict) and isinstance(held.get("model"), dict):
         held = held["model"]
@@ -40,7 +40,7 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
             raise UserError(f"{path}: tensor {name} claims more than the file holds")
     if sum(value.nbytes for value in held.values()) > 2 * limit:  # tied tensors count twice
         raise UserError(f"{path}: its tensors together claim more than the file holds")
-    return {str(name): _raw(value) for name, value in held.items()}
+    return {str(name): raw(value) for name, value in held.items()}
 
 
 def _check_archive(path: Path) -> int:
@@ -70,7 +70,7 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def _raw(tensor: Any) -> RawTensor:
+def raw(tensor: Any) -> RawTensor:
     """The bytes of a torch tensor."""
     import torch
 
@@ -88,10 +88,16 @@ def write_pth(path: Path, tensors: Mapping[str, RawTensor]) -> None:
     for name, tensor in tensors.items():
         data = torch.from_numpy(tensor.data)
         state[name] = data.view(kinds[tensor.dtype]).reshape(tensor.shape)
+    save(path, state)
+
+
+def save(path: Path, content: Any) -> None:
+    """torch.save, but what the disk refuses is an OSError that says why."""
+    torch = _torch(path)
     with path.open("wb") as out:
         watched = _Watched(out)
         try:
-            torch.save(state, watched)
+            torch.save(content, watched)
         except RuntimeError:  # torch hides what the disk said
             raise watched.problem or OSError(errno.EIO, "torch.save failed") from None
 

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.files import parse_json
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -51,7 +53,7 @@ class Kept:
         with self.path.open("rb") as file:
             for line in file:
                 try:
-                    batch = Answered(**json.loads(line))
+                    batch = Answered(**parse_json(line))
                 except (ValueError, TypeError):
                     break
                 if not line.endswith(b"\n"):

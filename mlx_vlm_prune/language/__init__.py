@@ -1,5 +1,1 @@
 """Language models that take embeddings with explicit positions."""
-
-from .minimind import MiniMind, MiniMindConfig
-
-__all__ = ["MiniMind", "MiniMindConfig"]

@@ -11,39 +11,14 @@ Shapes: B prompts, L new tokens, S rows seen, D features, V words,
 H heads, G key/value heads, d head size.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from ..cache import LayerCache
+from ..checkpoints.config import MiniMindConfig
 from .experts import MixtureOfExperts, swiglu
-
-
-@dataclass(frozen=True)
-class MiniMindConfig:
-    """The fields of `text_config`; the defaults are MiniMind2-Small (26 M)."""
-
-    hidden_size: int = 512
-    intermediate_size: int = 1408
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    vocab_size: int = 6400
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e6
-    max_position_embeddings: int = 32768
-    qk_norm: bool = False
-    attention_bias: bool = False  # of queries, keys and values: Qwen2's
-    tie_word_embeddings: bool = True
-    num_experts: int = 0  # 0: one MLP
-    num_experts_per_tok: int = 0
-    n_shared_experts: int = 0
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
 
 class Rotary:

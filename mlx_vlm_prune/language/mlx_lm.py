@@ -11,18 +11,16 @@ d head size.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from ..cache import LayerCache
-from ..checkpoints.backbones import BACKBONES
+from ..checkpoints.config import MlxLmConfig
 from ..checkpoints.errors import UserError
 from ..pruners.contract import Stage
 from ..pruners.pipeline import Pipeline
@@ -30,44 +28,6 @@ from . import mamba
 from .minimind import Step, attend, grouped
 
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
-
-
-@dataclass(frozen=True)
-class MlxLmConfig:
-    """What a `text_config` says of a model that mlx-lm computes; `told` is all of it."""
-
-    model_type: str
-    hidden_size: int
-    num_hidden_layers: int
-    vocab_size: int
-    told: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "MlxLmConfig":
-        sizes = told["hidden_size"], told["num_hidden_layers"], told["vocab_size"]
-        return cls(told["model_type"], *sizes, MappingProxyType(dict(told)))
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return self.told.get("max_position_embeddings", sys.maxsize)
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.told.get("num_attention_heads", 0)
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.told.get("num_key_value_heads", 0)
-
-    @property
-    def head_dim(self) -> int:
-        return self.told.get("head_dim", 0)
-
-    @property
-    def layer_size(self) -> int:
-        """Numbers in the matrices of one layer."""
-        shapes = BACKBONES[self.model_type].layer(self.told).values()
-        return sum(prod(shape) for shape in shapes if len(shape) > 1)
 
 
 class Attention:

@@ -11,7 +11,8 @@ import mlx.core as mx
 from mlx import nn
 
 from ..cache import LayerCache
-from .minimind import DecoderLayer, MiniMindConfig, Rotary, Step
+from ..checkpoints.config import MiniMindConfig
+from .minimind import DecoderLayer, Rotary, Step
 
 
 class Twig(nn.Module):

@@ -19,7 +19,7 @@ It looks at what the next word needs: of an answer of several words, at what the
 Shapes: I images, N tokens, K kept.
 """
 
-from ..language.minimind import MiniMindConfig
+from ..checkpoints.config import MiniMindConfig
 from ..language.twig import Twig
 from .budget import cut_and_wipe
 from .contract import Reduction, Signals, Stage, keep_highest

@@ -19,7 +19,6 @@ from .answers import exact as score
 from .reading import (
     Fault,
     each,
-    existing,
     image_file,
     images_of,
     name_of,
@@ -33,7 +32,7 @@ __all__ = ["read", "score"]
 
 def read(source: Source, bad: Bad) -> Iterator[Question]:
     """The questions of a JSON file. Raises UserError where it or the images' folder is missing."""
-    records = whole_json(existing(source.path), dict)
+    records = whole_json(source.path, dict)
     home = images_of(source)
     named = ((f"{source.path}, question {name}", (name, r)) for name, r in records.items())
     return each(named, lambda record: [_question(*record, home)], bad)

@@ -22,7 +22,6 @@ from .reading import (
     NOTHING,
     Fault,
     each,
-    existing,
     image_file,
     images_of,
     optional,
@@ -37,7 +36,7 @@ MARK = "<image>"
 
 def read(source: Source, bad: Bad) -> Iterator[Question]:
     """The questions of a JSON file. Raises UserError where it or the images' folder is missing."""
-    records = whole_json(existing(source.path), list)
+    records = whole_json(source.path, list)
     home = images_of(source)
     numbered = ((f"{source.path}, record {n}", (n, r)) for n, r in enumerate(records, 1))
     return each(numbered, lambda record: _questions(*record, home), bad)

@@ -4,14 +4,15 @@ A reader raises Fault for what is wrong with one record; `each` hands it on to B
 place. What is wrong with the whole file or folder is a UserError, before the first question.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..checkpoints.errors import UserError
+from ..checkpoints.files import parse_json, read_json
 from . import Bad, Question, Source
 
+ENCODING = "utf-8-sig"  # some editors begin a file with a mark
 LONGEST_LINE = 1 << 26  # bytes; a picture in base64 fits, and a file without line ends does not
 LONGEST_NAME = 4096
 NOTHING: tuple[Question, ...] = ()  # of a record that asks nothing about a picture
@@ -58,22 +59,14 @@ def parse(raw: bytes | str) -> dict[str, Any]:
 def parse_any(raw: bytes | str) -> Any:
     """The JSON value of a text; Fault where it is none, or nested beyond reason."""
     try:
-        return json.loads(raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw)
-    except RecursionError:
-        raise Fault("this JSON is nested too deeply") from None
+        return parse_json(raw, ENCODING)
     except ValueError as e:
-        raise Fault(f"this is not valid JSON ({e})") from None
+        raise Fault(f"this {e}") from None
 
 
 def whole_json(path: Path, kind: type) -> Any:
     """What a JSON file holds, an object (`dict`) or a list; UserError otherwise."""
-    try:
-        content = parse_any(existing(path).read_bytes())
-    except Fault as fault:
-        raise UserError(f"{path}: {fault}") from None
-    if not isinstance(content, kind):
-        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
-    return content
+    return read_json(existing(path), kind, ENCODING)
 
 
 def existing(path: Path) -> Path:

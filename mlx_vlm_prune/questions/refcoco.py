@@ -43,7 +43,7 @@ def read(source: Source, bad: Bad) -> Iterator[Question]:
     if source.images is None:
         raise UserError("RefCOCO's images lie apart: name the folder of COCO's train2014")
     home = folder(source.images)
-    records = whole_json(existing(path.parent / "instances.json"), dict)
+    records = whole_json(path.parent / "instances.json", dict)
     images, boxes = _by_id(records, "images", path), _by_id(records, "annotations", path)
     refs = plain_data(path)
     if not isinstance(refs, list):

@@ -22,7 +22,6 @@ from .answers import LETTERS, ONE_LETTER, options
 from .reading import (
     Fault,
     each,
-    existing,
     folder,
     image_file,
     optional,
@@ -40,8 +39,8 @@ _SENTENCE = re.compile(r"The answer is ([A-E])\b")
 def read(source: Source, bad: Bad) -> Iterator[Question]:
     """The questions of a folder. Raises UserError where a file, folder or split is missing."""
     home = folder(source.path if source.path.is_dir() else source.path.parent)
-    problems = whole_json(existing(home / "problems.json"), dict)
-    splits = whole_json(existing(home / "pid_splits.json"), dict)
+    problems = whole_json(home / "problems.json", dict)
+    splits = whole_json(home / "pid_splits.json", dict)
     split = source.split or SPLIT
     if not isinstance(splits.get(split), list):
         raise UserError(f"{home} has no split {split!r}; there are {', '.join(splits)}")

@@ -21,7 +21,6 @@ from .answers import ONE_WORD
 from .reading import (
     Fault,
     each,
-    existing,
     image_file,
     images_of,
     name_of,
@@ -36,7 +35,7 @@ PEOPLE = 10
 
 def read(source: Source, bad: Bad) -> Iterator[Question]:
     """The questions of a JSON file. Raises UserError where it or the images' folder is missing."""
-    records = whole_json(existing(source.path), dict).get("data")
+    records = whole_json(source.path, dict).get("data")
     if not isinstance(records, list):
         raise UserError(f"{source.path} must hold a list called data")
     home = images_of(source)

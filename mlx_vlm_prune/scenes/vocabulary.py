@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from ..checkpoints.files import write_atomically
+from ..checkpoints.processor import TOKENIZER, TOKENIZER_CONFIG
 from .draw import CELLS, COLOURS, LETTERS, SHAPES
 from .questions import plural
 
@@ -57,7 +59,7 @@ def tokenizer() -> Tokenizer:
 def write(folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer().save(str(folder / "tokenizer.json"))
+    write_atomically(folder / TOKENIZER, tokenizer().to_str(pretty=True))
     config = {
         "bos_token": SPECIAL[1],
         "chat_template": CHAT_TEMPLATE,
@@ -67,7 +69,7 @@ def write(folder: Path) -> None:
         "unk_token": UNKNOWN,
     }
     text = json.dumps(config, indent=4, sort_keys=True) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    write_atomically(folder / TOKENIZER_CONFIG, text)
 
 
 if __name__ == "__main__":

@@ -8,42 +8,17 @@ Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d h
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
+from ..checkpoints.config import CLIPConfig
 from ..pruners.contract import Signals
 from ..resample import shrunk
 from .between import Between, Cut, Encoded, patched
 
 Activation = Callable[[mx.array], mx.array]
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    """The fields of `vision_config`; the defaults are ViT-B/16."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 16
-    layer_norm_eps: float = 1e-5
-    feature_layers: int = 0  # whose last gives the features; 0: all
-
-    @property
-    def depth(self) -> int:
-        """How many layers are run: what lies behind the features is held, and never read."""
-        return self.feature_layers or self.num_hidden_layers
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        side = self.image_size // self.patch_size
-        return side, side
 
 
 class Attention(nn.Module):

@@ -7,26 +7,16 @@ Shapes: B images, N patches, D features.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
+from ..checkpoints.config import SiglipConfig
 from ..pruners.contract import Signals
 from ..resample import shrunk
 from .between import Between, Cut, Encoded, patched
-from .clip import CLIPConfig, Encoder
-
-
-@dataclass(frozen=True)
-class SiglipConfig(CLIPConfig):
-    """The fields of `vision_config`; the defaults are SigLIP 2's base tower at 256 pixels."""
-
-    image_size: int = 256
-    patch_size: int = 32
-    layer_norm_eps: float = 1e-6
-    post_norm: bool = True  # LLaVA's go without
+from .clip import Encoder
 
 
 class Embeddings(nn.Module):

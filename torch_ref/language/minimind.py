@@ -10,35 +10,11 @@ Shapes: B rows, L new tokens, S tokens with the cached ones, D features,
 H heads, G key/value heads, d head size, R rows of all prompts, E experts.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class MiniMindConfig:
-    """The fields of config.json; the defaults are MiniMind2-Small (26 M)."""
-
-    hidden_size: int = 512
-    intermediate_size: int = 1408
-    num_hidden_layers: int = 8
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    vocab_size: int = 6400
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 1e6
-    qk_norm: bool = False
-    attention_bias: bool = False  # of queries, keys and values
-    tie_word_embeddings: bool = True
-    num_experts: int = 0  # 0: one MLP
-    num_experts_per_tok: int = 0
-    n_shared_experts: int = 0
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 
 
 class RMSNorm(nn.Module):

@@ -11,7 +11,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .minimind import Layer, MiniMind, MiniMindConfig, RMSNorm, rotary_table
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig
+
+from .minimind import Layer, MiniMind, RMSNorm, rotary_table
 
 
 class Twig(nn.Module):

@@ -3,7 +3,8 @@
 Its speculative decoding is `torch_ref.speculate`.
 """
 
-from ..language.minimind import MiniMindConfig
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig
+
 from ..language.twig import Twig
 from .budget import wiped
 from .contract import Reduction, Signals, top

@@ -9,40 +9,17 @@ Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d h
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlx_vlm_prune.checkpoints.config import CLIPConfig
+
 from ..pruners import Step
 from .between import Encoded, enter, through
 
 Activation = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class CLIPConfig:
-    """The fields of a CLIP vision config.json; the defaults are ViT-B/16."""
-
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    image_size: int = 224
-    patch_size: int = 16
-    layer_norm_eps: float = 1e-5
-    feature_layers: int = 0  # LLaVA leaves the last out; 0: all are run
-
-    @property
-    def depth(self) -> int:
-        """How many layers are run."""
-        return self.feature_layers if self.feature_layers else self.num_hidden_layers
-
-    @property
-    def side(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
 
 
 class Attention(nn.Module):
@@ -98,7 +75,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size, bias=False
         )
-        self.position_embedding = nn.Embedding(c.side**2 + 1, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.grid[0] * c.grid[1] + 1, c.hidden_size)
 
     def forward(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """CLS and the patches, with positions; for a smaller grid those are interpolated."""

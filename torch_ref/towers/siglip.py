@@ -8,24 +8,15 @@ Shapes: B images, N patches, D features.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlx_vlm_prune.checkpoints.config import SiglipConfig
+
 from ..pruners import Step
 from .between import Encoded, enter, through
-from .clip import CLIPConfig, Encoder
-
-
-@dataclass(frozen=True)
-class SiglipConfig(CLIPConfig):
-    """The fields of a SigLIP vision config.json; the defaults are MiniMind-3V's."""
-
-    image_size: int = 256
-    patch_size: int = 32
-    layer_norm_eps: float = 1e-6
-    post_norm: bool = True
+from .clip import Encoder
 
 
 class Embeddings(nn.Module):
@@ -34,7 +25,7 @@ class Embeddings(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size
         )
-        self.position_embedding = nn.Embedding(c.side**2, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.grid[0] * c.grid[1], c.hidden_size)
 
     def forward(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """The patches with positions; for a smaller grid those are interpolated."""

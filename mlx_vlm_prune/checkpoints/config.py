@@ -1,0 +1,243 @@
+"""Our config.json, checked once: every size is bounded, every number and flag of its kind.
+
+What `parse_config` returns is what both the shapes of the tensors (shapes.py) and the modules of
+a model are made from, in MLX and in the reference.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from . import backbones
+from .backbones import BACKBONES, RUNNER
+from .errors import UserError
+from .fields import Fields
+from .generations import MODEL_TYPES
+from .quantization import Quantization, parse_quantization
+
+CONFIG = "config.json"
+TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+POOL = "attention_pool"  # the one learned pruner whose weights lie inside a checkpoint
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """The fields of a CLIP's `vision_config`; the defaults are ViT-B/16."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 16
+    layer_norm_eps: float = 1e-5
+    feature_layers: int = 0  # whose last gives the features; 0: all
+
+    @property
+    def depth(self) -> int:
+        """How many layers are run: what lies behind the features is held, and never read."""
+        return self.feature_layers or self.num_hidden_layers
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+
+@dataclass(frozen=True)
+class SiglipConfig(CLIPConfig):
+    """The fields of a SigLIP's; the defaults are SigLIP 2's base tower at 256 pixels."""
+
+    image_size: int = 256
+    patch_size: int = 32
+    layer_norm_eps: float = 1e-6
+    post_norm: bool = True  # LLaVA's go without
+
+
+@dataclass(frozen=True)
+class MiniMindConfig:
+    """The fields of `text_config`; the defaults are MiniMind2-Small (26 M)."""
+
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    vocab_size: int = 6400
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
+    qk_norm: bool = False
+    attention_bias: bool = False  # of queries, keys and values: Qwen2's
+    tie_word_embeddings: bool = True
+    num_experts: int = 0  # 0: one MLP
+    num_experts_per_tok: int = 0
+    n_shared_experts: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class MlxLmConfig:
+    """What a `text_config` says of a model that mlx-lm computes; `told` is all of it."""
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    told: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> "MlxLmConfig":
+        sizes = told["hidden_size"], told["num_hidden_layers"], told["vocab_size"]
+        return cls(told["model_type"], *sizes, MappingProxyType(dict(told)))
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.told.get("max_position_embeddings", sys.maxsize)
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.told.get("num_attention_heads", 0)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.told.get("num_key_value_heads", 0)
+
+    @property
+    def head_dim(self) -> int:
+        return self.told.get("head_dim", 0)
+
+    @property
+    def layer_size(self) -> int:
+        """Numbers in the matrices of one layer."""
+        shapes = BACKBONES[self.model_type].layer(self.told).values()
+        return sum(prod(shape) for shape in shapes if len(shape) > 1)
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """`merge` patches, down and across, become one token; `norm` stands before the layers."""
+
+    merge: tuple[int, int] = (1, 1)
+    norm: bool = True
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """What config.json says; `pruner` is the name and size of learned weights, if any.
+
+    Without `projector` it is one matrix.
+    """
+
+    vision: CLIPConfig | SiglipConfig = field(default_factory=CLIPConfig)
+    text: MiniMindConfig | MlxLmConfig = field(default_factory=MiniMindConfig)
+    projector: ProjectorConfig | None = None
+    image_token: str = "@"
+    image_token_id: int = 34
+    pruner: tuple[str, int] | None = None
+    quantization: Quantization | None = None
+
+
+def parse_config(config: Mapping[str, Any], file: Path) -> VLMConfig:
+    """All of a config.json of ours that shapes the model; UserError for what cannot be."""
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{file} holds a {kind!r} model; supported are {', '.join(MODEL_TYPES)}")
+    sizes, whole = parse_sizes(config, file), Fields(config, file)
+    token, number = config.get("image_token", "@"), config.get("image_token_id", 34)
+    if not isinstance(token, str) or not token:
+        raise whole.wrong("image_token", "the text of a token")
+    if type(number) is not int or not 0 <= number < sizes.text.vocab_size:
+        raise whole.wrong("image_token_id", "one of the vocabulary's")
+    return replace(sizes, image_token=token, image_token_id=number)
+
+
+def parse_sizes(config: Mapping[str, Any], file: Path) -> VLMConfig:
+    """The same of a config.json that says nothing yet of the tokenizer."""
+    whole = Fields(config, file)
+    vision = _vision(whole.part("vision_config"))
+    return VLMConfig(
+        vision,
+        parse_text(whole.part("text_config")),
+        _projector(whole, vision),
+        pruner=_pruner(whole),
+        quantization=parse_quantization(whole),
+    )
+
+
+def parse_text(part: Fields) -> MiniMindConfig | MlxLmConfig:
+    """The language model's part."""
+    if part.get("runner") == RUNNER:
+        backbones.check(part)
+        return MlxLmConfig.of(part.values)
+    text = _filled(MiniMindConfig, part)
+    if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
+        raise UserError(f"{part.file}: {part.name}'s heads do not divide hidden_size evenly")
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise UserError(f"{part.file}: {part.name}'s key/value heads do not divide its heads")
+    if text.num_experts and not 1 <= text.num_experts_per_tok <= text.num_experts:
+        raise UserError(f"{part.file}: a token cannot choose {text.num_experts_per_tok} experts")
+    return text
+
+
+def is_clip(vision: Mapping[str, Any]) -> bool:
+    """Is a `vision_config` of ours a CLIP's? One that does not say is."""
+    return vision.get("model_type", TOWERS[0]) == TOWERS[0]
+
+
+def _vision(part: Fields) -> CLIPConfig:
+    kind = part.values.get("model_type", TOWERS[0])
+    if kind not in TOWERS:
+        raise UserError(f"{part.file}: no tower is called {kind!r}; there are {', '.join(TOWERS)}")
+    vision = _filled(CLIPConfig if is_clip(part.values) else SiglipConfig, part)
+    if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
+        raise UserError(f"{part.file}: {part.name}'s sizes do not divide evenly")
+    if vision.feature_layers > vision.num_hidden_layers:
+        raise part.wrong("feature_layers", f"one of its {vision.num_hidden_layers} layers")
+    return vision
+
+
+def _projector(whole: Fields, vision: CLIPConfig) -> ProjectorConfig | None:
+    """One matrix, or two with a GELU between them, of patches that were put together."""
+    if whole.get("projector") is None:
+        return None
+    part, sides = whole.part("projector"), vision.grid
+    merge = part.get("merge")
+    listed = merge if isinstance(merge, list | tuple) and len(merge) == 2 else (0, 0)
+    if not all(
+        type(m) is int and m > 0 and side % m == 0 for m, side in zip(listed, sides, strict=True)
+    ):
+        raise part.wrong("merge", f"two numbers that divide the {sides[0]} patches of a side")
+    return ProjectorConfig((listed[0], listed[1]), part.flag("norm"))
+
+
+def _pruner(whole: Fields) -> tuple[str, int] | None:
+    if whole.get("pruner") is None:
+        return None
+    part = whole.part("pruner")
+    if part.get("name") != POOL:
+        raise UserError(f"{whole.file}: no learned pruner is called {part.get('name')!r}")
+    return POOL, part.whole("tokens")
+
+
+def _filled(kind: type, part: Fields) -> Any:
+    """A dataclass of sizes; numbers must be there, but for those that are usually zero."""
+    values: dict[str, Any] = {}
+    for each in fields(kind):
+        if isinstance(each.default, bool):
+            values[each.name] = part.flag(each.name, each.default)
+        elif each.default == 0 and each.name not in part.values:
+            values[each.name] = 0
+        elif each.type in (float, "float"):
+            values[each.name] = part.positive(each.name)
+        else:
+            values[each.name] = part.whole(each.name)
+    return kind(**values)

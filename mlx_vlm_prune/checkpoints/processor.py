@@ -1,0 +1,70 @@
+"""The files that lie beside the weights: the tokenizer's and the preprocessor's, and how they are
+opened."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, reason
+from .files import optional_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
+TOKENIZER_FILES = (
+    TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, OLDER_TEMPLATE, "special_tokens_map.json",
+    "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
+READING = "preprocessor_config.json"
+# Nothing here reads these; they go with a LLaVA, so that it comes back as it was.
+CARRIED = ("generation_config.json", "processor_config.json")
+
+ADVICE = "; give the folder of the tokenizer with --tokenizer"  # to whoever converts
+
+
+def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":
+    """The tokenizer of a folder; UserError, which ends in the advice, where there is none."""
+    from tokenizers import Tokenizer
+
+    file = folder / TOKENIZER
+    if not file.is_file():
+        raise UserError(f"there is no {file}{advice}")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises bare Exception
+        raise UserError(f"{file} is not a tokenizer: {reason(e)}") from None
+
+
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token` and its like; a token is a string, or an object with its content."""
+    held = {}
+    for key, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(content, str):
+            held[key] = content
+    return held
+
+
+def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """A file of its own comes before the field of tokenizer_config.json, as in transformers."""
+    file = folder / TEMPLATE
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise UserError(f"cannot read {file}: {reason(e)}") from None
+    older = optional_json(folder / OLDER_TEMPLATE)
+    template = older.get("chat_template", config.get("chat_template"))
+    if isinstance(template, list):  # the older form: several, each with a name
+        given = [each for each in template if isinstance(each, dict)]
+        named = {each.get("name"): each.get("template") for each in given}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: chat_template must be a string")
+    return template
+
+
+def reading_in(*folders: Path | None) -> Path | None:
+    """The first of the folders that holds a preprocessor_config.json."""
+    return next((folder for folder in folders if folder and (folder / READING).is_file()), None)
