@@ -31,8 +31,9 @@ from mlx_vlm_prune.hosts.views import Inputs
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import no_lap
-from mlx_vlm_prune.operations import prefill
+from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.stream import Clock
 
 from .command import finish, plain_name, whole
@@ -148,7 +149,7 @@ def ours(
     with as_it_was(model.language_model):
         with stream():
             views = see(model, inputs, pipeline, lap)
-            K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
+            K = [tokens_for(view.signals.x_BND.shape[1], share) for view in views]
             told = tell(model, inputs, views, pipeline, K, policy, lap)
         token = first_token(model, told.arguments)
     clock.lap("prefill")

@@ -19,7 +19,7 @@ from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.loading import parse_config
 from mlx_vlm_prune.model import VLM, VLMConfig
-from mlx_vlm_prune.operations import tokens
+from mlx_vlm_prune.planning.operations import tokens
 from mlx_vlm_prune.projector import ProjectorConfig
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners.spec import nearest

@@ -16,14 +16,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import operations
-from .budgets import calibrated
 from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .checkpoints.files import read_json
 from .evaluation.bootstrap import FEWEST
 from .loading import DTYPES, Processor, load
 from .machine import machine, versions
 from .model import VLM
+from .planning import operations
+from .planning.calibration import calibrate
 from .pruners import plan
 from .remembered import cache_folder, model_key, write_atomically
 from .scenes import compose
@@ -165,7 +165,7 @@ def evaluation(folder: Path | None, named: Path | None) -> dict[str, Any]:
 def measured(model: VLM, processor: Processor, image: Any, K: int) -> Times:
     """A calibration, kept for budgets too, and what follows from it."""
     asked = ask(model, processor, PROMPT, image)
-    known = calibrated(model, processor.folder, plan(BEHIND), asked)
+    known = calibrate(model, processor.folder, plan(BEHIND), asked)
     N, parts = model.N, known.ms(model.N, asked.text, 1)
     began = time.perf_counter()
     mx.eval(ask(model, processor, PROMPT, image).pixels)

@@ -39,9 +39,9 @@ from .loading import DTYPES, load
 from .machine import machine, versions
 from .model import VLM
 from .pruners import METHODS, Stage
+from .pruners.budget import check_budget, tokens_for
 from .questions import FORMATS, Question, Source, format_of
 from .remembered import cache_folder, model_key, write_atomically
-from .request import check_budget
 from .scenes import CHECKPOINT
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
@@ -238,7 +238,7 @@ def budgets(args: argparse.Namespace, N: int | None) -> list[float]:
         if N and K > N:
             raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
     told: set[float] = {*(args.keep_tokens or ())}
-    told |= {max(1, int(N * ratio + 1e-9)) if N else float(ratio) for ratio in ratios}
+    told |= {tokens_for(N, ratio) if N else float(ratio) for ratio in ratios}
     return sorted(told, reverse=True)
 
 

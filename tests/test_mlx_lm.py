@@ -30,7 +30,7 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.backbones import text_config
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.language.mlx_lm import MlxLm, MlxLmConfig
-from mlx_vlm_prune.operations import count
+from mlx_vlm_prune.planning.operations import count
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, Pipeline, Stage, plan
 from torch_ref.llava import read

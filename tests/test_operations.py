@@ -18,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_ref.decoder
 import torch_ref.model
 import torch_ref.towers.between
-from mlx_vlm_prune import decoder, operations
+from mlx_vlm_prune import decoder
 from mlx_vlm_prune import model as vlm_module
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.language.minimind import MiniMindConfig
 from mlx_vlm_prune.model import VLM, VLMConfig
-from mlx_vlm_prune.operations import count, tokens
+from mlx_vlm_prune.planning import operations
+from mlx_vlm_prune.planning.operations import count, tokens
 from mlx_vlm_prune.projector import ProjectorConfig
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pruner, Reduction, Stage, plan

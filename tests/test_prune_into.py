@@ -25,7 +25,7 @@ from mlx_vlm_prune.hosts.mlx_vlm import family_of, see, shares, tell
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.stream import budget
+from mlx_vlm_prune.pruners.budget import budget
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders

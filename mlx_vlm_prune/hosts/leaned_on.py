@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..pruners import plan
-from ..stream import budget
+from ..pruners.budget import budget
 from .families import common
 from .mlx_vlm import family_of, see, shares, tell
 from .refusals import check

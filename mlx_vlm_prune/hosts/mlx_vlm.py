@@ -21,8 +21,8 @@ from PIL import Image
 from ..checkpoints.errors import UserError
 from ..model import Lap, Lot, Stop, prune
 from ..pruners import Pipeline, Stage
+from ..pruners.budget import budget
 from ..pruners.contract import Policy, identity
-from ..stream import budget
 from .families import FAMILIES, Family
 from .places import left, shortened
 from .views import Inputs, View

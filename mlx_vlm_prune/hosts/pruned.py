@@ -17,8 +17,8 @@ from weakref import WeakSet
 
 from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, Pruner, plan
+from ..pruners.budget import budget
 from ..pruners.contract import Policy
-from ..stream import budget
 from .embeddings import Embeddings
 from .fewer import call
 from .mlx_vlm import as_it_was, family_of

@@ -18,8 +18,8 @@ from ...checkpoints.elsewhere import RECORD
 from ...checkpoints.errors import UserError
 from ...checkpoints.files import appearing, read_json, write_json
 from ...pruners import Pipeline, Pruner, Stage, plan
+from ...pruners.budget import check_budget
 from ...pruners.pipeline import known_options
-from ...request import check_budget
 from ..families import FAMILIES, REFUSED
 from .source import INTO, ROOT, Writer
 

@@ -13,12 +13,12 @@ prompt, D features, B prompts.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .decoder import PIECE
-from .language.minimind import MiniMindConfig
-from .language.mlx_lm import MlxLmConfig
-from .model import VLMConfig
-from .pruners import Pipeline, Stage, downsample
-from .towers.siglip import SiglipConfig
+from ..decoder import PIECE
+from ..language.minimind import MiniMindConfig
+from ..language.mlx_lm import MlxLmConfig
+from ..model import VLMConfig
+from ..pruners import Pipeline, Stage, downsample
+from ..towers.siglip import SiglipConfig
 
 Text = MiniMindConfig | MlxLmConfig
 
@@ -131,11 +131,11 @@ def projector(config: VLMConfig, n: int) -> int:
 def held(text: Text, pipeline: Pipeline, n: int, K: int) -> tuple[int, ...]:
     """How many of an image's n tokens each layer of the language model holds."""
     layers, step = text.num_hidden_layers, pipeline.decoder
-    told = [n] * layers
+    visual = [n] * layers
     if step and n > K:
         for layer, left in sorted(step.ask(step.method.schedule, layers, n, K).items()):
-            told[layer:] = [left] * (layers - layer)
-    return tuple(told)
+            visual[layer:] = [left] * (layers - layer)
+    return tuple(visual)
 
 
 def prefill(text: Text, rows: Sequence[int]) -> int:
