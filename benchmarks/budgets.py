@@ -23,17 +23,16 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_vlm_prune import load
-from mlx_vlm_prune.budgets import keep_within
-from mlx_vlm_prune.calibrate import measure
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import Parser
 from mlx_vlm_prune.generation.stream import generate, prepare, resolve
 from mlx_vlm_prune.loading import Processor
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLM
-from mlx_vlm_prune.predict import Calibration
+from mlx_vlm_prune.planning.budgets import BudgetChoice, forecast, keep_within
+from mlx_vlm_prune.planning.calibration import Calibration, measure
+from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, compose
-from mlx_vlm_prune.wish import Choice, forecast
 
 from .command import finish, plain_name
 
@@ -90,17 +89,17 @@ def question(rng: random.Random) -> tuple[str, bytes]:
 
 def chosen(
     model: VLM, processor: Processor, known: Calibration, rng: random.Random, options: dict
-) -> tuple[Choice, dict[str, Any]]:
+) -> tuple[BudgetChoice, dict[str, Any]]:
     """A choice for a prompt with a wish of its own; a wish that nothing is predicted to meet is
     drawn again, since nothing is promised then."""
     while True:
         words, picture = question(rng)
         told = {**options, "prompt": words, "image": picture, "calibration": known}
-        asked = keep_within(model, processor, ms=1e-9, **told).asked  # what any wish would know
+        workload = keep_within(model, processor, ms=1e-9, **told).workload  # whatever the budget
         eighth = model.N // 8
-        low, high = (forecast(known, asked, K).ms_most for K in (eighth, model.N - eighth))
-        choice = keep_within(model, processor, ms=rng.uniform(low, high), **told)
-        if choice.tokens < model.N:
+        low, high = forecast(known, workload, eighth, model.N - eighth)
+        choice = keep_within(model, processor, ms=rng.uniform(low.ms_most, high.ms_most), **told)
+        if choice.K < model.N:
             return choice, {"prompt": words, "image": picture, **options}
 
 
@@ -110,18 +109,18 @@ def trial(
     """One prompt, answered with K right after it was chosen, then with more, in any order."""
     options: dict[str, Any] = {"pruner": spec, "max_tokens": 1}
     choice, options = chosen(model, processor, known, rng, options)
-    more = [max(1, int(model.N * share)) for share in STEPS]
-    more = [step for step in more if choice.tokens + step < model.N]
+    more = [tokens_for(model.N, share) for share in STEPS]
+    more = [step for step in more if choice.K + step < model.N]
     took = {
-        step: generate(model, processor, keep_tokens=choice.tokens + step, **options)
+        step: generate(model, processor, keep_tokens=choice.K + step, **options)
         for step in (0, *rng.sample(more, len(more)))
     }
     ms = {step: took[step].ttft_ms["total"] for step in sorted(took)}
-    after = forecast(known, choice.asked, choice.tokens + 1)
-    assert choice.wish.ms
+    (after,) = forecast(known, choice.workload, choice.K + 1)
+    assert choice.budget.ms
     return Trial(
-        choice.asked.text, choice.wish.ms, choice.tokens, choice.expected.ms, choice.expected.gb,
-        ms.pop(0), took[0].peak_memory, not after.meets(choice.wish), ms,
+        choice.workload.text, choice.budget.ms, choice.K, choice.expected.ms, choice.expected.gb,
+        ms.pop(0), took[0].peak_memory, not choice.budget.allows(after.ms_most, after.gb), ms,
     )  # fmt: skip
 
 

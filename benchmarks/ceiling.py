@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_vlm_prune.operations import Operations, count, tokens
+from mlx_vlm_prune.planning.operations import Operations, count, tokens
 from mlx_vlm_prune.pruners import plan
 
 from .shapes import parameters

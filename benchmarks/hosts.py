@@ -34,8 +34,9 @@ from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
 from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.operations import prefill
+from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners.budget import tokens_for
 
 from .command import finish, plain_name, whole
 from .on_mlx import device
@@ -149,7 +150,7 @@ def ours(
     with host.restored():
         with generation_stream(), clock.running() if in_parts else nullcontext():
             views = views_of(host, inputs, pipeline)
-            K = [max(1, int(view.signals.x_BND.shape[1] * share)) for view in views]
+            K = [tokens_for(view.signals.x_BND.shape[1], share) for view in views]
             prompt = prune_prompt(host, inputs, views, pipeline, K, policy)
         token = first_token(model, prompt.arguments)
     clock.lap("prefill")

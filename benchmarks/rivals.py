@@ -36,7 +36,7 @@ from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.language.minimind import MiniMind
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.operations import tokens
+from mlx_vlm_prune.planning.operations import tokens
 
 from .command import finish, plain_name, whole
 from .on_mlx import device

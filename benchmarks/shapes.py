@@ -25,7 +25,7 @@ from mlx_vlm_prune.checkpoints.files import read_json
 from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
 from mlx_vlm_prune.loading import parse_config
 from mlx_vlm_prune.model import VLM
-from mlx_vlm_prune.operations import tokens
+from mlx_vlm_prune.planning.operations import tokens
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.scenes import CHECKPOINT

@@ -36,6 +36,7 @@ from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.model import VLM, Prefill
 from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 
 from . import on_mlx
@@ -99,7 +100,7 @@ class Desk:
         pixels = mx.array(np.stack(values)).astype(self.model.dtype)
         right, wrong = both_ends(self.model)
         self.readers = {"right": TwigReader(right), "wrong": TwigReader(wrong)}
-        self.K = max(1, int(self.model.N * SHARE + 1e-9))
+        self.K = tokens_for(self.model.N, SHARE)
         pipeline = plan("twig", {"twig": right})
         read = partial(self.model, asked.rows, pixels)
         self.full = read(plan("none"), self.model.N)

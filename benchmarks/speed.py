@@ -4,8 +4,8 @@ Models of published sizes with random weights answer a photograph: opening its f
 the pruner, the projector, the prefill and new tokens are timed apart, and the time to the first
 token is all of it, from the file on. Full and pruned take turns in one process, warm. Every
 answer has the same number of tokens, since nothing ends it. Before measuring it says what the
-operation count allows (mlx_vlm_prune/operations.py), and beside each gain, how many times as fast
-as full, stands the count's own. A gain is not told where the ratios spread by more than it
+operation count allows (mlx_vlm_prune/planning/operations.py), and beside each gain, how many times
+as fast as full, stands the count's own. A gain is not told where the ratios spread by more than it
 differs from 1 (benchmarks/timing.py). The last line is one JSON object of all figures.
 
 Every option with "repeat" sweeps: each shape, batch, text and side is measured in turn with
@@ -24,11 +24,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mlx_vlm_prune import operations
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError
 from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.planning import operations
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
+from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.pruners.spec import nearest
 
 from .ceiling import announce
@@ -163,7 +164,7 @@ def budgets(args: argparse.Namespace, N: int) -> list[int]:
             if not 1 <= K < N:
                 raise UserError(f"--keep-tokens is {K}; of {N} visual tokens keep 1 to {N - 1}")
         return args.keep_tokens
-    return [max(1, int(N * ratio + 1e-9)) for ratio in args.keep_ratio or RATIOS]
+    return [tokens_for(N, ratio) for ratio in args.keep_ratio or RATIOS]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

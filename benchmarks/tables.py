@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.files import read_json
+from mlx_vlm_prune.pruners.budget import tokens_for
 
 from .claims import CLAIMS, timed
 from .speculation import summary
@@ -32,7 +33,7 @@ def speed_table(results: Path) -> str:
         cells.setdefault((row["shape"], row["pruner"]), {})[row["budget"]] = row
     for (shape, pruner), rows in cells.items():
         N = next(iter(rows.values()))["tokens"]
-        told = [rows.get(max(1, int(N * share + 1e-9))) for share, _ in SHARES]
+        told = [rows.get(tokens_for(N, share)) for share, _ in SHARES]
         shown = [f"{_gain(row, 'total')} | {_gain(row, 'prefill', True)}" for row in told]
         lines.append(f"| {shape} | `{pruner}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)

@@ -16,8 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import operations
-from .budgets import calibrated
 from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .checkpoints.files import check_target, read_json, write_atomically
 from .evaluation.bootstrap import FEWEST
@@ -26,6 +24,8 @@ from .generation.stream import PreparedPrompt, prepare
 from .loading import DTYPES, Processor, load
 from .machine import machine, versions
 from .model import VLM
+from .planning import operations
+from .planning.calibration import calibrate
 from .pruners import plan
 from .remembered import cache_folder, model_key
 from .scenes import compose
@@ -166,7 +166,7 @@ def evaluation(folder: Path | None, named: Path | None) -> dict[str, Any]:
 def measured(model: VLM, processor: Processor, image: Any, K: int) -> Times:
     """A calibration, kept for budgets too, and what follows from it."""
     asked = prepare(model, processor, PROMPT, image)
-    known = calibrated(model, processor.folder, plan(BEHIND), asked)
+    known = calibrate(model, processor.folder, plan(BEHIND), asked)
     N, parts = model.N, known.ms(model.N, asked.text, 1)
     began = time.perf_counter()
     mx.eval(prepare(model, processor, PROMPT, image).pixels)

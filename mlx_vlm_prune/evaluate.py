@@ -36,11 +36,11 @@ from .evaluation.judge import Judge
 from .evaluation.kept import Kept
 from .evaluation.table import table
 from .evaluation.widen import widen
-from .generation.request import check_budget
 from .loading import DTYPES, load
 from .machine import machine, versions
 from .model import VLM
 from .pruners import METHODS, Stage
+from .pruners.budget import check_budget, tokens_for
 from .questions import FORMATS, Question, Source, format_of
 from .remembered import cache_folder, keep, model_key
 from .scenes import CHECKPOINT
@@ -240,7 +240,7 @@ def budgets(args: argparse.Namespace, N: int | None) -> list[float]:
         if N and K > N:
             raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
     told: set[float] = {*(args.keep_tokens or ())}
-    told |= {max(1, int(N * ratio + 1e-9)) if N else float(ratio) for ratio in ratios}
+    told |= {tokens_for(N, ratio) if N else float(ratio) for ratio in ratios}
     return sorted(told, reverse=True)
 
 

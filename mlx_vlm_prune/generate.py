@@ -14,18 +14,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .budgets import keep_within
 from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .checkpoints.files import appearing, check_target, parse_json, write_atomically
-from .generation.request import check_budget, check_decoding
+from .generation.request import check_decoding
 from .generation.result import GenerationResult
 from .generation.speculation import check_drafts
 from .generation.stream import generate, stream_generate
 from .loading import DTYPES, load
 from .machine import versions
 from .model import VLM
+from .planning.budgets import Budget, BudgetChoice, keep_within
 from .printing import LINE, as_json, print_comparison, print_figures
-from .wish import Choice, Wish
+from .pruners.budget import check_budget
 
 __all__ = ["GenerationResult", "generate", "main", "stream_generate", "versions"]
 
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    pruner, wish = args.pruner or ("none" if not _has_budget(args) else None), _wish(args)
+    pruner, limits = args.pruner or ("none" if not _has_budget(args) else None), _limits(args)
     if pruner is None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
     if args.compare and pruner == "none":
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
         num_draft_tokens=args.num_draft_tokens,
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
-    choice = _choose(args, model, processor, prompt, pruner, wish) if wish else None
+    choice = _choose(args, model, processor, prompt, pruner, limits) if limits else None
     if choice:
         budget = choice.options
     compare = args.compare and budget["pruner"] != "none"
@@ -141,7 +141,7 @@ def _write_files(
     args: argparse.Namespace,
     answer: GenerationResult,
     full: GenerationResult | None,
-    choice: Choice | None,
+    choice: BudgetChoice | None,
 ) -> None:
     if args.overlay:
         with appearing(args.overlay, replace=True) as beside:
@@ -177,7 +177,7 @@ def _has_budget(args: argparse.Namespace) -> bool:
     return any(one is not None for one in told)
 
 
-def _wish(args: argparse.Namespace) -> Wish | None:
+def _limits(args: argparse.Namespace) -> Budget | None:
     if args.budget_ms is None and args.budget_gb is None:
         return None
     if args.keep_ratio is not None or args.keep_tokens is not None:
@@ -190,23 +190,23 @@ def _wish(args: argparse.Namespace) -> Wish | None:
             "--budget-ms and --budget-gb do not count what a twig takes; leave out"
             " --num-draft-tokens"
         )
-    return Wish(args.budget_ms, args.budget_gb)
+    return Budget(args.budget_ms, args.budget_gb)
 
 
 def _choose(
-    args: argparse.Namespace, model: Any, processor: Any, prompt: str, pruner: str, wish: Wish
-) -> Choice:
-    """K for a wish, and the prediction, said before the answer is begun."""
+    args: argparse.Namespace, model: Any, processor: Any, prompt: str, pruner: str, limits: Budget
+) -> BudgetChoice:
+    """K for a budget, and the prediction, said before the answer is begun."""
     if not isinstance(model, VLM):
         raise UserError(
             "--budget-ms and --budget-gb do not know mlx-vlm's models yet; give --keep-tokens"
         )
     choice = keep_within(
-        model, processor, prompt, args.image, pruner=pruner, ms=wish.ms, gb=wish.gb,
+        model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
         max_tokens=args.max_tokens, template=args.chat_template_config,
     )  # fmt: skip
-    if choice.why:
-        print(f"note: {choice.why}", file=sys.stderr)
+    if choice.reason:
+        print(f"note: {choice.reason}", file=sys.stderr)
     elif args.verbose:
         print(choice)
     return choice

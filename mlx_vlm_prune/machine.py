@@ -23,6 +23,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def environment(dtype: mx.Dtype) -> dict[str, Any]:
+    """All that a model's times depend on beside the model; measured elsewhere they say nothing."""
+    return {
+        "machine": machine(),
+        "device": mx.device_info().get("device_name"),
+        "versions": versions(),
+        "dtype": str(dtype),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
 def _cores() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 

@@ -25,13 +25,14 @@ from transformers import LlavaForConditionalGeneration as Llava
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
+
 from convert.__main__ import main
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.backbones import text_config
 from mlx_vlm_prune.checkpoints.config import MlxLmConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.language.mlx_lm import MlxLm
-from mlx_vlm_prune.operations import count
+from mlx_vlm_prune.planning.operations import count
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, Pipeline, Stage, plan
 from torch_ref.llava import read

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_ref.decoder
 import torch_ref.model
 import torch_ref.towers.between
-from mlx_vlm_prune import decoder, operations
+from mlx_vlm_prune import decoder
 from mlx_vlm_prune import model as vlm_module
 from mlx_vlm_prune.checkpoints.config import (
     CLIPConfig,
@@ -30,7 +30,8 @@ from mlx_vlm_prune.checkpoints.config import (
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.model import VLM
-from mlx_vlm_prune.operations import count, tokens
+from mlx_vlm_prune.planning import operations
+from mlx_vlm_prune.planning.operations import count, tokens
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pruner, Reduction, Stage, plan
 from mlx_vlm_prune.towers import between, clip, siglip

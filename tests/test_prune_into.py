@@ -15,18 +15,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
+from mlx_vlm_prune.hosts.mlx_vlm import family_of, see, shares, tell
 
 from convert.describe import describe
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.elsewhere import RECORD
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.into.folder import prune_into
-from mlx_vlm_prune.hosts.prompt import prune_prompt, view_budgets, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
-from mlx_vlm_prune.model import no_lap
 from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners.budget import budget
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders
@@ -149,12 +148,15 @@ def wrong(folder: Path, target: Path) -> None:
 
 def ours(model, inputs: Inputs, spec: str, ratio, tokens) -> tuple[list[int], np.ndarray]:
     """Tokens and odds (T, V) by the host path."""
-    host, pipeline = host_of(model), plan(spec)
-    policy = check(host, pipeline, None)
-    views = views_of(host, inputs, pipeline, no_lap)
-    budgets = view_budgets(views, ratio, tokens, pipeline)
-    prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy, no_lap)
-    return decoded(model, prompt.arguments)
+    pipeline = plan(spec)
+    policy = check(model, family_of(model), pipeline, None)
+    views = see(model, inputs, pipeline, lambda name, value=None: value)
+    budgets = []
+    for image in range(1 + max(view.image for view in views)):
+        sizes = [v.signals.x_BND.shape[1] for v in views if v.image == image]
+        budgets += shares(budget(sum(sizes), ratio, tokens, pipeline), sizes)
+    said = tell(model, inputs, views, pipeline, budgets, policy, lambda name, value=None: value)
+    return decoded(model, said.arguments)
 
 
 def same(found, expected) -> None:

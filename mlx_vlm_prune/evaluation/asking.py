@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, plan
+from ..pruners.budget import tokens_for
 from ..questions import Bad, Format, Question
 from .answers import Answers
 from .judge import Sheet, check_kinds
@@ -101,7 +102,7 @@ class Entry:
         """That an image keeps, on average over images of so many."""
         if isinstance(self.K, int):
             return round(sum(min(self.K, N) for N in sizes) / len(sizes))
-        return round(sum(max(1, int(N * self.K + 1e-9)) for N in sizes) / len(sizes))
+        return round(sum(tokens_for(N, self.K) for N in sizes) / len(sizes))
 
 
 def entries(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +57,3 @@ def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int)
         raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; it must be at least 0 and below 2**63")
-
-
-def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
-    """Say early what is wrong with a budget, however many tokens an image has. Raises UserError."""
-    if keep_ratio is not None and keep_tokens is not None:
-        raise UserError("give --keep-ratio or --keep-tokens, not both")
-    if keep_ratio is not None and not (isinstance(keep_ratio, Real) and 0 < keep_ratio <= 1):
-        raise UserError(f"--keep-ratio is {keep_ratio}; it must be above 0 and at most 1")
-    if keep_tokens is not None and not (isinstance(keep_tokens, Integral) and keep_tokens >= 1):
-        raise UserError(f"--keep-tokens is {keep_tokens}; it must be a whole number, at least 1")

@@ -19,35 +19,13 @@ from ..loading import Processor
 from ..model import VLM
 from ..prompt import Prompt, build
 from ..pruners import Pipeline, Pruner, plan
+from ..pruners.budget import budget
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
-from .request import ImageSource, Request, check_budget
+from .request import ImageSource, Request
 from .result import GenerationResult
 from .speculation import Speculation, Token, check_drafts, twig_of
 from .steps import generate_step, make_sampler
-
-DEFAULT_KEEP_RATIO = 0.5
-
-
-def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pipeline) -> int:
-    """K of N tokens: `keep_tokens`, or max(1, floor(N * keep_ratio)); half without either."""
-    check_budget(keep_ratio, keep_tokens)
-    if keep_tokens is not None and keep_tokens > N:
-        raise UserError(f"--keep-tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
-    if keep_tokens is None and keep_ratio is None:
-        if pruner.trained_tokens:
-            return pruner.trained_tokens
-        keep_ratio = 1.0 if pruner.name == "none" else DEFAULT_KEEP_RATIO
-    K = max(1, int(N * keep_ratio + 1e-9)) if keep_ratio is not None else keep_tokens
-    assert K is not None
-    if pruner.name == "none" and K != N:
-        raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
-    if pruner.trained_tokens and K not in (N, pruner.trained_tokens):
-        raise UserError(
-            f"this checkpoint's {pruner.name} was trained for {pruner.trained_tokens} visual"
-            f" tokens; it cannot keep {K}"
-        )
-    return K
 
 
 def stream_generate(

@@ -14,11 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..generation.stream import budget
 from ..pruners import plan
-from .families import host_of
-from .host import Host
-from .prompt import prune_prompt, shares, views_of
+from ..pruners.budget import budget
+from .families import common
+from .mlx_vlm import family_of, see, shares, tell
 from .refusals import check
 from .views import Inputs, View
 
@@ -50,22 +49,22 @@ def shortened(
     """
     if len(input_ids) != 1:
         raise ValueError(f"one prompt with images is read at a time, not {len(input_ids)}")
-    host, pipeline = host_of(model), plan(asked.pruner)
-    inputs = _inputs(host, asked, input_ids, pixels, mask, told)
-    policy = check(host, pipeline, None)
-    views = views_of(host, inputs, pipeline, _untimed)
+    inputs = _inputs(model, asked, input_ids, pixels, mask, told)
+    pipeline = plan(asked.pruner)
+    policy = check(model, family_of(model), pipeline, None)
+    views = see(model, inputs, pipeline, _untimed)
     budgets: list[int] = []
     for sizes in _sizes(views):
         K = budget(sum(sizes), asked.keep_ratio, asked.keep_tokens, pipeline)
         budgets += shares(K, sizes)
-    told_of = prune_prompt(host, inputs, views, pipeline, budgets, policy, _untimed).arguments
+    told_of = tell(model, inputs, views, pipeline, budgets, policy, _untimed).arguments
     place = {name: told_of.pop(name) for name in PLACED if name in told_of}
     short = whole(told_of.pop("input_ids"), told_of.pop("pixel_values"), **told_of)
     return replace(short, **place)
 
 
 def _inputs(
-    host: Host,
+    model: Any,
     asked: Pruning,
     input_ids: mx.array,
     pixels: Any,
@@ -76,7 +75,7 @@ def _inputs(
     mask_1L = mx.ones((1, len(ids)), mx.int32) if mask is None else mask
     inputs = Inputs(ids, mask_1L, pixels, len(pixels), told)
     if asked.global_image:
-        tiles = _tiles(ids, host.image_token_id(inputs), asked.global_image)
+        tiles = _tiles(ids, common.image_token(model, inputs), asked.global_image)
         inputs = replace(inputs, extra={**told, "num_patches_list": tiles})
     return inputs
 

@@ -16,8 +16,8 @@ from uuid import uuid4
 from weakref import WeakSet
 
 from ..checkpoints.errors import UserError
-from ..generation.stream import budget
 from ..pruners import Pipeline, Pruner, plan
+from ..pruners.budget import budget
 from ..pruners.contract import Policy
 from .embeddings import Embeddings
 from .families import host_of

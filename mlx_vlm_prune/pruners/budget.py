@@ -1,12 +1,79 @@
-"""Budgets in the decoder: how many rows stay where, so that the average over layers is K.
+"""Budgets: K of an image's N visual tokens, and in the decoder, how many rows stay where, so that
+the average over layers is K.
 
 As the papers count: the layers before the first cut hold all N rows.
-Shapes: N visual tokens of an image, K of them in the average layer.
+Shapes: N visual tokens of an image, K kept, of a decoder method in the average layer.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from numbers import Integral, Real
 
-from .pipeline import layer_at
+from ..checkpoints.errors import UserError
+from . import downsample
+from .contract import Stage
+from .pipeline import Pipeline, layer_at
+
+DEFAULT_KEEP_RATIO = 0.5
+
+
+def tokens_for(N: int, ratio: float) -> int:
+    """How many of N tokens a share of them is: rounded down, at least one."""
+    return max(1, int(N * ratio + 1e-9))  # 0.29 * 100 is less than 29
+
+
+def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
+    """Say early what is wrong with a budget, however many tokens an image has. Raises UserError."""
+    if keep_ratio is not None and keep_tokens is not None:
+        raise UserError("give --keep-ratio or --keep-tokens, not both")
+    if keep_ratio is not None and not (isinstance(keep_ratio, Real) and 0 < keep_ratio <= 1):
+        raise UserError(f"--keep-ratio is {keep_ratio}; it must be above 0 and at most 1")
+    if keep_tokens is not None and not (isinstance(keep_tokens, Integral) and keep_tokens >= 1):
+        raise UserError(f"--keep-tokens is {keep_tokens}; it must be a whole number, at least 1")
+
+
+def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pipeline) -> int:
+    """K of N tokens: `keep_tokens`, or a share of N; half without either. Raises UserError."""
+    check_budget(keep_ratio, keep_tokens)
+    if keep_tokens is not None and keep_tokens > N:
+        raise UserError(f"--keep-tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
+    if keep_tokens is None and keep_ratio is None:
+        if pruner.trained_tokens:
+            return pruner.trained_tokens
+        keep_ratio = 1.0 if pruner.name == "none" else DEFAULT_KEEP_RATIO
+    K = tokens_for(N, keep_ratio) if keep_ratio is not None else keep_tokens
+    assert K is not None
+    if pruner.name == "none" and K != N:
+        raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
+    if pruner.trained_tokens and K not in (N, pruner.trained_tokens):
+        raise UserError(
+            f"this checkpoint's {pruner.name} was trained for {pruner.trained_tokens} visual"
+            f" tokens; it cannot keep {K}"
+        )
+    return K
+
+
+def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> list[int]:
+    """Every K below N that the methods can keep in a language model of so many layers, ascending;
+    of a smaller image, those that differ. Raises UserError where there is none."""
+    N, step = math.prod(grid), pipeline.decoder
+    if N == 1:
+        raise UserError("an image is one visual token of this model, so nothing can be pruned")
+    if len(pipeline.steps) == 1 and pipeline.at(Stage.IMAGE):
+        return sorted({math.prod(downsample.smaller(grid, K)) for K in range(1, N)})
+    if not step:
+        return list(range(1, N))
+    feasible, refusal = [], None
+    for K in range(1, N):
+        n = pipeline.budgets(N, K)[-2] if len(pipeline.steps) > 1 else N
+        try:
+            step.ask(step.method.schedule, layers, n, K)
+            feasible.append(K)
+        except UserError as e:
+            refusal = e
+    if refusal and not feasible:
+        raise refusal
+    return feasible
 
 
 def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:

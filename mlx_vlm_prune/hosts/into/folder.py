@@ -17,8 +17,8 @@ from ... import __version__
 from ...checkpoints.elsewhere import RECORD
 from ...checkpoints.errors import UserError
 from ...checkpoints.files import appearing, read_json, write_json
-from ...generation.request import check_budget
 from ...pruners import Pipeline, Pruner, Stage, plan
+from ...pruners.budget import check_budget
 from ...pruners.pipeline import known_options
 from ..families import FAMILIES, REFUSED
 from .source import INTO, ROOT, Writer

@@ -13,9 +13,9 @@ prompt, D features, B prompts.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
-from .decoder import PIECE
-from .pruners import Pipeline, Stage, downsample
+from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
+from ..decoder import PIECE
+from ..pruners import Pipeline, Stage, downsample
 
 Text = MiniMindConfig | MlxLmConfig
 
@@ -128,11 +128,11 @@ def projector(config: VLMConfig, n: int) -> int:
 def held(text: Text, pipeline: Pipeline, n: int, K: int) -> tuple[int, ...]:
     """How many of an image's n tokens each layer of the language model holds."""
     layers, step = text.num_hidden_layers, pipeline.decoder
-    told = [n] * layers
+    visual = [n] * layers
     if step and n > K:
         for layer, left in sorted(step.ask(step.method.schedule, layers, n, K).items()):
-            told[layer:] = [left] * (layers - layer)
-    return tuple(told)
+            visual[layer:] = [left] * (layers - layer)
+    return tuple(visual)
 
 
 def prefill(text: Text, rows: Sequence[int]) -> int:

@@ -1,0 +1,1 @@
+"""What an answer will take: operation counts, calibration, budgets in ms and GB."""

@@ -1,0 +1,252 @@
+"""Budgets in milliseconds and GB: the largest K that meets one, from a calibration.
+
+choice = keep_within(model, processor, "What is this?", "photo.jpg", pruner="divprune", ms=300)
+answer = generate(model, processor, "What is this?", "photo.jpg", **choice.options)
+print(choice.outcome(answer))
+
+Shapes: N visual tokens of an image, K kept.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..cache import STEP
+from ..checkpoints.errors import UserError
+from ..generation.result import GenerationResult
+from ..generation.stream import ImageSource, PreparedPrompt, prepare, resolve
+from ..loading import Processor
+from ..model import VLM
+from ..pruners import Pipeline, Pruner
+from ..pruners.budget import feasible_budgets
+from .calibration import LEVEL_RUNS, Calibration, calibrate, run_once
+
+LEVEL_SECONDS = 2.0  # the most that measuring the level takes
+SAME = 2.0  # a machine that is faster or slower by more than this is another one
+SPARE = 1.01  # memory hardly varies
+INSTEAD = "a smaller image (downsample) or a method inside the tower (tome) may"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Milliseconds to the first token, GB (10^9 bytes) at the peak of an answer, or both."""
+
+    ms: float | None = None
+    gb: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--budget-ms", self.ms), ("--budget-gb", self.gb)):
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{option} is {value}; it must be a number above 0")
+        if self.ms is None and self.gb is None:
+            raise UserError("give --budget-ms, --budget-gb, or both")
+
+    def allows(self, ms: float, gb: float) -> bool:
+        return (self.ms is None or ms <= self.ms) and (self.gb is None or gb <= self.gb)
+
+    def __str__(self) -> str:
+        limits = ((self.ms, "ms"), (self.gb, "GB"))
+        return " and ".join(f"{limit:g} {unit}" for limit, unit in limits if limit is not None)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is known of an answer before K is chosen: words, images, how long opening these took,
+    the bytes held already (weights and pixels), how many tokens it may have, and how many times
+    as long as when it was calibrated the machine takes at present."""
+
+    text: int
+    images: int
+    image_ms: float
+    held_bytes: int
+    max_tokens: int
+    level: float = 1.0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What an answer will take: expected ms, the most ms in 19 of 20 runs, and GB."""
+
+    ms: float
+    ms_most: float
+    gb: float
+
+
+@dataclass(frozen=True)
+class BudgetChoice:
+    """K of N visual tokens of each image, and what is expected of it.
+
+    Where nothing meets the budget, `reason` is a sentence that says why, and K is N: nothing is
+    pruned.
+    """
+
+    budget: Budget
+    workload: Workload
+    pruner: str
+    K: int
+    N: int
+    expected: Forecast
+    reason: str = ""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `generate`."""
+        return {"pruner": "none" if self.K == self.N else self.pruner, "keep_tokens": self.K}
+
+    def __str__(self) -> str:
+        """The prediction, in a line."""
+        parts, expected = [f"{self.K} of {self.N} visual tokens"], self.expected
+        if self.budget.ms is not None:
+            most = f"19 of 20 runs within {expected.ms_most:.0f}"
+            parts.append(f"predicted {expected.ms:.0f} ms ({most})")
+        if self.budget.gb is not None:
+            parts.append(f"predicted {expected.gb:.3f} GB")
+        return f"Budget: {self.budget} -> {', '.join(parts)}"
+
+    def outcome(self, answer: GenerationResult) -> str:
+        """How it went, in a line."""
+        figures = (
+            (self.budget.ms, answer.ttft_ms["total"], self.expected.ms, 0, "ms"),
+            (self.budget.gb, answer.peak_memory, self.expected.gb, 3, "GB"),
+        )
+        parts = [
+            f"{took:.{digits}f} {unit} of {limit:g} {unit} (predicted {expected:.{digits}f} {unit},"
+            f" {100 * abs(took / expected - 1):.1f} % off)"
+            for limit, took, expected, digits, unit in figures
+            if limit is not None
+        ]
+        return f"Budget {'met' if self.is_met(answer) else 'missed'}: {', '.join(parts)}"
+
+    def is_met(self, answer: GenerationResult) -> bool:
+        return self.budget.allows(answer.ttft_ms["total"], answer.peak_memory)
+
+    def as_json(self, answer: GenerationResult) -> dict[str, Any]:
+        """The budget, the prediction and the outcome."""
+        ms, gb = answer.ttft_ms["total"], answer.peak_memory
+        return {
+            "wish": asdict(self.budget),
+            "pruner": self.pruner,
+            "tokens": self.K,
+            "of": self.N,
+            "predicted": asdict(self.expected),
+            "level": self.workload.level,
+            "why_not": self.reason or None,
+            "took": {"ms": ms, "gb": gb},
+            "off": {"ms": ms / self.expected.ms - 1, "gb": gb / self.expected.gb - 1},
+            "met": self.is_met(answer),
+        }
+
+
+def keep_within(
+    model: VLM,
+    processor: Processor,
+    prompt: str,
+    image: ImageSource | Sequence[ImageSource],
+    *,
+    pruner: str | Pruner | Pipeline,
+    ms: float | None = None,
+    gb: float | None = None,
+    max_tokens: int = 256,
+    template: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+) -> BudgetChoice:
+    """The largest K that keeps the time to the first token within `ms` (in 19 of 20 runs), and
+    the memory's peak within `gb` for up to `max_tokens` of answer; N where no K does.
+
+    Without `calibration` one is taken from the cache or made, which takes some seconds and shows
+    progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
+    """
+    budget, pipeline = Budget(ms, gb), resolve(model, pruner)
+    check_pipeline(pipeline)
+    inputs = prepare(model, processor, prompt, image, template)
+    if inputs.pixels is None:
+        raise UserError("a budget needs an --image; without one there is nothing to prune")
+    known = calibration or calibrate(model, processor.folder, pipeline, inputs)
+    level = measure_level(model, pipeline, inputs, known)
+    if not calibration and not 1 / SAME < level < SAME:
+        known = calibrate(model, processor.folder, pipeline, inputs, anew=True)
+        level = measure_level(model, pipeline, inputs, known)
+    began = time.perf_counter()  # once more: warm, as the answer will be
+    inputs = prepare(model, processor, prompt, image, template)
+    mx.eval(inputs.pixels)
+    image_ms, held_bytes = 1000 * (time.perf_counter() - began), mx.get_active_memory()
+    images = len(inputs.visible)
+    workload = Workload(inputs.text, images, image_ms, held_bytes, max_tokens, level)
+    feasible = feasible_budgets(pipeline, model.grid, model.config.text.num_hidden_layers)
+    return choose(known, budget, workload, feasible)
+
+
+def measure_level(
+    model: VLM, pipeline: Pipeline, inputs: PreparedPrompt, calibration: Calibration
+) -> float:
+    """How many times as long as when it was calibrated a run takes now."""
+    setting, ms = calibration.typical, list[float]()
+    run_once(model, pipeline, inputs, setting)  # warm-up
+    began = time.perf_counter()
+    while not ms or (len(ms) < LEVEL_RUNS and time.perf_counter() - began < LEVEL_SECONDS):
+        ms.append(sum(run_once(model, pipeline, inputs, setting).ms.values()))
+    return median(ms) / sum(calibration.ms(*setting).values())
+
+
+def check_pipeline(pipeline: Pipeline) -> None:
+    """Refuse methods that have no K to choose. Raises UserError."""
+    name = pipeline.name
+    if name == "none":
+        raise UserError("a budget needs a --pruner other than none, for example avgpool")
+    if pipeline.trained_tokens:
+        raise UserError(
+            f"{name} was trained for {pipeline.trained_tokens} visual tokens and keeps no other"
+            " number, so it cannot follow a budget of time or memory"
+        )
+    if any(step.has_dynamic_budget for step in pipeline.steps):
+        raise UserError(f"{name} gives each image a number of its own; leave out dynamic")
+
+
+def choose(
+    calibration: Calibration, budget: Budget, workload: Workload, feasible: Iterable[int]
+) -> BudgetChoice:
+    """The largest K within the budget: N, or one of those that are feasible."""
+    N, below = calibration.N, sorted(set(feasible), reverse=True)
+    forecasts = dict(zip((N, *below), forecast(calibration, workload, N, *below), strict=True))
+    choice = partial(BudgetChoice, budget, workload, calibration.pruner)
+    for K, expected in forecasts.items():
+        if budget.allows(expected.ms_most, expected.gb):
+            return choice(K, N, expected)
+    reason = explain(calibration, budget, workload, below[-1])
+    return choice(N, N, forecasts[N], reason)
+
+
+def forecast(calibration: Calibration, workload: Workload, *K: int) -> list[Forecast]:
+    """Of an answer, with each K as the tokens of every image."""
+    setting = np.array(K), workload.text, workload.images
+    ms = workload.image_ms + workload.level * sum(calibration.ms(*setting).values())
+    rows = workload.text + workload.images * np.array(K) + workload.max_tokens
+    cache = calibration.row_bytes * np.ceil(rows / STEP) * STEP  # which an answer fills
+    most = np.max([cache, *calibration.nbytes(*setting).values()], axis=0)
+    gb = (workload.held_bytes + SPARE * most) / 1e9
+    return [Forecast(*one) for one in np.stack([ms, ms * calibration.slack, gb], axis=1).tolist()]
+
+
+def explain(calibration: Calibration, budget: Budget, workload: Workload, least: int) -> str:
+    """Why pruning cannot help: what stays whatever K is, or what is left with the least K."""
+    (expected,) = forecast(calibration, workload, least)
+    tower_ms = calibration.ms(least, workload.text, workload.images)["vision"]
+    fixed_ms, held_gb = workload.image_ms + workload.level * tower_ms, workload.held_bytes / 1e9
+    takes = f"with {least} visual token{'s' * (least != 1)} it takes"
+    if budget.ms is not None and expected.ms_most > budget.ms:
+        reason = f"{takes} up to {expected.ms_most:.0f} ms"
+        if not calibration.in_tower and fixed_ms > budget.ms:
+            reason = f"opening the image and the vision tower alone take {fixed_ms:.0f} ms"
+        reason += "" if calibration.in_tower else f"; {INSTEAD}"
+    elif budget.gb is not None and held_gb > budget.gb:
+        reason = f"the weights alone take {held_gb:.3f} GB"
+    else:
+        reason = f"{takes} {expected.gb:.3f} GB"
+    return f"pruning with {calibration.pruner} cannot meet {budget}, so nothing is pruned: {reason}"

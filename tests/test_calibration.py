@@ -1,0 +1,226 @@
+"""Promises of a calibration: what it predicts by hand, and what its file may hold. No time is ever
+asserted."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.machine import environment
+from mlx_vlm_prune.planning import calibration
+from mlx_vlm_prune.planning.calibration import PARTS, calibrate, design, measure, read, rising
+from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners.budget import feasible_budgets
+
+from . import calibrations, tiny
+from .calibrations import LONG, SHORT, USUAL, N, inputs_of, remember, run, slowed
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return calibrations.write_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="module")
+def loaded(home):
+    return load(home / "mlx")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    return calibrations.start_afresh(monkeypatch, tmp_path / "cache")
+
+
+def test_every_number_of_images_has_its_own_prediction():
+    """Two images at once take 180 in the tower, 10 % less than twice one: three take 260."""
+    known = calibrations.of(*USUAL, *(run(K, images=2, vision=180.0) for K in (4, N)))
+    assert known.ms(4, SHORT, 2) == pytest.approx({"vision": 180, "pruner": 2, "prefill": 16})
+    assert known.ms(4, SHORT, 3) == pytest.approx({"vision": 260, "pruner": 3, "prefill": 20})
+
+
+def test_a_pruner_that_reads_words_takes_longer_with_more_of_them():
+    runs = *(run(K) for K in (1, 4, 15, N)), run(4, LONG, pruner=4.0), run(N, LONG)
+    middle = (SHORT + LONG) // 2
+    expected = {"vision": 100, "pruner": 2.5, "prefill": 72}
+    assert calibrations.of(*runs).ms(4, middle, 1) == pytest.approx(expected)
+
+
+def test_beyond_the_most_rows_the_prefill_grows_on():
+    """150 words and 16 tokens are 166 rows, 22 more than were run."""
+    assert calibrations.of().ms(N, 150, 1)["prefill"] == pytest.approx(166)
+
+
+def test_a_method_inside_the_tower_has_a_tower_time_for_every_k():
+    inside = [run(K, vision=20.0 + 5 * K) for K in (1, 8, 15)]
+    runs = *inside, run(N, vision=120.0), run(8, LONG, vision=60.0)
+    assert calibrations.of(*runs, in_tower=True).ms(5, SHORT, 1)["vision"] == pytest.approx(45)
+    assert calibrations.of(*runs).ms(5, SHORT, 1)["vision"] == pytest.approx(60)  # the median
+
+
+def test_many_k_are_predicted_at_once_as_one_by_one():
+    known = calibrations.of(*USUAL, *(run(K, images=2, vision=180.0) for K in (4, N)))
+    settings = np.array([(1, 8, 1), (5, 60, 2), (N, 300, 3)])
+    together = known.ms(*settings.T)
+    for n, setting in enumerate(settings.tolist()):
+        assert {part: ms[n] for part, ms in together.items()} == known.ms(*setting)
+
+
+@given(st.lists(st.floats(0, 1000), min_size=1, max_size=12))
+def test_noise_never_makes_more_rows_quicker(values):
+    fitted = rising(values)
+    assert all(a <= b + 1e-9 for a, b in itertools.pairwise(fitted))
+    assert sum(fitted) == pytest.approx(sum(values))
+    assert rising(sorted(values)) == sorted(values)
+
+
+def test_one_run_in_twenty_may_stray():
+    """Of 45 runs that three came before, two."""
+    assert slowed(1.1, {10, 20}).slack == pytest.approx(1.0)
+    assert slowed(1.1, {10, 20, 30}).slack == pytest.approx(1.1)
+
+
+def test_a_machine_that_grows_slower_for_good_does_not_stray():
+    """Half as fast from run 24 on: two runs stray, then the level is another."""
+    assert slowed(2.0, set(range(24, 48))).slack == pytest.approx(1.0)
+
+
+# With a model.
+
+
+def feasible(model, spec: str) -> list[int]:
+    return feasible_budgets(plan(spec), model.grid, model.config.text.num_hidden_layers)
+
+
+def test_of_a_decoder_method_only_averages_that_its_schedule_allows(loaded):
+    """Three layers, the first of which holds all 16: an average of K leaves 3 K - 16 after it,
+    of which two layers share, and one must be left."""
+    model, _ = loaded
+    assert feasible(model, "fastv") == list(range(6, N))
+    assert feasible(model, "norm") == list(range(1, N))
+    with pytest.raises(UserError, match="one visual token"):
+        feasible_budgets(plan("norm"), (1, 1), 3)
+
+
+def test_of_a_smaller_image_only_sizes_that_differ(loaded):
+    model, _ = loaded
+    assert feasible(model, "downsample") == [1, 2, 4, 6, 9, 12]
+
+
+@pytest.mark.parametrize("spec", ["norm", "tome", "downsample", "divprune", "fastv", "tome+fastv"])
+def test_a_calibration_runs_from_the_least_k_to_all(loaded, home, spec):
+    model, _ = loaded
+    pipeline, inputs = plan(spec), inputs_of(loaded, home, images=2)
+    known = measure(model, pipeline, inputs)
+    assert {r.setting for r in known.runs} == set(design(model, pipeline, inputs))
+    assert {r.K for r in known.runs} >= {feasible(model, spec)[0], model.N}
+    assert {r.images for r in known.runs} == {1, 2}
+    assert known.in_tower == ("tome" in spec or spec == "downsample")
+    assert all(set(r.ms) == set(r.nbytes) == set(PARTS) for r in known.runs)
+    assert known.nbytes(model.N, SHORT, 1)["prefill"] > 0
+    ms = known.ms(8, 20, 1)
+    assert min(ms["vision"], ms["prefill"]) > 0
+    assert (ms["pruner"] > 0) == (spec not in ("tome", "downsample"))  # those are in the tower's
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_a_prompt_has_as_many_words_and_images_as_the_setting_says(loaded, images):
+    model, _ = loaded
+    prompt = calibration.words(model, 21, images)
+    begins = [begin for begin, length in prompt.runs if length == model.N]
+    places = [at for at, token in enumerate(prompt.ids) if token == tiny.IMAGE]
+    assert places == [at for begin in begins for at in range(begin, begin + model.N)]
+    assert len(begins) == images and len(prompt.ids) == 21 + images * model.N
+
+
+def test_a_calibration_is_remembered_number_for_number(loaded, home, cache):
+    model, processor = loaded
+    known = calibrate(model, processor.folder, plan("norm"), inputs_of(loaded, home))
+    (file,) = (cache / "calibrations").iterdir()
+    again = read(file, environment(model.dtype))
+    assert again and again == known
+    assert again.ms(5, 11, 1) == known.ms(5, 11, 1) and again.slack == known.slack
+
+
+def test_what_is_remembered_is_not_measured_again(loaded, home, cache, monkeypatch):
+    model, processor = loaded
+    inputs, pipeline = inputs_of(loaded, home), plan("norm")
+    path = remember(loaded, home, cache)
+    monkeypatch.setattr(calibration, "measure", never)
+    known = calibrate(model, processor.folder, pipeline, inputs)
+    assert known == read(path, environment(model.dtype))
+    monkeypatch.setattr(calibration, "read", never)  # the process remembers, too
+    assert calibrate(model, processor.folder, pipeline, inputs) is known
+
+
+def never(*_):
+    raise AssertionError("this was to be remembered")
+
+
+def without(key: str):
+    return lambda told: json.dumps({k: v for k, v in told.items() if k != key})
+
+
+DAMAGE = {
+    "empty": lambda told: "",
+    "cut off": lambda told: json.dumps(told)[:200],
+    "no object": lambda told: "[1, 2]",
+    "nested without end": lambda told: "[" * 100_000,
+    "no runs": lambda told: json.dumps({**told, "runs": []}),
+    "few runs": lambda told: json.dumps({**told, "runs": told["runs"][:1]}),
+    "runs without N": lambda told: json.dumps({**told, "N": told["N"] + 1}),
+    "runs that took no time": lambda told: json.dumps(
+        {**told, "runs": [{**r, "ms": dict.fromkeys(r["ms"], 0)} for r in told["runs"]]}
+    ),
+    "a run that is a number": lambda told: json.dumps({**told, "runs": [1, *told["runs"]]}),
+    "a run without prefill": lambda told: json.dumps(told).replace('"prefill": ', '"was": ', 1),
+    "times in a list": lambda told: json.dumps(
+        {**told, "runs": [{**r, "ms": [1, 2, 3]} for r in told["runs"]]}
+    ),
+    "a part missing": without("runs"),
+    "not a number": lambda told: json.dumps(told).replace('"vision": ', '"vision": NaN, "was": '),
+    "no time": lambda told: json.dumps(told).replace('"vision": ', '"vision": -1, "was": '),
+    "words for numbers": lambda told: json.dumps({**told, "N": "sixteen"}),
+    "another version": lambda told: json.dumps({**told, "about": {**told["about"], "versions": 0}}),
+    "another format": lambda told: json.dumps({**told, "format": 0}),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_or_old_calibration_is_made_anew(loaded, home, cache, case):
+    model, processor = loaded
+    file = remember(loaded, home, cache)
+    file.write_text(DAMAGE[case](json.loads(file.read_text())))
+    assert read(file, environment(model.dtype)) is None
+    calibrate(model, processor.folder, plan("norm"), inputs_of(loaded, home))
+    assert read(file, environment(model.dtype)) is not None
+
+
+@pytest.mark.parametrize("more", [{"images": 2}, {"prompt": "star " * 150}])
+def test_more_images_or_words_than_were_measured_are_measured(loaded, home, cache, more):
+    model, processor = loaded
+    remember(loaded, home, cache)
+    inputs = inputs_of(loaded, home, **more)
+    known = calibrate(model, processor.folder, plan("norm"), inputs)
+    assert max(r.text for r in known.runs) >= inputs.text
+    assert max(r.images for r in known.runs) == len(inputs.visible)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_fails_nothing(loaded, home, cache, capsys):
+    cache.write_text("a file where the folder would be")
+    calibrate(loaded[0], loaded[1].folder, plan("norm"), inputs_of(loaded, home))
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "note:" in x]
+    assert "cannot be kept" in line and str(cache) in line
+
+
+def test_a_busy_machine_is_not_remembered(loaded, home, cache, monkeypatch, capsys):
+    busy = slowed(3.0, set(range(5, 48, 5)))
+    monkeypatch.setattr(calibration, "measure", lambda *_: busy)
+    monkeypatch.setattr(calibration, "BUSY", 1.5)
+    calibrate(loaded[0], loaded[1].folder, plan("norm"), inputs_of(loaded, home))
+    assert "3.0 x as long as usual" in capsys.readouterr().err
+    assert not cache.exists()
