@@ -13,12 +13,18 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from . import host_models as tiny
 
-MARKS = {"llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>"}
+MARKS = {
+    "llava": "<image>", "qwen": "<|vision_start|><|image_pad|><|vision_end|>", "smolvlm": "<image>",
+}  # fmt: skip
 TOKENS = {
     "llava": {"<image>": tiny.IMAGE},
     "qwen": {
         "<|video_pad|>": tiny.VIDEO, "<|image_pad|>": tiny.IMAGE,
         "<|vision_start|>": tiny.START, "<|vision_end|>": tiny.END,
+    },
+    "smolvlm": {
+        "<global-img>": tiny.VIDEO, "<image>": tiny.IMAGE,
+        "<fake_token_around_image>": tiny.START, "<end_of_utterance>": tiny.END,
     },
 }  # fmt: skip
 EOS = 63
@@ -32,10 +38,17 @@ PICTURE = {
         "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2,
         "temporal_patch_size": 2, "min_pixels": 56**2, "max_pixels": 64 * 28**2,
     },
+    "smolvlm": {  # what is wider or higher than a tile is cut up
+        "image_processor_type": "SmolVLMImageProcessor", "size": {"longest_edge": 112},
+        "max_image_size": {"longest_edge": 56},
+    },
 }  # fmt: skip
-LLAVA_PROCESSOR = {
-    "patch_size": 14, "num_additional_image_tokens": 1, "image_token": "<image>",
-    "vision_feature_select_strategy": "default",
+PROCESSOR = {
+    "llava": {
+        "patch_size": 14, "num_additional_image_tokens": 1, "image_token": "<image>",
+        "vision_feature_select_strategy": "default",
+    },
+    "smolvlm": {"image_seq_len": 4},
 }  # fmt: skip
 
 
@@ -49,8 +62,8 @@ def checkpoint(name: str, folder: Path) -> Path:
     normalised = {"image_mean": HALF, "image_std": HALF}
     _write(home / "config.json", _config(name))
     _write(home / "preprocessor_config.json", PICTURE[_kind(name)] | normalised)
-    if name == "llava":
-        _write(home / "processor_config.json", LLAVA_PROCESSOR)
+    if name in PROCESSOR:
+        _write(home / "processor_config.json", PROCESSOR[name])
     _words(home, name)
     return home
 
@@ -66,6 +79,9 @@ def _config(name: str) -> dict[str, Any]:
         text = tiny.TEXT | {"model_type": "llama"}
         told = {"text_config": text, "vision_config": tiny.CLIP, "image_token_index": tiny.IMAGE}
         return told | {"model_type": name, "vision_feature_layer": -2, "eos_token_id": EOS}
+    if name == "smolvlm":
+        parts = {"text_config": tiny.TEXT | {"model_type": "llama"}, "vision_config": tiny.SIGLIP}
+        return parts | {"model_type": name, "image_token_id": tiny.IMAGE, "eos_token_id": EOS}
     shared = tiny.IDS | {"model_type": name, "eos_token_id": EOS}
     if name == "qwen3_vl":
         vision = tiny.QWEN | tiny.QWEN3 | {"model_type": name}

@@ -50,15 +50,16 @@ def reference(seed: int = 0) -> VLM:
     return model
 
 
-def taught(model: VLM) -> VLM:
-    """The model with random weights of the learned methods that keep whatever K they are told."""
+def taught(model: VLM, noise: float = 0.1) -> VLM:
+    """The model with random weights of the learned methods that keep whatever K they are told; its
+    twig guesses the better the less noise there is."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         scorers = {n: METHODS[n].make(VISION.hidden_size, 1) for n in ("score_prune", "mlp")}
         model.learned = {**scorers, "twig": grown(model.language, 1, 2)}
         for weights in model.learned.values():
             for parameter in weights.eval().parameters():
-                parameter.data += 0.1 * torch.randn_like(parameter)
+                parameter.data += noise * torch.randn_like(parameter)
     return model
 
 
