@@ -186,8 +186,8 @@ def _plain(odds_V: mx.array) -> np.ndarray:
 
 
 def _arrays(view: View) -> Iterator[mx.array]:
-    told = (getattr(view.signals, f.name) for f in fields(view.signals))
-    yield from (a for a in (*told, *view.deep) if isinstance(a, mx.array))
+    values = (getattr(view.signals, f.name) for f in fields(view.signals))
+    yield from (a for a in (*values, *view.deep) if isinstance(a, mx.array))
 
 
 def _copied(cache: Sequence[Any]) -> list[Any]:

@@ -176,10 +176,10 @@ class At:
 
     def signals(self, v: int, pruner: Pruner, grid: tuple[int, int]) -> Signals:
         """A picture's rows, and what the method needs."""
-        found: dict[str, Any] = {}
+        needed: dict[str, Any] = {}
         for name in pruner.method.needs:
-            found |= SIGNALS[name](self, self.rows.at(v))
-        return Signals(self.rows.x_1lD[:, self.rows.at(v)], grid, **found)
+            needed |= SIGNALS[name](self, self.rows.at(v))
+        return Signals(self.rows.x_1lD[:, self.rows.at(v)], grid, **needed)
 
     def before(self, own: slice) -> dict[str, mx.array]:
         return {"before_BND": self.before_rows.x_1lD[:, own]}
