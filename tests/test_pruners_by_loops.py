@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import torch_ref.pruners as ref
-from mlx_vlm_prune.decoder import rows
 from mlx_vlm_prune.pruners import Signals, resolve
 
 ROWS, COLUMNS, D, HEADS, T = 4, 5, 6, 2, 3
@@ -214,7 +213,7 @@ def test_fastv_scores_by_one_row_of_attention():
         attention = [a + math.exp(x) / total / 4 for a, x in zip(attention, logits, strict=True)]
     q = mx.array(np.array(queries, np.float32).reshape(1, 2, 2, 1, d))
     k = mx.array(heads(KEYS)).swapaxes(1, 2)
-    row = rows(q, k, mx.ones((1, 1, N), dtype=mx.bool_), None)[:, 0]
+    row = attention(q, k, mx.ones((1, 1, N), dtype=mx.bool_), None)[:, 0]
     np.testing.assert_allclose(np.array(row)[0], attention, rtol=1e-5)
     kept = resolve("fastv")(
         Signals(mx.array(OF["x_BND"]), (ROWS, COLUMNS), last_attention_BN=row), 7

@@ -127,6 +127,14 @@ def answers_of(
     return Answers(greedy_answers(prefill, ends, max_tokens), logprob_B)
 
 
+def answer(
+    model: VLM, batch: Batch, pruner: Pipeline, K: int, ends: Collection[int], max_tokens: int
+) -> Answers:
+    """Of a model of ours with K of N visual tokens. Raises UserError where that cannot be."""
+    prefill = model(batch.rows, batch.pixels_IHW3, pruner, K)
+    return answers_of(prefill, batch.right_BA, ends, max_tokens)
+
+
 class OwnRespondent:
     """A model of ours that is asked by all these methods."""
 
@@ -144,5 +152,4 @@ class OwnRespondent:
         return batch
 
     def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Answers:
-        prefill = self.model(batch.rows, batch.pixels_IHW3, pipeline, int(keep))
-        return answers_of(prefill, batch.right_BA, self.ends, max_tokens)
+        return answer(self.model, batch, pipeline, int(keep), self.ends, max_tokens)

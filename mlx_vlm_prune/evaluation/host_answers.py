@@ -120,5 +120,5 @@ def usual(host: Host) -> list[str]:
 
 
 def _arrays(view: View) -> Iterator[mx.array]:
-    told = (getattr(view.signals, f.name) for f in fields(view.signals))
-    yield from (a for a in (*told, *view.deep) if isinstance(a, mx.array))
+    values = (getattr(view.signals, f.name) for f in fields(view.signals))
+    yield from (a for a in (*values, *view.deep) if isinstance(a, mx.array))

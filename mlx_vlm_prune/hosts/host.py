@@ -1,6 +1,6 @@
 """A model of another library's, as pruning needs it: `Host`, of which each family is a subclass.
 
-Shapes: N visual tokens of a view, K kept, L rows of the prompt, D features.
+Shapes: K visual tokens kept of a view, L rows of the prompt, D features.
 """
 
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""The token loop of a model of mlx-vlm's: its own, told in our figures.
+"""The token loop of a model of mlx-vlm's: its own, with our figures.
 
 Shapes: l rows of the prompt.
 """
@@ -104,8 +104,8 @@ def explained(
     except ValueError as problem:
         if kv_bits is None or isinstance(problem, UserError):
             raise
-        said = " ".join(str(problem).split())
-        raise UserError(f"--kv-bits {kv_bits:g} cannot be had of this model: {said}") from problem
+        reason = " ".join(str(problem).split())
+        raise UserError(f"--kv-bits {kv_bits:g} cannot be had of this model: {reason}") from problem
 
 
 def _decode(
