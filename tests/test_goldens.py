@@ -11,7 +11,7 @@ import pytest
 
 from mlx_vlm_prune.pruners import METHODS, Signals
 
-from .test_pruners import ready
+from .pruner_cases import ready
 
 ROWS, COLUMNS, D, HEADS, T = 6, 6, 8, 2, 4
 N = ROWS * COLUMNS

@@ -21,7 +21,7 @@ from torch_ref.decoder import attention
 from torch_ref.pruners import Step
 
 from . import tiny
-from .test_pruners import close
+from .pruner_cases import close
 
 POLICIES = ("keep", "renumber")
 CHOOSING = [n for n in METHODS if n not in ("none", "restore", "attention_pool")]
