@@ -86,6 +86,11 @@ def signals(of: dict) -> Signals:
     return Signals(**{k: v if k == "grid" else mx.array(v) for k, v in of.items()})
 
 
+def seen_there(of: dict) -> ref.Signals:
+    """The same in the reference."""
+    return ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
+
+
 def some(of: dict, b: slice) -> dict:
     """The same of some images of the batch."""
     return {k: v if k == "grid" else v[b] for k, v in of.items()}
@@ -112,8 +117,7 @@ def agree(spec: str, of: dict, K: int) -> None:
 
 
 def twin(pruner: Pruner, of: dict, K: int) -> ref.Reduction:
-    seen = ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
-    return ref.reduce(pruner.name, seen, K, **pruner.options)
+    return ref.reduce(pruner.name, seen_there(of), K, **pruner.options)
 
 
 def close(ours: np.ndarray, theirs: np.ndarray) -> None:

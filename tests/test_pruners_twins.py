@@ -28,9 +28,10 @@ from .pruner_cases import (
     learned_pair,
     many,
     ready,
+    seen_there,
     signals,
     twin,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
@@ -132,7 +133,7 @@ def test_a_learned_method_agrees_between_frameworks_and_keeps_k(name, given_):
         return
     weights, theirs = learned_pair(name, K)
     ours = resolve(name, {name: weights})(signals(of), K)
-    seen = ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
+    seen = seen_there(of)
     with torch.no_grad():
         kept = theirs.prune(seen, K)
         close(np.array(ours.tokens(mx.array(of["x_BND"]))), kept.tokens(seen.x_BND).numpy())
@@ -144,7 +145,7 @@ def test_a_predicted_budget_is_each_images_own_and_agrees_between_frameworks():
     of = case("random", 3, (6, 6), 2)
     weights, theirs = learned_pair("mlp", 9)
     pruner = resolve("mlp:dynamic", {"mlp": weights})
-    seen = ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
+    seen = seen_there(of)
     with torch.no_grad():
         told = theirs.budgets(seen, 12)
     assert pruner.budgets(signals(of), 12) == told

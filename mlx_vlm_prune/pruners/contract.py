@@ -4,6 +4,7 @@ Shapes: B images, N visual tokens, K kept slots, D features, H heads, d head siz
 T tokens of text.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from functools import cached_property
@@ -24,7 +25,13 @@ class Stage(IntEnum):
 
 
 Policy = Literal["keep", "renumber"]  # of the positions of kept tokens
-WHOLE = ("grid", "cls_query_BHd", "text_BTD", "text_real_BT")  # signals that are not per token
+
+
+def token_axis(name: str) -> int | None:
+    """Which axis of a signal are the visual tokens: the place of N in its name's suffix, where
+    every axis has one letter. None of one that is not per token."""
+    axis = name.rpartition("_")[2].find("N")
+    return None if axis < 0 else axis
 
 
 @dataclass(frozen=True)
@@ -78,15 +85,23 @@ class Signals:
             own[f.name] = value if value is None or f.name == "grid" else value[image : image + 1]
         return Signals(**own)
 
-    def reduced(self, kept: "Reduction") -> "Signals":
-        """The same of the kept slots; what slots without an anchor have no share in is gone."""
+    def per_token(self, change: Callable[[mx.array, int], mx.array | None]) -> "Signals":
+        """`change(signal, axis)` in place of every signal that has an entry for each token, but
+        for the tokens themselves."""
         own: dict[str, Any] = {}
         for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None or f.name in WHOLE or f.name == "x_BND":
-                continue
-            own[f.name] = None if kept.index_BK is None else take(value, kept.index_BK)
-        return replace(self, x_BND=kept.tokens(self.x_BND), **own)
+            value, axis = getattr(self, f.name), token_axis(f.name)
+            if value is not None and axis is not None and f.name != "x_BND":
+                own[f.name] = change(value, axis)
+        return replace(self, **own)
+
+    def reduced(self, kept: "Reduction") -> "Signals":
+        """The same of the kept slots; what slots without an anchor have no share in is gone."""
+
+        def entries(signal: mx.array, axis: int) -> mx.array | None:
+            return None if kept.index_BK is None else take(signal, kept.index_BK, axis)
+
+        return replace(self.per_token(entries), x_BND=kept.tokens(self.x_BND))
 
 
 def take(x: mx.array, index_BK: mx.array, axis: int = 1) -> mx.array:

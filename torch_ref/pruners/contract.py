@@ -3,6 +3,7 @@
 Shapes: B images, N visual tokens, K kept, D features, H heads, d head size, T words.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -39,15 +40,24 @@ class Signals:
     mean_attention_BN: Tensor | None = None
     twig_attention_BN: Tensor | None = None
 
+    def each(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
+        """With `change(signal, dim)` for every signal of which N is a dimension; x included."""
+        changed: dict[str, Any] = {}
+        for f in fields(self):
+            letters, value = f.name.split("_")[-1], getattr(self, f.name)
+            if "N" in letters and value is not None:
+                changed[f.name] = change(value, letters.index("N"))
+        return replace(self, **changed)
+
     def rows(self, index_BK: Tensor) -> "Signals":
         """Of some tokens only; what is not per token stays."""
-        picked: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor) and "N" in f.name.rsplit("_", 1)[1][:2]:
-                flat = index_BK.reshape(*index_BK.shape, *[1] * (value.ndim - 2))
-                picked[f.name] = value.take_along_dim(flat, dim=1)
-        return replace(self, **picked)
+
+        def picked(value: Tensor, dim: int) -> Tensor:
+            shape = [1] * value.ndim
+            shape[0], shape[dim] = index_BK.shape
+            return value.take_along_dim(index_BK.reshape(shape), dim)
+
+        return self.each(picked)
 
 
 @dataclass(frozen=True)
