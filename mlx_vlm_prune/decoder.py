@@ -175,7 +175,7 @@ class At:
         found: dict[str, Any] = {}
         for name in pruner.method.needs:
             found |= getattr(self, name)()
-        return replace(self.visual(grid), **found)
+        return self.visual(grid).replace(**found)
 
     def before(self) -> dict[str, mx.array]:
         return {"before_BND": self.before_BLD[self.told.where]}

@@ -210,11 +210,11 @@ class VLM(nn.Module):
         real = np.array([[i < len(ids) for i in range(T)] for ids in words])
         padded = np.array([ids + [0] * (T - len(ids)) for ids in words], dtype=np.int32)
         text_BTD = self.language.embed_tokens(mx.array(padded))
-        return replace(signals, text_BTD=text_BTD, text_real_BT=mx.array(real))
+        return signals.replace(text_BTD=text_BTD, text_real_BT=mx.array(real))
 
     def project(self, lot: Lot, lap: Lap = no_lap) -> Lot:
         x_BND = lap("projector", self.projector(lot.signals.x_BND))
-        return replace(lot, signals=replace(lot.signals, x_BND=x_BND))
+        return replace(lot, signals=lot.signals.replace(x_BND=x_BND))
 
     def cuts(self, lots: list[Lot], pipeline: Pipeline, K: int, policy: Policy) -> Cuts:
         """Where the decoder lets go of visual rows, so that an average of K stays."""

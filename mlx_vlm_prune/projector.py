@@ -6,7 +6,7 @@ neighbouring patches together before: a visual token is then a block of patches.
 Shapes: B images, N patches, M blocks of m patches, D features.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx import nn
@@ -52,7 +52,7 @@ def merged(signals: Signals, merge: tuple[int, int]) -> Signals:
 
     rows, columns = (n // m for n, m in zip(signals.grid, merge, strict=True))
     x_BMD = _blocks(signals.x_BND, signals.grid, merge).flatten(2)
-    return replace(signals.per_token(mean), x_BND=x_BMD, grid=(rows, columns))
+    return signals.per_token(mean).replace(x_BND=x_BMD, grid=(rows, columns))
 
 
 def _blocks(x: mx.array, grid: tuple[int, int], merge: tuple[int, int]) -> mx.array:

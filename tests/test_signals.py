@@ -1,4 +1,4 @@
-"""A signal's name tells its axes: each is cut, merged and reduced along the one of its tokens.
+"""What a pruner sees: each signal along the axis of its tokens, and none that it did not ask for.
 
 Shapes: B images, N tokens, K kept, T words, m patches of a block.
 """
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from mlx_vlm_prune.projector import merged
-from mlx_vlm_prune.pruners import Reduction
+from mlx_vlm_prune.pruners import METHODS, Reduction
 from torch_ref.layout import merged as merged_there
 
-from .pruner_cases import T, case, seen_there, signals
+from .pruner_cases import CHOOSING, LEARNED, T, case, learned_pair, seen_there, signals
 
 GRID, N = (4, 6), 24
 INDEX_BK = np.array([[0, 5, 11, 23], [2, 3, 7, 8]])
@@ -68,3 +68,47 @@ def test_merging_patches_takes_means_along_the_axis_of_tokens(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_of_a_batch_has_its_own_signals(name):
     same(name, signals(OF).of(1), OF[name][1:])
+
+
+SUPPLIED = {  # what a host hands over for a need, where it is not a row of attention
+    "grid": [], "text": ["text_BTD", "text_real_BT"], "cls_query": ["cls_query_BHd"],
+    "keys": ["keys_BNHd"], "queries": ["queries_BNHd"], "pixels": ["pixels_BND"],
+    "patches": ["patches_BND"], "before": ["before_BND"],
+    "held_keys": ["keys_BND", "text_keys_BTD"],
+    "normed": ["normed_BND", "text_BTD", "text_real_BT"],
+    "text_attention": ["text_attention_BTN"],
+    "mean_attention": ["mean_attention_BN", "next_keys_BND"],
+}  # fmt: skip
+
+
+def needed(method) -> set[str]:
+    return {name for need in method.needs for name in SUPPLIED.get(need, [f"{need}_BN"])}
+
+
+def missed(prune, seen) -> set[str]:
+    """The signals without which the method stops, each with an error that names it."""
+    names = set()
+    for name in set(NAMES) - {"x_BND"}:
+        try:
+            prune(seen.replace(**{name: None}), 9)
+        except AssertionError as e:
+            assert str(e) == f"{name} is not there: who reads it must list it in `needs`"
+            names.add(name)
+    return names
+
+
+@pytest.mark.parametrize("method", [*CHOOSING, *LEARNED])
+def test_a_method_reads_what_it_needs_and_is_told_of_a_signal_that_is_withheld(method):
+    prune = METHODS[method].prune if method in CHOOSING else learned_pair(method, 9)[0].prune
+    assert missed(prune, signals(OF)) == needed(METHODS[method])
+
+
+def test_a_signal_that_need_not_be_there_is_asked_for_by_name():
+    seen = signals(OF)
+    assert seen.get("size_BN") is None and seen.get("keys_BND") is seen.keys_BND
+    with pytest.raises(AssertionError, match="sizes_BN is no signal"):
+        seen.get("sizes_BN")
+    with pytest.raises(AssertionError, match="sizes_BN"):
+        seen.replace(sizes_BN=seen.x_BND)
+    with pytest.raises(AttributeError, match="sizes_BN"):
+        _ = seen.sizes_BN

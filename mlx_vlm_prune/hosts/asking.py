@@ -8,7 +8,7 @@ Shapes: B questions, V words.
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -177,8 +177,7 @@ def _plain(odds_V: mx.array) -> np.ndarray:
 
 
 def _arrays(view: View) -> Iterator[mx.array]:
-    told = (getattr(view.signals, f.name) for f in fields(view.signals))
-    yield from (a for a in (*told, *view.deep) if isinstance(a, mx.array))
+    yield from (*view.signals.arrays.values(), *view.deep)
 
 
 def _copied(cache: Sequence[Any]) -> list[Any]:

@@ -199,7 +199,7 @@ def _project(model: Any, family: Family, lots: list[Lot]) -> list[Lot]:
     ends = accumulate([0, *(part.shape[1] for part in parts)])
     x_1TD = family.project(model, mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     return [
-        replace(lot, signals=replace(lot.signals, x_BND=x_1TD[:, a:b]))
+        replace(lot, signals=lot.signals.replace(x_BND=x_1TD[:, a:b]))
         for lot, (a, b) in zip(lots, pairwise(ends), strict=True)
     ]
 
@@ -209,4 +209,4 @@ def _worded(model: Any, family: Family, inputs: Inputs, view: View) -> Any:
     words = [token for token in inputs.ids if token != family.image_token(model, inputs)]
     text_1TD = family.embed(model)(mx.array([words or [0]]))
     real_1T = mx.full((1, text_1TD.shape[1]), bool(words))
-    return replace(view.signals, text_BTD=text_1TD, text_real_BT=real_1T)
+    return view.signals.replace(text_BTD=text_1TD, text_real_BT=real_1T)

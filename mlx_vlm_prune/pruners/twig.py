@@ -38,7 +38,6 @@ def schedule(
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K most attended."""
-    assert signals.twig_attention_BN is not None
     return Reduction(index_BK=keep_highest(signals.twig_attention_BN, K))
 
 

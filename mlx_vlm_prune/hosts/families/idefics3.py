@@ -30,7 +30,7 @@ def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View
     m = model.connector.scale_factor
     seen = siglip.encode(model.vision_model, out, want, m)
     x_TPD = out[0].astype(pixels_T3HW.dtype)
-    seen = replace(seen, x_BND=model.connector.pixel_shuffle(x_TPD, m))
+    seen = seen.replace(x_BND=model.connector.pixel_shuffle(x_TPD, m))
     return per_picture(inputs, seen, pixels_T3HW.transpose(0, 2, 3, 1))
 
 

@@ -4,7 +4,6 @@ Shapes: T tiles, S tokens with CLS, N visual tokens, K kept, D features, H heads
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +26,7 @@ def see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> list[View
     layers = tower.encoder.layers
     seen = signals(x_TSD[:, 1:], (side, side), want, layers, states, True, _queries_and_keys)
     x_TND = pixel_shuffle(x_TSD[:, 1:], shuffle_ratio=model.downsample_ratio)
-    return per_picture(inputs, replace(merged(seen, (m, m)), x_BND=x_TND), pixels_THW3)
+    return per_picture(inputs, merged(seen, (m, m)).replace(x_BND=x_TND), pixels_THW3)
 
 
 def _queries_and_keys(layer: Any, x_TSD: mx.array) -> tuple[mx.array, mx.array]:

@@ -9,7 +9,7 @@ H heads, d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -100,7 +100,7 @@ def run(
     for i, (_, h, w) in enumerate(inputs.extra["image_grid_thw"].tolist()):
         end = begin + h * w // m**2
         own = _signals(row, heard, want, (h, w), m, begin, end)
-        own = replace(own, x_BND=x_UD[None, begin:end])
+        own = own.replace(x_BND=x_UD[None, begin:end])
         views.append(View(i, own, deep=tuple(y_UD[None, begin:end] for y_UD in added)))
         begin = end
     return views

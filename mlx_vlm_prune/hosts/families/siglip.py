@@ -4,7 +4,6 @@ Shapes: I pictures, N visual tokens of m x m patches, P patches, K kept, D featu
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -37,7 +36,7 @@ def gemma3_see(model: Any, inputs: Inputs, want: Mapping[str, int | None]) -> li
     seen = encode(model.vision_tower.vision_model, out, want, joint.kernel_size)
     side = joint.patches_per_image
     x_IHWD = joint.avg_pool(out[0].reshape(len(out[0]), side, side, -1))
-    return per_picture(inputs, replace(seen, x_BND=x_IHWD.flatten(1, 2)), pixels_IHW3)
+    return per_picture(inputs, seen.replace(x_BND=x_IHWD.flatten(1, 2)), pixels_IHW3)
 
 
 def gemma3_project(model: Any, x_1KD: mx.array) -> mx.array:
