@@ -4,7 +4,7 @@ Shapes: B images, N patches, D features, K kept tokens.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,4 +98,4 @@ def merged(signals: Signals, merge: tuple[int, int] | None) -> Signals:
         return x.flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
 
     seen = signals.each(lambda x, dim: blocks(x, dim).mean(dim + 1))
-    return replace(seen, grid=(rows, columns), x_BND=blocks(signals.x_BND, 1).flatten(2))
+    return seen.replace(grid=(rows, columns), x_BND=blocks(signals.x_BND, 1).flatten(2))

@@ -266,7 +266,7 @@ class VLM(nn.Module):
         words = [self.words(row) for row in rows for _ in row.runs]
         text_BTD = pad_sequence([self.language.embed_tokens(ids) for ids in words], True)
         real_BT = pad_sequence([torch.ones_like(ids) for ids in words], True).bool()
-        return replace(seen, text_BTD=text_BTD, text_real_BT=real_BT), kept
+        return seen.replace(text_BTD=text_BTD, text_real_BT=real_BT), kept
 
     def words(self, row: Row) -> Tensor:
         """The ids of a prompt without its images' placeholders."""
@@ -279,7 +279,7 @@ class VLM(nn.Module):
         now, since, n = seen, None, seen.x_BND.shape[1]
         for stage in ("features", "projected"):
             if stage == "projected":
-                now = replace(now, x_BND=self.projector(now.x_BND))
+                now = now.replace(x_BND=self.projector(now.x_BND))
             for step in steps:
                 if step.stage == stage:
                     m = now.x_BND.shape[1]
@@ -287,7 +287,7 @@ class VLM(nn.Module):
                     kept = reduce(step.name, now, own, step.learned, **step.options)
                     slots = kept.tokens(now.x_BND)
                     now = now if kept.index_BK is None else now.rows(kept.index_BK)
-                    now, since = replace(now, x_BND=slots), kept.after(since, n)
+                    now, since = now.replace(x_BND=slots), kept.after(since, n)
         if since is None:
             since = Reduction(torch.arange(n, device=seen.x_BND.device).expand(len(seen.x_BND), n))
         return now.x_BND, since

@@ -25,7 +25,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +111,8 @@ def pool_loss(
 
 
 def _detached(seen: Signals) -> Signals:
-    attention_BN = seen.cls_attention_BN
-    assert attention_BN is not None
-    return replace(seen, x_BND=seen.x_BND.detach(), cls_attention_BN=attention_BN.detach())
+    attention_BN = seen.cls_attention_BN.detach()
+    return seen.replace(x_BND=seen.x_BND.detach(), cls_attention_BN=attention_BN)
 
 
 def score_loss(

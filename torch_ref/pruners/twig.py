@@ -18,7 +18,6 @@ def schedule(
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.twig_attention_BN is not None
     return Reduction(top(signals.twig_attention_BN, K))
 
 
