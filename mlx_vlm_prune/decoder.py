@@ -211,7 +211,7 @@ class LayerInput:
         signals: dict[str, Any] = {}
         for name in pruner.method.needs:
             signals |= getattr(self, name)()
-        return replace(self.visual(), **signals)
+        return self.visual().replace(**signals)
 
     def bias(self) -> mx.array | None:
         """What is added to the attention that the images' rows get, (I, n)."""

@@ -219,11 +219,11 @@ class VLM(nn.Module):
         real = np.array([[i < len(ids) for i in range(T)] for ids in words])
         padded = np.array([ids + [0] * (T - len(ids)) for ids in words], dtype=np.int32)
         text_BTD = self.language.embed_tokens(mx.array(padded))
-        return replace(signals, text_BTD=text_BTD, text_real_BT=mx.array(real))
+        return signals.replace(text_BTD=text_BTD, text_real_BT=mx.array(real))
 
     def project(self, batch: ImageBatch) -> ImageBatch:
         x_BND = lap("projector", self.projector(batch.signals.x_BND))
-        return replace(batch, signals=replace(batch.signals, x_BND=x_BND))
+        return replace(batch, signals=batch.signals.replace(x_BND=x_BND))
 
     def cuts(
         self, batches: list[ImageBatch], pipeline: Pipeline, K: int, policy: Policy,

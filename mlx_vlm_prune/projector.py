@@ -6,9 +6,6 @@ neighbouring patches together before: a visual token is then a block of patches.
 Shapes: B images, N patches, M blocks of m patches, D features.
 """
 
-from dataclasses import fields, replace
-from typing import Any
-
 import mlx.core as mx
 from mlx import nn
 
@@ -39,14 +36,14 @@ def merged(signals: Signals, merge: tuple[int, int]) -> Signals:
     """
     if merge == (1, 1):
         return signals
-    own: dict[str, Any] = {"grid": tuple(n // m for n, m in zip(signals.grid, merge, strict=True))}
-    for f in fields(signals):
-        value = getattr(signals, f.name)
-        if f.name == "x_BND":
-            own[f.name] = _blocks(value, signals.grid, merge).flatten(2)
-        elif value is not None and f.name.partition("_B")[2].startswith("N"):
-            own[f.name] = _blocks(value, signals.grid, merge).mean(axis=2)
-    return replace(signals, **own)
+
+    def mean(signal: mx.array, axis: int) -> mx.array:
+        blocks = _blocks(mx.moveaxis(signal, axis, 1), signals.grid, merge)
+        return mx.moveaxis(blocks.mean(axis=2), 1, axis)
+
+    rows, columns = (n // m for n, m in zip(signals.grid, merge, strict=True))
+    x_BMD = _blocks(signals.x_BND, signals.grid, merge).flatten(2)
+    return signals.per_token(mean).replace(x_BND=x_BMD, grid=(rows, columns))
 
 
 def _blocks(x: mx.array, grid: tuple[int, int], merge: tuple[int, int]) -> mx.array:

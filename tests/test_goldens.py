@@ -11,7 +11,7 @@ import pytest
 
 from mlx_vlm_prune.pruners import METHODS, Signals
 
-from .test_pruners import ready
+from .pruner_cases import ready
 
 ROWS, COLUMNS, D, HEADS, T = 6, 6, 8, 2, 4
 N = ROWS * COLUMNS
@@ -55,7 +55,7 @@ def seen() -> Signals:
 
 
 SPECS = [
-    *(n for n, m in METHODS.items() if n != "none" and hasattr(m, "prune")),
+    *(n for n, m in METHODS.items() if n != "none" and m.prune),
     "similarity:published", "hiprune:objects=1", "visionzip:contextual=0.5", "dart:pivots=1",
 ]  # fmt: skip
 GOLDENS: dict[str, list[int]] = {

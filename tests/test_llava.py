@@ -32,8 +32,8 @@ from torch_ref.llava import read
 
 from . import llava, tiny
 from .llava import KINDS, SIDE, N
+from .pruner_cases import close
 from .test_model import CHOOSING, POLICIES, SPECS, K, Replaying, steps_of
-from .test_pruners import close
 
 CPU = torch.device("cpu")
 

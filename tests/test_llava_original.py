@@ -22,8 +22,8 @@ from torch_ref.llava import read
 
 from . import llava
 from .llava import IMAGE, SIDE, WORDS, N
+from .pruner_cases import close
 from .test_llava import CPU, ours, pixels, theirs
-from .test_pruners import close
 
 APART = ("vicuna", "vicuna, last layer")
 INSIDE = "vicuna, heads as wide as OpenAI's"  # which no tensor tells

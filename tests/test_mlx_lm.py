@@ -40,10 +40,10 @@ from torch_ref.llava import read
 from . import backbones, llava
 from .backbones import KINDS, theirs
 from .llava import N
+from .pruner_cases import close
 from .test_llava import as_mx, ours, pixels
 from .test_llava import theirs as whole
 from .test_model import POLICIES, K, Replaying, steps_of
-from .test_pruners import close
 
 CPU = torch.device("cpu")
 IN_DECODER = [n for n, m in METHODS.items() if m.stage is Stage.DECODER and n != "twig"]

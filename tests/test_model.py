@@ -21,7 +21,7 @@ from torch_ref.decoder import attention
 from torch_ref.pruners import Step
 
 from . import tiny
-from .test_pruners import close
+from .pruner_cases import close
 
 POLICIES = ("keep", "renumber")
 CHOOSING = [n for n in METHODS if n not in ("none", "restore", "attention_pool")]
@@ -108,7 +108,7 @@ class Replaying:
         self.pipeline = replace(pipeline, steps=steps)
 
     def wrapped(self, step: Pruner) -> Pruner:
-        if not hasattr(step.method, "prune"):
+        if not step.method.prune:
             return step
         told = []
 
@@ -120,7 +120,7 @@ class Replaying:
             told.append(step.method.prune(signals, K, **options))
             return told[-1]
 
-        return replace(step, method=SimpleNamespace(**{**vars(step.method), "prune": prune}))
+        return replace(step, method=replace(step.method, prune=prune))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

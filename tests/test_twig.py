@@ -31,7 +31,7 @@ from torch_ref.language.twig import Twig, grown
 from torch_ref.pruners import METHODS as REFERENCE
 
 from . import tiny
-from .test_pruners import close
+from .pruner_cases import close
 
 L = 11
 PADDED = 3  # rows of the second prompt that are not there

@@ -23,8 +23,8 @@ from torch_ref.model import VLM, VLMConfig
 from torch_ref.speculate import speculate as theirs
 
 from . import tiny
+from .pruner_cases import close
 from .test_model import Replaying, steps_of
-from .test_pruners import close
 
 TEXT = replace(tiny.TEXT, num_hidden_layers=5)
 K = 9

@@ -181,7 +181,7 @@ def signals(
     if not language.attends:
         return found
     told = attended(language, i, before, now, twig)
-    return [replace(rows, **own) for rows, own in zip(found, told, strict=True)]
+    return [rows.replace(**own) for rows, own in zip(found, told, strict=True)]
 
 
 def attended(

@@ -3,7 +3,7 @@
 Shapes: B images, N patches, D features, K kept tokens.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -88,13 +88,10 @@ def merged(signals: Signals, merge: tuple[int, int] | None) -> Signals:
     assert merge
     rows, columns = signals.grid[0] // merge[0], signals.grid[1] // merge[1]
 
-    def blocks(x: Tensor) -> Tensor:
-        x = x.unflatten(1, (rows, merge[0], columns, merge[1]))
-        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    def blocks(x: Tensor, dim: int) -> Tensor:
+        """(…, N, …) as (…, M, m, …)."""
+        x = x.unflatten(dim, (rows, merge[0], columns, merge[1])).transpose(dim + 1, dim + 2)
+        return x.flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
 
-    own: dict[str, Any] = {"grid": (rows, columns), "x_BND": blocks(signals.x_BND).flatten(2)}
-    for f in fields(signals):
-        value = getattr(signals, f.name)
-        if f.name not in own and value is not None and f.name.partition("_B")[2][:1] == "N":
-            own[f.name] = blocks(value).mean(2)
-    return replace(signals, **own)
+    seen = signals.each(lambda x, dim: blocks(x, dim).mean(dim + 1))
+    return seen.replace(grid=(rows, columns), x_BND=blocks(signals.x_BND, 1).flatten(2))

@@ -27,7 +27,7 @@ from . import decoder
 from .language.minimind import MiniMind
 from .language.splice import Row, Spliced, splice, visible
 from .layout import VisionEncoder, VLMConfig, config_of, merged, vision_proj
-from .pruners import METHODS, Reduction, Signals, Step, reduce, wanted
+from .pruners import METHODS, Reduction, Signals, Step, is_learned, reduce, wanted
 from .pruners.attention_pool import AttentionPool
 from .towers.clip import CLIPTower
 from .towers.siglip import SiglipTower
@@ -267,7 +267,7 @@ class VLM(nn.Module):
         words = [self.words(row) for row in rows for _ in row.runs]
         text_BTD = pad_sequence([self.language.embed_tokens(ids) for ids in words], True)
         real_BT = pad_sequence([torch.ones_like(ids) for ids in words], True).bool()
-        return replace(seen, text_BTD=text_BTD, text_real_BT=real_BT), kept
+        return seen.replace(text_BTD=text_BTD, text_real_BT=real_BT), kept
 
     def words(self, row: Row) -> Tensor:
         """The ids of a prompt without its images' placeholders."""
@@ -280,7 +280,7 @@ class VLM(nn.Module):
         now, since, n = seen, None, seen.x_BND.shape[1]
         for stage in ("features", "projected"):
             if stage == "projected":
-                now = replace(now, x_BND=self.projector(now.x_BND))
+                now = now.replace(x_BND=self.projector(now.x_BND))
             for step in steps:
                 if step.stage == stage:
                     m = now.x_BND.shape[1]
@@ -288,7 +288,7 @@ class VLM(nn.Module):
                     kept = reduce(step.name, now, own, step.learned, **step.options)
                     slots = kept.tokens(now.x_BND)
                     now = now if kept.index_BK is None else now.rows(kept.index_BK)
-                    now, since = replace(now, x_BND=slots), kept.after(since, n)
+                    now, since = now.replace(x_BND=slots), kept.after(since, n)
         if since is None:
             since = Reduction(torch.arange(n, device=seen.x_BND.device).expand(len(seen.x_BND), n))
         return now.x_BND, since
@@ -331,7 +331,7 @@ class VLM(nn.Module):
             raise UserError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
         if pruner == "none" and K not in (None, N):
             raise UserError(f"none keeps all {N} visual tokens, not {K}; name another pruner")
-        if hasattr(METHODS[pruner], "make") and self.weights(pruner) is None:
+        if is_learned(pruner) and self.weights(pruner) is None:
             raise UserError(f"{pruner} is learned, and this model holds no weights for it")
         if trained and K not in (None, trained, N):
             raise UserError(f"this model's {pruner} keeps {trained} tokens, not {K}")

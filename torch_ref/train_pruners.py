@@ -23,7 +23,7 @@ Shapes: B pictures, N patches, K kept, L rows of the packed prompt, D features.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ from mlx_vlm_prune.checkpoints.files import appearing, open_safetensors, write_s
 from .language.minimind import rotary_table
 from .language.twig import Twig, grown
 from .model import VLM, best_device
-from .pruners import METHODS, Signals
+from .pruners import METHODS, Signals, is_learned
 from .pruners.attention_pool import AttentionPool
 from .pruners.mlp import Usefulness
 from .scenes_data import Batch, ScenesBatches
 from .train import export, note, save
 
-LEARNED = [name for name, method in METHODS.items() if hasattr(method, "make")]
+LEARNED = [name for name in METHODS if is_learned(name)]
 DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
 FIRST = 100_000  # the number of the first batch: other scenes than the model saw
 
@@ -113,9 +113,8 @@ def pool_loss(
 
 
 def _detached(seen: Signals) -> Signals:
-    attention_BN = seen.cls_attention_BN
-    assert attention_BN is not None
-    return replace(seen, x_BND=seen.x_BND.detach(), cls_attention_BN=attention_BN.detach())
+    attention_BN = seen.cls_attention_BN.detach()
+    return seen.replace(x_BND=seen.x_BND.detach(), cls_attention_BN=attention_BN)
 
 
 def score_loss(

@@ -9,7 +9,7 @@ longest right answer with its end, V words, H height, W width.
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -90,13 +90,12 @@ class SharedTower:
         assert self.batch
         which_I = self.batch.which_I
         seen = self.tower(pixels_IHW3[self.batch.first_U], want, cuts)
-        own: dict[str, Any] = {f.name: getattr(seen.signals, f.name) for f in fields(seen.signals)}
-        own |= {name: a[which_I] for name, a in own.items() if isinstance(a, mx.array)}
+        own = {name: signal[which_I] for name, signal in seen.signals.arrays.items()}
         kept = seen.kept
         if kept:
             parts = (kept.index_BK, kept.weight_BKN, kept.value_BND)
             kept = Reduction(*(None if part is None else part[which_I] for part in parts))
-        return Encoded(replace(seen.signals, **own), kept)
+        return Encoded(seen.signals.replace(**own), kept)
 
 
 def sharing(model: VLM, pipelines: Sequence[Pipeline]) -> tuple[VLM, SharedTower]:

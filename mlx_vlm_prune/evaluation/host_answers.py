@@ -4,7 +4,7 @@ Shapes: B questions.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -109,7 +109,7 @@ def usual(host: Host) -> list[str]:
     """All methods that can prune this model."""
     able = []
     for name, method in METHODS.items():
-        if method.stage is Stage.ENHANCER or getattr(method, "learned", False) or name == "none":
+        if method.stage is Stage.ENHANCER or method.learned or name == "none":
             continue
         try:
             check(host, plan(name), None)
@@ -120,5 +120,4 @@ def usual(host: Host) -> list[str]:
 
 
 def _arrays(view: View) -> Iterator[mx.array]:
-    values = (getattr(view.signals, f.name) for f in fields(view.signals))
-    yield from (a for a in (*values, *view.deep) if isinstance(a, mx.array))
+    yield from (*view.signals.arrays.values(), *view.deep)

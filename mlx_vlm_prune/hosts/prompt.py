@@ -103,7 +103,7 @@ def add_text(host: Host, inputs: Inputs, views: list[View], pipeline: Pipeline) 
     text_1TD = host.embed(mx.array([words or [0]]))
     real_1T = mx.full((1, text_1TD.shape[1]), bool(words))
     return [
-        replace(view, signals=replace(view.signals, text_BTD=text_1TD, text_real_BT=real_1T))
+        replace(view, signals=view.signals.replace(text_BTD=text_1TD, text_real_BT=real_1T))
         for view in views
     ]
 
@@ -184,7 +184,7 @@ def _project(host: Host, batches: list[ImageBatch]) -> list[ImageBatch]:
     ends = accumulate([0, *(part.shape[1] for part in parts)])
     x_1TD = host.project(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     return [
-        replace(batch, signals=replace(batch.signals, x_BND=x_1TD[:, a:b]))
+        replace(batch, signals=batch.signals.replace(x_BND=x_1TD[:, a:b]))
         for batch, (a, b) in zip(batches, pairwise(ends), strict=True)
     ]
 

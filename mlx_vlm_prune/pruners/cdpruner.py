@@ -51,7 +51,6 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
 
 def relevance(signals: Signals, negative: bool) -> mx.array:
     """How near each token is to the prompt's words, 0 to 1, (B, N) float64. On the CPU."""
-    assert signals.text_BTD is not None and signals.text_real_BT is not None
     similar_BNT = cosine(signals.x_BND, signals.text_BTD)
     real_B1T = signals.text_real_BT[:, None]
     mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)

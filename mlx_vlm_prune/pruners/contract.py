@@ -4,10 +4,11 @@ Shapes: B images, N visual tokens, K kept slots, D features, H heads, d head siz
 T tokens of text.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 
@@ -24,46 +25,80 @@ class Stage(IntEnum):
 
 
 Policy = Literal["keep", "renumber"]  # of the positions of kept tokens
-WHOLE = ("grid", "cls_query_BHd", "text_BTD", "text_real_BT")  # signals that are not per token
 
 
-@dataclass(frozen=True)
+def token_axis(name: str) -> int | None:
+    """Which axis of a signal are the visual tokens: the place of N in its name's suffix, where
+    every axis has one letter. None of one that is not per token."""
+    axis = name.rpartition("_")[2].find("N")
+    return None if axis < 0 else axis
+
+
 class Signals:
     """The tokens of B images and, of what follows them, what a method asked for.
 
-    A method names what it needs; the host computes only that. Attention is a mean over
-    heads, and only ever one row, or a column of means made without an N x N array.
+    A method names what it needs; the host computes only that. Reading another signal is an
+    error; `get` asks for one that need not be there. Attention is a mean over heads, and only
+    ever one row, or a column of means made without an N x N array.
     """
 
     x_BND: mx.array  # the tokens
     grid: tuple[int, int]  # (rows, columns) of the whole image
     # Of a layer of the tower.
-    cls_attention_BN: mx.array | None = None  # what CLS attends to
-    received_attention_BN: mx.array | None = None  # what a token gets, mean over all queries
-    object_attention_BN: mx.array | None = None  # the same of another, earlier layer
-    local_attention_BN: mx.array | None = None  # what CLS attends to in an earlier layer
-    cls_query_BHd: mx.array | None = None
-    queries_BNHd: mx.array | None = None
-    keys_BNHd: mx.array | None = None
+    cls_attention_BN: mx.array  # what CLS attends to
+    received_attention_BN: mx.array  # what a token gets, mean over all queries
+    object_attention_BN: mx.array  # the same of another, earlier layer
+    local_attention_BN: mx.array  # what CLS attends to in an earlier layer
+    cls_query_BHd: mx.array
+    queries_BNHd: mx.array
+    keys_BNHd: mx.array
     # Of the tower's entrance.
-    pixels_BND: mx.array | None = None  # each patch's own pixels
-    patches_BND: mx.array | None = None  # patch embeddings, without positions
-    size_BN: mx.array | None = None  # how many tokens of the image each stands for by now
+    pixels_BND: mx.array  # each patch's own pixels
+    patches_BND: mx.array  # patch embeddings, without positions
+    size_BN: mx.array  # how many tokens of the image each stands for by now
     # Of the prompt around each image: the language model's embeddings, in the decoder its
     # hidden states after the final norm.
-    text_BTD: mx.array | None = None
-    text_real_BT: mx.array | None = None  # False on padding
+    text_BTD: mx.array
+    text_real_BT: mx.array  # False on padding
     # Of the decoder, at the layer whose input the tokens are.
-    before_BND: mx.array | None = None  # the tokens one layer earlier
-    normed_BND: mx.array | None = None  # the tokens after the final norm
-    keys_BND: mx.array | None = None  # of the layer before, heads side by side
-    text_keys_BTD: mx.array | None = None
-    next_keys_BND: mx.array | None = None  # of this layer, heads side by side
-    last_attention_BN: mx.array | None = None  # the prompt's last token, in the layer before
-    next_attention_BN: mx.array | None = None  # the prompt's last token, in this layer
-    text_attention_BTN: mx.array | None = None  # every token of text, in the layer before
-    mean_attention_BN: mx.array | None = None  # the mean visual query to the keys of this layer
-    twig_attention_BN: mx.array | None = None  # the prompt's last token, in a twig's last layer
+    before_BND: mx.array  # the tokens one layer earlier
+    normed_BND: mx.array  # the tokens after the final norm
+    keys_BND: mx.array  # of the layer before, heads side by side
+    text_keys_BTD: mx.array
+    next_keys_BND: mx.array  # of this layer, heads side by side
+    last_attention_BN: mx.array  # the prompt's last token, in the layer before
+    next_attention_BN: mx.array  # the prompt's last token, in this layer
+    text_attention_BTN: mx.array  # every token of text, in the layer before
+    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer
+    twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
+
+    def __init__(self, x_BND: mx.array, grid: tuple[int, int], **others: mx.array | None) -> None:
+        """`others` by the names above; None is a signal that is not there."""
+        held = {name: signal for name, signal in others.items() if signal is not None}
+        assert set(held) <= SIGNALS, f"{sorted(set(held) - SIGNALS)} are no signals"
+        vars(self).update(held, x_BND=x_BND, grid=grid)
+
+    if not TYPE_CHECKING:  # a signal that is declared above is an array to whoever reads it
+
+        def __getattr__(self, name: str) -> Any:
+            """Of what is not there."""
+            if name not in SIGNALS:
+                raise AttributeError(f"{name} is no signal")
+            raise AssertionError(f"{name} is not there: who reads it must list it in `needs`")
+
+    def get(self, name: str) -> mx.array | None:
+        """A signal, if it is there."""
+        assert name in SIGNALS, f"{name} is no signal"
+        return vars(self).get(name)
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """The tokens and the signals that are there, by name."""
+        return {name: signal for name, signal in vars(self).items() if name != "grid"}
+
+    def replace(self, **own: Any) -> "Signals":
+        """The same with other signals, or more; None takes one away."""
+        return Signals(**{**vars(self), **own})
 
     @property
     def is_whole(self) -> bool:
@@ -72,21 +107,28 @@ class Signals:
 
     def of(self, image: int) -> "Signals":
         """The signals of one image of the batch."""
-        own: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            own[f.name] = value if value is None or f.name == "grid" else value[image : image + 1]
-        return Signals(**own)
+        return self.replace(**{name: a[image : image + 1] for name, a in self.arrays.items()})
+
+    def per_token(self, change: Callable[[mx.array, int], mx.array | None]) -> "Signals":
+        """`change(signal, axis)` in place of every signal that has an entry for each token, but
+        for the tokens themselves."""
+        own: dict[str, mx.array | None] = {}
+        for name, signal in self.arrays.items():
+            axis = token_axis(name)
+            if axis is not None and name != "x_BND":
+                own[name] = change(signal, axis)
+        return self.replace(**own)
 
     def reduced(self, kept: "Reduction") -> "Signals":
         """The same of the kept slots; what slots without an anchor have no share in is gone."""
-        own: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is None or f.name in WHOLE or f.name == "x_BND":
-                continue
-            own[f.name] = None if kept.index_BK is None else take(value, kept.index_BK)
-        return replace(self, x_BND=kept.tokens(self.x_BND), **own)
+
+        def entries(signal: mx.array, axis: int) -> mx.array | None:
+            return None if kept.index_BK is None else take(signal, kept.index_BK, axis)
+
+        return self.per_token(entries).replace(x_BND=kept.tokens(self.x_BND))
+
+
+SIGNALS = set(Signals.__annotations__)
 
 
 def take(x: mx.array, index_BK: mx.array, axis: int = 1) -> mx.array:

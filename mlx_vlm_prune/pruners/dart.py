@@ -28,9 +28,6 @@ def schedule(layers: int, N: int, K: int, *, layer: float = 2 / 32) -> dict[int,
 
 def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
     """Keep `pivots` tokens and the least similar to them and to as many words."""
-    assert signals.keys_BND is not None and signals.text_keys_BTD is not None
-    assert signals.normed_BND is not None and signals.text_BTD is not None
-    assert signals.text_real_BT is not None
     if pivots < 1:
         raise ValueError(f"pivots is {pivots}; it must be at least 1")
     with mx.stream(mx.cpu):

@@ -24,5 +24,4 @@ def schedule(layers: int, N: int, K: int, *, layer: float = 2 / 32) -> dict[int,
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K most attended."""
-    assert signals.last_attention_BN is not None
     return Reduction(index_BK=keep_highest(signals.last_attention_BN, K))

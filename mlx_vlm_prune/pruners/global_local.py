@@ -26,7 +26,6 @@ def prune(
     local_layer: float = 6 / 24, layer: float = -1,
 ) -> Reduction:  # fmt: skip
     """Keep K; `local` is the share of the first look, the layers are read by the host."""
-    assert signals.local_attention_BN is not None and signals.cls_attention_BN is not None
     if areas < 1 or not 0 <= local <= 1:
         raise ValueError("areas is at least 1, and local a share of K from 0 to 1")
     N, first = signals.x_BND.shape[1], int(K * local)

@@ -24,7 +24,6 @@ def prune(
     layer: float = -1,
 ) -> Reduction:  # fmt: skip
     """Keep anchors with their neighbours, then the best of the rest."""
-    assert signals.object_attention_BN is not None and signals.received_attention_BN is not None
     if not 0 <= objects <= 1:
         raise ValueError(f"objects is {objects}; it is a share of K from 0 to 1")
     (B, N), grid = signals.object_attention_BN.shape, signals.grid

@@ -26,7 +26,6 @@ def prune(
     signals: Signals, K: int, *, regions: int = 8, beta: float = 0.09, layer: float = -1
 ) -> Reduction:
     """Keep K; `layer` is read by the host."""
-    assert signals.cls_attention_BN is not None
     N = signals.cls_attention_BN.shape[1]
     if not regions >= 1:
         raise ValueError(f"regions is {regions}; it must be at least 1")

@@ -24,7 +24,6 @@ def cuts(layers: int, N: int, K: int, *, layer: float = 0.5) -> list[tuple[int, 
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
-    assert signals.keys_BNHd is not None and signals.queries_BNHd is not None
     with mx.stream(mx.cpu):
         score_BN = length(signals.keys_BNHd) + length(signals.queries_BNHd)
         return Reduction(index_BK=keep_highest(rounded(score_BN), K))

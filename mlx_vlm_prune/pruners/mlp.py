@@ -20,7 +20,6 @@ from .scorer import layer_norm, linear, score
 
 stage = Stage.FEATURES
 needs: dict[str, str | None] = {"cls_attention": "layer"}
-learned = True
 HIDDEN = 64
 
 
@@ -39,7 +38,6 @@ class Usefulness(nn.Module):
         self, signals: Signals, K: int, *, dynamic: bool = False, layer: float = -1
     ) -> Reduction:
         """Keep the K most useful; `dynamic` and `layer` are read by the host."""
-        assert signals.cls_attention_BN is not None
         N = signals.x_BND.shape[1]
         with mx.stream(mx.cpu):
             x_BND = layer_norm(signals.x_BND, self.norm)

@@ -26,7 +26,6 @@ def prune(
     signals: Signals, K: int, *, image: float = 0.5, sharp: float = 0.01, soft: float = 0.2
 ) -> Reduction:
     """Keep K; the K steps are one graph."""
-    assert signals.text_BTD is not None and signals.text_real_BT is not None
     if not (sharp > 0 and soft > 0 and image >= 0):
         raise ValueError("sharp and soft are temperatures above 0, and image is at least 0")
     with mx.stream(mx.cpu):

@@ -34,7 +34,6 @@ def schedule(layers: int, N: int, K: int, *, layer: float = 4 / 32) -> dict[int,
 
 def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
     """Merge into K clusters; of the tokens beyond K, the share `clustered` is not pruned."""
-    assert signals.mean_attention_BN is not None and signals.next_keys_BND is not None
     if not 0 <= clustered <= 1:
         raise ValueError(f"clustered is {clustered}; it is a share from 0 to 1")
     with mx.stream(mx.cpu):

@@ -22,7 +22,6 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
-    assert signals.patches_BND is not None
     with mx.stream(mx.cpu):
         square_BN = mx.square(wide(signals.patches_BND)).sum(axis=-1)
         return Reduction(index_BK=keep_highest(square_BN, K))

@@ -27,7 +27,6 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 def prune(signals: Signals, K: int, *, tolerance: float = 0.0) -> Reduction:
     """Keep the K patches with the largest error; like is a largest difference <= tolerance."""
-    assert signals.pixels_BND is not None
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more")
     B, N, P = signals.pixels_BND.shape

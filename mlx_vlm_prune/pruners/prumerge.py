@@ -32,7 +32,6 @@ def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) 
 
 def scores(signals: Signals) -> mx.array:
     """Softmax of CLS's query with every key, (B, N) float64. On the CPU."""
-    assert signals.cls_query_BHd is not None and signals.keys_BNHd is not None
     query_BD1 = wide(signals.cls_query_BHd).flatten(1)[..., None]
     keys_BND = wide(signals.keys_BNHd).flatten(2)
     logits_BN = (keys_BND @ query_BD1)[..., 0] / keys_BND.shape[-1] ** 0.5
@@ -47,7 +46,6 @@ def merged(
     signals: Signals, score_BN: mx.array, kept_BT: mx.array, K: int, neighbours: int
 ) -> Reduction:
     """The kept tokens with their neighbours, and where T < K the sum of the rest. On the CPU."""
-    assert signals.keys_BNHd is not None
     N, T = score_BN.shape[1], kept_BT.shape[1]
     similar_BNN = cosine(signals.keys_BNHd.astype(mx.float32).flatten(2))
     similar_BNN = mx.where(mx.eye(N) > 0, -mx.inf, similar_BNN)

@@ -34,5 +34,4 @@ def schedule(
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K most attended."""
-    assert signals.next_attention_BN is not None
     return Reduction(index_BK=keep_highest(signals.next_attention_BN, K))

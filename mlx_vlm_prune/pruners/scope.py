@@ -17,7 +17,6 @@ needs = {"cls_attention": "layer"}
 
 def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
     """Keep K; the K steps are one graph. `layer` is read by the host."""
-    assert signals.cls_attention_BN is not None
     with mx.stream(mx.cpu):
         similar_BNN = cosine(signals.x_BND)
         salient_BN = mx.power(wide(signals.cls_attention_BN), mx.array(power, mx.float64))

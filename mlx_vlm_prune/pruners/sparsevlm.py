@@ -50,8 +50,6 @@ def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
 
 def rated(signals: Signals) -> mx.array:
     """The attention of the raters, (B, N). On the CPU."""
-    assert signals.normed_BND is not None and signals.text_BTD is not None
-    assert signals.text_attention_BTN is not None and signals.text_real_BT is not None
     real_BT = signals.text_real_BT
     logits_BNT = wide(signals.normed_BND) @ wide(signals.text_BTD).swapaxes(1, 2)
     logits_BNT = mx.where(real_BT[:, None], logits_BNT, -mx.inf)

@@ -32,11 +32,11 @@ def cuts(layers: int, N: int, K: int, *, r: int = 0) -> list[tuple[int, str, int
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Merge to K tokens, in as few rounds as it takes."""
-    assert signals.keys_BNHd is not None
     with mx.stream(mx.cpu):
         keys_BNd = signals.keys_BNHd.astype(mx.float32).mean(axis=2)
         N = keys_BNd.shape[1]
-        size_BN = mx.ones(keys_BNd.shape[:2]) if signals.size_BN is None else signals.size_BN
+        size_BN = signals.get("size_BN")
+        size_BN = mx.ones(keys_BNd.shape[:2]) if size_BN is None else size_BN
         kept = identity(keys_BNd)
         while kept.slots > K:
             once = merge(keys_BNd, size_BN, K)

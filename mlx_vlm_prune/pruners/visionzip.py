@@ -23,7 +23,6 @@ needs = {"cls_attention": "layer", "keys": "layer"}
 
 def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float = -1) -> Reduction:
     """Keep K - C and merge the rest into C = K * `contextual`; `layer` is read by the host."""
-    assert signals.cls_attention_BN is not None and signals.keys_BNHd is not None
     if not 0 <= contextual < 1:
         raise ValueError(f"contextual is {contextual}; it is a share of K from 0 to below 1")
     C = min(int(K * contextual + 0.5), K - 1)

@@ -19,7 +19,6 @@ AT_ONCE = 8  # tokens that go in a round
 
 def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1) -> Reduction:
     """Keep K; `layer` is read by the host."""
-    assert signals.cls_attention_BN is not None
     if not 0 <= important <= 1:
         raise ValueError(f"important is {important}; it is a share of K from 0 to 1")
     first = int(K * important)

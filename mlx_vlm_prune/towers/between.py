@@ -4,7 +4,7 @@ Shapes: B images, N patches at present, S = N + 1 tokens with CLS, H heads, d he
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -57,15 +57,14 @@ class Between:
         self.cuts, self.N = cuts, signals.x_BND.shape[1]
         self.kept: Reduction | None = None
         if any(cut.pruner.is_proportional for cut in cuts):
-            signals = replace(signals, size_BN=mx.ones(signals.x_BND.shape[:2]))
+            signals = signals.replace(size_BN=mx.ones(signals.x_BND.shape[:2]))
         self.signals = signals
 
     @property
     def bias_BS(self) -> mx.array | None:
         """Log of how many tokens each is; CLS is one."""
-        if self.signals.size_BN is None:
-            return None
-        return mx.pad(mx.log(self.signals.size_BN), [(0, 0), (self.first, 0)])
+        size_BN = self.signals.get("size_BN")
+        return None if size_BN is None else mx.pad(mx.log(size_BN), [(0, 0), (self.first, 0)])
 
     def cut(
         self, x_BND: mx.array, layer: int, place: str, seen: dict[str, Any] | None = None
@@ -73,7 +72,7 @@ class Between:
         """The tokens that stay. `seen`: queries and keys of this layer."""
         for cut in self.cuts:
             if (cut.layer, cut.place) == (layer, place):
-                at_hand = replace(self.signals, x_BND=x_BND, **(seen or {}))
+                at_hand = self.signals.replace(x_BND=x_BND, **(seen or {}))
                 kept = cut.pruner(at_hand, cut.K)
                 self.signals = _grown(self.signals, kept).reduced(kept)
                 self.kept = kept.after(self.kept, self.N) if self.kept else kept
@@ -113,20 +112,21 @@ class Between:
             else:
                 received_BN = received_within(windows, q_BHSd, k_BHSd)
             seen |= {f"{name}_BN": received_BN for name in names & columns}
-        self.signals = replace(self.signals, **seen)
+        self.signals = self.signals.replace(**seen)
         return keys
 
     def end(self, x_BND: mx.array) -> Encoded:
-        return Encoded(replace(self.signals, x_BND=x_BND), self.kept)
+        return Encoded(self.signals.replace(x_BND=x_BND), self.kept)
 
 
 def _grown(signals: Signals, kept: Reduction) -> Signals:
     """Sizes summed up over each slot's members, at the slot's anchor."""
-    if signals.size_BN is None or kept.weight_BKN is None or kept.index_BK is None:
+    size_BN = signals.get("size_BN")
+    if size_BN is None or kept.weight_BKN is None or kept.index_BK is None:
         return signals
-    size_BK = ((kept.weight_BKN > 0) @ signals.size_BN[..., None])[..., 0]
-    at_BKN = kept.index_BK[..., None] == mx.arange(signals.size_BN.shape[1])
-    return replace(signals, size_BN=(size_BK[..., None] * at_BKN).sum(axis=1))
+    size_BK = ((kept.weight_BKN > 0) @ size_BN[..., None])[..., 0]
+    at_BKN = kept.index_BK[..., None] == mx.arange(size_BN.shape[1])
+    return signals.replace(size_BN=(size_BK[..., None] * at_BKN).sum(axis=1))
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:

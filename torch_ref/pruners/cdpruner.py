@@ -12,7 +12,6 @@ needs: dict[str, str | None] = {"text": None}
 
 
 def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
-    assert signals.text_BTD is not None and signals.text_real_BT is not None
     index = []
     for x_ND, text_TD, real_T in zip(
         signals.x_BND, signals.text_BTD, signals.text_real_BT, strict=True

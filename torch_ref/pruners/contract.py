@@ -3,51 +3,80 @@
 Shapes: B images, N visual tokens, K kept, D features, H heads, d head size, T words.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class Signals:
-    """The tokens of B images and, where asked for, what a method scores them by."""
+    """The tokens of B images and what methods score them by, of which not all need be there."""
 
     x_BND: Tensor
     grid: tuple[int, int]
-    cls_attention_BN: Tensor | None = None
-    received_attention_BN: Tensor | None = None
-    object_attention_BN: Tensor | None = None
-    local_attention_BN: Tensor | None = None
-    cls_query_BHd: Tensor | None = None
-    queries_BNHd: Tensor | None = None
-    keys_BNHd: Tensor | None = None
-    pixels_BND: Tensor | None = None
-    patches_BND: Tensor | None = None
-    size_BN: Tensor | None = None
-    text_BTD: Tensor | None = None
-    text_real_BT: Tensor | None = None
-    before_BND: Tensor | None = None
-    normed_BND: Tensor | None = None
-    keys_BND: Tensor | None = None
-    text_keys_BTD: Tensor | None = None
-    next_keys_BND: Tensor | None = None
-    last_attention_BN: Tensor | None = None
-    next_attention_BN: Tensor | None = None
-    text_attention_BTN: Tensor | None = None
-    mean_attention_BN: Tensor | None = None
-    twig_attention_BN: Tensor | None = None
+    cls_attention_BN: Tensor
+    received_attention_BN: Tensor
+    object_attention_BN: Tensor
+    local_attention_BN: Tensor
+    cls_query_BHd: Tensor
+    queries_BNHd: Tensor
+    keys_BNHd: Tensor
+    pixels_BND: Tensor
+    patches_BND: Tensor
+    size_BN: Tensor
+    text_BTD: Tensor
+    text_real_BT: Tensor
+    before_BND: Tensor
+    normed_BND: Tensor
+    keys_BND: Tensor
+    text_keys_BTD: Tensor
+    next_keys_BND: Tensor
+    last_attention_BN: Tensor
+    next_attention_BN: Tensor
+    text_attention_BTN: Tensor
+    mean_attention_BN: Tensor
+    twig_attention_BN: Tensor
+
+    def __init__(self, x_BND: Tensor, grid: tuple[int, int], **scores: Tensor | None) -> None:
+        assert scores.keys() <= Signals.__annotations__.keys(), scores.keys()
+        self.__dict__ = {name: score for name, score in scores.items() if score is not None}
+        self.x_BND, self.grid = x_BND, grid
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor:
+            if name in Signals.__annotations__:
+                raise AssertionError(f"{name} is read and was not given: is it in `needs`?")
+            raise AttributeError(name)
+
+    def get(self, name: str) -> Tensor | None:
+        """What need not be there."""
+        assert name in Signals.__annotations__, name
+        return self.__dict__.get(name)
+
+    def replace(self, **scores: Any) -> "Signals":
+        return Signals(**{**self.__dict__, **scores})
+
+    def each(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
+        """With `change(signal, dim)` for every signal of which N is a dimension; x included."""
+        changed: dict[str, Tensor] = {}
+        for name, value in self.__dict__.items():
+            letters = name.split("_")[-1]
+            if "N" in letters:
+                changed[name] = change(value, letters.index("N"))
+        return self.replace(**changed)
 
     def rows(self, index_BK: Tensor) -> "Signals":
         """Of some tokens only; what is not per token stays."""
-        picked: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor) and "N" in f.name.rsplit("_", 1)[1][:2]:
-                flat = index_BK.reshape(*index_BK.shape, *[1] * (value.ndim - 2))
-                picked[f.name] = value.take_along_dim(flat, dim=1)
-        return replace(self, **picked)
+
+        def picked(value: Tensor, dim: int) -> Tensor:
+            shape = [1] * value.ndim
+            shape[0], shape[dim] = index_BK.shape
+            return value.take_along_dim(index_BK.reshape(shape), dim)
+
+        return self.each(picked)
 
 
 @dataclass(frozen=True)

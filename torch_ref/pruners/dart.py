@@ -14,8 +14,6 @@ def schedule(layers: int, N: int, K: int, layer: float = 2 / 32) -> dict[int, in
 
 def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
     s = signals
-    assert s.keys_BND is not None and s.text_keys_BTD is not None and s.normed_BND is not None
-    assert s.text_BTD is not None and s.text_real_BT is not None
     index = []
     for b, real_T in enumerate(s.text_real_BT):
         words_TD, tokens_ND = s.text_BTD[b][real_T], s.normed_BND[b]

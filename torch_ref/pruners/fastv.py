@@ -11,5 +11,4 @@ def schedule(layers: int, N: int, K: int, layer: float = 2 / 32) -> dict[int, in
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.last_attention_BN is not None
     return Reduction(top(signals.last_attention_BN, K))

@@ -12,7 +12,6 @@ def prune(
     signals: Signals, K: int, *, areas: int = 16, local: float = 0.5,
     local_layer: float = 6 / 24, layer: float = -1,
 ) -> Reduction:  # fmt: skip
-    assert signals.local_attention_BN is not None and signals.cls_attention_BN is not None
     N, first = signals.x_BND.shape[1], int(K * local)
     cut = [members(w, signals.grid[1]) for w in windows(signals.grid, min(areas, N))]
     index, weight = [], []

@@ -9,7 +9,6 @@ def prune(
     signals: Signals, K: int, *, objects: float = 0.1, object_layer: float = 9 / 24,
     layer: float = -1,
 ) -> Reduction:  # fmt: skip
-    assert signals.object_attention_BN is not None and signals.received_attention_BN is not None
     rows, columns = signals.grid
     index = []
     for middle_N, deep_N in zip(

@@ -11,7 +11,6 @@ needs = {"cls_attention": "layer"}
 def prune(
     signals: Signals, K: int, *, regions: int = 8, beta: float = 0.09, layer: float = -1
 ) -> Reduction:
-    assert signals.cls_attention_BN is not None
     N, columns = signals.x_BND.shape[1], signals.grid[1]
     areas = [members(window, columns) for window in windows(signals.grid, min(regions, N))]
     index = []

@@ -10,7 +10,6 @@ def cuts(layers: int, N: int, K: int, layer: float = 0.5) -> list[tuple[int, str
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.keys_BNHd is not None and signals.queries_BNHd is not None
     lengths = [
         t.double().flatten(2).norm(dim=-1) for t in (signals.keys_BNHd, signals.queries_BNHd)
     ]

@@ -4,7 +4,6 @@ Shapes: B images, N tokens, D features.
 """
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,6 @@ class Usefulness(nn.Module):
 
     def forward(self, signals: Signals) -> Tensor:
         """Scores (B, N)."""
-        assert signals.cls_attention_BN is not None
         attention_BN1 = (signals.cls_attention_BN * signals.x_BND.shape[1] + 1e-6).log()[..., None]
         both = torch.cat([self.norm(signals.x_BND), attention_BN1], dim=-1)
         return self.fc2(F.relu(self.fc1(both)))[..., 0]
@@ -51,9 +49,8 @@ class Usefulness(nn.Module):
 
 
 def in_double(signals: Signals) -> Signals:
-    assert signals.cls_attention_BN is not None
     attention_BN = signals.cls_attention_BN.double()
-    return replace(signals, x_BND=signals.x_BND.double(), cls_attention_BN=attention_BN)
+    return signals.replace(x_BND=signals.x_BND.double(), cls_attention_BN=attention_BN)
 
 
 def make(dims: int, tokens: int) -> Usefulness:

@@ -11,7 +11,6 @@ needs: dict[str, str | None] = {"text": None}
 def prune(
     signals: Signals, K: int, *, image: float = 0.5, sharp: float = 0.01, soft: float = 0.2
 ) -> Reduction:
-    assert signals.text_BTD is not None and signals.text_real_BT is not None
     index, N = [], signals.x_BND.shape[1]
     for x_ND, text_TD, real_T in zip(
         signals.x_BND, signals.text_BTD, signals.text_real_BT, strict=True

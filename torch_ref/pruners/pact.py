@@ -20,7 +20,6 @@ def schedule(layers: int, N: int, K: int, layer: float = 4 / 32) -> dict[int, in
 
 
 def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
-    assert signals.mean_attention_BN is not None and signals.next_keys_BND is not None
     index, weight, N = [], [], signals.x_BND.shape[1]
     n = K + int(clustered * (N - K))
     for x_ND, row_N, keys_ND in zip(

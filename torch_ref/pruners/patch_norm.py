@@ -10,5 +10,4 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.patches_BND is not None
     return Reduction(top(signals.patches_BND.double().square().sum(-1), K))

@@ -16,7 +16,6 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 
 def prune(signals: Signals, K: int, tolerance: float = 0.0) -> Reduction:
-    assert signals.pixels_BND is not None
     images = [errors(image, signals.grid, tolerance) for image in signals.pixels_BND.float()]
     return Reduction(top(torch.stack(images), K))
 

@@ -21,7 +21,6 @@ def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) 
 
 def scored(signals: Signals) -> list[tuple[Tensor, Tensor]]:
     """Each image's scores (N,) and keys (N, D)."""
-    assert signals.cls_query_BHd is not None and signals.keys_BNHd is not None
     found = []
     for query_Hd, keys_NHd in zip(signals.cls_query_BHd, signals.keys_BNHd, strict=True):
         keys_ND = keys_NHd.flatten(1)

@@ -15,5 +15,4 @@ def schedule(layers: int, N: int, K: int, start: float = 0.25, stages: int = 3) 
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.next_attention_BN is not None
     return Reduction(top(signals.next_attention_BN, K))

@@ -6,5 +6,4 @@ needs = {"received_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
-    assert signals.received_attention_BN is not None
     return Reduction(top(signals.received_attention_BN, K))

@@ -9,7 +9,6 @@ needs = {"cls_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
-    assert signals.cls_attention_BN is not None
     pairs = zip(signals.x_BND, signals.cls_attention_BN, strict=True)
     index = [cover(alike(x), row.double() ** power, K) for x, row in pairs]
     return stacked(index, None, signals.x_BND.device)

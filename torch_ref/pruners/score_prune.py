@@ -4,7 +4,6 @@ Shapes: B images, N tokens, D features.
 """
 
 import copy
-from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +26,7 @@ class Scorer(nn.Module):
 
     def prune(self, signals: Signals, K: int) -> Reduction:
         exact = copy.deepcopy(self).double()
-        score_BN = exact(replace(signals, x_BND=signals.x_BND.double()))
+        score_BN = exact(signals.replace(x_BND=signals.x_BND.double()))
         return Reduction(top(score_BN.round(decimals=12), K))
 
 

@@ -23,8 +23,6 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
 
 def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
     s = signals
-    assert s.text_BTD is not None and s.normed_BND is not None
-    assert s.text_attention_BTN is not None and s.text_real_BT is not None
     index, weight = [], []
     for b, real_T in enumerate(s.text_real_BT):
         logits = s.normed_BND[b].double() @ s.text_BTD[b][real_T].double().T

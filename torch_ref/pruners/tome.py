@@ -25,9 +25,9 @@ def cuts(layers: int, N: int, K: int, r: int = 0) -> list[tuple[int, str, int]]:
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.keys_BNHd is not None
     B, N = signals.keys_BNHd.shape[:2]
-    sizes_BN = torch.ones(B, N) if signals.size_BN is None else signals.size_BN
+    sizes_BN = signals.get("size_BN")
+    sizes_BN = torch.ones(B, N) if sizes_BN is None else sizes_BN
     index, weight = [], []
     for keys_NHd, size_N in zip(signals.keys_BNHd, sizes_BN, strict=True):
         groups = [[i] for i in range(N)]  # each with its anchor first

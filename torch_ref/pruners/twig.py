@@ -19,8 +19,11 @@ def schedule(
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.twig_attention_BN is not None
     return Reduction(top(signals.twig_attention_BN, K))
+
+
+def settled(weights: Twig) -> dict[str, int]:
+    return {"layer": int(weights.layer)}
 
 
 def make(text: MiniMindConfig, layers: int, layer: int = 1) -> Twig:

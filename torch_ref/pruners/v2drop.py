@@ -16,6 +16,5 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    assert signals.before_BND is not None
     moved = (signals.x_BND.double() - signals.before_BND.double()).square().sum(-1)
     return Reduction(top(moved, K))

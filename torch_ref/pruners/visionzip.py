@@ -12,7 +12,6 @@ needs = {"cls_attention": "layer", "keys": "layer"}
 
 
 def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float = -1) -> Reduction:
-    assert signals.cls_attention_BN is not None and signals.keys_BNHd is not None
     C = min(int(K * contextual + 0.5), K - 1)
     pairs = zip(signals.cls_attention_BN, signals.keys_BNHd, strict=True)
     made = [zipped(row, keys.float().mean(1), K, C) for row, keys in pairs]

@@ -8,7 +8,6 @@ needs = {"cls_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1) -> Reduction:
-    assert signals.cls_attention_BN is not None
     pairs = zip(signals.x_BND, signals.cls_attention_BN, strict=True)
     index = [chosen(alike(x), row, K, int(K * important)) for x, row in pairs]
     return stacked(index, None, signals.x_BND.device)

@@ -35,7 +35,7 @@ class Encoded:
     N: int  # of the whole image
 
     def now(self, x_BSD: Tensor) -> "Encoded":
-        signals = replace(self.signals, x_BND=x_BSD[:, self.first :])
+        signals = self.signals.replace(x_BND=x_BSD[:, self.first :])
         return replace(self, signals=signals, cls_BCD=x_BSD[:, : self.first])
 
     @property
@@ -50,9 +50,8 @@ class Encoded:
     @property
     def bias_B11S(self) -> Tensor | None:
         """Log of how many patches each token is; CLS is one."""
-        if self.signals.size_BN is None:
-            return None
-        return F.pad(self.signals.size_BN.log(), (self.first, 0))[:, None, None]
+        size_BN = self.signals.get("size_BN")
+        return None if size_BN is None else F.pad(size_BN.log(), (self.first, 0))[:, None, None]
 
     def read(self, names: set[str], keys: dict[str, Tensor], q: Tensor, k: Tensor) -> "Encoded":
         """Note the signals that are wanted of this layer."""
@@ -68,18 +67,18 @@ class Encoded:
             cls_BN = attention_BSS[:, 0, 1:] if self.first else received_BN
             columns["cls_attention"] = columns["local_attention"] = cls_BN
             seen |= {f"{name}_BN": column for name, column in columns.items() if name in names}
-        return replace(self, signals=replace(self.signals, **seen))
+        return replace(self, signals=self.signals.replace(**seen))
 
     def cut(self, step: Step, K: int, **keys: Any) -> "Encoded":
         """After a step that leaves K tokens."""
-        kept = reduce(step.name, replace(self.signals, **keys), K, **step.options)
+        kept = reduce(step.name, self.signals.replace(**keys), K, **step.options)
         assert kept.index_BK is not None
         signals = self.signals.rows(kept.index_BK)
         if step.merges and kept.weight_BKN is not None:
-            assert self.signals.size_BN is not None
             members = (kept.weight_BKN > 0).to(self.signals.size_BN)
-            signals = replace(signals, size_BN=(members @ self.signals.size_BN[..., None])[..., 0])
-        signals = replace(signals, x_BND=kept.tokens(self.signals.x_BND))
+            size_BN = (members @ self.signals.size_BN[..., None])[..., 0]
+            signals = signals.replace(size_BN=size_BN)
+        signals = signals.replace(x_BND=kept.tokens(self.signals.x_BND))
         return replace(self, signals=signals, kept=kept.after(self.kept, self.N))
 
 

@@ -4,7 +4,6 @@ Shapes: I pictures, N visual tokens, K kept, D features, H x W patches.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import mlx.core as mx
 
@@ -22,7 +21,7 @@ class Gemma3Host(SiglipHost):
         seen = encode(self.model.vision_tower.vision_model, out, want, joint.kernel_size)
         side = joint.patches_per_image
         x_IHWD = joint.avg_pool(out[0].reshape(len(out[0]), side, side, -1))
-        return per_picture(inputs, replace(seen, x_BND=x_IHWD.flatten(1, 2)), pixels_IHW3)
+        return per_picture(inputs, seen.replace(x_BND=x_IHWD.flatten(1, 2)), pixels_IHW3)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         joint = self.model.multi_modal_projector

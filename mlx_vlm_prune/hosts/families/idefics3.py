@@ -36,7 +36,7 @@ class Idefics3Host(Host):
         m = connector.scale_factor
         seen = siglip.encode(tower, out, want, m)
         x_TPD = out[0].astype(pixels_T3HW.dtype)
-        seen = replace(seen, x_BND=connector.pixel_shuffle(x_TPD, m))
+        seen = seen.replace(x_BND=connector.pixel_shuffle(x_TPD, m))
         return per_picture(inputs, seen, pixels_T3HW.transpose(0, 2, 3, 1))
 
     def project(self, x_1KD: mx.array) -> mx.array:

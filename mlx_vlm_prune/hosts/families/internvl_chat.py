@@ -36,7 +36,7 @@ class InternVLHost(Host):
         layers = tower.encoder.layers
         seen = signals(x_TSD[:, 1:], (side, side), want, layers, states, True, _queries_and_keys)
         x_TND = pixel_shuffle(x_TSD[:, 1:], shuffle_ratio=ratio)
-        return per_picture(inputs, replace(merged(seen, (m, m)), x_BND=x_TND), pixels_THW3)
+        return per_picture(inputs, merged(seen, (m, m)).replace(x_BND=x_TND), pixels_THW3)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         for layer in self.model.mlp1:

@@ -10,7 +10,7 @@ H heads, d head size.
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -104,7 +104,7 @@ class QwenHost(Host):
         for i, (_, h, w) in enumerate(inputs.extra["image_grid_thw"].tolist()):
             end = begin + h * w // m**2
             signals = _signals(row, attended, want, (h, w), m, range(begin, end))
-            signals = replace(signals, x_BND=x_UD[None, begin:end])
+            signals = signals.replace(x_BND=x_UD[None, begin:end])
             views.append(View(i, signals, deep=tuple(y_UD[None, begin:end] for y_UD in added)))
             begin = end
         return views

@@ -16,6 +16,10 @@ class Signals:
     grid: tuple[int, int]  # (rows, columns)
     cls_attention_BN: mx.array | None = None
 
+    def replace(self, x_BND: mx.array) -> "Signals":
+        """The same picture's other tokens."""
+        return Signals(x_BND, self.grid, self.cls_attention_BN)
+
 
 @dataclass(frozen=True)
 class Reduction:

@@ -1,0 +1,143 @@
+"""Signals for the pruners' tests, and both frameworks side by side.
+
+Shapes: B images, N tokens, D features, T words, K kept.
+"""
+
+import mlx.core as mx
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+import torch_ref.pruners as ref
+from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, resolve
+
+from . import tiny
+
+D, T, HEADS = 8, 5, 2
+# Every method of the table that chooses among tokens; a new one is tested without new code.
+CHOOSING = [n for n, m in METHODS.items() if n != "none" and m.prune]
+VARIANTS = [
+    *CHOOSING, "similarity:published", "similarity:threshold=0.3", "random:seed=7",
+    "cdpruner:negative", "visionzip:contextual=0.5", "vispruner:important=0", "hiprune:objects=1",
+    "prumerge:neighbours=2", "pixelprune:tolerance=0.5", "holov:regions=3", "scope:power=2",
+    "sparsevlm:recycle=0.9", "pact:clustered=1", "dart:pivots=1", "apet:basis=2", "mmtok:image=2",
+]  # fmt: skip
+INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
+
+
+def ready(spec: str) -> Pruner:
+    """The method of a specification; of a twig the host reads the weights, the method none."""
+    return resolve(spec, {"twig": METHODS["twig"].make(tiny.TEXT, 1)})
+
+
+def features(kind: str, rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Vectors (B, N, ...) of one of the kinds that have broken published methods."""
+    x = rng.normal(size=shape).astype(np.float32)
+    N = shape[1]
+    if kind == "flat":
+        x[:] = x[:, :1]
+    elif kind == "duplicated":
+        x[:, N // 2 :] = x[:, : N - N // 2]
+    elif kind == "near_duplicate":
+        x = x[:, :1] + 1e-4 * x
+    elif kind == "zero":
+        x[:] = 0
+    elif kind == "one_hot":
+        x = np.eye(shape[-1], dtype=np.float32)[rng.integers(shape[-1], size=shape[:-1])]
+    elif kind == "extreme":
+        x = x * 1e4
+    return x
+
+
+def shares(kind: str, rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Attention rows (B, ..., N) that sum to one."""
+    scores = np.zeros(shape) if kind in ("flat", "zero") else rng.normal(size=shape)
+    share = np.exp(scores)
+    return (share / share.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
+    """Every signal there is, as numpy arrays by the names of the contract."""
+    rng, N = np.random.default_rng(seed), grid[0] * grid[1]
+    real_BT = rng.random((B, T)) < 0.7
+    real_BT[:, 0] = True
+    vectors = {
+        name: features(kind, rng, B, N, D)
+        for name in ("x", "pixels", "patches", "before", "normed", "keys", "next_keys")
+    }
+    return {
+        "grid": grid,
+        **{f"{name}_BND": x for name, x in vectors.items()},
+        **{f"{x}_BNHd": features(kind, rng, B, N, HEADS, D // HEADS) for x in ("queries", "keys")},
+        "cls_query_BHd": features("random", rng, B, HEADS, D // HEADS),
+        "text_BTD": features("random", rng, B, T, D),
+        "text_keys_BTD": features("random", rng, B, T, D),
+        "text_real_BT": real_BT,
+        "text_attention_BTN": shares(kind, rng, B, T, N),
+        **{
+            f"{name}_attention_BN": shares(kind, rng, B, N)
+            for name in ("cls", "received", "object", "local", "last", "next", "mean", "twig")
+        },
+    }
+
+
+def signals(of: dict) -> Signals:
+    return Signals(**{k: v if k == "grid" else mx.array(v) for k, v in of.items()})
+
+
+def seen_there(of: dict) -> ref.Signals:
+    """The same in the reference."""
+    return ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
+
+
+def some(of: dict, b: slice) -> dict:
+    """The same of some images of the batch."""
+    return {k: v if k == "grid" else v[b] for k, v in of.items()}
+
+
+@st.composite
+def cases(draw):
+    grid = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    B, N = draw(st.integers(1, 3)), grid[0] * grid[1]
+    K, seed = draw(st.integers(1, N)), draw(st.integers(0, 99))
+    return case(draw(st.sampled_from(INPUTS)), B, grid, seed), K
+
+
+many = settings(max_examples=40, deadline=None)
+
+
+def agree(spec: str, of: dict, K: int) -> None:
+    """Both frameworks keep the same tokens and mix them alike."""
+    pruner = ready(spec)
+    ours, theirs = pruner(signals(of), K), twin(pruner, of, K)
+    np.testing.assert_array_equal(np.array(ours.index_BK), theirs.index_BK.numpy())
+    kept = theirs.tokens(torch.from_numpy(of["x_BND"])).numpy()
+    close(np.array(ours.tokens(mx.array(of["x_BND"]))), kept)
+
+
+def twin(pruner: Pruner, of: dict, K: int) -> ref.Reduction:
+    return ref.reduce(pruner.name, seen_there(of), K, **pruner.options)
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """float32 parity: rtol 1e-4, atol 1e-5 of the largest value."""
+    np.testing.assert_allclose(
+        ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max(initial=0) + 1e-12
+    )
+
+
+# Those whose weights choose; a twig's are read by the host (tests/test_twig.py).
+LEARNED = [n for n, m in METHODS.items() if m.learned and n != "twig"]
+
+
+def learned_pair(name: str, tokens: int) -> tuple:
+    """Random weights of a learned method in both frameworks."""
+    torch.manual_seed(tokens)
+    theirs = ref.METHODS[name].make(D, tokens).eval()
+    for parameter in theirs.parameters():
+        parameter.data += 0.5 * torch.randn_like(parameter)
+    ours = METHODS[name].make(D, tokens)
+    state = {k.replace("pool_", ""): mx.array(v.numpy()) for k, v in theirs.state_dict().items()}
+    ours.load_weights(list(state.items()))
+    return ours, theirs

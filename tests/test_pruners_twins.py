@@ -1,0 +1,181 @@
+"""Both frameworks choose alike, and the check that says so fails for a broken twin.
+
+Shapes: B images, N tokens, D features, K kept.
+"""
+
+import inspect
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+
+import torch_ref.pruners as ref
+from mlx_vlm_prune import pruners
+from mlx_vlm_prune.pruners import METHODS, Signals, resolve
+from mlx_vlm_prune.pruners.attention_pool import AttentionPool
+
+from .pruner_cases import (
+    LEARNED,
+    VARIANTS,
+    D,
+    agree,
+    case,
+    cases,
+    close,
+    learned_pair,
+    many,
+    ready,
+    seen_there,
+    signals,
+    twin,
+)
+
+
+@pytest.mark.parametrize("spec", VARIANTS)
+@many
+@given(given_=cases())
+def test_both_frameworks_keep_the_same_tokens_and_mix_them_alike(spec, given_):
+    agree(spec, *given_)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_half_precision_keeps_the_same_k_tokens_and_its_dtype(spec, dtype):
+    """Choices are made in float64, so what both frameworks read in half they choose alike."""
+    of, pruner = case("random", 2, (5, 6), 1), ready(spec)
+    half = {k for k, v in of.items() if np.ndim(v) > 2}
+    seen = {k: v if k == "grid" else mx.array(v) for k, v in of.items()}
+    seen |= {k: seen[k].astype(getattr(mx, dtype)) for k in half}
+    kept = pruner(Signals(**seen), 11)
+    assert kept.tokens(seen["x_BND"]).dtype == seen["x_BND"].dtype
+    same = {k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()}
+    same |= {k: same[k].to(getattr(torch, dtype)) for k in half}
+    theirs = ref.reduce(pruner.name, ref.Signals(**same), 11, **pruner.options)
+    np.testing.assert_array_equal(np.array(kept.index_BK), theirs.index_BK.numpy())
+    assert len(set(np.array(kept.index_BK[0]).tolist())) == 11
+
+
+def test_every_method_has_its_twin_and_every_module_its_line():
+    assert set(ref.METHODS) == set(METHODS)
+    for name, method in METHODS.items():
+        theirs = ref.METHODS[name]
+        assert ref.STAGES[method.stage.name.lower()][name] is theirs
+        for function in ("prune", "cuts", "schedule", "weigh"):
+            there = hasattr(theirs, function)
+            assert (getattr(method, function) is not None) == there, (name, function)
+        assert {key: at for key, at in method.needs.items() if key != "grid"} == theirs.needs
+        assert method.learned == hasattr(theirs, "make")
+        assert method.proportional == ref.entry(theirs, "proportional")
+        given = inspect.signature(theirs.prune).parameters if method.prune else {}
+        for key, parameter in given.items():
+            if parameter.default is not parameter.empty:
+                assert method.options[key] == parameter.default, (name, key)
+    helpers = {"contract", "grid", "budget", "clusters", "method", "pipeline", "scorer", "spec"}
+    modules = {file.stem for file in Path(pruners.__file__).parent.glob("[a-z]*.py")}
+    assert modules == set(METHODS) | helpers
+
+
+@pytest.mark.parametrize("noise", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("K", [20, 98, 150])
+def test_similarity_agrees_at_full_width_on_near_duplicates_too(noise, K):
+    rng = np.random.default_rng(K)
+    kinds_8D = rng.normal(size=(8, 768))
+    x_BND = kinds_8D[rng.integers(8, size=(1, 196))] + noise * rng.normal(size=(1, 196, 768))
+    of = {"x_BND": x_BND.astype(np.float32), "grid": (14, 14)}
+    ours, theirs = resolve("similarity")(signals(of), K), twin(resolve("similarity"), of, K)
+    np.testing.assert_array_equal(np.array(ours.index_BK), theirs.index_BK.numpy())
+    np.testing.assert_array_equal(np.array(ours.weight_BKN), theirs.weight_BKN.numpy())
+
+
+BROKEN = {  # of every family a method, and what is done to a helper of its twin
+    "uniform": ("centre", lambda window, columns: window[1] * columns - columns + window[3] - 1),
+    "avgpool": ("members", lambda window, columns: [window[0] * columns + window[2]]),
+    "norm": ("top", lambda score, K: ref.contract.top(-score, K)),
+    "similarity": ("exactly", lambda of, likeness, K: ref.similarity.first(of, K, len(likeness))),
+    "visionzip": ("alike", lambda x: -ref.contract.alike(x)),
+    "vispruner": ("alike", lambda x: -ref.contract.alike(x)),
+    "prumerge": ("best", lambda score, K: ref.contract.best(-score, K)),
+    "hiprune": ("best", lambda score, K: ref.contract.best(-score, K)),
+    "holov": ("between_0_and_1", lambda score: score.double()),
+    "tome": ("alike", lambda x, y: -ref.contract.alike(x, y)),
+    "pixelprune": ("errors", lambda patch, grid, tolerance: patch.abs().sum(dim=1)),
+    "divprune": ("alike", lambda x: -ref.contract.alike(x)),
+    "cdpruner": ("between_0_and_1", lambda score: 1 - ref.contract.between_0_and_1(score)),
+    "mmtok": ("cover", lambda rows, salient, K: list(range(K))),
+    "apet": ("errors", lambda x, basis: -x.norm(dim=-1)),
+    "fastv": ("top", lambda score, K: ref.contract.top(-score, K)),
+    "sparsevlm": ("centres", lambda apart, C: list(range(C))),
+    "dart": ("best", lambda score, K: ref.contract.best(-score, K)),
+    "pact": ("fewest", lambda apart, K: (0.0, list(range(K)))),
+    "twig": ("top", lambda score, K: ref.contract.top(-score, K)),
+}
+
+
+@pytest.mark.parametrize("spec", BROKEN)
+def test_the_check_between_frameworks_fails_for_a_broken_twin(spec, monkeypatch):
+    helper, broken = BROKEN[spec]
+    of = case("random", 2, (6, 6), 0)
+    agree(spec, of, 14)
+    monkeypatch.setattr(f"torch_ref.pruners.{spec}.{helper}", broken)
+    with pytest.raises(AssertionError):
+        agree(spec, of, 14)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@many
+@given(given_=cases())
+def test_a_learned_method_agrees_between_frameworks_and_keeps_k(name, given_):
+    of, K = given_
+    if of["x_BND"].shape[1] == K:
+        return
+    weights, theirs = learned_pair(name, K)
+    ours = resolve(name, {name: weights})(signals(of), K)
+    seen = seen_there(of)
+    with torch.no_grad():
+        kept = theirs.prune(seen, K)
+        close(np.array(ours.tokens(mx.array(of["x_BND"]))), kept.tokens(seen.x_BND).numpy())
+    if kept.index_BK is not None:
+        np.testing.assert_array_equal(np.array(ours.index_BK), kept.index_BK.numpy())
+
+
+def test_a_predicted_budget_is_each_images_own_and_agrees_between_frameworks():
+    of = case("random", 3, (6, 6), 2)
+    weights, theirs = learned_pair("mlp", 9)
+    pruner = resolve("mlp:dynamic", {"mlp": weights})
+    seen = seen_there(of)
+    with torch.no_grad():
+        told = theirs.budgets(seen, 12)
+    assert pruner.budgets(signals(of), 12) == told
+    assert pruner.has_dynamic_budget and len(set(told)) > 1 and min(told) >= 1 and max(told) <= 36
+
+
+def test_attention_pool_is_the_softmax_of_its_queries_in_both_frameworks():
+    rng, N, K = np.random.default_rng(2), 20, 6
+    x_BND = rng.normal(size=(2, N, D)).astype(np.float32)
+    weights = {"pool_queries": rng.normal(size=(K, D))}
+    for name in "qkv":
+        weights[f"pool_{name}_proj.weight"] = rng.normal(size=(D, D))
+        weights[f"pool_{name}_proj.bias"] = rng.normal(size=D)
+    weights = {k: v.astype(np.float32) for k, v in weights.items()}
+    pool = AttentionPool(K, D)
+    pool.load_weights([(k.removeprefix("pool_"), mx.array(v)) for k, v in weights.items()])
+    kept = resolve("attention_pool", {"attention_pool": pool})(Signals(mx.array(x_BND), (4, 5)), K)
+
+    def linear(x, name):
+        return x @ weights[f"pool_{name}_proj.weight"].T + weights[f"pool_{name}_proj.bias"]
+
+    logits_BKN = linear(weights["pool_queries"], "q") @ linear(x_BND, "k").swapaxes(1, 2) / D**0.5
+    share_BKN = np.exp(logits_BKN - logits_BKN.max(-1, keepdims=True))
+    share_BKN /= share_BKN.sum(-1, keepdims=True)
+    close(np.array(kept.tokens(mx.array(x_BND))), share_BKN @ linear(x_BND, "v"))
+    theirs = ref.attention_pool.AttentionPool(K, D)
+    theirs.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
+    with torch.no_grad():
+        twin_kept = theirs.prune(ref.Signals(torch.from_numpy(x_BND), (4, 5)), K)
+        close(
+            np.array(kept.tokens(mx.array(x_BND))),
+            twin_kept.tokens(torch.from_numpy(x_BND)).numpy(),
+        )
