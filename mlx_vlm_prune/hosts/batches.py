@@ -13,10 +13,11 @@ import numpy as np
 
 from ..checkpoints.errors import UserError
 from .families import Family
-from .views import Inputs, View
+from .views import Inputs, View, tiles
 
 # Families that cut an image into tiles, and whose prompts reach us without how many.
 TILED = ("idefics3", "smolvlm", "internvl_chat")
+GLOBAL_IMAGE = "global_image_token_id"  # what a pruned folder's file adds to the configuration
 Look = Callable[[Inputs], list[View]]
 
 
@@ -105,25 +106,36 @@ def _dealt(
 
 
 def _grouped(model: Any, family: Family, inputs: Inputs, views: list[View]) -> list[View]:
-    """Tiles by images: InternVL's stand in one run; Idefics3's cannot be told apart, and are one.
+    """Tiles by images: InternVL's stand in one run; Idefics3's are of one image where no token
+    tells them apart.
 
     Elsewhere a view's image is known already.
     """
     kind = model.config.model_type
     if kind not in TILED or "num_patches_list" in inputs.extra or not views:
         return views
-    if kind != "internvl_chat":
-        return [replace(view, image=0) for view in views]
     placeholder, N = family.image_token(model, inputs), views[0].signals.x_BND.shape[1]
-    runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
-    whose = [image for image, length in enumerate(runs) for _ in range(length // N)]
+    if kind == "internvl_chat":
+        runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
+        counts = [length // N for length in runs]
+    elif (whole := _global_image(model)) is not None:
+        counts = tiles(inputs.ids, placeholder, whole)
+    else:
+        counts = [len(views)]
+    whose = [image for image, n in enumerate(counts) for _ in range(n)]
     if len(whose) != len(views):
         raise UserError(f"the prompt has room for {len(whose)} tiles and the images have"
                         f" {len(views)}")  # fmt: skip
     return [replace(view, image=image) for view, image in zip(views, whose, strict=True)]
 
 
+def _global_image(model: Any) -> int | None:
+    """The token before the tile that shows a whole image, where a pruned folder's model knows it:
+    no configuration of mlx-vlm's has it."""
+    return getattr(model.config, GLOBAL_IMAGE, None)
+
+
 def tiles_are_untold(model: Any, inputs: Inputs, views: Sequence[View]) -> bool:
     """Are there several tiles, and nothing that says which are of one image?"""
-    kind = model.config.model_type
-    return kind in TILED[:2] and "num_patches_list" not in inputs.extra and len(views) > 1
+    is_marked = _global_image(model) is not None or "num_patches_list" in inputs.extra
+    return model.config.model_type in TILED[:2] and not is_marked and len(views) > 1

@@ -21,7 +21,8 @@ def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | No
     if positions not in (None, "keep", "renumber"):
         raise UserError(f"--positions is {positions!r}; it is keep or renumber")
     if "get_input_embeddings" in vars(model):
-        raise UserError("this model is being pruned already: leave that block first")
+        raise UserError("this model is being pruned already: leave that block first, or load the"
+                        " folder that a pruned one was made from")  # fmt: skip
     for step in pipeline.steps:
         reason = family.inside if step.stage is Stage.ENCODER else REASONS.get(step.stage)
         reason = _inner(family, step) if step.stage is Stage.DECODER else reason
@@ -33,6 +34,8 @@ def check(model: Any, family: Family, pipeline: Pipeline, positions: Policy | No
                 f"{step.name} cannot prune a {kind} model: its tower has neither a CLS token nor"
                 " attention that could stand in for it"
             )
+    if layers := family.depth(model):
+        pipeline.want(layers)  # a layer that is not there is refused before any picture is seen
     if pipeline.enhancer:
         raise UserError(
             f"{pipeline.enhancer.name} cannot work in a {kind} model: it adds to the attention"

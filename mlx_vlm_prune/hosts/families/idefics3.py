@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..views import Inputs, View, per_picture
+from ..views import Inputs, View, per_picture, tiles
 from . import common, siglip
 from .common import Family
 
@@ -62,12 +62,8 @@ def prepare(
     made = common.prepare(model, processor, text, pictures, resize_shape)
     mark = getattr(processor, "global_image_token", "<global-img>")
     whole = processor.tokenizer.convert_tokens_to_ids(mark)
-    image, tiles = common.image_token(model, made), [0]
-    for before, token in zip([-1, *made.ids], made.ids, strict=False):
-        if token == image and before != image:
-            tiles[-1] += 1
-            tiles += [0] if before == whole else []
-    return replace(made, extra={**made.extra, "num_patches_list": [n for n in tiles if n]})
+    counts = tiles(made.ids, common.image_token(model, made), whole)
+    return replace(made, extra={**made.extra, "num_patches_list": counts})
 
 
 def embed(model: Any) -> Callable[[mx.array], mx.array]:
