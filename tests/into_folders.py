@@ -87,6 +87,13 @@ def marked(inputs: Inputs) -> Inputs:
     return replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
 
 
+def save_prompt(file: Path, kind: str, inputs: Inputs) -> None:
+    """As it is handed to mlx-vlm."""
+    arrays = {"input_ids": mx.array(inputs.ids)[None], "mask": inputs.mask_1L}
+    arrays |= {name: mx.array(value) for name, value in handed(kind, inputs).extra.items()}
+    mx.save_safetensors(str(file), {**arrays, "pixel_values": inputs.pixels})
+
+
 def handed(kind: str, inputs: Inputs) -> Inputs:
     """As the family's processor hands it to mlx-vlm: it does not say how tiles belong together."""
     return replace(inputs, extra={}) if kind in TILED else inputs
@@ -105,9 +112,7 @@ def answer(kind: str, model: Any, inputs: Inputs, **options: Any) -> Answer:
     return stock(model, handed(kind, inputs), **options)
 
 
-def ours(
-    model: Any, inputs: Inputs, spec: str, ratio: float | None, tokens: int | None
-) -> Answer:
+def ours(model: Any, inputs: Inputs, spec: str, ratio: float | None, tokens: int | None) -> Answer:
     """Of the model that is not pruned, which our own path gives a short prompt."""
     pipeline = plan(spec)
     policy = check(model, family_of(model), pipeline, None)
