@@ -68,6 +68,7 @@ def _prune_into_options(there: argparse.ArgumentParser) -> None:
     budget = there.add_mutually_exclusive_group(required=True)
     budget.add_argument("--keep-ratio", type=float, metavar="R", help="of an image's tokens")
     budget.add_argument("--keep-tokens", type=int, metavar="K", help="so many of an image's")
+    there.add_argument("--vendor", action="store_true", help="copy mlx_vlm_prune into DST, too")
 
 
 def _positive(text: str) -> int:
@@ -123,16 +124,19 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
 
 def _prune_into(args: argparse.Namespace) -> str:
     # Methods are the product's: for this way alone, convert asks it.
-    from mlx_vlm_prune.hosts.into.folder import prune_into
+    from mlx_vlm_prune.hosts.folder import prune_into
 
-    made = prune_into(args.source, args.target, args.pruner, args.keep_ratio, args.keep_tokens)
+    made = prune_into(
+        args.source, args.target, args.pruner, args.keep_ratio, args.keep_tokens, args.vendor
+    )
     budget = f"{args.keep_tokens}" if args.keep_ratio is None else f"{args.keep_ratio:.4g}"
-    needs = "mlx_vlm_prune too, where it is run" if made.leans else "nothing but mlx-vlm"
+    needs = "it needs mlx_vlm_prune, where it is run; --vendor copies that into the folder"
+    if made.vendored:
+        needs = f"it runs the copy of mlx_vlm_prune beside it ({made.vendored} files), and no other"
     return (
         f"{args.target}: {args.source}, and a pruned.py that keeps {budget} of an image's visual"
         f" tokens by {args.pruner}\n"
-        f"{made.linked} files of weights are linked, {made.copied} others copied; pruned.py needs"
-        f" {needs}\n"
+        f"{made.linked} files of weights are linked, {made.copied} others copied; {needs}\n"
         "warning: mlx-vlm executes pruned.py whenever it loads this folder, without asking; read"
         " it, as you would read any program"
     )

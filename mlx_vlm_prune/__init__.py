@@ -18,11 +18,13 @@ fast_blas.prepare()  # whatever of ours is imported first: before mlx, or never
 
 if TYPE_CHECKING:
     from .generate import generate, stream_generate
-    from .hosts.pruned import pruned
+    from .hosts.attach import attach, pruned
     from .loading import load
     from .pruners import METHODS as PRUNERS
 
-__all__ = ["PRUNERS", "__version__", "generate", "load", "pruned", "stream_generate"]
+__all__ = [
+    "PRUNERS", "__version__", "attach", "generate", "load", "pruned", "stream_generate",
+]  # fmt: skip
 
 # Nothing heavy is imported before it is used. The module generate.py is itself callable.
 _HOME = {
@@ -30,7 +32,8 @@ _HOME = {
     "generate": "generate",
     "stream_generate": "generate",
     "PRUNERS": "pruners",
-    "pruned": "hosts.pruned",
+    "attach": "hosts.attach",
+    "pruned": "hosts.attach",
 }
 
 

@@ -1,14 +1,12 @@
-"""Tiny checkpoints that mlx-vlm loads, and a run of them in a process that has no package of ours.
+"""Tiny checkpoints that mlx-vlm loads, pruned and not, and what they answer by its own loop.
 
 Shapes: L rows of the prompt, T tokens, V words.
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +15,19 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.prompt import prune_prompt, shares, views_of
+from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners.budget import budget
 
-from .host_models import IMAGE, KINDS
+from .host_models import END, IMAGE, KINDS, START, VIDEO
+from .test_hosts import decoded, stock
 
 GLOBAL = 58  # Idefics3's token before the tile that shows the whole image
 TILED = ("idefics3", "smolvlm")
-ROOT = Path(__file__).resolve().parents[1]
-# What a folder answers, by mlx-vlm alone. FastViTHD's sizes are no settings of its configuration.
-RUN = """
-import json, sys
-home, jobs, ours = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-if ours:
-    sys.path.insert(0, ours)
-else:
-    sys.modules["mlx_vlm_prune"] = sys.modules["convert"] = None
-from pathlib import Path
-import mlx.core as mx, numpy as np
-import mlx_vlm.models.fastvlm as fastvlm
-from mlx_vlm.generate.ar import generate_step
-from mlx_vlm.utils import load_model
-fastvlm.VisionConfig.layers = [1, 1, 1, 1, 2]
-fastvlm.VisionConfig.embed_dims = [8, 16, 32, 64, 64]
-for name, folder, prompt, step in jobs:
-    told = dict(mx.load(f"{home}/{prompt}.safetensors"))
-    tiles = told.pop("num_patches_list", None)
-    if tiles is not None:
-        told["num_patches_list"] = tiles.tolist()
-    try:
-        model = load_model(Path(home) / folder)
-    except Exception as problem:
-        raise SystemExit(f"{folder}: {problem!r}")
-    ids, pixels, mask = (told.pop(x, None) for x in ("input_ids", "pixel_values", "mask"))
-    options = dict(max_tokens=5, temperature=0, prefill_step_size=step)
-    steps = list(generate_step(ids, model, pixels, mask, **options, **told))
-    tokens, odds = [int(t) for t, _ in steps], np.stack([np.array(o) for _, o in steps])
-    np.savez(f"{home}/{name}.npz", tokens=tokens, odds=odds)
-"""
+Answer = tuple[list[int], np.ndarray]  # tokens and their log probabilities (T, V)
 
 
 @contextmanager
@@ -65,16 +39,6 @@ def fastvlm_sizes() -> Iterator[None]:
         sizes.setattr(fastvlm.VisionConfig, "layers", [1, 1, 1, 1, 2])
         sizes.setattr(fastvlm.VisionConfig, "embed_dims", [8, 16, 32, 64, 64])
         yield
-
-
-@dataclass(frozen=True)
-class Job:
-    """A folder and a prompt in `home`, by name."""
-
-    name: str
-    folder: str
-    prompt: str
-    step: int | None = 2048
 
 
 def checkpoint(kind: str, home: Path) -> Path:
@@ -124,22 +88,49 @@ def marked(inputs: Inputs) -> Inputs:
 
 
 def save_prompt(file: Path, kind: str, inputs: Inputs) -> None:
-    """As the family's processor hands it to mlx-vlm."""
-    told = {"input_ids": mx.array(inputs.ids)[None], "mask": inputs.mask_1L}
-    if inputs.pixels is not None:
-        told["pixel_values"] = inputs.pixels
-        extra = {} if kind in TILED else inputs.extra
-        told |= {name: mx.array(value) for name, value in extra.items()}
-    mx.save_safetensors(str(file), told)
+    """As it is handed to mlx-vlm."""
+    arrays = {"input_ids": mx.array(inputs.ids)[None], "mask": inputs.mask_1L}
+    arrays |= {name: mx.array(value) for name, value in handed(kind, inputs).extra.items()}
+    mx.save_safetensors(str(file), {**arrays, "pixel_values": inputs.pixels})
 
 
-def run(home: Path, jobs: list[Job], with_us: bool = False) -> subprocess.CompletedProcess[str]:
-    """Answer all jobs in one process of mlx-vlm's; HOME/NAME.npz holds tokens and odds (T, V)."""
-    told = json.dumps([[job.name, job.folder, job.prompt, job.step] for job in jobs])
-    command = [sys.executable, "-c", RUN, str(home), told, str(ROOT) if with_us else ""]
-    return subprocess.run(command, cwd=home, capture_output=True, text=True)
+def handed(kind: str, inputs: Inputs) -> Inputs:
+    """As the family's processor hands it to mlx-vlm: it does not say how tiles belong together."""
+    return replace(inputs, extra={}) if kind in TILED else inputs
 
 
-def answer(home: Path, name: str) -> tuple[list[int], np.ndarray]:
-    with np.load(home / f"{name}.npz") as held:
-        return held["tokens"].tolist(), held["odds"]
+def video() -> Inputs:
+    """A prompt of Qwen's about a film of two times two frames, 4 x 6 patches each."""
+    patches = np.random.default_rng(5).normal(size=(2 * 24, 3 * 2 * 14 * 14)).astype(np.float32)
+    ids = [3, 9, 4, START, *[VIDEO] * 12, END, 5, 8, 2, 30]
+    film = {"pixel_values_videos": mx.array(patches), "video_grid_thw": mx.array([[2, 4, 6]])}
+    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), extra=film)
+
+
+def answer(kind: str, model: Any, inputs: Inputs, **options: Any) -> Answer:
+    """Of a folder's model, by mlx-vlm's loop."""
+    return stock(model, handed(kind, inputs), **options)
+
+
+def ours(model: Any, inputs: Inputs, spec: str, ratio: float | None, tokens: int | None) -> Answer:
+    """Of the model that is not pruned, which our own path gives a short prompt."""
+    pipeline = plan(spec)
+    host = host_of(model)
+    policy = check(host, pipeline, None)
+    views = views_of(host, inputs, pipeline)
+    budgets: list[int] = []
+    for image in range(1 + max(view.image for view in views)):
+        sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
+        budgets += shares(budget(sum(sizes), ratio, tokens, pipeline), sizes)
+    short = prune_prompt(host, inputs, views, pipeline, budgets, policy)
+    return decoded(model, short.arguments)
+
+
+def same(answered: Answer, expected: Answer) -> None:
+    assert answered[0] == expected[0]
+    np.testing.assert_allclose(answered[1], expected[1], rtol=0, atol=1e-4)
+
+
+def most(kind: str) -> int:
+    """Images in the longest prompt."""
+    return len(KINDS[kind].tiles)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from mlx_vlm_prune.hosts.into import folder as into
+from mlx_vlm_prune.hosts import folder as into
 
 
 @pytest.fixture
@@ -126,14 +126,17 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
+@pytest.mark.parametrize("pruner", ["divprune", "visionzip"])
 @pytest.mark.parametrize(
-    ("pruner", "needs"), [("divprune", "nothing but mlx-vlm"), ("visionzip", "mlx_vlm_prune too")]
+    ("option", "needs"),
+    [((), "it needs mlx_vlm_prune, where it is run"), (("--vendor",), "it runs the copy of")],
 )
 def test_it_says_what_was_written_and_that_it_will_be_executed(
-    source, tmp_path, capsys, pruner, needs
+    source, tmp_path, capsys, pruner, option, needs
 ):
-    main(["prune-into", str(source), str(tmp_path / "new"), "--pruner", pruner, *BUDGET])
+    main(["prune-into", str(source), str(tmp_path / "new"), "--pruner", pruner, *BUDGET, *option])
     told = capsys.readouterr().out
     assert f"keeps 0.5 of an image's visual tokens by {pruner}" in told and needs in told
     assert "warning: mlx-vlm executes pruned.py whenever it loads this folder" in told
     assert (tmp_path / "new" / "pruned.py").is_file()
+    assert (tmp_path / "new" / "mlx_vlm_prune").is_dir() is bool(option)

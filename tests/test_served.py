@@ -1,7 +1,7 @@
 """Promises of mlx-vlm's HTTP server: it answers pruned, from a `prune-into` folder and in a block.
 
 The server is the real one, on 127.0.0.1. Its log probabilities are compared with those of mlx-vlm's
-`stream_generate` inside `pruned`, on the folder that was not pruned: other code than the folder's.
+`stream_generate` inside `pruned`, on the folder that was not pruned, its words with `generate`'s.
 """
 
 import base64
@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune import generate, load, pruned
-from mlx_vlm_prune.hosts.into.folder import prune_into
+from mlx_vlm_prune.hosts.folder import prune_into
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytest.importorskip("uvicorn", reason="mlx-vlm's server needs uvicorn")
@@ -57,7 +57,7 @@ ASKED = [Asked("w7 w9", "a"), Asked("w7 w9", "b"), Asked("w3 w11 w4 w8", "a"), A
 def home(tmp_path_factory) -> Path:
     folder = host_folders.desk(tmp_path_factory.mktemp("served"), [KIND])
     prune_into(folder / KIND, folder / "pruned", METHOD, RATIO, None)
-    prune_into(folder / KIND, folder / "leaning", "received_attention", RATIO, None)
+    prune_into(folder / KIND, folder / "attended", "received_attention", RATIO, None)
     return folder
 
 
@@ -227,10 +227,10 @@ def test_a_streamed_answer_is_the_same(folder_server):
     assert text == folder_server.post(ASKED[3])["choices"][0]["message"]["content"] != ""
 
 
-def test_with_its_prefix_cache_on_and_a_file_that_leans_on_us_nothing_stale_is_read(home, whole):
+def test_with_its_prefix_cache_on_nothing_stale_is_read(home, whole):
     """Each question twice, and the next turn of each: found by ids, there would be rows amiss."""
     settings = {"APC_ENABLED": "1", "APC_BLOCK_SIZE": "4", "APC_DISK_ENABLED": "0"}
-    with command(home, "leaning", **settings) as server:
+    with command(home, "attended", **settings) as server:
         assert json.loads(server.call("/health"))["apc_enabled"]
         for asked in [*ASKED, Asked("w7 w9 w5 w3", "a"), *ASKED]:
             same(server.said(asked), expected(home, whole, asked, "received_attention"))

@@ -3,11 +3,13 @@
 Shapes: B prompts, L rows of the longest, l rows left of one, Y layers that DeepStack adds to.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoints.errors import UserError
 from ..laps import Clock
@@ -44,6 +46,7 @@ class Embeddings:
     keep_tokens: int | None
     policy: Policy
     report: Report
+    whole_videos: bool = False  # are prompts with videos or sound read whole, and not refused?
     memory: Memory = field(default_factory=Memory)
     busy: bool = False  # are the language model's own functions called from here?
 
@@ -51,22 +54,29 @@ class Embeddings:
         self, input_ids: Any = None, pixel_values: Any = None, mask: Any = None, **told: Any
     ) -> Any:
         """mlx-vlm's features of B prompts. Raises UserError for what is no image."""
-        if any(told.get(name) is not None for name in OTHERS):
+        has_others = any(told.get(name) is not None for name in OTHERS)
+        if has_others and not self.whole_videos:
             raise UserError("only images are pruned: videos and sound go outside the block")
         for name in PREPARED:
             if told.get(name) is not None:
                 raise UserError(f"inside a block that prunes leave out {name}: which tokens stay is"
                                 " judged by the images, and where they stand follows")  # fmt: skip
         told = {name: value for name, value in told.items() if name not in UNREAD}
+        with self.working():
+            if pixel_values is None or has_others:
+                return self._whole(self.stock(input_ids, pixel_values, mask=mask, **told))
+            return self._answer(input_ids, pixel_values, mask, told)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While the language model's own functions are called from here."""
         self.busy = True
         try:
-            return self._answer(input_ids, pixel_values, mask, told)
+            yield
         finally:
             self.busy = False
 
     def _answer(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, told: dict[str, Any]) -> Any:
-        if pixels is None:
-            return self._words(self.stock(ids_BL, None, mask=mask_BL, **told))
         clock, seen = Clock(), _Seen()
 
         def see(inputs: Inputs) -> list[View]:
@@ -123,15 +133,22 @@ class Embeddings:
         indices = [trace.kept(image) for image in range(images)]
         self.report.add(Prompt(total, kept, indices, (whole, prompt.length), seconds, seen_before))
 
-    def _words(self, found: Any) -> Any:
-        """A prompt without images, told as its neighbours in a batch are."""
+    def _whole(self, features: Any) -> Any:
+        """Prompts of which nothing goes, as their neighbours in a batch are told."""
         if not self._deep:
-            return found
-        B, L, D = found.inputs_embeds.shape
+            return features
+        B, L, D = features.inputs_embeds.shape
+        visual_BL, deep_VYD = features.visual_pos_masks, features.deepstack_visual_embeds
+        deep_RYD = mx.zeros((B * L, self._deep, D), features.inputs_embeds.dtype)
+        if visual_BL is None:
+            visual_BL = mx.zeros((B, L), mx.bool_)
+        if deep_VYD is not None:
+            rows = mx.array(np.flatnonzero(np.array(visual_BL)).astype(np.int32))
+            deep_RYD[rows] = mx.stack(list(deep_VYD), axis=1).astype(deep_RYD.dtype)
         return replace(
-            found,
-            visual_pos_masks=mx.zeros((B, L), mx.bool_),
-            deepstack_visual_embeds=mx.zeros((B, L, self._deep, D), found.inputs_embeds.dtype),
+            features,
+            visual_pos_masks=visual_BL,
+            deepstack_visual_embeds=deep_RYD.reshape(B, L, self._deep, D),
         )
 
     @property

@@ -17,10 +17,15 @@ def check(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
     if positions not in (None, "keep", "renumber"):
         raise UserError(f"--positions is {positions!r}; it is keep or renumber")
     if "get_input_embeddings" in vars(host.model):
-        raise UserError("this model is being pruned already: leave that block first")
+        raise UserError(
+            "this model is being pruned already: leave that block first, or load the folder that"
+            " a pruned one was made from"
+        )
     for step in pipeline.steps:
         if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
+    if layers := host.depth:
+        pipeline.want(layers)  # a layer that is not there is refused before any picture is seen
     if pipeline.enhancer:
         raise UserError(
             f"{pipeline.enhancer.name} cannot work in a {kind} model: it adds to the attention"

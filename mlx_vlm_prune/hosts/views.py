@@ -4,8 +4,9 @@ Shapes: T pictures (images or tiles of them), N visual tokens of one, K kept of 
 the prompt, D features.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -44,3 +45,25 @@ def per_picture(inputs: Inputs, seen: Signals, pixels_THW3: mx.array) -> list[Vi
         raise UserError(f"{inputs.images} images became {T} pictures: give one image")
     whose = [image for image, n in enumerate(tiles) for _ in range(n)]
     return [View(whose[i], seen.of(i), pixels_THW3[i]) for i in range(T)]
+
+
+def tiles(ids: Sequence[int], placeholder: int, whole: int) -> list[int]:
+    """How many tiles each image of an Idefics3 prompt was cut into: the last one's rows, which show
+    all of the image, stand behind the token `whole`."""
+    counts = [0]
+    for before, token in pairwise([-1, *ids]):
+        if token == placeholder and before != placeholder:
+            counts[-1] += 1
+            counts += [0] if before == whole else []
+    return [n for n in counts if n]
+
+
+def by_image(views: Sequence[View], counts: Sequence[int]) -> list[View]:
+    """The views with their images, which have so many tiles each. Raises UserError where prompt
+    and tiles do not fit."""
+    images = [image for image, n in enumerate(counts) for _ in range(n)]
+    if len(images) != len(views):
+        raise UserError(
+            f"the prompt has room for {len(images)} tiles and the images have {len(views)}"
+        )
+    return [replace(view, image=image) for view, image in zip(views, images, strict=True)]

@@ -12,8 +12,10 @@ import numpy as np
 from PIL import Image
 
 from ..host import Host
-from ..views import Inputs, View, per_picture
+from ..views import Inputs, View, by_image, per_picture, tiles
 from . import siglip
+
+GLOBAL_IMAGE = "global_image_token_id"  # what a pruned folder's file adds to the configuration
 
 
 class Idefics3Host(Host):
@@ -55,24 +57,30 @@ class Idefics3Host(Host):
         inputs = super().prepare(text, images, resize)
         mark = getattr(self.processor, "global_image_token", "<global-img>")
         whole = self.processor.tokenizer.convert_tokens_to_ids(mark)
-        image, tiles = self.image_token_id(inputs), [0]
-        for before, token in zip([-1, *inputs.ids], inputs.ids, strict=False):
-            if token == image and before != image:
-                tiles[-1] += 1
-                tiles += [0] if before == whole else []
-        return replace(inputs, extra={**inputs.extra, "num_patches_list": [n for n in tiles if n]})
+        counts = tiles(inputs.ids, self.image_token_id(inputs), whole)
+        return replace(inputs, extra={**inputs.extra, "num_patches_list": counts})
 
     def embed(self, ids: mx.array) -> mx.array:
         return self.language.embed_tokens(ids)
 
     def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
-        """All tiles are one image's: nothing in the ids tells them apart."""
-        if "num_patches_list" in inputs.extra:
+        """All tiles are one image's where no token tells them apart."""
+        if "num_patches_list" in inputs.extra or not views:
             return views
-        return [replace(view, image=0) for view in views]
+        counts = [len(views)]
+        if self._global_image is not None:
+            counts = tiles(inputs.ids, self.image_token_id(inputs), self._global_image)
+        return by_image(views, counts)
 
     def knows_images(self, inputs: Inputs, views: Sequence[View]) -> bool:
-        return "num_patches_list" in inputs.extra or len(views) <= 1
+        is_marked = self._global_image is not None or "num_patches_list" in inputs.extra
+        return is_marked or len(views) <= 1
+
+    @property
+    def _global_image(self) -> int | None:
+        """The token before the tile that shows a whole image, where a pruned folder's model knows
+        it: no configuration of mlx-vlm's has it."""
+        return getattr(self.model.config, GLOBAL_IMAGE, None)
 
 
 def _patches(mask_THW: mx.array, size: int) -> mx.array:

@@ -4,17 +4,15 @@ Shapes: T tiles, S tokens with CLS, N visual tokens, K kept, D features, H heads
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 
-from ...checkpoints.errors import UserError
 from ...projector import merged
 from ..host import Host
 from ..layers import split
-from ..views import Inputs, View, per_picture
+from ..views import Inputs, View, by_image, per_picture
 from .common import signals
 
 
@@ -49,12 +47,7 @@ class InternVLHost(Host):
             return views
         placeholder, N = self.image_token_id(inputs), views[0].signals.x_BND.shape[1]
         runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
-        whose = [image for image, length in enumerate(runs) for _ in range(length // N)]
-        if len(whose) != len(views):
-            raise UserError(
-                f"the prompt has room for {len(whose)} tiles and the images have {len(views)}"
-            )
-        return [replace(view, image=image) for view, image in zip(views, whose, strict=True)]
+        return by_image(views, [length // N for length in runs])
 
 
 def _queries_and_keys(layer: Any, x_TSD: mx.array) -> tuple[mx.array, mx.array]:

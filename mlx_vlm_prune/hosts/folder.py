@@ -1,7 +1,9 @@
 """From a checkpoint folder that mlx-vlm runs to one that it runs pruned.
 
 Weights are linked, all else is copied: nothing but config.json and pruned.py differs, so the old
-folder stays as it is, and the new one takes no room.
+folder stays as it is, and the new one takes no room. pruned.py attaches pruning to the model that
+mlx-vlm would have made, by this package; with `vendor` by a copy of it that lies in the folder.
+That copy is imported by a name of its own: no installed package takes its place, nor it theirs.
 """
 
 import json
@@ -9,71 +11,125 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
+from string import Template
 from textwrap import fill
 from typing import Any
 
-from ... import __version__
-from ...checkpoints.elsewhere import RECORD
-from ...checkpoints.errors import UserError
-from ...checkpoints.files import appearing, read_json, write_json
-from ...pruners import Pipeline, Pruner, Stage, plan
-from ...pruners.budget import check_budget
-from ...pruners.pipeline import known_options
-from ..families import FAMILIES, REFUSED
-from .source import INTO, ROOT, Writer
+from .. import __version__
+from ..checkpoints.elsewhere import RECORD
+from ..checkpoints.errors import UserError
+from ..checkpoints.files import appearing, read_json, write_json
+from ..pruners import Pipeline, Stage, plan
+from ..pruners.budget import check_budget
+from .families import FAMILIES, REFUSED
+from .families.idefics3 import GLOBAL_IMAGE
 
 FILE = "pruned.py"
+PACKAGE = Path(__file__).resolve().parents[1]
 LLAVA = ("llava", "llava_next")
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TILED = ("idefics3", "smolvlm")
 CLIP = "clip_vision_model"
 PACKAGES = {"llava_qwen2": "fastvlm"}  # mlx-vlm's, where it has another name than the model
-MODULES = {"smolvlm": "idefics3", "llava_qwen2": "fastvlm"}  # ours
-TITLES = {
-    "llava": "LLaVA", "llava_next": "LLaVA-NeXT", "qwen2_vl": "Qwen2-VL",
-    "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL", "fastvlm": "FastVLM",
-    "llava_qwen2": "FastVLM", "gemma3": "Gemma 3", "idefics3": "Idefics3", "smolvlm": "SmolVLM",
-    "paligemma": "PaliGemma", "internvl_chat": "InternVL", "pixtral": "Pixtral",
-}  # fmt: skip
 ELSEWHERE = {
     Stage.IMAGE: "makes the picture smaller, which the processor would have to do",
     Stage.ENCODER: "works between the tower's layers",
     Stage.DECODER: "works between the language model's layers",
 }
-GLOBAL_IMAGE = "<global-img>"
+WHOLE = "<global-img>"  # before the tile that shows the whole image
+TEXT = Template('''\
+"""$about
+"""
+
+$attach
+
+PRUNER = $pruner
+KEEP_RATIO, KEEP_TOKENS = $keep_ratio, $keep_tokens  # of an image's tokens: a share, or so many
+
+
+class Model(stock.Model):
+    """mlx-vlm's own, but that the language model reads fewer tokens of an image."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)$more
+        budget = {"keep_ratio": KEEP_RATIO, "keep_tokens": KEEP_TOKENS}
+        self.pruning_report, _ = attach(self, PRUNER, **budget, whole_videos=True)
+
+
+def __getattr__(name: str) -> Any:
+    """All else that mlx-vlm looks for here is its own."""
+    return getattr(stock, name)
+''')
+INSTALLED = Template("""\
+from typing import Any
+
+from mlx_vlm.models import $family as stock
+
+try:
+    from mlx_vlm_prune import attach
+except ImportError as problem:
+    raise ImportError(
+        f"this folder prunes by mlx_vlm_prune: pip install mlx_vlm_prune ({problem})"
+    ) from None""")
+VENDORED = Template("""\
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+from mlx_vlm.models import $family as stock
+
+NAME = "mlx_vlm_prune_$digest"  # no other has it, so none is taken for another
+if NAME not in sys.modules:
+    copy = spec_from_file_location(NAME, Path(__file__).parent / "mlx_vlm_prune" / "__init__.py")
+    sys.modules[NAME] = module_from_spec(copy)
+    copy.loader.exec_module(sys.modules[NAME])
+attach = sys.modules[NAME].attach""")
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was made."""
+    """What was made, in files."""
 
-    linked: int  # files
+    linked: int
     copied: int
-    leans: bool  # does pruned.py import this package?
+    vendored: int
 
 
 def prune_into(
-    source: Path, target: Path, pruner: str, keep_ratio: float | None, keep_tokens: int | None
+    source: Path,
+    target: Path,
+    pruner: str,
+    keep_ratio: float | None,
+    keep_tokens: int | None,
+    vendor: bool = False,
 ) -> Written:
-    """Write `target`, which is `source` with a model that prunes.
+    """Write `target`, which is `source` with a model that prunes; `vendor` adds a copy of this
+    package.
 
     Raises UserError, and leaves nothing, where the model, the method or the budget cannot be.
     """
     config = _config(source)
-    pipeline = _pipeline(pruner, config["model_type"])
+    pipeline = _pipeline(pruner)
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
         raise UserError("give --keep-ratio or --keep-tokens")
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
-    text, leans = _source(source, config, pipeline, keep_ratio, keep_tokens)
     record: dict[str, Any] = {"pruner": pipeline.name, "version": __version__}
     record |= {"keep_ratio": keep_ratio} if keep_tokens is None else {"keep_tokens": keep_tokens}
+    copies = _copies() if vendor else {}
+    text = _text(source, config["model_type"], pipeline.name, keep_ratio, keep_tokens, copies)
     with appearing(target, folder=True) as folder:
         linked, copied = _take_over(source, folder)
+        for name, content in copies.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
         write_json(folder / "config.json", config | {"model_file": FILE, RECORD: record})
         (folder / FILE).write_text(text, encoding="utf-8")
-    return Written(linked, copied, leans)
+    return Written(linked, copied, len(copies))
 
 
 def _config(source: Path) -> dict[str, Any]:
@@ -114,11 +170,11 @@ def _check_llava(config: Mapping[str, Any], source: Path) -> None:
 
 
 def _tower(config: Mapping[str, Any]) -> Any:
-    told = config.get("vision_config")
-    return told.get("model_type", CLIP) if isinstance(told, Mapping) else CLIP
+    tower = config.get("vision_config")
+    return tower.get("model_type", CLIP) if isinstance(tower, Mapping) else CLIP
 
 
-def _pipeline(spec: str, kind: str) -> Pipeline:
+def _pipeline(spec: str) -> Pipeline:
     pipeline = plan(spec)
     for step in pipeline.steps:
         if step.stage in ELSEWHERE:
@@ -136,50 +192,35 @@ def _pipeline(spec: str, kind: str) -> Pipeline:
     return pipeline
 
 
-def _source(
+def _text(
     source: Path,
-    config: Mapping[str, Any],
-    pipeline: Pipeline,
+    kind: str,
+    pruner: str,
     keep_ratio: float | None,
     keep_tokens: int | None,
-) -> tuple[str, bool]:
-    """The text of pruned.py, and whether it imports this package."""
-    kind, (first, *more) = config["model_type"], pipeline.steps
-    needs = set(first.method.needs) - {"grid"}
-    has_cls = kind == "internvl_chat" or (kind in LLAVA and _tower(config) == CLIP)
-    is_free = not more and needs <= ({"cls_attention"} if has_cls else set())
-    values = {"KEEP_RATIO": repr(keep_ratio), "KEEP_TOKENS": repr(keep_tokens)}
-    if MODULES.get(kind, kind) == "idefics3":
-        values["GLOBAL_IMAGE"] = str(_token(source, GLOBAL_IMAGE))
-    budget = f"{keep_ratio:.4g} of" if keep_tokens is None else f"{keep_tokens} of"
-    title = f"{TITLES[kind]} that keeps {budget} each image's visual tokens: {pipeline.name}."
-    family = PACKAGES.get(kind, kind)
-    if not is_free:
-        writer = Writer({}, values | {"PRUNER": json.dumps(pipeline.name)}, family)
-        return writer.written(INTO / "leaning.py", _docstring(title, None)), True
-    options = {**first.options}
-    if needs:
-        values["LAYER"] = str(options.pop("layer", known_options(first.method)["layer"]))
-    listed = ", ".join(f"{json.dumps(k)}: {_literal(v)}" for k, v in options.items())
-    writer = Writer(_instead(first, kind), values | {"OPTIONS": f"{{{listed}}}"}, family)
-    shell = INTO / ("mrope.py" if kind in QWEN else "shorter.py")
-    return writer.written(shell, _docstring(title, first)), False
-
-
-def _instead(pruner: Pruner, kind: str) -> dict[tuple[Path, str], Path]:
-    """Which modules stand in the places of those that the code is checked with."""
-    contract, methods = ROOT / "pruners" / "contract.py", ROOT / "pruners"
-    name = MODULES.get(kind, kind) + ("_cls" if "cls_attention" in pruner.method.needs else "")
-    places = {(contract, one): INTO / "short.py" for one in ("Signals", "Reduction")}
-    places[INTO / "family.py", ""] = INTO / "families" / f"{name}.py"
-    places[INTO / "method.py", ""] = methods / f"{pruner.name}.py"
-    if pruner.stage is Stage.PROJECTED:
-        places[INTO / "features.py", ""] = INTO / "projected.py"
-    return places
-
-
-def _literal(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, str) else repr(value)
+    copies: Mapping[str, bytes],
+) -> str:
+    """What pruned.py says."""
+    budget = f"{keep_ratio:.4g}" if keep_tokens is None else f"{keep_tokens}"
+    about = [
+        f"This {kind} model keeps {budget} of each image's visual tokens, by {pruner}.",
+        'mlx-vlm runs this file because config.json names it as "model_file"; without that line the'
+        " model is whole again, for the weights are its own. A chat reads every turn from its"
+        " beginning: mlx-vlm finds what it has read by ids, and a prompt has fewer rows than ids"
+        f" here. mlx_vlm_prune {__version__} wrote this file, which "
+        + ("runs the copy of it that lies here." if copies else "needs it beside mlx-vlm."),
+    ]
+    digest = sha256(b"".join(name.encode() + copies[name] for name in sorted(copies)))
+    more = ""
+    if kind in TILED:
+        more = f"\n        self.config.{GLOBAL_IMAGE} = {_token(source, WHOLE)}  # {WHOLE}"
+    return TEXT.substitute(
+        about="\n\n".join(fill(part, 97) for part in about),
+        attach=(VENDORED if copies else INSTALLED).substitute(
+            family=PACKAGES.get(kind, kind), digest=digest.hexdigest()[:8]
+        ),
+        pruner=json.dumps(pruner), keep_ratio=keep_ratio, keep_tokens=keep_tokens, more=more,
+    )  # fmt: skip
 
 
 def _token(source: Path, text: str) -> int:
@@ -193,26 +234,22 @@ def _token(source: Path, text: str) -> int:
     )
 
 
-def _docstring(title: str, pruner: Pruner | None) -> str:
-    """What pruned.py says of itself."""
-    needs = "It needs nothing but mlx-vlm." if pruner else "It needs mlx_vlm_prune beside mlx-vlm."
-    undo = (
-        f'mlx-vlm runs this file because config.json names it as "model_file"; without that line'
-        f" the model is whole again, for the weights are its own. {needs} mlx-vlm's server reads"
-        " several prompts at once with it. A chat reads every turn from its beginning: mlx-vlm"
-        " finds what it has read by ids, and a prompt has fewer rows than ids here. Written by"
-        f" mlx_vlm_prune {__version__}."
-    )
-    parts = [fill(title, 97)]
-    if pruner:
-        told, _, _ = (pruner.method.__doc__ or "").partition("\n\nShapes:")
-        parts.append(told.strip())
-    parts.append(fill(undo, 97))
-    parts.append(
-        "Shapes: B or I pictures, N visual tokens of one, K kept of it, k of all, S tokens with\n"
-        "CLS, H heads, d head size, L rows of the prompt, l of them left, D features."
-    )
-    return "\n\n".join(parts)
+def _copies() -> dict[str, bytes]:
+    """This package's sources and their licence, by where they go in a folder. The built-in example
+    stays here: it is megabytes, and no model of mlx-vlm's."""
+    sources = {
+        str(file.relative_to(PACKAGE.parent)): file.read_bytes()
+        for file in sorted(PACKAGE.rglob("*.py"))
+    }
+    return {f"{PACKAGE.name}/LICENSE": _licence(), **sources}
+
+
+def _licence() -> bytes:
+    """It goes with every copy; a checkout has it beside the package, an installation elsewhere."""
+    if (PACKAGE.parent / "pyproject.toml").is_file():
+        return (PACKAGE.parent / "LICENSE").read_bytes()
+    files = metadata.files(PACKAGE.name) or []
+    return next(Path(str(f.locate())).read_bytes() for f in files if f.name == "LICENSE")
 
 
 def _take_over(source: Path, folder: Path) -> tuple[int, int]:

@@ -1,0 +1,176 @@
+"""`attach`: every tool of mlx-vlm's prunes with a model; `with pruned(model, …)`: for a block.
+
+Two things are put on the instance, and taken off again by `detach`. `get_input_embeddings`, which
+all tools call, answers with prompts of which rows are gone (`fewer` says how). And the language
+model gets a class derived from its class, whose call leaves those rows out: Python looks a call up
+on the class. No class of mlx-vlm's is touched, and no weights are needed yet.
+
+What mlx-vlm keeps between requests it finds by ids, and a pruned prompt has fewer rows than ids.
+So no prefix is read again, and a cache that was filled before `detach` is spent afterwards.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+from weakref import WeakSet
+
+from ..checkpoints.errors import UserError
+from ..model import VLM
+from ..pruners import Pipeline, Pruner, plan
+from ..pruners.budget import budget
+from ..pruners.contract import Policy
+from .embeddings import Embeddings
+from .families import host_of
+from .fewer import call
+from .host import Host
+from .refusals import check
+from .report import Report
+
+SPENT = 1 << 30  # rows that a spent cache claims: more than any prefix that mlx-vlm looks for
+
+
+def attach(
+    model: Any,
+    pruner: str | Pruner | Pipeline = "divprune",
+    *,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    positions: Policy | None = None,
+    whole_videos: bool = False,
+) -> tuple[Report, Callable[[], None]]:
+    """Prune in whatever mlx-vlm does with its `model`; a report of it, and what takes it off.
+
+    Of each image's N visual tokens K stay, by `keep_ratio` or `keep_tokens`, half without either;
+    `positions` as in `generate`. With `whole_videos` a prompt with a video or sound is read
+    whole, and refused without. Answers are to be read to their end before `detach` is called.
+    Raises UserError for a model, method or budget that cannot be, and for a model that is being
+    pruned already; then, as after any error, the model is as it was.
+    """
+    host, pipeline, policy = _checked(model, pruner, keep_ratio, keep_tokens, positions)
+    report, language = Report(pipeline.name, policy), model.language_model
+    embeddings = Embeddings(
+        host, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, report,
+        whole_videos,
+    )  # fmt: skip
+    kind, pruning = type(language), Pruning(embeddings, _reads_whole(model))
+    with ExitStack() as undo:
+        undo.enter_context(host.restored())
+        undo.callback(_spend, pruning.caches)
+        language.__class__ = _shortened(kind, pruning)
+        undo.callback(setattr, language, "__class__", kind)
+        model.get_input_embeddings = embeddings
+        undo.callback(delattr, model, "get_input_embeddings")
+        model.apc_key_dependencies = language.apc_key_dependencies
+        undo.callback(delattr, model, "apc_key_dependencies")
+        return report, undo.pop_all().close
+
+
+@contextmanager
+def pruned(
+    model: Any,
+    pruner: str | Pruner | Pipeline = "divprune",
+    *,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    positions: Policy | None = None,
+) -> Iterator[Report]:
+    """`attach` for the length of a block, which yields the report."""
+    report, detach = attach(
+        model, pruner, keep_ratio=keep_ratio, keep_tokens=keep_tokens, positions=positions
+    )
+    try:
+        yield report
+    finally:
+        detach()
+
+
+def _checked(
+    model: Any,
+    pruner: str | Pruner | Pipeline,
+    keep_ratio: float | None,
+    keep_tokens: int | None,
+    positions: Policy | None,
+) -> tuple[Host, Pipeline, Policy]:
+    """The methods, and the position policy that holds; UserError for what cannot be."""
+    if isinstance(model, VLM):
+        raise UserError("pruned() is for mlx-vlm's models; ours take a pruner in generate()")
+    host, pipeline = host_of(model), plan(pruner)
+    policy = check(host, pipeline, positions)
+    if pipeline.decoder:
+        raise UserError(
+            f"{pipeline.decoder.name} works between the language model's layers, where a block that"
+            " prunes does not reach: call mlx_vlm_prune.generate"
+        )
+    budget(keep_tokens or 1, keep_ratio, keep_tokens, pipeline)
+    return host, pipeline, policy
+
+
+def _reads_whole(model: Any) -> bool:
+    """Is a prompt not to be read in pieces, since its rows see those behind them?"""
+    policy = getattr(model, "chunked_prefill_policy", None)
+    return callable(policy) and not policy()
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What a language model has to know while its model prunes."""
+
+    embeddings: Embeddings
+    reads_whole: bool
+    caches: WeakSet[Any] = field(default_factory=WeakSet)  # the first layer's of each request
+
+
+class Shortened:
+    """Stands before a language model's class: leaves out rows that are gone, finds no prefix."""
+
+    pruning: Pruning
+
+    def __call__(self, inputs: Any, *more: Any, **arguments: Any) -> Any:
+        if more:
+            raise UserError("while a model prunes, give the language model's arguments names")
+        if arguments.get("cache"):
+            self.pruning.caches.add(arguments["cache"][0])
+        stock: Any = super()
+        with self.pruning.embeddings.working():
+            return call(stock.__call__, self.pruning.reads_whole, inputs, arguments)
+
+    def get_rope_index(self, *ids: Any, **arguments: Any) -> Any:
+        """mlx-vlm asks for this, too, before it reads a prefix again, and reads the whole prompt
+        where it has no answer."""
+        stock: Any = super()
+        if self.pruning.embeddings.busy and hasattr(stock, "get_rope_index"):
+            return stock.get_rope_index(*ids, **arguments)
+        raise UserError("a pruned prompt has fewer rows than ids, so no prefix is read again")
+
+    def chunked_prefill_policy(self, **arguments: Any) -> bool:
+        """A batch is read at once: `fewer` pads it anew, and cuts it itself."""
+        cache, x = arguments.get("prompt_cache"), arguments.get("inputs_embeds")
+        alone = x is None or len(x) == 1
+        return alone and not (cache and hasattr(cache[0], "left_padding"))
+
+    def apc_key_dependencies(self) -> tuple[str]:
+        """What prefixes in mlx-vlm's automatic cache are found by: never the same twice."""
+        return (f"pruned, {uuid4().hex}",)
+
+
+def _shortened(kind: type, pruning: Pruning) -> type:
+    """`kind` behind `Shortened`."""
+    own = {"pruning": pruning, "__module__": kind.__module__}
+    if not hasattr(kind, "get_rope_index"):  # who has no positions is not asked for their index
+        own["_position_ids"] = None
+    return type(kind.__name__, (Shortened, kind), own)
+
+
+def _spend(caches: WeakSet[Any]) -> None:
+    """A cache of one prompt that was filled inside is of no use outside; mlx-vlm, which would look
+    in it for a prefix of ids, starts afresh, and whoever goes on with it is refused."""
+
+    def refuse(*_: Any) -> Any:
+        raise UserError("this cache was filled inside pruned() and has fewer rows than the prompt"
+                        " has ids: read answers to their end inside, and start afresh")  # fmt: skip
+
+    for cache in caches:
+        if isinstance(cache.offset, int):
+            cache.offset, cache.is_trimmable, cache.update_and_fetch = SPENT, lambda: False, refuse
