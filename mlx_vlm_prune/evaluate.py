@@ -224,8 +224,7 @@ def usual(model: VLM) -> list[str]:
     able = [
         name
         for name, method in METHODS.items()
-        if method.stage is not Stage.ENHANCER
-        and (not getattr(method, "learned", False) or name in model.learned)
+        if method.stage is not Stage.ENHANCER and (not method.learned or name in model.learned)
     ]
     dynamic = ["mlp:dynamic"] if "mlp" in model.learned else []
     return [*able, *dynamic, *CHAINS]

@@ -35,7 +35,7 @@ def read_learned(folder: Path, model: VLM) -> dict[str, Any]:
     found: dict[str, Weights] = {}
     for key, array in held.items():
         name, _, parameter = key.partition(".")
-        if not getattr(METHODS.get(name), "learned", False):
+        if name not in METHODS or not METHODS[name].learned:
             raise UserError(f"{file}: tensor {key} belongs to no learned method")
         found.setdefault(name, {})[parameter] = array
     return {name: _module(file, name, weights, model) for name, weights in found.items()}

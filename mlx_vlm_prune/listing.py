@@ -3,11 +3,9 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from inspect import getdoc
 
 from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .pruners import METHODS, PRESETS
-from .pruners.pipeline import known_options
 from .pruners.spec import nearest
 
 WORDS = {
@@ -43,12 +41,11 @@ class Entry:
 def entry(name: str) -> Entry:
     """The entry of a method of the table."""
     method = METHODS[name]
-    doc = getdoc(method) or ""
-    found = re.search(r"arXiv:\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w-]+", doc)
+    found = re.search(r"arXiv:\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w-]+", method.doc)
     return Entry(
         name, method.stage.name.lower(), bool(WORDS & set(method.needs)),
-        getattr(method, "learned", False), " ".join(doc.split("\n\n")[0].split()),
-        found[0] if found else "", tuple(method.needs), known_options(method), doc,
+        method.learned, " ".join(method.doc.split("\n\n")[0].split()),
+        found[0] if found else "", tuple(method.needs), method.options, method.doc,
     )  # fmt: skip
 
 

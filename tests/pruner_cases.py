@@ -16,7 +16,7 @@ from . import tiny
 
 D, T, HEADS = 8, 5, 2
 # Every method of the table that chooses among tokens; a new one is tested without new code.
-CHOOSING = [n for n, m in METHODS.items() if n != "none" and hasattr(m, "prune")]
+CHOOSING = [n for n, m in METHODS.items() if n != "none" and m.prune]
 VARIANTS = [
     *CHOOSING, "similarity:published", "similarity:threshold=0.3", "random:seed=7",
     "cdpruner:negative", "visionzip:contextual=0.5", "vispruner:important=0", "hiprune:objects=1",
@@ -128,7 +128,7 @@ def close(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 # Those whose weights choose; a twig's are read by the host (tests/test_twig.py).
-LEARNED = [n for n, m in METHODS.items() if getattr(m, "learned", False) and n != "twig"]
+LEARNED = [n for n, m in METHODS.items() if m.learned and n != "twig"]
 
 
 def learned_pair(name: str, tokens: int) -> tuple:

@@ -27,7 +27,7 @@ from .generations import CASES, NAMES, SIDE
 from .test_model import CHOOSING
 
 # A release brings no weights of learned methods.
-UNTAUGHT = [name for name in CHOOSING if not getattr(METHODS[name], "learned", False)]
+UNTAUGHT = [name for name in CHOOSING if not METHODS[name].learned]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

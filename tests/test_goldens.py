@@ -55,7 +55,7 @@ def seen() -> Signals:
 
 
 SPECS = [
-    *(n for n, m in METHODS.items() if n != "none" and hasattr(m, "prune")),
+    *(n for n, m in METHODS.items() if n != "none" and m.prune),
     "similarity:published", "hiprune:objects=1", "visionzip:contextual=0.5", "dart:pivots=1",
 ]  # fmt: skip
 GOLDENS: dict[str, list[int]] = {

@@ -27,9 +27,7 @@ QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 OF_TOWERS = [
     name
     for name, method in METHODS.items()
-    if method.stage in (Stage.FEATURES, Stage.PROJECTED)
-    and not getattr(method, "learned", False)
-    and name != "none"
+    if method.stage in (Stage.FEATURES, Stage.PROJECTED) and not method.learned and name != "none"
 ]
 
 
@@ -218,7 +216,7 @@ def test_a_kept_token_of_a_grid_keeps_its_three_positions(models, name, monkeypa
         [9, START, *[IMAGE] * 6, host_models.END, 5], mx.ones((1, 10), mx.int32),
         mx.random.normal((24, 3 * 2 * 14 * 14)), 1, {"image_grid_thw": mx.array([[1, 4, 6]])},
     )  # fmt: skip
-    monkeypatch.setattr(METHODS["norm"], "prune", lambda signals, K: kept([1, 3, 5]))
+    keeping(monkeypatch, lambda signals, K: kept([1, 3, 5]))
     said = told(model, inputs, "norm", 0.5)
     assert said.arguments["input_ids"].tolist() == [[9, START, *[IMAGE] * 3, host_models.END, 5]]
     assert said.arguments["position_ids"][:, 0].tolist() == [
@@ -227,6 +225,11 @@ def test_a_kept_token_of_a_grid_keeps_its_three_positions(models, name, monkeypa
         [0, 1, 3, 2, 4, 5, 6],  # column
     ]
     assert said.arguments["rope_deltas"].tolist() == [[0]]  # row 7 is position 7
+
+
+def keeping(monkeypatch, prune) -> None:
+    """Let `norm` choose like this."""
+    monkeypatch.setitem(METHODS, "norm", replace(METHODS["norm"], prune=prune))
 
 
 def kept(index: list[int]):
@@ -248,7 +251,7 @@ def test_with_several_images_every_token_takes_the_place_of_its_own_image(models
     """Words 3 9 4, sixteen rows, words 7 11, sixteen rows, words 5 8 2 30."""
     model, inputs = models("llava"), prompt(models, "llava")
     chosen = iter([[2, 9], [0, 15]])
-    monkeypatch.setattr(METHODS["norm"], "prune", lambda signals, K: kept(next(chosen)))
+    keeping(monkeypatch, lambda signals, K: kept(next(chosen)))
     said = told(model, inputs, "norm", 0.125)
     assert said.arguments["input_ids"].tolist() == [
         [3, 9, 4, IMAGE, IMAGE, 7, 11, IMAGE, IMAGE, 5, 8, 2, 30]
@@ -389,7 +392,7 @@ def test_crops_of_any_resolution_stand_in_one_block_in_place_of_the_first_placeh
     """Three crops of sixteen tokens; words 3 9 4, the block, words 5 8 2 30."""
     model, inputs = models("llava_next"), prompt(models, "llava_next")
     chosen = iter([[2, 9], [0], [4, 5, 15]])
-    monkeypatch.setattr(METHODS["norm"], "prune", lambda signals, K: kept(next(chosen)))
+    keeping(monkeypatch, lambda signals, K: kept(next(chosen)))
     said = told(model, inputs, "norm", 0.125)
     assert said.arguments["input_ids"].tolist() == [[3, 9, 4, IMAGE, 5, 8, 2, 30]]
     full, _ = KINDS["llava_next"].full(model, inputs)

@@ -108,7 +108,7 @@ class Replaying:
         self.pipeline = replace(pipeline, steps=steps)
 
     def wrapped(self, step: Pruner) -> Pruner:
-        if not hasattr(step.method, "prune"):
+        if not step.method.prune:
             return step
         told = []
 
@@ -120,7 +120,7 @@ class Replaying:
             told.append(step.method.prune(signals, K, **options))
             return told[-1]
 
-        return replace(step, method=SimpleNamespace(**{**vars(step.method), "prune": prune}))
+        return replace(step, method=replace(step.method, prune=prune))
 
 
 @pytest.mark.parametrize("policy", POLICIES)

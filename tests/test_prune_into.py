@@ -223,7 +223,7 @@ def test_the_file_is_well_written_and_says_what_it_is(alone, leaning, kind, spec
     assert any(name.startswith("mlx_vlm_prune") for name in imported) is not is_free
     said = " ".join((ast.get_docstring(tree) or "").split())
     assert spec in said and "model_file" in said and "mlx_vlm_prune 0." in said
-    own = (plan(spec).steps[0].method.__doc__ or "").splitlines()[0]
+    own = plan(spec).steps[0].method.doc.splitlines()[0]
     assert own in said or not is_free
     assert len(text.splitlines()) < 400
 

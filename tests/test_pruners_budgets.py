@@ -1,21 +1,27 @@
-"""Budgets that a method can hold, and what is refused: options, budgets, features.
+"""What a method says of itself, the budgets it can hold, and what is refused.
 
 Shapes: N tokens, D features, K kept.
 """
 
+from dataclasses import replace
+from types import ModuleType
+
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx import nn
 
 import torch_ref.pruners as ref
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.pruners import METHODS, Signals, plan, resolve
+from mlx_vlm_prune.pruners import METHODS, Method, Reduction, Signals, Stage, plan, resolve
+from mlx_vlm_prune.pruners.spec import parse
 
 from .pruner_cases import D, ready
 
 
 @pytest.mark.parametrize("layers", [4, 8, 24, 32])
 @pytest.mark.parametrize("N", [49, 196, 576])
-@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if hasattr(m, "schedule")])
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.schedule])
 def test_a_decoder_method_holds_k_rows_in_the_average_layer_or_says_that_it_cannot(name, N, layers):
     for K in range(1, N, 5):
         try:
@@ -36,9 +42,7 @@ def test_a_decoder_method_holds_k_rows_in_the_average_layer_or_says_that_it_cann
 
 
 @pytest.mark.parametrize("layers", [1, 4, 12])
-@pytest.mark.parametrize(
-    "spec", [n for n, m in METHODS.items() if hasattr(m, "cuts")] + ["tome:r=3"]
-)
+@pytest.mark.parametrize("spec", [n for n, m in METHODS.items() if m.cuts] + ["tome:r=3"])
 def test_an_encoder_method_ends_with_k_tokens(spec, layers):
     for K in (1, 7, 48):
         pruner = ready(spec)
@@ -87,3 +91,34 @@ def test_features_that_are_not_numbers_are_refused():
     x = mx.full((1, 16, D), mx.nan)
     with pytest.raises(UserError, match="NaN"):
         resolve("norm")(Signals(x, (4, 4)), 4)
+
+
+def test_a_file_with_three_names_is_a_method():
+    def prune(signals: Signals, K: int, *, step: int = 1) -> Reduction:
+        return Reduction(mx.arange(0, K * step, step)[None])
+
+    file = ModuleType("mine.every", "Keep every so-manieth.")
+    vars(file).update(stage=Stage.FEATURES, needs={}, prune=prune, helper=len)
+    every = Method.of(file)
+    assert (every.name, every.doc, every.options) == (
+        "every",
+        "Keep every so-manieth.",
+        {"step": 1},
+    )
+    assert not every.learned and not every.proportional and every.positions == "keep"
+    chain = parse("every:step=3", {"every": every}, {}, {})
+    assert chain.trained_tokens is None and chain.want(4) == {}
+    kept = chain.steps[0](Signals(mx.zeros((1, 16, D)), (4, 4)), 5)
+    assert np.array(kept.index_BK[0]).tolist() == [0, 3, 6, 9, 12]
+
+
+def test_options_are_read_from_signatures_and_no_network_is_built(monkeypatch):
+    def refuse(self, *sizes) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr(nn.Module, "__init__", refuse)
+    fresh = {name: replace(method).options for name, method in METHODS.items() if method.learned}
+    assert fresh == {
+        "attention_pool": {}, "score_prune": {}, "mlp": {"dynamic": False, "layer": -1},
+        "twig": {"layer": 2 / 32, "wipe": 24 / 32},
+    }  # fmt: skip

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 
 import torch_ref.pruners as ref
+from mlx_vlm_prune import pruners
 from mlx_vlm_prune.pruners import METHODS, Signals, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
-from mlx_vlm_prune.pruners.pipeline import known_options
 
 from .pruner_cases import (
     LEARNED,
@@ -64,17 +64,17 @@ def test_every_method_has_its_twin_and_every_module_its_line():
         theirs = ref.METHODS[name]
         assert ref.STAGES[method.stage.name.lower()][name] is theirs
         for function in ("prune", "cuts", "schedule", "weigh"):
-            assert hasattr(method, function) == hasattr(theirs, function), (name, function)
-        options = (
-            {k: v for k, v in inspect.signature(theirs.prune).parameters.items()}
-            if (hasattr(theirs, "prune"))
-            else {}
-        )
-        for key, parameter in options.items():
+            there = hasattr(theirs, function)
+            assert (getattr(method, function) is not None) == there, (name, function)
+        assert {key: at for key, at in method.needs.items() if key != "grid"} == theirs.needs
+        assert method.learned == hasattr(theirs, "make")
+        assert method.proportional == ref.entry(theirs, "proportional")
+        given = inspect.signature(theirs.prune).parameters if method.prune else {}
+        for key, parameter in given.items():
             if parameter.default is not parameter.empty:
-                assert known_options(method)[key] == parameter.default, (name, key)
-    helpers = {"contract", "grid", "budget", "clusters", "pipeline", "scorer", "spec"}
-    modules = {file.stem for file in Path(METHODS["none"].__file__).parent.glob("[a-z]*.py")}
+                assert method.options[key] == parameter.default, (name, key)
+    helpers = {"contract", "grid", "budget", "clusters", "method", "pipeline", "scorer", "spec"}
+    modules = {file.stem for file in Path(pruners.__file__).parent.glob("[a-z]*.py")}
     assert modules == set(METHODS) | helpers
 
 

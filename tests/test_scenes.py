@@ -127,7 +127,7 @@ def test_the_built_in_model_answers_held_out_questions_of_every_kind(built_in):
 # Three have no eye for what is small and of one colour, or leave before the words have read:
 # benchmarks/results/scenes.json has their figures.
 WEAK = ("v2drop", "vtw", "pact")
-CHOOSING = [n for n, m in METHODS.items() if not getattr(m, "learned", False)]
+CHOOSING = [n for n, m in METHODS.items() if not m.learned]
 
 
 @pytest.mark.parametrize("name", [n for n in CHOOSING if n not in ("none", "restore", *WEAK)])

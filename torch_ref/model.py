@@ -26,7 +26,7 @@ from . import decoder
 from .language.minimind import MiniMind, MiniMindConfig
 from .language.splice import Row, Spliced, splice, visible
 from .layout import VisionEncoder, VLMConfig, config_of, merged, vision_proj
-from .pruners import METHODS, Reduction, Signals, Step, reduce, wanted
+from .pruners import METHODS, Reduction, Signals, Step, is_learned, reduce, wanted
 from .pruners.attention_pool import AttentionPool
 from .towers.clip import CLIPTower
 from .towers.siglip import SiglipTower
@@ -329,7 +329,7 @@ class VLM(nn.Module):
             raise UserError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
         if pruner == "none" and K not in (None, N):
             raise UserError(f"none keeps all {N} visual tokens, not {K}; name another pruner")
-        if hasattr(METHODS[pruner], "make") and self.weights(pruner) is None:
+        if is_learned(pruner) and self.weights(pruner) is None:
             raise UserError(f"{pruner} is learned, and this model holds no weights for it")
         if trained and K not in (None, trained, N):
             raise UserError(f"this model's {pruner} keeps {trained} tokens, not {K}")

@@ -39,13 +39,13 @@ from tqdm import tqdm
 from .language.minimind import rotary_table
 from .language.twig import Twig, grown
 from .model import VLM, best_device
-from .pruners import METHODS, Signals
+from .pruners import METHODS, Signals, is_learned
 from .pruners.attention_pool import AttentionPool
 from .pruners.mlp import Usefulness
 from .scenes_data import Batch, ScenesBatches
 from .train import export, note, save
 
-LEARNED = [name for name, method in METHODS.items() if hasattr(method, "make")]
+LEARNED = [name for name in METHODS if is_learned(name)]
 DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
 FIRST = 100_000  # the number of the first batch: other scenes than the model saw
 

@@ -162,7 +162,7 @@ def usual(model: Any) -> list[str]:
     """All methods that can prune this model."""
     family, able = family_of(model), []
     for name, method in METHODS.items():
-        if method.stage is Stage.ENHANCER or getattr(method, "learned", False) or name == "none":
+        if method.stage is Stage.ENHANCER or method.learned or name == "none":
             continue
         try:
             check(model, family, plan(name), None)

@@ -24,11 +24,6 @@ class Twig(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    @property
-    def settled(self) -> dict[str, int]:
-        """The options that training settled."""
-        return {"layer": self.layer}
-
     def make_cache(self) -> list[LayerCache]:
         return [LayerCache() for _ in self.layers]
 

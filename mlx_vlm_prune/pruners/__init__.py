@@ -1,96 +1,61 @@
 """The contract, and every method in one table.
 
 A new method is one file with `stage`, `needs` and `prune(signals, K, *, options)`,
-its twin in torch_ref, and one line in `METHODS`. Between a tower's layers it also has
-`cuts`, between the language model's `schedule`, which say where how many tokens stay.
+its twin in torch_ref, and one line in `NAMES`. Between a tower's layers it also has
+`cuts`, between the language model's `schedule`, which say where how many tokens stay;
+what else a file may say is in `method.py`.
 """
 
 from collections.abc import Mapping
-from types import ModuleType
+from importlib import import_module
 from typing import Any
 
-from . import (
-    apet,
-    attention_pool,
-    avgpool,
-    cdpruner,
-    cls_attention,
-    dart,
-    divprune,
-    downsample,
-    fastv,
-    global_local,
-    hiprune,
-    holov,
-    kq_norm,
-    mlp,
-    mmtok,
-    none,
-    norm,
-    pact,
-    patch_norm,
-    pixelprune,
-    prumerge,
-    prumerge_plus,
-    pyramiddrop,
-    random,
-    received_attention,
-    restore,
-    scope,
-    score_prune,
-    similarity,
-    sparsevlm,
-    tome,
-    twig,
-    uniform,
-    v2drop,
-    visionzip,
-    vispruner,
-    vtw,
-)  # fmt: skip
 from .contract import Reduction, Signals, Stage
+from .method import Method
 from .pipeline import Pipeline, Pruner
 from .spec import parse
 
-METHODS: dict[str, ModuleType] = {
-    "none": none,
-    "random": random,
-    "uniform": uniform,
-    "avgpool": avgpool,
-    "downsample": downsample,
-    "tome": tome,
-    "patch_norm": patch_norm,
-    "kq_norm": kq_norm,
-    "pixelprune": pixelprune,
-    "norm": norm,
-    "similarity": similarity,
-    "received_attention": received_attention,
-    "cls_attention": cls_attention,
-    "visionzip": visionzip,
-    "vispruner": vispruner,
-    "prumerge": prumerge,
-    "prumerge_plus": prumerge_plus,
-    "hiprune": hiprune,
-    "holov": holov,
-    "global_local": global_local,
-    "divprune": divprune,
-    "cdpruner": cdpruner,
-    "scope": scope,
-    "mmtok": mmtok,
-    "apet": apet,
-    "fastv": fastv,
-    "pyramiddrop": pyramiddrop,
-    "sparsevlm": sparsevlm,
-    "dart": dart,
-    "v2drop": v2drop,
-    "vtw": vtw,
-    "pact": pact,
-    "attention_pool": attention_pool,
-    "score_prune": score_prune,
-    "mlp": mlp,
-    "twig": twig,
-    "restore": restore,
-}
+# In the order in which they are listed.
+NAMES = (
+    "none",
+    "random",
+    "uniform",
+    "avgpool",
+    "downsample",
+    "tome",
+    "patch_norm",
+    "kq_norm",
+    "pixelprune",
+    "norm",
+    "similarity",
+    "received_attention",
+    "cls_attention",
+    "visionzip",
+    "vispruner",
+    "prumerge",
+    "prumerge_plus",
+    "hiprune",
+    "holov",
+    "global_local",
+    "divprune",
+    "cdpruner",
+    "scope",
+    "mmtok",
+    "apet",
+    "fastv",
+    "pyramiddrop",
+    "sparsevlm",
+    "dart",
+    "v2drop",
+    "vtw",
+    "pact",
+    "attention_pool",
+    "score_prune",
+    "mlp",
+    "twig",
+    "restore",
+)
+METHODS = {name: Method.of(import_module(f".{name}", __name__)) for name in NAMES}
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half
 # depth and later; VScan selects and merges in the tower, then drops at half depth.
 PRESETS = {
@@ -99,7 +64,8 @@ PRESETS = {
 }
 
 __all__ = [
-    "METHODS", "PRESETS", "Pipeline", "Pruner", "Reduction", "Signals", "Stage", "plan", "resolve",
+    "METHODS", "PRESETS", "Method", "Pipeline", "Pruner", "Reduction", "Signals", "Stage", "plan",
+    "resolve",
 ]  # fmt: skip
 
 

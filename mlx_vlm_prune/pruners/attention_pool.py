@@ -13,7 +13,6 @@ from mlx import nn
 from .contract import Reduction, Signals, Stage
 
 stage = Stage.FEATURES
-learned = True
 needs: dict[str, str | None] = {}
 
 
@@ -40,6 +39,11 @@ class AttentionPool(nn.Module):
         logits_BKN = q_KD @ self.k_proj(x_BND).swapaxes(1, 2) / x_BND.shape[-1] ** 0.5
         weight_BKN = mx.softmax(logits_BKN.astype(mx.float32), axis=-1)
         return Reduction(weight_BKN=weight_BKN, value_BND=self.v_proj(x_BND))
+
+
+def trained_tokens(weights: AttentionPool) -> int:
+    """The one K that they were made for."""
+    return weights.tokens
 
 
 def make(dims: int, tokens: int) -> AttentionPool:

@@ -20,7 +20,6 @@ from .scorer import layer_norm, linear, score
 
 stage = Stage.FEATURES
 needs: dict[str, str | None] = {"cls_attention": "layer"}
-learned = True
 HIDDEN = 64
 
 

@@ -6,13 +6,13 @@ Shapes: B images, N visual tokens, K kept.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
+from .method import Method
 
 # Of a chain's budget K, what an earlier method leaves to the next: VScan's 96 for 64.
 GENEROUS = 1.5
@@ -35,7 +35,7 @@ class Pruner:
     """A method with its options, ready to call on signals and a budget K."""
 
     name: str
-    method: ModuleType
+    method: Method
     options: dict[str, Any] = field(default_factory=dict)
     learned: Any = None  # the checkpoint's weights, of a learned method
     keep: int | None = None  # its own budget in a chain
@@ -45,13 +45,9 @@ class Pruner:
         return self.method.stage
 
     @property
-    def is_learned(self) -> bool:
-        return getattr(self.method, "learned", False)
-
-    @property
     def is_proportional(self) -> bool:
         """Does a merged token count, in later attention, as often as it has members?"""
-        return getattr(self.method, "proportional", False)
+        return self.method.proportional
 
     @property
     def has_dynamic_budget(self) -> bool:
@@ -65,7 +61,7 @@ class Pruner:
     @property
     def trained_tokens(self) -> int | None:
         """The one K that its weights were made for, where they were."""
-        return getattr(self.learned, "tokens", None)
+        return self.method.trained_tokens(self.learned)
 
     @property
     def spec(self) -> str:
@@ -76,7 +72,7 @@ class Pruner:
 
     def want(self, layers: int) -> dict[str, int | None]:
         """What the tower of so many layers must hand over, and of which layer."""
-        values = known_options(self.method) | self.options
+        values = self.method.options | self.options
         try:
             return {
                 name: None if option is None else layer_at(values[option], layers)
@@ -89,11 +85,12 @@ class Pruner:
     def given(self, function: Callable) -> dict[str, Any]:
         """The options that one of the method's functions takes, and what training settled."""
         names = inspect.signature(function).parameters
-        told = {**self.options, **getattr(self.learned, "settled", {})}
+        told = {**self.options, **self.method.settled(self.learned)}
         return {name: value for name, value in told.items() if name in names}
 
-    def ask(self, function: Callable, *arguments: Any) -> Any:
+    def ask(self, function: Callable | None, *arguments: Any) -> Any:
         """Call one of the method's functions with its options; a ValueError is the user's."""
+        assert function, f"{self.name} has no function for its stage"
         try:
             return function(*arguments, **self.given(function))
         except ValueError as e:
@@ -113,8 +110,7 @@ class Pruner:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
         if not mx.isfinite(signals.x_BND).all().item():
             raise UserError("the vision tower gave NaN or infinite features; try --dtype float32")
-        chooses = self.method if hasattr(self.method, "prune") else self.learned
-        return self.ask(chooses.prune, signals, K)
+        return self.ask(self.method.prune or self.learned.prune, signals, K)
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ class Pipeline:
     @property
     def positions(self) -> Policy:
         """The policy of the last method's paper, where it has one; kept positions else."""
-        return "keep" if self.enhancer else getattr(self.steps[-1].method, "positions", "keep")
+        return "keep" if self.enhancer else self.steps[-1].method.positions
 
     def at(self, *stages: Stage) -> list[Pruner]:
         return [step for step in self.steps if step.stage in stages]
@@ -174,16 +170,3 @@ class Pipeline:
             own = step.trained_tokens or step.keep or int(K * GENEROUS**n + 0.5)
             told.append(min(N, own))
         return [*told, K]
-
-
-def known_options(method: ModuleType) -> dict[str, Any]:
-    """Names and defaults of a method's options: the keyword-only parameters of its functions."""
-    found: dict[str, Any] = {}
-    chooses = hasattr(method, "prune") or not hasattr(method, "make")  # where not, its weights do
-    owner = method if chooses else type(method.make(1, 1))
-    for name in ("cuts", "schedule", "prune", "weigh"):
-        if hasattr(owner, name):
-            for p in inspect.signature(getattr(owner, name)).parameters.values():
-                if p.kind is p.KEYWORD_ONLY:
-                    found[p.name] = p.default
-    return found

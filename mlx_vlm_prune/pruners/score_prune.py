@@ -17,7 +17,6 @@ from .scorer import layer_norm, score
 
 stage = Stage.FEATURES
 needs: dict[str, str | None] = {}
-learned = True
 HIDDEN = 64
 
 

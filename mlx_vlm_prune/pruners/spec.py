@@ -2,17 +2,17 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from types import ModuleType
 from typing import Any
 
 from ..checkpoints.errors import UserError
 from .contract import Stage
-from .pipeline import Pipeline, Pruner, known_options
+from .method import Method
+from .pipeline import Pipeline, Pruner
 
 
 def parse(
     spec: str,
-    methods: Mapping[str, ModuleType],
+    methods: Mapping[str, Method],
     presets: Mapping[str, str],
     learned: Mapping[str, Any],
 ) -> Pipeline:
@@ -49,7 +49,7 @@ def parse(
 
 def _one(
     part: str,
-    methods: Mapping[str, ModuleType],
+    methods: Mapping[str, Method],
     presets: Mapping[str, str],
     learned: Mapping[str, Any],
 ) -> Pruner:
@@ -57,7 +57,7 @@ def _one(
     if name not in methods:
         raise UserError(f"no pruner is called {name!r}; {nearest(name, [*methods, *presets])}")
     method = methods[name]
-    known = known_options(method)
+    known = method.options
     options: dict[str, Any] = {}
     for pair in filter(None, listed.split(",")):
         key, equals, value = pair.partition("=")
@@ -71,12 +71,11 @@ def _one(
             raise UserError(f"{name} has no option {key!r}; {what}")
         options[key] = _value(name, key, value if equals else "true", known[key])
     keep = options.pop("keep", None)
-    pruner = Pruner(name, method, options, keep=keep)
-    if not pruner.is_learned:
-        return pruner
+    if not method.learned:
+        return Pruner(name, method, options, keep=keep)
     if name not in learned:
         raise UserError(f"{name} is learned, and this checkpoint holds no weights for it")
-    for key, value in getattr(learned[name], "settled", {}).items():
+    for key, value in method.settled(learned[name]).items():
         if options.get(key, value) != value:
             raise UserError(f"{name} was trained for {key}={value}; leave {key} out")
     return Pruner(name, method, options, learned[name], keep)

@@ -26,7 +26,6 @@ from .contract import Reduction, Signals, Stage, keep_highest
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"twig_attention": None}
-learned = True
 
 
 def schedule(
@@ -39,6 +38,11 @@ def schedule(
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K most attended."""
     return Reduction(index_BK=keep_highest(signals.twig_attention_BN, K))
+
+
+def settled(weights: Twig) -> dict[str, int]:
+    """The layer is the one that it was trained on."""
+    return {"layer": weights.layer}
 
 
 def make(text: MiniMindConfig, layers: int, layer: int = 1) -> Twig:

@@ -27,11 +27,6 @@ class Twig(nn.Module):
         self.head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.register_buffer("layer", torch.tensor([float(layer)]))
 
-    @property
-    def settled(self) -> dict[str, int]:
-        """The options that training settled."""
-        return {"layer": int(self.layer)}
-
     def forward(self, x_BLD: Tensor, positions_BL: Tensor, mask_BLL: Tensor) -> Tensor:
         """Hidden states (B, L, D) after its norm, of the base's at its layer."""
         rotary = rotary_table(positions_BL, self.config.head_dim, self.config.rope_theta)

@@ -100,7 +100,24 @@ STAGES: dict[str, dict[str, ModuleType]] = {
 }
 METHODS = {name: method for stage in STAGES.values() for name, method in stage.items()}
 
-__all__ = ["METHODS", "STAGES", "Reduction", "Signals", "Step", "reduce", "wanted"]
+__all__ = ["METHODS", "STAGES", "Reduction", "Signals", "Step", "is_learned", "reduce", "wanted"]
+
+# What holds where a method's file says nothing of it.
+DEFAULTS: dict[str, Any] = {
+    "prune": None,  # its weights choose
+    "proportional": False,
+    "make": None,  # it has no weights
+    "settled": lambda weights: {},
+}
+
+
+def entry(method: ModuleType, name: str) -> Any:
+    """What a method's file says of itself, or the default."""
+    return vars(method).get(name, DEFAULTS[name])
+
+
+def is_learned(name: str) -> bool:
+    return entry(METHODS[name], "make") is not None
 
 
 @dataclass(frozen=True)
@@ -124,15 +141,16 @@ class Step:
     @property
     def merges(self) -> bool:
         """Does a merged token count, in later attention, as often as it has members?"""
-        return getattr(self.method, "proportional", False)
+        return entry(self.method, "proportional")
 
     def call(self, function: str, *arguments: Any) -> Any:
         """One of the method's functions, with those options that it takes; where its weights
         settle one, with that."""
-        called = getattr(self.method, function)
-        names, told = inspect.signature(called).parameters, dict(self.options)
+        called = vars(self.method)[function]
+        names = inspect.signature(called).parameters
+        told = dict(self.options)
         if self.learned is not None:
-            told |= getattr(self.learned, "settled", {})
+            told |= entry(self.method, "settled")(self.learned)
         return called(*arguments, **{k: v for k, v in told.items() if k in names})
 
 
@@ -162,11 +180,11 @@ def reduce(
 def wanted(step: Step, layers: int) -> dict[str, int | None]:
     """What a tower of so many layers must hand over for a method, and of which layer."""
     found: dict[str, int | None] = {}
-    chooses = step.method if hasattr(step.method, "prune") else step.learned
-    for name, option in getattr(step.method, "needs", {}).items():
+    prune = entry(step.method, "prune") or step.learned.prune
+    for name, option in step.method.needs.items():
         if option is None:
             found[name] = None
         else:
-            default = inspect.signature(chooses.prune).parameters[option].default
+            default = inspect.signature(prune).parameters[option].default
             found[name] = number(step.options.get(option, default), layers)
     return found

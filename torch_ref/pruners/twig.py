@@ -21,5 +21,9 @@ def prune(signals: Signals, K: int) -> Reduction:
     return Reduction(top(signals.twig_attention_BN, K))
 
 
+def settled(weights: Twig) -> dict[str, int]:
+    return {"layer": int(weights.layer)}
+
+
 def make(text: MiniMindConfig, layers: int, layer: int = 1) -> Twig:
     return Twig(text, layers, layer)

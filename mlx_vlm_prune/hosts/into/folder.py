@@ -18,7 +18,6 @@ from ...checkpoints.elsewhere import RECORD
 from ...checkpoints.errors import UserError
 from ...checkpoints.files import appearing, read_json, write_json
 from ...pruners import Pipeline, Pruner, Stage, plan
-from ...pruners.pipeline import known_options
 from ...request import check_budget
 from ..families import FAMILIES, REFUSED
 from .source import INTO, ROOT, Writer
@@ -159,7 +158,7 @@ def _source(
         return writer.written(INTO / "leaning.py", _docstring(title, None)), True
     options = {**first.options}
     if needs:
-        values["LAYER"] = str(options.pop("layer", known_options(first.method)["layer"]))
+        values["LAYER"] = str(options.pop("layer", first.method.options["layer"]))
     listed = ", ".join(f"{json.dumps(k)}: {_literal(v)}" for k, v in options.items())
     writer = Writer(_instead(first, kind), values | {"OPTIONS": f"{{{listed}}}"}, family)
     shell = INTO / ("mrope.py" if kind in QWEN else "shorter.py")
@@ -205,7 +204,7 @@ def _docstring(title: str, pruner: Pruner | None) -> str:
     )
     parts = [fill(title, 97)]
     if pruner:
-        told, _, _ = (pruner.method.__doc__ or "").partition("\n\nShapes:")
+        told, _, _ = pruner.method.doc.partition("\n\nShapes:")
         parts.append(told.strip())
     parts.append(fill(undo, 97))
     parts.append(

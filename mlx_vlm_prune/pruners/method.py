@@ -1,0 +1,74 @@
+"""What a method's file says, with what holds where it says nothing.
+
+Shapes: N visual tokens, K kept.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from .contract import Policy, Stage
+
+
+def _unlearned(*sizes: Any) -> Any:
+    raise AssertionError("the method has no weights")
+
+
+def _nothing_settled(weights: Any) -> Mapping[str, Any]:
+    return {}
+
+
+def _any_budget(weights: Any) -> int | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's names, as its file has them; keyword-only parameters are its options.
+
+    Without `prune` the weights choose: their class is what `make` returns, and has it.
+    """
+
+    name: str
+    doc: str
+    stage: Stage
+    needs: Mapping[str, str | None]  # signals, each with the option that holds its layer
+    prune: Callable[..., Any] | None = None  # (signals, K): the reduction
+    positions: Policy = "keep"  # of the paper
+    proportional: bool = False  # does a merged token count as often as it has members?
+    cuts: Callable[..., Any] | None = None  # (layers, N, K): [(layer, place, left)] of a tower
+    schedule: Callable[..., Any] | None = None  # (layers, N, K): {layer: left} of a decoder
+    weigh: Callable[..., Any] | None = None  # (signals, kept): an enhancer's bias of attention
+    make: Callable[..., Any] = _unlearned  # untrained weights of a learned method
+    settled: Callable[[Any], Mapping[str, Any]] = _nothing_settled  # options that they fix
+    trained_tokens: Callable[[Any], int | None] = _any_budget  # the one K that they allow
+
+    @classmethod
+    def of(cls, module: ModuleType) -> "Method":
+        """The method of a file."""
+        names = {f.name for f in fields(cls)}
+        given = {name: value for name, value in vars(module).items() if name in names}
+        own = {"name": module.__name__.rpartition(".")[2], "doc": inspect.getdoc(module) or ""}
+        return cls(**given | own)
+
+    @property
+    def learned(self) -> bool:
+        """Does it come with weights?"""
+        return self.make is not _unlearned
+
+    @cached_property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options."""
+        prune = self.prune
+        if prune is None and self.learned:
+            prune = get_type_hints(self.make)["return"].prune
+        return {
+            parameter.name: parameter.default
+            for function in (self.cuts, self.schedule, prune, self.weigh)
+            if function
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
