@@ -114,7 +114,7 @@ def able(model: VLM, pipeline: Pipeline) -> list[int]:
         return list(range(1, N))
     found, refused = [], None
     for K in range(1, N):
-        n = pipeline.budgets(N, K)[-2] if len(pipeline.steps) > 1 else N
+        n = pipeline.budgets(N, K).before_last
         try:
             step.ask(step.method.schedule, layers, n, K)
             found.append(K)

@@ -19,7 +19,7 @@ from .decoder import Cuts, Growth, Segment, read
 from .language.minimind import MiniMind, MiniMindConfig
 from .language.mlx_lm import MlxLm, MlxLmConfig
 from .projector import MLPProjector, ProjectorConfig, merged
-from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, downsample
+from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, StepBudgets, downsample
 from .pruners.attention_pool import AttentionPool
 from .pruners.contract import Policy, identity
 from .resample import shrunk
@@ -77,26 +77,28 @@ class Lot:
     signals: Signals  # of the tokens at present
     seen: Signals  # as the tower handed them over
     since: Reduction  # what became of those
-    within: Reduction | None = None  # what became of the patches inside the tower
+    kept: Reduction  # what became of the whole image; the same object where none left inside
 
-    @property
-    def kept(self) -> Reduction:
-        """What became of the whole image."""
-        rows, columns = self.seen.grid
-        return self.since.after(self.within, rows * columns) if self.within else self.since
+    @classmethod
+    def of(cls, seen: Signals, within: Reduction | None = None) -> "Lot":
+        """As the tower hands them over; `within`: what became of the patches inside it."""
+        since = identity(seen.x_BND)
+        return cls(seen, seen, since, within or since)
 
     def reduced(self, kept: Reduction) -> "Lot":
-        N = self.seen.x_BND.shape[1]
-        signals, since = self.signals.reduced(kept), kept.after(self.since, N)
-        return replace(self, signals=signals, since=since)
+        (rows, columns), n = self.seen.grid, self.seen.x_BND.shape[1]
+        since = kept.after(self.since, n)
+        whole = since if self.kept is self.since else kept.after(self.kept, rows * columns)
+        return Lot(self.signals.reduced(kept), self.seen, since, whole)
 
     def split(self) -> "list[Lot]":
         """One image at a time."""
-        one = [
-            Lot(self.signals.of(i), self.seen.of(i), self.since.of(i)) for i in range(self.images)
-        ]
-        within = self.within
-        return [replace(lot, within=within.of(i)) if within else lot for i, lot in enumerate(one)]
+        lots = []
+        for i in range(self.images):
+            since = self.since.of(i)
+            whole = since if self.kept is self.since else self.kept.of(i)
+            lots.append(Lot(self.signals.of(i), self.seen.of(i), since, whole))
+        return lots
 
     @property
     def images(self) -> int:
@@ -152,11 +154,12 @@ class VLM(nn.Module):
         policy = positions or pipeline.positions
         lots, cuts, trace = [], Cuts(), []
         if pixels_IHW3 is not None:
-            lots = [self.encode(pixels_IHW3, pipeline, rows, K, lap)]  # encode
+            budgets = pipeline.budgets(self.N, K)
+            lots = [self.encode(pixels_IHW3, pipeline, budgets, rows, lap)]  # encode
             trace += [_stop(lots, pipeline.at(Stage.IMAGE, Stage.ENCODER))]
-            lots, seen = prune(lots, pipeline, K, Stage.FEATURES, lap)  # prune
+            lots, seen = prune(lots, budgets, Stage.FEATURES, lap)  # prune
             lots = [self.project(lot, lap) for lot in lots]  # project
-            lots, more = prune(lots, pipeline, K, Stage.PROJECTED, lap)
+            lots, more = prune(lots, budgets, Stage.PROJECTED, lap)
             trace += seen + more
             cuts = self.cuts(lots, pipeline, K, policy)
         visual = [slot for lot in lots for slot in _slots(lot, pipeline.enhancer)]
@@ -171,12 +174,12 @@ class VLM(nn.Module):
         return Prefill(done.logits_BLV, trace, told.next_B1, told.lengths, done.segments, cache)
 
     def encode(
-        self, pixels_IHW3: mx.array, pipeline: Pipeline, rows: Sequence[Row], K: int, lap: Lap
-    ) -> Lot:
+        self, pixels_IHW3: mx.array, pipeline: Pipeline, budgets: StepBudgets,
+        rows: Sequence[Row], lap: Lap,
+    ) -> Lot:  # fmt: skip
         """The tower, inside which tokens may leave already; the prompt's words beside."""
-        layers, budgets = self.config.vision.depth, pipeline.budgets(self.N, K)
-        cuts, N, within = [], self.N, None
-        for step, own in zip(pipeline.steps, budgets, strict=True):
+        layers, cuts, N, within = self.config.vision.depth, [], self.N, None
+        for step, own in budgets.each:
             if step.stage is Stage.IMAGE and own < N:
                 small = downsample.smaller(self.grid, own)
                 height, width = (n * m * self.patch for n, m in zip(small, self.merge, strict=True))
@@ -197,7 +200,7 @@ class VLM(nn.Module):
             within = done.kept.after(within, self.N) if within else done.kept
         seen = merged(done.signals, self.merge)
         seen = self.worded(seen, rows) if pipeline.wants("text") else seen
-        return Lot(seen, seen, identity(seen.x_BND), within)
+        return Lot.of(seen, within)
 
     def worded(self, signals: Signals, rows: Sequence[Row]) -> Signals:
         """With the embeddings of the words around each image."""
@@ -280,15 +283,13 @@ class VLM(nn.Module):
 
 
 def prune(
-    lots: list[Lot], pipeline: Pipeline, K: int, stage: Stage, lap: Lap
+    lots: list[Lot], budgets: StepBudgets, stage: Stage, lap: Lap
 ) -> tuple[list[Lot], list[Stop]]:
     """What the methods of a stage leave, and the stops on the way."""
-    rows, columns = lots[0].seen.grid
-    budgets, stops = pipeline.budgets(rows * columns, K), []
-    for step, own in zip(pipeline.steps, budgets, strict=True):
-        if step.stage is stage:
-            lots = [smaller for lot in lots for smaller in _reduce(lot, step, own, lap)]
-            stops.append(_stop(lots, [step]))
+    stops = []
+    for step, own in budgets.at(stage):
+        lots = [smaller for lot in lots for smaller in _reduce(lot, step, own, lap)]
+        stops.append(_stop(lots, [step]))
     return lots, stops
 
 

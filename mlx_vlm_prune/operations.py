@@ -17,7 +17,7 @@ from .decoder import PIECE
 from .language.minimind import MiniMindConfig
 from .language.mlx_lm import MlxLmConfig
 from .model import VLMConfig
-from .pruners import Pipeline, Stage, downsample
+from .pruners import Pipeline, Stage, StepBudgets, downsample
 from .towers.siglip import SiglipConfig
 
 Text = MiniMindConfig | MlxLmConfig
@@ -55,10 +55,11 @@ def count(
     K = N is full. `itemsize` is the bytes of a number in the cache. B equal prompts take B
     times as much of everything. Raises UserError for a budget that the method cannot keep.
     """
-    vision, n = _tower(config, pipeline, K)
-    n = _after(config, pipeline, K, Stage.FEATURES, n)
+    budgets = pipeline.budgets(tokens(config), K)
+    vision, n = _tower(config, budgets)
+    n = budgets.after(Stage.FEATURES, n)
     projected = projector(config, n)
-    n = _after(config, pipeline, K, Stage.PROJECTED, n)
+    n = budgets.after(Stage.PROJECTED, n)
     visual = held(config.text, pipeline, n, K)
     rows = tuple(text + images * own for own in visual)
     return Operations(
@@ -66,13 +67,6 @@ def count(
         decode(config.text, [own + 1 for own in rows]), tuple(images * own for own in visual),
         rows, cache_bytes(config.text, rows, itemsize),
     )  # fmt: skip
-
-
-def _after(config: VLMConfig, pipeline: Pipeline, K: int, stage: Stage, n: int) -> int:
-    """How many of n tokens the steps of a stage leave."""
-    for step, own in zip(pipeline.steps, pipeline.budgets(tokens(config), K), strict=True):
-        n = min(n, own) if step.stage is stage else n
-    return n
 
 
 def tokens(config: VLMConfig) -> int:
@@ -85,11 +79,11 @@ def _merge(config: VLMConfig) -> tuple[int, int]:
     return config.projector.merge if config.projector else (1, 1)
 
 
-def _tower(config: VLMConfig, pipeline: Pipeline, K: int) -> tuple[int, int]:
+def _tower(config: VLMConfig, budgets: StepBudgets) -> tuple[int, int]:
     """Multiply-adds of the tower for one image, and how many tokens come out of it."""
-    v, N, (down, across) = config.vision, tokens(config), _merge(config)
+    v, N, (down, across) = config.vision, budgets.N, _merge(config)
     patches, n, cuts = N * down * across, N, []
-    for step, own in zip(pipeline.steps, pipeline.budgets(N, K), strict=True):
+    for step, own in budgets.each:
         if step.stage is Stage.IMAGE and own < n:
             rows, columns = downsample.smaller((v.grid[0] // down, v.grid[1] // across), own)
             n = rows * columns

@@ -20,8 +20,8 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..model import Lap, Lot, Stop, prune
-from ..pruners import Pipeline, Stage
-from ..pruners.contract import Policy, identity
+from ..pruners import Pipeline, Stage, StepBudgets
+from ..pruners.contract import Policy
 from ..stream import budget
 from .families import FAMILIES, Family
 from .places import left, shortened
@@ -135,15 +135,16 @@ def tell(
         all_rows = range(len(inputs.ids))
         whole = shortened(model, family, inputs, all_rows, policy)
         return Told(whole, all_rows, len(all_rows), [], [], policy)
-    lots = [Lot(v.signals, v.signals, identity(v.signals.x_BND)) for v in views]
+    lots = [Lot.of(view.signals) for view in views]
+    sizes = [view.signals.x_BND.shape[1] for view in views]
+    each = [pipeline.budgets(N, K) for N, K in zip(sizes, budgets, strict=True)]
     trace = [Stop("", 0, [lot.kept for lot in lots])]
-    lots, seen = _prune(lots, budgets, pipeline, Stage.FEATURES, lap)  # prune
+    lots, seen = _prune(lots, each, Stage.FEATURES, lap)  # prune
     lots = _project(model, family, lots)  # project
-    lots, more = _prune(lots, budgets, pipeline, Stage.PROJECTED, lap)
+    lots, more = _prune(lots, each, Stage.PROJECTED, lap)
     kept = [lot.kept for lot in lots]
     if any(one.index_BK is None for one in kept):
         policy = "renumber"  # pooled slots have no place of their own
-    sizes = [view.signals.x_BND.shape[1] for view in views]
     rows = left(inputs, family, family.image_token(model, inputs), sizes, kept)  # splice
     arguments = shortened(model, family, inputs, rows, policy)
     deep = [[one.apply(y)[0] for y in v.deep] for v, one in zip(views, kept, strict=True)]
@@ -184,10 +185,10 @@ def pictures(views: Sequence[View], processor: Any, opened: Sequence[Image.Image
 
 
 def _prune(
-    lots: list[Lot], budgets: Sequence[int], pipeline: Pipeline, stage: Stage, lap: Lap
+    lots: list[Lot], budgets: Sequence[StepBudgets], stage: Stage, lap: Lap
 ) -> tuple[list[Lot], list[Stop]]:
     """What the methods of a stage leave of each view, which may differ in size."""
-    done = [prune([lot], pipeline, K, stage, lap) for lot, K in zip(lots, budgets, strict=True)]
+    done = [prune([lot], own, stage, lap) for lot, own in zip(lots, budgets, strict=True)]
     by_step = zip(*(stops for _, stops in done), strict=True)
     stops = [Stop(same[0].step, 0, [one for stop in same for one in stop.kept]) for same in by_step]
     return [lot for own, _ in done for lot in own], stops
