@@ -94,10 +94,8 @@ class Stack:
         """The chain in the reference's words."""
         if any(step.name == "attention_pool" for step in pipeline.steps):
             raise UserError("attention_pool is measured with --backend mlx only")
-        budgets = pipeline.budgets(self.model.N, K)
-        told = [
-            Step(s.name, k, dict(s.options)) for s, k in zip(pipeline.steps, budgets, strict=True)
-        ]
+        budgets = pipeline.budgets(self.model.N, K).each
+        told = [Step(s.name, k, dict(s.options)) for s, k in budgets]
         enhancer = pipeline.enhancer
         return [*told, Step(enhancer.name, None, dict(enhancer.options))] if enhancer else told
 

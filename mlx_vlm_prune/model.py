@@ -21,7 +21,7 @@ from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .laps import lap
 from .projector import MLPProjector, merged
-from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, downsample
+from .pruners import Pipeline, Pruner, Reduction, Signals, Stage, StepBudgets, downsample
 from .pruners.attention_pool import AttentionPool
 from .pruners.contract import Policy, identity
 from .pruners.trace import ReductionStep, Trace
@@ -83,33 +83,32 @@ class ImageBatch:
     signals: Signals  # of the tokens at present
     encoded: Signals  # as the tower handed them over
     kept_of_encoded: Reduction
-    kept_in_tower: Reduction | None = None  # what stayed of the patches inside the tower
+    kept: Reduction  # of the whole images; the same object where none left inside the tower
 
-    @property
-    def kept(self) -> Reduction:
-        """What stays of the whole images."""
-        rows, columns = self.encoded.grid
-        if self.kept_in_tower is None:
-            return self.kept_of_encoded
-        return self.kept_of_encoded.after(self.kept_in_tower, rows * columns)
+    @classmethod
+    def of(cls, encoded: Signals, kept_in_tower: Reduction | None = None) -> "ImageBatch":
+        """As the tower hands them over; `kept_in_tower` is what stayed of the patches inside."""
+        every = identity(encoded.x_BND)
+        return cls(encoded, encoded, every, kept_in_tower or every)
 
     def reduced(self, kept: Reduction) -> "ImageBatch":
-        N = self.encoded.x_BND.shape[1]
-        signals, whole = self.signals.reduced(kept), kept.after(self.kept_of_encoded, N)
-        return replace(self, signals=signals, kept_of_encoded=whole)
+        (rows, columns), n = self.encoded.grid, self.encoded.x_BND.shape[1]
+        kept_of_encoded = whole = kept.after(self.kept_of_encoded, n)
+        if self.kept is not self.kept_of_encoded:
+            whole = kept.after(self.kept, rows * columns)
+        return ImageBatch(self.signals.reduced(kept), self.encoded, kept_of_encoded, whole)
 
     def split(self) -> "list[ImageBatch]":
         """One image at a time."""
-        inside = self.kept_in_tower
-        return [
-            ImageBatch(
-                self.signals.of(i),
-                self.encoded.of(i),
-                self.kept_of_encoded.of(i),
-                inside.of(i) if inside else None,
+        batches = []
+        for i in range(self.images):
+            kept_of_encoded = whole = self.kept_of_encoded.of(i)
+            if self.kept is not self.kept_of_encoded:
+                whole = self.kept.of(i)
+            batches.append(
+                ImageBatch(self.signals.of(i), self.encoded.of(i), kept_of_encoded, whole)
             )
-            for i in range(self.images)
-        ]
+        return batches
 
     @property
     def images(self) -> int:
@@ -160,12 +159,13 @@ class VLM(nn.Module):
         batches: list[ImageBatch] = []
         steps: list[ReductionStep] = []
         if pixels_IHW3 is not None:
-            batches = [self.encode(pixels_IHW3, pipeline, prompts, K)]  # encode
+            budgets = pipeline.budgets(self.N, K)
+            batches = [self.encode(pixels_IHW3, pipeline, budgets, prompts)]  # encode
             steps.append(_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
-            batches, more = prune(batches, pipeline, K, Stage.FEATURES)  # prune
+            batches, more = prune(batches, budgets, Stage.FEATURES)  # prune
             steps += more
             batches = [self.project(batch) for batch in batches]  # project
-            batches, more = prune(batches, pipeline, K, Stage.PROJECTED)
+            batches, more = prune(batches, budgets, Stage.PROJECTED)
             steps += more
         visual = [slot for batch in batches for slot in _slots(batch, pipeline.enhancer)]
         spliced = splice(self.language.embed_tokens, prompts, visual, policy)  # splice
@@ -180,12 +180,12 @@ class VLM(nn.Module):
         return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
 
     def encode(
-        self, pixels_IHW3: mx.array, pipeline: Pipeline, prompts: Sequence[Row], K: int
-    ) -> ImageBatch:
+        self, pixels_IHW3: mx.array, pipeline: Pipeline, budgets: StepBudgets,
+        prompts: Sequence[Row],
+    ) -> ImageBatch:  # fmt: skip
         """The tower, inside which tokens may leave already; the prompt's words beside."""
-        layers, budgets = self.config.vision.depth, pipeline.budgets(self.N, K)
-        cuts, N, within = [], self.N, None
-        for step, own in zip(pipeline.steps, budgets, strict=True):
+        layers, cuts, N, within = self.config.vision.depth, [], self.N, None
+        for step, own in budgets.each:
             if step.stage is Stage.IMAGE and own < N:
                 small = downsample.smaller(self.grid, own)
                 height, width = (n * m * self.patch for n, m in zip(small, self.merge, strict=True))
@@ -206,7 +206,7 @@ class VLM(nn.Module):
             within = done.kept.after(within, self.N) if within else done.kept
         seen = merged(done.signals, self.merge)
         seen = self.add_text(seen, prompts) if pipeline.wants("text") else seen
-        return ImageBatch(seen, seen, identity(seen.x_BND), within)
+        return ImageBatch.of(seen, within)
 
     def add_text(self, signals: Signals, prompts: Sequence[Row]) -> Signals:
         """With the embeddings of the words around each image."""
@@ -273,15 +273,13 @@ class VLM(nn.Module):
 
 
 def prune(
-    batches: list[ImageBatch], pipeline: Pipeline, K: int, stage: Stage
+    batches: list[ImageBatch], budgets: StepBudgets, stage: Stage
 ) -> tuple[list[ImageBatch], list[ReductionStep]]:
     """What the methods of a stage leave, and the steps on the way."""
-    rows, columns = batches[0].encoded.grid
-    budgets, steps = pipeline.budgets(rows * columns, K), []
-    for pruner, tokens in zip(pipeline.steps, budgets, strict=True):
-        if pruner.stage is stage:
-            batches = [less for batch in batches for less in _reduce(batch, pruner, tokens)]
-            steps.append(_step(batches, [pruner]))
+    steps = []
+    for pruner, tokens in budgets.at(stage):
+        batches = [less for batch in batches for less in _reduce(batch, pruner, tokens)]
+        steps.append(_step(batches, [pruner]))
     return batches, steps
 
 

@@ -59,8 +59,8 @@ def logits(pair, rows, images, spec, K, policy="keep"):
 def steps_of(pair, spec: str, K: int) -> list[Step]:
     """The same chain for the reference, with what the product leaves to each step."""
     pipeline = plan(spec, pair.ours.learned)
-    budgets = pipeline.budgets(tiny.N, K)
-    steps = [Step(s.name, k, s.options) for s, k in zip(pipeline.steps, budgets, strict=True)]
+    budgets = pipeline.budgets(tiny.N, K).each
+    steps = [Step(s.name, k, s.options) for s, k in budgets]
     enhancer = pipeline.enhancer
     return [*steps, Step(enhancer.name, None, enhancer.options)] if enhancer else steps
 

@@ -21,8 +21,8 @@ from ..checkpoints.errors import UserError
 from ..generation.stream import budget
 from ..laps import lap
 from ..model import ImageBatch, prune
-from ..pruners import Pipeline, Stage
-from ..pruners.contract import Policy, identity
+from ..pruners import Pipeline, Stage, StepBudgets
+from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .places import kept_rows, row_arguments
@@ -145,15 +145,16 @@ def prune_prompt(
         rows = range(len(inputs.ids))
         arguments = row_arguments(host, inputs, rows, policy)
         return PrunedPrompt(inputs, [], arguments, rows, len(rows), Trace([], [], []), policy)
-    batches = [ImageBatch(v.signals, v.signals, identity(v.signals.x_BND)) for v in views]
+    batches = [ImageBatch.of(view.signals) for view in views]
+    sizes = [view.signals.x_BND.shape[1] for view in views]
+    by_view = [pipeline.budgets(N, K) for N, K in zip(sizes, budgets, strict=True)]
     steps = [ReductionStep("", 0, [batch.kept for batch in batches])]
-    batches, features = _prune(batches, budgets, pipeline, Stage.FEATURES)  # prune
+    batches, features = _prune(batches, by_view, Stage.FEATURES)  # prune
     batches = _project(host, batches)  # project
-    batches, projected = _prune(batches, budgets, pipeline, Stage.PROJECTED)
+    batches, projected = _prune(batches, by_view, Stage.PROJECTED)
     kept = [batch.kept for batch in batches]
     if any(one.index_BK is None for one in kept):
         policy = "renumber"  # pooled slots have no place of their own
-    sizes = [view.signals.x_BND.shape[1] for view in views]
     kept_at = kept_rows(host, inputs, sizes, kept)  # splice
     arguments = row_arguments(host, inputs, kept_at, policy)
     arguments |= _visual_arguments(host, inputs, views, batches)
@@ -166,10 +167,10 @@ def prune_prompt(
 
 
 def _prune(
-    batches: list[ImageBatch], budgets: Sequence[int], pipeline: Pipeline, stage: Stage
+    batches: list[ImageBatch], budgets: Sequence[StepBudgets], stage: Stage
 ) -> tuple[list[ImageBatch], list[ReductionStep]]:
     """What the methods of a stage leave of each view, which may differ in size."""
-    done = [prune([batch], pipeline, K, stage) for batch, K in zip(batches, budgets, strict=True)]
+    done = [prune([batch], steps, stage) for batch, steps in zip(batches, budgets, strict=True)]
     by_step = zip(*(steps for _, steps in done), strict=True)
     together = [
         ReductionStep(same[0].name, 0, [r for step in same for r in step.reductions])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
 from ..decoder import PIECE
-from ..pruners import Pipeline, Stage, downsample
+from ..pruners import Pipeline, Stage, StepBudgets, downsample
 
 Text = MiniMindConfig | MlxLmConfig
 
@@ -52,10 +52,11 @@ def count(
     K = N is full. `itemsize` is the bytes of a number in the cache. B equal prompts take B
     times as much of everything. Raises UserError for a budget that the method cannot keep.
     """
-    vision, n = _tower(config, pipeline, K)
-    n = _after(config, pipeline, K, Stage.FEATURES, n)
+    budgets = pipeline.budgets(tokens(config), K)
+    vision, n = _tower(config, budgets)
+    n = budgets.after(Stage.FEATURES, n)
     projected = projector(config, n)
-    n = _after(config, pipeline, K, Stage.PROJECTED, n)
+    n = budgets.after(Stage.PROJECTED, n)
     visual = held(config.text, pipeline, n, K)
     rows = tuple(text + images * own for own in visual)
     return Operations(
@@ -63,13 +64,6 @@ def count(
         decode(config.text, [own + 1 for own in rows]), tuple(images * own for own in visual),
         rows, cache_bytes(config.text, rows, itemsize),
     )  # fmt: skip
-
-
-def _after(config: VLMConfig, pipeline: Pipeline, K: int, stage: Stage, n: int) -> int:
-    """How many of n tokens the steps of a stage leave."""
-    for step, own in zip(pipeline.steps, pipeline.budgets(tokens(config), K), strict=True):
-        n = min(n, own) if step.stage is stage else n
-    return n
 
 
 def tokens(config: VLMConfig) -> int:
@@ -82,11 +76,11 @@ def _merge(config: VLMConfig) -> tuple[int, int]:
     return config.projector.merge if config.projector else (1, 1)
 
 
-def _tower(config: VLMConfig, pipeline: Pipeline, K: int) -> tuple[int, int]:
+def _tower(config: VLMConfig, budgets: StepBudgets) -> tuple[int, int]:
     """Multiply-adds of the tower for one image, and how many tokens come out of it."""
-    v, N, (down, across) = config.vision, tokens(config), _merge(config)
+    v, N, (down, across) = config.vision, budgets.N, _merge(config)
     patches, n, cuts = N * down * across, N, []
-    for step, own in zip(pipeline.steps, pipeline.budgets(N, K), strict=True):
+    for step, own in budgets.each:
         if step.stage is Stage.IMAGE and own < n:
             rows, columns = downsample.smaller((v.grid[0] // down, v.grid[1] // across), own)
             n = rows * columns
@@ -128,11 +122,11 @@ def projector(config: VLMConfig, n: int) -> int:
 def held(text: Text, pipeline: Pipeline, n: int, K: int) -> tuple[int, ...]:
     """How many of an image's n tokens each layer of the language model holds."""
     layers, step = text.num_hidden_layers, pipeline.decoder
-    visual = [n] * layers
+    told = [n] * layers
     if step and n > K:
         for layer, left in sorted(step.ask(step.method.schedule, layers, n, K).items()):
-            visual[layer:] = [left] * (layers - layer)
-    return tuple(visual)
+            told[layer:] = [left] * (layers - layer)
+    return tuple(told)
 
 
 def prefill(text: Text, rows: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .contract import Reduction, Signals, Stage
 from .method import Method
-from .pipeline import Pipeline, Pruner
+from .pipeline import Pipeline, Pruner, StepBudgets
 from .spec import parse
 
 # In the order in which they are listed.
@@ -64,8 +64,8 @@ PRESETS = {
 }
 
 __all__ = [
-    "METHODS", "PRESETS", "Method", "Pipeline", "Pruner", "Reduction", "Signals", "Stage", "plan",
-    "resolve",
+    "METHODS", "PRESETS", "Method", "Pipeline", "Pruner", "Reduction", "Signals", "Stage",
+    "StepBudgets", "plan", "resolve",
 ]  # fmt: skip
 
 

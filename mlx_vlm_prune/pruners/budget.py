@@ -65,7 +65,7 @@ def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> 
         return list(range(1, N))
     feasible, refusal = [], None
     for K in range(1, N):
-        n = pipeline.budgets(N, K)[-2] if len(pipeline.steps) > 1 else N
+        n = pipeline.budgets(N, K).before_last
         try:
             step.ask(step.method.schedule, layers, n, K)
             feasible.append(K)

@@ -45,10 +45,6 @@ class Pruner:
         return self.method.stage
 
     @property
-    def is_learned(self) -> bool:
-        return self.method.learned
-
-    @property
     def is_proportional(self) -> bool:
         """Does a merged token count, in later attention, as often as it has members?"""
         return self.method.proportional
@@ -118,6 +114,28 @@ class Pruner:
 
 
 @dataclass(frozen=True)
+class StepBudgets:
+    """What each step of a chain leaves of an image's N tokens."""
+
+    N: int
+    K: int  # of the last; of a decoder method the average over layers
+    each: tuple[tuple[Pruner, int], ...]
+
+    def at(self, *stages: Stage) -> list[tuple[Pruner, int]]:
+        """The steps of some stages, in order, with what each leaves."""
+        return [(step, left) for step, left in self.each if step.stage in stages]
+
+    def after(self, stage: Stage, n: int) -> int:
+        """How many of n tokens a stage leaves."""
+        return min([n, *(left for _, left in self.at(stage))])
+
+    @property
+    def before_last(self) -> int:
+        """How many tokens the last step is given."""
+        return self.each[-2][1] if len(self.each) > 1 else self.N
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """Methods in the order of their stages, and perhaps an enhancer."""
 
@@ -164,13 +182,12 @@ class Pipeline:
     def wants(self, signal: str) -> bool:
         return any(signal in step.method.needs for step in self.steps)
 
-    def budgets(self, N: int, K: int) -> list[int]:
-        """How many tokens each step leaves; the last brings (the average over layers) to K."""
-        if K == N:
-            return [N] * len(self.steps)
-        afterwards = range(len(self.steps) - 1, 0, -1)
-        told = []
-        for step, n in zip(self.steps[:-1], afterwards, strict=True):
-            own = step.trained_tokens or step.keep or int(K * GENEROUS**n + 0.5)
-            told.append(min(N, own))
-        return [*told, K]
+    def budgets(self, N: int, K: int) -> StepBudgets:
+        """What each step leaves; the last brings (the average over layers) to K."""
+        *earlier, last = self.steps
+        each = []
+        for i, step in enumerate(earlier):
+            generous = int(K * GENEROUS ** (len(earlier) - i) + 0.5)
+            left = min(N, step.trained_tokens or step.keep or generous)
+            each.append((step, N if K == N else left))
+        return StepBudgets(N, K, (*each, (last, K)))
