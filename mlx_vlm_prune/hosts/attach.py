@@ -20,7 +20,7 @@ from ..checkpoints.errors import UserError
 from ..model import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.contract import Policy
-from ..stream import budget
+from ..request import check_budget
 from .embeddings import Embeddings
 from .fewer import call
 from .mlx_vlm import as_it_was, family_of
@@ -94,7 +94,8 @@ def _checked(
 ) -> tuple[Pipeline, Policy]:
     """The methods, and the position policy that holds; UserError for what cannot be."""
     if isinstance(model, VLM):
-        raise UserError("pruned() is for mlx-vlm's models; ours take a pruner in generate()")
+        raise UserError("pruned() and attach() are for mlx-vlm's models; ours take a pruner in"
+                        " generate()")  # fmt: skip
     family, pipeline = family_of(model), plan(pruner)
     policy = check(model, family, pipeline, positions)
     if pipeline.decoder:
@@ -102,7 +103,7 @@ def _checked(
             f"{pipeline.decoder.name} works between the language model's layers, where a block that"
             " prunes does not reach: call mlx_vlm_prune.generate"
         )
-    budget(keep_tokens or 1, keep_ratio, keep_tokens, pipeline)
+    check_budget(keep_ratio, keep_tokens)
     return pipeline, policy
 
 

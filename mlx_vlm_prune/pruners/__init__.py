@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from ..checkpoints.errors import UserError
 from . import (
     apet,
     attention_pool,
@@ -111,6 +112,8 @@ def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = No
     """
     if isinstance(spec, str):
         return parse(spec, METHODS, PRESETS, learned or {})
+    if not isinstance(spec, Pruner | Pipeline):
+        raise UserError(f"pruner is {spec!r}; it must be a name, such as 'divprune'")
     return Pipeline.of(spec)
 
 
