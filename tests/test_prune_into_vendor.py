@@ -16,6 +16,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import into_folders
 from .host_models import KINDS
 from .into_folders import checkpoint, inputs_of, most, ours, same
+from .test_skeleton import trespasses
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 FOLDERS = {  # one that reads the tower's layers, one of words, a chain, and a mark of tiles
@@ -148,3 +149,7 @@ def test_the_copy_is_the_package_with_its_licence_and_without_its_example(home):
     for name in files - {"LICENSE"}:
         assert (copy / name).read_bytes() == (PACKAGE / name).read_bytes()
     assert "Permission is hereby granted" in (copy / "LICENSE").read_text()
+
+
+def test_the_package_imports_itself_by_relative_names_so_that_a_copy_runs_under_any():
+    assert not trespasses(PACKAGE.name, PACKAGE.name)

@@ -19,7 +19,7 @@ from weakref import WeakSet
 from ..checkpoints.errors import UserError
 from ..model import VLM
 from ..pruners import Pipeline, Pruner, plan
-from ..pruners.budget import budget
+from ..pruners.budget import check_budget
 from ..pruners.contract import Policy
 from .embeddings import Embeddings
 from .families import host_of
@@ -95,7 +95,9 @@ def _checked(
 ) -> tuple[Host, Pipeline, Policy]:
     """The methods, and the position policy that holds; UserError for what cannot be."""
     if isinstance(model, VLM):
-        raise UserError("pruned() is for mlx-vlm's models; ours take a pruner in generate()")
+        raise UserError(
+            "pruned() and attach() are for mlx-vlm's models; ours take a pruner in generate()"
+        )
     host, pipeline = host_of(model), plan(pruner)
     policy = check(host, pipeline, positions)
     if pipeline.decoder:
@@ -103,7 +105,7 @@ def _checked(
             f"{pipeline.decoder.name} works between the language model's layers, where a block that"
             " prunes does not reach: call mlx_vlm_prune.generate"
         )
-    budget(keep_tokens or 1, keep_ratio, keep_tokens, pipeline)
+    check_budget(keep_ratio, keep_tokens)
     return host, pipeline, policy
 
 

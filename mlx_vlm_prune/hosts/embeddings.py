@@ -59,8 +59,8 @@ class Embeddings:
             raise UserError("only images are pruned: videos and sound go outside the block")
         for name in PREPARED:
             if told.get(name) is not None:
-                raise UserError(f"inside a block that prunes leave out {name}: which tokens stay is"
-                                " judged by the images, and where they stand follows")  # fmt: skip
+                raise UserError(f"a model that prunes takes no {name}: which tokens stay is judged"
+                                " by the images, and where they stand follows")  # fmt: skip
         told = {name: value for name, value in told.items() if name not in UNREAD}
         with self.working():
             if pixel_values is None or has_others:

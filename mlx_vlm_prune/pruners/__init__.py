@@ -10,51 +10,19 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from ..checkpoints.errors import UserError
 from .contract import Reduction, Signals, Stage
 from .method import Method
 from .pipeline import Pipeline, Pruner, StepBudgets
 from .spec import parse
 
 # In the order in which they are listed.
-NAMES = (
-    "none",
-    "random",
-    "uniform",
-    "avgpool",
-    "downsample",
-    "tome",
-    "patch_norm",
-    "kq_norm",
-    "pixelprune",
-    "norm",
-    "similarity",
-    "received_attention",
-    "cls_attention",
-    "visionzip",
-    "vispruner",
-    "prumerge",
-    "prumerge_plus",
-    "hiprune",
-    "holov",
-    "global_local",
-    "divprune",
-    "cdpruner",
-    "scope",
-    "mmtok",
-    "apet",
-    "fastv",
-    "pyramiddrop",
-    "sparsevlm",
-    "dart",
-    "v2drop",
-    "vtw",
-    "pact",
-    "attention_pool",
-    "score_prune",
-    "mlp",
-    "twig",
-    "restore",
-)
+NAMES = """
+    none random uniform avgpool downsample tome patch_norm kq_norm pixelprune norm
+    similarity received_attention cls_attention visionzip vispruner prumerge prumerge_plus
+    hiprune holov global_local divprune cdpruner scope mmtok apet fastv pyramiddrop
+    sparsevlm dart v2drop vtw pact attention_pool score_prune mlp twig restore
+""".split()
 METHODS = {name: Method.of(import_module(f".{name}", __name__)) for name in NAMES}
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half
 # depth and later; VScan selects and merges in the tower, then drops at half depth.
@@ -77,6 +45,8 @@ def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = No
     """
     if isinstance(spec, str):
         return parse(spec, METHODS, PRESETS, learned or {})
+    if not isinstance(spec, Pruner | Pipeline):
+        raise UserError(f"pruner is {spec!r}; it must be a name, such as 'divprune'")
     return Pipeline.of(spec)
 
 
