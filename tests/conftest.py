@@ -8,10 +8,15 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # before any import of mlx, or parity is lo
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from mlx_vlm_prune import fast_blas
 
 fast_blas.prepare()  # before any import of mlx too, whichever test comes first
+
+
+settings.register_profile("untimed", deadline=None)  # no test asserts a time
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
