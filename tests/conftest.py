@@ -9,9 +9,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # before any import of mlx, or parity is lo
 import numpy as np
 import pytest
 
-from mlx_vlm_prune import fast_blas
-
-fast_blas.prepare()  # before any import of mlx too, whichever test comes first
+import mlx_vlm_prune  # noqa: F401 - its BLAS comes before any import of mlx, as for a user
 
 
 @pytest.fixture(autouse=True)
