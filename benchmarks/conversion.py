@@ -3,11 +3,11 @@
 Both in alternation on the same disk, both until the bytes are on it (fsync); the conversion
 is a process of its own, so its start and its import of torch are inside the time, and its
 peak memory is the operating system's own figure. Of the two generations one is taken over as
-it is, in the other the rows of queries and keys move. Writes results/conversion.json; its
-last line is the same in one line.
+it is, in the other the rows of queries and keys move. Writes results/conversion.json with
+`--save`; its last line is the same.
 """
 
-import json
+import argparse
 import multiprocessing
 import os
 import shutil
@@ -16,14 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, lacks, whole
 from mlx_vlm_prune.checkpoints.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.names import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
+
+from .command import finish
 
 RESULTS = Path(__file__).parent / "results"
 TEXT = {
@@ -70,7 +76,8 @@ def converted(source: Path, target: Path, words: Path) -> tuple[float, float]:
     with subprocess.Popen([*command, "--tokenizer", str(words)], stdout=subprocess.DEVNULL) as run:
         _, status, used = os.wait4(run.pid, 0)
         run.returncode = os.waitstatus_to_exitcode(status)
-    assert run.returncode == 0, "the conversion failed"
+    if run.returncode:
+        raise UserError(f"python -m convert could not convert {source}")
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - begin, used.ru_maxrss * unit / 1e6
 
@@ -86,6 +93,8 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
     )
     maker.start()
     maker.join()
+    if maker.exitcode:
+        raise UserError(f"{source} could not be written")
     copies, conversions, peaks = [], [], []
     copied(source, folder / "warm")
     (folder / "warm").unlink()
@@ -110,13 +119,10 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
     }
 
 
-def main() -> None:
-    """The command line."""
-    parser = Parser(prog="python -m benchmarks.conversion", description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=22, help="22 make 2 GB")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
-    args = parser.parse_args()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure both generations, printing each; everything that was found."""
+    if find_spec("torch") is None:  # not imported here, for its memory would count
+        raise lacks("torch")
     rows = []
     for name in GENERATION_NAMES:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -128,8 +134,21 @@ def main() -> None:
             f"({row['peak_above_file_megabytes']:+} MB beside the file)",
             flush=True,
         )
-    (RESULTS / "conversion.json").write_text(json.dumps({"rows": rows}, indent=4) + "\n")
-    print(json.dumps(rows))
+    return {"rows": rows}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="python -m benchmarks.conversion", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--layers", type=partial(whole, 1), default=22, help="22 make 2 GB")
+    p.add_argument("--runs", type=partial(whole, 1), default=5)
+    p.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
+    p.add_argument("--save", action="store_const", const="conversion", help="as conversion.json")
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

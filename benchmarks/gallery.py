@@ -5,16 +5,19 @@ pictures from the built-in model: `--draw` makes them again, of three scenes and
 photographs it is given. Nothing on the page is written by hand.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
+from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.listing import Entry, entry
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.overlay import overlay, strip
 from mlx_vlm_prune.pruners import METHODS, Stage
+from mlx_vlm_prune.remembered import write_atomically
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 from mlx_vlm_prune.stream import generate
 
@@ -82,7 +85,7 @@ def _short(value: object) -> str:
 def draw(photographs: list[Path]) -> None:
     """A strip of five pictures of every method."""
     model, processor = load()
-    images = [compose(seed).image() for seed in SEEDS] + [Image.open(p) for p in photographs]
+    images = [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
     PICTURES.mkdir(exist_ok=True)
     for name, method in METHODS.items():
         pooled = name == "attention_pool"  # its slots stand nowhere
@@ -112,14 +115,15 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
     raise AssertionError(f"{name} can do with neither budget")
 
 
-def main() -> None:
-    """The command line."""
-    parser = Parser(prog="python -m benchmarks.gallery", description=__doc__.split("\n")[0])
-    parser.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
-    args = parser.parse_args()
-    if args.draw is not None:
-        draw(args.draw)
-    PAGE.write_text(page(), encoding="utf-8")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    p = Parser(prog="python -m benchmarks.gallery", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
+    with in_one_sentence():
+        photographs = p.parse_args(argv).draw
+        if photographs is not None:
+            draw(photographs)
+        write_atomically(PAGE, page())
 
 
 if __name__ == "__main__":

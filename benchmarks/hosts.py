@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.hosts.mlx_vlm import as_it_was, family_of, see, stream, tell
 from mlx_vlm_prune.hosts.refusals import check
@@ -35,7 +35,7 @@ from mlx_vlm_prune.operations import prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.stream import Clock
 
-from .command import finish, plain_name, whole
+from .command import finish, plain_name
 from .on_mlx import device
 from .speed import RESULTS
 from .timing import NOT_TOLD, Gain, alternate, spread

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.decoder import Growth
 from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.language.mlx_lm import MlxLm
@@ -38,7 +38,7 @@ from mlx_vlm_prune.speculate import Speculation
 from mlx_vlm_prune.stream import generate
 
 from . import on_mlx
-from .command import finish, whole
+from .command import finish
 from .shapes import SHAPES, request, shape
 from .timing import Gain, alternate, spread
 
