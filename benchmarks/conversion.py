@@ -71,13 +71,13 @@ def copied(source: Path, target: Path) -> float:
 
 def converted(source: Path, target: Path, words: Path) -> tuple[float, float]:
     """Seconds of a conversion in a process of its own, and its peak memory in MB."""
-    command = [sys.executable, "-m", "convert", "to-mlx", str(source), str(target)]
+    command = [sys.executable, "-m", "mlx_vlm_prune", "convert", "to-mlx", str(source), str(target)]
     begin = time.perf_counter()
     with subprocess.Popen([*command, "--tokenizer", str(words)], stdout=subprocess.DEVNULL) as run:
         _, status, used = os.wait4(run.pid, 0)
         run.returncode = os.waitstatus_to_exitcode(status)
     if run.returncode:
-        raise UserError(f"python -m convert could not convert {source}")
+        raise UserError(f"{source} could not be converted")
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - begin, used.ru_maxrss * unit / 1e6
 

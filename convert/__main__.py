@@ -1,4 +1,4 @@
-"""`python -m convert`: trained weights from PyTorch to MLX and back, byte for byte."""
+"""Trained weights from PyTorch to MLX and back, byte for byte: `python -m convert`."""
 
 import argparse
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ SIZE = partial(whole, 1, most=1024)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m convert", description=__doc__)
+    parser = Parser(prog="python -m mlx_vlm_prune convert", description=__doc__)
     ways = parser.add_subparsers(dest="way", required=True)
     told = ways.add_parser("inspect", help="what a checkpoint is; its tensors are not loaded")
     told.add_argument("source", metavar="SRC", help="a .pth, a folder, or a hub name")
