@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.config import VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.errors import Parser, whole
 from mlx_vlm_prune.generation.stream import generate, prepare, resolve
 from mlx_vlm_prune.loading import Processor
 from mlx_vlm_prune.machine import machine, versions
@@ -154,30 +155,35 @@ def show(spec: str, known: Calibration, seconds: float, trials: list[Trial]) -> 
     }  # fmt: skip
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.budgets", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
-    parser.add_argument("--pruner", action="append", help="repeat for several")
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", metavar="NAME", type=plain_name, help="keep as a result")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate, ask, and hold what was predicted against what it took."""
+    """Calibrate and ask by each method, printing each; everything that was found."""
     model, processor = model_of(args.shape)
+    pipelines = {spec: resolve(model, spec) for spec in args.pruner}  # refused before any is tried
     rng, rows = random.Random(args.seed), []
-    for spec in args.pruner or ["divprune", "tome"]:
+    for spec, pipeline in pipelines.items():
         words, image = question(rng)
         began = time.perf_counter()
-        known = measure(model, resolve(model, spec), prepare(model, processor, words, image))
+        known = measure(model, pipeline, prepare(model, processor, words, image))
         seconds = time.perf_counter() - began
         bar = tqdm(range(args.prompts), desc=f"{spec}, asking", leave=False, file=sys.stderr)
         trials = [trial(model, processor, known, rng, spec) for _ in bar]
         rows.append(show(spec, known, seconds, trials))
     about = {"shape": args.shape, "N": model.N, "machine": machine(), "versions": versions()}
     return {**about, "rows": rows}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="python -m benchmarks.budgets", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
+    p.add_argument("--pruner", action="append", help="repeat (default: divprune and tome)")
+    p.add_argument("--prompts", type=partial(whole, 1), default=20)
+    p.add_argument("--seed", type=partial(whole, 0), default=0)
+    p.add_argument(
+        "--save", metavar="NAME", type=plain_name, help="as benchmarks/results/NAME.json"
+    )
+    args = p.parse_args(argv)
+    args.pruner = args.pruner or ["divprune", "tome"]
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

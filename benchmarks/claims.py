@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.machine import machine, versions
 
 from . import on_mlx
-from .command import finish, whole
+from .command import finish
 from .shapes import TEXT_TOKENS
 from .speed import Setting, cases, measure
 

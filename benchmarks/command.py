@@ -7,15 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_vlm_prune import fast_blas
 from mlx_vlm_prune.checkpoints.errors import in_one_sentence
 from mlx_vlm_prune.checkpoints.files import write_atomically
-
-
-def whole(least: int, text: str) -> int:
-    """An option that is a whole number."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
-    return int(text)
 
 
 def plain_name(text: str) -> str:
@@ -36,6 +30,7 @@ def finish(
     A user's mistake ends in one sentence and exit code 2.
     """
     with in_one_sentence():
+        fast_blas.load()  # what is wrong with a library that the user named
         args = parse(argv)
         told = json.dumps(run(args))
         if args.save:

@@ -3,12 +3,11 @@
 Both in alternation on the same disk, both until the bytes are on it (fsync); the conversion
 is a process of its own, so its start and its import of torch are inside the time, and its
 peak memory is the operating system's own figure. Of the two generations one is taken over as
-it is, in the other the rows of queries and keys move. Writes results/conversion.json; its
-last line is the same in one line.
+it is, in the other the rows of queries and keys move. Writes results/conversion.json with
+`--save`; its last line is the same.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,16 +17,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
-from mlx_vlm_prune.checkpoints.files import write_atomically
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, lacks, whole
 from mlx_vlm_prune.checkpoints.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.names import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
+
+from .command import finish
 
 RESULTS = Path(__file__).parent / "results"
 GENERATION_NAMES = ("minimind2-v", "minimind2-v-2025-02")
@@ -61,12 +64,13 @@ def copied(source: Path, target: Path) -> float:
 
 def converted(source: Path, target: Path, words: Path) -> tuple[float, float]:
     """Seconds of a conversion in a process of its own, and its peak memory in MB."""
-    command = [sys.executable, "-m", "convert", "to-mlx", str(source), str(target)]
+    command = [sys.executable, "-m", "mlx_vlm_prune", "convert", "to-mlx", str(source), str(target)]
     begin = time.perf_counter()
     with subprocess.Popen([*command, "--tokenizer", str(words)], stdout=subprocess.DEVNULL) as run:
         _, status, used = os.wait4(run.pid, 0)
         run.returncode = os.waitstatus_to_exitcode(status)
-    assert run.returncode == 0, "the conversion failed"
+    if run.returncode:
+        raise UserError(f"{source} could not be converted")
     unit = 1 if sys.platform == "darwin" else 1024
     return time.perf_counter() - begin, used.ru_maxrss * unit / 1e6
 
@@ -82,6 +86,8 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
     )
     maker.start()
     maker.join()
+    if maker.exitcode:
+        raise UserError(f"{source} could not be written")
     copies, conversions, peaks = [], [], []
     copied(source, folder / "warm")
     (folder / "warm").unlink()
@@ -106,16 +112,10 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
     }
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.conversion", description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=22, help="22 make 2 GB")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Convert and copy both generations, and keep what that took as a result."""
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure both generations, printing each; everything that was found."""
+    if find_spec("torch") is None:  # not imported here, for its memory would count
+        raise lacks("torch")
     rows = []
     for name in GENERATION_NAMES:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -127,14 +127,21 @@ def run(args: argparse.Namespace) -> None:
             f"({row['peak_above_file_megabytes']:+} MB beside the file)",
             flush=True,
         )
-    write_atomically(RESULTS / "conversion.json", json.dumps({"rows": rows}, indent=4) + "\n")
-    print(json.dumps(rows))
+    return {"rows": rows}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="python -m benchmarks.conversion", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--layers", type=partial(whole, 1), default=22, help="22 make 2 GB")
+    p.add_argument("--runs", type=partial(whole, 1), default=5)
+    p.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
+    p.add_argument("--save", action="store_const", const="conversion", help="as conversion.json")
+    return p.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with in_one_sentence():
-        run(parse(argv))
+    finish(argv, parse, run, RESULTS)
 
 
 if __name__ == "__main__":

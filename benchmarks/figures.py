@@ -5,12 +5,13 @@ against the time to the first token, gains realised and counted, where the time 
 each kind of question loses, and all of them on one page.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
 from mlx_vlm_prune.pruners import METHODS
@@ -32,6 +33,9 @@ from .style import (
     sheet,
 )  # fmt: skip
 from .tables import read, speed_rows
+
+if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
+    from matplotlib.axes import Axes
 
 FIGURES = ROOT / "docs" / "figures"
 NAMED = 5  # methods that a figure names; the others are pale
@@ -259,12 +263,12 @@ def draw(folder: Path = FIGURES, results: Path = RESULTS) -> None:
     save(figure, folder, DASHBOARD)
 
 
-def main() -> None:
-    """The command line."""
-    parser = Parser(prog="python -m benchmarks.figures", description=__doc__.split("\n")[0])
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    parser = Parser(prog="python -m benchmarks.figures", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER")
     with in_one_sentence():
-        draw(parser.parse_args().out)
+        draw(parser.parse_args(argv).out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ pictures from the built-in model: `--draw` makes them again, of three scenes and
 photographs it is given. Nothing on the page is written by hand.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
 from mlx_vlm_prune.checkpoints.files import appearing, write_atomically
 from mlx_vlm_prune.generation.overlay import overlay, strip
 from mlx_vlm_prune.generation.stream import generate
+from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.listing import Entry, entry
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.pruners import METHODS, Stage
@@ -83,7 +85,7 @@ def _short(value: object) -> str:
 def draw(photographs: list[Path]) -> None:
     """A strip of five pictures of every method."""
     model, processor = load()
-    images = [compose(seed).image() for seed in SEEDS] + [Image.open(p) for p in photographs]
+    images = [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
     PICTURES.mkdir(exist_ok=True)
     for name, method in METHODS.items():
         pooled = name == "attention_pool"  # its slots stand nowhere
@@ -114,14 +116,14 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
     raise AssertionError(f"{name} can do with neither budget")
 
 
-def main() -> None:
-    """The command line."""
-    parser = Parser(prog="python -m benchmarks.gallery", description=__doc__.split("\n")[0])
-    parser.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    p = Parser(prog="python -m benchmarks.gallery", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
     with in_one_sentence():
-        args = parser.parse_args()
-        if args.draw is not None:
-            draw(args.draw)
+        photographs = p.parse_args(argv).draw
+        if photographs is not None:
+            draw(photographs)
         write_atomically(PAGE, page())
 
 

@@ -25,7 +25,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.host import generation_stream
 from mlx_vlm_prune.hosts.loading import INSTALL
@@ -38,7 +38,7 @@ from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 
-from .command import finish, plain_name, whole
+from .command import finish, plain_name
 from .on_mlx import device
 from .speed import RESULTS
 from .timing import NOT_TOLD, Gain, alternate, spread

@@ -1,6 +1,7 @@
 """Write the README's tables from benchmarks/results: `python -m benchmarks.report`."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
@@ -182,13 +183,12 @@ def fill(text: str, results: Path = RESULTS) -> str:
     return text
 
 
-def main() -> None:
-    """The command line."""
-    Parser(
-        prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0]
-    ).parse_args()
-    readme = ROOT / "README.md"
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    p = Parser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     with in_one_sentence():
+        p.parse_args(argv)
+        readme = ROOT / "README.md"
         write_atomically(readme, fill(readme.read_text(encoding="utf-8")))
         print(f"Wrote {readme}")
 

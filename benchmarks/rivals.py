@@ -33,12 +33,12 @@ from tqdm import tqdm
 
 from mlx_vlm_prune.cache import LayerCache
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.language.minimind import MiniMind
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.planning.operations import tokens
 
-from .command import finish, plain_name, whole
+from .command import finish, plain_name
 from .on_mlx import device
 from .shapes import SHAPES, TEXT_TOKENS, shape
 from .speed import RESULTS

@@ -4,7 +4,7 @@ Every method reduces 576 tokens to 64 on random signals, the size of LLaVA-1.5's
 time stands beside the full time to the first token of a stand-in with random weights (CLIP
 ViT-L/14 at 336 pixels, 8 decoder layers of width 2048). Signals that cost more than a
 slice (columns of attention) are inside the time; of a method with several cuts all are.
-Writes benchmarks/results/selectors.json; the last line of the output is the same JSON.
+Writes benchmarks/results/selectors.json with `--save`; the last line is the same JSON.
 
 Shapes: N tokens, D features, H heads, d head size, T words.
 """
@@ -14,18 +14,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints.errors import Parser
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.decoder import Cuts, Decoder, LayerInput, TwigReader, through
-from mlx_vlm_prune.generate import versions
 from mlx_vlm_prune.laps import Clock
+from mlx_vlm_prune.machine import versions
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
+from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.splice import Row, Visual, splice
 from mlx_vlm_prune.towers.between import received
 
@@ -115,18 +117,12 @@ def first_token(model: VLM, row: Row, pixels: mx.array) -> float:
     return clock.ttft()["total"]
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m benchmarks.selectors", description=__doc__.split("\n")[0])
-    parser.add_argument("--pruner", action="append", help="repeat for several; default: all")
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--save", action="store_const", const="selectors", help="keep as a result")
-    return parser.parse_args(argv)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Time the first token, and beside it what every method takes to choose."""
+    """Measure each method, printing it; everything that was found."""
     mx.random.seed(0)
     config = SHAPES[SHAPE]
+    twig = METHODS["twig"].make(config.text, TWIG_LAYERS)
+    pruners = {name: resolve(name, {"twig": twig}) for name in args.pruner}
     model = VLM(config)
     mx.eval(model.parameters())
     side, row = config.vision.image_size, prompt(config)
@@ -135,18 +131,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ttft = statistics.median(full)
     print(f"Full time to the first token: {ttft:.0f} ms; 3 % of it are {ALLOWED * ttft:.0f} ms")
     seen = signals(model.N, model.grid, config.vision.hidden_size, config.text.hidden_size)
-    twig = METHODS["twig"].make(config.text, TWIG_LAYERS)
-    names = args.pruner or [n for n, m in METHODS.items() if m.prune and n != "none"]
     rows = []
-    for name in tqdm(names, file=sys.stderr, leave=False):
-        pruner = resolve(name, {"twig": twig})
-        decoder = pruner.stage is Stage.DECODER
-        layers = config.vision.depth
-        call = (
-            inside_the_decoder(pruner, model)
-            if decoder
-            else before_the_decoder(pruner, layers, seen)
-        )
+    for name, pruner in tqdm(pruners.items(), file=sys.stderr, leave=False):
+        if pruner.stage is Stage.DECODER:
+            call = inside_the_decoder(pruner, model)
+        else:
+            call = before_the_decoder(pruner, config.vision.depth, seen)
         told = clocked(call, args.runs)
         rows.append({"pruner": name, "ms": told, "share": told["median"] / ttft})
         mark = "" if rows[-1]["share"] <= ALLOWED else "  above 3 %"
@@ -155,6 +145,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "shape": SHAPE, "N": model.N, "K": K, "ttft_ms": ttft, "runs": args.runs,
         "versions": versions(), "rows": rows,
     }  # fmt: skip
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="python -m benchmarks.selectors", description=(__doc__ or "").split("\n")[0])
+    p.add_argument("--pruner", action="append", help="repeat for several; default: all")
+    p.add_argument("--runs", type=partial(whole, 1), default=20)
+    p.add_argument("--save", action="store_const", const="selectors", help="keep as selectors.json")
+    args = p.parse_args(argv)
+    able = [name for name, method in METHODS.items() if method.prune and name != "none"]
+    args.pruner = args.pruner or able
+    for name in args.pruner:  # a wrong one is refused before any is measured
+        if name.split(":")[0] not in able:
+            raise UserError(f"no method that chooses is called {name!r}; {nearest(name, able)}")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.decoder import TwigReader
 from mlx_vlm_prune.generation.speculation import Speculation
 from mlx_vlm_prune.generation.steps import greedy
@@ -40,7 +40,7 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 
 from . import on_mlx
-from .command import finish, whole
+from .command import finish
 from .shapes import SHAPES, request, shape
 from .timing import Gain, alternate, spread
 

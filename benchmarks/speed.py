@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.planning import operations
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
@@ -33,7 +33,7 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.pruners.spec import nearest
 
 from .ceiling import announce
-from .command import finish, plain_name, whole
+from .command import finish, plain_name
 from .shapes import SHAPES, TEXT_TOKENS, request, shape
 from .table import show
 from .timing import Gain, Run, alternate, spread

@@ -4,17 +4,15 @@ Colours are Okabe and Ito's (Color Universal Design, 2008); what they tell is to
 a label too. Each figure is written as SVG and as PNG.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")  # no window is ever opened
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
+if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import GridSpec
 
 from mlx_vlm_prune.checkpoints.files import appearing
 
@@ -47,16 +45,25 @@ FORMATS: dict[str, Any] = {
 }
 
 
+def pyplot() -> Any:
+    """matplotlib's, in the house style."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window is ever opened
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(RULES)
+    return pyplot
+
+
 def canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, in the house style."""
-    plt.rcParams.update(RULES)
-    return plt.subplots(figsize=size)
+    """A figure with one pair of axes."""
+    return pyplot().subplots(figsize=size)
 
 
 def sheet(size: tuple[float, float], rows: int, columns: int) -> tuple[Figure, GridSpec]:
-    """A page for several pairs of axes, in the house style."""
-    plt.rcParams.update(RULES)
-    figure = plt.figure(figsize=size)
+    """A page for several pairs of axes."""
+    figure = pyplot().figure(figsize=size)
     return figure, figure.add_gridspec(rows, columns, hspace=1.0, wspace=0.6)
 
 
@@ -66,7 +73,7 @@ def save(figure: Figure, folder: Path, name: str) -> None:
     for kind, options in FORMATS.items():
         with appearing(folder / f"{name}.{kind}", replace=True) as beside:
             figure.savefig(beside, format=kind, **options)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def name_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float) -> None:

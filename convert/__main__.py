@@ -1,13 +1,14 @@
-"""`python -m convert`: trained weights from PyTorch to MLX and back, byte for byte."""
+"""Trained weights from PyTorch to MLX and back, byte for byte: `python -m convert`."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, as_mlx
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
+from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence, whole
 from mlx_vlm_prune.checkpoints.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.hub import found
 from mlx_vlm_prune.checkpoints.llava import READER
@@ -18,9 +19,11 @@ from .quantise import dequantised, quantised
 from .twig import read_twig
 from .writing import to_hf, to_mlx, to_torch
 
+SIZE = partial(whole, 1, most=1024)
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m convert", description=__doc__)
+    parser = Parser(prog="python -m mlx_vlm_prune convert", description=__doc__)
     ways = parser.add_subparsers(dest="way", required=True)
     told = ways.add_parser("inspect", help="what a checkpoint is; its tensors are not loaded")
     told.add_argument("source", metavar="SRC", help="a .pth, a folder, or a hub name")
@@ -49,10 +52,10 @@ def _to_mlx_options(there: argparse.ArgumentParser) -> None:
     )
     there.add_argument("--tokenizer", metavar="FOLDER", help="holds tokenizer.json")
     there.add_argument("--dtype", choices=DTYPES, help="default: each tensor's own")
-    there.add_argument("--heads", type=_positive, help="query heads; no .pth says how many")
-    there.add_argument("--kv-heads", type=_positive, help=f"default {KV_HEADS}, as in MiniMind2")
+    there.add_argument("--heads", type=SIZE, help="query heads; no .pth says how many")
+    there.add_argument("--kv-heads", type=SIZE, help=f"default {KV_HEADS}, as in MiniMind2")
     there.add_argument("--twig", metavar="FILE", help="TwigVLM's, to go with the model")
-    there.add_argument("--twig-layer", type=_positive, help="that it grows on; no file says which")
+    there.add_argument("--twig-layer", type=SIZE, help="that it grows on; no file says which")
     fewer = there.add_mutually_exclusive_group()
     fewer.add_argument("-q", "--quantize", action="store_true", help="the language model")
     fewer.add_argument("--dequantize", action="store_true", help="undo -q, but for what it lost")
@@ -69,12 +72,6 @@ def _prune_into_options(there: argparse.ArgumentParser) -> None:
     budget.add_argument("--keep-ratio", type=float, metavar="R", help="of an image's tokens")
     budget.add_argument("--keep-tokens", type=int, metavar="K", help="so many of an image's")
     there.add_argument("--vendor", action="store_true", help="copy mlx_vlm_prune into DST, too")
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) <= 1024:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 1024")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

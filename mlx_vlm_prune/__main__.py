@@ -3,18 +3,24 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+from types import ModuleType
 
 from . import __version__
-from .checkpoints.errors import in_one_sentence
+from .checkpoints.errors import UserError, in_one_sentence
 
-# Each command's module.
+# Each command's module; the converter is no part of this package.
 COMMANDS = {
-    "advise": "advise", "evaluate": "evaluate", "generate": "generate", "pruners": "listing",
+    "advise": "advise", "convert": None, "evaluate": "evaluate", "generate": "generate",
+    "pruners": "listing",
 }  # fmt: skip
 USAGE = """usage: python -m mlx_vlm_prune COMMAND …
 
 commands:
   advise     whether pruning pays, for this model on this machine
+  convert    trained weights from PyTorch to MLX and back
   evaluate   what each method costs in answers, over a set of questions
   generate   answer a prompt about images with fewer visual tokens
   pruners    list the methods; with a name, tell more of one
@@ -30,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(command: str, *rest: str) -> None:
     if command in COMMANDS:
-        importlib.import_module(f".{COMMANDS[command]}", __package__).main(list(rest))
+        module = COMMANDS[command]
+        home = importlib.import_module(f".{module}", __package__) if module else _converter()
+        home.main(list(rest))
     elif command in ("-h", "--help"):
         print(USAGE)
     elif command == "--version":
@@ -40,6 +48,20 @@ def _run(command: str, *rest: str) -> None:
         if command:
             print(f"error: no command is called {command!r}", file=sys.stderr)
         sys.exit(2)
+
+
+def _converter() -> ModuleType:
+    """The command line of the converter that lies beside this package.
+
+    `import convert` would take, and execute, a convert.py in the user's folder before it.
+    """
+    home = Path(__file__).parents[1]
+    spec = PathFinder.find_spec("convert", [str(home)])
+    if spec is None or spec.loader is None:
+        raise UserError(f"there is no converter in {home}, where mlx_vlm_prune lies")
+    sys.modules["convert"] = package = module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return importlib.import_module("convert.__main__")
 
 
 if __name__ == "__main__":

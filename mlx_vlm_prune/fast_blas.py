@@ -18,7 +18,9 @@ ones take the cores from MLX's own threads, and made its attention slower than t
 """
 
 import ctypes
+import functools
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -32,6 +34,10 @@ SWITCH = "MLX_VLM_PRUNE_BLAS"
 SYMBOL = "sgemm_"  # what every BLAS has, and what the wheel's cblas_sgemm ends in
 # Sonames rather than ctypes.util.find_library, which runs ldconfig and a compiler to find them.
 SYSTEM = ("libmkl_rt.so", "libopenblas.so.0", "libopenblas.so")
+LATE = (
+    "mlx was imported before mlx_vlm_prune and goes on with the BLAS that it came with, up to 30"
+    " times slower; import mlx_vlm_prune first"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Outcome:
     library: str | None
     reason: str
     refused: str | None = None  # the sentence for a user whose path does not load
+    late: bool = False
 
 
 _outcome: Outcome | None = None
@@ -50,12 +57,14 @@ def load() -> str | None:
     """Load a BLAS, once; the file name of what was loaded, or None.
 
     Never raises for `auto`. Raises UserError, each time it is called, where MLX_VLM_PRUNE_BLAS
-    names a library that does not load or is no BLAS.
+    names a library that does not load or is no BLAS. Warns, once, where it is too late for one.
     """
     prepare()
     assert _outcome is not None
     if _outcome.refused:
         raise UserError(_outcome.refused)
+    if _outcome.late:
+        _warn()
     return _outcome.library
 
 
@@ -64,6 +73,11 @@ def prepare() -> None:
     global _outcome
     if _outcome is None:
         _outcome = _choose(os.environ.get(SWITCH) or "auto")
+
+
+@functools.cache
+def _warn() -> None:
+    logging.getLogger(__package__).warning(LATE)
 
 
 def loaded() -> str | None:
@@ -81,12 +95,12 @@ def _choose(wanted: str) -> Outcome:
         return Outcome(None, "not needed on this system")
     if wanted == "off":
         return Outcome(None, f"{SWITCH} is off")
+    if wanted == "auto" and not _wheel_has_reference_blas():
+        return Outcome(None, "not needed: this mlx brings no reference BLAS")
     if "mlx.core" in sys.modules:
-        return Outcome(None, "too late: mlx was imported first")
+        return Outcome(None, "too late: mlx was imported first", late=True)
     if wanted != "auto":
         return _explicit(wanted)
-    if not _wheel_has_reference_blas():
-        return Outcome(None, "not needed: this mlx brings no reference BLAS")
     for library in _candidates():
         with suppress(OSError):
             if _open(library):

@@ -35,7 +35,7 @@ SAMPLE_PRUNER = "cls_attention"
 SAMPLE_OVERLAY = Path("kept.png")
 SCENES_ONLY = (
     "note: the built-in model knows its own drawn scenes only, not photographs; for those convert"
-    " a trained checkpoint (python -m convert to-mlx --help) and give it as --model"
+    " a trained checkpoint (python -m mlx_vlm_prune convert to-mlx --help) and give it as --model"
 )
 
 

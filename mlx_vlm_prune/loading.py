@@ -182,7 +182,9 @@ def _on_cpu() -> bool:
 def _find(path_or_hub_name: str | Path | None, revision: str | None) -> Path:
     path = CHECKPOINT if path_or_hub_name is None else found(path_or_hub_name, revision)
     if not path.is_dir():
-        raise UserError(f"{path} is a file; a model is a folder (see python -m convert to-mlx)")
+        raise UserError(
+            f"{path} is a file; a model is a folder (see python -m mlx_vlm_prune convert to-mlx)"
+        )
     return path
 
 

@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from mlx_vlm_prune import fast_blas
-
-fast_blas.prepare()  # before any import of mlx too, whichever test comes first
-
+import mlx_vlm_prune  # noqa: F401 - its BLAS comes before any import of mlx, as for a user
 
 settings.register_profile("untimed", deadline=None)  # no test asserts a time
 settings.load_profile("untimed")

@@ -106,11 +106,30 @@ def test_off_loads_nothing():
     assert fresh("fast_blas.load(), fast_blas.loaded()", "off") == [None, None]
 
 
-@on_linux
-def test_after_mlx_is_imported_nothing_is_loaded_and_the_reason_says_so():
-    loaded, reason = fresh("fast_blas.load(), fast_blas.reason()", first="import mlx.core")
+@pytest.mark.parametrize(
+    "blas",
+    [pytest.param("auto", marks=with_reference_blas), pytest.param("libm.so.6", marks=on_linux)],
+)
+def test_after_mlx_is_imported_nothing_is_loaded_and_it_is_told_once_in_one_sentence(blas):
+    lines, loaded, reason = fresh(
+        """
+        import logging
+        lines = []
+        class Lines(logging.Handler):
+            def emit(self, record):
+                lines.append((record.name, record.levelname, record.getMessage()))
+        logging.getLogger("mlx_vlm_prune").addHandler(Lines())
+        from mlx_vlm_prune import load
+        load(); load()
+        lines, fast_blas.loaded(), fast_blas.reason()
+        """,
+        blas,
+        first="import mlx.core",
+    )
     assert loaded is None
     assert "mlx was imported first" in reason
+    assert lines == [["mlx_vlm_prune", "WARNING", fast_blas.LATE]]
+    assert "import mlx_vlm_prune first" in fast_blas.LATE and "\n" not in fast_blas.LATE
 
 
 def test_loading_again_changes_nothing_even_after_mlx():

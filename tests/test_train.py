@@ -11,14 +11,17 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.learned import read_learned
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
-from torch_ref import train_pruners
+from torch_ref.pruners import METHODS
 from torch_ref.scenes_data import ScenesBatches
 from torch_ref.scenes_model import Trainee
-from torch_ref.train import Recipe, Run, export, judge, train
-from torch_ref.train_pruners import LEARNED
+from torch_ref.train import main as train_command
+from torch_ref.train_pruners import main as train_pruners_command
+from torch_ref.training import pruners
+from torch_ref.training.recipes import LEARNED, PrunerRecipe, ScenesRecipe
+from torch_ref.training.scenes import Run, export, judge, train
 
 CPU = torch.device("cpu")
-TINY = Recipe(tower_steps=1, steps=3, warmup=1, batch=2, question_tokens=40)
+TINY = ScenesRecipe(tower_steps=1, steps=3, warmup=1, batch=2, question_tokens=40)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_a_step_of_either_stage_moves_every_weight_that_it_should(monkeypatch):
 
 
 def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch_ref.train.best_device", lambda: CPU)
+    monkeypatch.setattr("torch_ref.training.scenes.best_device", lambda: CPU)
     train(tmp_path / "whole", TINY, minutes=9, workers=0)
     torch.manual_seed(0)
     torch.manual_seed(TINY.seed)
@@ -75,19 +78,64 @@ def test_what_training_exports_converts_and_loads(tmp_path):
 def test_a_learned_pruner_trains_and_lies_beside_the_model(
     tmp_path, monkeypatch, built_in, name, unfreeze
 ):
-    monkeypatch.setattr("torch_ref.train_pruners.best_device", lambda: CPU)
+    monkeypatch.setattr("torch_ref.training.pruners.best_device", lambda: CPU)
     monkeypatch.setattr("torch_ref.model.best_device", lambda: CPU)
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     export(Trainee(0.5).vlm, model)
-    recipe = train_pruners.Recipe(keep_tokens=20, steps=2, batch=2, question_tokens=30)
+    recipe = PrunerRecipe(keep_tokens=20, steps=2, batch=2, question_tokens=30)
     before = torch.load(model / "scenes.pth")
-    train_pruners.train(name, model, out, recipe, unfreeze, workers=0)
+    pruners.train(name, model, out, recipe, unfreeze, workers=0)
     held = read_learned(out / f"{name}-unfrozen" if unfreeze else out, built_in)
     assert list(held) == [name]
     if unfreeze:
         after = torch.load(out / f"{name}-unfrozen" / "scenes.pth")
         assert not all(after[key].equal(before[key]) for key in before)
+
+
+def test_every_method_with_weights_can_be_trained():
+    assert set(LEARNED) == set(pruners.LOSSES)
+    assert set(LEARNED) == {name for name, method in METHODS.items() if hasattr(method, "make")}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What training leaves: a model, and a checkpoint of each training that is damaged."""
+    folder = tmp_path_factory.mktemp("runs")
+    export(Trainee(0.5).vlm, folder)
+    (folder / "last.pt").write_bytes(b"cut off")
+    torch.save({"pruner": {}, "model": {}}, folder / "mlp.pt")
+    return folder
+
+
+MISTAKES = {
+    "steps": (train_command, ["--steps", "0"], "--steps: '0' is not a whole number from 1 on"),
+    "minutes": (train_command, ["--minutes", "nan"], "--minutes: 'nan' is not a number above 0"),
+    "workers": (train_command, ["--workers", "-1"], "--workers: '-1' is not a whole number"),
+    "onto a file": (train_command, ["--out", "{}/scenes.pth"], "scenes.pth: File exists"),
+    "damaged": (train_command, ["--out", "{}"], "last.pt is no checkpoint of this training"),
+    "method": (train_pruners_command, ["tome"], "invalid choice: 'tome'"),
+    "no model": (train_pruners_command, ["mlp", "--model", "{}/no"], "there is no"),
+    "pool": (train_pruners_command, ["attention_pool", "--keep-tokens", "197"], "1 to 196 of the"),
+    "budget": (train_pruners_command, ["mlp", "--keep-tokens", "99"], "mlp learns with 1 to 98"),
+    "of another": (train_pruners_command, ["mlp", "--out", "{}"], "mlp.pt is no checkpoint of"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_refused_in_one_sentence_and_leaves_nothing(
+    folder, tmp_path, monkeypatch, capsys, case
+):
+    command, given, sentence = MISTAKES[case]
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(folder)] * (command is train_pruners_command and "--model" not in given)
+    with pytest.raises(SystemExit) as stop:
+        command([*(argument.format(folder) for argument in given), *model])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert sentence in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,282 +1,43 @@
 """Train a learned pruner for the scenes model: `python -m torch_ref.train_pruners METHOD`.
 
 The model comes from `torch_ref.train` (--model, default runs/scenes). By default tower and
-language model stay as they are and only the pruner learns; with --unfreeze they learn
-along, and what they became ends in OUT/METHOD as the trainer's own files.
-
-- attention_pool: its K slots take the image's place; the answers' loss trains it.
-- score_prune and mlp: only the K highest of the scores plus Gumbel noise are visible; the
-  loss reaches all scores through a factor on attention, 1 or next to 0 in value and a
-  sigmoid of the distance from the K-th in its slope (straight-through). K is, in turn,
-  half of --keep-tokens, as many, and twice as many.
-- twig: its layers, which begin as the model's own, learn to say the answers from an early
-  layer's output, all tokens visible; what they then look at ranks the tokens.
-- mlp also: how many tokens an image needs, by the entropy of the tokens' shares in the
-  derivative of the full model's loss by the log of the attention that each gets.
-
+language model stay as they are and only the pruner learns; with --unfreeze they learn along.
 Stop it at any time: it continues from OUT/METHOD.pt. The pruner's weights go to
 OUT/pruners.safetensors, which lies beside an MLX model.
-
-Shapes: B pictures, N patches, K kept, L rows of the packed prompt, D features.
 """
 
-import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import argparse
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence, whole
 
-from mlx_vlm_prune.checkpoints import pth
-from mlx_vlm_prune.checkpoints.checkpoint import LEARNED as LEARNED_FILE
-from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
-from mlx_vlm_prune.checkpoints.files import appearing, open_safetensors, write_safetensors
-
-from .language.minimind import rotary_table
-from .language.twig import Twig, grown
-from .model import VLM, best_device
-from .pruners import METHODS, Signals, is_learned
-from .pruners.attention_pool import AttentionPool
-from .pruners.mlp import Usefulness
-from .scenes_data import Batch, ScenesBatches
-from .train import export, note, save
-
-LEARNED = [name for name in METHODS if is_learned(name)]
-DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
-FIRST = 100_000  # the number of the first batch: other scenes than the model saw
+from .training.recipes import LEARNED, PrunerRecipe
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Every number of the training."""
-
-    keep_tokens: int = 49  # the middle one of a scorer's three budgets
-    steps: int = 600
-    warmup: int = 30
-    batch: int = 8  # pictures
-    question_tokens: int = 224  # per picture
-    rate: float = 2e-3
-    model_rate: float = 2e-4  # of tower and language model, when they learn along
-    noise: float = 1.0  # of the scores, falling to zero
-    twig_layer: int = 1  # 2 of 32 in the paper
-    twig_layers: int = 1  # 3 of 32
-    twig_rate: float = 1e-3
-    seed: int = 3
-
-
-def read(vlm: VLM, visual_BND: Tensor, batch: Batch, bias_BN: Tensor | None) -> Tensor:
-    """The answers' loss; `bias_BN` is added to the attention that visual tokens get."""
-    first, N = batch.first_visual, visual_BND.shape[1]
-    mask_BLL = torch.where(batch.visible(), 0.0, -torch.inf)
-    if bias_BN is not None:
-        L = mask_BLL.shape[1]
-        row_BL = F.pad(bias_BN, (first, L - first - N))
-        itself_LL = torch.eye(L, dtype=torch.bool, device=row_BL.device)
-        mask_BLL = mask_BLL + torch.where(itself_LL, 0.0, row_BL[:, None])
-    hidden_BLD = vlm.language(embedded(vlm, visual_BND, batch), batch.positions, mask_BLL)
-    logits = vlm.language.logits(hidden_BLD.flatten(0, 1)[batch.answer_at])
-    return F.cross_entropy(logits.float(), batch.targets)
-
-
-def embedded(vlm: VLM, visual_BND: Tensor, batch: Batch) -> Tensor:
-    """The prompts with their images in place, (B, L, D)."""
-    first, embeds_BLD = batch.first_visual, vlm.language.embed_tokens(batch.ids)
-    after = embeds_BLD[:, first + visual_BND.shape[1] :]
-    return torch.cat([embeds_BLD[:, :first], visual_BND, after], dim=1)
-
-
-def shortened(batch: Batch, N: int, K: int) -> Batch:
-    """The same questions behind K placeholders instead of N, positions counting."""
-    first, L = batch.first_visual, batch.ids.shape[1]
-    stay = [*range(first + K), *range(first + N, L)]
-    later = torch.arange(L, device=batch.ids.device) >= first + N
-    row, column = batch.answer_at // L, batch.answer_at % L
-    return Batch(
-        batch.pixels, batch.dense, batch.summary, batch.ids[:, stay],
-        (batch.positions - (N - K) * later)[:, stay], batch.branch[:, stay],
-        row * len(stay) + column - (N - K), batch.targets, batch.answer_of, batch.kinds, first,
-    )  # fmt: skip
-
-
-def pool_loss(
-    vlm: VLM, pool: AttentionPool, seen: Signals, batch: Batch, K: int, noise: float
-) -> Tensor:
-    kept = pool.prune(seen, K)
-    shorter = shortened(batch, seen.x_BND.shape[1], K)
-    return read(vlm, vlm.projector(kept.tokens(seen.x_BND)), shorter, None)
-
-
-def _detached(seen: Signals) -> Signals:
-    attention_BN = seen.cls_attention_BN.detach()
-    return seen.replace(x_BND=seen.x_BND.detach(), cls_attention_BN=attention_BN)
-
-
-def score_loss(
-    vlm: VLM, scorer: nn.Module, seen: Signals, batch: Batch, K: int, noise: float
-) -> Tensor:
-    # What makes a score is no lesson for the tower: its slopes are only guesses.
-    score_BN = scorer(_detached(seen))
-    gumbel_BN = -torch.empty_like(score_BN).exponential_().log()
-    noisy_BN = score_BN + noise * gumbel_BN
-    line_B1 = noisy_BN.detach().topk(K).values[:, -1:]
-    soft_BN = torch.sigmoid(noisy_BN - line_B1)
-    hard_BN = (noisy_BN >= line_B1).float().clamp(min=DROPPED)
-    factor_BN = hard_BN + (soft_BN - soft_BN.detach())
-    return read(vlm, vlm.projector(seen.x_BND), batch, factor_BN.log())
-
-
-def use_loss(
-    vlm: VLM, mlp: Usefulness, seen: Signals, batch: Batch, K: int, noise: float
-) -> Tensor:
-    bias_BN = torch.zeros(seen.x_BND.shape[:2], device=seen.x_BND.device, requires_grad=True)
-    answer = read(vlm, vlm.projector(seen.x_BND), batch, bias_BN)
-    (slope_BN,) = torch.autograd.grad(answer, bias_BN, retain_graph=vlm.training)
-    share_BN = slope_BN.abs() / slope_BN.abs().sum(dim=1, keepdim=True).clamp(min=1e-12)
-    entropy_B = -(share_BN * share_BN.clamp(min=1e-12).log()).sum(dim=1)
-    if mlp.mean_need.item() == 1:  # untrained: start where the needs are
-        with torch.no_grad():
-            mlp.need.bias.add_(entropy_B.mean() - mlp.log_need(seen).mean())
-            mlp.mean_need.copy_(entropy_B.exp().mean())
-    told_B = mlp.log_need(_detached(seen))
-    mlp.mean_need.lerp_(told_B.detach().exp().mean(), 0.02)
-    learned = score_loss(vlm, mlp, seen, batch, K, noise) + F.mse_loss(told_B, entropy_B)
-    return learned + answer if vlm.training else learned
-
-
-def twig_loss(vlm: VLM, twig: Twig, seen: Signals, batch: Batch, K: int, noise: float) -> Tensor:
-    """The answers' loss after the twig, on the base's first layers; with the base's own where
-    that learns along."""
-    x_BLD, c = embedded(vlm, vlm.projector(seen.x_BND), batch), vlm.config.text
-    mask_BLL = torch.where(batch.visible(), 0.0, -torch.inf)
-    rotary = rotary_table(batch.positions, c.head_dim, c.rope_theta)
-    for layer in vlm.language.layers[: int(twig.layer)]:
-        x_BLD = layer(x_BLD, rotary, mask_BLL[:, None], None)
-    hidden_BLD = twig(x_BLD, batch.positions, mask_BLL)
-    logits = twig.head(hidden_BLD.flatten(0, 1)[batch.answer_at])
-    own = F.cross_entropy(logits.float(), batch.targets)
-    return own + read(vlm, vlm.projector(seen.x_BND), batch, None) if vlm.training else own
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "attention_pool": pool_loss,
-    "score_prune": score_loss,
-    "mlp": use_loss,
-    "twig": twig_loss,
-}
-
-
-def untrained(name: str, vlm: VLM, recipe: Recipe) -> nn.Module:
-    """What a training begins with."""
-    if name == "twig":
-        return grown(vlm.language, recipe.twig_layer, recipe.twig_layers)
-    return METHODS[name].make(vlm.config.vision.hidden_size, recipe.keep_tokens)
-
-
-class Run:
-    """A training under way: what a checkpoint holds, and how to go on from it."""
-
-    def __init__(self, name: str, model: Path, out: Path, recipe: Recipe, unfreeze: bool):
-        torch.manual_seed(recipe.seed)
-        self.name, self.recipe, self.unfreeze, self.step = name, recipe, unfreeze, 0
-        self.device, self.last = best_device(), out / f"{name}{'-unfrozen' * unfreeze}.pt"
-        self.vlm = VLM.from_pth(model / "scenes.pth", model / "clip", self.device)
-        self.vlm.requires_grad_(unfreeze).train(unfreeze)
-        self.pruner = untrained(name, self.vlm, recipe).to(self.device)
-        rate = recipe.twig_rate if name == "twig" else recipe.rate
-        own: list[dict[str, Any]] = [{"params": list(self.pruner.parameters()), "lr": rate}]
-        if unfreeze:
-            own.append({"params": list(self.vlm.parameters()), "lr": recipe.model_rate})
-        self.rates = [group["lr"] for group in own]
-        self.optimiser = torch.optim.AdamW(own, betas=(0.9, 0.98), weight_decay=0.01)
-        if self.last.exists():
-            held = torch.load(self.last, map_location=self.device, weights_only=True)
-            self.pruner.load_state_dict(held["pruner"])
-            self.vlm.load_state_dict(held["model"])
-            self.optimiser.load_state_dict(held["optimiser"])
-            self.step = held["step"]
-
-    @property
-    def budget(self) -> int:
-        """How many tokens this step keeps: pools have one K, scorers learn three in turn."""
-        K = self.recipe.keep_tokens
-        return K if self.name == "attention_pool" else max(1, K * 2 ** (self.step % 3) // 2)
-
-    def advance(self, batch: Batch) -> float:
-        """One step; its loss."""
-        left = 0.5 + 0.5 * math.cos(math.pi * self.step / self.recipe.steps)
-        groups = self.optimiser.param_groups
-        for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"] = rate * min(left, (self.step + 1) / self.recipe.warmup)
-        with torch.set_grad_enabled(self.unfreeze):
-            seen = self.vlm.tower(batch.pixels, {"cls_attention": -1}).signals
-        noise = self.recipe.noise * left
-        loss = LOSSES[self.name](self.vlm, self.pruner, seen, batch, self.budget, noise)
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss.item()
-
-    def save(self) -> None:
-        state = {"pruner": self.pruner.state_dict(), "model": self.vlm.state_dict()}
-        save(self.last, {**state, "optimiser": self.optimiser.state_dict(), "step": self.step})
-
-
-def train(name: str, model: Path, out: Path, recipe: Recipe, unfreeze: bool, workers: int) -> None:
-    """Train from OUT/NAME.pt if it is there, and write the weights."""
-    out.mkdir(parents=True, exist_ok=True)
-    run = Run(name, model, out, recipe, unfreeze)
-    data = ScenesBatches(recipe.batch, recipe.question_tokens, first=FIRST + run.step)
-    loader = iter(DataLoader(data, batch_size=None, num_workers=workers))
-    bar, saved = tqdm(total=recipe.steps, initial=run.step, desc=name), time.monotonic()
-    while run.step < recipe.steps:
-        loss = run.advance(next(loader).to(run.device))
-        bar.update()
-        if run.step % 20 == 0 or run.step == recipe.steps:
-            bar.set_postfix_str(f"loss {loss:.3f}")
-            row = {"method": name, "unfrozen": unfreeze, "step": run.step, "loss": loss}
-            note(out, row)
-        if time.monotonic() - saved > 120 or run.step == recipe.steps:
-            saved = time.monotonic()
-            run.save()
-    finish(name, run.pruner, run.vlm, out / f"{name}-unfrozen" if unfreeze else out, unfreeze)
-
-
-def finish(name: str, pruner: nn.Module, vlm: VLM, out: Path, unfreeze: bool) -> None:
-    """Write OUT/pruners.safetensors, beside what other methods have there, and the model."""
-    out.mkdir(parents=True, exist_ok=True)
-    if unfreeze:
-        export(vlm, out)
-    file = out / LEARNED_FILE
-    held = open_safetensors(file) if file.exists() else {}
-    held = {key: value for key, value in held.items() if not key.startswith(name + ".")}
-    for key, value in pruner.state_dict().items():
-        held[f"{name}.{key.replace('pool_', '')}"] = pth.raw(value.half().cpu())
-    with appearing(file, replace=True) as beside:
-        write_safetensors(beside, held, "mlx")
-
-
-def main() -> None:
-    parser = Parser(
-        prog="python -m torch_ref.train_pruners", description=(__doc__ or "").split("\n")[0]
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = Parser(prog="python -m torch_ref.train_pruners", description=(__doc__ or "").split("\n")[0])
+    add, usual, positive = p.add_argument, PrunerRecipe(), partial(whole, 1)
+    add("method", choices=LEARNED)
+    add(
+        "--model", type=Path, default=Path("runs/scenes"), metavar="FOLDER", help="what train wrote"
     )
-    parser.add_argument("method", choices=LEARNED)
-    parser.add_argument("--model", type=Path, default=Path("runs/scenes"), help="what train wrote")
-    parser.add_argument("--out", type=Path, default=Path("runs/pruners"))
-    parser.add_argument("--keep-tokens", type=int, default=Recipe.keep_tokens)
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
-    parser.add_argument("--unfreeze", action="store_true", help="tower and language model too")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw scenes")
-    args = parser.parse_args()
-    recipe = Recipe(keep_tokens=args.keep_tokens, steps=args.steps)
+    add("--out", type=Path, default=Path("runs/pruners"), metavar="FOLDER")
+    add("--keep-tokens", type=positive, default=usual.keep_tokens, help="(default: %(default)s)")
+    add("--steps", type=positive, default=usual.steps, help="(default: %(default)s)")
+    add("--unfreeze", action="store_true", help="tower and language model too")
+    add("--workers", type=partial(whole, 0), default=1, help="processes that draw scenes")
+    return p.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
     with in_one_sentence():
+        args = parse(argv)
+        from .training.pruners import train  # here, since torch may be missing, and takes seconds
+
+        recipe = PrunerRecipe(keep_tokens=args.keep_tokens, steps=args.steps)
         train(args.method, args.model, args.out, recipe, args.unfreeze, args.workers)
 
 

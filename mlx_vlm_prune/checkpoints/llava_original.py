@@ -82,7 +82,7 @@ def as_hugging_face(
         name = told["mm_vision_tower"]
         raise UserError(
             f"{source} holds no vision tower: give the folder of {name} with --vision of"
-            f" python -m convert to-mlx, or put it at {source / _name(name)}"
+            f" python -m mlx_vlm_prune convert to-mlx, or put it at {source / _name(name)}"
         )
     return {
         "text_config": {**told, "model_type": "llama"},

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, reason
+from .errors import UserError, lacks, reason
 from .tensors import RawTensor
 
 
@@ -66,7 +66,7 @@ def _torch(path: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} needs PyTorch; install it with: pip install torch") from None
+        raise lacks("torch", path) from None
     return torch
 
 

@@ -52,8 +52,9 @@ def twig_of(model: VLM, name: str) -> TwigReader:
     if twig := model.learned.get("twig"):
         return TwigReader(twig)
     raise UserError(
-        f"--num-draft-tokens needs a twig, and {name} has none beside it; python -m convert to-mlx"
-        " --twig brings one along, python -m torch_ref.train_pruners trains one"
+        f"--num-draft-tokens needs a twig, and {name} has none beside it;"
+        " python -m mlx_vlm_prune convert to-mlx --twig brings one along,"
+        " python -m torch_ref.train_pruners trains one"
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, lacks
 from . import Bad, Question, Source
 from .answers import exact as score
 from .llava import MARK, pairs
@@ -34,9 +34,7 @@ def _open(path: Path) -> Any:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(
-            "reading parquet needs pyarrow: pip install 'mlx_vlm_prune[parquet]'"
-        ) from None
+        raise lacks("pyarrow", "reading parquet") from None
     try:
         file = ParquetFile(path)
     except (ArrowException, OSError) as e:

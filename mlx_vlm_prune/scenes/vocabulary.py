@@ -6,11 +6,12 @@ tokenizer_config.json.
 """
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from ..checkpoints.errors import Parser, in_one_sentence
 from ..checkpoints.files import write_atomically
 from ..checkpoints.processor import TOKENIZER, TOKENIZER_CONFIG
 from .draw import CELLS, COLOURS, LETTERS, SHAPES
@@ -72,5 +73,13 @@ def write(folder: Path) -> None:
     write_atomically(folder / TOKENIZER_CONFIG, text)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    p = Parser(prog="python -m mlx_vlm_prune.scenes.vocabulary", description="Write the tokenizer.")
+    p.add_argument("folder", type=Path)
+    with in_one_sentence():
+        write(p.parse_args(argv).folder)
+
+
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    main()

@@ -1,0 +1,105 @@
+"""Commands in a process of their own, as a user starts them, in a folder of the user's files."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OF_THE_USER = ("convert", "torch_ref", "benchmarks", "tests", "prompt")
+EXECUTED = "a file of the user was executed"
+
+# Runs a module as `python -m` does, once for each list of arguments. Nothing of ours is imported
+# before it, so that the BLAS is in time only where the module sees to it.
+RUNS = """
+import io, json, runpy, sys
+from contextlib import redirect_stderr, redirect_stdout
+given = json.loads(sys.argv[1])
+sys.modules.update(dict.fromkeys(given["missing"]))  # as if they were not installed
+ends = []
+for arguments in given["runs"]:
+    sys.argv, code = [given["module"], *arguments], 0
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        try:
+            runpy.run_module(given["module"], run_name="__main__", alter_sys=True)
+        except SystemExit as stop:
+            code = stop.code
+    ends.append((code, out.getvalue(), err.getvalue()))
+from mlx_vlm_prune import fast_blas
+print(json.dumps({"ends": ends, "blas": fast_blas.reason(), "modules": list(sys.modules)}))
+"""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended."""
+
+    code: Any
+    out: str
+    err: str
+
+    @property
+    def sentence(self) -> str:
+        """What it refused with, once that is sure to be one sentence and exit code 2."""
+        assert (self.code, self.out) == (2, ""), self
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
+        return self.err
+
+
+@dataclass(frozen=True)
+class Process:
+    """What became of one: the ends of its runs, why it has the BLAS it has, what it imported."""
+
+    ends: list[End]
+    blas: str
+    modules: list[str]
+
+
+def fresh(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, in a folder, where our packages are found as installed ones."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def run(
+    folder: Path, module: str, *runs: Sequence[str], missing: Sequence[str] = (), **environ: str
+) -> Process:
+    """Run a module as `python -m` does, several times in one process."""
+    given = {"module": module, "runs": runs, "missing": missing}
+    done = fresh(folder, "-c", RUNS, json.dumps(given), **environ)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    return Process([End(*end) for end in told["ends"]], told["blas"], told["modules"])
+
+
+def lay_out(folder: Path, module: str) -> Path:
+    """The user's own files, each of which ends what executes it.
+
+    But for one that bears the name of a top-level package that is to be run: there Python itself
+    takes the user's file, before anything of ours is read.
+    """
+    folder.mkdir()
+    for name in OF_THE_USER:
+        if name != module.split(".")[0]:
+            (folder / f"{name}.py").write_text(f"raise SystemExit({EXECUTED!r})\n")
+    return folder
+
+
+def modules(*packages: str) -> Iterator[tuple[str, bool]]:
+    """Every module of packages, by the name that `python -m` takes, and whether it is a command."""
+    for package in packages:
+        for file in sorted((ROOT / package).rglob("*.py")):
+            name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+            is_command = '\nif __name__ == "__main__":\n' in file.read_text(encoding="utf-8")
+            yield name.removesuffix(".__init__").removesuffix(".__main__"), is_command

@@ -1,0 +1,195 @@
+"""The scenes model, trained from nothing in two stages.
+
+First the tower alone learns what lies in every patch: the projected
+patch must predict its words (shape, colour, cell, letter) through the tied
+embedding. Then everything answers questions, many about each picture, each of
+which sees the picture and itself only; the patch targets stay on.
+
+Stop it at any time: it continues from its last checkpoint. The weights end as
+OUT/scenes.pth (MiniMind2-V's published layout) and OUT/clip (a Hugging Face CLIP
+folder), which `python -m convert to-mlx` brings over.
+
+Shapes: B pictures, N patches, L prompt and question tokens together, D features, V words.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mlx_vlm_prune.checkpoints import pth
+from mlx_vlm_prune.checkpoints.errors import UserError, reason
+from mlx_vlm_prune.checkpoints.files import appearing, write_atomically, write_safetensors
+
+from ..model import VLM, best_device
+from ..scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
+from ..scenes_model import VISION, Trainee
+from .recipes import ScenesRecipe
+
+
+def optimisers(trainee: Trainee, recipe: ScenesRecipe) -> list[torch.optim.Optimizer]:
+    """Muon (arXiv:2502.16982) for the matrices inside the layers, AdamW for the rest."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, p in trainee.named_parameters():
+        (matrices if ".layers." in name and p.ndim == 2 else rest).append(p)
+    return [
+        torch.optim.Muon(
+            matrices,
+            lr=recipe.muon_rate,
+            weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        ),
+        torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate(step: int, recipe: ScenesRecipe) -> float:
+    """The share of the learning rate at a step: up, level, down."""
+    down = (recipe.steps - step) / (recipe.decay * recipe.steps)
+    return max(0.0, min(1.0, (step + 1) / recipe.warmup, down))
+
+
+@torch.no_grad()
+def judge(trainee: Trainee, device: torch.device, per_kind: int) -> dict[str, float]:
+    """The share of held-out questions answered exactly, per kind."""
+    trainee.eval()
+    right: dict[str, int] = {}
+    asked: dict[str, int] = {}
+    for batch in judge_batches(per_kind, 32):
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
+            x = trainee.vlm.projector(trainee.vlm.tower(batch.pixels).signals.x_BND)
+            guess = trainee.answers(x, batch).argmax(-1)
+        ok = torch.ones(len(batch.kinds), dtype=torch.bool)
+        ok.scatter_reduce_(0, batch.answer_of.cpu(), (guess == batch.targets).cpu(), "prod")
+        for kind, good in zip(batch.kinds, ok.tolist(), strict=True):
+            right[kind] = right.get(kind, 0) + good
+            asked[kind] = asked.get(kind, 0) + 1
+    trainee.train()
+    return {kind: right[kind] / asked[kind] for kind in asked}
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint, or replace it: a stopped run never leaves half of one."""
+    with appearing(path, replace=True) as beside:
+        pth.save(beside, content)
+
+
+@contextmanager
+def resuming(last: Path) -> Iterator[None]:
+    """Raises UserError for whatever torch raises of a file that this training did not write."""
+    try:
+        yield
+    except Exception as e:
+        raise UserError(
+            f"{last} is no checkpoint of this training ({reason(e)}); remove it to begin anew"
+        ) from None
+
+
+def export(vlm: VLM, out: Path) -> None:
+    """Write OUT/scenes.pth and OUT/clip, the two halves MiniMind2-V is published in."""
+    state = {k: v.half().cpu().contiguous() for k, v in vlm.state_dict().items()}
+    flat = {k: v for k, v in state.items() if not k.startswith("vision_encoder.")}
+    flat["lm_head.weight"] = flat["model.embed_tokens.weight"].clone()
+    save(out / "scenes.pth", flat)
+    clip = out / "clip"
+    clip.mkdir(exist_ok=True)
+    vision = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
+    with appearing(clip / "model.safetensors", replace=True) as beside:
+        write_safetensors(beside, {k: pth.raw(v) for k, v in vision.items()}, "pt")
+    config = {**asdict(VISION), "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
+    side = VISION.image_size
+    reading = {
+        "crop_size": {"height": side, "width": side},
+        "image_mean": MEAN,
+        "image_std": STD,
+        "resample": 3,  # bicubic
+        "size": {"shortest_edge": side},
+    }
+    for name, content in (("config.json", config), ("preprocessor_config.json", reading)):
+        write_atomically(clip / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
+
+
+@dataclass
+class Run:
+    """A training under way: what a checkpoint holds, and how to go on from it."""
+
+    trainee: Trainee
+    recipe: ScenesRecipe
+    device: torch.device
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.optimisers = optimisers(self.trainee, self.recipe)
+        groups = [group for opt in self.optimisers for group in opt.param_groups]
+        self.rates = [(group, group["lr"]) for group in groups]
+
+    def restore(self, last: Path) -> None:
+        with resuming(last):
+            held = torch.load(last, map_location=self.device, weights_only=True)
+            self.trainee.load_state_dict(held["model"])
+            for opt, state in zip(self.optimisers, held["optimisers"], strict=True):
+                opt.load_state_dict(state)
+            self.step = held["step"]
+
+    def save(self, last: Path) -> None:
+        states = [opt.state_dict() for opt in self.optimisers]
+        save(last, {"model": self.trainee.state_dict(), "optimisers": states, "step": self.step})
+
+    def advance(self, batch: Batch) -> dict[str, float]:
+        """One step; the figures of the batch it learned from."""
+        share = rate(self.step, self.recipe)
+        for group, full in self.rates:
+            group["lr"] = full * share
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != "mps"):
+            loss, figures = self.trainee(batch, questions=self.step >= self.recipe.tower_steps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trainee.parameters(), 1.0)
+        for opt in self.optimisers:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        self.step += 1
+        return {"loss": loss.item()} | {name: value.item() for name, value in figures.items()}
+
+
+def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
+    """Train from OUT/last.pt if it is there; stop after `minutes` or `recipe.steps`."""
+    torch.manual_seed(recipe.seed)
+    device, last = best_device(), out / "last.pt"
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(Trainee(recipe.dense_weight).to(device), recipe, device)
+    if last.exists():
+        run.restore(last)
+    data = ScenesBatches(recipe.batch, recipe.question_tokens, first=run.step)
+    ahead = 4 if workers else None
+    loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=ahead))
+    began = saved = time.monotonic()
+    bar = tqdm(total=recipe.steps, initial=run.step, unit="step", smoothing=0.05)
+    while run.step < recipe.steps and time.monotonic() - began < 60 * minutes:
+        figures = run.advance(next(loader).to(device))
+        bar.update()
+        if run.step % 50 == 0:
+            bar.set_postfix_str(" ".join(f"{name} {v:.3f}" for name, v in figures.items()))
+            note(out, {"step": run.step, **figures, "seconds": round(time.monotonic() - began)})
+        if time.monotonic() - saved > 180 or run.step == recipe.steps:
+            saved = time.monotonic()
+            run.save(last)
+        if run.step > recipe.tower_steps and run.step % 500 == 0:
+            held_out = judge(run.trainee, device, 200)
+            tqdm.write(" ".join(f"{kind} {v:.2f}" for kind, v in held_out.items()))
+            note(out, {"step": run.step, "held_out": held_out})
+    export(run.trainee.vlm, out)
+
+
+def note(out: Path, row: dict) -> None:
+    """One line in OUT/log.jsonl."""
+    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(row) + "\n")
