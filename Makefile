@@ -23,8 +23,8 @@ test: lint
 LOWEST := $(VENV)-lowest
 INSTALLS_alone := .
 INSTALLS_hosts := '.[mlx-lm,mlx-vlm]' transformers
-TESTS_alone := $(patsubst %,tests/test_%.py,answers chains generate goldens image image_refusals model \
-	overlay prompt pruners pruners_budgets pruners_twins scenes signals twig)
+TESTS_alone := $(patsubst %,tests/test_%.py,answers chains generate golden_requests goldens image \
+	image_refusals model overlay prompt pruners pruners_budgets pruners_twins scenes signals twig)
 TESTS_hosts := $(wildcard tests/test_hosts*.py tests/test_pruned*.py tests/test_prune_*.py) \
 	$(patsubst %,tests/test_%.py,hub image llava llava_original mlx_lm torch_ref_parts)
 

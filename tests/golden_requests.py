@@ -100,8 +100,8 @@ def answer(
 
 def sampled(*request: Any) -> dict[str, Any]:
     """An answer, and what MLX draws of eight keys: from release to release it draws otherwise."""
-    odds_V = mx.arange(100) / 20
-    draws = [mx.random.categorical(odds_V, key=mx.random.key(n)).item() for n in range(8)]
+    odds_1V = mx.arange(100)[None] / 20
+    draws = [mx.random.categorical(odds_1V, key=mx.random.key(n)).item() for n in range(8)]
     return answer(*request) | {"draws": draws}
 
 

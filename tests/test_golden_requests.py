@@ -82,6 +82,8 @@ HOSTS: dict[str, Job] = {
         "--pruner visionzip --keep-ratio 0.3"),
     "llava host, fastv, in steps": partial(answer, "llava", "ab", "w7 w9",
         "--pruner fastv --keep-ratio 0.6 --prefill-step-size 5"),
+    "llava host, divprune+fastv, places kept": partial(answer, "llava", "ab", "w7 w9",
+        "--pruner divprune+fastv --keep-ratio 0.5 --positions keep"),
     "llava host, evaluated": partial(evaluation, "llava", "norm fastv tome",
         "--questions theirs.jsonl --keep-ratio 0.75"),
     "qwen2_5_vl host, full": partial(answer, "qwen2_5_vl", "ab", "w7 w9", ""),
@@ -89,6 +91,8 @@ HOSTS: dict[str, Job] = {
         "--pruner vispruner --keep-ratio 0.25 --prefill-step-size 4", picture=True),
     "qwen2_5_vl host, pyramiddrop": partial(answer, "qwen2_5_vl", "ab", "w7 w9",
         "--pruner pyramiddrop --keep-ratio 0.6", picture=True),
+    "qwen2_5_vl host, fastv, places kept": partial(answer, "qwen2_5_vl", "ab", "w7 w9",
+        "--pruner fastv --keep-ratio 0.6 --prefill-step-size 7"),
     "qwen2_5_vl host, divprune+fastv, places renumbered": partial(answer, "qwen2_5_vl", "x",
         "w7 w9", "--pruner divprune+fastv --keep-tokens 12 --positions renumber"
         " --resize-shape 140 112"),
