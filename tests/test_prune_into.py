@@ -31,15 +31,18 @@ from .host_models import KINDS, TEXT
 from .into_folders import answer, checkpoint, config_of, inputs_of, most, ours, same, video
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
-EVERYWHERE = [
-    "random:seed=3", "uniform", "avgpool", "norm", "similarity", "divprune", "apet",
-    "received_attention", "cdpruner", "norm+divprune",
-]  # fmt: skip
+EVERYWHERE = ["random:seed=3", "uniform", "avgpool", "norm", "similarity", "divprune", "apet"]
+READERS = ["received_attention", "cdpruner", "norm+divprune"]  # of layers, of words; a chain
 WITH_CLS = ["cls_attention", "vispruner", "holov", "scope", "cls_attention:layer=0"]
 CLS = ("llava", "llava_next", "internvl_chat")
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
-CASES = [(k, s) for k in KINDS for s in EVERYWHERE + (WITH_CLS if k in CLS else [])]
 BUDGETS = {"ratio": (0.5, None), "tokens": (None, 3)}
+CASES = [
+    (kind, spec, called)
+    for kind in KINDS
+    for spec in EVERYWHERE + READERS + (WITH_CLS if kind in CLS else [])
+    for called in (["ratio"] if spec in READERS else BUDGETS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +105,7 @@ def test_inspect_says_whose_a_folder_is_and_what_prunes_it(kind, home, tmp_path)
         assert "None" not in after and "quantized" not in after and "executes" not in after
 
 
-@pytest.mark.parametrize("called", BUDGETS)
-@pytest.mark.parametrize(("kind", "spec"), CASES)
+@pytest.mark.parametrize(("kind", "spec", "called"), CASES)
 def test_mlx_vlm_answers_as_our_own_path_does(home, stocks, full, kind, spec, called):
     whole = stocks[kind]
     inputs = inputs_of(kind, whole, most(kind))
