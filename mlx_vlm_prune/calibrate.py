@@ -1,5 +1,8 @@
 """A calibration: the model run, warm, with a handful of K, and timed as `generate` times it.
 
+MLX_VLM_PRUNE_CALIBRATION_SECONDS sets about how long its timed runs may take in all: a number
+above 0, 8 by default. A short calibration predicts with less certainty.
+
 Shapes: N visual tokens of an image, K kept, V words.
 """
 
@@ -28,9 +31,10 @@ from .prompt import Prompt  # noqa: E402
 from .pruners import Pipeline, Stage, downsample, plan  # noqa: E402
 from .stream import WITHIN, Asked, Clock, Picker  # noqa: E402
 
-# Runs at each place: as many as fit into SECONDS, FEW to MANY; of a slow model what fits into
-# PATIENCE, but two.
-SECONDS, PATIENCE, FEW, MANY = 8.0, 30.0, 4, 12
+SWITCH = "MLX_VLM_PRUNE_CALIBRATION_SECONDS"
+# Runs at each place: as many as fit into the seconds, FEW to MANY; of a slow model what fits into
+# PATIENCE times the seconds, but two.
+SECONDS, PATIENCE, FEW, MANY = 8.0, 3.75, 4, 12
 SHORT, LONG = 8, 128  # words; the long text is longer where the prompt is
 
 
@@ -39,12 +43,12 @@ def measure(model: VLM, pipeline: Pipeline, asked: Asked) -> Calibration:
 
     The places take turns, so that a machine that slows down does so for all of them.
     """
-    places = design(model, pipeline, asked)
+    places, limit = design(model, pipeline, asked), seconds()
     for _ in range(2):  # the first time is warm-up
         ends = [run(model, pipeline, asked, place) for place in (places[0], places[-1])]
     once = len(places) * sum(sum(end.ms.values()) for end in ends) / 2000
-    few = max(2, min(FEW, int(PATIENCE / once)))
-    rounds = min(MANY, max(few, int(SECONDS / once)))
+    few = max(2, min(FEW, int(PATIENCE * limit / once)))
+    rounds = min(MANY, max(few, int(limit / once)))
     order = [p for n in range(rounds) for p in random.Random(n).sample(places, len(places))]
     bar = tqdm(order, desc=f"calibrating {pipeline.name}", unit="run", leave=False, file=sys.stderr)
     runs = tuple(run(model, pipeline, asked, place) for place in bar)
@@ -52,6 +56,19 @@ def measure(model: VLM, pipeline: Pipeline, asked: Asked) -> Calibration:
     row = cache_bytes(text, [1] * text.num_hidden_layers, model.dtype.size)
     in_tower = bool(pipeline.at(Stage.IMAGE, Stage.ENCODER))
     return Calibration(pipeline.name, model.N, in_tower, row, runs, about(model))
+
+
+def seconds() -> float:
+    """How long the timed runs may take. Raises UserError where the environment has no such
+    number."""
+    value = os.environ.get(SWITCH) or str(SECONDS)
+    try:
+        limit = float(value)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise UserError(f"{SWITCH} is {value!r}; it is a number of seconds above 0")
+    return limit
 
 
 def design(model: VLM, pipeline: Pipeline, asked: Asked) -> list[Place]:
