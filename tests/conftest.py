@@ -8,10 +8,20 @@ os.environ["MLX_ENABLE_TF32"] = "0"  # before any import of mlx, or parity is lo
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from mlx_vlm_prune import fast_blas
 
 fast_blas.prepare()  # before any import of mlx too, whichever test comes first
+
+settings.register_profile("untimed", deadline=None)  # two workers slow each other down
+settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remembers_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept between runs lies in a folder of this worker's, not in the user's."""
+    os.environ["MLX_VLM_PRUNE_CACHE"] = str(tmp_path_factory.mktemp("remembered"))
 
 
 @pytest.fixture(autouse=True)
