@@ -1,6 +1,7 @@
 # make demo   a question about a picture, answered with all visual tokens and with half of them
 # make test   lint, then the tests
 # make test-lowest  the tests of what we depend on, with the oldest versions that we allow
+# make test-pythons  the library alone, on the oldest and the newest Python, where they are installed
 # make lint   ruff and mypy
 # make clean  remove what the others made
 #
@@ -12,13 +13,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-lowest lint clean
+.PHONY: demo test test-lowest test-pythons lint clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python -m mlx_vlm_prune.generate
 
+# Two workers, each of one thread: several threads for each get in one another's way. A worker that
+# is done takes over half of what the other has left.
+WORKERS := -n 2 --dist worksteal
+export OMP_NUM_THREADS := 1
+
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 LOWEST := $(VENV)-lowest
 INSTALLS_alone := .
@@ -29,8 +35,27 @@ TESTS_hosts := $(wildcard tests/test_hosts*.py tests/test_pruned*.py tests/test_
 	$(patsubst %,tests/test_%.py,hub image llava llava_original mlx_lm torch_ref_parts)
 
 test-lowest: $(LOWEST)/alone/.ready $(LOWEST)/hosts/.ready
-	$(LOWEST)/alone/bin/python -m pytest $(TESTS_alone)
-	$(LOWEST)/hosts/bin/python -m pytest $(TESTS_hosts)
+	$(LOWEST)/alone/bin/python -m pytest $(WORKERS) $(TESTS_alone)
+	$(LOWEST)/hosts/bin/python -m pytest $(WORKERS) $(TESTS_hosts)
+
+PYTHONS := 3.10 3.14
+TESTS_pythons := $(patsubst %,tests/test_%.py,image image_refusals judge modules overlay prompt \
+	question_folders questions)
+# On the PATH, or where pyenv puts it.
+FIND_PYTHON = for python in python$* $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$*.*/bin/python$*; do \
+	"$$python" -c "" 2>/dev/null && break; python=; done
+
+test-pythons: $(PYTHONS:%=test-python-%)
+
+# Without torch, which has no small wheel for every Python on Linux.
+test-python-%:
+	@$(FIND_PYTHON); \
+	if [ -z "$$python" ]; then echo "Python $* is not installed here: not tested"; exit; fi; \
+	set -ex; "$$python" -m venv --clear $(VENV)-$*; \
+	$(VENV)-$*/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-e . pytest pytest-timeout hypothesis; \
+	$(VENV)-$*/bin/python -W error -m mlx_vlm_prune.generate --overlay $(VENV)-$*/kept.png; \
+	$(VENV)-$*/bin/python -m pytest $(TESTS_pythons)
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .
@@ -38,7 +63,7 @@ lint: $(VENV)/.test-ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LOWEST) $(PYTHONS:%=$(VENV)-%) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The markers say what is installed; they are made again when the requirements change.
@@ -53,7 +78,7 @@ $(VENV)/.test-ready: $(BIN)/python pyproject.toml constraints.txt
 $(LOWEST)/%/.ready: constraints-lowest-%.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -c $< \
-		-e $(INSTALLS_$*) torch pytest pytest-timeout hypothesis
+		-e $(INSTALLS_$*) torch pytest pytest-timeout pytest-xdist hypothesis
 	touch $@
 
 $(BIN)/python:

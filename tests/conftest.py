@@ -16,6 +16,12 @@ settings.register_profile("untimed", deadline=None)  # no test asserts a time
 settings.load_profile("untimed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _remembers_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept between runs lies in a folder of this worker's, not in the user's."""
+    os.environ["MLX_VLM_PRUNE_CACHE"] = str(tmp_path_factory.mktemp("remembered"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     np.random.seed(0)

@@ -11,7 +11,7 @@ from hypothesis import given
 from mlx_vlm_prune.pruners import Signals, resolve
 from mlx_vlm_prune.pruners.grid import windows
 
-from .pruner_cases import VARIANTS, D, case, cases, many, ready, signals, some
+from .pruner_cases import INPUTS, VARIANTS, D, case, cases, many, ready, signals, some
 
 SCORING = [
     "norm", "cls_attention", "received_attention", "patch_norm", "kq_norm", "divprune", "cdpruner",
@@ -20,23 +20,11 @@ SCORING = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", VARIANTS)
-@many
-@given(given_=cases())
-def test_k_tokens_are_kept_distinct_ascending_and_in_range(spec, given_):
-    of, K = given_
-    index_BK = np.array(ready(spec)(signals(of), K).index_BK)
-    assert index_BK.shape == (len(of["x_BND"]), K)
-    assert (np.diff(index_BK.astype(int), axis=1) > 0).all()
-    assert index_BK.min() >= 0 and index_BK.max() < of["x_BND"].shape[1]
-
-
+@pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("spec", [*VARIANTS, "none"])
-@many
-@given(given_=cases())
-def test_keeping_all_is_the_identity_bit_for_bit(spec, given_):
-    of, _ = given_
-    kept = ready(spec)(signals(of), of["x_BND"].shape[1])
+def test_keeping_all_is_the_identity_bit_for_bit(spec, kind):
+    of = case(kind, 2, (3, 5), 0)
+    kept = ready(spec)(signals(of), 15)
     assert np.array(kept.tokens(mx.array(of["x_BND"]))).tobytes() == of["x_BND"].tobytes()
 
 
@@ -55,11 +43,15 @@ def test_an_image_does_not_depend_on_its_neighbours_in_the_batch(spec, given_):
 @pytest.mark.parametrize("spec", VARIANTS)
 @many
 @given(given_=cases())
-def test_a_slot_holds_its_own_token_and_a_merged_one_no_token_twice(spec, given_):
+def test_k_distinct_tokens_in_range_are_kept_each_in_its_own_slot_and_merged_once(spec, given_):
     of, K = given_
+    B, N, _ = of["x_BND"].shape
     kept = ready(spec)(signals(of), K)
-    weight_BKN = np.array(kept.mixture(of["x_BND"].shape[1]))
-    anchors = np.take_along_axis(weight_BKN, np.array(kept.index_BK)[..., None].astype(int), axis=2)
+    index_BK, weight_BKN = np.array(kept.index_BK).astype(int), np.array(kept.mixture(N))
+    assert index_BK.shape == (B, K)
+    assert (np.diff(index_BK, axis=1) > 0).all()
+    assert index_BK.min() >= 0 and index_BK.max() < N
+    anchors = np.take_along_axis(weight_BKN, index_BK[..., None], axis=2)
     assert (weight_BKN >= 0).all()
     if not spec.startswith("prumerge"):  # its slots add up neighbours, which may be shared
         assert (anchors > 0).all()

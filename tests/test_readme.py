@@ -51,6 +51,7 @@ def desk(tmp_path_factory):
 
 def test_every_python_command_of_the_readme_runs(desk, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(desk / "cache"))
+    monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")  # as short as can be
     python = [c[1:] for c in sorted(commands(), key=conversions_first) if c[0] == "python"]
     assert {command[1].split(".")[0] for command in python} == {"convert", "mlx_vlm_prune"}
     for command in python:

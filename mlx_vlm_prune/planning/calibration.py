@@ -8,6 +8,9 @@ each prediction measure its present level, a factor.
 Calibrations lie in the user's cache folder, by model, pruner, dtype, device and versions. A file
 that is damaged, old or not writable costs the time of a new calibration, and nothing else.
 
+MLX_VLM_PRUNE_CALIBRATION_SECONDS sets about how long its timed runs may take in all: a number
+above 0, 8 by default. A short calibration predicts with less certainty.
+
 Shapes: N visual tokens of an image, K kept, S settings, R runs.
 """
 
@@ -15,6 +18,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -43,9 +47,10 @@ from ..remembered import cache_folder, model_key
 from .operations import cache_bytes
 
 PARTS = ("vision", "pruner", "prefill")
-# Runs of each setting: as many as fit into SECONDS, FEW to MANY; of a slow model what fits into
-# PATIENCE, but two.
-SECONDS, PATIENCE, FEW, MANY = 8.0, 30.0, 4, 12
+SWITCH = "MLX_VLM_PRUNE_CALIBRATION_SECONDS"
+# Runs of each setting: as many as fit into the seconds, FEW to MANY; of a slow model what fits
+# into PATIENCE times the seconds, but two.
+SECONDS, PATIENCE, FEW, MANY = 8.0, 3.75, 4, 12
 SHORT, LONG = 8, 128  # words; the long text is longer where the prompt is
 LEVEL_RUNS = 3  # that tell the level of what comes next
 SURE = 0.95  # share of runs that are to stay within a budget
@@ -193,12 +198,12 @@ def measure(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> Calibrati
 
     The settings take turns, so that a machine that slows down does so for all of them.
     """
-    settings = design(model, pipeline, inputs)
+    settings, limit = design(model, pipeline, inputs), seconds()
     for _ in range(2):  # the first time is warm-up
         ends = [run_once(model, pipeline, inputs, s) for s in (settings[0], settings[-1])]
     once = len(settings) * sum(sum(end.ms.values()) for end in ends) / 2000
-    few = max(2, min(FEW, int(PATIENCE / once)))
-    rounds = min(MANY, max(few, int(SECONDS / once)))
+    few = max(2, min(FEW, int(PATIENCE * limit / once)))
+    rounds = min(MANY, max(few, int(limit / once)))
     order = [s for n in range(rounds) for s in random.Random(n).sample(settings, len(settings))]
     bar = tqdm(order, desc=f"calibrating {pipeline.name}", unit="run", leave=False, file=sys.stderr)
     runs = tuple(run_once(model, pipeline, inputs, setting) for setting in bar)
@@ -206,6 +211,19 @@ def measure(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> Calibrati
     row_bytes = cache_bytes(text, [1] * text.num_hidden_layers, model.dtype.size)
     in_tower = bool(pipeline.at(Stage.IMAGE, Stage.ENCODER))
     return Calibration(pipeline.name, model.N, in_tower, row_bytes, runs, environment(model.dtype))
+
+
+def seconds() -> float:
+    """How long the timed runs may take. Raises UserError where the environment has no such
+    number."""
+    value = os.environ.get(SWITCH) or str(SECONDS)
+    try:
+        limit = float(value)
+    except ValueError:
+        limit = math.nan
+    if not 0 < limit < math.inf:
+        raise UserError(f"{SWITCH} is {value!r}; it is a number of seconds above 0")
+    return limit
 
 
 def design(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> list[Setting]:

@@ -1,0 +1,53 @@
+"""Promises of the sources: written in the oldest Python that is allowed, and every module can be
+imported alone, on whichever Python the tests run, without a warning."""
+
+import ast
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("mlx_vlm_prune", "convert", "torch_ref", "benchmarks", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+)
+MODULES = [
+    ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    for path in SOURCES
+    if path.parts[0] not in ("benchmarks", "tests") and path.stem != "__main__"
+]
+
+
+def oldest() -> tuple[int, int]:
+    found = re.search(r'^requires-python = ">=(\d+)\.(\d+)"$', CONFIG, re.M)
+    assert found
+    return int(found[1]), int(found[2])
+
+
+def test_the_linter_checks_for_the_oldest_python():
+    major, minor = oldest()
+    assert f'target-version = "py{major}{minor}"' in CONFIG
+
+
+def test_every_source_is_written_in_the_oldest_python():
+    for path in SOURCES:
+        ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path), feature_version=oldest())
+
+
+EXTRAS = {"torch_ref": "torch", "mlx_vlm_prune.hosts": "mlx_vlm"}  # what some parts stand on
+
+
+@pytest.mark.parametrize("part", ["mlx_vlm_prune", "convert", *EXTRAS])
+def test_every_module_can_be_imported(part):
+    if part in EXTRAS:
+        pytest.importorskip(EXTRAS[part], reason=f"{EXTRAS[part]} is not installed")
+    elsewhere = tuple(f"{other}." for other in EXTRAS if other != part)
+    names = [name for name in MODULES if f"{name}.".startswith(f"{part}.")]
+    assert names
+    for name in names:
+        if not name.startswith(elsewhere):
+            importlib.import_module(name)
