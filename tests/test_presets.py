@@ -76,7 +76,7 @@ def kept_by_the_reference(pair, steps) -> list[tuple[int, list[int]]]:
 @pytest.mark.parametrize("name", CHAINS)
 def test_the_reference_keeps_the_same_tokens(pair, name):
     before = pair.ours([ROW], mx.array(pair.pixels), plan(name), K, "keep")
-    ours = [np.array(stop.kept[0].index_BK)[0].tolist() for stop in before.trace]
+    ours = [np.array(step.reductions[0].index_BK)[0].tolist() for step in before.trace.steps]
     theirs = kept_by_the_reference(pair, steps_of(pair, CHAINS[name], K))
     assert ours[-len(theirs) :] == [index for _, index in theirs]
     assert len(theirs) > 1 and len(ours[-1]) < len(theirs[0][1])
