@@ -4,14 +4,16 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.learned import read_learned
 from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
+from torch_ref import train as trainer
 from torch_ref import train_pruners
+from torch_ref.pruners import METHODS
 from torch_ref.scenes_data import ScenesBatches
 from torch_ref.scenes_model import Trainee
 from torch_ref.train import Recipe, Run, export, judge, train
@@ -108,3 +110,27 @@ def test_learned_weights_that_do_not_fit_are_refused(tmp_path, built_in, tensors
     (tmp_path / "pruners.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="no sound safetensors file"):
         read_learned(tmp_path, built_in)
+
+
+def test_a_second_method_leaves_the_weights_of_the_first_as_they_were(tmp_path):
+    first, second = (METHODS[name].make(192, 1) for name in ("score_prune", "mlp"))
+    train_pruners.finish("score_prune", first, None, tmp_path, unfreeze=False)
+    before = load_file(tmp_path / "pruners.safetensors")
+    train_pruners.finish("mlp", second, None, tmp_path, unfreeze=False)
+    after = load_file(tmp_path / "pruners.safetensors")
+    assert {name.partition(".")[0] for name in after} == {"score_prune", "mlp"}
+    assert before and all(after[name].equal(before[name]) for name in before)
+    assert [file.name for file in tmp_path.iterdir()] == ["pruners.safetensors"]
+
+
+@pytest.mark.parametrize("command", [["train"], ["train_pruners", "mlp"]])
+def test_a_place_that_cannot_be_written_to_is_told_in_a_sentence(
+    tmp_path, command, monkeypatch, capsys
+):
+    (tmp_path / "out").write_text("a file")
+    module, *argv = command
+    monkeypatch.setattr("sys.argv", [module, *argv, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        {"train": trainer, "train_pruners": train_pruners}[module].main()
+    err = capsys.readouterr().err
+    assert (stop.value.code, err) == (2, f"error: {tmp_path / 'out'}: File exists\n")
