@@ -14,23 +14,24 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_vlm_prune.checkpoints.config import (
+    CONFIG,
     CLIPConfig,
     MiniMindConfig,
     ProjectorConfig,
     SiglipConfig,
     VLMConfig,
+    parse_config,
 )
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.files import read_json
 from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
-from mlx_vlm_prune.loading import parse_config
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.planning.operations import tokens
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.scenes import CHECKPOINT
 
-BUILT_IN = parse_config(read_json(CHECKPOINT / "config.json"), CHECKPOINT)
+BUILT_IN = parse_config(read_json(CHECKPOINT / CONFIG), CHECKPOINT / CONFIG)
 TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image
 PHOTO = (1024, 768)  # pixels of the JPEG that is opened
 LARGE = CLIPConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower

@@ -27,10 +27,10 @@ def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, Ra
     Raises UserError for a model that no twig grows on, a layer that it lacks, and a tensor that
     is missing, misshapen or one too many.
     """
-    sizes, state = parse_sizes(config, Path(CONFIG)), read_weights(path)
+    sizes = parse_sizes(config, Path(CONFIG))
     if isinstance(sizes.text, MlxLmConfig):
         raise UserError(f"{path}: a twig does not grow on a language model of mlx-lm's")
-    depth = sizes.text.num_hidden_layers
+    depth, state = sizes.text.num_hidden_layers, read_weights(path)
     if not 1 <= layer < depth:
         raise UserError(f"--twig-layer is {layer}; here a twig grows on layer 1 to {depth - 1}")
     layers = len({name.split(".")[2] for name in state if name.startswith("model.layers.")})

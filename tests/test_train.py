@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune.checkpoints.errors import UserError
@@ -17,6 +17,7 @@ from torch_ref.scenes_model import Trainee
 from torch_ref.train import main as train_command
 from torch_ref.train_pruners import main as train_pruners_command
 from torch_ref.training import pruners
+from torch_ref.training.pruners import finish
 from torch_ref.training.recipes import LEARNED, PrunerRecipe, ScenesRecipe
 from torch_ref.training.scenes import Run, export, judge, train
 
@@ -156,3 +157,14 @@ def test_learned_weights_that_do_not_fit_are_refused(tmp_path, built_in, tensors
     (tmp_path / "pruners.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="no sound safetensors file"):
         read_learned(tmp_path, built_in)
+
+
+def test_a_second_method_leaves_the_weights_of_the_first_as_they_were(tmp_path):
+    first, second = (METHODS[name].make(192, 1) for name in ("score_prune", "mlp"))
+    finish("score_prune", first, None, tmp_path, unfreeze=False)
+    before = load_file(tmp_path / "pruners.safetensors")
+    finish("mlp", second, None, tmp_path, unfreeze=False)
+    after = load_file(tmp_path / "pruners.safetensors")
+    assert {name.partition(".")[0] for name in after} == {"score_prune", "mlp"}
+    assert before and all(after[name].equal(before[name]) for name in before)
+    assert [file.name for file in tmp_path.iterdir()] == ["pruners.safetensors"]

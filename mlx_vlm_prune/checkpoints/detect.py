@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .config import TOWERS
 from .errors import UserError
 from .generations import Generation, Shaped
 from .renaming import Tensors
@@ -90,7 +91,7 @@ def vision_config(
         raise UserError(f"{where}: the patch embedding has shape {patches}, not four axes")
     rows, width = _matrix(state, "tower.embeddings.position_embedding.weight", where)
     inner, _ = _matrix(state, "tower.encoder.layers.0.mlp.fc1.weight", where)
-    clip = tower_type == "clip_vision_model"
+    clip = tower_type == TOWERS[0]
     measured = {
         "hidden_size": width,
         "image_size": round((rows - clip) ** 0.5) * patches[1],

@@ -183,6 +183,17 @@ def write_atomically(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def append_json(path: Path, row: Any) -> None:
+    """Add a line of JSON to a file, through to the disk; UserError where that cannot be."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+
+
 def _sweep(target: Path) -> None:
     """Remove what killed runs left of this target; those under way are left alone."""
     for stray in target.parent.glob(f".{glob.escape(target.name)}.part-*"):

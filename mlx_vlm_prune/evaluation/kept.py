@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import parse_json
+from ..checkpoints.files import append_json, parse_json
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,7 @@ class Kept:
 
     def add(self, batch: Answered) -> None:
         """Write a batch through to the disk."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(batch), ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_json(self.path, asdict(batch))
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

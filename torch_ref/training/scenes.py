@@ -25,8 +25,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints import pth
+from mlx_vlm_prune.checkpoints.config import CONFIG
 from mlx_vlm_prune.checkpoints.errors import UserError, reason
-from mlx_vlm_prune.checkpoints.files import appearing, write_atomically, write_safetensors
+from mlx_vlm_prune.checkpoints.files import (
+    appearing,
+    append_json,
+    write_atomically,
+    write_safetensors,
+)
+from mlx_vlm_prune.checkpoints.processor import READING
 
 from ..model import VLM, best_device
 from ..scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
@@ -114,7 +121,7 @@ def export(vlm: VLM, out: Path) -> None:
         "resample": 3,  # bicubic
         "size": {"shortest_edge": side},
     }
-    for name, content in (("config.json", config), ("preprocessor_config.json", reading)):
+    for name, content in ((CONFIG, config), (READING, reading)):
         write_atomically(clip / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 
@@ -191,5 +198,4 @@ def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None
 
 def note(out: Path, row: dict) -> None:
     """One line in OUT/log.jsonl."""
-    with (out / "log.jsonl").open("a", encoding="utf-8") as log:
-        log.write(json.dumps(row) + "\n")
+    append_json(out / "log.jsonl", row)

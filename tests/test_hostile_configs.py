@@ -1,0 +1,212 @@
+"""Promises about JSON files from strangers: whatever stands in them, they are read, or refused in
+one sentence, by every command."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.__main__ import main
+from convert.describe import describe
+from convert.twig import read_twig
+from convert.writing import to_hf, to_torch
+from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.loading import kind_of
+from mlx_vlm_prune.image import Preprocessor
+from mlx_vlm_prune.prompt import Tokenizer
+
+from . import backbones, generations, llava, tiny
+from .test_generations import converted
+
+MANY = ("missing", None, -1, 0, 3, 10**12, 10**400, "x", [], {}, True, [1, 2], 0.5)
+FEW = ("missing", -1, 10**400, "x", [])
+TWO = ("missing", "x")
+
+
+def places(held: dict[str, Any], *above: str) -> Iterator[tuple[str, ...]]:
+    """Of every entry of an object, and of those inside; a folder's history is one entry deep."""
+    for key, value in held.items():
+        yield (*above, key)
+        if isinstance(value, dict) and "published" not in above:
+            yield from places(value, *above, key)
+
+
+def damaged(file: Path, values: Sequence[Any], part: str) -> Iterator[None]:
+    """The file with each of its entries, or those of a part, missing or something else."""
+    whole = file.read_text()
+    for *above, key in places(json.loads(whole)):
+        for value in values if part in ("", *above) else ():
+            content = inner = json.loads(whole)
+            for name in above:
+                inner = inner[name]
+            inner.pop(key)
+            inner |= {} if value == "missing" else {key: value}
+            file.write_text(json.dumps(content))
+            yield
+    file.write_text(whole)
+
+
+def refusals(
+    file: Path, *ways: Callable[[], Any], values: Sequence[Any] = FEW, part: str = ""
+) -> int:
+    """How often a damaged file is refused in one way or another; nothing else may happen."""
+    count = 0
+    for _ in damaged(file, values, part):
+        for way in ways:
+            try:
+                way()
+            except UserError as e:
+                assert "\n" not in str(e)
+                count += 1
+    return count
+
+
+@pytest.fixture
+def back(tmp_path) -> Callable[[Path], Callable[[], None]]:
+    """What converts one of our folders back, twice, and removes what that made."""
+
+    def of(folder: Path) -> Callable[[], None]:
+        def there() -> None:
+            try:
+                to_torch(folder, tmp_path / "back")
+                to_hf(folder, tmp_path / "hf")
+            finally:
+                for made in (tmp_path / "back", tmp_path / "hf"):
+                    made.unlink() if made.is_file() else shutil.rmtree(made, ignore_errors=True)
+
+        return there
+
+    return of
+
+
+@pytest.mark.parametrize("name", ["minimind2-v", "minimind-3v-2026-04-19"])
+def test_any_config_of_ours_is_read_or_refused(tmp_path, capsys, back, name):
+    target = converted(generations.release(name, True), tmp_path)
+    ways = (lambda: describe(target), lambda: load(target), back(target))
+    assert refusals(target / "config.json", *ways, values=MANY) > 400
+
+
+def test_any_config_of_ours_of_a_llava_is_read_or_refused(tmp_path, capsys):
+    folder, target = llava.write(llava.made(), tmp_path / "llava"), tmp_path / "mlx"
+    main(["to-mlx", str(folder), str(target)])
+    ways = (lambda: describe(target), lambda: load(target))
+    assert refusals(target / "config.json", *ways) > 200
+
+
+def test_any_config_of_ours_of_a_llava_by_its_authors_goes_back_or_is_refused(
+    tmp_path, capsys, back
+):
+    made = llava.made("vicuna, heads as wide as OpenAI's")
+    folder = llava.write_original(made, tmp_path / "llava", inside=True)
+    main(["to-mlx", str(folder), str(tmp_path / "mlx")])
+    assert refusals(tmp_path / "mlx" / "config.json", back(tmp_path / "mlx"), values=TWO) > 40
+
+
+def test_any_config_of_a_published_llava_is_read_or_refused(tmp_path):
+    folder = llava.write(llava.made(), tmp_path / "llava")
+    ways = (lambda: as_mlx(folder), lambda: kind_of(folder))
+    assert refusals(folder / "config.json", *ways) > 100
+
+
+@pytest.mark.parametrize("kind", backbones.KINDS)
+def test_any_config_of_what_mlx_lm_computes_is_read_or_refused(tmp_path, kind):
+    folder = backbones.write(kind, tmp_path / "llava")
+    way = lambda: as_mlx(folder)  # noqa: E731
+    assert refusals(folder / "config.json", way, part="text_config") > 20
+
+
+def test_no_twig_grows_on_what_mlx_lm_computes(tmp_path):
+    config = as_mlx(backbones.write("phi", tmp_path / "phi")).config
+    with pytest.raises(UserError, match="does not grow on a language model of mlx-lm's"):
+        read_twig(tmp_path / "twig.safetensors", 1, config)
+
+
+def test_any_config_of_a_llava_by_its_authors_or_of_its_tower_is_read_or_refused(tmp_path):
+    folder = llava.write_original(llava.made(), tmp_path / "llava")
+    tower = tmp_path / "clip"
+    ways = (lambda: describe(folder, tower), lambda: as_mlx(folder, tower), lambda: kind_of(folder))
+    assert refusals(folder / "config.json", *ways, values=TWO) > 20
+    assert refusals(tower / "config.json", ways[1], values=TWO) > 5
+
+
+def test_any_config_of_a_tower_is_read_or_refused(tmp_path):
+    pth, tower = tiny.publish(tiny.reference(), tmp_path)
+    tiny.write_words(tmp_path / "words")
+    way = (lambda: as_mlx(pth, tower, tmp_path / "words"), lambda: describe(pth, tower))
+    assert refusals(tower / "config.json", *way) > 50
+
+
+def test_any_file_of_a_processor_is_read_or_refused(tmp_path):
+    folder = llava.write(llava.made(), tmp_path / "llava")
+    way: Callable[[], Any] = lambda: Tokenizer.from_folder(folder)  # noqa: E731
+    assert refusals(folder / "tokenizer_config.json", way, values=MANY) > 5
+    llava.llama_words(folder, llava.LLAVA_1_5)
+    assert refusals(folder / "chat_template.json", way, values=MANY) > 5
+    reading = {
+        "crop_size": {"height": 64, "width": 64}, "do_center_crop": True, "do_normalize": True,
+        "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+        "resample": 3, "rescale_factor": 0.5, "size": {"shortest_edge": 64}, "do_pad": False,
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(reading))
+    way = lambda: Preprocessor.from_folder(folder)  # noqa: E731
+    assert refusals(folder / "preprocessor_config.json", way, values=MANY) > 60
+
+
+@pytest.fixture
+def ours(tmp_path) -> Path:
+    """A folder of ours."""
+    return tiny.checkpoint(tiny.reference(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_config", "num_hidden_layers", 10**9),
+        ("text_config", "hidden_size", -1),
+        ("text_config", "hidden_size", "48"),
+        ("text_config", "num_attention_heads", 5),
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "image_size", 1 << 40),
+        ("text_config", "rope_theta", "x"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_at_once(ours, part, name, value):
+    config = json.loads((ours / "config.json").read_text())
+    config[part][name] = value
+    (ours / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError):
+        load(ours)
+
+
+@pytest.mark.parametrize("crop", [{"crop_size": 32}, {"do_center_crop": False}])
+def test_a_preprocessor_that_makes_other_pictures_than_the_tower_reads_is_refused(ours, crop):
+    file = ours / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | crop))
+    with pytest.raises(UserError, match="the tower reads 64 x 64"):
+        load(ours)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model_type": "bert"}', "[" * 100_000])
+def test_a_folder_with_another_config_is_no_checkpoint(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load(tmp_path)
+
+
+def test_a_model_of_mlx_vlm_without_mlx_vlm_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    for name in ("mlx_vlm", "mlx_vlm.utils"):  # as if it were not there
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="pip install"):
+        load(tmp_path)
+
+
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is no checkpoint"):
+        load(tmp_path)
