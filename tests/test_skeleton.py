@@ -108,7 +108,8 @@ def test_the_converter_stands_on_checkpoints_and_asks_the_product_for_methods_an
 
 
 def test_the_product_never_imports_the_converter():
-    """In a folder that holds a user's convert.py it would be executed."""
+    """In a folder that holds a user's convert.py it would be executed; the command takes the one
+    that lies beside the package."""
     assert not trespasses("mlx_vlm_prune", "convert", "benchmarks", "tests")
 
 
@@ -190,6 +191,16 @@ def test_help_lists_every_command(capsys):
 def test_version_prints_the_version(capsys):
     main(["--version"])
     assert capsys.readouterr().out == f"mlx_vlm_prune {mlx_vlm_prune.__version__}\n"
+
+
+def test_where_no_converter_lies_beside_the_package_its_command_says_so(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("mlx_vlm_prune.__main__.__file__", str(tmp_path / "package/__main__.py"))
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "--help"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: there is no converter in {tmp_path}")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -21,7 +21,7 @@ INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
 def kind_of(folder: Path) -> str | None:
     """The model_type in a folder's config.json, if it is one that mlx-vlm runs for us.
 
-    A LLaVA may be one for our own decoder: `convert.llava.is_for_us` says which is whose.
+    A LLaVA may be one for our own decoder: `checkpoints.llava.is_for_us` says which is whose.
     Raises UserError, with the reason, for a model that has no visual tokens to prune.
     """
     file = folder / "config.json"
