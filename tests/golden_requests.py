@@ -45,7 +45,7 @@ def desk(folder: Path) -> Path:
     home.mkdir()
     # Else it repeats one word, since its output layer is its embedding.
     model.language.norm.weight.data = _drawn(tiny.TEXT.hidden_size)
-    tiny.checkpoint(tiny.taught(model, noise=0.02), home).rename(folder / "own")
+    tiny.checkpoint(tiny.taught(model, noise=0.02), home).rename(folder / "tiny")
     return folder
 
 
