@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from .checkpoints.config import MlxLmConfig, SiglipConfig, VLMConfig
+from .checkpoints.config import MlxLmConfig, VLMConfig
 from .checkpoints.errors import UserError
 from .decoder import Cuts, Decoded, Decoder, TwigReader
 from .language.minimind import MiniMind
@@ -28,8 +28,7 @@ from .pruners.trace import ReductionStep, Trace
 from .resample import shrunk
 from .splice import Row, Visual, splice
 from .towers.between import Cut
-from .towers.clip import CLIPTower
-from .towers.siglip import SiglipTower
+from .towers.vit import VisionTower
 
 
 class Prefill:
@@ -122,9 +121,7 @@ class VLM(nn.Module):
         super().__init__()
         self.config = config
         vision, dims = config.vision, (config.vision.hidden_size, config.text.hidden_size)
-        self.tower: CLIPTower | SiglipTower = (
-            SiglipTower(vision) if isinstance(vision, SiglipConfig) else CLIPTower(vision)
-        )
+        self.tower = VisionTower(vision)
         projector = config.projector
         self.projector = MLPProjector(*dims, projector) if projector else nn.Linear(*dims)
         text = config.text
