@@ -304,5 +304,5 @@ def test_the_reference_takes_the_counted_work_too(spec, monkeypatch):
     watch.set_apart(monkeypatch, torch_ref.decoder, "reduce", "signals")
     watch.set_apart(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
     with torch.no_grad(), Operators(watch):
-        vlm.prefill([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K)
+        vlm.prefill(*vlm.read([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K))
     assert watch.since == told.first_token

@@ -324,20 +324,22 @@ def test_reading_along_changes_nothing_that_the_model_reads(pairs, spec, piece, 
 def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
     pair = pairs[name]
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
-    end = pair.theirs.config.eos_token_id
+    end = pair.theirs.eos_token_id
     for most, sure, policy in ((5, 0.6, "keep"), (3, 0.0, "renumber")):
         turns, first = begun(pair, spec, most, sure, ends={end}, policy=policy)
         said = spoken(turns, first, 18)
         steps = steps_of(pair, spec, K_of(spec))
         sizes = {"most": most, "sure": sure, "max_tokens": 18}
-        answer = theirs(pair.theirs, ROW, pixels, steps, positions=policy, **sizes)
+        spliced = pair.theirs.read([ROW], pixels, steps, positions=policy)
+        answer = theirs(pair.theirs, *spliced, **sizes)
         assert answer.ids == [token.id for token in said if token.id != end]
         assert answer.drafts == turns.drafts
         assert sum(answer.accepted) == said[-1].accepted
-        plain = pair.theirs.generate([ROW], pixels, steps, positions=policy, max_tokens=18)
+        plain = pair.theirs.generate(*spliced, max_tokens=18)
         assert answer.ids == plain[0]
 
 
 def test_the_reference_without_a_twig_says_so():
+    model = tiny.reference()
     with pytest.raises(UserError, match="no twig"):
-        theirs(tiny.reference(), tiny.row("how many ?"), None)
+        theirs(model, *model.read([tiny.row("how many ?")], None))
