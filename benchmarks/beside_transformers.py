@@ -17,10 +17,8 @@ from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.prompt import Prompt
 from torch_ref.language.minimind import MiniMind
 from torch_ref.language.transformers import cache_name
-from torch_ref.layout import config_of
 from torch_ref.model import VLM, Decoding, best_device
-from torch_ref.towers.clip import CLIPTower
-from torch_ref.towers.siglip import SiglipTower
+from torch_ref.towers.vit import VisionTower
 
 from .shapes import request
 
@@ -35,7 +33,7 @@ class Ours:
         return self.model.logits([self.row], self.pixels_13HW)[0].cpu().numpy()
 
     def read(self) -> tuple[Tensor, Decoding]:
-        state = self.model.prefill([self.row], self.pixels_13HW)
+        state = self.model.prefill(*self.model.read([self.row], self.pixels_13HW))
         return state.logits_BV, state
 
     def step(self, token_B: Tensor, state: Decoding) -> Tensor:
@@ -48,7 +46,7 @@ class Theirs:
 
     def __init__(self, model: VLM, row: Prompt, pixels_13HW: Tensor):
         self.row, self.pixels_13HW = row, pixels_13HW
-        self.has_cls = isinstance(model.tower, CLIPTower)
+        self.has_cls = model.tower.has_cls
         self.tower = tower(model.tower)
         self.projector = copy.deepcopy(model.projector)
         self.language = language(model.language)
@@ -81,10 +79,10 @@ class Theirs:
         return self.language(**given, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def tower(own: CLIPTower | SiglipTower) -> Any:
+def tower(own: VisionTower) -> Any:
     """transformers' tower with the same weights."""
     sizes = {**asdict(own.config), "attn_implementation": "sdpa"}
-    if isinstance(own, CLIPTower):
+    if own.has_cls:
         made: Any = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes))
     else:
         config = transformers.SiglipVisionConfig(**sizes, vision_use_head=False)
@@ -122,7 +120,7 @@ def sides(config: VLMConfig) -> tuple[Ours, Theirs]:
     """Both, with a photograph whose pixels are ready and a prompt around it."""
     assert config.projector is None or config.projector.merge == (1, 1), "no class of theirs merges"
     torch.manual_seed(0)
-    model = VLM(config_of(config)).eval().requires_grad_(False).to(best_device())
+    model = VLM(config).eval().requires_grad_(False).to(best_device())
     shake(model)
     asked = request(config)
     values_HW3 = asked.preprocessor(open_image(asked.files[0]))

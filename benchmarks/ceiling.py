@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_vlm_prune.planning.operations import Operations, count, tokens
+from mlx_vlm_prune.planning.operations import Operations, count
 from mlx_vlm_prune.pruners import plan
 
 from .shapes import parameters
@@ -18,7 +18,7 @@ PLACES = {
 
 def announce(setting: Any, dtype: str, where: str, budgets: Sequence[int]) -> None:
     """Print the model, its work, and how many times as fast the count lets it be."""
-    config, N = setting.config, tokens(setting.config)
+    config, N = setting.config, setting.config.N
     full = count(config, setting.text, plan("none"), N)
     held = " + ".join(f"{n / 1e6:.1f}" for n in parameters(config).values())
     print(f"\n{setting.shape}, {dtype}, {where}: {N} visual tokens, {setting.text} of text", end="")

@@ -16,9 +16,8 @@ from mlx_vlm_prune.checkpoints.files import appearing, write_atomically
 from mlx_vlm_prune.generation.overlay import overlay, strip
 from mlx_vlm_prune.generation.stream import generate
 from mlx_vlm_prune.image import open_image
-from mlx_vlm_prune.listing import Entry, entry
 from mlx_vlm_prune.loading import load
-from mlx_vlm_prune.pruners import METHODS, Stage
+from mlx_vlm_prune.pruners import METHODS, Method, Stage
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
 from .report import RESULTS, link, scenes, verdict
@@ -46,24 +45,24 @@ The photographs are from [minimind-v](https://github.com/jingyaogong/minimind-v)
 def page() -> str:
     """The whole text."""
     found = scenes(RESULTS)
-    return "\n".join([HEAD, *(section(entry(name), found) for name in METHODS)])
+    return "\n".join([HEAD, *(section(method, found) for method in METHODS.values())])
 
 
-def section(told: Entry, found: dict) -> str:
+def section(method: Method, found: dict) -> str:
     """One method: idea, picture, formula and differences, options, figures."""
-    title, *rest = told.doc.split("\n\n")
-    parts = [f"## `{told.name}`", title.replace("\n", " ")]
-    if (PICTURES / f"{told.name}.jpg").exists():
-        parts.append(f"![What {told.name} keeps of five images](pruners/{told.name}.jpg)")
+    title, *rest = method.doc.split("\n\n")
+    parts = [f"## `{method.name}`", title.replace("\n", " ")]
+    if (PICTURES / f"{method.name}.jpg").exists():
+        parts.append(f"![What {method.name} keeps of five images](pruners/{method.name}.jpg)")
     parts += [part for part in rest if not part.startswith("Shapes:")]
-    options = ", ".join(f"`{key}={_short(value)}`" for key, value in told.options.items())
-    facts = [f"Stage: {told.stage}"]
-    facts.append("reads the prompt" if told.reads_words else "blind to the prompt")
-    facts.append("learned" if told.is_learned else "training-free")
-    if told.source:
-        facts.append(f"source: {link(told.source)}")
+    options = ", ".join(f"`{key}={_short(value)}`" for key, value in method.options.items())
+    facts = [f"Stage: {method.stage.name.lower()}"]
+    facts.append("reads the prompt" if method.reads_words else "blind to the prompt")
+    facts.append("learned" if method.learned else "training-free")
+    if method.source:
+        facts.append(f"source: {link(method.source)}")
     parts.append("; ".join(facts) + ". " + (f"Options: {options}." if options else "No options."))
-    rows = found.get(told.name, {})
+    rows = found.get(method.name, {})
     if rows:
         parts.append(figures(rows))
     return "\n\n".join(parts) + "\n"

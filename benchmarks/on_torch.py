@@ -18,7 +18,6 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.pruners import METHODS, Pipeline
 from torch_ref.language import twig
-from torch_ref.layout import config_of
 from torch_ref.model import VLM, Decoding, best_device
 from torch_ref.pruners import METHODS as TWINS
 from torch_ref.pruners import Step
@@ -59,7 +58,7 @@ class Stack:
     def __init__(self, config: VLMConfig, dtype: str):
         torch.manual_seed(0)
         self.at = best_device()
-        self.model = VLM(config_of(config)).eval().to(self.at, DTYPES[dtype])
+        self.model = VLM(config).eval().to(self.at, DTYPES[dtype])
         self.laps: Laps | None = None
         for module, before, after in (
             (self.model.tower, None, "vision"),
@@ -110,7 +109,8 @@ class Stack:
         pixels_I3HW = torch.from_numpy(np.stack(values)).permute(0, 3, 1, 2)
         pixels_I3HW = pixels_I3HW.to(self.at, self.model.language.embed_tokens.weight.dtype)
         laps.lap("image")
-        state = self.model.prefill(asked.rows, pixels_I3HW, steps, K, pipeline.positions)
+        read = self.model.read(asked.rows, pixels_I3HW, steps, K, pipeline.positions)
+        state = self.model.prefill(*read)
         first_B = state.logits_BV.argmax(-1)
         laps.lap("prefill")
         self.laps = None  # words of decoding are no laps

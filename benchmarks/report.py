@@ -7,7 +7,6 @@ from pathlib import Path
 from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.files import write_atomically
 from mlx_vlm_prune.checkpoints.generations import GENERATIONS
-from mlx_vlm_prune.listing import entry
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
@@ -75,9 +74,9 @@ def _line(name: str, figures: dict[str, float]) -> str:
 def methods_table(results: Path = RESULTS) -> str:
     """Every method in a line, from its own file, in Markdown."""
     lines = ["| `--pruner` | stage | what it does | source |", "|---|---|---|---|"]
-    for name in METHODS:
-        told = entry(name)
-        lines.append(f"| `{name}` | {told.stage} | {told.idea} | {link(told.source)} |")
+    for name, method in METHODS.items():
+        stage = method.stage.name.lower()
+        lines.append(f"| `{name}` | {stage} | {method.idea} | {link(method.source)} |")
     return "\n".join(lines)
 
 

@@ -36,7 +36,6 @@ from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
 from mlx_vlm_prune.language.minimind import MiniMind
 from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.planning.operations import tokens
 
 from .command import finish, plain_name
 from .on_mlx import device
@@ -140,7 +139,7 @@ def beside_mlx_lm(config: VLMConfig) -> Pair:
     # Norms of one, as they are made, would hide that one is another's.
     model.update(tree_map(lambda w: w + 0.1 * mx.random.normal(w.shape) * (w.ndim == 1),
                           model.parameters()))  # fmt: skip
-    embeds_1LD = mx.random.normal((1, tokens(config) + TEXT_TOKENS, config.text.hidden_size))
+    embeds_1LD = mx.random.normal((1, config.N + TEXT_TOKENS, config.text.hidden_size))
     mx.eval(model.parameters(), embeds_1LD)
 
     def likeliest(logits_1V: mx.array) -> mx.array:
@@ -240,7 +239,7 @@ def measure(name: str, rival: str, args: argparse.Namespace) -> list[dict[str, A
     done = [one for one in bar if one]
     about = {
         "shape": name, "rival": rival, "device": pair.device, "difference": differ,
-        "prompt_rows": tokens(config) + TEXT_TOKENS,
+        "prompt_rows": config.N + TEXT_TOKENS,
     }  # fmt: skip
     rows = []
     for part in (pair.first, "token"):

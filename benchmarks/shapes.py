@@ -26,7 +26,6 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.files import read_json
 from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
 from mlx_vlm_prune.model import VLM
-from mlx_vlm_prune.planning.operations import tokens
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.scenes import CHECKPOINT
@@ -106,7 +105,7 @@ def request(config: VLMConfig, text: int = TEXT_TOKENS, batch: int = 1) -> Reque
 
 def prompt(config: VLMConfig, text: int = TEXT_TOKENS) -> Prompt:
     """Words, one image in the middle."""
-    N, half = tokens(config), text // 2
+    N, half = config.N, text // 2
     words = [13 + i % 80 for i in range(text)]
     return Prompt(words[:half] + [config.image_token_id] * N + words[half:], [(half, N)])
 

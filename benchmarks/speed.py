@@ -82,7 +82,7 @@ def cases(
 ) -> tuple[Case, list[Case], list[dict[str, Any]]]:
     """Full, all that can be, and why the others cannot."""
     config, refused, able = setting.config, [], []
-    N = operations.tokens(config)
+    N = config.N
     for spec, K in itertools.product(specs, budgets):
         try:
             pipeline = plan(spec, stack.learned(K))
@@ -225,12 +225,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows, refused = [], []
     made: tuple[VLMConfig | None, Any] = None, None
     for setting in list(settings(args)):  # a wrong one is refused before any is measured
-        budgets(args, operations.tokens(setting.config))
+        budgets(args, setting.config.N)
     for setting in settings(args):
         config = setting.config
         if made[0] != config:
             made = config, host.Stack(config, args.dtype)
-        able = budgets(args, operations.tokens(config))
+        able = budgets(args, config.N)
         announce(setting, args.dtype, f"{args.backend} on {host.device()}", able)
         full, pruned, impossible = cases(setting, made[1], args.pruner, able)
         refused += impossible

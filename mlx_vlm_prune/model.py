@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from .checkpoints.config import MlxLmConfig, SiglipConfig, VLMConfig
+from .checkpoints.config import MlxLmConfig, VLMConfig
 from .checkpoints.errors import UserError
 from .decoder import Cuts, Decoded, Decoder, TwigReader
 from .language.minimind import MiniMind
@@ -28,8 +28,7 @@ from .pruners.trace import ReductionStep, Trace
 from .resample import shrunk
 from .splice import Row, Visual, splice
 from .towers.between import Cut
-from .towers.clip import CLIPTower
-from .towers.siglip import SiglipTower
+from .towers.vit import VisionTower
 
 
 class Prefill:
@@ -122,9 +121,7 @@ class VLM(nn.Module):
         super().__init__()
         self.config = config
         vision, dims = config.vision, (config.vision.hidden_size, config.text.hidden_size)
-        self.tower: CLIPTower | SiglipTower = (
-            SiglipTower(vision) if isinstance(vision, SiglipConfig) else CLIPTower(vision)
-        )
+        self.tower = VisionTower(vision)
         projector = config.projector
         self.projector = MLPProjector(*dims, projector) if projector else nn.Linear(*dims)
         text = config.text
@@ -188,7 +185,8 @@ class VLM(nn.Module):
         for step, own in budgets.each:
             if step.stage is Stage.IMAGE and own < N:
                 small = downsample.smaller(self.grid, own)
-                height, width = (n * m * self.patch for n, m in zip(small, self.merge, strict=True))
+                patch = self.config.vision.patch_size
+                height, width = (n * m * patch for n, m in zip(small, self.merge, strict=True))
                 pixels_IHW3 = shrunk(pixels_IHW3, (height, width))
                 within = downsample.blocks(self.grid, small, len(pixels_IHW3))
                 N = small[0] * small[1]
@@ -244,18 +242,12 @@ class VLM(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of visual tokens."""
-        rows, columns = self.config.vision.grid
-        return rows // self.merge[0], columns // self.merge[1]
+        return self.config.grid
 
     @property
     def merge(self) -> tuple[int, int]:
         """How many patches, down and across, one visual token is made of."""
-        return self.config.projector.merge if self.config.projector else (1, 1)
-
-    @property
-    def patch(self) -> int:
-        """Pixels along a patch."""
-        return self.config.vision.patch_size
+        return self.config.merge
 
     @property
     def feature_dims(self) -> int:
@@ -269,7 +261,7 @@ class VLM(nn.Module):
     @property
     def N(self) -> int:
         """Visual tokens of one image."""
-        return self.grid[0] * self.grid[1]
+        return self.config.N
 
 
 def prune(

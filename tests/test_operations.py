@@ -31,10 +31,10 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.planning import operations
-from mlx_vlm_prune.planning.operations import count, tokens
+from mlx_vlm_prune.planning.operations import count
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pruner, Reduction, Stage, plan
-from mlx_vlm_prune.towers import between, clip, siglip
+from mlx_vlm_prune.towers import between, vit
 
 from . import tiny
 
@@ -145,7 +145,7 @@ def watch(monkeypatch) -> Watch:
     watched.set_apart(monkeypatch, between.Between, "read")
     watched.set_apart(monkeypatch, between, "_grown")
     watched.set_apart(monkeypatch, decoder.LayerInput, "signals", "bias_of")
-    for module in (vlm_module, clip, siglip):
+    for module in (vlm_module, vit):
         watched.set_apart(monkeypatch, module, "shrunk")
     return watched
 
@@ -185,7 +185,7 @@ def agree(told: operations.Operations, watch: Watch, times: int = 1) -> None:
 
 def budget(config: VLMConfig, spec: str) -> int:
     """A third of the tokens, or in the decoder as few as it allows."""
-    N, pipeline = tokens(config), plan(spec, learned(config, 1))
+    N, pipeline = config.N, plan(spec, learned(config, 1))
     if spec == "none":
         return N
     for K in range(N // 3, N):
@@ -202,7 +202,7 @@ SINGLE = [name for name, method in METHODS.items() if method.stage is not Stage.
 def test_every_method_takes_the_counted_work(spec, watch):
     config = CONFIGS["clip"]
     K = budget(config, spec)
-    assert spec == "none" or tokens(config) > K
+    assert spec == "none" or config.N > K
     _, before, told = run(config, spec, K, watch)
     agree(told, watch)
     assert told.cache_bytes == sum(layer.nbytes for layer in before.cache)
@@ -220,10 +220,10 @@ def test_every_kind_of_model_takes_the_counted_work(name, spec, watch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_full_models_take_the_counted_work_and_nothing_to_choose(name, watch):
     config = CONFIGS[name]
-    _, _, told = run(config, "none", tokens(config), watch)
+    _, _, told = run(config, "none", config.N, watch)
     agree(told, watch)
     assert watch.for_choice == 0
-    assert told.visual == (tokens(config),) * config.text.num_hidden_layers
+    assert told.visual == (config.N,) * config.text.num_hidden_layers
 
 
 @pytest.mark.parametrize("spec", ["none", "fastv", "divprune"])
@@ -250,10 +250,10 @@ def test_several_images_and_several_prompts_take_the_counted_work(spec, watch):
 
 def test_a_prompt_that_is_read_in_pieces_takes_the_counted_work(watch, monkeypatch):
     config = CONFIGS["clip"]
-    whole = count(config, WORDS, plan("none"), tokens(config))
+    whole = count(config, WORDS, plan("none"), config.N)
     monkeypatch.setattr(decoder, "PIECE", 13)
     monkeypatch.setattr(operations, "PIECE", 13)
-    _, _, told = run(config, "none", tokens(config), watch)
+    _, _, told = run(config, "none", config.N, watch)
     agree(told, watch)
     assert told.prefill < whole.prefill  # no piece looks at a later one
 
@@ -304,5 +304,5 @@ def test_the_reference_takes_the_counted_work_too(spec, monkeypatch):
     watch.set_apart(monkeypatch, torch_ref.decoder, "reduce", "signals")
     watch.set_apart(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
     with torch.no_grad(), Operators(watch):
-        vlm.prefill([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K)
+        vlm.prefill(*vlm.read([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K))
     assert watch.since == told.first_token

@@ -3,15 +3,16 @@
 Shapes: B prompts, I images, N visual tokens, K kept, L tokens, S = N + 1 with CLS, D features.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
+from mlx_vlm_prune.checkpoints.config import POOL, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from torch_ref.language.splice import visible
-from torch_ref.model import VLM, VLMConfig
+from torch_ref.model import VLM
 from torch_ref.pruners import METHODS, STAGES, Signals
 
 from . import tiny
@@ -46,7 +47,7 @@ def vlm() -> VLM:
 def pooled() -> VLM:
     """The same sizes with EfficientVLM's learned pruner of 6 queries."""
     torch.manual_seed(5)
-    config = VLMConfig(tiny.VISION, tiny.TEXT, image_token_id=tiny.IMAGE, pool_tokens=6)
+    config = VLMConfig(tiny.VISION, tiny.TEXT, image_token_id=tiny.IMAGE, pruner=(POOL, 6))
     model = VLM(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -128,7 +129,7 @@ def test_a_method_reads_the_layer_it_is_told(vlm, pixels_I3HW):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("name", "K"), BLIND)
 def test_cached_decoding_equals_the_cache_free_recomputation(vlm, pixels_I3HW, name, K, policy):
-    state = vlm.prefill(ROWS, pixels_I3HW, name, K, policy)
+    state = vlm.prefill(*vlm.read(ROWS, pixels_I3HW, name, K, policy))
     said = tiny.row("yes the red star is left of it").ids
     for i in range(len(said) + 1):
         longer = [tiny.Prompt([*row.ids, *said[:i]], row.runs) for row in ROWS]
@@ -148,7 +149,8 @@ def greedy(vlm: VLM, pixels_I3HW, name: str, K: int, policy: str, tokens: int) -
 
 def endless(vlm: VLM) -> VLM:
     """The same model with an end token that no score can choose."""
-    model = VLM(replace(vlm.config, eos_token_id=-1)).eval()
+    model = VLM(vlm.config).eval()
+    model.eos_token_id = -1
     model.load_state_dict(vlm.state_dict())
     return model
 
@@ -156,16 +158,18 @@ def endless(vlm: VLM) -> VLM:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("name", "K"), [("none", 16), ("norm", 5), ("similarity", 4)])
 def test_generate_says_what_recomputation_without_a_cache_says(vlm, pixels_I3HW, name, K, policy):
-    said = endless(vlm).generate(ROWS, pixels_I3HW, name, K, policy, max_tokens=6)
+    model = endless(vlm)
+    said = model.generate(*model.read(ROWS, pixels_I3HW, name, K, policy), max_tokens=6)
     assert said == greedy(vlm, pixels_I3HW, name, K, policy, 6)
 
 
 def test_each_row_stops_at_its_own_end_token(vlm, pixels_I3HW):
-    said = endless(vlm).generate(ROWS, pixels_I3HW, max_tokens=6)
     model = endless(vlm)
-    model.config = replace(vlm.config, eos_token_id=said[0][2])
+    read = model.read(ROWS, pixels_I3HW)
+    said = model.generate(*read, max_tokens=6)
+    model.eos_token_id = said[0][2]
     expected = [row[: row.index(said[0][2])] if said[0][2] in row else row for row in said]
-    assert model.generate(ROWS, pixels_I3HW, max_tokens=6) == expected
+    assert model.generate(*read, max_tokens=6) == expected
     assert len(expected[0]) <= 2
 
 
@@ -209,7 +213,7 @@ def test_a_budget_that_the_learned_pruner_was_not_trained_for_is_refused(pooled,
 
 
 def test_cached_decoding_with_a_learned_pruner_equals_recomputation(pooled, pixels_I3HW):
-    state = pooled.prefill(ROWS, pixels_I3HW, "attention_pool")
+    state = pooled.prefill(*pooled.read(ROWS, pixels_I3HW, "attention_pool"))
     pooled.step(state, torch.tensor([9, 9, 9]))
     longer = [tiny.Prompt([*row.ids, 9], row.runs) for row in ROWS]
     close(state.logits_BV, pooled.logits(longer, pixels_I3HW, "attention_pool")[:, -1])
@@ -228,7 +232,7 @@ def test_from_pth_reads_every_weight_of_the_published_layout(request, tmp_path, 
     assert all(held[name].equal(expected[name].to(dtype).float()) for name in held)
     assert read.config.vision == tiny.VISION
     assert read.config.text == tiny.TEXT
-    assert read.config.pool_tokens == model.config.pool_tokens
+    assert read.config.pruner == model.config.pruner
 
 
 def test_from_pth_reads_a_tower_that_transformers_saved(vlm, tmp_path):

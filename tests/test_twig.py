@@ -142,7 +142,7 @@ def test_its_row_of_attention_is_that_of_whole_attention(pair, monkeypatch, laye
             0, [(start, 5)], torch.from_numpy(bias_BL[b, ahead:]),
         )  # fmt: skip
         with torch.no_grad():
-            whole_LL = decoder.in_twig(pair.theirs.language, theirs, one)
+            whole_LL = decoder.in_twig(theirs, one)
         close(rows_In[b], whole_LL[-1, start : start + 5].numpy())
 
 

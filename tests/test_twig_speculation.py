@@ -344,8 +344,8 @@ def plainly(pair, spec: str, pixels, steps, policy: str, limit: int) -> list[int
     """The reference's own answer without a twig."""
 
     def answer() -> list[int]:
-        said = pair.theirs.generate([ROW], pixels, steps, positions=policy, max_tokens=limit)
-        return said[0]
+        spliced = pair.theirs.read([ROW], pixels, steps, positions=policy)
+        return pair.theirs.generate(*spliced, max_tokens=limit)[0]
 
     return once(pair, spec, policy, limit, answer=answer)
 
@@ -355,13 +355,14 @@ def plainly(pair, spec: str, pixels, steps, policy: str, limit: int) -> list[int
 def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
     pair = pairs[name]
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
-    end = pair.theirs.config.eos_token_id
+    end = pair.theirs.eos_token_id
     for most, sure, policy, limit in ((5, 0.6, "keep", 18), (3, 0.0, "renumber", 12)):
         turns, first = begun(pair, spec, most, sure, ends={end}, policy=policy)
         said = spoken(turns, first, limit)
         steps = steps_of(pair, spec, K_of(spec))
         sizes = {"most": most, "sure": sure, "max_tokens": limit}
-        answer = theirs(pair.theirs, ROW, pixels, steps, positions=policy, **sizes)
+        spliced = pair.theirs.read([ROW], pixels, steps, positions=policy)
+        answer = theirs(pair.theirs, *spliced, **sizes)
         assert answer.ids == [token.id for token in said if token.id != end]
         assert answer.drafts == turns.drafts
         assert sum(answer.accepted) == said[-1].accepted
@@ -369,5 +370,6 @@ def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
 
 
 def test_the_reference_without_a_twig_says_so():
+    model = tiny.reference()
     with pytest.raises(UserError, match="no twig"):
-        theirs(tiny.reference(), tiny.row("how many ?"), None)
+        theirs(model, *model.read([tiny.row("how many ?")], None))

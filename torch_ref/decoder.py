@@ -50,11 +50,22 @@ class Cached:
     """A prompt that was read, and what later tokens add to it."""
 
     hidden_1LD: Tensor  # after the last layer
-    rows: list[list[Tensor]]  # keys and values of each layer
-    biases: list[Tensor]
-    after: list[int]  # the next position in each layer
+    rows: list[list[Tensor]] = field(default_factory=list)  # keys and values of each layer
+    biases: list[Tensor] = field(default_factory=list)
+    after: list[int] = field(default_factory=list)  # the next position in each layer
     cuts: list[tuple[int, list[Reduction]]] = field(default_factory=list)
     fork: Prompt | None = None  # as it came to the layer that was asked for
+
+    def through(self, layers: Any, i: int, prompt: Prompt) -> Prompt:
+        """The prompt through the next layer of a language model or a twig, whose rows it leaves."""
+        rows: list[Tensor] = []
+        mask_LL = causal(prompt.x_1LD.shape[1], prompt.x_1LD.device) + prompt.bias_L
+        rotary = layers.rotary(prompt.position_1L)
+        x_1LD = layers.layers[i](prompt.x_1LD, rotary, mask_LL[None, None], rows)
+        self.rows.append(rows)
+        self.biases.append(prompt.bias_L)
+        self.after.append(prompt.after)
+        return replace(prompt, x_1LD=x_1LD)
 
 
 @dataclass(frozen=True)
@@ -72,28 +83,18 @@ def read(
 ) -> Cached:
     """All layers, with fewer rows after each cut; as the rows came to the layer `fork`, they are
     handed out."""
-    before = prompt
-    done = Cached(prompt.x_1LD, [], [], [])
-    for i, layer in enumerate(language.layers):
+    before, done = prompt, Cached(prompt.x_1LD)
+    for i in range(len(language.layers)):
         if i == fork:
             done.fork = prompt
         if plan.step and i in plan.schedule:
             kept = [
-                reduce(plan.step.name, seen, plan.schedule[i], **plan.step.options)
-                for seen in signals(language, i, before, prompt, grid, plan.step.learned)
+                reduce(plan.step.name, image, plan.schedule[i], **plan.step.options)
+                for image in signals(language, i, before, prompt, grid, plan.step.learned)
             ]
             prompt = shorten(prompt, kept, plan)
             done.cuts.append((i, kept))
-        rows: list[Tensor] = []
-        rotary = language.rotary(prompt.position_1L)
-        L = prompt.x_1LD.shape[1]
-        mask_LL = causal(L, prompt.x_1LD.device) + prompt.bias_L
-        before = prompt
-        x_1LD = layer(prompt.x_1LD, rotary, mask_LL[None, None], rows)
-        prompt = replace(prompt, x_1LD=x_1LD)
-        done.rows.append(rows)
-        done.biases.append(prompt.bias_L)
-        done.after.append(prompt.after)
+        before, prompt = prompt, done.through(language, i, prompt)
     done.hidden_1LD = language.norm(prompt.x_1LD)
     return done
 
@@ -105,15 +106,15 @@ def step(language: Any, done: Cached, token: int) -> Tensor:
     return language.logits(language.norm(x_11D))[:, 0]
 
 
-def onward(language: Any, done: Cached, numbers: range, x_1nD: Tensor) -> Tensor:
-    """n more tokens through some of the layers."""
+def onward(layers: Any, done: Cached, numbers: range, x_1nD: Tensor) -> Tensor:
+    """n more tokens through some layers of a language model or a twig."""
     n, device = x_1nD.shape[1], x_1nD.device
     for i in numbers:
         place_1n = done.after[i] + torch.arange(n, device=device)[None]
         done.biases[i] = F.pad(done.biases[i], (0, n))
         mask_nS = causal(len(done.biases[i]), device)[-n:] + done.biases[i]
-        layer = language.layers[i]
-        x_1nD = layer(x_1nD, language.rotary(place_1n), mask_nS[None, None], done.rows[i])
+        rotary, rows = layers.rotary(place_1n), done.rows[i]
+        x_1nD = layers.layers[i](x_1nD, rotary, mask_nS[None, None], rows)
         done.after[i] += n
     return x_1nD
 
@@ -165,23 +166,22 @@ def signals(
     """Everything that can be known of each image at the input of layer i, on which a twig may
     grow."""
     words, normed_1LD = now.words, language.norm(now.x_1LD)
-    found = []
-    for start, n in now.runs:
-        image = slice(start, start + n)
-        found.append(
-            Signals(
-                now.x_1LD[:, image],
-                grid,
-                before_BND=before.x_1LD[:, image],
-                normed_BND=normed_1LD[:, image],
-                text_BTD=normed_1LD[:, words],
-                text_real_BT=torch.ones(1, len(words), dtype=torch.bool),
-            )
+    images = [slice(start, start + n) for start, n in now.runs]
+    attended_by = (
+        attended(language, i, before, now, twig) if language.attends else [{}] * len(images)
+    )
+    return [
+        Signals(
+            now.x_1LD[:, image],
+            grid,
+            before_BND=before.x_1LD[:, image],
+            normed_BND=normed_1LD[:, image],
+            text_BTD=normed_1LD[:, words],
+            text_real_BT=torch.ones(1, len(words), dtype=torch.bool),
+            **attention_of,
         )
-    if not language.attends:
-        return found
-    told = attended(language, i, before, now, twig)
-    return [rows.replace(**own) for rows, own in zip(found, told, strict=True)]
+        for image, attention_of in zip(images, attended_by, strict=True)
+    ]
 
 
 def attended(
@@ -191,15 +191,15 @@ def attended(
     last, this, words = language.layers[i - 1], language.layers[i], now.words
     _, held_GLd, attended_LL = attention(language, last, before)
     q_HLd, k_GLd, coming_LL = attention(language, this, now)
-    twig_LL = torch.zeros_like(coming_LL) if twig is None else in_twig(language, twig, now)
+    twig_LL = torch.zeros_like(coming_LL) if twig is None else in_twig(twig, now)
     held_LD, coming_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
-    found = []
+    of_images = []
     for start, n in now.runs:
         image = slice(start, start + n)
         mean_H1d = q_HLd[:, image].mean(dim=1, keepdim=True)
         keys_Hnd = k_GLd[:, image].repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
         logits_H1n = mean_H1d @ keys_Hnd.mT / keys_Hnd.shape[-1] ** 0.5
-        found.append(
+        of_images.append(
             {
                 "keys_BND": held_LD[None, image],
                 "text_keys_BTD": held_LD[None, words],
@@ -211,26 +211,25 @@ def attended(
                 "twig_attention_BN": twig_LL[None, -1, image],
             }
         )
-    return found
+    return of_images
 
 
-def attention(language: Any, layer: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
+def attention(layers: Any, layer: Any, prompt: Prompt) -> tuple[Tensor, Tensor, Tensor]:
     """Turned queries (H, L, d) and keys (G, L, d), and who attends to whom (L, L), mean over
     heads."""
-    q_HLd, k_GLd = layer.turned(prompt.x_1LD, language.rotary(prompt.position_1L))
+    q_HLd, k_GLd = layer.turned(prompt.x_1LD, layers.rotary(prompt.position_1L))
     k_HLd = k_GLd.repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
     logits_HLL = (q_HLd @ k_HLd.mT).float() / q_HLd.shape[-1] ** 0.5
     logits_HLL = logits_HLL + causal(q_HLd.shape[1], q_HLd.device) + prompt.bias_L
     return q_HLd, k_GLd, logits_HLL.softmax(-1).mean(dim=0)
 
 
-def in_twig(language: Any, twig: Twig, prompt: Prompt) -> Tensor:
+def in_twig(twig: Twig, prompt: Prompt) -> Tensor:
     """Who attends to whom in a twig's last layer (L, L), mean over heads."""
-    mask_LL = causal(prompt.x_1LD.shape[1], prompt.x_1LD.device) + prompt.bias_L
-    rotary, x_1LD = language.rotary(prompt.position_1L), prompt.x_1LD
-    for layer in twig.layers[:-1]:
-        x_1LD = layer(x_1LD, rotary, mask_LL[None, None], None)
-    return attention(language, twig.layers[-1], replace(prompt, x_1LD=x_1LD))[2]
+    done, last = Cached(prompt.x_1LD), len(twig.layers) - 1
+    for i in range(last):
+        prompt = done.through(twig, i, prompt)
+    return attention(twig, twig.layers[last], prompt)[2]
 
 
 def causal(L: int, device: torch.device) -> Tensor:

@@ -3,37 +3,19 @@
 Shapes: B images, N patches, D features, K kept tokens.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
-
 from torch import Tensor, nn
 
-from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, SiglipConfig
-from mlx_vlm_prune.checkpoints.config import VLMConfig as Sizes
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, ProjectorConfig, VLMConfig
 
 from .pruners import Signals
 from .pruners.attention_pool import AttentionPool
-from .towers.clip import CLIPTower
-from .towers.siglip import SiglipTower
-
-
-@dataclass(frozen=True)
-class VLMConfig:
-    """A MiniMind-V: its tower, its language model, and the tokens with a meaning."""
-
-    vision: CLIPConfig = field(default_factory=CLIPConfig)
-    text: Any = field(default_factory=MiniMindConfig)  # or the TextConfig of one of transformers'
-    image_token_id: int = 34
-    eos_token_id: int = 2
-    pool_tokens: int | None = None  # how many tokens its learned pruner keeps, where it has one
-    merge: tuple[int, int] | None = None  # MiniMind-3V: the block of patches that is one token
-    projector_norm: bool = True
+from .towers.vit import VisionTower
 
 
 class VisionEncoder(nn.Module):
     def __init__(self, c: CLIPConfig):
         super().__init__()
-        self.vision_model = SiglipTower(c) if isinstance(c, SiglipConfig) else CLIPTower(c)
+        self.vision_model = VisionTower(c)
 
 
 class VisionProj(nn.Module):
@@ -53,39 +35,25 @@ class PooledVisionProj(AttentionPool):
 class MLPVisionProj(nn.Module):
     """MiniMind-3V's: of blocks of patches, where they are put together."""
 
-    def __init__(self, c: VLMConfig):
+    def __init__(self, c: VLMConfig, projector: ProjectorConfig):
         super().__init__()
-        assert c.merge
-        wide, out = c.vision.hidden_size * c.merge[0] * c.merge[1], c.text.hidden_size
-        norm = [nn.LayerNorm(wide)] if c.projector_norm else []
+        (down, across), out = projector.merge, c.text.hidden_size
+        wide = c.vision.hidden_size * down * across
+        norm = [nn.LayerNorm(wide)] if projector.norm else []
         self.mlp = nn.Sequential(*norm, nn.Linear(wide, out), nn.GELU(), nn.Linear(out, out))
-
-
-def config_of(sizes: Sizes) -> VLMConfig:
-    """Of what a checkpoint's config.json says."""
-    projector = sizes.projector
-    return VLMConfig(
-        sizes.vision,
-        sizes.text,
-        sizes.image_token_id,
-        pool_tokens=sizes.pruner and sizes.pruner[1],
-        merge=projector.merge if projector else None,
-        projector_norm=projector.norm if projector else True,
-    )
 
 
 def vision_proj(c: VLMConfig) -> nn.Module:
     """The projector, with the learned pruner that lies beside it."""
-    if c.merge:
-        return MLPVisionProj(c)
-    return PooledVisionProj(c, c.pool_tokens) if c.pool_tokens else VisionProj(c)
+    if c.projector:
+        return MLPVisionProj(c, c.projector)
+    return PooledVisionProj(c, c.pruner[1]) if c.pruner else VisionProj(c)
 
 
-def merged(signals: Signals, merge: tuple[int, int] | None) -> Signals:
+def merged(signals: Signals, merge: tuple[int, int]) -> Signals:
     """Signals of blocks of patches: features side by side, row by row; all else by its mean."""
-    if merge in (None, (1, 1)):
+    if merge == (1, 1):
         return signals
-    assert merge
     rows, columns = signals.grid[0] // merge[0], signals.grid[1] // merge[1]
 
     def blocks(x: Tensor, dim: int) -> Tensor:

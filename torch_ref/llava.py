@@ -10,7 +10,6 @@ from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, parse_config
 from mlx_vlm_prune.checkpoints.llava import published
 from mlx_vlm_prune.checkpoints.llava_names import REFERENCE
 
-from .layout import config_of
 from .model import VLM, _tensor, best_device
 
 
@@ -24,17 +23,12 @@ def read(
     """
     where = Path(folder)
     source = as_mlx(where, Path(tower) if tower else None)
-    config, layout = parse_config(source.config, where / CONFIG), REFERENCE
-    sizes = config_of(config)
+    config, layout, text = parse_config(source.config, where / CONFIG), REFERENCE, None
     if isinstance(config.text, MlxLmConfig):
-        from .language.transformers import TextConfig
-
+        whole, kind = source.config["published"], config.text.model_type
+        text = whole.get("text_config") or {**whole, "model_type": kind}
         layout = replace(REFERENCE, text="model.stock")
-        text, whole = config.text.told, source.config["published"]
-        told = whole.get("text_config") or {**whole, "model_type": text["model_type"]}
-        own = {k: text[k] for k in ("hidden_size", "tie_word_embeddings", "lm_head_bias")}
-        sizes = replace(sizes, text=TextConfig(told, **own))
-    model = VLM(sizes)
+    model = VLM(config, text)
     state = published(source.tensors, layout, source.config, where)
     model.load_state_dict({name: _tensor(raw) for name, raw in state.items()})
     return model.eval().to(device or best_device())

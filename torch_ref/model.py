@@ -19,18 +19,17 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from mlx_vlm_prune.checkpoints.checkpoint import read_published, torch_tensors
-from mlx_vlm_prune.checkpoints.config import MiniMindConfig
+from mlx_vlm_prune.checkpoints.config import MlxLmConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
 from . import decoder
 from .language.minimind import MiniMind
 from .language.splice import Row, Spliced, splice, visible
-from .layout import VisionEncoder, VLMConfig, config_of, merged, vision_proj
+from .layout import VisionEncoder, merged, vision_proj
 from .pruners import METHODS, Reduction, Signals, Step, is_learned, reduce, wanted
 from .pruners.attention_pool import AttentionPool
-from .towers.clip import CLIPTower
-from .towers.siglip import SiglipTower
+from .towers.vit import VisionTower
 
 
 def best_device() -> torch.device:
@@ -56,15 +55,6 @@ def _tensor(raw: RawTensor) -> Tensor:
     return torch.from_numpy(np.array(raw.data)).view(kinds[raw.dtype]).reshape(raw.shape)
 
 
-def language_of(text: Any) -> Any:
-    """The reference's own, or one of transformers', which is imported only then."""
-    if isinstance(text, MiniMindConfig):
-        return MiniMind(text)
-    from .language.transformers import TextModel
-
-    return TextModel(text)
-
-
 def one_by_one(spliced: Spliced, plan: decoder.Plan) -> bool:
     """Must prompts be read one at a time, because layers differ or rows count differently?"""
     return plan.step is not None or bool(spliced.bias_BL.any())
@@ -73,10 +63,20 @@ def one_by_one(spliced: Spliced, plan: decoder.Plan) -> bool:
 class VLM(nn.Module):
     """A MiniMind-V."""
 
-    def __init__(self, config: VLMConfig):
+    model: Any
+
+    def __init__(self, config: VLMConfig, published: Mapping[str, Any] | None = None):
+        """`published` is the text_config of a LLaVA whose language model is transformers'."""
         super().__init__()
-        self.config = config
-        self.model = language_of(config.text)
+        self.eos_token_id = 2
+        self.config: Any = config  # whose language model may be one of transformers'
+        if isinstance(config.text, MlxLmConfig):
+            from .language.transformers import TextModel
+
+            assert published is not None
+            self.model = TextModel(config.text, published)
+        else:
+            self.model = MiniMind(config.text)
         self.vision_proj = vision_proj(config)
         self.vision_encoder = VisionEncoder(config.vision)
         # Weights of learned methods that were trained beside a model, by name: none of its own.
@@ -92,7 +92,7 @@ class VLM(nn.Module):
         UserError for files that cannot be read or that hold another model.
         """
         published = read_published(Path(path), Path(clip_folder))
-        model = cls(config_of(published.config))
+        model = cls(published.config)
         prefix = {True: "vision_encoder.", False: ""}
         state = {
             prefix[name.startswith("vision_model.")] + name: _tensor(raw)
@@ -102,12 +102,12 @@ class VLM(nn.Module):
         return model.eval().to(device or best_device())
 
     @property
-    def tower(self) -> CLIPTower | SiglipTower:
+    def tower(self) -> VisionTower:
         return self.vision_encoder.vision_model
 
     @property
     def projector(self) -> nn.Module:
-        return getattr(self.vision_proj, "mlp" if self.config.merge else "vision_proj")
+        return getattr(self.vision_proj, "mlp" if self.config.projector else "vision_proj")
 
     @property
     def language(self) -> Any:
@@ -128,12 +128,7 @@ class VLM(nn.Module):
         options: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """Scores (B, L, V) after every token of the pruned prompts, padded on the left.
-
-        `pixels_I3HW` are the images of all rows, in order. K is how many visual tokens
-        of each image stay; without it all do, or as many as a learned pruner was
-        trained for. `positions` is "keep" or "renumber". `options` are the pruner's.
-        Raises UserError for what does not fit.
-        """
+        Arguments as of `read`."""
         spliced, plan = self.read(rows, pixels_I3HW, pruner, K, positions, options)
         if one_by_one(spliced, plan):
             hidden = [one.hidden_1LD[0].flip(0) for one in self.read_each(spliced, plan)]
@@ -146,41 +141,26 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        rows: Sequence[Row],
-        pixels_I3HW: Tensor | None,
-        pruner: str | Sequence[Step] = "none",
-        K: int | None = None,
-        positions: str = "keep",
-        options: Mapping[str, Any] | None = None,
-        max_tokens: int = 64,
+        self, spliced: Spliced, plan: decoder.Plan, max_tokens: int = 64
     ) -> list[list[int]]:
-        """The most likely next token, again and again: new ids per row, without the end token."""
-        state = self.prefill(rows, pixels_I3HW, pruner, K, positions, options)
-        said: list[list[int]] = [[] for _ in rows]
-        talking = list(range(len(rows)))
+        """The most likely next token of prompts that `read` gave, again and again: new ids per
+        row, without the end token."""
+        state = self.prefill(spliced, plan)
+        answers: list[list[int]] = [[] for _ in spliced.runs]
+        running = list(range(len(answers)))
         for i in range(max_tokens):
             token_B = state.logits_BV.argmax(-1)
             chosen = token_B.tolist()
-            talking = [b for b in talking if chosen[b] != self.config.eos_token_id]
-            for b in talking:
-                said[b].append(chosen[b])
-            if not talking or i == max_tokens - 1:
+            running = [b for b in running if chosen[b] != self.eos_token_id]
+            for b in running:
+                answers[b].append(chosen[b])
+            if not running or i == max_tokens - 1:
                 break
             self.step(state, token_B)
-        return said
+        return answers
 
-    def prefill(
-        self,
-        rows: Sequence[Row],
-        pixels_I3HW: Tensor | None,
-        pruner: str | Sequence[Step] = "none",
-        K: int | None = None,
-        positions: str = "keep",
-        options: Mapping[str, Any] | None = None,
-    ) -> Decoding:
-        """Read the prompts into a cache. Arguments as of `logits`."""
-        spliced, plan = self.read(rows, pixels_I3HW, pruner, K, positions, options)
+    def prefill(self, spliced: Spliced, plan: decoder.Plan) -> Decoding:
+        """Read the prompts that `read` gave into a cache."""
         if one_by_one(spliced, plan):
             each = self.read_each(spliced, plan)
             last = [self.language.logits(one.hidden_1LD[:, -1]) for one in each]
@@ -210,12 +190,18 @@ class VLM(nn.Module):
         self,
         rows: Sequence[Row],
         pixels_I3HW: Tensor | None,
-        pruner: str | Sequence[Step],
-        K: int | None,
-        positions: str,
+        pruner: str | Sequence[Step] = "none",
+        K: int | None = None,
+        positions: str = "keep",
         options: Mapping[str, Any] | None = None,
     ) -> tuple[Spliced, decoder.Plan]:
-        """Encode, prune, project, splice; and what is left to do in the decoder."""
+        """Encode, prune, project, splice; and what is left to do in the decoder.
+
+        `pixels_I3HW` are the images of all rows, in order. K is how many visual tokens
+        of each image stay; without it all do, or as many as a learned pruner was
+        trained for. `positions` is "keep" or "renumber". `options` are the pruner's.
+        Raises UserError for what does not fit.
+        """
         if positions not in ("keep", "renumber"):
             raise UserError(f"positions are keep or renumber, not {positions!r}")
         steps = self.steps(pruner, K, options)
@@ -226,13 +212,13 @@ class VLM(nn.Module):
         assert all(length == self.N for _, length in runs), f"an image is {self.N} placeholders"
         if pixels_I3HW is None or not images:
             return splice(embed, rows, None, None, positions), decoder.Plan()
-        seen, kept = self.encode(pixels_I3HW.to(embed.weight), steps, rows)
-        visual_IKD, since = self.reduce(seen, steps)
-        enhancer = next((step for step in steps if step.stage == "enhancer"), None)
-        bias_IK = enhancer.call("weigh", seen, since) if enhancer else None
-        kept = since.after(kept, self.N)
+        encoded, kept = self.encode(pixels_I3HW.to(embed.weight), steps, rows)
+        visual_IKD, kept_of_encoded = self.reduce(encoded, steps)
+        of_stage = {step.stage: step for step in steps}  # a chain has one of either
+        enhancer, step = of_stage.get("enhancer"), of_stage.get("decoder")
+        bias_IK = enhancer.call("weigh", encoded, kept_of_encoded) if enhancer else None
+        kept = kept_of_encoded.after(kept, self.N)
         spliced = splice(embed, rows, visual_IKD, kept, positions, bias_IK)
-        step = next((step for step in steps if step.stage == "decoder"), None)
         n = visual_IKD.shape[1]
         if step is None or step.K in (None, n):
             return spliced, decoder.Plan()
@@ -243,31 +229,31 @@ class VLM(nn.Module):
         self, pixels_I3HW: Tensor, steps: Sequence[Step], rows: Sequence[Row]
     ) -> tuple[Signals, Reduction | None]:
         """The tower, with the steps that work in front of it and inside."""
-        grid, (down, across) = self.grid, self.config.merge or (1, 1)
+        grid, (down, across) = self.grid, self.config.merge
         patch = self.config.vision.patch_size
         layers, N, cuts, within = self.config.vision.depth, self.N, [], None
         want: dict[str, int | None] = {}
         for step in steps:
-            own = N if step.K is None else step.K
-            if step.stage == "image" and own < N:
-                small = step.call("smaller", grid, own)
+            K = N if step.K is None else step.K
+            if step.stage == "image" and K < N:
+                small = step.call("smaller", grid, K)
                 size = (small[0] * down * patch, small[1] * across * patch)
                 pixels_I3HW = F.interpolate(pixels_I3HW, size, mode="bilinear", antialias=True)
                 within, N = step.call("blocks", grid, small, len(pixels_I3HW)), small[0] * small[1]
-            elif step.stage == "encoder" and own < N:
-                planned = step.call("cuts", layers, N, own)
+            elif step.stage == "encoder" and K < N:
+                planned = step.call("cuts", layers, N, K)
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
-                N = own
+                N = K
             if step.stage not in ("decoder", "enhancer", "image"):
                 want |= wanted(step, layers)
         assert not cuts or (down, across) == (1, 1), "patches that merge must all be there"
-        done = self.tower(pixels_I3HW, want, cuts)
-        seen = merged(done.signals, self.config.merge)
-        kept = done.kept.after(within, self.N) if done.kept else within
+        encoded = self.tower(pixels_I3HW, want, cuts)
+        signals = merged(encoded.signals, self.config.merge)
+        kept = encoded.kept.after(within, self.N) if encoded.kept else within
         words = [self.words(row) for row in rows for _ in row.runs]
         text_BTD = pad_sequence([self.language.embed_tokens(ids) for ids in words], True)
         real_BT = pad_sequence([torch.ones_like(ids) for ids in words], True).bool()
-        return seen.replace(text_BTD=text_BTD, text_real_BT=real_BT), kept
+        return signals.replace(text_BTD=text_BTD, text_real_BT=real_BT), kept
 
     def words(self, row: Row) -> Tensor:
         """The ids of a prompt without its images' placeholders."""
@@ -275,23 +261,25 @@ class VLM(nn.Module):
         ids = [token for i, token in enumerate(row.ids) if i not in inside]
         return torch.tensor(ids, device=self.language.embed_tokens.weight.device)
 
-    def reduce(self, seen: Signals, steps: Sequence[Step]) -> tuple[Tensor, Reduction]:
+    def reduce(self, encoded: Signals, steps: Sequence[Step]) -> tuple[Tensor, Reduction]:
         """Projected tokens after the steps at the end of the tower and behind the projector."""
-        now, since, n = seen, None, seen.x_BND.shape[1]
+        signals, n = encoded, encoded.x_BND.shape[1]
+        whole = Reduction(
+            torch.arange(n, device=encoded.x_BND.device).expand(len(signals.x_BND), n)
+        )
+        done: Reduction | None = None
         for stage in ("features", "projected"):
             if stage == "projected":
-                now = now.replace(x_BND=self.projector(now.x_BND))
+                signals = signals.replace(x_BND=self.projector(signals.x_BND))
             for step in steps:
                 if step.stage == stage:
-                    m = now.x_BND.shape[1]
-                    own = min(m if step.K is None else step.K, m)
-                    kept = reduce(step.name, now, own, step.learned, **step.options)
-                    slots = kept.tokens(now.x_BND)
-                    now = now if kept.index_BK is None else now.rows(kept.index_BK)
-                    now, since = now.replace(x_BND=slots), kept.after(since, n)
-        if since is None:
-            since = Reduction(torch.arange(n, device=seen.x_BND.device).expand(len(seen.x_BND), n))
-        return now.x_BND, since
+                    N = signals.x_BND.shape[1]
+                    K = N if step.K is None else min(step.K, N)
+                    kept = reduce(step.name, signals, K, step.learned, **step.options)
+                    slots = kept.tokens(signals.x_BND)
+                    signals = signals if kept.index_BK is None else signals.rows(kept.index_BK)
+                    signals, done = signals.replace(x_BND=slots), kept.after(done, n)
+        return signals.x_BND, done or whole
 
     def read_each(self, spliced: Spliced, plan: decoder.Plan) -> list[decoder.Cached]:
         """Through the layers, prompt by prompt."""
@@ -301,14 +289,12 @@ class VLM(nn.Module):
     @property
     def N(self) -> int:
         """Visual tokens of one image."""
-        return self.grid[0] * self.grid[1]
+        return self.config.N
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of visual tokens."""
-        down, across = self.config.merge or (1, 1)
-        rows, columns = self.config.vision.grid
-        return rows // down, columns // across
+        return self.config.grid
 
     def steps(
         self, pruner: str | Sequence[Step], K: int | None, options: Mapping[str, Any] | None
@@ -324,7 +310,8 @@ class VLM(nn.Module):
 
     def budget(self, pruner: str, K: int | None) -> int:
         """How many of the N tokens a pruner shall keep; UserError where it cannot."""
-        N, trained = self.N, self.config.pool_tokens if pruner == "attention_pool" else None
+        N, pooled = self.N, pruner == "attention_pool" and self.config.pruner
+        trained = pooled[1] if pooled else None
         if pruner not in METHODS:
             raise UserError(f"no pruner is called {pruner!r}; there are {', '.join(METHODS)}")
         if K is not None and not 1 <= K <= N:

@@ -142,25 +142,19 @@ class Packer:
 
     def __init__(self) -> None:
         self.tokenizer = tokenizer()
+        self.known: dict[str, list[int]] = {}  # texts that were met before
         self.prompt = self.encode("<|im_start|>user\n" + IMAGE_TOKEN * SIDE**2 + "\n")
         self.first_visual = self.prompt.index(vocabulary()[IMAGE_TOKEN])
-        self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        if text not in self.known:
+            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.known[text]
 
     def question(self, question: scenes.Question) -> tuple[list[int], list[int]]:
         """Token ids of the question with the turn marks, and of the answer with its end."""
-        for text in (question.text, question.answer):
-            if text not in self.known:
-                self.known[text] = self.encode(text)
-        turn = self.encode_once("<|im_end|>\n<|im_start|>assistant\n")
-        return self.known[question.text] + turn, self.known[question.answer] + turn[:1]
-
-    def encode_once(self, text: str) -> list[int]:
-        if text not in self.known:
-            self.known[text] = self.encode(text)
-        return self.known[text]
+        turn = self.encode("<|im_end|>\n<|im_start|>assistant\n")
+        return self.encode(question.text) + turn, self.encode(question.answer) + turn[:1]
 
     def pack(self, asked: list[tuple[scenes.Scene, list[scenes.Question]]]) -> Batch:
         rows = [self._row(questions) for _, questions in asked]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 
-from .model import VLM, VLMConfig
+from .model import VLM
 from .scenes_data import IGNORE, Batch, dense_words, vocabulary
-from .towers.clip import CLIPTower, Layer
+from .towers.vit import Layer, VisionTower
 
 VISION = CLIPConfig(
     hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6
@@ -43,13 +43,12 @@ def build() -> VLM:
         if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
             parameter.data /= (2 * TEXT.num_hidden_layers) ** 0.5
     nn.init.normal_(model.tower.embeddings.patch_embedding.weight, std=0.03)
-    assert isinstance(model.tower, CLIPTower)
-    look_at_neighbours(model.tower)
+    attend_to_neighbours(model.tower)
     return model
 
 
 @torch.no_grad()
-def look_at_neighbours(tower: CLIPTower) -> None:
+def attend_to_neighbours(tower: VisionTower) -> None:
     """Begin with sine positions, and with heads that look at one neighbouring patch each.
 
     A transformer spends its first hours finding out which patches touch; the first two
@@ -132,13 +131,8 @@ class Trainee(nn.Module):
         language = self.vlm.language
         embeds_BLD = language.embed_tokens(batch.ids)
         first = batch.first_visual
-        embeds_BLD = torch.cat(
-            [
-                embeds_BLD[:, :first],
-                visual_BND.type_as(embeds_BLD),
-                embeds_BLD[:, first + visual_BND.shape[1] :],
-            ],
-            dim=1,
-        )
+        after_BLD = embeds_BLD[:, first + visual_BND.shape[1] :]
+        pieces = [embeds_BLD[:, :first], visual_BND.type_as(embeds_BLD), after_BLD]
+        embeds_BLD = torch.cat(pieces, dim=1)
         hidden = language(embeds_BLD, batch.positions, batch.visible())
         return language.logits(hidden.flatten(0, 1)[batch.answer_at])

@@ -6,21 +6,17 @@ make again; the answer is that of greedy decoding.
 Shapes: L rows of the prompt, n drafted tokens, D features, V words.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 from . import decoder
-from .language.splice import Row
+from .language.splice import Spliced
 from .language.twig import Twig
 from .model import VLM
-from .pruners import Step
 
 
 @dataclass
@@ -32,93 +28,69 @@ class Answer:
     accepted: list[int] = field(default_factory=list)
 
 
-@dataclass
-class Grown:
-    """A twig's rows of what was read so far."""
+class Speculation:
+    """A prompt that the base and the twig have read; every draft and judgement changes both."""
 
-    twig: Twig
-    rows: list[list[Tensor]]
-    bias_S: Tensor
-    after: int  # where the next token stands
+    def __init__(self, model: VLM, twig: Twig, spliced: Spliced, plan: decoder.Plan):
+        self.language, self.twig, self.end = model.language, twig, model.eos_token_id
+        self.early = range(int(twig.layer))
+        self.late = range(int(twig.layer), len(self.language.layers))
+        prompt = decoder.Prompt.of(spliced, 0)
+        self.read = decoder.read(self.language, prompt, model.grid, plan, self.late.start)
+        assert self.read.fork is not None
+        below, self.grown = self.read.fork, decoder.Cached(self.read.fork.x_1LD)
+        for i in range(len(twig.layers)):
+            below = self.grown.through(twig, i, below)
 
-    @classmethod
-    def on(cls, language: Any, twig: Twig, prompt: decoder.Prompt) -> "Grown":
-        """With the prompt as it comes to the twig's layer."""
-        L, rows = prompt.x_1LD.shape[1], [list[Tensor]() for _ in twig.layers]
-        mask_LL = decoder.causal(L, prompt.x_1LD.device) + prompt.bias_L
-        rotary, x_1LD = language.rotary(prompt.position_1L), prompt.x_1LD
-        for layer, held in zip(twig.layers, rows, strict=True):
-            x_1LD = layer(x_1LD, rotary, mask_LL[None, None], held)
-        return cls(twig, rows, prompt.bias_L, prompt.after)
-
-    def odds(self, language: Any, x_11D: Tensor) -> Tensor:
-        """How likely every word is (V,) after a token with this hidden state; its rows stay."""
-        rotary = language.rotary(torch.tensor([[self.after]], device=x_11D.device))
-        self.bias_S, self.after = F.pad(self.bias_S, (0, 1)), self.after + 1
-        for layer, held in zip(self.twig.layers, self.rows, strict=True):
-            x_11D = layer(x_11D, rotary, self.bias_S[None, None, None], held)
+    def odds(self, x_11D: Tensor) -> Tensor:
+        """How likely the twig finds every word (V,) after a token with this hidden state."""
+        x_11D = decoder.onward(self.twig, self.grown, range(len(self.twig.layers)), x_11D)
         return self.twig.head(self.twig.norm(x_11D))[0, 0].softmax(-1)
 
-    def forget(self, n: int) -> None:
-        for held in self.rows:
-            held[:] = [rows[:, :, : rows.shape[2] - n] for rows in held]
-        self.bias_S, self.after = self.bias_S[: len(self.bias_S) - n], self.after - n
+    def draft(self, token: int, most: int, sure: float) -> tuple[list[int], Tensor]:
+        """Up to `most` guesses at what comes after a token; its hidden state and theirs,
+        (1, n, D)."""
+        tokens, states, last = [token], [], 1.0
+        for token in tokens:  # which grow on the way
+            ids_11 = torch.tensor([[token]], device=self.read.hidden_1LD.device)
+            x_11D = self.language.embed_tokens(ids_11)
+            states.append(decoder.onward(self.language, self.read, self.early, x_11D))
+            odds_V = self.odds(states[-1])
+            goes_on = last >= sure and (len(tokens) == 1 or token != self.end)
+            if goes_on and len(tokens) <= most:
+                last = float(odds_V.max())
+                tokens.append(int(odds_V.argmax()))
+        return tokens[1:], torch.cat(states, dim=1)
+
+    def verify(self, draft: list[int], states_1nD: Tensor) -> list[int]:
+        """The base's own words: those of the draft that are right, and one more."""
+        hidden_1nD = decoder.onward(self.language, self.read, self.late, states_1nD)
+        verified = self.language.logits(self.language.norm(hidden_1nD))[0].argmax(-1).tolist()
+        right = 0
+        while right < len(draft) and draft[right] == verified[right]:
+            right += 1
+        for cached in (self.read, self.grown):
+            decoder.forget(cached, len(draft) - right)
+        return verified[: right + 1]
 
 
 @torch.no_grad()
 def speculate(
-    model: VLM,
-    row: Row,
-    pixels_I3HW: Tensor | None,
-    pruner: str | Sequence[Step] = "none",
-    K: int | None = None,
-    positions: str = "keep",
-    options: Mapping[str, Any] | None = None,
-    *,
-    most: int = 5,
-    sure: float = 0.6,
-    max_tokens: int = 64,
-) -> Answer:
-    """Arguments up to `options` as of `VLM.logits`; then the longest draft, the odds below
-    which a draft ends, and how many tokens to say. Raises UserError without a twig."""
-    twig, language, end = model.learned.get("twig"), model.language, model.config.eos_token_id
+    model: VLM, spliced: Spliced, plan: decoder.Plan,
+    *, most: int = 5, sure: float = 0.6, max_tokens: int = 64,
+) -> Answer:  # fmt: skip
+    """The answer to one prompt that `VLM.read` gave, with the longest draft, the odds below which
+    a draft ends, and how many tokens to say. Raises UserError without a twig."""
+    twig = model.learned.get("twig")
     if twig is None:
         raise UserError("this model holds no twig to speculate with")
-    spliced, plan = model.read([row], pixels_I3HW, pruner, K, positions, options)
-    prompt, fork = decoder.Prompt.of(spliced, 0), int(twig.layer)
-    done = decoder.read(language, prompt, model.grid, plan, fork)
-    assert done.fork is not None
-    grown, answer = Grown.on(language, twig, done.fork), Answer()
-    said = [int(language.logits(done.hidden_1LD[:, -1]).argmax())]
-    late = range(fork, len(language.layers))
-    while said[-1] != end and len(said) < max_tokens:
-        n = min(most, max_tokens - len(said) - 1)
-        draft, states_1nD = _draft(language, done, grown, said[-1], n, sure, end)
-        hidden_1nD = decoder.onward(language, done, late, states_1nD)
-        judged = language.logits(language.norm(hidden_1nD))[0].argmax(-1).tolist()
-        right = 0
-        while right < len(draft) and draft[right] == judged[right]:
-            right += 1
-        decoder.forget(done, len(draft) - right)
-        grown.forget(len(draft) - right)
-        said += judged[: right + 1]
+    turns, answer = Speculation(model, twig, spliced, plan), Answer()
+    ids = [int(model.language.logits(turns.read.hidden_1LD[:, -1]).argmax())]
+    while ids[-1] != turns.end and len(ids) < max_tokens:
+        draft, states_1nD = turns.draft(ids[-1], min(most, max_tokens - len(ids) - 1), sure)
+        words = turns.verify(draft, states_1nD)
+        ids += words
         answer.drafts.append(draft)
-        answer.accepted.append(right)
-    answer.ids = said[: said.index(end)] if end in said else said
+        answer.accepted.append(len(words) - 1)
+    answer.ids = ids[: ids.index(turns.end)] if turns.end in ids else ids
     return answer
-
-
-def _draft(
-    language: Any, done: decoder.Cached, grown: Grown, token: int, most: int, sure: float, end: int
-) -> tuple[list[int], Tensor]:
-    """Up to `most` guesses at what comes after a token; its hidden state and theirs, (1, n, D)."""
-    tokens, states, last = [token], [], 1.0
-    for token in tokens:  # which grow on the way
-        x_11D = language.embed_tokens(torch.tensor([[token]], device=done.hidden_1LD.device))
-        states.append(decoder.onward(language, done, range(int(grown.twig.layer)), x_11D))
-        odds_V = grown.odds(language, states[-1])
-        goes_on = last >= sure and (len(tokens) == 1 or token != end)
-        if goes_on and len(tokens) <= most:
-            last = float(odds_V.max())
-            tokens.append(int(odds_V.argmax()))
-    return tokens[1:], torch.cat(states, dim=1)

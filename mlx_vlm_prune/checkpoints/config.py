@@ -145,6 +145,22 @@ class VLMConfig:
     pruner: tuple[str, int] | None = None
     quantization: Quantization | None = None
 
+    @property
+    def merge(self) -> tuple[int, int]:
+        """How many patches, down and across, one visual token is made of."""
+        return self.projector.merge if self.projector else (1, 1)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's visual tokens."""
+        (rows, columns), (down, across) = self.vision.grid, self.merge
+        return rows // down, columns // across
+
+    @property
+    def N(self) -> int:
+        """Visual tokens of one image."""
+        return prod(self.grid)
+
 
 def parse_config(config: Mapping[str, Any], file: Path) -> VLMConfig:
     """All of a config.json of ours that shapes the model; UserError for what cannot be."""

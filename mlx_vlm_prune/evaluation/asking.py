@@ -136,7 +136,7 @@ class Asking:
         self.contest, self.max_tokens, self.size = contest, max_tokens, size
         self.refused: dict[int, str] = {}
         self.done: list[Answered] = []
-        self.told: list[list[int]] = []  # of each batch, the entries that said something
+        self.answering: list[list[int]] = []  # of each batch, the entries that said something
         self.right, self.count = [0.0] * len(contest), 0
         self.tick: Callable[[int], object] = lambda answers: None
 
@@ -214,7 +214,7 @@ class Asking:
         self.done.append(batch)
         self.refused |= {p: why for p, why in batch.refused}
         able = [p for p in range(len(self.contest)) if p not in self.refused]
-        self.told.append(able)
+        self.answering.append(able)
         asked = [self.listed[n] for n in batch.asked]
         for p, said in zip(able, batch.said, strict=bool(asked)):
             pairs = zip(asked, said, strict=True)
@@ -252,22 +252,28 @@ class Asking:
 
     def sheet(self) -> tuple[Sheet, list[str]]:
         """All answers, and what was left out: with a question the rest of its group."""
-        done = [(one, able) for one, able in zip(self.done, self.told, strict=True) if one.asked]
-        asked = [self.listed[n] for batch, _ in done for n in batch.asked]
-        there = {n for batch, _ in done for n in batch.asked}
-        lost = {(q.kind, q.group): n for n, q in enumerate(self.listed) if n not in there}
-        lost = {place: n for place, n in lost.items() if place[1]}
-        use = [i for i, q in enumerate(asked) if (q.kind, q.group) not in lost]
+        numbers = [n for batch in self.done for n in batch.asked]
+        missing = sorted(set(range(len(self.listed))) - set(numbers))
+        lost = dict.fromkeys((q.kind, q.group) for n in missing if (q := self.listed[n]).group)
+        questions = [self.listed[n] for n in numbers]
+        use = [i for i, q in enumerate(questions) if (q.kind, q.group) not in lost]
         if not use:
             raise UserError(f"no question of {self.questions.name} could be asked")
-        methods = [p for p in range(len(self.contest)) if p not in self.refused]
-        at = [[(batch, able.index(p)) for batch, able in done] for p in methods]
-        said = [[text for batch, i in own for text in batch.said[i]] for own in at]
-        loyal = [[same for batch, i in own for same in batch.loyal[i]] for own in at]
-        logprob = [[value for batch, i in own for value in batch.logprob[i]] for own in at]
-        own = [[texts[i] for i in use] for texts in said]
-        sheet = Sheet([asked[i] for i in use], own, np.array(loyal)[:, use],
-                      np.array(logprob)[:, use])  # fmt: skip
+        texts_PQ, loyal_PQ, logprob_PQ = (self._rows(of) for of in ("said", "loyal", "logprob"))
+        sheet = Sheet(
+            [questions[i] for i in use], [[texts[i] for i in use] for texts in texts_PQ],
+            np.array(loyal_PQ)[:, use], np.array(logprob_PQ)[:, use],
+        )  # fmt: skip
         left_out = [what for batch in self.done for what in batch.skipped]
         groups = [f"group {group}: a question of it is missing" for _, group in lost]
         return sheet, left_out + groups
+
+    def _rows(self, name: str) -> list[list[Any]]:
+        """One of the batches' figures (P, Q), of the entries that could be asked to the end."""
+        rows: list[list[Any]] = [[] for _ in self.able]
+        for batch, able in zip(self.done, self.answering, strict=True):
+            each = zip(able, getattr(batch, name), strict=bool(batch.asked))
+            last = [values for p, values in each if p not in self.refused]
+            for row, values in zip(rows, last, strict=False):
+                row += values
+        return rows

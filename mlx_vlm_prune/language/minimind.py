@@ -57,10 +57,8 @@ class Attention(nn.Module):
 
     def __call__(self, x_BLD: mx.array, step: "Step", cache: LayerCache) -> mx.array:
         B, L, _ = x_BLD.shape
-        q_BHLd, k_BGLd = (
-            self.turned_queries(x_BLD, step.rotary),
-            self.turned_keys(x_BLD, step.rotary),
-        )
+        q_BHLd = self.turned_queries(x_BLD, step.rotary)
+        k_BGLd = self.turned_keys(x_BLD, step.rotary)
         v_BGLd = self.split(self.v_proj(x_BLD))
         k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, step)
         mask = step.mask(cache, x_BLD.dtype)
@@ -134,15 +132,6 @@ class DecoderLayer(nn.Module):
         x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), step, cache)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
-    def rotated_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
-        """As the keys are grouped, (B, G, H/G, L, d)."""
-        q_BHLd = self.self_attn.turned_queries(self.input_layernorm(x_BLD), rotary)
-        return grouped(q_BHLd, self.self_attn.groups)
-
-    def rotated_keys(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
-        """(B, G, L, d)."""
-        return self.self_attn.turned_keys(self.input_layernorm(x_BLD), rotary)
-
 
 class Step:
     """What all layers of one forward pass share: positions, rotation, visibility."""
@@ -182,7 +171,52 @@ class Step:
         return (visible_BLS | (own_BL1 < 0))[:, None]  # a padding query may see anything
 
 
-class MiniMind(nn.Module):
+class LayerStack(nn.Module):
+    """Layers that are driven one by one, by positions."""
+
+    def make_cache(self) -> list[Any]:
+        return [LayerCache() for _ in self.layers]
+
+    def rotary(self, positions_BL: mx.array) -> Any:
+        """What the layers turn queries and keys with."""
+        return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
+
+    def run(
+        self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
+        *, padded: bool = False, bias_BL: mx.array | None = None,
+    ) -> mx.array:  # fmt: skip
+        """Hidden states through some of the layers, whose caches grow by L rows.
+
+        `positions_BL` ascend within each row; -1 marks padding on the left, announced by `padded`.
+        """
+        step, layers = Step(positions_BL, self.rotary(positions_BL), padded, bias_BL), self.layers
+        for number in numbers:
+            x_BLD = layers[number](x_BLD, step, cache[number])
+        return x_BLD
+
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
+        layer = self.layers[number]
+        normed_BLD, attention = layer.input_layernorm(x_BLD), layer.self_attn
+        q_BHLd = attention.turned_queries(normed_BLD, self.rotary(positions_BL))
+        return grouped(q_BHLd, attention.groups)
+
+    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
+        layer = self.layers[number]
+        normed_BLD = layer.input_layernorm(x_BLD)
+        return layer.self_attn.turned_keys(normed_BLD, self.rotary(positions_BL))
+
+    def held_keys(self, layer_cache: LayerCache) -> mx.array:
+        """(B, G, S, d)."""
+        return layer_cache.keys
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+
+class MiniMind(LayerStack):
     """Embeddings with positions to logits."""
 
     def __init__(self, config: MiniMindConfig):
@@ -196,63 +230,6 @@ class MiniMind(nn.Module):
 
     def check(self, pipeline: Any) -> None:
         """Every method works between these layers."""
-
-    def make_cache(self) -> list[LayerCache]:
-        return [LayerCache() for _ in self.layers]
-
-    def __call__(
-        self,
-        embeds_BLD: mx.array,
-        positions_BL: mx.array,
-        cache: list[LayerCache] | None = None,
-        *,
-        padded: bool = False,
-        last_only: bool = False,
-    ) -> mx.array:
-        """Logits (B, L, V), or (B, 1, V) of the last token with `last_only`.
-
-        `positions_BL` ascend within each row; -1 marks padding on the left, announced by
-        `padded`. `cache` grows by L rows a layer.
-        """
-        cache = cache or self.make_cache()
-        every = range(len(self.layers))
-        x_BLD = self.run(every, embeds_BLD, positions_BL, cache, padded=padded)
-        return self.logits(x_BLD[:, -1:] if last_only else x_BLD)
-
-    def run(
-        self,
-        numbers: range,
-        x_BLD: mx.array,
-        positions_BL: mx.array,
-        cache: list[LayerCache],
-        *,
-        padded: bool = False,
-        bias_BL: mx.array | None = None,
-    ) -> mx.array:
-        """Hidden states through some of the layers, whose caches grow by L rows."""
-        step = Step(positions_BL, self.rotary(positions_BL), padded, bias_BL)
-        for number in numbers:
-            x_BLD = self.layers[number](x_BLD, step, cache[number])
-        return x_BLD
-
-    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
-        return self.layers[number].rotated_queries(x_BLD, self.rotary(positions_BL))
-
-    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
-        return self.layers[number].rotated_keys(x_BLD, self.rotary(positions_BL))
-
-    def held_keys(self, layer_cache: LayerCache) -> mx.array:
-        """(B, G, S, d)."""
-        return layer_cache.keys
-
-    def rotary(self, positions_BL: mx.array) -> Rotary:
-        return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
-
-    @property
-    def depth(self) -> int:
-        return len(self.layers)
 
     def logits(self, x_BLD: mx.array) -> mx.array:
         """Of the next word, from the last layer's hidden states."""

@@ -25,7 +25,7 @@ from ..checkpoints.errors import UserError
 from ..pruners.contract import Stage
 from ..pruners.pipeline import Pipeline
 from . import mamba
-from .minimind import Step, attend, grouped
+from .minimind import LayerStack, Step, attend
 
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
 
@@ -39,9 +39,8 @@ class Attention:
 
     def __call__(self, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
         B, L, _ = x_BLD.shape
-        places_BL = step.positions_BL
-        q_BHLd = self.turned_queries(x_BLD, places_BL)
-        k_BGLd = self.turned_keys(x_BLD, places_BL)
+        q_BHLd = self.turned_queries(x_BLD, step.positions_BL)
+        k_BGLd = self.turned_keys(x_BLD, step.positions_BL)
         v_BGLd = self.part.v_proj(x_BLD).reshape(B, L, self.groups, -1).swapaxes(1, 2)
         k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, step)
         mask = step.mask(cache, x_BLD.dtype)
@@ -76,16 +75,9 @@ class Layer:
     def self_attn(self) -> Attention:
         return Attention(self.part.self_attn, self.family, self.c)
 
-    def rotated_queries(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
-        """As the keys are grouped, (B, G, H/G, L, d)."""
-        attention = self.self_attn
-        return grouped(
-            attention.turned_queries(self.part.input_layernorm(x_BLD), places_BL), attention.groups
-        )
-
-    def rotated_keys(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
-        """(B, G, L, d)."""
-        return self.self_attn.turned_keys(self.part.input_layernorm(x_BLD), places_BL)
+    @property
+    def input_layernorm(self) -> nn.Module:
+        return self.part.input_layernorm
 
     def __call__(self, x_BLD: mx.array, step: Step, cache: Any) -> mx.array:
         return self.family.block(self, x_BLD, step, cache)
@@ -154,14 +146,14 @@ FAMILIES = {
 OF_ROWS = {"before", "normed"}  # what methods ask for that is of rows, not of attention
 
 
-class MlxLm(nn.Module):
+class MlxLm(LayerStack):
     """Embeddings with positions to logits, as `MiniMind`, through the layers of a model of
     mlx-lm's; tensors are called as mlx-lm calls them."""
 
     def __init__(self, config: MlxLmConfig):
         super().__init__()
         self.config, self.family = config, FAMILIES[config.model_type]
-        stock = _made(config, self.family)
+        stock = _build(config, self.family)
         self[self.family.body] = stock[self.family.body]
         if not config.told["tie_word_embeddings"]:
             sizes = config.hidden_size, config.vocab_size
@@ -205,39 +197,11 @@ class MlxLm(nn.Module):
             )
 
     def make_cache(self) -> list[Any]:
-        return [self.family.cache() for _ in range(self.config.num_hidden_layers)]
+        return [self.family.cache() for _ in range(self.depth)]
 
-    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
-        return self.layers[number].rotated_queries(x_BLD, positions_BL)
-
-    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
-        return self.layers[number].rotated_keys(x_BLD, positions_BL)
-
-    def held_keys(self, layer_cache: LayerCache) -> mx.array:
-        """(B, G, S, d)."""
-        return layer_cache.keys
-
-    @property
-    def depth(self) -> int:
-        return self.config.num_hidden_layers
-
-    def run(
-        self,
-        numbers: range,
-        x_BLD: mx.array,
-        positions_BL: mx.array,
-        cache: list[Any],
-        *,
-        padded: bool = False,
-        bias_BL: mx.array | None = None,
-    ) -> mx.array:
-        """Hidden states through some of the layers, whose caches grow by L rows."""
-        step, layers = Step(positions_BL, positions_BL, padded, bias_BL), self.layers
-        for number in numbers:
-            x_BLD = layers[number](x_BLD, step, cache[number])
-        return x_BLD
+    def rotary(self, positions_BL: mx.array) -> mx.array:
+        """mlx-lm's attention turns by the positions themselves."""
+        return positions_BL
 
     def logits(self, x_BLD: mx.array) -> mx.array:
         """Of the next word, from the last layer's hidden states."""
@@ -245,7 +209,7 @@ class MlxLm(nn.Module):
         return self.lm_head(x_BLD) if "lm_head" in self else self._embedding.as_linear(x_BLD)
 
 
-def _made(config: MlxLmConfig, family: Family) -> Any:
+def _build(config: MlxLmConfig, family: Family) -> Any:
     """A model of mlx-lm's, its weights not yet read. Raises UserError without mlx-lm."""
     if "mlx_lm" not in sys.modules:
         what = f"importing mlx-lm for a {config.model_type} model; this takes some seconds"

@@ -10,12 +10,11 @@ Shapes: B prompts, L new tokens, D features, V words.
 import mlx.core as mx
 from mlx import nn
 
-from ..cache import LayerCache
 from ..checkpoints.config import MiniMindConfig
-from .minimind import DecoderLayer, Rotary, Step
+from .minimind import DecoderLayer, LayerStack
 
 
-class Twig(nn.Module):
+class Twig(LayerStack):
     """The weights, as they lie beside the model under `twig.`; of the base's sizes."""
 
     def __init__(self, config: MiniMindConfig, layers: int, layer: int):
@@ -24,36 +23,6 @@ class Twig(nn.Module):
         self.layers = [DecoderLayer(config) for _ in range(layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def make_cache(self) -> list[LayerCache]:
-        return [LayerCache() for _ in self.layers]
-
-    def run(
-        self,
-        numbers: range,
-        x_BLD: mx.array,
-        positions_BL: mx.array,
-        cache: list[LayerCache],
-        *,
-        padded: bool = False,
-        bias_BL: mx.array | None = None,
-    ) -> mx.array:
-        """The base's hidden states through some of the twig's layers, whose caches grow."""
-        step = Step(positions_BL, self.rotary(positions_BL), padded, bias_BL)
-        for number in numbers:
-            x_BLD = self.layers[number](x_BLD, step, cache[number])
-        return x_BLD
-
-    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
-        return self.layers[number].rotated_queries(x_BLD, self.rotary(positions_BL))
-
-    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """The keys (B, G, L, d) that a layer makes of its input, rotated."""
-        return self.layers[number].rotated_keys(x_BLD, self.rotary(positions_BL))
-
-    def rotary(self, positions_BL: mx.array) -> Rotary:
-        return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
 
     def logits(self, x_BLD: mx.array) -> mx.array:
         """Of the next word, from the last layer's hidden states, (B, L, V)."""

@@ -52,7 +52,7 @@ def count(
     K = N is full. `itemsize` is the bytes of a number in the cache. B equal prompts take B
     times as much of everything. Raises UserError for a budget that the method cannot keep.
     """
-    budgets = pipeline.budgets(tokens(config), K)
+    budgets = pipeline.budgets(config.N, K)
     vision, n = _tower(config, budgets)
     n = budgets.after(Stage.FEATURES, n)
     projected = projector(config, n)
@@ -66,23 +66,13 @@ def count(
     )  # fmt: skip
 
 
-def tokens(config: VLMConfig) -> int:
-    """N, the visual tokens of one image."""
-    (rows, columns), (down, across) = config.vision.grid, _merge(config)
-    return rows // down * (columns // across)
-
-
-def _merge(config: VLMConfig) -> tuple[int, int]:
-    return config.projector.merge if config.projector else (1, 1)
-
-
 def _tower(config: VLMConfig, budgets: StepBudgets) -> tuple[int, int]:
     """Multiply-adds of the tower for one image, and how many tokens come out of it."""
-    v, N, (down, across) = config.vision, budgets.N, _merge(config)
+    v, N, (down, across) = config.vision, budgets.N, config.merge
     patches, n, cuts = N * down * across, N, []
     for step, own in budgets.each:
         if step.stage is Stage.IMAGE and own < n:
-            rows, columns = downsample.smaller((v.grid[0] // down, v.grid[1] // across), own)
+            rows, columns = downsample.smaller(config.grid, own)
             n = rows * columns
             patches = n * down * across
         elif step.stage is Stage.ENCODER and own < n:
@@ -114,7 +104,7 @@ def _left(n: int, cuts: Sequence[tuple[int, str, int]], layer: int, place: str) 
 
 def projector(config: VLMConfig, n: int) -> int:
     """Multiply-adds of the projector for n visual tokens."""
-    down, across = _merge(config)
+    down, across = config.merge
     D, wide = config.text.hidden_size, config.vision.hidden_size * down * across
     return n * (wide * D + (D * D if config.projector else 0))
 

@@ -1,9 +1,9 @@
 """The contract, and every method in one table.
 
-A new method is one file with `stage`, `needs` and `prune(signals, K, *, options)`,
-its twin in torch_ref, and one line in `NAMES`. Between a tower's layers it also has
-`cuts`, between the language model's `schedule`, which say where how many tokens stay;
-what else a file may say is in `method.py`.
+A new method is one file with `stage`, `needs` (the signals beside the tokens, if any) and
+`prune(signals, K, *, options)`, its twin in torch_ref, and its name in `NAMES`. Between a
+tower's layers it also has `cuts`, between the language model's `schedule`, which say where how
+many tokens stay; what else a file may say is in `method.py`.
 """
 
 from collections.abc import Mapping

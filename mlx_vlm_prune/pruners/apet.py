@@ -27,7 +27,6 @@ from .contract import (
 )  # fmt: skip
 
 stage = Stage.PROJECTED
-needs: dict[str, str | None] = {}
 NOTHING = 1e-9  # of the longest token: a basis vector as short adds no direction
 
 

@@ -13,7 +13,6 @@ from mlx import nn
 from .contract import Reduction, Signals, Stage
 
 stage = Stage.FEATURES
-needs: dict[str, str | None] = {}
 
 
 class AttentionPool(nn.Module):

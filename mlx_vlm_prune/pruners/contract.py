@@ -257,10 +257,14 @@ def scaled(score_BN: mx.array) -> mx.array:
 def nearest_mean(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
     """Weights (B, K, N) of kept slots that each become the mean of themselves and of the
     dropped tokens most similar to them; of equal slots the first."""
+    member_BKN = members(similar_BNK, index_BK)
+    return member_BKN / member_BKN.sum(axis=-1, keepdims=True)
+
+
+def members(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
+    """Which tokens each kept slot stands for, (B, K, N)."""
     N, K = similar_BNK.shape[1:]
     home_BN = mx.argmax(similar_BNK, axis=-1)
-    member_BKN = home_BN[:, None] == mx.arange(K)[:, None]
-    own_BKN = index_BK[..., None] == mx.arange(N)
-    kept_B1N = own_BKN.any(axis=1, keepdims=True)
-    member_BKN = own_BKN | (member_BKN & ~kept_B1N)
-    return member_BKN / member_BKN.sum(axis=-1, keepdims=True)
+    anchor_BKN = index_BK[..., None] == mx.arange(N)
+    is_kept_B1N = anchor_BKN.any(axis=1, keepdims=True)
+    return anchor_BKN | ((home_BN[:, None] == mx.arange(K)[:, None]) & ~is_kept_B1N)

@@ -15,7 +15,6 @@ import mlx.core as mx
 from .contract import Reduction, Signals, Stage, cosine, take
 
 stage = Stage.PROJECTED
-needs: dict[str, str | None] = {}
 
 
 def prune(signals: Signals, K: int) -> Reduction:

@@ -4,13 +4,18 @@ Shapes: N visual tokens, K kept.
 """
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import ModuleType
 from typing import Any, get_type_hints
 
 from .contract import Policy, Stage
+
+WORDS = {
+    "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
+}  # fmt: skip
 
 
 def _unlearned(*sizes: Any) -> Any:
@@ -35,7 +40,7 @@ class Method:
     name: str
     doc: str
     stage: Stage
-    needs: Mapping[str, str | None]  # signals, each with the option that holds its layer
+    needs: Mapping[str, str | None] = field(default_factory=dict)  # signals: option of the layer
     prune: Callable[..., Any] | None = None  # (signals, K): the reduction
     positions: Policy = "keep"  # of the paper
     proportional: bool = False  # does a merged token count as often as it has members?
@@ -51,8 +56,24 @@ class Method:
         """The method of a file."""
         names = {f.name for f in fields(cls)}
         given = {name: value for name, value in vars(module).items() if name in names}
-        own = {"name": module.__name__.rpartition(".")[2], "doc": inspect.getdoc(module) or ""}
-        return cls(**given | own)
+        name, doc = module.__name__.rpartition(".")[2], inspect.getdoc(module) or ""
+        return cls(**given | {"name": name, "doc": doc})
+
+    @property
+    def idea(self) -> str:
+        """One sentence."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+    @property
+    def source(self) -> str:
+        """An arXiv number or a repository, empty for a baseline."""
+        named = re.search(r"arXiv:\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w-]+", self.doc)
+        return named[0] if named else ""
+
+    @property
+    def reads_words(self) -> bool:
+        """Does the prompt decide what stays?"""
+        return bool(WORDS & set(self.needs))
 
     @property
     def learned(self) -> bool:

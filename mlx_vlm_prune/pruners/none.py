@@ -3,7 +3,6 @@
 from .contract import Reduction, Signals, Stage, identity
 
 stage = Stage.FEATURES
-needs: dict[str, str | None] = {}
 
 
 def prune(signals: Signals, K: int) -> Reduction:

@@ -10,7 +10,6 @@ import mlx.core as mx
 from .contract import Reduction, Signals, Stage, keep_highest, wide
 
 stage = Stage.FEATURES
-needs: dict[str, str | None] = {}
 
 
 def prune(signals: Signals, K: int) -> Reduction:

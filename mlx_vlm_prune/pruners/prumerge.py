@@ -13,6 +13,8 @@ merges before; slots stay in raster order.
 Shapes: B images, N tokens, K kept, M neighbours, D features.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, cosine, keep_highest, rounded, take, wide
@@ -23,11 +25,18 @@ needs = {"cls_query": "layer", "keys": "layer"}
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
     """Keep K - 1 and a sum of the rest; `layer` is read by the host."""
+    return absorbed(signals, K, neighbours, lambda score_BN: keep_highest(score_BN, max(1, K - 1)))
+
+
+def absorbed(
+    signals: Signals, K: int, neighbours: int, choose: Callable[[mx.array], mx.array]
+) -> Reduction:
+    """The tokens that are chosen by their scores (B, N), with their neighbours."""
     if neighbours < 0:
         raise ValueError(f"neighbours is {neighbours}; it must be 0 or more")
     with mx.stream(mx.cpu):
         score_BN = scores(signals)
-        return merged(signals, score_BN, keep_highest(score_BN, max(1, K - 1)), K, neighbours)
+        return merged(signals, score_BN, choose(score_BN), K, neighbours)
 
 
 def scores(signals: Signals) -> mx.array:

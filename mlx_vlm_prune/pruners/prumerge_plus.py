@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .contract import Reduction, Signals, Stage
-from .prumerge import merged, scores
+from .prumerge import absorbed
 
 stage = Stage.FEATURES
 needs = {"cls_query": "layer", "keys": "layer"}
@@ -22,12 +22,11 @@ needs = {"cls_query": "layer", "keys": "layer"}
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
     """Keep outliers and samples, K together; `layer` is read by the host."""
-    if neighbours < 0:
-        raise ValueError(f"neighbours is {neighbours}; it must be 0 or more")
-    with mx.stream(mx.cpu):
-        score_BN = scores(signals)
-        index_BK = np.stack([chosen(row, K) for row in np.array(score_BN)])
-        return merged(signals, score_BN, mx.array(index_BK), K, neighbours)
+
+    def choose(score_BN: mx.array) -> mx.array:
+        return mx.array(np.stack([chosen(score_N, K) for score_N in np.array(score_BN)]))
+
+    return absorbed(signals, K, neighbours, choose)
 
 
 def chosen(score_N: np.ndarray, K: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 from .contract import Reduction, Signals, Stage
 
 stage = Stage.FEATURES
-needs: dict[str, str | None] = {}
 
 
 def prune(signals: Signals, K: int, *, seed: int = 0) -> Reduction:

@@ -14,10 +14,9 @@ Shapes: B images, N tokens, K kept, d head size.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, take
+from .contract import Reduction, Signals, Stage, cosine, members, take
 
 stage = Stage.ENHANCER
-needs: dict[str, str | None] = {}
 
 
 def weigh(
@@ -29,13 +28,10 @@ def weigh(
         raise ValueError("slots that are pooled from everywhere replace no tokens of their own")
     if dims < 2 or theta <= 1:
         raise ValueError("dims is at least 2, and theta above 1")
-    N, K = signals.x_BND.shape[1], kept.index_BK.shape[1]
+    N = signals.x_BND.shape[1]
     with mx.stream(mx.cpu):
         similar_BNK = take(cosine(signals.x_BND), kept.index_BK, axis=2)
-        home_BN = mx.argmax(similar_BNK, axis=-1)
-        own_BKN = kept.index_BK[..., None] == mx.arange(N)
-        is_kept_B1N = own_BKN.any(axis=1, keepdims=True)
-        member_BKN = own_BKN | ((home_BN[:, None] == mx.arange(K)[:, None]) & ~is_kept_B1N)
+        member_BKN = members(similar_BNK, kept.index_BK)
         apart_BKN = mx.abs(mx.arange(N) - kept.index_BK[..., None].astype(mx.int32))
         spoken_BK = (member_BKN * decay(N, theta, dims)[apart_BKN]).sum(axis=-1)
         return strength * mx.log(mx.maximum(spoken_BK, 1.0))

@@ -16,7 +16,6 @@ from .contract import Reduction, Signals, Stage, keep_highest
 from .scorer import layer_norm, score
 
 stage = Stage.FEATURES
-needs: dict[str, str | None] = {}
 HIDDEN = 64
 
 

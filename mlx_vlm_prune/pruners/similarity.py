@@ -19,7 +19,6 @@ import numpy as np
 from .contract import Reduction, Signals, Stage, cosine
 
 stage = Stage.FEATURES
-needs: dict[str, str | None] = {}
 
 
 def prune(

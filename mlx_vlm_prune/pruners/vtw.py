@@ -14,7 +14,6 @@ import mlx.core as mx
 from .contract import Reduction, Signals, Stage, keep_highest
 
 stage = Stage.DECODER
-needs: dict[str, str | None] = {}
 
 
 def schedule(layers: int, N: int, K: int) -> dict[int, int]:

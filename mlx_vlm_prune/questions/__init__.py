@@ -118,20 +118,8 @@ class Format:
         return getattr(self.module, "TOTAL", "mean")
 
 
-# A name for --format, and the module of this folder that reads it.
-FORMATS = {
-    "own": "own",
-    "scenes": "scenes",
-    "llava": "llava",
-    "minimind": "minimind",
-    "pope": "pope",
-    "textvqa": "textvqa",
-    "gqa": "gqa",
-    "mmbench": "mmbench",
-    "scienceqa": "scienceqa",
-    "mme": "mme",
-    "refcoco": "refcoco",
-}
+# Names for --format: modules of this folder.
+FORMATS = "own scenes llava minimind pope textvqa gqa mmbench scienceqa mme refcoco".split()
 
 
 def format_of(name: str) -> Format:
@@ -142,7 +130,7 @@ def format_of(name: str) -> Format:
         raise UserError(
             f"no question format is called {name!r}; {meant}there are {', '.join(FORMATS)}"
         )
-    return Format(name, importlib.import_module(f".{FORMATS[name]}", __name__))
+    return Format(name, importlib.import_module(f".{name}", __name__))
 
 
 def _distinct(questions: Iterator[Question], bad: Bad) -> Iterator[Question]:

@@ -17,11 +17,11 @@ from . import Bad, Question, Source
 from .answers import ONE_WORD
 from .answers import exact as score
 from .reading import (
-    Fault,
     each,
     image_file,
     images_of,
     name_of,
+    object_of,
     optional,
     text_of,
     whole_json,
@@ -39,8 +39,7 @@ def read(source: Source, bad: Bad) -> Iterator[Question]:
 
 
 def _question(name: str, record: Any, home: Path) -> Question:
-    if not isinstance(record, dict):
-        raise Fault("this is not a JSON object")
+    record = object_of(record)
     types = record.get("types")
     return Question(
         id=name,

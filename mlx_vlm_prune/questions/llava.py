@@ -24,6 +24,7 @@ from .reading import (
     each,
     image_file,
     images_of,
+    object_of,
     optional,
     text_of,
     whole_json,
@@ -43,8 +44,7 @@ def read(source: Source, bad: Bad) -> Iterator[Question]:
 
 
 def _questions(number: int, record: Any, home: Path) -> Iterator[Question] | tuple[Question, ...]:
-    if not isinstance(record, dict):
-        raise Fault("this is not a JSON object")
+    record = object_of(record)
     if "image" not in record:
         return NOTHING
     image = image_file(home, text_of(record, "image"))

@@ -29,11 +29,11 @@ def each(
     """The questions of every (place, record); a record at fault goes to `bad` as a whole."""
     for where, record in records:
         try:
-            made = list(make(record))
+            questions = list(make(record))
         except Fault as fault:
             bad(where, str(fault))
             continue
-        yield from made
+        yield from questions
 
 
 def lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -50,10 +50,14 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def parse(raw: bytes | str) -> dict[str, Any]:
     """The JSON object that a line holds; Fault where there is none."""
-    content = parse_any(raw)
-    if not isinstance(content, dict):
+    return object_of(parse_any(raw))
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """A JSON value that must be an object."""
+    if not isinstance(value, dict):
         raise Fault("this is not a JSON object")
-    return content
+    return value
 
 
 def parse_any(raw: bytes | str) -> Any:

@@ -24,6 +24,7 @@ from .reading import (
     image_file,
     images_of,
     name_of,
+    object_of,
     text_of,
     texts_of,
     whole_json,
@@ -44,8 +45,7 @@ def read(source: Source, bad: Bad) -> Iterator[Question]:
 
 
 def _question(record: Any, home: Path) -> Question:
-    if not isinstance(record, dict):
-        raise Fault("this is not a JSON object")
+    record = object_of(record)
     given = texts_of(record, "answers")
     if len(given) != PEOPLE:
         raise Fault(f"there are {len(given)} answers; the rule needs {PEOPLE}")

@@ -67,17 +67,17 @@ class Between:
         return None if size_BN is None else mx.pad(mx.log(size_BN), [(0, 0), (self.first, 0)])
 
     def cut(
-        self, x_BND: mx.array, layer: int, place: str, seen: dict[str, Any] | None = None
+        self, x_BSD: mx.array, layer: int, place: str, keys: dict[str, Any] | None = None
     ) -> mx.array:
-        """The tokens that stay. `seen`: queries and keys of this layer."""
+        """The tokens that stay, behind CLS. `keys`: queries and keys of this layer."""
         for cut in self.cuts:
             if (cut.layer, cut.place) == (layer, place):
-                at_hand = self.signals.replace(x_BND=x_BND, **(seen or {}))
-                kept = cut.pruner(at_hand, cut.K)
+                x_BND = x_BSD[:, self.first :]
+                kept = cut.pruner(self.signals.replace(x_BND=x_BND, **(keys or {})), cut.K)
                 self.signals = _grown(self.signals, kept).reduced(kept)
                 self.kept = kept.after(self.kept, self.N) if self.kept else kept
-                x_BND = kept.tokens(x_BND)
-        return x_BND
+                x_BSD = mx.concatenate([x_BSD[:, : self.first], kept.tokens(x_BND)], axis=1)
+        return x_BSD
 
     def read(
         self,
@@ -115,8 +115,8 @@ class Between:
         self.signals = self.signals.replace(**seen)
         return keys
 
-    def end(self, x_BND: mx.array) -> Encoded:
-        return Encoded(self.signals.replace(x_BND=x_BND), self.kept)
+    def end(self, x_BSD: mx.array) -> Encoded:
+        return Encoded(self.signals.replace(x_BND=x_BSD[:, self.first :]), self.kept)
 
 
 def _grown(signals: Signals, kept: Reduction) -> Signals:

@@ -127,6 +127,12 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def sees(embeds_BLD: Tensor, cache: list[list] | None) -> Tensor:
+    """Every token sees those cached and those before it, (1, L, S)."""
+    L, past = embeds_BLD.shape[1], cache[0][0].shape[2] if cache and cache[0] else 0
+    return torch.ones(1, L, past + L, dtype=torch.bool, device=embeds_BLD.device).tril(past)
+
+
 class MiniMind(nn.Module):
     """Embeddings with explicit positions to hidden states."""
 
@@ -155,10 +161,7 @@ class MiniMind(nn.Module):
         """
         rotary = self.rotary(positions_BL)
         if visible_BLS is None:
-            L = embeds_BLD.shape[1]
-            past = cache[0][0].shape[2] if cache and cache[0] else 0
-            visible_BLS = torch.ones(1, L, past + L, dtype=torch.bool, device=embeds_BLD.device)
-            visible_BLS = visible_BLS.tril(past)
+            visible_BLS = sees(embeds_BLD, cache)
         x = embeds_BLD
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, visible_BLS[:, None], None if cache is None else cache[i])

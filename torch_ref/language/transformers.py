@@ -9,7 +9,6 @@ d head size.
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,18 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoConfig, AutoModel
 
+from mlx_vlm_prune.checkpoints.config import MlxLmConfig
+
+from .minimind import sees
+
 WHOLE = "mlx_vlm_prune_whole"  # what transformers calls the function below
 NORMS = ("norm", "final_layernorm", "norm_f")
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """`published` is the text_config of a LLaVA's config.json."""
-
-    published: Mapping[str, Any]
-    hidden_size: int
-    tie_word_embeddings: bool
-    lm_head_bias: bool
 
 
 def whole(
@@ -107,14 +100,14 @@ class Scanning:
 class TextModel(nn.Module):
     """Embeddings with explicit positions to hidden states, as the reference's own models."""
 
-    def __init__(self, config: TextConfig):
+    def __init__(self, config: MlxLmConfig, published: Mapping[str, Any]):
+        """`published` is the text_config of a LLaVA's config.json."""
         super().__init__()
-        told = AutoConfig.for_model(**config.published)
-        self.config = config
-        self.stock = AutoModel.from_config(told, attn_implementation=WHOLE, dtype=torch.float32)
-        if not config.tie_word_embeddings:
-            sizes = config.hidden_size, told.vocab_size
-            self.lm_head = nn.Linear(*sizes, bias=config.lm_head_bias)
+        stock = AutoConfig.for_model(**published)
+        self.stock = AutoModel.from_config(stock, attn_implementation=WHOLE, dtype=torch.float32)
+        if not config.told["tie_word_embeddings"]:
+            bias = config.told["lm_head_bias"]
+            self.lm_head = nn.Linear(config.hidden_size, stock.vocab_size, bias=bias)
 
     @property
     def embed_tokens(self) -> Any:
@@ -148,11 +141,8 @@ class TextModel(nn.Module):
         cache: list[list] | None = None,
     ) -> Tensor:
         """Hidden states (B, L, D) after the final norm; arguments as of the reference's own."""
-        L = embeds_BLD.shape[1]
         if visible_BLS is None:
-            past = cache[0][0].shape[2] if cache and cache[0] and self.attends else 0
-            visible_BLS = torch.ones(1, L, past + L, dtype=torch.bool).tril(past)
-            visible_BLS = visible_BLS.to(embeds_BLD.device)
+            visible_BLS = sees(embeds_BLD, cache if self.attends else None)
         if not self.attends and len(embeds_BLD) > 1:
             return self._apart(embeds_BLD, positions_BL, visible_BLS)
         x, rotary = embeds_BLD, self.rotary(positions_BL)
@@ -164,12 +154,12 @@ class TextModel(nn.Module):
         """Prompts one by one, what pads them left out: the last row sees all that are real."""
         out = torch.zeros_like(embeds_BLD)
         for b, real_L in enumerate(visible_BLS[:, -1]):
-            own = slice(b, b + 1)
-            out[b, real_L] = self(embeds_BLD[own, real_L], positions_BL[own, real_L])[0]
+            one = slice(b, b + 1)
+            out[b, real_L] = self(embeds_BLD[one, real_L], positions_BL[one, real_L])[0]
         return out
 
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Scores of the next token."""
-        if self.config.tie_word_embeddings:
-            return F.linear(hidden_BLD, self.embed_tokens.weight)
-        return self.lm_head(hidden_BLD)
+        if hasattr(self, "lm_head"):
+            return self.lm_head(hidden_BLD)
+        return F.linear(hidden_BLD, self.embed_tokens.weight)

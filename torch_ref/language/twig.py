@@ -29,9 +29,13 @@ class Twig(nn.Module):
         self.head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
         self.register_buffer("layer", torch.tensor([float(layer)]))
 
+    def rotary(self, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position, as the layers take them."""
+        return rotary_table(positions_BL, self.config.head_dim, self.config.rope_theta)
+
     def forward(self, x_BLD: Tensor, positions_BL: Tensor, mask_BLL: Tensor) -> Tensor:
         """Hidden states (B, L, D) after its norm, of the base's at its layer."""
-        rotary = rotary_table(positions_BL, self.config.head_dim, self.config.rope_theta)
+        rotary = self.rotary(positions_BL)
         for layer in self.layers:
             x_BLD = layer(x_BLD, rotary, mask_BLL[:, None], None)
         return self.norm(x_BLD)

@@ -5,98 +5,27 @@
 
 import inspect
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from . import (
-    apet,
-    attention_pool,
-    avgpool,
-    cdpruner,
-    cls_attention,
-    dart,
-    divprune,
-    downsample,
-    fastv,
-    global_local,
-    hiprune,
-    holov,
-    kq_norm,
-    mlp,
-    mmtok,
-    none,
-    norm,
-    pact,
-    patch_norm,
-    pixelprune,
-    prumerge,
-    prumerge_plus,
-    pyramiddrop,
-    random,
-    received_attention,
-    restore,
-    scope,
-    score_prune,
-    similarity,
-    sparsevlm,
-    tome,
-    twig,
-    uniform,
-    v2drop,
-    visionzip,
-    vispruner,
-    vtw,
-)  # fmt: skip
 from .contract import Reduction, Signals, number
 
+NAMES = {
+    "image": "downsample",
+    "encoder": "tome patch_norm kq_norm pixelprune",
+    "features": "none random uniform avgpool norm similarity received_attention cls_attention"
+    " visionzip vispruner prumerge prumerge_plus hiprune holov global_local attention_pool"
+    " score_prune mlp",
+    "projected": "divprune cdpruner scope mmtok apet",
+    "decoder": "fastv pyramiddrop sparsevlm dart v2drop vtw pact twig",
+    "enhancer": "restore",
+}
 STAGES: dict[str, dict[str, ModuleType]] = {
-    "image": {"downsample": downsample},
-    "encoder": {
-        "tome": tome,
-        "patch_norm": patch_norm,
-        "kq_norm": kq_norm,
-        "pixelprune": pixelprune,
-    },
-    "features": {
-        "none": none,
-        "random": random,
-        "uniform": uniform,
-        "avgpool": avgpool,
-        "norm": norm,
-        "similarity": similarity,
-        "received_attention": received_attention,
-        "cls_attention": cls_attention,
-        "visionzip": visionzip,
-        "vispruner": vispruner,
-        "prumerge": prumerge,
-        "prumerge_plus": prumerge_plus,
-        "hiprune": hiprune,
-        "holov": holov,
-        "global_local": global_local,
-        "attention_pool": attention_pool,
-        "score_prune": score_prune,
-        "mlp": mlp,
-    },
-    "projected": {
-        "divprune": divprune,
-        "cdpruner": cdpruner,
-        "scope": scope,
-        "mmtok": mmtok,
-        "apet": apet,
-    },
-    "decoder": {
-        "fastv": fastv,
-        "pyramiddrop": pyramiddrop,
-        "sparsevlm": sparsevlm,
-        "dart": dart,
-        "v2drop": v2drop,
-        "vtw": vtw,
-        "pact": pact,
-        "twig": twig,
-    },
-    "enhancer": {"restore": restore},
+    stage: {name: import_module(f".{name}", __name__) for name in names.split()}
+    for stage, names in NAMES.items()
 }
 METHODS = {name: method for stage in STAGES.values() for name, method in stage.items()}
 
@@ -104,6 +33,7 @@ __all__ = ["METHODS", "STAGES", "Reduction", "Signals", "Step", "is_learned", "r
 
 # What holds where a method's file says nothing of it.
 DEFAULTS: dict[str, Any] = {
+    "needs": {},  # the tokens alone
     "prune": None,  # its weights choose
     "proportional": False,
     "make": None,  # it has no weights
@@ -148,19 +78,13 @@ class Step:
         settle one, with that."""
         called = vars(self.method)[function]
         names = inspect.signature(called).parameters
-        told = dict(self.options)
+        options = dict(self.options)
         if self.learned is not None:
-            told |= entry(self.method, "settled")(self.learned)
-        return called(*arguments, **{k: v for k, v in told.items() if k in names})
+            options |= entry(self.method, "settled")(self.learned)
+        return called(*arguments, **{k: v for k, v in options.items() if k in names})
 
 
-def reduce(
-    name: str,
-    signals: Signals,
-    K: int,
-    learned: Any = None,
-    **options: Any,
-) -> Reduction:
+def reduce(name: str, signals: Signals, K: int, learned: Any = None, **options: Any) -> Reduction:
     """K of N slots by the method `name`; K = N is the identity.
 
     `learned` holds a learned method's weights. Raises ValueError for a budget outside 1 to N
@@ -179,12 +103,11 @@ def reduce(
 
 def wanted(step: Step, layers: int) -> dict[str, int | None]:
     """What a tower of so many layers must hand over for a method, and of which layer."""
-    found: dict[str, int | None] = {}
+    layer_of: dict[str, int | None] = {}
     prune = entry(step.method, "prune") or step.learned.prune
-    for name, option in step.method.needs.items():
-        if option is None:
-            found[name] = None
-        else:
+    for name, option in entry(step.method, "needs").items():
+        layer_of[name] = None
+        if option is not None:
             default = inspect.signature(prune).parameters[option].default
-            found[name] = number(step.options.get(option, default), layers)
-    return found
+            layer_of[name] = number(step.options.get(option, default), layers)
+    return layer_of

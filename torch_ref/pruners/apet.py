@@ -1,24 +1,14 @@
 """ApET (arXiv:2602.19870): what a basis of distant tokens explains worst stays."""
 
-import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, stacked
-
-needs: dict[str, str | None] = {}
+from .contract import Reduction, Signals, best, mixed, nearest_mean
 
 
 def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
-    index, weight = [], []
-    for x_ND in signals.x_BND:
-        kept = sorted(best(errors(x_ND.double(), basis), K))
-        weight_KN, likeness = torch.zeros(K, len(x_ND)), alike(x_ND)
-        for i in range(len(x_ND)):
-            home = kept.index(i) if i in kept else int(likeness[i, kept].argmax())
-            weight_KN[home, i] = 1
-        index.append(kept)
-        weight.append(weight_KN / weight_KN.sum(dim=1, keepdim=True))
-    return stacked(index, weight, signals.x_BND.device)
+    kept = [sorted(best(errors(x_ND.double(), basis), K)) for x_ND in signals.x_BND]
+    pairs = zip(signals.x_BND, kept, strict=True)
+    return mixed(signals, [(index, nearest_mean(x_ND, index)) for x_ND, index in pairs])
 
 
 def errors(x_ND: Tensor, basis: int) -> Tensor:

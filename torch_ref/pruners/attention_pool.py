@@ -10,8 +10,6 @@ from torch import nn
 
 from .contract import Reduction, Signals
 
-needs: dict[str, str | None] = {}
-
 
 class AttentionPool(nn.Module):
     """K queries of D features, one head."""

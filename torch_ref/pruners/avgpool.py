@@ -5,8 +5,6 @@ import torch
 from .contract import Reduction, Signals
 from .grid import centre, members, windows
 
-needs: dict[str, str | None] = {}
-
 
 def prune(signals: Signals, K: int) -> Reduction:
     B, N, _ = signals.x_BND.shape

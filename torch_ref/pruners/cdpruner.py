@@ -6,7 +6,7 @@ Shapes: N tokens, K kept, T words.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, between_0_and_1, stacked
+from .contract import Reduction, Signals, alike, between_0_and_1, selected
 
 needs: dict[str, str | None] = {"text": None}
 
@@ -20,7 +20,7 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
         mean_N = (-mean_N if negative else mean_N).round(decimals=12)
         relevance = between_0_and_1(mean_N) + 1e-6
         index.append(greedy(relevance, relevance[:, None] * alike(x_ND) * relevance, K))
-    return stacked(index, None, signals.x_BND.device)
+    return selected(signals, index)
 
 
 def greedy(relevance: Tensor, kernel_NN: Tensor, K: int) -> list[int]:

@@ -3,7 +3,7 @@
 Shapes: B images, N visual tokens, K kept, D features, H heads, d head size, T words.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -154,9 +154,28 @@ def number(layer: float, depth: int) -> int:
     return int(layer) % depth
 
 
-def stacked(index: list[list[int]], weight: list[Tensor] | None, device: torch.device) -> Reduction:
-    """One reduction of a batch, of what was found image by image."""
-    index_BK = torch.tensor(index, device=device, dtype=torch.long)
-    if weight is None:
-        return Reduction(index_BK)
-    return Reduction(index_BK, torch.stack(weight).float().to(device))
+def selected(signals: Signals, index: list[list[int]]) -> Reduction:
+    """One reduction of a batch, of the tokens chosen image by image."""
+    return Reduction(torch.tensor(index, device=signals.x_BND.device, dtype=torch.long))
+
+
+def mixed(signals: Signals, pairs: Iterable[tuple[list[int], Tensor]]) -> Reduction:
+    """The same with the weights (K, N) of each image's slots."""
+    index, weight = zip(*pairs, strict=True)
+    weight_BKN = torch.stack(weight).float().to(signals.x_BND.device)
+    return Reduction(selected(signals, list(index)).index_BK, weight_BKN)
+
+
+def homes(x_ND: Tensor, kept: list[int]) -> list[int]:
+    """The slot of each token: its own, or that of the kept one most like it."""
+    likeness = alike(x_ND)
+    return [
+        kept.index(i) if i in kept else int(likeness[i, kept].argmax()) for i in range(len(x_ND))
+    ]
+
+
+def nearest_mean(x_ND: Tensor, kept: list[int]) -> Tensor:
+    """Weights (K, N) of kept tokens that become the mean of all whose slot is theirs."""
+    weight_KN = torch.zeros(len(kept), len(x_ND))
+    weight_KN[homes(x_ND, kept), torch.arange(len(x_ND))] = 1
+    return weight_KN / weight_KN.sum(dim=1, keepdim=True)

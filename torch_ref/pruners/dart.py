@@ -3,7 +3,7 @@
 import torch
 
 from .budget import single
-from .contract import Reduction, Signals, alike, best, stacked
+from .contract import Reduction, Signals, alike, best, selected
 
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}
 
@@ -28,4 +28,4 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
             share = (p + 1) * rest // len(by) - p * rest // len(by)
             kept = kept + best(-likeness, share)
         index.append(sorted(kept))
-    return stacked(index, None, s.x_BND.device)
+    return selected(s, index)

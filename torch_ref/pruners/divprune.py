@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, stacked
-
-needs: dict[str, str | None] = {}
+from .contract import Reduction, Signals, alike, selected
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return stacked([spread(1 - alike(x), K) for x in signals.x_BND], None, signals.x_BND.device)
+    return selected(signals, [spread(1 - alike(x), K) for x in signals.x_BND])
 
 
 def spread(distance_NN: Tensor, K: int) -> list[int]:

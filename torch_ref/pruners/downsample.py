@@ -4,8 +4,6 @@ import torch
 
 from .contract import Reduction
 
-needs: dict[str, str | None] = {}
-
 
 def smaller(grid: tuple[int, int], K: int) -> tuple[int, int]:
     scale = (K / (grid[0] * grid[1])) ** 0.5

@@ -1,6 +1,6 @@
 """HiPrune (arXiv:2508.00553): objects and their neighbours from a middle layer, then the last."""
 
-from .contract import Reduction, Signals, best, stacked
+from .contract import Reduction, Signals, best, selected
 
 needs = {"object_attention": "object_layer", "received_attention": "layer"}
 
@@ -21,4 +21,4 @@ def prune(
             kept |= {a * columns + b for a, b in around if 0 <= a < rows and 0 <= b < columns}
         others = [i for i in best(deep_N, len(deep_N)) if i not in kept]
         index.append(sorted([*kept, *others[: K - len(kept)]]))
-    return stacked(index, None, signals.x_BND.device)
+    return selected(signals, index)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .contract import Reduction, Signals, alike, best, between_0_and_1, stacked
+from .contract import Reduction, Signals, alike, best, between_0_and_1, selected
 from .grid import members, windows
 
 needs = {"cls_attention": "layer"}
@@ -27,4 +27,4 @@ def prune(
             seats[min(open_, key=lambda a: (-round(worth[a] / (seats[a] + 1), 9), a))] += 1
         kept = [area[i] for area, n in zip(areas, seats, strict=True) for i in best(score[area], n)]
         index.append(sorted(kept))
-    return stacked(index, None, signals.x_BND.device)
+    return selected(signals, index)

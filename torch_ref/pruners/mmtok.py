@@ -2,7 +2,7 @@
 
 import torch
 
-from .contract import Reduction, Signals, alike, stacked
+from .contract import Reduction, Signals, alike, selected
 from .scope import cover
 
 needs: dict[str, str | None] = {"text": None}
@@ -19,4 +19,4 @@ def prune(
         tokens_NN = (alike(x_ND) / soft).softmax(dim=-1) * image / N
         rows_MN = torch.cat([words_TN, tokens_NN]).round(decimals=12)
         index.append(cover(rows_MN, torch.ones(N, dtype=torch.float64), K))
-    return stacked(index, None, signals.x_BND.device)
+    return selected(signals, index)

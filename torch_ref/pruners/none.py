@@ -2,8 +2,6 @@
 
 from .contract import Reduction, Signals
 
-needs: dict[str, str | None] = {}
-
 
 def prune(signals: Signals, K: int) -> Reduction:
     raise ValueError(f"none keeps all {signals.x_BND.shape[1]} visual tokens, not {K}")

@@ -2,8 +2,6 @@
 
 from .contract import Reduction, Signals, top
 
-needs: dict[str, str | None] = {}
-
 
 def prune(signals: Signals, K: int) -> Reduction:
     return Reduction(top(signals.x_BND.double().square().sum(-1), K))

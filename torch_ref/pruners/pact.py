@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .budget import single
-from .contract import Reduction, Signals, alike, best, stacked
+from .contract import Reduction, Signals, alike, best, mixed
 
 needs: dict[str, str | None] = {"mean_attention": None}
 proportional = True
@@ -20,24 +20,22 @@ def schedule(layers: int, N: int, K: int, layer: float = 4 / 32) -> dict[int, in
 
 
 def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
-    index, weight, N = [], [], signals.x_BND.shape[1]
+    pairs, N = [], signals.x_BND.shape[1]
     n = K + int(clustered * (N - K))
     for x_ND, row_N, keys_ND in zip(
         signals.x_BND, signals.mean_attention_BN, signals.next_keys_BND, strict=True
     ):
         length = x_ND.double().square().sum(-1).sqrt()
         worth = (row_N.double() * length).round(decimals=12)
-        kept, rows = grouped(worth, 1 - alike(keys_ND), K, n)
-        index.append(kept)
-        weight.append(rows)
-    return stacked(index, weight, signals.x_BND.device)
+        pairs.append(grouped(worth, 1 - alike(keys_ND), K, n))
+    return mixed(signals, pairs)
 
 
 def grouped(worth_N: Tensor, apart_NN: Tensor, K: int, n: int) -> tuple[list[int], Tensor]:
     stay = best(worth_N, n)
-    cutoff, found = fewest(apart_NN[stay][:, stay], K)
-    fill = [token for i, token in enumerate(stay) if i not in found][: K - len(found)]
-    kept = sorted([stay[i] for i in found] + fill)
+    cutoff, middle = fewest(apart_NN[stay][:, stay], K)
+    fill = [token for i, token in enumerate(stay) if i not in middle][: K - len(middle)]
+    kept = sorted([stay[i] for i in middle] + fill)
     weight_KN = torch.zeros(K, len(worth_N), dtype=torch.float64)
     for i in range(len(worth_N)):
         home = i if i in kept else min(kept, key=lambda c: (apart_NN[c, i].item(), c))

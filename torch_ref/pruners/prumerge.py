@@ -3,30 +3,31 @@
 Shapes: N tokens, K kept, D all heads' features.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, stacked
+from .contract import Reduction, Signals, alike, best, mixed
 
 needs = {"cls_query": "layer", "keys": "layer"}
 
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
-    made = []
-    for score_N, keys_ND in scored(signals):
-        kept = sorted(best(score_N, max(1, K - 1)))
-        made.append(merged(score_N, keys_ND, kept, K, neighbours))
-    return stacked([i for i, _ in made], [w for _, w in made], signals.x_BND.device)
+    return absorbed(signals, K, neighbours, lambda score_N: best(score_N, max(1, K - 1)))
 
 
-def scored(signals: Signals) -> list[tuple[Tensor, Tensor]]:
-    """Each image's scores (N,) and keys (N, D)."""
-    found = []
+def absorbed(
+    signals: Signals, K: int, neighbours: int, choose: Callable[[Tensor], list[int]]
+) -> Reduction:
+    """The tokens that are chosen of each image by their scores (N,), with their neighbours."""
+    pairs = []
     for query_Hd, keys_NHd in zip(signals.cls_query_BHd, signals.keys_BNHd, strict=True):
         keys_ND = keys_NHd.flatten(1)
         logits_N = keys_ND.double() @ query_Hd.flatten().double() / keys_ND.shape[1] ** 0.5
-        found.append((logits_N.softmax(0).round(decimals=12), keys_ND.float()))
-    return found
+        score_N = logits_N.softmax(0).round(decimals=12)
+        pairs.append(merged(score_N, keys_ND.float(), sorted(choose(score_N)), K, neighbours))
+    return mixed(signals, pairs)
 
 
 def merged(

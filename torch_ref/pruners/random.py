@@ -8,8 +8,6 @@ import torch
 
 from .contract import Reduction, Signals
 
-needs: dict[str, str | None] = {}
-
 
 def prune(signals: Signals, K: int, *, seed: int = 0) -> Reduction:
     B, N, _ = signals.x_BND.shape

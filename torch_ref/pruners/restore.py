@@ -6,9 +6,7 @@ Shapes: B images, N tokens, K kept.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike
-
-needs: dict[str, str | None] = {}
+from .contract import Reduction, Signals, homes
 
 
 def weigh(
@@ -19,9 +17,8 @@ def weigh(
     rates = [theta ** (-i / dims) for i in range(0, dims, 2)]
     bias_BK = torch.zeros(kept.index_BK.shape)
     for b, x_ND in enumerate(signals.x_BND):
-        index, likeness = kept.index_BK[b].tolist(), alike(x_ND)
-        for i in range(len(x_ND)):
-            home = index.index(i) if i in index else int(likeness[i, index].argmax())
+        index = kept.index_BK[b].tolist()
+        for i, home in enumerate(homes(x_ND, index)):
             distance = abs(i - index[home]) * torch.tensor(rates)
             bias_BK[b, home] += distance.cos().mean().clamp(min=0)
     return strength * bias_BK.clamp(min=1).log().to(signals.x_BND.device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, stacked
+from .contract import Reduction, Signals, alike, selected
 
 needs = {"cls_attention": "layer"}
 
@@ -11,7 +11,7 @@ needs = {"cls_attention": "layer"}
 def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
     pairs = zip(signals.x_BND, signals.cls_attention_BN, strict=True)
     index = [cover(alike(x), row.double() ** power, K) for x, row in pairs]
-    return stacked(index, None, signals.x_BND.device)
+    return selected(signals, index)
 
 
 def cover(worth_MN: Tensor, salient_N: Tensor, K: int) -> list[int]:

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from .contract import Reduction, Signals, top
 
-needs: dict[str, str | None] = {}
-
 
 class Scorer(nn.Module):
     def __init__(self, dims: int):

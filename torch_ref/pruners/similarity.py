@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .contract import Reduction, Signals
 
-needs: dict[str, str | None] = {}
-
 
 def prune(
     signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .budget import several
 from .clusters import centres, distances
-from .contract import Reduction, Signals, best, stacked
+from .contract import Reduction, Signals, best, mixed
 
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
 
@@ -22,17 +22,14 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
 
 
 def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
-    s = signals
-    index, weight = [], []
+    s, pairs = signals, []
     for b, real_T in enumerate(s.text_real_BT):
         logits = s.normed_BND[b].double() @ s.text_BTD[b][real_T].double().T
         share = logits.softmax(dim=-1).mean(dim=0).round(decimals=12)
         raters = share >= (share.sum() / len(share)).round(decimals=12)
         score = s.text_attention_BTN[b][real_T][raters].double().mean(dim=0).round(decimals=12)
-        kept, rows = recycled(score, s.x_BND[b], K, recycle)
-        index.append(kept)
-        weight.append(rows)
-    return stacked(index, weight, s.x_BND.device)
+        pairs.append(recycled(score, s.x_BND[b], K, recycle))
+    return mixed(s, pairs)
 
 
 def recycled(score_N: Tensor, x_ND: Tensor, K: int, recycle: float) -> tuple[list[int], Tensor]:

@@ -9,7 +9,7 @@ Shapes: n tokens, K left, d head size.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, stacked
+from .contract import Reduction, Signals, alike, best, mixed
 
 needs: dict[str, str | None] = {"keys": None}
 proportional = True
@@ -28,7 +28,7 @@ def prune(signals: Signals, K: int) -> Reduction:
     B, N = signals.keys_BNHd.shape[:2]
     sizes_BN = signals.get("size_BN")
     sizes_BN = torch.ones(B, N) if sizes_BN is None else sizes_BN
-    index, weight = [], []
+    pairs = []
     for keys_NHd, size_N in zip(signals.keys_BNHd, sizes_BN, strict=True):
         groups = [[i] for i in range(N)]  # each with its anchor first
         keys_nd, size_n = keys_NHd.float().mean(1), size_N.double()
@@ -37,9 +37,8 @@ def prune(signals: Signals, K: int) -> Reduction:
         row_KN = torch.zeros(K, N, dtype=torch.float64)
         for k, members in enumerate(groups):
             row_KN[k, members] = size_N[members].double() / size_N[members].sum()
-        index.append([members[0] for members in groups])
-        weight.append(row_KN)
-    return stacked(index, weight, signals.x_BND.device)
+        pairs.append(([members[0] for members in groups], row_KN))
+    return mixed(signals, pairs)
 
 
 def once(

@@ -5,8 +5,6 @@ import torch
 from .contract import Reduction, Signals
 from .grid import centre, windows
 
-needs: dict[str, str | None] = {}
-
 
 def prune(signals: Signals, K: int) -> Reduction:
     B, columns = len(signals.x_BND), signals.grid[1]

@@ -6,7 +6,7 @@ Shapes: N tokens, K kept, H heads, d head size.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, stacked
+from .contract import Reduction, Signals, alike, best, mixed
 
 needs = {"cls_attention": "layer", "keys": "layer"}
 
@@ -14,8 +14,7 @@ needs = {"cls_attention": "layer", "keys": "layer"}
 def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float = -1) -> Reduction:
     C = min(int(K * contextual + 0.5), K - 1)
     pairs = zip(signals.cls_attention_BN, signals.keys_BNHd, strict=True)
-    made = [zipped(row, keys.float().mean(1), K, C) for row, keys in pairs]
-    return stacked([i for i, _ in made], [w for _, w in made], signals.x_BND.device)
+    return mixed(signals, [zipped(row, keys.float().mean(1), K, C) for row, keys in pairs])
 
 
 def zipped(attention_N: Tensor, metric_Nd: Tensor, K: int, C: int) -> tuple[list[int], Tensor]:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, stacked
+from .contract import Reduction, Signals, alike, best, selected
 
 needs = {"cls_attention": "layer"}
 
@@ -10,7 +10,7 @@ needs = {"cls_attention": "layer"}
 def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1) -> Reduction:
     pairs = zip(signals.x_BND, signals.cls_attention_BN, strict=True)
     index = [chosen(alike(x), row, K, int(K * important)) for x, row in pairs]
-    return stacked(index, None, signals.x_BND.device)
+    return selected(signals, index)
 
 
 def chosen(likeness: Tensor, attention_N: Tensor, K: int, first: int) -> list[int]:

@@ -4,8 +4,6 @@ import torch
 
 from .contract import Reduction, Signals
 
-needs: dict[str, str | None] = {}
-
 
 def schedule(layers: int, N: int, K: int) -> dict[int, int]:
     if K * layers < N:

@@ -1,20 +1,21 @@
-"""CLIP's vision transformer (arXiv:2103.00020), as MiniMind2-V reads it.
+"""Vision transformers: CLIP's (arXiv:2103.00020) and SigLIP's (arXiv:2303.15343).
 
-Module names are Hugging Face's, so a CLIP folder's `vision_model.*` weights load
-unrenamed. The features are the last layer's, without CLS and without
+Module names are Hugging Face's, so a folder's `vision_model.*` weights load unrenamed. CLIP's
+features are the last layer's, without CLS and without `post_layernorm`. SigLIP has no CLS: the mean
+patch stands in where a method asks for it; its features are the last layer's after
 `post_layernorm`.
 
-Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d head size.
+Shapes: B images, N patches, S tokens with CLS where there is one, D features, H heads,
+d head size.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlx_vlm_prune.checkpoints.config import CLIPConfig
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 
 from ..pruners import Step
 from .between import Encoded, enter, through
@@ -68,44 +69,49 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
-class Embeddings(nn.Module):
-    def __init__(self, c: CLIPConfig):
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(c.hidden_size) * 0.02)
-        self.patch_embedding = nn.Conv2d(
-            3, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size, bias=False
-        )
-        self.position_embedding = nn.Embedding(c.grid[0] * c.grid[1] + 1, c.hidden_size)
-
-    def forward(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
-        """CLS and the patches, with positions; for a smaller grid those are interpolated."""
-        cls_B1D = self.class_embedding.expand(len(patches_BND), 1, -1)
-        place_SD = self.position_embedding.weight
-        side = math.isqrt(len(place_SD) - 1)
-        if grid != (side, side):
-            whole = place_SD[1:].T.reshape(1, -1, side, side)
-            small = F.interpolate(whole, grid, mode="bilinear", antialias=True)
-            place_SD = torch.cat([place_SD[:1], small[0].flatten(1).T])
-        return torch.cat([cls_B1D, patches_BND], dim=1) + place_SD
+def gelu_by_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 class Encoder(nn.Module):
-    """The layers, which SigLIP has too, with another activation."""
-
     def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
         self.layers = nn.ModuleList(Layer(c, act) for _ in range(c.num_hidden_layers))
 
 
-class CLIPTower(nn.Module):
+class Embeddings(nn.Module):
+    def __init__(self, c: CLIPConfig, has_cls: bool):
+        super().__init__()
+        (rows, columns), D, size = c.grid, c.hidden_size, c.patch_size
+        self.grid, self.first = c.grid, int(has_cls)  # where the patches begin
+        if has_cls:
+            self.class_embedding = nn.Parameter(torch.randn(D) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, D, kernel_size=size, stride=size, bias=not has_cls)
+        self.position_embedding = nn.Embedding(rows * columns + self.first, D)
+
+    def forward(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """CLS and the patches, with positions; for a smaller grid those are interpolated."""
+        x_BSD, place_SD = patches_BND, self.position_embedding.weight
+        if grid != self.grid:
+            whole = place_SD[self.first :].T.reshape(1, -1, *self.grid)
+            small = F.interpolate(whole, grid, mode="bilinear", antialias=True)
+            place_SD = torch.cat([place_SD[: self.first], small[0].flatten(1).T])
+        if self.first:
+            cls_B1D = self.class_embedding.expand(len(patches_BND), 1, -1)
+            x_BSD = torch.cat([cls_B1D, patches_BND], dim=1)
+        return x_BSD + place_SD
+
+
+class VisionTower(nn.Module):
     """Pixels to patch features and the signals asked for."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config, quick_gelu)
+        self.config, self.has_cls = config, not isinstance(config, SiglipConfig)
+        self.embeddings = Embeddings(config, self.has_cls)
+        if self.has_cls:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
+        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_by_tanh)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
@@ -123,6 +129,10 @@ class CLIPTower(nn.Module):
         patches_BDHW = self.embeddings.patch_embedding(pixels_B3HW)
         grid = (patches_BDHW.shape[2], patches_BDHW.shape[3])
         patches_BND = patches_BDHW.flatten(2).mT
-        x_BSD = self.pre_layrnorm(self.embeddings(patches_BND, grid))
-        run = enter(x_BSD, 1, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
-        return through(self.encoder.layers[: self.config.depth], run, want or {}, cuts)
+        x_BSD = self.embeddings(patches_BND, grid)
+        x_BSD = self.pre_layrnorm(x_BSD) if self.has_cls else x_BSD
+        first = int(self.has_cls)
+        run = enter(x_BSD, first, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
+        run = through(self.encoder.layers[: self.config.depth], run, want or {}, cuts)
+        is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
+        return run.now(self.post_layernorm(run.x_BSD)) if is_normed else run

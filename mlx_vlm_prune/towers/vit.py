@@ -1,10 +1,12 @@
-"""CLIP's vision transformer (arXiv:2103.00020), as MiniMind2-V reads it.
+"""Vision transformers: CLIP's (arXiv:2103.00020) and SigLIP's (arXiv:2303.15343, 2502.14786).
 
-Attribute names equal Hugging Face's, so weights need no renaming. The features are
-the last layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never applies);
-LLaVA reads those of the last layer but one.
+Attribute names equal Hugging Face's, so weights need no renaming. CLIP's features are the last
+layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never applies); LLaVA reads those
+of the last layer but one. SigLIP has no CLS; its features, MiniMind-3V's, are the last layer's
+after `post_layernorm`, and the pooling head is left out.
 
-Shapes: B images, N patches, S = N + 1 tokens with CLS, D features, H heads, d head size.
+Shapes: B images, N patches, S tokens with CLS where there is one, D features, H heads,
+d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from ..checkpoints.config import CLIPConfig
+from ..checkpoints.config import CLIPConfig, SiglipConfig
 from ..pruners.contract import Signals
 from ..resample import shrunk
 from .between import Between, Cut, Encoded, patched
@@ -77,44 +79,50 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
-class Encoder(nn.Module):
-    """The layers, which SigLIP has too, with another activation."""
+def gelu_by_tanh(x: mx.array) -> mx.array:
+    return nn.gelu_approx(x)
 
+
+class Encoder(nn.Module):
     def __init__(self, c: CLIPConfig, act: Activation):
         super().__init__()
         self.layers = [EncoderLayer(c, act) for _ in range(c.num_hidden_layers)]
 
 
 class Embeddings(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    def __init__(self, c: CLIPConfig, has_cls: bool):
         super().__init__()
-        rows, columns = self.grid = c.grid
-        self.class_embedding = mx.zeros((c.hidden_size,))
-        self.patch_embedding = nn.Conv2d(
-            3, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size, bias=False
-        )
-        self.position_embedding = nn.Embedding(rows * columns + 1, c.hidden_size)
+        (rows, columns), D, size = c.grid, c.hidden_size, c.patch_size
+        self.grid, self.first = c.grid, int(has_cls)  # where the patches begin
+        if has_cls:
+            self.class_embedding = mx.zeros((D,))
+        self.patch_embedding = nn.Conv2d(3, D, kernel_size=size, stride=size, bias=not has_cls)
+        self.position_embedding = nn.Embedding(rows * columns + self.first, D)
 
     def __call__(self, patches_BND: mx.array, grid: tuple[int, int]) -> mx.array:
         """CLS, then the patches, each with its position; of a smaller grid, positions between."""
-        B, _, D = patches_BND.shape
-        cls_B1D = mx.broadcast_to(self.class_embedding, (B, 1, D))
-        place_SD = self.position_embedding.weight
+        x_BSD, place_SD = patches_BND, self.position_embedding.weight
         if grid != self.grid:
-            small_ND = shrunk(place_SD[1:].reshape(1, *self.grid, D), grid).reshape(-1, D)
-            place_SD = mx.concatenate([place_SD[:1], small_ND])
-        return mx.concatenate([cls_B1D, patches_BND], axis=1) + place_SD
+            whole = place_SD[self.first :].reshape(1, *self.grid, -1)
+            small_ND = shrunk(whole, grid)[0].flatten(0, 1)
+            place_SD = mx.concatenate([place_SD[: self.first], small_ND])
+        if self.first:
+            B, _, D = patches_BND.shape
+            cls_B1D = mx.broadcast_to(self.class_embedding, (B, 1, D))
+            x_BSD = mx.concatenate([cls_B1D, patches_BND], axis=1)
+        return x_BSD + place_SD
 
 
-class CLIPTower(nn.Module):
+class VisionTower(nn.Module):
     """Pixels to patch features and the signals asked for."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config, quick_gelu)
+        self.config, self.has_cls = config, not isinstance(config, SiglipConfig)
+        self.embeddings = Embeddings(config, self.has_cls)
+        if self.has_cls:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
+        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_by_tanh)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(
@@ -126,28 +134,25 @@ class CLIPTower(nn.Module):
         """Encode normalised pixels (B, H, W, 3) to features (B, N, D).
 
         `want` maps the names of signals to the layer they are read at, counted from 0, or
-        from -1 backwards. At each of `cuts` tokens leave, and later layers see fewer.
+        from -1 backwards. At each of `cuts` tokens leave, and later layers see fewer. Where a
+        method asks for a CLS that is not there, the mean patch stands in for it.
         """
         size, want = self.config.patch_size, want or {}
         grid = pixels_BHW3.shape[1] // size, pixels_BHW3.shape[2] // size
         patches_BND = self.embeddings.patch_embedding(pixels_BHW3).flatten(1, 2)
-        x_BSD = self.pre_layrnorm(self.embeddings(patches_BND, grid))
-        cls_B1D, x_BND = x_BSD[:, :1], x_BSD[:, 1:]
+        x_BSD = self.embeddings(patches_BND, grid)
+        x_BSD = self.pre_layrnorm(x_BSD) if self.has_cls else x_BSD
         door: dict[str, Any] = {}
         if "patches" in want:
             door["patches_BND"] = patches_BND
         if "pixels" in want:
             door["pixels_BND"] = patched(pixels_BHW3, size)
-        layers = self.encoder.layers[: self.config.depth]
-        run = Between(Signals(x_BND, grid, **door), want, len(layers), cuts)
+        layers, x_BND = self.encoder.layers[: self.config.depth], x_BSD[:, int(self.has_cls) :]
+        run = Between(Signals(x_BND, grid, **door), want, len(layers), cuts, self.has_cls)
         for i, layer in enumerate(layers):
-            x_BND = run.cut(x_BND, i, "before")
-            x_BSD = mx.concatenate([cls_B1D, x_BND], axis=1)
+            x_BSD = run.cut(x_BSD, i, "before")
             y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), run.bias_BS)
-            x_BSD = x_BSD + y_BSD
-            seen = run.read(i, q_BHSd, k_BHSd)
-            x_BND = run.cut(x_BSD[:, 1:], i, "middle", seen)
-            x_BSD = mx.concatenate([x_BSD[:, :1], x_BND], axis=1)
+            x_BSD = run.cut(x_BSD + y_BSD, i, "middle", run.read(i, q_BHSd, k_BHSd))
             x_BSD = x_BSD + layer.mlp(layer.layer_norm2(x_BSD))
-            cls_B1D, x_BND = x_BSD[:, :1], x_BSD[:, 1:]
-        return run.end(x_BND)
+        is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
+        return run.end(self.post_layernorm(x_BSD) if is_normed else x_BSD)
