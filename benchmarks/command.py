@@ -30,8 +30,8 @@ def finish(
     A user's mistake ends in one sentence and exit code 2.
     """
     with in_one_sentence():
-        fast_blas.load()  # what is wrong with a library that the user named
         args = parse(argv)
+        fast_blas.load()  # says what is wrong with a library that the user named
         told = json.dumps(run(args))
         if args.save:
             results.mkdir(exist_ok=True)

@@ -92,7 +92,14 @@ def test_a_file_of_the_users_is_executed_where_python_itself_takes_it(tmp_path):
 
 EVALUATE = ["--per-kind", "1", "--pruner", "uniform", "--keep-tokens", "49"]
 JOBS = {  # arguments, and the exit code, of runs in one process
-    "mlx_vlm_prune": [([], 2), (["pruners"], 0), (["convert", "inspect", str(CHECKPOINT)], 0)],
+    "mlx_vlm_prune": [
+        ([], 2),
+        (["pruners"], 0),
+        (["convert", "inspect", str(CHECKPOINT)], 0),
+        (["advise", "--help"], 0),
+        (["evaluate", "--help"], 0),
+        (["generate", "--help"], 0),
+    ],
     "mlx_vlm_prune.evaluate": [(EVALUATE, 0)],
     "convert": [(["inspect", str(CHECKPOINT)], 0)],
     "torch_ref.train_pruners": [(["twig", "--model", "nowhere"], 2)],
