@@ -73,7 +73,6 @@ def _tiles_of(host: Host, inputs: Inputs, b: int) -> Inputs:
     extra = dict(inputs.extra)
     if extra.get("pixel_attention_mask") is not None:
         extra["pixel_attention_mask"] = extra["pixel_attention_mask"][b : b + 1]
-    assert inputs.pixels is not None
     return replace(inputs, pixels=inputs.pixels[b : b + 1], images=1, extra=extra)
 
 

@@ -89,6 +89,8 @@ def encode_images(host: Host, inputs: Inputs, pipeline: Pipeline) -> list[View]:
     """The tower's part of that, which knows nothing of the prompt."""
     if inputs.pixels is None:
         return []
+    if inputs.images > 1 and host.why_one_image:
+        raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
     layers = host.depth
     views = host.see(inputs, pipeline.want(layers) if layers else {})
     lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deep)])
@@ -198,7 +200,10 @@ def _visual_arguments(
     deep = [[one.apply(y)[0] for y in v.deep] for v, one in zip(views, kept, strict=True)]
     N = sum(view.signals.x_BND.shape[1] for view in views)
     x, is_full = [batch.signals.x_BND[0] for batch in batches], sum(one.slots for one in kept) == N
-    arguments = host.hand_over(x, deep, is_full)
+    arguments = host.hand_over(x, is_full)
+    if deep[0]:  # with features from outside, mlx-vlm 0.7 would leave this out
+        by_layer = zip(*deep, strict=True)
+        arguments["deepstack_visual_embeds"] = [mx.concatenate(list(y)) for y in by_layer]
     arguments["pixel_values"] = inputs.pixels  # unread, but without it no image is looked for
     if "image_token_index" in inputs.extra:
         arguments["image_token_index"] = inputs.extra["image_token_index"]

@@ -21,7 +21,7 @@ class Inputs:
 
     ids: list[int]  # placeholders included
     mask_1L: mx.array
-    pixels: mx.array | None = None  # laid out as the family's tower reads them
+    pixels: Any = None  # laid out as the family's tower reads them; None without images
     images: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)  # such as image_grid_thw
 

@@ -11,42 +11,36 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..host import Host
 from ..views import Inputs, View, by_image, per_picture, tiles
-from . import siglip
+from .tower import TowerHost
 
 GLOBAL_IMAGE = "global_image_token_id"  # what a pruned folder's file adds to the configuration
 
 
-class Idefics3Host(Host):
+class Idefics3Host(TowerHost):
     @property
-    def depth(self) -> int:
-        return len(self.model.vision_model.encoder.layers)
+    def tower(self) -> Any:
+        return self.model.vision_model
 
     def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-        assert inputs.pixels is not None
         there = mx.array(np.flatnonzero(np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))))
         pixels_T3HW = inputs.pixels[0][there]  # a tile of zeros only fills up a batch
         mask = inputs.extra.get("pixel_attention_mask")
         mask_THW = mx.ones_like(pixels_T3HW[:, 0]) if mask is None else mask[0][there]
-        tower, connector = self.model.vision_model, self.model.connector
-        out = tower(
-            pixels_T3HW.transpose(0, 2, 3, 1),
+        pixels_THW3, connector = pixels_T3HW.transpose(0, 2, 3, 1), self.model.connector
+        x_TPD, _, states = self.tower(
+            pixels_THW3,
             patch_attention_mask=_patches(mask_THW, self.model.config.vision_config.patch_size),
             output_hidden_states=True,
         )
         m = connector.scale_factor
-        seen = siglip.encode(tower, out, want, m)
-        x_TPD = out[0].astype(pixels_T3HW.dtype)
-        seen = seen.replace(x_BND=connector.pixel_shuffle(x_TPD, m))
-        return per_picture(inputs, seen, pixels_T3HW.transpose(0, 2, 3, 1))
+        x_TND = connector.pixel_shuffle(x_TPD.astype(pixels_THW3.dtype), m)
+        return per_picture(inputs, self.signals(x_TND, want, states, m=m), pixels_THW3)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.connector.modality_projection(x_1KD)
 
-    def hand_over(
-        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
-    ) -> dict[str, Any]:
+    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """All embeddings (K, D) in a row."""
         return {"cached_image_features": mx.concatenate(list(x))}
 

@@ -5,40 +5,35 @@ Shapes: I pictures, N patches, K kept, D features.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from ...checkpoints.errors import UserError
-from ...pruners.contract import Signals
-from ..host import Host
 from ..layers import CountingLayers
 from ..views import Inputs, View, per_picture
-from .common import signals
+from .tower import TowerHost
 
 
-class LlavaTowerHost(Host):
+class LlavaTowerHost(TowerHost):
     """The tower and the projector, which LLaVA-NeXT has, too."""
 
     @property
-    def depth(self) -> int:
+    def encoder_layers(self) -> Sequence[Any]:
         """Layers up to the one whose output the features are: -1 is what papers call the last
         but one of CLIP's 24."""
-        layers = self.model.vision_tower.vision_model.encoder.layers
-        return range(len(layers) + 1)[self.model.vision_feature_layer]
+        layers = self.tower.encoder.layers
+        return layers[: range(len(layers) + 1)[self.model.vision_feature_layer]]
 
-    def encode(
-        self, pixels_I3HW: mx.array, want: Mapping[str, int | None]
-    ) -> tuple[Signals, mx.array]:
-        """Signals, and the pixels (I, H, W, 3) as the tower read them."""
-        pixels_IHW3 = pixels_I3HW.transpose(0, 2, 3, 1)
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # of one's crops
+        pixels_IHW3, has_cls = pixels.transpose(0, 2, 3, 1), self._has_cls
         *_, states = self.model.vision_tower(pixels_IHW3, output_hidden_states=True)
-        n, first = self.depth, self._first
-        layers = self.model.vision_tower.vision_model.encoder.layers[:n]
-        grid = self.grid_of(pixels_IHW3)
-        seen = signals(states[n][:, first:], grid, want, layers, states, bool(first))
-        return seen, pixels_IHW3
+        x_IND, grid = states[self.depth][:, int(has_cls) :], self.grid_of(pixels_IHW3)
+        seen = self.signals(x_IND, want, states, grid=grid, has_cls=has_cls)
+        return per_picture(inputs, seen, pixels_IHW3)
 
     def grid_of(self, pixels_IHW3: mx.array) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -46,8 +41,8 @@ class LlavaTowerHost(Host):
         return pixels_IHW3.shape[1] // patch, pixels_IHW3.shape[2] // patch
 
     @property
-    def _first(self) -> int:
-        """Where the patches begin: after CLS, if there is one."""
+    def _has_cls(self) -> bool:
+        """Does CLS stand before the patches? Raises UserError where those are not the tokens."""
         tower, strategy = self.model.vision_tower, self.model.vision_feature_select_strategy
         has_cls = tower.model_type == "clip_vision_model"
         if (strategy == "default") is not has_cls:
@@ -55,18 +50,11 @@ class LlavaTowerHost(Host):
                 f"this {self.kind} model's vision_feature_select_strategy is {strategy!r} over a"
                 f" {tower.model_type}: its visual tokens are not the patches of a grid"
             )
-        return int(has_cls)
-
-    def project(self, x_1KD: mx.array) -> mx.array:
-        return self.model.multi_modal_projector(x_1KD)
+        return has_cls
 
 
 class LlavaHost(LlavaTowerHost):
     layers_class = CountingLayers
-
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-        assert inputs.pixels is not None
-        return per_picture(inputs, *self.encode(inputs.pixels, want))
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
