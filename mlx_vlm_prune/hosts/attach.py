@@ -1,7 +1,7 @@
 """`attach`: every tool of mlx-vlm's prunes with a model; `with pruned(model, …)`: for a block.
 
 Two things are put on the instance, and taken off again by `detach`. `get_input_embeddings`, which
-all tools call, answers with prompts of which rows are gone (`fewer` says how). And the language
+all tools call, answers with prompts of which rows are gone (`rows` says how). And the language
 model gets a class derived from its class, whose call leaves those rows out: Python looks a call up
 on the class. No class of mlx-vlm's is touched, and no weights are needed yet.
 
@@ -11,7 +11,6 @@ So no prefix is read again, and a cache that was filled before `detach` is spent
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 from weakref import WeakSet
@@ -21,12 +20,12 @@ from ..model import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import check_budget
 from ..pruners.contract import Policy
-from .embeddings import Embeddings
+from .embeddings import PrunedEmbeddings
 from .families import host_of
-from .fewer import call
 from .host import Host
 from .refusals import check
 from .report import Report
+from .rows import call
 
 SPENT = 1 << 30  # rows that a spent cache claims: more than any prefix that mlx-vlm looks for
 
@@ -48,23 +47,24 @@ def attach(
     Raises UserError for a model, method or budget that cannot be, and for a model that is being
     pruned already; then, as after any error, the model is as it was.
     """
-    host, pipeline, policy = _checked(model, pruner, keep_ratio, keep_tokens, positions)
-    report, language = Report(pipeline.name, policy), model.language_model
-    embeddings = Embeddings(
-        host, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, report,
-        whole_videos,
+    host, pipeline, policy = _checked(model, pruner, positions)
+    check_budget(keep_ratio, keep_tokens)
+    embeddings = PrunedEmbeddings(
+        host, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, whole_videos,
+        _reads_whole(model),
     )  # fmt: skip
-    kind, pruning = type(language), Pruning(embeddings, _reads_whole(model))
+    language = model.language_model
+    kind = type(language)
     with ExitStack() as undo:
         undo.enter_context(host.restored())
-        undo.callback(_spend, pruning.caches)
-        language.__class__ = _shortened(kind, pruning)
+        undo.callback(_spend, embeddings.caches)
+        language.__class__ = _shortened(kind, embeddings)
         undo.callback(setattr, language, "__class__", kind)
         model.get_input_embeddings = embeddings
         undo.callback(delattr, model, "get_input_embeddings")
         model.apc_key_dependencies = language.apc_key_dependencies
         undo.callback(delattr, model, "apc_key_dependencies")
-        return report, undo.pop_all().close
+        return embeddings.report, undo.pop_all().close
 
 
 @contextmanager
@@ -87,11 +87,7 @@ def pruned(
 
 
 def _checked(
-    model: Any,
-    pruner: str | Pruner | Pipeline,
-    keep_ratio: float | None,
-    keep_tokens: int | None,
-    positions: Policy | None,
+    model: Any, pruner: str | Pruner | Pipeline, positions: Policy | None
 ) -> tuple[Host, Pipeline, Policy]:
     """The methods, and the position policy that holds; UserError for what cannot be."""
     if isinstance(model, VLM):
@@ -105,7 +101,6 @@ def _checked(
             f"{pipeline.decoder.name} works between the language model's layers, where a block that"
             " prunes does not reach: call mlx_vlm_prune.generate"
         )
-    check_budget(keep_ratio, keep_tokens)
     return host, pipeline, policy
 
 
@@ -115,19 +110,10 @@ def _reads_whole(model: Any) -> bool:
     return callable(policy) and not policy()
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """What a language model has to know while its model prunes."""
-
-    embeddings: Embeddings
-    reads_whole: bool
-    caches: WeakSet[Any] = field(default_factory=WeakSet)  # the first layer's of each request
-
-
 class Shortened:
     """Stands before a language model's class: leaves out rows that are gone, finds no prefix."""
 
-    pruning: Pruning
+    pruning: PrunedEmbeddings
 
     def __call__(self, inputs: Any, *more: Any, **arguments: Any) -> Any:
         if more:
@@ -135,19 +121,19 @@ class Shortened:
         if arguments.get("cache"):
             self.pruning.caches.add(arguments["cache"][0])
         stock: Any = super()
-        with self.pruning.embeddings.working():
+        with self.pruning.working():
             return call(stock.__call__, self.pruning.reads_whole, inputs, arguments)
 
     def get_rope_index(self, *ids: Any, **arguments: Any) -> Any:
         """mlx-vlm asks for this, too, before it reads a prefix again, and reads the whole prompt
         where it has no answer."""
         stock: Any = super()
-        if self.pruning.embeddings.busy and hasattr(stock, "get_rope_index"):
+        if self.pruning.busy and hasattr(stock, "get_rope_index"):
             return stock.get_rope_index(*ids, **arguments)
         raise UserError("a pruned prompt has fewer rows than ids, so no prefix is read again")
 
     def chunked_prefill_policy(self, **arguments: Any) -> bool:
-        """A batch is read at once: `fewer` pads it anew, and cuts it itself."""
+        """A batch is read at once: `rows` pads it anew, and cuts it itself."""
         cache, x = arguments.get("prompt_cache"), arguments.get("inputs_embeds")
         alone = x is None or len(x) == 1
         return alone and not (cache and hasattr(cache[0], "left_padding"))
@@ -157,12 +143,12 @@ class Shortened:
         return (f"pruned, {uuid4().hex}",)
 
 
-def _shortened(kind: type, pruning: Pruning) -> type:
+def _shortened(kind: type, pruning: PrunedEmbeddings) -> type:
     """`kind` behind `Shortened`."""
-    own = {"pruning": pruning, "__module__": kind.__module__}
+    attributes: dict[str, Any] = {"pruning": pruning, "__module__": kind.__module__}
     if not hasattr(kind, "get_rope_index"):  # who has no positions is not asked for their index
-        own["_position_ids"] = None
-    return type(kind.__name__, (Shortened, kind), own)
+        attributes["_position_ids"] = None
+    return type(kind.__name__, (Shortened, kind), attributes)
 
 
 def _spend(caches: WeakSet[Any]) -> None:
