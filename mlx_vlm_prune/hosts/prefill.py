@@ -16,12 +16,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_reduce
 
 from ..checkpoints.errors import UserError
-from ..decoder import Cuts, Decoded, Decoder
+from ..decoder import Cuts, Decoder
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
-from ..pruners.trace import ReductionStep, Trace
 from ..splice import Spliced
 from .host import Host
 from .layers import Ahead, HostLanguage
@@ -57,13 +57,13 @@ def read_through_cuts(
     decoder = Decoder(language, language.make_cache(), cuts, piece=piece)
     decoded = decoder(spliced)
     after = int(np.array(spliced.next_B1)[0, 0])
-    held = list(zip(decoder.cache, decoded.rows, strict=True))
+    caches = zip(decoder.cache, decoded.rows, strict=True)
     return replace(
         prompt,
         arguments=_last_row(prompt, decoded.spliced, language, after),
-        cache_bytes=sum(_bytes(layer, rows) for layer, rows in held),
-        cache=[_without_last(language, layer, after - rows) for layer, rows in held],
-        trace=_after(prompt.trace, decoded, step.name),
+        cache_bytes=held_bytes(decoder.cache, prompt.length),
+        cache=[_without_last(language, layer, after - rows) for layer, rows in caches],
+        trace=prompt.trace.after_cuts(step.name, decoded.reductions),
         positions=policy,
     )
 
@@ -105,16 +105,6 @@ def _added(x_1lD: mx.array, y_VD: mx.array, runs: Sequence[tuple[int, int]]) -> 
     return added_1lD
 
 
-def _after(trace: Trace, decoded: Decoded, name: str) -> Trace:
-    """The trace with what every cut left of the whole views."""
-    steps = list(trace.steps)
-    for layer, reductions in decoded.reductions:
-        parts = zip(reductions, steps[-1].reductions, trace.sizes, strict=True)
-        whole = [kept.after(before, N) for kept, before, N in parts]
-        steps.append(ReductionStep(f"{name}, layer {layer}", layer, whole))
-    return replace(trace, steps=steps)
-
-
 def _without_last(language: HostLanguage, cache: Any, by: int) -> Any:
     """A cache without the prompt's last row, where layers count ahead by the rows it lacks."""
     cache.trim(1)
@@ -135,8 +125,13 @@ def _last_row(
     return arguments
 
 
-def _bytes(cache: Any, rows: int) -> int:
-    return sum(a.nbytes // a.shape[2] * rows for a in cache.state)
+def held_bytes(cache: Sequence[Any], rows: int) -> int:
+    """Of a prompt's rows in all layers; the first token's may be in already."""
+    total = 0.0
+    for layer in cache:
+        size = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)
+        total += size * min(1.0, rows / max(1, layer.offset))
+    return round(total)
 
 
 class HostPrefill:
@@ -161,10 +156,6 @@ class HostPrefill:
         tokens = list(generate_step(ids, host.model, pixels, mask, **options, **arguments))
         assert not tokens and len(first) == 1
         self.logits_BV = first[0]
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(_bytes(layer, self.rows[0]) for layer in self.cache)
 
     def step(self, token_BL: mx.array) -> mx.array:
         """Read more tokens; logits (B, L, V) after each. They are read one by one: layers that

@@ -99,7 +99,7 @@ def _alone(stock: Stock, inputs: mx.array, arguments: dict[str, Any], gone_n: np
     place = arguments.get("position_ids")
     if place is not None and place.ndim == 3 and place.shape[1] == 1:
         arguments = arguments | _of_rows(arguments, BESIDE, _indices(place[0, 0] != GONE))
-    if inputs.shape[1]:
+    if arguments[EMBEDDINGS].shape[1]:  # ids may be fewer, where one stands for an image
         return _read(stock, inputs, arguments)
     from mlx_vlm.models.base import LanguageModelOutput
 
