@@ -9,7 +9,7 @@ size.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
@@ -64,22 +64,21 @@ class HostLanguage(ABC):
         """The queries that a layer makes of its input, as its keys are grouped, (B, G, R, L, d)."""
         layer = self.model.model.layers[number]
         attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
-        return grouped(self.queries(attention, y_BLD, positions_BL), attention.n_kv_heads)
+        return grouped(self.heads(attention, "q", y_BLD, positions_BL), attention.n_kv_heads)
 
     def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The keys that a layer makes of its input, (B, G, L, d)."""
         layer = self.model.model.layers[number]
-        return self.keys(layer.self_attn, layer.input_layernorm(x_BLD), positions_BL)
+        return self.heads(layer.self_attn, "k", layer.input_layernorm(x_BLD), positions_BL)
 
-    def queries(self, attention: Any, y_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """Of a normed input, (B, H, L, d)."""
-        q_BHLd = _normed(attention, "q", split(attention.q_proj(y_BLD), attention.n_heads))
-        return self.rotate(attention, q_BHLd, positions_BL)
-
-    def keys(self, attention: Any, y_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        """Of a normed input, (B, G, L, d)."""
-        k_BGLd = _normed(attention, "k", split(attention.k_proj(y_BLD), attention.n_kv_heads))
-        return self.rotate(attention, k_BGLd, positions_BL)
+    def heads(
+        self, attention: Any, which: Literal["q", "k"], y_BLD: mx.array, positions_BL: mx.array
+    ) -> mx.array:
+        """The rotated queries or keys of a normed input, (B, H, L, d)."""
+        count = attention.n_heads if which == "q" else attention.n_kv_heads
+        x_BHLd = split(getattr(attention, f"{which}_proj")(y_BLD), count)
+        norm = getattr(attention, f"{which}_norm", None)  # Qwen3's, of each head
+        return self.rotate(attention, x_BHLd if norm is None else norm(x_BHLd), positions_BL)
 
 
 class CountingLayers(HostLanguage):
@@ -90,9 +89,10 @@ class CountingLayers(HostLanguage):
     def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
         layer = self.model.model.layers[number]
         attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
-        q_BHLd = self.queries(attention, y_BLD, positions_BL)
+        q_BHLd = self.heads(attention, "q", y_BLD, positions_BL)
         v_BGLd = split(attention.v_proj(y_BLD), attention.n_kv_heads)
-        k, v = cache.update_and_fetch(self.keys(attention, y_BLD, positions_BL), v_BGLd)
+        k_BGLd = self.heads(attention, "k", y_BLD, positions_BL)
+        k, v = cache.update_and_fetch(k_BGLd, v_BGLd)
         out = mx.fast.scaled_dot_product_attention(
             q_BHLd, k, v, scale=attention.scale, mask="causal"
         )
@@ -142,9 +142,3 @@ class Ahead:
 def split(x_ISD: mx.array, heads: int) -> mx.array:
     """(I, S, D) as (I, H, S, d)."""
     return x_ISD.reshape(*x_ISD.shape[:2], heads, -1).swapaxes(1, 2)
-
-
-def _normed(attention: Any, which: str, x_1HLd: mx.array) -> mx.array:
-    """Qwen3 norms each head; it may do so with the heads ahead of the rows, too."""
-    norm = getattr(attention, f"{which}_norm", None)
-    return x_1HLd if norm is None else norm(x_1HLd)

@@ -11,7 +11,7 @@ Shapes: B prompts (1 here), l rows of it, L new tokens, D features, V words.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +26,7 @@ from ..splice import Spliced
 from .host import Host
 from .layers import Ahead, HostLanguage
 from .prompt import PrunedPrompt
+from .rows import deep_rows
 
 
 def read_through_cuts(
@@ -92,17 +93,11 @@ def _spliced(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Pol
     else:
         positions_1l, after = mx.arange(length)[None], length
     runs = list(zip(starts, sizes, strict=True))
-    added = [_added(x_1lD, y_VD, runs) for y_VD in deep or []]
+    added = []
+    if deep:
+        deep_lYD = deep_rows(mx.array(ids) == placeholder, deep, len(deep), x_1lD)
+        added = [deep_lYD[None, :, y] for y in range(len(deep))]
     return Spliced(x_1lD, positions_1l, mx.array([[after]]), [length], [runs], added=added)
-
-
-def _added(x_1lD: mx.array, y_VD: mx.array, runs: Sequence[tuple[int, int]]) -> mx.array:
-    """What DeepStack adds behind a layer, (1, l, D): all visual rows (V, D), zeros for words."""
-    added_1lD = mx.zeros_like(x_1lD)
-    ends = list(accumulate((n for _, n in runs), initial=0))
-    for (start, n), (first, last) in zip(runs, pairwise(ends), strict=True):
-        added_1lD[0, start : start + n] = y_VD[first:last].astype(added_1lD.dtype)
-    return added_1lD
 
 
 def _without_last(language: HostLanguage, cache: Any, by: int) -> Any:

@@ -16,6 +16,8 @@ from ..layers import CountingLayers
 from ..views import Inputs, View, per_picture
 from .tower import TowerHost
 
+CLIP = "clip_vision_model"
+
 
 class LlavaTowerHost(TowerHost):
     """The tower and the projector, which LLaVA-NeXT has, too."""
@@ -29,10 +31,12 @@ class LlavaTowerHost(TowerHost):
 
     def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
         pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # of one's crops
-        pixels_IHW3, has_cls = pixels.transpose(0, 2, 3, 1), self._has_cls
-        *_, states = self.model.vision_tower(pixels_IHW3, output_hidden_states=True)
-        x_IND, grid = states[self.depth][:, int(has_cls) :], self.grid_of(pixels_IHW3)
-        seen = self.signals(x_IND, want, states, grid=grid, has_cls=has_cls)
+        pixels_IHW3, tower = pixels.transpose(0, 2, 3, 1), self.model.vision_tower
+        strategy = self.model.vision_feature_select_strategy
+        first = has_cls(f"this {self.kind} model's", tower.model_type, strategy)
+        *_, states = tower(pixels_IHW3, output_hidden_states=True)
+        x_IND, grid = states[self.depth][:, int(first) :], self.grid_of(pixels_IHW3)
+        seen = self.signals(x_IND, want, states, grid=grid, has_cls=first)
         return per_picture(inputs, seen, pixels_IHW3)
 
     def grid_of(self, pixels_IHW3: mx.array) -> tuple[int, int]:
@@ -40,17 +44,16 @@ class LlavaTowerHost(TowerHost):
         patch = self.model.config.vision_config.patch_size
         return pixels_IHW3.shape[1] // patch, pixels_IHW3.shape[2] // patch
 
-    @property
-    def _has_cls(self) -> bool:
-        """Does CLS stand before the patches? Raises UserError where those are not the tokens."""
-        tower, strategy = self.model.vision_tower, self.model.vision_feature_select_strategy
-        has_cls = tower.model_type == "clip_vision_model"
-        if (strategy == "default") is not has_cls:
-            raise UserError(
-                f"this {self.kind} model's vision_feature_select_strategy is {strategy!r} over a"
-                f" {tower.model_type}: its visual tokens are not the patches of a grid"
-            )
-        return has_cls
+
+def has_cls(whose: str, tower: str, strategy: str) -> bool:
+    """Does CLS stand before the patches? Raises UserError where those are not the tokens."""
+    is_clip = tower == CLIP
+    if (strategy == "default") is not is_clip:
+        raise UserError(
+            f"{whose} vision_feature_select_strategy is {strategy!r} over a {tower}: its visual"
+            " tokens are not the patches of a grid"
+        )
+    return is_clip
 
 
 class LlavaHost(LlavaTowerHost):
@@ -64,8 +67,11 @@ class LlavaHost(LlavaTowerHost):
         (Blaizzy/mlx-vlm#870)."""
         if not images:
             return super().prepare(text, images, resize)
-        shown, mark = [_resized(image, resize) for image in images], self.processor.image_token
-        arrays = self.processor.image_processor(shown)["pixel_values"]
+        from mlx_vlm.utils import resize_image
+
+        mark = self.processor.image_token
+        fitted = [resize_image(image, resize) for image in images] if resize else list(images)
+        arrays = self.processor.image_processor(fitted)["pixel_values"]
         pixels = mx.array(np.stack([np.asarray(each) for each in arrays]))
         rows, columns = self.grid_of(pixels.transpose(0, 2, 3, 1))
         marks = text.count(mark)
@@ -73,9 +79,3 @@ class LlavaHost(LlavaTowerHost):
             raise UserError(f"the chat template gave {marks} {mark} marks for {len(images)} images")
         words = super().prepare(text.replace(mark, mark * (rows * columns)), (), None)
         return replace(words, pixels=pixels, images=len(images))
-
-
-def _resized(image: Image.Image, resize: tuple[int, int] | None) -> Image.Image:
-    from mlx_vlm.utils import resize_image
-
-    return image if resize is None else resize_image(image, resize)

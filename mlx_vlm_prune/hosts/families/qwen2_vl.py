@@ -93,22 +93,16 @@ class Qwen2VLHost(Host):
 
 
 def _signals(
-    row: Row,
-    attended: Mapping[int, tuple[mx.array, mx.array]],
-    want: Mapping[str, int | None],
-    grid: tuple[int, int],
-    m: int,
-    tokens: range,
-) -> Signals:
+    row: Row, attended: Mapping[int, tuple[mx.array, mx.array]], want: Mapping[str, int | None],
+    grid: tuple[int, int], m: int, tokens: range,
+) -> Signals:  # fmt: skip
     """The signals of the image with these visual tokens: of its patches, back in raster order,
     then as means over each m x m."""
-    if not attended:
-        return Signals(mx.zeros((1, len(tokens), 1)), (grid[0] // m, grid[1] // m))
     first, last = tokens.start * m**2, tokens.stop * m**2
     place_s = raster(row.order_U[tokens.start : tokens.stop] - tokens.start, grid, m)
     at_s = mx.array(first + np.argsort(place_s))
     bare = Signals(mx.zeros((1, last - first, 1)), grid)
-    run = Between(bare, want, max(attended) + 1, (), has_cls=False)
+    run = Between(bare, want, max(attended, default=0) + 1, (), has_cls=False)
     for layer, (q_HSd, k_HSd) in attended.items():
         ends = [int(b) for b in np.array(row.bounds(layer)) if first <= b <= last]
         windows = [mx.array(place_s[a - first : b - first]) for a, b in pairwise(ends)]
