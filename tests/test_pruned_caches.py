@@ -17,7 +17,7 @@ from mlx_vlm_prune.hosts.views import Inputs
 
 from . import host_folders
 from .host_models import KINDS, once
-from .test_hosts import QWEN, TOKENS, reference, stock
+from .host_reference import QWEN, TOKENS, reference, stock
 from .test_pruned import by_view, several
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
