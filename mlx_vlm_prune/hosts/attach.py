@@ -32,7 +32,7 @@ from .host import Host
 from .prompt import PrunedPrompt, add_text, prune_prompt, view_budgets
 from .refusals import check
 from .report import Report
-from .rows import call, deep_rows, laid_out
+from .rows import BESIDE, call, deep_rows, laid_out
 from .tower_cache import TowerCache
 from .views import Inputs, View
 
@@ -40,7 +40,6 @@ UNREAD = ("vision_cache", "_image_key")  # caches of whole features that others 
 OTHERS = ("pixel_values_videos", "input_features", "audio_values")
 PREPARED = ("cached_image_features", "inputs_embeds", "position_ids")  # by the caller
 OURS = ("position_ids", "rope_deltas", "deepstack_visual_embeds")  # better than what it derives
-LAID = ("position_ids", "visual_pos_masks", "deepstack_visual_embeds")  # beside the embeddings
 SPENT = 1 << 30  # rows that a spent cache claims: more than any prefix that mlx-vlm looks for
 
 
@@ -184,7 +183,7 @@ class PrunedEmbeddings:
         if self.host.placeholders != "token":  # mlx-vlm's rows and ids differ there anyway
             return first
         laid = [laid_out(ids_BL.shape[1], *part, len(self.host.deepstack)) for part in parts]
-        batch: dict[str, Any] = dict.fromkeys(LAID)
+        batch: dict[str, Any] = dict.fromkeys(BESIDE)
         for name in laid[0]:
             batch[name] = mx.stack([one[name] for one in laid], axis=int(name == "position_ids"))
         if first.rope_deltas is not None:

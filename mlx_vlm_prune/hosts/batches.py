@@ -14,8 +14,6 @@ from ..checkpoints.errors import UserError
 from .host import Host
 from .views import Inputs, View
 
-Encode = Callable[[Inputs], list[View]]
-
 
 def taken_apart(
     host: Host,
@@ -23,7 +21,7 @@ def taken_apart(
     mask_BL: mx.array | None,
     pixels: Any,
     extra: Mapping[str, Any],
-    encode: Encode,
+    encode: Callable[[Inputs], list[View]],
 ) -> list[tuple[int, Inputs, list[View]]]:
     """Where each prompt begins in its padded row, its inputs, and its views by `encode`.
 
@@ -45,10 +43,12 @@ def taken_apart(
     else:  # each prompt's tiles are a row of the pixels
         tiled = [_tiles_of(host, inputs, b) for b, inputs in enumerate(prompts)]
         parts = [(inputs, encode(inputs) if inputs.images else []) for inputs in tiled]
-    return [
-        (int(real_L.argmax()), inputs, host.assign_tiles(inputs, views))
-        for real_L, (inputs, views) in zip(real_BL, parts, strict=True)
-    ]
+    placed = []
+    for real_L, (inputs, views) in zip(real_BL, parts, strict=True):
+        if views and "num_patches_list" not in inputs.extra:
+            views = host.assign_tiles(inputs, views)
+        placed.append((int(real_L.argmax()), inputs, views))
+    return placed
 
 
 def _images(pixels: Any, extra: Mapping[str, Any]) -> int:

@@ -133,6 +133,8 @@ class Ahead:
         return self.cache.offset + self.by
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of a copy that has no cache yet
+            raise AttributeError(name)
         value = getattr(self.cache, name)
         if name == "to_quantized":  # which mlx-vlm asks of every cache that has it
             return lambda **options: Ahead(value(**options), self.by)

@@ -93,10 +93,8 @@ def _spliced(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Pol
     else:
         positions_1l, after = mx.arange(length)[None], length
     runs = list(zip(starts, sizes, strict=True))
-    added = []
-    if deep:
-        deep_lYD = deep_rows(mx.array(ids) == placeholder, deep, len(deep), x_1lD)
-        added = [deep_lYD[None, :, y] for y in range(len(deep))]
+    deep_lYD = deep_rows(mx.array(ids) == placeholder, deep, len(deep or []), x_1lD)
+    added = [deep_lYD[None, :, y] for y in range(deep_lYD.shape[1])]
     return Spliced(x_1lD, positions_1l, mx.array([[after]]), [length], [runs], added=added)
 
 
@@ -164,16 +162,5 @@ class HostPrefill:
     def fork(self) -> "HostPrefill":
         """The same, whose steps leave this one as it is."""
         fork = copy.copy(self)
-        fork.cache = [_fork(layer) for layer in self.cache]
+        fork.cache = copy.deepcopy(self.cache)
         return fork
-
-
-def _fork(layer: Any) -> Any:
-    """A cache whose new rows are not in the original."""
-    if isinstance(layer, Ahead):
-        return Ahead(_fork(layer.cache), layer.by)
-    fork = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, mx.array):
-            setattr(fork, name, mx.array(value))
-    return fork

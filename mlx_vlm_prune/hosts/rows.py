@@ -154,8 +154,8 @@ def _read(stock: Stock, inputs: mx.array, arguments: dict[str, Any]) -> Any:
     if isinstance(deep_BlYD, mx.array) and deep_BlYD.ndim == 4 and visual_Bl is not None:
         rows = _indices(visual_Bl)
         deep = list(deep_BlYD.flatten(0, 1)[rows].swapaxes(0, 1)) if rows.size else None
-        arguments = {**arguments, DEEP: deep}
-        arguments |= {} if rows.size else {"visual_pos_masks": None}
+        visual_Bl = visual_Bl if rows.size else None
+        arguments = {**arguments, DEEP: deep, "visual_pos_masks": visual_Bl}
     return stock(inputs, **arguments)
 
 

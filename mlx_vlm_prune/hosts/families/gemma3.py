@@ -19,8 +19,8 @@ class Gemma3Host(TowerHost):
         projector = self.model.multi_modal_projector
         side = projector.patches_per_image
         x_IHWD = projector.avg_pool(x_IPD.reshape(len(x_IPD), side, side, -1))
-        seen = self.signals(x_IHWD.flatten(1, 2), want, states, m=projector.kernel_size)
-        return per_picture(inputs, seen, pixels_IHW3)
+        signals = self.signals(x_IHWD.flatten(1, 2), want, states, m=projector.kernel_size)
+        return per_picture(inputs, signals, pixels_IHW3)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         projector = self.model.multi_modal_projector

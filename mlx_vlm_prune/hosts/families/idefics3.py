@@ -14,7 +14,9 @@ from PIL import Image
 from ..views import Inputs, View, by_image, per_picture, tiles
 from .tower import TowerHost
 
-GLOBAL_IMAGE = "global_image_token_id"  # what a pruned folder's file adds to the configuration
+# The token before the tile that shows a whole image: no configuration of mlx-vlm's has it, and the
+# file of a pruned folder adds it.
+GLOBAL_IMAGE = "global_image_token_id"
 
 
 class Idefics3Host(TowerHost):
@@ -59,22 +61,14 @@ class Idefics3Host(TowerHost):
 
     def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
         """All tiles are one image's where no token tells them apart."""
-        if "num_patches_list" in inputs.extra or not views:
-            return views
-        counts = [len(views)]
-        if self._global_image is not None:
-            counts = tiles(inputs.ids, self.image_token_id(inputs), self._global_image)
+        whole, counts = getattr(self.model.config, GLOBAL_IMAGE, None), [len(views)]
+        if whole is not None:
+            counts = tiles(inputs.ids, self.image_token_id(inputs), whole)
         return by_image(views, counts)
 
     def knows_images(self, inputs: Inputs, views: Sequence[View]) -> bool:
-        is_marked = self._global_image is not None or "num_patches_list" in inputs.extra
+        is_marked = hasattr(self.model.config, GLOBAL_IMAGE) or "num_patches_list" in inputs.extra
         return is_marked or len(views) <= 1
-
-    @property
-    def _global_image(self) -> int | None:
-        """The token before the tile that shows a whole image, where a pruned folder's model knows
-        it: no configuration of mlx-vlm's has it."""
-        return getattr(self.model.config, GLOBAL_IMAGE, None)
 
 
 def _patches(mask_THW: mx.array, size: int) -> mx.array:

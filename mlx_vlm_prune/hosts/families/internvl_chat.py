@@ -28,8 +28,8 @@ class InternVLHost(TowerHost):
         x_TSD, _, after = tower(pixels_THW3, output_hidden_states=True)
         states = [tower.embeddings(pixels_THW3) if 0 in want.values() else None, *after]
         x_TND = pixel_shuffle(x_TSD[:, 1:], shuffle_ratio=ratio)
-        seen = self.signals(x_TND, want, states, m=int(1 / ratio), has_cls=True)
-        return per_picture(inputs, seen, pixels_THW3)
+        signals = self.signals(x_TND, want, states, m=int(1 / ratio), has_cls=True)
+        return per_picture(inputs, signals, pixels_THW3)
 
     def queries_and_keys(
         self, layer: Any, x_ISD: mx.array, grid: tuple[int, int]
@@ -47,8 +47,6 @@ class InternVLHost(TowerHost):
 
     def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
         """An image's tiles stand in one run of placeholders."""
-        if "num_patches_list" in inputs.extra or not views:
-            return views
         placeholder, N = self.image_token_id(inputs), views[0].signals.x_BND.shape[1]
         runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
         return by_image(views, [length // N for length in runs])

@@ -36,8 +36,8 @@ class LlavaTowerHost(TowerHost):
         first = has_cls(f"this {self.kind} model's", tower.model_type, strategy)
         *_, states = tower(pixels_IHW3, output_hidden_states=True)
         x_IND, grid = states[self.depth][:, int(first) :], self.grid_of(pixels_IHW3)
-        seen = self.signals(x_IND, want, states, grid=grid, has_cls=first)
-        return per_picture(inputs, seen, pixels_IHW3)
+        signals = self.signals(x_IND, want, states, grid=grid, has_cls=first)
+        return per_picture(inputs, signals, pixels_IHW3)
 
     def grid_of(self, pixels_IHW3: mx.array) -> tuple[int, int]:
         """Rows and columns of patches."""

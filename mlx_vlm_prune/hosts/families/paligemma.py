@@ -15,5 +15,5 @@ class PaliGemmaHost(TowerHost):
     def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
         pixels_1HW3 = self.as_read(inputs.pixels)
         x_PD, _, states = self.model.vision_tower(pixels_1HW3, output_hidden_states=True)
-        seen = self.signals(x_PD[None].astype(inputs.pixels.dtype), want, states)
-        return per_picture(inputs, seen, pixels_1HW3)
+        signals = self.signals(x_PD[None].astype(inputs.pixels.dtype), want, states)
+        return per_picture(inputs, signals, pixels_1HW3)
