@@ -16,7 +16,7 @@ from mlx import nn
 
 from .checkpoints.config import MlxLmConfig, VLMConfig
 from .checkpoints.errors import UserError
-from .decoder import Cuts, Decoded, Decoder, TwigReader
+from .decoder import Cuts, Decoder, TwigReader
 from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .laps import lap
@@ -172,8 +172,8 @@ class VLM(nn.Module):
         decoded = read(spliced)
         x_BLD = decoded.spliced.x_BLD
         logits_BLV = lap("prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD))
-        steps += _decoder_steps(decoded, pipeline, steps[-1], self.N) if cuts.layers else []
         trace = Trace.of_images(steps, [self.N] * len(visual))
+        trace = trace.after_cuts(pipeline.steps[-1].name, decoded.reductions)
         return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
 
     def encode(
@@ -278,18 +278,6 @@ def prune(
 def _step(batches: list[ImageBatch], pruners: list[Pruner]) -> ReductionStep:
     reductions = [batch.kept.of(i) for batch in batches for i in range(batch.images)]
     return ReductionStep("+".join(pruner.name for pruner in pruners), 0, reductions)
-
-
-def _decoder_steps(
-    decoded: Decoded, pipeline: Pipeline, last: ReductionStep, N: int
-) -> list[ReductionStep]:
-    """What every cut left of whole images, of which `last` is left before the decoder."""
-    steps, name = [last], pipeline.steps[-1].name
-    for layer, reductions in decoded.reductions:
-        pairs = zip(reductions, steps[-1].reductions, strict=True)
-        whole = [kept.after(before, N) for kept, before in pairs]
-        steps.append(ReductionStep(f"{name}, layer {layer}", layer, whole))
-    return steps[1:]
 
 
 def _reduce(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:

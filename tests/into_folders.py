@@ -23,7 +23,7 @@ from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import budget
 
 from .host_models import END, IMAGE, KINDS, START, VIDEO
-from .test_hosts import decoded, stock
+from .host_reference import decoded, stock
 
 GLOBAL = 58  # Idefics3's token before the tile that shows the whole image
 TILED = ("idefics3", "smolvlm")

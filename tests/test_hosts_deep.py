@@ -23,7 +23,7 @@ from mlx_vlm_prune.pruners import METHODS, Signals, plan
 
 from . import host_folders
 from .host_models import IMAGE, KINDS, once
-from .test_hosts import QWEN, TOKENS, decoded, rows, stock, table
+from .host_reference import QWEN, TOKENS, decoded, rows, stock, table
 from .test_hosts_generate import left_on
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")

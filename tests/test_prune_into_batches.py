@@ -19,8 +19,8 @@ from mlx_vlm_prune.hosts.views import Inputs
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders
 from .host_models import IMAGE, KINDS
+from .host_reference import QWEN, stock
 from .into_folders import Answer, checkpoint, fastvlm_sizes, handed, inputs_of, most, ours, video
-from .test_hosts import QWEN, stock
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 UNEQUAL = ["llava", "gemma3", "idefics3", "smolvlm", "internvl_chat", "pixtral", *QWEN]

@@ -16,7 +16,7 @@ from mlx_vlm_prune import generate, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 from .host_models import KINDS, once
-from .test_hosts import QWEN, reference, stock
+from .host_reference import QWEN, reference, stock
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 ALONE = ("fastvlm", "llava_next")  # families whose ids say less than their rows

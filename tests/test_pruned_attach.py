@@ -10,8 +10,8 @@ from mlx_vlm_prune import attach, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 from .host_models import KINDS, once
+from .host_reference import QWEN, stock
 from .into_folders import video
-from .test_hosts import QWEN, stock
 from .test_pruned import held
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")

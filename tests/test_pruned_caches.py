@@ -17,7 +17,7 @@ from mlx_vlm_prune.hosts.views import Inputs
 
 from . import host_folders
 from .host_models import KINDS, once
-from .test_hosts import QWEN, TOKENS, reference, stock
+from .host_reference import QWEN, TOKENS, reference, stock
 from .test_pruned import by_view, several
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
@@ -121,7 +121,7 @@ def test_a_cache_filled_inside_is_refused_outside(models):
 
 @pytest.mark.parametrize("name", ["llava", *QWEN])
 def test_a_new_question_chooses_anew_without_the_tower(models, name, monkeypatch):
-    from mlx_vlm_prune.hosts import embeddings
+    from mlx_vlm_prune.hosts import tower_cache
 
     model = models(name)
     first = KINDS[name].inputs(model, several(name))
@@ -129,17 +129,17 @@ def test_a_new_question_chooses_anew_without_the_tower(models, name, monkeypatch
     with pruned(model, "mmtok", keep_ratio=0.25) as report:
         stock(model, other)
     expected = report.prompts[-1].kept_indices
-    looks, real = [], embeddings.encode_images
+    encoded, real = [], tower_cache.encode_images
 
     def counted(*told: Any) -> Any:
-        looks.append(told)
+        encoded.append(told)
         return real(*told)
 
-    monkeypatch.setattr(embeddings, "encode_images", counted)
+    monkeypatch.setattr(tower_cache, "encode_images", counted)
     with pruned(model, "mmtok", keep_ratio=0.25) as report:
         stock(model, first)
         tokens, odds = stock(model, other)
-    assert len(looks) == 1 and [prompt.remembered for prompt in report.prompts] == [False, True]
+    assert len(encoded) == 1 and [prompt.remembered for prompt in report.prompts] == [False, True]
     assert report.prompts[0].kept_indices != report.prompts[1].kept_indices == expected
     wanted, wanted_odds = reference(models, name, other, by_view(name, expected))
     assert tokens == wanted

@@ -20,7 +20,7 @@ from mlx_vlm_prune.hosts.views import Inputs
 
 from . import host_folders
 from .host_models import IMAGE, KINDS, WORDS, once
-from .test_hosts import TOKENS, reference, stock
+from .host_reference import TOKENS, reference, stock
 from .test_pruned import BATCHED, by_view, several
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")

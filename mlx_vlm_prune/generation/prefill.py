@@ -28,11 +28,6 @@ class Prefill(Protocol):
         """What was left of the images."""
         ...
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the rows that all layers hold."""
-        ...
-
     def step(self, token_BL: mx.array) -> mx.array:
         """Read more tokens; logits (B, L, V) after each of them."""
         ...

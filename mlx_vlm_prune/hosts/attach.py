@@ -1,33 +1,45 @@
 """`attach`: every tool of mlx-vlm's prunes with a model; `with pruned(model, …)`: for a block.
 
 Two things are put on the instance, and taken off again by `detach`. `get_input_embeddings`, which
-all tools call, answers with prompts of which rows are gone (`fewer` says how). And the language
+all tools call, answers with prompts of which rows are gone (`rows` says how). And the language
 model gets a class derived from its class, whose call leaves those rows out: Python looks a call up
 on the class. No class of mlx-vlm's is touched, and no weights are needed yet.
 
 What mlx-vlm keeps between requests it finds by ids, and a pruned prompt has fewer rows than ids.
 So no prefix is read again, and a cache that was filled before `detach` is spent afterwards.
+
+Shapes: B prompts, L rows of the longest, l rows left of one.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 from weakref import WeakSet
 
+import mlx.core as mx
+
 from ..checkpoints.errors import UserError
+from ..laps import Clock
 from ..model import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import check_budget
 from ..pruners.contract import Policy
-from .embeddings import Embeddings
+from .batches import taken_apart
 from .families import host_of
-from .fewer import call
 from .host import Host
+from .prompt import PrunedPrompt, add_text, prune_prompt, view_budgets
 from .refusals import check
 from .report import Report
+from .rows import BESIDE, call, deep_rows, laid_out
+from .tower_cache import TowerCache
+from .views import Inputs, View
 
+UNREAD = ("vision_cache", "_image_key")  # caches of whole features that others would read
+OTHERS = ("pixel_values_videos", "input_features", "audio_values")
+PREPARED = ("cached_image_features", "inputs_embeds", "position_ids")  # by the caller
+OURS = ("position_ids", "rope_deltas", "deepstack_visual_embeds")  # better than what it derives
 SPENT = 1 << 30  # rows that a spent cache claims: more than any prefix that mlx-vlm looks for
 
 
@@ -48,23 +60,24 @@ def attach(
     Raises UserError for a model, method or budget that cannot be, and for a model that is being
     pruned already; then, as after any error, the model is as it was.
     """
-    host, pipeline, policy = _checked(model, pruner, keep_ratio, keep_tokens, positions)
-    report, language = Report(pipeline.name, policy), model.language_model
-    embeddings = Embeddings(
-        host, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, report,
-        whole_videos,
+    host, pipeline, policy = _checked(model, pruner, positions)
+    check_budget(keep_ratio, keep_tokens)
+    embeddings = PrunedEmbeddings(
+        host, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, whole_videos,
+        _reads_whole(model),
     )  # fmt: skip
-    kind, pruning = type(language), Pruning(embeddings, _reads_whole(model))
+    language = model.language_model
+    kind = type(language)
     with ExitStack() as undo:
         undo.enter_context(host.restored())
-        undo.callback(_spend, pruning.caches)
-        language.__class__ = _shortened(kind, pruning)
+        undo.callback(_spend, embeddings.caches)
+        language.__class__ = _shortened(kind, embeddings)
         undo.callback(setattr, language, "__class__", kind)
         model.get_input_embeddings = embeddings
         undo.callback(delattr, model, "get_input_embeddings")
         model.apc_key_dependencies = language.apc_key_dependencies
         undo.callback(delattr, model, "apc_key_dependencies")
-        return report, undo.pop_all().close
+        return embeddings.report, undo.pop_all().close
 
 
 @contextmanager
@@ -87,11 +100,7 @@ def pruned(
 
 
 def _checked(
-    model: Any,
-    pruner: str | Pruner | Pipeline,
-    keep_ratio: float | None,
-    keep_tokens: int | None,
-    positions: Policy | None,
+    model: Any, pruner: str | Pruner | Pipeline, positions: Policy | None
 ) -> tuple[Host, Pipeline, Policy]:
     """The methods, and the position policy that holds; UserError for what cannot be."""
     if isinstance(model, VLM):
@@ -105,7 +114,6 @@ def _checked(
             f"{pipeline.decoder.name} works between the language model's layers, where a block that"
             " prunes does not reach: call mlx_vlm_prune.generate"
         )
-    check_budget(keep_ratio, keep_tokens)
     return host, pipeline, policy
 
 
@@ -115,19 +123,106 @@ def _reads_whole(model: Any) -> bool:
     return callable(policy) and not policy()
 
 
-@dataclass(frozen=True)
-class Pruning:
-    """What a language model has to know while its model prunes."""
+@dataclass
+class PrunedEmbeddings:
+    """How a model prunes; called as its `get_input_embeddings` is."""
 
-    embeddings: Embeddings
-    reads_whole: bool
+    host: Host
+    stock: Any  # the model's own `get_input_embeddings`
+    pipeline: Pipeline
+    keep_ratio: float | None
+    keep_tokens: int | None
+    policy: Policy
+    whole_videos: bool  # are prompts with videos or sound read whole, and not refused?
+    reads_whole: bool  # is a prompt not to be read in pieces, since its rows see those behind them?
+    busy: bool = False  # are the language model's own functions called from here?
     caches: WeakSet[Any] = field(default_factory=WeakSet)  # the first layer's of each request
+
+    def __post_init__(self) -> None:
+        self.report = Report(self.pipeline.name, self.policy)
+        self.tower_cache = TowerCache(self.host, self.pipeline)
+
+    def __call__(
+        self, input_ids: Any = None, pixel_values: Any = None, mask: Any = None, **extra: Any
+    ) -> Any:
+        """mlx-vlm's features of B prompts. Raises UserError for what is no image."""
+        has_others = any(extra.get(name) is not None for name in OTHERS)
+        if has_others and not self.whole_videos:
+            raise UserError("only images are pruned: videos and sound go outside the block")
+        for name in PREPARED:
+            if extra.get(name) is not None:
+                raise UserError(f"a model that prunes takes no {name}: which tokens stay is judged"
+                                " by the images, and where they stand follows")  # fmt: skip
+        extra = {name: value for name, value in extra.items() if name not in UNREAD}
+        with self.working():
+            if pixel_values is None or has_others:
+                return self._whole(self.stock(input_ids, pixel_values, mask=mask, **extra))
+            return self._pruned(input_ids, pixel_values, mask, extra)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """While the language model's own functions are called from here."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+
+    def _pruned(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, extra: dict[str, Any]) -> Any:
+        misses, parts = self.tower_cache.misses, []
+        with Clock().running() as clock:
+            prompts = taken_apart(self.host, ids_BL, mask_BL, pixels, extra, self.tower_cache)
+            remembered = self.tower_cache.misses == misses
+            for begin, inputs, views in prompts:
+                prompt, features = self._prompt(inputs, views)
+                if views:
+                    self.report.add(prompt, clock.ms, remembered)
+                    clock.ms = dict.fromkeys(clock.ms, 0.0)
+                parts.append((range(begin, begin + len(inputs.ids)), prompt.kept_rows, features))
+        first = parts[0][2]
+        if self.host.placeholders != "token":  # mlx-vlm's rows and ids differ there anyway
+            return first
+        laid = [laid_out(ids_BL.shape[1], *part, len(self.host.deepstack)) for part in parts]
+        batch: dict[str, Any] = dict.fromkeys(BESIDE)
+        for name in laid[0]:
+            batch[name] = mx.stack([one[name] for one in laid], axis=int(name == "position_ids"))
+        if first.rope_deltas is not None:
+            batch["rope_deltas"] = mx.concatenate([f.rope_deltas for _, _, f in parts])
+        return replace(first, **batch)
+
+    def _prompt(self, inputs: Inputs, views: list[View]) -> tuple[PrunedPrompt, Any]:
+        """What stays of a prompt, and mlx-vlm's features of that."""
+        if self.keep_tokens is not None and not self.host.knows_images(inputs, views):
+            raise UserError(
+                f"prompts of a {self.host.kind} model do not say which crops are of"
+                " one image: give keep_ratio in place of keep_tokens"
+            )
+        views = add_text(self.host, inputs, views, self.pipeline)
+        budgets = view_budgets(views, self.keep_ratio, self.keep_tokens, self.pipeline)
+        prompt = prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
+        arguments = dict(prompt.arguments)
+        ours = {name: arguments.pop(name) for name in OURS if name in arguments}
+        ids_1l, pixels = arguments.pop("input_ids"), arguments.pop("pixel_values", None)
+        features = self.stock(ids_1l, pixels, **arguments)
+        return prompt, replace(features, **ours, attention_mask_4d=None)  # which nothing reads
+
+    def _whole(self, features: Any) -> Any:
+        """Prompts of which nothing goes, laid out as their neighbours in a batch are."""
+        if not self.host.deepstack:
+            return features
+        x_BLD, visual_BL = features.inputs_embeds, features.visual_pos_masks
+        if visual_BL is None:
+            visual_BL = mx.zeros(x_BLD.shape[:2], mx.bool_)
+        deep = features.deepstack_visual_embeds
+        deep_RYD = deep_rows(visual_BL.flatten(), deep, len(self.host.deepstack), x_BLD)
+        deep_BLYD = deep_RYD.reshape(*x_BLD.shape[:2], *deep_RYD.shape[1:])
+        return replace(features, visual_pos_masks=visual_BL, deepstack_visual_embeds=deep_BLYD)
 
 
 class Shortened:
     """Stands before a language model's class: leaves out rows that are gone, finds no prefix."""
 
-    pruning: Pruning
+    pruning: PrunedEmbeddings
 
     def __call__(self, inputs: Any, *more: Any, **arguments: Any) -> Any:
         if more:
@@ -135,19 +230,19 @@ class Shortened:
         if arguments.get("cache"):
             self.pruning.caches.add(arguments["cache"][0])
         stock: Any = super()
-        with self.pruning.embeddings.working():
+        with self.pruning.working():
             return call(stock.__call__, self.pruning.reads_whole, inputs, arguments)
 
     def get_rope_index(self, *ids: Any, **arguments: Any) -> Any:
         """mlx-vlm asks for this, too, before it reads a prefix again, and reads the whole prompt
         where it has no answer."""
         stock: Any = super()
-        if self.pruning.embeddings.busy and hasattr(stock, "get_rope_index"):
+        if self.pruning.busy and hasattr(stock, "get_rope_index"):
             return stock.get_rope_index(*ids, **arguments)
         raise UserError("a pruned prompt has fewer rows than ids, so no prefix is read again")
 
     def chunked_prefill_policy(self, **arguments: Any) -> bool:
-        """A batch is read at once: `fewer` pads it anew, and cuts it itself."""
+        """A batch is read at once: `rows` pads it anew, and cuts it itself."""
         cache, x = arguments.get("prompt_cache"), arguments.get("inputs_embeds")
         alone = x is None or len(x) == 1
         return alone and not (cache and hasattr(cache[0], "left_padding"))
@@ -157,12 +252,12 @@ class Shortened:
         return (f"pruned, {uuid4().hex}",)
 
 
-def _shortened(kind: type, pruning: Pruning) -> type:
+def _shortened(kind: type, pruning: PrunedEmbeddings) -> type:
     """`kind` behind `Shortened`."""
-    own = {"pruning": pruning, "__module__": kind.__module__}
+    attributes: dict[str, Any] = {"pruning": pruning, "__module__": kind.__module__}
     if not hasattr(kind, "get_rope_index"):  # who has no positions is not asked for their index
-        own["_position_ids"] = None
-    return type(kind.__name__, (Shortened, kind), own)
+        attributes["_position_ids"] = None
+    return type(kind.__name__, (Shortened, kind), attributes)
 
 
 def _spend(caches: WeakSet[Any]) -> None:

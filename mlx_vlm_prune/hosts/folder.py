@@ -26,17 +26,18 @@ from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import check_budget
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
+from .families.llava import CLIP, has_cls
 
 FILE = "pruned.py"
 PACKAGE = Path(__file__).resolve().parents[1]
 LLAVA = ("llava", "llava_next")
 TILED = ("idefics3", "smolvlm")
-CLIP = "clip_vision_model"
 PACKAGES = {"llava_qwen2": "fastvlm"}  # mlx-vlm's, where it has another name than the model
 ELSEWHERE = {
     Stage.IMAGE: "makes the picture smaller, which the processor would have to do",
     Stage.ENCODER: "works between the tower's layers",
     Stage.DECODER: "works between the language model's layers",
+    Stage.ENHANCER: "adds to the language model's attention",
 }
 WHOLE = "<global-img>"  # before the tile that shows the whole image
 TEXT = Template('''\
@@ -157,36 +158,22 @@ def _config(source: Path) -> dict[str, Any]:
 
 def _check_llava(config: Mapping[str, Any], source: Path) -> None:
     """Are the visual tokens the patches of one layer?"""
-    layer = config.get("vision_feature_layer", -2)
-    how = config.get("vision_feature_select_strategy", "default")
-    has_cls = _tower(config) == CLIP
+    vision, layer = config.get("vision_config"), config.get("vision_feature_layer", -2)
+    tower = vision.get("model_type", CLIP) if isinstance(vision, Mapping) else CLIP
+    strategy = config.get("vision_feature_select_strategy", "default")
     if not isinstance(layer, int):
         raise UserError(f"{source}: vision_feature_layer is {layer}; of several none can be pruned")
-    if (how == "default") is not has_cls:
-        raise UserError(
-            f"{source}: vision_feature_select_strategy is {how!r} over a {_tower(config)}, so its"
-            " visual tokens are not the patches of a grid"
-        )
-
-
-def _tower(config: Mapping[str, Any]) -> Any:
-    tower = config.get("vision_config")
-    return tower.get("model_type", CLIP) if isinstance(tower, Mapping) else CLIP
+    has_cls(f"{source}:", tower, strategy)
 
 
 def _pipeline(spec: str) -> Pipeline:
     pipeline = plan(spec)
-    for step in pipeline.steps:
+    for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
         if step.stage in ELSEWHERE:
             raise UserError(
                 f"{step.name} cannot be written into a checkpoint: it {ELSEWHERE[step.stage]}, and"
                 f" {FILE} chooses among the tokens that the tower hands over"
             )
-    if pipeline.enhancer:
-        raise UserError(
-            f"{pipeline.enhancer.name} cannot be written into a checkpoint: it adds to the"
-            " attention of the language model, which stays as it is"
-        )
     if pipeline.name == "none":
         raise UserError("none prunes nothing, so there is nothing to write")
     return pipeline

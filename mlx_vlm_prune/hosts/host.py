@@ -4,7 +4,7 @@ Shapes: K visual tokens kept of a view, L rows of the prompt, D features.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -23,8 +23,7 @@ STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on 
 class Host(ABC):
     """A loaded model of mlx-vlm's with its processor; made by `host_of`, once for a model.
 
-    A family must say how its tower is run and how its projector is called. The rest is what most
-    families share.
+    A family must say how its tower is run. The rest is what most families share.
     """
 
     has_mrope: ClassVar[bool] = False  # do positions have three axes, and come from outside?
@@ -32,6 +31,7 @@ class Host(ABC):
     why_not_inside: ClassVar[str] = (
         "it works between the tower's layers, which is not yet there for mlx-vlm models"
     )
+    why_one_image: ClassVar[str | None] = None  # why a prompt may not have several, if so
     layers_class: ClassVar[type[HostLanguage] | None] = None  # None: not driven from here
 
     def __init__(self, model: Any, processor: Any = None):
@@ -49,9 +49,9 @@ class Host(ABC):
         Raises UserError for images that this family cannot read.
         """
 
-    @abstractmethod
     def project(self, x_1KD: mx.array) -> mx.array:
         """Embeddings of visual tokens (1, K, D)."""
+        return self.model.multi_modal_projector(x_1KD)
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
@@ -77,12 +77,10 @@ class Host(ABC):
         """The word embeddings of ids."""
         return self.language.model.embed_tokens(ids)
 
-    def hand_over(
-        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
-    ) -> dict[str, Any]:
+    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """The embeddings (K, D) of each view as arguments of mlx-vlm's; here as one picture's.
 
-        `deep` is what DeepStack adds to each view, `is_full` says that every token stays.
+        `is_full`: does every token stay?
         """
         return {"cached_image_features": mx.concatenate(list(x))[None]}
 
@@ -106,6 +104,16 @@ class Host(ABC):
     def kind(self) -> str:
         """The model_type."""
         return self.model.config.model_type
+
+    @property
+    def tower(self) -> Any:
+        """What encodes pictures."""
+        return self.model.vision_tower.vision_model
+
+    @property
+    def deepstack(self) -> Mapping[int, Callable[[mx.array], mx.array]]:
+        """Behind which layers of the tower DeepStack reads the patches, and by what."""
+        return {}
 
     @property
     def language(self) -> Any:

@@ -9,7 +9,7 @@ size.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
@@ -57,12 +57,28 @@ class HostLanguage(ABC):
         """One layer, whose cache grows by L rows."""
 
     @abstractmethod
+    def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
+        """Queries or keys where they stand."""
+
     def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The queries that a layer makes of its input, as its keys are grouped, (B, G, R, L, d)."""
+        layer = self.model.model.layers[number]
+        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
+        return grouped(self.heads(attention, "q", y_BLD, positions_BL), attention.n_kv_heads)
 
-    @abstractmethod
     def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The keys that a layer makes of its input, (B, G, L, d)."""
+        layer = self.model.model.layers[number]
+        return self.heads(layer.self_attn, "k", layer.input_layernorm(x_BLD), positions_BL)
+
+    def heads(
+        self, attention: Any, which: Literal["q", "k"], y_BLD: mx.array, positions_BL: mx.array
+    ) -> mx.array:
+        """The rotated queries or keys of a normed input, (B, H, L, d)."""
+        count = attention.n_heads if which == "q" else attention.n_kv_heads
+        x_BHLd = split(getattr(attention, f"{which}_proj")(y_BLD), count)
+        norm = getattr(attention, f"{which}_norm", None)  # Qwen3's, of each head
+        return self.rotate(attention, x_BHLd if norm is None else norm(x_BHLd), positions_BL)
 
 
 class CountingLayers(HostLanguage):
@@ -73,11 +89,9 @@ class CountingLayers(HostLanguage):
     def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
         layer = self.model.model.layers[number]
         attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
-        q_BHLd = _rotated(
-            attention.rope, split(attention.q_proj(y_BLD), attention.n_heads), positions_BL
-        )
-        k_BGLd = self._keys(attention, y_BLD, positions_BL)
+        q_BHLd = self.heads(attention, "q", y_BLD, positions_BL)
         v_BGLd = split(attention.v_proj(y_BLD), attention.n_kv_heads)
+        k_BGLd = self.heads(attention, "k", y_BLD, positions_BL)
         k, v = cache.update_and_fetch(k_BGLd, v_BGLd)
         out = mx.fast.scaled_dot_product_attention(
             q_BHLd, k, v, scale=attention.scale, mask="causal"
@@ -85,19 +99,12 @@ class CountingLayers(HostLanguage):
         x_BLD = x_BLD + attention.o_proj(out.swapaxes(1, 2).flatten(2))
         return x_BLD + layer.mlp(layer.post_attention_layernorm(x_BLD))
 
-    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        layer = self.model.model.layers[number]
-        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
-        q_BHLd = split(attention.q_proj(y_BLD), attention.n_heads)
-        return grouped(_rotated(attention.rope, q_BHLd, positions_BL), attention.n_kv_heads)
-
-    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        layer = self.model.model.layers[number]
-        return self._keys(layer.self_attn, layer.input_layernorm(x_BLD), positions_BL)
-
-    def _keys(self, attention: Any, y_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        k_BGLd = split(attention.k_proj(y_BLD), attention.n_kv_heads)
-        return _rotated(attention.rope, k_BGLd, positions_BL)
+    def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
+        """Every row by itself, as the first of a prompt that starts where it stands."""
+        B, H, L, d = x_BHLd.shape
+        x_NH1d = x_BHLd.swapaxes(1, 2).reshape(B * L, H, 1, d)
+        x_NH1d = attention.rope(x_NH1d, offset=positions_BL.reshape(-1).astype(mx.int32))
+        return x_NH1d.reshape(B, L, H, d).swapaxes(1, 2)
 
 
 class PlacedLayers(HostLanguage):
@@ -110,20 +117,9 @@ class PlacedLayers(HostLanguage):
         layer = self.model.model.layers[number]
         return layer(x_BLD, mask, cache, positions_BL.transpose(2, 0, 1))
 
-    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        layer = self.model.model.layers[number]
-        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
-        q_BHLd = _normed(attention, "q", split(attention.q_proj(y_BLD), attention.n_heads))
+    def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
         place_3BL = positions_BL.transpose(2, 0, 1)
-        q_BHLd, _ = attention.rotary_emb.apply_rotary(q_BHLd, q_BHLd, place_3BL)
-        return grouped(q_BHLd, attention.n_kv_heads)
-
-    def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
-        layer = self.model.model.layers[number]
-        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
-        k_BGLd = _normed(attention, "k", split(attention.k_proj(y_BLD), attention.n_kv_heads))
-        place_3BL = positions_BL.transpose(2, 0, 1)
-        return attention.rotary_emb.apply_rotary(k_BGLd, k_BGLd, place_3BL)[1]
+        return attention.rotary_emb.apply_rotary(x_BHLd, x_BHLd, place_3BL)[0]
 
 
 class Ahead:
@@ -137,6 +133,8 @@ class Ahead:
         return self.cache.offset + self.by
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of a copy that has no cache yet
+            raise AttributeError(name)
         value = getattr(self.cache, name)
         if name == "to_quantized":  # which mlx-vlm asks of every cache that has it
             return lambda **options: Ahead(value(**options), self.by)
@@ -146,17 +144,3 @@ class Ahead:
 def split(x_ISD: mx.array, heads: int) -> mx.array:
     """(I, S, D) as (I, H, S, d)."""
     return x_ISD.reshape(*x_ISD.shape[:2], heads, -1).swapaxes(1, 2)
-
-
-def _rotated(rope: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
-    """Every row by itself, as the first of a prompt that starts where it stands."""
-    B, H, L, d = x_BHLd.shape
-    x_NH1d = x_BHLd.swapaxes(1, 2).reshape(B * L, H, 1, d)
-    x_NH1d = rope(x_NH1d, offset=positions_BL.reshape(-1).astype(mx.int32))
-    return x_NH1d.reshape(B, L, H, d).swapaxes(1, 2)
-
-
-def _normed(attention: Any, which: str, x_1HLd: mx.array) -> mx.array:
-    """Qwen3 norms each head; it may do so with the heads ahead of the rows, too."""
-    norm = getattr(attention, f"{which}_norm", None)
-    return x_1HLd if norm is None else norm(x_1HLd)

@@ -27,9 +27,9 @@ def kind_of(folder: Path) -> str | None:
     file = folder / "config.json"
     config = read_json(file) if file.is_file() else {}
     kind = config.get("model_type")
-    if isinstance(made := config.get(RECORD), dict):
+    if isinstance(record := config.get(RECORD), dict):
         raise UserError(
-            f"{folder} prunes by itself ({made.get('pruner')}), for mlx-vlm to run; here give the"
+            f"{folder} prunes by itself ({record.get('pruner')}), for mlx-vlm to run; here give the"
             " folder that it was made from, and --pruner"
         )
     if isinstance(kind, str) and kind in REFUSED:
@@ -49,14 +49,14 @@ def load(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:
         raise UserError(f"{folder} wants its own {code} to be run, and no code from a folder is")
     print(f"importing mlx-vlm for a {kind} model; this takes some seconds", file=sys.stderr)
     try:
-        from mlx_vlm.utils import load as load_there
+        from mlx_vlm.utils import load as mlx_vlm_load
     except ImportError as problem:
         raise UserError(f"a {kind} model needs mlx-vlm: {INSTALL} ({problem})") from None
     try:
-        model, processor = load_there(str(folder), trust_remote_code=False)
+        model, processor = mlx_vlm_load(str(folder), trust_remote_code=False)
     except Exception as problem:  # mlx-vlm and transformers raise whatever comes
-        said = " ".join((str(problem).strip() or type(problem).__name__).split())
-        raise UserError(f"mlx-vlm cannot load {folder}: {said}") from problem
+        reason = " ".join((str(problem).strip() or type(problem).__name__).split())
+        raise UserError(f"mlx-vlm cannot load {folder}: {reason}") from problem
     if dtype is not None:
         model.set_dtype(dtype)
         mx.eval(model.parameters())

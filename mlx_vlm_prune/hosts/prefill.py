@@ -11,21 +11,22 @@ Shapes: B prompts (1 here), l rows of it, L new tokens, D features, V words.
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_reduce
 
 from ..checkpoints.errors import UserError
-from ..decoder import Cuts, Decoded, Decoder
+from ..decoder import Cuts, Decoder
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
-from ..pruners.trace import ReductionStep, Trace
 from ..splice import Spliced
 from .host import Host
 from .layers import Ahead, HostLanguage
 from .prompt import PrunedPrompt
+from .rows import deep_rows
 
 
 def read_through_cuts(
@@ -57,13 +58,13 @@ def read_through_cuts(
     decoder = Decoder(language, language.make_cache(), cuts, piece=piece)
     decoded = decoder(spliced)
     after = int(np.array(spliced.next_B1)[0, 0])
-    held = list(zip(decoder.cache, decoded.rows, strict=True))
+    caches = zip(decoder.cache, decoded.rows, strict=True)
     return replace(
         prompt,
         arguments=_last_row(prompt, decoded.spliced, language, after),
-        cache_bytes=sum(_bytes(layer, rows) for layer, rows in held),
-        cache=[_without_last(language, layer, after - rows) for layer, rows in held],
-        trace=_after(prompt.trace, decoded, step.name),
+        cache_bytes=held_bytes(decoder.cache, prompt.length),
+        cache=[_without_last(language, layer, after - rows) for layer, rows in caches],
+        trace=prompt.trace.after_cuts(step.name, decoded.reductions),
         positions=policy,
     )
 
@@ -92,27 +93,9 @@ def _spliced(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Pol
     else:
         positions_1l, after = mx.arange(length)[None], length
     runs = list(zip(starts, sizes, strict=True))
-    added = [_added(x_1lD, y_VD, runs) for y_VD in deep or []]
+    deep_lYD = deep_rows(mx.array(ids) == placeholder, deep, len(deep or []), x_1lD)
+    added = [deep_lYD[None, :, y] for y in range(deep_lYD.shape[1])]
     return Spliced(x_1lD, positions_1l, mx.array([[after]]), [length], [runs], added=added)
-
-
-def _added(x_1lD: mx.array, y_VD: mx.array, runs: Sequence[tuple[int, int]]) -> mx.array:
-    """What DeepStack adds behind a layer, (1, l, D): all visual rows (V, D), zeros for words."""
-    added_1lD = mx.zeros_like(x_1lD)
-    ends = list(accumulate((n for _, n in runs), initial=0))
-    for (start, n), (first, last) in zip(runs, pairwise(ends), strict=True):
-        added_1lD[0, start : start + n] = y_VD[first:last].astype(added_1lD.dtype)
-    return added_1lD
-
-
-def _after(trace: Trace, decoded: Decoded, name: str) -> Trace:
-    """The trace with what every cut left of the whole views."""
-    steps = list(trace.steps)
-    for layer, reductions in decoded.reductions:
-        parts = zip(reductions, steps[-1].reductions, trace.sizes, strict=True)
-        whole = [kept.after(before, N) for kept, before, N in parts]
-        steps.append(ReductionStep(f"{name}, layer {layer}", layer, whole))
-    return replace(trace, steps=steps)
 
 
 def _without_last(language: HostLanguage, cache: Any, by: int) -> Any:
@@ -135,8 +118,13 @@ def _last_row(
     return arguments
 
 
-def _bytes(cache: Any, rows: int) -> int:
-    return sum(a.nbytes // a.shape[2] * rows for a in cache.state)
+def held_bytes(cache: Sequence[Any], rows: int) -> int:
+    """Of a prompt's rows in all layers; the first token's may be in already."""
+    total = 0.0
+    for layer in cache:
+        size = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)
+        total += size * min(1.0, rows / max(1, layer.offset))
+    return round(total)
 
 
 class HostPrefill:
@@ -162,10 +150,6 @@ class HostPrefill:
         assert not tokens and len(first) == 1
         self.logits_BV = first[0]
 
-    @property
-    def cache_bytes(self) -> int:
-        return sum(_bytes(layer, self.rows[0]) for layer in self.cache)
-
     def step(self, token_BL: mx.array) -> mx.array:
         """Read more tokens; logits (B, L, V) after each. They are read one by one: layers that
         hold different numbers of rows share no mask."""
@@ -178,16 +162,5 @@ class HostPrefill:
     def fork(self) -> "HostPrefill":
         """The same, whose steps leave this one as it is."""
         fork = copy.copy(self)
-        fork.cache = [_fork(layer) for layer in self.cache]
+        fork.cache = copy.deepcopy(self.cache)
         return fork
-
-
-def _fork(layer: Any) -> Any:
-    """A cache whose new rows are not in the original."""
-    if isinstance(layer, Ahead):
-        return Ahead(_fork(layer.cache), layer.by)
-    fork = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, mx.array):
-            setattr(fork, name, mx.array(value))
-    return fork

@@ -5,7 +5,8 @@ The tower and the projector are run from here, on the instance as it stands. mlx
 kept tokens, and positions. It is the interface it has for callers that prepare their own tensors;
 nothing is patched, and what a request leaves on the instance is taken back.
 
-Shapes: N visual tokens of a view, K kept, l rows that stay of the prompt, T words, D features.
+Shapes: N visual tokens of a view, K kept, L rows of the whole prompt, l that stay, T words,
+D features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,10 +23,9 @@ from ..generation.stream import budget
 from ..laps import lap
 from ..model import ImageBatch, prune
 from ..pruners import Pipeline, Stage, StepBudgets
-from ..pruners.contract import Policy
+from ..pruners.contract import Policy, Reduction
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
-from .places import kept_rows, row_arguments
 from .views import Inputs, View
 
 
@@ -89,6 +89,8 @@ def encode_images(host: Host, inputs: Inputs, pipeline: Pipeline) -> list[View]:
     """The tower's part of that, which knows nothing of the prompt."""
     if inputs.pixels is None:
         return []
+    if inputs.images > 1 and host.why_one_image:
+        raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
     layers = host.depth
     views = host.see(inputs, pipeline.want(layers) if layers else {})
     lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deep)])
@@ -194,12 +196,74 @@ def _visual_arguments(
     host: Host, inputs: Inputs, views: Sequence[View], batches: Sequence[ImageBatch]
 ) -> dict[str, Any]:
     """The arguments that hand over the visual tokens."""
-    kept = [batch.kept for batch in batches]
-    deep = [[one.apply(y)[0] for y in v.deep] for v, one in zip(views, kept, strict=True)]
-    N = sum(view.signals.x_BND.shape[1] for view in views)
-    x, is_full = [batch.signals.x_BND[0] for batch in batches], sum(one.slots for one in kept) == N
-    arguments = host.hand_over(x, deep, is_full)
+    x = [batch.signals.x_BND[0] for batch in batches]
+    is_full = sum(map(len, x)) == sum(view.signals.x_BND.shape[1] for view in views)
+    arguments = host.hand_over(x, is_full)
+    pairs = zip(views, batches, strict=True)
+    deep = [[batch.kept.apply(y)[0] for y in view.deep] for view, batch in pairs]
+    if deep[0]:  # with features from outside, mlx-vlm 0.7 would leave this out
+        by_layer = zip(*deep, strict=True)
+        arguments["deepstack_visual_embeds"] = [mx.concatenate(list(y)) for y in by_layer]
     arguments["pixel_values"] = inputs.pixels  # unread, but without it no image is looked for
     if "image_token_index" in inputs.extra:
         arguments["image_token_index"] = inputs.extra["image_token_index"]
+    return arguments
+
+
+def kept_rows(
+    host: Host, inputs: Inputs, sizes: Sequence[int], kept: Sequence[Reduction]
+) -> list[int]:
+    """Which rows stay: all words, and the placeholder of each slot's own token; slots without
+    one take the first. `sizes` are the views' N.
+
+    Raises UserError where the placeholders are not as many as the visual tokens.
+    """
+    placeholder, N = host.image_token_id(inputs), sum(sizes)
+    room = inputs.ids.count(placeholder)
+    if host.placeholders == "token" and room != N:
+        raise UserError(
+            f"the prompt has room for {room} visual tokens and the images have {N};"
+            " an image's placeholder in the text counts, too"
+        )
+    if host.placeholders == "token" and sum(one.slots for one in kept) == N:
+        return list(range(len(inputs.ids)))
+    stays_L = np.array(inputs.ids) != placeholder
+    at = np.flatnonzero(~stays_L)
+    if host.placeholders != "token":
+        stays_L[at if host.placeholders == "image" else at[:1]] = True
+        return np.flatnonzero(stays_L).tolist()
+    for rows, one in zip(np.split(at, np.cumsum(sizes)[:-1]), kept, strict=True):
+        if one.slots < len(rows):
+            rows = rows[: one.slots] if one.index_BK is None else rows[np.array(one.index_BK[0])]
+        stays_L[rows] = True
+    return np.flatnonzero(stays_L).tolist()
+
+
+def row_arguments(
+    host: Host, inputs: Inputs, rows: Sequence[int], policy: Policy
+) -> dict[str, Any]:
+    """The arguments that say to mlx-vlm which rows there are, and where.
+
+    Positions of one axis count rows, and need no argument. Those of three come from the whole
+    prompt, and so does what decoding adds to the number of rows (`rope_deltas`); where all rows
+    stay, mlx-vlm finds both.
+    """
+    ids_1L = mx.array(inputs.ids)[None]
+    arguments: dict[str, Any] = {"input_ids": ids_1L, "mask": inputs.mask_1L}
+    is_full = len(rows) == len(inputs.ids)
+    if not is_full:
+        rows_l = mx.array(np.array(rows, np.int32))
+        arguments = {name: x_1L[:, rows_l] for name, x_1L in arguments.items()}
+    if host.has_mrope and policy == "renumber":
+        place_l = mx.arange(len(rows), dtype=mx.int32)
+        arguments["position_ids"] = mx.broadcast_to(place_l, (3, 1, len(rows)))
+        arguments["rope_deltas"] = mx.zeros((1, 1), mx.int32)
+    elif host.has_mrope and is_full:  # mlx-vlm's own
+        arguments["image_grid_thw"] = inputs.extra.get("image_grid_thw")
+    elif host.has_mrope:
+        place_31L, delta_11 = host.language.get_rope_index(
+            ids_1L, inputs.extra.get("image_grid_thw"), None, inputs.mask_1L
+        )
+        arguments["position_ids"] = place_31L[..., rows_l]
+        arguments["rope_deltas"] = delta_11 + (len(inputs.ids) - len(rows))
     return arguments

@@ -21,16 +21,11 @@ def check(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
             "this model is being pruned already: leave that block first, or load the folder that"
             " a pruned one was made from"
         )
-    for step in pipeline.steps:
+    for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
         if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
     if layers := host.depth:
         pipeline.want(layers)  # a layer that is not there is refused before any picture is seen
-    if pipeline.enhancer:
-        raise UserError(
-            f"{pipeline.enhancer.name} cannot work in a {kind} model: it adds to the attention"
-            f" that kept tokens get, {LATER}"
-        )
     if host.has_mrope or pipeline.decoder:
         return positions or pipeline.positions
     if positions == "keep":
@@ -58,14 +53,12 @@ def _why_not(host: Host, step: Pruner) -> str | None:
         return SMALLER
     if step.stage is Stage.ENCODER:
         return host.why_not_inside
-    if step.stage is Stage.DECODER:
-        return _why_not_between_layers(host, step)
-    if set(step.method.needs) - set(TOWER) and not host.depth:
-        return "its tower has neither a CLS token nor attention that could stand in for it"
-    return None
-
-
-def _why_not_between_layers(host: Host, step: Pruner) -> str | None:
+    if step.stage is Stage.ENHANCER:
+        return f"it adds to the attention that kept tokens get, {LATER}"
+    if step.stage is not Stage.DECODER:
+        if set(step.method.needs) - set(TOWER) and not host.depth:
+            return "its tower has neither a CLS token nor attention that could stand in for it"
+        return None
     if host.layers is None:
         return f"it works between the language model's layers, {LATER} of this kind"
     if step.is_proportional:

@@ -1,13 +1,16 @@
-"""What `pruned` did, prompt by prompt."""
+"""What a model that prunes did, prompt by prompt."""
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-LATEST = 100  # prompts told of one by one
+from .prompt import PrunedPrompt
+
+LATEST = 100  # prompts that are listed one by one
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptFigures:
     """One prompt with images; a list has an entry for each image."""
 
     total: list[int]  # visual tokens
@@ -27,13 +30,22 @@ class Report:
     total: int = 0
     kept: int = 0
     seconds: float = 0.0
-    prompts: deque[Prompt] = field(default_factory=lambda: deque(maxlen=LATEST))
+    prompts: deque[PromptFigures] = field(default_factory=lambda: deque(maxlen=LATEST))
 
-    def add(self, prompt: Prompt) -> None:
-        self.total += sum(prompt.total)
-        self.kept += sum(prompt.kept)
-        self.seconds += sum(prompt.seconds.values())
-        self.prompts.append(prompt)
+    def add(self, prompt: PrunedPrompt, ms: Mapping[str, float], remembered: bool) -> None:
+        trace, images = prompt.trace, range(prompt.trace.image_count)
+        total, kept = [0 for _ in images], [0 for _ in images]
+        views = zip(trace.images, trace.sizes, trace.steps[-1].reductions, strict=True)
+        for image, N, reduction in views:
+            total[image] += N
+            kept[image] += reduction.slots
+        rows = prompt.length + sum(total) - sum(kept), prompt.length
+        indices = [trace.kept(image) for image in images]
+        seconds = {part: ms[part] / 1000 for part in ("vision", "pruner")}
+        self.prompts.append(PromptFigures(total, kept, indices, rows, seconds, remembered))
+        self.total += sum(total)
+        self.kept += sum(kept)
+        self.seconds += sum(seconds.values())
 
     def __str__(self) -> str:
         share = 100 * (1 - self.kept / self.total) if self.total else 0.0

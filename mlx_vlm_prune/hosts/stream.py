@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_reduce
 
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
@@ -20,47 +19,38 @@ from ..laps import Clock
 from ..pruners import plan
 from .families import host_of
 from .host import Host, generation_stream
-from .prefill import read_through_cuts
+from .prefill import held_bytes, read_through_cuts
 from .prompt import PrunedPrompt, prepare_prompt, prune_prompt, view_budgets, views_of
 from .refusals import check, check_bits
 
+CACHE_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start")
 TOGETHER = "vision and prefill"  # where nothing is pruned, timed as mlx-vlm computes it
 
 
-def cache_options(
-    prefill_step_size: int | None, kv_bits: float | None, quantized_kv_start: int | None
-) -> dict[str, Any]:
+def cache_options(request: Request) -> dict[str, Any]:
     """mlx-vlm's own options, where they are given. Raises UserError."""
-    options: dict[str, Any] = {}
-    if prefill_step_size is not None:
-        if prefill_step_size < 1:
-            raise UserError(f"--prefill-step-size is {prefill_step_size}; it must be at least 1")
-        options["prefill_step_size"] = prefill_step_size
-    if kv_bits is not None:
-        if not 1.5 <= kv_bits <= 8 or kv_bits == 7:
-            raise UserError(f"--kv-bits is {kv_bits:g}; it must be from 1.5 to 8, and not 7")
-        options["kv_bits"] = kv_bits
-    if quantized_kv_start is not None:
-        if quantized_kv_start < 0:
-            raise UserError(f"--quantized-kv-start is {quantized_kv_start}; it must be at least 0")
-        if kv_bits is None:
-            raise UserError("--quantized-kv-start says from when on --kv-bits holds; give both")
-        options["quantized_kv_start"] = quantized_kv_start
-    return options
+    step_size, bits, start = (getattr(request, name) for name in CACHE_OPTIONS)
+    if step_size is not None and step_size < 1:
+        raise UserError(f"--prefill-step-size is {step_size}; it must be at least 1")
+    if bits is not None and (not 1.5 <= bits <= 8 or bits == 7):
+        raise UserError(f"--kv-bits is {bits:g}; it must be from 1.5 to 8, and not 7")
+    if start is not None and start < 0:
+        raise UserError(f"--quantized-kv-start is {start}; it must be at least 0")
+    if start is not None and bits is None:
+        raise UserError("--quantized-kv-start says from when on --kv-bits holds; give both")
+    options = zip(CACHE_OPTIONS, (step_size, bits, start), strict=True)
+    return {name: value for name, value in options if value is not None}
 
 
 def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
     """Width and height that a picture is to fit in, from one number or two. Raises UserError."""
     if shape is None:
         return None
+    sides = f"--resize-shape is {' '.join(map(str, shape))}"
     if len(shape) not in (1, 2) or min(shape) < 1:
-        raise UserError(
-            f"--resize-shape is {' '.join(map(str, shape))}; give one or two sides, each at least 1"
-        )
+        raise UserError(f"{sides}; give one or two sides, each at least 1")
     if shape[0] * shape[-1] > MAX_PIXELS:
-        raise UserError(
-            f"--resize-shape is {' '.join(map(str, shape))}; the most is {MAX_PIXELS} pixels"
-        )
+        raise UserError(f"{sides}; the most is {MAX_PIXELS} pixels")
     return shape[0], shape[-1]
 
 
@@ -70,9 +60,7 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
     in_one_go = pipeline.name == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", TOGETHER)) if in_one_go else Clock()
     decoding = {"max_tokens": request.max_tokens, "temperature": request.temperature}
-    decoding |= {"top_p": request.top_p, "seed": request.seed} | cache_options(
-        request.prefill_step_size, request.kv_bits, request.quantized_kv_start
-    )
+    decoding |= {"top_p": request.top_p, "seed": request.seed} | cache_options(request)
     policy = check(host, pipeline, request.positions)
     check_bits(host, pipeline, request.kv_bits)
     images = [open_image(source) for source in request.images]
@@ -124,8 +112,7 @@ def _decode(
     for piece in decode(host.model, host.processor, "", **arguments):
         if not answer.ttft_ms:
             clock.lap(TOGETHER if TOGETHER in clock.ms else "prefill")
-            ttft, size = clock.ttft(), prompt.cache_bytes
-            size = _held_bytes(cache, prompt.length) if size is None else size
+            ttft, size = clock.ttft(), prompt.cache_bytes or held_bytes(cache, prompt.length)
             tps = 1000 * prompt.length / ttft["total"]
             answer = replace(answer, ttft_ms=ttft, prompt_tps=tps, cache_bytes=size)
         reason = piece.finish_reason
@@ -144,12 +131,3 @@ def _decode(
             held = now
         else:
             yield now
-
-
-def _held_bytes(cache: Sequence[Any], rows: int) -> int:
-    """Of the prompt's rows; the first token's may be in already."""
-    total = 0.0
-    for layer in cache:
-        held = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)
-        total += held * min(1.0, rows / max(1, layer.offset))
-    return round(total)

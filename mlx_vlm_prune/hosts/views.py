@@ -21,7 +21,7 @@ class Inputs:
 
     ids: list[int]  # placeholders included
     mask_1L: mx.array
-    pixels: mx.array | None = None  # laid out as the family's tower reads them
+    pixels: Any = None  # laid out as the family's tower reads them; None without images
     images: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)  # such as image_grid_thw
 
@@ -36,15 +36,14 @@ class View:
     deep: tuple[mx.array, ...] = ()  # (1, N, D) each, what DeepStack adds in the first layers
 
 
-def per_picture(inputs: Inputs, seen: Signals, pixels_THW3: mx.array) -> list[View]:
+def per_picture(inputs: Inputs, signals: Signals, pixels_THW3: mx.array) -> list[View]:
     """A view for each of T pictures, with whose it is."""
     tiles, T = inputs.extra.get("num_patches_list"), len(pixels_THW3)
     if tiles is None:
         tiles = [T] if inputs.images == 1 else [1] * inputs.images
     if sum(tiles) != T:
         raise UserError(f"{inputs.images} images became {T} pictures: give one image")
-    whose = [image for image, n in enumerate(tiles) for _ in range(n)]
-    return [View(whose[i], seen.of(i), pixels_THW3[i]) for i in range(T)]
+    return by_image([View(0, signals.of(i), pixels_THW3[i]) for i in range(T)], tiles)
 
 
 def tiles(ids: Sequence[int], placeholder: int, whole: int) -> list[int]:

@@ -6,7 +6,7 @@ Shapes: N visual tokens of a view, K kept of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,15 @@ class Trace:
             }
             for (first, number), end in zip(last.items(), ends, strict=True)
         ]
+
+    def after_cuts(self, name: str, cuts: Sequence[tuple[int, list[Reduction]]]) -> "Trace":
+        """With what each cut of the method `name` left, from a layer on, of what was there."""
+        steps = list(self.steps)
+        for layer, reductions in cuts:
+            parts = zip(reductions, steps[-1].reductions, self.sizes, strict=True)
+            whole = [kept.after(before, N) for kept, before, N in parts]
+            steps.append(ReductionStep(f"{name}, layer {layer}", layer, whole))
+        return replace(self, steps=steps)
 
     def pictured(self) -> list[ReductionStep]:
         """The steps worth a picture: those at which tokens left, or the only one."""

@@ -11,42 +11,38 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..host import Host
 from ..views import Inputs, View, by_image, per_picture, tiles
-from . import siglip
+from .tower import TowerHost
 
-GLOBAL_IMAGE = "global_image_token_id"  # what a pruned folder's file adds to the configuration
+# The token before the tile that shows a whole image: no configuration of mlx-vlm's has it, and the
+# file of a pruned folder adds it.
+GLOBAL_IMAGE = "global_image_token_id"
 
 
-class Idefics3Host(Host):
+class Idefics3Host(TowerHost):
     @property
-    def depth(self) -> int:
-        return len(self.model.vision_model.encoder.layers)
+    def tower(self) -> Any:
+        return self.model.vision_model
 
     def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-        assert inputs.pixels is not None
         there = mx.array(np.flatnonzero(np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))))
         pixels_T3HW = inputs.pixels[0][there]  # a tile of zeros only fills up a batch
         mask = inputs.extra.get("pixel_attention_mask")
         mask_THW = mx.ones_like(pixels_T3HW[:, 0]) if mask is None else mask[0][there]
-        tower, connector = self.model.vision_model, self.model.connector
-        out = tower(
-            pixels_T3HW.transpose(0, 2, 3, 1),
+        pixels_THW3, connector = pixels_T3HW.transpose(0, 2, 3, 1), self.model.connector
+        x_TPD, _, states = self.tower(
+            pixels_THW3,
             patch_attention_mask=_patches(mask_THW, self.model.config.vision_config.patch_size),
             output_hidden_states=True,
         )
         m = connector.scale_factor
-        seen = siglip.encode(tower, out, want, m)
-        x_TPD = out[0].astype(pixels_T3HW.dtype)
-        seen = seen.replace(x_BND=connector.pixel_shuffle(x_TPD, m))
-        return per_picture(inputs, seen, pixels_T3HW.transpose(0, 2, 3, 1))
+        x_TND = connector.pixel_shuffle(x_TPD.astype(pixels_THW3.dtype), m)
+        return per_picture(inputs, self.signals(x_TND, want, states, m=m), pixels_THW3)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.connector.modality_projection(x_1KD)
 
-    def hand_over(
-        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
-    ) -> dict[str, Any]:
+    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """All embeddings (K, D) in a row."""
         return {"cached_image_features": mx.concatenate(list(x))}
 
@@ -65,22 +61,14 @@ class Idefics3Host(Host):
 
     def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
         """All tiles are one image's where no token tells them apart."""
-        if "num_patches_list" in inputs.extra or not views:
-            return views
-        counts = [len(views)]
-        if self._global_image is not None:
-            counts = tiles(inputs.ids, self.image_token_id(inputs), self._global_image)
+        whole, counts = getattr(self.model.config, GLOBAL_IMAGE, None), [len(views)]
+        if whole is not None:
+            counts = tiles(inputs.ids, self.image_token_id(inputs), whole)
         return by_image(views, counts)
 
     def knows_images(self, inputs: Inputs, views: Sequence[View]) -> bool:
-        is_marked = self._global_image is not None or "num_patches_list" in inputs.extra
+        is_marked = hasattr(self.model.config, GLOBAL_IMAGE) or "num_patches_list" in inputs.extra
         return is_marked or len(views) <= 1
-
-    @property
-    def _global_image(self) -> int | None:
-        """The token before the tile that shows a whole image, where a pruned folder's model knows
-        it: no configuration of mlx-vlm's has it."""
-        return getattr(self.model.config, GLOBAL_IMAGE, None)
 
 
 def _patches(mask_THW: mx.array, size: int) -> mx.array:

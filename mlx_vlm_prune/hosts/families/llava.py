@@ -5,68 +5,59 @@ Shapes: I pictures, N patches, K kept, D features.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
 
 from ...checkpoints.errors import UserError
-from ...pruners.contract import Signals
-from ..host import Host
 from ..layers import CountingLayers
 from ..views import Inputs, View, per_picture
-from .common import signals
+from .tower import TowerHost
+
+CLIP = "clip_vision_model"
 
 
-class LlavaTowerHost(Host):
+class LlavaTowerHost(TowerHost):
     """The tower and the projector, which LLaVA-NeXT has, too."""
 
     @property
-    def depth(self) -> int:
+    def encoder_layers(self) -> Sequence[Any]:
         """Layers up to the one whose output the features are: -1 is what papers call the last
         but one of CLIP's 24."""
-        layers = self.model.vision_tower.vision_model.encoder.layers
-        return range(len(layers) + 1)[self.model.vision_feature_layer]
+        layers = self.tower.encoder.layers
+        return layers[: range(len(layers) + 1)[self.model.vision_feature_layer]]
 
-    def encode(
-        self, pixels_I3HW: mx.array, want: Mapping[str, int | None]
-    ) -> tuple[Signals, mx.array]:
-        """Signals, and the pixels (I, H, W, 3) as the tower read them."""
-        pixels_IHW3 = pixels_I3HW.transpose(0, 2, 3, 1)
-        *_, states = self.model.vision_tower(pixels_IHW3, output_hidden_states=True)
-        n, first = self.depth, self._first
-        layers = self.model.vision_tower.vision_model.encoder.layers[:n]
-        grid = self.grid_of(pixels_IHW3)
-        seen = signals(states[n][:, first:], grid, want, layers, states, bool(first))
-        return seen, pixels_IHW3
+    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+        pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # of one's crops
+        pixels_IHW3, tower = pixels.transpose(0, 2, 3, 1), self.model.vision_tower
+        strategy = self.model.vision_feature_select_strategy
+        first = has_cls(f"this {self.kind} model's", tower.model_type, strategy)
+        *_, states = tower(pixels_IHW3, output_hidden_states=True)
+        x_IND, grid = states[self.depth][:, int(first) :], self.grid_of(pixels_IHW3)
+        signals = self.signals(x_IND, want, states, grid=grid, has_cls=first)
+        return per_picture(inputs, signals, pixels_IHW3)
 
     def grid_of(self, pixels_IHW3: mx.array) -> tuple[int, int]:
         """Rows and columns of patches."""
         patch = self.model.config.vision_config.patch_size
         return pixels_IHW3.shape[1] // patch, pixels_IHW3.shape[2] // patch
 
-    @property
-    def _first(self) -> int:
-        """Where the patches begin: after CLS, if there is one."""
-        tower, strategy = self.model.vision_tower, self.model.vision_feature_select_strategy
-        has_cls = tower.model_type == "clip_vision_model"
-        if (strategy == "default") is not has_cls:
-            raise UserError(
-                f"this {self.kind} model's vision_feature_select_strategy is {strategy!r} over a"
-                f" {tower.model_type}: its visual tokens are not the patches of a grid"
-            )
-        return int(has_cls)
 
-    def project(self, x_1KD: mx.array) -> mx.array:
-        return self.model.multi_modal_projector(x_1KD)
+def has_cls(whose: str, tower: str, strategy: str) -> bool:
+    """Does CLS stand before the patches? Raises UserError where those are not the tokens."""
+    is_clip = tower == CLIP
+    if (strategy == "default") is not is_clip:
+        raise UserError(
+            f"{whose} vision_feature_select_strategy is {strategy!r} over a {tower}: its visual"
+            " tokens are not the patches of a grid"
+        )
+    return is_clip
 
 
 class LlavaHost(LlavaTowerHost):
     layers_class = CountingLayers
-
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-        assert inputs.pixels is not None
-        return per_picture(inputs, *self.encode(inputs.pixels, want))
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
@@ -76,8 +67,11 @@ class LlavaHost(LlavaTowerHost):
         (Blaizzy/mlx-vlm#870)."""
         if not images:
             return super().prepare(text, images, resize)
-        shown, mark = [_resized(image, resize) for image in images], self.processor.image_token
-        arrays = self.processor.image_processor(shown)["pixel_values"]
+        from mlx_vlm.utils import resize_image
+
+        mark = self.processor.image_token
+        fitted = [resize_image(image, resize) for image in images] if resize else list(images)
+        arrays = self.processor.image_processor(fitted)["pixel_values"]
         pixels = mx.array(np.stack([np.asarray(each) for each in arrays]))
         rows, columns = self.grid_of(pixels.transpose(0, 2, 3, 1))
         marks = text.count(mark)
@@ -85,9 +79,3 @@ class LlavaHost(LlavaTowerHost):
             raise UserError(f"the chat template gave {marks} {mark} marks for {len(images)} images")
         words = super().prepare(text.replace(mark, mark * (rows * columns)), (), None)
         return replace(words, pixels=pixels, images=len(images))
-
-
-def _resized(image: Image.Image, resize: tuple[int, int] | None) -> Image.Image:
-    from mlx_vlm.utils import resize_image
-
-    return image if resize is None else resize_image(image, resize)

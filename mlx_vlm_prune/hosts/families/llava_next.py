@@ -5,33 +5,22 @@ placeholder and one block say the same. Behind the crops it puts as many copies 
 embedding as there are patches; they tell nothing of the image, and are left out as soon as
 anything is.
 
-Shapes: C crops, N patches of a crop, K kept, D features.
+Shapes: K visual tokens kept of a crop, D features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from ...checkpoints.errors import UserError
-from ..views import Inputs, View, per_picture
 from .llava import LlavaTowerHost
 
 
 class LlavaNextHost(LlavaTowerHost):
     placeholders = "all"
+    why_one_image = "mlx-vlm shows it the first only"
 
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
-        if inputs.images > 1:
-            raise UserError(
-                "a llava_next model reads one image here: mlx-vlm shows it the first only"
-            )
-        assert inputs.pixels is not None
-        return per_picture(inputs, *self.encode(inputs.pixels[0], want))
-
-    def hand_over(
-        self, x: Sequence[mx.array], deep: Sequence[Sequence[mx.array]], is_full: bool
-    ) -> dict[str, Any]:
+    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """One block of all crops' embeddings."""
         rows = list(x)
         if is_full:

@@ -7,13 +7,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..views import Inputs
-from .qwen import QwenHost, Row
+from .qwen2_vl import Qwen2VLHost, Row
 
 
-class Qwen2_5VLHost(QwenHost):
+class Qwen2_5VLHost(Qwen2VLHost):
     def pack(self, inputs: Inputs) -> Row:
-        tower = self.tower
-        x_SD, angles_Sa, whole = self.patches(inputs)
+        row, tower = super().pack(inputs), self.tower
         order_U, ends = tower.get_window_index(inputs.extra["image_grid_thw"])
         windows = mx.array(np.unique(np.array(ends)), mx.int32)  # empty windows are listed, too
 
@@ -21,6 +20,6 @@ class Qwen2_5VLHost(QwenHost):
             return x_Sa.reshape(len(order_U), -1, x_Sa.shape[-1])[order_U].reshape(x_Sa.shape)
 
         def bounds(layer: int) -> mx.array:
-            return whole if layer in tower.fullatt_block_indexes else windows
+            return row.bounds(layer) if layer in tower.fullatt_block_indexes else windows
 
-        return Row(gathered(x_SD), gathered(angles_Sa), bounds, np.array(order_U))
+        return Row(gathered(row.x_SD), gathered(row.angles_Sa), bounds, np.array(order_U))

@@ -3,21 +3,18 @@ the language model's first layers add to the visual rows.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from ..views import Inputs
-from .qwen import QwenHost, Row
+from .qwen2_vl import Qwen2VLHost, Row
 
 
-class Qwen3VLHost(QwenHost):
+class Qwen3VLHost(Qwen2VLHost):
     def pack(self, inputs: Inputs) -> Row:
-        tower = self.tower
-        x_SD, angles_Sa, ends = self.patches(inputs)
-        x_SD = x_SD + tower.fast_pos_embed_interpolate(inputs.extra["image_grid_thw"])
-        order_U = np.arange(len(x_SD) // tower.spatial_merge_size**2)
-        return Row(x_SD, angles_Sa, lambda _: ends, order_U)
+        row, place = super().pack(inputs), self.tower.fast_pos_embed_interpolate
+        return replace(row, x_SD=row.x_SD + place(inputs.extra["image_grid_thw"]))
 
     @property
     def deepstack(self) -> Mapping[int, Callable[[mx.array], mx.array]]:

@@ -1,0 +1,140 @@
+"""What an answer of a pruned host must be, without the product.
+
+The stock tower's embeddings, the rows that stay and their positions by counting, and the language
+model without a cache over the whole sequence.
+
+Shapes: N visual tokens of an image, L rows, D features, V words.
+"""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.prompt import PrunedPrompt, prune_prompt, views_of
+from mlx_vlm_prune.hosts.refusals import check
+from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.pruners import METHODS, plan
+
+from . import host_models
+from .host_models import IMAGE, KINDS
+
+TOKENS = 5
+QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+
+
+def prompt(models, name: str, images: int | None = None) -> Inputs:
+    return KINDS[name].inputs(models(name), images)
+
+
+def reduced(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> PrunedPrompt:
+    host, pipeline = host_of(model), plan(spec)
+    policy = check(host, pipeline, positions)
+    views = views_of(host, inputs, pipeline)
+    K = [max(1, int(view.signals.x_BND.shape[1] * ratio)) for view in views]
+    return prune_prompt(host, inputs, views, pipeline, K, policy)
+
+
+def encoded(model, inputs: Inputs, spec: str):
+    return views_of(host_of(model), inputs, plan(spec))
+
+
+def decoded(model, arguments: dict, **options) -> tuple[list[int], np.ndarray]:
+    """Tokens and their log probabilities (T, V), by mlx-vlm's own loop."""
+    from mlx_vlm.generate.ar import generate_step
+
+    rest = {**arguments, **options}
+    ids, pixels, mask = (rest.pop(x) for x in ("input_ids", "pixel_values", "mask"))
+    steps = list(generate_step(ids, model, pixels, mask, max_tokens=TOKENS, temperature=0, **rest))
+    return [token for token, _ in steps], np.stack([np.array(odds) for _, odds in steps])
+
+
+def stock(model, inputs: Inputs, **options) -> tuple[list[int], np.ndarray]:
+    """The unpruned model, left to itself."""
+    arguments = {"input_ids": mx.array(inputs.ids)[None], "pixel_values": inputs.pixels}
+    return decoded(model, {**arguments, "mask": inputs.mask_1L, **inputs.extra}, **options)
+
+
+def indices(said: PrunedPrompt) -> list[list[int]]:
+    return [one.index_BK[0].tolist() for one in said.trace.steps[-1].reductions]
+
+
+def reference(models, name: str, inputs: Inputs, kept: list[list[int]], policy: str = "keep"):
+    """The same without a cache, each step over all rows, at positions counted here."""
+    model, kind = models(name), KINDS[name]
+    embeds, deep = kind.full(model, inputs) if inputs.pixels is not None else ([], [])
+    x_LD, places, visual = rows(model, name, inputs, kept, embeds)
+    if policy == "renumber":
+        places = [(i, i, i) for i in range(len(places))]
+    added = [
+        mx.concatenate([y[layer][mx.array(k)] for y, k in zip(deep, kept, strict=True)])
+        for layer in range(len(deep[0]) if deep else 0)
+    ]
+    tokens, odds = [], []
+    for _ in range(TOKENS):
+        logits_V = forward(model, name, x_LD, places, visual, added)
+        odds.append(np.array(logits_V - mx.logsumexp(logits_V)))
+        tokens.append(int(odds[-1].argmax()))
+        x_LD = mx.concatenate([x_LD, table(model)(mx.array(tokens[-1:]))])
+        places, visual = [*places, (max(places[-1]) + 1,) * 3], [*visual, False]
+    return tokens, np.stack(odds)
+
+
+def table(model):
+    return getattr(model.language_model, "model", model.language_model).embed_tokens
+
+
+def rows(model, name: str, inputs: Inputs, kept, embeds):
+    """Embeddings, positions and what is visual of the rows left, picture after picture by hand."""
+    x, places, visual, at, kind = [], [], [], 0, KINDS[name]
+    coming = [(v, i) for v, picture in enumerate(embeds) for i in range(len(picture))]
+    mark = -200 if name == "fastvlm" else IMAGE
+    for token in inputs.ids:
+        if token != mark:
+            x.append(table(model)(mx.array([token]))[0])
+            places.append((at, at, at))
+            visual.append(False)
+            at += 1
+            continue
+        taken = coming[:1] if kind.marks == "token" else coming
+        coming = coming[len(taken) :]
+        for v, i in taken:
+            height, width = kind.grids[v]
+            if i in kept[v]:
+                x.append(embeds[v][i])
+                places.append((at, at + i // width, at + i % width))
+                visual.append(True)
+            if i == height * width - 1:
+                at += max(height, width)
+    return mx.stack(x), places, visual
+
+
+def forward(model, name: str, x_LD, places, visual, added):
+    """Logits (V,) of the last row."""
+    language, x_1LD, L = model.language_model, x_LD[None], len(x_LD)
+    ids, more = mx.zeros((1, L), mx.int32), {}
+    if name == "paligemma":  # the prompt sees all of itself; what is generated is causal
+        prompt = 1 + max(i for i, is_image in enumerate(visual) if is_image)
+        prompt += len(host_models.WORDS[2])
+        at = mx.arange(L)
+        more["mask"] = ((at < prompt) | (at <= at[:, None]))[None, None]
+    if name not in QWEN:  # positions are counted by the model itself
+        return language(ids, inputs_embeds=x_1LD, cache=None, **more).logits[0, -1]
+    more["position_ids"] = mx.array(places).T[:, None]
+    if added:
+        more |= {"visual_pos_masks": mx.array([visual]), "deepstack_visual_embeds": added}
+    h_1LD = language.model(ids, inputs_embeds=x_1LD, cache=None, **more)
+    head = language.lm_head if hasattr(language, "lm_head") else table(model).as_linear
+    return head(h_1LD)[0, -1]
+
+
+def keeping(monkeypatch, prune) -> None:
+    """Let `norm` choose like this."""
+    monkeypatch.setitem(METHODS, "norm", replace(METHODS["norm"], prune=prune))
+
+
+def kept(index: list[int]):
+    from mlx_vlm_prune.pruners import Reduction
+
+    return Reduction(mx.array([index]))
