@@ -1,6 +1,8 @@
 """Promises of `attach`: pruning that lasts until it is detached, and leaves no half of itself."""
 
+import gc
 from typing import Any
+from weakref import ref
 
 import mlx.core as mx
 import numpy as np
@@ -93,3 +95,20 @@ def test_a_video_is_read_whole_where_that_is_wanted_and_refused_elsewhere(models
     detach()
     assert tokens == expected and not report.prompts
     np.testing.assert_array_equal(odds, expected_odds)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl"])
+def test_a_model_that_nobody_holds_any_more_is_freed_at_once(name):
+    """Its weights are gigabytes, and a cycle would keep them until somebody collects it."""
+    model = KINDS[name].make()
+    gc.disable()
+    try:
+        with pruned(model, "norm", keep_ratio=0.5):
+            stock(model, KINDS[name].inputs(model))
+        attach(model, "norm", keep_ratio=0.5)
+        stock(model, KINDS[name].inputs(model))
+        held_by_nobody = ref(model)
+        del model
+        assert held_by_nobody() is None
+    finally:
+        gc.enable()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
-from weakref import WeakSet
+from weakref import WeakSet, proxy
 
 import mlx.core as mx
 
@@ -63,7 +63,7 @@ def attach(
     host, pipeline, policy = _checked(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
     embeddings = PrunedEmbeddings(
-        host, model.get_input_embeddings, pipeline, keep_ratio, keep_tokens, policy, whole_videos,
+        host_of(proxy(model)), pipeline, keep_ratio, keep_tokens, policy, whole_videos,
         _reads_whole(model),
     )  # fmt: skip
     language = model.language_model
@@ -127,8 +127,7 @@ def _reads_whole(model: Any) -> bool:
 class PrunedEmbeddings:
     """How a model prunes; called as its `get_input_embeddings` is."""
 
-    host: Host
-    stock: Any  # the model's own `get_input_embeddings`
+    host: Host  # of a weak reference to the model, which so goes when its owner lets it go
     pipeline: Pipeline
     keep_ratio: float | None
     keep_tokens: int | None
@@ -141,6 +140,11 @@ class PrunedEmbeddings:
     def __post_init__(self) -> None:
         self.report = Report(self.pipeline.name, self.policy)
         self.tower_cache = TowerCache(self.host, self.pipeline)
+
+    def stock(self, *ids: Any, **extra: Any) -> Any:
+        """The model's own `get_input_embeddings`."""
+        model = self.host.model
+        return model.__class__.get_input_embeddings(model, *ids, **extra)
 
     def __call__(
         self, input_ids: Any = None, pixel_values: Any = None, mask: Any = None, **extra: Any
