@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mlx_vlm_prune", "torch_ref", "convert", "benchmarks")
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 40
+MOST_PARAMETERS = 7
 # By import name, what `pip install mlx_vlm_prune` brings.
 BROUGHT = {"mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "jinja2", "safetensors", "tqdm"}
 
@@ -152,6 +153,17 @@ def test_no_function_is_long():
                 if length > LONGEST_FUNCTION:
                     long.append(f"{file.relative_to(ROOT)}: {node.name} has {length} lines")
     assert not long
+
+
+def test_no_function_below_the_public_api_has_more_than_seven_parameters():
+    many = set()
+    for file in sources(*PACKAGES):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([a for a in named if a.arg not in ("self", "cls")]) > MOST_PARAMETERS:
+                    many.add(node.name)
+    assert many == {"stream_generate", "keep_within"}  # public
 
 
 def test_no_file_tells_of_the_machine_it_was_written_on():
