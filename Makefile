@@ -30,9 +30,9 @@ LOWEST := $(VENV)-lowest
 INSTALLS_alone := .
 INSTALLS_hosts := '.[mlx-lm,mlx-vlm]' transformers
 TESTS_alone := $(patsubst %,tests/test_%.py,answers generate goldens image image_refusals model \
-	overlay prompt pruners scenes twig)
+	overlay presets prompt pruners scenes signal_memory twig)
 TESTS_hosts := $(wildcard tests/test_hosts*.py tests/test_pruned*.py tests/test_prune_*.py) \
-	$(patsubst %,tests/test_%.py,hub image llava llava_original mlx_lm torch_ref_parts)
+	$(patsubst %,tests/test_%.py,hub image llava llava_original mlx_lm picture_memory torch_ref_parts)
 
 test-lowest: $(LOWEST)/alone/.ready $(LOWEST)/hosts/.ready
 	$(LOWEST)/alone/bin/python -m pytest $(WORKERS) $(TESTS_alone)
