@@ -1,7 +1,7 @@
 """A calibration: the model run, warm, with a handful of K, and timed as `generate` times it.
 
 MLX_VLM_PRUNE_CALIBRATION_SECONDS sets about how long its timed runs may take in all: a number
-above 0, 8 by default. A short calibration predicts with less certainty.
+above 0, 8 by default. A short calibration predicts with less certainty, and is kept as any other.
 
 Shapes: N visual tokens of an image, K kept, V words.
 """
