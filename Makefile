@@ -30,9 +30,10 @@ LOWEST := $(VENV)-lowest
 INSTALLS_alone := .
 INSTALLS_hosts := '.[mlx-lm,mlx-vlm]' transformers
 TESTS_alone := $(patsubst %,tests/test_%.py,answers chains generate golden_requests goldens image \
-	image_refusals model overlay prompt pruners pruners_budgets pruners_twins scenes signals twig)
+	image_refusals model overlay presets prompt pruners pruners_budgets pruners_twins scenes \
+	signal_memory signals twig)
 TESTS_hosts := $(wildcard tests/test_hosts*.py tests/test_pruned*.py tests/test_prune_*.py) \
-	$(patsubst %,tests/test_%.py,hub image llava llava_original mlx_lm torch_ref_parts)
+	$(patsubst %,tests/test_%.py,hub image llava llava_original mlx_lm picture_memory torch_ref_parts)
 
 test-lowest: $(LOWEST)/alone/.ready $(LOWEST)/hosts/.ready
 	$(LOWEST)/alone/bin/python -m pytest $(WORKERS) $(TESTS_alone)

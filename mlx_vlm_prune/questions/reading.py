@@ -4,6 +4,8 @@ A reader raises Fault for what is wrong with one record; `each` hands it on to B
 place. What is wrong with the whole file or folder is a UserError, before the first question.
 """
 
+import errno
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,10 +139,13 @@ def optional(record: dict[str, Any], key: str, otherwise: str) -> str:
 
 def image_file(home: Path, name: str) -> Path:
     """The image of one question; Fault where there is no such file."""
+    odd, there = len(name) > LONGEST_NAME or any(ord(one) < 32 for one in name), False
     try:
-        odd = len(name) > LONGEST_NAME or any(ord(character) < 32 for character in name)
-        there = not odd and (home / name).is_file()
-    except OSError:  # too long for this file system
+        # Not is_file, which from Python 3.14 on says no to a name that cannot be.
+        there = not odd and stat.S_ISREG((home / name).stat().st_mode)
+    except OSError as e:
+        odd = e.errno == errno.ENAMETOOLONG
+    except ValueError:  # what no file system can spell
         odd = True
     if odd:
         raise Fault(f"{name[:80]!r} is not the name of an image file")
