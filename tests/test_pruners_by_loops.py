@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import torch_ref.pruners as ref
+from mlx_vlm_prune.decoder import attention
 from mlx_vlm_prune.pruners import Signals, resolve
 
 ROWS, COLUMNS, D, HEADS, T = 4, 5, 6, 2, 3
@@ -204,17 +205,17 @@ def test_dart(K):
 def test_fastv_scores_by_one_row_of_attention():
     """Four query heads share two key heads; the last token sees all 20 keys."""
     d, queries = D // HEADS, tokens(6, 1, 4, 2)
-    attention = [0.0] * N
+    share_N = [0.0] * N
     for head in range(4):
         query = [queries[head // 2][head % 2 * d + j] for j in range(d)]
         own = [[KEYS[i][head // 2 * d + j] for j in range(d)] for i in range(N)]
         logits = [sum(q * k for q, k in zip(query, key, strict=True)) / math.sqrt(d) for key in own]
         total = sum(math.exp(x) for x in logits)
-        attention = [a + math.exp(x) / total / 4 for a, x in zip(attention, logits, strict=True)]
+        share_N = [a + math.exp(x) / total / 4 for a, x in zip(share_N, logits, strict=True)]
     q = mx.array(np.array(queries, np.float32).reshape(1, 2, 2, 1, d))
     k = mx.array(heads(KEYS)).swapaxes(1, 2)
     row = attention(q, k, mx.ones((1, 1, N), dtype=mx.bool_), None)[:, 0]
-    np.testing.assert_allclose(np.array(row)[0], attention, rtol=1e-5)
+    np.testing.assert_allclose(np.array(row)[0], share_N, rtol=1e-5)
     kept = resolve("fastv")(
         Signals(mx.array(OF["x_BND"]), (ROWS, COLUMNS), last_attention_BN=row), 7
     )

@@ -66,16 +66,15 @@ def test_every_method_has_its_twin_and_every_module_its_line():
         for function in ("prune", "cuts", "schedule", "weigh"):
             there = hasattr(theirs, function)
             assert (getattr(method, function) is not None) == there, (name, function)
-        assert {key: at for key, at in method.needs.items() if key != "grid"} == ref.entry(
-            theirs, "needs"
-        )
+        needs = {signal: option for signal, option in method.needs.items() if signal != "grid"}
+        assert needs == ref.entry(theirs, "needs")
         assert method.learned == hasattr(theirs, "make")
         assert method.proportional == ref.entry(theirs, "proportional")
         given = inspect.signature(theirs.prune).parameters if method.prune else {}
         for key, parameter in given.items():
             if parameter.default is not parameter.empty:
                 assert method.options[key] == parameter.default, (name, key)
-    helpers = {"contract", "grid", "budget", "clusters", "method", "pipeline", "scorer", "spec"}
+    helpers = set("contract grid budget clusters method pipeline scorer spec trace".split())
     modules = {file.stem for file in Path(pruners.__file__).parent.glob("[a-z]*.py")}
     assert modules == set(METHODS) | helpers
 
