@@ -16,11 +16,10 @@ from mlx_vlm_prune.checkpoints.checkpoint import (
     DTYPES,
     LEARNED,
     Source,
-    generation_of,
     is_composed,
     is_tower,
+    published_as,
     read_ours,
-    title_of,
 )
 from mlx_vlm_prune.checkpoints.config import CONFIG, VLMConfig, is_clip
 from mlx_vlm_prune.checkpoints.errors import UserError
@@ -81,7 +80,7 @@ def _card(config: Mapping[str, Any], name: str, source: str | None) -> str:
     base = f"base_model: {origin}\n" if origin else ""
     how = config.get("quantization")
     fewer = f", its language model in {how['bits']} bits" if how else ""
-    title = title_of(config, Path(name))
+    title = published_as(config, Path(name)).title
     title = title[0].upper() + title[1:]
     return (
         "---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\n"
@@ -112,7 +111,7 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
     config, sizes, ours = read_ours(source)
     if is_composed(config):
         return _composed_to_torch(source, target, vision, config, ours)
-    generation = generation_of(config, source)
+    generation = published_as(config, source)
     published = as_published(ours, generation.table, sizes.text.head_dim, source)
     state: dict[str, RawTensor] = {}
     head, embedding = generation.tied
@@ -147,7 +146,7 @@ def _composed_to_torch(
     ours: Mapping[str, RawTensor],
 ) -> None:
     """A LLaVA-style model as it was published: whole, or its tower in a folder of its own."""
-    told, layout = llava.published_config(config, source), llava.layout_of(config, source)
+    told, layout = llava.published_config(config, source), published_as(config, source)
     state = llava.published(ours, layout, config, source)
     inside = not any(is_tower(name) for name in state)
     if inside and vision:
@@ -209,7 +208,7 @@ def to_hf(source: Path, target: Path) -> str:
     if is_composed(config):
         _composed_to_hf(source, target, config, sizes, ours)
         return llava.READER
-    generation, text = generation_of(config, source), config["text_config"]
+    generation, text = published_as(config, source), config["text_config"]
     reader = generation.readers.get("experts" if text.get("num_experts") else "dense")
     if reader is None:
         raise UserError(

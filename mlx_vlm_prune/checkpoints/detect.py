@@ -19,7 +19,7 @@ TOWER_REST = re.compile(
 )
 
 
-def tidy(state: Tensors, where: Path) -> dict[str, RawTensor]:
+def tidy(state: Tensors) -> dict[str, RawTensor]:
     """A state dict without masks, its tower under Hugging Face's names."""
     kept = {k.removeprefix("vision_encoder."): v for k, v in state.items() if "mask" not in k}
     if "embeddings.patch_embedding.weight" in kept:  # a tower alone, as transformers 5 saves it

@@ -18,13 +18,14 @@ from .fields import LARGEST, Fields
 from .files import header, optional_json, read_json
 from .llava_names import LAYOUTS, Layout, recognise
 from .processor import ADVICE, TOKENIZER, read_tokenizer
-from .renaming import as_ours, as_published, renamed, untied
+from .renaming import as_ours, as_published, check_tied, renamed
 from .shapes import check_complete
 from .tensors import RawTensor
 
 MODEL_TYPE = "composed_vlm"  # of our folders
 PUBLISHED_TYPE = "llava"  # of theirs
 READER = "LlavaForConditionalGeneration"
+HEAD = "language.lm_head.weight"
 _ROPE = {"rope_theta": 10000.0}
 # What a class of transformers takes for a size that config.json leaves out.
 TEXT: dict[str, dict[str, Any]] = {
@@ -125,7 +126,8 @@ def composed(
     held = {k: v for k, v in state.items() if not REST.fullmatch(k)}
     ours = as_ours(renamed(held, table, layout.title, folder), table, 1)
     if sizes["text_config"]["tie_word_embeddings"]:
-        ours = untied(ours, "language.lm_head.weight", "language.embed_tokens.weight", folder)
+        check_tied(ours, HEAD, "language.embed_tokens.weight", folder)
+        ours.pop(HEAD, None)
     check_complete(ours, config, folder)
     whole = {"published": read_json(folder / CONFIG), "published_as": layout.name}
     return {**sizes, "model_type": MODEL_TYPE, **whole}, ours
@@ -261,14 +263,6 @@ def published(
 def published_config(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """The config.json that one of our folders was published with."""
     return Fields(config, where / CONFIG).part("published").values
-
-
-def layout_of(config: Mapping[str, Any], where: Path) -> Layout:
-    """As what one of our folders was published."""
-    name = config.get("published_as")
-    if not isinstance(name, str) or name not in LAYOUTS:
-        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
 
 
 def _list(kinds: Mapping[str, Any]) -> str:

@@ -50,7 +50,7 @@ def parts(source: Path, vision: Path | None) -> tuple[dict[str, RawTensor], Path
     state = read_weights(source)
     folder = _tower_folder(source, state, vision)
     if folder:
-        tower = tidy(read_weights(folder), folder)
+        tower = tidy(read_weights(folder))
         state |= {k: v for k, v in tower.items() if k.startswith("vision_model.")}
     return state, folder
 
