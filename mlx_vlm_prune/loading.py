@@ -15,8 +15,8 @@ import mlx.core as mx
 from mlx import nn
 
 from . import fast_blas
+from .arrays import FLOATS as CODES
 from .arrays import read_arrays, to_array
-from .checkpoints.checkpoint import DTYPES as CODES
 from .checkpoints.checkpoint import as_mlx, is_composed, is_ours
 from .checkpoints.config import CONFIG, CLIPConfig, SiglipConfig, VLMConfig, parse_config
 from .checkpoints.errors import UserError
@@ -120,9 +120,9 @@ def _read(folder: Path, dtype: str) -> _Read:
         target = _check_size(shapes, dtype, folder)
         weights = {name: _as(weights.pop(name), target) for name in shapes}
         return _Read(config, weights, folder, folder, _published(whole))
-    source, kinds = as_mlx(folder), {code: DTYPES[name] for name, code in CODES.items()}
+    source = as_mlx(folder)
     config, tensors = parse_config(source.config, folder / CONFIG), source.tensors.items()
-    target = _check_size({k: (t.shape, kinds.get(t.dtype)) for k, t in tensors}, dtype, folder)
+    target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
     weights = {name: _as(to_array(tensor), target) for name, tensor in tensors}
     return _Read(config, weights, source.tokenizer, source.reading, _published(source.config))
 

@@ -15,7 +15,7 @@ from .backbones import BACKBONES
 from .config import CONFIG, TOWERS, is_clip, parse_sizes
 from .errors import UserError
 from .fields import LARGEST, Fields
-from .files import header, optional_json, read_json
+from .files import optional_json, read_header, read_json
 from .llava_names import LAYOUTS, Layout, recognise
 from .processor import ADVICE, TOKENIZER, read_tokenizer
 from .renaming import as_ours, as_published, check_tied, renamed
@@ -26,20 +26,10 @@ MODEL_TYPE = "composed_vlm"  # of our folders
 PUBLISHED_TYPE = "llava"  # of theirs
 READER = "LlavaForConditionalGeneration"
 HEAD = "language.lm_head.weight"
-_ROPE = {"rope_theta": 10000.0}
-# What a class of transformers takes for a size that config.json leaves out.
-TEXT: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048, **_ROPE,
-    },
-    "qwen2": {
-        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 151936,
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, **_ROPE,
-    },
-}  # fmt: skip
+PLAIN = (  # what our own decoder is told of a Llama or a Qwen2
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
 _TOWER = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "image_size": 224, "num_channels": 3,
@@ -102,7 +92,7 @@ def _wrote_transformers(files: Sequence[Path]) -> bool:
     """Or else mlx-vlm did."""
     forms = set()
     for file in files:
-        shapes, form = header(file)
+        shapes, form = read_header(file)
         forms.add(form)
         for name, shape in shapes.items():
             if name.endswith("patch_embedding.weight") and len(shape) == 4:
@@ -177,17 +167,16 @@ def text_config(
     kind = given.get("model_type", "llama")
     if kind not in [*BACKBONES]:
         raise UserError(
-            f"{where}: no language model is called {kind!r}; there are {_list(BACKBONES)}"
+            f"{where}: no language model is called {kind!r}; there are {', '.join(BACKBONES)}"
         )
-    told = {**TEXT.get(kind, {}), **given}
+    told = {"rope_theta": 10000.0, **BACKBONES[kind].defaults, **given}
     told.setdefault("num_key_value_heads", told.get("num_attention_heads"))
     turns = told.get("rope_parameters") or told.get("rope_scaling") or {}
     if not _is_plain(kind, told, turns):
         return backbones.text_config(given, whole, where, has_head, has_bias)
-    names = [*TEXT["llama"], "num_key_value_heads"]
     tied = bool(given.get("tie_word_embeddings", whole.get("tie_word_embeddings", False)))
     return {
-        **{name: told[name] for name in names},
+        **{name: told[name] for name in PLAIN},
         "attention_bias": kind == "qwen2",
         "model_type": kind,
         "rope_theta": turns.get("rope_theta", told["rope_theta"]),
@@ -200,7 +189,7 @@ def _is_plain(kind: str, told: Mapping[str, Any], turns: Any) -> bool:
     heads, width, size = (told.get(k) for k in ("num_attention_heads", "head_dim", "hidden_size"))
     heads_fit = type(width) is int and type(heads) is int and width * heads == size
     return (
-        kind in TEXT
+        kind in ("llama", "qwen2")
         and isinstance(turns, Mapping)
         and turns.get("rope_type", turns.get("type", "default")) == "default"
         and told.get("hidden_act", "silu") == "silu"
@@ -216,7 +205,7 @@ def vision_config(told: Mapping[str, Any], where: Path) -> dict[str, Any]:
     given = Fields(told, where).part("vision_config").values
     kind = given.get("model_type", TOWERS[0])
     if kind not in [*VISION]:
-        raise UserError(f"{where}: no tower is called {kind!r}; there are {_list(VISION)}")
+        raise UserError(f"{where}: no tower is called {kind!r}; there are {', '.join(VISION)}")
     full, act = {**VISION[kind], **given}, VISION[kind]["hidden_act"]
     if full["hidden_act"] != act:
         raise UserError(f"{where}: hidden_act is {full['hidden_act']!r}; {kind} has {act}")
@@ -263,7 +252,3 @@ def published(
 def published_config(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """The config.json that one of our folders was published with."""
     return Fields(config, where / CONFIG).part("published").values
-
-
-def _list(kinds: Mapping[str, Any]) -> str:
-    return ", ".join(kinds)
