@@ -5,7 +5,7 @@ default of the class it names. Sizes are taken from there, and the tensors held 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +80,14 @@ def is_for_us(folder: Path) -> bool:
             *kinds
         ]:
             return False
-    files = _files(folder)
-    return _wrote_transformers(files) if files else any(folder.glob("pytorch_model*.bin"))
+    weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return bool(weights) and _wrote_transformers(folder)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors"))
-
-
-def _wrote_transformers(files: Sequence[Path]) -> bool:
+def _wrote_transformers(folder: Path) -> bool:
     """Or else mlx-vlm did."""
     forms = set()
-    for file in files:
+    for file in sorted(folder.glob("model*.safetensors")):
         shapes, form = read_header(file)
         forms.add(form)
         for name, shape in shapes.items():
@@ -132,7 +128,7 @@ def sizes_of(
     if original.is_original(told):
         linear = told.get("mm_projector_type", "linear") == "linear"
         told = original.as_hugging_face(names, folder, tower)
-    elif not _wrote_transformers(_files(folder)):
+    elif not _wrote_transformers(folder):
         raise UserError(
             f"{folder} is a LLaVA that mlx-vlm converted: --model takes it as it is, and only one"
             " as transformers wrote it can be converted"

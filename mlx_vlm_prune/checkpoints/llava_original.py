@@ -51,9 +51,8 @@ def parts(source: Path, vision: Path | None) -> tuple[dict[str, RawTensor], Path
     state = read_weights(source)
     folder = _tower_folder(source, state, vision)
     if folder:
-        state |= {
-            k: v for k, v in tidy(read_weights(folder)).items() if k.startswith("vision_model.")
-        }
+        apart = tidy(read_weights(folder))
+        state |= {k: v for k, v in apart.items() if k.startswith("vision_model.")}
     return state, folder
 
 
