@@ -2,20 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from mlx_vlm_prune.checkpoints import elsewhere, llava, llava_original
 from mlx_vlm_prune.checkpoints.backbones import BACKBONES
 from mlx_vlm_prune.checkpoints.checkpoint import (
+    Published,
     is_ours,
-    is_tower,
-    told_apart,
-    told_heads,
-    tower_folder,
+    open_published,
 )
 from mlx_vlm_prune.checkpoints.config import (
     CONFIG,
-    POOL,
     CLIPConfig,
     MiniMindConfig,
     MlxLmConfig,
@@ -24,12 +20,10 @@ from mlx_vlm_prune.checkpoints.config import (
     parse_sizes,
     parse_text,
 )
-from mlx_vlm_prune.checkpoints.detect import text_config, tidy, vision_config
 from mlx_vlm_prune.checkpoints.fields import Fields
 from mlx_vlm_prune.checkpoints.files import read_json
-from mlx_vlm_prune.checkpoints.generations import Generation, Shaped
+from mlx_vlm_prune.checkpoints.generations import Generation
 from mlx_vlm_prune.checkpoints.processor import READING, TOKENIZER
-from mlx_vlm_prune.checkpoints.renaming import renamed
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 from mlx_vlm_prune.checkpoints.weights import read_weights
@@ -45,46 +39,34 @@ def describe(path: Path, vision: Path | None = None) -> str:
     elif llava.is_published(path):
         state, tower = llava_original.parts(path, vision)
         lines = _composed(path, state, tower)
-    else:
+    elif is_ours(path):
         state = read_weights(path)
-        lines = _ours(path, state) if is_ours(path) else _published(path, state, vision)
+        lines = _ours(path, state)
+    else:
+        published = open_published(path, vision)
+        lines, state = _published(path, published), published.raw
     size = sum(tensor.nbytes for tensor in state.values())
     kinds = sorted({tensor.dtype for tensor in state.values()})
     lines += [("tensors", f"{len(state)}, {size / 1e6:.1f} MB, {', '.join(kinds)}")]
     return "\n".join([str(path), *(f"  {name:<15} {text}" for name, text in lines)])
 
 
-def _published(path: Path, raw: dict[str, RawTensor], vision: Path | None) -> Lines:
-    state = tidy(raw, path)
-    folder = vision or tower_folder(path)
-    tower = {name: tensor for name, tensor in state.items() if is_tower(name)}
-    inside = bool(tower) and vision is None
-    if folder and not inside:
-        tower = {k: v for k, v in tidy(read_weights(folder), folder).items() if is_tower(k)}
-    rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
-    generation = told_apart(rest | tower, path)
-    table, title = generation.table, generation.title
-    named = renamed({k: v for k, v in rest.items() if k != generation.tied[0]}, table, title, path)
-    heads, kv_heads = told_heads(path, None, None)
-    sizes: dict[str, Any] = {"text_config": text_config(named, generation, path, heads, kv_heads)}
+def _published(path: Path, published: Published) -> Lines:
+    generation, sizes = published.generation, published.sizes
+    why = "read off the norm of keys" if "qk_norm" in sizes["text_config"] else "from config.json"
     text = parse_text(Fields(sizes, path).part("text_config"))
-    why = "from config.json" if heads and kv_heads else HEADS
-    why = "read off the norm of keys" if "qk_norm" in sizes["text_config"] else why
-    lines = [("published as", f"{title} ({generation.name})")]
-    lines += [*_language(text, why), ("embeddings", _tie(rest, generation))]
-    lines += [("projector", _projector(named))]
-    missing = []
-    if tower:
-        told = read_json(folder / CONFIG) if folder and not inside else {}
-        seen = renamed(tower, table, title, folder or path)
-        laid = {k: _laid(v, k, generation) for k, v in seen.items()}
-        sizes["vision_config"] = vision_config(laid, generation.tower_type, told, folder or path)
-        config = parse_sizes(sizes | _projector_sizes(named, generation), path)
-        where = ", in the file" if inside else f", in {folder}"
-        lines += [("tower", _tower(config.vision) + where)]
-        missing = [name for name in expected_shapes(config) if name not in named | seen]
-    else:
-        lines += [("tower", "not here: give its folder with --vision")]
+    tower, missing = "not here: give its folder with --vision", []
+    if "vision_config" in sizes:
+        config = parse_sizes(sizes, path)
+        tower = f"{_tower(config.vision)}, in {published.tower or 'the file'}"
+        missing = [name for name in expected_shapes(config) if name not in published.tensors]
+    lines = [
+        ("published as", f"{generation.title} ({generation.name})"),
+        *_language(text, HEADS if published.guessed else why),
+        ("embeddings", _tie(published.raw, generation)),
+        ("projector", _projector(published.tensors)),
+        ("tower", tower),
+    ]
     if not ((path if path.is_dir() else path.parent) / TOKENIZER).is_file():
         lines += [("tokenizer", "not here: give its folder with --tokenizer")]
     return [*lines, ("missing", _few(missing))]
@@ -119,16 +101,6 @@ def _without_tower(path: Path) -> Lines:
         *_language(parse_text(Fields(text, file, "text_config")), "from config.json"),
         ("tower", f"not here: give the folder of {told['mm_vision_tower']} with --vision"),
     ]
-
-
-def _laid(tensor: RawTensor, name: str, generation: Generation) -> Shaped:
-    """With its axes in our order."""
-    change = next(r.change for r in generation.tower if _is_patch(r.ours))
-    return change.there(tensor, 1) if change and _is_patch(name) else tensor
-
-
-def _is_patch(name: str) -> bool:
-    return name == "tower.embeddings.patch_embedding.weight"
 
 
 def _ours(path: Path, state: dict[str, RawTensor]) -> Lines:
@@ -183,15 +155,6 @@ def _projector(named: Mapping[str, RawTensor]) -> str:
         norm = "norm and " if "projector.norm.weight" in named else ""
         return f"{norm}two layers, {weight.shape[1]} to {weight.shape[0]}"
     return "missing"
-
-
-def _projector_sizes(named: Mapping[str, RawTensor], generation: Generation) -> dict[str, Any]:
-    sizes: dict[str, Any] = {}
-    if "projector.fc1.weight" in named:
-        sizes["projector"] = {"merge": generation.merge, "norm": "projector.norm.weight" in named}
-    if queries := named.get("pruner.queries"):
-        sizes["pruner"] = {"name": POOL, "tokens": queries.shape[0] if queries.shape else 0}
-    return sizes
 
 
 def _tower(c: CLIPConfig) -> str:

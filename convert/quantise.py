@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mlx_vlm_prune.checkpoints.backbones import Shapes
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, Source
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.quantization import MODES, check_packable, is_quantisable
+from mlx_vlm_prune.checkpoints.quantization import MODES, Quantization, packed
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
 PARTS = ("weight", "scales", "biases")
@@ -45,11 +46,8 @@ def quantised(
     tensors: dict[str, RawTensor] = {}
     for name, tensor in source.tensors.items():
         tensor = tensor.astype(DTYPES[dtype]) if dtype else tensor
-        if is_quantisable(name, tensor.shape, how["group_size"]):
-            check_packable(name, tensor.shape, mode)
-            tensors |= _few_bits(name.removesuffix("weight"), tensor, how)
-        else:
-            tensors[name] = tensor
+        shapes = packed({name: tensor.shape}, Quantization(**how))
+        tensors |= _few_bits(shapes, tensor, how) if len(shapes) > 1 else {name: tensor}
     if len(tensors) == len(source.tensors):
         group = how["group_size"]
         raise UserError(f"no matrix of the language model has rows that groups of {group} divide")
@@ -57,7 +55,7 @@ def quantised(
     return replace(source, config=config, tensors=tensors)
 
 
-def _few_bits(prefix: str, tensor: RawTensor, how: Mapping[str, Any]) -> dict[str, RawTensor]:
+def _few_bits(shapes: Shapes, tensor: RawTensor, how: Mapping[str, Any]) -> dict[str, RawTensor]:
     """The two or three tensors that take a matrix' place."""
     import mlx.core as mx
 
@@ -69,18 +67,11 @@ def _few_bits(prefix: str, tensor: RawTensor, how: Mapping[str, Any]) -> dict[st
         tensor.forget()
         return made
 
-    rows, columns = tensor.shape
-    groups = (rows, columns // how["group_size"])
-    affine = how["mode"] == "affine"
-    kinds = [
-        ("U32", (rows, columns * how["bits"] // 32)),
-        (tensor.dtype if affine else "U8", groups),
-        *([(tensor.dtype, groups)] if affine else []),
-    ]
+    kinds = ("U32", tensor.dtype if how["mode"] == "affine" else "U8", tensor.dtype)
     each = _one_at_a_time(compute)
     return {
-        prefix + part: RawTensor(dtype, shape, partial(each, i))
-        for i, (part, (dtype, shape)) in enumerate(zip(PARTS, kinds, strict=False))
+        name: RawTensor(kinds[i], shape, partial(each, i))
+        for i, (name, shape) in enumerate(shapes.items())
     }
 
 
@@ -120,9 +111,8 @@ def dequantised(source: Source, dtype: str | None = None) -> Source:
 def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> RawTensor:
     import mlx.core as mx
 
-    from mlx_vlm_prune.arrays import to_array, to_bytes
+    from mlx_vlm_prune.arrays import FLOATS, to_array, to_bytes
 
-    kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
     weight, scales = held[:2]
     assert weight and scales
 
@@ -130,17 +120,13 @@ def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> 
         with mx.stream(mx.cpu):
             # Scales in float32: a product rounded to sixteen bits twice would be another.
             arrays: list[Any] = [part and to_array(part) for part in held]
-            arrays = [a.astype(mx.float32) if a is not None and _is_float(a) else a for a in arrays]
-            made = to_bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))
+            floats = [part and part.dtype in FLOATS for part in held]
+            pairs = zip(arrays, floats, strict=True)
+            arrays = [each.astype(mx.float32) if wide else each for each, wide in pairs]
+            made = to_bytes(mx.dequantize(*arrays, **how).astype(FLOATS[dtype]))
         for part in filter(None, held):
             part.forget()
         return made
 
     shape = (weight.shape[0], scales.shape[1] * how["group_size"])
     return RawTensor(dtype, shape, compute)
-
-
-def _is_float(array: Any) -> bool:
-    import mlx.core as mx
-
-    return mx.issubdtype(array.dtype, mx.floating)

@@ -16,11 +16,10 @@ from mlx_vlm_prune.checkpoints.checkpoint import (
     DTYPES,
     LEARNED,
     Source,
-    generation_of,
     is_composed,
     is_tower,
+    published_as,
     read_ours,
-    title_of,
 )
 from mlx_vlm_prune.checkpoints.config import CONFIG, VLMConfig, is_clip
 from mlx_vlm_prune.checkpoints.errors import UserError
@@ -81,7 +80,7 @@ def _card(config: Mapping[str, Any], name: str, source: str | None) -> str:
     base = f"base_model: {origin}\n" if origin else ""
     how = config.get("quantization")
     fewer = f", its language model in {how['bits']} bits" if how else ""
-    title = title_of(config, Path(name))
+    title = published_as(config, Path(name)).title
     title = title[0].upper() + title[1:]
     return (
         "---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\n"
@@ -112,7 +111,7 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
     config, sizes, ours = read_ours(source)
     if is_composed(config):
         return _composed_to_torch(source, target, vision, config, ours)
-    generation = generation_of(config, source)
+    generation = published_as(config, source)
     published = as_published(ours, generation.table, sizes.text.head_dim, source)
     state: dict[str, RawTensor] = {}
     head, embedding = generation.tied
@@ -133,10 +132,8 @@ def to_torch(source: Path, target: Path, vision: Path | None = None) -> None:
 def _write_tower(
     source: Path, folder: Path, config: Mapping[str, Any], published: Mapping[str, RawTensor]
 ) -> None:
-    _write_theirs(folder / CONFIG, _tower_config(config["vision_config"]))
     tower = {name: tensor for name, tensor in published.items() if is_tower(name)}
-    write_safetensors(folder / "model.safetensors", tower, "pt")
-    copy_files([READING], source, folder)
+    _fill(folder, _tower_config(config["vision_config"]), tower, [READING], source)
 
 
 def _composed_to_torch(
@@ -147,7 +144,7 @@ def _composed_to_torch(
     ours: Mapping[str, RawTensor],
 ) -> None:
     """A LLaVA-style model as it was published: whole, or its tower in a folder of its own."""
-    told, layout = llava.published_config(config, source), llava.layout_of(config, source)
+    told, layout = llava.published_config(config, source), published_as(config, source)
     state = llava.published(ours, layout, config, source)
     inside = not any(is_tower(name) for name in state)
     if inside and vision:
@@ -157,9 +154,8 @@ def _composed_to_torch(
         folder = stack.enter_context(appearing(target, folder=True))
         if vision:
             _write_tower(source, stack.enter_context(appearing(vision, folder=True)), config, state)
-        _write_theirs(folder / CONFIG, told)
-        write_safetensors(folder / "model.safetensors", rest, "pt")
-        copy_files([*TOKENIZER_FILES, *CARRIED, *([READING] if inside else [])], source, folder)
+        names = [*TOKENIZER_FILES, *CARRIED, *([READING] if inside else [])]
+        _fill(folder, told, rest, names, source)
 
 
 def _composed_to_hf(
@@ -176,9 +172,7 @@ def _composed_to_hf(
     told = llava_original.for_transformers(config, sizes, source)
     state = llava.published(ours, llava.LAYOUTS["llava-hf"], config, source)
     with appearing(target, folder=True) as folder:
-        _write_theirs(folder / CONFIG, told)
-        write_safetensors(folder / "model.safetensors", state, "pt")
-        copy_files([*TOKENIZER_FILES, *CARRIED], source, folder)
+        _fill(folder, told, state, [*TOKENIZER_FILES, *CARRIED], source)
         if (source / READING).is_file():
             square = {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
             pads = llava_original.pads(published)
@@ -195,9 +189,18 @@ def _tower_config(vision: Mapping[str, Any]) -> dict[str, Any]:
     return told
 
 
-def _write_theirs(path: Path, content: Mapping[str, Any]) -> None:
-    """As transformers writes it, so that what it wrote comes back the same."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _fill(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, RawTensor],
+    names: Sequence[str],
+    source: Path,
+) -> None:
+    """A folder as transformers writes it, so that what it wrote comes back the same."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    write_safetensors(folder / "model.safetensors", tensors, "pt")
+    copy_files(names, source, folder)
 
 
 def to_hf(source: Path, target: Path) -> str:
@@ -209,7 +212,7 @@ def to_hf(source: Path, target: Path) -> str:
     if is_composed(config):
         _composed_to_hf(source, target, config, sizes, ours)
         return llava.READER
-    generation, text = generation_of(config, source), config["text_config"]
+    generation, text = published_as(config, source), config["text_config"]
     reader = generation.readers.get("experts" if text.get("num_experts") else "dense")
     if reader is None:
         raise UserError(
@@ -218,9 +221,8 @@ def to_hf(source: Path, target: Path) -> str:
     words = {name: tensor for name, tensor in ours.items() if name.startswith("language.")}
     state = as_published(words, LLAMA, sizes.text.head_dim, source)
     with appearing(target, folder=True) as folder:
-        _write_theirs(folder / CONFIG, _hf_config(reader, config, sizes.text.head_dim))
-        write_safetensors(folder / "model.safetensors", state, "pt")
-        copy_files(TOKENIZER_FILES, source, folder)
+        told = _hf_config(reader, config, sizes.text.head_dim)
+        _fill(folder, told, state, TOKENIZER_FILES, source)
     return reader
 
 

@@ -15,9 +15,9 @@ import mlx.core as mx
 from mlx import nn
 
 from . import fast_blas
+from .arrays import FLOATS as CODES
 from .arrays import read_arrays, to_array
-from .checkpoints.checkpoint import DTYPES as CODES
-from .checkpoints.checkpoint import as_mlx, is_composed, is_ours
+from .checkpoints.checkpoint import Source, as_mlx, is_composed, is_ours
 from .checkpoints.config import CONFIG, CLIPConfig, SiglipConfig, VLMConfig, parse_config
 from .checkpoints.errors import UserError
 from .checkpoints.files import read_json
@@ -72,9 +72,9 @@ def load(
     folder = _find(path_or_hub_name, revision)
     if kind := host.kind_of(folder):
         return host.load(folder, kind, _known(dtype))
-    found = _read(folder, dtype)
-    model, weights = VLM(found.config), stacked(found.weights)
-    if how := found.config.quantization:
+    config, weights, source = _read(folder, dtype)
+    model, weights = VLM(config), stacked(weights)
+    if how := config.quantization:
         few = {name.removesuffix(".scales") for name in weights if ".scales" in name}
         nn.quantize(model, **asdict(how), class_predicate=lambda path, _: path in few)
     model.load_weights(list(weights.items()))
@@ -83,13 +83,14 @@ def load(
     model.eval()
     mx.eval(model.parameters())
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    image = _preprocessor(found.reading, model.config.vision)
-    if pads(found.published):
+    image = _preprocessor(source.reading, config.vision)
+    composed = is_composed(source.config)
+    if composed and pads(source.config.get("published")):
         image = replace(image, pad=True)
-    tokenizer = Tokenizer.from_folder(found.words)
-    if found.published is not None and tokenizer.chat_template is None:
+    tokenizer = Tokenizer.from_folder(source.tokenizer)
+    if composed and tokenizer.chat_template is None:
         tokenizer.chat_template = VICUNA
-    return model, Processor(tokenizer, image, model.config.image_token, name, folder)
+    return model, Processor(tokenizer, image, config.image_token, name, folder)
 
 
 def _known(dtype: str) -> mx.Dtype | None:
@@ -99,19 +100,9 @@ def _known(dtype: str) -> mx.Dtype | None:
     return DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A checkpoint as it lies in its folders, checked, its weights in what they are to be in."""
-
-    config: VLMConfig
-    weights: dict[str, mx.array]
-    words: Path
-    reading: Path | None
-    published: Any  # a LLaVA's config.json, as somebody else wrote it
-
-
-def _read(folder: Path, dtype: str) -> _Read:
-    """One of our folders, or one as published, brought over."""
+def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Source]:
+    """One of our folders, or one as published, brought over: checked, its weights in what they are
+    to be in, and the rest of it."""
     if is_ours(folder):
         whole = read_json(folder / CONFIG)
         config, weights = parse_config(whole, folder / CONFIG), _mlx_weights(folder)
@@ -119,16 +110,12 @@ def _read(folder: Path, dtype: str) -> _Read:
         shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
         target = _check_size(shapes, dtype, folder)
         weights = {name: _as(weights.pop(name), target) for name in shapes}
-        return _Read(config, weights, folder, folder, _published(whole))
-    source, kinds = as_mlx(folder), {code: DTYPES[name] for name, code in CODES.items()}
+        return config, weights, Source(whole, {}, folder, folder)
+    source = as_mlx(folder)
     config, tensors = parse_config(source.config, folder / CONFIG), source.tensors.items()
-    target = _check_size({k: (t.shape, kinds.get(t.dtype)) for k, t in tensors}, dtype, folder)
+    target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
     weights = {name: _as(to_array(tensor), target) for name, tensor in tensors}
-    return _Read(config, weights, source.tokenizer, source.reading, _published(source.config))
-
-
-def _published(config: Mapping[str, Any]) -> Any:
-    return config.get("published", {}) if is_composed(config) else None
+    return config, weights, replace(source, tensors={})
 
 
 def _as(array: mx.array, target: mx.Dtype) -> mx.array:

@@ -6,6 +6,11 @@ from .generation.result import GenerationResult
 from .machine import versions
 
 LINE = "=" * 10
+FIELDS = (
+    "text", "token_ids", "prompt_tokens", "generation_tokens", "visual_tokens",
+    "visual_tokens_kept", "kept_indices", "layers", "cache_bytes", "pruner", "positions",
+    "ttft_ms", "prompt_tps", "generation_tps", "drafted", "accepted", "finish_reason",
+)  # fmt: skip
 
 
 def print_figures(a: GenerationResult) -> None:
@@ -48,23 +53,7 @@ def print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
 def as_json(a: GenerationResult) -> dict[str, Any]:
     """What --json holds: the answer and every figure, without the arrays."""
     return {
-        "text": a.text,
-        "token_ids": a.token_ids,
-        "prompt_tokens": a.prompt_tokens,
-        "generation_tokens": a.generation_tokens,
-        "visual_tokens": a.visual_tokens,
-        "visual_tokens_kept": a.visual_tokens_kept,
-        "kept_indices": a.kept_indices,
-        "layers": a.layers,
-        "cache_bytes": a.cache_bytes,
-        "pruner": a.pruner,
-        "positions": a.positions,
-        "ttft_ms": a.ttft_ms,
-        "prompt_tps": a.prompt_tps,
-        "generation_tps": a.generation_tps,
-        "drafted": a.drafted,
-        "accepted": a.accepted,
+        **{name: getattr(a, name) for name in FIELDS},
         "peak_memory_gb": a.peak_memory,
-        "finish_reason": a.finish_reason,
         "versions": versions(),
     }

@@ -136,10 +136,6 @@ class Tokenizer:
         sandbox.globals["strftime_now"] = _strftime_now
         return sandbox.from_string(self.chat_template)
 
-    def detokenizer(self) -> "Detokenizer":
-        """For text that appears while ids arrive."""
-        return Detokenizer(self)
-
 
 class Detokenizer:
     """Turns ids into text as they come; the pieces together equal `decode` of all ids.

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import check_safetensors
+from mlx_vlm_prune.checkpoints.files import read_header
 from mlx_vlm_prune.checkpoints.pth import read_pth
 
 from . import tiny
@@ -157,7 +157,7 @@ def test_an_unsound_safetensors_file_is_refused_for_its_own_reason(tmp_path, sen
     file = tmp_path / "model.safetensors"
     file.write_bytes(BAD_SAFETENSORS[sentence])
     with pytest.raises(UserError, match=f"no sound safetensors file: .*{sentence}"):
-        check_safetensors(file)
+        read_header(file)
 
 
 def test_a_truncated_model_is_refused_by_load(published, capsys):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import check_safetensors, open_safetensors
+from mlx_vlm_prune.checkpoints.files import open_safetensors, read_header
 from mlx_vlm_prune.checkpoints.pth import read_pth
 from mlx_vlm_prune.checkpoints.weights import read_weights
 
@@ -85,7 +85,7 @@ def test_what_we_accept_of_100_000_damaged_files_is_sound_and_reads_alike(quick)
         data = mutant(good, draw)
         file.write_bytes(data)
         try:
-            check_safetensors(file)
+            read_header(file)
         except UserError:
             continue
         accepted += 1

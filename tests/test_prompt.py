@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.prompt import INCOMPLETE, Prompt, Tokenizer, build
+from mlx_vlm_prune.prompt import INCOMPLETE, Detokenizer, Prompt, Tokenizer, build
 from mlx_vlm_prune.scenes.vocabulary import write
 
 N = 7
@@ -217,7 +217,7 @@ def test_text_that_is_no_unicode_is_refused(words):
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 6399), max_size=30))
 def test_the_pieces_of_a_stream_are_the_whole_text(minimind, ids):
-    writer = minimind.detokenizer()
+    writer = Detokenizer(minimind)
     pieces = [writer.add(i) for i in ids]
     assert "".join(pieces) + writer.finish() == minimind.decode(ids)
 
@@ -225,7 +225,7 @@ def test_the_pieces_of_a_stream_are_the_whole_text(minimind, ids):
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=12))
 def test_no_piece_shows_half_a_character(minimind, text):
-    writer = minimind.detokenizer()
+    writer = Detokenizer(minimind)
     for piece in [writer.add(i) for i in minimind.encode(text)]:
         assert INCOMPLETE not in piece or INCOMPLETE in text
 

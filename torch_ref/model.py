@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from mlx_vlm_prune.checkpoints.checkpoint import read_published, torch_tensors
-from mlx_vlm_prune.checkpoints.config import MlxLmConfig, VLMConfig
+from mlx_vlm_prune.checkpoints.config import MlxLmConfig, VLMConfig, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.tensors import RawTensor
 
@@ -92,11 +92,12 @@ class VLM(nn.Module):
         UserError for files that cannot be read or that hold another model.
         """
         published = read_published(Path(path), Path(clip_folder))
-        model = cls(published.config)
+        config = parse_sizes(published.sizes, Path(path))
+        model = cls(config)
         prefix = {True: "vision_encoder.", False: ""}
         state = {
             prefix[name.startswith("vision_model.")] + name: _tensor(raw)
-            for name, raw in torch_tensors(published).items()
+            for name, raw in torch_tensors(published, config.text.head_dim).items()
         }
         model.load_state_dict(state)
         return model.eval().to(device or best_device())

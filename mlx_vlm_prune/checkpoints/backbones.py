@@ -30,7 +30,7 @@ def norm(name: str, size: int, bias: bool = False) -> Shapes:
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if bias else {})}
 
 
-def _attention(c: Sizes, inner: bool, out: bool, last: str = "o_proj") -> Shapes:
+def attention(c: Sizes, inner: bool, out: bool, last: str = "o_proj") -> Shapes:
     """Projections, `inner` and `out` of them with biases."""
     D, wide, narrow = c["hidden_size"], *(c[f"num_{x}_heads"] for x in ("attention", "key_value"))
     wide, narrow = wide * c["head_dim"], narrow * c["head_dim"]
@@ -42,36 +42,46 @@ def _attention(c: Sizes, inner: bool, out: bool, last: str = "o_proj") -> Shapes
     }
 
 
-def _gated(c: Sizes, bias: bool = False) -> Shapes:
-    """The network of three matrices, and the norms around it."""
-    D, inner = c["hidden_size"], c["intermediate_size"]
+def gated(name: str, D: int, inner: int, bias: bool = False) -> Shapes:
+    """A network of three matrices."""
     return {
-        **linear("mlp.gate_proj", inner, D, bias),
-        **linear("mlp.up_proj", inner, D, bias),
-        **linear("mlp.down_proj", D, inner, bias),
-        **norm("input_layernorm", D),
-        **norm("post_attention_layernorm", D),
+        **linear(f"{name}.gate_proj", inner, D, bias),
+        **linear(f"{name}.up_proj", inner, D, bias),
+        **linear(f"{name}.down_proj", D, inner, bias),
     }
+
+
+def norms(D: int) -> Shapes:
+    """Those before attention and before the network."""
+    return norm("input_layernorm", D) | norm("post_attention_layernorm", D)
+
+
+def qk_norms(d: int) -> Shapes:
+    return norm("self_attn.q_norm", d) | norm("self_attn.k_norm", d)
+
+
+def _gated(c: Sizes, bias: bool = False) -> Shapes:
+    D = c["hidden_size"]
+    return gated("mlp", D, c["intermediate_size"], bias) | norms(D)
 
 
 def _llama(c: Sizes) -> Shapes:
     bias = c["attention_bias"]
-    return _attention(c, bias, bias) | _gated(c, c["mlp_bias"])
+    return attention(c, bias, bias) | _gated(c, c["mlp_bias"])
 
 
 def _qwen2(c: Sizes) -> Shapes:
-    return _attention(c, True, False) | _gated(c)
+    return attention(c, True, False) | _gated(c)
 
 
 def _qwen3(c: Sizes) -> Shapes:
-    norms = [norm(f"self_attn.{x}_norm", c["head_dim"]) for x in "qk"]
-    return _attention(c, False, False) | norms[0] | norms[1] | _gated(c)
+    return attention(c, False, False) | qk_norms(c["head_dim"]) | _gated(c)
 
 
 def _phi(c: Sizes) -> Shapes:
     D, inner = c["hidden_size"], c["intermediate_size"]
     return {
-        **_attention(c, True, True, "dense"),
+        **attention(c, True, True, "dense"),
         **linear("mlp.fc1", inner, D, True),
         **linear("mlp.fc2", D, inner, True),
         **norm("input_layernorm", D, True),
@@ -79,7 +89,7 @@ def _phi(c: Sizes) -> Shapes:
 
 
 def _gemma(c: Sizes) -> Shapes:
-    return _attention(c, False, False) | _gated(c)
+    return attention(c, False, False) | _gated(c)
 
 
 def _mamba(c: Sizes) -> Shapes:
@@ -265,11 +275,6 @@ def _rotation(told: Sizes, kind: str, where: Path) -> dict[str, Any]:
         ),
         "rope_scaling": scaling,
     }
-
-
-def is_backbone(text: Any) -> bool:
-    """Is a text_config of ours one that mlx-lm computes?"""
-    return isinstance(text, Mapping) and text.get("runner") == RUNNER
 
 
 def shapes(c: Sizes) -> Shapes:

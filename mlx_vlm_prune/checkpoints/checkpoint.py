@@ -15,6 +15,7 @@ from .detect import text_config, tidy, vision_config
 from .errors import UserError
 from .files import optional_json, read_json
 from .generations import DEFAULT, GENERATIONS, MODEL_TYPES, Generation, recognise
+from .llava_names import LAYOUTS
 from .names import LLAMA, NAFLEX, SIGLIP
 from .processor import (
     ADVICE,
@@ -24,7 +25,7 @@ from .processor import (
     reading_in,
     special_tokens,
 )
-from .renaming import as_ours, as_published, renamed, untied
+from .renaming import as_ours, as_published, check_tied, renamed
 from .shapes import check_complete
 from .tensors import RawTensor
 from .weights import read_weights
@@ -44,17 +45,19 @@ TOWER_PLACES = (
 
 @dataclass(frozen=True)
 class Published:
-    """A published checkpoint under our names and in our layout, checked to be complete.
+    """A published checkpoint under our names and in our layout.
 
-    `sizes` has text_config, vision_config and, where they are, projector and pruner; `config` is
-    the same, parsed. `reading` is the folder of preprocessor_config.json, or None where there is
-    none. `guessed` says that nothing told how many heads there are.
+    `raw` is what the file holds, under its names. `sizes` has text_config and, where they are,
+    vision_config, projector and pruner. `tower` is the folder that the tower
+    lies in, where that is apart, and `reading` that of preprocessor_config.json. `guessed` says
+    that nothing gives the number of heads.
     """
 
+    raw: dict[str, RawTensor]
     tensors: dict[str, RawTensor]
     sizes: dict[str, Any]
-    config: VLMConfig
     generation: Generation
+    tower: Path | None
     reading: Path | None
     guessed: bool
 
@@ -86,68 +89,80 @@ def read_published(
 ) -> Published:
     """Read a .pth or a folder with weights, and the tower from `vision` or a folder beside them.
 
-    Raises UserError, naming file and tensor, for whatever does not fit.
+    Raises UserError, naming file and tensor, for whatever is missing or does not fit.
     """
-    state = tidy(read_weights(source), source)
-    folder = vision or tower_folder(source)
-    told_apart(state, source)
-    tower, told = _read_tower(state, source, folder, vision is not None)
-    rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
-    generation = told_apart(rest | tower, source)  # some differ by the tower's width alone
+    published = open_published(source, vision, heads, kv_heads)
+    if "vision_config" not in published.sizes:
+        raise UserError(
+            f"{source} holds no vision tower (MiniMind-V is published without one); give the"
+            " folder of its CLIP or SigLIP with --vision"
+        )
+    check_tied(published.raw, *published.generation.tied, source)
+    check_complete(published.tensors, parse_sizes(published.sizes, source), source)
+    return published
+
+
+def open_published(
+    source: Path,
+    vision: Path | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> Published:
+    """The same of one that may lack its tower or other tensors; only names and shapes are read."""
+    raw, home = read_weights(source), source if source.is_dir() else source.parent
+    whole = tidy(raw)
+    state = {name: tensor for name, tensor in whole.items() if not is_tower(name)}
+    beside = next((home / place for place in TOWER_PLACES if (home / place).is_dir()), None)
+    folder, tower, given = vision or beside, whole.keys() - state.keys(), {}
+    apart = folder if vision or not tower else None  # a training checkpoint has its own
+    if apart:
+        whole = state | {k: v for k, v in tidy(read_weights(apart)).items() if is_tower(k)}
+        given = read_json(apart / CONFIG)
+    generation = recognised(whole, source)  # some differ by the tower's width alone
     table, title = generation.table, generation.title
-    ours = renamed(untied(rest, *generation.tied, source), table, title, source)
-    heads, kv_heads = told_heads(source, heads, kv_heads)
+    rest = {name: tensor for name, tensor in state.items() if name != generation.tied[0]}
+    seen = {name: tensor for name, tensor in whole.items() if is_tower(name)}
+    ours = renamed(rest, table, title, source)
+    heads, kv_heads = _heads(source, heads, kv_heads)
     text = text_config(ours, generation, source, heads, kv_heads)
-    seen = renamed(tower, table, title, folder or source)
-    ours = as_ours(ours | seen, table, text["hidden_size"] // text["num_attention_heads"])
-    sizes: dict[str, Any] = {
-        "text_config": text,
-        "vision_config": vision_config(ours, generation.tower_type, told, folder or source),
-    }
+    ours |= renamed(seen, table, title, folder or source)
+    ours = as_ours(ours, table, text["hidden_size"] // text["num_attention_heads"])
+    sizes: dict[str, Any] = {"text_config": text}
+    if seen or apart:
+        sizes["vision_config"] = vision_config(ours, generation.tower_type, given, folder or source)
     if "projector.fc1.weight" in ours:
         norm = "projector.norm.weight" in ours
         sizes["projector"] = {"merge": list(generation.merge), "norm": norm}
     if queries := ours.get("pruner.queries"):
         sizes["pruner"] = {"name": POOL, "tokens": queries.shape[0] if queries.shape else 0}
-    config = parse_sizes(sizes, source)
-    check_complete(ours, config, source)
     guessed = not (heads or kv_heads or text.get("qk_norm"))
-    reading = reading_in(folder, _home(source))
-    return Published(ours, sizes, config, generation, reading, guessed)
+    return Published(raw, ours, sizes, generation, apart, reading_in(folder, home), guessed)
 
 
-def told_apart(state: Mapping[str, RawTensor], where: Path) -> Generation:
+def recognised(state: Mapping[str, RawTensor], where: Path) -> Generation:
     """The generation of a state dict; UserError that says what it is instead."""
-    found = recognise(state)
-    if isinstance(found, str):
-        raise UserError(f"{where} {found}")
-    return found
+    generation = recognise(state)
+    if isinstance(generation, str):
+        raise UserError(f"{where} {generation}")
+    return generation
 
 
-def tower_folder(source: Path) -> Path | None:
-    """Where a tower lies beside a checkpoint, if one does."""
-    home = _home(source)
-    return next((home / place for place in TOWER_PLACES if (home / place).is_dir()), None)
-
-
-def told_heads(
-    source: Path, heads: int | None, kv_heads: int | None
-) -> tuple[int | None, int | None]:
+def _heads(source: Path, heads: int | None, kv_heads: int | None) -> tuple[int | None, int | None]:
     """As given, or as a Hugging Face folder's config.json says."""
     if heads or kv_heads:
         return heads, kv_heads
-    told = optional_json(source / CONFIG)
-    own = [told.get(f"num_{name}_heads") for name in ("attention", "key_value")]
-    heads, kv_heads = (n if type(n) is int and 0 < n <= 1024 else None for n in own)
+    given = optional_json(source / CONFIG)
+    both = [given.get(f"num_{name}_heads") for name in ("attention", "key_value")]
+    heads, kv_heads = (n if type(n) is int and 0 < n <= 1024 else None for n in both)
     return heads, kv_heads
 
 
-def torch_tensors(published: Published) -> dict[str, RawTensor]:
+def torch_tensors(published: Published, head_dim: int) -> dict[str, RawTensor]:
     """The same in PyTorch's layout, under the names of the latest release of its family."""
-    generation, text = published.generation, published.config.text
+    generation = published.generation
     tower = SIGLIP if generation.tower == NAFLEX else generation.tower
     table = LLAMA + generation.projector + tower
-    return as_published(published.tensors, table, text.head_dim, Path())
+    return as_published(published.tensors, table, head_dim, Path())
 
 
 def as_mlx(
@@ -170,7 +185,8 @@ def as_mlx(
     if llava.is_published(source):
         return _composed(source, vision, tokenizer or source)
     published = read_published(source, vision, heads, kv_heads)
-    generation, words = published.generation, tokenizer or _home(source)
+    generation = published.generation
+    words = tokenizer or (source if source.is_dir() else source.parent)
     config = {
         **_words(words, generation),
         **published.sizes,
@@ -187,26 +203,6 @@ def _composed(source: Path, vision: Path | None, words: Path) -> Source:
     config, tensors = llava.composed(state, source, tower)
     config |= {"torch_dtype": _precision(tensors)} | llava.words(config["published"], words)
     return Source(config, tensors, words, reading_in(tower, source), beside=source)
-
-
-def _home(source: Path) -> Path:
-    return source if source.is_dir() else source.parent
-
-
-def _read_tower(
-    state: Mapping[str, RawTensor], source: Path, folder: Path | None, asked: bool
-) -> tuple[dict[str, RawTensor], dict[str, Any]]:
-    """The tower's tensors and what its config.json says; a training checkpoint has its own."""
-    inside = {name: tensor for name, tensor in state.items() if is_tower(name)}
-    if inside and not asked:
-        return inside, {}
-    if folder is None:
-        raise UserError(
-            f"{source} holds no vision tower (MiniMind-V is published without one); give the"
-            " folder of its CLIP or SigLIP with --vision"
-        )
-    tensors = tidy(read_weights(folder), folder)
-    return {k: v for k, v in tensors.items() if is_tower(k)}, read_json(folder / CONFIG)
 
 
 def is_tower(name: str) -> bool:
@@ -227,19 +223,13 @@ def _words(folder: Path, generation: Generation) -> dict[str, Any]:
     return {"eos_token_id": end_id, "image_token": image, "image_token_id": token}
 
 
-def generation_of(config: Mapping[str, Any], where: Path) -> Generation:
-    """As what one of our folders was published."""
-    name = config.get("published_as", DEFAULT)
-    if not isinstance(name, str) or name not in GENERATIONS:
-        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(GENERATIONS)}")
-    return GENERATIONS[name]
-
-
-def title_of(config: Mapping[str, Any], where: Path) -> str:
-    """What one of our folders is."""
-    if is_composed(config):
-        return llava.layout_of(config, where).title
-    return generation_of(config, where).title
+def published_as(config: Mapping[str, Any], where: Path) -> Any:
+    """As what one of our folders was published: a Generation, or the Layout of a LLaVA."""
+    able = LAYOUTS if is_composed(config) else GENERATIONS
+    name = config.get("published_as", None if is_composed(config) else DEFAULT)
+    if not isinstance(name, str) or name not in able:
+        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(able)}")
+    return able[name]
 
 
 def is_composed(config: Mapping[str, Any]) -> bool:
@@ -262,7 +252,7 @@ def read_ours(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTen
 
 def _own(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTensor]]:
     config = read_json(folder / CONFIG)
-    title_of(config, folder)
+    published_as(config, folder)
     sizes, tensors = parse_config(config, folder / CONFIG), read_weights(folder)
     check_complete(tensors, sizes, folder)
     return config, sizes, tensors

@@ -93,27 +93,15 @@ class MlxLmConfig:
     num_hidden_layers: int
     vocab_size: int
     told: Mapping[str, Any]
+    max_position_embeddings: int = sys.maxsize
+    num_attention_heads: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> "MlxLmConfig":
-        sizes = told["hidden_size"], told["num_hidden_layers"], told["vocab_size"]
-        return cls(told["model_type"], *sizes, MappingProxyType(dict(told)))
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return self.told.get("max_position_embeddings", sys.maxsize)
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.told.get("num_attention_heads", 0)
-
-    @property
-    def num_key_value_heads(self) -> int:
-        return self.told.get("num_key_value_heads", 0)
-
-    @property
-    def head_dim(self) -> int:
-        return self.told.get("head_dim", 0)
+        sizes = {each.name: told[each.name] for each in fields(cls) if each.name in told}
+        return cls(**sizes | {"told": MappingProxyType(dict(told))})
 
     @property
     def layer_size(self) -> int:

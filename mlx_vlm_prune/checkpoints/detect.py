@@ -19,7 +19,7 @@ TOWER_REST = re.compile(
 )
 
 
-def tidy(state: Tensors, where: Path) -> dict[str, RawTensor]:
+def tidy(state: Tensors) -> dict[str, RawTensor]:
     """A state dict without masks, its tower under Hugging Face's names."""
     kept = {k.removeprefix("vision_encoder."): v for k, v in state.items() if "mask" not in k}
     if "embeddings.patch_embedding.weight" in kept:  # a tower alone, as transformers 5 saves it
@@ -31,8 +31,8 @@ def text_config(
     state: Mapping[str, Shaped],
     generation: Generation,
     where: Path,
-    heads: int | None = None,
-    kv_heads: int | None = None,
+    heads: int | None,
+    kv_heads: int | None,
 ) -> dict[str, Any]:
     """The language model's sizes. MiniMind2's heads are in no file: KV_HEADS is assumed."""
     vocab, hidden = _matrix(state, "language.embed_tokens.weight", where)
@@ -87,8 +87,6 @@ def vision_config(
     Where config.json names a size, it must be the tensors'. It may be a whole CLIP's or SigLIP's.
     """
     patches = _tensor(state, "tower.embeddings.patch_embedding.weight", where).shape
-    if len(patches) != 4:
-        raise UserError(f"{where}: the patch embedding has shape {patches}, not four axes")
     rows, width = _matrix(state, "tower.embeddings.position_embedding.weight", where)
     inner, _ = _matrix(state, "tower.encoder.layers.0.mlp.fc1.weight", where)
     clip = tower_type == TOWERS[0]

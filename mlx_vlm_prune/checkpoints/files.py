@@ -58,18 +58,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuse a file that the safetensors library finds fault with, before anything else maps it.
-
-    Nor may a size exceed what MLX can count: it would take another without a word.
-    """
-    header(path)
-
-
-def header(path: Path) -> tuple[dict[str, list[int]], str | None]:
+def read_header(path: Path) -> tuple[dict[str, list[int]], str | None]:
     """The shape of each tensor in a safetensors file, and the framework that its metadata name.
 
-    Raises UserError as `check_safetensors` says.
+    UserError for a file that the safetensors library finds fault with, before anything else maps
+    it, and for a size beyond what MLX can count: it would take another without a word.
     """
     try:
         with safe_open(str(path), framework="np") as opened:
@@ -87,12 +80,12 @@ def header(path: Path) -> tuple[dict[str, list[int]], str | None]:
 
 def open_safetensors(path: Path) -> dict[str, RawTensor]:
     """Every tensor of a file, mapped and not yet read."""
-    check_safetensors(path)
+    read_header(path)
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    if not header:
+        tensors = json.loads(opened.read(length))
+    tensors.pop("__metadata__", None)
+    if not tensors:
         return {}
     # Copy on write: torch takes no arrays that cannot be written to.
     body = np.memmap(path, dtype=np.uint8, mode="c")[8 + length :]
@@ -100,7 +93,7 @@ def open_safetensors(path: Path) -> dict[str, RawTensor]:
         name: RawTensor(
             about["dtype"], about["shape"], body[slice(*about["data_offsets"])], mapped=True
         )
-        for name, about in header.items()
+        for name, about in tensors.items()
     }
 
 
@@ -125,7 +118,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], form: str) -
                 out.write(np.ascontiguousarray(data[start : start + CHUNK]).data)
                 bar.update(min(CHUNK, data.nbytes - start))
             tensors[name].forget()
-    check_safetensors(path)
+    read_header(path)
 
 
 def progress(total: int, what: str) -> tqdm:

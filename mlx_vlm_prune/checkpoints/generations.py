@@ -6,7 +6,7 @@ without an error. Names and shapes tell them apart.
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from . import names
@@ -47,72 +47,56 @@ class Generation:
 
 
 _LLAMA_TIE = ("lm_head.weight", "model.embed_tokens.weight")
-_MINIMIND2: dict[str, Any] = {
-    "projector": names.LINEAR,
-    "tower": names.CLIP,
-    "model_type": "minimind2_v",
-    "tower_type": "clip_vision_model",
-    "image_token": "@",
-    "text": {"rms_norm_eps": 1e-05},
-    "experts_per_tok": 2,
-    "kv_heads": KV_HEADS,
-    "readers": {"dense": "LlamaForCausalLM"},
-}
-_MINIMIND3: dict[str, Any] = {
-    "language": names.LLAMA,
-    "tied": _LLAMA_TIE,
-    "model_type": "minimind3_v",
-    "image_token": "<|image_pad|>",
-    "text": {"rms_norm_eps": 1e-06, "qk_norm": True},
-    "experts_per_tok": 1,
-    "readers": {"dense": "Qwen3ForCausalLM", "experts": "Qwen3MoeForCausalLM"},
-}
-GENERATIONS = {
-    generation.name: generation
-    for generation in (
-        Generation(
-            "minimind2-v-2025-02",
-            "MiniMind2-V of February to April 2025",
-            language=names.EARLY,
-            tied=("output.weight", "tok_embeddings.weight"),
-            **_MINIMIND2,
-        ),
-        Generation(
-            "minimind2-v",
-            "MiniMind2-V of April 2025 to February 2026",
-            language=names.LLAMA,
-            tied=_LLAMA_TIE,
-            **_MINIMIND2,
-        ),
-        Generation(
-            "minimind-3v-2026-03",
-            "MiniMind-3V of March 2026",
-            projector=names.MLP,
-            tower=names.NAFLEX,
-            tower_type="siglip2_vision_model",
-            merge=(1, 4),
-            **_MINIMIND3,
-        ),
-        Generation(
-            "minimind-3v-2026-04-19",
-            "MiniMind-3V of 19 April 2026",
-            projector=names.NORMED_MLP,
-            tower=names.SIGLIP,
-            tower_type="siglip_vision_model",
-            merge=(2, 2),
-            **_MINIMIND3,
-        ),
-        Generation(
-            "minimind-3v",
-            "MiniMind-3V since 20 April 2026",
-            projector=names.NORMED_MLP,
-            tower=names.SIGLIP,
-            tower_type="siglip_vision_model",
-            **_MINIMIND3,
-        ),
-    )
-}
-SUPPORTED = ", ".join(generation.title for generation in GENERATIONS.values())
+_SECOND = Generation(
+    "minimind2-v",
+    "MiniMind2-V of April 2025 to February 2026",
+    language=names.LLAMA,
+    projector=names.LINEAR,
+    tower=names.CLIP,
+    tied=_LLAMA_TIE,
+    model_type="minimind2_v",
+    tower_type="clip_vision_model",
+    image_token="@",
+    text={"rms_norm_eps": 1e-05},
+    experts_per_tok=2,
+    kv_heads=KV_HEADS,
+    readers={"dense": "LlamaForCausalLM"},
+)
+_EARLY = replace(
+    _SECOND,
+    name="minimind2-v-2025-02",
+    title="MiniMind2-V of February to April 2025",
+    language=names.EARLY,
+    tied=("output.weight", "tok_embeddings.weight"),
+)
+_THIRD = Generation(
+    "minimind-3v",
+    "MiniMind-3V since 20 April 2026",
+    language=names.LLAMA,
+    projector=names.NORMED_MLP,
+    tower=names.SIGLIP,
+    tied=_LLAMA_TIE,
+    model_type="minimind3_v",
+    tower_type="siglip_vision_model",
+    image_token="<|image_pad|>",
+    text={"rms_norm_eps": 1e-06, "qk_norm": True},
+    experts_per_tok=1,
+    readers={"dense": "Qwen3ForCausalLM", "experts": "Qwen3MoeForCausalLM"},
+)
+_MERGED = replace(
+    _THIRD, name="minimind-3v-2026-04-19", title="MiniMind-3V of 19 April 2026", merge=(2, 2)
+)
+_NAFLEX = replace(
+    _THIRD,
+    name="minimind-3v-2026-03",
+    title="MiniMind-3V of March 2026",
+    projector=names.MLP,
+    tower=names.NAFLEX,
+    tower_type="siglip2_vision_model",
+    merge=(1, 4),
+)
+GENERATIONS = {each.name: each for each in (_EARLY, _SECOND, _NAFLEX, _MERGED, _THIRD)}
+SUPPORTED = ", ".join(each.title for each in GENERATIONS.values())
 MODEL_TYPES = ("minimind2_v", "minimind3_v", "composed_vlm")  # of our folders
 DEFAULT = "minimind2-v"  # of our folders that do not say
 
@@ -132,7 +116,7 @@ def recognise(state: Mapping[str, Shaped]) -> Generation | str:
             return "mixes MiniMind-3's language model with MiniMind2-V's projector"
         if other := _unknown_projector(projector):
             return other
-        return GENERATIONS["minimind2-v"]
+        return _SECOND
     if not projector:
         kind = "MiniMind-3" if normed else "MiniMind2"
         return f"is {kind}'s language model alone, without vision_proj: it cannot see"
@@ -149,17 +133,17 @@ def _early(state: Mapping[str, Shaped]) -> Generation | str:
             "is minimind-v-v1 of 2024, which is not supported: it reads 50 tokens of CLIP"
             " ViT-B/32, CLS among them, in a prompt format that was given up"
         )
-    return GENERATIONS["minimind2-v-2025-02"]
+    return _EARLY
 
 
 def _third(state: Mapping[str, Shaped]) -> Generation:
     if "vision_proj.mlp.3.weight" not in state:
-        return GENERATIONS["minimind-3v-2026-03"]
+        return _NAFLEX
     norm = state.get("vision_proj.mlp.0.weight")
     patch = state.get("vision_model.embeddings.patch_embedding.weight")
     width = patch.shape[0] if patch and patch.shape else 768
     merged = norm is not None and norm.shape == (4 * width,)
-    return GENERATIONS["minimind-3v-2026-04-19" if merged else "minimind-3v"]
+    return _MERGED if merged else _THIRD
 
 
 def _unknown_projector(projector: Collection[str]) -> str | None:

@@ -5,7 +5,7 @@ default of the class it names. Sizes are taken from there, and the tensors held 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,21 @@ from .backbones import BACKBONES
 from .config import CONFIG, TOWERS, is_clip, parse_sizes
 from .errors import UserError
 from .fields import LARGEST, Fields
-from .files import header, optional_json, read_json
+from .files import optional_json, read_header, read_json
 from .llava_names import LAYOUTS, Layout, recognise
 from .processor import ADVICE, TOKENIZER, read_tokenizer
-from .renaming import as_ours, as_published, renamed, untied
+from .renaming import as_ours, as_published, check_tied, renamed
 from .shapes import check_complete
 from .tensors import RawTensor
 
 MODEL_TYPE = "composed_vlm"  # of our folders
 PUBLISHED_TYPE = "llava"  # of theirs
 READER = "LlavaForConditionalGeneration"
-_ROPE = {"rope_theta": 10000.0}
-# What a class of transformers takes for a size that config.json leaves out.
-TEXT: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "vocab_size": 32000, "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 2048, **_ROPE,
-    },
-    "qwen2": {
-        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 151936,
-        "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, **_ROPE,
-    },
-}  # fmt: skip
+HEAD = "language.lm_head.weight"
+PLAIN = (  # what our own decoder is told of a Llama or a Qwen2
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
 _TOWER = {
     "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
     "num_attention_heads": 12, "image_size": 224, "num_channels": 3,
@@ -89,19 +80,15 @@ def is_for_us(folder: Path) -> bool:
             *kinds
         ]:
             return False
-    files = _files(folder)
-    return _wrote_transformers(files) if files else any(folder.glob("pytorch_model*.bin"))
+    weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
+    return bool(weights) and _wrote_transformers(folder)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("model*.safetensors"))
-
-
-def _wrote_transformers(files: Sequence[Path]) -> bool:
+def _wrote_transformers(folder: Path) -> bool:
     """Or else mlx-vlm did."""
     forms = set()
-    for file in files:
-        shapes, form = header(file)
+    for file in sorted(folder.glob("model*.safetensors")):
+        shapes, form = read_header(file)
         forms.add(form)
         for name, shape in shapes.items():
             if name.endswith("patch_embedding.weight") and len(shape) == 4:
@@ -125,7 +112,8 @@ def composed(
     held = {k: v for k, v in state.items() if not REST.fullmatch(k)}
     ours = as_ours(renamed(held, table, layout.title, folder), table, 1)
     if sizes["text_config"]["tie_word_embeddings"]:
-        ours = untied(ours, "language.lm_head.weight", "language.embed_tokens.weight", folder)
+        check_tied(ours, HEAD, "language.embed_tokens.weight", folder)
+        ours.pop(HEAD, None)
     check_complete(ours, config, folder)
     whole = {"published": read_json(folder / CONFIG), "published_as": layout.name}
     return {**sizes, "model_type": MODEL_TYPE, **whole}, ours
@@ -140,7 +128,7 @@ def sizes_of(
     if original.is_original(told):
         linear = told.get("mm_projector_type", "linear") == "linear"
         told = original.as_hugging_face(names, folder, tower)
-    elif not _wrote_transformers(_files(folder)):
+    elif not _wrote_transformers(folder):
         raise UserError(
             f"{folder} is a LLaVA that mlx-vlm converted: --model takes it as it is, and only one"
             " as transformers wrote it can be converted"
@@ -175,17 +163,16 @@ def text_config(
     kind = given.get("model_type", "llama")
     if kind not in [*BACKBONES]:
         raise UserError(
-            f"{where}: no language model is called {kind!r}; there are {_list(BACKBONES)}"
+            f"{where}: no language model is called {kind!r}; there are {', '.join(BACKBONES)}"
         )
-    told = {**TEXT.get(kind, {}), **given}
+    told = {"rope_theta": 10000.0, **BACKBONES[kind].defaults, **given}
     told.setdefault("num_key_value_heads", told.get("num_attention_heads"))
     turns = told.get("rope_parameters") or told.get("rope_scaling") or {}
     if not _is_plain(kind, told, turns):
         return backbones.text_config(given, whole, where, has_head, has_bias)
-    names = [*TEXT["llama"], "num_key_value_heads"]
     tied = bool(given.get("tie_word_embeddings", whole.get("tie_word_embeddings", False)))
     return {
-        **{name: told[name] for name in names},
+        **{name: told[name] for name in PLAIN},
         "attention_bias": kind == "qwen2",
         "model_type": kind,
         "rope_theta": turns.get("rope_theta", told["rope_theta"]),
@@ -198,7 +185,7 @@ def _is_plain(kind: str, told: Mapping[str, Any], turns: Any) -> bool:
     heads, width, size = (told.get(k) for k in ("num_attention_heads", "head_dim", "hidden_size"))
     heads_fit = type(width) is int and type(heads) is int and width * heads == size
     return (
-        kind in TEXT
+        kind in ("llama", "qwen2")
         and isinstance(turns, Mapping)
         and turns.get("rope_type", turns.get("type", "default")) == "default"
         and told.get("hidden_act", "silu") == "silu"
@@ -214,7 +201,7 @@ def vision_config(told: Mapping[str, Any], where: Path) -> dict[str, Any]:
     given = Fields(told, where).part("vision_config").values
     kind = given.get("model_type", TOWERS[0])
     if kind not in [*VISION]:
-        raise UserError(f"{where}: no tower is called {kind!r}; there are {_list(VISION)}")
+        raise UserError(f"{where}: no tower is called {kind!r}; there are {', '.join(VISION)}")
     full, act = {**VISION[kind], **given}, VISION[kind]["hidden_act"]
     if full["hidden_act"] != act:
         raise UserError(f"{where}: hidden_act is {full['hidden_act']!r}; {kind} has {act}")
@@ -261,15 +248,3 @@ def published(
 def published_config(config: Mapping[str, Any], where: Path) -> Mapping[str, Any]:
     """The config.json that one of our folders was published with."""
     return Fields(config, where / CONFIG).part("published").values
-
-
-def layout_of(config: Mapping[str, Any], where: Path) -> Layout:
-    """As what one of our folders was published."""
-    name = config.get("published_as")
-    if not isinstance(name, str) or name not in LAYOUTS:
-        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(LAYOUTS)}")
-    return LAYOUTS[name]
-
-
-def _list(kinds: Mapping[str, Any]) -> str:
-    return ", ".join(kinds)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .backbones import EMBEDDINGS, is_backbone, rules
+from .backbones import EMBEDDINGS, RUNNER, rules
 from .names import CLIP, SIGLIP, Rule, Table
 
 _LAYER = (
@@ -34,17 +34,13 @@ class Layout:
 
     def table(self, clip: bool, text: Mapping[str, Any] | None = None) -> Table:
         """Of a model whose tower is CLIP's, or else SigLIP's; `text` is our text_config."""
-        words = rules(text, self.text, self.head) if is_backbone(text) and text else None
-        return (
-            *(words or _text(self.text, self.head)), *self._projector(), *tower(self.tower, clip)
-        )  # fmt: skip
-
-    def _projector(self) -> Table:
-        both = [(ours, theirs) for ours, theirs in self.projector.items()]
-        return tuple(Rule(f"{b}.{kind}", f"{a}.{kind}") for a, b in both for kind in _KINDS)
-
-
-_KINDS = ("weight", "bias")
+        if text and text.get("runner") == RUNNER:
+            words = rules(text, self.text, self.head)
+        else:
+            words = _text(self.text, self.head)
+        both = [(a, b, kind) for a, b in self.projector.items() for kind in ("weight", "bias")]
+        between = [Rule(f"{b}.{kind}", f"{a}.{kind}") for a, b, kind in both]
+        return (*words, *between, *tower(self.tower, clip))
 
 
 def _text(text: str, head: str) -> Table:

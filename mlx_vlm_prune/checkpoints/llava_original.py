@@ -13,8 +13,9 @@ from .config import CONFIG, TOWERS, VLMConfig
 from .detect import tidy, vision_config
 from .errors import UserError
 from .files import optional_json, read_json
-from .llava_names import ORIGINAL
+from .llava_names import ORIGINAL, tower
 from .names import to_ours
+from .renaming import as_ours, renamed
 from .tensors import RawTensor
 from .weights import read_weights
 
@@ -50,8 +51,8 @@ def parts(source: Path, vision: Path | None) -> tuple[dict[str, RawTensor], Path
     state = read_weights(source)
     folder = _tower_folder(source, state, vision)
     if folder:
-        tower = tidy(read_weights(folder), folder)
-        state |= {k: v for k, v in tower.items() if k.startswith("vision_model.")}
+        apart = tidy(read_weights(folder))
+        state |= {k: v for k, v in apart.items() if k.startswith("vision_model.")}
     return state, folder
 
 
@@ -69,9 +70,9 @@ def lacks_tower(state: Mapping[str, RawTensor]) -> bool:
 
 
 def as_hugging_face(
-    state: Mapping[str, RawTensor], source: Path, tower: Path | None
+    state: Mapping[str, RawTensor], source: Path, apart: Path | None
 ) -> dict[str, Any]:
-    """config.json as Hugging Face's layout has it; `tower` is the folder of one that lies apart.
+    """config.json as Hugging Face's layout has it; `apart` is the folder of one that lies apart.
 
     Raises UserError, naming file and field, for whatever is computed otherwise.
     """
@@ -86,7 +87,7 @@ def as_hugging_face(
         )
     return {
         "text_config": {**told, "model_type": "llama"},
-        "vision_config": _tower(state, source, tower),
+        "vision_config": _tower(state, source, apart),
         "vision_feature_layer": told.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": "default",
     }
@@ -155,13 +156,9 @@ def _tower(state: Mapping[str, RawTensor], source: Path, folder: Path | None) ->
     kind = given.get("model_type", TOWERS[0])
     if kind not in ("clip", TOWERS[0]):
         raise UserError(f"{where} is a {kind!r}; the tower of a LLaVA in its own layout is CLIP")
-    table, shaped = ORIGINAL["llava-apart" if folder else "llava"].table(clip=True), {}
-    for name, tensor in state.items():
-        new, rule = to_ours(table, name) or ("", None)
-        if rule and new.startswith("tower."):
-            change = rule.change if len(tensor.shape) == 4 else None
-            shaped[new] = change.there(tensor, 1) if change else tensor
-    return vision_config(shaped, TOWERS[0], given, where)
+    names = tower(ORIGINAL["llava-apart" if folder else "llava"].tower, clip=True)
+    seen = renamed({k: v for k, v in state.items() if to_ours(names, k)}, names, TITLE, where)
+    return vision_config(as_ours(seen, names, 1), TOWERS[0], given, where)
 
 
 def _name(tower: str) -> str:

@@ -118,10 +118,6 @@ _SIGLIP_REST = (
 )
 SIGLIP = (Rule(f"vision_model.{_PATCH}", f"tower.{_PATCH}", CONVOLUTION), *_SIGLIP_REST)
 NAFLEX = (Rule(f"vision_model.{_PATCH}", f"tower.{_PATCH}", PATCHES), *_SIGLIP_REST)
-TABLES: dict[str, Table] = {
-    "LLAMA": LLAMA, "EARLY": EARLY, "LINEAR": LINEAR, "MLP": MLP, "NORMED_MLP": NORMED_MLP,
-    "CLIP": CLIP, "SIGLIP": SIGLIP, "NAFLEX": NAFLEX,
-}  # fmt: skip
 
 
 def to_ours(table: Table, name: str) -> tuple[str, Rule] | None:

@@ -41,31 +41,29 @@ def parse_quantization(config: Fields) -> Quantization | None:
     return Quantization(bits, group, mode)
 
 
-def is_quantisable(name: str, shape: tuple[int, ...], group_size: int) -> bool:
-    """Is this a matrix of the language model that -q makes smaller? A router stays."""
-    matrix = name.startswith("language.") and name.endswith(".weight") and len(shape) == 2
-    return matrix and not name.endswith(".mlp.gate.weight") and shape[1] % group_size == 0
-
-
-def check_packable(name: str, shape: tuple[int, ...], mode: str) -> None:
-    """UserError for a matrix that MLX cannot pack: nvfp4 takes 32 numbers, in a row or across."""
-    rows, columns = shape
-    if mode == "nvfp4" and rows * columns % 32:
-        raise UserError(
-            f"{name} is {rows} x {columns}: nvfp4 needs an even number of rows, or rows that 32"
-            " divides; take another mode"
-        )
-
-
 def packed(shapes: Shapes, how: Quantization) -> Shapes:
-    """The same of a quantized checkpoint: bits packed into words of 32, scales, and biases."""
+    """The same of a quantized checkpoint: bits packed into words of 32, scales, and biases.
+
+    Raises UserError for a matrix that MLX cannot pack.
+    """
     parts = ("scales", "biases") if how.mode == "affine" else ("scales",)
     both: Shapes = {}
     for name, shape in shapes.items():
         both[name] = shape
-        if is_quantisable(name, shape, how.group_size):
-            check_packable(name, shape, how.mode)
-            both[name] = (shape[0], shape[1] * how.bits // 32)
+        if _is_quantisable(name, shape, how.group_size):
+            rows, columns = shape
+            if how.mode == "nvfp4" and rows * columns % 32:  # it takes 32, in a row or across
+                raise UserError(
+                    f"{name} is {rows} x {columns}: nvfp4 needs an even number of rows, or rows"
+                    " that 32 divides; take another mode"
+                )
+            both[name] = (rows, columns * how.bits // 32)
             prefix = name.removesuffix("weight")
-            both |= {prefix + part: (shape[0], shape[1] // how.group_size) for part in parts}
+            both |= {prefix + part: (rows, columns // how.group_size) for part in parts}
     return both
+
+
+def _is_quantisable(name: str, shape: tuple[int, ...], group_size: int) -> bool:
+    """Is this a matrix of the language model? A router stays."""
+    matrix = name.startswith("language.") and name.endswith(".weight") and len(shape) == 2
+    return matrix and not name.endswith(".mlp.gate.weight") and shape[1] % group_size == 0

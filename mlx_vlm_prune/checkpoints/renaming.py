@@ -56,10 +56,8 @@ def as_published(tensors: Tensors, table: Table, d: int, where: Path) -> dict[st
     return {name: state[name] for name in published_order(table, state)}
 
 
-def untied(tensors: Tensors, head: str, embedding: str, where: Path) -> dict[str, RawTensor]:
-    """Without the output layer; UserError where it is not the embedding."""
-    rest = dict(tensors)
-    last, first = rest.pop(head, None), rest.get(embedding)
+def check_tied(tensors: Tensors, head: str, embedding: str, where: Path) -> None:
+    """UserError where the output layer is not the embedding."""
+    last, first = tensors.get(head), tensors.get(embedding)
     if last is not None and first is not None and last != first:
         raise UserError(f"{where}: {head} differs from the embedding it should be tied to")
-    return rest

@@ -1,10 +1,12 @@
 """Every tensor that a checkpoint of given sizes must have, with its shape, under our names."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from . import backbones
-from .backbones import Shapes, linear, norm
+from .backbones import Shapes, attention, gated, linear, norm, norms, qk_norms
 from .config import (
     CLIPConfig,
     MiniMindConfig,
@@ -44,58 +46,37 @@ def expected_shapes(config: VLMConfig) -> Shapes:
     return packed(shapes, config.quantization) if config.quantization else shapes
 
 
-def _linear(name: str, rows: int, columns: int) -> Shapes:
-    return linear(name, rows, columns, bias=True)
-
-
-def _norm(name: str, size: int) -> Shapes:
-    return norm(name, size, bias=True)
+_linear, _norm = partial(linear, bias=True), partial(norm, bias=True)
 
 
 def _projector(c: ProjectorConfig | None, D: int, width: int) -> Shapes:
     if c is None:
         return _linear("projector", D, width)
     wide = c.merge[0] * c.merge[1] * width
-    norm = _norm("projector.norm", wide) if c.norm else {}
-    return norm | _linear("projector.fc1", D, wide) | _linear("projector.fc2", D, D)
+    before = _norm("projector.norm", wide) if c.norm else {}
+    return before | _linear("projector.fc1", D, wide) | _linear("projector.fc2", D, D)
 
 
 def _language(c: MiniMindConfig) -> Shapes:
-    D, head_dim = c.hidden_size, c.head_dim
-    keys = head_dim * c.num_key_value_heads
-    shapes: Shapes = {"language.embed_tokens.weight": (c.vocab_size, D)}
+    D, at = c.hidden_size, "language"
+    shapes: Shapes = {f"{at}.embed_tokens.weight": (c.vocab_size, D)}
+    layer = attention(asdict(c) | {"head_dim": c.head_dim}, c.attention_bias, False)
+    layer |= (qk_norms(c.head_dim) if c.qk_norm else {}) | _mlps(c) | norms(D)
     for i in range(c.num_hidden_layers):
-        layer = f"language.layers.{i}"
-        rows = {"q_proj": D, "k_proj": keys, "v_proj": keys, "o_proj": D}
-        shapes |= {f"{layer}.self_attn.{name}.weight": (size, D) for name, size in rows.items()}
-        if c.attention_bias:
-            shapes |= {f"{layer}.self_attn.{x}_proj.bias": (rows[f"{x}_proj"],) for x in "qkv"}
-        if c.qk_norm:
-            shapes |= {f"{layer}.self_attn.{x}_norm.weight": (head_dim,) for x in "qk"}
-        shapes |= _mlps(f"{layer}.mlp", c)
-        shapes[f"{layer}.input_layernorm.weight"] = (D,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-    shapes["language.norm.weight"] = (D,)
-    if not c.tie_word_embeddings:
-        shapes["language.lm_head.weight"] = (c.vocab_size, D)
-    return shapes
+        shapes |= {f"{at}.layers.{i}.{name}": shape for name, shape in layer.items()}
+    shapes |= norm(f"{at}.norm", D)
+    return shapes if c.tie_word_embeddings else shapes | linear(f"{at}.lm_head", c.vocab_size, D)
 
 
-def _mlps(name: str, c: MiniMindConfig) -> Shapes:
+def _mlps(c: MiniMindConfig) -> Shapes:
     D, inner, experts = c.hidden_size, c.intermediate_size, c.num_experts
     if not experts:
-        return _mlp(name, D, inner)
-    shapes: Shapes = {f"{name}.gate.weight": (experts, D)}
-    for i in range(experts):
-        shapes |= _mlp(f"{name}.experts.{i}", D, inner)
-    for i in range(c.n_shared_experts):
-        shapes |= _mlp(f"{name}.shared_experts.{i}", D, inner)
+        return gated("mlp", D, inner)
+    shapes = linear("mlp.gate", experts, D)
+    for kind, count in (("experts", experts), ("shared_experts", c.n_shared_experts)):
+        for i in range(count):
+            shapes |= gated(f"mlp.{kind}.{i}", D, inner)
     return shapes
-
-
-def _mlp(name: str, D: int, inner: int) -> Shapes:
-    shapes: Shapes = {f"{name}.{way}_proj.weight": (inner, D) for way in ("gate", "up")}
-    return shapes | {f"{name}.down_proj.weight": (D, inner)}
 
 
 def _tower(c: CLIPConfig) -> Shapes:

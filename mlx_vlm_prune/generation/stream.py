@@ -17,7 +17,7 @@ from ..image import open_image
 from ..laps import Clock
 from ..loading import Processor
 from ..model import VLM
-from ..prompt import Prompt, build
+from ..prompt import Detokenizer, Prompt, build
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import budget
 from ..pruners.contract import Policy
@@ -191,7 +191,7 @@ def _written(
     max_tokens: int,
 ) -> Iterator[GenerationResult]:
     """Tokens as text, with the figures up to each, until the answer ends."""
-    writer, ids = processor.tokenizer.detokenizer(), list[int]()
+    writer, ids = Detokenizer(processor.tokenizer), list[int]()
     prompt_tps = 1000 * answer.prompt_tokens / ttft_ms["total"]
     answer = replace(answer, ttft_ms=ttft_ms, prompt_tps=prompt_tps)
     start = time.perf_counter()
