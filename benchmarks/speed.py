@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -200,13 +201,8 @@ def _ratio(text: str) -> float:
 
 
 def backend(name: str) -> ModuleType:
-    if name == "mlx":
-        from . import on_mlx
-
-        return on_mlx
-    from . import on_torch
-
-    return on_torch
+    """Imported late: torch may be missing."""
+    return import_module(f".on_{name}", __package__)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

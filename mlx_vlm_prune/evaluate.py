@@ -24,14 +24,7 @@ from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .checkpoints.files import check_target, write_atomically
 from .checkpoints.hub import found
 from .evaluation.answers import OwnRespondent
-from .evaluation.asking import (
-    Asked,
-    Asking,
-    Entry,
-    QuestionSet,
-    entries,
-    fingerprint,
-)
+from .evaluation.asking import Asked, Asking, Entry, QuestionSet, entries, fingerprint
 from .evaluation.judge import Judge
 from .evaluation.kept import Kept
 from .evaluation.table import table
