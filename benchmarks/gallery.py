@@ -87,9 +87,8 @@ def draw(photographs: list[Path]) -> None:
     images = [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
     PICTURES.mkdir(exist_ok=True)
     for name, method in METHODS.items():
-        pooled = name == "attention_pool"  # its slots stand nowhere
-        if pooled or method.stage is Stage.ENHANCER or name == "none":
-            continue
+        if method.stage is Stage.ENHANCER or name in ("none", "attention_pool"):
+            continue  # nothing is chosen, or its slots stand nowhere
         tiles = [_tile(model, processor, image, name) for image in images]
         with appearing(PICTURES / f"{name}.jpg", replace=True) as beside:
             strip(tiles).save(beside, format="JPEG", quality=82, optimize=True)

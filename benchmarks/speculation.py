@@ -109,16 +109,13 @@ class Desk:
         reader = self.readers.get(mode)
         first_11 = greedy(prefill.logits_BV)
         if reader is None:
-            return self._plain(prefill, first_11)
+            (ids,), ms = self.stack.say(prefill, first_11, self.tokens)
+            return Said(ids, ms)
         rows = [layer.rows for layer in reader.cache]
         answer = self._drafted(prefill, reader, first_11)
         for layer, n in zip(reader.cache, rows, strict=True):
             layer.rewind(n)
         return answer
-
-    def _plain(self, prefill: Prefill, first_11: mx.array) -> Said:
-        (ids,), ms = self.stack.say(prefill, first_11, self.tokens)
-        return Said(ids, ms)
 
     def _drafted(self, prefill: Prefill, reader: TwigReader, first_11: mx.array) -> Said:
         turns = Speculation(prefill, reader, (), self.drafts, sure=0.0)
