@@ -84,22 +84,24 @@ class OurLanguage:
         self.model, self.embeds_1LD = model, embeds_1LD
 
     def every_row(self) -> np.ndarray:
-        return np.array(self.model(self.embeds_1LD, self.places)[0])
-
-    @property
-    def places(self) -> mx.array:
-        return mx.arange(self.embeds_1LD.shape[1])[None]
+        return np.array(
+            self.model.logits(self._run(self.embeds_1LD, 0, self.model.make_cache()))[0]
+        )
 
     def read(self) -> tuple[mx.array, Reading]:
         cache = self.model.make_cache()
-        logits_11V = self.model(self.embeds_1LD, self.places, cache, last_only=True)
-        return logits_11V[:, -1], Reading(cache, self.embeds_1LD.shape[1])
+        x_1LD = self._run(self.embeds_1LD, 0, cache)
+        return self.model.logits(x_1LD[:, -1]), Reading(cache, self.embeds_1LD.shape[1])
 
     def step(self, token_1: mx.array, held: Reading) -> mx.array:
-        embeds_11D = self.model.embed_tokens(token_1[None])
-        logits_11V = self.model(embeds_11D, mx.array([[held.place]]), held.cache)
+        x_11D = self._run(self.model.embed_tokens(token_1[None]), held.place, held.cache)
         held.place += 1
-        return logits_11V[:, -1]
+        return self.model.logits(x_11D[:, -1])
+
+    def _run(self, x_1LD: mx.array, start: int, cache: list[LayerCache]) -> mx.array:
+        """Hidden states of rows from a place on, through all layers."""
+        places_1L = start + mx.arange(x_1LD.shape[1])[None]
+        return self.model.run(range(self.model.depth), x_1LD, places_1L, cache)
 
 
 class TheirLanguage:
