@@ -13,7 +13,6 @@ import transformers
 from torch import Tensor, nn
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
-from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.prompt import Prompt
 from torch_ref.language.minimind import MiniMind
 from torch_ref.language.transformers import cache_name
@@ -123,8 +122,7 @@ def sides(config: VLMConfig) -> tuple[Ours, Theirs]:
     model = VLM(config).eval().requires_grad_(False).to(best_device())
     shake(model)
     asked = request(config)
-    values_HW3 = asked.preprocessor(open_image(asked.files[0]))
-    pixels_13HW = torch.from_numpy(values_HW3).permute(2, 0, 1)[None].contiguous()
+    pixels_13HW = torch.from_numpy(asked.pixels_IHW3()).permute(0, 3, 1, 2).contiguous()
     told = asked.rows[0], pixels_13HW.to(best_device())
     return Ours(model, *told), Theirs(model, *told)
 

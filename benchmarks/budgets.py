@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +24,6 @@ from tqdm import tqdm
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.config import VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, whole
 from mlx_vlm_prune.generation.stream import generate, prepare, resolve
 from mlx_vlm_prune.loading import Processor
 from mlx_vlm_prune.machine import machine, versions
@@ -35,9 +33,8 @@ from mlx_vlm_prune.planning.calibration import Calibration, measure
 from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, compose
 
-from .command import finish, plain_name
+from .command import finish, natural, parser, positive
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = {"scenes": None, "minimind2-v-small": VLMConfig()}  # the built-in model; random weights
 STEPS = (1 / 49, 1 / 16, 1 / 8, 1 / 4)  # of N: how many tokens more are tried
 WORDS = "is there a red star in the picture what colour has the circle which letters".split()
@@ -173,22 +170,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.budgets", description=(__doc__ or "").split("\n")[0])
+    p = parser("budgets", __doc__, names_result=True)
     p.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
     p.add_argument("--pruner", action="append", help="repeat (default: divprune and tome)")
-    p.add_argument("--prompts", type=partial(whole, 1), default=20)
-    p.add_argument("--seed", type=partial(whole, 0), default=0)
-    p.add_argument(
-        "--save", metavar="NAME", type=plain_name, help="as benchmarks/results/NAME.json"
-    )
+    p.add_argument("--prompts", type=positive, default=20)
+    p.add_argument("--seed", type=natural, default=0)
     args = p.parse_args(argv)
     args.pruner = args.pruner or ["divprune", "tome"]
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,17 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine import machine, versions
 
 from . import on_mlx
-from .command import finish
+from .command import finish, parser, positive
 from .shapes import TEXT_TOKENS
 from .speed import Setting, cases, measure
+from .timing import times
 
-RESULTS = Path(__file__).parent / "results"
 ANSWER = 64  # tokens, of the answer whose whole time is told
 SLOW, SLOWER = "llava-8", 4  # a shape whose runs take seconds, and how many times as rarely it runs
 
@@ -103,11 +102,7 @@ def timed(claim: Claim, row: dict[str, Any]) -> str:
     told = gain["realised"] if gain else row["gains"][claim.timed]
     if not gain and row["gain"]["total"]["realised"] is None:
         told = None
-    return f"{'?' if told is None else f'{told:.2f}x'} ({claim.timed.replace('_', ' ')})"
-
-
-def _told(gain: dict[str, Any]) -> str:
-    return "not told" if gain["realised"] is None else f"{gain['realised']:.2f}x"
+    return f"{times(told)} ({claim.timed.replace('_', ' ')})"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -122,7 +117,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(
             f"  {claim.pruner} on {claim.shape}, {claim.K} tokens: what they timed "
             f"{timed(claim, rows[-1])}, first token with everything inside "
-            f"{_told(rows[-1]['gain']['total'])}",
+            f"{times(rows[-1]['gain']['total']['realised'], 'not told')}",
             flush=True,
         )
     return {
@@ -132,18 +127,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.claims", description=(__doc__ or "").split("\n")[0])
+    p = parser("claims", __doc__)
     told = "measured runs (default: 20; llava-8 a quarter)"
-    p.add_argument("--runs", type=partial(whole, 1), default=20, help=told)
-    p.add_argument("--save", action="store_const", const="claims", help="keep as claims.json")
+    p.add_argument("--runs", type=positive, default=20, help=told)
     args = p.parse_args(argv)
     args.tokens, args.warmup, args.share = 8, 1, 1
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,30 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune import fast_blas
-from mlx_vlm_prune.checkpoints.errors import in_one_sentence
+from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence, whole
 from mlx_vlm_prune.checkpoints.files import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+positive, natural = partial(whole, 1), partial(whole, 0)  # types of options
+
+
+def parser(name: str, about: str | None, names_result: bool = False) -> Parser:
+    """A benchmark's command line with its first option, `--save`.
+
+    With `names_result` the option takes the name of the result, else that is the benchmark's.
+    """
+    p = Parser(prog=f"python -m benchmarks.{name}", description=(about or "").split("\n\n")[0])
+    if names_result:
+        told = "keep as benchmarks/results/NAME.json"
+        p.add_argument("--save", metavar="NAME", type=plain_name, help=told)
+    else:
+        p.add_argument("--save", action="store_const", const=name, help=f"keep as {name}.json")
+    return p
 
 
 def plain_name(text: str) -> str:
@@ -20,10 +38,9 @@ def plain_name(text: str) -> str:
 
 
 def finish(
-    argv: Sequence[str] | None,
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
     run: Callable[[argparse.Namespace], dict[str, Any]],
-    results: Path,
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Run, keep what was found as `--save` says, and print it in one line of JSON, the last.
 
@@ -34,6 +51,6 @@ def finish(
         fast_blas.load()  # says what is wrong with a library that the user named
         told = json.dumps(run(args))
         if args.save:
-            results.mkdir(exist_ok=True)
-            write_atomically(results / f"{args.save}.json", told + "\n")
+            RESULTS.mkdir(exist_ok=True)
+            write_atomically(RESULTS / f"{args.save}.json", told + "\n")
         print(told)

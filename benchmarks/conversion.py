@@ -25,14 +25,13 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, lacks, whole
+from mlx_vlm_prune.checkpoints.errors import UserError, lacks
 from mlx_vlm_prune.checkpoints.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.names import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
-from .command import finish
+from .command import finish, parser, positive
 
-RESULTS = Path(__file__).parent / "results"
 GENERATION_NAMES = ("minimind2-v", "minimind2-v-2025-02")
 
 
@@ -131,17 +130,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.conversion", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--layers", type=partial(whole, 1), default=22, help="22 make 2 GB")
-    p.add_argument("--runs", type=partial(whole, 1), default=5)
+    p = parser("conversion", __doc__)
+    p.add_argument("--layers", type=positive, default=22, help="22 make 2 GB")
+    p.add_argument("--runs", type=positive, default=5)
     p.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
-    p.add_argument("--save", action="store_const", const="conversion", help="as conversion.json")
     return p.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from .style import (
     sheet,
 )  # fmt: skip
 from .tables import read, speed_rows
+from .timing import PARTS
 
 if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
     from matplotlib.axes import Axes
@@ -177,10 +178,8 @@ def gains(axes: Axes, results: Path, shape: str = "minimind2-v-small") -> None:
 
 def where(axes: Axes, results: Path) -> None:
     """Of every shape, full and pruned to a quarter: what each part takes of full's time."""
-    parts = ("image", "vision", "pruner", "projector", "prefill")
-    looks = zip(
-        parts, (GREY, BLUE, BLACK, GREEN, ORANGE), ("", "//", "", "xx", "\\\\"), strict=True
-    )
+    colours, hatches = (GREY, BLUE, BLACK, GREEN, ORANGE), ("", "//", "", "xx", "\\\\")
+    looks = zip(PARTS, colours, hatches, strict=True)
     bars: list[tuple[str, dict[str, float], float]] = []
     for shape in dict.fromkeys(row["shape"] for row in speed_rows(results)):
         rows = {
@@ -189,7 +188,7 @@ def where(axes: Axes, results: Path) -> None:
         whole = rows["tome"]["ms"]["full"]
         told = {"full": whole, **{n: rows[n]["ms"]["pruned"] for n in SHOWN if n in rows}}
         for name, ms in told.items():
-            times = {part: ms[part]["median"] for part in parts}
+            times = {part: ms[part]["median"] for part in PARTS}
             bars.append((f"{shape}, {name}", times, whole["total"]["median"]))
     begin = np.zeros(len(bars))
     for part, colour, hatch in looks:

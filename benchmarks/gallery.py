@@ -20,9 +20,9 @@ from mlx_vlm_prune.loading import load
 from mlx_vlm_prune.pruners import METHODS, Method, Stage
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
-from .report import RESULTS, link, scenes, verdict
+from .report import RESULTS, ROOT, link, scenes, verdict
+from .tables import markdown
 
-ROOT = Path(__file__).parent.parent
 PAGE, PICTURES = ROOT / "docs" / "pruners.md", ROOT / "docs" / "pruners"
 TILE = 224  # pixels
 SEEDS = (HELD_OUT_SEEDS[7], HELD_OUT_SEEDS[1], HELD_OUT_SEEDS[9])
@@ -70,11 +70,11 @@ def section(method: Method, found: dict) -> str:
 
 def figures(rows: dict[int, dict]) -> str:
     """Accuracy per kind at each budget, in Markdown."""
-    lines = ["| tokens | " + " | ".join(KINDS) + " | mean |", "|---:|" + "---:|" * (len(KINDS) + 1)]
+    lines = []
     for tokens, row in rows.items():
         cells = [f"{row['accuracy'][kind]:.1%}" for kind in KINDS]
-        lines.append(f"| {tokens} | {' | '.join(cells)} | {row['overall']:.1%}{verdict(row)} |")
-    return "\n".join(lines)
+        lines.append([str(tokens), *cells, f"{row['overall']:.1%}{verdict(row)}"])
+    return markdown(["tokens", *KINDS, "mean"], "r" * (len(KINDS) + 2), lines)
 
 
 def _short(value: object) -> str:
@@ -87,9 +87,8 @@ def draw(photographs: list[Path]) -> None:
     images = [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
     PICTURES.mkdir(exist_ok=True)
     for name, method in METHODS.items():
-        pooled = name == "attention_pool"  # its slots stand nowhere
-        if pooled or method.stage is Stage.ENHANCER or name == "none":
-            continue
+        if method.stage is Stage.ENHANCER or name in ("none", "attention_pool"):
+            continue  # nothing is chosen, or its slots stand nowhere
         tiles = [_tile(model, processor, image, name) for image in images]
         with appearing(PICTURES / f"{name}.jpg", replace=True) as beside:
             strip(tiles).save(beside, format="JPEG", quality=82, optimize=True)

@@ -12,7 +12,6 @@ Shapes: L rows of the prompt, N visual tokens.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,10 +21,9 @@ from importlib import import_module, metadata, util
 from typing import Any
 
 import mlx.core as mx
-from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.host import generation_stream
 from mlx_vlm_prune.hosts.loading import INSTALL
@@ -38,10 +36,9 @@ from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 
-from .command import finish, plain_name
+from .command import finish, natural, parser, positive
 from .on_mlx import device
-from .speed import RESULTS
-from .timing import NOT_TOLD, Gain, alternate, spread
+from .timing import NOT_TOLD, Gain, alternate, spread, times
 
 IMAGE, START, END, VIDEO, VOCAB = 4, 5, 6, 7, 32000
 WORDS = 30
@@ -178,11 +175,11 @@ def measure(family: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
     three = [partial(full, in_parts=False), full,
              partial(ours, model, inputs, args.pruner, args.keep_ratio)]  # fmt: skip
     runs = args.runs * SIZES[name].times
-    turns = alternate(partial(stock, model, inputs), three, runs, args.warmup, len(three))
-    total = (1 + len(three)) * (runs + args.warmup)
-    bar = tqdm(turns, total=total, desc=f"{family}, {name}", file=sys.stderr, leave=False)
+    turns = (runs, args.warmup, len(three), f"{family}, {name}")
     times: dict[str, list[Laps]] = {who: [] for who in ("stock", "full", "parts", "pruned")}
-    for i, (ms, token), (before, expected) in filter(None, bar):
+    for i, (ms, token), (before, expected) in alternate(
+        partial(stock, model, inputs), three, *turns
+    ):
         if i == 0:
             times["stock"].append(before)
         if i < 2 and token != expected:
@@ -210,7 +207,7 @@ def show(row: dict[str, Any]) -> None:
     """A few lines."""
     whole = {who: told["total"]["median"] for who, told in row["ms"].items()}
     cost, gain, first = row["stock_by_ours"], row["prefill"], row["first_token"]
-    told = "not told" if gain["realised"] is None else f"{gain['realised']:.2f}x"
+    told = times(gain["realised"], "not told")
     print(
         f"{row['family']}, {row['size']}, {row['tokens']} visual tokens, first token in ms: "
         f"mlx-vlm {whole['stock']:.1f}, ours full {whole['full']:.1f}, "
@@ -238,15 +235,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.hosts", description=(__doc__ or "").split("\n")[0])
+    p = parser("hosts", __doc__, names_result=True)
     add = p.add_argument
     add("--family", action="append", choices=FAMILIES, help="repeat (default: all)")
     add("--size", action="append", choices=SIZES, help="repeat (default: all)")
     add("--pruner", default="received_attention", help="(default: received_attention)")
     add("--keep-ratio", type=float, default=0.25, help="(default: 0.25)")
-    add("--runs", type=partial(whole, 1), default=20, help="measured runs of each (default: 20)")
-    add("--warmup", type=partial(whole, 0), default=2, help="runs before them (default: 2)")
-    add("--save", metavar="NAME", type=plain_name, help="keep as benchmarks/results/NAME.json")
+    add("--runs", type=positive, default=20, help="measured runs of each (default: 20)")
+    add("--warmup", type=natural, default=2, help="runs before them (default: 2)")
     args = p.parse_args(argv)
     if not 0 < args.keep_ratio <= 1:
         raise UserError(f"--keep-ratio is {args.keep_ratio:g}; it must be above 0 and up to 1")
@@ -255,9 +251,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

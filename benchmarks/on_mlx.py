@@ -8,7 +8,6 @@ import numpy as np
 
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.generation.steps import generate_step, greedy
-from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.loading import DTYPES
 from mlx_vlm_prune.model import VLM, Prefill
@@ -16,8 +15,6 @@ from mlx_vlm_prune.pruners import METHODS, Pipeline
 
 from .shapes import Request
 from .timing import PARTS, Run
-
-NAME = "mlx"
 
 
 def device() -> str:
@@ -47,8 +44,8 @@ class Stack:
         """From the images' files to the first token, then so many more."""
         mx.reset_peak_memory()
         with Clock(PARTS).running() as clock:
-            values = [asked.preprocessor(open_image(file)) for file in asked.files]
-            pixels = clock.lap("image", mx.array(np.stack(values)).astype(self.model.dtype))
+            pixels = mx.array(asked.pixels_IHW3()).astype(self.model.dtype)
+            clock.lap("image", pixels)
             prefill = self.model(asked.rows, pixels, pipeline, K)
             first_B1 = clock.lap("prefill", greedy(prefill.logits_BV))
         cache_bytes = prefill.cache_bytes

@@ -9,13 +9,11 @@ import math
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.pruners import METHODS, Pipeline
 from torch_ref.language import twig
 from torch_ref.model import VLM, Decoding, best_device
@@ -25,7 +23,6 @@ from torch_ref.pruners import Step
 from .shapes import Request
 from .timing import PARTS, Run
 
-NAME = "torch"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -105,8 +102,7 @@ class Stack:
         if self.at.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.laps = laps = Laps(self.at)
-        values = [asked.preprocessor(open_image(file)) for file in asked.files]
-        pixels_I3HW = torch.from_numpy(np.stack(values)).permute(0, 3, 1, 2)
+        pixels_I3HW = torch.from_numpy(asked.pixels_IHW3()).permute(0, 3, 1, 2)
         pixels_I3HW = pixels_I3HW.to(self.at, self.model.language.embed_tokens.weight.dtype)
         laps.lap("image")
         read = self.model.read(asked.rows, pixels_I3HW, steps, K, pipeline.positions)

@@ -10,10 +10,18 @@ from mlx_vlm_prune.checkpoints.generations import GENERATIONS
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
-from .tables import budgets_table, claims_table, hosts_table, read, rivals_table, speed_table
+from .command import RESULTS
+from .tables import (
+    budgets_table,
+    claims_table,
+    hosts_table,
+    markdown,
+    read,
+    rivals_table,
+    speed_table,
+)
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def scenes(results: Path = RESULTS, name: str = "scenes") -> dict[str, dict[int, dict]]:
@@ -21,18 +29,17 @@ def scenes(results: Path = RESULTS, name: str = "scenes") -> dict[str, dict[int,
     told = read(results, name)
     found: dict[str, dict[int, dict]] = {}
     order = list(METHODS)
-    rows = sorted(told["rows"], key=lambda r: (_chained(r), order.index(_first(r)), -r["tokens"]))
+    rows = sorted(
+        told["rows"],
+        key=lambda r: ("+" in r["pruner"], order.index(_first(r["pruner"])), -r["tokens"]),
+    )
     for row in rows:
         found.setdefault(row["pruner"], {})[row["tokens"]] = row
     return found
 
 
-def _first(row: dict) -> str:
-    return re.split(r"[:+]", row["pruner"])[0]
-
-
-def _chained(row: dict) -> bool:
-    return "+" in row["pruner"]
+def _first(spec: str) -> str:
+    return re.split(r"[:+]", spec)[0]
 
 
 def verdict(row: dict) -> str:
@@ -45,39 +52,36 @@ def scenes_table(results: Path = RESULTS) -> str:
     """Mean accuracy of the built-in model at each budget, in Markdown."""
     found = scenes(results)
     budgets = sorted({k for rows in found.values() for k in rows if k != 196}, reverse=True)
-    heads = " | ".join(f"{k} tokens" for k in budgets)
-    lines = [f"| pruner | {heads} |", "|---|" + "---:|" * len(budgets)]
+    heads, lines = ["pruner", *(f"{k} tokens" for k in budgets)], []
     for name, rows in found.items():
         if name != "none":
             cells = [
                 f"{rows[k]['overall']:.1%}{verdict(rows[k])}" if k in rows else "–" for k in budgets
             ]
-            lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append([f"`{name}`", *cells])
+    return markdown(heads, "l" + "r" * len(budgets), lines)
 
 
 def kinds_table(results: Path = RESULTS) -> str:
     """What comes free: all tokens, and the majority answer, per kind of question."""
     told = read(results, "scenes")
-    lines = ["| | " + " | ".join(KINDS) + " | mean |", "|---|" + "---:|" * (len(KINDS) + 1)]
     full = scenes(results)["none"][196]["accuracy"]
-    lines += [_line("all 196 tokens", full), _line("majority answer", told["majority"])]
-    return "\n".join(lines)
+    lines = [_line("all 196 tokens", full), _line("majority answer", told["majority"])]
+    return markdown(["", *KINDS, "mean"], "l" + "r" * (len(KINDS) + 1), lines)
 
 
-def _line(name: str, figures: dict[str, float]) -> str:
-    shown = [f"{figures[kind]:.1%}" for kind in KINDS]
-    total = sum(figures[kind] for kind in KINDS) / len(KINDS)
-    return f"| {name} | " + " | ".join(shown) + f" | {total:.1%} |"
+def _line(name: str, figures: dict[str, float]) -> list[str]:
+    shares = [figures[kind] for kind in KINDS]
+    return [name, *(f"{share:.1%}" for share in (*shares, sum(shares) / len(KINDS)))]
 
 
 def methods_table(results: Path = RESULTS) -> str:
     """Every method in a line, from its own file, in Markdown."""
-    lines = ["| `--pruner` | stage | what it does | source |", "|---|---|---|---|"]
-    for name, method in METHODS.items():
-        stage = method.stage.name.lower()
-        lines.append(f"| `{name}` | {stage} | {method.idea} | {link(method.source)} |")
-    return "\n".join(lines)
+    lines = [
+        [f"`{name}`", method.stage.name.lower(), method.idea, link(method.source)]
+        for name, method in METHODS.items()
+    ]
+    return markdown(("`--pruner`", "stage", "what it does", "source"), "llll", lines)
 
 
 def link(source: str) -> str:
@@ -94,10 +98,8 @@ def selectors_table(results: Path = RESULTS) -> str:
     cells = [f"`{r['pruner']}` | {r['ms']['median']:.1f} ms | {r['share']:.2%}" for r in rows]
     third = -(-len(cells) // 3)
     cells += [" | | "] * (3 * third - len(cells))
-    lines = ["| pruner | time | of TTFT " * 3 + "|", "|---|---:|---:" * 3 + "|"]
-    for i in range(third):
-        lines.append("| " + " | ".join(cells[i::third]) + " |")
-    return "\n".join(lines)
+    lines = [cells[i::third] for i in range(third)]
+    return markdown(("pruner", "time", "of TTFT") * 3, "lrr" * 3, lines)
 
 
 LEARNED = ("attention_pool", "score_prune", "mlp")
@@ -105,56 +107,46 @@ LEARNED = ("attention_pool", "score_prune", "mlp")
 
 def learned_table(results: Path = RESULTS) -> str:
     """Learned methods with the model frozen and trained along, in Markdown."""
-    lines = ["| pruner | trained | all 196 | 98 | 49 | 22 |", "|---|---|---:|---:|---:|---:|"]
+    lines, told = [], scenes(results)
     for name in LEARNED:
-        told = scenes(results)
         lines += [_learned_line(told, spec, "alone") for spec in told if _is(spec, name)]
         own = scenes(results, f"unfrozen-{name}")
         lines += [_learned_line(own, spec, "with the model") for spec in own if _is(spec, name)]
         lines.append(_learned_line(own, "random", f"– (the model of `{name}`)"))
-    return "\n".join(lines)
+    return markdown(("pruner", "trained", "all 196", "98", "49", "22"), "llrrrr", lines)
 
 
 def _is(spec: str, name: str) -> bool:
     return spec.split(":")[0] == name
 
 
-def _learned_line(found: dict[str, dict[int, dict]], spec: str, how: str) -> str:
+def _learned_line(found: dict[str, dict[int, dict]], spec: str, how: str) -> list[str]:
     rows = {**found["none"], **found[spec]}
     cells = [f"{rows[k]['overall']:.1%}" if k in rows else "–" for k in (196, 98, 49, 22)]
-    return f"| `{spec}` | {how} | " + " | ".join(cells) + " |"
+    return [f"`{spec}`", how, *cells]
 
 
 def quantized_table(results: Path = RESULTS) -> str:
     """Size and accuracy of the built-in model in fewer bits, in Markdown."""
     spec, K = "received_attention", 98
-    lines = [f"| language model | size | all 196 tokens | `{spec}`, {K} |", "|---|---:|---:|---:|"]
-    for title, name in (
-        ("16 bits", "scenes"),
-        ("8 bits", "quantized-8"),
-        ("4 bits", "quantized-4"),
-    ):
+    heads, lines = ("language model", "size", "all 196 tokens", f"`{spec}`, {K}"), []
+    for bits, name in ((16, "scenes"), (8, "quantized-8"), (4, "quantized-4")):
         found, size = scenes(results, name), read(results, name)["megabytes"]
         told = [found["none"][196]["overall"], found[spec][K]["overall"]]
-        cells = [f"{size:.1f} MB", *(f"{share:.1%}" for share in told)]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([f"{bits} bits", f"{size:.1f} MB", *(f"{share:.1%}" for share in told)])
+    return markdown(heads, "lrrr", lines)
 
 
 def conversion_table(results: Path = RESULTS) -> str:
     """How fast a checkpoint is converted, in Markdown."""
-    told = read(results, "conversion")
-    lines = [
-        "| from | file | time | of the speed of copying the file | peak memory |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in told["rows"]:
+    heads = ("from", "file", "time", "of the speed of copying the file", "peak memory")
+    lines = []
+    for row in read(results, "conversion")["rows"]:
         seconds = sorted(row["conversion_s"])[len(row["conversion_s"]) // 2]
-        lines.append(
-            f"| {GENERATIONS[row['generation']].title} | {row['megabytes']} MB | {seconds:.1f} s | "
-            f"{row['speed_of_copying']:.0%} | {row['peak_megabytes']} MB |"
-        )
-    return "\n".join(lines)
+        title, share = GENERATIONS[row["generation"]].title, f"{row['speed_of_copying']:.0%}"
+        sizes = [f"{row[name]} MB" for name in ("megabytes", "peak_megabytes")]
+        lines.append([title, sizes[0], f"{seconds:.1f} s", share, sizes[1]])
+    return markdown(heads, "lrrrr", lines)
 
 
 TABLES = {

@@ -29,18 +29,16 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from tqdm import tqdm
 
 from mlx_vlm_prune.cache import LayerCache
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.language.minimind import MiniMind
 from mlx_vlm_prune.machine import machine, versions
 
-from .command import finish, plain_name
+from .command import finish, natural, parser, positive
 from .on_mlx import device
 from .shapes import SHAPES, TEXT_TOKENS, shape
-from .speed import RESULTS
 from .timing import NOT_TOLD, Gain, alternate, spread
 
 RTOL = 1e-3  # of the largest logit
@@ -86,22 +84,24 @@ class OurLanguage:
         self.model, self.embeds_1LD = model, embeds_1LD
 
     def every_row(self) -> np.ndarray:
-        return np.array(self.model(self.embeds_1LD, self.places)[0])
-
-    @property
-    def places(self) -> mx.array:
-        return mx.arange(self.embeds_1LD.shape[1])[None]
+        return np.array(
+            self.model.logits(self._run(self.embeds_1LD, 0, self.model.make_cache()))[0]
+        )
 
     def read(self) -> tuple[mx.array, Reading]:
         cache = self.model.make_cache()
-        logits_11V = self.model(self.embeds_1LD, self.places, cache, last_only=True)
-        return logits_11V[:, -1], Reading(cache, self.embeds_1LD.shape[1])
+        x_1LD = self._run(self.embeds_1LD, 0, cache)
+        return self.model.logits(x_1LD[:, -1]), Reading(cache, self.embeds_1LD.shape[1])
 
     def step(self, token_1: mx.array, held: Reading) -> mx.array:
-        embeds_11D = self.model.embed_tokens(token_1[None])
-        logits_11V = self.model(embeds_11D, mx.array([[held.place]]), held.cache)
+        x_11D = self._run(self.model.embed_tokens(token_1[None]), held.place, held.cache)
         held.place += 1
-        return logits_11V[:, -1]
+        return self.model.logits(x_11D[:, -1])
+
+    def _run(self, x_1LD: mx.array, start: int, cache: list[LayerCache]) -> mx.array:
+        """Hidden states of rows from a place on, through all layers."""
+        places_1L = start + mx.arange(x_1LD.shape[1])[None]
+        return self.model.run(range(self.model.depth), x_1LD, places_1L, cache)
 
 
 class TheirLanguage:
@@ -233,10 +233,8 @@ def measure(name: str, rival: str, args: argparse.Namespace) -> list[dict[str, A
     pair = RIVALS[rival].pair(config)
     differ = require_equal(name, rival, pair)
     ours, theirs = (partial(timed, one, pair, args.tokens) for one in (pair.ours, pair.theirs))
-    turns = alternate(theirs, [ours], args.runs, args.warmup, 1)
-    total, title = 2 * (args.warmup + args.runs), f"{name} beside {rival}, runs"
-    bar = tqdm(turns, total=total, desc=title, file=sys.stderr, leave=False)
-    done = [one for one in bar if one]
+    title = f"{name} beside {rival}, runs"
+    done = list(alternate(theirs, [ours], args.runs, args.warmup, 1, title))
     about = {
         "shape": name, "rival": rival, "device": pair.device, "difference": differ,
         "prompt_rows": config.N + TEXT_TOKENS,
@@ -245,11 +243,9 @@ def measure(name: str, rival: str, args: argparse.Namespace) -> list[dict[str, A
     for part in (pair.first, "token"):
         own, other = [one[part] for _, one, _ in done], [before[part] for _, _, before in done]
         gain = Gain.of(other, own)
-        told = {"realised": gain.median if gain.is_told else None, "p10": gain.p10, "p90": gain.p90}
-        rows.append(
-            {**about, "part": part, "ours_ms": spread(own), "theirs_ms": spread(other),
-             "gain": told}
-        )  # fmt: skip
+        told = {"realised": gain.told, "p10": gain.p10, "p90": gain.p90}
+        ms = {"ours_ms": spread(own), "theirs_ms": spread(other)}
+        rows.append({**about, "part": part, **ms, "gain": told})
     return rows
 
 
@@ -277,14 +273,13 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.rivals", description=__doc__.split("\n\n")[0])
-    add, positive = p.add_argument, partial(whole, 1)
+    p = parser("rivals", __doc__, names_result=True)
+    add = p.add_argument
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the rival's)")
     add("--rival", action="append", choices=RIVALS, help="repeat (default: both)")
     add("--tokens", type=positive, default=16, help="new tokens of every answer (default: 16)")
     add("--runs", type=positive, default=20, help="measured runs of each side (default: 20)")
-    add("--warmup", type=partial(whole, 0), default=2, help="runs before them (default: 2)")
-    add("--save", metavar="NAME", type=plain_name, help="keep as benchmarks/results/NAME.json")
+    add("--warmup", type=natural, default=2, help="runs before them (default: 2)")
     args = p.parse_args(argv)
     args.rival = args.rival or list(RIVALS)
     for rival in args.rival:
@@ -312,9 +307,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.decoder import Cuts, Decoder, LayerInput, TwigReader, through
 from mlx_vlm_prune.laps import Clock
 from mlx_vlm_prune.machine import versions
@@ -31,11 +30,10 @@ from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.splice import Row, Visual, splice
 from mlx_vlm_prune.towers.between import received
 
-from .command import finish
+from .command import finish, parser, positive
 from .shapes import SHAPES, TEXT_TOKENS, prompt
 from .timing import spread
 
-RESULTS = Path(__file__).parent / "results"
 SHAPE, K, H, ALLOWED = "llava-8", 64, 16, 0.03
 TWIG_LAYERS = 3  # its paper's for LLaVA-1.5
 
@@ -148,10 +146,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.selectors", description=(__doc__ or "").split("\n")[0])
+    p = parser("selectors", __doc__)
     p.add_argument("--pruner", action="append", help="repeat for several; default: all")
-    p.add_argument("--runs", type=partial(whole, 1), default=20)
-    p.add_argument("--save", action="store_const", const="selectors", help="keep as selectors.json")
+    p.add_argument("--runs", type=positive, default=20)
     args = p.parse_args(argv)
     able = [name for name, method in METHODS.items() if method.prune and name != "none"]
     args.pruner = args.pruner or able
@@ -161,9 +158,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from mlx_vlm_prune.checkpoints.config import (
 )
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.files import read_json
-from mlx_vlm_prune.image import Preprocessor, siglip_preprocessor
+from mlx_vlm_prune.image import Preprocessor, open_image, siglip_preprocessor
 from mlx_vlm_prune.model import VLM
 from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners.spec import nearest
@@ -89,6 +89,10 @@ class Request:
     rows: list[Prompt]
     files: list[bytes]
     preprocessor: Preprocessor
+
+    def pixels_IHW3(self) -> np.ndarray:
+        """Of the images, opened from their files."""
+        return np.stack([self.preprocessor(open_image(file)) for file in self.files])
 
 
 def request(config: VLMConfig, text: int = TEXT_TOKENS, batch: int = 1) -> Request:

@@ -18,18 +18,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.decoder import TwigReader
 from mlx_vlm_prune.generation.speculation import Speculation
 from mlx_vlm_prune.generation.steps import greedy
 from mlx_vlm_prune.generation.stream import generate
-from mlx_vlm_prune.image import open_image
 from mlx_vlm_prune.language.mlx_lm import MlxLm
 from mlx_vlm_prune.language.twig import Twig
 from mlx_vlm_prune.loading import load
@@ -40,11 +38,10 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 
 from . import on_mlx
-from .command import finish
+from .command import finish, parser, positive
 from .shapes import SHAPES, request, shape
-from .timing import Gain, alternate, spread
+from .timing import Gain, alternate, spread, times
 
-RESULTS = Path(__file__).parent / "results"
 LAYER, LAYERS = 1, 1  # of 8, as near to the paper's 2 and 3 of 32 as whole layers come
 SHARE = 1 / 3  # of the visual tokens stay in the average layer: TwigVLM's 192 of 576
 MODES = ("full", "pruned", "right", "wrong")
@@ -96,8 +93,7 @@ class Desk:
         config = shape(name)
         self.stack, self.tokens, self.drafts = on_mlx.Stack(config, "float32"), tokens, drafts
         self.model, asked = self.stack.model, request(config)
-        values = [asked.preprocessor(open_image(file)) for file in asked.files]
-        pixels = mx.array(np.stack(values)).astype(self.model.dtype)
+        pixels = mx.array(asked.pixels_IHW3()).astype(self.model.dtype)
         right, wrong = both_ends(self.model)
         self.readers = {"right": TwigReader(right), "wrong": TwigReader(wrong)}
         self.K = tokens_for(self.model.N, SHARE)
@@ -113,16 +109,13 @@ class Desk:
         reader = self.readers.get(mode)
         first_11 = greedy(prefill.logits_BV)
         if reader is None:
-            return self._plain(prefill, first_11)
+            (ids,), ms = self.stack.say(prefill, first_11, self.tokens)
+            return Said(ids, ms)
         rows = [layer.rows for layer in reader.cache]
         answer = self._drafted(prefill, reader, first_11)
         for layer, n in zip(reader.cache, rows, strict=True):
             layer.rewind(n)
         return answer
-
-    def _plain(self, prefill: Prefill, first_11: mx.array) -> Said:
-        (ids,), ms = self.stack.say(prefill, first_11, self.tokens)
-        return Said(ids, ms)
 
     def _drafted(self, prefill: Prefill, reader: TwigReader, first_11: mx.array) -> Said:
         turns = Speculation(prefill, reader, (), self.drafts, sure=0.0)
@@ -139,12 +132,10 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
     desk = Desk(args.shape, args.tokens, args.drafts)
     says: list[Callable[[], Said]] = [partial(desk.say, mode) for mode in MODES]
     found: dict[str, list[Said]] = {mode: [] for mode in MODES}
-    for done in alternate(says[0], says[1:], args.runs, 1, len(says) - 1):
-        if done:
-            i, one, before = done
-            found[MODES[i + 1]].append(one)
-            if not i:
-                found["full"].append(before)
+    for i, one, before in alternate(says[0], says[1:], args.runs, 1, len(says) - 1, "drafting"):
+        found[MODES[i + 1]].append(one)
+        if not i:
+            found["full"].append(before)
     ms = {mode: [one.ms for one in several] for mode, several in found.items()}
     last = {mode: several[-1] for mode, several in found.items()}
     plain, turn = spread(ms["pruned"])["median"], spread(ms["wrong"])["median"]
@@ -162,14 +153,12 @@ def cost(args: argparse.Namespace) -> dict[str, Any]:
 def gains(ms: dict[str, list[float]], modes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Each mode beside full, and beside the same pruning without drafts."""
     return {
-        mode: {plain: told(Gain.of(ms[plain], ms[mode])) for plain in ("full", "pruned")}
+        mode: {
+            plain: {**asdict(gain := Gain.of(ms[plain], ms[mode])), "median": gain.told}
+            for plain in ("full", "pruned")
+        }
         for mode in modes
     }
-
-
-def told(gain: Gain) -> dict[str, Any]:
-    """Without a median where the runs spread by more than it differs from 1."""
-    return {**asdict(gain), "median": gain.median if gain.is_told else None}
 
 
 def scenes(args: argparse.Namespace) -> dict[str, Any]:
@@ -200,7 +189,7 @@ def scenes(args: argparse.Namespace) -> dict[str, Any]:
 def summary(found: dict[str, Any]) -> str:
     """What stands in the claims' table: beside full, from no draft right to all of them."""
     ends = [found["cost"]["gain"][mode]["full"]["median"] for mode in ("wrong", "right")]
-    low, high = ("?" if gain is None else f"{gain:.2f}x" for gain in ends)
+    low, high = map(times, ends)
     share = found["scenes"]["accepted"] / max(1, found["scenes"]["drafted"])
     return f"{low} to {high} (token; none to all of the drafts right, on scenes {share:.0%})"
 
@@ -224,20 +213,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.speculation", description=__doc__.split("\n\n")[0])
-    add, positive = p.add_argument, partial(whole, 1)
+    p = parser("speculation", __doc__)
+    add = p.add_argument
     add("--shape", default="llava-8", help=f"{', '.join(SHAPES)} (default: llava-8)")
     add("--drafts", type=positive, default=5, help="of a turn (default: the paper's 5)")
     add("--tokens", type=positive, default=12, help="after the first (default: 12)")
     add("--runs", type=positive, default=5, help="measured runs of each mode (default: 5)")
     add("--per-kind", type=positive, default=12, help="scenes: questions a kind (default: 12)")
-    add("--save", action="store_const", const="speculation", help="keep as speculation.json")
     return p.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,15 @@ all pruners and budgets.
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from tqdm import tqdm
-
 from mlx_vlm_prune.checkpoints.config import VLMConfig
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, whole
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine import machine, versions
 from mlx_vlm_prune.planning import operations
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
@@ -33,12 +30,11 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.pruners.spec import nearest
 
 from .ceiling import announce
-from .command import finish, plain_name
+from .command import finish, natural, parser, positive
 from .shapes import SHAPES, TEXT_TOKENS, request, shape
 from .table import show
 from .timing import Gain, Run, alternate, spread
 
-RESULTS = Path(__file__).parent / "results"
 PRUNERS = (
     "random", "downsample", "tome", "cls_attention", "visionzip", "divprune", "fastv",
     "pyramiddrop",
@@ -103,13 +99,9 @@ def measure(
         partial(stack.run, asked, case.pipeline, case.K, args.tokens) for case in (full, *pruned)
     ]
     found: list[list[tuple[Run, Run]]] = [[] for _ in pruned]
-    rounds = len(pruned) + -(-len(pruned) // args.share)
-    total, title = (args.warmup + args.runs) * rounds, f"{setting.shape}, runs"
-    turns = alternate(runs[0], runs[1:], args.runs, args.warmup, args.share)
-    for done in tqdm(turns, total=total, desc=title, file=sys.stderr, leave=False):
-        if done:
-            i, one, before = done
-            found[i].append((before, one))
+    turns = (args.runs, args.warmup, args.share)
+    for i, one, before in alternate(runs[0], runs[1:], *turns, f"{setting.shape}, runs"):
+        found[i].append((before, one))
     return [row(setting, full, case, pairs) for case, pairs in zip(pruned, found, strict=True)]
 
 
@@ -168,8 +160,8 @@ def budgets(args: argparse.Namespace, N: int) -> list[int]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m benchmarks.speed", description=__doc__.split("\n\n")[0])
-    add, positive = p.add_argument, partial(whole, 1)
+    p = parser("speed", __doc__, names_result=True)
+    add = p.add_argument
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the first)")
     add("--pruner", action="append", help="NAME, NAME:option=value or a chain; repeat")
     add("--keep-ratio", type=_ratio, action="append", help="repeat (default: 0.5, 0.25, 0.11)")
@@ -182,9 +174,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     add("--tokens", type=positive, default=8, help="new tokens of every answer (default: 8)")
     add("--runs", type=positive, default=20, help="measured runs of each case (default: 20)")
-    add("--warmup", type=partial(whole, 0), default=1, help="runs before them (default: 1)")
+    add("--warmup", type=natural, default=1, help="runs before them (default: 1)")
     add("--share", type=positive, default=4, help="pruned runs after each full one (default: 4)")
-    add("--save", metavar="NAME", type=plain_name, help="keep as benchmarks/results/NAME.json")
     args = p.parse_args(argv)
     if args.keep_ratio and args.keep_tokens:
         raise UserError("give --keep-ratio or --keep-tokens, not both")
@@ -210,13 +201,8 @@ def _ratio(text: str) -> float:
 
 
 def backend(name: str) -> ModuleType:
-    if name == "mlx":
-        from . import on_mlx
-
-        return on_mlx
-    from . import on_torch
-
-    return on_torch
+    """Imported late: torch may be missing."""
+    return import_module(f".on_{name}", __package__)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -254,9 +240,7 @@ def _versions(name: str) -> dict[str, str | None]:
     return {**versions(), "torch": torch.__version__}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    finish(argv, parse, run, RESULTS)
+main = partial(finish, parse, run)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from .timing import NOT_TOLD
+from .timing import NOT_TOLD, PARTS
 
 WIDTH = 118
-TIMES = ("image", "vision", "pruner", "projector", "prefill", "total", "token")
+TIMES = (*PARTS, "total", "token")
 HEADS = ("image", "tower", "pruner", "project", "prefill", "first", "token")
 GAINS = {"vision": "tower", "prefill": "prefill", "total": "first token"}
 

@@ -1,5 +1,6 @@
 """The README's tables of speed: what is measured beside what the operation count allows."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,20 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 
 from .claims import CLAIMS, timed
 from .speculation import summary
+from .timing import times
 
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
 
 
 def read(results: Path, name: str) -> dict[str, Any]:
     return read_json(results / f"{name}.json")
+
+
+def markdown(heads: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; `align` has "l" or "r" for each column."""
+    lines = ["|" + "".join(f" {head} |" if head else " |" for head in heads)]
+    lines.append("|" + "".join({"l": "---|", "r": "---:|"}[side] for side in align))
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def speed_rows(results: Path) -> list[dict[str, Any]]:
@@ -24,8 +33,9 @@ def speed_rows(results: Path) -> list[dict[str, Any]]:
 
 def speed_table(results: Path) -> str:
     """Of every shape and method, first token and prefill at three budgets, in Markdown."""
-    heads = "".join(f" {share} kept: first token | prefill |" for _, share in SHARES)
-    lines = [f"| shape | pruner |{heads}", "|---|---|" + "---:|---:|" * len(SHARES)]
+    lines, heads = [], ["shape", "pruner"]
+    for _, share in SHARES:
+        heads += [f"{share} kept: first token", "prefill"]
     cells: dict[tuple[str, str], dict[int, dict]] = {}
     for row in speed_rows(results):
         if row["shape"] == "scenes":
@@ -34,21 +44,19 @@ def speed_table(results: Path) -> str:
     for (shape, pruner), rows in cells.items():
         N = next(iter(rows.values()))["tokens"]
         told = [rows.get(tokens_for(N, share)) for share, _ in SHARES]
-        shown = [f"{_gain(row, 'total')} | {_gain(row, 'prefill', True)}" for row in told]
-        lines.append(f"| {shape} | `{pruner}` | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        shown = [f"{_gain(row, 'total')} | {_of_predicted(row, 'prefill')}" for row in told]
+        lines.append([shape, f"`{pruner}`", *shown])
+    return markdown(heads, "ll" + "rr" * len(SHARES), lines)
 
 
-def _gain(row: dict | None, part: str, of_predicted: bool = False) -> str:
-    return "–" if row is None else _told(row["gain"][part], of_predicted)
+def _gain(row: dict | None, part: str) -> str:
+    return "–" if row is None else times(row["gain"][part]["realised"])
 
 
-def _told(gain: dict, of_predicted: bool = False) -> str:
-    """The gain; with `of_predicted`, how much of the operation count's own it is."""
-    if gain["realised"] is None:
-        return "?"  # spread larger than the difference
-    share = f" ({gain['of_predicted']:.0%})" if of_predicted else ""
-    return f"{gain['realised']:.2f}x{share}"
+def _of_predicted(row: dict | None, part: str) -> str:
+    """The gain, and how much of the operation count's own it is."""
+    share = row and row["gain"][part]["of_predicted"]
+    return _gain(row, part) + (f" ({share:.0%})" if share else "")
 
 
 def claims_table(results: Path) -> str:
@@ -56,21 +64,19 @@ def claims_table(results: Path) -> str:
     told = {row["system"]: row for row in read(results, "claims")["rows"]}
     judged = {(row["pruner"], row["tokens"]): row for row in read(results, "scenes")["rows"]}
     full = judged["none", 196]["overall"]
-    lines = [
-        "| system | it claims | measured: what it timed | first token, everything inside "
-        "| answers right on scenes |",
-        "|---|---|---:|---:|---:|",
-    ]
+    heads = (
+        "system", "it claims", "measured: what it timed", "first token, everything inside",
+        "answers right on scenes",
+    )  # fmt: skip
+    lines = []
     for claim in CLAIMS:
         row = told[claim.system]
         gain = timed(claim, row) if claim.timed else _drafting(results)
         pruner, tokens = claim.judged
         own = judged.get(claim.judged)
         right = f"{full:.1%} → {own['overall']:.1%} (`{pruner}`, {tokens} of 196)" if own else "–"
-        lines.append(
-            f"| {claim.system} | {claim.says} | {gain} | {_gain(row, 'total')} | {right} |"
-        )
-    return "\n".join(lines)
+        lines.append([claim.system, claim.says, gain, _gain(row, "total"), right])
+    return markdown(heads, "llrrr", lines)
 
 
 def _drafting(results: Path) -> str:
@@ -81,52 +87,42 @@ def _drafting(results: Path) -> str:
 
 def rivals_table(results: Path) -> str:
     """Ours beside what one would take instead, full on both sides, in Markdown."""
-    lines = [
-        "| shape | beside | part | ours, ms | theirs, ms | times as fast, p10 to p90 |",
-        "|---|---|---|---:|---:|---:|",
-    ]
+    heads = ("shape", "beside", "part", "ours, ms", "theirs, ms", "times as fast, p10 to p90")
+    lines = []
     for row in read(results, "rivals")["rows"]:
-        gain = row["gain"]
-        told = f"{gain['p10']:.2f} to {gain['p90']:.2f}"
-        lines.append(
-            f"| {row['shape']} | {row['rival']} | {row['part']} | {row['ours_ms']['median']:.1f} | "
-            f"{row['theirs_ms']['median']:.1f} | {told} |"
-        )
-    return "\n".join(lines)
+        ms = [f"{row[side]['median']:.1f}" for side in ("ours_ms", "theirs_ms")]
+        spread = f"{row['gain']['p10']:.2f} to {row['gain']['p90']:.2f}"
+        lines.append([row["shape"], row["rival"], row["part"], *ms, spread])
+    return markdown(heads, "lllrrr", lines)
 
 
 def budgets_table(results: Path) -> str:
     """Whether a wish in milliseconds was met, and what a few tokens more would have done."""
-    told = read(results, "budgets")
-    lines = [
-        "| pruner | within the wish | prediction off by (median) | with 1/49 of the tokens more "
-        "| with a quarter more |",
-        "|---|---:|---:|---:|---:|",
-    ]
-    for row in told["rows"]:
+    heads = (
+        "pruner", "within the wish", "prediction off by (median)",
+        "with 1/49 of the tokens more", "with a quarter more",
+    )  # fmt: skip
+    lines = []
+    for row in read(results, "budgets")["rows"]:
         more = {int(step): tried for step, tried in row["within_with_more"].items()}
-        next_step, quarter = (more[step] for step in (min(more), max(more)))
-        lines.append(
-            f"| `{row['pruner']}` | {row['met']} of {row['of']} | {row['off']:.1%} | "
-            f"{next_step[0]} of {next_step[1]} | {quarter[0]} of {quarter[1]} |"
-        )
-    return "\n".join(lines)
+        tried = [f"{met} of {n}" for met, n in (more[min(more)], more[max(more)])]
+        met = f"{row['met']} of {row['of']}"
+        lines.append([f"`{row['pruner']}`", met, f"{row['off']:.1%}", *tried])
+    return markdown(heads, "lrrrr", lines)
 
 
 def hosts_table(results: Path) -> str:
     """mlx-vlm beside our path with all tokens, and beside a quarter of them, in Markdown."""
-    told = read(results, "hosts")
-    lines = [
-        "| model | first token, ms: mlx-vlm | our path, all tokens | mlx-vlm ÷ ours, p10 to p90 | "
-        "a quarter kept | prefill, times as fast (of predicted) |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in told["rows"]:
-        ms = {who: parts["total"]["median"] for who, parts in row["ms"].items()}
-        cost, gain = row["stock_by_ours"], row["prefill"]
-        lines.append(
-            f"| {row['family']}, {row['size']}, {row['tokens']} tokens | {ms['stock']:.1f} | "
-            f"{ms['full']:.1f} | {cost['median']:.2f} ({cost['p10']:.2f} to {cost['p90']:.2f}) | "
-            f"{ms['pruned']:.1f} | {_told(gain, True)} |"
-        )
-    return "\n".join(lines)
+    heads = (
+        "model", "first token, ms: mlx-vlm", "our path, all tokens", "mlx-vlm ÷ ours, p10 to p90",
+        "a quarter kept", "prefill, times as fast (of predicted)",
+    )  # fmt: skip
+    lines = []
+    for row in read(results, "hosts")["rows"]:
+        ms = {who: f"{parts['total']['median']:.1f}" for who, parts in row["ms"].items()}
+        cost, gain = row["stock_by_ours"], {"gain": {"prefill": row["prefill"]}}
+        beside = f"{cost['median']:.2f} ({cost['p10']:.2f} to {cost['p90']:.2f})"
+        model = f"{row['family']}, {row['size']}, {row['tokens']} tokens"
+        predicted = _of_predicted(gain, "prefill")
+        lines.append([model, ms["stock"], ms["full"], beside, ms["pruned"], predicted])
+    return markdown(heads, "lrrrrr", lines)

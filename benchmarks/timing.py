@@ -9,9 +9,12 @@ there is one, and it is not reported.
 """
 
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 Outcome = TypeVar("Outcome")  # of a run, whatever is told of it
 NOT_TOLD = "not told: spread larger than the difference"
@@ -42,13 +45,22 @@ class Gain:
     def is_told(self) -> bool:
         return self.p90 - self.p10 <= abs(self.median - 1)
 
+    @property
+    def told(self) -> float | None:
+        """The median, if it may be told."""
+        return self.median if self.is_told else None
+
     def report(self, predicted: float) -> dict[str, Any]:
         """As it stands in a result; an untold ratio has no median there."""
-        told = self.median if self.is_told else None
         return {
-            "realised": told, "p10": self.p10, "p90": self.p90, "predicted": predicted,
-            "of_predicted": told and told / predicted,
+            "realised": self.told, "p10": self.p10, "p90": self.p90, "predicted": predicted,
+            "of_predicted": self.told and self.told / predicted,
         }  # fmt: skip
+
+
+def times(gain: float | None, untold: str = "?") -> str:
+    """How many times as fast, or `untold` where the spread was too large."""
+    return untold if gain is None else f"{gain:.2f}x"
 
 
 @dataclass(frozen=True)
@@ -84,16 +96,18 @@ def alternate(
     runs: int,
     warmup: int,
     share: int,
-) -> Iterator[tuple[int, Outcome, Outcome] | None]:
-    """Rounds of turns: (which, pruned, the full run before it), or None after a run that is only
-    warm-up or full. Every run yields once, so that progress can be shown."""
-    for turn in range(warmup + runs):
-        before: Outcome | None = None
-        for i in turns(len(pruned), share):
-            if i is None:
-                before = full()
-                yield None
-            else:
-                assert before is not None, "full goes first"
-                done = pruned[i](), before
-                yield (i, *done) if turn >= warmup else None
+    title: str,
+) -> Iterator[tuple[int, Outcome, Outcome]]:
+    """Rounds of turns: (which, pruned, the full run before it), warm-up left out. Shows progress
+    under a title."""
+    order = [*turns(len(pruned), share)] * (warmup + runs)
+    counted = len(order) // (warmup + runs) * warmup
+    before: Outcome | None = None
+    for turn, i in enumerate(tqdm(order, desc=title, file=sys.stderr, leave=False)):
+        if i is None:
+            before = full()
+        else:
+            assert before is not None, "full goes first"
+            done = pruned[i]()
+            if turn >= counted:
+                yield i, done, before

@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,7 @@ from .checkpoints.errors import Parser, UserError, in_one_sentence
 from .checkpoints.files import check_target, write_atomically
 from .checkpoints.hub import found
 from .evaluation.answers import OwnRespondent
-from .evaluation.asking import (
-    Asked,
-    Asking,
-    Entry,
-    QuestionSet,
-    entries,
-    fingerprint,
-)
+from .evaluation.asking import Asked, Asking, Entry, QuestionSet, entries, fingerprint
 from .evaluation.judge import Judge
 from .evaluation.kept import Kept
 from .evaluation.table import table
@@ -215,10 +209,8 @@ def chosen(args: argparse.Namespace) -> QuestionSet:
     format = format_of(args.format or "own")
     options = {"boxes": args.boxes} if args.boxes else {}
     source = Source(Path(args.questions), args.images, args.split, **options)
-    read = format.read
-    return QuestionSet(
-        args.questions, format, lambda bad: read(source, bad), args.limit, args.skip_bad
-    )
+    read = partial(format.read, source)
+    return QuestionSet(args.questions, format, read, args.limit, args.skip_bad)
 
 
 def usual(model: VLM) -> list[str]:

@@ -111,9 +111,9 @@ def test_whatever_interrupts_a_write_leaves_the_old_file(file, problem):
 WRITERS = {
     "a text": "write_atomically(file, 'x' * 100_000)",
     "a benchmark's result": (
-        "import argparse; from benchmarks.command import finish; "
-        "finish([], lambda _: argparse.Namespace(save=file.stem), lambda _: {'x': 'x' * 99_000}, "
-        "file.parent)"
+        "import argparse; from benchmarks import command; command.RESULTS = file.parent; "
+        "save = argparse.Namespace(save=file.stem); "
+        "command.finish(lambda _: save, lambda _: {'x': 'x' * 99_000})"
     ),
     "a checkpoint of the trainer's": (
         "import torch; from torch_ref.train import save; save(file, {'a': torch.zeros(99_999)})"

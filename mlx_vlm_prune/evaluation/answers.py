@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..generation.prefill import Prefill
@@ -36,18 +37,23 @@ class Ready:
     right: list[int]
 
 
-def ready(model: VLM, processor: Processor, question: Question) -> Ready:
-    """Open the image and build the prompt. Raises UserError, which says what is wrong with it."""
+def picture(question: Question) -> Image.Image:
+    """The image of a question, opened. Raises UserError where it cannot be, or has no answer."""
     if not question.answers:
         raise UserError("it has no answer")
-    image = question.image() if callable(question.image) else question.image
+    return open_image(question.image() if callable(question.image) else question.image)
+
+
+def ready(model: VLM, processor: Processor, question: Question) -> Ready:
+    """Open the image and build the prompt. Raises UserError, which says what is wrong with it."""
+    image = picture(question)
     words = processor.tokenizer
     prompt = build(words, question.text, [model.N], processor.image_token)
     text = model.config.text
     if fault := prompt.too_much(text.max_position_embeddings, text.vocab_size):
         raise UserError(f"it {fault}")
     right = [*words.encode(question.answers[0]), *sorted(words.eos_token_ids)[:1]]
-    return Ready(prompt, processor.image(open_image(image)), right)
+    return Ready(prompt, processor.image(image), right)
 
 
 class Batch:

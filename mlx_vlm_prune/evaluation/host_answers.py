@@ -15,10 +15,9 @@ from ..hosts.prefill import HostPrefill, read_through_cuts
 from ..hosts.prompt import add_text, prepare_prompt, prune_prompt, view_budgets
 from ..hosts.refusals import check
 from ..hosts.views import Inputs, View
-from ..image import open_image
 from ..pruners import METHODS, Pipeline, Stage, plan
 from ..questions import Question
-from .answers import Answers, answers_of
+from .answers import Answers, answers_of, picture
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,7 @@ class HostRespondent:
 
     def ready(self, question: Question) -> Ready:
         """Raises UserError, which says what is wrong with the question."""
-        if not question.answers:
-            raise UserError("it has no answer")
-        image = question.image() if callable(question.image) else question.image
-        inputs = prepare_prompt(self.host, question.text, [open_image(image)])
+        inputs = prepare_prompt(self.host, question.text, [picture(question)])
         end = getattr(self.words, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
         right = [*self.encode(question.answers[0]), *ends]

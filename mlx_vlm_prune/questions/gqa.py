@@ -16,32 +16,19 @@ from typing import Any
 from . import Bad, Question, Source
 from .answers import ONE_WORD
 from .answers import exact as score
-from .reading import (
-    each,
-    image_file,
-    images_of,
-    name_of,
-    object_of,
-    optional,
-    text_of,
-    whole_json,
-)
+from .reading import each_entry, image_file, name_of, optional, text_of, whole_json
 
 __all__ = ["read", "score"]
 
 
 def read(source: Source, bad: Bad) -> Iterator[Question]:
     """The questions of a JSON file. Raises UserError where it or the images' folder is missing."""
-    records = whole_json(source.path, dict)
-    home = images_of(source)
-    named = ((f"{source.path}, question {name}", (name, r)) for name, r in records.items())
-    return each(named, lambda record: [_question(*record, home)], bad)
+    return each_entry(source, bad, whole_json(source.path, dict), _questions)
 
 
-def _question(name: str, record: Any, home: Path) -> Question:
-    record = object_of(record)
+def _questions(name: str, record: dict[str, Any], home: Path) -> Iterator[Question]:
     types = record.get("types")
-    return Question(
+    yield Question(
         id=name,
         text=f"{text_of(record, 'question')}\n{ONE_WORD}",
         answers=(text_of(record, "answer"),),

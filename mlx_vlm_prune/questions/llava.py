@@ -12,44 +12,34 @@ for case, white space and a final full stop. For long answers that says little; 
 log-probability says more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from . import Bad, Question, Source
 from .answers import exact as score
-from .reading import (
-    NOTHING,
-    Fault,
-    each,
-    image_file,
-    images_of,
-    object_of,
-    optional,
-    text_of,
-    whole_json,
-)
+from .reading import NOTHING, Fault, each_entry, image_file, optional, text_of, whole_json
 
-__all__ = ["pairs", "read", "score"]
+__all__ = ["pairs", "questions", "read", "score"]
 
 MARK = "<image>"
 
 
 def read(source: Source, bad: Bad) -> Iterator[Question]:
     """The questions of a JSON file. Raises UserError where it or the images' folder is missing."""
-    records = whole_json(source.path, list)
-    home = images_of(source)
-    numbered = ((f"{source.path}, record {n}", (n, r)) for n, r in enumerate(records, 1))
-    return each(numbered, lambda record: _questions(*record, home), bad)
+    return each_entry(source, bad, whole_json(source.path, list), _questions)
 
 
-def _questions(number: int, record: Any, home: Path) -> Iterator[Question] | tuple[Question, ...]:
-    record = object_of(record)
+def _questions(number: str, record: dict[str, Any], home: Path) -> Iterable[Question]:
     if "image" not in record:
         return NOTHING
     image = image_file(home, text_of(record, "image"))
     asked = pairs(record.get("conversations"), "from", "value", ("human", "gpt"))
-    name = optional(record, "id", f"{number}")
+    return questions(optional(record, "id", number), asked, image)
+
+
+def questions(name: str, asked: list[tuple[str, str]], image: Path | bytes) -> Iterator[Question]:
+    """The turns (question, answer) of a conversation about an image, numbered if several."""
     return (
         Question(f"{name}-{turn}" if len(asked) > 1 else name, text, (answer,), image)
         for turn, (text, answer) in enumerate(asked, 1)

@@ -8,14 +8,14 @@ the rule of judging too, is as in llava.py.
 pyarrow is imported when the first file is read: nothing else needs it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.errors import UserError, lacks
+from ..checkpoints.errors import UserError, lacks, reason
 from . import Bad, Question, Source
 from .answers import exact as score
-from .llava import MARK, pairs
+from .llava import MARK, pairs, questions
 from .reading import NOTHING, Fault, each, existing, parse_any
 
 __all__ = ["read", "score"]
@@ -38,7 +38,7 @@ def _open(path: Path) -> Any:
     try:
         file = ParquetFile(path)
     except (ArrowException, OSError) as e:
-        raise UserError(f"{path} is not a readable parquet file ({_first_line(e)})") from None
+        raise UserError(f"{path} is not a readable parquet file ({reason(e)})") from None
     missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
     if missing:
         raise UserError(f"{path} has no column {missing[0]}; it needs {' and '.join(COLUMNS)}")
@@ -55,10 +55,10 @@ def _rows(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, dict[str, Any
                 number += 1
                 yield f"{path}, row {number}", (number, row)
     except (ArrowException, OSError, ValueError) as e:
-        raise UserError(f"{path} is damaged after row {number} ({_first_line(e)})") from None
+        raise UserError(f"{path} is damaged after row {number} ({reason(e)})") from None
 
 
-def _questions(record: tuple[int, dict[str, Any]]) -> Iterator[Question] | tuple[Question, ...]:
+def _questions(record: tuple[int, dict[str, Any]]) -> Iterable[Question]:
     number, row = record
     told = row["conversations"]
     if not isinstance(told, str):
@@ -67,10 +67,7 @@ def _questions(record: tuple[int, dict[str, Any]]) -> Iterator[Question] | tuple
         return NOTHING
     image = _image(row["image_bytes"])
     asked = pairs(parse_any(told), "role", "content", ("user", "assistant"))
-    return (
-        Question(f"{number}-{turn}" if len(asked) > 1 else f"{number}", text, (answer,), image)
-        for turn, (text, answer) in enumerate(asked, 1)
-    )
+    return questions(f"{number}", asked, image)
 
 
 def _image(held: Any) -> bytes:
@@ -81,7 +78,3 @@ def _image(held: Any) -> bytes:
     if not isinstance(held, bytes) or not held:
         raise Fault("image_bytes hold no image")
     return held
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]

@@ -34,12 +34,8 @@ def read(source: Source, bad: Bad) -> Iterator[Question]:
     inside = source.path / "questions.jsonl"
     path = existing(inside if source.path.is_dir() else source.path)
     home = images_of(Source(path, source.images))
-    return each(_numbered(path), lambda record: [_question(*record, home)], bad)
-
-
-def _numbered(path: Path) -> Iterator[tuple[str, tuple[int, bytes]]]:
-    for number, (where, raw) in enumerate(lines(path), 1):
-        yield where, (number, raw)
+    numbered = ((where, (n, raw)) for n, (where, raw) in enumerate(lines(path), 1))
+    return each(numbered, lambda record: [_question(*record, home)], bad)
 
 
 def _question(number: int, raw: bytes, home: Path) -> Question:

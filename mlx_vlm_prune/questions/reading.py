@@ -50,6 +50,20 @@ def lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}, line {number}", raw
 
 
+def each_entry(
+    source: Source, bad: Bad, listed: dict[str, Any] | list[Any],
+    make: Callable[[str, dict[str, Any], Path], Iterable[Question]],
+) -> Iterator[Question]:  # fmt: skip
+    """The questions of every entry of a JSON object or list, by its name or number.
+
+    Raises UserError where the images' folder is missing.
+    """
+    home, what = images_of(source), "question" if isinstance(listed, dict) else "record"
+    named = listed.items() if isinstance(listed, dict) else enumerate(listed, 1)
+    entries = ((f"{source.path}, {what} {name}", (f"{name}", one)) for name, one in named)
+    return each(entries, lambda entry: make(entry[0], object_of(entry[1]), home), bad)
+
+
 def parse(raw: bytes | str) -> dict[str, Any]:
     """The JSON object that a line holds; Fault where there is none."""
     return object_of(parse_any(raw))

@@ -19,16 +19,7 @@ from typing import Any
 from ..checkpoints.errors import UserError
 from . import Bad, Question, Source
 from .answers import LETTERS, ONE_LETTER, options
-from .reading import (
-    Fault,
-    each,
-    folder,
-    image_file,
-    optional,
-    text_of,
-    texts_of,
-    whole_json,
-)
+from .reading import Fault, each, folder, image_file, optional, text_of, texts_of, whole_json
 
 SPLIT = "test"
 MOST = 5

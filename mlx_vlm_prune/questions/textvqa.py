@@ -18,17 +18,7 @@ from typing import Any
 from ..checkpoints.errors import UserError
 from . import Bad, Question, Source
 from .answers import ONE_WORD
-from .reading import (
-    Fault,
-    each,
-    image_file,
-    images_of,
-    name_of,
-    object_of,
-    text_of,
-    texts_of,
-    whole_json,
-)
+from .reading import Fault, each_entry, image_file, name_of, text_of, texts_of, whole_json
 from .vqa_words import normalise
 
 PEOPLE = 10
@@ -39,17 +29,14 @@ def read(source: Source, bad: Bad) -> Iterator[Question]:
     records = whole_json(source.path, dict).get("data")
     if not isinstance(records, list):
         raise UserError(f"{source.path} must hold a list called data")
-    home = images_of(source)
-    numbered = ((f"{source.path}, record {n}", r) for n, r in enumerate(records, 1))
-    return each(numbered, lambda record: [_question(record, home)], bad)
+    return each_entry(source, bad, records, _questions)
 
 
-def _question(record: Any, home: Path) -> Question:
-    record = object_of(record)
+def _questions(number: str, record: dict[str, Any], home: Path) -> Iterator[Question]:
     given = texts_of(record, "answers")
     if len(given) != PEOPLE:
         raise Fault(f"there are {len(given)} answers; the rule needs {PEOPLE}")
-    return Question(
+    yield Question(
         id=name_of(record, "question_id"),
         text=f"{text_of(record, 'question')}\n{ONE_WORD}",
         answers=tuple(answer for answer, _ in Counter(given).most_common()),
