@@ -111,7 +111,9 @@ def dequantised(source: Source, dtype: str | None = None) -> Source:
 def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> RawTensor:
     import mlx.core as mx
 
-    from mlx_vlm_prune.arrays import FLOATS, to_array, to_bytes
+    from mlx_vlm_prune.arrays import to_array, to_bytes
+
+    kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
     weight, scales = held[:2]
     assert weight and scales
@@ -120,10 +122,10 @@ def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> 
         with mx.stream(mx.cpu):
             # Scales in float32: a product rounded to sixteen bits twice would be another.
             arrays: list[Any] = [part and to_array(part) for part in held]
-            floats = [part and part.dtype in FLOATS for part in held]
+            floats = [part and part.dtype in kinds for part in held]
             pairs = zip(arrays, floats, strict=True)
             arrays = [each.astype(mx.float32) if wide else each for each, wide in pairs]
-            made = to_bytes(mx.dequantize(*arrays, **how).astype(FLOATS[dtype]))
+            made = to_bytes(mx.dequantize(*arrays, **how).astype(kinds[dtype]))
         for part in filter(None, held):
             part.forget()
         return made
