@@ -262,10 +262,10 @@ class LayerInput:
 
     def text_attention(self) -> dict[str, mx.array]:
         """Of every token of text, in the layer before."""
-        columns_BT, _ = self.spliced.text(range(len(self.spliced.lengths)))
+        T = self.spliced.text(self.prompts)[0].shape[1]  # other prompts' words are in no signal
+        columns_BT = self.spliced.text(range(len(self.spliced.lengths)))[0][:, :T]
         parts = [
-            self._attention(columns_BT[:, begin : begin + ROWS])
-            for begin in range(0, columns_BT.shape[1], ROWS)
+            self._attention(columns_BT[:, begin : begin + ROWS]) for begin in range(0, T, ROWS)
         ]
         return {"text_attention_BTN": mx.concatenate(parts, axis=1)}
 

@@ -165,6 +165,8 @@ class VLM(nn.Module):
             batches, more = prune(batches, budgets, Stage.PROJECTED)
             steps += more
         visual = [slot for batch in batches for slot in _slots(batch, pipeline.enhancer)]
+        if any(slots.index_K is None for slots in visual):
+            policy = "renumber"  # pooled slots have no place of their own
         spliced = splice(self.language.embed_tokens, prompts, visual, policy)  # splice
         cuts = self.cuts(batches, pipeline, K, policy, twig)
         cache = self.language.make_cache()

@@ -131,8 +131,8 @@ def splice(
 ) -> Spliced:
     """Put each image's slots where its placeholders stood.
 
-    `keep`: a token keeps the position it had among all; `renumber`, and slots without a
-    place: positions count what is left.
+    `keep`: a token keeps the position it had among all; `renumber`, which slots without a place
+    need: positions count what is left.
     """
     images, prompts = iter(visual), []
     for row in rows:
@@ -146,7 +146,7 @@ def splice(
         end = Piece(embed(_ids(row.ids[cursor:])), mx.arange(cursor, len(row.ids)))
         prompts.append([*pieces, end])
     assert next(images, None) is None, "every image has its placeholders"
-    if policy == "keep" and all(image.index_K is not None for image in visual):
+    if policy == "keep":
         return join(prompts, mx.array([[len(row.ids)] for row in rows], dtype=mx.int32))
     lengths = [sum(len(piece.x_LD) for piece in pieces) for pieces in prompts]
     return join(prompts, mx.array(lengths, dtype=mx.int32)[:, None], counted=True)

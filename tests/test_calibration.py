@@ -1,8 +1,10 @@
 """Promises of a calibration: what it predicts by hand, and what its file may hold. No time is ever
 asserted."""
 
+import errno
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,8 +212,17 @@ def test_more_images_or_words_than_were_measured_are_measured(loaded, home, cach
     assert max(r.images for r in known.runs) == len(inputs.visible)
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_fails_nothing(loaded, home, cache, capsys):
-    cache.write_text("a file where the folder would be")
+@pytest.mark.parametrize("full", [False, True])
+def test_a_cache_that_cannot_be_written_is_said_and_fails_nothing(
+    loaded, home, cache, capsys, monkeypatch, full
+):
+    def write_text(self, *args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    if full:
+        monkeypatch.setattr(Path, "write_text", write_text)
+    else:
+        cache.write_text("a file where the folder would be")
     calibrate(loaded[0], loaded[1].folder, plan("norm"), inputs_of(loaded, home))
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "note:" in x]
     assert "cannot be kept" in line and str(cache) in line

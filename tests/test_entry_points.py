@@ -136,7 +136,7 @@ IMPORTS = (
     "from mlx_vlm_prune import load",
     "from mlx_vlm_prune import pruned",
     "from mlx_vlm_prune import PRUNERS",
-    "import mlx_vlm_prune.hosts.pruned",
+    "import mlx_vlm_prune.hosts.attach",
     "import mlx_vlm_prune.model",
     "import convert.quantise, mlx.core",
     *(f"import {name}" for name, is_command in modules("benchmarks") if not is_command),

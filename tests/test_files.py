@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.command import finish
+from benchmarks import command
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.files import appearing, read_json, write_atomically
 
@@ -116,7 +116,8 @@ WRITERS = {
         "command.finish(lambda _: save, lambda _: {'x': 'x' * 99_000})"
     ),
     "a checkpoint of the trainer's": (
-        "import torch; from torch_ref.train import save; save(file, {'a': torch.zeros(99_999)})"
+        "import torch; from torch_ref.training.scenes import save; "
+        "save(file, {'a': torch.zeros(99_999)})"
     ),
 }
 
@@ -169,8 +170,9 @@ def test_a_benchmark_that_cannot_keep_its_result_says_so(file, capsys, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(command, "RESULTS", file.parent)
     with pytest.raises(SystemExit) as stop:
-        finish([], lambda _: argparse.Namespace(save=file.stem), lambda _: {}, file.parent)
+        command.finish(lambda _: argparse.Namespace(save=file.stem), lambda _: {})
     assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
     assert is_as_before(file)
 

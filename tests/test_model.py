@@ -36,7 +36,7 @@ K = 9
 ROWS = (
     tiny.row("user # what is in the picture ?"),
     tiny.row("# and # is there a red star ?"),
-    tiny.row("how many ?"),
+    tiny.row("how many stars are red and how many pictures is the user in ?"),  # the most words
 )
 
 
@@ -246,13 +246,16 @@ def test_pruning_in_the_decoder_leaves_fewer_rows_in_deeper_caches_and_their_byt
 def test_positions_are_those_of_the_methods_paper_unless_told(pair):
     def counts(spec, policy):
         """Do the rows of the last layer count up to the next position without a gap?"""
-        before = pair.ours([ROWS[0]], mx.array(pair.pixels[:1]), plan(spec), K, policy)
+        chain = plan(spec, {"attention_pool": METHODS["attention_pool"].make(32, 12)})
+        before = pair.ours([ROWS[0]], mx.array(pair.pixels[:1]), chain, K, policy)
         position_S, after = np.array(before.cache[-1].positions)[0], before.next_B1.item()
-        assert after == len(ROWS[0].ids) and position_S[-1] == after - 1
+        assert position_S[-1] == after - 1
+        assert after == len(ROWS[0].ids) or "pool" in spec
         return position_S.tolist() == list(range(after - len(position_S), after))
 
     assert not counts("fastv", None) and counts("fastv", "renumber")
     assert counts("pact", None) and not counts("pact", "keep")
+    assert counts("attention_pool+fastv", "keep")  # pooled slots have no place of their own
 
 
 def test_a_merged_token_gets_the_attention_of_all_its_members(pair):
@@ -328,12 +331,13 @@ def test_without_cls_the_mean_patch_stands_in_for_it():
     close(np.array(run.signals.cls_query_BHd), np.array(q).mean(axis=2))
 
 
-def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(pair):
+@pytest.mark.parametrize("spec", ["mlp:dynamic", "mlp:dynamic+sparsevlm"])
+def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(pair, spec):
     mx.random.seed(6)
     weights = METHODS["mlp"].make(32, 0)
     weights.mean_need = mx.array([1.0])
     weights.need.bias = mx.zeros((1,))
-    chain, rows = plan("mlp:dynamic", {"mlp": weights}), list(ROWS)
+    chain, rows = plan(spec, {"mlp": weights}), list(ROWS)
     together = pair.ours(rows, mx.array(pair.pixels), chain, 6, "keep")
     counts = [one.slots for one in together.trace.steps[-1].reductions]
     assert len(set(counts)) > 1, counts

@@ -219,6 +219,8 @@ class VLM(nn.Module):
         enhancer, step = of_stage.get("enhancer"), of_stage.get("decoder")
         bias_IK = enhancer.call("weigh", encoded, kept_of_encoded) if enhancer else None
         kept = kept_of_encoded.after(kept, self.N)
+        if kept.index_BK is None:
+            positions = "renumber"  # pooled slots have no place of their own
         spliced = splice(embed, rows, visual_IKD, kept, positions, bias_IK)
         n = visual_IKD.shape[1]
         if step is None or step.K in (None, n):

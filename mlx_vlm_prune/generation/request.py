@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,11 @@ class Request:
 
 def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Say early how an answer cannot be decoded. Raises UserError."""
-    if max_tokens < 1:
-        raise UserError(f"--max-tokens is {max_tokens}; it must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temp is {temperature}; it must be 0 or more")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p is {top_p}; it must be above 0 and at most 1")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}; it must be at least 0 and below 2**63")
+    if not (isinstance(max_tokens, Integral) and max_tokens >= 1):
+        raise UserError(f"--max-tokens is {max_tokens!r}; it must be at least 1, a whole number")
+    if not (isinstance(temperature, Real) and 0 <= temperature < float("inf")):
+        raise UserError(f"--temp is {temperature!r}; it must be 0 or more")
+    if not (isinstance(top_p, Real) and 0 < top_p <= 1):
+        raise UserError(f"--top-p is {top_p!r}; it must be above 0 and at most 1")
+    if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+        raise UserError(f"--seed is {seed!r}; it must be at least 0 and below 2**63")

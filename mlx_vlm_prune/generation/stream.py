@@ -4,7 +4,7 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -227,6 +227,8 @@ def resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
 def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
     if image is None:
         return []
-    if isinstance(image, ImageSource):
-        return [image]
-    return list(image)
+    images = [image] if isinstance(image, ImageSource) else image
+    if not isinstance(images, Iterable) or not all(isinstance(x, ImageSource) for x in images):
+        raise UserError(f"image is {image!r}; give a path, a file's bytes, a Pillow image, or a"
+                        " list of such")  # fmt: skip
+    return list(images)

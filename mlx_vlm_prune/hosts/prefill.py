@@ -58,11 +58,12 @@ def read_through_cuts(
     decoder = Decoder(language, language.make_cache(), cuts, piece=piece)
     decoded = decoder(spliced)
     after = int(np.array(spliced.next_B1)[0, 0])
+    nbytes = held_bytes(decoder.cache, prompt.length)  # before the last rows leave
     caches = zip(decoder.cache, decoded.rows, strict=True)
     return replace(
         prompt,
         arguments=_last_row(prompt, decoded.spliced, language, after),
-        cache_bytes=held_bytes(decoder.cache, prompt.length),
+        cache_bytes=nbytes,
         cache=[_without_last(language, layer, after - rows) for layer, rows in caches],
         trace=prompt.trace.after_cuts(step.name, decoded.reductions),
         positions=policy,

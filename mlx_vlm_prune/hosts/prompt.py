@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..generation.stream import budget
 from ..laps import lap
 from ..model import ImageBatch, prune
 from ..pruners import Pipeline, Stage, StepBudgets
+from ..pruners.budget import budget
 from ..pruners.contract import Policy, Reduction
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host

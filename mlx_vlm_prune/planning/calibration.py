@@ -34,7 +34,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
-from ..checkpoints.files import write_atomically
 from ..generation.steps import greedy
 from ..generation.stream import PreparedPrompt
 from ..laps import Clock
@@ -43,7 +42,7 @@ from ..model import VLM
 from ..prompt import Prompt
 from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import feasible_budgets
-from ..remembered import cache_folder, model_key
+from ..remembered import cache_folder, keep, model_key
 from .operations import cache_bytes
 
 PARTS = ("vision", "pruner", "prefill")
@@ -339,11 +338,7 @@ def _write(path: Path, calibration: Calibration) -> None:
     content = asdict(calibration)
     content |= {"format": FORMAT, "about": content.pop("environment")}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
-    except OSError as e:
-        print(
-            f"note: the calibration cannot be kept in {path.parent} ({e.strerror or e}), so the"
-            " next run makes it anew",
-            file=sys.stderr,
-        )
+        keep(path, json.dumps(content, indent=1) + "\n")
+    except UserError as e:
+        note = f"note: the calibration cannot be kept, so the next run makes it anew: {e}"
+        print(note, file=sys.stderr)

@@ -48,13 +48,13 @@ def splice(
     """Put each image's K tokens in the place of its run of placeholders.
 
     With the policy "keep" a token has the position it had before pruning, and so has the
-    text after it; with "renumber", or where slots stand nowhere in the image, positions
+    text after it; with "renumber", which slots that stand nowhere in the image need, positions
     count. Raises UserError for an empty prompt.
     """
     if not rows or not all(len(row.ids) for row in rows):
         raise UserError("there must be at least one prompt, and in each at least one token")
     device = embed.weight.device
-    counted = policy == "renumber" or (kept is not None and kept.index_BK is None)
+    counted = policy == "renumber"
     prompts, image = [], 0
     for row in rows:
         slots = []
