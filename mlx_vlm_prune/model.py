@@ -152,7 +152,6 @@ class VLM(nn.Module):
         along; without `last_only` there are logits of every row."""
         pipeline = Pipeline.of(pruner)
         self.language.check(pipeline)
-        policy = positions or pipeline.positions
         batches: list[ImageBatch] = []
         steps: list[ReductionStep] = []
         if pixels_IHW3 is not None:
@@ -165,8 +164,8 @@ class VLM(nn.Module):
             batches, more = prune(batches, budgets, Stage.PROJECTED)
             steps += more
         visual = [slot for batch in batches for slot in _slots(batch, pipeline.enhancer)]
-        if any(slots.index_K is None for slots in visual):
-            policy = "renumber"  # pooled slots have no place of their own
+        pooled = any(slots.index_K is None for slots in visual)  # slots without an own place
+        policy: Policy = "renumber" if pooled else positions or pipeline.positions
         spliced = splice(self.language.embed_tokens, prompts, visual, policy)  # splice
         cuts = self.cuts(batches, pipeline, K, policy, twig)
         cache = self.language.make_cache()
