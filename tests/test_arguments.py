@@ -8,11 +8,15 @@ from mlx_vlm_prune import generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 
+def test_of_images_the_wrong_one_is_named():
+    with pytest.raises(UserError, match="an image is None; give a path"):
+        generate(None, None, "Is there a red star?", image=["a.png", None])
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("image", 3),
-        ("image", ["a.png", None]),
         ("max_tokens", 1.5),
         ("temperature", "x"),
         ("top_p", "x"),

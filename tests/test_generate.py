@@ -71,6 +71,11 @@ def test_json_holds_every_figure_and_the_indices_of_each_image(home, capsys):
     assert text == told["generation_tokens"]
 
 
+def test_an_iterator_of_images_gives_them_all(home):
+    images = iter([home / "a.png", home / "b.png"])
+    assert generate(*load(home / "mlx"), QUESTION, image=images).visual_tokens == 2 * tiny.N
+
+
 def test_prompt_tokens_are_counted_after_pruning(home):
     model, processor = load(home / "mlx")
     image = home / "a.png"

@@ -3,6 +3,7 @@
 Shapes: B prompts (1 here), I images, L tokens, V words.
 """
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -227,8 +228,11 @@ def resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
 def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
     if image is None:
         return []
-    images = [image] if isinstance(image, ImageSource) else image
-    if not isinstance(images, Iterable) or not all(isinstance(x, ImageSource) for x in images):
-        raise UserError(f"image is {image!r}; give a path, a file's bytes, a Pillow image, or a"
-                        " list of such")  # fmt: skip
-    return list(images)
+    images: Any = image
+    if isinstance(images, ImageSource) or not isinstance(images, Iterable):
+        images = [images]
+    images = list(images)  # of an iterator, which can be read once
+    for one in images:
+        if not isinstance(one, ImageSource | os.PathLike):
+            raise UserError(f"an image is {one!r}; give a path, a file's bytes or a Pillow image")
+    return images
