@@ -152,7 +152,7 @@ def convert():
 
 begin = time.perf_counter()
 os.waitpid(convert(), 0)
-whole = time.perf_counter() - begin
+span = time.perf_counter() - begin  # follows the machine: longer after a kill that came too early
 expected = {name: open(os.path.join(target, name), "rb").read() for name in os.listdir(target)}
 draw, absent, done = random.Random(7), 0, 0
 for _ in range(100):
@@ -161,15 +161,15 @@ for _ in range(100):
     if os.path.isdir(target):
         os.rmdir(target)
     child = convert()
-    time.sleep(draw.random() * whole * 1.1)
+    time.sleep(draw.random() * span)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     if not os.path.exists(target):
-        absent += 1
+        absent, span = absent + 1, span * 1.1
         continue
     found = {name: open(os.path.join(target, name), "rb").read() for name in os.listdir(target)}
     assert found == expected, "half-written"
-    done += 1
+    done, span = done + 1, span / 1.1
 print(absent, done)
 """
 
@@ -181,7 +181,7 @@ def test_after_100_kills_the_destination_is_absent_or_whole(published):  # noqa:
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     absent, done = map(int, ran.stdout.split())
-    assert absent > 10 and done > 3, "killed too early or too late to prove anything"
+    assert absent > 10 and done > 10, "killed too early or too late to prove anything"
     subprocess.run([sys.executable, "-m", "convert", *argv[:2], str(published / "mlx2"), *argv[3:]],
                    cwd=ROOT, check=True, capture_output=True)  # fmt: skip
     assert not [name for name in left(published) if ".mlx2.part-" in name]
