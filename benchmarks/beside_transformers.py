@@ -13,11 +13,11 @@ import transformers
 from torch import Tensor, nn
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
-from mlx_vlm_prune.prompt import Prompt
-from torch_ref.language.minimind import MiniMind
-from torch_ref.language.transformers import cache_name
-from torch_ref.model import VLM, Decoding, best_device
-from torch_ref.towers.vit import VisionTower
+from mlx_vlm_prune.inputs.prompt import Prompt
+from torch_ref.models.language.minimind import MiniMind
+from torch_ref.models.language.transformers import cache_name
+from torch_ref.models.towers.vit import VisionTower
+from torch_ref.models.vlm import VLM, Decoding, best_device
 
 from .shapes import request
 

@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.config import VLMConfig
-from mlx_vlm_prune.generation.stream import generate, prepare, resolve
-from mlx_vlm_prune.loading import Processor
-from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.model import VLM
+from mlx_vlm_prune.generate import generate
+from mlx_vlm_prune.generation.stream import prepare, resolve
+from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.models.loading import Processor
+from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.planning.budgets import BudgetChoice, forecast, keep_within
 from mlx_vlm_prune.planning.calibration import Calibration, measure
 from mlx_vlm_prune.pruners.budget import tokens_for

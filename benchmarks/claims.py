@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.machine.hardware import machine, versions
 
 from . import on_mlx
 from .command import finish, parser, positive

@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune import fast_blas
 from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence, whole
-from mlx_vlm_prune.checkpoints.files import write_atomically
+from mlx_vlm_prune.checkpoints.reading.files import write_atomically
+from mlx_vlm_prune.machine import blas
 
 RESULTS = Path(__file__).parent / "results"
 positive, natural = partial(whole, 1), partial(whole, 0)  # types of options
@@ -48,7 +48,7 @@ def finish(
     """
     with in_one_sentence():
         args = parse(argv)
-        fast_blas.load()  # says what is wrong with a library that the user named
+        blas.load()  # says what is wrong with a library that the user named
         told = json.dumps(run(args))
         if args.save:
             RESULTS.mkdir(exist_ok=True)

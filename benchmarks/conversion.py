@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError, lacks
-from mlx_vlm_prune.checkpoints.generations import GENERATIONS
-from mlx_vlm_prune.checkpoints.names import to_published
+from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
+from mlx_vlm_prune.checkpoints.names.tables import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
 from .command import finish, parser, positive

@@ -31,7 +31,7 @@ from .style import (
     name_ends,
     save,
     sheet,
-)  # fmt: skip
+)
 from .tables import read, speed_rows
 from .timing import PARTS
 

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
-from mlx_vlm_prune.checkpoints.files import appearing, write_atomically
+from mlx_vlm_prune.checkpoints.reading.files import appearing, write_atomically
+from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.overlay import overlay, strip
-from mlx_vlm_prune.generation.stream import generate
-from mlx_vlm_prune.image import open_image
-from mlx_vlm_prune.loading import load
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.inputs.image import open_image
 from mlx_vlm_prune.pruners import METHODS, Method, Stage
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 

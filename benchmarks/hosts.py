@@ -30,8 +30,8 @@ from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.hosts.prompt import prune_prompt, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.hosts.views import Inputs
-from mlx_vlm_prune.laps import Clock
-from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.machine.clock import Clock
+from mlx_vlm_prune.machine.hardware import machine, versions
 from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for

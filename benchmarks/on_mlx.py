@@ -6,11 +6,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_vlm_prune.checkpoints.config import VLMConfig
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.generation.steps import generate_step, greedy
-from mlx_vlm_prune.laps import Clock
-from mlx_vlm_prune.loading import DTYPES
-from mlx_vlm_prune.model import VLM, Prefill
+from mlx_vlm_prune.machine.clock import Clock
+from mlx_vlm_prune.models.language.twig import Twig
+from mlx_vlm_prune.models.loading import DTYPES
+from mlx_vlm_prune.models.vlm import VLM, Prefill
 from mlx_vlm_prune.pruners import METHODS, Pipeline
 
 from .shapes import Request
@@ -38,7 +39,8 @@ class Stack:
         dims, text = self.model.feature_dims, self.model.config.text
         scorers = ("attention_pool", "score_prune", "mlp")
         made = {name: METHODS[name].make(dims, K) for name in scorers}
-        return {**made, "twig": METHODS["twig"].make(text, 1)}
+        assert isinstance(text, MiniMindConfig)
+        return {**made, "twig": Twig(text, 1, 1)}
 
     def run(self, asked: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:
         """From the images' files to the first token, then so many more."""

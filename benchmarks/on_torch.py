@@ -14,9 +14,10 @@ from torch import nn
 
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.pruners import METHODS, Pipeline
-from torch_ref.language import twig
-from torch_ref.model import VLM, Decoding, best_device
+from torch_ref.models.language import twig
+from torch_ref.models.vlm import VLM, Decoding, best_device
 from torch_ref.pruners import METHODS as TWINS
 from torch_ref.pruners import Step
 
@@ -84,7 +85,7 @@ class Stack:
         for weights in self.model.learned.values():
             weights.eval().to(self.at)
         known = {name: METHODS[name].make(dims, K) for name in ("score_prune", "mlp")}
-        return {**known, "twig": METHODS["twig"].make(c.text, 1)}
+        return {**known, "twig": Twig(c.text, 1, 1)}
 
     def steps(self, pipeline: Pipeline, K: int) -> list[Step]:
         """The chain in the reference's words."""

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
-from mlx_vlm_prune.checkpoints.files import write_atomically
-from mlx_vlm_prune.checkpoints.generations import GENERATIONS
+from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
+from mlx_vlm_prune.checkpoints.reading.files import write_atomically
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 

@@ -30,11 +30,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_vlm_prune.cache import LayerCache
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.language.minimind import MiniMind
-from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.models.cache import LayerCache
+from mlx_vlm_prune.models.language.minimind import MiniMind
 
 from .command import finish, natural, parser, positive
 from .on_mlx import device

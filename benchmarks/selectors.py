@@ -20,15 +20,17 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.decoder import Cuts, Decoder, LayerInput, TwigReader, through
-from mlx_vlm_prune.laps import Clock
-from mlx_vlm_prune.machine import versions
-from mlx_vlm_prune.model import VLM
+from mlx_vlm_prune.machine.clock import Clock
+from mlx_vlm_prune.machine.hardware import versions
+from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput, TwigReader, through
+from mlx_vlm_prune.models.language.twig import Twig
+from mlx_vlm_prune.models.splice import Row, Visual, splice
+from mlx_vlm_prune.models.towers.between import received
+from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
 from mlx_vlm_prune.pruners.spec import nearest
-from mlx_vlm_prune.splice import Row, Visual, splice
-from mlx_vlm_prune.towers.between import received
 
 from .command import finish, parser, positive
 from .shapes import SHAPES, TEXT_TOKENS, prompt
@@ -119,7 +121,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure each method, printing it; everything that was found."""
     mx.random.seed(0)
     config = SHAPES[SHAPE]
-    twig = METHODS["twig"].make(config.text, TWIG_LAYERS)
+    assert isinstance(config.text, MiniMindConfig)
+    twig = Twig(config.text, TWIG_LAYERS, 1)
     pruners = {name: resolve(name, {"twig": twig}) for name in args.pruner}
     model = VLM(config)
     mx.eval(model.parameters())

@@ -23,10 +23,10 @@ from mlx_vlm_prune.checkpoints.config import (
     parse_config,
 )
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import read_json
-from mlx_vlm_prune.image import Preprocessor, open_image, siglip_preprocessor
-from mlx_vlm_prune.model import VLM
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.checkpoints.reading.files import read_json
+from mlx_vlm_prune.inputs.image import Preprocessor, open_image, siglip_preprocessor
+from mlx_vlm_prune.inputs.prompt import Prompt
+from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners.spec import nearest
 from mlx_vlm_prune.scenes import CHECKPOINT
 

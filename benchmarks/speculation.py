@@ -24,15 +24,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.decoder import TwigReader
+from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.speculation import Speculation
 from mlx_vlm_prune.generation.steps import greedy
-from mlx_vlm_prune.generation.stream import generate
-from mlx_vlm_prune.language.mlx_lm import MlxLm
-from mlx_vlm_prune.language.twig import Twig
-from mlx_vlm_prune.loading import load
-from mlx_vlm_prune.machine import machine, versions
-from mlx_vlm_prune.model import VLM, Prefill
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.models.decoder import TwigReader
+from mlx_vlm_prune.models.language.mlx_lm import MlxLm
+from mlx_vlm_prune.models.language.twig import Twig
+from mlx_vlm_prune.models.vlm import VLM, Prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set

@@ -23,7 +23,7 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.machine import machine, versions
+from mlx_vlm_prune.machine.hardware import machine, versions
 from mlx_vlm_prune.planning import operations
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.budget import tokens_for

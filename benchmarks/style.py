@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
     from matplotlib.figure import Figure
     from matplotlib.gridspec import GridSpec
 
-from mlx_vlm_prune.checkpoints.files import appearing
+from mlx_vlm_prune.checkpoints.reading.files import appearing
 
 BLACK, ORANGE, GREEN = "#000000", "#E69F00", "#009E73"
 BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.files import read_json
+from mlx_vlm_prune.checkpoints.reading.files import read_json
 from mlx_vlm_prune.pruners.budget import tokens_for
 
 from .claims import CLAIMS, timed

@@ -9,9 +9,9 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, as_mlx
 from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence, whole
-from mlx_vlm_prune.checkpoints.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.hub import found
-from mlx_vlm_prune.checkpoints.llava import READER
+from mlx_vlm_prune.checkpoints.llava.composed import READER
+from mlx_vlm_prune.checkpoints.minimind.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.quantization import BITS, GROUPS, MODES
 
 from .describe import describe

@@ -3,13 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_vlm_prune.checkpoints import elsewhere, llava, llava_original
+from mlx_vlm_prune.checkpoints import mlx_vlm_folder as elsewhere
 from mlx_vlm_prune.checkpoints.backbones import BACKBONES
-from mlx_vlm_prune.checkpoints.checkpoint import (
-    Published,
-    is_ours,
-    open_published,
-)
+from mlx_vlm_prune.checkpoints.checkpoint import Published, is_ours, open_published
 from mlx_vlm_prune.checkpoints.config import (
     CONFIG,
     CLIPConfig,
@@ -20,13 +16,15 @@ from mlx_vlm_prune.checkpoints.config import (
     parse_sizes,
     parse_text,
 )
-from mlx_vlm_prune.checkpoints.fields import Fields
-from mlx_vlm_prune.checkpoints.files import read_json
-from mlx_vlm_prune.checkpoints.generations import Generation
+from mlx_vlm_prune.checkpoints.llava import composed as llava
+from mlx_vlm_prune.checkpoints.llava import original as llava_original
+from mlx_vlm_prune.checkpoints.minimind.generations import Generation
 from mlx_vlm_prune.checkpoints.processor import READING, TOKENIZER
+from mlx_vlm_prune.checkpoints.reading.fields import Fields
+from mlx_vlm_prune.checkpoints.reading.files import read_json
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
-from mlx_vlm_prune.checkpoints.tensors import RawTensor
-from mlx_vlm_prune.checkpoints.weights import read_weights
 
 Lines = list[tuple[str, str]]
 HEADS = "assumed, as in every published MiniMind2: no file says it"

@@ -16,7 +16,7 @@ from mlx_vlm_prune.checkpoints.backbones import Shapes
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, Source
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.quantization import MODES, Quantization, packed
-from mlx_vlm_prune.checkpoints.tensors import RawTensor
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 
 PARTS = ("weight", "scales", "biases")
 
@@ -59,7 +59,7 @@ def _few_bits(shapes: Shapes, tensor: RawTensor, how: Mapping[str, Any]) -> dict
     """The two or three tensors that take a matrix' place."""
     import mlx.core as mx
 
-    from mlx_vlm_prune.arrays import to_array, to_bytes
+    from mlx_vlm_prune.models.arrays import to_array, to_bytes
 
     def compute() -> list[np.ndarray]:
         with mx.stream(mx.cpu):
@@ -111,7 +111,7 @@ def dequantised(source: Source, dtype: str | None = None) -> Source:
 def _whole(held: list[RawTensor | None], how: Mapping[str, Any], dtype: str) -> RawTensor:
     import mlx.core as mx
 
-    from mlx_vlm_prune.arrays import to_array, to_bytes
+    from mlx_vlm_prune.models.arrays import to_array, to_bytes
 
     kinds = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, VLMConfig, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.names import LLAMA, to_published
+from mlx_vlm_prune.checkpoints.names.tables import LLAMA, to_published
+from mlx_vlm_prune.checkpoints.reading.tensors import FLOATS, RawTensor
+from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
-from mlx_vlm_prune.checkpoints.tensors import FLOATS, RawTensor
-from mlx_vlm_prune.checkpoints.weights import read_weights
 
 HEAD = "lm_head.weight"
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints import llava, llava_original
 from mlx_vlm_prune.checkpoints.checkpoint import (
     DTYPES,
     LEARNED,
@@ -23,18 +22,20 @@ from mlx_vlm_prune.checkpoints.checkpoint import (
 )
 from mlx_vlm_prune.checkpoints.config import CONFIG, VLMConfig, is_clip
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import (
+from mlx_vlm_prune.checkpoints.llava import composed as llava
+from mlx_vlm_prune.checkpoints.llava import original as llava_original
+from mlx_vlm_prune.checkpoints.names.renaming import as_published
+from mlx_vlm_prune.checkpoints.names.tables import LLAMA, to_published
+from mlx_vlm_prune.checkpoints.processor import CARRIED, READING, TOKENIZER_FILES
+from mlx_vlm_prune.checkpoints.reading.files import (
     appearing,
     open_safetensors,
     read_json,
     write_json,
     write_safetensors,
 )
-from mlx_vlm_prune.checkpoints.names import LLAMA, to_published
-from mlx_vlm_prune.checkpoints.processor import CARRIED, READING, TOKENIZER_FILES
-from mlx_vlm_prune.checkpoints.pth import write_pth
-from mlx_vlm_prune.checkpoints.renaming import as_published
-from mlx_vlm_prune.checkpoints.tensors import FLOATS, RawTensor
+from mlx_vlm_prune.checkpoints.reading.pth import write_pth
+from mlx_vlm_prune.checkpoints.reading.tensors import FLOATS, RawTensor
 
 CLIP_READING = {  # openai/clip-vit-base-patch16's own
     "image_mean": [0.48145466, 0.4578275, 0.40821073],

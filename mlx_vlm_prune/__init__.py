@@ -10,16 +10,15 @@ answer = generate(model, processor, "What colour is the star?", image="scene.png
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import fast_blas
+from .machine import blas
+from .machine.version import __version__
 
-__version__ = "0.1.0"
-
-fast_blas.prepare()  # whatever of ours is imported first: before mlx, or never
+blas.prepare()  # whatever of ours is imported first: before mlx, or never
 
 if TYPE_CHECKING:
     from .generate import generate, stream_generate
     from .hosts.attach import attach, pruned
-    from .loading import load
+    from .hosts.loading import load
     from .pruners import METHODS as PRUNERS
 
 __all__ = [
@@ -28,7 +27,7 @@ __all__ = [
 
 # Nothing heavy is imported before it is used. The module generate.py is itself callable.
 _HOME = {
-    "load": "loading",
+    "load": "hosts.loading",
     "generate": "generate",
     "stream_generate": "generate",
     "PRUNERS": "pruners",

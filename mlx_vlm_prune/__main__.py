@@ -8,13 +8,13 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
-from . import __version__
 from .checkpoints.errors import UserError, in_one_sentence
+from .machine.version import __version__
 
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
     "advise": "advise", "convert": None, "evaluate": "evaluate", "generate": "generate",
-    "pruners": "listing",
+    "pruners": "pruners.listing",
 }  # fmt: skip
 USAGE = """usage: python -m mlx_vlm_prune COMMAND …
 

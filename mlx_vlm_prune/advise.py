@@ -17,17 +17,18 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoints.errors import Parser, UserError, in_one_sentence
-from .checkpoints.files import check_target, read_json, write_atomically
+from .checkpoints.reading.files import check_target, read_json, write_atomically
 from .evaluation.bootstrap import FEWEST
 from .generation.steps import generate_step, greedy
 from .generation.stream import PreparedPrompt, prepare
-from .loading import DTYPES, Processor, load
-from .machine import machine, versions
-from .model import VLM
+from .hosts.loading import load
+from .machine.hardware import machine, versions
+from .machine.user_cache import cache_folder, model_key
+from .models.loading import DTYPES, Processor
+from .models.vlm import VLM
 from .planning import operations
 from .planning.calibration import calibrate
 from .pruners import plan
-from .remembered import cache_folder, model_key
 from .scenes import compose
 
 SAMPLE_SEED, PROMPT, TOKENS = 1_000_000_007, "What is this?", 16

@@ -22,21 +22,22 @@ from typing import Any
 import mlx.core as mx
 
 from .checkpoints.errors import Parser, UserError, in_one_sentence
-from .checkpoints.files import check_target, write_atomically
 from .checkpoints.hub import found
+from .checkpoints.reading.files import check_target, write_atomically
 from .evaluation.answers import OwnRespondent
 from .evaluation.asking import Asked, Asking, Entry, QuestionSet, entries, fingerprint
 from .evaluation.judge import Judge
 from .evaluation.kept import Kept
+from .evaluation.questions import FORMATS, Question, Source, format_of
 from .evaluation.table import table
 from .evaluation.widen import widen
-from .loading import DTYPES, load
-from .machine import machine, versions
-from .model import VLM
+from .hosts.loading import load
+from .machine.hardware import machine, versions
+from .machine.user_cache import cache_folder, keep, model_key
+from .models.loading import DTYPES
+from .models.vlm import VLM
 from .pruners import METHODS, Stage
 from .pruners.budget import check_budget, tokens_for
-from .questions import FORMATS, Question, Source, format_of
-from .remembered import cache_folder, keep, model_key
 from .scenes import CHECKPOINT
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")

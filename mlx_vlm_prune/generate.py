@@ -8,24 +8,28 @@ Without arguments: a sample question about a sample scene, full beside pruned.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .checkpoints.errors import Parser, UserError, in_one_sentence
-from .checkpoints.files import appearing, check_target, parse_json, write_atomically
-from .generation.request import check_decoding
+from .checkpoints.errors import UserError, in_one_sentence
+from .checkpoints.reading.files import appearing, check_target, write_atomically
+from .generation import stream
+from .generation.arguments import parse
+from .generation.printing import LINE, as_json, print_comparison, print_figures
+from .generation.request import ImageSource, Request, check_decoding, listed_images
 from .generation.result import GenerationResult
 from .generation.speculation import check_drafts
-from .generation.stream import generate, stream_generate
-from .loading import DTYPES, load
-from .machine import versions
-from .model import VLM
+from .hosts import stream as host_stream
+from .hosts.loading import load
+from .machine.hardware import versions
+from .models.vlm import VLM
 from .planning.budgets import Budget, BudgetChoice, keep_within
-from .printing import LINE, as_json, print_comparison, print_figures
+from .pruners import Pipeline, Pruner
 from .pruners.budget import check_budget
+from .pruners.contract import Policy
 
 __all__ = ["GenerationResult", "generate", "main", "stream_generate", "versions"]
 
@@ -39,55 +43,66 @@ SCENES_ONLY = (
 )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(
-        prog="python -m mlx_vlm_prune.generate",
-        description="Answer a prompt about images with fewer visual tokens. Without arguments: "
-        "a sample question, answered with all visual tokens and with half of them.",
-    )
-    add = p.add_argument
-    add("--model", help="folder or hub name (default: the built-in scenes model)")
-    add("--image", action="append", default=[], help="an image file; repeat for several")
-    add("--prompt", "-p", help="the question ('-' reads stdin); <image> marks an image's place")
-    add("--pruner", help="NAME, NAME:option=value,… or a chain NAME+NAME")
-    add("--keep-ratio", type=float, help="share of the visual tokens to keep, above 0 to 1")
-    add("--keep-tokens", type=int, help="how many visual tokens of each image to keep")
-    add("--budget-ms", type=float, metavar="MS", help="instead: as many as the first token can "
-        "come with in this time, by a calibration of this machine")  # fmt: skip
-    add("--budget-gb", type=float, metavar="GB", help="instead: as many as fit into this memory")
-    add("--positions", help="keep or renumber kept tokens' positions (default: as its paper)")
-    add("--max-tokens", "-m", type=int, default=256, help="most tokens to answer with")
-    add("--temp", "--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--chat-template-config", type=_object, metavar="JSON", help='as {"open_thinking": true}')
-    add("--prefill-step-size", type=int, metavar="ROWS", help="mlx-vlm models: rows read at once")
-    add("--kv-bits", type=float, help="mlx-vlm models: bits of a number in the cache")
-    add("--quantized-kv-start", type=int, metavar="ROWS",
-        help="mlx-vlm models: once the cache has more rows than these (default 5000)")  # fmt: skip
-    add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
-        help="mlx-vlm models: one or two sides that pictures are to fit in")  # fmt: skip
-    add("--num-draft-tokens", type=int, metavar="N", help="models with a twig: tokens that it may"
-        " guess ahead (TwigVLM's 5); the greedy answer stays the same")  # fmt: skip
-    add("--revision", help="of a hub name: a branch, tag or commit")
-    add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
-    add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
-    add("--overlay", type=Path, metavar="FILE.png", help="draw what was kept")
-    add("--compare", action="store_true", help="full and pruned, side by side")
-    add("--verbose", action=argparse.BooleanOptionalAction, default=True, help="print figures")
-    args = p.parse_args(argv)
-    args.is_sample = not args.image and args.prompt is None and args.model is None
-    return args
+def stream_generate(
+    model: Any,
+    processor: Any,
+    prompt: str,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    *,
+    pruner: str | Pruner | Pipeline = "none",
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
+    positions: Policy | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    template: Mapping[str, Any] | None = None,
+    prefill_step_size: int | None = None,
+    kv_bits: float | None = None,
+    quantized_kv_start: int | None = None,
+    resize_shape: Sequence[int] | None = None,
+    num_draft_tokens: int | None = None,
+) -> Iterator[GenerationResult]:
+    """Answer a prompt about any number of images, one piece of text at a time.
+
+    `model` and `processor` are `load`'s, ours or mlx-vlm's. `<image>` in the prompt marks
+    where an image goes; without it the images come first. `pruner` is "NAME",
+    "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a
+    decoder method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`,
+    those of the method's paper. `temperature` 0 is greedy. `template` are options of the chat
+    template, such as {"open_thinking": True}. The next four are for mlx-vlm's models: rows
+    read at once, bits of a cached number from which row on, sides that pictures are to fit in.
+    `num_draft_tokens`: how many tokens a twig beside our model may guess ahead. Raises UserError.
+    """
+    request = Request(
+        prompt, listed_images(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
+        temperature, top_p, seed, template, prefill_step_size, kv_bits, quantized_kv_start,
+        resize_shape, num_draft_tokens,
+    )  # fmt: skip
+    check_drafts(num_draft_tokens, temperature, isinstance(model, VLM))
+    loop = stream if isinstance(model, VLM) else host_stream
+    yield from loop.stream_generate(model, processor, request)
 
 
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = parse_json(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
+def generate(
+    model: Any,
+    processor: Any,
+    prompt: str,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    *,
+    verbose: bool = False,
+    **options: Any,
+) -> GenerationResult:
+    """The whole answer at once; the options are those of `stream_generate`."""
+    pieces = []
+    for piece in stream_generate(model, processor, prompt, image, **options):
+        if verbose:
+            print(piece.text, end="", flush=True)
+        pieces.append(piece.text)
+    if verbose:
+        print()
+    return replace(piece, text="".join(pieces))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -214,7 +229,7 @@ def _choose(
 
 def _is_scene(image: Any) -> bool:
     """Does it look like a drawn scene? Those are 224 x 224; a broken file is reported elsewhere."""
-    from .image import open_image
+    from .inputs.image import open_image
     from .scenes import SIZE
 
     return open_image(image).size == (SIZE, SIZE)

@@ -19,8 +19,8 @@ from transformers import (
 )
 from transformers import LlavaForConditionalGeneration as Llava
 
-from mlx_vlm_prune.checkpoints.llava import text_config
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.checkpoints.llava.composed import text_config
+from mlx_vlm_prune.inputs.prompt import Prompt
 
 from . import llava
 from .llava import IMAGE, SIZES, TOWER

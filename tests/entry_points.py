@@ -29,8 +29,8 @@ for arguments in given["runs"]:
         except SystemExit as stop:
             code = stop.code
     ends.append((code, out.getvalue(), err.getvalue()))
-from mlx_vlm_prune import fast_blas
-print(json.dumps({"ends": ends, "blas": fast_blas.reason(), "modules": list(sys.modules)}))
+from mlx_vlm_prune.machine import blas
+print(json.dumps({"ends": ends, "blas": blas.reason(), "modules": list(sys.modules)}))
 """
 
 

@@ -12,11 +12,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
 from transformers import LlavaForConditionalGeneration as Llava
 
 from mlx_vlm_prune.checkpoints.config import parse_sizes
-from mlx_vlm_prune.checkpoints.llava import text_config, vision_config
-from mlx_vlm_prune.checkpoints.llava_names import LAYOUTS
-from mlx_vlm_prune.checkpoints.names import to_published
+from mlx_vlm_prune.checkpoints.llava.composed import text_config, vision_config
+from mlx_vlm_prune.checkpoints.llava.names import LAYOUTS
+from mlx_vlm_prune.checkpoints.names.tables import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.scenes.vocabulary import words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 

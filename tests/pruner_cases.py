@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import torch_ref.pruners as ref
+from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, resolve
 
 from . import tiny
@@ -28,7 +29,7 @@ INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "
 
 def ready(spec: str) -> Pruner:
     """The method of a specification; of a twig the host reads the weights, the method none."""
-    return resolve(spec, {"twig": METHODS["twig"].make(tiny.TEXT, 1)})
+    return resolve(spec, {"twig": Twig(tiny.TEXT, 1, 1)})
 
 
 def features(kind: str, rng: np.random.Generator, *shape: int) -> np.ndarray:

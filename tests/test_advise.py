@@ -9,7 +9,7 @@ from PIL import Image
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.advise import Advice, Times, advise, evaluation, frontier, main
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.remembered import model_key
+from mlx_vlm_prune.machine.user_cache import model_key
 
 from . import tiny
 

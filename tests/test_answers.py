@@ -9,18 +9,18 @@ from mlx import nn
 from PIL import Image
 
 from mlx_vlm_prune import load, stream_generate
-from mlx_vlm_prune.cache import LayerCache
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation.answers import Batch, answer, ready, sharing
 from mlx_vlm_prune.evaluation.asking import QuestionSet, entries, fingerprint
 from mlx_vlm_prune.evaluation.kept import Answered, Kept
+from mlx_vlm_prune.evaluation.questions import Question, format_of
 from mlx_vlm_prune.evaluation.widen import widen
 from mlx_vlm_prune.generation.steps import likelihood
-from mlx_vlm_prune.language.experts import ExpertLinear, QuantizedExpertLinear
-from mlx_vlm_prune.language.minimind import Step
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.inputs.prompt import Prompt
+from mlx_vlm_prune.models.cache import LayerCache
+from mlx_vlm_prune.models.language.experts import ExpertLinear, QuantizedExpertLinear
+from mlx_vlm_prune.models.language.minimind import Step
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.questions import Question, format_of
 
 from . import tiny
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.machine import environment
+from mlx_vlm_prune.machine.hardware import environment
 from mlx_vlm_prune.planning import budgets, calibration
 from mlx_vlm_prune.planning.budgets import (
     Budget,

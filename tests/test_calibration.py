@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.machine import environment
+from mlx_vlm_prune.machine.hardware import environment
 from mlx_vlm_prune.planning import calibration
 from mlx_vlm_prune.planning.calibration import PARTS, calibrate, design, measure, read, rising
 from mlx_vlm_prune.pruners import plan

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.loading import load
+from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.pruners import Pipeline, Reduction, Stage, plan
 
 from . import tiny

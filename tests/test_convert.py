@@ -11,13 +11,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from convert.__main__ import main
 from mlx_vlm_prune import load
-from mlx_vlm_prune.checkpoints import names
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
-from mlx_vlm_prune.checkpoints.files import open_safetensors
-from mlx_vlm_prune.checkpoints.generations import GENERATIONS
-from mlx_vlm_prune.checkpoints.names import published_order, to_ours, to_published
-from mlx_vlm_prune.checkpoints.pth import read_pth
-from mlx_vlm_prune.checkpoints.tensors import RawTensor
+from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
+from mlx_vlm_prune.checkpoints.names import tables as names
+from mlx_vlm_prune.checkpoints.names.tables import published_order, to_ours, to_published
+from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
+from mlx_vlm_prune.checkpoints.reading.pth import read_pth
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 
 from . import tiny
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mlx_vlm_prune import fast_blas
+from mlx_vlm_prune.machine import blas
 from mlx_vlm_prune.scenes import CHECKPOINT
 
 from .entry_points import EXECUTED, fresh, lay_out, modules, run
@@ -126,7 +126,7 @@ def test_the_demo_answers_among_the_users_files_with_the_blas(tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads((folder / "a.json").read_text(encoding="utf-8"))
     assert told["visual_tokens_kept"] < told["visual_tokens"]
-    if fast_blas._wheel_has_reference_blas():
+    if blas._wheel_has_reference_blas():
         assert told["versions"]["blas"] is not None
 
 
@@ -137,7 +137,7 @@ IMPORTS = (
     "from mlx_vlm_prune import pruned",
     "from mlx_vlm_prune import PRUNERS",
     "import mlx_vlm_prune.hosts.attach",
-    "import mlx_vlm_prune.model",
+    "import mlx_vlm_prune.models.vlm",
     "import convert.quantise, mlx.core",
     *(f"import {name}" for name, is_command in modules("benchmarks") if not is_command),
 )
@@ -147,8 +147,8 @@ SLOW = "import benchmarks.beside_transformers"  # of transformers; `rivals` impo
 @pytest.mark.parametrize("line", [line for line in IMPORTS if line != SLOW])
 def test_whatever_is_imported_first_has_the_blas_before_mlx(tmp_path, line):
     """A library that is none is named: it is refused, unless it is too late, and costs no time."""
-    code = f"{line}; from mlx_vlm_prune import fast_blas; print(fast_blas.reason())"
-    done = fresh(tmp_path, "-c", code, **{fast_blas.SWITCH: "libm.so.6"})
+    code = f"{line}; from mlx_vlm_prune.machine import blas; print(blas.reason())"
+    done = fresh(tmp_path, "-c", code, **{blas.SWITCH: "libm.so.6"})
     assert done.returncode == 0, done.stderr
     expected = "refused" if sys.platform == "linux" else "not needed on this system"
     assert done.stdout.strip() == expected

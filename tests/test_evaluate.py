@@ -11,7 +11,7 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.evaluate import main
 from mlx_vlm_prune.evaluation import bootstrap
 from mlx_vlm_prune.evaluation.answers import ready
-from mlx_vlm_prune.remembered import cache_folder, model_key
+from mlx_vlm_prune.machine.user_cache import cache_folder, model_key
 
 from . import generations, tiny
 from .test_generations import converted

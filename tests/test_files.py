@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import command
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import appearing, read_json, write_atomically
+from mlx_vlm_prune.checkpoints.reading.files import appearing, read_json, write_atomically
 
 from .test_hostile_checkpoints import left
 
@@ -128,7 +128,7 @@ def test_a_disk_that_fills_up_is_told_in_a_sentence_and_leaves_the_old_file(file
     limited = (
         "import resource, signal, sys, pathlib\n"
         "from mlx_vlm_prune.checkpoints.errors import in_one_sentence\n"
-        "from mlx_vlm_prune.checkpoints.files import write_atomically\n"
+        "from mlx_vlm_prune.checkpoints.reading.files import write_atomically\n"
         f"file = pathlib.Path({str(file)!r})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
@@ -180,7 +180,7 @@ def test_a_benchmark_that_cannot_keep_its_result_says_so(file, capsys, monkeypat
 def test_what_a_killed_write_left_is_swept_by_the_next(file):
     killed = (
         "import os, pathlib, signal\n"
-        "from mlx_vlm_prune.checkpoints.files import appearing\n"
+        "from mlx_vlm_prune.checkpoints.reading.files import appearing\n"
         f"with appearing(pathlib.Path({str(file)!r}), replace=True) as beside:\n"
         "    beside.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

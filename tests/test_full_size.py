@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate, load
-from torch_ref.model import VLM, VLMConfig
+from torch_ref.models.vlm import VLM, VLMConfig
 
 QUESTION = "这张图片里有什么？"
 TOKENS = 16

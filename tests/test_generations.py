@@ -15,11 +15,11 @@ from convert.__main__ import main
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.layouts import CONVOLUTION, INTERLEAVED, PATCHES
-from mlx_vlm_prune.checkpoints.tensors import RawTensor
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.checkpoints.names.value_order import CONVOLUTION, INTERLEAVED, PATCHES
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, Stage, plan
-from torch_ref.model import VLM
+from torch_ref.models.vlm import VLM
 from torch_ref.pruners import Step
 
 from . import generations
@@ -233,7 +233,7 @@ def test_flat_patches_worked_by_hand():
 
 def test_a_conversion_that_forgets_the_rotation_gives_other_answers(tmp_path, capsys, monkeypatch):
     """The check can fail: without the permutation of queries and keys the logits differ."""
-    from mlx_vlm_prune.checkpoints import layouts
+    from mlx_vlm_prune.checkpoints.names import value_order as layouts
 
     made = generations.release("minimind2-v-2025-02", False)
     monkeypatch.setattr(layouts, "_evens_first", lambda d: list(range(d)))

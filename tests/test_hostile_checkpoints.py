@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import read_header
-from mlx_vlm_prune.checkpoints.pth import read_pth
+from mlx_vlm_prune.checkpoints.reading.files import read_header
+from mlx_vlm_prune.checkpoints.reading.pth import read_pth
 
 from . import tiny
 from .test_convert import refused, to_mlx
@@ -97,7 +97,7 @@ def test_many_views_that_together_claim_gigabytes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("part", ["../a.safetensors", "/a.safetensors", "b/a.bin", "C:a", "x\\y"])
 def test_a_shard_outside_its_folder_is_refused(published, part):
-    from mlx_vlm_prune.checkpoints.weights import read_weights
+    from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 
     (published / "clip" / "model.safetensors").rename(published / "a.safetensors")
     index = json.dumps({"weight_map": {"vision_model.x": part}})

@@ -18,8 +18,8 @@ from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import kind_of
-from mlx_vlm_prune.image import Preprocessor
-from mlx_vlm_prune.prompt import Tokenizer
+from mlx_vlm_prune.inputs.image import Preprocessor
+from mlx_vlm_prune.inputs.prompt import Tokenizer
 
 from . import backbones, generations, llava, tiny
 from .test_generations import converted

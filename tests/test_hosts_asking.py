@@ -15,13 +15,13 @@ from mlx_vlm_prune import evaluate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation import host_answers
 from mlx_vlm_prune.evaluation.host_answers import HostRespondent, Ready
+from mlx_vlm_prune.evaluation.questions import Question
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.families.llava import LlavaHost
 from mlx_vlm_prune.hosts.prefill import HostPrefill, read_through_cuts
 from mlx_vlm_prune.hosts.prompt import prune_prompt, view_budgets, views_of
 from mlx_vlm_prune.hosts.refusals import check
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.questions import Question
 
 from . import host_folders
 from .host_models import KINDS

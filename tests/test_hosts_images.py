@@ -16,14 +16,7 @@ from mlx_vlm_prune.pruners import plan
 
 from . import host_models
 from .host_models import IMAGE, KINDS, once
-from .host_reference import (
-    QWEN,
-    encoded,
-    keeping,
-    kept,
-    prompt,
-    reduced,
-)
+from .host_reference import QWEN, encoded, keeping, kept, prompt, reduced
 
 
 @pytest.fixture(scope="module")

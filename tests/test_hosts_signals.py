@@ -10,14 +10,7 @@ from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.views import Inputs
 
 from .host_models import IMAGE, KINDS, once
-from .host_reference import (
-    QWEN,
-    encoded,
-    indices,
-    prompt,
-    reduced,
-    table,
-)
+from .host_reference import QWEN, encoded, indices, prompt, reduced, table
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mlx_vlm_prune import image as image_module
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.image import FORMATS, Preprocessor, open_image
+from mlx_vlm_prune.inputs import image as image_module
+from mlx_vlm_prune.inputs.image import FORMATS, Preprocessor, open_image
 
 CLIP = {
     "crop_size": {"height": 224, "width": 224},

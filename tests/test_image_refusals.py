@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.image import FORMATS, MAX_PIXELS, Preprocessor, open_image
+from mlx_vlm_prune.inputs.image import FORMATS, MAX_PIXELS, Preprocessor, open_image
 
 from .test_image import encoded, folder, noise
 

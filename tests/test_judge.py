@@ -10,8 +10,8 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation import bootstrap
 from mlx_vlm_prune.evaluation.bootstrap import FEWEST, interval, resampled
 from mlx_vlm_prune.evaluation.judge import Judge, Sheet
+from mlx_vlm_prune.evaluation.questions import Question, format_of
 from mlx_vlm_prune.evaluation.table import mark, table
-from mlx_vlm_prune.questions import Question, format_of
 
 NO_PICTURE = b""
 

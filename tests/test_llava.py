@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from mlx_vlm_prune import load
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.pruners import plan
-from torch_ref.llava import read
+from torch_ref.models.llava import read
 
 from . import llava, tiny
 from .llava import KINDS, SIDE, N

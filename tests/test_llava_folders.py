@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
 from convert.describe import describe
-from mlx_vlm_prune import generate, load, memory
+from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.llava import is_for_us
+from mlx_vlm_prune.checkpoints.llava.composed import is_for_us
 from mlx_vlm_prune.hosts.loading import kind_of
-from mlx_vlm_prune.image import Preprocessor
-from mlx_vlm_prune.prompt import Tokenizer, build
+from mlx_vlm_prune.inputs.image import Preprocessor
+from mlx_vlm_prune.inputs.prompt import Tokenizer, build
+from mlx_vlm_prune.models import memory
 
 from . import llava
 from .llava import N

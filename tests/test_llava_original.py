@@ -17,8 +17,8 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import kind_of
-from mlx_vlm_prune.prompt import build
-from torch_ref.llava import read
+from mlx_vlm_prune.inputs.prompt import build
+from torch_ref.models.llava import read
 
 from . import llava
 from .llava import IMAGE, SIDE, WORDS, N

@@ -31,11 +31,11 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.backbones import text_config
 from mlx_vlm_prune.checkpoints.config import MlxLmConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.language.mlx_lm import MlxLm
+from mlx_vlm_prune.inputs.prompt import Prompt
+from mlx_vlm_prune.models.language.mlx_lm import MlxLm
 from mlx_vlm_prune.planning.operations import count
-from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, Pipeline, Stage, plan
-from torch_ref.llava import read
+from torch_ref.models.llava import read
 
 from . import backbones, llava
 from .backbones import KINDS, theirs
@@ -187,7 +187,7 @@ def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(kind, models):
 def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(kind, models, monkeypatch):
     model, rows, seen = models(kind).ours, [llava.prompt(2), llava.prompt(1)], as_mx(pixels(3))
     expected = np.array(model(rows, seen, plan("v2drop"), K).logits_BLV)
-    monkeypatch.setattr("mlx_vlm_prune.decoder.PIECE", 6)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PIECE", 6)
     close(np.array(model(rows, seen, plan("v2drop"), K).logits_BLV), expected)
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_vlm_prune.language.minimind import attend
-from mlx_vlm_prune.loading import load
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.models.language.minimind import attend
+from mlx_vlm_prune.models.towers.between import Between, Cut
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, plan, resolve
-from mlx_vlm_prune.towers.between import Between, Cut
-from torch_ref.decoder import attention
+from torch_ref.models.decoder import attention
 from torch_ref.pruners import Step
 
 from . import tiny
@@ -170,8 +170,8 @@ def test_a_prompt_read_in_two_pieces_gives_the_same_as_in_one(pair, split):
 )
 def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, spec, monkeypatch):
     whole, expected = logits(pair, list(ROWS), [0, 1, 2], spec, K)
-    monkeypatch.setattr("mlx_vlm_prune.decoder.PIECE", 6)
-    monkeypatch.setattr("mlx_vlm_prune.decoder.ROWS", 2)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PIECE", 6)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.ROWS", 2)
     pieces, got = logits(pair, list(ROWS), [0, 1, 2], spec, K)
     for b, row in enumerate(ROWS):
         length = len(row.ids) - len(row.runs) * (tiny.N - whole.trace.steps[-1].reductions[0].slots)
@@ -299,7 +299,7 @@ def test_a_chain_keeps_the_places_of_the_whole_image(pair):
         ("fastv", "torch_ref.pruners.fastv.schedule"),
         ("patch_norm", "torch_ref.pruners.patch_norm.cuts"),
         ("downsample", "torch_ref.pruners.downsample.smaller"),
-        ("twig", "torch_ref.decoder.in_twig"),
+        ("twig", "torch_ref.models.decoder.in_twig"),
         ("twig", "torch_ref.pruners.twig.wiped"),
     ],
 )

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import open_safetensors, read_header
-from mlx_vlm_prune.checkpoints.pth import read_pth
-from mlx_vlm_prune.checkpoints.weights import read_weights
+from mlx_vlm_prune.checkpoints.reading.files import open_safetensors, read_header
+from mlx_vlm_prune.checkpoints.reading.pth import read_pth
+from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 
 from . import generations, tiny
 from .test_convert import refused, to_mlx

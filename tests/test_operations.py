@@ -15,11 +15,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import torch_ref.decoder
-import torch_ref.model
-import torch_ref.towers.between
-from mlx_vlm_prune import decoder
-from mlx_vlm_prune import model as vlm_module
+import torch_ref.models.decoder
+import torch_ref.models.towers.between
+import torch_ref.models.vlm
 from mlx_vlm_prune.checkpoints.config import (
     CLIPConfig,
     MiniMindConfig,
@@ -28,13 +26,16 @@ from mlx_vlm_prune.checkpoints.config import (
     VLMConfig,
 )
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.laps import Clock
-from mlx_vlm_prune.model import VLM
+from mlx_vlm_prune.inputs.prompt import Prompt
+from mlx_vlm_prune.machine.clock import Clock
+from mlx_vlm_prune.models import decoder
+from mlx_vlm_prune.models import vlm as vlm_module
+from mlx_vlm_prune.models.language.twig import Twig
+from mlx_vlm_prune.models.towers import between, vit
+from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.planning import operations
 from mlx_vlm_prune.planning.operations import count
-from mlx_vlm_prune.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pruner, Reduction, Stage, plan
-from mlx_vlm_prune.towers import between, vit
 
 from . import tiny
 
@@ -160,7 +161,7 @@ def learned(config: VLMConfig, K: int) -> dict:
     """Random weights of the learned methods."""
     dims = config.vision.hidden_size * math.prod(config.projector.merge if config.projector else ())
     made = {name: METHODS[name].make(dims, K) for name in ("attention_pool", "score_prune", "mlp")}
-    return {**made, "twig": METHODS["twig"].make(config.text, 2)}
+    return {**made, "twig": Twig(config.text, 2, 1)}
 
 
 def run(config: VLMConfig, spec: str, K: int, watch: Watch, images: int = 1, B: int = 1):
@@ -299,9 +300,9 @@ def test_the_reference_takes_the_counted_work_too(spec, monkeypatch):
     same = {f: getattr(tiny.VISION, f) for f in SIZES}
     text = MiniMindConfig(48, 64, 3, 4, 2, tiny.TEXT.vocab_size)
     told = count(VLMConfig(CLIPConfig(**same), text), WORDS, plan(spec), K)
-    watch.set_apart(monkeypatch, torch_ref.model, "reduce")
-    watch.set_apart(monkeypatch, torch_ref.towers.between.Encoded, "read", "cut")
-    watch.set_apart(monkeypatch, torch_ref.decoder, "reduce", "signals")
+    watch.set_apart(monkeypatch, torch_ref.models.vlm, "reduce")
+    watch.set_apart(monkeypatch, torch_ref.models.towers.between.Encoded, "read", "cut")
+    watch.set_apart(monkeypatch, torch_ref.models.decoder, "reduce", "signals")
     watch.set_apart(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
     with torch.no_grad(), Operators(watch):
         vlm.prefill(*vlm.read([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.pruners import PRESETS, plan
-from torch_ref.model import VLM, VLMConfig
+from torch_ref.models.vlm import VLM, VLMConfig
 
 from . import tiny
 from .test_model import steps_of

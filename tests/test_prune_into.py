@@ -20,8 +20,8 @@ from mlx.utils import tree_map_with_path
 
 from convert.describe import describe
 from mlx_vlm_prune import generate, load, pruned
-from mlx_vlm_prune.checkpoints.elsewhere import RECORD
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.mlx_vlm_folder import RECORD
 from mlx_vlm_prune.hosts.folder import prune_into
 from mlx_vlm_prune.hosts.views import Inputs
 

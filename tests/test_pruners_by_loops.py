@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import torch_ref.pruners as ref
-from mlx_vlm_prune.decoder import attention
+from mlx_vlm_prune.models.decoder import attention
 from mlx_vlm_prune.pruners import Signals, resolve
 
 ROWS, COLUMNS, D, HEADS, T = 4, 5, 6, 2, 3

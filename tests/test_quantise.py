@@ -14,11 +14,11 @@ from convert.quantise import quantised
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.checkpoint import Source
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import open_safetensors, write_safetensors
 from mlx_vlm_prune.checkpoints.quantization import MODES
-from mlx_vlm_prune.checkpoints.tensors import RawTensor
-from mlx_vlm_prune.language.experts import GATHERED, ExpertLinear, Experts
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.checkpoints.reading.files import open_safetensors, write_safetensors
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.inputs.prompt import Prompt
+from mlx_vlm_prune.models.language.experts import GATHERED, ExpertLinear, Experts
 from mlx_vlm_prune.pruners import plan
 
 from . import generations
@@ -71,7 +71,8 @@ def test_the_pages_of_a_matrix_are_given_back_once_it_is_packed(scenes, tmp_path
     """Or else the source, however large, would fill memory page by page."""
     given = []
     monkeypatch.setattr(
-        "mlx_vlm_prune.checkpoints.tensors.give_back", lambda mapped: given.append(mapped.nbytes)
+        "mlx_vlm_prune.checkpoints.reading.tensors.give_back",
+        lambda mapped: given.append(mapped.nbytes),
     )
     main(["to-mlx", str(scenes.whole), str(tmp_path / "made"), "-q"])
     held = open_safetensors(scenes.whole / "model.safetensors")

@@ -7,8 +7,8 @@ import pickle
 import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.questions import Bad, format_of
-from mlx_vlm_prune.questions.pickles import plain_data
+from mlx_vlm_prune.evaluation.questions import Bad, format_of
+from mlx_vlm_prune.evaluation.questions.pickles import plain_data
 
 from .test_questions import images, png, read, write
 

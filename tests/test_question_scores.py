@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_vlm_prune.questions import (
+from mlx_vlm_prune.evaluation.questions import (
     FORMATS,
     Question,
     format_of,
@@ -13,7 +13,7 @@ from mlx_vlm_prune.questions import (
     scienceqa,
     textvqa,
 )
-from mlx_vlm_prune.questions.vqa_words import normalise
+from mlx_vlm_prune.evaluation.questions.vqa_words import normalise
 
 
 def question(*answers: str, kind="all", group="", told=None) -> Question:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.questions import FORMATS, Bad, Source, format_of
-from mlx_vlm_prune.questions.scenes import KINDS, read_scenes
+from mlx_vlm_prune.evaluation.questions import FORMATS, Bad, Source, format_of
+from mlx_vlm_prune.evaluation.questions.scenes import KINDS, read_scenes
 
 
 def png(colour: str = "red") -> bytes:
@@ -45,7 +45,7 @@ def images(folder: Path, *names: str) -> Path:
 
 
 def test_every_format_reads_and_scores_without_mlx():
-    code = "import sys; from mlx_vlm_prune.questions import FORMATS, format_of\n"
+    code = "import sys; from mlx_vlm_prune.evaluation.questions import FORMATS, format_of\n"
     code += "for name in FORMATS: assert callable(format_of(name).module.score)\n"
     code += "assert 'mlx.core' not in sys.modules and 'pyarrow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

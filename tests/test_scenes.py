@@ -8,13 +8,13 @@ import pytest
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.evaluation.answers import Batch, answer, ready, sharing
+from mlx_vlm_prune.evaluation.questions.scenes import read_scenes, score
 from mlx_vlm_prune.generate import SAMPLE_SEED, main
 from mlx_vlm_prune.pruners import METHODS, plan
-from mlx_vlm_prune.questions.scenes import read_scenes, score
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, TRAIN_SEEDS, Scene, compose, question_set
 from mlx_vlm_prune.scenes.draw import CELL
 from mlx_vlm_prune.scenes.vocabulary import UNKNOWN, tokenizer, words
-from torch_ref.scenes_data import ScenesBatches
+from torch_ref.training.scenes_data import ScenesBatches
 
 
 @pytest.fixture(scope="module")

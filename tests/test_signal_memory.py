@@ -15,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_vlm_prune import decoder
-from mlx_vlm_prune.language.minimind import MiniMind, MiniMindConfig
-from mlx_vlm_prune.language.twig import Twig
+from mlx_vlm_prune.models import decoder
+from mlx_vlm_prune.models.language.minimind import MiniMind, MiniMindConfig
+from mlx_vlm_prune.models.language.twig import Twig
+from mlx_vlm_prune.models.splice import Visual, splice
+from mlx_vlm_prune.models.towers import between
 from mlx_vlm_prune.pruners import METHODS, Pruner, Reduction, Signals, Stage
 from mlx_vlm_prune.pruners.contract import identity
-from mlx_vlm_prune.splice import Visual, splice
-from mlx_vlm_prune.towers import between
 
 GRID = (48, 48)
 N, H, d = GRID[0] * GRID[1], 4, 8

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import torch_ref.pruners as ref
-from mlx_vlm_prune.projector import merged
+from mlx_vlm_prune.models.projector import merged
 from mlx_vlm_prune.pruners import METHODS, Reduction
-from torch_ref.layout import merged as merged_there
+from torch_ref.models.published import merged as merged_there
 
 from .pruner_cases import CHOOSING, LEARNED, T, case, learned_pair, seen_there, signals
 

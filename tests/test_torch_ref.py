@@ -11,8 +11,8 @@ import torch
 
 from mlx_vlm_prune.checkpoints.config import POOL, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from torch_ref.language.splice import visible
-from torch_ref.model import VLM
+from torch_ref.models.splice import visible
+from torch_ref.models.vlm import VLM
 from torch_ref.pruners import METHODS, STAGES, Signals
 
 from . import tiny

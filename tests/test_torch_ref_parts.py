@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from torch_ref.model import VLM
+from torch_ref.models.vlm import VLM
 
 from . import tiny
 

@@ -8,18 +8,18 @@ from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.learned import read_learned
-from mlx_vlm_prune.loading import load
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.models.learned import read_learned
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.pruners import METHODS
-from torch_ref.scenes_data import ScenesBatches
-from torch_ref.scenes_model import Trainee
 from torch_ref.train import main as train_command
 from torch_ref.train_pruners import main as train_pruners_command
 from torch_ref.training import pruners
 from torch_ref.training.pruners import finish
 from torch_ref.training.recipes import LEARNED, PrunerRecipe, ScenesRecipe
 from torch_ref.training.scenes import Run, export, judge, train
+from torch_ref.training.scenes_data import ScenesBatches
+from torch_ref.training.scenes_model import Trainee
 
 CPU = torch.device("cpu")
 TINY = ScenesRecipe(tower_steps=1, steps=3, warmup=1, batch=2, question_tokens=40)
@@ -80,7 +80,7 @@ def test_a_learned_pruner_trains_and_lies_beside_the_model(
     tmp_path, monkeypatch, built_in, name, unfreeze
 ):
     monkeypatch.setattr("torch_ref.training.pruners.best_device", lambda: CPU)
-    monkeypatch.setattr("torch_ref.model.best_device", lambda: CPU)
+    monkeypatch.setattr("torch_ref.models.vlm.best_device", lambda: CPU)
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     export(Trainee(0.5).vlm, model)

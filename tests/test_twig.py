@@ -18,16 +18,16 @@ from convert.__main__ import main as convert
 from mlx_vlm_prune import generate
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.decoder import Cuts, Decoder, LayerInput, TwigReader, through
-from mlx_vlm_prune.learned import read_learned
-from mlx_vlm_prune.loading import load
-from mlx_vlm_prune.model import VLM
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput, TwigReader, through
+from mlx_vlm_prune.models.learned import read_learned
+from mlx_vlm_prune.models.splice import Spliced
+from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, plan
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
-from mlx_vlm_prune.splice import Spliced
-from torch_ref import decoder
-from torch_ref.language.minimind import MiniMind
-from torch_ref.language.twig import Twig, grown
+from torch_ref.models import decoder
+from torch_ref.models.language.minimind import MiniMind
+from torch_ref.models.language.twig import Twig, grown
 from torch_ref.pruners import METHODS as REFERENCE
 
 from . import tiny
@@ -120,7 +120,7 @@ def test_deep_caches_hold_no_visual_rows_and_the_words_keep_their_places(pair):
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_its_row_of_attention_is_that_of_whole_attention(pair, monkeypatch, layers, piece):
     """With gaps between positions, a padded prompt, and a bias on what two rows get."""
-    monkeypatch.setattr("mlx_vlm_prune.decoder.PIECE", piece)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PIECE", piece)
     theirs, ours = pair.twigs[layers]
     rng = np.random.default_rng(layers)
     x_BLD = rng.normal(size=(2, L, tiny.TEXT.hidden_size)).astype(np.float32)

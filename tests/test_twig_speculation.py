@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.decoder import TwigReader
 from mlx_vlm_prune.generation import speculation as speculate
 from mlx_vlm_prune.generation.speculation import Speculation
-from mlx_vlm_prune.loading import load
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.models.decoder import TwigReader
 from mlx_vlm_prune.pruners import plan
-from torch_ref.language.twig import Twig, grown
-from torch_ref.model import VLM, VLMConfig
-from torch_ref.speculate import speculate as theirs
+from torch_ref.generation.speculation import speculate as theirs
+from torch_ref.models.language.twig import Twig, grown
+from torch_ref.models.vlm import VLM, VLMConfig
 
 from . import tiny
 from .pruner_cases import close
@@ -294,7 +294,7 @@ def test_after_every_turn_caches_hold_what_a_recomputation_without_any_holds(pai
 def test_so_they_do_where_positions_count_anew_and_room_is_made_inside_a_draft(
     pairs, spec, monkeypatch
 ):
-    monkeypatch.setattr("mlx_vlm_prune.cache.STEP", 3)
+    monkeypatch.setattr("mlx_vlm_prune.models.cache.STEP", 3)
     pair, chain = pairs["short"], Replaying(pairs["short"], spec)
     turns, first = begun(pair, spec, 4, 0.0, chain=chain.pipeline, policy="renumber")
     assert check_caches(pair, spec, turns, first, chain, 14, "renumber") > 0
@@ -326,7 +326,7 @@ def test_a_decoder_that_believes_every_draft_is_found_out(pairs, monkeypatch):
 @pytest.mark.parametrize("piece", [5, 2048])
 @pytest.mark.parametrize("spec", ["none", "twig", "fastv", "cls_attention+restore"])
 def test_reading_along_changes_nothing_that_the_model_reads(pairs, spec, piece, monkeypatch):
-    monkeypatch.setattr("mlx_vlm_prune.decoder.PIECE", piece)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PIECE", piece)
     pair = pairs["nearly"]
     growth = TwigReader(pair.ours.learned["twig"])
     alone, along = read(pair, spec), read(pair, spec, twig=growth)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig
-from mlx_vlm_prune.prompt import Prompt
+from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.scenes.vocabulary import tokenizer, words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
-from torch_ref.language.twig import grown
-from torch_ref.model import VLM, VLMConfig
+from torch_ref.models.language.twig import grown
+from torch_ref.models.vlm import VLM, VLMConfig
 from torch_ref.pruners import METHODS
 
 VISION = CLIPConfig(

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .fields import Fields, is_positive
-from .layouts import Change
-from .names import Rule, Table
+from .names.tables import Rule, Table
+from .names.value_order import Change
+from .reading.fields import Fields, is_positive
 
 RUNNER = "mlx-lm"  # what text_config.runner says where mlx-lm's modules are driven
 Shapes = dict[str, tuple[int, ...]]

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import llava, llava_original
 from .config import CONFIG, POOL, VLMConfig, parse_config, parse_sizes
-from .detect import text_config, tidy, vision_config
 from .errors import UserError
-from .files import optional_json, read_json
-from .generations import DEFAULT, GENERATIONS, MODEL_TYPES, Generation, recognise
-from .llava_names import LAYOUTS
-from .names import LLAMA, NAFLEX, SIGLIP
+from .llava import composed as llava
+from .llava import original as llava_original
+from .llava.names import LAYOUTS
+from .minimind.generations import DEFAULT, GENERATIONS, MODEL_TYPES, Generation, recognise
+from .names.renaming import as_ours, as_published, check_tied, renamed
+from .names.tables import LLAMA, NAFLEX, SIGLIP
 from .processor import (
     ADVICE,
     TOKENIZER,
@@ -25,10 +25,11 @@ from .processor import (
     reading_in,
     special_tokens,
 )
-from .renaming import as_ours, as_published, check_tied, renamed
+from .reading.files import optional_json, read_json
+from .reading.tensors import RawTensor
+from .reading.weights import read_weights
 from .shapes import check_complete
-from .tensors import RawTensor
-from .weights import read_weights
+from .sizes import text_config, tidy, vision_config
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LEARNED = "pruners.safetensors"

@@ -15,9 +15,9 @@ from typing import Any
 from . import backbones
 from .backbones import BACKBONES, RUNNER
 from .errors import UserError
-from .fields import Fields
-from .generations import MODEL_TYPES
+from .minimind.generations import MODEL_TYPES
 from .quantization import Quantization, parse_quantization
+from .reading.fields import Fields
 
 CONFIG = "config.json"
 TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError, reason
-from .files import read_json
+from .reading.files import read_json
 
 WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 WEIGHTS = (".pth", ".bin", ".safetensors")

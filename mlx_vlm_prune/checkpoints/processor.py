@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, reason
-from .files import optional_json
+from .reading.files import optional_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from .backbones import Shapes
 from .errors import UserError
-from .fields import Fields
+from .reading.fields import Fields
 
 # Bits and group sizes of each mode of quantization, the default first.
 MODES = {

@@ -16,7 +16,7 @@ from .config import (
     VLMConfig,
 )
 from .errors import UserError
-from .generations import Shaped
+from .minimind.generations import Shaped
 from .quantization import packed
 
 

@@ -19,13 +19,13 @@ from PIL import Image
 from ..checkpoints.errors import UserError
 from ..generation.prefill import Prefill
 from ..generation.steps import greedy_answers, likelihood
-from ..image import open_image
-from ..loading import Processor
-from ..model import VLM
-from ..prompt import Prompt, build
+from ..inputs.image import open_image
+from ..inputs.prompt import Prompt, build
+from ..models.loading import Processor
+from ..models.towers.between import Encoded
+from ..models.vlm import VLM
 from ..pruners import Pipeline, Reduction
-from ..questions import Question
-from ..towers.between import Encoded
+from .questions import Question
 
 
 @dataclass(frozen=True)

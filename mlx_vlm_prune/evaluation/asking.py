@@ -18,10 +18,10 @@ from tqdm import tqdm
 from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, plan
 from ..pruners.budget import tokens_for
-from ..questions import Bad, Format, Question
 from .answers import Answers
 from .judge import Sheet, check_kinds
 from .kept import Answered, Kept
+from .questions import Bad, Format, Question
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from ..hosts.prompt import add_text, prepare_prompt, prune_prompt, view_budgets
 from ..hosts.refusals import check
 from ..hosts.views import Inputs, View
 from ..pruners import METHODS, Pipeline, Stage, plan
-from ..questions import Question
 from .answers import Answers, answers_of, picture
+from .questions import Question
 
 
 @dataclass(frozen=True)

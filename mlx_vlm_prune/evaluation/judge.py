@@ -16,8 +16,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
-from ..questions import Format, Question
 from .bootstrap import interval, resampled, short
+from .questions import Format, Question
 
 BESIDE = ("overall", "loyalty", "logprob")  # figures that are of no kind
 

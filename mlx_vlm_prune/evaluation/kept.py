@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import append_json, parse_json
+from ..checkpoints.reading.files import append_json, parse_json
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
 
-from ..language.experts import ExpertLinear, QuantizedExpertLinear
+from ..models.language.experts import ExpertLinear, QuantizedExpertLinear
 
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
 

@@ -1,6 +1,7 @@
 """What is asked of a model: a prompt, images, and how to answer."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -58,3 +59,17 @@ def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int)
         raise UserError(f"--top-p is {top_p!r}; it must be above 0 and at most 1")
     if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
         raise UserError(f"--seed is {seed!r}; it must be at least 0 and below 2**63")
+
+
+def listed_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+    """One image, several or none as a list. Raises UserError for what is no image's source."""
+    if image is None:
+        return []
+    images: Any = image
+    if isinstance(images, ImageSource) or not isinstance(images, Iterable):
+        images = [images]
+    images = list(images)  # of an iterator, which can be read once
+    for one in images:
+        if not isinstance(one, ImageSource | os.PathLike):
+            raise UserError(f"an image is {one!r}; give a path, a file's bytes or a Pillow image")
+    return images

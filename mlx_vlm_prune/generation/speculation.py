@@ -25,8 +25,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..decoder import TwigReader
-from ..model import VLM, Prefill
+from ..models.decoder import TwigReader
+from ..models.vlm import VLM, Prefill
 
 SURE = 0.6  # TwigVLM's; a draft ends behind what the twig thinks less likely
 

@@ -3,9 +3,8 @@
 Shapes: B prompts (1 here), I images, L tokens, V words.
 """
 
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,70 +13,23 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..image import open_image
-from ..laps import Clock
-from ..loading import Processor
-from ..model import VLM
-from ..prompt import Detokenizer, Prompt, build
+from ..inputs.image import open_image
+from ..inputs.prompt import Detokenizer, Prompt, build
+from ..machine.clock import Clock
+from ..models.loading import Processor
+from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import budget
-from ..pruners.contract import Policy
 from ..pruners.trace import Trace
-from .request import ImageSource, Request
+from .request import ImageSource, Request, listed_images
 from .result import GenerationResult
-from .speculation import Speculation, Token, check_drafts, twig_of
+from .speculation import Speculation, Token, twig_of
 from .steps import generate_step, make_sampler
 
 
 def stream_generate(
-    model: Any,
-    processor: Any,
-    prompt: str,
-    image: ImageSource | Sequence[ImageSource] | None = None,
-    *,
-    pruner: str | Pruner | Pipeline = "none",
-    keep_ratio: float | None = None,
-    keep_tokens: int | None = None,
-    positions: Policy | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    template: Mapping[str, Any] | None = None,
-    prefill_step_size: int | None = None,
-    kv_bits: float | None = None,
-    quantized_kv_start: int | None = None,
-    resize_shape: Sequence[int] | None = None,
-    num_draft_tokens: int | None = None,
+    model: VLM, processor: Processor, request: Request
 ) -> Iterator[GenerationResult]:
-    """Answer a prompt about any number of images, one piece of text at a time.
-
-    `model` and `processor` are `load`'s, ours or mlx-vlm's. `<image>` in the prompt marks
-    where an image goes; without it the images come first. `pruner` is "NAME",
-    "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a
-    decoder method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`,
-    those of the method's paper. `temperature` 0 is greedy. `template` are options of the chat
-    template, such as {"open_thinking": True}. The next four are for mlx-vlm's models: rows
-    read at once, bits of a cached number from which row on, sides that pictures are to fit in.
-    `num_draft_tokens`, for a model of ours with a twig: how many tokens that may guess ahead;
-    the greedy answer stays the same. Raises UserError.
-    """
-    request = Request(
-        prompt, _listed(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
-        temperature, top_p, seed, template, prefill_step_size, kv_bits, quantized_kv_start,
-        resize_shape, num_draft_tokens,
-    )  # fmt: skip
-    check_drafts(num_draft_tokens, temperature, isinstance(model, VLM))
-    yield from (_own if isinstance(model, VLM) else _hosts())(model, processor, request)
-
-
-def _hosts() -> Any:
-    from ..hosts.stream import stream_generate as elsewhere
-
-    return elsewhere
-
-
-def _own(model: VLM, processor: Processor, request: Request) -> Iterator[GenerationResult]:
     """The answer of a model of ours."""
     if request.is_for_mlx_vlm:
         raise UserError(
@@ -135,7 +87,7 @@ def prepare(
     template: Mapping[str, Any] | None = None,
 ) -> PreparedPrompt:
     """Open the images and turn all into ids and pixels. Raises UserError."""
-    visible = [processor.image.visible(open_image(source)) for source in _listed(image)]
+    visible = [processor.image.visible(open_image(source)) for source in listed_images(image)]
     counts = [model.N] * len(visible)
     built = build(processor.tokenizer, prompt, counts, processor.image_token, options=template)
     text = model.config.text
@@ -146,26 +98,6 @@ def prepare(
         values = np.stack([processor.image.values(picture) for picture in visible])
         pixels = mx.array(values).astype(model.dtype)
     return PreparedPrompt(built, visible, pixels)
-
-
-def generate(
-    model: Any,
-    processor: Any,
-    prompt: str,
-    image: ImageSource | Sequence[ImageSource] | None = None,
-    *,
-    verbose: bool = False,
-    **options: Any,
-) -> GenerationResult:
-    """The whole answer at once; the options are those of `stream_generate`."""
-    pieces = []
-    for piece in stream_generate(model, processor, prompt, image, **options):
-        if verbose:
-            print(piece.text, end="", flush=True)
-        pieces.append(piece.text)
-    if verbose:
-        print()
-    return replace(piece, text="".join(pieces))
 
 
 def empty_answer(trace: Trace, depth: int, pipeline: Pipeline, positions: str) -> GenerationResult:
@@ -223,16 +155,3 @@ def resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
     chosen = plan(pruner, model.learned)
     chosen.want(model.config.vision.depth)  # a layer that is not there is said early
     return chosen
-
-
-def _listed(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
-    if image is None:
-        return []
-    images: Any = image
-    if isinstance(images, ImageSource) or not isinstance(images, Iterable):
-        images = [images]
-    images = list(images)  # of an iterator, which can be read once
-    for one in images:
-        if not isinstance(one, ImageSource | os.PathLike):
-            raise UserError(f"an image is {one!r}; give a path, a file's bytes or a Pillow image")
-    return images

@@ -20,10 +20,10 @@ from weakref import WeakSet, proxy
 
 import mlx.core as mx
 
-from .. import fast_blas
 from ..checkpoints.errors import UserError
-from ..laps import Clock
-from ..model import VLM
+from ..machine import blas
+from ..machine.clock import Clock
+from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import check_budget
 from ..pruners.contract import Policy
@@ -61,7 +61,7 @@ def attach(
     Raises UserError for a model, method or budget that cannot be, and for a model that is being
     pruned already; then, as after any error, the model is as it was.
     """
-    fast_blas.load()  # warns where mlx came first
+    blas.load()  # warns where mlx came first
     host, pipeline, policy = _checked(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
     embeddings = PrunedEmbeddings(

@@ -18,10 +18,10 @@ from string import Template
 from textwrap import fill
 from typing import Any
 
-from .. import __version__
-from ..checkpoints.elsewhere import RECORD
 from ..checkpoints.errors import UserError
-from ..checkpoints.files import appearing, read_json, write_json
+from ..checkpoints.mlx_vlm_folder import RECORD
+from ..checkpoints.reading.files import appearing, read_json, write_json
+from ..machine.version import __version__
 from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import check_budget
 from .families import FAMILIES, REFUSED

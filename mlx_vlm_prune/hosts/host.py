@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..prompt import IMAGE_MARK
+from ..inputs.prompt import IMAGE_MARK
 from .layers import HostLanguage
 from .views import Inputs, View
 

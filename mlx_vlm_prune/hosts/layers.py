@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
-from ..language.minimind import grouped
+from ..models.language.minimind import grouped
 
 
 class HostLanguage(ABC):

@@ -1,4 +1,4 @@
-"""From a folder in mlx-vlm's layout to its own (model, processor).
+"""`load`: a model of ours or of mlx-vlm's, and its processor; a folder's config.json says whose.
 
 Some checkpoints name code of their own, which mlx-vlm would run; here nothing from a folder is run.
 """
@@ -9,13 +9,36 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints import llava
-from ..checkpoints.elsewhere import RECORD
 from ..checkpoints.errors import UserError
-from ..checkpoints.files import read_json
+from ..checkpoints.llava import composed as llava
+from ..checkpoints.mlx_vlm_folder import RECORD
+from ..checkpoints.reading.files import read_json
+from ..machine import blas
+from ..models.loading import find_folder, load_folder, weights_dtype
 from .families import FAMILIES, REFUSED
 
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
+
+
+def load(
+    path_or_hub_name: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """The model and its processor, ours or mlx-vlm's; without a path, the built-in scenes model.
+
+    `dtype` is float32, float16 or bfloat16; "auto" is the checkpoint's own on a GPU, and
+    float32 on a CPU, where half precision is ten times slower.
+    Raises UserError, in one sentence, for whatever cannot be loaded.
+    """
+    blas.load()  # says what is wrong with a library that the user named
+    target = weights_dtype(dtype)
+    folder = find_folder(path_or_hub_name, revision)
+    if kind := kind_of(folder):
+        return _load_mlx_vlm(folder, kind, target)
+    name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
+    return load_folder(folder, name, dtype)
 
 
 def kind_of(folder: Path) -> str | None:
@@ -39,7 +62,7 @@ def kind_of(folder: Path) -> str | None:
     return None if llava.is_published(folder) and llava.is_for_us(folder) else kind
 
 
-def load(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:
+def _load_mlx_vlm(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:
     """What mlx-vlm's own `load` returns, in another dtype if one is given.
 
     Raises UserError, in one sentence, for whatever cannot be loaded.

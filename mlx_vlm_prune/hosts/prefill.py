@@ -19,10 +19,10 @@ import numpy as np
 from mlx.utils import tree_reduce
 
 from ..checkpoints.errors import UserError
-from ..decoder import Cuts, Decoder
+from ..models.decoder import Cuts, Decoder
+from ..models.splice import Spliced
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
-from ..splice import Spliced
 from .host import Host
 from .layers import Ahead, HostLanguage
 from .prompt import PrunedPrompt

@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..laps import lap
-from ..model import ImageBatch, prune
+from ..machine.clock import lap
+from ..models.vlm import ImageBatch, prune
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.budget import budget
 from ..pruners.contract import Policy, Reduction

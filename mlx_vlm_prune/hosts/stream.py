@@ -14,8 +14,8 @@ from ..checkpoints.errors import UserError
 from ..generation.request import Request
 from ..generation.result import GenerationResult
 from ..generation.stream import empty_answer
-from ..image import MAX_PIXELS, open_image
-from ..laps import Clock
+from ..inputs.image import MAX_PIXELS, open_image
+from ..machine.clock import Clock
 from ..pruners import plan
 from .families import host_of
 from .host import Host, generation_stream

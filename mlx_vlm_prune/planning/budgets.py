@@ -18,12 +18,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..cache import STEP
 from ..checkpoints.errors import UserError
 from ..generation.result import GenerationResult
 from ..generation.stream import ImageSource, PreparedPrompt, prepare, resolve
-from ..loading import Processor
-from ..model import VLM
+from ..models.cache import STEP
+from ..models.loading import Processor
+from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner
 from ..pruners.budget import feasible_budgets
 from .calibration import LEVEL_RUNS, Calibration, calibrate, run_once

@@ -36,13 +36,13 @@ from tqdm import tqdm
 from ..checkpoints.errors import UserError
 from ..generation.steps import greedy
 from ..generation.stream import PreparedPrompt
-from ..laps import Clock
-from ..machine import environment
-from ..model import VLM
-from ..prompt import Prompt
+from ..inputs.prompt import Prompt
+from ..machine.clock import Clock
+from ..machine.hardware import environment
+from ..machine.user_cache import cache_folder, keep, model_key
+from ..models.vlm import VLM
 from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import feasible_budgets
-from ..remembered import cache_folder, keep, model_key
 from .operations import cache_bytes
 
 PARTS = ("vision", "pruner", "prefill")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
-from ..decoder import PIECE
+from ..models.decoder import PIECE
 from ..pruners import Pipeline, Stage, StepBudgets, downsample
 
 Text = MiniMindConfig | MlxLmConfig

@@ -24,7 +24,7 @@ from .contract import (
     rounded,
     take,
     wide,
-)  # fmt: skip
+)
 
 stage = Stage.PROJECTED
 NOTHING = 1e-9  # of the longest token: a basis vector as short adds no direction

@@ -47,7 +47,8 @@ class Method:
     cuts: Callable[..., Any] | None = None  # (layers, N, K): [(layer, place, left)] of a tower
     schedule: Callable[..., Any] | None = None  # (layers, N, K): {layer: left} of a decoder
     weigh: Callable[..., Any] | None = None  # (signals, kept): an enhancer's bias of attention
-    make: Callable[..., Any] = _unlearned  # untrained weights of a learned method
+    learned: bool = False  # does it come with weights?
+    make: Callable[..., Any] = _unlearned  # untrained weights, unless the model must make them
     settled: Callable[[Any], Mapping[str, Any]] = _nothing_settled  # options that they fix
     trained_tokens: Callable[[Any], int | None] = _any_budget  # the one K that they allow
 
@@ -57,7 +58,8 @@ class Method:
         names = {f.name for f in fields(cls)}
         given = {name: value for name, value in vars(module).items() if name in names}
         name, doc = module.__name__.rpartition(".")[2], inspect.getdoc(module) or ""
-        return cls(**given | {"name": name, "doc": doc})
+        learned = {"learned": given.get("learned", "make" in given)}
+        return cls(**given | learned | {"name": name, "doc": doc})
 
     @property
     def idea(self) -> str:
@@ -75,16 +77,11 @@ class Method:
         """Does the prompt decide what stays?"""
         return bool(WORDS & set(self.needs))
 
-    @property
-    def learned(self) -> bool:
-        """Does it come with weights?"""
-        return self.make is not _unlearned
-
     @cached_property
     def options(self) -> dict[str, Any]:
         """Names and defaults of the options."""
         prune = self.prune
-        if prune is None and self.learned:
+        if prune is None and self.make is not _unlearned:
             prune = get_type_hints(self.make)["return"].prune
         return {
             parameter.name: parameter.default

@@ -6,7 +6,7 @@ score of a visual token is the attention that the prompt's last token pays to it
 twig's last layer, the mean over heads. The best R go on in the base, and before layer `wipe`
 (24 of 32) all visual tokens leave; positions are kept. With L layers, V tokens, the twig
 on layer K and the wipe at F, an average of R' keeps R = ceil((L R' - K V) / (F - K)).
-Its speculative decoding is `--num-draft-tokens` (mlx_vlm_prune/speculate.py), with any method.
+Its speculative decoding is `--num-draft-tokens` (generation/speculation.py), with any method.
 
 Differs from the authors' code: of the twig's last layer one row of attention is computed,
 not the layer; a budget that leaves R below 1 or above V is refused; any batch and any
@@ -19,12 +19,13 @@ It looks at what the next word needs: of an answer of several words, at what the
 Shapes: I images, N tokens, K kept.
 """
 
-from ..checkpoints.config import MiniMindConfig
-from ..language.twig import Twig
+from typing import Any
+
 from .budget import cut_and_wipe
 from .contract import Reduction, Signals, Stage, keep_highest
 
 stage = Stage.DECODER
+learned = True  # its weights are layers, which models/language/twig.py makes
 needs: dict[str, str | None] = {"twig_attention": None}
 
 
@@ -40,11 +41,6 @@ def prune(signals: Signals, K: int) -> Reduction:
     return Reduction(index_BK=keep_highest(signals.twig_attention_BN, K))
 
 
-def settled(weights: Twig) -> dict[str, int]:
+def settled(weights: Any) -> dict[str, int]:
     """The layer is the one that it was trained on."""
     return {"layer": weights.layer}
-
-
-def make(text: MiniMindConfig, layers: int, layer: int = 1) -> Twig:
-    """An untrained twig of so many layers, of the sizes of the base that it grows on."""
-    return Twig(text, layers, layer)

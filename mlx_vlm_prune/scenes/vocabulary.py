@@ -12,8 +12,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ..checkpoints.errors import Parser, in_one_sentence
-from ..checkpoints.files import write_atomically
 from ..checkpoints.processor import TOKENIZER, TOKENIZER_CONFIG
+from ..checkpoints.reading.files import write_atomically
 from .draw import CELLS, COLOURS, LETTERS, SHAPES
 from .questions import plural
 

@@ -36,7 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "needs": {},  # the tokens alone
     "prune": None,  # its weights choose
     "proportional": False,
-    "make": None,  # it has no weights
+    "make": None,  # it has no weights, or the model makes them
+    "learned": False,
     "settled": lambda weights: {},
 }
 
@@ -47,7 +48,9 @@ def entry(method: ModuleType, name: str) -> Any:
 
 
 def is_learned(name: str) -> bool:
-    return entry(METHODS[name], "make") is not None
+    """Does it come with weights?"""
+    method = METHODS[name]
+    return entry(method, "learned") or entry(method, "make") is not None
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """TwigVLM (arXiv:2503.14075): what the last word looks at in the twig; late layers see no image.
 
-Its speculative decoding is `torch_ref.speculate`.
+Its speculative decoding is `torch_ref.generation.speculation`.
 """
 
-from mlx_vlm_prune.checkpoints.config import MiniMindConfig
+from typing import Any
 
-from ..language.twig import Twig
 from .budget import wiped
 from .contract import Reduction, Signals, top
 
+learned = True  # its weights are layers: models/language/twig.py
 needs: dict[str, str | None] = {"twig_attention": None}
 
 
@@ -22,9 +22,5 @@ def prune(signals: Signals, K: int) -> Reduction:
     return Reduction(top(signals.twig_attention_BN, K))
 
 
-def settled(weights: Twig) -> dict[str, int]:
+def settled(weights: Any) -> dict[str, int]:
     return {"layer": int(weights.layer)}
-
-
-def make(text: MiniMindConfig, layers: int, layer: int = 1) -> Twig:
-    return Twig(text, layers, layer)

@@ -1,0 +1,1 @@
+"""Training of the scenes model and of learned pruners."""

@@ -31,20 +31,20 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints import pth
 from mlx_vlm_prune.checkpoints.checkpoint import LEARNED as LEARNED_FILE
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.files import appearing, open_safetensors, write_safetensors
+from mlx_vlm_prune.checkpoints.reading import pth
+from mlx_vlm_prune.checkpoints.reading.files import appearing, open_safetensors, write_safetensors
 
-from ..language.minimind import rotary_table
-from ..language.twig import Twig, grown
-from ..model import VLM, best_device
+from ..models.language.minimind import rotary_table
+from ..models.language.twig import Twig, grown
+from ..models.vlm import VLM, best_device
 from ..pruners import METHODS, Signals
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.mlp import Usefulness
-from ..scenes_data import Batch, ScenesBatches
 from .recipes import PrunerRecipe
 from .scenes import export, note, resuming, save
+from .scenes_data import Batch, ScenesBatches
 
 DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
 FIRST = 100_000  # the number of the first batch: other scenes than the model saw

@@ -24,21 +24,21 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints import pth
 from mlx_vlm_prune.checkpoints.config import CONFIG
 from mlx_vlm_prune.checkpoints.errors import UserError, reason
-from mlx_vlm_prune.checkpoints.files import (
+from mlx_vlm_prune.checkpoints.processor import READING
+from mlx_vlm_prune.checkpoints.reading import pth
+from mlx_vlm_prune.checkpoints.reading.files import (
     appearing,
     append_json,
     write_atomically,
     write_safetensors,
 )
-from mlx_vlm_prune.checkpoints.processor import READING
 
-from ..model import VLM, best_device
-from ..scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
-from ..scenes_model import VISION, Trainee
+from ..models.vlm import VLM, best_device
 from .recipes import ScenesRecipe
+from .scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
+from .scenes_model import VISION, Trainee
 
 
 def optimisers(trainee: Trainee, recipe: ScenesRecipe) -> list[torch.optim.Optimizer]:

@@ -16,9 +16,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...projector import merged
+from ...models.projector import merged
+from ...models.towers.between import Between
 from ...pruners.contract import Signals
-from ...towers.between import Between
 from ..host import Host
 from ..layers import PlacedLayers
 from ..views import Inputs, View

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...projector import merged
+from ...models.projector import merged
+from ...models.towers.between import Between
 from ...pruners.contract import Signals
-from ...towers.between import Between
 from ..host import Host
 from ..layers import split
 

@@ -1,0 +1,1 @@
+"""LLaVA-style checkpoints: which release it is, its tensors' names, and how they become ours."""

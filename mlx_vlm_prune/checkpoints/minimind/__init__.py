@@ -1,0 +1,1 @@
+"""MiniMind-V's checkpoints: its generations, and the tensors each is known by."""

@@ -1,0 +1,156 @@
+"""The generations of MiniMind-V: what each is called, and by which tensors it is known.
+
+Their weights look alike and mean different things: one loaded as another gives nonsense
+without an error. Names and shapes tell them apart.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from ..names import tables as names
+from ..names.tables import Table
+
+KV_HEADS = 2  # of every published MiniMind2; the number is in no file
+
+
+class Shaped(Protocol):
+    """Any tensor, whatever its library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One layout of published weights, and what its files do not say."""
+
+    name: str
+    title: str
+    language: Table
+    projector: Table
+    tower: Table
+    tied: tuple[str, str]  # stored twice: the output layer, and the embedding that we keep
+    model_type: str
+    tower_type: str
+    image_token: str
+    text: dict[str, Any]  # fixed parts of text_config
+    experts_per_tok: int
+    merge: tuple[int, int] = (1, 1)  # patches, down and across, that become one visual token
+    kv_heads: int | None = None  # assumed, where no tensor tells
+    readers: dict[str, str] = field(default_factory=dict)  # Hugging Face's classes for the text
+
+    @property
+    def table(self) -> Table:
+        return self.language + self.projector + self.tower
+
+
+_LLAMA_TIE = ("lm_head.weight", "model.embed_tokens.weight")
+_SECOND = Generation(
+    "minimind2-v",
+    "MiniMind2-V of April 2025 to February 2026",
+    language=names.LLAMA,
+    projector=names.LINEAR,
+    tower=names.CLIP,
+    tied=_LLAMA_TIE,
+    model_type="minimind2_v",
+    tower_type="clip_vision_model",
+    image_token="@",
+    text={"rms_norm_eps": 1e-05},
+    experts_per_tok=2,
+    kv_heads=KV_HEADS,
+    readers={"dense": "LlamaForCausalLM"},
+)
+_EARLY = replace(
+    _SECOND,
+    name="minimind2-v-2025-02",
+    title="MiniMind2-V of February to April 2025",
+    language=names.EARLY,
+    tied=("output.weight", "tok_embeddings.weight"),
+)
+_THIRD = Generation(
+    "minimind-3v",
+    "MiniMind-3V since 20 April 2026",
+    language=names.LLAMA,
+    projector=names.NORMED_MLP,
+    tower=names.SIGLIP,
+    tied=_LLAMA_TIE,
+    model_type="minimind3_v",
+    tower_type="siglip_vision_model",
+    image_token="<|image_pad|>",
+    text={"rms_norm_eps": 1e-06, "qk_norm": True},
+    experts_per_tok=1,
+    readers={"dense": "Qwen3ForCausalLM", "experts": "Qwen3MoeForCausalLM"},
+)
+_MERGED = replace(
+    _THIRD, name="minimind-3v-2026-04-19", title="MiniMind-3V of 19 April 2026", merge=(2, 2)
+)
+_NAFLEX = replace(
+    _THIRD,
+    name="minimind-3v-2026-03",
+    title="MiniMind-3V of March 2026",
+    projector=names.MLP,
+    tower=names.NAFLEX,
+    tower_type="siglip2_vision_model",
+    merge=(1, 4),
+)
+GENERATIONS = {each.name: each for each in (_EARLY, _SECOND, _NAFLEX, _MERGED, _THIRD)}
+SUPPORTED = ", ".join(each.title for each in GENERATIONS.values())
+MODEL_TYPES = ("minimind2_v", "minimind3_v", "composed_vlm")  # of our folders
+DEFAULT = "minimind2-v"  # of our folders that do not say
+
+
+def recognise(state: Mapping[str, Shaped]) -> Generation | str:
+    """The generation of a state dict without masks, or a sentence's end that says why none."""
+    if "tok_embeddings.weight" in state:
+        return _early(state)
+    if "model.embed_tokens.weight" not in state:
+        return f"holds no language model of MiniMind-V; supported are {SUPPORTED}"
+    normed = any(name.endswith(".self_attn.q_norm.weight") for name in state)
+    projector = {name for name in state if name.startswith("vision_proj.")}
+    if any(
+        name.startswith(("vision_proj.vision_proj.", "vision_proj.pool_")) for name in projector
+    ):
+        if normed:
+            return "mixes MiniMind-3's language model with MiniMind2-V's projector"
+        if other := _unknown_projector(projector):
+            return other
+        return _SECOND
+    if not projector:
+        kind = "MiniMind-3" if normed else "MiniMind2"
+        return f"is {kind}'s language model alone, without vision_proj: it cannot see"
+    if not normed:
+        return "mixes MiniMind2's language model with MiniMind-3V's projector"
+    return _third(state)
+
+
+def _early(state: Mapping[str, Shaped]) -> Generation | str:
+    both = (state.get(f"layers.0.attention.w{x}.weight") for x in "qk")
+    q_rows, k_rows = (tensor.shape[0] if tensor and tensor.shape else 0 for tensor in both)
+    if q_rows and q_rows == 2 * k_rows:
+        return (
+            "is minimind-v-v1 of 2024, which is not supported: it reads 50 tokens of CLIP"
+            " ViT-B/32, CLS among them, in a prompt format that was given up"
+        )
+    return _EARLY
+
+
+def _third(state: Mapping[str, Shaped]) -> Generation:
+    if "vision_proj.mlp.3.weight" not in state:
+        return _NAFLEX
+    norm = state.get("vision_proj.mlp.0.weight")
+    patch = state.get("vision_model.embeddings.patch_embedding.weight")
+    width = patch.shape[0] if patch and patch.shape else 768
+    merged = norm is not None and norm.shape == (4 * width,)
+    return _MERGED if merged else _THIRD
+
+
+def _unknown_projector(projector: Collection[str]) -> str | None:
+    for name in sorted(projector):
+        if not names.to_ours(names.LINEAR, name) and re.search(r"scor|prun", name):
+            return (
+                f"holds {name}, of an EfficientVLM scorer; its layout was never published, so"
+                " attention_pool is the learned pruning that can be converted"
+            )
+    return None

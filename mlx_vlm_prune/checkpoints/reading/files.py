@@ -1,0 +1,222 @@
+"""Files: what strangers wrote is checked as it is read; what we write is whole, or is not there.
+
+JSON, and safetensors, whose headers the safetensors library checks.
+"""
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from ..errors import UserError
+from .safetensors_faults import fault
+from .tensors import RawTensor
+
+LARGEST_SIZE = (1 << 31) - 1  # along one axis of an mx.array
+CHUNK = 1 << 24  # bytes written at a time
+
+
+def parse_json(text: bytes | str, encoding: str = "utf-8") -> Any:
+    """The JSON value of a text; ValueError, the end of a sentence, where it is none."""
+    try:
+        return json.loads(text.decode(encoding) if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"is not valid JSON ({e})") from None
+
+
+def read_json(path: Path, kind: type = dict, encoding: str = "utf-8") -> Any:
+    """What a JSON file holds: an object (`dict`), or else a `list`; UserError otherwise."""
+    try:
+        content = parse_json(path.read_bytes(), encoding)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+    except ValueError as e:
+        raise UserError(f"{path} {e}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}")
+    return content
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Sorted, indented by four, as mlx-lm writes it; into a folder that is about to appear."""
+    text = json.dumps(content, indent=4, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def read_header(path: Path) -> tuple[dict[str, list[int]], str | None]:
+    """The shape of each tensor in a safetensors file, and the framework that its metadata name.
+
+    UserError for a file that the safetensors library finds fault with, before anything else maps
+    it, and for a size beyond what MLX can count: it would take another without a word.
+    """
+    try:
+        with safe_open(str(path), framework="np") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+            form = (opened.metadata() or {}).get("format")
+    except SafetensorError as e:
+        raise UserError(f"{path} is no sound safetensors file: {fault(path) or e}") from None
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+    for name, shape in shapes.items():
+        if any(n > LARGEST_SIZE for n in shape):
+            raise UserError(f"{path} is no sound safetensors file: {name!r} has the shape {shape}")
+    return shapes, form
+
+
+def open_safetensors(path: Path) -> dict[str, RawTensor]:
+    """Every tensor of a file, mapped and not yet read."""
+    read_header(path)
+    with path.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        tensors = json.loads(opened.read(length))
+    tensors.pop("__metadata__", None)
+    if not tensors:
+        return {}
+    # Copy on write: torch takes no arrays that cannot be written to.
+    body = np.memmap(path, dtype=np.uint8, mode="c")[8 + length :]
+    return {
+        name: RawTensor(
+            about["dtype"], about["shape"], body[slice(*about["data_offsets"])], mapped=True
+        )
+        for name, about in tensors.items()
+    }
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], form: str) -> None:
+    """Write the tensors in the order of their names; the same tensors give the same bytes.
+
+    `form` is the framework named in the metadata: mlx, or pt.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": form}}
+    offset, names = 0, sorted(tensors)
+    for name in names:
+        tensor, end = tensors[name], offset + tensors[name].nbytes
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out, progress(offset, f"writing {path.name}") as bar:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            data = tensors[name].data
+            for start in range(0, data.nbytes, CHUNK):
+                out.write(np.ascontiguousarray(data[start : start + CHUNK]).data)
+                bar.update(min(CHUNK, data.nbytes - start))
+            tensors[name].forget()
+    read_header(path)
+
+
+def progress(total: int, what: str) -> tqdm:
+    """A bar in bytes that shows itself only where something takes a while."""
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False)
+
+
+def check_target(target: Path, *, replace: bool) -> None:
+    """UserError for a place that nothing can be written to; with `replace` a file may be there."""
+    if not target.absolute().parent.is_dir():
+        raise UserError(
+            f"there is no folder {target.absolute().parent} to write {target.name} into"
+        )
+    if not replace and os.path.lexists(target):
+        raise UserError(f"{target} exists already; give a new name, nothing is overwritten")
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; name a file in it")
+    if target.exists() and not target.is_file():  # a device or a pipe is no place for a file
+        raise UserError(f"{target} is no regular file, and is not replaced by one")
+
+
+@contextmanager
+def appearing(target: Path, *, folder: bool = False, replace: bool = False) -> Iterator[Path]:
+    """Yield a place beside `target` to write to; at the end it becomes `target`, whole.
+
+    What is there already is refused, or with `replace`, if it is a file, gives way in one step. On
+    any error, Ctrl-C too, all is as it was before; what a killed run left is swept by the next.
+    Raises UserError where nothing can be written, or the disk fills up.
+    """
+    assert not (folder and replace), "a folder cannot take another's place in one step"
+    target = target.absolute()
+    beside = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        check_target(target, replace=replace)
+        _sweep(target)
+        if folder:
+            beside.mkdir()
+        yield beside
+        for path in [*(beside.rglob("*") if folder else ()), beside]:
+            _fsync(path)
+        check_target(target, replace=replace)  # something else may have written it just now
+        beside.replace(target)
+    except OSError as e:
+        kept = "what was there stays" if os.path.lexists(target) else "nothing was left"
+        raise UserError(f"cannot write {target}: {e.strerror or e}; {kept}") from None
+    finally:
+        _remove(beside)
+    with suppress(OSError):  # it is there; only a power failure could still undo that
+        _fsync(target.parent)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text, or replace it: whoever reads sees the old or the new, never half."""
+    with appearing(path, replace=True) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def append_json(path: Path, row: Any) -> None:
+    """Add a line of JSON to a file, through to the disk; UserError where that cannot be."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed runs left of this target; those under way are left alone."""
+    for stray in target.parent.glob(f".{glob.escape(target.name)}.part-*"):
+        owner = stray.name.rpartition("-")[2]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            _remove(stray)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's process
+        return True
+    return True
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

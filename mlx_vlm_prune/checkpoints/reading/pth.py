@@ -1,0 +1,120 @@
+"""PyTorch's own checkpoint files. The one place that imports torch, when such a file is met.
+
+What is read is checked first, for compressed or oversized parts, and its pickle is loaded with
+`weights_only`, which executes nothing.
+"""
+
+import errno
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, lacks, reason
+from .tensors import RawTensor
+
+
+def read_pth(path: Path) -> dict[str, RawTensor]:
+    """The tensors of a .pth or .bin; those of `model` where it is a training checkpoint.
+
+    Raises UserError where it is no zip archive of torch.save, or holds anything but tensors,
+    or tensors larger than the file: a few bytes can claim gigabytes.
+    """
+    limit = _check_archive(path)
+    torch = _torch(path)
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:  # whatever an unpickler of hostile bytes may raise
+        raise UserError(
+            f"{path} is refused, nothing in it was executed: it must hold tensors only"
+            f" ({reason(e)})"
+        ) from None
+    if isinstance(held, dict) and isinstance(held.get("model"), dict):
+        held = held["model"]
+    if not isinstance(held, dict) or not held:
+        raise UserError(f"{path} holds no state dict, that is, no names with tensors")
+    for name, value in held.items():
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, not a plain tensor")
+        if value.is_meta or value.is_quantized or value.nbytes > limit:
+            raise UserError(f"{path}: tensor {name} claims more than the file holds")
+    if sum(value.nbytes for value in held.values()) > 2 * limit:  # tied tensors count twice
+        raise UserError(f"{path}: its tensors together claim more than the file holds")
+    return {str(name): raw(value) for name, value in held.items()}
+
+
+def _check_archive(path: Path) -> int:
+    """The size of a .pth in bytes, once its zip directory was found to be honest."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        raise UserError(
+            f"{path} is no checkpoint of torch.save (a zip archive, since torch 1.6), or is damaged"
+        ) from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise UserError(f"{path} is refused: torch.save does not compress, and this is compressed")
+    if sum(entry.file_size for entry in entries) > size:
+        raise UserError(f"{path} is refused: its parts claim more bytes than the file has")
+    return size
+
+
+def _torch(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise lacks("torch", path) from None
+    return torch
+
+
+def raw(tensor: Any) -> RawTensor:
+    """The bytes of a torch tensor."""
+    import torch
+
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return RawTensor(dtype, tensor.shape, data, mapped=tensor.is_contiguous())
+
+
+def write_pth(path: Path, tensors: Mapping[str, RawTensor]) -> None:
+    """Write a state dict as torch.save does, in the order given."""
+    torch = _torch(path)
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    state = {}
+    for name, tensor in tensors.items():
+        data = torch.from_numpy(tensor.data)
+        state[name] = data.view(kinds[tensor.dtype]).reshape(tensor.shape)
+    save(path, state)
+
+
+def save(path: Path, content: Any) -> None:
+    """torch.save, but what the disk refuses is an OSError that says why."""
+    torch = _torch(path)
+    with path.open("wb") as out:
+        watched = _Watched(out)
+        try:
+            torch.save(content, watched)
+        except RuntimeError:  # torch hides what the disk said
+            raise watched.problem or OSError(errno.EIO, "torch.save failed") from None
+
+
+class _Watched:
+    """A file that remembers why a write failed."""
+
+    def __init__(self, file: Any):
+        self.file = file
+        self.problem: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as e:
+            self.problem = e
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -1,0 +1,59 @@
+"""What is printed around an answer, and what --json holds."""
+
+from typing import Any
+
+from ..machine.hardware import versions
+from .result import GenerationResult
+
+LINE = "=" * 10
+FIELDS = (
+    "text", "token_ids", "prompt_tokens", "generation_tokens", "visual_tokens",
+    "visual_tokens_kept", "kept_indices", "layers", "cache_bytes", "pruner", "positions",
+    "ttft_ms", "prompt_tps", "generation_tps", "drafted", "accepted", "finish_reason",
+)  # fmt: skip
+
+
+def print_figures(a: GenerationResult) -> None:
+    print(f"Prompt: {a.prompt_tokens} tokens, {a.prompt_tps:.3f} tokens-per-sec")
+    print(f"Generation: {a.generation_tokens} tokens, {a.generation_tps:.3f} tokens-per-sec")
+    print(f"Peak memory: {a.peak_memory:.3f} GB")
+    if a.drafted is not None:
+        share = f" ({a.accepted / a.drafted:.1%})" if a.drafted and a.accepted is not None else ""
+        print(f"Drafted: {a.drafted}, accepted {a.accepted}{share}")
+    if a.visual_tokens:
+        pruned = 1 - a.visual_tokens_kept / a.visual_tokens
+        print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
+        if len(a.layers) > 1:
+            print(f"By layer: {_by_layer(a)}; {a.visual_tokens_kept} in the mean")
+    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in a.ttft_ms.items() if name != "total")
+    print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({parts})")
+
+
+def _by_layer(a: GenerationResult) -> str:
+    """How many visual tokens which layers of the language model hold."""
+    told = []
+    for run in a.layers:
+        first, last = run["first"], run["last"]
+        where = f"layer {first}" if first == last else f"layers {first} to {last}"
+        told.append(f"{run['visual_tokens']} in {where}")
+    return ", ".join(told)
+
+
+def print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
+    ratio = full.ttft_ms["total"] / pruned.ttft_ms["total"]
+    same = "the same answer" if full.token_ids == pruned.token_ids else "another answer"
+    print(LINE, "Full beside pruned")
+    print(f"Time to first token: {full.ttft_ms['total']:.1f} -> {pruned.ttft_ms['total']:.1f} ms, "
+          f"{ratio:.2f} x as fast, all parts included (one warm run each)")  # fmt: skip
+    print(
+        f"Answer: {same} with {pruned.visual_tokens_kept} of {pruned.visual_tokens} visual tokens"
+    )
+
+
+def as_json(a: GenerationResult) -> dict[str, Any]:
+    """What --json holds: the answer and every figure, without the arrays."""
+    return {
+        **{name: getattr(a, name) for name in FIELDS},
+        "peak_memory_gb": a.peak_memory,
+        "versions": versions(),
+    }

@@ -1,0 +1,1 @@
+"""What a user gives: pictures, which are not trusted, and prompts."""

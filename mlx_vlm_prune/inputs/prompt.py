@@ -1,0 +1,290 @@
+"""From a question to token ids with room for the images, and from ids back to text.
+
+`tokenizers` and a sandboxed jinja2 do the work; transformers is not imported (it takes
+seconds). The ids equal transformers' own, see the tests.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import tokenizers
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ..checkpoints.errors import UserError, reason
+from ..checkpoints.processor import TOKENIZER_CONFIG, chat_template, read_tokenizer, special_tokens
+from ..checkpoints.reading.files import optional_json
+
+IMAGE_MARK = "<image>"
+VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their own
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
+    " helpful, detailed, and polite answers to the user's questions."
+    "{% for m in messages %}{% if m['role'] == 'assistant' %} ASSISTANT: {{ m['content'] }}</s>"
+    "{% else %} USER: {{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+)
+INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
+PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning of their own
+
+
+class Tokenizer:
+    """A tokenizer.json with the chat template and special tokens of its config."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+        name: str = "the tokenizer",
+    ):
+        self.backend = backend
+        self.backend.no_truncation()  # some files carry these settings over from training
+        self.backend.no_padding()
+        self.chat_template = chat_template
+        self.name = name
+        self.special_tokens = special_tokens(config or {})
+
+    @classmethod
+    def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Read tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja.
+
+        Raises UserError that names the file.
+        """
+        folder = Path(path)
+        backend = read_tokenizer(folder)
+        config = optional_json(folder / TOKENIZER_CONFIG)
+        return cls(backend, config, chat_template(folder, config), str(folder))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands: nothing is put before or after it."""
+        return self.encoding(text).ids
+
+    def encoding(self, text: str) -> tokenizers.Encoding:
+        """Ids with the characters each came from: `offsets` count characters, not bytes."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("the prompt is not valid Unicode text") from None
+        return self.backend.encode(text, add_special_tokens=False)
+
+    def beginning(self, text: str) -> str:
+        """The token that begins every text, where the tokenizer puts one before and the text
+        lacks it: Llama's does, and LLaVA's templates leave it out."""
+        begin = self.special_tokens.get("bos_token")
+        ahead = self.backend.encode("", add_special_tokens=True).tokens
+        return begin if begin and ahead[:1] == [begin] and not text.startswith(begin) else ""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int:
+        """The id of one token; UserError if the vocabulary lacks it."""
+        found = self.backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"the vocabulary of {self.name} has no token {token!r}")
+        return found
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids that end an answer; empty if the config names none."""
+        token = self.special_tokens.get("eos_token")
+        return frozenset() if token is None else frozenset({self.token_id(token)})
+
+    def render(
+        self, messages: list[dict[str, Any]], /, add_generation_prompt: bool = True, **extra: Any
+    ) -> str:
+        """Messages through the chat template; `extra` are its options, such as enable_thinking.
+
+        A template is code by a stranger. It runs in jinja's sandbox, and what goes wrong in
+        it becomes a UserError; it can still waste time.
+        """
+        values = {"tools": None, "documents": None, **self.special_tokens, **extra}
+        values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(values)
+        except UserError:
+            raise
+        except Exception as problem:  # anything may happen in a stranger's code
+            raise UserError(
+                f"the chat template of {self.name} failed: {reason(problem)}"
+            ) from problem
+
+    @cached_property
+    def _template(self) -> jinja2.Template:
+        if self.chat_template is None:
+            raise UserError(f"{self.name} has no chat template; ask without one (chat=False)")
+        # The same settings and extras that transformers gives to templates.
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
+        sandbox.filters["tojson"] = _tojson
+        sandbox.globals["raise_exception"] = _raise_exception
+        sandbox.globals["strftime_now"] = _strftime_now
+        return sandbox.from_string(self.chat_template)
+
+
+class Detokenizer:
+    """Turns ids into text as they come; the pieces together equal `decode` of all ids.
+
+    A character may need several tokens, and a token's leading space depends on the one
+    before. So each piece is what a new id adds to the text of the few ids before it, held
+    back while it ends in an incomplete character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []  # the last ones shown, then those held back
+        self.shown = 0  # how many of them are shown
+
+    def add(self, token: int) -> str:
+        """The text that is now safe to print, often of this id alone, sometimes empty."""
+        self.ids.append(token)
+        piece = self._unseen()
+        if not piece or piece.endswith(INCOMPLETE):
+            return ""
+        self.ids = self.ids[self.shown :]
+        self.shown = len(self.ids)
+        return piece
+
+    def finish(self) -> str:
+        """What was held back: bytes that never became a character."""
+        piece = self._unseen()
+        self.shown = len(self.ids)
+        return piece
+
+    def _unseen(self) -> str:
+        before = self.tokenizer.decode(self.ids[: self.shown])
+        return self.tokenizer.decode(self.ids)[len(before) :]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and where each image's placeholders stand.
+
+    `runs`: (start, length) in `ids` per image, in order, never overlapping.
+    """
+
+    ids: list[int]
+    runs: list[tuple[int, int]]
+
+    def too_much(self, longest: int, vocabulary: int) -> str | None:
+        """What of it a model that reads so many tokens of so many words cannot read; else None."""
+        if len(self.ids) > longest:
+            return f"has {len(self.ids)} tokens; the model reads up to {longest}"
+        if max(self.ids) >= vocabulary:
+            return f"has token {max(self.ids)}; the model's vocabulary has {vocabulary}"
+        return None
+
+
+def build(
+    tokenizer: Tokenizer,
+    text: str,
+    tokens_per_image: Sequence[int],
+    image_token: str,
+    chat: bool = True,
+    options: Mapping[str, Any] | None = None,
+) -> Prompt:
+    """A question about images as ids: one user turn of the chat template, or the bare text.
+
+    `<image>` in the text marks where an image goes; without any, the images come first,
+    each followed by a newline. Image i becomes `tokens_per_image[i]` copies of
+    `image_token`. The text may hold that token, too: runs are found by character offsets.
+    `options` are the template's own, such as open_thinking.
+    Raises UserError: marks and images differ in number, the template drops the text, the
+    tokenizer merges placeholders, or nothing is left to read.
+    """
+    parts = _between_images(text, len(tokens_per_image))
+    # A stand-in that nobody wrote, so that the template sees one character per image.
+    written = text + (tokenizer.chat_template or "")
+    stand_in = next(chr(c) for c in PRIVATE_USE if chr(c) not in written)
+    content = stand_in.join(parts)
+    if chat:
+        content = _rendered(tokenizer, content, options or {})
+    first, *after = content.split(stand_in)
+    if len(after) != len(tokens_per_image):
+        raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")
+    whole, starts = first, []
+    for count, part in zip(tokens_per_image, after, strict=True):
+        starts.append(len(whole))
+        whole += image_token * count + part
+    # Encoded in one piece: cut apart, white space beside an image would become other tokens.
+    encoding = tokenizer.encoding(whole)
+    if not encoding.ids:
+        raise UserError("the prompt is empty")
+    runs = [
+        _run(tokenizer, encoding, start, count, image_token)
+        for start, count in zip(starts, tokens_per_image, strict=True)
+    ]
+    return Prompt(encoding.ids, runs)
+
+
+def _rendered(tokenizer: Tokenizer, content: str, options: Mapping[str, Any]) -> str:
+    """One user turn, from the token that begins every text. Some templates, as LLaVA's, read
+    content in parts only: a plain text would vanish."""
+    turn = tokenizer.render([{"role": "user", "content": content}], **options)
+    if content.strip() not in turn:
+        parts = [{"type": "text", "text": content}]
+        turn = tokenizer.render([{"role": "user", "content": parts}], **options)
+    return tokenizer.beginning(turn) + turn
+
+
+def _between_images(text: str, images: int) -> list[str]:
+    """The text before, between and after the images."""
+    parts = text.split(IMAGE_MARK)
+    marks = len(parts) - 1
+    if marks == images:
+        return parts
+    if marks == 0:
+        return ["", *["\n"] * (images - 1), "\n" + text]
+    raise UserError(
+        f"the prompt has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} but there "
+        f"{'is 1 image' if images == 1 else f'are {images} images'}; give as many of each, "
+        "or no mark at all"
+    )
+
+
+def _run(
+    tokenizer: Tokenizer, encoding: tokenizers.Encoding, start: int, count: int, image_token: str
+) -> tuple[int, int]:
+    """The run that covers `count` placeholders from character `start` on, each one token."""
+    width, token = len(image_token), tokenizer.token_id(image_token)
+    expected = [(start + i * width, start + (i + 1) * width) for i in range(count)]
+    first = encoding.char_to_token(start)
+    if (
+        first is None
+        or encoding.offsets[first : first + count] != expected
+        or encoding.ids[first : first + count] != [token] * count
+    ):
+        raise UserError(f"the tokenizer of {tokenizer.name} does not keep {image_token!r} apart")
+    return first, count
+
+
+class _Generation(Extension):
+    """{% generation %} marks an assistant's words for training; here it means nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)

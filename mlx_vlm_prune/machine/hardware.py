@@ -1,0 +1,70 @@
+"""What figures were measured on."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import blas
+from .version import __version__
+
+
+def machine() -> dict[str, Any]:
+    """The processor's name, how many cores this process may use, the system, MLX's device."""
+    return {
+        "cpu": _cpu(),
+        "cores": _cores(),
+        "system": f"{_system()} {platform.machine()}",
+        "device": "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu",
+    }
+
+
+def environment(dtype: mx.Dtype) -> dict[str, Any]:
+    """All that a model's times depend on beside the model; measured elsewhere they say nothing."""
+    return {
+        "machine": machine(),
+        "device": mx.device_info().get("device_name"),
+        "versions": versions(),
+        "dtype": str(dtype),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _system() -> str:
+    if platform.system() == "Darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    return platform.system()
+
+
+def _cpu() -> str:
+    """As the system calls it; the architecture where it has no name."""
+    try:
+        if platform.system() == "Darwin":
+            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except (OSError, subprocess.SubprocessError):
+        pass
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """What the figures were made with."""
+    found: dict[str, str | None] = {"mlx_vlm_prune": __version__, "python": sys.version.split()[0]}
+    for package in ("mlx", "mlx-vlm", "numpy", "pillow", "tokenizers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found | {"blas": blas.loaded()}

@@ -1,0 +1,65 @@
+"""Where things are remembered between runs, and by which key: never a path, but a model's content.
+
+The folder is $MLX_VLM_PRUNE_CACHE, else mlx_vlm_prune in $XDG_CACHE_HOME, else in ~/.cache.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from ..checkpoints.config import CONFIG
+from ..checkpoints.errors import UserError
+from ..checkpoints.reading.files import write_atomically
+
+HEADER = 64 * 1024  # bytes read at a weights file's beginning
+WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # learned pruners beside a model count too
+SAMPLES, SAMPLE = 64, 4096  # and spread over all of it: a header can be as long, and alike
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again; it need not exist."""
+    if own := os.environ.get("MLX_VLM_PRUNE_CACHE"):
+        return Path(own).expanduser()
+    usual = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(usual).expanduser() / "mlx_vlm_prune"
+
+
+def model_key(folder: str | Path) -> str:
+    """A model's fingerprint, 16 hexadecimal digits: equal for a copy elsewhere.
+
+    Made of config.json, and of each weights file's name, size, first 64 kB and samples of the
+    rest, so that it takes no time. Raises UserError where they cannot be read.
+    """
+    folder = Path(folder)
+    files = sorted(file for kind in WEIGHTS for file in folder.glob(kind))
+    if not files:
+        raise UserError(f"{folder} holds no weights")
+    told = hashlib.sha256()
+    try:
+        if (folder / CONFIG).exists():
+            told.update((folder / CONFIG).read_bytes())
+        for file in files:
+            told.update(f"\n{file.name} {file.stat().st_size}\n".encode())
+            told.update(_sampled(file))
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename or folder}: {e.strerror or e}") from None
+    return told.hexdigest()[:16]
+
+
+def _sampled(file: Path) -> bytes:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        parts = [opened.read(HEADER)]
+        for n in range(1, SAMPLES + 1):
+            opened.seek(max(0, size * n // SAMPLES - SAMPLE))
+            parts.append(opened.read(SAMPLE))
+    return b"".join(parts)
+
+
+def keep(path: Path, text: str) -> None:
+    """Write what can be made again below the cache's folder; UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write into {path.parent}: {e.strerror or e}") from None
+    write_atomically(path, text)

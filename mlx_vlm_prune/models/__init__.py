@@ -1,0 +1,1 @@
+"""The models that we run: tower, projector, splicing, decoder, language models; their loading."""

@@ -1,0 +1,34 @@
+"""A checkpoint's tensors as MLX arrays, and back, bit for bit."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoints.reading.files import read_header
+from ..checkpoints.reading.tensors import RawTensor
+
+FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+
+
+def read_arrays(file: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file, not yet read; UserError for one that is not sound."""
+    read_header(file)  # mx.load accepts what the format forbids
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def to_array(tensor: RawTensor) -> mx.array:
+    """The same bits as an mx.array; numpy has no bfloat16, so bits travel as integers."""
+    integer = {2: np.uint16, 4: np.uint32, 1: np.uint8}[
+        len(tensor.data) // max(1, int(np.prod(tensor.shape)))
+    ]
+    bits = mx.array(np.ascontiguousarray(tensor.data).view(integer).reshape(tensor.shape))
+    return bits.view(FLOATS[tensor.dtype]) if tensor.dtype in FLOATS else bits
+
+
+def to_bytes(array: mx.array) -> np.ndarray:
+    """The array's bytes, flat uint8."""
+    integer = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
+    return np.array(array.view(integer)).reshape(-1).view(np.uint8)

@@ -1,0 +1,329 @@
+"""Prefill: prompts through the language model's layers, with fewer rows after each cut.
+
+Scores that papers take from attention matrices come from the rows that are needed.
+
+Shapes: B prompts, I images of a group, n visual tokens of an image at present, K kept of them,
+T tokens of text, Q queries, L rows, S rows held, D features, V words, G key/value heads,
+R queries of each, d head size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..machine.clock import lap
+from ..pruners import Pruner, Reduction, Signals
+from ..pruners.contract import Policy, identity, take
+from .language.contract import Language, Layers
+from .language.twig import Twig
+from .splice import Spliced, drop_rows
+
+PIECE = 2048  # rows of a prompt read at once
+ROWS = 64  # queries whose attention is held at once
+Watch = Mapping[int, Callable[[Spliced], object]]
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where visual rows leave: from a layer on, K of an image's stay.
+
+    `schedules` says of every image at which layers, and K; `grids` its rows and columns of visual
+    tokens. `twig` is the one whose attention the method reads.
+    """
+
+    pruner: Pruner | None = None
+    schedules: Sequence[Mapping[int, int]] = ()
+    grids: Sequence[tuple[int, int]] = ()
+    policy: Policy = "keep"
+    enhancer: Pruner | None = None
+    twig: "TwigReader | None" = None
+
+    @property
+    def layers(self) -> list[int]:
+        return sorted({layer for schedule in self.schedules for layer in schedule})
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The rows after the last layer, what each cut left of every image's rows at the layer, and
+    how many rows (of the longest prompt) each layer holds."""
+
+    spliced: Spliced
+    reductions: list[tuple[int, list[Reduction]]]
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A pass through a language model's layers, whose caches it fills.
+
+    `watch` has functions that are called with what reaches a layer, before any row leaves there;
+    `piece` is how many rows are read at once (default: PIECE).
+    """
+
+    language: Language
+    cache: list[Any]
+    cuts: Cuts = field(default_factory=Cuts)
+    watch: Watch = field(default_factory=dict)
+    piece: int | None = None
+
+    def __call__(self, spliced: Spliced) -> Decoded:
+        """Read the prompts, and let rows go between the layers."""
+        begin, reductions, rows = 0, [], list[int]()
+        for layer in self.cuts.layers:
+            before = self._through(range(begin, layer - 1), spliced)
+            spliced = self._through(range(layer - 1, layer), before)
+            lap("prefill", spliced.x_BLD)
+            rows += [spliced.L] * (layer - begin)
+            spliced, kept = self._cut(layer, spliced, before.x_BLD)
+            reductions.append((layer, kept))
+            begin = layer
+        spliced = self._through(range(begin, self.language.depth), spliced)
+        rows += [spliced.L] * (self.language.depth - begin)
+        return Decoded(spliced, reductions, rows)
+
+    def _through(self, numbers: range, spliced: Spliced) -> Spliced:
+        """Some layers, with a stop at each that is watched."""
+        begin = numbers.start
+        for layer in sorted(self.watch):
+            if numbers.start < layer <= numbers.stop:
+                spliced = self._layers(range(begin, layer), spliced)
+                self.watch[layer](spliced)
+                begin = layer
+        return self._layers(range(begin, numbers.stop), spliced)
+
+    def _layers(self, numbers: range, spliced: Spliced) -> Spliced:
+        for number in numbers[: max(0, len(spliced.added) - numbers.start)]:
+            x_BLD = self._run(range(number, number + 1), spliced)
+            added_BLD = spliced.added[number].astype(x_BLD.dtype)
+            spliced, numbers = replace(spliced, x_BLD=x_BLD + added_BLD), numbers[1:]
+        return replace(spliced, x_BLD=self._run(numbers, spliced))
+
+    def _run(self, numbers: range, spliced: Spliced) -> mx.array:
+        return through(self.language, numbers, spliced, self.cache, self.piece)
+
+    def _cut(
+        self, layer: int, spliced: Spliced, before_BLD: mx.array
+    ) -> tuple[Spliced, list[Reduction]]:
+        """The rows that stay from a layer on; images with the same n and K are reduced together."""
+        groups: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
+        for image, columns in enumerate(spliced.columns):
+            n, schedule = len(columns), self.cuts.schedules[image]
+            K = min(schedule.get(layer, n), n)
+            groups.setdefault((n, K, self.cuts.grids[image]), []).append(image)
+        kept: dict[int, Reduction] = {}
+        bias: dict[int, mx.array | None] = {}
+        for (n, K, grid), images in groups.items():
+            at = LayerInput(self, layer, spliced, before_BLD, images, grid)
+            reduction, bias_IK = self._reduce(at, n, K)
+            for i, image in enumerate(images):
+                kept[image] = reduction.of(i)
+                bias[image] = None if bias_IK is None else bias_IK[i]
+        order = range(len(spliced.columns))
+        reductions, biases = [kept[i] for i in order], [bias[i] for i in order]
+        return drop_rows(spliced, reductions, biases, self.cuts.policy), reductions
+
+    def _reduce(self, at: "LayerInput", n: int, K: int) -> tuple[Reduction, mx.array | None]:
+        """What stays of a group's n rows each, and what is added to the attention they get."""
+        pruner = self.cuts.pruner
+        assert pruner is not None
+        if n == K:
+            return identity(at.visual().x_BND), at.bias()
+        signals = at.signals(pruner) if K else at.visual()
+        kept = lap("pruner", pruner(signals, K))
+        return kept, at.bias_of(kept, signals)
+
+
+def through(
+    layers: Layers, numbers: range, spliced: Spliced, cache: list[Any], piece: int | None = None
+) -> mx.array:
+    """Hidden states after some layers. A long prompt is read in pieces: memory must not grow
+    with its square."""
+    if not numbers:
+        return spliced.x_BLD
+    pieces, piece = [], piece or PIECE
+    for begin in range(0, spliced.L, piece):
+        part = slice(begin, begin + piece)
+        x_BLD, positions_BL = spliced.x_BLD[:, part], spliced.positions_BL[:, part]
+        bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, part]
+        options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": bias_BL}
+        pieces.append(layers.run(numbers, x_BLD, positions_BL, cache, **options))
+        mx.eval(pieces[-1])
+    return mx.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+
+
+class TwigReader:
+    """A twig in use: the rows it holds of a request, and what its last layer reads of the
+    prompts."""
+
+    def __init__(self, twig: Twig):
+        self.twig, self.cache = twig, twig.make_cache()
+        self.last = len(twig.layers) - 1
+        self.below_BLD: mx.array | None = None
+
+    def below(self, spliced: Spliced) -> mx.array:
+        """What its last layer reads; the layers under it run once."""
+        if self.below_BLD is None:
+            self.below_BLD = through(self.twig, range(self.last), spliced, self.cache)
+        return self.below_BLD
+
+    def read(self, spliced: Spliced) -> None:
+        """The prompts, as they are at its layer. Nobody asks what the last layer makes of them,
+        so MLX computes its keys and values and nothing else."""
+        options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": spliced.bias_BL}
+        numbers, x_BLD = range(self.last, self.last + 1), self.below(spliced)
+        self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **options)
+        held = self.cache[self.last]
+        mx.eval(held.keys_BGSd, held.values_BGSd)
+
+    @property
+    def watch(self) -> Watch:
+        return {self.twig.layer: self.read}
+
+
+class LayerInput:
+    """The input of a layer, and what can be known there of a group of images with n rows each."""
+
+    def __init__(
+        self, decoder: Decoder, layer: int, spliced: Spliced, before_BLD: mx.array,
+        images: Sequence[int], grid: tuple[int, int],
+    ):  # fmt: skip
+        self.language, self.cuts = decoder.language, decoder.cuts
+        self.layer, self.held = layer, decoder.cache[layer - 1]
+        self.spliced, self.before_BLD, self.grid = spliced, before_BLD, grid
+        self.images, self.prompts = images, [spliced.prompt_of[i] for i in images]
+        columns = [list(spliced.columns[i]) for i in images]
+        self.prompt_I1 = mx.array(self.prompts)[:, None]
+        self.columns_IN = mx.array(columns, dtype=mx.int32).reshape(len(images), -1)
+
+    def of_images(self, x_BLD: mx.array) -> mx.array:
+        """The images' rows, (I, n, …)."""
+        return x_BLD[self.prompt_I1, self.columns_IN]
+
+    def visual(self) -> Signals:
+        """The visual rows alone."""
+        return Signals(self.of_images(self.spliced.x_BLD), self.grid)
+
+    def signals(self, pruner: Pruner) -> Signals:
+        """The visual rows, and what the method needs."""
+        signals: dict[str, Any] = {}
+        for name in pruner.method.needs:
+            signals |= getattr(self, name)()
+        return self.visual().replace(**signals)
+
+    def bias(self) -> mx.array | None:
+        """What is added to the attention that the images' rows get, (I, n)."""
+        bias_BL = self.spliced.bias_BL
+        return None if bias_BL is None else self.of_images(bias_BL)
+
+    def bias_of(self, kept: Reduction, signals: Signals) -> mx.array | None:
+        """The same of kept rows, (I, K): merged rows speak for all their members, and so do kept
+        ones with an enhancer."""
+        pruner, enhancer, bias_IN = self.cuts.pruner, self.cuts.enhancer, self.bias()
+        assert pruner and kept.index_BK is not None
+        n = self.columns_IN.shape[1]
+        before_IN = mx.zeros((len(self.images), n)) if bias_IN is None else bias_IN
+        if enhancer and kept.slots:
+            added_IK = enhancer.ask(enhancer.method.weigh, signals, kept)
+            return take(before_IN, kept.index_BK) + added_IK
+        if pruner.is_proportional:
+            members_IKN = (kept.mixture(n) > 0).astype(mx.float32)
+            return mx.log((members_IKN @ mx.exp(before_IN)[..., None])[..., 0])
+        return None if bias_IN is None else take(bias_IN, kept.index_BK)
+
+    def before(self) -> dict[str, mx.array]:
+        return {"before_BND": self.of_images(self.before_BLD)}
+
+    def normed(self) -> dict[str, mx.array]:
+        """Hidden states as the final norm leaves them, of images and text."""
+        x_BLD, norm = self.spliced.x_BLD, self.language.norm
+        columns_IT, real_IT = self.spliced.text(self.prompts)
+        return {
+            "normed_BND": norm(self.of_images(x_BLD)),
+            "text_BTD": norm(x_BLD[self.prompt_I1, columns_IT]),
+            "text_real_BT": real_IT,
+        }
+
+    def held_keys(self) -> dict[str, mx.array]:
+        """Keys that the layer before holds, of images and text."""
+        keys_BSD = self.language.held_keys(self.held).swapaxes(1, 2).flatten(2)
+        columns_IT, _ = self.spliced.text(self.prompts)
+        return {
+            "keys_BND": self.of_images(keys_BSD),
+            "text_keys_BTD": keys_BSD[self.prompt_I1, columns_IT],
+        }
+
+    def last_attention(self) -> dict[str, mx.array]:
+        """Of the prompt's last token, in the layer before."""
+        columns_B1 = mx.full((len(self.spliced.lengths), 1), self.spliced.L - 1)
+        return {"last_attention_BN": self._attention(columns_B1)[:, 0]}
+
+    def text_attention(self) -> dict[str, mx.array]:
+        """Of every token of text, in the layer before."""
+        T = self.spliced.text(self.prompts)[0].shape[1]  # other prompts' words are in no signal
+        columns_BT = self.spliced.text(range(len(self.spliced.lengths)))[0][:, :T]
+        parts = [
+            self._attention(columns_BT[:, begin : begin + ROWS]) for begin in range(0, T, ROWS)
+        ]
+        return {"text_attention_BTN": mx.concatenate(parts, axis=1)}
+
+    def next_attention(self) -> dict[str, mx.array]:
+        """Of the prompt's last token, by this layer's own projections."""
+        x_BLD = self.spliced.x_BLD
+        return {"next_attention_BN": self._coming(self.language, self.layer, x_BLD)}
+
+    def twig_attention(self) -> dict[str, mx.array]:
+        """Of the prompt's last token, in the last layer of the twig that grows here; of that
+        layer nothing else is computed."""
+        twig = self.cuts.twig
+        assert twig is not None, "the method brings its twig"
+        row_IN = self._coming(twig.twig, twig.last, twig.below(self.spliced))
+        return {"twig_attention_BN": row_IN}
+
+    def mean_attention(self) -> dict[str, mx.array]:
+        """Of the mean visual query to the visual keys, by this layer's own projections."""
+        x_IND = self.of_images(self.spliced.x_BLD)
+        positions_IN = self.of_images(self.spliced.positions_BL)
+        q_IGRNd = self.language.rotated_queries(self.layer, x_IND, positions_IN)
+        k_IGNd = self.language.rotated_keys(self.layer, x_IND, positions_IN)
+        everywhere = mx.ones((len(x_IND), 1, x_IND.shape[1]), dtype=mx.bool_)
+        row_I1N = attention(q_IGRNd.mean(axis=3, keepdims=True), k_IGNd, everywhere, None)
+        return {
+            "mean_attention_BN": row_I1N[:, 0],
+            "next_keys_BND": k_IGNd.swapaxes(1, 2).flatten(2),
+        }
+
+    def _coming(self, layers: Layers, number: int, x_BLD: mx.array) -> mx.array:
+        """What the prompt's last token attends to in a layer with the input x, (I, n)."""
+        positions_BL = self.spliced.positions_BL
+        q = layers.rotated_queries(number, x_BLD[:, -1:], positions_BL[:, -1:])
+        k = layers.rotated_keys(number, x_BLD, positions_BL)
+        real_B1S = self.spliced.is_real_BL[:, None]
+        rows_BQS = attention(q, k, real_B1S, self.spliced.bias_BL)
+        return rows_BQS[self.prompt_I1, 0, self.columns_IN]
+
+    def _attention(self, columns_BQ: mx.array) -> mx.array:
+        """What rows at some columns attend to in the layer before, (I, Q, n)."""
+        prompts_B1 = mx.arange(len(columns_BQ))[:, None]
+        positions_BQ = self.spliced.positions_BL[prompts_B1, columns_BQ]
+        x_BQD = self.before_BLD[prompts_B1, columns_BQ]
+        q = self.language.rotated_queries(self.layer - 1, x_BQD, positions_BQ)
+        is_before_BQS = mx.arange(self.spliced.L) <= columns_BQ[..., None]
+        visible_BQS = is_before_BQS & self.spliced.is_real_BL[:, None]
+        k = self.language.held_keys(self.held)
+        rows_BQS = attention(q, k, visible_BQS, self.spliced.bias_BL)
+        return take(rows_BQS[mx.array(self.prompts)], self.columns_IN, axis=2)
+
+
+def attention(
+    q_BGRQd: mx.array, k_BGSd: mx.array, visible_BQS: mx.array, bias_BS: mx.array | None
+) -> mx.array:
+    """What Q queries attend to, mean over heads, (B, Q, S) float32."""
+    logits = (q_BGRQd @ k_BGSd[:, :, None].swapaxes(3, 4)).astype(mx.float32)
+    logits = logits * k_BGSd.shape[-1] ** -0.5
+    if bias_BS is not None:
+        logits = logits + bias_BS[:, None, None, None]
+    logits = mx.where(visible_BQS[:, None, None], logits, -mx.inf)
+    return mx.softmax(logits, axis=-1).mean(axis=(1, 2))

@@ -1,0 +1,223 @@
+"""Language models of mlx-lm's, driven from here layer by layer.
+
+mlx-lm's modules are used as they are, and called one at a time: projections, norms, networks,
+rotations. What its own forward pass takes from the length of a cache is told here: which rows a
+layer holds, where each of them stands, and who sees whom.
+
+A family is what differs between them: how its parts are called, and how a layer is put together.
+
+Shapes: B prompts, L new tokens, S rows seen, D features, V words, H heads, G key/value heads,
+d head size.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from ...checkpoints.config import MlxLmConfig
+from ...checkpoints.errors import UserError
+from ...pruners.contract import Stage
+from ...pruners.pipeline import Pipeline
+from ..cache import LayerCache
+from . import mamba
+from .minimind import LayerStack, Step, attend
+
+INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
+
+
+class Attention:
+    """The attention of one layer, part by part. Every row is turned by its own position."""
+
+    def __init__(self, part: nn.Module, family: "Family", c: MlxLmConfig):
+        self.part, self.family = part, family
+        self.heads, self.groups = c.num_attention_heads, c.num_key_value_heads
+
+    def __call__(self, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+        B, L, _ = x_BLD.shape
+        q_BHLd = self.turned_queries(x_BLD, step.positions_BL)
+        k_BGLd = self.turned_keys(x_BLD, step.positions_BL)
+        v_BGLd = self.part.v_proj(x_BLD).reshape(B, L, self.groups, -1).swapaxes(1, 2)
+        k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, step)
+        mask = step.mask(cache, x_BLD.dtype)
+        y_BHLd = attend(self.family.widen(q_BHLd), k_BGSd, v_BGSd, mask, step.fold)
+        out = self.part[self.family.out]
+        return out(y_BHLd.astype(x_BLD.dtype).swapaxes(1, 2).reshape(B, L, -1))
+
+    def turned_queries(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
+        """(B, H, L, d)."""
+        return self._turned(self.part.q_proj(x_BLD), self.heads, "q_norm", places_BL)
+
+    def turned_keys(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
+        """(B, G, L, d)."""
+        return self._turned(self.part.k_proj(x_BLD), self.groups, "k_norm", places_BL)
+
+    def _turned(self, x: mx.array, heads: int, norm: str, places_BL: mx.array) -> mx.array:
+        """mlx-lm's rotation takes one offset for each entry of a batch: a row is an entry."""
+        B, L, _ = x.shape
+        x = x.reshape(B * L, heads, 1, -1)
+        x = self.part[norm](x) if norm in self.part else x
+        x = self.part.rope(x, offset=places_BL.reshape(-1))
+        return x.reshape(B, L, heads, -1).swapaxes(1, 2)
+
+
+class Layer:
+    """One of mlx-lm's layers, read part by part."""
+
+    def __init__(self, part: nn.Module, family: "Family", c: MlxLmConfig):
+        self.part, self.family, self.c = part, family, c
+
+    @property
+    def self_attn(self) -> Attention:
+        return Attention(self.part.self_attn, self.family, self.c)
+
+    @property
+    def input_layernorm(self) -> nn.Module:
+        return self.part.input_layernorm
+
+    def __call__(self, x_BLD: mx.array, step: Step, cache: Any) -> mx.array:
+        return self.family.block(self, x_BLD, step, cache)
+
+
+def one_after_another(layer: Layer, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+    """Llama's layer, and most others': attention, then the network."""
+    part = layer.part
+    x_BLD = x_BLD + layer.self_attn(part.input_layernorm(x_BLD), step, cache)
+    return x_BLD + part.mlp(part.post_attention_layernorm(x_BLD))
+
+
+def _same(x: mx.array) -> mx.array:
+    return x
+
+
+@dataclass(frozen=True)
+class Family:
+    """`module` of `mlx_lm.models`, what its parts are called, and how a layer is computed."""
+
+    module: str
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    out: str = "o_proj"
+    block: Callable[[Layer, mx.array, Step, Any], mx.array] = one_after_another
+    widen: Callable[[mx.array], mx.array] = _same  # queries, before they meet the keys
+    cache: Callable[[], Any] = LayerCache
+    scaled: bool = False  # are embeddings times the root of hidden_size?
+    attends: bool = True
+
+
+def side_by_side(layer: Layer, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+    """Phi's layer: attention and network read the same normed rows."""
+    seen_BLD = layer.part.input_layernorm(x_BLD)
+    return layer.self_attn(seen_BLD, step, cache) + layer.part.mlp(seen_BLD) + x_BLD
+
+
+def with_tanh(layer: Layer, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+    """Gemma's layer. Its GELU is the one by tanh, which mlx-lm's own network has not."""
+    part, net = layer.part, layer.part.mlp
+    x_BLD = x_BLD + layer.self_attn(part.input_layernorm(x_BLD), step, cache)
+    seen_BLD = part.post_attention_layernorm(x_BLD)
+    inner = nn.gelu_approx(net.gate_proj(seen_BLD)) * net.up_proj(seen_BLD)
+    return x_BLD + net.down_proj(inner)
+
+
+def _float32(q_BHLd: mx.array) -> mx.array:
+    """Phi's queries: their products with keys overflow half precision."""
+    return q_BHLd.astype(mx.float32)
+
+
+FAMILIES = {
+    "llama": Family("llama"),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3"),
+    "phi": Family(
+        "phi", norm="final_layernorm", out="dense", block=side_by_side, widen=_float32
+    ),
+    "gemma": Family("gemma", block=with_tanh, scaled=True),
+    "mamba": Family(
+        "mamba", body="backbone", embedding="embeddings", norm="norm_f", block=mamba.block,
+        cache=mamba.State, attends=False,
+    ),
+}  # fmt: skip
+OF_ROWS = {"before", "normed"}  # what methods ask for that is of rows, not of attention
+
+
+class MlxLm(LayerStack):
+    """Embeddings with positions to logits, as `MiniMind`, through the layers of a model of
+    mlx-lm's; tensors are called as mlx-lm calls them."""
+
+    def __init__(self, config: MlxLmConfig):
+        super().__init__()
+        self.config, self.family = config, FAMILIES[config.model_type]
+        stock = _build(config, self.family)
+        self[self.family.body] = stock[self.family.body]
+        if not config.told["tie_word_embeddings"]:
+            sizes = config.hidden_size, config.vocab_size
+            self.lm_head = nn.Linear(*sizes, bias=config.told["lm_head_bias"])
+
+    @property
+    def layers(self) -> list[Layer]:
+        parts = self[self.family.body].layers
+        return [Layer(part, self.family, self.config) for part in parts]
+
+    @property
+    def norm(self) -> nn.Module:
+        return self[self.family.body][self.family.norm]
+
+    def embed_tokens(self, ids: mx.array) -> mx.array:
+        """Of words, as layers read them; what a projector makes is read as it is."""
+        x = self._embedding(ids)
+        return x * self.config.hidden_size**0.5 if self.family.scaled else x
+
+    @property
+    def _embedding(self) -> nn.Module:
+        return self[self.family.body][self.family.embedding]
+
+    def check(self, pipeline: Pipeline) -> None:
+        """UserError for a method that cannot work between these layers."""
+        kind = self.config.model_type
+        for step in pipeline.at(Stage.DECODER):
+            if step.name == "twig":
+                raise UserError(
+                    f"twig cannot prune a {kind} of mlx-lm's: a twig is made of layers of our own"
+                )
+            if not self.family.attends and set(step.method.needs) - OF_ROWS:
+                raise UserError(
+                    f"{step.name} cannot prune a {kind}: it reads attention, which a {kind} has"
+                    " none of; between its layers v2drop and vtw can, and methods before them all"
+                )
+        if pipeline.enhancer and not self.family.attends:
+            raise UserError(
+                f"{pipeline.enhancer.name} cannot work in a {kind}: it adds to the attention that"
+                f" kept tokens get, and a {kind} has none"
+            )
+
+    def make_cache(self) -> list[Any]:
+        return [self.family.cache() for _ in range(self.depth)]
+
+    def rotary(self, positions_BL: mx.array) -> mx.array:
+        """mlx-lm's attention turns by the positions themselves."""
+        return positions_BL
+
+    def logits(self, x_BLD: mx.array) -> mx.array:
+        """Of the next word, from the last layer's hidden states."""
+        x_BLD = self.norm(x_BLD)
+        return self.lm_head(x_BLD) if "lm_head" in self else self._embedding.as_linear(x_BLD)
+
+
+def _build(config: MlxLmConfig, family: Family) -> Any:
+    """A model of mlx-lm's, its weights not yet read. Raises UserError without mlx-lm."""
+    if "mlx_lm" not in sys.modules:
+        what = f"importing mlx-lm for a {config.model_type} model; this takes some seconds"
+        print(what, file=sys.stderr)
+    try:
+        models = import_module(f"mlx_lm.models.{family.module}")
+    except ImportError as problem:
+        raise UserError(
+            f"a {config.model_type} language model needs mlx-lm: {INSTALL} ({problem})"
+        ) from None
+    return models.Model(models.ModelArgs.from_dict(dict(config.told)))

@@ -1,0 +1,175 @@
+"""Load a model of ours and its processor from a folder.
+
+A checkpoint comes from strangers: its sizes are bounded, its tensors checked against
+them by name and shape, and nothing in it is executed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from ..checkpoints.checkpoint import Source, as_mlx, is_composed, is_ours
+from ..checkpoints.config import CONFIG, CLIPConfig, SiglipConfig, VLMConfig, parse_config
+from ..checkpoints.errors import UserError
+from ..checkpoints.hub import found
+from ..checkpoints.llava.original import pads
+from ..checkpoints.processor import READING
+from ..checkpoints.reading.files import read_json
+from ..checkpoints.shapes import check_complete
+from ..inputs.image import Preprocessor, siglip_preprocessor
+from ..inputs.prompt import VICUNA, Tokenizer
+from ..scenes import CHECKPOINT
+from .arrays import FLOATS as CODES
+from .arrays import read_arrays, to_array
+from .language.experts import stacked
+from .learned import read_learned
+from .memory import check_fits
+from .vlm import VLM
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+FLOATS = tuple(DTYPES.values())
+PACKED = (mx.uint32, mx.uint8)  # words of quantized weights, and scales that are powers of two
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns a prompt and images into ids and pixels."""
+
+    tokenizer: Tokenizer
+    image: Preprocessor
+    image_token: str
+    name: str  # of the checkpoint, as the user gave it
+    folder: Path | None = None  # where it lies
+
+    @property
+    def is_scenes(self) -> bool:
+        """Is this the built-in model, which knows drawn scenes only?"""
+        return self.name == "scenes"
+
+
+def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Processor]:
+    """The model in a folder of ours or of a published MiniMind-V or LLaVA, and its processor.
+
+    `name` is what the user called it. Raises UserError for whatever cannot be loaded.
+    """
+    config, weights, source = _read(folder, dtype)
+    model, weights = VLM(config), stacked(weights)
+    if how := config.quantization:
+        few = {name.removesuffix(".scales") for name in weights if ".scales" in name}
+        nn.quantize(model, **asdict(how), class_predicate=lambda path, _: path in few)
+    model.load_weights(list(weights.items()))
+    beside = read_learned(folder, model)
+    model.learned = MappingProxyType({**model.learned, **beside})
+    model.eval()
+    mx.eval(model.parameters())
+    image = _preprocessor(source.reading, config.vision)
+    composed = is_composed(source.config)
+    if composed and pads(source.config.get("published")):
+        image = replace(image, pad=True)
+    tokenizer = Tokenizer.from_folder(source.tokenizer)
+    if composed and tokenizer.chat_template is None:
+        tokenizer.chat_template = VICUNA
+    return model, Processor(tokenizer, image, config.image_token, name, folder)
+
+
+def weights_dtype(dtype: str) -> mx.Dtype | None:
+    """What weights become; None is the checkpoint's own. UserError for an unknown name."""
+    if dtype not in ("auto", *DTYPES):
+        raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
+
+
+def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Source]:
+    """One of our folders, or one as published, brought over: checked, its weights in what they are
+    to be in, and the rest of it."""
+    if is_ours(folder):
+        whole = read_json(folder / CONFIG)
+        config, weights = parse_config(whole, folder / CONFIG), _mlx_weights(folder)
+        check_complete(weights, config, folder)
+        shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
+        target = _check_size(shapes, dtype, folder)
+        weights = {name: _as(weights.pop(name), target) for name in shapes}
+        return config, weights, Source(whole, {}, folder, folder)
+    source = as_mlx(folder)
+    config, tensors = parse_config(source.config, folder / CONFIG), source.tensors.items()
+    target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
+    weights = {name: _as(to_array(tensor), target) for name, tensor in tensors}
+    return config, weights, replace(source, tensors={})
+
+
+def _as(array: mx.array, target: mx.Dtype) -> mx.array:
+    """Read at once, so that the array it was made from is let go before the next is read."""
+    made = array.astype(target) if array.dtype in FLOATS else array
+    mx.eval(made)
+    return made
+
+
+def _check_size(shapes: Mapping[str, tuple[Any, Any]], dtype: str, where: Path) -> mx.Dtype:
+    """What the weights are to be in; UserError where they would not fit into memory.
+
+    `shapes` are shape and type of each. What they are in now is not counted on top: tensors are
+    read and changed one after another, and each old one is let go. Experts count twice, since
+    they are put together while all are there.
+    """
+    norms = (n for n in shapes if n.startswith("language.") and n.endswith("norm.weight"))
+    own = shapes.get(next(norms, ""), ((), mx.float32))[1] or mx.float32
+    target = weights_dtype(dtype) or own
+    needed = sum(
+        prod(shape)
+        * (target.size if kind in FLOATS else kind.size if kind else 0)
+        * (2 if ".experts." in name else 1)
+        for name, (shape, kind) in shapes.items()
+    )
+    check_fits(needed, str(where))
+    return target
+
+
+def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
+    """The one in the folder, or the tower's usual; it must make the pictures the tower reads."""
+    side = vision.image_size
+    usual = Preprocessor(size=side, crop=(side, side))
+    if isinstance(vision, SiglipConfig):
+        usual = siglip_preprocessor(side)
+    if folder is None:
+        return usual
+    image = Preprocessor.from_folder(folder, usual)
+    if (image.crop or image.size) != (side, side):
+        raise UserError(
+            f"{folder / READING} makes pictures of {image.crop or image.size}"
+            f" pixels, but the tower reads {side} x {side}"
+        )
+    return image
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None) -> Path:
+    """Where a model's files lie on this disk; the built-in model's without a path. UserError."""
+    path = CHECKPOINT if path_or_hub_name is None else found(path_or_hub_name, revision)
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is a file; a model is a folder (see python -m mlx_vlm_prune convert to-mlx)"
+        )
+    return path
+
+
+def _mlx_weights(folder: Path) -> dict[str, mx.array]:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} holds no model.safetensors")
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        weights |= read_arrays(file)
+    for name, array in weights.items():
+        packed = f"{name.rpartition('.')[0]}.scales" in weights
+        if array.dtype not in (*FLOATS, *(PACKED if packed else ())):
+            raise UserError(f"{folder}: tensor {name} is {array.dtype}, not {', '.join(DTYPES)}")
+    return weights

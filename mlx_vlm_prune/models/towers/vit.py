@@ -1,0 +1,158 @@
+"""Vision transformers: CLIP's (arXiv:2103.00020) and SigLIP's (arXiv:2303.15343, 2502.14786).
+
+Attribute names equal Hugging Face's, so weights need no renaming. CLIP's features are the last
+layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never applies); LLaVA reads those
+of the last layer but one. SigLIP has no CLS; its features, MiniMind-3V's, are the last layer's
+after `post_layernorm`, and the pooling head is left out.
+
+Shapes: B images, N patches, S tokens with CLS where there is one, D features, H heads,
+d head size.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from ...checkpoints.config import CLIPConfig, SiglipConfig
+from ...inputs.resample import shrunk
+from ...pruners.contract import Signals
+from .between import Between, Cut, Encoded, patched
+
+Activation = Callable[[mx.array], mx.array]
+
+
+class Attention(nn.Module):
+    def __init__(self, c: CLIPConfig):
+        super().__init__()
+        self.num_heads = c.num_attention_heads
+        self.scale = (c.hidden_size // c.num_attention_heads) ** -0.5
+        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.k_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.v_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
+
+    def split(self, x_BSD: mx.array) -> mx.array:
+        B, S, _ = x_BSD.shape
+        return x_BSD.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
+
+    def __call__(
+        self, x_BSD: mx.array, bias_BS: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """What is read, and the queries and keys (B, H, S, d) it was read by.
+
+        `bias_BS` is added to every query's logits: the log of how many tokens each is.
+        """
+        q_BHSd, k_BHSd, v_BHSd = (
+            self.split(project(x_BSD)) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mask = None if bias_BS is None else bias_BS[:, None, None].astype(x_BSD.dtype)
+        y_BHSd = mx.fast.scaled_dot_product_attention(
+            q_BHSd, k_BHSd, v_BHSd, scale=self.scale, mask=mask
+        )
+        return self.out_proj(y_BHSd.swapaxes(1, 2).reshape(x_BSD.shape)), q_BHSd, k_BHSd
+
+
+def quick_gelu(x: mx.array) -> mx.array:
+    """x * sigmoid(1.702 x)."""
+    return nn.gelu_fast_approx(x)
+
+
+class MLP(nn.Module):
+    def __init__(self, c: CLIPConfig, act: Activation):
+        super().__init__()
+        self.act = act
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, c: CLIPConfig, act: Activation):
+        super().__init__()
+        self.self_attn = Attention(c)
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.mlp = MLP(c, act)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+
+
+def gelu_by_tanh(x: mx.array) -> mx.array:
+    return nn.gelu_approx(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: CLIPConfig, act: Activation):
+        super().__init__()
+        self.layers = [EncoderLayer(c, act) for _ in range(c.num_hidden_layers)]
+
+
+class Embeddings(nn.Module):
+    def __init__(self, c: CLIPConfig, has_cls: bool):
+        super().__init__()
+        (rows, columns), D, size = c.grid, c.hidden_size, c.patch_size
+        self.grid, self.first = c.grid, int(has_cls)  # where the patches begin
+        if has_cls:
+            self.class_embedding = mx.zeros((D,))
+        self.patch_embedding = nn.Conv2d(3, D, kernel_size=size, stride=size, bias=not has_cls)
+        self.position_embedding = nn.Embedding(rows * columns + self.first, D)
+
+    def __call__(self, patches_BND: mx.array, grid: tuple[int, int]) -> mx.array:
+        """CLS, then the patches, each with its position; of a smaller grid, positions between."""
+        x_BSD, place_SD = patches_BND, self.position_embedding.weight
+        if grid != self.grid:
+            whole = place_SD[self.first :].reshape(1, *self.grid, -1)
+            small_ND = shrunk(whole, grid)[0].flatten(0, 1)
+            place_SD = mx.concatenate([place_SD[: self.first], small_ND])
+        if self.first:
+            B, _, D = patches_BND.shape
+            cls_B1D = mx.broadcast_to(self.class_embedding, (B, 1, D))
+            x_BSD = mx.concatenate([cls_B1D, patches_BND], axis=1)
+        return x_BSD + place_SD
+
+
+class VisionTower(nn.Module):
+    """Pixels to patch features and the signals asked for."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config, self.has_cls = config, not isinstance(config, SiglipConfig)
+        self.embeddings = Embeddings(config, self.has_cls)
+        if self.has_cls:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
+        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_by_tanh)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def __call__(
+        self,
+        pixels_BHW3: mx.array,
+        want: Mapping[str, int | None] | None = None,
+        cuts: Sequence[Cut] = (),
+    ) -> Encoded:
+        """Encode normalised pixels (B, H, W, 3) to features (B, N, D).
+
+        `want` maps the names of signals to the layer they are read at, counted from 0, or
+        from -1 backwards. At each of `cuts` tokens leave, and later layers see fewer. Where a
+        method asks for a CLS that is not there, the mean patch stands in for it.
+        """
+        size, want = self.config.patch_size, want or {}
+        grid = pixels_BHW3.shape[1] // size, pixels_BHW3.shape[2] // size
+        patches_BND = self.embeddings.patch_embedding(pixels_BHW3).flatten(1, 2)
+        x_BSD = self.embeddings(patches_BND, grid)
+        x_BSD = self.pre_layrnorm(x_BSD) if self.has_cls else x_BSD
+        door: dict[str, Any] = {}
+        if "patches" in want:
+            door["patches_BND"] = patches_BND
+        if "pixels" in want:
+            door["pixels_BND"] = patched(pixels_BHW3, size)
+        layers, x_BND = self.encoder.layers[: self.config.depth], x_BSD[:, int(self.has_cls) :]
+        run = Between(Signals(x_BND, grid, **door), want, len(layers), cuts, self.has_cls)
+        for i, layer in enumerate(layers):
+            x_BSD = run.cut(x_BSD, i, "before")
+            y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), run.bias_BS)
+            x_BSD = run.cut(x_BSD + y_BSD, i, "middle", run.read(i, q_BHSd, k_BHSd))
+            x_BSD = x_BSD + layer.mlp(layer.layer_norm2(x_BSD))
+        is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
+        return run.end(self.post_layernorm(x_BSD) if is_normed else x_BSD)

@@ -1,0 +1,1 @@
+"""The reference's decoding that is more than one step after another."""

@@ -1,0 +1,96 @@
+"""Self-speculative decoding with a twig (TwigVLM, arXiv:2503.14075), one prompt at a time.
+
+The twig drafts from the base's first K layers, whose rows the base's other layers then need not
+make again; the answer is that of greedy decoding.
+
+Shapes: L rows of the prompt, n drafted tokens, D features, V words.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mlx_vlm_prune.checkpoints.errors import UserError
+
+from ..models import decoder
+from ..models.language.twig import Twig
+from ..models.splice import Spliced
+from ..models.vlm import VLM
+
+
+@dataclass
+class Answer:
+    """New ids without the end token; every draft, and how much of each was right."""
+
+    ids: list[int] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+
+class Speculation:
+    """A prompt that the base and the twig have read; every draft and judgement changes both."""
+
+    def __init__(self, model: VLM, twig: Twig, spliced: Spliced, plan: decoder.Plan):
+        self.language, self.twig, self.end = model.language, twig, model.eos_token_id
+        self.early = range(int(twig.layer))
+        self.late = range(int(twig.layer), len(self.language.layers))
+        prompt = decoder.Prompt.of(spliced, 0)
+        self.read = decoder.read(self.language, prompt, model.grid, plan, self.late.start)
+        assert self.read.fork is not None
+        below, self.grown = self.read.fork, decoder.Cached(self.read.fork.x_1LD)
+        for i in range(len(twig.layers)):
+            below = self.grown.through(twig, i, below)
+
+    def odds(self, x_11D: Tensor) -> Tensor:
+        """How likely the twig finds every word (V,) after a token with this hidden state."""
+        x_11D = decoder.onward(self.twig, self.grown, range(len(self.twig.layers)), x_11D)
+        return self.twig.head(self.twig.norm(x_11D))[0, 0].softmax(-1)
+
+    def draft(self, token: int, most: int, sure: float) -> tuple[list[int], Tensor]:
+        """Up to `most` guesses at what comes after a token; its hidden state and theirs,
+        (1, n, D)."""
+        tokens, states, last = [token], [], 1.0
+        for token in tokens:  # which grow on the way
+            ids_11 = torch.tensor([[token]], device=self.read.hidden_1LD.device)
+            x_11D = self.language.embed_tokens(ids_11)
+            states.append(decoder.onward(self.language, self.read, self.early, x_11D))
+            odds_V = self.odds(states[-1])
+            goes_on = last >= sure and (len(tokens) == 1 or token != self.end)
+            if goes_on and len(tokens) <= most:
+                last = float(odds_V.max())
+                tokens.append(int(odds_V.argmax()))
+        return tokens[1:], torch.cat(states, dim=1)
+
+    def verify(self, draft: list[int], states_1nD: Tensor) -> list[int]:
+        """The base's own words: those of the draft that are right, and one more."""
+        hidden_1nD = decoder.onward(self.language, self.read, self.late, states_1nD)
+        verified = self.language.logits(self.language.norm(hidden_1nD))[0].argmax(-1).tolist()
+        right = 0
+        while right < len(draft) and draft[right] == verified[right]:
+            right += 1
+        for cached in (self.read, self.grown):
+            decoder.forget(cached, len(draft) - right)
+        return verified[: right + 1]
+
+
+@torch.no_grad()
+def speculate(
+    model: VLM, spliced: Spliced, plan: decoder.Plan,
+    *, most: int = 5, sure: float = 0.6, max_tokens: int = 64,
+) -> Answer:  # fmt: skip
+    """The answer to one prompt that `VLM.read` gave, with the longest draft, the odds below which
+    a draft ends, and how many tokens to say. Raises UserError without a twig."""
+    twig = model.learned.get("twig")
+    if twig is None:
+        raise UserError("this model holds no twig to speculate with")
+    turns, answer = Speculation(model, twig, spliced, plan), Answer()
+    ids = [int(model.language.logits(turns.read.hidden_1LD[:, -1]).argmax())]
+    while ids[-1] != turns.end and len(ids) < max_tokens:
+        draft, states_1nD = turns.draft(ids[-1], min(most, max_tokens - len(ids) - 1), sure)
+        words = turns.verify(draft, states_1nD)
+        ids += words
+        answer.drafts.append(draft)
+        answer.accepted.append(len(words) - 1)
+    answer.ids = ids[: ids.index(turns.end)] if turns.end in ids else ids
+    return answer

@@ -1,0 +1,1 @@
+"""The reference's models: tower, projector, splicing, decoder, language models."""

@@ -1,0 +1,1 @@
+"""The reference's language models, which take embeddings with explicit positions."""

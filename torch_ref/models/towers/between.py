@@ -1,0 +1,137 @@
+"""What happens between a tower's layers: signals are read, and tokens leave.
+
+Shapes: B images, N patches, S tokens with CLS where there is one, D features, H heads,
+d head size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mlx_vlm_prune.checkpoints.errors import UserError
+
+from ...pruners import Reduction, Signals, Step, reduce
+
+
+def attention(q_BHSd: Tensor, k_BHSd: Tensor, bias_B11S: Tensor | None) -> Tensor:
+    """Who attends to whom, mean over heads, (B, S, S)."""
+    logits_BHSS = (q_BHSd @ k_BHSd.mT).float() / q_BHSd.shape[-1] ** 0.5
+    if bias_B11S is not None:
+        logits_BHSS = logits_BHSS + bias_B11S
+    return logits_BHSS.softmax(-1).mean(1)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens on their way through the tower: what they are, and what they came from."""
+
+    signals: Signals
+    kept: Reduction | None  # of the whole image, where tokens left
+    cls_BCD: Tensor  # C = 1, or 0 in a tower without CLS
+    N: int  # of the whole image
+
+    def now(self, x_BSD: Tensor) -> "Encoded":
+        signals = self.signals.replace(x_BND=x_BSD[:, self.first :])
+        return replace(self, signals=signals, cls_BCD=x_BSD[:, : self.first])
+
+    @property
+    def first(self) -> int:
+        """Where the patches begin."""
+        return self.cls_BCD.shape[1]
+
+    @property
+    def x_BSD(self) -> Tensor:
+        return torch.cat([self.cls_BCD, self.signals.x_BND], dim=1)
+
+    @property
+    def bias_B11S(self) -> Tensor | None:
+        """Log of how many patches each token is; CLS is one."""
+        size_BN = self.signals.get("size_BN")
+        return None if size_BN is None else F.pad(size_BN.log(), (self.first, 0))[:, None, None]
+
+    def read(self, names: set[str], keys: dict[str, Tensor], q: Tensor, k: Tensor) -> "Encoded":
+        """Note the signals that are wanted of this layer."""
+        seen: dict[str, Any] = {
+            f"{name}_BNHd": keys[f"{name}_BNHd"] for name in names & {"keys", "queries"}
+        }
+        if "cls_query" in names:  # without CLS the mean patch stands in for it
+            seen["cls_query_BHd"] = q[:, :, 0] if self.first else q.mean(2)
+        if names - {"keys", "queries", "cls_query"}:
+            attention_BSS = attention(q, k, self.bias_B11S)
+            received_BN = attention_BSS.mean(1)[:, self.first :]
+            columns = dict.fromkeys(("received_attention", "object_attention"), received_BN)
+            cls_BN = attention_BSS[:, 0, 1:] if self.first else received_BN
+            columns["cls_attention"] = columns["local_attention"] = cls_BN
+            seen |= {f"{name}_BN": column for name, column in columns.items() if name in names}
+        return replace(self, signals=self.signals.replace(**seen))
+
+    def cut(self, step: Step, K: int, **keys: Any) -> "Encoded":
+        """After a step that leaves K tokens."""
+        kept = reduce(step.name, self.signals.replace(**keys), K, **step.options)
+        assert kept.index_BK is not None
+        signals = self.signals.rows(kept.index_BK)
+        if step.merges and kept.weight_BKN is not None:
+            members = (kept.weight_BKN > 0).to(self.signals.size_BN)
+            size_BN = (members @ self.signals.size_BN[..., None])[..., 0]
+            signals = signals.replace(size_BN=size_BN)
+        signals = signals.replace(x_BND=kept.tokens(self.signals.x_BND))
+        return replace(self, signals=signals, kept=kept.after(self.kept, self.N))
+
+
+def enter(
+    x_BSD: Tensor,
+    first: int,
+    patches_BND: Tensor,
+    pixels_B3HW: Tensor,
+    grid: tuple[int, int],
+    names: set[str],
+    cuts: Sequence[tuple[int, str, int, Step]],
+) -> Encoded:
+    """What goes into the first layer, with the signals of the entrance that are wanted."""
+    merges = any(step.merges for *_, step in cuts)
+    size = pixels_B3HW.shape[2] // grid[0]
+    signals = Signals(
+        x_BSD[:, first:], grid, size_BN=torch.ones_like(patches_BND[..., 0]) if merges else None,
+        patches_BND=patches_BND if "patches" in names else None,
+        pixels_BND=F.unfold(pixels_B3HW, size, stride=size).mT if "pixels" in names else None,
+    )  # fmt: skip
+    return Encoded(signals, None, x_BSD[:, :first], grid[0] * grid[1])
+
+
+def through(
+    layers: Any,  # a ModuleList
+    run: Encoded,
+    want: Mapping[str, int | None],
+    cuts: Sequence[tuple[int, str, int, Step]],
+) -> Encoded:
+    """The tokens after all layers.
+
+    Layers count from 0, or from -1 backwards. At each of `cuts` (layer, "before" it or in
+    its "middle", K, step) the step leaves K tokens. Raises UserError for a layer that does
+    not exist.
+    """
+    for number in want.values():
+        if number is not None and not -len(layers) <= number < len(layers):
+            raise UserError(
+                f"the tower has no layer {number}; give {-len(layers)} to {len(layers) - 1}"
+            )
+    for i, layer in enumerate(layers):
+        for at, place, K, step in cuts:
+            if (at, place) == (i, "before"):
+                run = run.cut(step, K)
+        x_BSD = run.x_BSD
+        y_BSD, q, k = layer.self_attn(layer.layer_norm1(x_BSD), run.bias_B11S)
+        by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
+        keys = {name: vectors[:, run.first :] for name, vectors in by_token.items()}
+        names = {name for name, at in want.items() if at is not None and at % len(layers) == i}
+        run = run.now(x_BSD + y_BSD).read(names, keys, q, k)
+        for at, place, K, step in cuts:
+            if (at, place) == (i, "middle"):
+                run = run.cut(step, K, **keys)
+        x_BSD = run.x_BSD
+        run = run.now(x_BSD + layer.mlp(layer.layer_norm2(x_BSD)))
+    return run

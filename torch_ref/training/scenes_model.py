@@ -1,0 +1,138 @@
+"""The scenes model before training, and what it is trained on: its losses.
+
+Shapes: B pictures, N patches, S = N + 1 with CLS, L prompt and question tokens, D features.
+"""
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
+
+from ..models.towers.vit import Layer, VisionTower
+from ..models.vlm import VLM
+from .scenes_data import IGNORE, Batch, dense_words, vocabulary
+
+VISION = CLIPConfig(
+    hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6
+)
+TEXT = MiniMindConfig(
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+NEIGHBOURS = (
+    ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)),
+    ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)),
+)
+FREQUENCIES = 8  # per axis, in the position features
+
+
+def build() -> VLM:
+    """The untrained model."""
+    words = vocabulary()
+    text = MiniMindConfig(**{**asdict(TEXT), "vocab_size": len(words)})
+    model = VLM(VLMConfig(VISION, text, image_token_id=words["@"]))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=0.02 if "embed_tokens" not in name else 0.05)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+            parameter.data /= (2 * TEXT.num_hidden_layers) ** 0.5
+    nn.init.normal_(model.tower.embeddings.patch_embedding.weight, std=0.03)
+    attend_to_neighbours(model.tower)
+    return model
+
+
+@torch.no_grad()
+def attend_to_neighbours(tower: VisionTower) -> None:
+    """Begin with sine positions, and with heads that look at one neighbouring patch each.
+
+    A transformer spends its first hours finding out which patches touch; the first two
+    layers are told. A query turned by an offset's angles matches the key of the patch
+    at that offset.
+    """
+    (side, _), pairs = tower.config.grid, 2 * FREQUENCIES
+    rate = 2 * torch.pi / (2 * side) * torch.arange(1, FREQUENCIES + 1)
+    row, column = torch.arange(side**2) // side, torch.arange(side**2) % side
+    angle = torch.cat([row[:, None] * rate, column[:, None] * rate], dim=1)  # (N, pairs)
+    embeddings = tower.embeddings
+    embeddings.position_embedding.weight[:, : 2 * pairs] = 0
+    embeddings.position_embedding.weight[1:, : 2 * pairs] = torch.cat([angle.sin(), angle.cos()], 1)
+    embeddings.patch_embedding.weight[: 2 * pairs] = 0
+    embeddings.class_embedding[: 2 * pairs] = 0
+    d = tower.config.hidden_size // tower.config.num_attention_heads
+    assert d == 2 * pairs, "a head's size must hold a sine and a cosine per frequency and axis"
+    for layer, offsets in zip(tower.encoder.layers, NEIGHBOURS, strict=False):
+        assert isinstance(layer, Layer)
+        q, k = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        for head, (down, right) in enumerate(offsets):
+            turn = torch.cat([down * rate, right * rate])
+            cos, sin = torch.diag(turn.cos()), torch.diag(turn.sin())
+            rows = slice(head * d, (head + 1) * d)
+            q[rows] = k[rows] = 0
+            q[rows, : 2 * pairs] = 1.6 * torch.cat(
+                [torch.cat([cos, sin], 1), torch.cat([-sin, cos], 1)]
+            )
+            k[rows, : 2 * pairs] = 1.6 * torch.eye(d)
+
+
+class Trainee(nn.Module):
+    """The model and its losses.
+
+    Every projected patch must predict its words through the tied embedding (kind, colour,
+    cell, letter), CLS what is in the picture, and, once `questions` are asked, the language
+    model the answers.
+    """
+
+    def __init__(self, dense_weight: float) -> None:
+        super().__init__()
+        self.vlm, self.dense_weight = build(), dense_weight
+        self.summary = nn.Linear(VISION.hidden_size, dense_words().summary)  # from CLS
+
+    def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        vlm, tower = self.vlm, self.vlm.tower
+        seen = tower(batch.pixels)
+        summary = self.summary(tower.post_layernorm(seen.cls_BCD[:, 0]))
+        cls_loss = F.binary_cross_entropy_with_logits(summary.float(), batch.summary)
+        visual_BND = vlm.projector(seen.signals.x_BND)
+        dense, figures = self.dense_loss(visual_BND, batch.dense)
+        loss = dense + 0.3 * cls_loss
+        figures["cls"] = cls_loss.detach()
+        if questions:
+            logits = self.answers(visual_BND, batch)
+            answer_loss = F.cross_entropy(logits.float(), batch.targets)
+            loss = self.dense_weight * loss + answer_loss
+            figures["answer"] = answer_loss.detach()
+        return loss, figures
+
+    def dense_loss(self, visual_BND: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        words, figures = dense_words(), {}
+        x = F.rms_norm(visual_BND.float(), visual_BND.shape[-1:])
+        losses = []
+        for i, (name, ids) in enumerate(words.groups.items()):
+            table = self.vlm.language.embed_tokens.weight[ids].float()
+            logits = (x @ table.T).flatten(0, 1)
+            target = targets[..., i].flatten()
+            weight = torch.ones(len(ids), device=logits.device)
+            if name == "kind":
+                weight[-1] = 0.05  # background
+            losses.append(F.cross_entropy(logits, target, weight, ignore_index=IGNORE))
+            with torch.no_grad():
+                on = (target != IGNORE) & ((target != len(ids) - 1) | (name != "kind"))
+                figures[name] = (logits.argmax(-1) == target)[on].float().mean()
+        return torch.stack(losses).mean() * 2, figures
+
+    def answers(self, visual_BND: Tensor, batch: Batch) -> Tensor:
+        """Logits at the answers' tokens, (answer tokens of the whole batch, V)."""
+        language = self.vlm.language
+        embeds_BLD = language.embed_tokens(batch.ids)
+        first = batch.first_visual
+        after_BLD = embeds_BLD[:, first + visual_BND.shape[1] :]
+        pieces = [embeds_BLD[:, :first], visual_BND.type_as(embeds_BLD), after_BLD]
+        embeds_BLD = torch.cat(pieces, dim=1)
+        hidden = language(embeds_BLD, batch.positions, batch.visible())
+        return language.logits(hidden.flatten(0, 1)[batch.answer_at])
