@@ -34,7 +34,7 @@ from mlx_vlm_prune.planning.calibration import Calibration, measure
 from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, compose
 
-from .command import finish, natural, parser, positive
+from .command_line import finish, natural, parser, positive
 
 SHAPES = {"scenes": None, "minimind2-v-small": VLMConfig()}  # the built-in model; random weights
 STEPS = (1 / 49, 1 / 16, 1 / 8, 1 / 4)  # of N: how many tokens more are tried

@@ -15,9 +15,9 @@ from typing import Any
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.hardware import machine, versions
 
-from . import on_mlx
-from .command import finish, parser, positive
-from .shapes import TEXT_TOKENS
+from . import backend_mlx
+from .command_line import finish, parser, positive
+from .model_shapes import TEXT_TOKENS
 from .speed import Setting, cases, measure
 from .timing import times
 
@@ -111,7 +111,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for claim in sorted(CLAIMS, key=lambda claim: claim.shape):
         if claim.shape not in stacks:
             args.runs = -(-often // SLOWER) if claim.shape == SLOW else often
-            stacks = {claim.shape: on_mlx.Stack(Setting(claim.shape, 1, 1, None).config, "float32")}
+            stacks = {
+                claim.shape: backend_mlx.Stack(Setting(claim.shape, 1, 1, None).config, "float32")
+            }
         rows.append({"system": claim.system, **measured(claim, stacks[claim.shape], args)})
         print(f"{claim.system}: claims {claim.says}")
         print(
@@ -121,7 +123,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             flush=True,
         )
     return {
-        "benchmark": "claims", "device": on_mlx.device(), "runs": often,
+        "benchmark": "claims", "device": backend_mlx.device(), "runs": often,
         "machine": machine(), "versions": versions(), "rows": rows,
     }  # fmt: skip
 

@@ -30,7 +30,7 @@ from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.names.tables import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
-from .command import finish, parser, positive
+from .command_line import finish, parser, positive
 
 GENERATION_NAMES = ("minimind2-v", "minimind2-v-2025-02")
 

@@ -17,8 +17,7 @@ from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
-from .report import RESULTS, ROOT, scenes
-from .style import (
+from .figure_style import (
     BASELINES,
     BLACK,
     BLUE,
@@ -32,7 +31,8 @@ from .style import (
     save,
     sheet,
 )
-from .tables import read, speed_rows
+from .readme_tables import read, speed_rows
+from .report import RESULTS, ROOT, scenes
 from .timing import PARTS
 
 if TYPE_CHECKING:  # matplotlib may be missing until something is drawn

@@ -20,8 +20,8 @@ from mlx_vlm_prune.inputs.image import open_image
 from mlx_vlm_prune.pruners import METHODS, Method, Stage
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
+from .readme_tables import markdown
 from .report import RESULTS, ROOT, link, scenes, verdict
-from .tables import markdown
 
 PAGE, PICTURES = ROOT / "docs" / "pruners.md", ROOT / "docs" / "pruners"
 TILE = 224  # pixels

@@ -36,8 +36,8 @@ from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 
-from .command import finish, natural, parser, positive
-from .on_mlx import device
+from .backend_mlx import device
+from .command_line import finish, natural, parser, positive
 from .timing import NOT_TOLD, Gain, alternate, spread, times
 
 IMAGE, START, END, VIDEO, VOCAB = 4, 5, 6, 7, 32000

@@ -10,8 +10,8 @@ from mlx_vlm_prune.checkpoints.reading.files import write_atomically
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
-from .command import RESULTS
-from .tables import (
+from .command_line import RESULTS
+from .readme_tables import (
     budgets_table,
     claims_table,
     hosts_table,

@@ -36,9 +36,9 @@ from mlx_vlm_prune.machine.hardware import machine, versions
 from mlx_vlm_prune.models.cache import LayerCache
 from mlx_vlm_prune.models.language.minimind import MiniMind
 
-from .command import finish, natural, parser, positive
-from .on_mlx import device
-from .shapes import SHAPES, TEXT_TOKENS, shape
+from .backend_mlx import device
+from .command_line import finish, natural, parser, positive
+from .model_shapes import SHAPES, TEXT_TOKENS, shape
 from .timing import NOT_TOLD, Gain, alternate, spread
 
 RTOL = 1e-3  # of the largest logit
@@ -131,7 +131,7 @@ class TheirLanguage:
         return self.model(token_1[None], cache=cache)[:, -1]
 
 
-def beside_mlx_lm(config: VLMConfig) -> Pair:
+def pair_mlx_lm(config: VLMConfig) -> Pair:
     """The language models, and as many random rows as a prompt of the shape has."""
     mx.random.seed(0)
     assert isinstance(config.text, MiniMindConfig)
@@ -151,12 +151,12 @@ def beside_mlx_lm(config: VLMConfig) -> Pair:
     return Pair(ours, theirs, likeliest, "prefill", f"mlx on {device()}")
 
 
-def beside_transformers(config: VLMConfig) -> Pair:
+def pair_transformers(config: VLMConfig) -> Pair:
     """The whole stacks."""
-    from . import beside_transformers as both
-    from . import on_torch
+    from . import backend_torch
+    from . import rival_transformers as both
 
-    where = f"torch on {on_torch.device()}"
+    where = f"torch on {backend_torch.device()}"
     return Pair(*both.sides(config), both.likeliest, "first token", where)
 
 
@@ -176,11 +176,11 @@ class Rival:
 
 RIVALS = {
     "transformers": Rival(
-        beside_transformers, ("minimind2-v-small", "minimind-3v"), ("torch", "transformers"),
+        pair_transformers, ("minimind2-v-small", "minimind-3v"), ("torch", "transformers"),
         "torch transformers",
     ),
     "mlx-lm": Rival(
-        beside_mlx_lm, ("minimind2-v-small", "minimind2-v", "minimind-3v"), ("mlx_lm",),
+        pair_mlx_lm, ("minimind2-v-small", "minimind2-v", "minimind-3v"), ("mlx_lm",),
         "'mlx-lm[cpu]'" if sys.platform == "linux" else "mlx-lm",
     ),
 }  # fmt: skip

@@ -32,8 +32,8 @@ from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
 from mlx_vlm_prune.pruners.spec import nearest
 
-from .command import finish, parser, positive
-from .shapes import SHAPES, TEXT_TOKENS, prompt
+from .command_line import finish, parser, positive
+from .model_shapes import SHAPES, TEXT_TOKENS, prompt
 from .timing import spread
 
 SHAPE, K, H, ALLOWED = "llava-8", 64, 16, 0.03

@@ -37,9 +37,9 @@ from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 
-from . import on_mlx
-from .command import finish, parser, positive
-from .shapes import SHAPES, request, shape
+from . import backend_mlx
+from .command_line import finish, parser, positive
+from .model_shapes import SHAPES, request, shape
 from .timing import Gain, alternate, spread, times
 
 LAYER, LAYERS = 1, 1  # of 8, as near to the paper's 2 and 3 of 32 as whole layers come
@@ -91,7 +91,7 @@ class Desk:
 
     def __init__(self, name: str, tokens: int, drafts: int):
         config = shape(name)
-        self.stack, self.tokens, self.drafts = on_mlx.Stack(config, "float32"), tokens, drafts
+        self.stack, self.tokens, self.drafts = backend_mlx.Stack(config, "float32"), tokens, drafts
         self.model, asked = self.stack.model, request(config)
         pixels = mx.array(asked.pixels_IHW3()).astype(self.model.dtype)
         right, wrong = both_ends(self.model)
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
           f" {two['questions']} answers the same")  # fmt: skip
     print(f"beside the model with all visual tokens: {summary(found)}")
     return {
-        "benchmark": "speculation", "device": on_mlx.device(), "runs": args.runs, **found,
+        "benchmark": "speculation", "device": backend_mlx.device(), "runs": args.runs, **found,
         "machine": machine(), "versions": versions(),
     }  # fmt: skip
 

@@ -29,10 +29,10 @@ from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.pruners.spec import nearest
 
-from .ceiling import announce
-from .command import finish, natural, parser, positive
-from .shapes import SHAPES, TEXT_TOKENS, request, shape
-from .table import show
+from .command_line import finish, natural, parser, positive
+from .model_shapes import SHAPES, TEXT_TOKENS, request, shape
+from .printed_table import show
+from .speed_ceiling import announce
 from .timing import Gain, Run, alternate, spread
 
 PRUNERS = (
@@ -202,7 +202,7 @@ def _ratio(text: str) -> float:
 
 def backend(name: str) -> ModuleType:
     """Imported late: torch may be missing."""
-    return import_module(f".on_{name}", __package__)
+    return import_module(f".backend_{name}", __package__)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import claims, shapes, speculation, tables
+from benchmarks import claims, model_shapes, readme_tables, speculation
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 from mlx_vlm_prune.pruners import METHODS
 
@@ -36,7 +36,7 @@ def test_a_gain_that_the_harness_does_not_tell_is_not_told_here_either():
 def test_every_founding_system_has_its_claim_and_its_method_is_here():
     assert len({claim.system for claim in claims.CLAIMS}) == 5
     for claim in claims.CLAIMS:
-        assert claim.pruner in METHODS and claim.shape in shapes.SHAPES
+        assert claim.pruner in METHODS and claim.shape in model_shapes.SHAPES
         assert claim.judged[0] == claim.pruner
 
 
@@ -51,7 +51,7 @@ def test_one_twig_is_always_right_and_one_never_and_all_say_the_same(
     monkeypatch, capsys, tokens, drafts
 ):
     config = VLMConfig(CLIPConfig(32, 48, 3, 2, 64, 16), MiniMindConfig(48, 64, 4, 4, 2, 128))
-    monkeypatch.setitem(shapes.SHAPES, "tiny", config)
+    monkeypatch.setitem(model_shapes.SHAPES, "tiny", config)
     found = told(capsys, "--tokens", str(tokens), "--drafts", str(drafts))
     cost, scenes = found["cost"], found["scenes"]
     turns = tokens // (drafts + 1)
@@ -82,4 +82,4 @@ def test_a_gain_of_drafting_is_told_only_where_runs_agree():
 
 
 def test_without_the_measurement_the_table_says_so(tmp_path):
-    assert tables._drafting(tmp_path) == "not measured yet"
+    assert readme_tables._drafting(tmp_path) == "not measured yet"

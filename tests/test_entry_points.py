@@ -141,7 +141,7 @@ IMPORTS = (
     "import convert.quantise, mlx.core",
     *(f"import {name}" for name, is_command in modules("benchmarks") if not is_command),
 )
-SLOW = "import benchmarks.beside_transformers"  # of transformers; `rivals` imports it last
+SLOW = "import benchmarks.rival_transformers"  # of transformers; `rivals` imports it last
 
 
 @pytest.mark.parametrize("line", [line for line in IMPORTS if line != SLOW])

@@ -8,8 +8,8 @@ from PIL import Image
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from benchmarks import figures
+from benchmarks.readme_tables import speed_rows
 from benchmarks.report import RESULTS, scenes
-from benchmarks.tables import speed_rows
 from mlx_vlm_prune.scenes import KINDS
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
-from benchmarks import command, hosts
+from benchmarks import command_line, hosts
 
 TINY = ["--size", "tiny", "--runs", "2", "--warmup", "1"]
 
@@ -44,7 +44,7 @@ def test_another_first_token_is_refused_and_nothing_is_told(monkeypatch, capsys)
 
 
 def test_the_last_line_is_json_and_it_is_saved(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command_line, "RESULTS", tmp_path)
     hosts.main([*TINY, "--save", "hosts"])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads((tmp_path / "hosts.json").read_text(encoding="utf-8")) == told

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks import command, rivals, shapes
+from benchmarks import command_line, model_shapes, rivals
 from mlx_vlm_prune.checkpoints.config import (
     CLIPConfig,
     MiniMindConfig,
@@ -25,7 +25,7 @@ TINY = {
     ),
 }
 PARTS = {"transformers": ["first token", "token"], "mlx-lm": ["prefill", "token"]}
-ROWS = 16 + shapes.TEXT_TOKENS
+ROWS = 16 + model_shapes.TEXT_TOKENS
 WRONG = [
     ("transformers", "tower", "encoder.layers.0.mlp.fc1.weight"),
     ("transformers", "projector", "1.weight"),
@@ -41,7 +41,7 @@ WRONG = [
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     for name, config in TINY.items():
-        monkeypatch.setitem(shapes.SHAPES, name, config)
+        monkeypatch.setitem(model_shapes.SHAPES, name, config)
 
 
 def installed(rival: str) -> str:
@@ -140,7 +140,7 @@ def test_a_refusal_ends_in_one_sentence_and_nothing_is_timed_or_saved(
 ):
     asked: list = []
     argv = pretend(monkeypatch, silent(1.0, 2.0, asked))
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command_line, "RESULTS", tmp_path)
     with pytest.raises(SystemExit) as stop:
         rivals.main([*argv, "--save", "rivals"])
     told = capsys.readouterr()
@@ -163,7 +163,7 @@ def test_both_take_turns_and_read_as_many_tokens(monkeypatch, capsys):
 def test_the_last_line_is_json_with_every_figure_and_it_is_saved(
     rival, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    monkeypatch.setattr(command_line, "RESULTS", tmp_path)
     asked = ["--rival", rival, "--shape", "tiny2", "--shape", "tiny3"]
     rivals.main([*asked, "--runs", "3", "--tokens", "4", "--save", "rivals"])
     *table, last = capsys.readouterr().out.splitlines()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import shapes, speed
+from benchmarks import model_shapes, speed
 from benchmarks.timing import Gain, Run, alternate, spread, turns
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 
@@ -21,7 +21,7 @@ PARTS = {"image", "vision", "pruner", "projector", "prefill", "total", "token"}
 def tiny(monkeypatch):
     """A shape that takes no time, named tiny: 16 visual tokens."""
     config = VLMConfig(CLIPConfig(32, 48, 3, 2, 64, 16), MiniMindConfig(48, 64, 4, 4, 2, 128))
-    monkeypatch.setitem(shapes.SHAPES, "tiny", config)
+    monkeypatch.setitem(model_shapes.SHAPES, "tiny", config)
 
 
 def measured(capsys, *more: str) -> dict:
@@ -55,9 +55,9 @@ def test_what_cannot_be_is_said_and_the_rest_is_measured(tiny, capsys):
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_every_answer_has_as_many_tokens_since_nothing_ends_it(tiny, backend):
-    host, config = speed.backend(backend), shapes.shape("tiny")
+    host, config = speed.backend(backend), model_shapes.shape("tiny")
     stack = host.Stack(config, "float32")
-    asked = shapes.request(config, 9, 2)
+    asked = model_shapes.request(config, 9, 2)
     for spec, K in (("none", 16), ("norm", 4)):
         done = stack.run(asked, speed.plan(spec), K, 7)
         assert [len(ids) for ids in done.said] == [1 + 7] * 2  # the first, and 7 timed ones
@@ -97,7 +97,7 @@ def test_the_spread_of_one_value_is_that_value():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_shapes_have_the_published_numbers_of_parameters(name):
-    told = shapes.parameters(shapes.shape(name))
+    told = model_shapes.parameters(model_shapes.shape(name))
     assert (told["language"], told["projector"]) == PUBLISHED[name]
 
 

@@ -21,7 +21,7 @@ from torch_ref.models.vlm import VLM, Decoding, best_device
 from torch_ref.pruners import METHODS as TWINS
 from torch_ref.pruners import Step
 
-from .shapes import Request
+from .model_shapes import Request
 from .timing import PARTS, Run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -6,7 +6,7 @@ from typing import Any
 from mlx_vlm_prune.planning.operations import Operations, count
 from mlx_vlm_prune.pruners import plan
 
-from .shapes import parameters
+from .model_shapes import parameters
 
 # Where tokens leave, and a method that leaves the most there.
 PLACES = {

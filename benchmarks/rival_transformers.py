@@ -19,7 +19,7 @@ from torch_ref.models.language.transformers import cache_name
 from torch_ref.models.towers.vit import VisionTower
 from torch_ref.models.vlm import VLM, Decoding, best_device
 
-from .shapes import request
+from .model_shapes import request
 
 
 class Ours:

@@ -14,7 +14,7 @@ from mlx_vlm_prune.models.loading import DTYPES
 from mlx_vlm_prune.models.vlm import VLM, Prefill
 from mlx_vlm_prune.pruners import METHODS, Pipeline
 
-from .shapes import Request
+from .model_shapes import Request
 from .timing import PARTS, Run
 
 
