@@ -38,7 +38,7 @@ class Stack:
         """Random weights of the learned methods, for a budget of K."""
         dims, text = self.model.feature_dims, self.model.config.text
         scorers = ("attention_pool", "score_prune", "mlp")
-        made = {name: METHODS[name].make(dims, K) for name in scorers}
+        made = {name: METHODS[name].make_weights(dims, K) for name in scorers}
         assert isinstance(text, MiniMindConfig)
         return {**made, "twig": Twig(text, 1, 1)}
 

@@ -80,18 +80,20 @@ class Stack:
         """Stand-ins for the learned methods' weights, so that their names are understood."""
         c = self.model.config
         dims = c.vision.hidden_size * math.prod(c.merge or ())
-        self.model.learned = {name: TWINS[name].make(dims, K) for name in ("score_prune", "mlp")}
+        self.model.learned = {
+            name: TWINS[name].make_weights(dims, K) for name in ("score_prune", "mlp")
+        }
         self.model.learned["twig"] = twig.grown(self.model.language, 1, 1)
         for weights in self.model.learned.values():
             weights.eval().to(self.at)
-        known = {name: METHODS[name].make(dims, K) for name in ("score_prune", "mlp")}
+        known = {name: METHODS[name].make_weights(dims, K) for name in ("score_prune", "mlp")}
         return {**known, "twig": Twig(c.text, 1, 1)}
 
     def steps(self, pipeline: Pipeline, K: int) -> list[Step]:
         """The chain in the reference's words."""
         if any(step.name == "attention_pool" for step in pipeline.steps):
             raise UserError("attention_pool is measured with --backend mlx only")
-        budgets = pipeline.budgets(self.model.N, K).each
+        budgets = pipeline.budgets(self.model.N, K).per_step
         told = [Step(s.name, k, dict(s.options)) for s, k in budgets]
         enhancer = pipeline.enhancer
         return [*told, Step(enhancer.name, None, dict(enhancer.options))] if enhancer else told

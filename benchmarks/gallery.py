@@ -57,7 +57,7 @@ def section(method: Method, found: dict) -> str:
     parts += [part for part in rest if not part.startswith("Shapes:")]
     options = ", ".join(f"`{key}={_short(value)}`" for key, value in method.options.items())
     facts = [f"Stage: {method.stage.name.lower()}"]
-    facts.append("reads the prompt" if method.reads_words else "blind to the prompt")
+    facts.append("reads the prompt" if method.reads_prompt else "blind to the prompt")
     facts.append("learned" if method.learned else "training-free")
     if method.source:
         facts.append(f"source: {link(method.source)}")
@@ -103,7 +103,7 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
             continue
         assert answer.trace
         (picture, grid), *_ = answer.views
-        kept = [step.reductions[0] for step in answer.trace.pictured()]
+        kept = [step.reductions[0] for step in answer.trace.steps_to_draw()]
         last = [one for one in kept if one.slots][-1:] or kept[-1:]
         index_BK, weight_BKN = last[0].index_BK, last[0].weight_BKN
         assert index_BK is not None

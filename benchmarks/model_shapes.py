@@ -27,7 +27,7 @@ from mlx_vlm_prune.checkpoints.reading.files import read_json
 from mlx_vlm_prune.inputs.image import Preprocessor, open_image, siglip_preprocessor
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.models.vlm import VLM
-from mlx_vlm_prune.pruners.spec import nearest
+from mlx_vlm_prune.pruners.spec import suggestion
 from mlx_vlm_prune.scenes import CHECKPOINT
 
 BUILT_IN = parse_config(read_json(CHECKPOINT / CONFIG), CHECKPOINT / CONFIG)
@@ -59,7 +59,7 @@ SHAPES = {
 def shape(name: str, side: int | None = None) -> VLMConfig:
     """A preset, with pictures of another side, in pixels, if one is given. Raises UserError."""
     if name not in SHAPES:
-        raise UserError(f"no shape is called {name!r}; {nearest(name, SHAPES)}")
+        raise UserError(f"no shape is called {name!r}; {suggestion(name, SHAPES)}")
     config = SHAPES[name]
     if side is None:
         return config

@@ -78,7 +78,7 @@ def _line(name: str, figures: dict[str, float]) -> list[str]:
 def methods_table(results: Path = RESULTS) -> str:
     """Every method in a line, from its own file, in Markdown."""
     lines = [
-        [f"`{name}`", method.stage.name.lower(), method.idea, link(method.source)]
+        [f"`{name}`", method.stage.name.lower(), method.summary, link(method.source)]
         for name, method in METHODS.items()
     ]
     return markdown(("`--pruner`", "stage", "what it does", "source"), "llll", lines)

@@ -30,7 +30,7 @@ from mlx_vlm_prune.models.splice import Row, Visual, splice
 from mlx_vlm_prune.models.towers.between import received
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
-from mlx_vlm_prune.pruners.spec import nearest
+from mlx_vlm_prune.pruners.spec import suggestion
 
 from .command_line import finish, parser, positive
 from .model_shapes import SHAPES, TEXT_TOKENS, prompt
@@ -73,7 +73,7 @@ def before_the_decoder(pruner: Pruner, layers: int, seen: Signals) -> Callable:
     N = seen.x_BND.shape[1]
     steps = [(0, "before", K)]
     if pruner.stage is Stage.ENCODER:
-        steps = pruner.ask(pruner.method.cuts, layers, N, K)
+        steps = pruner.call(pruner.method.cuts, layers, N, K)
     columns = {"received_attention", "object_attention"} & set(pruner.method.needs)
     q_BHSd = seen.queries_BNHd.swapaxes(1, 2)
 
@@ -96,7 +96,7 @@ def inside_the_decoder(pruner: Pruner, model: VLM) -> Callable:
     told = splice(model.language.embed_tokens, [row], [Visual(x_ND, mx.arange(N))], "keep")
     layers, cache = model.config.text.num_hidden_layers, model.language.make_cache()
     wanted = K if N < 2 * K else max(K, N // 2)
-    schedule = pruner.ask(pruner.method.schedule, layers, N, wanted)
+    schedule = pruner.call(pruner.method.schedule, layers, N, wanted)
     layer = min(schedule)
     before_BLD = through(model.language, range(layer), told, cache)
     mx.eval(before_BLD)
@@ -157,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.pruner = args.pruner or able
     for name in args.pruner:  # a wrong one is refused before any is measured
         if name.split(":")[0] not in able:
-            raise UserError(f"no method that chooses is called {name!r}; {nearest(name, able)}")
+            raise UserError(f"no method that chooses is called {name!r}; {suggestion(name, able)}")
     return args
 
 

@@ -27,7 +27,7 @@ from mlx_vlm_prune.machine.hardware import machine, versions
 from mlx_vlm_prune.planning import operations
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.budget import tokens_for
-from mlx_vlm_prune.pruners.spec import nearest
+from mlx_vlm_prune.pruners.spec import suggestion
 
 from .command_line import finish, natural, parser, positive
 from .model_shapes import SHAPES, TEXT_TOKENS, request, shape
@@ -82,7 +82,7 @@ def cases(
     for spec, K in itertools.product(specs, budgets):
         try:
             pipeline = plan(spec, stack.learned(K))
-            pipeline.want(config.vision.depth)
+            pipeline.signal_layers(config.vision.depth)
             able.append(Case(pipeline, K, operations.count(config, setting.text, pipeline, K)))
         except UserError as e:
             refused.append({**asdict(setting), "pruner": spec, "budget": K, "why": str(e)})
@@ -121,7 +121,7 @@ def row(
         gains[name] = gain.report(predicted)
     share = zip(laps["pruned"]["pruner"], laps["full"]["total"], strict=True)
     return {
-        **asdict(setting), "pruner": case.pipeline.name, "budget": case.K,
+        **asdict(setting), "pruner": case.pipeline.spec, "budget": case.K,
         "tokens": full.K, "kept": case.kept,
         "ms": {kind: {n: spread(ms) for n, ms in told.items()} for kind, told in laps.items()},
         "gain": gains,
@@ -184,7 +184,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.side = args.side or [None]
     for name in (one.split(":")[0] for one in "+".join(args.pruner).split("+")):
         if name not in (known := {**METHODS, **PRESETS}):  # refused before any is measured
-            raise UserError(f"no pruner is called {name!r}; {nearest(name, known)}")
+            raise UserError(f"no pruner is called {name!r}; {suggestion(name, known)}")
     if "none" in args.pruner:
         raise UserError("--pruner none is what all are measured beside; name another")
     return args

@@ -135,10 +135,10 @@ LEARNED = [n for n, m in METHODS.items() if m.learned and n != "twig"]
 def learned_pair(name: str, tokens: int) -> tuple:
     """Random weights of a learned method in both frameworks."""
     torch.manual_seed(tokens)
-    theirs = ref.METHODS[name].make(D, tokens).eval()
+    theirs = ref.METHODS[name].make_weights(D, tokens).eval()
     for parameter in theirs.parameters():
         parameter.data += 0.5 * torch.randn_like(parameter)
-    ours = METHODS[name].make(D, tokens)
+    ours = METHODS[name].make_weights(D, tokens)
     state = {k.replace("pool_", ""): mx.array(v.numpy()) for k, v in theirs.state_dict().items()}
     ours.load_weights(list(state.items()))
     return ours, theirs

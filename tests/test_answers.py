@@ -142,7 +142,7 @@ def test_a_picture_that_questions_share_is_encoded_once_for_all_methods(home):
     batch = Batch(shared, [ready(model, processor, question) for question in questions])
     tower.show(batch)
     for pipeline in plans:
-        answer(shared, batch, pipeline, budget(model, pipeline.name), (), 1)
+        answer(shared, batch, pipeline, budget(model, pipeline.spec), (), 1)
     assert seen == [3, 3]  # three pictures: for the four behind the tower, and for tome
     assert type(model.tower) is not type(shared.tower)
 

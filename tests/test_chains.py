@@ -28,8 +28,8 @@ from . import tiny
 )
 def test_each_step_leaves_half_as_much_again_as_the_next_or_what_its_keep_says(spec, N, K, left):
     budgets = plan(spec).budgets(N, K)
-    assert [n for _, n in budgets.each] == left
-    assert [step.name for step, _ in budgets.each] == [step.name for step in plan(spec).steps]
+    assert [n for _, n in budgets.per_step] == left
+    assert [step.name for step, _ in budgets.per_step] == [step.name for step in plan(spec).steps]
     assert budgets.before_last == [N, *left][-2]
 
 
@@ -37,8 +37,10 @@ def test_the_steps_of_a_stage_are_found_with_what_they_leave():
     budgets = plan("tome+norm+uniform+fastv").budgets(16, 4)
     features = [(step.name, n) for step, n in budgets.at(Stage.FEATURES)]
     assert features == [("norm", 9), ("uniform", 6)]
-    assert budgets.after(Stage.FEATURES, 14) == 6 and budgets.after(Stage.FEATURES, 5) == 5
-    assert budgets.after(Stage.PROJECTED, 14) == 14
+    assert (
+        budgets.left_after(Stage.FEATURES, 14) == 6 and budgets.left_after(Stage.FEATURES, 5) == 5
+    )
+    assert budgets.left_after(Stage.PROJECTED, 14) == 14
 
 
 def test_a_request_works_out_its_budgets_once_and_composes_a_step_once(tmp_path, monkeypatch):

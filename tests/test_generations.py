@@ -174,11 +174,12 @@ def test_every_method_works_without_cls_as_the_reference_does(third, spec):
     pixels_13HW = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
     pixels = mx.array(pixels_13HW.permute(0, 2, 3, 1).numpy())
     pipeline = plan(spec, {})
-    steps = [Step(step.name, k, step.options) for step, k in pipeline.budgets(made.N, K).each]
+    steps = [Step(step.name, k, step.options) for step, k in pipeline.budgets(made.N, K).per_step]
     if pipeline.enhancer:
         steps.append(Step(pipeline.enhancer.name, None, pipeline.enhancer.options))
     within = any(
-        step.stage is Stage.ENCODER and k < made.N for step, k in pipeline.budgets(made.N, K).each
+        step.stage is Stage.ENCODER and k < made.N
+        for step, k in pipeline.budgets(made.N, K).per_step
     )
     if within and made.N < (SIDE // generations.PATCH) ** 2:
         with pytest.raises(UserError, match="neighbouring patches become one visual token"):

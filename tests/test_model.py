@@ -59,7 +59,7 @@ def logits(pair, rows, images, spec, K, policy="keep"):
 def steps_of(pair, spec: str, K: int) -> list[Step]:
     """The same chain for the reference, with what the product leaves to each step."""
     pipeline = plan(spec, pair.ours.learned)
-    budgets = pipeline.budgets(tiny.N, K).each
+    budgets = pipeline.budgets(tiny.N, K).per_step
     steps = [Step(s.name, k, s.options) for s, k in budgets]
     enhancer = pipeline.enhancer
     return [*steps, Step(enhancer.name, None, enhancer.options)] if enhancer else steps
@@ -246,7 +246,7 @@ def test_pruning_in_the_decoder_leaves_fewer_rows_in_deeper_caches_and_their_byt
 def test_positions_are_those_of_the_methods_paper_unless_told(pair):
     def counts(spec, policy):
         """Do the rows of the last layer count up to the next position without a gap?"""
-        chain = plan(spec, {"attention_pool": METHODS["attention_pool"].make(32, 12)})
+        chain = plan(spec, {"attention_pool": METHODS["attention_pool"].make_weights(32, 12)})
         before = pair.ours([ROWS[0]], mx.array(pair.pixels[:1]), chain, K, policy)
         position_S, after = np.array(before.cache[-1].positions)[0], before.next_B1.item()
         assert position_S[-1] == after - 1
@@ -293,25 +293,25 @@ def test_a_chain_keeps_the_places_of_the_whole_image(pair):
 @pytest.mark.parametrize(
     ("spec", "broken"),
     [
-        ("cls_attention+restore", "torch_ref.pruners.restore.weigh"),
+        ("cls_attention+restore", "torch_ref.pruners.restore.attention_bias"),
         ("pact", "torch_ref.pruners.pact.proportional"),
         ("tome", "torch_ref.pruners.tome.proportional"),
         ("fastv", "torch_ref.pruners.fastv.schedule"),
         ("patch_norm", "torch_ref.pruners.patch_norm.cuts"),
-        ("downsample", "torch_ref.pruners.downsample.smaller"),
+        ("downsample", "torch_ref.pruners.downsample.smaller_grid"),
         ("twig", "torch_ref.models.decoder.in_twig"),
-        ("twig", "torch_ref.pruners.twig.wiped"),
+        ("twig", "torch_ref.pruners.twig.cut_and_wipe"),
     ],
 )
 def test_the_check_of_the_model_fails_for_a_broken_twin(pair, spec, broken, monkeypatch):
     wrong = {
-        "weigh": lambda signals, kept: torch.zeros(kept.index_BK.shape) + 1e-3,
+        "attention_bias": lambda signals, kept: torch.zeros(kept.index_BK.shape) + 1e-3,
         "proportional": False,
         "schedule": lambda layers, N, K: {2: 5},
         "cuts": lambda layers, N, K: [(1, "before", K)],
-        "smaller": lambda grid, K: (3, 2),
+        "smaller_grid": lambda grid, K: (3, 2),
         "in_twig": lambda twig, prompt: attention(twig, twig.layers[0], prompt)[2],
-        "wiped": lambda layers, N, K, layer, wipe: {1: 11, 2: 1},
+        "cut_and_wipe": lambda layers, N, K, layer, wipe: {1: 11, 2: 1},
     }
     monkeypatch.setattr(broken, wrong[broken.rsplit(".", 1)[1]])
     with pytest.raises(AssertionError):
@@ -334,7 +334,7 @@ def test_without_cls_the_mean_patch_stands_in_for_it():
 @pytest.mark.parametrize("spec", ["mlp:dynamic", "mlp:dynamic+sparsevlm"])
 def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(pair, spec):
     mx.random.seed(6)
-    weights = METHODS["mlp"].make(32, 0)
+    weights = METHODS["mlp"].make_weights(32, 0)
     weights.mean_need = mx.array([1.0])
     weights.need.bias = mx.zeros((1,))
     chain, rows = plan(spec, {"mlp": weights}), list(ROWS)

@@ -160,7 +160,10 @@ def prompt(N: int, image: int, images: int = 1) -> Prompt:
 def learned(config: VLMConfig, K: int) -> dict:
     """Random weights of the learned methods."""
     dims = config.vision.hidden_size * math.prod(config.projector.merge if config.projector else ())
-    made = {name: METHODS[name].make(dims, K) for name in ("attention_pool", "score_prune", "mlp")}
+    made = {
+        name: METHODS[name].make_weights(dims, K)
+        for name in ("attention_pool", "score_prune", "mlp")
+    }
     return {**made, "twig": Twig(config.text, 2, 1)}
 
 

@@ -46,7 +46,7 @@ def test_a_decoder_method_holds_k_rows_in_the_average_layer_or_says_that_it_cann
 def test_an_encoder_method_ends_with_k_tokens(spec, layers):
     for K in (1, 7, 48):
         pruner = ready(spec)
-        plan = pruner.ask(pruner.method.cuts, layers, 49, K)
+        plan = pruner.call(pruner.method.cuts, layers, 49, K)
         assert plan == ref.Step(pruner.name, K, pruner.options).call("cuts", layers, 49, K)
         left = [n for _, _, n in plan]
         assert left[-1] == K and left == sorted(left, reverse=True) and max(left) <= 49
@@ -107,7 +107,7 @@ def test_a_file_with_three_names_is_a_method():
     )
     assert not every.learned and not every.proportional and every.positions == "keep"
     chain = parse("every:step=3", {"every": every}, {}, {})
-    assert chain.trained_tokens is None and chain.want(4) == {}
+    assert chain.trained_tokens is None and chain.signal_layers(4) == {}
     kept = chain.steps[0](Signals(mx.zeros((1, 16, D)), (4, 4)), 5)
     assert np.array(kept.index_BK[0]).tolist() == [0, 3, 6, 9, 12]
 

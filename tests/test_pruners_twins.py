@@ -63,12 +63,12 @@ def test_every_method_has_its_twin_and_every_module_its_line():
     for name, method in METHODS.items():
         theirs = ref.METHODS[name]
         assert ref.STAGES[method.stage.name.lower()][name] is theirs
-        for function in ("prune", "cuts", "schedule", "weigh"):
+        for function in ("prune", "cuts", "schedule", "attention_bias"):
             there = hasattr(theirs, function)
             assert (getattr(method, function) is not None) == there, (name, function)
         needs = {signal: option for signal, option in method.needs.items() if signal != "grid"}
         assert needs == ref.entry(theirs, "needs")
-        assert method.learned == hasattr(theirs, "make")
+        assert method.learned == hasattr(theirs, "make_weights")
         assert method.proportional == ref.entry(theirs, "proportional")
         given = inspect.signature(theirs.prune).parameters if method.prune else {}
         for key, parameter in given.items():
@@ -94,24 +94,27 @@ def test_similarity_agrees_at_full_width_on_near_duplicates_too(noise, K):
 BROKEN = {  # of every family a method, and what is done to a helper of its twin
     "uniform": ("centre", lambda window, columns: window[1] * columns - columns + window[3] - 1),
     "avgpool": ("members", lambda window, columns: [window[0] * columns + window[2]]),
-    "norm": ("top", lambda score, K: ref.contract.top(-score, K)),
-    "similarity": ("exactly", lambda of, likeness, K: ref.similarity.first(of, K, len(likeness))),
-    "visionzip": ("alike", lambda x: -ref.contract.alike(x)),
-    "vispruner": ("alike", lambda x: -ref.contract.alike(x)),
-    "prumerge": ("best", lambda score, K: ref.contract.best(-score, K)),
-    "hiprune": ("best", lambda score, K: ref.contract.best(-score, K)),
-    "holov": ("between_0_and_1", lambda score: score.double()),
-    "tome": ("alike", lambda x, y: -ref.contract.alike(x, y)),
-    "pixelprune": ("errors", lambda patch, grid, tolerance: patch.abs().sum(dim=1)),
-    "divprune": ("alike", lambda x: -ref.contract.alike(x)),
-    "cdpruner": ("between_0_and_1", lambda score: 1 - ref.contract.between_0_and_1(score)),
-    "mmtok": ("cover", lambda rows, salient, K: list(range(K))),
-    "apet": ("errors", lambda x, basis: -x.norm(dim=-1)),
-    "fastv": ("top", lambda score, K: ref.contract.top(-score, K)),
-    "sparsevlm": ("centres", lambda apart, C: list(range(C))),
-    "dart": ("best", lambda score, K: ref.contract.best(-score, K)),
-    "pact": ("fewest", lambda apart, K: (0.0, list(range(K)))),
-    "twig": ("top", lambda score, K: ref.contract.top(-score, K)),
+    "norm": ("keep_highest", lambda score, K: ref.contract.keep_highest(-score, K)),
+    "similarity": (
+        "exactly_k",
+        lambda of, likeness, K: ref.similarity.first_k(of, K, len(likeness)),
+    ),
+    "visionzip": ("cosine", lambda x: -ref.contract.cosine(x)),
+    "vispruner": ("cosine", lambda x: -ref.contract.cosine(x)),
+    "prumerge": ("highest", lambda score, K: ref.contract.highest(-score, K)),
+    "hiprune": ("highest", lambda score, K: ref.contract.highest(-score, K)),
+    "holov": ("scale_to_unit", lambda score: score.double()),
+    "tome": ("cosine", lambda x, y: -ref.contract.cosine(x, y)),
+    "pixelprune": ("prediction_errors", lambda patch, grid, tolerance: patch.abs().sum(dim=1)),
+    "divprune": ("cosine", lambda x: -ref.contract.cosine(x)),
+    "cdpruner": ("scale_to_unit", lambda score: 1 - ref.contract.scale_to_unit(score)),
+    "mmtok": ("greedy_cover", lambda rows, salient, K: list(range(K))),
+    "apet": ("approximation_errors", lambda x, basis: -x.norm(dim=-1)),
+    "fastv": ("keep_highest", lambda score, K: ref.contract.keep_highest(-score, K)),
+    "sparsevlm": ("density_peaks", lambda apart, C: list(range(C))),
+    "dart": ("highest", lambda score, K: ref.contract.highest(-score, K)),
+    "pact": ("smallest_cutoff", lambda apart, K: (0.0, list(range(K)))),
+    "twig": ("keep_highest", lambda score, K: ref.contract.keep_highest(-score, K)),
 }
 
 

@@ -45,7 +45,7 @@ def test_reducing_takes_the_kept_tokens_along_the_axis_of_tokens(name):
         pairs = zip(OF[name], INDEX_BK, strict=True)
         expected = np.stack([np.take(one, index, axis - 1) for one, index in pairs])
     same(name, signals(OF).reduced(Reduction(mx.array(INDEX_BK))), expected)
-    same(name, seen_there(OF).rows(torch.from_numpy(INDEX_BK)), expected)
+    same(name, seen_there(OF).take(torch.from_numpy(INDEX_BK)), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,7 +68,7 @@ def test_merging_patches_takes_means_along_the_axis_of_tokens(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_image_of_a_batch_has_its_own_signals(name):
-    same(name, signals(OF).of(1), OF[name][1:])
+    same(name, signals(OF).of_image(1), OF[name][1:])
 
 
 SUPPLIED = {  # what a host hands over for a need, where it is not a row of attention

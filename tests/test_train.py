@@ -96,7 +96,9 @@ def test_a_learned_pruner_trains_and_lies_beside_the_model(
 
 def test_every_method_with_weights_can_be_trained():
     assert set(LEARNED) == set(pruners.LOSSES)
-    assert set(LEARNED) == {name for name, method in METHODS.items() if hasattr(method, "make")}
+    assert set(LEARNED) == {
+        name for name, method in METHODS.items() if hasattr(method, "make_weights")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,7 @@ def test_learned_weights_that_do_not_fit_are_refused(tmp_path, built_in, tensors
 
 
 def test_a_second_method_leaves_the_weights_of_the_first_as_they_were(tmp_path):
-    first, second = (METHODS[name].make(192, 1) for name in ("score_prune", "mlp"))
+    first, second = (METHODS[name].make_weights(192, 1) for name in ("score_prune", "mlp"))
     finish("score_prune", first, None, tmp_path, unfreeze=False)
     before = load_file(tmp_path / "pruners.safetensors")
     finish("mlp", second, None, tmp_path, unfreeze=False)

@@ -311,8 +311,8 @@ def test_a_published_twig_that_does_not_fit_is_refused(
 def test_the_layer_is_that_of_the_weights_and_no_other(pair):
     learned = {"twig": pair.twigs[1][1]}
     (pruner,) = plan("twig", learned).steps
-    assert pruner.ask(pruner.method.schedule, 3, 16, 9) == {1: 11, 2: 0}
-    assert plan("twig:layer=1", learned).name == "twig:layer=1.0"
+    assert pruner.call(pruner.method.schedule, 3, 16, 9) == {1: 11, 2: 0}
+    assert plan("twig:layer=1", learned).spec == "twig:layer=1.0"
     with pytest.raises(UserError, match="twig was trained for layer=1; leave layer out"):
         plan("twig:layer=2", learned)
 

@@ -55,7 +55,9 @@ def taught(model: VLM, noise: float = 0.1) -> VLM:
     twig guesses the better the less noise there is."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        scorers = {n: METHODS[n].make(VISION.hidden_size, 1) for n in ("score_prune", "mlp")}
+        scorers = {
+            n: METHODS[n].make_weights(VISION.hidden_size, 1) for n in ("score_prune", "mlp")
+        }
         model.learned = {**scorers, "twig": grown(model.language, 1, 2)}
         for weights in model.learned.values():
             for parameter in weights.eval().parameters():

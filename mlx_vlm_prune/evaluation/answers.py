@@ -108,7 +108,7 @@ def sharing(model: VLM, pipelines: Sequence[Pipeline]) -> tuple[VLM, SharedTower
     """The model with a tower that works once for all these methods; the one given is unchanged."""
     want: dict[str, int | None] = {}
     for pipeline in pipelines:
-        want |= pipeline.want(model.config.vision.depth)
+        want |= pipeline.signal_layers(model.config.vision.depth)
     shared = copy.copy(model)
     tower = SharedTower(model.tower, want)
     shared.tower = tower  # type: ignore[assignment]  # acts like one

@@ -47,7 +47,7 @@ class HostRespondent:
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
             if self._policy(pipeline) and (layers := host.depth):
-                self.want |= pipeline.want(layers)
+                self.want |= pipeline.signal_layers(layers)
 
     def encode(self, text: str) -> list[int]:
         return list(self.words.encode(text, add_special_tokens=False))

@@ -67,7 +67,7 @@ def draw_trace(
 
     Steps lie side by side, views below one another.
     """
-    steps, rows = trace.pictured(), []
+    steps, rows = trace.steps_to_draw(), []
     for v, (image, grid) in enumerate(views):
         pictures = []
         for step in steps:

@@ -112,7 +112,7 @@ def empty_answer(trace: Trace, depth: int, pipeline: Pipeline, positions: str) -
         generation_tps=0.0, peak_memory=0.0, finish_reason=None, visual_tokens=sum(trace.sizes),
         visual_tokens_kept=round(rows / depth),
         kept_indices=layers[-1]["kept_indices"] if layers else [],
-        pruner=pipeline.name, positions=positions, ttft_ms={}, layers=layers, trace=trace,
+        pruner=pipeline.spec, positions=positions, ttft_ms={}, layers=layers, trace=trace,
     )  # fmt: skip
 
 
@@ -153,5 +153,5 @@ def _written(
 def resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
     """The methods that are named, if the model can do them. Raises UserError."""
     chosen = plan(pruner, model.learned)
-    chosen.want(model.config.vision.depth)  # a layer that is not there is said early
+    chosen.signal_layers(model.config.vision.depth)  # a layer that is not there is said early
     return chosen

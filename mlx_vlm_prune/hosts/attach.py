@@ -140,7 +140,7 @@ class PrunedEmbeddings:
     caches: WeakSet[Any] = field(default_factory=WeakSet)  # the first layer's of each request
 
     def __post_init__(self) -> None:
-        self.report = Report(self.pipeline.name, self.policy)
+        self.report = Report(self.pipeline.spec, self.policy)
         self.tower_cache = TowerCache(self.host, self.pipeline)
 
     def stock(self, *ids: Any, **extra: Any) -> Any:

@@ -119,10 +119,10 @@ def prune_into(
         raise UserError("give --keep-ratio or --keep-tokens")
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
-    record: dict[str, Any] = {"pruner": pipeline.name, "version": __version__}
+    record: dict[str, Any] = {"pruner": pipeline.spec, "version": __version__}
     record |= {"keep_ratio": keep_ratio} if keep_tokens is None else {"keep_tokens": keep_tokens}
     copies = _copies() if vendor else {}
-    text = _text(source, config["model_type"], pipeline.name, keep_ratio, keep_tokens, copies)
+    text = _text(source, config["model_type"], pipeline.spec, keep_ratio, keep_tokens, copies)
     with appearing(target, folder=True) as folder:
         linked, copied = _take_over(source, folder)
         for name, content in copies.items():
@@ -174,7 +174,7 @@ def _pipeline(spec: str) -> Pipeline:
                 f"{step.name} cannot be written into a checkpoint: it {ELSEWHERE[step.stage]}, and"
                 f" {FILE} chooses among the tokens that the tower hands over"
             )
-    if pipeline.name == "none":
+    if pipeline.spec == "none":
         raise UserError("none prunes nothing, so there is nothing to write")
     return pipeline
 

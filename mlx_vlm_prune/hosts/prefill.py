@@ -51,7 +51,7 @@ def read_through_cuts(
     policy = "renumber" if prompt.positions == "renumber" else policy  # pooled: no own places
     spliced = _spliced(host, prompt, sizes, policy)
     schedules = [
-        step.ask(step.method.schedule, language.depth, n, K) if n > K else {}
+        step.call(step.method.schedule, language.depth, n, K) if n > K else {}
         for n, K in zip(sizes, budgets, strict=True)
     ]
     cuts = Cuts(step, schedules, [view.signals.grid for view in prompt.views], policy)

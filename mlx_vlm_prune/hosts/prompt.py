@@ -92,14 +92,14 @@ def encode_images(host: Host, inputs: Inputs, pipeline: Pipeline) -> list[View]:
     if inputs.images > 1 and host.why_one_image:
         raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
     layers = host.depth
-    views = host.see(inputs, pipeline.want(layers) if layers else {})
+    views = host.see(inputs, pipeline.signal_layers(layers) if layers else {})
     lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deep)])
     return views
 
 
 def add_text(host: Host, inputs: Inputs, views: list[View], pipeline: Pipeline) -> list[View]:
     """The views with the embeddings of the prompt's words, where the pipeline needs them."""
-    if not pipeline.wants("text"):
+    if not pipeline.needs_signal("text"):
         return views
     words = [token for token in inputs.ids if token != host.image_token_id(inputs)]
     text_1TD = host.embed(mx.array([words or [0]]))

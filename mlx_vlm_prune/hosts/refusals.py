@@ -25,7 +25,9 @@ def check(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
         if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
     if layers := host.depth:
-        pipeline.want(layers)  # a layer that is not there is refused before any picture is seen
+        pipeline.signal_layers(
+            layers
+        )  # refuses a layer that does not exist, before any image is read
     if host.has_mrope or pipeline.decoder:
         return positions or pipeline.positions
     if positions == "keep":

@@ -57,7 +57,7 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
 def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[GenerationResult]:
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
     host, pipeline = host_of(model, processor), plan(request.pruner)
-    in_one_go = pipeline.name == "none" and bool(request.images)  # a wait in between costs time
+    in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", TOGETHER)) if in_one_go else Clock()
     decoding = {"max_tokens": request.max_tokens, "temperature": request.temperature}
     decoding |= {"top_p": request.top_p, "seed": request.seed} | cache_options(request)

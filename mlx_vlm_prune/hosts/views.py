@@ -43,7 +43,7 @@ def per_picture(inputs: Inputs, signals: Signals, pixels_THW3: mx.array) -> list
         tiles = [T] if inputs.images == 1 else [1] * inputs.images
     if sum(tiles) != T:
         raise UserError(f"{inputs.images} images became {T} pictures: give one image")
-    return by_image([View(0, signals.of(i), pixels_THW3[i]) for i in range(T)], tiles)
+    return by_image([View(0, signals.of_image(i), pixels_THW3[i]) for i in range(T)], tiles)
 
 
 def tiles(ids: Sequence[int], placeholder: int, whole: int) -> list[int]:

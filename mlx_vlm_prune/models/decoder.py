@@ -119,7 +119,7 @@ class Decoder:
             at = LayerInput(self, layer, spliced, before_BLD, images, grid)
             reduction, bias_IK = self._reduce(at, n, K)
             for i, image in enumerate(images):
-                kept[image] = reduction.of(i)
+                kept[image] = reduction.of_image(i)
                 bias[image] = None if bias_IK is None else bias_IK[i]
         order = range(len(spliced.columns))
         reductions, biases = [kept[i] for i in order], [bias[i] for i in order]
@@ -226,7 +226,7 @@ class LayerInput:
         n = self.columns_IN.shape[1]
         before_IN = mx.zeros((len(self.images), n)) if bias_IN is None else bias_IN
         if enhancer and kept.slots:
-            added_IK = enhancer.ask(enhancer.method.weigh, signals, kept)
+            added_IK = enhancer.call(enhancer.method.attention_bias, signals, kept)
             return take(before_IN, kept.index_BK) + added_IK
         if pruner.is_proportional:
             members_IKN = (kept.mixture(n) > 0).astype(mx.float32)

@@ -45,7 +45,7 @@ def _module(file: Path, name: str, weights: Weights, model: VLM) -> Any:
         module, weights, dtype = _twig(file, weights, model), _joined(file, weights), model.dtype
     else:
         tokens = 1 if queries is None or not queries.size else len(queries)
-        module = METHODS[name].make(model.feature_dims, tokens)
+        module = METHODS[name].make_weights(model.feature_dims, tokens)
     own: Any = tree_flatten(module.parameters())
     wanted = {key: array.shape for key, array in own}
     for key in wanted | weights:

@@ -101,11 +101,13 @@ class ImageBatch:
         """One image at a time."""
         batches = []
         for i in range(self.images):
-            kept_of_encoded = whole = self.kept_of_encoded.of(i)
+            kept_of_encoded = whole = self.kept_of_encoded.of_image(i)
             if self.kept is not self.kept_of_encoded:
-                whole = self.kept.of(i)
+                whole = self.kept.of_image(i)
             batches.append(
-                ImageBatch(self.signals.of(i), self.encoded.of(i), kept_of_encoded, whole)
+                ImageBatch(
+                    self.signals.of_image(i), self.encoded.of_image(i), kept_of_encoded, whole
+                )
             )
         return batches
 
@@ -183,13 +185,13 @@ class VLM(nn.Module):
     ) -> ImageBatch:  # fmt: skip
         """The tower, inside which tokens may leave already; the prompt's words beside."""
         layers, cuts, N, within = self.config.vision.depth, [], self.N, None
-        for step, own in budgets.each:
+        for step, own in budgets.per_step:
             if step.stage is Stage.IMAGE and own < N:
-                small = downsample.smaller(self.grid, own)
+                small = downsample.smaller_grid(self.grid, own)
                 patch = self.config.vision.patch_size
                 height, width = (n * m * patch for n, m in zip(small, self.merge, strict=True))
                 pixels_IHW3 = shrunk(pixels_IHW3, (height, width))
-                within = downsample.blocks(self.grid, small, len(pixels_IHW3))
+                within = downsample.block_means(self.grid, small, len(pixels_IHW3))
                 N = small[0] * small[1]
             elif step.stage is Stage.ENCODER and own < N:
                 if self.merge != (1, 1):
@@ -197,14 +199,14 @@ class VLM(nn.Module):
                         f"{step.name} works inside the tower; behind this one neighbouring patches"
                         " become one visual token, so all must be there: choose another method"
                     )
-                at = step.ask(step.method.cuts, layers, N, own)
+                at = step.call(step.method.cuts, layers, N, own)
                 cuts += [Cut(layer, place, left, step) for layer, place, left in at]
                 N = own
-        done = lap("vision", self.tower(pixels_IHW3, pipeline.want(layers), cuts))
+        done = lap("vision", self.tower(pixels_IHW3, pipeline.signal_layers(layers), cuts))
         if done.kept:
             within = done.kept.after(within, self.N) if within else done.kept
         seen = merged(done.signals, self.merge)
-        seen = self.add_text(seen, prompts) if pipeline.wants("text") else seen
+        seen = self.add_text(seen, prompts) if pipeline.needs_signal("text") else seen
         return ImageBatch.of(seen, within)
 
     def add_text(self, signals: Signals, prompts: Sequence[Row]) -> Signals:
@@ -236,7 +238,7 @@ class VLM(nn.Module):
         layers, twig = self.config.text.num_hidden_layers, step.learned
         if "twig_attention" in step.method.needs and not (reader and reader.twig is twig):
             reader = TwigReader(twig)
-        schedules = [step.ask(step.method.schedule, layers, n, K) if n > K else {} for n in counts]
+        schedules = [step.call(step.method.schedule, layers, n, K) if n > K else {} for n in counts]
         grids = [self.grid] * len(counts)
         return Cuts(step, schedules, grids, policy, pipeline.enhancer, reader)
 
@@ -277,7 +279,7 @@ def prune(
 
 
 def _step(batches: list[ImageBatch], pruners: list[Pruner]) -> ReductionStep:
-    reductions = [batch.kept.of(i) for batch in batches for i in range(batch.images)]
+    reductions = [batch.kept.of_image(i) for batch in batches for i in range(batch.images)]
     return ReductionStep("+".join(pruner.name for pruner in pruners), 0, reductions)
 
 
@@ -300,7 +302,9 @@ def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[Visual]:
     """Each image's slots, ready to be spliced."""
     bias_BK, index_BK = None, batch.kept.index_BK
     if enhancer and batch.signals.x_BND.shape[1] < batch.encoded.x_BND.shape[1]:
-        bias_BK = enhancer.ask(enhancer.method.weigh, batch.encoded, batch.kept_of_encoded)
+        bias_BK = enhancer.call(
+            enhancer.method.attention_bias, batch.encoded, batch.kept_of_encoded
+        )
     return [
         Visual(
             batch.signals.x_BND[i],

@@ -197,7 +197,7 @@ def measure_level(
 
 def check_pipeline(pipeline: Pipeline) -> None:
     """Refuse methods that have no K to choose. Raises UserError."""
-    name = pipeline.name
+    name = pipeline.spec
     if name == "none":
         raise UserError("a budget needs a --pruner other than none, for example avgpool")
     if pipeline.trained_tokens:

@@ -204,12 +204,12 @@ def measure(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> Calibrati
     few = max(2, min(FEW, int(PATIENCE * limit / once)))
     rounds = min(MANY, max(few, int(limit / once)))
     order = [s for n in range(rounds) for s in random.Random(n).sample(settings, len(settings))]
-    bar = tqdm(order, desc=f"calibrating {pipeline.name}", unit="run", leave=False, file=sys.stderr)
+    bar = tqdm(order, desc=f"calibrating {pipeline.spec}", unit="run", leave=False, file=sys.stderr)
     runs = tuple(run_once(model, pipeline, inputs, setting) for setting in bar)
     text = model.config.text
     row_bytes = cache_bytes(text, [1] * text.num_hidden_layers, model.dtype.size)
     in_tower = bool(pipeline.at(Stage.IMAGE, Stage.ENCODER))
-    return Calibration(pipeline.name, model.N, in_tower, row_bytes, runs, environment(model.dtype))
+    return Calibration(pipeline.spec, model.N, in_tower, row_bytes, runs, environment(model.dtype))
 
 
 def seconds() -> float:
@@ -301,7 +301,7 @@ def _path(model: VLM, folder: Path | None, pipeline: Pipeline) -> Path | None:
         key = model_key(folder) if folder else None
     except UserError:
         key = None
-    kind = json.dumps([pipeline.name, str(model.dtype), str(mx.default_device())])
+    kind = json.dumps([pipeline.spec, str(model.dtype), str(mx.default_device())])
     name = f"{key}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}.json"
     return cache_folder() / "calibrations" / name if key else None
 

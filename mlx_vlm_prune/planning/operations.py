@@ -54,9 +54,9 @@ def count(
     """
     budgets = pipeline.budgets(config.N, K)
     vision, n = _tower(config, budgets)
-    n = budgets.after(Stage.FEATURES, n)
+    n = budgets.left_after(Stage.FEATURES, n)
     projected = projector(config, n)
-    n = budgets.after(Stage.PROJECTED, n)
+    n = budgets.left_after(Stage.PROJECTED, n)
     visual = held(config.text, pipeline, n, K)
     rows = tuple(text + images * own for own in visual)
     return Operations(
@@ -70,13 +70,13 @@ def _tower(config: VLMConfig, budgets: StepBudgets) -> tuple[int, int]:
     """Multiply-adds of the tower for one image, and how many tokens come out of it."""
     v, N, (down, across) = config.vision, budgets.N, config.merge
     patches, n, cuts = N * down * across, N, []
-    for step, own in budgets.each:
+    for step, own in budgets.per_step:
         if step.stage is Stage.IMAGE and own < n:
-            rows, columns = downsample.smaller(config.grid, own)
+            rows, columns = downsample.smaller_grid(config.grid, own)
             n = rows * columns
             patches = n * down * across
         elif step.stage is Stage.ENCODER and own < n:
-            cuts += step.ask(step.method.cuts, v.depth, n, own)
+            cuts += step.call(step.method.cuts, v.depth, n, own)
             n = own
     return tower(config, patches, cuts), n
 
@@ -114,7 +114,7 @@ def held(text: Text, pipeline: Pipeline, n: int, K: int) -> tuple[int, ...]:
     layers, step = text.num_hidden_layers, pipeline.decoder
     told = [n] * layers
     if step and n > K:
-        for layer, left in sorted(step.ask(step.method.schedule, layers, n, K).items()):
+        for layer, left in sorted(step.call(step.method.schedule, layers, n, K).items()):
             told[layer:] = [left] * (layers - layer)
     return tuple(told)
 

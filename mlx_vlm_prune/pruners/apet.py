@@ -23,11 +23,11 @@ from .contract import (
     nearest_mean,
     rounded,
     take,
-    wide,
+    to_float64,
 )
 
 stage = Stage.PROJECTED
-NOTHING = 1e-9  # of the longest token: a basis vector as short adds no direction
+ZERO_LENGTH = 1e-9  # of the longest token: a basis vector as short adds no direction
 
 
 def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
@@ -35,29 +35,31 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
     if basis < 1:
         raise ValueError(f"basis is {basis}; it must be at least 1")
     with mx.stream(mx.cpu):
-        error_BN = errors(signals.x_BND, basis)
+        error_BN = approximation_errors(signals.x_BND, basis)
         index_BK = keep_highest(error_BN, K)
         similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
         return Reduction(index_BK, nearest_mean(similar_BNK, index_BK))
 
 
-def errors(x_BND: mx.array, basis: int) -> mx.array:
+def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:
     """How long what the basis does not explain is, of the longest token, (B, N). On the CPU."""
-    x_BND = wide(x_BND)
+    x_BND = to_float64(x_BND)
     B, N, _ = x_BND.shape
     length_BN = mx.sqrt(mx.square(x_BND).sum(axis=-1))
     longest_B11 = mx.maximum(length_BN.max(axis=-1)[:, None, None], mx.array(1e-30, mx.float64))
-    x_BND = left_BND = x_BND / longest_B11
+    x_BND = residual_BND = x_BND / longest_B11
     i_B1 = mx.argmax(rounded(length_BN / longest_B11[..., 0]), axis=-1, keepdims=True)
     gap_BN = mx.full((B, N), mx.inf).astype(mx.float64)
     for _ in range(min(basis, N)):
-        chosen_B1D = take(left_BND, i_B1)
+        chosen_B1D = take(residual_BND, i_B1)
         square_B11 = mx.square(chosen_B1D).sum(axis=-1, keepdims=True)
-        share_BN1 = (left_BND * chosen_B1D).sum(axis=-1, keepdims=True)
+        share_BN1 = (residual_BND * chosen_B1D).sum(axis=-1, keepdims=True)
         share_BN1 = share_BN1 / mx.maximum(square_B11, mx.array(1e-300, mx.float64))
         projected_BND = share_BN1 * chosen_B1D
-        left_BND = mx.where(square_B11 > NOTHING**2, left_BND - projected_BND, left_BND)
-        apart_BN = mx.square(x_BND - take(x_BND, i_B1)).sum(axis=-1)
-        gap_BN = mx.minimum(gap_BN, rounded(apart_BN))
+        residual_BND = mx.where(
+            square_B11 > ZERO_LENGTH**2, residual_BND - projected_BND, residual_BND
+        )
+        distance_BN = mx.square(x_BND - take(x_BND, i_B1)).sum(axis=-1)
+        gap_BN = mx.minimum(gap_BN, rounded(distance_BN))
         i_B1 = mx.argmax(gap_BN, axis=-1, keepdims=True)
-    return mx.round(mx.sqrt(mx.square(left_BND).sum(axis=-1)) / NOTHING) * NOTHING
+    return mx.round(mx.sqrt(mx.square(residual_BND).sum(axis=-1)) / ZERO_LENGTH) * ZERO_LENGTH

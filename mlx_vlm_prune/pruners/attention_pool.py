@@ -45,6 +45,6 @@ def trained_tokens(weights: AttentionPool) -> int:
     return weights.tokens
 
 
-def make(dims: int, tokens: int) -> AttentionPool:
+def make_weights(dims: int, tokens: int) -> AttentionPool:
     """Untrained weights for features of so many dimensions, and K = `tokens`."""
     return AttentionPool(tokens, dims)

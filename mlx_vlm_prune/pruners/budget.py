@@ -40,14 +40,14 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
             return pruner.trained_tokens
-        keep_ratio = 1.0 if pruner.name == "none" else DEFAULT_KEEP_RATIO
+        keep_ratio = 1.0 if pruner.spec == "none" else DEFAULT_KEEP_RATIO
     K = tokens_for(N, keep_ratio) if keep_ratio is not None else keep_tokens
     assert K is not None
-    if pruner.name == "none" and K != N:
+    if pruner.spec == "none" and K != N:
         raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
     if pruner.trained_tokens and K not in (N, pruner.trained_tokens):
         raise UserError(
-            f"this checkpoint's {pruner.name} was trained for {pruner.trained_tokens} visual"
+            f"this checkpoint's {pruner.spec} was trained for {pruner.trained_tokens} visual"
             f" tokens; it cannot keep {K}"
         )
     return K
@@ -60,14 +60,14 @@ def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> 
     if N == 1:
         raise UserError("an image is one visual token of this model, so nothing can be pruned")
     if len(pipeline.steps) == 1 and pipeline.at(Stage.IMAGE):
-        return sorted({math.prod(downsample.smaller(grid, K)) for K in range(1, N)})
+        return sorted({math.prod(downsample.smaller_grid(grid, K)) for K in range(1, N)})
     if not step:
         return list(range(1, N))
     feasible, refusal = [], None
     for K in range(1, N):
         n = pipeline.budgets(N, K).before_last
         try:
-            step.ask(step.method.schedule, layers, n, K)
+            step.call(step.method.schedule, layers, n, K)
             feasible.append(K)
         except UserError as e:
             refusal = e

@@ -15,7 +15,7 @@ Shapes: B images, N tokens, K kept, T words, M steps done.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, rounded, scaled, take
+from .contract import Reduction, Signals, Stage, cosine, rounded, scale_to_unit, take
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
@@ -41,9 +41,9 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
             row_B1N = (
                 take(kernel_BNN, i_B1) - take(rows_BMN, i_B1, axis=2).swapaxes(1, 2) @ rows_BMN
             )
-            own_B1 = mx.take_along_axis(gain_BN, i_B1, axis=-1)
-            row_BN = row_B1N[:, 0] / mx.sqrt(mx.maximum(own_B1, EXHAUSTED))
-            row_BN = mx.where(own_B1 > EXHAUSTED, row_BN, 0)
+            gain_of_kept_B1 = mx.take_along_axis(gain_BN, i_B1, axis=-1)
+            row_BN = row_B1N[:, 0] / mx.sqrt(mx.maximum(gain_of_kept_B1, EXHAUSTED))
+            row_BN = mx.where(gain_of_kept_B1 > EXHAUSTED, row_BN, 0)
             rows_BMN = mx.concatenate([rows_BMN, row_BN[:, None]], axis=1)
             gain_BN = gain_BN - mx.square(row_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
@@ -54,4 +54,4 @@ def relevance(signals: Signals, negative: bool) -> mx.array:
     similar_BNT = cosine(signals.x_BND, signals.text_BTD)
     real_B1T = signals.text_real_BT[:, None]
     mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)
-    return scaled(rounded(-mean_BN if negative else mean_BN)) + 1e-6
+    return scale_to_unit(rounded(-mean_BN if negative else mean_BN)) + 1e-6

@@ -23,14 +23,14 @@ def density_peaks(distance_nn: np.ndarray, C: int, neighbours: int = 5) -> np.nd
     return np.sort(np.argsort(-score_n, kind="stable")[:C])
 
 
-def homes(distance_nn: np.ndarray, centres: np.ndarray) -> np.ndarray:
+def nearest_centres(distance_nn: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """The number of the nearest centre of each point, (n,); a centre is its own."""
     home_n = np.argmin(distance_nn[:, centres], axis=1)
     home_n[centres] = np.arange(len(centres))
     return home_n
 
 
-def apart(x_nD: np.ndarray) -> np.ndarray:
+def distances(x_nD: np.ndarray) -> np.ndarray:
     """Euclidean distances over the root of D, to nine digits, (n, n).
 
     By differences, row by row: from squared lengths near-duplicates would be noise.

@@ -105,7 +105,7 @@ class Signals:
         """Are the tokens still the whole grid, in raster order?"""
         return self.x_BND.shape[1] == self.grid[0] * self.grid[1]
 
-    def of(self, image: int) -> "Signals":
+    def of_image(self, image: int) -> "Signals":
         """The signals of one image of the batch."""
         return self.replace(**{name: a[image : image + 1] for name, a in self.arrays.items()})
 
@@ -181,7 +181,7 @@ class Reduction:
             weight = self.mixture(between.shape[1]) @ between
         return Reduction(index, weight)
 
-    def of(self, image: int) -> "Reduction":
+    def of_image(self, image: int) -> "Reduction":
         """The reduction of one image of the batch."""
         one = slice(image, image + 1)
         parts = (self.index_BK, self.weight_BKN, self.value_BND)
@@ -214,7 +214,7 @@ def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     return mx.sort(order_BK, axis=-1) if K else order_BK
 
 
-def wide(x: mx.array) -> mx.array:
+def to_float64(x: mx.array) -> mx.array:
     """In float64, where choices are made.
 
     In float32 the order in which a sum is taken decides which of two near-duplicates
@@ -226,7 +226,7 @@ def wide(x: mx.array) -> mx.array:
 
 def unit(x_BND: mx.array) -> mx.array:
     """Tokens of length one, float64; a zero token stays zero. Under `mx.stream(mx.cpu)`."""
-    x_BND = wide(x_BND)
+    x_BND = to_float64(x_BND)
     norm_BN1 = mx.sqrt(mx.square(x_BND).sum(axis=-1, keepdims=True))
     return x_BND / mx.maximum(norm_BN1, mx.array(1e-6, mx.float64))
 
@@ -244,12 +244,12 @@ def cosine(x_BND: mx.array, y_BMD: mx.array | None = None) -> mx.array:
 def rounded(x: mx.array) -> mx.array:
     """To twelve digits after the point, float64. (`mx.round` has its own 10^12 in float32.)"""
     ten_12 = mx.array(1e12, mx.float64)
-    return mx.round(wide(x) * ten_12) / ten_12
+    return mx.round(to_float64(x) * ten_12) / ten_12
 
 
-def scaled(score_BN: mx.array) -> mx.array:
+def scale_to_unit(score_BN: mx.array) -> mx.array:
     """Scores from 0 to 1 within each image, float64; all equal is all 0. On the CPU."""
-    score_BN = wide(score_BN)
+    score_BN = to_float64(score_BN)
     low_B1, high_B1 = score_BN.min(-1, keepdims=True), score_BN.max(-1, keepdims=True)
     return (score_BN - low_B1) / mx.maximum(high_B1 - low_B1, mx.array(1e-12, mx.float64))
 
@@ -257,11 +257,11 @@ def scaled(score_BN: mx.array) -> mx.array:
 def nearest_mean(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
     """Weights (B, K, N) of kept slots that each become the mean of themselves and of the
     dropped tokens most similar to them; of equal slots the first."""
-    member_BKN = members(similar_BNK, index_BK)
+    member_BKN = membership(similar_BNK, index_BK)
     return member_BKN / member_BKN.sum(axis=-1, keepdims=True)
 
 
-def members(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
+def membership(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
     """Which tokens each kept slot stands for, (B, K, N)."""
     N, K = similar_BNK.shape[1:]
     home_BN = mx.argmax(similar_BNK, axis=-1)

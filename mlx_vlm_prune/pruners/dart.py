@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from .budget import one_cut
-from .contract import Reduction, Signals, Stage, cosine, rounded, wide
+from .contract import Reduction, Signals, Stage, cosine, rounded, to_float64
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}
@@ -31,8 +31,8 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
     if pivots < 1:
         raise ValueError(f"pivots is {pivots}; it must be at least 1")
     with mx.stream(mx.cpu):
-        token_BN = np.array(rounded(mx.abs(wide(signals.keys_BND)).sum(axis=-1)))
-        length_BT = rounded(mx.abs(wide(signals.text_keys_BTD)).sum(axis=-1))
+        token_BN = np.array(rounded(mx.abs(to_float64(signals.keys_BND)).sum(axis=-1)))
+        length_BT = rounded(mx.abs(to_float64(signals.text_keys_BTD)).sum(axis=-1))
         word_BT = np.array(mx.where(signals.text_real_BT, length_BT, -1))
         to_token_BNN = np.array(cosine(signals.normed_BND))
         to_word_BTN = np.array(cosine(signals.text_BTD, signals.normed_BND))
@@ -43,11 +43,11 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
         first = np.argsort(-token_N, kind="stable")[: min(pivots, K)]
         words = np.argsort(-word_T, kind="stable")[: min(pivots, int((word_T >= 0).sum()))]
         similar_PN = np.concatenate([to_token_NN[first], to_word_TN[words]])
-        index.append(chosen(first, similar_PN, K))
+        index.append(select_by_pivots(first, similar_PN, K))
     return Reduction(index_BK=mx.array(np.stack(index)))
 
 
-def chosen(first: np.ndarray, similar_PN: np.ndarray, K: int) -> np.ndarray:
+def select_by_pivots(first: np.ndarray, similar_PN: np.ndarray, K: int) -> np.ndarray:
     """The pivots among the tokens, and each pivot's share of what is left, ascending."""
     P, rest = len(similar_PN), K - len(first)
     kept = list(first)

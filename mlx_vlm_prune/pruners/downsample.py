@@ -18,7 +18,7 @@ stage = Stage.IMAGE
 needs = {"grid": None}
 
 
-def smaller(grid: tuple[int, int], K: int) -> tuple[int, int]:
+def smaller_grid(grid: tuple[int, int], K: int) -> tuple[int, int]:
     """Rows and columns, at most K together, each within one of the image's own shape."""
     scale = (K / (grid[0] * grid[1])) ** 0.5
     best = (1, 1)
@@ -30,7 +30,7 @@ def smaller(grid: tuple[int, int], K: int) -> tuple[int, int]:
     return best
 
 
-def blocks(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduction:
+def block_means(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduction:
     """Which patches of the whole image each new one covers, for positions and pictures."""
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     home_N = row * small[0] // grid[0] * small[1] + column * small[1] // grid[1]

@@ -29,10 +29,10 @@ def prune(
     if areas < 1 or not 0 <= local <= 1:
         raise ValueError("areas is at least 1, and local a share of K from 0 to 1")
     N, first = signals.x_BND.shape[1], int(K * local)
-    cut = windows(signals.grid, min(areas, N))
+    area_windows = windows(signals.grid, min(areas, N))
     chosen = []
-    for i, window in enumerate(cut):
-        share = (i + 1) * first // len(cut) - i * first // len(cut)
+    for i, window in enumerate(area_windows):
+        share = (i + 1) * first // len(area_windows) - i * first // len(area_windows)
         area = mx.array(window.ravel())
         best = keep_highest(signals.local_attention_BN[:, area], min(share, window.size))
         chosen.append(area[best])

@@ -19,14 +19,14 @@ def windows(grid: tuple[int, int], K: int) -> list[np.ndarray]:
     square = math.floor(math.sqrt(K * rows / columns) + 0.5)
     bands = min(rows, K, max(-(-K // columns), square))
     cells = np.arange(rows * columns).reshape(rows, columns)
-    found = []
+    covering = []
     for r in range(bands):
         band = cells[r * rows // bands : (r + 1) * rows // bands]
         share = (r + 1) * K // bands - r * K // bands
         assert 1 <= share <= columns
         for j in range(share):
-            found.append(band[:, j * columns // share : (j + 1) * columns // share])
-    return found
+            covering.append(band[:, j * columns // share : (j + 1) * columns // share])
+    return covering
 
 
 def centre(window: np.ndarray) -> int:

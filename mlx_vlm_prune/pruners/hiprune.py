@@ -29,8 +29,8 @@ def prune(
     (B, N), grid = signals.object_attention_BN.shape, signals.grid
     anchors_BA = keep_highest(signals.object_attention_BN, int(K * objects / 5))
     is_anchor = (anchors_BA[..., None] == mx.arange(N)).any(axis=1).reshape(B, *grid)
-    wide = mx.pad(is_anchor, [(0, 0), (1, 1), (1, 1)])
-    around = wide[:, :-2, 1:-1] | wide[:, 2:, 1:-1] | wide[:, 1:-1, :-2] | wide[:, 1:-1, 2:]
+    padded = mx.pad(is_anchor, [(0, 0), (1, 1), (1, 1)])
+    around = padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
     first_BN = (is_anchor | around).reshape(B, N)
     score_BN = mx.where(first_BN, mx.inf, signals.received_attention_BN)
     return Reduction(index_BK=keep_highest(score_BN, K))

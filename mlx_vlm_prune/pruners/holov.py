@@ -15,7 +15,7 @@ Shapes: B images, N tokens, K kept, n tokens of a region.
 import mlx.core as mx
 import numpy as np
 
-from .contract import Reduction, Signals, Stage, cosine, rounded, scaled
+from .contract import Reduction, Signals, Stage, cosine, rounded, scale_to_unit
 from .grid import windows
 
 stage = Stage.FEATURES
@@ -35,20 +35,22 @@ def prune(
         varied_BN = np.zeros(similar_BNN.shape[:2])
         for area in areas:
             varied_BN[:, area] = similar_BNN[:, area][:, :, area].var(axis=-1)
-        attention_BN = scaled(signals.cls_attention_BN)
-        score_BN = np.array(rounded(attention_BN + beta * scaled(mx.array(varied_BN, mx.float64))))
-    index_BK = np.stack([chosen(score_N, areas, K) for score_N in score_BN])
+        attention_BN = scale_to_unit(signals.cls_attention_BN)
+        score_BN = np.array(
+            rounded(attention_BN + beta * scale_to_unit(mx.array(varied_BN, mx.float64)))
+        )
+    index_BK = np.stack([best_of_regions(score_N, areas, K) for score_N in score_BN])
     return Reduction(index_BK=mx.array(index_BK))
 
 
-def chosen(score_N: np.ndarray, areas: list[np.ndarray], K: int) -> np.ndarray:
+def best_of_regions(score_N: np.ndarray, areas: list[np.ndarray], K: int) -> np.ndarray:
     """Of each region its quota, ascending."""
-    quotas = shared([score_N[area].mean() for area in areas], [len(area) for area in areas], K)
+    quotas = allocate([score_N[area].mean() for area in areas], [len(area) for area in areas], K)
     best = [area[np.argsort(-score_N[area], kind="stable")] for area in areas]
     return np.sort(np.concatenate([area[:n] for area, n in zip(best, quotas, strict=True)]))
 
 
-def shared(worth: list[float], room: list[int], K: int) -> list[int]:
+def allocate(worth: list[float], room: list[int], K: int) -> list[int]:
     """K seats in proportion to the worth, one after another to where a seat is worth most."""
     seats = [0] * len(worth)
     for _ in range(K):

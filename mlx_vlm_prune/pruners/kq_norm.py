@@ -10,7 +10,7 @@ Shapes: B images, N patches, H heads, d head size, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest, rounded, wide
+from .contract import Reduction, Signals, Stage, keep_highest, rounded, to_float64
 from .pipeline import layer_at
 
 stage = Stage.ENCODER
@@ -25,9 +25,9 @@ def cuts(layers: int, N: int, K: int, *, layer: float = 0.5) -> list[tuple[int, 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
     with mx.stream(mx.cpu):
-        score_BN = length(signals.keys_BNHd) + length(signals.queries_BNHd)
+        score_BN = norm(signals.keys_BNHd) + norm(signals.queries_BNHd)
         return Reduction(index_BK=keep_highest(rounded(score_BN), K))
 
 
-def length(x_BNHd: mx.array) -> mx.array:
-    return mx.sqrt(mx.square(wide(x_BNHd)).sum(axis=(2, 3)))
+def norm(x_BNHd: mx.array) -> mx.array:
+    return mx.sqrt(mx.square(to_float64(x_BNHd)).sum(axis=(2, 3)))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ..checkpoints.errors import Parser, UserError, in_one_sentence
 from . import METHODS, PRESETS, Method
-from .spec import nearest
+from .spec import suggestion
 
 COLUMNS = ("name", "stage", "text-aware", "training-free", "source", "needs")
 
@@ -13,7 +13,7 @@ def cells(method: Method) -> tuple[str, ...]:
     """A method's line of the table."""
     yes = {True: "yes", False: "no"}
     return (
-        method.name, method.stage.name.lower(), yes[method.reads_words], yes[not method.learned],
+        method.name, method.stage.name.lower(), yes[method.reads_prompt], yes[not method.learned],
         method.source or "–", ", ".join(method.needs) or "–",
     )  # fmt: skip
 
@@ -51,4 +51,4 @@ def show(name: str | None) -> None:
         for key, default in method.options.items():
             print(f"  {key}={default:.4g}" if isinstance(default, float) else f"  {key}={default}")
     else:
-        raise UserError(f"no pruner is called {name!r}; {nearest(name, [*METHODS, *PRESETS])}")
+        raise UserError(f"no pruner is called {name!r}; {suggestion(name, [*METHODS, *PRESETS])}")

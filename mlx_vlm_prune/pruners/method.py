@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 
 from .contract import Policy, Stage
 
-WORDS = {
+PROMPT_SIGNALS = {
     "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ def _any_budget(weights: Any) -> int | None:
 class Method:
     """A method's names, as its file has them; keyword-only parameters are its options.
 
-    Without `prune` the weights choose: their class is what `make` returns, and has it.
+    Without `prune` the weights choose: their class is what `make_weights` returns, and has it.
     """
 
     name: str
@@ -46,23 +46,27 @@ class Method:
     proportional: bool = False  # does a merged token count as often as it has members?
     cuts: Callable[..., Any] | None = None  # (layers, N, K): [(layer, place, left)] of a tower
     schedule: Callable[..., Any] | None = None  # (layers, N, K): {layer: left} of a decoder
-    weigh: Callable[..., Any] | None = None  # (signals, kept): an enhancer's bias of attention
+    attention_bias: Callable[..., Any] | None = (
+        None  # (signals, kept): an enhancer's bias of attention
+    )
     learned: bool = False  # does it come with weights?
-    make: Callable[..., Any] = _unlearned  # untrained weights, unless the model must make them
-    settled: Callable[[Any], Mapping[str, Any]] = _nothing_settled  # options that they fix
+    make_weights: Callable[..., Any] = (
+        _unlearned  # untrained weights, unless the model must make them
+    )
+    fixed_options: Callable[[Any], Mapping[str, Any]] = _nothing_settled  # options that they fix
     trained_tokens: Callable[[Any], int | None] = _any_budget  # the one K that they allow
 
     @classmethod
     def of(cls, module: ModuleType) -> "Method":
         """The method of a file."""
         names = {f.name for f in fields(cls)}
-        given = {name: value for name, value in vars(module).items() if name in names}
+        declared = {name: value for name, value in vars(module).items() if name in names}
         name, doc = module.__name__.rpartition(".")[2], inspect.getdoc(module) or ""
-        learned = {"learned": given.get("learned", "make" in given)}
-        return cls(**given | learned | {"name": name, "doc": doc})
+        learned = {"learned": declared.get("learned", "make_weights" in declared)}
+        return cls(**declared | learned | {"name": name, "doc": doc})
 
     @property
-    def idea(self) -> str:
+    def summary(self) -> str:
         """One sentence."""
         return " ".join(self.doc.split("\n\n")[0].split())
 
@@ -73,19 +77,19 @@ class Method:
         return named[0] if named else ""
 
     @property
-    def reads_words(self) -> bool:
+    def reads_prompt(self) -> bool:
         """Does the prompt decide what stays?"""
-        return bool(WORDS & set(self.needs))
+        return bool(PROMPT_SIGNALS & set(self.needs))
 
     @cached_property
     def options(self) -> dict[str, Any]:
         """Names and defaults of the options."""
         prune = self.prune
-        if prune is None and self.make is not _unlearned:
-            prune = get_type_hints(self.make)["return"].prune
+        if prune is None and self.make_weights is not _unlearned:
+            prune = get_type_hints(self.make_weights)["return"].prune
         return {
             parameter.name: parameter.default
-            for function in (self.cuts, self.schedule, prune, self.weigh)
+            for function in (self.cuts, self.schedule, prune, self.attention_bias)
             if function
             for parameter in inspect.signature(function).parameters.values()
             if parameter.kind is parameter.KEYWORD_ONLY

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from .contract import Reduction, Signals, Stage, keep_highest, wide
+from .contract import Reduction, Signals, Stage, keep_highest, to_float64
 from .scorer import layer_norm, linear, score
 
 stage = Stage.FEATURES
@@ -41,7 +41,7 @@ class Usefulness(nn.Module):
         N = signals.x_BND.shape[1]
         with mx.stream(mx.cpu):
             x_BND = layer_norm(signals.x_BND, self.norm)
-            attention_BN1 = mx.log(wide(signals.cls_attention_BN) * N + 1e-6)[..., None]
+            attention_BN1 = mx.log(to_float64(signals.cls_attention_BN) * N + 1e-6)[..., None]
             both = mx.concatenate([x_BND, attention_BN1], axis=-1)
             return Reduction(index_BK=keep_highest(score(both, self.fc1, self.fc2), K))
 
@@ -55,6 +55,6 @@ class Usefulness(nn.Module):
         return [int(k) for k in np.clip(np.floor(K * share_B + 0.5), 1, N)]
 
 
-def make(dims: int, tokens: int) -> Usefulness:
+def make_weights(dims: int, tokens: int) -> Usefulness:
     """Untrained weights for features of so many dimensions; any budget."""
     return Usefulness(dims)

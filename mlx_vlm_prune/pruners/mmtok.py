@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, cosine, rounded
 from .prumerge import EULER
-from .scope import cover
+from .scope import greedy_cover
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
@@ -29,16 +29,16 @@ def prune(
     if not (sharp > 0 and soft > 0 and image >= 0):
         raise ValueError("sharp and soft are temperatures above 0, and image is at least 0")
     with mx.stream(mx.cpu):
-        words_BTN = spread(cosine(signals.text_BTD, signals.x_BND), sharp)
+        words_BTN = softmax(cosine(signals.text_BTD, signals.x_BND), sharp)
         real_BT1 = signals.text_real_BT[..., None]
         words_BTN = mx.where(real_BT1, words_BTN, 0) / real_BT1.sum(axis=1, keepdims=True)
-        tokens_BNN = spread(cosine(signals.x_BND), soft) * image / signals.x_BND.shape[1]
+        tokens_BNN = softmax(cosine(signals.x_BND), soft) * image / signals.x_BND.shape[1]
         rows_BMN = rounded(mx.concatenate([words_BTN, tokens_BNN], axis=1))
         equal_BN = mx.ones(signals.x_BND.shape[:2], dtype=mx.float64)
-        return Reduction(index_BK=cover(rows_BMN, equal_BN, K))
+        return Reduction(index_BK=greedy_cover(rows_BMN, equal_BN, K))
 
 
-def spread(similar_BMN: mx.array, temperature: float) -> mx.array:
+def softmax(similar_BMN: mx.array, temperature: float) -> mx.array:
     """Softmax of each row, float64."""
     logits_BMN = (similar_BMN - similar_BMN.max(axis=-1, keepdims=True)) / temperature
     power_BMN = mx.power(mx.array(EULER, mx.float64), logits_BMN)

@@ -7,7 +7,7 @@ Shapes: B images, N tokens, D features, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest, wide
+from .contract import Reduction, Signals, Stage, keep_highest, to_float64
 
 stage = Stage.FEATURES
 
@@ -15,5 +15,5 @@ stage = Stage.FEATURES
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K tokens of largest norm."""
     with mx.stream(mx.cpu):
-        square_BN = mx.square(wide(signals.x_BND)).sum(axis=-1)
+        square_BN = mx.square(to_float64(signals.x_BND)).sum(axis=-1)
         return Reduction(index_BK=keep_highest(square_BN, K))

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from .budget import one_cut
-from .contract import Reduction, Signals, Stage, cosine, rounded, wide
+from .contract import Reduction, Signals, Stage, cosine, rounded, to_float64
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"mean_attention": None}
@@ -37,21 +37,21 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
     if not 0 <= clustered <= 1:
         raise ValueError(f"clustered is {clustered}; it is a share from 0 to 1")
     with mx.stream(mx.cpu):
-        length_BN = mx.sqrt(mx.square(wide(signals.x_BND)).sum(axis=-1))
-        worth_BN = np.array(rounded(wide(signals.mean_attention_BN) * length_BN))
+        length_BN = mx.sqrt(mx.square(to_float64(signals.x_BND)).sum(axis=-1))
+        worth_BN = np.array(rounded(to_float64(signals.mean_attention_BN) * length_BN))
         distance_BNN = 1 - np.array(cosine(signals.next_keys_BND))
     n = K + int(clustered * (worth_BN.shape[1] - K))
-    made = [grouped(w, d, K, n) for w, d in zip(worth_BN, distance_BNN, strict=True)]
-    index_BK, weight_BKN = (np.stack(parts) for parts in zip(*made, strict=True))
+    pairs = [cluster(w, d, K, n) for w, d in zip(worth_BN, distance_BNN, strict=True)]
+    index_BK, weight_BKN = (np.stack(parts) for parts in zip(*pairs, strict=True))
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
 
 
-def grouped(
+def cluster(
     worth_N: np.ndarray, distance_NN: np.ndarray, K: int, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Index (K,) and weights (K, N) of the clusters' means."""
     order = np.argsort(-worth_N, kind="stable")[:n]
-    cutoff, centres = bounded(distance_NN[np.ix_(order, order)], K)
+    cutoff, centres = smallest_cutoff(distance_NN[np.ix_(order, order)], K)
     others = [i for i in range(n) if i not in set(centres)]
     index_K = np.sort(order[centres + others[: K - len(centres)]])
     distance_KN = distance_NN[index_K]
@@ -62,16 +62,18 @@ def grouped(
     return index_K, member_KN / member_KN.sum(axis=1, keepdims=True)
 
 
-def bounded(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
+def smallest_cutoff(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
     """The smallest cutoff, to a millionth, that leaves at most K centres, and those."""
     low, high = -1e-6, 2.0  # of one minus a cosine
     for _ in range(21):
         middle = (low + high) / 2
-        low, high = (low, middle) if len(peaks(distance_nn, middle)) <= K else (middle, high)
-    return high, peaks(distance_nn, high)
+        low, high = (
+            (low, middle) if len(spaced_centres(distance_nn, middle)) <= K else (middle, high)
+        )
+    return high, spaced_centres(distance_nn, high)
 
 
-def peaks(distance_nn: np.ndarray, cutoff: float) -> list[int]:
+def spaced_centres(distance_nn: np.ndarray, cutoff: float) -> list[int]:
     """Centres in the order of density: each farther than the cutoff from those before."""
     density_n = np.exp(-((distance_nn / max(cutoff, 1e-6)) ** 2)).sum(axis=1).round(9)
     centres: list[int] = []

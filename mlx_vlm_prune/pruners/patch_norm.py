@@ -9,7 +9,7 @@ Shapes: B images, N patches, D features, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest, wide
+from .contract import Reduction, Signals, Stage, keep_highest, to_float64
 
 stage = Stage.ENCODER
 needs: dict[str, str | None] = {"patches": None}
@@ -23,5 +23,5 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
     with mx.stream(mx.cpu):
-        square_BN = mx.square(wide(signals.patches_BND)).sum(axis=-1)
+        square_BN = mx.square(to_float64(signals.patches_BND)).sum(axis=-1)
         return Reduction(index_BK=keep_highest(square_BN, K))

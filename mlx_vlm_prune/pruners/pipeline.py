@@ -15,7 +15,7 @@ from .contract import Policy, Reduction, Signals, Stage, identity
 from .method import Method
 
 # Of a chain's budget K, what an earlier method leaves to the next: VScan's 96 for 64.
-GENEROUS = 1.5
+EARLIER_STEP_FACTOR = 1.5
 
 
 def layer_at(layer: float, depth: int) -> int:
@@ -66,11 +66,11 @@ class Pruner:
     @property
     def spec(self) -> str:
         """As it is written on the command line."""
-        told = [f"{key}={value}" for key, value in self.options.items()]
-        told += [f"keep={self.keep}"] if self.keep else []
-        return self.name + (":" + ",".join(told) if told else "")
+        options = [f"{key}={value}" for key, value in self.options.items()]
+        options += [f"keep={self.keep}"] if self.keep else []
+        return self.name + (":" + ",".join(options) if options else "")
 
-    def want(self, layers: int) -> dict[str, int | None]:
+    def signal_layers(self, layers: int) -> dict[str, int | None]:
         """What the tower of so many layers must hand over, and of which layer."""
         values = self.method.options | self.options
         try:
@@ -82,17 +82,17 @@ class Pruner:
         except UserError as e:
             raise UserError(f"{self.name}: {e}") from None
 
-    def given(self, function: Callable) -> dict[str, Any]:
+    def options_for(self, function: Callable) -> dict[str, Any]:
         """The options that one of the method's functions takes, and what training settled."""
         names = inspect.signature(function).parameters
-        told = {**self.options, **self.method.settled(self.learned)}
-        return {name: value for name, value in told.items() if name in names}
+        options = {**self.options, **self.method.fixed_options(self.learned)}
+        return {name: value for name, value in options.items() if name in names}
 
-    def ask(self, function: Callable | None, *arguments: Any) -> Any:
+    def call(self, function: Callable | None, *arguments: Any) -> Any:
         """Call one of the method's functions with its options; a ValueError is the user's."""
         assert function, f"{self.name} has no function for its stage"
         try:
-            return function(*arguments, **self.given(function))
+            return function(*arguments, **self.options_for(function))
         except ValueError as e:
             raise UserError(f"{self.name}: {e}") from None
 
@@ -110,7 +110,7 @@ class Pruner:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
         if not mx.isfinite(signals.x_BND).all().item():
             raise UserError("the vision tower gave NaN or infinite features; try --dtype float32")
-        return self.ask(self.method.prune or self.learned.prune, signals, K)
+        return self.call(self.method.prune or self.learned.prune, signals, K)
 
 
 @dataclass(frozen=True)
@@ -119,20 +119,20 @@ class StepBudgets:
 
     N: int
     K: int  # of the last; of a decoder method the average over layers
-    each: tuple[tuple[Pruner, int], ...]
+    per_step: tuple[tuple[Pruner, int], ...]
 
     def at(self, *stages: Stage) -> list[tuple[Pruner, int]]:
         """The steps of some stages, in order, with what each leaves."""
-        return [(step, left) for step, left in self.each if step.stage in stages]
+        return [(step, left) for step, left in self.per_step if step.stage in stages]
 
-    def after(self, stage: Stage, n: int) -> int:
+    def left_after(self, stage: Stage, n: int) -> int:
         """How many of n tokens a stage leaves."""
         return min([n, *(left for _, left in self.at(stage))])
 
     @property
     def before_last(self) -> int:
         """How many tokens the last step is given."""
-        return self.each[-2][1] if len(self.each) > 1 else self.N
+        return self.per_step[-2][1] if len(self.per_step) > 1 else self.N
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Pipeline:
         return pruner if isinstance(pruner, Pipeline) else cls((pruner,))
 
     @property
-    def name(self) -> str:
+    def spec(self) -> str:
         """As it is written on the command line."""
         enhancer = (self.enhancer,) if self.enhancer else ()
         return "+".join(step.spec for step in (*self.steps, *enhancer))
@@ -169,25 +169,25 @@ class Pipeline:
     def decoder(self) -> Pruner | None:
         return next(iter(self.at(Stage.DECODER)), None)
 
-    def want(self, layers: int) -> dict[str, int | None]:
+    def signal_layers(self, layers: int) -> dict[str, int | None]:
         """What the tower must hand over to all steps."""
         wanted: dict[str, int | None] = {}
         for step in self.steps:
             if step.stage is not Stage.DECODER:
-                for name, layer in step.want(layers).items():
+                for name, layer in step.signal_layers(layers).items():
                     if wanted.setdefault(name, layer) != layer:
-                        raise UserError(f"{self.name}: {name} is needed of two different layers")
+                        raise UserError(f"{self.spec}: {name} is needed of two different layers")
         return wanted
 
-    def wants(self, signal: str) -> bool:
+    def needs_signal(self, signal: str) -> bool:
         return any(signal in step.method.needs for step in self.steps)
 
     def budgets(self, N: int, K: int) -> StepBudgets:
         """What each step leaves; the last brings (the average over layers) to K."""
         *earlier, last = self.steps
-        each = []
+        per_step = []
         for i, step in enumerate(earlier):
-            generous = int(K * GENEROUS ** (len(earlier) - i) + 0.5)
+            generous = int(K * EARLIER_STEP_FACTOR ** (len(earlier) - i) + 0.5)
             left = min(N, step.trained_tokens or step.keep or generous)
-            each.append((step, N if K == N else left))
-        return StepBudgets(N, K, (*each, (last, K)))
+            per_step.append((step, N if K == N else left))
+        return StepBudgets(N, K, (*per_step, (last, K)))

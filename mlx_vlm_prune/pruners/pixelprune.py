@@ -34,14 +34,16 @@ def prune(signals: Signals, K: int, *, tolerance: float = 0.0) -> Reduction:
     left = mx.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)
     up = mx.concatenate([x[:, :1], x[:, :-1]], axis=1)
     corner = mx.concatenate([up[:, :, :1], up[:, :, :-1]], axis=2)
-    across = (apart(corner, left) <= tolerance) & (apart(corner, up) > tolerance)
-    error = mx.where(across, apart(x, up), apart(x, left))
-    error[:, :, 0] = apart(x, up)[:, :, 0]
-    error[:, 0] = apart(x, left)[:, 0]
+    across = (largest_difference(corner, left) <= tolerance) & (
+        largest_difference(corner, up) > tolerance
+    )
+    error = mx.where(across, largest_difference(x, up), largest_difference(x, left))
+    error[:, :, 0] = largest_difference(x, up)[:, :, 0]
+    error[:, 0] = largest_difference(x, left)[:, 0]
     error[:, 0, 0] = mx.inf  # nothing predicts the first
     return Reduction(index_BK=keep_highest(error.reshape(B, N), K))
 
 
-def apart(x: mx.array, y: mx.array) -> mx.array:
+def largest_difference(x: mx.array, y: mx.array) -> mx.array:
     """The largest difference of two patches' pixels."""
     return mx.abs(x - y).max(axis=-1)

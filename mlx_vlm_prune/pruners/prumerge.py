@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, keep_highest, rounded, take, wide
+from .contract import Reduction, Signals, Stage, cosine, keep_highest, rounded, take, to_float64
 
 stage = Stage.FEATURES
 needs = {"cls_query": "layer", "keys": "layer"}
@@ -41,8 +41,8 @@ def absorbed(
 
 def scores(signals: Signals) -> mx.array:
     """Softmax of CLS's query with every key, (B, N) float64. On the CPU."""
-    query_BD1 = wide(signals.cls_query_BHd).flatten(1)[..., None]
-    keys_BND = wide(signals.keys_BNHd).flatten(2)
+    query_BD1 = to_float64(signals.cls_query_BHd).flatten(1)[..., None]
+    keys_BND = to_float64(signals.keys_BNHd).flatten(2)
     logits_BN = (keys_BND @ query_BD1)[..., 0] / keys_BND.shape[-1] ** 0.5
     power_BN = mx.power(mx.array(EULER, mx.float64), logits_BN - logits_BN.max(-1, keepdims=True))
     return rounded(power_BN / power_BN.sum(axis=-1, keepdims=True))

@@ -14,12 +14,12 @@ Shapes: B images, N tokens, K kept, d head size.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, members, take
+from .contract import Reduction, Signals, Stage, cosine, membership, take
 
 stage = Stage.ENHANCER
 
 
-def weigh(
+def attention_bias(
     signals: Signals, kept: Reduction, *, strength: float = 1.0, theta: float = 1e4, dims: int = 128
 ) -> mx.array:
     """What is added to the attention that each kept token gets, (B, K); `theta` and `dims` are
@@ -31,13 +31,13 @@ def weigh(
     N = signals.x_BND.shape[1]
     with mx.stream(mx.cpu):
         similar_BNK = take(cosine(signals.x_BND), kept.index_BK, axis=2)
-        member_BKN = members(similar_BNK, kept.index_BK)
-        apart_BKN = mx.abs(mx.arange(N) - kept.index_BK[..., None].astype(mx.int32))
-        spoken_BK = (member_BKN * decay(N, theta, dims)[apart_BKN]).sum(axis=-1)
-        return strength * mx.log(mx.maximum(spoken_BK, 1.0))
+        member_BKN = membership(similar_BNK, kept.index_BK)
+        distance_BKN = mx.abs(mx.arange(N) - kept.index_BK[..., None].astype(mx.int32))
+        represented_BK = (member_BKN * rotary_decay(N, theta, dims)[distance_BKN]).sum(axis=-1)
+        return strength * mx.log(mx.maximum(represented_BK, 1.0))
 
 
-def decay(N: int, theta: float, dims: int) -> mx.array:
+def rotary_decay(N: int, theta: float, dims: int) -> mx.array:
     """What is left of a score at distances 0 to N - 1: the mean of RoPE's cosines, (N,)."""
     rate_h = theta ** (-mx.arange(0, dims, 2) / dims)
     return mx.maximum(mx.cos(mx.arange(N)[:, None] * rate_h).mean(axis=-1), 0)

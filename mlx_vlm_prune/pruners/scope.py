@@ -9,7 +9,7 @@ Shapes: B images, N tokens, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, rounded, take, wide
+from .contract import Reduction, Signals, Stage, cosine, rounded, take, to_float64
 
 stage = Stage.PROJECTED
 needs = {"cls_attention": "layer"}
@@ -19,11 +19,11 @@ def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) ->
     """Keep K; the K steps are one graph. `layer` is read by the host."""
     with mx.stream(mx.cpu):
         similar_BNN = cosine(signals.x_BND)
-        salient_BN = mx.power(wide(signals.cls_attention_BN), mx.array(power, mx.float64))
-        return Reduction(index_BK=cover(similar_BNN, salient_BN, K))
+        salient_BN = mx.power(to_float64(signals.cls_attention_BN), mx.array(power, mx.float64))
+        return Reduction(index_BK=greedy_cover(similar_BNN, salient_BN, K))
 
 
-def cover(similar_BMN: mx.array, salient_BN: mx.array, K: int) -> mx.array:
+def greedy_cover(similar_BMN: mx.array, salient_BN: mx.array, K: int) -> mx.array:
     """The K columns (B, K), ascending, that greedily cover the M rows best. On the CPU.
 
     A row is covered to its largest entry among the chosen columns; a column's gain is what

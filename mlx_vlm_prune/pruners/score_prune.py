@@ -35,6 +35,6 @@ class Scorer(nn.Module):
             return Reduction(index_BK=keep_highest(score_BN, K))
 
 
-def make(dims: int, tokens: int) -> Scorer:
+def make_weights(dims: int, tokens: int) -> Scorer:
     """Untrained weights for features of so many dimensions; any budget."""
     return Scorer(dims)

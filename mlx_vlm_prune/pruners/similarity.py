@@ -27,15 +27,15 @@ def prune(
     """Merge into K clusters. The pass is sequential: it runs on the host, N short steps."""
     with mx.stream(mx.cpu):
         similar_BNN = np.array(cosine(signals.x_BND))
-    settle = stop_at if published else balance
-    leader_BN = np.stack([settle(s_NN, lead(s_NN, threshold), K) for s_NN in similar_BNN])
+    settle = first_k if published else exactly_k
+    leader_BN = np.stack([settle(s_NN, assign_leaders(s_NN, threshold), K) for s_NN in similar_BNN])
     index_BK = np.stack([np.flatnonzero(row == np.arange(len(row))) for row in leader_BN])
     member_BKN = leader_BN[:, None, :] == index_BK[:, :, None]
     weight_BKN = member_BKN / member_BKN.sum(axis=-1, keepdims=True)
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
 
 
-def lead(similar_NN: np.ndarray, threshold: float) -> np.ndarray:
+def assign_leaders(similar_NN: np.ndarray, threshold: float) -> np.ndarray:
     """The leader of every token, (N,); a leader leads itself."""
     alike_NN = similar_NN > threshold
     leader_N = np.full(len(alike_NN), -1)
@@ -47,7 +47,7 @@ def lead(similar_NN: np.ndarray, threshold: float) -> np.ndarray:
     return leader_N
 
 
-def balance(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
+def exactly_k(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
     """Exactly K clusters that hold every token."""
     leaders, size = np.unique(leader_N, return_counts=True)
     if len(leaders) > K:
@@ -64,7 +64,7 @@ def balance(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
     return leader_N
 
 
-def stop_at(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
+def first_k(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
     """The first K clusters; -1 for a token that belongs to none. Too few: lowest indices alone."""
     leaders = np.unique(leader_N)
     first = leaders[:K]

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from .budget import several_cuts
-from .clusters import apart, density_peaks, homes
-from .contract import Reduction, Signals, Stage, rounded, wide
-from .mmtok import spread
+from .clusters import density_peaks, distances, nearest_centres
+from .contract import Reduction, Signals, Stage, rounded, to_float64
+from .mmtok import softmax
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
@@ -41,39 +41,39 @@ def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
     if not 0 <= recycle <= 1:
         raise ValueError(f"recycle is {recycle}; it is a share from 0 to 1")
     with mx.stream(mx.cpu):
-        score_BN = np.array(rounded(rated(signals)))
-        x_BND = np.array(wide(signals.x_BND))
-    made = [gathered(s, x, K, recycle) for s, x in zip(score_BN, x_BND, strict=True)]
-    index_BK, weight_BKN = (np.stack(parts) for parts in zip(*made, strict=True))
+        score_BN = np.array(rounded(rater_attention(signals)))
+        x_BND = np.array(to_float64(signals.x_BND))
+    pairs = [recycle_best_dropped(s, x, K, recycle) for s, x in zip(score_BN, x_BND, strict=True)]
+    index_BK, weight_BKN = (np.stack(parts) for parts in zip(*pairs, strict=True))
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
 
 
-def rated(signals: Signals) -> mx.array:
+def rater_attention(signals: Signals) -> mx.array:
     """The attention of the raters, (B, N). On the CPU."""
     real_BT = signals.text_real_BT
-    logits_BNT = wide(signals.normed_BND) @ wide(signals.text_BTD).swapaxes(1, 2)
+    logits_BNT = to_float64(signals.normed_BND) @ to_float64(signals.text_BTD).swapaxes(1, 2)
     logits_BNT = mx.where(real_BT[:, None], logits_BNT, -mx.inf)
-    share_BT = rounded(mx.where(real_BT, spread(logits_BNT, 1.0).mean(axis=1), 0))
+    share_BT = rounded(mx.where(real_BT, softmax(logits_BNT, 1.0).mean(axis=1), 0))
     mean_B1 = share_BT.sum(axis=-1, keepdims=True) / real_BT.sum(axis=-1, keepdims=True)
     rater_BT = (share_BT >= rounded(mean_B1)) & real_BT
-    told_BTN = wide(signals.text_attention_BTN) * rater_BT[..., None]
-    return told_BTN.sum(axis=1) / rater_BT.sum(axis=-1, keepdims=True)
+    rated_BTN = to_float64(signals.text_attention_BTN) * rater_BT[..., None]
+    return rated_BTN.sum(axis=1) / rater_BT.sum(axis=-1, keepdims=True)
 
 
-def gathered(
+def recycle_best_dropped(
     score_N: np.ndarray, x_ND: np.ndarray, K: int, recycle: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Index (K,) and weights (K, N): the kept, and the clusters' sums."""
     N = len(score_N)
-    again = int(recycle * (N - K))
-    C = min(again // 10 + 1, K - 1) if again else 0
+    recycled_count = int(recycle * (N - K))
+    C = min(recycled_count // 10 + 1, K - 1) if recycled_count else 0
     order = np.argsort(-score_N, kind="stable")
-    kept, recycled = order[: K - C], np.sort(order[K - C : K - C + max(again, C)])
+    kept, recycled = order[: K - C], np.sort(order[K - C : K - C + max(recycled_count, C)])
     weight_NN = np.eye(N)
     if C:
-        distance_nn = apart(x_ND[recycled])
+        distance_nn = distances(x_ND[recycled])
         centres = density_peaks(distance_nn, C)
-        home = recycled[centres][homes(distance_nn, centres)]
+        home = recycled[centres][nearest_centres(distance_nn, centres)]
         weight_NN[home, recycled] = 1
         kept = np.concatenate([kept, recycled[centres]])
     index_K = np.sort(kept)

@@ -23,7 +23,7 @@ def parse(
     that cannot be.
     """
     spec = presets.get(spec, spec)
-    pruners = [_one(part, methods, presets, learned) for part in spec.split("+")]
+    pruners = [_parse_pruner(part, methods, presets, learned) for part in spec.split("+")]
     steps = tuple(p for p in pruners if p.stage is not Stage.ENHANCER)
     enhancers = [p for p in pruners if p.stage is Stage.ENHANCER]
     if len(enhancers) > 1 or len([p for p in steps if p.stage is Stage.DECODER]) > 1:
@@ -47,7 +47,7 @@ def parse(
     return Pipeline(steps, enhancers[0] if enhancers else None)
 
 
-def _one(
+def _parse_pruner(
     part: str,
     methods: Mapping[str, Method],
     presets: Mapping[str, str],
@@ -55,33 +55,33 @@ def _one(
 ) -> Pruner:
     name, _, listed = part.partition(":")
     if name not in methods:
-        raise UserError(f"no pruner is called {name!r}; {nearest(name, [*methods, *presets])}")
+        raise UserError(f"no pruner is called {name!r}; {suggestion(name, [*methods, *presets])}")
     method = methods[name]
     known = method.options
     options: dict[str, Any] = {}
     for pair in filter(None, listed.split(",")):
         key, equals, value = pair.partition("=")
         if key == "keep":
-            options[key] = _value(name, key, value, 1)
+            options[key] = _option_value(name, key, value, 1)
             if options[key] < 1:
                 raise UserError(f"option keep of {name} is {value}; it must be at least 1")
             continue
         if key not in known:
-            what = nearest(key, known) if known else "it has none"
+            what = suggestion(key, known) if known else "it has none"
             raise UserError(f"{name} has no option {key!r}; {what}")
-        options[key] = _value(name, key, value if equals else "true", known[key])
+        options[key] = _option_value(name, key, value if equals else "true", known[key])
     keep = options.pop("keep", None)
     if not method.learned:
         return Pruner(name, method, options, keep=keep)
     if name not in learned:
         raise UserError(f"{name} is learned, and this checkpoint holds no weights for it")
-    for key, value in method.settled(learned[name]).items():
+    for key, value in method.fixed_options(learned[name]).items():
         if options.get(key, value) != value:
             raise UserError(f"{name} was trained for {key}={value}; leave {key} out")
     return Pruner(name, method, options, learned[name], keep)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str]) -> str:
     """Words for an error: the close matches, and everything there is."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3)
@@ -89,15 +89,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{meant}there are {', '.join(known)}"
 
 
-def _value(name: str, key: str, value: str, default: Any) -> Any:
+def _option_value(name: str, key: str, value: str, default: Any) -> Any:
     kind = type(default)
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[value.lower()]
-        told = kind(value)
-        if told != told or told in (float("inf"), -float("inf")):
+        parsed = kind(value)
+        if parsed != parsed or parsed in (float("inf"), -float("inf")):
             raise ValueError
-        return told
+        return parsed
     except (KeyError, ValueError):
         article = "an" if kind is int else "a"
         raise UserError(

@@ -39,9 +39,9 @@ def prune(signals: Signals, K: int) -> Reduction:
         size_BN = mx.ones(keys_BNd.shape[:2]) if size_BN is None else size_BN
         kept = identity(keys_BNd)
         while kept.slots > K:
-            once = merge(keys_BNd, size_BN, K)
-            keys_BNd, size_BN = once.apply(keys_BNd), grown(once, size_BN)
-            kept = once.after(kept, N)
+            merged = merge(keys_BNd, size_BN, K)
+            keys_BNd, size_BN = merged.apply(keys_BNd), slot_sizes(merged, size_BN)
+            kept = merged.after(kept, N)
         return kept
 
 
@@ -60,6 +60,6 @@ def merge(keys_Bnd: mx.array, size_Bn: mx.array, K: int) -> Reduction:
     return Reduction(index_BK, member_BKn / member_BKn.sum(axis=-1, keepdims=True))
 
 
-def grown(kept: Reduction, size_Bn: mx.array) -> mx.array:
+def slot_sizes(kept: Reduction, size_Bn: mx.array) -> mx.array:
     """How many patches each slot stands for."""
     return ((kept.mixture(size_Bn.shape[1]) > 0) @ size_Bn[..., None])[..., 0]

@@ -85,6 +85,6 @@ class Trace:
             steps.append(ReductionStep(f"{name}, layer {layer}", layer, whole))
         return replace(self, steps=steps)
 
-    def pictured(self) -> list[ReductionStep]:
+    def steps_to_draw(self) -> list[ReductionStep]:
         """The steps worth a picture: those at which tokens left, or the only one."""
         return [step for step in self.steps if step.name] or self.steps

@@ -41,6 +41,6 @@ def prune(signals: Signals, K: int) -> Reduction:
     return Reduction(index_BK=keep_highest(signals.twig_attention_BN, K))
 
 
-def settled(weights: Any) -> dict[str, int]:
+def fixed_options(weights: Any) -> dict[str, int]:
     """The layer is the one that it was trained on."""
     return {"layer": weights.layer}

@@ -13,7 +13,7 @@ Shapes: I images, N tokens, K kept, D features.
 import mlx.core as mx
 
 from .budget import several_cuts
-from .contract import Reduction, Signals, Stage, keep_highest, wide
+from .contract import Reduction, Signals, Stage, keep_highest, to_float64
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"before": None}
@@ -34,5 +34,6 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K that changed most."""
     with mx.stream(mx.cpu):
-        change_BN = mx.square(wide(signals.x_BND) - wide(signals.before_BND)).sum(axis=-1)
+        change_BND = to_float64(signals.x_BND) - to_float64(signals.before_BND)
+        change_BN = mx.square(change_BND).sum(axis=-1)
         return Reduction(index_BK=keep_highest(change_BN, K))

@@ -30,12 +30,12 @@ def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1
             if first == K:
                 rest_BR = rest_BR[:, :0]
                 break
-            rest_BR = thinned(similar_BNN, rest_BR, K - first)
+            rest_BR = drop_most_similar(similar_BNN, rest_BR, K - first)
         index_BK = mx.concatenate([order_BN[:, :first], rest_BR], axis=1)
         return Reduction(index_BK=mx.sort(index_BK, axis=1))
 
 
-def thinned(similar_BNN: mx.array, rest_BR: mx.array, enough: int) -> mx.array:
+def drop_most_similar(similar_BNN: mx.array, rest_BR: mx.array, enough: int) -> mx.array:
     """The residual without the tokens of A most similar to one of B."""
     R = rest_BR.shape[1]
     similar_Bab = take(take(similar_BNN, rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)

@@ -138,7 +138,7 @@ def shorten(prompt: Prompt, kept: list[Reduction], plan: Plan) -> Prompt:
         own_1K = bias_1n.take_along_dim(one.index_BK, dim=1)
         if plan.enhancer and one.index_BK.shape[1]:
             seen = Signals(prompt.x_1LD[:, image], (1, n))
-            own_1K = own_1K + plan.enhancer.call("weigh", seen, one)
+            own_1K = own_1K + plan.enhancer.call("attention_bias", seen, one)
         elif plan.step.merges and one.weight_BKN is not None:
             own_1K = ((one.weight_BKN > 0).float() @ bias_1n.exp()[..., None])[..., 0].log()
         xs += [prompt.x_1LD[:, words], one.tokens(prompt.x_1LD[:, image])]

@@ -61,5 +61,5 @@ def merged(signals: Signals, merge: tuple[int, int]) -> Signals:
         x = x.unflatten(dim, (rows, merge[0], columns, merge[1])).transpose(dim + 1, dim + 2)
         return x.flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
 
-    seen = signals.each(lambda x, dim: blocks(x, dim).mean(dim + 1))
+    seen = signals.per_token(lambda x, dim: blocks(x, dim).mean(dim + 1))
     return seen.replace(grid=(rows, columns), x_BND=blocks(signals.x_BND, 1).flatten(2))

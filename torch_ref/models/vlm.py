@@ -23,7 +23,7 @@ from mlx_vlm_prune.checkpoints.config import MlxLmConfig, VLMConfig, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 
-from ..pruners import METHODS, Reduction, Signals, Step, is_learned, reduce, wanted
+from ..pruners import METHODS, Reduction, Signals, Step, is_learned, reduce, signal_layers
 from ..pruners.attention_pool import AttentionPool
 from . import decoder
 from .language.minimind import MiniMind
@@ -217,7 +217,7 @@ class VLM(nn.Module):
         visual_IKD, kept_of_encoded = self.reduce(encoded, steps)
         of_stage = {step.stage: step for step in steps}  # a chain has one of either
         enhancer, step = of_stage.get("enhancer"), of_stage.get("decoder")
-        bias_IK = enhancer.call("weigh", encoded, kept_of_encoded) if enhancer else None
+        bias_IK = enhancer.call("attention_bias", encoded, kept_of_encoded) if enhancer else None
         kept = kept_of_encoded.after(kept, self.N)
         if kept.index_BK is None:
             positions = "renumber"  # pooled slots have no place of their own
@@ -248,7 +248,7 @@ class VLM(nn.Module):
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
                 N = K
             if step.stage not in ("decoder", "enhancer", "image"):
-                want |= wanted(step, layers)
+                want |= signal_layers(step, layers)
         assert not cuts or (down, across) == (1, 1), "patches that merge must all be there"
         encoded = self.tower(pixels_I3HW, want, cuts)
         signals = merged(encoded.signals, self.config.merge)
@@ -280,7 +280,7 @@ class VLM(nn.Module):
                     K = N if step.K is None else min(step.K, N)
                     kept = reduce(step.name, signals, K, step.learned, **step.options)
                     slots = kept.tokens(signals.x_BND)
-                    signals = signals if kept.index_BK is None else signals.rows(kept.index_BK)
+                    signals = signals if kept.index_BK is None else signals.take(kept.index_BK)
                     signals, done = signals.replace(x_BND=slots), kept.after(done, n)
         return signals.x_BND, done or whole
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .contract import Reduction, Signals, number
+from .contract import Reduction, Signals, layer_at
 
 NAMES = {
     "image": "downsample",
@@ -36,9 +36,9 @@ DEFAULTS: dict[str, Any] = {
     "needs": {},  # the tokens alone
     "prune": None,  # its weights choose
     "proportional": False,
-    "make": None,  # it has no weights, or the model makes them
+    "make_weights": None,  # it has no weights, or the model makes them
     "learned": False,
-    "settled": lambda weights: {},
+    "fixed_options": lambda weights: {},
 }
 
 
@@ -50,7 +50,7 @@ def entry(method: ModuleType, name: str) -> Any:
 def is_learned(name: str) -> bool:
     """Does it come with weights?"""
     method = METHODS[name]
-    return entry(method, "learned") or entry(method, "make") is not None
+    return entry(method, "learned") or entry(method, "make_weights") is not None
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Step:
         names = inspect.signature(called).parameters
         options = dict(self.options)
         if self.learned is not None:
-            options |= entry(self.method, "settled")(self.learned)
+            options |= entry(self.method, "fixed_options")(self.learned)
         return called(*arguments, **{k: v for k, v in options.items() if k in names})
 
 
@@ -104,7 +104,7 @@ def reduce(name: str, signals: Signals, K: int, learned: Any = None, **options: 
     return step.call("prune", signals, K)
 
 
-def wanted(step: Step, layers: int) -> dict[str, int | None]:
+def signal_layers(step: Step, layers: int) -> dict[str, int | None]:
     """What a tower of so many layers must hand over for a method, and of which layer."""
     layer_of: dict[str, int | None] = {}
     prune = entry(step.method, "prune") or step.learned.prune
@@ -112,5 +112,5 @@ def wanted(step: Step, layers: int) -> dict[str, int | None]:
         layer_of[name] = None
         if option is not None:
             default = inspect.signature(prune).parameters[option].default
-            layer_of[name] = number(step.options.get(option, default), layers)
+            layer_of[name] = layer_at(step.options.get(option, default), layers)
     return layer_of

@@ -2,23 +2,27 @@
 
 from torch import Tensor
 
-from .contract import Reduction, Signals, best, mixed, nearest_mean
+from .contract import Reduction, Signals, highest, nearest_mean, weighted_reduction
 
 
 def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
-    kept = [sorted(best(errors(x_ND.double(), basis), K)) for x_ND in signals.x_BND]
+    kept = [
+        sorted(highest(approximation_errors(x_ND.double(), basis), K)) for x_ND in signals.x_BND
+    ]
     pairs = zip(signals.x_BND, kept, strict=True)
-    return mixed(signals, [(index, nearest_mean(x_ND, index)) for x_ND, index in pairs])
+    return weighted_reduction(
+        signals, [(index, nearest_mean(x_ND, index)) for x_ND, index in pairs]
+    )
 
 
-def errors(x_ND: Tensor, basis: int) -> Tensor:
+def approximation_errors(x_ND: Tensor, basis: int) -> Tensor:
     """Distance of each token from the span of the basis, of the longest token, nine digits."""
     length = x_ND.norm(dim=-1)
     x_ND = x_ND / length.max().clamp(min=1e-30)
     chosen = [int((length / length.max().clamp(min=1e-30)).round(decimals=12).argmax())]
     while len(chosen) < min(basis, len(x_ND)):
-        apart = (x_ND[:, None] - x_ND[chosen]).square().sum(-1).round(decimals=12)
-        chosen.append(int(apart.min(dim=1).values.argmax()))
+        distance = (x_ND[:, None] - x_ND[chosen]).square().sum(-1).round(decimals=12)
+        chosen.append(int(distance.min(dim=1).values.argmax()))
     span: list[Tensor] = []
     for i in chosen:
         left = x_ND[i].clone()

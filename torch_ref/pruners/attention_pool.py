@@ -30,5 +30,5 @@ class AttentionPool(nn.Module):
         return Reduction(weight_BKN=scores_BKN.softmax(-1), value_BND=self.pool_v_proj(x_BND))
 
 
-def make(dims: int, tokens: int) -> AttentionPool:
+def make_weights(dims: int, tokens: int) -> AttentionPool:
     return AttentionPool(tokens, dims)

@@ -3,23 +3,23 @@
 import math
 from collections.abc import Callable, Sequence
 
-from .contract import number
+from .contract import layer_at
 
 
-def single(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
+def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
     """One cut: the layers before it hold N rows, the others share the rest evenly."""
-    at = number(layer, layers)
+    at = layer_at(layer, layers)
     left = (layers * K - at * N) // (layers - at)
     if left < 1 or at < 1:
         raise ValueError(f"an average of {K} of {N} cannot be had by a cut at layer {at}")
     return {at: left}
 
 
-def several(
+def several_cuts(
     layers: int, N: int, K: int, at: Sequence[float], counts: Callable[[float], list[int]]
 ) -> dict[int, int]:
     """Several cuts, as generous (t from 0 to 1) as the average allows."""
-    where = [number(layer, layers) for layer in at]
+    where = [layer_at(layer, layers) for layer in at]
 
     def average(t: float) -> float:
         plan, rows, now = dict(zip(where, counts(t), strict=True)), 0, N
@@ -40,9 +40,9 @@ def several(
     return dict(zip(where, counts(low), strict=True))
 
 
-def wiped(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
+def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
     """One cut, and none left from `wipe` on; rounded up, as TwigVLM does."""
-    at, end = number(layer, layers), number(wipe, layers)
+    at, end = layer_at(layer, layers), layer_at(wipe, layers)
     if not 1 <= at < end:
         raise ValueError(f"a cut at layer {at} has no room before a wipe at layer {end}")
     left = math.ceil((layers * K - at * N) / (end - at))

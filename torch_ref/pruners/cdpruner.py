@@ -6,7 +6,7 @@ Shapes: N tokens, K kept, T words.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, between_0_and_1, selected
+from .contract import Reduction, Signals, cosine, index_reduction, scale_to_unit
 
 needs: dict[str, str | None] = {"text": None}
 
@@ -16,11 +16,11 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
     for x_ND, text_TD, real_T in zip(
         signals.x_BND, signals.text_BTD, signals.text_real_BT, strict=True
     ):
-        mean_N = alike(x_ND, text_TD[real_T]).mean(dim=1)
+        mean_N = cosine(x_ND, text_TD[real_T]).mean(dim=1)
         mean_N = (-mean_N if negative else mean_N).round(decimals=12)
-        relevance = between_0_and_1(mean_N) + 1e-6
-        index.append(greedy(relevance, relevance[:, None] * alike(x_ND) * relevance, K))
-    return selected(signals, index)
+        relevance = scale_to_unit(mean_N) + 1e-6
+        index.append(greedy(relevance, relevance[:, None] * cosine(x_ND) * relevance, K))
+    return index_reduction(signals, index)
 
 
 def greedy(relevance: Tensor, kernel_NN: Tensor, K: int) -> list[int]:

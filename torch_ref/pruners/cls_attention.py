@@ -3,10 +3,10 @@
 `layer` says whose attention; the caller hands that layer's over.
 """
 
-from .contract import Reduction, Signals, top
+from .contract import Reduction, Signals, keep_highest
 
 needs = {"cls_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
-    return Reduction(top(signals.cls_attention_BN, K))
+    return Reduction(keep_highest(signals.cls_attention_BN, K))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .contract import best
+from .contract import highest
 
 
 def distances(x_nD: Tensor) -> Tensor:
@@ -15,15 +15,15 @@ def distances(x_nD: Tensor) -> Tensor:
     return squares_nn.sqrt().round(decimals=9)
 
 
-def centres(apart_nn: Tensor, C: int, neighbours: int = 5) -> list[int]:
-    n, density = len(apart_nn), []
-    for row in apart_nn:
+def density_peaks(distance_nn: Tensor, C: int, neighbours: int = 5) -> list[int]:
+    n, density = len(distance_nn), []
+    for row in distance_nn:
         near = sorted(row.tolist())[1 : 1 + min(neighbours, n - 1)]
         mean = sum(d * d for d in near) / len(near) if near else 0.0
         density.append(round(math.exp(-mean), 12))
     order = sorted(range(n), key=lambda i: (-density[i], i))
     score = torch.zeros(n, dtype=torch.float64)
     for rank, i in enumerate(order):
-        reach = apart_nn[i, order[:rank]].min() if rank else apart_nn[i].max()
+        reach = distance_nn[i, order[:rank]].min() if rank else distance_nn[i].max()
         score[i] = density[i] * reach
-    return sorted(best(score.round(decimals=12), C))
+    return sorted(highest(score.round(decimals=12), C))

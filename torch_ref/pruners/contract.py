@@ -59,7 +59,7 @@ class Signals:
     def replace(self, **scores: Any) -> "Signals":
         return Signals(**{**self.__dict__, **scores})
 
-    def each(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
+    def per_token(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
         """With `change(signal, dim)` for every signal of which N is a dimension; x included."""
         changed: dict[str, Tensor] = {}
         for name, value in self.__dict__.items():
@@ -68,7 +68,7 @@ class Signals:
                 changed[name] = change(value, letters.index("N"))
         return self.replace(**changed)
 
-    def rows(self, index_BK: Tensor) -> "Signals":
+    def take(self, index_BK: Tensor) -> "Signals":
         """Of some tokens only; what is not per token stays."""
 
         def picked(value: Tensor, dim: int) -> Tensor:
@@ -76,7 +76,7 @@ class Signals:
             shape[0], shape[dim] = index_BK.shape
             return value.take_along_dim(index_BK.reshape(shape), dim)
 
-        return self.each(picked)
+        return self.per_token(picked)
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,18 @@ class Reduction:
         return self.apply(x_BND if self.value_BND is None else self.value_BND)
 
 
-def top(score_BN: Tensor, K: int) -> Tensor:
+def keep_highest(score_BN: Tensor, K: int) -> Tensor:
     """The K highest scores' indices, ascending; of equal scores the lower index."""
     order_BN = score_BN.argsort(dim=-1, descending=True, stable=True)
     return order_BN[:, :K].sort(dim=-1).values
 
 
-def best(score_N: Tensor, K: int) -> list[int]:
+def highest(score_N: Tensor, K: int) -> list[int]:
     """The same of one image, the highest first."""
     return score_N.argsort(descending=True, stable=True)[:K].tolist()
 
 
-def alike(x_ND: Tensor, y_MD: Tensor | None = None) -> Tensor:
+def cosine(x_ND: Tensor, y_MD: Tensor | None = None) -> Tensor:
     """Cosine of every two tokens, (N, M), float64, to twelve digits; a zero token is like none."""
     x_ND = x_ND.double()
     y_MD = x_ND if y_MD is None else y_MD.double()
@@ -139,13 +139,13 @@ def alike(x_ND: Tensor, y_MD: Tensor | None = None) -> Tensor:
     return (x_ND @ y_MD.T).round(decimals=12)
 
 
-def between_0_and_1(score_N: Tensor) -> Tensor:
+def scale_to_unit(score_N: Tensor) -> Tensor:
     """Scaled by the lowest and the highest, float64; all equal is all 0."""
     score_N = score_N.double()
     return (score_N - score_N.min()) / (score_N.max() - score_N.min()).clamp(min=1e-12)
 
 
-def number(layer: float, depth: int) -> int:
+def layer_at(layer: float, depth: int) -> int:
     """A layer below 1 is a share of the depth, a negative one counts from the end."""
     if 0 < layer < 1:
         return min(depth - 1, max(1, int(layer * depth + 0.5)))
@@ -154,21 +154,21 @@ def number(layer: float, depth: int) -> int:
     return int(layer) % depth
 
 
-def selected(signals: Signals, index: list[list[int]]) -> Reduction:
+def index_reduction(signals: Signals, index: list[list[int]]) -> Reduction:
     """One reduction of a batch, of the tokens chosen image by image."""
     return Reduction(torch.tensor(index, device=signals.x_BND.device, dtype=torch.long))
 
 
-def mixed(signals: Signals, pairs: Iterable[tuple[list[int], Tensor]]) -> Reduction:
+def weighted_reduction(signals: Signals, pairs: Iterable[tuple[list[int], Tensor]]) -> Reduction:
     """The same with the weights (K, N) of each image's slots."""
     index, weight = zip(*pairs, strict=True)
     weight_BKN = torch.stack(weight).float().to(signals.x_BND.device)
-    return Reduction(selected(signals, list(index)).index_BK, weight_BKN)
+    return Reduction(index_reduction(signals, list(index)).index_BK, weight_BKN)
 
 
-def homes(x_ND: Tensor, kept: list[int]) -> list[int]:
+def nearest_slots(x_ND: Tensor, kept: list[int]) -> list[int]:
     """The slot of each token: its own, or that of the kept one most like it."""
-    likeness = alike(x_ND)
+    likeness = cosine(x_ND)
     return [
         kept.index(i) if i in kept else int(likeness[i, kept].argmax()) for i in range(len(x_ND))
     ]
@@ -177,5 +177,5 @@ def homes(x_ND: Tensor, kept: list[int]) -> list[int]:
 def nearest_mean(x_ND: Tensor, kept: list[int]) -> Tensor:
     """Weights (K, N) of kept tokens that become the mean of all whose slot is theirs."""
     weight_KN = torch.zeros(len(kept), len(x_ND))
-    weight_KN[homes(x_ND, kept), torch.arange(len(x_ND))] = 1
+    weight_KN[nearest_slots(x_ND, kept), torch.arange(len(x_ND))] = 1
     return weight_KN / weight_KN.sum(dim=1, keepdim=True)

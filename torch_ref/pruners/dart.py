@@ -2,14 +2,14 @@
 
 import torch
 
-from .budget import single
-from .contract import Reduction, Signals, alike, best, selected
+from .budget import one_cut
+from .contract import Reduction, Signals, cosine, highest, index_reduction
 
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}
 
 
 def schedule(layers: int, N: int, K: int, layer: float = 2 / 32) -> dict[int, int]:
-    return single(layers, N, K, layer)
+    return one_cut(layers, N, K, layer)
 
 
 def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
@@ -19,13 +19,13 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
         words_TD, tokens_ND = s.text_BTD[b][real_T], s.normed_BND[b]
         size_N = s.keys_BND[b].double().abs().sum(-1).round(decimals=12)
         size_T = s.text_keys_BTD[b][real_T].double().abs().sum(-1).round(decimals=12)
-        kept = best(size_N, min(pivots, K))
-        by = [*alike(tokens_ND)[kept], *alike(words_TD, tokens_ND)[best(size_T, pivots)]]
+        kept = highest(size_N, min(pivots, K))
+        by = [*cosine(tokens_ND)[kept], *cosine(words_TD, tokens_ND)[highest(size_T, pivots)]]
         rest = K - len(kept)
         for p, likeness in enumerate(by):
             likeness = likeness.clone()
             likeness[kept] = torch.inf
             share = (p + 1) * rest // len(by) - p * rest // len(by)
-            kept = kept + best(-likeness, share)
+            kept = kept + highest(-likeness, share)
         index.append(sorted(kept))
-    return selected(s, index)
+    return index_reduction(s, index)

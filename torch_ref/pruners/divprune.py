@@ -3,16 +3,16 @@
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, selected
+from .contract import Reduction, Signals, cosine, index_reduction
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return selected(signals, [spread(1 - alike(x), K) for x in signals.x_BND])
+    return index_reduction(signals, [max_min_set(1 - cosine(x), K) for x in signals.x_BND])
 
 
-def spread(distance_NN: Tensor, K: int) -> list[int]:
-    alone = distance_NN.clone().fill_diagonal_(torch.inf).min(dim=1).values
-    kept = [int(alone.argmax())]
+def max_min_set(distance_NN: Tensor, K: int) -> list[int]:
+    nearest_other = distance_NN.clone().fill_diagonal_(torch.inf).min(dim=1).values
+    kept = [int(nearest_other.argmax())]
     while len(kept) < K:
         nearest = distance_NN[:, kept].min(dim=1).values
         nearest[kept] = -torch.inf

@@ -5,7 +5,7 @@ import torch
 from .contract import Reduction
 
 
-def smaller(grid: tuple[int, int], K: int) -> tuple[int, int]:
+def smaller_grid(grid: tuple[int, int], K: int) -> tuple[int, int]:
     scale = (K / (grid[0] * grid[1])) ** 0.5
     tries = [
         (int(grid[0] * scale) + up, int(grid[1] * scale) + across)
@@ -16,7 +16,7 @@ def smaller(grid: tuple[int, int], K: int) -> tuple[int, int]:
     return max([(1, 1), *fit], key=lambda size: size[0] * size[1])
 
 
-def blocks(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduction:
+def block_means(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduction:
     """What each new patch covers; it stands where the middle of that is."""
     (rows, columns), (r, c) = grid, small
     index, weight = [], torch.zeros(r * c, rows * columns)

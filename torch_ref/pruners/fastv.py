@@ -1,14 +1,14 @@
 """FastV (arXiv:2403.06764): after layer 2, what the prompt's last token attended to."""
 
-from .budget import single
-from .contract import Reduction, Signals, top
+from .budget import one_cut
+from .contract import Reduction, Signals, keep_highest
 
 needs: dict[str, str | None] = {"last_attention": None}
 
 
 def schedule(layers: int, N: int, K: int, layer: float = 2 / 32) -> dict[int, int]:
-    return single(layers, N, K, layer)
+    return one_cut(layers, N, K, layer)
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return Reduction(top(signals.last_attention_BN, K))
+    return Reduction(keep_highest(signals.last_attention_BN, K))

@@ -1,6 +1,6 @@
 """VScan's encoder half (arXiv:2505.22654): the best of every window, then the best of the rest."""
 
-from .contract import Reduction, Signals, best, mixed, nearest_mean
+from .contract import Reduction, Signals, highest, nearest_mean, weighted_reduction
 from .grid import members, windows
 
 needs = {"local_attention": "local_layer", "cls_attention": "layer"}
@@ -11,16 +11,16 @@ def prune(
     local_layer: float = 6 / 24, layer: float = -1,
 ) -> Reduction:  # fmt: skip
     N, first = signals.x_BND.shape[1], int(K * local)
-    cut = [members(w, signals.grid[1]) for w in windows(signals.grid, min(areas, N))]
+    area_tokens = [members(w, signals.grid[1]) for w in windows(signals.grid, min(areas, N))]
     pairs = []
     for x_ND, early_N, late_N in zip(
         signals.x_BND, signals.local_attention_BN, signals.cls_attention_BN, strict=True
     ):
         kept: list[int] = []
-        for i, area in enumerate(cut):
-            share = (i + 1) * first // len(cut) - i * first // len(cut)
-            kept += [area[j] for j in best(early_N[area], share)]
-        rest = [i for i in best(late_N, N) if i not in kept]
+        for i, area in enumerate(area_tokens):
+            share = (i + 1) * first // len(area_tokens) - i * first // len(area_tokens)
+            kept += [area[j] for j in highest(early_N[area], share)]
+        rest = [i for i in highest(late_N, N) if i not in kept]
         kept = sorted(kept + rest[: K - len(kept)])
         pairs.append((kept, nearest_mean(x_ND, kept)))
-    return mixed(signals, pairs)
+    return weighted_reduction(signals, pairs)

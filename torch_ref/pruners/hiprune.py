@@ -1,6 +1,6 @@
 """HiPrune (arXiv:2508.00553): objects and their neighbours from a middle layer, then the last."""
 
-from .contract import Reduction, Signals, best, selected
+from .contract import Reduction, Signals, highest, index_reduction
 
 needs = {"object_attention": "object_layer", "received_attention": "layer"}
 
@@ -15,10 +15,10 @@ def prune(
         signals.object_attention_BN, signals.received_attention_BN, strict=True
     ):
         kept: set[int] = set()
-        for anchor in best(middle_N, int(K * objects / 5)):
+        for anchor in highest(middle_N, int(K * objects / 5)):
             r, c = divmod(anchor, columns)
             around = [(r, c), (r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)]
             kept |= {a * columns + b for a, b in around if 0 <= a < rows and 0 <= b < columns}
-        others = [i for i in best(deep_N, len(deep_N)) if i not in kept]
+        others = [i for i in highest(deep_N, len(deep_N)) if i not in kept]
         index.append(sorted([*kept, *others[: K - len(kept)]]))
-    return selected(signals, index)
+    return index_reduction(signals, index)

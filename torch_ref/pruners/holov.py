@@ -2,7 +2,7 @@
 
 import torch
 
-from .contract import Reduction, Signals, alike, best, between_0_and_1, selected
+from .contract import Reduction, Signals, cosine, highest, index_reduction, scale_to_unit
 from .grid import members, windows
 
 needs = {"cls_attention": "layer"}
@@ -15,16 +15,18 @@ def prune(
     areas = [members(window, columns) for window in windows(signals.grid, min(regions, N))]
     index = []
     for x_ND, row_N in zip(signals.x_BND, signals.cls_attention_BN, strict=True):
-        likeness, varied = alike(x_ND), torch.zeros(N, dtype=torch.float64)
+        likeness, varied = cosine(x_ND), torch.zeros(N, dtype=torch.float64)
         for area in areas:
             varied[area] = likeness[area][:, area].var(dim=-1, correction=0)
-        score = between_0_and_1(row_N) + beta * between_0_and_1(varied)
+        score = scale_to_unit(row_N) + beta * scale_to_unit(varied)
         score = score.round(decimals=12)
         worth = [score[area].mean().item() for area in areas]
         seats = [0] * len(areas)
         for _ in range(K):
             open_ = [a for a in range(len(areas)) if seats[a] < len(areas[a])]
             seats[min(open_, key=lambda a: (-round(worth[a] / (seats[a] + 1), 9), a))] += 1
-        kept = [area[i] for area, n in zip(areas, seats, strict=True) for i in best(score[area], n)]
+        kept = [
+            area[i] for area, n in zip(areas, seats, strict=True) for i in highest(score[area], n)
+        ]
         index.append(sorted(kept))
-    return selected(signals, index)
+    return index_reduction(signals, index)

@@ -1,16 +1,16 @@
 """The K longest keys plus queries of one layer (what Vision-Token-Pruning's README describes)."""
 
-from .contract import Reduction, Signals, number, top
+from .contract import Reduction, Signals, keep_highest, layer_at
 
 needs: dict[str, str | None] = {"keys": None, "queries": None}
 
 
 def cuts(layers: int, N: int, K: int, layer: float = 0.5) -> list[tuple[int, str, int]]:
-    return [(number(layer, layers), "middle", K)]
+    return [(layer_at(layer, layers), "middle", K)]
 
 
 def prune(signals: Signals, K: int) -> Reduction:
     lengths = [
         t.double().flatten(2).norm(dim=-1) for t in (signals.keys_BNHd, signals.queries_BNHd)
     ]
-    return Reduction(top((lengths[0] + lengths[1]).round(decimals=12), K))
+    return Reduction(keep_highest((lengths[0] + lengths[1]).round(decimals=12), K))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contract import Reduction, Signals, top
+from .contract import Reduction, Signals, keep_highest
 
 needs: dict[str, str | None] = {"cls_attention": "layer"}
 
@@ -39,13 +39,13 @@ class Usefulness(nn.Module):
         self, signals: Signals, K: int, *, dynamic: bool = False, layer: float = -1
     ) -> Reduction:
         score_BN = copy.deepcopy(self).double()(in_double(signals))
-        return Reduction(top(score_BN.round(decimals=12), K))
+        return Reduction(keep_highest(score_BN.round(decimals=12), K))
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
         """Each image's own K; K is their mean over images like those of the training."""
         log_need_B = copy.deepcopy(self).double().log_need(in_double(signals))
-        wanted = (K * log_need_B.exp() / self.mean_need.double() + 0.5).floor()
-        return wanted.clamp(1, signals.x_BND.shape[1]).int().tolist()
+        share_B = (K * log_need_B.exp() / self.mean_need.double() + 0.5).floor()
+        return share_B.clamp(1, signals.x_BND.shape[1]).int().tolist()
 
 
 def in_double(signals: Signals) -> Signals:
@@ -53,5 +53,5 @@ def in_double(signals: Signals) -> Signals:
     return signals.replace(x_BND=signals.x_BND.double(), cls_attention_BN=attention_BN)
 
 
-def make(dims: int, tokens: int) -> Usefulness:
+def make_weights(dims: int, tokens: int) -> Usefulness:
     return Usefulness(dims)

@@ -2,8 +2,8 @@
 
 import torch
 
-from .contract import Reduction, Signals, alike, selected
-from .scope import cover
+from .contract import Reduction, Signals, cosine, index_reduction
+from .scope import greedy_cover
 
 needs: dict[str, str | None] = {"text": None}
 
@@ -15,8 +15,8 @@ def prune(
     for x_ND, text_TD, real_T in zip(
         signals.x_BND, signals.text_BTD, signals.text_real_BT, strict=True
     ):
-        words_TN = (alike(text_TD[real_T], x_ND) / sharp).softmax(dim=-1) / real_T.sum()
-        tokens_NN = (alike(x_ND) / soft).softmax(dim=-1) * image / N
+        words_TN = (cosine(text_TD[real_T], x_ND) / sharp).softmax(dim=-1) / real_T.sum()
+        tokens_NN = (cosine(x_ND) / soft).softmax(dim=-1) * image / N
         rows_MN = torch.cat([words_TN, tokens_NN]).round(decimals=12)
-        index.append(cover(rows_MN, torch.ones(N, dtype=torch.float64), K))
-    return selected(signals, index)
+        index.append(greedy_cover(rows_MN, torch.ones(N, dtype=torch.float64), K))
+    return index_reduction(signals, index)

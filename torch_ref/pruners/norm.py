@@ -1,7 +1,7 @@
 """The K tokens with the longest features (L2 norm)."""
 
-from .contract import Reduction, Signals, top
+from .contract import Reduction, Signals, keep_highest
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return Reduction(top(signals.x_BND.double().square().sum(-1), K))
+    return Reduction(keep_highest(signals.x_BND.double().square().sum(-1), K))

@@ -1,6 +1,6 @@
 """The K longest patch embeddings, chosen before the first layer (Vision-Token-Pruning's code)."""
 
-from .contract import Reduction, Signals, top
+from .contract import Reduction, Signals, keep_highest
 
 needs: dict[str, str | None] = {"patches": None}
 
@@ -10,4 +10,4 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return Reduction(top(signals.patches_BND.double().square().sum(-1), K))
+    return Reduction(keep_highest(signals.patches_BND.double().square().sum(-1), K))

@@ -6,7 +6,7 @@ Shapes: N patches of P pixel values.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, top
+from .contract import Reduction, Signals, keep_highest
 
 needs: dict[str, str | None] = {"pixels": None}
 
@@ -16,11 +16,13 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 
 def prune(signals: Signals, K: int, tolerance: float = 0.0) -> Reduction:
-    images = [errors(image, signals.grid, tolerance) for image in signals.pixels_BND.float()]
-    return Reduction(top(torch.stack(images), K))
+    images = [
+        prediction_errors(image, signals.grid, tolerance) for image in signals.pixels_BND.float()
+    ]
+    return Reduction(keep_highest(torch.stack(images), K))
 
 
-def errors(patch_NP: Tensor, grid: tuple[int, int], tolerance: float) -> Tensor:
+def prediction_errors(patch_NP: Tensor, grid: tuple[int, int], tolerance: float) -> Tensor:
     """The largest difference to the prediction, patch by patch, (N,)."""
     rows, columns = grid
     error = torch.full((rows * columns,), torch.inf)

@@ -1,7 +1,7 @@
 """PyramidDrop (arXiv:2410.17247): the same share leaves at several depths."""
 
-from .budget import several
-from .contract import Reduction, Signals, top
+from .budget import several_cuts
+from .contract import Reduction, Signals, keep_highest
 
 needs: dict[str, str | None] = {"next_attention": None}
 
@@ -11,8 +11,8 @@ def schedule(layers: int, N: int, K: int, start: float = 0.25, stages: int = 3) 
         return [max(1, int(N * t ** (stage + 1))) for stage in range(stages)]
 
     at = [start + stage * (1 - start) / stages for stage in range(stages)]
-    return several(layers, N, K, at, counts)
+    return several_cuts(layers, N, K, at, counts)
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return Reduction(top(signals.next_attention_BN, K))
+    return Reduction(keep_highest(signals.next_attention_BN, K))

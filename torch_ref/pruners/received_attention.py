@@ -1,9 +1,9 @@
 """The K tokens that receive most attention, mean over heads and queries (FastVLM pruning's ATS)."""
 
-from .contract import Reduction, Signals, top
+from .contract import Reduction, Signals, keep_highest
 
 needs = {"received_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
-    return Reduction(top(signals.received_attention_BN, K))
+    return Reduction(keep_highest(signals.received_attention_BN, K))

@@ -6,10 +6,10 @@ Shapes: B images, N tokens, K kept.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, homes
+from .contract import Reduction, Signals, nearest_slots
 
 
-def weigh(
+def attention_bias(
     signals: Signals, kept: Reduction, strength: float = 1.0, theta: float = 1e4, dims: int = 128
 ) -> Tensor:
     """(B, K), added to the attention that each kept token gets."""
@@ -18,7 +18,7 @@ def weigh(
     bias_BK = torch.zeros(kept.index_BK.shape)
     for b, x_ND in enumerate(signals.x_BND):
         index = kept.index_BK[b].tolist()
-        for i, home in enumerate(homes(x_ND, index)):
+        for i, home in enumerate(nearest_slots(x_ND, index)):
             distance = abs(i - index[home]) * torch.tensor(rates)
             bias_BK[b, home] += distance.cos().mean().clamp(min=0)
     return strength * bias_BK.clamp(min=1).log().to(signals.x_BND.device)

@@ -3,18 +3,18 @@
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, selected
+from .contract import Reduction, Signals, cosine, index_reduction
 
 needs = {"cls_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
     pairs = zip(signals.x_BND, signals.cls_attention_BN, strict=True)
-    index = [cover(alike(x), row.double() ** power, K) for x, row in pairs]
-    return selected(signals, index)
+    index = [greedy_cover(cosine(x), row.double() ** power, K) for x, row in pairs]
+    return index_reduction(signals, index)
 
 
-def cover(worth_MN: Tensor, salient_N: Tensor, K: int) -> list[int]:
+def greedy_cover(worth_MN: Tensor, salient_N: Tensor, K: int) -> list[int]:
     """Columns that cover every row to its largest entry, the most gain first."""
     covered_M1 = torch.zeros(len(worth_MN), 1, dtype=torch.float64)
     kept: list[int] = []

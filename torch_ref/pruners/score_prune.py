@@ -8,7 +8,7 @@ import copy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contract import Reduction, Signals, top
+from .contract import Reduction, Signals, keep_highest
 
 
 class Scorer(nn.Module):
@@ -25,8 +25,8 @@ class Scorer(nn.Module):
     def prune(self, signals: Signals, K: int) -> Reduction:
         exact = copy.deepcopy(self).double()
         score_BN = exact(signals.replace(x_BND=signals.x_BND.double()))
-        return Reduction(top(score_BN.round(decimals=12), K))
+        return Reduction(keep_highest(score_BN.round(decimals=12), K))
 
 
-def make(dims: int, tokens: int) -> Scorer:
+def make_weights(dims: int, tokens: int) -> Scorer:
     return Scorer(dims)

@@ -26,16 +26,16 @@ def prune(
     index_BK = torch.zeros(B, K, dtype=torch.long)
     weight_BKN = torch.zeros(B, K, N)
     for b, similar_NN in enumerate(similar_BNN):
-        clusters = greedy(similar_NN, threshold)
-        settled = first(clusters, K, N) if published else exactly(clusters, similar_NN, K)
-        for k, leader in enumerate(sorted(settled)):
+        clusters = assign_leaders(similar_NN, threshold)
+        chosen = first_k(clusters, K, N) if published else exactly_k(clusters, similar_NN, K)
+        for k, leader in enumerate(sorted(chosen)):
             index_BK[b, k] = leader
-            weight_BKN[b, k, settled[leader]] = 1 / len(settled[leader])
+            weight_BKN[b, k, chosen[leader]] = 1 / len(chosen[leader])
     device = signals.x_BND.device
     return Reduction(index_BK.to(device), weight_BKN.to(device))
 
 
-def greedy(similar_NN: Tensor, threshold: float) -> dict[int, list[int]]:
+def assign_leaders(similar_NN: Tensor, threshold: float) -> dict[int, list[int]]:
     """Members of each leader, the leader first."""
     clusters: dict[int, list[int]] = {}
     for token, row in enumerate(similar_NN.tolist()):
@@ -44,20 +44,20 @@ def greedy(similar_NN: Tensor, threshold: float) -> dict[int, list[int]]:
     return clusters
 
 
-def first(clusters: dict[int, list[int]], K: int, N: int) -> dict[int, list[int]]:
+def first_k(clusters: dict[int, list[int]], K: int, N: int) -> dict[int, list[int]]:
     """The first K clusters; where there are fewer, the lowest other tokens as singletons."""
     kept = {leader: clusters[leader] for leader in sorted(clusters)[:K]}
     others = [token for token in range(N) if token not in kept]
-    return alone(kept, others[: K - len(kept)])
+    return split_off(kept, others[: K - len(kept)])
 
 
-def exactly(clusters: dict[int, list[int]], similar_NN: Tensor, K: int) -> dict[int, list[int]]:
+def exactly_k(clusters: dict[int, list[int]], similar_NN: Tensor, K: int) -> dict[int, list[int]]:
     """K clusters that hold every token."""
     if len(clusters) <= K:
-        leader_of = {token: leader for leader, own in clusters.items() for token in own}
+        leader_of = {token: leader for leader, members in clusters.items() for token in members}
         followers = [token for token in leader_of if token != leader_of[token]]
         followers.sort(key=lambda token: (similar_NN[token, leader_of[token]].item(), token))
-        return alone(clusters, followers[: K - len(clusters)])
+        return split_off(clusters, followers[: K - len(clusters)])
     largest = sorted(clusters, key=lambda leader: (-len(clusters[leader]), leader))[:K]
     merged: dict[int, list[int]] = {leader: [] for leader in sorted(largest)}
     for token, row in enumerate(similar_NN.tolist()):
@@ -66,8 +66,8 @@ def exactly(clusters: dict[int, list[int]], similar_NN: Tensor, K: int) -> dict[
     return merged
 
 
-def alone(clusters: dict[int, list[int]], tokens: list[int]) -> dict[int, list[int]]:
+def split_off(clusters: dict[int, list[int]], tokens: list[int]) -> dict[int, list[int]]:
     """The clusters after some tokens have left them to stand alone."""
     left = set(tokens)
-    rest = {leader: [t for t in own if t not in left] for leader, own in clusters.items()}
+    rest = {leader: [t for t in members if t not in left] for leader, members in clusters.items()}
     return rest | {token: [token] for token in tokens}

@@ -6,9 +6,9 @@ Shapes: N tokens, K kept, T words, D features.
 import torch
 from torch import Tensor
 
-from .budget import several
-from .clusters import centres, distances
-from .contract import Reduction, Signals, best, mixed
+from .budget import several_cuts
+from .clusters import density_peaks, distances
+from .contract import Reduction, Signals, highest, weighted_reduction
 
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
 
@@ -18,7 +18,7 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
         shares = (1, 200 / 300, 110 / 300)
         return [min(N, max(1, int(N * t * share / shares[2]))) for share in shares]
 
-    return several(layers, N, K, (2 / 32, 6 / 32, 15 / 32), counts)
+    return several_cuts(layers, N, K, (2 / 32, 6 / 32, 15 / 32), counts)
 
 
 def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
@@ -28,21 +28,23 @@ def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
         share = logits.softmax(dim=-1).mean(dim=0).round(decimals=12)
         raters = share >= (share.sum() / len(share)).round(decimals=12)
         score = s.text_attention_BTN[b][real_T][raters].double().mean(dim=0).round(decimals=12)
-        pairs.append(recycled(score, s.x_BND[b], K, recycle))
-    return mixed(s, pairs)
+        pairs.append(recycle_best_dropped(score, s.x_BND[b], K, recycle))
+    return weighted_reduction(s, pairs)
 
 
-def recycled(score_N: Tensor, x_ND: Tensor, K: int, recycle: float) -> tuple[list[int], Tensor]:
-    N, order = len(score_N), best(score_N, len(score_N))
-    again = int(recycle * (N - K))
-    C = min(again // 10 + 1, K - 1) if again else 0
+def recycle_best_dropped(
+    score_N: Tensor, x_ND: Tensor, K: int, recycle: float
+) -> tuple[list[int], Tensor]:
+    N, order = len(score_N), highest(score_N, len(score_N))
+    recycled_count = int(recycle * (N - K))
+    C = min(recycled_count // 10 + 1, K - 1) if recycled_count else 0
     weight_NN = torch.eye(N)
-    kept, pool = order[: K - C], sorted(order[K - C : K - C + max(again, C)])
+    kept, pool = order[: K - C], sorted(order[K - C : K - C + max(recycled_count, C)])
     if C:
-        apart = distances(x_ND[pool])
-        middle = centres(apart, C)
+        distance_nn = distances(x_ND[pool])
+        middle = density_peaks(distance_nn, C)
         for i in range(len(pool)):
-            home = i if i in middle else min(middle, key=lambda c: (apart[i, c].item(), c))
+            home = i if i in middle else min(middle, key=lambda c: (distance_nn[i, c].item(), c))
             weight_NN[pool[home], pool[i]] = 1
         kept = kept + [pool[c] for c in middle]
     kept = sorted(kept)

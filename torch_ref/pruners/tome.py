@@ -9,7 +9,7 @@ Shapes: n tokens, K left, d head size.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, mixed
+from .contract import Reduction, Signals, cosine, highest, weighted_reduction
 
 needs: dict[str, str | None] = {"keys": None}
 proportional = True
@@ -33,23 +33,23 @@ def prune(signals: Signals, K: int) -> Reduction:
         groups = [[i] for i in range(N)]  # each with its anchor first
         keys_nd, size_n = keys_NHd.float().mean(1), size_N.double()
         while len(groups) > K:
-            groups, keys_nd, size_n = once(groups, keys_nd, size_n, K)
+            groups, keys_nd, size_n = merge(groups, keys_nd, size_n, K)
         row_KN = torch.zeros(K, N, dtype=torch.float64)
         for k, members in enumerate(groups):
             row_KN[k, members] = size_N[members].double() / size_N[members].sum()
         pairs.append(([members[0] for members in groups], row_KN))
-    return mixed(signals, pairs)
+    return weighted_reduction(signals, pairs)
 
 
-def once(
+def merge(
     groups: list[list[int]], keys_nd: Tensor, size_n: Tensor, K: int
 ) -> tuple[list[list[int]], Tensor, Tensor]:
     """One round of merges."""
     n = len(groups)
-    likeness = alike(keys_nd[1::2], keys_nd[::2])
+    likeness = cosine(keys_nd[1::2], keys_nd[::2])
     closest = likeness.max(dim=1)
     into = {i: [i] for i in range(n)}
-    for a in best(closest.values, min(n - K, len(likeness))):
+    for a in highest(closest.values, min(n - K, len(likeness))):
         into[2 * int(likeness[a].argmax())].append(2 * a + 1)
         del into[2 * a + 1]
     keys, sizes, merged = [], [], []

@@ -5,8 +5,8 @@ Its speculative decoding is `torch_ref.generation.speculation`.
 
 from typing import Any
 
-from .budget import wiped
-from .contract import Reduction, Signals, top
+from .budget import cut_and_wipe
+from .contract import Reduction, Signals, keep_highest
 
 learned = True  # its weights are layers: models/language/twig.py
 needs: dict[str, str | None] = {"twig_attention": None}
@@ -15,12 +15,12 @@ needs: dict[str, str | None] = {"twig_attention": None}
 def schedule(
     layers: int, N: int, K: int, layer: float = 2 / 32, wipe: float = 24 / 32
 ) -> dict[int, int]:
-    return wiped(layers, N, K, layer, wipe)
+    return cut_and_wipe(layers, N, K, layer, wipe)
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return Reduction(top(signals.twig_attention_BN, K))
+    return Reduction(keep_highest(signals.twig_attention_BN, K))
 
 
-def settled(weights: Any) -> dict[str, int]:
+def fixed_options(weights: Any) -> dict[str, int]:
     return {"layer": int(weights.layer)}

@@ -1,7 +1,7 @@
 """V2Drop (arXiv:2509.01552): what a layer changed least leaves, and all of it in the end."""
 
-from .budget import several
-from .contract import Reduction, Signals, top
+from .budget import several_cuts
+from .contract import Reduction, Signals, keep_highest
 
 needs: dict[str, str | None] = {"before": None}
 
@@ -12,9 +12,9 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
             return [int(N * (2 * t)), int(N * (2 * t) ** 2), 0]
         return [N, N, int(N * (2 * t - 1))]
 
-    return several(layers, N, K, (3 / 32, 17 / 32, 22 / 32), counts)
+    return several_cuts(layers, N, K, (3 / 32, 17 / 32, 22 / 32), counts)
 
 
 def prune(signals: Signals, K: int) -> Reduction:
     moved = (signals.x_BND.double() - signals.before_BND.double()).square().sum(-1)
-    return Reduction(top(moved, K))
+    return Reduction(keep_highest(moved, K))

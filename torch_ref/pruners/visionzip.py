@@ -6,7 +6,7 @@ Shapes: N tokens, K kept, H heads, d head size.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, mixed
+from .contract import Reduction, Signals, cosine, highest, weighted_reduction
 
 needs = {"cls_attention": "layer", "keys": "layer"}
 
@@ -14,16 +14,18 @@ needs = {"cls_attention": "layer", "keys": "layer"}
 def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float = -1) -> Reduction:
     C = min(int(K * contextual + 0.5), K - 1)
     pairs = zip(signals.cls_attention_BN, signals.keys_BNHd, strict=True)
-    return mixed(signals, [zipped(row, keys.float().mean(1), K, C) for row, keys in pairs])
+    return weighted_reduction(
+        signals, [merge_rest(row, keys.float().mean(1), K, C) for row, keys in pairs]
+    )
 
 
-def zipped(attention_N: Tensor, metric_Nd: Tensor, K: int, C: int) -> tuple[list[int], Tensor]:
+def merge_rest(attention_N: Tensor, metric_Nd: Tensor, K: int, C: int) -> tuple[list[int], Tensor]:
     N = len(attention_N)
-    dominant = best(attention_N, K - C)
+    dominant = highest(attention_N, K - C)
     rest = [i for i in range(N) if i not in set(dominant)]
     targets = rest[:: len(rest) // C][:C] if C else []
     joined: dict[int, list[int]] = {t: [] for t in targets}
-    likeness = alike(metric_Nd)
+    likeness = cosine(metric_Nd)
     for i in rest if C else []:
         if i not in joined:
             joined[max(targets, key=lambda t: (likeness[i, t].item(), -t))].append(i)

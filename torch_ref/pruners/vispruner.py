@@ -2,19 +2,19 @@
 
 from torch import Tensor
 
-from .contract import Reduction, Signals, alike, best, selected
+from .contract import Reduction, Signals, cosine, highest, index_reduction
 
 needs = {"cls_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1) -> Reduction:
     pairs = zip(signals.x_BND, signals.cls_attention_BN, strict=True)
-    index = [chosen(alike(x), row, K, int(K * important)) for x, row in pairs]
-    return selected(signals, index)
+    index = [select_tokens(cosine(x), row, K, int(K * important)) for x, row in pairs]
+    return index_reduction(signals, index)
 
 
-def chosen(likeness: Tensor, attention_N: Tensor, K: int, first: int) -> list[int]:
-    order = best(attention_N, len(attention_N))
+def select_tokens(likeness: Tensor, attention_N: Tensor, K: int, first: int) -> list[int]:
+    order = highest(attention_N, len(attention_N))
     important, rest = order[:first], order[first:]
     while len(rest) > K - first:
         if first == K:

@@ -155,7 +155,7 @@ def untrained(name: str, vlm: VLM, recipe: PrunerRecipe) -> nn.Module:
     """What a training begins with."""
     if name == "twig":
         return grown(vlm.language, recipe.twig_layer, recipe.twig_layers)
-    return METHODS[name].make(vlm.config.vision.hidden_size, recipe.keep_tokens)
+    return METHODS[name].make_weights(vlm.config.vision.hidden_size, recipe.keep_tokens)
 
 
 class Run:

@@ -73,7 +73,7 @@ class Encoded:
         """After a step that leaves K tokens."""
         kept = reduce(step.name, self.signals.replace(**keys), K, **step.options)
         assert kept.index_BK is not None
-        signals = self.signals.rows(kept.index_BK)
+        signals = self.signals.take(kept.index_BK)
         if step.merges and kept.weight_BKN is not None:
             members = (kept.weight_BKN > 0).to(self.signals.size_BN)
             size_BN = (members @ self.signals.size_BN[..., None])[..., 0]
