@@ -239,10 +239,13 @@ class VLM(nn.Module):
         for step in steps:
             K = N if step.K is None else step.K
             if step.stage == "image" and K < N:
-                small = step.call("smaller", grid, K)
+                small = step.call("smaller_grid", grid, K)
                 size = (small[0] * down * patch, small[1] * across * patch)
                 pixels_I3HW = F.interpolate(pixels_I3HW, size, mode="bilinear", antialias=True)
-                within, N = step.call("blocks", grid, small, len(pixels_I3HW)), small[0] * small[1]
+                within, N = (
+                    step.call("block_means", grid, small, len(pixels_I3HW)),
+                    small[0] * small[1],
+                )
             elif step.stage == "encoder" and K < N:
                 planned = step.call("cuts", layers, N, K)
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
