@@ -24,12 +24,12 @@ import mlx.core as mx
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.host import generation_stream
 from mlx_vlm_prune.hosts.loading import INSTALL
-from mlx_vlm_prune.hosts.prompt import prune_prompt, views_of
-from mlx_vlm_prune.hosts.refusals import check
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
+from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt
 from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.machine.hardware import machine, versions
 from mlx_vlm_prune.planning.operations import prefill
@@ -69,7 +69,7 @@ def _text(size: Size, kind: str, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def llava(size: Size) -> tuple[Any, Inputs]:
+def llava(size: Size) -> tuple[Any, PreparedInputs]:
     """CLIP, a projector, Llama; one image."""
     (layers, D), home = size.tower, import_module("mlx_vlm.models.llava")
     vision = home.VisionConfig(
@@ -81,10 +81,10 @@ def llava(size: Size) -> tuple[Any, Inputs]:
     model = home.Model(home.ModelConfig(text, vision, model_type="llava", image_token_index=IMAGE))
     ids = _ids([IMAGE] * size.side**2)
     pixels = mx.random.normal((1, 3, PATCH * size.side, PATCH * size.side))
-    return model, Inputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1)
+    return model, PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1)
 
 
-def qwen2_5_vl(size: Size) -> tuple[Any, Inputs]:
+def qwen2_5_vl(size: Size) -> tuple[Any, PreparedInputs]:
     """A tower with windows whose merger makes one token of four patches, and M-RoPE; one image."""
     (layers, D), home = size.tower, import_module("mlx_vlm.models.qwen2_5_vl")
     vision = home.VisionConfig(
@@ -104,10 +104,10 @@ def qwen2_5_vl(size: Size) -> tuple[Any, Inputs]:
     ids = _ids([START, *[IMAGE] * size.side**2, END])
     pixels = mx.random.normal((side**2, 3 * 2 * PATCH * PATCH))
     extra = {"image_grid_thw": mx.array([[1, side, side]])}
-    return model, Inputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1, extra)
+    return model, PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1, extra)
 
 
-FAMILIES: dict[str, Callable[[Size], tuple[Any, Inputs]]] = {
+FAMILIES: dict[str, Callable[[Size], tuple[Any, PreparedInputs]]] = {
     "llava": llava, "qwen2_5_vl": qwen2_5_vl,
 }  # fmt: skip
 
@@ -127,26 +127,26 @@ def first_token(model: Any, arguments: dict[str, Any]) -> int:
     return int(token)
 
 
-def stock(model: Any, inputs: Inputs) -> tuple[Laps, int]:
+def stock(model: Any, inputs: PreparedInputs) -> tuple[Laps, int]:
     """mlx-vlm left to itself."""
     began = time.perf_counter()
     ids = mx.array(inputs.ids)[None]
     told = {"input_ids": ids, "pixel_values": inputs.pixels, "mask": inputs.mask_1L}
-    with host_of(model).restored():
+    with host_of(model).preserve_state():
         token = first_token(model, {**told, **inputs.extra})
     return {"total": 1000 * (time.perf_counter() - began)}, token
 
 
 def ours(
-    model: Any, inputs: Inputs, spec: str, share: float, in_parts: bool = True
+    model: Any, inputs: PreparedInputs, spec: str, share: float, in_parts: bool = True
 ) -> tuple[Laps, int]:
     """The same through our path, which times its parts where it prunes."""
     began, clock = time.perf_counter(), Clock()
     host, pipeline = host_of(model), plan(spec)
-    policy = check(host, pipeline, None)
-    with host.restored():
+    policy = check_pipeline(host, pipeline, None)
+    with host.preserve_state():
         with generation_stream(), clock.running() if in_parts else nullcontext():
-            views = views_of(host, inputs, pipeline)
+            views = encode_images_and_text(host, inputs, pipeline)
             K = [tokens_for(view.signals.x_BND.shape[1], share) for view in views]
             prompt = prune_prompt(host, inputs, views, pipeline, K, policy)
         token = first_token(model, prompt.arguments)

@@ -121,7 +121,7 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
 
 def _prune_into(args: argparse.Namespace) -> str:
     # Methods are the product's: for this way alone, convert asks it.
-    from mlx_vlm_prune.hosts.folder import prune_into
+    from mlx_vlm_prune.hosts.pruned_folder import prune_into
 
     made = prune_into(
         args.source, args.target, args.pruner, args.keep_ratio, args.keep_tokens, args.vendor

@@ -196,7 +196,7 @@ def batch(kind: str, folder: Path) -> dict[str, Any]:
     return {
         "report": [report.pruner, report.positions, report.total, report.kept, str(report)],
         "prompts": [
-            [p.total, p.kept, p.kept_indices, p.rows, p.remembered] for p in report.prompts
+            [p.total, p.kept, p.kept_indices, p.rows, p.tower_skipped] for p in report.prompts
         ],
         "token_ids": [[one.token for one in pieces if one.uid == uid] for uid in uids],
         "logprobs": [

@@ -1,7 +1,7 @@
 """Tiny random models of mlx-vlm's families, from its own config classes, and prompts for them.
 
-A prompt is `Inputs` as the family's processor would make them. `full` is what the stock model
-makes of it, `positions` says by counting where every row stands.
+A prompt is `PreparedInputs` as the processor of the family makes them. `full` is what the stock
+model makes of it, `positions` counts where every row stands.
 
 Shapes: I images, N visual tokens of an image, L rows, D features.
 """
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_map
 
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
@@ -163,12 +163,12 @@ class Kind:
 
     make: Callable[[], Any]
     grids: list[tuple[int, int]]  # of visual tokens, one picture after another
-    prompt: Callable[[Any, list[tuple[int, int]]], Inputs]
-    full: Callable[[Any, Inputs], tuple[list[mx.array], list[list[mx.array]]]]
+    prompt: Callable[[Any, list[tuple[int, int]]], PreparedInputs]
+    full: Callable[[Any, PreparedInputs], tuple[list[mx.array], list[list[mx.array]]]]
     tiles: tuple[int, ...] = (1, 1)  # pictures of each image
     marks: str = "token"  # what a placeholder stands for
 
-    def inputs(self, model: Any, images: int | None = None) -> Inputs:
+    def inputs(self, model: Any, images: int | None = None) -> PreparedInputs:
         """A prompt with so many images, or all there are."""
         return self.prompt(model, self.grids[: sum(self.tiles[:images])])
 
@@ -177,41 +177,41 @@ def _rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
 
-def square_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+def square_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """LLaVA's: all images of one size, placeholders without frames."""
     pixels = _rng().normal(size=(len(grids), 3, 56, 56)).astype(np.float32)
     ids = _ids([[IMAGE] * (h * w) for h, w in grids])
-    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), len(grids))
+    return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), len(grids))
 
 
-def framed_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+def framed_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """Qwen's: images of any shape, a start and an end around each."""
     ids = _ids([[START, *[IMAGE] * (h * w), END] for h, w in grids])
     thw = mx.array([[1, 2 * h, 2 * w] for h, w in grids])
     patches = sum(4 * h * w for h, w in grids)
     pixels = mx.array(_rng().normal(size=(patches, 3 * 2 * 14 * 14)).astype(np.float32))
     extra = {"image_grid_thw": thw}
-    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, len(grids), extra)
+    return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, len(grids), extra)
 
 
-def single_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+def single_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """FastVLM's: one placeholder for an image."""
     (h, w) = grids[0]
     pixels = _rng().normal(size=(1, 3, 64 * h, 64 * w)).astype(np.float32)
     ids = _ids([[model.config.image_token_index]])
-    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
+    return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
 
 
-def tiled_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+def tiled_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """Idefics3's, InternVL's: (1, T, …) tiles; the first image is cut in two, the next is whole."""
     tiles = [2, 1][: len(grids) - 1]
     pixels = _rng().normal(size=(1, sum(tiles), 3, 56, 56)).astype(np.float32)
     ids = _ids([[START, *([IMAGE] * 4 + [END]) * n] for n in tiles])
     mask = mx.ones((1, len(ids)), mx.int32)
-    return Inputs(ids, mask, mx.array(pixels), len(grids), {"num_patches_list": tiles})
+    return PreparedInputs(ids, mask, mx.array(pixels), len(grids), {"num_patches_list": tiles})
 
 
-def broken_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+def broken_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """Pixtral's: a break after every row, pictures padded to the largest."""
     rows = []
     for h, w in grids:
@@ -221,21 +221,23 @@ def broken_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
     H, W = (max(sides) for sides in zip(*sizes, strict=True))
     pixels = _rng().normal(size=(len(grids), 3, H, W)).astype(np.float32)
     extra = {"image_sizes": mx.array(sizes)}
-    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), len(grids), extra)
+    return PreparedInputs(
+        ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), len(grids), extra
+    )
 
 
-def leading_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+def leading_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """PaliGemma's: the image stands first."""
     pixels = _rng().normal(size=(1, 3, 56, 56)).astype(np.float32)
     ids = [IMAGE] * 16 + WORDS[2]
-    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
+    return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
 
 
-def cropped_prompt(model: Any, grids: list[tuple[int, int]]) -> Inputs:
+def cropped_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """LLaVA-NeXT's: the crops of one image, and as many placeholders as its processor wants."""
     pixels = _rng().normal(size=(1, 3, 3, 56, 56)).astype(np.float32)
     ids = _ids([[IMAGE] * 40])
-    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
+    return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
 
 
 def _ids(images: list[list[int]]) -> list[int]:
@@ -245,13 +247,13 @@ def _ids(images: list[list[int]]) -> list[int]:
     return ids + WORDS[2]
 
 
-def llava_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+def llava_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
     """Embeddings of every image by the stock parts, (N, D) each."""
     *_, states = model.vision_tower(inputs.pixels.transpose(0, 2, 3, 1), output_hidden_states=True)
     return list(model.multi_modal_projector(states[model.vision_feature_layer][:, 1:])), []
 
 
-def qwen_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+def qwen_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
     """The same, and what DeepStack adds, layer by layer for each image."""
     thw = inputs.extra["image_grid_thw"]
     out = model.vision_tower(inputs.pixels, thw)
@@ -261,30 +263,36 @@ def qwen_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.
     return [x_UD[a:b] for a, b in parts], [[y[a:b] for y in deep] for a, b in parts if deep]
 
 
-def fastvlm_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+def fastvlm_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
     _, x_IHWC, _ = model.vision_tower(inputs.pixels.transpose(0, 2, 3, 1))
     return list(model.mm_projector(x_IHWC.flatten(1, 2))), []
 
 
-def llava_next_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
-    return llava_full(model, Inputs(inputs.ids, inputs.mask_1L, inputs.pixels[0]))
+def llava_next_full(
+    model: Any, inputs: PreparedInputs
+) -> tuple[list[mx.array], list[list[mx.array]]]:
+    return llava_full(model, PreparedInputs(inputs.ids, inputs.mask_1L, inputs.pixels[0]))
 
 
-def gemma_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+def gemma_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
     """As the words are scaled: by the square root of the size, which the language model undoes."""
     x, _, _ = model.vision_tower(inputs.pixels.transpose(0, 2, 3, 1), output_hidden_states=True)
     x = x[None] if x.ndim == 2 else x
     return list(model.multi_modal_projector(x) / 8), []
 
 
-def idefics3_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+def idefics3_full(
+    model: Any, inputs: PreparedInputs
+) -> tuple[list[mx.array], list[list[mx.array]]]:
     pixels_THW3 = inputs.pixels[0].transpose(0, 2, 3, 1)
     mask_T44 = mx.ones((len(pixels_THW3), 4, 4), mx.bool_)
     x, *_ = model.vision_model(pixels_THW3, patch_attention_mask=mask_T44)
     return list(model.connector(x)), []
 
 
-def internvl_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+def internvl_full(
+    model: Any, inputs: PreparedInputs
+) -> tuple[list[mx.array], list[list[mx.array]]]:
     from mlx_vlm.models.base import pixel_shuffle
 
     pixels_THW3 = inputs.pixels[0].transpose(0, 2, 3, 1)
@@ -295,7 +303,7 @@ def internvl_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list
     return list(x), []
 
 
-def pixtral_full(model: Any, inputs: Inputs) -> tuple[list[mx.array], list[list[mx.array]]]:
+def pixtral_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
     """One image at a time: in a row they must not see one another."""
     parts = []
     for image, (h, w) in zip(inputs.pixels, inputs.extra["image_sizes"].tolist(), strict=True):

@@ -11,10 +11,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
-from mlx_vlm_prune.hosts.prompt import PrunedPrompt, prune_prompt, views_of
-from mlx_vlm_prune.hosts.refusals import check
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
+from mlx_vlm_prune.hosts.prompt import PrunedPrompt, encode_images_and_text, prune_prompt
 from mlx_vlm_prune.pruners import METHODS, plan
 
 from . import host_models
@@ -24,20 +24,20 @@ TOKENS = 5
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
-def prompt(models, name: str, images: int | None = None) -> Inputs:
+def prompt(models, name: str, images: int | None = None) -> PreparedInputs:
     return KINDS[name].inputs(models(name), images)
 
 
-def reduced(model, inputs: Inputs, spec: str, ratio: float, positions=None) -> PrunedPrompt:
+def reduced(model, inputs: PreparedInputs, spec: str, ratio: float, positions=None) -> PrunedPrompt:
     host, pipeline = host_of(model), plan(spec)
-    policy = check(host, pipeline, positions)
-    views = views_of(host, inputs, pipeline)
+    policy = check_pipeline(host, pipeline, positions)
+    views = encode_images_and_text(host, inputs, pipeline)
     K = [max(1, int(view.signals.x_BND.shape[1] * ratio)) for view in views]
     return prune_prompt(host, inputs, views, pipeline, K, policy)
 
 
-def encoded(model, inputs: Inputs, spec: str):
-    return views_of(host_of(model), inputs, plan(spec))
+def encoded(model, inputs: PreparedInputs, spec: str):
+    return encode_images_and_text(host_of(model), inputs, plan(spec))
 
 
 def decoded(model, arguments: dict, **options) -> tuple[list[int], np.ndarray]:
@@ -50,7 +50,7 @@ def decoded(model, arguments: dict, **options) -> tuple[list[int], np.ndarray]:
     return [token for token, _ in steps], np.stack([np.array(odds) for _, odds in steps])
 
 
-def stock(model, inputs: Inputs, **options) -> tuple[list[int], np.ndarray]:
+def stock(model, inputs: PreparedInputs, **options) -> tuple[list[int], np.ndarray]:
     """The unpruned model, left to itself."""
     arguments = {"input_ids": mx.array(inputs.ids)[None], "pixel_values": inputs.pixels}
     return decoded(model, {**arguments, "mask": inputs.mask_1L, **inputs.extra}, **options)
@@ -60,7 +60,9 @@ def indices(said: PrunedPrompt) -> list[list[int]]:
     return [one.index_BK[0].tolist() for one in said.trace.steps[-1].reductions]
 
 
-def reference(models, name: str, inputs: Inputs, kept: list[list[int]], policy: str = "keep"):
+def reference(
+    models, name: str, inputs: PreparedInputs, kept: list[list[int]], policy: str = "keep"
+):
     """The same without a cache, each step over all rows, at positions counted here."""
     model, kind = models(name), KINDS[name]
     embeds, deep = kind.full(model, inputs) if inputs.pixels is not None else ([], [])
@@ -85,7 +87,7 @@ def table(model):
     return getattr(model.language_model, "model", model.language_model).embed_tokens
 
 
-def rows(model, name: str, inputs: Inputs, kept, embeds):
+def rows(model, name: str, inputs: PreparedInputs, kept, embeds):
     """Embeddings, positions and what is visual of the rows left, picture after picture by hand."""
     x, places, visual, at, kind = [], [], [], 0, KINDS[name]
     coming = [(v, i) for v, picture in enumerate(embeds) for i in range(len(picture))]

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
-from mlx_vlm_prune.hosts.prompt import prune_prompt, shares, views_of
-from mlx_vlm_prune.hosts.refusals import check
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
+from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt, share_budget
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import budget
 
@@ -71,13 +71,13 @@ def plain(config: Any) -> dict[str, Any]:
     return {name: plain(v) if hasattr(v, "from_dict") else v for name, v in told.items()}
 
 
-def inputs_of(kind: str, model: Any, images: int) -> Inputs:
+def inputs_of(kind: str, model: Any, images: int) -> PreparedInputs:
     """A prompt; where tiles are told apart by a token, with that token."""
     inputs = KINDS[kind].inputs(model, images)
     return marked(inputs) if kind in TILED else inputs
 
 
-def marked(inputs: Inputs) -> Inputs:
+def marked(inputs: PreparedInputs) -> PreparedInputs:
     """With GLOBAL before the rows of each image's last tile."""
     starts = [i for i, t in enumerate(inputs.ids) if t == IMAGE and inputs.ids[i - 1] != IMAGE]
     last = np.cumsum(inputs.extra["num_patches_list"]) - 1
@@ -87,41 +87,43 @@ def marked(inputs: Inputs) -> Inputs:
     return replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
 
 
-def save_prompt(file: Path, kind: str, inputs: Inputs) -> None:
+def save_prompt(file: Path, kind: str, inputs: PreparedInputs) -> None:
     """As it is handed to mlx-vlm."""
     arrays = {"input_ids": mx.array(inputs.ids)[None], "mask": inputs.mask_1L}
     arrays |= {name: mx.array(value) for name, value in handed(kind, inputs).extra.items()}
     mx.save_safetensors(str(file), {**arrays, "pixel_values": inputs.pixels})
 
 
-def handed(kind: str, inputs: Inputs) -> Inputs:
+def handed(kind: str, inputs: PreparedInputs) -> PreparedInputs:
     """As the family's processor hands it to mlx-vlm: it does not say how tiles belong together."""
     return replace(inputs, extra={}) if kind in TILED else inputs
 
 
-def video() -> Inputs:
+def video() -> PreparedInputs:
     """A prompt of Qwen's about a film of two times two frames, 4 x 6 patches each."""
     patches = np.random.default_rng(5).normal(size=(2 * 24, 3 * 2 * 14 * 14)).astype(np.float32)
     ids = [3, 9, 4, START, *[VIDEO] * 12, END, 5, 8, 2, 30]
     film = {"pixel_values_videos": mx.array(patches), "video_grid_thw": mx.array([[2, 4, 6]])}
-    return Inputs(ids, mx.ones((1, len(ids)), mx.int32), extra=film)
+    return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), extra=film)
 
 
-def answer(kind: str, model: Any, inputs: Inputs, **options: Any) -> Answer:
+def answer(kind: str, model: Any, inputs: PreparedInputs, **options: Any) -> Answer:
     """Of a folder's model, by mlx-vlm's loop."""
     return stock(model, handed(kind, inputs), **options)
 
 
-def ours(model: Any, inputs: Inputs, spec: str, ratio: float | None, tokens: int | None) -> Answer:
+def ours(
+    model: Any, inputs: PreparedInputs, spec: str, ratio: float | None, tokens: int | None
+) -> Answer:
     """Of the model that is not pruned, which our own path gives a short prompt."""
     pipeline = plan(spec)
     host = host_of(model)
-    policy = check(host, pipeline, None)
-    views = views_of(host, inputs, pipeline)
+    policy = check_pipeline(host, pipeline, None)
+    views = encode_images_and_text(host, inputs, pipeline)
     budgets: list[int] = []
     for image in range(1 + max(view.image for view in views)):
         sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
-        budgets += shares(budget(sum(sizes), ratio, tokens, pipeline), sizes)
+        budgets += share_budget(budget(sum(sizes), ratio, tokens, pipeline), sizes)
     short = prune_prompt(host, inputs, views, pipeline, budgets, policy)
     return decoded(model, short.arguments)
 

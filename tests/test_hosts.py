@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune.hosts.families import host_of
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.pruners import METHODS, Stage
 
 from . import host_models
@@ -102,7 +102,7 @@ def test_deepstack_left_out_would_not_pass(models):
 def test_a_kept_token_of_a_grid_keeps_its_three_positions(models, name, monkeypatch):
     """Two rows of three tokens between the words 9 and 5, of which 1, 3 and 5 stay."""
     model = models(name)
-    inputs = Inputs(
+    inputs = PreparedInputs(
         [9, START, *[IMAGE] * 6, host_models.END, 5], mx.ones((1, 10), mx.int32),
         mx.random.normal((24, 3 * 2 * 14 * 14)), 1, {"image_grid_thw": mx.array([[1, 4, 6]])},
     )  # fmt: skip

@@ -16,11 +16,11 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation import host_answers
 from mlx_vlm_prune.evaluation.host_answers import HostRespondent, Ready
 from mlx_vlm_prune.evaluation.questions import Question
+from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.families.llava import LlavaHost
-from mlx_vlm_prune.hosts.prefill import HostPrefill, read_through_cuts
-from mlx_vlm_prune.hosts.prompt import prune_prompt, view_budgets, views_of
-from mlx_vlm_prune.hosts.refusals import check
+from mlx_vlm_prune.hosts.prefill import HostPrefill, prefill_through_cuts
+from mlx_vlm_prune.hosts.prompt import budgets_by_view, encode_images_and_text, prune_prompt
 from mlx_vlm_prune.pruners import plan
 
 from . import host_folders
@@ -53,12 +53,12 @@ def by_mlx_vlm(model, inputs, spec: str, forced=()) -> tuple[list[int], float]:
     def choose(odds_1V):
         return mx.array([coming.pop(0)]) if coming else mx.argmax(odds_1V, axis=-1)
 
-    policy = check(host, pipeline, None)
-    with host.restored():
-        views = views_of(host, inputs, pipeline)
-        budgets = view_budgets(views, share(spec), None, pipeline)
+    policy = check_pipeline(host, pipeline, None)
+    with host.preserve_state():
+        views = encode_images_and_text(host, inputs, pipeline)
+        budgets = budgets_by_view(views, share(spec), None, pipeline)
         prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
-        prompt = read_through_cuts(host, prompt, pipeline, budgets, policy)
+        prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy)
         rest = dict(prompt.arguments) | ({"prompt_cache": prompt.cache} if prompt.cache else {})
         ids, pixels, mask = (rest.pop(x, None) for x in ("input_ids", "pixel_values", "mask"))
         steps = generate_step(ids, model, pixels, mask, max_tokens=WORDS, sampler=choose, **rest)

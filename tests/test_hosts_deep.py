@@ -14,11 +14,16 @@ import pytest
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
-from mlx_vlm_prune.hosts.layers import Ahead
-from mlx_vlm_prune.hosts.prefill import read_through_cuts
-from mlx_vlm_prune.hosts.prompt import PrunedPrompt, prune_prompt, view_budgets, views_of
-from mlx_vlm_prune.hosts.refusals import check
+from mlx_vlm_prune.hosts.language_layers import ShiftedCache
+from mlx_vlm_prune.hosts.prefill import prefill_through_cuts
+from mlx_vlm_prune.hosts.prompt import (
+    PrunedPrompt,
+    budgets_by_view,
+    encode_images_and_text,
+    prune_prompt,
+)
 from mlx_vlm_prune.pruners import METHODS, Signals, plan
 
 from . import host_folders
@@ -40,11 +45,11 @@ def models():
 
 def pruned(model, inputs, spec: str, ratio: float, positions=None, piece=None) -> PrunedPrompt:
     pipeline, host = plan(spec), host_of(model)
-    policy = check(host, pipeline, positions)
-    views = views_of(host, inputs, pipeline)
-    K = view_budgets(views, ratio, None, pipeline)
+    policy = check_pipeline(host, pipeline, positions)
+    views = encode_images_and_text(host, inputs, pipeline)
+    K = budgets_by_view(views, ratio, None, pipeline)
     prompt = prune_prompt(host, inputs, views, pipeline, K, policy)
-    done = read_through_cuts(host, prompt, pipeline, K, policy, piece)
+    done = prefill_through_cuts(host, prompt, pipeline, K, policy, piece)
     assert done.cache
     return done
 
@@ -257,7 +262,7 @@ def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in DEEP])
 def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name):
     with pytest.raises(UserError, match="fastv cannot prune"):
-        check(host_of(models(name)), plan("fastv"), None)
+        check_pipeline(host_of(models(name)), plan("fastv"), None)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +272,7 @@ def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name)
 @pytest.mark.parametrize("name", DEEP)
 def test_methods_that_change_attention_are_refused_by_name(models, name, spec, reason):
     with pytest.raises(UserError, match=reason):
-        check(host_of(models(name)), plan(spec), None)
+        check_pipeline(host_of(models(name)), plan(spec), None)
 
 
 def test_a_prompt_that_ends_in_an_image_is_refused(models):
@@ -322,7 +327,7 @@ def test_a_cache_that_is_ahead_stays_so_when_it_is_quantised():
 
     held = KVCache()
     held.update_and_fetch(*mx.random.normal((2, 1, 2, 5, 64)))
-    ahead = Ahead(held, 7)
+    ahead = ShiftedCache(held, 7)
     small = ahead.to_quantized(group_size=64, bits=8)
     assert (ahead.offset, small.offset, small.bits) == (12, 12, 8)
     assert (

@@ -11,7 +11,7 @@ from PIL import Image
 from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.hosts.stream import explained
+from mlx_vlm_prune.hosts.stream import explain_kv_bits_errors
 
 from . import host_folders, host_models
 from .test_generate import refused
@@ -235,12 +235,12 @@ def test_a_cache_that_cannot_have_so_few_bits_ends_in_one_sentence():
         yield "a piece"
         raise ValueError("[quantize] The last dimension\nmust be divisible by 64")
 
-    told = explained(pieces(), 4)
+    told = explain_kv_bits_errors(pieces(), 4)
     assert next(told) == "a piece"
     with pytest.raises(UserError, match=r"--kv-bits 4 cannot be had of this model: .* by 64"):
         next(told)
     with pytest.raises(ValueError, match="quantize"):
-        list(explained(pieces(), None))
+        list(explain_kv_bits_errors(pieces(), None))
 
 
 def test_a_picture_is_made_to_fit_the_shape_asked_for(loaded, home):

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.host import Host
-from mlx_vlm_prune.hosts.prompt import shares
-from mlx_vlm_prune.hosts.refusals import check
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
+from mlx_vlm_prune.hosts.prompt import share_budget
 from mlx_vlm_prune.pruners import plan
 
 from . import host_models
@@ -55,7 +55,7 @@ def test_tiles_belong_to_the_image_whose_whole_picture_ends_them(models, monkeyp
     """Two tiles and a whole, then an image that was not cut."""
     tile, whole = [50, *[IMAGE] * 4], [51, *[IMAGE] * 4]
     ids = [3, *tile, *tile, *whole, 7, *whole, 5]
-    made = Inputs(ids, mx.ones((1, len(ids))), mx.zeros((1, 4, 3, 56, 56)), 2)
+    made = PreparedInputs(ids, mx.ones((1, len(ids))), mx.zeros((1, 4, 3, 56, 56)), 2)
     monkeypatch.setattr(Host, "prepare", lambda *_: made)
 
     class Processor:
@@ -100,13 +100,13 @@ def test_pictures_of_which_nobody_knows_whose_they_are_are_refused(models):
 @pytest.mark.parametrize("name", KINDS)
 def test_what_cannot_work_is_refused_by_name_with_the_reason(models, name, spec, reason):
     with pytest.raises(UserError, match=reason):
-        check(host_of(models(name)), plan(spec), None)
+        check_pipeline(host_of(models(name)), plan(spec), None)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in QWEN])
 def test_positions_that_a_model_only_counts_cannot_be_kept(models, name):
     with pytest.raises(UserError, match="counts the rows"):
-        check(host_of(models(name)), plan("norm"), "keep")
+        check_pipeline(host_of(models(name)), plan("norm"), "keep")
 
 
 @pytest.mark.parametrize("name", ["fastvlm", "llava_next", "paligemma"])
@@ -123,16 +123,16 @@ def test_a_tower_without_attention_refuses_what_needs_it():
         [host_models.import_module("mlx_vlm.models.fastvlm.vision").RepMixerBlock(64)]
     )
     with pytest.raises(UserError, match="neither a CLS token nor attention"):
-        check(host_of(model), plan("vispruner"), None)
-    check(host_of(model), plan("divprune"), None)
+        check_pipeline(host_of(model), plan("vispruner"), None)
+    check_pipeline(host_of(model), plan("divprune"), None)
 
 
 def test_an_images_budget_is_shared_among_its_crops_in_proportion():
-    assert shares(10, [16, 16, 16]) == [3, 3, 4]
-    assert shares(7, [24, 12]) == [4, 3]
-    assert shares(48, [16, 16, 16]) == [16, 16, 16]
+    assert share_budget(10, [16, 16, 16]) == [3, 3, 4]
+    assert share_budget(7, [24, 12]) == [4, 3]
+    assert share_budget(48, [16, 16, 16]) == [16, 16, 16]
     with pytest.raises(UserError, match="3 crops cannot keep 2"):
-        shares(2, [16, 16, 16])
+        share_budget(2, [16, 16, 16])
 
 
 def test_more_placeholders_than_visual_tokens_are_refused(models):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune.hosts.families import host_of
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
 from .host_models import IMAGE, KINDS, once
 from .host_reference import QWEN, encoded, indices, prompt, reduced, table
@@ -78,7 +78,7 @@ def test_received_attention_is_put_back_in_rows_and_pooled_by_the_merger(models,
         begin += h * w
 
 
-def whole_attention(model, name: str, inputs: Inputs, layer: int):
+def whole_attention(model, name: str, inputs: PreparedInputs, layer: int):
     """Logits (H, S, S) of a layer, which patches attend to one another, and each patch's place in
     its image's rows, in the tower's order. A block is caught at work, on the instance."""
     tower, caught = model.vision_tower, {}

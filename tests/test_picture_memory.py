@@ -28,7 +28,7 @@ class Talk:
     def remembered(self, picture: int) -> bool:
         """Ask about a picture: was it answered without the tower?"""
         stock(self.model, replace(self.first, pixels=self.first.pixels + 0.1 * picture))
-        return self.report.prompts[-1].remembered
+        return self.report.prompts[-1].tower_skipped
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from convert.describe import describe
 from mlx_vlm_prune import generate, load, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.mlx_vlm_folder import RECORD
-from mlx_vlm_prune.hosts.folder import prune_into
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
+from mlx_vlm_prune.hosts.pruned_folder import prune_into
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders, into_folders
@@ -121,7 +121,7 @@ def test_mlx_vlm_answers_as_our_own_path_does(home, stocks, full, kind, spec, ca
 def test_with_all_tokens_or_no_image_it_is_the_stock_model_bit_for_bit(home, stocks, kind):
     model = pruned_model(home, kind, "divprune", 1.0)
     for images in range(most(kind) + 1):
-        words = Inputs([3, 9, 4], mx.ones((1, 3), mx.int32))
+        words = PreparedInputs([3, 9, 4], mx.ones((1, 3), mx.int32))
         inputs = inputs_of(kind, model, images) if images else words
         tokens, odds = answer(kind, model, inputs)
         expected, expected_odds = answer(kind, stocks[kind], inputs)
@@ -276,12 +276,12 @@ def test_all_other_files_are_the_same_and_the_old_folder_is_untouched(tmp_path):
 
 
 def test_on_a_disk_without_links_weights_are_copied(tmp_path, monkeypatch):
-    from mlx_vlm_prune.hosts import folder
+    from mlx_vlm_prune.hosts import pruned_folder
 
     def no_links(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(folder.os, "link", no_links)
+    monkeypatch.setattr(pruned_folder.os, "link", no_links)
     source = checkpoint("gemma3", tmp_path)
     assert prune_into(source, tmp_path / "pruned", "norm", 0.5, None).linked == 0
     assert digests(source)["model.safetensors"] == digests(tmp_path / "pruned")["model.safetensors"]

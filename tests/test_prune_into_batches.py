@@ -13,8 +13,8 @@ import pytest
 from mlx_vlm_prune import generate
 from mlx_vlm_prune import load as load_ours
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts.folder import prune_into
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
+from mlx_vlm_prune.hosts.pruned_folder import prune_into
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders
@@ -63,7 +63,7 @@ def engine(model: Any, **options: Any) -> Any:
     return BatchGenerator(model.language_model, Endless(), max_tokens=TOKENS, **options)
 
 
-def queue(batch: Any, model: Any, inputs: Inputs) -> int:
+def queue(batch: Any, model: Any, inputs: PreparedInputs) -> int:
     """As mlx-vlm's server does."""
     from mlx_vlm.apc import semantic_extra_hash
 
@@ -73,7 +73,7 @@ def queue(batch: Any, model: Any, inputs: Inputs) -> int:
     return uid
 
 
-def embedded(model: Any, inputs: Inputs) -> dict[str, Any]:
+def embedded(model: Any, inputs: PreparedInputs) -> dict[str, Any]:
     """A prompt's embeddings, and all else that is handed on with them."""
     inputs = handed(model.config.model_type, inputs)
     ids, extra = mx.array(inputs.ids)[None], inputs.extra
@@ -89,7 +89,9 @@ def read(batch: Any, said: dict[int, list[tuple[int, float]]], steps: int | None
         steps = None if steps is None else steps - 1
 
 
-def together(model: Any, prompts: list[Inputs], **options: Any) -> list[list[tuple[int, float]]]:
+def together(
+    model: Any, prompts: list[PreparedInputs], **options: Any
+) -> list[list[tuple[int, float]]]:
     """Tokens and log probabilities of each prompt, all read at once."""
     batch, said = engine(model, **options), dict[int, list[tuple[int, float]]]()
     uids = [queue(batch, model, inputs) for inputs in prompts]
@@ -98,7 +100,7 @@ def together(model: Any, prompts: list[Inputs], **options: Any) -> list[list[tup
     return [said[uid] for uid in uids]
 
 
-def alone(model: Any, inputs: Inputs, spec: str = "divprune") -> Answer:
+def alone(model: Any, inputs: PreparedInputs, spec: str = "divprune") -> Answer:
     """What our own path answers, with the stock model."""
     if inputs.pixels is not None:
         return ours(model, inputs, spec, RATIO, None)
@@ -112,16 +114,16 @@ def same(said: list[tuple[int, float]], expected: Answer) -> None:
     np.testing.assert_allclose([odds for _, odds in said], wanted, rtol=0, atol=1e-4)
 
 
-def words(*ids: int) -> Inputs:
-    return Inputs(list(ids), mx.ones((1, len(ids)), mx.int32))
+def words(*ids: int) -> PreparedInputs:
+    return PreparedInputs(list(ids), mx.ones((1, len(ids)), mx.int32))
 
 
-def longer(inputs: Inputs) -> Inputs:
+def longer(inputs: PreparedInputs) -> PreparedInputs:
     ids = [*inputs.ids, 7, 11]
     return replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
 
 
-def prompts_of(kind: str, model: Any) -> list[Inputs]:
+def prompts_of(kind: str, model: Any) -> list[PreparedInputs]:
     """One with an image, one of words, one with all images: none as long as another."""
     one, several = inputs_of(kind, model, 1), inputs_of(kind, model, most(kind))
     return [one, words(7, 3, 5, 11), several if most(kind) > 1 else longer(one)]
@@ -260,7 +262,7 @@ def desk(tmp_path_factory):
     return folder
 
 
-def turn(model: Any, processor: Any, inputs: Inputs, **options: Any) -> tuple[Answer, int]:
+def turn(model: Any, processor: Any, inputs: PreparedInputs, **options: Any) -> tuple[Answer, int]:
     """Tokens and log probabilities (T, V), and how many of the prompt's tokens were cached."""
     from mlx_vlm import stream_generate
 

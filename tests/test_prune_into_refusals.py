@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from mlx_vlm_prune.hosts import folder as into
+from mlx_vlm_prune.hosts import pruned_folder as into
 
 
 @pytest.fixture

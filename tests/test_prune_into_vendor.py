@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.hosts.folder import PACKAGE, prune_into
+from mlx_vlm_prune.hosts.pruned_folder import PACKAGE, prune_into
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import into_folders
@@ -128,10 +128,12 @@ def test_beside_an_installed_package_each_runs_its_own(home):
 
 
 def test_a_copy_of_other_sources_has_another_name(home, monkeypatch, tmp_path):
-    from mlx_vlm_prune.hosts import folder
+    from mlx_vlm_prune.hosts import pruned_folder
 
-    real = folder._copies()
-    monkeypatch.setattr(folder, "_copies", lambda: real | {"mlx_vlm_prune/more.py": b"# more"})
+    real = pruned_folder._copies()
+    monkeypatch.setattr(
+        pruned_folder, "_copies", lambda: real | {"mlx_vlm_prune/more.py": b"# more"}
+    )
     prune_into(home / "llava", tmp_path / "newer", "norm", 0.5, None, True)
     names = [
         next(line for line in (place / "pruned.py").read_text().splitlines() if "NAME =" in line)

@@ -90,7 +90,7 @@ def test_a_video_is_read_whole_where_that_is_wanted_and_refused_elsewhere(models
     expected, expected_odds = stock(model, video())
     with pruned(model, "norm", keep_ratio=0.5), pytest.raises(UserError, match="only images"):
         stock(model, video())
-    report, detach = attach(model, "norm", keep_ratio=0.5, whole_videos=True)
+    report, detach = attach(model, "norm", keep_ratio=0.5, allow_videos=True)
     tokens, odds = stock(model, video())
     detach()
     assert tokens == expected and not report.prompts

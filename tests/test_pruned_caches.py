@@ -13,7 +13,7 @@ import pytest
 
 from mlx_vlm_prune import load, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
 from . import host_folders
 from .host_models import KINDS, once
@@ -36,7 +36,7 @@ def loaded(tmp_path_factory):
     return {name: load(host_folders.checkpoint(name, folder)) for name in FOLDERS}
 
 
-def streamed(model, processor, inputs: Inputs, **options: Any) -> tuple[list[int], int]:
+def streamed(model, processor, inputs: PreparedInputs, **options: Any) -> tuple[list[int], int]:
     """Tokens of mlx-vlm's `stream_generate`, and how many of the prompt's it had cached."""
     from mlx_vlm import stream_generate
 
@@ -47,7 +47,7 @@ def streamed(model, processor, inputs: Inputs, **options: Any) -> tuple[list[int
     return last.token_ids, last.cached_tokens
 
 
-def longer(inputs: Inputs, answer: list[int]) -> Inputs:
+def longer(inputs: PreparedInputs, answer: list[int]) -> PreparedInputs:
     """The next turn of a conversation."""
     ids = [*inputs.ids, *answer, 7, 11]
     return replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
@@ -83,7 +83,7 @@ def test_mlx_vlms_automatic_prefix_cache_finds_nothing_of_a_block(loaded, name, 
     inputs = KINDS[name].inputs(model, 1)
     if not images:
         ids = [3, 9, 4, 7, 11, 5, 8, 2, 30]
-        inputs = Inputs(ids, mx.ones((1, len(ids)), mx.int32))
+        inputs = PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32))
     outside, inside = (APCManager(num_blocks=64, block_size=4) for _ in range(2))
     expected, _ = streamed(model, processor, inputs, apc_manager=outside)
     _, cached = streamed(model, processor, inputs, apc_manager=outside)
@@ -116,7 +116,7 @@ def test_a_cache_filled_inside_is_refused_outside(models):
     with pruned(model, "norm", keep_ratio=0.25):
         stock(model, inputs, prompt_cache=cache)
     with pytest.raises(UserError, match="filled inside"):
-        stock(model, Inputs([3, 4], mx.ones((1, 2), mx.int32)), prompt_cache=cache)
+        stock(model, PreparedInputs([3, 4], mx.ones((1, 2), mx.int32)), prompt_cache=cache)
 
 
 @pytest.mark.parametrize("name", ["llava", *QWEN])
@@ -139,7 +139,10 @@ def test_a_new_question_chooses_anew_without_the_tower(models, name, monkeypatch
     with pruned(model, "mmtok", keep_ratio=0.25) as report:
         stock(model, first)
         tokens, odds = stock(model, other)
-    assert len(encoded) == 1 and [prompt.remembered for prompt in report.prompts] == [False, True]
+    assert len(encoded) == 1 and [prompt.tower_skipped for prompt in report.prompts] == [
+        False,
+        True,
+    ]
     assert report.prompts[0].kept_indices != report.prompts[1].kept_indices == expected
     wanted, wanted_odds = reference(models, name, other, by_view(name, expected))
     assert tokens == wanted
@@ -154,4 +157,4 @@ def test_another_picture_of_the_same_shape_is_not_taken_for_the_first(models):
         stock(model, first)
         stock(model, other)
         stock(model, first)
-    assert [prompt.remembered for prompt in report.prompts] == [False, False, True]
+    assert [prompt.tower_skipped for prompt in report.prompts] == [False, False, True]

@@ -16,7 +16,7 @@ import pytest
 
 from mlx_vlm_prune import generate, load, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts.views import Inputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
 from . import host_folders
 from .host_models import IMAGE, KINDS, WORDS, once
@@ -44,7 +44,7 @@ class Stop:
 
 
 def batch(
-    model: Any, prompts: list[Inputs], at_once: int | None = None, **options: Any
+    model: Any, prompts: list[PreparedInputs], at_once: int | None = None, **options: Any
 ) -> list[list[tuple[int, float]]]:
     """Tokens and log probabilities of each prompt, as mlx-vlm's server has them: embeddings one by
     one, then all ids in one batch, of which so many are read at once."""
@@ -68,11 +68,11 @@ def batch(
     return [said[uid] for uid in uids]
 
 
-def words(*ids: int) -> Inputs:
-    return Inputs(list(ids), mx.ones((1, len(ids)), mx.int32))
+def words(*ids: int) -> PreparedInputs:
+    return PreparedInputs(list(ids), mx.ones((1, len(ids)), mx.int32))
 
 
-def prompts_of(model: Any, name: str) -> list[Inputs]:
+def prompts_of(model: Any, name: str) -> list[PreparedInputs]:
     """One with one image, one of words, one with all images: none as long as another."""
     return [
         KINDS[name].inputs(model, 1), words(7, 3, 5, 11, 2, 9, 30),
@@ -80,7 +80,9 @@ def prompts_of(model: Any, name: str) -> list[Inputs]:
     ]  # fmt: skip
 
 
-def check_batch(models, name: str, told, prompts: list[Inputs], kept: list[list[list[int]]]):
+def check_batch(
+    models, name: str, told, prompts: list[PreparedInputs], kept: list[list[list[int]]]
+):
     for said, inputs, own in zip(told, prompts, kept, strict=True):
         tokens, odds = reference(models, name, inputs, own)
         assert [token for token, _ in said] == tokens
@@ -281,7 +283,7 @@ def test_prompts_that_see_their_own_end_share_a_batch_only_when_equally_long(mod
             batch(model, [inputs, longer(inputs)])
 
 
-def longer(inputs: Inputs) -> Inputs:
+def longer(inputs: PreparedInputs) -> PreparedInputs:
     ids = [*inputs.ids, 7, 11]
     return replace(inputs, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
 

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune import generate, load, pruned
-from mlx_vlm_prune.hosts.folder import prune_into
+from mlx_vlm_prune.hosts.pruned_folder import prune_into
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytest.importorskip("uvicorn", reason="mlx-vlm's server needs uvicorn")

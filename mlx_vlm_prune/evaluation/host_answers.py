@@ -10,11 +10,12 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..hosts.compatibility import check_pipeline
 from ..hosts.host import Host, generation_stream
-from ..hosts.prefill import HostPrefill, read_through_cuts
-from ..hosts.prompt import add_text, prepare_prompt, prune_prompt, view_budgets
-from ..hosts.refusals import check
-from ..hosts.views import Inputs, View
+from ..hosts.prefill import HostPrefill, prefill_through_cuts
+from ..hosts.prepared_inputs import PreparedInputs
+from ..hosts.prompt import add_text, budgets_by_view, prepare_prompt, prune_prompt
+from ..hosts.views import View
 from ..pruners import METHODS, Pipeline, Stage, plan
 from .answers import Answers, answers_of, picture
 from .questions import Question
@@ -24,7 +25,7 @@ from .questions import Question
 class Ready:
     """A question as the model reads it, and the right answer's ids with its end."""
 
-    inputs: Inputs
+    inputs: PreparedInputs
     right: list[int]
 
 
@@ -69,7 +70,7 @@ class HostRespondent:
         views = []
         with generation_stream():
             for one in asked:
-                views.append(self.host.see(one.inputs, self.want))
+                views.append(self.host.encode_images(one.inputs, self.want))
                 mx.eval([_arrays(view) for view in views[-1]])
         sizes = [sum(view.signals.x_BND.shape[1] for view in own) for own in views]
         return Batch(asked, views, sizes)
@@ -79,16 +80,16 @@ class HostRespondent:
 
         Raises UserError where that cannot be.
         """
-        policy = check(self.host, pipeline, None)
+        policy = check_pipeline(self.host, pipeline, None)
         answers = []
         for one, seen, N in zip(batch.asked, batch.views, batch.sizes, strict=True):
             share, K = (None, min(keep, N)) if isinstance(keep, int) else (keep, None)
-            with self.host.restored(), generation_stream():
+            with self.host.preserve_state(), generation_stream():
                 views = add_text(self.host, one.inputs, seen, pipeline)
-                budgets = view_budgets(views, share, K, pipeline)
+                budgets = budgets_by_view(views, share, K, pipeline)
                 prompt = prune_prompt(self.host, one.inputs, views, pipeline, budgets, policy)
                 self.host.check_length(prompt.length)
-                prompt = read_through_cuts(self.host, prompt, pipeline, budgets, policy)
+                prompt = prefill_through_cuts(self.host, prompt, pipeline, budgets, policy)
                 prefill = HostPrefill(self.host, prompt)
                 answers.append(answers_of(prefill, np.array([one.right]), self.ends, max_tokens))
         ids = [answer for one in answers for answer in one.ids]
@@ -96,7 +97,7 @@ class HostRespondent:
 
     def _policy(self, pipeline: Pipeline) -> str | None:
         try:
-            return check(self.host, pipeline, None)
+            return check_pipeline(self.host, pipeline, None)
         except UserError:
             return None  # `answer` says why
 
@@ -108,7 +109,7 @@ def usual(host: Host) -> list[str]:
         if method.stage is Stage.ENHANCER or method.learned or name == "none":
             continue
         try:
-            check(host, plan(name), None)
+            check_pipeline(host, plan(name), None)
         except UserError:
             continue
         able.append(name)
@@ -116,4 +117,4 @@ def usual(host: Host) -> list[str]:
 
 
 def _arrays(view: View) -> Iterator[mx.array]:
-    yield from (*view.signals.arrays.values(), *view.deep)
+    yield from (*view.signals.arrays.values(), *view.deepstack)

@@ -27,15 +27,16 @@ from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import check_budget
 from ..pruners.contract import Policy
-from .batches import taken_apart
+from .batch import split_batch
+from .compatibility import check_pipeline
+from .dropped_rows import BESIDE, call, deepstack_rows, to_full_length
 from .families import host_of
 from .host import Host
-from .prompt import PrunedPrompt, add_text, prune_prompt, view_budgets
-from .refusals import check
-from .report import Report
-from .rows import BESIDE, call, deep_rows, laid_out
+from .prepared_inputs import PreparedInputs
+from .prompt import PrunedPrompt, add_text, budgets_by_view, prune_prompt
+from .pruning_report import PruningReport
 from .tower_cache import TowerCache
-from .views import Inputs, View
+from .views import View
 
 UNREAD = ("vision_cache", "_image_key")  # caches of whole features that others would read
 OTHERS = ("pixel_values_videos", "input_features", "audio_values")
@@ -51,12 +52,12 @@ def attach(
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
     positions: Policy | None = None,
-    whole_videos: bool = False,
-) -> tuple[Report, Callable[[], None]]:
+    allow_videos: bool = False,
+) -> tuple[PruningReport, Callable[[], None]]:
     """Prune in whatever mlx-vlm does with its `model`; a report of it, and what takes it off.
 
     Of each image's N visual tokens K stay, by `keep_ratio` or `keep_tokens`, half without either;
-    `positions` as in `generate`. With `whole_videos` a prompt with a video or sound is read
+    `positions` as in `generate`. With `allow_videos` a prompt with a video or sound is read
     whole, and refused without. Answers are to be read to their end before `detach` is called.
     Raises UserError for a model, method or budget that cannot be, and for a model that is being
     pruned already; then, as after any error, the model is as it was.
@@ -65,13 +66,13 @@ def attach(
     host, pipeline, policy = _checked(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
     embeddings = PrunedEmbeddings(
-        host_of(proxy(model)), pipeline, keep_ratio, keep_tokens, policy, whole_videos,
+        host_of(proxy(model)), pipeline, keep_ratio, keep_tokens, policy, allow_videos,
         _reads_whole(model),
     )  # fmt: skip
     language = model.language_model
     kind = type(language)
     with ExitStack() as undo:
-        undo.enter_context(host.restored())
+        undo.enter_context(host.preserve_state())
         undo.callback(_spend, embeddings.caches)
         language.__class__ = _shortened(kind, embeddings)
         undo.callback(setattr, language, "__class__", kind)
@@ -90,7 +91,7 @@ def pruned(
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
     positions: Policy | None = None,
-) -> Iterator[Report]:
+) -> Iterator[PruningReport]:
     """`attach` for the length of a block, which yields the report."""
     report, detach = attach(
         model, pruner, keep_ratio=keep_ratio, keep_tokens=keep_tokens, positions=positions
@@ -110,7 +111,7 @@ def _checked(
             "pruned() and attach() are for mlx-vlm's models; ours take a pruner in generate()"
         )
     host, pipeline = host_of(model), plan(pruner)
-    policy = check(host, pipeline, positions)
+    policy = check_pipeline(host, pipeline, positions)
     if pipeline.decoder:
         raise UserError(
             f"{pipeline.decoder.name} works between the language model's layers, where a block that"
@@ -134,13 +135,13 @@ class PrunedEmbeddings:
     keep_ratio: float | None
     keep_tokens: int | None
     policy: Policy
-    whole_videos: bool  # are prompts with videos or sound read whole, and not refused?
+    allow_videos: bool  # are prompts with videos or sound read whole, and not refused?
     reads_whole: bool  # is a prompt not to be read in pieces, since its rows see those behind them?
     busy: bool = False  # are the language model's own functions called from here?
     caches: WeakSet[Any] = field(default_factory=WeakSet)  # the first layer's of each request
 
     def __post_init__(self) -> None:
-        self.report = Report(self.pipeline.spec, self.policy)
+        self.report = PruningReport(self.pipeline.spec, self.policy)
         self.tower_cache = TowerCache(self.host, self.pipeline)
 
     def stock(self, *ids: Any, **extra: Any) -> Any:
@@ -153,7 +154,7 @@ class PrunedEmbeddings:
     ) -> Any:
         """mlx-vlm's features of B prompts. Raises UserError for what is no image."""
         has_others = any(extra.get(name) is not None for name in OTHERS)
-        if has_others and not self.whole_videos:
+        if has_others and not self.allow_videos:
             raise UserError("only images are pruned: videos and sound go outside the block")
         for name in PREPARED:
             if extra.get(name) is not None:
@@ -177,7 +178,7 @@ class PrunedEmbeddings:
     def _pruned(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, extra: dict[str, Any]) -> Any:
         misses, parts = self.tower_cache.misses, []
         with Clock().running() as clock:
-            prompts = taken_apart(self.host, ids_BL, mask_BL, pixels, extra, self.tower_cache)
+            prompts = split_batch(self.host, ids_BL, mask_BL, pixels, extra, self.tower_cache)
             remembered = self.tower_cache.misses == misses
             for begin, inputs, views in prompts:
                 prompt, features = self._prompt(inputs, views)
@@ -186,9 +187,9 @@ class PrunedEmbeddings:
                     clock.ms = dict.fromkeys(clock.ms, 0.0)
                 parts.append((range(begin, begin + len(inputs.ids)), prompt.kept_rows, features))
         first = parts[0][2]
-        if self.host.placeholders != "token":  # mlx-vlm's rows and ids differ there anyway
+        if self.host.placeholder_unit != "token":  # mlx-vlm's rows and ids differ there anyway
             return first
-        laid = [laid_out(ids_BL.shape[1], *part, len(self.host.deepstack)) for part in parts]
+        laid = [to_full_length(ids_BL.shape[1], *part, len(self.host.deepstack)) for part in parts]
         batch: dict[str, Any] = dict.fromkeys(BESIDE)
         for name in laid[0]:
             batch[name] = mx.stack([one[name] for one in laid], axis=int(name == "position_ids"))
@@ -196,7 +197,7 @@ class PrunedEmbeddings:
             batch["rope_deltas"] = mx.concatenate([f.rope_deltas for _, _, f in parts])
         return replace(first, **batch)
 
-    def _prompt(self, inputs: Inputs, views: list[View]) -> tuple[PrunedPrompt, Any]:
+    def _prompt(self, inputs: PreparedInputs, views: list[View]) -> tuple[PrunedPrompt, Any]:
         """What stays of a prompt, and mlx-vlm's features of that."""
         if self.keep_tokens is not None and not self.host.knows_images(inputs, views):
             raise UserError(
@@ -204,7 +205,7 @@ class PrunedEmbeddings:
                 " one image: give keep_ratio in place of keep_tokens"
             )
         views = add_text(self.host, inputs, views, self.pipeline)
-        budgets = view_budgets(views, self.keep_ratio, self.keep_tokens, self.pipeline)
+        budgets = budgets_by_view(views, self.keep_ratio, self.keep_tokens, self.pipeline)
         prompt = prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
         arguments = dict(prompt.arguments)
         ours = {name: arguments.pop(name) for name in OURS if name in arguments}
@@ -220,7 +221,7 @@ class PrunedEmbeddings:
         if visual_BL is None:
             visual_BL = mx.zeros(x_BLD.shape[:2], mx.bool_)
         deep = features.deepstack_visual_embeds
-        deep_RYD = deep_rows(visual_BL.flatten(), deep, len(self.host.deepstack), x_BLD)
+        deep_RYD = deepstack_rows(visual_BL.flatten(), deep, len(self.host.deepstack), x_BLD)
         deep_BLYD = deep_RYD.reshape(*x_BLD.shape[:2], *deep_RYD.shape[1:])
         return replace(features, visual_pos_masks=visual_BL, deepstack_visual_embeds=deep_BLYD)
 

@@ -14,8 +14,9 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.prompt import IMAGE_MARK
-from .layers import HostLanguage
-from .views import Inputs, View
+from .language_layers import LanguageLayers
+from .prepared_inputs import PreparedInputs
+from .views import View
 
 STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
 
@@ -27,12 +28,12 @@ class Host(ABC):
     """
 
     has_mrope: ClassVar[bool] = False  # do positions have three axes, and come from outside?
-    placeholders: ClassVar[Literal["token", "image", "all"]] = "token"  # what one stands for
-    why_not_inside: ClassVar[str] = (
+    placeholder_unit: ClassVar[Literal["token", "image", "all"]] = "token"  # what one stands for
+    why_no_encoder_methods: ClassVar[str] = (
         "it works between the tower's layers, which is not yet there for mlx-vlm models"
     )
     why_one_image: ClassVar[str | None] = None  # why a prompt may not have several, if so
-    layers_class: ClassVar[type[HostLanguage] | None] = None  # None: not driven from here
+    language_layers_class: ClassVar[type[LanguageLayers] | None] = None
 
     def __init__(self, model: Any, processor: Any = None):
         self.model, self.processor = model, processor
@@ -43,7 +44,7 @@ class Host(ABC):
         """How many layers of the tower signals can be read of."""
 
     @abstractmethod
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         """The tower run: a view for each picture, with the signals in `want`.
 
         Raises UserError for images that this family cannot read.
@@ -55,7 +56,7 @@ class Host(ABC):
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
-    ) -> Inputs:
+    ) -> PreparedInputs:
         """Ids and pixels, as mlx-vlm itself makes them; `text` has been through the template."""
         from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
 
@@ -71,32 +72,32 @@ class Host(ABC):
         ids, mask, pixels = (arrays.pop(name, None) for name in names)
         ids = mx.array(ids).reshape(-1)
         mask = mx.ones((1, len(ids)), mx.int32) if mask is None else mask
-        return Inputs(np.array(ids).tolist(), mask, pixels, len(images), arrays)
+        return PreparedInputs(np.array(ids).tolist(), mask, pixels, len(images), arrays)
 
     def embed(self, ids: mx.array) -> mx.array:
         """The word embeddings of ids."""
         return self.language.model.embed_tokens(ids)
 
-    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """The embeddings (K, D) of each view as arguments of mlx-vlm's; here as one picture's.
 
         `is_full`: does every token stay?
         """
         return {"cached_image_features": mx.concatenate(list(x))[None]}
 
-    def image_token_id(self, inputs: Inputs) -> int:
+    def image_token_id(self, inputs: PreparedInputs) -> int:
         """The placeholder's id. Some configs call it an index, some processors know better."""
         known = {**vars(self.model.config), **inputs.extra}
         return known["image_token_index" if "image_token_index" in known else "image_token_id"]
 
-    def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
+    def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
         """The views, each with its image, where a prompt comes without the number of tiles.
 
         Raises UserError where prompt and tiles do not fit.
         """
         return views
 
-    def knows_images(self, inputs: Inputs, views: Sequence[View]) -> bool:
+    def knows_images(self, inputs: PreparedInputs, views: Sequence[View]) -> bool:
         """Is it known which views are of the same image?"""
         return True
 
@@ -120,9 +121,13 @@ class Host(ABC):
         return self.model.language_model
 
     @property
-    def layers(self) -> HostLanguage | None:
+    def language_layers(self) -> LanguageLayers | None:
         """The language model's layers one by one; None where they cannot be driven from here."""
-        return None if self.layers_class is None else self.layers_class(self.language)
+        return (
+            None
+            if self.language_layers_class is None
+            else self.language_layers_class(self.language)
+        )
 
     @property
     def image_marks(self) -> list[str]:
@@ -155,7 +160,7 @@ class Host(ABC):
         return shown
 
     @contextmanager
-    def restored(self) -> Iterator[None]:
+    def preserve_state(self) -> Iterator[None]:
         """Take back what requests leave on the language model."""
         language = self.language
         before = {name: getattr(language, name) for name in STATE if hasattr(language, name)}

@@ -23,13 +23,13 @@ from ..models.decoder import Cuts, Decoder
 from ..models.splice import Spliced
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
+from .dropped_rows import deepstack_rows
 from .host import Host
-from .layers import Ahead, HostLanguage
+from .language_layers import LanguageLayers, ShiftedCache
 from .prompt import PrunedPrompt
-from .rows import deep_rows
 
 
-def read_through_cuts(
+def prefill_through_cuts(
     host: Host, prompt: PrunedPrompt, pipeline: Pipeline, budgets: Sequence[int],
     policy: Policy, piece: int | None = None,
 ) -> PrunedPrompt:  # fmt: skip
@@ -46,8 +46,8 @@ def read_through_cuts(
     sizes = [reduction.slots for reduction in prompt.trace.steps[-1].reductions]
     if all(n <= K for n, K in zip(sizes, budgets, strict=True)):
         return prompt
-    language = host.layers
-    assert language is not None, "`check` comes first"
+    language = host.language_layers
+    assert language is not None, "`check_pipeline` comes first"
     policy = "renumber" if prompt.positions == "renumber" else policy  # pooled: no own places
     spliced = _spliced(host, prompt, sizes, policy)
     schedules = [
@@ -58,7 +58,7 @@ def read_through_cuts(
     decoder = Decoder(language, language.make_cache(), cuts, piece=piece)
     decoded = decoder(spliced)
     after = int(np.array(spliced.next_B1)[0, 0])
-    nbytes = held_bytes(decoder.cache, prompt.length)  # before the last rows leave
+    nbytes = prompt_cache_bytes(decoder.cache, prompt.length)  # before the last rows leave
     caches = zip(decoder.cache, decoded.rows, strict=True)
     return replace(
         prompt,
@@ -94,19 +94,19 @@ def _spliced(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Pol
     else:
         positions_1l, after = mx.arange(length)[None], length
     runs = list(zip(starts, sizes, strict=True))
-    deep_lYD = deep_rows(mx.array(ids) == placeholder, deep, len(deep or []), x_1lD)
+    deep_lYD = deepstack_rows(mx.array(ids) == placeholder, deep, len(deep or []), x_1lD)
     added = [deep_lYD[None, :, y] for y in range(deep_lYD.shape[1])]
     return Spliced(x_1lD, positions_1l, mx.array([[after]]), [length], [runs], added=added)
 
 
-def _without_last(language: HostLanguage, cache: Any, by: int) -> Any:
+def _without_last(language: LanguageLayers, cache: Any, by: int) -> Any:
     """A cache without the prompt's last row, where layers count ahead by the rows it lacks."""
     cache.trim(1)
-    return Ahead(cache, by) if language.axes == 1 and by else cache
+    return ShiftedCache(cache, by) if language.axes == 1 and by else cache
 
 
 def _last_row(
-    prompt: PrunedPrompt, spliced: Spliced, language: HostLanguage, after: int
+    prompt: PrunedPrompt, spliced: Spliced, language: LanguageLayers, after: int
 ) -> dict[str, Any]:
     """mlx-vlm's arguments for the prompt's last row."""
     arguments = {
@@ -119,7 +119,7 @@ def _last_row(
     return arguments
 
 
-def held_bytes(cache: Sequence[Any], rows: int) -> int:
+def prompt_cache_bytes(cache: Sequence[Any], rows: int) -> int:
     """Of a prompt's rows in all layers; the first token's may be in already."""
     total = 0.0
     for layer in cache:

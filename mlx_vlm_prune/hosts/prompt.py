@@ -26,7 +26,8 @@ from ..pruners.budget import budget
 from ..pruners.contract import Policy, Reduction
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
-from .views import Inputs, View
+from .prepared_inputs import PreparedInputs
+from .views import View
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PrunedPrompt:
     was read already, but for its last row, `cache` has its rows and `cache_bytes` their size.
     """
 
-    inputs: Inputs
+    inputs: PreparedInputs
     views: list[View]
     arguments: dict[str, Any]
     kept_rows: Sequence[int]  # of the whole prompt
@@ -54,7 +55,7 @@ def prepare_prompt(
     images: Sequence[Image.Image],
     template: Mapping[str, Any] | None = None,
     resize: tuple[int, int] | None = None,
-) -> Inputs:
+) -> PreparedInputs:
     """A prompt and images, through mlx-vlm's chat template and the model's own processor.
 
     Raises UserError.
@@ -80,24 +81,26 @@ def prepare_prompt(
         raise UserError(f"mlx-vlm cannot prepare the images: {reason}") from problem
 
 
-def views_of(host: Host, inputs: Inputs, pipeline: Pipeline) -> list[View]:
+def encode_images_and_text(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> list[View]:
     """The images as the tower sees them, with what the pipeline needs of tower and prompt."""
     return add_text(host, inputs, encode_images(host, inputs, pipeline), pipeline)
 
 
-def encode_images(host: Host, inputs: Inputs, pipeline: Pipeline) -> list[View]:
+def encode_images(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> list[View]:
     """The tower's part of that, which knows nothing of the prompt."""
     if inputs.pixels is None:
         return []
     if inputs.images > 1 and host.why_one_image:
         raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
     layers = host.depth
-    views = host.see(inputs, pipeline.signal_layers(layers) if layers else {})
-    lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deep)])
+    views = host.encode_images(inputs, pipeline.signal_layers(layers) if layers else {})
+    lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deepstack)])
     return views
 
 
-def add_text(host: Host, inputs: Inputs, views: list[View], pipeline: Pipeline) -> list[View]:
+def add_text(
+    host: Host, inputs: PreparedInputs, views: list[View], pipeline: Pipeline
+) -> list[View]:
     """The views with the embeddings of the prompt's words, where the pipeline needs them."""
     if not pipeline.needs_signal("text"):
         return views
@@ -110,18 +113,18 @@ def add_text(host: Host, inputs: Inputs, views: list[View], pipeline: Pipeline) 
     ]
 
 
-def view_budgets(
+def budgets_by_view(
     views: Sequence[View], keep_ratio: float | None, keep_tokens: int | None, pipeline: Pipeline
 ) -> list[int]:
     """Each view's K: an image's budget, shared among its crops."""
     budgets: list[int] = []
     for image in range(1 + max((view.image for view in views), default=-1)):
         sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
-        budgets += shares(budget(sum(sizes), keep_ratio, keep_tokens, pipeline), sizes)
+        budgets += share_budget(budget(sum(sizes), keep_ratio, keep_tokens, pipeline), sizes)
     return budgets
 
 
-def shares(K: int, sizes: Sequence[int]) -> list[int]:
+def share_budget(K: int, sizes: Sequence[int]) -> list[int]:
     """An image's K among its views, in proportion to their N; each gets one at least."""
     ends = np.cumsum([0, *sizes])
     parts = [int(K * b // ends[-1] - K * a // ends[-1]) for a, b in pairwise(ends)]
@@ -132,7 +135,7 @@ def shares(K: int, sizes: Sequence[int]) -> list[int]:
 
 def prune_prompt(
     host: Host,
-    inputs: Inputs,
+    inputs: PreparedInputs,
     views: list[View],
     pipeline: Pipeline,
     budgets: Sequence[int],
@@ -161,7 +164,7 @@ def prune_prompt(
     arguments = row_arguments(host, inputs, kept_at, policy)
     arguments |= _visual_arguments(host, inputs, views, batches)
     length = len(kept_at)
-    if host.placeholders != "token":
+    if host.placeholder_unit != "token":
         words = [i for i in kept_at if inputs.ids[i] != host.image_token_id(inputs)]
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
     trace = Trace([*steps, *features, *projected], sizes, [view.image for view in views])
@@ -193,14 +196,14 @@ def _project(host: Host, batches: list[ImageBatch]) -> list[ImageBatch]:
 
 
 def _visual_arguments(
-    host: Host, inputs: Inputs, views: Sequence[View], batches: Sequence[ImageBatch]
+    host: Host, inputs: PreparedInputs, views: Sequence[View], batches: Sequence[ImageBatch]
 ) -> dict[str, Any]:
     """The arguments that hand over the visual tokens."""
     x = [batch.signals.x_BND[0] for batch in batches]
     is_full = sum(map(len, x)) == sum(view.signals.x_BND.shape[1] for view in views)
-    arguments = host.hand_over(x, is_full)
+    arguments = host.join_embeddings(x, is_full)
     pairs = zip(views, batches, strict=True)
-    deep = [[batch.kept.apply(y)[0] for y in view.deep] for view, batch in pairs]
+    deep = [[batch.kept.apply(y)[0] for y in view.deepstack] for view, batch in pairs]
     if deep[0]:  # with features from outside, mlx-vlm 0.7 would leave this out
         by_layer = zip(*deep, strict=True)
         arguments["deepstack_visual_embeds"] = [mx.concatenate(list(y)) for y in by_layer]
@@ -211,7 +214,7 @@ def _visual_arguments(
 
 
 def kept_rows(
-    host: Host, inputs: Inputs, sizes: Sequence[int], kept: Sequence[Reduction]
+    host: Host, inputs: PreparedInputs, sizes: Sequence[int], kept: Sequence[Reduction]
 ) -> list[int]:
     """Which rows stay: all words, and the placeholder of each slot's own token; slots without
     one take the first. `sizes` are the views' N.
@@ -220,17 +223,17 @@ def kept_rows(
     """
     placeholder, N = host.image_token_id(inputs), sum(sizes)
     room = inputs.ids.count(placeholder)
-    if host.placeholders == "token" and room != N:
+    if host.placeholder_unit == "token" and room != N:
         raise UserError(
             f"the prompt has room for {room} visual tokens and the images have {N};"
             " an image's placeholder in the text counts, too"
         )
-    if host.placeholders == "token" and sum(one.slots for one in kept) == N:
+    if host.placeholder_unit == "token" and sum(one.slots for one in kept) == N:
         return list(range(len(inputs.ids)))
     stays_L = np.array(inputs.ids) != placeholder
     at = np.flatnonzero(~stays_L)
-    if host.placeholders != "token":
-        stays_L[at if host.placeholders == "image" else at[:1]] = True
+    if host.placeholder_unit != "token":
+        stays_L[at if host.placeholder_unit == "image" else at[:1]] = True
         return np.flatnonzero(stays_L).tolist()
     for rows, one in zip(np.split(at, np.cumsum(sizes)[:-1]), kept, strict=True):
         if one.slots < len(rows):
@@ -240,7 +243,7 @@ def kept_rows(
 
 
 def row_arguments(
-    host: Host, inputs: Inputs, rows: Sequence[int], policy: Policy
+    host: Host, inputs: PreparedInputs, rows: Sequence[int], policy: Policy
 ) -> dict[str, Any]:
     """The arguments that say to mlx-vlm which rows there are, and where.
 

@@ -17,11 +17,17 @@ from ..generation.stream import empty_answer
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import Clock
 from ..pruners import plan
+from .compatibility import check_kv_bits, check_pipeline
 from .families import host_of
 from .host import Host, generation_stream
-from .prefill import held_bytes, read_through_cuts
-from .prompt import PrunedPrompt, prepare_prompt, prune_prompt, view_budgets, views_of
-from .refusals import check, check_bits
+from .prefill import prefill_through_cuts, prompt_cache_bytes
+from .prompt import (
+    PrunedPrompt,
+    budgets_by_view,
+    encode_images_and_text,
+    prepare_prompt,
+    prune_prompt,
+)
 
 CACHE_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start")
 TOGETHER = "vision and prefill"  # where nothing is pruned, timed as mlx-vlm computes it
@@ -61,29 +67,31 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
     clock = Clock(("image", TOGETHER)) if in_one_go else Clock()
     decoding = {"max_tokens": request.max_tokens, "temperature": request.temperature}
     decoding |= {"top_p": request.top_p, "seed": request.seed} | cache_options(request)
-    policy = check(host, pipeline, request.positions)
-    check_bits(host, pipeline, request.kv_bits)
+    policy = check_pipeline(host, pipeline, request.positions)
+    check_kv_bits(host, pipeline, request.kv_bits)
     images = [open_image(source) for source in request.images]
     size = resize_option(request.resize_shape)
     inputs = prepare_prompt(host, request.prompt, images, request.template, size)
     clock.lap("image", inputs.pixels)
     mx.reset_peak_memory()
-    with host.restored():
+    with host.preserve_state():
         with generation_stream(), nullcontext() if in_one_go else clock.running():
-            views = views_of(host, inputs, pipeline)
-            budgets = view_budgets(views, request.keep_ratio, request.keep_tokens, pipeline)
+            views = encode_images_and_text(host, inputs, pipeline)
+            budgets = budgets_by_view(views, request.keep_ratio, request.keep_tokens, pipeline)
             prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
             host.check_length(prompt.length)
             step_size = request.prefill_step_size
-            prompt = read_through_cuts(host, prompt, pipeline, budgets, policy, step_size)
+            prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy, step_size)
         answer = empty_answer(prompt.trace, len(host.language.layers), pipeline, prompt.positions)
         pictures = zip(host.pictures(views, images), views, strict=True)
         shown = [(picture, view.signals.grid) for picture, view in pictures]
         answer = replace(answer, prompt_tokens=prompt.length, views=shown)
-        yield from explained(_decode(host, prompt, answer, clock, decoding), request.kv_bits)
+        yield from explain_kv_bits_errors(
+            _decode(host, prompt, answer, clock, decoding), request.kv_bits
+        )
 
 
-def explained(
+def explain_kv_bits_errors(
     pieces: Iterator[GenerationResult], kv_bits: float | None
 ) -> Iterator[GenerationResult]:
     """The pieces; where mlx-vlm cannot give the cache so few bits, UserError says so."""
@@ -112,7 +120,10 @@ def _decode(
     for piece in decode(host.model, host.processor, "", **arguments):
         if not answer.ttft_ms:
             clock.lap(TOGETHER if TOGETHER in clock.ms else "prefill")
-            ttft, size = clock.ttft(), prompt.cache_bytes or held_bytes(cache, prompt.length)
+            ttft, size = (
+                clock.ttft(),
+                prompt.cache_bytes or prompt_cache_bytes(cache, prompt.length),
+            )
             tps = 1000 * prompt.length / ttft["total"]
             answer = replace(answer, ttft_ms=ttft, prompt_tps=tps, cache_bytes=size)
         reason = piece.finish_reason

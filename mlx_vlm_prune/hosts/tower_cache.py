@@ -12,8 +12,9 @@ import numpy as np
 
 from ..pruners import Pipeline
 from .host import Host
+from .prepared_inputs import PreparedInputs
 from .prompt import encode_images
-from .views import Inputs, View
+from .views import View
 
 PICTURES = 8  # prompts' pictures that are remembered
 
@@ -26,9 +27,9 @@ class TowerCache:
         self.misses = 0
         self._views: OrderedDict[bytes, list[View]] = OrderedDict()
 
-    def __call__(self, inputs: Inputs) -> list[View]:
+    def __call__(self, inputs: PreparedInputs) -> list[View]:
         """The views of a prompt's pictures, by the tower where it has not seen these yet."""
-        key = key_of(inputs)
+        key = images_key(inputs)
         if key not in self._views:
             self.misses += 1
             self._views[key] = encode_images(self.host, inputs, self.pipeline)
@@ -38,7 +39,7 @@ class TowerCache:
         return self._views[key]
 
 
-def key_of(inputs: Inputs) -> bytes:
+def images_key(inputs: PreparedInputs) -> bytes:
     """Of pixels, their shapes, and what else describes the images."""
     digest = sha256()
     named = {**inputs.extra, "pixels": inputs.pixels, "images": inputs.images}

@@ -1,66 +1,62 @@
-"""What passes between a host's model and its pruning.
+"""Views: the tower's output for an image, or for one tile of it; which view is of which image.
 
-Shapes: T pictures (images or tiles of them), N visual tokens of one, K kept of them, L rows of
-the prompt, D features.
+Shapes: T pictures (images or tiles), N visual tokens of one, D features.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
 from ..pruners.contract import Signals
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the model's own processor makes of a prompt and pictures."""
-
-    ids: list[int]  # placeholders included
-    mask_1L: mx.array
-    pixels: Any = None  # laid out as the family's tower reads them; None without images
-    images: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)  # such as image_grid_thw
+from .prepared_inputs import PreparedInputs
 
 
 @dataclass(frozen=True)
 class View:
-    """What the tower saw of an image: all of it, or one crop."""
+    """The tower's output for an image: all of it, or one crop."""
 
-    image: int  # whose
+    image: int  # index of the image in the prompt
     signals: Signals  # of one picture
-    pixels_HW3: mx.array | None = None  # as the tower read it; None: the whole picture
-    deep: tuple[mx.array, ...] = ()  # (1, N, D) each, what DeepStack adds in the first layers
+    pixels_HW3: mx.array | None = None  # the tower's input; None: the whole picture
+    deepstack: tuple[mx.array, ...] = ()  # (1, N, D) each, added behind the first layers
 
 
-def per_picture(inputs: Inputs, signals: Signals, pixels_THW3: mx.array) -> list[View]:
-    """A view for each of T pictures, with whose it is."""
+def make_views(inputs: PreparedInputs, signals: Signals, pixels_THW3: mx.array) -> list[View]:
+    """A view of each of T pictures.
+
+    Raises UserError where it is not known which pictures are of which image.
+    """
     tiles, T = inputs.extra.get("num_patches_list"), len(pixels_THW3)
     if tiles is None:
         tiles = [T] if inputs.images == 1 else [1] * inputs.images
     if sum(tiles) != T:
         raise UserError(f"{inputs.images} images became {T} pictures: give one image")
-    return by_image([View(0, signals.of_image(i), pixels_THW3[i]) for i in range(T)], tiles)
+    return assign_images([View(0, signals.of_image(i), pixels_THW3[i]) for i in range(T)], tiles)
 
 
-def tiles(ids: Sequence[int], placeholder: int, whole: int) -> list[int]:
-    """How many tiles each image of an Idefics3 prompt was cut into: the last one's rows, which show
-    all of the image, stand behind the token `whole`."""
+def count_tiles(ids: Sequence[int], placeholder: int, global_image: int) -> list[int]:
+    """How many tiles each image of an Idefics3 prompt has.
+
+    A tile is a run of placeholders. The run behind the token `global_image` shows the whole image
+    and is its last tile.
+    """
     counts = [0]
-    for before, token in pairwise([-1, *ids]):
-        if token == placeholder and before != placeholder:
+    for previous, token in pairwise([-1, *ids]):
+        if token == placeholder and previous != placeholder:
             counts[-1] += 1
-            counts += [0] if before == whole else []
+            counts += [0] if previous == global_image else []
     return [n for n in counts if n]
 
 
-def by_image(views: Sequence[View], counts: Sequence[int]) -> list[View]:
-    """The views with their images, which have so many tiles each. Raises UserError where prompt
-    and tiles do not fit."""
-    images = [image for image, n in enumerate(counts) for _ in range(n)]
+def assign_images(views: Sequence[View], tiles: Sequence[int]) -> list[View]:
+    """The views with the index of their image; `tiles` is how many views each image has.
+
+    Raises UserError where prompt and tiles do not fit.
+    """
+    images = [image for image, n in enumerate(tiles) for _ in range(n)]
     if len(images) != len(views):
         raise UserError(
             f"the prompt has room for {len(images)} tiles and the images have {len(views)}"

@@ -9,12 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..views import Inputs, View, per_picture
+from ..prepared_inputs import PreparedInputs
+from ..views import View, make_views
 from .tower import TowerHost
 
 
 class FastVLMHost(TowerHost):
-    placeholders = "image"
+    placeholder_unit = "image"
     why_one_image = "mlx-vlm puts the words between several images in the wrong places"
 
     @property
@@ -23,7 +24,7 @@ class FastVLMHost(TowerHost):
         stage = self.tower.network[-1]
         return stage if hasattr(stage[0].token_mixer, "qkv") else []
 
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         tower, states = self.tower, []
         dtype = tower.patch_embed.blocks[0].reparam_conv.weight.dtype
         pixels_IHW3 = inputs.pixels.astype(dtype).transpose(0, 2, 3, 1)
@@ -35,7 +36,7 @@ class FastVLMHost(TowerHost):
             states.append(x_IHWC)
             x_IHWC = block(x_IHWC)
         x_IND = tower.conv_exp(x_IHWC).reshape(images, H * W, -1)
-        return per_picture(inputs, self.signals(x_IND, want, states, grid=(H, W)), pixels_IHW3)
+        return make_views(inputs, self.signals(x_IND, want, states, grid=(H, W)), pixels_IHW3)
 
     def queries_and_keys(
         self, layer: Any, x_ISD: mx.array, grid: tuple[int, int]
@@ -49,6 +50,6 @@ class FastVLMHost(TowerHost):
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.mm_projector(x_1KD)
 
-    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """A picture's embeddings (K, D) each, put in place of its one placeholder."""
         return {"cached_image_features": list(x)}

@@ -7,20 +7,21 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from ..views import Inputs, View, per_picture
+from ..prepared_inputs import PreparedInputs
+from ..views import View, make_views
 from .tower import TowerHost
 
 
 class Gemma3Host(TowerHost):
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         """The projector's mean over blocks comes first: it is what a visual token is made of."""
-        pixels_IHW3 = self.as_read(inputs.pixels)
+        pixels_IHW3 = self.to_channels_last(inputs.pixels)
         x_IPD, _, states = self.model.vision_tower(pixels_IHW3, output_hidden_states=True)
         projector = self.model.multi_modal_projector
         side = projector.patches_per_image
         x_IHWD = projector.avg_pool(x_IPD.reshape(len(x_IPD), side, side, -1))
         signals = self.signals(x_IHWD.flatten(1, 2), want, states, m=projector.kernel_size)
-        return per_picture(inputs, signals, pixels_IHW3)
+        return make_views(inputs, signals, pixels_IHW3)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         projector = self.model.multi_modal_projector

@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..views import Inputs, View, by_image, per_picture, tiles
+from ..prepared_inputs import PreparedInputs
+from ..views import View, assign_images, count_tiles, make_views
 from .tower import TowerHost
 
 # The token before the tile that shows a whole image: no configuration of mlx-vlm's has it, and the
@@ -24,7 +25,7 @@ class Idefics3Host(TowerHost):
     def tower(self) -> Any:
         return self.model.vision_model
 
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         there = mx.array(np.flatnonzero(np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))))
         pixels_T3HW = inputs.pixels[0][there]  # a tile of zeros only fills up a batch
         mask = inputs.extra.get("pixel_attention_mask")
@@ -37,36 +38,36 @@ class Idefics3Host(TowerHost):
         )
         m = connector.scale_factor
         x_TND = connector.pixel_shuffle(x_TPD.astype(pixels_THW3.dtype), m)
-        return per_picture(inputs, self.signals(x_TND, want, states, m=m), pixels_THW3)
+        return make_views(inputs, self.signals(x_TND, want, states, m=m), pixels_THW3)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.connector.modality_projection(x_1KD)
 
-    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """All embeddings (K, D) in a row."""
         return {"cached_image_features": mx.concatenate(list(x))}
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
-    ) -> Inputs:
+    ) -> PreparedInputs:
         """With the number of tiles of each image: the last shows all of it, as its mark says."""
         inputs = super().prepare(text, images, resize)
         mark = getattr(self.processor, "global_image_token", "<global-img>")
         whole = self.processor.tokenizer.convert_tokens_to_ids(mark)
-        counts = tiles(inputs.ids, self.image_token_id(inputs), whole)
+        counts = count_tiles(inputs.ids, self.image_token_id(inputs), whole)
         return replace(inputs, extra={**inputs.extra, "num_patches_list": counts})
 
     def embed(self, ids: mx.array) -> mx.array:
         return self.language.embed_tokens(ids)
 
-    def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
+    def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
         """All tiles are one image's where no token tells them apart."""
         whole, counts = getattr(self.model.config, GLOBAL_IMAGE, None), [len(views)]
         if whole is not None:
-            counts = tiles(inputs.ids, self.image_token_id(inputs), whole)
-        return by_image(views, counts)
+            counts = count_tiles(inputs.ids, self.image_token_id(inputs), whole)
+        return assign_images(views, counts)
 
-    def knows_images(self, inputs: Inputs, views: Sequence[View]) -> bool:
+    def knows_images(self, inputs: PreparedInputs, views: Sequence[View]) -> bool:
         is_marked = hasattr(self.model.config, GLOBAL_IMAGE) or "num_patches_list" in inputs.extra
         return is_marked or len(views) <= 1
 

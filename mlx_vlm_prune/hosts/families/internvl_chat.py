@@ -9,8 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..layers import split
-from ..views import Inputs, View, by_image, per_picture
+from ..language_layers import split
+from ..prepared_inputs import PreparedInputs
+from ..views import View, assign_images, make_views
 from .tower import TowerHost
 
 
@@ -19,7 +20,7 @@ class InternVLHost(TowerHost):
     def tower(self) -> Any:
         return self.model.vision_model
 
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         from mlx_vlm.models.base import pixel_shuffle
 
         tower, pixels, ratio = self.tower, inputs.pixels, self.model.downsample_ratio
@@ -29,7 +30,7 @@ class InternVLHost(TowerHost):
         states = [tower.embeddings(pixels_THW3) if 0 in want.values() else None, *after]
         x_TND = pixel_shuffle(x_TSD[:, 1:], shuffle_ratio=ratio)
         signals = self.signals(x_TND, want, states, m=int(1 / ratio), has_cls=True)
-        return per_picture(inputs, signals, pixels_THW3)
+        return make_views(inputs, signals, pixels_THW3)
 
     def queries_and_keys(
         self, layer: Any, x_ISD: mx.array, grid: tuple[int, int]
@@ -45,8 +46,8 @@ class InternVLHost(TowerHost):
             x_1KD = layer(x_1KD)
         return x_1KD
 
-    def assign_tiles(self, inputs: Inputs, views: list[View]) -> list[View]:
+    def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
         """An image's tiles stand in one run of placeholders."""
         placeholder, N = self.image_token_id(inputs), views[0].signals.x_BND.shape[1]
         runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
-        return by_image(views, [length // N for length in runs])
+        return assign_images(views, [length // N for length in runs])

@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from ...checkpoints.errors import UserError
-from ..layers import CountingLayers
-from ..views import Inputs, View, per_picture
+from ..language_layers import RopeOffsetLayers
+from ..prepared_inputs import PreparedInputs
+from ..views import View, make_views
 from .tower import TowerHost
 
 CLIP = "clip_vision_model"
@@ -29,7 +30,7 @@ class LlavaTowerHost(TowerHost):
         layers = self.tower.encoder.layers
         return layers[: range(len(layers) + 1)[self.model.vision_feature_layer]]
 
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # of one's crops
         pixels_IHW3, tower = pixels.transpose(0, 2, 3, 1), self.model.vision_tower
         strategy = self.model.vision_feature_select_strategy
@@ -37,7 +38,7 @@ class LlavaTowerHost(TowerHost):
         *_, states = tower(pixels_IHW3, output_hidden_states=True)
         x_IND, grid = states[self.depth][:, int(first) :], self.grid_of(pixels_IHW3)
         signals = self.signals(x_IND, want, states, grid=grid, has_cls=first)
-        return per_picture(inputs, signals, pixels_IHW3)
+        return make_views(inputs, signals, pixels_IHW3)
 
     def grid_of(self, pixels_IHW3: mx.array) -> tuple[int, int]:
         """Rows and columns of patches."""
@@ -57,11 +58,11 @@ def has_cls(whose: str, tower: str, strategy: str) -> bool:
 
 
 class LlavaHost(LlavaTowerHost):
-    layers_class = CountingLayers
+    language_layers_class = RopeOffsetLayers
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
-    ) -> Inputs:
+    ) -> PreparedInputs:
         """The processor's own two calls, made from here: its `__call__` hands the tokenizer's
         options to the image processor, which transformers 5.20 and later refuse
         (Blaizzy/mlx-vlm#870)."""

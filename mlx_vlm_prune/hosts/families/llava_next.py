@@ -17,10 +17,10 @@ from .llava import LlavaTowerHost
 
 
 class LlavaNextHost(LlavaTowerHost):
-    placeholders = "all"
+    placeholder_unit = "all"
     why_one_image = "mlx-vlm shows it the first only"
 
-    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """One block of all crops' embeddings."""
         rows = list(x)
         if is_full:

@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..layers import split
-from ..views import Inputs, View
+from ..language_layers import split
+from ..prepared_inputs import PreparedInputs
+from ..views import View
 from .qwen2_vl import turned
 from .tower import TowerHost
 
@@ -24,7 +25,7 @@ class PixtralHost(TowerHost):
         layers = self.tower.transformer.layers
         return layers[: range(len(layers) + 1)[self.model.vision_feature_layer]]
 
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         pixels, patch = inputs.pixels, self.tower.patch_size
         if isinstance(pixels, list):
             pixels = mx.stack([mx.array(each) for each in pixels])

@@ -6,12 +6,12 @@ Shapes: S patches of all images, U = S / m^2 visual tokens, a angles.
 import mlx.core as mx
 import numpy as np
 
-from ..views import Inputs
+from ..prepared_inputs import PreparedInputs
 from .qwen2_vl import Qwen2VLHost, Row
 
 
 class Qwen2_5VLHost(Qwen2VLHost):
-    def pack(self, inputs: Inputs) -> Row:
+    def pack(self, inputs: PreparedInputs) -> Row:
         row, tower = super().pack(inputs), self.tower
         order_U, ends = tower.get_window_index(inputs.extra["image_grid_thw"])
         windows = mx.array(np.unique(np.array(ends)), mx.int32)  # empty windows are listed, too

@@ -20,8 +20,9 @@ from ...models.projector import merged
 from ...models.towers.between import Between
 from ...pruners.contract import Signals
 from ..host import Host
-from ..layers import PlacedLayers
-from ..views import Inputs, View
+from ..language_layers import PositionIdLayers
+from ..prepared_inputs import PreparedInputs
+from ..views import View
 
 INSIDE = (
     "it works between the tower's layers, where the patches of all images are packed in one row"
@@ -41,8 +42,8 @@ class Row:
 
 class Qwen2VLHost(Host):
     has_mrope = True
-    why_not_inside = INSIDE
-    layers_class = PlacedLayers
+    why_no_encoder_methods = INSIDE
+    language_layers_class = PositionIdLayers
 
     @property
     def tower(self) -> Any:
@@ -55,11 +56,11 @@ class Qwen2VLHost(Host):
     def project(self, x_1KD: mx.array) -> mx.array:
         return x_1KD
 
-    def hand_over(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
         """Embeddings (K, D) in a row."""
         return {"cached_image_features": mx.concatenate(list(x))}
 
-    def pack(self, inputs: Inputs) -> Row:
+    def pack(self, inputs: PreparedInputs) -> Row:
         """The patches of all images, as the tower's first layer reads them."""
         tower, grid_I3 = self.tower, inputs.extra["image_grid_thw"]
         x_SD = tower.patch_embed(inputs.pixels.astype(tower.patch_embed.proj.weight.dtype))
@@ -69,7 +70,7 @@ class Qwen2VLHost(Host):
         order_U = np.arange(len(x_SD) // tower.spatial_merge_size**2)
         return Row(x_SD, angles_Sa, lambda _: ends, order_U)
 
-    def see(self, inputs: Inputs, want: Mapping[str, int | None]) -> list[View]:
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         """The blocks, with the queries and keys of the layers wanted."""
         tower, row, deepstack, added = self.tower, self.pack(inputs), self.deepstack, []
         x_SD, layers = row.x_SD, {layer for layer in want.values() if layer is not None}
@@ -87,7 +88,7 @@ class Qwen2VLHost(Host):
             end = begin + h * w // m**2
             signals = _signals(row, attended, want, (h, w), m, range(begin, end))
             signals = signals.replace(x_BND=x_UD[None, begin:end])
-            views.append(View(i, signals, deep=tuple(y_UD[None, begin:end] for y_UD in added)))
+            views.append(View(i, signals, deepstack=tuple(y_UD[None, begin:end] for y_UD in added)))
             begin = end
         return views
 

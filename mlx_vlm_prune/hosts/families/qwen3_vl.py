@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..views import Inputs
+from ..prepared_inputs import PreparedInputs
 from .qwen2_vl import Qwen2VLHost, Row
 
 
 class Qwen3VLHost(Qwen2VLHost):
-    def pack(self, inputs: Inputs) -> Row:
+    def pack(self, inputs: PreparedInputs) -> Row:
         row, place = super().pack(inputs), self.tower.fast_pos_embed_interpolate
         return replace(row, x_SD=row.x_SD + place(inputs.extra["image_grid_thw"]))
 

@@ -13,7 +13,7 @@ from ...models.projector import merged
 from ...models.towers.between import Between
 from ...pruners.contract import Signals
 from ..host import Host
-from ..layers import split
+from ..language_layers import split
 
 
 class TowerHost(Host):
@@ -55,6 +55,6 @@ class TowerHost(Host):
         q_ISD, k_ISD = attention.q_proj(x_ISD), attention.k_proj(x_ISD)
         return split(q_ISD, attention.num_heads), split(k_ISD, attention.num_heads)
 
-    def as_read(self, pixels_I3HW: mx.array) -> mx.array:
+    def to_channels_last(self, pixels_I3HW: mx.array) -> mx.array:
         """(I, H, W, 3), in the dtype that words have."""
         return pixels_I3HW.transpose(0, 2, 3, 1).astype(self.embed(mx.array([0])).dtype)

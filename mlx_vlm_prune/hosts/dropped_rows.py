@@ -25,7 +25,7 @@ BESIDE = ("position_ids", "visual_pos_masks", DEEP)  # what has an entry for eac
 Stock = Callable[..., Any]
 
 
-def laid_out(
+def to_full_length(
     L: int, columns: range, kept_rows: Sequence[int], features: Any, Y: int
 ) -> dict[str, mx.array]:
     """mlx-vlm's features of a prompt's kept rows, at full length: embeddings (L, D), and where a
@@ -54,11 +54,11 @@ def laid_out(
         if features.visual_pos_masks is not None:
             visual_L[at] = features.visual_pos_masks[0]
         laid["visual_pos_masks"] = visual_L
-        laid[DEEP] = deep_rows(visual_L, features.deepstack_visual_embeds, Y, x_lD)
+        laid[DEEP] = deepstack_rows(visual_L, features.deepstack_visual_embeds, Y, x_lD)
     return laid
 
 
-def deep_rows(
+def deepstack_rows(
     visual_L: mx.array, deep: Sequence[mx.array] | None, Y: int, like: mx.array
 ) -> mx.array:
     """What DeepStack adds, (L, Y, D): `deep` has (V, D) for each layer; zeros for words."""

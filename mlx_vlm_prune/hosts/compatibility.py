@@ -11,7 +11,7 @@ BETWEEN = ("before", "normed", "held_keys", "last_attention", "next_attention") 
 TOWER = ("patches", "pixels", "text", "grid")  # what needs no attention
 
 
-def check(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
+def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
     """The position policy that holds; UserError where a method or policy cannot work."""
     kind = host.kind
     if positions not in (None, "keep", "renumber"):
@@ -38,12 +38,12 @@ def check(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
     return "renumber"
 
 
-def check_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None:
+def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None:
     """Broken bits are another kind of cache, which cannot say that rows are gone."""
     if not pipeline.decoder or kv_bits is None:
         return
-    assert host.layers is not None, "`check` comes first"
-    if host.layers.axes == 1 and kv_bits % 1:
+    assert host.language_layers is not None, "`check_pipeline` comes first"
+    if host.language_layers.axes == 1 and kv_bits % 1:
         raise UserError(
             f"--kv-bits is {kv_bits:g}; with {pipeline.decoder.name} a whole number can be had"
         )
@@ -54,14 +54,14 @@ def _why_not(host: Host, step: Pruner) -> str | None:
     if step.stage is Stage.IMAGE:
         return SMALLER
     if step.stage is Stage.ENCODER:
-        return host.why_not_inside
+        return host.why_no_encoder_methods
     if step.stage is Stage.ENHANCER:
         return f"it adds to the attention that kept tokens get, {LATER}"
     if step.stage is not Stage.DECODER:
         if set(step.method.needs) - set(TOWER) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"
         return None
-    if host.layers is None:
+    if host.language_layers is None:
         return f"it works between the language model's layers, {LATER} of this kind"
     if step.is_proportional:
         return f"it adds to the attention that merged tokens get, {LATER}"

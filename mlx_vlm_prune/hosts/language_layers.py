@@ -2,7 +2,7 @@
 
 Qwen's layers take positions. Llama's count: rotation starts at the cache's offset. Rows with gaps
 between them are rotated as if each were a prompt of one row, which may start anywhere; and a cache
-with fewer rows than came before says by how many it is `Ahead`.
+with fewer rows than came before says by how many it is `ShiftedCache`.
 
 Shapes: B prompts, L rows, S rows held, D features, G key/value heads, R queries of each, d head
 size.
@@ -16,7 +16,7 @@ import mlx.core as mx
 from ..models.language.minimind import grouped
 
 
-class HostLanguage(ABC):
+class LanguageLayers(ABC):
     """The layers of a host's language model, as the decoder drives them."""
 
     axes: ClassVar[int]
@@ -47,7 +47,7 @@ class HostLanguage(ABC):
         *, padded: bool = False, bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows."""
-        assert not padded and bias_BL is None, "`check` refuses what needs either"
+        assert not padded and bias_BL is None, "`check_pipeline` refuses what needs either"
         for number in numbers:
             x_BLD = self.block(number, x_BLD, positions_BL, cache[number])
         return x_BLD
@@ -81,7 +81,7 @@ class HostLanguage(ABC):
         return self.rotate(attention, x_BHLd if norm is None else norm(x_BHLd), positions_BL)
 
 
-class CountingLayers(HostLanguage):
+class RopeOffsetLayers(LanguageLayers):
     """Llama's: rows are rotated here, since the layers would count them."""
 
     axes = 1
@@ -107,7 +107,7 @@ class CountingLayers(HostLanguage):
         return x_NH1d.reshape(B, L, H, d).swapaxes(1, 2)
 
 
-class PlacedLayers(HostLanguage):
+class PositionIdLayers(LanguageLayers):
     """Qwen's: the layers take positions along three axes, (B, L, 3)."""
 
     axes = 3
@@ -122,7 +122,7 @@ class PlacedLayers(HostLanguage):
         return attention.rotary_emb.apply_rotary(x_BHLd, x_BHLd, place_3BL)[0]
 
 
-class Ahead:
+class ShiftedCache:
     """A cache whose next row stands `by` places further than it has rows."""
 
     def __init__(self, cache: Any, by: int):
@@ -137,7 +137,7 @@ class Ahead:
             raise AttributeError(name)
         value = getattr(self.cache, name)
         if name == "to_quantized":  # which mlx-vlm asks of every cache that has it
-            return lambda **options: Ahead(value(**options), self.by)
+            return lambda **options: ShiftedCache(value(**options), self.by)
         return value
 
 

@@ -12,17 +12,18 @@ import numpy as np
 
 from ..checkpoints.errors import UserError
 from .host import Host
-from .views import Inputs, View
+from .prepared_inputs import PreparedInputs
+from .views import View
 
 
-def taken_apart(
+def split_batch(
     host: Host,
     ids_BL: mx.array,
     mask_BL: mx.array | None,
     pixels: Any,
     extra: Mapping[str, Any],
-    encode: Callable[[Inputs], list[View]],
-) -> list[tuple[int, Inputs, list[View]]]:
+    encode: Callable[[PreparedInputs], list[View]],
+) -> list[tuple[int, PreparedInputs, list[View]]]:
     """Where each prompt begins in its padded row, its inputs, and its views by `encode`.
 
     Raises UserError where the images do not fit the prompts.
@@ -31,10 +32,10 @@ def taken_apart(
     images, prompts = _images(pixels, extra), []
     for ids_L, real_L in zip(np.array(ids_BL), real_BL, strict=True):
         ids = ids_L[real_L].tolist()
-        prompts.append(Inputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, images, extra))
+        prompts.append(PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, images, extra))
     if len(prompts) == 1:
         parts = [(prompts[0], encode(prompts[0]))]
-    elif host.placeholders != "token":
+    elif host.placeholder_unit != "token":
         raise UserError(
             f"a {host.kind} model reads one prompt at a time here: its rows grow by images"
         )
@@ -61,7 +62,7 @@ def _images(pixels: Any, extra: Mapping[str, Any]) -> int:
     return 1 if pixels.ndim in (3, 5) else len(pixels)
 
 
-def _tiles_of(host: Host, inputs: Inputs, b: int) -> Inputs:
+def _tiles_of(host: Host, inputs: PreparedInputs, b: int) -> PreparedInputs:
     """The inputs with row b of the pixels; without pixels where the prompt has no image."""
     if host.image_token_id(inputs) not in inputs.ids:
         return replace(inputs, pixels=None, images=0)
@@ -72,8 +73,8 @@ def _tiles_of(host: Host, inputs: Inputs, b: int) -> Inputs:
 
 
 def _dealt(
-    host: Host, prompts: Sequence[Inputs], views: Sequence[View]
-) -> list[tuple[Inputs, list[View]]]:
+    host: Host, prompts: Sequence[PreparedInputs], views: Sequence[View]
+) -> list[tuple[PreparedInputs, list[View]]]:
     """Each prompt with as many views as it has placeholders for."""
     coming, parts = list(views), []
     for inputs in prompts:

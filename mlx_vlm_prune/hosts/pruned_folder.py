@@ -56,7 +56,7 @@ class Model(stock.Model):
     def __init__(self, config: Any) -> None:
         super().__init__(config)$more
         budget = {"keep_ratio": KEEP_RATIO, "keep_tokens": KEEP_TOKENS}
-        self.pruning_report, _ = attach(self, PRUNER, **budget, whole_videos=True)
+        self.pruning_report, _ = attach(self, PRUNER, **budget, allow_videos=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from .prompt import PrunedPrompt
 
-LATEST = 100  # prompts that are listed one by one
+MAX_PROMPTS = 100  # the latest prompts, listed one by one
 
 
 @dataclass(frozen=True)
-class PromptFigures:
+class PromptReport:
     """One prompt with images; a list has an entry for each image."""
 
     total: list[int]  # visual tokens
@@ -18,11 +18,11 @@ class PromptFigures:
     kept_indices: list[list[int] | None]  # None: pooled from everywhere
     rows: tuple[int, int]  # of the prompt, before and after
     seconds: dict[str, float]  # vision, pruner
-    remembered: bool  # was the tower left out, since it had seen these images before?
+    tower_skipped: bool  # the tower's output was cached, of the same images
 
 
 @dataclass
-class Report:
+class PruningReport:
     """All prompts so far: sums, and the latest ones."""
 
     pruner: str
@@ -30,9 +30,9 @@ class Report:
     total: int = 0
     kept: int = 0
     seconds: float = 0.0
-    prompts: deque[PromptFigures] = field(default_factory=lambda: deque(maxlen=LATEST))
+    prompts: deque[PromptReport] = field(default_factory=lambda: deque(maxlen=MAX_PROMPTS))
 
-    def add(self, prompt: PrunedPrompt, ms: Mapping[str, float], remembered: bool) -> None:
+    def add(self, prompt: PrunedPrompt, ms: Mapping[str, float], tower_skipped: bool) -> None:
         trace, images = prompt.trace, range(prompt.trace.image_count)
         total, kept = [0 for _ in images], [0 for _ in images]
         views = zip(trace.images, trace.sizes, trace.steps[-1].reductions, strict=True)
@@ -42,7 +42,7 @@ class Report:
         rows = prompt.length + sum(total) - sum(kept), prompt.length
         indices = [trace.kept(image) for image in images]
         seconds = {part: ms[part] / 1000 for part in ("vision", "pruner")}
-        self.prompts.append(PromptFigures(total, kept, indices, rows, seconds, remembered))
+        self.prompts.append(PromptReport(total, kept, indices, rows, seconds, tower_skipped))
         self.total += sum(total)
         self.kept += sum(kept)
         self.seconds += sum(seconds.values())

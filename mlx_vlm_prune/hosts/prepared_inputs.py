@@ -1,0 +1,21 @@
+"""What a model's own processor makes of a prompt and its images.
+
+Shapes: L rows of the prompt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class PreparedInputs:
+    """One prompt: ids and pixels."""
+
+    ids: list[int]  # placeholders included
+    mask_1L: mx.array
+    pixels: Any = None  # laid out as the family's tower reads them; None without images
+    images: int = 0  # how many
+    extra: Mapping[str, Any] = field(default_factory=dict)  # such as image_grid_thw
