@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
 from mlx_vlm_prune.checkpoints.reading.files import write_atomically
 from mlx_vlm_prune.machine import blas
 

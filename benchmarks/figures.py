@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 

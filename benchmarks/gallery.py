@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import appearing, write_atomically
 from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.overlay import overlay, strip

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.reading.files import write_atomically
 from mlx_vlm_prune.pruners import METHODS

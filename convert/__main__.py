@@ -1,6 +1,7 @@
 """Trained weights from PyTorch to MLX and back, byte for byte: `python -m convert`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, as_mlx
-from mlx_vlm_prune.checkpoints.errors import Parser, UserError, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.hub import found
 from mlx_vlm_prune.checkpoints.llava.composed import READER
 from mlx_vlm_prune.checkpoints.minimind.generations import KV_HEADS
@@ -20,64 +22,97 @@ from .twig import read_twig
 from .writing import to_hf, to_mlx, to_torch
 
 SIZE = partial(whole, 1, most=1024)
+DESCRIPTION = "Convert trained weights from PyTorch to MLX and back, byte for byte."
+SOURCE, OURS = "a .pth, a folder, or a Hugging Face name", "a folder that to-mlx made"
+TARGET = "the folder to make"
+VISION = "its CLIP or SigLIP, in Hugging Face's layout (default: beside SRC)"
+REVISION = "branch, tag or commit of a Hugging Face name (default: its main branch)"
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m mlx_vlm_prune convert", description=__doc__)
-    ways = parser.add_subparsers(dest="way", required=True)
-    told = ways.add_parser("inspect", help="what a checkpoint is; its tensors are not loaded")
-    told.add_argument("source", metavar="SRC", help="a .pth, a folder, or a hub name")
-    told.add_argument("--vision", metavar="FOLDER", help="of its CLIP or SigLIP tower")
-    _to_mlx_options(ways.add_parser("to-mlx", help="from MiniMind-V or LLaVA as published to MLX"))
-    back = ways.add_parser("to-torch", help="from a folder for MLX to what was published")
-    back.add_argument("source", metavar="SRC", type=Path, help="a folder that to-mlx made")
-    back.add_argument(
-        "target", metavar="DST", type=Path, help="the .pth to write, or of a LLaVA the folder"
+# fmt: off
+def build_parser() -> Parser:
+    """The command line of the converter, one subcommand for each way."""
+    parser = Parser("convert", description=DESCRIPTION)
+    ways = parser.add_subparsers(dest="way", required=True, title="ways")
+    add_way = partial(_add_way, ways)
+    inspect = add_way("inspect", "say what a checkpoint is, without loading its tensors")
+    inspect.add_argument("source", metavar="SRC", help=SOURCE)
+    inspect.add_argument("--vision", metavar="FOLDER", help=VISION)
+    inspect.add_argument("--revision", help=REVISION)
+    _add_to_mlx(add_way("to-mlx", "from MiniMind-V or LLaVA as published to a folder for MLX"))
+    to_torch = add_way("to-torch", "from a folder for MLX back to what was published")
+    to_torch.add_argument("source", metavar="SRC", type=Path, help=OURS)
+    to_torch.add_argument(
+        "target", metavar="DST", type=Path, help="the .pth to write; of a LLaVA, the folder"
     )
-    back.add_argument("--vision", type=Path, metavar="FOLDER", help="also write the tower, here")
-    hf = ways.add_parser("to-hf", help="for transformers: MiniMind-V's language model, or a LLaVA")
-    hf.add_argument("source", metavar="SRC", type=Path, help="a folder that to-mlx made")
-    hf.add_argument("target", metavar="DST", type=Path, help="the folder to make")
-    _prune_into_options(ways.add_parser("prune-into", help="so that mlx-vlm itself prunes"))
-    for way in ways.choices.values():
-        way.add_argument("--revision", help="of a hub name: a branch, tag or commit")
-    return parser.parse_args(argv)
-
-
-def _to_mlx_options(there: argparse.ArgumentParser) -> None:
-    there.add_argument("source", metavar="SRC", help="a .pth, a folder, or a hub name")
-    there.add_argument("target", metavar="DST", type=Path, help="the folder to make")
-    there.add_argument(
-        "--vision", metavar="FOLDER", help="its CLIP or SigLIP in Hugging Face's layout"
+    to_torch.add_argument(
+        "--vision", type=Path, metavar="FOLDER",
+        help="also write the vision tower, to this folder (default: not written)",
     )
-    there.add_argument("--tokenizer", metavar="FOLDER", help="holds tokenizer.json")
-    there.add_argument("--dtype", choices=DTYPES, help="default: each tensor's own")
-    there.add_argument("--heads", type=SIZE, help="query heads; no .pth says how many")
-    there.add_argument("--kv-heads", type=SIZE, help=f"default {KV_HEADS}, as in MiniMind2")
-    there.add_argument("--twig", metavar="FILE", help="TwigVLM's, to go with the model")
-    there.add_argument("--twig-layer", type=SIZE, help="that it grows on; no file says which")
-    fewer = there.add_mutually_exclusive_group()
-    fewer.add_argument("-q", "--quantize", action="store_true", help="the language model")
-    fewer.add_argument("--dequantize", action="store_true", help="undo -q, but for what it lost")
-    there.add_argument("--q-bits", type=int, choices=BITS, help="bits a weight (default 4)")
-    there.add_argument("--q-group-size", type=int, choices=GROUPS, help="weights a scale (64)")
-    there.add_argument("--q-mode", choices=MODES, default="affine", help="default affine")
+    to_hf = add_way("to-hf", "for transformers: MiniMind-V's language model, or a whole LLaVA")
+    to_hf.add_argument("source", metavar="SRC", type=Path, help=OURS)
+    to_hf.add_argument("target", metavar="DST", type=Path, help=TARGET)
+    _add_prune_into(add_way("prune-into", "a folder for mlx-vlm in which mlx-vlm itself prunes"))
+    return parser
 
 
-def _prune_into_options(there: argparse.ArgumentParser) -> None:
-    there.add_argument("source", metavar="SRC", type=Path, help="a folder that mlx-vlm runs")
-    there.add_argument("target", metavar="DST", type=Path, help="the folder to make")
-    there.add_argument("--pruner", required=True, metavar="NAME", help="as in generate")
-    budget = there.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--keep-ratio", type=float, metavar="R", help="of an image's tokens")
-    budget.add_argument("--keep-tokens", type=int, metavar="K", help="so many of an image's")
-    there.add_argument("--vendor", action="store_true", help="copy mlx_vlm_prune into DST, too")
+def _add_way(ways: Any, name: str, summary: str) -> Parser:
+    return ways.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+
+
+def _add_to_mlx(way: Parser) -> None:
+    way.add_argument("source", metavar="SRC", help=SOURCE)
+    way.add_argument("target", metavar="DST", type=Path, help=TARGET)
+    add = way.add_argument_group("source").add_argument
+    add("--vision", metavar="FOLDER", help=VISION)
+    add("--tokenizer", metavar="FOLDER",
+        help="folder that holds tokenizer.json (default: that of SRC)")
+    add("--revision", help=REVISION)
+    add("--heads", type=SIZE, metavar="N",
+        help="query heads, which no .pth tells (default: by the key/value heads)")
+    add("--kv-heads", type=SIZE, metavar="N",
+        help=f"key/value heads (default: {KV_HEADS}, as in MiniMind2)")
+    add("--twig", metavar="FILE", help="TwigVLM's twig, to lie beside the model (default: none)")
+    add("--twig-layer", type=SIZE, metavar="N", help="the layer that the twig grows on, which no"
+        " file tells; needed with --twig")
+    add = way.add_argument_group("target").add_argument
+    add("--dtype", choices=DTYPES, help="of the tensors (default: each tensor's own)")
+    which = way.add_argument_group("quantization, as in mlx-lm")
+    exclusive = which.add_mutually_exclusive_group()
+    exclusive.add_argument("-q", "--quantize", action="store_true",
+                           help="quantize the language model")
+    exclusive.add_argument("--dequantize", action="store_true",
+                           help="undo -q; what it rounded stays rounded")
+    add = which.add_argument
+    add("--q-bits", type=int, choices=BITS, help="bits of a weight (default: 4; mxfp8: 8)")
+    add("--q-group-size", type=int, choices=GROUPS,
+        help="weights that share a scale (default: affine 64, mxfp4 and mxfp8 32, nvfp4 16)")
+    add("--q-mode", choices=MODES, default="affine", help="how a group is scaled")
+
+
+def _add_prune_into(way: Parser) -> None:
+    way.add_argument("source", metavar="SRC", type=Path, help="a folder that mlx-vlm runs")
+    way.add_argument("target", metavar="DST", type=Path, help=TARGET)
+    way.add_argument("--pruner", required=True, metavar="SPEC", help="a method, as in `generate`")
+    budget = way.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--keep-ratio", type=float, metavar="R",
+                        help="share of an image's visual tokens to keep")
+    budget.add_argument("--keep-tokens", type=int, metavar="K",
+                        help="number of an image's visual tokens to keep")
+    way.add_argument("--vendor", action="store_true",
+                     help="copy the sources of mlx_vlm_prune into DST, which then runs these")
+# fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    with in_one_sentence():
-        print(run(parse(argv)))
+    parser = build_parser()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with in_one_sentence(parser):
+        if not arguments:
+            parser.print_help(sys.stderr)
+            sys.exit(2)
+        print(run(parser.parse_args(arguments)))
 
 
 def run(args: argparse.Namespace) -> str:

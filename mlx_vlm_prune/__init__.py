@@ -10,8 +10,8 @@ answer = generate(model, processor, "What colour is the star?", image="scene.png
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .checkpoints.version import __version__
 from .machine import blas
-from .machine.version import __version__
 
 blas.prepare()  # whatever of ours is imported first: before mlx, or never
 

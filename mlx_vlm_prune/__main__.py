@@ -1,4 +1,4 @@
-"""`python -m mlx_vlm_prune COMMAND …`: hand over to the command's own module."""
+"""`mlx-vlm-prune COMMAND …` and `python -m mlx_vlm_prune COMMAND …`: run the command's module."""
 
 import importlib
 import sys
@@ -8,43 +8,44 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
 
-from .checkpoints.errors import UserError, in_one_sentence
-from .machine.version import __version__
+from .checkpoints.command_line import PACKAGE, VERSION, in_one_sentence, program
+from .checkpoints.errors import UserError
 
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
     "advise": "advise", "convert": None, "evaluate": "evaluate", "generate": "generate",
     "pruners": "pruners.listing",
 }  # fmt: skip
-USAGE = """usage: python -m mlx_vlm_prune COMMAND …
+USAGE = """usage: {program} COMMAND …
 
 commands:
-  advise     whether pruning pays, for this model on this machine
-  convert    trained weights from PyTorch to MLX and back
-  evaluate   what each method costs in answers, over a set of questions
+  advise     say whether pruning pays, for a model on this machine
+  convert    convert trained weights from PyTorch to MLX and back
+  evaluate   measure what each method costs in accuracy, on a set of questions
   generate   answer a prompt about images with fewer visual tokens
-  pruners    list the methods; with a name, tell more of one
+  pruners    list the methods; with a name, explain that one
 
-python -m mlx_vlm_prune COMMAND --help says more; --version prints the version."""
+{program} COMMAND --help lists its options; --version prints the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; without a known one, print the usage and exit with code 2."""
+    """Run a command; without a known one, print the commands and exit with code 2."""
     with in_one_sentence():
         _run(*(list(sys.argv[1:] if argv is None else argv) or [""]))
 
 
 def _run(command: str, *rest: str) -> None:
+    usage = USAGE.format(program=program(PACKAGE))
     if command in COMMANDS:
         module = COMMANDS[command]
         home = importlib.import_module(f".{module}", __package__) if module else _converter()
         home.main(list(rest))
     elif command in ("-h", "--help"):
-        print(USAGE)
+        print(usage)
     elif command == "--version":
-        print(f"mlx_vlm_prune {__version__}")
+        print(VERSION)
     else:
-        print(USAGE, file=sys.stderr)
+        print(usage, file=sys.stderr)
         if command:
             print(f"error: no command is called {command!r}", file=sys.stderr)
         sys.exit(2)

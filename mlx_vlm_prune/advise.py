@@ -1,4 +1,4 @@
-"""Does pruning pay? For this model on this machine: `python -m mlx_vlm_prune advise`.
+"""Does pruning pay, for this model on this machine? `mlx-vlm-prune advise` measures it.
 
 Where the time goes is measured, what each stage could win follows from that and from the operation
 counts, and which methods stand on the frontier the last evaluation of this model says.
@@ -16,7 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .checkpoints.command_line import Parser, in_one_sentence
+from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, read_json, write_atomically
 from .evaluation.bootstrap import FEWEST
 from .generation.steps import generate_step, greedy
@@ -35,6 +36,7 @@ SAMPLE_SEED, PROMPT, TOKENS = 1_000_000_007, "What is this?", 16
 BEHIND, INSIDE, SMALLER = "random", "tome", "downsample"  # of each stage, what costs least to run
 WORTH, SAFE = 1.1, 0.02  # a gain worth having; a loss of accuracy that nobody minds
 EVALUATE = "python -m mlx_vlm_prune.evaluate"
+DESCRIPTION = "Measure whether pruning pays, for a model on this machine, and recommend a method."
 
 
 @dataclass(frozen=True)
@@ -219,16 +221,28 @@ def advise(model: VLM, processor: Processor, image: Any, told: Mapping[str, Any]
     )  # fmt: skip
 
 
+# fmt: off
+def build_parser() -> Parser:
+    """The command line of `advise`."""
+    parser = Parser("mlx_vlm_prune.advise", description=DESCRIPTION)
+    add = parser.add_argument
+    add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
+        " on a GPU")
+    add("--image", metavar="FILE", help="an image like those it will get (default: a drawn scene)")
+    add("--evaluation", type=Path, metavar="FILE.json",
+        help="a result of `evaluate` (default: the last one of this model)")
+    add("--json", type=Path, metavar="FILE", help="write all figures")
+    return parser
+# fmt: on
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    p = Parser(prog="python -m mlx_vlm_prune advise", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--model", help="folder or hub name (default: the built-in scenes model)")
-    p.add_argument("--image", help="a picture like those it will see (default: a drawn scene)")
-    p.add_argument("--evaluation", type=Path, metavar="FILE.json", help="instead of the last one")
-    p.add_argument("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
-    with in_one_sentence():
-        run(p.parse_args(argv))
+    parser = build_parser()
+    with in_one_sentence(parser):
+        run(parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:

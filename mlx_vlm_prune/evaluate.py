@@ -21,7 +21,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .checkpoints.errors import Parser, UserError, in_one_sentence
+from .checkpoints.command_line import Parser, in_one_sentence
+from .checkpoints.errors import UserError
 from .checkpoints.hub import found
 from .checkpoints.reading.files import check_target, write_atomically
 from .evaluation.answers import OwnRespondent
@@ -43,41 +44,75 @@ from .scenes import CHECKPOINT
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
 RATIOS = (0.5, 0.25, 0.1125)  # the last is a ninth and a little: 22 of 196, 64 of 576
 PER_KIND = 334
+DESCRIPTION = "Measure what each method costs in accuracy, on a set of questions."
 EXACT = ("scenes", "own")  # formats whose answers are right or wrong as a whole
 SPARE, SENTENCE = 4, 32  # tokens
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m mlx_vlm_prune.evaluate", description=(__doc__ or "").split("\n")[0])
-    add = p.add_argument
-    add("--model", help="folder or hub name (default: the built-in scenes model)")
-    add("--questions", default="scenes", help="a file or folder, or scenes (the default)")
-    add("--format", help=f"of that file: {', '.join(FORMATS)} (default: own)")
-    add("--images", type=Path, metavar="DIR", help="where the images lie, if apart")
-    add("--split", help="a part of the questions, where the format has parts")
-    add("--boxes", help="how a format with boxes asks for them: unit, thousand or pixels")
-    add("--per-kind", type=int, metavar="n", help=f"of scenes, of each kind (default {PER_KIND})")
-    add("--limit", type=int, metavar="n", help="only the first n questions")
-    add("--pruner", action="append", help="repeat for several (default: all, and some chains)")
-    add("--keep-tokens", type=int, action="append", metavar="K", help="a budget; repeat")
-    add("--keep-ratio", type=float, action="append", metavar="SHARE", help="the same, as a share "
-        "of the tokens (default: 50, 25 and 11 %%)")  # fmt: skip
-    add("--max-tokens", type=int, metavar="n", help="of an answer (default: a few more than the "
-        f"longest right one has, and {SENTENCE} where it may be in a sentence)")  # fmt: skip
-    add("--batch", type=int, default=24, help="questions asked at once")
-    add("--skip-bad", action="store_true", help="leave out what cannot be read, and say so")
-    add("--out", type=Path, default=Path("evaluation.json"), metavar="FILE.json")
-    add("--seed", type=int, default=0, help="of the bootstrap (of random: --pruner random:seed=1)")
-    add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
-    add("--widen", action=argparse.BooleanOptionalAction, help="quantized matrices as float32 of "
-        "the same values, much faster on a CPU (default: there)")  # fmt: skip
-    return p.parse_args(argv)
+# fmt: off
+def build_parser() -> Parser:
+    """The command line of `evaluate`, its options in groups."""
+    parser = Parser("mlx_vlm_prune.evaluate", description=DESCRIPTION)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
+        " on a GPU")
+    add("--widen", action=argparse.BooleanOptionalAction,
+        help="compute quantized matrices in float32, with the same values; much faster on a CPU"
+        " (default: on a CPU only)")
+    _add_questions(parser)
+    _add_pruning(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--max-tokens", type=int, metavar="N",
+        help="longest answer, in tokens (default: a few more than the longest right answer has,"
+        f" and at least {SENTENCE} where it may be part of a sentence)")
+    add("--batch", type=int, default=24, metavar="N", help="questions answered at once")
+    add("--seed", type=int, default=0, metavar="N",
+        help="of the bootstrap; that of random is --pruner random:seed=1")
+    add("--out", type=Path, default=Path("evaluation.json"), metavar="FILE.json",
+        help="where the result goes; an interrupted run is kept beside it")
+    return parser
+
+
+def _add_questions(parser: Parser) -> None:
+    add = parser.add_argument_group("questions").add_argument
+    add("--questions", default="scenes", metavar="PATH",
+        help="a file or folder, or scenes, the built-in ones")
+    add("--format", metavar="NAME",
+        help=f"format of that file: {', '.join(FORMATS)} (default: own)")
+    add("--images", type=Path, metavar="FOLDER",
+        help="folder of the images (default: beside the questions)")
+    add("--split", metavar="NAME",
+        help="a part of RefCOCO's questions (default: all but train) or ScienceQA's (test)")
+    add("--boxes", choices=("unit", "thousand", "pixels"),
+        help="coordinates in RefCOCO's questions and answers: 0 to 1, 0 to 1000, or pixels"
+        " (default: unit)")
+    add("--per-kind", type=int, metavar="N",
+        help=f"number of scenes questions of each kind (default: {PER_KIND})")
+    add("--limit", type=int, metavar="N", help="only the first N questions (default: all)")
+    add("--skip-bad", action="store_true", help="leave out questions that cannot be read, and list"
+        " them")
+
+
+def _add_pruning(parser: Parser) -> None:
+    add = parser.add_argument_group("pruning").add_argument
+    add("--pruner", action="append", metavar="SPEC",
+        help="a method or a chain, as in `generate`; repeat for several (default: all, and some"
+        " chains)")
+    add("--keep-tokens", type=int, action="append", metavar="K",
+        help="number of visual tokens to keep; repeat for several (default: none)")
+    add("--keep-ratio", type=float, action="append", metavar="R",
+        help="share of the visual tokens to keep; repeat for several (default: 0.5, 0.25 and"
+        " 0.1125)")
+# fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    with in_one_sentence():
-        run(parse(argv))
+    parser = build_parser()
+    with in_one_sentence(parser):
+        run(parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:

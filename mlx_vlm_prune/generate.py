@@ -14,10 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .checkpoints.errors import UserError, in_one_sentence
+from .checkpoints.command_line import in_one_sentence
+from .checkpoints.errors import UserError
 from .checkpoints.reading.files import appearing, check_target, write_atomically
 from .generation import stream
-from .generation.arguments import parse
+from .generation.arguments import build_parser
 from .generation.printing import LINE, as_json, print_comparison, print_figures
 from .generation.request import ImageSource, Request, check_decoding, listed_images
 from .generation.result import GenerationResult
@@ -107,14 +108,16 @@ def generate(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    with in_one_sentence():
-        run(parse(argv))
+    parser = build_parser()
+    with in_one_sentence(parser):
+        run(parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, answer once or twice, and write what was asked for."""
-    _check_outputs(args)
-    if args.is_sample:
+    is_sample = not args.image and args.prompt is None and args.model is None
+    _check(args, is_sample)
+    if is_sample:
         _use_sample(args)
     elif args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
@@ -129,10 +132,10 @@ def run(args: argparse.Namespace) -> None:
         print(SCENES_ONLY, file=sys.stderr)
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
-        temperature=args.temp, top_p=args.top_p, seed=args.seed, template=args.chat_template_config,
-        prefill_step_size=args.prefill_step_size, kv_bits=args.kv_bits,
-        quantized_kv_start=args.quantized_kv_start, resize_shape=args.resize_shape,
-        num_draft_tokens=args.num_draft_tokens,
+        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+        template=args.chat_template_config, prefill_step_size=args.prefill_step_size,
+        kv_bits=args.kv_bits, quantized_kv_start=args.quantized_kv_start,
+        resize_shape=args.resize_shape, num_draft_tokens=args.num_draft_tokens,
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     choice = _choose(args, model, processor, prompt, pruner, limits) if limits else None
@@ -188,13 +191,15 @@ def _answer(
 
 
 def _has_budget(args: argparse.Namespace) -> bool:
-    told = (args.keep_ratio, args.keep_tokens, args.budget_ms, args.budget_gb)
-    return any(one is not None for one in told)
+    budgets = (args.keep_ratio, args.keep_tokens, args.ms, args.gb)
+    return any(budget is not None for budget in budgets)
 
 
 def _limits(args: argparse.Namespace) -> Budget | None:
-    if args.budget_ms is None and args.budget_gb is None:
+    if args.ms is None and args.gb is None:
         return None
+    if not args.image:
+        raise UserError("a budget needs an --image; without one there is nothing to prune")
     if args.keep_ratio is not None or args.keep_tokens is not None:
         raise UserError(
             "--budget-ms and --budget-gb choose how many tokens to keep; leave out --keep-ratio"
@@ -205,7 +210,7 @@ def _limits(args: argparse.Namespace) -> Budget | None:
             "--budget-ms and --budget-gb do not count what a twig takes; leave out"
             " --num-draft-tokens"
         )
-    return Budget(args.budget_ms, args.budget_gb)
+    return Budget(args.ms, args.gb)
 
 
 def _choose(
@@ -244,15 +249,15 @@ def _use_sample(args: argparse.Namespace) -> None:
     print(f"Sample scene {SAMPLE_SEED}: {args.prompt}")
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace, is_sample: bool) -> None:
     """Refuse before any work what could not be written, or makes no sense, after it."""
     check_budget(args.keep_ratio, args.keep_tokens)
-    check_decoding(args.max_tokens, args.temp, args.top_p, args.seed)
-    check_drafts(args.num_draft_tokens, args.temp, True)
+    check_decoding(args.max_tokens, args.temperature, args.top_p, args.seed)
+    check_drafts(args.num_draft_tokens, args.temperature, True)
     for path in (args.json, args.overlay):
         if path:
             check_target(path, replace=True)
-    if args.overlay and not args.image and not args.is_sample:
+    if args.overlay and not args.image and not is_sample:
         raise UserError("--overlay needs an --image")
     if args.overlay and args.overlay.suffix.lower() != ".png":
         raise UserError(f"--overlay is {args.overlay}; it is drawn as PNG, so name it .png")

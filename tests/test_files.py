@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import command
+from benchmarks import command_line
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import appearing, read_json, write_atomically
 
@@ -111,9 +111,9 @@ def test_whatever_interrupts_a_write_leaves_the_old_file(file, problem):
 WRITERS = {
     "a text": "write_atomically(file, 'x' * 100_000)",
     "a benchmark's result": (
-        "import argparse; from benchmarks import command; command.RESULTS = file.parent; "
+        "import argparse; from benchmarks import command_line as c; c.RESULTS = file.parent; "
         "save = argparse.Namespace(save=file.stem); "
-        "command.finish(lambda _: save, lambda _: {'x': 'x' * 99_000})"
+        "c.finish(lambda _: save, lambda _: {'x': 'x' * 99_000})"
     ),
     "a checkpoint of the trainer's": (
         "import torch; from torch_ref.training.scenes import save; "
@@ -127,7 +127,7 @@ def test_a_disk_that_fills_up_is_told_in_a_sentence_and_leaves_the_old_file(file
     """A real refusal by the kernel in the middle of a write."""
     limited = (
         "import resource, signal, sys, pathlib\n"
-        "from mlx_vlm_prune.checkpoints.errors import in_one_sentence\n"
+        "from mlx_vlm_prune.checkpoints.command_line import in_one_sentence\n"
         "from mlx_vlm_prune.checkpoints.reading.files import write_atomically\n"
         f"file = pathlib.Path({str(file)!r})\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -170,9 +170,9 @@ def test_a_benchmark_that_cannot_keep_its_result_says_so(file, capsys, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(command, "RESULTS", file.parent)
+    monkeypatch.setattr(command_line, "RESULTS", file.parent)
     with pytest.raises(SystemExit) as stop:
-        command.finish(lambda _: argparse.Namespace(save=file.stem), lambda _: {})
+        command_line.finish(lambda _: argparse.Namespace(save=file.stem), lambda _: {})
     assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
     assert is_as_before(file)
 

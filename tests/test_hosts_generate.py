@@ -237,7 +237,7 @@ def test_a_cache_that_cannot_have_so_few_bits_ends_in_one_sentence():
 
     told = explain_kv_bits_errors(pieces(), 4)
     assert next(told) == "a piece"
-    with pytest.raises(UserError, match=r"--kv-bits 4 cannot be had of this model: .* by 64"):
+    with pytest.raises(UserError, match=r"kv_bits=4 cannot be had of this model: .* by 64"):
         next(told)
     with pytest.raises(ValueError, match="quantize"):
         list(explain_kv_bits_errors(pieces(), None))

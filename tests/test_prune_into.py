@@ -182,7 +182,7 @@ def test_the_file_is_well_written_and_says_what_it_is(home, tmp_path):
 
 def test_what_no_folder_could_tell_before_is_one_sentence(home):
     model = pruned_model(home, "llava", "norm", None, 17)
-    with pytest.raises(UserError, match="--keep-tokens is 17; an image has 1 to 16 visual tokens"):
+    with pytest.raises(UserError, match="keep_tokens is 17; an image has 1 to 16 visual tokens"):
         answer("llava", model, inputs_of("llava", model, 1))
     with pytest.raises(UserError, match="cls_attention: layer is 9; there are layers 0 to 2"):
         pruned_model(home, "llava", "cls_attention:layer=9", 0.5)
@@ -243,7 +243,7 @@ def test_our_own_tools_say_which_folder_to_give_them(home):
             pruned_model(home, kind, "divprune", 1.0),
             home / f"{kind}-divprune-1.0-None",
         )
-        with pytest.raises(UserError, match=r"prunes by itself \(divprune\).* --pruner"):
+        with pytest.raises(UserError, match=r"prunes by itself \(divprune\).* and a pruner"):
             load(folder)
         with pytest.raises(UserError, match="prunes already; give the folder"):
             prune_into(folder, home / "again", "norm", 0.5, None)

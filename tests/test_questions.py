@@ -112,7 +112,7 @@ def test_a_broken_line_is_refused_by_name_or_counted_and_left_out(line, tmp_path
     good = {"image": "a.png", "question": "Q", "answer": "x", "id": "1"}
     path = write(images(tmp_path, "a.png") / "my.jsonl", [good, line, {**good, "id": "3"}])
     where = "question 1" if "another" in BROKEN[line] else "line 2"
-    with pytest.raises(UserError, match=f"{where}: .*{BROKEN[line]}.*--skip-bad") as refused:
+    with pytest.raises(UserError, match=f"{where}: .*{BROKEN[line]}.*skip_bad") as refused:
         read("own", path)
     assert "\n" not in str(refused.value)
     bad = Bad(skip=True)

@@ -10,27 +10,27 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mlx_vlm_prune.checkpoints.errors import Parser, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
 
 from .training.recipes import ScenesRecipe
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(prog="python -m torch_ref.train", description=(__doc__ or "").split("\n")[0])
-    add, usual = p.add_argument, ScenesRecipe()
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/scenes"),
-        metavar="FOLDER",
-        help="(default: %(default)s)",
-    )
-    add("--minutes", type=_minutes, default=float("inf"), help="stop after this long")
-    add("--steps", type=partial(whole, 1), default=usual.steps, help="(default: %(default)s)")
-    add("--tower-steps", type=partial(whole, 0), default=usual.tower_steps, help="of them for the"
-        " tower alone (default: %(default)s)")  # fmt: skip
-    add("--workers", type=partial(whole, 0), default=1, help="processes that draw scenes")
-    return p.parse_args(argv)
+# fmt: off
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser("torch_ref.train", description="Train the scenes model from random weights.")
+    add, usual = parser.add_argument, ScenesRecipe()
+    add("--out", type=Path, default=Path("runs/scenes"), metavar="FOLDER",
+        help="where weights and checkpoints go")
+    add("--minutes", type=_minutes, default=float("inf"), metavar="N", help="stop after N minutes")
+    add("--steps", type=partial(whole, 1), default=usual.steps, metavar="N",
+        help="optimizer steps")
+    add("--tower-steps", type=partial(whole, 0), default=usual.tower_steps, metavar="N",
+        help="how many of the steps train the vision tower alone")
+    add("--workers", type=partial(whole, 0), default=1, metavar="N",
+        help="processes that draw scenes")
+    return parser
+# fmt: on
 
 
 def _minutes(text: str) -> float:
@@ -45,8 +45,9 @@ def _minutes(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
-    with in_one_sentence():
-        args = parse(argv)
+    parser = build_parser()
+    with in_one_sentence(parser):
+        args = parser.parse_args(argv)
         from .training.scenes import train  # here, since torch may be missing, and takes seconds
 
         recipe = ScenesRecipe(steps=args.steps, tower_steps=args.tower_steps)

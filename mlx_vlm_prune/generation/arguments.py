@@ -1,60 +1,109 @@
 """The options of `generate` on the command line.
 
-A value is checked where it is used, so that a Python caller hears of it too.
+A value is checked where it is used, so that a Python caller gets the same refusal. An option's
+destination is the name of the parameter in Python.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.errors import Parser
+from ..checkpoints.command_line import Parser
 from ..checkpoints.reading.files import parse_json
 from ..models.loading import DTYPES
 
+DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
+and a prompt: a sample question, answered with all visual tokens and with half of them."""
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(
-        prog="python -m mlx_vlm_prune.generate",
-        description="Answer a prompt about images with fewer visual tokens. Without arguments: "
-        "a sample question, answered with all visual tokens and with half of them.",
+
+# fmt: off
+def build_parser() -> Parser:
+    """The command line of `generate`, its options in groups."""
+    parser = Parser("mlx_vlm_prune.generate", description=DESCRIPTION)
+    _add_model(parser)
+    _add_image_and_prompt(parser)
+    _add_pruning(parser)
+    _add_decoding(parser)
+    _add_output(parser)
+    _add_mlx_vlm(parser)
+    return parser
+
+
+def _add_model(parser: Parser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
+    add(
+        "--revision", help="branch, tag or commit of a Hugging Face name (default: its main branch)"
     )
-    add = p.add_argument
-    add("--model", help="folder or hub name (default: the built-in scenes model)")
-    add("--image", action="append", default=[], help="an image file; repeat for several")
-    add("--prompt", "-p", help="the question ('-' reads stdin); <image> marks an image's place")
-    add("--pruner", help="NAME, NAME:option=value,… or a chain NAME+NAME")
-    add("--keep-ratio", type=float, help="share of the visual tokens to keep, above 0 to 1")
-    add("--keep-tokens", type=int, help="how many visual tokens of each image to keep")
-    add("--budget-ms", type=float, metavar="MS", help="instead: as many as the first token can "
-        "come with in this time, by a calibration of this machine")  # fmt: skip
-    add("--budget-gb", type=float, metavar="GB", help="instead: as many as fit into this memory")
-    add("--positions", help="keep or renumber kept tokens' positions (default: as its paper)")
-    add("--max-tokens", "-m", type=int, default=256, help="most tokens to answer with")
-    add("--temp", "--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    add("--top-p", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--chat-template-config", type=_object, metavar="JSON", help='as {"open_thinking": true}')
-    add("--prefill-step-size", type=int, metavar="ROWS", help="mlx-vlm models: rows read at once")
-    add("--kv-bits", type=float, help="mlx-vlm models: bits of a number in the cache")
-    add("--quantized-kv-start", type=int, metavar="ROWS",
-        help="mlx-vlm models: once the cache has more rows than these (default 5000)")  # fmt: skip
-    add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
-        help="mlx-vlm models: one or two sides that pictures are to fit in")  # fmt: skip
-    add("--num-draft-tokens", type=int, metavar="N", help="models with a twig: tokens that it may"
-        " guess ahead (TwigVLM's 5); the greedy answer stays the same")  # fmt: skip
-    add("--revision", help="of a hub name: a branch, tag or commit")
-    add("--dtype", default="auto", help=f"auto, {', '.join(DTYPES)}")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
+        " on a GPU")
+
+
+def _add_image_and_prompt(parser: Parser) -> None:
+    add = parser.add_argument_group("image and prompt").add_argument
+    add("--image", action="append", default=[], metavar="FILE",
+        help="an image file; repeat for several (default: none)")
+    add("--prompt", "-p", metavar="TEXT",
+        help="the question; - reads it from stdin; <image> marks an image's place (default: images"
+        " come first)")
+    add("--chat-template-config", type=_json_object, metavar="JSON",
+        help='options of the chat template, such as {"open_thinking": true} (default: none)')
+
+
+def _add_pruning(parser: Parser) -> None:
+    add = parser.add_argument_group("pruning").add_argument
+    add("--pruner", metavar="SPEC",
+        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: none)")
+    add("--positions", choices=("keep", "renumber"),
+        help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
+    add("--num-draft-tokens", type=int, metavar="N",
+        help="tokens that the twig beside a model drafts ahead, 5 in TwigVLM; the greedy answer"
+        " stays the same (default: no drafting)")
+    about = "How many of an image's N visual tokens to keep; without a budget, half of them."
+    add = parser.add_argument_group("budget", about).add_argument
+    add("--keep-ratio", type=float, metavar="R", help="a share of N, above 0 and at most 1")
+    add("--keep-tokens", type=int, metavar="K", help="a number of tokens, 1 to N")
+    add("--budget-ms", dest="ms", type=float, metavar="MS",
+        help="keep as many tokens as fit this time to first token, predicted from a calibration of"
+        " this machine")
+    add("--budget-gb", dest="gb", type=float, metavar="GB",
+        help="keep as many tokens as fit this much memory (10^9 bytes), at its peak")
+
+
+def _add_decoding(parser: Parser) -> None:
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max-tokens", "-m", type=int, default=256, metavar="N", help="longest answer, in tokens")
+    add("--temp", "--temperature", dest="temperature", type=float, default=0.0, metavar="T",
+        help="sampling temperature; 0 takes the most likely token")
+    add("--top-p", type=float, default=1.0, metavar="P",
+        help="sample from the most likely tokens that together have this probability")
+    add("--seed", type=int, default=0, metavar="N", help="of the sampling")
+
+
+def _add_output(parser: Parser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--compare", action="store_true", help="answer with all visual tokens first, then pruned")
+    add("--overlay", type=Path, metavar="FILE.png", help="draw the images, dropped tokens dimmed")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
-    add("--overlay", type=Path, metavar="FILE.png", help="draw what was kept")
-    add("--compare", action="store_true", help="full and pruned, side by side")
-    add("--verbose", action=argparse.BooleanOptionalAction, default=True, help="print figures")
-    args = p.parse_args(argv)
-    args.is_sample = not args.image and args.prompt is None and args.model is None
-    return args
+    add("--verbose", action=argparse.BooleanOptionalAction, default=True,
+        help="print figures around the answer")
 
 
-def _object(text: str) -> dict[str, Any]:
+def _add_mlx_vlm(parser: Parser) -> None:
+    add = parser.add_argument_group("mlx-vlm models only").add_argument
+    add("--prefill-step-size", type=int, metavar="ROWS",
+        help="rows of the prompt read at once (default: mlx-vlm's)")
+    add("--kv-bits", type=float, metavar="BITS",
+        help="bits of a number in the key/value cache, 1.5 to 8 (default: not quantized)")
+    add("--quantized-kv-start", type=int, metavar="ROWS",
+        help="quantize the cache once it has this many rows (default: 5000)")
+    add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
+        help="fit images into this width and height; one number is both (default: no)")
+# fmt: on
+
+
+def _json_object(text: str) -> dict[str, Any]:
     try:
         value = parse_json(text)
     except ValueError:

@@ -39,7 +39,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "renumber"):
-            raise UserError(f"--positions is {self.positions!r}; it is keep or renumber")
+            raise UserError(f"positions is {self.positions!r}; it is keep or renumber")
         check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)
 
     @property
@@ -52,13 +52,13 @@ class Request:
 def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Say early how an answer cannot be decoded. Raises UserError."""
     if not (isinstance(max_tokens, Integral) and max_tokens >= 1):
-        raise UserError(f"--max-tokens is {max_tokens!r}; it must be at least 1, a whole number")
+        raise UserError(f"max_tokens is {max_tokens!r}; it must be at least 1, a whole number")
     if not (isinstance(temperature, Real) and 0 <= temperature < float("inf")):
-        raise UserError(f"--temp is {temperature!r}; it must be 0 or more")
+        raise UserError(f"temperature is {temperature!r}; it must be 0 or more")
     if not (isinstance(top_p, Real) and 0 < top_p <= 1):
-        raise UserError(f"--top-p is {top_p!r}; it must be above 0 and at most 1")
+        raise UserError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
     if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
-        raise UserError(f"--seed is {seed!r}; it must be at least 0 and below 2**63")
+        raise UserError(f"seed is {seed!r}; it must be at least 0 and below 2**63")
 
 
 def listed_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:

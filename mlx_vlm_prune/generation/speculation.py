@@ -36,14 +36,15 @@ def check_drafts(most: int | None, temperature: float, has_twigs: bool) -> None:
     if most is None:
         return
     if most < 1:
-        raise UserError(f"--num-draft-tokens is {most}; it must be at least 1")
+        raise UserError(f"num_draft_tokens is {most}; it must be at least 1")
     if temperature:
         raise UserError(
-            f"--num-draft-tokens is for greedy answers, and --temp is {temperature}; leave one out"
+            f"num_draft_tokens is for greedy answers, and temperature is {temperature}; leave one"
+            " out"
         )
     if not has_twigs:
         raise UserError(
-            "--num-draft-tokens needs a twig, and a model of mlx-vlm's has none; leave it out"
+            "num_draft_tokens needs a twig, and a model of mlx-vlm's has none; leave it out"
         )
 
 
@@ -52,7 +53,7 @@ def twig_of(model: VLM, name: str) -> TwigReader:
     if twig := model.learned.get("twig"):
         return TwigReader(twig)
     raise UserError(
-        f"--num-draft-tokens needs a twig, and {name} has none beside it;"
+        f"num_draft_tokens needs a twig, and {name} has none beside it;"
         " python -m mlx_vlm_prune convert to-mlx --twig brings one along,"
         " python -m torch_ref.train_pruners trains one"
     )

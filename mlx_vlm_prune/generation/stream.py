@@ -33,8 +33,7 @@ def stream_generate(
     """The answer of a model of ours."""
     if request.is_for_mlx_vlm:
         raise UserError(
-            "--prefill-step-size, --kv-bits, --quantized-kv-start and --resize-shape are for"
-            " mlx-vlm models"
+            "prefill_step_size, kv_bits, quantized_kv_start and resize_shape are for mlx-vlm models"
         )
     clock, pipeline = Clock(), resolve(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)

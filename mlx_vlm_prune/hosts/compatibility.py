@@ -6,7 +6,7 @@ from ..pruners.contract import Policy
 from .host import Host
 
 LATER = "not yet in mlx-vlm models"
-SMALLER = f"it makes the pixels fewer, {LATER}; --resize-shape makes the picture smaller"
+SMALLER = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
 BETWEEN = ("before", "normed", "held_keys", "last_attention", "next_attention")  # layers have these
 TOWER = ("patches", "pixels", "text", "grid")  # what needs no attention
 
@@ -15,7 +15,7 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
     """The position policy that holds; UserError where a method or policy cannot work."""
     kind = host.kind
     if positions not in (None, "keep", "renumber"):
-        raise UserError(f"--positions is {positions!r}; it is keep or renumber")
+        raise UserError(f"positions is {positions!r}; it is keep or renumber")
     if "get_input_embeddings" in vars(host.model):
         raise UserError(
             "this model is being pruned already: leave that block first, or load the folder that"
@@ -32,7 +32,7 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
         return positions or pipeline.positions
     if positions == "keep":
         raise UserError(
-            f"--positions keep cannot be had in a {kind} model: it counts the rows it is given;"
+            f"positions='keep' cannot be had in a {kind} model: it counts the rows it is given;"
             " leave the option out"
         )
     return "renumber"
@@ -45,7 +45,7 @@ def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None
     assert host.language_layers is not None, "`check_pipeline` comes first"
     if host.language_layers.axes == 1 and kv_bits % 1:
         raise UserError(
-            f"--kv-bits is {kv_bits:g}; with {pipeline.decoder.name} a whole number can be had"
+            f"kv_bits is {kv_bits:g}; with {pipeline.decoder.name} a whole number can be had"
         )
 
 

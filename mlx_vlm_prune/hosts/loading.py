@@ -53,7 +53,7 @@ def kind_of(folder: Path) -> str | None:
     if isinstance(record := config.get(RECORD), dict):
         raise UserError(
             f"{folder} prunes by itself ({record.get('pruner')}), for mlx-vlm to run; here give the"
-            " folder that it was made from, and --pruner"
+            " folder that it was made from, and a pruner"
         )
     if isinstance(kind, str) and kind in REFUSED:
         raise UserError(f"{folder} is a {kind} model: {REFUSED[kind]}")

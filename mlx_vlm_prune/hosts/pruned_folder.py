@@ -21,7 +21,7 @@ from typing import Any
 from ..checkpoints.errors import UserError
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import appearing, read_json, write_json
-from ..machine.version import __version__
+from ..checkpoints.version import __version__
 from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import check_budget
 from .families import FAMILIES, REFUSED
@@ -116,7 +116,7 @@ def prune_into(
     pipeline = _pipeline(pruner)
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
-        raise UserError("give --keep-ratio or --keep-tokens")
+        raise UserError("give keep_ratio or keep_tokens")
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
     record: dict[str, Any] = {"pruner": pipeline.spec, "version": __version__}

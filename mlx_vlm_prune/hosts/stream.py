@@ -37,13 +37,13 @@ def cache_options(request: Request) -> dict[str, Any]:
     """mlx-vlm's own options, where they are given. Raises UserError."""
     step_size, bits, start = (getattr(request, name) for name in CACHE_OPTIONS)
     if step_size is not None and step_size < 1:
-        raise UserError(f"--prefill-step-size is {step_size}; it must be at least 1")
+        raise UserError(f"prefill_step_size is {step_size}; it must be at least 1")
     if bits is not None and (not 1.5 <= bits <= 8 or bits == 7):
-        raise UserError(f"--kv-bits is {bits:g}; it must be from 1.5 to 8, and not 7")
+        raise UserError(f"kv_bits is {bits:g}; it must be from 1.5 to 8, and not 7")
     if start is not None and start < 0:
-        raise UserError(f"--quantized-kv-start is {start}; it must be at least 0")
+        raise UserError(f"quantized_kv_start is {start}; it must be at least 0")
     if start is not None and bits is None:
-        raise UserError("--quantized-kv-start says from when on --kv-bits holds; give both")
+        raise UserError("quantized_kv_start says from when on kv_bits holds; give both")
     options = zip(CACHE_OPTIONS, (step_size, bits, start), strict=True)
     return {name: value for name, value in options if value is not None}
 
@@ -52,7 +52,7 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
     """Width and height that a picture is to fit in, from one number or two. Raises UserError."""
     if shape is None:
         return None
-    sides = f"--resize-shape is {' '.join(map(str, shape))}"
+    sides = f"resize_shape is {' '.join(map(str, shape))}"
     if len(shape) not in (1, 2) or min(shape) < 1:
         raise UserError(f"{sides}; give one or two sides, each at least 1")
     if shape[0] * shape[-1] > MAX_PIXELS:
@@ -101,7 +101,7 @@ def explain_kv_bits_errors(
         if kv_bits is None or isinstance(problem, UserError):
             raise
         reason = " ".join(str(problem).split())
-        raise UserError(f"--kv-bits {kv_bits:g} cannot be had of this model: {reason}") from problem
+        raise UserError(f"kv_bits={kv_bits:g} cannot be had of this model: {reason}") from problem
 
 
 def _decode(

@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoints.version import __version__
 from . import blas
-from .version import __version__
 
 
 def machine() -> dict[str, Any]:

@@ -42,11 +42,11 @@ class Budget:
     gb: float | None = None
 
     def __post_init__(self) -> None:
-        for option, value in (("--budget-ms", self.ms), ("--budget-gb", self.gb)):
+        for option, value in (("ms", self.ms), ("gb", self.gb)):
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"{option} is {value}; it must be a number above 0")
         if self.ms is None and self.gb is None:
-            raise UserError("give --budget-ms, --budget-gb, or both")
+            raise UserError("give ms, gb, or both")
 
     def allows(self, ms: float, gb: float) -> bool:
         return (self.ms is None or ms <= self.ms) and (self.gb is None or gb <= self.gb)
@@ -167,7 +167,7 @@ def keep_within(
     check_pipeline(pipeline)
     inputs = prepare(model, processor, prompt, image, template)
     if inputs.pixels is None:
-        raise UserError("a budget needs an --image; without one there is nothing to prune")
+        raise UserError("a budget needs an image; without one there is nothing to prune")
     known = calibration or calibrate(model, processor.folder, pipeline, inputs)
     level = measure_level(model, pipeline, inputs, known)
     if not calibration and not 1 / SAME < level < SAME:
@@ -199,7 +199,7 @@ def check_pipeline(pipeline: Pipeline) -> None:
     """Refuse methods that have no K to choose. Raises UserError."""
     name = pipeline.spec
     if name == "none":
-        raise UserError("a budget needs a --pruner other than none, for example avgpool")
+        raise UserError("a budget needs a pruner other than none, for example avgpool")
     if pipeline.trained_tokens:
         raise UserError(
             f"{name} was trained for {pipeline.trained_tokens} visual tokens and keeps no other"

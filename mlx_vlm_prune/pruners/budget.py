@@ -25,18 +25,18 @@ def tokens_for(N: int, ratio: float) -> int:
 def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
     """Say early what is wrong with a budget, however many tokens an image has. Raises UserError."""
     if keep_ratio is not None and keep_tokens is not None:
-        raise UserError("give --keep-ratio or --keep-tokens, not both")
+        raise UserError("give keep_ratio or keep_tokens, not both")
     if keep_ratio is not None and not (isinstance(keep_ratio, Real) and 0 < keep_ratio <= 1):
-        raise UserError(f"--keep-ratio is {keep_ratio}; it must be above 0 and at most 1")
+        raise UserError(f"keep_ratio is {keep_ratio}; it must be above 0 and at most 1")
     if keep_tokens is not None and not (isinstance(keep_tokens, Integral) and keep_tokens >= 1):
-        raise UserError(f"--keep-tokens is {keep_tokens}; it must be a whole number, at least 1")
+        raise UserError(f"keep_tokens is {keep_tokens}; it must be a whole number, at least 1")
 
 
 def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pipeline) -> int:
     """K of N tokens: `keep_tokens`, or a share of N; half without either. Raises UserError."""
     check_budget(keep_ratio, keep_tokens)
     if keep_tokens is not None and keep_tokens > N:
-        raise UserError(f"--keep-tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
+        raise UserError(f"keep_tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
             return pruner.trained_tokens

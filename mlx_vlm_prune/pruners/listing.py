@@ -1,8 +1,9 @@
-"""Which methods there are: `python -m mlx_vlm_prune pruners [NAME]`."""
+"""The listing of the methods: `mlx-vlm-prune pruners [NAME]`."""
 
 from collections.abc import Sequence
 
-from ..checkpoints.errors import Parser, UserError, in_one_sentence
+from ..checkpoints.command_line import Parser, in_one_sentence, program
+from ..checkpoints.errors import UserError
 from . import METHODS, PRESETS, Method
 from .spec import suggestion
 
@@ -18,14 +19,20 @@ def cells(method: Method) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+def build_parser() -> Parser:
+    """The command line of `pruners`."""
     parser = Parser(
-        prog="python -m mlx_vlm_prune pruners",
-        description="List the methods, or tell of one what it does and what options it has.",
+        "mlx_vlm_prune.pruners",
+        description="List the methods; with a name, explain that one and its options.",
     )
-    parser.add_argument("name", nargs="?", help="a method or preset")
-    with in_one_sentence():
+    parser.add_argument("name", nargs="?", help="a method or a preset (default: list all)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    parser = build_parser()
+    with in_one_sentence(parser):
         show(parser.parse_args(argv).name)
 
 
@@ -41,7 +48,7 @@ def show(name: str | None) -> None:
         print("\nChains: NAME+NAME prunes at two stages; restore joins any of them. Presets:")
         for preset, chain in PRESETS.items():
             print(f"  {preset} = {chain}")
-        print("python -m mlx_vlm_prune pruners NAME tells more of one.")
+        print(f"{program('mlx_vlm_prune.pruners')} NAME explains one.")
     elif name in METHODS:
         method = METHODS[name]
         needs = ", ".join(method.needs) or "the tokens alone"

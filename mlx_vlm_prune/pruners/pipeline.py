@@ -109,7 +109,7 @@ class Pruner:
         if "grid" in self.method.needs and not signals.is_whole:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
         if not mx.isfinite(signals.x_BND).all().item():
-            raise UserError("the vision tower gave NaN or infinite features; try --dtype float32")
+            raise UserError("the vision tower gave NaN or infinite features; try dtype='float32'")
         return self.call(self.method.prune or self.learned.prune, signals, K)
 
 

@@ -37,7 +37,7 @@ def parse(
     if steps[-1].keep is not None:
         raise UserError(
             f"{spec}: keep= is what an earlier method of a chain leaves to the next; the last keeps"
-            " what --keep-tokens or --keep-ratio says"
+            " what keep_tokens or keep_ratio says"
         )
     if len(steps) > 1 and any(p.name == "none" for p in steps):
         raise UserError(f"{spec}: none prunes nothing; leave it out of the chain")

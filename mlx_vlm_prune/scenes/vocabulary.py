@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..checkpoints.errors import Parser, in_one_sentence
+from ..checkpoints.command_line import Parser, in_one_sentence
 from ..checkpoints.processor import TOKENIZER, TOKENIZER_CONFIG
 from ..checkpoints.reading.files import write_atomically
 from .draw import CELLS, COLOURS, LETTERS, SHAPES
@@ -73,12 +73,18 @@ def write(folder: Path) -> None:
     write_atomically(folder / TOKENIZER_CONFIG, text)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def build_parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m mlx_vlm_prune.scenes.vocabulary", description="Write the tokenizer.")
-    p.add_argument("folder", type=Path)
-    with in_one_sentence():
-        write(p.parse_args(argv).folder)
+    parser = Parser("mlx_vlm_prune.scenes.vocabulary", description="Write the tokenizer.")
+    parser.add_argument("folder", type=Path, help="where its two files go")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    parser = build_parser()
+    with in_one_sentence(parser):
+        write(parser.parse_args(argv).folder)
 
 
 if __name__ == "__main__":

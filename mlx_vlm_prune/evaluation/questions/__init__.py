@@ -50,7 +50,7 @@ class Bad:
     def __call__(self, where: str, why: str) -> None:
         """Note one fault, such as ("a.jsonl, line 3", "there is no answer")."""
         if not self.skip:
-            raise UserError(f"{where}: {why} (--skip-bad leaves such questions out)")
+            raise UserError(f"{where}: {why} (skip_bad leaves such questions out)")
         self.found.append(f"{where}: {why}")
 
 

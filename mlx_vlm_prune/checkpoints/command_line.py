@@ -1,0 +1,133 @@
+"""What all command lines share: options, `--help`, `--version`, and how a command ends."""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import EXTRAS, UserError, lacks
+from .version import __version__
+
+PACKAGE, SCRIPT = "mlx_vlm_prune", "mlx-vlm-prune"
+VERSION = f"{PACKAGE} {__version__}"
+
+
+def program(module: str) -> str:
+    """How a module was started: `mlx-vlm-prune COMMAND` or `python -m`, for usage lines."""
+    started = Path(sys.argv[0])
+    command = module.removeprefix(PACKAGE).removeprefix(".")
+    if started.name == SCRIPT:
+        return f"{SCRIPT} {command}".rstrip()
+    if started.name == module:  # a console script of its own
+        return module
+    if started.parts[-2:] == (PACKAGE, "__main__.py"):
+        return f"python -m {PACKAGE} {command}".rstrip()
+    return f"python -m {module}"
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Ends an option's help with its default, unless the help names one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        is_unset = default is None or default is False or default == []
+        if is_unset or default is argparse.SUPPRESS or "default" in text:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line without abbreviations, with `--version`, that refuses in one sentence."""
+
+    def __init__(self, module: str | None = None, **settings: Any):
+        """`module` is what `python -m` takes; a subcommand has `prog` in its place."""
+        if module:
+            settings["prog"] = program(module)
+        super().__init__(**{"formatter_class": _HelpFormatter, "allow_abbrev": False} | settings)
+        self.add_argument("--version", action="version", version=VERSION, help="print the version")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the options)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, f"{value!r} is not {either(action.choices)}")
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """The flag of every option by its name in Python; those of subcommands too."""
+        flags: dict[str, str] = {}
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for subcommand in action.choices.values():
+                    flags |= subcommand.flags
+            elif action.option_strings and action.default is not argparse.SUPPRESS:
+                flags[action.dest] = next(f for f in action.option_strings if f.startswith("--"))
+        return flags
+
+    def with_flags(self, sentence: str) -> str:
+        """A sentence of the library with this command's flags in place of parameter names.
+
+        `keep_ratio is 2` becomes `--keep-ratio is 2`, and `dtype='float32'` `--dtype float32`.
+        A name of a single word, which may be a word of English, is replaced where its value
+        follows. Parts of paths, of pruner specs and of quoted text stay.
+        """
+        flags, start = self.flags, r"(?<![\w./\\:,='\"-])(?<!: )"
+        names, long = "|".join(flags), "|".join(name for name in flags if "_" in name) or "(?!)"
+        value = r"(?:['\"\d-]|nan|inf|None)"
+        sentence = re.sub(
+            rf"{start}({names})=(['\"]?)([\w.]+)\2", lambda m: f"{flags[m[1]]} {m[3]}", sentence
+        )
+        sentence = re.sub(rf"{start}({long})(?![\w/\\=]|\.\w)", lambda m: flags[m[1]], sentence)
+        return re.sub(
+            rf"(?:^|(?<=; )|(?<=and ))({names})(?= is {value})", lambda m: flags[m[1]], sentence
+        )
+
+
+def either(names: Iterable[Any]) -> str:
+    """Names in words: `a, b or c`."""
+    *first, last = map(str, names)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def whole(least: int, text: str, most: int | None = None) -> int:
+    """An option that is a whole number; `partial` it for a parser."""
+    if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+        to = "on" if most is None else f"to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} {to}")
+    return int(text)
+
+
+@contextmanager
+def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
+    """How a command ends: a mistake, a missing package or a file that cannot be written in one
+    sentence and exit code 2; an interrupt in 130; silently where a reader such as `head` has gone.
+
+    `parser` says which flags the sentence names.
+    """
+    try:
+        yield
+        print(end="", flush=True)  # a reader may be gone, or there may be none
+    except UserError as e:
+        _refuse(parser.with_flags(str(e)) if parser else str(e))
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _refuse(str(lacks(package)))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as e:
+        _refuse(f"{e.filename or 'output'}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
