@@ -14,17 +14,8 @@ Shapes: B images, N tokens, K kept, M basis tokens, D features.
 
 import mlx.core as mx
 
-from .contract import (
-    Reduction,
-    Signals,
-    Stage,
-    cosine,
-    keep_highest,
-    nearest_mean,
-    rounded,
-    take,
-    to_float64,
-)
+from .contract import Reduction, Signals, Stage, take
+from .numerics import cosine, keep_highest, nearest_mean, rounded, to_float64
 
 stage = Stage.PROJECTED
 ZERO_LENGTH = 1e-9  # of the longest token: a basis vector as short adds no direction

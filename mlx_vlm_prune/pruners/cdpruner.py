@@ -15,7 +15,8 @@ Shapes: B images, N tokens, K kept, T words, M steps done.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, rounded, scale_to_unit, take
+from .contract import Reduction, Signals, Stage, take
+from .numerics import cosine, rounded, scale_to_unit
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}

@@ -9,7 +9,8 @@ Differs from the authors' code: only the CLS row of the attention is computed.
 Shapes: B images, N tokens, K kept.
 """
 
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer"}

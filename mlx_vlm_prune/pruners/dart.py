@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from .budget import one_cut
-from .contract import Reduction, Signals, Stage, cosine, rounded, to_float64
+from .contract import Reduction, Signals, Stage
+from .numerics import cosine, rounded, to_float64
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}

@@ -12,7 +12,8 @@ Shapes: B images, N tokens, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, take
+from .contract import Reduction, Signals, Stage, take
+from .numerics import cosine
 
 stage = Stage.PROJECTED
 

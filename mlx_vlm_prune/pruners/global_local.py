@@ -14,8 +14,9 @@ Shapes: B images, N tokens, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, keep_highest, nearest_mean, take
+from .contract import Reduction, Signals, Stage, take
 from .grid import windows
+from .numerics import cosine, keep_highest, nearest_mean
 
 stage = Stage.FEATURES
 needs = {"local_attention": "local_layer", "cls_attention": "layer", "grid": None}

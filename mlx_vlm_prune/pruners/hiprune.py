@@ -13,7 +13,8 @@ Shapes: B images, N tokens, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 
 stage = Stage.FEATURES
 needs = {"object_attention": "object_layer", "received_attention": "layer", "grid": None}

@@ -15,8 +15,9 @@ Shapes: B images, N tokens, K kept, n tokens of a region.
 import mlx.core as mx
 import numpy as np
 
-from .contract import Reduction, Signals, Stage, cosine, rounded, scale_to_unit
+from .contract import Reduction, Signals, Stage
 from .grid import windows
+from .numerics import cosine, rounded, scale_to_unit
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer", "grid": None}

@@ -10,7 +10,8 @@ Shapes: B images, N patches, H heads, d head size, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest, rounded, to_float64
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest, rounded, to_float64
 from .pipeline import layer_at
 
 stage = Stage.ENCODER

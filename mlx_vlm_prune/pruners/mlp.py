@@ -15,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from .contract import Reduction, Signals, Stage, keep_highest, to_float64
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest, to_float64
 from .scorer import layer_norm, linear, score
 
 stage = Stage.FEATURES

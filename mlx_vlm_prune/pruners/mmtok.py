@@ -14,8 +14,8 @@ Shapes: B images, N tokens, K kept, T words.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, rounded
-from .prumerge import EULER
+from .contract import Reduction, Signals, Stage
+from .numerics import cosine, rounded, softmax
 from .scope import greedy_cover
 
 stage = Stage.PROJECTED
@@ -36,10 +36,3 @@ def prune(
         rows_BMN = rounded(mx.concatenate([words_BTN, tokens_BNN], axis=1))
         equal_BN = mx.ones(signals.x_BND.shape[:2], dtype=mx.float64)
         return Reduction(index_BK=greedy_cover(rows_BMN, equal_BN, K))
-
-
-def softmax(similar_BMN: mx.array, temperature: float) -> mx.array:
-    """Softmax of each row, float64."""
-    logits_BMN = (similar_BMN - similar_BMN.max(axis=-1, keepdims=True)) / temperature
-    power_BMN = mx.power(mx.array(EULER, mx.float64), logits_BMN)
-    return power_BMN / power_BMN.sum(axis=-1, keepdims=True)

@@ -7,7 +7,8 @@ Shapes: B images, N tokens, D features, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest, to_float64
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest, to_float64
 
 stage = Stage.FEATURES
 

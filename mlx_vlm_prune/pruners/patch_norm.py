@@ -9,7 +9,8 @@ Shapes: B images, N patches, D features, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest, to_float64
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest, to_float64
 
 stage = Stage.ENCODER
 needs: dict[str, str | None] = {"patches": None}

@@ -14,7 +14,8 @@ Shapes: B images, N patches of P pixel values, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 
 stage = Stage.ENCODER
 needs: dict[str, str | None] = {"pixels": None, "grid": None}

@@ -11,7 +11,8 @@ Shapes: I images, N tokens, K kept.
 """
 
 from .budget import several_cuts
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"next_attention": None}

@@ -11,7 +11,8 @@ and the column means are streamed, never an N x N array.
 Shapes: B images, N tokens, K kept.
 """
 
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 
 stage = Stage.FEATURES
 needs = {"received_attention": "layer"}

@@ -14,7 +14,8 @@ Shapes: B images, N tokens, K kept, d head size.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, membership, take
+from .contract import Reduction, Signals, Stage, take
+from .numerics import cosine, membership
 
 stage = Stage.ENHANCER
 

@@ -9,7 +9,8 @@ Shapes: B images, N tokens, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, rounded, take, to_float64
+from .contract import Reduction, Signals, Stage, take
+from .numerics import cosine, rounded, to_float64
 
 stage = Stage.PROJECTED
 needs = {"cls_attention": "layer"}

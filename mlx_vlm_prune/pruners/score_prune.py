@@ -12,7 +12,8 @@ Shapes: B images, N tokens, D features, K kept.
 import mlx.core as mx
 from mlx import nn
 
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 from .scorer import layer_norm, score
 
 stage = Stage.FEATURES

@@ -6,7 +6,7 @@ Call under `mx.stream(mx.cpu)`. Shapes: B images, N tokens, D features.
 import mlx.core as mx
 from mlx import nn
 
-from .contract import rounded, to_float64
+from .numerics import rounded, to_float64
 
 
 def layer_norm(x_BND: mx.array, norm: nn.LayerNorm) -> mx.array:

@@ -16,7 +16,8 @@ Shapes: B images, N tokens, D features, K slots.
 import mlx.core as mx
 import numpy as np
 
-from .contract import Reduction, Signals, Stage, cosine
+from .contract import Reduction, Signals, Stage
+from .numerics import cosine
 
 stage = Stage.FEATURES
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from .budget import several_cuts
 from .clusters import density_peaks, distances, nearest_centres
-from .contract import Reduction, Signals, Stage, rounded, to_float64
-from .mmtok import softmax
+from .contract import Reduction, Signals, Stage
+from .numerics import rounded, softmax, to_float64
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
@@ -53,7 +53,7 @@ def rater_attention(signals: Signals) -> mx.array:
     real_BT = signals.text_real_BT
     logits_BNT = to_float64(signals.normed_BND) @ to_float64(signals.text_BTD).swapaxes(1, 2)
     logits_BNT = mx.where(real_BT[:, None], logits_BNT, -mx.inf)
-    share_BT = rounded(mx.where(real_BT, softmax(logits_BNT, 1.0).mean(axis=1), 0))
+    share_BT = rounded(mx.where(real_BT, softmax(logits_BNT).mean(axis=1), 0))
     mean_B1 = share_BT.sum(axis=-1, keepdims=True) / real_BT.sum(axis=-1, keepdims=True)
     rater_BT = (share_BT >= rounded(mean_B1)) & real_BT
     rated_BTN = to_float64(signals.text_attention_BTN) * rater_BT[..., None]

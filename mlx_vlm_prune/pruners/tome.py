@@ -15,7 +15,8 @@ Shapes: B images, n tokens, K left, a and b tokens in A and B, H heads, d head s
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, identity, keep_highest
+from .contract import Reduction, Signals, Stage, identity
+from .numerics import cosine, keep_highest
 
 stage = Stage.ENCODER
 needs: dict[str, str | None] = {"keys": None}

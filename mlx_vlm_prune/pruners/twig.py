@@ -22,7 +22,8 @@ Shapes: I images, N tokens, K kept.
 from typing import Any
 
 from .budget import cut_and_wipe
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 
 stage = Stage.DECODER
 learned = True  # its weights are layers, which models/language/twig.py makes

@@ -13,7 +13,8 @@ Shapes: I images, N tokens, K kept, D features.
 import mlx.core as mx
 
 from .budget import several_cuts
-from .contract import Reduction, Signals, Stage, keep_highest, to_float64
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest, to_float64
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"before": None}

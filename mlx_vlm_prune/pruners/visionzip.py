@@ -15,7 +15,8 @@ Shapes: B images, N tokens, K kept, C contextual, R the rest, H heads, d head si
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, keep_highest, take
+from .contract import Reduction, Signals, Stage, take
+from .numerics import cosine, keep_highest
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer", "keys": "layer"}

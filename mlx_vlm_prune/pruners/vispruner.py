@@ -10,7 +10,8 @@ Shapes: B images, N tokens, K kept, R residual, a and b tokens in A and B.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, cosine, keep_highest, take
+from .contract import Reduction, Signals, Stage, take
+from .numerics import cosine, keep_highest
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer"}

@@ -11,7 +11,8 @@ Shapes: I images, N tokens.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, keep_highest
+from .contract import Reduction, Signals, Stage
+from .numerics import keep_highest
 
 stage = Stage.DECODER
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from .contract import Reduction, Signals, highest, nearest_mean, weighted_reduction
+from .contract import Reduction, Signals, weighted_reduction
+from .numerics import highest, nearest_mean
 
 
 def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:

@@ -6,7 +6,8 @@ Shapes: N tokens, K kept, T words.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, cosine, index_reduction, scale_to_unit
+from .contract import Reduction, Signals, index_reduction
+from .numerics import cosine, scale_to_unit
 
 needs: dict[str, str | None] = {"text": None}
 

@@ -3,7 +3,8 @@
 `layer` says whose attention; the caller hands that layer's over.
 """
 
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 needs = {"cls_attention": "layer"}
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .contract import highest
+from .numerics import highest
 
 
 def distances(x_nD: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 
 from .budget import one_cut
-from .contract import Reduction, Signals, cosine, highest, index_reduction
+from .contract import Reduction, Signals, index_reduction
+from .numerics import cosine, highest
 
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}
 

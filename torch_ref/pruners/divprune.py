@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, cosine, index_reduction
+from .contract import Reduction, Signals, index_reduction
+from .numerics import cosine
 
 
 def prune(signals: Signals, K: int) -> Reduction:

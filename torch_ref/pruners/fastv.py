@@ -1,7 +1,8 @@
 """FastV (arXiv:2403.06764): after layer 2, what the prompt's last token attended to."""
 
 from .budget import one_cut
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 needs: dict[str, str | None] = {"last_attention": None}
 

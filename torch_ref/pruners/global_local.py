@@ -1,7 +1,8 @@
 """VScan's encoder half (arXiv:2505.22654): the best of every window, then the best of the rest."""
 
-from .contract import Reduction, Signals, highest, nearest_mean, weighted_reduction
+from .contract import Reduction, Signals, weighted_reduction
 from .grid import members, windows
+from .numerics import highest, nearest_mean
 
 needs = {"local_attention": "local_layer", "cls_attention": "layer"}
 

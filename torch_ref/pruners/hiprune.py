@@ -1,6 +1,7 @@
 """HiPrune (arXiv:2508.00553): objects and their neighbours from a middle layer, then the last."""
 
-from .contract import Reduction, Signals, highest, index_reduction
+from .contract import Reduction, Signals, index_reduction
+from .numerics import highest
 
 needs = {"object_attention": "object_layer", "received_attention": "layer"}
 

@@ -2,8 +2,9 @@
 
 import torch
 
-from .contract import Reduction, Signals, cosine, highest, index_reduction, scale_to_unit
+from .contract import Reduction, Signals, index_reduction
 from .grid import members, windows
+from .numerics import cosine, highest, scale_to_unit
 
 needs = {"cls_attention": "layer"}
 

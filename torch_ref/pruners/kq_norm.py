@@ -1,6 +1,7 @@
 """The K longest keys plus queries of one layer (what Vision-Token-Pruning's README describes)."""
 
-from .contract import Reduction, Signals, keep_highest, layer_at
+from .contract import Reduction, Signals, layer_at
+from .numerics import keep_highest
 
 needs: dict[str, str | None] = {"keys": None, "queries": None}
 

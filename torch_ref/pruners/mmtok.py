@@ -2,7 +2,8 @@
 
 import torch
 
-from .contract import Reduction, Signals, cosine, index_reduction
+from .contract import Reduction, Signals, index_reduction
+from .numerics import cosine
 from .scope import greedy_cover
 
 needs: dict[str, str | None] = {"text": None}

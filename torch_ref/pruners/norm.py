@@ -1,6 +1,7 @@
 """The K tokens with the longest features (L2 norm)."""
 
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 
 def prune(signals: Signals, K: int) -> Reduction:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .budget import one_cut
-from .contract import Reduction, Signals, cosine, highest, weighted_reduction
+from .contract import Reduction, Signals, weighted_reduction
+from .numerics import cosine, highest
 
 needs: dict[str, str | None] = {"mean_attention": None}
 proportional = True

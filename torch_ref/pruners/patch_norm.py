@@ -1,6 +1,7 @@
 """The K longest patch embeddings, chosen before the first layer (Vision-Token-Pruning's code)."""
 
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 needs: dict[str, str | None] = {"patches": None}
 

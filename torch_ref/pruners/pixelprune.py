@@ -6,7 +6,8 @@ Shapes: N patches of P pixel values.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 needs: dict[str, str | None] = {"pixels": None}
 

@@ -1,51 +1,50 @@
-"""LLaVA-PruMerge (arXiv:2403.15388): by CLS attention, each taking up its 32 nearest.
+"""LLaVA-PruMerge (arXiv:2403.15388): by CLS attention, each token adding its 32 nearest.
 
 Shapes: N tokens, K kept, D all heads' features.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, cosine, highest, weighted_reduction
+from .contract import Reduction, Signals, weighted_reduction
+from .numerics import cosine, highest
 
 needs = {"cls_query": "layer", "keys": "layer"}
 
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
-    return absorbed(signals, K, neighbours, lambda score_N: highest(score_N, max(1, K - 1)))
-
-
-def absorbed(
-    signals: Signals, K: int, neighbours: int, choose: Callable[[Tensor], list[int]]
-) -> Reduction:
-    """The tokens that are chosen of each image by their scores (N,), with their neighbours."""
     pairs = []
     for query_Hd, keys_NHd in zip(signals.cls_query_BHd, signals.keys_BNHd, strict=True):
-        keys_ND = keys_NHd.flatten(1)
-        logits_N = keys_ND.double() @ query_Hd.flatten().double() / keys_ND.shape[1] ** 0.5
-        score_N = logits_N.softmax(0).round(decimals=12)
-        pairs.append(merged(score_N, keys_ND.float(), sorted(choose(score_N)), K, neighbours))
+        score_N = cls_scores(query_Hd, keys_NHd)
+        kept = sorted(highest(score_N, max(1, K - 1)))
+        rows = with_neighbours(score_N, keys_NHd, kept, neighbours)
+        if K > 1:
+            dropped = [i for i in range(len(score_N)) if i not in rows]
+            rest_N = torch.zeros_like(score_N)
+            rest_N[dropped] = score_N[dropped]
+            rows[max(dropped, key=lambda i: (score_N[i].item(), -i))] = rest_N
+        pairs.append((sorted(rows), torch.stack([rows[i] for i in sorted(rows)])))
     return weighted_reduction(signals, pairs)
 
 
-def merged(
-    score_N: Tensor, keys_ND: Tensor, kept: list[int], K: int, neighbours: int
-) -> tuple[list[int], Tensor]:
-    """Kept tokens with their neighbours and, for a K more, one of all that was dropped."""
-    N, likeness = len(score_N), cosine(keys_ND)
+def cls_scores(query_Hd: Tensor, keys_NHd: Tensor) -> Tensor:
+    """Softmax of CLS's query with every key, (N,)."""
+    keys_ND = keys_NHd.flatten(1).double()
+    logits_N = keys_ND @ query_Hd.flatten().double() / keys_ND.shape[1] ** 0.5
+    return logits_N.softmax(0).round(decimals=12)
+
+
+def with_neighbours(
+    score_N: Tensor, keys_NHd: Tensor, kept: list[int], neighbours: int
+) -> dict[int, Tensor]:
+    """Of each kept token its weights (N,): itself, and its neighbours by their scores."""
+    similar_NN = cosine(keys_NHd.flatten(1).float())
     rows = {}
     for i in kept:
-        near = likeness[i].clone()
-        near[i] = -torch.inf
-        rows[i] = torch.zeros(N, dtype=torch.float64)
-        close = highest(near, min(neighbours, N - 1))
-        rows[i][close] = score_N[close]
+        similar_N = similar_NN[i].clone()
+        similar_N[i] = -torch.inf
+        nearest = highest(similar_N, min(neighbours, len(score_N) - 1))
+        rows[i] = torch.zeros_like(score_N)
+        rows[i][nearest] = score_N[nearest]
         rows[i][i] = 1
-    if len(kept) < K:
-        dropped = [i for i in range(N) if i not in rows]
-        rest = torch.zeros(N, dtype=torch.float64)
-        rest[dropped] = score_N[dropped]
-        rows[max(dropped, key=lambda i: (score_N[i].item(), -i))] = rest
-    return sorted(rows), torch.stack([rows[i] for i in sorted(rows)])
+    return rows

@@ -1,7 +1,8 @@
 """PyramidDrop (arXiv:2410.17247): the same share leaves at several depths."""
 
 from .budget import several_cuts
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 needs: dict[str, str | None] = {"next_attention": None}
 

@@ -1,6 +1,7 @@
 """The K tokens that receive most attention, mean over heads and queries (FastVLM pruning's ATS)."""
 
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 needs = {"received_attention": "layer"}
 

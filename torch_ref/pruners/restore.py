@@ -6,7 +6,8 @@ Shapes: B images, N tokens, K kept.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, nearest_slots
+from .contract import Reduction, Signals
+from .numerics import nearest_slots
 
 
 def attention_bias(

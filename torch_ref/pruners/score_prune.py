@@ -8,7 +8,8 @@ import copy
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 
 class Scorer(nn.Module):

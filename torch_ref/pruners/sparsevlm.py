@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .budget import several_cuts
 from .clusters import density_peaks, distances
-from .contract import Reduction, Signals, highest, weighted_reduction
+from .contract import Reduction, Signals, weighted_reduction
+from .numerics import highest
 
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
 

@@ -9,7 +9,8 @@ Shapes: n tokens, K left, d head size.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, cosine, highest, weighted_reduction
+from .contract import Reduction, Signals, weighted_reduction
+from .numerics import cosine, highest
 
 needs: dict[str, str | None] = {"keys": None}
 proportional = True

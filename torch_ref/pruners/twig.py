@@ -6,7 +6,8 @@ Its speculative decoding is `torch_ref.generation.speculation`.
 from typing import Any
 
 from .budget import cut_and_wipe
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 learned = True  # its weights are layers: models/language/twig.py
 needs: dict[str, str | None] = {"twig_attention": None}

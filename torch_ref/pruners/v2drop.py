@@ -1,7 +1,8 @@
 """V2Drop (arXiv:2509.01552): what a layer changed least leaves, and all of it in the end."""
 
 from .budget import several_cuts
-from .contract import Reduction, Signals, keep_highest
+from .contract import Reduction, Signals
+from .numerics import keep_highest
 
 needs: dict[str, str | None] = {"before": None}
 

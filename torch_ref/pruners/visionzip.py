@@ -6,7 +6,8 @@ Shapes: N tokens, K kept, H heads, d head size.
 import torch
 from torch import Tensor
 
-from .contract import Reduction, Signals, cosine, highest, weighted_reduction
+from .contract import Reduction, Signals, weighted_reduction
+from .numerics import cosine, highest
 
 needs = {"cls_attention": "layer", "keys": "layer"}
 

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from .contract import Reduction, Signals, cosine, highest, index_reduction
+from .contract import Reduction, Signals, index_reduction
+from .numerics import cosine, highest
 
 needs = {"cls_attention": "layer"}
 
