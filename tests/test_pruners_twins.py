@@ -74,9 +74,7 @@ def test_every_method_has_its_twin_and_every_module_its_line():
         for key, parameter in given.items():
             if parameter.default is not parameter.empty:
                 assert method.options[key] == parameter.default, (name, key)
-    helpers = set(
-        "contract numerics grid budget clusters method pipeline scorer spec trace".split()
-    )
+    helpers = "contract numerics grid budget clusters method pipeline scorer spec trace listing"
     modules = {file.stem for file in Path(pruners.__file__).parent.glob("[a-z]*.py")}
     assert modules == set(METHODS) | set(helpers.split())
 

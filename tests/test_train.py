@@ -11,7 +11,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.models.learned import read_learned
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
-from torch_ref.pruners import METHODS
+from torch_ref.pruners import METHODS, is_learned
 from torch_ref.train import main as train_command
 from torch_ref.train_pruners import main as train_pruners_command
 from torch_ref.training import pruners
@@ -96,9 +96,7 @@ def test_a_learned_pruner_trains_and_lies_beside_the_model(
 
 def test_every_method_with_weights_can_be_trained():
     assert set(LEARNED) == set(pruners.LOSSES)
-    assert set(LEARNED) == {
-        name for name, method in METHODS.items() if hasattr(method, "make_weights")
-    }
+    assert set(LEARNED) == {name for name in METHODS if is_learned(name)}
 
 
 @pytest.fixture(scope="module")
