@@ -46,14 +46,14 @@ BEFORE = """
 """
 
 
-def fresh(code: str, blas: str | None = None, first: str = "", **environ: str) -> Any:
+def fresh(code: str, library: str | None = None, first: str = "", **environ: str) -> Any:
     """The value of the last line, an expression, in a new Python with this switch; `first` is run
     before anything of ours is imported."""
     *lines, last = dedent(code).strip().splitlines()
     program = "\n".join([first, dedent(BEFORE), *lines, f"print(json.dumps(({last})))"])
     ours = (blas.SWITCH, "OMP_WAIT_POLICY")
     inherited = {name: value for name, value in os.environ.items() if name not in ours}
-    switch = {} if blas is None else {blas.SWITCH: blas}
+    switch = {} if library is None else {blas.SWITCH: library}
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=ROOT,
@@ -107,11 +107,11 @@ def test_off_loads_nothing():
 
 
 @pytest.mark.parametrize(
-    "blas",
+    "library",
     [pytest.param("auto", marks=with_reference_blas), pytest.param("libm.so.6", marks=on_linux)],
 )
 @pytest.mark.parametrize("call", ["load()", "attach(None, 'norm')"])
-def test_after_mlx_is_imported_nothing_is_loaded_and_it_is_told_once_in_one_sentence(blas, call):
+def test_after_mlx_is_imported_nothing_is_loaded_and_it_is_told_once_in_one_sentence(library, call):
     lines, loaded, reason = fresh(
         """
         import logging
@@ -127,7 +127,7 @@ def test_after_mlx_is_imported_nothing_is_loaded_and_it_is_told_once_in_one_sent
                 CALL
         lines, blas.loaded(), blas.reason()
         """.replace("CALL", call),
-        blas,
+        library,
         first="import mlx.core",
     )
     assert loaded is None

@@ -77,7 +77,7 @@ def prepare() -> None:
 
 @functools.cache
 def _warn() -> None:
-    logging.getLogger(__package__).warning(LATE)
+    logging.getLogger("mlx_vlm_prune").warning(LATE)
 
 
 def loaded() -> str | None:
