@@ -1,4 +1,4 @@
-"""A request on MLX, timed part by part, on whatever device is MLX's default."""
+"""Times a request on MLX part by part, on MLX's default device."""
 
 import time
 from typing import Any
@@ -19,14 +19,14 @@ from .timing import PARTS, Run
 
 
 def device() -> str:
-    """Its kind, and its name where MLX tells one."""
+    """The device's kind, and its name where MLX has one."""
     kind = "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu"
-    told = mx.device_info() if kind == "gpu" else {}
-    return f"{kind} ({told['device_name']})" if "device_name" in told else kind
+    info = mx.device_info() if kind == "gpu" else {}
+    return f"{kind} ({info['device_name']})" if "device_name" in info else kind
 
 
 class Stack:
-    """A random model, ready to be asked."""
+    """A model with random weights, ready to run requests."""
 
     def __init__(self, config: VLMConfig, dtype: str):
         mx.random.seed(0)
@@ -35,29 +35,29 @@ class Stack:
         mx.eval(self.model.parameters())
 
     def learned(self, K: int) -> dict[str, Any]:
-        """Random weights of the learned methods, for a budget of K."""
+        """Random weights of the learned methods for a budget of K tokens."""
         dims, text = self.model.feature_dims, self.model.config.text
         scorers = ("attention_pool", "score_prune", "mlp")
-        made = {name: METHODS[name].make_weights(dims, K) for name in scorers}
+        weights = {name: METHODS[name].make_weights(dims, K) for name in scorers}
         assert isinstance(text, MiniMindConfig)
-        return {**made, "twig": Twig(text, 1, 1)}
+        return {**weights, "twig": Twig(text, 1, 1)}
 
-    def run(self, asked: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:
-        """From the images' files to the first token, then so many more."""
+    def run(self, request: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:
+        """Time the request from image files to first token, then `tokens` more."""
         mx.reset_peak_memory()
         with Clock(PARTS).running() as clock:
-            pixels = mx.array(asked.pixels_IHW3()).astype(self.model.dtype)
+            pixels = mx.array(request.pixels_IHW3()).astype(self.model.dtype)
             clock.lap("image", pixels)
-            prefill = self.model(asked.rows, pixels, pipeline, K)
+            prefill = self.model(request.rows, pixels, pipeline, K)
             first_B1 = clock.lap("prefill", greedy(prefill.logits_BV))
         cache_bytes = prefill.cache_bytes
-        answer, token_ms = self.say(prefill, first_B1, tokens)
+        answer, token_ms = self.decode(prefill, first_B1, tokens)
         return Run(clock.ms, token_ms, cache_bytes, mx.get_peak_memory(), answer)
 
-    def say(
+    def decode(
         self, prefill: Prefill, first_B1: mx.array, tokens: int
     ) -> tuple[list[list[int]], float]:
-        """So many more tokens, whatever they are, and the milliseconds of each on average."""
+        """Each prompt's first token and `tokens` more, and the mean milliseconds of a token."""
         start = time.perf_counter()
         steps = generate_step(prefill, first_B1, greedy, tokens + 1)
         answer = np.concatenate([np.array(token_B1) for token_B1 in steps], axis=1)

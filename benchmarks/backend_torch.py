@@ -1,8 +1,8 @@
-"""A request on torch_ref, timed part by part, on CUDA, Apple's GPU or the CPU.
+"""Times a request on torch_ref part by part, on CUDA, Apple's GPU or the CPU.
 
-The reference is written to be compared with, not to be fast: where tokens leave between the
-language model's layers it reads prompts one by one and computes whole attention matrices, all of
-which counts as prefill here.
+The reference is written for comparison, not for speed. Where tokens are dropped between the
+language model's layers it reads prompts one by one and computes full attention matrices; all of
+that counts as prefill here.
 """
 
 import math
@@ -28,22 +28,22 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def device() -> str:
-    """Its kind, and its name where torch tells one."""
+    """The device's kind, and its name on CUDA."""
     kind = best_device().type
     return f"{kind} ({torch.cuda.get_device_name()})" if kind == "cuda" else kind
 
 
 class Laps:
-    """Milliseconds of each part; a lap ends when the device has done all it was given."""
+    """Milliseconds of each of PARTS; a lap ends when the device has finished its queue."""
 
-    def __init__(self, at: torch.device):
-        self.at, self.ms = at, dict.fromkeys(PARTS, 0.0)
+    def __init__(self, device: torch.device):
+        self.device, self.ms = device, dict.fromkeys(PARTS, 0.0)
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        if self.at.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        elif self.at.type == "mps":
+        elif self.device.type == "mps":
             torch.mps.synchronize()
         now = time.perf_counter()
         self.ms[name] += 1000 * (now - self.last)
@@ -51,33 +51,36 @@ class Laps:
 
 
 class Stack:
-    """A random model, ready to be asked."""
+    """A model with random weights, ready to run requests."""
 
     def __init__(self, config: VLMConfig, dtype: str):
         torch.manual_seed(0)
-        self.at = best_device()
-        self.model = VLM(config).eval().to(self.at, DTYPES[dtype])
+        self.device = best_device()
+        self.model = VLM(config).eval().to(self.device, DTYPES[dtype])
         self.laps: Laps | None = None
         for module, before, after in (
             (self.model.tower, None, "vision"),
             (self.model.projector, "pruner", "projector"),
-            (self.model.language.embed_tokens, "pruner", None),  # splicing begins with words
+            (self.model.language.embed_tokens, "pruner", None),  # the first step of splicing
         ):
-            self._listen(module, before, after)
+            self._hook(module, before, after)
 
-    def _listen(self, module: nn.Module, before: str | None, after: str | None) -> None:
-        """End a lap when a part of the model begins or ends."""
+    def _hook(self, module: nn.Module, before: str | None, after: str | None) -> None:
+        """End the lap `before` when a module starts, and `after` when it has run."""
 
-        def ends(name: str) -> Any:
+        def end_lap(name: str) -> Any:
             return lambda *_: self.laps.lap(name) if self.laps else None
 
         if before:
-            module.register_forward_pre_hook(ends(before))
+            module.register_forward_pre_hook(end_lap(before))
         if after:
-            module.register_forward_hook(ends(after))
+            module.register_forward_hook(end_lap(after))
 
     def learned(self, K: int) -> dict[str, Any]:
-        """Stand-ins for the learned methods' weights, so that their names are understood."""
+        """Random weights of the learned methods for a budget of K tokens, in both frameworks.
+
+        The twins' weights go into torch_ref's model; MLX's are returned, to plan with.
+        """
         c = self.model.config
         dims = c.vision.hidden_size * math.prod(c.merge or ())
         self.model.learned = {
@@ -85,49 +88,49 @@ class Stack:
         }
         self.model.learned["twig"] = twig.grown(self.model.language, 1, 1)
         for weights in self.model.learned.values():
-            weights.eval().to(self.at)
-        known = {name: METHODS[name].make_weights(dims, K) for name in ("score_prune", "mlp")}
-        return {**known, "twig": Twig(c.text, 1, 1)}
+            weights.eval().to(self.device)
+        mlx_weights = {name: METHODS[name].make_weights(dims, K) for name in ("score_prune", "mlp")}
+        return {**mlx_weights, "twig": Twig(c.text, 1, 1)}
 
     def steps(self, pipeline: Pipeline, K: int) -> list[Step]:
-        """The chain in the reference's words."""
+        """The chain as torch_ref's steps."""
         if any(step.name == "attention_pool" for step in pipeline.steps):
             raise UserError("attention_pool is measured with --backend mlx only")
         budgets = pipeline.budgets(self.model.N, K).per_step
-        told = [Step(s.name, k, dict(s.options)) for s, k in budgets]
+        steps = [Step(s.name, k, dict(s.options)) for s, k in budgets]
         enhancer = pipeline.enhancer
-        return [*told, Step(enhancer.name, None, dict(enhancer.options))] if enhancer else told
+        return [*steps, Step(enhancer.name, None, dict(enhancer.options))] if enhancer else steps
 
     @torch.no_grad()
-    def run(self, asked: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:
-        """From the images' files to the first token, then so many more."""
+    def run(self, request: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:
+        """Time the request from image files to first token, then `tokens` more."""
         steps = self.steps(pipeline, K)
-        if self.at.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        self.laps = laps = Laps(self.at)
-        pixels_I3HW = torch.from_numpy(asked.pixels_IHW3()).permute(0, 3, 1, 2)
-        pixels_I3HW = pixels_I3HW.to(self.at, self.model.language.embed_tokens.weight.dtype)
+        self.laps = laps = Laps(self.device)
+        pixels_I3HW = torch.from_numpy(request.pixels_IHW3()).permute(0, 3, 1, 2)
+        pixels_I3HW = pixels_I3HW.to(self.device, self.model.language.embed_tokens.weight.dtype)
         laps.lap("image")
-        read = self.model.read(asked.rows, pixels_I3HW, steps, K, pipeline.positions)
-        state = self.model.prefill(*read)
+        spliced = self.model.read(request.rows, pixels_I3HW, steps, K, pipeline.positions)
+        state = self.model.prefill(*spliced)
         first_B = state.logits_BV.argmax(-1)
         laps.lap("prefill")
-        self.laps = None  # words of decoding are no laps
+        self.laps = None  # decoding embeds tokens too
         rows = state.cache or [layer for one in state.each for layer in one.rows]
-        held = sum(array.numel() * array.element_size() for layer in rows for array in layer)
-        said, token_ms = self.say(state, first_B, tokens)
-        peak = torch.cuda.max_memory_allocated() if self.at.type == "cuda" else None
-        return Run(laps.ms, token_ms, held, peak, said)
+        cache_bytes = sum(array.numel() * array.element_size() for layer in rows for array in layer)
+        token_ids, token_ms = self.decode(state, first_B, tokens)
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+        return Run(laps.ms, token_ms, cache_bytes, peak, token_ids)
 
-    def say(
+    def decode(
         self, state: Decoding, token_B: torch.Tensor, tokens: int
     ) -> tuple[list[list[int]], float]:
-        """So many more tokens, whatever they are, and the milliseconds of each on average."""
-        said = [token_B.tolist()]
+        """Each prompt's first token and `tokens` more, and the mean milliseconds of a token."""
+        token_ids = [token_B.tolist()]
         began = time.perf_counter()
         for _ in range(tokens):
             self.model.step(state, token_B)
             token_B = state.logits_BV.argmax(-1)
-            said.append(token_B.tolist())
-        took = 1000 * (time.perf_counter() - began)
-        return [list(own) for own in zip(*said, strict=True)], took / max(1, tokens)
+            token_ids.append(token_B.tolist())
+        ms = 1000 * (time.perf_counter() - began)
+        return [list(ids) for ids in zip(*token_ids, strict=True)], ms / max(1, tokens)

@@ -1,11 +1,11 @@
 """Are budgets met, and is K needlessly small? `python -m benchmarks.budgets`.
 
-Twenty questions of different lengths about drawn scenes, each a JPEG of another size, each with a
-wish between what an eighth and seven eighths of the visual tokens are predicted to take. Each is
-asked with the K that was chosen for it, then with a few tokens more. A budget is kept if
-at least 18 are within their wish; K is needlessly small by a step if they would be with that many
-tokens more, too. One calibration, on another picture, serves all. The last line is one JSON
-object of the same figures.
+Twenty prompts of different lengths about drawn scenes, each a JPEG of another size. Each has a
+budget in milliseconds between the predictions for an eighth and for seven eighths of the visual
+tokens, and is answered with the chosen K, then with a few more tokens. Budgets are met if at least
+18 of the 20 answers are in time. K is needlessly small by a step if they are with so many more
+tokens, too. There is one calibration, on another image. The last line is one JSON object of the
+same figures.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from mlx_vlm_prune.planning.calibration import Calibration, measure
 from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, compose
 
-from .command_line import finish, natural, parser, positive
+from .command_line import natural, parser, positive, run_command
 
 SHAPES = {"scenes": None, "minimind2-v-small": VLMConfig()}  # the built-in model; random weights
-STEPS = (1 / 49, 1 / 16, 1 / 8, 1 / 4)  # of N: how many tokens more are tried
-WORDS = "is there a red star in the picture what colour has the circle which letters".split()
-ENOUGH = 0.9  # of the prompts are to be within their wish
+STEPS = (1 / 49, 1 / 16, 1 / 8, 1 / 4)  # of N: numbers of additional tokens
+VOCABULARY = "is there a red star in the picture what colour has the circle which letters".split()
+REQUIRED_SHARE = 0.9  # of the prompts must meet their budget
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One prompt: its wish, what was chosen and predicted, and what it took with K and more."""
+    """One prompt: its budget, the chosen K, the prediction, and the measured times and memory."""
 
     words: int
     wish_ms: float
@@ -53,20 +53,20 @@ class Trial:
     predicted_gb: float
     took_ms: float
     took_gb: float
-    next_breaks: bool  # is K + 1 predicted to break the wish?
-    more_ms: dict[int, float]  # with so many tokens more than K
+    next_breaks: bool  # is K + 1 predicted to exceed the budget?
+    more_ms: dict[int, float]  # by the number of tokens above K
 
     @property
-    def off(self) -> float:
+    def ms_error(self) -> float:
         return abs(self.took_ms / self.predicted_ms - 1)
 
     @property
-    def gb_off(self) -> float:
+    def gb_error(self) -> float:
         return abs(self.took_gb / self.predicted_gb - 1)
 
 
-def model_of(shape: str) -> tuple[VLM, Processor]:
-    """The built-in model, or one of random weights that reads the same words."""
+def load_shape(shape: str) -> tuple[VLM, Processor]:
+    """The built-in model, or one with random weights and the same tokenizer."""
     model, processor = load()
     config = SHAPES[shape]
     if config is None:
@@ -77,97 +77,102 @@ def model_of(shape: str) -> tuple[VLM, Processor]:
     return model, replace(processor, name="random", folder=None)
 
 
-def question(rng: random.Random) -> tuple[str, bytes]:
-    """Some words, and a scene as a JPEG of some size."""
-    words = [rng.choice(WORDS) for _ in range(rng.randint(2, 60))]
+def random_prompt(rng: random.Random) -> tuple[str, bytes]:
+    """A prompt of 2 to 60 words, and a scene as a JPEG of 224 to 1200 pixels a side."""
+    words = [rng.choice(VOCABULARY) for _ in range(rng.randint(2, 60))]
     scene, side = compose(rng.choice(HELD_OUT_SEEDS)).image(), rng.randint(224, 1200)
     file = BytesIO()
     scene.resize((side, side)).save(file, format="JPEG", quality=90)
     return " ".join(words), file.getvalue()
 
 
-def chosen(
-    model: VLM, processor: Processor, known: Calibration, rng: random.Random, options: dict
+def choose_budget(
+    model: VLM, processor: Processor, calibration: Calibration, rng: random.Random, options: dict
 ) -> tuple[BudgetChoice, dict[str, Any]]:
-    """A choice for a prompt with a wish of its own; a wish that nothing is predicted to meet is
-    drawn again, since nothing is promised then."""
+    """The choice for a random prompt and budget, and the prompt's arguments of `generate`.
+
+    Drawn again if no K is predicted to meet the budget.
+    """
     while True:
-        words, picture = question(rng)
-        told = {**options, "prompt": words, "image": picture, "calibration": known}
-        workload = keep_within(model, processor, ms=1e-9, **told).workload  # whatever the budget
+        prompt, image = random_prompt(rng)
+        request = {**options, "prompt": prompt, "image": image, "calibration": calibration}
+        workload = keep_within(model, processor, ms=1e-9, **request).workload  # of any budget
         eighth = model.N // 8
-        low, high = forecast(known, workload, eighth, model.N - eighth)
-        choice = keep_within(model, processor, ms=rng.uniform(low.ms_most, high.ms_most), **told)
+        low, high = forecast(calibration, workload, eighth, model.N - eighth)
+        choice = keep_within(model, processor, ms=rng.uniform(low.ms_most, high.ms_most), **request)
         if choice.K < model.N:
-            return choice, {"prompt": words, "image": picture, **options}
+            return choice, {"prompt": prompt, "image": image, **options}
 
 
-def trial(
-    model: VLM, processor: Processor, known: Calibration, rng: random.Random, spec: str
+def run_trial(
+    model: VLM, processor: Processor, calibration: Calibration, rng: random.Random, spec: str
 ) -> Trial:
-    """One prompt, answered with K right after it was chosen, then with more, in any order."""
+    """One prompt, answered with K right after the choice, then with more tokens in random order."""
     options: dict[str, Any] = {"pruner": spec, "max_tokens": 1}
-    choice, options = chosen(model, processor, known, rng, options)
+    choice, options = choose_budget(model, processor, calibration, rng, options)
     more = [tokens_for(model.N, share) for share in STEPS]
     more = [step for step in more if choice.K + step < model.N]
-    took = {
+    results = {
         step: generate(model, processor, keep_tokens=choice.K + step, **options)
         for step in (0, *rng.sample(more, len(more)))
     }
-    ms = {step: took[step].ttft_ms["total"] for step in sorted(took)}
-    (after,) = forecast(known, choice.workload, choice.K + 1)
+    ms = {step: results[step].ttft_ms["total"] for step in sorted(results)}
+    (next_step,) = forecast(calibration, choice.workload, choice.K + 1)
+    next_breaks = not choice.budget.allows(next_step.ms_most, next_step.gb)
     assert choice.budget.ms
     return Trial(
         choice.workload.text, choice.budget.ms, choice.K, choice.expected.ms, choice.expected.gb,
-        ms.pop(0), took[0].peak_memory, not choice.budget.allows(after.ms_most, after.gb), ms,
+        ms.pop(0), results[0].peak_memory, next_breaks, ms,
     )  # fmt: skip
 
 
-def within(trials: list[Trial], step: int) -> tuple[int, int]:
-    """How many of those that could be tried met their wish with so many tokens more."""
+def count_met(trials: list[Trial], step: int) -> tuple[int, int]:
+    """How many trials met their budget with `step` more tokens, of how many that have so many."""
     tried = [(t.more_ms[step], t.wish_ms) for t in trials if step in t.more_ms]
-    return sum(took <= wish for took, wish in tried), len(tried)
+    return sum(ms <= budget_ms for ms, budget_ms in tried), len(tried)
 
 
-def show(spec: str, known: Calibration, seconds: float, trials: list[Trial]) -> dict[str, Any]:
-    """Print a row a prompt and the sum; the figures of the sum."""
-    print(f"\n{spec}: calibrated in {seconds:.0f} s; slack {known.slack - 1:.1%}")
+def print_trials(
+    spec: str, calibration: Calibration, seconds: float, trials: list[Trial]
+) -> dict[str, Any]:
+    """Print a row for each prompt and a summary; the summary's figures."""
+    print(f"\n{spec}: calibrated in {seconds:.0f} s; slack {calibration.slack - 1:.1%}")
     print(f"{'words':>6}{'wish ms':>9}{'K':>5}{'predicted':>11}{'took':>8}{'off':>8}  met")
     for t in trials:
         answer = "yes" if t.took_ms <= t.wish_ms else "no"
         print(f"{t.words:>6}{t.wish_ms:>9.1f}{t.tokens:>5}{t.predicted_ms:>11.1f}", end="")
-        print(f"{t.took_ms:>8.1f}{t.off:>8.1%}  {answer}")
+        print(f"{t.took_ms:>8.1f}{t.ms_error:>8.1%}  {answer}")
     met, n = sum(t.took_ms <= t.wish_ms for t in trials), len(trials)
     breaks = sum(t.next_breaks for t in trials)
-    off, gb_off = median(t.off for t in trials), median(t.gb_off for t in trials)
+    ms_error, gb_error = median(t.ms_error for t in trials), median(t.gb_error for t in trials)
     tried = sorted({step for t in trials for step in t.more_ms})
-    held = {step: within(trials, step) for step in tried}
+    more = {step: count_met(trials, step) for step in tried}
     print(f"Within the wish: {met} of {n}; one token more is predicted to break it: {breaks}")
-    print(f"Predictions off by (median): time {off:.1%}, memory {gb_off:.2%}")
+    print(f"Predictions off by (median): time {ms_error:.1%}, memory {gb_error:.2%}")
     print("Measured with more tokens, within the wish: ", end="")
-    print(", ".join(f"+{step}: {ok} of {out_of}" for step, (ok, out_of) in held.items()))
+    print(", ".join(f"+{step}: {count} of {total}" for step, (count, total) in more.items()))
     return {
-        "pruner": spec, "slack": known.slack, "calibration_s": seconds, "met": met, "of": n,
-        "next_breaks": breaks, "off": off, "gb_off": gb_off, "within_with_more": held,
-        "enough": met >= ENOUGH * n, "trials": [asdict(t) for t in trials],
+        "pruner": spec, "slack": calibration.slack, "calibration_s": seconds, "met": met, "of": n,
+        "next_breaks": breaks, "off": ms_error, "gb_off": gb_error, "within_with_more": more,
+        "enough": met >= REQUIRED_SHARE * n, "trials": [asdict(t) for t in trials],
     }  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Calibrate and ask by each method, printing each; everything that was found."""
-    model, processor = model_of(args.shape)
-    pipelines = {spec: resolve(model, spec) for spec in args.pruner}  # refused before any is tried
+    """Calibrate and run the trials of each method, and print them; the result."""
+    model, processor = load_shape(args.shape)
+    pipelines = {spec: resolve(model, spec) for spec in args.pruner}  # refused before anything runs
     rng, rows = random.Random(args.seed), []
     for spec, pipeline in pipelines.items():
-        words, image = question(rng)
+        prompt, image = random_prompt(rng)
         began = time.perf_counter()
-        known = measure(model, pipeline, prepare(model, processor, words, image))
+        calibration = measure(model, pipeline, prepare(model, processor, prompt, image))
         seconds = time.perf_counter() - began
         bar = tqdm(range(args.prompts), desc=f"{spec}, asking", leave=False, file=sys.stderr)
-        trials = [trial(model, processor, known, rng, spec) for _ in bar]
-        rows.append(show(spec, known, seconds, trials))
-    about = {"shape": args.shape, "N": model.N, "machine": machine(), "versions": versions()}
-    return {**about, "rows": rows}
+        trials = [run_trial(model, processor, calibration, rng, spec) for _ in bar]
+        rows.append(print_trials(spec, calibration, seconds, trials))
+    header = {"shape": args.shape, "N": model.N, "machine": machine(), "versions": versions()}
+    return {**header, "rows": rows}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -181,7 +186,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

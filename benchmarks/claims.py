@@ -1,9 +1,9 @@
 """The five founding systems' claims beside what is measured: `python -m benchmarks.claims`.
 
-The same method, on a model of the kind it was made for, with random weights; full and pruned take
-turns in one process. Everything from the image's file on is inside the time, and beside it
-stands what the authors timed. Writes benchmarks/results/claims.json with `--save`; accuracy
-comes from the built-in model's evaluation, in benchmarks/results/scenes.json.
+Each claim's method is timed on a model of the kind it was published for, with random weights; full
+and pruned runs alternate in one process. Reported are the whole time to first token, from the image
+file on, and the part that the authors timed. `--save` writes benchmarks/results/claims.json.
+Accuracy is that of the built-in model, from benchmarks/results/scenes.json.
 """
 
 import argparse
@@ -16,25 +16,26 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.hardware import machine, versions
 
 from . import backend_mlx
-from .command_line import finish, parser, positive
+from .command_line import parser, positive, run_command
 from .model_shapes import TEXT_TOKENS
 from .speed import Setting, cases, measure
-from .timing import times
+from .timing import times_text
 
-ANSWER = 64  # tokens, of the answer whose whole time is told
-SLOW, SLOWER = "llava-8", 4  # a shape whose runs take seconds, and how many times as rarely it runs
+ANSWER = 64  # tokens of the answer in the gain `answer`
+SLOW_SHAPE = "llava-8"  # its runs take seconds
+SLOW_DIVISOR = 4  # it has this times fewer runs
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A headline, and how its method is run here: K of N tokens of a shape.
+    """A published headline, and how it is measured here: a method with K tokens of a shape.
 
-    `timed` is what the authors timed, or None where `benchmarks.speculation` times it; `judged`
-    the method and budget of 196 whose accuracy on scenes stands beside.
+    `timed` names the part that the authors timed; None: `benchmarks.speculation` times it. `judged`
+    is the method and the budget, of 196 tokens, whose accuracy on scenes is reported.
     """
 
     system: str
-    says: str
+    headline: str
     shape: str
     pruner: str
     K: int
@@ -71,59 +72,60 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def measured(claim: Claim, stack: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of `benchmarks.speed`, with the gains that this page tells."""
+def measure_claim(claim: Claim, stack: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of `benchmarks.speed`, with the gains that the authors timed."""
     setting = Setting(claim.shape, 1, TEXT_TOKENS, None)
-    full, able, refused = cases(setting, stack, [claim.pruner], [claim.K])
+    full, pruned, refused = cases(setting, stack, [claim.pruner], [claim.K])
     if refused:
         raise UserError(refused[0]["why"])
-    row = measure(setting, stack, full, able, args)[0]
+    row = measure(setting, stack, full, pruned, args)[0]
     return {**row, "runs": args.runs, "gains": gains(row["ms"])}
 
 
 def gains(ms: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """How many times as fast in what the harness does not time by itself, from medians: `answer`,
-    ANSWER tokens with everything inside, and `tower_left_out`, the pruned prefill beside the whole
-    of full, as when features come from outside.
+    """Gains, from medians, in what `benchmarks.speed` does not time by itself.
+
+    `answer`: an answer of ANSWER tokens, from the image file on. `tower_left_out`: the full time to
+    first token by the pruned time of projector and prefill alone.
     """
-    full, pruned = ({part: told["median"] for part, told in ms[kind].items()} for kind in ms)
-    whole, less = (one["total"] + (ANSWER - 1) * one["token"] for one in (full, pruned))
+    full, pruned = ({part: time["median"] for part, time in ms[kind].items()} for kind in ms)
+    full_ms, pruned_ms = (run["total"] + (ANSWER - 1) * run["token"] for run in (full, pruned))
     return {
-        "answer": whole / less,
+        "answer": full_ms / pruned_ms,
         "tower_left_out": full["total"] / (pruned["projector"] + pruned["prefill"]),
     }
 
 
-def timed(claim: Claim, row: dict[str, Any]) -> str:
-    """The gain in what the authors timed, and what that is; "?" where runs spread too much."""
+def claimed_gain(claim: Claim, row: dict[str, Any]) -> str:
+    """The gain in what the authors timed and its name; "?" for a gain that is not clear."""
     if claim.timed is None:
         return "see python -m benchmarks.speculation"
     gain = row["gain"].get(claim.timed)
-    told = gain["realised"] if gain else row["gains"][claim.timed]
+    realised = gain["realised"] if gain else row["gains"][claim.timed]
     if not gain and row["gain"]["total"]["realised"] is None:
-        told = None
-    return f"{times(told)} ({claim.timed.replace('_', ' ')})"
+        realised = None
+    return f"{times_text(realised)} ({claim.timed.replace('_', ' ')})"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Every claim in turn, each shape's model made once."""
-    rows, stacks, often = [], dict[str, Any](), args.runs
+    """Measure and print every claim; each shape's model is built once."""
+    rows, stacks, runs = [], dict[str, Any](), args.runs
     for claim in sorted(CLAIMS, key=lambda claim: claim.shape):
         if claim.shape not in stacks:
-            args.runs = -(-often // SLOWER) if claim.shape == SLOW else often
+            args.runs = -(-runs // SLOW_DIVISOR) if claim.shape == SLOW_SHAPE else runs
             stacks = {
                 claim.shape: backend_mlx.Stack(Setting(claim.shape, 1, 1, None).config, "float32")
             }
-        rows.append({"system": claim.system, **measured(claim, stacks[claim.shape], args)})
-        print(f"{claim.system}: claims {claim.says}")
+        rows.append({"system": claim.system, **measure_claim(claim, stacks[claim.shape], args)})
+        print(f"{claim.system}: claims {claim.headline}")
         print(
             f"  {claim.pruner} on {claim.shape}, {claim.K} tokens: what they timed "
-            f"{timed(claim, rows[-1])}, first token with everything inside "
-            f"{times(rows[-1]['gain']['total']['realised'], 'not told')}",
+            f"{claimed_gain(claim, rows[-1])}, first token with everything inside "
+            f"{times_text(rows[-1]['gain']['total']['realised'], 'not told')}",
             flush=True,
         )
     return {
-        "benchmark": "claims", "device": backend_mlx.device(), "runs": often,
+        "benchmark": "claims", "device": backend_mlx.device(), "runs": runs,
         "machine": machine(), "versions": versions(), "rows": rows,
     }  # fmt: skip
 
@@ -137,7 +139,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

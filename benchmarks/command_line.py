@@ -1,4 +1,4 @@
-"""What the benchmarks share: what options may be, how a run ends, where it is kept."""
+"""The command line that all benchmarks share: options, `--save`, the last line of JSON."""
 
 import argparse
 import json
@@ -37,20 +37,20 @@ def plain_name(text: str) -> str:
     return text
 
 
-def finish(
+def run_command(
     parse: Callable[[Sequence[str] | None], argparse.Namespace],
     run: Callable[[argparse.Namespace], dict[str, Any]],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Run, keep what was found as `--save` says, and print it in one line of JSON, the last.
+    """Parse, run, save the result if `--save` is given, and print it as one line of JSON, the last.
 
-    A user's mistake ends in one sentence and exit code 2.
+    A UserError is printed in one sentence; the exit code is then 2.
     """
     with in_one_sentence():
         args = parse(argv)
-        blas.load()  # says what is wrong with a library that the user named
-        told = json.dumps(run(args))
+        blas.load()  # reports a BLAS that the user named and that cannot be loaded
+        result = json.dumps(run(args))
         if args.save:
             RESULTS.mkdir(exist_ok=True)
-            write_atomically(RESULTS / f"{args.save}.json", told + "\n")
-        print(told)
+            write_atomically(RESULTS / f"{args.save}.json", result + "\n")
+        print(result)

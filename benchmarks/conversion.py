@@ -1,10 +1,10 @@
 """Converting a 2 GB checkpoint beside copying its file: `python -m benchmarks.conversion`.
 
-Both in alternation on the same disk, both until the bytes are on it (fsync); the conversion
-is a process of its own, so its start and its import of torch are inside the time, and its
-peak memory is the operating system's own figure. Of the two generations one is taken over as
-it is, in the other the rows of queries and keys move. Writes results/conversion.json with
-`--save`; its last line is the same.
+Copies and conversions alternate on the same disk, and are timed until the bytes are on it (fsync).
+The conversion runs in a process: its time includes the start and the import of torch, and its peak
+memory is the operating system's figure. Of the two generations one is converted without a change,
+in the other the rows of queries and keys are permuted. `--save` writes results/conversion.json; the
+last line is the same JSON.
 """
 
 import argparse
@@ -30,70 +30,72 @@ from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.names.tables import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
-from .command_line import finish, parser, positive
+from .command_line import parser, positive, run_command
 
 GENERATION_NAMES = ("minimind2-v", "minimind2-v-2025-02")
 
 
-def publish(file: Path, name: str, layers: int) -> None:
-    """Write random bits in float16 under the published names, tower and all."""
+def write_published(file: Path, name: str, layers: int) -> None:
+    """Write a random checkpoint in float16 under the published names, the tower included."""
     import torch
 
     table, state = GENERATIONS[name].table, {}
     text = MiniMindConfig(2048, 5632, layers, 8, 2, 6400)
     shapes = expected_shapes(VLMConfig(CLIPConfig(), text))
     for ours, shape in tqdm(shapes.items(), desc=f"making {name}", leave=False):
-        found = to_published(table, ours)
-        assert found
-        if found[1].change and found[1].change.axes == 4:
+        published = to_published(table, ours)
+        assert published
+        published_name, rule = published
+        if rule.change and rule.change.axes == 4:
             shape = (shape[0], shape[3], shape[1], shape[2])
         bits = torch.randint(0, 15360, shape, dtype=torch.int16)  # finite, positive
-        state[found[0]] = bits.view(torch.float16)
+        state[published_name] = bits.view(torch.float16)
     torch.save(state, file)
 
 
-def copied(source: Path, target: Path) -> float:
-    """Seconds to copy a file, until it is on the disk."""
+def time_copy(source: Path, target: Path) -> float:
+    """Seconds to copy a file and flush it to the disk."""
     begin = time.perf_counter()
     shutil.copyfile(source, target)
-    with target.open("rb") as done:
-        os.fsync(done.fileno())
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
     return time.perf_counter() - begin
 
 
-def converted(source: Path, target: Path, words: Path) -> tuple[float, float]:
-    """Seconds of a conversion in a process of its own, and its peak memory in MB."""
+def run_conversion(source: Path, target: Path, tokenizer: Path) -> tuple[float, float]:
+    """Seconds of a conversion in a new process, and its peak memory in MB."""
     command = [sys.executable, "-m", "mlx_vlm_prune", "convert", "to-mlx", str(source), str(target)]
     begin = time.perf_counter()
-    with subprocess.Popen([*command, "--tokenizer", str(words)], stdout=subprocess.DEVNULL) as run:
-        _, status, used = os.wait4(run.pid, 0)
+    command += ["--tokenizer", str(tokenizer)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as run:
+        _, status, usage = os.wait4(run.pid, 0)
         run.returncode = os.waitstatus_to_exitcode(status)
     if run.returncode:
         raise UserError(f"{source} could not be converted")
     unit = 1 if sys.platform == "darwin" else 1024
-    return time.perf_counter() - begin, used.ru_maxrss * unit / 1e6
+    return time.perf_counter() - begin, usage.ru_maxrss * unit / 1e6
 
 
 def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
-    """Copy and conversion in alternation; medians, all runs, and the ratio of speeds."""
+    """Alternate copies and conversions; the seconds of all runs, and the ratio of medians."""
     from mlx_vlm_prune.scenes import CHECKPOINT
 
     source = folder / f"{name}.pth"
-    # In another process: Linux counts a parent's memory among that of its children.
-    maker = multiprocessing.get_context("spawn").Process(
-        target=publish, args=(source, name, layers)
+    # In another process: Linux counts a parent's memory in its children's peak.
+    writer = multiprocessing.get_context("spawn").Process(
+        target=write_published, args=(source, name, layers)
     )
-    maker.start()
-    maker.join()
-    if maker.exitcode:
+    writer.start()
+    writer.join()
+    if writer.exitcode:
         raise UserError(f"{source} could not be written")
     copies, conversions, peaks = [], [], []
-    copied(source, folder / "warm")
+    time_copy(source, folder / "warm")
     (folder / "warm").unlink()
     for _ in tqdm(range(runs), desc=name, leave=False):
-        copies.append(copied(source, folder / "copy"))
+        copies.append(time_copy(source, folder / "copy"))
         (folder / "copy").unlink()
-        seconds, peak = converted(source, folder / "mlx", CHECKPOINT)
+        seconds, peak = run_conversion(source, folder / "mlx", CHECKPOINT)
         shutil.rmtree(folder / "mlx")
         conversions.append(seconds)
         peaks.append(peak)
@@ -112,8 +114,8 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure both generations, printing each; everything that was found."""
-    if find_spec("torch") is None:  # not imported here, for its memory would count
+    """Measure and print both generations; the result."""
+    if find_spec("torch") is None:  # not imported here: its memory would count
         raise lacks("torch")
     rows = []
     for name in GENERATION_NAMES:
@@ -137,7 +139,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How every figure looks: readable in print, without colour, and by the colour-blind.
+"""Colours, markers, and rules of the figures, and how one is saved.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008); what they tell is told by a marker or
-a label too. Each figure is written as SVG and as PNG.
+Colours are Okabe and Ito's for the colour-blind (Color Universal Design, 2008). Markers, hatches or
+labels repeat what colours say, for print. Each figure is saved as SVG and as PNG.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ GREY, PALE = "#8C8C8C", "#D0D0D0"
 STRONG = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (PINK, "D"), (ORANGE, "v"))
 BASELINES = {"random": "x", "uniform": "+", "avgpool": "1", "downsample": "2"}
 
-RULES: Any = {  # matplotlib types every name of its own
+RC_PARAMS: Any = {  # matplotlib types each key by itself
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10.5,
@@ -46,45 +46,47 @@ FORMATS: dict[str, Any] = {
 
 
 def pyplot() -> Any:
-    """matplotlib's, in the house style."""
+    """matplotlib's pyplot with RC_PARAMS."""
     import matplotlib
 
     matplotlib.use("Agg")  # no window is ever opened
     from matplotlib import pyplot
 
-    pyplot.rcParams.update(RULES)
+    pyplot.rcParams.update(RC_PARAMS)
     return pyplot
 
 
-def canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes."""
+def figure_with_axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """A figure of a size in inches with one pair of axes."""
     return pyplot().subplots(figsize=size)
 
 
-def sheet(size: tuple[float, float], rows: int, columns: int) -> tuple[Figure, GridSpec]:
-    """A page for several pairs of axes."""
+def figure_with_grid(size: tuple[float, float], rows: int, columns: int) -> tuple[Figure, GridSpec]:
+    """A figure of a size in inches with a grid for several pairs of axes."""
     figure = pyplot().figure(figsize=size)
     return figure, figure.add_gridspec(rows, columns, hspace=1.0, wspace=0.6)
 
 
-def save(figure: Figure, folder: Path, name: str) -> None:
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write FOLDER/NAME.svg and FOLDER/NAME.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, options in FORMATS.items():
-        with appearing(folder / f"{name}.{kind}", replace=True) as beside:
-            figure.savefig(beside, format=kind, **options)
+        with appearing(folder / f"{name}.{kind}", replace=True) as temporary:
+            figure.savefig(temporary, format=kind, **options)
     pyplot().close(figure)
 
 
-def name_ends(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float) -> None:
-    """Write each line's name beside its end (x, y, name, colour), at least `gap` of the height
-    apart, so that nobody has to match colours with a legend."""
+def label_lines(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float) -> None:
+    """Write each line's name beside its end (x, y, name, colour).
+
+    Names stand at least `gap` of the axes' height apart.
+    """
     axes.figure.canvas.draw()  # scales and limits are final only now
-    points, place = 72 / axes.figure.dpi, float("inf")
+    points, label_height = 72 / axes.figure.dpi, float("inf")
     for x, y, text, colour in sorted(ends, key=lambda end: -end[1]):
         height = axes.transData.transform((x, y))[1]
-        place = min(height, place - gap * axes.bbox.height)
+        label_height = min(height, label_height - gap * axes.bbox.height)
         axes.annotate(
-            text, (x, y), (8, (place - height) * points), textcoords="offset points",
+            text, (x, y), (8, (label_height - height) * points), textcoords="offset points",
             color=colour, va="center", fontsize=8, annotation_clip=False,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Draw what was measured: `python -m benchmarks.figures`.
 
-From benchmarks/results to docs/figures, each as SVG and PNG: accuracy against tokens and
-against the time to the first token, gains realised and counted, where the time goes, memory, what
-each kind of question loses, and all of them on one page.
+Reads benchmarks/results and writes docs/figures, each as SVG and PNG: accuracy against tokens and
+against time to first token, measured and predicted gains, the time of each part, the cache's
+memory, the accuracy lost by each kind of question, and a dashboard of all.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from .figure_style import (
     ORANGE,
     PALE,
     STRONG,
-    canvas,
-    name_ends,
-    save,
-    sheet,
+    figure_with_axes,
+    figure_with_grid,
+    label_lines,
+    save_figure,
 )
 from .readme_tables import read, speed_rows
 from .report import RESULTS, ROOT, scenes
@@ -39,32 +39,34 @@ if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
     from matplotlib.axes import Axes
 
 FIGURES = ROOT / "docs" / "figures"
-NAMED = 5  # methods that a figure names; the others are pale
+LABELLED = 5  # methods that a figure labels; the others are pale
 QUARTER = 49  # tokens, of 196
-SHOWN = ("cls_attention", "tome", "downsample")  # of those that all shapes were timed with
+BAR_METHODS = ("cls_attention", "tome", "downsample")  # all shapes were timed with them
 
 
-def singles(found: dict) -> dict:
-    """Methods on their own, chains and those with options left out."""
-    return {name: rows for name, rows in found.items() if name in METHODS and name != "none"}
+def single_methods(accuracy: dict) -> dict:
+    """Results of single methods with default options: no chain and no baseline `none`."""
+    return {name: rows for name, rows in accuracy.items() if name in METHODS and name != "none"}
 
 
-def best(found: dict, tokens: int) -> list[str]:
-    """The methods that answer most with so many tokens, baselines left out."""
-    able = [n for n, rows in singles(found).items() if tokens in rows and n not in BASELINES]
-    return sorted(able, key=lambda name: -found[name][tokens]["overall"])[:NAMED]
+def best_methods(accuracy: dict, tokens: int) -> list[str]:
+    """The LABELLED most accurate methods at a number of tokens, baselines left out."""
+    measured = [
+        n for n, rows in single_methods(accuracy).items() if tokens in rows and n not in BASELINES
+    ]
+    return sorted(measured, key=lambda name: -accuracy[name][tokens]["overall"])[:LABELLED]
 
 
 def accuracy_by_tokens(axes: Axes, results: Path) -> None:
-    """A line a method; the baselines and the best at a quarter are named."""
-    found = scenes(results)
-    full = found["none"][196]["overall"]
-    strong = dict(zip(best(found, QUARTER), STRONG, strict=True))
+    """A line for each method; the baselines and the best at a quarter are labelled."""
+    accuracy = scenes(results)
+    full = accuracy["none"][196]["overall"]
+    strong = dict(zip(best_methods(accuracy, QUARTER), STRONG, strict=True))
     ends = []
-    for name, rows in singles(found).items():
-        told = {**rows, 196: found["none"][196]}
-        x = sorted(told)
-        y = [100 * told[k]["overall"] for k in x]
+    for name, rows in single_methods(accuracy).items():
+        by_tokens = {**rows, 196: accuracy["none"][196]}
+        x = sorted(by_tokens)
+        y = [100 * by_tokens[k]["overall"] for k in x]
         colour, marker = strong.get(name, (PALE, None))
         style, width, front = "-", 1.8 if name in strong else 0.8, 3 if name in strong else 1
         if name in BASELINES:
@@ -80,16 +82,18 @@ def accuracy_by_tokens(axes: Axes, results: Path) -> None:
     axes.set_xlabel("visual tokens kept of 196")
     axes.set_ylabel("questions answered right, %")
     axes.set_title("Accuracy against tokens")
-    name_ends(axes, ends, 0.045)
+    label_lines(axes, ends, 0.045)
 
 
 def kinds(axes: Axes, results: Path, tokens: int = QUARTER) -> None:
-    """What each kind of question loses, a row a method, the gentlest first."""
-    found = scenes(results)
-    full = found["none"][196]["accuracy"]
-    able = {name: rows[tokens] for name, rows in singles(found).items() if tokens in rows}
-    order = sorted(able, key=lambda name: -able[name]["overall"])
-    loss = np.array([[100 * (able[n]["accuracy"][k] - full[k]) for k in KINDS] for n in order])
+    """Accuracy lost by each kind of question; a row for each method, the best first."""
+    accuracy = scenes(results)
+    full = accuracy["none"][196]["accuracy"]
+    measured = {
+        name: rows[tokens] for name, rows in single_methods(accuracy).items() if tokens in rows
+    }
+    order = sorted(measured, key=lambda name: -measured[name]["overall"])
+    loss = np.array([[100 * (measured[n]["accuracy"][k] - full[k]) for k in KINDS] for n in order])
     image = axes.imshow(loss, cmap="cividis", vmin=-60, vmax=0, aspect="auto")
     for (row, column), value in np.ndenumerate(loss):
         ink = "white" if value < -30 else "black"
@@ -105,49 +109,49 @@ def kinds(axes: Axes, results: Path, tokens: int = QUARTER) -> None:
     axes.set_title(f"What {tokens} of 196 tokens cost, by kind of question")
 
 
-def timed(results: Path, shape: str) -> list[dict[str, Any]]:
+def shape_rows(results: Path, shape: str) -> list[dict[str, Any]]:
     """The speed benchmark's rows of a shape."""
     return [row for row in speed_rows(results) if row["shape"] == shape]
 
 
 def accuracy_by_time(axes: Axes, results: Path) -> None:
-    """Each method and budget a point; those that nothing beats in both make the frontier."""
-    found, points = scenes(results), []
-    for row in timed(results, "scenes"):
-        judged = found.get(row["pruner"], {}).get(row["budget"])
+    """A point for each method and budget, and the Pareto frontier."""
+    accuracy, points = scenes(results), []
+    for row in shape_rows(results, "scenes"):
+        judged = accuracy.get(row["pruner"], {}).get(row["budget"])
         if judged:
             first = row["ms"]["pruned"]["total"]["median"]
             points.append((first, 100 * judged["overall"], row["pruner"], row["budget"]))
-    full = timed(results, "scenes")[0]["ms"]["full"]["total"]["median"]
-    points.append((full, 100 * found["none"][196]["overall"], "all tokens", 196))
-    edge = frontier([point[:2] for point in points])
-    axes.step(*zip(*edge, strict=True), where="post", color=BLUE, lw=1.4, zorder=1)
+    full = shape_rows(results, "scenes")[0]["ms"]["full"]["total"]["median"]
+    points.append((full, 100 * accuracy["none"][196]["overall"], "all tokens", 196))
+    pareto = frontier([point[:2] for point in points])
+    axes.step(*zip(*pareto, strict=True), where="post", color=BLUE, lw=1.4, zorder=1)
     for tokens, (colour, marker) in zip((98, 49, 22), STRONG, strict=False):
-        own = [point for point in points if point[3] == tokens]
-        axes.scatter([p[0] for p in own], [p[1] for p in own], s=18, c=colour, marker=marker,
+        budget = [point for point in points if point[3] == tokens]
+        axes.scatter([p[0] for p in budget], [p[1] for p in budget], s=18, c=colour, marker=marker,
                      label=f"{tokens} tokens", zorder=2)  # fmt: skip
     axes.scatter(*points[-1][:2], s=40, c=BLACK, marker="*", label="all 196", zorder=3)
-    drawn = [point for point in points if point[2] == "random"]
-    axes.scatter([p[0] for p in drawn], [p[1] for p in drawn], s=70, c="none",
+    random = [point for point in points if point[2] == "random"]
+    axes.scatter([p[0] for p in random], [p[1] for p in random], s=70, c="none",
                  edgecolors=BLACK, label="random", zorder=3)  # fmt: skip
-    _number(axes, sorted(point for point in points if point[:2] in edge))
+    _number_points(axes, sorted(point for point in points if point[:2] in pareto))
     axes.set_xlabel("time to the first token, ms (all parts inside)")
     axes.set_ylabel("questions answered right, %")
     axes.set_title("Accuracy against time")
     axes.legend(loc="lower right")
 
 
-def _number(axes: Axes, points: Sequence[tuple[float, float, str, int]]) -> None:
-    """Numbers beside the frontier's points, and their names in the margin."""
+def _number_points(axes: Axes, points: Sequence[tuple[float, float, str, int]]) -> None:
+    """Write numbers beside the frontier's points, and their names in the margin."""
     for number, (x, y, _, _) in enumerate(points, 1):
         axes.annotate(str(number), (x, y), (-3, 5), textcoords="offset points", ha="right")
-    told = [f"{i}  {name}, {tokens}" for i, (_, _, name, tokens) in enumerate(points, 1)]
-    axes.text(1.03, 1, "\n".join(["on the frontier:", *told]), transform=axes.transAxes, va="top",
+    names = [f"{i}  {name}, {tokens}" for i, (_, _, name, tokens) in enumerate(points, 1)]
+    axes.text(1.03, 1, "\n".join(["on the frontier:", *names]), transform=axes.transAxes, va="top",
               fontsize=8, linespacing=1.5)  # fmt: skip
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points than which none is both sooner and better, by time."""
+    """The points (time, accuracy) than which none is both faster and better, by time."""
     best: list[tuple[float, float]] = []
     for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
         if not best or y > best[-1][1]:
@@ -156,8 +160,8 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def gains(axes: Axes, results: Path, shape: str = "minimind2-v-small") -> None:
-    """How many times as fast the first token comes: measured, and what the count allows."""
-    rows = [row for row in timed(results, shape) if row["budget"] <= row["tokens"] // 4]
+    """Gains in time to first token, measured and predicted by the operation count."""
+    rows = [row for row in shape_rows(results, shape) if row["budget"] <= row["tokens"] // 4]
     most = max(row["budget"] for row in rows)
     rows = sorted(
         (row for row in rows if row["budget"] == most),
@@ -176,23 +180,25 @@ def gains(axes: Axes, results: Path, shape: str = "minimind2-v-small") -> None:
     axes.set_title(f"{shape}: gain with {most} of {rows[0]['tokens']} tokens")
 
 
-def where(axes: Axes, results: Path) -> None:
-    """Of every shape, full and pruned to a quarter: what each part takes of full's time."""
+def time_by_part(axes: Axes, results: Path) -> None:
+    """For every shape, full and pruned to a quarter: each part's share of the full time."""
     colours, hatches = (GREY, BLUE, BLACK, GREEN, ORANGE), ("", "//", "", "xx", "\\\\")
-    looks = zip(PARTS, colours, hatches, strict=True)
+    part_styles = zip(PARTS, colours, hatches, strict=True)
     bars: list[tuple[str, dict[str, float], float]] = []
     for shape in dict.fromkeys(row["shape"] for row in speed_rows(results)):
         rows = {
-            r["pruner"]: r for r in timed(results, shape) if r["budget"] == max(1, r["tokens"] // 4)
+            r["pruner"]: r
+            for r in shape_rows(results, shape)
+            if r["budget"] == max(1, r["tokens"] // 4)
         }
-        whole = rows["tome"]["ms"]["full"]
-        told = {"full": whole, **{n: rows[n]["ms"]["pruned"] for n in SHOWN if n in rows}}
-        for name, ms in told.items():
-            times = {part: ms[part]["median"] for part in PARTS}
-            bars.append((f"{shape}, {name}", times, whole["total"]["median"]))
+        full = rows["tome"]["ms"]["full"]
+        times = {"full": full, **{n: rows[n]["ms"]["pruned"] for n in BAR_METHODS if n in rows}}
+        for name, ms in times.items():
+            medians = {part: ms[part]["median"] for part in PARTS}
+            bars.append((f"{shape}, {name}", medians, full["total"]["median"]))
     begin = np.zeros(len(bars))
-    for part, colour, hatch in looks:
-        share = np.array([100 * times[part] / whole for _, times, whole in bars])
+    for part, colour, hatch in part_styles:
+        share = np.array([100 * medians[part] / full for _, medians, full in bars])
         axes.barh(range(len(bars)), share, left=begin, color=colour, hatch=hatch, label=part,
                   edgecolor="white", lw=0.3)  # fmt: skip
         begin += share
@@ -208,13 +214,15 @@ def where(axes: Axes, results: Path) -> None:
 
 
 def memory(axes: Axes, results: Path) -> None:
-    """The prompt's cache against the tokens kept, by shape: alike for all that choose behind the
-    tower."""
+    """Cache size of the prompt against tokens kept, by shape.
+
+    It is the same for all methods that select after the tower.
+    """
     ends = []
     for shape, (colour, marker) in zip(
         dict.fromkeys(row["shape"] for row in speed_rows(results)), STRONG, strict=False
     ):
-        rows = [row for row in timed(results, shape) if row["pruner"] == "cls_attention"]
+        rows = [row for row in shape_rows(results, shape) if row["pruner"] == "cls_attention"]
         points = [(100 * r["kept"] / r["tokens"], r["cache_bytes"]["pruned"]) for r in rows]
         points = sorted([*points, (100.0, rows[0]["cache_bytes"]["full"])])
         x, y = zip(*points, strict=True)
@@ -226,7 +234,7 @@ def memory(axes: Axes, results: Path) -> None:
     axes.set_xlabel("% of the visual tokens kept")
     axes.set_ylabel("the prompt's cache, MB")
     axes.set_title("Memory that grows with the tokens")
-    name_ends(axes, ends, 0.07)
+    label_lines(axes, ends, 0.07)
 
 
 # A figure's name, how it is drawn, and its size in inches.
@@ -235,11 +243,11 @@ PANELS: dict[str, tuple[Callable[[Axes, Path], None], tuple[float, float]]] = {
     "accuracy-by-time": (accuracy_by_time, (6.8, 4.6)),
     "kinds": (kinds, (6.2, 8.0)),
     "gains": (gains, (6.8, 3.6)),
-    "where": (where, (6.8, 4.8)),
+    "where": (time_by_part, (6.8, 4.8)),
     "memory": (memory, (5.6, 4.0)),
 }
 DASHBOARD = "dashboard"
-PLACES = (  # rows and columns on the page
+DASHBOARD_CELLS = (  # rows and columns of each panel
     ("accuracy-by-tokens", (0, 4), (0, 6)), ("accuracy-by-time", (0, 4), (9, 15)),
     ("gains", (4, 8), (1, 6)), ("where", (4, 8), (10, 16)),
     ("kinds", (0, 6), (18, 24)), ("memory", (6, 8), (18, 23)),
@@ -247,23 +255,25 @@ PLACES = (  # rows and columns on the page
 
 
 def draw(folder: Path = FIGURES, results: Path = RESULTS) -> None:
-    """Write every figure, and the page of all, into a folder."""
+    """Write every figure, and the dashboard of all, into a folder."""
     for name, (panel, size) in PANELS.items():
-        figure, axes = canvas(size)
+        figure, axes = figure_with_axes(size)
         panel(axes, results)
-        save(figure, folder, name)
-    figure, grid = sheet((23.4, 15.0), 8, 24)
-    for name, (top, bottom), (left, right) in PLACES:
+        save_figure(figure, folder, name)
+    figure, grid = figure_with_grid((23.4, 15.0), 8, 24)
+    for name, (top, bottom), (left, right) in DASHBOARD_CELLS:
         PANELS[name][0](figure.add_subplot(grid[top:bottom, left:right]), results)
-    told = read(results, "speed")
-    on, versions = told["machine"], told["versions"]
-    where_told = f"{on['cpu']}, {on['cores']} cores, {on['system']}, MLX {versions['mlx']}"
-    figure.suptitle(f"mlx_vlm_prune: what was measured ({where_told})", y=0.93, fontsize=13)
-    save(figure, folder, DASHBOARD)
+    speed = read(results, "speed")
+    machine, versions = speed["machine"], speed["versions"]
+    where = (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}, MLX {versions['mlx']}"
+    )
+    figure.suptitle(f"mlx_vlm_prune: what was measured ({where})", y=0.93, fontsize=13)
+    save_figure(figure, folder, DASHBOARD)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    """Run the command; a UserError ends in one sentence and exit code 2."""
     parser = Parser(prog="python -m benchmarks.figures", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER")
     with in_one_sentence():

@@ -1,8 +1,8 @@
 """Write docs/pruners.md, a page on every method: `python -m benchmarks.gallery`.
 
-The words come from each method's own file, the figures from benchmarks/results, the
-pictures from the built-in model: `--draw` makes them again, of three scenes and of the
-photographs it is given. Nothing on the page is written by hand.
+Texts come from each method's file, figures from benchmarks/results, pictures from the built-in
+model: `--draw` draws them anew, of three scenes and of the given photographs. Nothing on the page
+is written by hand.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from mlx_vlm_prune.pruners import METHODS, Method, Stage
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
 from .readme_tables import markdown
-from .report import RESULTS, ROOT, link, scenes, verdict
+from .report import RESULTS, ROOT, link, random_mark, scenes
 
 PAGE, PICTURES = ROOT / "docs" / "pruners.md", ROOT / "docs" / "pruners"
 TILE = 224  # pixels
@@ -44,13 +44,13 @@ The photographs are from [minimind-v](https://github.com/jingyaogong/minimind-v)
 
 
 def page() -> str:
-    """The whole text."""
-    found = scenes(RESULTS)
-    return "\n".join([HEAD, *(section(method, found) for method in METHODS.values())])
+    """The text of docs/pruners.md."""
+    accuracy = scenes(RESULTS)
+    return "\n".join([HEAD, *(section(method, accuracy) for method in METHODS.values())])
 
 
-def section(method: Method, found: dict) -> str:
-    """One method: idea, picture, formula and differences, options, figures."""
+def section(method: Method, accuracy: dict) -> str:
+    """The section of a method: idea, picture, formula and differences, options, accuracy."""
     title, *rest = method.doc.split("\n\n")
     parts = [f"## `{method.name}`", title.replace("\n", " ")]
     if (PICTURES / f"{method.name}.jpg").exists():
@@ -63,18 +63,18 @@ def section(method: Method, found: dict) -> str:
     if method.source:
         facts.append(f"source: {link(method.source)}")
     parts.append("; ".join(facts) + ". " + (f"Options: {options}." if options else "No options."))
-    rows = found.get(method.name, {})
+    rows = accuracy.get(method.name, {})
     if rows:
-        parts.append(figures(rows))
+        parts.append(accuracy_table(rows))
     return "\n\n".join(parts) + "\n"
 
 
-def figures(rows: dict[int, dict]) -> str:
+def accuracy_table(rows: dict[int, dict]) -> str:
     """Accuracy per kind at each budget, in Markdown."""
     lines = []
     for tokens, row in rows.items():
         cells = [f"{row['accuracy'][kind]:.1%}" for kind in KINDS]
-        lines.append([str(tokens), *cells, f"{row['overall']:.1%}{verdict(row)}"])
+        lines.append([str(tokens), *cells, f"{row['overall']:.1%}{random_mark(row)}"])
     return markdown(["tokens", *KINDS, "mean"], "r" * (len(KINDS) + 2), lines)
 
 
@@ -83,19 +83,20 @@ def _short(value: object) -> str:
 
 
 def draw(photographs: list[Path]) -> None:
-    """A strip of five pictures of every method."""
+    """Draw a strip of five pictures for every method."""
     model, processor = load()
     images = [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
     PICTURES.mkdir(exist_ok=True)
     for name, method in METHODS.items():
         if method.stage is Stage.ENHANCER or name in ("none", "attention_pool"):
-            continue  # nothing is chosen, or its slots stand nowhere
+            continue  # nothing is selected, or its slots have no place in the image
         tiles = [_tile(model, processor, image, name) for image in images]
-        with appearing(PICTURES / f"{name}.jpg", replace=True) as beside:
-            strip(tiles).save(beside, format="JPEG", quality=82, optimize=True)
+        with appearing(PICTURES / f"{name}.jpg", replace=True) as temporary:
+            strip(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
 
 
 def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
+    """An image with the tokens that a method keeps of it."""
     for tokens in (49, 98):
         try:
             answer = generate(model, processor, QUESTION, image, pruner=name, keep_tokens=tokens,
@@ -104,19 +105,19 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
             continue
         assert answer.trace
         (picture, grid), *_ = answer.views
-        kept = [step.reductions[0] for step in answer.trace.steps_to_draw()]
-        last = [one for one in kept if one.slots][-1:] or kept[-1:]
-        index_BK, weight_BKN = last[0].index_BK, last[0].weight_BKN
+        reductions = [step.reductions[0] for step in answer.trace.steps_to_draw()]
+        last = ([r for r in reductions if r.slots] or reductions)[-1]
+        index_BK, weight_BKN = last.index_BK, last.weight_BKN
         assert index_BK is not None
         index = list(np.array(index_BK[0]))
         weights = None if weight_BKN is None else np.array(weight_BKN[0])
-        shown = overlay(picture, grid, index, "", weights=weights)
-        return shown.resize((TILE, TILE), Image.Resampling.LANCZOS)
+        drawn = overlay(picture, grid, index, "", weights=weights)
+        return drawn.resize((TILE, TILE), Image.Resampling.LANCZOS)
     raise AssertionError(f"{name} can do with neither budget")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    """Run the command; a UserError ends in one sentence and exit code 2."""
     p = Parser(prog="python -m benchmarks.gallery", description=(__doc__ or "").split("\n")[0])
     p.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
     with in_one_sentence():

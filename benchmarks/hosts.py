@@ -1,14 +1,12 @@
 """What pruning inside mlx-vlm's models costs and gains: `python -m benchmarks.hosts`.
 
-They take turns in one process, warm: mlx-vlm left to itself, the same full model through our
-path, and ours with a quarter of the visual tokens. A fourth, full with a wait behind the tower,
-tells what the prefill alone takes. Timed is everything from prepared pixels and
-ids to the first token, vision tower and pruner inside; preparing them is mlx-vlm's own on both
-sides. The prefill's gain stands beside what the operation count predicts. Models have random
-weights, float32, in the layout of the family. A ratio that spreads by more than it differs from 1
-is not told (benchmarks/timing.py). The last line is one JSON object of all figures.
-
-Shapes: L rows of the prompt, N visual tokens.
+Four runs alternate in one process after a warm-up: mlx-vlm alone (`stock`), the same model unpruned
+through our path (`full`), the same with a lap after each part, which times the prefill (`parts`),
+and ours with a quarter of the visual tokens (`pruned`). Timed is everything from preprocessed
+pixels and ids to the first token, with vision tower and pruner; preprocessing is mlx-vlm's on both
+sides. The prefill's gain is reported with what the operation count predicts. Models have random
+float32 weights in their family's layout. A ratio is reported only if it spreads by no more than it
+differs from 1 (benchmarks/timing.py). The last line is one JSON object of all figures.
 """
 
 import argparse
@@ -37,65 +35,67 @@ from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 
 from .backend_mlx import device
-from .command_line import finish, natural, parser, positive
-from .timing import NOT_TOLD, Gain, alternate, spread, times
+from .command_line import natural, parser, positive, run_command
+from .timing import NOT_REPORTED, Gain, alternate, spread, times_text
 
 IMAGE, START, END, VIDEO, VOCAB = 4, 5, 6, 7, 32000
-WORDS = 30
+TEXT_TOKENS = 30
 PATCH = 14
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model: the tower's layers and width, the language model's, and patches a side."""
+    """A model: layers and width of tower and language model, and tokens per side of its image."""
 
     tower: tuple[int, int]
     language: tuple[int, int]
     side: int
-    times: int  # as many runs as are asked for: a toy takes milliseconds
+    runs: int  # for each run of --runs: a tiny model takes milliseconds
 
 
 SIZES = {"tiny": Size((2, 64), (2, 64), 8, 10), "mid": Size((12, 512), (8, 1024), 24, 1)}
 Laps = dict[str, float]
 
 
-def _text(size: Size, kind: str, **more: Any) -> dict[str, Any]:
+def _text_config(size: Size, model_type: str, **extra: Any) -> dict[str, Any]:
     layers, D = size.language
     return {
-        "model_type": kind, "hidden_size": D, "num_hidden_layers": layers,
+        "model_type": model_type, "hidden_size": D, "num_hidden_layers": layers,
         "intermediate_size": 3 * D, "num_attention_heads": D // 32, "vocab_size": VOCAB,
         "num_key_value_heads": D // 64, "rms_norm_eps": 1e-6, "rope_theta": 1e4,
-        "max_position_embeddings": 4096, **more,
+        "max_position_embeddings": 4096, **extra,
     }  # fmt: skip
 
 
 def llava(size: Size) -> tuple[Any, PreparedInputs]:
     """CLIP, a projector, Llama; one image."""
-    (layers, D), home = size.tower, import_module("mlx_vlm.models.llava")
-    vision = home.VisionConfig(
+    (layers, D), module = size.tower, import_module("mlx_vlm.models.llava")
+    vision = module.VisionConfig(
         model_type="clip_vision_model", hidden_size=D, num_hidden_layers=layers,
         intermediate_size=4 * D, num_attention_heads=D // 32, image_size=PATCH * size.side,
         patch_size=PATCH, projection_dim=D,
     )  # fmt: skip
-    text = home.TextConfig(**_text(size, "llama"))
-    model = home.Model(home.ModelConfig(text, vision, model_type="llava", image_token_index=IMAGE))
+    text = module.TextConfig(**_text_config(size, "llama"))
+    model = module.Model(
+        module.ModelConfig(text, vision, model_type="llava", image_token_index=IMAGE)
+    )
     ids = _ids([IMAGE] * size.side**2)
     pixels = mx.random.normal((1, 3, PATCH * size.side, PATCH * size.side))
     return model, PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1)
 
 
 def qwen2_5_vl(size: Size) -> tuple[Any, PreparedInputs]:
-    """A tower with windows whose merger makes one token of four patches, and M-RoPE; one image."""
-    (layers, D), home = size.tower, import_module("mlx_vlm.models.qwen2_5_vl")
-    vision = home.VisionConfig(
+    """A tower with windowed attention that merges 2 x 2 patches, and M-RoPE; one image."""
+    (layers, D), module = size.tower, import_module("mlx_vlm.models.qwen2_5_vl")
+    vision = module.VisionConfig(
         depth=layers, hidden_size=D, intermediate_size=4 * D, num_heads=D // 32,
         out_hidden_size=size.language[1], patch_size=PATCH, spatial_merge_size=2,
         temporal_patch_size=2, window_size=112, fullatt_block_indexes=[layers - 1],
     )  # fmt: skip
     rope = {"type": "mrope", "mrope_section": [4, 6, 6]}
-    text = home.TextConfig(**_text(size, "qwen2_5_vl", rope_scaling=rope))
-    model = home.Model(
-        home.ModelConfig(
+    text = module.TextConfig(**_text_config(size, "qwen2_5_vl", rope_scaling=rope))
+    model = module.Model(
+        module.ModelConfig(
             text, vision, model_type="qwen2_5_vl", image_token_id=IMAGE, video_token_id=VIDEO,
             vision_start_token_id=START, vision_end_token_id=END, vocab_size=VOCAB,
         )
@@ -113,12 +113,12 @@ FAMILIES: dict[str, Callable[[Size], tuple[Any, PreparedInputs]]] = {
 
 
 def _ids(image: list[int]) -> list[int]:
-    words = [10 + i for i in range(WORDS)]
-    return [*words[: WORDS // 2], *image, *words[WORDS // 2 :]]
+    text = [10 + i for i in range(TEXT_TOKENS)]
+    return [*text[: TEXT_TOKENS // 2], *image, *text[TEXT_TOKENS // 2 :]]
 
 
 def first_token(model: Any, arguments: dict[str, Any]) -> int:
-    """By mlx-vlm's own loop."""
+    """The first token, by mlx-vlm's `generate_step`."""
     from mlx_vlm.generate.ar import generate_step
 
     rest = dict(arguments)
@@ -127,20 +127,20 @@ def first_token(model: Any, arguments: dict[str, Any]) -> int:
     return int(token)
 
 
-def stock(model: Any, inputs: PreparedInputs) -> tuple[Laps, int]:
-    """mlx-vlm left to itself."""
+def run_stock(model: Any, inputs: PreparedInputs) -> tuple[Laps, int]:
+    """The milliseconds and the first token of mlx-vlm alone."""
     began = time.perf_counter()
     ids = mx.array(inputs.ids)[None]
-    told = {"input_ids": ids, "pixel_values": inputs.pixels, "mask": inputs.mask_1L}
+    arguments = {"input_ids": ids, "pixel_values": inputs.pixels, "mask": inputs.mask_1L}
     with host_of(model).preserve_state():
-        token = first_token(model, {**told, **inputs.extra})
+        token = first_token(model, {**arguments, **inputs.extra})
     return {"total": 1000 * (time.perf_counter() - began)}, token
 
 
-def ours(
+def run_ours(
     model: Any, inputs: PreparedInputs, spec: str, share: float, in_parts: bool = True
 ) -> tuple[Laps, int]:
-    """The same through our path, which times its parts where it prunes."""
+    """The milliseconds and first token of our path; `in_parts` ends a lap after each part."""
     began, clock = time.perf_counter(), Clock()
     host, pipeline = host_of(model), plan(spec)
     policy = check_pipeline(host, pipeline, None)
@@ -155,79 +155,79 @@ def ours(
     return {**(clock.ms if in_parts else {}), "total": total}, token
 
 
-def predicted(size: Size, share: float) -> float:
-    """How many times as fast the prefill may be, by the count of multiply-adds."""
+def predicted_gain(size: Size, share: float) -> float:
+    """How many times as fast the prefill is by the count of multiply-adds."""
     layers, D = size.language
-    # A Llama and a Qwen2 of these sizes take as many.
-    like = MiniMindConfig(D, 3 * D, layers, D // 32, D // 64, VOCAB)
-    whole, less = (
-        prefill(like, [WORDS + int(size.side**2 * kept)] * layers) for kept in (1.0, share)
+    # A Llama and a Qwen2 of these sizes have the same count.
+    config = MiniMindConfig(D, 3 * D, layers, D // 32, D // 64, VOCAB)
+    full, pruned = (
+        prefill(config, [TEXT_TOKENS + int(size.side**2 * kept)] * layers) for kept in (1.0, share)
     )
-    return whole / less
+    return full / pruned
 
 
-def measure(family: str, name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One model: the times of all, what our path costs, and what pruning gains."""
+def measure(family: str, size: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of one model: all times, what our path costs, and what pruning gains."""
     mx.random.seed(0)
-    model, inputs = FAMILIES[family](SIZES[name])
+    model, inputs = FAMILIES[family](SIZES[size])
     mx.eval(model.parameters(), inputs.pixels)
-    full = partial(ours, model, inputs, "none", 1.0)
-    three = [partial(full, in_parts=False), full,
-             partial(ours, model, inputs, args.pruner, args.keep_ratio)]  # fmt: skip
-    runs = args.runs * SIZES[name].times
-    turns = (runs, args.warmup, len(three), f"{family}, {name}")
-    times: dict[str, list[Laps]] = {who: [] for who in ("stock", "full", "parts", "pruned")}
-    for i, (ms, token), (before, expected) in alternate(
-        partial(stock, model, inputs), three, *turns
+    full = partial(run_ours, model, inputs, "none", 1.0)
+    our_runs = [partial(full, in_parts=False), full,
+                partial(run_ours, model, inputs, args.pruner, args.keep_ratio)]  # fmt: skip
+    run_count = args.runs * SIZES[size].runs
+    turns = (run_count, args.warmup, len(our_runs), f"{family}, {size}")
+    times: dict[str, list[Laps]] = {name: [] for name in ("stock", "full", "parts", "pruned")}
+    for i, (ms, token), (stock_ms, expected) in alternate(
+        partial(run_stock, model, inputs), our_runs, *turns
     ):
         if i == 0:
-            times["stock"].append(before)
+            times["stock"].append(stock_ms)
         if i < 2 and token != expected:
-            raise UserError(f"{family}, {name}: unpruned, our path says another first token")
+            raise UserError(f"{family}, {size}: unpruned, our path says another first token")
         times[("full", "parts", "pruned")[i]].append(ms)
-    gain = Gain.of(*([one["prefill"] for one in times[who]] for who in ("parts", "pruned")))
+    gain = Gain.of(*([laps["prefill"] for laps in times[kind]] for kind in ("parts", "pruned")))
     return {
-        "family": family, "size": name, "tokens": SIZES[name].side ** 2, "pruner": args.pruner,
+        "family": family, "size": size, "tokens": SIZES[size].side ** 2, "pruner": args.pruner,
         "keep_ratio": args.keep_ratio,
-        "ms": {who: {part: spread([one[part] for one in laps]) for part in laps[0]}
-               for who, laps in times.items()},
-        "stock_by_ours": _beside(times, "full"),
-        "prefill": gain.report(predicted(SIZES[name], args.keep_ratio)),
-        "first_token": _beside(times, "pruned"), "runs": runs,
+        "ms": {kind: {part: spread([laps[part] for laps in runs]) for part in runs[0]}
+               for kind, runs in times.items()},
+        "stock_by_ours": _stock_ratio(times, "full"),
+        "prefill": gain.report(predicted_gain(SIZES[size], args.keep_ratio)),
+        "first_token": _stock_ratio(times, "pruned"), "runs": run_count,
     }  # fmt: skip
 
 
-def _beside(times: dict[str, list[Laps]], who: str) -> dict[str, float]:
-    """How many times as long mlx-vlm takes to the first token, run by run."""
-    pairs = zip(times["stock"], times[who], strict=True)
-    return spread([left["total"] / ours["total"] for left, ours in pairs])
+def _stock_ratio(times: dict[str, list[Laps]], kind: str) -> dict[str, float]:
+    """The time to first token of mlx-vlm alone by that of our runs, run by run."""
+    pairs = zip(times["stock"], times[kind], strict=True)
+    return spread([stock["total"] / ours["total"] for stock, ours in pairs])
 
 
-def show(row: dict[str, Any]) -> None:
-    """A few lines."""
-    whole = {who: told["total"]["median"] for who, told in row["ms"].items()}
+def print_row(row: dict[str, Any]) -> None:
+    """Print the figures of a model."""
+    total = {kind: parts["total"]["median"] for kind, parts in row["ms"].items()}
     cost, gain, first = row["stock_by_ours"], row["prefill"], row["first_token"]
-    told = times(gain["realised"], "not told")
+    realised = times_text(gain["realised"], "not told")
     print(
         f"{row['family']}, {row['size']}, {row['tokens']} visual tokens, first token in ms: "
-        f"mlx-vlm {whole['stock']:.1f}, ours full {whole['full']:.1f}, "
-        f"{row['pruner']} {whole['pruned']:.1f}\n"
+        f"mlx-vlm {total['stock']:.1f}, ours full {total['full']:.1f}, "
+        f"{row['pruner']} {total['pruned']:.1f}\n"
         f"  unpruned, mlx-vlm ÷ ours: {cost['median']:.3f} ({cost['p10']:.3f} to {cost['p90']:.3f})"
-        f"\n  prefill at {row['keep_ratio']:.0%}: {told} of {gain['predicted']:.2f}x predicted; "
-        f"first token {first['median']:.2f}x ({first['p10']:.2f} to {first['p90']:.2f})",
+        f"\n  prefill at {row['keep_ratio']:.0%}: {realised} of {gain['predicted']:.2f}x "
+        f"predicted; first token {first['median']:.2f}x ({first['p10']:.2f} to {first['p90']:.2f})",
         flush=True,
     )
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Every family at every size asked for."""
+    """Measure and print every chosen family at every chosen size; the result."""
     rows = []
     for family in args.family or FAMILIES:
-        for name in args.size or SIZES:
-            rows.append(measure(family, name, args))
-            show(rows[-1])
+        for size in args.size or SIZES:
+            rows.append(measure(family, size, args))
+            print_row(rows[-1])
     print(f"Medians of {args.runs} runs, of toys ten times as many.")
-    print(f"{NOT_TOLD[0].upper()}{NOT_TOLD[1:]}.")
+    print(f"{NOT_REPORTED[0].upper()}{NOT_REPORTED[1:]}.")
     return {
         "benchmark": "hosts", "device": device(), "runs": args.runs, "machine": machine(),
         "versions": {**versions(), "mlx-vlm": metadata.version("mlx-vlm")}, "rows": rows,
@@ -251,7 +251,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

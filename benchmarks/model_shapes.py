@@ -1,7 +1,7 @@
-"""What is measured: models of published sizes with random weights, and what they are asked.
+"""The model sizes that are measured, and random requests to them.
 
-Times do not depend on the values of weights, so none are needed; what a model answers does,
-so its answers are not judged.
+Times do not depend on the values of weights, so weights are random. Answers do, so they are not
+judged.
 """
 
 import io
@@ -31,7 +31,7 @@ from mlx_vlm_prune.pruners.spec import suggestion
 from mlx_vlm_prune.scenes import CHECKPOINT
 
 BUILT_IN = parse_config(read_json(CHECKPOINT / CONFIG), CHECKPOINT / CONFIG)
-TEXT_TOKENS = 30  # MiniMind-V's own prompt around the image
+TEXT_TOKENS = 30  # of MiniMind-V's prompt around the image
 PHOTO = (1024, 768)  # pixels of the JPEG that is opened
 LARGE = CLIPConfig(1024, 4096, 24, 16, 336, 14)  # CLIP ViT-L/14 at 336 pixels, LLaVA-1.5's tower
 SHAPES = {
@@ -46,7 +46,7 @@ SHAPES = {
     ),
     "scenes": BUILT_IN,
     # Two cuts of LLaVA-1.5-7B for small machines: 8 layers as wide as a model of 1 B has, and
-    # 2 of its own 32 layers, with its own projector. Either makes the first token dear enough.
+    # 2 of its 32 layers, with its projector. Either makes the first token dear enough.
     "llava-8": VLMConfig(LARGE, MiniMindConfig(2048, 5504, 8, 16, 16, 32000)),
     "llava-7b-2": VLMConfig(
         LARGE,
@@ -57,7 +57,10 @@ SHAPES = {
 
 
 def shape(name: str, side: int | None = None) -> VLMConfig:
-    """A preset, with pictures of another side, in pixels, if one is given. Raises UserError."""
+    """The config of a name in SHAPES; `side`, in pixels, replaces its image size.
+
+    Raises UserError for an unknown name or a side that the patches do not divide.
+    """
     if name not in SHAPES:
         raise UserError(f"no shape is called {name!r}; {suggestion(name, SHAPES)}")
     config = SHAPES[name]
@@ -70,33 +73,33 @@ def shape(name: str, side: int | None = None) -> VLMConfig:
     return replace(config, vision=replace(config.vision, image_size=side))
 
 
-def parameters(config: VLMConfig) -> dict[str, int]:
-    """How many numbers the tower, the projector and the language model hold."""
+def parameter_counts(config: VLMConfig) -> dict[str, int]:
+    """The numbers of parameters of tower, projector and language model."""
     model = VLM(config)  # lazy: no weight is computed
     parts = {"tower": model.tower, "projector": model.projector, "language": model.language}
     return {name: _size(part) for name, part in parts.items()}
 
 
 def _size(module: nn.Module) -> int:
-    found: Any = tree_flatten(module.parameters())
-    return sum(array.size for _, array in found)
+    weights: Any = tree_flatten(module.parameters())
+    return sum(array.size for _, array in weights)
 
 
 @dataclass(frozen=True)
 class Request:
-    """B prompts of random words, each with one image in its middle, and the images' files."""
+    """B prompts, each with one image in its middle, and the images' files."""
 
     rows: list[Prompt]
     files: list[bytes]
     preprocessor: Preprocessor
 
     def pixels_IHW3(self) -> np.ndarray:
-        """Of the images, opened from their files."""
+        """Preprocessed pixels of the images, opened from their files."""
         return np.stack([self.preprocessor(open_image(file)) for file in self.files])
 
 
 def request(config: VLMConfig, text: int = TEXT_TOKENS, batch: int = 1) -> Request:
-    """`batch` prompts of `text` words, and as many photographs."""
+    """`batch` prompts of `text` text tokens, and as many photographs."""
     side = config.vision.image_size
     clip = Preprocessor(size=side, crop=(side, side))
     siglip = isinstance(config.vision, SiglipConfig)
@@ -108,14 +111,14 @@ def request(config: VLMConfig, text: int = TEXT_TOKENS, batch: int = 1) -> Reque
 
 
 def prompt(config: VLMConfig, text: int = TEXT_TOKENS) -> Prompt:
-    """Words, one image in the middle."""
+    """`text` text tokens with one image's placeholders in the middle."""
     N, half = config.N, text // 2
     words = [13 + i % 80 for i in range(text)]
     return Prompt(words[:half] + [config.image_token_id] * N + words[half:], [(half, N)])
 
 
 def photo(seed: int, size: tuple[int, int] = PHOTO) -> bytes:
-    """A JPEG about as rough as a photograph: soft colours, fine grain."""
+    """A JPEG with a photograph's frequencies: soft colours and fine grain."""
     rng, (width, height) = np.random.default_rng(seed), size
     soft = Image.fromarray(rng.integers(0, 256, (height // 64, width // 64, 3), dtype=np.uint8))
     grain = rng.normal(0, 6, (height, width, 3))

@@ -1,10 +1,10 @@
-"""The measured figures in a table of fixed width."""
+"""Prints the figures of `benchmarks.speed` as a table of fixed width."""
 
 import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from .timing import NOT_TOLD, PARTS
+from .timing import NOT_REPORTED, PARTS
 
 WIDTH = 118
 TIMES = (*PARTS, "total", "token")
@@ -12,8 +12,10 @@ HEADS = ("image", "tower", "pruner", "project", "prefill", "first", "token")
 GAINS = {"vision": "tower", "prefill": "prefill", "total": "first token"}
 
 
-def show(rows: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]], runs: int) -> None:
-    """Print full, then every row, then what the columns mean."""
+def print_table(
+    rows: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]], runs: int
+) -> None:
+    """Print full, every row, what was refused, and what the columns mean."""
     name = max(10, *(len(row["pruner"]) for row in rows))
     heads = "".join(f"{head:>9}" for head in HEADS) + "".join(f"{h:>13}" for h in GAINS.values())
     print(f"{'':<{name}}{'':>6}{'ms, median':>63}{'times as fast (count)':>36}{'peak':>8}")
@@ -25,12 +27,12 @@ def show(rows: Sequence[dict[str, Any]], refused: Sequence[dict[str, Any]], runs
         gains = "".join(f"{_gain(row['gain'][part]):>13}" for part in GAINS)
         print(f"{row['pruner']:<{name}}{row['kept']:>6.0f}{_times(row, 'pruned')}{gains}", end="")
         print(f"{_mb(row, 'pruned'):>8}")
-    for one in refused:
-        print(f"{one['pruner']:<{name}}{one['budget']:>6}  {one['why']}")
+    for case in refused:
+        print(f"{case['pruner']:<{name}}{case['budget']:>6}  {case['why']}")
     print(textwrap.fill(
         f"Medians of {runs} runs. first: from the image's file to the first token; token: each new "
         "one. In brackets what the operation count allows, in which opening the image and choosing "
-        f"tokens take no time. –: {NOT_TOLD}.", WIDTH
+        f"tokens take no time. –: {NOT_REPORTED}.", WIDTH
     ), flush=True)  # fmt: skip
 
 
@@ -39,8 +41,8 @@ def _times(row: dict[str, Any], kind: str) -> str:
 
 
 def _gain(gain: dict[str, Any]) -> str:
-    told = "–" if gain["realised"] is None else f"{gain['realised']:.2f}"
-    return f"{told} ({gain['predicted']:.2f})"
+    realised = "–" if gain["realised"] is None else f"{gain['realised']:.2f}"
+    return f"{realised} ({gain['predicted']:.2f})"
 
 
 def _mb(row: dict[str, Any], kind: str) -> str:

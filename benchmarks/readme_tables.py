@@ -1,4 +1,4 @@
-"""The README's tables of speed: what is measured beside what the operation count allows."""
+"""The README's tables of speed, each with what the operation count predicts."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 from mlx_vlm_prune.checkpoints.reading.files import read_json
 from mlx_vlm_prune.pruners.budget import tokens_for
 
-from .claims import CLAIMS, timed
+from .claims import CLAIMS, claimed_gain
 from .speculation import summary
-from .timing import times
+from .timing import times_text
 
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
 
@@ -19,49 +19,49 @@ def read(results: Path, name: str) -> dict[str, Any]:
 
 
 def markdown(heads: Sequence[str], align: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; `align` has "l" or "r" for each column."""
+    """A table in Markdown; `align` is a string of "l" or "r", one for each column."""
     lines = ["|" + "".join(f" {head} |" if head else " |" for head in heads)]
     lines.append("|" + "".join({"l": "---|", "r": "---:|"}[side] for side in align))
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def speed_rows(results: Path) -> list[dict[str, Any]]:
-    """Of all shapes, which were measured in several runs."""
+    """The rows of all shapes, from the results of several runs."""
     files = ("speed", "speed-llava", "speed-scenes")
     return [row for name in files for row in read(results, name)["rows"]]
 
 
 def speed_table(results: Path) -> str:
-    """Of every shape and method, first token and prefill at three budgets, in Markdown."""
+    """Gains of every shape and method in first token and prefill, at three budgets."""
     lines, heads = [], ["shape", "pruner"]
     for _, share in SHARES:
         heads += [f"{share} kept: first token", "prefill"]
     cells: dict[tuple[str, str], dict[int, dict]] = {}
     for row in speed_rows(results):
         if row["shape"] == "scenes":
-            continue  # its figures are those of accuracy against time
+            continue  # it is in the figure of accuracy against time
         cells.setdefault((row["shape"], row["pruner"]), {})[row["budget"]] = row
     for (shape, pruner), rows in cells.items():
         N = next(iter(rows.values()))["tokens"]
-        told = [rows.get(tokens_for(N, share)) for share, _ in SHARES]
-        shown = [f"{_gain(row, 'total')} | {_of_predicted(row, 'prefill')}" for row in told]
-        lines.append([shape, f"`{pruner}`", *shown])
+        measured = [rows.get(tokens_for(N, share)) for share, _ in SHARES]
+        gains = [f"{_gain(row, 'total')} | {_gain_and_share(row, 'prefill')}" for row in measured]
+        lines.append([shape, f"`{pruner}`", *gains])
     return markdown(heads, "ll" + "rr" * len(SHARES), lines)
 
 
 def _gain(row: dict | None, part: str) -> str:
-    return "–" if row is None else times(row["gain"][part]["realised"])
+    return "–" if row is None else times_text(row["gain"][part]["realised"])
 
 
-def _of_predicted(row: dict | None, part: str) -> str:
-    """The gain, and how much of the operation count's own it is."""
+def _gain_and_share(row: dict | None, part: str) -> str:
+    """The gain, and its share of the gain that the operation count predicts."""
     share = row and row["gain"][part]["of_predicted"]
     return _gain(row, part) + (f" ({share:.0%})" if share else "")
 
 
 def claims_table(results: Path) -> str:
-    """The founding systems, in Markdown."""
-    told = {row["system"]: row for row in read(results, "claims")["rows"]}
+    """The founding systems' claims and what is measured, in Markdown."""
+    measured = {row["system"]: row for row in read(results, "claims")["rows"]}
     judged = {(row["pruner"], row["tokens"]): row for row in read(results, "scenes")["rows"]}
     full = judged["none", 196]["overall"]
     heads = (
@@ -70,23 +70,25 @@ def claims_table(results: Path) -> str:
     )  # fmt: skip
     lines = []
     for claim in CLAIMS:
-        row = told[claim.system]
-        gain = timed(claim, row) if claim.timed else _drafting(results)
+        row = measured[claim.system]
+        gain = claimed_gain(claim, row) if claim.timed else _drafting_gain(results)
         pruner, tokens = claim.judged
-        own = judged.get(claim.judged)
-        right = f"{full:.1%} → {own['overall']:.1%} (`{pruner}`, {tokens} of 196)" if own else "–"
-        lines.append([claim.system, claim.says, gain, _gain(row, "total"), right])
+        scored = judged.get(claim.judged)
+        right = "–"
+        if scored:
+            right = f"{full:.1%} → {scored['overall']:.1%} (`{pruner}`, {tokens} of 196)"
+        lines.append([claim.system, claim.headline, gain, _gain(row, "total"), right])
     return markdown(heads, "llrrr", lines)
 
 
-def _drafting(results: Path) -> str:
-    """What speculative decoding gains, where it was measured."""
-    is_there = (results / "speculation.json").exists()
-    return summary(read(results, "speculation")) if is_there else "not measured yet"
+def _drafting_gain(results: Path) -> str:
+    """The gain of speculative decoding, if it was measured."""
+    is_measured = (results / "speculation.json").exists()
+    return summary(read(results, "speculation")) if is_measured else "not measured yet"
 
 
 def rivals_table(results: Path) -> str:
-    """Ours beside what one would take instead, full on both sides, in Markdown."""
+    """Our unpruned times beside transformers' and mlx-lm's, in Markdown."""
     heads = ("shape", "beside", "part", "ours, ms", "theirs, ms", "times as fast, p10 to p90")
     lines = []
     for row in read(results, "rivals")["rows"]:
@@ -97,7 +99,7 @@ def rivals_table(results: Path) -> str:
 
 
 def budgets_table(results: Path) -> str:
-    """Whether a wish in milliseconds was met, and what a few tokens more would have done."""
+    """Budgets in milliseconds that were met, with the chosen K and with more tokens."""
     heads = (
         "pruner", "within the wish", "prediction off by (median)",
         "with 1/49 of the tokens more", "with a quarter more",
@@ -112,17 +114,17 @@ def budgets_table(results: Path) -> str:
 
 
 def hosts_table(results: Path) -> str:
-    """mlx-vlm beside our path with all tokens, and beside a quarter of them, in Markdown."""
+    """mlx-vlm beside our path with all tokens and with a quarter, in Markdown."""
     heads = (
         "model", "first token, ms: mlx-vlm", "our path, all tokens", "mlx-vlm ÷ ours, p10 to p90",
         "a quarter kept", "prefill, times as fast (of predicted)",
     )  # fmt: skip
     lines = []
     for row in read(results, "hosts")["rows"]:
-        ms = {who: f"{parts['total']['median']:.1f}" for who, parts in row["ms"].items()}
-        cost, gain = row["stock_by_ours"], {"gain": {"prefill": row["prefill"]}}
-        beside = f"{cost['median']:.2f} ({cost['p10']:.2f} to {cost['p90']:.2f})"
+        ms = {kind: f"{parts['total']['median']:.1f}" for kind, parts in row["ms"].items()}
+        ratio, gain = row["stock_by_ours"], {"gain": {"prefill": row["prefill"]}}
+        stock_by_ours = f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
         model = f"{row['family']}, {row['size']}, {row['tokens']} tokens"
-        predicted = _of_predicted(gain, "prefill")
-        lines.append([model, ms["stock"], ms["full"], beside, ms["pruned"], predicted])
+        predicted = _gain_and_share(gain, "prefill")
+        lines.append([model, ms["stock"], ms["full"], stock_by_ours, ms["pruned"], predicted])
     return markdown(heads, "lrrrrr", lines)

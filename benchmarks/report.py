@@ -25,58 +25,58 @@ ROOT = Path(__file__).parent.parent
 
 
 def scenes(results: Path = RESULTS, name: str = "scenes") -> dict[str, dict[int, dict]]:
-    """What each method answered, by name and budget, in the order of the table of methods."""
-    told = read(results, name)
-    found: dict[str, dict[int, dict]] = {}
+    """Rows of an evaluation on scenes by method and budget, in the order of METHODS."""
+    rows_by_method: dict[str, dict[int, dict]] = {}
     order = list(METHODS)
     rows = sorted(
-        told["rows"],
-        key=lambda r: ("+" in r["pruner"], order.index(_first(r["pruner"])), -r["tokens"]),
+        read(results, name)["rows"],
+        key=lambda r: ("+" in r["pruner"], order.index(_first_method(r["pruner"])), -r["tokens"]),
     )
     for row in rows:
-        found.setdefault(row["pruner"], {})[row["tokens"]] = row
-    return found
+        rows_by_method.setdefault(row["pruner"], {})[row["tokens"]] = row
+    return rows_by_method
 
 
-def _first(spec: str) -> str:
+def _first_method(spec: str) -> str:
     return re.split(r"[:+]", spec)[0]
 
 
-def verdict(row: dict) -> str:
-    """Above or below random at the same budget, where the interval says so."""
+def random_mark(row: dict) -> str:
+    """▲ or ▼ if the interval of the difference to `random` at the same budget excludes 0."""
     _, low, high = row.get("to_random", {}).get("overall", (0, -1, 1))
     return " ▲" if low > 0 else " ▼" if high < 0 else ""
 
 
 def scenes_table(results: Path = RESULTS) -> str:
     """Mean accuracy of the built-in model at each budget, in Markdown."""
-    found = scenes(results)
-    budgets = sorted({k for rows in found.values() for k in rows if k != 196}, reverse=True)
+    accuracy = scenes(results)
+    budgets = sorted({k for rows in accuracy.values() for k in rows if k != 196}, reverse=True)
     heads, lines = ["pruner", *(f"{k} tokens" for k in budgets)], []
-    for name, rows in found.items():
+    for name, rows in accuracy.items():
         if name != "none":
             cells = [
-                f"{rows[k]['overall']:.1%}{verdict(rows[k])}" if k in rows else "–" for k in budgets
+                f"{rows[k]['overall']:.1%}{random_mark(rows[k])}" if k in rows else "–"
+                for k in budgets
             ]
             lines.append([f"`{name}`", *cells])
     return markdown(heads, "l" + "r" * len(budgets), lines)
 
 
 def kinds_table(results: Path = RESULTS) -> str:
-    """What comes free: all tokens, and the majority answer, per kind of question."""
-    told = read(results, "scenes")
+    """Accuracy per kind of question with all tokens, and of always the majority answer."""
+    majority = read(results, "scenes")["majority"]
     full = scenes(results)["none"][196]["accuracy"]
-    lines = [_line("all 196 tokens", full), _line("majority answer", told["majority"])]
+    lines = [_kinds_line("all 196 tokens", full), _kinds_line("majority answer", majority)]
     return markdown(["", *KINDS, "mean"], "l" + "r" * (len(KINDS) + 1), lines)
 
 
-def _line(name: str, figures: dict[str, float]) -> list[str]:
+def _kinds_line(name: str, figures: dict[str, float]) -> list[str]:
     shares = [figures[kind] for kind in KINDS]
     return [name, *(f"{share:.1%}" for share in (*shares, sum(shares) / len(KINDS)))]
 
 
 def methods_table(results: Path = RESULTS) -> str:
-    """Every method in a line, from its own file, in Markdown."""
+    """A line for every method, from its file, in Markdown."""
     lines = [
         [f"`{name}`", method.stage.name.lower(), method.summary, link(method.source)]
         for name, method in METHODS.items()
@@ -92,9 +92,8 @@ def link(source: str) -> str:
 
 
 def selectors_table(results: Path = RESULTS) -> str:
-    """What choosing costs, in Markdown: the methods in columns of three."""
-    told = read(results, "selectors")
-    rows = sorted(told["rows"], key=lambda r: -r["ms"]["median"])
+    """The time of each selection, in Markdown, three methods a line."""
+    rows = sorted(read(results, "selectors")["rows"], key=lambda r: -r["ms"]["median"])
     cells = [f"`{r['pruner']}` | {r['ms']['median']:.1f} ms | {r['share']:.2%}" for r in rows]
     third = -(-len(cells) // 3)
     cells += [" | | "] * (3 * third - len(cells))
@@ -106,24 +105,28 @@ LEARNED = ("attention_pool", "score_prune", "mlp")
 
 
 def learned_table(results: Path = RESULTS) -> str:
-    """Learned methods with the model frozen and trained along, in Markdown."""
-    lines, told = [], scenes(results)
+    """Learned methods trained with the model frozen and together with it, in Markdown."""
+    lines, frozen = [], scenes(results)
     for name in LEARNED:
-        lines += [_learned_line(told, spec, "alone") for spec in told if _is(spec, name)]
-        own = scenes(results, f"unfrozen-{name}")
-        lines += [_learned_line(own, spec, "with the model") for spec in own if _is(spec, name)]
-        lines.append(_learned_line(own, "random", f"– (the model of `{name}`)"))
+        lines += [_learned_line(frozen, spec, "alone") for spec in frozen if _is_method(spec, name)]
+        unfrozen = scenes(results, f"unfrozen-{name}")
+        lines += [
+            _learned_line(unfrozen, spec, "with the model")
+            for spec in unfrozen
+            if _is_method(spec, name)
+        ]
+        lines.append(_learned_line(unfrozen, "random", f"– (the model of `{name}`)"))
     return markdown(("pruner", "trained", "all 196", "98", "49", "22"), "llrrrr", lines)
 
 
-def _is(spec: str, name: str) -> bool:
+def _is_method(spec: str, name: str) -> bool:
     return spec.split(":")[0] == name
 
 
-def _learned_line(found: dict[str, dict[int, dict]], spec: str, how: str) -> list[str]:
-    rows = {**found["none"], **found[spec]}
+def _learned_line(accuracy: dict[str, dict[int, dict]], spec: str, training: str) -> list[str]:
+    rows = {**accuracy["none"], **accuracy[spec]}
     cells = [f"{rows[k]['overall']:.1%}" if k in rows else "–" for k in (196, 98, 49, 22)]
-    return [f"`{spec}`", how, *cells]
+    return [f"`{spec}`", training, *cells]
 
 
 def quantized_table(results: Path = RESULTS) -> str:
@@ -131,14 +134,14 @@ def quantized_table(results: Path = RESULTS) -> str:
     spec, K = "received_attention", 98
     heads, lines = ("language model", "size", "all 196 tokens", f"`{spec}`, {K}"), []
     for bits, name in ((16, "scenes"), (8, "quantized-8"), (4, "quantized-4")):
-        found, size = scenes(results, name), read(results, name)["megabytes"]
-        told = [found["none"][196]["overall"], found[spec][K]["overall"]]
-        lines.append([f"{bits} bits", f"{size:.1f} MB", *(f"{share:.1%}" for share in told)])
+        accuracy, size = scenes(results, name), read(results, name)["megabytes"]
+        shares = [accuracy["none"][196]["overall"], accuracy[spec][K]["overall"]]
+        lines.append([f"{bits} bits", f"{size:.1f} MB", *(f"{share:.1%}" for share in shares)])
     return markdown(heads, "lrrr", lines)
 
 
 def conversion_table(results: Path = RESULTS) -> str:
-    """How fast a checkpoint is converted, in Markdown."""
+    """Time and memory of conversions, in Markdown."""
     heads = ("from", "file", "time", "of the speed of copying the file", "peak memory")
     lines = []
     for row in read(results, "conversion")["rows"]:
@@ -166,16 +169,16 @@ TABLES = {
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
-    """The text with each `<!-- table NAME -->` block holding the current table."""
+    """The text with the current table in each `<!-- table NAME -->` block."""
     for name, table in TABLES.items():
         block = f"<!-- table {name} -->\n{table(results)}\n<!-- end -->"
-        place = rf"<!-- table {name} -->\n.*?<!-- end -->"
-        text = re.sub(place, block.replace("\\", r"\\"), text, flags=re.S)
+        pattern = rf"<!-- table {name} -->\n.*?<!-- end -->"
+        text = re.sub(pattern, block.replace("\\", r"\\"), text, flags=re.S)
     return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    """Run the command; a UserError ends in one sentence and exit code 2."""
     p = Parser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     with in_one_sentence():
         p.parse_args(argv)

@@ -1,17 +1,18 @@
 """Are we as fast as what one would take instead? `python -m benchmarks.rivals`.
 
-Nothing is pruned on either side: what pruning gains counts for little where the same model runs
-faster elsewhere. `transformers`: the reference, torch_ref, beside CLIPVisionModel or
-SiglipVisionModel with LlamaForCausalLM or Qwen3ForCausalLM (sdpa), from a picture's pixels to the
-first token, and per new token. `mlx-lm`: our language model on MLX beside mlx-lm's llama or qwen3,
-reading as many rows as such a prompt has, and per new token. Both sides keep a cache, score only
-the last row of a prompt, and begin a token before the one before it is handed over.
+Neither side prunes: pruning gains little where the same model runs faster in another library.
+`transformers`: torch_ref beside CLIPVisionModel or SiglipVisionModel with LlamaForCausalLM or
+Qwen3ForCausalLM (sdpa), timed from pixels to first token, and per new token. `mlx-lm`: our language
+model on MLX beside mlx-lm's llama or qwen3, timed for a prefill of as many rows as such a prompt
+has, and per new token. Both sides keep a cache, compute logits of a prompt's last row only, and
+start to compute a token before the previous one is read.
 
-Both have the same random weights and take turns in one process, warm; before, their logits must
-be equal to 0.001 of the largest. A ratio, theirs ÷ ours, is not told where it spreads by more
-than it differs from 1 (benchmarks/timing.py). The last line is one JSON object of all figures.
+Both have the same random weights and alternate in one process after a warm-up. Their logits are
+compared first: they may differ by 0.001 of the largest. A ratio, theirs ÷ ours, is reported only if
+it spreads by no more than it differs from 1 (benchmarks/timing.py). The last line is one JSON
+object of all figures.
 
-A smaller picture, the rival of every method, is one of them: it is measured beside others by
+The rival of every method, a smaller image, is a pruner itself; it is measured beside others by
 `python -m benchmarks.speed --pruner downsample --pruner cls_attention --pruner tome`.
 
 Shapes: B prompts (1 here), L rows, D features, V words.
@@ -37,21 +38,21 @@ from mlx_vlm_prune.models.cache import LayerCache
 from mlx_vlm_prune.models.language.minimind import MiniMind
 
 from .backend_mlx import device
-from .command_line import finish, natural, parser, positive
+from .command_line import natural, parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, shape
-from .timing import NOT_TOLD, Gain, alternate, spread
+from .timing import NOT_REPORTED, Gain, alternate, spread
 
 RTOL = 1e-3  # of the largest logit
 CHECKED = 4  # new tokens whose logits are compared, read with caches
 
 
 class Side(Protocol):
-    """An implementation and its prompt."""
+    """One implementation with a prompt."""
 
-    def every_row(self) -> np.ndarray:
+    def prompt_logits(self) -> np.ndarray:
         """Logits (L, V) of the whole prompt, without a cache."""
 
-    def read(self) -> tuple[Any, Any]:
+    def prefill(self) -> tuple[Any, Any]:
         """Logits (1, V) after the prompt, and a cache that was empty before."""
 
     def step(self, token: Any, cache: Any) -> Any:
@@ -60,69 +61,69 @@ class Side(Protocol):
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sides with the same weights; `likeliest` begins to compute the next token."""
+    """Two sides with the same weights; `argmax_token` starts to compute the next token."""
 
     ours: Side
     theirs: Side
-    likeliest: Callable[[Any], Any]
-    first: str  # what is timed up to the first token
+    argmax_token: Callable[[Any], Any]
+    first_part: str  # the name of what is timed up to the first token
     device: str
 
 
 @dataclass
-class Reading:
-    """What our language model continues from: its cache, and where the next row stands."""
+class DecodingState:
+    """Our language model's cache and the position of the next token."""
 
     cache: list[LayerCache]
-    place: int
+    position: int
 
 
 class OurLanguage:
-    """Ours, as `VLM` calls it for a prompt without padding."""
+    """Our language model, called as `VLM` calls it for a prompt without padding."""
 
     def __init__(self, model: MiniMind, embeds_1LD: mx.array):
         self.model, self.embeds_1LD = model, embeds_1LD
 
-    def every_row(self) -> np.ndarray:
+    def prompt_logits(self) -> np.ndarray:
         return np.array(
             self.model.logits(self._run(self.embeds_1LD, 0, self.model.make_cache()))[0]
         )
 
-    def read(self) -> tuple[mx.array, Reading]:
+    def prefill(self) -> tuple[mx.array, DecodingState]:
         cache = self.model.make_cache()
         x_1LD = self._run(self.embeds_1LD, 0, cache)
-        return self.model.logits(x_1LD[:, -1]), Reading(cache, self.embeds_1LD.shape[1])
+        return self.model.logits(x_1LD[:, -1]), DecodingState(cache, self.embeds_1LD.shape[1])
 
-    def step(self, token_1: mx.array, held: Reading) -> mx.array:
-        x_11D = self._run(self.model.embed_tokens(token_1[None]), held.place, held.cache)
-        held.place += 1
+    def step(self, token_1: mx.array, state: DecodingState) -> mx.array:
+        x_11D = self._run(self.model.embed_tokens(token_1[None]), state.position, state.cache)
+        state.position += 1
         return self.model.logits(x_11D[:, -1])
 
     def _run(self, x_1LD: mx.array, start: int, cache: list[LayerCache]) -> mx.array:
-        """Hidden states of rows from a place on, through all layers."""
-        places_1L = start + mx.arange(x_1LD.shape[1])[None]
-        return self.model.run(range(self.model.depth), x_1LD, places_1L, cache)
+        """Hidden states (1, L, D) after all layers; positions count from `start`."""
+        positions_1L = start + mx.arange(x_1LD.shape[1])[None]
+        return self.model.run(range(self.model.depth), x_1LD, positions_1L, cache)
 
 
 class TheirLanguage:
-    """mlx-lm's, given embeddings."""
+    """mlx-lm's language model with the same weights, called with embeddings."""
 
     def __init__(self, model: MiniMind, embeds_1LD: mx.array):
         family = import_module(f"mlx_lm.models.{'qwen3' if model.config.qk_norm else 'llama'}")
-        self.caches = import_module("mlx_lm.models.cache").make_prompt_cache
+        self.make_cache = import_module("mlx_lm.models.cache").make_prompt_cache
         sizes = {**asdict(model.config), "head_dim": model.config.head_dim}
-        told = {**sizes, "model_type": family.__name__, "tie_word_embeddings": True}
-        self.model = family.Model(family.ModelArgs.from_dict(told))
-        held: Any = tree_flatten(model.parameters())
-        self.model.load_weights([(f"model.{name}", weight + 0) for name, weight in held])
+        fields = {**sizes, "model_type": family.__name__, "tie_word_embeddings": True}
+        self.model = family.Model(family.ModelArgs.from_dict(fields))
+        weights: Any = tree_flatten(model.parameters())
+        self.model.load_weights([(f"model.{name}", weight + 0) for name, weight in weights])
         mx.eval(self.model.parameters())
         self.embeds_1LD = embeds_1LD
 
-    def every_row(self) -> np.ndarray:
+    def prompt_logits(self) -> np.ndarray:
         return np.array(self.model(None, input_embeddings=self.embeds_1LD)[0])
 
-    def read(self) -> tuple[mx.array, Any]:
-        cache = self.caches(self.model)
+    def prefill(self) -> tuple[mx.array, Any]:
+        cache = self.make_cache(self.model)
         # Their model scores every row of a prompt; past its head, only the last.
         hidden_1LD = self.model.model(None, cache, input_embeddings=self.embeds_1LD)
         return self.model.model.embed_tokens.as_linear(hidden_1LD[:, -1]), cache
@@ -132,39 +133,39 @@ class TheirLanguage:
 
 
 def pair_mlx_lm(config: VLMConfig) -> Pair:
-    """The language models, and as many random rows as a prompt of the shape has."""
+    """Both language models on MLX, and as many random embeddings as a prompt of the shape has."""
     mx.random.seed(0)
     assert isinstance(config.text, MiniMindConfig)
     model = MiniMind(config.text)
-    # Norms of one, as they are made, would hide that one is another's.
+    # At their initial ones a norm in another's place is not seen.
     model.update(tree_map(lambda w: w + 0.1 * mx.random.normal(w.shape) * (w.ndim == 1),
                           model.parameters()))  # fmt: skip
     embeds_1LD = mx.random.normal((1, config.N + TEXT_TOKENS, config.text.hidden_size))
     mx.eval(model.parameters(), embeds_1LD)
 
-    def likeliest(logits_1V: mx.array) -> mx.array:
+    def argmax_token(logits_1V: mx.array) -> mx.array:
         token_1 = mx.argmax(logits_1V, axis=-1)
         mx.async_eval(token_1)
         return token_1
 
     ours, theirs = OurLanguage(model, embeds_1LD), TheirLanguage(model, embeds_1LD)
-    return Pair(ours, theirs, likeliest, "prefill", f"mlx on {device()}")
+    return Pair(ours, theirs, argmax_token, "prefill", f"mlx on {device()}")
 
 
 def pair_transformers(config: VLMConfig) -> Pair:
-    """The whole stacks."""
+    """Tower, projector and language model in PyTorch."""
     from . import backend_torch
-    from . import rival_transformers as both
+    from .rival_transformers import argmax_token, make_stacks
 
-    where = f"torch on {backend_torch.device()}"
-    return Pair(*both.sides(config), both.likeliest, "first token", where)
+    device_name = f"torch on {backend_torch.device()}"
+    return Pair(*make_stacks(config), argmax_token, "first token", device_name)
 
 
 @dataclass(frozen=True)
 class Rival:
-    """How to put ours beside theirs, on which shapes, and what must be installed for it."""
+    """How to make the pair, on which shapes, and which modules it needs."""
 
-    pair: Callable[[VLMConfig], Pair]
+    make_pair: Callable[[VLMConfig], Pair]
     shapes: tuple[str, ...]
     modules: tuple[str, ...]
     install: str
@@ -186,71 +187,76 @@ RIVALS = {
 }  # fmt: skip
 
 
-def difference(pair: Pair) -> float:
-    """The largest between both sides' logits, as a share of the largest logit: in every row of the
-    prompt, and after it with caches, where both read the tokens that ours says."""
-    found = [(pair.ours.every_row(), pair.theirs.every_row())]
-    (ours, own), (theirs, other) = pair.ours.read(), pair.theirs.read()
+def largest_difference(pair: Pair) -> float:
+    """The largest difference between both sides' logits, as a share of the largest logit.
+
+    Compared are all rows of the prompt, and CHECKED new tokens read with caches. Both sides read
+    our side's tokens.
+    """
+    logits = [(pair.ours.prompt_logits(), pair.theirs.prompt_logits())]
+    (ours, our_state), (theirs, their_state) = pair.ours.prefill(), pair.theirs.prefill()
     for _ in range(CHECKED):
-        found.append((np.array(ours.tolist()), np.array(theirs.tolist())))
-        token = pair.likeliest(ours)
-        ours, theirs = pair.ours.step(token, own), pair.theirs.step(token, other)
-    found.append((np.array(ours.tolist()), np.array(theirs.tolist())))
-    shares = [np.abs(one - two).max() / np.abs(two).max() for one, two in found]
-    return float(np.max(shares))  # not a number where one is none
+        logits.append((np.array(ours.tolist()), np.array(theirs.tolist())))
+        token = pair.argmax_token(ours)
+        ours, theirs = pair.ours.step(token, our_state), pair.theirs.step(token, their_state)
+    logits.append((np.array(ours.tolist()), np.array(theirs.tolist())))
+    shares = [np.abs(one - two).max() / np.abs(two).max() for one, two in logits]
+    return float(np.max(shares))  # NaN if any is NaN
 
 
 def require_equal(name: str, rival: str, pair: Pair) -> float:
-    """What they differ by. Raises UserError where that is more than rounding."""
-    differ = difference(pair)
-    if not differ <= RTOL:
+    """The largest difference of both sides' logits. Raises UserError where it is above RTOL."""
+    difference = largest_difference(pair)
+    if not difference <= RTOL:
         raise UserError(
-            f"{name} beside {rival}: logits differ by {differ:.1e} of the largest, and nothing is"
-            f" timed unless they are equal to {RTOL}"
+            f"{name} beside {rival}: logits differ by {difference:.1e} of the largest, and nothing"
+            f" is timed unless they are equal to {RTOL}"
         )
-    return differ
+    return difference
 
 
-def timed(side: Side, pair: Pair, count: int) -> dict[str, float]:
-    """Milliseconds up to the first token, and of each of so many more on average."""
+def time_answer(side: Side, pair: Pair, count: int) -> dict[str, float]:
+    """Milliseconds up to the first token, and the mean of each of `count` more tokens."""
     began = time.perf_counter()
-    logits, cache = side.read()
-    token = pair.likeliest(logits)
+    logits, cache = side.prefill()
+    token = pair.argmax_token(logits)
     token.tolist()
-    first = time.perf_counter()
+    first_token = time.perf_counter()
     for _ in range(count):
-        coming = pair.likeliest(side.step(token, cache))
-        token.tolist()  # handed over while the next is being computed
-        token = coming
+        next_token = pair.argmax_token(side.step(token, cache))
+        token.tolist()  # read while the next is being computed
+        token = next_token
     token.tolist()
-    took = time.perf_counter() - first
-    return {pair.first: 1000 * (first - began), "token": 1000 * took / count}
+    seconds = time.perf_counter() - first_token
+    return {pair.first_part: 1000 * (first_token - began), "token": 1000 * seconds / count}
 
 
 def measure(name: str, rival: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row of figures for each part, printed too."""
+    """One row of figures for the first part and one for each new token."""
     config = shape(name)
-    pair = RIVALS[rival].pair(config)
-    differ = require_equal(name, rival, pair)
-    ours, theirs = (partial(timed, one, pair, args.tokens) for one in (pair.ours, pair.theirs))
+    pair = RIVALS[rival].make_pair(config)
+    difference = require_equal(name, rival, pair)
+    sides = pair.ours, pair.theirs
+    ours, theirs = (partial(time_answer, side, pair, args.tokens) for side in sides)
     title = f"{name} beside {rival}, runs"
-    done = list(alternate(theirs, [ours], args.runs, args.warmup, 1, title))
-    about = {
-        "shape": name, "rival": rival, "device": pair.device, "difference": differ,
+    runs = list(alternate(theirs, [ours], args.runs, args.warmup, 1, title))
+    header = {
+        "shape": name, "rival": rival, "device": pair.device, "difference": difference,
         "prompt_rows": config.N + TEXT_TOKENS,
     }  # fmt: skip
     rows = []
-    for part in (pair.first, "token"):
-        own, other = [one[part] for _, one, _ in done], [before[part] for _, _, before in done]
-        gain = Gain.of(other, own)
-        told = {"realised": gain.told, "p10": gain.p10, "p90": gain.p90}
-        ms = {"ours_ms": spread(own), "theirs_ms": spread(other)}
-        rows.append({**about, "part": part, **ms, "gain": told})
+    for part in (pair.first_part, "token"):
+        ours_ms = [ours[part] for _, ours, _ in runs]
+        theirs_ms = [theirs[part] for _, _, theirs in runs]
+        gain = Gain.of(theirs_ms, ours_ms)
+        ratio = {"realised": gain.reported, "p10": gain.p10, "p90": gain.p90}
+        ms = {"ours_ms": spread(ours_ms), "theirs_ms": spread(theirs_ms)}
+        rows.append({**header, "part": part, **ms, "gain": ratio})
     return rows
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """The parts of one shape beside one rival."""
+def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the parts of one shape beside one rival."""
     first = rows[0]
     print(
         f"\n{first['shape']} beside {first['rival']}, float32, {first['device']}, "
@@ -260,13 +266,13 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         gain = row["gain"]
         ratio = "–" if gain["realised"] is None else f"{gain['realised']:.2f}"
-        told = f"{gain['p10']:.2f} to {gain['p90']:.2f}"
+        deciles = f"{gain['p10']:.2f} to {gain['p90']:.2f}"
         times = "".join(f"{row[side]['median']:>9.2f}" for side in ("ours_ms", "theirs_ms"))
-        print(f"{row['part']:<14}{times}{ratio:>16}{told:>16}", flush=True)
+        print(f"{row['part']:<14}{times}{ratio:>16}{deciles:>16}", flush=True)
 
 
-def wanted(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Each shape beside each rival."""
+def chosen_pairs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Each (shape, rival) to be measured."""
     for rival in args.rival:
         for name in args.shape or RIVALS[rival].shapes:
             yield name, rival
@@ -286,28 +292,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if missing := RIVALS[rival].missing:
             raise UserError(f"{', '.join(missing)} cannot be found, and --rival {rival} needs it; "
                             f"python -m pip install {RIVALS[rival].install}")  # fmt: skip
-    for name, _ in wanted(args):
+    for name, _ in chosen_pairs(args):
         shape(name)  # a wrong one is refused before any is measured
     return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all, printing each; everything that was found."""
+    """Measure and print every pair; the result."""
     rows = []
-    for name, rival in wanted(args):
+    for name, rival in chosen_pairs(args):
         rows += (measured := measure(name, rival, args))
-        show(measured)
-    print(f"Medians of {args.runs} runs, nothing pruned. –: {NOT_TOLD}.")
-    used = {name for rival in args.rival for name in RIVALS[rival].modules}
-    own = {name.replace("_", "-"): metadata.version(name.replace("_", "-")) for name in used}
+        print_rows(measured)
+    print(f"Medians of {args.runs} runs, nothing pruned. –: {NOT_REPORTED}.")
+    modules = {name for rival in args.rival for name in RIVALS[rival].modules}
+    packages = [name.replace("_", "-") for name in modules]
+    rival_versions = {name: metadata.version(name) for name in packages}
     return {
         "benchmark": "rivals", "dtype": "float32", "runs": args.runs, "warmup": args.warmup,
-        "new_tokens": args.tokens, "machine": machine(), "versions": {**versions(), **own},
-        "rows": rows,
+        "new_tokens": args.tokens, "machine": machine(),
+        "versions": {**versions(), **rival_versions}, "rows": rows,
     }  # fmt: skip
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

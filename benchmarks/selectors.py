@@ -1,10 +1,10 @@
 """What choosing itself costs: `python -m benchmarks.selectors`.
 
-Every method reduces 576 tokens to 64 on random signals, the size of LLaVA-1.5's tower, and its
-time stands beside the full time to the first token of a stand-in with random weights (CLIP
-ViT-L/14 at 336 pixels, 8 decoder layers of width 2048). Signals that cost more than a
-slice (columns of attention) are inside the time; of a method with several cuts all are.
-Writes benchmarks/results/selectors.json with `--save`; the last line is the same JSON.
+Every method reduces 576 tokens to 64 on random signals of the size of LLaVA-1.5's tower. Its time
+is compared with the unpruned time to first token of a model with random weights (CLIP ViT-L/14 at
+336 pixels, 8 decoder layers of width 2048). The time includes signals that cost more than a slice
+(columns of attention), and all cuts of a method before the decoder. `--save` writes
+benchmarks/results/selectors.json; the last line is the same JSON.
 
 Shapes: N tokens, D features, H heads, d head size, T words.
 """
@@ -32,16 +32,16 @@ from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
 from mlx_vlm_prune.pruners.spec import suggestion
 
-from .command_line import finish, parser, positive
+from .command_line import parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, prompt
 from .timing import spread
 
 SHAPE, K, H, ALLOWED = "llava-8", 64, 16, 0.03
-TWIG_LAYERS = 3  # its paper's for LLaVA-1.5
+TWIG_LAYERS = 3  # as in TwigVLM's paper for LLaVA-1.5
 
 
-def clocked(call: Callable, runs: int) -> dict[str, float]:
-    """Milliseconds of a call, the first two left out."""
+def time_calls(call: Callable, runs: int) -> dict[str, float]:
+    """Milliseconds of a call: median and deciles of `runs` after two warm-up calls."""
     times = []
     for _ in range(runs + 2):
         began = time.perf_counter()
@@ -50,75 +50,75 @@ def clocked(call: Callable, runs: int) -> dict[str, float]:
     return spread(times[2:])
 
 
-def signals(N: int, grid: tuple[int, int], D: int, wide: int) -> Signals:
-    """Random ones of everything a method before the decoder may ask for."""
+def random_signals(N: int, grid: tuple[int, int], D: int) -> Signals:
+    """Random signals, all that a method before the decoder may need."""
 
-    def some(*shape: int) -> mx.array:
+    def normal(*shape: int) -> mx.array:
         return mx.random.normal(shape)
 
-    share_BN = mx.softmax(some(1, N), axis=-1)
-    found = Signals(
-        some(1, N, D), grid, cls_attention_BN=share_BN, received_attention_BN=share_BN,
-        object_attention_BN=share_BN[:, ::-1], cls_query_BHd=some(1, H, D // H),
-        queries_BNHd=some(1, N, H, D // H), keys_BNHd=some(1, N, H, D // H),
-        pixels_BND=some(1, N, 588), patches_BND=some(1, N, D),
-        text_BTD=some(1, TEXT_TOKENS, D), text_real_BT=mx.ones((1, TEXT_TOKENS), dtype=mx.bool_),
+    share_BN = mx.softmax(normal(1, N), axis=-1)
+    signals = Signals(
+        normal(1, N, D), grid, cls_attention_BN=share_BN, received_attention_BN=share_BN,
+        object_attention_BN=share_BN[:, ::-1], cls_query_BHd=normal(1, H, D // H),
+        queries_BNHd=normal(1, N, H, D // H), keys_BNHd=normal(1, N, H, D // H),
+        pixels_BND=normal(1, N, 588), patches_BND=normal(1, N, D),
+        text_BTD=normal(1, TEXT_TOKENS, D), text_real_BT=mx.ones((1, TEXT_TOKENS), dtype=mx.bool_),
     )  # fmt: skip
-    mx.eval(list(found.arrays.values()))
-    return found
+    mx.eval(list(signals.arrays.values()))
+    return signals
 
 
-def before_the_decoder(pruner: Pruner, layers: int, seen: Signals) -> Callable:
-    """Its work, cuts and streamed signals included."""
-    N = seen.x_BND.shape[1]
+def before_decoder_call(pruner: Pruner, layers: int, signals: Signals) -> Callable:
+    """All cuts of a method in or after a tower of `layers`, attention columns included."""
+    N = signals.x_BND.shape[1]
     steps = [(0, "before", K)]
     if pruner.stage is Stage.ENCODER:
         steps = pruner.call(pruner.method.cuts, layers, N, K)
     columns = {"received_attention", "object_attention"} & set(pruner.method.needs)
-    q_BHSd = seen.queries_BNHd.swapaxes(1, 2)
+    q_BHSd = signals.queries_BNHd.swapaxes(1, 2)
 
     def call() -> list[mx.array]:
-        done = [received(q_BHSd, q_BHSd, None) for _ in columns]
-        left = seen
+        outputs = [received(q_BHSd, q_BHSd, None) for _ in columns]
+        remaining = signals
         for _, _, count in steps:
-            kept = pruner(left, count)
-            done += kept.arrays
-            left = left.reduced(kept)
-        return done
+            reduction = pruner(remaining, count)
+            outputs += reduction.arrays
+            remaining = remaining.reduced(reduction)
+        return outputs
 
     return call
 
 
-def inside_the_decoder(pruner: Pruner, model: VLM) -> Callable:
-    """Its first cut, signals included, at the place of the first: later ones see fewer tokens."""
+def inside_decoder_call(pruner: Pruner, model: VLM) -> Callable:
+    """The first cut of a method in the decoder, signals included; later cuts see fewer tokens."""
     row, N = prompt(model.config), model.N
     x_ND = mx.random.normal((N, model.config.text.hidden_size))
-    told = splice(model.language.embed_tokens, [row], [Visual(x_ND, mx.arange(N))], "keep")
+    spliced = splice(model.language.embed_tokens, [row], [Visual(x_ND, mx.arange(N))], "keep")
     layers, cache = model.config.text.num_hidden_layers, model.language.make_cache()
-    wanted = K if N < 2 * K else max(K, N // 2)
-    schedule = pruner.call(pruner.method.schedule, layers, N, wanted)
+    target = K if N < 2 * K else max(K, N // 2)
+    schedule = pruner.call(pruner.method.schedule, layers, N, target)
     layer = min(schedule)
-    before_BLD = through(model.language, range(layer), told, cache)
+    before_BLD = through(model.language, range(layer), spliced, cache)
     mx.eval(before_BLD)
 
     def call() -> list[mx.array]:
         twig = TwigReader(pruner.learned) if pruner.learned else None
         decoder = Decoder(model.language, cache, Cuts(pruner, twig=twig))
-        at = LayerInput(decoder, layer, told, before_BLD, [0], model.grid)
-        return pruner(at.signals(pruner), K).arrays
+        layer_input = LayerInput(decoder, layer, spliced, before_BLD, [0], model.grid)
+        return pruner(layer_input.signals(pruner), K).arrays
 
     return call
 
 
 def first_token(model: VLM, row: Row, pixels: mx.array) -> float:
-    """Milliseconds of a full forward pass."""
+    """Milliseconds of an unpruned prefill, from pixels on."""
     with Clock().running() as clock:
         model([row], pixels, plan("none"), model.N)
     return clock.ttft()["total"]
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure each method, printing it; everything that was found."""
+    """Measure and print each method; the result."""
     mx.random.seed(0)
     config = SHAPES[SHAPE]
     assert isinstance(config.text, MiniMindConfig)
@@ -131,17 +131,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     full = [first_token(model, row, pixels) for _ in range(5)][2:]
     ttft = statistics.median(full)
     print(f"Full time to the first token: {ttft:.0f} ms; 3 % of it are {ALLOWED * ttft:.0f} ms")
-    seen = signals(model.N, model.grid, config.vision.hidden_size, config.text.hidden_size)
+    signals = random_signals(model.N, model.grid, config.vision.hidden_size)
     rows = []
     for name, pruner in tqdm(pruners.items(), file=sys.stderr, leave=False):
         if pruner.stage is Stage.DECODER:
-            call = inside_the_decoder(pruner, model)
+            call = inside_decoder_call(pruner, model)
         else:
-            call = before_the_decoder(pruner, config.vision.depth, seen)
-        told = clocked(call, args.runs)
-        rows.append({"pruner": name, "ms": told, "share": told["median"] / ttft})
+            call = before_decoder_call(pruner, config.vision.depth, signals)
+        ms = time_calls(call, args.runs)
+        rows.append({"pruner": name, "ms": ms, "share": ms["median"] / ttft})
         mark = "" if rows[-1]["share"] <= ALLOWED else "  above 3 %"
-        print(f"{name:<20}{told['median']:>8.1f} ms{rows[-1]['share']:>8.2%}{mark}", flush=True)
+        print(f"{name:<20}{ms['median']:>8.1f} ms{rows[-1]['share']:>8.2%}{mark}", flush=True)
     return {
         "shape": SHAPE, "N": model.N, "K": K, "ttft_ms": ttft, "runs": args.runs,
         "versions": versions(), "rows": rows,
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """What drafting with a twig costs and gains: `python -m benchmarks.speculation`.
 
-How often a draft is right depends on training, what it costs does not. So the cost is measured on
-a shape with random weights, at both ends: with a twig whose every draft is right (the layers from
-it on add nothing, neither the model's nor its own, and both say words alike), and with one whose
-every draft is wrong (its words are one place off). A prompt is read once, then all say so many
-tokens after it, whatever they are, in turns in one process: the model with all visual tokens, the
-same pruned as TwigVLM prunes, and that with either twig, whose drafts are always full.
+The cost of drafting does not depend on training. It is measured on a shape with random weights, for
+two twigs: every draft of `right` is accepted (the layers after the branch output zeros in model and
+twig, and both have the same head), and none of `wrong` (the rows of its head are shifted by one). A
+prompt is prefilled once. Then four modes decode the same number of tokens and alternate in one
+process: `full` with all visual tokens, `pruned` as TwigVLM prunes, and pruned with either twig,
+always with the full number of drafts.
 
-How often a trained twig is right is told by the built-in model's, on questions it never saw;
-answers are a word or few there, and end. Writes benchmarks/results/speculation.json with
-`--save`; the claims' table of the README is made from it.
+The acceptance rate does depend on training. It is measured with the built-in model's trained twig
+on held-out questions, whose answers are a few tokens. `--save` writes
+benchmarks/results/speculation.json, from which the README's table of claims is made.
 """
 
 import argparse
@@ -38,11 +38,11 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 
 from . import backend_mlx
-from .command_line import finish, parser, positive
+from .command_line import parser, positive, run_command
 from .model_shapes import SHAPES, request, shape
-from .timing import Gain, alternate, spread, times
+from .timing import Gain, alternate, spread, times_text
 
-LAYER, LAYERS = 1, 1  # of 8, as near to the paper's 2 and 3 of 32 as whole layers come
+LAYER, LAYERS = 1, 1  # of 8: about the paper's 2 and 3 of 32
 SHARE = 1 / 3  # of the visual tokens stay in the average layer: TwigVLM's 192 of 576
 MODES = ("full", "pruned", "right", "wrong")
 SCENES: dict[str, dict[str, Any]] = {  # how the built-in model answers
@@ -53,8 +53,8 @@ SCENES: dict[str, dict[str, Any]] = {  # how the built-in model answers
 
 
 @dataclass(frozen=True)
-class Said:
-    """So many tokens after a prompt, and how many of them were drafts."""
+class Decoded:
+    """The tokens after a prompt, and how many drafts were made and accepted."""
 
     ids: list[int]
     ms: float  # of a token, on average
@@ -62,152 +62,160 @@ class Said:
     accepted: int = 0
 
 
-def silence(layers: Sequence[Any]) -> None:
-    """Layers that add nothing, and take as long as any."""
+def zero_outputs(layers: Sequence[Any]) -> None:
+    """Let layers add zeros to the hidden states; their time does not change."""
     for layer in layers:
         for out in (layer.self_attn.o_proj, layer.mlp.down_proj):
             out.weight = mx.zeros_like(out.weight)
 
 
-def both_ends(model: VLM) -> tuple[Twig, Twig]:
-    """A twig that says what the model says, which is changed for it, and one that never does."""
+def right_and_wrong_twigs(model: VLM) -> tuple[Twig, Twig]:
+    """A twig with the model's logits, and one with the logits shifted by a token. Changes `model`.
+
+    Raises UserError if the language model is mlx-lm's.
+    """
     language = model.language
     if isinstance(language, MlxLm):
         raise UserError("a twig does not grow on a language model of mlx-lm's")
     twigs = Twig(language.config, LAYERS, LAYER), Twig(language.config, LAYERS, LAYER)
-    words_VD = language.lm_head.weight if "lm_head" in language else language.embed_tokens.weight
-    silence(language.layers[LAYER:])
-    silence(twigs[0].layers)
-    for twig, off in zip(twigs, (0, 1), strict=True):
+    head_VD = language.lm_head.weight if "lm_head" in language else language.embed_tokens.weight
+    zero_outputs(language.layers[LAYER:])
+    zero_outputs(twigs[0].layers)
+    for twig, shift in zip(twigs, (0, 1), strict=True):
         twig.layers = twigs[0].layers
-        twig.norm.weight, twig.head.weight = language.norm.weight, mx.roll(words_VD, off, 0)
+        twig.norm.weight, twig.head.weight = language.norm.weight, mx.roll(head_VD, shift, 0)
         twig.set_dtype(model.dtype)
         mx.eval(twig.parameters())
     return twigs
 
 
-class Desk:
-    """A prompt that was read with all visual tokens, and pruned with either twig reading along."""
+class PrefilledPrompt:
+    """A prompt after the prefill, with all visual tokens and pruned, and the twigs' caches."""
 
     def __init__(self, name: str, tokens: int, drafts: int):
         config = shape(name)
         self.stack, self.tokens, self.drafts = backend_mlx.Stack(config, "float32"), tokens, drafts
-        self.model, asked = self.stack.model, request(config)
-        pixels = mx.array(asked.pixels_IHW3()).astype(self.model.dtype)
-        right, wrong = both_ends(self.model)
+        self.model, inputs = self.stack.model, request(config)
+        pixels = mx.array(inputs.pixels_IHW3()).astype(self.model.dtype)
+        right, wrong = right_and_wrong_twigs(self.model)
         self.readers = {"right": TwigReader(right), "wrong": TwigReader(wrong)}
         self.K = tokens_for(self.model.N, SHARE)
         pipeline = plan("twig", {"twig": right})
-        read = partial(self.model, asked.rows, pixels)
-        self.full = read(plan("none"), self.model.N)
-        self.pruned = read(pipeline, self.K, twig=self.readers["right"])
-        self.readers["wrong"].cache = self.readers["right"].cache  # of the same layers
+        prefill = partial(self.model, inputs.rows, pixels)
+        self.full = prefill(plan("none"), self.model.N)
+        self.pruned = prefill(pipeline, self.K, twig=self.readers["right"])
+        self.readers["wrong"].cache = self.readers["right"].cache  # their layers are the same
 
-    def say(self, mode: str) -> Said:
-        """From behind the prompt again."""
+    def decode(self, mode: str) -> Decoded:
+        """Decode after the prompt in a mode; the next call starts after the prompt again."""
         prefill = (self.full if mode == "full" else self.pruned).fork()
         reader = self.readers.get(mode)
         first_11 = greedy(prefill.logits_BV)
         if reader is None:
-            (ids,), ms = self.stack.say(prefill, first_11, self.tokens)
-            return Said(ids, ms)
+            (ids,), ms = self.stack.decode(prefill, first_11, self.tokens)
+            return Decoded(ids, ms)
         rows = [layer.rows for layer in reader.cache]
-        answer = self._drafted(prefill, reader, first_11)
+        decoded = self._decode_with_drafts(prefill, reader, first_11)
         for layer, n in zip(reader.cache, rows, strict=True):
             layer.rewind(n)
-        return answer
+        return decoded
 
-    def _drafted(self, prefill: Prefill, reader: TwigReader, first_11: mx.array) -> Said:
+    def _decode_with_drafts(
+        self, prefill: Prefill, reader: TwigReader, first_11: mx.array
+    ) -> Decoded:
         turns = Speculation(prefill, reader, (), self.drafts, sure=0.0)
         began = time.perf_counter()
         first, limit = int(np.array(first_11)[0, 0]), self.tokens + 1
-        tokens = turns.tokens(first, limit + self.drafts)  # so that the last draft is full, too
-        told = [*islice(tokens, limit)]
+        tokens = turns.tokens(first, limit + self.drafts)  # the last turn has all drafts, too
+        steps = [*islice(tokens, limit)]
         ms = 1000 * (time.perf_counter() - began) / self.tokens
-        return Said([one.id for one in told], ms, told[-1].drafted or 0, told[-1].accepted or 0)
+        ids, last = [step.id for step in steps], steps[-1]
+        return Decoded(ids, ms, last.drafted or 0, last.accepted or 0)
 
 
-def cost(args: argparse.Namespace) -> dict[str, Any]:
-    """On a shape: milliseconds of a token in every mode, and how many times as fast as plain."""
-    desk = Desk(args.shape, args.tokens, args.drafts)
-    says: list[Callable[[], Said]] = [partial(desk.say, mode) for mode in MODES]
-    found: dict[str, list[Said]] = {mode: [] for mode in MODES}
-    for i, one, before in alternate(says[0], says[1:], args.runs, 1, len(says) - 1, "drafting"):
-        found[MODES[i + 1]].append(one)
+def measure_cost(args: argparse.Namespace) -> dict[str, Any]:
+    """On a shape: milliseconds of a token in every mode, and the gains of drafting."""
+    prompt = PrefilledPrompt(args.shape, args.tokens, args.drafts)
+    decoders: list[Callable[[], Decoded]] = [partial(prompt.decode, mode) for mode in MODES]
+    runs: dict[str, list[Decoded]] = {mode: [] for mode in MODES}
+    turns = (args.runs, 1, len(decoders) - 1, "drafting")
+    for i, decoded, full in alternate(decoders[0], decoders[1:], *turns):
+        runs[MODES[i + 1]].append(decoded)
         if not i:
-            found["full"].append(before)
-    ms = {mode: [one.ms for one in several] for mode, several in found.items()}
-    last = {mode: several[-1] for mode, several in found.items()}
-    plain, turn = spread(ms["pruned"])["median"], spread(ms["wrong"])["median"]
+            runs["full"].append(full)
+    ms = {mode: [decoded.ms for decoded in mode_runs] for mode, mode_runs in runs.items()}
+    last = {mode: mode_runs[-1] for mode, mode_runs in runs.items()}
+    token_ms, turn_ms = spread(ms["pruned"])["median"], spread(ms["wrong"])["median"]
     return {
-        "shape": args.shape, "tokens": args.tokens, "drafts": args.drafts, "kept": desk.K,
-        "twig": {"layer": LAYER, "layers": LAYERS, "of": len(desk.model.language.layers)},
-        "ms": {mode: spread(several) for mode, several in ms.items()},
+        "shape": args.shape, "tokens": args.tokens, "drafts": args.drafts, "kept": prompt.K,
+        "twig": {"layer": LAYER, "layers": LAYERS, "of": len(prompt.model.language.layers)},
+        "ms": {mode: spread(times) for mode, times in ms.items()},
         "gain": gains(ms, ("right", "wrong")),
-        "pays_from": turn / plain - 1,  # drafts of a turn that must be right
+        "pays_from": turn_ms / token_ms - 1,  # accepted drafts of a turn from which on it is faster
         "same": last["pruned"].ids == last["right"].ids == last["wrong"].ids,
         "drafts_right": {m: [last[m].accepted, last[m].drafted] for m in ("right", "wrong")},
     }  # fmt: skip
 
 
 def gains(ms: dict[str, list[float]], modes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each mode beside full, and beside the same pruning without drafts."""
+    """Each mode's gain over full, and over the same pruning without drafts."""
     return {
         mode: {
-            plain: {**asdict(gain := Gain.of(ms[plain], ms[mode])), "median": gain.told}
-            for plain in ("full", "pruned")
+            baseline: {**asdict(gain := Gain.of(ms[baseline], ms[mode])), "median": gain.reported}
+            for baseline in ("full", "pruned")
         }
         for mode in modes
     }
 
 
-def scenes(args: argparse.Namespace) -> dict[str, Any]:
-    """The built-in model: how many drafts are right, and what the words after the first take."""
+def measure_scenes(args: argparse.Namespace) -> dict[str, Any]:
+    """The built-in model: accepted drafts, and the milliseconds of tokens after the first."""
     model, processor = load()
     ms: dict[str, list[float]] = {mode: [] for mode in SCENES}
-    drafted = accepted = asked = same = 0
-    for scene, several in question_set(HELD_OUT_SEEDS, args.per_kind):
-        for question in several:
+    drafted = accepted = questions = same = 0
+    for scene, scene_questions in question_set(HELD_OUT_SEEDS, args.per_kind):
+        for question in scene_questions:
             answers = {}
             for mode, options in SCENES.items():
                 drafts = args.drafts if mode == "drafted" else None
                 answers[mode] = generate(model, processor, question.text, scene.image(),
                                          num_draft_tokens=drafts, **options)  # fmt: skip
-            one = answers["drafted"]
-            drafted, accepted = drafted + (one.drafted or 0), accepted + (one.accepted or 0)
-            asked, same = asked + 1, same + (one.token_ids == answers["pruned"].token_ids)
+            answer = answers["drafted"]
+            drafted += answer.drafted or 0
+            accepted += answer.accepted or 0
+            questions += 1
+            same += answer.token_ids == answers["pruned"].token_ids
             if all(answer.generation_tokens > 1 for answer in answers.values()):
                 for mode, answer in answers.items():
                     ms[mode].append(1000 / answer.generation_tps)
     return {
-        "questions": asked, "same": same, "drafted": drafted, "accepted": accepted,
-        "ms": {mode: spread(several) for mode, several in ms.items()},
+        "questions": questions, "same": same, "drafted": drafted, "accepted": accepted,
+        "ms": {mode: spread(times) for mode, times in ms.items()},
         "gain": gains(ms, ("drafted",)),
     }  # fmt: skip
 
 
-def summary(found: dict[str, Any]) -> str:
-    """What stands in the claims' table: beside full, from no draft right to all of them."""
-    ends = [found["cost"]["gain"][mode]["full"]["median"] for mode in ("wrong", "right")]
-    low, high = map(times, ends)
-    share = found["scenes"]["accepted"] / max(1, found["scenes"]["drafted"])
+def summary(result: dict[str, Any]) -> str:
+    """The cell of the table of claims: gains over full, with no draft right and with all."""
+    medians = [result["cost"]["gain"][mode]["full"]["median"] for mode in ("wrong", "right")]
+    low, high = map(times_text, medians)
+    share = result["scenes"]["accepted"] / max(1, result["scenes"]["drafted"])
     return f"{low} to {high} (token; none to all of the drafts right, on scenes {share:.0%})"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Both, and a few lines of them."""
-    found: dict[str, Any] = {"cost": cost(args)}
-    one = found["cost"]
+    """Measure and print the cost and the acceptance; the result."""
+    cost = measure_cost(args)
     for mode in MODES:
-        print(f"{one['shape']}, {mode}: {one['ms'][mode]['median']:.1f} ms a token", flush=True)
-    print(f"  a turn of {one['drafts']} drafts pays where {one['pays_from']:.1f} are right")
-    found["scenes"] = scenes(args)
-    two = found["scenes"]
-    print(f"scenes: {two['accepted']} of {two['drafted']} drafts right, {two['same']} of"
-          f" {two['questions']} answers the same")  # fmt: skip
-    print(f"beside the model with all visual tokens: {summary(found)}")
+        print(f"{cost['shape']}, {mode}: {cost['ms'][mode]['median']:.1f} ms a token", flush=True)
+    print(f"  a turn of {cost['drafts']} drafts pays where {cost['pays_from']:.1f} are right")
+    scenes = measure_scenes(args)
+    print(f"scenes: {scenes['accepted']} of {scenes['drafted']} drafts right, {scenes['same']} of"
+          f" {scenes['questions']} answers the same")  # fmt: skip
+    result = {"cost": cost, "scenes": scenes}
+    print(f"beside the model with all visual tokens: {summary(result)}")
     return {
-        "benchmark": "speculation", "device": backend_mlx.device(), "runs": args.runs, **found,
+        "benchmark": "speculation", "device": backend_mlx.device(), "runs": args.runs, **result,
         "machine": machine(), "versions": versions(),
     }  # fmt: skip
 
@@ -223,7 +231,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """How much sooner the first token comes: `python -m benchmarks.speed`.
 
-Models of published sizes with random weights answer a photograph: opening its file, the tower,
-the pruner, the projector, the prefill and new tokens are timed apart, and the time to the first
-token is all of it, from the file on. Full and pruned take turns in one process, warm. Every
-answer has the same number of tokens, since nothing ends it. Before measuring it says what the
-operation count allows (mlx_vlm_prune/planning/operations.py), and beside each gain, how many times
-as fast as full, stands the count's own. A gain is not told where the ratios spread by more than it
-differs from 1 (benchmarks/timing.py). The last line is one JSON object of all figures.
+Models of published sizes with random weights answer a prompt about a photograph. Timed are opening
+the image file, tower, pruner, projector, prefill and new tokens; the time to first token is the sum
+of all parts before it. Full and pruned runs alternate in one process after a warm-up. Every answer
+has the same number of tokens. The speed-up that the operation count predicts is printed first
+(mlx_vlm_prune/planning/operations.py) and beside each measured gain. A gain is reported only if its
+ratios spread by no more than it differs from 1 (benchmarks/timing.py). The last line is one JSON
+object of all figures.
 
-Every option with "repeat" sweeps: each shape, batch, text and side is measured in turn with
-all pruners and budgets.
+Options with "repeat" sweep: each shape, batch, text and side is measured with all pruners and
+budgets.
 """
 
 import argparse
@@ -24,15 +24,15 @@ from typing import Any
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.hardware import machine, versions
-from mlx_vlm_prune.planning import operations
+from mlx_vlm_prune.planning.operations import Operations, count
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.pruners.spec import suggestion
 
-from .command_line import finish, natural, parser, positive
+from .command_line import natural, parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, request, shape
-from .printed_table import show
-from .speed_ceiling import announce
+from .printed_table import print_table
+from .speed_ceiling import print_ceiling
 from .timing import Gain, Run, alternate, spread
 
 PRUNERS = (
@@ -47,7 +47,7 @@ TIMED = {"vision": "vision", "projector": "projector", "prefill": "prefill",
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run is asked, all but the pruner."""
+    """A shape and the size of its request; all that is measured but the pruner."""
 
     shape: str
     batch: int
@@ -61,96 +61,101 @@ class Setting:
 
 @dataclass(frozen=True)
 class Case:
-    """A method and a budget of K tokens."""
+    """A pipeline of methods with a budget of K tokens, and its operation counts."""
 
     pipeline: Pipeline
     K: int
-    work: operations.Operations
+    operations: Operations
 
     @property
     def kept(self) -> float:
-        """Of one image, in the average layer."""
-        return sum(self.work.visual) / len(self.work.visual)
+        """Visual tokens of one image, the mean over the layers."""
+        return sum(self.operations.visual) / len(self.operations.visual)
 
 
 def cases(
     setting: Setting, stack: Any, specs: Sequence[str], budgets: Sequence[int]
 ) -> tuple[Case, list[Case], list[dict[str, Any]]]:
-    """Full, all that can be, and why the others cannot."""
-    config, refused, able = setting.config, [], []
+    """Full, every case that is possible, and for each other one a row that says why not."""
+    config, refused, possible = setting.config, [], []
     N = config.N
     for spec, K in itertools.product(specs, budgets):
         try:
             pipeline = plan(spec, stack.learned(K))
             pipeline.signal_layers(config.vision.depth)
-            able.append(Case(pipeline, K, operations.count(config, setting.text, pipeline, K)))
+            possible.append(Case(pipeline, K, count(config, setting.text, pipeline, K)))
         except UserError as e:
             refused.append({**asdict(setting), "pruner": spec, "budget": K, "why": str(e)})
-    full = Case(plan("none"), N, operations.count(config, setting.text, plan("none"), N))
-    return full, able, refused
+    full = Case(plan("none"), N, count(config, setting.text, plan("none"), N))
+    return full, possible, refused
 
 
 def measure(
     setting: Setting, stack: Any, full: Case, pruned: Sequence[Case], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row of figures a case."""
-    asked = request(setting.config, setting.text, setting.batch)
+    """One row of figures for each pruned case."""
+    inputs = request(setting.config, setting.text, setting.batch)
     runs = [
-        partial(stack.run, asked, case.pipeline, case.K, args.tokens) for case in (full, *pruned)
+        partial(stack.run, inputs, case.pipeline, case.K, args.tokens) for case in (full, *pruned)
     ]
-    found: list[list[tuple[Run, Run]]] = [[] for _ in pruned]
+    pairs: list[list[tuple[Run, Run]]] = [[] for _ in pruned]
     turns = (args.runs, args.warmup, args.share)
-    for i, one, before in alternate(runs[0], runs[1:], *turns, f"{setting.shape}, runs"):
-        found[i].append((before, one))
-    return [row(setting, full, case, pairs) for case, pairs in zip(pruned, found, strict=True)]
+    for i, pruned_run, full_run in alternate(runs[0], runs[1:], *turns, f"{setting.shape}, runs"):
+        pairs[i].append((full_run, pruned_run))
+    return [
+        row(setting, full, case, case_pairs) for case, case_pairs in zip(pruned, pairs, strict=True)
+    ]
 
 
 def row(
     setting: Setting, full: Case, case: Case, pairs: Sequence[tuple[Run, Run]]
 ) -> dict[str, Any]:
-    """What the runs of a case, each with the full run before it, come to."""
-    kinds = {"full": [before for before, _ in pairs], "pruned": [one for _, one in pairs]}
+    """The figures of a case from its runs, each a pair of full and pruned."""
+    kinds = {"full": [full_run for full_run, _ in pairs], "pruned": [run for _, run in pairs]}
     laps = {
         kind: {name: [run.figures[name] for run in runs] for name in runs[0].figures}
         for kind, runs in kinds.items()
     }
     gains = {}
     for name, counted in TIMED.items():
-        predicted = getattr(full.work, counted) / getattr(case.work, counted)
+        predicted = getattr(full.operations, counted) / getattr(case.operations, counted)
         gain = Gain.of(laps["full"][name], laps["pruned"][name])
         gains[name] = gain.report(predicted)
-    share = zip(laps["pruned"]["pruner"], laps["full"]["total"], strict=True)
+    shares = zip(laps["pruned"]["pruner"], laps["full"]["total"], strict=True)
     return {
         **asdict(setting), "pruner": case.pipeline.spec, "budget": case.K,
         "tokens": full.K, "kept": case.kept,
-        "ms": {kind: {n: spread(ms) for n, ms in told.items()} for kind, told in laps.items()},
+        "ms": {
+            kind: {part: spread(ms) for part, ms in parts.items()} for kind, parts in laps.items()
+        },
         "gain": gains,
-        "pruner_share": spread([own / total for own, total in share])["median"],
-        "operations": {"full": counted_work(full), "pruned": counted_work(case)},
+        "pruner_share": spread([ms / total for ms, total in shares])["median"],
+        "operations": {"full": operation_counts(full), "pruned": operation_counts(case)},
         "cache_bytes": {kind: runs[0].cache_bytes for kind, runs in kinds.items()},
         "peak_bytes": {kind: _peak(runs) for kind, runs in kinds.items()},
     }  # fmt: skip
 
 
-def counted_work(case: Case) -> dict[str, int]:
-    """Multiply-adds of one prompt."""
-    return {name: getattr(case.work, name) for name in ("vision", "projector", "prefill", "decode")}
+def operation_counts(case: Case) -> dict[str, int]:
+    """Multiply-adds of one prompt, by part."""
+    parts = ("vision", "projector", "prefill", "decode")
+    return {part: getattr(case.operations, part) for part in parts}
 
 
 def _peak(runs: Sequence[Run]) -> int | None:
-    told = [run.peak_bytes for run in runs if run.peak_bytes is not None]
-    return max(told) if told else None
+    peaks = [run.peak_bytes for run in runs if run.peak_bytes is not None]
+    return max(peaks) if peaks else None
 
 
 def settings(args: argparse.Namespace) -> Iterator[Setting]:
-    """Everything that is to be measured in turn."""
+    """Every combination of shape, batch, text and side."""
     for name in args.shape:
         for batch, text, side in itertools.product(args.batch, args.text, args.side):
             yield Setting(name, batch, text, side)
 
 
 def budgets(args: argparse.Namespace, N: int) -> list[int]:
-    """How many of N tokens to keep."""
+    """The budgets, of N tokens. Raises UserError for one that is not below N."""
     if args.keep_tokens:
         for K in args.keep_tokens:
             if not 1 <= K < N:
@@ -192,40 +197,41 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _ratio(text: str) -> float:
     try:
-        told = float(text)
+        ratio = float(text)
     except ValueError:
-        told = 0.0
-    if not 0 < told < 1:
+        ratio = 0.0
+    if not 0 < ratio < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
-    return told
+    return ratio
 
 
 def backend(name: str) -> ModuleType:
-    """Imported late: torch may be missing."""
+    """The module of a backend, imported only when it is used: torch may be missing."""
     return import_module(f".backend_{name}", __package__)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all settings, printing each; everything that was found."""
-    host = backend(args.backend)
+    """Measure and print every setting; the result."""
+    module = backend(args.backend)
     rows, refused = [], []
-    made: tuple[VLMConfig | None, Any] = None, None
+    stack: Any = None
+    stack_config: VLMConfig | None = None
     for setting in list(settings(args)):  # a wrong one is refused before any is measured
         budgets(args, setting.config.N)
     for setting in settings(args):
         config = setting.config
-        if made[0] != config:
-            made = config, host.Stack(config, args.dtype)
-        able = budgets(args, config.N)
-        announce(setting, args.dtype, f"{args.backend} on {host.device()}", able)
-        full, pruned, impossible = cases(setting, made[1], args.pruner, able)
+        if stack_config != config:
+            stack_config, stack = config, module.Stack(config, args.dtype)
+        kept = budgets(args, config.N)
+        print_ceiling(setting, args.dtype, f"{args.backend} on {module.device()}", kept)
+        full, pruned, impossible = cases(setting, stack, args.pruner, kept)
         refused += impossible
         if not pruned:
             raise UserError(impossible[0]["why"])
-        rows += (measured := measure(setting, made[1], full, pruned, args))
-        show(measured, impossible, args.runs)
+        rows += (measured := measure(setting, stack, full, pruned, args))
+        print_table(measured, impossible, args.runs)
     return {
-        "benchmark": "speed", "backend": args.backend, "device": host.device(),
+        "benchmark": "speed", "backend": args.backend, "device": module.device(),
         "dtype": args.dtype, "runs": args.runs, "warmup": args.warmup, "share": args.share,
         "new_tokens": args.tokens, "machine": machine(), "versions": _versions(args.backend),
         "rows": rows, "refused": refused,
@@ -240,7 +246,7 @@ def _versions(name: str) -> dict[str, str | None]:
     return {**versions(), "torch": torch.__version__}
 
 
-main = partial(finish, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every test starts from: full float32, the fast BLAS, seeded numpy, the shared data."""
+"""Set up for every test: full float32, the fast BLAS, seeded numpy, an empty cache, shared data."""
 
 import os
 from pathlib import Path
@@ -17,9 +17,9 @@ settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _remembers_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is kept between runs lies in a folder of this worker's, not in the user's."""
-    os.environ["MLX_VLM_PRUNE_CACHE"] = str(tmp_path_factory.mktemp("remembered"))
+def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what runs cache in a folder of this test worker, not in the user's."""
+    os.environ["MLX_VLM_PRUNE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
-"""How a seeded request is run, and what it comes to: all figures but for times and versions.
+"""Runs seeded requests for test_golden_requests.py; their figures without times and versions.
 
-`desk` makes the folder that requests are run in: tiny random models, pictures and questions.
+`make_folder` makes the folder that requests run in: tiny random models, images and questions.
 """
 
 import json
@@ -23,44 +23,46 @@ from mlx_vlm_prune.generate import main as generate_command
 
 from . import tiny
 
-BLOCKS = 16  # of a picture, along each side
-MOST = "10"  # tokens of an answer
+BLOCKS = 16  # of an overlay, along each side
+MAX_TOKENS = "10"
 NOISE = {"a": (80, 90), "b": (120, 60), "c": (50, 40)}
 # A scene of 64 colours, seed 1_000_000_002: Pillow draws letters otherwise from release to release.
 SIGN = Path(__file__).parent / "goldens" / "sign.png"
 TIMES = ("prompt_tps", "generation_tps", "peak_memory_gb", "versions")
-OF_A_RUN = ("machine", "versions", "seconds", "questions", "model")
-SHOWN = ("text", "token", "finish_reason", "generation_tokens", "drafted", "accepted")
+RUN_FIELDS = ("machine", "versions", "seconds", "questions", "model")
+PIECE_FIELDS = ("text", "token", "finish_reason", "generation_tokens", "drafted", "accepted")
 
 
-def desk(folder: Path) -> Path:
-    """The folder, with pictures, questions, and a tiny model in our own layout."""
+def make_folder(folder: Path) -> Path:
+    """Write images, questions and a tiny model in our layout into a folder; the folder."""
     for letter, (height, width) in NOISE.items():
         noise = np.random.default_rng(height).integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{letter}.png")
     shutil.copy(SIGN, folder / "x.png")
     _write_questions(folder / "ours.jsonl", ["is it red ?", "where is the star ?"], "yes")
     _write_questions(folder / "theirs.jsonl", ["w7 w9", "w9 w3 w4"], "w3")
-    home, model = folder / "making", tiny.reference()
-    home.mkdir()
-    # Else it repeats one word, since its output layer is its embedding.
-    model.language.norm.weight.data = _drawn(tiny.TEXT.hidden_size)
-    tiny.checkpoint(tiny.taught(model, noise=0.02), home).rename(folder / "tiny")
+    temporary, model = folder / "making", tiny.reference()
+    temporary.mkdir()
+    # Without this it repeats one token: its output layer is its embedding.
+    model.language.norm.weight.data = _norm_weights(tiny.TEXT.hidden_size)
+    tiny.checkpoint(tiny.taught(model, noise=0.02), temporary).rename(folder / "tiny")
     return folder
 
 
 def add_llavas(folder: Path) -> None:
-    """LLaVAs that our own decoder runs."""
+    """Write LLaVAs that our decoder runs."""
     from . import llava
 
     for name, kind in {"vicuna": "vicuna", "qwen2": "qwen2 and siglip"}.items():
         model = llava.made(kind)
-        model.model.language_model.norm.weight.data = _drawn(llava.SIZES["hidden_size"], seed=9)
+        model.model.language_model.norm.weight.data = _norm_weights(
+            llava.SIZES["hidden_size"], seed=9
+        )
         llava.write(model, folder / name)
 
 
 def add_hosts(folder: Path) -> None:
-    """Models of mlx-vlm's."""
+    """Write models that mlx-vlm runs."""
     from . import host_folders
 
     for name in ("llava", "qwen2_5_vl", "smolvlm"):
@@ -68,12 +70,12 @@ def add_hosts(folder: Path) -> None:
     file = folder / "qwen2_5_vl" / "model.safetensors"
     weights = dict(mx.load(str(file)))
     norm = "language_model.model.norm.weight"
-    weights[norm] = mx.array(_drawn(weights[norm].size).numpy())
+    weights[norm] = mx.array(_norm_weights(weights[norm].size).numpy())
     mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
 
 
-def _drawn(size: int, seed: int = 5) -> torch.Tensor:
-    """Weights of a last norm under which an answer repeats itself less."""
+def _norm_weights(size: int, seed: int = 5) -> torch.Tensor:
+    """Random weights of a last norm, with which answers repeat themselves less."""
     return 3 * torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -86,22 +88,22 @@ def _write_questions(file: Path, texts: list[str], answer: str) -> None:
 
 
 def answer(
-    model: str, images: str, prompt: str, flags: str, folder: Path, picture: bool = False
+    model: str, images: str, prompt: str, flags: str, folder: Path, overlay: bool = False
 ) -> dict[str, Any]:
-    """What `generate` writes of a model in the folder, or of the built-in one ("scenes"), about
-    images named by letters; with a digest of its `picture`."""
+    """What `generate` writes: a model in the folder, or the built-in one ("scenes"), about images
+    named by letters; with a digest of the overlay if `overlay`."""
     figures, drawn = folder / "figures.json", folder / "picture.png"
-    command = ["--prompt", prompt, "--json", str(figures), "--max-tokens", MOST]
-    command += [*_model(model, folder), *(["--overlay", str(drawn)] if picture else [])]
+    command = ["--prompt", prompt, "--json", str(figures), "--max-tokens", MAX_TOKENS]
+    command += [*_model(model, folder), *(["--overlay", str(drawn)] if overlay else [])]
     command += [part for letter in images for part in ("--image", str(folder / f"{letter}.png"))]
     generate_command([*command, *shlex.split(flags)])
-    return timeless(_read(figures)) | ({"overlay": digest(drawn)} if picture else {})
+    return without_times(_read(figures)) | ({"overlay": digest(drawn)} if overlay else {})
 
 
 def sampled(*request: Any) -> dict[str, Any]:
-    """An answer, and what MLX draws of eight keys: from release to release it draws otherwise."""
-    odds_1V = mx.arange(100)[None] / 20
-    draws = [mx.random.categorical(odds_1V, key=mx.random.key(n)).item() for n in range(8)]
+    """An answer, and MLX's samples for eight keys, which differ between its releases."""
+    logits_1V = mx.arange(100)[None] / 20
+    draws = [mx.random.categorical(logits_1V, key=mx.random.key(n)).item() for n in range(8)]
     return answer(*request) | {"draws": draws}
 
 
@@ -114,54 +116,54 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def compare(folder: Path) -> dict[str, Any]:
-    """What the command writes of full beside pruned, in a process of its own."""
+    """What the command writes for full beside pruned, in a new process."""
     command = [sys.executable, "-m", "mlx_vlm_prune.generate", "--image", "x.png", "--prompt",
                "What does the sign say?", "--pruner", "cls_attention", "--keep-ratio", "0.5",
                "--compare", "--json", "both.json", "--overlay", "kept.png"]  # fmt: skip
     subprocess.run([*command, "--dtype", "float32"], cwd=folder, capture_output=True, check=True)
-    return timeless(_read(folder / "both.json")) | {"overlay": digest(folder / "kept.png")}
+    return without_times(_read(folder / "both.json")) | {"overlay": digest(folder / "kept.png")}
 
 
-def timeless(figures: dict[str, Any]) -> dict[str, Any]:
-    """The figures without those that no two runs share; of the time to the first token, its parts.
+def without_times(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures without times and versions, and of `ttft_ms` the names of its parts.
 
-    Such figures must be there nevertheless.
+    Figures that are left out must not be None.
     """
     assert all(figures[name] is not None for name in TIMES)
     rest = {name: value for name, value in figures.items() if name not in TIMES}
     rest["ttft_ms"] = [*figures["ttft_ms"]]
-    return rest | ({"full": timeless(figures["full"])} if "full" in figures else {})
+    return rest | ({"full": without_times(figures["full"])} if "full" in figures else {})
 
 
 def digest(file: Path) -> dict[str, Any]:
-    """A picture's size, and the mean colours of BLOCKS x BLOCKS parts of it in hexadecimal."""
+    """An image's size, and the mean colours of its BLOCKS x BLOCKS parts in hexadecimal."""
     with Image.open(file) as picture:
         small = picture.convert("RGB").resize((BLOCKS, BLOCKS), Image.Resampling.BOX)
         return {"size": [*picture.size], "blocks": small.tobytes().hex()}
 
 
 def stream(name: str, prompt: str, folder: Path) -> dict[str, Any]:
-    """Every piece of an answer, by the Python interface."""
+    """Every piece of an answer, from the Python API."""
     model, processor = load(None if name == "scenes" else folder / name, dtype="float32")
     pieces = stream_generate(
         model, processor, prompt, [folder / "x.png"], pruner="norm", keep_ratio=0.7, max_tokens=5
     )
-    return {"pieces": [[getattr(piece, figure) for figure in SHOWN] for piece in pieces]}
+    return {"pieces": [[getattr(piece, field) for field in PIECE_FIELDS] for piece in pieces]}
 
 
 def evaluation(model: str, pruners: str, flags: str, folder: Path) -> dict[str, Any]:
-    """What `evaluate` writes; questions are a file in the folder."""
-    out, words = folder / "evaluation.json", shlex.split(flags)
-    command = [str(folder / word) if word.endswith(".jsonl") else word for word in words]
+    """What `evaluate` writes; the questions are a file in the folder."""
+    out, arguments = folder / "evaluation.json", shlex.split(flags)
+    command = [str(folder / a) if a.endswith(".jsonl") else a for a in arguments]
     command += [part for pruner in pruners.split() for part in ("--pruner", pruner)]
     command += [*_model(model, folder), "--max-tokens", "4", "--out", str(out)]
     with mock.patch.dict(os.environ, MLX_VLM_PRUNE_CACHE=str(folder / "cache")):
         evaluate.main(command)
-    return {name: value for name, value in _read(out).items() if name not in OF_A_RUN}
+    return {name: value for name, value in _read(out).items() if name not in RUN_FIELDS}
 
 
-class Endless:
-    """A tokenizer to which no token is the last."""
+class EndlessTokenizer:
+    """A tokenizer without an end-of-sequence token."""
 
     def __init__(self) -> None:
         self.stopping_criteria = self
@@ -173,16 +175,19 @@ class Endless:
 
 
 def batch(kind: str, folder: Path) -> dict[str, Any]:
-    """Two prompts with images, answered at once by mlx-vlm's engine inside `pruned`: one image and
-    all there are; of families that have one image, or read only equal lengths, the same twice."""
+    """Two prompts with images, batched by mlx-vlm's engine inside `pruned`.
+
+    The first has one image, the second all; the same prompt twice for families with one image, or
+    that batch equal lengths only.
+    """
     from mlx_vlm.generate.ar import BatchGenerator
 
     from .host_models import KINDS
 
-    model, several = KINDS[kind].make(), len(KINDS[kind].tiles) > 1
+    model, has_several = KINDS[kind].make(), len(KINDS[kind].tiles) > 1
     with pruned(model, "vispruner", keep_ratio=0.4) as report:
-        engine, uids = BatchGenerator(model.language_model, Endless(), max_tokens=6), []
-        for images in (1, None if several else 1):
+        engine, uids = BatchGenerator(model.language_model, EndlessTokenizer(), max_tokens=6), []
+        for images in (1, None if has_several else 1):
             inputs = KINDS[kind].inputs(model, images)
             embeds = model.get_input_embeddings(
                 mx.array(inputs.ids)[None], inputs.pixels, mask=inputs.mask_1L, **inputs.extra
@@ -198,8 +203,8 @@ def batch(kind: str, folder: Path) -> dict[str, Any]:
         "prompts": [
             [p.total, p.kept, p.kept_indices, p.rows, p.tower_skipped] for p in report.prompts
         ],
-        "token_ids": [[one.token for one in pieces if one.uid == uid] for uid in uids],
+        "token_ids": [[piece.token for piece in pieces if piece.uid == uid] for uid in uids],
         "logprobs": [
-            [float(one.token_logprob) for one in pieces if one.uid == uid] for uid in uids
+            [float(piece.token_logprob) for piece in pieces if piece.uid == uid] for uid in uids
         ],
     }

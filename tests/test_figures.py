@@ -1,4 +1,4 @@
-"""Promises of the figures: each is drawn from the results, names what it shows, and is shipped."""
+"""Promises of the figures: each is drawn from the results, labels what it shows, and is shipped."""
 
 import re
 
@@ -20,7 +20,7 @@ def drawn(tmp_path_factory):
     return folder
 
 
-def words(file) -> set[str]:
+def svg_texts(file) -> set[str]:
     return set(re.findall(r"<text[^>]*>([^<]+)</text>", file.read_text(encoding="utf-8")))
 
 
@@ -46,14 +46,16 @@ def test_a_figure_drawn_twice_is_the_same_file(drawn, tmp_path):
 
 
 def test_the_lines_are_named_baselines_first_of_all(drawn):
-    named = words(drawn / "accuracy-by-tokens.svg")
+    named = svg_texts(drawn / "accuracy-by-tokens.svg")
     assert set(figures.BASELINES) <= named
-    assert set(figures.best(scenes(RESULTS), figures.QUARTER)) <= named
+    assert set(figures.best_methods(scenes(RESULTS), figures.QUARTER)) <= named
 
 
 def test_the_kinds_and_every_method_that_can_are_in_the_map(drawn):
-    able = {n for n, rows in figures.singles(scenes(RESULTS)).items() if figures.QUARTER in rows}
-    assert {*KINDS, *able} <= words(drawn / "kinds.svg")
+    measured = {
+        n for n, rows in figures.single_methods(scenes(RESULTS)).items() if figures.QUARTER in rows
+    }
+    assert {*KINDS, *measured} <= svg_texts(drawn / "kinds.svg")
 
 
 def test_the_frontier_is_what_nothing_beats_in_both():
@@ -63,13 +65,13 @@ def test_the_frontier_is_what_nothing_beats_in_both():
 
 def test_time_and_memory_are_drawn_for_every_shape_that_was_measured(drawn):
     shapes = {row["shape"] for row in speed_rows(RESULTS)}
-    assert shapes <= words(drawn / "memory.svg")
-    bars = words(drawn / "where.svg")
+    assert shapes <= svg_texts(drawn / "memory.svg")
+    bars = svg_texts(drawn / "where.svg")
     assert {f"{shape}, full" for shape in shapes} <= bars
 
 
 def test_the_page_names_the_machine_and_holds_every_panel(drawn):
-    page = words(drawn / "dashboard.svg")
-    assert any("cores" in text and "MLX" in text for text in page)
+    dashboard = svg_texts(drawn / "dashboard.svg")
+    assert any("cores" in text and "MLX" in text for text in dashboard)
     for name in figures.PANELS:
-        assert words(drawn / f"{name}.svg") & page
+        assert svg_texts(drawn / f"{name}.svg") & dashboard

@@ -1,6 +1,6 @@
-"""What requests of every kind come to, as recorded: a change of behaviour is seen, whatever moves.
+"""Requests of every kind give the recorded figures: no change of behaviour goes unnoticed.
 
-The figures were made by this library once and looked at: they are no oracle, they are a memory.
+The figures were recorded with this library and read; they are no independent oracle.
 `python -m tests.test_golden_requests --write` records them anew.
 """
 
@@ -22,26 +22,26 @@ from .golden_requests import (
     answer,
     batch,
     compare,
-    desk,
     evaluation,
+    make_folder,
     sampled,
     stream,
 )
 
 FILE = Path(__file__).parent / "goldens" / "requests.json"
-CLOSE = 1e-4  # of numbers that depend on the order of sums; an evaluation's have four digits
-SHADE = 2  # of 255, of the mean colour of a part of a picture
+TOLERANCE = 1e-4  # of floats, which depend on the order of sums; an evaluation's have four digits
+COLOUR_TOLERANCE = 2  # of 255, of the mean colour of a part of a picture
 SIGN, LEFT, WHAT = (
     "What does the sign say?",
     "what is left of <image> and <image> ?",
     "what is it ?",
 )
-Job = Callable[[Path], Any]
+Request = Callable[[Path], Any]
 
-OURS: dict[str, Job] = {
+OURS: dict[str, Request] = {
     "scenes, full beside pruned, in a process": compare,
     "scenes, two images, tome+divprune": partial(answer, "scenes", "xa", SIGN,
-        "--pruner tome+divprune --keep-ratio 0.4", picture=True),
+        "--pruner tome+divprune --keep-ratio 0.4", overlay=True),
     "scenes, cls_attention+restore": partial(answer, "scenes", "x", SIGN,
         "--pruner cls_attention+restore --keep-ratio 0.25"),
     "scenes, drafts": partial(answer, "scenes", "x", SIGN,
@@ -56,7 +56,7 @@ OURS: dict[str, Job] = {
     "tiny, pyramiddrop, places renumbered": partial(answer, "tiny", "ab", LEFT,
         "--pruner pyramiddrop --keep-ratio 0.6 --positions renumber"),
     "tiny, visionzip+pyramiddrop": partial(answer, "tiny", "ab", LEFT,
-        "--pruner visionzip+pyramiddrop --keep-ratio 0.45", picture=True),
+        "--pruner visionzip+pyramiddrop --keep-ratio 0.45", overlay=True),
     "tiny, pooled": partial(answer, "tiny", "a", "is it red ?",
         "--pruner avgpool --keep-tokens 9 --positions renumber"),
     "tiny, sampled": partial(sampled, "tiny", "ab", LEFT,
@@ -69,14 +69,14 @@ OURS: dict[str, Job] = {
     "tiny, evaluated": partial(evaluation, "tiny", "divprune fastv avgpool",
         "--questions ours.jsonl --keep-tokens 12 --keep-tokens 5 --batch 3"),
 }  # fmt: skip
-LLAVAS: dict[str, Job] = {
+LLAVAS: dict[str, Request] = {
     "llava, full": partial(answer, "vicuna", "a", WHAT, ""),
     "llava, prumerge": partial(answer, "vicuna", "ab", WHAT, "--pruner prumerge --keep-ratio 0.5"),
     "llava, fastv": partial(answer, "vicuna", "ab", LEFT, "--pruner fastv --keep-ratio 0.6"),
     "llava of Qwen2 and SigLIP, divprune": partial(answer, "qwen2", "a", WHAT,
-        "--pruner divprune --keep-tokens 5 --positions keep", picture=True),
+        "--pruner divprune --keep-tokens 5 --positions keep", overlay=True),
 }  # fmt: skip
-HOSTS: dict[str, Job] = {
+HOSTS: dict[str, Request] = {
     "llava host, full": partial(answer, "llava", "ab", "w7 w9", ""),
     "llava host, visionzip": partial(answer, "llava", "ab", "w7 w9",
         "--pruner visionzip --keep-ratio 0.3"),
@@ -88,9 +88,9 @@ HOSTS: dict[str, Job] = {
         "--questions theirs.jsonl --keep-ratio 0.75"),
     "qwen2_5_vl host, full": partial(answer, "qwen2_5_vl", "ab", "w7 w9", ""),
     "qwen2_5_vl host, vispruner, in steps": partial(answer, "qwen2_5_vl", "ab", "w7 w9",
-        "--pruner vispruner --keep-ratio 0.25 --prefill-step-size 4", picture=True),
+        "--pruner vispruner --keep-ratio 0.25 --prefill-step-size 4", overlay=True),
     "qwen2_5_vl host, pyramiddrop": partial(answer, "qwen2_5_vl", "ab", "w7 w9",
-        "--pruner pyramiddrop --keep-ratio 0.6", picture=True),
+        "--pruner pyramiddrop --keep-ratio 0.6", overlay=True),
     "qwen2_5_vl host, fastv, places kept": partial(answer, "qwen2_5_vl", "ab", "w7 w9",
         "--pruner fastv --keep-ratio 0.6 --prefill-step-size 7"),
     "qwen2_5_vl host, divprune+fastv, places renumbered": partial(answer, "qwen2_5_vl", "x",
@@ -113,27 +113,27 @@ HOSTS |= {f"{kind}, a batch in a block": partial(batch, kind) for kind in FAMILI
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return desk(tmp_path_factory.mktemp("golden"))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("golden"))
 
 
 @pytest.fixture(scope="module")
-def llavas(home: Path) -> Path:
+def llavas(folder: Path) -> Path:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    add_llavas(home)
-    return home
+    add_llavas(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def hosts(home: Path) -> Path:
+def hosts(folder: Path) -> Path:
     pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
-    add_hosts(home)
-    return home
+    add_hosts(folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_our_own_models_answer_as_recorded(home, name):
-    check(name, OURS[name](home))
+def test_our_own_models_answer_as_recorded(folder, name):
+    check(name, OURS[name](folder))
 
 
 @pytest.mark.parametrize("name", LLAVAS)
@@ -159,7 +159,7 @@ def check(name: str, figures: dict[str, Any]) -> None:
 
 
 def differences(figures: Any, recorded: Any, place: str = "") -> Iterator[str]:
-    """Where two JSON values differ, numbers by more than CLOSE and colours by more than SHADE."""
+    """Where two JSON values differ: floats by more than TOLERANCE, colours by COLOUR_TOLERANCE."""
     if isinstance(figures, dict) and isinstance(recorded, dict) and {*figures} == {*recorded}:
         for name, value in figures.items():
             yield from differences(value, recorded[name], f"{place}.{name}")
@@ -172,13 +172,18 @@ def differences(figures: Any, recorded: Any, place: str = "") -> Iterator[str]:
 
 def _alike(value: Any, other: Any) -> bool:
     if isinstance(value, float) and isinstance(other, float):
-        return value == pytest.approx(other, rel=CLOSE, abs=CLOSE)
+        return value == pytest.approx(other, rel=TOLERANCE, abs=TOLERANCE)
     return type(value) is type(other) and value == other
 
 
 def _alike_colours(value: str, other: str) -> bool:
-    here, there = (np.frombuffer(bytes.fromhex(x), np.uint8).astype(int) for x in (value, other))
-    return here.shape == there.shape and int(np.abs(here - there).max()) <= SHADE
+    colours, other_colours = (
+        np.frombuffer(bytes.fromhex(x), np.uint8).astype(int) for x in (value, other)
+    )
+    return (
+        colours.shape == other_colours.shape
+        and int(np.abs(colours - other_colours).max()) <= COLOUR_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,11 +206,11 @@ def test_what_counts_as_a_difference(figures, alike):
 
 def record() -> None:
     """Write FILE, one figure a line."""
-    with tempfile.TemporaryDirectory() as folder:
-        home = desk(Path(folder))
-        add_llavas(home)
-        add_hosts(home)
-        answers = {name: job(home) for name, job in (OURS | LLAVAS | HOSTS).items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_folder(Path(temporary))
+        add_llavas(folder)
+        add_hosts(folder)
+        answers = {name: request(folder) for name, request in (OURS | LLAVAS | HOSTS).items()}
     blocks = []
     for name, figures in answers.items():
         lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in figures.items()]

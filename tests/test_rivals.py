@@ -70,93 +70,95 @@ def break_weight(side, part: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_logits_are_equal_in_every_row_and_with_caches(rival, name):
-    pair = rivals.RIVALS[rival].pair(TINY[name])
-    assert pair.ours.every_row().shape == pair.theirs.every_row().shape == (ROWS, 128)
+    pair = rivals.RIVALS[rival].make_pair(TINY[name])
+    assert pair.ours.prompt_logits().shape == pair.theirs.prompt_logits().shape == (ROWS, 128)
     assert rivals.require_equal(name, rival, pair) < 1e-5
 
 
 @pytest.mark.parametrize(("rival_name", "part", "weight"), WRONG)
 def test_a_wrong_weight_is_refused(rival_name, part, weight):
-    pair = rivals.RIVALS[installed(rival_name)].pair(TINY["tiny3"])
+    pair = rivals.RIVALS[installed(rival_name)].make_pair(TINY["tiny3"])
     break_weight(pair.theirs, part, weight)
     with pytest.raises(rivals.UserError, match="nothing is timed unless they are equal"):
         rivals.require_equal("tiny3", rival_name, pair)
 
 
 def test_a_new_token_at_a_wrong_place_is_refused(monkeypatch):
-    pair = rivals.RIVALS[installed("mlx-lm")].pair(TINY["tiny2"])
-    right = pair.ours.read
+    pair = rivals.RIVALS[installed("mlx-lm")].make_pair(TINY["tiny2"])
+    prefill = pair.ours.prefill
 
-    def late():
-        logits, held = right()
-        return logits, replace(held, place=held.place + 1)
+    def prefill_one_off():
+        logits, state = prefill()
+        return logits, replace(state, position=state.position + 1)
 
-    assert rivals.difference(pair) < 1e-5
-    monkeypatch.setattr(pair.ours, "read", late)
+    assert rivals.largest_difference(pair) < 1e-5
+    monkeypatch.setattr(pair.ours, "prefill", prefill_one_off)
     with pytest.raises(rivals.UserError, match="logits differ by"):
         rivals.require_equal("tiny2", "mlx-lm", pair)
 
 
-class Silent:
-    """A side whose every logit is `value`, and that writes down what it is asked."""
+class ConstantSide:
+    """A side whose every logit is `value`; it appends each of its calls to `calls`."""
 
-    def __init__(self, value: float, asked: list, name: str):
-        self.value, self.asked, self.name = value, asked, name
+    def __init__(self, value: float, calls: list, name: str):
+        self.value, self.calls, self.name = value, calls, name
 
-    def every_row(self) -> np.ndarray:
+    def prompt_logits(self) -> np.ndarray:
         return np.full((3, 5), self.value)
 
-    def read(self):
-        self.asked.append((self.name, "read"))
+    def prefill(self):
+        self.calls.append((self.name, "prefill"))
         return np.full((1, 5), self.value), "cache"
 
     def step(self, token, cache):
         assert cache == "cache"
-        self.asked.append((self.name, "step"))
+        self.calls.append((self.name, "step"))
         return np.full((1, 5), self.value)
 
 
-def silent(ours: float, theirs: float, asked: list | None = None) -> rivals.Pair:
-    asked = [] if asked is None else asked
-    sides = Silent(ours, asked, "ours"), Silent(theirs, asked, "theirs")
+def constant_pair(ours: float, theirs: float, calls: list | None = None) -> rivals.Pair:
+    calls = [] if calls is None else calls
+    sides = ConstantSide(ours, calls, "ours"), ConstantSide(theirs, calls, "theirs")
     return rivals.Pair(*sides, lambda logits: logits.argmax(-1), "prefill", "nowhere")
 
 
-def pretend(monkeypatch, pair: rivals.Pair) -> list[str]:
-    """Let `pair` be what mlx-lm is measured by; the command line's arguments for it."""
+def install_pair(monkeypatch, pair: rivals.Pair) -> list[str]:
+    """Let the rival mlx-lm be `pair`; the command line's arguments for it."""
     monkeypatch.setitem(rivals.RIVALS, "mlx-lm", rivals.Rival(lambda _: pair, (), (), ""))
     return ["--rival", "mlx-lm", "--shape", "tiny2"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(1.0, 1.01), (np.nan, 1.0), (np.nan, np.nan)])
 def test_logits_that_differ_or_are_no_numbers_are_refused(ours, theirs):
-    assert rivals.require_equal("a", "b", silent(1.0, 1.0005)) == pytest.approx(5e-4, rel=1e-2)
+    assert rivals.require_equal("a", "b", constant_pair(1.0, 1.0005)) == pytest.approx(
+        5e-4, rel=1e-2
+    )
     with pytest.raises(rivals.UserError, match="a beside b: logits differ by"):
-        rivals.require_equal("a", "b", silent(ours, theirs))
+        rivals.require_equal("a", "b", constant_pair(ours, theirs))
 
 
 def test_a_refusal_ends_in_one_sentence_and_nothing_is_timed_or_saved(
     monkeypatch, capsys, tmp_path
 ):
-    asked: list = []
-    argv = pretend(monkeypatch, silent(1.0, 2.0, asked))
+    calls: list = []
+    argv = install_pair(monkeypatch, constant_pair(1.0, 2.0, calls))
     monkeypatch.setattr(command_line, "RESULTS", tmp_path)
     with pytest.raises(SystemExit) as stop:
         rivals.main([*argv, "--save", "rivals"])
-    told = capsys.readouterr()
-    assert stop.value.code == 2 and told.out == "" and told.err.count("\n") == 1
-    assert told.err.startswith("error: tiny2 beside mlx-lm: logits differ by 5.0e-01")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: tiny2 beside mlx-lm: logits differ by 5.0e-01")
     assert not list(tmp_path.iterdir())
-    assert len(asked) == 2 * (1 + rivals.CHECKED)  # only the check
+    assert len(calls) == 2 * (1 + rivals.CHECKED)  # only the check
 
 
 def test_both_take_turns_and_read_as_many_tokens(monkeypatch, capsys):
-    asked: list = []
-    argv = pretend(monkeypatch, silent(1.0, 1.0, asked))
+    calls: list = []
+    argv = install_pair(monkeypatch, constant_pair(1.0, 1.0, calls))
     rivals.main([*argv, "--runs", "2", "--warmup", "1", "--tokens", "3"])
-    one = [[(name, what) for what in ("read", *["step"] * 3)] for name in ("theirs", "ours")]
+    one_run = [[(name, call) for call in ("prefill", *["step"] * 3)] for name in ("theirs", "ours")]
     check = 2 * (1 + rivals.CHECKED)
-    assert asked[check:] == [call for side in one * 3 for call in side]  # one warms up
+    assert calls[check:] == [call for side in one_run * 3 for call in side]  # one warms up
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == 2
 
 
@@ -164,32 +166,32 @@ def test_the_last_line_is_json_with_every_figure_and_it_is_saved(
     rival, monkeypatch, capsys, tmp_path
 ):
     monkeypatch.setattr(command_line, "RESULTS", tmp_path)
-    asked = ["--rival", rival, "--shape", "tiny2", "--shape", "tiny3"]
-    rivals.main([*asked, "--runs", "3", "--tokens", "4", "--save", "rivals"])
+    flags = ["--rival", rival, "--shape", "tiny2", "--shape", "tiny3"]
+    rivals.main([*flags, "--runs", "3", "--tokens", "4", "--save", "rivals"])
     *table, last = capsys.readouterr().out.splitlines()
-    told = json.loads(last)
-    assert json.loads((tmp_path / "rivals.json").read_text()) == told
-    assert told.keys() >= {"benchmark", "machine", "versions", "runs", "rows", "dtype"}
-    assert told["benchmark"] == "rivals"
+    result = json.loads(last)
+    assert json.loads((tmp_path / "rivals.json").read_text()) == result
+    assert result.keys() >= {"benchmark", "machine", "versions", "runs", "rows", "dtype"}
+    assert result["benchmark"] == "rivals"
     for module in rivals.RIVALS[rival].modules:
-        assert told["versions"][module.replace("_", "-")]
-    assert [(row["shape"], row["part"]) for row in told["rows"]] == [
+        assert result["versions"][module.replace("_", "-")]
+    assert [(row["shape"], row["part"]) for row in result["rows"]] == [
         (name, part) for name in TINY for part in PARTS[rival]
     ]
-    for row in told["rows"]:
+    for row in result["rows"]:
         assert row["rival"] == rival and row["prompt_rows"] == ROWS
         for side in ("ours_ms", "theirs_ms", "gain"):
             assert row[side]["p10"] <= row[side]["p90"]
         assert row["ours_ms"]["median"] > 0 and row["theirs_ms"]["median"] > 0
         realised = row["gain"]["realised"]
         assert realised is None or row["gain"]["p10"] <= realised <= row["gain"]["p90"]
-    assert sum(line.startswith(tuple(PARTS[rival])) for line in table) == len(told["rows"])
+    assert sum(line.startswith(tuple(PARTS[rival])) for line in table) == len(result["rows"])
 
 
 def test_the_ratio_is_theirs_by_ours(monkeypatch, capsys):
     ms = {"ours": {"prefill": 2.0, "token": 4.0}, "theirs": {"prefill": 6.0, "token": 2.0}}
-    argv = pretend(monkeypatch, silent(1.0, 1.0))
-    monkeypatch.setattr(rivals, "timed", lambda side, *_: ms[side.name])
+    argv = install_pair(monkeypatch, constant_pair(1.0, 1.0))
+    monkeypatch.setattr(rivals, "time_answer", lambda side, *_: ms[side.name])
     rivals.main([*argv, "--runs", "2"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert [row["gain"]["realised"] for row in rows] == [3.0, 0.5]

@@ -25,7 +25,7 @@ def tiny(monkeypatch):
 
 
 def measured(capsys, *more: str) -> dict:
-    """What the last line of a short run says."""
+    """The result of a short run, from its last line."""
     pruners = ["--pruner", "norm", "--pruner", "fastv"]
     speed.main(["--shape", "tiny", *pruners, "--runs", "3", "--tokens", "4", *more])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -33,10 +33,10 @@ def measured(capsys, *more: str) -> dict:
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_the_last_line_is_json_with_every_figure_of_either_backend(tiny, capsys, backend):
-    told = measured(capsys, "--backend", backend, "--keep-tokens", "12")
-    assert told.keys() >= {"backend", "device", "dtype", "runs", "machine", "versions", "rows"}
-    assert [row["pruner"] for row in told["rows"]] == ["norm", "fastv"]
-    for row in told["rows"]:
+    result = measured(capsys, "--backend", backend, "--keep-tokens", "12")
+    assert result.keys() >= {"backend", "device", "dtype", "runs", "machine", "versions", "rows"}
+    assert [row["pruner"] for row in result["rows"]] == ["norm", "fastv"]
+    for row in result["rows"]:
         assert (row["tokens"], row["budget"]) == (16, 12)
         for kind in ("full", "pruned"):
             assert row["ms"][kind].keys() == PARTS
@@ -47,20 +47,20 @@ def test_the_last_line_is_json_with_every_figure_of_either_backend(tiny, capsys,
         assert row["operations"]["pruned"]["prefill"] < row["operations"]["full"]["prefill"]
 
 
-def test_what_cannot_be_is_said_and_the_rest_is_measured(tiny, capsys):
-    told = measured(capsys, "--keep-tokens", "2")
-    assert [row["pruner"] for row in told["rows"]] == ["norm"]
-    assert [one["pruner"] for one in told["refused"]] == ["fastv"]
+def test_an_impossible_case_is_reported_and_the_rest_is_measured(tiny, capsys):
+    result = measured(capsys, "--keep-tokens", "2")
+    assert [row["pruner"] for row in result["rows"]] == ["norm"]
+    assert [case["pruner"] for case in result["refused"]] == ["fastv"]
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 def test_every_answer_has_as_many_tokens_since_nothing_ends_it(tiny, backend):
-    host, config = speed.backend(backend), model_shapes.shape("tiny")
-    stack = host.Stack(config, "float32")
-    asked = model_shapes.request(config, 9, 2)
+    module, config = speed.backend(backend), model_shapes.shape("tiny")
+    stack = module.Stack(config, "float32")
+    request = model_shapes.request(config, 9, 2)
     for spec, K in (("none", 16), ("norm", 4)):
-        done = stack.run(asked, speed.plan(spec), K, 7)
-        assert [len(ids) for ids in done.said] == [1 + 7] * 2  # the first, and 7 timed ones
+        run = stack.run(request, speed.plan(spec), K, 7)
+        assert [len(ids) for ids in run.token_ids] == [1 + 7] * 2  # the first, and 7 timed ones
 
 
 def test_full_goes_before_every_few_pruned_ones_and_warm_up_is_not_counted():
@@ -68,23 +68,23 @@ def test_full_goes_before_every_few_pruned_ones_and_warm_up_is_not_counted():
     order = []
 
     def runs(name):
-        def one() -> Run:
+        def run() -> Run:
             order.append(name)
             return Run({}, 0.0, len(order), None, [])
 
-        return one
+        return run
 
     counted = list(alternate(runs("full"), [runs(0), runs(1)], 2, 1, share=1, title="runs"))
     assert order == ["full", 0, "full", 1] * 3
     assert [i for i, _, _ in counted] == [0, 1, 0, 1]
-    assert all(one.cache_bytes == before.cache_bytes + 1 for _, one, before in counted)
+    assert all(run.cache_bytes == full.cache_bytes + 1 for _, run, full in counted)
 
 
-def test_a_gain_is_told_only_where_it_is_larger_than_its_spread():
+def test_a_gain_is_reported_only_where_it_is_larger_than_its_spread():
     clear = Gain.of([200, 202, 198, 200], [100, 100, 100, 100])
-    assert clear.is_told and clear.report(2.5)["of_predicted"] == pytest.approx(0.8)
+    assert clear.is_clear and clear.report(2.5)["of_predicted"] == pytest.approx(0.8)
     noisy = Gain.of([100, 140, 80, 110], [100, 100, 100, 100])
-    assert not noisy.is_told
+    assert not noisy.is_clear
     report = noisy.report(1.1)
     assert report["realised"] is None and report["of_predicted"] is None
     assert report["p10"] < 1 < report["p90"]
@@ -97,8 +97,8 @@ def test_the_spread_of_one_value_is_that_value():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_shapes_have_the_published_numbers_of_parameters(name):
-    told = model_shapes.parameters(model_shapes.shape(name))
-    assert (told["language"], told["projector"]) == PUBLISHED[name]
+    counts = model_shapes.parameter_counts(model_shapes.shape(name))
+    assert (counts["language"], counts["projector"]) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Promises about versions: what is declared, what is tested at the lower end, what is told."""
+"""Lower bounds of dependencies: those declared, those tested, those in the README."""
 
 import re
 from pathlib import Path
@@ -14,17 +14,17 @@ def read(name: str) -> str:
 
 
 def release(text: str) -> tuple[int, ...]:
-    """(5, 14, 0) for 5.14: what pip takes for equal is equal."""
+    """(5, 14, 0) for 5.14 and for 5.14.0, which pip takes as equal."""
     numbers = tuple(map(int, text.split(".")))
     return numbers + (0,) * (3 - len(numbers))
 
 
-def bounds(text: str) -> dict[str, set[tuple[int, ...]]]:
-    """Every lower bound that a piece of pyproject.toml has, by package."""
-    found: dict[str, set[tuple[int, ...]]] = {}
+def lower_bounds(text: str) -> dict[str, set[tuple[int, ...]]]:
+    """Every lower bound in a piece of pyproject.toml, by package."""
+    bounds: dict[str, set[tuple[int, ...]]] = {}
     for name, low in re.findall(r'"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)', text):
-        found.setdefault(name, set()).add(release(low))
-    return found
+        bounds.setdefault(name, set()).add(release(low))
+    return bounds
 
 
 def pinned(name: str) -> dict[str, tuple[int, ...]]:
@@ -32,8 +32,8 @@ def pinned(name: str) -> dict[str, tuple[int, ...]]:
     return {package: release(version) for package, version in lines}
 
 
-DECLARED = bounds(read("pyproject.toml").split("[project]")[1])
-OURS = bounds(read("pyproject.toml").split("\ndependencies = [")[1].split("\n]")[0])
+DECLARED = lower_bounds(read("pyproject.toml").split("[project]")[1])
+OURS = lower_bounds(read("pyproject.toml").split("\ndependencies = [")[1].split("\n]")[0])
 
 
 def test_every_lower_bound_of_our_own_dependencies_is_tested_alone():
@@ -54,6 +54,6 @@ def test_nothing_is_tested_below_its_bound(name):
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_the_readme_tells_the_lower_bound_first(name):
-    told = re.findall(rf"\b{name} (\d+\.[\d.]*\d)", read("README.md"))
-    assert told and release(told[0]) in DECLARED[name]
+def test_the_readme_names_the_lower_bound_first(name):
+    releases = re.findall(rf"\b{name} (\d+\.[\d.]*\d)", read("README.md"))
+    assert releases and release(releases[0]) in DECLARED[name]
