@@ -24,9 +24,9 @@ from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.machine.hardware import versions
-from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput, TwigReader, through
+from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput, TwigReader, run_layers
 from mlx_vlm_prune.models.language.twig import Twig
-from mlx_vlm_prune.models.splice import Row, Visual, splice
+from mlx_vlm_prune.models.splice import ImageSlots, Prompt, splice
 from mlx_vlm_prune.models.towers.between import received
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
@@ -93,12 +93,12 @@ def inside_decoder_call(pruner: Pruner, model: VLM) -> Callable:
     """The first cut of a method in the decoder, signals included; later cuts see fewer tokens."""
     row, N = prompt(model.config), model.N
     x_ND = mx.random.normal((N, model.config.text.hidden_size))
-    spliced = splice(model.language.embed_tokens, [row], [Visual(x_ND, mx.arange(N))], "keep")
+    spliced = splice(model.language.embed_tokens, [row], [ImageSlots(x_ND, mx.arange(N))], "keep")
     layers, cache = model.config.text.num_hidden_layers, model.language.make_cache()
     target = K if N < 2 * K else max(K, N // 2)
     schedule = pruner.call(pruner.method.schedule, layers, N, target)
     layer = min(schedule)
-    before_BLD = through(model.language, range(layer), spliced, cache)
+    before_BLD = run_layers(model.language, range(layer), spliced, cache)
     mx.eval(before_BLD)
 
     def call() -> list[mx.array]:
@@ -110,7 +110,7 @@ def inside_decoder_call(pruner: Pruner, model: VLM) -> Callable:
     return call
 
 
-def first_token(model: VLM, row: Row, pixels: mx.array) -> float:
+def first_token(model: VLM, row: Prompt, pixels: mx.array) -> float:
     """Milliseconds of an unpruned prefill, from pixels on."""
     with Clock().running() as clock:
         model([row], pixels, plan("none"), model.N)

@@ -187,7 +187,7 @@ def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(kind, models):
 def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(kind, models, monkeypatch):
     model, rows, seen = models(kind).ours, [llava.prompt(2), llava.prompt(1)], as_mx(pixels(3))
     expected = np.array(model(rows, seen, plan("v2drop"), K).logits_BLV)
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PIECE", 6)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 6)
     close(np.array(model(rows, seen, plan("v2drop"), K).logits_BLV), expected)
 
 

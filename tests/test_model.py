@@ -170,8 +170,8 @@ def test_a_prompt_read_in_two_pieces_gives_the_same_as_in_one(pair, split):
 )
 def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, spec, monkeypatch):
     whole, expected = logits(pair, list(ROWS), [0, 1, 2], spec, K)
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PIECE", 6)
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.ROWS", 2)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 6)
+    monkeypatch.setattr("mlx_vlm_prune.models.decoder.QUERY_CHUNK", 2)
     pieces, got = logits(pair, list(ROWS), [0, 1, 2], spec, K)
     for b, row in enumerate(ROWS):
         length = len(row.ids) - len(row.runs) * (tiny.N - whole.trace.steps[-1].reductions[0].slots)

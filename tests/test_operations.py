@@ -255,8 +255,8 @@ def test_several_images_and_several_prompts_take_the_counted_work(spec, watch):
 def test_a_prompt_that_is_read_in_pieces_takes_the_counted_work(watch, monkeypatch):
     config = CONFIGS["clip"]
     whole = count(config, WORDS, plan("none"), config.N)
-    monkeypatch.setattr(decoder, "PIECE", 13)
-    monkeypatch.setattr(operations, "PIECE", 13)
+    monkeypatch.setattr(decoder, "PREFILL_STEP_SIZE", 13)
+    monkeypatch.setattr(operations, "PREFILL_STEP_SIZE", 13)
     _, _, told = run(config, "none", config.N, watch)
     agree(told, watch)
     assert told.prefill < whole.prefill  # no piece looks at a later one

@@ -18,7 +18,7 @@ import pytest
 from mlx_vlm_prune.models import decoder
 from mlx_vlm_prune.models.language.minimind import MiniMind, MiniMindConfig
 from mlx_vlm_prune.models.language.twig import Twig
-from mlx_vlm_prune.models.splice import Visual, splice
+from mlx_vlm_prune.models.splice import ImageSlots, splice
 from mlx_vlm_prune.models.towers import between
 from mlx_vlm_prune.pruners import METHODS, Pruner, Reduction, Signals, Stage
 from mlx_vlm_prune.pruners.contract import identity
@@ -87,7 +87,7 @@ def prefill(name: str) -> int:
     language, weights = MiniMind(CONFIG), Twig(CONFIG, 1, 1)
     ids = [1, 2, *[0] * N, 3, 4]
     row = SimpleNamespace(ids=ids, runs=[(2, N)])
-    image = Visual(mx.random.normal((N, H * d)), mx.arange(N))
+    image = ImageSlots(mx.random.normal((N, H * d)), mx.arange(N))
     rows = splice(language.embed_tokens, [row], [image], "keep")
     mx.eval(language.parameters(), weights.parameters(), rows.x_BLD, rows.positions_BL)
 
@@ -108,10 +108,10 @@ def prefill(name: str) -> int:
 
 @pytest.mark.parametrize("name", IN_DECODER)
 def test_no_signal_of_the_decoder_costs_n_times_n(name, monkeypatch):
-    monkeypatch.setattr(decoder, "PIECE", 64)
+    monkeypatch.setattr(decoder, "PREFILL_STEP_SIZE", 64)
     assert prefill(name) < SQUARE / 4
 
 
 def test_all_rows_at_once_would_be_seen_in_the_decoder(monkeypatch):
-    monkeypatch.setattr(decoder, "PIECE", N + 4)
+    monkeypatch.setattr(decoder, "PREFILL_STEP_SIZE", N + 4)
     assert prefill("before") > H * SQUARE

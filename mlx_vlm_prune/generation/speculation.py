@@ -115,7 +115,7 @@ class Speculation:
         """The model's own next token after each of these hidden states, in one pass."""
         language = self.prefill.language
         late = range(self.twig.layer, language.depth)
-        x_1LD = self.prefill.onward(late, states_1LD, position_11)
+        x_1LD = self.prefill.run_layers(late, states_1LD, position_11)
         return np.array(mx.argmax(language.logits(x_1LD), axis=-1))[0].tolist()
 
     def crop(self, rows: int) -> None:
@@ -126,7 +126,7 @@ class Speculation:
     def early(self, token: int, position_11: mx.array) -> mx.array:
         """A token's hidden state (1, 1, D) where the twig grows."""
         x_11D = self.prefill.language.embed_tokens(mx.array([[token]]))
-        return self.prefill.onward(range(self.twig.layer), x_11D, position_11)
+        return self.prefill.run_layers(range(self.twig.layer), x_11D, position_11)
 
     def guess(self, state_11D: mx.array, position_11: mx.array) -> tuple[int, float]:
         """The twig's most likely next token, and how likely it thinks it."""

@@ -20,6 +20,7 @@ from ..models.loading import Processor
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import budget
+from ..pruners.contract import Policy
 from ..pruners.trace import Trace
 from .request import ImageSource, Request, listed_images
 from .result import GenerationResult
@@ -99,19 +100,20 @@ def prepare(
     return PreparedPrompt(built, visible, pixels)
 
 
-def empty_answer(trace: Trace, depth: int, pipeline: Pipeline, positions: str) -> GenerationResult:
+def empty_answer(
+    trace: Trace, depth: int, pipeline: Pipeline, positions: Policy
+) -> GenerationResult:
     """The figures of an answer that are known before its first token; `depth` counts the language
     model's layers."""
     layers = trace.layers(depth)
-    if any(kept is None for run in layers for kept in run["kept_indices"]):
-        positions = "renumber"  # pooled slots have no place of their own
     rows = sum(run["visual_tokens"] * (run["last"] - run["first"] + 1) for run in layers)
     return GenerationResult(
         text="", token=-1, token_ids=[], prompt_tokens=0, generation_tokens=0, prompt_tps=0.0,
         generation_tps=0.0, peak_memory=0.0, finish_reason=None, visual_tokens=sum(trace.sizes),
         visual_tokens_kept=round(rows / depth),
         kept_indices=layers[-1]["kept_indices"] if layers else [],
-        pruner=pipeline.spec, positions=positions, ttft_ms={}, layers=layers, trace=trace,
+        pruner=pipeline.spec, positions=trace.policy(positions), ttft_ms={}, layers=layers,
+        trace=trace,
     )  # fmt: skip
 
 

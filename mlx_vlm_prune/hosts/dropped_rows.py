@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..models.cache import PADDING
+from ..models.decoder import PREFILL_STEP_SIZE
 
-GONE = -1  # the position of a row that is gone
-PIECE = 2048  # rows of a batch read at once
 EMBEDDINGS, DEEP = "inputs_embeds", "deepstack_visual_embeds"
 BESIDE = ("position_ids", "visual_pos_masks", DEEP)  # what has an entry for each row, too
 Stock = Callable[..., Any]
@@ -45,7 +45,7 @@ def to_full_length(
     laid = {EMBEDDINGS: x_LD}
     if features.position_ids is not None:
         place_3L = mx.ones((3, L), mx.int32)
-        place_3L[:, begin:end] = GONE
+        place_3L[:, begin:end] = PADDING
         place_3l = mx.broadcast_to(features.position_ids.reshape(-1, l), (3, l))
         place_3L[:, at] = place_3l.astype(mx.int32)
         laid["position_ids"] = place_3L
@@ -98,7 +98,7 @@ def _alone(stock: Stock, inputs: mx.array, arguments: dict[str, Any], gone_n: np
         inputs, arguments = inputs[:, left], arguments | _of_rows(arguments, [EMBEDDINGS], left)
     place = arguments.get("position_ids")
     if place is not None and place.ndim == 3 and place.shape[1] == 1:
-        arguments = arguments | _of_rows(arguments, BESIDE, _indices(place[0, 0] != GONE))
+        arguments = arguments | _of_rows(arguments, BESIDE, _indices(place[0, 0] != PADDING))
     if arguments[EMBEDDINGS].shape[1]:  # ids may be fewer, where one stands for an image
         return _read(stock, inputs, arguments)
     from mlx_vlm.models.base import LanguageModelOutput
@@ -129,7 +129,11 @@ def _together(
         if (x := arguments.get(name)) is not None:
             arguments[name] = _padded(x, left, l, int(name == "position_ids" and x.ndim == 3))
     begin, out = 0, None
-    for end in [l] if reads_whole else sorted({*range(PIECE, l - 1, PIECE), l - 1, l} - {0}):
+    for end in (
+        [l]
+        if reads_whole
+        else sorted({*range(PREFILL_STEP_SIZE, l - 1, PREFILL_STEP_SIZE), l - 1, l} - {0})
+    ):
         rows = slice(begin, end)
         piece = arguments | _of_rows(arguments, (EMBEDDINGS, *BESIDE), rows)
         out = _read(stock, inputs[:, rows], piece)

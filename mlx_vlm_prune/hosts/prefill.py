@@ -48,14 +48,14 @@ def prefill_through_cuts(
         return prompt
     language = host.language_layers
     assert language is not None, "`check_pipeline` comes first"
-    policy = "renumber" if prompt.positions == "renumber" else policy  # pooled: no own places
+    policy = prompt.trace.policy(policy)
     spliced = _spliced(host, prompt, sizes, policy)
     schedules = [
         step.call(step.method.schedule, language.depth, n, K) if n > K else {}
         for n, K in zip(sizes, budgets, strict=True)
     ]
     cuts = Cuts(step, schedules, [view.signals.grid for view in prompt.views], policy)
-    decoder = Decoder(language, language.make_cache(), cuts, piece=piece)
+    decoder = Decoder(language, language.make_cache(), cuts, prefill_step_size=piece)
     decoded = decoder(spliced)
     after = int(np.array(spliced.next_B1)[0, 0])
     nbytes = prompt_cache_bytes(decoder.cache, prompt.length)  # before the last rows leave

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..machine.clock import lap
-from ..models.vlm import ImageBatch, prune
+from ..models.pruning import ImageBatch, prune
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.budget import budget
 from ..pruners.contract import Policy, Reduction
@@ -157,17 +157,15 @@ def prune_prompt(
     batches, features = _prune(batches, by_view, Stage.FEATURES)  # prune
     batches = _project(host, batches)  # project
     batches, projected = _prune(batches, by_view, Stage.PROJECTED)
-    kept = [batch.kept for batch in batches]
-    if any(one.index_BK is None for one in kept):
-        policy = "renumber"  # pooled slots have no place of their own
-    kept_at = kept_rows(host, inputs, sizes, kept)  # splice
+    trace = Trace([*steps, *features, *projected], sizes, [view.image for view in views])
+    policy = trace.policy(policy)
+    kept_at = kept_rows(host, inputs, sizes, [batch.kept for batch in batches])  # splice
     arguments = row_arguments(host, inputs, kept_at, policy)
     arguments |= _visual_arguments(host, inputs, views, batches)
     length = len(kept_at)
     if host.placeholder_unit != "token":
         words = [i for i in kept_at if inputs.ids[i] != host.image_token_id(inputs)]
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
-    trace = Trace([*steps, *features, *projected], sizes, [view.image for view in views])
     return PrunedPrompt(inputs, views, arguments, kept_at, length, trace, policy)
 
 

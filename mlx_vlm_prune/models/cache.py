@@ -12,6 +12,7 @@ from typing import Protocol
 import mlx.core as mx
 
 STEP = 256  # rows are allocated in steps, so that a new token copies nothing
+PADDING = -1  # the position of a row that is not there
 
 
 class NewRows(Protocol):
@@ -31,7 +32,7 @@ class LayerCache:
     def __init__(self) -> None:
         self.keys_BGSd: mx.array | None = None
         self.values_BGSd: mx.array | None = None
-        self.positions_BS: mx.array | None = None  # -1 is padding
+        self.positions_BS: mx.array | None = None  # PADDING where there is none
         self.bias_BS: mx.array | None = None  # added to the attention a row gets; mostly nothing
         self.padded = False  # is any row padding?
         self.rows = 0

@@ -3,12 +3,13 @@
 Scores that papers take from attention matrices come from the rows that are needed.
 
 Shapes: B prompts, I images of a group, n visual tokens of an image at present, K kept of them,
-T tokens of text, Q queries, L rows, S rows held, D features, V words, G key/value heads,
-R queries of each, d head size.
+T tokens of the longest text, Q queries, L rows, S rows held, D features, V words, G key/value
+heads, R queries of each, d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -18,19 +19,19 @@ from ..pruners import Pruner, Reduction, Signals
 from ..pruners.contract import Policy, identity, take
 from .language.contract import Language, Layers
 from .language.twig import Twig
-from .splice import Spliced, drop_rows
+from .splice import Spliced, drop_rows, pad_right
 
-PIECE = 2048  # rows of a prompt read at once
-ROWS = 64  # queries whose attention is held at once
-Watch = Mapping[int, Callable[[Spliced], object]]
+PREFILL_STEP_SIZE = 2048  # rows of a prompt read at once
+QUERY_CHUNK = 64  # queries whose attention is held at once
+Observers = Mapping[int, Callable[[Spliced], object]]  # by layer
 
 
 @dataclass(frozen=True)
 class Cuts:
     """Where visual rows leave: from a layer on, K of an image's stay.
 
-    `schedules` says of every image at which layers, and K; `grids` its rows and columns of visual
-    tokens. `twig` is the one whose attention the method reads.
+    `schedules` has {layer: K} of every image; `grids` its rows and columns of visual tokens.
+    `twig` is the one whose attention the method reads.
     """
 
     pruner: Pruner | None = None
@@ -47,154 +48,162 @@ class Cuts:
 
 @dataclass(frozen=True)
 class Decoded:
-    """The rows after the last layer, what each cut left of every image's rows at the layer, and
-    how many rows (of the longest prompt) each layer holds."""
+    """Prompts that went through all layers."""
 
-    spliced: Spliced
-    reductions: list[tuple[int, list[Reduction]]]
-    rows: list[int]
+    spliced: Spliced  # the rows after the last layer
+    reductions: list[tuple[int, list[Reduction]]]  # (layer, what the cut left of every image)
+    rows: list[int]  # of the longest prompt, in each layer
 
 
 @dataclass(frozen=True)
 class Decoder:
     """A pass through a language model's layers, whose caches it fills.
 
-    `watch` has functions that are called with what reaches a layer, before any row leaves there;
-    `piece` is how many rows are read at once (default: PIECE).
+    `observers` are called with the input of a layer, before any row leaves there.
+    `prefill_step_size` is how many rows are read at once (default: PREFILL_STEP_SIZE).
     """
 
     language: Language
     cache: list[Any]
     cuts: Cuts = field(default_factory=Cuts)
-    watch: Watch = field(default_factory=dict)
-    piece: int | None = None
+    observers: Observers = field(default_factory=dict)
+    prefill_step_size: int | None = None
 
     def __call__(self, spliced: Spliced) -> Decoded:
-        """Read the prompts, and let rows go between the layers."""
-        begin, reductions, rows = 0, [], list[int]()
+        """Read the prompts; rows leave between the layers."""
+        depth, begin, reductions, rows = self.language.depth, 0, [], list[int]()
         for layer in self.cuts.layers:
-            before = self._through(range(begin, layer - 1), spliced)
-            spliced = self._through(range(layer - 1, layer), before)
+            before = self._read(range(begin, layer - 1), spliced)
+            spliced = self._read(range(layer - 1, layer), before)
             lap("prefill", spliced.x_BLD)
             rows += [spliced.L] * (layer - begin)
             spliced, kept = self._cut(layer, spliced, before.x_BLD)
             reductions.append((layer, kept))
             begin = layer
-        spliced = self._through(range(begin, self.language.depth), spliced)
-        rows += [spliced.L] * (self.language.depth - begin)
+        spliced = self._read(range(begin, depth), spliced)
+        rows += [spliced.L] * (depth - begin)
         return Decoded(spliced, reductions, rows)
 
-    def _through(self, numbers: range, spliced: Spliced) -> Spliced:
-        """Some layers, with a stop at each that is watched."""
-        begin = numbers.start
-        for layer in sorted(self.watch):
-            if numbers.start < layer <= numbers.stop:
-                spliced = self._layers(range(begin, layer), spliced)
-                self.watch[layer](spliced)
+    def _read(self, layers: range, spliced: Spliced) -> Spliced:
+        """Through some layers; the observers of each see its input."""
+        begin = layers.start
+        for layer in sorted(self.observers):
+            if layers.start < layer <= layers.stop:
+                spliced = self._read_unobserved(range(begin, layer), spliced)
+                self.observers[layer](spliced)
                 begin = layer
-        return self._layers(range(begin, numbers.stop), spliced)
+        return self._read_unobserved(range(begin, layers.stop), spliced)
 
-    def _layers(self, numbers: range, spliced: Spliced) -> Spliced:
-        for number in numbers[: max(0, len(spliced.added) - numbers.start)]:
-            x_BLD = self._run(range(number, number + 1), spliced)
-            added_BLD = spliced.added[number].astype(x_BLD.dtype)
-            spliced, numbers = replace(spliced, x_BLD=x_BLD + added_BLD), numbers[1:]
-        return replace(spliced, x_BLD=self._run(numbers, spliced))
+    def _read_unobserved(self, layers: range, spliced: Spliced) -> Spliced:
+        """Through some layers, with what DeepStack adds behind the first ones."""
+        with_added = layers[: max(0, len(spliced.added) - layers.start)]
+        for layer in with_added:
+            x_BLD = self._run(range(layer, layer + 1), spliced)
+            spliced = replace(spliced, x_BLD=x_BLD + spliced.added[layer].astype(x_BLD.dtype))
+        return replace(spliced, x_BLD=self._run(layers[len(with_added) :], spliced))
 
-    def _run(self, numbers: range, spliced: Spliced) -> mx.array:
-        return through(self.language, numbers, spliced, self.cache, self.piece)
+    def _run(self, layers: range, spliced: Spliced) -> mx.array:
+        return run_layers(self.language, layers, spliced, self.cache, self.prefill_step_size)
 
     def _cut(
         self, layer: int, spliced: Spliced, before_BLD: mx.array
     ) -> tuple[Spliced, list[Reduction]]:
         """The rows that stay from a layer on; images with the same n and K are reduced together."""
         groups: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
-        for image, columns in enumerate(spliced.columns):
+        for image, columns in enumerate(spliced.image_columns):
             n, schedule = len(columns), self.cuts.schedules[image]
             K = min(schedule.get(layer, n), n)
             groups.setdefault((n, K, self.cuts.grids[image]), []).append(image)
-        kept: dict[int, Reduction] = {}
-        bias: dict[int, mx.array | None] = {}
-        for (n, K, grid), images in groups.items():
-            at = LayerInput(self, layer, spliced, before_BLD, images, grid)
-            reduction, bias_IK = self._reduce(at, n, K)
-            for i, image in enumerate(images):
-                kept[image] = reduction.of_image(i)
-                bias[image] = None if bias_IK is None else bias_IK[i]
-        order = range(len(spliced.columns))
-        reductions, biases = [kept[i] for i in order], [bias[i] for i in order]
+        reductions = [Reduction() for _ in spliced.image_columns]
+        biases: list[mx.array | None] = [None for _ in reductions]
+        for (n, K, grid), group in groups.items():
+            layer_input = LayerInput(self, layer, spliced, before_BLD, group, grid)
+            reduction, bias_IK = self._reduce(layer_input, n, K)
+            for i, image in enumerate(group):
+                reductions[image] = reduction.of_image(i)
+                biases[image] = None if bias_IK is None else bias_IK[i]
         return drop_rows(spliced, reductions, biases, self.cuts.policy), reductions
 
-    def _reduce(self, at: "LayerInput", n: int, K: int) -> tuple[Reduction, mx.array | None]:
+    def _reduce(
+        self, layer_input: "LayerInput", n: int, K: int
+    ) -> tuple[Reduction, mx.array | None]:
         """What stays of a group's n rows each, and what is added to the attention they get."""
         pruner = self.cuts.pruner
         assert pruner is not None
         if n == K:
-            return identity(at.visual().x_BND), at.bias()
-        signals = at.signals(pruner) if K else at.visual()
+            return identity(layer_input.visual().x_BND), layer_input.bias_IN()
+        signals = layer_input.signals(pruner) if K else layer_input.visual()
         kept = lap("pruner", pruner(signals, K))
-        return kept, at.bias_of(kept, signals)
+        return kept, layer_input.bias_of(kept, signals)
 
 
-def through(
-    layers: Layers, numbers: range, spliced: Spliced, cache: list[Any], piece: int | None = None
-) -> mx.array:
-    """Hidden states after some layers. A long prompt is read in pieces: memory must not grow
-    with its square."""
+def run_layers(
+    language: Layers, numbers: range, spliced: Spliced, cache: list[Any],
+    prefill_step_size: int | None = None,
+) -> mx.array:  # fmt: skip
+    """Hidden states after some layers.
+
+    A long prompt is read in chunks: memory must not grow with its square.
+    """
     if not numbers:
         return spliced.x_BLD
-    pieces, piece = [], piece or PIECE
-    for begin in range(0, spliced.L, piece):
-        part = slice(begin, begin + piece)
-        x_BLD, positions_BL = spliced.x_BLD[:, part], spliced.positions_BL[:, part]
-        bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, part]
+    chunks, size = [], prefill_step_size or PREFILL_STEP_SIZE
+    for begin in range(0, spliced.L, size):
+        rows = slice(begin, begin + size)
+        x_BLD, positions_BL = spliced.x_BLD[:, rows], spliced.positions_BL[:, rows]
+        bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
         options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": bias_BL}
-        pieces.append(layers.run(numbers, x_BLD, positions_BL, cache, **options))
-        mx.eval(pieces[-1])
-    return mx.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+        chunks.append(language.run(numbers, x_BLD, positions_BL, cache, **options))
+        mx.eval(chunks[-1])
+    return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
 class TwigReader:
-    """A twig in use: the rows it holds of a request, and what its last layer reads of the
-    prompts."""
+    """A twig with its cache of one request."""
 
     def __init__(self, twig: Twig):
         self.twig, self.cache = twig, twig.make_cache()
         self.last = len(twig.layers) - 1
-        self.below_BLD: mx.array | None = None
+        self._last_input_BLD: mx.array | None = None
 
-    def below(self, spliced: Spliced) -> mx.array:
-        """What its last layer reads; the layers under it run once."""
-        if self.below_BLD is None:
-            self.below_BLD = through(self.twig, range(self.last), spliced, self.cache)
-        return self.below_BLD
+    def last_input(self, spliced: Spliced) -> mx.array:
+        """The input (B, L, D) of its last layer; the layers below run once."""
+        if self._last_input_BLD is None:
+            self._last_input_BLD = run_layers(self.twig, range(self.last), spliced, self.cache)
+        return self._last_input_BLD
 
     def read(self, spliced: Spliced) -> None:
-        """The prompts, as they are at its layer. Nobody asks what the last layer makes of them,
-        so MLX computes its keys and values and nothing else."""
+        """Read the prompts as they are at its layer.
+
+        Nothing reads the last layer's output, so MLX computes its keys and values and nothing else.
+        """
         options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": spliced.bias_BL}
-        numbers, x_BLD = range(self.last, self.last + 1), self.below(spliced)
+        numbers, x_BLD = range(self.last, self.last + 1), self.last_input(spliced)
         self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **options)
-        held = self.cache[self.last]
-        mx.eval(held.keys_BGSd, held.values_BGSd)
+        layer_cache = self.cache[self.last]
+        mx.eval(layer_cache.keys_BGSd, layer_cache.values_BGSd)
 
     @property
-    def watch(self) -> Watch:
+    def observers(self) -> Observers:
+        """It reads the input of the layer that it grows on."""
         return {self.twig.layer: self.read}
 
 
 class LayerInput:
-    """The input of a layer, and what can be known there of a group of images with n rows each."""
+    """The input of a layer, and the signals there of a group of images with n rows each.
+
+    The methods `before` to `mean_attention` have the names by which a pruner `needs` them.
+    """
 
     def __init__(
         self, decoder: Decoder, layer: int, spliced: Spliced, before_BLD: mx.array,
         images: Sequence[int], grid: tuple[int, int],
     ):  # fmt: skip
         self.language, self.cuts = decoder.language, decoder.cuts
-        self.layer, self.held = layer, decoder.cache[layer - 1]
+        self.layer, self.cache_before = layer, decoder.cache[layer - 1]
         self.spliced, self.before_BLD, self.grid = spliced, before_BLD, grid
         self.images, self.prompts = images, [spliced.prompt_of[i] for i in images]
-        columns = [list(spliced.columns[i]) for i in images]
+        columns = [list(spliced.image_columns[i]) for i in images]
         self.prompt_I1 = mx.array(self.prompts)[:, None]
         self.columns_IN = mx.array(columns, dtype=mx.int32).reshape(len(images), -1)
 
@@ -213,15 +222,23 @@ class LayerInput:
             signals |= getattr(self, name)()
         return self.visual().replace(**signals)
 
-    def bias(self) -> mx.array | None:
-        """What is added to the attention that the images' rows get, (I, n)."""
+    @cached_property
+    def text_columns(self) -> tuple[mx.array, mx.array]:
+        """Columns (B, T) of every prompt's words, and which are real; T is the longest text of
+        the group's prompts."""
+        columns = self.spliced.word_columns
+        T = max(len(columns[b]) for b in self.prompts)
+        return pad_right([words[:T] for words in columns], self.spliced.L - 1)
+
+    def bias_IN(self) -> mx.array | None:
+        """What is added to the attention that the images' rows get."""
         bias_BL = self.spliced.bias_BL
         return None if bias_BL is None else self.of_images(bias_BL)
 
     def bias_of(self, kept: Reduction, signals: Signals) -> mx.array | None:
-        """The same of kept rows, (I, K): merged rows speak for all their members, and so do kept
+        """The same of kept rows, (I, K): merged rows stand for all their members, and so do kept
         ones with an enhancer."""
-        pruner, enhancer, bias_IN = self.cuts.pruner, self.cuts.enhancer, self.bias()
+        pruner, enhancer, bias_IN = self.cuts.pruner, self.cuts.enhancer, self.bias_IN()
         assert pruner and kept.index_BK is not None
         n = self.columns_IN.shape[1]
         before_IN = mx.zeros((len(self.images), n)) if bias_IN is None else bias_IN
@@ -239,47 +256,46 @@ class LayerInput:
     def normed(self) -> dict[str, mx.array]:
         """Hidden states as the final norm leaves them, of images and text."""
         x_BLD, norm = self.spliced.x_BLD, self.language.norm
-        columns_IT, real_IT = self.spliced.text(self.prompts)
+        columns_BT, is_real_BT = self.text_columns
+        prompt_I = self.prompt_I1[:, 0]
         return {
             "normed_BND": norm(self.of_images(x_BLD)),
-            "text_BTD": norm(x_BLD[self.prompt_I1, columns_IT]),
-            "text_real_BT": real_IT,
+            "text_BTD": norm(x_BLD[self.prompt_I1, columns_BT[prompt_I]]),
+            "text_real_BT": is_real_BT[prompt_I],
         }
 
     def held_keys(self) -> dict[str, mx.array]:
         """Keys that the layer before holds, of images and text."""
-        keys_BSD = self.language.held_keys(self.held).swapaxes(1, 2).flatten(2)
-        columns_IT, _ = self.spliced.text(self.prompts)
+        keys_BSD = self.language.held_keys(self.cache_before).swapaxes(1, 2).flatten(2)
+        columns_BT, _ = self.text_columns
         return {
             "keys_BND": self.of_images(keys_BSD),
-            "text_keys_BTD": keys_BSD[self.prompt_I1, columns_IT],
+            "text_keys_BTD": keys_BSD[self.prompt_I1, columns_BT[self.prompt_I1[:, 0]]],
         }
 
     def last_attention(self) -> dict[str, mx.array]:
         """Of the prompt's last token, in the layer before."""
         columns_B1 = mx.full((len(self.spliced.lengths), 1), self.spliced.L - 1)
-        return {"last_attention_BN": self._attention(columns_B1)[:, 0]}
+        return {"last_attention_BN": self._attention_before(columns_B1)[:, 0]}
 
     def text_attention(self) -> dict[str, mx.array]:
         """Of every token of text, in the layer before."""
-        T = self.spliced.text(self.prompts)[0].shape[1]  # other prompts' words are in no signal
-        columns_BT = self.spliced.text(range(len(self.spliced.lengths)))[0][:, :T]
-        parts = [
-            self._attention(columns_BT[:, begin : begin + ROWS]) for begin in range(0, T, ROWS)
-        ]
+        columns_BT, _ = self.text_columns
+        chunks = range(0, columns_BT.shape[1], QUERY_CHUNK)
+        parts = [self._attention_before(columns_BT[:, t : t + QUERY_CHUNK]) for t in chunks]
         return {"text_attention_BTN": mx.concatenate(parts, axis=1)}
 
     def next_attention(self) -> dict[str, mx.array]:
         """Of the prompt's last token, by this layer's own projections."""
         x_BLD = self.spliced.x_BLD
-        return {"next_attention_BN": self._coming(self.language, self.layer, x_BLD)}
+        return {"next_attention_BN": self._attention_next(self.language, self.layer, x_BLD)}
 
     def twig_attention(self) -> dict[str, mx.array]:
         """Of the prompt's last token, in the last layer of the twig that grows here; of that
         layer nothing else is computed."""
         twig = self.cuts.twig
         assert twig is not None, "the method brings its twig"
-        row_IN = self._coming(twig.twig, twig.last, twig.below(self.spliced))
+        row_IN = self._attention_next(twig.twig, twig.last, twig.last_input(self.spliced))
         return {"twig_attention_BN": row_IN}
 
     def mean_attention(self) -> dict[str, mx.array]:
@@ -295,7 +311,7 @@ class LayerInput:
             "next_keys_BND": k_IGNd.swapaxes(1, 2).flatten(2),
         }
 
-    def _coming(self, layers: Layers, number: int, x_BLD: mx.array) -> mx.array:
+    def _attention_next(self, layers: Layers, number: int, x_BLD: mx.array) -> mx.array:
         """What the prompt's last token attends to in a layer with the input x, (I, n)."""
         positions_BL = self.spliced.positions_BL
         q = layers.rotated_queries(number, x_BLD[:, -1:], positions_BL[:, -1:])
@@ -304,7 +320,7 @@ class LayerInput:
         rows_BQS = attention(q, k, real_B1S, self.spliced.bias_BL)
         return rows_BQS[self.prompt_I1, 0, self.columns_IN]
 
-    def _attention(self, columns_BQ: mx.array) -> mx.array:
+    def _attention_before(self, columns_BQ: mx.array) -> mx.array:
         """What rows at some columns attend to in the layer before, (I, Q, n)."""
         prompts_B1 = mx.arange(len(columns_BQ))[:, None]
         positions_BQ = self.spliced.positions_BL[prompts_B1, columns_BQ]
@@ -312,7 +328,7 @@ class LayerInput:
         q = self.language.rotated_queries(self.layer - 1, x_BQD, positions_BQ)
         is_before_BQS = mx.arange(self.spliced.L) <= columns_BQ[..., None]
         visible_BQS = is_before_BQS & self.spliced.is_real_BL[:, None]
-        k = self.language.held_keys(self.held)
+        k = self.language.held_keys(self.cache_before)
         rows_BQS = attention(q, k, visible_BQS, self.spliced.bias_BL)
         return take(rows_BQS[mx.array(self.prompts)], self.columns_IN, axis=2)
 

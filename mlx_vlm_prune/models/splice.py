@@ -1,26 +1,26 @@
-"""Images among words: one sequence of rows per prompt, each with its position.
+"""Images among words: one sequence of rows per prompt, each row with its position.
 
 Between the decoder's layers the same sequences get shorter.
 
-Shapes: B prompts, I images over all prompts, n visual tokens of an image, K kept of
-them, T tokens of text, L rows of the longest prompt, D features. A position is a number, or
+Shapes: B prompts, n visual tokens of an image, K kept of them, T entries of the longest list,
+L rows (of the longest prompt, where there are several), D features. A position is a number, or
 several along a last axis where the model counts in several directions.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from ..pruners.contract import Policy, Reduction
+from .cache import PADDING
 
-PADDING = -1  # the position of a row that is not there
 
-
-class Row(Protocol):
-    """One prompt: token ids, and where each image's placeholders stand (start, length)."""
+class Prompt(Protocol):
+    """Token ids, and (start, length) of each image's placeholders."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -29,9 +29,12 @@ class Row(Protocol):
 
 
 @dataclass(frozen=True)
-class Visual:
-    """One image's slots: the tokens (K, D), their places in the image (K,) or None where they
-    have none, and what is added to the attention they get (K,) or None."""
+class ImageSlots:
+    """One image's visual tokens (K, D), as the language model reads them.
+
+    `index_K` is the place of each in the image; None of pooled slots, which have none. `bias_K` is
+    added to the attention that they get.
+    """
 
     x_KD: mx.array
     index_K: mx.array | None
@@ -46,7 +49,7 @@ class Spliced:
     """
 
     x_BLD: mx.array
-    positions_BL: mx.array  # -1 is padding
+    positions_BL: mx.array  # PADDING where there is no row
     next_B1: mx.array  # the position after each prompt
     lengths: list[int]  # rows of each prompt, padding left out
     runs: list[list[tuple[int, int]]]  # (start, n) of each prompt's images
@@ -73,83 +76,101 @@ class Spliced:
         return [b for b, runs in enumerate(self.runs) for _ in runs]
 
     @property
-    def columns(self) -> list[range]:
+    def image_columns(self) -> list[range]:
         """The columns of each image's rows."""
+        ahead = [self.L - length for length in self.lengths]
         return [
-            range(self.L - length + start, self.L - length + start + n)
-            for length, runs in zip(self.lengths, self.runs, strict=True)
+            range(ahead[b] + start, ahead[b] + start + n)
+            for b, runs in enumerate(self.runs)
             for start, n in runs
         ]
 
-    def text(self, prompts: Sequence[int]) -> tuple[mx.array, mx.array]:
-        """Columns (B, T) of some prompts' words, padded at the end, and which of them are real."""
-        columns = []
-        for b in prompts:
-            seen = {c for start, n in self.runs[b] for c in range(start, start + n)}
-            length = self.lengths[b]
-            columns.append([self.L - length + c for c in range(length) if c not in seen])
-        T = max(map(len, columns))
-        real = np.array([[i < len(words) for i in range(T)] for words in columns])
-        padded = np.array([words + [self.L - 1] * (T - len(words)) for words in columns])
-        return mx.array(padded), mx.array(real)
+    @cached_property
+    def word_columns(self) -> list[list[int]]:
+        """The columns of each prompt's words."""
+        return [
+            [self.L - length + i for i in outside(runs, length)]
+            for length, runs in zip(self.lengths, self.runs, strict=True)
+        ]
 
-    def piece(self, b: int, begin: int, end: int) -> "Piece":
-        """Some columns of a prompt, without the attention that is added to an image's rows."""
-        part = slice(begin, end)
-        added = [y_BLD[b, part] for y_BLD in self.added]
-        return Piece(self.x_BLD[b, part], self.positions_BL[b, part], added=added)
+    def rows(self, b: int) -> "Rows":
+        """A prompt's rows without padding."""
+        ahead = self.L - self.lengths[b]
+        return Rows(
+            self.x_BLD[b, ahead:],
+            self.positions_BL[b, ahead:],
+            None if self.bias_BL is None else self.bias_BL[b, ahead:],
+            [y_BLD[b, ahead:] for y_BLD in self.added],
+        )
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive rows of a prompt: words, or an image."""
+class Rows:
+    """Consecutive rows of one prompt: words, an image, or several of these joined."""
 
     x_LD: mx.array
-    positions_L: mx.array | None  # None where they are counted anyway
-    bias_L: mx.array | None = None
-    added: list[mx.array] = field(default_factory=list)
-    is_image: bool = False
+    positions_L: mx.array
+    bias_L: mx.array | None = None  # added to the attention a row gets
+    added: Sequence[mx.array] = ()  # (L, D) each, as of `Spliced`
+    runs: Sequence[tuple[int, int]] = ()  # (start, n) of the images among them
 
-    def reduced(self, kept: Reduction, bias_K: mx.array | None) -> "Piece":
-        """An image's rows that stay."""
+    def __len__(self) -> int:
+        return len(self.x_LD)
+
+    @property
+    def bias_or_zeros_L(self) -> mx.array:
+        return mx.zeros(len(self)) if self.bias_L is None else self.bias_L
+
+    def part(self, begin: int, end: int) -> "Rows":
+        """Rows `begin` to `end`."""
+        rows = slice(begin, end)
+        bias_L = None if self.bias_L is None else self.bias_L[rows]
+        added = [y_LD[rows] for y_LD in self.added]
+        return Rows(self.x_LD[rows], self.positions_L[rows], bias_L, added)
+
+    def reduced(self, kept: Reduction, bias_K: mx.array | None) -> "Rows":
+        """An image's rows that stay, with what is added to the attention they get."""
         assert kept.index_BK is not None, "in the decoder every slot has its anchor"
-        assert self.positions_L is not None
-        return Piece(
-            kept.tokens(self.x_LD[None])[0],
-            self.positions_L[kept.index_BK[0]],
-            bias_K,
-            [kept.apply(y_LD[None])[0] for y_LD in self.added],
-            is_image=True,
-        )
+        x_KD, index_K = kept.tokens(self.x_LD[None])[0], kept.index_BK[0]
+        added = [kept.apply(y_LD[None])[0] for y_LD in self.added]
+        return Rows(x_KD, self.positions_L[index_K], bias_K, added, [(0, len(x_KD))])
+
+    def renumbered(self, end_1: mx.array) -> "Rows":
+        """With positions that count up to `end_1`, the same along every axis."""
+        length, axes = len(self), self.positions_L.shape[1:]
+        count_L = (mx.arange(length) + (end_1 - length)).astype(mx.int32)
+        count_L = count_L.reshape(length, *[1] * len(axes))
+        return replace(self, positions_L=mx.broadcast_to(count_L, (length, *axes)))
 
 
 def splice(
     embed: Callable[[mx.array], mx.array],
-    rows: Sequence[Row],
-    visual: Sequence[Visual],
+    prompts: Sequence[Prompt],
+    images: Sequence[ImageSlots],
     policy: Policy,
 ) -> Spliced:
     """Put each image's slots where its placeholders stood.
 
-    `keep`: a token keeps the position it had among all; `renumber`, which slots without a place
-    need: positions count what is left.
+    `keep`: a token keeps the position it had among all; `renumber`, which pooled slots need:
+    positions count what is left.
     """
-    images, prompts = iter(visual), []
-    for row in rows:
-        pieces, cursor = [], 0
-        for start, length in row.runs:
-            image = next(images)
-            place_K = None if image.index_K is None else start + image.index_K
-            pieces.append(Piece(embed(_ids(row.ids[cursor:start])), mx.arange(cursor, start)))
-            pieces.append(Piece(image.x_KD, place_K, image.bias_K, is_image=True))
+
+    def words(prompt: Prompt, begin: int, end: int) -> Rows:
+        ids = mx.array(list(prompt.ids[begin:end]), dtype=mx.int32)
+        return Rows(embed(ids), mx.arange(begin, end))
+
+    slots, sequences = iter(images), []
+    for prompt in prompts:
+        parts, cursor = list[Rows](), 0
+        for start, length in prompt.runs:
+            parts += [words(prompt, cursor, start), _image_rows(next(slots), start)]
             cursor = start + length
-        end = Piece(embed(_ids(row.ids[cursor:])), mx.arange(cursor, len(row.ids)))
-        prompts.append([*pieces, end])
-    assert next(images, None) is None, "every image has its placeholders"
+        sequences.append(joined([*parts, words(prompt, cursor, len(prompt.ids))]))
+    assert next(slots, None) is None, "every image has its placeholders"
+    lengths = [len(rows) for rows in sequences]
     if policy == "keep":
-        return join(prompts, mx.array([[len(row.ids)] for row in rows], dtype=mx.int32))
-    lengths = [sum(len(piece.x_LD) for piece in pieces) for pieces in prompts]
-    return join(prompts, mx.array(lengths, dtype=mx.int32)[:, None], counted=True)
+        lengths = [len(prompt.ids) for prompt in prompts]
+    return side_by_side(sequences, mx.array(lengths, dtype=mx.int32)[:, None], policy)
 
 
 def drop_rows(
@@ -163,75 +184,76 @@ def drop_rows(
     With `renumber` the rows that stay count up to the position that comes next, which is the
     same in all layers: rotation knows differences only.
     """
-    reductions, prompts = zip(kept, bias, strict=True), []
+    reductions, sequences = zip(kept, bias, strict=True), []
     for b, runs in enumerate(spliced.runs):
-        first = cursor = spliced.L - spliced.lengths[b]
-        pieces = []
+        rows, parts, cursor = spliced.rows(b), list[Rows](), 0
         for start, n in runs:
-            begin = first + start
-            image = spliced.piece(b, begin, begin + n)
-            pieces += [spliced.piece(b, cursor, begin), image.reduced(*next(reductions))]
-            cursor = begin + n
-        prompts.append([*pieces, spliced.piece(b, cursor, spliced.L)])
-    return join(prompts, spliced.next_B1, counted=policy == "renumber")
+            image = rows.part(start, start + n)
+            parts += [rows.part(cursor, start), image.reduced(*next(reductions))]
+            cursor = start + n
+        sequences.append(joined([*parts, rows.part(cursor, len(rows))]))
+    return side_by_side(sequences, spliced.next_B1, policy)
 
 
-def join(prompts: list[list[Piece]], next_B1: mx.array, counted: bool = False) -> Spliced:
-    """Each prompt's pieces in a row, padded on the left; `counted` positions end before the
-    next."""
-    lengths = [sum(len(piece.x_LD) for piece in pieces) for pieces in prompts]
-    L = max(lengths)
+def _image_rows(image: ImageSlots, start: int) -> Rows:
+    """An image whose first placeholder stands at `start`; pooled slots are counted from there."""
+    K = len(image.x_KD)
+    index_K = mx.arange(K) if image.index_K is None else image.index_K
+    return Rows(image.x_KD, start + index_K, image.bias_K, runs=[(0, K)])
 
-    def rows(parts: list[mx.array], value: int = 0) -> mx.array:
-        """Of one prompt."""
-        row_L = mx.concatenate(parts) if len(parts) > 1 else parts[0]
-        ahead = [(L - len(row_L), 0)] + [(0, 0)] * (row_L.ndim - 1)
-        return mx.pad(row_L, ahead, constant_values=value)
 
-    x_BLD = mx.stack([rows([p.x_LD for p in pieces]) for pieces in prompts])
-    bias_BL = None
-    if any(p.bias_L is not None for pieces in prompts for p in pieces):
-        bias = [
-            [mx.zeros(len(p.x_LD)) if p.bias_L is None else p.bias_L for p in pieces]
-            for pieces in prompts
-        ]
-        bias_BL = mx.stack([rows(parts) for parts in bias])
-    depth = len(prompts[0][0].added)
-    added = [
-        mx.stack([rows([p.added[layer] for p in pieces]) for pieces in prompts])
-        for layer in range(depth)
-    ]
-    positions_BL = mx.stack(
-        [
-            rows([_counted(pieces, next_B1[b])] if counted else _positions(pieces), PADDING)
-            for b, pieces in enumerate(prompts)
-        ]
+def joined(parts: Sequence[Rows]) -> Rows:
+    """Rows one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *map(len, parts)]).tolist()
+    bias_L = None
+    if any(part.bias_L is not None for part in parts):
+        bias_L = mx.concatenate([part.bias_or_zeros_L for part in parts])
+    return Rows(
+        mx.concatenate([part.x_LD for part in parts]),
+        mx.concatenate([part.positions_L for part in parts]),
+        bias_L,
+        [mx.concatenate(list(y)) for y in zip(*(part.added for part in parts), strict=True)],
+        [(starts[i] + start, n) for i, part in enumerate(parts) for start, n in part.runs],
     )
-    return Spliced(x_BLD, positions_BL, next_B1, lengths, _runs(prompts), bias_BL, added)
 
 
-def _positions(pieces: list[Piece]) -> list[mx.array]:
-    positions = [p.positions_L for p in pieces if p.positions_L is not None]
-    return [positions_L.astype(mx.int32) for positions_L in positions]
+def side_by_side(prompts: Sequence[Rows], next_B1: mx.array, policy: Policy) -> Spliced:
+    """Prompts padded on the left to the longest; renumbered positions end before the next."""
+    lengths = [len(rows) for rows in prompts]
+    L = max(lengths)
+    if policy == "renumber":
+        prompts = [rows.renumbered(next_1) for rows, next_1 in zip(prompts, next_B1, strict=True)]
+
+    def padded(arrays: Sequence[mx.array], value: int = 0) -> mx.array:
+        widths = [[(L - len(x), 0), *[(0, 0)] * (x.ndim - 1)] for x in arrays]
+        pairs = zip(arrays, widths, strict=True)
+        return mx.stack([mx.pad(x, width, constant_values=value) for x, width in pairs])
+
+    bias_BL = None
+    if any(rows.bias_L is not None for rows in prompts):
+        bias_BL = padded([rows.bias_or_zeros_L for rows in prompts])
+    return Spliced(
+        padded([rows.x_LD for rows in prompts]),
+        padded([rows.positions_L.astype(mx.int32) for rows in prompts], PADDING),
+        next_B1,
+        lengths,
+        [list(rows.runs) for rows in prompts],
+        bias_BL,
+        [padded(layer) for layer in zip(*(rows.added for rows in prompts), strict=True)],
+    )
 
 
-def _counted(pieces: list[Piece], next_1: mx.array) -> mx.array:
-    """Positions (L,) up to the next, or (L, A) along as many axes as there are."""
-    length = sum(len(piece.x_LD) for piece in pieces)
-    position_L = (mx.arange(length) + (next_1 - length)).astype(mx.int32)
-    axes = next(p.positions_L for p in pieces if p.positions_L is not None).shape[1:]
-    return mx.broadcast_to(position_L.reshape(length, *[1] * len(axes)), (length, *axes))
+def outside(runs: Sequence[tuple[int, int]], length: int) -> list[int]:
+    """Which of `length` places are in no run (start, length): those of the words."""
+    inside = {i for start, n in runs for i in range(start, start + n)}
+    return [i for i in range(length) if i not in inside]
 
 
-def _runs(prompts: list[list[Piece]]) -> list[list[tuple[int, int]]]:
-    """Where each prompt's images begin, and how many rows they have."""
-    runs = []
-    for pieces in prompts:
-        starts = np.cumsum([0, *(len(p.x_LD) for p in pieces)]).tolist()
-        pairs = zip(starts, pieces, strict=False)
-        runs.append([(start, len(p.x_LD)) for start, p in pairs if p.is_image])
-    return runs
-
-
-def _ids(ids: Sequence[int]) -> mx.array:
-    return mx.array(list(ids), dtype=mx.int32)
+def pad_right(lists: Sequence[Sequence[int]], value: int = 0) -> tuple[mx.array, mx.array]:
+    """Lists as one array (B, T), filled up with `value`, and which entries are real."""
+    T = max(1, *map(len, lists))
+    filled = np.array([[*entries, *[value] * (T - len(entries))] for entries in lists], np.int32)
+    is_real = np.arange(T) < np.array([[len(entries)] for entries in lists])
+    return mx.array(filled), mx.array(is_real)

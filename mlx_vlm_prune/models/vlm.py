@@ -6,27 +6,28 @@ L rows of the spliced sequence, D features, T tokens of text, V words.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 
 from ..checkpoints.config import MlxLmConfig, VLMConfig
 from ..checkpoints.errors import UserError
 from ..inputs.resample import shrunk
 from ..machine.clock import lap
-from ..pruners import Pipeline, Pruner, Reduction, Signals, Stage, StepBudgets, downsample
+from ..pruners import Pipeline, Pruner, Signals, Stage, StepBudgets, downsample
 from ..pruners.attention_pool import AttentionPool
-from ..pruners.contract import Policy, identity
+from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .decoder import Cuts, Decoder, TwigReader
 from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .projector import MLPProjector, merged
-from .splice import Row, Visual, splice
+from .pruning import ImageBatch, image_slots, prune, reduction_step
+from .splice import Prompt, outside, pad_right, splice
 from .towers.between import Cut
 from .towers.vit import VisionTower
 
@@ -56,11 +57,11 @@ class Prefill:
     def step(self, token_BL: mx.array) -> mx.array:
         """Read more tokens; logits (B, L, V) after each of them."""
         x_BLD = self.language.embed_tokens(token_BL)
-        x_BLD = self.onward(range(self.language.depth), x_BLD, self.next_B1)
+        x_BLD = self.run_layers(range(self.language.depth), x_BLD, self.next_B1)
         self.next_B1 = self.next_B1 + token_BL.shape[1]
         return self.language.logits(x_BLD)
 
-    def onward(self, layers: range, x_BLD: mx.array, position_B1: mx.array) -> mx.array:
+    def run_layers(self, layers: range, x_BLD: mx.array, position_B1: mx.array) -> mx.array:
         """Hidden states of more tokens through some of the layers, whose caches grow.
 
         The first of them stands at `position_B1`.
@@ -73,47 +74,6 @@ class Prefill:
         fork = copy.copy(self)
         fork.cache = [layer.fork() for layer in self.cache]
         return fork
-
-
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images that are reduced together."""
-
-    signals: Signals  # of the tokens at present
-    encoded: Signals  # as the tower handed them over
-    kept_of_encoded: Reduction
-    kept: Reduction  # of the whole images; the same object where none left inside the tower
-
-    @classmethod
-    def of(cls, encoded: Signals, kept_in_tower: Reduction | None = None) -> "ImageBatch":
-        """As the tower hands them over; `kept_in_tower` is what stayed of the patches inside."""
-        every = identity(encoded.x_BND)
-        return cls(encoded, encoded, every, kept_in_tower or every)
-
-    def reduced(self, kept: Reduction) -> "ImageBatch":
-        (rows, columns), n = self.encoded.grid, self.encoded.x_BND.shape[1]
-        kept_of_encoded = whole = kept.after(self.kept_of_encoded, n)
-        if self.kept is not self.kept_of_encoded:
-            whole = kept.after(self.kept, rows * columns)
-        return ImageBatch(self.signals.reduced(kept), self.encoded, kept_of_encoded, whole)
-
-    def split(self) -> "list[ImageBatch]":
-        """One image at a time."""
-        batches = []
-        for i in range(self.images):
-            kept_of_encoded = whole = self.kept_of_encoded.of_image(i)
-            if self.kept is not self.kept_of_encoded:
-                whole = self.kept.of_image(i)
-            batches.append(
-                ImageBatch(
-                    self.signals.of_image(i), self.encoded.of_image(i), kept_of_encoded, whole
-                )
-            )
-        return batches
-
-    @property
-    def images(self) -> int:
-        return len(self.signals.x_BND)
 
 
 class VLM(nn.Module):
@@ -140,7 +100,7 @@ class VLM(nn.Module):
 
     def __call__(
         self,
-        prompts: Sequence[Row],
+        prompts: Sequence[Prompt],
         pixels_IHW3: mx.array | None,
         pruner: Pruner | Pipeline,
         K: int,
@@ -159,68 +119,81 @@ class VLM(nn.Module):
         if pixels_IHW3 is not None:
             budgets = pipeline.budgets(self.N, K)
             batches = [self.encode(pixels_IHW3, pipeline, budgets, prompts)]  # encode
-            steps.append(_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
-            batches, more = prune(batches, budgets, Stage.FEATURES)  # prune
-            steps += more
+            steps.append(reduction_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
+            batches, features = prune(batches, budgets, Stage.FEATURES)  # prune
             batches = [self.project(batch) for batch in batches]  # project
-            batches, more = prune(batches, budgets, Stage.PROJECTED)
-            steps += more
-        visual = [slot for batch in batches for slot in _slots(batch, pipeline.enhancer)]
-        pooled = any(slots.index_K is None for slots in visual)  # slots without an own place
-        policy: Policy = "renumber" if pooled else positions or pipeline.positions
-        spliced = splice(self.language.embed_tokens, prompts, visual, policy)  # splice
-        cuts = self.cuts(batches, pipeline, K, policy, twig)
-        cache = self.language.make_cache()
-        read = Decoder(self.language, cache, cuts, twig.watch if twig else {})  # decode
-        decoded = read(spliced)
+            batches, projected = prune(batches, budgets, Stage.PROJECTED)
+            steps += [*features, *projected]
+        slots = image_slots(batches, pipeline.enhancer)
+        trace = Trace.of_images(steps, [self.N] * len(slots))
+        policy = trace.policy(positions or pipeline.positions)
+        spliced = splice(self.language.embed_tokens, prompts, slots, policy)  # splice
+        cuts, cache = self.cuts(batches, pipeline, K, policy, twig), self.language.make_cache()
+        decode = Decoder(self.language, cache, cuts, twig.observers if twig else {})
+        decoded = decode(spliced)  # decode
         x_BLD = decoded.spliced.x_BLD
         logits_BLV = lap("prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD))
-        trace = Trace.of_images(steps, [self.N] * len(visual))
         trace = trace.after_cuts(pipeline.steps[-1].name, decoded.reductions)
         return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
 
     def encode(
         self, pixels_IHW3: mx.array, pipeline: Pipeline, budgets: StepBudgets,
-        prompts: Sequence[Row],
+        prompts: Sequence[Prompt],
     ) -> ImageBatch:  # fmt: skip
-        """The tower, inside which tokens may leave already; the prompt's words beside."""
-        layers, cuts, N, within = self.config.vision.depth, [], self.N, None
-        for step, own in budgets.per_step:
-            if step.stage is Stage.IMAGE and own < N:
-                small = downsample.smaller_grid(self.grid, own)
-                patch = self.config.vision.patch_size
-                height, width = (n * m * patch for n, m in zip(small, self.merge, strict=True))
-                pixels_IHW3 = shrunk(pixels_IHW3, (height, width))
-                within = downsample.block_means(self.grid, small, len(pixels_IHW3))
-                N = small[0] * small[1]
-            elif step.stage is Stage.ENCODER and own < N:
-                if self.merge != (1, 1):
-                    raise UserError(
-                        f"{step.name} works inside the tower; behind this one neighbouring patches"
-                        " become one visual token, so all must be there: choose another method"
-                    )
-                at = step.call(step.method.cuts, layers, N, own)
-                cuts += [Cut(layer, place, left, step) for layer, place, left in at]
-                N = own
-        done = lap("vision", self.tower(pixels_IHW3, pipeline.signal_layers(layers), cuts))
-        if done.kept:
-            within = done.kept.after(within, self.N) if within else done.kept
-        seen = merged(done.signals, self.merge)
-        seen = self.add_text(seen, prompts) if pipeline.needs_signal("text") else seen
-        return ImageBatch.of(seen, within)
+        """The tower, ahead of which pictures may shrink and inside which tokens may leave."""
+        grids, cuts = self.plan_tower(budgets)
+        kept = None
+        for grid in grids:
+            pixels_IHW3 = self.shrink_pixels(pixels_IHW3, grid)
+            kept = downsample.block_means(self.grid, grid, len(pixels_IHW3))
+        want = pipeline.signal_layers(self.config.vision.depth)
+        encoded = lap("vision", self.tower(pixels_IHW3, want, cuts))
+        if encoded.kept:
+            kept = encoded.kept.after(kept, self.N) if kept else encoded.kept
+        signals = merged(encoded.signals, self.merge)
+        if pipeline.needs_signal("text"):
+            signals = self.add_text(signals, prompts)
+        return ImageBatch.of(signals, kept)
 
-    def add_text(self, signals: Signals, prompts: Sequence[Row]) -> Signals:
+    def plan_tower(self, budgets: StepBudgets) -> tuple[list[tuple[int, int]], list[Cut]]:
+        """The grids to which pictures shrink, one after another, and the cuts inside the tower.
+
+        Raises UserError where tokens cannot leave inside this tower.
+        """
+        grids, cuts, n = list[tuple[int, int]](), list[Cut](), self.N
+        for step, K in budgets.at(Stage.IMAGE, Stage.ENCODER):
+            if step.stage is Stage.IMAGE and n > K:
+                grids.append(downsample.smaller_grid(self.grid, K))
+                n = prod(grids[-1])
+            elif n > K:
+                cuts += self.tower_cuts(step, n, K)
+                n = K
+        return grids, cuts
+
+    def tower_cuts(self, step: Pruner, n: int, K: int) -> list[Cut]:
+        """Where a method leaves K of n tokens between the tower's layers. Raises UserError."""
+        if self.merge != (1, 1):
+            raise UserError(
+                f"{step.name} works inside the tower; behind this one neighbouring patches"
+                " become one visual token, so all must be there: choose another method"
+            )
+        cuts = step.call(step.method.cuts, self.config.vision.depth, n, K)
+        return [Cut(layer, place, left, step) for layer, place, left in cuts]
+
+    def shrink_pixels(self, pixels_IHW3: mx.array, grid: tuple[int, int]) -> mx.array:
+        """Pictures of which the tower makes a smaller grid of visual tokens."""
+        patch, (down, across) = self.config.vision.patch_size, self.merge
+        return shrunk(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
+
+    def add_text(self, signals: Signals, prompts: Sequence[Prompt]) -> Signals:
         """With the embeddings of the words around each image."""
         words = []
-        for row in prompts:
-            inside = {p for start, length in row.runs for p in range(start, start + length)}
-            ids = [token for p, token in enumerate(row.ids) if p not in inside]
-            words += [ids] * len(row.runs)
-        T = max(1, *map(len, words))
-        real = np.array([[i < len(ids) for i in range(T)] for ids in words])
-        padded = np.array([ids + [0] * (T - len(ids)) for ids in words], dtype=np.int32)
-        text_BTD = self.language.embed_tokens(mx.array(padded))
-        return signals.replace(text_BTD=text_BTD, text_real_BT=mx.array(real))
+        for prompt in prompts:
+            ids = [prompt.ids[i] for i in outside(prompt.runs, len(prompt.ids))]
+            words += [ids] * len(prompt.runs)
+        ids_BT, is_real_BT = pad_right(words)
+        text_BTD = self.language.embed_tokens(ids_BT)
+        return signals.replace(text_BTD=text_BTD, text_real_BT=is_real_BT)
 
     def project(self, batch: ImageBatch) -> ImageBatch:
         x_BND = lap("projector", self.projector(batch.signals.x_BND))
@@ -232,7 +205,7 @@ class VLM(nn.Module):
     ) -> Cuts:  # fmt: skip
         """Where the decoder lets go of visual rows, so that an average of K stays of an image."""
         step = pipeline.decoder
-        counts = [batch.signals.x_BND.shape[1] for batch in batches for _ in range(batch.images)]
+        counts = [batch.slots for batch in batches for _ in range(batch.images)]
         if step is None or not counts or max(counts) <= K:
             return Cuts()
         layers, twig = self.config.text.num_hidden_layers, step.learned
@@ -265,51 +238,3 @@ class VLM(nn.Module):
     def N(self) -> int:
         """Visual tokens of one image."""
         return self.config.N
-
-
-def prune(
-    batches: list[ImageBatch], budgets: StepBudgets, stage: Stage
-) -> tuple[list[ImageBatch], list[ReductionStep]]:
-    """What the methods of a stage leave, and the steps on the way."""
-    steps = []
-    for pruner, tokens in budgets.at(stage):
-        batches = [less for batch in batches for less in _reduce(batch, pruner, tokens)]
-        steps.append(_step(batches, [pruner]))
-    return batches, steps
-
-
-def _step(batches: list[ImageBatch], pruners: list[Pruner]) -> ReductionStep:
-    reductions = [batch.kept.of_image(i) for batch in batches for i in range(batch.images)]
-    return ReductionStep("+".join(pruner.name for pruner in pruners), 0, reductions)
-
-
-def _reduce(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
-    """One step of one batch; where each image has a budget of its own, one batch an image."""
-    batches, budgets = [batch], [K]
-    if pruner.has_dynamic_budget:
-        batches, budgets = batch.split(), pruner.budgets(batch.signals, K)
-    return [_keep(*pair, pruner) for pair in zip(batches, budgets, strict=True)]
-
-
-def _keep(batch: ImageBatch, K: int, pruner: Pruner) -> ImageBatch:
-    N = batch.signals.x_BND.shape[1]
-    kept = pruner(batch.signals, min(K, N))
-    # where all stay nothing is computed
-    return batch.reduced(lap("pruner", kept)) if K < N else batch
-
-
-def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[Visual]:
-    """Each image's slots, ready to be spliced."""
-    bias_BK, index_BK = None, batch.kept.index_BK
-    if enhancer and batch.signals.x_BND.shape[1] < batch.encoded.x_BND.shape[1]:
-        bias_BK = enhancer.call(
-            enhancer.method.attention_bias, batch.encoded, batch.kept_of_encoded
-        )
-    return [
-        Visual(
-            batch.signals.x_BND[i],
-            None if index_BK is None else index_BK[i],
-            None if bias_BK is None else bias_BK[i],
-        )
-        for i in range(batch.images)
-    ]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
-from ..models.decoder import PIECE
+from ..models.decoder import PREFILL_STEP_SIZE
 from ..pruners import Pipeline, Stage, StepBudgets, downsample
 
 Text = MiniMindConfig | MlxLmConfig
@@ -128,8 +128,8 @@ def prefill(text: Text, rows: Sequence[int]) -> int:
 
 def _pieces(L: int) -> Iterator[tuple[int, int]]:
     """The pieces in which L rows are read: how many rows, and how many they see."""
-    for begin in range(0, L, PIECE):
-        end = min(L, begin + PIECE)
+    for begin in range(0, L, PREFILL_STEP_SIZE):
+        end = min(L, begin + PREFILL_STEP_SIZE)
         yield end - begin, end
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .contract import Reduction
+from .contract import Policy, Reduction
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Trace:
                 kept += (first + np.array(reduction.index_BK[0]).astype(int)).tolist()
                 first += N
         return kept
+
+    def policy(self, chosen: Policy) -> Policy:
+        """The policy of positions that holds: pooled slots have no place, and are renumbered."""
+        last = self.steps[-1].reductions if self.steps else []
+        return "renumber" if any(kept.index_BK is None for kept in last) else chosen
 
     def layers(self, depth: int) -> list[dict[str, Any]]:
         """Which tokens every run of a language model's `depth` layers holds."""

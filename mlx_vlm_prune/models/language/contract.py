@@ -20,7 +20,7 @@ class Layers(Protocol):
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows.
 
-        `padded` says that some rows are padding, at position -1.
+        `padded` says that some rows are padding, at position PADDING.
         """
         ...
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..cache import PADDING
+
 
 class State:
     """What one layer remembers: of all prompts together, or of each apart where some are padded."""
@@ -52,7 +54,7 @@ def block(layer: Any, x_BLD: mx.array, step: Any, state: State) -> mx.array:
         y_BLD = layer.part(x_BLD, state.of(0))
     else:
         parts = []
-        for b, real in enumerate((step.positions_BL >= 0).sum(axis=1).tolist()):
+        for b, real in enumerate((step.positions_BL != PADDING).sum(axis=1).tolist()):
             x_1lD = x_BLD[b : b + 1, L - real :]
             y_1lD = layer.part(x_1lD, state.of(b)) if real else x_1lD
             parts.append(mx.pad(y_1lD, [(0, 0), (L - real, 0), (0, 0)]))

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx import nn
 
 from ...checkpoints.config import MiniMindConfig
-from ..cache import LayerCache
+from ..cache import PADDING, LayerCache
 from .experts import MixtureOfExperts, swiglu
 
 
@@ -150,7 +150,7 @@ class Step:
 
     def mask(self, cache: LayerCache, dtype: mx.Dtype) -> mx.array | str | None:
         """Who sees whom in a layer that holds these rows: rows at one's own position or before;
-        padding (-1) is seen by none.
+        padding is seen by none.
 
         Rows are stored in the order of their positions, so without padding the fused
         causal kernel says the same, and a single new token sees all. A bias is added.
@@ -167,8 +167,8 @@ class Step:
     def visible(self, seen_BS: mx.array) -> mx.array:
         """Which rows each new row sees, (B, 1, L, S)."""
         own_BL1 = self.positions_BL[:, :, None]
-        visible_BLS = (seen_BS[:, None] >= 0) & (seen_BS[:, None] <= own_BL1)
-        return (visible_BLS | (own_BL1 < 0))[:, None]  # a padding query may see anything
+        visible_BLS = (seen_BS[:, None] != PADDING) & (seen_BS[:, None] <= own_BL1)
+        return (visible_BLS | (own_BL1 == PADDING))[:, None]  # a padding query may see anything
 
 
 class LayerStack(nn.Module):
@@ -187,7 +187,7 @@ class LayerStack(nn.Module):
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows.
 
-        `positions_BL` ascend within each row; -1 marks padding on the left, announced by `padded`.
+        `positions_BL` ascend within each row. `padded` says that some are PADDING, on the left.
         """
         step, layers = Step(positions_BL, self.rotary(positions_BL), padded, bias_BL), self.layers
         for number in numbers:

@@ -1,0 +1,109 @@
+"""Images on their way from the tower to the language model, reduced by one method after another.
+
+Shapes: I images of a batch, N visual tokens as the tower hands them over, K kept, D features.
+"""
+
+from dataclasses import dataclass
+
+from ..machine.clock import lap
+from ..pruners import Pruner, Reduction, Signals, Stage, StepBudgets
+from ..pruners.contract import identity
+from ..pruners.trace import ReductionStep
+from .splice import ImageSlots
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images that are reduced together."""
+
+    signals: Signals  # of the tokens at present
+    encoded: Signals  # as the tower handed them over
+    kept_of_encoded: Reduction
+    kept: Reduction  # of the whole images; the same object where none left inside the tower
+
+    @classmethod
+    def of(cls, encoded: Signals, kept_in_tower: Reduction | None = None) -> "ImageBatch":
+        """As the tower hands them over; `kept_in_tower` is what stayed of the patches inside."""
+        every = identity(encoded.x_BND)
+        return cls(encoded, encoded, every, kept_in_tower or every)
+
+    @property
+    def images(self) -> int:
+        return len(self.signals.x_BND)
+
+    @property
+    def slots(self) -> int:
+        """Visual tokens of each image at present."""
+        return self.signals.x_BND.shape[1]
+
+    def reduced(self, kept: Reduction) -> "ImageBatch":
+        """The batch after a method that answered with `kept`."""
+        (rows, columns), n = self.encoded.grid, self.encoded.x_BND.shape[1]
+        kept_of_encoded = kept_of_image = kept.after(self.kept_of_encoded, n)
+        if self.kept is not self.kept_of_encoded:
+            kept_of_image = kept.after(self.kept, rows * columns)
+        return ImageBatch(self.signals.reduced(kept), self.encoded, kept_of_encoded, kept_of_image)
+
+    def split(self) -> "list[ImageBatch]":
+        """One image at a time."""
+        return [self._image(i) for i in range(self.images)]
+
+    def _image(self, i: int) -> "ImageBatch":
+        kept_of_encoded = kept_of_image = self.kept_of_encoded.of_image(i)
+        if self.kept is not self.kept_of_encoded:
+            kept_of_image = self.kept.of_image(i)
+        return ImageBatch(
+            self.signals.of_image(i), self.encoded.of_image(i), kept_of_encoded, kept_of_image
+        )
+
+
+def prune(
+    batches: list[ImageBatch], budgets: StepBudgets, stage: Stage
+) -> tuple[list[ImageBatch], list[ReductionStep]]:
+    """The batches after the methods of a stage, and what each method left."""
+    steps = []
+    for pruner, K in budgets.at(stage):
+        batches = [part for batch in batches for part in _prune_batch(batch, pruner, K)]
+        steps.append(reduction_step(batches, [pruner]))
+    return batches, steps
+
+
+def reduction_step(batches: list[ImageBatch], pruners: list[Pruner]) -> ReductionStep:
+    """What is left of every image after some methods."""
+    reductions = [batch.kept.of_image(i) for batch in batches for i in range(batch.images)]
+    return ReductionStep("+".join(pruner.name for pruner in pruners), 0, reductions)
+
+
+def image_slots(batches: list[ImageBatch], enhancer: Pruner | None) -> list[ImageSlots]:
+    """What the language model reads of every image."""
+    return [slots for batch in batches for slots in _slots(batch, enhancer)]
+
+
+def _prune_batch(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
+    """One method on one batch; where each image has a budget of its own, one batch an image."""
+    if not pruner.has_dynamic_budget:
+        return [_keep(batch, pruner, K)]
+    budgets = pruner.budgets(batch.signals, K)
+    return [_keep(part, pruner, own_K) for part, own_K in zip(batch.split(), budgets, strict=True)]
+
+
+def _keep(batch: ImageBatch, pruner: Pruner, K: int) -> ImageBatch:
+    n = batch.slots
+    kept = pruner(batch.signals, min(K, n))
+    return batch.reduced(lap("pruner", kept)) if n > K else batch  # nothing leaves
+
+
+def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[ImageSlots]:
+    bias_BK, index_BK = None, batch.kept.index_BK
+    if enhancer and batch.slots < batch.encoded.x_BND.shape[1]:
+        bias_BK = enhancer.call(
+            enhancer.method.attention_bias, batch.encoded, batch.kept_of_encoded
+        )
+    return [
+        ImageSlots(
+            batch.signals.x_BND[i],
+            None if index_BK is None else index_BK[i],
+            None if bias_BK is None else bias_BK[i],
+        )
+        for i in range(batch.images)
+    ]
