@@ -6,33 +6,44 @@ Without arguments: a sample question about a sample scene, full beside pruned.
 """
 
 import argparse
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import appearing, check_target, write_atomically
-from .generation import stream
+from .generation import batch, stream
 from .generation.arguments import build_parser
 from .generation.printing import LINE, as_json, print_comparison, print_figures
-from .generation.request import ImageSource, Request, check_decoding, listed_images
-from .generation.result import GenerationResult
+from .generation.request import (
+    HOST_OPTIONS,
+    GenerateOptions,
+    ImageSource,
+    LogitsProcessor,
+    Request,
+    Sampler,
+    check_decoding,
+    listed_images,
+)
+from .generation.result import GenerationResponse, GenerationResult
 from .generation.speculation import check_drafts
 from .hosts import stream as host_stream
 from .hosts.loading import load
-from .machine.hardware import versions
 from .models.vlm import VLM
 from .planning.budgets import Budget, BudgetChoice, keep_within
 from .pruners import Pipeline, Pruner
-from .pruners.budget import check_budget
+from .pruners.budget import DEFAULT_KEEP_RATIO, check_budget
 from .pruners.contract import Policy
 
-__all__ = ["GenerationResult", "generate", "main", "stream_generate", "versions"]
+if TYPE_CHECKING:
+    from typing import Unpack
+
+__all__ = ["batch_generate", "generate", "main", "stream_generate"]
 
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 SAMPLE_PROMPT = "What does the sign say?"
@@ -58,28 +69,27 @@ def stream_generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    template: Mapping[str, Any] | None = None,
-    prefill_step_size: int | None = None,
-    kv_bits: float | None = None,
-    quantized_kv_start: int | None = None,
-    resize_shape: Sequence[int] | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
     num_draft_tokens: int | None = None,
-) -> Iterator[GenerationResult]:
+    template: Mapping[str, Any] | None = None,
+    host_options: Mapping[str, Any] | None = None,
+) -> Iterator[GenerationResponse]:
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `model` and `processor` are `load`'s, ours or mlx-vlm's. `<image>` in the prompt marks
-    where an image goes; without it the images come first. `pruner` is "NAME",
-    "NAME:option=value" or a chain "NAME+NAME"; of each image's N visual tokens K stay (of a
-    decoder method in the average layer), by `keep_ratio` or `keep_tokens`. Without `positions`,
-    those of the method's paper. `temperature` 0 is greedy. `template` are options of the chat
-    template, such as {"open_thinking": True}. The next four are for mlx-vlm's models: rows
-    read at once, bits of a cached number from which row on, sides that pictures are to fit in.
-    `num_draft_tokens`: how many tokens a twig beside our model may guess ahead. Raises UserError.
+    `<image>` in the prompt marks where an image goes; without it the images come first. `pruner`
+    is "NAME", "NAME:option=value" or a chain "NAME+NAME"; it keeps K of an image's N visual
+    tokens (a decoder method: in the average layer), by `keep_ratio` or `keep_tokens`, half
+    without either. `sampler` and `logits_processors` are mlx-lm's; a sampler replaces
+    `temperature` (0 is greedy), `top_p` and `seed`. `num_draft_tokens` is how many tokens a twig
+    beside a model of ours may guess ahead. `template` holds options of the chat template.
+    `host_options` are for mlx-vlm's models: prefill_step_size, kv_bits, quantized_kv_start and
+    resize_shape, as mlx-vlm has them. Raises UserError.
     """
     request = Request(
         prompt, listed_images(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
-        temperature, top_p, seed, template, prefill_step_size, kv_bits, quantized_kv_start,
-        resize_shape, num_draft_tokens,
+        temperature, top_p, seed, sampler, logits_processors, num_draft_tokens, template,
+        host_options,
     )  # fmt: skip
     check_drafts(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
@@ -93,17 +103,44 @@ def generate(
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
     verbose: bool = False,
-    **options: Any,
+    **options: "Unpack[GenerateOptions]",
 ) -> GenerationResult:
-    """The whole answer at once; the options are those of `stream_generate`."""
-    pieces = []
-    for piece in stream_generate(model, processor, prompt, image, **options):
+    """The whole answer at once; the options are those of `stream_generate`.
+
+    With `verbose` the text is printed as it comes.
+    """
+    for response in stream_generate(model, processor, prompt, image, **options):
         if verbose:
-            print(piece.text, end="", flush=True)
-        pieces.append(piece.text)
+            print(response.text, end="", flush=True)
     if verbose:
         print()
-    return replace(piece, text="".join(pieces))
+    assert response.result, "the last piece has the result"
+    return response.result
+
+
+def batch_generate(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[str],
+    images: Sequence[ImageSource | Sequence[ImageSource] | None] | None = None,
+    **options: "Unpack[GenerateOptions]",
+) -> list[GenerationResult]:
+    """Answer several prompts, each about its own images: what `generate` answers to each alone.
+
+    `images` has an entry for each prompt: an image, several, or None. The options are those of
+    `stream_generate`; num_draft_tokens is for one prompt. A model of ours reads all prompts at
+    once, so memory grows with their number, and all wait for the longest answer: `ttft_ms`,
+    `peak_memory` and `generation_tps` are of the batch. mlx-vlm's models answer one after
+    another. Raises UserError, which names a prompt that is at fault by its number, from 1.
+    """
+    requests = batch.batch_requests(prompts, images, options)
+    if isinstance(model, VLM):
+        return batch.batch_generate(model, processor, requests)
+    results = []
+    for number, request in enumerate(requests, 1):
+        with batch.naming_prompt(number, len(requests)):
+            results.append(generate(model, processor, request.prompt, request.images, **options))
+    return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -133,9 +170,8 @@ def run(args: argparse.Namespace) -> None:
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-        template=args.chat_template_config, prefill_step_size=args.prefill_step_size,
-        kv_bits=args.kv_bits, quantized_kv_start=args.quantized_kv_start,
-        resize_shape=args.resize_shape, num_draft_tokens=args.num_draft_tokens,
+        template=args.chat_template_config, num_draft_tokens=args.num_draft_tokens,
+        host_options={name: getattr(args, name) for name in HOST_OPTIONS},
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     choice = _choose(args, model, processor, prompt, pruner, limits) if limits else None
@@ -176,14 +212,13 @@ def _answer(
     args: argparse.Namespace, model: Any, processor: Any, prompt: str, options: dict, title: str
 ) -> GenerationResult:
     """Stream one answer to stdout, with mlx-lm's lines around it."""
-    pieces: list[str] = []
-    for piece in stream_generate(model, processor, prompt, **options):
-        if args.verbose and not pieces:
+    for response in stream_generate(model, processor, prompt, **options):
+        if args.verbose and response.generation_tokens == 1:
             print(LINE, title) if title else print(LINE)
-        print(piece.text, end="", flush=True)
-        pieces.append(piece.text)
+        print(response.text, end="", flush=True)
     print()
-    answer = replace(piece, text="".join(pieces))
+    answer = response.result
+    assert answer, "the last piece has the result"
     if args.verbose:
         print(LINE)
         print_figures(answer)
@@ -245,6 +280,8 @@ def _use_sample(args: argparse.Namespace) -> None:
 
     args.image, args.prompt = [compose(SAMPLE_SEED).image()], SAMPLE_PROMPT
     args.pruner = args.pruner or SAMPLE_PRUNER
+    if args.pruner != "none" and not _has_budget(args):
+        args.keep_ratio = DEFAULT_KEEP_RATIO
     args.compare, args.overlay = args.pruner != "none", args.overlay or SAMPLE_OVERLAY
     print(f"Sample scene {SAMPLE_SEED}: {args.prompt}")
 
@@ -275,6 +312,7 @@ class _Callable(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
+__signature__ = inspect.signature(generate)  # of the module as a function
 
 if __name__ == "__main__":
     main()

@@ -30,7 +30,8 @@ NOISE = {"a": (80, 90), "b": (120, 60), "c": (50, 40)}
 SIGN = Path(__file__).parent / "goldens" / "sign.png"
 TIMES = ("prompt_tps", "generation_tps", "peak_memory_gb", "versions")
 RUN_FIELDS = ("machine", "versions", "seconds", "questions", "model")
-PIECE_FIELDS = ("text", "token", "finish_reason", "generation_tokens", "drafted", "accepted")
+PIECE_FIELDS = ("text", "token", "finish_reason", "generation_tokens")
+DRAFT_FIELDS = ("drafted", "accepted")  # of the whole answer, so of its last piece
 
 
 def make_folder(folder: Path) -> Path:
@@ -148,7 +149,12 @@ def stream(name: str, prompt: str, folder: Path) -> dict[str, Any]:
     pieces = stream_generate(
         model, processor, prompt, [folder / "x.png"], pruner="norm", keep_ratio=0.7, max_tokens=5
     )
-    return {"pieces": [[getattr(piece, field) for field in PIECE_FIELDS] for piece in pieces]}
+    rows = [
+        [getattr(piece, field) for field in PIECE_FIELDS]
+        + [piece.result and getattr(piece.result, field) for field in DRAFT_FIELDS]
+        for piece in pieces
+    ]
+    return {"pieces": rows}
 
 
 def evaluation(model: str, pruners: str, flags: str, folder: Path) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_a_batch_says_what_generate_says_one_question_at_a_time(home, spec):
         image = question.image()
         pieces = stream_generate(model, processor, question.text, image, pruner=spec,
                                  keep_tokens=kept, max_tokens=WORDS)  # fmt: skip
-        assert list(pieces)[-1].token_ids == ids
+        assert list(pieces)[-1].result.token_ids == ids
 
 
 @pytest.mark.parametrize("spec", ["none", "uniform", "avgpool", "tome", "divprune"])

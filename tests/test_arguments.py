@@ -1,10 +1,11 @@
-"""Promises of `generate` in Python: an argument of another type is refused."""
+"""Promises of `generate` in Python: samplers, options for hosts, and what is refused."""
 
 import re
 
+import mlx.core as mx
 import pytest
 
-from mlx_vlm_prune import generate
+from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 
@@ -26,3 +27,76 @@ def test_of_images_the_wrong_one_is_named():
 def test_an_argument_of_another_type_is_refused_with_its_value(option, value):
     with pytest.raises(UserError, match=re.escape(f" is {value!r}; ")):
         generate(None, None, "Is there a red star?", **{option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (3, "host_options is 3; it must be a mapping of prefill_step_size, kv_bits"),
+        ({"kv_bit": 4}, "host_options has no 'kv_bit'; there are prefill_step_size, kv_bits"),
+    ],
+)
+def test_host_options_have_checked_names(options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        generate(None, None, "Is there a red star?", host_options=options)
+
+
+@pytest.mark.parametrize("option", [{"sampler": mx.argmax}, {"logits_processors": [max]}])
+def test_drafts_are_refused_beside_a_sampler(option):
+    with pytest.raises(UserError, match="leave out sampler and logits_processors"):
+        generate(None, None, "Is there a red star?", num_draft_tokens=2, **option)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load(dtype="float32")
+
+
+QUESTION = "Is there a red star?"
+
+
+def test_a_sampler_gets_log_probabilities_and_replaces_temperature(scenes):
+    shown = []
+
+    def least_likely(logprobs_1V):
+        shown.append(logprobs_1V)
+        return mx.argmin(logprobs_1V, axis=-1)
+
+    answer = generate(*scenes, QUESTION, sampler=least_likely, temperature=9.0, max_tokens=3)
+    assert len(shown) >= answer.generation_tokens > 0
+    for logprobs_1V, token in zip(shown, answer.token_ids, strict=False):
+        assert logprobs_1V.shape[0] == 1
+        assert mx.exp(logprobs_1V).sum().item() == pytest.approx(1, abs=1e-5)
+        assert mx.argmin(logprobs_1V).item() == token
+
+
+def test_a_logits_processor_gets_the_tokens_so_far_and_changes_what_is_chosen(scenes):
+    model, processor = scenes
+    plain = generate(model, processor, QUESTION, max_tokens=4)
+    lengths, banned = [], plain.token_ids[0]
+
+    def ban(tokens_L, logits_1V):
+        lengths.append(tokens_L.size)
+        ids = mx.arange(logits_1V.shape[-1])
+        return mx.where(ids == banned, -mx.inf, logits_1V)
+
+    other = generate(model, processor, QUESTION, logits_processors=[ban], max_tokens=4)
+    assert banned not in other.token_ids
+    first = plain.prompt_tokens  # the last call is for a token ahead, which is not used
+    assert lengths[:-1] == [first + n for n in range(other.generation_tokens)]
+
+
+@pytest.mark.parametrize("wrong", [7, mx.array([1, 2])])
+def test_a_sampler_that_returns_no_token_is_refused(scenes, wrong):
+    with pytest.raises(UserError, match=r"the sampler returned .*; it must be one token id"):
+        generate(*scenes, QUESTION, sampler=lambda logprobs_1V: wrong)
+
+
+def test_mlx_lms_samplers_and_processors_are_taken(scenes):
+    sample_utils = pytest.importorskip("mlx_lm.sample_utils", reason="mlx-lm is not installed")
+    processors = sample_utils.make_logits_processors(repetition_penalty=1.3)
+    sampler = sample_utils.make_sampler(temp=0.7, top_p=0.9)
+    answer = generate(
+        *scenes, QUESTION, sampler=sampler, logits_processors=processors, max_tokens=3
+    )
+    assert answer.generation_tokens > 0

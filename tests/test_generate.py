@@ -86,14 +86,20 @@ def test_prompt_tokens_are_counted_after_pruning(home):
     assert full.prompt_tokens - kept.prompt_tokens == tiny.N - 4
 
 
-def test_the_stream_is_the_answer_in_pieces(home):
+def test_the_stream_is_the_answer_in_small_pieces_and_the_last_has_the_result(home):
     model, processor = load(home / "mlx")
     pieces = list(stream_generate(model, processor, QUESTION, image=home / "a.png", max_tokens=9))
     whole = generate(model, processor, QUESTION, image=home / "a.png", max_tokens=9)
     assert "".join(piece.text for piece in pieces) == whole.text
     assert whole.text == processor.tokenizer.decode(whole.token_ids)
     assert [piece.generation_tokens for piece in pieces] == list(range(1, len(pieces) + 1))
-    assert pieces[-1].finish_reason in ("stop", "length")
+    *early, last = pieces
+    assert early and all((piece.finish_reason, piece.result) == (None, None) for piece in early)
+    assert last.finish_reason == last.result.finish_reason in ("stop", "length")
+    assert (last.result.text, last.result.token_ids) == (whole.text, whole.token_ids)
+    assert last.prompt_tokens == whole.prompt_tokens > tiny.N
+    for figure in ("prompt_tps", "generation_tokens", "generation_tps", "peak_memory"):
+        assert getattr(last, figure) == getattr(last.result, figure) > 0
 
 
 def test_sampling_with_one_seed_repeats_and_with_another_differs(home):

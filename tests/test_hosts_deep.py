@@ -306,7 +306,7 @@ def test_the_main_job_prunes_between_layers_and_tells_each_layers_rows(loaded, h
     images = [home / "a.png", home / "b.png"]
     said = generate(
         model, processor, "w7 w9", images, pruner=spec, keep_ratio=0.6, max_tokens=5,
-        prefill_step_size=6,
+        host_options={"prefill_step_size": 6},
     )  # fmt: skip
     assert left_on(model) == before
     assert len(said.token_ids) == 5 and said.positions == plan(spec).positions

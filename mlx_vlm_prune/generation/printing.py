@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..machine.clock import Timings
 from ..machine.hardware import versions
 from .result import GenerationResult
 
@@ -25,8 +26,16 @@ def print_figures(a: GenerationResult) -> None:
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
         if len(a.layers) > 1:
             print(f"By layer: {_by_layer(a)}; {a.visual_tokens_kept} in the mean")
-    parts = ", ".join(f"{name} {ms:.1f}" for name, ms in a.ttft_ms.items() if name != "total")
-    print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({parts})")
+    print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({_by_part(a.ttft_ms)})")
+
+
+def _by_part(ttft_ms: Timings) -> str:
+    """Milliseconds of each part; what was not timed alone, together."""
+    parts = {part: ms for part, ms in ttft_ms.items() if part != "total"}
+    timed = {part: ms for part, ms in parts.items() if isinstance(ms, float)}
+    untimed = " and ".join(part for part in parts if part not in timed)
+    rest = {untimed: ttft_ms["total"] - sum(timed.values())} if untimed else {}
+    return ", ".join(f"{part} {ms:.1f}" for part, ms in (timed | rest).items())
 
 
 def _by_layer(a: GenerationResult) -> str:

@@ -1,12 +1,13 @@
-"""What is asked of a model: a prompt, images, and how to answer."""
+"""A request to a model: the prompt, its images, and how to answer."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+import mlx.core as mx
 from PIL import Image
 
 from ..checkpoints.errors import UserError
@@ -14,14 +15,16 @@ from ..pruners import Pipeline, Pruner
 from ..pruners.contract import Policy
 
 ImageSource = str | Path | bytes | Image.Image
+# As mlx-lm's, of L tokens and V words: log-probabilities (1, V) to a token id (1,), and
+# (tokens (L,), logits (1, V)) to logits (1, V).
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+HOST_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start", "resize_shape")
 
 
-@dataclass(frozen=True)
-class Request:
-    """The arguments of `stream_generate`, as given. Raises UserError for what no model can do."""
+class GenerateOptions(TypedDict, total=False):
+    """The options of `stream_generate`, `generate` and `batch_generate`."""
 
-    prompt: str
-    images: Sequence[ImageSource]
     pruner: str | Pruner | Pipeline
     keep_ratio: float | None
     keep_tokens: int | None
@@ -30,23 +33,59 @@ class Request:
     temperature: float
     top_p: float
     seed: int
-    template: Mapping[str, Any] | None
-    prefill_step_size: int | None
-    kv_bits: float | None
-    quantized_kv_start: int | None
-    resize_shape: Sequence[int] | None
+    sampler: Sampler | None
+    logits_processors: Sequence[LogitsProcessor] | None
     num_draft_tokens: int | None
+    template: Mapping[str, Any] | None
+    host_options: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `stream_generate`. Raises UserError for what no model can do."""
+
+    prompt: str
+    images: Sequence[ImageSource]
+    pruner: str | Pruner | Pipeline = "none"
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    positions: Policy | None = None
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    sampler: Sampler | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = None
+    num_draft_tokens: int | None = None
+    template: Mapping[str, Any] | None = None
+    host_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "renumber"):
             raise UserError(f"positions is {self.positions!r}; it is keep or renumber")
         check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)
+        if self.num_draft_tokens is not None and (self.sampler or self.logits_processors):
+            raise UserError(
+                "num_draft_tokens is for greedy answers; leave out sampler and logits_processors"
+            )
+        if self.host_options is not None:
+            _check_host_options(self.host_options)
 
     @property
-    def is_for_mlx_vlm(self) -> bool:
-        """Is there an option that only mlx-vlm's models have?"""
-        cache = (self.prefill_step_size, self.kv_bits, self.quantized_kv_start)
-        return any(x is not None for x in (*cache, self.resize_shape))
+    def given_host_options(self) -> dict[str, Any]:
+        """The options for mlx-vlm's models that have a value."""
+        options = self.host_options or {}
+        return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_host_options(options: Any) -> None:
+    """Raises UserError for what is no mapping, or has an unknown name."""
+    known = ", ".join(HOST_OPTIONS)
+    if not isinstance(options, Mapping):
+        raise UserError(f"host_options is {options!r}; it must be a mapping of {known}")
+    for name in options:
+        if name not in HOST_OPTIONS:
+            raise UserError(f"host_options has no {name!r}; there are {known}")
 
 
 def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
@@ -69,7 +108,9 @@ def listed_images(image: ImageSource | Sequence[ImageSource] | None) -> list[Ima
     if isinstance(images, ImageSource) or not isinstance(images, Iterable):
         images = [images]
     images = list(images)  # of an iterator, which can be read once
-    for one in images:
-        if not isinstance(one, ImageSource | os.PathLike):
-            raise UserError(f"an image is {one!r}; give a path, a file's bytes or a Pillow image")
+    for source in images:
+        if not isinstance(source, ImageSource | os.PathLike):
+            raise UserError(
+                f"an image is {source!r}; give a path, a file's bytes or a Pillow image"
+            )
     return images

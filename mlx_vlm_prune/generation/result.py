@@ -1,47 +1,51 @@
-"""What an answer came to: the text, every figure, and a picture of what was kept."""
+"""What an answer came to: its pieces, the whole text with every figure, and a picture."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..machine.clock import Timings
 from ..pruners.trace import Trace
 from .overlay import draw_trace
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """An answer, or in a stream its newest piece, with what it took.
+    """A whole answer, and what pruning did.
 
-    Times are milliseconds; `ttft_ms` has image (opening and preprocessing), vision (the
-    tower), pruner, prefill (projector, splicing and the language model) and total, all up
-    to the first token; an mlx-vlm model that is not pruned has "vision and prefill", which
-    it computes in one go. Tokens per second; peak memory in GB. `visual_tokens_kept` is the
-    average over the language model's layers. `kept_indices` holds, per image, the places
-    in the original grid of the tokens kept to the end, or None where slots have none;
-    `layers` the same for every run of layers. `cache_bytes` are those of the prompt's rows.
-    `drafted` and `accepted` count the tokens that a twig guessed, where one was to. `trace` says
-    what was left of every view of an image, step by step; `views` has their pictures, as the
-    tower saw them, each with its rows and columns of visual tokens.
+    `token_ids` are without the token that ended the answer; `generation_tokens` counts it.
+    `prompt_tokens` are the rows that the language model read after pruning. Speeds are tokens per
+    second, `peak_memory` is in GB (10^9 bytes). `ttft_ms` holds milliseconds up to the first
+    token: image (opening and preprocessing), vision (the tower), pruner, prefill (projector,
+    splicing and the language model) and total. Of an mlx-vlm model that is not pruned, vision
+    and prefill are None: it computes them in one go.
+
+    `visual_tokens_kept` is the average over the language model's layers. `kept_indices` holds, per
+    image, the indices in the original grid of the tokens kept to the end, or None where slots are
+    pooled from everywhere; `layers` the same for every run of layers. `cache_bytes` is the size
+    of the prompt's keys and values. `drafted` and `accepted` count the tokens that a twig
+    guessed; None without one. `trace` says what was left of every view of an image, step by
+    step; `views` has their pictures, as the tower saw them, each with its (rows, columns) of
+    visual tokens.
     """
 
     text: str
-    token: int
     token_ids: list[int]
     prompt_tokens: int
     generation_tokens: int
     prompt_tps: float
     generation_tps: float
     peak_memory: float
-    finish_reason: str | None
+    finish_reason: str
     visual_tokens: int
     visual_tokens_kept: int
     kept_indices: list[list[int] | None]
     pruner: str
     positions: str
-    ttft_ms: dict[str, float]
+    ttft_ms: Timings
     layers: list[dict[str, Any]] = field(default_factory=list)
     cache_bytes: int = 0
     trace: Trace | None = None
@@ -49,8 +53,16 @@ class GenerationResult:
     drafted: int | None = None
     accepted: int | None = None
 
+    def prefilled(self, prompt_tokens: int, ttft_ms: Timings) -> "GenerationResult":
+        """The same with the figures of a prompt that was read."""
+        prompt_tps = 1000 * prompt_tokens / ttft_ms["total"]
+        return replace(self, prompt_tokens=prompt_tokens, prompt_tps=prompt_tps, ttft_ms=ttft_ms)
+
     def overlay(self) -> Image.Image:
-        """A picture of what was kept; steps and layers side by side, images below one another."""
+        """A picture of what was kept; steps and layers side by side, images below one another.
+
+        Raises UserError where the prompt had no image.
+        """
         if self.trace is None or not self.views:
             raise UserError("there is no overlay: the prompt had no image")
         return draw_trace(self.trace, self.views, self.caption())
@@ -62,3 +74,53 @@ class GenerationResult:
         return (
             f"{self.pruner}   {tokens} -> {kept:g} visual tokens ({1 - kept / tokens:.1%} pruned)"
         )
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """A piece of an answer, as mlx-lm's: some text, the newest token and the figures so far.
+
+    `text` may be empty, where a character is not complete. `from_draft`: did a twig guess the
+    token? Speeds are tokens per second, `peak_memory` is in GB. `finish_reason` is None until the
+    last piece, then "stop" (the model ended its answer) or "length" (`max_tokens` were reached).
+    `result` is None until the last piece, which has the whole answer and what pruning did.
+    """
+
+    text: str
+    token: int
+    from_draft: bool
+    prompt_tokens: int
+    prompt_tps: float
+    generation_tokens: int
+    generation_tps: float
+    peak_memory: float
+    finish_reason: str | None = None
+    result: GenerationResult | None = None
+
+
+class Transcript:
+    """Collects the pieces of an answer, whose other figures are known, for its result."""
+
+    def __init__(self, answer: GenerationResult) -> None:
+        self.answer = answer
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+
+    def add(self, piece: GenerationResponse, **figures: Any) -> GenerationResponse:
+        """The piece; the last one with the result, which also gets these `figures`."""
+        self.texts.append(piece.text)
+        if piece.finish_reason != "stop":
+            self.token_ids.append(piece.token)
+        if piece.finish_reason is None:
+            return piece
+        result = replace(
+            self.answer,
+            text="".join(self.texts),
+            token_ids=self.token_ids,
+            generation_tokens=piece.generation_tokens,
+            generation_tps=piece.generation_tps,
+            peak_memory=piece.peak_memory,
+            finish_reason=piece.finish_reason,
+            **figures,
+        )
+        return replace(piece, result=result)

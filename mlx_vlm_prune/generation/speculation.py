@@ -60,11 +60,13 @@ def twig_of(model: VLM, name: str) -> TwigReader:
 
 
 class Token(NamedTuple):
-    """A token of an answer; how many were drafted and accepted up to here, if any could be."""
+    """A token of an answer; how many were drafted and accepted up to here, if any could be, and
+    whether it was drafted itself."""
 
     id: int
     drafted: int | None = None
     accepted: int | None = None
+    from_draft: bool = False
 
 
 class Speculation:
@@ -92,8 +94,8 @@ class Speculation:
             right = agreeing(draft, verified)
             self.crop(len(draft) - right)
             drafted, accepted = drafted + len(draft), accepted + right
-            for next_token in verified[: right + 1]:
-                yield Token(next_token, drafted, accepted)
+            for n, next_token in enumerate(verified[: right + 1]):
+                yield Token(next_token, drafted, accepted, from_draft=n < right)
             token, position_11 = verified[right], position_11 + right + 1
             left -= right + 1
 

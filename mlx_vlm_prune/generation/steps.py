@@ -3,25 +3,26 @@
 Shapes: B prompts, A tokens of the longest right answer with its end, V words.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
 from .prefill import Prefill
+from .request import Request
 
 PADDING = -1  # behind a right answer that is shorter than the longest
-Sampler = Callable[[mx.array], mx.array]
+TokenChooser = Callable[[mx.array], mx.array]  # logits (B, V) to token ids (B, 1)
 
 
 def generate_step(
-    prefill: Prefill, token_B1: mx.array, sampler: Sampler, max_tokens: int
+    prefill: Prefill, token_B1: mx.array, choose_token: TokenChooser, max_tokens: int
 ) -> Iterator[mx.array]:
     """The first token of each prompt, which is given, and the next ones, `max_tokens` in all; while
     one is used, the next is computed."""
     for _ in range(max_tokens - 1):
-        next_B1 = sampler(prefill.step(token_B1)[:, -1])
+        next_B1 = choose_token(prefill.step(token_B1)[:, -1])
         mx.async_eval(next_B1)
         yield token_B1
         token_B1 = next_B1
@@ -53,17 +54,64 @@ class TopP:
         return mx.random.categorical(logits_BV, key=now)[:, None]
 
 
-def make_sampler(temperature: float, top_p: float, seed: int) -> Sampler:
+class PromptChooser:
+    """Chooses one prompt's tokens: logits processors first, then the sampler, as mlx-lm does.
+
+    `ids` are the prompt's token ids, with which the processors' tokens begin.
+    """
+
+    def __init__(self, request: Request, ids: Sequence[int]) -> None:
+        self.processors = request.logits_processors or ()
+        self.sampler = request.sampler
+        self.default = make_sampler(request.temperature, request.top_p, request.seed)
+        self.tokens_L = mx.array(list(ids))
+
+    def __call__(self, logits_1V: mx.array) -> mx.array:
+        """A token id (1, 1). Raises UserError where a sampler returns anything else."""
+        for processor in self.processors:
+            logits_1V = processor(self.tokens_L, logits_1V)
+        if self.sampler is None:
+            token_11 = self.default(logits_1V)
+        else:
+            logprobs_1V = logits_1V - mx.logsumexp(logits_1V, axis=-1, keepdims=True)
+            token = self.sampler(logprobs_1V)
+            if not isinstance(token, mx.array) or token.size != 1:
+                raise UserError(f"the sampler returned {token!r}; it must be one token id (1,)")
+            token_11 = token.reshape(1, 1)
+        if self.processors:
+            self.tokens_L = mx.concatenate([self.tokens_L, token_11[0].astype(mx.int32)])
+        return token_11
+
+
+def make_sampler(temperature: float, top_p: float, seed: int) -> TokenChooser:
     """How the next token is chosen; greedily at temperature 0."""
     return TopP(temperature, top_p, seed) if temperature else greedy
 
 
+def make_chooser(request: Request, prompts: Sequence[Sequence[int]]) -> TokenChooser:
+    """What chooses the next tokens of prompts, given as ids. Each draws by itself, so that its
+    answer does not depend on its neighbours."""
+    if request.sampler or request.logits_processors or (request.temperature and len(prompts) > 1):
+        choosers = [PromptChooser(request, ids) for ids in prompts]
+        return lambda logits_BV: mx.concatenate(
+            [choose(logits_BV[b : b + 1]) for b, choose in enumerate(choosers)]
+        )
+    return make_sampler(request.temperature, request.top_p, request.seed)
+
+
 def greedy_answers(prefill: Prefill, ends: Collection[int], max_tokens: int) -> list[list[int]]:
     """Each prompt's answer without the token that ended it, `max_tokens` at most."""
-    answers: list[list[int]] = [[] for _ in prefill.rows]
-    running = set(range(len(answers)))
-    first_B1 = greedy(prefill.logits_BV)
-    for token_B1 in generate_step(prefill, first_B1, greedy, max_tokens):
+    steps = generate_step(prefill, greedy(prefill.logits_BV), greedy, max_tokens)
+    return collect_answers(steps, len(prefill.rows), ends)
+
+
+def collect_answers(
+    steps: Iterator[mx.array], prompts: int, ends: Collection[int]
+) -> list[list[int]]:
+    """Each prompt's answer without the token that ended it, from `generate_step`'s tokens."""
+    answers: list[list[int]] = [[] for _ in range(prompts)]
+    running = set(range(prompts))
+    for token_B1 in steps:
         tokens = np.array(token_B1)[:, 0].tolist()
         running -= {b for b in running if tokens[b] in ends}
         if not running:

@@ -22,20 +22,17 @@ from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import budget
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
-from .request import ImageSource, Request, listed_images
-from .result import GenerationResult
+from .request import HOST_OPTIONS, ImageSource, Request, listed_images
+from .result import GenerationResponse, GenerationResult, Transcript
 from .speculation import Speculation, Token, twig_of
-from .steps import generate_step, make_sampler
+from .steps import generate_step, make_chooser
 
 
 def stream_generate(
     model: VLM, processor: Processor, request: Request
-) -> Iterator[GenerationResult]:
+) -> Iterator[GenerationResponse]:
     """The answer of a model of ours."""
-    if request.is_for_mlx_vlm:
-        raise UserError(
-            "prefill_step_size, kv_bits, quantized_kv_start and resize_shape are for mlx-vlm models"
-        )
+    refuse_host_options(request)
     clock, pipeline = Clock(), resolve(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     twig = twig_of(model, processor.name) if request.num_draft_tokens else None
@@ -44,8 +41,8 @@ def stream_generate(
     mx.reset_peak_memory()
     with clock.running():
         prefill = model([prompt.prompt], prompt.pixels, pipeline, K, request.positions, twig=twig)
-    sampler = make_sampler(request.temperature, request.top_p, request.seed)
-    first_B1 = clock.lap("prefill", sampler(prefill.logits_BV))
+    choose_token = make_chooser(request, [prompt.prompt.ids])
+    first_B1 = clock.lap("prefill", choose_token(prefill.logits_BV))
     cache_bytes = prefill.cache_bytes
     if twig and request.num_draft_tokens:
         cache_bytes += sum(layer.nbytes for layer in twig.cache)
@@ -53,16 +50,22 @@ def stream_generate(
         turns = Speculation(prefill, twig, ends, request.num_draft_tokens)
         tokens = turns.tokens(int(np.array(first_B1)[0, 0]), request.max_tokens)
     else:
-        steps = generate_step(prefill, first_B1, sampler, request.max_tokens)
+        steps = generate_step(prefill, first_B1, choose_token, request.max_tokens)
         tokens = (Token(int(np.array(token_B1)[0, 0])) for token_B1 in steps)
     depth = model.config.text.num_hidden_layers
     answer = replace(
         empty_answer(prefill.trace, depth, pipeline, request.positions or pipeline.positions),
-        prompt_tokens=prefill.rows[0],
         cache_bytes=cache_bytes,
         views=[(picture, model.grid) for picture in prompt.visible],
-    )
-    yield from _written(tokens, processor, answer, clock.ttft(), request.max_tokens)
+    ).prefilled(prefill.rows[0], clock.ttft())
+    yield from _pieces(tokens, processor, answer, request.max_tokens)
+
+
+def refuse_host_options(request: Request) -> None:
+    """Raises UserError where there is an option that only mlx-vlm's models have."""
+    if request.given_host_options:
+        *names, last = HOST_OPTIONS
+        raise UserError(f"{', '.join(names)} and {last} are for mlx-vlm models")
 
 
 @dataclass(frozen=True)
@@ -108,45 +111,39 @@ def empty_answer(
     layers = trace.layers(depth)
     rows = sum(run["visual_tokens"] * (run["last"] - run["first"] + 1) for run in layers)
     return GenerationResult(
-        text="", token=-1, token_ids=[], prompt_tokens=0, generation_tokens=0, prompt_tps=0.0,
-        generation_tps=0.0, peak_memory=0.0, finish_reason=None, visual_tokens=sum(trace.sizes),
+        text="", token_ids=[], prompt_tokens=0, generation_tokens=0, prompt_tps=0.0,
+        generation_tps=0.0, peak_memory=0.0, finish_reason="", visual_tokens=sum(trace.sizes),
         visual_tokens_kept=round(rows / depth),
         kept_indices=layers[-1]["kept_indices"] if layers else [],
-        pruner=pipeline.spec, positions=trace.policy(positions), ttft_ms={}, layers=layers,
+        pruner=pipeline.spec, positions=trace.policy(positions), ttft_ms=Clock().ttft(),
+        layers=layers,
         trace=trace,
     )  # fmt: skip
 
 
-def _written(
-    tokens: Iterator[Token],
-    processor: Processor,
-    answer: GenerationResult,
-    ttft_ms: dict[str, float],
-    max_tokens: int,
-) -> Iterator[GenerationResult]:
+def _pieces(
+    tokens: Iterator[Token], processor: Processor, answer: GenerationResult, max_tokens: int
+) -> Iterator[GenerationResponse]:
     """Tokens as text, with the figures up to each, until the answer ends."""
-    writer, ids = Detokenizer(processor.tokenizer), list[int]()
-    prompt_tps = 1000 * answer.prompt_tokens / ttft_ms["total"]
-    answer = replace(answer, ttft_ms=ttft_ms, prompt_tps=prompt_tps)
+    writer, transcript = Detokenizer(processor.tokenizer), Transcript(answer)
     start = time.perf_counter()
-    for n, (token, drafted, accepted) in enumerate(tokens, 1):
+    for n, (token, drafted, accepted, from_draft) in enumerate(tokens, 1):
         ended = token in processor.tokenizer.eos_token_ids
         reason = "stop" if ended else "length" if n == max_tokens else None
-        ids += [] if ended else [token]
         text = "" if ended else writer.add(token)
         seconds = time.perf_counter() - start
-        yield replace(
-            answer,
+        piece = GenerationResponse(
             text=text + (writer.finish() if reason else ""),
             token=token,
-            token_ids=list(ids),
+            from_draft=from_draft,
+            prompt_tokens=answer.prompt_tokens,
+            prompt_tps=answer.prompt_tps,
             generation_tokens=n,
             generation_tps=(n - 1) / seconds if n > 1 and seconds else 0.0,
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
-            drafted=drafted,
-            accepted=accepted,
         )
+        yield transcript.add(piece, drafted=drafted, accepted=accepted)
         if reason:
             return
 

@@ -8,14 +8,25 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypedDict
 
 import mlx.core as mx
 
 PARTS = ("image", "vision", "pruner", "prefill")
+UNPRUNED = "vision and prefill"  # in one lap, as mlx-vlm computes them where nothing is pruned
 WITHIN = {"projector": "prefill"}  # parts that a user reads as part of another
 
 _running: ContextVar["Clock | None"] = ContextVar("_running", default=None)
+
+
+class Timings(TypedDict):
+    """Milliseconds up to the first token, by part; None where a part was not timed alone."""
+
+    image: float  # opening and preprocessing
+    vision: float | None  # the tower
+    pruner: float | None
+    prefill: float | None  # projector, splicing and the language model
+    total: float
 
 
 class Clock:
@@ -41,9 +52,15 @@ class Clock:
         """The part that a lap is counted in."""
         return name if name in self.ms else WITHIN[name]
 
-    def ttft(self) -> dict[str, float]:
+    def ttft(self) -> Timings:
         """The parts and their total up to the last lap, which ends with the first token."""
-        return {**self.ms, "total": 1000 * (self.last - self.start)}
+        return Timings(
+            image=self.ms["image"],
+            vision=self.ms.get("vision"),
+            pruner=self.ms.get("pruner"),
+            prefill=self.ms.get("prefill"),
+            total=1000 * (self.last - self.start),
+        )
 
     @contextmanager
     def running(self) -> Iterator["Clock"]:

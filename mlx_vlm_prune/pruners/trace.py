@@ -67,6 +67,14 @@ class Trace:
         last = self.steps[-1].reductions if self.steps else []
         return "renumber" if any(kept.index_BK is None for kept in last) else chosen
 
+    def of_views(self, first: int, end: int) -> "Trace":
+        """The trace of one of several prompts, by its views: from `first` to before `end`."""
+        if first == end:
+            return Trace([], [], [])
+        steps = [replace(step, reductions=step.reductions[first:end]) for step in self.steps]
+        images = [image - self.images[first] for image in self.images[first:end]]
+        return Trace(steps, self.sizes[first:end], images)
+
     def layers(self, depth: int) -> list[dict[str, Any]]:
         """Which tokens every run of a language model's `depth` layers holds."""
         last = {step.layer: number for number, step in enumerate(self.steps)}

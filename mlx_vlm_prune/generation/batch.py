@@ -1,0 +1,119 @@
+"""Several prompts at once through a model of ours: one prefill, one token loop.
+
+Shapes: B prompts, I images over all prompts, V words.
+"""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.errors import UserError
+from ..machine.clock import Clock
+from ..models.loading import Processor
+from ..models.vlm import VLM
+from ..pruners.budget import budget
+from .request import ImageSource, Request, listed_images
+from .result import GenerationResult
+from .steps import collect_answers, generate_step, make_chooser
+from .stream import PreparedPrompt, empty_answer, prepare, refuse_host_options, resolve
+
+BatchImages = Sequence[ImageSource | Sequence[ImageSource] | None]
+
+
+def batch_requests(
+    prompts: Sequence[str], images: BatchImages | None, options: Mapping[str, Any]
+) -> list[Request]:
+    """One request a prompt. Raises UserError."""
+    if isinstance(prompts, str):
+        raise UserError("prompts is one string; give a list of prompts")
+    prompts = list(prompts)
+    images = [None] * len(prompts) if images is None else images
+    if isinstance(images, ImageSource) or len(images) != len(prompts):
+        count = 1 if isinstance(images, ImageSource) else len(images)
+        raise UserError(
+            f"prompts are {len(prompts)} and images {count}; give an entry for each prompt, which"
+            " may be a list or None"
+        )
+    if options.get("num_draft_tokens") is not None:
+        raise UserError("num_draft_tokens is for one prompt at a time; leave it out of a batch")
+    requests = []
+    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
+        with naming_prompt(number, len(prompts)):
+            requests.append(Request(prompt, listed_images(image), **options))
+    return requests
+
+
+@contextmanager
+def naming_prompt(number: int, count: int) -> Iterator[None]:
+    """A UserError inside says which prompt of a batch is at fault."""
+    try:
+        yield
+    except UserError as problem:
+        raise UserError(f"prompt {number} of {count}: {problem}") from problem
+
+
+def batch_generate(
+    model: VLM, processor: Processor, requests: Sequence[Request]
+) -> list[GenerationResult]:
+    """The answers of a model of ours to requests with the same options. Raises UserError."""
+    if not requests:
+        return []
+    request, clock, prompts = requests[0], Clock(), list[PreparedPrompt]()
+    refuse_host_options(request)
+    pipeline = resolve(model, request.pruner)
+    K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
+    for number, own in enumerate(requests, 1):
+        with naming_prompt(number, len(requests)):
+            prompts.append(prepare(model, processor, own.prompt, own.images, own.template))
+    pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+    pixels_IHW3 = clock.lap("image", mx.concatenate(pixels)) if pixels else None
+    mx.reset_peak_memory()
+    rows = [prompt.prompt for prompt in prompts]
+    with clock.running():
+        prefill = model(rows, pixels_IHW3, pipeline, K, request.positions)
+    choose_token = make_chooser(request, [row.ids for row in rows])
+    first_B1 = clock.lap("prefill", choose_token(prefill.logits_BV))
+    policy, depth = request.positions or pipeline.positions, model.config.text.num_hidden_layers
+    results, first = [], 0
+    for prompt, length in zip(prompts, prefill.rows, strict=True):
+        trace = prefill.trace.of_views(first, first := first + len(prompt.visible))
+        result = replace(
+            empty_answer(trace, depth, pipeline, policy),
+            cache_bytes=prefill.cache_bytes // len(rows),
+            views=[(picture, model.grid) for picture in prompt.visible],
+        )
+        results.append(result.prefilled(length, clock.ttft()))
+    steps = generate_step(prefill, first_B1, choose_token, request.max_tokens)
+    return _answered(results, steps, processor, request.max_tokens)
+
+
+def _answered(
+    results: Sequence[GenerationResult],
+    steps: Iterator[mx.array],
+    processor: Processor,
+    max_tokens: int,
+) -> list[GenerationResult]:
+    """The results with the tokens that the steps (B, 1) give."""
+    start = time.perf_counter()
+    answers = collect_answers(steps, len(results), processor.tokenizer.eos_token_ids)
+    seconds, peak_memory = time.perf_counter() - start, mx.get_peak_memory() / 1e9
+    answered = []
+    for result, ids in zip(results, answers, strict=True):
+        ended = len(ids) < max_tokens
+        tokens = len(ids) + ended
+        answered.append(
+            replace(
+                result,
+                text=processor.tokenizer.decode(ids),
+                token_ids=ids,
+                generation_tokens=tokens,
+                generation_tps=(tokens - 1) / seconds if tokens > 1 and seconds else 0.0,
+                peak_memory=peak_memory,
+                finish_reason="stop" if ended else "length",
+            )
+        )
+    return answered
