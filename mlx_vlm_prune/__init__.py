@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from .hosts.attach import attach, pruned
     from .hosts.loading import load
     from .pruners import METHODS as PRUNERS
+    from .pruners import Pruner, Reduction, Signals, Stage, register_pruner
 
 __all__ = [
-    "PRUNERS", "__version__", "attach", "generate", "load", "pruned", "stream_generate",
+    "PRUNERS", "Pruner", "Reduction", "Signals", "Stage", "__version__", "attach", "generate",
+    "load", "pruned", "register_pruner", "stream_generate",
 ]  # fmt: skip
 
 # Nothing heavy is imported before it is used. The module generate.py is itself callable.
@@ -31,6 +33,11 @@ _HOME = {
     "generate": "generate",
     "stream_generate": "generate",
     "PRUNERS": "pruners",
+    "Pruner": "pruners",
+    "Reduction": "pruners",
+    "Signals": "pruners",
+    "Stage": "pruners",
+    "register_pruner": "pruners",
     "attach": "hosts.attach",
     "pruned": "hosts.attach",
 }

@@ -3,13 +3,16 @@
 A new method is one file with `stage`, `needs` (the signals beside the tokens, if any) and
 `prune(signals, K, *, options)`, its twin in torch_ref, and its name in `NAMES`. Between a
 tower's layers it also has `cuts`, between the language model's `schedule`, which say where how
-many tokens stay; what else a file may say is in `method.py`.
+many tokens stay; what else a file may hold is in `method.py`. A method that lies elsewhere gets
+its name by `register_pruner`.
 """
 
 from collections.abc import Mapping
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
+from ..checkpoints.command_line import either
 from ..checkpoints.errors import UserError
 from .contract import Reduction, Signals, Stage
 from .method import Method
@@ -33,7 +36,7 @@ PRESETS = {
 
 __all__ = [
     "METHODS", "PRESETS", "Method", "Pipeline", "Pruner", "Reduction", "Signals", "Stage",
-    "StepBudgets", "plan", "resolve",
+    "StepBudgets", "plan", "register_pruner", "resolve",
 ]  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = No
     """The methods that "NAME", "NAME:option=value,…" or "NAME+NAME" names.
 
     `learned` holds the weights that the checkpoint has of learned methods, by name.
-    Raises UserError for what cannot be.
+    Raises UserError for an unknown name or option, or methods that do not chain.
     """
     if isinstance(spec, str):
         return parse(spec, METHODS, PRESETS, learned or {})
@@ -56,3 +59,36 @@ def resolve(spec: "str | Pruner", learned: Mapping[str, Any] | None = None) -> P
         return spec
     (pruner,) = plan(spec, learned).steps
     return pruner
+
+
+def register_pruner(method: ModuleType | Method) -> None:
+    """Add a method of your own to the table, for this process.
+
+    `method` is a module with `stage` and `prune(signals, K, *, options)`, or a `Method`. A module
+    is called by its name: `generate(pruner="my_method:option=3")` understands it, as `plan`,
+    `evaluate` and the listing do. Raises UserError for a name that is taken, a function that
+    the stage needs and that is missing or takes other arguments, or an unknown signal.
+    """
+    if isinstance(method, ModuleType):
+        method = Method.of(method)
+    if not isinstance(method, Method):
+        raise UserError(f"{method!r} is neither a module nor a Method")
+    if method.name in METHODS or method.name in PRESETS:
+        raise UserError(f"a pruner is called {method.name} already; choose another name")
+    if not method.name.isidentifier():
+        raise UserError(f"{method.name!r} cannot name a pruner; use letters, digits and _")
+    method.check()
+    in_decoder = method.stage is Stage.DECODER
+    signals = {
+        signal
+        for other in METHODS.values()
+        if (other.stage is Stage.DECODER) is in_decoder
+        for signal in other.needs
+    }
+    for signal in method.needs:
+        if signal not in signals:
+            where = "decoder" if in_decoder else "tower"
+            raise UserError(
+                f"{method.name} needs {signal!r}; a {where} has {either(sorted(signals))}"
+            )
+    METHODS[method.name] = method

@@ -1,0 +1,137 @@
+"""A method of a user's own: its name is understood wherever a method's is, or refused with why.
+
+Shapes: N tokens, K kept.
+"""
+
+import json
+from dataclasses import replace
+from types import ModuleType
+
+import mlx.core as mx
+import pytest
+from PIL import Image
+
+import mlx_vlm_prune
+from mlx_vlm_prune import Reduction, Signals, Stage, evaluate, generate, load, register_pruner
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.pruners import METHODS, Method, listing, plan
+
+DOC = """Keep every few tokens, from the first on.
+
+Options:
+    step: distance of two kept tokens, 1 or more
+"""
+
+
+def every(signals: Signals, K: int, *, step: int = 1) -> Reduction:
+    index_K = mx.arange(0, K * step, step)
+    return Reduction(mx.broadcast_to(index_K, (len(signals.x_BND), K)))
+
+
+def module(**held) -> ModuleType:
+    """The user's file `package/every.py`."""
+    made = ModuleType("package.every", DOC)
+    vars(made).update({"stage": Stage.FEATURES, "prune": every} | held)
+    return made
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """The table of methods, as it was before when the test is over."""
+    before = dict(METHODS)
+    yield METHODS
+    for name in METHODS.keys() - before.keys():
+        del METHODS[name]
+    assert before == METHODS
+
+
+def test_a_registered_method_answers_is_evaluated_and_is_listed(table, tmp_path, capsys):
+    register_pruner(module())
+    assert list(table)[-1] == "every" and table is mlx_vlm_prune.PRUNERS
+    model, processor = load()
+    image = Image.new("RGB", (64, 64), "red")
+    answer = generate(
+        model, processor, "What colour is the star?", image, pruner="every:step=3", keep_tokens=49,
+        max_tokens=2,
+    )  # fmt: skip
+    assert answer.kept_indices == [list(range(0, 147, 3))] and answer.pruner == "every:step=3"
+    chain = generate(
+        model, processor, "What is it?", image, pruner="every+fastv", keep_tokens=98, max_tokens=1
+    )
+    assert chain.pruner == "every+fastv"
+
+    out = tmp_path / "out.json"
+    evaluate.main(["--per-kind", "1", "--pruner", "every:step=2", "--keep-tokens", "49",
+                   "--out", str(out)])  # fmt: skip
+    assert "every:step=2" in [row["pruner"] for row in json.loads(out.read_text())["rows"]]
+
+    capsys.readouterr()
+    listing.main([])
+    assert "\nevery " in capsys.readouterr().out
+    listing.main(["every"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("Keep every few tokens")
+    assert "step=1  distance of two kept tokens, 1 or more" in shown
+    with pytest.raises(UserError, match="did you mean step"):
+        plan("every:steps=2")
+
+
+def test_a_method_may_be_given_as_a_record_and_need_signals_of_a_layer(table):
+    def prune(signals: Signals, K: int, *, depth: float = 0.5) -> Reduction:
+        return METHODS["cls_attention"].prune(signals, K)
+
+    register_pruner(
+        Method("mine", "By CLS.", Stage.FEATURES, needs={"cls_attention": "depth"}, prune=prune)
+    )
+    assert plan("mine").signal_layers(12) == {"cls_attention": 6}
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.stage is not Stage.IMAGE])
+def test_the_methods_of_the_table_pass_the_same_checks(name, table):
+    register_pruner(replace(METHODS[name], name="copied"))
+
+
+def no_budget(signals):
+    return None
+
+
+def no_star(signals, K, step=1):
+    return None
+
+
+def reserved(signals, K, *, keep=1):
+    return None
+
+
+def without_default(signals, K, *, step):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [
+        (module(__name__="mine.norm"), "called norm already"),
+        (module(__name__="duet"), "called duet already"),
+        (module(__name__="my-method"), "cannot name a pruner"),
+        (module(prune=None), r"no prune\(signals, K\), which a method of stage features"),
+        (module(stage=Stage.DECODER), r"no schedule\(layers, N, K\)"),
+        (module(stage=Stage.ENCODER), r"no cuts\(layers, N, K\)"),
+        (module(stage=Stage.ENHANCER), r"no attention_bias\(signals, kept\)"),
+        (module(stage=Stage.IMAGE), "it must be Stage.ENCODER, Stage.FEATURES"),
+        (module(stage="features"), "stage is 'features'"),
+        (module(prune=no_budget), r"prune takes \(signals\); it must take \(signals, K\)"),
+        (module(prune=no_star), "keyword-only"),
+        (module(prune=reserved), "another name than keep"),
+        (module(prune=without_default), "option step must have a default"),
+        (module(prune=3), "is 3, not a function"),
+        (module(needs={"attention": None}), "needs 'attention'; a tower has .*cls_attention"),
+        (module(needs={"cls_attention": "layer"}), "'layer', which is no option"),
+        (ModuleType("package.every"), "has no stage"),
+        ("norm", "neither a module nor a Method"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_method_is_refused_and_changes_nothing(method, part, table):
+    before = dict(table)
+    with pytest.raises(UserError, match=part):
+        register_pruner(method)
+    assert table == before
