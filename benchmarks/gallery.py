@@ -19,6 +19,7 @@ from mlx_vlm_prune.generation.overlay import overlay, strip
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.inputs.image import open_image
 from mlx_vlm_prune.pruners import METHODS, Method, Stage
+from mlx_vlm_prune.pruners.listing import options
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
 from .readme_tables import markdown
@@ -51,18 +52,19 @@ def page() -> str:
 
 def section(method: Method, accuracy: dict) -> str:
     """The section of a method: idea, picture, formula and differences, options, accuracy."""
-    title, *rest = method.doc.split("\n\n")
+    title, *rest = method.description.split("\n\n")
     parts = [f"## `{method.name}`", title.replace("\n", " ")]
     if (PICTURES / f"{method.name}.jpg").exists():
         parts.append(f"![What {method.name} keeps of five images](pruners/{method.name}.jpg)")
-    parts += [part for part in rest if not part.startswith("Shapes:")]
-    options = ", ".join(f"`{key}={_short(value)}`" for key, value in method.options.items())
+    parts += rest
     facts = [f"Stage: {method.stage.name.lower()}"]
     facts.append("reads the prompt" if method.reads_prompt else "blind to the prompt")
     facts.append("learned" if method.learned else "training-free")
     if method.source:
         facts.append(f"source: {link(method.source)}")
-    parts.append("; ".join(facts) + ". " + (f"Options: {options}." if options else "No options."))
+    parts.append("; ".join(facts) + "." + ("" if method.options else " No options."))
+    if method.options:
+        parts.append("\n".join(f"- `{typed}`: {meaning}" for typed, meaning in options(method)))
     rows = accuracy.get(method.name, {})
     if rows:
         parts.append(accuracy_table(rows))
@@ -76,10 +78,6 @@ def accuracy_table(rows: dict[int, dict]) -> str:
         cells = [f"{row['accuracy'][kind]:.1%}" for kind in KINDS]
         lines.append([str(tokens), *cells, f"{row['overall']:.1%}{random_mark(row)}"])
     return markdown(["tokens", *KINDS, "mean"], "r" * (len(KINDS) + 2), lines)
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def draw(photographs: list[Path]) -> None:

@@ -27,7 +27,7 @@ from mlx_vlm_prune.machine.hardware import machine, versions
 from mlx_vlm_prune.planning.operations import Operations, count
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.budget import tokens_for
-from mlx_vlm_prune.pruners.spec import suggestion
+from mlx_vlm_prune.pruners.spec import unknown_pruner
 
 from .command_line import natural, parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, request, shape
@@ -189,7 +189,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.side = args.side or [None]
     for name in (one.split(":")[0] for one in "+".join(args.pruner).split("+")):
         if name not in (known := {**METHODS, **PRESETS}):  # refused before any is measured
-            raise UserError(f"no pruner is called {name!r}; {suggestion(name, known)}")
+            raise unknown_pruner(name, known)
     if "none" in args.pruner:
         raise UserError("--pruner none is what all are measured beside; name another")
     return args

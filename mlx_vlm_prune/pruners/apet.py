@@ -1,4 +1,4 @@
-"""Keep what a few tokens cannot explain.
+"""Keep the tokens that a few basis tokens approximate worst.
 
 ApET, Ma et al., CVPR 2026, arXiv:2602.19870: approximation error guides the compression.
 `basis` tokens that lie far apart (farthest point sampling) span a space; each token is
@@ -8,6 +8,9 @@ one merges into the kept token most similar to it.
 Differs from the authors' code, where the paper leaves it open: sampling starts at the
 longest token; a merged slot is the mean of its members. Their second cut, inside the
 decoder, is a chain here.
+
+Options:
+    basis: basis tokens, 1 or more
 
 Shapes: B images, N tokens, K kept, M basis tokens, D features.
 """

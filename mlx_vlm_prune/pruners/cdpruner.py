@@ -1,4 +1,4 @@
-"""Keep a set that is diverse, given what the question is about.
+"""Keep a diverse set of tokens that are relevant to the prompt.
 
 CDPruner, Zhang et al., NeurIPS 2025, arXiv:2506.10967. A determinantal point process: with
 L the cosine similarity of the tokens and r their relevance to the text, scaled to 0 to
@@ -9,6 +9,9 @@ Differs from the authors' code: the text is the language model's embeddings of t
 words (theirs is CLIP's text tower, whose sign they turn: `negative`), relevance is
 scaled within each image, not over the batch, and once the kernel's rank is exhausted
 the most relevant tokens follow.
+
+Options:
+    negative: turn the sign of the relevance, as the authors' code does for CLIP
 
 Shapes: B images, N tokens, K kept, T words, M steps done.
 """

@@ -1,10 +1,13 @@
-"""Keep what the tower's own summary token looks at.
+"""Keep the tokens that CLS, the tower's summary token, attends to most.
 
 FasterVLM, Zhang et al., arXiv:2412.01818: the score of a token is the attention
 that CLS pays to it, the mean over heads, at the layer whose features are used. They
 read LLaVA's last but one; MiniMind2-V uses the last, so `layer` is -1 here.
 
 Differs from the authors' code: only the CLS row of the attention is computed.
+
+Options:
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
 
 Shapes: B images, N tokens, K kept.
 """

@@ -1,4 +1,4 @@
-"""Keep a few pivots, and of the others what duplicates them least.
+"""Keep a few pivots, and of the other tokens those least similar to them.
 
 DART, Wen et al., EMNLP 2025, arXiv:2502.11494. At `layer` (2 of 32): the pivots are the 4
 visual tokens and the 4 words with the largest L1 norm of their keys. In turn each pivot
@@ -7,6 +7,10 @@ the hidden states after the final norm. Positions are kept; no attention is need
 
 Differs from the authors' code: pivots come in the order of their norms, images first, and
 never in that of a Python set, which made its results change; the shares add up to K.
+
+Options:
+    layer: layer of the language model before which tokens leave; below 1 a share of the depth
+    pivots: pivots among the visual tokens, and as many among the words; 1 or more
 
 Shapes: I images, N tokens, K kept, T words, P pivots, D features.
 """

@@ -1,4 +1,4 @@
-"""Make the image itself smaller: the honest rival of every method.
+"""Make the image itself smaller: the baseline that every method should beat.
 
 Liao et al., "Are We Using the Right Benchmark", ACL 2026, arXiv:2510.07143, find that plain
 down-sampling beats many published methods. The pixels are resized to as many patches as

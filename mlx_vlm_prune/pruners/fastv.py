@@ -1,4 +1,4 @@
-"""After a few layers, keep the tokens that the last word looks at.
+"""After a few layers, keep the tokens that the prompt's last token attends to most.
 
 FastV, Chen et al., ECCV 2024, arXiv:2403.06764. At `layer` (2 of 32) the score of a visual
 token is the attention that the prompt's last token paid to it in the layer before, the
@@ -6,6 +6,9 @@ mean over heads. The rest leave; positions are kept.
 
 Differs from the authors' code: one row of attention is computed, not the matrix; any
 batch and any number of images; rows really leave the deeper caches.
+
+Options:
+    layer: layer of the language model before which tokens leave; below 1 a share of the depth
 
 Shapes: I images, N tokens, K kept.
 """

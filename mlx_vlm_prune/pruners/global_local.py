@@ -1,4 +1,4 @@
-"""Half from every window by an early look, half from everywhere by the last.
+"""Keep one half by an early layer's attention, window by window, the other half by the last's.
 
 The encoder half of VScan, Zhang et al., TMLR 2026, arXiv:2505.22654. Local: at an early layer
 (6 of 24) CLS attention, the best of each window of the image, as many from each. Global:
@@ -8,6 +8,12 @@ decoder, is the preset `vscan`.
 
 Differs from the authors' code: any number of windows of any grid; they read LLaVA's last
 but one layer, ours reads the last.
+
+Options:
+    areas: windows of the local half, 1 or more
+    local: share of K that is chosen within windows, 0 to 1
+    local_layer: layer of the tower for the local half; below 1 a share of the depth
+    layer: layer of the tower for the global half; -1 is the last, below 1 a share of the depth
 
 Shapes: B images, N tokens, K kept.
 """

@@ -1,4 +1,4 @@
-"""Objects from a middle layer, the scene from the last.
+"""Keep objects, by the attention of a middle layer, and the scene, by that of the last.
 
 HiPrune, Liu et al., arXiv:2508.00553. Middle layers of a vision tower attend to objects,
 deep ones to the whole. Anchors: the tokens that receive most attention (mean over heads
@@ -7,6 +7,11 @@ the budget is spent. The rest of it goes to what receives most in the deep layer
 
 Differs from the authors' code: a neighbour outside the grid is left out, where theirs
 wraps around to the next row. Their object layer is 9 of 24.
+
+Options:
+    objects: share of K that goes to anchors and their neighbours, 0 to 1
+    object_layer: layer of the tower whose attention finds objects; below 1 a share of the depth
+    layer: layer of the tower that chooses the rest; -1 is the last, below 1 a share of the depth
 
 Shapes: B images, N tokens, K kept.
 """

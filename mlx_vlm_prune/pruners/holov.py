@@ -9,6 +9,11 @@ Differs from the authors' code: regions are windows of the grid (theirs are runs
 raster), attention and variance are both scaled to 0 to 1 within the image (theirs are
 multiplied by constants fitted to 576 tokens), and no slot is padded with zeros.
 
+Options:
+    regions: windows that share the budget, 1 or more
+    beta: weight of the varied similarity beside the attention
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+
 Shapes: B images, N tokens, K kept, n tokens of a region.
 """
 

@@ -1,9 +1,12 @@
 """Keep the patches with the longest keys and queries at one layer of the tower.
 
-Vision-Token-Pruning (github.com/denis7-jean/ece1512-projectA) as its README tells it;
+Vision-Token-Pruning (github.com/denis7-jean/ece1512-projectA) as its README describes it;
 no commit of it has this code (what it has is `patch_norm`), so layer and sum are ours:
 the norm of the key plus that of the query, all heads together, at half depth, after
 the attention that they serve.
+
+Options:
+    layer: layer of the tower after whose attention patches leave; below 1 a share of the depth
 
 Shapes: B images, N patches, H heads, d head size, K kept.
 """

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 from ..checkpoints.command_line import Parser, in_one_sentence, program
-from ..checkpoints.errors import UserError
 from . import METHODS, PRESETS, Method
-from .spec import suggestion
+from .spec import unknown_pruner
 
 COLUMNS = ("name", "stage", "text-aware", "training-free", "source", "needs")
 
@@ -38,24 +37,44 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def show(name: str | None) -> None:
     """Print the table, or one method."""
-    if name in PRESETS:
+    if name is None:
+        _print_all()
+    elif name in PRESETS:
         print(f"{name} is short for {PRESETS[name]}")
-    elif name is None:
-        rows = [COLUMNS, *(cells(method) for method in METHODS.values())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
-        print("\nChains: NAME+NAME prunes at two stages; restore joins any of them. Presets:")
-        for preset, chain in PRESETS.items():
-            print(f"  {preset} = {chain}")
-        print(f"{program('mlx_vlm_prune.pruners')} NAME explains one.")
     elif name in METHODS:
-        method = METHODS[name]
-        needs = ", ".join(method.needs) or "the tokens alone"
-        print(method.doc, end="\n\n")
-        print(f"Stage: {method.stage.name.lower()}. Needs: {needs}.")
-        print("Options:" if method.options else "Options: none.")
-        for key, default in method.options.items():
-            print(f"  {key}={default:.4g}" if isinstance(default, float) else f"  {key}={default}")
+        _print_one(METHODS[name])
     else:
-        raise UserError(f"no pruner is called {name!r}; {suggestion(name, [*METHODS, *PRESETS])}")
+        raise unknown_pruner(name, [*METHODS, *PRESETS])
+
+
+def _print_all() -> None:
+    _print_columns([COLUMNS, *(cells(method) for method in METHODS.values())])
+    print("\nChains: NAME+NAME prunes at two stages, NAME:keep=N leaves N tokens to the next;")
+    print("restore joins any of them. Presets:")
+    for preset, chain in PRESETS.items():
+        print(f"  {preset} = {chain}")
+    print(f"{program('mlx_vlm_prune.pruners')} NAME explains one.")
+
+
+def _print_one(method: Method) -> None:
+    needs = ", ".join(method.needs) or "the tokens alone"
+    print(method.description, end="\n\n")
+    print(f"Stage: {method.stage.name.lower()}. Needs: {needs}.")
+    print("Options:" if method.options else "Options: none.")
+    _print_columns(options(method), indent="  ")
+
+
+def options(method: Method) -> list[tuple[str, str]]:
+    """Each option with its default, as it is typed, and what it means."""
+    defaults = {
+        name: f"{default:g}" if isinstance(default, float) else str(default).lower()
+        for name, default in method.options.items()
+    }
+    return [(f"{name}={text}", method.option_help.get(name, "")) for name, text in defaults.items()]
+
+
+def _print_columns(rows: Sequence[tuple[str, ...]], indent: str = "") -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print((indent + line).rstrip())

@@ -5,24 +5,38 @@ Shapes: N visual tokens, K kept.
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import ModuleType
 from typing import Any, get_type_hints
 
+from ..checkpoints.command_line import either
+from ..checkpoints.errors import UserError
 from .contract import Policy, Stage
 
+# Signals that depend on the prompt.
 PROMPT_SIGNALS = {
     "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
 }  # fmt: skip
+# What each stage calls, with the arguments before the options.
+FUNCTIONS = {
+    "prune": ("signals", "K"),  # the Reduction
+    "cuts": ("layers", "N", "K"),  # of a tower: [(layer, "before" or "middle", tokens left)]
+    "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
+    "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
+}
+REQUIRED = {
+    Stage.ENCODER: ("cuts", "prune"), Stage.FEATURES: ("prune",), Stage.PROJECTED: ("prune",),
+    Stage.DECODER: ("schedule", "prune"), Stage.ENHANCER: ("attention_bias",),
+}  # fmt: skip
 
 
-def _unlearned(*sizes: Any) -> Any:
+def _no_weights(dims: int, tokens: int) -> Any:
     raise AssertionError("the method has no weights")
 
 
-def _nothing_settled(weights: Any) -> Mapping[str, Any]:
+def _no_fixed_options(weights: Any) -> Mapping[str, Any]:
     return {}
 
 
@@ -32,43 +46,55 @@ def _any_budget(weights: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Method:
-    """A method's names, as its file has them; keyword-only parameters are its options.
+    """What a method's file holds, by the names it has there; keyword-only parameters of its
+    functions are its options.
 
-    Without `prune` the weights choose: their class is what `make_weights` returns, and has it.
+    A learned method may leave `prune` to its weights: the class that `make_weights` returns.
     """
 
     name: str
     doc: str
     stage: Stage
-    needs: Mapping[str, str | None] = field(default_factory=dict)  # signals: option of the layer
-    prune: Callable[..., Any] | None = None  # (signals, K): the reduction
-    positions: Policy = "keep"  # of the paper
+    needs: Mapping[str, str | None] = field(default_factory=dict)  # signal: option of its layer
+    prune: Callable[..., Any] | None = None
+    positions: Policy = "keep"  # the paper's
     proportional: bool = False  # does a merged token count as often as it has members?
-    cuts: Callable[..., Any] | None = None  # (layers, N, K): [(layer, place, left)] of a tower
-    schedule: Callable[..., Any] | None = None  # (layers, N, K): {layer: left} of a decoder
-    attention_bias: Callable[..., Any] | None = (
-        None  # (signals, kept): an enhancer's bias of attention
-    )
+    cuts: Callable[..., Any] | None = None
+    schedule: Callable[..., Any] | None = None
+    attention_bias: Callable[..., Any] | None = None
     learned: bool = False  # does it come with weights?
-    make_weights: Callable[..., Any] = (
-        _unlearned  # untrained weights, unless the model must make them
-    )
-    fixed_options: Callable[[Any], Mapping[str, Any]] = _nothing_settled  # options that they fix
-    trained_tokens: Callable[[Any], int | None] = _any_budget  # the one K that they allow
+    make_weights: Callable[..., Any] = _no_weights  # (dims, tokens): untrained ones
+    fixed_options: Callable[[Any], Mapping[str, Any]] = _no_fixed_options  # set by training
+    trained_tokens: Callable[[Any], int | None] = _any_budget  # the one K that weights allow
 
     @classmethod
     def of(cls, module: ModuleType) -> "Method":
-        """The method of a file."""
+        """The method of a file. Raises UserError where it has no `stage`."""
+        name, doc = module.__name__.rpartition(".")[2], inspect.getdoc(module) or ""
+        if "stage" not in vars(module):
+            raise UserError(f"{name} has no stage; a method says where it works: stage = Stage.…")
         names = {f.name for f in fields(cls)}
         declared = {name: value for name, value in vars(module).items() if name in names}
-        name, doc = module.__name__.rpartition(".")[2], inspect.getdoc(module) or ""
         learned = {"learned": declared.get("learned", "make_weights" in declared)}
         return cls(**declared | learned | {"name": name, "doc": doc})
 
     @property
     def summary(self) -> str:
-        """One sentence."""
+        """The docstring's first sentences, on one line."""
         return " ".join(self.doc.split("\n\n")[0].split())
+
+    @property
+    def description(self) -> str:
+        """The docstring without its lists of options and shapes."""
+        parts = self.doc.split("\n\n")
+        return "\n\n".join(p for p in parts if not p.startswith(("Options:", "Shapes:")))
+
+    @property
+    def option_help(self) -> dict[str, str]:
+        """What options mean, as the docstring says it in lines `name: meaning` under `Options:`."""
+        sections = (p for p in self.doc.split("\n\n") if p.startswith("Options:\n"))
+        lines = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", next(sections, ""), re.M)
+        return {name: " ".join(text.split()) for name, text in lines}
 
     @property
     def source(self) -> str:
@@ -81,16 +107,58 @@ class Method:
         """Does the prompt decide what stays?"""
         return bool(PROMPT_SIGNALS & set(self.needs))
 
+    @property
+    def chooser(self) -> Callable[..., Any] | None:
+        """`prune`, or that of a learned method's weights."""
+        if self.prune is None and self.make_weights is not _no_weights:
+            return getattr(get_type_hints(self.make_weights).get("return"), "prune", None)
+        return self.prune
+
     @cached_property
     def options(self) -> dict[str, Any]:
-        """Names and defaults of the options."""
-        prune = self.prune
-        if prune is None and self.make_weights is not _unlearned:
-            prune = get_type_hints(self.make_weights)["return"].prune
+        """Names of the options, with their defaults."""
         return {
             parameter.name: parameter.default
-            for function in (self.cuts, self.schedule, prune, self.attention_bias)
+            for function in (self.cuts, self.schedule, self.chooser, self.attention_bias)
             if function
             for parameter in inspect.signature(function).parameters.values()
             if parameter.kind is parameter.KEYWORD_ONLY
         }
+
+    def check(self) -> None:
+        """Raise UserError where the stage lacks a function, or one takes other arguments."""
+        if self.stage not in REQUIRED:
+            stages = either(f"Stage.{stage.name}" for stage in REQUIRED)
+            raise UserError(f"{self.name}: stage is {self.stage!r}; it must be {stages}")
+        for name, arguments in FUNCTIONS.items():
+            function = self.chooser if name == "prune" else getattr(self, name)
+            if function is not None:
+                _check_signature(f"{self.name}: {name}", function, arguments)
+            elif name in REQUIRED[self.stage]:
+                raise UserError(
+                    f"{self.name} has no {name}({', '.join(arguments)}), which a method of stage"
+                    f" {self.stage.name.lower()} must have"
+                )
+        for signal, option in self.needs.items():
+            if option not in (None, *self.options):
+                raise UserError(f"{self.name}: {signal} is of layer {option!r}, which is no option")
+
+
+def _check_signature(name: str, function: Any, arguments: Sequence[str]) -> None:
+    """Raise UserError unless a function takes these arguments and, after `*`, only options."""
+    if not callable(function):
+        raise UserError(f"{name} is {function!r}, not a function")
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+    options = [p for p in parameters if p.kind is p.KEYWORD_ONLY]
+    taken = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty]
+    if len(taken) != len(arguments) or len(taken) + len(options) != len(parameters):
+        raise UserError(
+            f"{name} takes ({', '.join(p.name for p in parameters)}); it must take"
+            f" ({', '.join(arguments)}) and, as keyword-only parameters, its options"
+        )
+    for option in options:
+        if option.name == "keep" or not isinstance(option.default, bool | int | float | str):
+            raise UserError(
+                f"{name}: option {option.name} must have a default that is a bool, int, float or"
+                " str, and another name than keep"
+            )

@@ -8,6 +8,10 @@ the full model's loss hangs on (the exponential of the entropy of their shares i
 derivative by the log of the attention that each gets); `dynamic` gives an image K times its
 predicted need over the mean need of the training images, so K is what images get in the mean.
 
+Options:
+    dynamic: give each image a budget of its own, K in the mean
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+
 Shapes: B images, N tokens, D features, K kept.
 """
 

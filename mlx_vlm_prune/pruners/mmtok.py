@@ -9,6 +9,11 @@ times, and the maximum coverage is found greedily.
 Differs from the authors' code: similarities are cosines of projected tokens and of the
 language model's embeddings of the prompt's words (theirs come from CLIP's two towers).
 
+Options:
+    image: weight of covering the image beside covering the words, 0 or more
+    sharp: temperature of the words' softmax, above 0
+    soft: temperature of the image's softmax, above 0
+
 Shapes: B images, N tokens, K kept, T words.
 """
 

@@ -1,4 +1,4 @@
-"""No pruning: every token stays. The line that all others are measured against."""
+"""No pruning: every token stays. What all others are measured against."""
 
 from .contract import Reduction, Signals, Stage, identity
 

@@ -11,6 +11,10 @@ taken into its mean after all. Positions are renumbered.
 Differs from the authors' code: exactly K clusters, so the cutoff follows from the budget
 (bisection), with the most worthy filling up.
 
+Options:
+    layer: layer of the language model before which tokens leave; below 1 a share of the depth
+    clustered: share of the tokens beyond K that is clustered, not pruned; 0 to 1
+
 Shapes: I images, N tokens, K kept, n tokens that are clustered, D features.
 """
 

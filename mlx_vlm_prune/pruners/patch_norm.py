@@ -1,6 +1,6 @@
 """Keep the patches whose embedding is longest, before the tower's first layer.
 
-Vision-Token-Pruning (github.com/denis7-jean/ece1512-projectA) as its code does it: the
+Vision-Token-Pruning (github.com/denis7-jean/ece1512-projectA) as its code has it: the
 L2 norm of the patch embedding, before positions are added; kept patches take their own
 position rows along. (Its README speaks of keys and queries: that is `kq_norm`.)
 

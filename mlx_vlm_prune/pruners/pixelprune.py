@@ -1,13 +1,17 @@
-"""Drop patches that the patches before them predict, by their pixels alone.
+"""Drop the patches whose pixels follow from those of their left and upper neighbours.
 
 PixelPrune, arXiv:2604.00886. Of a patch X with left, upper and upper left neighbours A,
 B and C the prediction is B where C is like A and not like B (an edge runs across),
-else A: the causal rule of lossless image coding. A patch that is predicted exactly says
+else A: the causal rule of lossless image coding. A patch that is predicted exactly adds
 nothing new.
 
 Differs from the authors' code: they drop every patch predicted to within a tolerance,
 so that the image decides how many stay; here the K worst predicted stay. They do it
 before the tower, in groups of 2 x 2; here single patches, before the first layer.
+
+Options:
+    tolerance: largest difference of two patches' pixels, after normalisation, at which they
+        count as alike; 0 or more
 
 Shapes: B images, N patches of P pixel values, K kept.
 """

@@ -10,6 +10,10 @@ mean: see `prumerge_plus`), the last slot being that sum, at the place of the st
 token dropped; neighbours are added as the tower gave them, not as already changed by
 merges before; slots stay in raster order.
 
+Options:
+    neighbours: how many similar tokens each kept one adds, 0 or more
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+
 Shapes: B images, N tokens, K kept, C chosen as K - 1 of them, D features.
 """
 

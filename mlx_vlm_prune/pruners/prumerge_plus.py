@@ -7,6 +7,10 @@ stay; the budget is filled with evenly spaced others; each adds its neighbours.
 Differs from the authors' code: exactly K stay (of more outliers than that the highest),
 and there is no extra slot, since the samples stand for the rest.
 
+Options:
+    neighbours: how many similar tokens each kept one adds, 0 or more
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+
 Shapes: B images, N tokens, K kept.
 """
 

@@ -7,6 +7,10 @@ coming layer's own projections. Positions are renumbered at every stage.
 
 The share follows from the budget; the paper's half gives 270 of 576 in the average.
 
+Options:
+    start: depth of the first cut, a share between 0 and 1
+    stages: cuts, 1 or more
+
 Shapes: I images, N tokens, K kept.
 """
 

@@ -2,6 +2,9 @@
 
 Every image of a batch gets the same draw, so that a batch equals one image at a time.
 
+Options:
+    seed: seed of the draw, 0 or more
+
 Shapes: B images, N tokens, K kept.
 """
 

@@ -1,4 +1,4 @@
-"""Keep the tokens that the others look at.
+"""Keep the tokens that receive most attention from the others.
 
 FastVLM token pruning (github.com/aledevv/fastvlm-token-pruning), "ATS": the score of a
 token is the attention it receives, the mean over heads and queries, at the tower's last
@@ -7,6 +7,9 @@ layer. The one to use where a tower has no CLS token.
 Differs from the authors' code, which skips three of four blocks as soon as it is asked
 for attention, and so scores (and hands on) corrupted features: here every block is run,
 and the column means are streamed, never an N x N array.
+
+Options:
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
 
 Shapes: B images, N tokens, K kept.
 """

@@ -1,13 +1,17 @@
-"""Let kept tokens speak for those they replace.
+"""Give each kept token the attention of those that it replaces.
 
 RESTORE, ICML 2026, arXiv:2606.01711: an enhancer for any selector. Dropping tokens takes
-attention away from the image; so a kept token, at its own position, gets as much more
-as it stands for: the log of how many tokens that is, less what distance would have
-taken from them.
+attention away from the image; so a kept token, at its own position, gets more of it: the
+log of how many tokens it stands for, each less what distance would have taken from it.
 
 Ours where the paper could not be read in full: each dropped token counts for the kept one
 most similar to it (cosine), with the mean of cos(distance * frequency) over RoPE's
 frequencies, its decay, at their distance in tokens, never below 0.
+
+Options:
+    strength: factor of the added attention; 1 is the paper's
+    theta: base of the language model's rotary embedding, above 1
+    dims: size of the language model's heads, 2 or more
 
 Shapes: B images, N tokens, K kept, d head size.
 """

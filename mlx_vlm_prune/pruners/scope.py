@@ -1,8 +1,12 @@
-"""Keep what CLS looks at and what the kept tokens do not yet cover.
+"""Keep the tokens that CLS attends to and that the kept ones do not cover yet.
 
 SCOPE, Deng et al., NeurIPS 2025, arXiv:2510.24214. A token u is covered as well as its most
 similar kept token covers it. Greedily, the next token is the one with the largest gain
 in coverage, summed over the image, times its saliency (CLS attention) to the `power`.
+
+Options:
+    power: exponent of the CLS attention; 0 leaves coverage alone
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
 
 Shapes: B images, N tokens, K kept.
 """

@@ -1,4 +1,4 @@
-"""Merge tokens that look alike, in one pass from the top left to the bottom right.
+"""Merge similar tokens, in one pass from the top left to the bottom right.
 
 fastvlm-token-pruning (github.com/aledevv/fastvlm-token-pruning), "PruMerge-lite":
 each token joins the first earlier leader whose cosine similarity exceeds the
@@ -9,6 +9,10 @@ the bottom of the image when little is alike, or returns fewer than K when much 
 Here the pass runs to the end. Too many clusters: the K largest stay, and every token
 joins the most similar of those. Too few: the tokens least like their leader stand
 alone. `published=True` keeps the early stop (and fills up to K, a promise here).
+
+Options:
+    threshold: cosine above which a token joins a leader, -1 to 1
+    published: stop at K clusters, as the authors' code does
 
 Shapes: B images, N tokens, D features, K slots.
 """

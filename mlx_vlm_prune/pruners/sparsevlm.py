@@ -1,4 +1,4 @@
-"""Let the words that speak of the image judge it, and recycle some of what they drop.
+"""Keep the tokens that the words about the image attend to, and cluster the best of the others.
 
 SparseVLM, Zhang et al., ICML 2025, arXiv:2410.04417. Raters are the words whose share of a
 softmax over words, averaged over the visual tokens, is above the mean. At three depths
@@ -9,6 +9,9 @@ Positions are renumbered.
 
 Differs from the authors' code: raters are judged anew at each cut, by hidden states; a
 cluster stands at its centre's place; any batch.
+
+Options:
+    recycle: share of the dropped tokens that is clustered, 0 to 1
 
 Shapes: I images, N tokens, K kept, T words, C clusters, D features.
 """

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..checkpoints.command_line import either, program
 from ..checkpoints.errors import UserError
 from .contract import Stage
 from .method import Method
@@ -55,7 +56,7 @@ def _parse_pruner(
 ) -> Pruner:
     name, _, listed = part.partition(":")
     if name not in methods:
-        raise UserError(f"no pruner is called {name!r}; {suggestion(name, [*methods, *presets])}")
+        raise unknown_pruner(name, [*methods, *presets])
     method = methods[name]
     known = method.options
     options: dict[str, Any] = {}
@@ -67,8 +68,8 @@ def _parse_pruner(
                 raise UserError(f"option keep of {name} is {value}; it must be at least 1")
             continue
         if key not in known:
-            what = suggestion(key, known) if known else "it has none"
-            raise UserError(f"{name} has no option {key!r}; {what}")
+            rest = suggestion(key, known) if known else "it has none"
+            raise UserError(f"{name} has no option {key!r}; {rest}")
         options[key] = _option_value(name, key, value if equals else "true", known[key])
     keep = options.pop("keep", None)
     if not method.learned:
@@ -81,12 +82,15 @@ def _parse_pruner(
     return Pruner(name, method, options, learned[name], keep)
 
 
+def unknown_pruner(name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is neither a method's nor a preset's."""
+    command = program("mlx_vlm_prune.pruners")
+    return UserError(f"no pruner is called {name!r}; {suggestion(name, known)} {command} lists all")
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Words for an error: the close matches, and everything there is."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3)
-    meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{meant}there are {', '.join(known)}"
+    """For an error: the three known names nearest to an unknown one, the nearest first."""
+    return f"did you mean {either(difflib.get_close_matches(name, list(known), n=3, cutoff=0))}?"
 
 
 def _option_value(name: str, key: str, value: str, default: Any) -> Any:

@@ -10,6 +10,9 @@ layer by layer.
 Differs from the authors' code: r may come from the budget (evenly over the layers), and
 where half of the tokens are too few for one round, rounds are repeated.
 
+Options:
+    r: tokens that merge in each layer until K are left; 0 spreads them evenly over the layers
+
 Shapes: B images, n tokens, K left, a and b tokens in A and B, H heads, d head size.
 """
 

@@ -1,4 +1,4 @@
-"""Keep what the last word looks at in layers that were grown to judge early.
+"""Keep the tokens that the prompt's last token attends to in a few layers trained to judge early.
 
 TwigVLM, Shao et al., ICCV 2025, arXiv:2503.14075, its token pruning. A twig, a few layers
 trained to say the answer from the output of an early layer (2 of 32), reads the prompt; the
@@ -14,7 +14,12 @@ number of images. The layer is the one that the weights were trained on. Trainin
 theirs but for its length and rate: the base stays as it is, the twig begins as the base's next
 layers, final norm and output layer, and learns from the answers' loss, nothing pruned.
 
-It looks at what the next word needs: of an answer of several words, at what the first does.
+It keeps what the answer's first word needs, not what the words after it do.
+
+Options:
+    layer: layer of the language model that the twig grows on, as trained; below 1 a share of the
+        depth
+    wipe: layer from which no visual token is left; below 1 a share of the depth
 
 Shapes: I images, N tokens, K kept.
 """

@@ -1,7 +1,7 @@
-"""Drop the tokens that a layer leaves as they were.
+"""Drop the tokens that a layer changes least.
 
 V2Drop, Chen et al., CVPR 2026, arXiv:2509.01552. Tokens that change little from layer to
-layer have nothing more to say: at three depths (3, 17 and 22 of 32) those with the
+layer add nothing more: at three depths (3, 17 and 22 of 32) those with the
 smallest L2 distance between a layer's output and its input leave; at the third all do.
 Positions are kept; no attention is needed.
 

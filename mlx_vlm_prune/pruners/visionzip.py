@@ -1,7 +1,7 @@
-"""Keep the tokens that CLS looks at, and merge the rest into a few that summarise it.
+"""Keep the tokens that CLS attends to most, and merge the rest into a few.
 
 VisionZip, Yang et al., CVPR 2025, arXiv:2412.04467. Dominant tokens: the highest CLS
-attention. Of the rest, in raster order, every so-manieth is a target; each other one
+attention. Of the rest, in raster order, evenly spaced ones are targets; each other one
 joins the target with the most similar key (mean over heads). A contextual token is its
 target plus the mean of those that joined. The share of contextual tokens is 10 of 64.
 
@@ -9,6 +9,10 @@ Follows the authors' code where the paper averages (target plus mean, not the me
 all). Differs: slots stay in raster order, and CLS itself is not handed on, since ours
 are not (their count of dominant tokens includes it); they read LLaVA's last but one
 layer, ours reads the last.
+
+Options:
+    contextual: share of K that is merged from the rest, 0 to below 1
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
 
 Shapes: B images, N tokens, K kept, C contextual, R the rest, H heads, d head size.
 """

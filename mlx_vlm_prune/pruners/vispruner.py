@@ -1,9 +1,13 @@
-"""Half of the tokens for what CLS looks at, half for what is unlike the others.
+"""Keep one half by CLS attention, the other half by how unlike the others they are.
 
 VisPruner, Zhang et al., ICCV 2025, arXiv:2412.01818. Important: the highest CLS
 attention, `important` of the budget. Diverse: the residual, in order of attention, is
 dealt alternately into A and B, and the (at most 8) tokens of A most similar to one of B
 go, again and again, until the budget is met.
+
+Options:
+    important: share of K chosen by CLS attention, 0 to 1
+    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
 
 Shapes: B images, N tokens, K kept, R residual, a and b tokens in A and B.
 """

@@ -1,4 +1,4 @@
-"""Withdraw all visual tokens at once, when the words have read them.
+"""Drop all visual tokens at once, from one layer on.
 
 Visual Tokens Withdrawal, Lin et al., AAAI 2025, arXiv:2405.05803. From one layer on no
 visual token is left; positions are kept. The budget says which: with K of N in the

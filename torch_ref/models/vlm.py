@@ -9,6 +9,7 @@ S tokens with those decoded, D features, V words.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from mlx_vlm_prune.checkpoints.checkpoint import read_published, torch_tensors
+from mlx_vlm_prune.checkpoints.command_line import either
 from mlx_vlm_prune.checkpoints.config import MlxLmConfig, VLMConfig, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
@@ -319,7 +321,8 @@ class VLM(nn.Module):
         N, pooled = self.N, pruner == "attention_pool" and self.config.pruner
         trained = pooled[1] if pooled else None
         if pruner not in METHODS:
-            raise UserError(f"no pruner is called {pruner!r}; there are {', '.join(METHODS)}")
+            nearest = either(get_close_matches(pruner, METHODS, n=3, cutoff=0))
+            raise UserError(f"no pruner is called {pruner!r}; did you mean {nearest}?")
         if K is not None and not 1 <= K <= N:
             raise UserError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
         if pruner == "none" and K not in (None, N):

@@ -1,0 +1,59 @@
+"""The listing of the methods: every option is explained once, every unknown name answered."""
+
+import re
+
+import pytest
+
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.pruners import METHODS, PRESETS, listing, plan
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_option_is_explained_and_nothing_else_is(method):
+    assert method.option_help.keys() == method.options.keys()
+    assert list(method.option_help) == list(method.options)  # in the order of the parameters
+    assert all(len(meaning) > 10 for meaning in method.option_help.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_shown_with_its_options_defaults_and_meanings(name, capsys):
+    method = METHODS[name]
+    listing.main([name])
+    shown = capsys.readouterr().out
+    text, options = shown.split("Options:")
+    assert text.startswith(method.summary[:40]) and "Shapes:" not in shown
+    assert f"Stage: {method.stage.name.lower()}." in text
+    for option, default in method.options.items():
+        (line,) = [line for line in options.splitlines() if line.startswith(f"  {option}=")]
+        typed, meaning = line.split(maxsplit=1)
+        assert meaning == method.option_help[option]
+        value = typed.removeprefix(f"{option}=")
+        assert type(default)(value == "true" if isinstance(default, bool) else value) == default
+
+
+def test_a_preset_is_shown_as_its_chain(capsys):
+    listing.main(["vscan"])
+    assert capsys.readouterr().out == f"vscan is short for {PRESETS['vscan']}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("avgpol", "avgpool"), ("vscam", "vscan"), ("prumerge-plus", "prumerge_plus")],
+)
+def test_an_unknown_method_or_preset_gets_the_three_nearest_names(name, first, capsys):
+    with pytest.raises(UserError, match=f"did you mean {first}") as refusal:
+        plan(name)
+    sentence = str(refusal.value)
+    nearest = re.split(", | or ", re.findall(r"mean (.+)\?", sentence)[0])
+    assert len(nearest) == 3 and {*nearest} <= {*METHODS, *PRESETS}
+    assert "mlx_vlm_prune.pruners lists all" in sentence and len(sentence) < 160
+    with pytest.raises(SystemExit):
+        listing.main([name])
+    assert capsys.readouterr().err.startswith(f"error: {sentence}")
+
+
+def test_an_unknown_option_gets_the_nearest_of_its_method():
+    with pytest.raises(UserError) as refusal:
+        plan("global_local:lokal=0.5")
+    told = "global_local has no option 'lokal'; did you mean local, local_layer or layer?"
+    assert str(refusal.value) == told
