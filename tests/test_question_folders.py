@@ -7,8 +7,8 @@ import pickle
 import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.evaluation.questions import Bad, format_of
-from mlx_vlm_prune.evaluation.questions.pickles import plain_data
+from mlx_vlm_prune.evaluation.questions import BadRecords, format_of
+from mlx_vlm_prune.evaluation.questions.plain_pickle import read_plain_pickle
 
 from .test_questions import images, png, read, write
 
@@ -30,43 +30,43 @@ ROW = ("7", '"Which\ncolour?"', "nan", "red", "green", "blue", "", "B", "colour"
 
 
 def test_mmbench_asks_a_question_in_every_rotation(tmp_path):
-    asked = read("mmbench", table(tmp_path / "m.tsv", ROW, ("1000007", *ROW[1:])))
-    assert [(q.id, q.answers, q.group) for q in asked] == [
+    questions = read("mmbench", table(tmp_path / "m.tsv", ROW, ("1000007", *ROW[1:])))
+    assert [(q.id, q.answers, q.group) for q in questions] == [
         ("7-0", ("B",), "7"),
         ("7-1", ("A",), "7"),
         ("7-2", ("C",), "7"),
     ]
-    assert {(q.kind, q.image) for q in asked} == {("attributes", png())}
-    assert asked[1].text == (
+    assert {(q.kind, q.image) for q in questions} == {("attributes", png())}
+    assert questions[1].text == (
         "Which\ncolour?\nA. green\nB. blue\nC. red\n"
         "Answer with the option's letter from the given choices directly."
     )
-    form = format_of("mmbench")
-    said = ["B", "It is green", "the third: C."]
-    scores = [form.score(q, answer) for q, answer in zip(asked, said, strict=True)]
-    assert form.together(scores) == 1
+    mmbench = format_of("mmbench")
+    responses = ["B", "It is green", "the third: C."]
+    scores = [mmbench.score(q, response) for q, response in zip(questions, responses, strict=True)]
+    assert mmbench.group_score(scores) == 1
     # Who always says B is right once in three rotations, and that is not enough.
-    assert form.together([form.score(q, "B") for q in asked]) == 0
+    assert mmbench.group_score([mmbench.score(q, "B") for q in questions]) == 0
 
 
 def test_mmbench_needs_all_four_of_four_rotations(tmp_path):
     row = ("1", "Q", "a hint", "red", "green", "blue", "grey", "D", "colour", "")
-    asked = read("mmbench", table(tmp_path / "m.tsv", row))
-    form = format_of("mmbench")
-    assert [q.answers[0] for q in asked] == ["D", "C", "B", "A"]
-    assert asked[0].text.startswith("a hint\nQ\nA. red\n")
-    assert asked[0].kind == "colour"
-    three = [form.score(q, answer) for q, answer in zip(asked, "DCBB", strict=True)]
-    assert (sum(three), form.together(three)) == (3, 0)
-    assert form.together([form.score(q, "grey") for q in asked]) == 1
+    questions = read("mmbench", table(tmp_path / "m.tsv", row))
+    mmbench = format_of("mmbench")
+    assert [q.answers[0] for q in questions] == ["D", "C", "B", "A"]
+    assert questions[0].text.startswith("a hint\nQ\nA. red\n")
+    assert questions[0].kind == "colour"
+    three = [mmbench.score(q, response) for q, response in zip(questions, "DCBB", strict=True)]
+    assert (sum(three), mmbench.group_score(three)) == (3, 0)
+    assert mmbench.group_score([mmbench.score(q, "grey") for q in questions]) == 1
 
 
 def test_mmbench_rows_may_share_the_image_of_an_earlier_one(tmp_path):
     path = table(tmp_path / "m.tsv", ROW, ("8", *ROW[1:], "7"), ("9", *ROW[1:], "70"))
-    asked = read("mmbench", path, bad := Bad(skip=True))
-    assert asked[-1].id == "8-2"
-    assert asked[-1].image is asked[0].image
-    assert "its image is that of row 70" in bad.found[0]
+    questions = read("mmbench", path, bad := BadRecords(skip=True))
+    assert questions[-1].id == "8-2"
+    assert questions[-1].image is questions[0].image
+    assert "its image is that of row 70" in bad.messages[0]
 
 
 @pytest.mark.parametrize(
@@ -112,12 +112,12 @@ def test_scienceqa_asks_what_has_an_image(tmp_path):
     write(tmp_path / "problems.json", problems)
     write(tmp_path / "pid_splits.json", {"train": [], "test": ["1", "2", "3", "4", "5"]})
     images(tmp_path / "images" / "test", "1/image.png", "3/image.png", "4/image.png")
-    first, third = read("scienceqa", tmp_path, bad := Bad(skip=True))
+    first, third = read("scienceqa", tmp_path, bad := BadRecords(skip=True))
     assert (first.id, first.answers, first.kind) == ("1", ("B",), "natural science")
     letter = "Answer with the option's letter from the given choices directly."
     assert first.text == f"Which?\nA. x\nB. y\n{letter}"
     assert third.text == f"Which?\nContext: Look.\nA. x\nB. y\n{letter}"
-    assert [found.split("question ")[1][0] for found in bad.found] == ["4", "5"]
+    assert [message.split("question ")[1][0] for message in bad.messages] == ["4", "5"]
     assert read("scienceqa", tmp_path, split="train") == []
     with pytest.raises(UserError, match="no split 'val'; there are train, test"):
         read("scienceqa", tmp_path, split="val")
@@ -133,12 +133,12 @@ def test_mme_pairs_two_questions_with_an_image(apart, tmp_path):
     (texts / "02.txt").write_text("Is it one?\tYes\n")
     (tmp_path / "eval_tool").mkdir()
     (tmp_path / "eval_tool" / "readme.txt").write_text("not a question")
-    yes, no = read("mme", tmp_path, bad := Bad(skip=True))
+    yes, no = read("mme", tmp_path, bad := BadRecords(skip=True))
     assert (yes.text, yes.answers) == ("Is it one? Please answer yes or no.", ("yes",))
     assert (no.answers, no.kind, no.image) == (("no",), "count", pictures / "01.jpg")
     assert yes.group == no.group == "count/01"
-    assert len(bad.found) == 1
-    assert "02.txt: there are 1 questions" in bad.found[0]
+    assert len(bad.messages) == 1
+    assert "02.txt: there are 1 questions" in bad.messages[0]
     (texts / "01.txt").write_text("Is it one?\tperhaps\n")
     with pytest.raises(UserError, match=r"01\.txt: line 1 is not a question, a tab"):
         read("mme", tmp_path)
@@ -169,13 +169,13 @@ REF = {
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_refcoco_asks_every_phrase_in_the_coordinates_chosen(boxes, answer, protocol, tmp_path):
     home = coco(tmp_path, [REF, {**REF, "ref_id": 10, "split": "train"}], protocol=protocol)
-    asked = read("refcoco", tmp_path, images=home, boxes=boxes)
-    assert [(q.id, q.kind, q.answers) for q in asked] == [
+    questions = read("refcoco", tmp_path, images=home, boxes=boxes)
+    assert [(q.id, q.kind, q.answers) for q in questions] == [
         ("9-1", "testA", (answer,)),
         ("9-2", "testA", (answer,)),
     ]
-    assert ": the red one\nAnswer with [x1, y1, x2, y2]" in asked[0].text
-    assert format_of("refcoco").score(asked[0], answer) == 1
+    assert ": the red one\nAnswer with [x1, y1, x2, y2]" in questions[0].text
+    assert format_of("refcoco").score(questions[0], answer) == 1
     only = read("refcoco", tmp_path / "refs(unc).p", images=home, split="train")
     assert [q.id for q in only] == ["10-1", "10-2"]
 
@@ -183,9 +183,9 @@ def test_refcoco_asks_every_phrase_in_the_coordinates_chosen(boxes, answer, prot
 def test_refcoco_names_what_is_at_fault(tmp_path):
     faulty = [{**REF, "ann_id": 5}, {**REF, "sentences": None}, {**REF, "split": 3}, "no"]
     home = coco(tmp_path, [*faulty, REF])
-    bad = Bad(skip=True)
+    bad = BadRecords(skip=True)
     assert len(read("refcoco", tmp_path, bad, images=home)) == 2
-    assert [found.split("entry ")[1][0] for found in bad.found] == ["1", "2", "3", "4"]
+    assert [message.split("entry ")[1][0] for message in bad.messages] == ["1", "2", "3", "4"]
     with pytest.raises(UserError, match="no split 'val'; there are testA"):
         read("refcoco", tmp_path, images=home, split="val")
     with pytest.raises(UserError, match="boxes is 'percent'; it is unit, thousand, pixels"):
@@ -206,13 +206,13 @@ class Evil:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_pickle_that_names_anything_is_refused_and_does_not_run(protocol, tmp_path):
-    made = tmp_path / "made"
-    home = coco(tmp_path, [REF, Evil(made)], protocol=protocol)
+    created = tmp_path / "created"
+    home = coco(tmp_path, [REF, Evil(created)], protocol=protocol)
     with pytest.raises(UserError, match="holds more than plain data"):
-        read("refcoco", tmp_path, Bad(skip=True), images=home)
-    assert not made.exists()
+        read("refcoco", tmp_path, BadRecords(skip=True), images=home)
+    assert not created.exists()
     pickle.loads((tmp_path / "refs(unc).p").read_bytes())[1].close()
-    assert made.exists()  # it was no harmless file
+    assert created.exists()  # the pickle was not harmless
 
 
 @pytest.mark.parametrize(
@@ -230,13 +230,13 @@ def test_a_pickle_that_names_anything_is_refused_and_does_not_run(protocol, tmp_
 def test_a_damaged_pickle_is_one_sentence(data, tmp_path):
     (tmp_path / "refs.p").write_bytes(data)
     with pytest.raises(UserError, match=r"refs\.p .*") as refused:
-        plain_data(tmp_path / "refs.p")
+        read_plain_pickle(tmp_path / "refs.p")
     assert "\n" not in str(refused.value)
 
 
 def test_plain_pickles_of_python_2_are_read(tmp_path):
     (tmp_path / "refs.p").write_bytes(b"(lp0\n(dp1\nS'sent'\np2\nS'caf\\xe9'\np3\nsa.")
-    assert plain_data(tmp_path / "refs.p") == [{"sent": "caf\N{REPLACEMENT CHARACTER}"}]
+    assert read_plain_pickle(tmp_path / "refs.p") == [{"sent": "caf\N{REPLACEMENT CHARACTER}"}]
 
 
 def test_the_files_of_a_folder_are_json_and_say_so(tmp_path):

@@ -13,20 +13,20 @@ from mlx_vlm_prune.evaluation.questions import (
     scienceqa,
     textvqa,
 )
-from mlx_vlm_prune.evaluation.questions.vqa_words import normalise
+from mlx_vlm_prune.evaluation.questions.vqa_normalise import normalise
 
 
-def question(*answers: str, kind="all", group="", told=None) -> Question:
-    return Question("1", "?", answers, b"", kind, group, told)
+def question(*answers: str, kind="all", group="", scoring_data=None) -> Question:
+    return Question("1", "?", answers, b"", kind, group, scoring_data)
 
 
 def voted(*answers: str) -> Question:
-    return question(*answers, told=tuple(normalise(answer) for answer in answers))
+    return question(*answers, scoring_data=tuple(normalise(answer) for answer in answers))
 
 
 @pytest.mark.parametrize("name", ["own", "scenes", "llava", "minimind", "gqa"])
 @pytest.mark.parametrize(
-    ("said", "right"),
+    ("response", "right"),
     [
         ("grey", 1),
         ("  Gray.\n", 1),
@@ -37,13 +37,13 @@ def voted(*answers: str) -> Question:
         ("", 0),
     ],
 )
-def test_exact_match_forgives_case_white_space_and_a_full_stop(name, said, right):
-    asked = question("Grey", "gray", "light grey")
-    assert format_of(name).score(asked, said) == right
+def test_exact_match_forgives_case_white_space_and_a_full_stop(name, response, right):
+    grey = question("Grey", "gray", "light grey")
+    assert format_of(name).score(grey, response) == right
 
 
 @pytest.mark.parametrize(
-    ("said", "meaning"),
+    ("response", "meaning"),
     [
         ("No, there is not.", "no"),
         ("No", "no"),
@@ -56,18 +56,18 @@ def test_exact_match_forgives_case_white_space_and_a_full_stop(name, said, right
         ("", "yes"),
     ],
 )
-def test_pope_takes_no_and_not_in_the_first_sentence_for_no(said, meaning):
-    assert pope.meant(said) == meaning
-    assert pope.score(question("yes"), said) == (meaning == "yes")
-    assert pope.score(question("no"), said) == (meaning == "no")
+def test_pope_takes_no_and_not_in_the_first_sentence_for_no(response, meaning):
+    assert pope.yes_or_no(response) == meaning
+    assert pope.score(question("yes"), response) == (meaning == "yes")
+    assert pope.score(question("no"), response) == (meaning == "no")
 
 
 def test_pope_reports_precision_recall_f1_and_the_share_of_yes():
     labels = ["yes", "yes", "yes", "no", "no", "no", "no", "no"]
-    said = ["Yes", "Yes", "No", "Yes", "No", "No", "No", "No"]
-    told = pope.more([question(label) for label in labels], said)
-    # true yes 2, said 3, there 3, right 2 + 4 of 8
-    assert told == pytest.approx(
+    responses = ["Yes", "Yes", "No", "Yes", "No", "No", "No", "No"]
+    figures = pope.extra_figures([question(label) for label in labels], responses)
+    # yes: right 2, predicted 3, actual 3; right 2 + 4 of 8
+    assert figures == pytest.approx(
         {
             "accuracy": 75.0,
             "precision": 200 / 3,
@@ -79,8 +79,8 @@ def test_pope_reports_precision_recall_f1_and_the_share_of_yes():
 
 
 def test_pope_of_nothing_but_no_divides_by_nothing():
-    told = pope.more([question("no"), question("no")], ["no", "no"])
-    assert (told["accuracy"], told["precision"], told["F1"]) == (100, 0, 0)
+    figures = pope.extra_figures([question("no"), question("no")], ["no", "no"])
+    assert (figures["accuracy"], figures["precision"], figures["F1"]) == (100, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_pope_of_nothing_but_no_divides_by_nothing():
 )
 def test_textvqa_averages_over_the_ten_ways_to_leave_one_out(agreed, points):
     others = [f"other {n}" for n in range(10 - agreed)]
-    asked = voted(*["Coca Cola"] * agreed, *others)
-    assert textvqa.score(asked, "coca cola") == pytest.approx(points)
+    cola = voted(*["Coca Cola"] * agreed, *others)
+    assert textvqa.score(cola, "coca cola") == pytest.approx(points)
 
 
 @pytest.mark.parametrize(
-    ("said", "normal"),
+    ("response", "normal"),
     [
         ("The Cat", "cat"),
         ("a two  an\tdogs", "2 dogs"),
@@ -123,20 +123,20 @@ def test_textvqa_averages_over_the_ten_ways_to_leave_one_out(agreed, points):
         ("well", "well"),  # a word, not "we'll"
     ],
 )
-def test_vqa_normalisation_follows_the_published_order(said, normal):
-    assert normalise(said) == normal
+def test_vqa_normalisation_follows_the_published_order(response, normal):
+    assert normalise(response) == normal
 
 
 def test_textvqa_compares_after_normalising_both_sides():
-    asked = voted(*["The 2 dogs."] * 5, *["two dogs"] * 5)
-    assert textvqa.score(asked, "Two dogs!") == 1
+    cola = voted(*["The 2 dogs."] * 5, *["two dogs"] * 5)
+    assert textvqa.score(cola, "Two dogs!") == 1
 
 
 COLOURS = ("red", "green", "blue", "dark blue")
 
 
 @pytest.mark.parametrize(
-    ("said", "letter"),
+    ("response", "letter"),
     [
         ("B", "B"),
         ("B.", "B"),
@@ -152,18 +152,18 @@ COLOURS = ("red", "green", "blue", "dark blue")
         ("it may be green " * 10, ""),  # far longer than all options
     ],
 )
-def test_mmbench_takes_a_lone_letter_or_the_text_of_one_option(said, letter):
-    assert mmbench.chosen(said, COLOURS) == letter
+def test_mmbench_takes_a_lone_letter_or_the_text_of_one_option(response, letter):
+    assert mmbench.chosen_letter(response, COLOURS) == letter
 
 
 def test_mmbench_counts_a_question_only_if_every_rotation_is_right():
-    assert mmbench.together([1, 1, 1, 1]) == 1
-    assert mmbench.together([1, 1, 0, 1]) == 0
-    assert mmbench.together([0, 0]) == 0
+    assert mmbench.group_score([1, 1, 1, 1]) == 1
+    assert mmbench.group_score([1, 1, 0, 1]) == 0
+    assert mmbench.group_score([0, 0]) == 0
 
 
 @pytest.mark.parametrize(
-    ("said", "letter"),
+    ("response", "letter"),
     [
         ("B", "B"),
         (" B\n", "B"),
@@ -183,13 +183,13 @@ def test_mmbench_counts_a_question_only_if_every_rotation_is_right():
         ("", ""),
     ],
 )
-def test_scienceqa_takes_the_letter_in_three_forms(said, letter):
-    assert scienceqa.chosen(said) == letter
-    assert scienceqa.score(question("B"), said) == (letter == "B")
+def test_scienceqa_takes_the_letter_in_three_forms(response, letter):
+    assert scienceqa.chosen_letter(response) == letter
+    assert scienceqa.score(question("B"), response) == (letter == "B")
 
 
 @pytest.mark.parametrize(
-    ("said", "meaning"),
+    ("response", "meaning"),
     [
         ("Yes", "yes"),
         ("yes, it is", "yes"),
@@ -201,14 +201,14 @@ def test_scienceqa_takes_the_letter_in_three_forms(said, letter):
         ("", "other"),
     ],
 )
-def test_mme_looks_at_the_first_four_characters(said, meaning):
-    assert mme.meant(said) == meaning
+def test_mme_looks_at_the_first_four_characters(response, meaning):
+    assert mme.yes_or_no(response) == meaning
 
 
 def test_mme_adds_accuracy_and_accuracy_plus():
     # Three images: both right, one right, none right.
     groups = [[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
-    scores = [mme.together(scores) for scores in groups]
+    scores = [mme.group_score(scores) for scores in groups]
     assert scores == [2.0, 0.5, 0.0]
     # accuracy 3 of 6, accuracy+ 1 of 3: 50 + 33.3
     assert 100 * sum(scores) / 3 == pytest.approx(50 + 100 / 3)
@@ -220,21 +220,21 @@ def test_mme_adds_accuracy_and_accuracy_plus():
 
 
 def test_mme_sums_perception_and_cognition_apart():
-    asked, said = [], []
+    questions, responses = [], []
     for kind, answers in (
         ("count", ("yes", "no")),  # both right: 100 + 100
         ("OCR", ("yes", "yes")),  # one right: 50 + 0
         ("code_reasoning", ("no", "yes")),  # none right
         ("mine", ("yes", "no")),  # no subtask of either
     ):
-        asked += [question(label, kind=kind, group=f"{kind}/1") for label in ("yes", "no")]
-        said += answers
-    assert mme.more(asked, said) == {"perception": 250, "cognition": 0}
-    assert mme.more(asked[:4], said[:4]) == {"perception": 250}
+        questions += [question(label, kind=kind, group=f"{kind}/1") for label in ("yes", "no")]
+        responses += answers
+    assert mme.extra_figures(questions, responses) == {"perception": 250, "cognition": 0}
+    assert mme.extra_figures(questions[:4], responses[:4]) == {"perception": 250}
 
 
 @pytest.mark.parametrize(
-    ("said", "asked", "right"),
+    ("response", "unit", "right"),
     [
         # The true box is x 0 to 100, y 0 to 50 of an image of 100 x 200.
         ("[0, 0, 1, 0.25]", "unit", 1),
@@ -256,9 +256,9 @@ def test_mme_sums_perception_and_cognition_apart():
         ("[0, 0, 100, 24]", "pixels", 0),
     ],
 )
-def test_refcoco_wants_an_overlap_of_at_least_half(said, asked, right):
-    told = ((0.0, 0.0, 100.0, 50.0), (100, 200), asked)
-    assert refcoco.score(question("", told=told), said) == right
+def test_refcoco_wants_an_overlap_of_at_least_half(response, unit, right):
+    scoring_data = ((0.0, 0.0, 100.0, 50.0), (100, 200), unit)
+    assert refcoco.score(question("", scoring_data=scoring_data), response) == right
 
 
 def test_the_iou_of_two_shifted_squares_is_a_third():
@@ -269,5 +269,5 @@ def test_the_iou_of_two_shifted_squares_is_a_third():
 
 def test_formats_without_a_rule_for_groups_take_the_mean():
     for name in set(FORMATS) - {"mme", "mmbench"}:
-        assert format_of(name).together([1.0, 0.0, 0.0, 1.0]) == 0.5
+        assert format_of(name).group_score([1.0, 0.0, 0.0, 1.0]) == 0.5
         assert (format_of(name).total, format_of(name).unit) == ("mean", "%")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.evaluation.questions import FORMATS, Bad, Source, format_of
+from mlx_vlm_prune.evaluation.questions import FORMATS, BadRecords, Source, format_of
 from mlx_vlm_prune.evaluation.questions.scenes import KINDS, read_scenes
 
 
@@ -22,8 +22,8 @@ def png(colour: str = "red") -> bytes:
     return file.getvalue()
 
 
-def read(name: str, path: Path, bad: Bad | None = None, **options):
-    return list(format_of(name).read(Source(path, **options), bad or Bad()))
+def read(name: str, path: Path, bad: BadRecords | None = None, **options):
+    return list(format_of(name).read(Source(path, **options), bad or BadRecords()))
 
 
 def write(path: Path, content: object) -> Path:
@@ -59,22 +59,22 @@ def test_an_unknown_format_names_the_near_and_all_others():
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "scenes"])
 def test_a_missing_file_or_folder_is_refused_before_the_first_question(name, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
-        format_of(name).read(Source(tmp_path / "nowhere" / "it"), Bad(skip=True))
+        format_of(name).read(Source(tmp_path / "nowhere" / "it"), BadRecords(skip=True))
 
 
 @pytest.mark.parametrize("name", ["own", "llava", "pope", "textvqa", "gqa"])
 def test_a_missing_folder_of_images_is_refused_before_the_first_question(name, tmp_path):
     path = write(tmp_path / "q.json", {"data": []} if name in ("textvqa", "gqa") else [])
     with pytest.raises(UserError, match=r"no folder .*apart"):
-        format_of(name).read(Source(path, images=tmp_path / "apart"), Bad(skip=True))
+        format_of(name).read(Source(path, images=tmp_path / "apart"), BadRecords(skip=True))
 
 
 def test_scenes_ask_each_kind_equally_often_and_draw_when_called():
-    asked = list(read_scenes(3))
-    assert sorted(q.kind for q in asked) == sorted(KINDS * 3)
-    assert len({q.id for q in asked}) == len(asked)
-    assert asked[0].image().size == (224, 224)
-    assert format_of("scenes").score(asked[0], asked[0].answers[0].upper() + ".") == 1
+    questions = list(read_scenes(3))
+    assert sorted(q.kind for q in questions) == sorted(KINDS * 3)
+    assert len({q.id for q in questions}) == len(questions)
+    assert questions[0].image().size == (224, 224)
+    assert format_of("scenes").score(questions[0], questions[0].answers[0].upper() + ".") == 1
 
 
 def test_own_questions_come_from_a_file_or_its_folder(tmp_path):
@@ -115,20 +115,20 @@ def test_a_broken_line_is_refused_by_name_or_counted_and_left_out(line, tmp_path
     with pytest.raises(UserError, match=f"{where}: .*{BROKEN[line]}.*skip_bad") as refused:
         read("own", path)
     assert "\n" not in str(refused.value)
-    bad = Bad(skip=True)
+    bad = BadRecords(skip=True)
     assert [q.id for q in read("own", path, bad)] == ["1", "3"]
-    assert len(bad.found) == 1
-    assert where in bad.found[0]
-    assert where == "question 1" or "my.jsonl" in bad.found[0]
+    assert len(bad.messages) == 1
+    assert where in bad.messages[0]
+    assert where == "question 1" or "my.jsonl" in bad.messages[0]
 
 
 def test_lines_that_are_not_text_are_at_fault_alone(tmp_path):
     path = write(images(tmp_path, "a.png") / "my.jsonl", [])
     good = b'{"image": "a.png", "question": "\xc3\xa9?", "answer": "x"}\n'
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\xff\xfe\n")
-    bad = Bad(skip=True)
+    bad = BadRecords(skip=True)
     assert [q.text for q in read("own", path, bad)] == ["é?"]
-    assert "line 2" in bad.found[0]
+    assert "line 2" in bad.messages[0]
 
 
 @settings(
@@ -138,7 +138,7 @@ def test_lines_that_are_not_text_are_at_fault_alone(tmp_path):
 def test_any_bytes_are_counted_and_never_a_traceback(tmp_path, rows):
     path = tmp_path / "any.jsonl"
     path.write_bytes(b"\n".join(rows))
-    bad = Bad(skip=True)
+    bad = BadRecords(skip=True)
     assert read("own", path, bad) == read("pope", path, bad) == []
 
 
@@ -153,17 +153,18 @@ def test_llava_conversations_become_single_questions(tmp_path):
         {"image": "a.png", "conversations": [first, second, turn("human", "Why?"), second]},
     ]
     path = write(images(tmp_path, "a.png") / "l.json", records)
-    asked = read("llava", path)
-    assert [(q.id, q.text, q.answers) for q in asked] == [
+    questions = read("llava", path)
+    assert [(q.id, q.text, q.answers) for q in questions] == [
         ("x", "What?", ("A cat.",)),
         ("3-1", "What?", ("A cat.",)),
         ("3-2", "Why?", ("A cat.",)),
     ]
     for faulty in ([first], [second, first], [turn("human", "<image>"), second], "text", []):
-        bad = Bad(skip=True)
+        bad = BadRecords(skip=True)
         write(path, [{"image": "a.png", "conversations": faulty}, *records])
-        assert read("llava", path, bad) == asked[:1] + read("llava", path, Bad(skip=True))[1:]
-        assert "l.json, record 1" in bad.found[0]
+        good = read("llava", path, BadRecords(skip=True))
+        assert read("llava", path, bad) == questions[:1] + good[1:]
+        assert "l.json, record 1" in bad.messages[0]
 
 
 def test_minimind_rows_without_an_image_mark_are_left_out(tmp_path):
@@ -178,16 +179,16 @@ def test_minimind_rows_without_an_image_mark_are_left_out(tmp_path):
     table = {"conversations": rows, "image_bytes": [png()] * 4}
     path = tmp_path / "m.parquet"
     parquet.write_table(pyarrow.table(table), path)
-    bad = Bad(skip=True)
-    (asked,) = read("minimind", path, bad)
-    assert (asked.text, asked.answers, asked.image) == ("What?", ("A cat.",), png())
-    assert [where.split(":")[0].split()[-1] for where in bad.found] == ["3", "4"]
+    bad = BadRecords(skip=True)
+    (question,) = read("minimind", path, bad)
+    assert (question.text, question.answers, question.image) == ("What?", ("A cat.",), png())
+    assert [where.split(":")[0].split()[-1] for where in bad.messages] == ["3", "4"]
     lists = [[png()], [png()], [png(), png()], []]
     listed = {"conversations": [rows[0]] * 4, "image_bytes": lists}
     parquet.write_table(pyarrow.table(listed), path)
-    bad = Bad(skip=True)
+    bad = BadRecords(skip=True)
     assert [q.id for q in read("minimind", path, bad)] == ["1", "2"]
-    assert "2 images" in bad.found[0]
+    assert "2 images" in bad.messages[0]
     parquet.write_table(pyarrow.table({"conversations": rows}), path)
     with pytest.raises(UserError, match="no column image_bytes"):
         read("minimind", path)
@@ -208,12 +209,12 @@ def test_pope_files_of_a_folder_are_kinds(tmp_path):
     images(tmp_path / "val2014", "a.png")
     for kind in ("random", "popular"):
         (tmp_path / f"coco_pope_{kind}.json").write_text(json.dumps(line))
-    asked = read("pope", tmp_path, images=tmp_path / "val2014")
-    assert [(q.id, q.kind, q.answers) for q in asked] == [
+    questions = read("pope", tmp_path, images=tmp_path / "val2014")
+    assert [(q.id, q.kind, q.answers) for q in questions] == [
         ("popular-1", "popular", ("no",)),
         ("random-1", "random", ("no",)),
     ]
-    assert asked[0].text.endswith("?\nAnswer the question using a single word or phrase.")
+    assert questions[0].text.endswith("?\nAnswer the question using a single word or phrase.")
     path = write(tmp_path / "q.jsonl", [{**line, "label": "maybe"}])
     with pytest.raises(UserError, match=r"q\.jsonl, line 1: label is 'maybe'; it is yes or no"):
         read("pope", path, images=tmp_path / "val2014")
@@ -223,9 +224,9 @@ def test_textvqa_puts_the_most_frequent_answer_first(tmp_path):
     record = {"question_id": 5, "image_id": "a", "question": "What does it say?"}
     record["answers"] = ["x", "stop", "stop", *"yyy", "q", "r", "s", "t"]
     path = write(images(tmp_path, "a.jpg") / "t.json", {"data": [record]})
-    (asked,) = read("textvqa", path)
-    assert asked.answers[:2] == ("y", "stop")
-    assert format_of("textvqa").score(asked, "Stop!") == pytest.approx(0.6)
+    (question,) = read("textvqa", path)
+    assert question.answers[:2] == ("y", "stop")
+    assert format_of("textvqa").score(question, "Stop!") == pytest.approx(0.6)
     write(path, {"data": [{**record, "answers": ["x"] * 9}]})
     with pytest.raises(UserError, match=r"record 1: there are 9 answers; the rule needs 10"):
         read("textvqa", path)
@@ -238,9 +239,9 @@ def test_gqa_questions_have_their_structure_as_kind(tmp_path):
     record = {"question": "Is it red?", "imageId": "12", "answer": "yes"}
     record["types"] = {"structural": "verify", "semantic": "attr"}
     path = write(images(tmp_path, "12.jpg") / "g.json", {"q1": record, "q2": {"question": "?"}})
-    (asked,) = read("gqa", path, bad := Bad(skip=True))
-    assert (asked.id, asked.kind, asked.answers) == ("q1", "verify", ("yes",))
-    assert "g.json, question q2" in bad.found[0]
+    (question,) = read("gqa", path, bad := BadRecords(skip=True))
+    assert (question.id, question.kind, question.answers) == ("q1", "verify", ("yes",))
+    assert "g.json, question q2" in bad.messages[0]
     path.write_text("[" * 100_000)
     with pytest.raises(UserError, match="nested too deeply"):
         read("gqa", path)

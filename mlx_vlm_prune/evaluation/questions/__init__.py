@@ -1,10 +1,19 @@
-"""Question sets: what is asked about which image, and how an answer is judged.
+"""Question sets: what is asked about which image, and how an answer is scored.
 
-One format is one file: `read` yields its questions, `score` judges one answer by the rule
-its authors published. The table below names them all; `--format` takes these names.
+A question format is one file of this folder. To add one, write `my_format.py` with
 
-Nothing heavy is imported before a format is used, and MLX never: a question set can be
-looked at without a model.
+    def read(source: Source, bad: BadRecords) -> Iterator[Question]: ...
+    def score(question: Question, response: str) -> float: ...  # 0 to 1
+
+and a line in FORMATS below; `--format` takes the name from there. `gqa.py` is a short example.
+`Format` lists what the file may have besides. The file's docstring says which published files it
+reads and whose scoring rule it follows.
+
+Helpers, which are no formats: `records.py` (reading records from untrusted files),
+`shared_rules.py` (exact match, options with letters), `vqa_normalise.py` and `plain_pickle.py`.
+
+A format is imported when it is first used. Nothing here imports MLX, so a question set can be read
+without a model.
 """
 
 import difflib
@@ -19,16 +28,31 @@ from PIL import Image
 
 from ...checkpoints.errors import UserError
 
+# From a name for --format to the file of this folder that reads it.
+FORMATS = {
+    "own": "json_lines",
+    "scenes": "scenes",
+    "llava": "llava",
+    "minimind": "minimind",
+    "pope": "pope",
+    "textvqa": "textvqa",
+    "gqa": "gqa",
+    "mmbench": "mmbench",
+    "scienceqa": "scienceqa",
+    "mme": "mme",
+    "refcoco": "refcoco",
+}
+
 
 @dataclass(frozen=True)
 class Question:
     """One question about one image.
 
-    `answers` are the right ones; the first is the one whose log-probability is measured.
-    `image` is a path, a file's bytes, or a function that makes the picture, called late.
-    Questions of one `group` are judged together (MME: two about an image; MMBench: one
-    question with its options in turn); without it each stands alone. `told` is whatever
-    the format's own `score` needs beside.
+    `answers` are the right ones. The log-probability of the first is measured.
+    `image` is a path, the bytes of an image file, or a function that draws the picture on demand.
+    Questions of one `group` are scored together (MME: two about an image; MMBench: one question
+    with its options rotated). A question without a group stands alone.
+    `scoring_data` is whatever else the format's `score` needs.
     """
 
     id: str
@@ -37,29 +61,32 @@ class Question:
     image: Path | bytes | Callable[[], Image.Image]
     kind: str = "all"
     group: str = ""
-    told: Any = None
+    scoring_data: Any = None
 
 
 @dataclass
-class Bad:
-    """What could not be read: an error, or with `skip` counted, named and left out."""
+class BadRecords:
+    """Records that cannot be used. The first is an error; with `skip` all are listed instead."""
 
     skip: bool = False
-    found: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
 
-    def __call__(self, where: str, why: str) -> None:
-        """Note one fault, such as ("a.jsonl, line 3", "there is no answer")."""
+    def report(self, where: str, why: str) -> None:
+        """Note one bad record, such as ("a.jsonl, line 3", "there is no answer").
+
+        Raises UserError without `skip`.
+        """
         if not self.skip:
             raise UserError(f"{where}: {why} (skip_bad leaves such questions out)")
-        self.found.append(f"{where}: {why}")
+        self.messages.append(f"{where}: {why}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a question set lies: its file or folder, and its images' folder if they are apart.
+    """Where a question set lies: its file or folder, and the images' folder if it is another.
 
-    `split` chooses a part of it where a format has parts. `boxes` is how coordinates are asked
-    for and read where answers are boxes: "unit" (0 to 1), "thousand" (0 to 1000) or "pixels".
+    `split` selects a part, for formats that have parts. `boxes` is the unit of coordinates, for
+    formats whose answers are boxes: "unit" (0 to 1), "thousand" (0 to 1000) or "pixels".
     """
 
     path: Path
@@ -69,41 +96,45 @@ class Source:
 
 
 def mean(scores: list[float]) -> float:
-    """How the questions of a group count unless the format says otherwise."""
+    """The score of a group, unless the format has a rule of its own."""
     return sum(scores) / len(scores)
 
 
 @dataclass(frozen=True)
 class Format:
-    """A file of this folder, ready to use.
+    """A question format: a file of this folder, with defaults for what it leaves out.
 
-    A module has `read(source, bad) -> Iterator[Question]` and `score(question, said) -> float`,
-    0 to 1. It may have `together(scores) -> float`, how a group counts (default: the mean);
-    `SCALE` and `UNIT`, by what a kind's mean is multiplied for display (default: 100, "%");
-    `TOTAL`, "mean" over the groups (default) or "sum" over the kinds; and `more(questions,
-    said) -> dict[str, float]`, further figures its authors report (POPE: F1, share of yes),
-    in the unit in which they are shown (POPE: %).
+    The file must have `read(source, bad)` and `score(question, response)`. It may have
+    - `group_score(scores) -> float`: the score of a group of questions (default: the mean);
+    - `SCALE`, `UNIT`: a kind's mean is multiplied by SCALE for display (default: 100, "%");
+    - `TOTAL`: how kinds make up the overall figure: "mean" over all groups (default), or "sum"
+      over the kinds;
+    - `extra_figures(questions, responses) -> dict[str, float]`: further figures that the format's
+      authors report, in the unit in which they are shown (POPE: F1 and share of yes, in %).
     """
 
     name: str
     module: ModuleType
 
-    def read(self, source: Source, bad: Bad) -> Iterator[Question]:
-        """The questions one by one; their images are not opened yet.
+    def read(self, source: Source, bad: BadRecords) -> Iterator[Question]:
+        """The questions one by one, with distinct ids; their images are not opened yet.
 
-        Raises UserError at once for a missing file or folder, and on the way for a faulty
-        record, unless `bad` skips those. No two questions have one id.
+        Raises UserError at once for a missing file or folder, and on the way for a bad record
+        unless `bad` skips those.
         """
-        return _distinct(self.module.read(source, bad), bad)
+        return _with_distinct_ids(self.module.read(source, bad), bad)
 
-    def score(self, question: Question, said: str) -> float:
-        return self.module.score(question, said)
+    def score(self, question: Question, response: str) -> float:
+        """The score of a model's response, 0 to 1."""
+        return self.module.score(question, response)
 
-    def together(self, scores: list[float]) -> float:
-        return getattr(self.module, "together", mean)(scores)
+    def group_score(self, scores: list[float]) -> float:
+        return getattr(self.module, "group_score", mean)(scores)
 
-    def more(self, questions: list[Question], said: list[str]) -> dict[str, float]:
-        return self.module.more(questions, said) if hasattr(self.module, "more") else {}
+    def extra_figures(self, questions: list[Question], responses: list[str]) -> dict[str, float]:
+        if not hasattr(self.module, "extra_figures"):
+            return {}
+        return self.module.extra_figures(questions, responses)
 
     @property
     def scale(self) -> float:
@@ -118,26 +149,22 @@ class Format:
         return getattr(self.module, "TOTAL", "mean")
 
 
-# Names for --format: modules of this folder.
-FORMATS = "own scenes llava minimind pope textvqa gqa mmbench scienceqa mme refcoco".split()
-
-
 def format_of(name: str) -> Format:
-    """The format of a name in FORMATS; UserError, with what is close to it, for another."""
+    """The format of a name in FORMATS. UserError, with similar names, for any other."""
     if name not in FORMATS:
-        close = difflib.get_close_matches(name, FORMATS, n=3)
-        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        similar = difflib.get_close_matches(name, FORMATS, n=3)
+        suggestion = f"did you mean {' or '.join(similar)}? " if similar else ""
         raise UserError(
-            f"no question format is called {name!r}; {meant}there are {', '.join(FORMATS)}"
+            f"no question format is called {name!r}; {suggestion}there are {', '.join(FORMATS)}"
         )
-    return Format(name, importlib.import_module(f".{name}", __name__))
+    return Format(name, importlib.import_module(f".{FORMATS[name]}", __name__))
 
 
-def _distinct(questions: Iterator[Question], bad: Bad) -> Iterator[Question]:
-    seen: set[str] = set()
+def _with_distinct_ids(questions: Iterator[Question], bad: BadRecords) -> Iterator[Question]:
+    ids: set[str] = set()
     for question in questions:
-        if question.id in seen:
-            bad(f"question {question.id}", "another question has this id")
+        if question.id in ids:
+            bad.report(f"question {question.id}", "another question has this id")
             continue
-        seen.add(question.id)
+        ids.add(question.id)
         yield question

@@ -3,63 +3,77 @@
     [{"id": "1", "image": "a.jpg", "conversations": [
         {"from": "human", "value": "<image>\\nWhat is this?"}, {"from": "gpt", "value": "A cat."}]}]
 
-Every human turn becomes a question, and the gpt turn after it is its answer. Questions stand
-alone: earlier turns are not given, so one that leans on them ("and its colour?") is harder
-here than it was there. Records without an image are left out.
+Every human turn becomes a question, and the gpt turn after it is its answer. Earlier turns are not
+given, so a question that refers to them ("and its colour?") is harder here. Records without an
+image are left out.
 
-The format has no rule for judging. Ours: the answer is right when it is the given one, but
-for case, white space and a final full stop. For long answers that says little; their
-log-probability says more.
+The format has no published scoring rule. Ours: a response is right when it equals the answer,
+except for case, white space and a final full stop. For long answers the log-probability says more.
 """
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import Bad, Question, Source
-from .answers import exact as score
-from .reading import NOTHING, Fault, each_entry, image_file, optional, text_of, whole_json
+from . import BadRecords, Question, Source
+from .records import (
+    NO_QUESTIONS,
+    RecordError,
+    image_file,
+    load_json,
+    optional_field,
+    questions_from_json,
+    text_field,
+)
+from .shared_rules import exact_match as score
 
-__all__ = ["pairs", "questions", "read", "score"]
+__all__ = ["question_answer_pairs", "read", "score", "turn_questions"]
 
-MARK = "<image>"
+IMAGE_MARK = "<image>"
 
 
-def read(source: Source, bad: Bad) -> Iterator[Question]:
+def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a JSON file. Raises UserError where it or the images' folder is missing."""
-    return each_entry(source, bad, whole_json(source.path, list), _questions)
+    return questions_from_json(source, bad, load_json(source.path, list), _questions)
 
 
-def _questions(number: str, record: dict[str, Any], home: Path) -> Iterable[Question]:
+def _questions(number: str, record: dict[str, Any], images: Path) -> Iterable[Question]:
     if "image" not in record:
-        return NOTHING
-    image = image_file(home, text_of(record, "image"))
-    asked = pairs(record.get("conversations"), "from", "value", ("human", "gpt"))
-    return questions(optional(record, "id", number), asked, image)
+        return NO_QUESTIONS
+    image = image_file(images, text_field(record, "image"))
+    turns = record.get("conversations")
+    pairs = question_answer_pairs(turns, "from", "value", ("human", "gpt"))
+    return turn_questions(optional_field(record, "id", number), pairs, image)
 
 
-def questions(name: str, asked: list[tuple[str, str]], image: Path | bytes) -> Iterator[Question]:
-    """The turns (question, answer) of a conversation about an image, numbered if several."""
+def turn_questions(
+    record_id: str, pairs: list[tuple[str, str]], image: Path | bytes
+) -> Iterator[Question]:
+    """A question for each (question, answer) about an image; their ids are numbered if several."""
     return (
-        Question(f"{name}-{turn}" if len(asked) > 1 else name, text, (answer,), image)
-        for turn, (text, answer) in enumerate(asked, 1)
+        Question(f"{record_id}-{turn}" if len(pairs) > 1 else record_id, text, (answer,), image)
+        for turn, (text, answer) in enumerate(pairs, 1)
     )
 
 
-def pairs(turns: Any, who: str, what: str, names: tuple[str, str]) -> list[tuple[str, str]]:
-    """(question, answer) of a conversation, without the marks where the image stood.
+def question_answer_pairs(
+    turns: Any, speaker_key: str, text_key: str, speakers: tuple[str, str]
+) -> list[tuple[str, str]]:
+    """The (question, answer) pairs of a conversation, without its image marks.
 
-    `who` and `what` are the keys of a turn's speaker and words, `names` the two speakers.
-    Turns of others, such as a system prompt, are passed over. Raises Fault.
+    `speakers` are who asks and who answers. Turns of others, such as a system prompt, are left
+    out. Raises RecordError.
     """
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise Fault("conversations is not a list of turns")
-    spoken = [turn for turn in turns if turn.get(who) in names]
-    if not spoken:
-        raise Fault(f"nobody says anything (a turn's {who} is {names[0]} or {names[1]})")
-    if len(spoken) % 2 or any(turn[who] != names[n % 2] for n, turn in enumerate(spoken)):
-        raise Fault(f"turns of {names[0]} and {names[1]} do not alternate")
-    said = [text_of(turn, what).replace(MARK, "").strip() for turn in spoken]
-    if not all(said):
-        raise Fault(f"a turn holds nothing but {MARK}")
-    return list(zip(said[::2], said[1::2], strict=True))
+        raise RecordError("conversations is not a list of turns")
+    asker, answerer = speakers
+    dialogue = [turn for turn in turns if turn.get(speaker_key) in speakers]
+    if not dialogue:
+        raise RecordError(f"nobody says anything (a turn's {speaker_key} is {asker} or {answerer})")
+    in_turns = all(turn[speaker_key] == speakers[n % 2] for n, turn in enumerate(dialogue))
+    if len(dialogue) % 2 or not in_turns:
+        raise RecordError(f"turns of {asker} and {answerer} do not alternate")
+    texts = [text_field(turn, text_key).replace(IMAGE_MARK, "").strip() for turn in dialogue]
+    if not all(texts):
+        raise RecordError(f"a turn holds nothing but {IMAGE_MARK}")
+    return list(zip(texts[::2], texts[1::2], strict=True))

@@ -2,8 +2,8 @@
 
 A conversation is a list of {"role": "user" or "assistant", "content": …}; `image_bytes` are an
 image file's bytes, or a list with them. Rows whose conversation has no `<image>` hold a
-placeholder picture and are left out; rows with several images are at fault. Everything else,
-the rule of judging too, is as in llava.py.
+placeholder picture and are left out. A row with several images is an error. Everything else, the
+scoring rule too, is as in llava.py.
 
 pyarrow is imported when the first file is read: nothing else needs it.
 """
@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.errors import UserError, lacks, reason
-from . import Bad, Question, Source
-from .answers import exact as score
-from .llava import MARK, pairs, questions
-from .reading import NOTHING, Fault, each, existing, parse_any
+from . import BadRecords, Question, Source
+from .llava import IMAGE_MARK, question_answer_pairs, turn_questions
+from .records import NO_QUESTIONS, RecordError, existing_file, parse_value, questions_from
+from .shared_rules import exact_match as score
 
 __all__ = ["read", "score"]
 
 COLUMNS = ("conversations", "image_bytes")
-ROWS = 64  # that lie in memory at a time
+ROWS_AT_ONCE = 64  # held in memory
 
 
-def read(source: Source, bad: Bad) -> Iterator[Question]:
+def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a parquet file. Raises UserError where it cannot be read."""
-    return each(_rows(_open(existing(source.path)), source.path), _questions, bad)
+    return questions_from(_rows(_open(existing_file(source.path)), source.path), _questions, bad)
 
 
 def _open(path: Path) -> Any:
@@ -50,7 +50,7 @@ def _rows(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, dict[str, Any
 
     number = 0
     try:
-        for batch in file.iter_batches(batch_size=ROWS, columns=list(COLUMNS)):
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(COLUMNS)):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", (number, row)
@@ -60,21 +60,22 @@ def _rows(file: Any, path: Path) -> Iterator[tuple[str, tuple[int, dict[str, Any
 
 def _questions(record: tuple[int, dict[str, Any]]) -> Iterable[Question]:
     number, row = record
-    told = row["conversations"]
-    if not isinstance(told, str):
-        raise Fault("conversations is not a text")
-    if MARK not in told:
-        return NOTHING
+    conversation = row["conversations"]
+    if not isinstance(conversation, str):
+        raise RecordError("conversations is not a text")
+    if IMAGE_MARK not in conversation:
+        return NO_QUESTIONS
     image = _image(row["image_bytes"])
-    asked = pairs(parse_any(told), "role", "content", ("user", "assistant"))
-    return questions(f"{number}", asked, image)
+    turns = parse_value(conversation)
+    pairs = question_answer_pairs(turns, "role", "content", ("user", "assistant"))
+    return turn_questions(f"{number}", pairs, image)
 
 
-def _image(held: Any) -> bytes:
-    if isinstance(held, list):
-        if len(held) != 1:
-            raise Fault(f"there are {len(held)} images; a question is about one")
-        held = held[0]
-    if not isinstance(held, bytes) or not held:
-        raise Fault("image_bytes hold no image")
-    return held
+def _image(content: Any) -> bytes:
+    if isinstance(content, list):
+        if len(content) != 1:
+            raise RecordError(f"there are {len(content)} images; a question is about one")
+        content = content[0]
+    if not isinstance(content, bytes) or not content:
+        raise RecordError("image_bytes hold no image")
+    return content

@@ -1,12 +1,12 @@
 """TextVQA, reading in the wild (arXiv:1904.08920), judged by VQA's soft accuracy (1505.00468).
 
-Read is the published JSON: `data`, a list of `question_id`, `question`, `image_id` and ten
-`answers`; images are `image_id`.jpg. The question gets the field's suffix for short answers and
-no recognised text beside it (LLaVA's prompt lists it, and what is measured then is copying).
+Reads the published JSON: `data`, a list of `question_id`, `question`, `image_id` and ten
+`answers`; images are `image_id`.jpg. The question gets the usual suffix for short answers. The
+text that OCR finds is not given (LLaVA's prompt lists it, which measures copying instead).
 
-The authors' rule: ten people answered. Against nine of them an answer counts min(1, m / 3),
-m of the nine having said the same; that is averaged over the ten ways to leave one out. Both
-sides are normalised first, see vqa_words.py. The first right answer, whose log-probability is
+The authors' rule: ten people answered. Against nine of them a response scores min(1, m / 3), where
+m of the nine gave the same answer; this is averaged over the ten ways to leave one out. Both sides
+are normalised first, see vqa_normalise.py. The first right answer, whose log-probability is
 measured, is the most frequent one, and among equals the earlier.
 """
 
@@ -16,36 +16,44 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.errors import UserError
-from . import Bad, Question, Source
-from .answers import ONE_WORD
-from .reading import Fault, each_entry, image_file, name_of, text_of, texts_of, whole_json
-from .vqa_words import normalise
+from . import BadRecords, Question, Source
+from .records import (
+    RecordError,
+    id_field,
+    image_file,
+    load_json,
+    questions_from_json,
+    text_field,
+    text_list_field,
+)
+from .shared_rules import ONE_WORD
+from .vqa_normalise import normalise
 
-PEOPLE = 10
+ANNOTATORS = 10
 
 
-def read(source: Source, bad: Bad) -> Iterator[Question]:
+def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a JSON file. Raises UserError where it or the images' folder is missing."""
-    records = whole_json(source.path, dict).get("data")
+    records = load_json(source.path, dict).get("data")
     if not isinstance(records, list):
         raise UserError(f"{source.path} must hold a list called data")
-    return each_entry(source, bad, records, _questions)
+    return questions_from_json(source, bad, records, _questions)
 
 
-def _questions(number: str, record: dict[str, Any], home: Path) -> Iterator[Question]:
-    given = texts_of(record, "answers")
-    if len(given) != PEOPLE:
-        raise Fault(f"there are {len(given)} answers; the rule needs {PEOPLE}")
+def _questions(number: str, record: dict[str, Any], images: Path) -> Iterator[Question]:
+    answers = text_list_field(record, "answers")
+    if len(answers) != ANNOTATORS:
+        raise RecordError(f"there are {len(answers)} answers; the rule needs {ANNOTATORS}")
     yield Question(
-        id=name_of(record, "question_id"),
-        text=f"{text_of(record, 'question')}\n{ONE_WORD}",
-        answers=tuple(answer for answer, _ in Counter(given).most_common()),
-        image=image_file(home, f"{name_of(record, 'image_id')}.jpg"),
-        told=tuple(normalise(answer) for answer in given),
+        id=id_field(record, "question_id"),
+        text=f"{text_field(record, 'question')}\n{ONE_WORD}",
+        answers=tuple(answer for answer, _ in Counter(answers).most_common()),
+        image=image_file(images, f"{id_field(record, 'image_id')}.jpg"),
+        scoring_data=tuple(normalise(answer) for answer in answers),
     )
 
 
-def score(question: Question, said: str) -> float:
+def score(question: Question, response: str) -> float:
     """VQA's soft accuracy, 0 to 1: 0.3, 0.6, 0.9 for one, two, three of ten; 1 for more."""
-    m, n = question.told.count(normalise(said)), len(question.told)
+    m, n = question.scoring_data.count(normalise(response)), len(question.scoring_data)
     return (m * min(1.0, (m - 1) / 3) + (n - m) * min(1.0, m / 3)) / n

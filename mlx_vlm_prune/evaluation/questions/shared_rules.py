@@ -1,4 +1,4 @@
-"""What several formats share in judging an answer: exact match, and the letter of an option."""
+"""Prompt suffixes and scoring rules that several formats share: exact match, options by letter."""
 
 from . import Question
 
@@ -12,12 +12,12 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
 
-def exact(question: Question, said: str) -> float:
-    """1 where the answer is, normalised, one of the right ones; else 0."""
-    return float(normalise(said) in {normalise(answer) for answer in question.answers})
+def exact_match(question: Question, response: str) -> float:
+    """1 where the normalised response is one of the normalised right answers, else 0."""
+    return float(normalise(response) in {normalise(answer) for answer in question.answers})
 
 
-def options(choices: list[str]) -> str:
+def lettered_options(choices: list[str]) -> str:
     """The choices, a line each: "A. red"."""
     return "\n".join(
         f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)

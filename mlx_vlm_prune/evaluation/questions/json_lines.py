@@ -1,0 +1,52 @@
+"""A user's own questions (`--format own`): JSON lines, or a folder with `questions.jsonl`.
+
+A line holds `image` (a path, relative to the images' folder or else to the file), `question` and
+`answer` (a text, or a list of texts that are all right). It may hold `kind` and `id`:
+
+    {"image": "a.png", "question": "What colour is the star?", "answer": ["grey", "gray"]}
+
+A response is right when it equals one of the answers, except for case, white space and a final
+full stop.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import BadRecords, Question, Source
+from .records import (
+    existing_file,
+    image_file,
+    image_folder,
+    numbered_lines,
+    optional_field,
+    parse_object,
+    questions_from,
+    text_field,
+    text_list_field,
+)
+from .shared_rules import exact_match as score
+
+__all__ = ["read", "score"]
+
+
+def read(source: Source, bad: BadRecords) -> Iterator[Question]:
+    """The questions of a file or folder. Raises UserError where either is missing."""
+    inside = source.path / "questions.jsonl"
+    path = existing_file(inside if source.path.is_dir() else source.path)
+    images = image_folder(Source(path, source.images))
+    numbered = ((where, (n, line)) for n, (where, line) in enumerate(numbered_lines(path), 1))
+    return questions_from(numbered, lambda record: [_question(*record, images)], bad)
+
+
+def _question(number: int, line: bytes, images: Path) -> Question:
+    record: dict[str, Any] = parse_object(line)
+    has_list = isinstance(record.get("answer"), list)
+    answers = text_list_field(record, "answer") if has_list else [text_field(record, "answer")]
+    return Question(
+        id=optional_field(record, "id", f"{number}"),
+        text=text_field(record, "question"),
+        answers=tuple(answers),
+        image=image_file(images, text_field(record, "image")),
+        kind=optional_field(record, "kind", "all"),
+    )
