@@ -2,12 +2,11 @@
 
 python -m mlx_vlm_prune.evaluate --model my-model --questions questions.jsonl
 
-For every method: the accuracy by the question set's own rule, overall and per kind; loyalty,
-how often the answer is the very one that the model gives with all tokens; the mean
-log-probability of the right answer with its end. Each stands beside full and beside
-`random` with as many tokens, with a 95 % interval of the difference (paired bootstrap over the
-questions). Every question is asked of all methods before the next, and what was reached is
-kept beside the result: an interrupted run goes on where it was.
+For every method: the accuracy by the question set's rule, overall and for each kind; loyalty, how
+often the answer equals the one with all tokens; the mean log-probability of the right answer with
+its end. Each is compared with full and with `random` at the same budget, with a 95 % interval of
+the difference (paired bootstrap over the questions). A batch of questions is put to all methods
+before the next and saved beside the result: an interrupted run is resumed by the same command.
 """
 
 import argparse
@@ -25,28 +24,33 @@ from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.hub import found
 from .checkpoints.reading.files import check_target, write_atomically
-from .evaluation.answers import OwnRespondent
-from .evaluation.asking import Asked, Asking, Entry, QuestionSet, entries, fingerprint
+from .evaluation.answers import EvaluatedVLM
+from .evaluation.budgeted_methods import (
+    BudgetedMethod,
+    budgeted_methods,
+    default_methods,
+    random_baselines,
+)
+from .evaluation.dequantize import dequantize_matrices
+from .evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from .evaluation.judge import Judge
-from .evaluation.kept import Kept
+from .evaluation.question_set import QuestionSet, fingerprint
 from .evaluation.questions import FORMATS, Question, Source, format_of
+from .evaluation.resume import ResumeFile
 from .evaluation.table import table
-from .evaluation.widen import widen
 from .hosts.loading import load
 from .machine.hardware import machine, versions
 from .machine.user_cache import cache_folder, keep, model_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
-from .pruners import METHODS, Stage
 from .pruners.budget import check_budget, tokens_for
 from .scenes import CHECKPOINT
 
-CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
 RATIOS = (0.5, 0.25, 0.1125)  # the last is a ninth and a little: 22 of 196, 64 of 576
 PER_KIND = 334
 DESCRIPTION = "Measure what each method costs in accuracy, on a set of questions."
-EXACT = ("scenes", "own")  # formats whose answers are right or wrong as a whole
-SPARE, SENTENCE = 4, 32  # tokens
+EXACT_FORMATS = ("scenes", "own")  # whose responses must equal an answer
+SPARE_TOKENS, SENTENCE_TOKENS = 4, 32  # of a response
 
 
 # fmt: off
@@ -66,7 +70,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("run").add_argument
     add("--max-tokens", type=int, metavar="N",
         help="longest answer, in tokens (default: a few more than the longest right answer has,"
-        f" and at least {SENTENCE} where it may be part of a sentence)")
+        f" and at least {SENTENCE_TOKENS} where it may be part of a sentence)")
     add("--batch", type=int, default=24, metavar="N", help="questions answered at once")
     add("--seed", type=int, default=0, metavar="N",
         help="of the bootstrap; that of random is --pruner random:seed=1")
@@ -116,108 +120,105 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Ask, judge, print and write."""
+    """Answer all questions, score, print and write."""
     _check(args)
-    questions = chosen(args)
-    listed, unread = questions.listed()
+    question_set = question_set_of(args)
+    questions, unread = question_set.load()
     folder = found(args.model) if args.model else CHECKPOINT
     model, processor = load(folder, dtype=args.dtype)
     if args.widen is None:
         args.widen = mx.default_device().type == mx.DeviceType.cpu
     if args.widen:
-        widen(model)
-    contest, refused, asked = begun(args, model, processor)
-    args.max_tokens = args.max_tokens or longest(asked, questions.format.name, listed)
-    asking = Asking(asked, questions, listed, contest, args.max_tokens, args.batch)
-    kept = Kept(args.out, decisive(args, asking, folder))
+        dequantize_matrices(model)
+    evaluated, methods, refused = evaluated_model(args, model, processor)
+    if args.max_tokens is None:
+        args.max_tokens = most_answer_tokens(evaluated, question_set.format.name, questions)
+    evaluation = EvaluationRun(
+        evaluated, question_set, questions, methods, args.max_tokens, args.batch
+    )
+    resume_file = ResumeFile(args.out, resume_settings(args, evaluation, folder))
     try:
-        asking.run(kept)
+        evaluation.run(resume_file)
     except KeyboardInterrupt:
-        reached = f"{asking.upto} of {len(listed)} questions are answered"
-        print(f"\ninterrupted: {reached}; the same command goes on from there", file=sys.stderr)
+        progress = f"{evaluation.done} of {len(questions)} questions are answered"
+        print(f"\ninterrupted: {progress}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
-    told = result(args, asking, unread, refused, folder)
-    text = json.dumps(told, indent=4, ensure_ascii=False) + "\n"
+    result = result_of(args, evaluation, unread, refused, folder)
+    text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)
-    remember(folder, text)
-    kept.remove()
-    print(table(told))
+    remember_for_advice(folder, text)
+    resume_file.remove()
+    print(table(result))
     print(f"Wrote {args.out}")
 
 
-def begun(
+def evaluated_model(
     args: argparse.Namespace, model: Any, processor: Any
-) -> tuple[list[Entry], list[dict], Asked]:
-    """The methods with their budgets, those that cannot be, and the model to be asked."""
+) -> tuple[EvaluatedModel, list[BudgetedMethod], list[dict]]:
+    """The model under evaluation, the methods with their budgets, and those refused."""
     if isinstance(model, VLM):
-        specs = args.pruner or usual(model)
-        contest, refused = entries(model.N, specs, budgets(args, model.N), model.learned)
-        pipelines = [entry.pipeline for entry in contest]
-        return contest, refused, OwnRespondent(model, processor, pipelines)
-    # a model of mlx-vlm's, whose images differ in N
+        specs = args.pruner or default_methods(model)
+        budgets = budgets_of(args, model.N)
+        methods, refused = budgeted_methods(model.N, specs, budgets, model.learned)
+        pipelines = [method.pipeline for method in methods]
+        return EvaluatedVLM(model, processor, pipelines), methods, refused
+    # A model of mlx-vlm's, whose images differ in N.
     from .evaluation import host_answers
     from .hosts.families import host_of
 
     host = host_of(model, processor)
-    specs = args.pruner or host_answers.usual(host)
-    contest, refused = entries(None, specs, budgets(args, None), {})
-    pipelines = [entry.pipeline for entry in contest]
-    return contest, refused, host_answers.HostRespondent(host, pipelines)
+    specs = args.pruner or host_answers.default_methods(host)
+    methods, refused = budgeted_methods(None, specs, budgets_of(args, None), {})
+    pipelines = [method.pipeline for method in methods]
+    return host_answers.EvaluatedHost(host, pipelines), methods, refused
 
 
-def decisive(args: argparse.Namespace, asking: Asking, folder: Path) -> list[Any]:
-    """All that decides what is answered, and how it is judged; not whether bad ones are skipped,
-    so that one can go on with --skip-bad where one was met."""
+def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder: Path) -> list[Any]:
+    """All that decides the answers and their scores.
+
+    --skip-bad is left out, so that a run that met a bad question can be resumed with it.
+    """
     options = (args.seed, args.max_tokens, args.batch, args.dtype, args.widen)
-    pairs = [(entry.spec, entry.K) for entry in asking.contest]
-    asked = (asking.questions.format.name, fingerprint(asking.listed))
-    return [model_key(folder), asked, pairs, options, versions()]
+    methods = [(method.spec, method.K) for method in evaluation.methods]
+    questions = (evaluation.question_set.format.name, fingerprint(evaluation.questions))
+    return [model_key(folder), questions, methods, options, versions()]
 
 
-def result(
-    args: argparse.Namespace, asking: Asking, unread: list[str], refused: list[dict], folder: Path
-) -> dict[str, Any]:
-    """All that --out holds."""
-    sheet, skipped = asking.sheet()
-    format = asking.questions.format
-    judge = Judge(format, sheet.questions, args.seed)
-    places = {(entry.spec, entry.K): p for p, entry in enumerate(asking.able)}
-    compared = [one.spec not in ("none", "random") for one in asking.able]
-    random = [places.get(("random", one.K)) if other else None
-              for one, other in zip(asking.able, compared, strict=True)]  # fmt: skip
-    sizes = asking.sizes
-    of = round(sum(sizes) / len(sizes))
-    named: list[dict[str, Any]] = [
-        {"pruner": a.spec, "tokens": a.tokens(sizes), "of": of} for a in asking.able
-    ]
-    for row, one in zip(named, asking.able, strict=True):
-        if not isinstance(one.K, int):
-            row["keep_ratio"] = one.K
-        elif row["tokens"] != one.K:
-            row["keep_tokens"] = one.K  # some images have fewer
-    rows = [a | b for a, b in zip(named, judge.rows(sheet, 0, random), strict=True)]
+def result_of(
+    args: argparse.Namespace, evaluation: EvaluationRun, unread: list[str], refused: list[dict],
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """The content of --out."""
+    answers, skipped = evaluation.collect()
+    format = evaluation.question_set.format
+    judge = Judge(format, answers.questions, args.seed)
+    methods = evaluation.working_methods
+    figures = judge.rows(answers, 0, random_baselines(methods))
     return {
-        "questions": asking.questions.name,
+        "questions": evaluation.question_set.name,
         "format": format.name,
         "model": args.model or "scenes",
-        "count": len(sheet.questions),
-        "kinds": {kind: sum(q.kind == kind for q in sheet.questions) for kind in judge.kinds},
+        "count": len(answers.questions),
+        "kinds": {kind: sum(q.kind == kind for q in answers.questions) for kind in judge.kinds},
         "unit": format.unit,
         "seed": args.seed,
         "max_tokens": args.max_tokens,
         "majority": judge.majority(),
         "machine": machine(),
         "versions": versions(),
-        "seconds": round(sum(batch.seconds for batch in asking.done), 1),
-        "megabytes": megabytes(folder),
-        "rows": rows,
-        "refused": refused + asking.refusals(),
+        "seconds": round(sum(batch.seconds for batch in evaluation.batches), 1),
+        "megabytes": weights_megabytes(folder),
+        "rows": [
+            method.columns(evaluation.sizes) | row
+            for method, row in zip(methods, figures, strict=True)
+        ],
+        "refused": refused + evaluation.refusals(),
         "skipped": unread + skipped,
     }
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse at once what could not be asked, or written at the end."""
+    """Raises UserError for options that would fail only later."""
     for name in ("per_kind", "limit", "max_tokens", "batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -231,64 +232,56 @@ def _check(args: argparse.Namespace) -> None:
     check_target(args.out, replace=True)
 
 
-def chosen(args: argparse.Namespace) -> QuestionSet:
-    """The question set that the command line names."""
+def question_set_of(args: argparse.Namespace) -> QuestionSet:
+    """The question set of the command line."""
     if args.questions == "scenes":
         if args.format not in (None, "scenes") or args.images or args.split or args.boxes:
             raise UserError("--format, --images, --split and --boxes are for a file's questions")
         format = format_of("scenes")
-        read = format.module.read_scenes
-        number = args.per_kind or PER_KIND
-        return QuestionSet("scenes", format, lambda _: read(number), args.limit, args.skip_bad)
+        read_scenes, per_kind = format.module.read_scenes, args.per_kind or PER_KIND
+        return QuestionSet(
+            "scenes", format, lambda _: read_scenes(per_kind), args.limit, args.skip_bad
+        )
     if args.per_kind:
         raise UserError("--per-kind is for scenes; of a file take the first with --limit")
     format = format_of(args.format or "own")
     options = {"boxes": args.boxes} if args.boxes else {}
     source = Source(Path(args.questions), args.images, args.split, **options)
-    read = partial(format.read, source)
-    return QuestionSet(args.questions, format, read, args.limit, args.skip_bad)
+    read_source = partial(format.read, source)
+    return QuestionSet(args.questions, format, read_source, args.limit, args.skip_bad)
 
 
-def usual(model: VLM) -> list[str]:
-    """All methods that the model can do, each as its paper has it, and some chains."""
-    able = [
-        name
-        for name, method in METHODS.items()
-        if method.stage is not Stage.ENHANCER and (not method.learned or name in model.learned)
-    ]
-    dynamic = ["mlp:dynamic"] if "mlp" in model.learned else []
-    return [*able, *dynamic, *CHAINS]
-
-
-def budgets(args: argparse.Namespace, N: int | None) -> list[float]:
-    """How many of N tokens, the most first; where images differ in N, shares as they are."""
+def budgets_of(args: argparse.Namespace, N: int | None) -> list[float]:
+    """The budgets as tokens of N, the largest first; where images differ in N, shares stay."""
     ratios = args.keep_ratio or (() if args.keep_tokens else RATIOS)
     for K in args.keep_tokens or ():
         if N and K > N:
             raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
-    told: set[float] = {*(args.keep_tokens or ())}
-    told |= {tokens_for(N, ratio) if N else float(ratio) for ratio in ratios}
-    return sorted(told, reverse=True)
+    budgets: set[float] = {*(args.keep_tokens or ())}
+    budgets |= {tokens_for(N, ratio) if N else float(ratio) for ratio in ratios}
+    return sorted(budgets, reverse=True)
 
 
-def longest(model: Asked, format: str, questions: Sequence[Question]) -> int:
-    """Tokens that any right answer fits into, with its end and a little more; where the answer
-    is looked for in what was said, a sentence at least."""
-    most = max(len(model.encode(text)) for q in questions for text in q.answers)
-    return max(most + 1 + SPARE, 0 if format in EXACT else SENTENCE)
+def most_answer_tokens(model: EvaluatedModel, format: str, questions: Sequence[Question]) -> int:
+    """A limit that any right answer fits into, with its end and some spare tokens.
+
+    Where a response may hold the answer in a sentence, at least a sentence fits.
+    """
+    longest = max(len(model.encode(text)) for q in questions for text in q.answers)
+    return max(longest + 1 + SPARE_TOKENS, 0 if format in EXACT_FORMATS else SENTENCE_TOKENS)
 
 
-def megabytes(folder: Path) -> float:
-    """The size of a model's weights."""
+def weights_megabytes(folder: Path) -> float:
+    """The size of a model's weights in MB."""
     files = [*folder.glob("model*.safetensors")] or [
         file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)
     ]
     return round(sum(file.stat().st_size for file in files) / 1e6, 2)
 
 
-def remember(folder: Path, text: str) -> None:
-    """Keep a copy as the last evaluation of this model, for `advise`."""
-    with suppress(UserError):  # it can be made again, and the result is written
+def remember_for_advice(folder: Path, text: str) -> None:
+    """Keep a copy of the result in the user's cache, as this model's last evaluation."""
+    with suppress(UserError):  # the result itself is written
         keep(cache_folder() / "evaluations" / f"{model_key(folder)}.json", text)
 
 

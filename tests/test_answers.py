@@ -1,4 +1,5 @@
-"""Promises of an evaluation's parts: answers as one alone would give them, and their odds."""
+"""An evaluation's parts: a batch gives the answers of single questions, and log-probabilities
+equal those of a cache-free pass."""
 
 from itertools import islice
 
@@ -10,11 +11,17 @@ from PIL import Image
 
 from mlx_vlm_prune import load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.evaluation.answers import Batch, answer, ready, sharing
-from mlx_vlm_prune.evaluation.asking import QuestionSet, entries, fingerprint
-from mlx_vlm_prune.evaluation.kept import Answered, Kept
+from mlx_vlm_prune.evaluation.answers import (
+    QuestionBatch,
+    answer_batch,
+    prepare_question,
+    share_tower,
+)
+from mlx_vlm_prune.evaluation.budgeted_methods import budgeted_methods
+from mlx_vlm_prune.evaluation.dequantize import dequantize_matrices
+from mlx_vlm_prune.evaluation.question_set import QuestionSet, fingerprint
 from mlx_vlm_prune.evaluation.questions import Question, format_of
-from mlx_vlm_prune.evaluation.widen import widen
+from mlx_vlm_prune.evaluation.resume import AnsweredBatch, ResumeFile
 from mlx_vlm_prune.generation.steps import likelihood
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.models.cache import LayerCache
@@ -24,13 +31,13 @@ from mlx_vlm_prune.pruners import plan
 
 from . import tiny
 
-K, WORDS = 12, 5
+K, MAX_TOKENS = 12, 5
 TEXTS = (
     "Is there a red star?", "What does the sign say?", "Where is the star?",
     "How many red shapes are there?", "Is there a red star?", "Read the sign.",
 )  # fmt: skip
 ANSWERS = ("yes", "a b c", "b2", "3", "no", "a")
-SEVERAL = (
+METHODS = (
     "none", "random", "avgpool", "downsample", "tome", "pixelprune", "divprune", "cdpruner",
     "fastv", "pyramiddrop", "dart", "pact", "cls_attention+restore", "visionzip+fastv",
 )  # fmt: skip
@@ -54,100 +61,105 @@ def budget(model, spec: str) -> int:
     return model.N if spec == "none" else K
 
 
-def together(home, spec: str, kept: int | None = None, words: int = WORDS):
-    """What a method says to all six questions in one batch."""
-    model, processor, questions = home
+def batch_answers(home, spec: str, kept: int | None = None):
+    """A method's answers to all six questions in one batch."""
+    model, processor, _ = home
     pipeline = plan(spec)
-    shared, tower = sharing(model, [pipeline])
-    batch = Batch(shared, [ready(model, processor, question) for question in questions])
-    tower.show(batch)
+    shared, tower = share_tower(model, [pipeline])
+    batch = batch_of(home)
+    tower.start(batch)
     ends = processor.tokenizer.eos_token_ids
-    return answer(shared, batch, pipeline, kept or budget(model, spec), ends, words)
+    return answer_batch(shared, batch, pipeline, kept or budget(model, spec), ends, MAX_TOKENS)
 
 
-@pytest.mark.parametrize("spec", SEVERAL)
-def test_a_batch_says_what_generate_says_one_question_at_a_time(home, spec):
+def batch_of(home) -> QuestionBatch:
+    model, processor, questions = home
+    return QuestionBatch(model, [prepare_question(model, processor, q) for q in questions])
+
+
+@pytest.mark.parametrize("spec", METHODS)
+def test_a_batch_has_the_answers_that_generate_gives_one_question_at_a_time(home, spec):
     model, processor, questions = home
     kept = budget(model, spec)
-    for question, ids in zip(questions, together(home, spec).ids, strict=True):
+    for question, ids in zip(questions, batch_answers(home, spec).ids, strict=True):
         image = question.image()
         pieces = stream_generate(model, processor, question.text, image, pruner=spec,
-                                 keep_tokens=kept, max_tokens=WORDS)  # fmt: skip
+                                 keep_tokens=kept, max_tokens=MAX_TOKENS)  # fmt: skip
         assert list(pieces)[-1].result.token_ids == ids
 
 
 @pytest.mark.parametrize("spec", ["none", "uniform", "avgpool", "tome", "divprune"])
 def test_the_log_probability_is_that_of_reading_question_and_answer_without_a_cache(home, spec):
     model, processor, questions = home
-    found = together(home, spec).logprob_B
-    for question, logprob in zip(questions, found, strict=True):
-        one = ready(model, processor, question)
-        whole = Prompt(one.prompt.ids + one.right, one.prompt.runs)
-        pixels = mx.array(one.pixels_HW3)[None]
-        logits = model([whole], pixels, plan(spec), budget(model, spec), last_only=False).logits_BLV
-        logits_LV = np.array(logits)[0].astype(np.float64)
-        before_LV = logits_LV[-len(one.right) - 1 : -1]
-        odds_LV = np.exp(before_LV) / np.exp(before_LV).sum(axis=1, keepdims=True)
-        by_hand = sum(np.log(odds_LV[i, token]) for i, token in enumerate(one.right))
+    logprob_B = batch_answers(home, spec).logprob_B
+    for question, logprob in zip(questions, logprob_B, strict=True):
+        prepared = prepare_question(model, processor, question)
+        right_ids = prepared.right_ids
+        both = Prompt(prepared.prompt.ids + right_ids, prepared.prompt.runs)
+        pixels = mx.array(prepared.pixels_HW3)[None]
+        logits = model([both], pixels, plan(spec), budget(model, spec), last_only=False).logits_BLV
+        logits_AV = np.array(logits)[0].astype(np.float64)[-len(right_ids) - 1 : -1]
+        p_AV = np.exp(logits_AV) / np.exp(logits_AV).sum(axis=1, keepdims=True)
+        by_hand = sum(np.log(p_AV[i, token]) for i, token in enumerate(right_ids))
         assert logprob == pytest.approx(by_hand, rel=1e-4)
-        assert one.right[-1] in processor.tokenizer.eos_token_ids
+        assert right_ids[-1] in processor.tokenizer.eos_token_ids
 
 
 @pytest.mark.parametrize("spec", ["fastv", "pyramiddrop", "pact", "cls_attention+restore"])
-def test_the_log_probability_is_that_of_one_word_after_another(home, spec):
+def test_the_log_probability_is_that_of_one_token_after_another(home, spec):
     model, processor, questions = home
-    found = together(home, spec).logprob_B
-    for question, logprob in zip(questions, found, strict=True):
-        one = ready(model, processor, question)
-        before = model([one.prompt], mx.array(one.pixels_HW3)[None], plan(spec), K)
-        logits_BV, place_B1, by_hand = before.logits_BLV[:, -1], before.next_B1, 0.0
-        for token in one.right:
+    logprob_B = batch_answers(home, spec).logprob_B
+    for question, logprob in zip(questions, logprob_B, strict=True):
+        prepared = prepare_question(model, processor, question)
+        pixels = mx.array(prepared.pixels_HW3)[None]
+        prefill = model([prepared.prompt], pixels, plan(spec), K)
+        logits_BV, by_hand = prefill.logits_BLV[:, -1], 0.0
+        for token in prepared.right_ids:
             by_hand += (logits_BV - mx.logsumexp(logits_BV))[0, token].item()
-            logits_BV = before.step(mx.array([[token]]))[:, -1]
-            place_B1 = place_B1 + 1
+            logits_BV = prefill.step(mx.array([[token]]))[:, -1]
         assert logprob == pytest.approx(by_hand, rel=1e-4)
 
 
 def test_with_all_tokens_every_method_is_full_bit_for_bit(home):
-    full = together(home, "none")
-    contest, refused = entries(tiny.N, SEVERAL, [tiny.N], {})
-    assert not refused and len(contest) == len(SEVERAL)
-    for entry in contest:
-        said = together(home, entry.spec, tiny.N)
-        assert said.ids == full.ids
-        assert (said.logprob_B == full.logprob_B).all(), entry.spec
+    full = batch_answers(home, "none")
+    methods, refused = budgeted_methods(tiny.N, METHODS, [tiny.N], {})
+    assert not refused and len(methods) == len(METHODS)
+    for method in methods:
+        answers = batch_answers(home, method.spec, tiny.N)
+        assert answers.ids == full.ids
+        assert (answers.logprob_B == full.logprob_B).all(), method.spec
 
 
 def test_an_answer_ends_where_the_model_ends_it(home):
-    model, processor, questions = home
-    batch = Batch(model, [ready(model, processor, question) for question in questions])
-    endless = answer(model, batch, plan("none"), model.N, (), WORDS).ids
-    assert [len(ids) for ids in endless] == [WORDS] * len(questions)
+    model, _, questions = home
+    batch = batch_of(home)
+    endless = answer_batch(model, batch, plan("none"), model.N, (), MAX_TOKENS).ids
+    assert [len(ids) for ids in endless] == [MAX_TOKENS] * len(questions)
     end = endless[0][2]
     cut = [ids[: ids.index(end)] if end in ids else ids for ids in endless]
-    assert answer(model, batch, plan("none"), model.N, (end,), WORDS).ids == cut
+    assert answer_batch(model, batch, plan("none"), model.N, (end,), MAX_TOKENS).ids == cut
 
 
 def test_a_picture_that_questions_share_is_encoded_once_for_all_methods(home):
-    model, processor, questions = home
-    seen = []
+    model, *_ = home
+    encoded = []
 
-    def counted(pixels, want, cuts=()):
-        seen.append(len(pixels))
+    def counting_tower(pixels, want, cuts=()):
+        encoded.append(len(pixels))
         return model.tower(pixels, want, cuts)
 
     plans = [plan(spec) for spec in ("none", "norm", "cls_attention", "divprune", "tome")]
-    shared, tower = sharing(model, plans)
-    tower.tower = counted
-    batch = Batch(shared, [ready(model, processor, question) for question in questions])
-    tower.show(batch)
+    shared, tower = share_tower(model, plans)
+    tower.tower = counting_tower
+    batch = batch_of(home)
+    tower.start(batch)
     for pipeline in plans:
-        answer(shared, batch, pipeline, budget(model, pipeline.spec), (), 1)
-    assert seen == [3, 3]  # three pictures: for the four behind the tower, and for tome
+        answer_batch(shared, batch, pipeline, budget(model, pipeline.spec), (), 1)
+    assert encoded == [3, 3]  # three pictures: for the four behind the tower, and for tome
     assert type(model.tower) is not type(shared.tower)
 
 
-def test_the_cache_forgets_what_it_is_told_to():
+def test_a_rewound_cache_holds_the_rows_before():
     rng = np.random.default_rng(0)
     rows = [mx.array(rng.normal(size=(2, 1, n, 4)).astype(np.float32)) for n in (5, 3, 2)]
     places = [mx.array([list(range(a, b))] * 2) for a, b in ((0, 5), (5, 8), (5, 7))]
@@ -168,19 +180,22 @@ def test_the_cache_forgets_what_it_is_told_to():
 
 
 @pytest.mark.parametrize(("bits", "mode"), [(8, "affine"), (4, "affine"), (4, "mxfp4")])
-def test_widened_matrices_compute_as_the_quantized_do(bits, mode):
+def test_dequantized_matrices_compute_as_the_quantized_do(bits, mode):
     model, _ = load()
     group = 32 if mode == "mxfp4" else 64
     nn.quantize(model.language, group_size=group, bits=bits, mode=mode)
-    asked = Prompt(list(range(3, 30)), [])
-    logits = [np.array(model([asked], None, plan("none"), model.N).logits_BLV)]
-    assert widen(model) == sum(isinstance(m, nn.Linear) for m in model.language.modules()) + 1
+    prompt = Prompt(list(range(3, 30)), [])
+    logits = [np.array(model([prompt], None, plan("none"), model.N).logits_BLV)]
+    assert (
+        dequantize_matrices(model)
+        == sum(isinstance(m, nn.Linear) for m in model.language.modules()) + 1
+    )
     assert not any(isinstance(m, nn.QuantizedLinear) for m in model.modules())
-    logits.append(np.array(model([asked], None, plan("none"), model.N).logits_BLV))
+    logits.append(np.array(model([prompt], None, plan("none"), model.N).logits_BLV))
     np.testing.assert_allclose(*logits, rtol=1e-3, atol=1e-4 * abs(logits[0]).max())
 
 
-def test_widened_experts_compute_as_the_quantized_do():
+def test_dequantized_experts_compute_as_the_quantized_do():
     class Holder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -192,26 +207,26 @@ def test_widened_experts_compute_as_the_quantized_do():
     assert isinstance(holder.experts, QuantizedExpertLinear)
     x_R1D, expert_R = mx.random.normal((5, 1, 64), key=mx.random.key(1)), mx.array([0, 2, 1, 1, 0])
     few = np.array(holder.experts(x_R1D, expert_R))
-    assert widen(holder) == 1 and isinstance(holder.experts, ExpertLinear)
+    assert dequantize_matrices(holder) == 1 and isinstance(holder.experts, ExpertLinear)
     np.testing.assert_allclose(few, np.array(holder.experts(x_R1D, expert_R)), rtol=1e-3, atol=1e-3)
 
 
-def test_odds_that_are_no_numbers_are_refused(home):
+def test_log_probabilities_that_are_not_finite_are_refused(home):
     broken, _ = load()
     broken.language.norm.weight = broken.language.norm.weight * float("nan")
-    right_BA, asked = np.array([[3, 4]]), Prompt([3, 5, 6], [])
-    before = broken([asked], None, plan("none"), broken.N)
+    right_BA, prompt = np.array([[3, 4]]), Prompt([3, 5, 6], [])
+    prefill = broken([prompt], None, plan("none"), broken.N)
     with pytest.raises(UserError, match="NaN"):
-        likelihood(before, right_BA)
+        likelihood(prefill, right_BA)
 
 
 def test_a_question_without_an_answer_or_too_long_is_refused(home):
     model, processor, questions = home
     first, *_ = islice(questions, 1)
     with pytest.raises(UserError, match="no answer"):
-        ready(model, processor, Question("1", first.text, (), first.image))
+        prepare_question(model, processor, Question("1", first.text, (), first.image))
     with pytest.raises(UserError, match="reads up to 32768"):
-        ready(model, processor, Question("1", "star " * 40_000, ("a",), first.image))
+        prepare_question(model, processor, Question("1", "star " * 40_000, ("a",), first.image))
 
 
 def picture() -> Image.Image:
@@ -219,38 +234,40 @@ def picture() -> Image.Image:
 
 
 def test_a_limit_completes_the_group_that_it_meets():
-    asked = [Question(f"{n}", "?", ("a",), picture, "all", "" if n < 3 else f"g{n // 3}")
-             for n in range(9)]  # fmt: skip
+    questions = [Question(f"{n}", "?", ("a",), picture, "all", "" if n < 3 else f"g{n // 3}")
+                 for n in range(9)]  # fmt: skip
 
-    def first(limit: int) -> int:
-        limited = QuestionSet("own", format_of("own"), lambda _: iter(asked), limit)
-        return len(limited.listed()[0])
+    def count(limit: int) -> int:
+        limited = QuestionSet("own", format_of("own"), lambda _: iter(questions), limit)
+        return len(limited.load()[0])
 
-    assert [first(n) for n in (1, 3, 4, 6, 7, 9, 20)] == [1, 3, 6, 6, 9, 9, 9]
+    assert [count(n) for n in (1, 3, 4, 6, 7, 9, 20)] == [1, 3, 6, 6, 9, 9, 9]
 
 
-def test_of_images_in_memory_a_digest_is_held_and_told_apart():
-    def listed(image: bytes):
-        asked = [Question("1", "?", ("a",), image)]
-        return QuestionSet("own", format_of("own"), lambda _: iter(asked)).listed()[0]
+def test_images_in_memory_become_digests_that_differ():
+    def loaded(image: bytes):
+        questions = [Question("1", "?", ("a",), image)]
+        return QuestionSet("own", format_of("own"), lambda _: iter(questions)).load()[0]
 
-    first, second = listed(b"x" * 10_000), listed(b"y" * 10_000)
+    first, second = loaded(b"x" * 10_000), loaded(b"y" * 10_000)
     assert len(first[0].image) == 32
     assert fingerprint(first) != fingerprint(second)
-    assert fingerprint(first) == fingerprint(listed(b"x" * 10_000))
+    assert fingerprint(first) == fingerprint(loaded(b"x" * 10_000))
 
 
-def test_what_is_kept_is_read_back_as_it_was(tmp_path):
-    batch = Answered(4, [0, 1, 3], [["é", "", "b"]], [[-0.1, -1 / 3, -2.0]], [[True, False, True]],
-                     0.5, ["question 2: bad"], [[1, "why"]])  # fmt: skip
-    kept = Kept(tmp_path / "e.json", ["told"])
-    assert kept.read() == []
-    kept.add(batch)
-    kept.add(batch)
-    assert kept.read() == [batch, batch]
-    whole = kept.path.read_bytes()
-    for cut in (1, 10, len(whole) // 2 - 1):
-        kept.path.write_bytes(whole[:-cut])
-        assert kept.read() == [batch]
-        assert kept.path.read_bytes() == whole[: len(whole) // 2]
-    assert Kept(tmp_path / "e.json", ["other"]).path != kept.path
+def test_saved_batches_are_read_back_as_they_were(tmp_path):
+    batch = AnsweredBatch(
+        4, [0, 1, 3], [["é", "", "b"]], [[-0.1, -1 / 3, -2.0]], [[True, False, True]],
+        0.5, [16, 16, 16], ["question 2: bad"], [[1, "why"]],
+    )  # fmt: skip
+    file = ResumeFile(tmp_path / "e.json", ["some settings"])
+    assert file.read() == []
+    file.append(batch)
+    file.append(batch)
+    assert file.read() == [batch, batch]
+    content = file.path.read_bytes()
+    for cut in (1, 10, len(content) // 2 - 1):
+        file.path.write_bytes(content[:-cut])
+        assert file.read() == [batch]
+        assert file.path.read_bytes() == content[: len(content) // 2]
+    assert ResumeFile(tmp_path / "e.json", ["other settings"]).path != file.path

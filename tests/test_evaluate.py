@@ -1,4 +1,5 @@
-"""Promises of `python -m mlx_vlm_prune.evaluate`: it repeats, goes on where it was, and tells."""
+"""`python -m mlx_vlm_prune.evaluate`: its result repeats, an interrupted run is resumed, and every
+refusal is one sentence."""
 
 import json
 import shutil
@@ -10,7 +11,7 @@ from PIL import Image
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.evaluate import main
 from mlx_vlm_prune.evaluation import bootstrap
-from mlx_vlm_prune.evaluation.answers import ready
+from mlx_vlm_prune.evaluation.answers import prepare_question
 from mlx_vlm_prune.machine.user_cache import cache_folder, model_key
 
 from . import generations, tiny
@@ -26,14 +27,14 @@ ROW_KEYS = {
 }  # fmt: skip
 SPECS = ("norm", "tome", "fastv", "avgpool")
 TEXTS = ("Is there a red star?", "What does the sign say?", "Where is the star?")
-COUNT, WORDS = 11, 3
+COUNT, MAX_TOKENS = 11, 3
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A tiny model (`mlx`), and eleven questions of two kinds about four pictures.
 
-    Of the kind a the right answers are what the model says, so that some answers are right.
+    The right answers of kind a are the model's own, so that some are right.
     """
     folder = tmp_path_factory.mktemp("home")
     model, processor = load(tiny.checkpoint(tiny.reference(), folder))
@@ -44,8 +45,9 @@ def home(tmp_path_factory):
     rows = []
     for n in range(COUNT):
         image, text = f"{n % 4}.png", TEXTS[n % 3]
-        said = generate(model, processor, text, image=folder / image, max_tokens=WORDS).text
-        kind, right = ("a", said) if n % 2 and said.strip() else ("b", "yes" if n % 3 else "no")
+        answer = generate(model, processor, text, image=folder / image, max_tokens=MAX_TOKENS).text
+        is_a = n % 2 and answer.strip()
+        kind, right = ("a", answer) if is_a else ("b", "yes" if n % 3 else "no")
         rows.append(
             {"id": f"q{n}", "image": image, "question": text, "kind": kind, "answer": right}
         )
@@ -72,7 +74,7 @@ def command(home, out, *more: str, specs=SPECS) -> list[str]:
     chosen = [part for spec in specs for part in ("--pruner", spec)]
     return [
         "--model", str(home / "mlx"), "--questions", str(home / "questions.jsonl"), "--out",
-        str(out), "--batch", "4", "--max-tokens", str(WORDS), *chosen, *more,
+        str(out), "--batch", "4", "--max-tokens", str(MAX_TOKENS), *chosen, *more,
     ]  # fmt: skip
 
 
@@ -91,43 +93,45 @@ def refused(capsys, argv) -> str:
     return line
 
 
-def timeless(told: dict) -> dict:
-    return {key: value for key, value in told.items() if key not in TIMES}
+def without_times(result: dict) -> dict:
+    return {key: value for key, value in result.items() if key not in TIMES}
 
 
 def interrupt(monkeypatch, at: int) -> None:
-    """Ctrl-C, while the `at`-th question is being made ready."""
-    seen = []
+    """Ctrl-C while the `at`-th question is prepared."""
+    calls = []
 
-    def stopping(*arguments):
-        seen.append(arguments)
-        if len(seen) == at:
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == at:
             raise KeyboardInterrupt
-        return ready(*arguments)
+        return prepare_question(*arguments)
 
-    monkeypatch.setattr("mlx_vlm_prune.evaluation.answers.ready", stopping)
+    monkeypatch.setattr("mlx_vlm_prune.evaluation.answers.prepare_question", interrupted)
 
 
 def test_the_result_holds_every_figure(home, tmp_path, capsys):
-    told = run(home, tmp_path / "e.json", "--keep-tokens", "12", "--keep-tokens", "5")
-    assert told.keys() == KEYS
-    assert (told["count"], sum(told["kinds"].values())) == (COUNT, COUNT)
+    result = run(home, tmp_path / "e.json", "--keep-tokens", "12", "--keep-tokens", "5")
+    assert result.keys() == KEYS
+    assert (result["count"], sum(result["kinds"].values())) == (COUNT, COUNT)
     assert (tmp_path / "e.json").read_text().startswith('{\n    "questions"')
-    pairs = [(row["pruner"], row["tokens"]) for row in told["rows"]]
+    pairs = [(row["pruner"], row["tokens"]) for row in result["rows"]]
     assert pairs[:2] == [("none", tiny.N), ("random", 12)] and ("fastv", 5) not in pairs
-    assert [(one["pruner"], one["tokens"]) for one in told["refused"]] == [("fastv", 5)]
-    for row in told["rows"]:
-        beside = set() if row["pruner"] in ("none", "random") else {"to_random"}
-        assert row.keys() == ROW_KEYS | beside
-        figures = {"overall", "loyalty", "logprob", *told["kinds"]}
-        assert all(row[name].keys() == figures for name in {"to_full", *beside})
+    assert [(refusal["pruner"], refusal["tokens"]) for refusal in result["refused"]] == [
+        ("fastv", 5)
+    ]
+    for row in result["rows"]:
+        compared = set() if row["pruner"] in ("none", "random") else {"to_random"}
+        assert row.keys() == ROW_KEYS | compared
+        figures = {"overall", "loyalty", "logprob", *result["kinds"]}
+        assert all(row[name].keys() == figures for name in {"to_full", *compared})
         assert all(low <= x <= high for x, low, high in row["to_full"].values())
         assert row["of"] == tiny.N and row["logprob"] < 0
     out = capsys.readouterr().out
     assert f"Wrote {tmp_path / 'e.json'}" in out and "Not asked: fastv with 5 tokens" in out
 
 
-def test_full_is_loyal_to_itself_and_right_where_the_answer_is_its_own(home, tmp_path):
+def test_full_is_loyal_to_itself_and_right_where_the_right_answers_are_its_own(home, tmp_path):
     full = run(home, tmp_path / "e.json", "--keep-tokens", "12")["rows"][0]
     assert full["loyalty"] == 1 and full["to_full"]["loyalty"] == [0, 0, 0]
     assert full["accuracy"]["a"] == 1
@@ -135,15 +139,15 @@ def test_full_is_loyal_to_itself_and_right_where_the_answer_is_its_own(home, tmp
 
 def test_two_runs_give_the_same_but_for_times(home, tmp_path):
     first, second = (run(home, tmp_path / name, "--keep-tokens", "12") for name in ("a", "b"))
-    assert timeless(first) == timeless(second)
+    assert without_times(first) == without_times(second)
     third = run(home, tmp_path / "c", "--keep-tokens", "12", "--seed", "1")
-    bounds = [[row["to_full"]["logprob"] for row in told["rows"]] for told in (first, third)]
+    bounds = [[row["to_full"]["logprob"] for row in result["rows"]] for result in (first, third)]
     assert bounds[0] != bounds[1]
 
 
 def test_with_all_tokens_every_method_has_fulls_figures(home, tmp_path):
-    told = run(home, tmp_path / "e.json", "--keep-ratio", "1")
-    full, *others = told["rows"]
+    result = run(home, tmp_path / "e.json", "--keep-ratio", "1")
+    full, *others = result["rows"]
     assert len(others) == 1 + len(SPECS)
     for row in others:
         for key in ("accuracy", "overall", "loyalty", "logprob", "to_full", "right"):
@@ -152,7 +156,7 @@ def test_with_all_tokens_every_method_has_fulls_figures(home, tmp_path):
 
 
 @pytest.mark.parametrize("at", [1, 6, COUNT])
-def test_an_interrupted_run_goes_on_and_ends_in_the_same_table(
+def test_an_interrupted_run_is_resumed_and_ends_in_the_same_table(
     home, tmp_path, monkeypatch, capsys, at
 ):
     budgets, done = ("--keep-tokens", "12", "--keep-tokens", "5"), (at - 1) // 4 * 4
@@ -163,9 +167,9 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_table(
         main(command(home, tmp_path / "e.json", *budgets))
     assert stop.value.code == 130
     assert not (tmp_path / "e.json").exists()
-    told = f"interrupted: {done} of {COUNT} questions are answered; the same command goes on"
-    assert told in capsys.readouterr().err
-    assert timeless(run(home, tmp_path / "e.json", *budgets)) == timeless(straight)
+    message = f"interrupted: {done} of {COUNT} questions are answered; the same command goes on"
+    assert message in capsys.readouterr().err
+    assert without_times(run(home, tmp_path / "e.json", *budgets)) == without_times(straight)
     again = capsys.readouterr()
     assert again.out == table.replace("straight.json", "e.json")
     assert (f"going on after {done} of {COUNT} questions" in again.err) == (done > 0)
@@ -179,10 +183,12 @@ def test_a_line_that_was_cut_off_is_asked_again(home, tmp_path, monkeypatch):
         main(command(home, tmp_path / "e.json", "--keep-tokens", "12"))
     (part,) = tmp_path.glob("e.*.part.jsonl")
     part.write_bytes(part.read_bytes()[:-20])
-    assert timeless(run(home, tmp_path / "e.json", "--keep-tokens", "12")) == timeless(straight)
+    assert without_times(run(home, tmp_path / "e.json", "--keep-tokens", "12")) == without_times(
+        straight
+    )
 
 
-def test_what_was_reached_counts_only_for_the_same_questions_and_options(
+def test_a_run_is_resumed_only_with_the_same_questions_and_options(
     home, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patched, pytest.raises(SystemExit):
@@ -197,11 +203,11 @@ def test_what_was_reached_counts_only_for_the_same_questions_and_options(
 
 
 @pytest.mark.parametrize("fault", ["image", "line"])
-def test_what_cannot_be_read_is_an_error_or_with_skip_bad_named_and_left_out(
+def test_a_bad_question_is_an_error_or_with_skip_bad_named_and_left_out(
     home, tmp_path, capsys, fault
 ):
     broken = shutil.copytree(home, tmp_path / "broken")
-    whole = run(broken, tmp_path / "whole.json", "--keep-tokens", "12")
+    complete = run(broken, tmp_path / "complete.json", "--keep-tokens", "12")
     rows = rows_of(home)
     if fault == "image":
         (broken / "cut.png").write_bytes((home / "0.png").read_bytes()[:400])
@@ -211,19 +217,24 @@ def test_what_cannot_be_read_is_an_error_or_with_skip_bad_named_and_left_out(
     write(broken, rows)
     out = tmp_path / "e.json"
     assert name in refused(capsys, command(broken, out, "--keep-tokens", "12"))
-    told = run(broken, out, "--keep-tokens", "12", "--skip-bad")
+    result = run(broken, out, "--keep-tokens", "12", "--skip-bad")
     captured = capsys.readouterr()
-    went_on = "going on after 4 of" in captured.err
-    assert went_on == (fault == "image"), "what was asked before the damaged image counts"
-    assert f"Skipped: {told['skipped'][0]}" in captured.out
-    assert told["count"] == COUNT - 1 and len(told["skipped"]) == 1 and name in told["skipped"][0]
-    for row, before in zip(told["rows"], whole["rows"], strict=True):
+    is_resumed = "going on after 4 of" in captured.err
+    assert is_resumed == (fault == "image"), "the answers before the damaged image count"
+    assert (
+        result["count"] == COUNT - 1
+        and len(result["skipped"]) == 1
+        and name in result["skipped"][0]
+    )
+    for row, before in zip(result["rows"], complete["rows"], strict=True):
         bits, bits_before = (bin(int("1" + r["right"], 16))[3:] for r in (row, before))
-        assert bits[: COUNT - 1] == bits_before[:4] + bits_before[5:COUNT], "all lost the same"
+        assert bits[: COUNT - 1] == bits_before[:4] + bits_before[5:COUNT], (
+            "only the bad question is lost"
+        )
 
 
-def test_with_a_question_its_group_is_left_out(home, tmp_path, capsys):
-    """MME judges two questions about an image together."""
+def test_where_a_question_is_missing_its_group_is_left_out(home, tmp_path, capsys):
+    """MME scores two questions about an image together."""
     task = tmp_path / "mme" / "count"
     task.mkdir(parents=True)
     for n in range(3):
@@ -234,12 +245,12 @@ def test_with_a_question_its_group_is_left_out(home, tmp_path, capsys):
     argv[argv.index("--questions") + 1] = str(tmp_path / "mme")
     assert "1.png" in refused(capsys, argv)
     main([*argv, "--skip-bad", "--batch", "1"])
-    told = json.loads((tmp_path / "e.json").read_text())
-    assert told["count"] == 4 and told["unit"] == "" and len(told["skipped"]) == 3
-    assert told["skipped"][-1] == "group count/1: a question of it is missing"
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["count"] == 4 and result["unit"] == "" and len(result["skipped"]) == 3
+    assert result["skipped"][-1] == "group count/1: a question of it is missing"
 
 
-def test_without_a_question_left_there_is_no_result(home, tmp_path, capsys):
+def test_where_no_question_is_left_there_is_no_result(home, tmp_path, capsys):
     broken = shutil.copytree(home, tmp_path / "broken")
     for n in range(4):
         (broken / f"{n}.png").write_bytes(b"no picture")
@@ -279,21 +290,21 @@ def test_a_wrong_flag_is_refused_in_one_sentence(home, tmp_path, capsys, monkeyp
     assert not list(tmp_path.glob("*.json*"))
 
 
-def test_what_a_model_cannot_do_is_told_beside_what_it_can(home, tmp_path, capsys):
+def test_a_method_that_a_model_does_not_support_is_listed_as_refused(home, tmp_path, capsys):
     """Behind one of MiniMind-3V's towers four patches become one token: none may leave before."""
-    made = generations.release("minimind-3v-2026-04-19", False)
-    model = converted(made, tmp_path)
+    release = generations.release("minimind-3v-2026-04-19", False)
+    model = converted(release, tmp_path)
     argv = command(home, tmp_path / "e.json", "--keep-ratio", "0.5", specs=("tome", "norm"))
     argv[1] = str(model)
     main(argv)
-    told = json.loads((tmp_path / "e.json").read_text())
-    assert [row["pruner"] for row in told["rows"]] == ["none", "random", "norm"]
-    (one,) = told["refused"]
-    assert one["pruner"] == "tome" and "inside the tower" in one["why"]
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert [row["pruner"] for row in result["rows"]] == ["none", "random", "norm"]
+    (refusal,) = result["refused"]
+    assert refusal["pruner"] == "tome" and "inside the tower" in refusal["why"]
     assert "Not asked: tome with" in capsys.readouterr().out
 
 
-def test_a_kind_that_is_called_as_a_figure_is_refused_at_once(home, tmp_path, capsys):
+def test_a_kind_with_the_name_of_a_figure_is_refused_at_once(home, tmp_path, capsys):
     broken = shutil.copytree(home, tmp_path / "broken")
     write(broken, [rows_of(home)[0] | {"kind": "overall"}])
     assert "overall" in refused(capsys, command(broken, tmp_path / "e.json"))
@@ -327,9 +338,9 @@ def test_a_models_key_is_its_contents(home, tmp_path):
 def test_scenes_are_asked_of_the_built_in_model(tmp_path, capsys):
     argv = ["--per-kind", "2", "--pruner", "divprune", "--keep-ratio", "0.5", "--out"]
     main([*argv, str(tmp_path / "e.json")])
-    told = json.loads((tmp_path / "e.json").read_text())
-    assert told["count"] == 12 and set(told["kinds"].values()) == {2}
-    assert [(row["pruner"], row["tokens"]) for row in told["rows"]] == [
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["count"] == 12 and set(result["kinds"].values()) == {2}
+    assert [(row["pruner"], row["tokens"]) for row in result["rows"]] == [
         ("none", 196), ("random", 98), ("divprune", 98),
     ]  # fmt: skip
-    assert told["rows"][0]["overall"] > 0.8 and told["model"] == "scenes"
+    assert result["rows"][0]["overall"] > 0.8 and result["model"] == "scenes"

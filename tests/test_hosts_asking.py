@@ -1,4 +1,4 @@
-"""Promises of an evaluation of mlx-vlm's models: what `generate` says, and the right answers' odds.
+"""Evaluation of mlx-vlm's models: the answers and log-probabilities of mlx-vlm's own loop.
 
 Shapes: V words.
 """
@@ -14,7 +14,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from mlx_vlm_prune import evaluate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation import host_answers
-from mlx_vlm_prune.evaluation.host_answers import HostRespondent, Ready
+from mlx_vlm_prune.evaluation.host_answers import EvaluatedHost, PreparedHostQuestion
 from mlx_vlm_prune.evaluation.questions import Question
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
@@ -30,78 +30,84 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 BEHIND = ("none", "divprune", "avgpool", "received_attention", "cdpruner")
 DEEP = [(kind, spec) for kind in ("llava", "qwen2_5_vl", "qwen3_vl") for spec in ("fastv", "vtw")]
 CASES = [(kind, spec) for kind in KINDS for spec in BEHIND] + DEEP
-RIGHT, WORDS, END = [7, 3, 21, 63], 5, 63
+RIGHT_IDS, MAX_TOKENS, END = [7, 3, 21, 63], 5, 63
 NAMES = ("llava", "qwen2_5_vl")
 
 
-def respondent(model, *specs: str) -> HostRespondent:
-    words = SimpleNamespace(stopping_criteria=SimpleNamespace(eos_token_ids=[END]))
-    host = host_of(model, SimpleNamespace(tokenizer=words))
-    return HostRespondent(host, [plan(spec) for spec in specs])
+def evaluated(model, *specs: str) -> EvaluatedHost:
+    tokenizer = SimpleNamespace(stopping_criteria=SimpleNamespace(eos_token_ids=[END]))
+    host = host_of(model, SimpleNamespace(tokenizer=tokenizer))
+    return EvaluatedHost(host, [plan(spec) for spec in specs])
 
 
-def share(spec: str) -> float:
+def keep_ratio(spec: str) -> float:
     return {"none": 1.0, "fastv": 0.75, "vtw": 0.75}.get(spec, 0.5)
 
 
 def by_mlx_vlm(model, inputs, spec: str, forced=()) -> tuple[list[int], float]:
-    """Tokens of mlx-vlm's own loop from the prompt on, and the odds of those it was forced to."""
+    """The tokens of mlx-vlm's own loop, and the log-probability of those it was forced to."""
     from mlx_vlm.generate.ar import generate_step
 
-    pipeline, host, coming, odds = plan(spec), host_of(model), [*forced], 0.0
+    pipeline, host, left, logprob = plan(spec), host_of(model), [*forced], 0.0
 
-    def choose(odds_1V):
-        return mx.array([coming.pop(0)]) if coming else mx.argmax(odds_1V, axis=-1)
+    def sampler(logprob_1V):
+        return mx.array([left.pop(0)]) if left else mx.argmax(logprob_1V, axis=-1)
 
     policy = check_pipeline(host, pipeline, None)
     with host.preserve_state():
         views = encode_images_and_text(host, inputs, pipeline)
-        budgets = budgets_by_view(views, share(spec), None, pipeline)
+        budgets = budgets_by_view(views, keep_ratio(spec), None, pipeline)
         prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
         prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy)
         rest = dict(prompt.arguments) | ({"prompt_cache": prompt.cache} if prompt.cache else {})
         ids, pixels, mask = (rest.pop(x, None) for x in ("input_ids", "pixel_values", "mask"))
-        steps = generate_step(ids, model, pixels, mask, max_tokens=WORDS, sampler=choose, **rest)
-        said = []
-        for i, (token, odds_V) in enumerate(steps):
-            odds += odds_V[forced[i]].item() if i < len(forced) else 0.0
-            said.append(int(token))
-    return said[: said.index(END)] if END in said and not forced else said, odds
+        steps = generate_step(
+            ids, model, pixels, mask, max_tokens=MAX_TOKENS, sampler=sampler, **rest
+        )
+        tokens = []
+        for i, (token, logprob_V) in enumerate(steps):
+            logprob += logprob_V[forced[i]].item() if i < len(forced) else 0.0
+            tokens.append(int(token))
+    return tokens[: tokens.index(END)] if END in tokens and not forced else tokens, logprob
 
 
 @pytest.mark.parametrize(("kind", "spec"), CASES)
-def test_it_answers_as_mlx_vlms_own_loop_does_and_finds_the_same_odds(kind, spec):
+def test_answers_and_log_probabilities_are_those_of_mlx_vlms_own_loop(kind, spec):
     model = KINDS[kind].make()
     inputs = KINDS[kind].inputs(model)
-    one = respondent(model, spec)
-    said = one.answer(one.begin([Ready(inputs, RIGHT)]), plan(spec), share(spec), WORDS)
-    assert said.ids == [by_mlx_vlm(model, inputs, spec)[0]]
-    assert said.logprob_B == pytest.approx(by_mlx_vlm(model, inputs, spec, RIGHT)[1], abs=1e-4)
+    host = evaluated(model, spec)
+    batch = host.make_batch([PreparedHostQuestion(inputs, RIGHT_IDS)])
+    answers = host.answer(batch, plan(spec), keep_ratio(spec), MAX_TOKENS)
+    assert answers.ids == [by_mlx_vlm(model, inputs, spec)[0]]
+    logprob = by_mlx_vlm(model, inputs, spec, RIGHT_IDS)[1]
+    assert answers.logprob_B == pytest.approx(logprob, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
-def test_an_answer_that_went_on_from_the_right_one_would_be_told_apart(kind, monkeypatch):
+def test_an_answer_after_the_right_one_would_differ(kind, monkeypatch):
     model = KINDS[kind].make()
-    one, ready = respondent(model, "none"), Ready(KINDS[kind].inputs(model), RIGHT)
-    said = one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids
+    host = evaluated(model, "none")
+    prepared = PreparedHostQuestion(KINDS[kind].inputs(model), RIGHT_IDS)
+    ids = host.answer(host.make_batch([prepared]), plan("none"), 1.0, MAX_TOKENS).ids
     monkeypatch.setattr(HostPrefill, "fork", lambda prefill: prefill)
-    assert one.answer(one.begin([ready]), plan("none"), 1.0, WORDS).ids != said
+    assert host.answer(host.make_batch([prepared]), plan("none"), 1.0, MAX_TOKENS).ids != ids
 
 
-def test_the_tower_works_once_for_all_methods():
+def test_the_tower_runs_once_for_all_methods():
     model = KINDS["llava"].make()
     calls, real = [], type(model.vision_tower).__call__
 
     class Counted(type(model.vision_tower)):
-        def __call__(self, *args, **told):
+        def __call__(self, *args, **options):
             calls.append(len(args[0]))
-            return real(self, *args, **told)
+            return real(self, *args, **options)
 
     model.vision_tower.__class__ = Counted
-    one = respondent(model, "none", "cls_attention", "divprune", "cdpruner", "tome")
-    batch = one.begin([Ready(KINDS["llava"].inputs(model, 1), RIGHT)] * 2)
+    host = evaluated(model, "none", "cls_attention", "divprune", "cdpruner", "tome")
+    prepared = PreparedHostQuestion(KINDS["llava"].inputs(model, 1), RIGHT_IDS)
+    batch = host.make_batch([prepared] * 2)
     for spec in ("none", "cls_attention", "divprune", "cdpruner"):
-        one.answer(batch, plan(spec), share(spec), 1)
+        host.answer(batch, plan(spec), keep_ratio(spec), 1)
     assert calls == [1, 1]
 
 
@@ -111,7 +117,7 @@ def test_the_tower_works_once_for_all_methods():
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Two models, and four questions about two pictures of different sizes."""
-    folder = tmp_path_factory.mktemp("asked")
+    folder = tmp_path_factory.mktemp("home")
     for name in NAMES:
         host_folders.checkpoint(name, folder)
     host_folders.picture(folder, "a.png", 70, 90)
@@ -134,77 +140,77 @@ def test_the_table_has_shares_of_images_that_differ_in_size(home, name, tmp_path
     out = tmp_path / "e.json"
     specs = [part for spec in ("norm", "fastv", "tome") for part in ("--pruner", spec)]
     evaluate.main(command(home, name, out, "--keep-ratio", "0.75", *specs))
-    told, model = json.loads(out.read_text()), load(home / name)
+    result, model = json.loads(out.read_text()), load(home / name)
     sizes = [16, 16] if name == "llava" else [6, 20]  # LLaVA's pictures are all made alike
-    assert [row["pruner"] for row in told["rows"]] == ["none", "random", "norm", "fastv"]
-    for row in told["rows"]:
+    assert [row["pruner"] for row in result["rows"]] == ["none", "random", "norm", "fastv"]
+    for row in result["rows"]:
         kept = [N if row["pruner"] == "none" else N * 3 // 4 for N in sizes]
         assert (row["of"], row["tokens"]) == (sum(sizes) / 2, round(sum(kept) / 2))
         assert np.isfinite(row["logprob"])
-    why = told["refused"][0]["why"]
-    assert told["refused"][0]["pruner"] == "tome" and "between the tower's layers" in why
+    why = result["refused"][0]["why"]
+    assert result["refused"][0]["pruner"] == "tome" and "between the tower's layers" in why
     shown = capsys.readouterr().out
     assert "Not asked: tome with 75% of the tokens" in shown and "the mean over all" in shown
     for spec, loyal in (("none", 1.0), ("norm", None)):
         same = [
             generate(*model, f"w{n + 7} w9", image=home / f"{'ab'[n % 2]}.png", pruner=spec,
-                     keep_ratio=share(spec) if spec == "none" else 0.75, max_tokens=3).text
+                     keep_ratio=keep_ratio(spec) if spec == "none" else 0.75, max_tokens=3).text
             for n in range(4)
         ]  # fmt: skip
-        row = next(row for row in told["rows"] if row["pruner"] == spec)
+        row = next(row for row in result["rows"] if row["pruner"] == spec)
         right = sum(text.strip() == "w3" for text in same) / 4
         assert row["overall"] == right and loyal in (None, row["loyalty"])
 
 
-def test_tokens_are_taken_as_they_are_and_an_image_that_has_fewer_keeps_all(home, tmp_path, capsys):
+def test_a_budget_in_tokens_keeps_all_of_an_image_that_has_fewer(home, tmp_path, capsys):
     out = tmp_path / "e.json"
     for K, mean in ((4, 4), (7, (6 + 7) / 2)):  # of 6 and 20
-        asked = ("--keep-tokens", str(K), "--pruner", "norm")
-        evaluate.main(command(home, "qwen2_5_vl", out, *asked))
+        options = ("--keep-tokens", str(K), "--pruner", "norm")
+        evaluate.main(command(home, "qwen2_5_vl", out, *options))
         rows = json.loads(out.read_text())["rows"]
         assert [(row["tokens"], row["of"]) for row in rows] == [(13, 13), *[(round(mean), 13)] * 2]
-        said = f"Of {K} tokens: an image that has fewer keeps all" in capsys.readouterr().out
-        assert said is (K == 7) and said is ("keep_tokens" in rows[-1])
+        has_note = f"Of {K} tokens: an image that has fewer keeps all" in capsys.readouterr().out
+        assert has_note is (K == 7) and has_note is ("keep_tokens" in rows[-1])
 
 
 @pytest.mark.parametrize("size", ["1", "2"])
-def test_what_cannot_be_asked_later_on_is_asked_no_more_and_the_rest_goes_on(
+def test_a_method_that_fails_later_on_is_not_asked_again_and_the_others_are(
     home, tmp_path, size, capsys
 ):
     """Of 20 tokens fastv cannot keep 7 in the average layer; of 6 it keeps all."""
     out = tmp_path / "e.json"
     more = ("--keep-tokens", "7", "--pruner", "fastv", "--pruner", "norm", "--batch", size)
     evaluate.main(command(home, "qwen2_5_vl", out, *more))
-    told = json.loads(out.read_text())
-    assert [row["pruner"] for row in told["rows"]] == ["none", "random", "norm"]
-    (one,) = told["refused"]
-    assert "cannot keep 7 of 20 visual tokens" in one["why"]
-    assert one["why"].startswith("question q1: ") is (size == "1")
+    result = json.loads(out.read_text())
+    assert [row["pruner"] for row in result["rows"]] == ["none", "random", "norm"]
+    (refusal,) = result["refused"]
+    assert "cannot keep 7 of 20 visual tokens" in refusal["why"]
+    assert refusal["why"].startswith("question q1: ") is (size == "1")
     alone = tmp_path / "alone.json"
     evaluate.main(command(home, "qwen2_5_vl", alone, "--keep-tokens", "7", "--pruner", "norm"))
-    for row, other in zip(told["rows"], json.loads(alone.read_text())["rows"], strict=True):
+    for row, other in zip(result["rows"], json.loads(alone.read_text())["rows"], strict=True):
         assert row["logprob"] == pytest.approx(other["logprob"], abs=1e-6)
         assert row["overall"] == other["overall"] and row["loyalty"] == other["loyalty"]
 
 
-def test_a_mark_that_is_no_token_is_passed_over(home):
+def test_an_image_mark_that_is_no_token_is_left_out(home):
     model, processor = load(home / "llava")
     config = SimpleNamespace(image_token_index=-200)  # FastVLM's
     assert "<image>" in LlavaHost(SimpleNamespace(config=config), processor).image_marks
     assert host_of(model, processor).image_marks.count("<image>") == 1
 
 
-def test_an_answer_of_nothing_is_refused_where_no_token_ends_one(home):
-    one = HostRespondent(host_of(*load(home / "llava")), [])
+def test_an_empty_answer_is_refused_where_the_tokenizer_has_no_end_token(home):
+    host = EvaluatedHost(host_of(*load(home / "llava")), [])
     question = Question("q0", "w7 w9", ("",), home / "a.png")
-    assert len(one.ready(question).right) == 1
-    one.ends = set()
+    assert len(host.prepare(question).right_ids) == 1
+    host.ends = set()
     with pytest.raises(UserError, match="its answer is empty"):
-        one.ready(question)
+        host.prepare(question)
 
 
-def test_without_names_every_method_that_can_is_asked():
-    names = host_answers.usual(host_of(KINDS["llava"].make()))
+def test_the_default_methods_are_those_that_can_prune_the_model():
+    names = host_answers.default_methods(host_of(KINDS["llava"].make()))
     assert {"random", "divprune", "cls_attention", "fastv", "vtw"} <= {*names}
     assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
-    assert "fastv" not in host_answers.usual(host_of(KINDS["gemma3"].make()))
+    assert "fastv" not in host_answers.default_methods(host_of(KINDS["gemma3"].make()))

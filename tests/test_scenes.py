@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune import load
-from mlx_vlm_prune.evaluation.answers import Batch, answer, ready, sharing
+from mlx_vlm_prune.evaluation.answers import (
+    QuestionBatch,
+    answer_batch,
+    prepare_question,
+    share_tower,
+)
 from mlx_vlm_prune.evaluation.questions.scenes import read_scenes, score
 from mlx_vlm_prune.generate import SAMPLE_SEED, main
 from mlx_vlm_prune.pruners import METHODS, plan
@@ -115,17 +120,19 @@ class Quiz:
 
     def __init__(self, built_in, specs: list[str], per_kind: int):
         model, self.processor = built_in
-        self.model, tower = sharing(model, [plan(spec) for spec in specs])
+        self.model, tower = share_tower(model, [plan(spec) for spec in specs])
         self.questions, self.per_kind = list(read_scenes(per_kind)), per_kind
-        self.batch = Batch(model, [ready(model, self.processor, one) for one in self.questions])
-        tower.show(self.batch)
+        prepared = [prepare_question(model, self.processor, q) for q in self.questions]
+        self.batch = QuestionBatch(model, prepared)
+        tower.start(self.batch)
 
     def accuracy(self, spec: str, K: int) -> dict[str, float]:
         """The share of right answers of each kind."""
-        words, right = self.processor.tokenizer, dict.fromkeys(KINDS, 0.0)
-        said = answer(self.model, self.batch, plan(spec), K, words.eos_token_ids, max_tokens=8).ids
-        for question, ids in zip(self.questions, said, strict=True):
-            right[question.kind] += score(question, words.decode(ids)) / self.per_kind
+        tokenizer, right = self.processor.tokenizer, dict.fromkeys(KINDS, 0.0)
+        ends = tokenizer.eos_token_ids
+        answers = answer_batch(self.model, self.batch, plan(spec), K, ends, max_tokens=8)
+        for question, ids in zip(self.questions, answers.ids, strict=True):
+            right[question.kind] += score(question, tokenizer.decode(ids)) / self.per_kind
         return right
 
 

@@ -1,4 +1,7 @@
-"""The parts of an evaluation: answers, what they are worth, how sure that is, what is kept.
+"""Evaluation: what methods cost in answers, on any question set.
 
-`mlx_vlm_prune.evaluate` is the command that puts them together.
+`mlx_vlm_prune.evaluate` is the command that puts these parts together: a question set
+(`questions/`, `question_set.py`) is put to methods at budgets (`budgeted_methods.py`) by a run that
+can be resumed (`evaluation_run.py`, `resume.py`). `answers.py` asks our models, `host_answers.py`
+those of mlx-vlm. `judge.py` scores, `bootstrap.py` gives intervals, `table.py` prints.
 """

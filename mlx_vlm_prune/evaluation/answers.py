@@ -1,7 +1,7 @@
-"""What a model with a pruner answers to a batch of questions, and how likely it finds the truth.
+"""Answers of our models to a batch of questions, and log-probabilities of the right answers.
 
-One prefill serves both: the right answer is read from the cache, the cache rewound,
-and the model's own answer generated.
+One prefill serves both: a fork of its cache reads the right answers, and the model's answers are
+generated from the prefill itself.
 
 Shapes: B questions, I their images (one each), U different images among them, A tokens of the
 longest right answer with its end, V words, H height, W width.
@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..generation.prefill import Prefill
-from ..generation.steps import greedy_answers, likelihood
+from ..generation.steps import PADDING, greedy_answers, likelihood
 from ..inputs.image import open_image
 from ..inputs.prompt import Prompt, build
 from ..models.loading import Processor
@@ -29,89 +29,98 @@ from .questions import Question
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedQuestion:
     """A question as the model reads it: ids, pixels, and the right answer's ids with its end."""
 
     prompt: Prompt
     pixels_HW3: np.ndarray
-    right: list[int]
+    right_ids: list[int]
 
 
-def picture(question: Question) -> Image.Image:
-    """The image of a question, opened. Raises UserError where it cannot be, or has no answer."""
+def open_question_image(question: Question) -> Image.Image:
+    """The image of a question. Raises UserError if it cannot be opened, or there is no answer."""
     if not question.answers:
         raise UserError("it has no answer")
     return open_image(question.image() if callable(question.image) else question.image)
 
 
-def ready(model: VLM, processor: Processor, question: Question) -> Ready:
-    """Open the image and build the prompt. Raises UserError, which says what is wrong with it."""
-    image = picture(question)
-    words = processor.tokenizer
-    prompt = build(words, question.text, [model.N], processor.image_token)
+def prepare_question(model: VLM, processor: Processor, question: Question) -> PreparedQuestion:
+    """Open the image and build the prompt. Raises UserError where the question cannot be asked."""
+    image = open_question_image(question)
+    tokenizer = processor.tokenizer
+    prompt = build(tokenizer, question.text, [model.N], processor.image_token)
     text = model.config.text
     if fault := prompt.too_much(text.max_position_embeddings, text.vocab_size):
         raise UserError(f"it {fault}")
-    right = [*words.encode(question.answers[0]), *sorted(words.eos_token_ids)[:1]]
-    return Ready(prompt, processor.image(image), right)
+    right_ids = [*tokenizer.encode(question.answers[0]), *sorted(tokenizer.eos_token_ids)[:1]]
+    return PreparedQuestion(prompt, processor.image(image), right_ids)
 
 
-class Batch:
-    """Questions, made ready once for all methods. Each picture is there once."""
+class QuestionBatch:
+    """Prepared questions as arrays, made once for all methods.
 
-    def __init__(self, model: VLM, asked: Sequence[Ready]):
-        self.rows = [one.prompt for one in asked]
-        found: dict[bytes, int] = {}
-        which = [found.setdefault(one.pixels_HW3.tobytes(), len(found)) for one in asked]
-        first = [which.index(u) for u in range(len(found))]
-        self.which_I, self.first_U = mx.array(which), mx.array(first)
-        pixels = mx.array(np.stack([one.pixels_HW3 for one in asked]))
+    `distinct_I` is the number of each image's picture among the U different ones, `first_U` the
+    first image of each different picture. `right_BA` is padded with -1.
+    """
+
+    def __init__(self, model: VLM, prepared: Sequence[PreparedQuestion]):
+        self.prompts = [question.prompt for question in prepared]
+        pictures = [question.pixels_HW3.tobytes() for question in prepared]
+        distinct = list(dict.fromkeys(pictures))
+        self.distinct_I = mx.array([distinct.index(picture) for picture in pictures])
+        self.first_U = mx.array([pictures.index(picture) for picture in distinct])
+        pixels = mx.array(np.stack([question.pixels_HW3 for question in prepared]))
         self.pixels_IHW3 = pixels.astype(model.dtype)
-        A = max(len(one.right) for one in asked)
-        self.right_BA = np.array([one.right + [-1] * (A - len(one.right)) for one in asked])
-        self.sizes = [model.N] * len(asked)  # visual tokens of each question's image
+        right_B = [question.right_ids for question in prepared]
+        A = max(map(len, right_B))
+        self.right_BA = np.array([ids + [PADDING] * (A - len(ids)) for ids in right_B])
+        self.sizes = [model.N] * len(prepared)  # visual tokens of each question's image
 
 
 class SharedTower:
-    """A tower that encodes each picture of a batch once, and once for all methods behind it."""
+    """A tower that encodes each different picture of a batch once, for all methods behind it.
+
+    Methods inside the tower (`cuts`) and on the image have a pass of their own.
+    """
 
     def __init__(self, tower: Any, want: Mapping[str, int | None]):
         self.tower, self.want = tower, dict(want)
-        self.batch: Batch | None = None
-        self.seen: Encoded | None = None
+        self.batch: QuestionBatch | None = None
+        self.encoded: Encoded | None = None
 
-    def show(self, batch: Batch) -> None:
-        self.batch, self.seen = batch, None
+    def start(self, batch: QuestionBatch) -> None:
+        """Set the batch whose pictures are encoded from here on."""
+        self.batch, self.encoded = batch, None
 
     def __call__(self, pixels_IHW3: mx.array, want: dict, cuts: Sequence) -> Encoded:
         assert self.batch
-        is_whole = pixels_IHW3 is self.batch.pixels_IHW3
-        if cuts or not is_whole or not want.items() <= self.want.items():
+        is_full_size = pixels_IHW3 is self.batch.pixels_IHW3
+        if cuts or not is_full_size or not want.items() <= self.want.items():
             return self._encode(pixels_IHW3, want, cuts)
-        if self.seen is None:
-            self.seen = self._encode(pixels_IHW3, self.want, ())
-        return self.seen
+        if self.encoded is None:
+            self.encoded = self._encode(pixels_IHW3, self.want, ())
+        return self.encoded
 
     def _encode(self, pixels_IHW3: mx.array, want: dict, cuts: Sequence) -> Encoded:
         assert self.batch
-        which_I = self.batch.which_I
-        seen = self.tower(pixels_IHW3[self.batch.first_U], want, cuts)
-        own = {name: signal[which_I] for name, signal in seen.signals.arrays.items()}
-        kept = seen.kept
+        distinct_I = self.batch.distinct_I
+        encoded = self.tower(pixels_IHW3[self.batch.first_U], want, cuts)
+        signals = {name: array[distinct_I] for name, array in encoded.signals.arrays.items()}
+        kept = encoded.kept
         if kept:
             parts = (kept.index_BK, kept.weight_BKN, kept.value_BND)
-            kept = Reduction(*(None if part is None else part[which_I] for part in parts))
-        return Encoded(seen.signals.replace(**own), kept)
+            kept = Reduction(*(None if part is None else part[distinct_I] for part in parts))
+        return Encoded(encoded.signals.replace(**signals), kept)
 
 
-def sharing(model: VLM, pipelines: Sequence[Pipeline]) -> tuple[VLM, SharedTower]:
-    """The model with a tower that works once for all these methods; the one given is unchanged."""
+def share_tower(model: VLM, pipelines: Sequence[Pipeline]) -> tuple[VLM, SharedTower]:
+    """A copy of the model whose tower runs once for all these methods."""
     want: dict[str, int | None] = {}
     for pipeline in pipelines:
         want |= pipeline.signal_layers(model.config.vision.depth)
     shared = copy.copy(model)
     tower = SharedTower(model.tower, want)
-    shared.tower = tower  # type: ignore[assignment]  # acts like one
+    shared.tower = tower  # type: ignore[assignment]  # called like a tower
     return shared, tower
 
 
@@ -123,38 +132,44 @@ class Answers:
     logprob_B: np.ndarray
 
 
-def answers_of(
+def answer_prefill(
     prefill: Prefill, right_BA: np.ndarray, ends: Collection[int], max_tokens: int
 ) -> Answers:
-    """What follows on prompts that were read, and how likely the right answers with their ends
-    were. Raises UserError where the model gives no odds."""
+    """Greedy answers after a prefill, and the right answers' log-probabilities with their ends.
+
+    Raises UserError where a log-probability is not finite.
+    """
     logprob_B = likelihood(prefill, right_BA)
     return Answers(greedy_answers(prefill, ends, max_tokens), logprob_B)
 
 
-def answer(
-    model: VLM, batch: Batch, pruner: Pipeline, K: int, ends: Collection[int], max_tokens: int
-) -> Answers:
-    """Of a model of ours with K of N visual tokens. Raises UserError where that cannot be."""
-    prefill = model(batch.rows, batch.pixels_IHW3, pruner, K)
-    return answers_of(prefill, batch.right_BA, ends, max_tokens)
+def answer_batch(
+    model: VLM, batch: QuestionBatch, pruner: Pipeline, K: int, ends: Collection[int],
+    max_tokens: int,
+) -> Answers:  # fmt: skip
+    """The answers of one of our models with K of N visual tokens. Raises UserError."""
+    prefill = model(batch.prompts, batch.pixels_IHW3, pruner, K)
+    return answer_prefill(prefill, batch.right_BA, ends, max_tokens)
 
 
-class OwnRespondent:
-    """A model of ours that is asked by all these methods."""
+class EvaluatedVLM:
+    """One of our models as an EvaluatedModel, for all these methods."""
 
     def __init__(self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline]):
-        self.model, self.tower = sharing(model, pipelines)
-        self.processor, words = processor, processor.tokenizer
-        self.encode, self.decode, self.ends = words.encode, words.decode, words.eos_token_ids
+        self.model, self.tower = share_tower(model, pipelines)
+        self.processor, tokenizer = processor, processor.tokenizer
+        self.encode, self.decode = tokenizer.encode, tokenizer.decode
+        self.ends = tokenizer.eos_token_ids
 
-    def ready(self, question: Question) -> Ready:
-        return ready(self.model, self.processor, question)
+    def prepare(self, question: Question) -> PreparedQuestion:
+        return prepare_question(self.model, self.processor, question)
 
-    def begin(self, asked: Sequence[Ready]) -> Batch:
-        batch = Batch(self.model, asked)
-        self.tower.show(batch)
+    def make_batch(self, prepared: Sequence[PreparedQuestion]) -> QuestionBatch:
+        batch = QuestionBatch(self.model, prepared)
+        self.tower.start(batch)
         return batch
 
-    def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Answers:
-        return answer(self.model, batch, pipeline, int(keep), self.ends, max_tokens)
+    def answer(
+        self, batch: QuestionBatch, pipeline: Pipeline, K: float, max_tokens: int
+    ) -> Answers:
+        return answer_batch(self.model, batch, pipeline, int(K), self.ends, max_tokens)

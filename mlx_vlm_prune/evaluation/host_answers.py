@@ -1,4 +1,4 @@
-"""A model of mlx-vlm's in an evaluation. The tower sees a picture once for all methods.
+"""Answers of mlx-vlm's models to a batch of questions. The tower runs once for all methods.
 
 Shapes: B questions.
 """
@@ -17,94 +17,97 @@ from ..hosts.prepared_inputs import PreparedInputs
 from ..hosts.prompt import add_text, budgets_by_view, prepare_prompt, prune_prompt
 from ..hosts.views import View
 from ..pruners import METHODS, Pipeline, Stage, plan
-from .answers import Answers, answers_of, picture
+from .answers import Answers, answer_prefill, open_question_image
 from .questions import Question
 
 
 @dataclass(frozen=True)
-class Ready:
+class PreparedHostQuestion:
     """A question as the model reads it, and the right answer's ids with its end."""
 
     inputs: PreparedInputs
-    right: list[int]
+    right_ids: list[int]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Questions, and what the tower saw of each one's picture."""
+class HostQuestionBatch:
+    """Prepared questions, and the tower's output for each one's picture."""
 
-    asked: Sequence[Ready]
-    views: list[list[View]]
-    sizes: list[int]  # visual tokens of each
+    questions: Sequence[PreparedHostQuestion]
+    views: list[list[View]]  # of each question
+    sizes: list[int]  # visual tokens of each question's image
 
 
-class HostRespondent:
-    """A model of mlx-vlm's that answers with all these methods."""
+class EvaluatedHost:
+    """A model of mlx-vlm's as an EvaluatedModel, for all these methods."""
 
     def __init__(self, host: Host, pipelines: Sequence[Pipeline]):
         self.host = host
-        self.words = getattr(host.processor, "tokenizer", host.processor)
-        self.ends = set(self.words.stopping_criteria.eos_token_ids)
+        self.tokenizer = getattr(host.processor, "tokenizer", host.processor)
+        self.ends = set(self.tokenizer.stopping_criteria.eos_token_ids)
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
-            if self._policy(pipeline) and (layers := host.depth):
+            if self._is_supported(pipeline) and (layers := host.depth):
                 self.want |= pipeline.signal_layers(layers)
 
     def encode(self, text: str) -> list[int]:
-        return list(self.words.encode(text, add_special_tokens=False))
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: list[int]) -> str:
-        return str(self.words.decode(ids))
+        return str(self.tokenizer.decode(ids))
 
-    def ready(self, question: Question) -> Ready:
-        """Raises UserError, which says what is wrong with the question."""
-        inputs = prepare_prompt(self.host, question.text, [picture(question)])
-        end = getattr(self.words, "eos_token_id", None)
+    def prepare(self, question: Question) -> PreparedHostQuestion:
+        """Open the image and build the prompt. Raises UserError where it cannot be asked."""
+        inputs = prepare_prompt(self.host, question.text, [open_question_image(question)])
+        end = getattr(self.tokenizer, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
-        right = [*self.encode(question.answers[0]), *ends]
-        if not right:
+        right_ids = [*self.encode(question.answers[0]), *ends]
+        if not right_ids:
             raise UserError("its answer is empty, and the tokenizer has no token that ends one")
-        return Ready(inputs, right)
+        return PreparedHostQuestion(inputs, right_ids)
 
-    def begin(self, asked: Sequence[Ready]) -> Batch:
+    def make_batch(self, prepared: Sequence[PreparedHostQuestion]) -> HostQuestionBatch:
         views = []
         with generation_stream():
-            for one in asked:
-                views.append(self.host.encode_images(one.inputs, self.want))
+            for question in prepared:
+                views.append(self.host.encode_images(question.inputs, self.want))
                 mx.eval([_arrays(view) for view in views[-1]])
-        sizes = [sum(view.signals.x_BND.shape[1] for view in own) for own in views]
-        return Batch(asked, views, sizes)
+        sizes = [sum(view.signals.x_BND.shape[1] for view in one) for one in views]
+        return HostQuestionBatch(prepared, views, sizes)
 
-    def answer(self, batch: Batch, pipeline: Pipeline, keep: float, max_tokens: int) -> Answers:
-        """With `keep` tokens of an image, all where it has fewer, or with that share of them.
+    def answer(
+        self, batch: HostQuestionBatch, pipeline: Pipeline, K: float, max_tokens: int
+    ) -> Answers:
+        """The answers with K tokens of an image (an int), at most all, or a share (a float).
 
-        Raises UserError where that cannot be.
+        Raises UserError where the method cannot prune this model or keep this budget.
         """
         policy = check_pipeline(self.host, pipeline, None)
         answers = []
-        for one, seen, N in zip(batch.asked, batch.views, batch.sizes, strict=True):
-            share, K = (None, min(keep, N)) if isinstance(keep, int) else (keep, None)
+        for question, views, N in zip(batch.questions, batch.views, batch.sizes, strict=True):
+            ratio, tokens = (None, min(K, N)) if isinstance(K, int) else (K, None)
             with self.host.preserve_state(), generation_stream():
-                views = add_text(self.host, one.inputs, seen, pipeline)
-                budgets = budgets_by_view(views, share, K, pipeline)
-                prompt = prune_prompt(self.host, one.inputs, views, pipeline, budgets, policy)
+                views = add_text(self.host, question.inputs, views, pipeline)
+                budgets = budgets_by_view(views, ratio, tokens, pipeline)
+                prompt = prune_prompt(self.host, question.inputs, views, pipeline, budgets, policy)
                 self.host.check_length(prompt.length)
                 prompt = prefill_through_cuts(self.host, prompt, pipeline, budgets, policy)
-                prefill = HostPrefill(self.host, prompt)
-                answers.append(answers_of(prefill, np.array([one.right]), self.ends, max_tokens))
-        ids = [answer for one in answers for answer in one.ids]
+                prefill, right_BA = HostPrefill(self.host, prompt), np.array([question.right_ids])
+                answers.append(answer_prefill(prefill, right_BA, self.ends, max_tokens))
+        ids = [one.ids[0] for one in answers]
         return Answers(ids, np.concatenate([one.logprob_B for one in answers]))
 
-    def _policy(self, pipeline: Pipeline) -> str | None:
+    def _is_supported(self, pipeline: Pipeline) -> bool:
         try:
-            return check_pipeline(self.host, pipeline, None)
-        except UserError:
-            return None  # `answer` says why
+            check_pipeline(self.host, pipeline, None)
+        except UserError:  # which `answer` raises
+            return False
+        return True
 
 
-def usual(host: Host) -> list[str]:
+def default_methods(host: Host) -> list[str]:
     """All methods that can prune this model."""
-    able = []
+    supported = []
     for name, method in METHODS.items():
         if method.stage is Stage.ENHANCER or method.learned or name == "none":
             continue
@@ -112,8 +115,8 @@ def usual(host: Host) -> list[str]:
             check_pipeline(host, plan(name), None)
         except UserError:
             continue
-        able.append(name)
-    return able
+        supported.append(name)
+    return supported
 
 
 def _arrays(view: View) -> Iterator[mx.array]:

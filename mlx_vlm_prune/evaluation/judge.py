@@ -1,7 +1,7 @@
-"""What answers are worth: figures per kind and overall, beside full and beside `random`.
+"""Scores of answers: figures for each kind and overall, compared with full and with `random`.
 
-A group of questions that are judged together is the unit, of which means are taken and which
-is drawn in the bootstrap; a question without a group is one of its own.
+The unit is a group of questions that are scored together: means are over groups, and the
+bootstrap draws groups. A question without a group is a group of one.
 
 Shapes: Q questions, G groups, P methods with their budgets, R resamples.
 """
@@ -19,22 +19,22 @@ from ..checkpoints.errors import UserError
 from .bootstrap import interval, resampled, short
 from .questions import Format, Question
 
-BESIDE = ("overall", "loyalty", "logprob")  # figures that are of no kind
+OVERALL_FIGURES = ("overall", "loyalty", "logprob")  # those over all kinds
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """All answers: the texts, whether they are full's own, the right ones' log-probabilities."""
+class AnswerTable:
+    """All answers of all methods."""
 
     questions: list[Question]
-    said_PQ: list[list[str]]
-    loyal_PQ: np.ndarray
-    logprob_PQ: np.ndarray
+    responses_PQ: list[list[str]]
+    loyal_PQ: np.ndarray  # the same ids as full's
+    logprob_PQ: np.ndarray  # of the right answers
 
 
 def check_kinds(kinds: Iterable[str]) -> None:
-    """Refuse a kind that is called as a figure is: the two stand beside each other."""
-    if wrong := set(kinds) & set(BESIDE):
+    """Raises UserError for a kind with the name of a figure: both are keys of one table."""
+    if wrong := set(kinds) & set(OVERALL_FIGURES):
         raise UserError(f"no kind of question can be called {wrong.pop()}; rename it")
 
 
@@ -43,102 +43,114 @@ class Judge:
 
     def __init__(self, format: Format, questions: Sequence[Question], seed: int):
         self.format, self.questions, self.seed = format, list(questions), seed
-        members: dict[tuple[str, str, int], list[int]] = {}
+        groups: dict[tuple[str, str, int], list[int]] = {}
         for n, q in enumerate(questions):
-            alone = (q.kind, "", n)
-            members.setdefault((q.kind, q.group, 0) if q.group else alone, []).append(n)
-        self.members = list(members.values())
+            key = (q.kind, q.group, 0) if q.group else (q.kind, "", n)
+            groups.setdefault(key, []).append(n)
+        self.groups = list(groups.values())  # of each the numbers of its questions
         self.kinds = list(dict.fromkeys(q.kind for q in questions))
         check_kinds(self.kinds)
-        kind_G = np.array([kind for kind, _, _ in members])
-        self.of_kind = {kind: np.flatnonzero(kind_G == kind) for kind in self.kinds}
-        self.size_G = np.array([len(group) for group in self.members], np.float64)
+        kind_G = np.array([kind for kind, _, _ in groups])
+        self.groups_of_kind = {kind: np.flatnonzero(kind_G == kind) for kind in self.kinds}
+        self.size_G = np.array([len(group) for group in self.groups], np.float64)
         self.factor = format.scale / 100 if format.unit == "%" else format.scale
 
     def rng(self, name: str) -> np.random.Generator:
-        """Draws of its own for every figure: kinds of one size must not be drawn alike."""
+        """A generator for one figure: equally large kinds must not be drawn alike."""
         return np.random.default_rng([self.seed, *name.encode()])
 
-    def scores(self, said: Sequence[str]) -> np.ndarray:
-        """Of every question, (Q,)."""
-        pairs = zip(self.questions, said, strict=True)
-        return np.array([self.format.score(q, text) for q, text in pairs], np.float64)
+    def question_scores(self, responses: Sequence[str]) -> np.ndarray:
+        """The score of every question, (Q,)."""
+        pairs = zip(self.questions, responses, strict=True)
+        return np.array([self.format.score(q, response) for q, response in pairs], np.float64)
 
-    def worth(self, score_Q: np.ndarray) -> np.ndarray:
-        """Of every group, as it counts, (G,)."""
-        together = [self.format.together(score_Q[group].tolist()) for group in self.members]
-        return self.factor * np.array(together, np.float64)
+    def group_scores(self, score_Q: np.ndarray) -> np.ndarray:
+        """The score of every group, in the unit of the result, (G,)."""
+        scores = [self.format.group_score(score_Q[group].tolist()) for group in self.groups]
+        return self.factor * np.array(scores, np.float64)
 
-    def sums(self, value_Q: np.ndarray) -> np.ndarray:
+    def group_sums(self, value_Q: np.ndarray) -> np.ndarray:
         """A figure summed over the questions of every group, (G,)."""
-        return np.array([value_Q[group].sum() for group in self.members])
+        return np.array([value_Q[group].sum() for group in self.groups])
 
     def majority(self) -> dict[str, float]:
-        """Each kind's figure for always giving its most frequent answer, without looking."""
-        most = {
-            kind: Counter(q.answers[0] for q in self.questions if q.kind == kind).most_common(1)
-            for kind in self.kinds
-        }
-        worth_G = self.worth(self.scores([most[q.kind][0][0] for q in self.questions]))
-        return {kind: short(worth_G[own].mean()) for kind, own in self.of_kind.items()}
+        """Each kind's score of a constant answer: its most frequent one."""
+        most_frequent = {}
+        for kind in self.kinds:
+            answers = Counter(q.answers[0] for q in self.questions if q.kind == kind)
+            most_frequent[kind] = answers.most_common(1)[0][0]
+        score_Q = self.question_scores([most_frequent[q.kind] for q in self.questions])
+        score_G = self.group_scores(score_Q)
+        return {kind: short(score_G[at_G].mean()) for kind, at_G in self.groups_of_kind.items()}
 
-    def rows(self, sheet: Sheet, full: int, random: Sequence[int | None]) -> list[dict[str, Any]]:
-        """A row of figures a method; `full` and `random[p]` say which are its yardsticks."""
-        score_PQ = np.array([self.scores(said) for said in sheet.said_PQ])
-        worth_GP = np.array([self.worth(score_Q) for score_Q in score_PQ]).T
-        others = {"loyalty": sheet.loyal_PQ.astype(np.float64), "logprob": sheet.logprob_PQ}
-        sums_GP = {name: np.array([self.sums(v) for v in x]).T for name, x in others.items()}
-        told = Figures(self, worth_GP, sums_GP)
-        rows = []
+    def rows(
+        self, answers: AnswerTable, full: int, random: Sequence[int | None]
+    ) -> list[dict[str, Any]]:
+        """A row of figures for each method.
+
+        `full` is the number of the method with all tokens, `random[p]` that of `random` with the
+        budget of method p.
+        """
+        score_PQ = np.array([self.question_scores(row) for row in answers.responses_PQ])
+        score_GP = np.array([self.group_scores(score_Q) for score_Q in score_PQ]).T
+        per_question = {"loyalty": answers.loyal_PQ.astype(np.float64),
+                        "logprob": answers.logprob_PQ}  # fmt: skip
+        sums_GP = {
+            name: np.array([self.group_sums(value_Q) for value_Q in value_PQ]).T
+            for name, value_PQ in per_question.items()
+        }
+        figures, rows = Figures(self, score_GP, sums_GP), []
         for p in tqdm(range(len(random)), desc="judging", file=sys.stderr, delay=2, leave=False):
-            score_Q, row = score_PQ[p], told.row(p) | {"to_full": told.apart(p, full)}
+            row = figures.row(p) | {"to_full": figures.differences(p, full)}
             if (r := random[p]) is not None:
-                row["to_random"] = told.apart(p, r)
-            more = self.format.more(self.questions, list(sheet.said_PQ[p]))
-            row |= {"more": {name: short(x) for name, x in more.items()}} if more else {}
-            if np.isin(score_Q, (0, 1)).all():
-                row["right"] = np.packbits(score_Q.astype(bool)).tobytes().hex()
+                row["to_random"] = figures.differences(p, r)
+            extra = self.format.extra_figures(self.questions, list(answers.responses_PQ[p]))
+            row |= {"more": {name: short(x) for name, x in extra.items()}} if extra else {}
+            if np.isin(score_PQ[p], (0, 1)).all():
+                row["right"] = np.packbits(score_PQ[p].astype(bool)).tobytes().hex()
             rows.append(row)
         return rows
 
 
 class Figures:
-    """Every figure of all methods, and the same figures resampled."""
+    """All figures of all methods, and the same figures of each bootstrap resample."""
 
-    def __init__(self, judge: Judge, worth_GP: np.ndarray, sums_GP: dict[str, np.ndarray]):
-        ones_G = np.ones(len(worth_GP))
-        self.kinds = judge.kinds
-        sizes = {kind: len(own) for kind, own in judge.of_kind.items()}
-        strata = min(sizes.values()) if judge.format.total == "sum" else len(worth_GP)
-        self.groups = {**dict.fromkeys(BESIDE, len(worth_GP)), "overall": strata, **sizes}
-        self.mean_P = {kind: worth_GP[own].mean(axis=0) for kind, own in judge.of_kind.items()}
-        self.drawn_RP = {
-            kind: resampled(worth_GP[own], ones_G[own], judge.rng(kind))
-            for kind, own in judge.of_kind.items()
+    def __init__(self, judge: Judge, score_GP: np.ndarray, sums_GP: dict[str, np.ndarray]):
+        G, ones_G = len(score_GP), np.ones(len(score_GP))
+        by_kind, self.kinds = judge.groups_of_kind, judge.kinds
+        sizes = {kind: len(at_G) for kind, at_G in by_kind.items()}
+        # How many groups each figure is drawn from, at least.
+        self.group_counts = {**dict.fromkeys(OVERALL_FIGURES, G), **sizes}
+        self.mean_P = {kind: score_GP[at_G].mean(axis=0) for kind, at_G in by_kind.items()}
+        self.mean_RP = {
+            kind: resampled(score_GP[at_G], ones_G[at_G], judge.rng(kind))
+            for kind, at_G in by_kind.items()
         }
-        if judge.format.total == "sum":  # kinds are strata: each is drawn from on its own
+        if judge.format.total == "sum":  # kinds are strata: each is resampled on its own
+            self.group_counts["overall"] = min(sizes.values())
             overall_P = np.sum([*self.mean_P.values()], axis=0)
-            overall_RP = np.sum([*self.drawn_RP.values()], axis=0)
+            overall_RP = np.sum([*self.mean_RP.values()], axis=0)
         else:
-            overall_P = worth_GP.mean(axis=0)
-            overall_RP = resampled(worth_GP, ones_G, judge.rng("overall"))
-        self.mean_P["overall"], self.drawn_RP["overall"] = overall_P, overall_RP
+            overall_P = score_GP.mean(axis=0)
+            overall_RP = resampled(score_GP, ones_G, judge.rng("overall"))
+        self.mean_P["overall"], self.mean_RP["overall"] = overall_P, overall_RP
         for name, sum_GP in sums_GP.items():
             self.mean_P[name] = sum_GP.sum(axis=0) / judge.size_G.sum()
-            self.drawn_RP[name] = resampled(sum_GP, judge.size_G, judge.rng(name))
+            self.mean_RP[name] = resampled(sum_GP, judge.size_G, judge.rng(name))
 
     def row(self, p: int) -> dict[str, Any]:
-        own = {name: short(mean_P[p]) for name, mean_P in self.mean_P.items()}
-        accuracy = {kind: own.pop(kind) for kind in self.kinds}
-        return {"accuracy": accuracy, **own}
+        """The figures of method p."""
+        means = {name: short(mean_P[p]) for name, mean_P in self.mean_P.items()}
+        accuracy = {kind: means.pop(kind) for kind in self.kinds}
+        return {"accuracy": accuracy, **means}
 
-    def apart(self, p: int, other: int) -> dict[str, list[float | None]]:
-        """Every figure's difference to another method's, with its 95 % interval."""
+    def differences(self, p: int, other: int) -> dict[str, list[float | None]]:
+        """The difference of every figure to another method's, with its 95 % interval."""
         return {
             name: interval(
                 self.mean_P[name][p] - self.mean_P[name][other],
-                self.drawn_RP[name][:, p] - self.drawn_RP[name][:, other],
-                self.groups[name],
+                self.mean_RP[name][:, p] - self.mean_RP[name][:, other],
+                self.group_counts[name],
             )
-            for name in (*BESIDE, *self.kinds)
+            for name in (*OVERALL_FIGURES, *self.kinds)
         }

@@ -11,24 +11,24 @@ from ..models.language.experts import ExpertLinear, QuantizedExpertLinear
 QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedExpertLinear)
 
 
-def widen(model: nn.Module) -> int:
-    """Widen the matrices of a model in place; how many there were."""
-    wide = [
-        (path, _wide(module))
+def dequantize_matrices(model: nn.Module) -> int:
+    """Replace a model's quantized matrices in place; how many there were."""
+    replaced = [
+        (path, _dequantized(module))
         for path, module in model.named_modules()
         if isinstance(module, QUANTIZED)
     ]
-    model.update_modules(tree_unflatten(wide))
-    return len(wide)
+    model.update_modules(tree_unflatten(replaced))
+    return len(replaced)
 
 
-def _wide(module: nn.Module) -> nn.Module:
-    how: dict[str, Any] = getattr(module, "how", None) or {
+def _dequantized(module: nn.Module) -> nn.Module:
+    options: dict[str, Any] = getattr(module, "how", None) or {
         "group_size": module.group_size,
         "bits": module.bits,
         "mode": module.mode,
     }
-    weight = mx.dequantize(module.weight, module.scales, module.get("biases"), **how)
+    weight = mx.dequantize(module.weight, module.scales, module.get("biases"), **options)
     plain: nn.Module
     if isinstance(module, nn.QuantizedLinear):
         plain = nn.Linear(1, 1, bias=False)

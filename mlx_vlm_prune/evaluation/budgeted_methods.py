@@ -1,0 +1,73 @@
+"""Which methods are evaluated at which budgets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..models.vlm import VLM
+from ..pruners import METHODS, Pipeline, Stage, plan
+from ..pruners.budget import tokens_for
+
+CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
+
+
+@dataclass(frozen=True)
+class BudgetedMethod:
+    """A method with its budget: one row of the result."""
+
+    spec: str
+    K: float  # an int: tokens of each image; a float: the share of an image's tokens
+    pipeline: Pipeline
+
+    def mean_tokens(self, sizes: Sequence[int]) -> int:
+        """The tokens kept of an image, on average over images of `sizes` tokens."""
+        if isinstance(self.K, int):
+            return round(sum(min(self.K, N) for N in sizes) / len(sizes))
+        return round(sum(tokens_for(N, self.K) for N in sizes) / len(sizes))
+
+    def columns(self, sizes: Sequence[int]) -> dict[str, Any]:
+        """The first columns of the row; `sizes` are the tokens of each question's image."""
+        tokens = self.mean_tokens(sizes)
+        columns = {"pruner": self.spec, "tokens": tokens, "of": round(sum(sizes) / len(sizes))}
+        if not isinstance(self.K, int):
+            return {**columns, "keep_ratio": self.K}
+        return columns if tokens == self.K else {**columns, "keep_tokens": self.K}
+
+
+def budgeted_methods(
+    N: int | None, specs: Sequence[str], budgets: Sequence[float], learned: Mapping[str, Any]
+) -> tuple[list[BudgetedMethod], list[dict]]:
+    """Full, then at every budget `random` and the others; and those refused, with the reason.
+
+    `N` is the number of every image's tokens, or None where images differ. Raises UserError for
+    an unknown method.
+    """
+    methods, refused = [BudgetedMethod("none", N or 1.0, plan("none"))], []
+    for K in budgets:
+        for spec in dict.fromkeys(["random", *specs]):
+            pipeline = plan(spec, learned)
+            if pipeline.trained_tokens not in (None, K) and N != K:
+                why = f"it was trained for {pipeline.trained_tokens} tokens"
+                refused.append({"pruner": spec, "tokens": K, "why": why})
+            elif spec != "none":
+                methods.append(BudgetedMethod(spec, K, pipeline))
+    return methods, refused
+
+
+def random_baselines(methods: Sequence[BudgetedMethod]) -> list[int | None]:
+    """For each method the number of `random` with the same budget; None for full and `random`."""
+    random = {method.K: p for p, method in enumerate(methods) if method.spec == "random"}
+    return [
+        None if method.spec in ("none", "random") else random.get(method.K) for method in methods
+    ]
+
+
+def default_methods(model: VLM) -> list[str]:
+    """All methods that one of our models supports, with their papers' options, and some chains."""
+    supported = [
+        name
+        for name, method in METHODS.items()
+        if method.stage is not Stage.ENHANCER and (not method.learned or name in model.learned)
+    ]
+    dynamic = ["mlp:dynamic"] if "mlp" in model.learned else []
+    return [*supported, *dynamic, *CHAINS]

@@ -1,0 +1,234 @@
+"""The evaluation loop: every question to every method, a batch at a time, each batch saved.
+
+Shapes: Q questions, P methods with their budgets, B questions of a batch.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from ..checkpoints.errors import UserError
+from ..pruners import Pipeline
+from .answers import Answers
+from .budgeted_methods import BudgetedMethod
+from .judge import AnswerTable
+from .question_set import QuestionSet
+from .questions import BadRecords, Question
+from .resume import AnsweredBatch, ResumeFile
+
+
+class EvaluatedModel(Protocol):
+    """A model under evaluation: one of ours, or one of mlx-vlm's."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def prepare(self, question: Question) -> Any:
+        """A question as the model reads it. Raises UserError where it cannot be asked."""
+
+    def make_batch(self, prepared: Sequence[Any]) -> Any:
+        """A batch of prepared questions, with the `sizes` of their images in visual tokens."""
+
+    def answer(self, batch: Any, pipeline: Pipeline, K: float, max_tokens: int) -> Answers:
+        """The answers to a batch, with K tokens or a share of them. Raises UserError."""
+
+
+@dataclass
+class PreparedBatch:
+    """Prepared questions with their numbers, and messages on the questions skipped before them."""
+
+    upto: int = 0  # questions of the set that are done after this batch
+    numbers: list[int] = field(default_factory=list)
+    prepared: list[Any] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+@dataclass
+class MethodAnswers:
+    """One method's answers to all questions so far."""
+
+    responses: list[str] = field(default_factory=list)
+    loyal: list[bool] = field(default_factory=list)  # the same ids as with all tokens
+    logprobs: list[float] = field(default_factory=list)  # of the right answers
+    score: float = 0.0  # the sum over the questions
+
+
+class EvaluationRun:
+    """Puts all questions to all methods, the first of which is full (no pruning).
+
+    A method that fails on a question is not asked again, and has no row in the result.
+    """
+
+    def __init__(
+        self, model: EvaluatedModel, question_set: QuestionSet, questions: list[Question],
+        methods: Sequence[BudgetedMethod], max_tokens: int, batch_size: int,
+    ):  # fmt: skip
+        self.model, self.question_set, self.questions = model, question_set, questions
+        self.methods, self.max_tokens, self.batch_size = methods, max_tokens, batch_size
+        self.failures: dict[int, str] = {}  # from a method's number to the reason
+        self.batches: list[AnsweredBatch] = []
+        self.answers = [MethodAnswers() for _ in methods]
+        self.advance_bar: Callable[[int], object] = lambda answers: None
+
+    @property
+    def done(self) -> int:
+        """How many questions are answered or skipped."""
+        return self.batches[-1].upto if self.batches else 0
+
+    @property
+    def answered(self) -> int:
+        """How many questions are answered."""
+        return sum(len(batch.asked) for batch in self.batches)
+
+    @property
+    def sizes(self) -> list[int]:
+        """The visual tokens of each answered question's image."""
+        return [N for batch in self.batches for N in batch.sizes]
+
+    @property
+    def working(self) -> list[int]:
+        """The numbers of the methods that have not failed, full first."""
+        return [p for p in range(len(self.methods)) if p not in self.failures]
+
+    @property
+    def working_methods(self) -> list[BudgetedMethod]:
+        return [self.methods[p] for p in self.working]
+
+    def run(self, resume_file: ResumeFile) -> None:
+        """Read the batches saved before, then answer the rest and save each batch."""
+        for batch in resume_file.read():
+            self._record(batch)
+        if self.batches:
+            print(f"going on after {self.done} of {len(self.questions)} questions", file=sys.stderr)
+        total = len(self.questions) * len(self.methods)
+        initial = self.done * len(self.methods)
+        with tqdm(total=total, initial=initial, desc="answers", file=sys.stderr) as bar:
+            self.advance_bar = bar.update
+            for prepared in self._prepared_batches(self.done):
+                batch = self._answer(prepared)
+                resume_file.append(batch)
+                self._record(batch)
+                bar.set_postfix_str(self.scores_so_far(), refresh=False)
+                bar.update(batch.upto * len(self.methods) - bar.n)
+
+    def _prepared_batches(self, start: int) -> Iterator[PreparedBatch]:
+        """The questions from number `start` on, in batches."""
+        batch, bad = PreparedBatch(), BadRecords(self.question_set.skip_bad)
+        reread = self.question_set.read(BadRecords(skip=True))  # bad records were reported before
+        for n, question in enumerate(islice(reread, start, len(self.questions)), start):
+            try:
+                batch.prepared.append(self.model.prepare(question))
+                batch.numbers.append(n)
+            except UserError as e:
+                bad.report(f"question {question.id}", str(e))
+            if len(batch.numbers) == self.batch_size:
+                batch.upto, batch.skipped = n + 1, bad.messages
+                yield batch
+                batch, bad = PreparedBatch(), BadRecords(self.question_set.skip_bad)
+        if batch.numbers or bad.messages:
+            batch.upto, batch.skipped = len(self.questions), bad.messages
+            yield batch
+
+    def _answer(self, batch: PreparedBatch) -> AnsweredBatch:
+        """The answers of all working methods to a batch."""
+        start, decode = time.perf_counter(), self.model.decode
+        answers: list[Answers] = []
+        failures: list[tuple[int, str]] = []
+        sizes: list[int] = []
+        if batch.prepared:
+            model_batch = self.model.make_batch(batch.prepared)
+            answers, failures = self._answer_by_methods(model_batch, batch.numbers)
+            sizes = model_batch.sizes
+        full = answers[0].ids if answers else []
+        return AnsweredBatch(
+            batch.upto, batch.numbers,
+            said=[[decode(ids) for ids in one.ids] for one in answers],
+            logprob=[one.logprob_B.tolist() for one in answers],
+            loyal=[[a == b for a, b in zip(one.ids, full, strict=True)] for one in answers],
+            seconds=time.perf_counter() - start, sizes=sizes, skipped=batch.skipped,
+            refused=failures,
+        )  # fmt: skip
+
+    def _answer_by_methods(
+        self, model_batch: Any, numbers: Sequence[int]
+    ) -> tuple[list[Answers], list[tuple[int, str]]]:
+        """The answers of each working method, and the methods that fail, with the reason."""
+        names = " to ".join(self.questions[n].id for n in dict.fromkeys(numbers[:1] + numbers[-1:]))
+        answers, failures = [], []
+        for p, method in enumerate(self.methods):
+            if p not in self.failures:
+                try:
+                    answers.append(
+                        self.model.answer(model_batch, method.pipeline, method.K, self.max_tokens)
+                    )
+                except UserError as e:
+                    if p == 0:
+                        raise UserError(f"question {names}, with all visual tokens: {e}") from e
+                    failures.append((p, f"question {names}: {e}" if self.answered else str(e)))
+            self.advance_bar(len(numbers))
+        return answers, failures
+
+    def _record(self, batch: AnsweredBatch) -> None:
+        """Append a batch to the answers of every method."""
+        self.batches.append(batch)
+        self.failures |= dict(batch.refused)
+        if not batch.asked:
+            return
+        questions, score = [self.questions[n] for n in batch.asked], self.question_set.format.score
+        rows = zip(self.working, batch.said, batch.loyal, batch.logprob, strict=True)
+        for p, responses, loyal, logprobs in rows:
+            answers = self.answers[p]
+            answers.responses += responses
+            answers.loyal += loyal
+            answers.logprobs += logprobs
+            answers.score += sum(
+                score(q, text) for q, text in zip(questions, responses, strict=True)
+            )
+
+    def scores_so_far(self) -> str:
+        """The mean scores of full, the best and the worst method, for the progress bar."""
+        count = self.answered
+        if not count:
+            return ""
+        ranked = sorted(self.working[1:], key=lambda p: -self.answers[p].score)
+        shown = [f"full {self.answers[0].score / count:.1%}"]
+        for name, p in zip(("best", "worst"), (ranked[:1] + ranked[-1:]), strict=False):
+            method = self.methods[p]
+            mean = self.answers[p].score / count
+            shown.append(f"{name} {method.spec}@{method.K:.4g} {mean:.1%}")
+        return ", ".join(shown)
+
+    def refusals(self) -> list[dict[str, Any]]:
+        """The methods that failed, and why."""
+        failed = [(self.methods[p], why) for p, why in self.failures.items()]
+        return [{"pruner": method.spec, "tokens": method.K, "why": why} for method, why in failed]
+
+    def collect(self) -> tuple[AnswerTable, list[str]]:
+        """The working methods' answers, and messages on what was left out.
+
+        Where a question of a group is missing, the whole group is left out.
+        """
+        numbers = [n for batch in self.batches for n in batch.asked]
+        questions = [self.questions[n] for n in numbers]
+        missing = [self.questions[n] for n in sorted(set(range(len(self.questions))) - {*numbers})]
+        incomplete = dict.fromkeys((q.kind, q.group) for q in missing if q.group)
+        usable = [i for i, q in enumerate(questions) if (q.kind, q.group) not in incomplete]
+        if not usable:
+            raise UserError(f"no question of {self.question_set.name} could be asked")
+        answers = [self.answers[p] for p in self.working]
+        table = AnswerTable(
+            [questions[i] for i in usable],
+            [[method.responses[i] for i in usable] for method in answers],
+            np.array([method.loyal for method in answers])[:, usable],
+            np.array([method.logprobs for method in answers])[:, usable],
+        )
+        skipped = [message for batch in self.batches for message in batch.skipped]
+        groups = [f"group {group}: a question of it is missing" for _, group in incomplete]
+        return table, skipped + groups

@@ -1,0 +1,64 @@
+"""A question set that can be read again and again, and its fingerprint."""
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..checkpoints.errors import UserError
+from .judge import check_kinds
+from .questions import BadRecords, Format, Question
+
+
+@dataclass(frozen=True)
+class QuestionSet:
+    """Questions of one format. `read_source` yields all of them, each time it is called."""
+
+    name: str
+    format: Format
+    read_source: Callable[[BadRecords], Iterator[Question]]
+    limit: int | None = None
+    skip_bad: bool = False
+
+    def read(self, bad: BadRecords) -> Iterator[Question]:
+        """The questions up to the limit; the group at the limit is completed."""
+        last_group = ""
+        for n, question in enumerate(self.read_source(bad)):
+            in_last_group = question.group and question.group == last_group
+            if self.limit is not None and n >= self.limit and not in_last_group:
+                return
+            last_group = question.group
+            yield question
+
+    def load(self) -> tuple[list[Question], list[str]]:
+        """All questions, and messages on those left out. Images in memory become digests."""
+        bad = BadRecords(self.skip_bad)
+        bar = tqdm(self.read(bad), desc="reading questions", file=sys.stderr, delay=2, leave=False)
+        questions = [_with_image_digest(question) for question in bar]
+        if not questions:
+            raise UserError(f"{self.name} holds no question")
+        check_kinds(question.kind for question in questions)
+        return questions, bad.messages
+
+
+def _with_image_digest(question: Question) -> Question:
+    """The question; image bytes are replaced by their SHA-256, to save memory."""
+    if isinstance(question.image, bytes):
+        return replace(question, image=hashlib.sha256(question.image).digest())
+    return question
+
+
+def fingerprint(questions: Iterable[Question]) -> str:
+    """A digest of the questions and their images: of a file its name, size and time of change."""
+    digest = hashlib.sha256()
+    for q in questions:
+        image: object = q.image if isinstance(q.image, bytes) else ""
+        if isinstance(q.image, Path) and q.image.exists():
+            stat = q.image.stat()
+            image = (q.image.name, stat.st_size, stat.st_mtime_ns)
+        fields = (q.id, q.text, q.answers, q.kind, q.group, q.scoring_data, image)
+        digest.update(repr(fields).encode())
+    return digest.hexdigest()
