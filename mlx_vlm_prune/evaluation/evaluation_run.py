@@ -157,7 +157,7 @@ class EvaluationRun:
         )  # fmt: skip
 
     def _answer_by_methods(
-        self, model_batch: Any, numbers: Sequence[int]
+        self, model_batch: Any, numbers: list[int]
     ) -> tuple[list[Answers], list[tuple[int, str]]]:
         """The answers of each working method, and the methods that fail, with the reason."""
         names = " to ".join(self.questions[n].id for n in dict.fromkeys(numbers[:1] + numbers[-1:]))
