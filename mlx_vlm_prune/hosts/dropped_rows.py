@@ -1,177 +1,200 @@
-"""Prompts of full length of which some rows are gone, and the call that leaves these out.
+"""Dropped rows: how they are marked in a prompt of full length, and left out of the model's call.
 
-mlx-vlm's tools count a prompt by its ids: they cut, pad and split by that number, and a batch puts
-prompts side by side by it. So a prompt keeps its length. The embedding of a row that is gone is
-NaN and infinities, its position is -1, and both are left out at the last moment, when the language
-model is called; whatever forgets to leave them out gives NaN, never a wrong answer, and the NaN of
-a model that is broken is no such row.
+mlx-vlm's tools cut, pad and batch a prompt by the number of its ids, so a pruned prompt keeps its
+full length. The embedding of a dropped row is NaN and infinities, and its position is -1. Dropped
+rows are left out when the language model is called. A tool that forgets to leave them out gets
+NaN, never a wrong answer. The NaN of a broken model differs: its first feature may be NaN, but the
+others are not all infinite.
 
-Shapes: B prompts, L rows with those that are gone, l rows left, n rows of a piece, D features,
-Y layers that DeepStack adds to, V visual rows left.
+Shapes: B prompts, L rows with the dropped ones, l kept rows, n rows of a piece, D features,
+Y layers that DeepStack adds to, V visual rows kept.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..models.cache import PADDING
 from ..models.decoder import PREFILL_STEP_SIZE
 
-EMBEDDINGS, DEEP = "inputs_embeds", "deepstack_visual_embeds"
-BESIDE = ("position_ids", "visual_pos_masks", DEEP)  # what has an entry for each row, too
-Stock = Callable[..., Any]
+DROPPED = -1  # the position of a dropped row
+EMBEDDINGS, POSITIONS = "inputs_embeds", "position_ids"
+IS_VISUAL, DEEPSTACK = "visual_pos_masks", "deepstack_visual_embeds"
+PER_ROW = (POSITIONS, IS_VISUAL, DEEPSTACK)  # arguments with an entry a row, beside embeddings
+Language = Callable[..., Any]  # the call of mlx-vlm's own language model
 
 
 def to_full_length(
     L: int, columns: range, kept_rows: Sequence[int], features: Any, Y: int
 ) -> dict[str, mx.array]:
-    """mlx-vlm's features of a prompt's kept rows, at full length: embeddings (L, D), and where a
-    family has them positions (3, L), visual rows (L,) and DeepStack (L, Y, D).
+    """mlx-vlm's features of a prompt's kept rows, at full length and with marked dropped rows.
 
-    The prompt fills some columns; the others are padding. The last kept row stands last: a prompt
-    that ends in an image would else end in nothing.
+    Embeddings are (L, D); where a family has them positions (3, L), visual rows (L,) and
+    DeepStack's (L, Y, D). The prompt stands in `columns`, the other columns are padding. The last
+    kept row takes the last column, so that a prompt that ends in an image still ends in a real row.
     """
     begin, end = columns.start, columns.stop
-    at_l = np.array(kept_rows, np.int32) + begin
-    at_l[-1] = end - 1
-    at, x_lD = mx.array(at_l), features.inputs_embeds[0]
+    column_l = np.array(kept_rows, np.int32) + begin
+    column_l[-1] = end - 1
+    kept_l, x_lD = mx.array(column_l), features.inputs_embeds[0]
     l, D = x_lD.shape  # noqa: E741
     x_LD = mx.zeros((L, D), x_lD.dtype)
     x_LD[begin:end] = mx.where(mx.arange(D) == 0, mx.nan, mx.inf)
-    x_LD[at] = x_lD
-    laid = {EMBEDDINGS: x_LD}
+    x_LD[kept_l] = x_lD
+    full = {EMBEDDINGS: x_LD}
     if features.position_ids is not None:
-        place_3L = mx.ones((3, L), mx.int32)
-        place_3L[:, begin:end] = PADDING
-        place_3l = mx.broadcast_to(features.position_ids.reshape(-1, l), (3, l))
-        place_3L[:, at] = place_3l.astype(mx.int32)
-        laid["position_ids"] = place_3L
+        positions_3L = mx.ones((3, L), mx.int32)
+        positions_3L[:, begin:end] = DROPPED
+        positions_3l = mx.broadcast_to(features.position_ids.reshape(-1, l), (3, l))
+        positions_3L[:, kept_l] = positions_3l.astype(mx.int32)
+        full[POSITIONS] = positions_3L
     if Y:
-        visual_L = mx.zeros(L, mx.bool_)
+        is_visual_L = mx.zeros(L, mx.bool_)
         if features.visual_pos_masks is not None:
-            visual_L[at] = features.visual_pos_masks[0]
-        laid["visual_pos_masks"] = visual_L
-        laid[DEEP] = deepstack_rows(visual_L, features.deepstack_visual_embeds, Y, x_lD)
-    return laid
+            is_visual_L[kept_l] = features.visual_pos_masks[0]
+        full[IS_VISUAL] = is_visual_L
+        full[DEEPSTACK] = deepstack_rows(is_visual_L, features.deepstack_visual_embeds, Y, x_lD)
+    return full
 
 
 def deepstack_rows(
-    visual_L: mx.array, deep: Sequence[mx.array] | None, Y: int, like: mx.array
+    is_visual_L: mx.array, deepstack: Sequence[mx.array] | None, Y: int, like: mx.array
 ) -> mx.array:
-    """What DeepStack adds, (L, Y, D): `deep` has (V, D) for each layer; zeros for words."""
-    deep_LYD = mx.zeros((len(visual_L), Y, like.shape[-1]), like.dtype)
-    rows = _indices(visual_L)
-    if rows.size and deep:
-        deep_LYD[rows] = mx.stack(list(deep), axis=1).astype(like.dtype)
+    """What DeepStack adds to every row, (L, Y, D): zeros for words.
+
+    `deepstack` has (V, D) for each of Y layers; width and dtype are those of `like`.
+    """
+    deep_LYD = mx.zeros((len(is_visual_L), Y, like.shape[-1]), like.dtype)
+    rows = _true_rows(is_visual_L)
+    if rows.size and deepstack:
+        deep_LYD[rows] = mx.stack(list(deepstack), axis=1).astype(like.dtype)
     return deep_LYD
 
 
-def call(stock: Stock, reads_whole: bool, inputs: mx.array, arguments: dict[str, Any]) -> Any:
-    """The language model on the rows that are there; while decoding all are.
+def call_on_kept_rows(
+    language: Language, is_bidirectional: bool, ids_BL: mx.array, arguments: dict[str, Any]
+) -> Any:
+    """Call the language model without the dropped rows. While decoding there are none.
 
-    `reads_whole`: is a prompt not to be cut, since its rows see those behind them?
+    A model that is bidirectional in its prompt gets a batch in one call.
+    Raises UserError for a cache or a mask that does not fit pruned prompts.
     """
-    if arguments.get(EMBEDDINGS) is None:
-        return stock(inputs, **arguments)
-    x_BnD = arguments[EMBEDDINGS]
-    gone_Bn = np.array(mx.isnan(x_BnD[..., 0]) & (x_BnD[..., 1:] == mx.inf).all(axis=-1))
-    first = arguments["cache"][0] if arguments.get("cache") else None
-    is_alone, is_batch = len(gone_Bn) == 1, hasattr(first, "left_padding")
-    if gone_Bn.any() and not is_alone and not is_batch:
-        raise UserError("several pruned prompts at once need a cache for a batch")
-    if gone_Bn.any() and isinstance(arguments.get("mask"), mx.array):
-        raise UserError("a mask of one's own does not fit a pruned prompt: leave it out")
-    if is_batch:
-        return _together(stock, reads_whole, inputs, arguments, gone_Bn)
-    if not is_alone:
-        return _read(stock, inputs, arguments)
-    return _alone(stock, inputs, arguments, gone_Bn[0])
+    x_BLD = arguments.get(EMBEDDINGS)
+    if x_BLD is None:
+        return language(ids_BL, **arguments)
+    is_dropped_BL = np.array(mx.isnan(x_BLD[..., 0]) & (x_BLD[..., 1:] == mx.inf).all(axis=-1))
+    cache = arguments.get("cache")
+    has_batch_cache = bool(cache) and hasattr(cache[0], "left_padding")
+    if is_dropped_BL.any():
+        if len(is_dropped_BL) > 1 and not has_batch_cache:
+            raise UserError("several pruned prompts at once need a cache for a batch")
+        if isinstance(arguments.get("mask"), mx.array):
+            raise UserError("a mask of one's own does not fit a pruned prompt: leave it out")
+    if has_batch_cache:
+        return _call_on_batch(language, is_bidirectional, ids_BL, arguments, is_dropped_BL)
+    if len(is_dropped_BL) > 1:
+        return _call(language, ids_BL, arguments)
+    return _call_on_prompt(language, ids_BL, arguments, is_dropped_BL[0])
 
 
-def _alone(stock: Stock, inputs: mx.array, arguments: dict[str, Any], gone_n: np.ndarray) -> Any:
-    """One prompt, or a piece of it; what goes beside its embeddings may be of the whole."""
-    if gone_n.any():
-        left = _indices(~gone_n)
-        inputs, arguments = inputs[:, left], arguments | _of_rows(arguments, [EMBEDDINGS], left)
-    place = arguments.get("position_ids")
-    if place is not None and place.ndim == 3 and place.shape[1] == 1:
-        arguments = arguments | _of_rows(arguments, BESIDE, _indices(place[0, 0] != PADDING))
+def _call_on_prompt(
+    language: Language, ids_1n: mx.array, arguments: dict[str, Any], is_dropped_n: np.ndarray
+) -> Any:
+    """A prompt, or a piece of it. Positions and DeepStack's rows may still be the whole prompt's,
+    so that they have their own mark of dropped rows."""
+    if is_dropped_n.any():
+        kept = _true_rows(~is_dropped_n)
+        ids_1n, arguments = ids_1n[:, kept], arguments | _at_rows(arguments, [EMBEDDINGS], kept)
+    positions = arguments.get(POSITIONS)
+    if positions is not None and positions.ndim == 3 and positions.shape[1] == 1:
+        kept = _true_rows(positions[0, 0] != DROPPED)
+        arguments = arguments | _at_rows(arguments, PER_ROW, kept)
     if arguments[EMBEDDINGS].shape[1]:  # ids may be fewer, where one stands for an image
-        return _read(stock, inputs, arguments)
+        return _call(language, ids_1n, arguments)
     from mlx_vlm.models.base import LanguageModelOutput
 
-    return LanguageModelOutput(logits=mx.zeros((1, 1, 1)))  # nobody reads a piece's
+    return LanguageModelOutput(logits=mx.zeros((1, 1, 1)))  # of a piece, whose logits are not read
 
 
-def _together(
-    stock: Stock, reads_whole: bool, inputs: mx.array, arguments: dict[str, Any],
-    gone_Bn: np.ndarray,
+def _call_on_batch(
+    language: Language, is_bidirectional: bool, ids_BL: mx.array, arguments: dict[str, Any],
+    is_dropped_BL: np.ndarray,
 ) -> Any:  # fmt: skip
-    """A batch from its beginning: each row without what is gone, padded on its left anew. The last
-    row is read by itself, as mlx-vlm does it: of a piece the logits are never computed."""
-    cache, columns = arguments["cache"], np.arange(gone_Bn.shape[1])
+    """Whole prompts of a batch, padded on the left anew to the most kept rows."""
+    cache = arguments["cache"]
     if cache[0].keys is not None:
         raise UserError("a batch with pruned prompts is read at once, and this one was cut")
-    ahead_B = np.array(cache[0].left_padding)
-    left = [np.flatnonzero((columns >= a) & ~g) for a, g in zip(ahead_B, gone_Bn, strict=True)]
-    l = max(map(len, left))  # noqa: E741
-    if reads_whole and min(map(len, left)) < l:
+    padding_B = np.array(cache[0].left_padding)
+    is_kept_BL = ~is_dropped_BL & (np.arange(is_dropped_BL.shape[1]) >= padding_B[:, None])
+    kept = [np.flatnonzero(is_kept_L).astype(np.int32) for is_kept_L in is_kept_BL]
+    l = max(map(len, kept))  # noqa: E741
+    if is_bidirectional and min(map(len, kept)) < l:
         raise UserError("prompts that see their own end share a batch only when equally long")
-    if gone_Bn.any():
-        moved = [l - len(rows) - int(a) for rows, a in zip(left, ahead_B, strict=True)]
-        for layer in cache:
-            layer.prepare(left_padding=moved)
-    inputs, arguments = _padded(inputs, left, l, 0), {**arguments}
-    for name in (EMBEDDINGS, *BESIDE):
+    if is_dropped_BL.any():
+        more_padding = [l - len(rows) - int(n) for rows, n in zip(kept, padding_B, strict=True)]
+        for layer_cache in cache:
+            layer_cache.prepare(left_padding=more_padding)
+    arguments = {**arguments}
+    for name in (EMBEDDINGS, *PER_ROW):
         if (x := arguments.get(name)) is not None:
-            arguments[name] = _padded(x, left, l, int(name == "position_ids" and x.ndim == 3))
-    begin, out = 0, None
-    for end in (
-        [l]
-        if reads_whole
-        else sorted({*range(PREFILL_STEP_SIZE, l - 1, PREFILL_STEP_SIZE), l - 1, l} - {0})
-    ):
+            prompt_axis = 1 if name == POSITIONS and x.ndim == 3 else 0
+            arguments[name] = _pad_left(x, kept, l, prompt_axis)
+    step = None if is_bidirectional else PREFILL_STEP_SIZE
+    return _call_in_steps(language, _pad_left(ids_BL, kept, l, 0), arguments, step)
+
+
+def _pad_left(x: mx.array, kept: Sequence[np.ndarray], l: int, prompt_axis: int) -> mx.array:  # noqa: E741
+    """The kept rows of each prompt behind zeros, l together; rows follow the axis of prompts."""
+    row_axis, padded = prompt_axis + 1, []
+    for rows, x_1L in zip(kept, mx.split(x, x.shape[prompt_axis], prompt_axis), strict=True):
+        widths = [(0, 0)] * x.ndim
+        widths[row_axis] = (l - len(rows), 0)
+        padded.append(mx.pad(mx.take(x_1L, mx.array(rows), row_axis), widths))
+    return mx.concatenate(padded, prompt_axis)
+
+
+def _call_in_steps(
+    language: Language, ids_Bl: mx.array, arguments: dict[str, Any], step: int | None
+) -> Any:
+    """Up to `step` rows a call, or all in one call without it. With steps the last row comes alone,
+    as in mlx-vlm, so that no logits of other rows are computed."""
+    l, output = ids_Bl.shape[1], None  # noqa: E741
+    ends = [l] if step is None else sorted({*range(step, l - 1, step), l - 1, l} - {0})
+    for begin, end in pairwise([0, *ends]):
         rows = slice(begin, end)
-        piece = arguments | _of_rows(arguments, (EMBEDDINGS, *BESIDE), rows)
-        out = _read(stock, inputs[:, rows], piece)
-        mx.async_eval([layer.state for layer in cache])
-        begin = end
-    return out
+        piece = arguments | _at_rows(arguments, (EMBEDDINGS, *PER_ROW), rows)
+        output = _call(language, ids_Bl[:, rows], piece)
+        mx.async_eval([layer_cache.state for layer_cache in arguments["cache"]])
+    return output
 
 
-def _padded(x: mx.array, left: Sequence[np.ndarray], l: int, axis: int) -> mx.array:  # noqa: E741
-    """The rows that are left of each prompt, zeros ahead; prompts lie along `axis`, rows next."""
-    parts = []
-    for rows, x_L in zip(left, mx.split(x, x.shape[axis], axis), strict=True):
-        x_l = mx.take(x_L, mx.array(rows.astype(np.int32)), axis + 1)
-        ahead = [(l - len(rows), 0) if i == axis + 1 else (0, 0) for i in range(x.ndim)]
-        parts.append(mx.pad(x_l, ahead))
-    return mx.concatenate(parts, axis)
+def _call(language: Language, ids_Bl: mx.array, arguments: dict[str, Any]) -> Any:
+    """The language model's own call. DeepStack's rows (B, l, Y, D) become what mlx-vlm takes: of
+    each layer the visual rows only (V, D)."""
+    deep_BlYD, is_visual_Bl = arguments.get(DEEPSTACK), arguments.get(IS_VISUAL)
+    if isinstance(deep_BlYD, mx.array) and deep_BlYD.ndim == 4 and is_visual_Bl is not None:
+        rows = _true_rows(is_visual_Bl)
+        deepstack = list(deep_BlYD.flatten(0, 1)[rows].swapaxes(0, 1)) if rows.size else None
+        is_visual_Bl = is_visual_Bl if rows.size else None
+        arguments = arguments | {DEEPSTACK: deepstack, IS_VISUAL: is_visual_Bl}
+    return language(ids_Bl, **arguments)
 
 
-def _read(stock: Stock, inputs: mx.array, arguments: dict[str, Any]) -> Any:
-    """With DeepStack's rows (B, l, Y, D) as mlx-vlm reads them: of each layer the visual ones."""
-    deep_BlYD, visual_Bl = arguments.get(DEEP), arguments.get("visual_pos_masks")
-    if isinstance(deep_BlYD, mx.array) and deep_BlYD.ndim == 4 and visual_Bl is not None:
-        rows = _indices(visual_Bl)
-        deep = list(deep_BlYD.flatten(0, 1)[rows].swapaxes(0, 1)) if rows.size else None
-        visual_Bl = visual_Bl if rows.size else None
-        arguments = {**arguments, DEEP: deep, "visual_pos_masks": visual_Bl}
-    return stock(inputs, **arguments)
-
-
-def _of_rows(
+def _at_rows(
     arguments: dict[str, Any], names: Iterable[str], rows: slice | mx.array
 ) -> dict[str, Any]:
-    """Those of the named arguments that are there, of some rows, which lie second or last."""
-    there = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    is_second = (EMBEDDINGS, DEEP)
-    return {n: x[:, rows] if n in is_second else x[..., rows] for n, x in there.items()}
+    """Those of the named arguments that are given, at some rows. Rows are the second axis of
+    embeddings and DeepStack, the last of the others."""
+    given = {name: arguments[name] for name in names if arguments.get(name) is not None}
+    return {
+        name: x[:, rows] if name in (EMBEDDINGS, DEEPSTACK) else x[..., rows]
+        for name, x in given.items()
+    }
 
 
-def _indices(is_there: Any) -> mx.array:
-    """Where an array is true, its rows one after another."""
-    return mx.array(np.flatnonzero(np.array(is_there)).astype(np.int32))
+def _true_rows(is_true: Any) -> mx.array:
+    """Indices of the true entries, of several axes as if they were one."""
+    return mx.array(np.flatnonzero(np.array(is_true)).astype(np.int32))

@@ -130,6 +130,12 @@ class Host(ABC):
         )
 
     @property
+    def is_bidirectional(self) -> bool:
+        """Do a prompt's rows attend to later ones, so that it is read in one call?"""
+        policy = getattr(self.model, "chunked_prefill_policy", None)
+        return callable(policy) and not policy()
+
+    @property
     def image_marks(self) -> list[str]:
         """What stands for an image in a prompt: our mark, and the model's own."""
         tokenizer = getattr(self.processor, "tokenizer", self.processor)

@@ -1,0 +1,135 @@
+"""What a pruned model answers to `get_input_embeddings`, which all of mlx-vlm's tools call.
+
+Shapes: B prompts, L rows of the longest, l kept rows of one, D features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.errors import UserError
+from ..machine.clock import Clock
+from ..pruners import Pipeline
+from ..pruners.contract import Policy
+from .batch import BatchPrompt, split_batch
+from .dropped_rows import PER_ROW, deepstack_rows, to_full_length
+from .host import Host
+from .prompt import PrunedPrompt, add_text, budgets_by_view, prune_prompt
+from .pruned_language import LanguageState
+from .pruning_report import PruningReport
+from .tower_cache import TowerCache
+
+OTHER_MEDIA = ("pixel_values_videos", "input_features", "audio_values")
+PRECOMPUTED = ("cached_image_features", "inputs_embeds", "position_ids")  # refused from a caller
+FEATURE_CACHES = ("vision_cache", "_image_key")  # of unpruned features; neither read nor filled
+OVERRIDES = ("position_ids", "rope_deltas", "deepstack_visual_embeds")  # not as mlx-vlm has them
+
+
+@dataclass
+class PrunedEmbeddings:
+    """Called as the model's `get_input_embeddings`; prunes each prompt of the batch."""
+
+    host: Host
+    pipeline: Pipeline
+    keep_ratio: float | None
+    keep_tokens: int | None
+    policy: Policy
+    allow_videos: bool  # videos and sound are read unpruned; without, they are refused
+    state: LanguageState
+
+    def __post_init__(self) -> None:
+        self.report = PruningReport(self.pipeline.spec, self.policy)
+        self.tower_cache = TowerCache(self.host, self.pipeline)
+
+    def __call__(
+        self, input_ids: Any = None, pixel_values: Any = None, mask: Any = None, **extra: Any
+    ) -> Any:
+        """mlx-vlm's features of B prompts, at full length.
+
+        Raises UserError for other media, and for what the caller computed: features, positions.
+        """
+        has_other_media = any(extra.get(name) is not None for name in OTHER_MEDIA)
+        if has_other_media and not self.allow_videos:
+            raise UserError("only images are pruned: videos and sound go outside the block")
+        for name in PRECOMPUTED:
+            if extra.get(name) is not None:
+                raise UserError(f"a model that prunes takes no {name}: which tokens stay is judged"
+                                " by the images, and where they stand follows")  # fmt: skip
+        extra = {name: value for name, value in extra.items() if name not in FEATURE_CACHES}
+        with self.state.giving_rope_index():
+            if pixel_values is None or has_other_media:
+                return self._unpruned(input_ids, pixel_values, mask=mask, **extra)
+            return self._pruned(input_ids, pixel_values, mask, extra)
+
+    def _stock(self, ids: Any, pixels: Any, **extra: Any) -> Any:
+        """mlx-vlm's own function, which the instance no longer has."""
+        model = self.host.model
+        return model.__class__.get_input_embeddings(model, ids, pixels, **extra)
+
+    def _unpruned(self, ids: Any, pixels: Any, **extra: Any) -> Any:
+        """Features of unpruned prompts, with DeepStack's rows (B, L, Y, D) as pruned ones have."""
+        features = self._stock(ids, pixels, **extra)
+        if not self.host.deepstack:
+            return features
+        x_BLD, is_visual_BL = features.inputs_embeds, features.visual_pos_masks
+        if is_visual_BL is None:
+            is_visual_BL = mx.zeros(x_BLD.shape[:2], mx.bool_)
+        deepstack, Y = features.deepstack_visual_embeds, len(self.host.deepstack)
+        deep_BLYD = deepstack_rows(is_visual_BL.flatten(), deepstack, Y, x_BLD)
+        deep_BLYD = deep_BLYD.reshape(*x_BLD.shape[:2], *deep_BLYD.shape[1:])
+        return replace(features, visual_pos_masks=is_visual_BL, deepstack_visual_embeds=deep_BLYD)
+
+    def _pruned(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, extra: dict[str, Any]) -> Any:
+        """Each prompt pruned, and the batch put together again."""
+        misses, prompts, features = self.tower_cache.misses, [], []
+        with Clock().running() as clock:
+            batch = split_batch(self.host, ids_BL, mask_BL, pixels, extra, self.tower_cache)
+            tower_skipped = self.tower_cache.misses == misses
+            for one in batch:
+                prompts.append(self._prune(one))
+                features.append(self._features(prompts[-1]))
+                if one.views:
+                    self.report.add(prompts[-1], clock.ms, tower_skipped)
+                    clock.ms = dict.fromkeys(clock.ms, 0.0)  # the next prompt's time starts here
+        if self.host.placeholder_unit != "token":  # ids and rows differ in mlx-vlm as well
+            return features[0]
+        kept_rows = [prompt.kept_rows for prompt in prompts]
+        return self._join(ids_BL.shape[1], batch, kept_rows, features)
+
+    def _prune(self, prompt: BatchPrompt) -> PrunedPrompt:
+        inputs, views = prompt.inputs, prompt.views
+        if self.keep_tokens is not None and not self.host.knows_images(inputs, views):
+            raise UserError(
+                f"prompts of a {self.host.kind} model do not say which crops are of"
+                " one image: give keep_ratio in place of keep_tokens"
+            )
+        views = add_text(self.host, inputs, views, self.pipeline)
+        budgets = budgets_by_view(views, self.keep_ratio, self.keep_tokens, self.pipeline)
+        return prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
+
+    def _features(self, prompt: PrunedPrompt) -> Any:
+        """mlx-vlm's features of the kept rows (1, l, D), at the positions of the whole prompt."""
+        arguments = dict(prompt.arguments)
+        overrides = {name: arguments.pop(name) for name in OVERRIDES if name in arguments}
+        ids_1l, pixels = arguments.pop("input_ids"), arguments.pop("pixel_values", None)
+        features = self._stock(ids_1l, pixels, **arguments)
+        return replace(features, **overrides, attention_mask_4d=None)  # a mask that nothing reads
+
+    def _join(
+        self, L: int, batch: Sequence[BatchPrompt], kept_rows: Sequence[Sequence[int]],
+        features: Sequence[Any],
+    ) -> Any:  # fmt: skip
+        """mlx-vlm's features of the batch at its full length L, dropped rows marked."""
+        full = [
+            to_full_length(L, prompt.columns, *pair, len(self.host.deepstack))
+            for prompt, *pair in zip(batch, kept_rows, features, strict=True)
+        ]
+        joined: dict[str, Any] = dict.fromkeys(PER_ROW)
+        for name in full[0]:
+            prompt_axis = int(name == "position_ids")
+            joined[name] = mx.stack([one[name] for one in full], axis=prompt_axis)
+        if features[0].rope_deltas is not None:
+            joined["rope_deltas"] = mx.concatenate([one.rope_deltas for one in features])
+        return replace(features[0], **joined)

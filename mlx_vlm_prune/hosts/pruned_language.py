@@ -1,0 +1,93 @@
+"""The mixin that leaves dropped rows out of a language model's call, and finds no prefix in caches.
+
+mlx-vlm finds in its caches by ids what it has read before, and a pruned prompt has fewer rows than
+ids. So while a model prunes no prefix is read from a cache, and caches that were filled then are
+unusable afterwards.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+from weakref import WeakSet
+
+from ..checkpoints.errors import UserError
+from .dropped_rows import call_on_kept_rows
+
+UNUSABLE = 1 << 30  # rows that an unusable cache claims: no prefix that mlx-vlm looks for has them
+
+
+@dataclass
+class LanguageState:
+    """What a pruned model's embeddings share with its language model."""
+
+    is_bidirectional: bool
+    gives_rope_index: bool = False  # see `PrunedLanguage.get_rope_index`
+    caches: WeakSet[Any] = field(default_factory=WeakSet)  # of each request the first layer's
+
+    @contextmanager
+    def giving_rope_index(self) -> Iterator[None]:
+        self.gives_rope_index = True
+        try:
+            yield
+        finally:
+            self.gives_rope_index = False
+
+    def invalidate_caches(self) -> None:
+        """Make the caches of single prompts unusable: mlx-vlm, which looks in them for a prefix of
+        ids, starts afresh, and whoever goes on with one gets UserError."""
+
+        def refuse(*_: Any) -> Any:
+            raise UserError(
+                "this cache was filled inside pruned() and has fewer rows than the prompt has ids:"
+                " read answers to their end inside, and start afresh"
+            )
+
+        for cache in self.caches:
+            if isinstance(cache.offset, int):
+                cache.offset, cache.is_trimmable = UNUSABLE, lambda: False
+                cache.update_and_fetch = refuse
+
+
+class PrunedLanguage:
+    """Mixin before a language model's class."""
+
+    state: LanguageState
+
+    def __call__(self, inputs: Any, *more: Any, **arguments: Any) -> Any:
+        if more:
+            raise UserError("while a model prunes, give the language model's arguments names")
+        if arguments.get("cache"):
+            self.state.caches.add(arguments["cache"][0])
+        stock: Any = super()
+        with self.state.giving_rope_index():
+            bidirectional = self.state.is_bidirectional
+            return call_on_kept_rows(stock.__call__, bidirectional, inputs, arguments)
+
+    def get_rope_index(self, *ids: Any, **arguments: Any) -> Any:
+        """Positions for calls from here. mlx-vlm calls this as well before it reads a prefix from a
+        cache, and where that raises it reads the whole prompt."""
+        stock: Any = super()
+        if self.state.gives_rope_index and hasattr(stock, "get_rope_index"):
+            return stock.get_rope_index(*ids, **arguments)
+        raise UserError("a pruned prompt has fewer rows than ids, so no prefix is read again")
+
+    def chunked_prefill_policy(self, **arguments: Any) -> bool:
+        """May mlx-vlm read the prompt in pieces? Not a batch: `call_on_kept_rows` pads it anew, and
+        reads that in pieces."""
+        cache, x = arguments.get("prompt_cache"), arguments.get("inputs_embeds")
+        is_alone = x is None or len(x) == 1
+        return is_alone and not (cache and hasattr(cache[0], "left_padding"))
+
+    def apc_key_dependencies(self) -> tuple[str]:
+        """Part of the key of a prefix in mlx-vlm's automatic cache: never the same twice."""
+        return (f"pruned, {uuid4().hex}",)
+
+
+def pruned_class(base: type, state: LanguageState) -> type:
+    """A language model's class `base` behind the mixin, by the same name."""
+    attributes: dict[str, Any] = {"state": state, "__module__": base.__module__}
+    if not hasattr(base, "get_rope_index"):  # mlx-vlm asks only models that have one of these two
+        attributes["_position_ids"] = None
+    return type(base.__name__, (PrunedLanguage, base), attributes)
