@@ -86,7 +86,7 @@ def call_on_kept_rows(
     if x_BLD is None:
         return language(ids_BL, **arguments)
     is_dropped_BL = np.array(mx.isnan(x_BLD[..., 0]) & (x_BLD[..., 1:] == mx.inf).all(axis=-1))
-    cache = arguments.get("cache")
+    cache: Any = arguments.get("cache")
     has_batch_cache = bool(cache) and hasattr(cache[0], "left_padding")
     if is_dropped_BL.any():
         if len(is_dropped_BL) > 1 and not has_batch_cache:

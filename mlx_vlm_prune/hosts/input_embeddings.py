@@ -122,9 +122,10 @@ class PrunedEmbeddings:
         features: Sequence[Any],
     ) -> Any:  # fmt: skip
         """mlx-vlm's features of the batch at its full length L, dropped rows marked."""
+        Y = len(self.host.deepstack)
         full = [
-            to_full_length(L, prompt.columns, *pair, len(self.host.deepstack))
-            for prompt, *pair in zip(batch, kept_rows, features, strict=True)
+            to_full_length(L, prompt.columns, rows, kept_features, Y)
+            for prompt, rows, kept_features in zip(batch, kept_rows, features, strict=True)
         ]
         joined: dict[str, Any] = dict.fromkeys(PER_ROW)
         for name in full[0]:
