@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         """`module` is what `python -m` takes; a subcommand has `prog` in its place."""
         if module:
             settings["prog"] = program(module)
-        super().__init__(**{"formatter_class": _HelpFormatter, "allow_abbrev": False} | settings)
+        super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **settings)
         self.add_argument("--version", action="version", version=VERSION, help="print the version")
 
     def error(self, message: str) -> NoReturn:
@@ -55,7 +55,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
-            raise argparse.ArgumentError(action, f"{value!r} is not {either(action.choices)}")
+            choices = either(action.choices)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r} (choose {choices})")
 
     @property
     def flags(self) -> dict[str, str]:
