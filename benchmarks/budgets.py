@@ -177,10 +177,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("budgets", __doc__, names_result=True)
-    p.add_argument("--shape", choices=SHAPES, default="minimind2-v-small")
-    p.add_argument("--pruner", action="append", help="repeat (default: divprune and tome)")
-    p.add_argument("--prompts", type=positive, default=20)
-    p.add_argument("--seed", type=natural, default=0)
+    p.add_argument("--shape", choices=SHAPES, default="minimind2-v-small", help="model")
+    p.add_argument("--pruner", action="append", help="a method; repeat (default: divprune, tome)")
+    p.add_argument("--prompts", type=positive, default=20, help="prompts of each pruner")
+    p.add_argument("--seed", type=natural, default=0, help="of the images and budgets")
     args = p.parse_args(argv)
     args.pruner = args.pruner or ["divprune", "tome"]
     return args

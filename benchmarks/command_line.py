@@ -21,12 +21,13 @@ def parser(name: str, about: str | None, names_result: bool = False) -> Parser:
 
     With `names_result` the option takes the name of the result, else that is the benchmark's.
     """
-    p = Parser(prog=f"python -m benchmarks.{name}", description=(about or "").split("\n\n")[0])
+    p = Parser(f"benchmarks.{name}", description=(about or "").split("\n\n")[0])
     if names_result:
-        told = "keep as benchmarks/results/NAME.json"
-        p.add_argument("--save", metavar="NAME", type=plain_name, help=told)
+        p.add_argument("--save", metavar="NAME", type=plain_name,
+                       help="keep as benchmarks/results/NAME.json (default: not kept)")  # fmt: skip
     else:
-        p.add_argument("--save", action="store_const", const=name, help=f"keep as {name}.json")
+        p.add_argument("--save", action="store_const", const=name,
+                       help=f"keep as benchmarks/results/{name}.json")  # fmt: skip
     return p
 
 

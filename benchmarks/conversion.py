@@ -133,9 +133,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("conversion", __doc__)
-    p.add_argument("--layers", type=positive, default=22, help="22 make 2 GB")
-    p.add_argument("--runs", type=positive, default=5)
-    p.add_argument("--folder", type=Path, help="on the disk to measure (default: temporary)")
+    p.add_argument("--layers", type=positive, default=22, help="layers of the model; 22 make 2 GB")
+    p.add_argument("--runs", type=positive, default=5, help="runs of each conversion")
+    p.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary one)")
     return p.parse_args(argv)
 
 

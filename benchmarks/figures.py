@@ -274,8 +274,10 @@ def draw(folder: Path = FIGURES, results: Path = RESULTS) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a UserError ends in one sentence and exit code 2."""
-    parser = Parser(prog="python -m benchmarks.figures", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER")
+    parser = Parser("benchmarks.figures", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, default=FIGURES, metavar="FOLDER", help="for the figures"
+    )
     with in_one_sentence():
         draw(parser.parse_args(argv).out)
 

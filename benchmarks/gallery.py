@@ -116,8 +116,14 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a UserError ends in one sentence and exit code 2."""
-    p = Parser(prog="python -m benchmarks.gallery", description=(__doc__ or "").split("\n")[0])
-    p.add_argument("--draw", type=Path, nargs="*", metavar="PHOTO", help="draw the pictures")
+    p = Parser("benchmarks.gallery", description=(__doc__ or "").split("\n")[0])
+    p.add_argument(
+        "--draw",
+        type=Path,
+        nargs="*",
+        metavar="PHOTO",
+        help="also draw the pictures, of these photographs too",
+    )
     with in_one_sentence():
         photographs = p.parse_args(argv).draw
         if photographs is not None:

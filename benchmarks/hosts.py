@@ -237,12 +237,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("hosts", __doc__, names_result=True)
     add = p.add_argument
-    add("--family", action="append", choices=FAMILIES, help="repeat (default: all)")
-    add("--size", action="append", choices=SIZES, help="repeat (default: all)")
-    add("--pruner", default="received_attention", help="(default: received_attention)")
-    add("--keep-ratio", type=float, default=0.25, help="(default: 0.25)")
-    add("--runs", type=positive, default=20, help="measured runs of each (default: 20)")
-    add("--warmup", type=natural, default=2, help="runs before them (default: 2)")
+    add("--family", action="append", choices=FAMILIES, help="model family; repeat (default: all)")
+    add("--size", action="append", choices=SIZES, help="model size; repeat (default: all)")
+    add("--pruner", default="received_attention", help="method of the pruned run")
+    add("--keep-ratio", type=float, default=0.25, help="share of the visual tokens to keep")
+    add("--runs", type=positive, default=20, help="measured runs of each kind")
+    add("--warmup", type=natural, default=2, help="warm-up runs of each kind")
     args = p.parse_args(argv)
     if not 0 < args.keep_ratio <= 1:
         raise UserError(f"--keep-ratio is {args.keep_ratio:g}; it must be above 0 and up to 1")

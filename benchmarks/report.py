@@ -179,7 +179,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; a UserError ends in one sentence and exit code 2."""
-    p = Parser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
+    p = Parser("benchmarks.report", description=(__doc__ or "").split("\n")[0])
     with in_one_sentence():
         p.parse_args(argv)
         readme = ROOT / "README.md"

@@ -282,10 +282,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("rivals", __doc__, names_result=True)
     add = p.add_argument
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the rival's)")
-    add("--rival", action="append", choices=RIVALS, help="repeat (default: both)")
-    add("--tokens", type=positive, default=16, help="new tokens of every answer (default: 16)")
-    add("--runs", type=positive, default=20, help="measured runs of each side (default: 20)")
-    add("--warmup", type=natural, default=2, help="runs before them (default: 2)")
+    add(
+        "--rival",
+        action="append",
+        choices=RIVALS,
+        help="library to compare with; repeat (default: both)",
+    )
+    add("--tokens", type=positive, default=16, help="new tokens of every answer")
+    add("--runs", type=positive, default=20, help="measured runs of each side")
+    add("--warmup", type=natural, default=2, help="warm-up runs of each side")
     args = p.parse_args(argv)
     args.rival = args.rival or list(RIVALS)
     for rival in args.rival:

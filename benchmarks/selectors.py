@@ -150,8 +150,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("selectors", __doc__)
-    p.add_argument("--pruner", action="append", help="repeat for several; default: all")
-    p.add_argument("--runs", type=positive, default=20)
+    p.add_argument("--pruner", action="append", help="a method; repeat (default: all)")
+    p.add_argument("--runs", type=positive, default=20, help="measured runs of each method")
     args = p.parse_args(argv)
     able = [name for name, method in METHODS.items() if method.prune and name != "none"]
     args.pruner = args.pruner or able

@@ -224,10 +224,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("speculation", __doc__)
     add = p.add_argument
     add("--shape", default="llava-8", help=f"{', '.join(SHAPES)} (default: llava-8)")
-    add("--drafts", type=positive, default=5, help="of a turn (default: the paper's 5)")
-    add("--tokens", type=positive, default=12, help="after the first (default: 12)")
-    add("--runs", type=positive, default=5, help="measured runs of each mode (default: 5)")
-    add("--per-kind", type=positive, default=12, help="scenes: questions a kind (default: 12)")
+    add("--drafts", type=positive, default=5, help="drafted tokens a turn; 5 in the paper")
+    add("--tokens", type=positive, default=12, help="new tokens after the first")
+    add("--runs", type=positive, default=5, help="measured runs of each mode")
+    add("--per-kind", type=positive, default=12, help="scenes questions of each kind")
     return p.parse_args(argv)
 
 

@@ -169,18 +169,30 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the first)")
     add("--pruner", action="append", help="NAME, NAME:option=value or a chain; repeat")
-    add("--keep-ratio", type=_ratio, action="append", help="repeat (default: 0.5, 0.25, 0.11)")
-    add("--keep-tokens", type=positive, action="append", help="instead of ratios; repeat")
+    add(
+        "--keep-ratio",
+        type=_ratio,
+        action="append",
+        help="share to keep; repeat (default: 0.5, 0.25, 0.11)",
+    )
+    add(
+        "--keep-tokens",
+        type=positive,
+        action="append",
+        help="tokens to keep, instead of ratios; repeat",
+    )
     add("--batch", type=positive, action="append", help="prompts at once; repeat (default: 1)")
     add("--text", type=positive, action="append", help="words of a prompt; repeat (default: 30)")
     add("--side", type=positive, action="append", help="pixels of a picture's side, which decide"
         " how many visual tokens there are; repeat (default: the shape's own)")  # fmt: skip
-    add("--backend", choices=("mlx", "torch"), default="mlx", help="torch: the reference")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    add("--tokens", type=positive, default=8, help="new tokens of every answer (default: 8)")
-    add("--runs", type=positive, default=20, help="measured runs of each case (default: 20)")
-    add("--warmup", type=natural, default=1, help="runs before them (default: 1)")
-    add("--share", type=positive, default=4, help="pruned runs after each full one (default: 4)")
+    add(
+        "--backend", choices=("mlx", "torch"), default="mlx", help="library; torch is the reference"
+    )
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of weights")
+    add("--tokens", type=positive, default=8, help="new tokens of every answer")
+    add("--runs", type=positive, default=20, help="measured runs of each case")
+    add("--warmup", type=natural, default=1, help="warm-up runs of each case")
+    add("--share", type=positive, default=4, help="pruned runs after each full one")
     args = p.parse_args(argv)
     if args.keep_ratio and args.keep_tokens:
         raise UserError("give --keep-ratio or --keep-tokens, not both")

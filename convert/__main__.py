@@ -39,7 +39,7 @@ def build_parser() -> Parser:
     inspect.add_argument("source", metavar="SRC", help=SOURCE)
     inspect.add_argument("--vision", metavar="FOLDER", help=VISION)
     inspect.add_argument("--revision", help=REVISION)
-    _add_to_mlx(add_way("to-mlx", "from MiniMind-V or LLaVA as published to a folder for MLX"))
+    _add_to_mlx(add_way("to-mlx", "from MiniMind-V or LLaVA as published to MLX"))
     to_torch = add_way("to-torch", "from a folder for MLX back to what was published")
     to_torch.add_argument("source", metavar="SRC", type=Path, help=OURS)
     to_torch.add_argument(
@@ -49,7 +49,7 @@ def build_parser() -> Parser:
         "--vision", type=Path, metavar="FOLDER",
         help="also write the vision tower, to this folder (default: not written)",
     )
-    to_hf = add_way("to-hf", "for transformers: MiniMind-V's language model, or a whole LLaVA")
+    to_hf = add_way("to-hf", "the language model, or a whole LLaVA, for transformers")
     to_hf.add_argument("source", metavar="SRC", type=Path, help=OURS)
     to_hf.add_argument("target", metavar="DST", type=Path, help=TARGET)
     _add_prune_into(add_way("prune-into", "a folder for mlx-vlm in which mlx-vlm itself prunes"))

@@ -229,7 +229,8 @@ def test_learned_pools_and_budgets_of_each_image_are_refused():
 
 
 class Pool:
-    name, trained_tokens, steps = "attention_pool", 5, ()
+    name = spec = "attention_pool"
+    trained_tokens, steps = 5, ()
 
 
 class Dynamic:
