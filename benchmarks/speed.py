@@ -169,25 +169,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the first)")
     add("--pruner", action="append", help="NAME, NAME:option=value or a chain; repeat")
-    add(
-        "--keep-ratio",
-        type=_ratio,
-        action="append",
-        help="share to keep; repeat (default: 0.5, 0.25, 0.11)",
-    )
-    add(
-        "--keep-tokens",
-        type=positive,
-        action="append",
-        help="tokens to keep, instead of ratios; repeat",
-    )
+    add("--keep-ratio", type=_ratio, action="append", help="repeat (default: 0.5, 0.25, 0.11)")
+    add("--keep-tokens", type=positive, action="append", help="instead of ratios; repeat")
     add("--batch", type=positive, action="append", help="prompts at once; repeat (default: 1)")
     add("--text", type=positive, action="append", help="words of a prompt; repeat (default: 30)")
     add("--side", type=positive, action="append", help="pixels of a picture's side, which decide"
         " how many visual tokens there are; repeat (default: the shape's own)")  # fmt: skip
-    add(
-        "--backend", choices=("mlx", "torch"), default="mlx", help="library; torch is the reference"
-    )
+    add("--backend", choices=("mlx", "torch"), default="mlx", help="torch is the reference")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of weights")
     add("--tokens", type=positive, default=8, help="new tokens of every answer")
     add("--runs", type=positive, default=20, help="measured runs of each case")

@@ -113,7 +113,7 @@ WRITERS = {
     "a benchmark's result": (
         "import argparse; from benchmarks import command_line as c; c.RESULTS = file.parent; "
         "save = argparse.Namespace(save=file.stem); "
-        "c.finish(lambda _: save, lambda _: {'x': 'x' * 99_000})"
+        "c.run_command(lambda _: save, lambda _: {'x': 'x' * 99_000})"
     ),
     "a checkpoint of the trainer's": (
         "import torch; from torch_ref.training.scenes import save; "
@@ -172,7 +172,7 @@ def test_a_benchmark_that_cannot_keep_its_result_says_so(file, capsys, monkeypat
     monkeypatch.setattr(Path, "write_text", full)
     monkeypatch.setattr(command_line, "RESULTS", file.parent)
     with pytest.raises(SystemExit) as stop:
-        command_line.finish(lambda _: argparse.Namespace(save=file.stem), lambda _: {})
+        command_line.run_command(lambda _: argparse.Namespace(save=file.stem), lambda _: {})
     assert stop.value.code == 2 and "No space left on device" in capsys.readouterr().err
     assert is_as_before(file)
 
