@@ -47,9 +47,9 @@ class Stack:
         mx.reset_peak_memory()
         with Clock(PARTS).running() as clock:
             pixels = mx.array(request.pixels_IHW3()).astype(self.model.dtype)
-            clock.lap("image", pixels)
+            clock.end_part("image", pixels)
             prefill = self.model(request.rows, pixels, pipeline, K)
-            first_B1 = clock.lap("prefill", greedy(prefill.logits_BV))
+            first_B1 = clock.end_part("prefill", greedy(prefill.logits_BV))
         cache_bytes = prefill.cache_bytes
         answer, token_ms = self.decode(prefill, first_B1, tokens)
         return Run(clock.ms, token_ms, cache_bytes, mx.get_peak_memory(), answer)

@@ -26,7 +26,7 @@ from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.stream import prepare, resolve
-from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.models.loading import Processor
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.planning.budgets import BudgetChoice, forecast, keep_within
@@ -171,7 +171,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         bar = tqdm(range(args.prompts), desc=f"{spec}, asking", leave=False, file=sys.stderr)
         trials = [run_trial(model, processor, calibration, rng, spec) for _ in bar]
         rows.append(print_trials(spec, calibration, seconds, trials))
-    header = {"shape": args.shape, "N": model.N, "machine": machine(), "versions": versions()}
+    header = {
+        "shape": args.shape,
+        "N": model.N,
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
     return {**header, "rows": rows}
 
 

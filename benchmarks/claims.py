@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.machine.hardware import describe_machine, versions
 
 from . import backend_mlx
 from .command_line import parser, positive, run_command
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         "benchmark": "claims", "device": backend_mlx.device(), "runs": runs,
-        "machine": machine(), "versions": versions(), "rows": rows,
+        "machine": describe_machine(), "versions": versions(), "rows": rows,
     }  # fmt: skip
 
 

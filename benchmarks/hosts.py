@@ -29,7 +29,7 @@ from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt
 from mlx_vlm_prune.machine.clock import Clock
-from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
@@ -150,7 +150,7 @@ def run_ours(
             K = [tokens_for(view.signals.x_BND.shape[1], share) for view in views]
             prompt = prune_prompt(host, inputs, views, pipeline, K, policy)
         token = first_token(model, prompt.arguments)
-    clock.lap("prefill")
+    clock.end_part("prefill")
     total = 1000 * (time.perf_counter() - began)
     return {**(clock.ms if in_parts else {}), "total": total}, token
 
@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"Medians of {args.runs} runs, of toys ten times as many.")
     print(f"{NOT_REPORTED[0].upper()}{NOT_REPORTED[1:]}.")
     return {
-        "benchmark": "hosts", "device": device(), "runs": args.runs, "machine": machine(),
+        "benchmark": "hosts", "device": device(), "runs": args.runs, "machine": describe_machine(),
         "versions": {**versions(), "mlx-vlm": metadata.version("mlx-vlm")}, "rows": rows,
     }  # fmt: skip
 

@@ -33,7 +33,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.models.cache import LayerCache
 from mlx_vlm_prune.models.language.minimind import MiniMind
 
@@ -314,7 +314,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rival_versions = {name: metadata.version(name) for name in packages}
     return {
         "benchmark": "rivals", "dtype": "float32", "runs": args.runs, "warmup": args.warmup,
-        "new_tokens": args.tokens, "machine": machine(),
+        "new_tokens": args.tokens, "machine": describe_machine(),
         "versions": {**versions(), **rival_versions}, "rows": rows,
     }  # fmt: skip
 

@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.machine.hardware import versions
 from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput, TwigReader, run_layers
 from mlx_vlm_prune.models.language.twig import Twig
-from mlx_vlm_prune.models.splice import ImageSlots, Prompt, splice
-from mlx_vlm_prune.models.towers.between import received
+from mlx_vlm_prune.models.splice import ImageSlots, splice
+from mlx_vlm_prune.models.towers.signals import received_attention
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
 from mlx_vlm_prune.pruners.spec import suggestion
@@ -78,7 +79,7 @@ def before_decoder_call(pruner: Pruner, layers: int, signals: Signals) -> Callab
     q_BHSd = signals.queries_BNHd.swapaxes(1, 2)
 
     def call() -> list[mx.array]:
-        outputs = [received(q_BHSd, q_BHSd, None) for _ in columns]
+        outputs = [received_attention(q_BHSd, q_BHSd, None) for _ in columns]
         remaining = signals
         for _, _, count in steps:
             reduction = pruner(remaining, count)

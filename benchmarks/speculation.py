@@ -28,7 +28,7 @@ from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.speculation import Speculation
 from mlx_vlm_prune.generation.steps import greedy
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.models.decoder import TwigReader
 from mlx_vlm_prune.models.language.mlx_lm import MlxLm
 from mlx_vlm_prune.models.language.twig import Twig
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     print(f"beside the model with all visual tokens: {summary(result)}")
     return {
         "benchmark": "speculation", "device": backend_mlx.device(), "runs": args.runs, **result,
-        "machine": machine(), "versions": versions(),
+        "machine": describe_machine(), "versions": versions(),
     }  # fmt: skip
 
 

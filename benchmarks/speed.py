@@ -23,7 +23,7 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.machine.hardware import machine, versions
+from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.planning.operations import Operations, count
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
 from mlx_vlm_prune.pruners.budget import tokens_for
@@ -233,7 +233,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "benchmark": "speed", "backend": args.backend, "device": module.device(),
         "dtype": args.dtype, "runs": args.runs, "warmup": args.warmup, "share": args.share,
-        "new_tokens": args.tokens, "machine": machine(), "versions": _versions(args.backend),
+        "new_tokens": args.tokens, "machine": describe_machine(),
+        "versions": _versions(args.backend),
         "rows": rows, "refused": refused,
     }  # fmt: skip
 

@@ -23,7 +23,7 @@ from .evaluation.bootstrap import FEWEST
 from .generation.steps import generate_step, greedy
 from .generation.stream import PreparedPrompt, prepare
 from .hosts.loading import load
-from .machine.hardware import machine, versions
+from .machine.hardware import describe_machine, versions
 from .machine.user_cache import cache_folder, model_key
 from .models.loading import DTYPES, Processor
 from .models.vlm import VLM
@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
     advice = advise(model, processor, args.image or compose(SAMPLE_SEED).image(), told)
     print("\n".join(advice.lines))
     if args.json:
-        figures = {**asdict(advice), "machine": machine(), "versions": versions()}
+        figures = {**asdict(advice), "machine": describe_machine(), "versions": versions()}
         write_atomically(args.json, json.dumps(figures, indent=4, ensure_ascii=False) + "\n")
 
 

@@ -39,8 +39,8 @@ from .evaluation.questions import FORMATS, Question, Source, format_of
 from .evaluation.resume import ResumeFile
 from .evaluation.table import table
 from .hosts.loading import load
-from .machine.hardware import machine, versions
-from .machine.user_cache import cache_folder, keep, model_key
+from .machine.hardware import describe_machine, versions
+from .machine.user_cache import cache_folder, model_key, write_cached
 from .models.loading import DTYPES
 from .models.vlm import VLM
 from .pruners.budget import check_budget, tokens_for
@@ -204,7 +204,7 @@ def result_of(
         "seed": args.seed,
         "max_tokens": args.max_tokens,
         "majority": judge.majority(),
-        "machine": machine(),
+        "machine": describe_machine(),
         "versions": versions(),
         "seconds": round(sum(batch.seconds for batch in evaluation.batches), 1),
         "megabytes": weights_megabytes(folder),
@@ -282,7 +282,7 @@ def weights_megabytes(folder: Path) -> float:
 def remember_for_advice(folder: Path, text: str) -> None:
     """Keep a copy of the result in the user's cache, as this model's last evaluation."""
     with suppress(UserError):  # the result itself is written
-        keep(cache_folder() / "evaluations" / f"{model_key(folder)}.json", text)
+        write_cached(cache_folder() / "evaluations" / f"{model_key(folder)}.json", text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.llava.composed import is_for_us
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.inputs.image import Preprocessor
-from mlx_vlm_prune.inputs.prompt import Tokenizer, build
+from mlx_vlm_prune.inputs.prompt import Tokenizer, tokenize_prompt
 from mlx_vlm_prune.models import memory
 
 from . import llava
@@ -97,7 +97,7 @@ def test_a_seven_billion_model_is_inspected_and_refused_where_memory_does_not_su
     assert "32 layers of 4096, Llama-like" in told
     assert "CLIP, 24 layers of 1024, 24 x 24 patches of 14 pixels, features of layer 23" in told
     assert "two layers, 1024 to 4096" in told and "14126.9 MB, F16" in told  # 7,063,427,072 weights
-    monkeypatch.setattr(memory, "available", lambda: 16 * 10**9)
+    monkeypatch.setattr(memory, "available_bytes", lambda: 16 * 10**9)
     with pytest.raises(UserError, match=r"needs 28.3 GB for its weights, and 16.0 GB are avail"):
         load(tmp_path, dtype="float32")
 
@@ -276,9 +276,9 @@ def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_read(
     main(["to-mlx", str(published.folder), str(tmp_path / "mlx")])
     size = sum(p.numel() for p in published.theirs.parameters()) * 4
     for place in (published.folder, tmp_path / "mlx"):
-        monkeypatch.setattr(memory, "available", lambda: size)
+        monkeypatch.setattr(memory, "available_bytes", lambda: size)
         load(place)
-        monkeypatch.setattr(memory, "available", lambda: size - 1)
+        monkeypatch.setattr(memory, "available_bytes", lambda: size - 1)
         with pytest.raises(UserError, match=r"needs 0.0 GB for its weights, and 0.0 GB are avail"):
             load(place, dtype="float32")
         load(place, dtype="float16")
@@ -288,7 +288,7 @@ def test_ids_of_a_question_equal_those_of_transformers_tokenizer_and_template(tm
     from transformers import AutoTokenizer
 
     folder = llava.llama_words(tmp_path / "words", llava.LLAVA_1_5)
-    asked = build(Tokenizer.from_folder(folder), "What is this?", [3], "<image>")
+    asked = tokenize_prompt(Tokenizer.from_folder(folder), "What is this?", [3], "<image>")
     other = AutoTokenizer.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     text = other.apply_chat_template(
@@ -321,12 +321,12 @@ def test_memory_is_what_linux_says_is_free_but_no_more_than_a_container_leaves(
     (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
     monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    assert memory.available() == 5000 * 1024
+    assert memory.available_bytes() == 5000 * 1024
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
-    assert memory.available() == 2_000_000
+    assert memory.available_bytes() == 2_000_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.available() == 5000 * 1024
+    assert memory.available_bytes() == 5000 * 1024
 
 
 def test_a_picture_is_made_square_before_it_is_cropped():

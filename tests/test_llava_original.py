@@ -17,7 +17,7 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import kind_of
-from mlx_vlm_prune.inputs.prompt import build
+from mlx_vlm_prune.inputs.prompt import tokenize_prompt
 from torch_ref.models.llava import read
 
 from . import llava
@@ -136,7 +136,7 @@ def test_ids_of_a_question_equal_those_of_the_authors(tmp_path):
 
     folder = llava.write_original(llava.made(), tmp_path / "llava", inside=True)
     _, processor = load(folder)
-    asked = build(processor.tokenizer, "What is this?", [3], processor.image_token)
+    asked = tokenize_prompt(processor.tokenizer, "What is this?", [3], processor.image_token)
     text = (
         "A chat between a curious user and an artificial intelligence assistant. The assistant"
         " gives helpful, detailed, and polite answers to the user's questions."
@@ -204,7 +204,7 @@ def test_for_transformers_it_becomes_a_llava_of_theirs(tmp_path, capsys):
     main(["to-hf", str(tmp_path / "mlx"), str(tmp_path / "hf")])
     assert "the whole model, for transformers' LlavaForCond" in capsys.readouterr().out
     there = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    asked = build(processor.tokenizer, "What is this?", [N], processor.image_token)
+    asked = tokenize_prompt(processor.tokenizer, "What is this?", [N], processor.image_token)
     assert there.config.image_token_id == asked.ids[asked.runs[0][0]] != IMAGE
     expected = theirs(there, asked, pixels())
     close(ours(model, asked, pixels()), expected)

@@ -15,7 +15,7 @@ import torch
 
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.models.language.minimind import attend
-from mlx_vlm_prune.models.towers.between import Between, Cut
+from mlx_vlm_prune.models.towers.signals import Cut, TowerPass
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, plan, resolve
 from torch_ref.models.decoder import attention
 from torch_ref.pruners import Step
@@ -322,7 +322,7 @@ def test_without_cls_the_mean_patch_stands_in_for_it():
     rng = np.random.default_rng(4)
     q, k = (mx.array(rng.normal(size=(2, 3, 12, 4)).astype(np.float32)) for _ in range(2))
     want = {"cls_attention": 0, "cls_query": 0, "received_attention": 0}
-    run = Between(Signals(mx.zeros((2, 12, 5)), (3, 4)), want, 1, (), has_cls=False)
+    run = TowerPass(Signals(mx.zeros((2, 12, 5)), (3, 4)), want, 1, (), has_cls=False)
     run.read(0, q, k)
     logits = np.array(q) @ np.array(k).swapaxes(2, 3) / 2
     share = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

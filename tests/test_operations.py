@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torch_ref.models.decoder
-import torch_ref.models.towers.between
+import torch_ref.models.towers.signals
 import torch_ref.models.vlm
 from mlx_vlm_prune.checkpoints.config import (
     CLIPConfig,
@@ -31,7 +31,8 @@ from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.models import decoder
 from mlx_vlm_prune.models import vlm as vlm_module
 from mlx_vlm_prune.models.language.twig import Twig
-from mlx_vlm_prune.models.towers import between, vit
+from mlx_vlm_prune.models.towers import signals as tower_signals
+from mlx_vlm_prune.models.towers import vit
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.planning import operations
 from mlx_vlm_prune.planning.operations import count
@@ -82,7 +83,7 @@ class Watch(Clock):
         else:
             self.since += math.prod(sizes)
 
-    def lap(self, name: str, value: object = None) -> object:
+    def end_part(self, name: str, value: object = None) -> object:
         self.parts[name] += self.since
         self.since = 0
         return value
@@ -141,13 +142,13 @@ def watch(monkeypatch) -> Watch:
     monkeypatch.setattr(mx, "conv2d", conv2d)
     monkeypatch.setattr(mx, "gather_mm", gather_mm)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
-    watched.set_apart(monkeypatch, Pruner, "__call__", "ask")
+    watched.set_apart(monkeypatch, Pruner, "__call__", "call")
     watched.set_apart(monkeypatch, Reduction, "apply", "after", "mixture")
-    watched.set_apart(monkeypatch, between.Between, "read")
-    watched.set_apart(monkeypatch, between, "_grown")
+    watched.set_apart(monkeypatch, tower_signals.TowerPass, "read")
+    watched.set_apart(monkeypatch, tower_signals, "_sum_sizes")
     watched.set_apart(monkeypatch, decoder.LayerInput, "signals", "bias_of")
     for module in (vlm_module, vit):
-        watched.set_apart(monkeypatch, module, "shrunk")
+        watched.set_apart(monkeypatch, module, "shrink")
     return watched
 
 
@@ -304,7 +305,7 @@ def test_the_reference_takes_the_counted_work_too(spec, monkeypatch):
     text = MiniMindConfig(48, 64, 3, 4, 2, tiny.TEXT.vocab_size)
     told = count(VLMConfig(CLIPConfig(**same), text), WORDS, plan(spec), K)
     watch.set_apart(monkeypatch, torch_ref.models.vlm, "reduce")
-    watch.set_apart(monkeypatch, torch_ref.models.towers.between.Encoded, "read", "cut")
+    watch.set_apart(monkeypatch, torch_ref.models.towers.signals.Encoded, "read", "cut")
     watch.set_apart(monkeypatch, torch_ref.models.decoder, "reduce", "signals")
     watch.set_apart(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
     with torch.no_grad(), Operators(watch):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.inputs.prompt import INCOMPLETE, Detokenizer, Prompt, Tokenizer, build
+from mlx_vlm_prune.inputs.prompt import INCOMPLETE, Detokenizer, Prompt, Tokenizer, tokenize_prompt
 from mlx_vlm_prune.scenes.vocabulary import write
 
 N = 7
@@ -79,7 +79,7 @@ def test_thinking_is_asked_for_and_written_as_transformers_does(folder, options)
                 turns, tokenize=False, add_generation_prompt=asks, **options
             )
             assert ours.render(turns, add_generation_prompt=asks, **options) == expected
-    prompt = build(ours, "Three?", [], "@", options=options)
+    prompt = tokenize_prompt(ours, "Three?", [], "@", options=options)
     expected = reference.apply_chat_template(
         said[-1:], tokenize=False, add_generation_prompt=True, **options
     )
@@ -96,7 +96,7 @@ def test_minimind3_thinks_only_when_it_is_asked_to(shared_data):
 @pytest.mark.parametrize("K", [1, 16, 64])
 def test_an_image_of_minimind3_is_k_pads(shared_data, K):
     tokenizer = Tokenizer.from_folder(shared_data / "minimind3")
-    prompt = build(tokenizer, "What?", [K], "<|image_pad|>")
+    prompt = tokenize_prompt(tokenizer, "What?", [K], "<|image_pad|>")
     [(start, length)] = prompt.runs
     assert length == K and prompt.ids[start : start + K] == [12] * K
     assert prompt.ids.count(12) == K
@@ -110,12 +110,12 @@ def test_a_prompt_with_an_image_is_the_whole_text_encoded_at_once(folder, text, 
     marked = text if "<image>" in text else "<image>\n" + text
     asked = [{"role": "user", "content": marked.replace("<image>", "@" * N)}]
     whole = reference.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    prompt = build(Tokenizer.from_folder(folder), text, [N], "@")
+    prompt = tokenize_prompt(Tokenizer.from_folder(folder), text, [N], "@")
     assert prompt.ids == reference.encode(whole, add_special_tokens=False)
 
 
 def test_the_users_own_at_signs_beside_an_image_are_not_the_image(minimind):
-    prompt = build(minimind, "@@<image>@ and @", [N], "@")
+    prompt = tokenize_prompt(minimind, "@@<image>@ and @", [N], "@")
     [(start, length)] = prompt.runs
     at = minimind.token_id("@")
     assert length == N
@@ -124,7 +124,7 @@ def test_the_users_own_at_signs_beside_an_image_are_not_the_image(minimind):
 
 
 def test_several_images_stand_where_their_marks_are_each_with_its_own_size(minimind):
-    prompt = build(minimind, "first <image> then <image>, or <image>?", [3, 5, 2], "@")
+    prompt = tokenize_prompt(minimind, "first <image> then <image>, or <image>?", [3, 5, 2], "@")
     at = minimind.token_id("@")
     assert [length for _, length in prompt.runs] == [3, 5, 2]
     for start, length in prompt.runs:
@@ -134,18 +134,18 @@ def test_several_images_stand_where_their_marks_are_each_with_its_own_size(minim
 
 
 def test_images_come_first_each_with_a_newline_where_no_mark_is(minimind):
-    unmarked = build(minimind, "What?", [N, N], "@")
-    assert unmarked == build(minimind, "<image>\n<image>\nWhat?", [N, N], "@")
+    unmarked = tokenize_prompt(minimind, "What?", [N, N], "@")
+    assert unmarked == tokenize_prompt(minimind, "<image>\n<image>\nWhat?", [N, N], "@")
 
 
 def test_text_alone_has_no_runs(minimind):
-    prompt = build(minimind, "What is this?", [], "@")
+    prompt = tokenize_prompt(minimind, "What is this?", [], "@")
     asked = [{"role": "user", "content": "What is this?"}]
     assert prompt.runs == [] and prompt.ids == minimind.encode(minimind.render(asked))
 
 
 def test_without_the_chat_template_the_text_stands_alone(minimind):
-    prompt = build(minimind, "<image>\nWhat?", [N], "@", chat=False)
+    prompt = tokenize_prompt(minimind, "<image>\nWhat?", [N], "@", chat=False)
     assert prompt.ids == minimind.encode("@" * N + "\nWhat?")
     assert prompt.runs == [(0, N)]
 
@@ -160,7 +160,7 @@ def test_without_the_chat_template_the_text_stands_alone(minimind):
 )
 def test_marks_and_images_must_be_as_many(words, text, images, part):
     with pytest.raises(UserError, match=part):
-        build(Tokenizer.from_folder(words), text, [N] * images, "@")
+        tokenize_prompt(Tokenizer.from_folder(words), text, [N] * images, "@")
 
 
 def with_template(words, tmp_path, template: str) -> Tokenizer:
@@ -186,7 +186,7 @@ def test_a_hostile_or_broken_template_ends_in_one_sentence(words, tmp_path, temp
 
 def test_a_template_that_drops_the_text_is_refused(words, tmp_path):
     with pytest.raises(UserError, match="does not keep the user's text"):
-        build(with_template(words, tmp_path, "hello"), "<image>", [N], "@")
+        tokenize_prompt(with_template(words, tmp_path, "hello"), "<image>", [N], "@")
 
 
 @pytest.mark.parametrize(
@@ -238,6 +238,6 @@ def test_the_end_of_an_answer_is_what_the_config_names(minimind, words):
 def test_a_prompt_knows_what_a_model_cannot_read_of_it():
     """MLX would read behind the table of embeddings, for a number or a crash."""
     asked = Prompt([1, 7], [])
-    assert asked.too_much(2, 8) is None
-    assert asked.too_much(1, 8) == "has 2 tokens; the model reads up to 1"
-    assert asked.too_much(2, 7) == "has token 7; the model's vocabulary has 7"
+    assert asked.limit_error(2, 8) is None
+    assert asked.limit_error(1, 8) == "has 2 tokens; the model reads up to 1"
+    assert asked.limit_error(2, 7) == "has token 7; the model's vocabulary has 7"

@@ -19,7 +19,7 @@ from mlx_vlm_prune.models import decoder
 from mlx_vlm_prune.models.language.minimind import MiniMind, MiniMindConfig
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.models.splice import ImageSlots, splice
-from mlx_vlm_prune.models.towers import between
+from mlx_vlm_prune.models.towers import signals as tower_signals
 from mlx_vlm_prune.pruners import METHODS, Pruner, Reduction, Signals, Stage
 from mlx_vlm_prune.pruners.contract import identity
 
@@ -56,7 +56,7 @@ def tower(name: str, has_cls: bool, windows: int = 1) -> int:
     x_1ND = mx.zeros((1, N, 1))
     within = None if windows == 1 else mx.split(mx.arange(N), windows)
     mx.eval(q_1HSd, k_1HSd, x_1ND)
-    layer = between.Between(Signals(x_1ND, GRID), {name: 0}, 1, (), has_cls)
+    layer = tower_signals.TowerPass(Signals(x_1ND, GRID), {name: 0}, 1, (), has_cls)
 
     def read() -> None:
         layer.read(0, q_1HSd, k_1HSd, within)
@@ -77,7 +77,7 @@ def test_nor_does_one_of_a_layer_with_windows():
 
 
 def test_all_queries_at_once_would_be_seen_in_a_tower(monkeypatch):
-    monkeypatch.setattr(between, "ROWS", N + 1)
+    monkeypatch.setattr(tower_signals, "QUERY_CHUNK", N + 1)
     assert tower("received_attention", has_cls=True) > H * SQUARE
 
 

@@ -20,9 +20,9 @@ from ..checkpoints.errors import UserError
 from ..generation.prefill import Prefill
 from ..generation.steps import PADDING, greedy_answers, likelihood
 from ..inputs.image import open_image
-from ..inputs.prompt import Prompt, build
+from ..inputs.prompt import Prompt, tokenize_prompt
 from ..models.loading import Processor
-from ..models.towers.between import Encoded
+from ..models.towers.signals import Encoded
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Reduction
 from .questions import Question
@@ -48,9 +48,9 @@ def prepare_question(model: VLM, processor: Processor, question: Question) -> Pr
     """Open the image and build the prompt. Raises UserError where the question cannot be asked."""
     image = open_question_image(question)
     tokenizer = processor.tokenizer
-    prompt = build(tokenizer, question.text, [model.N], processor.image_token)
+    prompt = tokenize_prompt(tokenizer, question.text, [model.N], processor.image_token)
     text = model.config.text
-    if fault := prompt.too_much(text.max_position_embeddings, text.vocab_size):
+    if fault := prompt.limit_error(text.max_position_embeddings, text.vocab_size):
         raise UserError(f"it {fault}")
     right_ids = [*tokenizer.encode(question.answers[0]), *sorted(tokenizer.eos_token_ids)[:1]]
     return PreparedQuestion(prompt, processor.image(image), right_ids)

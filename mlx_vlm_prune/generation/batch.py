@@ -70,13 +70,13 @@ def batch_generate(
         with naming_prompt(number, len(requests)):
             prompts.append(prepare(model, processor, own.prompt, own.images, own.template))
     pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
-    pixels_IHW3 = clock.lap("image", mx.concatenate(pixels)) if pixels else None
+    pixels_IHW3 = clock.end_part("image", mx.concatenate(pixels)) if pixels else None
     mx.reset_peak_memory()
     rows = [prompt.prompt for prompt in prompts]
     with clock.running():
         prefill = model(rows, pixels_IHW3, pipeline, K, request.positions)
     choose_token = make_chooser(request, [row.ids for row in rows])
-    first_B1 = clock.lap("prefill", choose_token(prefill.logits_BV))
+    first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
     policy, depth = request.positions or pipeline.positions, model.config.text.num_hidden_layers
     results, first = [], 0
     for prompt, length in zip(prompts, prefill.rows, strict=True):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.image import open_image
-from ..inputs.prompt import Detokenizer, Prompt, build
+from ..inputs.prompt import Detokenizer, Prompt, tokenize_prompt
 from ..machine.clock import Clock
 from ..models.loading import Processor
 from ..models.vlm import VLM
@@ -37,12 +37,12 @@ def stream_generate(
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     twig = twig_of(model, processor.name) if request.num_draft_tokens else None
     prompt = prepare(model, processor, request.prompt, request.images, request.template)
-    clock.lap("image", prompt.pixels)
+    clock.end_part("image", prompt.pixels)
     mx.reset_peak_memory()
     with clock.running():
         prefill = model([prompt.prompt], prompt.pixels, pipeline, K, request.positions, twig=twig)
     choose_token = make_chooser(request, [prompt.prompt.ids])
-    first_B1 = clock.lap("prefill", choose_token(prefill.logits_BV))
+    first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
     cache_bytes = prefill.cache_bytes
     if twig and request.num_draft_tokens:
         cache_bytes += sum(layer.nbytes for layer in twig.cache)
@@ -92,9 +92,11 @@ def prepare(
     """Open the images and turn all into ids and pixels. Raises UserError."""
     visible = [processor.image.visible(open_image(source)) for source in listed_images(image)]
     counts = [model.N] * len(visible)
-    built = build(processor.tokenizer, prompt, counts, processor.image_token, options=template)
+    built = tokenize_prompt(
+        processor.tokenizer, prompt, counts, processor.image_token, options=template
+    )
     text = model.config.text
-    if fault := built.too_much(text.max_position_embeddings, text.vocab_size):
+    if fault := built.limit_error(text.max_position_embeddings, text.vocab_size):
         raise UserError(f"the prompt {fault}")
     pixels = None
     if visible:

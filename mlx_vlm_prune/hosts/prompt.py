@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..machine.clock import lap
+from ..machine.clock import end_part
 from ..models.pruning import ImageBatch, prune
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.budget import budget
@@ -94,7 +94,7 @@ def encode_images(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> lis
         raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
     layers = host.depth
     views = host.encode_images(inputs, pipeline.signal_layers(layers) if layers else {})
-    lap("vision", [a for view in views for a in (view.signals.x_BND, *view.deepstack)])
+    end_part("vision", [a for view in views for a in (view.signals.x_BND, *view.deepstack)])
     return views
 
 

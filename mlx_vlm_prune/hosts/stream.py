@@ -77,7 +77,7 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
     images = [open_image(source) for source in request.images]
     size = resize_option(options.get("resize_shape"))
     inputs = prepare_prompt(host, request.prompt, images, request.template, size)
-    clock.lap("image", inputs.pixels)
+    clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
     with host.preserve_state():
         with generation_stream(), nullcontext() if in_one_go else clock.running():
@@ -136,7 +136,7 @@ def _decode(
     held = ""
     for piece in decode(host.model, host.processor, "", **arguments):
         if transcript is None:
-            clock.lap(UNPRUNED if UNPRUNED in clock.ms else "prefill")
+            clock.end_part(UNPRUNED if UNPRUNED in clock.ms else "prefill")
             answer = answer.prefilled(prompt.length, clock.ttft())
             size = prompt.cache_bytes or prompt_cache_bytes(cache, prompt.length)
             transcript = Transcript(replace(answer, cache_bytes=size))

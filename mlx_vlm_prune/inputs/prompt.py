@@ -75,12 +75,14 @@ class Tokenizer:
             raise UserError("the prompt is not valid Unicode text") from None
         return self.backend.encode(text, add_special_tokens=False)
 
-    def beginning(self, text: str) -> str:
-        """The token that begins every text, where the tokenizer puts one before and the text
-        lacks it: Llama's does, and LLaVA's templates leave it out."""
-        begin = self.special_tokens.get("bos_token")
-        ahead = self.backend.encode("", add_special_tokens=True).tokens
-        return begin if begin and ahead[:1] == [begin] and not text.startswith(begin) else ""
+    def missing_bos(self, text: str) -> str:
+        """The BOS token where the tokenizer puts it before texts and this text lacks it, else "".
+
+        Llama's tokenizer does, and LLaVA's templates leave it out.
+        """
+        bos = self.special_tokens.get("bos_token")
+        first = self.backend.encode("", add_special_tokens=True).tokens[:1]
+        return bos if bos and first == [bos] and not text.startswith(bos) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens."""
@@ -88,10 +90,10 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """The id of one token; UserError if the vocabulary lacks it."""
-        found = self.backend.token_to_id(token)
-        if found is None:
+        token_id = self.backend.token_to_id(token)
+        if token_id is None:
             raise UserError(f"the vocabulary of {self.name} has no token {token!r}")
-        return found
+        return token_id
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -142,50 +144,47 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self.ids: list[int] = []  # the last ones shown, then those held back
-        self.shown = 0  # how many of them are shown
+        self.ids: list[int] = []  # the last ones printed, then those held back
+        self.printed = 0  # how many of them are printed
 
     def add(self, token: int) -> str:
         """The text that is now safe to print, often of this id alone, sometimes empty."""
         self.ids.append(token)
-        piece = self._unseen()
+        piece = self._held_back()
         if not piece or piece.endswith(INCOMPLETE):
             return ""
-        self.ids = self.ids[self.shown :]
-        self.shown = len(self.ids)
+        self.ids = self.ids[self.printed :]
+        self.printed = len(self.ids)
         return piece
 
     def finish(self) -> str:
         """What was held back: bytes that never became a character."""
-        piece = self._unseen()
-        self.shown = len(self.ids)
+        piece = self._held_back()
+        self.printed = len(self.ids)
         return piece
 
-    def _unseen(self) -> str:
-        before = self.tokenizer.decode(self.ids[: self.shown])
+    def _held_back(self) -> str:
+        before = self.tokenizer.decode(self.ids[: self.printed])
         return self.tokenizer.decode(self.ids)[len(before) :]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids, and where each image's placeholders stand.
-
-    `runs`: (start, length) in `ids` per image, in order, never overlapping.
-    """
+    """Token ids, and (start, length) of each image's placeholders, in order, never overlapping."""
 
     ids: list[int]
     runs: list[tuple[int, int]]
 
-    def too_much(self, longest: int, vocabulary: int) -> str | None:
-        """What of it a model that reads so many tokens of so many words cannot read; else None."""
-        if len(self.ids) > longest:
-            return f"has {len(self.ids)} tokens; the model reads up to {longest}"
-        if max(self.ids) >= vocabulary:
-            return f"has token {max(self.ids)}; the model's vocabulary has {vocabulary}"
+    def limit_error(self, max_tokens: int, vocab_size: int) -> str | None:
+        """Which limit of a model the prompt exceeds, as the end of a sentence; None if none."""
+        if len(self.ids) > max_tokens:
+            return f"has {len(self.ids)} tokens; the model reads up to {max_tokens}"
+        if max(self.ids) >= vocab_size:
+            return f"has token {max(self.ids)}; the model's vocabulary has {vocab_size}"
         return None
 
 
-def build(
+def tokenize_prompt(
     tokenizer: Tokenizer,
     text: str,
     tokens_per_image: Sequence[int],
@@ -202,42 +201,42 @@ def build(
     Raises UserError: marks and images differ in number, the template drops the text, the
     tokenizer merges placeholders, or nothing is left to read.
     """
-    parts = _between_images(text, len(tokens_per_image))
-    # A stand-in that nobody wrote, so that the template sees one character per image.
-    written = text + (tokenizer.chat_template or "")
-    stand_in = next(chr(c) for c in PRIVATE_USE if chr(c) not in written)
+    parts = _split_at_images(text, len(tokens_per_image))
+    # One character per image that neither text nor template has, so that the template keeps it.
+    used = text + (tokenizer.chat_template or "")
+    stand_in = next(chr(c) for c in PRIVATE_USE if chr(c) not in used)
     content = stand_in.join(parts)
     if chat:
-        content = _rendered(tokenizer, content, options or {})
-    first, *after = content.split(stand_in)
+        content = _render_turn(tokenizer, content, options or {})
+    expanded, *after = content.split(stand_in)
     if len(after) != len(tokens_per_image):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")
-    whole, starts = first, []
+    starts = []
     for count, part in zip(tokens_per_image, after, strict=True):
-        starts.append(len(whole))
-        whole += image_token * count + part
+        starts.append(len(expanded))
+        expanded += image_token * count + part
     # Encoded in one piece: cut apart, white space beside an image would become other tokens.
-    encoding = tokenizer.encoding(whole)
+    encoding = tokenizer.encoding(expanded)
     if not encoding.ids:
         raise UserError("the prompt is empty")
     runs = [
-        _run(tokenizer, encoding, start, count, image_token)
+        _placeholder_run(tokenizer, encoding, start, count, image_token)
         for start, count in zip(starts, tokens_per_image, strict=True)
     ]
     return Prompt(encoding.ids, runs)
 
 
-def _rendered(tokenizer: Tokenizer, content: str, options: Mapping[str, Any]) -> str:
+def _render_turn(tokenizer: Tokenizer, content: str, options: Mapping[str, Any]) -> str:
     """One user turn, from the token that begins every text. Some templates, as LLaVA's, read
     content in parts only: a plain text would vanish."""
     turn = tokenizer.render([{"role": "user", "content": content}], **options)
     if content.strip() not in turn:
         parts = [{"type": "text", "text": content}]
         turn = tokenizer.render([{"role": "user", "content": parts}], **options)
-    return tokenizer.beginning(turn) + turn
+    return tokenizer.missing_bos(turn) + turn
 
 
-def _between_images(text: str, images: int) -> list[str]:
+def _split_at_images(text: str, images: int) -> list[str]:
     """The text before, between and after the images."""
     parts = text.split(IMAGE_MARK)
     marks = len(parts) - 1
@@ -252,7 +251,7 @@ def _between_images(text: str, images: int) -> list[str]:
     )
 
 
-def _run(
+def _placeholder_run(
     tokenizer: Tokenizer, encoding: tokenizers.Encoding, start: int, count: int, image_token: str
 ) -> tuple[int, int]:
     """The run that covers `count` placeholders from character `start` on, each one token."""

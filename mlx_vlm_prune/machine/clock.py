@@ -1,7 +1,7 @@
 """The clock of a request: how long each part of it takes.
 
-A part ends where its arrays are computed. Models call `lap` at these places; without a running
-clock nothing is waited for, and MLX computes all parts in one go.
+Models call `end_part` where a part ends. A running clock then waits until the part's arrays are
+computed; without one nothing is waited for, and MLX computes all parts together.
 """
 
 import time
@@ -13,10 +13,10 @@ from typing import Any, TypedDict
 import mlx.core as mx
 
 PARTS = ("image", "vision", "pruner", "prefill")
-UNPRUNED = "vision and prefill"  # in one lap, as mlx-vlm computes them where nothing is pruned
-WITHIN = {"projector": "prefill"}  # parts that a user reads as part of another
+UNPRUNED = "vision and prefill"  # together, as mlx-vlm computes them where nothing is pruned
+COUNTED_IN = {"projector": "prefill"}  # parts that users see as part of another
 
-_running: ContextVar["Clock | None"] = ContextVar("_running", default=None)
+_running_clock: ContextVar["Clock | None"] = ContextVar("_running_clock", default=None)
 
 
 class Timings(TypedDict):
@@ -30,14 +30,14 @@ class Timings(TypedDict):
 
 
 class Clock:
-    """Milliseconds of each part since it was made; `parts` are those that it tells apart."""
+    """Milliseconds of each of `parts`, from the clock's creation on."""
 
     def __init__(self, parts: Sequence[str] = PARTS) -> None:
         self.start = self.last = time.perf_counter()
         self.ms: dict[str, float] = dict.fromkeys(parts, 0.0)
 
-    def lap(self, name: str, value: Any = None) -> Any:
-        """Compute the value, count the time since the last lap, and return the value.
+    def end_part(self, name: str, value: Any = None) -> Any:
+        """Compute the value, add the time since the last part's end, and return the value.
 
         `value` is an array, a tree of arrays, or has them in its attribute `arrays`.
         """
@@ -49,11 +49,11 @@ class Clock:
         return value
 
     def part(self, name: str) -> str:
-        """The part that a lap is counted in."""
-        return name if name in self.ms else WITHIN[name]
+        """The part among `ms` that a named part is counted in."""
+        return name if name in self.ms else COUNTED_IN[name]
 
     def ttft(self) -> Timings:
-        """The parts and their total up to the last lap, which ends with the first token."""
+        """The parts and their total up to the last end, which is the first token."""
         return Timings(
             image=self.ms["image"],
             vision=self.ms.get("vision"),
@@ -64,15 +64,15 @@ class Clock:
 
     @contextmanager
     def running(self) -> Iterator["Clock"]:
-        """Inside the block, `lap` is this clock's."""
-        token = _running.set(self)
+        """Inside the block, `end_part` is this clock's."""
+        token = _running_clock.set(self)
         try:
             yield self
         finally:
-            _running.reset(token)
+            _running_clock.reset(token)
 
 
-def lap(name: str, value: Any = None) -> Any:
-    """A lap of the running clock, if there is one; returns the value."""
-    clock = _running.get()
-    return clock.lap(name, value) if clock else value
+def end_part(name: str, value: Any = None) -> Any:
+    """Compute the value and time the part where a clock runs; returns the value."""
+    clock = _running_clock.get()
+    return clock.end_part(name, value) if clock else value

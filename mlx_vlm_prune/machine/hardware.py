@@ -1,4 +1,4 @@
-"""What figures were measured on."""
+"""The machine and the versions that figures were measured with."""
 
 import os
 import platform
@@ -14,20 +14,20 @@ from ..checkpoints.version import __version__
 from . import blas
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The processor's name, how many cores this process may use, the system, MLX's device."""
     return {
-        "cpu": _cpu(),
-        "cores": _cores(),
-        "system": f"{_system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": _core_count(),
+        "system": f"{_system_name()} {platform.machine()}",
         "device": "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu",
     }
 
 
 def environment(dtype: mx.Dtype) -> dict[str, Any]:
-    """All that a model's times depend on beside the model; measured elsewhere they say nothing."""
+    """All that a model's times depend on beside the model; times of another one do not compare."""
     return {
-        "machine": machine(),
+        "machine": describe_machine(),
         "device": mx.device_info().get("device_name"),
         "versions": versions(),
         "dtype": str(dtype),
@@ -35,22 +35,24 @@ def environment(dtype: mx.Dtype) -> dict[str, Any]:
     }
 
 
-def _cores() -> int | None:
+def _core_count() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _system() -> str:
+def _system_name() -> str:
     if platform.system() == "Darwin":
         return f"macOS {platform.mac_ver()[0]}"
     return platform.system()
 
 
-def _cpu() -> str:
+def _cpu_name() -> str:
     """As the system calls it; the architecture where it has no name."""
     try:
         if platform.system() == "Darwin":
-            asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.strip()
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
@@ -60,11 +62,14 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """What the figures were made with."""
-    found: dict[str, str | None] = {"mlx_vlm_prune": __version__, "python": sys.version.split()[0]}
+    """Of this package, Python, the packages below it, and the file name of the BLAS."""
+    versions: dict[str, str | None] = {
+        "mlx_vlm_prune": __version__,
+        "python": sys.version.split()[0],
+    }
     for package in ("mlx", "mlx-vlm", "numpy", "pillow", "tokenizers", "transformers"):
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found | {"blas": blas.loaded()}
+            versions[package] = None
+    return versions | {"blas": blas.loaded()}

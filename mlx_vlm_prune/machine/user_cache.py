@@ -1,4 +1,4 @@
-"""Where things are remembered between runs, and by which key: never a path, but a model's content.
+"""The user's cache folder, and the key of a model in it: its content, never its path.
 
 The folder is $MLX_VLM_PRUNE_CACHE, else mlx_vlm_prune in $XDG_CACHE_HOME, else in ~/.cache.
 """
@@ -18,10 +18,10 @@ SAMPLES, SAMPLE = 64, 4096  # and spread over all of it: a header can be as long
 
 def cache_folder() -> Path:
     """The user's folder for what can be made again; it need not exist."""
-    if own := os.environ.get("MLX_VLM_PRUNE_CACHE"):
-        return Path(own).expanduser()
-    usual = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(usual).expanduser() / "mlx_vlm_prune"
+    if folder := os.environ.get("MLX_VLM_PRUNE_CACHE"):
+        return Path(folder).expanduser()
+    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(parent).expanduser() / "mlx_vlm_prune"
 
 
 def model_key(folder: str | Path) -> str:
@@ -34,30 +34,30 @@ def model_key(folder: str | Path) -> str:
     files = sorted(file for kind in WEIGHTS for file in folder.glob(kind))
     if not files:
         raise UserError(f"{folder} holds no weights")
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     try:
         if (folder / CONFIG).exists():
-            told.update((folder / CONFIG).read_bytes())
+            digest.update((folder / CONFIG).read_bytes())
         for file in files:
-            told.update(f"\n{file.name} {file.stat().st_size}\n".encode())
-            told.update(_sampled(file))
+            digest.update(f"\n{file.name} {file.stat().st_size}\n".encode())
+            digest.update(_read_samples(file))
     except OSError as e:
         raise UserError(f"cannot read {e.filename or folder}: {e.strerror or e}") from None
-    return told.hexdigest()[:16]
+    return digest.hexdigest()[:16]
 
 
-def _sampled(file: Path) -> bytes:
+def _read_samples(file: Path) -> bytes:
     size = file.stat().st_size
-    with file.open("rb") as opened:
-        parts = [opened.read(HEADER)]
+    with file.open("rb") as stream:
+        parts = [stream.read(HEADER)]
         for n in range(1, SAMPLES + 1):
-            opened.seek(max(0, size * n // SAMPLES - SAMPLE))
-            parts.append(opened.read(SAMPLE))
+            stream.seek(max(0, size * n // SAMPLES - SAMPLE))
+            parts.append(stream.read(SAMPLE))
     return b"".join(parts)
 
 
-def keep(path: Path, text: str) -> None:
-    """Write what can be made again below the cache's folder; UserError where that cannot be."""
+def write_cached(path: Path, text: str) -> None:
+    """Write a file below the cache folder; UserError where that cannot be done."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:

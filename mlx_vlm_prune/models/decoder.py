@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..machine.clock import lap
+from ..machine.clock import end_part
 from ..pruners import Pruner, Reduction, Signals
 from ..pruners.contract import Policy, identity, take
 from .language.contract import Language, Layers
@@ -75,7 +75,7 @@ class Decoder:
         for layer in self.cuts.layers:
             before = self._read(range(begin, layer - 1), spliced)
             spliced = self._read(range(layer - 1, layer), before)
-            lap("prefill", spliced.x_BLD)
+            end_part("prefill", spliced.x_BLD)
             rows += [spliced.L] * (layer - begin)
             spliced, kept = self._cut(layer, spliced, before.x_BLD)
             reductions.append((layer, kept))
@@ -133,7 +133,7 @@ class Decoder:
         if n == K:
             return identity(layer_input.visual().x_BND), layer_input.bias_IN()
         signals = layer_input.signals(pruner) if K else layer_input.visual()
-        kept = lap("pruner", pruner(signals, K))
+        kept = end_part("pruner", pruner(signals, K))
         return kept, layer_input.bias_of(kept, signals)
 
 

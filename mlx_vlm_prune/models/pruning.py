@@ -5,7 +5,7 @@ Shapes: I images of a batch, N visual tokens as the tower hands them over, K kep
 
 from dataclasses import dataclass
 
-from ..machine.clock import lap
+from ..machine.clock import end_part
 from ..pruners import Pruner, Reduction, Signals, Stage, StepBudgets
 from ..pruners.contract import identity
 from ..pruners.trace import ReductionStep
@@ -90,7 +90,7 @@ def _prune_batch(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
 def _keep(batch: ImageBatch, pruner: Pruner, K: int) -> ImageBatch:
     n = batch.slots
     kept = pruner(batch.signals, min(K, n))
-    return batch.reduced(lap("pruner", kept)) if n > K else batch  # nothing leaves
+    return batch.reduced(end_part("pruner", kept)) if n > K else batch  # nothing leaves
 
 
 def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[ImageSlots]:

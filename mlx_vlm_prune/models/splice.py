@@ -10,22 +10,13 @@ several along a last axis where the model counts in several directions.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ..inputs.prompt import Prompt
 from ..pruners.contract import Policy, Reduction
 from .cache import PADDING
-
-
-class Prompt(Protocol):
-    """Token ids, and (start, length) of each image's placeholders."""
-
-    @property
-    def ids(self) -> Sequence[int]: ...
-    @property
-    def runs(self) -> Sequence[tuple[int, int]]: ...
 
 
 @dataclass(frozen=True)

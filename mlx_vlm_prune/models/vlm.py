@@ -16,8 +16,9 @@ from mlx import nn
 
 from ..checkpoints.config import MlxLmConfig, VLMConfig
 from ..checkpoints.errors import UserError
-from ..inputs.resample import shrunk
-from ..machine.clock import lap
+from ..inputs.prompt import Prompt
+from ..inputs.resample import shrink
+from ..machine.clock import end_part
 from ..pruners import Pipeline, Pruner, Signals, Stage, StepBudgets, downsample
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.contract import Policy
@@ -27,8 +28,8 @@ from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .projector import MLPProjector, merged
 from .pruning import ImageBatch, image_slots, prune, reduction_step
-from .splice import Prompt, outside, pad_right, splice
-from .towers.between import Cut
+from .splice import outside, pad_right, splice
+from .towers.signals import Cut
 from .towers.vit import VisionTower
 
 
@@ -132,7 +133,9 @@ class VLM(nn.Module):
         decode = Decoder(self.language, cache, cuts, twig.observers if twig else {})
         decoded = decode(spliced)  # decode
         x_BLD = decoded.spliced.x_BLD
-        logits_BLV = lap("prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD))
+        logits_BLV = end_part(
+            "prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD)
+        )
         trace = trace.after_cuts(pipeline.steps[-1].name, decoded.reductions)
         return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
 
@@ -147,7 +150,7 @@ class VLM(nn.Module):
             pixels_IHW3 = self.shrink_pixels(pixels_IHW3, grid)
             kept = downsample.block_means(self.grid, grid, len(pixels_IHW3))
         want = pipeline.signal_layers(self.config.vision.depth)
-        encoded = lap("vision", self.tower(pixels_IHW3, want, cuts))
+        encoded = end_part("vision", self.tower(pixels_IHW3, want, cuts))
         if encoded.kept:
             kept = encoded.kept.after(kept, self.N) if kept else encoded.kept
         signals = merged(encoded.signals, self.merge)
@@ -183,7 +186,7 @@ class VLM(nn.Module):
     def shrink_pixels(self, pixels_IHW3: mx.array, grid: tuple[int, int]) -> mx.array:
         """Pictures of which the tower makes a smaller grid of visual tokens."""
         patch, (down, across) = self.config.vision.patch_size, self.merge
-        return shrunk(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
+        return shrink(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
 
     def add_text(self, signals: Signals, prompts: Sequence[Prompt]) -> Signals:
         """With the embeddings of the words around each image."""
@@ -196,7 +199,7 @@ class VLM(nn.Module):
         return signals.replace(text_BTD=text_BTD, text_real_BT=is_real_BT)
 
     def project(self, batch: ImageBatch) -> ImageBatch:
-        x_BND = lap("projector", self.projector(batch.signals.x_BND))
+        x_BND = end_part("projector", self.projector(batch.signals.x_BND))
         return replace(batch, signals=batch.signals.replace(x_BND=x_BND))
 
     def cuts(

@@ -39,7 +39,7 @@ from ..generation.stream import PreparedPrompt
 from ..inputs.prompt import Prompt
 from ..machine.clock import Clock
 from ..machine.hardware import environment
-from ..machine.user_cache import cache_folder, keep, model_key
+from ..machine.user_cache import cache_folder, model_key, write_cached
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import feasible_budgets
@@ -247,7 +247,7 @@ def run_once(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt, setting: Se
     clock = MemoryClock()
     with clock.running():
         prefill = model([row], pixels, pipeline if K < model.N else plan("none"), K)
-        clock.lap("prefill", greedy(prefill.logits_BV))
+        clock.end_part("prefill", greedy(prefill.logits_BV))
     return Run(*setting, clock.ms, clock.nbytes)
 
 
@@ -259,8 +259,8 @@ class MemoryClock(Clock):
         self.before, self.nbytes = mx.get_active_memory(), dict.fromkeys(PARTS, 0.0)
         mx.reset_peak_memory()
 
-    def lap(self, name: str, value: Any = None) -> Any:
-        super().lap(name, value)
+    def end_part(self, name: str, value: Any = None) -> Any:
+        super().end_part(name, value)
         part = self.part(name)
         self.nbytes[part] = max(self.nbytes[part], mx.get_peak_memory() - self.before)
         mx.reset_peak_memory()
@@ -338,7 +338,7 @@ def _write(path: Path, calibration: Calibration) -> None:
     content = asdict(calibration)
     content |= {"format": FORMAT, "about": content.pop("environment")}
     try:
-        keep(path, json.dumps(content, indent=1) + "\n")
+        write_cached(path, json.dumps(content, indent=1) + "\n")
     except UserError as e:
         note = f"note: the calibration cannot be kept, so the next run makes it anew: {e}"
         print(note, file=sys.stderr)

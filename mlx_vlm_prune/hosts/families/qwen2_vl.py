@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.projector import merged
-from ...models.towers.between import Between
+from ...models.towers.signals import TowerPass
 from ...pruners.contract import Signals
 from ..host import Host
 from ..language_layers import PositionIdLayers
@@ -103,7 +103,7 @@ def _signals(
     place_s = raster(row.order_U[tokens.start : tokens.stop] - tokens.start, grid, m)
     at_s = mx.array(first + np.argsort(place_s))
     bare = Signals(mx.zeros((1, last - first, 1)), grid)
-    run = Between(bare, want, max(attended, default=0) + 1, (), has_cls=False)
+    run = TowerPass(bare, want, max(attended, default=0) + 1, (), has_cls=False)
     for layer, (q_HSd, k_HSd) in attended.items():
         ends = [int(b) for b in np.array(row.bounds(layer)) if first <= b <= last]
         windows = [mx.array(place_s[a - first : b - first]) for a, b in pairwise(ends)]

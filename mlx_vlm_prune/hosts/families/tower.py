@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...models.projector import merged
-from ...models.towers.between import Between
+from ...models.towers.signals import TowerPass
 from ...pruners.contract import Signals
 from ..host import Host
 from ..language_layers import split
@@ -42,7 +42,7 @@ class TowerHost(Host):
         patches = Signals(
             mx.zeros((len(x_IND), rows * m * columns * m, 1)), (rows * m, columns * m)
         )
-        run = Between(patches, want, self.depth, (), has_cls)
+        run = TowerPass(patches, want, self.depth, (), has_cls)
         for at in sorted(set(run.want.values())):
             run.read(at, *self.queries_and_keys(self.encoder_layers[at], inputs[at], patches.grid))
         return merged(run.signals, (m, m)).replace(x_BND=x_IND)

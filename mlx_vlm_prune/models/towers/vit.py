@@ -16,9 +16,9 @@ import mlx.core as mx
 from mlx import nn
 
 from ...checkpoints.config import CLIPConfig, SiglipConfig
-from ...inputs.resample import shrunk
+from ...inputs.resample import shrink
 from ...pruners.contract import Signals
-from .between import Between, Cut, Encoded, patched
+from .signals import Cut, Encoded, TowerPass, patch_pixels
 
 Activation = Callable[[mx.array], mx.array]
 
@@ -79,7 +79,7 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
-def gelu_by_tanh(x: mx.array) -> mx.array:
+def gelu_tanh(x: mx.array) -> mx.array:
     return nn.gelu_approx(x)
 
 
@@ -101,16 +101,16 @@ class Embeddings(nn.Module):
 
     def __call__(self, patches_BND: mx.array, grid: tuple[int, int]) -> mx.array:
         """CLS, then the patches, each with its position; of a smaller grid, positions between."""
-        x_BSD, place_SD = patches_BND, self.position_embedding.weight
+        x_BSD, position_SD = patches_BND, self.position_embedding.weight
         if grid != self.grid:
-            whole = place_SD[self.first :].reshape(1, *self.grid, -1)
-            small_ND = shrunk(whole, grid)[0].flatten(0, 1)
-            place_SD = mx.concatenate([place_SD[: self.first], small_ND])
+            grid_1HWD = position_SD[self.first :].reshape(1, *self.grid, -1)
+            position_ND = shrink(grid_1HWD, grid)[0].flatten(0, 1)
+            position_SD = mx.concatenate([position_SD[: self.first], position_ND])
         if self.first:
             B, _, D = patches_BND.shape
             cls_B1D = mx.broadcast_to(self.class_embedding, (B, 1, D))
             x_BSD = mx.concatenate([cls_B1D, patches_BND], axis=1)
-        return x_BSD + place_SD
+        return x_BSD + position_SD
 
 
 class VisionTower(nn.Module):
@@ -122,7 +122,7 @@ class VisionTower(nn.Module):
         self.embeddings = Embeddings(config, self.has_cls)
         if self.has_cls:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_by_tanh)
+        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_tanh)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(
@@ -142,17 +142,19 @@ class VisionTower(nn.Module):
         patches_BND = self.embeddings.patch_embedding(pixels_BHW3).flatten(1, 2)
         x_BSD = self.embeddings(patches_BND, grid)
         x_BSD = self.pre_layrnorm(x_BSD) if self.has_cls else x_BSD
-        door: dict[str, Any] = {}
+        entrance: dict[str, Any] = {}
         if "patches" in want:
-            door["patches_BND"] = patches_BND
+            entrance["patches_BND"] = patches_BND
         if "pixels" in want:
-            door["pixels_BND"] = patched(pixels_BHW3, size)
+            entrance["pixels_BND"] = patch_pixels(pixels_BHW3, size)
         layers, x_BND = self.encoder.layers[: self.config.depth], x_BSD[:, int(self.has_cls) :]
-        run = Between(Signals(x_BND, grid, **door), want, len(layers), cuts, self.has_cls)
+        tower_pass = TowerPass(
+            Signals(x_BND, grid, **entrance), want, len(layers), cuts, self.has_cls
+        )
         for i, layer in enumerate(layers):
-            x_BSD = run.cut(x_BSD, i, "before")
-            y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), run.bias_BS)
-            x_BSD = run.cut(x_BSD + y_BSD, i, "middle", run.read(i, q_BHSd, k_BHSd))
+            x_BSD = tower_pass.cut(x_BSD, i, "before")
+            y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), tower_pass.bias_BS)
+            x_BSD = tower_pass.cut(x_BSD + y_BSD, i, "middle", tower_pass.read(i, q_BHSd, k_BHSd))
             x_BSD = x_BSD + layer.mlp(layer.layer_norm2(x_BSD))
         is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
-        return run.end(self.post_layernorm(x_BSD) if is_normed else x_BSD)
+        return tower_pass.end(self.post_layernorm(x_BSD) if is_normed else x_BSD)

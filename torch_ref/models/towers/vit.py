@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 
 from ...pruners import Step
-from .between import Encoded, enter, through
+from .signals import Encoded, enter, through
 
 Activation = Callable[[Tensor], Tensor]
 

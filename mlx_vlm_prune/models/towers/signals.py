@@ -1,4 +1,4 @@
-"""What happens between a tower's layers: signals are read, and tokens leave.
+"""Signals that are read between a tower's layers, and tokens that leave there.
 
 Shapes: B images, N patches at present, S = N + 1 tokens with CLS, H heads, d head size.
 """
@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ...pruners.contract import Reduction, Signals
 
-ROWS = 64  # queries whose attention is held at once
+QUERY_CHUNK = 64  # queries whose attention is held at once
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,22 @@ class Cut:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a tower hands over: signals at its end, and the way there, if tokens left."""
+    """What a tower hands over: the signals at its end, and what was kept where tokens left."""
 
     signals: Signals
     kept: Reduction | None = None
 
     @property
     def arrays(self) -> mx.array:
-        """What is computed when the tower is done."""
+        """What `end_part` computes."""
         return self.signals.x_BND
 
 
-class Between:
-    """One pass through a tower: the signals so far, of the tokens that are left."""
+class TowerPass:
+    """One pass through a tower's layers: the signals read so far, of the tokens still there.
+
+    `want` has the layer of each signal, negative from the end, or None for the tower's entrance.
+    """
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class Between:
         has_cls: bool = True,
     ):
         self.first = int(has_cls)  # where the patches begin
-        self.want = {name: range(layers)[at] for name, at in want.items() if at is not None}
+        self.want = {name: range(layers)[i] for name, i in want.items() if i is not None}
         self.cuts, self.N = cuts, signals.x_BND.shape[1]
         self.kept: Reduction | None = None
         if any(cut.pruner.is_proportional for cut in cuts):
@@ -74,7 +77,7 @@ class Between:
             if (cut.layer, cut.place) == (layer, place):
                 x_BND = x_BSD[:, self.first :]
                 kept = cut.pruner(self.signals.replace(x_BND=x_BND, **(keys or {})), cut.K)
-                self.signals = _grown(self.signals, kept).reduced(kept)
+                self.signals = _sum_sizes(self.signals, kept).reduced(kept)
                 self.kept = kept.after(self.kept, self.N) if self.kept else kept
                 x_BSD = mx.concatenate([x_BSD[:, : self.first], kept.tokens(x_BND)], axis=1)
         return x_BSD
@@ -86,7 +89,7 @@ class Between:
         k_BHSd: mx.array,
         windows: Sequence[mx.array] | None = None,
     ) -> dict[str, Any]:
-        """Note the signals wanted of this layer; hand over its queries and keys.
+        """Note the signals wanted of this layer; return its queries and keys by name.
 
         `windows`: the tokens of each, where a layer of a tower without CLS attends within them.
         Where a tower has no CLS, the mean patch stands in for it: the attention that a token
@@ -97,68 +100,72 @@ class Between:
             "queries_BNHd": q_BHSd[:, :, first:].swapaxes(1, 2),
             "keys_BNHd": k_BHSd[:, :, first:].swapaxes(1, 2),
         }
-        names = {name for name, at in self.want.items() if at == layer}
-        seen: dict[str, Any] = {f"{x}_BNHd": keys[f"{x}_BNHd"] for x in names & {"keys", "queries"}}
+        names = {name for name, wanted_layer in self.want.items() if wanted_layer == layer}
+        values: dict[str, Any] = {
+            f"{name}_BNHd": keys[f"{name}_BNHd"] for name in names & {"keys", "queries"}
+        }
         if "cls_query" in names:
-            seen["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
+            values["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
         rows = {"cls_attention", "local_attention"}
         columns = {"received_attention", "object_attention"} | (set() if has_cls else rows)
         if has_cls and names & rows:
             attention_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
-            seen |= {f"{name}_BN": attention_BQS[:, 0, 1:] for name in names & rows}
+            values |= {f"{name}_BN": attention_BQS[:, 0, 1:] for name in names & rows}
         if names & columns:
             if windows is None:
-                received_BN = received(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
+                received_BN = received_attention(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
             else:
-                received_BN = received_within(windows, q_BHSd, k_BHSd)
-            seen |= {f"{name}_BN": received_BN for name in names & columns}
-        self.signals = self.signals.replace(**seen)
+                received_BN = received_attention_in_windows(windows, q_BHSd, k_BHSd)
+            values |= {f"{name}_BN": received_BN for name in names & columns}
+        self.signals = self.signals.replace(**values)
         return keys
 
     def end(self, x_BSD: mx.array) -> Encoded:
         return Encoded(self.signals.replace(x_BND=x_BSD[:, self.first :]), self.kept)
 
 
-def _grown(signals: Signals, kept: Reduction) -> Signals:
+def _sum_sizes(signals: Signals, kept: Reduction) -> Signals:
     """Sizes summed up over each slot's members, at the slot's anchor."""
     size_BN = signals.get("size_BN")
     if size_BN is None or kept.weight_BKN is None or kept.index_BK is None:
         return signals
     size_BK = ((kept.weight_BKN > 0) @ size_BN[..., None])[..., 0]
-    at_BKN = kept.index_BK[..., None] == mx.arange(size_BN.shape[1])
-    return signals.replace(size_BN=(size_BK[..., None] * at_BKN).sum(axis=1))
+    is_anchor_BKN = kept.index_BK[..., None] == mx.arange(size_BN.shape[1])
+    return signals.replace(size_BN=(size_BK[..., None] * is_anchor_BKN).sum(axis=1))
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
-    """What each of Q queries attends to, mean over heads, (B, Q, S) float32."""
+    """Attention of Q queries, mean over heads, (B, Q, S) float32."""
     logits_BHQS = (q_BHQd @ k_BHSd.swapaxes(2, 3)).astype(mx.float32) * k_BHSd.shape[-1] ** -0.5
     if bias_BS is not None:
         logits_BHQS = logits_BHQS + bias_BS[:, None, None]
     return mx.softmax(logits_BHQS, axis=-1).mean(axis=1)
 
 
-def received(q_BHSd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
-    """What each token gets, mean over heads and queries, (B, S): never an S x S array."""
+def received_attention(q_BHSd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
+    """Attention that each token gets, mean over heads and queries, (B, S); no S x S array."""
     S = q_BHSd.shape[2]
     total_BS = mx.zeros((len(q_BHSd), S))
-    for begin in range(0, S, ROWS):
-        rows_BQS = attention(q_BHSd[:, :, begin : begin + ROWS], k_BHSd, bias_BS)
+    for begin in range(0, S, QUERY_CHUNK):
+        rows_BQS = attention(q_BHSd[:, :, begin : begin + QUERY_CHUNK], k_BHSd, bias_BS)
         total_BS = total_BS + rows_BQS.sum(axis=1)
         mx.eval(total_BS)
     return total_BS / S
 
 
-def received_within(windows: Sequence[mx.array], q_BHSd: mx.array, k_BHSd: mx.array) -> mx.array:
-    """The same where attention stays within windows, which share the S tokens out."""
+def received_attention_in_windows(
+    windows: Sequence[mx.array], q_BHSd: mx.array, k_BHSd: mx.array
+) -> mx.array:
+    """The same where attention stays within windows, which divide the S tokens."""
     S, parts = q_BHSd.shape[2], []
     for index_W in windows:
-        within_BW = received(q_BHSd[:, :, index_W], k_BHSd[:, :, index_W], None)
+        within_BW = received_attention(q_BHSd[:, :, index_W], k_BHSd[:, :, index_W], None)
         parts.append(within_BW * (len(index_W) / S))
     back_S = mx.argsort(mx.concatenate(list(windows)))
     return mx.concatenate(parts, axis=1)[:, back_S]
 
 
-def patched(pixels_BHW3: mx.array, size: int) -> mx.array:
+def patch_pixels(pixels_BHW3: mx.array, size: int) -> mx.array:
     """Each patch's own pixels, (B, N, size * size * 3)."""
     B, H, W, C = pixels_BHW3.shape
     cells = pixels_BHW3.reshape(B, H // size, size, W // size, size, C)
