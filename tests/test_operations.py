@@ -70,7 +70,7 @@ WORDS = 11
 
 @dataclass
 class Watch(Clock):
-    """Multiply-adds by part, a part ending at its lap; and of them, those made in choosing."""
+    """Multiply-adds by part, a part ending at `end_part`; and of them, those made in choosing."""
 
     parts: Counter = field(default_factory=Counter)
     since: int = 0
