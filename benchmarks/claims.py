@@ -132,8 +132,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("claims", __doc__)
-    told = "measured runs (default: 20; llava-8 a quarter)"
-    p.add_argument("--runs", type=positive, default=20, help=told)
+    help_text = "measured runs (default: 20; llava-8 a quarter)"
+    p.add_argument("--runs", type=positive, default=20, help=help_text)
     args = p.parse_args(argv)
     args.tokens, args.warmup, args.share = 8, 1, 1
     return args

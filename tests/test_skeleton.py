@@ -1,4 +1,4 @@
-"""The shape of the repository: who imports whom, how long things are, how it starts."""
+"""The shape of the repository: who imports whom, lengths, names, and how the commands start."""
 
 import ast
 import re
@@ -14,11 +14,24 @@ from mlx_vlm_prune.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mlx_vlm_prune", "torch_ref", "convert", "benchmarks")
+FOLDERS = (*PACKAGES, "tests")
+RENAMED = ("benchmarks",)
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 40
 MOST_PARAMETERS = 7
-# By import name, what `pip install mlx_vlm_prune` brings.
-BROUGHT = {"mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "jinja2", "safetensors", "tqdm"}
+# Names that could stand for anything.
+VAGUE = set("told found asked said made own since worded hear heard look looked laid lot".split())
+# The modules that `pip install mlx_vlm_prune` installs.
+INSTALLED = {
+    "mlx",
+    "numpy",
+    "PIL",
+    "tokenizers",
+    "huggingface_hub",
+    "jinja2",
+    "safetensors",
+    "tqdm",
+}
 
 
 def sources(*packages: str) -> Iterator[Path]:
@@ -37,7 +50,7 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def trespasses(package: str, *forbidden: str) -> list[str]:
+def forbidden_imports(package: str, *forbidden: str) -> list[str]:
     """Imports of forbidden packages, as 'file imports name'."""
     return [
         f"{file.relative_to(ROOT)} imports {name}"
@@ -51,8 +64,8 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
-def tracked() -> list[Path]:
-    """What git tracks, and what it would if it were added."""
+def tracked_files() -> list[Path]:
+    """Files that git tracks or would track once added."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -72,7 +85,7 @@ def test_importing_the_package_imports_nothing_heavy(heavy):
 
 
 def test_the_product_imports_no_torch_but_to_read_or_write_a_pth_file():
-    imported = trespasses("mlx_vlm_prune", "torch", "torch_ref", "transformers")
+    imported = forbidden_imports("mlx_vlm_prune", "torch", "torch_ref", "transformers")
     assert set(imported) == {"mlx_vlm_prune/checkpoints/reading/pth.py imports torch"}
     top = ast.parse((ROOT / "mlx_vlm_prune/checkpoints/reading/pth.py").read_text("utf-8")).body
     heads = [ast.unparse(n) for n in top if isinstance(n, ast.Import | ast.ImportFrom)]
@@ -80,60 +93,60 @@ def test_the_product_imports_no_torch_but_to_read_or_write_a_pth_file():
 
 
 def test_the_scenes_import_no_mlx_since_the_trainer_reads_them():
-    assert not trespasses("mlx_vlm_prune/scenes", "mlx")
+    assert not forbidden_imports("mlx_vlm_prune/scenes", "mlx")
 
 
 def test_torch_ref_is_independent_but_for_the_scenes_and_checkpoints():
-    assert not trespasses("torch_ref", "mlx", "convert")
+    assert not forbidden_imports("torch_ref", "mlx", "convert")
     shared = ("mlx_vlm_prune.scenes", "mlx_vlm_prune.checkpoints")
-    imported = [t.split(" imports ")[1] for t in trespasses("torch_ref", "mlx_vlm_prune")]
+    imported = [t.split(" imports ")[1] for t in forbidden_imports("torch_ref", "mlx_vlm_prune")]
     assert imported and not [name for name in imported if not name.startswith(shared)]
 
 
 def test_checkpoints_know_neither_mlx_nor_the_converter():
     """Nor any other part of the product: tests/test_imports.py."""
-    assert not trespasses("mlx_vlm_prune/checkpoints", "mlx", "convert", "mlx_vlm_prune")
+    assert not forbidden_imports("mlx_vlm_prune/checkpoints", "mlx", "convert", "mlx_vlm_prune")
 
 
 def test_the_converter_stands_on_checkpoints_and_asks_the_product_for_methods_and_arrays():
-    assert not trespasses("convert", "torch_ref", "mlx_lm", "mlx_vlm")
-    above = [t for t in trespasses("convert", "mlx_vlm_prune") if ".checkpoints" not in t]
+    assert not forbidden_imports("convert", "torch_ref", "mlx_lm", "mlx_vlm")
+    above = [t for t in forbidden_imports("convert", "mlx_vlm_prune") if ".checkpoints" not in t]
     assert above == [
         "convert/__main__.py imports mlx_vlm_prune.hosts.pruned_folder.prune_into",
         "convert/quantise.py imports mlx_vlm_prune.models.arrays.to_array",
         "convert/quantise.py imports mlx_vlm_prune.models.arrays.to_bytes",
     ]
-    assert trespasses("convert", "mlx") == ["convert/quantise.py imports mlx.core"]
+    assert forbidden_imports("convert", "mlx") == ["convert/quantise.py imports mlx.core"]
 
 
 def test_the_product_never_imports_the_converter():
     """In a folder that holds a user's convert.py it would be executed; the command takes the one
     that lies beside the package."""
-    assert not trespasses("mlx_vlm_prune", "convert", "benchmarks", "tests")
+    assert not forbidden_imports("mlx_vlm_prune", "convert", "benchmarks", "tests")
 
 
 def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_place_each():
-    known = BROUGHT | set(sys.stdlib_module_names) | {"mlx_vlm_prune"}
-    found = {
+    allowed = INSTALLED | set(sys.stdlib_module_names) | {"mlx_vlm_prune"}
+    extras = {
         (name, str(file.relative_to(ROOT)))
         for file in sources("mlx_vlm_prune")
-        for name in {n.split(".")[0] for n in imports(file)} - known
+        for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
-    assert {name for name, _ in found} == {"mlx_lm", "mlx_vlm", "pyarrow", "torch"}
-    home = {
+    assert {name for name, _ in extras} == {"mlx_lm", "mlx_vlm", "pyarrow", "torch"}
+    places = {
         "mlx_lm": "mlx_vlm_prune/models/language/",
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/minimind.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",
     }
-    assert all(file.startswith(home[name]) for name, file in found)
+    assert all(file.startswith(places[name]) for name, file in extras)
 
 
 def test_what_the_product_imports_is_declared():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     block = text.split("dependencies = [")[1].split("\n]")[0]
     declared = {re.split(r"[\[<>=;]", line)[0] for line in re.findall(r'"([^"]+)"', block)}
-    assert {"pillow" if name == "PIL" else name for name in BROUGHT} == declared
+    assert {"pillow" if name == "PIL" else name for name in INSTALLED} == declared
 
 
 def test_no_file_is_long():
@@ -153,6 +166,50 @@ def test_no_function_is_long():
     assert not long
 
 
+def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every name that a file gives: variables, parameters, attributes, keywords, functions,
+    classes, imports; with its line."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name, node.lineno
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name, node.lineno
+            case ast.ClassDef(name=name) | ast.ExceptHandler(name=str(name)):
+                yield name, node.lineno
+            case ast.arg(arg=name) | ast.keyword(arg=str(name)):
+                yield name, node.lineno
+            case ast.alias(name=module, asname=alias):
+                yield alias or module.split(".")[-1], node.lineno
+
+
+def vague_names(file: Path) -> list[str]:
+    """The identifiers of VAGUE in a file, and its own name if it is one, as 'file:line name'."""
+    names = [(file.stem, 1), *identifiers(ast.parse(file.read_text(encoding="utf-8")))]
+    return [f"{file}:{line} {name}" for name, line in names if name.strip("_").lower() in VAGUE]
+
+
+@pytest.mark.parametrize("folder", RENAMED)
+def test_no_name_could_stand_for_anything(folder):
+    assert not [name for file in sources(folder) for name in vague_names(file)]
+
+
+def test_a_vague_name_is_seen_wherever_it_is_given(tmp_path):
+    file = tmp_path / "lot.py"
+    file.write_text(
+        "import sound as found\n"
+        "class Told: ...\n"
+        "def asked(own, *, since=None): ...\n"
+        "look, _made = 1, 2\n"
+        "config.said = dict(worded=[laid for laid in ()])\n"
+        "prompt = [found, config.hear]  # uses are no new names\n"
+    )
+    seen = [name.split()[-1] for name in vague_names(file)]
+    assert sorted(seen) == sorted(
+        ["lot", "found", "Told", "asked", "own", "since", "look", "_made", "said", "worded", "laid"]
+    )
+
+
 def test_no_function_below_the_public_api_has_more_than_seven_parameters():
     many = set()
     for file in sources(*PACKAGES):
@@ -168,13 +225,13 @@ def test_no_file_tells_of_the_machine_it_was_written_on():
     places = "|".join(("work", "tmp", "home", "root", "Users", "opt"))
     path = re.compile(rf"(?<![\w.:/~])/({places})/")
     kinds = {".py", ".md", ".toml", ".txt", ".json", ".yml", ""}
-    found = []
-    for file in tracked():
+    lines = []
+    for file in tracked_files():
         if file.suffix in kinds:
             for n, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
                 if path.search(line):
-                    found.append(f"{file.relative_to(ROOT)}:{n}")
-    assert not found
+                    lines.append(f"{file.relative_to(ROOT)}:{n}")
+    assert not lines
 
 
 def test_there_is_one_version():
