@@ -45,8 +45,8 @@ SHAPES = {
         12,
     ),
     "scenes": BUILT_IN,
-    # Two cuts of LLaVA-1.5-7B for small machines: 8 layers as wide as a model of 1 B has, and
-    # 2 of its 32 layers, with its projector. Either makes the first token dear enough.
+    # LLaVA-1.5 for small machines: 8 layers as wide as those of a model of 1 B, and
+    # 2 of the 32 layers of 7 B, with its projector. Both take long enough to be timed.
     "llava-8": VLMConfig(LARGE, MiniMindConfig(2048, 5504, 8, 16, 16, 32000)),
     "llava-7b-2": VLMConfig(
         LARGE,

@@ -28,10 +28,10 @@ def modules(root: Path, package: str) -> dict[str, Path]:
     return files
 
 
-def imported(name: str, file: Path) -> Iterator[str]:
-    """The absolute names that a file imports when it runs, wherever in the file they stand."""
+def imported_names(name: str, file: Path) -> Iterator[str]:
+    """The absolute names that a file imports at run time, in functions too."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
-    for node in running(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in runtime_nodes(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -40,12 +40,12 @@ def imported(name: str, file: Path) -> Iterator[str]:
             yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def running(node: ast.AST) -> Iterator[ast.AST]:
-    """A node and those below it, but for what only a type checker reads."""
+def runtime_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and its descendants, without blocks under `if TYPE_CHECKING`."""
     yield node
     if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
         for child in ast.iter_child_nodes(node):
-            yield from running(child)
+            yield from runtime_nodes(child)
 
 
 def import_graph(root: Path, package: str) -> Graph:
@@ -53,7 +53,7 @@ def import_graph(root: Path, package: str) -> Graph:
     files = modules(root, package)
     graph: dict[str, set[str]] = {name: set() for name in files}
     for name, file in files.items():
-        for target in imported(name, file):
+        for target in imported_names(name, file):
             home = target if target in files else target.rpartition(".")[0]
             graph[name] |= {home} & files.keys() - {name}
     return graph
@@ -71,11 +71,13 @@ def upward(graph: Graph, package: str) -> list[str]:
 
 
 def ring(graph: Graph) -> list[str]:
-    """The files of one ring, or none: what is left when files that import no other left go."""
-    left = {name: set(targets) for name, targets in graph.items()}
-    while leaves := {name for name, targets in left.items() if not targets}:
-        left = {name: targets - leaves for name, targets in left.items() if name not in leaves}
-    return sorted(left)
+    """The files in rings: what remains after removing, again and again, files without imports."""
+    remaining = {name: set(targets) for name, targets in graph.items()}
+    while leaves := {name for name, targets in remaining.items() if not targets}:
+        remaining = {
+            name: targets - leaves for name, targets in remaining.items() if name not in leaves
+        }
+    return sorted(remaining)
 
 
 @pytest.mark.parametrize("package", PARTS)

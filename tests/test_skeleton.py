@@ -204,8 +204,8 @@ def test_a_vague_name_is_seen_wherever_it_is_given(tmp_path):
         "config.said = dict(worded=[laid for laid in ()])\n"
         "prompt = [found, config.hear]  # uses are no new names\n"
     )
-    seen = [name.split()[-1] for name in vague_names(file)]
-    assert sorted(seen) == sorted(
+    reported = [name.split()[-1] for name in vague_names(file)]
+    assert sorted(reported) == sorted(
         ["lot", "found", "Told", "asked", "own", "since", "look", "_made", "said", "worded", "laid"]
     )
 
