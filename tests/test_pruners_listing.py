@@ -55,5 +55,5 @@ def test_an_unknown_method_or_preset_gets_the_three_nearest_names(name, first, c
 def test_an_unknown_option_gets_the_nearest_of_its_method():
     with pytest.raises(UserError) as refusal:
         plan("global_local:lokal=0.5")
-    told = "global_local has no option 'lokal'; did you mean local, local_layer or layer?"
-    assert str(refusal.value) == told
+    sentence = "global_local has no option 'lokal'; did you mean local, local_layer or layer?"
+    assert str(refusal.value) == sentence

@@ -14,6 +14,7 @@ from PIL import Image
 import mlx_vlm_prune
 from mlx_vlm_prune import Reduction, Signals, Stage, evaluate, generate, load, register_pruner
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.pruned_folder import prune_into
 from mlx_vlm_prune.pruners import METHODS, Method, listing, plan
 
 DOC = """Keep every few tokens, from the first on.
@@ -30,9 +31,9 @@ def every(signals: Signals, K: int, *, step: int = 1) -> Reduction:
 
 def module(**held) -> ModuleType:
     """The user's file `package/every.py`."""
-    made = ModuleType("package.every", DOC)
-    vars(made).update({"stage": Stage.FEATURES, "prune": every} | held)
-    return made
+    file = ModuleType("package.every", DOC)
+    vars(file).update({"stage": Stage.FEATURES, "prune": every} | held)
+    return file
 
 
 @pytest.fixture
@@ -74,6 +75,16 @@ def test_a_registered_method_answers_is_evaluated_and_is_listed(table, tmp_path,
     assert "step=1  distance of two kept tokens, 1 or more" in shown
     with pytest.raises(UserError, match="did you mean step"):
         plan("every:steps=2")
+
+
+def test_a_registered_method_is_not_written_into_a_checkpoint(table, tmp_path):
+    register_pruner(module())
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").touch()
+    (source / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    with pytest.raises(UserError, match="every cannot be written into a checkpoint"):
+        prune_into(source, tmp_path / "target", "every", 0.5, None)
 
 
 def test_a_method_may_be_given_as_a_record_and_need_signals_of_a_layer(table):

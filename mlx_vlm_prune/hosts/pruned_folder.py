@@ -22,7 +22,7 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import appearing, read_json, write_json
 from ..checkpoints.version import __version__
-from ..pruners import Pipeline, Stage, plan
+from ..pruners import NAMES, Pipeline, Stage, plan
 from ..pruners.budget import check_budget
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
@@ -173,6 +173,11 @@ def _pipeline(spec: str) -> Pipeline:
             raise UserError(
                 f"{step.name} cannot be written into a checkpoint: it {ELSEWHERE[step.stage]}, and"
                 f" {FILE} chooses among the tokens that the tower hands over"
+            )
+        if step.name not in NAMES:
+            raise UserError(
+                f"{step.name} cannot be written into a checkpoint: it is registered in this"
+                " process, and whoever loads the checkpoint does not have it"
             )
     if pipeline.spec == "none":
         raise UserError("none prunes nothing, so there is nothing to write")

@@ -7,7 +7,7 @@ read LLaVA's last but one; MiniMind2-V uses the last, so `layer` is -1 here.
 Differs from the authors' code: only the CLS row of the attention is computed.
 
 Options:
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, K kept.
 """

@@ -13,7 +13,7 @@ Options:
     areas: windows of the local half, 1 or more
     local: share of K that is chosen within windows, 0 to 1
     local_layer: layer of the tower for the local half; below 1 a share of the depth
-    layer: layer of the tower for the global half; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer for the global half; -1 is the last
 
 Shapes: B images, N tokens, K kept.
 """

@@ -11,7 +11,7 @@ wraps around to the next row. Their object layer is 9 of 24.
 Options:
     objects: share of K that goes to anchors and their neighbours, 0 to 1
     object_layer: layer of the tower whose attention finds objects; below 1 a share of the depth
-    layer: layer of the tower that chooses the rest; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that chooses the rest; -1 is the last
 
 Shapes: B images, N tokens, K kept.
 """

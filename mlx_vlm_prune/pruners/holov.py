@@ -12,7 +12,7 @@ multiplied by constants fitted to 576 tokens), and no slot is padded with zeros.
 Options:
     regions: windows that share the budget, 1 or more
     beta: weight of the varied similarity beside the attention
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, K kept, n tokens of a region.
 """

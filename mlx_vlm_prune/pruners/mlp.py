@@ -10,7 +10,7 @@ predicted need over the mean need of the training images, so K is what images ge
 
 Options:
     dynamic: give each image a budget of its own, K in the mean
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, D features, K kept.
 """

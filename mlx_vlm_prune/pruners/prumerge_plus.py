@@ -9,7 +9,7 @@ and there is no extra slot, since the samples stand for the rest.
 
 Options:
     neighbours: how many similar tokens each kept one adds, 0 or more
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, K kept.
 """

@@ -9,7 +9,7 @@ for attention, and so scores (and hands on) corrupted features: here every block
 and the column means are streamed, never an N x N array.
 
 Options:
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, K kept.
 """

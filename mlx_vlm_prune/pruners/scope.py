@@ -6,7 +6,7 @@ in coverage, summed over the image, times its saliency (CLS attention) to the `p
 
 Options:
     power: exponent of the CLS attention; 0 leaves coverage alone
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, K kept.
 """

@@ -12,7 +12,7 @@ layer, ours reads the last.
 
 Options:
     contextual: share of K that is merged from the rest, 0 to below 1
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, K kept, C contextual, R the rest, H heads, d head size.
 """

@@ -7,7 +7,7 @@ go, again and again, until the budget is met.
 
 Options:
     important: share of K chosen by CLS attention, 0 to 1
-    layer: layer of the tower that is read; -1 is the last, below 1 a share of the depth
+    layer: number of the tower's layer that is read; -1 is the last
 
 Shapes: B images, N tokens, K kept, R residual, a and b tokens in A and B.
 """
