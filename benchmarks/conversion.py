@@ -27,7 +27,7 @@ from tqdm import tqdm
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError, lacks
 from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
-from mlx_vlm_prune.checkpoints.names.tables import to_published
+from mlx_vlm_prune.checkpoints.names.rules import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
 from .command_line import parser, positive, run_command
@@ -46,7 +46,7 @@ def write_published(file: Path, name: str, layers: int) -> None:
         published = to_published(table, ours)
         assert published
         published_name, rule = published
-        if rule.change and rule.change.axes == 4:
+        if rule.reordering and rule.reordering.axes == 4:
             shape = (shape[0], shape[3], shape[1], shape[2])
         bits = torch.randint(0, 15360, shape, dtype=torch.int16)  # finite, positive
         state[published_name] = bits.view(torch.float16)

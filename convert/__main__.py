@@ -8,18 +8,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, as_mlx
+from mlx_vlm_prune.checkpoints.checkpoint import DTYPES
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.hub import found
-from mlx_vlm_prune.checkpoints.llava.composed import READER
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.hub import resolve_path
+from mlx_vlm_prune.checkpoints.llava.published import TRANSFORMERS_CLASS
 from mlx_vlm_prune.checkpoints.minimind.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.quantization import BITS, GROUPS, MODES
 
 from .describe import describe
 from .quantise import dequantised, quantised
+from .to_hf import to_hf
+from .to_mlx import to_mlx
+from .to_torch import to_torch
 from .twig import read_twig
-from .writing import to_hf, to_mlx, to_torch
 
 SIZE = partial(whole, 1, most=1024)
 DESCRIPTION = "Convert trained weights from PyTorch to MLX and back, byte for byte."
@@ -122,36 +125,39 @@ def run(args: argparse.Namespace) -> str:
         tower = f"; {args.vision}: its vision tower" if args.vision else ""
         return f"{args.target}: as it was published{tower}"
     if args.way == "to-hf":
-        reader = to_hf(args.source, args.target)
-        part = "the whole model" if reader == READER else "the language model"
-        return f"{args.target}: {part}, for transformers' {reader}"
+        class_name = to_hf(args.source, args.target)
+        is_whole = class_name == TRANSFORMERS_CLASS
+        part = "the whole model" if is_whole else "the language model"
+        return f"{args.target}: {part}, for transformers' {class_name}"
     if args.way == "prune-into":
         return _prune_into(args)
-    path, vision = (name and found(name, args.revision) for name in (args.source, args.vision))
+    path, vision = (
+        name and resolve_path(name, args.revision) for name in (args.source, args.vision)
+    )
     if args.way == "inspect":
         return describe(path, vision)
     return _to_mlx(args, path, vision)
 
 
 def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
-    words = args.tokenizer and found(args.tokenizer)
-    source = as_mlx(path, vision, words, args.heads, args.kv_heads)
+    tokenizer = args.tokenizer and resolve_path(args.tokenizer)
+    checkpoint = read_checkpoint(path, vision, tokenizer, args.heads, args.kv_heads)
     if bool(args.twig) != bool(args.twig_layer):
         raise UserError("--twig and --twig-layer belong together: a twig, and the layer it reads")
     if args.twig:
-        twig = read_twig(found(args.twig), args.twig_layer, source.config)
-        source = replace(source, twig=twig)
+        twig = read_twig(resolve_path(args.twig), args.twig_layer, checkpoint.config)
+        checkpoint = replace(checkpoint, twig=twig)
     if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
         raise UserError("--q-bits, --q-group-size and --q-mode say how; -q says to quantize")
     if args.dequantize:
-        source = dequantised(source, args.dtype)
+        checkpoint = dequantised(checkpoint, args.dtype)
     if args.quantize:
-        source = quantised(source, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
-    to_mlx(source, args.target, args.dtype, args.source)
-    said = f"{args.target}: {sizes(source.config, source.guessed)}"
-    if source.reading is None:
-        said += "\nno preprocessor_config.json was found: the tower's usual values are assumed"
-    return said
+        checkpoint = quantised(checkpoint, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
+    to_mlx(checkpoint, args.target, args.dtype, args.source)
+    report = f"{args.target}: {sizes(checkpoint.config, checkpoint.heads_assumed)}"
+    if checkpoint.preprocessor_folder is None:
+        report += "\nno preprocessor_config.json was found: the tower's usual values are assumed"
+    return report
 
 
 def _prune_into(args: argparse.Namespace) -> str:

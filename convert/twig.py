@@ -13,7 +13,8 @@ import numpy as np
 
 from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, VLMConfig, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.names.tables import LLAMA, to_published
+from mlx_vlm_prune.checkpoints.minimind.tables import LLAMA
+from mlx_vlm_prune.checkpoints.names.rules import to_published
 from mlx_vlm_prune.checkpoints.reading.tensors import FLOATS, RawTensor
 from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes

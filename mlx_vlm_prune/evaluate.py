@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
-from .checkpoints.hub import found
+from .checkpoints.hub import resolve_path
 from .checkpoints.reading.files import check_target, write_atomically
 from .evaluation.answers import EvaluatedVLM
 from .evaluation.budgeted_methods import (
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     question_set = question_set_of(args)
     questions, unread = question_set.load()
-    folder = found(args.model) if args.model else CHECKPOINT
+    folder = resolve_path(args.model) if args.model else CHECKPOINT
     model, processor = load(folder, dtype=args.dtype)
     if args.widen is None:
         args.widen = mx.default_device().type == mx.DeviceType.cpu

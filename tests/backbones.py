@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers import LlavaForConditionalGeneration as Llava
 
-from mlx_vlm_prune.checkpoints.llava.composed import text_config
+from mlx_vlm_prune.checkpoints.llava.sizes import text_config
 from mlx_vlm_prune.inputs.prompt import Prompt
 
 from . import llava

@@ -12,9 +12,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
 from transformers import LlavaForConditionalGeneration as Llava
 
 from mlx_vlm_prune.checkpoints.config import parse_sizes
-from mlx_vlm_prune.checkpoints.llava.composed import text_config, vision_config
-from mlx_vlm_prune.checkpoints.llava.names import LAYOUTS
-from mlx_vlm_prune.checkpoints.names.tables import to_published
+from mlx_vlm_prune.checkpoints.llava.layouts import LAYOUTS
+from mlx_vlm_prune.checkpoints.llava.sizes import text_config, vision_config
+from mlx_vlm_prune.checkpoints.names.rules import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.scenes.vocabulary import words
@@ -219,7 +219,7 @@ def write_hole(folder: Path, told: dict, text: dict) -> None:
     table = LAYOUTS["llava-hf"].table(True, text)
     for ours, shape in expected_shapes(parse_sizes(sizes, folder)).items():
         name, rule = to_published(table, ours)
-        shape = [shape[i] for i in (0, 3, 1, 2)] if rule.change else shape
+        shape = [shape[i] for i in (0, 3, 1, 2)] if rule.reordering else shape
         begin, end = end, end + 2 * prod(shape)
         header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()

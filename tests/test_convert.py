@@ -11,10 +11,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from convert.__main__ import main
 from mlx_vlm_prune import load
-from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.minimind import tables as minimind_tables
 from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
-from mlx_vlm_prune.checkpoints.names import tables as names
-from mlx_vlm_prune.checkpoints.names.tables import published_order, to_ours, to_published
+from mlx_vlm_prune.checkpoints.names import towers
+from mlx_vlm_prune.checkpoints.names.rules import published_order, to_ours, to_published
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
 from mlx_vlm_prune.checkpoints.reading.pth import read_pth
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
@@ -101,7 +102,8 @@ def test_every_rule_has_a_way_back_and_no_name_has_two_rules(generation):
 
 def test_every_table_is_used_by_some_generation():
     used = {rule for generation in GENERATIONS.values() for rule in generation.table}
-    tables = [value for name, value in vars(names).items() if name.isupper() and name[0] != "_"]
+    modules = {**vars(minimind_tables), **vars(towers)}.items()
+    tables = [value for name, value in modules if name.isupper() and name[0] != "_"]
     assert used == {rule for table in tables if isinstance(table, tuple) for rule in table}
 
 
@@ -159,7 +161,7 @@ def test_llama_and_clip_of_transformers_arrive_under_our_names(tmp_path):
     torch.save(state, tmp_path / "published.pth")
     clip.save_pretrained(tmp_path / "clip")
     tiny.write_words(tmp_path / "words")
-    ours = as_mlx(tmp_path / "published.pth", tmp_path / "clip", tmp_path / "words")
+    ours = read_checkpoint(tmp_path / "published.pth", tmp_path / "clip", tmp_path / "words")
     assert ours.config["text_config"]["num_attention_heads"] == 4
     assert ours.config["vision_config"]["num_attention_heads"] == 2
     for name, tensor in state.items():

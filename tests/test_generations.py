@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from convert.__main__ import main
 from mlx_vlm_prune import generate, load
-from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.names.value_order import CONVOLUTION, INTERLEAVED, PATCHES
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.inputs.prompt import Prompt
@@ -209,35 +209,35 @@ def numbers(raw: RawTensor) -> list[int]:
 def test_the_axes_of_a_convolution_worked_by_hand():
     # one output, two inputs, 1 x 2 pixels: (o, i, h, w) holds i0w0 i0w1 i1w0 i1w1
     published = tensor([1, 2, 3, 4], 1, 2, 1, 2)
-    ours = CONVOLUTION.there(published, 1)
+    ours = CONVOLUTION.to_ours(published, 1)
     assert ours.shape == (1, 1, 2, 2) and numbers(ours) == [1, 3, 2, 4]
-    assert CONVOLUTION.back(ours, 1) == published
+    assert CONVOLUTION.to_published(ours, 1) == published
 
 
 def test_the_rows_of_an_interleaved_rotation_worked_by_hand():
     # two heads of four rows: neighbours 0 1 | 2 3 become partners two apart
     published = tensor([10, 11, 12, 13, 20, 21, 22, 23], 8, 1)
-    ours = INTERLEAVED.there(published, 4)
+    ours = INTERLEAVED.to_ours(published, 4)
     assert numbers(ours) == [10, 12, 11, 13, 20, 22, 21, 23]
-    assert INTERLEAVED.back(ours, 4) == published
-    six = INTERLEAVED.there(tensor([0, 1, 2, 3, 4, 5], 6, 1), 6)
+    assert INTERLEAVED.to_published(ours, 4) == published
+    six = INTERLEAVED.to_ours(tensor([0, 1, 2, 3, 4, 5], 6, 1), 6)
     assert numbers(six) == [0, 2, 4, 1, 3, 5]
 
 
 def test_flat_patches_worked_by_hand():
     # 2 x 2 pixels of three colours, pixel by pixel: red, green and blue lie innermost
     published = tensor(range(12), 1, 12)
-    ours = PATCHES.there(published, 1)
+    ours = PATCHES.to_ours(published, 1)
     assert ours.shape == (1, 2, 2, 3) and numbers(ours) == list(range(12))
-    assert PATCHES.back(ours, 1) == published
+    assert PATCHES.to_published(ours, 1) == published
 
 
 def test_a_conversion_that_forgets_the_rotation_gives_other_answers(tmp_path, capsys, monkeypatch):
     """The check can fail: without the permutation of queries and keys the logits differ."""
-    from mlx_vlm_prune.checkpoints.names import value_order as layouts
+    from mlx_vlm_prune.checkpoints.names import value_order
 
     made = generations.release("minimind2-v-2025-02", False)
-    monkeypatch.setattr(layouts, "_evens_first", lambda d: list(range(d)))
+    monkeypatch.setattr(value_order, "_evens_first", lambda head_dim: list(range(head_dim)))
     with pytest.raises(AssertionError, match="Not equal"):
         test_logits_equal_those_of_the_oracle_and_of_the_reference(made, tmp_path, capsys)
 
@@ -279,7 +279,7 @@ def test_what_is_not_supported_is_named_with_a_reason(kind, tmp_path):
     made.text.setdefault("lm_head.weight", torch.ones(1))
     made.write(tmp_path)
     with pytest.raises(UserError, match=sentence):
-        as_mlx(tmp_path / "published.pth", tmp_path / "tower", tmp_path / "words")
+        read_checkpoint(tmp_path / "published.pth", tmp_path / "tower", tmp_path / "words")
 
 
 def test_a_folder_of_transformers_says_how_many_heads(tmp_path, capsys):
@@ -292,7 +292,7 @@ def test_a_folder_of_transformers_says_how_many_heads(tmp_path, capsys):
     told = {"model_type": "minimind-v", "num_attention_heads": 4, "num_key_value_heads": 1}
     (folder / "config.json").write_text(json.dumps(told))
     (folder / "model_minimind.py").write_text("raise SystemExit('executed')")
-    source = as_mlx(folder, tmp_path / "tower", tmp_path / "words")
+    source = read_checkpoint(folder, tmp_path / "tower", tmp_path / "words")
     text = source.config["text_config"]
     assert (text["num_attention_heads"], text["num_key_value_heads"]) == (4, 1)
     main(["inspect", str(folder), "--vision", str(tmp_path / "tower")])

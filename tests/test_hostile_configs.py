@@ -12,11 +12,12 @@ import pytest
 
 from convert.__main__ import main
 from convert.describe import describe
+from convert.to_hf import to_hf
+from convert.to_torch import to_torch
 from convert.twig import read_twig
-from convert.writing import to_hf, to_torch
 from mlx_vlm_prune import load
-from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.inputs.image import Preprocessor
 from mlx_vlm_prune.inputs.prompt import Tokenizer
@@ -110,19 +111,19 @@ def test_any_config_of_ours_of_a_llava_by_its_authors_goes_back_or_is_refused(
 
 def test_any_config_of_a_published_llava_is_read_or_refused(tmp_path):
     folder = llava.write(llava.made(), tmp_path / "llava")
-    ways = (lambda: as_mlx(folder), lambda: kind_of(folder))
+    ways = (lambda: read_checkpoint(folder), lambda: kind_of(folder))
     assert refusals(folder / "config.json", *ways) > 100
 
 
 @pytest.mark.parametrize("kind", backbones.KINDS)
 def test_any_config_of_what_mlx_lm_computes_is_read_or_refused(tmp_path, kind):
     folder = backbones.write(kind, tmp_path / "llava")
-    way = lambda: as_mlx(folder)  # noqa: E731
+    way = lambda: read_checkpoint(folder)  # noqa: E731
     assert refusals(folder / "config.json", way, part="text_config") > 20
 
 
 def test_no_twig_grows_on_what_mlx_lm_computes(tmp_path):
-    config = as_mlx(backbones.write("phi", tmp_path / "phi")).config
+    config = read_checkpoint(backbones.write("phi", tmp_path / "phi")).config
     with pytest.raises(UserError, match="does not grow on a language model of mlx-lm's"):
         read_twig(tmp_path / "twig.safetensors", 1, config)
 
@@ -130,7 +131,11 @@ def test_no_twig_grows_on_what_mlx_lm_computes(tmp_path):
 def test_any_config_of_a_llava_by_its_authors_or_of_its_tower_is_read_or_refused(tmp_path):
     folder = llava.write_original(llava.made(), tmp_path / "llava")
     tower = tmp_path / "clip"
-    ways = (lambda: describe(folder, tower), lambda: as_mlx(folder, tower), lambda: kind_of(folder))
+    ways = (
+        lambda: describe(folder, tower),
+        lambda: read_checkpoint(folder, tower),
+        lambda: kind_of(folder),
+    )
     assert refusals(folder / "config.json", *ways, values=TWO) > 20
     assert refusals(tower / "config.json", ways[1], values=TWO) > 5
 
@@ -138,7 +143,7 @@ def test_any_config_of_a_llava_by_its_authors_or_of_its_tower_is_read_or_refused
 def test_any_config_of_a_tower_is_read_or_refused(tmp_path):
     pth, tower = tiny.publish(tiny.reference(), tmp_path)
     tiny.write_words(tmp_path / "words")
-    way = (lambda: as_mlx(pth, tower, tmp_path / "words"), lambda: describe(pth, tower))
+    way = (lambda: read_checkpoint(pth, tower, tmp_path / "words"), lambda: describe(pth, tower))
     assert refusals(tower / "config.json", *way) > 50
 
 

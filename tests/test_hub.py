@@ -20,7 +20,7 @@ import torch
 from convert.__main__ import main
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.hub import found
+from mlx_vlm_prune.checkpoints.hub import resolve_path
 
 from . import generations
 from .test_generations import converted
@@ -100,7 +100,7 @@ def test_what_the_hub_holds_is_distrusted_like_any_file(tmp_path, cache):
 @pytest.mark.parametrize("name", ["no/such", "no/such/file.pth"])
 def test_a_name_that_is_not_in_the_cache_is_refused_in_one_sentence(cache, name):
     with pytest.raises(UserError, match="the hub did not give it"):
-        found(name)
+        resolve_path(name)
 
 
 @pytest.mark.parametrize(
@@ -108,14 +108,14 @@ def test_a_name_that_is_not_in_the_cache_is_refused_in_one_sentence(cache, name)
 )
 def test_what_cannot_be_a_hub_name_never_reaches_the_network(name):
     with pytest.raises(UserError, match="is no hub name"):
-        found(name)
+        resolve_path(name)
 
 
 def test_of_several_pth_files_one_must_be_named_before_any_is_downloaded(monkeypatch):
     held = ["README.md", "llm_512.pth", "sft_vlm_512.pth"]
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: listing(held))
     with pytest.raises(UserError, match=r"name one, as some/one/llm_512\.pth"):
-        found("some/one")
+        resolve_path("some/one")
 
 
 def listing(names):
@@ -165,8 +165,8 @@ def test_what_the_cache_holds_is_answered_whatever_the_hub_raises(
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: listing(["config.json"]))
     cut(monkeypatch, problem, *broken)
     for revision, commit in ((None, COMMIT), ("v1", OLDER), (OLDER, OLDER)):
-        assert found("some/one", revision).name == commit
-        assert found("some/one/weights.pth", revision).parent.name == commit
+        assert resolve_path("some/one", revision).name == commit
+        assert resolve_path("some/one/weights.pth", revision).parent.name == commit
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
@@ -180,7 +180,7 @@ def test_what_the_cache_lacks_is_refused_in_one_sentence_whatever_the_hub_raises
     cache(small, "some/one")
     cut(monkeypatch, problem, "model_info", *BOTH)
     with pytest.raises(UserError) as refusal:
-        found(name, revision)
+        resolve_path(name, revision)
     reason = str(problem).split("\n")[0] or "Foreign"
     assert str(refusal.value).endswith(f"and the hub did not give it: {reason}")
     assert str(refusal.value).startswith(f"{name} is not in the cache")
@@ -212,10 +212,10 @@ def test_of_a_download_that_was_cut_off_nothing_is_answered(cache, tmp_path, mon
         (blobs.parent / "snapshots" / COMMIT / "model.safetensors").symlink_to(blobs / "c0ffee")
     cut(monkeypatch, Foreign("cut off"), "model_info", *BOTH)
     if whole:
-        assert found("some/one").name == COMMIT
+        assert resolve_path("some/one").name == COMMIT
     else:
         with pytest.raises(UserError, match="not all of it, and the hub did not give it: cut off"):
-            found("some/one")
+            resolve_path("some/one")
 
 
 def test_a_tokenizer_alone_is_whole(cache, tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_a_tokenizer_alone_is_whole(cache, tmp_path, monkeypatch):
     (folder / "tokenizer.json").write_text("{}")
     cache(folder, "some/words")
     cut(monkeypatch, Foreign(), "model_info", *BOTH)
-    assert found("some/words").name == COMMIT
+    assert resolve_path("some/words").name == COMMIT
 
 
 def test_weights_that_were_not_wanted_are_not_missed(cache, small, monkeypatch):
@@ -238,7 +238,7 @@ def test_weights_that_were_not_wanted_are_not_missed(cache, small, monkeypatch):
         return real(name, allow_patterns=allow_patterns, **options)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", strict)
-    assert found("some/one").name == COMMIT
+    assert resolve_path("some/one").name == COMMIT
 
 
 @pytest.mark.parametrize("broken", [("model_info",), BOTH])
@@ -247,7 +247,7 @@ def test_an_interrupt_is_no_problem_of_the_hub(cache, small, monkeypatch, broken
     monkeypatch.setattr(huggingface_hub, "model_info", lambda *_, **__: listing(["config.json"]))
     cut(monkeypatch, KeyboardInterrupt(), *broken)
     with pytest.raises(KeyboardInterrupt):
-        found("some/one")
+        resolve_path("some/one")
 
 
 def test_a_refused_connection_is_no_traceback_in_the_version_that_is_installed(
@@ -260,10 +260,10 @@ def test_a_refused_connection_is_no_traceback_in_the_version_that_is_installed(
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     program = """
 import sys
-from mlx_vlm_prune.checkpoints.hub import UserError, found
+from mlx_vlm_prune.checkpoints.hub import UserError, resolve_path
 for name in sys.argv[1:]:
     try:
-        print(found(name).name)
+        print(resolve_path(name).name)
     except UserError as e:
         print(e)
 """

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from convert.__main__ import main
 from convert.describe import describe
 from mlx_vlm_prune import generate, load
-from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.llava.composed import is_for_us
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.llava.published import is_for_us
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.inputs.image import Preprocessor
 from mlx_vlm_prune.inputs.prompt import Tokenizer, tokenize_prompt
@@ -178,7 +178,7 @@ def test_other_parts_than_ours_are_left_to_mlx_vlm_and_not_converted(
     with pytest.raises(UserError, match="a llava model needs mlx-vlm"):
         load(folder)
     with pytest.raises(UserError, match=sentence):
-        as_mlx(folder)
+        read_checkpoint(folder)
 
 
 def rewritten(folder, metadata, *, axes=(0, 1, 2, 3), without=""):
@@ -235,7 +235,7 @@ def test_what_mlx_vlm_converted_is_inspected_and_not_converted(published, tmp_pa
     rewritten(folder, MLX, axes=LAST)
     assert "llava, for mlx-vlm, if it knows this kind: nothing is to be" in describe(folder)
     with pytest.raises(UserError, match="a LLaVA that mlx-vlm converted: --model takes it"):
-        as_mlx(folder)
+        read_checkpoint(folder)
 
 
 def test_pytorchs_own_files_are_ours_and_a_folder_without_weights_is_mlx_vlms(published, tmp_path):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from convert.__main__ import main
 from mlx_vlm_prune import generate, load
-from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.inputs.prompt import tokenize_prompt
 from torch_ref.models.llava import read
@@ -106,7 +106,7 @@ def test_a_projector_may_be_one_matrix(told, tmp_path, capsys):
     main(["to-torch", str(converted(folder, tmp_path / "mlx")), str(tmp_path / "back")])
     same_bytes(state, raw(tmp_path / "back"))
     with pytest.raises(UserError, match="no class for a LLaVA whose projector is linear"):
-        from convert.writing import to_hf
+        from convert.to_hf import to_hf
 
         to_hf(tmp_path / "mlx", tmp_path / "hf")
 
@@ -252,7 +252,7 @@ REFUSED = {
 def test_what_is_computed_otherwise_is_refused_by_name(sentence, tmp_path):
     fields = REFUSED[sentence]
     folder = llava.write_original(llava.made(), tmp_path / "llava", inside=True, **fields)
-    for step in (load, as_mlx):
+    for step in (load, read_checkpoint):
         with pytest.raises(UserError, match=sentence):
             step(folder)
 
@@ -264,7 +264,7 @@ def test_apples_fastvlm_stays_with_mlx_vlm(tmp_path):
     with pytest.raises(
         UserError, match=r"model_type is 'llava_qwen2'; .* has llava or llava_llama"
     ):
-        as_mlx(folder)
+        read_checkpoint(folder)
 
 
 def test_a_tower_that_is_missing_or_another_is_named(tmp_path):
@@ -279,11 +279,11 @@ def test_a_tower_that_is_missing_or_another_is_named(tmp_path):
     told = json.loads(clip.read_text())
     clip.write_text(json.dumps({**told, "model_type": "siglip"}))
     with pytest.raises(UserError, match="clip is a 'siglip'; the tower of a LLaVA"):
-        as_mlx(folder, tmp_path / "clip")
+        read_checkpoint(folder, tmp_path / "clip")
     told["vision_config"]["patch_size"] = 8
     clip.write_text(json.dumps(told))
     with pytest.raises(UserError, match="says patch_size 8, but its tensors say 16"):
-        as_mlx(folder, tmp_path / "clip")
+        read_checkpoint(folder, tmp_path / "clip")
 
 
 def test_a_tower_is_not_given_twice(tmp_path, capsys):
@@ -292,7 +292,7 @@ def test_a_tower_is_not_given_twice(tmp_path, capsys):
     llava.write_original(llava.made(), tmp_path / "apart")
     for folder in (whole, theirs_too):
         with pytest.raises(UserError, match="holds the tower it was trained with; leave out --vis"):
-            as_mlx(folder, tmp_path / "clip")
+            read_checkpoint(folder, tmp_path / "clip")
     main(["to-mlx", str(whole), str(tmp_path / "mlx")])
     with pytest.raises(SystemExit):
         main(["to-torch", str(tmp_path / "mlx"), str(tmp_path / "x"), "--vision", str(tmp_path)])

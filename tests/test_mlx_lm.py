@@ -195,7 +195,7 @@ def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(kind, models, mo
 def test_words_alone_get_the_logits_of_mlx_lms_own_model(kind, models):
     """But Gemma, which mlx-lm computes with another GELU than it was trained with."""
     language, ids = models(kind).ours.language, [5, 9, 30, 12, 7, 8]
-    told = language.config.told
+    told = language.config.text_config
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     stock = module.Model(module.ModelArgs.from_dict(dict(told)))
     own = dict(tree_flatten(language.parameters()))
@@ -218,7 +218,7 @@ def test_mlx_lms_llama_and_qwen2_prune_as_our_own_decoder(kind, spec, policy, tm
     text = model.config.text_config
     told = text_config(text.to_dict(), {}, tmp_path, has_head=True, has_bias=False)
     parts = dict(tree_flatten(own.language.parameters()))
-    own.language = MlxLm(MlxLmConfig.of(told))
+    own.language = MlxLm(MlxLmConfig.from_dict(told))
     renamed = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in parts.items()}
     own.language.load_weights(list(renamed.items()))
     got = own(asked, seen, plan(spec), K, policy, last_only=False)

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save_file
 
-from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors, read_header
 from mlx_vlm_prune.checkpoints.reading.pth import read_pth
 from mlx_vlm_prune.checkpoints.reading.weights import read_weights
@@ -258,7 +258,7 @@ def test_what_a_killed_run_left_is_swept_and_what_runs_is_not(published):  # noq
 
 def test_ctrl_c_leaves_nothing(published):  # noqa: F811
     slow = (
-        "import signal, time, convert.writing as c\n"
+        "import signal, time, convert.to_mlx as c\n"
         "from convert.__main__ import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
         "def wait(*_): print('now', flush=True); time.sleep(60)\n"
@@ -344,5 +344,5 @@ def test_any_published_tensor_is_as_it_should_be_or_named(tmp_path, name):
                 state |= {} if change is None else {key: change(tensor)}
                 (torch.save if file == pth else save_file)(state, file)
                 with pytest.raises(UserError):
-                    as_mlx(pth, tmp_path / "tower", tmp_path / "words")
+                    read_checkpoint(pth, tmp_path / "tower", tmp_path / "words")
         torch.save(made.text, pth)

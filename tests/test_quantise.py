@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from convert.__main__ import main
 from convert.quantise import quantised
 from mlx_vlm_prune import load
-from mlx_vlm_prune.checkpoints.checkpoint import Source
+from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.quantization import MODES
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors, write_safetensors
@@ -183,14 +183,14 @@ def test_a_matrix_that_mlx_cannot_pack_is_refused_by_name_and_any_other_is_packe
     """In nvfp4, which takes 32 numbers at a time."""
     weight = np.arange(rows * columns, dtype=np.float32)
     tensor = RawTensor("F32", (rows, columns), weight.view(np.uint8))
-    source = Source({}, {"language.lm_head.weight": tensor}, Path(), None)
+    checkpoint = Checkpoint({}, {"language.lm_head.weight": tensor}, Path(), None)
     if rows * columns % 32:
         with pytest.raises(UserError, match=f"lm_head.weight is {rows} x {columns}: nvfp4 needs"):
-            quantised(source, mode="nvfp4")
+            quantised(checkpoint, mode="nvfp4")
         with pytest.raises(ValueError, match="reshape"):  # or it could be allowed
             mx.quantize(mx.array(weight).reshape(rows, columns), 16, 4, "nvfp4")
     else:
-        packed = quantised(source, mode="nvfp4").tensors["language.lm_head.weight"]
+        packed = quantised(checkpoint, mode="nvfp4").tensors["language.lm_head.weight"]
         assert len(packed.data) == rows * columns // 2
 
 

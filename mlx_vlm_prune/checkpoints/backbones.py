@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .names.tables import Rule, Table
-from .names.value_order import Change
+from .names.rules import Rule, Table
+from .names.value_order import Reordering
 from .reading.fields import Fields, is_positive
 
 RUNNER = "mlx-lm"  # what text_config.runner says where mlx-lm's modules are driven
@@ -30,20 +30,20 @@ def norm(name: str, size: int, bias: bool = False) -> Shapes:
     return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if bias else {})}
 
 
-def attention(c: Sizes, inner: bool, out: bool, last: str = "o_proj") -> Shapes:
-    """Projections, `inner` and `out` of them with biases."""
-    D, wide, narrow = c["hidden_size"], *(c[f"num_{x}_heads"] for x in ("attention", "key_value"))
-    wide, narrow = wide * c["head_dim"], narrow * c["head_dim"]
+def attention(c: Sizes, qkv_bias: bool, out_bias: bool, out: str = "o_proj") -> Shapes:
+    """The four projections; that of the output is called `out`."""
+    D, head_dim = c["hidden_size"], c["head_dim"]
+    q_rows, kv_rows = (c[f"num_{x}_heads"] * head_dim for x in ("attention", "key_value"))
     return {
-        **linear("self_attn.q_proj", wide, D, inner),
-        **linear("self_attn.k_proj", narrow, D, inner),
-        **linear("self_attn.v_proj", narrow, D, inner),
-        **linear(f"self_attn.{last}", D, wide, out),
+        **linear("self_attn.q_proj", q_rows, D, qkv_bias),
+        **linear("self_attn.k_proj", kv_rows, D, qkv_bias),
+        **linear("self_attn.v_proj", kv_rows, D, qkv_bias),
+        **linear(f"self_attn.{out}", D, q_rows, out_bias),
     }
 
 
-def gated(name: str, D: int, inner: int, bias: bool = False) -> Shapes:
-    """A network of three matrices."""
+def gated_mlp(name: str, D: int, inner: int, bias: bool = False) -> Shapes:
+    """An MLP of three matrices."""
     return {
         **linear(f"{name}.gate_proj", inner, D, bias),
         **linear(f"{name}.up_proj", inner, D, bias),
@@ -51,31 +51,31 @@ def gated(name: str, D: int, inner: int, bias: bool = False) -> Shapes:
     }
 
 
-def norms(D: int) -> Shapes:
-    """Those before attention and before the network."""
+def layer_norms(D: int) -> Shapes:
+    """The norms before attention and before the MLP."""
     return norm("input_layernorm", D) | norm("post_attention_layernorm", D)
 
 
-def qk_norms(d: int) -> Shapes:
-    return norm("self_attn.q_norm", d) | norm("self_attn.k_norm", d)
+def qk_norms(head_dim: int) -> Shapes:
+    return norm("self_attn.q_norm", head_dim) | norm("self_attn.k_norm", head_dim)
 
 
-def _gated(c: Sizes, bias: bool = False) -> Shapes:
+def _gated_mlp_and_norms(c: Sizes, bias: bool = False) -> Shapes:
     D = c["hidden_size"]
-    return gated("mlp", D, c["intermediate_size"], bias) | norms(D)
+    return gated_mlp("mlp", D, c["intermediate_size"], bias) | layer_norms(D)
 
 
 def _llama(c: Sizes) -> Shapes:
     bias = c["attention_bias"]
-    return attention(c, bias, bias) | _gated(c, c["mlp_bias"])
+    return attention(c, bias, bias) | _gated_mlp_and_norms(c, c["mlp_bias"])
 
 
 def _qwen2(c: Sizes) -> Shapes:
-    return attention(c, True, False) | _gated(c)
+    return attention(c, True, False) | _gated_mlp_and_norms(c)
 
 
 def _qwen3(c: Sizes) -> Shapes:
-    return attention(c, False, False) | qk_norms(c["head_dim"]) | _gated(c)
+    return attention(c, False, False) | qk_norms(c["head_dim"]) | _gated_mlp_and_norms(c)
 
 
 def _phi(c: Sizes) -> Shapes:
@@ -89,11 +89,11 @@ def _phi(c: Sizes) -> Shapes:
 
 
 def _gemma(c: Sizes) -> Shapes:
-    return attention(c, False, False) | _gated(c)
+    return attention(c, False, False) | _gated_mlp_and_norms(c)
 
 
 def _mamba(c: Sizes) -> Shapes:
-    D, inner, state, rank = (c[k] for k in _SCANNED[:4])
+    D, inner, state, rank = (c[k] for k in _MAMBA_SIZES[:4])
     kernel = {"mixer.conv1d.weight": (inner, c["conv_kernel"], 1)}
     return {
         **linear("mixer.in_proj", 2 * inner, D, c["use_bias"]),
@@ -106,39 +106,39 @@ def _mamba(c: Sizes) -> Shapes:
     }  # fmt: skip
 
 
-def _free_heads(told: Sizes, where: Path) -> dict[str, Any]:
-    """The size of a head as told, or what each has of hidden_size."""
-    groups = told.get("num_key_value_heads") or told.get("num_attention_heads")
-    if told.get("head_dim") is not None:
-        return {"num_key_value_heads": groups}
-    return _equal_heads(told, where)
+def _free_heads(c: Sizes, where: Path) -> dict[str, Any]:
+    """Heads whose size may be any; one that is left out follows from hidden_size."""
+    kv_heads = c.get("num_key_value_heads") or c.get("num_attention_heads")
+    if c.get("head_dim") is not None:
+        return {"num_key_value_heads": kv_heads}
+    return _equal_heads(c, where)
 
 
-def _equal_heads(told: Sizes, where: Path) -> dict[str, Any]:
-    """The same, of heads that together are as wide as hidden_size."""
-    size, heads, own = told["hidden_size"], told["num_attention_heads"], told.get("head_dim")
-    whole = type(size) is int and type(heads) is int and heads > 0 and size % heads == 0
-    if not whole or own not in (None, size // heads):
+def _equal_heads(c: Sizes, where: Path) -> dict[str, Any]:
+    """Heads that together are as wide as hidden_size."""
+    D, heads, head_dim = c["hidden_size"], c["num_attention_heads"], c.get("head_dim")
+    divides = type(D) is int and type(heads) is int and heads > 0 and D % heads == 0
+    if not divides or head_dim not in (None, D // heads):
         raise UserError(
-            f"{where}: {heads} heads of {own or 'equal size'} do not make a hidden_size of {size}"
+            f"{where}: {heads} heads of {head_dim or 'equal size'} do not make a hidden_size of {D}"
         )
-    groups = told.get("num_key_value_heads") or heads
-    return {"num_key_value_heads": groups, "head_dim": size // heads}
+    kv_heads = c.get("num_key_value_heads") or heads
+    return {"num_key_value_heads": kv_heads, "head_dim": D // heads}
 
 
-def _scanned(told: Sizes, where: Path) -> dict[str, Any]:
+def _mamba_sizes(c: Sizes, where: Path) -> dict[str, Any]:
     """Mamba's sizes that follow from others."""
-    part = Fields(told, where, "text_config")
-    size, rank = part.whole("hidden_size"), told["time_step_rank"]
-    rank = -(-size // 16) if rank == "auto" else rank
-    return {"intermediate_size": int(part.positive("expand") * size), "time_step_rank": rank}
+    part = Fields(c, where, "text_config")
+    D, rank = part.whole("hidden_size"), c["time_step_rank"]
+    rank = -(-D // 16) if rank == "auto" else rank
+    return {"intermediate_size": int(part.positive("expand") * D), "time_step_rank": rank}
 
 
-_ATTENDED = (
+_ATTENTION_SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
 )  # fmt: skip
-_SCANNED = (
+_MAMBA_SIZES = (
     "hidden_size", "intermediate_size", "state_size", "time_step_rank", "conv_kernel",
     "num_hidden_layers", "vocab_size",
 )  # fmt: skip
@@ -146,23 +146,22 @@ _SCANNED = (
 
 @dataclass(frozen=True)
 class Backbone:
-    """A family: what its class of transformers takes for sizes that config.json leaves out, which
-    values mlx-lm has of what else there could be (None: whatever is left out), the tensors of one
-    layer, and sizes that follow from others."""
+    """A family of language models."""
 
     title: str
-    defaults: dict[str, Any]
-    fixed: dict[str, tuple]
-    layer: Callable[[Sizes], Shapes]
-    derived: Callable[[Sizes, Path], dict[str, Any]] = _free_heads
-    sizes: tuple[str, ...] = _ATTENDED
-    numbers: tuple[str, ...] = ("rms_norm_eps", "rope_theta")
-    rotations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # besides the plain one
-    body: str = "model"
+    defaults: dict[str, Any]  # of transformers' class, for fields that config.json leaves out
+    supported: dict[str, tuple]  # values of a field that mlx-lm computes, the default first
+    layer: Callable[[Sizes], Shapes]  # the tensors of one layer
+    derived: Callable[[Sizes, Path], dict[str, Any]] = _free_heads  # sizes that follow from others
+    sizes: tuple[str, ...] = _ATTENTION_SIZES  # fields that are whole numbers
+    numbers: tuple[str, ...] = ("rms_norm_eps", "rope_theta")  # fields that are positive numbers
+    # Kinds of rotation besides the plain one, each with its fields.
+    rotations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    body: str = "model"  # what the names of its tensors begin with
     embedding: str = "embed_tokens"
     norm: str = "norm"
-    normed_bias: bool = False  # has the last norm one?
-    changes: Mapping[str, Change] = field(default_factory=dict)  # of axes that lie otherwise
+    has_norm_bias: bool = False  # of the last norm
+    reorderings: Mapping[str, Reordering] = field(default_factory=dict)  # by name in `body`
 
     @property
     def flags(self) -> list[str]:
@@ -202,8 +201,10 @@ _LLAMA3 = {
     ),
 }  # fmt: skip
 # PyTorch's convolutions over a sequence have (out, in, length), MLX's (out, length, in).
-_SEQUENCE = Change(
-    lambda tensor, d: tensor.permuted((0, 2, 1)), lambda tensor, d: tensor.permuted((0, 2, 1)), 3
+_SEQUENCE = Reordering(
+    lambda tensor, head_dim: tensor.permuted((0, 2, 1)),
+    lambda tensor, head_dim: tensor.permuted((0, 2, 1)),
+    3,
 )
 BACKBONES = {
     "llama": Backbone("Llama", _LLAMA, _SILU, _llama, rotations=_LLAMA3),
@@ -214,7 +215,7 @@ BACKBONES = {
     "phi": Backbone(
         "Phi", _PHI, {"hidden_act": ("gelu_new",), "qk_layernorm": (False,)}, _phi, _equal_heads,
         numbers=("layer_norm_eps", "rope_theta", "partial_rotary_factor"),
-        norm="final_layernorm", normed_bias=True,
+        norm="final_layernorm", has_norm_bias=True,
     ),
     "gemma": Backbone(  # "gelu" is an old name of the same
         "Gemma", _GEMMA,
@@ -225,88 +226,88 @@ BACKBONES = {
         _gemma,
     ),
     "mamba": Backbone(
-        "Mamba", _MAMBA, {**_SILU, "layer_norm_epsilon": (1e-5,)}, _mamba, _scanned, _SCANNED, (),
-        body="backbone", embedding="embeddings", norm="norm_f",
-        changes={"layers.*.mixer.conv1d.weight": _SEQUENCE},
+        "Mamba", _MAMBA, {**_SILU, "layer_norm_epsilon": (1e-5,)}, _mamba, _mamba_sizes,
+        _MAMBA_SIZES, (), body="backbone", embedding="embeddings", norm="norm_f",
+        reorderings={"layers.*.mixer.conv1d.weight": _SEQUENCE},
     ),
 }  # fmt: skip
 EMBEDDINGS = sorted({family.embedding for family in BACKBONES.values()})
 
 
 def text_config(
-    given: Sizes, whole: Sizes, where: Path, has_head: bool, has_bias: bool
+    text: Sizes, config: Sizes, where: Path, has_head: bool, has_head_bias: bool
 ) -> dict[str, Any]:
-    """The language model's part of our config.json: sizes, and what mlx-lm is told.
+    """The language model's part of our config.json, from the part `text` of a published `config`.
 
-    `has_head` and `has_bias` say whether the files hold an output layer of its own, and its
-    bias. Sizes are not checked yet. Raises UserError for what mlx-lm computes otherwise.
+    `has_head` and `has_head_bias` say whether the files hold an output layer, and its bias. Sizes
+    are not checked yet. Raises UserError for what mlx-lm does not compute.
     """
-    kind = given.get("model_type", "llama")
+    kind = text.get("model_type", "llama")
     family = BACKBONES[kind]
-    told = {**family.defaults, **{k: v for k, v in given.items() if v is not None}}
-    for name, able in family.fixed.items():
-        if told.get(name, able[0]) not in able:
-            raise UserError(f"{where}: {name} of {kind} is {told[name]!r}; mlx-lm has {able[0]!r}")
-    told |= family.derived(told, where)
+    values = {**family.defaults, **{k: v for k, v in text.items() if v is not None}}
+    for name, able in family.supported.items():
+        if values.get(name, able[0]) not in able:
+            raise UserError(
+                f"{where}: {name} of {kind} is {values[name]!r}; mlx-lm has {able[0]!r}"
+            )
+    values |= family.derived(values, where)
     if "rope_theta" in family.numbers:
-        told |= _rotation(told, kind, where)
-    tied = told.get("tie_word_embeddings", whole.get("tie_word_embeddings", False))
-    flags = {name: bool(told[name]) for name in family.flags}
+        values |= _rotation(values, kind, where)
+    tied = values.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
+    flags = {name: bool(values[name]) for name in family.flags}
     names = (*family.sizes, *family.numbers, *(["rope_scaling"] if family.rotations else []))
     return {
-        **{name: told.get(name) for name in names}, **flags, "model_type": kind, "runner": RUNNER,
-        "tie_word_embeddings": bool(tied) and not has_head, "lm_head_bias": has_bias,
+        **{name: values.get(name) for name in names}, **flags, "model_type": kind, "runner": RUNNER,
+        "tie_word_embeddings": bool(tied) and not has_head, "lm_head_bias": has_head_bias,
     }  # fmt: skip
 
 
-def _rotation(told: Sizes, kind: str, where: Path) -> dict[str, Any]:
-    """How positions turn queries and keys; transformers 5 says it in one place, 4 in two."""
-    place = "rope_parameters" if told.get("rope_parameters") else "rope_scaling"
-    turns = told.get(place) or {}
-    form = str(turns.get("rope_type", turns.get("type", "default"))) if type(turns) is dict else ""
+def _rotation(c: Sizes, kind: str, where: Path) -> dict[str, Any]:
+    """The fields of rotary positions, which transformers 5 writes in one place and 4 in two."""
+    place = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+    rope = c.get(place) or {}
+    form = str(rope.get("rope_type", rope.get("type", "default"))) if type(rope) is dict else ""
     names = () if form == "default" else BACKBONES[kind].rotations.get(form)
-    if names is None or not all(is_positive(turns.get(name)) for name in names):
-        raise UserError(f"{where}: {place} of {kind} is {turns!r}, which is not supported")
-    scaling = {"rope_type": form, **{name: turns[name] for name in names}} if names else None
+    if names is None or not all(is_positive(rope.get(name)) for name in names):
+        raise UserError(f"{where}: {place} of {kind} is {rope!r}, which is not supported")
+    share = "partial_rotary_factor"
     return {
-        "rope_theta": turns.get("rope_theta", told.get("rope_theta", 10000.0)),
-        "partial_rotary_factor": turns.get(
-            "partial_rotary_factor", told.get("partial_rotary_factor", 1.0)
-        ),
-        "rope_scaling": scaling,
+        "rope_theta": rope.get("rope_theta", c.get("rope_theta", 10000.0)),
+        share: rope.get(share, c.get(share, 1.0)),
+        "rope_scaling": {"rope_type": form, **{n: rope[n] for n in names}} if names else None,
     }
 
 
 def shapes(c: Sizes) -> Shapes:
-    """Every tensor of the language model, as text_config asks for."""
+    """Every tensor of a language model with this text_config of ours."""
     family = BACKBONES[c["model_type"]]
-    at, D, V = f"language.{family.body}", c["hidden_size"], c["vocab_size"]
-    found: Shapes = {f"{at}.{family.embedding}.weight": (V, D)}
-    one = family.layer(c)
+    prefix, D, V = f"language.{family.body}", c["hidden_size"], c["vocab_size"]
+    model: Shapes = {f"{prefix}.{family.embedding}.weight": (V, D)}
+    layer = family.layer(c)
     for i in range(c["num_hidden_layers"]):
-        found |= {f"{at}.layers.{i}.{name}": shape for name, shape in one.items()}
-    found |= norm(f"{at}.{family.norm}", D, family.normed_bias)
+        model |= {f"{prefix}.layers.{i}.{name}": shape for name, shape in layer.items()}
+    model |= norm(f"{prefix}.{family.norm}", D, family.has_norm_bias)
     if not c["tie_word_embeddings"]:
-        found |= linear("language.lm_head", V, D, c["lm_head_bias"])
-    return found
+        model |= linear("language.lm_head", V, D, c["lm_head_bias"])
+    return model
 
 
-def rules(c: Sizes, text: str, head: str) -> Table:
-    """The names of the same tensors where the language model lies under `text`, and its output
-    layer is `head`."""
-    family, found = BACKBONES[c["model_type"]], []
-    at = f"language.{family.body}."
+def naming_rules(c: Sizes, text: str, head: str) -> Table:
+    """The published names of these tensors: the language model's begin with `text`, its output
+    layer's with `head`."""
+    family, rules = BACKBONES[c["model_type"]], []
+    prefix = f"language.{family.body}."
     for name in shapes({**c, "num_hidden_layers": 1}):
         ours = name.replace(".layers.0.", ".layers.*.")
-        if ours.startswith(at):
-            rest = ours.removeprefix(at)
-            found.append(Rule(f"{text}.{rest}", ours, family.changes.get(rest)))
+        if ours.startswith(prefix):
+            rest = ours.removeprefix(prefix)
+            rules.append(Rule(f"{text}.{rest}", ours, family.reorderings.get(rest)))
         else:
-            found.append(Rule(f"{head}.{ours.rpartition('.')[2]}", ours))
-    return tuple(found)
+            rules.append(Rule(f"{head}.{ours.rpartition('.')[2]}", ours))
+    return tuple(rules)
 
 
-def check(part: Fields) -> None:
+def check_text_config(part: Fields) -> None:
     """UserError for a size, number or flag of a text_config of ours that cannot be."""
     c, kind = part.values, part.get("model_type")
     if kind not in [*BACKBONES]:
@@ -320,7 +321,7 @@ def check(part: Fields) -> None:
         part.flag(name)
     if c.get("rope_scaling") is not None:
         _rotation(c, kind, part.file)
-    if family.sizes is not _ATTENDED:
+    if family.sizes is not _ATTENTION_SIZES:
         return
     share = "partial_rotary_factor"
     turned = int(c["head_dim"] * (c[share] if share in family.numbers else 1))

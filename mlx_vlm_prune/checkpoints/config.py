@@ -15,12 +15,14 @@ from typing import Any
 from . import backbones
 from .backbones import BACKBONES, RUNNER
 from .errors import UserError
-from .minimind.generations import MODEL_TYPES
 from .quantization import Quantization, parse_quantization
 from .reading.fields import Fields
 
 CONFIG = "config.json"
-TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+LLAVA_TYPE = "composed_vlm"  # model_type of a LLaVA-style model; the others are MiniMind-V's
+MODEL_TYPES = ("minimind2_v", "minimind3_v", LLAVA_TYPE)
+TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+CLIP_TYPE, SIGLIP_TYPE, NAFLEX_TYPE = TOWER_TYPES
 POOL = "attention_pool"  # the one learned pruner whose weights lie inside a checkpoint
 
 
@@ -86,27 +88,28 @@ class MiniMindConfig:
 
 @dataclass(frozen=True)
 class MlxLmConfig:
-    """What a `text_config` says of a model that mlx-lm computes; `told` is all of it."""
+    """The sizes of a model that mlx-lm computes; `text_config` has all of its fields."""
 
     model_type: str
     hidden_size: int
     num_hidden_layers: int
     vocab_size: int
-    told: Mapping[str, Any]
+    text_config: Mapping[str, Any]
     max_position_embeddings: int = sys.maxsize
     num_attention_heads: int = 0
     num_key_value_heads: int = 0
     head_dim: int = 0
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> "MlxLmConfig":
-        sizes = {each.name: told[each.name] for each in fields(cls) if each.name in told}
-        return cls(**sizes | {"told": MappingProxyType(dict(told))})
+    def from_dict(cls, text_config: Mapping[str, Any]) -> "MlxLmConfig":
+        names = [each.name for each in fields(cls)]
+        sizes = {name: text_config[name] for name in names if name in text_config}
+        return cls(**sizes | {"text_config": MappingProxyType(dict(text_config))})
 
     @property
     def layer_size(self) -> int:
         """Numbers in the matrices of one layer."""
-        shapes = BACKBONES[self.model_type].layer(self.told).values()
+        shapes = BACKBONES[self.model_type].layer(self.text_config).values()
         return sum(prod(shape) for shape in shapes if len(shape) > 1)
 
 
@@ -180,8 +183,8 @@ def parse_sizes(config: Mapping[str, Any], file: Path) -> VLMConfig:
 def parse_text(part: Fields) -> MiniMindConfig | MlxLmConfig:
     """The language model's part."""
     if part.get("runner") == RUNNER:
-        backbones.check(part)
-        return MlxLmConfig.of(part.values)
+        backbones.check_text_config(part)
+        return MlxLmConfig.from_dict(part.values)
     text = _filled(MiniMindConfig, part)
     if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
         raise UserError(f"{part.file}: {part.name}'s heads do not divide hidden_size evenly")
@@ -194,13 +197,15 @@ def parse_text(part: Fields) -> MiniMindConfig | MlxLmConfig:
 
 def is_clip(vision: Mapping[str, Any]) -> bool:
     """Is a `vision_config` of ours a CLIP's? One that does not say is."""
-    return vision.get("model_type", TOWERS[0]) == TOWERS[0]
+    return vision.get("model_type", CLIP_TYPE) == CLIP_TYPE
 
 
 def _vision(part: Fields) -> CLIPConfig:
-    kind = part.values.get("model_type", TOWERS[0])
-    if kind not in TOWERS:
-        raise UserError(f"{part.file}: no tower is called {kind!r}; there are {', '.join(TOWERS)}")
+    kind = part.values.get("model_type", CLIP_TYPE)
+    if kind not in TOWER_TYPES:
+        raise UserError(
+            f"{part.file}: no tower is called {kind!r}; there are {', '.join(TOWER_TYPES)}"
+        )
     vision = _filled(CLIPConfig if is_clip(part.values) else SiglipConfig, part)
     if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
         raise UserError(f"{part.file}: {part.name}'s sizes do not divide evenly")

@@ -11,12 +11,20 @@ from typing import Any
 from .errors import UserError, reason
 from .reading.files import read_json
 
-WANTED = ["*.json", "*.jinja", "*.safetensors", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+PATTERNS = [
+    "*.json",
+    "*.jinja",
+    "*.safetensors",
+    "*.model",
+    "*.tiktoken",
+    "merges.txt",
+    "vocab.txt",
+]
 WEIGHTS = (".pth", ".bin", ".safetensors")
 
 
-def found(path_or_name: str | Path, revision: str | None = None) -> Path:
-    """The file or folder: one that exists, else `owner/name` or `owner/name/file` of the hub.
+def resolve_path(path_or_name: str | Path, revision: str | None = None) -> Path:
+    """A file or folder that exists, or else a download of `owner/name` or `owner/name/file`.
 
     Raises UserError where there is neither.
     """
@@ -29,21 +37,21 @@ def found(path_or_name: str | Path, revision: str | None = None) -> Path:
         if not path.exists():
             raise UserError(f"there is no {path}, and {name!r} is no hub name (owner/name) either")
         return path
-    return _fetched("/".join(parts[:2]), "/".join(parts[2:]), revision)
+    return _fetch("/".join(parts[:2]), "/".join(parts[2:]), revision)
 
 
-def _fetched(name: str, file: str, revision: str | None) -> Path:
+def _fetch(name: str, file: str, revision: str | None) -> Path:
     """A snapshot of a repository, or one file of it: from the hub, else from the cache.
 
     Raises UserError where neither has all of it.
     """
     try:
-        return _downloaded(name, file, revision)
+        return _download(name, file, revision)
     except UserError:
         raise
     except Exception as e:  # of an HTTP library, and another one in each version of the hub's
         why = reason(e)
-    if path := _cached(name, file, revision):
+    if path := _find_in_cache(name, file, revision):
         return path
     raise UserError(
         f"{'/'.join(filter(None, (name, file)))} is not in the cache, or not all of it, and the hub"
@@ -51,36 +59,36 @@ def _fetched(name: str, file: str, revision: str | None) -> Path:
     )
 
 
-def _downloaded(name: str, file: str, revision: str | None) -> Path:
-    """As the hub has it now; what is in the cache already is not downloaded again."""
+def _download(name: str, file: str, revision: str | None) -> Path:
+    """The hub's newest; what is in the cache already is not downloaded again."""
     from huggingface_hub import hf_hub_download, model_info, snapshot_download
 
     # Asked first: without a network it fails at once, where the others try for half a minute.
-    held = [one.rfilename for one in model_info(name, revision=revision).siblings or ()]
+    files = [f.rfilename for f in model_info(name, revision=revision).siblings or ()]
     if file:
         return Path(hf_hub_download(name, file, revision=revision))
-    patterns = WANTED + _pickles(name, held)
+    patterns = PATTERNS + _pickle_patterns(name, files)
     return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
 
 
-def _cached(name: str, file: str, revision: str | None) -> Path | None:
+def _find_in_cache(name: str, file: str, revision: str | None) -> Path | None:
     """What an earlier download left; None where that is nothing, or a part."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
-    here: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    options: dict[str, Any] = {"revision": revision, "local_files_only": True}
     with suppress(Exception):  # whatever the hub's library says of a cache that lacks something
         if file:
-            return Path(hf_hub_download(name, file, **here))
-        folder = Path(snapshot_download(name, allow_patterns=WANTED, **here))
-        return folder if _is_whole(folder) else None
+            return Path(hf_hub_download(name, file, **options))
+        folder = Path(snapshot_download(name, allow_patterns=PATTERNS, **options))
+        return folder if _is_complete(folder) else None
     return None
 
 
-def _is_whole(snapshot: Path) -> bool:
-    """Was its download not cut off? Most versions of the hub's library cannot tell.
+def _is_complete(snapshot: Path) -> bool:
+    """Did its download end? Most versions of the hub's library cannot tell.
 
-    A shard is missing, or there are no weights and something lies half-downloaded. An index none
-    of whose shards is there is an old one, beside weights in one file.
+    It did not where a shard is missing, or where weights are missing and a file is half
+    downloaded. An index without any of its shards is an old one, beside weights in one file.
     """
     weights = {f.name for f in snapshot.iterdir() if f.suffix in WEIGHTS and f.is_file()}
     index = snapshot / "model.safetensors.index.json"
@@ -91,11 +99,11 @@ def _is_whole(snapshot: Path) -> bool:
     return not any((snapshot.parents[1] / "blobs").glob("*.incomplete"))
 
 
-def _pickles(name: str, held: list[str]) -> list[str]:
+def _pickle_patterns(name: str, files: list[str]) -> list[str]:
     """Patterns of pickled weights, wanted where a repository has no others; one .pth only."""
-    if any(file.endswith(".safetensors") for file in held):
+    if any(file.endswith(".safetensors") for file in files):
         return []
-    several = [file for file in held if file.endswith(".pth")]
-    if len(several) > 1:
-        raise UserError(f"{name} holds {', '.join(several)}: name one, as {name}/{several[0]}")
+    pths = [file for file in files if file.endswith(".pth")]
+    if len(pths) > 1:
+        raise UserError(f"{name} holds {', '.join(pths)}: name one, as {name}/{pths[0]}")
     return ["*.bin", "*.pth"]

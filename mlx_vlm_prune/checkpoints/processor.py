@@ -16,11 +16,11 @@ TOKENIZER_FILES = (
     TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, OLDER_TEMPLATE, "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
-READING = "preprocessor_config.json"
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 # Nothing here reads these; they go with a LLaVA, so that it comes back as it was.
-CARRIED = ("generation_config.json", "processor_config.json")
+CARRIED_FILES = ("generation_config.json", "processor_config.json")
 
-ADVICE = "; give the folder of the tokenizer with --tokenizer"  # to whoever converts
+TOKENIZER_ADVICE = "; give the folder of the tokenizer with --tokenizer"  # to whoever converts
 
 
 def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":
@@ -65,6 +65,8 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def reading_in(*folders: Path | None) -> Path | None:
+def preprocessor_folder(*folders: Path | None) -> Path | None:
     """The first of the folders that holds a preprocessor_config.json."""
-    return next((folder for folder in folders if folder and (folder / READING).is_file()), None)
+    return next(
+        (folder for folder in folders if folder and (folder / PREPROCESSOR_CONFIG).is_file()), None
+    )

@@ -1,12 +1,13 @@
-"""Every tensor that a checkpoint of given sizes must have, with its shape, under our names."""
+"""Shapes of tensors under our names: those that a checkpoint must have, and those that it has."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 from . import backbones
-from .backbones import Shapes, attention, gated, linear, norm, norms, qk_norms
+from .backbones import Shapes, attention, gated_mlp, layer_norms, linear, norm, qk_norms
 from .config import (
     CLIPConfig,
     MiniMindConfig,
@@ -16,8 +17,8 @@ from .config import (
     VLMConfig,
 )
 from .errors import UserError
-from .minimind.generations import Shaped
 from .quantization import packed
+from .reading.tensors import Shaped
 
 
 def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path) -> None:
@@ -36,7 +37,9 @@ def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path
 def expected_shapes(config: VLMConfig) -> Shapes:
     """The shapes of all tensors; UserError for a matrix that cannot be quantized as it says."""
     text, width = config.text, config.vision.hidden_size
-    shapes = backbones.shapes(text.told) if isinstance(text, MlxLmConfig) else _language(text)
+    shapes = (
+        backbones.shapes(text.text_config) if isinstance(text, MlxLmConfig) else _language(text)
+    )
     shapes |= _tower(config.vision)
     shapes |= _projector(config.projector, text.hidden_size, width)
     if config.pruner:
@@ -61,7 +64,7 @@ def _language(c: MiniMindConfig) -> Shapes:
     D, at = c.hidden_size, "language"
     shapes: Shapes = {f"{at}.embed_tokens.weight": (c.vocab_size, D)}
     layer = attention(asdict(c) | {"head_dim": c.head_dim}, c.attention_bias, False)
-    layer |= (qk_norms(c.head_dim) if c.qk_norm else {}) | _mlps(c) | norms(D)
+    layer |= (qk_norms(c.head_dim) if c.qk_norm else {}) | _mlps(c) | layer_norms(D)
     for i in range(c.num_hidden_layers):
         shapes |= {f"{at}.layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes |= norm(f"{at}.norm", D)
@@ -71,11 +74,11 @@ def _language(c: MiniMindConfig) -> Shapes:
 def _mlps(c: MiniMindConfig) -> Shapes:
     D, inner, experts = c.hidden_size, c.intermediate_size, c.num_experts
     if not experts:
-        return gated("mlp", D, inner)
+        return gated_mlp("mlp", D, inner)
     shapes = linear("mlp.gate", experts, D)
     for kind, count in (("experts", experts), ("shared_experts", c.n_shared_experts)):
         for i in range(count):
-            shapes |= gated(f"mlp.{kind}.{i}", D, inner)
+            shapes |= gated_mlp(f"mlp.{kind}.{i}", D, inner)
     return shapes
 
 
@@ -99,3 +102,27 @@ def _tower(c: CLIPConfig) -> Shapes:
         shapes |= _linear(f"{layer}.mlp.fc1", inner, D) | _linear(f"{layer}.mlp.fc2", D, inner)
         shapes |= _norm(f"{layer}.layer_norm1", D) | _norm(f"{layer}.layer_norm2", D)
     return shapes
+
+
+def tensor_shape(state: Mapping[str, Shaped], name: str, where: Path) -> tuple[int, ...]:
+    """The shape of a tensor that must be there."""
+    if name not in state:
+        raise UserError(f"{where} lacks the tensor {name}")
+    return state[name].shape
+
+
+def matrix_shape(state: Mapping[str, Shaped], name: str, where: Path) -> tuple[int, int]:
+    """The same of a tensor that must be a matrix."""
+    shape = tensor_shape(state, name, where)
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{where}: tensor {name} has shape {shape}; it must be a matrix")
+    return shape[0], shape[1]
+
+
+def layer_count(names: Iterable[str], pattern: str, where: Path) -> int:
+    """How many layers the names have; `pattern` has the layer's number as its group."""
+    numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
+    if numbers != set(range(len(numbers))):
+        missing = min(set(range(len(numbers))) - numbers)
+        raise UserError(f"{where} has layers up to {max(numbers)}, but lacks layer {missing}")
+    return len(numbers)

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
-from ..checkpoints.llava import composed as llava
+from ..checkpoints.llava import published as llava
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import read_json
 from ..machine import blas
@@ -44,7 +44,7 @@ def load(
 def kind_of(folder: Path) -> str | None:
     """The model_type in a folder's config.json, if it is one that mlx-vlm runs for us.
 
-    A LLaVA may be one for our own decoder: `checkpoints.llava.is_for_us` says which is whose.
+    A LLaVA may be one for our own decoder: checkpoints/llava/published.py tells by `is_for_us`.
     Raises UserError, with the reason, for a model that has no visual tokens to prune.
     """
     file = folder / "config.json"

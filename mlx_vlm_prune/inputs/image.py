@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..checkpoints.errors import UserError
-from ..checkpoints.processor import READING
+from ..checkpoints.processor import PREPROCESSOR_CONFIG
 from ..checkpoints.reading.fields import Fields
 from ..checkpoints.reading.files import read_json
 
@@ -134,7 +134,7 @@ class Preprocessor:
         names the file and the field.
         """
         usual = usual or cls()
-        file = Path(path) / READING
+        file = Path(path) / PREPROCESSOR_CONFIG
         fields = _Fields(read_json(file), file)
         normalise = fields.flag("do_normalize")
         crops = fields.flag("do_center_crop", usual.crop is not None)

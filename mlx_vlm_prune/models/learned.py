@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..checkpoints.checkpoint import LEARNED
+from ..checkpoints.checkpoint import LEARNED_FILE
 from ..checkpoints.config import MiniMindConfig
 from ..checkpoints.errors import UserError
 from ..pruners import METHODS
@@ -27,7 +27,7 @@ def read_learned(folder: Path, model: VLM) -> dict[str, Any]:
     Raises UserError for a file that is not sound, an unknown method, or a tensor that is
     missing, superfluous or misshapen.
     """
-    file = folder / LEARNED
+    file = folder / LEARNED_FILE
     if not file.exists():
         return {}
     found: dict[str, Weights] = {}

@@ -14,12 +14,13 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from ..checkpoints.checkpoint import Source, as_mlx, is_composed, is_ours
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import CONFIG, CLIPConfig, SiglipConfig, VLMConfig, parse_config
 from ..checkpoints.errors import UserError
-from ..checkpoints.hub import found
-from ..checkpoints.llava.original import pads
-from ..checkpoints.processor import READING
+from ..checkpoints.families import is_llava, is_ours, read_checkpoint
+from ..checkpoints.hub import resolve_path
+from ..checkpoints.llava.original import pads_to_square
+from ..checkpoints.processor import PREPROCESSOR_CONFIG
 from ..checkpoints.reading.files import read_json
 from ..checkpoints.shapes import check_complete
 from ..inputs.image import Preprocessor, siglip_preprocessor
@@ -58,7 +59,7 @@ def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Proc
 
     `name` is what the user called it. Raises UserError for whatever cannot be loaded.
     """
-    config, weights, source = _read(folder, dtype)
+    config, weights, checkpoint = _read(folder, dtype)
     model, weights = VLM(config), stacked(weights)
     if how := config.quantization:
         few = {name.removesuffix(".scales") for name in weights if ".scales" in name}
@@ -68,12 +69,11 @@ def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Proc
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
-    image = _preprocessor(source.reading, config.vision)
-    composed = is_composed(source.config)
-    if composed and pads(source.config.get("published")):
+    image = _preprocessor(checkpoint.preprocessor_folder, config.vision)
+    if is_llava(checkpoint.config) and pads_to_square(checkpoint.config.get("published")):
         image = replace(image, pad=True)
-    tokenizer = Tokenizer.from_folder(source.tokenizer)
-    if composed and tokenizer.chat_template is None:
+    tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
+    if is_llava(checkpoint.config) and tokenizer.chat_template is None:
         tokenizer.chat_template = VICUNA
     return model, Processor(tokenizer, image, config.image_token, name, folder)
 
@@ -85,7 +85,7 @@ def weights_dtype(dtype: str) -> mx.Dtype | None:
     return DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
 
 
-def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Source]:
+def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Checkpoint]:
     """One of our folders, or one as published, brought over: checked, its weights in what they are
     to be in, and the rest of it."""
     if is_ours(folder):
@@ -95,12 +95,12 @@ def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Sou
         shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
         target = _check_size(shapes, dtype, folder)
         weights = {name: _as(weights.pop(name), target) for name in shapes}
-        return config, weights, Source(whole, {}, folder, folder)
-    source = as_mlx(folder)
-    config, tensors = parse_config(source.config, folder / CONFIG), source.tensors.items()
+        return config, weights, Checkpoint(whole, {}, folder, folder)
+    checkpoint = read_checkpoint(folder)
+    config, tensors = parse_config(checkpoint.config, folder / CONFIG), checkpoint.tensors.items()
     target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
     weights = {name: _as(to_array(tensor), target) for name, tensor in tensors}
-    return config, weights, replace(source, tensors={})
+    return config, weights, replace(checkpoint, tensors={})
 
 
 def _as(array: mx.array, target: mx.Dtype) -> mx.array:
@@ -141,7 +141,7 @@ def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
     image = Preprocessor.from_folder(folder, usual)
     if (image.crop or image.size) != (side, side):
         raise UserError(
-            f"{folder / READING} makes pictures of {image.crop or image.size}"
+            f"{folder / PREPROCESSOR_CONFIG} makes pictures of {image.crop or image.size}"
             f" pixels, but the tower reads {side} x {side}"
         )
     return image
@@ -153,7 +153,7 @@ def _on_cpu() -> bool:
 
 def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None) -> Path:
     """Where a model's files lie on this disk; the built-in model's without a path. UserError."""
-    path = CHECKPOINT if path_or_hub_name is None else found(path_or_hub_name, revision)
+    path = CHECKPOINT if path_or_hub_name is None else resolve_path(path_or_hub_name, revision)
     if not path.is_dir():
         raise UserError(
             f"{path} is a file; a model is a folder (see python -m mlx_vlm_prune convert to-mlx)"

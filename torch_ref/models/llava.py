@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from mlx_vlm_prune.checkpoints.checkpoint import as_mlx
 from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, parse_config
-from mlx_vlm_prune.checkpoints.llava.composed import published
-from mlx_vlm_prune.checkpoints.llava.names import REFERENCE
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.llava.layouts import REFERENCE
+from mlx_vlm_prune.checkpoints.llava.published import published_tensors
 
 from .vlm import VLM, _tensor, best_device
 
@@ -22,13 +22,13 @@ def read(
     Raises UserError for what cannot be read or holds another model.
     """
     where = Path(folder)
-    source = as_mlx(where, Path(tower) if tower else None)
-    config, layout, text = parse_config(source.config, where / CONFIG), REFERENCE, None
+    checkpoint = read_checkpoint(where, Path(tower) if tower else None)
+    config, layout, text = parse_config(checkpoint.config, where / CONFIG), REFERENCE, None
     if isinstance(config.text, MlxLmConfig):
-        whole, kind = source.config["published"], config.text.model_type
+        whole, kind = checkpoint.config["published"], config.text.model_type
         text = whole.get("text_config") or {**whole, "model_type": kind}
         layout = replace(REFERENCE, text="model.stock")
     model = VLM(config, text)
-    state = published(source.tensors, layout, source.config, where)
+    state = published_tensors(checkpoint.tensors, layout, checkpoint.config, where)
     model.load_state_dict({name: _tensor(raw) for name, raw in state.items()})
     return model.eval().to(device or best_device())

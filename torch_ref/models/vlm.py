@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from mlx_vlm_prune.checkpoints.checkpoint import read_published, torch_tensors
 from mlx_vlm_prune.checkpoints.command_line import either
 from mlx_vlm_prune.checkpoints.config import MlxLmConfig, VLMConfig, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.minimind.published import read_published, torch_tensors
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 
 from ..pruners import METHODS, Reduction, Signals, Step, is_learned, reduce, signal_layers

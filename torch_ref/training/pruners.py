@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mlx_vlm_prune.checkpoints.checkpoint import LEARNED as LEARNED_FILE
+from mlx_vlm_prune.checkpoints.checkpoint import LEARNED_FILE
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading import pth
 from mlx_vlm_prune.checkpoints.reading.files import appearing, open_safetensors, write_safetensors

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import CONFIG
 from mlx_vlm_prune.checkpoints.errors import UserError, reason
-from mlx_vlm_prune.checkpoints.processor import READING
+from mlx_vlm_prune.checkpoints.processor import PREPROCESSOR_CONFIG
 from mlx_vlm_prune.checkpoints.reading import pth
 from mlx_vlm_prune.checkpoints.reading.files import (
     appearing,
@@ -121,7 +121,7 @@ def export(vlm: VLM, out: Path) -> None:
         "resample": 3,  # bicubic
         "size": {"shortest_edge": side},
     }
-    for name, content in ((CONFIG, config), (READING, reading)):
+    for name, content in ((CONFIG, config), (PREPROCESSOR_CONFIG, reading)):
         write_atomically(clip / name, json.dumps(content, indent=4, sort_keys=True) + "\n")
 
 

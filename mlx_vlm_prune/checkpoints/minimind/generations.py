@@ -7,19 +7,17 @@ without an error. Names and shapes tell them apart.
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-from ..names import tables as names
-from ..names.tables import Table
+from ..config import CLIP_TYPE, NAFLEX_TYPE, SIGLIP_TYPE
+from ..errors import UserError
+from ..names.rules import Table, to_ours
+from ..names.towers import CLIP, NAFLEX, SIGLIP
+from ..reading.tensors import Shaped
+from .tables import EARLY, LINEAR, LLAMA, MLP, NORMED_MLP
 
 KV_HEADS = 2  # of every published MiniMind2; the number is in no file
-
-
-class Shaped(Protocol):
-    """Any tensor, whatever its library."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,11 @@ class Generation:
     model_type: str
     tower_type: str
     image_token: str
-    text: dict[str, Any]  # fixed parts of text_config
+    text_fields: dict[str, Any]  # of text_config, the same in every model
     experts_per_tok: int
     merge: tuple[int, int] = (1, 1)  # patches, down and across, that become one visual token
-    kv_heads: int | None = None  # assumed, where no tensor tells
-    readers: dict[str, str] = field(default_factory=dict)  # Hugging Face's classes for the text
+    kv_heads: int | None = None  # assumed, since no file has the number
+    transformers_classes: dict[str, str] = field(default_factory=dict)  # for the language model
 
     @property
     def table(self) -> Table:
@@ -50,38 +48,38 @@ _LLAMA_TIE = ("lm_head.weight", "model.embed_tokens.weight")
 _SECOND = Generation(
     "minimind2-v",
     "MiniMind2-V of April 2025 to February 2026",
-    language=names.LLAMA,
-    projector=names.LINEAR,
-    tower=names.CLIP,
+    language=LLAMA,
+    projector=LINEAR,
+    tower=CLIP,
     tied=_LLAMA_TIE,
     model_type="minimind2_v",
-    tower_type="clip_vision_model",
+    tower_type=CLIP_TYPE,
     image_token="@",
-    text={"rms_norm_eps": 1e-05},
+    text_fields={"rms_norm_eps": 1e-05},
     experts_per_tok=2,
     kv_heads=KV_HEADS,
-    readers={"dense": "LlamaForCausalLM"},
+    transformers_classes={"dense": "LlamaForCausalLM"},
 )
 _EARLY = replace(
     _SECOND,
     name="minimind2-v-2025-02",
     title="MiniMind2-V of February to April 2025",
-    language=names.EARLY,
+    language=EARLY,
     tied=("output.weight", "tok_embeddings.weight"),
 )
 _THIRD = Generation(
     "minimind-3v",
     "MiniMind-3V since 20 April 2026",
-    language=names.LLAMA,
-    projector=names.NORMED_MLP,
-    tower=names.SIGLIP,
+    language=LLAMA,
+    projector=NORMED_MLP,
+    tower=SIGLIP,
     tied=_LLAMA_TIE,
     model_type="minimind3_v",
-    tower_type="siglip_vision_model",
+    tower_type=SIGLIP_TYPE,
     image_token="<|image_pad|>",
-    text={"rms_norm_eps": 1e-06, "qk_norm": True},
+    text_fields={"rms_norm_eps": 1e-06, "qk_norm": True},
     experts_per_tok=1,
-    readers={"dense": "Qwen3ForCausalLM", "experts": "Qwen3MoeForCausalLM"},
+    transformers_classes={"dense": "Qwen3ForCausalLM", "experts": "Qwen3MoeForCausalLM"},
 )
 _MERGED = replace(
     _THIRD, name="minimind-3v-2026-04-19", title="MiniMind-3V of 19 April 2026", merge=(2, 2)
@@ -90,53 +88,56 @@ _NAFLEX = replace(
     _THIRD,
     name="minimind-3v-2026-03",
     title="MiniMind-3V of March 2026",
-    projector=names.MLP,
-    tower=names.NAFLEX,
-    tower_type="siglip2_vision_model",
+    projector=MLP,
+    tower=NAFLEX,
+    tower_type=NAFLEX_TYPE,
     merge=(1, 4),
 )
 GENERATIONS = {each.name: each for each in (_EARLY, _SECOND, _NAFLEX, _MERGED, _THIRD)}
 SUPPORTED = ", ".join(each.title for each in GENERATIONS.values())
-MODEL_TYPES = ("minimind2_v", "minimind3_v", "composed_vlm")  # of our folders
-DEFAULT = "minimind2-v"  # of our folders that do not say
+DEFAULT = "minimind2-v"  # of a folder of ours whose config.json has no published_as
 
 
-def recognise(state: Mapping[str, Shaped]) -> Generation | str:
-    """The generation of a state dict without masks, or a sentence's end that says why none."""
+def recognise(state: Mapping[str, Shaped], where: Path) -> Generation:
+    """The generation of a state dict without masks; UserError that says what it is instead."""
     if "tok_embeddings.weight" in state:
-        return _early(state)
+        return _recognise_early(state, where)
     if "model.embed_tokens.weight" not in state:
-        return f"holds no language model of MiniMind-V; supported are {SUPPORTED}"
-    normed = any(name.endswith(".self_attn.q_norm.weight") for name in state)
+        raise UserError(f"{where} holds no language model of MiniMind-V; supported are {SUPPORTED}")
+    has_qk_norm = any(name.endswith(".self_attn.q_norm.weight") for name in state)
     projector = {name for name in state if name.startswith("vision_proj.")}
     if any(
         name.startswith(("vision_proj.vision_proj.", "vision_proj.pool_")) for name in projector
     ):
-        if normed:
-            return "mixes MiniMind-3's language model with MiniMind2-V's projector"
-        if other := _unknown_projector(projector):
-            return other
+        if has_qk_norm:
+            raise UserError(
+                f"{where} mixes MiniMind-3's language model with MiniMind2-V's projector"
+            )
+        _check_no_scorer(projector, where)
         return _SECOND
     if not projector:
-        kind = "MiniMind-3" if normed else "MiniMind2"
-        return f"is {kind}'s language model alone, without vision_proj: it cannot see"
-    if not normed:
-        return "mixes MiniMind2's language model with MiniMind-3V's projector"
-    return _third(state)
+        language_model = "MiniMind-3" if has_qk_norm else "MiniMind2"
+        raise UserError(
+            f"{where} is {language_model}'s language model alone, without vision_proj: it cannot"
+            " see"
+        )
+    if not has_qk_norm:
+        raise UserError(f"{where} mixes MiniMind2's language model with MiniMind-3V's projector")
+    return _recognise_third(state)
 
 
-def _early(state: Mapping[str, Shaped]) -> Generation | str:
+def _recognise_early(state: Mapping[str, Shaped], where: Path) -> Generation:
     both = (state.get(f"layers.0.attention.w{x}.weight") for x in "qk")
     q_rows, k_rows = (tensor.shape[0] if tensor and tensor.shape else 0 for tensor in both)
     if q_rows and q_rows == 2 * k_rows:
-        return (
-            "is minimind-v-v1 of 2024, which is not supported: it reads 50 tokens of CLIP"
+        raise UserError(
+            f"{where} is minimind-v-v1 of 2024, which is not supported: it reads 50 tokens of CLIP"
             " ViT-B/32, CLS among them, in a prompt format that was given up"
         )
     return _EARLY
 
 
-def _third(state: Mapping[str, Shaped]) -> Generation:
+def _recognise_third(state: Mapping[str, Shaped]) -> Generation:
     if "vision_proj.mlp.3.weight" not in state:
         return _NAFLEX
     norm = state.get("vision_proj.mlp.0.weight")
@@ -146,11 +147,10 @@ def _third(state: Mapping[str, Shaped]) -> Generation:
     return _MERGED if merged else _THIRD
 
 
-def _unknown_projector(projector: Collection[str]) -> str | None:
+def _check_no_scorer(projector: Collection[str], where: Path) -> None:
     for name in sorted(projector):
-        if not names.to_ours(names.LINEAR, name) and re.search(r"scor|prun", name):
-            return (
-                f"holds {name}, of an EfficientVLM scorer; its layout was never published, so"
-                " attention_pool is the learned pruning that can be converted"
+        if not to_ours(LINEAR, name) and re.search(r"scor|prun", name):
+            raise UserError(
+                f"{where} holds {name}, of an EfficientVLM scorer; its layout was never published,"
+                " so attention_pool is the learned pruning that can be converted"
             )
-    return None

@@ -1,6 +1,6 @@
-"""State dicts from published names and layouts to ours, and back, by the tables of names.py.
+"""State dicts from published names and order to ours, and back, by the rules of a table.
 
-`d` is the size of one attention head.
+`head_dim` is the size of one attention head.
 """
 
 from collections.abc import Mapping
@@ -8,51 +8,55 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..reading.tensors import FLOATS, RawTensor
-from .tables import Table, published_order, to_ours, to_published
+from .rules import Table, published_order, to_ours, to_published
 
 Tensors = Mapping[str, RawTensor]
 
 
-def renamed(state: Tensors, table: Table, title: str, where: Path) -> dict[str, RawTensor]:
-    """Every tensor under our name, in its published layout.
+def to_our_names(state: Tensors, table: Table, title: str, where: Path) -> dict[str, RawTensor]:
+    """Every tensor under our name, its values in the published order.
 
-    UserError for one that has no place in a model with that title, or is of another kind.
+    Raises UserError for a tensor that has no place in the model called `title`, and for one of
+    another dtype or number of axes.
     """
     ours: dict[str, RawTensor] = {}
     for name, tensor in state.items():
-        place = to_ours(table, name)
-        if place is None:
+        match = to_ours(table, name)
+        if match is None:
             raise UserError(f"{where} holds a tensor {name}; {title} has no place for it")
-        new, rule = place
+        new_name, rule = match
         if tensor.dtype not in FLOATS:
             raise UserError(f"{where}: tensor {name} is {tensor.dtype}; F32, F16 or BF16 is needed")
-        if rule.change and len(tensor.shape) != rule.change.axes:
+        if rule.reordering and len(tensor.shape) != rule.reordering.axes:
             raise UserError(
-                f"{where}: tensor {name} has shape {tensor.shape}, not {rule.change.axes} axes"
+                f"{where}: tensor {name} has shape {tensor.shape}, not {rule.reordering.axes} axes"
             )
-        ours[new] = tensor
+        ours[new_name] = tensor
     return ours
 
 
-def as_ours(tensors: Tensors, table: Table, d: int) -> dict[str, RawTensor]:
-    """Tensors that have our names, their values in our order."""
+def to_our_order(tensors: Tensors, table: Table, head_dim: int) -> dict[str, RawTensor]:
+    """Tensors that have our names already, their values in our order."""
     ours = {}
     for name, tensor in tensors.items():
-        place = to_published(table, name)
-        change = place and place[1].change
-        ours[name] = change.there(tensor, d) if change else tensor
+        match = to_published(table, name)
+        reordering = match and match[1].reordering
+        ours[name] = reordering.to_ours(tensor, head_dim) if reordering else tensor
     return ours
 
 
-def as_published(tensors: Tensors, table: Table, d: int, where: Path) -> dict[str, RawTensor]:
-    """Our tensors under the names of a table, in its layout and order."""
+def to_published_layout(
+    tensors: Tensors, table: Table, head_dim: int, where: Path
+) -> dict[str, RawTensor]:
+    """Our tensors under the published names of a table, in its order of tensors and values."""
     state: dict[str, RawTensor] = {}
     for name, tensor in tensors.items():
-        place = to_published(table, name)
-        if place is None:
+        match = to_published(table, name)
+        if match is None:
             raise UserError(f"{where} holds a tensor {name} that its layout has no place for")
-        new, rule = place
-        state[new] = rule.change.back(tensor, d) if rule.change else tensor
+        new_name, rule = match
+        reordering = rule.reordering
+        state[new_name] = reordering.to_published(tensor, head_dim) if reordering else tensor
     return {name: state[name] for name in published_order(table, state)}
 
 

@@ -1,7 +1,7 @@
 """Values that lie in another order in PyTorch than in MLX or in a later release.
 
-Each change knows both ways, and nothing but moves values: going and coming back gives the
-same bytes. `d` is the size of one attention head.
+A reordering only moves values: there and back gives the same bytes. `head_dim` is the size of one
+attention head.
 """
 
 from collections.abc import Callable
@@ -12,33 +12,35 @@ from ..reading.tensors import RawTensor
 
 
 @dataclass(frozen=True)
-class Change:
-    """`there(tensor, d)` makes our order of the published one, which has so many `axes`;
-    `back(tensor, d)` undoes it."""
+class Reordering:
+    """`to_ours(tensor, head_dim)` makes our order of the published one, `to_published` the reverse.
 
-    there: Callable[[RawTensor, int], RawTensor]
-    back: Callable[[RawTensor, int], RawTensor]
+    The published tensor has `axes` axes.
+    """
+
+    to_ours: Callable[[RawTensor, int], RawTensor]
+    to_published: Callable[[RawTensor, int], RawTensor]
     axes: int
 
 
-def _pairs_apart(tensor: RawTensor, d: int) -> RawTensor:
-    """Of each head's rows first the even ones, then the odd: what was turned as the pairs
-    (0, 1), (2, 3), … is turned as (0, d/2), (1, d/2 + 1), … afterwards."""
-    rows = [head + i for head in range(0, tensor.shape[0], d) for i in _evens_first(d)]
-    return tensor.rows(rows)
+def _halves_from_pairs(tensor: RawTensor, head_dim: int) -> RawTensor:
+    """Each head's even rows, then its odd ones: rotary pairs (0, 1), (2, 3), … become
+    (0, d/2), (1, d/2 + 1), …"""
+    order = _evens_first(head_dim)
+    return tensor.rows([head + i for head in range(0, tensor.shape[0], head_dim) for i in order])
 
 
-def _pairs_together(tensor: RawTensor, d: int) -> RawTensor:
-    place = _evens_first(d)
-    rows = [head + place.index(i) for head in range(0, tensor.shape[0], d) for i in range(d)]
-    return tensor.rows(rows)
+def _pairs_from_halves(tensor: RawTensor, head_dim: int) -> RawTensor:
+    order = _evens_first(head_dim)
+    back = [order.index(i) for i in range(head_dim)]
+    return tensor.rows([head + i for head in range(0, tensor.shape[0], head_dim) for i in back])
 
 
-def _evens_first(d: int) -> list[int]:
-    return [*range(0, d, 2), *range(1, d, 2)]
+def _evens_first(head_dim: int) -> list[int]:
+    return [*range(0, head_dim, 2), *range(1, head_dim, 2)]
 
 
-def _squared(tensor: RawTensor, d: int) -> RawTensor:
+def _square_patches(tensor: RawTensor, head_dim: int) -> RawTensor:
     """(out, p * p * 3) as (out, p, p, 3): the values stay where they are."""
     out, columns = tensor.shape
     side = round((columns // 3) ** 0.5)
@@ -49,18 +51,18 @@ def _squared(tensor: RawTensor, d: int) -> RawTensor:
     return tensor.reshaped((out, side, side, 3))
 
 
-def _flat(tensor: RawTensor, d: int) -> RawTensor:
+def _flat_patches(tensor: RawTensor, head_dim: int) -> RawTensor:
     out, rows, columns, colours = tensor.shape
     return tensor.reshaped((out, rows * columns * colours))
 
 
 # PyTorch's convolutions have (out, in, height, width), MLX's (out, height, width, in).
-CONVOLUTION = Change(
-    lambda tensor, d: tensor.permuted((0, 2, 3, 1)),
-    lambda tensor, d: tensor.permuted((0, 3, 1, 2)),
+CONVOLUTION = Reordering(
+    lambda tensor, head_dim: tensor.permuted((0, 2, 3, 1)),
+    lambda tensor, head_dim: tensor.permuted((0, 3, 1, 2)),
     4,
 )
 # SigLIP 2's NaFlex towers multiply patches laid out flat, colours innermost.
-PATCHES = Change(_squared, _flat, 2)
-# Early MiniMind2 turned neighbours, as complex numbers; later ones turn the two halves.
-INTERLEAVED = Change(_pairs_apart, _pairs_together, 2)
+PATCHES = Reordering(_square_patches, _flat_patches, 2)
+# Early MiniMind2 rotates neighbouring rows, as complex numbers; later ones rotate the two halves.
+INTERLEAVED = Reordering(_halves_from_pairs, _pairs_from_halves, 2)

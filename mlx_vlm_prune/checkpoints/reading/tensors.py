@@ -10,11 +10,19 @@ import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from math import prod
+from typing import Protocol
 
 import numpy as np
 
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}  # bytes per element of what we write
 FLOATS = ("F32", "F16", "BF16")
+
+
+class Shaped(Protocol):
+    """Any tensor, whatever its library."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
 
 class RawTensor:

@@ -155,9 +155,9 @@ class MlxLm(LayerStack):
         self.config, self.family = config, FAMILIES[config.model_type]
         stock = _build(config, self.family)
         self[self.family.body] = stock[self.family.body]
-        if not config.told["tie_word_embeddings"]:
+        if not config.text_config["tie_word_embeddings"]:
             sizes = config.hidden_size, config.vocab_size
-            self.lm_head = nn.Linear(*sizes, bias=config.told["lm_head_bias"])
+            self.lm_head = nn.Linear(*sizes, bias=config.text_config["lm_head_bias"])
 
     @property
     def layers(self) -> list[Layer]:
@@ -220,4 +220,4 @@ def _build(config: MlxLmConfig, family: Family) -> Any:
         raise UserError(
             f"a {config.model_type} language model needs mlx-lm: {INSTALL} ({problem})"
         ) from None
-    return models.Model(models.ModelArgs.from_dict(dict(config.told)))
+    return models.Model(models.ModelArgs.from_dict(dict(config.text_config)))

@@ -105,8 +105,8 @@ class TextModel(nn.Module):
         super().__init__()
         stock = AutoConfig.for_model(**published)
         self.stock = AutoModel.from_config(stock, attn_implementation=WHOLE, dtype=torch.float32)
-        if not config.told["tie_word_embeddings"]:
-            bias = config.told["lm_head_bias"]
+        if not config.text_config["tie_word_embeddings"]:
+            bias = config.text_config["lm_head_bias"]
             self.lm_head = nn.Linear(config.hidden_size, stock.vocab_size, bias=bias)
 
     @property

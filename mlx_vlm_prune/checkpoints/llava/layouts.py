@@ -1,15 +1,16 @@
-"""How LLaVA-style models name their tensors, release by release; a table is put together from
-where its language model, projector and tower lie.
+"""How LLaVA-style models name their tensors, release by release.
 
-`*` is a number of a layer, as in names.py.
+A layout's table follows from where its language model, projector and tower lie. `*` is the number
+of a layer.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..backbones import EMBEDDINGS, RUNNER, rules
-from ..names.tables import CLIP, SIGLIP, Rule, Table
+from ..backbones import EMBEDDINGS, RUNNER, naming_rules
+from ..names.rules import Rule, Table
+from ..names.towers import CLIP, SIGLIP
 
 _LAYER = (
     "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight "
@@ -23,7 +24,7 @@ _ONE_OR_TWO = {"projector": "", "projector.fc1": ".0", "projector.fc2": ".2"}
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the parts. Published towers may lie in a folder of their own."""
+    """What the names of each part begin with. A tower may lie in a folder of its own."""
 
     name: str
     title: str
@@ -35,31 +36,33 @@ class Layout:
     def table(self, clip: bool, text: Mapping[str, Any] | None = None) -> Table:
         """Of a model whose tower is CLIP's, or else SigLIP's; `text` is our text_config."""
         if text and text.get("runner") == RUNNER:
-            words = rules(text, self.text, self.head)
+            language = naming_rules(text, self.text, self.head)
         else:
-            words = _text(self.text, self.head)
-        both = [(a, b, kind) for a, b in self.projector.items() for kind in ("weight", "bias")]
-        between = [Rule(f"{b}.{kind}", f"{a}.{kind}") for a, b, kind in both]
-        return (*words, *between, *tower(self.tower, clip))
+            language = _language_table(self.text, self.head)
+        projector = [
+            Rule(f"{published}.{kind}", f"{ours}.{kind}")
+            for ours, published in self.projector.items()
+            for kind in ("weight", "bias")
+        ]
+        return (*language, *projector, *tower_table(self.tower, clip))
 
 
-def _text(text: str, head: str) -> Table:
+def _language_table(text: str, head: str) -> Table:
     layers = [Rule(f"{text}.layers.*.{name}", f"language.layers.*.{name}") for name in _LAYER]
     begin = Rule(f"{text}.embed_tokens.weight", "language.embed_tokens.weight")
     end = Rule(f"{text}.norm.weight", "language.norm.weight")
     return (begin, *layers, end, Rule(f"{head}.weight", "language.lm_head.weight"))
 
 
-def tower(prefix: str, clip: bool) -> Table:
-    """A tower's own table, its names beginning otherwise."""
-    rules = CLIP if clip else SIGLIP
+def tower_table(prefix: str, clip: bool) -> Table:
+    """The table of CLIP's tower or SigLIP's, published names beginning with `prefix`."""
     return tuple(
-        Rule(prefix + rule.published.removeprefix("vision_model"), rule.ours, rule.change)
-        for rule in rules
+        Rule(prefix + rule.published.removeprefix("vision_model"), rule.ours, rule.reordering)
+        for rule in (CLIP if clip else SIGLIP)
     )
 
 
-def _hugging_face(name: str, inner: bool, flat: bool) -> Layout:
+def _transformers_layout(name: str, inner: bool, flat: bool) -> Layout:
     """`inner`: as the module calls its parts, under model; `flat`: no vision_model in between."""
     before = "model." if inner else ""
     return Layout(
@@ -74,16 +77,16 @@ def _hugging_face(name: str, inner: bool, flat: bool) -> Layout:
 
 # As transformers 5.4.0 saves it: it puts its old names into the new ones.
 _OLD_IN_NEW = replace(
-    _hugging_face("llava-hf-old-inner", inner=True, flat=False),
+    _transformers_layout("llava-hf-old-inner", inner=True, flat=False),
     text="model.language_model.model", head="language_model.lm_head",
 )  # fmt: skip
 LAYOUTS = {
     layout.name: layout
     for layout in (
-        _hugging_face("llava-hf", inner=False, flat=False),  # transformers 4, and the hub
-        _hugging_face("llava-hf-flat", inner=False, flat=True),  # saved by transformers 5
-        _hugging_face("llava-hf-inner", inner=True, flat=False),
-        _hugging_face("llava-hf-inner-flat", inner=True, flat=True),
+        _transformers_layout("llava-hf", inner=False, flat=False),  # transformers 4, and the hub
+        _transformers_layout("llava-hf-flat", inner=False, flat=True),  # saved by transformers 5
+        _transformers_layout("llava-hf-inner", inner=True, flat=False),
+        _transformers_layout("llava-hf-inner-flat", inner=True, flat=True),
         _OLD_IN_NEW,
     )
 }
@@ -112,7 +115,8 @@ REFERENCE = Layout(
 def recognise(names: Collection[str]) -> Layout | None:
     """The layout of a state dict; None where it is none of these."""
     for layout in LAYOUTS.values():
-        words = (f"{layout.text}.{name}.weight" for name in EMBEDDINGS)
-        if any(w in names for w in words) and f"{layout.tower}.post_layernorm.weight" in names:
+        embeddings = (f"{layout.text}.{name}.weight" for name in EMBEDDINGS)
+        has_tower = f"{layout.tower}.post_layernorm.weight" in names
+        if has_tower and any(name in names for name in embeddings):
             return layout
     return None

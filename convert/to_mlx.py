@@ -1,0 +1,90 @@
+"""`to-mlx`: write a folder of ours, of a MiniMind-V or a LLaVA alike."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, LEARNED_FILE, Checkpoint
+from mlx_vlm_prune.checkpoints.config import CONFIG, is_clip
+from mlx_vlm_prune.checkpoints.families import published_layout
+from mlx_vlm_prune.checkpoints.processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
+from mlx_vlm_prune.checkpoints.reading.files import (
+    appearing,
+    open_safetensors,
+    write_json,
+    write_safetensors,
+)
+from mlx_vlm_prune.checkpoints.reading.tensors import FLOATS
+
+from .folders import copy_files
+
+CLIP_PREPROCESSOR = {  # openai/clip-vit-base-patch16's own
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+}
+SIGLIP_PREPROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+
+
+def to_mlx(
+    checkpoint: Checkpoint, target: Path, dtype: str | None = None, source: str | None = None
+) -> None:
+    """Write a checkpoint as a folder of ours, in its own dtype or in `dtype`.
+
+    `source` is the checkpoint's name or path as the user gave it, for the model card.
+    The folder appears complete or not at all.
+    """
+    config, tensors = checkpoint.config, checkpoint.tensors
+    if dtype:
+        config, code = {**config, "torch_dtype": dtype}, DTYPES[dtype]
+        tensors = {k: t.astype(code) if t.dtype in FLOATS else t for k, t in tensors.items()}
+    with appearing(target, folder=True) as folder:
+        write_json(folder / CONFIG, config)
+        write_safetensors(folder / "model.safetensors", tensors, "mlx")
+        copy_files(TOKENIZER_FILES, checkpoint.tokenizer_folder, folder)
+        if checkpoint.carried_folder:
+            copy_files(CARRIED_FILES, checkpoint.carried_folder, folder)
+        _write_learned(checkpoint, folder / LEARNED_FILE)
+        if checkpoint.preprocessor_folder:
+            copy_files([PREPROCESSOR_CONFIG], checkpoint.preprocessor_folder, folder)
+        else:
+            write_json(folder / PREPROCESSOR_CONFIG, _default_preprocessor(config["vision_config"]))
+        card = _model_card(config, target.name, source)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_learned(checkpoint: Checkpoint, file: Path) -> None:
+    """The weights of learned pruners, if there are any; a new twig takes the old one's place."""
+    if checkpoint.twig:
+        held = open_safetensors(checkpoint.learned_file) if checkpoint.learned_file else {}
+        others = {name: tensor for name, tensor in held.items() if not name.startswith("twig.")}
+        write_safetensors(file, {**others, **checkpoint.twig}, "mlx")
+    elif checkpoint.learned_file:
+        shutil.copyfile(checkpoint.learned_file, file)
+
+
+def _model_card(config: Mapping[str, Any], name: str, source: str | None) -> str:
+    """A model card for the hub."""
+    is_hub_name = source and source.count("/") == 1 and not Path(source).exists()
+    base = f"base_model: {source}\n" if is_hub_name else ""
+    quantization = config.get("quantization")
+    few_bits = f", its language model in {quantization['bits']} bits" if quantization else ""
+    title = published_layout(config, Path(name)).title
+    title = title[0].upper() + title[1:]
+    return (
+        "---\nlibrary_name: mlx\npipeline_tag: image-text-to-text\n"
+        f"{base}tags:\n- mlx\n- mlx_vlm_prune\n---\n\n# {name}\n\n"
+        f"{title} in MLX format{few_bits}, for `mlx_vlm_prune`:\n\n```bash\n"
+        f"python -m mlx_vlm_prune.generate --model {name} --image photo.jpg \\\n"
+        '    --prompt "What is this?" --pruner divprune --keep-ratio 0.5\n```\n'
+    )
+
+
+def _default_preprocessor(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The usual preprocessor_config.json of a tower with this vision_config."""
+    side = vision["image_size"]
+    if is_clip(vision):
+        return CLIP_PREPROCESSOR | {"crop_size": side, "size": side}
+    size = {"height": side, "width": side}
+    return SIGLIP_PREPROCESSOR | {"do_center_crop": False, "size": size}

@@ -1,0 +1,91 @@
+"""Which family the checkpoint in a folder is of, and the whole of it.
+
+There are three: a folder of our own, as `convert to-mlx` writes it; a LLaVA as published; and a
+MiniMind-V as published.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import LEARNED_FILE, Checkpoint
+from .config import CONFIG, LLAVA_TYPE, MODEL_TYPES, VLMConfig, parse_config
+from .errors import UserError
+from .llava import published as llava
+from .llava.layouts import LAYOUTS, Layout
+from .minimind import published as minimind
+from .minimind.generations import DEFAULT, GENERATIONS, Generation
+from .processor import preprocessor_folder
+from .reading.files import optional_json, read_json
+from .reading.tensors import RawTensor
+from .reading.weights import read_weights
+from .shapes import check_complete
+
+
+def read_checkpoint(
+    source: Path,
+    vision: Path | None = None,
+    tokenizer: Path | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> Checkpoint:
+    """The checkpoint in a file or folder of any family; its tensors stay on the disk.
+
+    `vision` is the folder of a tower that lies apart, `tokenizer` that of tokenizer.json; without
+    them they are looked for in or beside `source`. Raises UserError.
+    """
+    if is_ours(source):
+        return _read_ours(source, tokenizer)
+    if llava.is_published(source):
+        return llava.read_checkpoint(source, vision, tokenizer)
+    return minimind.read_checkpoint(source, vision, tokenizer, heads, kv_heads)
+
+
+def is_ours(folder: Path) -> bool:
+    """Is this one of our own checkpoint folders?"""
+    return optional_json(folder / CONFIG).get("model_type") in MODEL_TYPES
+
+
+def is_llava(config: Mapping[str, Any]) -> bool:
+    """Is this config.json of ours a LLaVA-style model's, rather than a MiniMind-V's?"""
+    return config.get("model_type") == LLAVA_TYPE
+
+
+def published_layout(config: Mapping[str, Any], where: Path) -> Any:
+    """How the model in one of our folders was published: a MiniMind-V's `Generation`, or a LLaVA's
+    `Layout`."""
+    layouts: Mapping[str, Generation | Layout] = LAYOUTS if is_llava(config) else GENERATIONS
+    name = config.get("published_as", None if is_llava(config) else DEFAULT)
+    if not isinstance(name, str) or name not in layouts:
+        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(layouts)}")
+    return layouts[name]
+
+
+def read_ours(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTensor]]:
+    """config.json, the same parsed, and the tensors of one of our folders that is not quantized.
+
+    Raises UserError.
+    """
+    if not is_ours(folder):
+        raise UserError(f"{folder} is none of our checkpoint folders (see to-mlx)")
+    config, sizes, tensors = _checked(folder)
+    if sizes.quantization:
+        raise UserError(f"{folder} is quantized; convert it to-mlx with --dequantize first")
+    return config, sizes, tensors
+
+
+def _read_ours(folder: Path, tokenizer: Path | None) -> Checkpoint:
+    config, _, tensors = _checked(folder)
+    learned_file = folder / LEARNED_FILE
+    return Checkpoint(
+        config, tensors, tokenizer or folder, preprocessor_folder(folder),
+        learned_file=learned_file if learned_file.is_file() else None, carried_folder=folder,
+    )  # fmt: skip
+
+
+def _checked(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTensor]]:
+    config = read_json(folder / CONFIG)
+    published_layout(config, folder)
+    sizes, tensors = parse_config(config, folder / CONFIG), read_weights(folder)
+    check_complete(tensors, sizes, folder)
+    return config, sizes, tensors

@@ -1,0 +1,204 @@
+"""MiniMind-V as published: a .pth, or a folder with one or with Hugging Face's weight files.
+
+Its vision tower lies inside or in a folder of its own, its tokenizer beside the weights or
+elsewhere.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint, language_dtype
+from ..config import CONFIG, POOL, parse_sizes
+from ..errors import UserError
+from ..names.renaming import (
+    Tensors,
+    check_tied,
+    to_our_names,
+    to_our_order,
+    to_published_layout,
+)
+from ..names.towers import NAFLEX, SIGLIP
+from ..processor import (
+    TOKENIZER,
+    TOKENIZER_ADVICE,
+    TOKENIZER_CONFIG,
+    preprocessor_folder,
+    read_tokenizer,
+    special_tokens,
+)
+from ..reading.files import optional_json, read_json
+from ..reading.tensors import RawTensor
+from ..reading.weights import read_weights
+from ..shapes import check_complete
+from ..tower import split_tower, vision_config
+from .generations import Generation, recognise
+from .sizes import text_config
+from .tables import LLAMA
+
+# Where MiniMind-V's own code looks for the tower, beside the weights.
+TOWER_FOLDERS = (
+    "clip",
+    "clip-vit-base-patch16",
+    "vision_model/clip-vit-base-patch16",
+    "siglip",
+    "siglip2-base-p32-256-ve",
+    "siglip2-base-p16-256-ve",
+    "siglip2-base-p16-ve",
+)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published MiniMind-V.
+
+    `raw` has the tensors under the file's names, `tensors` under ours and in our order. `sizes` has
+    the parts text_config of our config.json and, where the files have them, vision_config,
+    projector and pruner. `tower_folder` is None where the tower lies inside. `heads_assumed`: no
+    file says how many attention heads there are.
+    """
+
+    raw: dict[str, RawTensor]
+    tensors: dict[str, RawTensor]
+    sizes: dict[str, Any]
+    generation: Generation
+    tower_folder: Path | None
+    preprocessor_folder: Path | None
+    heads_assumed: bool
+
+
+def read_checkpoint(
+    source: Path,
+    vision: Path | None = None,
+    tokenizer: Path | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> Checkpoint:
+    """A published MiniMind-V and its tokenizer; UserError for what is missing or does not fit."""
+    published = read_published(source, vision, heads, kv_heads)
+    generation = published.generation
+    tokenizer_folder = tokenizer or _folder(source)
+    config = {
+        **_token_fields(tokenizer_folder, generation),
+        **published.sizes,
+        "model_type": generation.model_type,
+        "published_as": generation.name,
+        "torch_dtype": language_dtype(published.tensors),
+    }
+    return Checkpoint(
+        config,
+        published.tensors,
+        tokenizer_folder,
+        published.preprocessor_folder,
+        published.heads_assumed,
+    )
+
+
+def read_published(
+    source: Path,
+    vision: Path | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> Published:
+    """A MiniMind-V's weights, its tower from `vision`, from inside or from a folder beside them.
+
+    Raises UserError, naming file and tensor, for what is missing or does not fit.
+    """
+    published = open_published(source, vision, heads, kv_heads)
+    if "vision_config" not in published.sizes:
+        raise UserError(
+            f"{source} holds no vision tower (MiniMind-V is published without one); give the"
+            " folder of its CLIP or SigLIP with --vision"
+        )
+    check_tied(published.raw, *published.generation.tied, source)
+    check_complete(published.tensors, parse_sizes(published.sizes, source), source)
+    return published
+
+
+def open_published(
+    source: Path,
+    vision: Path | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+) -> Published:
+    """The same, but the tower and other tensors may be missing. Only names and shapes are read."""
+    raw = read_weights(source)
+    rest, tower = split_tower(raw)
+    folder = vision or _tower_folder_beside(source)
+    apart = folder if vision or not tower else None  # a training checkpoint has its tower inside
+    tower_config: dict[str, Any] = {}
+    if apart:
+        _, tower = split_tower(read_weights(apart))
+        tower_config = read_json(apart / CONFIG)
+    generation = recognise(rest | tower, source)  # some differ by the tower's width alone
+    table, title = generation.table, generation.title
+    rest.pop(generation.tied[0], None)
+    tensors = to_our_names(rest, table, title, source)
+    tensors |= to_our_names(tower, table, title, folder or source)
+    if not (heads or kv_heads):
+        heads, kv_heads = _heads_in_config(source)
+    text = text_config(tensors, generation, source, heads, kv_heads)
+    tensors = to_our_order(tensors, table, text["hidden_size"] // text["num_attention_heads"])
+    sizes = {"text_config": text, **_projector_sizes(tensors, generation)}
+    if tower or apart:
+        where = folder or source
+        sizes["vision_config"] = vision_config(tensors, generation.tower_type, tower_config, where)
+    return Published(
+        raw, tensors, sizes, generation, apart,
+        preprocessor_folder=preprocessor_folder(folder, _folder(source)),
+        heads_assumed=not (heads or kv_heads or text.get("qk_norm")),
+    )  # fmt: skip
+
+
+def _folder(source: Path) -> Path:
+    """The folder of a file, or the folder itself."""
+    return source if source.is_dir() else source.parent
+
+
+def _tower_folder_beside(source: Path) -> Path | None:
+    places = (_folder(source) / name for name in TOWER_FOLDERS)
+    return next((place for place in places if place.is_dir()), None)
+
+
+def _heads_in_config(source: Path) -> tuple[int | None, int | None]:
+    """Query and key/value heads, as a Hugging Face folder's config.json has them."""
+    config = optional_json(source / CONFIG)
+    both = (config.get(f"num_{name}_heads") for name in ("attention", "key_value"))
+    heads, kv_heads = (n if type(n) is int and 0 < n <= 1024 else None for n in both)
+    return heads, kv_heads
+
+
+def _projector_sizes(tensors: Tensors, generation: Generation) -> dict[str, Any]:
+    """The parts of our config.json about a projector of two layers, and a learned pruner inside."""
+    sizes: dict[str, Any] = {}
+    if "projector.fc1.weight" in tensors:
+        has_norm = "projector.norm.weight" in tensors
+        sizes["projector"] = {"merge": list(generation.merge), "norm": has_norm}
+    if queries := tensors.get("pruner.queries"):
+        sizes["pruner"] = {"name": POOL, "tokens": queries.shape[0] if queries.shape else 0}
+    return sizes
+
+
+def _token_fields(folder: Path, generation: Generation) -> dict[str, Any]:
+    """The fields of our config.json about the tokenizer in a folder."""
+    tokenizer, image_token = read_tokenizer(folder, TOKENIZER_ADVICE), generation.image_token
+    image_token_id = tokenizer.token_to_id(image_token)
+    if image_token_id is None:
+        raise UserError(
+            f"{folder / TOKENIZER} has no token {image_token!r}, the place for an image in"
+            f" {generation.title}"
+        )
+    end = special_tokens(optional_json(folder / TOKENIZER_CONFIG)).get("eos_token")
+    return {
+        "eos_token_id": None if end is None else tokenizer.token_to_id(end),
+        "image_token": image_token,
+        "image_token_id": image_token_id,
+    }
+
+
+def torch_tensors(published: Published, head_dim: int) -> dict[str, RawTensor]:
+    """The tensors in PyTorch's layout, under the names of the latest release of the family."""
+    generation = published.generation
+    tower = SIGLIP if generation.tower == NAFLEX else generation.tower
+    table = LLAMA + generation.projector + tower
+    return to_published_layout(published.tensors, table, head_dim, Path())
