@@ -1,7 +1,7 @@
-"""A twig as TwigVLM publishes it (arXiv:2503.14075), for one of our models.
+"""`to-mlx --twig`: a twig as TwigVLM publishes it (arXiv:2503.14075), for one of our models.
 
-Its file holds the twig's layers, norm and output layer, under Llama's names. How many layers
-there are is counted; which layer of the base they grow on, no file says.
+Its file holds the twig's layers, norm and output layer, under Llama's names. No file tells which
+layer of the base they grow on.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ HEAD = "lm_head.weight"
 
 
 def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, RawTensor]:
-    """Its tensors as they lie in pruners.safetensors beside the model of a config.json.
+    """The twig's tensors under the names of pruners.safetensors; `config` is the model's.
 
     Raises UserError for a model that no twig grows on, a layer that it lacks, and a tensor that
     is missing, misshapen or one too many.
@@ -45,23 +45,25 @@ def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, Ra
             raise UserError(f"{path}: tensor {name} is {held}; a twig of this model has {shape}")
         if state[name].dtype not in FLOATS:
             raise UserError(f"{path}: tensor {name} is {state[name].dtype}, not {FLOATS}")
-    place = RawTensor("F32", (1,), np.array([layer], "<f4").view(np.uint8))
-    return {"twig.layer": place} | {expected[name][0]: tensor for name, tensor in state.items()}
+    layer_tensor = RawTensor("F32", (1,), np.array([layer], "<f4").view(np.uint8))
+    return {"twig.layer": layer_tensor} | {
+        expected[name][0]: tensor for name, tensor in state.items()
+    }
 
 
 def _expected(layers: int, sizes: VLMConfig) -> dict[str, tuple[str, tuple[int, ...] | None]]:
-    """By published names, ours and the shape: those of the base's own layers."""
+    """Our name and the shape of each tensor, by published name: as in the base's own layers."""
     shapes = expected_shapes(replace(sizes, quantization=None))
-    first, found = "language.layers.0.", {}
-    wanted = {
+    first, expected = "language.layers.0.", {}
+    ours = {
         f"language.layers.{i}.{key.removeprefix(first)}": shape
         for i in range(layers)
         for key, shape in shapes.items()
         if key.startswith(first)
     }
-    wanted["language.norm.weight"] = shapes["language.norm.weight"]
-    for name, shape in wanted.items():
+    ours["language.norm.weight"] = shapes["language.norm.weight"]
+    for name, shape in ours.items():
         rule = to_published(LLAMA, name)
         assert rule, name
-        found[rule[0]] = name.replace("language.", "twig.", 1), shape
-    return {**found, HEAD: ("twig.head.weight", shapes["language.embed_tokens.weight"])}
+        expected[rule[0]] = name.replace("language.", "twig.", 1), shape
+    return {**expected, HEAD: ("twig.head.weight", shapes["language.embed_tokens.weight"])}

@@ -71,7 +71,7 @@ def test_the_pages_of_a_matrix_are_given_back_once_it_is_packed(scenes, tmp_path
     """Or else the source, however large, would fill memory page by page."""
     given = []
     monkeypatch.setattr(
-        "mlx_vlm_prune.checkpoints.reading.tensors.give_back",
+        "mlx_vlm_prune.checkpoints.reading.tensors.free_pages",
         lambda mapped: given.append(mapped.nbytes),
     )
     main(["to-mlx", str(scenes.whole), str(tmp_path / "made"), "-q"])

@@ -1,1 +1,1 @@
-"""What a stranger's files are and hold: safe reading, names, families. Nothing here imports mlx."""
+"""Checkpoints from untrusted files: safe reading, tensor names, families. Nothing imports mlx."""

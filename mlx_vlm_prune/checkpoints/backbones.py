@@ -129,7 +129,7 @@ def _equal_heads(c: Sizes, where: Path) -> dict[str, Any]:
 def _mamba_sizes(c: Sizes, where: Path) -> dict[str, Any]:
     """Mamba's sizes that follow from others."""
     part = Fields(c, where, "text_config")
-    D, rank = part.whole("hidden_size"), c["time_step_rank"]
+    D, rank = part.whole_number("hidden_size"), c["time_step_rank"]
     rank = -(-D // 16) if rank == "auto" else rank
     return {"intermediate_size": int(part.positive("expand") * D), "time_step_rank": rank}
 
@@ -314,7 +314,7 @@ def check_text_config(part: Fields) -> None:
         raise UserError(f"{part.file}: mlx-lm's {kind!r} is none of {', '.join(BACKBONES)}")
     family = BACKBONES[kind]
     for name in family.sizes:
-        part.whole(name)
+        part.whole_number(name)
     for name in family.numbers:
         part.positive(name)
     for name in (*family.flags, "tie_word_embeddings", "lm_head_bias"):

@@ -1,7 +1,7 @@
 """Our config.json, checked once: every size is bounded, every number and flag of its kind.
 
-What `parse_config` returns is what both the shapes of the tensors (shapes.py) and the modules of
-a model are made from, in MLX and in the reference.
+The shapes of the tensors (shapes.py) and the modules of a model, in MLX and in the reference, are
+made from what `parse_config` returns.
 """
 
 import sys
@@ -37,11 +37,11 @@ class CLIPConfig:
     image_size: int = 224
     patch_size: int = 16
     layer_norm_eps: float = 1e-5
-    feature_layers: int = 0  # whose last gives the features; 0: all
+    feature_layers: int = 0  # how many layers the features are computed by; 0: all
 
     @property
     def depth(self) -> int:
-        """How many layers are run: what lies behind the features is held, and never read."""
+        """How many layers are run; later ones are held, and never used."""
         return self.feature_layers or self.num_hidden_layers
 
     @property
@@ -123,9 +123,9 @@ class ProjectorConfig:
 
 @dataclass(frozen=True)
 class VLMConfig:
-    """What config.json says; `pruner` is the name and size of learned weights, if any.
+    """Our config.json; `pruner` is the name of a learned pruner inside, and its tokens.
 
-    Without `projector` it is one matrix.
+    Without `projector` the projector is one matrix.
     """
 
     vision: CLIPConfig | SiglipConfig = field(default_factory=CLIPConfig)
@@ -138,7 +138,7 @@ class VLMConfig:
 
     @property
     def merge(self) -> tuple[int, int]:
-        """How many patches, down and across, one visual token is made of."""
+        """The patches, down and across, that become one visual token."""
         return self.projector.merge if self.projector else (1, 1)
 
     @property
@@ -154,29 +154,29 @@ class VLMConfig:
 
 
 def parse_config(config: Mapping[str, Any], file: Path) -> VLMConfig:
-    """All of a config.json of ours that shapes the model; UserError for what cannot be."""
+    """All of our config.json that shapes the model; UserError for an impossible value."""
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise UserError(f"{file} holds a {kind!r} model; supported are {', '.join(MODEL_TYPES)}")
-    sizes, whole = parse_sizes(config, file), Fields(config, file)
+    sizes, checked = parse_sizes(config, file), Fields(config, file)
     token, number = config.get("image_token", "@"), config.get("image_token_id", 34)
     if not isinstance(token, str) or not token:
-        raise whole.wrong("image_token", "the text of a token")
+        raise checked.error("image_token", "the text of a token")
     if type(number) is not int or not 0 <= number < sizes.text.vocab_size:
-        raise whole.wrong("image_token_id", "one of the vocabulary's")
+        raise checked.error("image_token_id", "one of the vocabulary's")
     return replace(sizes, image_token=token, image_token_id=number)
 
 
 def parse_sizes(config: Mapping[str, Any], file: Path) -> VLMConfig:
-    """The same of a config.json that says nothing yet of the tokenizer."""
-    whole = Fields(config, file)
-    vision = _vision(whole.part("vision_config"))
+    """The same of a config.json that has no fields of the tokenizer yet."""
+    checked = Fields(config, file)
+    vision = _vision(checked.part("vision_config"))
     return VLMConfig(
         vision,
-        parse_text(whole.part("text_config")),
-        _projector(whole, vision),
-        pruner=_pruner(whole),
-        quantization=parse_quantization(whole),
+        parse_text(checked.part("text_config")),
+        _projector(checked, vision),
+        pruner=_pruner(checked),
+        quantization=parse_quantization(checked),
     )
 
 
@@ -185,7 +185,7 @@ def parse_text(part: Fields) -> MiniMindConfig | MlxLmConfig:
     if part.get("runner") == RUNNER:
         backbones.check_text_config(part)
         return MlxLmConfig.from_dict(part.values)
-    text = _filled(MiniMindConfig, part)
+    text = _read_sizes(MiniMindConfig, part)
     if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
         raise UserError(f"{part.file}: {part.name}'s heads do not divide hidden_size evenly")
     if text.num_attention_heads % text.num_key_value_heads:
@@ -196,7 +196,7 @@ def parse_text(part: Fields) -> MiniMindConfig | MlxLmConfig:
 
 
 def is_clip(vision: Mapping[str, Any]) -> bool:
-    """Is a `vision_config` of ours a CLIP's? One that does not say is."""
+    """Is a `vision_config` of ours a CLIP's? One without a model_type is."""
     return vision.get("model_type", CLIP_TYPE) == CLIP_TYPE
 
 
@@ -206,39 +206,39 @@ def _vision(part: Fields) -> CLIPConfig:
         raise UserError(
             f"{part.file}: no tower is called {kind!r}; there are {', '.join(TOWER_TYPES)}"
         )
-    vision = _filled(CLIPConfig if is_clip(part.values) else SiglipConfig, part)
+    vision = _read_sizes(CLIPConfig if is_clip(part.values) else SiglipConfig, part)
     if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
         raise UserError(f"{part.file}: {part.name}'s sizes do not divide evenly")
     if vision.feature_layers > vision.num_hidden_layers:
-        raise part.wrong("feature_layers", f"one of its {vision.num_hidden_layers} layers")
+        raise part.error("feature_layers", f"one of its {vision.num_hidden_layers} layers")
     return vision
 
 
-def _projector(whole: Fields, vision: CLIPConfig) -> ProjectorConfig | None:
-    """One matrix, or two with a GELU between them, of patches that were put together."""
-    if whole.get("projector") is None:
+def _projector(config: Fields, vision: CLIPConfig) -> ProjectorConfig | None:
+    """None is a projector of one matrix."""
+    if config.get("projector") is None:
         return None
-    part, sides = whole.part("projector"), vision.grid
+    part, sides = config.part("projector"), vision.grid
     merge = part.get("merge")
     listed = merge if isinstance(merge, list | tuple) and len(merge) == 2 else (0, 0)
     if not all(
         type(m) is int and m > 0 and side % m == 0 for m, side in zip(listed, sides, strict=True)
     ):
-        raise part.wrong("merge", f"two numbers that divide the {sides[0]} patches of a side")
+        raise part.error("merge", f"two numbers that divide the {sides[0]} patches of a side")
     return ProjectorConfig((listed[0], listed[1]), part.flag("norm"))
 
 
-def _pruner(whole: Fields) -> tuple[str, int] | None:
-    if whole.get("pruner") is None:
+def _pruner(config: Fields) -> tuple[str, int] | None:
+    if config.get("pruner") is None:
         return None
-    part = whole.part("pruner")
+    part = config.part("pruner")
     if part.get("name") != POOL:
-        raise UserError(f"{whole.file}: no learned pruner is called {part.get('name')!r}")
-    return POOL, part.whole("tokens")
+        raise UserError(f"{config.file}: no learned pruner is called {part.get('name')!r}")
+    return POOL, part.whole_number("tokens")
 
 
-def _filled(kind: type, part: Fields) -> Any:
-    """A dataclass of sizes; numbers must be there, but for those that are usually zero."""
+def _read_sizes(kind: type, part: Fields) -> Any:
+    """A dataclass of sizes; numbers must be there, but for those whose default is zero."""
     values: dict[str, Any] = {}
     for each in fields(kind):
         if isinstance(each.default, bool):
@@ -248,5 +248,5 @@ def _filled(kind: type, part: Fields) -> Any:
         elif each.type in (float, "float"):
             values[each.name] = part.positive(each.name)
         else:
-            values[each.name] = part.whole(each.name)
+            values[each.name] = part.whole_number(each.name)
     return kind(**values)

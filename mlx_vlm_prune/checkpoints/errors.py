@@ -1,4 +1,4 @@
-"""What a user did wrong, in one sentence: what, where, and what is allowed."""
+"""A user's mistake in one sentence: what, where, and what is allowed."""
 
 
 class UserError(ValueError):

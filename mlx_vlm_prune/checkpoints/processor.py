@@ -1,5 +1,4 @@
-"""The files that lie beside the weights: the tokenizer's and the preprocessor's, and how they are
-opened."""
+"""The tokenizer's and the preprocessor's files, which lie beside the weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +16,15 @@ TOKENIZER_FILES = (
     "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
 PREPROCESSOR_CONFIG = "preprocessor_config.json"
-# Nothing here reads these; they go with a LLaVA, so that it comes back as it was.
+# Nothing here reads these; they are carried along, so that a LLaVA comes back as it was.
 CARRIED_FILES = ("generation_config.json", "processor_config.json")
 
-TOKENIZER_ADVICE = "; give the folder of the tokenizer with --tokenizer"  # to whoever converts
+# The end of an error of `convert`.
+TOKENIZER_ADVICE = "; give the folder of the tokenizer with --tokenizer"
 
 
 def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":
-    """The tokenizer of a folder; UserError, which ends in the advice, where there is none."""
+    """The tokenizer in a folder; where there is none, a UserError that ends in `advice`."""
     from tokenizers import Tokenizer
 
     file = folder / TOKENIZER
@@ -37,17 +37,17 @@ def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":
 
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like; a token is a string, or an object with its content."""
-    held = {}
+    """The fields `bos_token` and the like; a token is a string, or an object with its content."""
+    tokens = {}
     for key, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(content, str):
-            held[key] = content
-    return held
+            tokens[key] = content
+    return tokens
 
 
 def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """A file of its own comes before the field of tokenizer_config.json, as in transformers."""
+    """The template in a file of its own, or else in tokenizer_config.json, as in transformers."""
     file = folder / TEMPLATE
     if file.is_file():
         try:
@@ -57,9 +57,9 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     older = optional_json(folder / OLDER_TEMPLATE)
     template = older.get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # the older form: several, each with a name
-        given = [each for each in template if isinstance(each, dict)]
-        named = {each.get("name"): each.get("template") for each in given}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        templates = {entry.get("name"): entry.get("template") for entry in entries}
+        template = templates.get("default")
     if template is not None and not isinstance(template, str):
         raise UserError(f"{folder / TOKENIZER_CONFIG}: chat_template must be a string")
     return template

@@ -35,7 +35,7 @@ def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path
 
 
 def expected_shapes(config: VLMConfig) -> Shapes:
-    """The shapes of all tensors; UserError for a matrix that cannot be quantized as it says."""
+    """Every tensor that a checkpoint must have; UserError for a matrix that MLX cannot pack."""
     text, width = config.text, config.vision.hidden_size
     shapes = (
         backbones.shapes(text.text_config) if isinstance(text, MlxLmConfig) else _language(text)

@@ -272,7 +272,7 @@ class _Fields(Fields):
             height, width = value["height"], value["width"]
             if _is_side(height) and _is_side(width):
                 return height, width
-        raise self.wrong(field, f'{others}{{"height": n, "width": n}}, n from 1 to {MAX_SIDE}')
+        raise self.error(field, f'{others}{{"height": n, "width": n}}, n from 1 to {MAX_SIDE}')
 
     def channels(self, field: str, default: Any) -> tuple[float, float, float]:
         value = self.values.get(field, default)
@@ -280,14 +280,14 @@ class _Fields(Fields):
         fine = isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_finite, value))
         if not fine or min(value) < smallest:
             kind = "positive" if field == "image_std" else "finite"
-            raise self.wrong(field, f"three {kind} numbers")
+            raise self.error(field, f"three {kind} numbers")
         red, green, blue = map(float, value)
         return red, green, blue
 
     def filter(self, default: Image.Resampling) -> Image.Resampling:
         value = self.values.get("resample", default)
         if isinstance(value, bool) or value not in list(FILTERS):
-            raise self.wrong("resample", "2 (bilinear) or 3 (bicubic)")
+            raise self.error("resample", "2 (bilinear) or 3 (bicubic)")
         return Image.Resampling(value)
 
 

@@ -250,6 +250,6 @@ def finish(name: str, pruner: nn.Module, vlm: VLM, out: Path, unfreeze: bool) ->
     held = open_safetensors(file) if file.exists() else {}
     held = {key: value for key, value in held.items() if not key.startswith(name + ".")}
     for key, value in pruner.state_dict().items():
-        held[f"{name}.{key.replace('pool_', '')}"] = pth.raw(value.half().cpu())
+        held[f"{name}.{key.replace('pool_', '')}"] = pth.raw_tensor(value.half().cpu())
     with appearing(file, replace=True) as beside:
         write_safetensors(beside, held, "mlx")

@@ -111,7 +111,7 @@ def export(vlm: VLM, out: Path) -> None:
     clip.mkdir(exist_ok=True)
     vision = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
     with appearing(clip / "model.safetensors", replace=True) as beside:
-        write_safetensors(beside, {k: pth.raw(v) for k, v in vision.items()}, "pt")
+        write_safetensors(beside, {k: pth.raw_tensor(v) for k, v in vision.items()}, "pt")
     config = {**asdict(VISION), "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
     side = VISION.image_size
     reading = {

@@ -94,7 +94,7 @@ def vision_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise UserError(
             f"{where}: vision_feature_select_strategy is {strategy!r}; {kind} needs {needed}"
         )
-    layers = Fields(values, where, "vision_config").whole("num_hidden_layers")
+    layers = Fields(values, where, "vision_config").whole_number("num_hidden_layers")
     return {
         **{name: values[name] for name in defaults if name != "num_channels"},
         "feature_layers": _feature_layers(config, layers, where),

@@ -1,1 +1,1 @@
-"""Files of strangers, of any kind, each checked as it is read; files of ours, written whole."""
+"""Untrusted files, checked as they are read; our own, written whole or not at all."""

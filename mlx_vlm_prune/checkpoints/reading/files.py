@@ -1,6 +1,6 @@
-"""Files: what strangers wrote is checked as it is read; what we write is whole, or is not there.
+"""JSON and safetensors files: checked as they are read, written whole or not at all.
 
-JSON, and safetensors, whose headers the safetensors library checks.
+The safetensors library checks the headers.
 """
 
 import glob
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..errors import UserError
-from .safetensors_faults import fault
+from .safetensors_faults import first_fault
 from .tensors import RawTensor
 
 LARGEST_SIZE = (1 << 31) - 1  # along one axis of an mx.array
@@ -59,23 +59,23 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_header(path: Path) -> tuple[dict[str, list[int]], str | None]:
-    """The shape of each tensor in a safetensors file, and the framework that its metadata name.
+    """The shape of each tensor in a safetensors file, and the framework in its metadata.
 
-    UserError for a file that the safetensors library finds fault with, before anything else maps
-    it, and for a size beyond what MLX can count: it would take another without a word.
+    Raises UserError for a file that the safetensors library refuses, and for a size that MLX cannot
+    count: MLX would silently take another.
     """
     try:
         with safe_open(str(path), framework="np") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-            form = (opened.metadata() or {}).get("format")
+            framework = (opened.metadata() or {}).get("format")
     except SafetensorError as e:
-        raise UserError(f"{path} is no sound safetensors file: {fault(path) or e}") from None
+        raise UserError(f"{path} is no sound safetensors file: {first_fault(path) or e}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from None
     for name, shape in shapes.items():
         if any(n > LARGEST_SIZE for n in shape):
             raise UserError(f"{path} is no sound safetensors file: {name!r} has the shape {shape}")
-    return shapes, form
+    return shapes, framework
 
 
 def open_safetensors(path: Path) -> dict[str, RawTensor]:
@@ -83,26 +83,29 @@ def open_safetensors(path: Path) -> dict[str, RawTensor]:
     read_header(path)
     with path.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        tensors = json.loads(opened.read(length))
-    tensors.pop("__metadata__", None)
-    if not tensors:
+        try:
+            header = parse_json(opened.read(length))
+        except ValueError as e:
+            raise UserError(f"{path}: its header {e}") from None
+    header.pop("__metadata__", None)
+    if not header:
         return {}
     # Copy on write: torch takes no arrays that cannot be written to.
     body = np.memmap(path, dtype=np.uint8, mode="c")[8 + length :]
     return {
         name: RawTensor(
-            about["dtype"], about["shape"], body[slice(*about["data_offsets"])], mapped=True
+            entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])], mapped=True
         )
-        for name, about in tensors.items()
+        for name, entry in header.items()
     }
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], form: str) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], framework: str) -> None:
     """Write the tensors in the order of their names; the same tensors give the same bytes.
 
-    `form` is the framework named in the metadata: mlx, or pt.
+    `framework` is written into the metadata: mlx, or pt.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": form}}
+    header: dict[str, Any] = {"__metadata__": {"format": framework}}
     offset, names = 0, sorted(tensors)
     for name in names:
         tensor, end = tensors[name], offset + tensors[name].nbytes
@@ -110,7 +113,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], form: str) -
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as out, progress(offset, f"writing {path.name}") as bar:
+    with path.open("wb") as out, progress_bar(offset, f"writing {path.name}") as bar:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             data = tensors[name].data
@@ -121,13 +124,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, RawTensor], form: str) -
     read_header(path)
 
 
-def progress(total: int, what: str) -> tqdm:
-    """A bar in bytes that shows itself only where something takes a while."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=1, leave=False)
+def progress_bar(total: int, title: str) -> tqdm:
+    """A bar in bytes that appears after a second."""
+    return tqdm(total=total, desc=title, unit="B", unit_scale=True, delay=1, leave=False)
 
 
 def check_target(target: Path, *, replace: bool) -> None:
-    """UserError for a place that nothing can be written to; with `replace` a file may be there."""
+    """UserError for a path that cannot be written to; with `replace` a file may be there."""
     if not target.absolute().parent.is_dir():
         raise UserError(
             f"there is no folder {target.absolute().parent} to write {target.name} into"
@@ -142,11 +145,11 @@ def check_target(target: Path, *, replace: bool) -> None:
 
 @contextmanager
 def appearing(target: Path, *, folder: bool = False, replace: bool = False) -> Iterator[Path]:
-    """Yield a place beside `target` to write to; at the end it becomes `target`, whole.
+    """Yield a path beside `target` to write to; at the end it is renamed to `target`.
 
-    What is there already is refused, or with `replace`, if it is a file, gives way in one step. On
-    any error, Ctrl-C too, all is as it was before; what a killed run left is swept by the next.
-    Raises UserError where nothing can be written, or the disk fills up.
+    A `target` that exists is refused, or with `replace`, if it is a file, replaced in one step. On
+    any error, Ctrl-C too, all is as it was before; the next run removes what a killed one left.
+    Raises UserError where nothing can be written, or the disk is full.
     """
     assert not (folder and replace), "a folder cannot take another's place in one step"
     target = target.absolute()
@@ -171,7 +174,7 @@ def appearing(target: Path, *, folder: bool = False, replace: bool = False) -> I
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text, or replace it: whoever reads sees the old or the new, never half."""
+    """Write or replace a text file: a reader sees the old text or the new, never half of one."""
     with appearing(path, replace=True) as beside:
         beside.write_text(text, encoding="utf-8")
 
@@ -188,7 +191,7 @@ def append_json(path: Path, row: Any) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed runs left of this target; those under way are left alone."""
+    """Remove what killed runs left beside this target, but nothing of a running process."""
     for stray in target.parent.glob(f".{glob.escape(target.name)}.part-*"):
         owner = stray.name.rpartition("-")[2]
         if owner.isdigit() and not _is_alive(int(owner)):

@@ -1,7 +1,7 @@
-"""PyTorch's own checkpoint files. The one place that imports torch, when such a file is met.
+"""PyTorch's own checkpoint files. Only this file imports torch, and only for such a file.
 
-What is read is checked first, for compressed or oversized parts, and its pickle is loaded with
-`weights_only`, which executes nothing.
+A file is checked for compressed or oversized parts, and its pickle loaded with `weights_only`,
+which executes nothing.
 """
 
 import errno
@@ -40,11 +40,11 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
             raise UserError(f"{path}: tensor {name} claims more than the file holds")
     if sum(value.nbytes for value in held.values()) > 2 * limit:  # tied tensors count twice
         raise UserError(f"{path}: its tensors together claim more than the file holds")
-    return {str(name): raw(value) for name, value in held.items()}
+    return {str(name): raw_tensor(value) for name, value in held.items()}
 
 
 def _check_archive(path: Path) -> int:
-    """The size of a .pth in bytes, once its zip directory was found to be honest."""
+    """The size of a .pth in bytes; UserError where its zip directory claims more."""
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     size = path.stat().st_size
@@ -70,7 +70,7 @@ def _torch(path: Path) -> Any:
     return torch
 
 
-def raw(tensor: Any) -> RawTensor:
+def raw_tensor(tensor: Any) -> RawTensor:
     """The bytes of a torch tensor."""
     import torch
 
@@ -95,14 +95,14 @@ def save(path: Path, content: Any) -> None:
     """torch.save, but what the disk refuses is an OSError that says why."""
     torch = _torch(path)
     with path.open("wb") as out:
-        watched = _Watched(out)
+        watched = _WatchedFile(out)
         try:
             torch.save(content, watched)
         except RuntimeError:  # torch hides what the disk said
             raise watched.problem or OSError(errno.EIO, "torch.save failed") from None
 
 
-class _Watched:
+class _WatchedFile:
     """A file that remembers why a write failed."""
 
     def __init__(self, file: Any):

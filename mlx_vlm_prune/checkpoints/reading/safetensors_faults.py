@@ -1,6 +1,6 @@
-"""What is wrong with a safetensors file that its library refuses, in a sentence of our own.
+"""Why the safetensors library refuses a file, in a sentence.
 
-The library decides (arithmetic in Rust, fuzzed); this only finds words for it.
+The library decides (arithmetic in Rust, fuzzed); this only finds the words.
 """
 
 import json
@@ -15,8 +15,8 @@ BITS = {
 }  # fmt: skip
 
 
-def fault(path: Path) -> str | None:
-    """The first fault found, or None where this finds none."""
+def first_fault(path: Path) -> str | None:
+    """The end of a sentence about the first fault, or None."""
     size = path.stat().st_size
     with path.open("rb") as opened:
         begin = opened.read(8)
@@ -34,44 +34,46 @@ def fault(path: Path) -> str | None:
         return "its header is not JSON"
     if not isinstance(header, dict):
         return "its header is no JSON object"
-    about = header.pop("__metadata__", {})
-    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         return "its __metadata__ is no object of strings"
-    for name, told in header.items():
-        if wrong := _tensor(told):
-            return f"tensor {name!r} {wrong}"
-    return _places(header, size - 8 - length)
+    for name, entry in header.items():
+        if fault := _entry_fault(entry):
+            return f"tensor {name!r} {fault}"
+    return _offsets_fault(header, size - 8 - length)
 
 
-def _tensor(told: Any) -> str | None:
-    if not isinstance(told, dict) or set(told) != {"dtype", "shape", "data_offsets"}:
+def _entry_fault(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "lacks dtype, shape or data_offsets, or has more than these"
-    dtype, shape, place = told["dtype"], told["shape"], told["data_offsets"]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         return f"has a dtype that is not known: {str(dtype)[:20]!r}"
     if not isinstance(shape, list) or not all(type(n) is int for n in shape):
         return "has a shape that is no list of whole numbers"
     if any(n < 0 for n in shape):
         return f"has a negative size: {shape}"
-    if not _are_offsets(place):
-        return f"has data_offsets that are no [begin, end]: {str(place)[:40]}"
+    if not _are_offsets(offsets):
+        return f"has data_offsets that are no [begin, end]: {str(offsets)[:40]}"
     bits = BITS[dtype]
     for n in shape:
         bits *= n
     if bits >= 1 << 63:
         return f"has a shape of more bytes than can be counted: {shape}"
-    if bits != 8 * (place[1] - place[0]):
-        return f"has {place[1] - place[0]} bytes, and its shape {shape} takes {bits // 8}"
+    size = offsets[1] - offsets[0]
+    if bits != 8 * size:
+        return f"has {size} bytes, and its shape {shape} takes {bits // 8}"
     return None
 
 
-def _are_offsets(place: Any) -> bool:
-    if not isinstance(place, list) or len(place) != 2:
+def _are_offsets(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2:
         return False
-    return all(type(n) is int and n >= 0 for n in place) and place[0] <= place[1]
+    return all(type(n) is int and n >= 0 for n in value) and value[0] <= value[1]
 
 
-def _places(header: dict[str, Any], body: int) -> str | None:
+def _offsets_fault(header: dict[str, Any], body: int) -> str | None:
+    """Tensors must follow one another without a gap; `body` is the number of bytes there are."""
     ordered = sorted(header, key=lambda name: header[name]["data_offsets"])
     ends = [("the header", [0, 0]), *((name, header[name]["data_offsets"]) for name in ordered)]
     for (before, (_, end)), (name, (begin, _)) in pairwise(ends):

@@ -1,8 +1,8 @@
-"""A tensor as bytes, which nothing reads before it is written.
+"""A tensor as bytes, mapped from a file and read when it is written.
 
 It stays raw bytes from file to file, so no value can change on the way, and bfloat16 needs
-no library that knows it. Whatever changes it is remembered and done when its bytes are
-asked for: one tensor at a time is in memory, not a checkpoint.
+no library that knows it. Changes are made when the bytes are read: one tensor at a time is in
+memory, not a checkpoint.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ class Shaped(Protocol):
 
 class RawTensor:
     """`dtype` as safetensors names it (F32, F16, BF16, …); `data`: its bytes, row by row, flat
-    uint8, mapped from a file or made anew at every asking."""
+    uint8, mapped from a file or computed anew at every reading."""
 
     def __init__(
         self,
@@ -51,27 +51,28 @@ class RawTensor:
         return self.data.nbytes if size is None else size * prod(self.shape)
 
     def forget(self) -> None:
-        """Give back the memory of mapped bytes that were read; they can be read again."""
+        """Free the memory of mapped bytes that were read; they can be read again."""
         if self._mapped:
-            give_back(self.data)
+            free_pages(self.data)
 
     def permuted(self, axes: tuple[int, ...]) -> "RawTensor":
         """The same values with the axes in another order."""
 
-        def made() -> np.ndarray:
+        def compute() -> np.ndarray:
             elements = self.data.reshape(*self.shape, SIZES[self.dtype])
             moved = np.ascontiguousarray(elements.transpose(*axes, len(axes))).reshape(-1)
-            return self._done(moved)
+            return self._forget_unless_shared(moved)
 
-        return RawTensor(self.dtype, [self.shape[axis] for axis in axes], made)
+        return RawTensor(self.dtype, [self.shape[axis] for axis in axes], compute)
 
     def rows(self, order: Sequence[int]) -> "RawTensor":
         """The same rows in another order."""
 
-        def made() -> np.ndarray:
-            return self._done(self.data.reshape(self.shape[0], -1)[list(order)].reshape(-1))
+        def compute() -> np.ndarray:
+            rows = self.data.reshape(self.shape[0], -1)[list(order)]
+            return self._forget_unless_shared(rows.reshape(-1))
 
-        return RawTensor(self.dtype, self.shape, made)
+        return RawTensor(self.dtype, self.shape, compute)
 
     def reshaped(self, shape: tuple[int, ...]) -> "RawTensor":
         assert prod(shape) == prod(self.shape), (shape, self.shape)
@@ -81,13 +82,16 @@ class RawTensor:
         """Rounded to the nearest value of F32, F16 or BF16, ties to even."""
         if dtype == self.dtype:
             return self
-        return RawTensor(dtype, self.shape, lambda: self._done(narrowed(self.floats(), dtype)))
 
-    def _done(self, made: np.ndarray) -> np.ndarray:
-        """What was made of this tensor, which is not needed for now."""
-        if not np.shares_memory(made, self.data):
+        def compute() -> np.ndarray:
+            return self._forget_unless_shared(to_bytes(self.floats(), dtype))
+
+        return RawTensor(dtype, self.shape, compute)
+
+    def _forget_unless_shared(self, computed: np.ndarray) -> np.ndarray:
+        if not np.shares_memory(computed, self.data):
             self.forget()
-        return made
+        return computed
 
     def floats(self) -> np.ndarray:
         """The values in float32, in the tensor's shape."""
@@ -111,8 +115,8 @@ class RawTensor:
         return f"RawTensor({self.dtype}, {self.shape})"
 
 
-def give_back(mapped: np.ndarray) -> None:
-    """Drop pages of a file that is mapped and was not written to; never anything else's."""
+def free_pages(mapped: np.ndarray) -> None:
+    """Free the pages that lie wholly inside an array, which is mapped and was not written to."""
     with suppress(OSError, AttributeError):
         page = mmap.PAGESIZE
         address = mapped.ctypes.data
@@ -122,7 +126,7 @@ def give_back(mapped: np.ndarray) -> None:
             advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
-def narrowed(wide: np.ndarray, dtype: str) -> np.ndarray:
+def to_bytes(wide: np.ndarray, dtype: str) -> np.ndarray:
     """Float32 values as the bytes of F32, F16 or BF16."""
     if dtype == "BF16":
         bits = np.ascontiguousarray(wide).view(np.uint32)

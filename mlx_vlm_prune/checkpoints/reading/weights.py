@@ -1,4 +1,4 @@
-"""The tensors of a file or a folder, whatever their format and however many files they fill."""
+"""The tensors of a weight file or of a folder, in any format and number of files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,10 +27,10 @@ def _read_folder(folder: Path) -> dict[str, RawTensor]:
             return _read_shards(index)
         if (folder / name).is_file():
             return read_weights(folder / name)
-    found = sorted(folder.glob("*.pth"))
-    if len(found) == 1:
-        return read_pth(found[0])
-    several = f"{len(found)} .pth files: name one of them" if found else "no .pth"
+    pths = sorted(folder.glob("*.pth"))
+    if len(pths) == 1:
+        return read_pth(pths[0])
+    several = f"{len(pths)} .pth files: name one of them" if pths else "no .pth"
     raise UserError(f"{folder} is no checkpoint: it holds no {' or '.join(WEIGHTS)}, and {several}")
 
 
