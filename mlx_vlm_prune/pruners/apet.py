@@ -21,7 +21,7 @@ from .contract import Reduction, Signals, Stage, take
 from .numerics import cosine, keep_highest, nearest_mean, rounded, to_float64
 
 stage = Stage.PROJECTED
-ZERO_LENGTH = 1e-9  # of the longest token: a basis vector as short adds no direction
+ZERO_LENGTH = 1e-9  # as a share of the longest token's: a shorter basis vector has no direction
 
 
 def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
@@ -36,23 +36,25 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
 
 
 def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:
-    """How long what the basis does not explain is, of the longest token, (B, N). On the CPU."""
+    """The length of what the basis leaves of each token, as a share of the longest token's, (B, N).
+
+    Gram-Schmidt, a basis token at a time. On the CPU.
+    """
     x_BND = to_float64(x_BND)
     B, N, _ = x_BND.shape
     length_BN = mx.sqrt(mx.square(x_BND).sum(axis=-1))
     longest_B11 = mx.maximum(length_BN.max(axis=-1)[:, None, None], mx.array(1e-30, mx.float64))
     x_BND = residual_BND = x_BND / longest_B11
     i_B1 = mx.argmax(rounded(length_BN / longest_B11[..., 0]), axis=-1, keepdims=True)
-    gap_BN = mx.full((B, N), mx.inf).astype(mx.float64)
+    gap_BN = mx.full((B, N), mx.inf).astype(mx.float64)  # squared, to the nearest basis token
     for _ in range(min(basis, N)):
-        chosen_B1D = take(residual_BND, i_B1)
-        square_B11 = mx.square(chosen_B1D).sum(axis=-1, keepdims=True)
-        share_BN1 = (residual_BND * chosen_B1D).sum(axis=-1, keepdims=True)
+        basis_B1D = take(residual_BND, i_B1)
+        square_B11 = mx.square(basis_B1D).sum(axis=-1, keepdims=True)
+        share_BN1 = (residual_BND * basis_B1D).sum(axis=-1, keepdims=True)
         share_BN1 = share_BN1 / mx.maximum(square_B11, mx.array(1e-300, mx.float64))
-        projected_BND = share_BN1 * chosen_B1D
-        residual_BND = mx.where(
-            square_B11 > ZERO_LENGTH**2, residual_BND - projected_BND, residual_BND
-        )
+        projected_BND = share_BN1 * basis_B1D
+        has_direction_B11 = square_B11 > ZERO_LENGTH**2
+        residual_BND = residual_BND - mx.where(has_direction_B11, projected_BND, 0)
         distance_BN = mx.square(x_BND - take(x_BND, i_B1)).sum(axis=-1)
         gap_BN = mx.minimum(gap_BN, rounded(distance_BN))
         i_B1 = mx.argmax(gap_BN, axis=-1, keepdims=True)

@@ -1,8 +1,8 @@
-"""Budgets: K of an image's N visual tokens, and in the decoder, how many rows stay where, so that
-the average over layers is K.
+"""Budgets: how many tokens K of an image's N stay, and how a decoder method comes to that average.
 
-As the papers count: the layers before the first cut hold all N rows.
-Shapes: N visual tokens of an image, K kept, of a decoder method in the average layer.
+As in the papers, the layers before a decoder method's first cut hold all N tokens.
+
+Shapes: N visual tokens of an image, K kept; for a decoder method in the average layer.
 """
 
 import math
@@ -18,7 +18,7 @@ DEFAULT_KEEP_RATIO = 0.5
 
 
 def tokens_for(N: int, ratio: float) -> int:
-    """How many of N tokens a share of them is: rounded down, at least one."""
+    """A share of N tokens as a number: rounded down, at least one."""
     return max(1, int(N * ratio + 1e-9))  # 0.29 * 100 is less than 29
 
 
@@ -77,7 +77,7 @@ def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> 
 
 
 def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
-    """After a single cut at `layer`."""
+    """{layer: tokens left} of one cut at `layer`. Raises ValueError where none would be left."""
     at = _inside(layer, layers)
     left = (K * layers - at * N) // (layers - at)
     if left < 1:
@@ -86,8 +86,10 @@ def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
 
 
 def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
-    """After a cut at `layer`, with none left from `wipe` on. TwigVLM rounds up: the average
-    may be above K by a part of one row."""
+    """{layer: tokens left} of a cut at `layer`, with none left from layer `wipe` on.
+
+    TwigVLM rounds up: the average may exceed K by less than one token. Raises ValueError.
+    """
     at, end = _inside(layer, layers), layer_at(wipe, layers)
     if end <= at:
         raise ValueError(f"wipe is layer {end}; it must come after the cut at layer {at}")
@@ -105,9 +107,10 @@ def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict
 def several_cuts(
     layers: int, N: int, K: int, at: Sequence[float], counts: Callable[[float], Sequence[int]]
 ) -> dict[int, int]:
-    """After several cuts: the largest t of 0 to 1 whose `counts(t)` keep the average at K.
+    """{layer: tokens left} of cuts at several layers, which leave `counts(t)` tokens for the
+    largest t from 0 to 1 with which the average is at most K.
 
-    Where two cuts fall on one layer the later one holds.
+    Where two cuts fall on one layer the later one holds. Raises ValueError.
     """
     places = [_inside(layer, layers) for layer in at]
     low, high = 0.0, 1.0
@@ -128,7 +131,7 @@ def _inside(layer: float, layers: int) -> int:
 
 
 def _total(layers: int, N: int, places: Sequence[int], counts: Sequence[int]) -> int:
-    """Rows of all layers together."""
+    """Tokens of all layers together."""
     held = [N] * layers
     for at, left in zip(places, counts, strict=True):
         held[at:] = [left] * (layers - at)

@@ -23,38 +23,37 @@ from .numerics import cosine, rounded, scale_to_unit
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
-EXHAUSTED = 1e-9  # of a kernel whose diagonal is at most 1
+EXHAUSTED = 1e-9  # a conditional variance below it is rounding; the kernel's diagonal is at most 1
 
 
 def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
-    """Keep K; the K steps are one graph, without a return to the host."""
+    """Keep K. The K steps are one MLX graph."""
     with mx.stream(mx.cpu):
         relevance_BN = relevance(signals, negative)
         similar_BNN = cosine(signals.x_BND)
         kernel_BNN = relevance_BN[..., None] * similar_BNN * relevance_BN[:, None]
         B, N, _ = kernel_BNN.shape
-        gain_BN = mx.diagonal(kernel_BNN, axis1=1, axis2=2)
-        rows_BMN = mx.zeros((B, 0, N), dtype=mx.float64)
+        variance_BN = mx.diagonal(kernel_BNN, axis1=1, axis2=2)  # given the kept tokens
+        factor_BMN = mx.zeros((B, 0, N), dtype=mx.float64)  # Cholesky's
         kept, is_left_BN = [], mx.ones((B, N), dtype=mx.bool_)
         for _ in range(K):
-            score_BN = mx.where(gain_BN > EXHAUSTED, gain_BN, relevance_BN - 2)
+            score_BN = mx.where(variance_BN > EXHAUSTED, variance_BN, relevance_BN - 2)
             score_BN = mx.where(is_left_BN, score_BN, -mx.inf)
             i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
             kept.append(i_B1)
             is_left_BN = is_left_BN & (mx.arange(N) != i_B1)
-            row_B1N = (
-                take(kernel_BNN, i_B1) - take(rows_BMN, i_B1, axis=2).swapaxes(1, 2) @ rows_BMN
-            )
-            gain_of_kept_B1 = mx.take_along_axis(gain_BN, i_B1, axis=-1)
-            row_BN = row_B1N[:, 0] / mx.sqrt(mx.maximum(gain_of_kept_B1, EXHAUSTED))
-            row_BN = mx.where(gain_of_kept_B1 > EXHAUSTED, row_BN, 0)
-            rows_BMN = mx.concatenate([rows_BMN, row_BN[:, None]], axis=1)
-            gain_BN = gain_BN - mx.square(row_BN)
+            done_B1N = take(factor_BMN, i_B1, axis=2).swapaxes(1, 2) @ factor_BMN
+            row_B1N = take(kernel_BNN, i_B1) - done_B1N
+            kept_variance_B1 = mx.take_along_axis(variance_BN, i_B1, axis=-1)
+            row_BN = row_B1N[:, 0] / mx.sqrt(mx.maximum(kept_variance_B1, EXHAUSTED))
+            row_BN = mx.where(kept_variance_B1 > EXHAUSTED, row_BN, 0)
+            factor_BMN = mx.concatenate([factor_BMN, row_BN[:, None]], axis=1)
+            variance_BN = variance_BN - mx.square(row_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:
-    """How near each token is to the prompt's words, 0 to 1, (B, N) float64. On the CPU."""
+    """Mean cosine of each token with the prompt's words, scaled to 0 to 1, (B, N). On the CPU."""
     similar_BNT = cosine(signals.x_BND, signals.text_BTD)
     real_B1T = signals.text_real_BT[:, None]
     mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)

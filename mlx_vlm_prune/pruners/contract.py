@@ -1,4 +1,4 @@
-"""What a pruner sees, and what it answers. Everything else is a method's own.
+"""What a pruner is given, `Signals`, and what it answers with, a `Reduction`.
 
 Shapes: B images, N visual tokens, K kept slots, D features, H heads, d head size,
 T tokens of text.
@@ -16,47 +16,47 @@ import mlx.core as mx
 class Stage(IntEnum):
     """Where in the model a method works, from front to back."""
 
-    IMAGE = 0  # the picture itself
+    IMAGE = 0  # the image itself
     ENCODER = 1  # between the tower's layers
-    FEATURES = 2  # end of the tower
-    PROJECTED = 3  # what the projector hands over
+    FEATURES = 2  # after the tower
+    PROJECTED = 3  # after the projector
     DECODER = 4  # between the language model's layers
-    ENHANCER = 5  # makes the selection of others better
+    ENHANCER = 5  # beside another method, whose selection it improves
 
 
 Policy = Literal["keep", "renumber"]  # of the positions of kept tokens
 
 
 def token_axis(name: str) -> int | None:
-    """Which axis of a signal are the visual tokens: the place of N in its name's suffix, where
-    every axis has one letter. None of one that is not per token."""
+    """The axis of a signal along which its visual tokens lie: the place of N in its name's suffix,
+    where every axis has one letter. None for a signal that is not per token."""
     axis = name.rpartition("_")[2].find("N")
     return None if axis < 0 else axis
 
 
 class Signals:
-    """The tokens of B images and, of what follows them, what a method asked for.
+    """The tokens of B images, and those of the signals below that the method needs.
 
-    A method names what it needs; the host computes only that. Reading another signal is an
-    error; `get` asks for one that need not be there. Attention is a mean over heads, and only
-    ever one row, or a column of means made without an N x N array.
+    A method lists the others in its `needs`; the host computes only those. Reading one that is
+    missing is an error; `get` reads an optional one. Attention is a mean over heads: one row, or
+    column means that are computed without an N x N array.
     """
 
     x_BND: mx.array  # the tokens
     grid: tuple[int, int]  # (rows, columns) of the whole image
     # Of a layer of the tower.
-    cls_attention_BN: mx.array  # what CLS attends to
-    received_attention_BN: mx.array  # what a token gets, mean over all queries
-    object_attention_BN: mx.array  # the same of another, earlier layer
-    local_attention_BN: mx.array  # what CLS attends to in an earlier layer
+    cls_attention_BN: mx.array  # from CLS
+    received_attention_BN: mx.array  # from all queries, the mean
+    object_attention_BN: mx.array  # the same in another, earlier layer
+    local_attention_BN: mx.array  # from CLS, in an earlier layer
     cls_query_BHd: mx.array
     queries_BNHd: mx.array
     keys_BNHd: mx.array
-    # Of the tower's entrance.
-    pixels_BND: mx.array  # each patch's own pixels
+    # Of the tower's input.
+    pixels_BND: mx.array  # the pixels of each patch
     patches_BND: mx.array  # patch embeddings, without positions
-    size_BN: mx.array  # how many tokens of the image each stands for by now
-    # Of the prompt around each image: the language model's embeddings, in the decoder its
+    size_BN: mx.array  # how many tokens of the image each stands for
+    # Of the prompt around each image: the language model's embeddings; in the decoder its
     # hidden states after the final norm.
     text_BTD: mx.array
     text_real_BT: mx.array  # False on padding
@@ -73,36 +73,36 @@ class Signals:
     twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
 
     def __init__(self, x_BND: mx.array, grid: tuple[int, int], **others: mx.array | None) -> None:
-        """`others` by the names above; None is a signal that is not there."""
-        held = {name: signal for name, signal in others.items() if signal is not None}
-        assert set(held) <= SIGNALS, f"{sorted(set(held) - SIGNALS)} are no signals"
-        vars(self).update(held, x_BND=x_BND, grid=grid)
+        """`others` by the names above; None is a missing one."""
+        present = {name: signal for name, signal in others.items() if signal is not None}
+        assert set(present) <= SIGNALS, f"{sorted(set(present) - SIGNALS)} are no signals"
+        vars(self).update(present, x_BND=x_BND, grid=grid)
 
-    if not TYPE_CHECKING:  # a signal that is declared above is an array to whoever reads it
+    if not TYPE_CHECKING:  # for a type checker, every signal declared above is an array
 
         def __getattr__(self, name: str) -> Any:
-            """Of what is not there."""
+            """Fail for a missing signal."""
             if name not in SIGNALS:
                 raise AttributeError(f"{name} is no signal")
-            raise AssertionError(f"{name} is not there: who reads it must list it in `needs`")
+            raise AssertionError(f"{name} is missing: a method that reads it lists it in `needs`")
 
     def get(self, name: str) -> mx.array | None:
-        """A signal, if it is there."""
+        """A signal, or None."""
         assert name in SIGNALS, f"{name} is no signal"
         return vars(self).get(name)
 
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """The tokens and the signals that are there, by name."""
+        """The tokens and the signals, by name."""
         return {name: signal for name, signal in vars(self).items() if name != "grid"}
 
-    def replace(self, **own: Any) -> "Signals":
-        """The same with other signals, or more; None takes one away."""
-        return Signals(**{**vars(self), **own})
+    def replace(self, **changed: Any) -> "Signals":
+        """A copy with these signals changed or added; None removes one."""
+        return Signals(**{**vars(self), **changed})
 
     @property
     def is_whole(self) -> bool:
-        """Are the tokens still the whole grid, in raster order?"""
+        """Are the tokens still all of the grid, in raster order?"""
         return self.x_BND.shape[1] == self.grid[0] * self.grid[1]
 
     def of_image(self, image: int) -> "Signals":
@@ -110,17 +110,18 @@ class Signals:
         return self.replace(**{name: a[image : image + 1] for name, a in self.arrays.items()})
 
     def per_token(self, change: Callable[[mx.array, int], mx.array | None]) -> "Signals":
-        """`change(signal, axis)` in place of every signal that has an entry for each token, but
-        for the tokens themselves."""
-        own: dict[str, mx.array | None] = {}
+        """A copy with `change(signal, axis of its tokens)` in place of every signal that is per
+        token, except the tokens themselves."""
+        changed: dict[str, mx.array | None] = {}
         for name, signal in self.arrays.items():
             axis = token_axis(name)
             if axis is not None and name != "x_BND":
-                own[name] = change(signal, axis)
-        return self.replace(**own)
+                changed[name] = change(signal, axis)
+        return self.replace(**changed)
 
     def reduced(self, kept: "Reduction") -> "Signals":
-        """The same of the kept slots; what slots without an anchor have no share in is gone."""
+        """The signals of the kept slots; of slots without an index, the tokens and those that are
+        not per token."""
 
         def entries(signal: mx.array, axis: int) -> mx.array | None:
             return None if kept.index_BK is None else take(signal, kept.index_BK, axis)
@@ -132,20 +133,20 @@ SIGNALS = set(Signals.__annotations__)
 
 
 def take(x: mx.array, index_BK: mx.array, axis: int = 1) -> mx.array:
-    """The entries of x at each batch row's own indices, along an axis."""
+    """The entries of x at each batch row's indices, along an axis."""
     shape = [len(index_BK) if i == 0 else -1 if i == axis else 1 for i in range(x.ndim)]
     return mx.take_along_axis(x, index_BK.reshape(shape), axis=axis)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """How N tokens become K slots; it never touches a model.
+    """How N tokens become K slots.
 
-    `index_BK`, ascending and distinct: the token that stands for each slot, and whose
-    position the slot takes. None where slots are pooled from everywhere: they have no
-    anchor and are renumbered.
-    `weight_BKN`: how each slot is mixed from the N tokens. None: its token, unchanged.
-    `value_BND`: what is mixed in place of the tokens, where a learned method has values.
+    `index_BK`, ascending and distinct: the token that stands for each slot, whose position the
+    slot takes. None where every slot is pooled from all tokens: such slots are renumbered.
+    `weight_BKN`: the weights by which each slot is mixed from the N tokens. None: each slot is its
+    token, unchanged.
+    `value_BND`: what a learned method mixes in place of the tokens.
     """
 
     index_BK: mx.array | None = None
@@ -161,18 +162,18 @@ class Reduction:
         return take(x_BND, self.index_BK)
 
     def tokens(self, x_BND: mx.array) -> mx.array:
-        """The kept tokens: `apply` to x, or to the learned values."""
+        """Reduce the tokens, or the learned values in their place, to (B, K, D)."""
         return self.apply(x_BND if self.value_BND is None else self.value_BND)
 
     def mixture(self, N: int) -> mx.array:
-        """The weights (B, K, N), also where every slot is its own token."""
+        """The weights (B, K, N); one-hot where slots are tokens unchanged."""
         if self.weight_BKN is not None:
             return self.weight_BKN.astype(mx.float32)
         assert self.index_BK is not None
         return (self.index_BK[..., None] == mx.arange(N)).astype(mx.float32)
 
     def after(self, first: "Reduction", N: int) -> "Reduction":
-        """The reduction of the N tokens that does `first`, then this one."""
+        """The reduction of N tokens that does `first`, then this one."""
         index = weight = None
         if self.index_BK is not None and first.index_BK is not None:
             index = take(first.index_BK, self.index_BK)
@@ -196,7 +197,7 @@ class Reduction:
 
     @cached_property
     def arrays(self) -> list[mx.array]:
-        """The arrays that are there, to evaluate together."""
+        """Its arrays, to evaluate together."""
         return [a for a in (self.index_BK, self.weight_BKN, self.value_BND) if a is not None]
 
 

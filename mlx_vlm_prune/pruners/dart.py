@@ -36,28 +36,28 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
     if pivots < 1:
         raise ValueError(f"pivots is {pivots}; it must be at least 1")
     with mx.stream(mx.cpu):
-        token_BN = np.array(rounded(mx.abs(to_float64(signals.keys_BND)).sum(axis=-1)))
-        length_BT = rounded(mx.abs(to_float64(signals.text_keys_BTD)).sum(axis=-1))
-        word_BT = np.array(mx.where(signals.text_real_BT, length_BT, -1))
-        to_token_BNN = np.array(cosine(signals.normed_BND))
-        to_word_BTN = np.array(cosine(signals.text_BTD, signals.normed_BND))
+        norm_BN = np.array(rounded(mx.abs(to_float64(signals.keys_BND)).sum(axis=-1)))
+        norm_BT = rounded(mx.abs(to_float64(signals.text_keys_BTD)).sum(axis=-1))
+        norm_BT = np.array(mx.where(signals.text_real_BT, norm_BT, -1))
+        similar_BNN = np.array(cosine(signals.normed_BND))
+        similar_BTN = np.array(cosine(signals.text_BTD, signals.normed_BND))
     index = []
-    for token_N, word_T, to_token_NN, to_word_TN in zip(
-        token_BN, word_BT, to_token_BNN, to_word_BTN, strict=True
+    for norm_N, norm_T, similar_NN, similar_TN in zip(
+        norm_BN, norm_BT, similar_BNN, similar_BTN, strict=True
     ):
-        first = np.argsort(-token_N, kind="stable")[: min(pivots, K)]
-        words = np.argsort(-word_T, kind="stable")[: min(pivots, int((word_T >= 0).sum()))]
-        similar_PN = np.concatenate([to_token_NN[first], to_word_TN[words]])
-        index.append(select_by_pivots(first, similar_PN, K))
+        tokens = np.argsort(-norm_N, kind="stable")[: min(pivots, K)]
+        words = np.argsort(-norm_T, kind="stable")[: min(pivots, int((norm_T >= 0).sum()))]
+        similar_PN = np.concatenate([similar_NN[tokens], similar_TN[words]])
+        index.append(select_by_pivots(tokens, similar_PN, K))
     return Reduction(index_BK=mx.array(np.stack(index)))
 
 
-def select_by_pivots(first: np.ndarray, similar_PN: np.ndarray, K: int) -> np.ndarray:
-    """The pivots among the tokens, and each pivot's share of what is left, ascending."""
-    P, rest = len(similar_PN), K - len(first)
-    kept = list(first)
+def select_by_pivots(tokens: np.ndarray, similar_PN: np.ndarray, K: int) -> np.ndarray:
+    """The tokens that are pivots, and for each pivot its share of the others, (K,) ascending."""
+    P, rest = len(similar_PN), K - len(tokens)
+    kept = list(tokens)
     for p, similar_N in enumerate(similar_PN):
         share = (p + 1) * rest // P - p * rest // P
-        unlike = np.where(np.isin(np.arange(len(similar_N)), kept), np.inf, similar_N)
-        kept += list(np.argsort(unlike, kind="stable")[:share])
+        similar_N = np.where(np.isin(np.arange(len(similar_N)), kept), np.inf, similar_N)
+        kept += list(np.argsort(similar_N, kind="stable")[:share])
     return np.sort(kept)

@@ -19,7 +19,7 @@ stage = Stage.PROJECTED
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    """Keep K; the K steps are one graph, without a return to the host."""
+    """Keep K. The K steps are one MLX graph."""
     with mx.stream(mx.cpu):
         distance_BNN = 1 - cosine(signals.x_BND)
         B, N, _ = distance_BNN.shape

@@ -19,7 +19,7 @@ needs = {"grid": None}
 
 
 def smaller_grid(grid: tuple[int, int], K: int) -> tuple[int, int]:
-    """Rows and columns, at most K together, each within one of the image's own shape."""
+    """(rows, columns) of at most K tokens, both within one of the image's own proportions."""
     scale = (K / (grid[0] * grid[1])) ** 0.5
     best = (1, 1)
     for r in (int(grid[0] * scale), int(grid[0] * scale) + 1):
@@ -31,7 +31,8 @@ def smaller_grid(grid: tuple[int, int], K: int) -> tuple[int, int]:
 
 
 def block_means(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduction:
-    """Which patches of the whole image each new one covers, for positions and pictures."""
+    """The reduction to the smaller grid, whose slots are means of blocks of the whole image: for
+    positions and overlays, since the pixels themselves are resized."""
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     home_N = row * small[0] // grid[0] * small[1] + column * small[1] // grid[1]
     K = small[0] * small[1]
@@ -43,6 +44,6 @@ def block_means(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduct
 
 
 def _middle(members: np.ndarray, columns: int) -> int:
-    """The middle one of a block; the upper left of an even number."""
+    """The index of a block's middle token; of two, the upper or left one."""
     rows, across = np.unique(members // columns), np.unique(members % columns)
     return int(rows[(len(rows) - 1) // 2] * columns + across[(len(across) - 1) // 2])

@@ -1,8 +1,8 @@
 """Keep one half by an early layer's attention, window by window, the other half by the last's.
 
 The encoder half of VScan, Zhang et al., TMLR 2026, arXiv:2505.22654. Local: at an early layer
-(6 of 24) CLS attention, the best of each window of the image, as many from each. Global:
-CLS attention at the end, the best of the rest. Each dropped token merges into the kept
+(6 of 24) CLS attention, the highest of each window of the image, as many from each. Global:
+CLS attention at the end, the highest of the rest. Each dropped token merges into the kept
 one most similar to it (the mean). The whole of VScan, which drops again inside the
 decoder, is the preset `vscan`.
 
@@ -15,14 +15,14 @@ Options:
     local_layer: layer of the tower for the local half; below 1 a share of the depth
     layer: number of the tower's layer for the global half; -1 is the last
 
-Shapes: B images, N tokens, K kept.
+Shapes: B images, N tokens, K kept, n tokens of a window, k kept of them.
 """
 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
 from .grid import windows
-from .numerics import cosine, keep_highest, nearest_mean
+from .numerics import cosine, keep_highest, mask_of, nearest_mean
 
 stage = Stage.FEATURES
 needs = {"local_attention": "local_layer", "cls_attention": "layer", "grid": None}
@@ -32,20 +32,19 @@ def prune(
     signals: Signals, K: int, *, areas: int = 16, local: float = 0.5,
     local_layer: float = 6 / 24, layer: float = -1,
 ) -> Reduction:  # fmt: skip
-    """Keep K; `local` is the share of the first look, the layers are read by the host."""
+    """Keep K; the layers are read by the host."""
     if areas < 1 or not 0 <= local <= 1:
         raise ValueError("areas is at least 1, and local a share of K from 0 to 1")
-    N, first = signals.x_BND.shape[1], int(K * local)
+    N, local_K = signals.x_BND.shape[1], int(K * local)
     area_windows = windows(signals.grid, min(areas, N))
     chosen = []
     for i, window in enumerate(area_windows):
-        share = (i + 1) * first // len(area_windows) - i * first // len(area_windows)
-        area = mx.array(window.ravel())
-        best = keep_highest(signals.local_attention_BN[:, area], min(share, window.size))
-        chosen.append(area[best])
-    kept_BF = mx.concatenate(chosen, axis=1)
-    is_kept_BN = (kept_BF[..., None] == mx.arange(N)).any(axis=1)
-    score_BN = mx.where(is_kept_BN, mx.inf, signals.cls_attention_BN)
+        share = (i + 1) * local_K // len(area_windows) - i * local_K // len(area_windows)
+        area_n = mx.array(window.ravel())
+        best_Bk = keep_highest(signals.local_attention_BN[:, area_n], min(share, window.size))
+        chosen.append(area_n[best_Bk])
+    is_local_BN = mask_of(mx.concatenate(chosen, axis=1), N)
+    score_BN = mx.where(is_local_BN, mx.inf, signals.cls_attention_BN)
     index_BK = keep_highest(score_BN, K)
     with mx.stream(mx.cpu):
         similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)

@@ -9,26 +9,26 @@ import numpy as np
 
 
 def windows(grid: tuple[int, int], K: int) -> list[np.ndarray]:
-    """K disjoint windows in raster order that cover the grid, each the indices of its tokens.
+    """K disjoint windows that cover the grid, in raster order, each a 2D array of token indices.
 
-    The rows are divided into bands, each band into its share of the windows, so any
-    K from 1 to N works; windows are as square as K allows.
+    The rows are divided into bands and each band into its share of the windows, so any K from 1
+    to N works; windows are as square as K allows.
     """
     rows, columns = grid
     assert 1 <= K <= rows * columns
     square = math.floor(math.sqrt(K * rows / columns) + 0.5)
     bands = min(rows, K, max(-(-K // columns), square))
     cells = np.arange(rows * columns).reshape(rows, columns)
-    covering = []
+    cut = []
     for r in range(bands):
         band = cells[r * rows // bands : (r + 1) * rows // bands]
         share = (r + 1) * K // bands - r * K // bands
         assert 1 <= share <= columns
         for j in range(share):
-            covering.append(band[:, j * columns // share : (j + 1) * columns // share])
-    return covering
+            cut.append(band[:, j * columns // share : (j + 1) * columns // share])
+    return cut
 
 
 def centre(window: np.ndarray) -> int:
-    """The token in the middle of a window; the upper left one of an even number."""
+    """The index of a window's middle token; of two, the upper or left one."""
     return int(window[(window.shape[0] - 1) // 2, (window.shape[1] - 1) // 2])

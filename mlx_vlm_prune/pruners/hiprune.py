@@ -2,8 +2,8 @@
 
 HiPrune, Liu et al., arXiv:2508.00553. Middle layers of a vision tower attend to objects,
 deep ones to the whole. Anchors: the tokens that receive most attention (mean over heads
-and queries) in the object layer, each with its four neighbours; with those `objects` of
-the budget is spent. The rest of it goes to what receives most in the deep layer.
+and queries) in the object layer, each with its four neighbours; together they take the share
+`objects` of the budget. The rest of it goes to what receives most in the deep layer.
 
 Differs from the authors' code: a neighbour outside the grid is left out, where theirs
 wraps around to the next row. Their object layer is 9 of 24.
@@ -13,13 +13,13 @@ Options:
     object_layer: layer of the tower whose attention finds objects; below 1 a share of the depth
     layer: number of the tower's layer that chooses the rest; -1 is the last
 
-Shapes: B images, N tokens, K kept.
+Shapes: B images, N tokens, K kept, A anchors.
 """
 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest
+from .numerics import keep_highest, mask_of
 
 stage = Stage.FEATURES
 needs = {"object_attention": "object_layer", "received_attention": "layer", "grid": None}
@@ -34,9 +34,9 @@ def prune(
         raise ValueError(f"objects is {objects}; it is a share of K from 0 to 1")
     (B, N), grid = signals.object_attention_BN.shape, signals.grid
     anchors_BA = keep_highest(signals.object_attention_BN, int(K * objects / 5))
-    is_anchor = (anchors_BA[..., None] == mx.arange(N)).any(axis=1).reshape(B, *grid)
+    is_anchor = mask_of(anchors_BA, N).reshape(B, *grid)
     padded = mx.pad(is_anchor, [(0, 0), (1, 1), (1, 1)])
     around = padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
-    first_BN = (is_anchor | around).reshape(B, N)
-    score_BN = mx.where(first_BN, mx.inf, signals.received_attention_BN)
+    is_object_BN = (is_anchor | around).reshape(B, N)
+    score_BN = mx.where(is_object_BN, mx.inf, signals.received_attention_BN)
     return Reduction(index_BK=keep_highest(score_BN, K))

@@ -50,18 +50,18 @@ def prune(
 
 
 def best_of_regions(score_N: np.ndarray, areas: list[np.ndarray], K: int) -> np.ndarray:
-    """Of each region its quota, ascending."""
+    """The highest scores of every region, as many as its quota, (K,) ascending."""
     quotas = allocate([score_N[area].mean() for area in areas], [len(area) for area in areas], K)
     best = [area[np.argsort(-score_N[area], kind="stable")] for area in areas]
     return np.sort(np.concatenate([area[:n] for area, n in zip(best, quotas, strict=True)]))
 
 
 def allocate(worth: list[float], room: list[int], K: int) -> list[int]:
-    """K seats in proportion to the worth, one after another to where a seat is worth most."""
+    """K seats in proportion to worth, one after another: each to the region whose worth by the
+    number of seats it would have is highest, of those with room."""
     seats = [0] * len(worth)
     for _ in range(K):
-        claims = [
-            w / (n + 1) if n < r else -1.0 for w, n, r in zip(worth, seats, room, strict=True)
-        ]
+        regions = zip(worth, seats, room, strict=True)
+        claims = [w / (n + 1) if n < r else -1.0 for w, n, r in regions]
         seats[max(range(len(claims)), key=lambda i: (round(claims[i], 9), -i))] += 1
     return seats

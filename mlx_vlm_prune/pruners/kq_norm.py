@@ -34,4 +34,5 @@ def prune(signals: Signals, K: int) -> Reduction:
 
 
 def norm(x_BNHd: mx.array) -> mx.array:
+    """L2 norm of each token, all heads together, (B, N)."""
     return mx.sqrt(mx.square(to_float64(x_BNHd)).sum(axis=(2, 3)))

@@ -9,8 +9,8 @@ from .spec import unknown_pruner
 COLUMNS = ("name", "stage", "text-aware", "training-free", "source", "needs")
 
 
-def cells(method: Method) -> tuple[str, ...]:
-    """A method's line of the table."""
+def table_row(method: Method) -> tuple[str, ...]:
+    """A method's row of the table."""
     yes = {True: "yes", False: "no"}
     return (
         method.name, method.stage.name.lower(), yes[method.reads_prompt], yes[not method.learned],
@@ -48,7 +48,7 @@ def show(name: str | None) -> None:
 
 
 def _print_all() -> None:
-    _print_columns([COLUMNS, *(cells(method) for method in METHODS.values())])
+    _print_columns([COLUMNS, *(table_row(method) for method in METHODS.values())])
     print("\nChains: NAME+NAME prunes at two stages, NAME:keep=N leaves N tokens to the next;")
     print("restore joins any of them. Presets:")
     for preset, chain in PRESETS.items():

@@ -47,11 +47,11 @@ class Usefulness(nn.Module):
         with mx.stream(mx.cpu):
             x_BND = layer_norm(signals.x_BND, self.norm)
             attention_BN1 = mx.log(to_float64(signals.cls_attention_BN) * N + 1e-6)[..., None]
-            both = mx.concatenate([x_BND, attention_BN1], axis=-1)
-            return Reduction(index_BK=keep_highest(score(both, self.fc1, self.fc2), K))
+            input_BND = mx.concatenate([x_BND, attention_BN1], axis=-1)
+            return Reduction(index_BK=keep_highest(score(input_BND, self.fc1, self.fc2), K))
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
-        """Each image's own K, from 1 to N."""
+        """Each image's budget, from 1 to N."""
         N = signals.x_BND.shape[1]
         with mx.stream(mx.cpu):
             pooled_BD = layer_norm(signals.x_BND, self.norm).mean(axis=1)

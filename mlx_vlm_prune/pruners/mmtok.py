@@ -14,7 +14,7 @@ Options:
     sharp: temperature of the words' softmax, above 0
     soft: temperature of the image's softmax, above 0
 
-Shapes: B images, N tokens, K kept, T words.
+Shapes: B images, N tokens, K kept, T words, M = T + N rows to cover.
 """
 
 import mlx.core as mx
@@ -30,7 +30,7 @@ needs: dict[str, str | None] = {"text": None}
 def prune(
     signals: Signals, K: int, *, image: float = 0.5, sharp: float = 0.01, soft: float = 0.2
 ) -> Reduction:
-    """Keep K; the K steps are one graph."""
+    """Keep K."""
     if not (sharp > 0 and soft > 0 and image >= 0):
         raise ValueError("sharp and soft are temperatures above 0, and image is at least 0")
     with mx.stream(mx.cpu):
@@ -39,5 +39,5 @@ def prune(
         words_BTN = mx.where(real_BT1, words_BTN, 0) / real_BT1.sum(axis=1, keepdims=True)
         tokens_BNN = softmax(cosine(signals.x_BND), soft) * image / signals.x_BND.shape[1]
         rows_BMN = rounded(mx.concatenate([words_BTN, tokens_BNN], axis=1))
-        equal_BN = mx.ones(signals.x_BND.shape[:2], dtype=mx.float64)
-        return Reduction(index_BK=greedy_cover(rows_BMN, equal_BN, K))
+        no_saliency_BN = mx.ones(signals.x_BND.shape[:2], dtype=mx.float64)
+        return Reduction(index_BK=greedy_cover(rows_BMN, no_saliency_BN, K))

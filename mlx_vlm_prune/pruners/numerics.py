@@ -1,8 +1,9 @@
-"""What choices are made with: the K highest scores, similarities, means.
+"""What methods choose by: the K highest scores, similarities, means.
 
-Choices are made in float64, since in float32 the order in which a sum is taken decides which of two
-near-duplicates wins, and two machines then keep different tokens. Only a CPU has float64: all
-but `keep_highest` are called, as is what follows on them, under `mx.stream(mx.cpu)`.
+Choices are made in float64. In float32 the order in which a sum is taken decides which of two
+near-duplicates wins, so that two machines keep different tokens. Only a CPU has float64: all
+functions but `keep_highest` and `mask_of`, and what uses their results, are called under
+`mx.stream(mx.cpu)`.
 
 Shapes: B images, N tokens, M others, D features, K kept.
 """
@@ -60,6 +61,11 @@ def scale_to_unit(score_BN: mx.array) -> mx.array:
     score_BN = to_float64(score_BN)
     low_B1, high_B1 = score_BN.min(-1, keepdims=True), score_BN.max(-1, keepdims=True)
     return (score_BN - low_B1) / mx.maximum(high_B1 - low_B1, mx.array(1e-12, mx.float64))
+
+
+def mask_of(index_BK: mx.array, N: int) -> mx.array:
+    """Which of N tokens are in an index, (B, N)."""
+    return (index_BK[..., None] == mx.arange(N)).any(axis=1)
 
 
 def nearest_mean(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:

@@ -29,7 +29,7 @@ stage = Stage.DECODER
 needs: dict[str, str | None] = {"mean_attention": None}
 positions = "renumber"
 proportional = True
-RETRIEVED = 1.5  # cutoffs
+RETRIEVED = 1.5  # cutoffs: a pruned token as near to a centre is merged after all
 
 
 def schedule(layers: int, N: int, K: int, *, layer: float = 4 / 32) -> dict[int, int]:
@@ -54,7 +54,7 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
 def cluster(
     worth_N: np.ndarray, distance_NN: np.ndarray, K: int, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Index (K,) and weights (K, N) of the clusters' means."""
+    """Index (K,) and weights (K, N): the means of K clusters of the n most worthy tokens."""
     order = np.argsort(-worth_N, kind="stable")[:n]
     cutoff, centres = smallest_cutoff(distance_NN[np.ix_(order, order)], K)
     others = [i for i in range(n) if i not in set(centres)]
@@ -68,7 +68,7 @@ def cluster(
 
 
 def smallest_cutoff(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
-    """The smallest cutoff, to a millionth, that leaves at most K centres, and those."""
+    """The smallest cutoff, to a millionth, that gives at most K centres, with those centres."""
     low, high = -1e-6, 2.0  # of one minus a cosine
     for _ in range(21):
         middle = (low + high) / 2
@@ -79,7 +79,7 @@ def smallest_cutoff(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
 
 
 def spaced_centres(distance_nn: np.ndarray, cutoff: float) -> list[int]:
-    """Centres in the order of density: each farther than the cutoff from those before."""
+    """Centres in the order of density, each farther than the cutoff from all before it."""
     density_n = np.exp(-((distance_nn / max(cutoff, 1e-6)) ** 2)).sum(axis=1).round(9)
     centres: list[int] = []
     for i in np.argsort(-density_n, kind="stable").tolist():

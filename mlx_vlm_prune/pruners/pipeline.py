@@ -14,14 +14,14 @@ from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
 from .method import Method
 
-# Of a chain's budget K, what an earlier method leaves to the next: VScan's 96 for 64.
+# How many times as many tokens as the next method keeps an earlier one leaves: VScan's 96 for 64.
 EARLIER_STEP_FACTOR = 1.5
 
 
 def layer_at(layer: float, depth: int) -> int:
     """A layer's number: below 1 a share of the depth, negative from the end.
 
-    Papers count in models of 24 or 32 layers; a share carries "layer 2 of 32" to others.
+    Papers count in models of 24 or 32 layers; a share carries "layer 2 of 32" to other depths.
     """
     inner = max(1, int(layer * depth + 0.5))
     number = min(inner, depth - 1) if 0 < layer < 1 else int(layer)
@@ -51,11 +51,11 @@ class Pruner:
 
     @property
     def has_dynamic_budget(self) -> bool:
-        """Does each image get a budget of its own?"""
+        """Does each image get its own budget?"""
         return bool(self.options.get("dynamic"))
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
-        """Each image's own budget, K in the mean over images like those it was trained on."""
+        """Each image's budget; their mean is K over images like those of the training."""
         return self.learned.budgets(signals, K)
 
     @property
@@ -71,7 +71,8 @@ class Pruner:
         return self.name + (":" + ",".join(options) if options else "")
 
     def signal_layers(self, layers: int) -> dict[str, int | None]:
-        """What the tower of so many layers must hand over, and of which layer."""
+        """The signals that it needs of a tower of so many layers, with the layer of each, where it
+        has one."""
         values = self.method.options | self.options
         try:
             return {
@@ -83,13 +84,13 @@ class Pruner:
             raise UserError(f"{self.name}: {e}") from None
 
     def options_for(self, function: Callable) -> dict[str, Any]:
-        """The options that one of the method's functions takes, and what training settled."""
+        """The options that one of the method's functions takes, with those that training fixed."""
         names = inspect.signature(function).parameters
         options = {**self.options, **self.method.fixed_options(self.learned)}
         return {name: value for name, value in options.items() if name in names}
 
     def call(self, function: Callable | None, *arguments: Any) -> Any:
-        """Call one of the method's functions with its options; a ValueError is the user's."""
+        """Call one of the method's functions with its options; a ValueError becomes a UserError."""
         assert function, f"{self.name} has no function for its stage"
         try:
             return function(*arguments, **self.options_for(function))
@@ -97,8 +98,7 @@ class Pruner:
             raise UserError(f"{self.name}: {e}") from None
 
     def __call__(self, signals: Signals, K: int) -> Reduction:
-        """Reduce to K slots. K = N is the identity, bit for bit, whatever the method, and of
-        none there is nothing to choose."""
+        """Reduce to K slots. K = N is the identity, bit for bit, for every method."""
         N = signals.x_BND.shape[1]
         if not (self.stage is not Stage.DECODER) <= K <= N:
             raise UserError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
@@ -115,18 +115,18 @@ class Pruner:
 
 @dataclass(frozen=True)
 class StepBudgets:
-    """What each step of a chain leaves of an image's N tokens."""
+    """How many of an image's N tokens each step of a chain leaves."""
 
     N: int
-    K: int  # of the last; of a decoder method the average over layers
-    per_step: tuple[tuple[Pruner, int], ...]
+    K: int  # what the last step leaves; for a decoder method the average over layers
+    per_step: tuple[tuple[Pruner, int], ...]  # each with how many it leaves
 
     def at(self, *stages: Stage) -> list[tuple[Pruner, int]]:
-        """The steps of some stages, in order, with what each leaves."""
+        """The steps of some stages, in order, with how many tokens each leaves."""
         return [(step, left) for step, left in self.per_step if step.stage in stages]
 
     def left_after(self, stage: Stage, n: int) -> int:
-        """How many of n tokens a stage leaves."""
+        """How many of n tokens are left after the steps of a stage."""
         return min([n, *(left for _, left in self.at(stage))])
 
     @property
@@ -137,7 +137,7 @@ class StepBudgets:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Methods in the order of their stages, and perhaps an enhancer."""
+    """Methods in the order of their stages, with an optional enhancer."""
 
     steps: tuple[Pruner, ...]
     enhancer: Pruner | None = None
@@ -159,7 +159,7 @@ class Pipeline:
 
     @property
     def positions(self) -> Policy:
-        """The policy of the last method's paper, where it has one; kept positions else."""
+        """The position policy of the last method's paper; `keep` with an enhancer."""
         return "keep" if self.enhancer else self.steps[-1].method.positions
 
     def at(self, *stages: Stage) -> list[Pruner]:
@@ -170,24 +170,24 @@ class Pipeline:
         return next(iter(self.at(Stage.DECODER)), None)
 
     def signal_layers(self, layers: int) -> dict[str, int | None]:
-        """What the tower must hand over to all steps."""
-        wanted: dict[str, int | None] = {}
+        """The signals that all steps together need of the tower, with their layers."""
+        layer_of: dict[str, int | None] = {}
         for step in self.steps:
             if step.stage is not Stage.DECODER:
                 for name, layer in step.signal_layers(layers).items():
-                    if wanted.setdefault(name, layer) != layer:
+                    if layer_of.setdefault(name, layer) != layer:
                         raise UserError(f"{self.spec}: {name} is needed of two different layers")
-        return wanted
+        return layer_of
 
     def needs_signal(self, signal: str) -> bool:
         return any(signal in step.method.needs for step in self.steps)
 
     def budgets(self, N: int, K: int) -> StepBudgets:
-        """What each step leaves; the last brings (the average over layers) to K."""
+        """How many tokens each step leaves; the last leaves K, or K in the average layer."""
         *earlier, last = self.steps
         per_step = []
         for i, step in enumerate(earlier):
-            generous = int(K * EARLIER_STEP_FACTOR ** (len(earlier) - i) + 0.5)
-            left = min(N, step.trained_tokens or step.keep or generous)
+            usual = int(K * EARLIER_STEP_FACTOR ** (len(earlier) - i) + 0.5)
+            left = min(N, step.trained_tokens or step.keep or usual)
             per_step.append((step, N if K == N else left))
         return StepBudgets(N, K, (*per_step, (last, K)))

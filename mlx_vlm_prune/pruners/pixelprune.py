@@ -10,8 +10,8 @@ so that the image decides how many stay; here the K worst predicted stay. They d
 before the tower, in groups of 2 x 2; here single patches, before the first layer.
 
 Options:
-    tolerance: largest difference of two patches' pixels, after normalisation, at which they
-        count as alike; 0 or more
+    tolerance: largest difference of two patches' preprocessed pixel values at which they are
+        alike, 0 or more
 
 Shapes: B images, N patches of P pixel values, K kept.
 """
@@ -31,7 +31,7 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 
 def prune(signals: Signals, K: int, *, tolerance: float = 0.0) -> Reduction:
-    """Keep the K patches with the largest error; like is a largest difference <= tolerance."""
+    """Keep the K patches with the largest prediction error."""
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more")
     B, N, P = signals.pixels_BND.shape
@@ -39,10 +39,9 @@ def prune(signals: Signals, K: int, *, tolerance: float = 0.0) -> Reduction:
     left = mx.concatenate([x[:, :, :1], x[:, :, :-1]], axis=2)
     up = mx.concatenate([x[:, :1], x[:, :-1]], axis=1)
     corner = mx.concatenate([up[:, :, :1], up[:, :, :-1]], axis=2)
-    across = (largest_difference(corner, left) <= tolerance) & (
-        largest_difference(corner, up) > tolerance
-    )
-    error = mx.where(across, largest_difference(x, up), largest_difference(x, left))
+    is_like_left = largest_difference(corner, left) <= tolerance
+    is_edge = is_like_left & (largest_difference(corner, up) > tolerance)
+    error = mx.where(is_edge, largest_difference(x, up), largest_difference(x, left))
     error[:, :, 0] = largest_difference(x, up)[:, :, 0]
     error[:, 0] = largest_difference(x, left)[:, 0]
     error[:, 0, 0] = mx.inf  # nothing predicts the first
@@ -50,5 +49,5 @@ def prune(signals: Signals, K: int, *, tolerance: float = 0.0) -> Reduction:
 
 
 def largest_difference(x: mx.array, y: mx.array) -> mx.array:
-    """The largest difference of two patches' pixels."""
+    """The largest difference between the pixel values of two patches."""
     return mx.abs(x - y).max(axis=-1)

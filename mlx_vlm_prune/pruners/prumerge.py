@@ -14,13 +14,13 @@ Options:
     neighbours: how many similar tokens each kept one adds, 0 or more
     layer: number of the tower's layer that is read; -1 is the last
 
-Shapes: B images, N tokens, K kept, C chosen as K - 1 of them, D features.
+Shapes: B images, N tokens, K slots, C kept tokens, H heads, d head size, D = H d.
 """
 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, keep_highest, rounded, softmax, to_float64
+from .numerics import cosine, keep_highest, mask_of, rounded, softmax, to_float64
 
 stage = Stage.FEATURES
 needs = {"cls_query": "layer", "keys": "layer"}
@@ -34,8 +34,7 @@ def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) 
         weight_BCN = with_neighbours(signals, score_BN, kept_BC, neighbours)
         if K == 1:
             return Reduction(kept_BC, weight_BCN)
-        is_kept_BN = (kept_BC[..., None] == mx.arange(score_BN.shape[1])).any(axis=1)
-        dropped_BN = mx.where(is_kept_BN, -1, score_BN)
+        dropped_BN = mx.where(mask_of(kept_BC, score_BN.shape[1]), -1, score_BN)
         strongest_B1 = mx.argmax(dropped_BN, axis=-1, keepdims=True).astype(kept_BC.dtype)
         rest_B1N = mx.maximum(dropped_BN, 0)[:, None].astype(mx.float32)
         index_BK = mx.concatenate([kept_BC, strongest_B1], axis=1)

@@ -26,7 +26,7 @@ positions = "renumber"
 def schedule(
     layers: int, N: int, K: int, *, start: float = 0.25, stages: int = 3
 ) -> dict[int, int]:
-    """The share t stays at each stage."""
+    """The same share stays at each stage."""
     if not 0 < start < 1 or stages < 1:
         raise ValueError("start is a share of the depth above 0 and below 1, stages at least 1")
     at = [start + i * (1 - start) / stages for i in range(stages)]

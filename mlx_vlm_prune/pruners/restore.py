@@ -27,8 +27,7 @@ stage = Stage.ENHANCER
 def attention_bias(
     signals: Signals, kept: Reduction, *, strength: float = 1.0, theta: float = 1e4, dims: int = 128
 ) -> mx.array:
-    """What is added to the attention that each kept token gets, (B, K); `theta` and `dims` are
-    those of the rotary embedding."""
+    """What is added to the logits of the attention to each kept token, (B, K)."""
     if kept.index_BK is None:
         raise ValueError("slots that are pooled from everywhere replace no tokens of their own")
     if dims < 2 or theta <= 1:
@@ -43,6 +42,6 @@ def attention_bias(
 
 
 def rotary_decay(N: int, theta: float, dims: int) -> mx.array:
-    """What is left of a score at distances 0 to N - 1: the mean of RoPE's cosines, (N,)."""
+    """What distances 0 to N - 1 leave of a score: the mean of RoPE's cosines, (N,)."""
     rate_h = theta ** (-mx.arange(0, dims, 2) / dims)
     return mx.maximum(mx.cos(mx.arange(N)[:, None] * rate_h).mean(axis=-1), 0)

@@ -21,7 +21,7 @@ needs = {"cls_attention": "layer"}
 
 
 def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
-    """Keep K; the K steps are one graph. `layer` is read by the host."""
+    """Keep K; `layer` is read by the host."""
     with mx.stream(mx.cpu):
         similar_BNN = cosine(signals.x_BND)
         salient_BN = mx.power(to_float64(signals.cls_attention_BN), mx.array(power, mx.float64))
@@ -29,10 +29,10 @@ def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) ->
 
 
 def greedy_cover(similar_BMN: mx.array, salient_BN: mx.array, K: int) -> mx.array:
-    """The K columns (B, K), ascending, that greedily cover the M rows best. On the CPU.
+    """K columns (B, K), ascending, that greedily cover the M rows. On the CPU, as one MLX graph.
 
-    A row is covered to its largest entry among the chosen columns; a column's gain is what
-    it adds to that, summed over rows, times how salient it is.
+    A row is covered by its largest entry among the chosen columns. A column's gain is what it
+    adds to that, summed over the rows, times its saliency.
     """
     B, M, N = similar_BMN.shape
     covered_BM1 = mx.zeros((B, M, 1), dtype=mx.float64)

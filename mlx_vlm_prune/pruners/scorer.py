@@ -1,6 +1,8 @@
-"""A small scoring network, evaluated in float64: equal tokens get equal scores, so they tie.
+"""Layers of a small scoring network, evaluated in float64, so that equal tokens tie.
 
-Call under `mx.stream(mx.cpu)`. Shapes: B images, N tokens, D features.
+Called under `mx.stream(mx.cpu)`.
+
+Shapes: B images, N tokens, D features.
 """
 
 import mlx.core as mx
@@ -22,5 +24,5 @@ def linear(x: mx.array, layer: nn.Linear) -> mx.array:
 
 
 def score(x_BND: mx.array, fc1: nn.Linear, fc2: nn.Linear) -> mx.array:
-    """One number per token, (B, N), of one hidden layer with ReLU."""
+    """A number for each token, (B, N), from one hidden layer with ReLU."""
     return rounded(linear(mx.maximum(linear(x_BND, fc1), 0), fc2)[..., 0])

@@ -5,7 +5,7 @@ each token joins the first earlier leader whose cosine similarity exceeds the
 threshold, else it leads a cluster itself; a slot is the mean of its cluster.
 
 Differs from the authors' code, which stops as soon as K clusters exist and so drops
-the bottom of the image when little is alike, or returns fewer than K when much is.
+the bottom of the image when few tokens are similar, or returns fewer than K when many are.
 Here the pass runs to the end. Too many clusters: the K largest stay, and every token
 joins the most similar of those. Too few: the tokens least like their leader stand
 alone. `published=True` keeps the early stop (and fills up to K, a promise here).
@@ -29,11 +29,11 @@ stage = Stage.FEATURES
 def prune(
     signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
 ) -> Reduction:
-    """Merge into K clusters. The pass is sequential: it runs on the host, N short steps."""
+    """Merge into K clusters. The pass is sequential, so it runs in numpy, in N short steps."""
     with mx.stream(mx.cpu):
         similar_BNN = np.array(cosine(signals.x_BND))
-    settle = first_k if published else exactly_k
-    leader_BN = np.stack([settle(s_NN, assign_leaders(s_NN, threshold), K) for s_NN in similar_BNN])
+    to_k = first_k if published else exactly_k
+    leader_BN = np.stack([to_k(s_NN, assign_leaders(s_NN, threshold), K) for s_NN in similar_BNN])
     index_BK = np.stack([np.flatnonzero(row == np.arange(len(row))) for row in leader_BN])
     member_BKN = leader_BN[:, None, :] == index_BK[:, :, None]
     weight_BKN = member_BKN / member_BKN.sum(axis=-1, keepdims=True)
@@ -53,7 +53,7 @@ def assign_leaders(similar_NN: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def exactly_k(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
-    """Exactly K clusters that hold every token."""
+    """The leaders, (N,), of exactly K clusters that hold every token."""
     leaders, size = np.unique(leader_N, return_counts=True)
     if len(leaders) > K:
         largest = leaders[np.argsort(-size, kind="stable")[:K]]
@@ -70,7 +70,8 @@ def exactly_k(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarra
 
 
 def first_k(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarray:
-    """The first K clusters; -1 for a token that belongs to none. Too few: lowest indices alone."""
+    """The leaders, (N,), of the first K clusters; -1 for a token of another. If there are fewer
+    than K, the first of the other tokens lead one each."""
     leaders = np.unique(leader_N)
     first = leaders[:K]
     leader_N = np.where(np.isin(leader_N, first), leader_N, -1)

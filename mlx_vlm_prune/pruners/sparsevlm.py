@@ -27,20 +27,20 @@ from .numerics import rounded, softmax, to_float64
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
 positions = "renumber"
-AT, SHARES = (2 / 32, 6 / 32, 15 / 32), (1, 200 / 300, 110 / 300)
+CUTS, SHARES = (2 / 32, 6 / 32, 15 / 32), (1, 200 / 300, 110 / 300)
 
 
 def schedule(layers: int, N: int, K: int) -> dict[int, int]:
-    """Three cuts in the paper's proportion, each of at most N."""
+    """Three cuts in the paper's proportions, none of more than N."""
 
     def counts(t: float) -> list[int]:
         return [min(N, max(1, int(N * t * share / SHARES[-1]))) for share in SHARES]
 
-    return several_cuts(layers, N, K, AT, counts)
+    return several_cuts(layers, N, K, CUTS, counts)
 
 
 def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
-    """Keep the best, and clusters of the best of the rest, K together."""
+    """Keep the highest scores, and clusters of the highest of the others, K together."""
     if not 0 <= recycle <= 1:
         raise ValueError(f"recycle is {recycle}; it is a share from 0 to 1")
     with mx.stream(mx.cpu):
@@ -52,7 +52,7 @@ def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
 
 
 def rater_attention(signals: Signals) -> mx.array:
-    """The attention of the raters, (B, N). On the CPU."""
+    """The mean attention that the raters pay to each token, (B, N). On the CPU."""
     real_BT = signals.text_real_BT
     logits_BNT = to_float64(signals.normed_BND) @ to_float64(signals.text_BTD).swapaxes(1, 2)
     logits_BNT = mx.where(real_BT[:, None], logits_BNT, -mx.inf)
@@ -66,7 +66,7 @@ def rater_attention(signals: Signals) -> mx.array:
 def recycle_best_dropped(
     score_N: np.ndarray, x_ND: np.ndarray, K: int, recycle: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Index (K,) and weights (K, N): the kept, and the clusters' sums."""
+    """Index (K,) and weights (K, N): kept tokens, and the sums of clusters of dropped ones."""
     N = len(score_N)
     recycled_count = int(recycle * (N - K))
     C = min(recycled_count // 10 + 1, K - 1) if recycled_count else 0

@@ -1,4 +1,4 @@
-"""From what a user types to methods: NAME, NAME:option=value,…, NAME+NAME."""
+"""Parse what a user types: NAME, NAME:option=value,… or NAME+NAME."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -20,8 +20,8 @@ def parse(
     """The methods that a specification names, in the order of their stages.
 
     `learned` holds the weights that the checkpoint has of learned methods, by name.
-    Raises UserError for an unknown name or option, a value of the wrong type, or a chain
-    that cannot be.
+    Raises UserError for an unknown name or option, a value of the wrong type, or methods that do
+    not chain.
     """
     spec = presets.get(spec, spec)
     pruners = [_parse_pruner(part, methods, presets, learned) for part in spec.split("+")]

@@ -27,7 +27,7 @@ proportional = True
 
 
 def cuts(layers: int, N: int, K: int, *, r: int = 0) -> list[tuple[int, str, int]]:
-    """After each layer's attention, r tokens fewer until K are left; r = 0: evenly."""
+    """After each layer's attention r tokens fewer, until K are left; with r = 0 evenly."""
     if r < 0:
         raise ValueError(f"r is {r}; it is how many tokens merge in a layer, or 0")
     left = [max(K, N - (r * i if r else (N - K) * i // layers)) for i in range(1, layers)]
@@ -35,7 +35,7 @@ def cuts(layers: int, N: int, K: int, *, r: int = 0) -> list[tuple[int, str, int
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    """Merge to K tokens, in as few rounds as it takes."""
+    """Merge to K tokens, in as few rounds as that takes."""
     with mx.stream(mx.cpu):
         keys_BNd = signals.keys_BNHd.astype(mx.float32).mean(axis=2)
         N = keys_BNd.shape[1]
@@ -50,13 +50,13 @@ def prune(signals: Signals, K: int) -> Reduction:
 
 
 def merge(keys_Bnd: mx.array, size_Bn: mx.array, K: int) -> Reduction:
-    """One round: the most similar of A go into B. CLS is token 0 of the paper, so B is even."""
+    """One round: the most similar of A merge into B. The paper's token 0 is CLS: here B is even."""
     n = keys_Bnd.shape[1]
     a, b = mx.arange(1, n, 2), mx.arange(0, n, 2)
     similar_Bab = cosine(keys_Bnd[:, 1::2], keys_Bnd[:, ::2])
     r = min(n - K, len(a))
-    going_Ba = mx.argsort(mx.argsort(-similar_Bab.max(axis=-1), axis=-1), axis=-1) < r
-    home_Ba = mx.where(going_Ba, b[mx.argmax(similar_Bab, axis=-1)], a)
+    merges_Ba = mx.argsort(mx.argsort(-similar_Bab.max(axis=-1), axis=-1), axis=-1) < r
+    home_Ba = mx.where(merges_Ba, b[mx.argmax(similar_Bab, axis=-1)], a)
     home_Bn = mx.broadcast_to(mx.arange(n), keys_Bnd.shape[:2])
     home_Bn[:, 1::2] = home_Ba.astype(home_Bn.dtype)
     index_BK = keep_highest(home_Bn == mx.arange(n), n - r)

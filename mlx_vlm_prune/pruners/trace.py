@@ -1,6 +1,6 @@
-"""What was left of every image, step by step through a model.
+"""Which tokens of every image were kept, step by step through a model.
 
-A view is what the tower saw of an image: all of it, or one crop.
+A view is what the tower reads of an image: all of it, or one crop.
 
 Shapes: N visual tokens of a view, K kept of them.
 """
@@ -16,9 +16,10 @@ from .contract import Policy, Reduction
 
 @dataclass(frozen=True)
 class ReductionStep:
-    """What a step left of every view, from `layer` of the language model on.
+    """The reduction of every view that holds from `layer` of the language model on.
 
-    `name` is the methods', or empty where none worked; `reductions` are of whole views, one each.
+    `name` is that of the methods, empty where none pruned. A reduction refers to all N tokens of
+    its view.
     """
 
     name: str
@@ -33,7 +34,7 @@ class ReductionStep:
 
 @dataclass(frozen=True)
 class Trace:
-    """The steps of one prompt in their order; empty without images."""
+    """The reduction steps of one prompt, in order; empty without images."""
 
     steps: list[ReductionStep]
     sizes: list[int]  # N of each view
@@ -41,7 +42,7 @@ class Trace:
 
     @classmethod
     def of_images(cls, steps: Sequence[ReductionStep], sizes: Sequence[int]) -> "Trace":
-        """Of images that are seen whole."""
+        """The trace of images that are one view each."""
         return cls(list(steps), list(sizes), list(range(len(sizes))))
 
     @property
@@ -49,13 +50,13 @@ class Trace:
         return 1 + max(self.images, default=-1)
 
     def kept(self, image: int, step: int = -1) -> list[int] | None:
-        """The tokens of an image that stay after a step, counted view after view; None where a
-        slot is pooled from everywhere."""
+        """The tokens of an image that are kept after a step, numbered view after view; None where
+        slots are pooled from all tokens."""
         kept: list[int] = []
         first = 0
         views = zip(self.images, self.sizes, self.steps[step].reductions, strict=True)
-        for owner, N, reduction in views:
-            if owner == image:
+        for image_of_view, N, reduction in views:
+            if image_of_view == image:
                 if reduction.index_BK is None:
                     return None
                 kept += (first + np.array(reduction.index_BK[0]).astype(int)).tolist()
@@ -76,9 +77,10 @@ class Trace:
         return Trace(steps, self.sizes[first:end], images)
 
     def layers(self, depth: int) -> list[dict[str, Any]]:
-        """Which tokens every run of a language model's `depth` layers holds."""
-        last = {step.layer: number for number, step in enumerate(self.steps)}
-        ends = [*list(last)[1:], depth] if last else []
+        """For every run of layers with the same tokens, of a language model of `depth` layers: its
+        first and last layer, its number of visual tokens, and which they are."""
+        step_at = {step.layer: number for number, step in enumerate(self.steps)}
+        ends = [*list(step_at)[1:], depth] if step_at else []
         return [
             {
                 "first": first,
@@ -86,11 +88,12 @@ class Trace:
                 "visual_tokens": self.steps[number].rows,
                 "kept_indices": [self.kept(i, number) for i in range(self.image_count)],
             }
-            for (first, number), end in zip(last.items(), ends, strict=True)
+            for (first, number), end in zip(step_at.items(), ends, strict=True)
         ]
 
     def after_cuts(self, name: str, cuts: Sequence[tuple[int, list[Reduction]]]) -> "Trace":
-        """With what each cut of the method `name` left, from a layer on, of what was there."""
+        """The trace with a further step for each cut (layer, reduction of every view) of the
+        decoder method `name`."""
         steps = list(self.steps)
         for layer, reductions in cuts:
             parts = zip(reductions, steps[-1].reductions, self.sizes, strict=True)
@@ -99,5 +102,5 @@ class Trace:
         return replace(self, steps=steps)
 
     def steps_to_draw(self) -> list[ReductionStep]:
-        """The steps worth a picture: those at which tokens left, or the only one."""
+        """The steps at which a method pruned; all steps where none did."""
         return [step for step in self.steps if step.name] or self.steps

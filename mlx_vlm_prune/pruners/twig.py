@@ -1,9 +1,9 @@
 """Keep the tokens that the prompt's last token attends to in a few layers trained to judge early.
 
 TwigVLM, Shao et al., ICCV 2025, arXiv:2503.14075, its token pruning. A twig, a few layers
-trained to say the answer from the output of an early layer (2 of 32), reads the prompt; the
+trained to predict the answer from the output of an early layer (2 of 32), reads the prompt; the
 score of a visual token is the attention that the prompt's last token pays to it in the
-twig's last layer, the mean over heads. The best R go on in the base, and before layer `wipe`
+twig's last layer, the mean over heads. The highest R go on in the base, and before layer `wipe`
 (24 of 32) all visual tokens leave; positions are kept. With L layers, V tokens, the twig
 on layer K and the wipe at F, an average of R' keeps R = ceil((L R' - K V) / (F - K)).
 Its speculative decoding is `--num-draft-tokens` (generation/speculation.py), with any method.
@@ -38,7 +38,7 @@ needs: dict[str, str | None] = {"twig_attention": None}
 def schedule(
     layers: int, N: int, K: int, *, layer: float = 2 / 32, wipe: float = 24 / 32
 ) -> dict[int, int]:
-    """One cut where the twig grows, and none left late."""
+    """One cut where the twig grows, and none left from `wipe` on."""
     return cut_and_wipe(layers, N, K, layer, wipe)
 
 
@@ -48,5 +48,5 @@ def prune(signals: Signals, K: int) -> Reduction:
 
 
 def fixed_options(weights: Any) -> dict[str, int]:
-    """The layer is the one that it was trained on."""
+    """The layer that it was trained on."""
     return {"layer": weights.layer}

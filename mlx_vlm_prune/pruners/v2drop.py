@@ -18,18 +18,18 @@ from .numerics import keep_highest, to_float64
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"before": None}
-AT = (3 / 32, 17 / 32, 22 / 32)
+CUTS = (3 / 32, 17 / 32, 22 / 32)
 
 
 def schedule(layers: int, N: int, K: int) -> dict[int, int]:
-    """The share t stays at the first cut and at the second; beyond what a t = 1 there would
-    use, rows stay at the third too."""
+    """The same share stays at the first cut and at the second; tokens stay at the third only
+    where both keep all."""
 
     def counts(t: float) -> list[int]:
         share, rest = min(1.0, 2 * t), max(0.0, 2 * t - 1)
         return [int(N * share), int(N * share**2), int(N * rest)]
 
-    return several_cuts(layers, N, K, AT, counts)
+    return several_cuts(layers, N, K, CUTS, counts)
 
 
 def prune(signals: Signals, K: int) -> Reduction:

@@ -14,13 +14,14 @@ Options:
     contextual: share of K that is merged from the rest, 0 to below 1
     layer: number of the tower's layer that is read; -1 is the last
 
-Shapes: B images, N tokens, K kept, C contextual, R the rest, H heads, d head size.
+Shapes: B images, N tokens, K kept: A dominant and C contextual; R not dominant, H heads, d head
+size.
 """
 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, keep_highest
+from .numerics import cosine, keep_highest, mask_of
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer", "keys": "layer"}
@@ -31,22 +32,20 @@ def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float
     if not 0 <= contextual < 1:
         raise ValueError(f"contextual is {contextual}; it is a share of K from 0 to below 1")
     C = min(int(K * contextual + 0.5), K - 1)
-    dominant_BD = keep_highest(signals.cls_attention_BN, K - C)
+    dominant_BA = keep_highest(signals.cls_attention_BN, K - C)
     if not C:
-        return Reduction(index_BK=dominant_BD)
+        return Reduction(index_BK=dominant_BA)
     with mx.stream(mx.cpu):
         similar_BNN = cosine(signals.keys_BNHd.astype(mx.float32).mean(axis=2))
         N = similar_BNN.shape[1]
-        is_dominant_BN = (dominant_BD[..., None] == mx.arange(N)).any(axis=1)
+        is_dominant_BN = mask_of(dominant_BA, N)
         rest_BR = mx.argsort(is_dominant_BN, axis=-1)[:, : N - K + C]
         target_BC = rest_BR[:, :: (N - K + C) // C][:, :C]
-        is_target_BN = (target_BC[..., None] == mx.arange(N)).any(axis=1)
+        is_rest_BN = ~(is_dominant_BN | mask_of(target_BC, N))
         home_BN = mx.argmax(take(similar_BNN, target_BC, axis=2), axis=-1)
-        joins_BCN = (home_BN[:, None] == mx.arange(C)[:, None]) & ~(is_dominant_BN | is_target_BN)[
-            :, None
-        ]
+        joins_BCN = (home_BN[:, None] == mx.arange(C)[:, None]) & is_rest_BN[:, None]
         mean_BCN = joins_BCN / mx.maximum(joins_BCN.sum(axis=-1, keepdims=True), 1)
-        index_BK = mx.sort(mx.concatenate([dominant_BD, target_BC], axis=1), axis=1)
-        own_BKN = index_BK[..., None] == mx.arange(N)
-        of_target_BKC = (index_BK[..., None] == target_BC[:, None]).astype(mx.float32)
-        return Reduction(index_BK, own_BKN + of_target_BKC @ mean_BCN)
+        index_BK = mx.sort(mx.concatenate([dominant_BA, target_BC], axis=1), axis=1)
+        is_self_BKN = index_BK[..., None] == mx.arange(N)
+        is_target_BKC = (index_BK[..., None] == target_BC[:, None]).astype(mx.float32)
+        return Reduction(index_BK, is_self_BKN + is_target_BKC @ mean_BCN)

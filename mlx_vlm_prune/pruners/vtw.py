@@ -18,7 +18,7 @@ stage = Stage.DECODER
 
 
 def schedule(layers: int, N: int, K: int) -> dict[int, int]:
-    """Nothing stays, from the layer that the budget allows."""
+    """None stay, from the layer that the budget gives."""
     layer = K * layers // N
     if not layer:
         raise ValueError(
@@ -29,5 +29,5 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    """Keep the first K: none, as the schedule says."""
+    """Keep the first K: by the schedule, none."""
     return Reduction(index_BK=keep_highest(mx.zeros(signals.x_BND.shape[:2]), K))
