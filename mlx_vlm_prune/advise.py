@@ -1,9 +1,9 @@
 """Does pruning pay, for this model on this machine? `mlx-vlm-prune advise` measures it.
 
-Where the time goes is measured, what each stage could win follows from that and from the operation
-counts, and which methods stand on the frontier the last evaluation of this model says.
+The time of each part is measured. What pruning in each stage could gain follows from that and from
+the operation counts. The last evaluation of this model gives the frontier of methods.
 
-Shapes: B prompts (1 here), L tokens, V words.
+Shapes: B prompts (1 here), V tokens of the vocabulary.
 """
 
 import argparse
@@ -32,18 +32,20 @@ from .planning.calibration import calibrate
 from .pruners import plan
 from .scenes import compose
 
-SAMPLE_SEED, PROMPT, TOKENS = 1_000_000_007, "What is this?", 16
-BEHIND, INSIDE, SMALLER = "random", "tome", "downsample"  # of each stage, what costs least to run
-WORTH, SAFE = 1.1, 0.02  # a gain worth having; a loss of accuracy that nobody minds
+SAMPLE_SEED, PROMPT, TIMED_TOKENS = 1_000_000_007, "What is this?", 16
+# The fastest method of each stage.
+BEHIND_TOWER, INSIDE_TOWER, SMALLER_IMAGE = "random", "tome", "downsample"
+LEAST_SPEEDUP, MOST_LOSS = 1.1, 0.02  # below the speedup, or above the loss, pruning does not pay
 EVALUATE = "python -m mlx_vlm_prune.evaluate"
 DESCRIPTION = "Measure whether pruning pays, for a model on this machine, and recommend a method."
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of a warm request with all tokens, and what may be had with a quarter.
+    """Milliseconds of a warm request with all tokens, and predictions with a quarter of them.
 
-    `first` of each stage is the predicted time to the first token when a quarter stays there.
+    `first` is the predicted time to the first token with a quarter left "behind" the tower,
+    "inside" it, or of a "smaller" image. `token` is one new token.
     """
 
     image: float
@@ -58,13 +60,13 @@ class Times:
 
     @property
     def most(self) -> float:
-        """The most that any method behind the tower can win, were it to leave nothing."""
+        """The speedup of a method behind the tower that keeps no token: the upper bound."""
         return self.total / (self.image + self.vision)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What was found; `lines` says it to a person."""
+    """Measured times, the frontier of methods, and the `lines` that report them."""
 
     model: str
     tokens: int
@@ -74,23 +76,24 @@ class Advice:
     frontier: list[dict[str, Any]] = field(default_factory=list)
     questions: str = ""
     count: int = 0  # of the questions
-    full: float = 1.0  # what the model with all tokens got in them
+    full: float = 1.0  # their score with all tokens
 
     @property
     def lines(self) -> list[str]:
-        t, full, few = self.times, *(n / 1e6 for n in self.cache_bytes)
+        t, full_mb, kept_mb = self.times, *(n / 1e6 for n in self.cache_bytes)
         share = {name: getattr(t, name) / t.total for name in ("image", "vision", "prefill")}
-        gains = {stage: t.total / ms for stage, ms in t.first.items()}
+        speedups = {stage: t.total / ms for stage, ms in t.first.items()}
         return [
             f"{self.model} on this machine: the first token after {t.total:.0f} ms, then one every "
             f"{t.token:.1f} ms, with all {self.tokens} visual tokens of an image.",
             f"Of the time to the first token, opening the image takes {share['image']:.0%}, the "
             f"vision tower {share['vision']:.0%}, projector and prompt {share['prefill']:.0%}.",
             f"Behind the tower no method can win more than {t.most:.2f} x, even if nothing were "
-            f"left; with {self.kept} tokens {gains['behind']:.2f} x is to be expected.",
-            f"Inside the tower ({INSIDE}) the operation count lets expect {gains['inside']:.2f} x, "
-            f"of a smaller image ({SMALLER}) {gains['smaller']:.2f} x, with {self.kept} tokens.",
-            f"The cache of the prompt: {full:.1f} MB, with {self.kept} tokens {few:.1f} MB.",
+            f"left; with {self.kept} tokens {speedups['behind']:.2f} x is to be expected.",
+            f"Inside the tower ({INSIDE_TOWER}) the operation count lets expect "
+            f"{speedups['inside']:.2f} x, of a smaller image ({SMALLER_IMAGE}) "
+            f"{speedups['smaller']:.2f} x, with {self.kept} tokens.",
+            f"The cache of the prompt: {full_mb:.1f} MB, with {self.kept} tokens {kept_mb:.1f} MB.",
             *self._frontier_lines(),
             self.recommendation,
         ]
@@ -99,11 +102,13 @@ class Advice:
         if not self.frontier:
             return [f"What it costs in answers is not known: run {EVALUATE}{self._model}"]
         losses = [100 * row["to_full"]["overall"][0] for row in self.frontier]
-        told = "; ".join(
+        methods = "; ".join(
             f"{row['pruner']} with {row['tokens']} ({loss:+.1f} points)"
             for row, loss in zip(self.frontier, losses, strict=True)
         )
-        return [f"On the frontier of the last evaluation ({self.questions}, {self.count}): {told}."]
+        return [
+            f"On the frontier of the last evaluation ({self.questions}, {self.count}): {methods}."
+        ]
 
     @property
     def _model(self) -> str:
@@ -111,35 +116,37 @@ class Advice:
 
     @property
     def recommendation(self) -> str:
-        """One command to copy, or not to prune."""
-        gain = self.times.total / min(self.times.first.values())
-        if gain < WORTH:
-            return f"Advice: do not prune; at best it would be {gain:.2f} x as fast here."
+        """A command to copy, or a reason not to prune."""
+        speedup = self.times.total / min(self.times.first.values())
+        if speedup < LEAST_SPEEDUP:
+            return f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
         safe = [row for row in self.frontier if self._is_safe(row)]
-        start = f"python -m mlx_vlm_prune.generate{self._model} --image photo.jpg --prompt '…'"
+        command = f"python -m mlx_vlm_prune.generate{self._model} --image photo.jpg --prompt '…'"
         if not self.frontier:
-            return f"Advice: evaluate first; then {start} --pruner … --keep-ratio 0.25"
+            return f"Advice: evaluate first; then {command} --pruner … --keep-ratio 0.25"
         if self.count < FEWEST or self.full <= 0:
-            few = f"only {self.count} questions" if self.count < FEWEST else "no right answer"
-            return f"Advice: evaluate again; with {few} the last one says nothing."
+            fault = f"only {self.count} questions" if self.count < FEWEST else "no right answer"
+            return f"Advice: evaluate again; with {fault} the last one says nothing."
         if not safe:
             return (
-                f"Advice: do not prune; every method may lose more than {SAFE:.0%} of the answers"
-                " (95 % interval) at the budgets that were evaluated."
+                f"Advice: do not prune; every method may lose more than {MOST_LOSS:.0%} of the"
+                " answers (95 % interval) at the budgets that were evaluated."
             )
         best = min(safe, key=lambda row: row["tokens"])
-        return f"Advice: {start} --pruner {best['pruner']} --keep-tokens {best['tokens']}"
+        return f"Advice: {command} --pruner {best['pruner']} --keep-tokens {best['tokens']}"
 
     @staticmethod
     def _is_safe(row: Mapping[str, Any]) -> bool:
-        """Does it lose no more than SAFE, as far as the interval tells?"""
+        """Whether the interval excludes a loss above MOST_LOSS."""
         low = row["to_full"]["overall"][1]
-        return low is not None and low >= -SAFE
+        return low is not None and low >= -MOST_LOSS
 
 
 def frontier(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows than which none is better with as few tokens, nor as good with fewer; most tokens
-    first. Full is not among them."""
+    """The rows that no other row dominates: better with as few tokens, or as good with fewer.
+
+    Most tokens first, without full.
+    """
     pruned = [row for row in rows if row["pruner"] != "none" and row["tokens"] < row["of"]]
     best: list[Mapping[str, Any]] = []
     for row in sorted(pruned, key=lambda row: (row["tokens"], -row["overall"])):
@@ -148,76 +155,85 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return best[::-1]
 
 
-def evaluation(folder: Path | None, named: Path | None) -> dict[str, Any]:
-    """The evaluation that was named, else the last one of this model, else nothing.
+def load_evaluation(folder: Path | None, file: Path | None) -> dict[str, Any]:
+    """The evaluation in a file, else the last one of the model in `folder`, else nothing.
 
-    Raises UserError for a named file that is none.
+    Raises UserError for a file that is no evaluation.
     """
-    path = named or (folder and cache_folder() / "evaluations" / f"{model_key(folder)}.json")
-    if not path or (named is None and not path.is_file()):
+    path = file or (folder and cache_folder() / "evaluations" / f"{model_key(folder)}.json")
+    if not path or (file is None and not path.is_file()):
         return {}
     try:
-        told = read_json(path)
-        for row in told["rows"]:
+        evaluation = read_json(path)
+        for row in evaluation["rows"]:  # fails where a figure is missing
             row["pruner"], row["tokens"] + row["of"], row["overall"] + row["to_full"]["overall"][0]
             row["to_full"]["overall"][1]
     except (KeyError, TypeError, IndexError) as e:
         raise UserError(f"{path} is no evaluation ({e}); {EVALUATE} writes one") from None
-    return told
+    return evaluation
 
 
-def measured(model: VLM, processor: Processor, image: Any, K: int) -> Times:
-    """A calibration, kept for budgets too, and what follows from it."""
-    asked = prepare(model, processor, PROMPT, image)
-    known = calibrate(model, processor.folder, plan(BEHIND), asked)
-    N, parts = model.N, known.ms(model.N, asked.text, 1)
-    began = time.perf_counter()
+def measure_times(model: VLM, processor: Processor, image: Any, K: int) -> Times:
+    """Calibrate, or take the saved calibration, and predict the times with K tokens.
+
+    The tower's time inside it or with a smaller image is scaled by its operation count.
+    """
+    prepared = prepare(model, processor, PROMPT, image)
+    calibration = calibrate(model, processor.folder, plan(BEHIND_TOWER), prepared)
+    N, text = model.N, prepared.text
+    full_ms, pruned_ms = calibration.ms(N, text, 1), calibration.ms(K, text, 1)
+    start = time.perf_counter()
     mx.eval(prepare(model, processor, PROMPT, image).pixels)
-    opened, few = 1000 * (time.perf_counter() - began), known.ms(K, asked.text, 1)
-    whole, smaller = (
-        operations.count(model.config, asked.text, plan(name), k).vision
-        for name, k in (("none", N), (SMALLER, K))
-    )
-    inside = whole
-    if model.merge == (1, 1):
-        inside = operations.count(model.config, asked.text, plan(INSIDE), K).vision
+    image_ms = 1000 * (time.perf_counter() - start)
+
+    def tower_ms(spec: str) -> float:
+        full, pruned = (
+            operations.count(model.config, text, plan(name), k).vision
+            for name, k in (("none", N), (spec, K))
+        )
+        return full_ms["vision"] * pruned / full
+
+    has_blocks = model.merge != (1, 1)  # of patches: none may leave inside the tower
+    inside_ms = full_ms["vision"] if has_blocks else tower_ms(INSIDE_TOWER)
     first = {
-        "behind": opened + sum(few.values()),
-        "inside": opened + parts["vision"] * inside / whole + few["prefill"],
-        "smaller": opened + parts["vision"] * smaller / whole + few["prefill"],
+        "behind": image_ms + sum(pruned_ms.values()),
+        "inside": image_ms + inside_ms + pruned_ms["prefill"],
+        "smaller": image_ms + tower_ms(SMALLER_IMAGE) + pruned_ms["prefill"],
     }
-    return Times(opened, parts["vision"], parts["prefill"], new_token(model, asked), first)
+    token_ms = measure_token_ms(model, prepared)
+    return Times(image_ms, full_ms["vision"], full_ms["prefill"], token_ms, first)
 
 
-def new_token(model: VLM, asked: PreparedPrompt) -> float:
-    """Milliseconds, the mean of TOKENS after the prompt; none of them ends it."""
-    prefill = model([asked.prompt], asked.pixels, plan("none"), model.N)
+def measure_token_ms(model: VLM, prepared: PreparedPrompt) -> float:
+    """Milliseconds of one new token, the mean of TIMED_TOKENS after the prompt."""
+    prefill = model([prepared.prompt], prepared.pixels, plan("none"), model.N)
     first_B1 = greedy(prefill.logits_BV)
     mx.eval(first_B1)
     start = time.perf_counter()
-    for token_B1 in generate_step(prefill, first_B1, greedy, TOKENS + 1):
+    for token_B1 in generate_step(prefill, first_B1, greedy, TIMED_TOKENS + 1):
         mx.eval(token_B1)
-    return 1000 * (time.perf_counter() - start) / TOKENS
+    return 1000 * (time.perf_counter() - start) / TIMED_TOKENS
 
 
-def advise(model: VLM, processor: Processor, image: Any, told: Mapping[str, Any]) -> Advice:
-    """Measure, which takes some seconds and shows progress, and compare."""
+def advise(model: VLM, processor: Processor, image: Any, evaluation: Mapping[str, Any]) -> Advice:
+    """Measure the model, which takes some seconds and shows progress, and add the frontier."""
     N = model.N
     K = max(1, N // 4)
     text = prepare(model, processor, PROMPT, image).text
-    held = [
+    full_bytes, pruned_bytes = (
         operations.count(model.config, text, plan(name), k, itemsize=model.dtype.size).cache_bytes
-        for name, k in (("none", N), (BEHIND, K))
-    ]
+        for name, k in (("none", N), (BEHIND_TOWER, K))
+    )
     rows = [
         {name: row[name] for name in ("pruner", "tokens", "of", "overall", "to_full")}
-        for row in frontier(told.get("rows", ()))
+        for row in frontier(evaluation.get("rows", ()))
     ]
-    times = measured(model, processor, image, K)
-    full = [row["overall"] for row in told.get("rows", ()) if row["pruner"] == "none"]
+    times = measure_times(model, processor, image, K)
+    full = [row["overall"] for row in evaluation.get("rows", ()) if row["pruner"] == "none"]
     return Advice(
-        processor.name, N, K, times, (held[0], held[1]), rows, str(told.get("questions", "")),
-        int(told.get("count", 0)), max(full, default=0.0),
+        processor.name, N, K, times, (full_bytes, pruned_bytes), rows,
+        str(evaluation.get("questions", "")), int(evaluation.get("count", 0)),
+        max(full, default=0.0),
     )  # fmt: skip
 
 
@@ -246,14 +262,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, measure and say."""
+    """Load the model, measure, print and write."""
     if args.json:
         check_target(args.json, replace=True)
     model, processor = load(args.model, dtype=args.dtype)
     if not isinstance(model, VLM):
         raise UserError("advice is for models of ours; mlx-vlm's are not measured yet")
-    told = evaluation(processor.folder, args.evaluation)
-    advice = advise(model, processor, args.image or compose(SAMPLE_SEED).image(), told)
+    evaluation = load_evaluation(processor.folder, args.evaluation)
+    advice = advise(model, processor, args.image or compose(SAMPLE_SEED).image(), evaluation)
     print("\n".join(advice.lines))
     if args.json:
         figures = {**asdict(advice), "machine": describe_machine(), "versions": versions()}

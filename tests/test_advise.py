@@ -1,4 +1,4 @@
-"""Promises of the advice: true figures, a true frontier, one recommendation that can be copied."""
+"""The advice: its figures, its frontier, and one recommendation that can be copied."""
 
 import json
 from dataclasses import replace
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mlx_vlm_prune import generate, load
-from mlx_vlm_prune.advise import Advice, Times, advise, evaluation, frontier, main
+from mlx_vlm_prune.advise import Advice, Times, advise, frontier, load_evaluation, main
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.user_cache import model_key
 
@@ -45,7 +45,7 @@ def _no_real_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "cache"))
 
 
-def test_the_frontier_is_what_nothing_beats_with_as_few_tokens():
+def test_no_row_of_the_frontier_is_beaten_with_as_few_tokens():
     assert [(r["pruner"], r["tokens"]) for r in frontier(ROWS)] == [
         ("fastv", 98), ("divprune", 49), ("scope", 22),
     ]  # fmt: skip
@@ -54,16 +54,16 @@ def test_the_frontier_is_what_nothing_beats_with_as_few_tokens():
     assert frontier([ROWS[0]]) == []
 
 
-def test_the_lines_tell_shares_gains_and_bounds_worked_by_hand():
-    told = "\n".join(advice(ROWS).lines)
-    assert "the first token after 100 ms, then one every 5.0 ms" in told
-    assert "opening the image takes 10%, the vision tower 60%, projector and prompt 30%" in told
-    assert "no method can win more than 1.43 x" in told  # 100 / (10 + 60)
-    assert "with 49 tokens 1.25 x is to be expected" in told  # 100 / 80
-    assert "(tome) the operation count lets expect 2.00 x" in told
-    assert "(downsample) 4.00 x" in told
-    assert "4.0 MB, with 49 tokens 1.5 MB" in told
-    assert "fastv with 98 (-0.5 points); divprune with 49 (-1.5 points)" in told
+def test_the_lines_have_shares_speedups_and_bounds_worked_by_hand():
+    text = "\n".join(advice(ROWS).lines)
+    assert "the first token after 100 ms, then one every 5.0 ms" in text
+    assert "opening the image takes 10%, the vision tower 60%, projector and prompt 30%" in text
+    assert "no method can win more than 1.43 x" in text  # 100 / (10 + 60)
+    assert "with 49 tokens 1.25 x is to be expected" in text  # 100 / 80
+    assert "(tome) the operation count lets expect 2.00 x" in text
+    assert "(downsample) 4.00 x" in text
+    assert "4.0 MB, with 49 tokens 1.5 MB" in text
+    assert "fastv with 98 (-0.5 points); divprune with 49 (-1.5 points)" in text
     assert len(advice(ROWS).lines) <= 10
 
 
@@ -75,7 +75,7 @@ def test_the_recommendation_is_the_fewest_tokens_that_lose_at_most_two_points():
     assert "--model" not in advice(ROWS, model="scenes").recommendation
 
 
-def test_where_nothing_is_won_or_too_much_lost_it_says_not_to_prune():
+def test_without_a_speedup_or_with_a_large_loss_the_advice_is_not_to_prune():
     slow = Times(10.0, 60.0, 30.0, 5.0, {"behind": 99.0, "inside": 98.0, "smaller": 97.0})
     assert "do not prune; at best it would be 1.03 x" in advice(ROWS, slow).recommendation
     lossy = [row("random", 98, 0.9), row("random", 49, 0.8)]
@@ -86,32 +86,32 @@ def test_where_nothing_is_won_or_too_much_lost_it_says_not_to_prune():
 
 
 @pytest.mark.parametrize(
-    ("told", "why"), [({"count": 19}, "only 19 questions"), ({"full": 0.0}, "no right answer")]
+    ("fields", "why"), [({"count": 19}, "only 19 questions"), ({"full": 0.0}, "no right answer")]
 )
-def test_an_evaluation_that_says_nothing_is_no_ground_for_advice(told, why):
-    advised = replace(advice(ROWS), **told).recommendation
+def test_an_evaluation_of_few_questions_or_no_right_answer_gives_no_advice(fields, why):
+    advised = replace(advice(ROWS), **fields).recommendation
     assert advised == f"Advice: evaluate again; with {why} the last one says nothing."
 
 
-def test_without_an_evaluation_it_says_how_to_make_one():
+def test_without_an_evaluation_the_lines_name_the_command_for_one():
     lines = advice().lines
     assert any("run python -m mlx_vlm_prune.evaluate --model my-model" in line for line in lines)
     assert "evaluate first" in lines[-1]
 
 
 def test_the_last_evaluation_of_this_very_model_is_found(home, tmp_path):
-    assert evaluation(home / "mlx", None) == {}
+    assert load_evaluation(home / "mlx", None) == {}
     file = tmp_path / "cache" / "evaluations" / f"{model_key(home / 'mlx')}.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"questions": "scenes", "rows": ROWS}))
-    assert evaluation(home / "mlx", None)["rows"] == ROWS
+    assert load_evaluation(home / "mlx", None)["rows"] == ROWS
 
 
 @pytest.mark.parametrize("text", ["{}", '{"rows": [{}]}', '{"rows": [{"pruner": "a"}]}', "[]"])
 def test_a_file_that_is_no_evaluation_is_refused(tmp_path, text):
     (tmp_path / "e.json").write_text(text)
     with pytest.raises(UserError, match=r"e\.json"):
-        evaluation(None, tmp_path / "e.json")
+        load_evaluation(None, tmp_path / "e.json")
 
 
 def test_the_command_prints_ten_lines_and_writes_every_figure(home, tmp_path, capsys):
@@ -121,18 +121,18 @@ def test_the_command_prints_ten_lines_and_writes_every_figure(home, tmp_path, ca
           "--json", str(file)])  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 10 and lines[-1].startswith("Advice: ")
-    told = json.loads(file.read_text())
-    assert told["tokens"] == tiny.N and told["kept"] == tiny.N // 4
-    assert told.keys() >= {"times", "cache_bytes", "frontier", "machine", "versions"}
-    assert min(told["times"]["first"].values()) > 0
+    figures = json.loads(file.read_text())
+    assert figures["tokens"] == tiny.N and figures["kept"] == tiny.N // 4
+    assert figures.keys() >= {"times", "cache_bytes", "frontier", "machine", "versions"}
+    assert min(figures["times"]["first"].values()) > 0
 
 
-def test_the_cache_it_tells_of_is_the_one_that_is_filled(home):
+def test_the_cache_bytes_are_those_of_generate(home):
     model, processor = load(home / "mlx")
     picture = Image.new("RGB", (80, 80), "red")
-    found = advise(model, processor, picture, {})
+    measured = advise(model, processor, picture, {})
     answer = generate(model, processor, "What is this?", picture, max_tokens=1)
-    assert found.cache_bytes[0] == answer.cache_bytes
+    assert measured.cache_bytes[0] == answer.cache_bytes
     fewer = generate(model, processor, "What is this?", picture, pruner="random",
                      keep_tokens=4, max_tokens=1)  # fmt: skip
-    assert found.cache_bytes[1] == fewer.cache_bytes
+    assert measured.cache_bytes[1] == fewer.cache_bytes

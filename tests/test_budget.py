@@ -1,6 +1,6 @@
-"""Promises of budgets in milliseconds and GB; no time is ever asserted.
+"""Budgets in milliseconds and GB. No measured time is asserted.
 
-What is chosen is checked by hand on a made-up calibration (tests/calibrations.py).
+The choice is checked by hand on a made-up calibration (tests/calibrations.py).
 """
 
 import json
@@ -24,14 +24,25 @@ from mlx_vlm_prune.planning.budgets import (
     forecast,
     keep_within,
 )
-from mlx_vlm_prune.planning.calibration import calibrate, read
+from mlx_vlm_prune.planning.calibration import calibrate, load_calibration
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.pruners.budget import tokens_for
 
 from . import calibrations
-from .calibrations import LONG, MB, QUESTION, SHORT, USUAL, N, inputs_of, remember, run, slowed
+from .calibrations import (
+    LONG_TEXT,
+    MB,
+    QUESTION,
+    RUNS,
+    SHORT_TEXT,
+    N,
+    inputs_of,
+    run,
+    save_calibration,
+    slowed,
+)  # fmt: skip
 
-STEADY = calibration.STEADY
+LEAST_SLACK = calibration.LEAST_SLACK
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +57,20 @@ def loaded(home):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    return calibrations.start_afresh(monkeypatch, tmp_path / "cache")
+    return calibrations.isolate(monkeypatch, tmp_path / "cache")
 
 
 def workload(**more) -> Workload:
-    usual = {"text": SHORT, "images": 1, "image_ms": 5.0, "held_bytes": 100 * MB, "max_tokens": 1}
-    return Workload(**{**usual, **more})
+    default = {"text": SHORT_TEXT, "images": 1, "image_ms": 5.0, "held_bytes": 100 * MB}
+    return Workload(**{**default, "max_tokens": 1, **more})
 
 
-def chosen(budget: Budget, known=None, feasible=range(1, N), **more) -> BudgetChoice:
-    return choose(known or calibrations.of(), budget, workload(**more), feasible)
+def chosen(budget: Budget, calibration=None, feasible=range(1, N), **more) -> BudgetChoice:
+    return choose(calibration or calibrations.of(), budget, workload(**more), feasible)
 
 
-def test_k_is_the_largest_that_the_time_allows():
-    """5 for the image, 100, 1 and 8 for the words leave 6 of 120 ms: one token a millisecond."""
+def test_k_is_the_largest_within_the_time():
+    """5 for the image, 100, 1 and 8 for the text leave 6 of 120 ms: one token a millisecond."""
     choice = chosen(Budget(ms=120))
     assert (choice.K, choice.N, choice.reason) == (6, N, "")
     assert choice.expected.ms == pytest.approx(120)
@@ -81,30 +92,32 @@ def test_nothing_is_pruned_where_all_tokens_meet_the_budget():
 
 def test_of_several_images_each_has_k():
     """Two take 5 + 180 + 2 + 8 + 2 K: 5 of 205 ms."""
-    known = calibrations.of(*USUAL, *(run(K, images=2, vision=180.0) for K in (4, N)))
+    known = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
     assert chosen(Budget(ms=205), known, images=2).K == 5
 
 
 def test_a_method_inside_the_tower_has_a_tower_time_for_every_k():
     """20 ms and 5 more a token: with 120 for all, 5 + 20 + 5 K + 1 + 8 + K allows 11 of 100."""
     inside = [run(K, vision=20.0 + 5 * K) for K in (1, 8, 15)]
-    known = calibrations.of(*inside, run(N, vision=120.0), run(8, LONG, vision=60.0), in_tower=True)
+    known = calibrations.of(
+        *inside, run(N, vision=120.0), run(8, LONG_TEXT, vision=60.0), in_tower=True
+    )
     assert chosen(Budget(ms=100), known).K == 11
 
 
-def test_nineteen_of_twenty_runs_are_to_meet_the_budget():
-    """Of 45 runs that three came before, two may stray; of a third the choice takes account."""
+def test_nineteen_of_twenty_runs_meet_the_budget():
+    """Of 45 runs with three runs before them two may be slow; the choice allows for a third."""
     assert chosen(Budget(ms=120), slowed(1.1, {10, 20})).K == 6
     known = slowed(1.1, {10, 20, 30})
     assert chosen(Budget(ms=1.1 * 120), known).K == 6
     assert chosen(Budget(ms=1.1 * 120 - 0.01), known).K == 5
 
 
-def test_a_machine_drifts_however_steady_its_calibration_was(monkeypatch):
-    monkeypatch.setattr(calibration, "STEADY", STEADY)
-    assert calibrations.of().slack == STEADY > 1.0
-    assert chosen(Budget(ms=STEADY * 120)).K == 6
-    assert chosen(Budget(ms=STEADY * 120 - 0.01)).K == 5
+def test_there_is_a_least_slack_however_steady_the_calibration_was(monkeypatch):
+    monkeypatch.setattr(calibration, "LEAST_SLACK", LEAST_SLACK)
+    assert calibrations.of().slack == LEAST_SLACK > 1.0
+    assert chosen(Budget(ms=LEAST_SLACK * 120)).K == 6
+    assert chosen(Budget(ms=LEAST_SLACK * 120 - 0.01)).K == 5
 
 
 def test_a_machine_that_is_slower_now_gets_fewer_tokens():
@@ -112,29 +125,29 @@ def test_a_machine_that_is_slower_now_gets_fewer_tokens():
     assert chosen(Budget(ms=128.3), level=1.1).K == 3
 
 
-def test_memory_is_what_is_held_and_the_most_of_any_part():
-    """100 MB of weights and 20 of the tower; the words and 13 tokens take 21 of the prefill,
-    and 1 % is spare."""
+def test_memory_is_the_held_bytes_and_the_most_of_any_part():
+    """100 MB of weights and 20 of the tower; the text and 13 tokens take 21 of the prefill,
+    and 1 % is slack."""
     assert chosen(Budget(gb=0.1213)).K == 13
-    (whole,) = forecast(calibrations.of(), workload(), N)
-    assert whole.gb == pytest.approx((100 + 1.01 * 24) / 1000)
+    (full,) = forecast(calibrations.of(), workload(), N)
+    assert full.gb == pytest.approx((100 + 1.01 * 24) / 1000)
 
 
 def test_a_long_answer_needs_room_in_the_cache():
     """3000 rows are allocated as 3072."""
-    rows = workload(max_tokens=3000 - SHORT - 4)
+    rows = workload(max_tokens=3000 - SHORT_TEXT - 4)
     (expected,) = forecast(calibrations.of(row_bytes=10_000), rows, 4)
     assert expected.gb == pytest.approx(0.1 + 1.01 * 0.03072)
 
 
-def test_of_two_limits_the_narrower_decides():
+def test_the_tighter_of_two_limits_decides():
     assert chosen(Budget(120, 0.1213)).K == 6
     assert chosen(Budget(128, 0.1213)).K == 13
-    told = str(chosen(Budget(120, 0.1213)))
-    assert told.startswith("Budget: 120 ms and 0.1213 GB -> 6 of 16")
+    line = str(chosen(Budget(120, 0.1213)))
+    assert line.startswith("Budget: 120 ms and 0.1213 GB -> 6 of 16")
 
 
-def test_it_is_said_when_the_tower_alone_takes_longer():
+def test_the_reason_is_the_tower_where_it_alone_takes_longer():
     choice = chosen(Budget(ms=90))
     assert choice.K == N and choice.options["pruner"] == "none"
     assert "cannot meet 90 ms, so nothing is pruned" in choice.reason
@@ -142,7 +155,7 @@ def test_it_is_said_when_the_tower_alone_takes_longer():
     assert "downsample" in choice.reason
 
 
-def test_it_is_said_when_one_token_is_too_many():
+def test_the_reason_is_the_least_k_where_it_takes_longer():
     choice = chosen(Budget(ms=110))
     assert choice.K == N
     assert "with 1 visual token it takes up to 115 ms" in choice.reason
@@ -150,30 +163,30 @@ def test_it_is_said_when_one_token_is_too_many():
     assert "tower alone" not in inside.reason and "downsample" not in inside.reason
 
 
-def test_it_is_said_when_the_weights_are_too_many():
+def test_the_reason_is_the_weights_where_they_alone_take_more():
     assert "weights alone take 0.100 GB" in chosen(Budget(gb=0.09)).reason
     least = chosen(Budget(gb=0.11)).reason
     assert "with 1 visual token it takes 0.120 GB" in least
 
 
-def test_only_budgets_that_the_method_can_keep_are_chosen():
+def test_only_feasible_budgets_are_chosen():
     assert chosen(Budget(ms=120), feasible=range(3, N, 2)).K == 5
     assert chosen(Budget(ms=115), feasible=range(3, N, 2)).reason
 
 
 @given(st.floats(50, 300), st.floats(0, 40), st.integers(1, 300), st.integers(1, 3))
 def test_the_largest_k_that_fits_is_chosen_and_more_time_never_keeps_fewer(ms, more, text, images):
-    many = {"text": text, "images": images}
-    first, second = (chosen(Budget(ms=limit), **many) for limit in (ms, ms + more))
+    request = {"text": text, "images": images}
+    first, second = (chosen(Budget(ms=limit), **request) for limit in (ms, ms + more))
     if not first.reason:
         assert first.expected.ms_most <= ms
         assert not second.reason and second.K >= first.K
     larger = range(1 if first.reason else first.K + 1, N + 1)
-    forecasts = forecast(calibrations.of(), workload(**many), *larger)
+    forecasts = forecast(calibrations.of(), workload(**request), *larger)
     assert all(expected.ms_most > ms for expected in forecasts)
 
 
-def test_an_outcome_says_how_far_the_prediction_was_off():
+def test_an_outcome_has_the_error_of_the_prediction():
     choice = chosen(Budget(120, 0.2))
     answer = Answer({"total": 114.0}, 0.12)
     assert choice.outcome(answer) == (
@@ -182,13 +195,13 @@ def test_an_outcome_says_how_far_the_prediction_was_off():
     )
     late = replace(choice, budget=Budget(ms=110))
     assert late.outcome(answer).startswith("Budget missed: 114 ms of 110 ms")
-    told = choice.as_json(answer)
-    assert told["off"]["ms"] == pytest.approx(-0.05) and told["met"] is True
+    figures = choice.as_json(answer)
+    assert figures["off"]["ms"] == pytest.approx(-0.05) and figures["met"] is True
     assert Budget(ms=1).allows(1, 1) and not Budget(gb=0.9).allows(1, 1)
 
 
 class Answer:
-    """What an outcome reads of a result."""
+    """The fields of a result that an outcome reads."""
 
     def __init__(self, ttft_ms: dict[str, float], peak_memory: float):
         self.ttft_ms, self.peak_memory = ttft_ms, peak_memory
@@ -197,23 +210,23 @@ class Answer:
 # With a model.
 
 
-def test_of_another_machine_the_calibration_is_made_anew(loaded, home, cache):
-    """As of one that was a thousand times as fast: probing it finds out."""
+def test_the_calibration_of_another_machine_is_replaced(loaded, home, cache):
+    """Saved by a machine a thousand times as fast: measuring the level shows it."""
     model, processor = loaded
-    file = remember(loaded, home, cache)
-    told = json.loads(file.read_text())
-    for one in told["runs"]:
-        one["ms"] = {part: ms / 1000 for part, ms in one["ms"].items()}
-    file.write_text(json.dumps(told))
-    old = read(file, environment(model.dtype))
+    file = save_calibration(loaded, home, cache)
+    content = json.loads(file.read_text())
+    for saved in content["runs"]:
+        saved["ms"] = {part: ms / 1000 for part, ms in saved["ms"].items()}
+    file.write_text(json.dumps(content))
+    old = load_calibration(file, environment(model.dtype))
     picture = home / "a.png"
     choice = keep_within(model, processor, QUESTION, picture, pruner="norm", ms=1e9)
-    new = read(file, environment(model.dtype))
+    new = load_calibration(file, environment(model.dtype))
     assert old and new and old.runs != new.runs
-    assert choice.workload.level < 1000 / budgets.SAME
+    assert choice.workload.level < 1000 / budgets.SAME_MACHINE
 
 
-def test_a_model_without_a_folder_is_calibrated_and_not_remembered(loaded, home, cache):
+def test_the_calibration_of_a_model_without_a_folder_is_not_saved(loaded, home, cache):
     model, processor = loaded
     processor = replace(processor, folder=None)
     picture = home / "a.png"
@@ -223,12 +236,12 @@ def test_a_model_without_a_folder_is_calibrated_and_not_remembered(loaded, home,
 
 def test_learned_pools_and_budgets_of_each_image_are_refused():
     with pytest.raises(UserError, match="attention_pool was trained for 5 visual tokens"):
-        check_pipeline(Pool())
+        check_pipeline(LearnedPool())
     with pytest.raises(UserError, match="leave out dynamic"):
         check_pipeline(plan("norm+restore", {}).of(Dynamic()))
 
 
-class Pool:
+class LearnedPool:
     name = spec = "attention_pool"
     trained_tokens, steps = 5, ()
 
@@ -249,24 +262,24 @@ def command(home, *more: str) -> list[str]:
 def test_the_prediction_comes_before_the_answer_and_the_outcome_after(
     loaded, home, capsys, monkeypatch, tmp_path
 ):
-    """As if all took seconds instead of milliseconds: opening the image does not matter then."""
-    slow = [replace(r, ms={part: 1000 * ms for part, ms in r.ms.items()}) for r in USUAL]
+    """All parts take seconds instead of milliseconds: opening the image does not matter then."""
+    slow = [replace(r, ms={part: 1000 * ms for part, ms in r.ms.items()}) for r in RUNS]
     monkeypatch.setattr(calibration, "measure", lambda *_: calibrations.of(*slow))
     monkeypatch.setattr(budgets, "measure_level", lambda *_: 1.0)
     ms = 101_000 + 1000 * (inputs_of(loaded, home).text + 6) + 900
     file = tmp_path / "a.json"
     main(command(home, "--pruner", "norm", "--budget-ms", str(ms), "--json", str(file)))
     out = capsys.readouterr().out.splitlines()
-    told = json.loads(file.read_text())
-    assert told["visual_tokens_kept"] == told["budget"]["tokens"] == 6
+    figures = json.loads(file.read_text())
+    assert figures["visual_tokens_kept"] == figures["budget"]["tokens"] == 6
     assert out[0].startswith(f"Budget: {ms} ms -> 6 of 16 visual tokens, predicted ")
     starts = ("Prompt: ", "Generation: ", "Peak memory: ", "Visual tokens: ", "Time to first token")
-    figures = out[-6:-1]
-    assert all(line.startswith(start) for line, start in zip(figures, starts, strict=True))
+    lines = out[-6:-1]
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
     assert out[-1].startswith("Budget met: ") and out[-1].endswith(" % off)")
     keys = {"wish", "level", "pruner", "tokens", "of", "predicted", "why_not", "took", "off", "met"}
-    assert told["budget"].keys() == keys
-    assert told["budget"]["took"]["ms"] == told["ttft_ms"]["total"]
+    assert figures["budget"].keys() == keys
+    assert figures["budget"]["took"]["ms"] == figures["ttft_ms"]["total"]
 
 
 def test_a_budget_that_cannot_be_met_is_answered_unpruned(home, capsys):
@@ -298,7 +311,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_budget_that_makes_no_sense_is_refused_in_one_sentence(home, capsys, case):
+def test_an_invalid_budget_is_refused_in_one_sentence(home, capsys, case):
     flags, part = BAD[case]
     with pytest.raises(SystemExit) as stop:
         main(command(home, *flags))
@@ -315,15 +328,15 @@ def test_a_budget_without_an_image_is_refused(home, capsys):
 
 
 def test_peak_memory_is_predicted_as_it_is_reported(loaded, home):
-    """Bytes do not depend on how busy a machine is: within 5 % at a K that was not measured."""
+    """Within 5 % at a K that was not measured: bytes do not depend on how busy a machine is."""
     model, processor = loaded
     picture, options = home / "a.png", {"pruner": "norm", "max_tokens": 4}
     within = keep_within(model, processor, QUESTION, picture, gb=1, **options)
-    known = calibrate(model, processor.folder, plan("norm"), inputs_of(loaded, home))
+    calibration = calibrate(model, processor.folder, plan("norm"), inputs_of(loaded, home))
     for K in (3, 10):
-        took = generate(model, processor, QUESTION, picture, keep_tokens=K, **options)
-        (expected,) = forecast(known, within.workload, K)
-        assert expected.gb == pytest.approx(took.peak_memory, rel=0.05)
+        answer = generate(model, processor, QUESTION, picture, keep_tokens=K, **options)
+        (expected,) = forecast(calibration, within.workload, K)
+        assert expected.gb == pytest.approx(answer.peak_memory, rel=0.05)
 
 
 # Shares of tokens.

@@ -1,7 +1,7 @@
-"""The counted work is the work that is done: every product of matrices is watched.
+"""The counted operations are those that are executed: every matrix product is instrumented.
 
-Watched are MLX's own functions while a small model runs, and once more torch's operators under
-the reference. What is multiplied in order to choose, mix or resize is watched apart.
+MLX's functions are instrumented while a small model runs, and torch's operators under the
+reference. Products that select, mix or resize tokens are counted separately.
 """
 
 import contextlib
@@ -65,73 +65,73 @@ PAIRS = [  # blocks of patches need all patches, so inside that tower none may l
     for spec in STAGES
     if not ("blocks" in name and METHODS[spec].stage is Stage.ENCODER)
 ]
-WORDS = 11
+TEXT_TOKENS = 11
 
 
 @dataclass
-class Watch(Clock):
-    """Multiply-adds by part, a part ending at `end_part`; and of them, those made in choosing."""
+class OperationCounter(Clock):
+    """Multiply-adds of each part, which ends at `end_part`, and those of selecting tokens."""
 
     parts: Counter = field(default_factory=Counter)
-    since: int = 0
-    choosing: int = 0
-    for_choice: int = 0
+    since_part: int = 0
+    selection_depth: int = 0
+    selection: int = 0
 
     def product(self, *sizes: int) -> None:
-        if self.choosing:
-            self.for_choice += math.prod(sizes)
+        if self.selection_depth:
+            self.selection += math.prod(sizes)
         else:
-            self.since += math.prod(sizes)
+            self.since_part += math.prod(sizes)
 
     def end_part(self, name: str, value: object = None) -> object:
-        self.parts[name] += self.since
-        self.since = 0
+        self.parts[name] += self.since_part
+        self.since_part = 0
         return value
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        self.choosing += 1
+    def selecting(self) -> Iterator[None]:
+        self.selection_depth += 1
         yield
-        self.choosing -= 1
+        self.selection_depth -= 1
 
-    def set_apart(self, patch: pytest.MonkeyPatch, owner: object, *names: str) -> None:
-        """Whatever these functions multiply is for a choice."""
+    def count_as_selection(self, patch: pytest.MonkeyPatch, owner: object, *names: str) -> None:
+        """Products in these functions are for the selection of tokens."""
         for name in names:
             patch.setattr(owner, name, self._wrapped(getattr(owner, name)))
 
     def _wrapped(self, function):
         def call(*arguments, **options):
-            with self.apart():
+            with self.selecting():
                 return function(*arguments, **options)
 
         return call
 
 
 @pytest.fixture
-def watch(monkeypatch) -> Watch:
-    """Every function of MLX by which the package multiplies matrices, watched."""
-    watched = Watch()
+def counter(monkeypatch) -> OperationCounter:
+    """A counter of the products of every MLX function by which the package multiplies matrices."""
+    counter = OperationCounter()
 
     def matmul(x, y, *rest, **options):
-        watched.product(*x.shape, y.shape[-1])
+        counter.product(*x.shape, y.shape[-1])
         return plain_matmul(x, y)
 
     def addmm(c, x, y, **options):
-        watched.product(*x.shape, y.shape[-1])
+        counter.product(*x.shape, y.shape[-1])
         return plain_addmm(c, x, y, **options)
 
     def conv2d(x, weight, *rest):
         y = plain_conv2d(x, weight, *rest)
-        watched.product(*y.shape, *weight.shape[1:])
+        counter.product(*y.shape, *weight.shape[1:])
         return y
 
     def gather_mm(x, weight, **options):
-        watched.product(*x.shape, weight.shape[-1])
+        counter.product(*x.shape, weight.shape[-1])
         return plain_gather_mm(x, weight, **options)
 
     def attention(q, k, v, **options):
-        watched.product(*q.shape, k.shape[2])
-        watched.product(*q.shape[:3], *v.shape[2:])
+        counter.product(*q.shape, k.shape[2])
+        counter.product(*q.shape[:3], *v.shape[2:])
         return plain_attention(q, k, v, **options)
 
     plain_matmul, plain_addmm = mx.array.__matmul__, mx.addmm
@@ -142,50 +142,51 @@ def watch(monkeypatch) -> Watch:
     monkeypatch.setattr(mx, "conv2d", conv2d)
     monkeypatch.setattr(mx, "gather_mm", gather_mm)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
-    watched.set_apart(monkeypatch, Pruner, "__call__", "call")
-    watched.set_apart(monkeypatch, Reduction, "apply", "after", "mixture")
-    watched.set_apart(monkeypatch, tower_signals.TowerPass, "read")
-    watched.set_apart(monkeypatch, tower_signals, "_sum_sizes")
-    watched.set_apart(monkeypatch, decoder.LayerInput, "signals", "bias_of")
+    counter.count_as_selection(monkeypatch, Pruner, "__call__", "call")
+    counter.count_as_selection(monkeypatch, Reduction, "apply", "after", "mixture")
+    counter.count_as_selection(monkeypatch, tower_signals.TowerPass, "read")
+    counter.count_as_selection(monkeypatch, tower_signals, "_sum_sizes")
+    counter.count_as_selection(monkeypatch, decoder.LayerInput, "signals", "bias_of")
     for module in (vlm_module, vit):
-        watched.set_apart(monkeypatch, module, "shrink")
-    return watched
+        counter.count_as_selection(monkeypatch, module, "shrink")
+    return counter
 
 
 def prompt(N: int, image: int, images: int = 1) -> Prompt:
-    """WORDS words, with some images of N tokens after the third."""
+    """TEXT_TOKENS tokens of text, with images of N tokens each after the third."""
     runs = [(3 + N * i, N) for i in range(images)]
-    return Prompt([5, 9, 7, *[image] * (N * images), *range(3, WORDS)], runs)
+    return Prompt([5, 9, 7, *[image] * (N * images), *range(3, TEXT_TOKENS)], runs)
 
 
 def learned(config: VLMConfig, K: int) -> dict:
     """Random weights of the learned methods."""
     dims = config.vision.hidden_size * math.prod(config.projector.merge if config.projector else ())
-    made = {
+    weights = {
         name: METHODS[name].make_weights(dims, K)
         for name in ("attention_pool", "score_prune", "mlp")
     }
-    return {**made, "twig": Twig(config.text, 2, 1)}
+    return {**weights, "twig": Twig(config.text, 2, 1)}
 
 
-def run(config: VLMConfig, spec: str, K: int, watch: Watch, images: int = 1, B: int = 1):
-    """One forward pass under watch."""
+def run(
+    config: VLMConfig, spec: str, K: int, counter: OperationCounter, images: int = 1, B: int = 1
+):
+    """One instrumented forward pass: the model, its prefill, and the counted operations."""
     model = VLM(config)
     side = config.vision.image_size
     pixels = mx.random.normal((images * B, side, side, 3))
     pipeline = plan(spec, learned(config, K))
     rows = [prompt(model.N, config.image_token_id, images)] * B
-    with watch.running():
-        before = model(rows, pixels, pipeline, K)
-    told = count(config, WORDS, pipeline, K, images=images)
-    return model, before, told
+    with counter.running():
+        prefill = model(rows, pixels, pipeline, K)
+    return model, prefill, count(config, TEXT_TOKENS, pipeline, K, images=images)
 
 
-def agree(told: operations.Operations, watch: Watch, times: int = 1) -> None:
-    assert watch.parts["vision"] == times * told.vision
-    assert watch.parts["projector"] == times * told.projector
-    assert watch.parts["prefill"] == times * told.prefill
-    assert watch.parts["pruner"] == 0
+def assert_equal(counted: operations.Operations, counter: OperationCounter, times: int = 1) -> None:
+    assert counter.parts["vision"] == times * counted.vision
+    assert counter.parts["projector"] == times * counted.projector
+    assert counter.parts["prefill"] == times * counted.prefill
+    assert counter.parts["pruner"] == 0
 
 
 def budget(config: VLMConfig, spec: str) -> int:
@@ -195,7 +196,7 @@ def budget(config: VLMConfig, spec: str) -> int:
         return N
     for K in range(N // 3, N):
         with contextlib.suppress(UserError):
-            count(config, WORDS, pipeline, K)
+            count(config, TEXT_TOKENS, pipeline, K)
             return K
     raise AssertionError(f"no budget for {spec}")
 
@@ -204,68 +205,68 @@ SINGLE = [name for name, method in METHODS.items() if method.stage is not Stage.
 
 
 @pytest.mark.parametrize("spec", [*SINGLE, *CHAINS])
-def test_every_method_takes_the_counted_work(spec, watch):
+def test_every_method_takes_the_counted_operations(spec, counter):
     config = CONFIGS["clip"]
     K = budget(config, spec)
     assert spec == "none" or config.N > K
-    _, before, told = run(config, spec, K, watch)
-    agree(told, watch)
-    assert told.cache_bytes == sum(layer.nbytes for layer in before.cache)
-    assert told.rows == tuple(layer.rows for layer in before.cache)
+    _, prefill, counted = run(config, spec, K, counter)
+    assert_equal(counted, counter)
+    assert counted.cache_bytes == sum(layer.nbytes for layer in prefill.cache)
+    assert counted.rows == tuple(layer.rows for layer in prefill.cache)
 
 
 @pytest.mark.parametrize(("name", "spec"), PAIRS)
-def test_every_kind_of_model_takes_the_counted_work(name, spec, watch):
+def test_every_kind_of_model_takes_the_counted_operations(name, spec, counter):
     config = CONFIGS[name]
-    _, before, told = run(config, spec, budget(config, spec), watch)
-    agree(told, watch)
-    assert told.cache_bytes == sum(layer.nbytes for layer in before.cache)
+    _, prefill, counted = run(config, spec, budget(config, spec), counter)
+    assert_equal(counted, counter)
+    assert counted.cache_bytes == sum(layer.nbytes for layer in prefill.cache)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_full_models_take_the_counted_work_and_nothing_to_choose(name, watch):
+def test_full_models_take_the_counted_operations_and_none_for_selection(name, counter):
     config = CONFIGS[name]
-    _, _, told = run(config, "none", config.N, watch)
-    agree(told, watch)
-    assert watch.for_choice == 0
-    assert told.visual == (config.N,) * config.text.num_hidden_layers
+    _, _, counted = run(config, "none", config.N, counter)
+    assert_equal(counted, counter)
+    assert counter.selection == 0
+    assert counted.visual == (config.N,) * config.text.num_hidden_layers
 
 
 @pytest.mark.parametrize("spec", ["none", "fastv", "divprune"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_new_token_takes_the_counted_work(name, spec, watch):
+def test_every_new_token_takes_the_counted_operations(name, spec, counter):
     config = CONFIGS[name]
-    _, before, told = run(config, spec, budget(config, spec), watch)
+    _, prefill, counted = run(config, spec, budget(config, spec), counter)
     for i in range(3):
-        watch.since = 0
-        before.step(mx.array([[7]]))
-        seen = [rows + 1 + i for rows in told.rows]
-        assert watch.since == operations.decode(config.text, seen)
-        assert i or watch.since == told.decode
+        counter.since_part = 0
+        prefill.step(mx.array([[7]]))
+        rows = [layer_rows + 1 + i for layer_rows in counted.rows]
+        assert counter.since_part == operations.decode(config.text, rows)
+        assert i or counter.since_part == counted.decode
 
 
 @pytest.mark.parametrize("spec", ["none", "uniform", "fastv"])
-def test_several_images_and_several_prompts_take_the_counted_work(spec, watch):
+def test_several_images_and_several_prompts_take_the_counted_operations(spec, counter):
     config = CONFIGS["clip"]
     K = budget(config, spec)
-    _, before, told = run(config, spec, K, watch, images=2, B=3)
-    agree(told, watch, times=3)
-    assert 3 * told.cache_bytes == sum(layer.nbytes for layer in before.cache)
+    _, prefill, counted = run(config, spec, K, counter, images=2, B=3)
+    assert_equal(counted, counter, times=3)
+    assert 3 * counted.cache_bytes == sum(layer.nbytes for layer in prefill.cache)
 
 
-def test_a_prompt_that_is_read_in_pieces_takes_the_counted_work(watch, monkeypatch):
+def test_a_prompt_that_is_read_in_pieces_takes_the_counted_operations(counter, monkeypatch):
     config = CONFIGS["clip"]
-    whole = count(config, WORDS, plan("none"), config.N)
+    in_one_piece = count(config, TEXT_TOKENS, plan("none"), config.N)
     monkeypatch.setattr(decoder, "PREFILL_STEP_SIZE", 13)
     monkeypatch.setattr(operations, "PREFILL_STEP_SIZE", 13)
-    _, _, told = run(config, "none", config.N, watch)
-    agree(told, watch)
-    assert told.prefill < whole.prefill  # no piece looks at a later one
+    _, _, counted = run(config, "none", config.N, counter)
+    assert_equal(counted, counter)
+    assert counted.prefill < in_one_piece.prefill  # no piece attends to a later one
 
 
-def test_what_choosing_takes_is_watched_apart(watch):
-    run(CONFIGS["clip"], "divprune", 12, watch)
-    assert watch.for_choice > 0
+def test_products_of_the_selection_are_counted_separately(counter):
+    run(CONFIGS["clip"], "divprune", 12, counter)
+    assert counter.selection > 0
 
 
 # --- the reference -------------------------------------------------------------------
@@ -274,23 +275,23 @@ def test_what_choosing_takes_is_watched_apart(watch):
 class Operators(TorchDispatchMode):
     """Multiply-adds of torch's operators."""
 
-    def __init__(self, watch: Watch):
+    def __init__(self, counter: OperationCounter):
         super().__init__()
-        self.watch = watch
+        self.counter = counter
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         y = func(*args, **(kwargs or {}))
         name = func.overloadpacket._qualified_op_name.removeprefix("aten::")
         if name in ("mm", "bmm"):
-            self.watch.product(*args[0].shape, args[1].shape[-1])
+            self.counter.product(*args[0].shape, args[1].shape[-1])
         elif name in ("addmm", "baddbmm"):
-            self.watch.product(*args[1].shape, args[2].shape[-1])
+            self.counter.product(*args[1].shape, args[2].shape[-1])
         elif name == "convolution":
-            self.watch.product(*y.shape, *args[1].shape[1:])
+            self.counter.product(*y.shape, *args[1].shape[1:])
         elif name == "_scaled_dot_product_flash_attention_for_cpu":
             q, k, v = args[:3]
-            self.watch.product(*q.shape, k.shape[2])
-            self.watch.product(*q.shape[:3], *v.shape[2:])
+            self.counter.product(*q.shape, k.shape[2])
+            self.counter.product(*q.shape[:3], *v.shape[2:])
         else:
             assert "mm" not in name.split("_") and "attention" not in name and "conv" not in name
         return y
@@ -299,15 +300,15 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize(
     "spec", ["none", "uniform", "divprune", "tome", "downsample", "fastv", "visionzip", "dart"]
 )
-def test_the_reference_takes_the_counted_work_too(spec, monkeypatch):
-    vlm, watch, K = tiny.reference(), Watch(), tiny.N if spec == "none" else 9
+def test_the_reference_takes_the_counted_operations_too(spec, monkeypatch):
+    vlm, counter, K = tiny.reference(), OperationCounter(), tiny.N if spec == "none" else 9
     same = {f: getattr(tiny.VISION, f) for f in SIZES}
     text = MiniMindConfig(48, 64, 3, 4, 2, tiny.TEXT.vocab_size)
-    told = count(VLMConfig(CLIPConfig(**same), text), WORDS, plan(spec), K)
-    watch.set_apart(monkeypatch, torch_ref.models.vlm, "reduce")
-    watch.set_apart(monkeypatch, torch_ref.models.towers.signals.Encoded, "read", "cut")
-    watch.set_apart(monkeypatch, torch_ref.models.decoder, "reduce", "signals")
-    watch.set_apart(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
-    with torch.no_grad(), Operators(watch):
+    counted = count(VLMConfig(CLIPConfig(**same), text), TEXT_TOKENS, plan(spec), K)
+    counter.count_as_selection(monkeypatch, torch_ref.models.vlm, "reduce")
+    counter.count_as_selection(monkeypatch, torch_ref.models.towers.signals.Encoded, "read", "cut")
+    counter.count_as_selection(monkeypatch, torch_ref.models.decoder, "reduce", "signals")
+    counter.count_as_selection(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
+    with torch.no_grad(), Operators(counter):
         vlm.prefill(*vlm.read([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K))
-    assert watch.since == told.first_token
+    assert counter.since_part == counted.first_token

@@ -1,1 +1,6 @@
-"""What an answer will take: operation counts, calibration, budgets in ms and GB."""
+"""What an answer will cost, before it is given.
+
+`operations.py` counts multiply-adds from the configuration alone. `calibration.py` runs and times
+the model on this machine. `prediction.py` predicts time and memory for any K from these runs.
+`budgets.py` chooses K for a budget in milliseconds or GB.
+"""

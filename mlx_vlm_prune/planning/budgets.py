@@ -29,9 +29,9 @@ from ..pruners.budget import feasible_budgets
 from .calibration import LEVEL_RUNS, Calibration, calibrate, run_once
 
 LEVEL_SECONDS = 2.0  # the most that measuring the level takes
-SAME = 2.0  # a machine that is faster or slower by more than this is another one
-SPARE = 1.01  # memory hardly varies
-INSTEAD = "a smaller image (downsample) or a method inside the tower (tome) may"
+SAME_MACHINE = 2.0  # a machine that is faster or slower by a larger factor is another one
+MEMORY_SLACK = 1.01  # memory hardly varies
+ALTERNATIVES = "a smaller image (downsample) or a method inside the tower (tome) may"
 
 
 @dataclass(frozen=True)
@@ -58,33 +58,30 @@ class Budget:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is known of an answer before K is chosen: words, images, how long opening these took,
-    the bytes held already (weights and pixels), how many tokens it may have, and how many times
-    as long as when it was calibrated the machine takes at present."""
+    """What is known of an answer before K is chosen."""
 
-    text: int
+    text: int  # tokens
     images: int
-    image_ms: float
-    held_bytes: int
-    max_tokens: int
-    level: float = 1.0
+    image_ms: float  # to open the images
+    held_bytes: int  # of weights and pixels
+    max_tokens: int  # of the answer
+    level: float = 1.0  # a run's time now, as a multiple of its time in the calibration
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What an answer will take: expected ms, the most ms in 19 of 20 runs, and GB."""
+    """A prediction for one K."""
 
-    ms: float
-    ms_most: float
-    gb: float
+    ms: float  # expected time to the first token
+    ms_most: float  # not exceeded by 19 of 20 runs
+    gb: float  # peak memory
 
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """K of N visual tokens of each image, and what is expected of it.
+    """K of N visual tokens of each image, and the prediction for it.
 
-    Where nothing meets the budget, `reason` is a sentence that says why, and K is N: nothing is
-    pruned.
+    Where no K meets the budget, K is N (nothing is pruned) and `reason` is a sentence.
     """
 
     budget: Budget
@@ -97,7 +94,7 @@ class BudgetChoice:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `generate`."""
+        """Arguments of `generate`."""
         return {"pruner": "none" if self.K == self.N else self.pruner, "keep_tokens": self.K}
 
     def __str__(self) -> str:
@@ -111,7 +108,7 @@ class BudgetChoice:
         return f"Budget: {self.budget} -> {', '.join(parts)}"
 
     def outcome(self, answer: GenerationResult) -> str:
-        """How it went, in a line."""
+        """What the answer took beside its prediction, in a line."""
         figures = (
             (self.budget.ms, answer.ttft_ms["total"], self.expected.ms, 0, "ms"),
             (self.budget.gb, answer.peak_memory, self.expected.gb, 3, "GB"),
@@ -168,35 +165,46 @@ def keep_within(
     inputs = prepare(model, processor, prompt, image, template)
     if inputs.pixels is None:
         raise UserError("a budget needs an image; without one there is nothing to prune")
-    known = calibration or calibrate(model, processor.folder, pipeline, inputs)
-    level = measure_level(model, pipeline, inputs, known)
-    if not calibration and not 1 / SAME < level < SAME:
-        known = calibrate(model, processor.folder, pipeline, inputs, anew=True)
-        level = measure_level(model, pipeline, inputs, known)
-    began = time.perf_counter()  # once more: warm, as the answer will be
+    if calibration:
+        level = measure_level(model, pipeline, inputs, calibration)
+    else:
+        calibration, level = _present_calibration(model, processor, pipeline, inputs)
+    start = time.perf_counter()  # once more: warm, as the answer will be
     inputs = prepare(model, processor, prompt, image, template)
     mx.eval(inputs.pixels)
-    image_ms, held_bytes = 1000 * (time.perf_counter() - began), mx.get_active_memory()
+    image_ms, held_bytes = 1000 * (time.perf_counter() - start), mx.get_active_memory()
     images = len(inputs.visible)
     workload = Workload(inputs.text, images, image_ms, held_bytes, max_tokens, level)
     feasible = feasible_budgets(pipeline, model.grid, model.config.text.num_hidden_layers)
-    return choose(known, budget, workload, feasible)
+    return choose(calibration, budget, workload, feasible)
+
+
+def _present_calibration(
+    model: VLM, processor: Processor, pipeline: Pipeline, inputs: PreparedPrompt
+) -> tuple[Calibration, float]:
+    """The calibration of this model and the machine's level; a new one if the level is far off."""
+    calibration = calibrate(model, processor.folder, pipeline, inputs)
+    level = measure_level(model, pipeline, inputs, calibration)
+    if not 1 / SAME_MACHINE < level < SAME_MACHINE:
+        calibration = calibrate(model, processor.folder, pipeline, inputs, force=True)
+        level = measure_level(model, pipeline, inputs, calibration)
+    return calibration, level
 
 
 def measure_level(
     model: VLM, pipeline: Pipeline, inputs: PreparedPrompt, calibration: Calibration
 ) -> float:
-    """How many times as long as when it was calibrated a run takes now."""
-    setting, ms = calibration.typical, list[float]()
+    """The time of a run now, as a multiple of its time in the calibration."""
+    setting, ms = calibration.typical_setting, list[float]()
     run_once(model, pipeline, inputs, setting)  # warm-up
-    began = time.perf_counter()
-    while not ms or (len(ms) < LEVEL_RUNS and time.perf_counter() - began < LEVEL_SECONDS):
+    start = time.perf_counter()
+    while not ms or (len(ms) < LEVEL_RUNS and time.perf_counter() - start < LEVEL_SECONDS):
         ms.append(sum(run_once(model, pipeline, inputs, setting).ms.values()))
     return median(ms) / sum(calibration.ms(*setting).values())
 
 
 def check_pipeline(pipeline: Pipeline) -> None:
-    """Refuse methods that have no K to choose. Raises UserError."""
+    """Raises UserError for a method that has no K to choose."""
     name = pipeline.spec
     if name == "none":
         raise UserError("a budget needs a pruner other than none, for example avgpool")
@@ -212,30 +220,31 @@ def check_pipeline(pipeline: Pipeline) -> None:
 def choose(
     calibration: Calibration, budget: Budget, workload: Workload, feasible: Iterable[int]
 ) -> BudgetChoice:
-    """The largest K within the budget: N, or one of those that are feasible."""
-    N, below = calibration.N, sorted(set(feasible), reverse=True)
-    forecasts = dict(zip((N, *below), forecast(calibration, workload, N, *below), strict=True))
+    """The largest K within the budget: N, or one of the feasible ones."""
+    N, below_N = calibration.N, sorted(set(feasible), reverse=True)
+    forecasts = dict(zip((N, *below_N), forecast(calibration, workload, N, *below_N), strict=True))
     choice = partial(BudgetChoice, budget, workload, calibration.pruner)
     for K, expected in forecasts.items():
         if budget.allows(expected.ms_most, expected.gb):
             return choice(K, N, expected)
-    reason = explain(calibration, budget, workload, below[-1])
+    reason = explain(calibration, budget, workload, below_N[-1])
     return choice(N, N, forecasts[N], reason)
 
 
 def forecast(calibration: Calibration, workload: Workload, *K: int) -> list[Forecast]:
-    """Of an answer, with each K as the tokens of every image."""
+    """A prediction for each K, the tokens kept of every image."""
     setting = np.array(K), workload.text, workload.images
     ms = workload.image_ms + workload.level * sum(calibration.ms(*setting).values())
     rows = workload.text + workload.images * np.array(K) + workload.max_tokens
     cache = calibration.row_bytes * np.ceil(rows / STEP) * STEP  # which an answer fills
-    most = np.max([cache, *calibration.nbytes(*setting).values()], axis=0)
-    gb = (workload.held_bytes + SPARE * most) / 1e9
-    return [Forecast(*one) for one in np.stack([ms, ms * calibration.slack, gb], axis=1).tolist()]
+    peak = np.max([cache, *calibration.nbytes(*setting).values()], axis=0)
+    gb = (workload.held_bytes + MEMORY_SLACK * peak) / 1e9
+    figures = np.stack([ms, ms * calibration.slack, gb], axis=1)
+    return [Forecast(*row) for row in figures.tolist()]
 
 
 def explain(calibration: Calibration, budget: Budget, workload: Workload, least: int) -> str:
-    """Why pruning cannot help: what stays whatever K is, or what is left with the least K."""
+    """Why no K meets the budget: what pruning cannot reduce, or what the least K still takes."""
     (expected,) = forecast(calibration, workload, least)
     tower_ms = calibration.ms(least, workload.text, workload.images)["vision"]
     fixed_ms, held_gb = workload.image_ms + workload.level * tower_ms, workload.held_bytes / 1e9
@@ -244,7 +253,7 @@ def explain(calibration: Calibration, budget: Budget, workload: Workload, least:
         reason = f"{takes} up to {expected.ms_most:.0f} ms"
         if not calibration.in_tower and fixed_ms > budget.ms:
             reason = f"opening the image and the vision tower alone take {fixed_ms:.0f} ms"
-        reason += "" if calibration.in_tower else f"; {INSTEAD}"
+        reason += "" if calibration.in_tower else f"; {ALTERNATIVES}"
     elif budget.gb is not None and held_gb > budget.gb:
         reason = f"the weights alone take {held_gb:.3f} GB"
     else:
