@@ -78,12 +78,10 @@ class Host(ABC):
         """The word embeddings of ids."""
         return self.language.model.embed_tokens(ids)
 
-    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
-        """The embeddings (K, D) of each view as arguments of mlx-vlm's; here as one picture's.
-
-        `is_full`: does every token stay?
-        """
-        return {"cached_image_features": mx.concatenate(list(x))[None]}
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array | list[mx.array]:
+        """The embeddings (K, D) of each view as mlx-vlm's `cached_image_features`; here as those of
+        one picture. `is_full`: does every token stay?"""
+        return mx.concatenate(list(x))[None]
 
     def image_token_id(self, inputs: PreparedInputs) -> int:
         """The placeholder's id. Some configs call it an index, some processors know better."""

@@ -50,6 +50,6 @@ class FastVLMHost(TowerHost):
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.mm_projector(x_1KD)
 
-    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
-        """A picture's embeddings (K, D) each, put in place of its one placeholder."""
-        return {"cached_image_features": list(x)}
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> list[mx.array]:
+        """Each picture's embeddings (K, D), which take the place of its one placeholder."""
+        return list(x)

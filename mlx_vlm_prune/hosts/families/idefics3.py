@@ -43,9 +43,9 @@ class Idefics3Host(TowerHost):
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.connector.modality_projection(x_1KD)
 
-    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
-        """All embeddings (K, D) in a row."""
-        return {"cached_image_features": mx.concatenate(list(x))}
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array:
+        """The embeddings of all pictures in a row."""
+        return mx.concatenate(list(x))
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None

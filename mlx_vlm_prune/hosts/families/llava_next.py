@@ -9,7 +9,6 @@ Shapes: K visual tokens kept of a crop, D features.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 
@@ -20,10 +19,10 @@ class LlavaNextHost(LlavaTowerHost):
     placeholder_unit = "all"
     why_one_image = "mlx-vlm shows it the first only"
 
-    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
-        """One block of all crops' embeddings."""
-        rows = list(x)
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array:
+        """One block of all crops' embeddings, with the newlines only if nothing was pruned."""
+        block = list(x)
         if is_full:
-            patches = sum(map(len, rows))
-            rows.append(mx.broadcast_to(self.model.image_newline, (patches, rows[0].shape[-1])))
-        return {"cached_image_features": mx.concatenate(rows)[None]}
+            patches = sum(map(len, block))
+            block.append(mx.broadcast_to(self.model.image_newline, (patches, block[0].shape[-1])))
+        return mx.concatenate(block)[None]

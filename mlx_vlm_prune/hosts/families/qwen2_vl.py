@@ -56,9 +56,9 @@ class Qwen2VLHost(Host):
     def project(self, x_1KD: mx.array) -> mx.array:
         return x_1KD
 
-    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> dict[str, Any]:
-        """Embeddings (K, D) in a row."""
-        return {"cached_image_features": mx.concatenate(list(x))}
+    def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array:
+        """The embeddings of all pictures in a row."""
+        return mx.concatenate(list(x))
 
     def pack(self, inputs: PreparedInputs) -> Row:
         """The patches of all images, as the tower's first layer reads them."""
