@@ -149,7 +149,7 @@ def prune_prompt(
     """
     policy = "keep" if pipeline.decoder else policy
     if inputs.pixels is None:
-        rows = range(len(inputs.ids))
+        rows: Sequence[int] = range(len(inputs.ids))
         arguments = row_arguments(host, inputs, rows, policy)
         return PrunedPrompt(inputs, [], arguments, rows, len(rows), Trace([], [], []), policy)
     batches = [ImageBatch.of(view.signals) for view in views]
