@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> str:
-    """Do what is asked, and say what was done and what was assumed."""
+    """Convert, and return what was done and what was assumed."""
     if args.way == "to-torch":
         to_torch(args.source, args.target, args.vision)
         tower = f"; {args.vision}: its vision tower" if args.vision else ""
@@ -148,7 +148,7 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
         twig = read_twig(resolve_path(args.twig), args.twig_layer, checkpoint.config)
         checkpoint = replace(checkpoint, twig=twig)
     if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
-        raise UserError("--q-bits, --q-group-size and --q-mode say how; -q says to quantize")
+        raise UserError("--q-bits, --q-group-size and --q-mode have no effect without -q; add -q")
     if args.dequantize:
         checkpoint = dequantised(checkpoint, args.dtype)
     if args.quantize:
@@ -161,39 +161,41 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
 
 
 def _prune_into(args: argparse.Namespace) -> str:
-    # Methods are the product's: for this way alone, convert asks it.
+    # Here, since only this way needs the methods, and with them MLX.
     from mlx_vlm_prune.hosts.pruned_folder import prune_into
 
-    made = prune_into(
+    written = prune_into(
         args.source, args.target, args.pruner, args.keep_ratio, args.keep_tokens, args.vendor
     )
     budget = f"{args.keep_tokens}" if args.keep_ratio is None else f"{args.keep_ratio:.4g}"
-    needs = "it needs mlx_vlm_prune, where it is run; --vendor copies that into the folder"
-    if made.vendored:
-        needs = f"it runs the copy of mlx_vlm_prune beside it ({made.vendored} files), and no other"
+    needs = "it needs mlx_vlm_prune where it is run; --vendor copies that into the folder"
+    if written.vendored:
+        needs = (
+            f"it runs the copy of mlx_vlm_prune beside it ({written.vendored} files), and no other"
+        )
     return (
         f"{args.target}: {args.source}, and a pruned.py that keeps {budget} of an image's visual"
         f" tokens by {args.pruner}\n"
-        f"{made.linked} files of weights are linked, {made.copied} others copied; {needs}\n"
+        f"{written.linked} files of weights are linked, {written.copied} others copied; {needs}\n"
         "warning: mlx-vlm executes pruned.py whenever it loads this folder, without asking; read"
         " it, as you would read any program"
     )
 
 
 def sizes(config: dict[str, Any], guessed: bool) -> str:
-    """A model in half a line."""
+    """Layers, widths and heads of a model, in half a line."""
     text, vision = config["text_config"], config["vision_config"]
     heads, groups = text.get("num_attention_heads", "no"), text.get("num_key_value_heads", "no")
-    said = (
+    summary = (
         f"{text['num_hidden_layers']} layers of {text['hidden_size']}, "
         f"{heads} heads, {groups} key/value heads"
         f"{' (assumed, as in every MiniMind2)' if guessed else ''}, "
     )
     if experts := text.get("num_experts"):
-        said += f"{experts} experts, "
+        summary += f"{experts} experts, "
     if how := config.get("quantization"):
-        said += f"{how['bits']} bits, "
-    return said + f"tower of {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
+        summary += f"{how['bits']} bits, "
+    return summary + f"tower of {vision['num_hidden_layers']} layers of {vision['hidden_size']}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Commands in a process of their own, as a user starts them, in a folder of the user's files."""
+"""Start commands in new processes, as a user does, in a folder with files of the user's."""
 
 import json
 import os
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_THE_USER = ("convert", "torch_ref", "benchmarks", "tests", "prompt")
+USER_MODULES = ("convert", "torch_ref", "benchmarks", "tests", "prompt")
 EXECUTED = "a file of the user was executed"
 
 # Runs a module as `python -m` does, once for each list of arguments. Nothing of ours is imported
-# before it, so that the BLAS is in time only where the module sees to it.
-RUNS = """
+# before it, so that the BLAS is loaded in time only if the module does it.
+RUN_MODULE = """
 import io, json, runpy, sys
 from contextlib import redirect_stderr, redirect_stdout
 given = json.loads(sys.argv[1])
 sys.modules.update(dict.fromkeys(given["missing"]))  # as if they were not installed
-ends = []
+outcomes = []
 for arguments in given["runs"]:
     sys.argv, code = [given["module"], *arguments], 0
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
@@ -28,15 +28,15 @@ for arguments in given["runs"]:
             runpy.run_module(given["module"], run_name="__main__", alter_sys=True)
         except SystemExit as stop:
             code = stop.code
-    ends.append((code, out.getvalue(), err.getvalue()))
+    outcomes.append((code, out.getvalue(), err.getvalue()))
 from mlx_vlm_prune.machine import blas
-print(json.dumps({"ends": ends, "blas": blas.reason(), "modules": list(sys.modules)}))
+print(json.dumps({"outcomes": outcomes, "blas": blas.reason(), "modules": list(sys.modules)}))
 """
 
 
 @dataclass(frozen=True)
-class End:
-    """How a command ended."""
+class Outcome:
+    """How a command ended: exit code, stdout and stderr."""
 
     code: Any
     out: str
@@ -44,7 +44,7 @@ class End:
 
     @property
     def sentence(self) -> str:
-        """What it refused with, once that is sure to be one sentence and exit code 2."""
+        """The sentence on stderr, after a check that there is one alone, with exit code 2."""
         assert (self.code, self.out) == (2, ""), self
         assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
         return self.err
@@ -52,15 +52,17 @@ class End:
 
 @dataclass(frozen=True)
 class Process:
-    """What became of one: the ends of its runs, why it has the BLAS it has, what it imported."""
+    """Outcomes of a process's runs, the reason for its BLAS, and the modules it imported."""
 
-    ends: list[End]
+    outcomes: list[Outcome]
     blas: str
     modules: list[str]
 
 
-def fresh(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Python with these arguments, in a folder, where our packages are found as installed ones."""
+def start_python(
+    folder: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with these arguments in a folder; our packages are importable, as if installed."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *arguments],
@@ -77,27 +79,28 @@ def run(
 ) -> Process:
     """Run a module as `python -m` does, several times in one process."""
     given = {"module": module, "runs": runs, "missing": missing}
-    done = fresh(folder, "-c", RUNS, json.dumps(given), **environ)
+    done = start_python(folder, "-c", RUN_MODULE, json.dumps(given), **environ)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    return Process([End(*end) for end in told["ends"]], told["blas"], told["modules"])
+    report = json.loads(done.stdout.splitlines()[-1])
+    outcomes = [Outcome(*outcome) for outcome in report["outcomes"]]
+    return Process(outcomes, report["blas"], report["modules"])
 
 
-def lay_out(folder: Path, module: str) -> Path:
-    """The user's own files, each of which ends what executes it.
+def write_user_files(folder: Path, module: str) -> Path:
+    """The user's own files, each of which outcomes what executes it.
 
     But for one that bears the name of a top-level package that is to be run: there Python itself
     takes the user's file, before anything of ours is read.
     """
     folder.mkdir()
-    for name in OF_THE_USER:
+    for name in USER_MODULES:
         if name != module.split(".")[0]:
             (folder / f"{name}.py").write_text(f"raise SystemExit({EXECUTED!r})\n")
     return folder
 
 
 def modules(*packages: str) -> Iterator[tuple[str, bool]]:
-    """Every module of packages, by the name that `python -m` takes, and whether it is a command."""
+    """Every module of packages, by the name for `python -m`, and whether it is a command."""
     for package in packages:
         for file in sorted((ROOT / package).rglob("*.py")):
             name = ".".join(file.relative_to(ROOT).with_suffix("").parts)

@@ -11,7 +11,7 @@ import pytest
 from mlx_vlm_prune.machine import blas
 from mlx_vlm_prune.scenes import CHECKPOINT
 
-from .entry_points import EXECUTED, fresh, lay_out, modules, run
+from .entry_points import EXECUTED, start_python, write_user_files, modules, run
 
 COMMANDS = [
     name
@@ -34,7 +34,7 @@ NEEDS = {
 }
 
 # What a command wants before its options.
-FIRST = {
+REQUIRED = {
     "convert": ["inspect", "a"],
     "mlx_vlm_prune.scenes.vocabulary": ["a"],
     "torch_ref.train_pruners": ["twig"],
@@ -50,9 +50,9 @@ def command(request):
 def process(command, tmp_path_factory):
     """A command without torch and matplotlib, among the user's files: its --help, a wrong option,
     and what it cannot do without them."""
-    folder = lay_out(tmp_path_factory.mktemp("home") / "user", command)
+    folder = write_user_files(tmp_path_factory.mktemp("home") / "user", command)
     before = set(folder.iterdir())
-    runs = [["--help"], [*FIRST.get(command, []), "--no-such-option"]]
+    runs = [["--help"], [*REQUIRED.get(command, []), "--no-such-option"]]
     runs += [NEEDS[command][0]] if command in NEEDS else []
     done = run(folder, command, *runs, missing=("torch", "matplotlib"))
     assert set(folder.iterdir()) == before
@@ -60,22 +60,22 @@ def process(command, tmp_path_factory):
 
 
 def test_help_needs_neither_torch_nor_matplotlib(command, process):
-    first, *_ = process.ends
+    first, *_ = process.outcomes
     assert (first.code, first.err) == (0, "")
     assert first.out.startswith("usage: python -m ")
     assert command.split(".")[-1] in first.out.splitlines()[0]
 
 
 def test_an_unknown_option_is_refused_in_one_sentence(process):
-    assert "--no-such-option" in process.ends[1].sentence
+    assert "--no-such-option" in process.outcomes[1].sentence
 
 
 def test_a_package_that_is_missing_is_named_with_how_to_get_it(command, process):
     if command not in NEEDS:
-        assert len(process.ends) == 2  # nothing here needs one
+        assert len(process.outcomes) == 2  # nothing here needs one
         return
     _, package, install = NEEDS[command]
-    sentence = process.ends[2].sentence
+    sentence = process.outcomes[2].sentence
     assert package in sentence and install in sentence
 
 
@@ -85,9 +85,9 @@ def test_a_command_has_the_blas_before_mlx(process):
 
 def test_a_file_of_the_users_is_executed_where_python_itself_takes_it(tmp_path):
     """So that the folder of the other tests means something."""
-    folder = lay_out(tmp_path / "user", "mlx_vlm_prune")
+    folder = write_user_files(tmp_path / "user", "mlx_vlm_prune")
     for arguments in (["-c", "import convert"], ["-m", "convert"], ["-m", "torch_ref.train"]):
-        assert EXECUTED in fresh(folder, *arguments).stderr
+        assert EXECUTED in start_python(folder, *arguments).stderr
 
 
 EVALUATE = ["--per-kind", "1", "--pruner", "uniform", "--keep-tokens", "49"]
@@ -111,23 +111,32 @@ def test_a_job_executes_no_file_of_the_users_and_has_the_blas(tmp_path, module):
     """Python itself takes a top-level file before a package of that name: `python -m convert` and
     `python -m torch_ref.train` run where there is no convert.py or torch_ref.py. The converter can
     be had beside a convert.py too, as `python -m mlx_vlm_prune convert`."""
-    folder = lay_out(tmp_path / "user", module)
+    folder = write_user_files(tmp_path / "user", module)
     arguments, codes = zip(*JOBS[module], strict=True)
     done = run(folder, module, *arguments, MLX_VLM_PRUNE_CACHE=str(tmp_path / "cache"))
-    assert [end.code for end in done.ends] == list(codes), done.ends
-    assert not [end for end in done.ends if EXECUTED in end.out + end.err]
+    assert [outcome.code for outcome in done.outcomes] == list(codes), done.outcomes
+    assert not [outcome for outcome in done.outcomes if EXECUTED in outcome.out + outcome.err]
     assert not done.blas.startswith(LATE)
     assert ("mlx.core" in done.modules) == module.startswith("mlx_vlm_prune")
 
 
+def test_the_console_script_executes_no_file_of_the_users(tmp_path):
+    folder = write_user_files(tmp_path / "user", "mlx_vlm_prune")
+    arguments = ["bin/mlx-vlm-prune", "convert", "inspect", str(CHECKPOINT)]
+    code = f"import sys; sys.argv = {arguments}; from mlx_vlm_prune.__main__ import main; main()"
+    done = start_python(folder, "-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MiniMind" in done.stdout
+
+
 def test_the_demo_answers_among_the_users_files_with_the_blas(tmp_path):
-    folder = lay_out(tmp_path / "user", "mlx_vlm_prune")
-    done = fresh(folder, "-m", "mlx_vlm_prune.generate", "--json", "a.json")
+    folder = write_user_files(tmp_path / "user", "mlx_vlm_prune")
+    done = start_python(folder, "-m", "mlx_vlm_prune.generate", "--json", "a.json")
     assert done.returncode == 0, done.stderr
-    told = json.loads((folder / "a.json").read_text(encoding="utf-8"))
-    assert told["visual_tokens_kept"] < told["visual_tokens"]
+    answer = json.loads((folder / "a.json").read_text(encoding="utf-8"))
+    assert answer["visual_tokens_kept"] < answer["visual_tokens"]
     if blas._wheel_has_reference_blas():
-        assert told["versions"]["blas"] is not None
+        assert answer["versions"]["blas"] is not None
 
 
 IMPORTS = (
@@ -148,7 +157,7 @@ SLOW = "import benchmarks.rival_transformers"  # of transformers; `rivals` impor
 def test_whatever_is_imported_first_has_the_blas_before_mlx(tmp_path, line):
     """A library that is none is named: it is refused, unless it is too late, and costs no time."""
     code = f"{line}; from mlx_vlm_prune.machine import blas; print(blas.reason())"
-    done = fresh(tmp_path, "-c", code, **{blas.SWITCH: "libm.so.6"})
+    done = start_python(tmp_path, "-c", code, **{blas.SWITCH: "libm.so.6"})
     assert done.returncode == 0, done.stderr
     expected = "refused" if sys.platform == "linux" else "not needed on this system"
     assert done.stdout.strip() == expected

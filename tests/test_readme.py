@@ -59,8 +59,8 @@ def test_every_python_command_of_the_readme_runs(desk, monkeypatch):
             [sys.executable, *command], cwd=desk, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (command, done.stderr)
-    made = {"my-model", "sft_vlm_512_again.pth", "kept.png", "answer.json"}
-    assert made <= {path.name for path in desk.iterdir()}
+    written = {"my-model", "sft_vlm_512_again.pth", "kept.png", "answer.json"}
+    assert written <= {path.name for path in desk.iterdir()}
 
 
 def test_the_readme_has_no_other_commands_than_those_tested_here():
