@@ -87,10 +87,10 @@ def run(
 
 
 def write_user_files(folder: Path, module: str) -> Path:
-    """The user's own files, each of which outcomes what executes it.
+    """Write Python files, named as our packages, that end whatever executes them.
 
-    But for one that bears the name of a top-level package that is to be run: there Python itself
-    takes the user's file, before anything of ours is read.
+    None has the name of the package to run: `python -m` would take that file, before anything of
+    ours is read.
     """
     folder.mkdir()
     for name in USER_MODULES:

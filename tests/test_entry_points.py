@@ -11,7 +11,7 @@ import pytest
 from mlx_vlm_prune.machine import blas
 from mlx_vlm_prune.scenes import CHECKPOINT
 
-from .entry_points import EXECUTED, start_python, write_user_files, modules, run
+from .entry_points import EXECUTED, modules, run, start_python, write_user_files
 
 COMMANDS = [
     name
@@ -126,7 +126,7 @@ def test_the_console_script_executes_no_file_of_the_users(tmp_path):
     code = f"import sys; sys.argv = {arguments}; from mlx_vlm_prune.__main__ import main; main()"
     done = start_python(folder, "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "MiniMind" in done.stdout
+    assert "minimind2-v" in done.stdout
 
 
 def test_the_demo_answers_among_the_users_files_with_the_blas(tmp_path):
