@@ -71,8 +71,7 @@ class Pruner:
         return self.name + (":" + ",".join(options) if options else "")
 
     def signal_layers(self, layers: int) -> dict[str, int | None]:
-        """The signals that it needs of a tower of so many layers, with the layer of each, where it
-        has one."""
+        """The signals that it needs of a tower, with the layer of each or None."""
         values = self.method.options | self.options
         try:
             return {

@@ -62,8 +62,8 @@ def exactly_k(similar_NN: np.ndarray, leader_N: np.ndarray, K: int) -> np.ndarra
         leader_N[largest] = largest
     elif len(leaders) < K:
         token_N = np.arange(len(leader_N))
-        likeness_N = np.where(leader_N == token_N, np.inf, similar_NN[token_N, leader_N])
-        alone = np.argsort(likeness_N, kind="stable")[: K - len(leaders)]
+        to_leader_N = np.where(leader_N == token_N, np.inf, similar_NN[token_N, leader_N])
+        alone = np.argsort(to_leader_N, kind="stable")[: K - len(leaders)]
         leader_N = leader_N.copy()
         leader_N[alone] = alone
     return leader_N

@@ -44,8 +44,8 @@ def drop_most_similar(similar_BNN: mx.array, rest_BR: mx.array, least: int) -> m
     """The residual without the tokens of A most similar to one of B."""
     R = rest_BR.shape[1]
     similar_Bab = take(take(similar_BNN, rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)
-    likeness_BR = mx.full((len(rest_BR), R), -mx.inf).astype(mx.float64)
-    likeness_BR[:, ::2] = similar_Bab.max(axis=-1)
+    similar_BR = mx.full((len(rest_BR), R), -mx.inf).astype(mx.float64)
+    similar_BR[:, ::2] = similar_Bab.max(axis=-1)
     leaving = min(MOST_PER_ROUND, R - least, (R + 1) // 2)
-    rank_BR = mx.argsort(mx.argsort(-likeness_BR, axis=-1), axis=-1)
+    rank_BR = mx.argsort(mx.argsort(-similar_BR, axis=-1), axis=-1)
     return take(rest_BR, keep_highest(rank_BR >= leaving, R - leaving))

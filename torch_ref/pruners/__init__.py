@@ -1,6 +1,6 @@
-"""Every method once more, for parity: one file each, the same names and options.
+"""Every method in PyTorch, from its formulas: one file each, with the same name and options.
 
-`reduce` checks the budget and answers K = N, as the product's host does.
+`reduce` checks the budget and answers K = N itself, as `Pruner` in mlx_vlm_prune does.
 """
 
 import inspect
@@ -29,21 +29,30 @@ STAGES: dict[str, dict[str, ModuleType]] = {
 }
 METHODS = {name: method for stage in STAGES.values() for name, method in stage.items()}
 
-__all__ = ["METHODS", "STAGES", "Reduction", "Signals", "Step", "is_learned", "reduce", "wanted"]
+__all__ = [
+    "METHODS",
+    "STAGES",
+    "Reduction",
+    "Signals",
+    "Step",
+    "is_learned",
+    "reduce",
+    "signal_layers",
+]
 
-# What holds where a method's file says nothing of it.
+# What holds where a method's file lacks a name.
 DEFAULTS: dict[str, Any] = {
     "needs": {},  # the tokens alone
-    "prune": None,  # its weights choose
+    "prune": None,  # its weights have it
     "proportional": False,
-    "make_weights": None,  # it has no weights, or the model makes them
+    "make_weights": None,  # none, or the model makes them
     "learned": False,
     "fixed_options": lambda weights: {},
 }
 
 
 def entry(method: ModuleType, name: str) -> Any:
-    """What a method's file says of itself, or the default."""
+    """A name of a method's file, or the default."""
     return vars(method).get(name, DEFAULTS[name])
 
 
@@ -55,8 +64,8 @@ def is_learned(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """A method with its options and learned weights, and how many tokens it shall leave (None:
-    the whole budget)."""
+    """A method with its options and learned weights, and how many tokens it leaves (None: the whole
+    budget)."""
 
     name: str
     K: int | None = None
@@ -77,8 +86,8 @@ class Step:
         return entry(self.method, "proportional")
 
     def call(self, function: str, *arguments: Any) -> Any:
-        """One of the method's functions, with those options that it takes; where its weights
-        settle one, with that."""
+        """Call one of the method's functions with the options that it takes, and with those that
+        training fixed."""
         called = vars(self.method)[function]
         names = inspect.signature(called).parameters
         options = dict(self.options)
@@ -105,7 +114,8 @@ def reduce(name: str, signals: Signals, K: int, learned: Any = None, **options: 
 
 
 def signal_layers(step: Step, layers: int) -> dict[str, int | None]:
-    """What a tower of so many layers must hand over for a method, and of which layer."""
+    """The signals that a method needs of a tower of so many layers, with the layer of each or
+    None."""
     layer_of: dict[str, int | None] = {}
     prune = entry(step.method, "prune") or step.learned.prune
     for name, option in entry(step.method, "needs").items():

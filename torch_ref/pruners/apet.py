@@ -1,4 +1,4 @@
-"""ApET (arXiv:2602.19870): what a basis of distant tokens explains worst stays."""
+"""ApET (arXiv:2602.19870): the tokens that a basis of distant ones approximates worst stay."""
 
 from torch import Tensor
 
@@ -7,17 +7,16 @@ from .numerics import highest, nearest_mean
 
 
 def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
-    kept = [
-        sorted(highest(approximation_errors(x_ND.double(), basis), K)) for x_ND in signals.x_BND
-    ]
-    pairs = zip(signals.x_BND, kept, strict=True)
-    return weighted_reduction(
-        signals, [(index, nearest_mean(x_ND, index)) for x_ND, index in pairs]
-    )
+    pairs = []
+    for x_ND in signals.x_BND:
+        kept = sorted(highest(approximation_errors(x_ND.double(), basis), K))
+        pairs.append((kept, nearest_mean(x_ND, kept)))
+    return weighted_reduction(signals, pairs)
 
 
 def approximation_errors(x_ND: Tensor, basis: int) -> Tensor:
-    """Distance of each token from the span of the basis, of the longest token, nine digits."""
+    """Distance of each token from the span of the basis, (N,): a share of the longest token's
+    length, to nine digits."""
     length = x_ND.norm(dim=-1)
     x_ND = x_ND / length.max().clamp(min=1e-30)
     chosen = [int((length / length.max().clamp(min=1e-30)).round(decimals=12).argmax())]
@@ -26,11 +25,11 @@ def approximation_errors(x_ND: Tensor, basis: int) -> Tensor:
         chosen.append(int(distance.min(dim=1).values.argmax()))
     span: list[Tensor] = []
     for i in chosen:
-        left = x_ND[i].clone()
-        for direction in span:
-            left = left - (left @ direction) * direction
-        if left.norm() > 1e-9:
-            span.append(left / left.norm())
-    for direction in span:
-        x_ND = x_ND - (x_ND @ direction)[:, None] * direction
+        residual_D = x_ND[i].clone()
+        for direction_D in span:
+            residual_D = residual_D - (residual_D @ direction_D) * direction_D
+        if residual_D.norm() > 1e-9:
+            span.append(residual_D / residual_D.norm())
+    for direction_D in span:
+        x_ND = x_ND - (x_ND @ direction_D)[:, None] * direction_D
     return x_ND.norm(dim=-1).round(decimals=9)

@@ -1,4 +1,4 @@
-"""Rows at each cut in the decoder, so that the average over all layers is K."""
+"""Tokens left at each cut of a decoder method, so that the average over all layers is K."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from .contract import layer_at
 
 
 def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
-    """One cut: the layers before it hold N rows, the others share the rest evenly."""
+    """{layer: tokens left} of one cut: the layers before it hold N, the others share the rest."""
     at = layer_at(layer, layers)
     left = (layers * K - at * N) // (layers - at)
     if left < 1 or at < 1:
@@ -18,18 +18,18 @@ def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
 def several_cuts(
     layers: int, N: int, K: int, at: Sequence[float], counts: Callable[[float], list[int]]
 ) -> dict[int, int]:
-    """Several cuts, as generous (t from 0 to 1) as the average allows."""
-    where = [layer_at(layer, layers) for layer in at]
+    """{layer: tokens left} of several cuts, for the largest t that the average allows."""
+    places = [layer_at(layer, layers) for layer in at]
 
     def average(t: float) -> float:
-        plan, rows, now = dict(zip(where, counts(t), strict=True)), 0, N
+        left, total, held = dict(zip(places, counts(t), strict=True)), 0, N
         for layer in range(layers):
-            now = plan.get(layer, now)
-            rows += now
-        return rows / layers
+            held = left.get(layer, held)
+            total += held
+        return total / layers
 
     if average(0.0) > K:
-        raise ValueError(f"an average of {K} of {N} cannot be had by cuts at layers {where}")
+        raise ValueError(f"an average of {K} of {N} cannot be had by cuts at layers {places}")
     low, high = 0.0, 1.0
     for _ in range(40):
         t = (low + high) / 2
@@ -37,11 +37,11 @@ def several_cuts(
             low = t
         else:
             high = t
-    return dict(zip(where, counts(low), strict=True))
+    return dict(zip(places, counts(low), strict=True))
 
 
 def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
-    """One cut, and none left from `wipe` on; rounded up, as TwigVLM does."""
+    """{layer: tokens left} of one cut, with none left from `wipe` on; rounded up, as in TwigVLM."""
     at, end = layer_at(layer, layers), layer_at(wipe, layers)
     if not 1 <= at < end:
         raise ValueError(f"a cut at layer {at} has no room before a wipe at layer {end}")

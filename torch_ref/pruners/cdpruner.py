@@ -25,7 +25,8 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
 
 
 def greedy(relevance: Tensor, kernel_NN: Tensor, K: int) -> list[int]:
-    """The set that grows by the largest conditional variance; without any, by relevance."""
+    """The set that grows by the token of largest variance given the set; once that is 0, of largest
+    relevance."""
     variance = kernel_NN.diagonal().clone()
     factor: list[Tensor] = []
     kept: list[int] = []
@@ -36,8 +37,8 @@ def greedy(relevance: Tensor, kernel_NN: Tensor, K: int) -> list[int]:
         kept.append(j)
         if variance[j] > 1e-9:
             row = kernel_NN[j].clone()
-            for done in factor:
-                row -= done[j] * done
+            for earlier in factor:
+                row -= earlier[j] * earlier
             factor.append(row / variance[j].sqrt())
             variance = variance - factor[-1].square()
     return sorted(kept)

@@ -1,6 +1,6 @@
 """The K tokens that CLS attends to most, mean over heads: FasterVLM (arXiv:2412.01818).
 
-`layer` says whose attention; the caller hands that layer's over.
+`layer` is read by the caller, which gives the attention of that layer.
 """
 
 from .contract import Reduction, Signals

@@ -9,13 +9,14 @@ from .numerics import highest
 
 
 def distances(x_nD: Tensor) -> Tensor:
-    """Euclidean over the root of D, nine digits."""
+    """Euclidean distances divided by the root of D, to nine digits, (n, n)."""
     x_nD = x_nD.double()
     squares_nn = torch.stack([(x_nD - x_D).square().mean(-1) for x_D in x_nD])
     return squares_nn.sqrt().round(decimals=9)
 
 
 def density_peaks(distance_nn: Tensor, C: int, neighbours: int = 5) -> list[int]:
+    """The C points with the highest density times distance to a denser point, ascending."""
     n, density = len(distance_nn), []
     for row in distance_nn:
         near = sorted(row.tolist())[1 : 1 + min(neighbours, n - 1)]

@@ -1,4 +1,6 @@
-"""What a pruner sees and what it answers: the reference's copy of the contract.
+"""What a pruner is given, `Signals`, and what it answers with, a `Reduction`.
+
+Names are those of mlx_vlm_prune/pruners/contract.py, which explains each signal.
 
 Shapes: B images, N visual tokens, K kept, D features, H heads, d head size, T words.
 """
@@ -12,7 +14,7 @@ from torch import Tensor
 
 
 class Signals:
-    """The tokens of B images and what methods score them by, of which not all need be there."""
+    """The tokens of B images, and those of the signals below that the method needs."""
 
     x_BND: Tensor
     grid: tuple[int, int]
@@ -39,28 +41,31 @@ class Signals:
     mean_attention_BN: Tensor
     twig_attention_BN: Tensor
 
-    def __init__(self, x_BND: Tensor, grid: tuple[int, int], **scores: Tensor | None) -> None:
-        assert scores.keys() <= Signals.__annotations__.keys(), scores.keys()
-        self.__dict__ = {name: score for name, score in scores.items() if score is not None}
+    def __init__(self, x_BND: Tensor, grid: tuple[int, int], **others: Tensor | None) -> None:
+        assert others.keys() <= Signals.__annotations__.keys(), others.keys()
+        self.__dict__ = {name: value for name, value in others.items() if value is not None}
         self.x_BND, self.grid = x_BND, grid
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Tensor:
             if name in Signals.__annotations__:
-                raise AssertionError(f"{name} is read and was not given: is it in `needs`?")
+                raise AssertionError(
+                    f"{name} is missing: a method that reads it lists it in `needs`"
+                )
             raise AttributeError(name)
 
     def get(self, name: str) -> Tensor | None:
-        """What need not be there."""
+        """A signal, or None."""
         assert name in Signals.__annotations__, name
         return self.__dict__.get(name)
 
-    def replace(self, **scores: Any) -> "Signals":
-        return Signals(**{**self.__dict__, **scores})
+    def replace(self, **changed: Any) -> "Signals":
+        """A copy with these signals changed or added; None removes one."""
+        return Signals(**{**self.__dict__, **changed})
 
     def per_token(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
-        """With `change(signal, dim)` for every signal of which N is a dimension; x included."""
+        """A copy with `change(signal, dim of its tokens)` for all that is per token, x included."""
         changed: dict[str, Tensor] = {}
         for name, value in self.__dict__.items():
             letters = name.split("_")[-1]
@@ -69,19 +74,19 @@ class Signals:
         return self.replace(**changed)
 
     def take(self, index_BK: Tensor) -> "Signals":
-        """Of some tokens only; what is not per token stays."""
+        """The signals of some tokens; those that are not per token stay."""
 
-        def picked(value: Tensor, dim: int) -> Tensor:
+        def entries(value: Tensor, dim: int) -> Tensor:
             shape = [1] * value.ndim
             shape[0], shape[dim] = index_BK.shape
             return value.take_along_dim(index_BK.reshape(shape), dim)
 
-        return self.per_token(picked)
+        return self.per_token(entries)
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Which tokens stand for each kept slot, and how each slot is made."""
+    """How N tokens become K slots: the token that stands for each, and the weights that mix it."""
 
     index_BK: Tensor | None = None
     weight_BKN: Tensor | None = None
@@ -109,19 +114,19 @@ class Reduction:
         elif first.weight_BKN is None:
             assert first.index_BK is not None
             weight = torch.zeros(*self.weight_BKN.shape[:2], N).to(self.weight_BKN)
-            where = first.index_BK[:, None].expand_as(self.weight_BKN)
-            weight = weight.scatter(2, where, self.weight_BKN)
+            column = first.index_BK[:, None].expand_as(self.weight_BKN)
+            weight = weight.scatter(2, column, self.weight_BKN)
         else:
             weight = self.weight_BKN @ first.weight_BKN
         return Reduction(index, weight)
 
     def tokens(self, x_BND: Tensor) -> Tensor:
-        """The kept tokens: of x, or of the learned values where the pruner gave some."""
+        """Reduce the tokens, or the learned values in their place, to (B, K, D)."""
         return self.apply(x_BND if self.value_BND is None else self.value_BND)
 
 
 def layer_at(layer: float, depth: int) -> int:
-    """A layer below 1 is a share of the depth, a negative one counts from the end."""
+    """A layer's number: below 1 a share of the depth, negative from the end."""
     if 0 < layer < 1:
         return min(depth - 1, max(1, int(layer * depth + 0.5)))
     if not -depth <= layer < depth:
@@ -130,12 +135,12 @@ def layer_at(layer: float, depth: int) -> int:
 
 
 def index_reduction(signals: Signals, index: list[list[int]]) -> Reduction:
-    """One reduction of a batch, of the tokens chosen image by image."""
+    """The reduction of a batch to the tokens chosen in each image."""
     return Reduction(torch.tensor(index, device=signals.x_BND.device, dtype=torch.long))
 
 
 def weighted_reduction(signals: Signals, pairs: Iterable[tuple[list[int], Tensor]]) -> Reduction:
-    """The same with the weights (K, N) of each image's slots."""
+    """The reduction of a batch from each image's tokens and weights (K, N)."""
     index, weight = zip(*pairs, strict=True)
     weight_BKN = torch.stack(weight).float().to(signals.x_BND.device)
     return Reduction(index_reduction(signals, list(index)).index_BK, weight_BKN)

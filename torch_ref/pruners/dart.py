@@ -1,4 +1,4 @@
-"""DART (arXiv:2502.11494): pivots with large keys, and what is least like each of them."""
+"""DART (arXiv:2502.11494): pivots with large keys, and the tokens least similar to each of them."""
 
 import torch
 
@@ -14,19 +14,18 @@ def schedule(layers: int, N: int, K: int, layer: float = 2 / 32) -> dict[int, in
 
 
 def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
-    s = signals
     index = []
-    for b, real_T in enumerate(s.text_real_BT):
-        words_TD, tokens_ND = s.text_BTD[b][real_T], s.normed_BND[b]
-        size_N = s.keys_BND[b].double().abs().sum(-1).round(decimals=12)
-        size_T = s.text_keys_BTD[b][real_T].double().abs().sum(-1).round(decimals=12)
-        kept = highest(size_N, min(pivots, K))
-        by = [*cosine(tokens_ND)[kept], *cosine(words_TD, tokens_ND)[highest(size_T, pivots)]]
-        rest = K - len(kept)
-        for p, likeness in enumerate(by):
-            likeness = likeness.clone()
-            likeness[kept] = torch.inf
-            share = (p + 1) * rest // len(by) - p * rest // len(by)
-            kept = kept + highest(-likeness, share)
+    for b, real_T in enumerate(signals.text_real_BT):
+        words_TD, tokens_ND = signals.text_BTD[b][real_T], signals.normed_BND[b]
+        norm_N = signals.keys_BND[b].double().abs().sum(-1).round(decimals=12)
+        norm_T = signals.text_keys_BTD[b][real_T].double().abs().sum(-1).round(decimals=12)
+        kept, words = highest(norm_N, min(pivots, K)), highest(norm_T, pivots)
+        similar_PN = [*cosine(tokens_ND)[kept], *cosine(words_TD, tokens_ND)[words]]
+        P, rest = len(similar_PN), K - len(kept)
+        for p, similar_N in enumerate(similar_PN):
+            similar_N = similar_N.clone()
+            similar_N[kept] = torch.inf
+            share = (p + 1) * rest // P - p * rest // P
+            kept = kept + highest(-similar_N, share)
         index.append(sorted(kept))
-    return index_reduction(s, index)
+    return index_reduction(signals, index)

@@ -12,10 +12,11 @@ def prune(signals: Signals, K: int) -> Reduction:
 
 
 def max_min_set(distance_NN: Tensor, K: int) -> list[int]:
-    nearest_other = distance_NN.clone().fill_diagonal_(torch.inf).min(dim=1).values
-    kept = [int(nearest_other.argmax())]
+    """Each next token is the one whose nearest kept token is farthest."""
+    nearest_N = distance_NN.clone().fill_diagonal_(torch.inf).min(dim=1).values
+    kept = [int(nearest_N.argmax())]
     while len(kept) < K:
-        nearest = distance_NN[:, kept].min(dim=1).values
-        nearest[kept] = -torch.inf
-        kept.append(int(nearest.argmax()))
+        nearest_N = distance_NN[:, kept].min(dim=1).values
+        nearest_N[kept] = -torch.inf
+        kept.append(int(nearest_N.argmax()))
     return sorted(kept)

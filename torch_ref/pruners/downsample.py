@@ -1,4 +1,4 @@
-"""The image itself, made smaller: the largest grid of its own shape with at most K tokens."""
+"""The image itself, made smaller: the largest grid of its proportions with at most K tokens."""
 
 import torch
 
@@ -6,6 +6,7 @@ from .contract import Reduction
 
 
 def smaller_grid(grid: tuple[int, int], K: int) -> tuple[int, int]:
+    """(rows, columns) of at most K tokens."""
     scale = (K / (grid[0] * grid[1])) ** 0.5
     tries = [
         (int(grid[0] * scale) + up, int(grid[1] * scale) + across)
@@ -17,7 +18,7 @@ def smaller_grid(grid: tuple[int, int], K: int) -> tuple[int, int]:
 
 
 def block_means(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduction:
-    """What each new patch covers; it stands where the middle of that is."""
+    """Slots that are means of blocks of the whole image, each at its block's middle token."""
     (rows, columns), (r, c) = grid, small
     index, weight = [], torch.zeros(r * c, rows * columns)
     for k in range(r * c):

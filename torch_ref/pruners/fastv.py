@@ -1,4 +1,4 @@
-"""FastV (arXiv:2403.06764): after layer 2, what the prompt's last token attended to."""
+"""FastV (arXiv:2403.06764): after layer 2, by the attention of the prompt's last token."""
 
 from .budget import one_cut
 from .contract import Reduction, Signals

@@ -1,4 +1,4 @@
-"""VScan's encoder half (arXiv:2505.22654): the best of every window, then the best of the rest."""
+"""VScan's encoder half (arXiv:2505.22654): the highest of every window, then of the rest."""
 
 from .contract import Reduction, Signals, weighted_reduction
 from .grid import members, windows
@@ -11,7 +11,7 @@ def prune(
     signals: Signals, K: int, *, areas: int = 16, local: float = 0.5,
     local_layer: float = 6 / 24, layer: float = -1,
 ) -> Reduction:  # fmt: skip
-    N, first = signals.x_BND.shape[1], int(K * local)
+    N, local_K = signals.x_BND.shape[1], int(K * local)
     area_tokens = [members(w, signals.grid[1]) for w in windows(signals.grid, min(areas, N))]
     pairs = []
     for x_ND, early_N, late_N in zip(
@@ -19,7 +19,7 @@ def prune(
     ):
         kept: list[int] = []
         for i, area in enumerate(area_tokens):
-            share = (i + 1) * first // len(area_tokens) - i * first // len(area_tokens)
+            share = (i + 1) * local_K // len(area_tokens) - i * local_K // len(area_tokens)
             kept += [area[j] for j in highest(early_N[area], share)]
         rest = [i for i in highest(late_N, N) if i not in kept]
         kept = sorted(kept + rest[: K - len(kept)])

@@ -9,8 +9,8 @@ import math
 def windows(grid: tuple[int, int], K: int) -> list[tuple[int, int, int, int]]:
     """K windows (top, bottom, left, right), ends exclusive.
 
-    R bands of rows hold K / R windows each, as evenly as whole numbers allow; R is such
-    that windows are about as tall as wide, and that no band needs more windows than columns.
+    R bands of rows hold K / R windows each, as evenly as whole numbers allow. R is chosen so that
+    windows are about square and no band needs more windows than there are columns.
     """
     rows, columns = grid
     square = math.floor(math.sqrt(K * rows / columns) + 0.5)

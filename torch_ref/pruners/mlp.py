@@ -29,8 +29,8 @@ class Usefulness(nn.Module):
     def forward(self, signals: Signals) -> Tensor:
         """Scores (B, N)."""
         attention_BN1 = (signals.cls_attention_BN * signals.x_BND.shape[1] + 1e-6).log()[..., None]
-        both = torch.cat([self.norm(signals.x_BND), attention_BN1], dim=-1)
-        return self.fc2(F.relu(self.fc1(both)))[..., 0]
+        input_BND = torch.cat([self.norm(signals.x_BND), attention_BN1], dim=-1)
+        return self.fc2(F.relu(self.fc1(input_BND)))[..., 0]
 
     def log_need(self, signals: Signals) -> Tensor:
         """The log of how many tokens each image needs, (B,)."""
@@ -43,10 +43,10 @@ class Usefulness(nn.Module):
         return Reduction(keep_highest(score_BN.round(decimals=12), K))
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
-        """Each image's own K; K is their mean over images like those of the training."""
+        """Each image's budget; their mean is K over images like those of the training."""
         log_need_B = copy.deepcopy(self).double().log_need(in_double(signals))
-        share_B = (K * log_need_B.exp() / self.mean_need.double() + 0.5).floor()
-        return share_B.clamp(1, signals.x_BND.shape[1]).int().tolist()
+        budget_B = (K * log_need_B.exp() / self.mean_need.double() + 0.5).floor()
+        return budget_B.clamp(1, signals.x_BND.shape[1]).int().tolist()
 
 
 def in_double(signals: Signals) -> Signals:

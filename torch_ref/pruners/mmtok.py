@@ -1,4 +1,4 @@
-"""MMTok (arXiv:2508.18264): greedily what covers the words and the image."""
+"""MMTok (arXiv:2508.18264): greedily the tokens that cover the words and the image."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What choices are made with, in float64: the K highest scores, similarities, means.
+"""What methods choose by, in float64: the K highest scores, similarities, means.
 
 Shapes: B images, N tokens, M others, D features, K kept.
 """
@@ -8,18 +8,18 @@ from torch import Tensor
 
 
 def keep_highest(score_BN: Tensor, K: int) -> Tensor:
-    """The K highest scores' indices, ascending; of equal scores the lower index."""
+    """Indices (B, K), ascending, of the K highest scores; ties go to the lower index."""
     order_BN = score_BN.argsort(dim=-1, descending=True, stable=True)
     return order_BN[:, :K].sort(dim=-1).values
 
 
 def highest(score_N: Tensor, K: int) -> list[int]:
-    """The same of one image, the highest first."""
+    """The same for one image, the highest first."""
     return score_N.argsort(descending=True, stable=True)[:K].tolist()
 
 
 def cosine(x_ND: Tensor, y_MD: Tensor | None = None) -> Tensor:
-    """Cosine of every two tokens, (N, M), float64, to twelve digits; a zero token is like none."""
+    """Cosine similarity of every two tokens, (N, M), float64, to twelve digits."""
     x_ND = x_ND.double()
     y_MD = x_ND if y_MD is None else y_MD.double()
     x_ND, y_MD = (v / v.norm(dim=-1, keepdim=True).clamp(min=1e-6) for v in (x_ND, y_MD))
@@ -27,21 +27,21 @@ def cosine(x_ND: Tensor, y_MD: Tensor | None = None) -> Tensor:
 
 
 def scale_to_unit(score_N: Tensor) -> Tensor:
-    """Scaled by the lowest and the highest, float64; all equal is all 0."""
+    """Scores from 0 (the lowest) to 1 (the highest), float64; 0 where all are equal."""
     score_N = score_N.double()
     return (score_N - score_N.min()) / (score_N.max() - score_N.min()).clamp(min=1e-12)
 
 
 def nearest_slots(x_ND: Tensor, kept: list[int]) -> list[int]:
-    """The slot of each token: its own, or that of the kept one most like it."""
-    likeness = cosine(x_ND)
+    """The slot of each token: its own, or that of the kept one most similar to it."""
+    similar_NN = cosine(x_ND)
     return [
-        kept.index(i) if i in kept else int(likeness[i, kept].argmax()) for i in range(len(x_ND))
+        kept.index(i) if i in kept else int(similar_NN[i, kept].argmax()) for i in range(len(x_ND))
     ]
 
 
 def nearest_mean(x_ND: Tensor, kept: list[int]) -> Tensor:
-    """Weights (K, N) of kept tokens that become the mean of all whose slot is theirs."""
+    """Weights (K, N) by which each kept token becomes the mean of all tokens of its slot."""
     weight_KN = torch.zeros(len(kept), len(x_ND))
     weight_KN[nearest_slots(x_ND, kept), torch.arange(len(x_ND))] = 1
     return weight_KN / weight_KN.sum(dim=1, keepdim=True)

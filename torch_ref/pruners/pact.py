@@ -23,24 +23,25 @@ def schedule(layers: int, N: int, K: int, layer: float = 4 / 32) -> dict[int, in
 def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
     pairs, N = [], signals.x_BND.shape[1]
     n = K + int(clustered * (N - K))
-    for x_ND, row_N, keys_ND in zip(
+    for x_ND, attention_N, keys_ND in zip(
         signals.x_BND, signals.mean_attention_BN, signals.next_keys_BND, strict=True
     ):
-        length = x_ND.double().square().sum(-1).sqrt()
-        worth = (row_N.double() * length).round(decimals=12)
-        pairs.append(cluster(worth, 1 - cosine(keys_ND), K, n))
+        length_N = x_ND.double().square().sum(-1).sqrt()
+        worth_N = (attention_N.double() * length_N).round(decimals=12)
+        pairs.append(cluster(worth_N, 1 - cosine(keys_ND), K, n))
     return weighted_reduction(signals, pairs)
 
 
 def cluster(worth_N: Tensor, distance_NN: Tensor, K: int, n: int) -> tuple[list[int], Tensor]:
-    stay = highest(worth_N, n)
-    cutoff, middle = smallest_cutoff(distance_NN[stay][:, stay], K)
-    fill = [token for i, token in enumerate(stay) if i not in middle][: K - len(middle)]
-    kept = sorted([stay[i] for i in middle] + fill)
+    """K clusters of the n most worthy tokens, as their centres and weights (K, N)."""
+    worthy = highest(worth_N, n)
+    cutoff, centres = smallest_cutoff(distance_NN[worthy][:, worthy], K)
+    others = [token for i, token in enumerate(worthy) if i not in centres]
+    kept = sorted([worthy[i] for i in centres] + others[: K - len(centres)])
     weight_KN = torch.zeros(K, len(worth_N), dtype=torch.float64)
     for i in range(len(worth_N)):
         home = i if i in kept else min(kept, key=lambda c: (distance_NN[c, i].item(), c))
-        if i in kept or i in stay or distance_NN[home, i] <= 1.5 * cutoff:
+        if i in kept or i in worthy or distance_NN[home, i] <= 1.5 * cutoff:
             weight_KN[kept.index(home), i] = 1
     return kept, weight_KN / weight_KN.sum(dim=1, keepdim=True)
 
@@ -58,6 +59,7 @@ def smallest_cutoff(distance_nn: Tensor, K: int) -> tuple[float, list[int]]:
 
 
 def spaced_centres(distance_nn: Tensor, cutoff: float) -> list[int]:
+    """Centres in the order of density, each farther than the cutoff from all before it."""
     near_nn = (-(distance_nn / max(cutoff, 1e-6)).square()).exp()
     density = [round(v, 9) for v in near_nn.sum(dim=1).tolist()]
     centres: list[int] = []

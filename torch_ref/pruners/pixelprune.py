@@ -17,26 +17,25 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 
 def prune(signals: Signals, K: int, tolerance: float = 0.0) -> Reduction:
-    images = [
-        prediction_errors(image, signals.grid, tolerance) for image in signals.pixels_BND.float()
-    ]
-    return Reduction(keep_highest(torch.stack(images), K))
+    pixels_BNP, grid = signals.pixels_BND.float(), signals.grid
+    error_BN = torch.stack([prediction_errors(x_NP, grid, tolerance) for x_NP in pixels_BNP])
+    return Reduction(keep_highest(error_BN, K))
 
 
-def prediction_errors(patch_NP: Tensor, grid: tuple[int, int], tolerance: float) -> Tensor:
-    """The largest difference to the prediction, patch by patch, (N,)."""
+def prediction_errors(x_NP: Tensor, grid: tuple[int, int], tolerance: float) -> Tensor:
+    """Largest difference of each patch to its prediction, (N,)."""
     rows, columns = grid
     error = torch.full((rows * columns,), torch.inf)
     for i in range(1, rows * columns):
         row, column = divmod(i, columns)
         if row == 0:
-            guess = i - 1
+            predictor = i - 1
         elif column == 0:
-            guess = i - columns
+            predictor = i - columns
         else:
-            left, up, corner = (patch_NP[i - back] for back in (1, columns, columns + 1))
-            like_left = (corner - left).abs().max() <= tolerance
-            like_up = (corner - up).abs().max() <= tolerance
-            guess = i - columns if like_left and not like_up else i - 1
-        error[i] = (patch_NP[i] - patch_NP[guess]).abs().max()
+            left, up, corner = (x_NP[i - back] for back in (1, columns, columns + 1))
+            is_like_left = (corner - left).abs().max() <= tolerance
+            is_like_up = (corner - up).abs().max() <= tolerance
+            predictor = i - columns if is_like_left and not is_like_up else i - 1
+        error[i] = (x_NP[i] - x_NP[predictor]).abs().max()
     return error

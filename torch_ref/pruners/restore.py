@@ -13,7 +13,7 @@ from .numerics import nearest_slots
 def attention_bias(
     signals: Signals, kept: Reduction, strength: float = 1.0, theta: float = 1e4, dims: int = 128
 ) -> Tensor:
-    """(B, K), added to the attention that each kept token gets."""
+    """What is added to the logits of the attention to each kept token, (B, K)."""
     assert kept.index_BK is not None
     rates = [theta ** (-i / dims) for i in range(0, dims, 2)]
     bias_BK = torch.zeros(kept.index_BK.shape)

@@ -15,13 +15,13 @@ def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) ->
     return index_reduction(signals, index)
 
 
-def greedy_cover(worth_MN: Tensor, salient_N: Tensor, K: int) -> list[int]:
-    """Columns that cover every row to its largest entry, the most gain first."""
-    covered_M1 = torch.zeros(len(worth_MN), 1, dtype=torch.float64)
+def greedy_cover(similar_MN: Tensor, salient_N: Tensor, K: int) -> list[int]:
+    """K columns that greedily cover the M rows, each row by its largest entry among them."""
+    covered_M1 = torch.zeros(len(similar_MN), 1, dtype=torch.float64)
     kept: list[int] = []
     for _ in range(K):
-        gain = (worth_MN - covered_M1).clamp(min=0).sum(dim=0).round(decimals=12) * salient_N
+        gain = (similar_MN - covered_M1).clamp(min=0).sum(dim=0).round(decimals=12) * salient_N
         gain[kept] = -1
         kept.append(int(gain.argmax()))
-        covered_M1 = torch.maximum(covered_M1, worth_MN[:, kept[-1:]])
+        covered_M1 = torch.maximum(covered_M1, similar_MN[:, kept[-1:]])
     return sorted(kept)

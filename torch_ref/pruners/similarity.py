@@ -1,10 +1,10 @@
-"""Merge tokens that look alike: greedy clusters by cosine similarity, in raster order.
+"""Merge similar tokens: greedy clusters by cosine similarity, in raster order.
 
 fastvlm-token-pruning's "PruMerge-lite" (github.com/aledevv/fastvlm-token-pruning):
-a token joins the first earlier leader it resembles, or leads. `published` stops at
-K clusters, as its authors' code does, and so loses the rest of the image; without it
-the pass runs to the end, and clusters are made K by dropping the smallest leaders or
-by letting the least typical tokens stand alone.
+a token joins the first earlier leader it is similar to, or leads. `published` stops at
+K clusters, as its authors' code does, and so loses the rest of the image. Without it the pass
+runs to the end; then the smallest of too many clusters are dissolved, or, of too few, the tokens
+least similar to their leaders stand alone.
 
 Shapes: B images, N tokens, K slots.
 """

@@ -1,4 +1,4 @@
-"""SparseVLM (arXiv:2410.04417): the words that speak of the image judge it; some is recycled.
+"""SparseVLM (arXiv:2410.04417): by the attention of words about the image; some are recycled.
 
 Shapes: N tokens, K kept, T words, D features.
 """
@@ -23,14 +23,15 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
 
 
 def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
-    s, pairs = signals, []
-    for b, real_T in enumerate(s.text_real_BT):
-        logits = s.normed_BND[b].double() @ s.text_BTD[b][real_T].double().T
-        share = logits.softmax(dim=-1).mean(dim=0).round(decimals=12)
-        raters = share >= (share.sum() / len(share)).round(decimals=12)
-        score = s.text_attention_BTN[b][real_T][raters].double().mean(dim=0).round(decimals=12)
-        pairs.append(recycle_best_dropped(score, s.x_BND[b], K, recycle))
-    return weighted_reduction(s, pairs)
+    pairs = []
+    for b, real_T in enumerate(signals.text_real_BT):
+        logits_NT = signals.normed_BND[b].double() @ signals.text_BTD[b][real_T].double().T
+        share_T = logits_NT.softmax(dim=-1).mean(dim=0).round(decimals=12)
+        is_rater_T = share_T >= (share_T.sum() / len(share_T)).round(decimals=12)
+        attention_TN = signals.text_attention_BTN[b][real_T][is_rater_T].double()
+        score_N = attention_TN.mean(dim=0).round(decimals=12)
+        pairs.append(recycle_best_dropped(score_N, signals.x_BND[b], K, recycle))
+    return weighted_reduction(signals, pairs)
 
 
 def recycle_best_dropped(
@@ -43,10 +44,10 @@ def recycle_best_dropped(
     kept, pool = order[: K - C], sorted(order[K - C : K - C + max(recycled_count, C)])
     if C:
         distance_nn = distances(x_ND[pool])
-        middle = density_peaks(distance_nn, C)
+        centres = density_peaks(distance_nn, C)
         for i in range(len(pool)):
-            home = i if i in middle else min(middle, key=lambda c: (distance_nn[i, c].item(), c))
+            home = i if i in centres else min(centres, key=lambda c: (distance_nn[i, c].item(), c))
             weight_NN[pool[home], pool[i]] = 1
-        kept = kept + [pool[c] for c in middle]
+        kept = kept + [pool[c] for c in centres]
     kept = sorted(kept)
     return kept, weight_NN[kept]

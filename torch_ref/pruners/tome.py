@@ -1,6 +1,6 @@
-"""ToMe (arXiv:2210.09461): in each layer the tokens most alike by their keys merge.
+"""ToMe (arXiv:2210.09461): in each layer the tokens with the most similar keys merge.
 
-Of the tokens after CLS those at odd places look among those at even places. A merged
+Each token at an odd place finds the most similar of those at even places. A merged
 token is the mean of its members, each as heavy as it already is.
 
 Shapes: n tokens, K left, d head size.
@@ -47,11 +47,11 @@ def merge(
 ) -> tuple[list[list[int]], Tensor, Tensor]:
     """One round of merges."""
     n = len(groups)
-    likeness = cosine(keys_nd[1::2], keys_nd[::2])
-    closest = likeness.max(dim=1)
+    similar_ab = cosine(keys_nd[1::2], keys_nd[::2])
+    closest = similar_ab.max(dim=1)
     into = {i: [i] for i in range(n)}
-    for a in highest(closest.values, min(n - K, len(likeness))):
-        into[2 * int(likeness[a].argmax())].append(2 * a + 1)
+    for a in highest(closest.values, min(n - K, len(similar_ab))):
+        into[2 * int(similar_ab[a].argmax())].append(2 * a + 1)
         del into[2 * a + 1]
     keys, sizes, merged = [], [], []
     for _, members in sorted(into.items()):

@@ -1,4 +1,4 @@
-"""TwigVLM (arXiv:2503.14075): what the last word looks at in the twig; late layers see no image.
+"""TwigVLM (arXiv:2503.14075): by the last token's attention in the twig; late layers hold none.
 
 Its speculative decoding is `torch_ref.generation.speculation`.
 """

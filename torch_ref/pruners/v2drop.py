@@ -1,4 +1,4 @@
-"""V2Drop (arXiv:2509.01552): what a layer changed least leaves, and all of it in the end."""
+"""V2Drop (arXiv:2509.01552): the tokens a layer changed least leave, in the end all of them."""
 
 from .budget import several_cuts
 from .contract import Reduction, Signals

@@ -1,4 +1,4 @@
-"""VisPruner (arXiv:2412.01818): half by CLS attention, half by thinning out what is alike."""
+"""VisPruner (arXiv:2412.01818): half by CLS attention, half by thinning out similar tokens."""
 
 from torch import Tensor
 
@@ -14,17 +14,18 @@ def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1
     return index_reduction(signals, index)
 
 
-def select_tokens(likeness: Tensor, attention_N: Tensor, K: int, first: int) -> list[int]:
+def select_tokens(similar_NN: Tensor, attention_N: Tensor, K: int, count: int) -> list[int]:
+    """`count` tokens by attention, and K - count unlike the others."""
     order = highest(attention_N, len(attention_N))
-    important, rest = order[:first], order[first:]
-    while len(rest) > K - first:
-        if first == K:
+    important, rest = order[:count], order[count:]
+    while len(rest) > K - count:
+        if count == K:
             rest = []
             break
-        drop = min(8, len(rest) - (K - first), (len(rest) + 1) // 2)
-        scored = [
-            (-likeness[a, rest[1::2]].max().item(), place) for place, a in enumerate(rest[::2])
-        ]
-        gone = {2 * place for _, place in sorted(scored)[:drop]}
-        rest = [token for place, token in enumerate(rest) if place not in gone]
+        leaving = min(8, len(rest) - (K - count), (len(rest) + 1) // 2)
+        most_similar = sorted(
+            (-similar_NN[a, rest[1::2]].max().item(), 2 * i) for i, a in enumerate(rest[::2])
+        )
+        dropped = {i for _, i in most_similar[:leaving]}
+        rest = [token for i, token in enumerate(rest) if i not in dropped]
     return sorted(important + rest)
