@@ -59,7 +59,7 @@ class Times:
         return self.image + self.vision + self.prefill
 
     @property
-    def most(self) -> float:
+    def most_speedup(self) -> float:
         """The speedup of a method behind the tower that keeps no token: the upper bound."""
         return self.total / (self.image + self.vision)
 
@@ -88,8 +88,8 @@ class Advice:
             f"{t.token:.1f} ms, with all {self.tokens} visual tokens of an image.",
             f"Of the time to the first token, opening the image takes {share['image']:.0%}, the "
             f"vision tower {share['vision']:.0%}, projector and prompt {share['prefill']:.0%}.",
-            f"Behind the tower no method can win more than {t.most:.2f} x, even if nothing were "
-            f"left; with {self.kept} tokens {speedups['behind']:.2f} x is to be expected.",
+            f"Behind the tower no method can win more than {t.most_speedup:.2f} x, even if nothing "
+            f"were left; with {self.kept} tokens {speedups['behind']:.2f} x is to be expected.",
             f"Inside the tower ({INSIDE_TOWER}) the operation count lets expect "
             f"{speedups['inside']:.2f} x, of a smaller image ({SMALLER_IMAGE}) "
             f"{speedups['smaller']:.2f} x, with {self.kept} tokens.",

@@ -92,25 +92,25 @@ def test_nothing_is_pruned_where_all_tokens_meet_the_budget():
 
 def test_of_several_images_each_has_k():
     """Two take 5 + 180 + 2 + 8 + 2 K: 5 of 205 ms."""
-    known = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
-    assert chosen(Budget(ms=205), known, images=2).K == 5
+    calibration = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
+    assert chosen(Budget(ms=205), calibration, images=2).K == 5
 
 
 def test_a_method_inside_the_tower_has_a_tower_time_for_every_k():
     """20 ms and 5 more a token: with 120 for all, 5 + 20 + 5 K + 1 + 8 + K allows 11 of 100."""
     inside = [run(K, vision=20.0 + 5 * K) for K in (1, 8, 15)]
-    known = calibrations.of(
+    calibration = calibrations.of(
         *inside, run(N, vision=120.0), run(8, LONG_TEXT, vision=60.0), in_tower=True
     )
-    assert chosen(Budget(ms=100), known).K == 11
+    assert chosen(Budget(ms=100), calibration).K == 11
 
 
 def test_nineteen_of_twenty_runs_meet_the_budget():
     """Of 45 runs with three runs before them two may be slow; the choice allows for a third."""
     assert chosen(Budget(ms=120), slowed(1.1, {10, 20})).K == 6
-    known = slowed(1.1, {10, 20, 30})
-    assert chosen(Budget(ms=1.1 * 120), known).K == 6
-    assert chosen(Budget(ms=1.1 * 120 - 0.01), known).K == 5
+    calibration = slowed(1.1, {10, 20, 30})
+    assert chosen(Budget(ms=1.1 * 120), calibration).K == 6
+    assert chosen(Budget(ms=1.1 * 120 - 0.01), calibration).K == 5
 
 
 def test_there_is_a_least_slack_however_steady_the_calibration_was(monkeypatch):

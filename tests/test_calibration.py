@@ -54,9 +54,13 @@ def cache(tmp_path, monkeypatch):
 
 def test_every_number_of_images_has_its_own_prediction():
     """Two images at once take 180 in the tower, 10 % less than twice one: three take 260."""
-    known = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
-    assert known.ms(4, SHORT_TEXT, 2) == pytest.approx({"vision": 180, "pruner": 2, "prefill": 16})
-    assert known.ms(4, SHORT_TEXT, 3) == pytest.approx({"vision": 260, "pruner": 3, "prefill": 20})
+    calibrated = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
+    assert calibrated.ms(4, SHORT_TEXT, 2) == pytest.approx(
+        {"vision": 180, "pruner": 2, "prefill": 16}
+    )
+    assert calibrated.ms(4, SHORT_TEXT, 3) == pytest.approx(
+        {"vision": 260, "pruner": 3, "prefill": 20}
+    )
 
 
 def test_a_pruner_that_reads_the_text_takes_longer_with_more_of_it():
@@ -79,11 +83,11 @@ def test_a_method_inside_the_tower_has_a_tower_time_for_every_k():
 
 
 def test_many_k_are_predicted_at_once_as_one_by_one():
-    known = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
+    calibrated = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
     settings = np.array([(1, 8, 1), (5, 60, 2), (N, 300, 3)])
-    together = known.ms(*settings.T)
+    together = calibrated.ms(*settings.T)
     for n, setting in enumerate(settings.tolist()):
-        assert {part: ms[n] for part, ms in together.items()} == known.ms(*setting)
+        assert {part: ms[n] for part, ms in together.items()} == calibrated.ms(*setting)
 
 
 @given(st.lists(st.floats(0, 1000), min_size=1, max_size=12))
@@ -131,14 +135,14 @@ def test_a_smaller_image_has_only_sizes_that_differ(loaded):
 def test_a_calibration_runs_from_the_least_k_to_all(loaded, home, spec):
     model, _ = loaded
     pipeline, inputs = plan(spec), inputs_of(loaded, home, images=2)
-    known = measure(model, pipeline, inputs)
-    assert {r.setting for r in known.runs} == set(settings_to_run(model, pipeline, inputs))
-    assert {r.K for r in known.runs} >= {feasible(model, spec)[0], model.N}
-    assert {r.images for r in known.runs} == {1, 2}
-    assert known.in_tower == ("tome" in spec or spec == "downsample")
-    assert all(set(r.ms) == set(r.nbytes) == set(PARTS) for r in known.runs)
-    assert known.nbytes(model.N, SHORT_TEXT, 1)["prefill"] > 0
-    ms = known.ms(8, 20, 1)
+    calibrated = measure(model, pipeline, inputs)
+    assert {r.setting for r in calibrated.runs} == set(settings_to_run(model, pipeline, inputs))
+    assert {r.K for r in calibrated.runs} >= {feasible(model, spec)[0], model.N}
+    assert {r.images for r in calibrated.runs} == {1, 2}
+    assert calibrated.in_tower == ("tome" in spec or spec == "downsample")
+    assert all(set(r.ms) == set(r.nbytes) == set(PARTS) for r in calibrated.runs)
+    assert calibrated.nbytes(model.N, SHORT_TEXT, 1)["prefill"] > 0
+    ms = calibrated.ms(8, 20, 1)
     assert min(ms["vision"], ms["prefill"]) > 0
     assert (ms["pruner"] > 0) == (spec not in ("tome", "downsample"))  # those are in the tower's
 
@@ -155,11 +159,11 @@ def test_a_synthetic_prompt_has_the_text_and_images_of_its_setting(loaded, image
 
 def test_a_saved_calibration_is_read_back_exactly(loaded, home, cache):
     model, processor = loaded
-    known = calibrate(model, processor.folder, plan("norm"), inputs_of(loaded, home))
+    calibrated = calibrate(model, processor.folder, plan("norm"), inputs_of(loaded, home))
     (file,) = (cache / "calibrations").iterdir()
     again = load_calibration(file, environment(model.dtype))
-    assert again and again == known
-    assert again.ms(5, 11, 1) == known.ms(5, 11, 1) and again.slack == known.slack
+    assert again and again == calibrated
+    assert again.ms(5, 11, 1) == calibrated.ms(5, 11, 1) and again.slack == calibrated.slack
 
 
 def test_a_saved_calibration_is_not_measured_again(loaded, home, cache, monkeypatch):
@@ -167,10 +171,10 @@ def test_a_saved_calibration_is_not_measured_again(loaded, home, cache, monkeypa
     inputs, pipeline = inputs_of(loaded, home), plan("norm")
     path = save_calibration(loaded, home, cache)
     monkeypatch.setattr(calibration, "measure", never)
-    known = calibrate(model, processor.folder, pipeline, inputs)
-    assert known == load_calibration(path, environment(model.dtype))
+    calibrated = calibrate(model, processor.folder, pipeline, inputs)
+    assert calibrated == load_calibration(path, environment(model.dtype))
     monkeypatch.setattr(calibration, "load_calibration", never)  # the process has it in memory
-    assert calibrate(model, processor.folder, pipeline, inputs) is known
+    assert calibrate(model, processor.folder, pipeline, inputs) is calibrated
 
 
 def never(*_):
@@ -229,9 +233,9 @@ def test_more_images_or_text_than_were_run_are_calibrated_anew(loaded, home, cac
     model, processor = loaded
     save_calibration(loaded, home, cache)
     inputs = inputs_of(loaded, home, **more)
-    known = calibrate(model, processor.folder, plan("norm"), inputs)
-    assert max(r.text for r in known.runs) >= inputs.text
-    assert max(r.images for r in known.runs) == len(inputs.visible)
+    calibrated = calibrate(model, processor.folder, plan("norm"), inputs)
+    assert max(r.text for r in calibrated.runs) >= inputs.text
+    assert max(r.images for r in calibrated.runs) == len(inputs.visible)
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -84,6 +84,6 @@ def test_a_setting_is_run_as_often_as_the_time_allows(home, monkeypatch, value, 
 
     monkeypatch.setattr(calibration, "run_once", run_once)
     model, processor = load(home / "mlx")
-    known = measure(model, plan("norm"), prepare(model, processor, "red ?", [home / "a.png"]))
-    settings = {run.setting for run in known.runs}
-    assert {sum(run.setting == s for run in known.runs) for s in settings} == {rounds}
+    calibrated = measure(model, plan("norm"), prepare(model, processor, "red ?", [home / "a.png"]))
+    settings = {run.setting for run in calibrated.runs}
+    assert {sum(run.setting == s for run in calibrated.runs) for s in settings} == {rounds}

@@ -1,5 +1,5 @@
-"""Promises of the sources: written in the oldest Python that is allowed, and every module can be
-imported alone, on whichever Python the tests run, without a warning."""
+"""Every source is valid in the oldest Python allowed, and every module can be imported without a
+warning on the Python that runs the tests."""
 
 import ast
 import importlib
@@ -23,9 +23,9 @@ MODULES = [
 
 
 def oldest() -> tuple[int, int]:
-    found = re.search(r'^requires-python = ">=(\d+)\.(\d+)"$', CONFIG, re.M)
-    assert found
-    return int(found[1]), int(found[2])
+    version = re.search(r'^requires-python = ">=(\d+)\.(\d+)"$', CONFIG, re.M)
+    assert version
+    return int(version[1]), int(version[2])
 
 
 def test_the_linter_checks_for_the_oldest_python():
@@ -38,16 +38,16 @@ def test_every_source_is_written_in_the_oldest_python():
         ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path), feature_version=oldest())
 
 
-EXTRAS = {"torch_ref": "torch", "mlx_vlm_prune.hosts": "mlx_vlm"}  # what some parts stand on
+EXTRAS = {"torch_ref": "torch", "mlx_vlm_prune.hosts": "mlx_vlm"}  # the package that a part needs
 
 
 @pytest.mark.parametrize("part", ["mlx_vlm_prune", "convert", *EXTRAS])
 def test_every_module_can_be_imported(part):
     if part in EXTRAS:
         pytest.importorskip(EXTRAS[part], reason=f"{EXTRAS[part]} is not installed")
-    elsewhere = tuple(f"{other}." for other in EXTRAS if other != part)
+    other_parts = tuple(f"{other}." for other in EXTRAS if other != part)
     names = [name for name in MODULES if f"{name}.".startswith(f"{part}.")]
     assert names
     for name in names:
-        if not name.startswith(elsewhere):
+        if not name.startswith(other_parts):
             importlib.import_module(name)

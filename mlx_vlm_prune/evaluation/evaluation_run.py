@@ -149,9 +149,9 @@ class EvaluationRun:
         full = answers[0].ids if answers else []
         return AnsweredBatch(
             batch.upto, batch.numbers,
-            said=[[decode(ids) for ids in one.ids] for one in answers],
-            logprob=[one.logprob_B.tolist() for one in answers],
-            loyal=[[a == b for a, b in zip(one.ids, full, strict=True)] for one in answers],
+            said=[[decode(ids) for ids in method.ids] for method in answers],
+            logprob=[method.logprob_B.tolist() for method in answers],
+            loyal=[[a == b for a, b in zip(method.ids, full, strict=True)] for method in answers],
             seconds=time.perf_counter() - start, sizes=sizes, skipped=batch.skipped,
             refused=failures,
         )  # fmt: skip

@@ -114,9 +114,10 @@ class BudgetChoice:
             (self.budget.gb, answer.peak_memory, self.expected.gb, 3, "GB"),
         )
         parts = [
-            f"{took:.{digits}f} {unit} of {limit:g} {unit} (predicted {expected:.{digits}f} {unit},"
-            f" {100 * abs(took / expected - 1):.1f} % off)"
-            for limit, took, expected, digits, unit in figures
+            f"{measured:.{digits}f} {unit} of {limit:g} {unit}"
+            f" (predicted {expected:.{digits}f} {unit},"
+            f" {100 * abs(measured / expected - 1):.1f} % off)"
+            for limit, measured, expected, digits, unit in figures
             if limit is not None
         ]
         return f"Budget {'met' if self.is_met(answer) else 'missed'}: {', '.join(parts)}"
