@@ -8,6 +8,7 @@ Without arguments: a sample question about a sample scene, full beside pruned.
 import argparse
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,12 +46,13 @@ if TYPE_CHECKING:
 
 __all__ = ["batch_generate", "generate", "main", "stream_generate"]
 
+logger = logging.getLogger("mlx_vlm_prune")
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 SAMPLE_PROMPT = "What does the sign say?"
 SAMPLE_PRUNER = "cls_attention"
 SAMPLE_OVERLAY = Path("kept.png")
 SCENES_ONLY = (
-    "note: the built-in model knows its own drawn scenes only, not photographs; for those convert"
+    "the built-in model knows its own drawn scenes only, not photographs; for those convert"
     " a trained checkpoint (python -m mlx_vlm_prune convert to-mlx --help) and give it as --model"
 )
 
@@ -166,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--compare sets a pruner beside none; give a --pruner")
     model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
     if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in args.image):
-        print(SCENES_ONLY, file=sys.stderr)
+        logger.warning(SCENES_ONLY)
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temperature, top_p=args.top_p, seed=args.seed,
@@ -261,7 +263,7 @@ def _choose(
         max_tokens=args.max_tokens, template=args.chat_template_config,
     )  # fmt: skip
     if choice.reason:
-        print(f"note: {choice.reason}", file=sys.stderr)
+        logger.warning(choice.reason)
     elif args.verbose:
         print(choice)
     return choice

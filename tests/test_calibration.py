@@ -240,7 +240,7 @@ def test_more_images_or_text_than_were_run_are_calibrated_anew(loaded, home, cac
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_cache_that_cannot_be_written_gives_a_note_and_no_error(
-    loaded, home, cache, capsys, monkeypatch, full
+    loaded, home, cache, caplog, monkeypatch, full
 ):
     def write_text(self, *args, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
@@ -250,14 +250,14 @@ def test_a_cache_that_cannot_be_written_gives_a_note_and_no_error(
     else:
         cache.write_text("a file where the folder would be")
     calibrate(loaded[0], loaded[1].folder, plan("norm"), inputs_of(loaded, home))
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "note:" in x]
+    (line,) = caplog.messages
     assert "cannot be kept" in line and str(cache) in line
 
 
-def test_the_calibration_of_a_busy_machine_is_not_saved(loaded, home, cache, monkeypatch, capsys):
+def test_the_calibration_of_a_busy_machine_is_not_saved(loaded, home, cache, monkeypatch, caplog):
     busy = slowed(3.0, set(range(5, 48, 5)))
     monkeypatch.setattr(calibration, "measure", lambda *_: busy)
     monkeypatch.setattr(calibration, "BUSY_SLACK", 1.5)
     calibrate(loaded[0], loaded[1].folder, plan("norm"), inputs_of(loaded, home))
-    assert "3.0 x as long as usual" in capsys.readouterr().err
+    assert "3.0 x as long as usual" in caplog.text
     assert not cache.exists()

@@ -1,6 +1,7 @@
 """What all command lines share: options, `--help`, `--version`, and how a command ends."""
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -103,15 +104,48 @@ def whole(least: int, text: str, most: int | None = None) -> int:
     return int(text)
 
 
+class _NoteHandler(logging.Handler):
+    """Writes what the library logs to stderr, as `note: …`."""
+
+    def __init__(self, parser: Parser | None) -> None:
+        super().__init__()
+        self.parser = parser
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note = record.getMessage()
+        if sys.stderr:
+            note = self.parser.with_flags(note) if self.parser else note
+            print(f"note: {note}", file=sys.stderr)
+
+
+@contextmanager
+def notes_on_stderr(parser: Parser | None = None) -> Iterator[None]:
+    """Inside the block the library's messages, from level INFO on, go to stderr.
+
+    Of two blocks inside one another the inner one writes. `parser` says which flags a note names.
+    """
+    logger = logging.getLogger(PACKAGE)
+    handlers, level = logger.handlers, logger.level
+    others = [handler for handler in handlers if not isinstance(handler, _NoteHandler)]
+    logger.handlers = [*others, _NoteHandler(parser)]
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+        logger.setLevel(level)
+
+
 @contextmanager
 def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
     """How a command ends: a mistake, a missing package or a file that cannot be written in one
     sentence and exit code 2; an interrupt in 130; silently where a reader such as `head` has gone.
 
-    `parser` says which flags the sentence names.
+    What the library logs goes to stderr. `parser` says which flags a sentence names.
     """
     try:
-        yield
+        with notes_on_stderr(parser):
+            yield
         print(end="", flush=True)  # a reader may be gone, or there may be none
     except UserError as e:
         _refuse(parser.with_flags(str(e)) if parser else str(e))

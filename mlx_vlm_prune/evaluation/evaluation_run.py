@@ -3,6 +3,7 @@
 Shapes: Q questions, P methods with their budgets, B questions of a batch.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from .judge import AnswerTable
 from .question_set import QuestionSet
 from .questions import BadRecords, Question
 from .resume import AnsweredBatch, ResumeFile
+
+logger = logging.getLogger("mlx_vlm_prune")
 
 
 class EvaluatedModel(Protocol):
@@ -106,7 +109,7 @@ class EvaluationRun:
         for batch in resume_file.read():
             self._record(batch)
         if self.batches:
-            print(f"going on after {self.done} of {len(self.questions)} questions", file=sys.stderr)
+            logger.info("going on after %d of %d questions", self.done, len(self.questions))
         total = len(self.questions) * len(self.methods)
         initial = self.done * len(self.methods)
         with tqdm(total=total, initial=initial, desc="answers", file=sys.stderr) as bar:

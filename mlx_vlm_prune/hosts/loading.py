@@ -3,7 +3,7 @@
 Some checkpoints name code of their own, which mlx-vlm would run; here nothing from a folder is run.
 """
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..machine import blas
 from ..models.loading import find_folder, load_folder, weights_dtype
 from .families import FAMILIES, REFUSED
 
+logger = logging.getLogger("mlx_vlm_prune")
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
 
 
@@ -70,7 +71,7 @@ def _load_mlx_vlm(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any,
     config = read_json(folder / "config.json")
     if code := config.get("model_file"):
         raise UserError(f"{folder} wants its own {code} to be run, and no code from a folder is")
-    print(f"importing mlx-vlm for a {kind} model; this takes some seconds", file=sys.stderr)
+    logger.info("importing mlx-vlm for a %s model; this takes some seconds", kind)
     try:
         from mlx_vlm.utils import load as mlx_vlm_load
     except ImportError as problem:

@@ -15,6 +15,7 @@ Shapes: N visual tokens of an image, K kept, R runs.
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import random
@@ -45,6 +46,7 @@ from ..pruners.budget import feasible_budgets
 from .operations import cache_bytes
 from .prediction import PARTS, Run, Setting, Table, predict, tabulate
 
+logger = logging.getLogger("mlx_vlm_prune")
 SECONDS_VARIABLE = "MLX_VLM_PRUNE_CALIBRATION_SECONDS"
 DEFAULT_SECONDS = 8.0
 # Rounds over all settings: as many as fit into the seconds, from FEWEST_ROUNDS to MOST_ROUNDS. Of a
@@ -246,12 +248,12 @@ def load_calibration(path: Path, expected: Mapping[str, Any]) -> Calibration | N
 
 
 def _save(path: Path, calibration: Calibration) -> None:
-    """Save a calibration, unless the machine was busy with something else. Notes go to stderr."""
+    """Save a calibration, unless the machine was busy with something else. Logs why."""
     if calibration.slack > BUSY_SLACK:
-        print(
-            f"note: while calibrating, runs took up to {calibration.slack:.1f} x as long as usual:"
-            " the machine is busy, budgets are chosen with care, and the next run calibrates anew",
-            file=sys.stderr,
+        logger.warning(
+            "while calibrating, runs took up to %.1f x as long as usual: the machine is busy,"
+            " budgets are chosen with care, and the next run calibrates anew",
+            calibration.slack,
         )
         return
     content = asdict(calibration)
@@ -259,5 +261,4 @@ def _save(path: Path, calibration: Calibration) -> None:
     try:
         write_cached(path, json.dumps(content, indent=1) + "\n")
     except UserError as e:
-        note = f"note: the calibration cannot be kept, so the next run makes it anew: {e}"
-        print(note, file=sys.stderr)
+        logger.warning("the calibration cannot be kept, so the next run makes it anew: %s", e)

@@ -5,6 +5,8 @@ As in the papers, the layers before a decoder method's first cut hold all N toke
 Shapes: N visual tokens of an image, K kept; for a decoder method in the average layer.
 """
 
+import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
@@ -14,7 +16,8 @@ from . import downsample
 from .contract import Stage
 from .pipeline import Pipeline, layer_at
 
-DEFAULT_KEEP_RATIO = 0.5
+logger = logging.getLogger("mlx_vlm_prune")
+DEFAULT_KEEP_RATIO = 0.5  # of an image's visual tokens, without a budget, in every way in
 
 
 def tokens_for(N: int, ratio: float) -> int:
@@ -40,7 +43,7 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
             return pruner.trained_tokens
-        keep_ratio = 1.0 if pruner.spec == "none" else DEFAULT_KEEP_RATIO
+        keep_ratio = 1.0 if pruner.spec == "none" else _default_keep_ratio(pruner.spec)
     K = tokens_for(N, keep_ratio) if keep_ratio is not None else keep_tokens
     assert K is not None
     if pruner.spec == "none" and K != N:
@@ -51,6 +54,13 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
             f" tokens; it cannot keep {K}"
         )
     return K
+
+
+@functools.cache
+def _default_keep_ratio(spec: str) -> float:
+    """The share that a method keeps without a budget; it is logged once for each method."""
+    logger.warning("%s has no budget and keeps keep_ratio=%g", spec, DEFAULT_KEEP_RATIO)
+    return DEFAULT_KEEP_RATIO
 
 
 def feasible_budgets(pipeline: Pipeline, grid: tuple[int, int], layers: int) -> list[int]:

@@ -10,6 +10,7 @@ Shapes: B prompts, L new tokens, S rows seen, D features, V words, H heads, G ke
 d head size.
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ..cache import LayerCache
 from . import mamba
 from .minimind import LayerStack, Step, attend
 
+logger = logging.getLogger("mlx_vlm_prune")
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
 
 
@@ -212,8 +214,7 @@ class MlxLm(LayerStack):
 def _build(config: MlxLmConfig, family: Family) -> Any:
     """A model of mlx-lm's, its weights not yet read. Raises UserError without mlx-lm."""
     if "mlx_lm" not in sys.modules:
-        what = f"importing mlx-lm for a {config.model_type} model; this takes some seconds"
-        print(what, file=sys.stderr)
+        logger.info("importing mlx-lm for a %s model; this takes some seconds", config.model_type)
     try:
         models = import_module(f"mlx_lm.models.{family.module}")
     except ImportError as problem:
