@@ -31,6 +31,7 @@ __all__ = [
 _HOME = {
     "load": "hosts.loading",
     "generate": "generate",
+    "batch_generate": "generate",
     "stream_generate": "generate",
     "PRUNERS": "pruners",
     "Pruner": "pruners",

@@ -32,11 +32,12 @@ def batch_requests(
         raise UserError("prompts is one string; give a list of prompts")
     prompts = list(prompts)
     images = [None] * len(prompts) if images is None else images
-    if isinstance(images, ImageSource) or len(images) != len(prompts):
-        count = 1 if isinstance(images, ImageSource) else len(images)
+    if isinstance(images, ImageSource):
+        raise UserError(f"images is {images!r}; give a list with an entry for each prompt")
+    if len(images) != len(prompts):
         raise UserError(
-            f"prompts are {len(prompts)} and images {count}; give an entry for each prompt, which"
-            " may be a list or None"
+            f"prompts are {len(prompts)} and images {len(images)}; give an entry for each prompt,"
+            " which may be a list or None"
         )
     if options.get("num_draft_tokens") is not None:
         raise UserError("num_draft_tokens is for one prompt at a time; leave it out of a batch")
