@@ -16,15 +16,18 @@ from .machine import blas
 blas.prepare()  # whatever of ours is imported first: before mlx, or never
 
 if TYPE_CHECKING:
-    from .generate import generate, stream_generate
+    from .checkpoints.errors import UserError
+    from .generate import batch_generate, generate, stream_generate
+    from .generation.result import GenerationResponse, GenerationResult
     from .hosts.attach import attach, pruned
     from .hosts.loading import load
     from .pruners import METHODS as PRUNERS
     from .pruners import Pruner, Reduction, Signals, Stage, register_pruner
 
 __all__ = [
-    "PRUNERS", "Pruner", "Reduction", "Signals", "Stage", "__version__", "attach", "generate",
-    "load", "pruned", "register_pruner", "stream_generate",
+    "PRUNERS", "GenerationResponse", "GenerationResult", "Pruner", "Reduction", "Signals", "Stage",
+    "UserError", "__version__", "attach", "batch_generate", "generate", "load", "pruned",
+    "register_pruner", "stream_generate",
 ]  # fmt: skip
 
 # Nothing heavy is imported before it is used. The module generate.py is itself callable.
@@ -33,6 +36,9 @@ _HOME = {
     "generate": "generate",
     "batch_generate": "generate",
     "stream_generate": "generate",
+    "GenerationResponse": "generation.result",
+    "GenerationResult": "generation.result",
+    "UserError": "checkpoints.errors",
     "PRUNERS": "pruners",
     "Pruner": "pruners",
     "Reduction": "pruners",

@@ -211,7 +211,12 @@ def _write_files(
 
 
 def _answer(
-    args: argparse.Namespace, model: Any, processor: Any, prompt: str, options: dict, title: str
+    args: argparse.Namespace,
+    model: Any,
+    processor: Any,
+    prompt: str,
+    options: dict[str, Any],
+    title: str,
 ) -> GenerationResult:
     """Stream one answer to stdout, with mlx-lm's lines around it."""
     for response in stream_generate(model, processor, prompt, **options):

@@ -83,7 +83,7 @@ def test_a_fault_names_its_prompt(loaded, home):
     (home / "broken.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"^prompt 2 of 3: .*broken\.png"):
         batch_generate(*loaded, ["a ?"] * 3, [home / "a.png", home / "broken.png", None])
-    with pytest.raises(UserError, match="^prompt 3 of 3: an image is 7; give a path"):
+    with pytest.raises(UserError, match=r"^prompt 3 of 3: an image is 7; give a path"):
         batch_generate(*loaded, ["a ?"] * 3, [None, None, 7])
 
 

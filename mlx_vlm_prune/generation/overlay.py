@@ -117,7 +117,8 @@ def _tint(pixels: np.ndarray, group: np.ndarray, patch: int) -> np.ndarray:
     shared = np.bincount(group[group >= 0].ravel(), minlength=group.max() + 1) > 1
     strength = np.where((group >= 0) & shared[group], 0.3, 0.0)[..., None]
     strength, colour = _enlarge(strength, patch), _enlarge(colour, patch)
-    return (1 - strength) * pixels + strength * colour
+    tinted: np.ndarray = (1 - strength) * pixels + strength * colour
+    return tinted
 
 
 def _outline(drawn: Image.Image, group: np.ndarray, patch: int) -> None:

@@ -104,10 +104,10 @@ def listed_images(image: ImageSource | Sequence[ImageSource] | None) -> list[Ima
     """One image, several or none as a list. Raises UserError for what is no image's source."""
     if image is None:
         return []
-    images: Any = image
-    if isinstance(images, ImageSource) or not isinstance(images, Iterable):
-        images = [images]
-    images = list(images)  # of an iterator, which can be read once
+    sources: Any = image
+    if isinstance(image, ImageSource) or not isinstance(image, Iterable):
+        sources = [image]
+    images = [*sources]  # an iterator can be read once
     for source in images:
         if not isinstance(source, ImageSource | os.PathLike):
             raise UserError(

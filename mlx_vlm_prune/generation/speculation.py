@@ -118,7 +118,8 @@ class Speculation:
         language = self.prefill.language
         late = range(self.twig.layer, language.depth)
         x_1LD = self.prefill.run_layers(late, states_1LD, position_11)
-        return np.array(mx.argmax(language.logits(x_1LD), axis=-1))[0].tolist()
+        token_1L = np.array(mx.argmax(language.logits(x_1LD), axis=-1))
+        return [int(token) for token in token_1L[0]]
 
     def crop(self, rows: int) -> None:
         """Forget the last rows of every layer, however many it holds."""

@@ -134,7 +134,7 @@ def likelihood(prefill: Prefill, right_BA: np.ndarray) -> np.ndarray:
     logits_BAV = logits_BAV.astype(mx.float32)
     right_logit_BA = mx.take_along_axis(logits_BAV, right[..., None], axis=-1)[..., 0]
     logprob_BA = np.array(right_logit_BA - mx.logsumexp(logits_BAV, axis=-1)).astype(np.float64)
-    logprob_B = np.where(right_BA != PADDING, logprob_BA, 0).sum(axis=1)
+    logprob_B: np.ndarray = np.where(right_BA != PADDING, logprob_BA, 0).sum(axis=1)
     if not np.isfinite(logprob_B).all():
         raise UserError("the language model gave NaN or infinite odds; try dtype='float32'")
     return logprob_B

@@ -19,8 +19,9 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..generation.request import ImageSource
 from ..generation.result import GenerationResult
-from ..generation.stream import ImageSource, PreparedPrompt, prepare, resolve
+from ..generation.stream import PreparedPrompt, prepare, resolve
 from ..models.cache import STEP
 from ..models.loading import Processor
 from ..models.vlm import VLM

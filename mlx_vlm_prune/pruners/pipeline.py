@@ -56,7 +56,8 @@ class Pruner:
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
         """Each image's budget; their mean is K over images like those of the training."""
-        return self.learned.budgets(signals, K)
+        budgets: list[int] = self.learned.budgets(signals, K)
+        return budgets
 
     @property
     def trained_tokens(self) -> int | None:
@@ -82,13 +83,13 @@ class Pruner:
         except UserError as e:
             raise UserError(f"{self.name}: {e}") from None
 
-    def options_for(self, function: Callable) -> dict[str, Any]:
+    def options_for(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The options that one of the method's functions takes, with those that training fixed."""
         names = inspect.signature(function).parameters
         options = {**self.options, **self.method.fixed_options(self.learned)}
         return {name: value for name, value in options.items() if name in names}
 
-    def call(self, function: Callable | None, *arguments: Any) -> Any:
+    def call(self, function: Callable[..., Any] | None, *arguments: Any) -> Any:
         """Call one of the method's functions with its options; a ValueError becomes a UserError."""
         assert function, f"{self.name} has no function for its stage"
         try:
@@ -109,7 +110,8 @@ class Pruner:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
         if not mx.isfinite(signals.x_BND).all().item():
             raise UserError("the vision tower gave NaN or infinite features; try dtype='float32'")
-        return self.call(self.method.prune or self.learned.prune, signals, K)
+        kept: Reduction = self.call(self.method.prune or self.learned.prune, signals, K)
+        return kept
 
 
 @dataclass(frozen=True)
