@@ -189,3 +189,25 @@ def test_an_error_in_python_names_the_parameter(options, start):
     with pytest.raises(UserError) as refused:
         generate(None, None, "Is there a red star?", **options)
     assert str(refused.value).startswith(start) and "--" not in str(refused.value)
+
+
+MISTAKES = {
+    "mlx_vlm_prune.generate": (["--temp", "-1"], "--temp is -1.0; it must be 0 or more"),
+    "mlx_vlm_prune.evaluate": (["--keep-ratio", "1.5"], "--keep-ratio is 1.5; "),
+    "convert": (
+        ["prune-into", "a", "b", "--pruner", "norm", "--keep-ratio", "0"],
+        "there is no folder a",
+    ),
+    "torch_ref.train_pruners": (["tome"], "argument method: invalid choice: 'tome' (choose "),
+}
+
+
+@pytest.mark.parametrize("module", MISTAKES)
+def test_a_command_refuses_in_its_own_words(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, start = MISTAKES[module]
+    with pytest.raises(SystemExit) as stop:
+        command(module)(arguments)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"error: {start}")
