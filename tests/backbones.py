@@ -58,12 +58,12 @@ KINDS = {
 }  # fmt: skip
 
 
-def made(kind: str, seed: int = 0) -> Llava:
+def random_model(kind: str, seed: int = 0) -> Llava:
     """Random, its scores well apart."""
     torch.manual_seed(seed)
     text, vision, more = KINDS[kind]
-    told = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **more)
-    model = Llava(told).eval()
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, **more)
+    model = Llava(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -71,17 +71,17 @@ def made(kind: str, seed: int = 0) -> Llava:
 
 def write(kind: str, folder: Path, **options) -> Path:
     """FOLDER as transformers saves it."""
-    return llava.write(made(kind), folder, **options)
+    return llava.write(random_model(kind), folder, **options)
 
 
-def theirs(model: Llava, asked: Prompt, pixels_I3HW: torch.Tensor) -> np.ndarray:
-    """Of transformers, (L, V). Its LLaVA reads an answer that its Mamba does not give, and so
-    the language model is handed the same embeddings here."""
-    inner, ids_1L = model.model, torch.tensor([asked.ids])
+def theirs(model: Llava, prompt: Prompt, pixels_I3HW: torch.Tensor) -> np.ndarray:
+    """Logits of transformers, (L, V). Its LLaVA cannot run its Mamba, so the language model gets
+    the same embeddings here."""
+    inner, ids_1L = model.model, torch.tensor([prompt.ids])
     with torch.no_grad():
         x_1LD = inner.get_input_embeddings()(ids_1L)
-        seen = inner.get_image_features(pixel_values=pixels_I3HW).pooler_output
-        x_1LD[ids_1L == IMAGE] = torch.cat(list(seen))
+        features = inner.get_image_features(pixel_values=pixels_I3HW).pooler_output
+        x_1LD[ids_1L == IMAGE] = torch.cat(list(features))
         return model.lm_head(inner.language_model(inputs_embeds=x_1LD)[0])[0].numpy()
 
 
@@ -98,6 +98,6 @@ LIGHTVLM = {  # CLIP-L/336 and microsoft/phi-2's config.json, put together as LL
 
 
 def write_lightvlm(folder: Path) -> None:
-    """Names and shapes of every tensor; a hole for the values."""
-    text = text_config(LIGHTVLM["text_config"], LIGHTVLM, folder, has_head=True, has_bias=True)
-    llava.write_hole(folder, LIGHTVLM, text)
+    """Names and shapes of every tensor; the values take no disk."""
+    text = text_config(LIGHTVLM["text_config"], LIGHTVLM, folder, has_head=True, has_head_bias=True)
+    llava.write_without_values(folder, LIGHTVLM, text)

@@ -70,10 +70,10 @@ class Release:
     def logits(self, ids: list[int], start: int, pixels_13HW: torch.Tensor) -> torch.Tensor:
         """Of every row of one prompt whose image stands at `start`, (L, V)."""
         x_LD = self.embedding[torch.tensor(ids)].clone()
-        x_LD[start : start + self.N] = self.project(self.see(pixels_13HW))
+        x_LD[start : start + self.N] = self.project(self.encode_image(pixels_13HW))
         model = self.transformers()
         if model is None:
-            return self.by_hand(x_LD)
+            return self.logits_by_hand(x_LD)
         with torch.no_grad():
             return model(inputs_embeds=x_LD[None]).logits[0]
 
@@ -82,30 +82,22 @@ class Release:
         early = "tok_embeddings.weight" in self.text
         return self.text["tok_embeddings.weight" if early else "model.embed_tokens.weight"]
 
-    def see(self, pixels_13HW: torch.Tensor) -> torch.Tensor:
+    def encode_image(self, pixels_13HW: torch.Tensor) -> torch.Tensor:
         """The tower of transformers, (N, D)."""
         config = {k: v for k, v in self.tower_config.items() if k != "model_type"}
         kind = self.tower_config["model_type"]
+        tower = _tower(kind, config)
+        _fill(tower, self.tower)
         with torch.no_grad():
             if kind == "clip_vision_model":
-                tower = _tower(transformers.CLIPVisionModel, transformers.CLIPVisionConfig, config)
-                _fill(tower, self.tower)
                 return tower(pixels_13HW, output_hidden_states=True).hidden_states[-1][0, 1:]
             if kind == "siglip_vision_model":
-                tower = _tower(
-                    transformers.SiglipVisionModel, transformers.SiglipVisionConfig, config
-                )
-                _fill(tower, self.tower)
                 return tower(pixels_13HW).last_hidden_state[0]
-            tower = _tower(
-                transformers.Siglip2VisionModel, transformers.Siglip2VisionConfig, config
-            )
-            _fill(tower, self.tower)
             n = SIDE // PATCH
             cells = pixels_13HW.reshape(1, 3, n, PATCH, n, PATCH).permute(0, 2, 4, 3, 5, 1)
             flat = cells.reshape(1, n * n, -1)
-            seen = torch.ones(1, n * n, dtype=torch.long)
-            return tower(flat, seen, torch.tensor([[n, n]])).last_hidden_state[0]
+            mask = torch.ones(1, n * n, dtype=torch.long)
+            return tower(flat, mask, torch.tensor([[n, n]])).last_hidden_state[0]
 
     def project(self, x_ND: torch.Tensor) -> torch.Tensor:
         """By the projector's own definition, its blocks of patches written out as loops."""
@@ -129,15 +121,12 @@ class Release:
 
     def transformers(self):
         """The class that computes the same, with these weights; None where there is none."""
-        reader = reader_of(self.name, self.moe)
-        if reader is None:
-            return None
-        model = reader.eval()
-        state = {k: v for k, v in self.text.items() if "vision_proj" not in k}
-        _load_text(model, state)
+        model = transformers_model(self.name, self.moe)
+        if model is not None:
+            _load_text(model.eval(), {k: v for k, v in self.text.items() if "vision_proj" not in k})
         return model
 
-    def by_hand(self, x_LD: torch.Tensor) -> torch.Tensor:
+    def logits_by_hand(self, x_LD: torch.Tensor) -> torch.Tensor:
         """MiniMind2 as its trainer computes it, (L, V)."""
         early, s = "tok_embeddings.weight" in self.text, self.text
         for i in range(LAYERS):
@@ -146,8 +135,8 @@ class Release:
             w = {ours: s.get(at + theirs) for ours, theirs in names.items()}
             h_LD = rms(x_LD, w["norm1"], 1e-5)
             q, k, v = (F.linear(h_LD, w[x]).unflatten(-1, (-1, d)).transpose(0, 1) for x in "qkv")
-            turn = turned_as_pairs if early else turned_as_halves
-            q, k = turn(q), turn(k)
+            rotated = rotated_as_pairs if early else rotated_as_halves
+            q, k = rotated(q), rotated(k)
             k, v = (t.repeat_interleave(HEADS // KV, dim=0) for t in (k, v))
             logits = q @ k.mT / d**0.5
             logits = logits + torch.full(logits.shape[1:], -torch.inf).triu(1)
@@ -160,12 +149,12 @@ class Release:
 
 def _rename_image_token(file: Path, token: str) -> None:
     """As in MiniMind-3's tokenizer, where it is a special token."""
-    told = json.loads(file.read_text())
-    number = told["model"]["vocab"].pop("@")
-    told["model"]["vocab"][token] = number
+    tokenizer = json.loads(file.read_text())
+    number = tokenizer["model"]["vocab"].pop("@")
+    tokenizer["model"]["vocab"][token] = number
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    told["added_tokens"].append({"id": number, "content": token, "special": True, **flags})
-    file.write_text(json.dumps(told))
+    tokenizer["added_tokens"].append({"id": number, "content": token, "special": True, **flags})
+    file.write_text(json.dumps(tokenizer))
 
 
 EARLY_NAMES = {
@@ -183,7 +172,7 @@ def rms(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def turned_as_pairs(x_HLd: torch.Tensor) -> torch.Tensor:
+def rotated_as_pairs(x_HLd: torch.Tensor) -> torch.Tensor:
     """Neighbours (0, 1), (2, 3), … as complex numbers, each turned by its angle."""
     rate = 1e6 ** (-torch.arange(0, d, 2).float() / d)
     angle = torch.arange(x_HLd.shape[1])[:, None] * rate
@@ -191,7 +180,7 @@ def turned_as_pairs(x_HLd: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angle), angle)).flatten(-2)
 
 
-def turned_as_halves(x_HLd: torch.Tensor) -> torch.Tensor:
+def rotated_as_halves(x_HLd: torch.Tensor) -> torch.Tensor:
     rate = 1e6 ** (-torch.arange(0, d, 2).float() / d)
     angle = torch.arange(x_HLd.shape[1])[:, None] * rate
     a, b = x_HLd.chunk(2, dim=-1)
@@ -220,7 +209,7 @@ def mixture(x_LD: torch.Tensor, s: State, at: str, early: bool) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def reader_of(name: str, moe: bool):
+def transformers_model(name: str, moe: bool):
     """transformers' own class for the language model, random."""
     common = {
         "vocab_size": V, "hidden_size": D, "intermediate_size": INNER, "num_hidden_layers": LAYERS,
@@ -242,36 +231,47 @@ def reader_of(name: str, moe: bool):
     )  # fmt: skip
 
 
-def _tower(kind, config_kind, config: dict):
-    return kind(config_kind(**config, attn_implementation="sdpa")).eval()
+TOWERS = {
+    "clip_vision_model": (transformers.CLIPVisionModel, transformers.CLIPVisionConfig),
+    "siglip_vision_model": (transformers.SiglipVisionModel, transformers.SiglipVisionConfig),
+    "siglip2_vision_model": (transformers.Siglip2VisionModel, transformers.Siglip2VisionConfig),
+}
+
+
+def _tower(kind: str, config: dict):
+    """Random."""
+    model_class, config_class = TOWERS[kind]
+    return model_class(config_class(**config, attn_implementation="sdpa")).eval()
 
 
 def _fill(model: torch.nn.Module, state: State) -> None:
-    own = model.state_dict()
     short = {k.removeprefix("vision_model."): v for k, v in state.items()}
-    model.load_state_dict({k: short[k.removeprefix("vision_model.")] for k in own})
+    names = model.state_dict()
+    model.load_state_dict({k: short[k.removeprefix("vision_model.")] for k in names})
 
 
 def _load_text(model: torch.nn.Module, state: State) -> None:
     """Into transformers' own names, where the experts of a layer are one array."""
-    own = {}
+    renamed = {}
     for name, tensor in model.state_dict().items():
         if name.endswith("experts.gate_up_proj"):
             each = [
                 torch.cat([state[f"{name[:-12]}{e}.{x}_proj.weight"] for x in ("gate", "up")])
                 for e in range(4)
             ]
-            own[name] = torch.stack(each)
+            renamed[name] = torch.stack(each)
         elif name.endswith("experts.down_proj"):
-            own[name] = torch.stack([state[f"{name[:-9]}{e}.down_proj.weight"] for e in range(4)])
+            renamed[name] = torch.stack(
+                [state[f"{name[:-9]}{e}.down_proj.weight"] for e in range(4)]
+            )
         else:
-            own[name] = state[name]
-        assert own[name].shape == tensor.shape
-    model.load_state_dict(own)
+            renamed[name] = state[name]
+        assert renamed[name].shape == tensor.shape
+    model.load_state_dict(renamed)
 
 
 def release(name: str, moe: bool, seed: int = 0) -> Release:
-    """A random one."""
+    """A random release."""
     torch.manual_seed(seed)
     third = name.startswith("minimind-3v")
     text = _text(name, moe)
@@ -310,13 +310,13 @@ def _text(name: str, moe: bool) -> State:
         if third:
             shapes |= {f"{at}self_attn.{x}_norm.weight": (d,) for x in "qk"}
         block = at + ("feed_forward." if early else "mlp.")
-        each = [""]
+        prefixes = [""]
         if moe:
             shapes[f"{block}gate.weight"] = (4, D)
-            each = [f"experts.{e}." for e in range(4)]
-            each += [] if third else ["shared_experts." if early else "shared_experts.0."]
-        for one in each:
-            shapes |= {f"{block}{one}{x}.weight": shape for x, shape in mlp.items()}
+            prefixes = [f"experts.{e}." for e in range(4)]
+            prefixes += [] if third else ["shared_experts." if early else "shared_experts.0."]
+        for prefix in prefixes:
+            shapes |= {f"{block}{prefix}{x}.weight": shape for x, shape in mlp.items()}
     shapes[f"{top}norm.weight"] = (D,)
     text = {k: _random(k, shape) for k, shape in shapes.items()}
     head = "output.weight" if early else "lm_head.weight"
@@ -335,20 +335,14 @@ def _vision(name: str) -> tuple[State, dict]:
         "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 2, "patch_size": PATCH,
     }  # fmt: skip
+    config, kind = {**common, "image_size": SIDE}, "siglip_vision_model"
     if name.startswith("minimind2-v"):
-        config = {**common, "image_size": SIDE}
         kind = "clip_vision_model"
-        made = _tower(transformers.CLIPVisionModel, transformers.CLIPVisionConfig, config)
     elif name == "minimind-3v-2026-03":
-        config = {**common, "num_patches": (SIDE // PATCH) ** 2}
-        kind = "siglip2_vision_model"
-        made = _tower(transformers.Siglip2VisionModel, transformers.Siglip2VisionConfig, config)
-    else:
-        config = {**common, "image_size": SIDE}
-        kind = "siglip_vision_model"
-        made = _tower(transformers.SiglipVisionModel, transformers.SiglipVisionConfig, config)
+        config, kind = {**common, "num_patches": (SIDE // PATCH) ** 2}, "siglip2_vision_model"
+    model = _tower(kind, config)
     state = {}
-    for k, v in made.state_dict().items():
+    for k, v in model.state_dict().items():
         if "position_ids" not in k:
             full = k if k.startswith("vision_model.") else f"vision_model.{k}"
             state[full] = v + 0.1 * torch.randn_like(v)

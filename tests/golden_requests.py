@@ -55,7 +55,7 @@ def add_llavas(folder: Path) -> None:
     from . import llava
 
     for name, kind in {"vicuna": "vicuna", "qwen2": "qwen2 and siglip"}.items():
-        model = llava.made(kind)
+        model = llava.random_model(kind)
         model.model.language_model.norm.weight.data = _norm_weights(
             llava.SIZES["hidden_size"], seed=9
         )

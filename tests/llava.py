@@ -75,7 +75,7 @@ TEMPLATE = (  # reads parts only, as the published one does
 )
 
 
-def made(kind: str = "vicuna", seed: int = 0) -> Llava:
+def random_model(kind: str = "vicuna", seed: int = 0) -> Llava:
     """Random, its scores well apart."""
     torch.manual_seed(seed)
     text, vision, more = KINDS[kind]
@@ -102,13 +102,12 @@ def write(model: Llava, folder: Path, layout: str = "llava-hf-flat", dtype=torch
         state[name] = tensor
     save_file(state, file, metadata={"format": "pt"})
     write_words(folder)
-    told = json.loads((folder / "tokenizer_config.json").read_text())
-    told["chat_template"] = TEMPLATE
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
-    reading = {"size": {"shortest_edge": SIDE}, "crop_size": SIDE}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    preprocessor = {"size": {"shortest_edge": SIDE}, "crop_size": SIDE}
     if model.config.vision_config.model_type == "siglip_vision_model":
-        reading = {"size": {"height": SIDE, "width": SIDE}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(reading))
+        preprocessor = {"size": {"height": SIDE, "width": SIDE}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder
 
 
@@ -160,12 +159,12 @@ def _write_clip(model: Llava, tower: dict[str, torch.Tensor], folder: Path) -> N
     """As openai/clip-vit-large-patch14-336 has it: with the half that reads text."""
     folder.mkdir()
     vision = model.config.vision_config.to_dict()
-    told = {"model_type": "clip", "text_config": {"hidden_size": 8}, "vision_config": vision}
+    config = {"model_type": "clip", "text_config": {"hidden_size": 8}, "vision_config": vision}
     other = {"text_model.embeddings.token_embedding.weight": torch.ones(3, 8)}
     torch.save(tower | other | {"logit_scale": torch.ones(())}, folder / "pytorch_model.bin")
-    (folder / "config.json").write_text(json.dumps(told))
-    reading = {"size": SIDE, "crop_size": SIDE, "do_center_crop": True, "resample": 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(reading))
+    (folder / "config.json").write_text(json.dumps(config))
+    preprocessor = {"size": SIDE, "crop_size": SIDE, "do_center_crop": True, "resample": 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
 
 
 def _authors_config(model: Llava) -> dict:
@@ -204,15 +203,15 @@ SEVEN_BILLION = {  # config.json of llava-hf/llava-1.5-7b-hf, what it leaves out
 
 
 def write_seven_billion(folder: Path) -> None:
-    told = SEVEN_BILLION
-    write_hole(folder, told, text_config(told["text_config"], told, folder))
+    config = SEVEN_BILLION
+    write_without_values(folder, config, text_config(config["text_config"], config, folder))
 
 
-def write_hole(folder: Path, told: dict, text: dict) -> None:
-    """Names and shapes of every tensor, as transformers 4 saved them; a hole for the values."""
+def write_without_values(folder: Path, config: dict, text: dict) -> None:
+    """Names and shapes of every tensor, as transformers 4 saved them; the values take no disk."""
     sizes = {
         "text_config": text,
-        "vision_config": vision_config(told, folder),
+        "vision_config": vision_config(config, folder),
         "projector": {"merge": [1, 1], "norm": False},
     }
     header, end = {}, 0
@@ -226,7 +225,7 @@ def write_hole(folder: Path, told: dict, text: dict) -> None:
     with (folder / "model.safetensors").open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         out.truncate(8 + len(text) + end)
-    (folder / "config.json").write_text(json.dumps(told))
+    (folder / "config.json").write_text(json.dumps(config))
     write_words(folder)
 
 
@@ -256,8 +255,8 @@ def llama_words(folder: Path, template: str | None = None) -> Path:
     backend.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    told = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     if template:
         (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     return folder

@@ -201,8 +201,8 @@ def test_efficientvlms_learned_queries_go_both_ways_and_fix_k(published):
         learned[f"vision_proj.pool_{x}_proj.bias"] = torch.randn(width).half()
     torch.save(state | learned, published / "published.pth")
     target = to_mlx(published)
-    told = json.loads((target / "config.json").read_text())
-    assert told["pruner"] == {"name": "attention_pool", "tokens": K}
+    config = json.loads((target / "config.json").read_text())
+    assert config["pruner"] == {"name": "attention_pool", "tokens": K}
     model, _ = load(target)
     assert model.pruner.tokens == K
     main(["to-torch", str(target), str(published / "again.pth")])

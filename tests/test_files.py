@@ -76,11 +76,11 @@ def test_a_text_takes_the_place_of_the_old_one_and_nothing_else_is_left(file):
 def test_whoever_reads_meanwhile_sees_the_old_or_the_new_and_never_half(file):
     texts = ["a" * 100_000, "b" * 100_000]
     write_atomically(file, texts[0])
-    seen, ends = set(), threading.Event()
+    read, ends = set(), threading.Event()
 
     def reader() -> None:
         while not ends.is_set():
-            seen.add(file.read_text())
+            read.add(file.read_text())
 
     thread = threading.Thread(target=reader)
     thread.start()
@@ -88,7 +88,7 @@ def test_whoever_reads_meanwhile_sees_the_old_or_the_new_and_never_half(file):
         write_atomically(file, texts[i % 2])
     ends.set()
     thread.join()
-    assert seen and seen <= set(texts)
+    assert read and read <= set(texts)
 
 
 def test_the_bytes_are_on_the_disk_before_the_name_is(file, monkeypatch):
@@ -135,8 +135,8 @@ def test_a_disk_that_fills_up_is_told_in_a_sentence_and_leaves_the_old_file(file
         f"with in_one_sentence():\n    {WRITERS[writer]}\n"
     )
     ran = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True)
-    told = f"error: cannot write {file}: File too large; what was there stays\n"
-    assert (ran.returncode, ran.stderr) == (2, told)
+    sentence = f"error: cannot write {file}: File too large; what was there stays\n"
+    assert (ran.returncode, ran.stderr) == (2, sentence)
     assert is_as_before(file)
 
 

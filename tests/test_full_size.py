@@ -55,7 +55,7 @@ def publish(folder: Path) -> tuple[dict[str, torch.Tensor], Path, Path]:
     return state, pth, clip
 
 
-def transformers_says(state: dict[str, torch.Tensor], image: Path, words: Path) -> list[int]:
+def transformers_answer(state: dict[str, torch.Tensor], image: Path, words: Path) -> list[int]:
     """The same weights in transformers' own classes, spliced by hand."""
     from PIL import Image
     from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig
@@ -64,8 +64,8 @@ def transformers_says(state: dict[str, torch.Tensor], image: Path, words: Path) 
 
     tower = CLIPVisionModel(CLIPVisionConfig(patch_size=16)).eval()
     vision = {k.removeprefix("vision_encoder."): v for k, v in state.items()}
-    own = tower.state_dict()
-    tower.load_state_dict({k: vision.get(k, vision.get(f"vision_model.{k}")) for k in own})
+    names = tower.state_dict()
+    tower.load_state_dict({k: vision.get(k, vision.get(f"vision_model.{k}")) for k in names})
     config = LlamaConfig(
         vocab_size=6400, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
         num_attention_heads=8, num_key_value_heads=2, rms_norm_eps=1e-5,
@@ -78,17 +78,17 @@ def transformers_says(state: dict[str, torch.Tensor], image: Path, words: Path) 
     llama.tie_weights()
 
     tokenizer = AutoTokenizer.from_pretrained(words)
-    asked = [{"role": "user", "content": "@" * 196 + "\n" + QUESTION}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": "@" * 196 + "\n" + QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids_L = torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     pixels = CLIPImageProcessorPil()(Image.open(image), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        seen_1ND = tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        features_1ND = tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
         weight, bias = (state[f"vision_proj.vision_proj.0.{k}"].float() for k in ("weight", "bias"))
         embeds_1LD = llama.get_input_embeddings()(ids_L[None])
-        embeds_1LD[:, ids_L == 34] = seen_1ND @ weight.T + bias
-        said = llama.generate(inputs_embeds=embeds_1LD, max_new_tokens=TOKENS, do_sample=False)
-    return said[0].tolist()
+        embeds_1LD[:, ids_L == 34] = features_1ND @ weight.T + bias
+        answer = llama.generate(inputs_embeds=embeds_1LD, max_new_tokens=TOKENS, do_sample=False)
+    return answer[0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_sixteen_greedy_tokens_about_a_photograph_equal_those_of_transformers(
 ):
     state, target, words = published
     photograph = shared_data / "images" / "dance.jpg"
-    expected = transformers_says(state, photograph, words)
+    expected = transformers_answer(state, photograph, words)
     model, processor = load(target, dtype="float32")
     answer = generate(model, processor, QUESTION, image=photograph, max_tokens=TOKENS)
     assert len(set(expected)) > 4, "an answer that repeats itself would prove little"
@@ -116,7 +116,7 @@ def test_sixteen_greedy_tokens_about_a_photograph_equal_those_of_transformers(
     assert half.visual_tokens_kept == 98 and half.token_ids != expected
 
 
-class Third:
+class MiniMind3V:
     """MiniMind-3V in transformers' own classes: Qwen3 and SigLIP 2's base tower at 256 pixels."""
 
     def __init__(self):
@@ -150,34 +150,36 @@ class Third:
         torch.save(text | words, folder / "sft_vlm_768.pth")
         self.tower.half().save_pretrained(folder / "siglip2-base-p32-256-ve")
         self.tower.float()
-        reading = {"size": {"height": 256, "width": 256}, "resample": 2, "do_resize": True}
-        reading |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
+        preprocessor = {"size": {"height": 256, "width": 256}, "resample": 2, "do_resize": True}
+        preprocessor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 255}
         file = folder / "siglip2-base-p32-256-ve" / "preprocessor_config.json"
-        file.write_text(json.dumps(reading), encoding="utf-8")
+        file.write_text(json.dumps(preprocessor), encoding="utf-8")
 
     @torch.no_grad()
-    def says(self, image: Path, words: Path) -> list[int]:
+    def answer(self, image: Path, words: Path) -> list[int]:
         from PIL import Image
         from transformers import AutoTokenizer
         from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
         tokenizer = AutoTokenizer.from_pretrained(words)
-        asked = [{"role": "user", "content": "<|image_pad|>" * 64 + "\n" + QUESTION}]
-        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        messages = [{"role": "user", "content": "<|image_pad|>" * 64 + "\n" + QUESTION}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids_L = torch.tensor(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        made = SiglipImageProcessorPil(size={"height": 256, "width": 256}, resample=2)
-        pixels = made(Image.open(image).convert("RGB"), return_tensors="pt")["pixel_values"]
+        processor = SiglipImageProcessorPil(size={"height": 256, "width": 256}, resample=2)
+        pixels = processor(Image.open(image).convert("RGB"), return_tensors="pt")["pixel_values"]
         embeds_1LD = self.text.get_input_embeddings()(ids_L[None])
-        seen_1ND = self.tower(pixels).last_hidden_state
-        embeds_1LD[:, ids_L == 12] = self.projector(seen_1ND)
-        said = self.text.generate(inputs_embeds=embeds_1LD, max_new_tokens=TOKENS, do_sample=False)
-        return said[0].tolist()
+        features_1ND = self.tower(pixels).last_hidden_state
+        embeds_1LD[:, ids_L == 12] = self.projector(features_1ND)
+        answer = self.text.generate(
+            inputs_embeds=embeds_1LD, max_new_tokens=TOKENS, do_sample=False
+        )
+        return answer[0].tolist()
 
 
 def test_minimind_3v_says_what_transformers_says_and_less_of_it_pruned(tmp_path, shared_data):
     words, photograph = shared_data / "minimind3", shared_data / "images" / "dance.jpg"
-    model = Third()
-    expected = model.says(photograph, words)
+    model = MiniMind3V()
+    expected = model.answer(photograph, words)
     model.publish(tmp_path)
     target = tmp_path / "mlx"
     convert(["to-mlx", str(tmp_path / "sft_vlm_768.pth"), str(target), "--tokenizer", str(words)])

@@ -31,36 +31,38 @@ UNTAUGHT = [name for name in CHOOSING if not METHODS[name].learned]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def converted(made, folder, dtype=torch.float32, *more):
-    """The release, written and brought over to FOLDER/mlx."""
-    made.write(folder, dtype)
+def converted(release, folder, dtype=torch.float32, *more):
+    """The release, written and converted to FOLDER/mlx."""
+    release.write(folder, dtype)
     argv = ["to-mlx", folder / "published.pth", folder / "mlx", "--vision", folder / "tower"]
     main([str(a) for a in [*argv, "--tokenizer", folder / "words", *more]])
     return folder / "mlx"
 
 
 @pytest.fixture(params=range(len(CASES)), ids=NAMES)
-def made(request):
+def release(request):
     return generations.release(*CASES[request.param])
 
 
-def prompt(made, model) -> Prompt:
+def image_prompt(release, model) -> Prompt:
     """Words, the image, words."""
     ids = [5, 9, 20]
-    return Prompt([*ids, *[model.config.image_token_id] * made.N, 7, 11, 30], [(len(ids), made.N)])
+    return Prompt(
+        [*ids, *[model.config.image_token_id] * release.N, 7, 11, 30], [(len(ids), release.N)]
+    )
 
 
-def test_logits_equal_those_of_the_oracle_and_of_the_reference(made, tmp_path, capsys):
-    model, _ = load(converted(made, tmp_path))
-    asked = prompt(made, model)
+def test_logits_equal_those_of_the_oracle_and_of_the_reference(release, tmp_path, capsys):
+    model, _ = load(converted(release, tmp_path))
+    prompt = image_prompt(release, model)
     pixels_13HW = torch.randn(1, 3, SIDE, SIDE)
-    expected_LV = made.logits(asked.ids, asked.runs[0][0], pixels_13HW).numpy()
+    expected_LV = release.logits(prompt.ids, prompt.runs[0][0], pixels_13HW).numpy()
     pixels = mx.array(pixels_13HW.permute(0, 2, 3, 1).numpy())
-    ours = model([asked], pixels, plan("none", {}), made.N, last_only=False).logits_BLV
+    ours = model([prompt], pixels, plan("none", {}), release.N, last_only=False).logits_BLV
     tower = tmp_path / "tower"
     other = VLM.from_pth(tmp_path / "published.pth", tower, torch.device("cpu"))
     with torch.no_grad():
-        theirs = other.logits([asked], pixels_13HW)
+        theirs = other.logits([prompt], pixels_13HW)
     largest = np.abs(expected_LV).max()
     assert largest > 0.5
     np.testing.assert_allclose(np.array(ours)[0], expected_LV, rtol=1e-4, atol=1e-5 * largest)
@@ -68,8 +70,8 @@ def test_logits_equal_those_of_the_oracle_and_of_the_reference(made, tmp_path, c
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_torch_to_mlx_and_back_gives_the_same_bytes(made, tmp_path, dtype, capsys):
-    target = converted(made, tmp_path, DTYPES[dtype])
+def test_torch_to_mlx_and_back_gives_the_same_bytes(release, tmp_path, dtype, capsys):
+    target = converted(release, tmp_path, DTYPES[dtype])
     again, tower = tmp_path / "again.pth", tmp_path / "tower-again"
     main(["to-torch", str(target), str(again), "--vision", str(tower)])
     before, after = (torch.load(p, weights_only=True) for p in (tmp_path / "published.pth", again))
@@ -83,46 +85,46 @@ def test_torch_to_mlx_and_back_gives_the_same_bytes(made, tmp_path, dtype, capsy
         assert now[name].dtype == was[name].dtype and now[name].equal(was[name]), name
 
 
-def test_converting_twice_equals_converting_once(made, tmp_path, capsys):
-    target = converted(made, tmp_path)
+def test_converting_twice_equals_converting_once(release, tmp_path, capsys):
+    target = converted(release, tmp_path)
     main(["to-mlx", str(target), str(tmp_path / "twice")])
     for name in ("model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"):
         assert (target / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
 
-def test_it_is_told_by_its_tensors_and_inspect_says_so(made, tmp_path, capsys):
-    target = converted(made, tmp_path)
-    assert json.loads((target / "config.json").read_text())["published_as"] == made.name
+def test_it_is_recognised_by_its_tensors_and_inspect_names_it(release, tmp_path, capsys):
+    target = converted(release, tmp_path)
+    assert json.loads((target / "config.json").read_text())["published_as"] == release.name
     capsys.readouterr()
     main(["inspect", str(tmp_path / "published.pth"), "--vision", str(tmp_path / "tower")])
-    told = capsys.readouterr().out
-    assert f"({made.name})" in told and "missing         nothing" in told
-    heads = "read off the norm of keys" if made.third else "assumed"
-    assert f"8, and 2 for keys and values ({heads}" in told
-    assert ("of 4 a token" in told) == made.moe
+    printed = capsys.readouterr().out
+    assert f"({release.name})" in printed and "missing         nothing" in printed
+    heads = "read off the norm of keys" if release.third else "assumed"
+    assert f"8, and 2 for keys and values ({heads}" in printed
+    assert ("of 4 a token" in printed) == release.moe
     main(["inspect", str(target)])
     assert "missing         nothing" in capsys.readouterr().out
 
 
-def test_it_answers_pruned(made, tmp_path, capsys):
+def test_it_answers_pruned(release, tmp_path, capsys):
     from PIL import Image
 
-    model, processor = load(converted(made, tmp_path))
+    model, processor = load(converted(release, tmp_path))
     picture = Image.fromarray(np.random.randint(0, 255, (80, 96, 3), np.uint8))
     full = generate(model, processor, "where is the star", image=picture, max_tokens=4)
     half = generate(
         model, processor, "where is the star", image=picture, max_tokens=4,
         pruner="received_attention", keep_ratio=0.5,
     )  # fmt: skip
-    assert full.visual_tokens == made.N and half.visual_tokens_kept == made.N // 2
+    assert full.visual_tokens == release.N and half.visual_tokens_kept == release.N // 2
 
 
 def test_what_its_files_do_not_say_can_come_from_its_own_resume_file(tmp_path, capsys):
     """{model, optimizer, …} in float32, the tower inside under vision_encoder."""
-    made = generations.release("minimind-3v", False)
-    target = converted(made, tmp_path)
-    inside = {f"vision_encoder.{k}": v for k, v in made.tower.items()}
-    held = {"model": made.text | inside, "optimizer": {"state": {}}, "epoch": 1, "step": 7}
+    release = generations.release("minimind-3v", False)
+    target = converted(release, tmp_path)
+    inside = {f"vision_encoder.{k}": v for k, v in release.tower.items()}
+    held = {"model": release.text | inside, "optimizer": {"state": {}}, "epoch": 1, "step": 7}
     torch.save(held, tmp_path / "resume.pth")
     words = str(tmp_path / "words")
     main(["to-mlx", str(tmp_path / "resume.pth"), str(tmp_path / "b"), "--tokenizer", words])
@@ -131,67 +133,71 @@ def test_what_its_files_do_not_say_can_come_from_its_own_resume_file(tmp_path, c
     ).read_bytes()
 
 
-def test_the_language_model_alone_is_read_by_transformers(made, tmp_path, capsys):
+def test_the_language_model_alone_is_read_by_transformers(release, tmp_path, capsys):
     import transformers
 
-    target = converted(made, tmp_path)
+    target = converted(release, tmp_path)
     argv = ["to-hf", str(target), str(tmp_path / "hf")]
-    if made.moe and not made.third:
+    if release.moe and not release.third:
         with pytest.raises(SystemExit):
             main(argv)
         assert "transformers has no class" in capsys.readouterr().err
         assert not (tmp_path / "hf").exists()
         return
     main(argv)
-    model, told = transformers.AutoModelForCausalLM.from_pretrained(
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", dtype=torch.float32, output_loading_info=True
     )
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
     ids = torch.arange(12)[None]
     ours, _ = load(target)
-    asked = Prompt(ids[0].tolist(), [])
-    said = ours([asked], None, plan("none", {}), made.N, last_only=False).logits_BLV
+    prompt = Prompt(ids[0].tolist(), [])
+    logits_BLV = ours([prompt], None, plan("none", {}), release.N, last_only=False).logits_BLV
     with torch.no_grad():
         expected = model.eval()(ids).logits.numpy()
-    np.testing.assert_allclose(np.array(said), expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
+    np.testing.assert_allclose(
+        np.array(logits_BLV), expected, rtol=1e-4, atol=1e-5 * abs(expected).max()
+    )
 
 
 @pytest.fixture(scope="module", params=["minimind-3v", "minimind-3v-2026-04-19"])
 def third(request, tmp_path_factory):
     """Without CLS, with q/k norm and experts; of the second four patches make a token."""
     folder = tmp_path_factory.mktemp("third")
-    made = generations.release(request.param, True, seed=5)
-    model, _ = load(converted(made, folder))
+    release = generations.release(request.param, True, seed=5)
+    model, _ = load(converted(release, folder))
     path = folder / "published.pth"
     reference = VLM.from_pth(path, folder / "tower", torch.device("cpu"))
-    return made, model, reference
+    return release, model, reference
 
 
 @pytest.mark.parametrize("spec", [*UNTAUGHT, "tome+divprune", "cls_attention+restore"])
 def test_every_method_works_without_cls_as_the_reference_does(third, spec):
-    made, model, reference = third
-    asked, K = prompt(made, model), made.N // 2 + 1
+    release, model, reference = third
+    prompt, K = image_prompt(release, model), release.N // 2 + 1
     pixels_13HW = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
     pixels = mx.array(pixels_13HW.permute(0, 2, 3, 1).numpy())
     pipeline = plan(spec, {})
-    steps = [Step(step.name, k, step.options) for step, k in pipeline.budgets(made.N, K).per_step]
+    steps = [
+        Step(step.name, k, step.options) for step, k in pipeline.budgets(release.N, K).per_step
+    ]
     if pipeline.enhancer:
         steps.append(Step(pipeline.enhancer.name, None, pipeline.enhancer.options))
     within = any(
-        step.stage is Stage.ENCODER and k < made.N
-        for step, k in pipeline.budgets(made.N, K).per_step
+        step.stage is Stage.ENCODER and k < release.N
+        for step, k in pipeline.budgets(release.N, K).per_step
     )
-    if within and made.N < (SIDE // generations.PATCH) ** 2:
+    if within and release.N < (SIDE // generations.PATCH) ** 2:
         with pytest.raises(UserError, match="neighbouring patches become one visual token"):
-            model([asked], pixels, pipeline, K)
+            model([prompt], pixels, pipeline, K)
         return
     try:
-        before = model([asked], pixels, pipeline, K, "keep", last_only=False)
+        before = model([prompt], pixels, pipeline, K, "keep", last_only=False)
     except UserError as e:  # few layers cannot average few tokens
         assert pipeline.decoder and "average" in str(e)
         return
     with torch.no_grad():
-        expected = reference.logits([asked], pixels_13HW, steps, positions="keep")[0].numpy()
+        expected = reference.logits([prompt], pixels_13HW, steps, positions="keep")[0].numpy()
     ours = np.array(before.logits_BLV)[0]
     np.testing.assert_allclose(
         ours[-len(expected) :], expected, rtol=1e-4, atol=1e-5 * abs(expected).max()
@@ -236,10 +242,10 @@ def test_a_conversion_that_forgets_the_rotation_gives_other_answers(tmp_path, ca
     """The check can fail: without the permutation of queries and keys the logits differ."""
     from mlx_vlm_prune.checkpoints.names import value_order
 
-    made = generations.release("minimind2-v-2025-02", False)
+    release = generations.release("minimind2-v-2025-02", False)
     monkeypatch.setattr(value_order, "_evens_first", lambda head_dim: list(range(head_dim)))
     with pytest.raises(AssertionError, match="Not equal"):
-        test_logits_equal_those_of_the_oracle_and_of_the_reference(made, tmp_path, capsys)
+        test_logits_equal_those_of_the_oracle_and_of_the_reference(release, tmp_path, capsys)
 
 
 REFUSED = {
@@ -274,23 +280,23 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_not_supported_is_named_with_a_reason(kind, tmp_path):
     name, change, sentence = REFUSED[kind]
-    made = generations.release(name, False)
-    change(made.text)
-    made.text.setdefault("lm_head.weight", torch.ones(1))
-    made.write(tmp_path)
+    release = generations.release(name, False)
+    change(release.text)
+    release.text.setdefault("lm_head.weight", torch.ones(1))
+    release.write(tmp_path)
     with pytest.raises(UserError, match=sentence):
         read_checkpoint(tmp_path / "published.pth", tmp_path / "tower", tmp_path / "words")
 
 
 def test_a_folder_of_transformers_says_how_many_heads(tmp_path, capsys):
     """MiniMind2-V as on the hub: custom code, config.json, pytorch_model.bin, no tower."""
-    made = generations.release("minimind2-v", False)
-    made.write(tmp_path)
+    release = generations.release("minimind2-v", False)
+    release.write(tmp_path)
     folder = tmp_path / "hub"
     folder.mkdir()
     (tmp_path / "published.pth").rename(folder / "pytorch_model.bin")
-    told = {"model_type": "minimind-v", "num_attention_heads": 4, "num_key_value_heads": 1}
-    (folder / "config.json").write_text(json.dumps(told))
+    config = {"model_type": "minimind-v", "num_attention_heads": 4, "num_key_value_heads": 1}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model_minimind.py").write_text("raise SystemExit('executed')")
     source = read_checkpoint(folder, tmp_path / "tower", tmp_path / "words")
     text = source.config["text_config"]
@@ -300,8 +306,8 @@ def test_a_folder_of_transformers_says_how_many_heads(tmp_path, capsys):
 
 
 def test_a_tower_whole_with_its_other_half_and_in_shards_gives_the_same(tmp_path, capsys):
-    made = generations.release("minimind-3v", False)
-    target = converted(made, tmp_path)
+    release = generations.release("minimind-3v", False)
+    target = converted(release, tmp_path)
     tower = tmp_path / "tower"
     held = load_file(tower / "model.safetensors")
     held["text_model.embeddings.token_embedding.weight"] = torch.ones(4, 4)
@@ -313,7 +319,7 @@ def test_a_tower_whole_with_its_other_half_and_in_shards_gives_the_same(tmp_path
         save_file({name: held[name].contiguous() for name in names}, tower / part)
     index = {"weight_map": {name: part for part, names in parts.items() for name in names}}
     (tower / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = {"model_type": "siglip", "vision_config": made.tower_config}
+    config = {"model_type": "siglip", "vision_config": release.tower_config}
     (tower / "config.json").write_text(json.dumps(config))
     argv = ["to-mlx", tmp_path / "published.pth", tmp_path / "b", "--vision", tower]
     main([str(a) for a in [*argv, "--tokenizer", tmp_path / "words"]])

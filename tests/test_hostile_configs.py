@@ -78,8 +78,10 @@ def back(tmp_path) -> Callable[[Path], Callable[[], None]]:
                 to_torch(folder, tmp_path / "back")
                 to_hf(folder, tmp_path / "hf")
             finally:
-                for made in (tmp_path / "back", tmp_path / "hf"):
-                    made.unlink() if made.is_file() else shutil.rmtree(made, ignore_errors=True)
+                for target in (tmp_path / "back", tmp_path / "hf"):
+                    target.unlink() if target.is_file() else shutil.rmtree(
+                        target, ignore_errors=True
+                    )
 
         return there
 
@@ -94,7 +96,7 @@ def test_any_config_of_ours_is_read_or_refused(tmp_path, capsys, back, name):
 
 
 def test_any_config_of_ours_of_a_llava_is_read_or_refused(tmp_path, capsys):
-    folder, target = llava.write(llava.made(), tmp_path / "llava"), tmp_path / "mlx"
+    folder, target = llava.write(llava.random_model(), tmp_path / "llava"), tmp_path / "mlx"
     main(["to-mlx", str(folder), str(target)])
     ways = (lambda: describe(target), lambda: load(target))
     assert refusals(target / "config.json", *ways) > 200
@@ -103,14 +105,14 @@ def test_any_config_of_ours_of_a_llava_is_read_or_refused(tmp_path, capsys):
 def test_any_config_of_ours_of_a_llava_by_its_authors_goes_back_or_is_refused(
     tmp_path, capsys, back
 ):
-    made = llava.made("vicuna, heads as wide as OpenAI's")
-    folder = llava.write_original(made, tmp_path / "llava", inside=True)
+    model = llava.random_model("vicuna, heads as wide as OpenAI's")
+    folder = llava.write_original(model, tmp_path / "llava", inside=True)
     main(["to-mlx", str(folder), str(tmp_path / "mlx")])
     assert refusals(tmp_path / "mlx" / "config.json", back(tmp_path / "mlx"), values=TWO) > 40
 
 
 def test_any_config_of_a_published_llava_is_read_or_refused(tmp_path):
-    folder = llava.write(llava.made(), tmp_path / "llava")
+    folder = llava.write(llava.random_model(), tmp_path / "llava")
     ways = (lambda: read_checkpoint(folder), lambda: kind_of(folder))
     assert refusals(folder / "config.json", *ways) > 100
 
@@ -129,7 +131,7 @@ def test_no_twig_grows_on_what_mlx_lm_computes(tmp_path):
 
 
 def test_any_config_of_a_llava_by_its_authors_or_of_its_tower_is_read_or_refused(tmp_path):
-    folder = llava.write_original(llava.made(), tmp_path / "llava")
+    folder = llava.write_original(llava.random_model(), tmp_path / "llava")
     tower = tmp_path / "clip"
     ways = (
         lambda: describe(folder, tower),
@@ -148,17 +150,17 @@ def test_any_config_of_a_tower_is_read_or_refused(tmp_path):
 
 
 def test_any_file_of_a_processor_is_read_or_refused(tmp_path):
-    folder = llava.write(llava.made(), tmp_path / "llava")
+    folder = llava.write(llava.random_model(), tmp_path / "llava")
     way: Callable[[], Any] = lambda: Tokenizer.from_folder(folder)  # noqa: E731
     assert refusals(folder / "tokenizer_config.json", way, values=MANY) > 5
     llava.llama_words(folder, llava.LLAVA_1_5)
     assert refusals(folder / "chat_template.json", way, values=MANY) > 5
-    reading = {
+    preprocessor = {
         "crop_size": {"height": 64, "width": 64}, "do_center_crop": True, "do_normalize": True,
         "do_rescale": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
         "resample": 3, "rescale_factor": 0.5, "size": {"shortest_edge": 64}, "do_pad": False,
     }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(reading))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     way = lambda: Preprocessor.from_folder(folder)  # noqa: E731
     assert refusals(folder / "preprocessor_config.json", way, values=MANY) > 60
 

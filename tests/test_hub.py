@@ -56,8 +56,8 @@ def test_a_revision_chooses_among_them(tmp_path, cache, capsys):
     for commit, ref, seed in ((COMMIT, "main", 0), (OLDER, "v1", 1)):
         folder = tmp_path / ref
         folder.mkdir()
-        made = generations.release("minimind2-v", False, seed)
-        cache(converted(made, folder), "someone/small", commit, ref)
+        release = generations.release("minimind2-v", False, seed)
+        cache(converted(release, folder), "someone/small", commit, ref)
     main_words, old_words = (
         load("someone/small", revision=r)[0].language.norm.weight for r in (None, "v1")
     )
@@ -67,8 +67,8 @@ def test_a_revision_chooses_among_them(tmp_path, cache, capsys):
 
 
 def test_convert_takes_names_for_all_three_parts(tmp_path, cache, capsys):
-    made = generations.release("minimind2-v", True)
-    made.write(tmp_path)
+    release = generations.release("minimind2-v", True)
+    release.write(tmp_path)
     (tmp_path / "weights").mkdir()
     (tmp_path / "published.pth").rename(tmp_path / "weights" / "sft_vlm_48.pth")
     cache(tmp_path / "weights", "jingyaogong/MiniMind2-V-PyTorch")

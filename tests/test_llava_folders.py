@@ -33,7 +33,7 @@ from .test_llava import ours, pixels, theirs
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A folder as transformers writes it, and the same weights there and here."""
-    model = llava.made()
+    model = llava.random_model()
     folder = llava.write(model, tmp_path_factory.mktemp("published"))
     return SimpleNamespace(folder=folder, theirs=model, ours=load(folder, dtype="float32")[0])
 
@@ -41,7 +41,7 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", llava.RENAMED)
 def test_there_and_back_gives_the_same_bytes_under_the_same_names(layout, dtype, tmp_path, capsys):
-    folder = llava.write(llava.made(), tmp_path / "hf", layout, dtype)
+    folder = llava.write(llava.random_model(), tmp_path / "hf", layout, dtype)
     for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"):
         (folder / name).write_text(f'{{"{name}": 0}}')  # what a tokenizer may have, too
     main(["to-mlx", str(folder), str(tmp_path / "mlx")])
@@ -75,7 +75,7 @@ def test_a_converted_folder_and_a_quantized_one_answer_pruned(published, tmp_pat
     main(["to-mlx", str(published.folder), str(tmp_path / "mlx")])
     options = ["-q", "--q-group-size", "32"]
     main(["to-mlx", str(published.folder), str(tmp_path / "few"), *options])
-    said = []
+    answers = []
     for place in (published.folder, tmp_path / "mlx", tmp_path / "few"):
         model, processor = load(place)
         answer = generate(
@@ -83,8 +83,8 @@ def test_a_converted_folder_and_a_quantized_one_answer_pruned(published, tmp_pat
             pruner="visionzip+fastv", keep_ratio=0.5,
         )  # fmt: skip
         assert answer.visual_tokens == N and answer.visual_tokens_kept == N // 2
-        said.append(answer.token_ids)
-    assert said[0] == said[1]
+        answers.append(answer.token_ids)
+    assert answers[0] == answers[1]
 
 
 def test_a_seven_billion_model_is_inspected_and_refused_where_memory_does_not_suffice(
@@ -93,10 +93,12 @@ def test_a_seven_billion_model_is_inspected_and_refused_where_memory_does_not_su
     """LLaVA-1.5-7B's config.json as published, and its tensors' headers: the data is a hole."""
     llava.write_seven_billion(tmp_path)
     main(["inspect", str(tmp_path)])
-    told = capsys.readouterr().out
-    assert "32 layers of 4096, Llama-like" in told
-    assert "CLIP, 24 layers of 1024, 24 x 24 patches of 14 pixels, features of layer 23" in told
-    assert "two layers, 1024 to 4096" in told and "14126.9 MB, F16" in told  # 7,063,427,072 weights
+    printed = capsys.readouterr().out
+    assert "32 layers of 4096, Llama-like" in printed
+    assert "CLIP, 24 layers of 1024, 24 x 24 patches of 14 pixels, features of layer 23" in printed
+    assert (
+        "two layers, 1024 to 4096" in printed and "14126.9 MB, F16" in printed
+    )  # 7,063,427,072 weights
     monkeypatch.setattr(memory, "available_bytes", lambda: 16 * 10**9)
     with pytest.raises(UserError, match=r"needs 28.3 GB for its weights, and 16.0 GB are avail"):
         load(tmp_path, dtype="float32")
@@ -107,28 +109,28 @@ def test_inspect_says_what_it_is_published_and_converted(published, tmp_path, ca
     capsys.readouterr()
     for place in (published.folder, tmp_path / "mlx"):
         main(["inspect", str(place)])
-        told = capsys.readouterr().out
-        assert "(llava-hf-flat)" in told or "llava-hf-flat" in told
-        assert "4, and 4 for keys and values (from config.json)" in told
-        assert "CLIP, 4 layers of 32, 4 x 4 patches of 16 pixels" in told
-        assert "missing         nothing" in told
+        printed = capsys.readouterr().out
+        assert "(llava-hf-flat)" in printed or "llava-hf-flat" in printed
+        assert "4, and 4 for keys and values (from config.json)" in printed
+        assert "CLIP, 4 layers of 32, 4 x 4 patches of 16 pixels" in printed
+        assert "missing         nothing" in printed
 
 
 def _in(part: str, **values):
-    return lambda told: {**told, part: {**told[part], **values}}
+    return lambda config: {**config, part: {**config[part], **values}}
 
 
 REFUSED = {
     "CLS among the tokens": (
-        lambda told: {**told, "vision_feature_select_strategy": "full"},
+        lambda config: {**config, "vision_feature_select_strategy": "full"},
         "vision_feature_select_strategy is 'full'; clip_vision_model needs default",
     ),
     "several layers": (
-        lambda told: {**told, "vision_feature_layer": [-2, -1]},
+        lambda config: {**config, "vision_feature_layer": [-2, -1]},
         r"vision_feature_layer is \[-2, -1\]; one of 4 layers is supported",
     ),
     "a layer that is not there": (
-        lambda told: {**told, "vision_feature_layer": -6},
+        lambda config: {**config, "vision_feature_layer": -6},
         "vision_feature_layer is -6; one of 4 layers",
     ),
     "another rotation": (
@@ -139,14 +141,14 @@ REFUSED = {
         _in("text_config", intermediate_size=97), r"is \(96, 64\); \(97, 64\) is expected",
     ),
     "no language model": (
-        lambda told: {**told, "text_config": 5}, "config.json: text_config is 5, not an object",
+        lambda config: {**config, "text_config": 5}, "config.json: text_config is 5, not an object",
     ),
     "layers below none": (
         _in("text_config", num_hidden_layers=-3),
         r"hf/config.json: text_config.num_hidden_layers is -3, not a whole number",
     ),
     "another activation": (
-        lambda told: {**told, "projector_hidden_act": "relu"}, "is 'relu', not gelu",
+        lambda config: {**config, "projector_hidden_act": "relu"}, "is 'relu', not gelu",
     ),
 }  # fmt: skip
 
@@ -154,9 +156,9 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_computed_otherwise_is_refused_by_name(kind, tmp_path):
     change, sentence = REFUSED[kind]
-    folder = llava.write(llava.made(), tmp_path / "hf")
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(change(told)))
+    folder = llava.write(llava.random_model(), tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(config)))
     with pytest.raises(UserError, match=sentence):
         load(folder)
 
@@ -172,8 +174,8 @@ def test_other_parts_than_ours_are_left_to_mlx_vlm_and_not_converted(
     sentence, published, tmp_path, monkeypatch
 ):
     folder = shutil.copytree(published.folder, tmp_path / "hf")
-    told = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(FOREIGN[sentence](told)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(FOREIGN[sentence](config)))
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
     with pytest.raises(UserError, match="a llava model needs mlx-vlm"):
         load(folder)
@@ -217,9 +219,11 @@ def test_a_llava_is_ours_as_transformers_wrote_it_and_mlx_vlms_as_that_did(
 def test_what_was_saved_again_by_mlx_answers_as_before(published, tmp_path):
     folder = shutil.copytree(published.folder, tmp_path / "hf")
     rewritten(folder, MLX)
-    asked, seen = llava.prompt(), pixels()
+    prompt, pixels_I3HW = llava.prompt(), pixels()
     model, _ = load(folder, dtype="float32")
-    np.testing.assert_array_equal(ours(model, asked, seen), ours(published.ours, asked, seen))
+    np.testing.assert_array_equal(
+        ours(model, prompt, pixels_I3HW), ours(published.ours, prompt, pixels_I3HW)
+    )
 
 
 def test_with_patches_of_three_pixels_the_metadata_tell(published, tmp_path):
@@ -245,16 +249,18 @@ def test_pytorchs_own_files_are_ours_and_a_folder_without_weights_is_mlx_vlms(pu
     assert not is_for_us(folder)
     torch.save(state, folder / "pytorch_model.bin")
     assert is_for_us(folder)
-    asked, seen = llava.prompt(), pixels()
+    prompt, pixels_I3HW = llava.prompt(), pixels()
     model, _ = load(folder, dtype="float32")
-    np.testing.assert_array_equal(ours(model, asked, seen), ours(published.ours, asked, seen))
+    np.testing.assert_array_equal(
+        ours(model, prompt, pixels_I3HW), ours(published.ours, prompt, pixels_I3HW)
+    )
 
 
 @pytest.mark.parametrize("kind", ["as published", "as ours"])
 @pytest.mark.parametrize("was, now", [("float16", "float32"), ("float32", "float16")])
 def test_a_change_of_precision_holds_no_second_copy_of_the_weights(kind, was, now, tmp_path):
     """But for two tensors on their way, and a tenth for what else is there."""
-    model = llava.made()
+    model = llava.random_model()
     folder = llava.write(model, tmp_path / "hf", dtype=getattr(torch, was))
     if kind == "as ours":
         main(["to-mlx", str(folder), str(tmp_path / "mlx")])
@@ -288,7 +294,7 @@ def test_ids_of_a_question_equal_those_of_transformers_tokenizer_and_template(tm
     from transformers import AutoTokenizer
 
     folder = llava.llama_words(tmp_path / "words", llava.LLAVA_1_5)
-    asked = tokenize_prompt(Tokenizer.from_folder(folder), "What is this?", [3], "<image>")
+    prompt = tokenize_prompt(Tokenizer.from_folder(folder), "What is this?", [3], "<image>")
     other = AutoTokenizer.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
     text = other.apply_chat_template(
@@ -297,18 +303,18 @@ def test_ids_of_a_question_equal_those_of_transformers_tokenizer_and_template(tm
     )  # fmt: skip
     assert text == "USER: <image>\nWhat is this? ASSISTANT:"
     expected = other(text.replace("<image>", "<image>" * 3))["input_ids"]
-    assert asked.ids == expected and expected.count(1) == 1 and expected[0] == 1
-    assert asked.runs == [(expected.index(other.convert_tokens_to_ids("<image>")), 3)]
+    assert prompt.ids == expected and expected.count(1) == 1 and expected[0] == 1
+    assert prompt.runs == [(expected.index(other.convert_tokens_to_ids("<image>")), 3)]
 
 
 def test_a_folder_without_a_template_is_asked_as_vicuna_was_trained(published, tmp_path):
-    folder = llava.write(llava.made(), tmp_path / "hf")
-    told = json.loads((folder / "tokenizer_config.json").read_text())
-    told.pop("chat_template")
-    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    folder = llava.write(llava.random_model(), tmp_path / "hf")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     _, processor = load(folder)
-    said = processor.tokenizer.render([{"role": "user", "content": "<image>\nWhat is this?"}])
-    assert said == (
+    text = processor.tokenizer.render([{"role": "user", "content": "<image>\nWhat is this?"}])
+    assert text == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant"
         " gives helpful, detailed, and polite answers to the user's questions."
         " USER: <image>\nWhat is this? ASSISTANT:"

@@ -65,7 +65,7 @@ def models(tmp_path_factory):
             model, processor = load(folder, dtype="float32")
             assert isinstance(model.language, MlxLm)
             made[kind] = SimpleNamespace(
-                theirs=backbones.made(kind), reference=read(folder, CPU), ours=model,
+                theirs=backbones.random_model(kind), reference=read(folder, CPU), ours=model,
                 folder=folder, processor=processor,
             )  # fmt: skip
         return made[kind]
@@ -211,12 +211,12 @@ def test_words_alone_get_the_logits_of_mlx_lms_own_model(kind, models):
 @pytest.mark.parametrize("kind", ["vicuna", "qwen2 and siglip"])
 def test_mlx_lms_llama_and_qwen2_prune_as_our_own_decoder(kind, spec, policy, tmp_path):
     """The same weights through either."""
-    model = llava.made(kind)
+    model = llava.random_model(kind)
     own, _ = load(llava.write(model, tmp_path / "hf"), dtype="float32")
     asked, seen = [llava.prompt(2), llava.prompt(1)], as_mx(pixels(3))
     expected = own(asked, seen, plan(spec), K, policy, last_only=False)
     text = model.config.text_config
-    told = text_config(text.to_dict(), {}, tmp_path, has_head=True, has_bias=False)
+    told = text_config(text.to_dict(), {}, tmp_path, has_head=True, has_head_bias=False)
     parts = dict(tree_flatten(own.language.parameters()))
     own.language = MlxLm(MlxLmConfig.from_dict(told))
     renamed = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in parts.items()}

@@ -90,12 +90,12 @@ def test_what_we_accept_of_100_000_damaged_files_is_sound_and_reads_alike(quick)
             continue
         accepted += 1
         try:
-            told = dict(deserialize(data))
+            expected = dict(deserialize(data))
         except SafetensorError as e:
             pytest.fail(f"accepted what the format's reader refuses: {e}; {data!r}")
         ours = open_safetensors(file)
         assert {k: (t.dtype, list(t.shape), bytes(t.data)) for k, t in ours.items()} == {
-            k: (v["dtype"], v["shape"], bytes(v["data"])) for k, v in told.items()
+            k: (v["dtype"], v["shape"], bytes(v["data"])) for k, v in expected.items()
         }
         assert sum(t.data.nbytes for t in ours.values()) <= len(data)
         _mlx_reads_alike(file, ours)
@@ -167,8 +167,8 @@ for _ in range(100):
     if not os.path.exists(target):
         absent, span = absent + 1, span * 1.1
         continue
-    found = {name: open(os.path.join(target, name), "rb").read() for name in os.listdir(target)}
-    assert found == expected, "half-written"
+    content = {name: open(os.path.join(target, name), "rb").read() for name in os.listdir(target)}
+    assert content == expected, "half-written"
     done, span = done + 1, span / 1.1
 print(absent, done)
 """
@@ -328,10 +328,10 @@ WRONGS = {
 @pytest.mark.parametrize("name", ["minimind2-v-2025-02", "minimind-3v-2026-03", "minimind-3v"])
 def test_any_published_tensor_is_as_it_should_be_or_named(tmp_path, name):
     """Each tensor in turn missing or of another shape or kind."""
-    made = generations.release(name, True)
-    made.write(tmp_path)
+    release = generations.release(name, True)
+    release.write(tmp_path)
     pth, tower = tmp_path / "published.pth", tmp_path / "tower" / "model.safetensors"
-    for file, held in ((pth, made.text), (tower, made.tower)):
+    for file, held in ((pth, release.text), (tower, release.tower)):
         for key, tensor in held.items():
             if ".head." in key or tensor.ndim == 0:  # left out, whatever they are
                 continue
@@ -345,4 +345,4 @@ def test_any_published_tensor_is_as_it_should_be_or_named(tmp_path, name):
                 (torch.save if file == pth else save_file)(state, file)
                 with pytest.raises(UserError):
                     read_checkpoint(pth, tmp_path / "tower", tmp_path / "words")
-        torch.save(made.text, pth)
+        torch.save(release.text, pth)

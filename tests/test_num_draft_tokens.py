@@ -106,7 +106,7 @@ def test_a_model_without_a_twig_and_one_of_mlx_vlms_are_refused(tmp_path, capsys
 
 def test_a_published_twig_beside_a_llava_drafts_what_the_llava_says(tmp_path, picture):
     """The twig is LLaVA's own upper layers, norm and output layer, called as TwigVLM calls them."""
-    source = llava.write(llava.made(), tmp_path / "llava")
+    source = llava.write(llava.random_model(), tmp_path / "llava")
     state, twig = load_file(source / "model.safetensors"), {}
     for name, tensor in state.items():
         name = name.removeprefix("language_model.")

@@ -36,14 +36,14 @@ def scenes(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("scenes")
 
-    def made(*options: str):
+    def convert(*options: str):
         target = folder / "-".join(["q", *options]).replace("--", "")
         if not target.exists():
             main(["to-mlx", str(CHECKPOINT), str(target), "-q", *options])
         return target
 
-    made.whole = CHECKPOINT
-    return made
+    convert.source = CHECKPOINT
+    return convert
 
 
 def options(mode: str, bits: int | None) -> list[str]:
@@ -55,7 +55,7 @@ def test_every_matrix_of_the_language_model_is_what_mlx_makes_of_it(scenes, mode
     target = scenes(*options(mode, bits))
     how = json.loads((target / "config.json").read_text())["quantization"]
     assert how["mode"] == mode and how["bits"] == (bits or MODES[mode][0][0])
-    before = mx.load(str(scenes.whole / "model.safetensors"))
+    before = mx.load(str(scenes.source / "model.safetensors"))
     after = mx.load(str(target / "model.safetensors"))
     for name, array in before.items():
         if name.startswith("language.") and array.ndim == 2:
@@ -74,8 +74,8 @@ def test_the_pages_of_a_matrix_are_given_back_once_it_is_packed(scenes, tmp_path
         "mlx_vlm_prune.checkpoints.reading.tensors.free_pages",
         lambda mapped: given.append(mapped.nbytes),
     )
-    main(["to-mlx", str(scenes.whole), str(tmp_path / "made"), "-q"])
-    held = open_safetensors(scenes.whole / "model.safetensors")
+    main(["to-mlx", str(scenes.source), str(tmp_path / "made"), "-q"])
+    held = open_safetensors(scenes.source / "model.safetensors")
     matrices = [t.nbytes for k, t in held.items() if k.startswith("language.layers.")]
     assert sum(given) >= sum(matrices) > 10**6
 
@@ -88,33 +88,33 @@ def test_it_loads_and_computes_as_the_rounded_matrices_do(scenes, mode, bits, tm
     few, _ = load(target, dtype="float32")
     whole, _ = load(tmp_path / "whole", dtype="float32")
     assert isinstance(few.language.layers[0].mlp.up_proj, nn.QuantizedLinear)
-    asked = Prompt(list(range(3, 30)), [])
+    prompt = Prompt(list(range(3, 30)), [])
     a, b = (
-        np.array(m([asked], None, plan("none", {}), m.N, last_only=False).logits_BLV)
+        np.array(m([prompt], None, plan("none", {}), m.N, last_only=False).logits_BLV)
         for m in (few, whole)
     )
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * abs(b).max())
 
 
 def test_learned_pruners_come_along_and_nothing_is_said_to_be_assumed(scenes, tmp_path, capsys):
-    main(["to-mlx", str(scenes.whole), str(tmp_path / "m"), "-q", "--q-bits", "8"])
+    main(["to-mlx", str(scenes.source), str(tmp_path / "m"), "-q", "--q-bits", "8"])
     assert "assumed" not in capsys.readouterr().out
     learned = (tmp_path / "m" / "pruners.safetensors").read_bytes()
-    assert learned == (scenes.whole / "pruners.safetensors").read_bytes()
+    assert learned == (scenes.source / "pruners.safetensors").read_bytes()
     model, _ = load(tmp_path / "m")
     assert set(model.learned) == {"attention_pool", "mlp", "score_prune", "twig"}
 
 
 def test_config_and_sizes_are_those_that_mlx_lm_users_know(scenes, capsys):
     target = scenes("--q-bits", "4", "--q-group-size", "32")
-    told = json.loads((target / "config.json").read_text())
-    assert told["quantization"] == told["quantization_config"]
-    assert told["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
+    config = json.loads((target / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"]
+    assert config["quantization"] == {"bits": 4, "group_size": 32, "mode": "affine"}
     main(["inspect", str(target)])
-    said = capsys.readouterr().out
-    assert "4 bits, groups of 32, affine, the language model" in said
+    printed = capsys.readouterr().out
+    assert "4 bits, groups of 32, affine, the language model" in printed
     sizes = [sum(t.nbytes for t in open_safetensors(f / "model.safetensors").values())
-             for f in (scenes.whole, target)]  # fmt: skip
+             for f in (scenes.source, target)]  # fmt: skip
     assert sizes[1] < 0.75 * sizes[0]
 
 
@@ -132,9 +132,9 @@ def test_a_mixture_of_experts_is_quantized_expert_by_expert(tmp_path, name, caps
     main(["to-mlx", str(target), str(tmp_path / "whole"), "--dequantize"])
     whole, _ = load(tmp_path / "whole", dtype="float32")
     for rows in (4, 40):
-        asked = Prompt([3 + i % 30 for i in range(rows)], [])
+        prompt = Prompt([3 + i % 30 for i in range(rows)], [])
         a, b = (
-            np.array(m([asked], None, plan("none", {}), m.N, last_only=False).logits_BLV)
+            np.array(m([prompt], None, plan("none", {}), m.N, last_only=False).logits_BLV)
             for m in (few, whole)
         )
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * abs(b).max())
@@ -156,12 +156,12 @@ def test_few_rows_and_many_take_different_ways_to_the_same_answer():
 def test_quantizing_twice_or_undoing_nothing_is_refused(scenes, tmp_path, capsys):
     target = scenes("--q-bits", "4")
     assert "quantized already" in refused(capsys, "to-mlx", target, tmp_path / "x", "-q")
-    whole = scenes.whole
-    assert "not quantized" in refused(capsys, "to-mlx", whole, tmp_path / "x", "--dequantize")
+    source = scenes.source
+    assert "not quantized" in refused(capsys, "to-mlx", source, tmp_path / "x", "--dequantize")
     assert "--dequantize first" in refused(capsys, "to-torch", target, tmp_path / "x.pth")
     assert "--dequantize first" in refused(capsys, "to-hf", target, tmp_path / "x")
     assert "-q says to quantize" in refused(
-        capsys, "to-mlx", whole, tmp_path / "x", "--q-bits", "4"
+        capsys, "to-mlx", source, tmp_path / "x", "--q-bits", "4"
     )
     assert not list(tmp_path.iterdir())
 
@@ -175,7 +175,7 @@ def test_quantizing_twice_or_undoing_nothing_is_refused(scenes, tmp_path, capsys
     ],
 )
 def test_sizes_that_do_not_go_together_are_refused(scenes, tmp_path, capsys, argv, part):
-    assert part in refused(capsys, "to-mlx", scenes.whole, tmp_path / "x", "-q", *argv)
+    assert part in refused(capsys, "to-mlx", scenes.source, tmp_path / "x", "-q", *argv)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(7, 16), (8, 16), (7, 32), (5, 48)])
