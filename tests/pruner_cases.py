@@ -27,7 +27,7 @@ VARIANTS = [
 INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
 
 
-def ready(spec: str) -> Pruner:
+def make_pruner(spec: str) -> Pruner:
     """The method of a specification; of a twig the host reads the weights, the method none."""
     return resolve(spec, {"twig": Twig(tiny.TEXT, 1, 1)})
 
@@ -53,8 +53,8 @@ def features(kind: str, rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def shares(kind: str, rng: np.random.Generator, *shape: int) -> np.ndarray:
     """Attention rows (B, ..., N) that sum to one."""
-    scores = np.zeros(shape) if kind in ("flat", "zero") else rng.normal(size=shape)
-    share = np.exp(scores)
+    logits = np.zeros(shape) if kind in ("flat", "zero") else rng.normal(size=shape)
+    share = np.exp(logits)
     return (share / share.sum(-1, keepdims=True)).astype(np.float32)
 
 
@@ -83,18 +83,18 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
     }
 
 
-def signals(of: dict) -> Signals:
-    return Signals(**{k: v if k == "grid" else mx.array(v) for k, v in of.items()})
+def signals(arrays: dict) -> Signals:
+    return Signals(**{k: v if k == "grid" else mx.array(v) for k, v in arrays.items()})
 
 
-def seen_there(of: dict) -> ref.Signals:
+def reference_signals(arrays: dict) -> ref.Signals:
     """The same in the reference."""
-    return ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()})
+    return ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in arrays.items()})
 
 
-def some(of: dict, b: slice) -> dict:
+def select_images(arrays: dict, b: slice) -> dict:
     """The same of some images of the batch."""
-    return {k: v if k == "grid" else v[b] for k, v in of.items()}
+    return {k: v if k == "grid" else v[b] for k, v in arrays.items()}
 
 
 @st.composite
@@ -108,17 +108,17 @@ def cases(draw):
 many = settings(max_examples=40, deadline=None)
 
 
-def agree(spec: str, of: dict, K: int) -> None:
+def assert_agreement(spec: str, arrays: dict, K: int) -> None:
     """Both frameworks keep the same tokens and mix them alike."""
-    pruner = ready(spec)
-    ours, theirs = pruner(signals(of), K), twin(pruner, of, K)
+    pruner = make_pruner(spec)
+    ours, theirs = pruner(signals(arrays), K), reference_reduction(pruner, arrays, K)
     np.testing.assert_array_equal(np.array(ours.index_BK), theirs.index_BK.numpy())
-    kept = theirs.tokens(torch.from_numpy(of["x_BND"])).numpy()
-    close(np.array(ours.tokens(mx.array(of["x_BND"]))), kept)
+    kept = theirs.tokens(torch.from_numpy(arrays["x_BND"])).numpy()
+    close(np.array(ours.tokens(mx.array(arrays["x_BND"]))), kept)
 
 
-def twin(pruner: Pruner, of: dict, K: int) -> ref.Reduction:
-    return ref.reduce(pruner.name, seen_there(of), K, **pruner.options)
+def reference_reduction(pruner: Pruner, arrays: dict, K: int) -> ref.Reduction:
+    return ref.reduce(pruner.name, reference_signals(arrays), K, **pruner.options)
 
 
 def close(ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from mlx_vlm_prune.pruners import METHODS, Signals
 
-from .pruner_cases import ready
+from .pruner_cases import make_pruner
 
 ROWS, COLUMNS, D, HEADS, T = 6, 6, 8, 2, 4
 N = ROWS * COLUMNS
@@ -29,7 +29,7 @@ def row(a: float) -> mx.array:
     return mx.array(share / share.sum())
 
 
-def seen() -> Signals:
+def formula_signals() -> Signals:
     """Every signal there is, by formulas."""
     heads = (1, N, HEADS, D // HEADS)
     vectors = {
@@ -99,4 +99,4 @@ GOLDENS: dict[str, list[int]] = {
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_same_tokens_as_ever_are_kept(spec):
-    assert np.array(ready(spec)(seen(), 9).index_BK[0]).tolist() == GOLDENS[spec]
+    assert np.array(make_pruner(spec)(formula_signals(), 9).index_BK[0]).tolist() == GOLDENS[spec]

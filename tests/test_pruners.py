@@ -11,7 +11,17 @@ from hypothesis import given
 from mlx_vlm_prune.pruners import Signals, resolve
 from mlx_vlm_prune.pruners.grid import windows
 
-from .pruner_cases import INPUTS, VARIANTS, D, case, cases, many, ready, signals, some
+from .pruner_cases import (
+    INPUTS,
+    VARIANTS,
+    D,
+    case,
+    cases,
+    make_pruner,
+    many,
+    select_images,
+    signals,
+)
 
 SCORING = [
     "norm", "cls_attention", "received_attention", "patch_norm", "kq_norm", "divprune", "cdpruner",
@@ -23,30 +33,30 @@ SCORING = [
 @pytest.mark.parametrize("kind", INPUTS)
 @pytest.mark.parametrize("spec", [*VARIANTS, "none"])
 def test_keeping_all_is_the_identity_bit_for_bit(spec, kind):
-    of = case(kind, 2, (3, 5), 0)
-    kept = ready(spec)(signals(of), 15)
-    assert np.array(kept.tokens(mx.array(of["x_BND"]))).tobytes() == of["x_BND"].tobytes()
+    arrays = case(kind, 2, (3, 5), 0)
+    kept = make_pruner(spec)(signals(arrays), 15)
+    assert np.array(kept.tokens(mx.array(arrays["x_BND"]))).tobytes() == arrays["x_BND"].tobytes()
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
 @many
-@given(given_=cases())
-def test_an_image_does_not_depend_on_its_neighbours_in_the_batch(spec, given_):
-    of, K = given_
-    pruner = ready(spec)
-    together = pruner(signals(of), K)
-    for b in range(len(of["x_BND"])):
-        alone = pruner(signals(some(of, slice(b, b + 1))), K)
+@given(example=cases())
+def test_an_image_does_not_depend_on_its_neighbours_in_the_batch(spec, example):
+    arrays, K = example
+    pruner = make_pruner(spec)
+    together = pruner(signals(arrays), K)
+    for b in range(len(arrays["x_BND"])):
+        alone = pruner(signals(select_images(arrays, slice(b, b + 1))), K)
         np.testing.assert_array_equal(np.array(alone.index_BK[0]), np.array(together.index_BK[b]))
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
 @many
-@given(given_=cases())
-def test_k_distinct_tokens_in_range_are_kept_each_in_its_own_slot_and_merged_once(spec, given_):
-    of, K = given_
-    B, N, _ = of["x_BND"].shape
-    kept = ready(spec)(signals(of), K)
+@given(example=cases())
+def test_k_distinct_tokens_in_range_are_kept_each_in_its_own_slot_and_merged_once(spec, example):
+    arrays, K = example
+    B, N, _ = arrays["x_BND"].shape
+    kept = make_pruner(spec)(signals(arrays), K)
     index_BK, weight_BKN = np.array(kept.index_BK).astype(int), np.array(kept.mixture(N))
     assert index_BK.shape == (B, K)
     assert (np.diff(index_BK, axis=1) > 0).all()
@@ -62,24 +72,24 @@ def test_k_distinct_tokens_in_range_are_kept_each_in_its_own_slot_and_merged_onc
     "spec", ["avgpool", "similarity", "similarity:threshold=0.3", "tome", "apet"]
 )
 @many
-@given(given_=cases())
-def test_a_merging_method_gives_every_token_to_exactly_one_mean(spec, given_):
-    of, K = given_
-    weight_BKN = np.array(ready(spec)(signals(of), K).mixture(of["x_BND"].shape[1]))
+@given(example=cases())
+def test_a_merging_method_gives_every_token_to_exactly_one_mean(spec, example):
+    arrays, K = example
+    weight_BKN = np.array(make_pruner(spec)(signals(arrays), K).mixture(arrays["x_BND"].shape[1]))
     np.testing.assert_allclose(weight_BKN.sum(-1), 1, rtol=1e-5)
     assert ((weight_BKN > 0).sum(axis=1) == 1).all()
 
 
 @pytest.mark.parametrize("spec", SCORING)
 def test_a_scoring_method_follows_its_tokens_when_they_are_shuffled(spec):
-    of = case("random", 1, (4, 6), 3)
+    arrays = case("random", 1, (4, 6), 3)
     order = np.random.default_rng(5).permutation(24)
     shuffled = {
         k: v[..., order] if k.endswith("N") else v[:, order] if "_BN" in k else v
-        for k, v in of.items()
+        for k, v in arrays.items()
     }
-    kept = np.array(ready(spec)(signals(of), 7).index_BK[0])
-    moved = ready(spec)(signals(shuffled), 7)
+    kept = np.array(make_pruner(spec)(signals(arrays), 7).index_BK[0])
+    moved = make_pruner(spec)(signals(shuffled), 7)
     assert sorted(order[np.array(moved.index_BK[0])]) == kept.tolist()
 
 
@@ -96,9 +106,9 @@ def test_windows_of_a_grid_worked_by_hand():
 
 def test_similarity_published_drops_the_bottom_of_an_image_and_the_fix_does_not():
     x = np.eye(8, dtype=np.float32)[None]  # nothing is alike
-    seen = Signals(mx.array(x), (4, 2))
-    published = resolve("similarity:published")(seen, 4)
+    tokens = Signals(mx.array(x), (4, 2))
+    published = resolve("similarity:published")(tokens, 4)
     assert np.array(published.index_BK[0]).tolist() == [0, 1, 2, 3]
     assert np.array(published.weight_BKN)[0, :, 4:].sum() == 0  # the lower half is gone
-    fixed = resolve("similarity")(seen, 4)
-    assert (np.array(fixed.weight_BKN)[0].sum(axis=0) > 0).all()
+    complete = resolve("similarity")(tokens, 4)
+    assert (np.array(complete.weight_BKN)[0].sum(axis=0) > 0).all()

@@ -16,7 +16,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.pruners import METHODS, Method, Reduction, Signals, Stage, plan, resolve
 from mlx_vlm_prune.pruners.spec import parse
 
-from .pruner_cases import D, ready
+from .pruner_cases import D, make_pruner
 
 
 @pytest.mark.parametrize("layers", [4, 8, 24, 32])
@@ -45,7 +45,7 @@ def test_a_decoder_method_holds_k_rows_in_the_average_layer_or_says_that_it_cann
 @pytest.mark.parametrize("spec", [n for n, m in METHODS.items() if m.cuts] + ["tome:r=3"])
 def test_an_encoder_method_ends_with_k_tokens(spec, layers):
     for K in (1, 7, 48):
-        pruner = ready(spec)
+        pruner = make_pruner(spec)
         plan = pruner.call(pruner.method.cuts, layers, 49, K)
         assert plan == ref.Step(pruner.name, K, pruner.options).call("cuts", layers, 49, K)
         left = [n for _, _, n in plan]

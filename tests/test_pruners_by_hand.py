@@ -7,25 +7,25 @@ from torch_ref.pruners import Signals, reduce
 from .test_torch_ref_parts import close
 
 
-def of(x_ND: list, grid: tuple[int, int], cls: list | None = None) -> Signals:
+def make_signals(x_ND: list, grid: tuple[int, int], cls: list | None = None) -> Signals:
     row_1N = None if cls is None else torch.tensor([cls]).float()
     return Signals(torch.tensor([x_ND]).float(), grid, cls_attention_BN=row_1N)
 
 
 def test_norm_keeps_the_longest_and_of_equals_the_first():
-    kept = reduce("norm", of([[1, 0], [0, 3], [2, 0], [0, 2], [-2, 0]], (1, 5)), 3)
+    kept = reduce("norm", make_signals([[1, 0], [0, 3], [2, 0], [0, 2], [-2, 0]], (1, 5)), 3)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[1, 2, 3]]
 
 
 def test_cls_attention_keeps_the_most_attended_and_of_equals_the_first():
-    kept = reduce("cls_attention", of([[0]] * 5, (1, 5), [0.1, 0.3, 0.1, 0.1, 0.3]), 3)
+    kept = reduce("cls_attention", make_signals([[0]] * 5, (1, 5), [0.1, 0.3, 0.1, 0.1, 0.3]), 3)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 1, 4]]
 
 
 def test_windows_cover_a_narrow_grid_whose_square_share_of_bands_exceeds_k():
     """9 x 1 in 2: square windows would want 4 bands, of which two had no window."""
     x_ND = [[float(i)] for i in range(9)]
-    kept = reduce("avgpool", of(x_ND, (9, 1)), 2)
+    kept = reduce("avgpool", make_signals(x_ND, (9, 1)), 2)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[1, 6]]
     close(kept.tokens(torch.tensor([x_ND])), torch.tensor([[[1.5], [6.0]]]))
 
@@ -35,7 +35,7 @@ X, Y, Z = [1, 0, 0], [0, 1, 0], [0, 0, 1]
 
 def test_similarity_dissolves_the_smallest_clusters_when_there_are_too_many():
     """X X Y Z Z: Y's cluster goes, and Y, which is like neither, joins the first."""
-    kept = reduce("similarity", of([X, X, Y, Z, Z], (1, 5)), 2)
+    kept = reduce("similarity", make_signals([X, X, Y, Z, Z], (1, 5)), 2)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 3]]
     third = 1 / 3
     by_hand = torch.tensor([[[third, third, third, 0, 0], [0, 0, 0, 0.5, 0.5]]])
@@ -45,7 +45,7 @@ def test_similarity_dissolves_the_smallest_clusters_when_there_are_too_many():
 
 def test_similarity_lets_the_least_alike_stand_alone_when_there_are_too_few():
     """One cluster; the third token is the least like its leader."""
-    kept = reduce("similarity", of([[1, 0], [1, 0.1], [1, 0.4], [1, 0.2]], (1, 4)), 2)
+    kept = reduce("similarity", make_signals([[1, 0], [1, 0.1], [1, 0.4], [1, 0.2]], (1, 4)), 2)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 2]]
     assert kept.weight_BKN is not None
     third = 1 / 3
@@ -53,7 +53,7 @@ def test_similarity_lets_the_least_alike_stand_alone_when_there_are_too_few():
 
 
 def test_similarity_as_published_fills_up_with_the_first_followers():
-    kept = reduce("similarity", of([X, X, X, X], (1, 4)), 3, published=True)
+    kept = reduce("similarity", make_signals([X, X, X, X], (1, 4)), 3, published=True)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 1, 2]]
     assert kept.weight_BKN is not None
     by_hand = torch.tensor([[[0.5, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0]]])

@@ -52,7 +52,7 @@ def heads(vectors: list[Vector]) -> np.ndarray:
     return np.array(vectors, np.float32).reshape(1, -1, HEADS, D // HEADS)
 
 
-OF = {
+ARRAYS = {
     "grid": (ROWS, COLUMNS),
     "x_BND": np.array([X], np.float32),
     "keys_BNHd": heads(KEYS),
@@ -66,20 +66,24 @@ OF = {
 }
 
 
-def both(spec: str, K: int) -> list[tuple[list[int], np.ndarray]]:
+def both_frameworks(spec: str, K: int) -> list[tuple[list[int], np.ndarray]]:
     """Index and weights from the product and from the reference."""
     pruner = resolve(spec)
-    ours = pruner(Signals(**{k: v if k == "grid" else mx.array(v) for k, v in OF.items()}), K)
-    seen = ref.Signals(**{k: v if k == "grid" else torch.from_numpy(v) for k, v in OF.items()})
-    theirs = ref.reduce(pruner.name, seen, K, **pruner.options)
-    told = [(np.array(ours.index_BK[0]).tolist(), np.array(ours.mixture(N)[0]))]
+    ours = pruner(Signals(**{k: v if k == "grid" else mx.array(v) for k, v in ARRAYS.items()}), K)
+    signals = ref.Signals(
+        **{k: v if k == "grid" else torch.from_numpy(v) for k, v in ARRAYS.items()}
+    )
+    theirs = ref.reduce(pruner.name, signals, K, **pruner.options)
+    of_mlx = (np.array(ours.index_BK[0]).tolist(), np.array(ours.mixture(N)[0]))
     weight = torch.eye(N)[theirs.index_BK[0]] if theirs.weight_BKN is None else theirs.weight_BKN[0]
-    return [*told, (theirs.index_BK[0].tolist(), weight.numpy())]
+    return [of_mlx, (theirs.index_BK[0].tolist(), weight.numpy())]
 
 
-def agrees(spec: str, K: int, index: list[int], weight: dict[int, dict[int, float]] | None = None):
+def assert_both_keep(
+    spec: str, K: int, index: list[int], weight: dict[int, dict[int, float]] | None = None
+):
     """Both keep `index`, and where `weight` is given mix slot by slot like that."""
-    for kept, mixed in both(spec, K):
+    for kept, mixed in both_frameworks(spec, K):
         assert kept == index
         for slot, token in enumerate(index):
             row = {token: 1.0} if weight is None else weight[token]
@@ -95,7 +99,7 @@ def test_divprune(K):
     while len(kept) < K:
         gaps = {i: min(apart[i][j] for j in kept) for i in range(N) if i not in kept}
         kept.append(first_best(gaps))
-    agrees("divprune", K, sorted(kept))
+    assert_both_keep("divprune", K, sorted(kept))
 
 
 def determinant(matrix: list[Vector]) -> float:
@@ -111,8 +115,8 @@ def determinant(matrix: list[Vector]) -> float:
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
 def test_cdpruner_grows_the_set_whose_determinant_is_largest(K):
-    near = [sum(cosine(x, t) for t in TEXT) / T for x in X]
-    relevance = [(r - min(near)) / (max(near) - min(near)) + 1e-6 for r in near]
+    nearest = [sum(cosine(x, t) for t in TEXT) / T for x in X]
+    relevance = [(r - min(nearest)) / (max(nearest) - min(nearest)) + 1e-6 for r in nearest]
     kernel = [
         [relevance[i] * cosine(X[i], X[j]) * relevance[j] for j in range(N)] for i in range(N)
     ]
@@ -124,7 +128,7 @@ def test_cdpruner_grows_the_set_whose_determinant_is_largest(K):
             if i not in kept
         }
         kept.append(first_best(volume))
-    agrees("cdpruner", K, sorted(kept))
+    assert_both_keep("cdpruner", K, sorted(kept))
 
 
 @pytest.mark.parametrize("K", [1, 5, 12])
@@ -139,7 +143,7 @@ def test_scope(K):
                 gain += max(cosine(u, X[i]) - covered, 0.0)
             gains[i] = gain * ATTENTION[i]
         kept.append(first_best(gains))
-    agrees("scope", K, sorted(kept))
+    assert_both_keep("scope", K, sorted(kept))
 
 
 @pytest.mark.parametrize("K", [2, 6, 13])
@@ -151,10 +155,10 @@ def test_prumerge(K):
     weight = {}
     for i in kept:
         others = [j for j in range(N) if j != i]
-        near = sorted(others, key=lambda j: (-cosine(KEYS[i], KEYS[j]), j))[:5]
-        weight[i] = {i: 1.0, **{j: score[j] for j in near}}
+        nearest = sorted(others, key=lambda j: (-cosine(KEYS[i], KEYS[j]), j))[:5]
+        weight[i] = {i: 1.0, **{j: score[j] for j in nearest}}
     weight[dropped[0]] = {j: score[j] for j in dropped}
-    agrees("prumerge:neighbours=5", K, sorted(weight), weight)
+    assert_both_keep("prumerge:neighbours=5", K, sorted(weight), weight)
 
 
 @pytest.mark.parametrize("K", [3, 8, 15])
@@ -170,7 +174,7 @@ def test_visionzip(K):
     weight = {i: {i: 1.0} for i in dominant}
     for t in targets:
         weight[t] = {t: 1.0, **{j: 1 / len(joined[t]) for j in joined[t]}}
-    agrees("visionzip", K, sorted(weight), weight)
+    assert_both_keep("visionzip", K, sorted(weight), weight)
 
 
 @pytest.mark.parametrize("K", [10, 14, 19])
@@ -183,7 +187,7 @@ def test_tome_in_one_round(K):
     for i in going:
         groups[into[i]].append(i)
     weight = {i: {j: 1 / len(of) for j in of} for i, of in groups.items()}
-    agrees("tome", K, sorted(groups), weight)
+    assert_both_keep("tome", K, sorted(groups), weight)
 
 
 @pytest.mark.parametrize("K", [4, 9, 17])
@@ -191,7 +195,7 @@ def test_dart(K):
     def size(key: Vector) -> float:
         return sum(abs(k) for k in key)
 
-    text_keys = OF["text_keys_BTD"][0].tolist()
+    text_keys = ARRAYS["text_keys_BTD"][0].tolist()
     kept = sorted(range(N), key=lambda i: (-size(KEYS[i]), i))[:4]
     words = sorted(range(T), key=lambda t: (-size(text_keys[t]), t))[:4]
     pivots, rest = [X[i] for i in kept] + [TEXT[t] for t in words], K - 4
@@ -199,7 +203,7 @@ def test_dart(K):
         share = (p + 1) * rest // len(pivots) - p * rest // len(pivots)
         left = [i for i in range(N) if i not in kept]
         kept = kept + sorted(left, key=lambda i: (cosine(X[i], pivot), i))[:share]
-    agrees("dart", K, sorted(kept))
+    assert_both_keep("dart", K, sorted(kept))
 
 
 def test_fastv_scores_by_one_row_of_attention():
@@ -208,8 +212,10 @@ def test_fastv_scores_by_one_row_of_attention():
     share_N = [0.0] * N
     for head in range(4):
         query = [queries[head // 2][head % 2 * d + j] for j in range(d)]
-        own = [[KEYS[i][head // 2 * d + j] for j in range(d)] for i in range(N)]
-        logits = [sum(q * k for q, k in zip(query, key, strict=True)) / math.sqrt(d) for key in own]
+        keys = [[KEYS[i][head // 2 * d + j] for j in range(d)] for i in range(N)]
+        logits = [
+            sum(q * k for q, k in zip(query, key, strict=True)) / math.sqrt(d) for key in keys
+        ]
         total = sum(math.exp(x) for x in logits)
         share_N = [a + math.exp(x) / total / 4 for a, x in zip(share_N, logits, strict=True)]
     q = mx.array(np.array(queries, np.float32).reshape(1, 2, 2, 1, d))
@@ -217,8 +223,8 @@ def test_fastv_scores_by_one_row_of_attention():
     row = attention(q, k, mx.ones((1, 1, N), dtype=mx.bool_), None)[:, 0]
     np.testing.assert_allclose(np.array(row)[0], share_N, rtol=1e-5)
     kept = resolve("fastv")(
-        Signals(mx.array(OF["x_BND"]), (ROWS, COLUMNS), last_attention_BN=row), 7
+        Signals(mx.array(ARRAYS["x_BND"]), (ROWS, COLUMNS), last_attention_BN=row), 7
     )
-    told = np.array(row)[0].tolist()  # duplicated tokens tie only as float32 rounds them
-    best = sorted(range(N), key=lambda i: (-told[i], i))[:7]
+    row_N = np.array(row)[0].tolist()  # duplicated tokens tie only as float32 rounds them
+    best = sorted(range(N), key=lambda i: (-row_N[i], i))[:7]
     assert np.array(kept.index_BK[0]).tolist() == sorted(best)

@@ -21,39 +21,39 @@ from .pruner_cases import (
     LEARNED,
     VARIANTS,
     D,
-    agree,
+    assert_agreement,
     case,
     cases,
     close,
     learned_pair,
+    make_pruner,
     many,
-    ready,
-    seen_there,
+    reference_reduction,
+    reference_signals,
     signals,
-    twin,
 )
 
 
 @pytest.mark.parametrize("spec", VARIANTS)
 @many
-@given(given_=cases())
-def test_both_frameworks_keep_the_same_tokens_and_mix_them_alike(spec, given_):
-    agree(spec, *given_)
+@given(example=cases())
+def test_both_frameworks_keep_the_same_tokens_and_mix_them_alike(spec, example):
+    assert_agreement(spec, *example)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("spec", VARIANTS)
 def test_half_precision_keeps_the_same_k_tokens_and_its_dtype(spec, dtype):
     """Choices are made in float64, so what both frameworks read in half they choose alike."""
-    of, pruner = case("random", 2, (5, 6), 1), ready(spec)
-    half = {k for k, v in of.items() if np.ndim(v) > 2}
-    seen = {k: v if k == "grid" else mx.array(v) for k, v in of.items()}
-    seen |= {k: seen[k].astype(getattr(mx, dtype)) for k in half}
-    kept = pruner(Signals(**seen), 11)
-    assert kept.tokens(seen["x_BND"]).dtype == seen["x_BND"].dtype
-    same = {k: v if k == "grid" else torch.from_numpy(v) for k, v in of.items()}
-    same |= {k: same[k].to(getattr(torch, dtype)) for k in half}
-    theirs = ref.reduce(pruner.name, ref.Signals(**same), 11, **pruner.options)
+    arrays, pruner = case("random", 2, (5, 6), 1), make_pruner(spec)
+    half = {k for k, v in arrays.items() if np.ndim(v) > 2}
+    mx_arrays = {k: v if k == "grid" else mx.array(v) for k, v in arrays.items()}
+    mx_arrays |= {k: mx_arrays[k].astype(getattr(mx, dtype)) for k in half}
+    kept = pruner(Signals(**mx_arrays), 11)
+    assert kept.tokens(mx_arrays["x_BND"]).dtype == mx_arrays["x_BND"].dtype
+    torch_arrays = {k: v if k == "grid" else torch.from_numpy(v) for k, v in arrays.items()}
+    torch_arrays |= {k: torch_arrays[k].to(getattr(torch, dtype)) for k in half}
+    theirs = ref.reduce(pruner.name, ref.Signals(**torch_arrays), 11, **pruner.options)
     np.testing.assert_array_equal(np.array(kept.index_BK), theirs.index_BK.numpy())
     assert len(set(np.array(kept.index_BK[0]).tolist())) == 11
 
@@ -85,8 +85,9 @@ def test_similarity_agrees_at_full_width_on_near_duplicates_too(noise, K):
     rng = np.random.default_rng(K)
     kinds_8D = rng.normal(size=(8, 768))
     x_BND = kinds_8D[rng.integers(8, size=(1, 196))] + noise * rng.normal(size=(1, 196, 768))
-    of = {"x_BND": x_BND.astype(np.float32), "grid": (14, 14)}
-    ours, theirs = resolve("similarity")(signals(of), K), twin(resolve("similarity"), of, K)
+    arrays = {"x_BND": x_BND.astype(np.float32), "grid": (14, 14)}
+    pruner = resolve("similarity")
+    ours, theirs = pruner(signals(arrays), K), reference_reduction(pruner, arrays, K)
     np.testing.assert_array_equal(np.array(ours.index_BK), theirs.index_BK.numpy())
     np.testing.assert_array_equal(np.array(ours.weight_BKN), theirs.weight_BKN.numpy())
 
@@ -95,10 +96,7 @@ BROKEN = {  # of every family a method, and what is done to a helper of its twin
     "uniform": ("centre", lambda window, columns: window[1] * columns - columns + window[3] - 1),
     "avgpool": ("members", lambda window, columns: [window[0] * columns + window[2]]),
     "norm": ("keep_highest", lambda score, K: ref.numerics.keep_highest(-score, K)),
-    "similarity": (
-        "exactly_k",
-        lambda of, likeness, K: ref.similarity.first_k(of, K, len(likeness)),
-    ),
+    "similarity": ("exactly_k", lambda of, alike, K: ref.similarity.first_k(of, K, len(alike))),
     "visionzip": ("cosine", lambda x: -ref.numerics.cosine(x)),
     "vispruner": ("cosine", lambda x: -ref.numerics.cosine(x)),
     "prumerge": ("highest", lambda score, K: ref.numerics.highest(-score, K)),
@@ -121,39 +119,40 @@ BROKEN = {  # of every family a method, and what is done to a helper of its twin
 @pytest.mark.parametrize("spec", BROKEN)
 def test_the_check_between_frameworks_fails_for_a_broken_twin(spec, monkeypatch):
     helper, broken = BROKEN[spec]
-    of = case("random", 2, (6, 6), 0)
-    agree(spec, of, 14)
+    arrays = case("random", 2, (6, 6), 0)
+    assert_agreement(spec, arrays, 14)
     monkeypatch.setattr(f"torch_ref.pruners.{spec}.{helper}", broken)
     with pytest.raises(AssertionError):
-        agree(spec, of, 14)
+        assert_agreement(spec, arrays, 14)
 
 
 @pytest.mark.parametrize("name", LEARNED)
 @many
-@given(given_=cases())
-def test_a_learned_method_agrees_between_frameworks_and_keeps_k(name, given_):
-    of, K = given_
-    if of["x_BND"].shape[1] == K:
+@given(example=cases())
+def test_a_learned_method_agrees_between_frameworks_and_keeps_k(name, example):
+    arrays, K = example
+    if arrays["x_BND"].shape[1] == K:
         return
     weights, theirs = learned_pair(name, K)
-    ours = resolve(name, {name: weights})(signals(of), K)
-    seen = seen_there(of)
+    ours = resolve(name, {name: weights})(signals(arrays), K)
+    signals_ = reference_signals(arrays)
     with torch.no_grad():
-        kept = theirs.prune(seen, K)
-        close(np.array(ours.tokens(mx.array(of["x_BND"]))), kept.tokens(seen.x_BND).numpy())
+        kept = theirs.prune(signals_, K)
+        close(np.array(ours.tokens(mx.array(arrays["x_BND"]))), kept.tokens(signals_.x_BND).numpy())
     if kept.index_BK is not None:
         np.testing.assert_array_equal(np.array(ours.index_BK), kept.index_BK.numpy())
 
 
 def test_a_predicted_budget_is_each_images_own_and_agrees_between_frameworks():
-    of = case("random", 3, (6, 6), 2)
+    arrays = case("random", 3, (6, 6), 2)
     weights, theirs = learned_pair("mlp", 9)
     pruner = resolve("mlp:dynamic", {"mlp": weights})
-    seen = seen_there(of)
+    signals_ = reference_signals(arrays)
     with torch.no_grad():
-        told = theirs.budgets(seen, 12)
-    assert pruner.budgets(signals(of), 12) == told
-    assert pruner.has_dynamic_budget and len(set(told)) > 1 and min(told) >= 1 and max(told) <= 36
+        budgets = theirs.budgets(signals_, 12)
+    assert pruner.budgets(signals(arrays), 12) == budgets
+    assert pruner.has_dynamic_budget and len(set(budgets)) > 1
+    assert min(budgets) >= 1 and max(budgets) <= 36
 
 
 def test_attention_pool_is_the_softmax_of_its_queries_in_both_frameworks():
@@ -178,8 +177,8 @@ def test_attention_pool_is_the_softmax_of_its_queries_in_both_frameworks():
     theirs = ref.attention_pool.AttentionPool(K, D)
     theirs.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     with torch.no_grad():
-        twin_kept = theirs.prune(ref.Signals(torch.from_numpy(x_BND), (4, 5)), K)
+        reference = theirs.prune(ref.Signals(torch.from_numpy(x_BND), (4, 5)), K)
         close(
             np.array(kept.tokens(mx.array(x_BND))),
-            twin_kept.tokens(torch.from_numpy(x_BND)).numpy(),
+            reference.tokens(torch.from_numpy(x_BND)).numpy(),
         )
