@@ -25,7 +25,7 @@ from tqdm import tqdm
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.generate import generate
-from mlx_vlm_prune.generation.stream import prepare, resolve
+from mlx_vlm_prune.generation.stream import pipeline_for, prepare_prompt
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.models.loading import Processor
 from mlx_vlm_prune.models.vlm import VLM
@@ -161,12 +161,12 @@ def print_trials(
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Calibrate and run the trials of each method, and print them; the result."""
     model, processor = load_shape(args.shape)
-    pipelines = {spec: resolve(model, spec) for spec in args.pruner}  # refused before anything runs
+    pipelines = {spec: pipeline_for(model, spec) for spec in args.pruner}
     rng, rows = random.Random(args.seed), []
     for spec, pipeline in pipelines.items():
         prompt, image = random_prompt(rng)
         began = time.perf_counter()
-        calibration = measure(model, pipeline, prepare(model, processor, prompt, image))
+        calibration = measure(model, pipeline, prepare_prompt(model, processor, prompt, image))
         seconds = time.perf_counter() - began
         bar = tqdm(range(args.prompts), desc=f"{spec}, asking", leave=False, file=sys.stderr)
         trials = [run_trial(model, processor, calibration, rng, spec) for _ in bar]

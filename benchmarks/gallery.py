@@ -15,7 +15,7 @@ from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import appearing, write_atomically
 from mlx_vlm_prune.generate import generate
-from mlx_vlm_prune.generation.overlay import overlay, strip
+from mlx_vlm_prune.generation.overlay import join_images, overlay
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.inputs.image import open_image
 from mlx_vlm_prune.pruners import METHODS, Method, Stage
@@ -90,7 +90,7 @@ def draw(photographs: list[Path]) -> None:
             continue  # nothing is selected, or its slots have no place in the image
         tiles = [_tile(model, processor, image, name) for image in images]
         with appearing(PICTURES / f"{name}.jpg", replace=True) as temporary:
-            strip(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
+            join_images(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
 
 
 def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:

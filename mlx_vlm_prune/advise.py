@@ -21,7 +21,7 @@ from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, read_json, write_atomically
 from .evaluation.bootstrap import FEWEST
 from .generation.steps import generate_step, greedy
-from .generation.stream import PreparedPrompt, prepare
+from .generation.stream import PreparedPrompt, prepare_prompt
 from .hosts.loading import load
 from .machine.hardware import describe_machine, versions
 from .machine.user_cache import cache_folder, model_key
@@ -178,12 +178,12 @@ def measure_times(model: VLM, processor: Processor, image: Any, K: int) -> Times
 
     The tower's time inside it or with a smaller image is scaled by its operation count.
     """
-    prepared = prepare(model, processor, PROMPT, image)
+    prepared = prepare_prompt(model, processor, PROMPT, image)
     calibration = calibrate(model, processor.folder, plan(BEHIND_TOWER), prepared)
-    N, text = model.N, prepared.text
+    N, text = model.N, prepared.text_tokens
     full_ms, pruned_ms = calibration.ms(N, text, 1), calibration.ms(K, text, 1)
     start = time.perf_counter()
-    mx.eval(prepare(model, processor, PROMPT, image).pixels)
+    mx.eval(prepare_prompt(model, processor, PROMPT, image).pixels)
     image_ms = 1000 * (time.perf_counter() - start)
 
     def tower_ms(spec: str) -> float:
@@ -219,7 +219,7 @@ def advise(model: VLM, processor: Processor, image: Any, evaluation: Mapping[str
     """Measure the model, which takes some seconds and shows progress, and add the frontier."""
     N = model.N
     K = max(1, N // 4)
-    text = prepare(model, processor, PROMPT, image).text
+    text = prepare_prompt(model, processor, PROMPT, image).text_tokens
     full_bytes, pruned_bytes = (
         operations.count(model.config, text, plan(name), k, itemsize=model.dtype.size).cache_bytes
         for name, k in (("none", N), (BEHIND_TOWER, K))

@@ -29,7 +29,7 @@ from .generation.request import (
     Request,
     Sampler,
     check_decoding,
-    listed_images,
+    list_images,
 )
 from .generation.result import GenerationResponse, GenerationResult
 from .generation.speculation import check_drafts
@@ -89,7 +89,7 @@ def stream_generate(
     resize_shape, as mlx-vlm has them. Raises UserError.
     """
     request = Request(
-        prompt, listed_images(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
+        prompt, list_images(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
         temperature, top_p, seed, sampler, logits_processors, num_draft_tokens, template,
         host_options,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_prune.generation.stream import prepare
+from mlx_vlm_prune.generation.stream import prepare_prompt
 from mlx_vlm_prune.planning import calibration
 from mlx_vlm_prune.planning.calibration import LONG_TEXT, SHORT_TEXT, Calibration, calibrate
 from mlx_vlm_prune.planning.prediction import Run
@@ -65,7 +65,7 @@ def isolate(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
 
 
 def inputs_of(loaded, home, images: int = 1, prompt: str = QUESTION):
-    return prepare(*loaded, prompt, [home / "a.png"] * images)
+    return prepare_prompt(*loaded, prompt, [home / "a.png"] * images)
 
 
 def save_calibration(loaded, home, cache):

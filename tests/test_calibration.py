@@ -234,7 +234,7 @@ def test_more_images_or_text_than_were_run_are_calibrated_anew(loaded, home, cac
     save_calibration(loaded, home, cache)
     inputs = inputs_of(loaded, home, **more)
     calibrated = calibrate(model, processor.folder, plan("norm"), inputs)
-    assert max(r.text for r in calibrated.runs) >= inputs.text
+    assert max(r.text for r in calibrated.runs) >= inputs.text_tokens
     assert max(r.images for r in calibrated.runs) == len(inputs.visible)
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.generation.stream import prepare
+from mlx_vlm_prune.generation.stream import prepare_prompt
 from mlx_vlm_prune.planning import calibration
 from mlx_vlm_prune.planning.calibration import (
     DEFAULT_SECONDS,
@@ -84,6 +84,8 @@ def test_a_setting_is_run_as_often_as_the_time_allows(home, monkeypatch, value, 
 
     monkeypatch.setattr(calibration, "run_once", run_once)
     model, processor = load(home / "mlx")
-    calibrated = measure(model, plan("norm"), prepare(model, processor, "red ?", [home / "a.png"]))
+    calibrated = measure(
+        model, plan("norm"), prepare_prompt(model, processor, "red ?", [home / "a.png"])
+    )
     settings = {run.setting for run in calibrated.runs}
     assert {sum(run.setting == s for run in calibrated.runs) for s in settings} == {rounds}

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_prune.generation.overlay import LONG_SIDE, overlay, strip
+from mlx_vlm_prune.generation.overlay import LONG_SIDE, join_images, overlay
 
 GRID, PATCH = (4, 4), LONG_SIDE // 4
 LIGHT = Image.new("RGB", (64, 64), (200, 120, 60))
@@ -87,7 +87,7 @@ def test_the_image_is_left_as_it_was():
 
 def test_several_pictures_stand_side_by_side():
     pictures = [overlay(LIGHT, GRID, [k], "x") for k in range(3)]
-    whole = strip(pictures)
+    whole = join_images(pictures)
     assert whole.width > 3 * pictures[0].width and whole.height == pictures[0].height
     left = whole.crop((0, 0, *pictures[0].size))
     assert left.tobytes() == pictures[0].tobytes()

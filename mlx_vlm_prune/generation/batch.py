@@ -16,10 +16,16 @@ from ..machine.clock import Clock
 from ..models.loading import Processor
 from ..models.vlm import VLM
 from ..pruners.budget import budget
-from .request import ImageSource, Request, listed_images
+from .request import ImageSource, Request, list_images
 from .result import GenerationResult
 from .steps import collect_answers, generate_step, make_chooser
-from .stream import PreparedPrompt, empty_answer, prepare, refuse_host_options, resolve
+from .stream import (
+    PreparedPrompt,
+    initial_result,
+    pipeline_for,
+    prepare_prompt,
+    refuse_host_options,
+)
 
 BatchImages = Sequence[ImageSource | Sequence[ImageSource] | None]
 
@@ -44,7 +50,7 @@ def batch_requests(
     requests = []
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
         with naming_prompt(number, len(prompts)):
-            requests.append(Request(prompt, listed_images(image), **options))
+            requests.append(Request(prompt, list_images(image), **options))
     return requests
 
 
@@ -65,11 +71,11 @@ def batch_generate(
         return []
     request, clock, prompts = requests[0], Clock(), list[PreparedPrompt]()
     refuse_host_options(request)
-    pipeline = resolve(model, request.pruner)
+    pipeline = pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
-    for number, own in enumerate(requests, 1):
+    for number, (text, images) in enumerate(((r.prompt, r.images) for r in requests), 1):
         with naming_prompt(number, len(requests)):
-            prompts.append(prepare(model, processor, own.prompt, own.images, own.template))
+            prompts.append(prepare_prompt(model, processor, text, images, request.template))
     pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
     pixels_IHW3 = clock.end_part("image", mx.concatenate(pixels)) if pixels else None
     mx.reset_peak_memory()
@@ -83,7 +89,7 @@ def batch_generate(
     for prompt, length in zip(prompts, prefill.rows, strict=True):
         trace = prefill.trace.of_views(first, first := first + len(prompt.visible))
         result = replace(
-            empty_answer(trace, depth, pipeline, policy),
+            initial_result(trace, depth, pipeline, policy),
             cache_bytes=prefill.cache_bytes // len(rows),
             views=[(picture, model.grid) for picture in prompt.visible],
         )

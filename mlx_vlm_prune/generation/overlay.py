@@ -57,7 +57,7 @@ def overlay(
         _outline(drawn, edges.reshape(grid), patch)
         if weights is not None:
             _mark(drawn, kept, columns, patch)
-    return captioned(drawn, caption)
+    return add_caption(drawn, caption)
 
 
 def draw_trace(
@@ -76,13 +76,13 @@ def draw_trace(
             weights = None if weight is None else np.array(weight[0].astype(mx.float32))
             below = f"{step.name}: {len(kept)} left" if len(steps) > 1 else caption
             pictures.append(overlay(image, grid, kept, below, weights=weights))
-        rows.append(strip(pictures) if len(pictures) > 1 else pictures[0])
+        rows.append(join_images(pictures) if len(pictures) > 1 else pictures[0])
     if len(steps) > 1:
-        return captioned(strip(rows, down=True), caption)
-    return strip(rows) if len(rows) > 1 else rows[0]
+        return add_caption(join_images(rows, down=True), caption)
+    return join_images(rows) if len(rows) > 1 else rows[0]
 
 
-def strip(pictures: Sequence[Image.Image], *, down: bool = False) -> Image.Image:
+def join_images(pictures: Sequence[Image.Image], *, down: bool = False) -> Image.Image:
     """Several pictures side by side, or `down` the page."""
     sizes = np.array([picture.size for picture in pictures])
     along, across = (1, 0) if down else (0, 1)
@@ -143,7 +143,7 @@ def _mark(drawn: Image.Image, kept: Sequence[int], columns: int, patch: int) -> 
         brush.ellipse(box, fill=EDGE, outline=INK)
 
 
-def captioned(drawn: Image.Image, caption: str) -> Image.Image:
+def add_caption(drawn: Image.Image, caption: str) -> Image.Image:
     """The picture with a band below that holds the caption, as many lines as it takes."""
     if not caption:
         return drawn

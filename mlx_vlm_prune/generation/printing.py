@@ -40,12 +40,12 @@ def _by_part(ttft_ms: Timings) -> str:
 
 def _by_layer(a: GenerationResult) -> str:
     """How many visual tokens which layers of the language model hold."""
-    told = []
+    counts = []
     for run in a.layers:
         first, last = run["first"], run["last"]
         where = f"layer {first}" if first == last else f"layers {first} to {last}"
-        told.append(f"{run['visual_tokens']} in {where}")
-    return ", ".join(told)
+        counts.append(f"{run['visual_tokens']} in {where}")
+    return ", ".join(counts)
 
 
 def print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:

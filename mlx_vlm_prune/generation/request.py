@@ -100,7 +100,7 @@ def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int)
         raise UserError(f"seed is {seed!r}; it must be at least 0 and below 2**63")
 
 
-def listed_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
+def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
     """One image, several or none as a list. Raises UserError for what is no image's source."""
     if image is None:
         return []

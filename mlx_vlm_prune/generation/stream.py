@@ -22,7 +22,7 @@ from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import budget
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
-from .request import HOST_OPTIONS, ImageSource, Request, listed_images
+from .request import HOST_OPTIONS, ImageSource, Request, list_images
 from .result import GenerationResponse, GenerationResult, Transcript
 from .speculation import Speculation, Token, twig_of
 from .steps import generate_step, make_chooser
@@ -31,12 +31,12 @@ from .steps import generate_step, make_chooser
 def stream_generate(
     model: VLM, processor: Processor, request: Request
 ) -> Iterator[GenerationResponse]:
-    """The answer of a model of ours."""
+    """Stream the answer of a model of ours. Raises UserError."""
     refuse_host_options(request)
-    clock, pipeline = Clock(), resolve(model, request.pruner)
+    clock, pipeline = Clock(), pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     twig = twig_of(model, processor.name) if request.num_draft_tokens else None
-    prompt = prepare(model, processor, request.prompt, request.images, request.template)
+    prompt = prepare_prompt(model, processor, request.prompt, request.images, request.template)
     clock.end_part("image", prompt.pixels)
     mx.reset_peak_memory()
     with clock.running():
@@ -54,7 +54,7 @@ def stream_generate(
         tokens = (Token(int(np.array(token_B1)[0, 0])) for token_B1 in steps)
     depth = model.config.text.num_hidden_layers
     answer = replace(
-        empty_answer(prefill.trace, depth, pipeline, request.positions or pipeline.positions),
+        initial_result(prefill.trace, depth, pipeline, request.positions or pipeline.positions),
         cache_bytes=cache_bytes,
         views=[(picture, model.grid) for picture in prompt.visible],
     ).prefilled(prefill.rows[0], clock.ttft())
@@ -77,12 +77,12 @@ class PreparedPrompt:
     pixels: mx.array | None
 
     @property
-    def text(self) -> int:
-        """Tokens of text."""
+    def text_tokens(self) -> int:
+        """How many tokens of the prompt are text."""
         return len(self.prompt.ids) - sum(length for _, length in self.prompt.runs)
 
 
-def prepare(
+def prepare_prompt(
     model: VLM,
     processor: Processor,
     prompt: str,
@@ -90,7 +90,7 @@ def prepare(
     template: Mapping[str, Any] | None = None,
 ) -> PreparedPrompt:
     """Open the images and turn all into ids and pixels. Raises UserError."""
-    visible = [processor.image.visible(open_image(source)) for source in listed_images(image)]
+    visible = [processor.image.visible(open_image(source)) for source in list_images(image)]
     counts = [model.N] * len(visible)
     built = tokenize_prompt(
         processor.tokenizer, prompt, counts, processor.image_token, options=template
@@ -105,11 +105,10 @@ def prepare(
     return PreparedPrompt(built, visible, pixels)
 
 
-def empty_answer(
+def initial_result(
     trace: Trace, depth: int, pipeline: Pipeline, positions: Policy
 ) -> GenerationResult:
-    """The figures of an answer that are known before its first token; `depth` counts the language
-    model's layers."""
+    """The result before decoding: what pruning did. `depth` counts the language model's layers."""
     layers = trace.layers(depth)
     rows = sum(run["visual_tokens"] * (run["last"] - run["first"] + 1) for run in layers)
     return GenerationResult(
@@ -150,8 +149,8 @@ def _pieces(
             return
 
 
-def resolve(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
-    """The methods that are named, if the model can do them. Raises UserError."""
-    chosen = plan(pruner, model.learned)
-    chosen.signal_layers(model.config.vision.depth)  # a layer that is not there is said early
-    return chosen
+def pipeline_for(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
+    """The methods that a specification names. Raises UserError where the model cannot do them."""
+    pipeline = plan(pruner, model.learned)
+    pipeline.signal_layers(model.config.vision.depth)  # refuses a layer that the tower has not
+    return pipeline

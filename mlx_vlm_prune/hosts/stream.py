@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
 from ..generation.result import GenerationResponse, GenerationResult, Transcript
-from ..generation.stream import empty_answer
+from ..generation.stream import initial_result
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import UNPRUNED, Clock
 from ..pruners import plan
@@ -87,7 +87,7 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
             host.check_length(prompt.length)
             step_size = options.get("prefill_step_size")
             prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy, step_size)
-        answer = empty_answer(prompt.trace, len(host.language.layers), pipeline, prompt.positions)
+        answer = initial_result(prompt.trace, len(host.language.layers), pipeline, prompt.positions)
         pictures = zip(host.pictures(views, images), views, strict=True)
         shown = [(picture, view.signals.grid) for picture, view in pictures]
         answer = replace(answer, views=shown)

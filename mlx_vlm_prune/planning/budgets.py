@@ -21,7 +21,7 @@ import numpy as np
 from ..checkpoints.errors import UserError
 from ..generation.request import ImageSource
 from ..generation.result import GenerationResult
-from ..generation.stream import PreparedPrompt, prepare, resolve
+from ..generation.stream import PreparedPrompt, pipeline_for, prepare_prompt
 from ..models.cache import STEP
 from ..models.loading import Processor
 from ..models.vlm import VLM
@@ -162,9 +162,9 @@ def keep_within(
     Without `calibration` one is taken from the cache or made, which takes some seconds and shows
     progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
     """
-    budget, pipeline = Budget(ms, gb), resolve(model, pruner)
+    budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
     check_pipeline(pipeline)
-    inputs = prepare(model, processor, prompt, image, template)
+    inputs = prepare_prompt(model, processor, prompt, image, template)
     if inputs.pixels is None:
         raise UserError("a budget needs an image; without one there is nothing to prune")
     if calibration:
@@ -172,11 +172,11 @@ def keep_within(
     else:
         calibration, level = _present_calibration(model, processor, pipeline, inputs)
     start = time.perf_counter()  # once more: warm, as the answer will be
-    inputs = prepare(model, processor, prompt, image, template)
+    inputs = prepare_prompt(model, processor, prompt, image, template)
     mx.eval(inputs.pixels)
     image_ms, held_bytes = 1000 * (time.perf_counter() - start), mx.get_active_memory()
     images = len(inputs.visible)
-    workload = Workload(inputs.text, images, image_ms, held_bytes, max_tokens, level)
+    workload = Workload(inputs.text_tokens, images, image_ms, held_bytes, max_tokens, level)
     feasible = feasible_budgets(pipeline, model.grid, model.config.text.num_hidden_layers)
     return choose(calibration, budget, workload, feasible)
 

@@ -150,7 +150,7 @@ def settings_to_run(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> l
     N, images = model.N, len(inputs.visible)
     feasible = feasible_budgets(pipeline, model.grid, model.config.text.num_hidden_layers)
     quarter, half = (min(feasible, key=lambda K: abs(K - N / part)) for part in (4, 2))
-    long = max(LONG_TEXT, 1 << (inputs.text - 1).bit_length())
+    long = max(LONG_TEXT, 1 << (inputs.text_tokens - 1).bit_length())
     settings = [(K, SHORT_TEXT, 1) for K in sorted({feasible[0], quarter, half, feasible[-1]})]
     if images > 1:
         settings += [(quarter, SHORT_TEXT, images), (N, SHORT_TEXT, images), (N, long, images)]
@@ -208,7 +208,7 @@ def calibrate(
     path, calibration = _file_of(model, folder, pipeline), None
     if path and not force:
         calibration = _loaded.get(path) or load_calibration(path, environment(model.dtype))
-    if not calibration or not calibration.covers(inputs.text, len(inputs.visible)):
+    if not calibration or not calibration.covers(inputs.text_tokens, len(inputs.visible)):
         calibration = measure(model, pipeline, inputs)
         if path:
             _save(path, calibration)
