@@ -17,7 +17,8 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.pruners import METHODS, Pipeline
 from torch_ref.models.language import twig
-from torch_ref.models.vlm import VLM, Decoding, best_device
+from torch_ref.models.loading import best_device
+from torch_ref.models.vlm import VLM, Prefill
 from torch_ref.pruners import METHODS as TWINS
 from torch_ref.pruners import Step
 
@@ -111,19 +112,19 @@ class Stack:
         pixels_I3HW = torch.from_numpy(request.pixels_IHW3()).permute(0, 3, 1, 2)
         pixels_I3HW = pixels_I3HW.to(self.device, self.model.language.embed_tokens.weight.dtype)
         laps.lap("image")
-        spliced = self.model.read(request.rows, pixels_I3HW, steps, K, pipeline.positions)
+        spliced = self.model.embed(request.rows, pixels_I3HW, steps, K, pipeline.positions)
         state = self.model.prefill(*spliced)
         first_B = state.logits_BV.argmax(-1)
         laps.lap("prefill")
         self.laps = None  # decoding embeds tokens too
-        rows = state.cache or [layer for one in state.each for layer in one.rows]
+        rows = state.cache or [layer for prompt in state.each for layer in prompt.layers]
         cache_bytes = sum(array.numel() * array.element_size() for layer in rows for array in layer)
         token_ids, token_ms = self.decode(state, first_B, tokens)
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
         return Run(laps.ms, token_ms, cache_bytes, peak, token_ids)
 
     def decode(
-        self, state: Decoding, token_B: torch.Tensor, tokens: int
+        self, state: Prefill, token_B: torch.Tensor, tokens: int
     ) -> tuple[list[list[int]], float]:
         """Each prompt's first token and `tokens` more, and the mean milliseconds of a token."""
         token_ids = [token_B.tolist()]

@@ -16,8 +16,9 @@ from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.inputs.prompt import Prompt
 from torch_ref.models.language.minimind import MiniMind
 from torch_ref.models.language.transformers import cache_name
+from torch_ref.models.loading import best_device
 from torch_ref.models.towers.vit import VisionTower
-from torch_ref.models.vlm import VLM, Decoding, best_device
+from torch_ref.models.vlm import VLM, Prefill
 
 from .model_shapes import request
 
@@ -31,11 +32,11 @@ class OurStack:
     def prompt_logits(self) -> np.ndarray:
         return self.model.logits([self.prompt], self.pixels_13HW)[0].cpu().numpy()
 
-    def prefill(self) -> tuple[Tensor, Decoding]:
-        state = self.model.prefill(*self.model.read([self.prompt], self.pixels_13HW))
+    def prefill(self) -> tuple[Tensor, Prefill]:
+        state = self.model.prefill(*self.model.embed([self.prompt], self.pixels_13HW))
         return state.logits_BV, state
 
-    def step(self, token_B: Tensor, state: Decoding) -> Tensor:
+    def step(self, token_B: Tensor, state: Prefill) -> Tensor:
         self.model.step(state, token_B)
         return state.logits_BV
 

@@ -19,7 +19,7 @@ from mlx_vlm_prune.checkpoints.names.value_order import CONVOLUTION, INTERLEAVED
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.pruners import METHODS, Stage, plan
-from torch_ref.models.vlm import VLM
+from torch_ref.models.loading import load_pth
 from torch_ref.pruners import Step
 
 from . import generations
@@ -60,7 +60,7 @@ def test_logits_equal_those_of_the_oracle_and_of_the_reference(release, tmp_path
     pixels = mx.array(pixels_13HW.permute(0, 2, 3, 1).numpy())
     ours = model([prompt], pixels, plan("none", {}), release.N, last_only=False).logits_BLV
     tower = tmp_path / "tower"
-    other = VLM.from_pth(tmp_path / "published.pth", tower, torch.device("cpu"))
+    other = load_pth(tmp_path / "published.pth", tower, torch.device("cpu"))
     with torch.no_grad():
         theirs = other.logits([prompt], pixels_13HW)
     largest = np.abs(expected_LV).max()
@@ -167,7 +167,7 @@ def third(request, tmp_path_factory):
     release = generations.release(request.param, True, seed=5)
     model, _ = load(converted(release, folder))
     path = folder / "published.pth"
-    reference = VLM.from_pth(path, folder / "tower", torch.device("cpu"))
+    reference = load_pth(path, folder / "tower", torch.device("cpu"))
     return release, model, reference
 
 

@@ -17,7 +17,7 @@ import torch
 from mlx_vlm_prune import load
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.pruners import plan
-from torch_ref.models.llava import read
+from torch_ref.models.loading import load_llava
 
 from . import llava, tiny
 from .llava import KINDS, SIDE, N
@@ -53,7 +53,7 @@ def trio(tmp_path_factory):
     """The same random weights in transformers, in the reference, and in MLX; the latter two
     were taught the learned methods."""
     folder = llava.write(llava.random_model(), tmp_path_factory.mktemp("llava"))
-    reference = tiny.taught(read(folder, CPU))
+    reference = tiny.taught(load_llava(folder, CPU))
     tiny.write_learned(reference, folder)
     model, processor = load(folder, dtype="float32")
     return SimpleNamespace(
@@ -74,7 +74,7 @@ def test_logits_equal_those_of_transformers(kind, tmp_path):
     assert np.abs(expected).max() > 0.5
     close(ours(load(folder, dtype="float32")[0], prompt, pixels_I3HW), expected)
     with torch.no_grad():
-        close(read(folder, CPU).logits([prompt], pixels_I3HW)[0].numpy(), expected)
+        close(load_llava(folder, CPU).logits([prompt], pixels_I3HW)[0].numpy(), expected)
 
 
 def test_a_model_that_reads_another_layer_gives_other_logits(trio, tmp_path):

@@ -18,7 +18,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.inputs.prompt import tokenize_prompt
-from torch_ref.models.llava import read
+from torch_ref.models.loading import load_llava
 
 from . import llava
 from .llava import IMAGE, SIDE, WORDS, N
@@ -72,7 +72,7 @@ def test_logits_equal_those_of_transformers(kind, inside, tmp_path, capsys):
     target = converted(folder, tmp_path / "mlx")
     close(ours(load(target, dtype="float32")[0], prompt, pixels_I3HW), expected)
     with torch.no_grad():
-        close(read(folder, CPU).logits([prompt], pixels_I3HW)[0].numpy(), expected)
+        close(load_llava(folder, CPU).logits([prompt], pixels_I3HW)[0].numpy(), expected)
 
 
 def test_another_tower_gives_other_logits(tmp_path):
@@ -102,7 +102,7 @@ def test_a_projector_may_be_one_matrix(fields, tmp_path, capsys):
     expected = theirs(model, prompt, pixels_I3HW)[:, :WORDS]
     close(ours(load(folder, dtype="float32")[0], prompt, pixels_I3HW), expected)
     with torch.no_grad():
-        close(read(folder, CPU).logits([prompt], pixels_I3HW)[0].numpy(), expected)
+        close(load_llava(folder, CPU).logits([prompt], pixels_I3HW)[0].numpy(), expected)
     main(["to-torch", str(converted(folder, tmp_path / "mlx")), str(tmp_path / "back")])
     same_bytes(state, raw(tmp_path / "back"))
     with pytest.raises(UserError, match="no class for a LLaVA whose projector is linear"):

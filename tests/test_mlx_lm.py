@@ -35,7 +35,7 @@ from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.models.language.mlx_lm import MlxLm
 from mlx_vlm_prune.planning.operations import count
 from mlx_vlm_prune.pruners import METHODS, Pipeline, Stage, plan
-from torch_ref.models.llava import read
+from torch_ref.models.loading import load_llava
 
 from . import backbones, llava
 from .backbones import KINDS, theirs
@@ -65,7 +65,7 @@ def models(tmp_path_factory):
             model, processor = load(folder, dtype="float32")
             assert isinstance(model.language, MlxLm)
             made[kind] = SimpleNamespace(
-                theirs=backbones.random_model(kind), reference=read(folder, CPU), ours=model,
+                theirs=backbones.random_model(kind), reference=load_llava(folder, CPU), ours=model,
                 folder=folder, processor=processor,
             )  # fmt: skip
         return made[kind]
@@ -130,7 +130,7 @@ def test_half_precision_stays_near_the_reference(kind, tmp_path):
     before = model([asked], as_mx(seen).astype(mx.float16), plan("uniform"), K, last_only=False)
     assert before.logits_BLV.dtype == mx.float16
     with torch.no_grad():
-        expected = read(folder, CPU).logits([asked], seen, "uniform", K)[0].numpy()
+        expected = load_llava(folder, CPU).logits([asked], seen, "uniform", K)[0].numpy()
     got = np.array(before.logits_BLV.astype(mx.float32))[0]
     assert np.abs(got - expected).max() <= 5e-3 * np.abs(expected).max()
 
@@ -296,7 +296,7 @@ def test_a_llama_3_in_the_layout_of_llavas_authors_is_mlx_lms_too(models, tmp_pa
     assert isinstance(read_here.language, MlxLm)
     close(ours(read_here, asked, seen), expected)
     with torch.no_grad():
-        close(read(folder, CPU).logits([asked], seen)[0].numpy(), expected)
+        close(load_llava(folder, CPU).logits([asked], seen)[0].numpy(), expected)
     main(["to-mlx", str(folder), str(tmp_path / "mlx"), "--vision", str(tmp_path / "clip")])
     main(["to-hf", str(tmp_path / "mlx"), str(tmp_path / "hf")])
     again = Llava.from_pretrained(tmp_path / "hf").eval()

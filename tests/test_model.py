@@ -299,7 +299,7 @@ def test_a_chain_keeps_the_places_of_the_whole_image(pair):
         ("fastv", "torch_ref.pruners.fastv.schedule"),
         ("patch_norm", "torch_ref.pruners.patch_norm.cuts"),
         ("downsample", "torch_ref.pruners.downsample.smaller_grid"),
-        ("twig", "torch_ref.models.decoder.in_twig"),
+        ("twig", "torch_ref.models.decoder.twig_attention"),
         ("twig", "torch_ref.pruners.twig.cut_and_wipe"),
     ],
 )

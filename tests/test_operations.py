@@ -310,5 +310,5 @@ def test_the_reference_takes_the_counted_operations_too(spec, monkeypatch):
     counter.count_as_selection(monkeypatch, torch_ref.models.decoder, "reduce", "signals")
     counter.count_as_selection(monkeypatch, torch_ref.pruners.Reduction, "tokens", "after")
     with torch.no_grad(), Operators(counter):
-        vlm.prefill(*vlm.read([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K))
+        vlm.prefill(*vlm.embed([prompt(tiny.N, tiny.IMAGE)], torch.randn(1, 3, 64, 64), spec, K))
     assert counter.since_part == counted.first_token

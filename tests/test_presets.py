@@ -63,11 +63,11 @@ def kept_by_the_reference(pair, steps) -> list[tuple[int, list[int]]]:
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
         seen, within = pair.theirs.encode(pixels, steps, [ROW])
-        _, reduction = pair.theirs.reduce(seen, steps)
-        (prompt,) = pair.theirs.read_each(*pair.theirs.read([ROW], pixels, steps, None, "keep"))
+        _, reduction = pair.theirs.prune(seen, steps)
+        (prompt,) = pair.theirs.read_each(*pair.theirs.embed([ROW], pixels, steps, None, "keep"))
     index_K = reduction.after(within, tiny.N).index_BK[0]
     kept = [(0, index_K.tolist())]
-    for layer, (cut,) in prompt.cuts:
+    for layer, (cut,) in prompt.reductions:
         index_K = index_K[cut.index_BK[0]]
         kept.append((layer, index_K.tolist()))
     return kept

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import torch_ref.pruners as ref
-from mlx_vlm_prune.models.projector import merged
+from mlx_vlm_prune.models.projector import merge_patches
 from mlx_vlm_prune.pruners import METHODS, Reduction
-from torch_ref.models.published import merged as reference_merged
+from torch_ref.models.projector import merge_patches as reference_merged
 
 from .pruner_cases import CHOOSING, LEARNED, T, case, learned_pair, reference_signals, signals
 
@@ -62,7 +62,7 @@ def test_merging_patches_takes_means_along_the_axis_of_tokens(name):
     elif axis is not None:
         parts = [np.take(ARRAYS[name], block, axis).mean(axis) for block in blocks]
         expected = np.stack(parts, axis)
-    assert_signal(name, merged(signals(ARRAYS), m), expected)
+    assert_signal(name, merge_patches(signals(ARRAYS), m), expected)
     assert_signal(name, reference_merged(reference_signals(ARRAYS), m), expected)
 
 

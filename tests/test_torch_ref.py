@@ -11,6 +11,7 @@ import torch
 
 from mlx_vlm_prune.checkpoints.config import POOL, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
+from torch_ref.models.loading import load_pth
 from torch_ref.models.splice import visible
 from torch_ref.models.vlm import VLM
 from torch_ref.pruners import METHODS, STAGES, Signals
@@ -83,7 +84,7 @@ def test_the_two_position_policies_differ_once_tokens_are_gone(vlm, pixels_I3HW)
 
 def test_a_placeholder_in_the_users_text_stays_a_word(vlm, pixels_I3HW):
     typed = tiny.Prompt([tiny.IMAGE, *[tiny.IMAGE] * 16, 9], [(1, 16)])
-    spliced, _ = vlm.read([typed], pixels_I3HW[:1], "none", None, "keep", {})
+    spliced, _ = vlm.embed([typed], pixels_I3HW[:1], "none", None, "keep", {})
     close(spliced.embeds_BLD[0, 0], vlm.language.embed_tokens.weight[tiny.IMAGE])
     close(spliced.embeds_BLD[:, 1:17], vlm.projector(vlm.tower(pixels_I3HW[:1]).signals.x_BND))
 
@@ -117,7 +118,7 @@ def test_a_token_sees_itself_and_what_is_before_it_but_no_padding():
 def test_a_method_reads_the_layer_it_is_told(vlm, pixels_I3HW):
     row_IN = vlm.tower(pixels_I3HW, {"cls_attention": 0}).signals.cls_attention_BN
     assert row_IN is not None
-    spliced, _ = vlm.read(ROWS[:1], pixels_I3HW[:1], "cls_attention", 4, "keep", {"layer": 0})
+    spliced, _ = vlm.embed(ROWS[:1], pixels_I3HW[:1], "cls_attention", 4, "keep", {"layer": 0})
     best = np.sort(np.argsort(-row_IN[0].numpy(), kind="stable")[:4])
     start = ROWS[0].runs[0][0]
     assert (spliced.positions_BL[0, start : start + 4] - start).tolist() == best.tolist()
@@ -129,7 +130,7 @@ def test_a_method_reads_the_layer_it_is_told(vlm, pixels_I3HW):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("name", "K"), BLIND)
 def test_cached_decoding_equals_the_cache_free_recomputation(vlm, pixels_I3HW, name, K, policy):
-    state = vlm.prefill(*vlm.read(ROWS, pixels_I3HW, name, K, policy))
+    state = vlm.prefill(*vlm.embed(ROWS, pixels_I3HW, name, K, policy))
     said = tiny.row("yes the red star is left of it").ids
     for i in range(len(said) + 1):
         longer = [tiny.Prompt([*row.ids, *said[:i]], row.runs) for row in ROWS]
@@ -159,13 +160,13 @@ def endless(vlm: VLM) -> VLM:
 @pytest.mark.parametrize(("name", "K"), [("none", 16), ("norm", 5), ("similarity", 4)])
 def test_generate_says_what_recomputation_without_a_cache_says(vlm, pixels_I3HW, name, K, policy):
     model = endless(vlm)
-    said = model.generate(*model.read(ROWS, pixels_I3HW, name, K, policy), max_tokens=6)
+    said = model.generate(*model.embed(ROWS, pixels_I3HW, name, K, policy), max_tokens=6)
     assert said == greedy(vlm, pixels_I3HW, name, K, policy, 6)
 
 
 def test_each_row_stops_at_its_own_end_token(vlm, pixels_I3HW):
     model = endless(vlm)
-    read = model.read(ROWS, pixels_I3HW)
+    read = model.embed(ROWS, pixels_I3HW)
     said = model.generate(*read, max_tokens=6)
     model.eos_token_id = said[0][2]
     expected = [row[: row.index(said[0][2])] if said[0][2] in row else row for row in said]
@@ -179,7 +180,7 @@ def test_each_row_stops_at_its_own_end_token(vlm, pixels_I3HW):
 def test_pooled_slots_are_renumbered_whatever_the_policy(pooled, pixels_I3HW):
     keep, count = (pooled.logits(ROWS, pixels_I3HW, "attention_pool", None, p) for p in POLICIES)
     assert keep.equal(count)
-    spliced, _ = pooled.read(ROWS[:1], pixels_I3HW[:1], "attention_pool", None, "keep", {})
+    spliced, _ = pooled.embed(ROWS[:1], pixels_I3HW[:1], "attention_pool", None, "keep", {})
     length = len(ROWS[0].ids) - tiny.N + 6
     assert spliced.positions_BL.tolist() == [list(range(length))]
     assert spliced.next_B.tolist() == [length]
@@ -189,7 +190,7 @@ def test_pooled_tokens_are_mixtures_of_the_learned_values_projected(pooled, pixe
     pool, x_1ND = pooled.pool, pooled.tower(pixels_I3HW[:1]).signals.x_BND
     q_KD, k_1ND = pool.pool_q_proj(pool.pool_queries), pool.pool_k_proj(x_1ND)
     share_1KN = (q_KD @ k_1ND.mT / q_KD.shape[-1] ** 0.5).softmax(-1)
-    spliced, _ = pooled.read(ROWS[:1], pixels_I3HW[:1], "attention_pool", None, "keep", {})
+    spliced, _ = pooled.embed(ROWS[:1], pixels_I3HW[:1], "attention_pool", None, "keep", {})
     start = ROWS[0].runs[0][0]
     by_hand_1KD = pooled.projector(share_1KN @ pool.pool_v_proj(x_1ND))
     close(spliced.embeds_BLD[:, start : start + 6], by_hand_1KD)
@@ -213,7 +214,7 @@ def test_a_budget_that_the_learned_pruner_was_not_trained_for_is_refused(pooled,
 
 
 def test_cached_decoding_with_a_learned_pruner_equals_recomputation(pooled, pixels_I3HW):
-    state = pooled.prefill(*pooled.read(ROWS, pixels_I3HW, "attention_pool"))
+    state = pooled.prefill(*pooled.embed(ROWS, pixels_I3HW, "attention_pool"))
     pooled.step(state, torch.tensor([9, 9, 9]))
     longer = [tiny.Prompt([*row.ids, 9], row.runs) for row in ROWS]
     close(state.logits_BV, pooled.logits(longer, pixels_I3HW, "attention_pool")[:, -1])
@@ -224,9 +225,9 @@ def test_cached_decoding_with_a_learned_pruner_equals_recomputation(pooled, pixe
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("which", ["vlm", "pooled"])
-def test_from_pth_reads_every_weight_of_the_published_layout(request, tmp_path, which, dtype):
+def test_load_pth_reads_every_weight_of_the_published_layout(request, tmp_path, which, dtype):
     model = request.getfixturevalue(which)
-    read = VLM.from_pth(*tiny.publish(model, tmp_path, dtype), device=CPU)
+    read = load_pth(*tiny.publish(model, tmp_path, dtype), device=CPU)
     held, expected = read.state_dict(), model.state_dict()
     assert held.keys() == expected.keys()
     assert all(held[name].equal(expected[name].to(dtype).float()) for name in held)
@@ -235,13 +236,13 @@ def test_from_pth_reads_every_weight_of_the_published_layout(request, tmp_path, 
     assert read.config.pruner == model.config.pruner
 
 
-def test_from_pth_reads_a_tower_that_transformers_saved(vlm, tmp_path):
+def test_load_pth_reads_a_tower_that_transformers_saved(vlm, tmp_path):
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     pth, _ = tiny.publish(vlm, tmp_path)
     theirs = CLIPVisionModel(CLIPVisionConfig(**asdict(tiny.VISION)))
     theirs.save_pretrained(tmp_path / "saved")
-    read = VLM.from_pth(pth, tmp_path / "saved", device=CPU)
+    read = load_pth(pth, tmp_path / "saved", device=CPU)
     saved = theirs.state_dict()
     assert all(saved[name].equal(tensor) for name, tensor in read.tower.state_dict().items())
 
@@ -259,9 +260,9 @@ def test_from_pth_reads_a_tower_that_transformers_saved(vlm, tmp_path):
         ({"pruner": "norm", "K": 17}, "keep 1 to 16"),
         ({"positions": "count"}, "keep or renumber"),
         ({"pixels_I3HW": None}, "place 3 images, and 0 are given"),
-        ({"rows": [], "pixels_I3HW": None}, "at least one prompt"),
+        ({"prompts": [], "pixels_I3HW": None}, "at least one prompt"),
     ],
 )
 def test_what_does_not_fit_is_refused(vlm, pixels_I3HW, how, part):
     with pytest.raises(ValueError, match=part):
-        vlm.logits(**{"rows": ROWS, "pixels_I3HW": pixels_I3HW, **how})
+        vlm.logits(**{"prompts": ROWS, "pixels_I3HW": pixels_I3HW, **how})

@@ -80,7 +80,7 @@ def test_a_learned_pruner_trains_and_lies_beside_the_model(
     tmp_path, monkeypatch, built_in, name, unfreeze
 ):
     monkeypatch.setattr("torch_ref.training.pruners.best_device", lambda: CPU)
-    monkeypatch.setattr("torch_ref.models.vlm.best_device", lambda: CPU)
+    monkeypatch.setattr("torch_ref.models.loading.best_device", lambda: CPU)
     model, out = tmp_path / "model", tmp_path / "out"
     model.mkdir()
     export(Trainee(0.5).vlm, model)

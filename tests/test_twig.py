@@ -137,12 +137,12 @@ def test_its_row_of_attention_is_that_of_whole_attention(pair, monkeypatch, laye
     at = LayerInput(inside, 1, told, before, [0, 1], (1, 5))
     rows_In = np.array(at.twig_attention()["twig_attention_BN"])
     for b, (ahead, start) in enumerate(((0, 2), (PADDED, 1))):
-        one = decoder.Prompt(
+        one = decoder.PromptRows(
             torch.from_numpy(x_BLD[b : b + 1, ahead:]), torch.tensor([PLACES_BL[b][ahead:]]),
             0, [(start, 5)], torch.from_numpy(bias_BL[b, ahead:]),
         )  # fmt: skip
         with torch.no_grad():
-            whole_LL = decoder.in_twig(theirs, one)
+            whole_LL = decoder.twig_attention(theirs, one)
         close(rows_In[b], whole_LL[-1, start : start + 5].numpy())
 
 
@@ -152,7 +152,7 @@ def test_one_that_has_all_the_layers_above_says_what_the_base_says(pair):
     x_BLD = torch.randn(2, L, tiny.TEXT.hidden_size, generator=torch.Generator().manual_seed(0))
     position_BL = torch.tensor([PLACES_BL[0]] * 2)
     rotary = language.rotary(position_BL)
-    mask_LL = decoder.causal(L, torch.device("cpu"))
+    mask_LL = decoder.causal_mask(L, torch.device("cpu"))
     twig = grown(language, 1, 2)
     ours = read(twig, pair.folder, pair.ours)
     with torch.no_grad():
@@ -168,7 +168,7 @@ def test_one_that_has_all_the_layers_above_says_what_the_base_says(pair):
 def test_one_on_a_base_with_an_output_layer_of_its_own_begins_with_that():
     language = MiniMind(replace(tiny.TEXT, tie_word_embeddings=False))
     x_BLD, position_BL = torch.randn(1, L, tiny.TEXT.hidden_size), torch.arange(L)[None]
-    twig, mask_LL = grown(language, 1, 2), decoder.causal(L, torch.device("cpu"))
+    twig, mask_LL = grown(language, 1, 2), decoder.causal_mask(L, torch.device("cpu"))
     with torch.no_grad():
         whole = language.logits(language(x_BLD, position_BL))
         first = language.layers[0](x_BLD, language.rotary(position_BL), mask_LL, None)
@@ -194,7 +194,7 @@ def test_one_on_a_mixture_of_experts_reads_as_the_reference_does(tmp_path):
     ours = read(twig, tmp_path, model)
     x_BLD = torch.randn(1, L, text.hidden_size)
     with torch.no_grad():
-        mask = decoder.causal(L, torch.device("cpu"))[None]
+        mask = decoder.causal_mask(L, torch.device("cpu"))[None]
         theirs = twig.head(twig(x_BLD, torch.tensor(PLACES_BL[:1]), mask))
     states = ours.run(range(2), mx.array(x_BLD.numpy()), mx.array(PLACES_BL[:1]), ours.make_cache())
     close(np.array(ours.logits(states)), theirs.numpy())

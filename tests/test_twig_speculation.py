@@ -344,7 +344,7 @@ def plainly(pair, spec: str, pixels, steps, policy: str, limit: int) -> list[int
     """The reference's own answer without a twig."""
 
     def answer() -> list[int]:
-        spliced = pair.theirs.read([ROW], pixels, steps, positions=policy)
+        spliced = pair.theirs.embed([ROW], pixels, steps, positions=policy)
         return pair.theirs.generate(*spliced, max_tokens=limit)[0]
 
     return once(pair, spec, policy, limit, answer=answer)
@@ -361,7 +361,7 @@ def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
         said = spoken(turns, first, limit)
         steps = steps_of(pair, spec, K_of(spec))
         sizes = {"most": most, "sure": sure, "max_tokens": limit}
-        spliced = pair.theirs.read([ROW], pixels, steps, positions=policy)
+        spliced = pair.theirs.embed([ROW], pixels, steps, positions=policy)
         answer = theirs(pair.theirs, *spliced, **sizes)
         assert answer.ids == [token.id for token in said if token.id != end]
         assert answer.drafts == turns.drafts
@@ -372,4 +372,4 @@ def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
 def test_the_reference_without_a_twig_says_so():
     model = tiny.reference()
     with pytest.raises(UserError, match="no twig"):
-        theirs(model, *model.read([tiny.row("how many ?")], None))
+        theirs(model, *model.embed([tiny.row("how many ?")], None))

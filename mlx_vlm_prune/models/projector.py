@@ -29,7 +29,7 @@ class MLPProjector(nn.Module):
         return self.fc2(nn.gelu(self.fc1(x_BMD)))
 
 
-def merged(signals: Signals, merge: tuple[int, int]) -> Signals:
+def merge_patches(signals: Signals, merge: tuple[int, int]) -> Signals:
     """Signals of blocks of patches: features side by side, row by row; all else by its mean.
 
     The grid's sides must be multiples of the block's.

@@ -26,7 +26,7 @@ from ..pruners.trace import ReductionStep, Trace
 from .decoder import Cuts, Decoder, TwigReader
 from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
-from .projector import MLPProjector, merged
+from .projector import MLPProjector, merge_patches
 from .pruning import ImageBatch, image_slots, prune, reduction_step
 from .splice import outside, pad_right, splice
 from .towers.signals import Cut
@@ -153,7 +153,7 @@ class VLM(nn.Module):
         encoded = end_part("vision", self.tower(pixels_IHW3, want, cuts))
         if encoded.kept:
             kept = encoded.kept.after(kept, self.N) if kept else encoded.kept
-        signals = merged(encoded.signals, self.merge)
+        signals = merge_patches(encoded.signals, self.merge)
         if pipeline.needs_signal("text"):
             signals = self.add_text(signals, prompts)
         return ImageBatch.of(signals, kept)

@@ -16,8 +16,8 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from ..pruners import Reduction
 
 
-class Row(Protocol):
-    """A prompt: its token ids, and (start, length) of each image's run of placeholders."""
+class Prompt(Protocol):
+    """Token ids, and (start, length) of each image's placeholders."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -39,7 +39,7 @@ class Spliced:
 
 def splice(
     embed: nn.Embedding,
-    rows: Sequence[Row],
+    prompts: Sequence[Prompt],
     visual_IKD: Tensor | None,
     kept: Reduction | None,
     policy: str,
@@ -51,24 +51,24 @@ def splice(
     text after it; with "renumber", which slots that stand nowhere in the image need, positions
     count. Raises UserError for an empty prompt.
     """
-    if not rows or not all(len(row.ids) for row in rows):
+    if not prompts or not all(len(prompt.ids) for prompt in prompts):
         raise UserError("there must be at least one prompt, and in each at least one token")
-    device = embed.weight.device
-    counted = policy == "renumber"
-    prompts, image = [], 0
-    for row in rows:
+    device, counted, image = embed.weight.device, policy == "renumber", 0
+    sequences = []
+    for prompt in prompts:
         slots = []
-        for _ in row.runs:
+        for _ in prompt.runs:
             assert kept is not None and visual_IKD is not None
             x_KD, K = visual_IKD[image], visual_IKD.shape[1]
             index_K = None if kept.index_BK is None else kept.index_BK[image].to(device)
             bias_K = torch.zeros(K, device=device) if bias_IK is None else bias_IK[image]
             slots.append((x_KD, index_K, bias_K.to(device)))
             image += 1
-        prompts.append(_one(embed(torch.tensor(row.ids, device=device)), row.runs, slots, counted))
-    embeds, positions, biases, runs = zip(*prompts, strict=True)
-    lengths = [len(x) if counted else len(row.ids) for x, row in zip(embeds, rows, strict=True)]
-    real = [torch.ones_like(p, dtype=torch.bool) for p in positions]
+        words_LD = embed(torch.tensor(prompt.ids, device=device))
+        sequences.append(_splice_prompt(words_LD, prompt.runs, slots, counted))
+    embeds, positions, biases, runs = zip(*sequences, strict=True)
+    lengths = [len(x_LD) for x_LD in embeds] if counted else [len(p.ids) for p in prompts]
+    real = [torch.ones_like(position_L, dtype=torch.bool) for position_L in positions]
     embeds_BLD, positions_BL, real_BL, bias_BL = (
         pad_sequence(list(x), batch_first=True, padding_side="left")
         for x in (embeds, positions, real, biases)
@@ -77,28 +77,34 @@ def splice(
     return Spliced(embeds_BLD, positions_BL, real_BL, next_B, list(runs), bias_BL)
 
 
-def _one(
+def _splice_prompt(
     words_LD: Tensor,
     runs: Sequence[tuple[int, int]],
     slots: Sequence[tuple[Tensor, Tensor | None, Tensor]],
     counted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
     """One prompt's rows, positions, biases, and where its images now are."""
-    place_L = torch.arange(len(words_LD), device=words_LD.device)
-    none_L = torch.zeros(len(words_LD), device=words_LD.device)
-    x, places, biases, now, end = [], [], [], [], 0
+    count_L = torch.arange(len(words_LD), device=words_LD.device)
+    zero_L = torch.zeros(len(words_LD), device=words_LD.device)
+    x, positions, biases, new_runs, end = [], [], [], [], 0
     for (start, length), (x_KD, index_K, bias_K) in zip(runs, slots, strict=True):
         x += [words_LD[end:start], x_KD.to(words_LD)]
-        biases += [none_L[end:start], bias_K]
-        places.append(place_L[end:start])
-        places.append(place_L[: len(x_KD)] if index_K is None else start + index_K)
-        now.append((sum(map(len, x)) - len(x_KD), len(x_KD)))
+        biases += [zero_L[end:start], bias_K]
+        positions.append(count_L[end:start])
+        positions.append(count_L[: len(x_KD)] if index_K is None else start + index_K)
+        new_runs.append((sum(map(len, x)) - len(x_KD), len(x_KD)))
         end = start + length
     x_LD = torch.cat([*x, words_LD[end:]])
-    position_L = torch.cat([*places, place_L[end:]])
+    position_L = torch.cat([*positions, count_L[end:]])
     if counted:
         position_L = torch.arange(len(x_LD), device=words_LD.device)
-    return x_LD, position_L, torch.cat([*biases, none_L[end:]]), now
+    return x_LD, position_L, torch.cat([*biases, zero_L[end:]]), new_runs
+
+
+def outside(runs: Sequence[tuple[int, int]], length: int) -> list[int]:
+    """Which of `length` places are in no run (start, length): those of the words."""
+    inside = {i for start, n in runs for i in range(start, start + n)}
+    return [i for i in range(length) if i not in inside]
 
 
 def visible(real_BL: Tensor) -> Tensor:

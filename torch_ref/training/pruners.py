@@ -38,7 +38,8 @@ from mlx_vlm_prune.checkpoints.reading.files import appearing, open_safetensors,
 
 from ..models.language.minimind import rotary_table
 from ..models.language.twig import Twig, grown
-from ..models.vlm import VLM, best_device
+from ..models.loading import best_device, load_pth
+from ..models.vlm import VLM
 from ..pruners import METHODS, Signals
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.mlp import Usefulness
@@ -165,7 +166,7 @@ class Run:
         torch.manual_seed(recipe.seed)
         self.name, self.recipe, self.unfreeze, self.step = name, recipe, unfreeze, 0
         self.device, self.last = best_device(), out / f"{name}{'-unfrozen' * unfreeze}.pt"
-        self.vlm = VLM.from_pth(model / "scenes.pth", model / "clip", self.device)
+        self.vlm = load_pth(model / "scenes.pth", model / "clip", self.device)
         most = self.vlm.N if name == "attention_pool" else self.vlm.N // 2  # scorers learn twice K
         if name != "twig" and recipe.keep_tokens > most:
             raise UserError(

@@ -35,7 +35,8 @@ from mlx_vlm_prune.checkpoints.reading.files import (
     write_safetensors,
 )
 
-from ..models.vlm import VLM, best_device
+from ..models.loading import best_device
+from ..models.vlm import VLM
 from .recipes import ScenesRecipe
 from .scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
 from .scenes_model import VISION, Trainee

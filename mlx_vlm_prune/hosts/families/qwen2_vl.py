@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...models.projector import merged
+from ...models.projector import merge_patches
 from ...models.towers.signals import TowerPass
 from ...pruners.contract import Signals
 from ..host import Host
@@ -108,7 +108,7 @@ def _signals(
         ends = [int(b) for b in np.array(row.bounds(layer)) if first <= b <= last]
         windows = [mx.array(place_s[a - first : b - first]) for a, b in pairwise(ends)]
         run.read(layer, q_HSd[None, :, at_s], k_HSd[None, :, at_s], windows)
-    return merged(run.signals, (m, m))
+    return merge_patches(run.signals, (m, m))
 
 
 def raster(order_N: np.ndarray, grid: tuple[int, int], m: int) -> np.ndarray:

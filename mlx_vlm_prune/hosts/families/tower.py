@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...models.projector import merged
+from ...models.projector import merge_patches
 from ...models.towers.signals import TowerPass
 from ...pruners.contract import Signals
 from ..host import Host
@@ -45,7 +45,7 @@ class TowerHost(Host):
         run = TowerPass(patches, want, self.depth, (), has_cls)
         for at in sorted(set(run.want.values())):
             run.read(at, *self.queries_and_keys(self.encoder_layers[at], inputs[at], patches.grid))
-        return merged(run.signals, (m, m)).replace(x_BND=x_IND)
+        return merge_patches(run.signals, (m, m)).replace(x_BND=x_IND)
 
     def queries_and_keys(
         self, layer: Any, x_ISD: mx.array, grid: tuple[int, int]

@@ -41,8 +41,8 @@ def rotary_table(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Ten
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return (x * cos + turned * sin).type_as(x)
+    rotated = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos + rotated * sin).type_as(x)
 
 
 class Attention(nn.Module):
@@ -57,11 +57,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.d, c.rms_norm_eps) if c.qk_norm else nn.Identity()
 
     def queries(self, x_BLD: Tensor) -> Tensor:
-        """(B, H, L, d), not yet turned."""
+        """(B, H, L, d), not yet rotated."""
         return self.q_norm(self.q_proj(x_BLD).unflatten(-1, (-1, self.d))).transpose(1, 2)
 
     def keys(self, x_BLD: Tensor) -> Tensor:
-        """(B, G, L, d), not yet turned."""
+        """(B, G, L, d), not yet rotated."""
         return self.k_norm(self.k_proj(x_BLD).unflatten(-1, (-1, self.d))).transpose(1, 2)
 
     def forward(self, x_BLD: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
@@ -116,7 +116,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def turned(self, x_1LD: Tensor, rotary) -> tuple[Tensor, Tensor]:
+    def rotated(self, x_1LD: Tensor, rotary) -> tuple[Tensor, Tensor]:
         """Queries (H, L, d) and keys (G, L, d) of the layer's input, with their positions."""
         attend, x_1LD = self.self_attn, self.input_layernorm(x_1LD)
         q_HLd, k_GLd = (rotate(p(x_1LD), *rotary)[0] for p in (attend.queries, attend.keys))
@@ -127,7 +127,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def sees(embeds_BLD: Tensor, cache: list[list] | None) -> Tensor:
+def causal_visible(embeds_BLD: Tensor, cache: list[list] | None) -> Tensor:
     """Every token sees those cached and those before it, (1, L, S)."""
     L, past = embeds_BLD.shape[1], cache[0][0].shape[2] if cache and cache[0] else 0
     return torch.ones(1, L, past + L, dtype=torch.bool, device=embeds_BLD.device).tril(past)
@@ -161,7 +161,7 @@ class MiniMind(nn.Module):
         """
         rotary = self.rotary(positions_BL)
         if visible_BLS is None:
-            visible_BLS = sees(embeds_BLD, cache)
+            visible_BLS = causal_visible(embeds_BLD, cache)
         x = embeds_BLD
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, visible_BLS[:, None], None if cache is None else cache[i])

@@ -18,19 +18,19 @@ from transformers import AttentionInterface, AutoConfig, AutoModel
 
 from mlx_vlm_prune.checkpoints.config import MlxLmConfig
 
-from .minimind import sees
+from .minimind import causal_visible
 
-WHOLE = "mlx_vlm_prune_whole"  # what transformers calls the function below
+ATTENTION = "mlx_vlm_prune_whole"  # the name of `whole_attention` in transformers
 NORMS = ("norm", "final_layernorm", "norm_f")
 
 
-def whole(
+def whole_attention(
     module: nn.Module, q_BHLd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None,
-    *, scaling: float, seen: list | None = None, **_: Any,
+    *, scaling: float, noted: list | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention (B, L, H, d) and its matrix; queries and keys go into `seen`."""
-    if seen is not None:
-        seen += [q_BHLd, k_BGSd]
+    """Attention (B, L, H, d) and its matrix; queries and keys are appended to `noted`."""
+    if noted is not None:
+        noted += [q_BHLd, k_BGSd]
     times = q_BHLd.shape[1] // k_BGSd.shape[1]
     k_BHSd, v_BHSd = (t.repeat_interleave(times, dim=1) for t in (k_BGSd, v_BGSd))
     logits_BHLS = (q_BHLd @ k_BHSd.mT) * scaling
@@ -41,10 +41,10 @@ def whole(
     return (share_BHLS @ v_BHSd).transpose(1, 2), share_BHLS
 
 
-AttentionInterface.register(WHOLE, whole)
+AttentionInterface.register(ATTENTION, whole_attention)
 
 
-class Rows:
+class ListCache:
     """A layer's keys and values, kept in a list that the caller holds."""
 
     def __init__(self, rows: list):
@@ -59,42 +59,42 @@ class Rows:
 
 def cache_name(module: nn.Module) -> str:
     """What a module of transformers calls its cache: another name since 5.24."""
-    known = inspect.signature(module.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    names = inspect.signature(module.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
-class Attending:
+class AttentionLayer:
     """A layer with attention."""
 
     def __init__(self, stock: nn.Module):
         self.stock = stock
 
     def __call__(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
-        held = None if rows is None else Rows(rows)
-        return self._called(x, rotary, attention_mask=visible, **{cache_name(self.stock): held})
+        held = None if rows is None else ListCache(rows)
+        return self._call(x, rotary, attention_mask=visible, **{cache_name(self.stock): held})
 
-    def turned(self, x_1LD: Tensor, rotary) -> tuple[Tensor, Tensor]:
+    def rotated(self, x_1LD: Tensor, rotary) -> tuple[Tensor, Tensor]:
         """Queries (H, L, d) and keys (G, L, d) of the layer's input, with their positions."""
-        seen: list[Tensor] = []
-        self._called(x_1LD, rotary, attention_mask=None, seen=seen)
-        return seen[0][0], seen[1][0]
+        noted: list[Tensor] = []
+        self._call(x_1LD, rotary, attention_mask=None, noted=noted)
+        return noted[0][0], noted[1][0]
 
-    def _called(self, x: Tensor, rotary, **options: Any) -> Tensor:
+    def _call(self, x: Tensor, rotary, **options: Any) -> Tensor:
         out = self.stock(x, position_embeddings=rotary, **options)
         return out[0] if isinstance(out, tuple) else out
 
 
-class Scanning:
+class MambaLayer:
     """A layer of Mamba. Rows are read again from the first one on: nothing is remembered."""
 
     def __init__(self, stock: nn.Module):
         self.stock = stock
 
     def __call__(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
-        whole = torch.cat([*(rows or []), x], dim=1)
+        x_BSD = torch.cat([*(rows or []), x], dim=1)
         if rows is not None:
-            rows[:] = [whole]
-        return self.stock(whole)[:, -x.shape[1] :]
+            rows[:] = [x_BSD]
+        return self.stock(x_BSD)[:, -x.shape[1] :]
 
 
 class TextModel(nn.Module):
@@ -104,7 +104,9 @@ class TextModel(nn.Module):
         """`published` is the text_config of a LLaVA's config.json."""
         super().__init__()
         stock = AutoConfig.for_model(**published)
-        self.stock = AutoModel.from_config(stock, attn_implementation=WHOLE, dtype=torch.float32)
+        self.stock = AutoModel.from_config(
+            stock, attn_implementation=ATTENTION, dtype=torch.float32
+        )
         if not config.text_config["tie_word_embeddings"]:
             bias = config.text_config["lm_head_bias"]
             self.lm_head = nn.Linear(config.hidden_size, stock.vocab_size, bias=bias)
@@ -118,8 +120,8 @@ class TextModel(nn.Module):
         return hasattr(self.stock.layers[0], "self_attn")
 
     @property
-    def layers(self) -> list[Attending | Scanning]:
-        kind = Attending if self.attends else Scanning
+    def layers(self) -> list[AttentionLayer | MambaLayer]:
+        kind = AttentionLayer if self.attends else MambaLayer
         return [kind(layer) for layer in self.stock.layers]
 
     @property
@@ -142,16 +144,16 @@ class TextModel(nn.Module):
     ) -> Tensor:
         """Hidden states (B, L, D) after the final norm; arguments as of the reference's own."""
         if visible_BLS is None:
-            visible_BLS = sees(embeds_BLD, cache if self.attends else None)
+            visible_BLS = causal_visible(embeds_BLD, cache if self.attends else None)
         if not self.attends and len(embeds_BLD) > 1:
-            return self._apart(embeds_BLD, positions_BL, visible_BLS)
+            return self._one_by_one(embeds_BLD, positions_BL, visible_BLS)
         x, rotary = embeds_BLD, self.rotary(positions_BL)
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary, visible_BLS[:, None], None if cache is None else cache[i])
         return self.norm(x)
 
-    def _apart(self, embeds_BLD: Tensor, positions_BL: Tensor, visible_BLS: Tensor) -> Tensor:
-        """Prompts one by one, what pads them left out: the last row sees all that are real."""
+    def _one_by_one(self, embeds_BLD: Tensor, positions_BL: Tensor, visible_BLS: Tensor) -> Tensor:
+        """Prompts one by one, what pads them left out: the last row sees all real ones."""
         out = torch.zeros_like(embeds_BLD)
         for b, real_L in enumerate(visible_BLS[:, -1]):
             one = slice(b, b + 1)

@@ -1,4 +1,4 @@
-"""What happens between a tower's layers: signals are read, and tokens leave.
+"""Signals that are read between a tower's layers, and tokens that leave there.
 
 Shapes: B images, N patches, S tokens with CLS where there is one, D features, H heads,
 d head size.
@@ -34,7 +34,7 @@ class Encoded:
     cls_BCD: Tensor  # C = 1, or 0 in a tower without CLS
     N: int  # of the whole image
 
-    def now(self, x_BSD: Tensor) -> "Encoded":
+    def with_tokens(self, x_BSD: Tensor) -> "Encoded":
         signals = self.signals.replace(x_BND=x_BSD[:, self.first :])
         return replace(self, signals=signals, cls_BCD=x_BSD[:, : self.first])
 
@@ -55,19 +55,19 @@ class Encoded:
 
     def read(self, names: set[str], keys: dict[str, Tensor], q: Tensor, k: Tensor) -> "Encoded":
         """Note the signals that are wanted of this layer."""
-        seen: dict[str, Any] = {
+        values: dict[str, Any] = {
             f"{name}_BNHd": keys[f"{name}_BNHd"] for name in names & {"keys", "queries"}
         }
         if "cls_query" in names:  # without CLS the mean patch stands in for it
-            seen["cls_query_BHd"] = q[:, :, 0] if self.first else q.mean(2)
+            values["cls_query_BHd"] = q[:, :, 0] if self.first else q.mean(2)
         if names - {"keys", "queries", "cls_query"}:
             attention_BSS = attention(q, k, self.bias_B11S)
             received_BN = attention_BSS.mean(1)[:, self.first :]
             columns = dict.fromkeys(("received_attention", "object_attention"), received_BN)
             cls_BN = attention_BSS[:, 0, 1:] if self.first else received_BN
             columns["cls_attention"] = columns["local_attention"] = cls_BN
-            seen |= {f"{name}_BN": column for name, column in columns.items() if name in names}
-        return replace(self, signals=self.signals.replace(**seen))
+            values |= {f"{name}_BN": column for name, column in columns.items() if name in names}
+        return replace(self, signals=self.signals.replace(**values))
 
     def cut(self, step: Step, K: int, **keys: Any) -> "Encoded":
         """After a step that leaves K tokens."""
@@ -102,7 +102,7 @@ def enter(
     return Encoded(signals, None, x_BSD[:, :first], grid[0] * grid[1])
 
 
-def through(
+def run_layers(
     layers: Any,  # a ModuleList
     run: Encoded,
     want: Mapping[str, int | None],
@@ -128,10 +128,10 @@ def through(
         by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
         keys = {name: vectors[:, run.first :] for name, vectors in by_token.items()}
         names = {name for name, at in want.items() if at is not None and at % len(layers) == i}
-        run = run.now(x_BSD + y_BSD).read(names, keys, q, k)
+        run = run.with_tokens(x_BSD + y_BSD).read(names, keys, q, k)
         for at, place, K, step in cuts:
             if (at, place) == (i, "middle"):
                 run = run.cut(step, K, **keys)
         x_BSD = run.x_BSD
-        run = run.now(x_BSD + layer.mlp(layer.layer_norm2(x_BSD)))
+        run = run.with_tokens(x_BSD + layer.mlp(layer.layer_norm2(x_BSD)))
     return run

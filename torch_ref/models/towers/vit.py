@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 
 from ...pruners import Step
-from .signals import Encoded, enter, through
+from .signals import Encoded, enter, run_layers
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -69,7 +69,7 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
 
 
-def gelu_by_tanh(x: Tensor) -> Tensor:
+def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
@@ -91,15 +91,15 @@ class Embeddings(nn.Module):
 
     def forward(self, patches_BND: Tensor, grid: tuple[int, int]) -> Tensor:
         """CLS and the patches, with positions; for a smaller grid those are interpolated."""
-        x_BSD, place_SD = patches_BND, self.position_embedding.weight
+        x_BSD, position_SD = patches_BND, self.position_embedding.weight
         if grid != self.grid:
-            whole = place_SD[self.first :].T.reshape(1, -1, *self.grid)
-            small = F.interpolate(whole, grid, mode="bilinear", antialias=True)
-            place_SD = torch.cat([place_SD[: self.first], small[0].flatten(1).T])
+            grid_1DHW = position_SD[self.first :].T.reshape(1, -1, *self.grid)
+            small_1DHW = F.interpolate(grid_1DHW, grid, mode="bilinear", antialias=True)
+            position_SD = torch.cat([position_SD[: self.first], small_1DHW[0].flatten(1).T])
         if self.first:
             cls_B1D = self.class_embedding.expand(len(patches_BND), 1, -1)
             x_BSD = torch.cat([cls_B1D, patches_BND], dim=1)
-        return x_BSD + place_SD
+        return x_BSD + position_SD
 
 
 class VisionTower(nn.Module):
@@ -111,7 +111,7 @@ class VisionTower(nn.Module):
         self.embeddings = Embeddings(config, self.has_cls)
         if self.has_cls:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_by_tanh)
+        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_tanh)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(
@@ -133,6 +133,6 @@ class VisionTower(nn.Module):
         x_BSD = self.pre_layrnorm(x_BSD) if self.has_cls else x_BSD
         first = int(self.has_cls)
         run = enter(x_BSD, first, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
-        run = through(self.encoder.layers[: self.config.depth], run, want or {}, cuts)
+        run = run_layers(self.encoder.layers[: self.config.depth], run, want or {}, cuts)
         is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
-        return run.now(self.post_layernorm(run.x_BSD)) if is_normed else run
+        return run.with_tokens(self.post_layernorm(run.x_BSD)) if is_normed else run

@@ -1,21 +1,14 @@
-"""The parts of a MiniMind-V under the names of the published .pth.
+"""From the tower's features to the language model's embeddings, named as in the published .pth.
 
-Shapes: B images, N patches, D features, K kept tokens.
+Shapes: B images, N patches, M blocks of m patches, D features, K kept tokens.
 """
 
 from torch import Tensor, nn
 
-from mlx_vlm_prune.checkpoints.config import CLIPConfig, ProjectorConfig, VLMConfig
+from mlx_vlm_prune.checkpoints.config import ProjectorConfig, VLMConfig
 
 from ..pruners import Signals
 from ..pruners.attention_pool import AttentionPool
-from .towers.vit import VisionTower
-
-
-class VisionEncoder(nn.Module):
-    def __init__(self, c: CLIPConfig):
-        super().__init__()
-        self.vision_model = VisionTower(c)
 
 
 class VisionProj(nn.Module):
@@ -50,7 +43,7 @@ def vision_proj(c: VLMConfig) -> nn.Module:
     return PooledVisionProj(c, c.pruner[1]) if c.pruner else VisionProj(c)
 
 
-def merged(signals: Signals, merge: tuple[int, int]) -> Signals:
+def merge_patches(signals: Signals, merge: tuple[int, int]) -> Signals:
     """Signals of blocks of patches: features side by side, row by row; all else by its mean."""
     if merge == (1, 1):
         return signals
@@ -61,5 +54,5 @@ def merged(signals: Signals, merge: tuple[int, int]) -> Signals:
         x = x.unflatten(dim, (rows, merge[0], columns, merge[1])).transpose(dim + 1, dim + 2)
         return x.flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
 
-    seen = signals.per_token(lambda x, dim: blocks(x, dim).mean(dim + 1))
-    return seen.replace(grid=(rows, columns), x_BND=blocks(signals.x_BND, 1).flatten(2))
+    means = signals.per_token(lambda x, dim: blocks(x, dim).mean(dim + 1))
+    return means.replace(grid=(rows, columns), x_BND=blocks(signals.x_BND, 1).flatten(2))

@@ -1,0 +1,70 @@
+"""Load a model of the reference from published files, in float32, ready to answer."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, parse_config, parse_sizes
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.llava.layouts import REFERENCE
+from mlx_vlm_prune.checkpoints.llava.published import published_tensors
+from mlx_vlm_prune.checkpoints.minimind.published import read_published, torch_tensors
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+
+from .vlm import VLM
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def best_device() -> torch.device:
+    """CUDA, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_pth(path: str | Path, tower: str | Path, device: torch.device | None = None) -> VLM:
+    """A MiniMind-V of any supported release: a .pth, and the folder of its tower.
+
+    On the best device unless one is given. Raises UserError for files that cannot be read or that
+    hold another model.
+    """
+    published = read_published(Path(path), Path(tower))
+    config = parse_sizes(published.sizes, Path(path))
+    model = VLM(config)
+    prefix = {True: "vision_encoder.", False: ""}
+    state = {
+        prefix[name.startswith("vision_model.")] + name: to_tensor(raw)
+        for name, raw in torch_tensors(published, config.text.head_dim).items()
+    }
+    model.load_state_dict(state)
+    return model.eval().to(device or best_device())
+
+
+def load_llava(
+    folder: str | Path, device: torch.device | None = None, tower: str | Path | None = None
+) -> VLM:
+    """A LLaVA as transformers or its authors wrote it. `tower` is a folder of its own.
+
+    On the best device unless one is given. Raises UserError for what cannot be read or holds
+    another model.
+    """
+    where = Path(folder)
+    checkpoint = read_checkpoint(where, Path(tower) if tower else None)
+    config, layout, text = parse_config(checkpoint.config, where / CONFIG), REFERENCE, None
+    if isinstance(config.text, MlxLmConfig):
+        published, kind = checkpoint.config["published"], config.text.model_type
+        text = published.get("text_config") or {**published, "model_type": kind}
+        layout = replace(REFERENCE, text="model.stock")
+    model = VLM(config, text)
+    state = published_tensors(checkpoint.tensors, layout, checkpoint.config, where)
+    model.load_state_dict({name: to_tensor(raw) for name, raw in state.items()})
+    return model.eval().to(device or best_device())
+
+
+def to_tensor(raw: RawTensor) -> Tensor:
+    """The same bits as a tensor."""
+    return torch.from_numpy(np.array(raw.data)).view(DTYPES[raw.dtype]).reshape(raw.shape)
