@@ -19,7 +19,7 @@ from mlx_vlm_prune.planning.budgets import (
     Budget,
     BudgetChoice,
     Workload,
-    check_pipeline,
+    check_free_budget,
     choose,
     forecast,
     keep_within,
@@ -90,7 +90,7 @@ def test_nothing_is_pruned_where_all_tokens_meet_the_budget():
     assert choice.options == {"pruner": "none", "keep_tokens": N}
 
 
-def test_of_several_images_each_has_k():
+def test_k_is_that_of_each_image():
     """Two take 5 + 180 + 2 + 8 + 2 K: 5 of 205 ms."""
     calibration = calibrations.of(*RUNS, *(run(K, images=2, vision=180.0) for K in (4, N)))
     assert chosen(Budget(ms=205), calibration, images=2).K == 5
@@ -236,9 +236,9 @@ def test_the_calibration_of_a_model_without_a_folder_is_not_saved(loaded, home, 
 
 def test_learned_pools_and_budgets_of_each_image_are_refused():
     with pytest.raises(UserError, match="attention_pool was trained for 5 visual tokens"):
-        check_pipeline(LearnedPool())
+        check_free_budget(LearnedPool())
     with pytest.raises(UserError, match="leave out dynamic"):
-        check_pipeline(plan("norm+restore", {}).of(Dynamic()))
+        check_free_budget(plan("norm+restore", {}).of(Dynamic()))
 
 
 class LearnedPool:

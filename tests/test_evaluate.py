@@ -110,7 +110,7 @@ def interrupt(monkeypatch, at: int) -> None:
     monkeypatch.setattr("mlx_vlm_prune.evaluation.answers.prepare_question", interrupted)
 
 
-def test_the_result_holds_every_figure(home, tmp_path, capsys):
+def test_the_result_has_every_key_and_figure(home, tmp_path, capsys):
     result = run(home, tmp_path / "e.json", "--keep-tokens", "12", "--keep-tokens", "5")
     assert result.keys() == KEYS
     assert (result["count"], sum(result["kinds"].values())) == (COUNT, COUNT)

@@ -1,4 +1,4 @@
-"""Promises of the question formats that are tables, folders and pickles of strangers."""
+"""Question formats that are tables, folders and untrusted pickles: reading, and refusals."""
 
 import base64
 import json
@@ -20,8 +20,8 @@ IMAGE = base64.b64encode(png()).decode()
 
 def table(path, *rows):
     """A TSV file; a row without an image gets one."""
-    whole = [row if len(row) > len(COLUMNS) else (*row, IMAGE) for row in rows]
-    lines = ["\t".join(row) for row in [(*COLUMNS, "image"), *whole]]
+    cells = [row if len(row) > len(COLUMNS) else (*row, IMAGE) for row in rows]
+    lines = ["\t".join(row) for row in [(*COLUMNS, "image"), *cells]]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -80,7 +80,7 @@ def test_mmbench_rows_may_share_the_image_of_an_earlier_one(tmp_path):
         ({10: ""}, "image is empty"),
     ],
 )
-def test_mmbench_rows_at_fault_are_named(change, why, tmp_path):
+def test_mmbench_bad_rows_are_named(change, why, tmp_path):
     row = [*ROW, IMAGE]
     for column, value in change.items():
         row[column] = value
@@ -94,7 +94,7 @@ def test_mmbench_columns_are_checked_at_once(tmp_path):
         read("mmbench", tmp_path / "m.tsv")
 
 
-def test_scienceqa_asks_what_has_an_image(tmp_path):
+def test_scienceqa_asks_questions_with_an_image(tmp_path):
     problem = {
         "question": "Which?",
         "choices": ["x", "y"],
@@ -123,10 +123,10 @@ def test_scienceqa_asks_what_has_an_image(tmp_path):
         read("scienceqa", tmp_path, split="val")
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_mme_pairs_two_questions_with_an_image(apart, tmp_path):
-    texts = tmp_path / "count" / ("questions_answers_YN" if apart else "")
-    pictures = tmp_path / "count" / ("images" if apart else "")
+@pytest.mark.parametrize("in_subfolders", [False, True])
+def test_mme_pairs_two_questions_with_an_image(in_subfolders, tmp_path):
+    texts = tmp_path / "count" / ("questions_answers_YN" if in_subfolders else "")
+    pictures = tmp_path / "count" / ("images" if in_subfolders else "")
     images(pictures, "01.jpg", "02.png")
     texts.mkdir(exist_ok=True)
     (texts / "01.txt").write_text("Is it one? Please answer yes or no.\tYes\nIs it two?\tNo\n")
@@ -176,11 +176,11 @@ def test_refcoco_asks_every_phrase_in_the_coordinates_chosen(boxes, answer, prot
     ]
     assert ": the red one\nAnswer with [x1, y1, x2, y2]" in questions[0].text
     assert format_of("refcoco").score(questions[0], answer) == 1
-    only = read("refcoco", tmp_path / "refs(unc).p", images=home, split="train")
-    assert [q.id for q in only] == ["10-1", "10-2"]
+    train = read("refcoco", tmp_path / "refs(unc).p", images=home, split="train")
+    assert [q.id for q in train] == ["10-1", "10-2"]
 
 
-def test_refcoco_names_what_is_at_fault(tmp_path):
+def test_refcoco_names_bad_entries(tmp_path):
     faulty = [{**REF, "ann_id": 5}, {**REF, "sentences": None}, {**REF, "split": 3}, "no"]
     home = coco(tmp_path, [*faulty, REF])
     bad = BadRecords(skip=True)
@@ -195,7 +195,7 @@ def test_refcoco_names_what_is_at_fault(tmp_path):
 
 
 class Evil:
-    """Pickled, it makes a file when it is read."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -205,7 +205,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_pickle_that_names_anything_is_refused_and_does_not_run(protocol, tmp_path):
+def test_a_pickle_that_imports_anything_is_refused_and_not_executed(protocol, tmp_path):
     created = tmp_path / "created"
     home = coco(tmp_path, [REF, Evil(created)], protocol=protocol)
     with pytest.raises(UserError, match="holds more than plain data"):
@@ -227,7 +227,7 @@ def test_a_pickle_that_names_anything_is_refused_and_does_not_run(protocol, tmp_
         b"not a pickle",
     ],
 )
-def test_a_damaged_pickle_is_one_sentence(data, tmp_path):
+def test_a_damaged_pickle_is_refused_in_one_sentence(data, tmp_path):
     (tmp_path / "refs.p").write_bytes(data)
     with pytest.raises(UserError, match=r"refs\.p .*") as refused:
         read_plain_pickle(tmp_path / "refs.p")
@@ -239,7 +239,7 @@ def test_plain_pickles_of_python_2_are_read(tmp_path):
     assert read_plain_pickle(tmp_path / "refs.p") == [{"sent": "caf\N{REPLACEMENT CHARACTER}"}]
 
 
-def test_the_files_of_a_folder_are_json_and_say_so(tmp_path):
+def test_a_wrong_instances_json_is_refused_by_name(tmp_path):
     home = coco(tmp_path, [REF])
     (tmp_path / "instances.json").write_text(json.dumps({"images": 3}))
     with pytest.raises(UserError, match=r"instances\.json has no list called images"):

@@ -1,4 +1,4 @@
-"""Promises of the scoring rules: each agrees with examples worked out by hand."""
+"""Scoring rules of the question formats, against examples worked out by hand."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Promises of the question formats: what is read from small files, and what is refused."""
+"""Question formats: what is read from small files, and what is refused."""
 
 import io
 import json
@@ -51,7 +51,7 @@ def test_every_format_reads_and_scores_without_mlx():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_unknown_format_names_the_near_and_all_others():
+def test_an_unknown_format_names_similar_ones_and_all():
     with pytest.raises(UserError, match=r"'texvqa'; did you mean textvqa\? there are own, scenes"):
         format_of("texvqa")
 
@@ -108,7 +108,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("line", BROKEN)
-def test_a_broken_line_is_refused_by_name_or_counted_and_left_out(line, tmp_path):
+def test_a_broken_line_is_an_error_or_with_skip_listed_and_left_out(line, tmp_path):
     good = {"image": "a.png", "question": "Q", "answer": "x", "id": "1"}
     path = write(images(tmp_path, "a.png") / "my.jsonl", [good, line, {**good, "id": "3"}])
     where = "question 1" if "another" in BROKEN[line] else "line 2"
@@ -122,7 +122,7 @@ def test_a_broken_line_is_refused_by_name_or_counted_and_left_out(line, tmp_path
     assert where == "question 1" or "my.jsonl" in bad.messages[0]
 
 
-def test_lines_that_are_not_text_are_at_fault_alone(tmp_path):
+def test_a_line_that_is_not_text_is_the_only_bad_record(tmp_path):
     path = write(images(tmp_path, "a.png") / "my.jsonl", [])
     good = b'{"image": "a.png", "question": "\xc3\xa9?", "answer": "x"}\n'
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\xff\xfe\n")
@@ -135,7 +135,7 @@ def test_lines_that_are_not_text_are_at_fault_alone(tmp_path):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(st.binary(max_size=40), max_size=5))
-def test_any_bytes_are_counted_and_never_a_traceback(tmp_path, rows):
+def test_random_bytes_are_bad_records_and_no_traceback(tmp_path, rows):
     path = tmp_path / "any.jsonl"
     path.write_bytes(b"\n".join(rows))
     bad = BadRecords(skip=True)

@@ -163,7 +163,7 @@ def keep_within(
     progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
-    check_pipeline(pipeline)
+    check_free_budget(pipeline)
     inputs = prepare_prompt(model, processor, prompt, image, template)
     if inputs.pixels is None:
         raise UserError("a budget needs an image; without one there is nothing to prune")
@@ -205,7 +205,7 @@ def measure_level(
     return median(ms) / sum(calibration.ms(*setting).values())
 
 
-def check_pipeline(pipeline: Pipeline) -> None:
+def check_free_budget(pipeline: Pipeline) -> None:
     """Raises UserError for a method that has no K to choose."""
     name = pipeline.spec
     if name == "none":
