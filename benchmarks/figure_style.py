@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
     from matplotlib.figure import Figure
     from matplotlib.gridspec import GridSpec
 
-from mlx_vlm_prune.checkpoints.reading.files import appearing
+from mlx_vlm_prune.checkpoints.reading.files import atomic_path
 
 BLACK, ORANGE, GREEN = "#000000", "#E69F00", "#009E73"
 BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
@@ -71,7 +71,7 @@ def save_figure(figure: Figure, folder: Path, name: str) -> None:
     """Write FOLDER/NAME.svg and FOLDER/NAME.png."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, options in FORMATS.items():
-        with appearing(folder / f"{name}.{kind}", replace=True) as temporary:
+        with atomic_path(folder / f"{name}.{kind}", replace=True) as temporary:
             figure.savefig(temporary, format=kind, **options)
     pyplot().close(figure)
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.reading.files import appearing, write_atomically
+from mlx_vlm_prune.checkpoints.reading.files import atomic_path, write_atomically
 from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.overlay import join_images, overlay
 from mlx_vlm_prune.hosts.loading import load
@@ -89,7 +89,7 @@ def draw(photographs: list[Path]) -> None:
         if method.stage is Stage.ENHANCER or name in ("none", "attention_pool"):
             continue  # nothing is selected, or its slots have no place in the image
         tiles = [_tile(model, processor, image, name) for image in images]
-        with appearing(PICTURES / f"{name}.jpg", replace=True) as temporary:
+        with atomic_path(PICTURES / f"{name}.jpg", replace=True) as temporary:
             join_images(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
 
 

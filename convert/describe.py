@@ -37,7 +37,7 @@ def describe(path: Path, vision: Path | None = None) -> str:
     """A few lines about a .pth, a folder as published or one of ours; raises UserError."""
     if is_mlx_vlm(path):
         lines, state = describe_mlx_vlm(path), read_weights(path)
-    elif llava.is_published(path):
+    elif llava.is_llava_folder(path):
         state, tower_folder = original.read_state(path, vision)
         lines = _describe_llava(path, state, tower_folder)
     elif is_ours(path):
@@ -78,7 +78,7 @@ def _describe_llava(path: Path, state: dict[str, RawTensor], tower_folder: Path 
     """A LLaVA-style model as published, by its config.json; its tensors are compared with it."""
     if original.is_original_folder(path) and original.lacks_tower(state):
         return _describe_llava_without_tower(path)
-    config, tensors = llava.convert(state, path, tower_folder)
+    config, tensors = llava.config_and_tensors(state, path, tower_folder)
     layout, sizes = LAYOUTS[config["published_as"]], parse_sizes(config, path / CONFIG)
     folders = {PREPROCESSOR_CONFIG: tower_folder or path, TOKENIZER: path}
     missing = [name for name, folder in folders.items() if not (folder / name).is_file()]

@@ -20,7 +20,7 @@ from mlx_vlm_prune.checkpoints.llava.published import (
 from mlx_vlm_prune.checkpoints.minimind.tables import LLAMA
 from mlx_vlm_prune.checkpoints.names.renaming import to_published_layout
 from mlx_vlm_prune.checkpoints.processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
-from mlx_vlm_prune.checkpoints.reading.files import appearing, read_json, write_json
+from mlx_vlm_prune.checkpoints.reading.files import atomic_path, read_json, write_json
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 
 from .folders import fill_folder
@@ -54,7 +54,7 @@ def _minimind_to_hf(
         )
     language = {k: tensor for k, tensor in tensors.items() if k.startswith("language.")}
     state = to_published_layout(language, LLAMA, head_dim, source)
-    with appearing(target, folder=True) as folder:
+    with atomic_path(target, folder=True) as folder:
         text_config = _minimind_config(name, config, head_dim)
         fill_folder(folder, text_config, state, TOKENIZER_FILES, source)
     return name
@@ -90,7 +90,7 @@ def _llava_to_hf(
         return TRANSFORMERS_CLASS
     hf_config = original.transformers_config(config, sizes, source)
     state = published_tensors(tensors, LAYOUTS["llava-hf"], config, source)
-    with appearing(target, folder=True) as folder:
+    with atomic_path(target, folder=True) as folder:
         fill_folder(folder, hf_config, state, [*TOKENIZER_FILES, *CARRIED_FILES], source)
         if (source / PREPROCESSOR_CONFIG).is_file():
             preprocessor = read_json(source / PREPROCESSOR_CONFIG)

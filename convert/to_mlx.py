@@ -10,7 +10,7 @@ from mlx_vlm_prune.checkpoints.config import CONFIG, is_clip
 from mlx_vlm_prune.checkpoints.families import published_layout
 from mlx_vlm_prune.checkpoints.processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
 from mlx_vlm_prune.checkpoints.reading.files import (
-    appearing,
+    atomic_path,
     open_safetensors,
     write_json,
     write_safetensors,
@@ -39,7 +39,7 @@ def to_mlx(
     if dtype:
         config, code = {**config, "torch_dtype": dtype}, DTYPES[dtype]
         tensors = {k: t.astype(code) if t.dtype in FLOATS else t for k, t in tensors.items()}
-    with appearing(target, folder=True) as folder:
+    with atomic_path(target, folder=True) as folder:
         write_json(folder / CONFIG, config)
         write_safetensors(folder / "model.safetensors", tensors, "mlx")
         copy_files(TOKENIZER_FILES, checkpoint.tokenizer_folder, folder)

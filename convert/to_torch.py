@@ -12,7 +12,7 @@ from mlx_vlm_prune.checkpoints.llava.published import published_config, publishe
 from mlx_vlm_prune.checkpoints.names.renaming import to_published_layout
 from mlx_vlm_prune.checkpoints.names.rules import to_published
 from mlx_vlm_prune.checkpoints.processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
-from mlx_vlm_prune.checkpoints.reading.files import appearing
+from mlx_vlm_prune.checkpoints.reading.files import atomic_path
 from mlx_vlm_prune.checkpoints.reading.pth import write_pth
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.checkpoints.tower import is_tower
@@ -54,9 +54,9 @@ def _minimind_to_torch(
         if last_norm and name == last_norm[0] and embedding in published:
             state[head] = published[embedding]
     with ExitStack() as stack:
-        file = stack.enter_context(appearing(target))
+        file = stack.enter_context(atomic_path(target))
         if vision:
-            folder = stack.enter_context(appearing(vision, folder=True))
+            folder = stack.enter_context(atomic_path(vision, folder=True))
             fill_tower_folder(folder, config, published, source)
         write_pth(file, state)
 
@@ -76,9 +76,9 @@ def llava_to_torch(
         raise UserError(f"{source} was published with its tower inside; leave out --vision")
     rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
     with ExitStack() as stack:
-        folder = stack.enter_context(appearing(target, folder=True))
+        folder = stack.enter_context(atomic_path(target, folder=True))
         if vision:
-            tower_folder = stack.enter_context(appearing(vision, folder=True))
+            tower_folder = stack.enter_context(atomic_path(vision, folder=True))
             fill_tower_folder(tower_folder, config, state, source)
         copied = [*TOKENIZER_FILES, *CARRIED_FILES, *([PREPROCESSOR_CONFIG] if is_inside else [])]
         fill_folder(folder, original_config, rest, copied, source)

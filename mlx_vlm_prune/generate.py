@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError
-from .checkpoints.reading.files import appearing, check_target, write_atomically
+from .checkpoints.reading.files import atomic_path, check_target, write_atomically
 from .generation import batch, stream
 from .generation.arguments import build_parser
 from .generation.printing import LINE, as_json, print_comparison, print_figures
@@ -200,7 +200,7 @@ def _write_files(
     choice: BudgetChoice | None,
 ) -> None:
     if args.overlay:
-        with appearing(args.overlay, replace=True) as beside:
+        with atomic_path(args.overlay, replace=True) as beside:
             answer.overlay().save(beside, format="PNG")
         if args.verbose:
             print(f"Overlay: {args.overlay}")

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import command_line
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.reading.files import appearing, read_json, write_atomically
+from mlx_vlm_prune.checkpoints.reading.files import atomic_path, read_json, write_atomically
 
 from .test_hostile_checkpoints import left
 
@@ -102,7 +102,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(file, monkeypatch):
 
 @pytest.mark.parametrize("problem", [KeyboardInterrupt, RuntimeError, UserError])
 def test_whatever_interrupts_a_write_leaves_the_old_file(file, problem):
-    with pytest.raises(problem), appearing(file, replace=True) as beside:
+    with pytest.raises(problem), atomic_path(file, replace=True) as beside:
         beside.write_text("half")
         raise problem
     assert is_as_before(file)
@@ -180,8 +180,8 @@ def test_a_benchmark_that_cannot_keep_its_result_says_so(file, capsys, monkeypat
 def test_what_a_killed_write_left_is_swept_by_the_next(file):
     killed = (
         "import os, pathlib, signal\n"
-        "from mlx_vlm_prune.checkpoints.reading.files import appearing\n"
-        f"with appearing(pathlib.Path({str(file)!r}), replace=True) as beside:\n"
+        "from mlx_vlm_prune.checkpoints.reading.files import atomic_path\n"
+        f"with atomic_path(pathlib.Path({str(file)!r}), replace=True) as beside:\n"
         "    beside.write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -19,7 +19,7 @@ from convert.describe import describe
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
-from mlx_vlm_prune.checkpoints.llava.published import is_for_us
+from mlx_vlm_prune.checkpoints.llava.published import is_for_our_decoder
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.inputs.image import Preprocessor
 from mlx_vlm_prune.inputs.prompt import Tokenizer, tokenize_prompt
@@ -212,7 +212,7 @@ def test_a_llava_is_ours_as_transformers_wrote_it_and_mlx_vlms_as_that_did(
     metadata, axes, without, expected = WRITERS[writer]
     folder = shutil.copytree(published.folder, tmp_path / "hf")
     rewritten(folder, metadata, axes=axes, without=without)
-    assert is_for_us(folder) is expected
+    assert is_for_our_decoder(folder) is expected
     assert kind_of(folder) == (None if expected else "llava")
 
 
@@ -231,7 +231,7 @@ def test_with_patches_of_three_pixels_the_metadata_tell(published, tmp_path):
     for metadata, expected in ((PT, True), (MLX, False)):
         state = {"vision_tower.embeddings.patch_embedding.weight": torch.zeros(2, 3, 3, 3)}
         save_file(state, folder / "model.safetensors", metadata=metadata)
-        assert is_for_us(folder) is expected
+        assert is_for_our_decoder(folder) is expected
 
 
 def test_what_mlx_vlm_converted_is_inspected_and_not_converted(published, tmp_path):
@@ -246,9 +246,9 @@ def test_pytorchs_own_files_are_ours_and_a_folder_without_weights_is_mlx_vlms(pu
     folder = shutil.copytree(published.folder, tmp_path / "hf")
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    assert not is_for_us(folder)
+    assert not is_for_our_decoder(folder)
     torch.save(state, folder / "pytorch_model.bin")
-    assert is_for_us(folder)
+    assert is_for_our_decoder(folder)
     prompt, pixels_I3HW = llava.prompt(), pixels()
     model, _ = load(folder, dtype="float32")
     np.testing.assert_array_equal(

@@ -36,7 +36,7 @@ def read_checkpoint(
     """
     if is_ours(source):
         return _read_ours(source, tokenizer)
-    if llava.is_published(source):
+    if llava.is_llava_folder(source):
         return llava.read_checkpoint(source, vision, tokenizer)
     return minimind.read_checkpoint(source, vision, tokenizer, heads, kv_heads)
 

@@ -20,8 +20,8 @@ def is_mlx_vlm(folder: Path) -> bool:
         return False
     if RECORD in config:
         return True
-    if llava.is_published(folder):
-        return not llava.is_for_us(folder)
+    if llava.is_llava_folder(folder):
+        return not llava.is_for_our_decoder(folder)
     return isinstance(config.get("vision_config"), Mapping)
 
 

@@ -45,7 +45,7 @@ def load(
 def kind_of(folder: Path) -> str | None:
     """The model_type in a folder's config.json, if it is one that mlx-vlm runs for us.
 
-    A LLaVA may be one for our own decoder: checkpoints/llava/published.py tells by `is_for_us`.
+    A LLaVA may be one for our own decoder: see `is_for_our_decoder`.
     Raises UserError, with the reason, for a model that has no visual tokens to prune.
     """
     file = folder / "config.json"
@@ -60,7 +60,7 @@ def kind_of(folder: Path) -> str | None:
         raise UserError(f"{folder} is a {kind} model: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         return None
-    return None if llava.is_published(folder) and llava.is_for_us(folder) else kind
+    return None if llava.is_llava_folder(folder) and llava.is_for_our_decoder(folder) else kind
 
 
 def _load_mlx_vlm(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:

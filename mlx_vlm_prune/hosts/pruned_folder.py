@@ -20,7 +20,7 @@ from typing import Any
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.mlx_vlm_folder import RECORD
-from ..checkpoints.reading.files import appearing, read_json, write_json
+from ..checkpoints.reading.files import atomic_path, read_json, write_json
 from ..checkpoints.version import __version__
 from ..pruners import NAMES, Pipeline, Stage, plan
 from ..pruners.budget import check_budget
@@ -123,7 +123,7 @@ def prune_into(
     record |= {"keep_ratio": keep_ratio} if keep_tokens is None else {"keep_tokens": keep_tokens}
     copies = _copies() if vendor else {}
     text = _text(source, config["model_type"], pipeline.spec, keep_ratio, keep_tokens, copies)
-    with appearing(target, folder=True) as folder:
+    with atomic_path(target, folder=True) as folder:
         linked, copied = _take_over(source, folder)
         for name, content in copies.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from mlx_vlm_prune.checkpoints.checkpoint import LEARNED_FILE
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading import pth
-from mlx_vlm_prune.checkpoints.reading.files import appearing, open_safetensors, write_safetensors
+from mlx_vlm_prune.checkpoints.reading.files import atomic_path, open_safetensors, write_safetensors
 
 from ..models.language.minimind import rotary_table
 from ..models.language.twig import Twig, grown
@@ -252,5 +252,5 @@ def finish(name: str, pruner: nn.Module, vlm: VLM, out: Path, unfreeze: bool) ->
     held = {key: value for key, value in held.items() if not key.startswith(name + ".")}
     for key, value in pruner.state_dict().items():
         held[f"{name}.{key.replace('pool_', '')}"] = pth.raw_tensor(value.half().cpu())
-    with appearing(file, replace=True) as beside:
+    with atomic_path(file, replace=True) as beside:
         write_safetensors(beside, held, "mlx")

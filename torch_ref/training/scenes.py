@@ -29,8 +29,8 @@ from mlx_vlm_prune.checkpoints.errors import UserError, reason
 from mlx_vlm_prune.checkpoints.processor import PREPROCESSOR_CONFIG
 from mlx_vlm_prune.checkpoints.reading import pth
 from mlx_vlm_prune.checkpoints.reading.files import (
-    appearing,
     append_json,
+    atomic_path,
     write_atomically,
     write_safetensors,
 )
@@ -87,7 +87,7 @@ def judge(trainee: Trainee, device: torch.device, per_kind: int) -> dict[str, fl
 
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint, or replace it: a stopped run never leaves half of one."""
-    with appearing(path, replace=True) as beside:
+    with atomic_path(path, replace=True) as beside:
         pth.save(beside, content)
 
 
@@ -111,7 +111,7 @@ def export(vlm: VLM, out: Path) -> None:
     clip = out / "clip"
     clip.mkdir(exist_ok=True)
     vision = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
-    with appearing(clip / "model.safetensors", replace=True) as beside:
+    with atomic_path(clip / "model.safetensors", replace=True) as beside:
         write_safetensors(beside, {k: pth.raw_tensor(v) for k, v in vision.items()}, "pt")
     config = {**asdict(VISION), "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
     side = VISION.image_size

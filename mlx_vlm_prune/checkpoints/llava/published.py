@@ -32,16 +32,16 @@ UNUSED = re.compile(
 )
 
 
-def is_published(folder: Path) -> bool:
+def is_llava_folder(folder: Path) -> bool:
     """Does this folder's config.json say that a LLaVA-style model is in it?
 
-    Its authors, transformers and mlx-vlm all write that; `is_for_us` tells which is for us.
+    Its authors, transformers and mlx-vlm all write that: see `is_for_our_decoder`.
     """
     config = optional_json(folder / CONFIG)
     return config.get("model_type") == PUBLISHED_TYPE or original.is_original(config)
 
 
-def is_for_us(folder: Path) -> bool:
+def is_for_our_decoder(folder: Path) -> bool:
     """Is the LLaVA in this folder one for our own decoder, rather than for mlx-vlm?
 
     The rule stands here only. Ours is what LLaVA's authors wrote of a Llama, which mlx-vlm does not
@@ -86,7 +86,7 @@ def _is_by_transformers(folder: Path) -> bool:
 def read_checkpoint(source: Path, vision: Path | None, tokenizer: Path | None) -> Checkpoint:
     """A published LLaVA and its tokenizer; UserError for what is missing or does not fit."""
     state, tower_folder = original.read_state(source, vision)
-    config, tensors = convert(state, source, tower_folder)
+    config, tensors = config_and_tensors(state, source, tower_folder)
     tokenizer = tokenizer or source
     config |= {"torch_dtype": language_dtype(tensors)}
     config |= _token_fields(config["published"], tokenizer)
@@ -94,7 +94,7 @@ def read_checkpoint(source: Path, vision: Path | None, tokenizer: Path | None) -
     return Checkpoint(config, tensors, tokenizer, preprocessor, carried_folder=source)
 
 
-def convert(
+def config_and_tensors(
     state: Mapping[str, RawTensor], folder: Path, tower_folder: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, RawTensor]]:
     """Our config.json, but for the tokenizer's fields, and the tensors under our names.

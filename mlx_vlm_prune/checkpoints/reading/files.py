@@ -144,7 +144,7 @@ def check_target(target: Path, *, replace: bool) -> None:
 
 
 @contextmanager
-def appearing(target: Path, *, folder: bool = False, replace: bool = False) -> Iterator[Path]:
+def atomic_path(target: Path, *, folder: bool = False, replace: bool = False) -> Iterator[Path]:
     """Yield a path beside `target` to write to; at the end it is renamed to `target`.
 
     A `target` that exists is refused, or with `replace`, if it is a file, replaced in one step. On
@@ -175,7 +175,7 @@ def appearing(target: Path, *, folder: bool = False, replace: bool = False) -> I
 
 def write_atomically(path: Path, text: str) -> None:
     """Write or replace a text file: a reader sees the old text or the new, never half of one."""
-    with appearing(path, replace=True) as beside:
+    with atomic_path(path, replace=True) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
