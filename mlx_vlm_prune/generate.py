@@ -74,24 +74,24 @@ def stream_generate(
     sampler: Sampler | None = None,
     logits_processors: Sequence[LogitsProcessor] | None = None,
     num_draft_tokens: int | None = None,
-    template: Mapping[str, Any] | None = None,
+    chat_template_config: Mapping[str, Any] | None = None,
     host_options: Mapping[str, Any] | None = None,
 ) -> Iterator[GenerationResponse]:
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `<image>` in the prompt marks where an image goes; without it the images come first. `pruner`
-    is "NAME", "NAME:option=value" or a chain "NAME+NAME"; it keeps K of an image's N visual
-    tokens (a decoder method: in the average layer), by `keep_ratio` or `keep_tokens`, half
-    without either. `sampler` and `logits_processors` are mlx-lm's; a sampler replaces
-    `temperature` (0 is greedy), `top_p` and `seed`. `num_draft_tokens` is how many tokens a twig
-    beside a model of ours may guess ahead. `template` holds options of the chat template.
-    `host_options` are for mlx-vlm's models: prefill_step_size, kv_bits, quantized_kv_start and
-    resize_shape, as mlx-vlm has them. Raises UserError.
+    `<image>` in the prompt marks where an image goes; without it the images come first. `pruner`,
+    "NAME", "NAME:option=value" or a chain "NAME+NAME", keeps K of an image's N visual tokens (a
+    decoder method: in the average layer) by `keep_ratio` or `keep_tokens`, half without either.
+    Default `positions` are those of its paper. `sampler` and `logits_processors` are mlx-lm's; a
+    sampler replaces `temperature` (0 is greedy), `top_p` and `seed`. `num_draft_tokens` is how many
+    tokens a twig beside a model of ours may guess ahead. `chat_template_config` are options of
+    the chat template, `host_options` those that mlx-vlm's models have: prefill_step_size, kv_bits,
+    quantized_kv_start, resize_shape. Raises UserError.
     """
     request = Request(
         prompt, list_images(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
-        temperature, top_p, seed, sampler, logits_processors, num_draft_tokens, template,
-        host_options,
+        temperature, top_p, seed, sampler, logits_processors, num_draft_tokens,
+        chat_template_config, host_options,
     )  # fmt: skip
     check_drafts(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-        template=args.chat_template_config, num_draft_tokens=args.num_draft_tokens,
+        chat_template_config=args.chat_template_config, num_draft_tokens=args.num_draft_tokens,
         host_options={name: getattr(args, name) for name in HOST_OPTIONS},
     )  # fmt: skip
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
@@ -265,7 +265,7 @@ def _choose(
         )
     choice = keep_within(
         model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
-        max_tokens=args.max_tokens, template=args.chat_template_config,
+        max_tokens=args.max_tokens, chat_template_config=args.chat_template_config,
     )  # fmt: skip
     if choice.reason:
         logger.warning(choice.reason)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = (
     "pruner='none', keep_ratio=None, keep_tokens=None, positions=None, max_tokens=256,"
     " temperature=0.0, top_p=1.0, seed=0, sampler=None, logits_processors=None,"
-    " num_draft_tokens=None, template=None, host_options=None"
+    " num_draft_tokens=None, chat_template_config=None, host_options=None"
 )
 BUDGET = "keep_ratio=None, keep_tokens=None, positions=None"
 SIGNATURES = {

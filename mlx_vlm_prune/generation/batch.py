@@ -75,7 +75,9 @@ def batch_generate(
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     for number, (text, images) in enumerate(((r.prompt, r.images) for r in requests), 1):
         with naming_prompt(number, len(requests)):
-            prompts.append(prepare_prompt(model, processor, text, images, request.template))
+            prompts.append(
+                prepare_prompt(model, processor, text, images, request.chat_template_config)
+            )
     pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
     pixels_IHW3 = clock.end_part("image", mx.concatenate(pixels)) if pixels else None
     mx.reset_peak_memory()

@@ -36,7 +36,7 @@ class GenerateOptions(TypedDict, total=False):
     sampler: Sampler | None
     logits_processors: Sequence[LogitsProcessor] | None
     num_draft_tokens: int | None
-    template: Mapping[str, Any] | None
+    chat_template_config: Mapping[str, Any] | None
     host_options: Mapping[str, Any] | None
 
 
@@ -57,7 +57,7 @@ class Request:
     sampler: Sampler | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
     num_draft_tokens: int | None = None
-    template: Mapping[str, Any] | None = None
+    chat_template_config: Mapping[str, Any] | None = None
     host_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -36,7 +36,9 @@ def stream_generate(
     clock, pipeline = Clock(), pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     twig = twig_of(model, processor.name) if request.num_draft_tokens else None
-    prompt = prepare_prompt(model, processor, request.prompt, request.images, request.template)
+    prompt = prepare_prompt(
+        model, processor, request.prompt, request.images, request.chat_template_config
+    )
     clock.end_part("image", prompt.pixels)
     mx.reset_peak_memory()
     with clock.running():
@@ -87,13 +89,13 @@ def prepare_prompt(
     processor: Processor,
     prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
-    template: Mapping[str, Any] | None = None,
+    chat_template_config: Mapping[str, Any] | None = None,
 ) -> PreparedPrompt:
     """Open the images and turn all into ids and pixels. Raises UserError."""
     visible = [processor.image.visible(open_image(source)) for source in list_images(image)]
     counts = [model.N] * len(visible)
     built = tokenize_prompt(
-        processor.tokenizer, prompt, counts, processor.image_token, options=template
+        processor.tokenizer, prompt, counts, processor.image_token, options=chat_template_config
     )
     text = model.config.text
     if fault := built.limit_error(text.max_position_embeddings, text.vocab_size):

@@ -52,7 +52,7 @@ def prepare_prompt(
     host: Host,
     prompt: str,
     images: Sequence[Image.Image],
-    template: Mapping[str, Any] | None = None,
+    chat_template_config: Mapping[str, Any] | None = None,
     resize: tuple[int, int] | None = None,
 ) -> PreparedInputs:
     """A prompt and images, through mlx-vlm's chat template and the model's own processor.
@@ -67,7 +67,7 @@ def prepare_prompt(
                 f"leave {mark} out of the prompt: in mlx-vlm models the chat template says where"
                 " images go"
             )
-    options = dict(template or {})
+    options = dict(chat_template_config or {})
     text = apply_chat_template(
         host.processor, host.model.config, prompt, num_images=len(images), **options
     )

@@ -76,7 +76,7 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
     check_kv_bits(host, pipeline, options.get("kv_bits"))
     images = [open_image(source) for source in request.images]
     size = resize_option(options.get("resize_shape"))
-    inputs = prepare_prompt(host, request.prompt, images, request.template, size)
+    inputs = prepare_prompt(host, request.prompt, images, request.chat_template_config, size)
     clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
     with host.preserve_state():

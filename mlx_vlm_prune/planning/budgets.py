@@ -153,7 +153,7 @@ def keep_within(
     ms: float | None = None,
     gb: float | None = None,
     max_tokens: int = 256,
-    template: Mapping[str, Any] | None = None,
+    chat_template_config: Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
 ) -> BudgetChoice:
     """The largest K that keeps the time to the first token within `ms` (in 19 of 20 runs), and
@@ -164,7 +164,7 @@ def keep_within(
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
     check_free_budget(pipeline)
-    inputs = prepare_prompt(model, processor, prompt, image, template)
+    inputs = prepare_prompt(model, processor, prompt, image, chat_template_config)
     if inputs.pixels is None:
         raise UserError("a budget needs an image; without one there is nothing to prune")
     if calibration:
@@ -172,7 +172,7 @@ def keep_within(
     else:
         calibration, level = _present_calibration(model, processor, pipeline, inputs)
     start = time.perf_counter()  # once more: warm, as the answer will be
-    inputs = prepare_prompt(model, processor, prompt, image, template)
+    inputs = prepare_prompt(model, processor, prompt, image, chat_template_config)
     mx.eval(inputs.pixels)
     image_ms, held_bytes = 1000 * (time.perf_counter() - start), mx.get_active_memory()
     images = len(inputs.visible)
