@@ -1,4 +1,4 @@
-"""Which methods cannot work in a model of mlx-vlm's, each with the reason."""
+"""Which methods work in which of mlx-vlm's models, and why others do not."""
 
 from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, Pruner, Stage
@@ -6,13 +6,17 @@ from ..pruners.contract import Policy
 from .host import Host
 
 LATER = "not yet in mlx-vlm models"
-SMALLER = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
-BETWEEN = ("before", "normed", "held_keys", "last_attention", "next_attention")  # layers have these
-TOWER = ("patches", "pixels", "text", "grid")  # what needs no attention
+SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
+# What a host has between the language model's layers, and what a tower without attention has.
+DECODER_SIGNALS = ("before", "normed", "held_keys", "last_attention", "next_attention")
+ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid")
 
 
 def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
-    """The position policy that holds; UserError where a method or policy cannot work."""
+    """The position policy that holds.
+
+    Raises UserError where a method or a policy cannot work in this model.
+    """
     kind = host.kind
     if positions not in (None, "keep", "renumber"):
         raise UserError(f"positions is {positions!r}; it is keep or renumber")
@@ -25,9 +29,7 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
         if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
     if layers := host.depth:
-        pipeline.signal_layers(
-            layers
-        )  # refuses a layer that does not exist, before any image is read
+        pipeline.signal_layers(layers)  # refuses one that does not exist, before images are read
     if host.has_mrope or pipeline.decoder:
         return positions or pipeline.positions
     if positions == "keep":
@@ -39,7 +41,8 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
 
 
 def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None:
-    """Broken bits are another kind of cache, which cannot say that rows are gone."""
+    """Raises UserError for a fraction of bits with a decoder method: mlx-vlm has those in a kind of
+    cache whose positions cannot be shifted."""
     if not pipeline.decoder or kv_bits is None:
         return
     assert host.language_layers is not None, "`check_pipeline` comes first"
@@ -52,19 +55,19 @@ def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None
 def _why_not(host: Host, step: Pruner) -> str | None:
     """Why a method cannot work in this model; None where it can."""
     if step.stage is Stage.IMAGE:
-        return SMALLER
+        return SHRINKS_IMAGE
     if step.stage is Stage.ENCODER:
         return host.why_no_encoder_methods
     if step.stage is Stage.ENHANCER:
         return f"it adds to the attention that kept tokens get, {LATER}"
     if step.stage is not Stage.DECODER:
-        if set(step.method.needs) - set(TOWER) and not host.depth:
+        if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"
         return None
     if host.language_layers is None:
         return f"it works between the language model's layers, {LATER} of this kind"
     if step.is_proportional:
         return f"it adds to the attention that merged tokens get, {LATER}"
-    if beyond := set(step.method.needs) - set(BETWEEN):
+    if beyond := set(step.method.needs) - set(DECODER_SIGNALS):
         return f"it needs {', '.join(sorted(beyond))}, {LATER}"
     return None

@@ -1,4 +1,4 @@
-"""A model of another library's, as pruning needs it: `Host`, of which each family is a subclass.
+"""`Host`: a model of mlx-vlm's with what pruning needs of it; each family is a subclass.
 
 Shapes: K visual tokens kept of a view, L rows of the prompt, D features.
 """
@@ -18,21 +18,23 @@ from .language_layers import LanguageLayers
 from .prepared_inputs import PreparedInputs
 from .views import View
 
-STATE = ("_position_ids", "_rope_deltas")  # what mlx-vlm keeps of a request on the instance
+REQUEST_STATE = ("_position_ids", "_rope_deltas")  # mlx-vlm keeps these on the language model
 
 
 class Host(ABC):
-    """A loaded model of mlx-vlm's with its processor; made by `host_of`, once for a model.
+    """A loaded model with its processor; `host_of` makes it.
 
-    A family must say how its tower is run. The rest is what most families share.
+    A family must define `depth` and `encode_images`. The rest suits most families.
     """
 
-    has_mrope: ClassVar[bool] = False  # do positions have three axes, and come from outside?
-    placeholder_unit: ClassVar[Literal["token", "image", "all"]] = "token"  # what one stands for
+    has_mrope: ClassVar[bool] = False  # positions have three axes, and are arguments
+    # What one placeholder stands for: a visual token, an image, or all images of the prompt.
+    placeholder_unit: ClassVar[Literal["token", "image", "all"]] = "token"
     why_no_encoder_methods: ClassVar[str] = (
         "it works between the tower's layers, which is not yet there for mlx-vlm models"
     )
-    why_one_image: ClassVar[str | None] = None  # why a prompt may not have several, if so
+    why_one_image: ClassVar[str | None] = None  # why a prompt may have one only, if so
+    # Drives the language model's layers one by one, for decoder methods.
     language_layers_class: ClassVar[type[LanguageLayers] | None] = None
 
     def __init__(self, model: Any, processor: Any = None):
@@ -41,23 +43,24 @@ class Host(ABC):
     @property
     @abstractmethod
     def depth(self) -> int:
-        """How many layers of the tower signals can be read of."""
+        """The number of tower layers that signals can be taken from."""
 
     @abstractmethod
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
-        """The tower run: a view for each picture, with the signals in `want`.
+        """Run the tower: a view of each picture, with the signals in `want`, each from the layer
+        given there.
 
         Raises UserError for images that this family cannot read.
         """
 
     def project(self, x_1KD: mx.array) -> mx.array:
-        """Embeddings of visual tokens (1, K, D)."""
+        """The projector: embeddings of visual tokens (1, K, D)."""
         return self.model.multi_modal_projector(x_1KD)
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
     ) -> PreparedInputs:
-        """Ids and pixels, as mlx-vlm itself makes them; `text` has been through the template."""
+        """Ids and pixels, as mlx-vlm itself makes them; `text` is what the chat template gave."""
         from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
 
         arrays = prepare_inputs(
@@ -84,12 +87,12 @@ class Host(ABC):
         return mx.concatenate(list(x))[None]
 
     def image_token_id(self, inputs: PreparedInputs) -> int:
-        """The placeholder's id. Some configs call it an index, some processors know better."""
-        known = {**vars(self.model.config), **inputs.extra}
-        return known["image_token_index" if "image_token_index" in known else "image_token_id"]
+        """The placeholder's id. Configs call it index or id; a processor's comes before them."""
+        names = {**vars(self.model.config), **inputs.extra}
+        return names["image_token_index" if "image_token_index" in names else "image_token_id"]
 
     def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
-        """The views, each with its image, where a prompt comes without the number of tiles.
+        """The views with their images, for a prompt that comes without the number of tiles.
 
         Raises UserError where prompt and tiles do not fit.
         """
@@ -106,12 +109,12 @@ class Host(ABC):
 
     @property
     def tower(self) -> Any:
-        """What encodes pictures."""
+        """The vision encoder."""
         return self.model.vision_tower.vision_model
 
     @property
     def deepstack(self) -> Mapping[int, Callable[[mx.array], mx.array]]:
-        """Behind which layers of the tower DeepStack reads the patches, and by what."""
+        """DeepStack's projectors, by the tower layer whose output they read."""
         return {}
 
     @property
@@ -135,7 +138,7 @@ class Host(ABC):
 
     @property
     def image_marks(self) -> list[str]:
-        """What stands for an image in a prompt: our mark, and the model's own."""
+        """Texts that stand for an image in a prompt: our mark, and the model's own."""
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         ids = (getattr(self.model.config, f"image_token_{end}", None) for end in ("index", "id"))
         # FastVLM's is -200: no token at all
@@ -150,24 +153,26 @@ class Host(ABC):
             raise UserError(f"the prompt has {rows} tokens; the model reads up to {longest}")
 
     def pictures(self, views: Sequence[View], images: Sequence[Image.Image]) -> list[Image.Image]:
-        """The views as the tower read them, for a picture of what was kept."""
-        tool = getattr(self.processor, "image_processor", None)
-        mean, std = (getattr(tool, name, None) for name in ("image_mean", "image_std"))
-        shown = []
+        """The tower's input of each view as a picture, for the overlay of kept tokens."""
+        processor = getattr(self.processor, "image_processor", None)
+        mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+        pictures = []
         for view in views:
             if view.pixels_HW3 is None:
-                shown.append(images[view.image])
+                pictures.append(images[view.image])
                 continue
             pixels = np.array(view.pixels_HW3.astype(mx.float32))
             pixels = pixels * (1.0 if std is None else std) + (0.0 if mean is None else mean)
-            shown.append(Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)))
-        return shown
+            pictures.append(Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)))
+        return pictures
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
-        """Take back what requests leave on the language model."""
+        """Restore at the end what requests leave on the language model."""
         language = self.language
-        before = {name: getattr(language, name) for name in STATE if hasattr(language, name)}
+        before = {
+            name: getattr(language, name) for name in REQUEST_STATE if hasattr(language, name)
+        }
         try:
             yield
         finally:
@@ -176,7 +181,7 @@ class Host(ABC):
 
 
 def generation_stream() -> Any:
-    """mlx-vlm computes on a stream of its own, and going from one to another costs time."""
+    """A context on mlx-vlm's own stream of computation: changing streams costs time."""
     from mlx_vlm.generate import generation_stream as stream
 
     return mx.stream(stream)

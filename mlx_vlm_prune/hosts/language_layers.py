@@ -1,8 +1,8 @@
 """A language model's layers one by one, each row at a position of its own.
 
-Qwen's layers take positions. Llama's count: rotation starts at the cache's offset. Rows with gaps
-between them are rotated as if each were a prompt of one row, which may start anywhere; and a cache
-with fewer rows than came before says by how many it is `ShiftedCache`.
+Qwen's layers take positions. Llama's count them: rotation starts at the cache's offset. So Llama's
+rows are rotated here, each as a prompt of one row that starts at its position, and a cache with
+fewer rows than came before is a `ShiftedCache`.
 
 Shapes: B prompts, L rows, S rows held, D features, G key/value heads, R queries of each, d head
 size.
@@ -17,9 +17,9 @@ from ..models.language.minimind import grouped
 
 
 class LanguageLayers(ABC):
-    """The layers of a host's language model, as the decoder drives them."""
+    """The layers of a host's language model, by the contract of `models.language.contract`."""
 
-    axes: ClassVar[int]
+    axes: ClassVar[int]  # of positions
 
     def __init__(self, model: Any):
         self.model = model
@@ -35,7 +35,7 @@ class LanguageLayers(ABC):
         return make_prompt_cache(self.model)
 
     def norm(self, x_BLD: mx.array) -> mx.array:
-        """The norm behind the last layer."""
+        """The norm after the last layer."""
         return self.model.model.norm(x_BLD)
 
     def held_keys(self, layer_cache: Any) -> mx.array:
@@ -58,7 +58,7 @@ class LanguageLayers(ABC):
 
     @abstractmethod
     def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
-        """Queries or keys where they stand."""
+        """Queries or keys, rotated by their positions."""
 
     def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The queries that a layer makes of its input, as its keys are grouped, (B, G, R, L, d)."""
@@ -76,13 +76,13 @@ class LanguageLayers(ABC):
     ) -> mx.array:
         """The rotated queries or keys of a normed input, (B, H, L, d)."""
         count = attention.n_heads if which == "q" else attention.n_kv_heads
-        x_BHLd = split(getattr(attention, f"{which}_proj")(y_BLD), count)
+        x_BHLd = split_heads(getattr(attention, f"{which}_proj")(y_BLD), count)
         norm = getattr(attention, f"{which}_norm", None)  # Qwen3's, of each head
         return self.rotate(attention, x_BHLd if norm is None else norm(x_BHLd), positions_BL)
 
 
 class RopeOffsetLayers(LanguageLayers):
-    """Llama's: rows are rotated here, since the layers would count them."""
+    """Llama's: rows are rotated here, since the layers would count positions."""
 
     axes = 1
 
@@ -90,7 +90,7 @@ class RopeOffsetLayers(LanguageLayers):
         layer = self.model.model.layers[number]
         attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
         q_BHLd = self.heads(attention, "q", y_BLD, positions_BL)
-        v_BGLd = split(attention.v_proj(y_BLD), attention.n_kv_heads)
+        v_BGLd = split_heads(attention.v_proj(y_BLD), attention.n_kv_heads)
         k_BGLd = self.heads(attention, "k", y_BLD, positions_BL)
         k, v = cache.update_and_fetch(k_BGLd, v_BGLd)
         out = mx.fast.scaled_dot_product_attention(
@@ -100,7 +100,7 @@ class RopeOffsetLayers(LanguageLayers):
         return x_BLD + layer.mlp(layer.post_attention_layernorm(x_BLD))
 
     def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
-        """Every row by itself, as the first of a prompt that starts where it stands."""
+        """Each row by itself, as the first of a prompt that starts at its position."""
         B, H, L, d = x_BHLd.shape
         x_NH1d = x_BHLd.swapaxes(1, 2).reshape(B * L, H, 1, d)
         x_NH1d = attention.rope(x_NH1d, offset=positions_BL.reshape(-1).astype(mx.int32))
@@ -118,29 +118,29 @@ class PositionIdLayers(LanguageLayers):
         return layer(x_BLD, mask, cache, positions_BL.transpose(2, 0, 1))
 
     def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
-        place_3BL = positions_BL.transpose(2, 0, 1)
-        return attention.rotary_emb.apply_rotary(x_BHLd, x_BHLd, place_3BL)[0]
+        positions_3BL = positions_BL.transpose(2, 0, 1)
+        return attention.rotary_emb.apply_rotary(x_BHLd, x_BHLd, positions_3BL)[0]
 
 
 class ShiftedCache:
-    """A cache whose next row stands `by` places further than it has rows."""
+    """A cache whose next row stands `shift` positions after the number of its rows."""
 
-    def __init__(self, cache: Any, by: int):
-        self.cache, self.by = cache, by
+    def __init__(self, cache: Any, shift: int):
+        self.cache, self.shift = cache, shift
 
     @property
     def offset(self) -> int:
-        return self.cache.offset + self.by
+        return self.cache.offset + self.shift
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # of a copy that has no cache yet
+        if name.startswith("__"):  # while it is copied there is no cache yet
             raise AttributeError(name)
         value = getattr(self.cache, name)
-        if name == "to_quantized":  # which mlx-vlm asks of every cache that has it
-            return lambda **options: ShiftedCache(value(**options), self.by)
+        if name == "to_quantized":  # mlx-vlm replaces every cache that has this method
+            return lambda **options: ShiftedCache(value(**options), self.shift)
         return value
 
 
-def split(x_ISD: mx.array, heads: int) -> mx.array:
-    """(I, S, D) as (I, H, S, d)."""
+def split_heads(x_ISD: mx.array, heads: int) -> mx.array:
+    """(I, S, D) to (I, H, S, d)."""
     return x_ISD.reshape(*x_ISD.shape[:2], heads, -1).swapaxes(1, 2)

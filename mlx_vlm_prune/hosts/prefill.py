@@ -1,11 +1,10 @@
-"""A prompt read by a model of mlx-vlm's.
+"""A prompt read by a model of mlx-vlm's, through cuts between its language model's layers.
 
-Its own loop reads it, but where rows leave between the language model's layers: there the prompt is
-read from here, and mlx-vlm's loop goes on from the caches. The prompt's last row is taken back out
-of them and left to that loop, which wants a row to begin with; so nothing is put on the model, and
-what is to be known later is in the caches.
+Without cuts mlx-vlm's own loop reads the prompt. With cuts it is read from here, layer by layer,
+and mlx-vlm's loop goes on from the caches. That loop begins with a row, so the prompt's last row is
+removed from the caches and left to it. Nothing is put on the model.
 
-Shapes: B prompts (1 here), l rows of it, L new tokens, D features, V words.
+Shapes: B prompts (1 here), l rows of it, L new tokens, A position axes, D features, V words.
 """
 
 import copy
@@ -33,12 +32,12 @@ def prefill_through_cuts(
     host: Host, prompt: PrunedPrompt, pipeline: Pipeline, budgets: Sequence[int],
     policy: Policy, piece: int | None = None,
 ) -> PrunedPrompt:  # fmt: skip
-    """The prompt that was read through all layers, with its last row left to be read again; as it
-    was where no row leaves between layers.
+    """The prompt, read through all layers but for its last row; as it was if no row leaves between
+    layers.
 
-    `budgets` are each view's K in the average layer. `prompt` has kept positions, of which `policy`
-    says whether a cut leaves them; `piece` is how many rows are read at once.
-    Raises UserError where the budget cannot be had, or the prompt ends in an image.
+    `budgets` are each view's K in the average layer. `policy` says whether rows keep their
+    positions behind a cut; the prompt's must be kept ones. `piece` is how many rows are read at
+    once. Raises UserError where the budget cannot be had, or the prompt ends in an image.
     """
     step = pipeline.decoder
     if not step or not prompt.trace.steps:
@@ -49,7 +48,7 @@ def prefill_through_cuts(
     language = host.language_layers
     assert language is not None, "`check_pipeline` comes first"
     policy = prompt.trace.policy(policy)
-    spliced = _spliced(host, prompt, sizes, policy)
+    spliced = _splice(host, prompt, sizes, policy)
     schedules = [
         step.call(step.method.schedule, language.depth, n, K) if n > K else {}
         for n, K in zip(sizes, budgets, strict=True)
@@ -57,56 +56,58 @@ def prefill_through_cuts(
     cuts = Cuts(step, schedules, [view.signals.grid for view in prompt.views], policy)
     decoder = Decoder(language, language.make_cache(), cuts, prefill_step_size=piece)
     decoded = decoder(spliced)
-    after = int(np.array(spliced.next_B1)[0, 0])
+    next_position = int(np.array(spliced.next_B1)[0, 0])
     nbytes = prompt_cache_bytes(decoder.cache, prompt.length)  # before the last rows leave
     caches = zip(decoder.cache, decoded.rows, strict=True)
     return replace(
         prompt,
-        arguments=_last_row(prompt, decoded.spliced, language, after),
+        arguments=_last_row_arguments(prompt, decoded.spliced, language, next_position),
         cache_bytes=nbytes,
-        cache=[_without_last(language, layer, after - rows) for layer, rows in caches],
+        cache=[_without_last_row(language, c, next_position - rows) for c, rows in caches],
         trace=prompt.trace.after_cuts(step.name, decoded.reductions),
         positions=policy,
     )
 
 
-def _spliced(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Policy) -> Spliced:
-    """The rows as they go into the first layer; `sizes` are the visual tokens of each view."""
+def _splice(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Policy) -> Spliced:
+    """The rows as the first layer takes them; `sizes` are the visual tokens of each view."""
     arguments = dict(prompt.arguments)
-    place_A1l, delta, deep = (
-        arguments.pop(name, None)
-        for name in ("position_ids", "rope_deltas", "deepstack_visual_embeds")
-    )
-    ids_1l, pixels = arguments.pop("input_ids"), arguments.pop("pixel_values", None)
+    names = ("input_ids", "pixel_values", "position_ids", "rope_deltas", "deepstack_visual_embeds")
+    ids_1l, pixels, positions_A1l, delta, deepstack = (arguments.pop(n, None) for n in names)
     features = host.model.get_input_embeddings(ids_1l, pixels, **arguments)
-    if place_A1l is None:
-        place_A1l, delta = features.position_ids, features.rope_deltas
-    x_1lD, ids = features.inputs_embeds, ids_1l[0].tolist()
-    length, placeholder = len(ids), host.image_token_id(prompt.inputs)
+    if positions_A1l is None:
+        positions_A1l, delta = features.position_ids, features.rope_deltas
+    x_1lD, ids, placeholder = (
+        features.inputs_embeds, ids_1l[0].tolist(), host.image_token_id(prompt.inputs)
+    )  # fmt: skip
     if ids[-1] == placeholder:
         raise UserError("the prompt ends in an image; between layers, words judge it: add some")
-    at = [i for i, token in enumerate(ids) if token == placeholder]
-    starts = [at[first] for first in accumulate(sizes[:-1], initial=0)]
-    if place_A1l is not None:
-        positions_1l, after = place_A1l.transpose(1, 2, 0), length + int(delta.item())
+    length = len(ids)
+    if positions_A1l is not None:
+        positions_1l, next_position = positions_A1l.transpose(1, 2, 0), length + int(delta.item())
     elif policy == "keep":
-        positions_1l, after = mx.array([list(prompt.kept_rows)]), len(prompt.inputs.ids)
+        positions_1l, next_position = mx.array([list(prompt.kept_rows)]), len(prompt.inputs.ids)
     else:
-        positions_1l, after = mx.arange(length)[None], length
-    runs = list(zip(starts, sizes, strict=True))
-    deep_lYD = deepstack_rows(mx.array(ids) == placeholder, deep, len(deep or []), x_1lD)
-    added = [deep_lYD[None, :, y] for y in range(deep_lYD.shape[1])]
-    return Spliced(x_1lD, positions_1l, mx.array([[after]]), [length], [runs], added=added)
+        positions_1l, next_position = mx.arange(length)[None], length
+    rows = [row for row, token in enumerate(ids) if token == placeholder]
+    starts = [rows[first] for first in accumulate(sizes[:-1], initial=0)]
+    deep_lYD = deepstack_rows(mx.array(ids) == placeholder, deepstack, len(deepstack or []), x_1lD)
+    return Spliced(
+        x_1lD, positions_1l, mx.array([[next_position]]), [length],
+        [list(zip(starts, sizes, strict=True))],
+        added=[deep_lYD[None, :, layer] for layer in range(deep_lYD.shape[1])],
+    )  # fmt: skip
 
 
-def _without_last(language: LanguageLayers, cache: Any, by: int) -> Any:
-    """A cache without the prompt's last row, where layers count ahead by the rows it lacks."""
+def _without_last_row(language: LanguageLayers, cache: Any, missing: int) -> Any:
+    """A layer's cache without the prompt's last row. Layers that count positions by the cache must
+    count the rows that are missing there, too."""
     cache.trim(1)
-    return ShiftedCache(cache, by) if language.axes == 1 and by else cache
+    return ShiftedCache(cache, missing) if language.axes == 1 and missing else cache
 
 
-def _last_row(
-    prompt: PrunedPrompt, spliced: Spliced, language: LanguageLayers, after: int
+def _last_row_arguments(
+    prompt: PrunedPrompt, spliced: Spliced, language: LanguageLayers, next_position: int
 ) -> dict[str, Any]:
     """mlx-vlm's arguments for the prompt's last row."""
     arguments = {
@@ -115,12 +116,13 @@ def _last_row(
     }
     if language.axes == 3:
         arguments["position_ids"] = spliced.positions_BL[:, -1:].transpose(2, 0, 1)
-        arguments["rope_deltas"] = mx.array([[after - prompt.length]])
+        arguments["rope_deltas"] = mx.array([[next_position - prompt.length]])
     return arguments
 
 
 def prompt_cache_bytes(cache: Sequence[Any], rows: int) -> int:
-    """Of a prompt's rows in all layers; the first token's may be in already."""
+    """Bytes of a prompt's rows in all layers. The first token's row, which may be there, is not
+    counted."""
     total = 0.0
     for layer in cache:
         size = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)
@@ -129,7 +131,7 @@ def prompt_cache_bytes(cache: Sequence[Any], rows: int) -> int:
 
 
 class HostPrefill:
-    """A prompt that mlx-vlm's own loop has read to its end: see `generation.prefill`."""
+    """A prompt that mlx-vlm's own loop has read: the `Prefill` of `generation.prefill`."""
 
     def __init__(self, host: Host, prompt: PrunedPrompt):
         from mlx_vlm.generate.ar import generate_step
@@ -142,9 +144,9 @@ class HostPrefill:
         ids, pixels, mask = (arguments.pop(name, None) for name in names)
         first: list[mx.array] = []
 
-        def sampler(odds_1V: mx.array) -> mx.array:
-            first.append(odds_1V)
-            return mx.argmax(odds_1V, axis=-1)
+        def sampler(logprobs_1V: mx.array) -> mx.array:
+            first.append(logprobs_1V)
+            return mx.argmax(logprobs_1V, axis=-1)
 
         options = {"max_tokens": 0, "sampler": sampler, "prompt_cache": self.cache}
         tokens = list(generate_step(ids, host.model, pixels, mask, **options, **arguments))
@@ -152,8 +154,10 @@ class HostPrefill:
         self.logits_BV = first[0]
 
     def step(self, token_BL: mx.array) -> mx.array:
-        """Read more tokens; logits (B, L, V) after each. They are read one by one: layers that
-        hold different numbers of rows share no mask."""
+        """Read more tokens; logits (B, L, V) after each.
+
+        One token a call: layers that hold different numbers of rows share no mask.
+        """
         parts = [
             self.host.language(token_BL[:, i : i + 1], cache=self.cache).logits[:, -1:]
             for i in range(token_BL.shape[1])
@@ -161,7 +165,7 @@ class HostPrefill:
         return mx.concatenate(parts, axis=1)
 
     def fork(self) -> "HostPrefill":
-        """The same, whose steps leave this one as it is."""
+        """A copy, whose steps do not change this one."""
         fork = copy.copy(self)
         fork.cache = copy.deepcopy(self.cache)
         return fork

@@ -1,4 +1,4 @@
-"""What a model that prunes did, prompt by prompt."""
+"""What pruning did to the prompts of a model: `PruningReport`."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ MAX_PROMPTS = 100  # the latest prompts, listed one by one
 
 @dataclass(frozen=True)
 class PromptReport:
-    """One prompt with images; a list has an entry for each image."""
+    """Figures of one prompt with images; lists have an entry for each image."""
 
     total: list[int]  # visual tokens
     kept: list[int]
-    kept_indices: list[list[int] | None]  # None: pooled from everywhere
-    rows: tuple[int, int]  # of the prompt, before and after
-    seconds: dict[str, float]  # vision, pruner
+    kept_indices: list[list[int] | None]  # None of pooled tokens
+    rows: tuple[int, int]  # of the prompt, before and after pruning
+    seconds: dict[str, float]  # of "vision" and "pruner"
     tower_skipped: bool  # the tower's output was cached, of the same images
 
 
 @dataclass
 class PruningReport:
-    """All prompts so far: sums, and the latest ones."""
+    """Sums over all prompts, and the latest prompts one by one."""
 
     pruner: str
     positions: str

@@ -1,6 +1,6 @@
-"""What the tower saw of pictures, for as long as they are talked about.
+"""The tower's output for the latest prompts' images.
 
-A second question about a picture needs another choice of its tokens, and not the tower again.
+A second question about an image needs another choice of its tokens, but not the tower again.
 """
 
 from collections import OrderedDict
@@ -16,11 +16,11 @@ from .prepared_inputs import PreparedInputs
 from .prompt import encode_images
 from .views import View
 
-PICTURES = 8  # prompts' pictures that are remembered
+MAX_ENTRIES = 8  # prompts whose views are held
 
 
 class TowerCache:
-    """Views by the pixels they are of; the one longest unused is forgotten first."""
+    """Views by the pixels that they were made from; the least recently used are dropped first."""
 
     def __init__(self, host: Host, pipeline: Pipeline):
         self.host, self.pipeline = host, pipeline
@@ -28,34 +28,34 @@ class TowerCache:
         self._views: OrderedDict[bytes, list[View]] = OrderedDict()
 
     def __call__(self, inputs: PreparedInputs) -> list[View]:
-        """The views of a prompt's pictures, by the tower where it has not seen these yet."""
+        """The views of a prompt's images; the tower runs only if they are not held."""
         key = images_key(inputs)
         if key not in self._views:
             self.misses += 1
             self._views[key] = encode_images(self.host, inputs, self.pipeline)
         self._views.move_to_end(key)
-        if len(self._views) > PICTURES:
+        if len(self._views) > MAX_ENTRIES:
             self._views.popitem(last=False)
         return self._views[key]
 
 
 def images_key(inputs: PreparedInputs) -> bytes:
-    """Of pixels, their shapes, and what else describes the images."""
+    """A digest of the pixels, their shapes, and the other arguments that describe images."""
     digest = sha256()
     named = {**inputs.extra, "pixels": inputs.pixels, "images": inputs.images}
     for name in sorted(named):
         if any(part in name for part in ("image", "pixel", "patch")):
-            _add(digest, name)
-            _add(digest, named[name])
+            _update(digest, name)
+            _update(digest, named[name])
     return digest.digest()
 
 
-def _add(digest: Any, value: Any) -> None:
+def _update(digest: Any, value: Any) -> None:
     if isinstance(value, mx.array):
         value = np.array(value.astype(mx.float32) if value.dtype == mx.bfloat16 else value)
     if isinstance(value, list | tuple):
         for each in value:
-            _add(digest, each)
+            _update(digest, each)
     elif isinstance(value, np.ndarray):
         digest.update(f"{value.shape}{value.dtype}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())

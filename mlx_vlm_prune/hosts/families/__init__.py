@@ -1,4 +1,4 @@
-"""One file for each family: how its tower is run, and how it wants its visual tokens back.
+"""The families of mlx-vlm's models, one a file: how the tower runs, and how tokens are given back.
 
 To add one: its file, a line here, and a tiny model in the tests.
 """
@@ -34,7 +34,7 @@ FAMILIES: dict[str, type[Host]] = {
     "internvl_chat": InternVLHost,
     "pixtral": PixtralHost,
 }
-# Models that mlx-vlm runs and that have nothing to prune.
+# Models of mlx-vlm's that have no visual tokens to prune.
 REFUSED = {
     "mllama": "it reads images by cross-attention, so no visual token is in its sequence",
     "florence2": "it reads images by an encoder, so no visual token is in its sequence",
@@ -42,7 +42,7 @@ REFUSED = {
 
 
 def host_of(model: Any, processor: Any = None) -> Host:
-    """The model as its family's host. Raises UserError for a family that is not known."""
+    """The host of a model. Raises UserError for a family without pruning."""
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in FAMILIES:
         raise UserError(f"there is no pruning in {kind} models; there is in {', '.join(FAMILIES)}")

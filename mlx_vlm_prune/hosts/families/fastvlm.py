@@ -20,7 +20,7 @@ class FastVLMHost(TowerHost):
 
     @property
     def encoder_layers(self) -> Sequence[Any]:
-        """Blocks of the last stage; none where they do not attend."""
+        """Blocks of the last stage; none where they have no attention."""
         stage = self.tower.network[-1]
         return stage if hasattr(stage[0].token_mixer, "qkv") else []
 

@@ -14,7 +14,7 @@ from .tower import TowerHost
 
 class Gemma3Host(TowerHost):
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
-        """The projector's mean over blocks comes first: it is what a visual token is made of."""
+        """A visual token is the mean of m x m patches; the projector's pooling makes it."""
         pixels_IHW3 = self.to_channels_last(inputs.pixels)
         x_IPD, _, states = self.model.vision_tower(pixels_IHW3, output_hidden_states=True)
         projector = self.model.multi_modal_projector

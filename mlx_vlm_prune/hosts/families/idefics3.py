@@ -15,8 +15,7 @@ from ..prepared_inputs import PreparedInputs
 from ..views import View, assign_images, count_tiles, make_views
 from .tower import TowerHost
 
-# The token before the tile that shows a whole image: no configuration of mlx-vlm's has it, and the
-# file of a pruned folder adds it.
+# In the config of a pruned folder: the token before the tile that shows a whole image.
 GLOBAL_IMAGE = "global_image_token_id"
 
 
@@ -26,14 +25,15 @@ class Idefics3Host(TowerHost):
         return self.model.vision_model
 
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
-        there = mx.array(np.flatnonzero(np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))))
-        pixels_T3HW = inputs.pixels[0][there]  # a tile of zeros only fills up a batch
+        is_tile = np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))  # zeros fill up a batch
+        tiles_T = mx.array(np.flatnonzero(is_tile))
+        pixels_T3HW = inputs.pixels[0][tiles_T]
         mask = inputs.extra.get("pixel_attention_mask")
-        mask_THW = mx.ones_like(pixels_T3HW[:, 0]) if mask is None else mask[0][there]
+        mask_THW = mx.ones_like(pixels_T3HW[:, 0]) if mask is None else mask[0][tiles_T]
         pixels_THW3, connector = pixels_T3HW.transpose(0, 2, 3, 1), self.model.connector
         x_TPD, _, states = self.tower(
             pixels_THW3,
-            patch_attention_mask=_patches(mask_THW, self.model.config.vision_config.patch_size),
+            patch_attention_mask=_patch_mask(mask_THW, self.model.config.vision_config.patch_size),
             output_hidden_states=True,
         )
         m = connector.scale_factor
@@ -50,21 +50,22 @@ class Idefics3Host(TowerHost):
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
     ) -> PreparedInputs:
-        """With the number of tiles of each image: the last shows all of it, as its mark says."""
+        """With the number of tiles of each image; a token marks the last, which shows all of it."""
         inputs = super().prepare(text, images, resize)
         mark = getattr(self.processor, "global_image_token", "<global-img>")
-        whole = self.processor.tokenizer.convert_tokens_to_ids(mark)
-        counts = count_tiles(inputs.ids, self.image_token_id(inputs), whole)
+        global_image = self.processor.tokenizer.convert_tokens_to_ids(mark)
+        counts = count_tiles(inputs.ids, self.image_token_id(inputs), global_image)
         return replace(inputs, extra={**inputs.extra, "num_patches_list": counts})
 
     def embed(self, ids: mx.array) -> mx.array:
         return self.language.embed_tokens(ids)
 
     def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
-        """All tiles are one image's where no token tells them apart."""
-        whole, counts = getattr(self.model.config, GLOBAL_IMAGE, None), [len(views)]
-        if whole is not None:
-            counts = count_tiles(inputs.ids, self.image_token_id(inputs), whole)
+        """All tiles belong to one image where no token separates images."""
+        global_image = getattr(self.model.config, GLOBAL_IMAGE, None)
+        if global_image is None:
+            return assign_images(views, [len(views)])
+        counts = count_tiles(inputs.ids, self.image_token_id(inputs), global_image)
         return assign_images(views, counts)
 
     def knows_images(self, inputs: PreparedInputs, views: Sequence[View]) -> bool:
@@ -72,7 +73,7 @@ class Idefics3Host(TowerHost):
         return is_marked or len(views) <= 1
 
 
-def _patches(mask_THW: mx.array, size: int) -> mx.array:
+def _patch_mask(mask_THW: mx.array, size: int) -> mx.array:
     """Which patches (T, rows, columns) hold a pixel that is not padding."""
     T, rows, columns = len(mask_THW), mask_THW.shape[1] // size, mask_THW.shape[2] // size
     cut = mask_THW[:, : rows * size, : columns * size].reshape(T, rows, size, columns, size)

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..language_layers import split
+from ..language_layers import split_heads
 from ..prepared_inputs import PreparedInputs
 from ..views import View, assign_images, make_views
 from .tower import TowerHost
@@ -39,7 +39,7 @@ class InternVLHost(TowerHost):
         q_ISD, k_ISD, _ = mx.split(attention.qkv(layer.norm1(x_ISD)), 3, axis=-1)
         if attention.qk_normalization:
             q_ISD, k_ISD = attention.q_norm(q_ISD), attention.k_norm(k_ISD)
-        return split(q_ISD, attention.num_heads), split(k_ISD, attention.num_heads)
+        return split_heads(q_ISD, attention.num_heads), split_heads(k_ISD, attention.num_heads)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         for layer in self.model.mlp1:
@@ -47,7 +47,7 @@ class InternVLHost(TowerHost):
         return x_1KD
 
     def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
-        """An image's tiles stand in one run of placeholders."""
+        """The tiles of an image are one run of placeholders."""
         placeholder, N = self.image_token_id(inputs), views[0].signals.x_BND.shape[1]
         runs = [len(list(run)) for token, run in groupby(inputs.ids) if token == placeholder]
         return assign_images(views, [length // N for length in runs])

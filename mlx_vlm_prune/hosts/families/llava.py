@@ -21,23 +21,22 @@ CLIP = "clip_vision_model"
 
 
 class LlavaTowerHost(TowerHost):
-    """The tower and the projector, which LLaVA-NeXT has, too."""
+    """Tower and projector of LLaVA-1.5 and LLaVA-NeXT."""
 
     @property
     def encoder_layers(self) -> Sequence[Any]:
-        """Layers up to the one whose output the features are: -1 is what papers call the last
-        but one of CLIP's 24."""
+        """Layers up to the one that gives the features: -1 is the last but one of CLIP's 24."""
         layers = self.tower.encoder.layers
         return layers[: range(len(layers) + 1)[self.model.vision_feature_layer]]
 
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
-        pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # of one's crops
+        pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # crops
         pixels_IHW3, tower = pixels.transpose(0, 2, 3, 1), self.model.vision_tower
         strategy = self.model.vision_feature_select_strategy
-        first = has_cls(f"this {self.kind} model's", tower.model_type, strategy)
+        with_cls = has_cls(f"this {self.kind} model's", tower.model_type, strategy)
         *_, states = tower(pixels_IHW3, output_hidden_states=True)
-        x_IND, grid = states[self.depth][:, int(first) :], self.grid_of(pixels_IHW3)
-        signals = self.signals(x_IND, want, states, grid=grid, has_cls=first)
+        x_IND, grid = states[self.depth][:, int(with_cls) :], self.grid_of(pixels_IHW3)
+        signals = self.signals(x_IND, want, states, grid=grid, has_cls=with_cls)
         return make_views(inputs, signals, pixels_IHW3)
 
     def grid_of(self, pixels_IHW3: mx.array) -> tuple[int, int]:
@@ -46,12 +45,15 @@ class LlavaTowerHost(TowerHost):
         return pixels_IHW3.shape[1] // patch, pixels_IHW3.shape[2] // patch
 
 
-def has_cls(whose: str, tower: str, strategy: str) -> bool:
-    """Does CLS stand before the patches? Raises UserError where those are not the tokens."""
+def has_cls(owner: str, tower: str, strategy: str) -> bool:
+    """Has the tower a CLS token before the patches? `owner` is named in the error.
+
+    Raises UserError where the visual tokens are not the patches.
+    """
     is_clip = tower == CLIP
     if (strategy == "default") is not is_clip:
         raise UserError(
-            f"{whose} vision_feature_select_strategy is {strategy!r} over a {tower}: its visual"
+            f"{owner} vision_feature_select_strategy is {strategy!r} over a {tower}: its visual"
             " tokens are not the patches of a grid"
         )
     return is_clip
@@ -63,8 +65,8 @@ class LlavaHost(LlavaTowerHost):
     def prepare(
         self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
     ) -> PreparedInputs:
-        """The processor's own two calls, made from here: its `__call__` hands the tokenizer's
-        options to the image processor, which transformers 5.20 and later refuse
+        """Image processor and tokenizer are called from here: the processor's `__call__` gives the
+        tokenizer's options to the image processor too, which transformers 5.20 and later refuse
         (Blaizzy/mlx-vlm#870)."""
         if not images:
             return super().prepare(text, images, resize)

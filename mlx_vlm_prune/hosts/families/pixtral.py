@@ -11,10 +11,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..language_layers import split
+from ..language_layers import split_heads
 from ..prepared_inputs import PreparedInputs
 from ..views import View
-from .qwen2_vl import turned
+from .qwen2_vl import rotate
 from .tower import TowerHost
 
 
@@ -50,14 +50,15 @@ class PixtralHost(TowerHost):
     ) -> tuple[mx.array, mx.array]:
         attention, x_ISD = layer.attention, layer.attention_norm(x_ISD)
         both = (
-            split(p(x_ISD), attention.num_heads)[0] for p in (attention.q_proj, attention.k_proj)
+            split_heads(project(x_ISD), attention.num_heads)[0]
+            for project in (attention.q_proj, attention.k_proj)
         )
         angles_Na = self._angles(grid)
-        q, k = (turned(y_HNd.swapaxes(0, 1), angles_Na).swapaxes(0, 1)[None] for y_HNd in both)
+        q, k = (rotate(y_HNd.swapaxes(0, 1), angles_Na).swapaxes(0, 1)[None] for y_HNd in both)
         return q, k
 
     def _angles(self, grid: tuple[int, int]) -> mx.array:
-        """Of the rotation at every patch of an image; half of them, for the rest are the same."""
+        """Angles of rotation of every patch (N, d / 2); the other half of d has the same."""
         across = self.tower.config.image_size // self.tower.patch_size
         at_N = (mx.arange(grid[0])[:, None] * across + mx.arange(grid[1])).flatten()
         angles_Nd = self.tower.patch_positional_embedding.inv_freq[at_N]

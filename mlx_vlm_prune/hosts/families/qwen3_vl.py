@@ -8,13 +8,13 @@ from dataclasses import replace
 import mlx.core as mx
 
 from ..prepared_inputs import PreparedInputs
-from .qwen2_vl import Qwen2VLHost, Row
+from .qwen2_vl import PackedPatches, Qwen2VLHost
 
 
 class Qwen3VLHost(Qwen2VLHost):
-    def pack(self, inputs: PreparedInputs) -> Row:
-        row, place = super().pack(inputs), self.tower.fast_pos_embed_interpolate
-        return replace(row, x_SD=row.x_SD + place(inputs.extra["image_grid_thw"]))
+    def pack_patches(self, inputs: PreparedInputs) -> PackedPatches:
+        packed, grids_I3 = super().pack_patches(inputs), inputs.extra["image_grid_thw"]
+        return replace(packed, x_SD=packed.x_SD + self.tower.fast_pos_embed_interpolate(grids_I3))
 
     @property
     def deepstack(self) -> Mapping[int, Callable[[mx.array], mx.array]]:
