@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
 from mlx_vlm_prune.checkpoints.reading.files import write_atomically
 from mlx_vlm_prune.machine import blas
 
 RESULTS = Path(__file__).parent / "results"
-positive, natural = partial(whole, 1), partial(whole, 0)  # types of options
+positive, natural = partial(whole_number, 1), partial(whole_number, 0)  # types of options
 
 
 def parser(name: str, about: str | None, names_result: bool = False) -> Parser:

@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
-from mlx_vlm_prune.checkpoints.errors import UserError, lacks
+from mlx_vlm_prune.checkpoints.errors import UserError, missing_package
 from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.names.rules import to_published
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
@@ -116,7 +116,7 @@ def measure(name: str, folder: Path, layers: int, runs: int) -> dict:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure and print both generations; the result."""
     if find_spec("torch") is None:  # not imported here: its memory would count
-        raise lacks("torch")
+        raise missing_package("torch")
     rows = []
     for name in GENERATION_NAMES:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:

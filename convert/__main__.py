@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES
-from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.hub import resolve_path
@@ -24,7 +24,7 @@ from .to_mlx import to_mlx
 from .to_torch import to_torch
 from .twig import read_twig
 
-SIZE = partial(whole, 1, most=1024)
+SIZE = partial(whole_number, 1, most=1024)
 DESCRIPTION = "Convert trained weights from PyTorch to MLX and back, byte for byte."
 SOURCE, OURS = "a .pth, a folder, or a Hugging Face name", "a folder that to-mlx made"
 TARGET = "the folder to make"

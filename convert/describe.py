@@ -29,7 +29,7 @@ from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
-Lines = list[tuple[str, str]]  # a word, and what is said of it
+Lines = list[tuple[str, str]]  # a heading, and its text
 HEADS_ASSUMED = "assumed, as in every published MiniMind2: no file says it"
 
 
@@ -49,7 +49,7 @@ def describe(path: Path, vision: Path | None = None) -> str:
     size = sum(tensor.nbytes for tensor in state.values())
     dtypes = sorted({tensor.dtype for tensor in state.values()})
     lines += [("tensors", f"{len(state)}, {size / 1e6:.1f} MB, {', '.join(dtypes)}")]
-    return "\n".join([str(path), *(f"  {word:<15} {text}" for word, text in lines)])
+    return "\n".join([str(path), *(f"  {heading:<15} {text}" for heading, text in lines)])
 
 
 def _describe_minimind(path: Path, published: Published) -> Lines:
@@ -124,7 +124,7 @@ def _describe_ours(path: Path, state: dict[str, RawTensor]) -> Lines:
 
 
 def _language_model(text: MiniMindConfig | MlxLmConfig, heads_source: str) -> Lines:
-    """`heads_source` says where the number of heads comes from."""
+    """`heads_source`: where the number of heads comes from."""
     if isinstance(text, MlxLmConfig):
         kind = f"{BACKBONES[text.model_type].title}, computed by mlx-lm"
     else:

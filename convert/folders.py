@@ -37,7 +37,7 @@ def fill_folder(
 def fill_tower_folder(
     folder: Path, config: Mapping[str, Any], state: Mapping[str, RawTensor], source: Path
 ) -> None:
-    """The tower's part of a published state dict; `config` is our config.json."""
+    """Write the tower of a published state dict; `config` is our config.json."""
     tower = {name: tensor for name, tensor in state.items() if is_tower(name)}
     fill_folder(
         folder, _tower_config(config["vision_config"]), tower, [PREPROCESSOR_CONFIG], source

@@ -76,8 +76,8 @@ def _pack(shapes: Shapes, tensor: RawTensor, settings: Mapping[str, Any]) -> dic
 
 
 def _computed_once(compute: Callable[[], list[np.ndarray]]) -> Callable[[int], np.ndarray]:
-    """A function that hands out the results one by one: computed at the first, each forgotten as
-    it is handed out."""
+    """A function that returns result i: all are computed at the first call, each is kept until it
+    is returned."""
     results: dict[int, np.ndarray] = {}
 
     def take(i: int) -> np.ndarray:

@@ -44,7 +44,7 @@ def to_hf(source: Path, target: Path) -> str:
 def _minimind_to_hf(
     source: Path, target: Path, config: Mapping[str, Any], sizes: VLMConfig, tensors: Tensors
 ) -> str:
-    """The language model."""
+    """Write the language model."""
     generation, head_dim = published_layout(config, source), sizes.text.head_dim
     kind = "experts" if config["text_config"].get("num_experts") else "dense"
     name = generation.transformers_classes.get(kind)
@@ -83,7 +83,7 @@ def _minimind_config(class_name: str, config: Mapping[str, Any], head_dim: int) 
 def _llava_to_hf(
     source: Path, target: Path, config: Mapping[str, Any], sizes: VLMConfig, tensors: Tensors
 ) -> str:
-    """As it was published, or from the layout of LLaVA's authors to that of transformers."""
+    """Write the model as published; one in its authors' layout, in that of transformers."""
     published = published_config(config, source)
     if not original.is_original(published):
         llava_to_torch(source, target, None, config, tensors)

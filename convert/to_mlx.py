@@ -55,7 +55,7 @@ def to_mlx(
 
 
 def _write_learned(checkpoint: Checkpoint, file: Path) -> None:
-    """The weights of learned pruners, if there are any; a new twig takes the old one's place."""
+    """Write the weights of learned pruners, if any; a new twig replaces the old one."""
     if checkpoint.twig:
         held = open_safetensors(checkpoint.learned_file) if checkpoint.learned_file else {}
         others = {name: tensor for name, tensor in held.items() if not name.startswith("twig.")}

@@ -42,7 +42,7 @@ def _minimind_to_torch(
     sizes: VLMConfig,
     tensors: Tensors,
 ) -> None:
-    """The output layer is written once more, right after the last norm."""
+    """Write a .pth, in which the output layer, tied here, stands after the last norm."""
     generation = published_layout(config, source)
     published = to_published_layout(tensors, generation.table, sizes.text.head_dim, source)
     state: dict[str, RawTensor] = {}
@@ -68,7 +68,7 @@ def llava_to_torch(
     config: Mapping[str, Any],
     tensors: Tensors,
 ) -> None:
-    """With its tower inside, or in a folder of its own."""
+    """Write a folder; with `vision`, the tower into a folder of its own."""
     original_config = published_config(config, source)
     state = published_tensors(tensors, published_layout(config, source), config, source)
     is_inside = not any(is_tower(name) for name in state)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlx_vlm_prune.checkpoints.config import POOL, VLMConfig
+from mlx_vlm_prune.checkpoints.config import ATTENTION_POOL, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from torch_ref.models.loading import load_pth
 from torch_ref.models.splice import visible
@@ -48,7 +48,9 @@ def vlm() -> VLM:
 def pooled() -> VLM:
     """The same sizes with EfficientVLM's learned pruner of 6 queries."""
     torch.manual_seed(5)
-    config = VLMConfig(tiny.VISION, tiny.TEXT, image_token_id=tiny.IMAGE, pruner=(POOL, 6))
+    config = VLMConfig(
+        tiny.VISION, tiny.TEXT, image_token_id=tiny.IMAGE, pruner=(ATTENTION_POOL, 6)
+    )
     model = VLM(config).eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
 
 from .training.recipes import ScenesRecipe
 
@@ -23,11 +23,11 @@ def build_parser() -> Parser:
     add("--out", type=Path, default=Path("runs/scenes"), metavar="FOLDER",
         help="where weights and checkpoints go")
     add("--minutes", type=_minutes, default=float("inf"), metavar="N", help="stop after N minutes")
-    add("--steps", type=partial(whole, 1), default=usual.steps, metavar="N",
+    add("--steps", type=partial(whole_number, 1), default=usual.steps, metavar="N",
         help="optimizer steps")
-    add("--tower-steps", type=partial(whole, 0), default=usual.tower_steps, metavar="N",
+    add("--tower-steps", type=partial(whole_number, 0), default=usual.tower_steps, metavar="N",
         help="how many of the steps train the vision tower alone")
-    add("--workers", type=partial(whole, 0), default=1, metavar="N",
+    add("--workers", type=partial(whole_number, 0), default=1, metavar="N",
         help="processes that draw scenes")
     return parser
 # fmt: on

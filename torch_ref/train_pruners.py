@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
 
 from .training.recipes import LEARNED, PrunerRecipe
 
@@ -21,7 +21,7 @@ def build_parser() -> Parser:
     parser = Parser(
         "torch_ref.train_pruners", description="Train a learned pruner for the scenes model."
     )
-    add, usual, positive = parser.add_argument, PrunerRecipe(), partial(whole, 1)
+    add, usual, positive = parser.add_argument, PrunerRecipe(), partial(whole_number, 1)
     add("method", choices=LEARNED, help="the pruner to train")
     add("--model", type=Path, default=Path("runs/scenes"), metavar="FOLDER",
         help="what `python -m torch_ref.train` wrote")
@@ -31,7 +31,7 @@ def build_parser() -> Parser:
         help="number of visual tokens that the pruner learns to keep")
     add("--steps", type=positive, default=usual.steps, metavar="N", help="optimizer steps")
     add("--unfreeze", action="store_true", help="train tower and language model along")
-    add("--workers", type=partial(whole, 0), default=1, metavar="N",
+    add("--workers", type=partial(whole_number, 0), default=1, metavar="N",
         help="processes that draw scenes")
     return parser
 # fmt: on

@@ -1,10 +1,8 @@
-"""Language models that mlx-lm computes, below a LLaVA: sizes, names and shapes of their tensors.
+"""The language models of LLaVAs that mlx-lm computes: sizes, names and shapes of their tensors.
 
-Our own decoder is Llama's and Qwen2's as both are usually written; what it leaves out (other
-rotations, biases and head sizes, other families) is mlx-lm's to compute. Under `language.` the
-tensors are called as mlx-lm calls them, which is as Hugging Face does.
-
-Shapes: a tensor's, under its name within a layer.
+Our own decoder computes Llama and Qwen2 in their usual form. Other rotations, biases, head sizes
+and families are left to mlx-lm. Behind `language.` their tensors have mlx-lm's names, which are
+Hugging Face's.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,8 +15,8 @@ from .names.rules import Rule, Table
 from .names.value_order import Reordering
 from .reading.fields import Fields, is_positive
 
-RUNNER = "mlx-lm"  # what text_config.runner says where mlx-lm's modules are driven
-Shapes = dict[str, tuple[int, ...]]
+RUNNER = "mlx-lm"  # text_config.runner of a model that mlx-lm computes
+Shapes = dict[str, tuple[int, ...]]  # by a tensor's name, in one layer or in the model
 Sizes = Mapping[str, Any]
 
 
@@ -278,7 +276,7 @@ def _rotation(c: Sizes, kind: str, where: Path) -> dict[str, Any]:
     }
 
 
-def shapes(c: Sizes) -> Shapes:
+def language_shapes(c: Sizes) -> Shapes:
     """Every tensor of a language model with this text_config of ours."""
     family = BACKBONES[c["model_type"]]
     prefix, D, V = f"language.{family.body}", c["hidden_size"], c["vocab_size"]
@@ -297,7 +295,7 @@ def naming_rules(c: Sizes, text: str, head: str) -> Table:
     layer's with `head`."""
     family, rules = BACKBONES[c["model_type"]], []
     prefix = f"language.{family.body}."
-    for name in shapes({**c, "num_hidden_layers": 1}):
+    for name in language_shapes({**c, "num_hidden_layers": 1}):
         ours = name.replace(".layers.0.", ".layers.*.")
         if ours.startswith(prefix):
             rest = ours.removeprefix(prefix)
@@ -308,7 +306,7 @@ def naming_rules(c: Sizes, text: str, head: str) -> Table:
 
 
 def check_text_config(part: Fields) -> None:
-    """UserError for a size, number or flag of a text_config of ours that cannot be."""
+    """UserError for an impossible size, number or flag of our text_config."""
     c, kind = part.values, part.get("model_type")
     if kind not in [*BACKBONES]:
         raise UserError(f"{part.file}: mlx-lm's {kind!r} is none of {', '.join(BACKBONES)}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import EXTRAS, UserError, lacks
+from .errors import EXTRAS, UserError, missing_package
 from .version import __version__
 
 PACKAGE, SCRIPT = "mlx_vlm_prune", "mlx-vlm-prune"
@@ -96,7 +96,7 @@ def either(names: Iterable[Any]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def whole(least: int, text: str, most: int | None = None) -> int:
+def whole_number(least: int, text: str, most: int | None = None) -> int:
     """An option that is a whole number; `partial` it for a parser."""
     if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
         to = "on" if most is None else f"to {most}"
@@ -153,7 +153,7 @@ def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
         package = (e.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        _refuse(str(lacks(package)))
+        _refuse(str(missing_package(package)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -23,7 +23,7 @@ LLAVA_TYPE = "composed_vlm"  # model_type of a LLaVA-style model; the others are
 MODEL_TYPES = ("minimind2_v", "minimind3_v", LLAVA_TYPE)
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 CLIP_TYPE, SIGLIP_TYPE, NAFLEX_TYPE = TOWER_TYPES
-POOL = "attention_pool"  # the one learned pruner whose weights lie inside a checkpoint
+ATTENTION_POOL = "attention_pool"  # the one learned pruner whose weights lie inside a checkpoint
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,9 @@ def _pruner(config: Fields) -> tuple[str, int] | None:
     if config.get("pruner") is None:
         return None
     part = config.part("pruner")
-    if part.get("name") != POOL:
+    if part.get("name") != ATTENTION_POOL:
         raise UserError(f"{config.file}: no learned pruner is called {part.get('name')!r}")
-    return POOL, part.whole_number("tokens")
+    return ATTENTION_POOL, part.whole_number("tokens")
 
 
 def _read_sizes(kind: type, part: Fields) -> Any:

@@ -13,10 +13,10 @@ EXTRAS = {
 }  # fmt: skip
 
 
-def lacks(package: str, what: object = "this command") -> UserError:
-    """The mistake of going without a package that `what` needs; how to get it."""
+def missing_package(package: str, user: object = "this command") -> UserError:
+    """The error of a package that `user` needs and that is not installed; how to get it."""
     install = f"pip install 'mlx_vlm_prune[{EXTRAS[package]}]'"
-    return UserError(f"{what} needs {package}, which is not installed: {install}")
+    return UserError(f"{user} needs {package}, which is not installed: {install}")
 
 
 def reason(problem: BaseException) -> str:

@@ -35,7 +35,7 @@ def read_checkpoint(
     them they are looked for in or beside `source`. Raises UserError.
     """
     if is_ours(source):
-        return _read_ours(source, tokenizer)
+        return _our_checkpoint(source, tokenizer)
     if llava.is_llava_folder(source):
         return llava.read_checkpoint(source, vision, tokenizer)
     return minimind.read_checkpoint(source, vision, tokenizer, heads, kv_heads)
@@ -68,14 +68,14 @@ def read_ours(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTen
     """
     if not is_ours(folder):
         raise UserError(f"{folder} is none of our checkpoint folders (see to-mlx)")
-    config, sizes, tensors = _checked(folder)
+    config, sizes, tensors = _read_and_check(folder)
     if sizes.quantization:
         raise UserError(f"{folder} is quantized; convert it to-mlx with --dequantize first")
     return config, sizes, tensors
 
 
-def _read_ours(folder: Path, tokenizer: Path | None) -> Checkpoint:
-    config, _, tensors = _checked(folder)
+def _our_checkpoint(folder: Path, tokenizer: Path | None) -> Checkpoint:
+    config, _, tensors = _read_and_check(folder)
     learned_file = folder / LEARNED_FILE
     return Checkpoint(
         config, tensors, tokenizer or folder, preprocessor_folder(folder),
@@ -83,7 +83,7 @@ def _read_ours(folder: Path, tokenizer: Path | None) -> Checkpoint:
     )  # fmt: skip
 
 
-def _checked(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTensor]]:
+def _read_and_check(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTensor]]:
     config = read_json(folder / CONFIG)
     published_layout(config, folder)
     sizes, tensors = parse_config(config, folder / CONFIG), read_weights(folder)

@@ -26,7 +26,7 @@ def is_mlx_vlm(folder: Path) -> bool:
 
 
 def describe_mlx_vlm(folder: Path) -> list[tuple[str, str]]:
-    """The lines that `inspect` prints: a word, and what is said of it."""
+    """The lines that `inspect` prints: headings, and their texts."""
     config = read_json(folder / CONFIG)
     kind = _printable(config["model_type"])
     lines = [("model", f"{kind}, for mlx-vlm, if it knows this kind: nothing is to be converted")]

@@ -37,9 +37,10 @@ def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path
 def expected_shapes(config: VLMConfig) -> Shapes:
     """Every tensor that a checkpoint must have; UserError for a matrix that MLX cannot pack."""
     text, width = config.text, config.vision.hidden_size
-    shapes = (
-        backbones.shapes(text.text_config) if isinstance(text, MlxLmConfig) else _language(text)
-    )
+    if isinstance(text, MlxLmConfig):
+        shapes = backbones.language_shapes(text.text_config)
+    else:
+        shapes = _minimind_shapes(text)
     shapes |= _tower(config.vision)
     shapes |= _projector(config.projector, text.hidden_size, width)
     if config.pruner:
@@ -60,7 +61,7 @@ def _projector(c: ProjectorConfig | None, D: int, width: int) -> Shapes:
     return before | _linear("projector.fc1", D, wide) | _linear("projector.fc2", D, D)
 
 
-def _language(c: MiniMindConfig) -> Shapes:
+def _minimind_shapes(c: MiniMindConfig) -> Shapes:
     D, at = c.hidden_size, "language"
     shapes: Shapes = {f"{at}.embed_tokens.weight": (c.vocab_size, D)}
     layer = attention(asdict(c) | {"head_dim": c.head_dim}, c.attention_bias, False)
@@ -112,7 +113,7 @@ def tensor_shape(state: Mapping[str, Shaped], name: str, where: Path) -> tuple[i
 
 
 def matrix_shape(state: Mapping[str, Shaped], name: str, where: Path) -> tuple[int, int]:
-    """The same of a tensor that must be a matrix."""
+    """The shape of a tensor that must be there and be a matrix."""
     shape = tensor_shape(state, name, where)
     if len(shape) != 2 or 0 in shape:
         raise UserError(f"{where}: tensor {name} has shape {shape}; it must be a matrix")

@@ -71,7 +71,7 @@ def vision_config(
 
 
 def _sizes(tensors: Mapping[str, Shaped], tower_type: str, where: Path) -> dict[str, int]:
-    """The sizes that shapes of tensors tell: all but the number of heads."""
+    """The sizes that follow from shapes of tensors: all but the number of heads."""
     patch = tensor_shape(tensors, "tower.embeddings.patch_embedding.weight", where)[1]
     rows, width = matrix_shape(tensors, "tower.embeddings.position_embedding.weight", where)
     inner, _ = matrix_shape(tensors, "tower.encoder.layers.0.mlp.fc1.weight", where)

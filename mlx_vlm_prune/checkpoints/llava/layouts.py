@@ -34,7 +34,7 @@ class Layout:
     tower: str
 
     def table(self, clip: bool, text: Mapping[str, Any] | None = None) -> Table:
-        """Of a model whose tower is CLIP's, or else SigLIP's; `text` is our text_config."""
+        """The names of a model with CLIP's tower, or else SigLIP's; `text` is our text_config."""
         if text and text.get("runner") == RUNNER:
             language = naming_rules(text, self.text, self.head)
         else:

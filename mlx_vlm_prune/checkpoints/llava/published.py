@@ -67,9 +67,9 @@ def is_for_our_decoder(folder: Path) -> bool:
 def _is_by_transformers(folder: Path) -> bool:
     """Did transformers write these weights, rather than mlx-vlm?
 
-    The convolution that makes patches tells: transformers' is (D, 3, patch, patch), mlx-vlm's
-    (D, patch, patch, 3). Where both fit, the metadata do: {"format": "mlx"} is mlx-vlm's, "pt" or
-    none transformers'. A pytorch_model.bin is always transformers'.
+    The convolution that makes patches decides: transformers' is (D, 3, patch, patch), mlx-vlm's
+    (D, patch, patch, 3). Where both fit, the metadata decide: {"format": "mlx"} is mlx-vlm's, "pt"
+    or none transformers'. A pytorch_model.bin is always transformers'.
     """
     formats = set()
     for file in sorted(folder.glob("model*.safetensors")):

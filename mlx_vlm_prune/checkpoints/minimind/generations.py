@@ -22,7 +22,7 @@ KV_HEADS = 2  # of every published MiniMind2; the number is in no file
 
 @dataclass(frozen=True)
 class Generation:
-    """One layout of published weights, and what its files do not say."""
+    """One layout of published weights, and what its files leave open."""
 
     name: str
     title: str

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint, language_dtype
-from ..config import CONFIG, POOL, parse_sizes
+from ..config import ATTENTION_POOL, CONFIG, parse_sizes
 from ..errors import UserError
 from ..names.renaming import (
     Tensors,
@@ -175,7 +175,10 @@ def _projector_sizes(tensors: Tensors, generation: Generation) -> dict[str, Any]
         has_norm = "projector.norm.weight" in tensors
         sizes["projector"] = {"merge": list(generation.merge), "norm": has_norm}
     if queries := tensors.get("pruner.queries"):
-        sizes["pruner"] = {"name": POOL, "tokens": queries.shape[0] if queries.shape else 0}
+        sizes["pruner"] = {
+            "name": ATTENTION_POOL,
+            "tokens": queries.shape[0] if queries.shape else 0,
+        }
     return sizes
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, lacks, reason
+from ..errors import UserError, missing_package, reason
 from .tensors import RawTensor
 
 
@@ -66,7 +66,7 @@ def _torch(path: Path) -> Any:
     try:
         import torch
     except ImportError:
-        raise lacks("torch", path) from None
+        raise missing_package("torch", path) from None
     return torch
 
 

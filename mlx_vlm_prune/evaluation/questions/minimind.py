@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ...checkpoints.errors import UserError, lacks, reason
+from ...checkpoints.errors import UserError, missing_package, reason
 from . import BadRecords, Question, Source
 from .llava import IMAGE_MARK, question_answer_pairs, turn_questions
 from .records import NO_QUESTIONS, RecordError, existing_file, parse_value, questions_from
@@ -34,7 +34,7 @@ def _open(path: Path) -> Any:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise lacks("pyarrow", "reading parquet") from None
+        raise missing_package("pyarrow", "reading parquet") from None
     try:
         file = ParquetFile(path)
     except (ArrowException, OSError) as e:
