@@ -266,7 +266,7 @@ def test_the_prediction_comes_before_the_answer_and_the_outcome_after(
     slow = [replace(r, ms={part: 1000 * ms for part, ms in r.ms.items()}) for r in RUNS]
     monkeypatch.setattr(calibration, "measure", lambda *_: calibrations.of(*slow))
     monkeypatch.setattr(budgets, "measure_level", lambda *_: 1.0)
-    ms = 101_000 + 1000 * (inputs_of(loaded, home).text + 6) + 900
+    ms = 101_000 + 1000 * (inputs_of(loaded, home).text_tokens + 6) + 900
     file = tmp_path / "a.json"
     main(command(home, "--pruner", "norm", "--budget-ms", str(ms), "--json", str(file)))
     out = capsys.readouterr().out.splitlines()
