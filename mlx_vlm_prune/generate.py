@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, answer once or twice, and write what was asked for."""
+    """Load a model, answer once or twice, and write the files."""
     is_sample = not args.image and args.prompt is None and args.model is None
     _check(args, is_sample)
     if is_sample:
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
     if pruner is None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
     if args.compare and pruner == "none":
-        raise UserError("--compare sets a pruner beside none; give a --pruner")
+        raise UserError("--compare needs a --pruner to compare with all visual tokens")
     model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
     if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in args.image):
         logger.warning(SCENES_ONLY)
@@ -258,10 +258,10 @@ def _limits(args: argparse.Namespace) -> Budget | None:
 def _choose(
     args: argparse.Namespace, model: Any, processor: Any, prompt: str, pruner: str, limits: Budget
 ) -> BudgetChoice:
-    """K for a budget, and the prediction, said before the answer is begun."""
+    """Choose K for a budget, and print the prediction before the answer."""
     if not isinstance(model, VLM):
         raise UserError(
-            "--budget-ms and --budget-gb do not know mlx-vlm's models yet; give --keep-tokens"
+            "--budget-ms and --budget-gb do not support mlx-vlm's models yet; give --keep-tokens"
         )
     choice = keep_within(
         model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
@@ -275,7 +275,7 @@ def _choose(
 
 
 def _is_scene(image: Any) -> bool:
-    """Does it look like a drawn scene? Those are 224 x 224; a broken file is reported elsewhere."""
+    """Has the image the size of a drawn scene? Raises UserError for a broken file."""
     from .inputs.image import open_image
     from .scenes import SIZE
 
@@ -294,7 +294,7 @@ def _use_sample(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace, is_sample: bool) -> None:
-    """Refuse before any work what could not be written, or makes no sense, after it."""
+    """Refuse wrong options, and files that cannot be written, before any work."""
     check_budget(args.keep_ratio, args.keep_tokens)
     check_decoding(args.max_tokens, args.temperature, args.top_p, args.seed)
     check_drafts(args.num_draft_tokens, args.temperature, True)

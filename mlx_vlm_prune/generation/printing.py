@@ -1,4 +1,4 @@
-"""What is printed around an answer, and what --json holds."""
+"""The figures printed around an answer, and the record that --json writes."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def print_figures(a: GenerationResult) -> None:
 
 
 def _by_part(ttft_ms: Timings) -> str:
-    """Milliseconds of each part; what was not timed alone, together."""
+    """Milliseconds of each part; parts that were not timed alone, together."""
     parts = {part: ms for part, ms in ttft_ms.items() if part != "total"}
     timed = {part: ms for part, ms in parts.items() if isinstance(ms, float)}
     untimed = " and ".join(part for part in parts if part not in timed)
@@ -39,7 +39,7 @@ def _by_part(ttft_ms: Timings) -> str:
 
 
 def _by_layer(a: GenerationResult) -> str:
-    """How many visual tokens which layers of the language model hold."""
+    """How many visual tokens the layers of the language model hold, by runs of layers."""
     counts = []
     for run in a.layers:
         first, last = run["first"], run["last"]
@@ -51,7 +51,7 @@ def _by_layer(a: GenerationResult) -> str:
 def print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
     ratio = full.ttft_ms["total"] / pruned.ttft_ms["total"]
     same = "the same answer" if full.token_ids == pruned.token_ids else "another answer"
-    print(LINE, "Full beside pruned")
+    print(LINE, "Full and pruned")
     print(f"Time to first token: {full.ttft_ms['total']:.1f} -> {pruned.ttft_ms['total']:.1f} ms, "
           f"{ratio:.2f} x as fast, all parts included (one warm run each)")  # fmt: skip
     print(
@@ -60,7 +60,7 @@ def print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
 
 
 def as_json(a: GenerationResult) -> dict[str, Any]:
-    """What --json holds: the answer and every figure, without the arrays."""
+    """The record that --json writes: the answer and every figure, without arrays."""
     return {
         **{name: getattr(a, name) for name in FIELDS},
         "peak_memory_gb": a.peak_memory,
