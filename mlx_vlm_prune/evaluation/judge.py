@@ -1,4 +1,4 @@
-"""Scores of answers: figures for each kind and overall, compared with full and with `random`.
+"""Scores of methods: figures for each kind and overall, compared with full and with `random`.
 
 The unit is a group of questions that are scored together: means are over groups, and the
 bootstrap draws groups. A question without a group is a group of one.

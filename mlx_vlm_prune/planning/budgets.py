@@ -157,9 +157,9 @@ def keep_within(
     calibration: Calibration | None = None,
 ) -> BudgetChoice:
     """The largest K that keeps the time to the first token within `ms` (in 19 of 20 runs), and
-    the memory's peak within `gb` for up to `max_tokens` of answer; N where no K does.
+    the memory's peak within `gb` for an answer of up to `max_tokens`; N where no K does.
 
-    Without `calibration` one is taken from the cache or made, which takes some seconds and shows
+    Without `calibration` the saved one is used, or a new one, which takes some seconds and shows
     progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)

@@ -1,4 +1,4 @@
-"""How much work an answer takes, from the configuration alone: multiply-adds and cache bytes.
+"""Operation counts of an answer, from the configuration alone: multiply-adds and cache bytes.
 
 Matrix products are counted: patches, linear layers, queries with keys and attention with values,
 both over all L x L (the masked half is computed too; but a prompt is read in pieces, and no piece

@@ -1,6 +1,6 @@
-"""Question sets: what is asked about which image, and how an answer is scored.
+"""Question formats: how question sets are read, and how responses are scored. Add formats here.
 
-A question format is one file of this folder. To add one, write `my_format.py` with
+A format is one file of this folder. To add one, write `my_format.py` with
 
     def read(source: Source, bad: BadRecords) -> Iterator[Question]: ...
     def score(question: Question, response: str) -> float: ...  # 0 to 1
