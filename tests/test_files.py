@@ -15,7 +15,7 @@ from benchmarks import command_line
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import atomic_path, read_json, write_atomically
 
-from .test_hostile_checkpoints import left
+from .test_hostile_checkpoints import file_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ def file(tmp_path) -> Path:
 
 
 def is_as_before(file: Path) -> bool:
-    return file.read_text() == "old" and left(file.parent) == {file.name}
+    return file.read_text() == "old" and file_names(file.parent) == {file.name}
 
 
 # --- reading --------------------------------------------------------------------------
@@ -68,9 +68,9 @@ def test_a_file_that_is_not_there_and_a_list_where_one_is_wanted(file, tmp_path)
 
 def test_a_text_takes_the_place_of_the_old_one_and_nothing_else_is_left(file):
     write_atomically(file, "new")
-    assert file.read_text() == "new" and left(file.parent) == {file.name}
+    assert file.read_text() == "new" and file_names(file.parent) == {file.name}
     write_atomically(file.with_name("other"), "first")
-    assert left(file.parent) == {file.name, "other"}
+    assert file_names(file.parent) == {file.name, "other"}
 
 
 def test_whoever_reads_meanwhile_sees_the_old_or_the_new_and_never_half(file):
@@ -187,6 +187,6 @@ def test_what_a_killed_write_left_is_swept_by_the_next(file):
     )
     ran = subprocess.run([sys.executable, "-c", killed], cwd=ROOT)
     assert ran.returncode == -signal.SIGKILL
-    assert file.read_text() == "old" and len(left(file.parent)) == 2
+    assert file.read_text() == "old" and len(file_names(file.parent)) == 2
     write_atomically(file, "new")
-    assert file.read_text() == "new" and left(file.parent) == {file.name}
+    assert file.read_text() == "new" and file_names(file.parent) == {file.name}

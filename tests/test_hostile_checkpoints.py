@@ -41,7 +41,7 @@ def edit(folder: Path, change) -> None:
     torch.save(state, folder / "published.pth")
 
 
-def left(folder: Path) -> set[str]:
+def file_names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
@@ -60,7 +60,7 @@ def test_a_pickle_payload_is_refused_and_not_executed(published, capsys):
     torch.save({"model.embed_tokens.weight": Payload(trap)}, published / "published.pth")
     assert "nothing in it was executed" in refused(capsys, *conversion(published))
     assert not trap.exists()
-    assert "mlx" not in left(published)
+    assert "mlx" not in file_names(published)
 
 
 def test_a_bare_pickle_is_refused_and_not_executed(published, capsys):

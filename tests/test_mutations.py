@@ -27,7 +27,7 @@ from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 
 from . import generations, tiny
 from .test_convert import refused, to_mlx
-from .test_hostile_checkpoints import conversion, left, published  # noqa: F401
+from .test_hostile_checkpoints import conversion, file_names, published  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 MUTANTS = 100_000
@@ -184,7 +184,7 @@ def test_after_100_kills_the_destination_is_absent_or_whole(published):  # noqa:
     assert absent > 10 and done > 10, "killed too early or too late to prove anything"
     subprocess.run([sys.executable, "-m", "convert", *argv[:2], str(published / "mlx2"), *argv[3:]],
                    cwd=ROOT, check=True, capture_output=True)  # fmt: skip
-    assert not [name for name in left(published) if ".mlx2.part-" in name]
+    assert not [name for name in file_names(published) if ".mlx2.part-" in name]
 
 
 def test_killed_while_an_older_conversion_is_there_leaves_the_older(published):  # noqa: F811
@@ -193,14 +193,14 @@ def test_killed_while_an_older_conversion_is_there_leaves_the_older(published): 
     argv = [sys.executable, "-m", "convert", *(str(a) for a in conversion(published))]
     with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE) as run:
         run.send_signal(signal.SIGKILL)
-    assert left(published / "mlx") == {"mine"}
+    assert file_names(published / "mlx") == {"mine"}
 
 
 def test_a_destination_that_exists_is_refused_and_left_as_it_was(published, capsys):  # noqa: F811
     (published / "mlx").mkdir()
     (published / "mlx" / "mine").write_text("mine")
     assert "exists already" in refused(capsys, *conversion(published))
-    assert left(published / "mlx") == {"mine"}
+    assert file_names(published / "mlx") == {"mine"}
     (published / "mlx" / "mine").unlink()
     assert "exists already" in refused(capsys, *conversion(published))
 
@@ -209,7 +209,7 @@ def test_a_destination_that_exists_is_refused_and_left_as_it_was(published, caps
 def test_a_disk_that_fills_up_leaves_nothing(published, capsys, monkeypatch, way):  # noqa: F811
     if way == "to-torch":
         to_mlx(published)
-    before, written = left(published), 0
+    before, written = file_names(published), 0
     really = builtins.open
 
     class Full:
@@ -243,7 +243,7 @@ def test_a_disk_that_fills_up_leaves_nothing(published, capsys, monkeypatch, way
     if way == "to-torch":
         argv = ["to-torch", published / "mlx", published / "a.pth", "--vision", published / "v"]
     assert "No space left on device" in refused(capsys, *argv)
-    assert left(published) == before
+    assert file_names(published) == before
 
 
 def test_what_a_killed_run_left_is_swept_and_what_runs_is_not(published):  # noqa: F811
@@ -252,7 +252,7 @@ def test_what_a_killed_run_left_is_swept_and_what_runs_is_not(published):  # noq
     (published / f".mlx.part-{ended.pid}").mkdir()
     (published / f".mlx.part-{os.getppid()}").mkdir()
     to_mlx(published)
-    parts = {name for name in left(published) if ".part-" in name}
+    parts = {name for name in file_names(published) if ".part-" in name}
     assert parts == {f".mlx.part-{os.getppid()}"}
 
 
@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_nothing(published):  # noqa: F811
         time.sleep(0.1)
         run.send_signal(signal.SIGINT)
         assert run.wait(timeout=60) == 130
-    assert not {name for name in left(published) if "mlx" in name}
+    assert not {name for name in file_names(published) if "mlx" in name}
 
 
 def test_a_file_size_limit_of_the_system_is_told_and_nothing_is_left(published):  # noqa: F811
@@ -282,10 +282,10 @@ def test_a_file_size_limit_of_the_system_is_told_and_nothing_is_left(published):
         "from convert.__main__ import main\n"
         f"main({[str(a) for a in conversion(published)]!r})\n"
     )
-    before = left(published)
+    before = file_names(published)
     ran = subprocess.run([sys.executable, "-c", limited], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 2 and "nothing was left" in ran.stderr, ran.stderr
-    assert ran.stderr.count("\n") == 1 and left(published) == before
+    assert ran.stderr.count("\n") == 1 and file_names(published) == before
 
 
 def test_a_read_only_destination_is_told_and_the_source_untouched(published, capsys):  # noqa: F811
