@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_prune import generate, load, stream_generate
+from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.generation.steps import make_sampler
 
 from . import tiny
 
@@ -84,39 +83,6 @@ def test_prompt_tokens_are_counted_after_pruning(home):
         model, processor, QUESTION, image=image, pruner="uniform", keep_tokens=4, max_tokens=1
     )
     assert full.prompt_tokens - kept.prompt_tokens == tiny.N - 4
-
-
-def test_the_stream_is_the_answer_in_small_pieces_and_the_last_has_the_result(home):
-    model, processor = load(home / "mlx")
-    pieces = list(stream_generate(model, processor, QUESTION, image=home / "a.png", max_tokens=9))
-    whole = generate(model, processor, QUESTION, image=home / "a.png", max_tokens=9)
-    assert "".join(piece.text for piece in pieces) == whole.text
-    assert whole.text == processor.tokenizer.decode(whole.token_ids)
-    assert [piece.generation_tokens for piece in pieces] == list(range(1, len(pieces) + 1))
-    *early, last = pieces
-    assert early and all((piece.finish_reason, piece.result) == (None, None) for piece in early)
-    assert last.finish_reason == last.result.finish_reason in ("stop", "length")
-    assert (last.result.text, last.result.token_ids) == (whole.text, whole.token_ids)
-    assert last.prompt_tokens == whole.prompt_tokens > tiny.N
-    for figure in ("prompt_tps", "generation_tokens", "generation_tps", "peak_memory"):
-        assert getattr(last, figure) == getattr(last.result, figure) > 0
-
-
-def test_sampling_with_one_seed_repeats_and_with_another_differs(home):
-    model, processor = load(home / "mlx")
-    options = dict(image=home / "a.png", temperature=100.0, max_tokens=12)
-    first, again, other = (
-        generate(model, processor, QUESTION, **options, seed=seed).token_ids for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
-def test_top_p_never_picks_from_outside_the_set():
-    odds = mx.log(mx.array([[0.05, 0.5, 0.15, 0.3]]))
-    for seed in range(50):
-        assert make_sampler(1.0, 0.7, seed)(odds).item() in (1, 3)  # .5 alone is short of .7
-    assert {make_sampler(1.0, 1.0, seed)(odds).item() for seed in range(80)} == {0, 1, 2, 3}
-    assert make_sampler(0.0, 1.0, 0)(odds).item() == 1
 
 
 def test_text_alone_is_answered_too(home, capsys):

@@ -11,9 +11,8 @@ from PIL import Image
 from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.hosts.stream import explain_kv_bits_errors
 
-from . import host_folders, host_models
+from . import host_folders
 from .test_generate import refused
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
@@ -134,15 +133,6 @@ def test_an_answer_ends_at_the_token_that_ends_it(loaded, home, monkeypatch):
     assert answer.finish_reason == "stop"
 
 
-def test_sampling_with_one_seed_repeats_and_with_another_differs(loaded, home):
-    options = dict(image=home / "a.png", temperature=50.0, top_p=0.99, max_tokens=12)
-    model, processor = loaded["qwen2_5_vl"]
-    first, again, other = (
-        generate(model, processor, QUESTION, **options, seed=seed).token_ids for seed in (1, 1, 2)
-    )
-    assert first == again != other
-
-
 def test_text_alone_is_answered_too(loaded):
     for model, processor in loaded.values():
         answer = generate(model, processor, QUESTION, max_tokens=3)
@@ -186,63 +176,6 @@ def test_the_stock_model_answers_afterwards_as_before(loaded, home):
     generate(model, processor, QUESTION, image=home / "b.png", pruner="norm", keep_tokens=2)
     for a, b in zip(before, odds(), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_mlx_vlms_options_reach_mlx_vlm(loaded, home, monkeypatch):
-    theirs = sys.modules["mlx_vlm.generate"]  # its package has a function of that name
-    given, real = {}, theirs.stream_generate
-
-    def heard(*args, **options):
-        given.update(options)
-        return real(*args, **options)
-
-    monkeypatch.setattr(theirs, "stream_generate", heard)
-    model, processor = loaded["qwen2_5_vl"]
-    generate(
-        model, processor, QUESTION, image=home / "a.png",
-        host_options={"kv_bits": 8, "prefill_step_size": 3, "quantized_kv_start": 9999},
-        temperature=0.5, top_p=0.9, seed=3, max_tokens=1,
-    )  # fmt: skip
-    named = ("kv_bits", "prefill_step_size", "quantized_kv_start", "temperature", "top_p", "seed")
-    assert [given[name] for name in (*named, "max_tokens")] == [8, 3, 9999, 0.5, 0.9, 3, 1]
-
-
-@pytest.mark.parametrize("pruner", ["norm", "fastv"])
-def test_a_cache_of_few_bits_is_one_from_the_row_asked_for_on(loaded, home, monkeypatch, pruner):
-    """Keys of 64 numbers, as the real models have; `held` is the kind of cache in every layer."""
-    _, processor = loaded["llava"]
-    model = host_models.llava(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
-    real, held = type(model.language_model).__call__, set()
-
-    def watched(self, *args, **told):
-        done = real(self, *args, **told)
-        held.update(type(getattr(one, "cache", one)).__name__ for one in told["cache"])
-        return done
-
-    monkeypatch.setattr(type(model.language_model), "__call__", watched)
-    said = {}
-    for start in (0, 9999):
-        answer = generate(
-            model, processor, QUESTION, image=home / "a.png", pruner=pruner, keep_ratio=0.75,
-            host_options={"kv_bits": 8, "quantized_kv_start": start}, max_tokens=4,
-        )  # fmt: skip
-        said[start] = answer.token_ids
-        assert ("QuantizedKVCache" in held) is (start == 0)
-        held.clear()
-    assert said[0] == said[9999]  # of eight bits these weights lose no choice
-
-
-def test_a_cache_that_cannot_have_so_few_bits_ends_in_one_sentence():
-    def pieces():
-        yield "a piece"
-        raise ValueError("[quantize] The last dimension\nmust be divisible by 64")
-
-    told = explain_kv_bits_errors(pieces(), 4)
-    assert next(told) == "a piece"
-    with pytest.raises(UserError, match=r"kv_bits=4 cannot be had of this model: .* by 64"):
-        next(told)
-    with pytest.raises(ValueError, match="quantize"):
-        list(explain_kv_bits_errors(pieces(), None))
 
 
 def test_a_picture_is_made_to_fit_the_shape_asked_for(loaded, home):
@@ -325,12 +258,6 @@ def test_without_mlx_vlm_it_says_what_to_install(home, monkeypatch):
     monkeypatch.setitem(sys.modules, "mlx_vlm.utils", None)
     with pytest.raises(UserError, match=r"pip install 'mlx_vlm_prune\[mlx-vlm\]'"):
         load(home / "llava")
-
-
-def test_the_hosts_options_are_refused_for_our_own_models(tmp_path):
-    model, processor = load()
-    with pytest.raises(UserError, match="are for mlx-vlm models"):
-        generate(model, processor, "What does the sign say?", host_options={"kv_bits": 8})
 
 
 def test_a_model_nobody_wrote_down_is_refused_by_name():
