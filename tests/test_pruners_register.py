@@ -135,6 +135,8 @@ def without_default(signals, K, *, step):
         (module(prune=reserved), "another name than keep"),
         (module(prune=without_default), "option step must have a default"),
         (module(prune=3), "is 3, not a function"),
+        (module(needs=["cls_attention"]), "needs is no dict"),
+        (module(positions=3), "positions is not 'keep' or 'renumber'"),
         (module(needs={"attention": None}), "needs 'attention'; a tower has .*cls_attention"),
         (module(needs={"cls_attention": "layer"}), "'layer', which is no option"),
         (ModuleType("package.every"), "has no stage"),

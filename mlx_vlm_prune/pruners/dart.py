@@ -37,8 +37,8 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
         raise ValueError(f"pivots is {pivots}; it must be at least 1")
     with mx.stream(mx.cpu):
         norm_BN = np.array(rounded(mx.abs(to_float64(signals.keys_BND)).sum(axis=-1)))
-        norm_BT = rounded(mx.abs(to_float64(signals.text_keys_BTD)).sum(axis=-1))
-        norm_BT = np.array(mx.where(signals.text_real_BT, norm_BT, -1))
+        word_norm_BT = rounded(mx.abs(to_float64(signals.text_keys_BTD)).sum(axis=-1))
+        norm_BT = np.array(mx.where(signals.text_real_BT, word_norm_BT, -1))
         similar_BNN = np.array(cosine(signals.normed_BND))
         similar_BTN = np.array(cosine(signals.text_BTD, signals.normed_BND))
     index = []

@@ -1,4 +1,4 @@
-"""What a method's file says, with what holds where it says nothing.
+"""The names that a method's file may have, with their defaults.
 
 Shapes: N visual tokens, K kept.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from ..checkpoints.command_line import either
 from ..checkpoints.errors import UserError
@@ -126,10 +126,14 @@ class Method:
         }
 
     def check(self) -> None:
-        """Raise UserError where the stage lacks a function, or one takes other arguments."""
+        """Raise UserError where a name is missing, or is not what its stage calls for."""
         if self.stage not in REQUIRED:
             stages = either(f"Stage.{stage.name}" for stage in REQUIRED)
             raise UserError(f"{self.name}: stage is {self.stage!r}; it must be {stages}")
+        if self.positions not in get_args(Policy):
+            raise UserError(f"{self.name}: positions is not {either(map(repr, get_args(Policy)))}")
+        if not isinstance(self.needs, Mapping):
+            raise UserError(f"{self.name}: needs is no dict of signals and their layers' options")
         for name, arguments in FUNCTIONS.items():
             function = self.chooser if name == "prune" else getattr(self, name)
             if function is not None:
