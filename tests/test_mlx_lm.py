@@ -232,7 +232,7 @@ def test_mlx_lms_llama_and_qwen2_prune_as_our_own_decoder(kind, spec, policy, tm
 @pytest.mark.parametrize("kind", KINDS)
 def test_counted_is_every_matrix_of_a_layer(kind, models):
     model = models(kind).ours
-    parts = tree_flatten(model.language.layers[1].part.parameters())
+    parts = tree_flatten(model.language.layers[1].wrapped.parameters())
     assert model.config.text.layer_size == sum(p.size for _, p in parts if p.ndim > 1)
     work = count(model.config, 6, plan("v2drop"), K)
     full = count(model.config, 6, plan("none"), N)

@@ -30,35 +30,39 @@ def read_learned(folder: Path, model: VLM) -> dict[str, Any]:
     file = folder / LEARNED_FILE
     if not file.exists():
         return {}
-    found: dict[str, Weights] = {}
+    weights_of: dict[str, Weights] = {}
     for key, array in read_arrays(file).items():
         name, _, parameter = key.partition(".")
         if name not in METHODS or not METHODS[name].learned:
             raise UserError(f"{file}: tensor {key} belongs to no learned method")
-        found.setdefault(name, {})[parameter] = array
-    return {name: _module(file, name, weights, model) for name, weights in found.items()}
+        weights_of.setdefault(name, {})[parameter] = array
+    return {name: _module(file, name, weights, model) for name, weights in weights_of.items()}
 
 
 def _module(file: Path, name: str, weights: Weights, model: VLM) -> Any:
     queries, dtype = weights.get("queries"), mx.float32
     if name == "twig":  # it reads the model's hidden states, as the model's own layers do
-        module, weights, dtype = _twig(file, weights, model), _joined(file, weights), model.dtype
+        module, weights, dtype = (
+            _twig(file, weights, model),
+            _stack_experts(file, weights),
+            model.dtype,
+        )
     else:
         tokens = 1 if queries is None or not queries.size else len(queries)
         module = METHODS[name].make_weights(model.feature_dims, tokens)
-    own: Any = tree_flatten(module.parameters())
-    wanted = {key: array.shape for key, array in own}
-    for key in wanted | weights:
+    parameters: Any = tree_flatten(module.parameters())
+    shapes = {key: array.shape for key, array in parameters}
+    for key in shapes | weights:
         shape = weights[key].shape if key in weights else None
-        if shape != wanted.get(key):
-            raise UserError(f"{file}: {name}.{key} is {shape}, not {wanted.get(key)}")
+        if shape != shapes.get(key):
+            raise UserError(f"{file}: {name}.{key} is {shape}, not {shapes.get(key)}")
     module.load_weights([(key, array.astype(dtype)) for key, array in weights.items()])
     module.eval()
     return module
 
 
-def _joined(file: Path, weights: Weights) -> Weights:
-    """A twig's parameters, the experts' matrices as one array."""
+def _stack_experts(file: Path, weights: Weights) -> Weights:
+    """A twig's parameters, with the experts' matrices as one array."""
     try:
         return stacked({key: array for key, array in weights.items() if key != "layer"})
     except ValueError as e:
@@ -66,16 +70,16 @@ def _joined(file: Path, weights: Weights) -> Weights:
 
 
 def _twig(file: Path, weights: Weights, model: VLM) -> Twig:
-    """Untrained, of as many layers as the file has, on the layer of the base that it names."""
+    """An untrained twig with the file's number of layers, on the base's layer that it names."""
     text, layer = model.config.text, weights.get("layer")
     if not isinstance(text, MiniMindConfig):
         raise UserError(f"{file}: a twig does not grow on a language model of mlx-lm's")
-    depth, told = text.num_hidden_layers, None
+    depth, number = text.num_hidden_layers, None
     if layer is not None and layer.shape == (1,):
-        told = layer.item()
-    places = [number for number in range(1, depth) if number == told]
+        number = layer.item()
+    places = [i for i in range(1, depth) if i == number]
     if not places:
-        raise UserError(f"{file}: twig.layer is {told}, not a whole number from 1 to {depth - 1}")
+        raise UserError(f"{file}: twig.layer is {number}, not a whole number from 1 to {depth - 1}")
     layers = len({key.split(".")[1] for key in weights if key.startswith("layers.")})
     if not 1 <= layers <= depth:
         raise UserError(f"{file}: the twig has {layers} layers; this model allows 1 to {depth}")

@@ -62,8 +62,8 @@ def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Proc
     config, weights, checkpoint = _read(folder, dtype)
     model, weights = VLM(config), stacked(weights)
     if how := config.quantization:
-        few = {name.removesuffix(".scales") for name in weights if ".scales" in name}
-        nn.quantize(model, **asdict(how), class_predicate=lambda path, _: path in few)
+        quantized = {name.removesuffix(".scales") for name in weights if ".scales" in name}
+        nn.quantize(model, **asdict(how), class_predicate=lambda path, _: path in quantized)
     model.load_weights(list(weights.items()))
     beside = read_learned(folder, model)
     model.learned = MappingProxyType({**model.learned, **beside})
@@ -94,20 +94,20 @@ def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Che
         check_complete(weights, config, folder)
         shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
         target = _check_size(shapes, dtype, folder)
-        weights = {name: _as(weights.pop(name), target) for name in shapes}
+        weights = {name: _convert(weights.pop(name), target) for name in shapes}
         return config, weights, Checkpoint(whole, {}, folder, folder)
     checkpoint = read_checkpoint(folder)
     config, tensors = parse_config(checkpoint.config, folder / CONFIG), checkpoint.tensors.items()
     target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
-    weights = {name: _as(to_array(tensor), target) for name, tensor in tensors}
+    weights = {name: _convert(to_array(tensor), target) for name, tensor in tensors}
     return config, weights, replace(checkpoint, tensors={})
 
 
-def _as(array: mx.array, target: mx.Dtype) -> mx.array:
-    """Read at once, so that the array it was made from is let go before the next is read."""
-    made = array.astype(target) if array.dtype in FLOATS else array
-    mx.eval(made)
-    return made
+def _convert(array: mx.array, target: mx.Dtype) -> mx.array:
+    """In another type, evaluated at once: its source is freed before the next one is read."""
+    converted = array.astype(target) if array.dtype in FLOATS else array
+    mx.eval(converted)
+    return converted
 
 
 def _check_size(shapes: Mapping[str, tuple[Any, Any]], dtype: str, where: Path) -> mx.Dtype:
@@ -118,8 +118,8 @@ def _check_size(shapes: Mapping[str, tuple[Any, Any]], dtype: str, where: Path) 
     they are put together while all are there.
     """
     norms = (n for n in shapes if n.startswith("language.") and n.endswith("norm.weight"))
-    own = shapes.get(next(norms, ""), ((), mx.float32))[1] or mx.float32
-    target = weights_dtype(dtype) or own
+    stored = shapes.get(next(norms, ""), ((), mx.float32))[1] or mx.float32
+    target = weights_dtype(dtype) or stored
     needed = sum(
         prod(shape)
         * (target.size if kind in FLOATS else kind.size if kind else 0)

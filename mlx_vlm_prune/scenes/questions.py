@@ -33,11 +33,11 @@ def question_set(seeds: range, per_kind: int) -> Iterator[tuple[Scene, list[Ques
     left = dict.fromkeys(KINDS, per_kind)
     for seed in seeds:
         scene, rng = compose(seed), np.random.default_rng([seed, 2])
-        asked = [q for kind in KINDS if left[kind] and (q := ask(scene, kind, rng))]
-        for question in asked:
+        questions = [q for kind in KINDS if left[kind] and (q := ask(scene, kind, rng))]
+        for question in questions:
             left[question.kind] -= 1
-        if asked:
-            yield scene, asked
+        if questions:
+            yield scene, questions
         if not any(left.values()):
             return
     raise ValueError(f"{len(seeds)} seeds are too few for {per_kind} questions of each kind")

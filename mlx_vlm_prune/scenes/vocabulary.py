@@ -38,23 +38,29 @@ CHAT_TEMPLATE = (
 def words() -> list[str]:
     """Every token, in the order of its id."""
     letters = LETTERS.lower()
-    listed = [*SPECIAL, UNKNOWN, IMAGE_TOKEN, *FUNCTION_WORDS, *SHAPES, *map(plural, SHAPES)]
-    listed += [*COLOURS, *map(str, range(10)), *CELLS, *SLOTS, *PLACES]
-    listed += [*letters, *("##" + letter for letter in letters)]
-    return list(dict.fromkeys(listed))
+    tokens = [*SPECIAL, UNKNOWN, IMAGE_TOKEN, *FUNCTION_WORDS, *SHAPES, *map(plural, SHAPES)]
+    tokens += [*COLOURS, *map(str, range(10)), *CELLS, *SLOTS, *PLACES]
+    tokens += [*letters, *("##" + letter for letter in letters)]
+    return list(dict.fromkeys(tokens))
 
 
 def tokenizer() -> Tokenizer:
     """The tokenizer itself."""
     vocabulary = {word: i for i, word in enumerate(words())}
-    made = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=64))
-    made.normalizer = normalizers.Sequence(
+    wordpiece = Tokenizer(
+        models.WordPiece(vocabulary, unk_token=UNKNOWN, max_input_chars_per_word=64)
+    )
+    wordpiece.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace("color", "colour")]
     )
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # spaces and punctuation; each @ alone
-    made.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    made.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in SPECIAL])
-    return made
+    wordpiece.pre_tokenizer = (
+        pre_tokenizers.BertPreTokenizer()
+    )  # spaces and punctuation; each @ alone
+    wordpiece.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    wordpiece.add_special_tokens(
+        [AddedToken(word, special=True, normalized=False) for word in SPECIAL]
+    )
+    return wordpiece
 
 
 def write(folder: Path) -> None:

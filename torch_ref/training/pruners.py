@@ -44,14 +44,14 @@ from ..pruners import METHODS, Signals
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.mlp import Usefulness
 from .recipes import PrunerRecipe
-from .scenes import export, note, resuming, save
+from .scenes import append_log, export, reading_checkpoint, save
 from .scenes_data import Batch, ScenesBatches
 
 DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
 FIRST = 100_000  # the number of the first batch: other scenes than the model saw
 
 
-def read(vlm: VLM, visual_BND: Tensor, batch: Batch, bias_BN: Tensor | None) -> Tensor:
+def answer_loss(vlm: VLM, visual_BND: Tensor, batch: Batch, bias_BN: Tensor | None) -> Tensor:
     """The answers' loss; `bias_BN` is added to the attention that visual tokens get."""
     first, N = batch.first_visual, visual_BND.shape[1]
     mask_BLL = torch.where(batch.visible(), 0.0, -torch.inf)
@@ -60,19 +60,19 @@ def read(vlm: VLM, visual_BND: Tensor, batch: Batch, bias_BN: Tensor | None) -> 
         row_BL = F.pad(bias_BN, (first, L - first - N))
         itself_LL = torch.eye(L, dtype=torch.bool, device=row_BL.device)
         mask_BLL = mask_BLL + torch.where(itself_LL, 0.0, row_BL[:, None])
-    hidden_BLD = vlm.language(embedded(vlm, visual_BND, batch), batch.positions, mask_BLL)
+    hidden_BLD = vlm.language(embed_prompts(vlm, visual_BND, batch), batch.positions, mask_BLL)
     logits = vlm.language.logits(hidden_BLD.flatten(0, 1)[batch.answer_at])
     return F.cross_entropy(logits.float(), batch.targets)
 
 
-def embedded(vlm: VLM, visual_BND: Tensor, batch: Batch) -> Tensor:
+def embed_prompts(vlm: VLM, visual_BND: Tensor, batch: Batch) -> Tensor:
     """The prompts with their images in place, (B, L, D)."""
     first, embeds_BLD = batch.first_visual, vlm.language.embed_tokens(batch.ids)
     after = embeds_BLD[:, first + visual_BND.shape[1] :]
     return torch.cat([embeds_BLD[:, :first], visual_BND, after], dim=1)
 
 
-def shortened(batch: Batch, N: int, K: int) -> Batch:
+def shorten_prompts(batch: Batch, N: int, K: int) -> Batch:
     """The same questions behind K placeholders instead of N, positions counting."""
     first, L = batch.first_visual, batch.ids.shape[1]
     stay = [*range(first + K), *range(first + N, L)]
@@ -86,68 +86,70 @@ def shortened(batch: Batch, N: int, K: int) -> Batch:
 
 
 def pool_loss(
-    vlm: VLM, pool: AttentionPool, seen: Signals, batch: Batch, K: int, noise: float
+    vlm: VLM, pool: AttentionPool, encoded: Signals, batch: Batch, K: int, noise: float
 ) -> Tensor:
-    kept = pool.prune(seen, K)
-    shorter = shortened(batch, seen.x_BND.shape[1], K)
-    return read(vlm, vlm.projector(kept.tokens(seen.x_BND)), shorter, None)
+    kept = pool.prune(encoded, K)
+    shorter = shorten_prompts(batch, encoded.x_BND.shape[1], K)
+    return answer_loss(vlm, vlm.projector(kept.tokens(encoded.x_BND)), shorter, None)
 
 
-def _detached(seen: Signals) -> Signals:
-    attention_BN = seen.cls_attention_BN
-    return seen.replace(x_BND=seen.x_BND.detach(), cls_attention_BN=attention_BN.detach())
+def _detach(encoded: Signals) -> Signals:
+    attention_BN = encoded.cls_attention_BN
+    return encoded.replace(x_BND=encoded.x_BND.detach(), cls_attention_BN=attention_BN.detach())
 
 
 def score_loss(
-    vlm: VLM, scorer: nn.Module, seen: Signals, batch: Batch, K: int, noise: float
+    vlm: VLM, scorer: nn.Module, encoded: Signals, batch: Batch, K: int, noise: float
 ) -> Tensor:
     # What makes a score is no lesson for the tower: its slopes are only guesses.
-    score_BN = scorer(_detached(seen))
+    score_BN = scorer(_detach(encoded))
     gumbel_BN = -torch.empty_like(score_BN).exponential_().log()
     noisy_BN = score_BN + noise * gumbel_BN
     line_B1 = noisy_BN.detach().topk(K).values[:, -1:]
     soft_BN = torch.sigmoid(noisy_BN - line_B1)
     hard_BN = (noisy_BN >= line_B1).float().clamp(min=DROPPED)
     factor_BN = hard_BN + (soft_BN - soft_BN.detach())
-    return read(vlm, vlm.projector(seen.x_BND), batch, factor_BN.log())
+    return answer_loss(vlm, vlm.projector(encoded.x_BND), batch, factor_BN.log())
 
 
-def use_loss(
-    vlm: VLM, mlp: Usefulness, seen: Signals, batch: Batch, K: int, noise: float
+def usefulness_loss(
+    vlm: VLM, mlp: Usefulness, encoded: Signals, batch: Batch, K: int, noise: float
 ) -> Tensor:
-    bias_BN = torch.zeros(seen.x_BND.shape[:2], device=seen.x_BND.device, requires_grad=True)
-    answer = read(vlm, vlm.projector(seen.x_BND), batch, bias_BN)
-    (slope_BN,) = torch.autograd.grad(answer, bias_BN, retain_graph=vlm.training)
+    bias_BN = torch.zeros(encoded.x_BND.shape[:2], device=encoded.x_BND.device, requires_grad=True)
+    full_loss = answer_loss(vlm, vlm.projector(encoded.x_BND), batch, bias_BN)
+    (slope_BN,) = torch.autograd.grad(full_loss, bias_BN, retain_graph=vlm.training)
     share_BN = slope_BN.abs() / slope_BN.abs().sum(dim=1, keepdim=True).clamp(min=1e-12)
     entropy_B = -(share_BN * share_BN.clamp(min=1e-12).log()).sum(dim=1)
     if mlp.mean_need.item() == 1:  # untrained: start where the needs are
         with torch.no_grad():
-            mlp.need.bias.add_(entropy_B.mean() - mlp.log_need(seen).mean())
+            mlp.need.bias.add_(entropy_B.mean() - mlp.log_need(encoded).mean())
             mlp.mean_need.copy_(entropy_B.exp().mean())
-    told_B = mlp.log_need(_detached(seen))
-    mlp.mean_need.lerp_(told_B.detach().exp().mean(), 0.02)
-    learned = score_loss(vlm, mlp, seen, batch, K, noise) + F.mse_loss(told_B, entropy_B)
-    return learned + answer if vlm.training else learned
+    predicted_B = mlp.log_need(_detach(encoded))
+    mlp.mean_need.lerp_(predicted_B.detach().exp().mean(), 0.02)
+    learned = score_loss(vlm, mlp, encoded, batch, K, noise) + F.mse_loss(predicted_B, entropy_B)
+    return learned + full_loss if vlm.training else learned
 
 
-def twig_loss(vlm: VLM, twig: Twig, seen: Signals, batch: Batch, K: int, noise: float) -> Tensor:
+def twig_loss(vlm: VLM, twig: Twig, encoded: Signals, batch: Batch, K: int, noise: float) -> Tensor:
     """The answers' loss after the twig, on the base's first layers; with the base's own where
     that learns along."""
-    x_BLD, c = embedded(vlm, vlm.projector(seen.x_BND), batch), vlm.config.text
+    x_BLD, c = embed_prompts(vlm, vlm.projector(encoded.x_BND), batch), vlm.config.text
     mask_BLL = torch.where(batch.visible(), 0.0, -torch.inf)
     rotary = rotary_table(batch.positions, c.head_dim, c.rope_theta)
     for layer in vlm.language.layers[: int(twig.layer)]:
         x_BLD = layer(x_BLD, rotary, mask_BLL[:, None], None)
     hidden_BLD = twig(x_BLD, batch.positions, mask_BLL)
     logits = twig.head(hidden_BLD.flatten(0, 1)[batch.answer_at])
-    own = F.cross_entropy(logits.float(), batch.targets)
-    return own + read(vlm, vlm.projector(seen.x_BND), batch, None) if vlm.training else own
+    loss = F.cross_entropy(logits.float(), batch.targets)
+    if vlm.training:
+        loss = loss + answer_loss(vlm, vlm.projector(encoded.x_BND), batch, None)
+    return loss
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "attention_pool": pool_loss,
     "score_prune": score_loss,
-    "mlp": use_loss,
+    "mlp": usefulness_loss,
     "twig": twig_loss,
 }
 
@@ -176,21 +178,21 @@ class Run:
         self.vlm.requires_grad_(unfreeze).train(unfreeze)
         self.pruner = untrained(name, self.vlm, recipe).to(self.device)
         rate = recipe.twig_rate if name == "twig" else recipe.rate
-        own: list[dict[str, Any]] = [{"params": list(self.pruner.parameters()), "lr": rate}]
+        groups: list[dict[str, Any]] = [{"params": list(self.pruner.parameters()), "lr": rate}]
         if unfreeze:
-            own.append({"params": list(self.vlm.parameters()), "lr": recipe.model_rate})
-        self.rates = [group["lr"] for group in own]
-        self.optimiser = torch.optim.AdamW(own, betas=(0.9, 0.98), weight_decay=0.01)
+            groups.append({"params": list(self.vlm.parameters()), "lr": recipe.model_rate})
+        self.rates = [group["lr"] for group in groups]
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
         if self.last.exists():
             self.restore()
 
     def restore(self) -> None:
-        with resuming(self.last):
-            held = torch.load(self.last, map_location=self.device, weights_only=True)
-            self.pruner.load_state_dict(held["pruner"])
-            self.vlm.load_state_dict(held["model"])
-            self.optimiser.load_state_dict(held["optimiser"])
-            self.step = held["step"]
+        with reading_checkpoint(self.last):
+            saved = torch.load(self.last, map_location=self.device, weights_only=True)
+            self.pruner.load_state_dict(saved["pruner"])
+            self.vlm.load_state_dict(saved["model"])
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.step = saved["step"]
 
     @property
     def budget(self) -> int:
@@ -205,9 +207,9 @@ class Run:
         for group, rate in zip(groups, self.rates, strict=True):
             group["lr"] = rate * min(left, (self.step + 1) / self.recipe.warmup)
         with torch.set_grad_enabled(self.unfreeze):
-            seen = self.vlm.tower(batch.pixels, {"cls_attention": -1}).signals
+            encoded = self.vlm.tower(batch.pixels, {"cls_attention": -1}).signals
         noise = self.recipe.noise * left
-        loss = LOSSES[self.name](self.vlm, self.pruner, seen, batch, self.budget, noise)
+        loss = LOSSES[self.name](self.vlm, self.pruner, encoded, batch, self.budget, noise)
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         self.optimiser.step()
@@ -235,7 +237,7 @@ def train(
         if run.step % 20 == 0 or run.step == recipe.steps:
             bar.set_postfix_str(f"loss {loss:.3f}")
             row = {"method": name, "unfrozen": unfreeze, "step": run.step, "loss": loss}
-            note(out, row)
+            append_log(out, row)
         if time.monotonic() - saved > 120 or run.step == recipe.steps:
             saved = time.monotonic()
             run.save()
@@ -248,9 +250,9 @@ def finish(name: str, pruner: nn.Module, vlm: VLM, out: Path, unfreeze: bool) ->
     if unfreeze:
         export(vlm, out)
     file = out / LEARNED_FILE
-    held = open_safetensors(file) if file.exists() else {}
-    held = {key: value for key, value in held.items() if not key.startswith(name + ".")}
+    saved = open_safetensors(file) if file.exists() else {}
+    saved = {key: value for key, value in saved.items() if not key.startswith(name + ".")}
     for key, value in pruner.state_dict().items():
-        held[f"{name}.{key.replace('pool_', '')}"] = pth.raw_tensor(value.half().cpu())
+        saved[f"{name}.{key.replace('pool_', '')}"] = pth.raw_tensor(value.half().cpu())
     with atomic_path(file, replace=True) as beside:
-        write_safetensors(beside, held, "mlx")
+        write_safetensors(beside, saved, "mlx")

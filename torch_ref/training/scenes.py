@@ -70,19 +70,19 @@ def judge(trainee: Trainee, device: torch.device, per_kind: int) -> dict[str, fl
     """The share of held-out questions answered exactly, per kind."""
     trainee.eval()
     right: dict[str, int] = {}
-    asked: dict[str, int] = {}
+    total: dict[str, int] = {}
     for batch in judge_batches(per_kind, 32):
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
             x = trainee.vlm.projector(trainee.vlm.tower(batch.pixels).signals.x_BND)
             guess = trainee.answers(x, batch).argmax(-1)
-        ok = torch.ones(len(batch.kinds), dtype=torch.bool)
-        ok.scatter_reduce_(0, batch.answer_of.cpu(), (guess == batch.targets).cpu(), "prod")
-        for kind, good in zip(batch.kinds, ok.tolist(), strict=True):
+        is_right = torch.ones(len(batch.kinds), dtype=torch.bool)
+        is_right.scatter_reduce_(0, batch.answer_of.cpu(), (guess == batch.targets).cpu(), "prod")
+        for kind, good in zip(batch.kinds, is_right.tolist(), strict=True):
             right[kind] = right.get(kind, 0) + good
-            asked[kind] = asked.get(kind, 0) + 1
+            total[kind] = total.get(kind, 0) + 1
     trainee.train()
-    return {kind: right[kind] / asked[kind] for kind in asked}
+    return {kind: right[kind] / total[kind] for kind in total}
 
 
 def save(path: Path, content: dict) -> None:
@@ -92,7 +92,7 @@ def save(path: Path, content: dict) -> None:
 
 
 @contextmanager
-def resuming(last: Path) -> Iterator[None]:
+def reading_checkpoint(last: Path) -> Iterator[None]:
     """Raises UserError for whatever torch raises of a file that this training did not write."""
     try:
         yield
@@ -141,12 +141,12 @@ class Run:
         self.rates = [(group, group["lr"]) for group in groups]
 
     def restore(self, last: Path) -> None:
-        with resuming(last):
-            held = torch.load(last, map_location=self.device, weights_only=True)
-            self.trainee.load_state_dict(held["model"])
-            for opt, state in zip(self.optimisers, held["optimisers"], strict=True):
+        with reading_checkpoint(last):
+            saved = torch.load(last, map_location=self.device, weights_only=True)
+            self.trainee.load_state_dict(saved["model"])
+            for opt, state in zip(self.optimisers, saved["optimisers"], strict=True):
                 opt.load_state_dict(state)
-            self.step = held["step"]
+            self.step = saved["step"]
 
     def save(self, last: Path) -> None:
         states = [opt.state_dict() for opt in self.optimisers]
@@ -186,17 +186,19 @@ def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None
         bar.update()
         if run.step % 50 == 0:
             bar.set_postfix_str(" ".join(f"{name} {v:.3f}" for name, v in figures.items()))
-            note(out, {"step": run.step, **figures, "seconds": round(time.monotonic() - began)})
+            append_log(
+                out, {"step": run.step, **figures, "seconds": round(time.monotonic() - began)}
+            )
         if time.monotonic() - saved > 180 or run.step == recipe.steps:
             saved = time.monotonic()
             run.save(last)
         if run.step > recipe.tower_steps and run.step % 500 == 0:
             held_out = judge(run.trainee, device, 200)
             tqdm.write(" ".join(f"{kind} {v:.2f}" for kind, v in held_out.items()))
-            note(out, {"step": run.step, "held_out": held_out})
+            append_log(out, {"step": run.step, "held_out": held_out})
     export(run.trainee.vlm, out)
 
 
-def note(out: Path, row: dict) -> None:
+def append_log(out: Path, row: dict) -> None:
     """One line in OUT/log.jsonl."""
     append_json(out / "log.jsonl", row)

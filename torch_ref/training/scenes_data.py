@@ -142,29 +142,29 @@ class Packer:
 
     def __init__(self) -> None:
         self.tokenizer = tokenizer()
-        self.known: dict[str, list[int]] = {}  # texts that were met before
+        self.encoded: dict[str, list[int]] = {}  # texts that were met before
         self.prompt = self.encode("<|im_start|>user\n" + IMAGE_TOKEN * SIDE**2 + "\n")
         self.first_visual = self.prompt.index(vocabulary()[IMAGE_TOKEN])
 
     def encode(self, text: str) -> list[int]:
-        if text not in self.known:
-            self.known[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
-        return self.known[text]
+        if text not in self.encoded:
+            self.encoded[text] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encoded[text]
 
     def question(self, question: scenes.Question) -> tuple[list[int], list[int]]:
         """Token ids of the question with the turn marks, and of the answer with its end."""
         turn = self.encode("<|im_end|>\n<|im_start|>assistant\n")
         return self.encode(question.text) + turn, self.encode(question.answer) + turn[:1]
 
-    def pack(self, asked: list[tuple[scenes.Scene, list[scenes.Question]]]) -> Batch:
-        rows = [self._row(questions) for _, questions in asked]
+    def pack(self, batch: list[tuple[scenes.Scene, list[scenes.Question]]]) -> Batch:
+        rows = [self._row(questions) for _, questions in batch]
         L = max(len(ids) for ids, *_ in rows)
         B = len(rows)
         ids, positions, branch = np.zeros((B, L), int), np.zeros((B, L), int), np.full((B, L), -2)
         at, targets, of = [], [], []
         kinds: list[str] = []
         for b, ((row, place, branches, answers), (_, questions)) in enumerate(
-            zip(rows, asked, strict=True)
+            zip(rows, batch, strict=True)
         ):
             n = len(row)
             ids[b, :n], positions[b, :n], branch[b, :n] = row, place, branches
@@ -173,9 +173,9 @@ class Packer:
                 targets.append(token)
                 of.append(len(kinds) + q)
             kinds += [q.kind for q in questions]
-        pixels = np.stack([np.asarray(scene.image()) for scene, _ in asked]).transpose(0, 3, 1, 2)
-        dense = np.stack([patch_targets(scene) for scene, _ in asked])
-        summary = np.stack([self._summary(scene) for scene, _ in asked])
+        pixels = np.stack([np.asarray(scene.image()) for scene, _ in batch]).transpose(0, 3, 1, 2)
+        dense = np.stack([patch_targets(scene) for scene, _ in batch])
+        summary = np.stack([self._summary(scene) for scene, _ in batch])
         t = torch.from_numpy
         return Batch(
             t(pixels.copy()), t(dense), t(summary), t(ids), t(positions), t(branch),
@@ -186,10 +186,10 @@ class Packer:
         ids, start = list(self.prompt), len(self.prompt)
         places, branches, answers = list(range(start)), [-1] * start, []
         for q, question in enumerate(questions):
-            asked, answer = self.question(question)
-            first = len(ids) + len(asked) - 1  # the token that predicts the answer's first
+            prompt, answer = self.question(question)
+            first = len(ids) + len(prompt) - 1  # the token that predicts the answer's first
             answers += [(first + i, token, q) for i, token in enumerate(answer)]
-            fed = asked + answer[:-1]
+            fed = prompt + answer[:-1]
             ids += fed
             places += range(start, start + len(fed))
             branches += [q] * len(fed)
@@ -197,12 +197,12 @@ class Packer:
 
     @staticmethod
     def _summary(scene: scenes.Scene) -> np.ndarray:
-        there = np.zeros(dense_words().summary, np.float32)
+        present = np.zeros(dense_words().summary, np.float32)
         for thing in scene.things:
             shape = scenes.SHAPES.index(thing.shape)
-            there[shape * len(scenes.COLOURS) + list(scenes.COLOURS).index(thing.colour)] = 1
-        there[-1] = scene.sign is not None
-        return there
+            present[shape * len(scenes.COLOURS) + list(scenes.COLOURS).index(thing.colour)] = 1
+        present[-1] = scene.sign is not None
+        return present
 
 
 class ScenesBatches(IterableDataset):
@@ -242,8 +242,8 @@ class ScenesBatches(IterableDataset):
 def judge_batches(per_kind: int, batch: int) -> Iterator[Batch]:
     """The held-out questions, packed."""
     packer, waiting = Packer(), []
-    for asked in scenes.question_set(scenes.HELD_OUT_SEEDS, per_kind):
-        waiting.append(asked)
+    for scene_questions in scenes.question_set(scenes.HELD_OUT_SEEDS, per_kind):
+        waiting.append(scene_questions)
         if len(waiting) == batch:
             yield packer.pack(waiting)
             waiting = []

@@ -32,7 +32,7 @@ NEIGHBOURS = (
 FREQUENCIES = 8  # per axis, in the position features
 
 
-def build() -> VLM:
+def build_model() -> VLM:
     """The untrained model."""
     words = vocabulary()
     text = MiniMindConfig(**{**asdict(TEXT), "vocab_size": len(words)})
@@ -90,15 +90,15 @@ class Trainee(nn.Module):
 
     def __init__(self, dense_weight: float) -> None:
         super().__init__()
-        self.vlm, self.dense_weight = build(), dense_weight
+        self.vlm, self.dense_weight = build_model(), dense_weight
         self.summary = nn.Linear(VISION.hidden_size, dense_words().summary)  # from CLS
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
-        seen = tower(batch.pixels)
-        summary = self.summary(tower.post_layernorm(seen.cls_BCD[:, 0]))
+        encoded = tower(batch.pixels)
+        summary = self.summary(tower.post_layernorm(encoded.cls_BCD[:, 0]))
         cls_loss = F.binary_cross_entropy_with_logits(summary.float(), batch.summary)
-        visual_BND = vlm.projector(seen.signals.x_BND)
+        visual_BND = vlm.projector(encoded.signals.x_BND)
         dense, figures = self.dense_loss(visual_BND, batch.dense)
         loss = dense + 0.3 * cls_loss
         figures["cls"] = cls_loss.detach()

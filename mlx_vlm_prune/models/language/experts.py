@@ -1,4 +1,4 @@
-"""A mixture of experts: every token is read by the few of E networks that its router chooses.
+"""A mixture of experts: every token goes through the few of E networks that its router chooses.
 
 MiniMind2 takes two of four and adds a shared one that reads all; MiniMind-3 takes one of four.
 
@@ -17,7 +17,7 @@ GATHERED = 16  # up to so many rows the experts' weights are gathered, on the de
 
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """What goes through a network's gate (arXiv:2002.05202), in one pass over memory."""
+    """SiLU of the gate times x (arXiv:2002.05202), in one pass over memory."""
     return nn.silu(gate) * x
 
 
@@ -32,17 +32,17 @@ class ExpertLinear(nn.Module):
         """Each row through the matrix of its own expert."""
         return mx.gather_mm(x_R1D, self.weight.swapaxes(1, 2), rhs_indices=expert_R)
 
-    def one(self, x_RD: mx.array, expert: int) -> mx.array:
-        """All rows through one expert's matrix."""
+    def one_expert(self, x_RD: mx.array, expert: int) -> mx.array:
+        """All rows through the matrix of one expert."""
         return x_RD @ self.weight[expert].T
 
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: Any) -> nn.Module:
         """The same in fewer bits; called by nn.quantize."""
-        made = QuantizedExpertLinear(group_size, bits, mode)
-        made.weight, made.scales, *biases = mx.quantize(self.weight, **made.how)
+        quantized = QuantizedExpertLinear(group_size, bits, mode)
+        quantized.weight, quantized.scales, *biases = mx.quantize(self.weight, **quantized.format)
         if biases:
-            made.biases = biases[0]
-        return made
+            quantized.biases = biases[0]
+        return quantized
 
 
 class QuantizedExpertLinear(nn.Module):
@@ -50,20 +50,21 @@ class QuantizedExpertLinear(nn.Module):
 
     def __init__(self, group_size: int, bits: int, mode: str):
         super().__init__()
-        self.how: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+        self.format: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
         self.weight = self.scales = mx.zeros(0)
         self.freeze()
 
     def __call__(self, x_R1D: mx.array, expert_R: mx.array) -> mx.array:
         biases = self.get("biases")
         return mx.gather_qmm(
-            x_R1D, self.weight, self.scales, biases, rhs_indices=expert_R, **self.how
+            x_R1D, self.weight, self.scales, biases, rhs_indices=expert_R, **self.format
         )
 
-    def one(self, x_RD: mx.array, expert: int) -> mx.array:
+    def one_expert(self, x_RD: mx.array, expert: int) -> mx.array:
         biases = self.get("biases")
-        own = None if biases is None else biases[expert]
-        return mx.quantized_matmul(x_RD, self.weight[expert], self.scales[expert], own, **self.how)
+        bias = None if biases is None else biases[expert]
+        weight, scale = self.weight[expert], self.scales[expert]
+        return mx.quantized_matmul(x_RD, weight, scale, bias, **self.format)
 
 
 class Experts(nn.Module):
@@ -84,13 +85,15 @@ class Experts(nn.Module):
         # Of many rows, those of one expert make one product: on a CPU six times as fast.
         chosen = np.array(expert_R).tolist()
         rows = [[r for r, e in enumerate(chosen) if e == expert] for expert in sorted(set(chosen))]
-        order = [r for own in rows for r in own]
-        done = [self.one(x_RD[mx.array(own)], chosen[own[0]]) for own in rows]
-        return mx.concatenate(done)[mx.argsort(mx.array(order))]
+        order = [r for group in rows for r in group]
+        parts = [self.one_expert(x_RD[mx.array(group)], chosen[group[0]]) for group in rows]
+        return mx.concatenate(parts)[mx.argsort(mx.array(order))]
 
-    def one(self, x_RD: mx.array, expert: int) -> mx.array:
-        inner = swiglu(self.gate_proj.one(x_RD, expert), self.up_proj.one(x_RD, expert))
-        return self.down_proj.one(inner, expert)
+    def one_expert(self, x_RD: mx.array, expert: int) -> mx.array:
+        inner = swiglu(
+            self.gate_proj.one_expert(x_RD, expert), self.up_proj.one_expert(x_RD, expert)
+        )
+        return self.down_proj.one_expert(inner, expert)
 
 
 class MixtureOfExperts(nn.Module):

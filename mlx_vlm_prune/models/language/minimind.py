@@ -34,8 +34,8 @@ class Rotary:
     def __call__(self, x_BHLd: mx.array) -> mx.array:
         x = x_BHLd.astype(mx.float32)
         a, b = mx.split(x, 2, axis=-1)
-        turned = x * self.cos_B1Ld + mx.concatenate([b, a], axis=-1) * self.sin_B1Ld
-        return turned.astype(x_BHLd.dtype)
+        rotated = x * self.cos_B1Ld + mx.concatenate([b, a], axis=-1) * self.sin_B1Ld
+        return rotated.astype(x_BHLd.dtype)
 
 
 class Attention(nn.Module):
@@ -55,23 +55,23 @@ class Attention(nn.Module):
         B, L, _ = x_BLD.shape
         return x_BLD.reshape(B, L, -1, self.head_dim).swapaxes(1, 2)
 
-    def __call__(self, x_BLD: mx.array, step: "Step", cache: LayerCache) -> mx.array:
+    def __call__(self, x_BLD: mx.array, forward_pass: "ForwardPass", cache: LayerCache) -> mx.array:
         B, L, _ = x_BLD.shape
-        q_BHLd = self.turned_queries(x_BLD, step.rotary)
-        k_BGLd = self.turned_keys(x_BLD, step.rotary)
+        q_BHLd = self.rotated_queries(x_BLD, forward_pass.rotary)
+        k_BGLd = self.rotated_keys(x_BLD, forward_pass.rotary)
         v_BGLd = self.split(self.v_proj(x_BLD))
-        k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, step)
-        mask = step.mask(cache, x_BLD.dtype)
-        y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, mask, step.fold)
+        k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, forward_pass)
+        mask = forward_pass.mask(cache, x_BLD.dtype)
+        y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, mask, forward_pass.fold)
         return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
 
-    def turned_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
-        """Of some rows, turned, (B, H, L, d)."""
+    def rotated_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+        """Rotated, (B, H, L, d)."""
         q_BHLd = self.split(self.q_proj(x_BLD))
         return rotary(self.q_norm(q_BHLd) if "q_norm" in self else q_BHLd)
 
-    def turned_keys(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
-        """Of some rows, turned, (B, G, L, d)."""
+    def rotated_keys(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+        """Rotated, (B, G, L, d)."""
         k_BGLd = self.split(self.k_proj(x_BLD))
         return rotary(self.k_norm(k_BGLd) if "k_norm" in self else k_BGLd)
 
@@ -128,18 +128,18 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
 
-    def __call__(self, x_BLD: mx.array, step: "Step", cache: LayerCache) -> mx.array:
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), step, cache)
+    def __call__(self, x_BLD: mx.array, forward_pass: "ForwardPass", cache: LayerCache) -> mx.array:
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), forward_pass, cache)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
 
-class Step:
+class ForwardPass:
     """What all layers of one forward pass share: positions, rotation, visibility."""
 
     def __init__(
         self,
         positions_BL: mx.array,
-        rotary: Any,  # what the layers turn queries and keys with
+        rotary: Any,  # rotates queries and keys
         padded: bool,
         bias_BL: mx.array | None = None,
     ):
@@ -149,7 +149,7 @@ class Step:
         self.fold = is_cpu and positions_BL.shape[1] > 1
 
     def mask(self, cache: LayerCache, dtype: mx.Dtype) -> mx.array | str | None:
-        """Who sees whom in a layer that holds these rows: rows at one's own position or before;
+        """The mask of a layer that holds these rows. A row sees those at its position or before;
         padding is seen by none.
 
         Rows are stored in the order of their positions, so without padding the fused
@@ -178,7 +178,7 @@ class LayerStack(nn.Module):
         return [LayerCache() for _ in self.layers]
 
     def rotary(self, positions_BL: mx.array) -> Any:
-        """What the layers turn queries and keys with."""
+        """What rotates the layers' queries and keys."""
         return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
 
     def run(
@@ -189,23 +189,26 @@ class LayerStack(nn.Module):
 
         `positions_BL` ascend within each row. `padded` says that some are PADDING, on the left.
         """
-        step, layers = Step(positions_BL, self.rotary(positions_BL), padded, bias_BL), self.layers
+        forward_pass, layers = (
+            ForwardPass(positions_BL, self.rotary(positions_BL), padded, bias_BL),
+            self.layers,
+        )
         for number in numbers:
-            x_BLD = layers[number](x_BLD, step, cache[number])
+            x_BLD = layers[number](x_BLD, forward_pass, cache[number])
         return x_BLD
 
     def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The queries (B, G, H/G, L, d) that a layer makes of its input, rotated."""
         layer = self.layers[number]
         normed_BLD, attention = layer.input_layernorm(x_BLD), layer.self_attn
-        q_BHLd = attention.turned_queries(normed_BLD, self.rotary(positions_BL))
+        q_BHLd = attention.rotated_queries(normed_BLD, self.rotary(positions_BL))
         return grouped(q_BHLd, attention.groups)
 
     def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The keys (B, G, L, d) that a layer makes of its input, rotated."""
         layer = self.layers[number]
         normed_BLD = layer.input_layernorm(x_BLD)
-        return layer.self_attn.turned_keys(normed_BLD, self.rotary(positions_BL))
+        return layer.self_attn.rotated_keys(normed_BLD, self.rotary(positions_BL))
 
     def held_keys(self, layer_cache: LayerCache) -> mx.array:
         """(B, G, S, d)."""

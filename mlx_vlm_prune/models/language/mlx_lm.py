@@ -1,8 +1,8 @@
 """Language models of mlx-lm's, driven from here layer by layer.
 
 mlx-lm's modules are used as they are, and called one at a time: projections, norms, networks,
-rotations. What its own forward pass takes from the length of a cache is told here: which rows a
-layer holds, where each of them stands, and who sees whom.
+rotations. Its own forward pass derives positions and masks from the length of a cache; here both
+come from the rows.
 
 A family is what differs between them: how its parts are called, and how a layer is put together.
 
@@ -26,73 +26,75 @@ from ...pruners.contract import Stage
 from ...pruners.pipeline import Pipeline
 from ..cache import LayerCache
 from . import mamba
-from .minimind import LayerStack, Step, attend
+from .minimind import ForwardPass, LayerStack, attend
 
 logger = logging.getLogger("mlx_vlm_prune")
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
 
 
 class Attention:
-    """The attention of one layer, part by part. Every row is turned by its own position."""
+    """The attention of one layer. Every row is rotated by its own position."""
 
-    def __init__(self, part: nn.Module, family: "Family", c: MlxLmConfig):
-        self.part, self.family = part, family
+    def __init__(self, wrapped: nn.Module, family: "Family", c: MlxLmConfig):
+        self.wrapped, self.family = wrapped, family
         self.heads, self.groups = c.num_attention_heads, c.num_key_value_heads
 
-    def __call__(self, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+    def __call__(self, x_BLD: mx.array, forward_pass: ForwardPass, cache: LayerCache) -> mx.array:
         B, L, _ = x_BLD.shape
-        q_BHLd = self.turned_queries(x_BLD, step.positions_BL)
-        k_BGLd = self.turned_keys(x_BLD, step.positions_BL)
-        v_BGLd = self.part.v_proj(x_BLD).reshape(B, L, self.groups, -1).swapaxes(1, 2)
-        k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, step)
-        mask = step.mask(cache, x_BLD.dtype)
-        y_BHLd = attend(self.family.widen(q_BHLd), k_BGSd, v_BGSd, mask, step.fold)
-        out = self.part[self.family.out]
+        q_BHLd = self.rotated_queries(x_BLD, forward_pass.positions_BL)
+        k_BGLd = self.rotated_keys(x_BLD, forward_pass.positions_BL)
+        v_BGLd = self.wrapped.v_proj(x_BLD).reshape(B, L, self.groups, -1).swapaxes(1, 2)
+        k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, forward_pass)
+        mask = forward_pass.mask(cache, x_BLD.dtype)
+        y_BHLd = attend(self.family.cast_queries(q_BHLd), k_BGSd, v_BGSd, mask, forward_pass.fold)
+        out = self.wrapped[self.family.o_proj]
         return out(y_BHLd.astype(x_BLD.dtype).swapaxes(1, 2).reshape(B, L, -1))
 
-    def turned_queries(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
+    def rotated_queries(self, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """(B, H, L, d)."""
-        return self._turned(self.part.q_proj(x_BLD), self.heads, "q_norm", places_BL)
+        return self._rotated(self.wrapped.q_proj(x_BLD), self.heads, "q_norm", positions_BL)
 
-    def turned_keys(self, x_BLD: mx.array, places_BL: mx.array) -> mx.array:
+    def rotated_keys(self, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """(B, G, L, d)."""
-        return self._turned(self.part.k_proj(x_BLD), self.groups, "k_norm", places_BL)
+        return self._rotated(self.wrapped.k_proj(x_BLD), self.groups, "k_norm", positions_BL)
 
-    def _turned(self, x: mx.array, heads: int, norm: str, places_BL: mx.array) -> mx.array:
+    def _rotated(self, x: mx.array, heads: int, norm: str, positions_BL: mx.array) -> mx.array:
         """mlx-lm's rotation takes one offset for each entry of a batch: a row is an entry."""
         B, L, _ = x.shape
         x = x.reshape(B * L, heads, 1, -1)
-        x = self.part[norm](x) if norm in self.part else x
-        x = self.part.rope(x, offset=places_BL.reshape(-1))
+        x = self.wrapped[norm](x) if norm in self.wrapped else x
+        x = self.wrapped.rope(x, offset=positions_BL.reshape(-1))
         return x.reshape(B, L, heads, -1).swapaxes(1, 2)
 
 
 class Layer:
-    """One of mlx-lm's layers, read part by part."""
+    """One of mlx-lm's layers, whose modules are called one by one."""
 
-    def __init__(self, part: nn.Module, family: "Family", c: MlxLmConfig):
-        self.part, self.family, self.c = part, family, c
+    def __init__(self, wrapped: nn.Module, family: "Family", c: MlxLmConfig):
+        self.wrapped, self.family, self.c = wrapped, family, c
 
     @property
     def self_attn(self) -> Attention:
-        return Attention(self.part.self_attn, self.family, self.c)
+        return Attention(self.wrapped.self_attn, self.family, self.c)
 
     @property
     def input_layernorm(self) -> nn.Module:
-        return self.part.input_layernorm
+        return self.wrapped.input_layernorm
 
-    def __call__(self, x_BLD: mx.array, step: Step, cache: Any) -> mx.array:
-        return self.family.block(self, x_BLD, step, cache)
+    def __call__(self, x_BLD: mx.array, forward_pass: ForwardPass, cache: Any) -> mx.array:
+        return self.family.block(self, x_BLD, forward_pass, cache)
 
 
-def one_after_another(layer: Layer, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+def llama_block(
+    layer: Layer, x_BLD: mx.array, forward_pass: ForwardPass, cache: LayerCache
+) -> mx.array:
     """Llama's layer, and most others': attention, then the network."""
-    part = layer.part
-    x_BLD = x_BLD + layer.self_attn(part.input_layernorm(x_BLD), step, cache)
-    return x_BLD + part.mlp(part.post_attention_layernorm(x_BLD))
+    wrapped = layer.wrapped
+    x_BLD = x_BLD + layer.self_attn(wrapped.input_layernorm(x_BLD), forward_pass, cache)
+    return x_BLD + wrapped.mlp(wrapped.post_attention_layernorm(x_BLD))
 
 
-def _same(x: mx.array) -> mx.array:
+def _uncast(x: mx.array) -> mx.array:
     return x
 
 
@@ -104,26 +106,30 @@ class Family:
     body: str = "model"
     embedding: str = "embed_tokens"
     norm: str = "norm"
-    out: str = "o_proj"
-    block: Callable[[Layer, mx.array, Step, Any], mx.array] = one_after_another
-    widen: Callable[[mx.array], mx.array] = _same  # queries, before they meet the keys
+    o_proj: str = "o_proj"
+    block: Callable[[Layer, mx.array, ForwardPass, Any], mx.array] = llama_block
+    cast_queries: Callable[[mx.array], mx.array] = _uncast  # queries, before they meet the keys
     cache: Callable[[], Any] = LayerCache
-    scaled: bool = False  # are embeddings times the root of hidden_size?
-    attends: bool = True
+    scales_embeddings: bool = False  # times the root of hidden_size
+    attends: bool = True  # False without attention
 
 
-def side_by_side(layer: Layer, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+def phi_block(
+    layer: Layer, x_BLD: mx.array, forward_pass: ForwardPass, cache: LayerCache
+) -> mx.array:
     """Phi's layer: attention and network read the same normed rows."""
-    seen_BLD = layer.part.input_layernorm(x_BLD)
-    return layer.self_attn(seen_BLD, step, cache) + layer.part.mlp(seen_BLD) + x_BLD
+    normed_BLD = layer.wrapped.input_layernorm(x_BLD)
+    return layer.self_attn(normed_BLD, forward_pass, cache) + layer.wrapped.mlp(normed_BLD) + x_BLD
 
 
-def with_tanh(layer: Layer, x_BLD: mx.array, step: Step, cache: LayerCache) -> mx.array:
+def gemma_block(
+    layer: Layer, x_BLD: mx.array, forward_pass: ForwardPass, cache: LayerCache
+) -> mx.array:
     """Gemma's layer. Its GELU is the one by tanh, which mlx-lm's own network has not."""
-    part, net = layer.part, layer.part.mlp
-    x_BLD = x_BLD + layer.self_attn(part.input_layernorm(x_BLD), step, cache)
-    seen_BLD = part.post_attention_layernorm(x_BLD)
-    inner = nn.gelu_approx(net.gate_proj(seen_BLD)) * net.up_proj(seen_BLD)
+    wrapped, net = layer.wrapped, layer.wrapped.mlp
+    x_BLD = x_BLD + layer.self_attn(wrapped.input_layernorm(x_BLD), forward_pass, cache)
+    normed_BLD = wrapped.post_attention_layernorm(x_BLD)
+    inner = nn.gelu_approx(net.gate_proj(normed_BLD)) * net.up_proj(normed_BLD)
     return x_BLD + net.down_proj(inner)
 
 
@@ -137,15 +143,15 @@ FAMILIES = {
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3"),
     "phi": Family(
-        "phi", norm="final_layernorm", out="dense", block=side_by_side, widen=_float32
+        "phi", norm="final_layernorm", o_proj="dense", block=phi_block, cast_queries=_float32
     ),
-    "gemma": Family("gemma", block=with_tanh, scaled=True),
+    "gemma": Family("gemma", block=gemma_block, scales_embeddings=True),
     "mamba": Family(
         "mamba", body="backbone", embedding="embeddings", norm="norm_f", block=mamba.block,
-        cache=mamba.State, attends=False,
+        cache=mamba.MambaState, attends=False,
     ),
 }  # fmt: skip
-OF_ROWS = {"before", "normed"}  # what methods ask for that is of rows, not of attention
+ROW_SIGNALS = {"before", "normed"}  # signals that need no attention
 
 
 class MlxLm(LayerStack):
@@ -171,9 +177,9 @@ class MlxLm(LayerStack):
         return self[self.family.body][self.family.norm]
 
     def embed_tokens(self, ids: mx.array) -> mx.array:
-        """Of words, as layers read them; what a projector makes is read as it is."""
+        """Embeddings of words, scaled where the family does so; visual tokens never are."""
         x = self._embedding(ids)
-        return x * self.config.hidden_size**0.5 if self.family.scaled else x
+        return x * self.config.hidden_size**0.5 if self.family.scales_embeddings else x
 
     @property
     def _embedding(self) -> nn.Module:
@@ -187,7 +193,7 @@ class MlxLm(LayerStack):
                 raise UserError(
                     f"twig cannot prune a {kind} of mlx-lm's: a twig is made of layers of our own"
                 )
-            if not self.family.attends and set(step.method.needs) - OF_ROWS:
+            if not self.family.attends and set(step.method.needs) - ROW_SIGNALS:
                 raise UserError(
                     f"{step.name} cannot prune a {kind}: it reads attention, which a {kind} has"
                     " none of; between its layers v2drop and vtw can, and methods before them all"
@@ -202,7 +208,7 @@ class MlxLm(LayerStack):
         return [self.family.cache() for _ in range(self.depth)]
 
     def rotary(self, positions_BL: mx.array) -> mx.array:
-        """mlx-lm's attention turns by the positions themselves."""
+        """mlx-lm's attention rotates by the positions themselves."""
         return positions_BL
 
     def logits(self, x_BLD: mx.array) -> mx.array:
