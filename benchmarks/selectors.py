@@ -103,7 +103,7 @@ def inside_decoder_call(pruner: Pruner, model: VLM) -> Callable:
     mx.eval(before_BLD)
 
     def call() -> list[mx.array]:
-        twig = TwigReader(pruner.learned) if pruner.learned else None
+        twig = TwigReader(pruner.weights) if pruner.weights else None
         decoder = Decoder(model.language, cache, Cuts(pruner, twig=twig))
         layer_input = LayerInput(decoder, layer, spliced, before_BLD, [0], model.grid)
         return pruner(layer_input.signals(pruner), K).arrays

@@ -46,7 +46,11 @@ from .models.vlm import VLM
 from .pruners.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
 from .scenes import CHECKPOINT
 
-RATIOS = (DEFAULT_KEEP_RATIO, 0.25, 0.1125)  # the last is a ninth and a little: 22 of 196, 64 of 576
+RATIOS = (
+    DEFAULT_KEEP_RATIO,
+    0.25,
+    0.1125,
+)  # the last is a ninth and a little: 22 of 196, 64 of 576
 PER_KIND = 334
 DESCRIPTION = "Measure what each method costs in accuracy, on a set of questions."
 EXACT_FORMATS = ("scenes", "own")  # whose responses must equal an answer

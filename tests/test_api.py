@@ -30,7 +30,7 @@ SIGNATURES = {
     " generation_tps, peak_memory, finish_reason, visual_tokens, visual_tokens_kept, kept_indices,"
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
     " drafted=None, accepted=None)",
-    "Pruner": "(name, method, options=<factory>, learned=None, keep=None)",
+    "Pruner": "(name, method, options=<factory>, weights=None, keep=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None)",
     "Signals": "(x_BND, grid, **others)",
     "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False)",

@@ -96,7 +96,7 @@ def prefill(name: str) -> int:
         return identity(signals.x_BND[:, :K])
 
     method = replace(METHODS["fastv"], needs={name: None}, prune=first)
-    pruner, twig = Pruner("first", method, learned=weights), decoder.TwigReader(weights)
+    pruner, twig = Pruner("first", method, weights=weights), decoder.TwigReader(weights)
     cuts = decoder.Cuts(pruner, [{1: N // 2}], [GRID], twig=twig)
 
     def read() -> None:

@@ -211,7 +211,7 @@ class VLM(nn.Module):
         counts = [batch.slots for batch in batches for _ in range(batch.images)]
         if step is None or not counts or max(counts) <= K:
             return Cuts()
-        layers, twig = self.config.text.num_hidden_layers, step.learned
+        layers, twig = self.config.text.num_hidden_layers, step.weights
         if "twig_attention" in step.method.needs and not (reader and reader.twig is twig):
             reader = TwigReader(twig)
         schedules = [step.call(step.method.schedule, layers, n, K) if n > K else {} for n in counts]

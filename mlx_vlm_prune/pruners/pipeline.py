@@ -37,7 +37,7 @@ class Pruner:
     name: str
     method: Method
     options: dict[str, Any] = field(default_factory=dict)
-    learned: Any = None  # the checkpoint's weights, of a learned method
+    weights: Any = None  # of a learned method: those of the checkpoint
     keep: int | None = None  # its own budget in a chain
 
     @property
@@ -56,13 +56,13 @@ class Pruner:
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
         """Each image's budget; their mean is K over images like those of the training."""
-        budgets: list[int] = self.learned.budgets(signals, K)
+        budgets: list[int] = self.weights.budgets(signals, K)
         return budgets
 
     @property
     def trained_tokens(self) -> int | None:
         """The one K that its weights were made for, where they were."""
-        return self.method.trained_tokens(self.learned)
+        return self.method.trained_tokens(self.weights)
 
     @property
     def spec(self) -> str:
@@ -86,7 +86,7 @@ class Pruner:
     def options_for(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The options that one of the method's functions takes, with those that training fixed."""
         names = inspect.signature(function).parameters
-        options = {**self.options, **self.method.fixed_options(self.learned)}
+        options = {**self.options, **self.method.fixed_options(self.weights)}
         return {name: value for name, value in options.items() if name in names}
 
     def call(self, function: Callable[..., Any] | None, *arguments: Any) -> Any:
@@ -110,7 +110,7 @@ class Pruner:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
         if not mx.isfinite(signals.x_BND).all().item():
             raise UserError("the vision tower gave NaN or infinite features; try dtype='float32'")
-        kept: Reduction = self.call(self.method.prune or self.learned.prune, signals, K)
+        kept: Reduction = self.call(self.method.prune or self.weights.prune, signals, K)
         return kept
 
 

@@ -88,7 +88,7 @@ def read_prompt(
         if cuts.step and i in cuts.schedule:
             kept = [
                 reduce(cuts.step.name, image, cuts.schedule[i], **cuts.step.options)
-                for image in signals(language, i, before, prompt, grid, cuts.step.learned)
+                for image in signals(language, i, before, prompt, grid, cuts.step.weights)
             ]
             prompt = drop_rows(prompt, kept, cuts)
             cache.reductions.append((i, kept))

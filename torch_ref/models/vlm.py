@@ -189,7 +189,7 @@ class VLM(nn.Module):
                 if step.stage == stage:
                     N = signals.x_BND.shape[1]
                     K = N if step.K is None else min(step.K, N)
-                    kept = reduce(step.name, signals, K, step.learned, **step.options)
+                    kept = reduce(step.name, signals, K, step.weights, **step.options)
                     slots = kept.tokens(signals.x_BND)
                     signals = signals if kept.index_BK is None else signals.take(kept.index_BK)
                     signals = signals.replace(x_BND=slots)
@@ -272,7 +272,7 @@ class VLM(nn.Module):
         """The steps of a chain, or the one that a name, a budget and options stand for."""
         if isinstance(pruner, str):
             pruner = [Step(pruner, self.budget(pruner, K), dict(options or {}))]
-        return [replace(step, learned=self.weights(step.name)) for step in pruner]
+        return [replace(step, weights=self.weights(step.name)) for step in pruner]
 
     def weights(self, pruner: str) -> Any:
         """Of a learned method, from the checkpoint or from beside it; else None."""

@@ -64,13 +64,13 @@ def is_learned(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Step:
-    """A method with its options and learned weights, and how many tokens it leaves (None: the whole
+    """A method with its options and weights, and how many tokens it leaves (None: the whole
     budget)."""
 
     name: str
     K: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
-    learned: Any = None
+    weights: Any = None
 
     @property
     def method(self) -> ModuleType:
@@ -91,15 +91,15 @@ class Step:
         called = vars(self.method)[function]
         names = inspect.signature(called).parameters
         options = dict(self.options)
-        if self.learned is not None:
-            options |= entry(self.method, "fixed_options")(self.learned)
+        if self.weights is not None:
+            options |= entry(self.method, "fixed_options")(self.weights)
         return called(*arguments, **{k: v for k, v in options.items() if k in names})
 
 
-def reduce(name: str, signals: Signals, K: int, learned: Any = None, **options: Any) -> Reduction:
+def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: Any) -> Reduction:
     """K of N slots by the method `name`; K = N is the identity.
 
-    `learned` holds a learned method's weights. Raises ValueError for a budget outside 1 to N
+    `weights` are a learned method's. Raises ValueError for a budget outside 1 to N
     (0 to N in the decoder).
     """
     B, N, _ = signals.x_BND.shape
@@ -108,8 +108,8 @@ def reduce(name: str, signals: Signals, K: int, learned: Any = None, **options: 
         raise ValueError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
     if K == N:
         return Reduction(torch.arange(N, device=signals.x_BND.device).expand(B, N))
-    if learned is not None:
-        return learned.prune(signals, K, **options)
+    if weights is not None:
+        return weights.prune(signals, K, **options)
     return step.call("prune", signals, K)
 
 
@@ -117,7 +117,7 @@ def signal_layers(step: Step, layers: int) -> dict[str, int | None]:
     """The signals that a method needs of a tower of so many layers, with the layer of each or
     None."""
     layer_of: dict[str, int | None] = {}
-    prune = entry(step.method, "prune") or step.learned.prune
+    prune = entry(step.method, "prune") or step.weights.prune
     for name, option in entry(step.method, "needs").items():
         layer_of[name] = None
         if option is not None:
