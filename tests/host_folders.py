@@ -77,8 +77,8 @@ def picture(folder: Path, name: str, height: int, width: int) -> Path:
 def _config(name: str) -> dict[str, Any]:
     if name == "llava":
         text = tiny.TEXT | {"model_type": "llama"}
-        told = {"text_config": text, "vision_config": tiny.CLIP, "image_token_index": tiny.IMAGE}
-        return told | {"model_type": name, "vision_feature_layer": -2, "eos_token_id": EOS}
+        config = {"text_config": text, "vision_config": tiny.CLIP, "image_token_index": tiny.IMAGE}
+        return config | {"model_type": name, "vision_feature_layer": -2, "eos_token_id": EOS}
     if name == "smolvlm":
         parts = {"text_config": tiny.TEXT | {"model_type": "llama"}, "vision_config": tiny.SIGLIP}
         return parts | {"model_type": name, "image_token_id": tiny.IMAGE, "eos_token_id": EOS}
@@ -98,11 +98,11 @@ def _words(home: Path, name: str) -> None:
     marks = TOKENS[_kind(name)]
     special = {"<pad>": 0, "<eos>": EOS, "<unk>": 2}
     words = special | {f"w{i}": i for i in (1, *range(3, 59))} | marks
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made.add_special_tokens([AddedToken(w, special=True, normalized=False)
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([AddedToken(w, special=True, normalized=False)
                              for w in (*special, *marks)])  # fmt: skip
-    made.save(str(home / "tokenizer.json"))
+    tokenizer.save(str(home / "tokenizer.json"))
     part = (
         "{% if part.type == 'image' %}"
         + MARKS[_kind(name)]

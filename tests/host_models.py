@@ -54,23 +54,23 @@ IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=STA
 
 def llava(**sizes: int) -> Any:
     text = TEXT | {"model_type": "llama"} | sizes
-    return _made("llava", text, CLIP, image_token_index=IMAGE)
+    return _build("llava", text, CLIP, image_token_index=IMAGE)
 
 
 def qwen2_vl() -> Any:
     text = TEXT | {"model_type": "qwen2_vl", "rope_scaling": _mrope([2, 3, 3])}
     vision = QWEN | {"embed_dim": 32, "hidden_size": 64}
-    own = {name: value for name, value in IDS.items() if name != "vision_end_token_id"}
-    return _made("qwen2_vl", text, vision, **own)
+    ids = {name: value for name, value in IDS.items() if name != "vision_end_token_id"}
+    return _build("qwen2_vl", text, vision, **ids)
 
 
 def qwen2_5_vl() -> Any:
     text = TEXT | {"model_type": "qwen2_5_vl", "rope_scaling": _mrope([2, 3, 3])}
-    return _made("qwen2_5_vl", text, QWEN | QWEN2_5, **IDS)
+    return _build("qwen2_5_vl", text, QWEN | QWEN2_5, **IDS)
 
 
 def qwen3_vl() -> Any:
-    return _made("qwen3_vl", QWEN3_TEXT, QWEN | QWEN3, **IDS)
+    return _build("qwen3_vl", QWEN3_TEXT, QWEN | QWEN3, **IDS)
 
 
 def fastvlm() -> Any:
@@ -82,11 +82,11 @@ def fastvlm() -> Any:
     config = home.ModelConfig(
         text_config=text, vision_config=vision, mm_hidden_size=128, model_type="fastvlm"
     )
-    return _ready(home.Model(config))
+    return _with_random_weights(home.Model(config))
 
 
 def llava_next() -> Any:
-    model = _made("llava_next", TEXT | {"model_type": "llama"}, CLIP, image_token_index=IMAGE)
+    model = _build("llava_next", TEXT | {"model_type": "llama"}, CLIP, image_token_index=IMAGE)
     assert model.image_newline.shape == (64,)
     return model
 
@@ -96,55 +96,55 @@ def gemma3() -> Any:
         "model_type": "gemma3_text", "head_dim": 16, "mm_tokens_per_image": 4,
         "sliding_window_pattern": 2, "query_pre_attn_scalar": 16.0,
     }  # fmt: skip
-    return _made("gemma3", text, SIGLIP, image_token_index=IMAGE, hidden_size=64)
+    return _build("gemma3", text, SIGLIP, image_token_index=IMAGE, hidden_size=64)
 
 
 def paligemma() -> Any:
     text = TEXT | {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": True}
     vision = SIGLIP | {"projection_dim": 64}
-    return _made("paligemma", text, vision, image_token_index=IMAGE, hidden_size=64)
+    return _build("paligemma", text, vision, image_token_index=IMAGE, hidden_size=64)
 
 
 def idefics3() -> Any:
     text = TEXT | {"model_type": "llama"}
-    return _made("idefics3", text, SIGLIP, image_token_id=IMAGE)
+    return _build("idefics3", text, SIGLIP, image_token_id=IMAGE)
 
 
 def smolvlm() -> Any:
     text = TEXT | {"model_type": "llama"}
-    return _made("smolvlm", text, SIGLIP, image_token_id=IMAGE)
+    return _build("smolvlm", text, SIGLIP, image_token_id=IMAGE)
 
 
 def internvl_chat() -> Any:
     vision = _without(CLIP, "projection_dim") | {"model_type": "intern_vit_6b"}
     text = TEXT | {"model_type": "qwen2"}
-    return _made("internvl_chat", text, vision, image_token_index=IMAGE)
+    return _build("internvl_chat", text, vision, image_token_index=IMAGE)
 
 
 def pixtral() -> Any:
     vision = CLIP | {"model_type": "pixtral", "head_dim": 16, "image_size": 112}
     text = TEXT | {"model_type": "mistral", "head_dim": 16}
-    return _made("pixtral", text, vision, image_token_index=IMAGE)
+    return _build("pixtral", text, vision, image_token_index=IMAGE)
 
 
-def _without(told: dict, name: str) -> dict:
-    return {key: value for key, value in told.items() if key != name}
+def _without(config: dict, name: str) -> dict:
+    return {key: value for key, value in config.items() if key != name}
 
 
 def _mrope(section: list[int]) -> dict[str, Any]:
     return {"type": "mrope", "mrope_section": section}
 
 
-def _made(name: str, text: dict, vision: dict, **own: Any) -> Any:
+def _build(name: str, text: dict, vision: dict, **options: Any) -> Any:
     home = import_module(f"mlx_vlm.models.{name}")
     config = home.ModelConfig(
         text_config=home.TextConfig(**text), vision_config=home.VisionConfig(**vision),
-        model_type=name, **own,
+        model_type=name, **options,
     )  # fmt: skip
-    return _ready(home.Model(config))
+    return _with_random_weights(home.Model(config))
 
 
-def _ready(model: Any) -> Any:
+def _with_random_weights(model: Any) -> Any:
     """Every weight drawn anew, so that neither norms nor biases are trivial."""
     rng = np.random.default_rng(0)
 
@@ -332,11 +332,11 @@ KINDS = {
 
 def once() -> Callable[[str], Any]:
     """Every family's tiny model by its name, made when it is first asked for."""
-    made: dict[str, Any] = {}
+    models: dict[str, Any] = {}
 
     def get(name: str) -> Any:
-        if name not in made:
-            made[name] = KINDS[name].make()
-        return made[name]
+        if name not in models:
+            models[name] = KINDS[name].make()
+        return models[name]
 
     return get

@@ -56,8 +56,8 @@ def stock(model, inputs: PreparedInputs, **options) -> tuple[list[int], np.ndarr
     return decoded(model, {**arguments, "mask": inputs.mask_1L, **inputs.extra}, **options)
 
 
-def indices(said: PrunedPrompt) -> list[list[int]]:
-    return [one.index_BK[0].tolist() for one in said.trace.steps[-1].reductions]
+def indices(prompt: PrunedPrompt) -> list[list[int]]:
+    return [one.index_BK[0].tolist() for one in prompt.trace.steps[-1].reductions]
 
 
 def reference(

@@ -59,16 +59,16 @@ def save(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
 
 def config_of(model: Any) -> dict[str, Any]:
     """The model's config.json; Qwen2-VL and Qwen2.5-VL have the words' part at its root."""
-    told = plain(model.config)
-    if told["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
-        told = told.pop("text_config") | told
-    return told
+    config = plain(model.config)
+    if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
+        config = config.pop("text_config") | config
+    return config
 
 
 def plain(config: Any) -> dict[str, Any]:
     """A configuration of mlx-vlm's, as config.json has it."""
-    told = {name: value for name, value in vars(config).items() if value is not None}
-    return {name: plain(v) if hasattr(v, "from_dict") else v for name, v in told.items()}
+    config = {name: value for name, value in vars(config).items() if value is not None}
+    return {name: plain(v) if hasattr(v, "from_dict") else v for name, v in config.items()}
 
 
 def inputs_of(kind: str, model: Any, images: int) -> PreparedInputs:

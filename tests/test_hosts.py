@@ -56,22 +56,22 @@ def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, n
         pytest.skip(f"{name} reads one image")
     model, inputs = models(name), prompt(models, name, images)
     for spec, ratio in (("vispruner", 0.25), ("divprune", 0.5), ("random", 0.3)):
-        said = reduced(model, inputs, spec, ratio)
-        tokens, odds = decoded(model, said.arguments, prefill_step_size=step)
-        expected, expected_odds = reference(models, name, inputs, indices(said))
+        pruned = reduced(model, inputs, spec, ratio)
+        tokens, odds = decoded(model, pruned.arguments, prefill_step_size=step)
+        expected, expected_odds = reference(models, name, inputs, indices(pruned))
         assert tokens == expected
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
         words = [token for token in inputs.ids if token not in (IMAGE, -200)]
-        assert said.length == len(words) + sum(map(len, indices(said)))
+        assert pruned.length == len(words) + sum(map(len, indices(pruned)))
 
 
 @pytest.mark.parametrize("name", QWEN)
 def test_renumbered_positions_count_what_is_left(models, name):
     model, inputs = models(name), prompt(models, name)
-    said = reduced(model, inputs, "norm", 0.5, "renumber")
-    assert said.positions == "renumber"
-    _, odds = decoded(model, said.arguments, prefill_step_size=4)
-    _, expected = reference(models, name, inputs, indices(said), "renumber")
+    pruned = reduced(model, inputs, "norm", 0.5, "renumber")
+    assert pruned.positions == "renumber"
+    _, odds = decoded(model, pruned.arguments, prefill_step_size=4)
+    _, expected = reference(models, name, inputs, indices(pruned), "renumber")
     np.testing.assert_allclose(odds, expected, rtol=0, atol=1e-4)
 
 
@@ -80,21 +80,24 @@ def test_renumbered_positions_count_what_is_left(models, name):
 def test_wrong_positions_would_not_pass(models, name, wrong):
     """The control: positions as mlx-vlm derives them from the short ids, or its old delta."""
     model, inputs = models(name), prompt(models, name)
-    said = reduced(model, inputs, "vispruner", 0.25)
-    short = mx.arange(said.length)[None, None]
-    as_before = said.arguments["rope_deltas"] - (len(inputs.ids) - said.length)
-    value = {"position_ids": mx.broadcast_to(short, (3, 1, said.length)), "rope_deltas": as_before}
-    _, odds = decoded(model, said.arguments | {wrong: value[wrong]})
-    _, expected = reference(models, name, inputs, indices(said))
+    pruned = reduced(model, inputs, "vispruner", 0.25)
+    short = mx.arange(pruned.length)[None, None]
+    as_before = pruned.arguments["rope_deltas"] - (len(inputs.ids) - pruned.length)
+    value = {
+        "position_ids": mx.broadcast_to(short, (3, 1, pruned.length)),
+        "rope_deltas": as_before,
+    }
+    _, odds = decoded(model, pruned.arguments | {wrong: value[wrong]})
+    _, expected = reference(models, name, inputs, indices(pruned))
     assert np.abs(odds - expected).max() > 1e-2
 
 
 def test_deepstack_left_out_would_not_pass(models):
     model, inputs = models("qwen3_vl"), prompt(models, "qwen3_vl")
-    said = reduced(model, inputs, "vispruner", 0.25)
-    without = {k: v for k, v in said.arguments.items() if k != "deepstack_visual_embeds"}
+    pruned = reduced(model, inputs, "vispruner", 0.25)
+    without = {k: v for k, v in pruned.arguments.items() if k != "deepstack_visual_embeds"}
     _, odds = decoded(model, without)
-    _, expected = reference(models, "qwen3_vl", inputs, indices(said))
+    _, expected = reference(models, "qwen3_vl", inputs, indices(pruned))
     assert np.abs(odds - expected).max() > 1e-2
 
 
@@ -107,23 +110,23 @@ def test_a_kept_token_of_a_grid_keeps_its_three_positions(models, name, monkeypa
         mx.random.normal((24, 3 * 2 * 14 * 14)), 1, {"image_grid_thw": mx.array([[1, 4, 6]])},
     )  # fmt: skip
     keeping(monkeypatch, lambda signals, K: kept([1, 3, 5]))
-    said = reduced(model, inputs, "norm", 0.5)
-    assert said.arguments["input_ids"].tolist() == [[9, START, *[IMAGE] * 3, host_models.END, 5]]
-    assert said.arguments["position_ids"][:, 0].tolist() == [
+    pruned = reduced(model, inputs, "norm", 0.5)
+    assert pruned.arguments["input_ids"].tolist() == [[9, START, *[IMAGE] * 3, host_models.END, 5]]
+    assert pruned.arguments["position_ids"][:, 0].tolist() == [
         [0, 1, 2, 2, 2, 5, 6],  # time
         [0, 1, 2, 3, 3, 5, 6],  # row
         [0, 1, 3, 2, 4, 5, 6],  # column
     ]
-    assert said.arguments["rope_deltas"].tolist() == [[0]]  # row 7 is position 7
+    assert pruned.arguments["rope_deltas"].tolist() == [[0]]  # row 7 is position 7
 
 
 def test_what_deepstack_adds_is_cut_to_the_same_tokens(models):
     model, inputs = models("qwen3_vl"), prompt(models, "qwen3_vl")
-    said = reduced(model, inputs, "norm", 0.25)
+    pruned = reduced(model, inputs, "norm", 0.25)
     _, deep = KINDS["qwen3_vl"].full(model, inputs)
-    for layer, ours in enumerate(said.arguments["deepstack_visual_embeds"]):
-        own = [np.array(y[layer])[k] for y, k in zip(deep, indices(said), strict=True)]
-        np.testing.assert_array_equal(np.array(ours), np.concatenate(own))
+    for layer, ours in enumerate(pruned.arguments["deepstack_visual_embeds"]):
+        expected = [np.array(y[layer])[k] for y, k in zip(deep, indices(pruned), strict=True)]
+        np.testing.assert_array_equal(np.array(ours), np.concatenate(expected))
 
 
 def test_with_several_images_every_token_takes_the_place_of_its_own_image(models, monkeypatch):
@@ -131,13 +134,13 @@ def test_with_several_images_every_token_takes_the_place_of_its_own_image(models
     model, inputs = models("llava"), prompt(models, "llava")
     chosen = iter([[2, 9], [0, 15]])
     keeping(monkeypatch, lambda signals, K: kept(next(chosen)))
-    said = reduced(model, inputs, "norm", 0.125)
-    assert said.arguments["input_ids"].tolist() == [
+    pruned = reduced(model, inputs, "norm", 0.125)
+    assert pruned.arguments["input_ids"].tolist() == [
         [3, 9, 4, IMAGE, IMAGE, 7, 11, IMAGE, IMAGE, 5, 8, 2, 30]
     ]
     (first, second), _ = KINDS["llava"].full(model, inputs)
     expected = [first[2], first[9], second[0], second[15]]
-    ours = np.array(said.arguments["cached_image_features"][0])
+    ours = np.array(pruned.arguments["cached_image_features"][0])
     np.testing.assert_allclose(ours, np.stack([np.array(x) for x in expected]), atol=1e-5)
 
 
@@ -145,20 +148,20 @@ def test_with_several_images_every_token_takes_the_place_of_its_own_image(models
 @pytest.mark.parametrize("name", KINDS)
 def test_every_method_of_the_towers_end_leaves_as_many_as_it_is_told(models, name, method):
     model, inputs = models(name), prompt(models, name)
-    said = reduced(model, inputs, method, 0.5)
-    sizes = [view.signals.x_BND.shape[1] for view in said.views]
-    assert [one.slots for one in said.trace.steps[-1].reductions] == [n // 2 for n in sizes]
-    _, odds = decoded(model, said.arguments)
+    pruned = reduced(model, inputs, method, 0.5)
+    sizes = [view.signals.x_BND.shape[1] for view in pruned.views]
+    assert [one.slots for one in pruned.trace.steps[-1].reductions] == [n // 2 for n in sizes]
+    _, odds = decoded(model, pruned.arguments)
     assert np.isfinite(odds).all()
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_merged_tokens_are_mixed_before_the_projector(models, name):
     model, inputs = models(name), prompt(models, name, 1)
-    said = reduced(model, inputs, "avgpool", 0.25)
+    pruned = reduced(model, inputs, "avgpool", 0.25)
     whole = [view.signals.x_BND for view in encoded(model, inputs, "none")]
-    pairs = zip(said.trace.steps[-1].reductions, whole, strict=True)
+    pairs = zip(pruned.trace.steps[-1].reductions, whole, strict=True)
     expected = [host_of(model).project(one.apply(x))[0] for one, x in pairs]
-    ours = said.arguments["cached_image_features"]
+    ours = pruned.arguments["cached_image_features"]
     ours = ours[0] if isinstance(ours, list) or ours.ndim == 3 else ours
     np.testing.assert_allclose(np.array(ours), np.concatenate(expected), atol=1e-5)

@@ -54,8 +54,8 @@ def pruned(model, inputs, spec: str, ratio: float, positions=None, piece=None) -
     return done
 
 
-def answered(model, said: PrunedPrompt) -> tuple[list[int], np.ndarray]:
-    return decoded(model, said.arguments | {"pixel_values": None}, prompt_cache=said.cache)
+def answered(model, prompt: PrunedPrompt) -> tuple[list[int], np.ndarray]:
+    return decoded(model, prompt.arguments | {"pixel_values": None}, prompt_cache=prompt.cache)
 
 
 def axes(name: str) -> list[int]:
@@ -76,14 +76,14 @@ def turned(name: str, x_HLd: np.ndarray, place_L3: np.ndarray) -> np.ndarray:
 
 def heads(name: str, layer: Any, x_LD: np.ndarray, place_L3: np.ndarray):
     """Queries and keys, turned, and values, (H, L, 16) each."""
-    own, y = layer.self_attn, layer.input_layernorm(mx.array(x_LD, mx.float32))
+    attention, y = layer.self_attn, layer.input_layernorm(mx.array(x_LD, mx.float32))
     q, k, v = (
         np.array(p(y), np.float64).reshape(len(x_LD), -1, 16).swapaxes(0, 1)
-        for p in (own.q_proj, own.k_proj, own.v_proj)
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     if name == "qwen3_vl":
         q, k = (np.array(norm(mx.array(z, mx.float32)), np.float64)
-                for norm, z in ((own.q_norm, q), (own.k_norm, k)))  # fmt: skip
+                for norm, z in ((attention.q_norm, q), (attention.k_norm, k)))  # fmt: skip
     return turned(name, q, place_L3), turned(name, k, place_L3), v
 
 
@@ -120,9 +120,9 @@ class Sequence:
 
     def left(self, kept: list[list[int]]) -> np.ndarray:
         """Which rows of the prompt stay."""
-        there = self.visual == 0
-        there[self.visual] = [i in kept[v] for v, i in self.whose]
-        return there
+        is_kept = self.visual == 0
+        is_kept[self.visual] = [i in kept[v] for v, i in self.whose]
+        return is_kept
 
 
 def reference(model, name: str, inputs, layers: list[dict], policy: str):
@@ -131,11 +131,11 @@ def reference(model, name: str, inputs, layers: list[dict], policy: str):
     body, head = model.language_model.model, getattr(model.language_model, "lm_head", None)
     x_LD, place_L3 = seq.x_LD, seq.place_L3
     for _ in range(TOKENS):
-        h, more, there = x_LD, len(x_LD) - len(seq.x_LD), np.ones(len(x_LD), bool)
+        h, more, is_kept = x_LD, len(x_LD) - len(seq.x_LD), np.ones(len(x_LD), bool)
         for run in layers:
             stay = np.concatenate([seq.left(run["kept_indices"]), np.ones(more, bool)])
-            h, there = h[stay[there]], stay
-            place = place_L3[there]
+            h, is_kept = h[stay[is_kept]], stay
+            place = place_L3[is_kept]
             if policy == "renumber" and run["first"]:
                 place = np.repeat(np.arange(len(place))[:, None], 3, 1).astype(float)
             for number in range(run["first"], run["last"] + 1):
@@ -143,7 +143,7 @@ def reference(model, name: str, inputs, layers: list[dict], policy: str):
                 if number < len(seq.deep):
                     y = np.zeros_like(x_LD)
                     y[: len(seq.x_LD)][seq.visual] = seq.deep[number]
-                    h = h + y[there]
+                    h = h + y[is_kept]
         last = body.norm(mx.array(h[-1:], mx.float32))
         logits_V = np.array((head or table(model).as_linear)(last)[0], np.float64)
         odds.append(logits_V - np.log(np.exp(logits_V).sum()))
@@ -173,10 +173,10 @@ def test_an_answer_is_that_of_fewer_rows_in_deeper_layers(models, name, spec, po
     model = models(name)
     for images in (1, 2):
         inputs = KINDS[name].inputs(model, images)
-        said = pruned(model, inputs, spec, 0.6, positions, piece)
-        assert len(said.trace.layers(3)) > 1
-        tokens, odds = answered(model, said)
-        expected, expected_odds = reference(model, name, inputs, said.trace.layers(3), positions)
+        prompt = pruned(model, inputs, spec, 0.6, positions, piece)
+        assert len(prompt.trace.layers(3)) > 1
+        tokens, odds = answered(model, prompt)
+        expected, expected_odds = reference(model, name, inputs, prompt.trace.layers(3), positions)
         assert tokens == expected
         np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
 
@@ -186,9 +186,9 @@ def test_places_counted_anew_would_not_pass_for_kept_ones(models, name):
     """The control."""
     model = models(name)
     inputs = KINDS[name].inputs(model)
-    said = pruned(model, inputs, "fastv", 0.6, "renumber")
-    _, odds = answered(model, said)
-    kept = reference(model, name, inputs, said.trace.layers(3), "keep")[1]
+    prompt = pruned(model, inputs, "fastv", 0.6, "renumber")
+    _, odds = answered(model, prompt)
+    kept = reference(model, name, inputs, prompt.trace.layers(3), "keep")[1]
     assert np.abs(odds - kept).max() > 1e-2
 
 
@@ -198,13 +198,13 @@ def test_rows_counted_by_the_cache_would_not_pass_either(models, name):
     Qwen's positions without theirs."""
     model = models(name)
     inputs = KINDS[name].inputs(model)
-    said = pruned(model, inputs, "fastv", 0.6, "keep")
+    prompt = pruned(model, inputs, "fastv", 0.6, "keep")
     if name == "llava":
-        said.cache[:] = [getattr(one, "cache", one) for one in said.cache]
+        prompt.cache[:] = [getattr(one, "cache", one) for one in prompt.cache]
     else:
-        said.arguments["rope_deltas"] = said.arguments["rope_deltas"] - 7
-    _, odds = answered(model, said)
-    expected = reference(model, name, inputs, said.trace.layers(3), "keep")[1]
+        prompt.arguments["rope_deltas"] = prompt.arguments["rope_deltas"] - 7
+    _, odds = answered(model, prompt)
+    expected = reference(model, name, inputs, prompt.trace.layers(3), "keep")[1]
     assert np.abs(odds - expected).max() > 1e-2
 
 
@@ -213,12 +213,12 @@ def test_rows_counted_by_the_cache_would_not_pass_either(models, name):
 def test_what_leaves_behind_the_tower_stays_away_in_all_layers(models, name, spec):
     model = models(name)
     inputs = KINDS[name].inputs(model, 1)
-    said = pruned(model, inputs, spec.replace("visionzip", "cls_attention"), 0.5, "keep")
-    first, *_, last = said.trace.layers(3)
+    prompt = pruned(model, inputs, spec.replace("visionzip", "cls_attention"), 0.5, "keep")
+    first, *_, last = prompt.trace.layers(3)
     assert set(last["kept_indices"][0]) < set(first["kept_indices"][0])
     assert len(first["kept_indices"][0]) < KINDS[name].grids[0][0] * KINDS[name].grids[0][1]
-    tokens, odds = answered(model, said)
-    expected, expected_odds = reference(model, name, inputs, said.trace.layers(3), "keep")
+    tokens, odds = answered(model, prompt)
+    expected, expected_odds = reference(model, name, inputs, prompt.trace.layers(3), "keep")
     assert tokens == expected
     np.testing.assert_allclose(odds, expected_odds, rtol=0, atol=1e-4)
 
@@ -231,19 +231,19 @@ def by_hand(model, name: str, inputs, cut: int):
         before, h = h, through(name, body.layers[number], h, seq.place_L3)
         if number < len(seq.deep):
             h[seq.visual] += seq.deep[number]
-    own = np.flatnonzero(seq.visual)
+    visual = np.flatnonzero(seq.visual)
     q, k, _ = heads(name, body.layers[cut - 1], before, seq.place_L3)
     next_q, next_k, _ = heads(name, body.layers[cut], h, seq.place_L3)
     keys, normed = k.swapaxes(0, 1).reshape(len(h), -1), body.norm(mx.array(h, mx.float32))
     words = mx.array(np.flatnonzero(~seq.visual))
     return Signals(
-        mx.array(h[own], mx.float32)[None], KINDS[name].grids[0],
-        before_BND=mx.array(before[own], mx.float32)[None],
-        last_attention_BN=mx.array(weights(q, k).mean(0)[-1, own], mx.float32)[None],
-        next_attention_BN=mx.array(weights(next_q, next_k).mean(0)[-1, own], mx.float32)[None],
-        keys_BND=mx.array(keys[own], mx.float32)[None],
+        mx.array(h[visual], mx.float32)[None], KINDS[name].grids[0],
+        before_BND=mx.array(before[visual], mx.float32)[None],
+        last_attention_BN=mx.array(weights(q, k).mean(0)[-1, visual], mx.float32)[None],
+        next_attention_BN=mx.array(weights(next_q, next_k).mean(0)[-1, visual], mx.float32)[None],
+        keys_BND=mx.array(keys[visual], mx.float32)[None],
         text_keys_BTD=mx.array(keys, mx.float32)[words][None],
-        normed_BND=normed[mx.array(own)][None], text_BTD=normed[words][None],
+        normed_BND=normed[mx.array(visual)][None], text_BTD=normed[words][None],
         text_real_BT=mx.ones((1, len(words)), mx.bool_),
     )  # fmt: skip
 
@@ -253,9 +253,9 @@ def by_hand(model, name: str, inputs, cut: int):
 def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
     model = models(name)
     inputs = KINDS[name].inputs(model, 1)
-    said = pruned(model, inputs, spec, 0.6)
-    (kept,) = said.trace.layers(3)[1]["kept_indices"]
-    signals = by_hand(model, name, inputs, said.trace.layers(3)[1]["first"])
+    prompt = pruned(model, inputs, spec, 0.6)
+    (kept,) = prompt.trace.layers(3)[1]["kept_indices"]
+    signals = by_hand(model, name, inputs, prompt.trace.layers(3)[1]["first"])
     assert METHODS[spec].prune(signals, len(kept)).index_BK[0].tolist() == kept
 
 
@@ -304,22 +304,22 @@ def test_the_main_job_prunes_between_layers_and_tells_each_layers_rows(loaded, h
     model, processor = loaded[name]
     before = left_on(model)
     images = [home / "a.png", home / "b.png"]
-    said = generate(
+    answer = generate(
         model, processor, "w7 w9", images, pruner=spec, keep_ratio=0.6, max_tokens=5,
         host_options={"prefill_step_size": 6},
     )  # fmt: skip
     assert left_on(model) == before
-    assert len(said.token_ids) == 5 and said.positions == plan(spec).positions
-    assert said.layers[0]["first"] == 0 and said.layers[-1]["last"] == 2
+    assert len(answer.token_ids) == 5 and answer.positions == plan(spec).positions
+    assert answer.layers[0]["first"] == 0 and answer.layers[-1]["last"] == 2
     held = [
-        run["visual_tokens"] for run in said.layers for _ in range(run["first"], run["last"] + 1)
+        run["visual_tokens"] for run in answer.layers for _ in range(run["first"], run["last"] + 1)
     ]
-    assert said.visual_tokens_kept == round(sum(held) / 3) <= 0.6 * said.visual_tokens
-    assert said.kept_indices == said.layers[-1]["kept_indices"]
-    rows_held = 3 * (said.prompt_tokens - said.visual_tokens) + sum(held)
-    assert said.cache_bytes == rows_held * 2 * 2 * 16 * 4  # key and value, heads, float32
-    assert said.ttft_ms["pruner"] > 0 or spec == "vtw"
-    assert said.overlay().size[0] > 600
+    assert answer.visual_tokens_kept == round(sum(held) / 3) <= 0.6 * answer.visual_tokens
+    assert answer.kept_indices == answer.layers[-1]["kept_indices"]
+    rows_held = 3 * (answer.prompt_tokens - answer.visual_tokens) + sum(held)
+    assert answer.cache_bytes == rows_held * 2 * 2 * 16 * 4  # key and value, heads, float32
+    assert answer.ttft_ms["pruner"] > 0 or spec == "vtw"
+    assert answer.overlay().size[0] > 600
 
 
 def test_a_cache_that_is_ahead_stays_so_when_it_is_quantised():

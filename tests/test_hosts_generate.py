@@ -51,21 +51,23 @@ def test_what_is_not_pruned_is_computed_and_timed_in_one_go_as_mlx_vlm_has_it(ho
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_command_prunes_and_tells_every_figure(home, name, capsys):
-    file, picture = home / "told.json", home / "kept.png"
+    file, picture = home / "figures.json", home / "kept.png"
     budget = ["--pruner", "vispruner", "--keep-ratio", "0.25", "--prefill-step-size", "4"]
     main(command(home, name, *budget, "--json", str(file), "--overlay", str(picture)))
-    shown, told = capsys.readouterr(), json.loads(file.read_text())
+    shown, figures = capsys.readouterr(), json.loads(file.read_text())
     sizes = [16, 16] if name == "llava" else [9, 8]
-    assert told["visual_tokens"] == sum(sizes)
-    assert [len(image) for image in told["kept_indices"]] == [n // 4 for n in sizes]
-    assert told["visual_tokens_kept"] == sum(n // 4 for n in sizes)
-    assert told["positions"] == ("renumber" if name == "llava" else "keep")
-    parts = sum(told["ttft_ms"][part] for part in ("image", "vision", "pruner", "prefill"))
-    assert parts == pytest.approx(told["ttft_ms"]["total"]) and told["ttft_ms"]["vision"] > 0
-    assert told["text"] in shown.out and "Visual tokens:" in shown.out
+    assert figures["visual_tokens"] == sum(sizes)
+    assert [len(image) for image in figures["kept_indices"]] == [n // 4 for n in sizes]
+    assert figures["visual_tokens_kept"] == sum(n // 4 for n in sizes)
+    assert figures["positions"] == ("renumber" if name == "llava" else "keep")
+    parts = sum(figures["ttft_ms"][part] for part in ("image", "vision", "pruner", "prefill"))
+    assert parts == pytest.approx(figures["ttft_ms"]["total"]) and figures["ttft_ms"]["vision"] > 0
+    assert figures["text"] in shown.out and "Visual tokens:" in shown.out
     assert "importing mlx-vlm" in shown.err
-    rows = told["prompt_tokens"]
-    assert told["cache_bytes"] == rows * 3 * 2 * 2 * 16 * 4  # layers, key and value, heads, float32
+    rows = figures["prompt_tokens"]
+    assert (
+        figures["cache_bytes"] == rows * 3 * 2 * 2 * 16 * 4
+    )  # layers, key and value, heads
     assert Image.open(picture).size[0] > 600
 
 
@@ -235,8 +237,8 @@ def test_a_mistake_ends_in_one_sentence(home, capsys, more, sentence):
 
 
 def test_a_models_own_mark_of_an_image_is_left_to_its_template(home, capsys):
-    asked = command(home, "qwen2_5_vl", "--prompt", "w7 <|image_pad|> w9")
-    assert "leave <|image_pad|> out of the prompt" in refused(capsys, asked)
+    arguments = command(home, "qwen2_5_vl", "--prompt", "w7 <|image_pad|> w9")
+    assert "leave <|image_pad|> out of the prompt" in refused(capsys, arguments)
 
 
 @pytest.mark.parametrize(

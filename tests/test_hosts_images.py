@@ -31,17 +31,17 @@ def test_crops_of_any_resolution_stand_in_one_block_in_place_of_the_first_placeh
     model, inputs = models("llava_next"), prompt(models, "llava_next")
     chosen = iter([[2, 9], [0], [4, 5, 15]])
     keeping(monkeypatch, lambda signals, K: kept(next(chosen)))
-    said = reduced(model, inputs, "norm", 0.125)
-    assert said.arguments["input_ids"].tolist() == [[3, 9, 4, IMAGE, 5, 8, 2, 30]]
+    pruned = reduced(model, inputs, "norm", 0.125)
+    assert pruned.arguments["input_ids"].tolist() == [[3, 9, 4, IMAGE, 5, 8, 2, 30]]
     full, _ = KINDS["llava_next"].full(model, inputs)
     block = np.concatenate(
         [np.array(full[v])[i] for v, i in ((0, [2, 9]), (1, [0]), (2, [4, 5, 15]))]
     )
     np.testing.assert_allclose(
-        np.array(said.arguments["cached_image_features"][0]), block, atol=1e-5
+        np.array(pruned.arguments["cached_image_features"][0]), block, atol=1e-5
     )
-    assert said.length == 7 + 6
-    assert [view.image for view in said.views] == [0, 0, 0]
+    assert pruned.length == 7 + 6
+    assert [view.image for view in pruned.views] == [0, 0, 0]
 
 
 def test_without_pruning_the_newlines_behind_the_crops_stay_as_mlx_vlm_puts_them(models):
@@ -55,8 +55,8 @@ def test_tiles_belong_to_the_image_whose_whole_picture_ends_them(models, monkeyp
     """Two tiles and a whole, then an image that was not cut."""
     tile, whole = [50, *[IMAGE] * 4], [51, *[IMAGE] * 4]
     ids = [3, *tile, *tile, *whole, 7, *whole, 5]
-    made = PreparedInputs(ids, mx.ones((1, len(ids))), mx.zeros((1, 4, 3, 56, 56)), 2)
-    monkeypatch.setattr(Host, "prepare", lambda *_: made)
+    prepared = PreparedInputs(ids, mx.ones((1, len(ids))), mx.zeros((1, 4, 3, 56, 56)), 2)
+    monkeypatch.setattr(Host, "prepare", lambda *_: prepared)
 
     class Processor:
         class tokenizer:

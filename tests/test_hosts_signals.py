@@ -67,11 +67,10 @@ def test_received_attention_is_put_back_in_rows_and_pooled_by_the_merger(models,
     begin = 0
     for view in views:
         h, w = (2 * n for n in view.signals.grid)
-        own = slice(begin, begin + h * w)
-        for place, column in zip(home_S[own], attention_HSS[:, own].mean(0).mean(0)[own],
-                                 strict=True):  # fmt: skip
-            received_S[begin + place] = column
-        patches = received_S[own].reshape(h // 2, 2, w // 2, 2)
+        image = slice(begin, begin + h * w)
+        column_S = attention_HSS[:, image].mean(axis=(0, 1))
+        received_S[begin + np.array(home_S[image])] = column_S[image]
+        patches = received_S[image].reshape(h // 2, 2, w // 2, 2)
         np.testing.assert_allclose(
             np.array(view.signals.received_attention_BN[0]), patches.mean((1, 3)).ravel(), atol=1e-6
         )

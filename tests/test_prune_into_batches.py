@@ -67,9 +67,9 @@ def queue(batch: Any, model: Any, inputs: PreparedInputs) -> int:
     """As mlx-vlm's server does."""
     from mlx_vlm.apc import semantic_extra_hash
 
-    own = embedded(model, inputs)
-    own["_apc_semantic_hash"] = semantic_extra_hash(image_hash=1, model=model.language_model)
-    (uid,) = batch.insert([inputs.ids], prompt_kwargs=[own])
+    arguments = embedded(model, inputs)
+    arguments["_apc_semantic_hash"] = semantic_extra_hash(image_hash=1, model=model.language_model)
+    (uid,) = batch.insert([inputs.ids], prompt_kwargs=[arguments])
     return uid
 
 
@@ -81,11 +81,11 @@ def embedded(model: Any, inputs: PreparedInputs) -> dict[str, Any]:
     return {**extra, **{k: x for k, x in features.to_dict().items() if x is not None}}
 
 
-def read(batch: Any, said: dict[int, list[tuple[int, float]]], steps: int | None = None) -> None:
+def read(batch: Any, answers: dict[int, list[tuple[int, float]]], steps: int | None = None) -> None:
     """Go on by so many steps, or to the end."""
     while batch.has_work and steps != 0:
         for piece in batch.next()[1]:
-            said.setdefault(piece.uid, []).append((piece.token, piece.token_logprob))
+            answers.setdefault(piece.uid, []).append((piece.token, piece.token_logprob))
         steps = None if steps is None else steps - 1
 
 
@@ -93,11 +93,11 @@ def together(
     model: Any, prompts: list[PreparedInputs], **options: Any
 ) -> list[list[tuple[int, float]]]:
     """Tokens and log probabilities of each prompt, all read at once."""
-    batch, said = engine(model, **options), dict[int, list[tuple[int, float]]]()
+    batch, answers = engine(model, **options), dict[int, list[tuple[int, float]]]()
     uids = [queue(batch, model, inputs) for inputs in prompts]
-    read(batch, said)
+    read(batch, answers)
     batch.close()
-    return [said[uid] for uid in uids]
+    return [answers[uid] for uid in uids]
 
 
 def alone(model: Any, inputs: PreparedInputs, spec: str = "divprune") -> Answer:
@@ -107,11 +107,11 @@ def alone(model: Any, inputs: PreparedInputs, spec: str = "divprune") -> Answer:
     return stock(model, inputs)
 
 
-def same(said: list[tuple[int, float]], expected: Answer) -> None:
+def same(answer: list[tuple[int, float]], expected: Answer) -> None:
     tokens, odds_TV = expected
-    assert [token for token, _ in said] == tokens[:TOKENS]
-    wanted = odds_TV[np.arange(len(said)), tokens[: len(said)]]
-    np.testing.assert_allclose([odds for _, odds in said], wanted, rtol=0, atol=1e-4)
+    assert [token for token, _ in answer] == tokens[:TOKENS]
+    wanted = odds_TV[np.arange(len(answer)), tokens[: len(answer)]]
+    np.testing.assert_allclose([odds for _, odds in answer], wanted, rtol=0, atol=1e-4)
 
 
 def words(*ids: int) -> PreparedInputs:
@@ -134,24 +134,24 @@ def prompts_of(kind: str, model: Any) -> list[PreparedInputs]:
 def test_prompts_read_at_once_answer_as_alone_pruned_or_not(load, kind, step):
     whole = load(kind)
     prompts = prompts_of(kind, whole)
-    told = together(load(f"{kind}-pruned"), prompts, prefill_step_size=step)
-    for said, inputs in zip(told, prompts, strict=True):
-        same(said, alone(whole, inputs))
+    answers = together(load(f"{kind}-pruned"), prompts, prefill_step_size=step)
+    for answer, inputs in zip(answers, prompts, strict=True):
+        same(answer, alone(whole, inputs))
 
 
 @pytest.mark.parametrize("kind", UNEQUAL)
 def test_a_prompt_that_joins_another_answers_as_alone(load, kind):
     whole, model = load(kind), load(f"{kind}-pruned")
-    batch, said, prompts = engine(model), {}, prompts_of(kind, whole)
+    batch, answers, prompts = engine(model), {}, prompts_of(kind, whole)
     uids = []
     for inputs in reversed(prompts):
-        assert not uids or 0 < len(said[uids[0]]) < TOKENS  # the first is still going on
+        assert not uids or 0 < len(answers[uids[0]]) < TOKENS  # the first is still going on
         uids.append(queue(batch, model, inputs))
-        read(batch, said, 3 if len(uids) == 1 else 1)
-    read(batch, said)
+        read(batch, answers, 3 if len(uids) == 1 else 1)
+    read(batch, answers)
     batch.close()
     for uid, inputs in zip(uids, reversed(prompts), strict=True):
-        same(said[uid], alone(whole, inputs))
+        same(answers[uid], alone(whole, inputs))
 
 
 @pytest.mark.parametrize("kind", ["llava", *QWEN])
@@ -160,8 +160,8 @@ def test_so_do_prompts_pruned_by_what_the_tower_attends_to(home, load, kind):
     prune_into(home / kind, home / name, "received_attention", RATIO, None)
     whole = load(kind)
     prompts = prompts_of(kind, whole)
-    for said, inputs in zip(together(load(name), prompts), prompts, strict=True):
-        same(said, alone(whole, inputs, "received_attention"))
+    for answer, inputs in zip(together(load(name), prompts), prompts, strict=True):
+        same(answer, alone(whole, inputs, "received_attention"))
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
@@ -174,8 +174,8 @@ def test_a_cache_that_does_not_hear_of_the_rows_that_are_gone_would_not_pass(
     prompts = prompts_of(kind, whole)
     monkeypatch.setattr(BatchKVCache, "prepare", lambda self, **_: None)
     with pytest.raises(AssertionError, match=r"Not equal to tolerance|assert"):
-        for said, inputs in zip(together(model, prompts), prompts, strict=True):
-            same(said, alone(whole, inputs))
+        for answer, inputs in zip(together(model, prompts), prompts, strict=True):
+            same(answer, alone(whole, inputs))
 
 
 def test_what_forgets_to_pass_over_rows_gets_nan_and_no_answer(load):
@@ -198,29 +198,29 @@ def test_the_nan_of_an_image_reaches_its_own_answer_and_no_other(load, kind):
     dark = replace(one, pixels=mx.full(one.pixels.shape, mx.nan, one.pixels.dtype))
     with pytest.raises(UserError, match="the vision tower gave NaN"):
         embedded(model, dark)
-    own, text_own = embedded(model, one), embedded(model, text)
-    x_1LD, visual_L = mx.array(own["inputs_embeds"]), np.array(one.ids) == IMAGE
+    arguments, text_arguments = embedded(model, one), embedded(model, text)
+    x_1LD, visual_L = mx.array(arguments["inputs_embeds"]), np.array(one.ids) == IMAGE
     there = np.flatnonzero(visual_L & ~np.isnan(np.array(x_1LD[0, :, 0])))
     assert 0 < len(there) < visual_L.sum()
     x_1LD[0, int(there[0])] = mx.nan
-    own["inputs_embeds"] = x_1LD
+    arguments["inputs_embeds"] = x_1LD
     cache = make_prompt_cache(model.language_model)
-    out = model.language_model(mx.array(one.ids)[None], **own, cache=cache)
+    out = model.language_model(mx.array(one.ids)[None], **arguments, cache=cache)
     assert np.isnan(np.array(out.logits[0, -1])).all()
-    batch, said = engine(model), dict[int, list[tuple[int, float]]]()
-    uids = batch.insert([one.ids, text.ids], prompt_kwargs=[own, text_own])
-    read(batch, said)
+    batch, answers = engine(model), dict[int, list[tuple[int, float]]]()
+    uids = batch.insert([one.ids, text.ids], prompt_kwargs=[arguments, text_arguments])
+    read(batch, answers)
     batch.close()
-    assert np.isnan([odds for _, odds in said[uids[0]]]).all()
-    same(said[uids[1]], alone(whole, text))
+    assert np.isnan([odds for _, odds in answers[uids[0]]]).all()
+    same(answers[uids[1]], alone(whole, text))
 
 
 @pytest.mark.parametrize("kind", QWEN)
 def test_a_video_that_is_read_whole_shares_a_batch_with_a_pruned_image(load, kind):
     whole, model = load(kind), load(f"{kind}-pruned")
     prompts = [inputs_of(kind, whole, 1), video(), words(7, 3, 5, 11)]
-    for said, inputs in zip(together(model, prompts), prompts, strict=True):
-        same(said, alone(whole, inputs))
+    for answer, inputs in zip(together(model, prompts), prompts, strict=True):
+        same(answer, alone(whole, inputs))
 
 
 @pytest.mark.parametrize("kind", ["fastvlm", "llava_next", "paligemma"])
@@ -230,10 +230,10 @@ def test_other_prompts_share_a_batch_when_those_of_the_whole_model_can(load, kin
     for name in (kind, f"{kind}-pruned"):
         model = load(name)
         (expected,) = together(model, [inputs])
-        for said in together(model, [inputs] * 2):
-            assert [token for token, _ in said] == [token for token, _ in expected]
+        for answer in together(model, [inputs] * 2):
+            assert [token for token, _ in answer] == [token for token, _ in expected]
             wanted = [odds for _, odds in expected]
-            np.testing.assert_allclose([odds for _, odds in said], wanted, rtol=0, atol=1e-4)
+            np.testing.assert_allclose([odds for _, odds in answer], wanted, rtol=0, atol=1e-4)
         if kind == "paligemma":
             with pytest.raises(ValueError, match=r"dimensions must match|only when equally long"):
                 together(model, [inputs, longer(inputs)])
@@ -291,10 +291,10 @@ def test_a_turn_that_could_go_on_from_the_last_ones_cache_answers_as_a_fresh_one
             ids = [*first.ids, *more]
             inputs = replace(first, ids=ids, mask_1L=mx.ones((1, len(ids)), mx.int32))
             fresh, _ = turn(model, processor, inputs)
-            said, found = turn(model, processor, inputs, prompt_cache_state=state)
-            assert said[0] == fresh[0]
-            np.testing.assert_allclose(said[1], fresh[1], rtol=0, atol=1e-4)
-            cached[name] += found
+            answer, cached_tokens = turn(model, processor, inputs, prompt_cache_state=state)
+            assert answer[0] == fresh[0]
+            np.testing.assert_allclose(answer[1], fresh[1], rtol=0, atol=1e-4)
+            cached[name] += cached_tokens
     assert cached[kind] > 0 == cached[f"{kind}-{file}"]  # a whole model's rows are read again
 
 
@@ -304,13 +304,13 @@ def test_mlx_vlms_batch_generate_prunes(desk, kind):
     from mlx_vlm.generate import batch_generate
 
     images = [str(desk / f"{letter}.png") for letter in "aba"]  # two of a shape share a batch
-    asked, options = ["w7 w9", "w3", "w4 w5 w6", "w8"], {"max_tokens": TOKENS}
+    questions, options = ["w7 w9", "w3", "w4 w5 w6", "w8"], {"max_tokens": TOKENS}
     whole, model = load_ours(desk / kind), load_theirs(str(desk / f"{kind}-pruned"))
     expected = [
         generate(*whole, question, image, pruner="divprune", keep_ratio=RATIO, **options).text
-        for question, image in zip(asked, [*images, None], strict=True)
+        for question, image in zip(questions, [*images, None], strict=True)
     ]
-    answers = batch_generate(*model, images=images, prompts=asked, **options)
+    answers = batch_generate(*model, images=images, prompts=questions, **options)
     assert [text.strip() for text in answers.texts] == [text.strip() for text in expected]
     report = model[0].pruning_report
     assert len(report.prompts) == 3 and report.kept < report.total

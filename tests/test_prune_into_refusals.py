@@ -12,10 +12,10 @@ from mlx_vlm_prune.hosts import pruned_folder as into
 @pytest.fixture
 def source(tmp_path) -> Path:
     """A folder as far as it is read."""
-    return made(tmp_path / "source", {"model_type": "llava"})
+    return write_folder(tmp_path / "source", {"model_type": "llava"})
 
 
-def made(folder: Path, config: dict) -> Path:
+def write_folder(folder: Path, config: dict) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "model.safetensors").write_bytes(b"weights, never read here")
@@ -26,10 +26,10 @@ def refused(capsys, *words) -> str:
     """The one sentence."""
     with pytest.raises(SystemExit) as end:
         main(["prune-into", *map(str, words)])
-    told = capsys.readouterr()
-    assert end.value.code == 2 and not told.out
-    assert told.err.startswith("error: ") and told.err.count("\n") == 1
-    return told.err
+    captured = capsys.readouterr()
+    assert end.value.code == 2 and not captured.out
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
 
 
 NORM = ("--pruner", "norm", "--keep-ratio", "0.5")
@@ -37,7 +37,7 @@ BUDGET = ("--keep-ratio", "0.5")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "sentence"),
     [
         (["--pruner", "divprun", *BUDGET], "did you mean divprune"),
         (["--pruner", "norm:seed=1", *BUDGET], "norm has no option 'seed'"),
@@ -59,13 +59,13 @@ BUDGET = ("--keep-ratio", "0.5")
         (BUDGET, "--pruner"),
     ],
 )
-def test_what_cannot_be_asked(source, tmp_path, capsys, words, said):
-    assert said in refused(capsys, source, tmp_path / "new", *words)
+def test_what_cannot_be_asked(source, tmp_path, capsys, words, sentence):
+    assert sentence in refused(capsys, source, tmp_path / "new", *words)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "sentence"),
     [
         ({"model_type": "mllama"}, "it reads images by cross-attention"),
         ({"model_type": "unheard_of"}, "is a unheard_of model; prune-into knows mlx-vlm's llava"),
@@ -78,14 +78,14 @@ def test_what_cannot_be_asked(source, tmp_path, capsys, words, said):
         ({"model_type": "smolvlm"}, "tokenizer.json"),
     ],
 )
-def test_what_cannot_be_pruned(tmp_path, capsys, config, said):
-    folder = made(tmp_path / "source", config)
-    assert said in refused(capsys, folder, tmp_path / "new", *NORM)
+def test_what_cannot_be_pruned(tmp_path, capsys, config, sentence):
+    folder = write_folder(tmp_path / "source", config)
+    assert sentence in refused(capsys, folder, tmp_path / "new", *NORM)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
 
 
 def test_a_tokenizer_that_does_not_mark_the_last_tile(tmp_path, capsys):
-    folder = made(tmp_path / "source", {"model_type": "idefics3"})
+    folder = write_folder(tmp_path / "source", {"model_type": "idefics3"})
     (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 1, "content": "<x>"}]}')
     assert "has no <global-img>" in refused(capsys, folder, tmp_path / "new", *NORM)
 
@@ -102,13 +102,13 @@ def test_folders_that_are_not_there_or_hold_no_model(tmp_path, capsys):
 
 
 def test_nothing_is_overwritten(source, tmp_path, capsys):
-    there = tmp_path / "there"
-    there.mkdir()
-    (there / "mine.txt").write_text("mine")
-    assert "exists already" in refused(capsys, source, there, *NORM)
+    existing = tmp_path / "there"
+    existing.mkdir()
+    (existing / "mine.txt").write_text("mine")
+    assert "exists already" in refused(capsys, source, existing, *NORM)
     assert "exists already" in refused(capsys, source, source, *NORM)
     assert "there is no folder" in refused(capsys, source, tmp_path / "a" / "b", *NORM)
-    assert [p.name for p in there.iterdir()] == ["mine.txt"]
+    assert [p.name for p in existing.iterdir()] == ["mine.txt"]
     assert "lies inside" in refused(capsys, source, source / "inside", *NORM)
     assert not (source / "inside").exists()
 
@@ -129,14 +129,14 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("pruner", ["divprune", "visionzip"])
 @pytest.mark.parametrize(
     ("option", "needs"),
-    [((), "it needs mlx_vlm_prune, where it is run"), (("--vendor",), "it runs the copy of")],
+    [((), "it needs mlx_vlm_prune where it is run"), (("--vendor",), "it runs the copy of")],
 )
 def test_it_says_what_was_written_and_that_it_will_be_executed(
     source, tmp_path, capsys, pruner, option, needs
 ):
     main(["prune-into", str(source), str(tmp_path / "new"), "--pruner", pruner, *BUDGET, *option])
-    told = capsys.readouterr().out
-    assert f"keeps 0.5 of an image's visual tokens by {pruner}" in told and needs in told
-    assert "warning: mlx-vlm executes pruned.py whenever it loads this folder" in told
+    output = capsys.readouterr().out
+    assert f"keeps 0.5 of an image's visual tokens by {pruner}" in output and needs in output
+    assert "warning: mlx-vlm executes pruned.py whenever it loads this folder" in output
     assert (tmp_path / "new" / "pruned.py").is_file()
     assert (tmp_path / "new" / "mlx_vlm_prune").is_dir() is bool(option)

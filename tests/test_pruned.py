@@ -35,13 +35,13 @@ def several(name: str) -> int:
 
 def by_view(name: str, kept_indices: list[list[int]]) -> list[list[int]]:
     """An image's tokens, picture by picture of its tiles."""
-    grids, found = iter(KINDS[name].grids), []
+    grids, by_picture = iter(KINDS[name].grids), []
     for tiles, index in zip(KINDS[name].tiles, kept_indices, strict=False):
         begin = 0
         for h, w in (next(grids) for _ in range(tiles)):
-            found.append([i - begin for i in index if begin <= i < begin + h * w])
+            by_picture.append([i - begin for i in index if begin <= i < begin + h * w])
             begin += h * w
-    return found
+    return by_picture
 
 
 def held(model: Any) -> list[Any]:

@@ -131,9 +131,9 @@ def test_a_new_question_chooses_anew_without_the_tower(models, name, monkeypatch
     expected = report.prompts[-1].kept_indices
     encoded, real = [], tower_cache.encode_images
 
-    def counted(*told: Any) -> Any:
-        encoded.append(told)
-        return real(*told)
+    def counted(*arguments: Any) -> Any:
+        encoded.append(arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(tower_cache, "encode_images", counted)
     with pruned(model, "mmtok", keep_ratio=0.25) as report:

@@ -55,17 +55,17 @@ def batch(
         prefill_batch_size=at_once or len(prompts), completion_batch_size=len(prompts), **options,
     )  # fmt: skip
     uids = []
-    for told in prompts:
-        ids_1L, more = mx.array(told.ids)[None], dict(told.extra)
-        found = model.get_input_embeddings(ids_1L, told.pixels, mask=told.mask_1L, **more)
-        more |= {name: value for name, value in found.to_dict().items() if value is not None}
-        uids += engine.insert([told.ids], max_tokens=TOKENS, prompt_kwargs=[more])
-    said: dict[int, list[tuple[int, float]]] = {uid: [] for uid in uids}
+    for inputs in prompts:
+        ids_1L, more = mx.array(inputs.ids)[None], dict(inputs.extra)
+        features = model.get_input_embeddings(ids_1L, inputs.pixels, mask=inputs.mask_1L, **more)
+        more |= {name: value for name, value in features.to_dict().items() if value is not None}
+        uids += engine.insert([inputs.ids], max_tokens=TOKENS, prompt_kwargs=[more])
+    answers: dict[int, list[tuple[int, float]]] = {uid: [] for uid in uids}
     while engine.has_work:
-        for one in engine.next()[1]:
-            said[one.uid].append((one.token, one.token_logprob))
+        for piece in engine.next()[1]:
+            answers[piece.uid].append((piece.token, piece.token_logprob))
     engine.close()
-    return [said[uid] for uid in uids]
+    return [answers[uid] for uid in uids]
 
 
 def words(*ids: int) -> PreparedInputs:
@@ -81,13 +81,13 @@ def prompts_of(model: Any, name: str) -> list[PreparedInputs]:
 
 
 def check_batch(
-    models, name: str, told, prompts: list[PreparedInputs], kept: list[list[list[int]]]
+    models, name: str, answers, prompts: list[PreparedInputs], kept: list[list[list[int]]]
 ):
-    for said, inputs, own in zip(told, prompts, kept, strict=True):
-        tokens, odds = reference(models, name, inputs, own)
-        assert [token for token, _ in said] == tokens
+    for answer, inputs, kept_indices in zip(answers, prompts, kept, strict=True):
+        tokens, odds = reference(models, name, inputs, kept_indices)
+        assert [token for token, _ in answer] == tokens
         expected = [odds[i, token] for i, token in enumerate(tokens)]
-        np.testing.assert_allclose([p for _, p in said], expected, rtol=0, atol=1e-4)
+        np.testing.assert_allclose([p for _, p in answer], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("step", [3, 2048], ids=["chunked", "default"])
@@ -96,9 +96,9 @@ def test_in_a_batch_every_prompt_answers_as_if_alone_pruned_or_not(models, name,
     model = models(name)
     prompts = prompts_of(model, name)
     with pruned(model, "vispruner", keep_ratio=0.4) as report:
-        told = batch(model, prompts, prefill_step_size=step)
+        answers = batch(model, prompts, prefill_step_size=step)
     one, both = (by_view(name, prompt.kept_indices) for prompt in report.prompts)
-    check_batch(models, name, told, prompts, [one, [], both])
+    check_batch(models, name, answers, prompts, [one, [], both])
 
 
 @pytest.mark.parametrize("name", BATCHED)
@@ -106,9 +106,9 @@ def test_a_prompt_may_join_a_batch_that_is_answering_already(models, name):
     model = models(name)
     prompts = prompts_of(model, name)
     with pruned(model, "vispruner", keep_ratio=0.4) as report:
-        told = batch(model, prompts, at_once=1)
+        answers = batch(model, prompts, at_once=1)
     one, both = (by_view(name, prompt.kept_indices) for prompt in report.prompts)
-    check_batch(models, name, told, prompts, [one, [], both])
+    check_batch(models, name, answers, prompts, [one, [], both])
 
 
 def test_in_a_batch_an_image_may_stay_whole_beside_pruned_ones(models):
@@ -116,11 +116,11 @@ def test_in_a_batch_an_image_may_stay_whole_beside_pruned_ones(models):
     model, name = models("qwen2_5_vl"), "qwen2_5_vl"
     prompts = prompts_of(model, name)
     with pruned(model, "norm", keep_tokens=12) as report:
-        told = batch(model, prompts)
+        answers = batch(model, prompts)
     assert [prompt.kept for prompt in report.prompts] == [[12], [12, 12]]
     assert [prompt.total for prompt in report.prompts] == [[24], [24, 12]]
     one, both = (prompt.kept_indices for prompt in report.prompts)
-    check_batch(models, name, told, prompts, [one, [], both])
+    check_batch(models, name, answers, prompts, [one, [], both])
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "idefics3", "pixtral"])
@@ -149,12 +149,12 @@ def test_padded_prompts_are_taken_apart(models, name):
         ).inputs_embeds
     full, _ = kind.full(model, inputs)
     for x_LD, row, image, prompt in zip(x_BLD, rows, full, report.prompts, strict=False):
-        there = np.array(x_LD)[L - len(row) :]
-        there = there[~np.isnan(there[:, 0])]
-        (own,) = prompt.kept_indices
-        kept = np.array(image)[own]
+        kept_rows = np.array(x_LD)[L - len(row) :]
+        kept_rows = kept_rows[~np.isnan(kept_rows[:, 0])]
+        (index,) = prompt.kept_indices
+        kept = np.array(image)[index]
         at = next(i for i, token in enumerate(row) if token == IMAGE)
-        np.testing.assert_allclose(there[at : at + len(own)], kept, atol=1e-5)
+        np.testing.assert_allclose(kept_rows[at : at + len(index)], kept, atol=1e-5)
     assert not np.isnan(np.array(x_BLD[2])).any() and len(report.prompts) == 2
 
 
@@ -179,12 +179,12 @@ def test_mlx_vlms_own_generate_answers_as_ours_does(loaded, home, name):
     budget = {"keep_ratio": 0.3}
     ours = generate(model, processor, QUESTION, images, pruner="vispruner", max_tokens=6, **budget)
     with pruned(model, "vispruner", **budget) as report:
-        said = theirs(model, processor, text, image=images, max_tokens=6, temperature=0.0)
-    assert (said.text, said.token_ids) == (ours.text, ours.token_ids)
+        answer = theirs(model, processor, text, image=images, max_tokens=6, temperature=0.0)
+    assert (answer.text, answer.token_ids) == (ours.text, ours.token_ids)
     (prompt,) = report.prompts
     assert prompt.kept_indices == ours.kept_indices
     assert (report.kept, report.total) == (ours.visual_tokens_kept, ours.visual_tokens)
-    assert prompt.rows == (said.prompt_tokens, ours.prompt_tokens)
+    assert prompt.rows == (answer.prompt_tokens, ours.prompt_tokens)
     assert prompt.seconds["vision"] > 0 and prompt.seconds["pruner"] > 0
     assert str(report) == "Visual tokens: 17 -> 4 (76.5% pruned)"
 
@@ -195,15 +195,15 @@ def test_mlx_vlms_batch_generate_prunes(loaded, home, name):
 
     model, processor = loaded[name]
     images = [str(home / f"{letter}.png") for letter in "aba"]  # two of a shape share a batch
-    asked = [QUESTION, "w3", "w4 w5 w6", "w8"]
-    told = dict(pruner="vispruner", keep_ratio=0.3, max_tokens=6)
+    questions = [QUESTION, "w3", "w4 w5 w6", "w8"]
+    options = dict(pruner="vispruner", keep_ratio=0.3, max_tokens=6)
     ours = [
-        generate(model, processor, question, image, **told).text
-        for question, image in zip(asked, [*images, None], strict=True)
+        generate(model, processor, question, image, **options).text
+        for question, image in zip(questions, [*images, None], strict=True)
     ]
     with pruned(model, "vispruner", keep_ratio=0.3) as report:
-        said = batch_generate(model, processor, images=images, prompts=asked, max_tokens=6)
-    assert [text.strip() for text in said.texts] == [text.strip() for text in ours]
+        answers = batch_generate(model, processor, images=images, prompts=questions, max_tokens=6)
+    assert [text.strip() for text in answers.texts] == [text.strip() for text in ours]
     assert len(report.prompts) == 3 and report.kept < report.total
 
 
@@ -261,16 +261,18 @@ def test_mlx_vlms_server_is_given_pruned_prompts(models):
     from mlx_vlm.server.generation import ResponseGenerator
     from mlx_vlm.vision_cache import VisionFeatureCache
 
-    model, seen = models("qwen2_5_vl"), VisionFeatureCache()
+    model, vision_cache = models("qwen2_5_vl"), VisionFeatureCache()
     inputs = KINDS["qwen2_5_vl"].inputs(model, 1)
-    server = SimpleNamespace(model=model, vision_cache=seen)
+    server = SimpleNamespace(model=model, vision_cache=vision_cache)
     ids_1L = mx.array(inputs.ids)[None]
-    asked = {"input_ids": ids_1L, "pixel_values": inputs.pixels, "attention_mask": inputs.mask_1L}
+    request = {"input_ids": ids_1L, "pixel_values": inputs.pixels, "attention_mask": inputs.mask_1L}
     with pruned(model, "norm", keep_ratio=0.25) as report:
-        ids, told = ResponseGenerator._gpu_embed(server, asked | dict(inputs.extra), ["a.png"])
-    gone = np.isnan(np.array(told["inputs_embeds"][0, :, 0]))
-    assert ids.tolist() == [inputs.ids] and gone.sum() == 24 - 6
-    assert report.prompts[-1].kept == [6] and not len(seen)
+        ids, arguments = ResponseGenerator._gpu_embed(
+            server, request | dict(inputs.extra), ["a.png"]
+        )
+    is_dropped = np.isnan(np.array(arguments["inputs_embeds"][0, :, 0]))
+    assert ids.tolist() == [inputs.ids] and is_dropped.sum() == 24 - 6
+    assert report.prompts[-1].kept == [6] and not len(vision_cache)
 
 
 def test_prompts_that_see_their_own_end_share_a_batch_only_when_equally_long(models):

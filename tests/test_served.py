@@ -39,18 +39,23 @@ TOKENS = 6
 PATIENCE = 120  # seconds until a server must answer at all
 README = Path(__file__).resolve().parents[1] / "README.md"
 WORD = re.compile(r"\bw\d+\b")
-Said = list[float]  # log probabilities of an answer's tokens
+Logprobs = list[float]  # log probabilities of an answer's tokens
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """A question, and the name of a picture."""
 
     words: str
     picture: str | None = None
 
 
-ASKED = [Asked("w7 w9", "a"), Asked("w7 w9", "b"), Asked("w3 w11 w4 w8", "a"), Asked("w7 w9 w11")]
+QUESTIONS = [
+    Question("w7 w9", "a"),
+    Question("w7 w9", "b"),
+    Question("w3 w11 w4 w8", "a"),
+    Question("w7 w9 w11"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -74,20 +79,20 @@ class Server:
     model: str
     home: Path
 
-    def post(self, asked: Asked, **more: Any) -> dict[str, Any]:
+    def post(self, question: Question, **more: Any) -> dict[str, Any]:
         """The answer to a question as OpenAI's clients ask it, a picture as its bytes."""
-        content: list[dict[str, Any]] = [{"type": "text", "text": asked.words}]
-        if asked.picture:
-            png = base64.b64encode((self.home / f"{asked.picture}.png").read_bytes()).decode()
+        content: list[dict[str, Any]] = [{"type": "text", "text": question.words}]
+        if question.picture:
+            png = base64.b64encode((self.home / f"{question.picture}.png").read_bytes()).decode()
             link = {"url": f"data:image/png;base64,{png}"}
             content.insert(0, {"type": "image_url", "image_url": link})
-        told = {"model": self.model, "messages": [{"role": "user", "content": content}]}
-        told |= {"max_tokens": TOKENS, "temperature": 0, "logprobs": True, **more}
-        return json.loads(self.call("/v1/chat/completions", json.dumps(told).encode()))
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        body |= {"max_tokens": TOKENS, "temperature": 0, "logprobs": True, **more}
+        return json.loads(self.call("/v1/chat/completions", json.dumps(body).encode()))
 
     def call(self, path: str, body: bytes | None = None) -> bytes:
-        told = {"content-type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, told)
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, headers)
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with direct.open(request, timeout=PATIENCE) as answer:
@@ -95,13 +100,13 @@ class Server:
         except urllib.error.HTTPError as problem:
             raise AssertionError(f"{problem.code}: {problem.read().decode()}") from None
 
-    def said(self, asked: Asked) -> Said:
-        (choice,) = self.post(asked)["choices"]
+    def logprobs(self, question: Question) -> Logprobs:
+        (choice,) = self.post(question)["choices"]
         return [token["logprob"] for token in choice["logprobs"]["content"]]
 
-    def at_once(self, asked: list[Asked]) -> list[Said]:
-        with ThreadPoolExecutor(len(asked)) as people:
-            return list(people.map(self.said, asked))
+    def logprobs_at_once(self, questions: list[Question]) -> list[Logprobs]:
+        with ThreadPoolExecutor(len(questions)) as clients:
+            return list(clients.map(self.logprobs, questions))
 
     def wait(self, is_alive: Any) -> None:
         """Until it answers."""
@@ -126,9 +131,13 @@ def command(home: Path, name: str, **settings: str) -> Iterator[Server]:
     """As the README starts it."""
     server = Server(free_port(), str(home / name), home)
     (line,) = re.findall(r"```sh\n(.*?)\n```", README.read_text(encoding="utf-8"), re.S)
-    own = {"python": sys.executable, "my-vlm-pruned": server.model, "8080": str(server.port)}
-    words = [own.pop(word, word) for word in line.split()]
-    assert not own, f"the README's server needs {own}"
+    replacements = {
+        "python": sys.executable,
+        "my-vlm-pruned": server.model,
+        "8080": str(server.port),
+    }
+    words = [replacements.pop(word, word) for word in line.split()]
+    assert not replacements, f"the README's server needs {replacements}"
     with (home / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             words, cwd=home, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT
@@ -151,34 +160,36 @@ def folder_server(home) -> Iterator[Server]:
         yield server
 
 
-def expected(home: Path, whole: tuple[Any, Any], asked: Asked, method: str | None = METHOD) -> Said:
+def expected(
+    home: Path, whole: tuple[Any, Any], question: Question, method: str | None = METHOD
+) -> Logprobs:
     """Of mlx-vlm's `stream_generate`, in a block that prunes if there is a method."""
     from mlx_vlm import apply_chat_template, stream_generate
 
     model, processor = whole
-    picture = str(home / f"{asked.picture}.png") if asked.picture else None
-    text = apply_chat_template(processor, model.config, asked.words, num_images=bool(picture))
-    told = {"image": picture, "max_tokens": TOKENS, "temperature": 0.0}
+    picture = str(home / f"{question.picture}.png") if question.picture else None
+    text = apply_chat_template(processor, model.config, question.words, num_images=bool(picture))
+    options = {"image": picture, "max_tokens": TOKENS, "temperature": 0.0}
     with ExitStack() as block:
         if method:
             block.enter_context(pruned(model, method, keep_ratio=RATIO))
-        pieces = list(stream_generate(model, processor, text, **told))
+        pieces = list(stream_generate(model, processor, text, **options))
     # Of the last piece the token is that of the one before it.
     return [float(piece.logprobs[piece.token]) for piece in pieces[:TOKENS]]
 
 
-def same(said: Said, wanted: Said) -> None:
-    assert len(said) == len(wanted) == TOKENS
-    np.testing.assert_allclose(said, wanted, rtol=0, atol=1e-4)
+def same(logprobs: Logprobs, wanted: Logprobs) -> None:
+    assert len(logprobs) == len(wanted) == TOKENS
+    np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-4)
 
 
 def test_a_folder_that_prunes_is_served_pruned(folder_server, home, whole):
-    for asked in ASKED:
-        said = folder_server.said(asked)
-        same(said, expected(home, whole, asked))
-        if asked.picture:  # so something was pruned
-            assert np.abs(np.subtract(said, expected(home, whole, asked, None))).max() > 1e-3
-    assert folder_server.said(ASKED[0]) != folder_server.said(ASKED[1])
+    for question in QUESTIONS:
+        logprobs = folder_server.logprobs(question)
+        same(logprobs, expected(home, whole, question))
+        if question.picture:  # so something was pruned
+            assert np.abs(np.subtract(logprobs, expected(home, whole, question, None))).max() > 1e-3
+    assert folder_server.logprobs(QUESTIONS[0]) != folder_server.logprobs(QUESTIONS[1])
 
 
 def test_its_words_are_those_of_our_own_path_and_of_mlx_vlms_generate(folder_server, home, whole):
@@ -187,12 +198,12 @@ def test_its_words_are_those_of_our_own_path_and_of_mlx_vlms_generate(folder_ser
     from mlx_vlm.utils import load as load_theirs
 
     picture = str(home / "a.png")
-    told = {"pruner": METHOD, "keep_ratio": RATIO, "max_tokens": TOKENS}
-    ours = generate(*whole, "w7 w9", image=picture, **told)
+    options = {"pruner": METHOD, "keep_ratio": RATIO, "max_tokens": TOKENS}
+    ours = generate(*whole, "w7 w9", image=picture, **options)
     model, processor = load_theirs(str(home / "pruned"))
     text = apply_chat_template(processor, model.config, "w7 w9", num_images=1)
     alone = theirs(model, processor, text, image=picture, max_tokens=TOKENS, temperature=0.0)
-    answer = folder_server.post(Asked("w7 w9", "a"))
+    answer = folder_server.post(Question("w7 w9", "a"))
     (choice,) = answer["choices"]
     assert choice["message"]["content"].strip() == ours.text.strip() == alone.text.strip()
     assert ours.visual_tokens_kept < ours.visual_tokens
@@ -200,31 +211,35 @@ def test_its_words_are_those_of_our_own_path_and_of_mlx_vlms_generate(folder_ser
 
 
 def test_requests_that_come_together_are_answered_as_alone(folder_server, home, whole):
-    wanted = [expected(home, whole, asked) for asked in ASKED]
+    wanted = [expected(home, whole, question) for question in QUESTIONS]
     for order in ([0, 1, 2, 3], [3, 0], [1, 3, 0], [0, 1]):
-        for said, i in zip(folder_server.at_once([ASKED[i] for i in order]), order, strict=True):
-            same(said, wanted[i])
+        for logprobs, i in zip(
+            folder_server.logprobs_at_once([QUESTIONS[i] for i in order]), order, strict=True
+        ):
+            same(logprobs, wanted[i])
 
 
 def test_requests_join_one_that_is_being_answered(folder_server, home, whole):
     with ThreadPoolExecutor(1) as other:
-        long = other.submit(folder_server.post, ASKED[0], max_tokens=60)
-        for said, asked in zip(folder_server.at_once(ASKED), ASKED, strict=True):
-            same(said, expected(home, whole, asked))
+        long = other.submit(folder_server.post, QUESTIONS[0], max_tokens=60)
+        for logprobs, question in zip(
+            folder_server.logprobs_at_once(QUESTIONS), QUESTIONS, strict=True
+        ):
+            same(logprobs, expected(home, whole, question))
         (choice,) = long.result()["choices"]
     same([x["logprob"] for x in choice["logprobs"]["content"]][:TOKENS],
-         expected(home, whole, ASKED[0]))  # fmt: skip
+         expected(home, whole, QUESTIONS[0]))  # fmt: skip
 
 
 def test_a_streamed_answer_is_the_same(folder_server):
-    told = {"stream": True, "logprobs": False}
-    body = {"model": folder_server.model, "max_tokens": TOKENS, "temperature": 0, **told}
-    body["messages"] = [{"role": "user", "content": ASKED[3].words}]
+    options = {"stream": True, "logprobs": False}
+    body = {"model": folder_server.model, "max_tokens": TOKENS, "temperature": 0, **options}
+    body["messages"] = [{"role": "user", "content": QUESTIONS[3].words}]
     lines = folder_server.call("/v1/chat/completions", json.dumps(body).encode()).decode()
     pieces = [json.loads(line[6:]) for line in lines.splitlines() if line.startswith("data: {")]
     text = "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces
                    if piece["choices"])  # fmt: skip
-    assert text == folder_server.post(ASKED[3])["choices"][0]["message"]["content"] != ""
+    assert text == folder_server.post(QUESTIONS[3])["choices"][0]["message"]["content"] != ""
 
 
 def test_with_its_prefix_cache_on_nothing_stale_is_read(home, whole):
@@ -232,8 +247,8 @@ def test_with_its_prefix_cache_on_nothing_stale_is_read(home, whole):
     settings = {"APC_ENABLED": "1", "APC_BLOCK_SIZE": "4", "APC_DISK_ENABLED": "0"}
     with command(home, "attended", **settings) as server:
         assert json.loads(server.call("/health"))["apc_enabled"]
-        for asked in [*ASKED, Asked("w7 w9 w5 w3", "a"), *ASKED]:
-            same(server.said(asked), expected(home, whole, asked, "received_attention"))
+        for question in [*QUESTIONS, Question("w7 w9 w5 w3", "a"), *QUESTIONS]:
+            same(server.logprobs(question), expected(home, whole, question, "received_attention"))
         assert json.loads(server.call("/v1/cache/stats"))["lookups_hit"] == 0
 
 
@@ -245,27 +260,27 @@ def inside(home: Path) -> Iterator[Server]:
 
     server = Server(free_port(), str(home / KIND), home)
     model, _, _ = get_cached_model(server.model)
-    own = uvicorn.Server(uvicorn.Config(app, port=server.port, log_level="warning"))
+    app_server = uvicorn.Server(uvicorn.Config(app, port=server.port, log_level="warning"))
     with pruned(model, METHOD, keep_ratio=RATIO) as report:
-        thread = Thread(target=own.run, daemon=True)
+        thread = Thread(target=app_server.run, daemon=True)
         thread.start()
         try:
             server.wait(thread.is_alive)
             yield server
         finally:
-            own.should_exit = True
+            app_server.should_exit = True
             thread.join(PATIENCE)
             unload_model_sync()
     assert report.prompts and report.kept < report.total
 
 
 def test_in_a_block_the_server_prunes(home, whole):
-    wanted = [expected(home, whole, asked) for asked in ASKED]
+    wanted = [expected(home, whole, question) for question in QUESTIONS]
     with inside(home) as server:
-        for asked, odds in zip(ASKED, wanted, strict=True):
-            same(server.said(asked), odds)
-        for said, odds in zip(server.at_once(ASKED), wanted, strict=True):
-            same(said, odds)
+        for question, odds in zip(QUESTIONS, wanted, strict=True):
+            same(server.logprobs(question), odds)
+        for logprobs, odds in zip(server.logprobs_at_once(QUESTIONS), wanted, strict=True):
+            same(logprobs, odds)
 
 
 def spoken(home: Path, whole: tuple[Any, Any], questions: list[str]) -> list[str]:
@@ -275,7 +290,7 @@ def spoken(home: Path, whole: tuple[Any, Any], questions: list[str]) -> list[str
 
     model, processor = whole
     history: list[dict[str, Any]] = []
-    said: list[str] = []
+    words: list[str] = []
 
     def add(role: str, text: str) -> None:
         history.append({"role": role, "content": [{"type": "text", "text": text}]})
@@ -287,8 +302,8 @@ def spoken(home: Path, whole: tuple[Any, Any], questions: list[str]) -> list[str
             picture = str(home / "a.png")
             answer = theirs(model, processor, text, picture, max_tokens=TOKENS, temperature=0.0)
             add("assistant", answer.text)
-            said += WORD.findall(answer.text)
-    return said
+            words += WORD.findall(answer.text)
+    return words
 
 
 def test_mlx_vlms_chat_answers_turn_after_turn(home, whole):
