@@ -65,9 +65,7 @@ def test_one_command_prunes_and_tells_every_figure(home, name, capsys):
     assert figures["text"] in shown.out and "Visual tokens:" in shown.out
     assert "importing mlx-vlm" in shown.err
     rows = figures["prompt_tokens"]
-    assert (
-        figures["cache_bytes"] == rows * 3 * 2 * 2 * 16 * 4
-    )  # layers, key and value, heads
+    assert figures["cache_bytes"] == rows * 3 * 2 * 2 * 16 * 4  # layers, key and value, heads
     assert Image.open(picture).size[0] > 600
 
 
