@@ -1,7 +1,9 @@
 """Question formats: what is read from small files, and what is refused."""
 
+import importlib
 import io
 import json
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.evaluation import questions as questions_package
 from mlx_vlm_prune.evaluation.questions import FORMATS, BadRecords, Source, format_of
 from mlx_vlm_prune.evaluation.questions.scenes import KINDS, read_scenes
 
@@ -49,6 +52,13 @@ def test_every_format_reads_and_scores_without_mlx():
     code += "for name in FORMATS: assert callable(format_of(name).module.score)\n"
     code += "assert 'mlx.core' not in sys.modules and 'pyarrow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_file_that_reads_and_scores_questions_is_a_format():
+    names = [module.name for module in pkgutil.iter_modules(questions_package.__path__)]
+    modules = [importlib.import_module(f"{questions_package.__name__}.{name}") for name in names]
+    formats = {m.__name__.rpartition(".")[2] for m in modules if hasattr(m, "score")}
+    assert formats == set(FORMATS.values())
 
 
 def test_an_unknown_format_names_similar_ones_and_all():
