@@ -57,17 +57,17 @@ def test_json_holds_every_figure_and_the_indices_of_each_image(home, capsys):
     file = home / "a.json"
     images = ["--image", str(home / "a.png"), "--image", str(home / "b.png")]
     main(command(home, *images, "--pruner", "norm", "--keep-tokens", "5", "--json", str(file)))
-    told = json.loads(file.read_text())
-    assert told.keys() >= JSON_KEYS
-    assert (told["visual_tokens"], told["visual_tokens_kept"]) == (2 * tiny.N, 10)
-    assert [len(image) for image in told["kept_indices"]] == [5, 5]
-    assert told["ttft_ms"].keys() == {"image", "vision", "pruner", "prefill", "total"}
-    parts = sum(told["ttft_ms"][part] for part in ("image", "vision", "pruner", "prefill"))
-    assert parts == pytest.approx(told["ttft_ms"]["total"])
-    assert told["pruner"] == "norm"
-    assert told["text"] in capsys.readouterr().out
-    text = len(told["token_ids"]) + (told["finish_reason"] == "stop")
-    assert text == told["generation_tokens"]
+    figures = json.loads(file.read_text())
+    assert figures.keys() >= JSON_KEYS
+    assert (figures["visual_tokens"], figures["visual_tokens_kept"]) == (2 * tiny.N, 10)
+    assert [len(image) for image in figures["kept_indices"]] == [5, 5]
+    assert figures["ttft_ms"].keys() == {"image", "vision", "pruner", "prefill", "total"}
+    parts = sum(figures["ttft_ms"][part] for part in ("image", "vision", "pruner", "prefill"))
+    assert parts == pytest.approx(figures["ttft_ms"]["total"])
+    assert figures["pruner"] == "norm"
+    assert figures["text"] in capsys.readouterr().out
+    text = len(figures["token_ids"]) + (figures["finish_reason"] == "stop")
+    assert text == figures["generation_tokens"]
 
 
 def test_an_iterator_of_images_gives_them_all(home):
@@ -211,11 +211,11 @@ def test_a_wrong_flag_is_refused_in_one_sentence(home, capsys, monkeypatch, case
     assert part in refused(capsys, argv)
 
 
-@pytest.mark.parametrize("asked", [("mlx_vlm_prune", "--help"), ("mlx_vlm_prune", "pruners")])
-def test_a_command_without_anywhere_to_print_ends_without_a_traceback(asked):
-    run = f"{sys.executable} -m {' '.join(asked)}"
-    told = subprocess.run(["sh", "-c", f"{run} >&-"], capture_output=True, text=True, timeout=60)
-    assert "Traceback" not in told.stderr and told.returncode == 0
+@pytest.mark.parametrize("arguments", [("mlx_vlm_prune", "--help"), ("mlx_vlm_prune", "pruners")])
+def test_a_command_without_anywhere_to_print_ends_without_a_traceback(arguments):
+    run = f"{sys.executable} -m {' '.join(arguments)}"
+    process = subprocess.run(["sh", "-c", f"{run} >&-"], capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in process.stderr and process.returncode == 0
 
 
 @pytest.mark.parametrize("flags", [("--temp", "-1"), ("--num-draft-tokens", "0")])
@@ -233,12 +233,12 @@ def test_a_prompt_longer_than_the_model_reads_is_refused(home, capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    "asked", [("mlx_vlm_prune.generate",), ("mlx_vlm_prune", "pruners"), ("convert", "inspect")]
+    "arguments", [("mlx_vlm_prune.generate",), ("mlx_vlm_prune", "pruners"), ("convert", "inspect")]
 )
-def test_a_reader_that_has_enough_is_no_error(home, asked):
+def test_a_reader_that_has_enough_is_no_error(home, arguments):
     """As in `… | head -1`."""
     more = {"mlx_vlm_prune.generate": command(home), "convert": [str(home / "mlx")]}
-    argv = [sys.executable, "-m", *asked, *more.get(asked[0], [])]
+    argv = [sys.executable, "-m", *arguments, *more.get(arguments[0], [])]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         assert run.stdout and run.stderr
         run.stdout.close()

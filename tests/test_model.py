@@ -110,15 +110,15 @@ class Replaying:
     def wrapped(self, step: Pruner) -> Pruner:
         if not step.method.prune:
             return step
-        told = []
+        reductions = []
 
         @functools.wraps(step.method.prune)
         def prune(signals, K, **options):
             if self.again:
-                told.append(told.pop(0))
-                return told[-1]
-            told.append(step.method.prune(signals, K, **options))
-            return told[-1]
+                reductions.append(reductions.pop(0))
+                return reductions[-1]
+            reductions.append(step.method.prune(signals, K, **options))
+            return reductions[-1]
 
         return replace(step, method=replace(step.method, prune=prune))
 
@@ -127,14 +127,14 @@ class Replaying:
 @pytest.mark.parametrize("spec", ["none", *SPECS])
 def test_cached_decoding_equals_the_cache_free_recomputation_at_every_split(pair, spec, policy):
     budget, chain = tiny.N if spec == "none" else K, Replaying(pair, spec)
-    row, said = ROWS[1], tiny.row("yes the red star is left of it").ids
+    row, answer_ids = ROWS[1], tiny.row("yes the red star is left of it").ids
     pixels = mx.array(pair.pixels[:2])
     before = pair.ours([row], pixels, chain.pipeline, budget, policy, last_only=False)
     chain.again = True
-    whole = tiny.Prompt([*row.ids, *said], row.runs)
+    whole = tiny.Prompt([*row.ids, *answer_ids], row.runs)
     after = pair.ours([whole], pixels, chain.pipeline, budget, policy, last_only=False)
-    expected_LV, position_B1 = np.array(after.logits_BLV)[0, -len(said) :], before.next_B1
-    for token, expected_V in zip(said, expected_LV, strict=True):
+    expected_LV, position_B1 = np.array(after.logits_BLV)[0, -len(answer_ids) :], before.next_B1
+    for token, expected_V in zip(answer_ids, expected_LV, strict=True):
         got = before.step(mx.array([[token]]))
         position_B1 = position_B1 + 1
         close(np.array(got)[0, 0], expected_V)
@@ -189,9 +189,9 @@ def test_keeping_all_gives_the_unpruned_bits(pair, name):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(pair, spec, policy):
-    rows, said = list(ROWS), [9, 12, 30]
+    rows, answer_ids = list(ROWS), [9, 12, 30]
     together, _ = logits(pair, rows, [0, 1, 2], spec, K, policy)
-    stepped = [np.array(s) for s in steps(pair.ours, together, said, len(rows))]
+    stepped = [np.array(s) for s in steps(pair.ours, together, answer_ids, len(rows))]
     image = 0
     for b, row in enumerate(rows):
         images = list(range(image, image + len(row.runs)))
@@ -199,13 +199,13 @@ def test_a_batch_equals_one_prompt_at_a_time_while_decoding_too(pair, spec, poli
         alone, _ = logits(pair, [row], images, spec, K, policy)
         length = alone.logits_BLV.shape[1]
         close(np.array(together.logits_BLV)[b, -length:], np.array(alone.logits_BLV)[0])
-        for got, expected in zip(stepped, steps(pair.ours, alone, said, 1), strict=True):
+        for got, expected in zip(stepped, steps(pair.ours, alone, answer_ids, 1), strict=True):
             close(got[b], np.array(expected)[0])
 
 
-def steps(model, before, said, B):
+def steps(model, before, answer_ids, B):
     position_B1 = before.next_B1
-    for token in said:
+    for token in answer_ids:
         yield before.step(mx.full((B, 1), token))
         position_B1 = position_B1 + 1
 
@@ -264,10 +264,12 @@ def test_a_merged_token_gets_the_attention_of_all_its_members(pair):
     x = mx.array(rng.normal(size=(1, 5, 48)).astype(np.float32))
     twice = x[:, mx.array([0, 1, 1, 2, 3, 4])]
     places = mx.array([[0, 1, 1, 2, 3, 4]])  # both copies stand in one place
-    told = np.array(language.logits(language.run(range(1), twice, places, language.make_cache())))
+    twice_logits = np.array(
+        language.logits(language.run(range(1), twice, places, language.make_cache()))
+    )
     bias = mx.array([[0.0, np.log(2), 0, 0, 0]])
     once = language.run(range(1), x, mx.arange(5)[None], language.make_cache(), bias_BL=bias)
-    close(np.array(language.logits(once))[0, 2:], told[0, 3:])
+    close(np.array(language.logits(once))[0, 2:], twice_logits[0, 3:])
 
 
 def test_the_tower_reads_a_merged_patch_as_often_as_it_has_members(pair):
@@ -343,8 +345,10 @@ def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(p
     assert len(set(counts)) > 1, counts
     image = 0
     for b, row in enumerate(rows):
-        own = pair.pixels[image : image + len(row.runs)]
+        row_pixels = pair.pixels[image : image + len(row.runs)]
         image += len(row.runs)
-        alone = pair.ours([row], mx.array(own) if len(own) else None, chain, 6, "keep")
+        alone = pair.ours(
+            [row], mx.array(row_pixels) if len(row_pixels) else None, chain, 6, "keep"
+        )
         assert alone.rows[0] == together.rows[b]
         close(np.array(together.logits_BLV)[b], np.array(alone.logits_BLV)[0])

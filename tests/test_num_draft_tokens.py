@@ -24,14 +24,20 @@ def test_the_built_in_model_answers_the_same_with_its_twig():
         for question in several:
             for options in ({}, {"pruner": "twig", "keep_tokens": 98}):
                 plain = generate(model, processor, question.text, scene.image(), **options)
-                told = generate(
+                drafted_answer = generate(
                     model, processor, question.text, scene.image(), num_draft_tokens=5, **options
                 )
-                assert told.token_ids == plain.token_ids and told.text == plain.text
-                assert told.finish_reason == plain.finish_reason
-                assert told.generation_tokens == plain.generation_tokens
+                assert (
+                    drafted_answer.token_ids == plain.token_ids
+                    and drafted_answer.text == plain.text
+                )
+                assert drafted_answer.finish_reason == plain.finish_reason
+                assert drafted_answer.generation_tokens == plain.generation_tokens
                 assert (plain.drafted, plain.accepted) == (None, None)
-                drafted, accepted = drafted + told.drafted, accepted + told.accepted
+                drafted, accepted = (
+                    drafted + drafted_answer.drafted,
+                    accepted + drafted_answer.accepted,
+                )
     assert drafted > 30 and accepted / drafted > 0.5, (drafted, accepted)
 
 
@@ -57,26 +63,28 @@ def test_the_figures_say_what_was_drafted_and_what_was_right(picture, tmp_path, 
     file = tmp_path / "a.json"
     command = ["--image", picture, "--prompt", "What does the sign say?", "--json", str(file)]
     main([*command, "--pruner", "twig", "--num-draft-tokens", "5"])
-    told = json.loads(file.read_text())
+    figures = json.loads(file.read_text())
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("Drafted: ")]
-    share = told["accepted"] / told["drafted"]
-    assert line == f"Drafted: {told['drafted']}, accepted {told['accepted']} ({share:.1%})"
+    share = figures["accepted"] / figures["drafted"]
+    assert line == f"Drafted: {figures['drafted']}, accepted {figures['accepted']} ({share:.1%})"
     main([*command, "--num-draft-tokens", "5", "--max-tokens", "1"])
     assert "Drafted: 0, accepted 0\n" in capsys.readouterr().out
     main(command)
     assert "Drafted" not in capsys.readouterr().out
-    told = json.loads(file.read_text())
-    assert told["drafted"] is None and told["accepted"] is None
+    figures = json.loads(file.read_text())
+    assert figures["drafted"] is None and figures["accepted"] is None
 
 
 def test_the_twigs_rows_are_counted_among_the_caches():
     model, processor = load()
-    plain, told = (
+    plain, drafted_answer = (
         generate(model, processor, "how many ?", num_draft_tokens=n, max_tokens=2)
         for n in (None, 1)
     )
     row = 2 * 4 * model.config.text.num_key_value_heads * model.config.text.head_dim
-    assert told.cache_bytes - plain.cache_bytes == plain.prompt_tokens * row  # a twig of one layer
+    assert (
+        drafted_answer.cache_bytes - plain.cache_bytes == plain.prompt_tokens * row
+    )  # a twig of one layer
 
 
 REFUSED = {
@@ -97,9 +105,9 @@ def test_what_cannot_be_drafted_is_refused_in_a_sentence(picture, capsys, case):
 
 
 def test_a_model_without_a_twig_and_one_of_mlx_vlms_are_refused(tmp_path, capsys):
-    own = tiny.checkpoint(tiny.reference(), tmp_path)
-    command = ["--model", str(own), "--prompt", "how many ?", "--num-draft-tokens", "5"]
-    assert f"needs a twig, and {own} has none beside it" in refused(capsys, command)
+    folder = tiny.checkpoint(tiny.reference(), tmp_path)
+    command = ["--model", str(folder), "--prompt", "how many ?", "--num-draft-tokens", "5"]
+    assert f"needs a twig, and {folder} has none beside it" in refused(capsys, command)
     with pytest.raises(UserError, match="a model of mlx-vlm's has none"):
         generate(SimpleNamespace(), None, "how many ?", num_draft_tokens=5)
 
@@ -120,9 +128,12 @@ def test_a_published_twig_beside_a_llava_drafts_what_the_llava_says(tmp_path, pi
     model, processor = load(tmp_path / "mlx", dtype="float32")
     options = {"image": picture, "max_tokens": 20}
     plain = generate(model, processor, "what is it ?", **options)
-    told = generate(model, processor, "what is it ?", num_draft_tokens=5, **options)
-    assert told.token_ids == plain.token_ids and told.accepted == told.drafted > 0
+    drafted_answer = generate(model, processor, "what is it ?", num_draft_tokens=5, **options)
+    assert (
+        drafted_answer.token_ids == plain.token_ids
+        and drafted_answer.accepted == drafted_answer.drafted > 0
+    )
     options |= {"pruner": "twig", "keep_tokens": 9}
     plain = generate(model, processor, "what is it ?", **options)
-    told = generate(model, processor, "what is it ?", num_draft_tokens=5, **options)
-    assert told.token_ids == plain.token_ids and told.drafted > 0
+    drafted_answer = generate(model, processor, "what is it ?", num_draft_tokens=5, **options)
+    assert drafted_answer.token_ids == plain.token_ids and drafted_answer.drafted > 0

@@ -18,8 +18,8 @@ def middle(picture: Image.Image, index: int) -> np.ndarray:
 def groups(*members: list[int]) -> np.ndarray:
     """Weights (K, 16) of slots that are means of their members."""
     weight_KN = np.zeros((len(members), 16), np.float32)
-    for k, own in enumerate(members):
-        weight_KN[k, own] = 1 / len(own)
+    for k, tokens in enumerate(members):
+        weight_KN[k, tokens] = 1 / len(tokens)
     return weight_KN
 
 

@@ -54,17 +54,17 @@ def test_ids_and_text_equal_those_of_transformers(folder, text):
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_chat_template_gives_what_transformers_gives(folder, text):
-    asked = [{"role": "user", "content": text}]
-    ours = Tokenizer.from_folder(folder).render(asked)
+    messages = [{"role": "user", "content": text}]
+    ours = Tokenizer.from_folder(folder).render(messages)
     assert ours == theirs(folder).apply_chat_template(
-        asked, tokenize=False, add_generation_prompt=True
+        messages, tokenize=False, add_generation_prompt=True
     )
 
 
 @pytest.mark.parametrize("options", [{}, {"open_thinking": True}, {"enable_thinking": False}])
 def test_thinking_is_asked_for_and_written_as_transformers_does(folder, options):
     """Several turns, with and without thoughts; the template's options reach it."""
-    said = [
+    messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nYes."},
@@ -73,7 +73,7 @@ def test_thinking_is_asked_for_and_written_as_transformers_does(folder, options)
         {"role": "user", "content": "Three?"},
     ]
     ours, reference = Tokenizer.from_folder(folder), theirs(folder)
-    for turns in (said, said[:2], said[1:3]):
+    for turns in (messages, messages[:2], messages[1:3]):
         for asks in (True, False):
             expected = reference.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=asks, **options
@@ -81,16 +81,16 @@ def test_thinking_is_asked_for_and_written_as_transformers_does(folder, options)
             assert ours.render(turns, add_generation_prompt=asks, **options) == expected
     prompt = tokenize_prompt(ours, "Three?", [], "@", options=options)
     expected = reference.apply_chat_template(
-        said[-1:], tokenize=False, add_generation_prompt=True, **options
+        messages[-1:], tokenize=False, add_generation_prompt=True, **options
     )
     assert prompt.ids == reference.encode(expected, add_special_tokens=False)
 
 
 def test_minimind3_thinks_only_when_it_is_asked_to(shared_data):
-    asked = [{"role": "user", "content": "What?"}]
+    messages = [{"role": "user", "content": "What?"}]
     tokenizer = Tokenizer.from_folder(shared_data / "minimind3")
-    assert tokenizer.render(asked).endswith("<think>\n\n</think>\n\n")
-    assert tokenizer.render(asked, open_thinking=True).endswith("<think>\n")
+    assert tokenizer.render(messages).endswith("<think>\n\n</think>\n\n")
+    assert tokenizer.render(messages, open_thinking=True).endswith("<think>\n")
 
 
 @pytest.mark.parametrize("K", [1, 16, 64])
@@ -103,13 +103,13 @@ def test_an_image_of_minimind3_is_k_pads(shared_data, K):
 
 
 @pytest.mark.parametrize("text", ["<image>{}", "{}<image>", "a <image> b {}", "{}"])
-@pytest.mark.parametrize("own", TEXTS)
-def test_a_prompt_with_an_image_is_the_whole_text_encoded_at_once(folder, text, own):
+@pytest.mark.parametrize("mark", TEXTS)
+def test_a_prompt_with_an_image_is_the_whole_text_encoded_at_once(folder, text, mark):
     """As MiniMind-V does it: the mark becomes N placeholders, then everything is tokenized."""
-    reference, text = theirs(folder), text.format(own)
+    reference, text = theirs(folder), text.format(mark)
     marked = text if "<image>" in text else "<image>\n" + text
-    asked = [{"role": "user", "content": marked.replace("<image>", "@" * N)}]
-    whole = reference.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": marked.replace("<image>", "@" * N)}]
+    whole = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     prompt = tokenize_prompt(Tokenizer.from_folder(folder), text, [N], "@")
     assert prompt.ids == reference.encode(whole, add_special_tokens=False)
 
@@ -140,8 +140,8 @@ def test_images_come_first_each_with_a_newline_where_no_mark_is(minimind):
 
 def test_text_alone_has_no_runs(minimind):
     prompt = tokenize_prompt(minimind, "What is this?", [], "@")
-    asked = [{"role": "user", "content": "What is this?"}]
-    assert prompt.runs == [] and prompt.ids == minimind.encode(minimind.render(asked))
+    messages = [{"role": "user", "content": "What is this?"}]
+    assert prompt.runs == [] and prompt.ids == minimind.encode(minimind.render(messages))
 
 
 def test_without_the_chat_template_the_text_stands_alone(minimind):
@@ -237,7 +237,7 @@ def test_the_end_of_an_answer_is_what_the_config_names(minimind, words):
 
 def test_a_prompt_knows_what_a_model_cannot_read_of_it():
     """MLX would read behind the table of embeddings, for a number or a crash."""
-    asked = Prompt([1, 7], [])
-    assert asked.limit_error(2, 8) is None
-    assert asked.limit_error(1, 8) == "has 2 tokens; the model reads up to 1"
-    assert asked.limit_error(2, 7) == "has token 7; the model's vocabulary has 7"
+    prompt = Prompt([1, 7], [])
+    assert prompt.limit_error(2, 8) is None
+    assert prompt.limit_error(1, 8) == "has 2 tokens; the model reads up to 1"
+    assert prompt.limit_error(2, 7) == "has token 7; the model's vocabulary has 7"

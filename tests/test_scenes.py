@@ -23,7 +23,7 @@ from torch_ref.training.scenes_data import ScenesBatches
 
 
 @pytest.fixture(scope="module")
-def asked():
+def held_out():
     return list(question_set(HELD_OUT_SEEDS, 40))
 
 
@@ -54,13 +54,13 @@ def test_every_thing_lies_inside_its_own_cell():
 
 def truth(scene: Scene, kind: str, text: str) -> str:
     """The answer, found from the scene by other means than the generator's."""
-    said = text.lower().rstrip("?.").split()
+    words = text.lower().rstrip("?.").split()
     if kind == "existence":
-        return "yes" if any({t.colour, t.shape} <= set(said) for t in scene.things) else "no"
+        return "yes" if any({t.colour, t.shape} <= set(words) for t in scene.things) else "no"
     if kind == "colour":
-        return next(t.colour for t in scene.things if t.shape == said[-1])
+        return next(t.colour for t in scene.things if t.shape == words[-1])
     if kind == "counting":
-        of = " ".join(said[2:-2])
+        of = " ".join(words[2:-2])
         return str(
             sum(
                 of in ("shapes", f"{t.colour} shapes", f"{t.shape}s", f"{t.shape}es")
@@ -68,29 +68,29 @@ def truth(scene: Scene, kind: str, text: str) -> str:
             )
         )
     if kind == "grounding":
-        return next(t.cell for t in scene.things if t.colour in said and t.shape in said)
+        return next(t.cell for t in scene.things if t.colour in words and t.shape in words)
     if kind == "relation":
         first, second = (
             next(t for t in scene.things if f"{t.colour} {t.shape}" in part)
             for part in text.split(" or ")[0:2]
         )
-        if "above" in said:
+        if "above" in words:
             return "above" if first.y < second.y else "below"
         return "left" if first.x < second.x else "right"
     assert scene.sign is not None
     return scene.sign.text.lower()
 
 
-def test_every_question_has_the_answer_that_the_scene_gives(asked):
-    for scene, questions in asked:
+def test_every_question_has_the_answer_that_the_scene_gives(held_out):
+    for scene, questions in held_out:
         for question in questions:
             assert question.answer == truth(scene, question.kind, question.text), question
 
 
-def test_every_question_and_answer_is_made_of_known_words(asked):
+def test_every_question_and_answer_is_made_of_known_words(held_out):
     speaks = tokenizer()
     unknown = words().index(UNKNOWN)
-    for _, questions in asked:
+    for _, questions in held_out:
         for question in questions:
             ids = speaks.encode(question.text, add_special_tokens=False).ids
             answer = speaks.encode(question.answer, add_special_tokens=False).ids
@@ -98,9 +98,9 @@ def test_every_question_and_answer_is_made_of_known_words(asked):
             assert speaks.decode(answer) == question.answer
 
 
-def test_what_is_judged_on_is_never_trained_on(asked):
+def test_what_is_judged_on_is_never_trained_on(held_out):
     assert not set(TRAIN_SEEDS[-1:]) & set(HELD_OUT_SEEDS[:1])
-    assert all(scene.seed in HELD_OUT_SEEDS for scene, _ in asked)
+    assert all(scene.seed in HELD_OUT_SEEDS for scene, _ in held_out)
     data = ScenesBatches(batch=32, question_tokens=64)
     assert data.seeds(7000)[-1] in TRAIN_SEEDS
     with pytest.raises(AssertionError):
@@ -158,9 +158,9 @@ def test_the_demo_answers_rightly_with_all_tokens_and_with_half(tmp_path, monkey
     main(["--json", "told.json"])
     sign = compose(SAMPLE_SEED).sign
     assert sign
-    told = json.loads((tmp_path / "told.json").read_text())
-    assert told["full"]["text"] == told["text"] == sign.text.lower()
-    assert (told["visual_tokens"], told["visual_tokens_kept"]) == (196, 98)
+    figures = json.loads((tmp_path / "told.json").read_text())
+    assert figures["full"]["text"] == figures["text"] == sign.text.lower()
+    assert (figures["visual_tokens"], figures["visual_tokens_kept"]) == (196, 98)
     assert (tmp_path / "kept.png").stat().st_size > 10_000
     assert "Visual tokens: 196 -> 98 (50.0% pruned)" in capsys.readouterr().out
 

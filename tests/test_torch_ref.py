@@ -97,9 +97,9 @@ def test_a_batch_equals_one_prompt_at_a_time(vlm, pixels_I3HW, name, K, policy):
     together = vlm.logits(ROWS, pixels_I3HW, name, K, policy)
     first = 0
     for b, row in enumerate(ROWS):
-        own = pixels_I3HW[first : first + len(row.runs)]
+        row_pixels_I3HW = pixels_I3HW[first : first + len(row.runs)]
         first += len(row.runs)
-        alone = vlm.logits([row], own, name, K, policy)[0]
+        alone = vlm.logits([row], row_pixels_I3HW, name, K, policy)[0]
         close(together[b, -len(alone) :], alone)
     assert together.isfinite().all()  # on padding too
 
@@ -133,12 +133,12 @@ def test_a_method_reads_the_layer_it_is_told(vlm, pixels_I3HW):
 @pytest.mark.parametrize(("name", "K"), BLIND)
 def test_cached_decoding_equals_the_cache_free_recomputation(vlm, pixels_I3HW, name, K, policy):
     state = vlm.prefill(*vlm.embed(ROWS, pixels_I3HW, name, K, policy))
-    said = tiny.row("yes the red star is left of it").ids
-    for i in range(len(said) + 1):
-        longer = [tiny.Prompt([*row.ids, *said[:i]], row.runs) for row in ROWS]
+    answer_ids = tiny.row("yes the red star is left of it").ids
+    for i in range(len(answer_ids) + 1):
+        longer = [tiny.Prompt([*row.ids, *answer_ids[:i]], row.runs) for row in ROWS]
         close(state.logits_BV, vlm.logits(longer, pixels_I3HW, name, K, policy)[:, -1])
-        if i < len(said):
-            vlm.step(state, torch.full((len(ROWS),), said[i]))
+        if i < len(answer_ids):
+            vlm.step(state, torch.full((len(ROWS),), answer_ids[i]))
 
 
 def greedy(vlm: VLM, pixels_I3HW, name: str, K: int, policy: str, tokens: int) -> list[list[int]]:
@@ -162,16 +162,16 @@ def endless(vlm: VLM) -> VLM:
 @pytest.mark.parametrize(("name", "K"), [("none", 16), ("norm", 5), ("similarity", 4)])
 def test_generate_says_what_recomputation_without_a_cache_says(vlm, pixels_I3HW, name, K, policy):
     model = endless(vlm)
-    said = model.generate(*model.embed(ROWS, pixels_I3HW, name, K, policy), max_tokens=6)
-    assert said == greedy(vlm, pixels_I3HW, name, K, policy, 6)
+    answers = model.generate(*model.embed(ROWS, pixels_I3HW, name, K, policy), max_tokens=6)
+    assert answers == greedy(vlm, pixels_I3HW, name, K, policy, 6)
 
 
 def test_each_row_stops_at_its_own_end_token(vlm, pixels_I3HW):
     model = endless(vlm)
     read = model.embed(ROWS, pixels_I3HW)
-    said = model.generate(*read, max_tokens=6)
-    model.eos_token_id = said[0][2]
-    expected = [row[: row.index(said[0][2])] if said[0][2] in row else row for row in said]
+    answers = model.generate(*read, max_tokens=6)
+    model.eos_token_id = answers[0][2]
+    expected = [row[: row.index(answers[0][2])] if answers[0][2] in row else row for row in answers]
     assert model.generate(*read, max_tokens=6) == expected
     assert len(expected[0]) <= 2
 

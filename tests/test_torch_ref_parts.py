@@ -111,16 +111,16 @@ def clip(vlm, pixels_I3HW):
     for layer in theirs.encoder.layers:
         layer.self_attn.k_proj.register_forward_hook(lambda *call: keys.append(call[-1]))
     with torch.no_grad():
-        said = theirs(pixels_I3HW, output_hidden_states=True, output_attentions=True)
-    return said, keys
+        output = theirs(pixels_I3HW, output_hidden_states=True, output_attentions=True)
+    return output, keys
 
 
 def test_the_tower_equals_clip_after_every_layer(vlm, clip, pixels_I3HW):
-    said, _ = clip
+    output, _ = clip
     for n in range(1, tiny.VISION.num_hidden_layers + 1):
         shorter = copy.deepcopy(vlm.tower)
         shorter.encoder.layers = shorter.encoder.layers[:n]
-        close(shorter(pixels_I3HW).signals.x_BND, said.hidden_states[n][:, 1:])
+        close(shorter(pixels_I3HW).signals.x_BND, output.hidden_states[n][:, 1:])
 
 
 def test_the_features_are_the_last_layers_without_cls_and_without_a_norm(vlm, clip, pixels_I3HW):

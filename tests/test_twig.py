@@ -127,14 +127,14 @@ def test_its_row_of_attention_is_that_of_whole_attention(pair, monkeypatch, laye
     bias_BL = np.zeros((2, L), np.float32)
     bias_BL[:, 4:6] = 0.7, 1.1
     places = mx.array(PLACES_BL)
-    told = Spliced(
+    spliced = Spliced(
         mx.array(x_BLD), places, places[:, -1:] + 1, [L, L - PADDED], [[(2, 5)], [(1, 5)]],
         mx.array(bias_BL),
     )  # fmt: skip
     cache = pair.ours.language.make_cache()
-    before = run_layers(pair.ours.language, range(1), told, cache)  # fills the cache of layer 0
+    before = run_layers(pair.ours.language, range(1), spliced, cache)  # fills the cache of layer 0
     inside = Decoder(pair.ours.language, cache, Cuts(twig=TwigReader(ours)))
-    at = LayerInput(inside, 1, told, before, [0, 1], (1, 5))
+    at = LayerInput(inside, 1, spliced, before, [0, 1], (1, 5))
     rows_In = np.array(at.twig_attention()["twig_attention_BN"])
     for b, (ahead, start) in enumerate(((0, 2), (PADDED, 1))):
         one = decoder.PromptRows(
@@ -158,8 +158,8 @@ def test_one_that_has_all_the_layers_above_says_what_the_base_says(pair):
     with torch.no_grad():
         whole = language.logits(language(x_BLD, position_BL))
         first = language.layers[0](x_BLD, rotary, mask_LL[None, None], None)
-        told = twig.head(twig(first, position_BL, mask_LL[None]))
-    close(told.numpy(), whole.numpy())
+        logits = twig.head(twig(first, position_BL, mask_LL[None]))
+    close(logits.numpy(), whole.numpy())
     states, places = mx.array(first.numpy()), mx.array(PLACES_BL[:1] * 2)
     close(np.array(ours.logits(ours.run(range(2), states, places, ours.make_cache()))),
           whole.numpy())  # fmt: skip
@@ -304,8 +304,8 @@ def test_a_published_twig_that_does_not_fit_is_refused(
     with pytest.raises(SystemExit) as stop:
         convert(["to-mlx", str(pair.folder), str(target), "--twig",
                  str(tmp_path / "t.safetensors"), *flags])  # fmt: skip
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert stop.value.code == 2 and re.search(part, told) and not target.exists()
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert stop.value.code == 2 and re.search(part, message) and not target.exists()
 
 
 def test_the_layer_is_that_of_the_weights_and_no_other(pair):
@@ -320,15 +320,15 @@ def test_the_layer_is_that_of_the_weights_and_no_other(pair):
 def test_the_built_in_twig_finds_what_is_asked_for():
     """The base's own attention in the same place, which pyramiddrop reads, does not."""
     model, processor = load()
-    asked = [(s, q) for s, several in question_set(HELD_OUT_SEEDS, 12) for q in several]
-    places = [(scene, question) for scene, question in asked if question.kind == "grounding"]
-    told = {"twig": 0, "pyramiddrop:start=0.25,stages=1": 0}
-    for spec in told:
+    questions = [(s, q) for s, several in question_set(HELD_OUT_SEEDS, 12) for q in several]
+    places = [(scene, question) for scene, question in questions if question.kind == "grounding"]
+    correct = {"twig": 0, "pyramiddrop:start=0.25,stages=1": 0}
+    for spec in correct:
         for scene, question in places:
             answer = generate(
                 model, processor, question.text, scene.image(), pruner=spec, keep_tokens=98,
                 positions="keep", max_tokens=4,
             )  # fmt: skip
-            told[spec] += answer.text == question.answer
-    mine, base = told.values()
-    assert len(places) == 12 and mine >= 10 and base <= 7, told
+            correct[spec] += answer.text == question.answer
+    mine, base = correct.values()
+    assert len(places) == 12 and mine >= 10 and base <= 7, correct
