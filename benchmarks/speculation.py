@@ -123,7 +123,7 @@ class PrefilledPrompt:
     def _decode_with_drafts(
         self, prefill: Prefill, reader: TwigReader, first_11: mx.array
     ) -> Decoded:
-        turns = Speculation(prefill, reader, (), self.drafts, sure=0.0)
+        turns = Speculation(prefill, reader, (), self.drafts, min_probability=0.0)
         began = time.perf_counter()
         first, limit = int(np.array(first_11)[0, 0]), self.tokens + 1
         tokens = turns.tokens(first, limit + self.drafts)  # the last turn has all drafts, too

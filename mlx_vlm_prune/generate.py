@@ -32,7 +32,7 @@ from .generation.request import (
     list_images,
 )
 from .generation.result import GenerationResponse, GenerationResult
-from .generation.speculation import check_drafts
+from .generation.speculation import check_num_draft_tokens
 from .hosts import stream as host_stream
 from .hosts.loading import load
 from .models.vlm import VLM
@@ -93,7 +93,7 @@ def stream_generate(
         temperature, top_p, seed, sampler, logits_processors, num_draft_tokens,
         chat_template_config, host_options,
     )  # fmt: skip
-    check_drafts(num_draft_tokens, temperature, isinstance(model, VLM))
+    check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
     yield from loop.stream_generate(model, processor, request)
 
@@ -297,7 +297,7 @@ def _check(args: argparse.Namespace, is_sample: bool) -> None:
     """Refuse wrong options, and files that cannot be written, before any work."""
     check_budget(args.keep_ratio, args.keep_tokens)
     check_decoding(args.max_tokens, args.temperature, args.top_p, args.seed)
-    check_drafts(args.num_draft_tokens, args.temperature, True)
+    check_num_draft_tokens(args.num_draft_tokens, args.temperature, True)
     for path in (args.json, args.overlay):
         if path:
             check_target(path, replace=True)

@@ -226,7 +226,7 @@ def test_a_draft_ends_behind_what_the_twig_is_not_sure_of_behind_an_end_and_when
     def drafted(told, most=5):
         turns, first = begun(pairs["wrong"], "none", ends={9}, most=most)
         guesses = iter(told)
-        turns.guess = lambda state, place: (turns.read(state, place), next(guesses))[1]
+        turns.draft_token = lambda state, place: (turns.run_twig(state, place), next(guesses))[1]
         held = [layer.rows for layer in turns.reader.cache]
         draft, states = turns.draft(first, turns.prefill.next_B1, most)
         assert states.shape[1] == len(draft) + 1
@@ -242,10 +242,10 @@ def test_a_draft_ends_behind_what_the_twig_is_not_sure_of_behind_an_end_and_when
 
 
 def test_what_agrees_is_counted_up_to_the_first_that_does_not():
-    assert speculate.agreeing([4, 5, 6], [4, 5, 6, 7]) == 3
-    assert speculate.agreeing([4, 5, 6], [4, 8, 6, 7]) == 1
-    assert speculate.agreeing([4], [5, 6]) == 0
-    assert speculate.agreeing([], [5]) == 0
+    assert speculate.count_accepted([4, 5, 6], [4, 5, 6, 7]) == 3
+    assert speculate.count_accepted([4, 5, 6], [4, 8, 6, 7]) == 1
+    assert speculate.count_accepted([4], [5, 6]) == 0
+    assert speculate.count_accepted([], [5]) == 0
 
 
 # --- what caches hold -----------------------------------------------------------------
@@ -314,7 +314,7 @@ def test_a_decoder_that_forgets_to_crop_is_found_out(pairs, spec):
 
 
 def test_a_decoder_that_believes_every_draft_is_found_out(pairs, monkeypatch):
-    monkeypatch.setattr(speculate, "agreeing", lambda draft, said: len(draft))
+    monkeypatch.setattr(speculate, "count_accepted", lambda draft, said: len(draft))
     turns, first = begun(pairs["short"], "none", 4, 0.0)
     turns.verify = lambda states, place, verify=turns.verify: [
         *turns.drafts[-1], verify(states, place)[-1]
@@ -360,7 +360,7 @@ def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
         turns, first = begun(pair, spec, most, sure, ends={end}, policy=policy)
         said = spoken(turns, first, limit)
         steps = steps_of(pair, spec, K_of(spec))
-        sizes = {"most": most, "sure": sure, "max_tokens": limit}
+        sizes = {"max_draft": most, "min_probability": sure, "max_tokens": limit}
         spliced = pair.theirs.embed([ROW], pixels, steps, positions=policy)
         answer = theirs(pair.theirs, *spliced, **sizes)
         assert answer.ids == [token.id for token in said if token.id != end]

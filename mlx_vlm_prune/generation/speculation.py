@@ -28,15 +28,17 @@ from ..checkpoints.errors import UserError
 from ..models.decoder import TwigReader
 from ..models.vlm import VLM, Prefill
 
-SURE = 0.6  # TwigVLM's; a draft ends behind what the twig thinks less likely
+MIN_PROBABILITY = 0.6  # TwigVLM's; a draft ends behind what the twig thinks less likely
 
 
-def check_drafts(most: int | None, temperature: float, has_twigs: bool) -> None:
-    """UserError for a number of drafted tokens that this answer, or this model, cannot have."""
-    if most is None:
+def check_num_draft_tokens(
+    num_draft_tokens: int | None, temperature: float, has_twigs: bool
+) -> None:
+    """Raises UserError for a number of drafted tokens that the answer or the model cannot have."""
+    if num_draft_tokens is None:
         return
-    if most < 1:
-        raise UserError(f"num_draft_tokens is {most}; it must be at least 1")
+    if num_draft_tokens < 1:
+        raise UserError(f"num_draft_tokens is {num_draft_tokens}; it must be at least 1")
     if temperature:
         raise UserError(
             f"num_draft_tokens is for greedy answers, and temperature is {temperature}; leave one"
@@ -60,8 +62,8 @@ def twig_of(model: VLM, name: str) -> TwigReader:
 
 
 class Token(NamedTuple):
-    """A token of an answer; how many were drafted and accepted up to here, if any could be, and
-    whether it was drafted itself."""
+    """A token of an answer, the tokens drafted and accepted so far (None without a twig), and
+    whether it is a drafted one."""
 
     id: int
     drafted: int | None = None
@@ -70,17 +72,17 @@ class Token(NamedTuple):
 
 
 class Speculation:
-    """Greedy decoding of one prompt that was read, `most` drafted tokens a turn at most.
+    """Greedy decoding of one prompt that was read, up to `max_draft` drafted tokens a turn.
 
     `reader` is the twig with its rows of the prompt; a draft ends behind a token of `ends`.
     """
 
     def __init__(
-        self, prefill: Prefill, reader: TwigReader, ends: Collection[int], most: int,
-        sure: float = SURE,
+        self, prefill: Prefill, reader: TwigReader, ends: Collection[int], max_draft: int,
+        min_probability: float = MIN_PROBABILITY,
     ):  # fmt: skip
         self.prefill, self.reader, self.twig = prefill, reader, reader.twig
-        self.ends, self.most, self.sure = ends, most, sure
+        self.ends, self.max_draft, self.min_probability = ends, max_draft, min_probability
 
     def tokens(self, token: int, limit: int) -> Iterator[Token]:
         """The first token, which the prompt gave, and the next ones: `limit` in all, unless the
@@ -89,9 +91,9 @@ class Speculation:
         yield Token(token, 0, 0)
         left = limit - 1
         while left:
-            draft, states_1LD = self.draft(token, position_11, min(self.most, left - 1))
+            draft, states_1LD = self.draft(token, position_11, min(self.max_draft, left - 1))
             verified = self.verify(states_1LD, position_11)
-            right = agreeing(draft, verified)
+            right = count_accepted(draft, verified)
             self.crop(len(draft) - right)
             drafted, accepted = drafted + len(draft), accepted + right
             for n, next_token in enumerate(verified[: right + 1]):
@@ -99,18 +101,20 @@ class Speculation:
             token, position_11 = verified[right], position_11 + right + 1
             left -= right + 1
 
-    def draft(self, token: int, position_11: mx.array, most: int) -> tuple[list[int], mx.array]:
+    def draft(
+        self, token: int, position_11: mx.array, max_draft: int
+    ) -> tuple[list[int], mx.array]:
         """Tokens that may follow, and the hidden states (1, n + 1, D) of `token` and of them all,
         which the model's late layers have still to read."""
         drafted: list[int] = []
-        states = [self.early(token, position_11)]
-        while len(drafted) < most:
-            token, odds = self.guess(states[-1], position_11 + len(drafted))
+        states = [self.run_early_layers(token, position_11)]
+        while len(drafted) < max_draft:
+            token, odds = self.draft_token(states[-1], position_11 + len(drafted))
             drafted.append(token)
-            states.append(self.early(token, position_11 + len(drafted)))
-            if odds < self.sure or token in self.ends:
+            states.append(self.run_early_layers(token, position_11 + len(drafted)))
+            if odds < self.min_probability or token in self.ends:
                 break
-        self.read(states[-1], position_11 + len(drafted))
+        self.run_twig(states[-1], position_11 + len(drafted))
         return drafted, mx.concatenate(states, axis=1)
 
     def verify(self, states_1LD: mx.array, position_11: mx.array) -> list[int]:
@@ -126,26 +130,26 @@ class Speculation:
         for layer in (*self.prefill.cache, *self.reader.cache):
             layer.rewind(layer.rows - rows)
 
-    def early(self, token: int, position_11: mx.array) -> mx.array:
+    def run_early_layers(self, token: int, position_11: mx.array) -> mx.array:
         """A token's hidden state (1, 1, D) where the twig grows."""
         x_11D = self.prefill.language.embed_tokens(mx.array([[token]]))
         return self.prefill.run_layers(range(self.twig.layer), x_11D, position_11)
 
-    def guess(self, state_11D: mx.array, position_11: mx.array) -> tuple[int, float]:
+    def draft_token(self, state_11D: mx.array, position_11: mx.array) -> tuple[int, float]:
         """The twig's most likely next token, and how likely it thinks it."""
-        logits_V = self.twig.logits(self.read(state_11D, position_11))[0, 0]
+        logits_V = self.twig.logits(self.run_twig(state_11D, position_11))[0, 0]
         share_V = mx.softmax(logits_V.astype(mx.float32))
         token, odds = mx.argmax(share_V), share_V.max()
         mx.eval(token, odds)
         return int(np.array(token)), float(np.array(odds))
 
-    def read(self, state_11D: mx.array, position_11: mx.array) -> mx.array:
+    def run_twig(self, state_11D: mx.array, position_11: mx.array) -> mx.array:
         """The hidden state through the twig's layers."""
         every = range(len(self.twig.layers))
         return self.twig.run(every, state_11D, position_11, self.reader.cache)
 
 
-def agreeing(draft: list[int], verified: list[int]) -> int:
+def count_accepted(draft: list[int], verified: list[int]) -> int:
     """How many drafted tokens are the model's own, up to the first that is not."""
     pairs = enumerate(zip(draft, verified, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), len(draft))
+    return next((i for i, (drafted, right) in pairs if drafted != right), len(draft))

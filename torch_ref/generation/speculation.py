@@ -48,8 +48,8 @@ class Speculation:
         x_11D = decoder.run_layers(self.twig, self.grown, range(len(self.twig.layers)), x_11D)
         return self.twig.head(self.twig.norm(x_11D))[0, 0].softmax(-1)
 
-    def draft(self, token: int, most: int, sure: float) -> tuple[list[int], Tensor]:
-        """Up to `most` guesses at what comes after a token; its hidden state and theirs,
+    def draft(self, token: int, max_draft: int, min_probability: float) -> tuple[list[int], Tensor]:
+        """Up to `max_draft` guesses at what comes after a token; its hidden state and theirs,
         (1, n, D)."""
         tokens, states, last_odds = [token], [], 1.0
         for token in tokens:  # which grow on the way
@@ -57,8 +57,8 @@ class Speculation:
             x_11D = self.language.embed_tokens(ids_11)
             states.append(decoder.run_layers(self.language, self.base, self.early, x_11D))
             odds_V = self.next_odds(states[-1])
-            goes_on = last_odds >= sure and (len(tokens) == 1 or token != self.end)
-            if goes_on and len(tokens) <= most:
+            goes_on = last_odds >= min_probability and (len(tokens) == 1 or token != self.end)
+            if goes_on and len(tokens) <= max_draft:
                 last_odds = float(odds_V.max())
                 tokens.append(int(odds_V.argmax()))
         return tokens[1:], torch.cat(states, dim=1)
@@ -78,7 +78,7 @@ class Speculation:
 @torch.no_grad()
 def speculate(
     model: VLM, spliced: Spliced, cuts: decoder.Cuts,
-    *, most: int = 5, sure: float = 0.6, max_tokens: int = 64,
+    *, max_draft: int = 5, min_probability: float = 0.6, max_tokens: int = 64,
 ) -> Answer:  # fmt: skip
     """The answer to one prompt that `VLM.embed` gave, with the longest draft, the odds below which
     a draft ends, and how many tokens to say. Raises UserError without a twig."""
@@ -88,7 +88,9 @@ def speculate(
     turns, answer = Speculation(model, twig, spliced, cuts), Answer()
     ids = [int(model.language.logits(turns.base.hidden_1LD[:, -1]).argmax())]
     while ids[-1] != turns.end and len(ids) < max_tokens:
-        draft, states_1nD = turns.draft(ids[-1], min(most, max_tokens - len(ids) - 1), sure)
+        draft, states_1nD = turns.draft(
+            ids[-1], min(max_draft, max_tokens - len(ids) - 1), min_probability
+        )
         words = turns.verify(draft, states_1nD)
         ids += words
         answer.drafts.append(draft)
