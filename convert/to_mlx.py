@@ -57,8 +57,8 @@ def to_mlx(
 def _write_learned(checkpoint: Checkpoint, file: Path) -> None:
     """Write the weights of learned pruners, if any; a new twig replaces the old one."""
     if checkpoint.twig:
-        held = open_safetensors(checkpoint.learned_file) if checkpoint.learned_file else {}
-        others = {name: tensor for name, tensor in held.items() if not name.startswith("twig.")}
+        learned = open_safetensors(checkpoint.learned_file) if checkpoint.learned_file else {}
+        others = {name: tensor for name, tensor in learned.items() if not name.startswith("twig.")}
         write_safetensors(file, {**others, **checkpoint.twig}, "mlx")
     elif checkpoint.learned_file:
         shutil.copyfile(checkpoint.learned_file, file)

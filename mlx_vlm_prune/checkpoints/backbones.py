@@ -243,10 +243,10 @@ def text_config(
     kind = text.get("model_type", "llama")
     family = BACKBONES[kind]
     values = {**family.defaults, **{k: v for k, v in text.items() if v is not None}}
-    for name, able in family.supported.items():
-        if values.get(name, able[0]) not in able:
+    for name, allowed in family.supported.items():
+        if values.get(name, allowed[0]) not in allowed:
             raise UserError(
-                f"{where}: {name} of {kind} is {values[name]!r}; mlx-lm has {able[0]!r}"
+                f"{where}: {name} of {kind} is {values[name]!r}; mlx-lm has {allowed[0]!r}"
             )
     values |= family.derived(values, where)
     if "rope_theta" in family.numbers:

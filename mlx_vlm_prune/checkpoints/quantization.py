@@ -31,8 +31,10 @@ def parse_quantization(config: Fields) -> Quantization | None:
         return None
     part = config.part("quantization")
     mode, bits, group = part.values.get("mode", "affine"), part.get("bits"), part.get("group_size")
-    able = MODES[mode] if isinstance(mode, str) and mode in MODES else ((), ())
-    fits = all(type(n) is int and n in some for n, some in zip((bits, group), able, strict=True))
+    allowed = MODES[mode] if isinstance(mode, str) and mode in MODES else ((), ())
+    fits = all(
+        type(n) is int and n in choices for n, choices in zip((bits, group), allowed, strict=True)
+    )
     if not fits or set(part.values) - {"bits", "group_size", "mode"}:
         raise UserError(
             f"{config.file}: quantization is {dict(part.values)!r}, which no mode of"

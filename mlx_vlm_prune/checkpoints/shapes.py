@@ -56,9 +56,9 @@ _linear, _norm = partial(linear, bias=True), partial(norm, bias=True)
 def _projector(c: ProjectorConfig | None, D: int, width: int) -> Shapes:
     if c is None:
         return _linear("projector", D, width)
-    wide = c.merge[0] * c.merge[1] * width
-    before = _norm("projector.norm", wide) if c.norm else {}
-    return before | _linear("projector.fc1", D, wide) | _linear("projector.fc2", D, D)
+    merged_width = c.merge[0] * c.merge[1] * width
+    norm_shapes = _norm("projector.norm", merged_width) if c.norm else {}
+    return norm_shapes | _linear("projector.fc1", D, merged_width) | _linear("projector.fc2", D, D)
 
 
 def _minimind_shapes(c: MiniMindConfig) -> Shapes:

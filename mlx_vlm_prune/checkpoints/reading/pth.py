@@ -23,24 +23,24 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
     limit = _check_archive(path)
     torch = _torch(path)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # whatever an unpickler of hostile bytes may raise
         raise UserError(
             f"{path} is refused, nothing in it was executed: it must hold tensors only"
             f" ({reason(e)})"
         ) from None
-    if isinstance(held, dict) and isinstance(held.get("model"), dict):
-        held = held["model"]
-    if not isinstance(held, dict) or not held:
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no state dict, that is, no names with tensors")
-    for name, value in held.items():
+    for name, value in content.items():
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a plain tensor")
         if value.is_meta or value.is_quantized or value.nbytes > limit:
             raise UserError(f"{path}: tensor {name} claims more than the file holds")
-    if sum(value.nbytes for value in held.values()) > 2 * limit:  # tied tensors count twice
+    if sum(value.nbytes for value in content.values()) > 2 * limit:  # tied tensors count twice
         raise UserError(f"{path}: its tensors together claim more than the file holds")
-    return {str(name): raw_tensor(value) for name, value in held.items()}
+    return {str(name): raw_tensor(value) for name, value in content.items()}
 
 
 def _check_archive(path: Path) -> int:

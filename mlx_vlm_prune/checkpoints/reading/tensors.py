@@ -97,11 +97,11 @@ class RawTensor:
         """The values in float32, in the tensor's shape."""
         data = np.ascontiguousarray(self.data)
         if self.dtype == "BF16":
-            wide = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+            float32 = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
         else:
             kind = {"F32": np.float32, "F16": np.float16}[self.dtype]
-            wide = data.view(kind).astype(np.float32)
-        return wide.reshape(self.shape)
+            float32 = data.view(kind).astype(np.float32)
+        return float32.reshape(self.shape)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RawTensor):
@@ -126,14 +126,17 @@ def free_pages(mapped: np.ndarray) -> None:
             advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
 
-def to_bytes(wide: np.ndarray, dtype: str) -> np.ndarray:
+def to_bytes(float32: np.ndarray, dtype: str) -> np.ndarray:
     """Float32 values as the bytes of F32, F16 or BF16."""
     if dtype == "BF16":
-        bits = np.ascontiguousarray(wide).view(np.uint32)
+        bits = np.ascontiguousarray(float32).view(np.uint32)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return (
-            np.where(np.isnan(wide), 0x7FC0, rounded).astype(np.uint16).reshape(-1).view(np.uint8)
+            np.where(np.isnan(float32), 0x7FC0, rounded)
+            .astype(np.uint16)
+            .reshape(-1)
+            .view(np.uint8)
         )
     with np.errstate(over="ignore"):  # beyond float16 becomes infinity, as in torch
         kind = {"F32": np.float32, "F16": np.float16}[dtype]
-        return np.ascontiguousarray(wide, dtype=kind).reshape(-1).view(np.uint8)
+        return np.ascontiguousarray(float32, dtype=kind).reshape(-1).view(np.uint8)
