@@ -264,12 +264,11 @@ def test_a_merged_token_gets_the_attention_of_all_its_members(pair):
     x = mx.array(rng.normal(size=(1, 5, 48)).astype(np.float32))
     twice = x[:, mx.array([0, 1, 1, 2, 3, 4])]
     places = mx.array([[0, 1, 1, 2, 3, 4]])  # both copies stand in one place
-    twice_logits = np.array(
-        language.logits(language.run(range(1), twice, places, language.make_cache()))
-    )
+    x_1LD = language.run(range(1), twice, places, language.make_cache())
+    twice_1LV = np.array(language.logits(x_1LD))
     bias = mx.array([[0.0, np.log(2), 0, 0, 0]])
     once = language.run(range(1), x, mx.arange(5)[None], language.make_cache(), bias_BL=bias)
-    close(np.array(language.logits(once))[0, 2:], twice_logits[0, 3:])
+    close(np.array(language.logits(once))[0, 2:], twice_1LV[0, 3:])
 
 
 def test_the_tower_reads_a_merged_patch_as_often_as_it_has_members(pair):
@@ -345,10 +344,7 @@ def test_images_with_budgets_of_their_own_give_in_a_batch_what_they_give_alone(p
     assert len(set(counts)) > 1, counts
     image = 0
     for b, row in enumerate(rows):
-        row_pixels = pair.pixels[image : image + len(row.runs)]
-        image += len(row.runs)
-        alone = pair.ours(
-            [row], mx.array(row_pixels) if len(row_pixels) else None, chain, 6, "keep"
-        )
+        images, image = pair.pixels[image : image + len(row.runs)], image + len(row.runs)
+        alone = pair.ours([row], mx.array(images) if len(images) else None, chain, 6, "keep")
         assert alone.rows[0] == together.rows[b]
         close(np.array(together.logits_BLV)[b], np.array(alone.logits_BLV)[0])

@@ -134,13 +134,11 @@ def counter(monkeypatch) -> OperationCounter:
         counter.product(*q.shape[:3], *v.shape[2:])
         return plain_attention(q, k, v, **options)
 
-    plain_matmul, plain_addmm = mx.array.__matmul__, mx.addmm
-    plain_conv2d, plain_gather_mm = mx.conv2d, mx.gather_mm
-    plain_attention = mx.fast.scaled_dot_product_attention
+    plain_matmul, plain_addmm, plain_conv2d = mx.array.__matmul__, mx.addmm, mx.conv2d
+    plain_gather_mm, plain_attention = mx.gather_mm, mx.fast.scaled_dot_product_attention
     monkeypatch.setattr(mx.array, "__matmul__", matmul)
-    monkeypatch.setattr(mx, "addmm", addmm)
-    monkeypatch.setattr(mx, "conv2d", conv2d)
-    monkeypatch.setattr(mx, "gather_mm", gather_mm)
+    for function in (addmm, conv2d, gather_mm):
+        monkeypatch.setattr(mx, function.__name__, function)
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
     counter.count_as_selection(monkeypatch, Pruner, "__call__", "call")
     counter.count_as_selection(monkeypatch, Reduction, "apply", "after", "mixture")
