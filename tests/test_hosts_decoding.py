@@ -39,11 +39,11 @@ def test_mlx_vlms_options_reach_mlx_vlm(loaded, home, monkeypatch):
     theirs = sys.modules["mlx_vlm.generate"]  # its package has a function of that name
     given, real = {}, theirs.stream_generate
 
-    def heard(*args, **options):
+    def record(*args, **options):
         given.update(options)
         return real(*args, **options)
 
-    monkeypatch.setattr(theirs, "stream_generate", heard)
+    monkeypatch.setattr(theirs, "stream_generate", record)
     model, processor = loaded["qwen2_5_vl"]
     generate(
         model, processor, QUESTION, image=home / "a.png",
@@ -96,22 +96,22 @@ def test_a_cache_of_few_bits_is_one_from_the_row_asked_for_on(loaded, home, monk
     model = host_models.llava(hidden_size=128, num_attention_heads=2, num_key_value_heads=1)
     real, held = type(model.language_model).__call__, set()
 
-    def watched(self, *args, **told):
-        done = real(self, *args, **told)
-        held.update(type(getattr(one, "cache", one)).__name__ for one in told["cache"])
+    def watched(self, *args, **arguments):
+        done = real(self, *args, **arguments)
+        held.update(type(getattr(one, "cache", one)).__name__ for one in arguments["cache"])
         return done
 
     monkeypatch.setattr(type(model.language_model), "__call__", watched)
-    said = {}
+    token_ids = {}
     for start in (0, 9999):
         answer = generate(
             model, processor, QUESTION, image=home / "a.png", pruner=pruner, keep_ratio=0.75,
             host_options={"kv_bits": 8, "quantized_kv_start": start}, max_tokens=4,
         )  # fmt: skip
-        said[start] = answer.token_ids
+        token_ids[start] = answer.token_ids
         assert ("QuantizedKVCache" in held) is (start == 0)
         held.clear()
-    assert said[0] == said[9999]  # of eight bits these weights lose no choice
+    assert token_ids[0] == token_ids[9999]  # of eight bits these weights lose no choice
 
 
 def test_a_cache_that_cannot_have_so_few_bits_ends_in_one_sentence():
@@ -119,10 +119,10 @@ def test_a_cache_that_cannot_have_so_few_bits_ends_in_one_sentence():
         yield "a piece"
         raise ValueError("[quantize] The last dimension\nmust be divisible by 64")
 
-    told = explain_kv_bits_errors(pieces(), 4)
-    assert next(told) == "a piece"
+    explained = explain_kv_bits_errors(pieces(), 4)
+    assert next(explained) == "a piece"
     with pytest.raises(UserError, match=r"kv_bits=4 cannot be had of this model: .* by 64"):
-        next(told)
+        next(explained)
     with pytest.raises(ValueError, match="quantize"):
         list(explain_kv_bits_errors(pieces(), None))
 

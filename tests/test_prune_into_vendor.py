@@ -16,7 +16,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import into_folders
 from .host_models import KINDS
 from .into_folders import checkpoint, inputs_of, most, ours, same
-from .test_skeleton import trespasses
+from .test_skeleton import forbidden_imports
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 FOLDERS = {  # one that reads the tower's layers, one of words, a chain, and a mark of tiles
@@ -130,9 +130,9 @@ def test_beside_an_installed_package_each_runs_its_own(home):
 def test_a_copy_of_other_sources_has_another_name(home, monkeypatch, tmp_path):
     from mlx_vlm_prune.hosts import pruned_folder
 
-    real = pruned_folder._copies()
+    real = pruned_folder._package_sources()
     monkeypatch.setattr(
-        pruned_folder, "_copies", lambda: real | {"mlx_vlm_prune/more.py": b"# more"}
+        pruned_folder, "_package_sources", lambda: real | {"mlx_vlm_prune/more.py": b"# more"}
     )
     prune_into(home / "llava", tmp_path / "newer", "norm", 0.5, None, True)
     names = [
@@ -154,4 +154,4 @@ def test_the_copy_is_the_package_with_its_licence_and_without_its_example(home):
 
 
 def test_the_package_imports_itself_by_relative_names_so_that_a_copy_runs_under_any():
-    assert not trespasses(PACKAGE.name, PACKAGE.name)
+    assert not forbidden_imports(PACKAGE.name, PACKAGE.name)

@@ -15,7 +15,7 @@ from mlx_vlm_prune.__main__ import COMMANDS, main
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mlx_vlm_prune", "torch_ref", "convert", "benchmarks")
 FOLDERS = (*PACKAGES, "tests")
-RENAMED = ("torch_ref/models", "torch_ref/generation", "torch_ref/pruners")
+RENAMED = ("mlx_vlm_prune/hosts", "torch_ref/models", "torch_ref/generation", "torch_ref/pruners")
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 40
 MOST_PARAMETERS = 7

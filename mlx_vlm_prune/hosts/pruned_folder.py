@@ -1,9 +1,9 @@
-"""From a checkpoint folder that mlx-vlm runs to one that it runs pruned.
+"""`prune_into`: a checkpoint folder that mlx-vlm runs, written again as one that it runs pruned.
 
-Weights are linked, all else is copied: nothing but config.json and pruned.py differs, so the old
-folder stays as it is, and the new one takes no room. pruned.py attaches pruning to the model that
-mlx-vlm would have made, by this package; with `vendor` by a copy of it that lies in the folder.
-That copy is imported by a name of its own: no installed package takes its place, nor it theirs.
+Weights are linked, other files copied; config.json changes, and pruned.py is added. So the new
+folder takes no room, and the old one stays as it is. pruned.py attaches pruning to mlx-vlm's model
+by this package, or with `vendor` by a copy of it in the folder. The copy is imported under another
+name, so that it neither uses nor shadows an installed package.
 """
 
 import json
@@ -28,19 +28,19 @@ from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
 
-FILE = "pruned.py"
+MODEL_FILE = "pruned.py"
 PACKAGE = Path(__file__).resolve().parents[1]
 LLAVA = ("llava", "llava_next")
 TILED = ("idefics3", "smolvlm")
-PACKAGES = {"llava_qwen2": "fastvlm"}  # mlx-vlm's, where it has another name than the model
-ELSEWHERE = {
+HOST_MODULES = {"llava_qwen2": "fastvlm"}  # mlx-vlm's, where it has another name than the model
+WHY_NOT_IN_FOLDER = {
     Stage.IMAGE: "makes the picture smaller, which the processor would have to do",
     Stage.ENCODER: "works between the tower's layers",
     Stage.DECODER: "works between the language model's layers",
     Stage.ENHANCER: "adds to the language model's attention",
 }
-WHOLE = "<global-img>"  # before the tile that shows the whole image
-TEXT = Template('''\
+GLOBAL_IMAGE_MARK = "<global-img>"  # before the tile that shows the whole image
+MODEL_FILE_TEXT = Template('''\
 """$about
 """
 
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
     """All else that mlx-vlm looks for here is its own."""
     return getattr(stock, name)
 ''')
-INSTALLED = Template("""\
+IMPORT_INSTALLED = Template("""\
 from typing import Any
 
 from mlx_vlm.models import $family as stock
@@ -74,7 +74,7 @@ except ImportError as problem:
     raise ImportError(
         f"this folder prunes by mlx_vlm_prune: pip install mlx_vlm_prune ({problem})"
     ) from None""")
-VENDORED = Template("""\
+IMPORT_VENDORED = Template("""\
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -91,12 +91,12 @@ attach = sys.modules[NAME].attach""")
 
 
 @dataclass(frozen=True)
-class Written:
-    """What was made, in files."""
+class WrittenFiles:
+    """How many files a new folder has of each kind."""
 
     linked: int
     copied: int
-    vendored: int
+    vendored: int  # of this package
 
 
 def prune_into(
@@ -106,7 +106,7 @@ def prune_into(
     keep_ratio: float | None,
     keep_tokens: int | None,
     vendor: bool = False,
-) -> Written:
+) -> WrittenFiles:
     """Write `target`, which is `source` with a model that prunes; `vendor` adds a copy of this
     package.
 
@@ -121,20 +121,22 @@ def prune_into(
         raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
     record: dict[str, Any] = {"pruner": pipeline.spec, "version": __version__}
     record |= {"keep_ratio": keep_ratio} if keep_tokens is None else {"keep_tokens": keep_tokens}
-    copies = _copies() if vendor else {}
-    text = _text(source, config["model_type"], pipeline.spec, keep_ratio, keep_tokens, copies)
+    copies = _package_sources() if vendor else {}
+    text = _model_file_text(
+        source, config["model_type"], pipeline.spec, keep_ratio, keep_tokens, copies
+    )
     with atomic_path(target, folder=True) as folder:
-        linked, copied = _take_over(source, folder)
+        linked, copied = _link_or_copy(source, folder)
         for name, content in copies.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
-        write_json(folder / "config.json", config | {"model_file": FILE, RECORD: record})
-        (folder / FILE).write_text(text, encoding="utf-8")
-    return Written(linked, copied, len(copies))
+        write_json(folder / "config.json", config | {"model_file": MODEL_FILE, RECORD: record})
+        (folder / MODEL_FILE).write_text(text, encoding="utf-8")
+    return WrittenFiles(linked, copied, len(copies))
 
 
 def _config(source: Path) -> dict[str, Any]:
-    """The folder's config.json, once it is known that pruning can be written into it."""
+    """The folder's config.json. Raises UserError where no pruned folder can be written from it."""
     if not source.is_dir():
         raise UserError(f"there is no folder {source}; prune-into takes a local one")
     config = read_json(source / "config.json")
@@ -157,7 +159,7 @@ def _config(source: Path) -> dict[str, Any]:
 
 
 def _check_llava(config: Mapping[str, Any], source: Path) -> None:
-    """Are the visual tokens the patches of one layer?"""
+    """Raises UserError where the visual tokens are not the patches of one layer."""
     vision, layer = config.get("vision_config"), config.get("vision_feature_layer", -2)
     tower = vision.get("model_type", CLIP) if isinstance(vision, Mapping) else CLIP
     strategy = config.get("vision_feature_select_strategy", "default")
@@ -169,10 +171,10 @@ def _check_llava(config: Mapping[str, Any], source: Path) -> None:
 def _pipeline(spec: str) -> Pipeline:
     pipeline = plan(spec)
     for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
-        if step.stage in ELSEWHERE:
+        if reason := WHY_NOT_IN_FOLDER.get(step.stage):
             raise UserError(
-                f"{step.name} cannot be written into a checkpoint: it {ELSEWHERE[step.stage]}, and"
-                f" {FILE} chooses among the tokens that the tower hands over"
+                f"{step.name} cannot be written into a checkpoint: it {reason}, and"
+                f" {MODEL_FILE} chooses among the tokens that the tower hands over"
             )
         if step.name not in NAMES:
             raise UserError(
@@ -184,7 +186,7 @@ def _pipeline(spec: str) -> Pipeline:
     return pipeline
 
 
-def _text(
+def _model_file_text(
     source: Path,
     kind: str,
     pruner: str,
@@ -192,7 +194,7 @@ def _text(
     keep_tokens: int | None,
     copies: Mapping[str, bytes],
 ) -> str:
-    """What pruned.py says."""
+    """The text of pruned.py."""
     budget = f"{keep_ratio:.4g}" if keep_tokens is None else f"{keep_tokens}"
     about = [
         f"This {kind} model keeps {budget} of each image's visual tokens, by {pruner}.",
@@ -205,17 +207,18 @@ def _text(
     digest = sha256(b"".join(name.encode() + copies[name] for name in sorted(copies)))
     more = ""
     if kind in TILED:
-        more = f"\n        self.config.{GLOBAL_IMAGE} = {_token(source, WHOLE)}  # {WHOLE}"
-    return TEXT.substitute(
+        token = _token_id(source, GLOBAL_IMAGE_MARK)
+        more = f"\n        self.config.{GLOBAL_IMAGE} = {token}  # {GLOBAL_IMAGE_MARK}"
+    return MODEL_FILE_TEXT.substitute(
         about="\n\n".join(fill(part, 97) for part in about),
-        attach=(VENDORED if copies else INSTALLED).substitute(
-            family=PACKAGES.get(kind, kind), digest=digest.hexdigest()[:8]
+        attach=(IMPORT_VENDORED if copies else IMPORT_INSTALLED).substitute(
+            family=HOST_MODULES.get(kind, kind), digest=digest.hexdigest()[:8]
         ),
         pruner=json.dumps(pruner), keep_ratio=keep_ratio, keep_tokens=keep_tokens, more=more,
     )  # fmt: skip
 
 
-def _token(source: Path, text: str) -> int:
+def _token_id(source: Path, text: str) -> int:
     """The id of a special token; UserError where the tokenizer has none of that name."""
     added = read_json(source / "tokenizer.json").get("added_tokens")
     for token in added if isinstance(added, list) else []:
@@ -226,35 +229,35 @@ def _token(source: Path, text: str) -> int:
     )
 
 
-def _copies() -> dict[str, bytes]:
-    """This package's sources and their licence, by where they go in a folder. The built-in example
-    stays here: it is megabytes, and no model of mlx-vlm's."""
+def _package_sources() -> dict[str, bytes]:
+    """This package's sources and licence, by their paths in the folder; without the built-in
+    example, whose megabytes no model of mlx-vlm's needs."""
     sources = {
         str(file.relative_to(PACKAGE.parent)): file.read_bytes()
         for file in sorted(PACKAGE.rglob("*.py"))
     }
-    return {f"{PACKAGE.name}/LICENSE": _licence(), **sources}
+    return {f"{PACKAGE.name}/LICENSE": _license(), **sources}
 
 
-def _licence() -> bytes:
-    """It goes with every copy; a checkout has it beside the package, an installation elsewhere."""
+def _license() -> bytes:
+    """The licence: beside the package in a checkout, elsewhere in an installation."""
     if (PACKAGE.parent / "pyproject.toml").is_file():
         return (PACKAGE.parent / "LICENSE").read_bytes()
     files = metadata.files(PACKAGE.name) or []
     return next(Path(str(f.locate())).read_bytes() for f in files if f.name == "LICENSE")
 
 
-def _take_over(source: Path, folder: Path) -> tuple[int, int]:
-    """Everything but config.json and what is hidden; how many files were linked, and copied.
+def _link_or_copy(source: Path, folder: Path) -> tuple[int, int]:
+    """Link weights and copy other files, but for config.json and hidden ones; the count of each.
 
-    Weights alone are linked: a small file that an editor changes in place would change in both.
+    Other files are not linked, since an editor may change them in place, and so in both folders.
     """
     linked = copied = 0
     for file in sorted(source.rglob("*")):
         name = file.relative_to(source)
         if any(part.startswith(".") for part in name.parts) or not file.is_file():
             continue
-        if str(name) in ("config.json", FILE):
+        if str(name) in ("config.json", MODEL_FILE):
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors" and _link(file, folder / name):
@@ -265,10 +268,10 @@ def _take_over(source: Path, folder: Path) -> tuple[int, int]:
     return linked, copied
 
 
-def _link(file: Path, there: Path) -> bool:
-    """A hard link, if the disk makes one; a hub's file is itself a link to another."""
+def _link(file: Path, target: Path) -> bool:
+    """Make a hard link, if the disk can; a file of the hub's cache is itself a link."""
     try:
-        os.link(file.resolve(), there)
+        os.link(file.resolve(), target)
     except OSError:
         return False
     return True
