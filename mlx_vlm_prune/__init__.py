@@ -57,3 +57,8 @@ def __getattr__(name: str) -> Any:
     if name == "generate":
         return home  # callable, and what the import system binds the name to anyway
     return home.METHODS if name == "PRUNERS" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    """The exported names, also before they are imported."""
+    return sorted({*globals(), *__all__})

@@ -56,6 +56,7 @@ def signature(function: Any) -> str:
 
 def test_these_names_are_exported_and_no_others():
     assert set(mlx_vlm_prune.__all__) == {*SIGNATURES, *OTHERS}
+    assert set(mlx_vlm_prune.__all__) <= set(dir(mlx_vlm_prune))
     assert all(getattr(mlx_vlm_prune, name) is not None for name in mlx_vlm_prune.__all__)
 
 

@@ -87,7 +87,7 @@ def test_the_image_is_left_as_it_was():
 
 def test_several_pictures_stand_side_by_side():
     pictures = [overlay(LIGHT, GRID, [k], "x") for k in range(3)]
-    whole = join_images(pictures)
-    assert whole.width > 3 * pictures[0].width and whole.height == pictures[0].height
-    left = whole.crop((0, 0, *pictures[0].size))
+    joined = join_images(pictures)
+    assert joined.width > 3 * pictures[0].width and joined.height == pictures[0].height
+    left = joined.crop((0, 0, *pictures[0].size))
     assert left.tobytes() == pictures[0].tobytes()

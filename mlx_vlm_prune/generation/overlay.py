@@ -89,11 +89,11 @@ def join_images(pictures: Sequence[Image.Image], *, down: bool = False) -> Image
     size = [0, 0]
     size[along] = int(sizes[:, along].sum()) + GAP * (len(pictures) - 1)
     size[across] = int(sizes[:, across].max())
-    whole, place = Image.new("RGB", (size[0], size[1]), PAPER), [0, 0]
+    joined, place = Image.new("RGB", (size[0], size[1]), PAPER), [0, 0]
     for picture in pictures:
-        whole.paste(picture, (place[0], place[1]))
+        joined.paste(picture, (place[0], place[1]))
         place[along] += picture.size[along] + GAP
-    return whole
+    return joined
 
 
 def _groups(N: int, kept: Sequence[int], weights: np.ndarray | None) -> np.ndarray:
@@ -105,8 +105,9 @@ def _groups(N: int, kept: Sequence[int], weights: np.ndarray | None) -> np.ndarr
     return group
 
 
-def _enlarge(of_grid: np.ndarray, patch: int) -> np.ndarray:
-    return of_grid.repeat(patch, axis=0).repeat(patch, axis=1)
+def _enlarge(grid: np.ndarray, patch: int) -> np.ndarray:
+    """A value of each patch as one of each pixel."""
+    return grid.repeat(patch, axis=0).repeat(patch, axis=1)
 
 
 def _tint(pixels: np.ndarray, group: np.ndarray, patch: int) -> np.ndarray:
@@ -151,10 +152,10 @@ def add_caption(drawn: Image.Image, caption: str) -> Image.Image:
     font = ImageFont.load_default(size)
     letters = max(8, int((drawn.width - 2 * MARGIN) / (0.52 * size)))
     text = "\n".join(textwrap.wrap(caption, letters, drop_whitespace=True)) or " "
-    whole = Image.new("RGB", drawn.size, PAPER)
-    box = ImageDraw.Draw(whole).multiline_textbbox((MARGIN, MARGIN), text, font=font)
-    whole = Image.new("RGB", (drawn.width, drawn.height + int(box[3]) + MARGIN), PAPER)
-    whole.paste(drawn, (0, 0))
+    page = Image.new("RGB", drawn.size, PAPER)
+    box = ImageDraw.Draw(page).multiline_textbbox((MARGIN, MARGIN), text, font=font)
+    page = Image.new("RGB", (drawn.width, drawn.height + int(box[3]) + MARGIN), PAPER)
+    page.paste(drawn, (0, 0))
     place = (MARGIN, drawn.height + MARGIN)
-    ImageDraw.Draw(whole).multiline_text(place, text, font=font, fill=INK)
-    return whole
+    ImageDraw.Draw(page).multiline_text(place, text, font=font, fill=INK)
+    return page
