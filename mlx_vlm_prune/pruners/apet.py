@@ -18,7 +18,16 @@ Shapes: B images, N tokens, K kept, M basis tokens, D features.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, keep_highest, nearest_mean, rounded, to_float64
+from .numerics import (
+    choice_dtype,
+    choosing,
+    constant,
+    cosine,
+    keep_highest,
+    nearest_mean,
+    rounded,
+    to_choice_dtype,
+)
 
 stage = Stage.PROJECTED
 ZERO_LENGTH = 1e-9  # as a share of the longest token's: a shorter basis vector has no direction
@@ -28,7 +37,7 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
     """Keep K and merge the rest into them."""
     if basis < 1:
         raise ValueError(f"basis is {basis}; it must be at least 1")
-    with mx.stream(mx.cpu):
+    with choosing():
         error_BN = approximation_errors(signals.x_BND, basis)
         index_BK = keep_highest(error_BN, K)
         similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
@@ -38,20 +47,20 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
 def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:
     """The length of what the basis leaves of each token, as a share of the longest token's, (B, N).
 
-    Gram-Schmidt, a basis token at a time. On the CPU.
+    Gram-Schmidt, a basis token at a time.
     """
-    x_BND = to_float64(x_BND)
+    x_BND = to_choice_dtype(x_BND)
     B, N, _ = x_BND.shape
     length_BN = mx.sqrt(mx.square(x_BND).sum(axis=-1))
-    longest_B11 = mx.maximum(length_BN.max(axis=-1)[:, None, None], mx.array(1e-30, mx.float64))
+    longest_B11 = mx.maximum(length_BN.max(axis=-1)[:, None, None], constant(1e-30))
     x_BND = residual_BND = x_BND / longest_B11
     i_B1 = mx.argmax(rounded(length_BN / longest_B11[..., 0]), axis=-1, keepdims=True)
-    gap_BN = mx.full((B, N), mx.inf).astype(mx.float64)  # squared, to the nearest basis token
+    gap_BN = mx.full((B, N), mx.inf).astype(choice_dtype())  # squared, to the nearest basis token
     for _ in range(min(basis, N)):
         basis_B1D = take(residual_BND, i_B1)
         square_B11 = mx.square(basis_B1D).sum(axis=-1, keepdims=True)
         share_BN1 = (residual_BND * basis_B1D).sum(axis=-1, keepdims=True)
-        share_BN1 = share_BN1 / mx.maximum(square_B11, mx.array(1e-300, mx.float64))
+        share_BN1 = share_BN1 / mx.maximum(square_B11, constant(1e-300))
         projected_BND = share_BN1 * basis_B1D
         has_direction_B11 = square_B11 > ZERO_LENGTH**2
         residual_BND = residual_BND - mx.where(has_direction_B11, projected_BND, 0)

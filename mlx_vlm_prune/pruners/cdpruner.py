@@ -19,7 +19,7 @@ Shapes: B images, N tokens, K kept, T words, M steps done.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, rounded, scale_to_unit
+from .numerics import choice_dtype, choosing, cosine, rounded, scale_to_unit
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
@@ -28,13 +28,13 @@ EXHAUSTED = 1e-9  # a conditional variance below it is rounding; the kernel's di
 
 def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
     """Keep K. The K steps are one MLX graph."""
-    with mx.stream(mx.cpu):
+    with choosing():
         relevance_BN = relevance(signals, negative)
         similar_BNN = cosine(signals.x_BND)
         kernel_BNN = relevance_BN[..., None] * similar_BNN * relevance_BN[:, None]
         B, N, _ = kernel_BNN.shape
         variance_BN = mx.diagonal(kernel_BNN, axis1=1, axis2=2)  # given the kept tokens
-        factor_BMN = mx.zeros((B, 0, N), dtype=mx.float64)  # Cholesky's
+        factor_BMN = mx.zeros((B, 0, N), dtype=choice_dtype())  # Cholesky's
         kept, is_left_BN = [], mx.ones((B, N), dtype=mx.bool_)
         for _ in range(K):
             score_BN = mx.where(variance_BN > EXHAUSTED, variance_BN, relevance_BN - 2)
@@ -53,7 +53,7 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:
-    """Mean cosine of each token with the prompt's words, scaled to 0 to 1, (B, N). On the CPU."""
+    """Mean cosine of each token with the prompt's words, scaled to 0 to 1, (B, N)."""
     similar_BNT = cosine(signals.x_BND, signals.text_BTD)
     real_B1T = signals.text_real_BT[:, None]
     mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)

@@ -20,7 +20,7 @@ import numpy as np
 
 from .budget import one_cut
 from .contract import Reduction, Signals, Stage
-from .numerics import cosine, rounded, to_float64
+from .numerics import choosing, cosine, rounded, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}
@@ -35,9 +35,9 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
     """Keep `pivots` tokens and the least similar to them and to as many words."""
     if pivots < 1:
         raise ValueError(f"pivots is {pivots}; it must be at least 1")
-    with mx.stream(mx.cpu):
-        norm_BN = np.array(rounded(mx.abs(to_float64(signals.keys_BND)).sum(axis=-1)))
-        word_norm_BT = rounded(mx.abs(to_float64(signals.text_keys_BTD)).sum(axis=-1))
+    with choosing():
+        norm_BN = np.array(rounded(mx.abs(to_choice_dtype(signals.keys_BND)).sum(axis=-1)))
+        word_norm_BT = rounded(mx.abs(to_choice_dtype(signals.text_keys_BTD)).sum(axis=-1))
         norm_BT = np.array(mx.where(signals.text_real_BT, word_norm_BT, -1))
         similar_BNN = np.array(cosine(signals.normed_BND))
         similar_BTN = np.array(cosine(signals.text_BTD, signals.normed_BND))

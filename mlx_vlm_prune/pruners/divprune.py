@@ -13,18 +13,18 @@ Shapes: B images, N tokens, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine
+from .numerics import choice_dtype, choosing, cosine
 
 stage = Stage.PROJECTED
 
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep K. The K steps are one MLX graph."""
-    with mx.stream(mx.cpu):
+    with choosing():
         distance_BNN = 1 - cosine(signals.x_BND)
         B, N, _ = distance_BNN.shape
         score_BN = mx.where(mx.eye(N) > 0, mx.inf, distance_BNN).min(axis=-1)
-        gap_BN = mx.full((B, N), mx.inf).astype(mx.float64)  # to the nearest kept token
+        gap_BN = mx.full((B, N), mx.inf).astype(choice_dtype())  # to the nearest kept token
         kept = []
         for _ in range(K):
             i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)

@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
 from .grid import windows
-from .numerics import cosine, keep_highest, mask_of, nearest_mean
+from .numerics import choosing, cosine, keep_highest, mask_of, nearest_mean
 
 stage = Stage.FEATURES
 needs = {"local_attention": "local_layer", "cls_attention": "layer", "grid": None}
@@ -46,6 +46,6 @@ def prune(
     is_local_BN = mask_of(mx.concatenate(chosen, axis=1), N)
     score_BN = mx.where(is_local_BN, mx.inf, signals.cls_attention_BN)
     index_BK = keep_highest(score_BN, K)
-    with mx.stream(mx.cpu):
+    with choosing():
         similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
         return Reduction(index_BK, nearest_mean(similar_BNK, index_BK))

@@ -22,7 +22,7 @@ import numpy as np
 
 from .contract import Reduction, Signals, Stage
 from .grid import windows
-from .numerics import cosine, rounded, scale_to_unit
+from .numerics import choice_dtype, choosing, cosine, rounded, scale_to_unit
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer", "grid": None}
@@ -36,14 +36,14 @@ def prune(
     if not regions >= 1:
         raise ValueError(f"regions is {regions}; it must be at least 1")
     areas = [window.ravel() for window in windows(signals.grid, min(regions, N))]
-    with mx.stream(mx.cpu):
+    with choosing():
         similar_BNN = np.array(cosine(signals.x_BND))
         varied_BN = np.zeros(similar_BNN.shape[:2])
         for area in areas:
             varied_BN[:, area] = similar_BNN[:, area][:, :, area].var(axis=-1)
         attention_BN = scale_to_unit(signals.cls_attention_BN)
         score_BN = np.array(
-            rounded(attention_BN + beta * scale_to_unit(mx.array(varied_BN, mx.float64)))
+            rounded(attention_BN + beta * scale_to_unit(mx.array(varied_BN, choice_dtype())))
         )
     index_BK = np.stack([best_of_regions(score_N, areas, K) for score_N in score_BN])
     return Reduction(index_BK=mx.array(index_BK))

@@ -14,7 +14,7 @@ Shapes: B images, N patches, H heads, d head size, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest, rounded, to_float64
+from .numerics import choosing, keep_highest, rounded, to_choice_dtype
 from .pipeline import layer_at
 
 stage = Stage.ENCODER
@@ -28,11 +28,11 @@ def cuts(layers: int, N: int, K: int, *, layer: float = 0.5) -> list[tuple[int, 
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
-    with mx.stream(mx.cpu):
+    with choosing():
         score_BN = norm(signals.keys_BNHd) + norm(signals.queries_BNHd)
         return Reduction(index_BK=keep_highest(rounded(score_BN), K))
 
 
 def norm(x_BNHd: mx.array) -> mx.array:
     """L2 norm of each token, all heads together, (B, N)."""
-    return mx.sqrt(mx.square(to_float64(x_BNHd)).sum(axis=(2, 3)))
+    return mx.sqrt(mx.square(to_choice_dtype(x_BNHd)).sum(axis=(2, 3)))

@@ -20,7 +20,7 @@ import numpy as np
 from mlx import nn
 
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest, to_float64
+from .numerics import choosing, keep_highest, to_choice_dtype
 from .scorer import layer_norm, linear, score
 
 stage = Stage.FEATURES
@@ -44,16 +44,16 @@ class Usefulness(nn.Module):
     ) -> Reduction:
         """Keep the K most useful; `dynamic` and `layer` are read by the host."""
         N = signals.x_BND.shape[1]
-        with mx.stream(mx.cpu):
+        with choosing():
             x_BND = layer_norm(signals.x_BND, self.norm)
-            attention_BN1 = mx.log(to_float64(signals.cls_attention_BN) * N + 1e-6)[..., None]
+            attention_BN1 = mx.log(to_choice_dtype(signals.cls_attention_BN) * N + 1e-6)[..., None]
             input_BND = mx.concatenate([x_BND, attention_BN1], axis=-1)
             return Reduction(index_BK=keep_highest(score(input_BND, self.fc1, self.fc2), K))
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
         """Each image's budget, from 1 to N."""
         N = signals.x_BND.shape[1]
-        with mx.stream(mx.cpu):
+        with choosing():
             pooled_BD = layer_norm(signals.x_BND, self.norm).mean(axis=1)
             log_need_B = np.array(linear(pooled_BD, self.need))[:, 0]
         share_B = np.exp(log_need_B) / self.mean_need.astype(mx.float32).item()

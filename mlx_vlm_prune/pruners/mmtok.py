@@ -20,7 +20,7 @@ Shapes: B images, N tokens, K kept, T words, M = T + N rows to cover.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import cosine, rounded, softmax
+from .numerics import choice_dtype, choosing, cosine, rounded, softmax
 from .scope import greedy_cover
 
 stage = Stage.PROJECTED
@@ -33,11 +33,11 @@ def prune(
     """Keep K."""
     if not (sharp > 0 and soft > 0 and image >= 0):
         raise ValueError("sharp and soft are temperatures above 0, and image is at least 0")
-    with mx.stream(mx.cpu):
+    with choosing():
         words_BTN = softmax(cosine(signals.text_BTD, signals.x_BND), sharp)
         real_BT1 = signals.text_real_BT[..., None]
         words_BTN = mx.where(real_BT1, words_BTN, 0) / real_BT1.sum(axis=1, keepdims=True)
         tokens_BNN = softmax(cosine(signals.x_BND), soft) * image / signals.x_BND.shape[1]
         rows_BMN = rounded(mx.concatenate([words_BTN, tokens_BNN], axis=1))
-        no_saliency_BN = mx.ones(signals.x_BND.shape[:2], dtype=mx.float64)
+        no_saliency_BN = mx.ones(signals.x_BND.shape[:2], dtype=choice_dtype())
         return Reduction(index_BK=greedy_cover(rows_BMN, no_saliency_BN, K))

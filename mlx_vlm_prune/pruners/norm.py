@@ -8,13 +8,13 @@ Shapes: B images, N tokens, D features, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest, to_float64
+from .numerics import choosing, keep_highest, to_choice_dtype
 
 stage = Stage.FEATURES
 
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K tokens of largest norm."""
-    with mx.stream(mx.cpu):
-        square_BN = mx.square(to_float64(signals.x_BND)).sum(axis=-1)
+    with choosing():
+        square_BN = mx.square(to_choice_dtype(signals.x_BND)).sum(axis=-1)
         return Reduction(index_BK=keep_highest(square_BN, K))

@@ -1,16 +1,60 @@
-"""What methods choose by: the K highest scores, similarities, means.
+"""What methods choose by: the K highest scores, similarities, means; and in what arithmetic.
 
-Choices are made in float64. In float32 the order in which a sum is taken decides which of two
-near-duplicates wins, so that two machines keep different tokens. Only a CPU has float64: all
-functions but `keep_highest` and `mask_of`, and what uses their results, are called under
-`mx.stream(mx.cpu)`.
+On a CPU device choices are made in float64. In float32 the order in which a sum is taken decides
+which of two near-duplicates wins, so that two machines keep different tokens. No GPU has float64:
+there, choices are made in float32 where the tokens are, and nothing returns to the host. Only
+`choice_dtype` decides between the two. All functions but `keep_highest` and `mask_of`, and what
+uses their results, are called under `choosing()`.
 
 Shapes: B images, N tokens, M others, D features, K kept.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal
+
 import mlx.core as mx
 
 E = 2.718281828459045  # `mx.exp` computes in float32 even in float64; `mx.power` does not
+
+_forced: ContextVar[mx.Dtype | None] = ContextVar("_forced", default=None)
+
+
+def choice_dtype() -> mx.Dtype:
+    """In what choices are made: float64 on a CPU device, float32 on a GPU."""
+    return _forced.get() or (mx.float64 if mx.default_device() == mx.cpu else mx.float32)
+
+
+@contextmanager
+def choosing() -> Iterator[None]:
+    """Inside the block, choices are made where `choice_dtype` can be computed: float64 on the CPU,
+    float32 where the tokens are."""
+    if choice_dtype() == mx.float64:
+        with mx.stream(mx.cpu):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def precision(name: Literal["float32", "float64"]) -> Iterator[None]:
+    """Inside the block, choices are made in this dtype whatever the device: for tests."""
+    token = _forced.set(getattr(mx, name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def to_choice_dtype(x: mx.array) -> mx.array:
+    """In the dtype of choices."""
+    return x.astype(choice_dtype())
+
+
+def constant(value: float) -> mx.array:
+    """A number in the dtype of choices. (Beside an array a Python float is rounded to float32.)"""
+    return mx.array(value, choice_dtype())
 
 
 def keep_highest(score_BN: mx.array, K: int) -> mx.array:
@@ -21,46 +65,49 @@ def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     return mx.sort(order_BK, axis=-1) if K else order_BK
 
 
-def to_float64(x: mx.array) -> mx.array:
-    """As float64."""
-    return x.astype(mx.float64)
-
-
 def unit(x_BND: mx.array) -> mx.array:
-    """Tokens scaled to length one, float64; a zero token stays zero."""
-    x_BND = to_float64(x_BND)
+    """Tokens scaled to length one; a zero token stays zero."""
+    x_BND = to_choice_dtype(x_BND)
     norm_BN1 = mx.sqrt(mx.square(x_BND).sum(axis=-1, keepdims=True))
-    return x_BND / mx.maximum(norm_BN1, mx.array(1e-6, mx.float64))
+    return x_BND / mx.maximum(norm_BN1, constant(1e-6))
 
 
 def cosine(x_BND: mx.array, y_BMD: mx.array | None = None) -> mx.array:
-    """Cosine similarity of every two tokens, (B, N, M), float64.
+    """Cosine similarity of every two tokens, (B, N, M).
 
-    Rounded to twelve digits, so that equal tokens tie in whatever order a product is summed.
+    Rounded, so that equal tokens tie in whatever order a product is summed.
     """
     x_BND = unit(x_BND)
     y_BMD = x_BND if y_BMD is None else unit(y_BMD)
     return rounded(x_BND @ y_BMD.swapaxes(1, 2))
 
 
-def rounded(x: mx.array) -> mx.array:
-    """Rounded to twelve digits after the point, float64. (`mx.round` itself scales in float32.)"""
-    ten_12 = mx.array(1e12, mx.float64)
-    return mx.round(to_float64(x) * ten_12) / ten_12
+def rounded(x: mx.array, digits: int = 12) -> mx.array:
+    """Rounded to so many digits after the point, in float32 to at most six.
+
+    Twelve of float64's sixteen digits, six of float32's seven: what is left out is what the order
+    of a sum changes, so that equal tokens tie. (`mx.round` itself scales in float32.)
+    """
+    scale = constant(10.0 ** (digits if choice_dtype() == mx.float64 else min(digits, 6)))
+    return mx.round(to_choice_dtype(x) * scale) / scale
+
+
+def exp(x: mx.array) -> mx.array:
+    """Of an array in the dtype of choices."""
+    return mx.power(constant(E), x) if x.dtype == mx.float64 else mx.exp(x)
 
 
 def softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
-    """Softmax over the last axis, float64."""
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-    power = mx.power(mx.array(E, mx.float64), logits)
+    """Softmax over the last axis."""
+    power = exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
     return power / power.sum(axis=-1, keepdims=True)
 
 
 def scale_to_unit(score_BN: mx.array) -> mx.array:
-    """Scores from 0 (an image's lowest) to 1 (its highest), float64; 0 where all are equal."""
-    score_BN = to_float64(score_BN)
+    """Scores from 0 (an image's lowest) to 1 (its highest); 0 where all are equal."""
+    score_BN = to_choice_dtype(score_BN)
     low_B1, high_B1 = score_BN.min(-1, keepdims=True), score_BN.max(-1, keepdims=True)
-    return (score_BN - low_B1) / mx.maximum(high_B1 - low_B1, mx.array(1e-12, mx.float64))
+    return (score_BN - low_B1) / mx.maximum(high_B1 - low_B1, constant(1e-12))
 
 
 def mask_of(index_BK: mx.array, N: int) -> mx.array:

@@ -23,7 +23,7 @@ import numpy as np
 
 from .budget import one_cut
 from .contract import Reduction, Signals, Stage
-from .numerics import cosine, rounded, to_float64
+from .numerics import choosing, cosine, rounded, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"mean_attention": None}
@@ -41,9 +41,9 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
     """Merge into K clusters; of the tokens beyond K, the share `clustered` is not pruned."""
     if not 0 <= clustered <= 1:
         raise ValueError(f"clustered is {clustered}; it is a share from 0 to 1")
-    with mx.stream(mx.cpu):
-        length_BN = mx.sqrt(mx.square(to_float64(signals.x_BND)).sum(axis=-1))
-        worth_BN = np.array(rounded(to_float64(signals.mean_attention_BN) * length_BN))
+    with choosing():
+        length_BN = mx.sqrt(mx.square(to_choice_dtype(signals.x_BND)).sum(axis=-1))
+        worth_BN = np.array(rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN))
         distance_BNN = 1 - np.array(cosine(signals.next_keys_BND))
     n = K + int(clustered * (worth_BN.shape[1] - K))
     pairs = [cluster(w, d, K, n) for w, d in zip(worth_BN, distance_BNN, strict=True)]

@@ -10,7 +10,7 @@ Shapes: B images, N patches, D features, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest, to_float64
+from .numerics import choosing, keep_highest, to_choice_dtype
 
 stage = Stage.ENCODER
 needs: dict[str, str | None] = {"patches": None}
@@ -23,6 +23,6 @@ def cuts(layers: int, N: int, K: int) -> list[tuple[int, str, int]]:
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
-    with mx.stream(mx.cpu):
-        square_BN = mx.square(to_float64(signals.patches_BND)).sum(axis=-1)
+    with choosing():
+        square_BN = mx.square(to_choice_dtype(signals.patches_BND)).sum(axis=-1)
         return Reduction(index_BK=keep_highest(square_BN, K))

@@ -20,7 +20,7 @@ Shapes: B images, N tokens, K slots, C kept tokens, H heads, d head size, D = H 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, keep_highest, mask_of, rounded, softmax, to_float64
+from .numerics import choosing, cosine, keep_highest, mask_of, rounded, softmax, to_choice_dtype
 
 stage = Stage.FEATURES
 needs = {"cls_query": "layer", "keys": "layer"}
@@ -28,7 +28,7 @@ needs = {"cls_query": "layer", "keys": "layer"}
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
     """Keep K - 1 and a sum of the rest; `layer` is read by the host."""
-    with mx.stream(mx.cpu):
+    with choosing():
         score_BN = cls_scores(signals)
         kept_BC = keep_highest(score_BN, max(1, K - 1))
         weight_BCN = with_neighbours(signals, score_BN, kept_BC, neighbours)
@@ -44,16 +44,16 @@ def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) 
 
 
 def cls_scores(signals: Signals) -> mx.array:
-    """Softmax of CLS's query with every key, (B, N) float64. On the CPU."""
-    query_BD1 = to_float64(signals.cls_query_BHd).flatten(1)[..., None]
-    keys_BND = to_float64(signals.keys_BNHd).flatten(2)
+    """Softmax of CLS's query with every key, (B, N)."""
+    query_BD1 = to_choice_dtype(signals.cls_query_BHd).flatten(1)[..., None]
+    keys_BND = to_choice_dtype(signals.keys_BNHd).flatten(2)
     return rounded(softmax((keys_BND @ query_BD1)[..., 0] / keys_BND.shape[-1] ** 0.5))
 
 
 def with_neighbours(
     signals: Signals, score_BN: mx.array, kept_BC: mx.array, neighbours: int
 ) -> mx.array:
-    """Weights (B, C, N) of kept tokens that each add their neighbours. On the CPU."""
+    """Weights (B, C, N) of kept tokens that each add their neighbours."""
     if neighbours < 0:
         raise ValueError(f"neighbours is {neighbours}; it must be 0 or more")
     N = score_BN.shape[1]

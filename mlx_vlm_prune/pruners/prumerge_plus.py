@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from .contract import Reduction, Signals, Stage
+from .numerics import choosing
 from .prumerge import cls_scores, with_neighbours
 
 stage = Stage.FEATURES
@@ -26,7 +27,7 @@ needs = {"cls_query": "layer", "keys": "layer"}
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
     """Keep outliers and samples, K together; `layer` is read by the host."""
-    with mx.stream(mx.cpu):
+    with choosing():
         score_BN = cls_scores(signals)
         kept = [outliers_and_samples(score_N, K) for score_N in np.array(score_BN)]
         index_BK = mx.array(np.stack(kept))

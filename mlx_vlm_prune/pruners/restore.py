@@ -19,7 +19,7 @@ Shapes: B images, N tokens, K kept, d head size.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, membership
+from .numerics import choosing, cosine, membership
 
 stage = Stage.ENHANCER
 
@@ -33,7 +33,7 @@ def attention_bias(
     if dims < 2 or theta <= 1:
         raise ValueError("dims is at least 2, and theta above 1")
     N = signals.x_BND.shape[1]
-    with mx.stream(mx.cpu):
+    with choosing():
         similar_BNK = take(cosine(signals.x_BND), kept.index_BK, axis=2)
         member_BKN = membership(similar_BNK, kept.index_BK)
         distance_BKN = mx.abs(mx.arange(N) - kept.index_BK[..., None].astype(mx.int32))

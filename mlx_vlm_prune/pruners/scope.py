@@ -14,7 +14,7 @@ Shapes: B images, N tokens, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, rounded, to_float64
+from .numerics import choice_dtype, choosing, constant, cosine, rounded, to_choice_dtype
 
 stage = Stage.PROJECTED
 needs = {"cls_attention": "layer"}
@@ -22,20 +22,20 @@ needs = {"cls_attention": "layer"}
 
 def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) -> Reduction:
     """Keep K; `layer` is read by the host."""
-    with mx.stream(mx.cpu):
+    with choosing():
         similar_BNN = cosine(signals.x_BND)
-        salient_BN = mx.power(to_float64(signals.cls_attention_BN), mx.array(power, mx.float64))
+        salient_BN = mx.power(to_choice_dtype(signals.cls_attention_BN), constant(power))
         return Reduction(index_BK=greedy_cover(similar_BNN, salient_BN, K))
 
 
 def greedy_cover(similar_BMN: mx.array, salient_BN: mx.array, K: int) -> mx.array:
-    """K columns (B, K), ascending, that greedily cover the M rows. On the CPU, as one MLX graph.
+    """K columns (B, K), ascending, that greedily cover the M rows. One MLX graph.
 
     A row is covered by its largest entry among the chosen columns. A column's gain is what it
     adds to that, summed over the rows, times its saliency.
     """
     B, M, N = similar_BMN.shape
-    covered_BM1 = mx.zeros((B, M, 1), dtype=mx.float64)
+    covered_BM1 = mx.zeros((B, M, 1), dtype=choice_dtype())
     kept, is_left_BN = [], mx.ones((B, N), dtype=mx.bool_)
     for _ in range(K):
         gain_BN = mx.maximum(similar_BMN - covered_BM1, 0).sum(axis=1)

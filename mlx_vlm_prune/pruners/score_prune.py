@@ -9,11 +9,10 @@ the loss reaches all scores through the attention that the tokens get, or would 
 Shapes: B images, N tokens, D features, K kept.
 """
 
-import mlx.core as mx
 from mlx import nn
 
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest
+from .numerics import choosing, keep_highest
 from .scorer import layer_norm, score
 
 stage = Stage.FEATURES
@@ -31,7 +30,7 @@ class Scorer(nn.Module):
 
     def prune(self, signals: Signals, K: int) -> Reduction:
         """Keep the K highest scores."""
-        with mx.stream(mx.cpu):
+        with choosing():
             score_BN = score(layer_norm(signals.x_BND, self.norm), self.fc1, self.fc2)
             return Reduction(index_BK=keep_highest(score_BN, K))
 

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .contract import Reduction, Signals, Stage
-from .numerics import cosine
+from .numerics import choosing, cosine
 
 stage = Stage.FEATURES
 
@@ -30,7 +30,7 @@ def prune(
     signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
 ) -> Reduction:
     """Merge into K clusters. The pass is sequential, so it runs in numpy, in N short steps."""
-    with mx.stream(mx.cpu):
+    with choosing():
         similar_BNN = np.array(cosine(signals.x_BND))
     to_k = first_k if published else exactly_k
     leader_BN = np.stack([to_k(s_NN, assign_leaders(s_NN, threshold), K) for s_NN in similar_BNN])

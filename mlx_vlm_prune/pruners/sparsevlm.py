@@ -22,7 +22,7 @@ import numpy as np
 from .budget import several_cuts
 from .clusters import density_peaks, distances, nearest_centres
 from .contract import Reduction, Signals, Stage
-from .numerics import rounded, softmax, to_float64
+from .numerics import choosing, rounded, softmax, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
@@ -43,23 +43,25 @@ def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
     """Keep the highest scores, and clusters of the highest of the others, K together."""
     if not 0 <= recycle <= 1:
         raise ValueError(f"recycle is {recycle}; it is a share from 0 to 1")
-    with mx.stream(mx.cpu):
+    with choosing():
         score_BN = np.array(rounded(rater_attention(signals)))
-        x_BND = np.array(to_float64(signals.x_BND))
+        x_BND = np.array(to_choice_dtype(signals.x_BND))
     pairs = [recycle_best_dropped(s, x, K, recycle) for s, x in zip(score_BN, x_BND, strict=True)]
     index_BK, weight_BKN = (np.stack(parts) for parts in zip(*pairs, strict=True))
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
 
 
 def rater_attention(signals: Signals) -> mx.array:
-    """The mean attention that the raters pay to each token, (B, N). On the CPU."""
+    """The mean attention that the raters pay to each token, (B, N)."""
     real_BT = signals.text_real_BT
-    logits_BNT = to_float64(signals.normed_BND) @ to_float64(signals.text_BTD).swapaxes(1, 2)
+    logits_BNT = to_choice_dtype(signals.normed_BND) @ to_choice_dtype(signals.text_BTD).swapaxes(
+        1, 2
+    )
     logits_BNT = mx.where(real_BT[:, None], logits_BNT, -mx.inf)
     share_BT = rounded(mx.where(real_BT, softmax(logits_BNT).mean(axis=1), 0))
     mean_B1 = share_BT.sum(axis=-1, keepdims=True) / real_BT.sum(axis=-1, keepdims=True)
     rater_BT = (share_BT >= rounded(mean_B1)) & real_BT
-    rated_BTN = to_float64(signals.text_attention_BTN) * rater_BT[..., None]
+    rated_BTN = to_choice_dtype(signals.text_attention_BTN) * rater_BT[..., None]
     return rated_BTN.sum(axis=1) / rater_BT.sum(axis=-1, keepdims=True)
 
 

@@ -19,7 +19,7 @@ Shapes: B images, n tokens, K left, a and b tokens in A and B, H heads, d head s
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, identity
-from .numerics import cosine, keep_highest
+from .numerics import choosing, cosine, keep_highest
 
 stage = Stage.ENCODER
 needs: dict[str, str | None] = {"keys": None}
@@ -36,7 +36,7 @@ def cuts(layers: int, N: int, K: int, *, r: int = 0) -> list[tuple[int, str, int
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Merge to K tokens, in as few rounds as that takes."""
-    with mx.stream(mx.cpu):
+    with choosing():
         keys_BNd = signals.keys_BNHd.astype(mx.float32).mean(axis=2)
         N = keys_BNd.shape[1]
         size_BN = signals.get("size_BN")

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .budget import several_cuts
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest, to_float64
+from .numerics import choosing, keep_highest, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"before": None}
@@ -34,7 +34,7 @@ def schedule(layers: int, N: int, K: int) -> dict[int, int]:
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K that changed most."""
-    with mx.stream(mx.cpu):
-        change_BND = to_float64(signals.x_BND) - to_float64(signals.before_BND)
+    with choosing():
+        change_BND = to_choice_dtype(signals.x_BND) - to_choice_dtype(signals.before_BND)
         change_BN = mx.square(change_BND).sum(axis=-1)
         return Reduction(index_BK=keep_highest(change_BN, K))

@@ -21,7 +21,7 @@ size.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, keep_highest, mask_of
+from .numerics import choosing, cosine, keep_highest, mask_of
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer", "keys": "layer"}
@@ -35,7 +35,7 @@ def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float
     dominant_BA = keep_highest(signals.cls_attention_BN, K - C)
     if not C:
         return Reduction(index_BK=dominant_BA)
-    with mx.stream(mx.cpu):
+    with choosing():
         similar_BNN = cosine(signals.keys_BNHd.astype(mx.float32).mean(axis=2))
         N = similar_BNN.shape[1]
         is_dominant_BN = mask_of(dominant_BA, N)

@@ -15,7 +15,7 @@ Shapes: B images, N tokens, K kept, R residual, a and b tokens in A and B.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import cosine, keep_highest
+from .numerics import choice_dtype, choosing, cosine, keep_highest
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer"}
@@ -27,7 +27,7 @@ def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1
     if not 0 <= important <= 1:
         raise ValueError(f"important is {important}; it is a share of K from 0 to 1")
     by_attention = int(K * important)
-    with mx.stream(mx.cpu):
+    with choosing():
         similar_BNN = cosine(signals.x_BND)
         order_BN = mx.argsort(-signals.cls_attention_BN.astype(mx.float32), axis=-1)
         rest_BR = order_BN[:, by_attention:]
@@ -44,7 +44,7 @@ def drop_most_similar(similar_BNN: mx.array, rest_BR: mx.array, least: int) -> m
     """The residual without the tokens of A most similar to one of B."""
     R = rest_BR.shape[1]
     similar_Bab = take(take(similar_BNN, rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)
-    similar_BR = mx.full((len(rest_BR), R), -mx.inf).astype(mx.float64)
+    similar_BR = mx.full((len(rest_BR), R), -mx.inf).astype(choice_dtype())
     similar_BR[:, ::2] = similar_Bab.max(axis=-1)
     leaving = min(MOST_PER_ROUND, R - least, (R + 1) // 2)
     rank_BR = mx.argsort(mx.argsort(-similar_BR, axis=-1), axis=-1)
