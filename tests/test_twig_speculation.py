@@ -22,8 +22,8 @@ from .twig_pairs import (
     up_to_end,
 )
 
-# Of how many tokens at max_draft a draft is, from how sure a twig must be, and tokens of the answer:
-# few where a twig that is wrong drafts all the rest again after every one.
+# (longest draft, probability below which a draft ends, tokens of the answer). The answer is short
+# where a wrong twig drafts all the rest again after every token.
 DRAFTS = ((1, 0.6, 18), (5, 0.6, 18), (4, 0.0, 12), (40, 0.0, 8), (3, 1.1, 18))
 
 
@@ -39,7 +39,10 @@ def test_the_answer_is_that_of_greedy_decoding_token_for_token(pairs, name, spec
     for max_draft, min_probability, limit in DRAFTS:
         speculation, first = start_speculation(pair, spec, max_draft, min_probability)
         tokens = generated(speculation, first, limit)
-        assert [token.id for token in tokens] == greedy(pair, spec, limit), (max_draft, min_probability)
+        assert [token.id for token in tokens] == greedy(pair, spec, limit), (
+            max_draft,
+            min_probability,
+        )
         assert tokens[-1].drafted == sum(map(len, speculation.drafts))
         assert 0 <= tokens[-1].accepted <= tokens[-1].drafted
         assert all(1 <= len(draft) <= max_draft for draft in speculation.drafts[:-1])
@@ -96,9 +99,14 @@ def test_a_twig_that_knows_nothing_is_never_right(pairs):
 
 def test_a_draft_ends_behind_what_the_twig_is_not_sure_of_behind_an_end_and_when_full(pairs):
     def drafted(guesses_and_odds, max_draft=5):
-        speculation, first = start_speculation(pairs["wrong"], "none", ends={9}, max_draft=max_draft)
+        speculation, first = start_speculation(
+            pairs["wrong"], "none", ends={9}, max_draft=max_draft
+        )
         guesses = iter(guesses_and_odds)
-        speculation.draft_token = lambda state, place: (speculation.run_twig(state, place), next(guesses))[1]
+        speculation.draft_token = lambda state, place: (
+            speculation.run_twig(state, place),
+            next(guesses),
+        )[1]
         rows_before = [layer.rows for layer in speculation.reader.cache]
         draft, states = speculation.draft(first, speculation.prefill.next_B1, max_draft)
         assert states.shape[1] == len(draft) + 1
@@ -107,9 +115,9 @@ def test_a_draft_ends_behind_what_the_twig_is_not_sure_of_behind_an_end_and_when
         ]
         return draft
 
-    min_probability = [(3, 0.9), (4, 0.6), (5, 0.7), (6, 0.99), (7, 0.8), (8, 0.9)]
-    assert drafted(min_probability) == [3, 4, 5, 6, 7]
-    assert drafted(min_probability, max_draft=0) == []
+    sure = [(3, 0.9), (4, 0.6), (5, 0.7), (6, 0.99), (7, 0.8), (8, 0.9)]
+    assert drafted(sure) == [3, 4, 5, 6, 7]
+    assert drafted(sure, max_draft=0) == []
     assert drafted([(3, 0.9), (4, 0.59), (5, 0.9)]) == [3, 4]
     assert drafted([(3, 0.1)]) == [3]
     assert drafted([(3, 0.9), (9, 0.9), (5, 0.9)]) == [3, 9]
@@ -138,8 +146,13 @@ def test_the_reference_says_drafts_and_accepts_the_same(pairs, name, spec):
     pair = pairs[name]
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
     end = pair.theirs.eos_token_id
-    for max_draft, min_probability, policy, limit in ((5, 0.6, "keep", 18), (3, 0.0, "renumber", 12)):
-        speculation, first = start_speculation(pair, spec, max_draft, min_probability, ends={end}, policy=policy)
+    for max_draft, min_probability, policy, limit in (
+        (5, 0.6, "keep", 18),
+        (3, 0.0, "renumber", 12),
+    ):
+        speculation, first = start_speculation(
+            pair, spec, max_draft, min_probability, ends={end}, policy=policy
+        )
         tokens = generated(speculation, first, limit)
         steps = steps_of(pair, spec, K_of(spec))
         sizes = {"max_draft": max_draft, "min_probability": min_probability, "max_tokens": limit}

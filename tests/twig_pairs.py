@@ -122,7 +122,14 @@ def greedy(pair, spec: str, limit: int, prompt=PROMPT) -> list[int]:
 
 
 def start_speculation(
-    pair, spec: str, max_draft=5, min_probability=0.6, ends=NO_END, prompt=PROMPT, chain=None, policy=None
+    pair,
+    spec: str,
+    max_draft=5,
+    min_probability=0.6,
+    ends=NO_END,
+    prompt=PROMPT,
+    chain=None,
+    policy=None,
 ):
     """A speculation and the first token; its drafts are appended to `drafts`."""
     reader = TwigReader(pair.ours.learned["twig"])
