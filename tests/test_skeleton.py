@@ -155,6 +155,16 @@ def test_no_file_is_long():
     assert not [f"{f.relative_to(ROOT)}: {n}" for f, n in lengths.items() if n > LONGEST_FILE]
 
 
+def test_every_file_begins_with_a_sentence_that_says_what_it_is_for():
+    """On one line: a reader goes by the list of them."""
+    first_lines = {
+        file: (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
+        for file in sources(*PACKAGES)
+    }
+    assert len(first_lines) > 200
+    assert not [str(file) for file, line in first_lines.items() if not line.endswith((".", "?"))]
+
+
 def test_no_function_is_long():
     long = []
     for file in sources(*FOLDERS):

@@ -1,6 +1,6 @@
-"""Images among words: one sequence of rows per prompt, each row with its position.
+"""Images among words: a prompt's rows and their positions, at the splice and after every cut.
 
-Between the decoder's layers the same sequences get shorter.
+A prompt is one sequence of rows; between the decoder's layers it gets shorter.
 
 Shapes: B prompts, n visual tokens of an image, K kept of them, T entries of the longest list,
 L rows (of the longest prompt, where there are several), D features. A position is a number, or
