@@ -3,7 +3,9 @@
 Shapes: I images, L rows, V words, D features.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -19,8 +21,11 @@ from transformers import (
 )
 from transformers import LlavaForConditionalGeneration as Llava
 
+from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.llava.sizes import text_config
 from mlx_vlm_prune.inputs.prompt import Prompt
+from mlx_vlm_prune.models.language.mlx_lm import MlxLm
+from torch_ref.models.loading import load_llava
 
 from . import llava
 from .llava import IMAGE, SIZES, TOWER
@@ -101,3 +106,21 @@ def write_lightvlm(folder: Path) -> None:
     """Names and shapes of every tensor; the values take no disk."""
     text = text_config(LIGHTVLM["text_config"], LIGHTVLM, folder, has_head=True, has_head_bias=True)
     llava.write_without_values(folder, LIGHTVLM, text)
+
+
+def loader(new_folder: Callable[[str], Path]) -> Callable[[str], SimpleNamespace]:
+    """Each kind's weights in transformers, in the reference and in MLX, loaded once."""
+    loaded: dict[str, SimpleNamespace] = {}
+
+    def models(kind: str) -> SimpleNamespace:
+        if kind not in loaded:
+            folder = write(kind, new_folder("hf"))
+            model, processor = load(folder, dtype="float32")
+            assert isinstance(model.language, MlxLm)
+            loaded[kind] = SimpleNamespace(
+                theirs=random_model(kind), reference=load_llava(folder, torch.device("cpu")),
+                ours=model, folder=folder, processor=processor,
+            )  # fmt: skip
+        return loaded[kind]
+
+    return models

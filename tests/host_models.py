@@ -330,8 +330,8 @@ KINDS = {
 }
 
 
-def once() -> Callable[[str], Any]:
-    """Every family's tiny model by its name, made when it is first asked for."""
+def cached_models() -> Callable[[str], Any]:
+    """A function from a family's name to its tiny model, which is made once."""
     models: dict[str, Any] = {}
 
     def get(name: str) -> Any:

@@ -131,7 +131,7 @@ def forward(model, name: str, x_LD, places, visual, added):
     return head(h_1LD)[0, -1]
 
 
-def keeping(monkeypatch, prune) -> None:
+def let_norm_choose(monkeypatch, prune) -> None:
     """Let `norm` choose like this."""
     monkeypatch.setitem(METHODS, "norm", replace(METHODS["norm"], prune=prune))
 

@@ -90,11 +90,13 @@ def marked(inputs: PreparedInputs) -> PreparedInputs:
 def save_prompt(file: Path, kind: str, inputs: PreparedInputs) -> None:
     """As it is handed to mlx-vlm."""
     arrays = {"input_ids": mx.array(inputs.ids)[None], "mask": inputs.mask_1L}
-    arrays |= {name: mx.array(value) for name, value in handed(kind, inputs).extra.items()}
+    arrays |= {
+        name: mx.array(value) for name, value in as_processor_gives(kind, inputs).extra.items()
+    }
     mx.save_safetensors(str(file), {**arrays, "pixel_values": inputs.pixels})
 
 
-def handed(kind: str, inputs: PreparedInputs) -> PreparedInputs:
+def as_processor_gives(kind: str, inputs: PreparedInputs) -> PreparedInputs:
     """As the family's processor hands it to mlx-vlm: it does not say how tiles belong together."""
     return replace(inputs, extra={}) if kind in TILED else inputs
 
@@ -109,7 +111,7 @@ def video() -> PreparedInputs:
 
 def answer(kind: str, model: Any, inputs: PreparedInputs, **options: Any) -> Answer:
     """Of a folder's model, by mlx-vlm's loop."""
-    return stock(model, handed(kind, inputs), **options)
+    return stock(model, as_processor_gives(kind, inputs), **options)
 
 
 def ours(
@@ -128,11 +130,11 @@ def ours(
     return decoded(model, short.arguments)
 
 
-def same(answered: Answer, expected: Answer) -> None:
+def assert_same(answered: Answer, expected: Answer) -> None:
     assert answered[0] == expected[0]
     np.testing.assert_allclose(answered[1], expected[1], rtol=0, atol=1e-4)
 
 
-def most(kind: str) -> int:
+def max_images(kind: str) -> int:
     """Images in the longest prompt."""
     return len(KINDS[kind].tiles)

@@ -9,14 +9,14 @@ from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.pruners import METHODS, Stage
 
 from . import host_models
-from .host_models import IMAGE, KINDS, START, once
+from .host_models import IMAGE, KINDS, START, cached_models
 from .host_reference import (
     QWEN,
     decoded,
     encoded,
     indices,
-    keeping,
     kept,
+    let_norm_choose,
     prompt,
     reduced,
     reference,
@@ -32,7 +32,7 @@ OF_TOWERS = [
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -109,7 +109,7 @@ def test_a_kept_token_of_a_grid_keeps_its_three_positions(models, name, monkeypa
         [9, START, *[IMAGE] * 6, host_models.END, 5], mx.ones((1, 10), mx.int32),
         mx.random.normal((24, 3 * 2 * 14 * 14)), 1, {"image_grid_thw": mx.array([[1, 4, 6]])},
     )  # fmt: skip
-    keeping(monkeypatch, lambda signals, K: kept([1, 3, 5]))
+    let_norm_choose(monkeypatch, lambda signals, K: kept([1, 3, 5]))
     pruned = reduced(model, inputs, "norm", 0.5)
     assert pruned.arguments["input_ids"].tolist() == [[9, START, *[IMAGE] * 3, host_models.END, 5]]
     assert pruned.arguments["position_ids"][:, 0].tolist() == [
@@ -133,7 +133,7 @@ def test_with_several_images_every_token_takes_the_place_of_its_own_image(models
     """Words 3 9 4, sixteen rows, words 7 11, sixteen rows, words 5 8 2 30."""
     model, inputs = models("llava"), prompt(models, "llava")
     chosen = iter([[2, 9], [0, 15]])
-    keeping(monkeypatch, lambda signals, K: kept(next(chosen)))
+    let_norm_choose(monkeypatch, lambda signals, K: kept(next(chosen)))
     pruned = reduced(model, inputs, "norm", 0.125)
     assert pruned.arguments["input_ids"].tolist() == [
         [3, 9, 4, IMAGE, IMAGE, 7, 11, IMAGE, IMAGE, 5, 8, 2, 30]

@@ -27,7 +27,7 @@ from mlx_vlm_prune.hosts.prompt import (
 from mlx_vlm_prune.pruners import METHODS, Signals, plan
 
 from . import host_folders
-from .host_models import IMAGE, KINDS, once
+from .host_models import IMAGE, KINDS, cached_models
 from .host_reference import QWEN, TOKENS, decoded, rows, stock, table
 from .test_hosts_generate import left_on
 
@@ -40,7 +40,7 @@ SECTIONS = {"qwen2_vl": [2, 3, 3], "qwen2_5_vl": [2, 3, 3], "qwen3_vl": [4, 2, 2
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 def pruned(model, inputs, spec: str, ratio: float, positions=None, piece=None) -> PrunedPrompt:

@@ -15,13 +15,13 @@ from mlx_vlm_prune.hosts.prompt import share_budget
 from mlx_vlm_prune.pruners import plan
 
 from . import host_models
-from .host_models import IMAGE, KINDS, once
-from .host_reference import QWEN, encoded, keeping, kept, prompt, reduced
+from .host_models import IMAGE, KINDS, cached_models
+from .host_reference import QWEN, encoded, kept, let_norm_choose, prompt, reduced
 
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 def test_crops_of_any_resolution_stand_in_one_block_in_place_of_the_first_placeholder(
@@ -30,7 +30,7 @@ def test_crops_of_any_resolution_stand_in_one_block_in_place_of_the_first_placeh
     """Three crops of sixteen tokens; words 3 9 4, the block, words 5 8 2 30."""
     model, inputs = models("llava_next"), prompt(models, "llava_next")
     chosen = iter([[2, 9], [0], [4, 5, 15]])
-    keeping(monkeypatch, lambda signals, K: kept(next(chosen)))
+    let_norm_choose(monkeypatch, lambda signals, K: kept(next(chosen)))
     pruned = reduced(model, inputs, "norm", 0.125)
     assert pruned.arguments["input_ids"].tolist() == [[3, 9, 4, IMAGE, 5, 8, 2, 30]]
     full, _ = KINDS["llava_next"].full(model, inputs)

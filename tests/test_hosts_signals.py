@@ -9,13 +9,13 @@ import pytest
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
-from .host_models import IMAGE, KINDS, once
+from .host_models import IMAGE, KINDS, cached_models
 from .host_reference import QWEN, encoded, indices, prompt, reduced, table
 
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 @pytest.mark.parametrize("layer", [0, -1])

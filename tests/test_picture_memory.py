@@ -7,7 +7,7 @@ import pytest
 
 from mlx_vlm_prune import pruned
 
-from .host_models import KINDS, once
+from .host_models import KINDS, cached_models
 from .test_hosts import stock
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
@@ -16,7 +16,7 @@ NAMES = ["llava", "qwen2_5_vl"]
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 class Talk:

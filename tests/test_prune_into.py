@@ -28,7 +28,16 @@ from mlx_vlm_prune.hosts.pruned_folder import prune_into
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders, into_folders
 from .host_models import KINDS, TEXT
-from .into_folders import answer, checkpoint, config_of, inputs_of, most, ours, same, video
+from .into_folders import (
+    answer,
+    assert_same,
+    checkpoint,
+    config_of,
+    inputs_of,
+    max_images,
+    ours,
+    video,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 EVERYWHERE = ["random:seed=3", "uniform", "avgpool", "norm", "similarity", "divprune", "apet"]
@@ -64,7 +73,7 @@ def stocks(home):
 @pytest.fixture(scope="module")
 def full(stocks):
     """What those answer about all their images."""
-    return {k: answer(k, model, inputs_of(k, model, most(k))) for k, model in stocks.items()}
+    return {k: answer(k, model, inputs_of(k, model, max_images(k))) for k, model in stocks.items()}
 
 
 def loaded(folder: Path) -> Any:
@@ -108,10 +117,10 @@ def test_inspect_says_whose_a_folder_is_and_what_prunes_it(kind, home, tmp_path)
 @pytest.mark.parametrize(("kind", "spec", "called"), CASES)
 def test_mlx_vlm_answers_as_our_own_path_does(home, stocks, full, kind, spec, called):
     whole = stocks[kind]
-    inputs = inputs_of(kind, whole, most(kind))
+    inputs = inputs_of(kind, whole, max_images(kind))
     model = pruned_model(home, kind, spec, *BUDGETS[called])
     answered = answer(kind, model, inputs)
-    same(answered, ours(whole, inputs, spec, *BUDGETS[called]))
+    assert_same(answered, ours(whole, inputs, spec, *BUDGETS[called]))
     assert np.abs(answered[1][0] - full[kind][1][0]).max() > 1e-3  # so something was pruned
     report = model.pruning_report
     assert 0 < report.kept < report.total and len(report.prompts) == 1
@@ -120,7 +129,7 @@ def test_mlx_vlm_answers_as_our_own_path_does(home, stocks, full, kind, spec, ca
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_all_tokens_or_no_image_it_is_the_stock_model_bit_for_bit(home, stocks, kind):
     model = pruned_model(home, kind, "divprune", 1.0)
-    for images in range(most(kind) + 1):
+    for images in range(max_images(kind) + 1):
         words = PreparedInputs([3, 9, 4], mx.ones((1, 3), mx.int32))
         inputs = inputs_of(kind, model, images) if images else words
         tokens, odds = answer(kind, model, inputs)
@@ -134,7 +143,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(home, kind):
     model = pruned_model(home, kind, "divprune", 0.5)
     inputs = inputs_of(kind, model, 1)
     whole = answer(kind, model, inputs, prefill_step_size=None)
-    same(answer(kind, model, inputs, prefill_step_size=3), whole)
+    assert_same(answer(kind, model, inputs, prefill_step_size=3), whole)
 
 
 @pytest.mark.parametrize("kind", QWEN)
@@ -146,7 +155,7 @@ def test_wrong_positions_would_not_pass(home, stocks, kind, tmp_path):
     assert text.count("attach(self, PRUNER, ") == 1
     wrong = text.replace("attach(self, PRUNER, ", "attach(self, PRUNER, positions='renumber', ")
     (folder / "pruned.py").write_text(wrong)
-    inputs = inputs_of(kind, stocks[kind], most(kind))
+    inputs = inputs_of(kind, stocks[kind], max_images(kind))
     expected = ours(stocks[kind], inputs, "divprune", 0.5, None)[1]
     assert np.abs(answer(kind, loaded(folder), inputs)[1] - expected).max() > 1e-3
 
@@ -214,7 +223,7 @@ def test_a_quantised_folder_answers_pruned(tmp_path):
     inputs = inputs_of(kind, whole, 2)
     layer = fewer.language_model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, nn.QuantizedLinear)
-    same(answer(kind, fewer, inputs), ours(whole, inputs, "divprune", 0.5, None))
+    assert_same(answer(kind, fewer, inputs), ours(whole, inputs, "divprune", 0.5, None))
     assert TEXT["hidden_size"] % 32 == 0
 
 

@@ -20,7 +20,16 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import host_folders
 from .host_models import IMAGE, KINDS
 from .host_reference import QWEN, stock
-from .into_folders import Answer, checkpoint, fastvlm_sizes, handed, inputs_of, most, ours, video
+from .into_folders import (
+    Answer,
+    as_processor_gives,
+    checkpoint,
+    fastvlm_sizes,
+    inputs_of,
+    max_images,
+    ours,
+    video,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 UNEQUAL = ["llava", "gemma3", "idefics3", "smolvlm", "internvl_chat", "pixtral", *QWEN]
@@ -75,7 +84,7 @@ def queue(batch: Any, model: Any, inputs: PreparedInputs) -> int:
 
 def embedded(model: Any, inputs: PreparedInputs) -> dict[str, Any]:
     """A prompt's embeddings, and all else that is handed on with them."""
-    inputs = handed(model.config.model_type, inputs)
+    inputs = as_processor_gives(model.config.model_type, inputs)
     ids, extra = mx.array(inputs.ids)[None], inputs.extra
     features = model.get_input_embeddings(ids, inputs.pixels, mask=inputs.mask_1L, **extra)
     return {**extra, **{k: x for k, x in features.to_dict().items() if x is not None}}
@@ -107,7 +116,7 @@ def alone(model: Any, inputs: PreparedInputs, spec: str = "divprune") -> Answer:
     return stock(model, inputs)
 
 
-def same(answer: list[tuple[int, float]], expected: Answer) -> None:
+def assert_same(answer: list[tuple[int, float]], expected: Answer) -> None:
     tokens, odds_TV = expected
     assert [token for token, _ in answer] == tokens[:TOKENS]
     wanted = odds_TV[np.arange(len(answer)), tokens[: len(answer)]]
@@ -125,8 +134,8 @@ def longer(inputs: PreparedInputs) -> PreparedInputs:
 
 def prompts_of(kind: str, model: Any) -> list[PreparedInputs]:
     """One with an image, one of words, one with all images: none as long as another."""
-    one, several = inputs_of(kind, model, 1), inputs_of(kind, model, most(kind))
-    return [one, words(7, 3, 5, 11), several if most(kind) > 1 else longer(one)]
+    one, several = inputs_of(kind, model, 1), inputs_of(kind, model, max_images(kind))
+    return [one, words(7, 3, 5, 11), several if max_images(kind) > 1 else longer(one)]
 
 
 @pytest.mark.parametrize("step", [1, 3, 2048])
@@ -136,7 +145,7 @@ def test_prompts_read_at_once_answer_as_alone_pruned_or_not(load, kind, step):
     prompts = prompts_of(kind, whole)
     answers = together(load(f"{kind}-pruned"), prompts, prefill_step_size=step)
     for answer, inputs in zip(answers, prompts, strict=True):
-        same(answer, alone(whole, inputs))
+        assert_same(answer, alone(whole, inputs))
 
 
 @pytest.mark.parametrize("kind", UNEQUAL)
@@ -151,7 +160,7 @@ def test_a_prompt_that_joins_another_answers_as_alone(load, kind):
     read(batch, answers)
     batch.close()
     for uid, inputs in zip(uids, reversed(prompts), strict=True):
-        same(answers[uid], alone(whole, inputs))
+        assert_same(answers[uid], alone(whole, inputs))
 
 
 @pytest.mark.parametrize("kind", ["llava", *QWEN])
@@ -161,7 +170,7 @@ def test_so_do_prompts_pruned_by_what_the_tower_attends_to(home, load, kind):
     whole = load(kind)
     prompts = prompts_of(kind, whole)
     for answer, inputs in zip(together(load(name), prompts), prompts, strict=True):
-        same(answer, alone(whole, inputs, "received_attention"))
+        assert_same(answer, alone(whole, inputs, "received_attention"))
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
@@ -175,7 +184,7 @@ def test_a_cache_that_does_not_hear_of_the_rows_that_are_gone_would_not_pass(
     monkeypatch.setattr(BatchKVCache, "prepare", lambda self, **_: None)
     with pytest.raises(AssertionError, match=r"Not equal to tolerance|assert"):
         for answer, inputs in zip(together(model, prompts), prompts, strict=True):
-            same(answer, alone(whole, inputs))
+            assert_same(answer, alone(whole, inputs))
 
 
 def test_what_forgets_to_pass_over_rows_gets_nan_and_no_answer(load):
@@ -212,7 +221,7 @@ def test_the_nan_of_an_image_reaches_its_own_answer_and_no_other(load, kind):
     read(batch, answers)
     batch.close()
     assert np.isnan([odds for _, odds in answers[uids[0]]]).all()
-    same(answers[uids[1]], alone(whole, text))
+    assert_same(answers[uids[1]], alone(whole, text))
 
 
 @pytest.mark.parametrize("kind", QWEN)
@@ -220,7 +229,7 @@ def test_a_video_that_is_read_whole_shares_a_batch_with_a_pruned_image(load, kin
     whole, model = load(kind), load(f"{kind}-pruned")
     prompts = [inputs_of(kind, whole, 1), video(), words(7, 3, 5, 11)]
     for answer, inputs in zip(together(model, prompts), prompts, strict=True):
-        same(answer, alone(whole, inputs))
+        assert_same(answer, alone(whole, inputs))
 
 
 @pytest.mark.parametrize("kind", ["fastvlm", "llava_next", "paligemma"])

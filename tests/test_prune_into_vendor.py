@@ -15,7 +15,7 @@ from mlx_vlm_prune.hosts.pruned_folder import PACKAGE, prune_into
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from . import into_folders
 from .host_models import KINDS
-from .into_folders import checkpoint, inputs_of, most, ours, same
+from .into_folders import assert_same, checkpoint, inputs_of, max_images, ours
 from .test_skeleton import forbidden_imports
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -69,7 +69,7 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vendor")
     for kind, (spec, ratio, tokens) in FOLDERS.items():
         prune_into(checkpoint(kind, folder), folder / f"{kind}-copy", spec, ratio, tokens, True)
-        inputs = inputs_of(kind, KINDS[kind].make(), most(kind))
+        inputs = inputs_of(kind, KINDS[kind].make(), max_images(kind))
         into_folders.save_prompt(folder / f"{kind}.safetensors", kind, inputs)
     prune_into(folder / "llava", folder / "llava-bare", "norm", 0.5, None)
     return folder
@@ -92,7 +92,7 @@ def test_without_us_the_folder_answers_by_its_copy_as_our_own_path_does(home, al
     with np.load(home / f"{kind}.npz") as held:
         answered = held["tokens"].tolist(), held["odds"]
     model = load_model(home / kind)
-    same(answered, ours(model, inputs_of(kind, model, most(kind)), *FOLDERS[kind]))
+    assert_same(answered, ours(model, inputs_of(kind, model, max_images(kind)), *FOLDERS[kind]))
     kept, file = alone["answers"][kind]
     assert kept > 0 and Path(file).parents[2].name.endswith("-copy")
 

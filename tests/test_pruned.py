@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_vlm_prune import generate, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 
-from .host_models import KINDS, once
+from .host_models import KINDS, cached_models
 from .host_reference import QWEN, reference, stock
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
@@ -25,7 +25,7 @@ BATCHED = [name for name in KINDS if name not in (*ALONE, "paligemma")]
 
 @pytest.fixture(scope="module")
 def models() -> Callable[[str], Any]:
-    return once()
+    return cached_models()
 
 
 def several(name: str) -> int:

@@ -11,7 +11,7 @@ import pytest
 from mlx_vlm_prune import attach, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 
-from .host_models import KINDS, once
+from .host_models import KINDS, cached_models
 from .host_reference import QWEN, stock
 from .into_folders import video
 from .test_pruned import held
@@ -21,7 +21,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 @pytest.mark.parametrize("name", KINDS)

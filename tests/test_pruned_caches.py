@@ -16,7 +16,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
 from . import host_folders
-from .host_models import KINDS, once
+from .host_models import KINDS, cached_models
 from .host_reference import QWEN, TOKENS, reference, stock
 from .test_pruned import by_view, several
 
@@ -27,7 +27,7 @@ FOLDERS = ["llava", *QWEN[1:]]
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
 from . import host_folders
-from .host_models import IMAGE, KINDS, WORDS, once
+from .host_models import IMAGE, KINDS, WORDS, cached_models
 from .host_reference import TOKENS, reference, stock
 from .test_pruned import BATCHED, by_view, several
 
@@ -32,7 +32,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 @pytest.fixture(scope="module")
 def models():
-    return once()
+    return cached_models()
 
 
 class Stop:

@@ -178,7 +178,7 @@ def expected(
     return [float(piece.logprobs[piece.token]) for piece in pieces[:TOKENS]]
 
 
-def same(logprobs: Logprobs, wanted: Logprobs) -> None:
+def assert_same(logprobs: Logprobs, wanted: Logprobs) -> None:
     assert len(logprobs) == len(wanted) == TOKENS
     np.testing.assert_allclose(logprobs, wanted, rtol=0, atol=1e-4)
 
@@ -186,7 +186,7 @@ def same(logprobs: Logprobs, wanted: Logprobs) -> None:
 def test_a_folder_that_prunes_is_served_pruned(folder_server, home, whole):
     for question in QUESTIONS:
         logprobs = folder_server.logprobs(question)
-        same(logprobs, expected(home, whole, question))
+        assert_same(logprobs, expected(home, whole, question))
         if question.picture:  # so something was pruned
             assert np.abs(np.subtract(logprobs, expected(home, whole, question, None))).max() > 1e-3
     assert folder_server.logprobs(QUESTIONS[0]) != folder_server.logprobs(QUESTIONS[1])
@@ -216,7 +216,7 @@ def test_requests_that_come_together_are_answered_as_alone(folder_server, home, 
         for logprobs, i in zip(
             folder_server.logprobs_at_once([QUESTIONS[i] for i in order]), order, strict=True
         ):
-            same(logprobs, wanted[i])
+            assert_same(logprobs, wanted[i])
 
 
 def test_requests_join_one_that_is_being_answered(folder_server, home, whole):
@@ -225,9 +225,9 @@ def test_requests_join_one_that_is_being_answered(folder_server, home, whole):
         for logprobs, question in zip(
             folder_server.logprobs_at_once(QUESTIONS), QUESTIONS, strict=True
         ):
-            same(logprobs, expected(home, whole, question))
+            assert_same(logprobs, expected(home, whole, question))
         (choice,) = long.result()["choices"]
-    same([x["logprob"] for x in choice["logprobs"]["content"]][:TOKENS],
+    assert_same([x["logprob"] for x in choice["logprobs"]["content"]][:TOKENS],
          expected(home, whole, QUESTIONS[0]))  # fmt: skip
 
 
@@ -248,7 +248,9 @@ def test_with_its_prefix_cache_on_nothing_stale_is_read(home, whole):
     with command(home, "attended", **settings) as server:
         assert json.loads(server.call("/health"))["apc_enabled"]
         for question in [*QUESTIONS, Question("w7 w9 w5 w3", "a"), *QUESTIONS]:
-            same(server.logprobs(question), expected(home, whole, question, "received_attention"))
+            assert_same(
+                server.logprobs(question), expected(home, whole, question, "received_attention")
+            )
         assert json.loads(server.call("/v1/cache/stats"))["lookups_hit"] == 0
 
 
@@ -278,9 +280,9 @@ def test_in_a_block_the_server_prunes(home, whole):
     wanted = [expected(home, whole, question) for question in QUESTIONS]
     with inside(home) as server:
         for question, odds in zip(QUESTIONS, wanted, strict=True):
-            same(server.logprobs(question), odds)
+            assert_same(server.logprobs(question), odds)
         for logprobs, odds in zip(server.logprobs_at_once(QUESTIONS), wanted, strict=True):
-            same(logprobs, odds)
+            assert_same(logprobs, odds)
 
 
 def spoken(home: Path, whole: tuple[Any, Any], questions: list[str]) -> list[str]:

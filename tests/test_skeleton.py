@@ -15,12 +15,13 @@ from mlx_vlm_prune.__main__ import COMMANDS, main
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mlx_vlm_prune", "torch_ref", "convert", "benchmarks")
 FOLDERS = (*PACKAGES, "tests")
-RENAMED = ("mlx_vlm_prune/hosts", "torch_ref/models", "torch_ref/generation", "torch_ref/pruners")
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 40
 MOST_PARAMETERS = 7
 # Names that could stand for anything.
 VAGUE = set("told found asked said made own since worded hear heard look looked laid lot".split())
+# Keys of the file of an interrupted evaluation.
+FILE_KEYS = {("resume.py", "asked"), ("resume.py", "said"), ("evaluation_run.py", "said")}
 # The modules that `pip install mlx_vlm_prune` installs.
 INSTALLED = {
     "mlx",
@@ -150,13 +151,23 @@ def test_what_the_product_imports_is_declared():
 
 
 def test_no_file_is_long():
-    lengths = {f: len(f.read_text(encoding="utf-8").splitlines()) for f in sources(*PACKAGES)}
+    lengths = {f: len(f.read_text(encoding="utf-8").splitlines()) for f in sources(*FOLDERS)}
     assert not [f"{f.relative_to(ROOT)}: {n}" for f, n in lengths.items() if n > LONGEST_FILE]
+
+
+def test_every_file_begins_with_a_sentence_that_says_what_it_is_for():
+    """On one line: a reader goes by the list of them."""
+    first_lines = {
+        file: (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
+        for file in sources(*PACKAGES)
+    }
+    assert len(first_lines) > 200
+    assert not [str(file) for file, line in first_lines.items() if not line.endswith((".", "?"))]
 
 
 def test_no_function_is_long():
     long = []
-    for file in sources(*PACKAGES):
+    for file in sources(*FOLDERS):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno
@@ -186,10 +197,14 @@ def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
 def vague_names(file: Path) -> list[str]:
     """The identifiers of VAGUE in a file, and its own name if it is one, as 'file:line name'."""
     names = [(file.stem, 1), *identifiers(ast.parse(file.read_text(encoding="utf-8")))]
-    return [f"{file}:{line} {name}" for name, line in names if name.strip("_").lower() in VAGUE]
+    return [
+        f"{file}:{line} {name}"
+        for name, line in names
+        if name.strip("_").lower() in VAGUE and (file.name, name) not in FILE_KEYS
+    ]
 
 
-@pytest.mark.parametrize("folder", RENAMED)
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_no_name_could_stand_for_anything(folder):
     assert not [name for file in sources(folder) for name in vague_names(file)]
 

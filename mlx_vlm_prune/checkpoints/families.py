@@ -1,4 +1,4 @@
-"""Which family the checkpoint in a folder is of, and the whole of it.
+"""Reads the checkpoint in a folder, whichever family it is of: ours, MiniMind-V or LLaVA.
 
 There are three: a folder of our own, as `convert to-mlx` writes it; a LLaVA as published; and a
 MiniMind-V as published.

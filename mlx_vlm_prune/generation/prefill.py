@@ -1,4 +1,4 @@
-"""What a model that has read its prompts hands to the token loop.
+"""`Prefill`: what a model that has read its prompts hands to the token loop.
 
 Shapes: B prompts, L new tokens, V words.
 """

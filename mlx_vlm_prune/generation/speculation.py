@@ -1,4 +1,4 @@
-"""Several tokens for one pass through most of the layers: a twig guesses, the model judges.
+"""Speculative decoding: a twig drafts several tokens, one pass of the model accepts or rejects.
 
 TwigVLM, Shao et al., ICCV 2025, arXiv:2503.14075, its self-speculative decoding. The model's first
 K layers and the twig that grows on them draft the next tokens, each the most likely; a draft ends

@@ -1,4 +1,4 @@
-"""Dropped rows: how they are marked in a prompt of full length, and left out of the model's call.
+"""Dropped rows: marked in a prompt of full length, and left out where the model is called.
 
 mlx-vlm's tools cut, pad and batch a prompt by the number of its ids, so a pruned prompt keeps its
 full length. The embedding of a dropped row is NaN and infinities, and its position is -1. Dropped

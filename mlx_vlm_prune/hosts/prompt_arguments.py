@@ -1,5 +1,4 @@
-"""mlx-vlm's arguments for a pruned prompt: ids without the dropped placeholders, the visual tokens
-that stay, and positions.
+"""mlx-vlm's arguments for a pruned prompt: ids, the visual tokens that stay, and positions.
 
 Shapes: N visual tokens of a view, K kept of them, L rows of the whole prompt, l kept rows,
 D features.

@@ -1,4 +1,4 @@
-"""The mixin that leaves dropped rows out of a language model's call, and finds no prefix in caches.
+"""The mixin of a pruned language model: it drops rows in its call, and finds no prefix in caches.
 
 mlx-vlm finds in its caches by ids what it has read before, and a pruned prompt has fewer rows than
 ids. So while a model prunes no prefix is read from a cache, and caches that were filled then are

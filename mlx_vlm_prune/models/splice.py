@@ -1,6 +1,6 @@
-"""Images among words: one sequence of rows per prompt, each row with its position.
+"""Images among words: a prompt's rows and their positions, at the splice and after every cut.
 
-Between the decoder's layers the same sequences get shorter.
+A prompt is one sequence of rows; between the decoder's layers it gets shorter.
 
 Shapes: B prompts, n visual tokens of an image, K kept of them, T entries of the longest list,
 L rows (of the longest prompt, where there are several), D features. A position is a number, or
@@ -156,12 +156,12 @@ def splice(
         for start, length in prompt.runs:
             parts += [words(prompt, cursor, start), _image_rows(next(slots), start)]
             cursor = start + length
-        sequences.append(joined([*parts, words(prompt, cursor, len(prompt.ids))]))
+        sequences.append(join_rows([*parts, words(prompt, cursor, len(prompt.ids))]))
     assert next(slots, None) is None, "every image has its placeholders"
     lengths = [len(rows) for rows in sequences]
     if policy == "keep":
         lengths = [len(prompt.ids) for prompt in prompts]
-    return side_by_side(sequences, mx.array(lengths, dtype=mx.int32)[:, None], policy)
+    return pad_prompts(sequences, mx.array(lengths, dtype=mx.int32)[:, None], policy)
 
 
 def drop_rows(
@@ -182,8 +182,8 @@ def drop_rows(
             image = rows.part(start, start + n)
             parts += [rows.part(cursor, start), image.reduced(*next(reductions))]
             cursor = start + n
-        sequences.append(joined([*parts, rows.part(cursor, len(rows))]))
-    return side_by_side(sequences, spliced.next_B1, policy)
+        sequences.append(join_rows([*parts, rows.part(cursor, len(rows))]))
+    return pad_prompts(sequences, spliced.next_B1, policy)
 
 
 def _image_rows(image: ImageSlots, start: int) -> Rows:
@@ -193,7 +193,7 @@ def _image_rows(image: ImageSlots, start: int) -> Rows:
     return Rows(image.x_KD, start + index_K, image.bias_K, runs=[(0, K)])
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
+def join_rows(parts: Sequence[Rows]) -> Rows:
     """Rows one after another."""
     if len(parts) == 1:
         return parts[0]
@@ -210,7 +210,7 @@ def joined(parts: Sequence[Rows]) -> Rows:
     )
 
 
-def side_by_side(prompts: Sequence[Rows], next_B1: mx.array, policy: Policy) -> Spliced:
+def pad_prompts(prompts: Sequence[Rows], next_B1: mx.array, policy: Policy) -> Spliced:
     """Prompts padded on the left to the longest; renumbered positions end before the next."""
     lengths = [len(rows) for rows in prompts]
     L = max(lengths)

@@ -1,4 +1,6 @@
-"""MiniMind-V: encode, prune, project, splice, decode. The only caller of pruners.
+"""A model of ours, MiniMind-V or LLaVA: encode, prune, project, splice, decode.
+
+It alone calls pruners on our models.
 
 Shapes: B prompts, I images over all prompts, N visual tokens, K kept of each image,
 L rows of the spliced sequence, D features, T tokens of text, V words.

@@ -1,4 +1,4 @@
-"""The contract, and every method in one table.
+"""Every method in one table, one file each. Add methods here, and the twin in torch_ref/pruners.
 
 A new method is one file with `stage`, `needs` (the signals beside the tokens, if any) and
 `prune(signals, K, *, options)`, its twin in torch_ref, and its name in `NAMES`. Between a

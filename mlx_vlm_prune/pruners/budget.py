@@ -1,4 +1,4 @@
-"""Budgets: how many tokens K of an image's N stay, and how a decoder method comes to that average.
+"""Budgets: how many tokens K of an image's N stay, by default half; a decoder method's average.
 
 As in the papers, the layers before a decoder method's first cut hold all N tokens.
 

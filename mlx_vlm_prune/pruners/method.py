@@ -1,4 +1,4 @@
-"""The names that a method's file may have, with their defaults.
+"""What a method's file may define, with the default of each.
 
 Shapes: N visual tokens, K kept.
 """

@@ -1,4 +1,4 @@
-"""The generations of MiniMind-V: what each is called, and by which tensors it is known.
+"""The generations (releases) of MiniMind-V: their names, and the tensors each is known by.
 
 Their weights look alike and mean different things: one loaded as another gives nonsense
 without an error. Names and shapes tell them apart.

@@ -1,5 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg (arXiv:1608.00272, 1511.02283): the box of the region that a
-phrase describes.
+"""RefCOCO, RefCOCO+ and RefCOCOg (arXiv:1608.00272, 1511.02283): the box that a phrase describes.
 
 Reads the folder of the authors' REFER toolkit: a pickle, refs(unc).p, refs(umd).p or
 refs(google).p, and instances.json. The images are COCO's, by `file_name` of instances.json. Every

@@ -1,4 +1,4 @@
-"""The families of mlx-vlm's models, one a file: how the tower runs, and how tokens are given back.
+"""The families of mlx-vlm's models, one a file: tower, projector, prompt. Add families here.
 
 To add one: its file, a line here, and a tiny model in the tests.
 """

@@ -1,5 +1,6 @@
-"""Qwen3-VL: learned positions beside the rotation, and DeepStack: features of inner layers that
-the language model's first layers add to the visual rows.
+"""Qwen3-VL: learned positions beside the rotation, and DeepStack.
+
+DeepStack: the language model's first layers add features of inner tower layers to the visual rows.
 """
 
 from collections.abc import Callable, Mapping

@@ -37,7 +37,7 @@ class Encoded:
 
     @property
     def arrays(self) -> mx.array:
-        """What `end_part` computes."""
+        """The arrays that `end_part` computes."""
         return self.signals.x_BND
 
 
