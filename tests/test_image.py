@@ -160,6 +160,34 @@ def test_transparent_pixels_show_white_whatever_colour_is_stored_beneath() -> No
     )
 
 
+def test_an_opaque_alpha_channel_changes_nothing_and_one_pixel_of_it_that_is_not_shows() -> None:
+    colour = Image.fromarray(noise())
+    opaque = colour.copy()
+    opaque.putalpha(255)
+    np.testing.assert_array_equal(np.asarray(open_image(encoded(opaque))), np.asarray(colour))
+    opaque.putpixel((3, 5), (0, 0, 0, 0))
+    opened = open_image(encoded(opaque))
+    assert opened.getpixel((3, 5)) == (255, 255, 255)
+    assert np.count_nonzero((np.asarray(opened) != np.asarray(colour)).any(axis=-1)) == 1
+
+
+def test_a_photograph_that_pillow_decodes_at_half_its_size_is_close_to_the_exact_one(
+    shared_data: Path,
+) -> None:
+    """The draft of the docstring: of three times the tower's sides, or none at all."""
+    with Image.open(shared_data / "images" / "city-traffic.jpg") as photograph:
+        enlarged = photograph.resize((2300, 1724), Image.Resampling.LANCZOS)
+    data = encoded(enlarged, "JPEG", quality=90)
+    drafted = Image.open(io.BytesIO(data))
+    drafted.draft("RGB", (3 * 224, 3 * 224))
+    assert drafted.size == (1150, 862)
+    exact, near = (
+        np.asarray(Preprocessor().visible(open_image(source))).astype(int)
+        for source in (data, drafted)
+    )
+    assert np.abs(exact - near).mean() < 0.5 and np.abs(exact - near).max() <= 8
+
+
 def test_only_the_first_frame_of_an_animation_is_read() -> None:
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     for kind in ("GIF", "WEBP", "PNG"):

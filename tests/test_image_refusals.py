@@ -1,6 +1,8 @@
 """Promises about images and settings that cannot be: one sentence, and little memory."""
 
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -13,6 +15,8 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.image import FORMATS, MAX_PIXELS, Preprocessor, open_image
 
 from .test_image import encoded, folder, noise
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -110,6 +114,18 @@ def test_other_formats_are_never_tried(kind: str) -> None:
         open_image(encoded(Image.fromarray(noise()), kind))
 
 
+def test_opening_imports_none_of_pillows_other_readers(tmp_path: Path) -> None:
+    """Where WEBP's is missing, Pillow imports all that it has: tens of milliseconds, once."""
+    (tmp_path / "flat.gif").write_bytes(encoded(Image.new("RGB", (4, 4)), "GIF"))
+    program = (
+        "import sys; from mlx_vlm_prune.inputs.image import open_image; open_image(sys.argv[1]);"
+        " print(*(m for m in ('Psd', 'Icns', 'Pdf') if f'PIL.{m}ImagePlugin' in sys.modules))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "flat.gif")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("share", [0.9, 0.5, 0.2])
 def test_a_truncated_image_is_refused_in_one_sentence(
@@ -162,7 +178,7 @@ def test_the_pixel_limit_itself_is_allowed_and_one_row_more_is_not() -> None:
 def test_pillows_warnings_are_errors_here_and_untouched_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def suspicious(image: Image.Image) -> Image.Image:
+    def suspicious(image: Image.Image, **_: bool) -> Image.Image:
         warnings.warn("Corrupt EXIF data", UserWarning, stacklevel=1)
         return image
 
