@@ -143,7 +143,8 @@ def run_layers(
 ) -> mx.array:  # fmt: skip
     """Hidden states after some layers.
 
-    A long prompt is read in chunks: memory must not grow with its square.
+    A long prompt is read in chunks, one computed before the next is planned: memory must not grow
+    with its square.
     """
     if not numbers:
         return spliced.x_BLD
@@ -154,7 +155,8 @@ def run_layers(
         bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
         options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": bias_BL}
         chunks.append(language.run(numbers, x_BLD, positions_BL, cache, **options))
-        mx.eval(chunks[-1])
+        if size < spliced.L:
+            mx.eval(chunks[-1])
     return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
@@ -181,7 +183,7 @@ class TwigReader:
         numbers, x_BLD = range(self.last, self.last + 1), self.last_input(spliced)
         self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **options)
         layer_cache = self.cache[self.last]
-        mx.eval(layer_cache.keys_BGSd, layer_cache.values_BGSd)
+        mx.async_eval(layer_cache.keys_BGSd, layer_cache.values_BGSd)
 
     @property
     def observers(self) -> Observers:

@@ -11,6 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
+import numpy as np
+
+from ..checkpoints.errors import UserError
 
 
 class Stage(IntEnum):
@@ -147,11 +150,13 @@ class Reduction:
     `weight_BKN`: the weights by which each slot is mixed from the N tokens. None: each slot is its
     token, unchanged.
     `value_BND`: what a learned method mixes in place of the tokens.
+    `is_finite`: whether all tokens that it was chosen from are finite numbers, see `check`.
     """
 
     index_BK: mx.array | None = None
     weight_BKN: mx.array | None = None
     value_BND: mx.array | None = None
+    is_finite: mx.array | None = None
 
     def apply(self, x_BND: mx.array) -> mx.array:
         """Reduce (B, N, D) tokens, positions or sizes to (B, K, D)."""
@@ -180,13 +185,30 @@ class Reduction:
         if self.weight_BKN is not None or first.weight_BKN is not None:
             between = first.mixture(N)
             weight = self.mixture(between.shape[1]) @ between
-        return Reduction(index, weight)
+        is_finite = self.is_finite if first.is_finite is None else first.is_finite
+        if self.is_finite is not None and first.is_finite is not None:
+            is_finite = self.is_finite & first.is_finite
+        return Reduction(index, weight, is_finite=is_finite)
 
     def of_image(self, image: int) -> "Reduction":
         """The reduction of one image of the batch."""
         one = slice(image, image + 1)
         parts = (self.index_BK, self.weight_BKN, self.value_BND)
-        return Reduction(*(None if part is None else part[one] for part in parts))
+        parts = (None if part is None else part[one] for part in parts)
+        return Reduction(*parts, is_finite=self.is_finite)
+
+    def check(self) -> None:
+        """Raise UserError where tokens were not finite: the choice among them means nothing.
+
+        Where choices are made on a GPU, this waits for whoever reads the choice on the host.
+        """
+        if self.is_finite is not None and not self.is_finite.item():
+            raise UserError("the vision tower gave NaN or infinite features; try dtype='float32'")
+
+    def kept_tokens(self) -> np.ndarray | None:
+        """The index on the host, (B, K); None of pooled slots. Raises UserError, see `check`."""
+        self.check()
+        return None if self.index_BK is None else np.array(self.index_BK).astype(int)
 
     @property
     def slots(self) -> int:

@@ -16,11 +16,10 @@ Shapes: B images, N tokens, D features, K kept.
 """
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 
 from .contract import Reduction, Signals, Stage
-from .numerics import choosing, exp, keep_highest, to_choice_dtype
+from .numerics import choosing, exp, keep_highest, on_host, to_choice_dtype
 from .scorer import layer_norm, linear, score
 
 stage = Stage.FEATURES
@@ -59,8 +58,8 @@ class Usefulness(nn.Module):
         with choosing():
             pooled_BD = layer_norm(signals.x_BND, self.norm).mean(axis=1)
             need_B = exp(linear(pooled_BD, self.need))[:, 0] / to_choice_dtype(self.mean_need)
-            budget_B = mx.clip(mx.floor(K * need_B + 0.5), 1, N)
-        return [int(k) for k in np.array(budget_B)]
+            (budgets,) = on_host(mx.clip(mx.floor(K * need_B + 0.5), 1, N))
+        return [int(k) for k in budgets]
 
 
 def make_weights(dims: int, tokens: int) -> Usefulness:

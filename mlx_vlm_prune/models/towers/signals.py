@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ...pruners.contract import Reduction, Signals
 
-QUERY_CHUNK = 64  # queries whose attention is held at once
+QUERY_CHUNK = 16  # queries whose attention is computed at once; MLX holds up to eight chunks
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def received_attention(q_BHSd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | N
     S = q_BHSd.shape[2]
     total_BS = mx.zeros((len(q_BHSd), S))
     for begin in range(0, S, QUERY_CHUNK):
+        (k_BHSd,) = mx.depends([k_BHSd], [total_BS])  # one chunk after another
         rows_BQS = attention(q_BHSd[:, :, begin : begin + QUERY_CHUNK], k_BHSd, bias_BS)
         total_BS = total_BS + rows_BQS.sum(axis=1)
-        mx.eval(total_BS)
     return total_BS / S
 
 
