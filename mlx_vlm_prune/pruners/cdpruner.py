@@ -76,7 +76,7 @@ class Factor:
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:
-    """Mean cosine of each token with the prompt's words, scaled to 0 to 1, (B, N). On the CPU."""
+    """Mean cosine of each token with the prompt's words, scaled to 0 to 1, (B, N)."""
     similar_BNT = cosine(signals.x_BND, signals.text_BTD)
     real_B1T = signals.text_real_BT[:, None]
     mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)

@@ -49,7 +49,7 @@ def cover_lazily(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
 
     for _ in range(K):
         i_B1 = lazy_highest(score_BN, 1, scores_of)
-        np.put_along_axis(score_BN, i_B1, -1, axis=1)
+        np.put_along_axis(score_BN, i_B1, -np.inf, axis=1)
         kept.append(i_B1)
         covered_BM = cover_more(covered_BM, columns.take(mx.array(i_B1)))
         mx.eval(covered_BM)

@@ -17,8 +17,9 @@ def lazy_highest(
 ) -> np.ndarray:
     """Indices (B, k) of the k highest scores, the highest first; ties go to the lower index.
 
-    `scores_of(index_Bn)` works out the scores (B, n) of some candidates, none of them above its
-    bound; here they take the place of the bounds.
+    `scores_of(index_Bn)` works out the scores (B, n) of some candidates. None is above its bound;
+    where it is, the bound counts, so that -inf rules a candidate out. Scores that were worked out
+    take the place of their bounds.
     """
     is_exact_BN = np.zeros(bound_BN.shape, bool)
     n = min(max(k, BATCH), bound_BN.shape[1])
@@ -26,7 +27,9 @@ def lazy_highest(
         index_Bn = np.stack([highest(bound_N, n) for bound_N in bound_BN])
         if np.take_along_axis(is_exact_BN, index_Bn[:, :k], axis=1).all():
             return index_Bn[:, :k]
-        np.put_along_axis(bound_BN, index_Bn, scores_of(index_Bn), axis=1)
+        bound_Bn = np.take_along_axis(bound_BN, index_Bn, axis=1)
+        score_Bn = np.minimum(scores_of(index_Bn), bound_Bn)
+        np.put_along_axis(bound_BN, index_Bn, score_Bn, axis=1)
         np.put_along_axis(is_exact_BN, index_Bn, True, axis=1)
 
 
