@@ -1,4 +1,4 @@
-"""The main job: answer a prompt about images with fewer visual tokens.
+"""Answer a prompt about images with fewer visual tokens, by our loop or by mlx-vlm's.
 
 python -m mlx_vlm_prune.generate --image photo.jpg --prompt "…" --pruner avgpool --keep-ratio 0.25
 

@@ -1,4 +1,4 @@
-"""A request to a model: the prompt, its images, and how to answer."""
+"""A request: the prompt, its images, the pruner and its budget, and the sampling arguments."""
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What an answer came to: its pieces, the whole text with every figure, and a picture."""
+"""The pieces of a streamed answer, and the whole of it with every figure and a picture."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace

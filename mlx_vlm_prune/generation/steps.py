@@ -1,4 +1,4 @@
-"""The token loop, and what else is asked of prompts that were read.
+"""The token loop: sampling, logits processors, a token a step; log-probabilities of given answers.
 
 Shapes: B prompts, A tokens of the longest right answer with its end, V words.
 """

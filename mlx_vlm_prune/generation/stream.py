@@ -1,4 +1,4 @@
-"""From a prompt and images to an answer, a token at a time, timed in parts.
+"""Our models' answer to a request: prepare, prefill, sample, a token at a time, timed in parts.
 
 Shapes: B prompts (1 here), I images, L tokens, V words.
 """

@@ -1,4 +1,4 @@
-"""mlx-vlm's arguments for a pruned prompt: ids, the visual tokens that stay, and positions.
+"""mlx-vlm's arguments for a pruned prompt: ids, visual tokens, positions (three axes for Qwen).
 
 Shapes: N visual tokens of a view, K kept of them, L rows of the whole prompt, l kept rows,
 D features.

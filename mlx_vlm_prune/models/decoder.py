@@ -1,4 +1,4 @@
-"""Prefill: prompts through the language model's layers, with fewer rows after each cut.
+"""Prefill: prompts through the language model's layers; each cut chooses which rows go on.
 
 Scores that papers take from attention matrices come from the rows that are needed.
 

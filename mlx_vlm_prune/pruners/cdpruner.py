@@ -13,43 +13,66 @@ the most relevant tokens follow.
 Options:
     negative: turn the sign of the relevance, as the authors' code does for CLIP
 
-Shapes: B images, N tokens, K kept, T words, M steps done.
+Shapes: B images, N tokens, K kept, T words, m rows of a block.
 """
 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choice_dtype, choosing, cosine, rounded, scale_to_unit
+from .numerics import choosing, cosine, rounded, scale_to_unit
+from .rows import cosine_rows
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
 EXHAUSTED = 1e-9  # a conditional variance below it is rounding; the kernel's diagonal is at most 1
+MOST_ROWS = 512  # of the factor in a block, a power of two
 
 
 def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
-    """Keep K. The K steps are one MLX graph."""
+    """Keep K. The K steps are one MLX graph, and read one row of the kernel each."""
     with choosing():
         relevance_BN = relevance(signals, negative)
-        similar_BNN = cosine(signals.x_BND)
-        kernel_BNN = relevance_BN[..., None] * similar_BNN * relevance_BN[:, None]
-        B, N, _ = kernel_BNN.shape
-        variance_BN = mx.diagonal(kernel_BNN, axis1=1, axis2=2)  # given the kept tokens
-        factor_BMN = mx.zeros((B, 0, N), dtype=choice_dtype())  # Cholesky's
-        kept, is_left_BN = [], mx.ones((B, N), dtype=mx.bool_)
+        similar, factor = cosine_rows(signals.x_BND), Factor()
+        (unit_BND,) = similar.parts_BN
+        own_BN = rounded(mx.square(unit_BND).sum(axis=-1))
+        variance_BN = relevance_BN * own_BN * relevance_BN  # given the kept tokens
+        kept, token_N = [], mx.arange(relevance_BN.shape[1])
+        is_left_BN = mx.ones(relevance_BN.shape, dtype=mx.bool_)
         for _ in range(K):
             score_BN = mx.where(variance_BN > EXHAUSTED, variance_BN, relevance_BN - 2)
-            score_BN = mx.where(is_left_BN, score_BN, -mx.inf)
-            i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
+            i_B1 = mx.argmax(mx.where(is_left_BN, score_BN, -mx.inf), axis=-1, keepdims=True)
             kept.append(i_B1)
-            is_left_BN = is_left_BN & (mx.arange(N) != i_B1)
-            done_B1N = take(factor_BMN, i_B1, axis=2).swapaxes(1, 2) @ factor_BMN
-            row_B1N = take(kernel_BNN, i_B1) - done_B1N
-            kept_variance_B1 = mx.take_along_axis(variance_BN, i_B1, axis=-1)
-            row_BN = row_B1N[:, 0] / mx.sqrt(mx.maximum(kept_variance_B1, EXHAUSTED))
+            is_left_BN = is_left_BN & (token_N != i_B1)
+            kernel_BN = take(relevance_BN, i_B1) * similar.take(i_B1)[:, 0] * relevance_BN
+            kept_variance_B1 = take(variance_BN, i_B1)
+            row_BN = factor.residual(kernel_BN, i_B1)
+            row_BN = row_BN / mx.sqrt(mx.maximum(kept_variance_B1, EXHAUSTED))
             row_BN = mx.where(kept_variance_B1 > EXHAUSTED, row_BN, 0)
-            factor_BMN = mx.concatenate([factor_BMN, row_BN[:, None]], axis=1)
+            factor.append(row_BN)
             variance_BN = variance_BN - mx.square(row_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
+
+
+class Factor:
+    """Cholesky's factor, row by row, in blocks. Two neighbours of as many rows become one, up to
+    `MOST_ROWS`: so there are few, and a row is copied a few times only."""
+
+    def __init__(self) -> None:
+        self.blocks_BmN: list[mx.array] = []
+
+    def append(self, row_BN: mx.array) -> None:
+        last_BmN, blocks = row_BN[:, None], self.blocks_BmN
+        while blocks and blocks[-1].shape[1] == last_BmN.shape[1] < MOST_ROWS:
+            last_BmN = mx.concatenate([blocks.pop(), last_BmN], axis=1)
+        blocks.append(last_BmN)
+
+    def residual(self, kernel_BN: mx.array, i_B1: mx.array) -> mx.array:
+        """A row of the kernel less what the rows so far explain of it, (B, N)."""
+        explained_B1N = [
+            take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
+            for block_BmN in self.blocks_BmN
+        ]
+        return kernel_BN - sum(explained_B1N)[:, 0] if explained_B1N else kernel_BN
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:

@@ -12,23 +12,23 @@ Shapes: B images, N tokens, K kept.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, take
-from .numerics import choice_dtype, choosing, cosine
+from .contract import Reduction, Signals, Stage
+from .numerics import choosing
+from .rows import cosine_rows, nearest_similarity
 
 stage = Stage.PROJECTED
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    """Keep K. The K steps are one MLX graph."""
+    """Keep K. The K steps are one MLX graph, and read one row of distances each."""
     with choosing():
-        distance_BNN = 1 - cosine(signals.x_BND)
-        B, N, _ = distance_BNN.shape
-        score_BN = mx.where(mx.eye(N) > 0, mx.inf, distance_BNN).min(axis=-1)
-        gap_BN = mx.full((B, N), mx.inf).astype(choice_dtype())  # to the nearest kept token
-        kept = []
+        similar = cosine_rows(signals.x_BND)
+        score_BN = 1 - nearest_similarity(similar)
+        gap_BN = mx.full(score_BN.shape, mx.inf).astype(score_BN.dtype)  # to the nearest kept token
+        kept, token_N = [], mx.arange(score_BN.shape[1])
         for _ in range(K):
             i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
             kept.append(i_B1)
-            gap_BN = mx.minimum(gap_BN, take(distance_BNN, i_B1)[:, 0])
-            score_BN = gap_BN = mx.where(mx.arange(N) == i_B1, -mx.inf, gap_BN)
+            gap_BN = mx.minimum(gap_BN, 1 - similar.take(i_B1)[:, 0])
+            score_BN = gap_BN = mx.where(token_N == i_B1, -mx.inf, gap_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))

@@ -14,14 +14,16 @@ Options:
     sharp: temperature of the words' softmax, above 0
     soft: temperature of the image's softmax, above 0
 
-Shapes: B images, N tokens, K kept, T words, M = T + N rows to cover.
+Shapes: B images, N tokens, K kept, T words, n some of them, M = T + N rows to cover, D
+features.
 """
 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import choice_dtype, choosing, cosine, rounded, softmax
-from .scope import greedy_cover
+from .coverage import greedy_cover
+from .numerics import choice_dtype, choosing, cosine, exp, rounded, softmax
+from .rows import Rows, cosine_rows
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
@@ -37,7 +39,31 @@ def prune(
         words_BTN = softmax(cosine(signals.text_BTD, signals.x_BND), sharp)
         real_BT1 = signals.text_real_BT[..., None]
         words_BTN = mx.where(real_BT1, words_BTN, 0) / real_BT1.sum(axis=1, keepdims=True)
-        tokens_BNN = softmax(cosine(signals.x_BND), soft) * image / signals.x_BND.shape[1]
-        rows_BMN = rounded(mx.concatenate([words_BTN, tokens_BNN], axis=1))
+        columns = cover_columns(signals.x_BND, words_BTN, image, soft)
         no_saliency_BN = mx.ones(signals.x_BND.shape[:2], dtype=choice_dtype())
-        return Reduction(index_BK=greedy_cover(rows_BMN, no_saliency_BN, K))
+        return Reduction(index_BK=greedy_cover(columns, no_saliency_BN, K))
+
+
+def cover_columns(x_BND: mx.array, words_BTN: mx.array, image: float, soft: float) -> Rows:
+    """How much of every word and of every token each token covers, (B, n, M) for n tokens."""
+    similar, N = cosine_rows(x_BND), x_BND.shape[1]
+    largest_BN, total_BN = (
+        mx.concatenate(parts, axis=1)
+        for parts in zip(*(softmax_parts(block, soft) for block in similar.blocks()), strict=True)
+    )
+
+    similar_of = similar.rows_of  # without what `similar` holds
+
+    def columns_of(unit_BnD: mx.array, words_BnT: mx.array) -> mx.array:
+        similar_BnN = similar_of(unit_BnD)
+        power_BnN = exp((similar_BnN - largest_BN[:, None]) / soft)
+        tokens_BnN = power_BnN / total_BN[:, None] * image / N
+        return rounded(mx.concatenate([words_BnT, tokens_BnN], axis=-1))
+
+    return Rows(columns_of, *similar.parts_BN, words_BTN.swapaxes(1, 2))
+
+
+def softmax_parts(logits_BnN: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
+    """Of a softmax over the last axis, the largest logit and the sum of the powers, (B, n)."""
+    largest_Bn = logits_BnN.max(axis=-1)
+    return largest_Bn, exp((logits_BnN - largest_Bn[..., None]) / temperature).sum(axis=-1)

@@ -13,9 +13,12 @@ Shapes: B images, N tokens, K kept, R residual, a and b tokens in A and B.
 """
 
 import mlx.core as mx
+import numpy as np
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choice_dtype, choosing, cosine, keep_highest
+from .lazy import lazy_highest
+from .numerics import choice_dtype, choosing, keep_highest
+from .rows import Rows, cosine_rows, nearest_similarity
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer"}
@@ -28,24 +31,56 @@ def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1
         raise ValueError(f"important is {important}; it is a share of K from 0 to 1")
     by_attention = int(K * important)
     with choosing():
-        similar_BNN = cosine(signals.x_BND)
         order_BN = mx.argsort(-signals.cls_attention_BN.astype(mx.float32), axis=-1)
-        rest_BR = order_BN[:, by_attention:]
-        while rest_BR.shape[1] > K - by_attention:
-            if by_attention == K:
-                rest_BR = rest_BR[:, :0]
-                break
-            rest_BR = drop_most_similar(similar_BNN, rest_BR, K - by_attention)
-        index_BK = mx.concatenate([order_BN[:, :by_attention], rest_BR], axis=1)
-        return Reduction(index_BK=mx.sort(index_BK, axis=1))
+        important_BA, rest_BR = order_BN[:, :by_attention], order_BN[:, by_attention:]
+        if by_attention == K:
+            rest_BR = rest_BR[:, :0]
+        else:
+            thin = thin_out_lazily if choice_dtype() == mx.float64 else thin_out
+            rest_BR = thin(cosine_rows(signals.x_BND), rest_BR, K - by_attention)
+        return Reduction(index_BK=mx.sort(mx.concatenate([important_BA, rest_BR], axis=1), axis=1))
 
 
-def drop_most_similar(similar_BNN: mx.array, rest_BR: mx.array, least: int) -> mx.array:
-    """The residual without the tokens of A most similar to one of B."""
-    R = rest_BR.shape[1]
-    similar_Bab = take(take(similar_BNN, rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)
-    similar_BR = mx.full((len(rest_BR), R), -mx.inf).astype(choice_dtype())
-    similar_BR[:, ::2] = similar_Bab.max(axis=-1)
-    leaving = min(MOST_PER_ROUND, R - least, (R + 1) // 2)
-    rank_BR = mx.argsort(mx.argsort(-similar_BR, axis=-1), axis=-1)
-    return take(rest_BR, keep_highest(rank_BR >= leaving, R - leaving))
+def thin_out(similar: Rows, rest_BR: mx.array, least: int) -> mx.array:
+    """The residual without the tokens of A most similar to one of B, until `least` are left: one
+    MLX graph."""
+    while (R := rest_BR.shape[1]) > least:
+        similar_Bab = take(similar.take(rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)
+        similar_BR = mx.full((len(rest_BR), R), -mx.inf).astype(similar_Bab.dtype)
+        similar_BR[:, ::2] = similar_Bab.max(axis=-1)
+        leaving = leaving_of(R, least)
+        rank_BR = mx.argsort(mx.argsort(-similar_BR, axis=-1), axis=-1)
+        rest_BR = take(rest_BR, keep_highest(rank_BR >= leaving, R - leaving))
+    return rest_BR
+
+
+def leaving_of(R: int, least: int) -> int:
+    """How many of a residual leave in a round."""
+    return min(MOST_PER_ROUND, R - least, (R + 1) // 2)
+
+
+def thin_out_lazily(similar: Rows, order_BR: mx.array, least: int) -> mx.array:
+    """The same by lazy evaluation: a token is no more similar to one of B than to its nearest."""
+    rest_BR, B = np.array(order_BR).astype(np.int64), len(order_BR)
+    is_rest_BN = np.zeros((B, similar.N), bool)
+    np.put_along_axis(is_rest_BN, rest_BR, True, axis=1)
+    nearest_BN = np.array(nearest_similarity(similar, mx.array(is_rest_BN)))
+    while (R := rest_BR.shape[1]) > least:
+        token_Ba, is_b_BN = rest_BR[:, ::2], np.zeros((B, similar.N), bool)
+        np.put_along_axis(is_b_BN, rest_BR[:, 1::2], True, axis=1)
+
+        def scores_of(
+            index_Bn: np.ndarray, token_Ba: np.ndarray = token_Ba, is_b_BN: np.ndarray = is_b_BN
+        ) -> np.ndarray:
+            token_Bn = np.take_along_axis(token_Ba, index_Bn, axis=1)
+            similar_BnN = np.array(similar.take(mx.array(token_Bn)))
+            np.put_along_axis(similar_BnN, token_Bn[..., None], -np.inf, axis=2)
+            to_rest_Bn = np.where(is_rest_BN[:, None], similar_BnN, -np.inf).max(axis=-1)
+            np.put_along_axis(nearest_BN, token_Bn, to_rest_Bn, axis=1)
+            return np.where(is_b_BN[:, None], similar_BnN, -np.inf).max(axis=-1)
+
+        bound_Ba = np.take_along_axis(nearest_BN, token_Ba, axis=1)
+        index_Bn = lazy_highest(bound_Ba, leaving_of(R, least), scores_of)
+        np.put_along_axis(is_rest_BN, np.take_along_axis(token_Ba, index_Bn, axis=1), False, axis=1)
+        rest_BR = rest_BR[np.take_along_axis(is_rest_BN, rest_BR, axis=1)].reshape(B, -1)
+    return mx.array(rest_BR)

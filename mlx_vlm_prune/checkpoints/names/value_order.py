@@ -1,4 +1,4 @@
-"""Values that lie in another order in PyTorch than in MLX or in a later release.
+"""Values in another order in PyTorch than in MLX: convolutions, patches, rotated rows.
 
 A reordering only moves values: there and back gives the same bytes. `head_dim` is the size of one
 attention head.

@@ -1,4 +1,4 @@
-"""Signals that are read between a tower's layers, and tokens that leave there.
+"""Signals that methods need of a tower, computed between its layers, where tokens leave too.
 
 Shapes: B images, N patches at present, S = N + 1 tokens with CLS, H heads, d head size.
 """

@@ -1,0 +1,73 @@
+"""Greedy coverage: columns that together cover all rows of a matrix.
+
+A row is covered by its largest entry among the chosen columns. A column's gain is what it adds to
+that, summed over the rows, times its saliency. Gains only shrink while columns are chosen, so an
+earlier one is an upper bound: in float64, lazy evaluation (Minoux, 1978) makes the very same choice
+from a few gains a step. It needs the host; elsewhere every step works out all gains.
+
+Shapes: B images, M rows, N columns, n of them, K kept.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from .contract import take
+from .lazy import lazy_highest
+from .numerics import rounded
+from .rows import Rows
+
+
+def greedy_cover(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
+    """The K columns, (B, K) ascending; of equal gains the first. A column is a row of `columns`."""
+    is_on_host = salient_BN.dtype == mx.float64
+    index_BK = (cover_lazily if is_on_host else cover)(columns, salient_BN, K)
+    return mx.sort(index_BK, axis=1)
+
+
+def cover(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
+    """The columns in the order of choice, (B, K), by all gains in each step: one MLX graph."""
+    covered_BM = None
+    kept, is_left_BN = [], mx.ones(salient_BN.shape, dtype=mx.bool_)
+    for _ in range(K):
+        score_BN = mx.where(is_left_BN, all_gains(columns, covered_BM) * salient_BN, -1)
+        i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
+        kept.append(i_B1)
+        is_left_BN = is_left_BN & (mx.arange(columns.N) != i_B1)
+        covered_BM = cover_more(covered_BM, columns.take(i_B1))
+    return mx.concatenate(kept, axis=1)
+
+
+def cover_lazily(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
+    """The same by lazy evaluation."""
+    score_BN = np.array(all_gains(columns, None) * salient_BN)
+    covered_BM, kept = None, []
+
+    def scores_of(index_Bn: np.ndarray) -> np.ndarray:
+        some_Bn = mx.array(index_Bn)
+        gain_Bn = gains(columns.take(some_Bn), covered_BM)
+        return np.array(gain_Bn * take(salient_BN, some_Bn))
+
+    for _ in range(K):
+        i_B1 = lazy_highest(score_BN, 1, scores_of)
+        np.put_along_axis(score_BN, i_B1, -np.inf, axis=1)
+        kept.append(i_B1)
+        covered_BM = cover_more(covered_BM, columns.take(mx.array(i_B1)))
+        mx.eval(covered_BM)
+    return mx.array(np.concatenate(kept, axis=1))
+
+
+def cover_more(covered_BM: mx.array | None, column_B1M: mx.array) -> mx.array:
+    """What the chosen columns and one more cover of each row."""
+    return mx.maximum(column_B1M[:, 0], 0 if covered_BM is None else covered_BM)
+
+
+def gains(column_BnM: mx.array, covered_BM: mx.array | None) -> mx.array:
+    """What each of some columns adds, (B, n)."""
+    if covered_BM is not None:
+        column_BnM = column_BnM - covered_BM[:, None]
+    return rounded(mx.maximum(column_BnM, 0).sum(axis=-1))
+
+
+def all_gains(columns: Rows, covered_BM: mx.array | None) -> mx.array:
+    """What each column adds, (B, N)."""
+    return mx.concatenate([gains(block, covered_BM) for block in columns.blocks()], axis=1)

@@ -1,0 +1,40 @@
+"""Lazy evaluation: the highest scores, without working out those that cannot be among them.
+
+In numpy, on the host: what is worked out next depends on what came of the last.
+
+Shapes: B images, N candidates, n of them, k highest.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+BATCH = 8  # scores that are worked out together, at least
+
+
+def lazy_highest(
+    bound_BN: np.ndarray, k: int, scores_of: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Indices (B, k) of the k highest scores, the highest first; ties go to the lower index.
+
+    `scores_of(index_Bn)` works out the scores (B, n) of some candidates. None is above its bound;
+    where it is, the bound counts, so that -inf rules a candidate out. Scores that were worked out
+    take the place of their bounds.
+    """
+    is_exact_BN = np.zeros(bound_BN.shape, bool)
+    n = min(max(k, BATCH), bound_BN.shape[1])
+    while True:
+        index_Bn = np.stack([highest(bound_N, n) for bound_N in bound_BN])
+        if np.take_along_axis(is_exact_BN, index_Bn[:, :k], axis=1).all():
+            return index_Bn[:, :k]
+        bound_Bn = np.take_along_axis(bound_BN, index_Bn, axis=1)
+        score_Bn = np.minimum(scores_of(index_Bn), bound_Bn)
+        np.put_along_axis(bound_BN, index_Bn, score_Bn, axis=1)
+        np.put_along_axis(is_exact_BN, index_Bn, True, axis=1)
+
+
+def highest(score_N: np.ndarray, k: int) -> np.ndarray:
+    """Indices (k,) of the k highest scores, the highest first; ties go to the lower index."""
+    lowest_of_k = np.partition(score_N, len(score_N) - k)[len(score_N) - k]
+    candidates = np.flatnonzero(score_N >= lowest_of_k)
+    return candidates[np.argsort(-score_N[candidates], kind="stable")[:k]]
