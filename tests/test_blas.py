@@ -184,3 +184,20 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     """
     assert fresh(code) == "passive"
     assert fresh(code, OMP_WAIT_POLICY="active") == "active"
+
+
+@pytest.mark.parametrize("said", ["1", None])
+def test_float32_is_never_multiplied_in_tf32_whatever_the_environment_says(said):
+    program = f"os.environ.pop({blas.TF32!r}, None)" if said is None else "pass"
+    value, seen = fresh(
+        f"""
+        {program}
+        before = "mlx.core" in sys.modules
+        blas._outcome = None
+        blas.prepare()
+        import mlx.core
+        os.environ[{blas.TF32!r}], before
+        """,
+        **({} if said is None else {blas.TF32: said}),
+    )
+    assert (value, seen) == ("0", False)

@@ -194,8 +194,8 @@ class Reduction:
         """The reduction of one image of the batch."""
         one = slice(image, image + 1)
         parts = (self.index_BK, self.weight_BKN, self.value_BND)
-        parts = (None if part is None else part[one] for part in parts)
-        return Reduction(*parts, is_finite=self.is_finite)
+        sliced = (None if part is None else part[one] for part in parts)
+        return Reduction(*sliced, is_finite=self.is_finite)
 
     def check(self) -> None:
         """Raise UserError where tokens were not finite: the choice among them means nothing.

@@ -48,9 +48,9 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
     with choosing():
         length_BN = mx.sqrt(mx.square(to_choice_dtype(signals.x_BND)).sum(axis=-1))
         worth_BN = rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN)
-        worth_BN, similar_BNN = on_host(worth_BN, cosine(signals.next_keys_BND))
+        worths, alike = on_host(worth_BN, cosine(signals.next_keys_BND))
     n = K + int(clustered * (worth_BN.shape[1] - K))
-    pairs = [cluster(w, 1 - s, K, n) for w, s in zip(worth_BN, similar_BNN, strict=True)]
+    pairs = [cluster(w, 1 - a, K, n) for w, a in zip(worths, alike, strict=True)]
     index_BK, weight_BKN = (np.stack(parts) for parts in zip(*pairs, strict=True))
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
 
