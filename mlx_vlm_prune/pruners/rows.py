@@ -11,7 +11,7 @@ from .contract import take
 from .numerics import rounded, unit
 
 MOST_HELD = 8192  # rows of a matrix that is held: 0.5 GB in float64
-BLOCK = 512  # rows at a time
+BLOCK = 128  # rows at a time; MLX allocates about ten results ahead
 
 
 class Rows:
@@ -33,9 +33,12 @@ class Rows:
         return self.rows_of(*(take(part_BN, index_Bn) for part_BN in self.parts_BN))
 
     def blocks(self) -> Iterator[mx.array]:
-        """All rows in order, (B, n, M) at a time."""
-        for first in range(0, self.N, BLOCK):
-            some = slice(first, first + BLOCK)
+        """All rows in order, (B, n, M) at a time; on a GPU, where a launch costs more than the
+        memory, those that are held at once."""
+        is_one = self.all_BNM is not None and self.all_BNM.dtype == mx.float32
+        size = self.N if is_one else BLOCK
+        for first in range(0, self.N, size):
+            some = slice(first, first + size)
             if self.all_BNM is not None:
                 yield self.all_BNM[:, some]
             else:
