@@ -186,18 +186,20 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     assert fresh(code, OMP_WAIT_POLICY="active") == "active"
 
 
-@pytest.mark.parametrize("said", ["1", None])
-def test_float32_is_never_multiplied_in_tf32_whatever_the_environment_says(said):
-    program = f"os.environ.pop({blas.TF32!r}, None)" if said is None else "pass"
-    value, seen = fresh(
+@pytest.mark.parametrize("first", ["", "import mlx.core"])
+def test_float32_is_not_multiplied_in_tf32_whatever_the_environment_says(first):
+    lines, value = fresh(
         f"""
-        {program}
-        before = "mlx.core" in sys.modules
-        blas._outcome = None
-        blas.prepare()
-        import mlx.core
-        os.environ[{blas.TF32!r}], before
+        import logging, mlx.core
+        lines = []
+        logging.getLogger("mlx_vlm_prune").warning = lines.append
+        mlx.core.default_device = lambda: "Device(gpu, 0)"
+        for _ in range(2):
+            blas.load()
+        [line for line in lines if "TF32" in line], os.environ[{blas.TF32!r}]
         """,
-        **({} if said is None else {blas.TF32: said}),
+        first=first,
+        **{blas.TF32: "1"},
     )
-    assert (value, seen) == ("0", False)
+    assert value == "0"
+    assert lines == ([blas.LATE_TF32] if first else [])
