@@ -19,12 +19,11 @@ Shapes: B images, N tokens, K kept, T words, m rows of a block.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, rounded, scale_to_unit
+from .numerics import choosing, cosine, noise, rounded, rounded_cosine, scale_to_unit
 from .rows import cosine_rows
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
-EXHAUSTED = 1e-9  # a conditional variance below it is rounding; the kernel's diagonal is at most 1
 MOST_ROWS = 512  # of the factor in a block, a power of two
 
 
@@ -37,17 +36,18 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
         own_BN = rounded(mx.square(unit_BND).sum(axis=-1))
         variance_BN = relevance_BN * own_BN * relevance_BN  # given the kept tokens
         kept, token_N = [], mx.arange(relevance_BN.shape[1])
+        exhausted = noise()  # the kernel's diagonal is at most 1
         is_left_BN = mx.ones(relevance_BN.shape, dtype=mx.bool_)
         for _ in range(K):
-            score_BN = mx.where(variance_BN > EXHAUSTED, variance_BN, relevance_BN - 2)
+            score_BN = mx.where(variance_BN > exhausted, variance_BN, relevance_BN - 2)
             i_B1 = mx.argmax(mx.where(is_left_BN, score_BN, -mx.inf), axis=-1, keepdims=True)
             kept.append(i_B1)
             is_left_BN = is_left_BN & (token_N != i_B1)
             kernel_BN = take(relevance_BN, i_B1) * similar.take(i_B1)[:, 0] * relevance_BN
             kept_variance_B1 = take(variance_BN, i_B1)
             row_BN = factor.residual(kernel_BN, i_B1)
-            row_BN = row_BN / mx.sqrt(mx.maximum(kept_variance_B1, EXHAUSTED))
-            row_BN = mx.where(kept_variance_B1 > EXHAUSTED, row_BN, 0)
+            row_BN = row_BN / mx.sqrt(mx.maximum(kept_variance_B1, exhausted))
+            row_BN = mx.where(kept_variance_B1 > exhausted, row_BN, 0)
             factor.append(row_BN)
             variance_BN = variance_BN - mx.square(row_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
@@ -80,4 +80,4 @@ def relevance(signals: Signals, negative: bool) -> mx.array:
     similar_BNT = cosine(signals.x_BND, signals.text_BTD)
     real_B1T = signals.text_real_BT[:, None]
     mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)
-    return scale_to_unit(rounded(-mean_BN if negative else mean_BN)) + 1e-6
+    return scale_to_unit(rounded_cosine(-mean_BN if negative else mean_BN)) + 1e-6

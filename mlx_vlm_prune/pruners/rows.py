@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from .contract import take
-from .numerics import rounded, unit
+from .numerics import rounded_cosine, unit
 
 MOST_HELD = 8192  # rows of a matrix that is held: 0.5 GB in float64
 BLOCK = 128  # rows at a time; MLX allocates about ten results ahead
@@ -48,7 +48,7 @@ class Rows:
 def cosine_rows(x_BND: mx.array) -> Rows:
     """The rows of `cosine(x_BND)`."""
     x_BND = unit(x_BND)
-    return Rows(lambda part_BnD: rounded(part_BnD @ x_BND.swapaxes(1, 2)), x_BND)
+    return Rows(lambda part_BnD: rounded_cosine(part_BnD @ x_BND.swapaxes(1, 2)), x_BND)
 
 
 def nearest_similarity(similar: Rows, among_BN: mx.array | None = None) -> mx.array:
