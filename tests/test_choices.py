@@ -10,9 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.pruners import METHODS, Signals, numerics, plan, resolve
+from mlx_vlm_prune.pruners import METHODS, numerics, plan
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.numerics import precision
 

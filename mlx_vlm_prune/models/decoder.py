@@ -248,8 +248,7 @@ class LayerInput:
             added_IK = enhancer.call(enhancer.method.attention_bias, signals, kept)
             return take(before_IN, kept.index_BK) + added_IK
         if pruner.is_proportional:
-            members_IKN = (kept.mixture(n) > 0).astype(mx.float32)
-            return mx.log((members_IKN @ mx.exp(before_IN)[..., None])[..., 0])
+            return mx.log(kept.sizes(mx.exp(before_IN)))
         return None if bias_IN is None else take(bias_IN, kept.index_BK)
 
     def before(self) -> dict[str, mx.array]:

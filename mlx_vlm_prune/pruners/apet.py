@@ -22,13 +22,12 @@ from .numerics import (
     choice_dtype,
     choosing,
     constant,
-    cosine,
     keep_highest,
-    nearest_mean,
     noise,
     rounded,
     to_choice_dtype,
 )
+from .rows import nearest_slots
 
 stage = Stage.PROJECTED
 
@@ -40,8 +39,7 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
     with choosing():
         error_BN = approximation_errors(signals.x_BND, basis)
         index_BK = keep_highest(error_BN, K)
-        similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
-        return Reduction(index_BK, nearest_mean(similar_BNK, index_BK))
+        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK))
 
 
 def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:

@@ -109,11 +109,11 @@ class Pruner:
             return Reduction(index_BK=mx.zeros((len(signals.x_BND), 0), dtype=mx.uint32))
         if "grid" in self.method.needs and not signals.is_whole:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
-        kept: Reduction = self.call(self.method.prune or self.weights.prune, signals, K)
-        kept = replace(kept, is_finite=mx.isfinite(signals.x_BND).all())
+        is_finite = mx.isfinite(signals.x_BND).all()
         if choice_dtype() == mx.float64:  # on the CPU, where looking costs nothing
-            kept.check()
-        return kept
+            Reduction(is_finite=is_finite).check()
+        kept: Reduction = self.call(self.method.prune or self.weights.prune, signals, K)
+        return replace(kept, is_finite=is_finite)
 
 
 @dataclass(frozen=True)

@@ -127,11 +127,10 @@ class TowerPass:
 def _sum_sizes(signals: Signals, kept: Reduction) -> Signals:
     """Sizes summed up over each slot's members, at the slot's anchor."""
     size_BN = signals.get("size_BN")
-    if size_BN is None or kept.weight_BKN is None or kept.index_BK is None:
+    if size_BN is None or not kept.merges or kept.index_BK is None:
         return signals
-    size_BK = ((kept.weight_BKN > 0) @ size_BN[..., None])[..., 0]
-    is_anchor_BKN = kept.index_BK[..., None] == mx.arange(size_BN.shape[1])
-    return signals.replace(size_BN=(size_BK[..., None] * is_anchor_BKN).sum(axis=1))
+    size_BK, none_BN = kept.sizes(size_BN), mx.zeros(size_BN.shape)
+    return signals.replace(size_BN=mx.put_along_axis(none_BN, kept.index_BK, size_BK, axis=1))
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
