@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.pruners import METHODS, numerics, plan
+from mlx_vlm_prune.pruners import METHODS, Signals, numerics, plan, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.numerics import precision
 
@@ -20,7 +21,8 @@ from . import tiny
 K = 9
 ROWS = (tiny.row("user # what is in the picture ?"), tiny.row("# and # is there a red star ?"))
 SPECS = [
-    *(name for name in METHODS if name != "restore"), "mlp:dynamic", "visionzip+fastv", "tome+divprune", "downsample+norm", "fastv+restore",
+    *(name for name in METHODS if name != "restore"),
+    "mlp:dynamic", "visionzip+fastv", "tome+divprune", "downsample+norm", "fastv+restore",
     "cls_attention+cdpruner", "cls_attention+restore", "patch_norm:keep=11+norm", "twig+restore",
 ]  # fmt: skip
 # How often a method returns to the host: what its docstring declares.
@@ -88,3 +90,30 @@ def test_a_planted_read_would_be_seen(model, read, monkeypatch):
     monkeypatch.setattr("mlx_vlm_prune.pruners.norm.keep_highest", reading)
     with pytest.raises(BaseException, match="eval"):
         read_while_tracing(model, "norm")
+
+
+def test_features_that_are_not_numbers_are_refused_where_the_choice_is_read(model):
+    broken = Signals(mx.full((1, 16, 8), mx.nan), (4, 4))
+    with precision("float32"):
+        kept = resolve("norm")(broken, 4)
+        with pytest.raises(UserError, match="the vision tower gave NaN or infinite features"):
+            kept.check()
+        prefill = model(ROWS, mx.full((3, 64, 64, 3), mx.nan), plan("divprune+fastv"), K)
+    with pytest.raises(UserError, match="the vision tower gave NaN or infinite features"):
+        prefill.trace.kept(0)
+
+
+def test_a_cpu_device_chooses_in_float64_on_the_cpus_stream():
+    assert mx.default_device() == mx.cpu and numerics.choice_dtype() == mx.float64
+    with precision("float32"), numerics.choosing():
+        assert numerics.cosine(mx.ones((1, 2, 3))).dtype == mx.float32
+    with numerics.choosing():
+        assert numerics.cosine(mx.ones((1, 2, 3))).dtype == mx.float64
+
+
+def test_equal_numbers_of_any_size_stay_apart_or_tie_as_six_digits_say():
+    x = mx.array([1 / 2304, 1 / 2304 * (1 + 1e-7), 1 / 2304 * (1 + 1e-5), 0, -3e4, mx.inf])
+    with precision("float32"):
+        near = np.array(numerics.rounded(x))
+    assert near[0] == near[1] < near[2] and near[3] == 0 and np.isinf(near[5])
+    np.testing.assert_allclose(near[:5], np.array(x)[:5], rtol=1e-6)
