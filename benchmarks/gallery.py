@@ -105,10 +105,9 @@ def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
         (picture, grid), *_ = answer.views
         reductions = [step.reductions[0] for step in answer.trace.steps_to_draw()]
         last = ([r for r in reductions if r.slots] or reductions)[-1]
-        index_BK, weight_BKN = last.index_BK, last.weight_BKN
-        assert index_BK is not None
-        index = list(np.array(index_BK[0]))
-        weights = None if weight_BKN is None else np.array(weight_BKN[0])
+        assert last.index_BK is not None
+        index = list(np.array(last.index_BK[0]))
+        weights = np.array(last.mixture(grid[0] * grid[1])[0]) if last.merges else None
         drawn = overlay(picture, grid, index, "", weights=weights)
         return drawn.resize((TILE, TILE), Image.Resampling.LANCZOS)
     raise AssertionError(f"{name} can do with neither budget")

@@ -31,7 +31,8 @@ SIGNATURES = {
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
     " drafted=None, accepted=None)",
     "Pruner": "(name, method, options=<factory>, weights=None, keep=None)",
-    "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None)",
+    "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"
+    " is_finite=None)",
     "Signals": "(x_BND, grid, **others)",
     "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",

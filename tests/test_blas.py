@@ -184,3 +184,22 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     """
     assert fresh(code) == "passive"
     assert fresh(code, OMP_WAIT_POLICY="active") == "active"
+
+
+@pytest.mark.parametrize("first", ["", "import mlx.core"])
+def test_float32_is_not_multiplied_in_tf32_whatever_the_environment_says(first):
+    lines, value = fresh(
+        f"""
+        import logging, mlx.core
+        lines = []
+        logging.getLogger("mlx_vlm_prune").warning = lines.append
+        mlx.core.default_device = lambda: "Device(gpu, 0)"
+        for _ in range(2):
+            blas.load()
+        [line for line in lines if "TF32" in line], os.environ[{blas.TF32!r}]
+        """,
+        first=first,
+        **{blas.TF32: "1"},
+    )
+    assert value == "0"
+    assert lines == ([blas.LATE_TF32] if first else [])

@@ -24,7 +24,7 @@ from ..inputs.prompt import Prompt, tokenize_prompt
 from ..models.loading import Processor
 from ..models.towers.signals import Encoded
 from ..models.vlm import VLM
-from ..pruners import Pipeline, Reduction
+from ..pruners import Pipeline
 from .questions import Question
 
 
@@ -106,10 +106,7 @@ class SharedTower:
         distinct_I = self.batch.distinct_I
         encoded = self.tower(pixels_IHW3[self.batch.first_U], want, cuts)
         signals = {name: array[distinct_I] for name, array in encoded.signals.arrays.items()}
-        kept = encoded.kept
-        if kept:
-            parts = (kept.index_BK, kept.weight_BKN, kept.value_BND)
-            kept = Reduction(*(None if part is None else part[distinct_I] for part in parts))
+        kept = encoded.kept and encoded.kept.of_images(distinct_I)
         return Encoded(encoded.signals.replace(**signals), kept)
 
 

@@ -6,7 +6,6 @@ Shapes: N patches in raster order, K slots.
 import textwrap
 from collections.abc import Sequence
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -71,9 +70,10 @@ def draw_trace(
     for v, (image, grid) in enumerate(views):
         pictures = []
         for step in steps:
-            index, weight = step.reductions[v].index_BK, step.reductions[v].weight_BKN
+            reduction, N = step.reductions[v], trace.sizes[v]
+            index = reduction.index_BK
             kept = [] if index is None else list(np.array(index[0]))
-            weights = None if weight is None else np.array(weight[0].astype(mx.float32))
+            weights = np.array(reduction.mixture(N)[0]) if reduction.merges else None
             below = f"{step.name}: {len(kept)} left" if len(steps) > 1 else caption
             pictures.append(overlay(image, grid, kept, below, weights=weights))
         rows.append(join_images(pictures) if len(pictures) > 1 else pictures[0])

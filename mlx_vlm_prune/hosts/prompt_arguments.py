@@ -38,8 +38,9 @@ def kept_rows(
             )
         by_view = np.split(placeholders, np.cumsum(sizes)[:-1])
         for rows_N, reduction in zip(by_view, reductions, strict=True):
-            K, index_BK = reduction.slots, reduction.index_BK
-            is_kept_L[rows_N[:K] if index_BK is None else rows_N[np.array(index_BK[0])]] = True
+            index_1K = reduction.kept_tokens()
+            kept = slice(reduction.slots) if index_1K is None else index_1K[0]
+            is_kept_L[rows_N[kept]] = True
     elif host.placeholder_unit == "image":
         is_kept_L[placeholders] = True
     else:  # one placeholder for all images

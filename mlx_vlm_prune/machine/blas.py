@@ -31,12 +31,17 @@ from pathlib import Path
 from ..checkpoints.errors import UserError
 
 SWITCH = "MLX_VLM_PRUNE_BLAS"
+TF32 = "MLX_ENABLE_TF32"  # mlx's own, which it reads once
 SYMBOL = "sgemm_"  # what every BLAS has, and what the wheel's cblas_sgemm ends in
 # Sonames rather than ctypes.util.find_library, which runs ldconfig and a compiler to find them.
 SYSTEM = ("libmkl_rt.so", "libopenblas.so.0", "libopenblas.so")
 LATE = (
     "mlx was imported before mlx_vlm_prune and goes on with the BLAS that it came with, up to 30"
     " times slower; import mlx_vlm_prune first"
+)
+LATE_TF32 = (
+    "mlx was imported before mlx_vlm_prune and may multiply in TF32, which changes what tokens are"
+    f" kept; import mlx_vlm_prune first, or set {TF32}=0"
 )
 
 
@@ -51,6 +56,7 @@ class Outcome:
 
 
 _outcome: Outcome | None = None
+_may_use_tf32 = False  # was mlx imported before it was switched off?
 
 
 def load() -> str | None:
@@ -64,7 +70,9 @@ def load() -> str | None:
     if _outcome.refused:
         raise UserError(_outcome.refused)
     if _outcome.late:
-        _warn()
+        _warn(LATE)
+    if _may_use_tf32 and "gpu" in str(sys.modules["mlx.core"].default_device()):
+        _warn(LATE_TF32)
     return _outcome.library
 
 
@@ -72,12 +80,21 @@ def prepare() -> None:
     """`load` for the top of a module: importing never fails, the next `load` says what is wrong."""
     global _outcome
     if _outcome is None:
+        _disable_tf32()
         _outcome = _choose(os.environ.get(SWITCH) or "auto")
 
 
+def _disable_tf32() -> None:
+    """Have MLX multiply float32 in float32, whatever the user's environment says: TF32, which it
+    else takes on a GPU, gets similarities wrong in the third digit."""
+    global _may_use_tf32
+    _may_use_tf32 = "mlx.core" in sys.modules and os.environ.get(TF32) != "0"
+    os.environ[TF32] = "0"
+
+
 @functools.cache
-def _warn() -> None:
-    logging.getLogger("mlx_vlm_prune").warning(LATE)
+def _warn(sentence: str) -> None:
+    logging.getLogger("mlx_vlm_prune").warning(sentence)
 
 
 def loaded() -> str | None:

@@ -143,7 +143,8 @@ def run_layers(
 ) -> mx.array:  # fmt: skip
     """Hidden states after some layers.
 
-    A long prompt is read in chunks: memory must not grow with its square.
+    A long prompt is read in chunks, one computed before the next is planned: memory must not grow
+    with its square.
     """
     if not numbers:
         return spliced.x_BLD
@@ -152,10 +153,16 @@ def run_layers(
         rows = slice(begin, begin + size)
         x_BLD, positions_BL = spliced.x_BLD[:, rows], spliced.positions_BL[:, rows]
         bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
-        options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": bias_BL}
+        options = {**row_options(spliced), "bias_BL": bias_BL}
         chunks.append(language.run(numbers, x_BLD, positions_BL, cache, **options))
-        mx.eval(chunks[-1])
+        if size < spliced.L:
+            mx.eval(chunks[-1])
     return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
+
+
+def row_options(spliced: Spliced) -> dict[str, Any]:
+    """What is known of the rows' positions beforehand."""
+    return {"contiguous": spliced.contiguous, "padded": spliced.padded}
 
 
 class TwigReader:
@@ -177,11 +184,11 @@ class TwigReader:
 
         Nothing reads the last layer's output, so MLX computes its keys and values and nothing else.
         """
-        options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": spliced.bias_BL}
+        options = {**row_options(spliced), "bias_BL": spliced.bias_BL}
         numbers, x_BLD = range(self.last, self.last + 1), self.last_input(spliced)
         self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **options)
         layer_cache = self.cache[self.last]
-        mx.eval(layer_cache.keys_BGSd, layer_cache.values_BGSd)
+        mx.async_eval(layer_cache.keys_BGSd, layer_cache.values_BGSd)
 
     @property
     def observers(self) -> Observers:
@@ -246,8 +253,7 @@ class LayerInput:
             added_IK = enhancer.call(enhancer.method.attention_bias, signals, kept)
             return take(before_IN, kept.index_BK) + added_IK
         if pruner.is_proportional:
-            members_IKN = (kept.mixture(n) > 0).astype(mx.float32)
-            return mx.log((members_IKN @ mx.exp(before_IN)[..., None])[..., 0])
+            return mx.log(kept.sizes(mx.exp(before_IN)))
         return None if bias_IN is None else take(bias_IN, kept.index_BK)
 
     def before(self) -> dict[str, mx.array]:

@@ -18,16 +18,8 @@ Shapes: B images, N tokens, K kept, M basis tokens, D features.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import (
-    choice_dtype,
-    choosing,
-    constant,
-    cosine,
-    keep_highest,
-    nearest_mean,
-    rounded,
-    to_choice_dtype,
-)
+from .numerics import choice_dtype, choosing, constant, keep_highest, rounded, to_choice_dtype
+from .rows import nearest_slots
 
 stage = Stage.PROJECTED
 ZERO_LENGTH = 1e-9  # as a share of the longest token's: a shorter basis vector has no direction
@@ -40,8 +32,7 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
     with choosing():
         error_BN = approximation_errors(signals.x_BND, basis)
         index_BK = keep_highest(error_BN, K)
-        similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
-        return Reduction(index_BK, nearest_mean(similar_BNK, index_BK))
+        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK))
 
 
 def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:

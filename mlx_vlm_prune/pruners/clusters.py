@@ -1,40 +1,47 @@
 """Clusters by density peaks: centres are dense and far from anything denser.
 
 Rodriguez and Laio, Science 2014; with density from the nearest neighbours (DPC-KNN) Du et al.,
-2016. In numpy, float64.
+2016. Called under `choosing()`.
 
-Shapes: n points, C centres.
+Shapes: B images, n points, C centres, r rows of a block, D features.
 """
 
-import numpy as np
+import mlx.core as mx
+
+from .contract import take
+from .numerics import exp, keep_highest, rounded, to_choice_dtype
+
+BLOCK = 2**24  # differences of coordinates that are held at once
 
 
-def density_peaks(distance_nn: np.ndarray, C: int, neighbours: int = 5) -> np.ndarray:
-    """The C points with the highest density times distance to a denser point, ascending."""
-    n = len(distance_nn)
-    near_nk = np.sort(distance_nn, axis=1)[:, 1 : min(neighbours, n - 1) + 1]
-    density_n = np.exp(-(near_nk**2).mean(axis=1)) if n > 1 else np.ones(1)
-    order = np.argsort(-density_n.round(12), kind="stable")
-    reach_n = np.empty(n)  # distance to the nearest denser point
-    for rank, i in enumerate(order):
-        denser = order[:rank]
-        reach_n[i] = distance_nn[i, denser].min() if rank else distance_nn[i].max()
-    score_n = (density_n * reach_n).round(12)
-    return np.sort(np.argsort(-score_n, kind="stable")[:C])
+def density_peaks(distance_Bnn: mx.array, C: int, neighbours: int = 5) -> mx.array:
+    """The C points with the highest density times distance to a denser point, (B, C) ascending."""
+    n = distance_Bnn.shape[1]
+    near_Bnk = mx.sort(distance_Bnn, axis=-1)[..., 1 : min(neighbours, n - 1) + 1]
+    density_Bn = exp(-mx.square(near_Bnk).mean(axis=-1)) if n > 1 else distance_Bnn[..., 0] * 0 + 1
+    rank_Bn = mx.argsort(mx.argsort(-rounded(density_Bn), axis=-1), axis=-1)
+    is_denser_Bnn = rank_Bn[:, None] < rank_Bn[..., None]
+    reach_Bn = mx.where(is_denser_Bnn, distance_Bnn, mx.inf).min(axis=-1)
+    reach_Bn = mx.where(rank_Bn == 0, distance_Bnn.max(axis=-1), reach_Bn)
+    return keep_highest(rounded(density_Bn * reach_Bn), C)
 
 
-def nearest_centres(distance_nn: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The number of each point's nearest centre, (n,); a centre is its own."""
-    home_n = np.argmin(distance_nn[:, centres], axis=1)
-    home_n[centres] = np.arange(len(centres))
-    return home_n
+def nearest_centres(distance_Bnn: mx.array, centre_BC: mx.array) -> mx.array:
+    """The point that is each point's nearest centre, (B, n); a centre is its own."""
+    home_Bn = take(centre_BC, mx.argmin(take(distance_Bnn, centre_BC, axis=2), axis=-1))
+    return mx.put_along_axis(home_Bn, centre_BC, centre_BC, axis=1)
 
 
-def distances(x_nD: np.ndarray) -> np.ndarray:
-    """Euclidean distances divided by the root of D, to nine digits, (n, n).
+def distances(x_BnD: mx.array) -> mx.array:
+    """Euclidean distances divided by the root of D, to nine digits, (B, n, n).
 
-    From differences, row by row: from squared lengths those of near-duplicates would be noise.
+    From differences, a block of rows at a time: from squared lengths those of near-duplicates would
+    be noise.
     """
-    x_nD = x_nD.astype(np.float64)
-    distance_nn = [np.sqrt(np.square(x_nD - x_D).mean(axis=1)) for x_D in x_nD]
-    return np.array(distance_nn).round(9)
+    x_BnD = to_choice_dtype(x_BnD)
+    B, n, D = x_BnD.shape
+    rows, parts = max(1, BLOCK // (B * n * D)), []
+    for begin in range(0, n, rows):
+        apart_BrnD = x_BnD[:, begin : begin + rows, None] - x_BnD[:, None]
+        parts.append(mx.sqrt(mx.square(apart_BrnD).mean(axis=-1)))
+    return rounded(mx.concatenate(parts, axis=1), 9)

@@ -11,6 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
+import numpy as np
+
+from ..checkpoints.errors import UserError
 
 
 class Stage(IntEnum):
@@ -138,6 +141,14 @@ def take(x: mx.array, index_BK: mx.array, axis: int = 1) -> mx.array:
     return mx.take_along_axis(x, index_BK.reshape(shape), axis=axis)
 
 
+def segment_sum(x_BND: mx.array, slot_BN: mx.array, K: int) -> mx.array:
+    """The sums of the entries of x by slot, (B, K, D); those without a slot, -1, must be 0."""
+    B, _, D = x_BND.shape
+    row_BN = mx.maximum(slot_BN, 0) + K * mx.arange(B)[:, None]
+    sum_RD = mx.zeros((B * K, D), dtype=x_BND.dtype)
+    return sum_RD.at[row_BN.flatten()].add(x_BND.flatten(0, 1)).reshape(B, K, D)
+
+
 @dataclass(frozen=True)
 class Reduction:
     """How N tokens become K slots.
@@ -147,14 +158,39 @@ class Reduction:
     `weight_BKN`: the weights by which each slot is mixed from the N tokens. None: each slot is its
     token, unchanged.
     `value_BND`: what a learned method mixes in place of the tokens.
+    `slot_BN`, `share_BN`: the same as weights, where every token is mixed into at most one slot:
+    its slot, -1 where it is dropped, and its weight there, 0 where it is dropped.
+    `is_finite`: whether all tokens that it was chosen from are finite numbers, see `check`.
     """
 
     index_BK: mx.array | None = None
     weight_BKN: mx.array | None = None
     value_BND: mx.array | None = None
+    slot_BN: mx.array | None = None
+    share_BN: mx.array | None = None
+    is_finite: mx.array | None = None
+
+    @classmethod
+    def merge(
+        cls, index_BK: mx.array, slot_BN: mx.array, size_BN: mx.array | None = None
+    ) -> "Reduction":
+        """The means of the tokens that each slot has, weighted by their sizes."""
+        is_mixed_BN = (slot_BN >= 0).astype(mx.float32)
+        size_BN = is_mixed_BN if size_BN is None else size_BN * is_mixed_BN
+        total_BK = segment_sum(size_BN[..., None], slot_BN, index_BK.shape[1])[..., 0]
+        share_BN = size_BN / take(total_BK, mx.maximum(slot_BN, 0))
+        return cls(index_BK, slot_BN=slot_BN, share_BN=share_BN)
+
+    @property
+    def merges(self) -> bool:
+        """Are slots mixed from several tokens?"""
+        return self.weight_BKN is not None or self.slot_BN is not None
 
     def apply(self, x_BND: mx.array) -> mx.array:
         """Reduce (B, N, D) tokens, positions or sizes to (B, K, D)."""
+        if self.slot_BN is not None and self.share_BN is not None:
+            part_BND = self.share_BN[..., None] * x_BND.astype(mx.float32)
+            return segment_sum(part_BND, self.slot_BN, self.slots).astype(x_BND.dtype)
         if self.weight_BKN is not None:
             mixed = self.weight_BKN.astype(mx.float32) @ x_BND.astype(mx.float32)
             return mixed.astype(x_BND.dtype)
@@ -169,24 +205,71 @@ class Reduction:
         """The weights (B, K, N); one-hot where slots are tokens unchanged."""
         if self.weight_BKN is not None:
             return self.weight_BKN.astype(mx.float32)
+        if self.slot_BN is not None and self.share_BN is not None:
+            is_member_BKN = self.slot_BN[:, None] == mx.arange(self.slots)[:, None]
+            return is_member_BKN * self.share_BN[:, None]
         assert self.index_BK is not None
         return (self.index_BK[..., None] == mx.arange(N)).astype(mx.float32)
 
     def after(self, first: "Reduction", N: int) -> "Reduction":
         """The reduction of N tokens that does `first`, then this one."""
-        index = weight = None
+        index = None
         if self.index_BK is not None and first.index_BK is not None:
             index = take(first.index_BK, self.index_BK)
+        is_finite = self.is_finite if first.is_finite is None else first.is_finite
+        if self.is_finite is not None and first.is_finite is not None:
+            is_finite = self.is_finite & first.is_finite
         if self.weight_BKN is not None or first.weight_BKN is not None:
             between = first.mixture(N)
             weight = self.mixture(between.shape[1]) @ between
-        return Reduction(index, weight)
+            return Reduction(index, weight, is_finite=is_finite)
+        if not (self.merges or first.merges):
+            return Reduction(index, is_finite=is_finite)
+        (slot_Bn, share_Bn), (slot_BN, share_BN) = self.members(first.slots), first.members(N)
+        is_mixed_BN, between_BN = slot_BN >= 0, mx.maximum(slot_BN, 0)
+        slot_BN = mx.where(is_mixed_BN, take(slot_Bn, between_BN), -1)
+        share_BN = share_BN * take(share_Bn, between_BN)
+        return Reduction(index, slot_BN=slot_BN, share_BN=share_BN, is_finite=is_finite)
+
+    def members(self, N: int) -> tuple[mx.array, mx.array]:
+        """`slot_BN` and `share_BN`, where slots are tokens unchanged too."""
+        if self.slot_BN is not None and self.share_BN is not None:
+            return self.slot_BN, self.share_BN
+        assert self.index_BK is not None
+        B, K = self.index_BK.shape
+        slot_BK = mx.broadcast_to(mx.arange(K, dtype=mx.int32), (B, K))
+        slot_BN = mx.put_along_axis(mx.full((B, N), -1, mx.int32), self.index_BK, slot_BK, axis=1)
+        return slot_BN, (slot_BN >= 0).astype(mx.float32)
+
+    def sizes(self, size_BN: mx.array) -> mx.array:
+        """The sum of the sizes of all tokens that each slot is mixed from, (B, K)."""
+        if self.weight_BKN is not None:
+            return ((self.weight_BKN > 0) @ size_BN[..., None])[..., 0]
+        slot_BN, share_BN = self.members(size_BN.shape[1])
+        part_BN1 = mx.where(share_BN > 0, size_BN, 0)[..., None]
+        return segment_sum(part_BN1, slot_BN, self.slots)[..., 0]
 
     def of_image(self, image: int) -> "Reduction":
         """The reduction of one image of the batch."""
-        one = slice(image, image + 1)
-        parts = (self.index_BK, self.weight_BKN, self.value_BND)
-        return Reduction(*(None if part is None else part[one] for part in parts))
+        return self.of_images(slice(image, image + 1))
+
+    def of_images(self, images: slice | mx.array) -> "Reduction":
+        """The reduction of some images of the batch."""
+        parts = {name: part[images] for name, part in self.parts.items()}
+        return Reduction(**parts, is_finite=self.is_finite)
+
+    def check(self) -> None:
+        """Raise UserError where tokens were not finite: the choice among them means nothing.
+
+        Where choices are made on a GPU, this waits for whoever reads the choice on the host.
+        """
+        if self.is_finite is not None and not self.is_finite.item():
+            raise UserError("the vision tower gave NaN or infinite features; try dtype='float32'")
+
+    def kept_tokens(self) -> np.ndarray | None:
+        """The index on the host, (B, K); None of pooled slots. Raises UserError, see `check`."""
+        self.check()
+        return None if self.index_BK is None else np.array(self.index_BK).astype(int)
 
     @property
     def slots(self) -> int:
@@ -195,10 +278,16 @@ class Reduction:
         assert part is not None
         return part.shape[1]
 
+    @property
+    def parts(self) -> dict[str, mx.array]:
+        """Its arrays that have a row for each image, by name."""
+        names = ("index_BK", "weight_BKN", "value_BND", "slot_BN", "share_BN")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
+
     @cached_property
     def arrays(self) -> list[mx.array]:
         """Its arrays, to evaluate together."""
-        return [a for a in (self.index_BK, self.weight_BKN, self.value_BND) if a is not None]
+        return list(self.parts.values())
 
 
 def identity(x_BND: mx.array) -> Reduction:

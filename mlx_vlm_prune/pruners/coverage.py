@@ -40,6 +40,7 @@ def cover(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
 def cover_lazily(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
     """The same by lazy evaluation."""
     score_BN = np.array(all_gains(columns, None) * salient_BN)
+    score_BN = np.fmax(score_BN, -np.inf)  # no gain times an infinite saliency is no number
     covered_BM, kept = None, []
 
     def scores_of(index_Bn: np.ndarray) -> np.ndarray:

@@ -12,15 +12,15 @@ Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth
     pivots: pivots among the visual tokens, and as many among the words; 1 or more
 
-Shapes: I images, N tokens, K kept, T words, P pivots, D features.
+Shapes: B images, N tokens, K kept, T words, p tokens or words that are pivots, P both together, D
+features.
 """
 
 import mlx.core as mx
-import numpy as np
 
 from .budget import one_cut
-from .contract import Reduction, Signals, Stage
-from .numerics import choosing, cosine, rounded, to_choice_dtype
+from .contract import Reduction, Signals, Stage, take
+from .numerics import choosing, cosine, keep_highest, mask_of, rounded, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}
@@ -36,28 +36,32 @@ def prune(signals: Signals, K: int, *, pivots: int = 4) -> Reduction:
     if pivots < 1:
         raise ValueError(f"pivots is {pivots}; it must be at least 1")
     with choosing():
-        norm_BN = np.array(rounded(mx.abs(to_choice_dtype(signals.keys_BND)).sum(axis=-1)))
-        word_norm_BT = rounded(mx.abs(to_choice_dtype(signals.text_keys_BTD)).sum(axis=-1))
-        norm_BT = np.array(mx.where(signals.text_real_BT, word_norm_BT, -1))
-        similar_BNN = np.array(cosine(signals.normed_BND))
-        similar_BTN = np.array(cosine(signals.text_BTD, signals.normed_BND))
-    index = []
-    for norm_N, norm_T, similar_NN, similar_TN in zip(
-        norm_BN, norm_BT, similar_BNN, similar_BTN, strict=True
-    ):
-        tokens = np.argsort(-norm_N, kind="stable")[: min(pivots, K)]
-        words = np.argsort(-norm_T, kind="stable")[: min(pivots, int((norm_T >= 0).sum()))]
-        similar_PN = np.concatenate([similar_NN[tokens], similar_TN[words]])
-        index.append(select_by_pivots(tokens, similar_PN, K))
-    return Reduction(index_BK=mx.array(np.stack(index)))
+        norm_BN = rounded(mx.abs(to_choice_dtype(signals.keys_BND)).sum(axis=-1))
+        norm_BT = rounded(mx.abs(to_choice_dtype(signals.text_keys_BTD)).sum(axis=-1))
+        norm_BT = mx.where(signals.text_real_BT, norm_BT, -1)
+        token_Bp = mx.argsort(-norm_BN, axis=-1)[:, : min(pivots, K)]
+        word_Bp = mx.argsort(-norm_BT, axis=-1)[:, :pivots]
+        words_B1 = mx.minimum(signals.text_real_BT.sum(axis=-1, keepdims=True), pivots)
+        pivot_BPD = mx.concatenate(
+            [take(signals.normed_BND, token_Bp), take(signals.text_BTD, word_Bp)], axis=1
+        )
+        similar_BPN = cosine(pivot_BPD, signals.normed_BND)
+        return Reduction(select_by_pivots(token_Bp, words_B1, similar_BPN, K))
 
 
-def select_by_pivots(tokens: np.ndarray, similar_PN: np.ndarray, K: int) -> np.ndarray:
-    """The tokens that are pivots, and for each pivot its share of the others, (K,) ascending."""
-    P, rest = len(similar_PN), K - len(tokens)
-    kept = list(tokens)
-    for p, similar_N in enumerate(similar_PN):
-        share = (p + 1) * rest // P - p * rest // P
-        similar_N = np.where(np.isin(np.arange(len(similar_N)), kept), np.inf, similar_N)
-        kept += list(np.argsort(similar_N, kind="stable")[:share])
-    return np.sort(kept)
+def select_by_pivots(
+    token_Bp: mx.array, words_B1: mx.array, similar_BPN: mx.array, K: int
+) -> mx.array:
+    """The tokens that are pivots, and for each pivot its share of the others, (B, K) ascending.
+
+    `words_B1` says how many words are pivots: behind them padding has no share.
+    """
+    (P, N), tokens = similar_BPN.shape[1:], token_Bp.shape[1]
+    rest, pivots_B1 = K - tokens, words_B1.astype(mx.int32) + tokens
+    is_kept_BN = mask_of(token_Bp, N)
+    for p in range(P):
+        share_B1 = (p + 1) * rest // pivots_B1 - p * rest // pivots_B1
+        similar_BN = mx.where(is_kept_BN, mx.inf, similar_BPN[:, p])
+        rank_BN = mx.argsort(mx.argsort(similar_BN, axis=-1), axis=-1)
+        is_kept_BN = is_kept_BN | ((rank_BN < share_B1) & (p < pivots_B1))
+    return keep_highest(is_kept_BN, K)

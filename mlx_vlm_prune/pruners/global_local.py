@@ -20,9 +20,10 @@ Shapes: B images, N tokens, K kept, n tokens of a window, k kept of them.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, take
+from .contract import Reduction, Signals, Stage
 from .grid import windows
-from .numerics import choosing, cosine, keep_highest, mask_of, nearest_mean
+from .numerics import choosing, keep_highest, mask_of
+from .rows import nearest_slots
 
 stage = Stage.FEATURES
 needs = {"local_attention": "local_layer", "cls_attention": "layer", "grid": None}
@@ -47,5 +48,4 @@ def prune(
     score_BN = mx.where(is_local_BN, mx.inf, signals.cls_attention_BN)
     index_BK = keep_highest(score_BN, K)
     with choosing():
-        similar_BNK = take(cosine(signals.x_BND), index_BK, axis=2)
-        return Reduction(index_BK, nearest_mean(similar_BNK, index_BK))
+        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK))

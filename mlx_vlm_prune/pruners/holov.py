@@ -20,9 +20,9 @@ Shapes: B images, N tokens, K kept, n tokens of a region.
 import mlx.core as mx
 import numpy as np
 
-from .contract import Reduction, Signals, Stage
+from .contract import Reduction, Signals, Stage, take
 from .grid import windows
-from .numerics import choice_dtype, choosing, cosine, rounded, scale_to_unit
+from .numerics import choosing, cosine, keep_highest, rounded, scale_to_unit, to_choice_dtype
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer", "grid": None}
@@ -37,31 +37,36 @@ def prune(
         raise ValueError(f"regions is {regions}; it must be at least 1")
     areas = [window.ravel() for window in windows(signals.grid, min(regions, N))]
     with choosing():
-        similar_BNN = np.array(cosine(signals.x_BND))
-        varied_BN = np.zeros(similar_BNN.shape[:2])
-        for area in areas:
-            varied_BN[:, area] = similar_BNN[:, area][:, :, area].var(axis=-1)
         attention_BN = scale_to_unit(signals.cls_attention_BN)
-        score_BN = np.array(
-            rounded(attention_BN + beta * scale_to_unit(mx.array(varied_BN, choice_dtype())))
-        )
-    index_BK = np.stack([best_of_regions(score_N, areas, K) for score_N in score_BN])
-    return Reduction(index_BK=mx.array(index_BK))
+        varied_BN = scale_to_unit(variation(signals.x_BND, areas))
+        return Reduction(best_of_regions(rounded(attention_BN + beta * varied_BN), areas, K))
 
 
-def best_of_regions(score_N: np.ndarray, areas: list[np.ndarray], K: int) -> np.ndarray:
-    """The highest scores of every region, as many as its quota, (K,) ascending."""
-    quotas = allocate([score_N[area].mean() for area in areas], [len(area) for area in areas], K)
-    best = [area[np.argsort(-score_N[area], kind="stable")] for area in areas]
-    return np.sort(np.concatenate([area[:n] for area, n in zip(best, quotas, strict=True)]))
+def variation(x_BND: mx.array, areas: list[np.ndarray]) -> mx.array:
+    """The variance of each token's similarity to the tokens of its region, (B, N)."""
+    parts = []
+    for area_n in areas:
+        similar_Bnn = cosine(x_BND[:, mx.array(area_n)])
+        apart_Bnn = similar_Bnn - similar_Bnn.mean(axis=-1, keepdims=True)
+        parts.append(mx.square(apart_Bnn).mean(axis=-1))
+    place_N = np.argsort(np.concatenate(areas))  # of each token among the regions' tokens
+    return mx.concatenate(parts, axis=1)[:, mx.array(place_N)]
 
 
-def allocate(worth: list[float], room: list[int], K: int) -> list[int]:
-    """K seats in proportion to worth, one after another: each to the region whose worth by the
-    number of seats it would have is highest, of those with room."""
-    seats = [0] * len(worth)
-    for _ in range(K):
-        regions = zip(worth, seats, room, strict=True)
-        claims = [w / (n + 1) if n < r else -1.0 for w, n, r in regions]
-        seats[max(range(len(claims)), key=lambda i: (round(claims[i], 9), -i))] += 1
-    return seats
+def best_of_regions(score_BN: mx.array, areas: list[np.ndarray], K: int) -> mx.array:
+    """The highest scores of every region, as many as its quota, (B, K) ascending.
+
+    Each of the K seats goes to the region whose mean score by the number of seats it would have is
+    highest (d'Hondt). So a region's token with rank r claims a seat with that mean by r + 1, and
+    the K highest claims win. (A negative mean is not divided: it would grow.)
+    """
+    claims, tokens = [], []
+    for area_n in areas:
+        area = mx.array(area_n)
+        score_Bn = score_BN[:, area]
+        tokens.append(area[mx.argsort(-score_Bn, axis=-1)])
+        mean_B1 = score_Bn.mean(axis=-1, keepdims=True)
+        seats_Bn = mx.where(mean_B1 > 0, mx.arange(1, len(area_n) + 1), 1)
+        claims.append(mean_B1 / to_choice_dtype(seats_Bn))
+    winner_BK = keep_highest(rounded(mx.concatenate(claims, axis=1), 9), K)
+    return mx.sort(take(mx.concatenate(tokens, axis=1), winner_BK), axis=1)

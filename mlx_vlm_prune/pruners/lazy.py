@@ -28,7 +28,7 @@ def lazy_highest(
         if np.take_along_axis(is_exact_BN, index_Bn[:, :k], axis=1).all():
             return index_Bn[:, :k]
         bound_Bn = np.take_along_axis(bound_BN, index_Bn, axis=1)
-        score_Bn = np.minimum(scores_of(index_Bn), bound_Bn)
+        score_Bn = np.fmin(scores_of(index_Bn), bound_Bn)
         np.put_along_axis(bound_BN, index_Bn, score_Bn, axis=1)
         np.put_along_axis(is_exact_BN, index_Bn, True, axis=1)
 

@@ -16,11 +16,10 @@ Shapes: B images, N tokens, D features, K kept.
 """
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 
 from .contract import Reduction, Signals, Stage
-from .numerics import choosing, keep_highest, to_choice_dtype
+from .numerics import choosing, exp, keep_highest, on_host, to_choice_dtype
 from .scorer import layer_norm, linear, score
 
 stage = Stage.FEATURES
@@ -51,13 +50,16 @@ class Usefulness(nn.Module):
             return Reduction(index_BK=keep_highest(score(input_BND, self.fc1, self.fc2), K))
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
-        """Each image's budget, from 1 to N."""
+        """Each image's budget, from 1 to N.
+
+        The one return to the host: shapes depend on it.
+        """
         N = signals.x_BND.shape[1]
         with choosing():
             pooled_BD = layer_norm(signals.x_BND, self.norm).mean(axis=1)
-            log_need_B = np.array(linear(pooled_BD, self.need))[:, 0]
-        share_B = np.exp(log_need_B) / self.mean_need.astype(mx.float32).item()
-        return [int(k) for k in np.clip(np.floor(K * share_B + 0.5), 1, N)]
+            need_B = exp(linear(pooled_BD, self.need))[:, 0] / to_choice_dtype(self.mean_need)
+            (budgets,) = on_host(mx.clip(mx.floor(K * need_B + 0.5), 1, N))
+        return [int(k) for k in budgets]
 
 
 def make_weights(dims: int, tokens: int) -> Usefulness:

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Literal
 
 import mlx.core as mx
+import numpy as np
 
 E = 2.718281828459045  # `mx.exp` computes in float32 even in float64; `mx.power` does not
 
@@ -55,6 +56,14 @@ def to_choice_dtype(x: mx.array) -> mx.array:
 def constant(value: float) -> mx.array:
     """A number in the dtype of choices. (Beside an array a Python float is rounded to float32.)"""
     return mx.array(value, choice_dtype())
+
+
+def on_host(*arrays: mx.array) -> list[np.ndarray]:
+    """Arrays in numpy, computed together: the one return to the host of a method that is sequential
+    by definition. Floats become float64."""
+    mx.eval(arrays)
+    values = [np.array(array) for array in arrays]
+    return [v.astype(np.float64) if v.dtype.kind == "f" else v for v in values]
 
 
 def keep_highest(score_BN: mx.array, K: int) -> mx.array:

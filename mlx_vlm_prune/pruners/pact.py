@@ -23,7 +23,7 @@ import numpy as np
 
 from .budget import one_cut
 from .contract import Reduction, Signals, Stage
-from .numerics import choosing, cosine, rounded, to_choice_dtype
+from .numerics import choosing, cosine, on_host, rounded, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"mean_attention": None}
@@ -38,15 +38,19 @@ def schedule(layers: int, N: int, K: int, *, layer: float = 4 / 32) -> dict[int,
 
 
 def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
-    """Merge into K clusters; of the tokens beyond K, the share `clustered` is not pruned."""
+    """Merge into K clusters; of the tokens beyond K, the share `clustered` is not pruned.
+
+    Whether a token becomes a centre depends on all centres before it, and that for each of 22
+    cutoffs: so similarities return to the host, once.
+    """
     if not 0 <= clustered <= 1:
         raise ValueError(f"clustered is {clustered}; it is a share from 0 to 1")
     with choosing():
         length_BN = mx.sqrt(mx.square(to_choice_dtype(signals.x_BND)).sum(axis=-1))
-        worth_BN = np.array(rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN))
-        distance_BNN = 1 - np.array(cosine(signals.next_keys_BND))
+        worth_BN = rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN)
+        worths, alike = on_host(worth_BN, cosine(signals.next_keys_BND))
     n = K + int(clustered * (worth_BN.shape[1] - K))
-    pairs = [cluster(w, d, K, n) for w, d in zip(worth_BN, distance_BNN, strict=True)]
+    pairs = [cluster(w, 1 - a, K, n) for w, a in zip(worths, alike, strict=True)]
     index_BK, weight_BKN = (np.stack(parts) for parts in zip(*pairs, strict=True))
     return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
 

@@ -5,7 +5,7 @@ Shapes: B images, N visual tokens, K kept.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
 from .method import Method
+from .numerics import choice_dtype
 
 # How many times as many tokens as the next method keeps an earlier one leaves: VScan's 96 for 64.
 EARLIER_STEP_FACTOR = 1.5
@@ -108,10 +109,11 @@ class Pruner:
             return Reduction(index_BK=mx.zeros((len(signals.x_BND), 0), dtype=mx.uint32))
         if "grid" in self.method.needs and not signals.is_whole:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
-        if not mx.isfinite(signals.x_BND).all().item():
-            raise UserError("the vision tower gave NaN or infinite features; try dtype='float32'")
+        is_finite = mx.isfinite(signals.x_BND).all()
+        if choice_dtype() == mx.float64:  # on the CPU, where looking costs nothing
+            Reduction(is_finite=is_finite).check()
         kept: Reduction = self.call(self.method.prune or self.weights.prune, signals, K)
-        return kept
+        return replace(kept, is_finite=is_finite)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ Shapes: B images, N tokens, K slots, C kept tokens, H heads, d head size, D = H 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, keep_highest, mask_of, rounded, softmax, to_choice_dtype
+from .numerics import choosing, keep_highest, mask_of, rounded, softmax, to_choice_dtype
+from .rows import block_size, cosine_rows
 
 stage = Stage.FEATURES
 needs = {"cls_query": "layer", "keys": "layer"}
@@ -57,9 +58,21 @@ def with_neighbours(
     if neighbours < 0:
         raise ValueError(f"neighbours is {neighbours}; it must be 0 or more")
     N = score_BN.shape[1]
-    similar_BNN = cosine(signals.keys_BNHd.astype(mx.float32).flatten(2))
-    similar_BNN = mx.where(mx.eye(N) > 0, -mx.inf, similar_BNN)
-    order_BCN = mx.argsort(-take(similar_BNN, kept_BC), axis=-1)
-    is_near_BCN = mx.argsort(order_BCN, axis=-1) < min(neighbours, N - 1)
-    is_self_BCN = kept_BC[..., None] == mx.arange(N)
-    return is_self_BCN + is_near_BCN * score_BN[:, None].astype(mx.float32)
+    similar, own_BN = cosine_rows(signals.keys_BNHd.astype(mx.float32).flatten(2)), mx.arange(N)
+    size, score_B1N, weights = block_size(N), score_BN[:, None].astype(mx.float32), []
+    for first in range(0, kept_BC.shape[1], size):
+        some_BC = kept_BC[:, first : first + size]
+        is_self_BCN = some_BC[..., None] == own_BN
+        similar_BCN = mx.where(is_self_BCN, -mx.inf, similar.take(some_BC))
+        weights.append(is_self_BCN + highest_mask(similar_BCN, min(neighbours, N - 1)) * score_B1N)
+    return mx.concatenate(weights, axis=1)
+
+
+def highest_mask(score_BCN: mx.array, k: int) -> mx.array:
+    """Which of N entries are the k highest, (B, C, N); of equals the first."""
+    if not k:
+        return mx.zeros(score_BCN.shape, dtype=mx.bool_)
+    least_BC1 = -mx.partition(-score_BCN, k - 1, axis=-1)[..., k - 1 : k]
+    is_above_BCN, ties_BCN = score_BCN > least_BC1, score_BCN == least_BC1
+    room_BC1 = k - is_above_BCN.sum(axis=-1, keepdims=True)
+    return is_above_BCN | (ties_BCN & (mx.cumsum(ties_BCN, axis=-1) <= room_BC1))

@@ -15,9 +15,8 @@ Shapes: B images, N tokens, K kept.
 """
 
 import mlx.core as mx
-import numpy as np
 
-from .contract import Reduction, Signals, Stage
+from .contract import Reduction, Signals, Stage, take
 from .numerics import choosing
 from .prumerge import cls_scores, with_neighbours
 
@@ -29,17 +28,30 @@ def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) 
     """Keep outliers and samples, K together; `layer` is read by the host."""
     with choosing():
         score_BN = cls_scores(signals)
-        kept = [outliers_and_samples(score_N, K) for score_N in np.array(score_BN)]
-        index_BK = mx.array(np.stack(kept))
+        index_BK = outliers_and_samples(score_BN, K)
         return Reduction(index_BK, with_neighbours(signals, score_BN, index_BK, neighbours))
 
 
-def outliers_and_samples(score_N: np.ndarray, K: int) -> np.ndarray:
-    """Outliers, then evenly spaced others, (K,) ascending."""
-    low, high = np.quantile(score_N, [0.25, 0.75])
-    order = np.argsort(-score_N, kind="stable")
-    outliers = order[: min(K, int((score_N > high + 1.5 * (high - low)).sum()))]
-    others = np.setdiff1d(np.arange(len(score_N)), outliers)
-    count = K - len(outliers)
-    samples = others[np.arange(count) * len(others) // max(1, count)]
-    return np.sort(np.concatenate([outliers, samples]))
+def outliers_and_samples(score_BN: mx.array, K: int) -> mx.array:
+    """Outliers, at most K, and evenly spaced others, (B, K) ascending."""
+    low_B1, high_B1 = quantile(score_BN, 0.25), quantile(score_BN, 0.75)
+    is_outlier_BN = score_BN > high_B1 + 1.5 * (high_B1 - low_B1)
+    outliers_B1 = mx.minimum(is_outlier_BN.sum(axis=-1, keepdims=True).astype(mx.int32), K)
+    order_BN = mx.argsort(-score_BN, axis=-1)
+    rank_BN = mx.argsort(order_BN, axis=-1)
+    others_BN = mx.argsort(rank_BN < outliers_B1, axis=-1)  # before the outliers
+    count_B1, slot_K = K - outliers_B1, mx.arange(K)
+    spaced_BK = slot_K * (score_BN.shape[1] - outliers_B1) // mx.maximum(count_B1, 1)
+    is_sample_BK = slot_K < count_B1
+    sample_BK = take(others_BN, mx.where(is_sample_BK, spaced_BK, 0))
+    outlier_BK = take(order_BN, mx.maximum(slot_K - count_B1, 0))
+    return mx.sort(mx.where(is_sample_BK, sample_BK, outlier_BK), axis=1)
+
+
+def quantile(score_BN: mx.array, share: float) -> mx.array:
+    """Between the two scores around a share of the sorted ones, (B, 1), as numpy has it."""
+    last = score_BN.shape[1] - 1
+    below, part = int(share * last), share * last % 1  # a multiple of a quarter
+    sorted_BN = mx.sort(score_BN, axis=-1)
+    low_B1, high_B1 = sorted_BN[:, below, None], sorted_BN[:, min(below + 1, last), None]
+    return low_B1 + part * (high_B1 - low_B1)

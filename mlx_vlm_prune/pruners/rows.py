@@ -8,10 +8,16 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from .contract import take
-from .numerics import rounded, unit
+from .numerics import choice_dtype, rounded, unit
 
 MOST_HELD = 8192  # rows of a matrix that is held: 0.5 GB in float64
-BLOCK = 512  # rows at a time
+BLOCK = 128  # rows at a time; MLX allocates about ten results ahead
+
+
+def block_size(N: int) -> int:
+    """How many of N rows to work on at a time: on a GPU, where a launch costs more than memory,
+    all, where they may be held."""
+    return N if choice_dtype() == mx.float32 and N <= MOST_HELD else BLOCK
 
 
 class Rows:
@@ -34,8 +40,9 @@ class Rows:
 
     def blocks(self) -> Iterator[mx.array]:
         """All rows in order, (B, n, M) at a time."""
-        for first in range(0, self.N, BLOCK):
-            some = slice(first, first + BLOCK)
+        size = block_size(self.N)
+        for first in range(0, self.N, size):
+            some = slice(first, first + size)
             if self.all_BNM is not None:
                 yield self.all_BNM[:, some]
             else:
@@ -46,6 +53,27 @@ def cosine_rows(x_BND: mx.array) -> Rows:
     """The rows of `cosine(x_BND)`."""
     x_BND = unit(x_BND)
     return Rows(lambda part_BnD: rounded(part_BnD @ x_BND.swapaxes(1, 2)), x_BND)
+
+
+def nearest(x_BnD: mx.array, y_BMD: mx.array) -> tuple[mx.array, mx.array]:
+    """Of each of x, the cosine similarity to the most similar of y, and that one's index, (B, n);
+    of equals the first."""
+    x_BnD, y_BMD = unit(x_BnD), unit(y_BMD)
+    n = x_BnD.shape[1]
+    size, similar, index = block_size(n), [], []
+    for first in range(0, n, size):
+        block_BnM = rounded(x_BnD[:, first : first + size] @ y_BMD.swapaxes(1, 2))
+        similar.append(block_BnM.max(axis=-1))
+        index.append(mx.argmax(block_BnM, axis=-1).astype(mx.int32))
+    return mx.concatenate(similar, axis=1), mx.concatenate(index, axis=1)
+
+
+def nearest_slots(x_BND: mx.array, index_BK: mx.array) -> mx.array:
+    """The slot of each token, (B, N): a kept one's is its own, a dropped one's that of the kept
+    one most similar to it."""
+    _, slot_BN = nearest(x_BND, take(x_BND, index_BK))
+    slot_BK = mx.broadcast_to(mx.arange(index_BK.shape[1], dtype=mx.int32), index_BK.shape)
+    return mx.put_along_axis(slot_BN, index_BK, slot_BK, axis=1)
 
 
 def nearest_similarity(similar: Rows, among_BN: mx.array | None = None) -> mx.array:

@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from .contract import Reduction, Signals, Stage
-from .numerics import choosing, cosine
+from .numerics import choosing, cosine, on_host
 
 stage = Stage.FEATURES
 
@@ -29,9 +29,10 @@ stage = Stage.FEATURES
 def prune(
     signals: Signals, K: int, *, threshold: float = 0.9, published: bool = False
 ) -> Reduction:
-    """Merge into K clusters. The pass is sequential, so it runs in numpy, in N short steps."""
+    """Merge into K clusters. The pass is sequential: similarities return to the host, once, and it
+    runs in numpy, in N short steps."""
     with choosing():
-        similar_BNN = np.array(cosine(signals.x_BND))
+        (similar_BNN,) = on_host(cosine(signals.x_BND))
     to_k = first_k if published else exactly_k
     leader_BN = np.stack([to_k(s_NN, assign_leaders(s_NN, threshold), K) for s_NN in similar_BNN])
     index_BK = np.stack([np.flatnonzero(row == np.arange(len(row))) for row in leader_BN])

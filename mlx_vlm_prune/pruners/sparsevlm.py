@@ -13,15 +13,14 @@ cluster stands at its centre's place; any batch.
 Options:
     recycle: share of the dropped tokens that is clustered, 0 to 1
 
-Shapes: I images, N tokens, K kept, T words, C clusters, D features.
+Shapes: B images, N tokens, K kept, T words, C clusters, n recycled tokens, D features.
 """
 
 import mlx.core as mx
-import numpy as np
 
 from .budget import several_cuts
 from .clusters import density_peaks, distances, nearest_centres
-from .contract import Reduction, Signals, Stage
+from .contract import Reduction, Signals, Stage, take
 from .numerics import choosing, rounded, softmax, to_choice_dtype
 
 stage = Stage.DECODER
@@ -44,11 +43,8 @@ def prune(signals: Signals, K: int, *, recycle: float = 0.3) -> Reduction:
     if not 0 <= recycle <= 1:
         raise ValueError(f"recycle is {recycle}; it is a share from 0 to 1")
     with choosing():
-        score_BN = np.array(rounded(rater_attention(signals)))
-        x_BND = np.array(to_choice_dtype(signals.x_BND))
-    pairs = [recycle_best_dropped(s, x, K, recycle) for s, x in zip(score_BN, x_BND, strict=True)]
-    index_BK, weight_BKN = (np.stack(parts) for parts in zip(*pairs, strict=True))
-    return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
+        score_BN = rounded(rater_attention(signals))
+        return recycle_best_dropped(score_BN, signals.x_BND, K, recycle)
 
 
 def rater_attention(signals: Signals) -> mx.array:
@@ -65,21 +61,20 @@ def rater_attention(signals: Signals) -> mx.array:
     return rated_BTN.sum(axis=1) / rater_BT.sum(axis=-1, keepdims=True)
 
 
-def recycle_best_dropped(
-    score_N: np.ndarray, x_ND: np.ndarray, K: int, recycle: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Index (K,) and weights (K, N): kept tokens, and the sums of clusters of dropped ones."""
-    N = len(score_N)
+def recycle_best_dropped(score_BN: mx.array, x_BND: mx.array, K: int, recycle: float) -> Reduction:
+    """Kept tokens, and the sums of clusters of dropped ones."""
+    N = score_BN.shape[1]
     recycled_count = int(recycle * (N - K))
     C = min(recycled_count // 10 + 1, K - 1) if recycled_count else 0
-    order = np.argsort(-score_N, kind="stable")
-    kept, recycled = order[: K - C], np.sort(order[K - C : K - C + max(recycled_count, C)])
-    weight_NN = np.eye(N)
+    order_BN = mx.argsort(-score_BN, axis=-1)
+    index_BK, home_BN = order_BN[:, : K - C], mx.broadcast_to(mx.arange(N), score_BN.shape)
     if C:
-        distance_nn = distances(x_ND[recycled])
-        centres = density_peaks(distance_nn, C)
-        home = recycled[centres][nearest_centres(distance_nn, centres)]
-        weight_NN[home, recycled] = 1
-        kept = np.concatenate([kept, recycled[centres]])
-    index_K = np.sort(kept)
-    return index_K, weight_NN[index_K]
+        best_Bn = mx.sort(order_BN[:, K - C : K - C + max(recycled_count, C)], axis=-1)
+        distance_Bnn = distances(take(x_BND, best_Bn))
+        centre_BC = density_peaks(distance_Bnn, C)
+        home_Bn = take(best_Bn, nearest_centres(distance_Bnn, centre_BC))
+        home_BN = mx.put_along_axis(home_BN, best_Bn, home_Bn.astype(home_BN.dtype), axis=1)
+        index_BK = mx.concatenate([index_BK, take(best_Bn, centre_BC)], axis=1)
+    index_BK = mx.sort(index_BK, axis=1)
+    member_BKN = home_BN[:, None] == index_BK[..., None]
+    return Reduction(index_BK, member_BKN.astype(mx.float32))

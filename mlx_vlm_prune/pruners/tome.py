@@ -18,8 +18,9 @@ Shapes: B images, n tokens, K left, a and b tokens in A and B, H heads, d head s
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, identity
-from .numerics import choosing, cosine, keep_highest
+from .contract import Reduction, Signals, Stage, identity, take
+from .numerics import choosing, keep_highest
+from .rows import nearest
 
 stage = Stage.ENCODER
 needs: dict[str, str | None] = {"keys": None}
@@ -44,7 +45,7 @@ def prune(signals: Signals, K: int) -> Reduction:
         kept = identity(keys_BNd)
         while kept.slots > K:
             merged = merge(keys_BNd, size_BN, K)
-            keys_BNd, size_BN = merged.apply(keys_BNd), slot_sizes(merged, size_BN)
+            keys_BNd, size_BN = merged.apply(keys_BNd), merged.sizes(size_BN)
             kept = merged.after(kept, N)
         return kept
 
@@ -53,17 +54,12 @@ def merge(keys_Bnd: mx.array, size_Bn: mx.array, K: int) -> Reduction:
     """One round: the most similar of A merge into B. The paper's token 0 is CLS: here B is even."""
     n = keys_Bnd.shape[1]
     a, b = mx.arange(1, n, 2), mx.arange(0, n, 2)
-    similar_Bab = cosine(keys_Bnd[:, 1::2], keys_Bnd[:, ::2])
+    similar_Ba, nearest_Ba = nearest(keys_Bnd[:, 1::2], keys_Bnd[:, ::2])
     r = min(n - K, len(a))
-    merges_Ba = mx.argsort(mx.argsort(-similar_Bab.max(axis=-1), axis=-1), axis=-1) < r
-    home_Ba = mx.where(merges_Ba, b[mx.argmax(similar_Bab, axis=-1)], a)
+    merges_Ba = mx.argsort(mx.argsort(-similar_Ba, axis=-1), axis=-1) < r
+    home_Ba = mx.where(merges_Ba, b[nearest_Ba], a)
     home_Bn = mx.broadcast_to(mx.arange(n), keys_Bnd.shape[:2])
     home_Bn[:, 1::2] = home_Ba.astype(home_Bn.dtype)
-    index_BK = keep_highest(home_Bn == mx.arange(n), n - r)
-    member_BKn = (home_Bn[:, None] == index_BK[..., None]) * size_Bn[:, None]
-    return Reduction(index_BK, member_BKn / member_BKn.sum(axis=-1, keepdims=True))
-
-
-def slot_sizes(kept: Reduction, size_Bn: mx.array) -> mx.array:
-    """How many patches each slot stands for."""
-    return ((kept.mixture(size_Bn.shape[1]) > 0) @ size_Bn[..., None])[..., 0]
+    stays_Bn = home_Bn == mx.arange(n)
+    slot_Bn = take(mx.cumsum(stays_Bn, axis=1) - 1, home_Bn)
+    return Reduction.merge(keep_highest(stays_Bn, n - r), slot_Bn, size_Bn)

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from .contract import Policy, Reduction
 
 
@@ -57,9 +55,10 @@ class Trace:
         views = zip(self.images, self.sizes, self.steps[step].reductions, strict=True)
         for image_of_view, N, reduction in views:
             if image_of_view == image:
-                if reduction.index_BK is None:
+                index_1K = reduction.kept_tokens()
+                if index_1K is None:
                     return None
-                kept += (first + np.array(reduction.index_BK[0]).astype(int)).tolist()
+                kept += (first + index_1K[0]).tolist()
                 first += N
         return kept
 

@@ -20,8 +20,9 @@ size.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, keep_highest, mask_of
+from .contract import Reduction, Signals, Stage, segment_sum, take
+from .numerics import choosing, keep_highest, mask_of
+from .rows import nearest
 
 stage = Stage.FEATURES
 needs = {"cls_attention": "layer", "keys": "layer"}
@@ -36,16 +37,16 @@ def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float
     if not C:
         return Reduction(index_BK=dominant_BA)
     with choosing():
-        similar_BNN = cosine(signals.keys_BNHd.astype(mx.float32).mean(axis=2))
-        N = similar_BNN.shape[1]
+        keys_BNd = signals.keys_BNHd.astype(mx.float32).mean(axis=2)
+        N = keys_BNd.shape[1]
         is_dominant_BN = mask_of(dominant_BA, N)
         rest_BR = mx.argsort(is_dominant_BN, axis=-1)[:, : N - K + C]
         target_BC = rest_BR[:, :: (N - K + C) // C][:, :C]
-        is_rest_BN = ~(is_dominant_BN | mask_of(target_BC, N))
-        home_BN = mx.argmax(take(similar_BNN, target_BC, axis=2), axis=-1)
-        joins_BCN = (home_BN[:, None] == mx.arange(C)[:, None]) & is_rest_BN[:, None]
-        mean_BCN = joins_BCN / mx.maximum(joins_BCN.sum(axis=-1, keepdims=True), 1)
-        index_BK = mx.sort(mx.concatenate([dominant_BA, target_BC], axis=1), axis=1)
-        is_self_BKN = index_BK[..., None] == mx.arange(N)
-        is_target_BKC = (index_BK[..., None] == target_BC[:, None]).astype(mx.float32)
-        return Reduction(index_BK, is_self_BKN + is_target_BKC @ mean_BCN)
+        is_kept_BN = is_dominant_BN | mask_of(target_BC, N)
+        _, nearest_BN = nearest(keys_BNd, take(keys_BNd, target_BC))
+        home_BN = mx.where(is_kept_BN, mx.arange(N), take(target_BC, nearest_BN))
+        slot_BN = take(mx.cumsum(is_kept_BN, axis=1) - 1, home_BN)
+        joins_BN = (~is_kept_BN).astype(mx.float32)
+        joined_BK = segment_sum(joins_BN[..., None], slot_BN, K)[..., 0]
+        share_BN = mx.where(is_kept_BN, 1, 1 / take(joined_BK, slot_BN))
+        return Reduction(keep_highest(is_kept_BN, K), slot_BN=slot_BN, share_BN=share_BN)

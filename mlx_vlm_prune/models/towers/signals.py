@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ...pruners.contract import Reduction, Signals
 
-QUERY_CHUNK = 64  # queries whose attention is held at once
+QUERY_CHUNK = 16  # queries whose attention is computed at once; MLX holds up to eight chunks
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,10 @@ class TowerPass:
 def _sum_sizes(signals: Signals, kept: Reduction) -> Signals:
     """Sizes summed up over each slot's members, at the slot's anchor."""
     size_BN = signals.get("size_BN")
-    if size_BN is None or kept.weight_BKN is None or kept.index_BK is None:
+    if size_BN is None or not kept.merges or kept.index_BK is None:
         return signals
-    size_BK = ((kept.weight_BKN > 0) @ size_BN[..., None])[..., 0]
-    is_anchor_BKN = kept.index_BK[..., None] == mx.arange(size_BN.shape[1])
-    return signals.replace(size_BN=(size_BK[..., None] * is_anchor_BKN).sum(axis=1))
+    size_BK, none_BN = kept.sizes(size_BN), mx.zeros(size_BN.shape)
+    return signals.replace(size_BN=mx.put_along_axis(none_BN, kept.index_BK, size_BK, axis=1))
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
@@ -147,9 +146,9 @@ def received_attention(q_BHSd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | N
     S = q_BHSd.shape[2]
     total_BS = mx.zeros((len(q_BHSd), S))
     for begin in range(0, S, QUERY_CHUNK):
+        (k_BHSd,) = mx.depends([k_BHSd], [total_BS])  # one chunk after another
         rows_BQS = attention(q_BHSd[:, :, begin : begin + QUERY_CHUNK], k_BHSd, bias_BS)
         total_BS = total_BS + rows_BQS.sum(axis=1)
-        mx.eval(total_BS)
     return total_BS / S
 
 

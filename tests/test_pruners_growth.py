@@ -1,0 +1,86 @@
+"""What is worked out lazily or in blocks is the same as what is worked out in full.
+
+Shapes: B images, M rows, N tokens, D features, K kept.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vlm_prune.pruners import Signals, resolve, rows
+from mlx_vlm_prune.pruners.coverage import cover, cover_lazily
+from mlx_vlm_prune.pruners.lazy import highest
+from mlx_vlm_prune.pruners.numerics import choosing
+from mlx_vlm_prune.pruners.rows import Rows, cosine_rows
+from mlx_vlm_prune.pruners.vispruner import thin_out, thin_out_lazily
+
+from .pruner_cases import INPUTS, case, make_pruner, signals
+
+CASES = 1000
+BY_ROWS = [
+    "divprune", "cdpruner", "scope", "scope:power=0", "mmtok", "vispruner", "visionzip", "prumerge",
+    "prumerge:neighbours=2", "prumerge_plus", "apet", "tome", "global_local",
+]  # fmt: skip
+
+
+def integers_with_ties(rng: np.random.Generator, *shape: int) -> mx.array:
+    """Few different values, so that many sums are equal."""
+    return mx.array(rng.integers(-1, rng.integers(1, 4), size=shape).astype(np.float32))
+
+
+def test_lazy_gains_choose_what_all_gains_choose_ties_included():
+    with choosing():
+        for seed in range(CASES):
+            rng = np.random.default_rng(seed)
+            B, N, M = (int(n) for n in rng.integers(1, (4, 24, 24)))
+            columns = Rows(lambda x: x.astype(mx.float64), integers_with_ties(rng, B, N, M))
+            salient_BN = mx.array(rng.integers(0, 3, size=(B, N)).astype(np.float32))
+            salient_BN, K = salient_BN.astype(mx.float64), int(rng.integers(1, N + 1))
+            lazy_BK, full_BK = (f(columns, salient_BN, K) for f in (cover_lazily, cover))
+            assert lazy_BK.tolist() == full_BK.tolist(), seed
+
+
+def test_lazy_rounds_drop_what_full_rounds_drop_ties_included():
+    with choosing():
+        for seed in range(CASES):
+            rng = np.random.default_rng(seed)
+            B, N, D = (int(n) for n in rng.integers((1, 2, 1), (4, 40, 4)))
+            similar = cosine_rows(integers_with_ties(rng, B, N, D))
+            R = int(rng.integers(1, N + 1))
+            order_BR = mx.array(np.stack([rng.permutation(N)[:R] for _ in range(B)]))
+            least = int(rng.integers(1, R + 1))
+            lazy_BR, full_BR = (f(similar, order_BR, least) for f in (thin_out_lazily, thin_out))
+            assert lazy_BR.tolist() == full_BR.tolist(), seed
+
+
+@pytest.mark.parametrize("values", [[3, 1, 3, 2, 3], [0, 0, 0, 0], [1], [-np.inf, 2, -np.inf]])
+def test_the_highest_come_first_and_of_equals_the_lower_index(values):
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    for k in range(1, len(values) + 1):
+        assert highest(np.array(values, float), k).tolist() == order[:k]
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("spec", BY_ROWS)
+def test_blocks_keep_and_mix_what_the_whole_matrix_does_bit_for_bit(spec, kind, monkeypatch):
+    arrays, pruner = case(kind, 2, (6, 7), 4), make_pruner(spec)
+    whole = pruner(signals(arrays), 13)
+    monkeypatch.setattr(rows, "MOST_HELD", 0)
+    monkeypatch.setattr(rows, "BLOCK", 5)
+    in_blocks = pruner(signals(arrays), 13)
+    assert in_blocks.index_BK.tolist() == whole.index_BK.tolist()
+    x_BND = mx.array(arrays["x_BND"])
+    assert np.array(in_blocks.tokens(x_BND)).tobytes() == np.array(whole.tokens(x_BND)).tobytes()
+
+
+@pytest.mark.parametrize("spec", ["divprune", "cdpruner", "scope", "mmtok", "vispruner"])
+def test_no_array_of_all_pairs_is_made_above_the_limit(spec, monkeypatch):
+    """The peak while 1,600 tokens are chosen from, 20 MB for all pairs, is far below that."""
+    monkeypatch.setattr(rows, "MOST_HELD", 0)
+    monkeypatch.setattr(rows, "BLOCK", 16)
+    arrays = case("random", 1, (40, 40), 0)
+    mx.eval(list(signals(arrays).arrays.values()))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    resolve(spec)(Signals(**{k: v if k == "grid" else mx.array(v) for k, v in arrays.items()}), 40)
+    assert mx.get_peak_memory() - before < 12e6
