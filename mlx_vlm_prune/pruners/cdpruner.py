@@ -68,11 +68,10 @@ class Factor:
 
     def residual(self, kernel_BN: mx.array, i_B1: mx.array) -> mx.array:
         """A row of the kernel less what the rows so far explain of it, (B, N)."""
-        explained_B1N = [
-            take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
-            for block_BmN in self.blocks_BmN
-        ]
-        return kernel_BN - sum(explained_B1N)[:, 0] if explained_B1N else kernel_BN
+        explained_B1N = mx.zeros_like(kernel_BN[:, None])
+        for block_BmN in self.blocks_BmN:
+            explained_B1N += take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
+        return kernel_BN - explained_B1N[:, 0]
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:

@@ -48,7 +48,7 @@ def cover_columns(x_BND: mx.array, words_BTN: mx.array, image: float, soft: floa
     """How much of every word and of every token each token covers, (B, n, M) for n tokens."""
     similar, N = cosine_rows(x_BND), x_BND.shape[1]
     largest_BN, total_BN = (
-        mx.concatenate(parts, axis=1)
+        mx.concatenate(list(parts), axis=1)
         for parts in zip(*(softmax_parts(block, soft) for block in similar.blocks()), strict=True)
     )
 
