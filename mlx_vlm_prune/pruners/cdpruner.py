@@ -19,7 +19,7 @@ Shapes: B images, N tokens, K kept, T words, m rows of a block.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, rounded, scale_to_unit
+from .numerics import choosing, cosine, rounded, scale_to_unit, unit
 from .rows import cosine_rows
 
 stage = Stage.PROJECTED
@@ -33,8 +33,7 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
     with choosing():
         relevance_BN = relevance(signals, negative)
         similar, factor = cosine_rows(signals.x_BND), Factor()
-        (unit_BND,) = similar.parts_BN
-        own_BN = rounded(mx.square(unit_BND).sum(axis=-1))
+        own_BN = rounded(mx.square(unit(signals.x_BND)).sum(axis=-1))
         variance_BN = relevance_BN * own_BN * relevance_BN  # given the kept tokens
         kept, token_N = [], mx.arange(relevance_BN.shape[1])
         is_left_BN = mx.ones(relevance_BN.shape, dtype=mx.bool_)
