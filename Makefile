@@ -1,4 +1,5 @@
 # make demo   a question about a picture, answered with all visual tokens and with half of them
+# make report  measure what pruning gains on this machine, in MINUTES (60); docs/devices.md shows it
 # make test   lint, then the tests
 # make test-lowest  the tests of what we depend on, with the oldest versions that we allow
 # make test-pythons  the library alone, on the oldest and the newest Python, where they are installed
@@ -13,10 +14,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-lowest test-pythons lint clean
+.PHONY: demo report test test-lowest test-pythons lint clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python -m mlx_vlm_prune.generate
+
+MINUTES ?= 60
+
+report: $(VENV)/.report-ready
+	$(BIN)/python -m benchmarks.device --minutes $(MINUTES)
+	$(BIN)/python -m benchmarks.report
+	@echo "Please send the new benchmarks/results/device-*.json, in a pull request or attached to an" \
+		"issue, to $$(git remote get-url origin 2>/dev/null || echo the project that this came from)"
 
 # Two workers, each of one thread: several threads for each get in one another's way. A worker that
 # is done takes over half of what the other has left.
@@ -72,9 +81,13 @@ $(VENV)/.demo-ready: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e .
 	touch $@
 
+$(VENV)/.report-ready: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e '.[mlx-lm]'
+	touch $@ $(VENV)/.demo-ready
+
 $(VENV)/.test-ready: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e '.[test]'
-	touch $@ $(VENV)/.demo-ready
+	touch $@ $(VENV)/.demo-ready $(VENV)/.report-ready
 
 $(LOWEST)/%/.ready: constraints-lowest-%.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(@D)

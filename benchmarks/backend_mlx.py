@@ -40,7 +40,9 @@ class Stack:
         scorers = ("attention_pool", "score_prune", "mlp")
         weights = {name: METHODS[name].make_weights(dims, K) for name in scorers}
         assert isinstance(text, MiniMindConfig)
-        return {**weights, "twig": Twig(text, 1, 1)}
+        twig = Twig(text, 1, 1)
+        twig.set_dtype(self.model.dtype)  # it reads the model's hidden states
+        return {**weights, "twig": twig}
 
     def run(self, request: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:
         """Time the request from image files to first token, then `tokens` more."""

@@ -8,6 +8,7 @@ import io
 from dataclasses import dataclass, replace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
@@ -54,6 +55,14 @@ SHAPES = {
         ProjectorConfig(norm=False),
     ),
 }
+# All of LLaVA-1.5-7B, whose output layer has weights of its own, and cuts of it for less memory.
+VICUNA = MiniMindConfig(4096, 11008, 32, 32, 32, 32000, rope_theta=1e4, tie_word_embeddings=False)
+WHOLE = "llava-7b"
+LAYERS = {WHOLE: 32, "llava-7b-16": 16, "llava-7b-8": 8, "llava-7b-4": 4}
+SHAPES |= {
+    name: VLMConfig(LARGE, replace(VICUNA, num_hidden_layers=layers), ProjectorConfig(norm=False))
+    for name, layers in LAYERS.items()
+}
 
 
 def shape(name: str, side: int | None = None) -> VLMConfig:
@@ -87,14 +96,20 @@ def _size(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Request:
-    """B prompts, each with one image in its middle, and the images' files."""
+    """B prompts, each with one image in its middle, and the images' files.
+
+    `opened_IHW3` are the pixels of files that need not be opened any more.
+    """
 
     rows: list[Prompt]
     files: list[bytes]
     preprocessor: Preprocessor
+    opened_IHW3: mx.array | None = None
 
-    def pixels_IHW3(self) -> np.ndarray:
+    def pixels_IHW3(self) -> Any:
         """Preprocessed pixels of the images, opened from their files."""
+        if self.opened_IHW3 is not None:
+            return self.opened_IHW3
         return np.stack([self.preprocessor(open_image(file)) for file in self.files])
 
 

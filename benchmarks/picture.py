@@ -13,6 +13,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,5 +129,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+main = partial(run_command, parse, run)
+
+
 if __name__ == "__main__":
-    run_command(parse, run)
+    main()

@@ -1,4 +1,4 @@
-"""Write the README's tables from benchmarks/results: `python -m benchmarks.report`."""
+"""Write the README's tables and docs/devices.md: `python -m benchmarks.report`."""
 
 import re
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
 from .command_line import RESULTS
+from .device_page import page
 from .readme_tables import (
     budgets_table,
     claims_table,
@@ -183,8 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with in_one_sentence():
         p.parse_args(argv)
         readme = ROOT / "README.md"
+        devices = ROOT / "docs" / "devices.md"
         write_atomically(readme, fill(readme.read_text(encoding="utf-8")))
-        print(f"Wrote {readme}")
+        write_atomically(devices, page(RESULTS))
+        print(f"Wrote {readme} and {devices}")
 
 
 if __name__ == "__main__":

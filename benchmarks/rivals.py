@@ -85,9 +85,8 @@ class OurLanguage:
         self.model, self.embeds_1LD = model, embeds_1LD
 
     def prompt_logits(self) -> np.ndarray:
-        return np.array(
-            self.model.logits(self._run(self.embeds_1LD, 0, self.model.make_cache()))[0]
-        )
+        x_1LD = self._run(self.embeds_1LD, 0, self.model.make_cache())
+        return np.array(self.model.logits(x_1LD)[0].astype(mx.float32))
 
     def prefill(self) -> tuple[mx.array, DecodingState]:
         cache = self.model.make_cache()
@@ -112,21 +111,26 @@ class TheirLanguage:
         family = import_module(f"mlx_lm.models.{'qwen3' if model.config.qk_norm else 'llama'}")
         self.make_cache = import_module("mlx_lm.models.cache").make_prompt_cache
         sizes = {**asdict(model.config), "head_dim": model.config.head_dim}
-        fields = {**sizes, "model_type": family.__name__, "tie_word_embeddings": True}
+        fields = {**sizes, "model_type": family.__name__}
         self.model = family.Model(family.ModelArgs.from_dict(fields))
         weights: Any = tree_flatten(model.parameters())
-        self.model.load_weights([(f"model.{name}", weight + 0) for name, weight in weights])
-        mx.eval(self.model.parameters())
+        prefixes = {"lm_head.weight": ""}  # the others stand below the output layer
+        self.model.load_weights(
+            [(prefixes.get(name, "model.") + name, weight) for name, weight in weights]
+        )
         self.embeds_1LD = embeds_1LD
 
     def prompt_logits(self) -> np.ndarray:
-        return np.array(self.model(None, input_embeddings=self.embeds_1LD)[0])
+        logits_1LV = self.model(None, input_embeddings=self.embeds_1LD)
+        return np.array(logits_1LV[0].astype(mx.float32))
 
     def prefill(self) -> tuple[mx.array, Any]:
         cache = self.make_cache(self.model)
         # Their model scores every row of a prompt; past its head, only the last.
         hidden_1LD = self.model.model(None, cache, input_embeddings=self.embeds_1LD)
-        return self.model.model.embed_tokens.as_linear(hidden_1LD[:, -1]), cache
+        tied = self.model.args.tie_word_embeddings
+        head = self.model.model.embed_tokens.as_linear if tied else self.model.lm_head
+        return head(hidden_1LD[:, -1]), cache
 
     def step(self, token_1: mx.array, cache: Any) -> mx.array:
         return self.model(token_1[None], cache=cache)[:, -1]
@@ -140,7 +144,13 @@ def pair_mlx_lm(config: VLMConfig) -> Pair:
     # At their initial ones a norm in another's place is not seen.
     model.update(tree_map(lambda w: w + 0.1 * mx.random.normal(w.shape) * (w.ndim == 1),
                           model.parameters()))  # fmt: skip
-    embeds_1LD = mx.random.normal((1, config.N + TEXT_TOKENS, config.text.hidden_size))
+    return pair_languages(model, config.N + TEXT_TOKENS)
+
+
+def pair_languages(model: MiniMind, rows: int) -> Pair:
+    """Our language model and mlx-lm's with its weights, and a prompt of random embeddings."""
+    dtype = model.norm.weight.dtype
+    embeds_1LD = mx.random.normal((1, rows, model.config.hidden_size)).astype(dtype)
     mx.eval(model.parameters(), embeds_1LD)
 
     def argmax_token(logits_1V: mx.array) -> mx.array:
@@ -204,13 +214,13 @@ def largest_difference(pair: Pair) -> float:
     return float(np.max(shares))  # NaN if any is NaN
 
 
-def require_equal(name: str, rival: str, pair: Pair) -> float:
-    """The largest difference of both sides' logits. Raises UserError where it is above RTOL."""
+def require_equal(name: str, rival: str, pair: Pair, rtol: float = RTOL) -> float:
+    """The largest difference of both sides' logits. Raises UserError where it is above `rtol`."""
     difference = largest_difference(pair)
-    if not difference <= RTOL:
+    if not difference <= rtol:
         raise UserError(
             f"{name} beside {rival}: logits differ by {difference:.1e} of the largest, and nothing"
-            f" is timed unless they are equal to {RTOL}"
+            f" is timed unless they are equal to {rtol}"
         )
     return difference
 
@@ -236,14 +246,21 @@ def measure(name: str, rival: str, args: argparse.Namespace) -> list[dict[str, A
     config = shape(name)
     pair = RIVALS[rival].make_pair(config)
     difference = require_equal(name, rival, pair)
-    sides = pair.ours, pair.theirs
-    ours, theirs = (partial(time_answer, side, pair, args.tokens) for side in sides)
-    title = f"{name} beside {rival}, runs"
-    runs = list(alternate(theirs, [ours], args.runs, args.warmup, 1, title))
     header = {
         "shape": name, "rival": rival, "device": pair.device, "difference": difference,
         "prompt_rows": config.N + TEXT_TOKENS,
     }  # fmt: skip
+    return measure_pair(pair, header, args)
+
+
+def measure_pair(
+    pair: Pair, header: dict[str, Any], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of a pair, with the fields of `header`; `args` says how many runs and tokens."""
+    sides = pair.ours, pair.theirs
+    ours, theirs = (partial(time_answer, side, pair, args.tokens) for side in sides)
+    title = f"{header['shape']} beside {header['rival']}, runs"
+    runs = list(alternate(theirs, [ours], args.runs, args.warmup, 1, title))
     rows = []
     for part in (pair.first_part, "token"):
         ours_ms = [ours[part] for _, ours, _ in runs]
@@ -255,11 +272,11 @@ def measure(name: str, rival: str, args: argparse.Namespace) -> list[dict[str, A
     return rows
 
 
-def print_rows(rows: Sequence[dict[str, Any]]) -> None:
+def print_rows(rows: Sequence[dict[str, Any]], dtype: str = "float32") -> None:
     """Print the parts of one shape beside one rival."""
     first = rows[0]
     print(
-        f"\n{first['shape']} beside {first['rival']}, float32, {first['device']}, "
+        f"\n{first['shape']} beside {first['rival']}, {dtype}, {first['device']}, "
         f"{first['prompt_rows']} rows; logits differ by {first['difference']:.0e} of the largest"
     )
     print(f"{'ms, median':<14}{'ours':>9}{'theirs':>9}{'theirs ÷ ours':>16}{'p10 to p90':>16}")

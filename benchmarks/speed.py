@@ -169,7 +169,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = p.add_argument
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the first)")
     add("--pruner", action="append", help="NAME, NAME:option=value or a chain; repeat")
-    add("--keep-ratio", type=_ratio, action="append", help="repeat (default: 0.5, 0.25, 0.11)")
+    add(
+        "--keep-ratio",
+        type=share_of_tokens,
+        action="append",
+        help="repeat (default: 0.5, 0.25, 0.11)",
+    )
     add("--keep-tokens", type=positive, action="append", help="instead of ratios; repeat")
     add("--batch", type=positive, action="append", help="prompts at once; repeat (default: 1)")
     add("--text", type=positive, action="append", help="words of a prompt; repeat (default: 30)")
@@ -187,15 +192,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.shape, args.pruner = args.shape or [next(iter(SHAPES))], args.pruner or list(PRUNERS)
     args.batch, args.text = args.batch or [1], args.text or [TEXT_TOKENS]
     args.side = args.side or [None]
-    for name in (one.split(":")[0] for one in "+".join(args.pruner).split("+")):
-        if name not in (known := {**METHODS, **PRESETS}):  # refused before any is measured
-            raise unknown_pruner(name, known)
-    if "none" in args.pruner:
-        raise UserError("--pruner none is what all are measured beside; name another")
+    check_pruners(args.pruner)
     return args
 
 
-def _ratio(text: str) -> float:
+def check_pruners(specs: Sequence[str]) -> None:
+    """Refuse an unknown method or preset, and `none`, before any is measured."""
+    known = {**METHODS, **PRESETS}
+    for name in (one.split(":")[0] for one in "+".join(specs).split("+")):
+        if name not in known:
+            raise unknown_pruner(name, known)
+    if "none" in specs:
+        raise UserError("--pruner none is what all are measured beside; name another")
+
+
+def share_of_tokens(text: str) -> float:
     try:
         ratio = float(text)
     except ValueError:

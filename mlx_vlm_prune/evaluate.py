@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.hub import resolve_path
@@ -39,7 +37,7 @@ from .evaluation.questions import FORMATS, Question, Source, format_of
 from .evaluation.resume import ResumeFile
 from .evaluation.table import table
 from .hosts.loading import load
-from .machine.hardware import describe_machine, versions
+from .machine.hardware import describe_machine, on_cpu, versions
 from .machine.user_cache import cache_folder, model_key, write_cached
 from .models.loading import DTYPES
 from .models.vlm import VLM
@@ -131,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
     folder = resolve_path(args.model) if args.model else CHECKPOINT
     model, processor = load(folder, dtype=args.dtype)
     if args.widen is None:
-        args.widen = mx.default_device().type == mx.DeviceType.cpu
+        args.widen = on_cpu()
     if args.widen:
         dequantize_matrices(model)
     evaluated, methods, refused = evaluated_model(args, model, processor)

@@ -248,7 +248,7 @@ def test_positions_are_those_of_the_methods_paper_unless_told(pair):
         """Do the rows of the last layer count up to the next position without a gap?"""
         chain = plan(spec, {"attention_pool": METHODS["attention_pool"].make_weights(32, 12)})
         before = pair.ours([ROWS[0]], mx.array(pair.pixels[:1]), chain, K, policy)
-        position_S, after = np.array(before.cache[-1].positions)[0], before.next_B1.item()
+        position_S, after = np.array(before.cache[-1].positions_BS)[0], before.next_B1.item()
         assert position_S[-1] == after - 1
         assert after == len(ROWS[0].ids) or "pool" in spec
         return position_S.tolist() == list(range(after - len(position_S), after))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gallery
+from benchmarks import command_line, device_page, gallery
 from benchmarks.report import fill
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import compose
@@ -69,7 +69,9 @@ def test_the_readme_has_no_other_commands_than_those_tested_here():
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-@pytest.mark.parametrize("target", ["demo", "test", "test-lowest", "test-pythons", "lint", "clean"])
+@pytest.mark.parametrize(
+    "target", ["demo", "report", "test", "test-lowest", "test-pythons", "lint", "clean"]
+)
 def test_make_knows_its_targets(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -112,3 +114,8 @@ def test_every_local_link_leads_somewhere():
 
 def test_the_gallery_is_what_the_methods_and_the_results_say():
     assert gallery.page() == (ROOT / "docs" / "pruners.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_devices_is_what_their_results_say():
+    page = device_page.page(command_line.RESULTS)
+    assert page == (ROOT / "docs" / "devices.md").read_text(encoding="utf-8")

@@ -1,7 +1,5 @@
 """Quantized matrices as float32 of the same values: a CPU multiplies those much faster."""
 
-from typing import Any
-
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_unflatten
@@ -23,11 +21,7 @@ def dequantize_matrices(model: nn.Module) -> int:
 
 
 def _dequantized(module: nn.Module) -> nn.Module:
-    options: dict[str, Any] = getattr(module, "how", None) or {
-        "group_size": module.group_size,
-        "bits": module.bits,
-        "mode": module.mode,
-    }
+    options = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
     weight = mx.dequantize(module.weight, module.scales, module.get("biases"), **options)
     plain: nn.Module
     if isinstance(module, nn.QuantizedLinear):

@@ -44,7 +44,7 @@ class LanguageLayers(ABC):
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
-        *, padded: bool = False, bias_BL: mx.array | None = None,
+        *, contiguous: bool = False, padded: bool = False, bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows."""
         assert not padded and bias_BL is None, "`check_pipeline` refuses what needs either"

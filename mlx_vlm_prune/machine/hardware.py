@@ -20,8 +20,13 @@ def describe_machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": _core_count(),
         "system": f"{_system_name()} {platform.machine()}",
-        "device": "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu",
+        "device": "cpu" if on_cpu() else "gpu",
     }
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU where nothing else is said."""
+    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def environment(dtype: mx.Dtype) -> dict[str, Any]:

@@ -7,6 +7,8 @@ Shapes: B prompts, G key/value heads, L new rows, S rows held, d head size.
 """
 
 import copy
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import mlx.core as mx
@@ -15,46 +17,82 @@ STEP = 256  # rows are allocated in steps, so that a new token copies nothing
 PADDING = -1  # the position of a row that is not there
 
 
-class NewRows(Protocol):
-    """What is noted of rows beside their keys and values."""
+@dataclass(frozen=True, eq=False)
+class HeldRows:
+    """Which rows a layer holds. It never changes, so layers that read the same rows share one."""
 
-    @property
-    def positions_BL(self) -> mx.array: ...
-    @property
-    def padded(self) -> bool: ...
-    @property
-    def bias_BL(self) -> mx.array | None: ...
+    rows: int = 0
+    parts: tuple[mx.array, ...] = ()  # positions (B, L), as the rows were read
+    padded: bool = False  # is any row padding?
+    bias_BS: mx.array | None = None  # added to the attention a row gets; mostly nothing
+    _firsts: "dict[int, HeldRows]" = field(default_factory=dict)
+
+    @cached_property
+    def positions_BS(self) -> mx.array:
+        """PADDING where there is no row."""
+        assert self.parts, "no row has been read"
+        return mx.concatenate(self.parts, axis=1) if len(self.parts) > 1 else self.parts[0]
+
+    def extended(
+        self, positions_BL: mx.array, padded: bool, bias_BL: mx.array | None
+    ) -> "HeldRows":
+        """With L more rows."""
+        (B, L), bias_BS = positions_BL.shape, self.bias_BS
+        if bias_BL is not None or bias_BS is not None:
+            held_BS = mx.zeros((B, self.rows)) if bias_BS is None else bias_BS
+            bias_BL = mx.zeros((B, L)) if bias_BL is None else bias_BL
+            bias_BS = mx.concatenate([held_BS, bias_BL], axis=1)
+        is_joined = "positions_BS" in vars(self)
+        parts = (self.positions_BS,) if is_joined else self.parts
+        return HeldRows(self.rows + L, (*parts, positions_BL), self.padded or padded, bias_BS)
+
+    def first(self, rows: int) -> "HeldRows":
+        """The first `rows` of them."""
+        if rows not in self._firsts:
+            parts, left = list[mx.array](), rows
+            for part in self.parts:
+                parts += [part[:, :left]] if left else []
+                left -= min(left, part.shape[1])
+            bias_BS = None if self.bias_BS is None else self.bias_BS[:, :rows]
+            self._firsts[rows] = HeldRows(rows, tuple(parts), self.padded, bias_BS)
+        return self._firsts[rows]
+
+
+NO_ROWS = HeldRows()
+
+
+class NewRows(Protocol):
+    """Rows that some layers read in one forward pass."""
+
+    def rows_after(self, held: HeldRows) -> HeldRows:
+        """What a layer holds when it has read them; the same object for the same `held`."""
+        ...
 
 
 class LayerCache:
-    """The rows of one layer."""
+    """The keys and values of one layer's rows."""
 
     def __init__(self) -> None:
-        self.keys_BGSd: mx.array | None = None
+        self.keys_BGSd: mx.array | None = None  # with room ahead, as the values
         self.values_BGSd: mx.array | None = None
-        self.positions_BS: mx.array | None = None  # PADDING where there is none
-        self.bias_BS: mx.array | None = None  # added to the attention a row gets; mostly nothing
-        self.padded = False  # is any row padding?
-        self.rows = 0
+        self.held = NO_ROWS
 
     def append(
         self, keys_BGLd: mx.array, values_BGLd: mx.array, new: NewRows
     ) -> tuple[mx.array, mx.array]:
         """Add L rows; return the keys and values of all rows held."""
-        begin, end = self.rows, self.rows + keys_BGLd.shape[2]
-        self.keys_BGSd = _room(self.keys_BGSd, keys_BGLd, begin, end, axis=2)
-        self.values_BGSd = _room(self.values_BGSd, values_BGLd, begin, end, axis=2)
-        self.positions_BS = _room(self.positions_BS, new.positions_BL, begin, end, axis=1)
+        begin, self.held = self.rows, new.rows_after(self.held)
+        end = self.rows
+        self.keys_BGSd = _room(self.keys_BGSd, keys_BGLd, begin, end)
+        self.values_BGSd = _room(self.values_BGSd, values_BGLd, begin, end)
         self.keys_BGSd[:, :, begin:end] = keys_BGLd
         self.values_BGSd[:, :, begin:end] = values_BGLd
-        self.positions_BS[:, begin:end] = new.positions_BL
-        if new.bias_BL is not None or self.bias_BS is not None:
-            B, L = new.positions_BL.shape
-            held_BS = mx.zeros((B, begin)) if self.bias_BS is None else self.bias_BS
-            bias_BL = mx.zeros((B, L)) if new.bias_BL is None else new.bias_BL
-            self.bias_BS = mx.concatenate([held_BS, bias_BL], axis=1)
-        self.rows, self.padded = end, self.padded or new.padded
         return self.keys, self.values_BGSd[:, :, :end]
+
+    @property
+    def rows(self) -> int:
+        """How many it holds."""
+        return self.held.rows
 
     @property
     def keys(self) -> mx.array:
@@ -63,10 +101,14 @@ class LayerCache:
         return self.keys_BGSd[:, :, : self.rows]
 
     @property
-    def positions(self) -> mx.array:
-        """(B, S)."""
-        assert self.positions_BS is not None, "no row has been read"
-        return self.positions_BS[:, : self.rows]
+    def positions_BS(self) -> mx.array:
+        """PADDING where there is no row."""
+        return self.held.positions_BS
+
+    @property
+    def bias_BS(self) -> mx.array | None:
+        """Added to the attention a row gets."""
+        return self.held.bias_BS
 
     def fork(self) -> "LayerCache":
         """The same rows; what is appended to one of both is not in the other."""
@@ -79,9 +121,7 @@ class LayerCache:
     def rewind(self, rows: int) -> None:
         """Forget all but the first `rows`; what is appended next takes the others' places."""
         assert 0 <= rows <= self.rows, f"{self.rows} rows cannot be rewound to {rows}"
-        self.rows = rows
-        if self.bias_BS is not None:
-            self.bias_BS = self.bias_BS[:, :rows]
+        self.held = self.held.first(rows)
 
     @property
     def nbytes(self) -> int:
@@ -92,14 +132,12 @@ class LayerCache:
         return one * self.rows
 
 
-def _room(held: mx.array | None, new: mx.array, begin: int, end: int, axis: int) -> mx.array:
-    """Room for `end` rows, the first `begin` filled as before."""
-    if held is not None and held.shape[axis] >= end:
+def _room(held: mx.array | None, new: mx.array, begin: int, end: int) -> mx.array:
+    """Room for `end` rows (B, G, S, d), the first `begin` filled as before."""
+    if held is not None and held.shape[2] >= end:
         return held
-    shape = list(new.shape)
-    shape[axis] = -(-end // STEP) * STEP - begin
-    fresh = mx.zeros(shape, dtype=new.dtype)
+    B, G, _, d = new.shape
+    fresh = mx.zeros((B, G, -(-end // STEP) * STEP - begin, d), dtype=new.dtype)
     if held is None or begin == 0:
         return fresh
-    old = held[:, :, :begin] if axis == 2 else held[:, :begin]
-    return mx.concatenate([old, fresh], axis=axis)
+    return mx.concatenate([held[:, :, :begin], fresh], axis=2)

@@ -153,11 +153,16 @@ def run_layers(
         rows = slice(begin, begin + size)
         x_BLD, positions_BL = spliced.x_BLD[:, rows], spliced.positions_BL[:, rows]
         bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
-        options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": bias_BL}
+        options = {**row_options(spliced), "bias_BL": bias_BL}
         chunks.append(language.run(numbers, x_BLD, positions_BL, cache, **options))
         if size < spliced.L:
             mx.eval(chunks[-1])
     return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
+
+
+def row_options(spliced: Spliced) -> dict[str, Any]:
+    """What is known of the rows' positions beforehand."""
+    return {"contiguous": spliced.contiguous, "padded": spliced.padded}
 
 
 class TwigReader:
@@ -179,7 +184,7 @@ class TwigReader:
 
         Nothing reads the last layer's output, so MLX computes its keys and values and nothing else.
         """
-        options: dict[str, Any] = {"padded": spliced.padded, "bias_BL": spliced.bias_BL}
+        options = {**row_options(spliced), "bias_BL": spliced.bias_BL}
         numbers, x_BLD = range(self.last, self.last + 1), self.last_input(spliced)
         self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **options)
         layer_cache = self.cache[self.last]

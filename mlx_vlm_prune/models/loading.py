@@ -25,6 +25,7 @@ from ..checkpoints.reading.files import read_json
 from ..checkpoints.shapes import check_complete
 from ..inputs.image import Preprocessor, siglip_preprocessor
 from ..inputs.prompt import VICUNA, Tokenizer
+from ..machine.hardware import on_cpu
 from ..scenes import CHECKPOINT
 from .arrays import FLOATS as CODES
 from .arrays import read_arrays, to_array
@@ -82,7 +83,7 @@ def weights_dtype(dtype: str) -> mx.Dtype | None:
     """What weights become; None is the checkpoint's own. UserError for an unknown name."""
     if dtype not in ("auto", *DTYPES):
         raise UserError(f"no dtype is called {dtype!r}; there are auto, {', '.join(DTYPES)}")
-    return DTYPES[dtype] if dtype != "auto" else mx.float32 if _on_cpu() else None
+    return DTYPES[dtype] if dtype != "auto" else mx.float32 if on_cpu() else None
 
 
 def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Checkpoint]:
@@ -145,10 +146,6 @@ def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
             f" pixels, but the tower reads {side} x {side}"
         )
     return image
-
-
-def _on_cpu() -> bool:
-    return mx.default_device().type == mx.DeviceType.cpu
 
 
 def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None) -> Path:

@@ -46,6 +46,7 @@ class Spliced:
     runs: list[list[tuple[int, int]]]  # (start, n) of each prompt's images
     bias_BL: mx.array | None = None  # added to the attention a row gets
     added: list[mx.array] = field(default_factory=list)  # (B, L, D) each
+    contiguous: bool = False  # do each prompt's positions count up one by one?
 
     @property
     def L(self) -> int:
@@ -158,10 +159,11 @@ def splice(
             cursor = start + length
         sequences.append(join_rows([*parts, words(prompt, cursor, len(prompt.ids))]))
     assert next(slots, None) is None, "every image has its placeholders"
-    lengths = [len(rows) for rows in sequences]
-    if policy == "keep":
-        lengths = [len(prompt.ids) for prompt in prompts]
-    return pad_prompts(sequences, mx.array(lengths, dtype=mx.int32)[:, None], policy)
+    kept = [len(rows) for rows in sequences]
+    lengths = [len(prompt.ids) for prompt in prompts]
+    ends = lengths if policy == "keep" else kept
+    next_B1 = mx.array(ends, dtype=mx.int32)[:, None]
+    return pad_prompts(sequences, next_B1, policy, contiguous=kept == lengths)
 
 
 def drop_rows(
@@ -183,7 +185,8 @@ def drop_rows(
             parts += [rows.part(cursor, start), image.reduced(*next(reductions))]
             cursor = start + n
         sequences.append(join_rows([*parts, rows.part(cursor, len(rows))]))
-    return pad_prompts(sequences, spliced.next_B1, policy)
+    contiguous = spliced.contiguous and spliced.lengths == [len(rows) for rows in sequences]
+    return pad_prompts(sequences, spliced.next_B1, policy, contiguous)
 
 
 def _image_rows(image: ImageSlots, start: int) -> Rows:
@@ -210,8 +213,13 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
     )
 
 
-def pad_prompts(prompts: Sequence[Rows], next_B1: mx.array, policy: Policy) -> Spliced:
-    """Prompts padded on the left to the longest; renumbered positions end before the next."""
+def pad_prompts(
+    prompts: Sequence[Rows], next_B1: mx.array, policy: Policy, contiguous: bool
+) -> Spliced:
+    """Prompts padded on the left to the longest; renumbered positions end before the next.
+
+    `contiguous` says whether positions count up one by one as they are.
+    """
     lengths = [len(rows) for rows in prompts]
     L = max(lengths)
     if policy == "renumber":
@@ -233,6 +241,7 @@ def pad_prompts(prompts: Sequence[Rows], next_B1: mx.array, policy: Policy) -> S
         [list(rows.runs) for rows in prompts],
         bias_BL,
         [padded(layer) for layer in zip(*(rows.added for rows in prompts), strict=True)],
+        contiguous or policy == "renumber",
     )
 
 

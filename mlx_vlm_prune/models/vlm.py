@@ -69,8 +69,9 @@ class Prefill:
 
         The first of them stands at `position_B1`.
         """
-        positions_BL = position_B1 + mx.arange(x_BLD.shape[1])
-        return self.language.run(layers, x_BLD, positions_BL, self.cache)
+        L = x_BLD.shape[1]
+        positions_BL = position_B1 + mx.arange(L) if L > 1 else position_B1
+        return self.language.run(layers, x_BLD, positions_BL, self.cache, contiguous=True)
 
     def fork(self) -> "Prefill":
         """The same, whose steps leave this one as it is."""

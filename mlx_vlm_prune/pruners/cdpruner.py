@@ -19,7 +19,7 @@ Shapes: B images, N tokens, K kept, T words, m rows of a block.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, noise, rounded, rounded_cosine, scale_to_unit
+from .numerics import choosing, cosine, noise, rounded, rounded_cosine, scale_to_unit, unit
 from .rows import cosine_rows
 
 stage = Stage.PROJECTED
@@ -32,8 +32,7 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
     with choosing():
         relevance_BN = relevance(signals, negative)
         similar, factor = cosine_rows(signals.x_BND), Factor()
-        (unit_BND,) = similar.parts_BN
-        own_BN = rounded(mx.square(unit_BND).sum(axis=-1))
+        own_BN = rounded(mx.square(unit(signals.x_BND)).sum(axis=-1))
         variance_BN = relevance_BN * own_BN * relevance_BN  # given the kept tokens
         kept, token_N = [], mx.arange(relevance_BN.shape[1])
         exhausted = noise()  # the kernel's diagonal is at most 1
@@ -68,11 +67,10 @@ class Factor:
 
     def residual(self, kernel_BN: mx.array, i_B1: mx.array) -> mx.array:
         """A row of the kernel less what the rows so far explain of it, (B, N)."""
-        explained_B1N = [
-            take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
-            for block_BmN in self.blocks_BmN
-        ]
-        return kernel_BN - sum(explained_B1N)[:, 0] if explained_B1N else kernel_BN
+        explained_B1N = mx.zeros_like(kernel_BN[:, None])
+        for block_BmN in self.blocks_BmN:
+            explained_B1N += take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
+        return kernel_BN - explained_B1N[:, 0]
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:

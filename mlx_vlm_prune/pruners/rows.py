@@ -28,9 +28,20 @@ class Rows:
     """
 
     def __init__(self, rows_of: Callable[..., mx.array], *parts_BN: mx.array) -> None:
-        self.rows_of, self.parts_BN = rows_of, parts_BN
-        self.N = parts_BN[0].shape[1]
+        self.rows_of, self.N = rows_of, parts_BN[0].shape[1]
         self.all_BNM = rows_of(*parts_BN) if self.N <= MOST_HELD else None
+        self.parts_BN = parts_BN if self.all_BNM is None else ()
+
+    def then(self, change: Callable[..., mx.array], *parts_BN: mx.array) -> "Rows":
+        """The rows `change(rows, *parts)`, with further parts of each token."""
+        if self.all_BNM is not None:
+            return Rows(change, self.all_BNM, *parts_BN)
+        rows_of, count = self.rows_of, len(self.parts_BN)
+
+        def changed(*all_parts: mx.array) -> mx.array:
+            return change(rows_of(*all_parts[:count]), *all_parts[count:])
+
+        return Rows(changed, *self.parts_BN, *parts_BN)
 
     def take(self, index_Bn: mx.array) -> mx.array:
         """The rows of some tokens, (B, n, M)."""

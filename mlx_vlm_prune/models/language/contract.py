@@ -16,11 +16,12 @@ class Layers(Protocol):
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
-        *, padded: bool = False, bias_BL: mx.array | None = None,
+        *, contiguous: bool = False, padded: bool = False, bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows.
 
-        `padded` says that some rows are padding, at position PADDING.
+        `contiguous` says that each prompt's positions count up one by one, `padded` that some rows
+        are padding, at position PADDING.
         """
         ...
 

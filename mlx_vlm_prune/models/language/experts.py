@@ -50,9 +50,14 @@ class QuantizedExpertLinear(nn.Module):
 
     def __init__(self, group_size: int, bits: int, mode: str):
         super().__init__()
-        self.format: dict[str, Any] = {"group_size": group_size, "bits": bits, "mode": mode}
+        self.group_size, self.bits, self.mode = group_size, bits, mode
         self.weight = self.scales = mx.zeros(0)
         self.freeze()
+
+    @property
+    def format(self) -> dict[str, Any]:
+        """As MLX's quantized products take it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def __call__(self, x_R1D: mx.array, expert_R: mx.array) -> mx.array:
         biases = self.get("biases")

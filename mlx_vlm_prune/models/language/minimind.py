@@ -11,31 +11,19 @@ Shapes: B prompts, L new tokens, S rows seen, D features, V words,
 H heads, G key/value heads, d head size.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from ...checkpoints.config import MiniMindConfig
-from ..cache import PADDING, LayerCache
+from ...machine.hardware import on_cpu
+from ..cache import PADDING, HeldRows, LayerCache
 from .experts import MixtureOfExperts, swiglu
+from .rotary import make_rotary
 
-
-class Rotary:
-    """The rotation of each new token's queries and keys, made once for all layers."""
-
-    def __init__(self, positions_BL: mx.array, head_dim: int, theta: float):
-        rate_h = theta ** (-mx.arange(0, head_dim, 2, dtype=mx.float32) / head_dim)
-        angle_B1Lh = positions_BL[:, None, :, None].astype(mx.float32) * rate_h
-        cos, sin = mx.cos(angle_B1Lh), mx.sin(angle_B1Lh)
-        self.cos_B1Ld = mx.concatenate([cos, cos], axis=-1)
-        self.sin_B1Ld = mx.concatenate([-sin, sin], axis=-1)
-
-    def __call__(self, x_BHLd: mx.array) -> mx.array:
-        x = x_BHLd.astype(mx.float32)
-        a, b = mx.split(x, 2, axis=-1)
-        rotated = x * self.cos_B1Ld + mx.concatenate([b, a], axis=-1) * self.sin_B1Ld
-        return rotated.astype(x_BHLd.dtype)
+Rotate = Callable[[mx.array], mx.array]  # queries or keys (B, H, L, d)
 
 
 class Attention(nn.Module):
@@ -61,16 +49,16 @@ class Attention(nn.Module):
         k_BGLd = self.rotated_keys(x_BLD, forward_pass.rotary)
         v_BGLd = self.split(self.v_proj(x_BLD))
         k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, forward_pass)
-        mask = forward_pass.mask(cache, x_BLD.dtype)
+        mask = forward_pass.mask(cache.held, x_BLD.dtype)
         y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, mask, forward_pass.fold)
         return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
 
-    def rotated_queries(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+    def rotated_queries(self, x_BLD: mx.array, rotary: Rotate) -> mx.array:
         """Rotated, (B, H, L, d)."""
         q_BHLd = self.split(self.q_proj(x_BLD))
         return rotary(self.q_norm(q_BHLd) if "q_norm" in self else q_BHLd)
 
-    def rotated_keys(self, x_BLD: mx.array, rotary: Rotary) -> mx.array:
+    def rotated_keys(self, x_BLD: mx.array, rotary: Rotate) -> mx.array:
         """Rotated, (B, G, L, d)."""
         k_BGLd = self.split(self.k_proj(x_BLD))
         return rotary(self.k_norm(k_BGLd) if "k_norm" in self else k_BGLd)
@@ -134,7 +122,7 @@ class DecoderLayer(nn.Module):
 
 
 class ForwardPass:
-    """What all layers of one forward pass share: positions, rotation, visibility."""
+    """What the layers of one forward pass share: positions, rotation, rows held, visibility."""
 
     def __init__(
         self,
@@ -145,24 +133,36 @@ class ForwardPass:
     ):
         self.positions_BL, self.rotary = positions_BL, rotary
         self.padded, self.bias_BL = padded, bias_BL
-        is_cpu = mx.default_device().type == mx.DeviceType.cpu
-        self.fold = is_cpu and positions_BL.shape[1] > 1
+        self.fold = on_cpu() and positions_BL.shape[1] > 1
+        self._after: dict[HeldRows, HeldRows] = {}
+        self._masks: dict[HeldRows, mx.array | str | None] = {}
 
-    def mask(self, cache: LayerCache, dtype: mx.Dtype) -> mx.array | str | None:
-        """The mask of a layer that holds these rows. A row sees those at its position or before;
-        padding is seen by none.
+    def rows_after(self, held: HeldRows) -> HeldRows:
+        """The rows of a layer that held some and reads these."""
+        if held not in self._after:
+            self._after[held] = held.extended(self.positions_BL, self.padded, self.bias_BL)
+        return self._after[held]
+
+    def mask(self, held: HeldRows, dtype: mx.Dtype) -> mx.array | str | None:
+        """The mask of a layer that holds these rows, among them those of this pass."""
+        if held not in self._masks:
+            self._masks[held] = self._mask(held, dtype)
+        return self._masks[held]
+
+    def _mask(self, held: HeldRows, dtype: mx.Dtype) -> mx.array | str | None:
+        """A row sees those at its position or before; padding is seen by none.
 
         Rows are stored in the order of their positions, so without padding the fused
         causal kernel says the same, and a single new token sees all. A bias is added.
         """
-        if cache.bias_BS is not None:
-            visible_B1LS = self.visible(cache.positions)
-            return mx.where(visible_B1LS, cache.bias_BS[:, None, None], -mx.inf).astype(dtype)
-        if not cache.padded and self.positions_BL.shape[1] == 1:
+        if held.bias_BS is not None:
+            visible_B1LS = self.visible(held.positions_BS)
+            return mx.where(visible_B1LS, held.bias_BS[:, None, None], -mx.inf).astype(dtype)
+        if not held.padded and self.positions_BL.shape[1] == 1:
             return None
-        if not cache.padded and not self.fold:
+        if not held.padded and not self.fold:
             return "causal"
-        return self.visible(cache.positions)
+        return self.visible(held.positions_BS)
 
     def visible(self, seen_BS: mx.array) -> mx.array:
         """Which rows each new row sees, (B, 1, L, S)."""
@@ -177,22 +177,22 @@ class LayerStack(nn.Module):
     def make_cache(self) -> list[Any]:
         return [LayerCache() for _ in self.layers]
 
-    def rotary(self, positions_BL: mx.array) -> Any:
+    def rotary(self, positions_BL: mx.array, contiguous: bool = False) -> Any:
         """What rotates the layers' queries and keys."""
-        return Rotary(positions_BL, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        return make_rotary(positions_BL, contiguous, c.head_dim, c.rope_theta)
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
-        *, padded: bool = False, bias_BL: mx.array | None = None,
+        *, contiguous: bool = False, padded: bool = False, bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows.
 
-        `positions_BL` ascend within each row. `padded` says that some are PADDING, on the left.
+        `positions_BL` ascend within each row, `contiguous` ones one by one. `padded` says that some
+        are PADDING, on the left.
         """
-        forward_pass, layers = (
-            ForwardPass(positions_BL, self.rotary(positions_BL), padded, bias_BL),
-            self.layers,
-        )
+        rotary, layers = self.rotary(positions_BL, contiguous), self.layers
+        forward_pass = ForwardPass(positions_BL, rotary, padded, bias_BL)
         for number in numbers:
             x_BLD = layers[number](x_BLD, forward_pass, cache[number])
         return x_BLD

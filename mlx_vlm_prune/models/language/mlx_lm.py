@@ -27,6 +27,7 @@ from ...pruners.pipeline import Pipeline
 from ..cache import LayerCache
 from . import mamba
 from .minimind import ForwardPass, LayerStack, attend
+from .rotary import RotaryOffsets
 
 logger = logging.getLogger("mlx_vlm_prune")
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
@@ -41,30 +42,28 @@ class Attention:
 
     def __call__(self, x_BLD: mx.array, forward_pass: ForwardPass, cache: LayerCache) -> mx.array:
         B, L, _ = x_BLD.shape
-        q_BHLd = self.rotated_queries(x_BLD, forward_pass.positions_BL)
-        k_BGLd = self.rotated_keys(x_BLD, forward_pass.positions_BL)
+        q_BHLd = self.rotated_queries(x_BLD, forward_pass.rotary)
+        k_BGLd = self.rotated_keys(x_BLD, forward_pass.rotary)
         v_BGLd = self.wrapped.v_proj(x_BLD).reshape(B, L, self.groups, -1).swapaxes(1, 2)
         k_BGSd, v_BGSd = cache.append(k_BGLd, v_BGLd, forward_pass)
-        mask = forward_pass.mask(cache, x_BLD.dtype)
+        mask = forward_pass.mask(cache.held, x_BLD.dtype)
         y_BHLd = attend(self.family.cast_queries(q_BHLd), k_BGSd, v_BGSd, mask, forward_pass.fold)
         out = self.wrapped[self.family.o_proj]
         return out(y_BHLd.astype(x_BLD.dtype).swapaxes(1, 2).reshape(B, L, -1))
 
-    def rotated_queries(self, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+    def rotated_queries(self, x_BLD: mx.array, rotary: RotaryOffsets) -> mx.array:
         """(B, H, L, d)."""
-        return self._rotated(self.wrapped.q_proj(x_BLD), self.heads, "q_norm", positions_BL)
+        return self._rotated(self.wrapped.q_proj(x_BLD), self.heads, "q_norm", rotary)
 
-    def rotated_keys(self, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+    def rotated_keys(self, x_BLD: mx.array, rotary: RotaryOffsets) -> mx.array:
         """(B, G, L, d)."""
-        return self._rotated(self.wrapped.k_proj(x_BLD), self.groups, "k_norm", positions_BL)
+        return self._rotated(self.wrapped.k_proj(x_BLD), self.groups, "k_norm", rotary)
 
-    def _rotated(self, x: mx.array, heads: int, norm: str, positions_BL: mx.array) -> mx.array:
-        """mlx-lm's rotation takes one offset for each entry of a batch: a row is an entry."""
-        B, L, _ = x.shape
-        x = x.reshape(B * L, heads, 1, -1)
+    def _rotated(self, x: mx.array, heads: int, norm: str, rotary: RotaryOffsets) -> mx.array:
+        """Normed where the family does so, and rotated by mlx-lm's rotation."""
+        x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
         x = self.wrapped[norm](x) if norm in self.wrapped else x
-        x = self.wrapped.rope(x, offset=positions_BL.reshape(-1))
-        return x.reshape(B, L, heads, -1).swapaxes(1, 2)
+        return rotary.rotate(self.wrapped.rope, x)
 
 
 class Layer:
@@ -207,9 +206,9 @@ class MlxLm(LayerStack):
     def make_cache(self) -> list[Any]:
         return [self.family.cache() for _ in range(self.depth)]
 
-    def rotary(self, positions_BL: mx.array) -> mx.array:
-        """mlx-lm's attention rotates by the positions themselves."""
-        return positions_BL
+    def rotary(self, positions_BL: mx.array, contiguous: bool = False) -> RotaryOffsets:
+        """What each layer's own rotation is called with."""
+        return RotaryOffsets(positions_BL, contiguous)
 
     def logits(self, x_BLD: mx.array) -> mx.array:
         """Of the next word, from the last layer's hidden states."""
