@@ -19,7 +19,16 @@ Shapes: B images, N tokens, K kept, T words, m rows of a block.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import after_step, choosing, cosine, noise, rounded, rounded_cosine, scale_to_unit, unit
+from .numerics import (
+    after_step,
+    choosing,
+    cosine,
+    noise,
+    rounded,
+    rounded_cosine,
+    scale_to_unit,
+    unit,
+)
 from .rows import cosine_rows
 
 stage = Stage.PROJECTED
