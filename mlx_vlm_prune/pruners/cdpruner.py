@@ -19,12 +19,21 @@ Shapes: B images, N tokens, K kept, T words, m rows of a block.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, noise, rounded, rounded_cosine, scale_to_unit, unit
+from .numerics import (
+    after_step,
+    choosing,
+    cosine,
+    noise,
+    rounded,
+    rounded_cosine,
+    scale_to_unit,
+    unit,
+)
 from .rows import cosine_rows
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
-MOST_ROWS = 512  # of the factor in a block, a power of two
+MOST_ROWS = 256  # of the factor in a block, a power of two
 
 
 def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
@@ -49,6 +58,7 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
             row_BN = mx.where(kept_variance_B1 > exhausted, row_BN, 0)
             factor.append(row_BN)
             variance_BN = variance_BN - mx.square(row_BN)
+            after_step(len(kept), variance_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
 
 

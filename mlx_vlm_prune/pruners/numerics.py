@@ -66,6 +66,13 @@ def on_host(*arrays: mx.array) -> list[np.ndarray]:
     return [v.astype(np.float64) if v.dtype.kind == "f" else v for v in values]
 
 
+def after_step(count: int, *arrays: mx.array) -> None:
+    """Compute what `count` steps of a loop came to, once in a while and only on the CPU: the graph
+    of thousands of steps takes more memory than their arrays."""
+    if choice_dtype() == mx.float64 and count % 64 == 0:
+        mx.eval(arrays)
+
+
 def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     """Indices (B, K), ascending, of the K highest scores; ties go to the lower index."""
     if score_BN.dtype != mx.float64:
