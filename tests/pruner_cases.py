@@ -48,6 +48,9 @@ def features(kind: str, rng: np.random.Generator, *shape: int) -> np.ndarray:
         x = np.eye(shape[-1], dtype=np.float32)[rng.integers(shape[-1], size=shape[:-1])]
     elif kind == "extreme":
         x = x * 1e4
+    elif kind.endswith("clustered"):
+        centre = x[:, rng.integers(4, size=N)]
+        x = centre + (1e-3 if kind == "tightly clustered" else 0.1) * x
     return x
 
 

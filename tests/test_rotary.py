@@ -22,7 +22,7 @@ from .pruner_cases import close
 from .test_model import POLICIES, ROWS, K, logits, steps
 
 GAPS = [[3, 4, 9, 10, 40, 41, 42], [PADDING, PADDING, 0, 5, 6, 30, 31]]
-CONTIGUOUS = [[600, 601, 602, 603, 604, 605, 606], [PADDING, PADDING, 0, 1, 2, 3, 4]]
+CONTIGUOUS = [[600, 601, 602, 603, 604, 605, 606], [0, 1, 2, 3, 4, 5, 6]]
 PLACES = [(GAPS, False), (CONTIGUOUS, True), (CONTIGUOUS, False), ([[1234], [7]], True)]
 CUTS = ["none", "norm", "fastv", "pyramiddrop", "pact", "tome:r=2", "cls_attention+twig"]
 
@@ -87,12 +87,12 @@ def test_rows_that_are_called_contiguous_are(pair, spec, policy, monkeypatch):
         return run(self, numbers, x_BLD, positions_BL, cache, **options)
 
     monkeypatch.setattr(LayerStack, "run", recorded)
-    before, _ = logits(pair, list(ROWS), [0, 1, 2], spec, budget(spec), policy)
-    list(steps(pair.ours, before, [9], len(ROWS)))
-    for positions_BL, contiguous in calls:
-        gaps = [np.diff(row[row != PADDING]) for row in positions_BL]
-        assert not contiguous or all((gap == 1).all() for gap in gaps)
-    assert any(not contiguous for _, contiguous in calls) == (spec != "none" and policy == "keep")
+    for rows, images in ((list(ROWS), [0, 1, 2]), ([ROWS[1]], [0, 1])):
+        before, _ = logits(pair, rows, images, spec, budget(spec), policy)
+        list(steps(pair.ours, before, [9], len(rows)))
+    assert all(not flag or (np.diff(positions_BL) == 1).all() for positions_BL, flag in calls)
+    alone = [flag for positions_BL, flag in calls if len(positions_BL) == 1]
+    assert all(alone) == (spec == "none" or policy == "renumber")
 
 
 def test_layers_between_the_same_cuts_share_positions_and_masks(pair, monkeypatch):

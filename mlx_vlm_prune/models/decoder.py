@@ -143,8 +143,7 @@ def run_layers(
 ) -> mx.array:  # fmt: skip
     """Hidden states after some layers.
 
-    A long prompt is read in chunks, one computed before the next is planned: memory must not grow
-    with its square.
+    A long prompt is read in chunks, each computed in turn: memory must not grow with its square.
     """
     if not numbers:
         return spliced.x_BLD

@@ -46,7 +46,7 @@ class Spliced:
     runs: list[list[tuple[int, int]]]  # (start, n) of each prompt's images
     bias_BL: mx.array | None = None  # added to the attention a row gets
     added: list[mx.array] = field(default_factory=list)  # (B, L, D) each
-    contiguous: bool = False  # do each prompt's positions count up one by one?
+    contiguous: bool = False  # does each prompt, unpadded, have a row at every position?
 
     @property
     def L(self) -> int:
@@ -241,7 +241,7 @@ def pad_prompts(
         [list(rows.runs) for rows in prompts],
         bias_BL,
         [padded(layer) for layer in zip(*(rows.added for rows in prompts), strict=True)],
-        contiguous or policy == "renumber",
+        (contiguous or policy == "renumber") and min(lengths) == L,
     )
 
 

@@ -18,11 +18,18 @@ Shapes: B images, N tokens, K kept, M basis tokens, D features.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choice_dtype, choosing, constant, keep_highest, rounded, to_choice_dtype
+from .numerics import (
+    choice_dtype,
+    choosing,
+    constant,
+    keep_highest,
+    noise,
+    rounded,
+    to_choice_dtype,
+)
 from .rows import nearest_slots
 
 stage = Stage.PROJECTED
-ZERO_LENGTH = 1e-9  # as a share of the longest token's: a shorter basis vector has no direction
 
 
 def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
@@ -40,6 +47,7 @@ def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:
 
     Gram-Schmidt, a basis token at a time.
     """
+    zero_length = noise()  # as a share of the longest token's: shorter is no direction
     x_BND = to_choice_dtype(x_BND)
     B, N, _ = x_BND.shape
     length_BN = mx.sqrt(mx.square(x_BND).sum(axis=-1))
@@ -53,9 +61,9 @@ def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:
         share_BN1 = (residual_BND * basis_B1D).sum(axis=-1, keepdims=True)
         share_BN1 = share_BN1 / mx.maximum(square_B11, constant(1e-300))
         projected_BND = share_BN1 * basis_B1D
-        has_direction_B11 = square_B11 > ZERO_LENGTH**2
+        has_direction_B11 = square_B11 > zero_length**2
         residual_BND = residual_BND - mx.where(has_direction_B11, projected_BND, 0)
         distance_BN = mx.square(x_BND - take(x_BND, i_B1)).sum(axis=-1)
         gap_BN = mx.minimum(gap_BN, rounded(distance_BN))
         i_B1 = mx.argmax(gap_BN, axis=-1, keepdims=True)
-    return mx.round(mx.sqrt(mx.square(residual_BND).sum(axis=-1)) / ZERO_LENGTH) * ZERO_LENGTH
+    return mx.round(mx.sqrt(mx.square(residual_BND).sum(axis=-1)) / zero_length) * zero_length

@@ -19,13 +19,21 @@ Shapes: B images, N tokens, K kept, T words, m rows of a block.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, rounded, scale_to_unit
+from .numerics import (
+    after_step,
+    choosing,
+    cosine,
+    noise,
+    rounded,
+    rounded_cosine,
+    scale_to_unit,
+    unit,
+)
 from .rows import cosine_rows
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
-EXHAUSTED = 1e-9  # a conditional variance below it is rounding; the kernel's diagonal is at most 1
-MOST_ROWS = 512  # of the factor in a block, a power of two
+MOST_ROWS = 256  # of the factor in a block, a power of two
 
 
 def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
@@ -33,23 +41,24 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
     with choosing():
         relevance_BN = relevance(signals, negative)
         similar, factor = cosine_rows(signals.x_BND), Factor()
-        (unit_BND,) = similar.parts_BN
-        own_BN = rounded(mx.square(unit_BND).sum(axis=-1))
+        own_BN = rounded(mx.square(unit(signals.x_BND)).sum(axis=-1))
         variance_BN = relevance_BN * own_BN * relevance_BN  # given the kept tokens
         kept, token_N = [], mx.arange(relevance_BN.shape[1])
+        exhausted = noise()  # the kernel's diagonal is at most 1
         is_left_BN = mx.ones(relevance_BN.shape, dtype=mx.bool_)
         for _ in range(K):
-            score_BN = mx.where(variance_BN > EXHAUSTED, variance_BN, relevance_BN - 2)
+            score_BN = mx.where(variance_BN > exhausted, variance_BN, relevance_BN - 2)
             i_B1 = mx.argmax(mx.where(is_left_BN, score_BN, -mx.inf), axis=-1, keepdims=True)
             kept.append(i_B1)
             is_left_BN = is_left_BN & (token_N != i_B1)
             kernel_BN = take(relevance_BN, i_B1) * similar.take(i_B1)[:, 0] * relevance_BN
             kept_variance_B1 = take(variance_BN, i_B1)
             row_BN = factor.residual(kernel_BN, i_B1)
-            row_BN = row_BN / mx.sqrt(mx.maximum(kept_variance_B1, EXHAUSTED))
-            row_BN = mx.where(kept_variance_B1 > EXHAUSTED, row_BN, 0)
+            row_BN = row_BN / mx.sqrt(mx.maximum(kept_variance_B1, exhausted))
+            row_BN = mx.where(kept_variance_B1 > exhausted, row_BN, 0)
             factor.append(row_BN)
             variance_BN = variance_BN - mx.square(row_BN)
+            after_step(len(kept), variance_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
 
 
@@ -68,11 +77,10 @@ class Factor:
 
     def residual(self, kernel_BN: mx.array, i_B1: mx.array) -> mx.array:
         """A row of the kernel less what the rows so far explain of it, (B, N)."""
-        explained_B1N = [
-            take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
-            for block_BmN in self.blocks_BmN
-        ]
-        return kernel_BN - sum(explained_B1N)[:, 0] if explained_B1N else kernel_BN
+        explained_B1N = mx.zeros_like(kernel_BN[:, None])
+        for block_BmN in self.blocks_BmN:
+            explained_B1N += take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
+        return kernel_BN - explained_B1N[:, 0]
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:
@@ -80,4 +88,4 @@ def relevance(signals: Signals, negative: bool) -> mx.array:
     similar_BNT = cosine(signals.x_BND, signals.text_BTD)
     real_B1T = signals.text_real_BT[:, None]
     mean_BN = mx.where(real_B1T, similar_BNT, 0).sum(axis=-1) / real_B1T.sum(axis=-1)
-    return scale_to_unit(rounded(-mean_BN if negative else mean_BN)) + 1e-6
+    return scale_to_unit(rounded_cosine(-mean_BN if negative else mean_BN)) + 1e-6

@@ -11,7 +11,6 @@ Shapes: B images, M rows, N columns, n of them, K kept.
 import mlx.core as mx
 import numpy as np
 
-from .contract import take
 from .lazy import lazy_highest
 from .numerics import rounded
 from .rows import Rows
@@ -41,16 +40,16 @@ def cover_lazily(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
     """The same by lazy evaluation."""
     score_BN = np.array(all_gains(columns, None) * salient_BN)
     score_BN = np.fmax(score_BN, -np.inf)  # no gain times an infinite saliency is no number
+    salient, image_B1 = np.array(salient_BN), np.arange(len(score_BN))[:, None]
     covered_BM, kept = None, []
 
     def scores_of(index_Bn: np.ndarray) -> np.ndarray:
-        some_Bn = mx.array(index_Bn)
-        gain_Bn = gains(columns.take(some_Bn), covered_BM)
-        return np.array(gain_Bn * take(salient_BN, some_Bn))
+        gain_Bn = np.array(gains(columns.take(mx.array(index_Bn)), covered_BM))
+        return gain_Bn * salient[image_B1, index_Bn]
 
     for _ in range(K):
         i_B1 = lazy_highest(score_BN, 1, scores_of)
-        np.put_along_axis(score_BN, i_B1, -np.inf, axis=1)
+        score_BN[image_B1, i_B1] = -np.inf
         kept.append(i_B1)
         covered_BM = cover_more(covered_BM, columns.take(mx.array(i_B1)))
         mx.eval(covered_BM)

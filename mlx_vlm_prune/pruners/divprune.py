@@ -13,7 +13,7 @@ Shapes: B images, N tokens, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import choosing
+from .numerics import after_step, choosing
 from .rows import cosine_rows, nearest_similarity
 
 stage = Stage.PROJECTED
@@ -31,4 +31,5 @@ def prune(signals: Signals, K: int) -> Reduction:
             kept.append(i_B1)
             gap_BN = mx.minimum(gap_BN, 1 - similar.take(i_B1)[:, 0])
             score_BN = gap_BN = mx.where(token_N == i_B1, -mx.inf, gap_BN)
+            after_step(len(kept), gap_BN)
         return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))

@@ -47,7 +47,8 @@ def variation(x_BND: mx.array, areas: list[np.ndarray]) -> mx.array:
     parts = []
     for area_n in areas:
         similar_Bnn = cosine(x_BND[:, mx.array(area_n)])
-        apart_Bnn = similar_Bnn - similar_Bnn.mean(axis=-1, keepdims=True)
+        apart_Bnn = similar_Bnn - similar_Bnn[..., :1]  # of near-duplicates, exact in float32 too
+        apart_Bnn = apart_Bnn - apart_Bnn.mean(axis=-1, keepdims=True)
         parts.append(mx.square(apart_Bnn).mean(axis=-1))
     place_N = np.argsort(np.concatenate(areas))  # of each token among the regions' tokens
     return mx.concatenate(parts, axis=1)[:, mx.array(place_N)]

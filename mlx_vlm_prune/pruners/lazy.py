@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-BATCH = 8  # scores that are worked out together, at least
+BATCH = 16  # scores that are worked out together, at least
 
 
 def lazy_highest(
@@ -21,16 +21,14 @@ def lazy_highest(
     where it is, the bound counts, so that -inf rules a candidate out. Scores that were worked out
     take the place of their bounds.
     """
-    is_exact_BN = np.zeros(bound_BN.shape, bool)
-    n = min(max(k, BATCH), bound_BN.shape[1])
+    (B, N), is_exact_BN = bound_BN.shape, np.zeros(bound_BN.shape, bool)
+    n, image_B1 = min(max(k, BATCH), N), np.arange(B)[:, None]
     while True:
         index_Bn = np.stack([highest(bound_N, n) for bound_N in bound_BN])
-        if np.take_along_axis(is_exact_BN, index_Bn[:, :k], axis=1).all():
+        if is_exact_BN[image_B1, index_Bn[:, :k]].all():
             return index_Bn[:, :k]
-        bound_Bn = np.take_along_axis(bound_BN, index_Bn, axis=1)
-        score_Bn = np.fmin(scores_of(index_Bn), bound_Bn)
-        np.put_along_axis(bound_BN, index_Bn, score_Bn, axis=1)
-        np.put_along_axis(is_exact_BN, index_Bn, True, axis=1)
+        bound_BN[image_B1, index_Bn] = np.fmin(scores_of(index_Bn), bound_BN[image_B1, index_Bn])
+        is_exact_BN[image_B1, index_Bn] = True
 
 
 def highest(score_N: np.ndarray, k: int) -> np.ndarray:

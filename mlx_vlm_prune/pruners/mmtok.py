@@ -48,19 +48,16 @@ def cover_columns(x_BND: mx.array, words_BTN: mx.array, image: float, soft: floa
     """How much of every word and of every token each token covers, (B, n, M) for n tokens."""
     similar, N = cosine_rows(x_BND), x_BND.shape[1]
     largest_BN, total_BN = (
-        mx.concatenate(parts, axis=1)
+        mx.concatenate(list(parts), axis=1)
         for parts in zip(*(softmax_parts(block, soft) for block in similar.blocks()), strict=True)
     )
 
-    similar_of = similar.rows_of  # without what `similar` holds
-
-    def columns_of(unit_BnD: mx.array, words_BnT: mx.array) -> mx.array:
-        similar_BnN = similar_of(unit_BnD)
+    def columns_of(similar_BnN: mx.array, words_BnT: mx.array) -> mx.array:
         power_BnN = exp((similar_BnN - largest_BN[:, None]) / soft)
         tokens_BnN = power_BnN / total_BN[:, None] * image / N
         return rounded(mx.concatenate([words_BnT, tokens_BnN], axis=-1))
 
-    return Rows(columns_of, *similar.parts_BN, words_BTN.swapaxes(1, 2))
+    return similar.then(columns_of, words_BTN.swapaxes(1, 2))
 
 
 def softmax_parts(logits_BnN: mx.array, temperature: float) -> tuple[mx.array, mx.array]:

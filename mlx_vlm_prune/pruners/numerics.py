@@ -66,6 +66,13 @@ def on_host(*arrays: mx.array) -> list[np.ndarray]:
     return [v.astype(np.float64) if v.dtype.kind == "f" else v for v in values]
 
 
+def after_step(count: int, *arrays: mx.array) -> None:
+    """Compute what `count` steps of a loop came to, once in a while and only on the CPU: the graph
+    of thousands of steps takes more memory than their arrays."""
+    if choice_dtype() == mx.float64 and count % 64 == 0:
+        mx.eval(arrays)
+
+
 def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     """Indices (B, K), ascending, of the K highest scores; ties go to the lower index."""
     if score_BN.dtype != mx.float64:
@@ -88,17 +95,34 @@ def cosine(x_BND: mx.array, y_BMD: mx.array | None = None) -> mx.array:
     """
     x_BND = unit(x_BND)
     y_BMD = x_BND if y_BMD is None else unit(y_BMD)
-    return rounded(x_BND @ y_BMD.swapaxes(1, 2))
+    return rounded_cosine(x_BND @ y_BMD.swapaxes(1, 2))
 
 
 def rounded(x: mx.array, digits: int = 12) -> mx.array:
-    """Rounded to so many digits after the point, in float32 to at most six.
+    """Rounded to so many digits after the point; in float32 to its first 20 bits, six digits.
 
     Twelve of float64's sixteen digits, six of float32's seven: what is left out is what the order
-    of a sum changes, so that equal tokens tie. (`mx.round` itself scales in float32.)
+    of a sum changes, so that equal tokens tie. Scores of N tokens may be as small as 1 / N, so that
+    six digits after the point would leave nothing. (`mx.round` itself scales in float32.)
     """
-    scale = constant(10.0 ** (digits if choice_dtype() == mx.float64 else min(digits, 6)))
-    return mx.round(to_choice_dtype(x) * scale) / scale
+    if choice_dtype() == mx.float64:
+        scale = constant(10.0**digits)
+        return mx.round(to_choice_dtype(x) * scale) / scale
+    bits = x.astype(mx.float32).view(mx.uint32)
+    return (((bits + 8) >> 4) << 4).view(mx.float32)
+
+
+def rounded_cosine(x: mx.array) -> mx.array:
+    """The same of cosines, sums of either sign: in float32 to six digits after the point."""
+    if choice_dtype() == mx.float64:
+        return rounded(x)
+    return mx.round(x * 1e6) / 1e6
+
+
+def noise() -> float:
+    """What rounding may leave of the difference of two numbers up to one; in float32 half of the
+    1e-5 by which scores may differ between devices."""
+    return 1e-9 if choice_dtype() == mx.float64 else 5e-6
 
 
 def exp(x: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 
 from .contract import take
-from .numerics import choice_dtype, rounded, unit
+from .numerics import choice_dtype, rounded_cosine, unit
 
 MOST_HELD = 8192  # rows of a matrix that is held: 0.5 GB in float64
 BLOCK = 128  # rows at a time; MLX allocates about ten results ahead
@@ -28,9 +28,20 @@ class Rows:
     """
 
     def __init__(self, rows_of: Callable[..., mx.array], *parts_BN: mx.array) -> None:
-        self.rows_of, self.parts_BN = rows_of, parts_BN
-        self.N = parts_BN[0].shape[1]
+        self.rows_of, self.N = rows_of, parts_BN[0].shape[1]
         self.all_BNM = rows_of(*parts_BN) if self.N <= MOST_HELD else None
+        self.parts_BN = parts_BN if self.all_BNM is None else ()
+
+    def then(self, change: Callable[..., mx.array], *parts_BN: mx.array) -> "Rows":
+        """The rows `change(rows, *parts)`, with further parts of each token."""
+        if self.all_BNM is not None:
+            return Rows(change, self.all_BNM, *parts_BN)
+        rows_of, count = self.rows_of, len(self.parts_BN)
+
+        def changed(*all_parts: mx.array) -> mx.array:
+            return change(rows_of(*all_parts[:count]), *all_parts[count:])
+
+        return Rows(changed, *self.parts_BN, *parts_BN)
 
     def take(self, index_Bn: mx.array) -> mx.array:
         """The rows of some tokens, (B, n, M)."""
@@ -52,7 +63,7 @@ class Rows:
 def cosine_rows(x_BND: mx.array) -> Rows:
     """The rows of `cosine(x_BND)`."""
     x_BND = unit(x_BND)
-    return Rows(lambda part_BnD: rounded(part_BnD @ x_BND.swapaxes(1, 2)), x_BND)
+    return Rows(lambda part_BnD: rounded_cosine(part_BnD @ x_BND.swapaxes(1, 2)), x_BND)
 
 
 def nearest(x_BnD: mx.array, y_BMD: mx.array) -> tuple[mx.array, mx.array]:
@@ -62,7 +73,7 @@ def nearest(x_BnD: mx.array, y_BMD: mx.array) -> tuple[mx.array, mx.array]:
     n = x_BnD.shape[1]
     size, similar, index = block_size(n), [], []
     for first in range(0, n, size):
-        block_BnM = rounded(x_BnD[:, first : first + size] @ y_BMD.swapaxes(1, 2))
+        block_BnM = rounded_cosine(x_BnD[:, first : first + size] @ y_BMD.swapaxes(1, 2))
         similar.append(block_BnM.max(axis=-1))
         index.append(mx.argmax(block_BnM, axis=-1).astype(mx.int32))
     return mx.concatenate(similar, axis=1), mx.concatenate(index, axis=1)

@@ -61,26 +61,25 @@ def leaving_of(R: int, least: int) -> int:
 
 def thin_out_lazily(similar: Rows, order_BR: mx.array, least: int) -> mx.array:
     """The same by lazy evaluation: a token is no more similar to one of B than to its nearest."""
-    rest_BR, B = np.array(order_BR).astype(np.int64), len(order_BR)
-    is_rest_BN = np.zeros((B, similar.N), bool)
-    np.put_along_axis(is_rest_BN, rest_BR, True, axis=1)
+    rest_BR, image_B1 = np.array(order_BR).astype(np.int64), np.arange(len(order_BR))[:, None]
+    is_rest_BN = np.zeros((len(rest_BR), similar.N), bool)
+    is_rest_BN[image_B1, rest_BR] = True
     nearest_BN = np.array(nearest_similarity(similar, mx.array(is_rest_BN)))
     while (R := rest_BR.shape[1]) > least:
-        token_Ba, is_b_BN = rest_BR[:, ::2], np.zeros((B, similar.N), bool)
-        np.put_along_axis(is_b_BN, rest_BR[:, 1::2], True, axis=1)
+        token_Ba, is_b_BN = rest_BR[:, ::2], np.zeros_like(is_rest_BN)
+        is_b_BN[image_B1, rest_BR[:, 1::2]] = True
 
         def scores_of(
             index_Bn: np.ndarray, token_Ba: np.ndarray = token_Ba, is_b_BN: np.ndarray = is_b_BN
         ) -> np.ndarray:
-            token_Bn = np.take_along_axis(token_Ba, index_Bn, axis=1)
+            token_Bn = token_Ba[image_B1, index_Bn]
             similar_BnN = np.array(similar.take(mx.array(token_Bn)))
             np.put_along_axis(similar_BnN, token_Bn[..., None], -np.inf, axis=2)
-            to_rest_Bn = np.where(is_rest_BN[:, None], similar_BnN, -np.inf).max(axis=-1)
-            np.put_along_axis(nearest_BN, token_Bn, to_rest_Bn, axis=1)
+            to_rest_BnN = np.where(is_rest_BN[:, None], similar_BnN, -np.inf)
+            nearest_BN[image_B1, token_Bn] = to_rest_BnN.max(axis=-1)
             return np.where(is_b_BN[:, None], similar_BnN, -np.inf).max(axis=-1)
 
-        bound_Ba = np.take_along_axis(nearest_BN, token_Ba, axis=1)
-        index_Bn = lazy_highest(bound_Ba, leaving_of(R, least), scores_of)
-        np.put_along_axis(is_rest_BN, np.take_along_axis(token_Ba, index_Bn, axis=1), False, axis=1)
-        rest_BR = rest_BR[np.take_along_axis(is_rest_BN, rest_BR, axis=1)].reshape(B, -1)
+        index_Bn = lazy_highest(nearest_BN[image_B1, token_Ba], leaving_of(R, least), scores_of)
+        is_rest_BN[image_B1, token_Ba[image_B1, index_Bn]] = False
+        rest_BR = rest_BR[is_rest_BN[image_B1, rest_BR]].reshape(len(rest_BR), -1)
     return mx.array(rest_BR)

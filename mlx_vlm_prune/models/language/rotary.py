@@ -35,16 +35,13 @@ class RotaryTables:
 class RotaryOffsets:
     """Rotates rows by a `rope` that counts positions from one offset a prompt.
 
-    `contiguous` says that each prompt's positions count up one by one; padding on the left counts
-    as well. Where they do not, each row is given as a prompt of its own.
+    `contiguous` says that each prompt's positions count up one by one. Where they do not, each row
+    is given as a prompt of its own.
     """
 
     def __init__(self, positions_BL: mx.array, contiguous: bool):
-        L = positions_BL.shape[1]
-        self.contiguous = contiguous or L == 1
-        self.offset = positions_BL.flatten()
-        if self.contiguous and L > 1:
-            self.offset = positions_BL[:, -1] - (L - 1)  # the last row is never padding
+        self.contiguous = contiguous or positions_BL.shape[1] == 1
+        self.offset = positions_BL[:, 0] if self.contiguous else positions_BL.flatten()
 
     def rotate(self, rope: Callable[..., mx.array], x_BHLd: mx.array) -> mx.array:
         """Rotated by `rope`, which takes rows (B, H, L, d) and their `offset` (B,)."""

@@ -1,0 +1,119 @@
+"""Promises of where choices are made: on a GPU in float32 and without a return to the host.
+
+Here the CPU device stands in for a GPU by `numerics.precision("float32")`. What returns to the host
+shows while MLX traces a function: reading an array that depends on its input is an error there.
+"""
+
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.pruners import METHODS, Signals, numerics, plan, resolve
+from mlx_vlm_prune.pruners.attention_pool import AttentionPool
+from mlx_vlm_prune.pruners.numerics import precision
+
+from . import tiny
+
+K = 9
+ROWS = (tiny.row("user # what is in the picture ?"), tiny.row("# and # is there a red star ?"))
+SPECS = [
+    *(name for name in METHODS if name != "restore"),
+    "mlp:dynamic", "visionzip+fastv", "tome+divprune", "downsample+norm", "fastv+restore",
+    "cls_attention+cdpruner", "cls_attention+restore", "patch_norm:keep=11+norm", "twig+restore",
+]  # fmt: skip
+# How often a method returns to the host: what its docstring declares.
+RETURNS = {"pact": 1, "similarity": 1, "mlp:dynamic": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("choices")
+    loaded, _ = load(tiny.checkpoint(tiny.taught(tiny.reference()), folder), dtype="float32")
+    return loaded
+
+
+class Traced(Exception):
+    """The end of a trace: the function itself need not run."""
+
+
+def read_while_tracing(model, spec: str) -> None:
+    """Prompts up to the first logits, while nothing that depends on pixels or weights can be
+    read."""
+    pool, weights = AttentionPool(K, tiny.VISION.hidden_size), model.parameters()
+    chain = plan(spec, {**model.learned, "attention_pool": pool})
+
+    def read(pixels: mx.array, traced: dict) -> None:
+        model.update(traced)
+        prefill = model(ROWS, pixels, chain, model.N if spec == "none" else K)
+        assert prefill.logits_BV.shape[0] == len(ROWS)
+        raise Traced
+
+    try:
+        with precision("float32"), pytest.raises(Traced):
+            mx.compile(read)(mx.random.normal((3, 64, 64, 3), key=mx.random.key(0)), weights)
+    finally:
+        model.update(weights)
+
+
+def replace_returns(monkeypatch, stand_in) -> None:
+    """Put a function in place of the one door to the host, in every method."""
+    door = numerics.on_host
+    for module in list(sys.modules.values()):
+        if vars(module).get("on_host") is door:
+            monkeypatch.setattr(module, "on_host", stand_in)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_nothing_returns_to_the_host_before_the_first_logits(model, spec, monkeypatch):
+    returns = []
+
+    def stand_in(*arrays: mx.array) -> list[np.ndarray]:
+        returns.append(arrays)
+        values = [np.linspace(0, 1, a.size).reshape(a.shape) for a in arrays]
+        return [np.full(a.shape, K) for a in arrays] if "dynamic" in spec else values
+
+    replace_returns(monkeypatch, stand_in)
+    read_while_tracing(model, spec)
+    assert len(returns) == RETURNS.get(spec, 0)
+
+
+@pytest.mark.parametrize("read", [mx.eval, np.array, lambda x: x.sum().item(), mx.async_eval])
+def test_a_planted_read_would_be_seen(model, read, monkeypatch):
+    def reading(score_BN: mx.array, K: int) -> mx.array:
+        read(score_BN)
+        return numerics.keep_highest(score_BN, K)
+
+    monkeypatch.setattr("mlx_vlm_prune.pruners.norm.keep_highest", reading)
+    with pytest.raises(BaseException, match="eval"):
+        read_while_tracing(model, "norm")
+
+
+def test_features_that_are_not_numbers_are_refused_where_the_choice_is_read(model):
+    broken = Signals(mx.full((1, 16, 8), mx.nan), (4, 4))
+    with precision("float32"):
+        kept = resolve("norm")(broken, 4)
+        with pytest.raises(UserError, match="the vision tower gave NaN or infinite features"):
+            kept.check()
+        prefill = model(ROWS, mx.full((3, 64, 64, 3), mx.nan), plan("divprune+fastv"), K)
+    with pytest.raises(UserError, match="the vision tower gave NaN or infinite features"):
+        prefill.trace.kept(0)
+
+
+def test_a_cpu_device_chooses_in_float64_on_the_cpus_stream():
+    assert mx.default_device() == mx.cpu and numerics.choice_dtype() == mx.float64
+    with precision("float32"), numerics.choosing():
+        assert numerics.cosine(mx.ones((1, 2, 3))).dtype == mx.float32
+    with numerics.choosing():
+        assert numerics.cosine(mx.ones((1, 2, 3))).dtype == mx.float64
+
+
+def test_equal_numbers_of_any_size_stay_apart_or_tie_as_six_digits_say():
+    x = mx.array([1 / 2304, 1 / 2304 * (1 + 1e-7), 1 / 2304 * (1 + 1e-5), 0, -3e4, mx.inf])
+    with precision("float32"):
+        near = np.array(numerics.rounded(x))
+    assert near[0] == near[1] < near[2] and near[3] == 0 and np.isinf(near[5])
+    np.testing.assert_allclose(near[:5], np.array(x)[:5], rtol=1e-6)
