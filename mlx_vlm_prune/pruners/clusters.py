@@ -3,7 +3,7 @@
 Rodriguez and Laio, Science 2014; with density from the nearest neighbours (DPC-KNN) Du et al.,
 2016. Called under `choosing()`.
 
-Shapes: B images, n points, C centres, r rows of a block, D features.
+Shapes: B images, n points, C centres, r rows of a block, m points from its first on, D features.
 """
 
 import mlx.core as mx
@@ -36,12 +36,16 @@ def distances(x_BnD: mx.array) -> mx.array:
     """Euclidean distances divided by the root of D, to nine digits, (B, n, n).
 
     From differences, a block of rows at a time: from squared lengths those of near-duplicates would
-    be noise.
+    be noise. A CPU computes a row at a time, which stays in its cache. Only distances to the
+    row itself and those after it are computed.
     """
     x_BnD = to_choice_dtype(x_BnD)
     B, n, D = x_BnD.shape
-    rows, parts = max(1, BLOCK // (B * n * D)), []
+    rows = 1 if x_BnD.dtype == mx.float64 else max(1, BLOCK // (B * n * D))
+    parts, one_D1 = [], mx.ones((D, 1), dtype=x_BnD.dtype)
     for begin in range(0, n, rows):
-        apart_BrnD = x_BnD[:, begin : begin + rows, None] - x_BnD[:, None]
-        parts.append(mx.sqrt(mx.square(apart_BrnD).mean(axis=-1)))
-    return rounded(mx.concatenate(parts, axis=1), 9)
+        apart_BrmD = x_BnD[:, begin : begin + rows, None] - x_BnD[:, None, begin:]
+        square_Brm = (mx.square(apart_BrmD) @ one_D1)[..., 0] / D  # faster than a mean
+        parts.append(mx.pad(square_Brm, [(0, 0), (0, 0), (begin, 0)]))
+    square_Bnn = mx.concatenate(parts, axis=1)
+    return rounded(mx.sqrt(mx.maximum(square_Bnn, square_Bnn.swapaxes(1, 2))), 9)
