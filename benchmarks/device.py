@@ -58,7 +58,7 @@ TOKENS, RATIOS = (576, 2304, 5184), (0.25, 0.5, 0.11)  # what tells most comes f
 SMALL = "minimind2-v"
 NEW_TOKENS = 16  # of each side's answer beside mlx-lm
 RTOL = {"float32": 1e-3, "bfloat16": 0.1}  # of the largest logit, of ours beside mlx-lm's
-ENVIRONMENT = ("commit", "device", "dtype", "machine", "versions")
+ENVIRONMENT = ("commit", "device", "dtype", "machine", "threads", "versions")
 PARTS = ("vision", "pruner", "projector", "prefill", "total")
 CaseKey = tuple[str, int, str, int]  # shape, visual tokens, pruner, budget
 
@@ -206,6 +206,7 @@ def start_report(args: argparse.Namespace) -> Report:
         "benchmark": "device", "name": args.name, "date": datetime.date.today().isoformat(),
         "commit": args.commit or commit(), "device": device(), "memory_bytes": memory_bytes(),
         "dtype": args.dtype, "machine": describe_machine(), "versions": versions(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
         "load": rounded(os.getloadavg()[0]) if hasattr(os, "getloadavg") else None,
         "runs": args.runs, "text": TEXT_TOKENS, "ceilings": {},
         "pictures": [], "languages": [], "rows": [], "refused": [], "missing": [],

@@ -51,6 +51,7 @@ def facts(result: dict[str, Any]) -> str:
         f"MLX {versions['mlx']} on {result['device']}",
         *([f"{memory / 1e9:.0f} GB for a model"] if memory else []),
         *([f"BLAS {versions['blas']}"] if versions["blas"] else []),
+        *([f"OMP_NUM_THREADS={result['threads']}"] if result["threads"] else []),
         result["dtype"],
         f"{result['runs']} runs of each",
     ]

@@ -31,7 +31,7 @@ class HeldRows:
     def positions_BS(self) -> mx.array:
         """PADDING where there is no row."""
         assert self.parts, "no row has been read"
-        return mx.concatenate(self.parts, axis=1) if len(self.parts) > 1 else self.parts[0]
+        return mx.concatenate(list(self.parts), axis=1) if len(self.parts) > 1 else self.parts[0]
 
     def extended(
         self, positions_BL: mx.array, padded: bool, bias_BL: mx.array | None
