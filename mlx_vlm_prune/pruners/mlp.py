@@ -8,6 +8,8 @@ the full model's loss hangs on (the exponential of the entropy of their shares i
 derivative by the log of the attention that each gets); `dynamic` gives an image K times its
 predicted need over the mean need of the training images, so K is what images get in the mean.
 
+With `dynamic` the budgets return to the host, once: shapes depend on them.
+
 Options:
     dynamic: give each image a budget of its own, K in the mean
     layer: number of the tower's layer that is read; -1 is the last

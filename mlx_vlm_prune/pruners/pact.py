@@ -11,6 +11,8 @@ taken into its mean after all. Positions are renumbered.
 Differs from the authors' code: exactly K clusters, so the cutoff follows from the budget
 (bisection), with the most worthy filling up.
 
+One centre after another is found, so on a GPU similarities return to the host, once.
+
 Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth
     clustered: share of the tokens beyond K that is clustered, not pruned; 0 to 1

@@ -10,6 +10,8 @@ Here the pass runs to the end. Too many clusters: the K largest stay, and every 
 joins the most similar of those. Too few: the tokens least like their leader stand
 alone. `published=True` keeps the early stop (and fills up to K, a promise here).
 
+One token after another is looked at, so on a GPU similarities return to the host, once.
+
 Options:
     threshold: cosine above which a token joins a leader, -1 to 1
     published: stop at K clusters, as the authors' code does
