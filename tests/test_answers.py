@@ -26,7 +26,7 @@ from mlx_vlm_prune.generation.steps import likelihood
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.models.cache import LayerCache
 from mlx_vlm_prune.models.language.experts import ExpertLinear, QuantizedExpertLinear
-from mlx_vlm_prune.models.language.minimind import Step
+from mlx_vlm_prune.models.language.minimind import ForwardPass
 from mlx_vlm_prune.pruners import plan
 
 from . import tiny
@@ -166,12 +166,12 @@ def test_a_rewound_cache_holds_the_rows_before():
     bias = mx.array(rng.normal(size=(2, 5)).astype(np.float32))
     cache, other = LayerCache(), LayerCache()
     for one in (cache, other):
-        one.append(rows[0], rows[0], Step(places[0], None, False, bias))
+        one.append(rows[0], rows[0], ForwardPass(places[0], None, False, bias))
     fork = cache.fork()
-    cache.append(rows[1], rows[1], Step(places[1], None, False))
+    cache.append(rows[1], rows[1], ForwardPass(places[1], None, False))
     cache.rewind(5)
     for one in (other, cache, fork):
-        one.append(rows[2], rows[2], Step(places[2], None, False))
+        one.append(rows[2], rows[2], ForwardPass(places[2], None, False))
         assert mx.array_equal(one.keys, other.keys).item() and one.rows == 7
         assert mx.array_equal(one.positions, other.positions).item()
         assert mx.array_equal(one.bias_BS, other.bias_BS).item()
