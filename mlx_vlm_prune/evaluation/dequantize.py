@@ -23,7 +23,7 @@ def dequantize_matrices(model: nn.Module) -> int:
 
 
 def _dequantized(module: nn.Module) -> nn.Module:
-    options: dict[str, Any] = getattr(module, "how", None) or {
+    options: dict[str, Any] = getattr(module, "format", None) or {
         "group_size": module.group_size,
         "bits": module.bits,
         "mode": module.mode,
