@@ -16,7 +16,8 @@ from ..pruners.contract import Policy
 
 ImageSource = str | Path | bytes | Image.Image
 # As mlx-lm's, of L tokens and V words: log-probabilities (1, V) to a token id (1,), and
-# (tokens (L,), logits (1, V)) to logits (1, V).
+# (tokens (L,), logits (1, V)) to logits (1, V). The tokens are the whole prompt's, with all its
+# placeholders, and those of the answer so far.
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 HOST_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start", "resize_shape")
