@@ -174,6 +174,23 @@ def test_a_command_puts_its_flags_in_place_of_parameters(sentence, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "keep_ratio"], "there is no image file keep_ratio"),
+        (["--image=./keep_ratio"], "there is no image file ./keep_ratio"),
+        (["--image", "keep_ratio"], "give keep_tokens; keep_ratio is damaged"),
+    ],
+)
+def test_what_a_user_typed_as_a_value_is_no_flag(arguments, sentence, capsys):
+    parser = build_parser()
+    with pytest.raises(SystemExit), in_one_sentence(parser):
+        parser.parse_args([*arguments, "-p", "hi", "--keep-tokens", "2"])
+        raise UserError(sentence)
+    translated = sentence.replace("keep_tokens", "--keep-tokens")
+    assert capsys.readouterr().err == f"error: {translated}\n"
+
+
+@pytest.mark.parametrize(
     ("options", "start"),
     [
         ({"temperature": -1}, "temperature is -1; it must be 0 or more"),
