@@ -43,7 +43,7 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
             return pruner.trained_tokens
-        keep_ratio = 1.0 if pruner.spec == "none" else _default_keep_ratio(pruner.spec)
+        keep_ratio = 1.0 if pruner.spec == "none" else default_keep_ratio(pruner.spec)
     K = tokens_for(N, keep_ratio) if keep_ratio is not None else keep_tokens
     assert K is not None
     if pruner.spec == "none" and K != N:
@@ -57,7 +57,7 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
 
 
 @functools.cache
-def _default_keep_ratio(spec: str) -> float:
+def default_keep_ratio(spec: str) -> float:
     """The share that a method keeps without a budget; it is logged once for each method."""
     logger.warning("%s has no budget and keeps keep_ratio=%g", spec, DEFAULT_KEEP_RATIO)
     return DEFAULT_KEEP_RATIO
