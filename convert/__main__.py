@@ -72,12 +72,12 @@ def _add_to_mlx(way: Parser) -> None:
         help="folder that holds tokenizer.json (default: that of SRC)")
     add("--revision", help=REVISION)
     add("--heads", type=SIZE, metavar="N",
-        help="query heads, which no .pth tells (default: by the key/value heads)")
+        help="query heads, which no .pth states (default: by the key/value heads)")
     add("--kv-heads", type=SIZE, metavar="N",
         help=f"key/value heads (default: {KV_HEADS}, as in MiniMind2)")
     add("--twig", metavar="FILE", help="TwigVLM's twig, to lie beside the model (default: none)")
     add("--twig-layer", type=SIZE, metavar="N", help="the layer that the twig grows on, which no"
-        " file tells; needed with --twig")
+        " file states; needed with --twig")
     add = way.add_argument_group("target").add_argument
     add("--dtype", choices=DTYPES, help="of the tensors (default: each tensor's own)")
     which = way.add_argument_group("quantization, as in mlx-lm")
