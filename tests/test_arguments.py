@@ -18,15 +18,19 @@ def test_of_images_the_wrong_one_is_named():
     ("option", "value"),
     [
         ("image", 3),
+        ("keep_ratio", "0.5"),
+        ("keep_ratio", True),
+        ("keep_tokens", "x"),
+        ("keep_tokens", True),
         ("max_tokens", 1.5),
         ("temperature", "x"),
         ("top_p", "x"),
         ("seed", 0.5),
     ],
 )
-def test_an_argument_of_another_type_is_refused_with_its_value(option, value):
+def test_an_argument_of_another_type_is_refused_with_its_value(scenes, option, value):
     with pytest.raises(UserError, match=re.escape(f" is {value!r}; ")):
-        generate(None, None, "Is there a red star?", **{option: value})
+        generate(*scenes, "Is there a red star?", **{option: value})
 
 
 @pytest.mark.parametrize(

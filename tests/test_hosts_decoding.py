@@ -105,7 +105,7 @@ def test_errors_of_a_users_function_are_not_blamed_on_the_cache(loaded, name):
         raise ValueError("a mistake of the user's")
 
     option = {name: broken if name == "sampler" else [broken]}
-    with pytest.raises(ValueError, match="^a mistake of the user's$"):
+    with pytest.raises(ValueError, match=r"^a mistake of the user's$"):
         generate(*loaded["llava"], QUESTION, host_options={"kv_bits": 8}, **option)
 
 

@@ -29,10 +29,12 @@ def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
     """Say early what is wrong with a budget, however many tokens an image has. Raises UserError."""
     if keep_ratio is not None and keep_tokens is not None:
         raise UserError("give keep_ratio or keep_tokens, not both")
-    if keep_ratio is not None and not (isinstance(keep_ratio, Real) and 0 < keep_ratio <= 1):
-        raise UserError(f"keep_ratio is {keep_ratio}; it must be above 0 and at most 1")
-    if keep_tokens is not None and not (isinstance(keep_tokens, Integral) and keep_tokens >= 1):
-        raise UserError(f"keep_tokens is {keep_tokens}; it must be a whole number, at least 1")
+    is_ratio = isinstance(keep_ratio, Real) and not isinstance(keep_ratio, bool)
+    if keep_ratio is not None and not (is_ratio and 0 < keep_ratio <= 1):
+        raise UserError(f"keep_ratio is {keep_ratio!r}; it must be above 0 and at most 1")
+    is_count = isinstance(keep_tokens, Integral) and not isinstance(keep_tokens, bool)
+    if keep_tokens is not None and not (is_count and keep_tokens >= 1):
+        raise UserError(f"keep_tokens is {keep_tokens!r}; it must be a whole number, at least 1")
 
 
 def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pipeline) -> int:
