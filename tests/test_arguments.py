@@ -5,7 +5,7 @@ import re
 import mlx.core as mx
 import pytest
 
-from mlx_vlm_prune import generate, load
+from mlx_vlm_prune import batch_generate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 
@@ -23,6 +23,13 @@ def test_of_images_the_wrong_one_is_named():
         ("keep_tokens", "x"),
         ("keep_tokens", True),
         ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("sampler", 3),
+        ("logits_processors", print),
+        ("logits_processors", [3]),
+        ("chat_template_config", 3),
+        ("num_draft_tokens", "3"),
+        ("num_draft_tokens", True),
         ("temperature", "x"),
         ("top_p", "x"),
         ("seed", 0.5),
@@ -136,3 +143,14 @@ def test_mlx_lms_samplers_and_processors_are_taken(scenes):
         *scenes, QUESTION, sampler=sampler, logits_processors=processors, max_tokens=3
     )
     assert answer.generation_tokens > 0
+
+
+@pytest.mark.parametrize("prompt", [None, 3])
+def test_a_prompt_that_is_no_text_is_refused_with_its_value(scenes, prompt):
+    with pytest.raises(UserError, match=f"prompt is {prompt!r}; it must be a str"):
+        generate(*scenes, prompt)
+
+
+def test_an_option_that_a_batch_does_not_have_is_named(scenes):
+    with pytest.raises(TypeError, match=r"batch_generate\(\) got an unexpected argument 'verbose'"):
+        batch_generate(*scenes, ["Is there a red star?"], verbose=True)
