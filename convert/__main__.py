@@ -72,12 +72,12 @@ def _add_to_mlx(way: Parser) -> None:
         help="folder that holds tokenizer.json (default: that of SRC)")
     add("--revision", help=REVISION)
     add("--heads", type=SIZE, metavar="N",
-        help="query heads, which no .pth tells (default: by the key/value heads)")
+        help="query heads, which no .pth states (default: by the key/value heads)")
     add("--kv-heads", type=SIZE, metavar="N",
         help=f"key/value heads (default: {KV_HEADS}, as in MiniMind2)")
     add("--twig", metavar="FILE", help="TwigVLM's twig, to lie beside the model (default: none)")
     add("--twig-layer", type=SIZE, metavar="N", help="the layer that the twig grows on, which no"
-        " file tells; needed with --twig")
+        " file states; needed with --twig")
     add = way.add_argument_group("target").add_argument
     add("--dtype", choices=DTYPES, help="of the tensors (default: each tensor's own)")
     which = way.add_argument_group("quantization, as in mlx-lm")
@@ -97,11 +97,11 @@ def _add_prune_into(way: Parser) -> None:
     way.add_argument("source", metavar="SRC", type=Path, help="a folder that mlx-vlm runs")
     way.add_argument("target", metavar="DST", type=Path, help=TARGET)
     way.add_argument("--pruner", required=True, metavar="SPEC", help="a method, as in `generate`")
-    budget = way.add_mutually_exclusive_group(required=True)
+    budget = way.add_mutually_exclusive_group()
     budget.add_argument("--keep-ratio", type=float, metavar="R",
-                        help="share of an image's visual tokens to keep")
+                        help="share of an image's visual tokens to keep (default: half)")
     budget.add_argument("--keep-tokens", type=int, metavar="K",
-                        help="number of an image's visual tokens to keep")
+                        help="number of an image's visual tokens to keep (default: none)")
     way.add_argument("--vendor", action="store_true",
                      help="copy the sources of mlx_vlm_prune into DST, which then runs these")
 # fmt: on
@@ -167,15 +167,14 @@ def _prune_into(args: argparse.Namespace) -> str:
     written = prune_into(
         args.source, args.target, args.pruner, args.keep_ratio, args.keep_tokens, args.vendor
     )
-    budget = f"{args.keep_tokens}" if args.keep_ratio is None else f"{args.keep_ratio:.4g}"
     needs = "it needs mlx_vlm_prune where it is run; --vendor copies that into the folder"
     if written.vendored:
         needs = (
             f"it runs the copy of mlx_vlm_prune beside it ({written.vendored} files), and no other"
         )
     return (
-        f"{args.target}: {args.source}, and a pruned.py that keeps {budget} of an image's visual"
-        f" tokens by {args.pruner}\n"
+        f"{args.target}: {args.source}, and a pruned.py that keeps {written.budget} of an image's"
+        f" visual tokens by {args.pruner}\n"
         f"{written.linked} files of weights are linked, {written.copied} others copied; {needs}\n"
         "warning: mlx-vlm executes pruned.py whenever it loads this folder, without asking; read"
         " it, as you would read any program"

@@ -34,7 +34,7 @@ def quantised(
     together, and for a checkpoint that is quantized already.
     """
     if "quantization" in checkpoint.config:
-        raise UserError("the source is quantized already; --dequantize it first")
+        raise UserError("the source is quantized already; dequantize it first")
     settings: dict[str, Any] = {"mode": mode}
     for name, value, allowed in (
         ("bits", bits, MODES[mode][0]),

@@ -73,7 +73,7 @@ def llava_to_torch(
     state = published_tensors(tensors, published_layout(config, source), config, source)
     is_inside = not any(is_tower(name) for name in state)
     if is_inside and vision:
-        raise UserError(f"{source} was published with its tower inside; leave out --vision")
+        raise UserError(f"{source} was published with its tower inside; leave out vision=FOLDER")
     rest = {name: tensor for name, tensor in state.items() if not is_tower(name)}
     with ExitStack() as stack:
         folder = stack.enter_context(atomic_path(target, folder=True))

@@ -33,7 +33,7 @@ def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, Ra
         raise UserError(f"{path}: a twig does not grow on a language model of mlx-lm's")
     depth, state = sizes.text.num_hidden_layers, read_weights(path)
     if not 1 <= layer < depth:
-        raise UserError(f"--twig-layer is {layer}; here a twig grows on layer 1 to {depth - 1}")
+        raise UserError(f"twig_layer is {layer}; here a twig grows on layer 1 to {depth - 1}")
     layers = len({name.split(".")[2] for name in state if name.startswith("model.layers.")})
     if not 1 <= layers <= depth:
         raise UserError(f"{path} has {layers} layers; a twig of this model has 1 to {depth}")

@@ -89,9 +89,10 @@ def stream_generate(
     quantized_kv_start, resize_shape. Raises UserError.
     """
     request = Request(
-        prompt, list_images(image), pruner, keep_ratio, keep_tokens, positions, max_tokens,
-        temperature, top_p, seed, sampler, logits_processors, num_draft_tokens,
-        chat_template_config, host_options,
+        prompt, list_images(image), pruner=pruner, keep_ratio=keep_ratio, keep_tokens=keep_tokens,
+        positions=positions, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed,
+        sampler=sampler, logits_processors=logits_processors, num_draft_tokens=num_draft_tokens,
+        chat_template_config=chat_template_config, host_options=host_options,
     )  # fmt: skip
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
@@ -131,9 +132,9 @@ def batch_generate(
 
     `images` has an entry for each prompt: an image, several, or None. The options are those of
     `stream_generate`; num_draft_tokens is for one prompt. A model of ours reads all prompts at
-    once, so memory grows with their number, and all wait for the longest answer: `ttft_ms`,
-    `peak_memory` and `generation_tps` are of the batch. mlx-vlm's models answer one after
-    another. Raises UserError, which names a prompt that is at fault by its number, from 1.
+    once, so memory grows with their number, and all wait for the longest answer: times, speeds and
+    `peak_memory` are of the batch, `cache_bytes` an equal share of its padded cache.
+    mlx-vlm's models answer one after another. Raises UserError, which names a prompt that is at fault by its number, from 1.
     """
     requests = batch.batch_requests(prompts, images, options)
     if isinstance(model, VLM):

@@ -100,9 +100,9 @@ def test_the_library_prints_nothing():
 @pytest.fixture
 def fresh_default():
     """As if no method had been without a budget yet."""
-    budget._default_keep_ratio.cache_clear()
+    budget.default_keep_ratio.cache_clear()
     yield
-    budget._default_keep_ratio.cache_clear()
+    budget.default_keep_ratio.cache_clear()
 
 
 NOTE = "norm has no budget and keeps keep_ratio=0.5"

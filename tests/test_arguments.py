@@ -5,7 +5,7 @@ import re
 import mlx.core as mx
 import pytest
 
-from mlx_vlm_prune import generate, load
+from mlx_vlm_prune import batch_generate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 
@@ -18,15 +18,26 @@ def test_of_images_the_wrong_one_is_named():
     ("option", "value"),
     [
         ("image", 3),
+        ("keep_ratio", "0.5"),
+        ("keep_ratio", True),
+        ("keep_tokens", "x"),
+        ("keep_tokens", True),
         ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("sampler", 3),
+        ("logits_processors", print),
+        ("logits_processors", [3]),
+        ("chat_template_config", 3),
+        ("num_draft_tokens", "3"),
+        ("num_draft_tokens", True),
         ("temperature", "x"),
         ("top_p", "x"),
         ("seed", 0.5),
     ],
 )
-def test_an_argument_of_another_type_is_refused_with_its_value(option, value):
+def test_an_argument_of_another_type_is_refused_with_its_value(scenes, option, value):
     with pytest.raises(UserError, match=re.escape(f" is {value!r}; ")):
-        generate(None, None, "Is there a red star?", **{option: value})
+        generate(*scenes, "Is there a red star?", **{option: value})
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,38 @@ def test_a_sampler_that_returns_no_token_is_refused(scenes, wrong):
         generate(*scenes, QUESTION, sampler=lambda logprobs_1V: wrong)
 
 
+@pytest.mark.parametrize("wrong", [7, mx.zeros((1, 3))])
+def test_a_processor_that_returns_no_logits_is_refused(scenes, wrong):
+    processors = [lambda tokens_L, logits_1V: wrong]
+    with pytest.raises(UserError, match=r"a logits processor returned .*; it must be logits of"):
+        generate(*scenes, QUESTION, logits_processors=processors)
+
+
+def test_a_logits_processor_gets_the_tokens_that_mlx_lm_gives_it(scenes):
+    """The whole prompt first, then one more token a call."""
+    llama = pytest.importorskip("mlx_lm.models.llama", reason="mlx-lm is not installed")
+    from mlx_lm.generate import generate_step
+
+    options = dict(hidden_size=16, num_hidden_layers=1, intermediate_size=16, rms_norm_eps=1e-5)
+    shape = llama.ModelArgs("llama", num_attention_heads=2, vocab_size=9, **options)
+    given = []
+
+    def record(tokens_L, logits_1V):
+        given.append(tokens_L.tolist())
+        return logits_1V
+
+    prompt = [5, 6, 7]
+    theirs = generate_step(
+        mx.array(prompt), llama.Model(shape), max_tokens=2, logits_processors=[record]
+    )
+    answer = [token for token, _ in theirs]
+    assert given[:2] == [prompt, prompt + answer[:1]]
+    given.clear()
+    answer = generate(*scenes, QUESTION, logits_processors=[record], max_tokens=2)
+    first, second, *_ = given
+    assert len(first) == answer.prompt_tokens and second == first + answer.token_ids[:1]
+
+
 def test_mlx_lms_samplers_and_processors_are_taken(scenes):
     sample_utils = pytest.importorskip("mlx_lm.sample_utils", reason="mlx-lm is not installed")
     processors = sample_utils.make_logits_processors(repetition_penalty=1.3)
@@ -100,3 +143,14 @@ def test_mlx_lms_samplers_and_processors_are_taken(scenes):
         *scenes, QUESTION, sampler=sampler, logits_processors=processors, max_tokens=3
     )
     assert answer.generation_tokens > 0
+
+
+@pytest.mark.parametrize("prompt", [None, 3])
+def test_a_prompt_that_is_no_text_is_refused_with_its_value(scenes, prompt):
+    with pytest.raises(UserError, match=f"prompt is {prompt!r}; it must be a str"):
+        generate(*scenes, prompt)
+
+
+def test_an_option_that_a_batch_does_not_have_is_named(scenes):
+    with pytest.raises(TypeError, match=r"batch_generate\(\) got an unexpected argument 'verbose'"):
+        batch_generate(*scenes, ["Is there a red star?"], verbose=True)

@@ -1,8 +1,11 @@
 """Promises of every command line: its options are explained, whole, and named as it was called."""
 
 import argparse
+import ast
 import importlib
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,10 +14,12 @@ from mlx_vlm_prune.__main__ import COMMANDS
 from mlx_vlm_prune.__main__ import main as package_main
 from mlx_vlm_prune.checkpoints.command_line import VERSION, Parser, in_one_sentence, program
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.processor import TOKENIZER_ADVICE
 from mlx_vlm_prune.generation.arguments import build_parser
 
 from .entry_points import modules
 
+ROOT = Path(__file__).resolve().parents[1]
 MODULES = [
     name
     for name, is_command in modules("mlx_vlm_prune", "torch_ref", "convert", "benchmarks")
@@ -174,6 +179,23 @@ def test_a_command_puts_its_flags_in_place_of_parameters(sentence, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "keep_ratio"], "there is no image file keep_ratio"),
+        (["--image=./keep_ratio"], "there is no image file ./keep_ratio"),
+        (["--image", "keep_ratio"], "give keep_tokens; keep_ratio is damaged"),
+    ],
+)
+def test_what_a_user_typed_as_a_value_is_no_flag(arguments, sentence, capsys):
+    parser = build_parser()
+    with pytest.raises(SystemExit), in_one_sentence(parser):
+        parser.parse_args([*arguments, "-p", "hi", "--keep-tokens", "2"])
+        raise UserError(sentence)
+    translated = sentence.replace("keep_tokens", "--keep-tokens")
+    assert capsys.readouterr().err == f"error: {translated}\n"
+
+
+@pytest.mark.parametrize(
     ("options", "start"),
     [
         ({"temperature": -1}, "temperature is -1; it must be 0 or more"),
@@ -189,6 +211,23 @@ def test_an_error_in_python_names_the_parameter(options, start):
     with pytest.raises(UserError) as refused:
         generate(None, None, "Is there a red star?", **options)
     assert str(refused.value).startswith(start) and "--" not in str(refused.value)
+
+
+SPEAK_FLAGS = ("generate.py", "evaluate.py", "advise.py", "__main__.py")  # the commands
+
+
+@pytest.mark.parametrize("package", ["mlx_vlm_prune", "convert"])
+def test_the_errors_of_the_library_name_no_flags(package):
+    flagged = []
+    for file in sorted((ROOT / package).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for call in ast.walk(tree) if file.name not in SPEAK_FLAGS else ():
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "UserError":
+                text = ast.unparse(call)
+                # The whole of another command may be advice.
+                if re.search(r"--[a-z]", text) and "python -m" not in text:
+                    flagged.append(f"{file.relative_to(ROOT)}:{call.lineno}")
+    assert not flagged and "--" not in TOKENIZER_ADVICE
 
 
 MISTAKES = {

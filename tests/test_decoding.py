@@ -54,7 +54,7 @@ def test_top_p_never_picks_from_outside_the_set():
 
 
 def test_without_a_budget_a_note_names_the_flag(home, capsys):
-    budget._default_keep_ratio.cache_clear()
+    budget.default_keep_ratio.cache_clear()
     model, image = str(home / "tiny"), str(home / "a.png")
     main(["--model", model, "--image", image, "--prompt", QUESTION, "--pruner", "norm", "-m", "2"])
     written = capsys.readouterr()

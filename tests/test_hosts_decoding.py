@@ -76,6 +76,46 @@ def test_a_sampler_and_logits_processors_reach_mlx_vlms_loop(loaded, home, prune
     assert set(shapes) == {(1, 1)}
 
 
+@pytest.mark.parametrize("step_size", [None, 3])
+@pytest.mark.parametrize("pruner", ["none", "norm", "fastv"])
+def test_a_logits_processor_gets_the_whole_prompt_first(loaded, home, pruner, step_size):
+    """As from mlx-lm's loop and ours, with every placeholder, so that penalties are the same."""
+    model, processor = loaded["qwen2_5_vl"]
+    options = dict(image=home / "a.png", max_tokens=3)
+    host_options = {"prefill_step_size": step_size}
+    full, given = generate(model, processor, QUESTION, **options), []
+
+    def record(tokens_L, logits_1V):
+        given.append(tokens_L.tolist())
+        return logits_1V
+
+    answer = generate(
+        model, processor, QUESTION, pruner=pruner, keep_ratio=1.0 if pruner == "none" else 0.75,
+        logits_processors=[record], host_options=host_options, **options,
+    )  # fmt: skip
+    prompt = given[0]
+    assert len(prompt) == full.prompt_tokens
+    for n, tokens in enumerate(given[:3]):
+        assert tokens == prompt + answer.token_ids[:n]
+
+
+@pytest.mark.parametrize("name", ["sampler", "logits_processors"])
+def test_errors_of_a_users_function_are_not_blamed_on_the_cache(loaded, name):
+    def broken(*arrays):
+        raise ValueError("a mistake of the user's")
+
+    option = {name: broken if name == "sampler" else [broken]}
+    with pytest.raises(ValueError, match=r"^a mistake of the user's$"):
+        generate(*loaded["llava"], QUESTION, host_options={"kv_bits": 8}, **option)
+
+
+@pytest.mark.parametrize("name", ["sampler", "logits_processors"])
+def test_a_users_function_that_returns_no_array_is_refused(loaded, name):
+    option = {name: (lambda *_: 7) if name == "sampler" else [lambda *_: 7]}
+    with pytest.raises(UserError, match=r"returned 7; it must be"):
+        generate(*loaded["llava"], QUESTION, **option)
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -238,7 +238,7 @@ def test_what_mlx_vlm_converted_is_inspected_and_not_converted(published, tmp_pa
     folder = shutil.copytree(published.folder, tmp_path / "hf")
     rewritten(folder, MLX, axes=LAST)
     assert "llava, for mlx-vlm, if it knows this kind: nothing is to be" in describe(folder)
-    with pytest.raises(UserError, match="a LLaVA that mlx-vlm converted: --model takes it"):
+    with pytest.raises(UserError, match="a LLaVA that mlx-vlm converted: it is loaded as"):
         read_checkpoint(folder)
 
 

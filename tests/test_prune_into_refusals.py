@@ -7,6 +7,7 @@ import pytest
 
 from convert.__main__ import main
 from mlx_vlm_prune.hosts import pruned_folder as into
+from mlx_vlm_prune.pruners import budget
 
 
 @pytest.fixture
@@ -54,7 +55,6 @@ BUDGET = ("--keep-ratio", "0.5")
         (["--pruner", "norm", "--keep-ratio", "nan"], "must be above 0 and at most 1"),
         (["--pruner", "norm", "--keep-tokens", "0"], "it must be a whole number, at least 1"),
         (["--pruner", "norm", "--keep-tokens", "few"], "invalid int value"),
-        (["--pruner", "norm"], "--keep-ratio --keep-tokens is required"),
         ([*NORM, "--keep-tokens", "4"], "not allowed with"),
         (BUDGET, "--pruner"),
     ],
@@ -140,3 +140,16 @@ def test_it_says_what_was_written_and_that_it_will_be_executed(
     assert "warning: mlx-vlm executes pruned.py whenever it loads this folder" in output
     assert (tmp_path / "new" / "pruned.py").is_file()
     assert (tmp_path / "new" / "mlx_vlm_prune").is_dir() is bool(option)
+
+
+def test_without_a_budget_it_keeps_half_and_says_so(source, tmp_path, capsys):
+    budget.default_keep_ratio.cache_clear()
+    main(["prune-into", str(source), str(tmp_path / "new"), "--pruner", "norm"])
+    printed = capsys.readouterr()
+    assert printed.err == "note: norm has no budget and keeps --keep-ratio 0.5\n"
+    assert "a pruned.py that keeps 0.5 of an image's visual tokens by norm\n" in printed.out
+    text = (tmp_path / "new" / "pruned.py").read_text(encoding="utf-8")
+    assert "keeps 0.5 of each image's visual tokens, by norm." in text
+    assert "KEEP_RATIO, KEEP_TOKENS = 0.5, None" in text
+    config = json.loads((tmp_path / "new" / "config.json").read_text(encoding="utf-8"))
+    assert config["mlx_vlm_prune"]["keep_ratio"] == 0.5

@@ -12,7 +12,16 @@ import pytest
 from PIL import Image
 
 import mlx_vlm_prune
-from mlx_vlm_prune import Reduction, Signals, Stage, evaluate, generate, load, register_pruner
+from mlx_vlm_prune import (
+    Pruner,
+    Reduction,
+    Signals,
+    Stage,
+    evaluate,
+    generate,
+    load,
+    register_pruner,
+)
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.pruned_folder import prune_into
 from mlx_vlm_prune.pruners import METHODS, Method, listing, plan
@@ -148,3 +157,24 @@ def test_what_cannot_be_a_method_is_refused_and_changes_nothing(method, part, ta
     with pytest.raises(UserError, match=part):
         register_pruner(method)
     assert table == before
+
+
+WRONG = {
+    "it must be a Reduction": lambda B, K: mx.zeros((B, K), mx.uint32),
+    "without index_BK and weight_BKN": lambda B, K: Reduction(),
+    r"index_BK of shape \(1, 7\); it must be \(1, 8\)": lambda B, K: Reduction(mx.arange(7)[None]),
+    r"index_BK of shape \(8,\)": lambda B, K: Reduction(mx.arange(K)),
+    "index_BK of mlx.core.float32; give": lambda B, K: Reduction(mx.zeros((B, K))),
+    "index_BK as list": lambda B, K: Reduction([[0] * K]),
+    r"weight_BKN of shape \(1, 8, 3\)": lambda B, K: Reduction(None, mx.zeros((B, K, 3))),
+}
+
+
+@pytest.mark.parametrize("sentence", WRONG)
+def test_an_answer_that_is_no_reduction_to_K_slots_is_refused_by_the_methods_name(sentence):
+    def prune(signals: Signals, K: int) -> Reduction:
+        return WRONG[sentence](len(signals.x_BND), K)
+
+    method = Pruner("mine", Method("mine", "", Stage.FEATURES, prune=prune))
+    with pytest.raises(UserError, match=f"^mine returned .*{sentence}"):
+        method(Signals(mx.ones((1, 16, 4)), (4, 4)), 8)

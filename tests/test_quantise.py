@@ -158,8 +158,10 @@ def test_quantizing_twice_or_undoing_nothing_is_refused(scenes, tmp_path, capsys
     assert "quantized already" in refused(capsys, "to-mlx", target, tmp_path / "x", "-q")
     source = scenes.source
     assert "not quantized" in refused(capsys, "to-mlx", source, tmp_path / "x", "--dequantize")
-    assert "--dequantize first" in refused(capsys, "to-torch", target, tmp_path / "x.pth")
-    assert "--dequantize first" in refused(capsys, "to-hf", target, tmp_path / "x")
+    assert "dequantize it by to-mlx first" in refused(
+        capsys, "to-torch", target, tmp_path / "x.pth"
+    )
+    assert "dequantize it by to-mlx first" in refused(capsys, "to-hf", target, tmp_path / "x")
     assert "have no effect without -q" in refused(
         capsys, "to-mlx", source, tmp_path / "x", "--q-bits", "4"
     )

@@ -48,8 +48,17 @@ class Parser(argparse.ArgumentParser):
         """`module` is what `python -m` takes; a subcommand has `prog` in its place."""
         if module:
             settings["prog"] = program(module)
+        self.values: tuple[str, ...] = ()  # of the arguments that were parsed, as text
         super().__init__(formatter_class=_HelpFormatter, allow_abbrev=False, **settings)
         self.add_argument("--version", action="version", version=VERSION, help="print the version")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's own; the values stay here, so that `with_flags` can spare them."""
+        parsed = super().parse_args(args, namespace)
+        lists = (value if isinstance(value, list) else [value] for value in vars(parsed).values())
+        texts = [v for values in lists for v in values if isinstance(v, str | Path)]
+        self.values = tuple({text for v in texts for text in (str(v), str(Path(v))) if text})
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help lists the options)\n")
@@ -76,8 +85,17 @@ class Parser(argparse.ArgumentParser):
 
         `keep_ratio is 2` becomes `--keep-ratio is 2`, and `dtype='float32'` `--dtype float32`.
         A name of a single word, which may be a word of English, is replaced where its value
-        follows. Parts of paths, of pruner specs and of quoted text stay.
+        follows. Parts of paths, of pruner specs and of quoted text stay, and so does what the
+        user typed as an argument's value.
         """
+        spared = [re.escape(v) for v in self.values if self._translate(v) != v]
+        if not spared:
+            return self._translate(sentence)
+        longest_first = "|".join(sorted(spared, key=len, reverse=True))
+        parts = re.split(f"({longest_first})", sentence)
+        return "".join(part if i % 2 else self._translate(part) for i, part in enumerate(parts))
+
+    def _translate(self, sentence: str) -> str:
         flags, start = self.flags, r"(?<![\w./\\:,='\"-])(?<!: )"
         names, long = "|".join(flags), "|".join(name for name in flags if "_" in name) or "(?!)"
         value = r"(?:['\"\d-]|nan|inf|None)"

@@ -70,7 +70,7 @@ def read_ours(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTen
         raise UserError(f"{folder} is none of our checkpoint folders (see to-mlx)")
     config, sizes, tensors = _read_and_check(folder)
     if sizes.quantization:
-        raise UserError(f"{folder} is quantized; convert it to-mlx with --dequantize first")
+        raise UserError(f"{folder} is quantized; dequantize it by to-mlx first")
     return config, sizes, tensors
 
 

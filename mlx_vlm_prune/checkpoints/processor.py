@@ -19,8 +19,8 @@ PREPROCESSOR_CONFIG = "preprocessor_config.json"
 # Nothing here reads these; they are carried along, so that a LLaVA comes back as it was.
 CARRIED_FILES = ("generation_config.json", "processor_config.json")
 
-# The end of an error of `convert`.
-TOKENIZER_ADVICE = "; give the folder of the tokenizer with --tokenizer"
+# The end of an error about a checkpoint as published.
+TOKENIZER_ADVICE = "; give the folder of the tokenizer (tokenizer=FOLDER)"
 
 
 def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":

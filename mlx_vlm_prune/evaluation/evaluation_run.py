@@ -47,7 +47,7 @@ class EvaluatedModel(Protocol):
 class PreparedBatch:
     """Prepared questions with their numbers, and messages on the questions skipped before them."""
 
-    upto: int = 0  # questions of the set that are done after this batch
+    questions_done: int = 0  # questions of the set that are done after this batch
     numbers: list[int] = field(default_factory=list)
     prepared: list[Any] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -83,12 +83,12 @@ class EvaluationRun:
     @property
     def done(self) -> int:
         """How many questions are answered or skipped."""
-        return self.batches[-1].upto if self.batches else 0
+        return self.batches[-1].questions_done if self.batches else 0
 
     @property
     def answered(self) -> int:
         """How many questions are answered."""
-        return sum(len(batch.asked) for batch in self.batches)
+        return sum(len(batch.numbers) for batch in self.batches)
 
     @property
     def sizes(self) -> list[int]:
@@ -119,7 +119,7 @@ class EvaluationRun:
                 resume_file.append(batch)
                 self._record(batch)
                 bar.set_postfix_str(self.scores_so_far(), refresh=False)
-                bar.update(batch.upto * len(self.methods) - bar.n)
+                bar.update(batch.questions_done * len(self.methods) - bar.n)
 
     def _prepared_batches(self, start: int) -> Iterator[PreparedBatch]:
         """The questions from number `start` on, in batches."""
@@ -132,11 +132,11 @@ class EvaluationRun:
             except UserError as e:
                 bad.report(f"question {question.id}", str(e))
             if len(batch.numbers) == self.batch_size:
-                batch.upto, batch.skipped = n + 1, bad.messages
+                batch.questions_done, batch.skipped = n + 1, bad.messages
                 yield batch
                 batch, bad = PreparedBatch(), BadRecords(self.question_set.skip_bad)
         if batch.numbers or bad.messages:
-            batch.upto, batch.skipped = len(self.questions), bad.messages
+            batch.questions_done, batch.skipped = len(self.questions), bad.messages
             yield batch
 
     def _answer(self, batch: PreparedBatch) -> AnsweredBatch:
@@ -151,8 +151,8 @@ class EvaluationRun:
             sizes = model_batch.sizes
         full = answers[0].ids if answers else []
         return AnsweredBatch(
-            batch.upto, batch.numbers,
-            said=[[decode(ids) for ids in method.ids] for method in answers],
+            batch.questions_done, batch.numbers,
+            responses=[[decode(ids) for ids in method.ids] for method in answers],
             logprob=[method.logprob_B.tolist() for method in answers],
             loyal=[[a == b for a, b in zip(method.ids, full, strict=True)] for method in answers],
             seconds=time.perf_counter() - start, sizes=sizes, skipped=batch.skipped,
@@ -182,10 +182,13 @@ class EvaluationRun:
         """Append a batch to the answers of every method."""
         self.batches.append(batch)
         self.failures |= dict(batch.refused)
-        if not batch.asked:
+        if not batch.numbers:
             return
-        questions, score = [self.questions[n] for n in batch.asked], self.question_set.format.score
-        rows = zip(self.working, batch.said, batch.loyal, batch.logprob, strict=True)
+        questions, score = (
+            [self.questions[n] for n in batch.numbers],
+            self.question_set.format.score,
+        )
+        rows = zip(self.working, batch.responses, batch.loyal, batch.logprob, strict=True)
         for p, responses, loyal, logprobs in rows:
             answers = self.answers[p]
             answers.responses += responses
@@ -218,7 +221,7 @@ class EvaluationRun:
 
         Where a question of a group is missing, the whole group is left out.
         """
-        numbers = [n for batch in self.batches for n in batch.asked]
+        numbers = [n for batch in self.batches for n in batch.numbers]
         questions = [self.questions[n] for n in numbers]
         missing = [self.questions[n] for n in sorted(set(range(len(self.questions))) - {*numbers})]
         incomplete = dict.fromkeys((q.kind, q.group) for q in missing if q.group)

@@ -20,14 +20,14 @@ from ..checkpoints.reading.files import append_json, parse_json
 class AnsweredBatch:
     """A batch of questions with the answers of all methods. The field names are the file's keys.
 
-    `upto` is how many questions of the set are done after this batch. `asked` are the numbers of
-    its questions; those in `skipped` are not among them. `refused` holds the methods that failed
-    in this batch, as [number, reason]: they have no row from here on.
+    `questions_done` is how many questions of the set are done after this batch. `numbers` are
+    those of its questions, without those in `skipped`. `refused` holds the methods that failed in
+    this batch, as [number, reason]: they have no row from here on.
     """
 
-    upto: int
-    asked: list[int]
-    said: list[list[str]]  # (P, B): the responses
+    questions_done: int
+    numbers: list[int]
+    responses: list[list[str]]  # (P, B)
     logprob: list[list[float]]  # (P, B): of the right answers
     loyal: list[list[bool]]  # (P, B): the same ids as the first method's
     seconds: float

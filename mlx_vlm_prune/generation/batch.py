@@ -16,7 +16,7 @@ from ..machine.clock import Clock
 from ..models.loading import Processor
 from ..models.vlm import VLM
 from ..pruners.budget import budget
-from .request import ImageSource, Request, list_images
+from .request import GenerateOptions, ImageSource, Request, list_images
 from .result import GenerationResult
 from .steps import collect_answers, generate_step, make_chooser
 from .stream import (
@@ -47,6 +47,8 @@ def batch_requests(
         )
     if options.get("num_draft_tokens") is not None:
         raise UserError("num_draft_tokens is for one prompt at a time; leave it out of a batch")
+    if unknown := set(options) - GenerateOptions.__annotations__.keys():
+        raise TypeError(f"batch_generate() got an unexpected argument {min(unknown)!r}")
     requests = []
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
         with naming_prompt(number, len(prompts)):

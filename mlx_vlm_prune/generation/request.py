@@ -16,7 +16,8 @@ from ..pruners.contract import Policy
 
 ImageSource = str | Path | bytes | Image.Image
 # As mlx-lm's, of L tokens and V words: log-probabilities (1, V) to a token id (1,), and
-# (tokens (L,), logits (1, V)) to logits (1, V).
+# (tokens (L,), logits (1, V)) to logits (1, V). The tokens are the whole prompt's, with all its
+# placeholders, and those of the answer so far.
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 HOST_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start", "resize_shape")
@@ -61,6 +62,7 @@ class Request:
     host_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         if self.positions not in (None, "keep", "renumber"):
             raise UserError(f"positions is {self.positions!r}; it is keep or renumber")
         check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)
@@ -78,6 +80,29 @@ class Request:
         return {name: value for name, value in options.items() if value is not None}
 
 
+def _check_kinds(request: Request) -> None:
+    """Raises UserError for a value of another kind, where nothing else would name it."""
+    processors = request.logits_processors
+    is_list = processors is None or isinstance(processors, Sequence)
+    right = {
+        "prompt": (isinstance(request.prompt, str), "a str"),
+        "sampler": (request.sampler is None or callable(request.sampler), "a function"),
+        "logits_processors": (is_list and all(map(callable, processors or ())), "a list of"
+                              " functions"),
+        "chat_template_config": (isinstance(request.chat_template_config or {}, Mapping),
+                                 "a mapping"),
+        "num_draft_tokens": (is_whole(request.num_draft_tokens or 1), "a whole number"),
+    }  # fmt: skip
+    for name, (is_right, kind) in right.items():
+        if not is_right:
+            raise UserError(f"{name} is {getattr(request, name)!r}; it must be {kind}")
+
+
+def is_whole(value: Any) -> bool:
+    """A whole number, which True is not?"""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _check_host_options(options: Any) -> None:
     """Raises UserError for what is no mapping, or has an unknown name."""
     known = ", ".join(HOST_OPTIONS)
@@ -90,13 +115,13 @@ def _check_host_options(options: Any) -> None:
 
 def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Say early how an answer cannot be decoded. Raises UserError."""
-    if not (isinstance(max_tokens, Integral) and max_tokens >= 1):
+    if not (is_whole(max_tokens) and max_tokens >= 1):
         raise UserError(f"max_tokens is {max_tokens!r}; it must be at least 1, a whole number")
     if not (isinstance(temperature, Real) and 0 <= temperature < float("inf")):
         raise UserError(f"temperature is {temperature!r}; it must be 0 or more")
     if not (isinstance(top_p, Real) and 0 < top_p <= 1):
         raise UserError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
-    if not (isinstance(seed, Integral) and 0 <= seed < 2**63):
+    if not (is_whole(seed) and 0 <= seed < 2**63):
         raise UserError(f"seed is {seed!r}; it must be at least 0 and below 2**63")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checkpoints.errors import UserError
 from .prefill import Prefill
-from .request import Request
+from .request import LogitsProcessor, Request, Sampler
 
 PADDING = -1  # behind a right answer that is shorter than the longest
 TokenChooser = Callable[[mx.array], mx.array]  # logits (B, V) to token ids (B, 1)
@@ -54,6 +54,26 @@ class TopP:
         return mx.random.categorical(logits_BV, key=now)[:, None]
 
 
+def process_logits(processor: LogitsProcessor, tokens_L: mx.array, logits_1V: mx.array) -> mx.array:
+    """A user's processor, called. Raises UserError where it returns no logits (1, V)."""
+    logits = processor(tokens_L, logits_1V)
+    if not isinstance(logits, mx.array) or logits.shape != logits_1V.shape:
+        shape = f"shape {logits.shape}" if isinstance(logits, mx.array) else repr(logits)
+        raise UserError(
+            f"a logits processor returned {shape}; it must be logits of shape {logits_1V.shape}"
+        )
+    return logits
+
+
+def sample_token(sampler: Sampler, logprobs_1V: mx.array) -> mx.array:
+    """A user's sampler, called: a token id (1,). Raises UserError where it returns none."""
+    token = sampler(logprobs_1V)
+    is_id = isinstance(token, mx.array) and mx.issubdtype(token.dtype, mx.integer)
+    if not is_id or token.size != 1:
+        raise UserError(f"the sampler returned {token!r}; it must be one token id (1,)")
+    return token.reshape(1)
+
+
 class PromptChooser:
     """Chooses one prompt's tokens: logits processors first, then the sampler, as mlx-lm does.
 
@@ -69,15 +89,12 @@ class PromptChooser:
     def __call__(self, logits_1V: mx.array) -> mx.array:
         """A token id (1, 1). Raises UserError where a sampler returns anything else."""
         for processor in self.processors:
-            logits_1V = processor(self.tokens_L, logits_1V)
+            logits_1V = process_logits(processor, self.tokens_L, logits_1V)
         if self.sampler is None:
             token_11 = self.default(logits_1V)
         else:
             logprobs_1V = logits_1V - mx.logsumexp(logits_1V, axis=-1, keepdims=True)
-            token = self.sampler(logprobs_1V)
-            if not isinstance(token, mx.array) or token.size != 1:
-                raise UserError(f"the sampler returned {token!r}; it must be one token id (1,)")
-            token_11 = token.reshape(1, 1)
+            token_11 = sample_token(self.sampler, logprobs_1V)[None]
         if self.processors:
             self.tokens_L = mx.concatenate([self.tokens_L, token_11[0].astype(mx.int32)])
         return token_11

@@ -34,7 +34,7 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
         return positions or pipeline.positions
     if positions == "keep":
         raise UserError(
-            f"positions='keep' cannot be had in a {kind} model: it counts the rows it is given;"
+            f"positions='keep' is not possible in a {kind} model: it counts the rows it is given;"
             " leave the option out"
         )
     return "renumber"

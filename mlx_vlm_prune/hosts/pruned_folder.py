@@ -23,7 +23,7 @@ from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import atomic_path, read_json, write_json
 from ..checkpoints.version import __version__
 from ..pruners import NAMES, Pipeline, Stage, plan
-from ..pruners.budget import check_budget
+from ..pruners.budget import check_budget, default_keep_ratio
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
@@ -92,23 +92,24 @@ attach = sys.modules[NAME].attach""")
 
 @dataclass(frozen=True)
 class WrittenFiles:
-    """How many files a new folder has of each kind."""
+    """How many files a new folder has of each kind, and how many tokens its model keeps."""
 
     linked: int
     copied: int
     vendored: int  # of this package
+    budget: str  # of an image's visual tokens: a share, or a number
 
 
 def prune_into(
     source: Path,
     target: Path,
     pruner: str,
-    keep_ratio: float | None,
-    keep_tokens: int | None,
+    keep_ratio: float | None = None,
+    keep_tokens: int | None = None,
     vendor: bool = False,
 ) -> WrittenFiles:
     """Write `target`, which is `source` with a model that prunes; `vendor` adds a copy of this
-    package.
+    package. Without a budget half of an image's visual tokens stay.
 
     Raises UserError, and leaves nothing, where the model, the method or the budget cannot be.
     """
@@ -116,7 +117,7 @@ def prune_into(
     pipeline = _pipeline(pruner)
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
-        raise UserError("give keep_ratio or keep_tokens")
+        keep_ratio = default_keep_ratio(pipeline.spec)
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
     record: dict[str, Any] = {"pruner": pipeline.spec, "version": __version__}
@@ -132,7 +133,7 @@ def prune_into(
             (folder / name).write_bytes(content)
         write_json(folder / "config.json", config | {"model_file": MODEL_FILE, RECORD: record})
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
-    return WrittenFiles(linked, copied, len(copies))
+    return WrittenFiles(linked, copied, len(copies), _budget_text(keep_ratio, keep_tokens))
 
 
 def _config(source: Path) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def _model_file_text(
     copies: Mapping[str, bytes],
 ) -> str:
     """The text of pruned.py."""
-    budget = f"{keep_ratio:.4g}" if keep_tokens is None else f"{keep_tokens}"
+    budget = _budget_text(keep_ratio, keep_tokens)
     about = [
         f"This {kind} model keeps {budget} of each image's visual tokens, by {pruner}.",
         'mlx-vlm runs this file because config.json names it as "model_file"; without that line the'
@@ -216,6 +217,10 @@ def _model_file_text(
         ),
         pruner=json.dumps(pruner), keep_ratio=keep_ratio, keep_tokens=keep_tokens, more=more,
     )  # fmt: skip
+
+
+def _budget_text(keep_ratio: float | None, keep_tokens: int | None) -> str:
+    return f"{keep_ratio:.4g}" if keep_tokens is None else f"{keep_tokens}"
 
 
 def _token_id(source: Path, text: str) -> int:

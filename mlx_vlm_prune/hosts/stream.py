@@ -6,14 +6,17 @@ Shapes: l rows of the prompt.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from numbers import Integral, Real
+from traceback import walk_tb
 from typing import Any
 
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
-from ..generation.request import Request
+from ..generation.request import LogitsProcessor, Request
 from ..generation.result import GenerationResponse, GenerationResult, Transcript
+from ..generation.steps import process_logits, sample_token
 from ..generation.stream import initial_result
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import UNPRUNED, Clock
@@ -102,8 +105,8 @@ def decoding_arguments(request: Request) -> dict[str, Any]:
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed,
-        "sampler": request.sampler,
-        "logits_processors": request.logits_processors and [*request.logits_processors],
+        "sampler": request.sampler and partial(sample_token, request.sampler),
+        "logits_processors": request.logits_processors,
     }
     return arguments | cache_options(request.given_host_options)
 
@@ -111,14 +114,36 @@ def decoding_arguments(request: Request) -> dict[str, Any]:
 def explain_kv_bits_errors(
     pieces: Iterator[GenerationResponse], kv_bits: float | None
 ) -> Iterator[GenerationResponse]:
-    """The pieces; where mlx-vlm cannot give the cache so few bits, UserError says so."""
+    """The pieces; where mlx-vlm cannot give the cache so few bits, UserError says so.
+
+    Errors of the user's sampler and logits processors stay as they are.
+    """
     try:
         yield from pieces
     except ValueError as problem:
-        if kv_bits is None or isinstance(problem, UserError):
+        calls = {frame.f_code for frame, _ in walk_tb(problem.__traceback__)}
+        is_users = not calls.isdisjoint({sample_token.__code__, process_logits.__code__})
+        if kv_bits is None or isinstance(problem, UserError) or is_users:
             raise
         reason = " ".join(str(problem).split())
         raise UserError(f"kv_bits={kv_bits:g} cannot be had of this model: {reason}") from problem
+
+
+class WholePrompt:
+    """A logits processor that gets all tokens of a prompt, as mlx-lm's loop gives them.
+
+    mlx-vlm's loop gives those that it read last: one, or all that pruning has left.
+    """
+
+    def __init__(self, processor: LogitsProcessor, ids: Sequence[int]):
+        self.processor, self.prompt_L, self.answer_tokens = processor, mx.array([*ids]), 0
+
+    def __call__(self, tokens_L: mx.array, logits_1V: mx.array) -> mx.array:
+        """Logits (1, V); each call is for one more token of the answer."""
+        answer_L = tokens_L[tokens_L.size - self.answer_tokens :]
+        self.answer_tokens += 1
+        tokens_L = mx.concatenate([self.prompt_L, answer_L.astype(self.prompt_L.dtype)])
+        return process_logits(self.processor, tokens_L, logits_1V)
 
 
 def _decode(
@@ -132,6 +157,9 @@ def _decode(
 
     cache = prompt.cache or make_prompt_cache(host.language)
     arguments = {"prompt_cache": cache, **decoding, **prompt.arguments}
+    if processors := decoding["logits_processors"]:
+        ids = prompt.inputs.ids
+        arguments["logits_processors"] = [WholePrompt(each, ids) for each in processors]
     transcript: Transcript | None = None
     held = ""
     for piece in decode(host.model, host.processor, "", **arguments):

@@ -29,10 +29,12 @@ def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
     """Say early what is wrong with a budget, however many tokens an image has. Raises UserError."""
     if keep_ratio is not None and keep_tokens is not None:
         raise UserError("give keep_ratio or keep_tokens, not both")
-    if keep_ratio is not None and not (isinstance(keep_ratio, Real) and 0 < keep_ratio <= 1):
-        raise UserError(f"keep_ratio is {keep_ratio}; it must be above 0 and at most 1")
-    if keep_tokens is not None and not (isinstance(keep_tokens, Integral) and keep_tokens >= 1):
-        raise UserError(f"keep_tokens is {keep_tokens}; it must be a whole number, at least 1")
+    is_ratio = isinstance(keep_ratio, Real) and not isinstance(keep_ratio, bool)
+    if keep_ratio is not None and not (is_ratio and 0 < keep_ratio <= 1):
+        raise UserError(f"keep_ratio is {keep_ratio!r}; it must be above 0 and at most 1")
+    is_count = isinstance(keep_tokens, Integral) and not isinstance(keep_tokens, bool)
+    if keep_tokens is not None and not (is_count and keep_tokens >= 1):
+        raise UserError(f"keep_tokens is {keep_tokens!r}; it must be a whole number, at least 1")
 
 
 def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pipeline) -> int:
@@ -43,7 +45,7 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
             return pruner.trained_tokens
-        keep_ratio = 1.0 if pruner.spec == "none" else _default_keep_ratio(pruner.spec)
+        keep_ratio = 1.0 if pruner.spec == "none" else default_keep_ratio(pruner.spec)
     K = tokens_for(N, keep_ratio) if keep_ratio is not None else keep_tokens
     assert K is not None
     if pruner.spec == "none" and K != N:
@@ -57,7 +59,7 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Pi
 
 
 @functools.cache
-def _default_keep_ratio(spec: str) -> float:
+def default_keep_ratio(spec: str) -> float:
     """The share that a method keeps without a budget; it is logged once for each method."""
     logger.warning("%s has no budget and keeps keep_ratio=%g", spec, DEFAULT_KEEP_RATIO)
     return DEFAULT_KEEP_RATIO

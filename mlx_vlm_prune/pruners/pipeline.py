@@ -112,8 +112,29 @@ class Pruner:
         is_finite = mx.isfinite(signals.x_BND).all()
         if choice_dtype() == mx.float64:  # on the CPU, where looking costs nothing
             Reduction(is_finite=is_finite).check()
-        kept: Reduction = self.call(self.method.prune or self.weights.prune, signals, K)
-        return replace(kept, is_finite=is_finite)
+        kept = self.call(self.method.prune or self.weights.prune, signals, K)
+        return replace(_checked(self.name, kept, signals, K), is_finite=is_finite)
+
+
+def _checked(name: str, kept: Any, signals: Signals, K: int) -> Reduction:
+    """A method's answer. Raises UserError unless its shapes and dtypes are those of K slots."""
+    if not isinstance(kept, Reduction):
+        raise UserError(f"{name} returned {type(kept).__name__}; it must be a Reduction")
+    if kept.index_BK is None and kept.weight_BKN is None:
+        raise UserError(f"{name} returned a Reduction without index_BK and weight_BKN")
+    B, N, _ = signals.x_BND.shape
+    shapes = {"index_BK": (B, K), "weight_BKN": (B, K, N), "value_BND": (B, N)}
+    for part, shape in {**shapes, "slot_BN": (B, N), "share_BN": (B, N)}.items():
+        array = getattr(kept, part)
+        if array is None:
+            continue
+        if not isinstance(array, mx.array):
+            raise UserError(f"{name} returned {part} as {type(array).__name__}, not as mx.array")
+        if array.shape[: len(shape)] != shape or array.ndim != len(part.rpartition("_")[2]):
+            raise UserError(f"{name} returned {part} of shape {array.shape}; it must be {shape}")
+    if kept.index_BK is not None and not mx.issubdtype(kept.index_BK.dtype, mx.integer):
+        raise UserError(f"{name} returned index_BK of {kept.index_BK.dtype}; give whole numbers")
+    return kept
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def read_state(source: Path, vision: Path | None) -> tuple[dict[str, RawTensor],
 def _tower_folder(source: Path, state: Mapping[str, RawTensor], vision: Path | None) -> Path | None:
     if not is_original_folder(source) or any(name.startswith(INSIDE) for name in state):
         if vision:
-            raise UserError(f"{source} holds the tower it was trained with; leave out --vision")
+            raise UserError(
+                f"{source} holds the tower it was trained with; leave out vision=FOLDER"
+            )
         return None
     beside = source / _folder_name(read_json(source / CONFIG)["mm_vision_tower"])
     return vision or (beside if beside.is_dir() else None)
@@ -83,8 +85,8 @@ def as_transformers(
     if lacks_tower(state):
         name = config["mm_vision_tower"]
         raise UserError(
-            f"{source} holds no vision tower: give the folder of {name} with --vision of"
-            f" python -m mlx_vlm_prune convert to-mlx, or put it at {source / _folder_name(name)}"
+            f"{source} holds no vision tower: give the folder of {name} to convert to-mlx"
+            f" (vision=FOLDER), or put it at {source / _folder_name(name)}"
         )
     return {
         "text_config": {**config, "model_type": "llama"},

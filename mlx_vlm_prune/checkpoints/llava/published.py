@@ -126,8 +126,8 @@ def _layout_and_sizes(
         config = original.as_transformers(state, folder, tower_folder)
     elif not _is_by_transformers(folder):
         raise UserError(
-            f"{folder} is a LLaVA that mlx-vlm converted: --model takes it as it is, and only one"
-            " as transformers wrote it can be converted"
+            f"{folder} is a LLaVA that mlx-vlm converted: it is loaded as it is, and only one as"
+            " transformers wrote it can be converted"
         )
     layout = recognise(state)
     if layout is None:

@@ -108,7 +108,7 @@ def read_published(
     if "vision_config" not in published.sizes:
         raise UserError(
             f"{source} holds no vision tower (MiniMind-V is published without one); give the"
-            " folder of its CLIP or SigLIP with --vision"
+            " folder of its CLIP or SigLIP to convert to-mlx (vision=FOLDER)"
         )
     check_tied(published.raw, *published.generation.tied, source)
     check_complete(published.tensors, parse_sizes(published.sizes, source), source)

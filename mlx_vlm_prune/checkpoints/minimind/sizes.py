@@ -39,7 +39,7 @@ def text_config(
     if not fits or q_rows != hidden_size or heads % kv_heads:
         raise UserError(
             f"{where}: {heads} heads and {kv_heads} key/value heads do not fit the shapes "
-            f"(queries {q_rows}, keys {k_rows} rows); give --heads and --kv-heads"
+            f"(queries {q_rows}, keys {k_rows} rows); give heads=N and kv_heads=N"
         )
     return {
         "hidden_size": hidden_size,

@@ -80,8 +80,8 @@ def _offsets_fault(header: dict[str, Any], body: int) -> str | None:
         if begin < end:
             return f"tensors {before!r} and {name!r} overlap"
         if begin > end:
-            return f"there are {begin - end} bytes of nobody before tensor {name!r}"
+            return f"there are {begin - end} bytes of no tensor before tensor {name!r}"
     end = ends[-1][1][1]
     if end > body:
         return f"it is cut off: {end - body} bytes are missing at its end"
-    return f"there are {body - end} bytes of nobody at its end" if end < body else None
+    return f"there are {body - end} bytes of no tensor at its end" if end < body else None

@@ -69,7 +69,7 @@ def question_answer_pairs(
     asker, answerer = speakers
     dialogue = [turn for turn in turns if turn.get(speaker_key) in speakers]
     if not dialogue:
-        raise RecordError(f"nobody says anything (a turn's {speaker_key} is {asker} or {answerer})")
+        raise RecordError(f"no turn can be used (a turn's {speaker_key} is {asker} or {answerer})")
     in_turns = all(turn[speaker_key] == speakers[n % 2] for n, turn in enumerate(dialogue))
     if len(dialogue) % 2 or not in_turns:
         raise RecordError(f"turns of {asker} and {answerer} do not alternate")

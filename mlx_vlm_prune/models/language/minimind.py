@@ -2,7 +2,7 @@
 
 MiniMind2 is Llama-like; MiniMind-3 is Qwen3-like, which adds normed queries and keys. Both
 also come as mixtures of experts. With an output layer of its own it is Vicuna, with biases
-of queries, keys and values Qwen2: what LLaVA-style models speak through.
+of queries, keys and values Qwen2: the language models of LLaVA-style ones.
 
 Every token carries its position: after pruning, positions have gaps, and what a
 token sees is decided by positions alone.
