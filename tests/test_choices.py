@@ -81,6 +81,20 @@ def test_nothing_returns_to_the_host_before_the_first_logits(model, spec, monkey
     assert len(returns) == RETURNS.get(spec, 0)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_whole_prompt_keeps_in_float32_what_it_keeps_in_float64(model, spec):
+    chain = plan(spec, {**model.learned, "attention_pool": AttentionPool(K, 32)})
+    pixels = mx.random.normal((3, 64, 64, 3), key=mx.random.key(1))
+    kept, logits = [], []
+    for name in ("float64", "float32"):
+        with precision(name):
+            prefill = model(ROWS, pixels, chain, model.N if spec == "none" else K)
+            logits.append(np.array(prefill.logits_BV))
+        kept.append([prefill.trace.kept(image) for image in range(3)])
+    assert kept[0] == kept[1]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("read", [mx.eval, np.array, lambda x: x.sum().item(), mx.async_eval])
 def test_a_planted_read_would_be_seen(model, read, monkeypatch):
     def reading(score_BN: mx.array, K: int) -> mx.array:
