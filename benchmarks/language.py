@@ -4,7 +4,8 @@ On MLX's default device, whatever it is, nothing pruned: for each shape in each 
 (`bfloat16`, `4bit`, `float32`, …) both read a prompt and compute new tokens in turns, with the same
 random weights. Their logits are compared first, as in benchmarks/rivals.py, whose rows these are.
 On a GPU ours is measured again as it reads a pruned prompt whose positions have gaps, every row
-rotated by itself; on a CPU that is the same. The ratio is theirs ÷ ours; the last line is one JSON object of all figures.
+rotated by itself; on a CPU that is the same. The ratio is theirs ÷ ours; the last line is one JSON
+object of all figures.
 
     python -m benchmarks.language --shape llava-7b --shape minimind2-v --runs 10
 """
