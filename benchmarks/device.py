@@ -169,6 +169,9 @@ def measure_case(
     figures = row(setting, full, possible[0], measured)
     ms = {kind: {part: figures["ms"][kind][part] for part in PARTS} for kind in figures["ms"]}
     gain = {part: figures["gain"][part] for part in ("vision", "total")}
+    if len(measured) == 1:  # a single pair has no spread, so its gain is not clear
+        gain = {part: {**each, "realised": None, "of_predicted": None}
+                for part, each in gain.items()}  # fmt: skip
     entry = rounded({**case, "kept": figures["kept"], "runs": len(measured), "ms": ms,
                      "gain": gain, "peak_bytes": figures["peak_bytes"]})  # fmt: skip
     report.add("rows", entry)

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
@@ -72,36 +73,42 @@ class Pair:
 
 @dataclass
 class DecodingState:
-    """Our language model's cache and the position of the next token."""
+    """Our language model's cache and the position (1, 1) of the next token."""
 
     cache: list[LayerCache]
-    position: int
+    position: mx.array
 
 
 class OurLanguage:
-    """Our language model, called as `VLM` calls it for a prompt without padding."""
+    """Our language model, called as `VLM` calls it for a prompt without padding.
 
-    def __init__(self, model: MiniMind, embeds_1LD: mx.array):
-        self.model, self.embeds_1LD = model, embeds_1LD
+    `contiguous` is False of a prompt that is read as one whose positions have gaps.
+    """
+
+    def __init__(self, model: MiniMind, embeds_1LD: mx.array, contiguous: bool = True):
+        self.model, self.embeds_1LD, self.contiguous = model, embeds_1LD, contiguous
 
     def prompt_logits(self) -> np.ndarray:
-        x_1LD = self._run(self.embeds_1LD, 0, self.model.make_cache())
+        x_1LD = self._read_prompt(self.model.make_cache())
         return np.array(self.model.logits(x_1LD)[0].astype(mx.float32))
 
     def prefill(self) -> tuple[mx.array, DecodingState]:
         cache = self.model.make_cache()
-        x_1LD = self._run(self.embeds_1LD, 0, cache)
-        return self.model.logits(x_1LD[:, -1]), DecodingState(cache, self.embeds_1LD.shape[1])
+        x_1LD = self._read_prompt(cache)
+        next_11 = mx.array([[x_1LD.shape[1]]], dtype=mx.int32)
+        return self.model.logits(x_1LD[:, -1]), DecodingState(cache, next_11)
 
     def step(self, token_1: mx.array, state: DecodingState) -> mx.array:
-        x_11D = self._run(self.model.embed_tokens(token_1[None]), state.position, state.cache)
-        state.position += 1
+        x_11D, layers = self.model.embed_tokens(token_1[None]), range(self.model.depth)
+        x_11D = self.model.run(layers, x_11D, state.position, state.cache, contiguous=True)
+        state.position = state.position + 1
         return self.model.logits(x_11D[:, -1])
 
-    def _run(self, x_1LD: mx.array, start: int, cache: list[LayerCache]) -> mx.array:
-        """Hidden states (1, L, D) after all layers; positions count from `start`."""
-        positions_1L = start + mx.arange(x_1LD.shape[1])[None]
-        return self.model.run(range(self.model.depth), x_1LD, positions_1L, cache)
+    def _read_prompt(self, cache: list[LayerCache]) -> mx.array:
+        """Hidden states (1, L, D) after all layers."""
+        x_1LD, layers = self.embeds_1LD, range(self.model.depth)
+        positions_1L = mx.arange(x_1LD.shape[1], dtype=mx.int32)[None]
+        return self.model.run(layers, x_1LD, positions_1L, cache, contiguous=self.contiguous)
 
 
 class TheirLanguage:
@@ -113,10 +120,12 @@ class TheirLanguage:
         sizes = {**asdict(model.config), "head_dim": model.config.head_dim}
         fields = {**sizes, "model_type": family.__name__}
         self.model = family.Model(family.ModelArgs.from_dict(fields))
-        weights: Any = tree_flatten(model.parameters())
-        prefixes = {"lm_head.weight": ""}  # the others stand below the output layer
+        down_proj = model.layers[0].mlp.down_proj
+        if isinstance(down_proj, nn.QuantizedLinear):
+            nn.quantize(self.model, down_proj.group_size, down_proj.bits)
+        weights: Any = tree_flatten({"model": model.parameters()})
         self.model.load_weights(
-            [(prefixes.get(name, "model.") + name, weight) for name, weight in weights]
+            [(name.replace("model.lm_head", "lm_head"), weight) for name, weight in weights]
         )
         self.embeds_1LD = embeds_1LD
 
@@ -147,7 +156,7 @@ def pair_mlx_lm(config: VLMConfig) -> Pair:
     return pair_languages(model, config.N + TEXT_TOKENS)
 
 
-def pair_languages(model: MiniMind, rows: int) -> Pair:
+def pair_languages(model: MiniMind, rows: int, contiguous: bool = True) -> Pair:
     """Our language model and mlx-lm's with its weights, and a prompt of random embeddings."""
     dtype = model.norm.weight.dtype
     embeds_1LD = mx.random.normal((1, rows, model.config.hidden_size)).astype(dtype)
@@ -158,7 +167,8 @@ def pair_languages(model: MiniMind, rows: int) -> Pair:
         mx.async_eval(token_1)
         return token_1
 
-    ours, theirs = OurLanguage(model, embeds_1LD), TheirLanguage(model, embeds_1LD)
+    ours = OurLanguage(model, embeds_1LD, contiguous)
+    theirs = TheirLanguage(model, embeds_1LD)
     return Pair(ours, theirs, argmax_token, "prefill", f"mlx on {device()}")
 
 
@@ -299,12 +309,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = parser("rivals", __doc__, names_result=True)
     add = p.add_argument
     add("--shape", action="append", help=f"{', '.join(SHAPES)}; repeat (default: the rival's)")
-    add(
-        "--rival",
-        action="append",
-        choices=RIVALS,
-        help="library to compare with; repeat (default: both)",
-    )
+    add("--rival", action="append", choices=RIVALS, help="repeat (default: both)")
     add("--tokens", type=positive, default=16, help="new tokens of every answer")
     add("--runs", type=positive, default=20, help="measured runs of each side")
     add("--warmup", type=natural, default=2, help="warm-up runs of each side")

@@ -107,6 +107,11 @@ def test_when_time_is_over_it_stops_and_names_what_is_missing(monkeypatch, capsy
     assert "Not measured, since time was over: 3 cases." in device_page.page(results)
 
 
+def test_of_a_single_pair_no_gain_is_reported(capsys):
+    _, result = measured(capsys, *FEW, "--runs", "1")
+    assert [row["gain"]["total"]["realised"] for row in result["rows"]] == [None] * 4
+
+
 def test_time_is_over_at_its_minutes(monkeypatch, capsys):
     _, result = measured(capsys, *FEW, "--minutes", "1e-9")
     assert not result["rows"] and result["missing"] == KEYS
