@@ -39,7 +39,7 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
     with choosing():
         error_BN = approximation_errors(signals.x_BND, basis)
         index_BK = keep_highest(error_BN, K)
-        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK))
+        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK)[1])
 
 
 def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:

@@ -17,11 +17,9 @@ def prune(signals: Signals, K: int) -> Reduction:
     """Merge each window into its mean, at the position of its middle token."""
     B, N, _ = signals.x_BND.shape
     pooled = sorted(windows(signals.grid, K), key=centre)
-    weight_KN = np.zeros((K, N), dtype=np.float32)
+    slot_N = np.zeros(N, np.int32)
     for slot, window in enumerate(pooled):
-        weight_KN[slot, window.ravel()] = 1 / window.size
+        slot_N[window.ravel()] = slot
     index_K = mx.array([centre(window) for window in pooled])
-    return Reduction(
-        index_BK=mx.broadcast_to(index_K, (B, K)),
-        weight_BKN=mx.broadcast_to(mx.array(weight_KN), (B, K, N)),
-    )
+    slot_BN = mx.broadcast_to(mx.array(slot_N), (B, N))
+    return Reduction.merge(mx.broadcast_to(index_K, (B, K)), slot_BN)

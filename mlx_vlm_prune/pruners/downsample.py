@@ -36,11 +36,9 @@ def block_means(grid: tuple[int, int], small: tuple[int, int], B: int) -> Reduct
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     home_N = row * small[0] // grid[0] * small[1] + column * small[1] // grid[1]
     K = small[0] * small[1]
-    member_KN = home_N == np.arange(K)[:, None]
-    weight_KN = (member_KN / member_KN.sum(axis=1, keepdims=True)).astype(np.float32)
-    middle_K = [_middle(np.flatnonzero(member), grid[1]) for member in member_KN]
+    middle_K = [_middle(np.flatnonzero(home_N == slot), grid[1]) for slot in range(K)]
     index_BK = mx.broadcast_to(mx.array(middle_K), (B, K))
-    return Reduction(index_BK, mx.broadcast_to(mx.array(weight_KN), (B, *weight_KN.shape)))
+    return Reduction.merge(index_BK, mx.broadcast_to(mx.array(home_N), (B, len(home_N))))
 
 
 def _middle(members: np.ndarray, columns: int) -> int:

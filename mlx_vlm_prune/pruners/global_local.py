@@ -48,4 +48,4 @@ def prune(
     score_BN = mx.where(is_local_BN, mx.inf, signals.cls_attention_BN)
     index_BK = keep_highest(score_BN, K)
     with choosing():
-        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK))
+        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK)[1])

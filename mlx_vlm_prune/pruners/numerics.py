@@ -63,7 +63,7 @@ def on_host(*arrays: mx.array) -> list[np.ndarray]:
     by definition. Floats become float64."""
     mx.eval(arrays)
     values = [np.array(array) for array in arrays]
-    return [v.astype(np.float64) if v.dtype.kind == "f" else v for v in values]
+    return [v.astype(np.float64, copy=False) if v.dtype.kind == "f" else v for v in values]
 
 
 def after_step(count: int, *arrays: mx.array) -> None:

@@ -24,8 +24,9 @@ import mlx.core as mx
 import numpy as np
 
 from .budget import one_cut
-from .contract import Reduction, Signals, Stage
-from .numerics import choosing, cosine, on_host, rounded, to_choice_dtype
+from .contract import Reduction, Signals, Stage, take
+from .numerics import choice_dtype, choosing, cosine, on_host, rounded, to_choice_dtype
+from .rows import nearest_slots
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"mean_attention": None}
@@ -50,27 +51,23 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
     with choosing():
         length_BN = mx.sqrt(mx.square(to_choice_dtype(signals.x_BND)).sum(axis=-1))
         worth_BN = rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN)
-        worths, alike = on_host(worth_BN, cosine(signals.next_keys_BND))
-    n = K + int(clustered * (worth_BN.shape[1] - K))
-    pairs = [cluster(w, 1 - a, K, n) for w, a in zip(worths, alike, strict=True)]
-    index_BK, weight_BKN = (np.stack(parts) for parts in zip(*pairs, strict=True))
-    return Reduction(mx.array(index_BK), mx.array(weight_BKN.astype(np.float32)))
+        keys_BND, N = signals.next_keys_BND, worth_BN.shape[1]
+        order_Bn = mx.argsort(-worth_BN, axis=-1)[:, : K + int(clustered * (N - K))]
+        (alike,) = on_host(cosine(take(keys_BND, order_Bn)))
+        cutoffs, centres = zip(*(smallest_cutoff(1 - a, K) for a in alike), strict=True)
+        place_BK = mx.array([fill_up(c, order_Bn.shape[1], K) for c in centres])
+        index_BK = mx.sort(take(order_Bn, place_BK), axis=1)
+        cutoff_B1 = mx.array(cutoffs, choice_dtype())[:, None]
+        similar_BN, slot_BN = nearest_slots(keys_BND, index_BK)
+        belongs_BN = 1 - similar_BN <= RETRIEVED * cutoff_B1
+        belongs_BN = mx.put_along_axis(belongs_BN, order_Bn, mx.array(True), axis=1)
+        return Reduction.merge(index_BK, mx.where(belongs_BN, slot_BN, -1))
 
 
-def cluster(
-    worth_N: np.ndarray, distance_NN: np.ndarray, K: int, n: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Index (K,) and weights (K, N): the means of K clusters of the n most worthy tokens."""
-    order = np.argsort(-worth_N, kind="stable")[:n]
-    cutoff, centres = smallest_cutoff(distance_NN[np.ix_(order, order)], K)
-    others = [i for i in range(n) if i not in set(centres)]
-    index_K = np.sort(order[centres + others[: K - len(centres)]])
-    distance_KN = distance_NN[index_K]
-    home_N, near_N = distance_KN.argmin(axis=0), distance_KN.min(axis=0)
-    belongs_N = np.isin(np.arange(len(worth_N)), order) | (near_N <= RETRIEVED * cutoff)
-    home_N[index_K] = np.arange(K)
-    member_KN = (home_N == np.arange(K)[:, None]) & belongs_N
-    return index_K, member_KN / member_KN.sum(axis=1, keepdims=True)
+def fill_up(centres: list[int], n: int, K: int) -> list[int]:
+    """K of n places: the centres, then the first of the others."""
+    others = sorted(set(range(n)) - set(centres))
+    return centres + others[: K - len(centres)]
 
 
 def smallest_cutoff(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
@@ -86,9 +83,16 @@ def smallest_cutoff(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
 
 def spaced_centres(distance_nn: np.ndarray, cutoff: float) -> list[int]:
     """Centres in the order of density, each farther than the cutoff from all before it."""
-    density_n = np.exp(-((distance_nn / max(cutoff, 1e-6)) ** 2)).sum(axis=1).round(9)
+    density_n = np.array([density(distance_n, cutoff) for distance_n in distance_nn]).round(9)
     centres: list[int] = []
+    nearest_n = np.full(len(density_n), np.inf)  # distance to a centre
     for i in np.argsort(-density_n, kind="stable").tolist():
-        if not centres or distance_nn[i, centres].min() > cutoff:
+        if nearest_n[i] > cutoff:
             centres.append(i)
+            nearest_n = np.minimum(nearest_n, distance_nn[:, i])
     return centres
+
+
+def density(distance_n: np.ndarray, cutoff: float) -> float:
+    """How many points are near one, each counted by its distance in cutoffs."""
+    return float(np.exp(-((distance_n / max(cutoff, 1e-6)) ** 2)).sum())

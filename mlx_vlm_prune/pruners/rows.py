@@ -27,9 +27,11 @@ class Rows:
     `rows_of(*parts)` computes the rows (B, n, M) of n tokens from their `parts` (B, n, ...).
     """
 
-    def __init__(self, rows_of: Callable[..., mx.array], *parts_BN: mx.array) -> None:
+    def __init__(
+        self, rows_of: Callable[..., mx.array], *parts_BN: mx.array, hold: bool = True
+    ) -> None:
         self.rows_of, self.N = rows_of, parts_BN[0].shape[1]
-        self.all_BNM = rows_of(*parts_BN) if self.N <= MOST_HELD else None
+        self.all_BNM = rows_of(*parts_BN) if hold and self.N <= MOST_HELD else None
         self.parts_BN = parts_BN if self.all_BNM is None else ()
 
     def then(self, change: Callable[..., mx.array], *parts_BN: mx.array) -> "Rows":
@@ -60,10 +62,10 @@ class Rows:
                 yield self.rows_of(*(part_BN[:, some] for part_BN in self.parts_BN))
 
 
-def cosine_rows(x_BND: mx.array) -> Rows:
-    """The rows of `cosine(x_BND)`."""
+def cosine_rows(x_BND: mx.array, *, hold: bool = True) -> Rows:
+    """The rows of `cosine(x_BND)`; not held where each is read once."""
     x_BND = unit(x_BND)
-    return Rows(lambda part_BnD: rounded_cosine(part_BnD @ x_BND.swapaxes(1, 2)), x_BND)
+    return Rows(lambda part_BnD: rounded_cosine(part_BnD @ x_BND.swapaxes(1, 2)), x_BND, hold=hold)
 
 
 def nearest(x_BnD: mx.array, y_BMD: mx.array) -> tuple[mx.array, mx.array]:
@@ -79,12 +81,12 @@ def nearest(x_BnD: mx.array, y_BMD: mx.array) -> tuple[mx.array, mx.array]:
     return mx.concatenate(similar, axis=1), mx.concatenate(index, axis=1)
 
 
-def nearest_slots(x_BND: mx.array, index_BK: mx.array) -> mx.array:
-    """The slot of each token, (B, N): a kept one's is its own, a dropped one's that of the kept
-    one most similar to it."""
-    _, slot_BN = nearest(x_BND, take(x_BND, index_BK))
+def nearest_slots(x_BND: mx.array, index_BK: mx.array) -> tuple[mx.array, mx.array]:
+    """Of each token the similarity to the most similar kept one, and its slot, (B, N): that one's,
+    or its own where it is kept."""
+    similar_BN, slot_BN = nearest(x_BND, take(x_BND, index_BK))
     slot_BK = mx.broadcast_to(mx.arange(index_BK.shape[1], dtype=mx.int32), index_BK.shape)
-    return mx.put_along_axis(slot_BN, index_BK, slot_BK, axis=1)
+    return similar_BN, mx.put_along_axis(slot_BN, index_BK, slot_BK, axis=1)
 
 
 def nearest_similarity(similar: Rows, among_BN: mx.array | None = None) -> mx.array:

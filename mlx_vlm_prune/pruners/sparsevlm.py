@@ -21,7 +21,7 @@ import mlx.core as mx
 from .budget import several_cuts
 from .clusters import density_peaks, distances, nearest_centres
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, rounded, softmax, to_choice_dtype
+from .numerics import choosing, mask_of, rounded, softmax, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"text_attention": None, "normed": None}
@@ -76,5 +76,8 @@ def recycle_best_dropped(score_BN: mx.array, x_BND: mx.array, K: int, recycle: f
         home_BN = mx.put_along_axis(home_BN, best_Bn, home_Bn.astype(home_BN.dtype), axis=1)
         index_BK = mx.concatenate([index_BK, take(best_Bn, centre_BC)], axis=1)
     index_BK = mx.sort(index_BK, axis=1)
-    member_BKN = home_BN[:, None] == index_BK[..., None]
-    return Reduction(index_BK, member_BKN.astype(mx.float32))
+    is_slot_BN = mask_of(index_BK, N)
+    slot_BN = take(mx.cumsum(is_slot_BN, axis=1) - 1, home_BN)
+    is_mixed_BN = take(is_slot_BN, home_BN)
+    slot_BN = mx.where(is_mixed_BN, slot_BN, -1)
+    return Reduction(index_BK, slot_BN=slot_BN, share_BN=is_mixed_BN.astype(mx.float32))
