@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.pruners import Signals, resolve, rows
+from mlx_vlm_prune.pruners import Reduction, Signals, resolve, rows
 from mlx_vlm_prune.pruners.coverage import cover, cover_lazily
 from mlx_vlm_prune.pruners.lazy import highest
-from mlx_vlm_prune.pruners.numerics import choosing
+from mlx_vlm_prune.pruners.numerics import choosing, precision
 from mlx_vlm_prune.pruners.rows import Rows, cosine_rows
 from mlx_vlm_prune.pruners.vispruner import thin_out, thin_out_lazily
 
@@ -29,7 +29,7 @@ def integers_with_ties(rng: np.random.Generator, *shape: int) -> mx.array:
 
 
 def test_lazy_gains_choose_what_all_gains_choose_ties_included():
-    with choosing():
+    with precision("float64"), choosing():
         for seed in range(CASES):
             rng = np.random.default_rng(seed)
             B, N, M = (int(n) for n in rng.integers(1, (4, 24, 24)))
@@ -41,7 +41,7 @@ def test_lazy_gains_choose_what_all_gains_choose_ties_included():
 
 
 def test_lazy_rounds_drop_what_full_rounds_drop_ties_included():
-    with choosing():
+    with precision("float64"), choosing():
         for seed in range(CASES):
             rng = np.random.default_rng(seed)
             B, N, D = (int(n) for n in rng.integers((1, 2, 1), (4, 40, 4)))
@@ -64,13 +64,14 @@ def test_the_highest_come_first_and_of_equals_the_lower_index(values):
 @pytest.mark.parametrize("spec", BY_ROWS)
 def test_blocks_keep_and_mix_what_the_whole_matrix_does_bit_for_bit(spec, kind, monkeypatch):
     arrays, pruner = case(kind, 2, (6, 7), 4), make_pruner(spec)
-    whole = pruner(signals(arrays), 13)
-    monkeypatch.setattr(rows, "MOST_HELD", 0)
-    monkeypatch.setattr(rows, "BLOCK", 5)
-    in_blocks = pruner(signals(arrays), 13)
-    assert in_blocks.index_BK.tolist() == whole.index_BK.tolist()
-    x_BND = mx.array(arrays["x_BND"])
-    assert np.array(in_blocks.tokens(x_BND)).tobytes() == np.array(whole.tokens(x_BND)).tobytes()
+    with precision("float64"):
+        whole = pruner(signals(arrays), 13)
+        monkeypatch.setattr(rows, "MOST_HELD", 0)
+        monkeypatch.setattr(rows, "BLOCK", 5)
+        in_blocks = pruner(signals(arrays), 13)
+        assert in_blocks.index_BK.tolist() == whole.index_BK.tolist()
+        mixtures = [np.array(kept.mixture(42)) for kept in (in_blocks, whole)]
+        assert mixtures[0].tobytes() == mixtures[1].tobytes()
 
 
 @pytest.mark.parametrize("spec", ["divprune", "cdpruner", "scope", "mmtok", "vispruner"])
@@ -84,3 +85,35 @@ def test_no_array_of_all_pairs_is_made_above_the_limit(spec, monkeypatch):
     before = mx.get_active_memory()
     resolve(spec)(Signals(**{k: v if k == "grid" else mx.array(v) for k, v in arrays.items()}), 40)
     assert mx.get_peak_memory() - before < 12e6
+
+
+def random_merge(rng: np.random.Generator, B: int, N: int, K: int) -> Reduction:
+    """K slots, each with its token, and of the other tokens some in a slot and some dropped."""
+    index_BK = np.stack([np.sort(rng.permutation(N)[:K]) for _ in range(B)])
+    slot_BN = rng.integers(-1, K, size=(B, N))
+    np.put_along_axis(slot_BN, index_BK, np.arange(K)[None], axis=1)
+    return Reduction.merge(mx.array(index_BK), mx.array(slot_BN))
+
+
+def dense(kept: Reduction, N: int) -> Reduction:
+    return Reduction(kept.index_BK, kept.mixture(N))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_slots_and_shares_reduce_and_chain_like_their_weights(seed):
+    rng = np.random.default_rng(seed)
+    B, N, n, K = 2, 15, 9, 4
+    merges = [random_merge(rng, B, N, n), random_merge(rng, B, n, K)]
+    kept = Reduction(mx.array(np.stack([np.sort(rng.permutation(N)[:n]) for _ in range(B)])))
+    x_BND = mx.array(rng.normal(size=(B, N, 3)).astype(np.float32))
+    size_BN = mx.array(rng.integers(1, 5, size=(B, N)).astype(np.float32))
+    for first in (merges[0], kept):
+        whole = merges[1].after(first, N)
+        weights = dense(merges[1], n).after(dense(first, N), N)
+        assert whole.slot_BN is not None and weights.slot_BN is None
+        for ours, theirs in (
+            (whole.mixture(N), weights.mixture(N)),
+            (whole.apply(x_BND), weights.apply(x_BND)),
+            (whole.sizes(size_BN), weights.sizes(size_BN)),
+        ):
+            np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-5, atol=1e-6)
