@@ -148,13 +148,6 @@ def mask_of(index_BK: mx.array, N: int) -> mx.array:
     return (index_BK[..., None] == mx.arange(N)).any(axis=1)
 
 
-def nearest_mean(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
-    """Weights (B, K, N) by which each kept token becomes the mean of itself and of the dropped
-    tokens most similar to it."""
-    member_BKN = membership(similar_BNK, index_BK)
-    return member_BKN / member_BKN.sum(axis=-1, keepdims=True)
-
-
 def membership(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
     """Which tokens each kept one stands for, (B, K, N): itself and the dropped ones most similar to
     it. Of equally similar kept tokens the first."""
