@@ -134,7 +134,8 @@ def batch_generate(
     `stream_generate`; num_draft_tokens is for one prompt. A model of ours reads all prompts at
     once, so memory grows with their number, and all wait for the longest answer: times, speeds and
     `peak_memory` are of the batch, `cache_bytes` an equal share of its padded cache.
-    mlx-vlm's models answer one after another. Raises UserError, which names a prompt that is at fault by its number, from 1.
+    mlx-vlm's models answer one after another. Raises UserError, which names a prompt that is at
+    fault by its number, from 1.
     """
     requests = batch.batch_requests(prompts, images, options)
     if isinstance(model, VLM):

@@ -144,8 +144,9 @@ BAD_SAFETENSORS = {
     "'a' has 8 bytes, and its shape .4294967298. takes": header({"a": f32(0, 8, (1 << 32) + 2)}),
     "'a' has the shape .4294967298, 0.": header({"a": f32(0, 0, (1 << 32) + 2, 0)}, b""),
     "tensors 'a' and 'b' overlap": header({"a": f32(0, 8, 2), "b": f32(4, 8, 1)}),
-    "there are 4 bytes of no tensor before tensor 'b'": header({"a": f32(0, 4, 1), "b": f32(8, 12, 1)},
-                                                            b"\0" * 12),
+    "there are 4 bytes of no tensor before tensor 'b'": header(
+        {"a": f32(0, 4, 1), "b": f32(8, 12, 1)}, b"\0" * 12
+    ),
     "there are 4 bytes of no tensor before tensor 'a'": header({"a": f32(4, 8, 1)}),
     "there are 72 bytes of no tensor at its end": header({"a": f32(0, 8, 2)}, b"\0" * 80),
     "cut off: 792 bytes are missing": header({"a": f32(0, 800, 200)}),

@@ -1,4 +1,4 @@
-"""Prefill: prompts through the language model's layers; each cut chooses which rows go on.
+"""Prefill: prompts through the language model's layers; at each cut a method chooses the rows.
 
 Scores that papers take from attention matrices come from the rows that are needed.
 

@@ -1,4 +1,4 @@
-"""Images among words: a prompt's rows and positions, at the splice and where a cut drops rows.
+"""A prompt's rows: images spliced among words, positions; `drop_rows` removes what a cut drops.
 
 A prompt is one sequence of rows; between the decoder's layers it gets shorter.
 
