@@ -77,7 +77,7 @@ def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     """Indices (B, K), ascending, of the K highest scores; ties go to the lower index."""
     if score_BN.dtype != mx.float64:
         score_BN = score_BN.astype(mx.float32)
-    order_BK = mx.argsort(-score_BN, axis=-1)[:, :K]  # stable
+    order_BK = mx.argsort(-mx.stop_gradient(score_BN), axis=-1)[:, :K]  # stable
     return mx.sort(order_BK, axis=-1) if K else order_BK
 
 
