@@ -14,7 +14,7 @@ from .checkpoints.errors import UserError
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
     "advise": "advise", "convert": None, "evaluate": "evaluate", "generate": "generate",
-    "pruners": "pruners.listing",
+    "pruners": "pruners.listing", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
@@ -24,6 +24,7 @@ commands:
   evaluate   measure what each method costs in accuracy, on a set of questions
   generate   answer a prompt about images with fewer visual tokens
   pruners    list the methods; with a name, explain that one
+  train      train a model, a pruner, adapters or a twig on your own pictures
 
 {program} COMMAND --help lists its options; --version prints the version."""
 

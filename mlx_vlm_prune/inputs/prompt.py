@@ -220,7 +220,7 @@ def tokenize_prompt(
     if not encoding.ids:
         raise UserError("the prompt is empty")
     runs = [
-        _placeholder_run(tokenizer, encoding, start, count, image_token)
+        placeholder_run(tokenizer, encoding, start, count, image_token)
         for start, count in zip(starts, tokens_per_image, strict=True)
     ]
     return Prompt(encoding.ids, runs)
@@ -251,7 +251,7 @@ def _split_at_images(text: str, images: int) -> list[str]:
     )
 
 
-def _placeholder_run(
+def placeholder_run(
     tokenizer: Tokenizer, encoding: tokenizers.Encoding, start: int, count: int, image_token: str
 ) -> tuple[int, int]:
     """The run that covers `count` placeholders from character `start` on, each one token."""

@@ -1,0 +1,34 @@
+"""A training run from its config: load, read, train, write."""
+
+from pathlib import Path
+
+from ..checkpoints.errors import UserError
+from ..models.loading import find_folder, load_folder
+from .batches import Reader
+from .config import TrainConfig
+from .formats import open_dataset, split_files
+from .learner import LEARNERS
+from .trainer import Report, Trainer
+
+
+def train(config: TrainConfig) -> None:
+    """Train as the config says. Raises UserError for what cannot be trained or read."""
+    if config.stage not in LEARNERS:
+        raise UserError(f"stage {config.stage} cannot be trained yet")
+    model, processor = load_folder(
+        find_folder(config.model), config.model or "scenes", config.dtype
+    )
+    images = Path(config.image_folder) if config.image_folder else None
+    readers = {
+        split: Reader(
+            open_dataset(path, config.format, images), processor, model, config.max_seq_length,
+            config.skip_bad,
+        )
+        for split, path in split_files(Path(config.data)).items()
+    }  # fmt: skip
+    learner = LEARNERS[config.stage](model, config)
+    Trainer(config, learner, readers["train"], readers.get("valid"), _print).run()
+
+
+def _print(report: Report) -> None:
+    print(" ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
