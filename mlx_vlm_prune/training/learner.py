@@ -5,6 +5,7 @@ checkpoint holds.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 from mlx import nn
@@ -29,11 +30,18 @@ class Learner(nn.Module):
         self.pipeline: Pipeline = plan(config.pruner, model.learned)
         self.K = budget(model.N, config.keep_ratio, config.keep_tokens, self.pipeline)
         self.freeze()
-        for part in self.parts:
-            if part not in config.freeze and part in model:
-                model[part].unfreeze()
+        self.unfreeze_parts()
         if not self.trainable_parameters():
             raise UserError(f"nothing is left to learn in stage {config.stage}")
+
+    def unfreeze_parts(self) -> None:
+        """Make trainable what the stage trains."""
+        for part in self.parts:
+            if part not in self.settings.freeze and part in self.model:
+                self.model[part].unfreeze()
+
+    def write(self, folder: Path, iteration: int) -> None:
+        """What a user loads afterwards, ahead of the checkpoint of this step."""
 
     def loss(self, batch: Batch) -> mx.array:
         """Summed over the answers' tokens."""

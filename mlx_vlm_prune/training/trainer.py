@@ -147,6 +147,8 @@ class Trainer:
         return total / max(1, count)
 
     def save(self) -> None:
+        """Write what a user loads, then the checkpoint: where it is, the other is as well."""
+        self.learner.write(self.config.folder, self.progress.iteration)
         checkpoints.save(
             self.config.folder, self.learner, self.optimizer, self.progress, self.config
         )
