@@ -5,20 +5,55 @@ an error, or with `skip_bad` is left out, named and counted.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..checkpoints.config import VLMConfig
 from ..checkpoints.errors import UserError
 from ..inputs.image import open_image
-from ..models.loading import Processor
-from ..models.vlm import VLM
+from ..inputs.processor import Processor
+from ..inputs.prompt import Prompt
 from .examples import Example, TokenizedExample, tokenize_example
 from .formats import Dataset
-from .loss import Batch
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that are read together; in numpy, for either framework.
+
+    Shapes: I images over all prompts, A tokens of answers over all prompts.
+    """
+
+    prompts: list[Prompt]
+    is_answer: list[np.ndarray]  # of every id of each prompt
+    pixels_IHW3: np.ndarray | None
+    indices: tuple[int, ...] = ()  # of the examples in the data set
+
+    @classmethod
+    def of(cls, examples: Sequence[TokenizedExample], pixels: Sequence[np.ndarray]) -> "Batch":
+        pixels_IHW3 = np.stack(pixels) if pixels else None
+        return cls([e.prompt for e in examples], [e.is_answer for e in examples], pixels_IHW3)
+
+    @property
+    def answer_tokens(self) -> int:
+        """A."""
+        return int(sum(flags[1:].sum() for flags in self.is_answer))
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def targets_A(self) -> np.ndarray:
+        """The ids of the answers; the first id of a prompt follows nothing, so it is none."""
+        return np.concatenate([
+            np.array(prompt.ids[1:])[flags[1:]]
+            for prompt, flags in zip(self.prompts, self.is_answer, strict=True)
+        ])  # fmt: skip
 
 
 @dataclass
@@ -27,7 +62,7 @@ class Reader:
 
     dataset: Dataset
     processor: Processor
-    model: VLM
+    config: VLMConfig  # of the model
     max_seq_length: int
     skip_bad: bool = False
     bad: dict[int, str] = field(default_factory=dict)  # what is wrong, by the example's number
@@ -47,14 +82,12 @@ class Reader:
                 continue
             examples.append(read)
             pixels += pictures
-        return Batch.of(examples, pixels, self.model.dtype) if examples else None
+        return Batch.of(examples, pixels) if examples else None
 
     def _read(self, example: Example, index: int) -> tuple[TokenizedExample, list[np.ndarray]]:
         try:
-            read = tokenize_example(self.processor, example, self.model.N, self.max_seq_length)
-            if fault := read.prompt.limit_error(
-                self.max_seq_length, self.model.config.text.vocab_size
-            ):
+            read = tokenize_example(self.processor, example, self.config.N, self.max_seq_length)
+            if fault := read.prompt.limit_error(self.max_seq_length, self.config.text.vocab_size):
                 raise UserError(f"it {fault}")
             pictures = [
                 self.processor.image(open_image(picture() if callable(picture) else picture))

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ..checkpoints.command_line import either
+from ..checkpoints.command_line import either, suggestion
 from ..checkpoints.errors import UserError, missing_package
-from ..pruners.spec import suggestion
 
 STAGES = ("pretrain", "sft", "lora", "dora", "pruner", "twig")
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")

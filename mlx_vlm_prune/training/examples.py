@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..inputs.processor import Processor
 from ..inputs.prompt import IMAGE_MARK, PRIVATE_USE, Prompt, Tokenizer, placeholder_run
-from ..models.loading import Processor
 
 Picture = Path | bytes | Callable[[], Image.Image]
 

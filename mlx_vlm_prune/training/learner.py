@@ -14,8 +14,9 @@ from ..checkpoints.errors import UserError
 from ..models.vlm import VLM
 from ..pruners import Pipeline, plan
 from ..pruners.budget import budget
+from .batches import Batch
 from .config import TrainConfig
-from .loss import Batch, answer_loss
+from .loss import answer_loss
 
 
 class Learner(nn.Module):

@@ -4,52 +4,14 @@ Shapes: B prompts, I images over all prompts, A tokens of answers over all promp
 D features, V words.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from ..inputs.prompt import Prompt
 from ..models.splice import Spliced
 from ..models.vlm import VLM
 from ..pruners import Pipeline
-from .examples import TokenizedExample
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Examples that are read together."""
-
-    prompts: list[Prompt]
-    is_answer: list[np.ndarray]  # of every id of each prompt
-    pixels_IHW3: mx.array | None
-    indices: tuple[int, ...] = ()  # of the examples in the data set
-
-    @classmethod
-    def of(
-        cls, examples: Sequence[TokenizedExample], pixels: Sequence[np.ndarray], dtype: mx.Dtype
-    ) -> "Batch":
-        pixels_IHW3 = mx.array(np.stack(pixels)).astype(dtype) if pixels else None
-        return cls([e.prompt for e in examples], [e.is_answer for e in examples], pixels_IHW3)
-
-    @property
-    def answer_tokens(self) -> int:
-        """A."""
-        return int(sum(flags[1:].sum() for flags in self.is_answer))
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(prompt.ids) for prompt in self.prompts)
-
-    @property
-    def targets_A(self) -> mx.array:
-        """The ids of the answers; the first id of a prompt follows nothing, so it is none."""
-        return mx.array(np.concatenate([
-            np.array(prompt.ids[1:])[flags[1:]]
-            for prompt, flags in zip(self.prompts, self.is_answer, strict=True)
-        ]))  # fmt: skip
+from .batches import Batch
 
 
 def answer_rows(spliced: Spliced, batch: Batch) -> tuple[mx.array, mx.array]:
@@ -73,10 +35,17 @@ def answer_rows(spliced: Spliced, batch: Batch) -> tuple[mx.array, mx.array]:
 
 def answer_loss(model: VLM, batch: Batch, pipeline: Pipeline, K: int) -> mx.array:
     """Cross-entropy of the answers, summed over their A tokens."""
-    decoded, _ = model.decode(model.splice_images(batch.prompts, batch.pixels_IHW3, pipeline, K))
+    decoded, _ = model.decode(
+        model.splice_images(batch.prompts, pixels(batch, model.dtype), pipeline, K)
+    )
     prompt_A, column_A = answer_rows(decoded.spliced, batch)
     logits_AV = model.language.logits(decoded.spliced.x_BLD[prompt_A, column_A])
-    return cross_entropy_sum(logits_AV, batch.targets_A)
+    return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
+
+
+def pixels(batch: Batch, dtype: mx.Dtype) -> mx.array | None:
+    """The batch's images (I, H, W, 3), if any."""
+    return None if batch.pixels_IHW3 is None else mx.array(batch.pixels_IHW3).astype(dtype)
 
 
 def cross_entropy_sum(logits_AV: mx.array, targets_A: mx.array) -> mx.array:

@@ -21,8 +21,8 @@ def train(config: TrainConfig) -> None:
     images = Path(config.image_folder) if config.image_folder else None
     readers = {
         split: Reader(
-            open_dataset(path, config.format, images), processor, model, config.max_seq_length,
-            config.skip_bad,
+            open_dataset(path, config.format, images), processor, model.config,
+            config.max_seq_length, config.skip_bad,
         )
         for split, path in split_files(Path(config.data)).items()
     }  # fmt: skip

@@ -17,11 +17,10 @@ from mlx.utils import tree_map
 
 from ..checkpoints.errors import UserError
 from . import checkpoints
-from .batches import Order, Reader, in_order
+from .batches import Batch, Order, Reader, in_order
 from .checkpoints import Progress
 from .config import TrainConfig
 from .learner import Learner
-from .loss import Batch
 
 Report = Mapping[str, float]
 
