@@ -45,6 +45,7 @@ SIGNATURES = {
 OTHERS = {"PRUNERS", "Stage", "UserError", "__version__"}
 MAY_PRINT = {  # what a command writes; the others log
     "checkpoints/command_line.py", "generation/printing.py", "pruners/listing.py",
+    "training/display.py",
 }  # fmt: skip
 
 

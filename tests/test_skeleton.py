@@ -134,12 +134,13 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for file in sources("mlx_vlm_prune")
         for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
-    assert {name for name, _ in extras} == {"mlx_lm", "mlx_vlm", "pyarrow", "torch"}
+    assert {name for name, _ in extras} == {"mlx_lm", "mlx_vlm", "pyarrow", "torch", "yaml"}
     places = {
-        "mlx_lm": "mlx_vlm_prune/models/language/",
+        "mlx_lm": ("mlx_vlm_prune/models/language/", "mlx_vlm_prune/training/"),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/minimind.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",
+        "yaml": "mlx_vlm_prune/training/config.py",
     }
     assert all(file.startswith(places[name]) for name, file in extras)
 

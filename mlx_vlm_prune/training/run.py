@@ -6,9 +6,10 @@ from ..checkpoints.errors import UserError
 from ..models.loading import find_folder, load_folder
 from .batches import Reader
 from .config import TrainConfig
+from .display import show
 from .formats import open_dataset, split_files
 from .learner import LEARNERS
-from .trainer import Report, Trainer
+from .trainer import Trainer
 
 
 def train(config: TrainConfig) -> None:
@@ -27,8 +28,4 @@ def train(config: TrainConfig) -> None:
         for split, path in split_files(Path(config.data)).items()
     }  # fmt: skip
     learner = LEARNERS[config.stage](model, config)
-    Trainer(config, learner, readers["train"], readers.get("valid"), _print).run()
-
-
-def _print(report: Report) -> None:
-    print(" ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
+    Trainer(config, learner, readers["train"], readers.get("valid"), show).run()

@@ -109,7 +109,7 @@ class Trainer:
             mx.eval(total, slopes)
         if slopes is None:
             return 0.0, 0
-        mean = float((total / count).item())
+        mean = float(total.item()) / count  # type: ignore[arg-type]
         if not math.isfinite(mean):
             raise UserError(
                 f"the loss of step {iteration + 1} is {mean}; it read the examples"
@@ -140,7 +140,7 @@ class Trainer:
         most = self.config.val_batches
         for indices in in_order(len(self.valid.dataset), self.config.batch_size, most):
             if batch := self.valid.batch(indices):
-                total += float(self.learner.loss(batch).item())
+                total += float(self.learner.loss(batch).item())  # type: ignore[arg-type]
                 count += batch.answer_tokens
         self.learner.train()
         return total / max(1, count)

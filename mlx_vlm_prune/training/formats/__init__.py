@@ -54,7 +54,8 @@ def split_files(data: Path) -> dict[str, Path]:
         candidates = sorted(p for p in data.glob(f"{split}.*") if p.suffix in SUFFIXES)
         if len(candidates) > 1:
             raise UserError(f"{data} holds {' and '.join(p.name for p in candidates)}; leave one")
-        files |= {split: path for path in candidates}
+        if candidates:
+            files[split] = candidates[0]
     if "train" not in files:
         endings = either(f"train{suffix}" for suffix in SUFFIXES)
         raise UserError(f"{data} holds no {endings}")

@@ -1,5 +1,4 @@
-"""A user's own data: JSON lines with `image` or `images`, and `question` and `answer` or
-`conversations`.
+"""JSON lines of a user's own: `image` or `images`; `question` and `answer`, or `conversations`.
 
     {"image": "a.png", "question": "What colour is the star?", "answer": "grey"}
     {"images": ["a.png", "b.png"], "conversations": [
