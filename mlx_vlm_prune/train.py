@@ -62,6 +62,7 @@ OPTIONS: list[tuple[str, type, str]] = [
     ("project_name", str, "of the reports"),
 ]
 SWITCHES = [
+    ("train_projector", "the projector learns beside the adapters"),
     ("skip_bad", "leave out examples that cannot be used, and count them"),
     ("grad_checkpoint", "use less memory and more time"),
     ("resume", "go on from the last checkpoint"),

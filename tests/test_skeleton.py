@@ -136,7 +136,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
     }
     assert {name for name, _ in extras} == {"mlx_lm", "mlx_vlm", "pyarrow", "torch", "yaml"}
     places = {
-        "mlx_lm": ("mlx_vlm_prune/models/language/", "mlx_vlm_prune/training/"),
+        "mlx_lm": ("mlx_vlm_prune/models/", "mlx_vlm_prune/training/"),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/minimind.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",

@@ -59,6 +59,3 @@ class FineTune(Learner):
     """Projector, pruner and language model learn (EfficientVLM's second stage)."""
 
     parts = ("projector", "pruner", "language")
-
-
-LEARNERS: dict[str, type[Learner]] = {"pretrain": Pretrain, "sft": FineTune}

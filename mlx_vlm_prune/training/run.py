@@ -8,7 +8,7 @@ from .batches import Reader
 from .config import TrainConfig
 from .display import show
 from .formats import open_dataset, split_files
-from .learner import LEARNERS
+from .stages import LEARNERS
 from .trainer import Trainer
 
 

@@ -1,0 +1,53 @@
+"""Stages `lora` and `dora`: adapters in the language model learn; the model itself stays."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..checkpoints.errors import UserError
+from ..checkpoints.reading.files import atomic_path, write_json, write_safetensors
+from ..models.adapters import CONFIG, WEIGHTS, AdapterConfig, add_adapters
+from ..models.arrays import to_raw
+from ..models.vlm import VLM
+from .checkpoints import checkpoint_folders
+from .config import TrainConfig
+from .learner import Learner
+
+
+class Adapters(Learner):
+    """Adapters by mlx-lm's layers, and the projector where `train_projector` says so."""
+
+    def __init__(self, model: VLM, config: TrainConfig):
+        folder = config.folder
+        if (folder / WEIGHTS).exists() and not checkpoint_folders(folder):
+            raise UserError(
+                f"{folder} holds adapters, and no checkpoint to go on from; give another"
+                " adapter_path"
+            )
+        super().__init__(model, config)
+
+    def unfreeze_parts(self) -> None:
+        """Add the adapters; their first values follow from the seed."""
+        c = self.settings
+        self.adapter_config = AdapterConfig.of(c.stage, c.num_layers, c.lora_parameters)
+        mx.random.seed(c.seed)
+        if "language" not in c.freeze:
+            add_adapters(self.model, self.adapter_config)
+        if c.train_projector and "projector" not in c.freeze:
+            self.model.projector.unfreeze()
+
+    def write(self, folder: Path, iteration: int) -> None:
+        """The files that mlx-lm writes, each whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        learned: Any = tree_flatten(self.model.trainable_parameters())
+        arrays = {name: to_raw(array) for name, array in learned}
+        settings = {**asdict(self.settings), "fine_tune_type": self.settings.stage}
+        settings["lora_parameters"] = self.adapter_config.lora_parameters
+        with atomic_path(folder / CONFIG, replace=True) as path:
+            write_json(path, settings)
+        for name in (f"{iteration:07d}_{WEIGHTS}", WEIGHTS):
+            with atomic_path(folder / name, replace=True) as path:
+                write_safetensors(path, arrays, "mlx")

@@ -1,0 +1,11 @@
+"""The stages by name: what learns in each."""
+
+from .adapters import Adapters
+from .learner import FineTune, Learner, Pretrain
+
+LEARNERS: dict[str, type[Learner]] = {
+    "pretrain": Pretrain,
+    "sft": FineTune,
+    "lora": Adapters,
+    "dora": Adapters,
+}
