@@ -4,8 +4,10 @@ Keys are mlx-lm's where mlx-lm has them. Each stage has defaults of its own.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..checkpoints.command_line import either, suggestion
@@ -13,6 +15,7 @@ from ..checkpoints.errors import UserError, missing_package
 
 STAGES = ("pretrain", "sft", "lora", "dora", "pruner", "twig")
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+REPORTERS = ("wandb", "swanlab")
 FREEZABLE = ("tower", "projector", "language", "pruner")
 # EfficientVLM's first stage; the others are the usual rates of their kind.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -23,6 +26,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "pruner": {"learning_rate": 1e-3, "batch_size": 16},
     "twig": {"epochs": 1, "learning_rate": 1e-4},
 }
+
+KINDS = {
+    bool: "true or false", dict: "keys and values", float: "a number", int: "a whole number",
+    str: "a text", tuple: "a list of texts",
+}  # fmt: skip
+LEAST = {
+    "batch_size": 1, "grad_accumulation_steps": 1, "max_seq_length": 1, "steps_per_report": 1,
+    "steps_per_eval": 1, "save_every": 1, "twig_layer": 1, "twig_layers": 1, "iters": 1,
+    "keep_tokens": 1, "num_layers": -1, "val_batches": -1, "seed": 0, "grad_clip": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,17 +96,36 @@ class TrainConfig:
         for name, allowed in (("stage", STAGES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {either(allowed)}")
-        for part in self.freeze:
-            if part not in FREEZABLE:
-                raise UserError(f"freeze names {part!r}; it may name {either(FREEZABLE)}")
-        for name in (
-            "batch_size", "grad_accumulation_steps", "max_seq_length", "steps_per_report",
-            "steps_per_eval", "save_every", "twig_layers",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        for name, values, choices in (
+            ("freeze", self.freeze, FREEZABLE),
+            ("report_to", (self.report_to or "").replace(",", " ").split(), REPORTERS),
+        ):
+            for value in values:
+                if value not in choices:
+                    raise UserError(f"{name} names {value!r}; it may name {either(choices)}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise UserError(f"{name} is {value}; it must be at least {least}")
+        for name in ("learning_rate", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value}; it must be above 0")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Raise UserError for keys that exclude each other, or that the stage lacks."""
+        if self.iters is not None and self.epochs is not None:
+            raise UserError("give iters or epochs, not both")
+        if self.keep_ratio is not None and self.keep_tokens is not None:
+            raise UserError("give keep_ratio or keep_tokens, not both")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise UserError(f"keep_ratio is {self.keep_ratio}; it must be above 0 and at most 1")
+        if self.stage == "pruner" and self.pruner == "none":
+            raise UserError("stage pruner needs pruner, the learned method that it trains")
+        if self.pruner == "none" and (self.keep_ratio or self.keep_tokens):
+            name = "keep_ratio" if self.keep_ratio else "keep_tokens"
+            raise UserError(f"{name} needs pruner, the method that keeps so many visual tokens")
 
     @property
     def folder(self) -> Path:
@@ -106,39 +138,47 @@ class TrainConfig:
 
         Raises UserError for an unknown key, a missing one or a value of the wrong kind.
         """
-        kinds = get_type_hints(cls)
+        known = [field.name for field in fields(cls)]
         for name in values:
-            if name not in kinds:
-                raise UserError(f"{where}: there is no key {name!r}; {suggestion(name, kinds)}")
+            if name not in known:
+                near = suggestion(str(name), known)
+                raise UserError(f"{where}: there is no key {name!r}; {near}")
+        values = {name: value for name, value in values.items() if value is not None}
         for name in ("stage", "data"):
-            if values.get(name) is None:
+            if name not in values:
                 raise UserError(f"{where}: {name} is missing")
-        stage = values["stage"]
-        if stage not in STAGES:
-            raise UserError(f"{where}: stage is {stage!r}; it must be {either(STAGES)}")
-        merged = {**DEFAULTS[stage], **{k: v for k, v in values.items() if v is not None}}
-        if merged.get("iters"):
-            merged.pop("epochs", None)
-        return cls(**{name: _typed(where, name, value, kinds) for name, value in merged.items()})
+        values = {name: _typed(where, name, value) for name, value in values.items()}
+        if values["stage"] not in STAGES:
+            raise UserError(f"{where}: stage is {values['stage']!r}; it must be {either(STAGES)}")
+        defaults = dict(DEFAULTS[values["stage"]])
+        if "iters" in values:
+            defaults.pop("epochs", None)
+        return cls(**{**defaults, **values})
 
 
-def _typed(where: str, name: str, value: Any, kinds: Mapping[str, Any]) -> Any:
+def kind_of(name: str) -> type:
+    """What a key holds: bool, int, float, str, tuple or dict."""
+    kind = get_type_hints(TrainConfig)[name]
+    if NoneType in get_args(kind):
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    return get_origin(kind) or kind
+
+
+def _typed(where: str, name: str, value: Any) -> Any:
     """A value as the field takes it; YAML reads 1e-5 as a text. Raises UserError."""
-    kind = next(k for k in (*get_args(kinds[name]), kinds[name]) if k is not type(None))
-    target = get_origin(kinds[name]) if get_origin(kinds[name]) in (tuple, dict) else kind
+    target = kind_of(name)
     if target is tuple:
-        return tuple([value] if isinstance(value, str) else value)
-    target = get_origin(target) or target
-    is_number = target in (int, float) and isinstance(value, int | float | str)
-    if not isinstance(value, bool) and is_number:
-        try:
-            if float(value) == target(value):
-                return target(value)
-        except ValueError:
-            pass
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+            return tuple(part.strip() for part in parts)
+    elif target in (int, float):
+        if not isinstance(value, bool) and isinstance(value, int | float | str):
+            with suppress(ValueError, OverflowError):
+                if float(value) == target(float(value)):
+                    return target(float(value))
     elif isinstance(value, target):
         return value
-    raise UserError(f"{where}: {name} is {value!r}; it must be of type {target.__name__}")
+    raise UserError(f"{where}: {name} is {value!r}; it must be {KINDS[target]}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
