@@ -16,10 +16,9 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from ..checkpoints.command_line import either
+from ..checkpoints.command_line import either, suggestion
 from ..checkpoints.errors import UserError, missing_package
 from ..checkpoints.reading.files import read_json
-from ..pruners.spec import suggestion
 from .arrays import read_arrays
 from .language.experts import ExpertLinear, QuantizedExpertLinear
 from .language.minimind import MiniMind

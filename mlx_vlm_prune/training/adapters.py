@@ -12,9 +12,9 @@ from ..checkpoints.reading.files import atomic_path, write_json, write_safetenso
 from ..models.adapters import CONFIG, WEIGHTS, AdapterConfig, add_adapters
 from ..models.arrays import to_raw
 from ..models.vlm import VLM
-from .checkpoints import checkpoint_folders
 from .config import TrainConfig
 from .learner import Learner
+from .run_state import checkpoint_folders
 
 
 class Adapters(Learner):

@@ -18,9 +18,9 @@ from mlx.utils import tree_map
 from ..checkpoints.errors import UserError
 from . import checkpoints
 from .batches import Batch, Order, Reader, in_order
-from .checkpoints import Progress
 from .config import TrainConfig
 from .learner import Learner
+from .run_state import Progress, checkpoint_folders
 
 Report = Mapping[str, float]
 
@@ -66,7 +66,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint. Raises UserError for one, where `resume` is not set."""
-        folders = checkpoints.checkpoint_folders(self.config.folder)
+        folders = checkpoint_folders(self.config.folder)
         if folders and not self.config.resume:
             raise UserError(
                 f"{self.config.folder} holds checkpoints of a run; resume it, or give another place"
@@ -174,7 +174,9 @@ def make_optimizer(config: TrainConfig) -> optim.Optimizer:
         "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon, "sgd": optim.SGD,
         "adafactor": optim.Adafactor,
     }  # fmt: skip
-    settings = config.optimizer_config.get(config.optimizer, config.optimizer_config)
+    settings = dict(config.optimizer_config.get(config.optimizer, config.optimizer_config))
+    if config.optimizer in ("adam", "adamw"):  # as published and as PyTorch's; not MLX's default
+        settings.setdefault("bias_correction", True)
     try:
         optimizer: optim.Optimizer = classes[config.optimizer](learning_rate=rate, **settings)
     except TypeError as e:
