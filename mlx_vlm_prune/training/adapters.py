@@ -7,27 +7,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import atomic_path, write_json, write_safetensors
 from ..models.adapters import CONFIG, WEIGHTS, AdapterConfig, add_adapters
 from ..models.arrays import to_raw
-from ..models.vlm import VLM
-from .config import TrainConfig
 from .learner import Learner
-from .run_state import checkpoint_folders
 
 
 class Adapters(Learner):
     """Adapters by mlx-lm's layers, and the projector where `train_projector` says so."""
-
-    def __init__(self, model: VLM, config: TrainConfig):
-        folder = config.folder
-        if (folder / WEIGHTS).exists() and not checkpoint_folders(folder):
-            raise UserError(
-                f"{folder} holds adapters, and no checkpoint to go on from; give another"
-                " adapter_path"
-            )
-        super().__init__(model, config)
 
     def unfreeze_parts(self) -> None:
         """Add the adapters; their first values follow from the seed."""

@@ -11,6 +11,7 @@ from mlx import nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import atomic_path
 from ..models.arrays import read_arrays
 from .config import TrainConfig
@@ -31,8 +32,11 @@ def save(
 ) -> Path:
     """Write a checkpoint; where one of that step is there, nothing. Raises UserError."""
     target = run / FOLDER / f"{progress.iteration:07d}"
-    target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"cannot write {target}: {e.strerror or e}") from None
         with atomic_path(target, folder=True) as folder:
             weights: Any = tree_flatten(learner.trainable_parameters())
             state: Any = tree_flatten(optimizer.state)

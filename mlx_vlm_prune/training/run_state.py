@@ -5,7 +5,7 @@ folder of ours behind `model.`; optimizer.safetensors, its state as MLX names it
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,11 @@ class Progress:
 
     iteration: int = 0  # steps taken
     trained_tokens: int = 0  # of answers
+    loss: float = 0.0  # summed since the last report
+    loss_tokens: int = 0  # over so many tokens
+    processes: int = 1  # that train together
+    bad: Sequence[int] = ()  # examples that could not be used
+    cut: Sequence[int] = ()  # and those that were too long
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -54,7 +59,8 @@ def read_state(folder: Path, config: TrainConfig) -> Progress:
         value = list(now[key]) if isinstance(now[key], tuple) else now[key]
         if before.get(key) != value:
             raise UserError(
-                f"{folder} was written with {key}={before.get(key)!r}; a run goes on with the same"
+                f"{folder} was written with {key}={before.get(key)!r}; a run goes on with the same,"
+                f" not with {value!r}"
             )
     return Progress(**state["progress"])
 

@@ -7,187 +7,240 @@ the steps that it would have taken.
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx import optimizers as optim
 from mlx.utils import tree_map
 
 from ..checkpoints.errors import UserError
 from . import checkpoints
-from .batches import Batch, Order, Reader, in_order
+from .batches import Batch, Order, Reader
 from .config import TrainConfig
+from .interrupts import StopRequest
 from .learner import Learner
+from .optimizer import make_optimizer
+from .processes import Processes
 from .run_state import Progress, checkpoint_folders
+from .validation import validate
 
 Report = Mapping[str, float]
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """What the batches of a step say: sums over their answers' tokens."""
+
+    loss: float
+    count: int  # of answers' tokens
+    read: int  # tokens read
+    gradients: Any
+
+
 @dataclass
 class Trainer:
-    """A run under way. `on_report` is called with the figures of every report."""
+    """A run under way.
+
+    `on_report` is called with the figures of every report, `on_step` with the seconds of a step.
+    `evaluated` are the steps behind which the held-out examples were read already.
+    """
 
     config: TrainConfig
     learner: Learner
     data: Reader
     valid: Reader | None = None
     on_report: Callable[[Report], None] = lambda report: None
+    on_step: Callable[[float], None] = lambda seconds: None
+    processes: Processes = field(default_factory=Processes)
     progress: Progress = field(default_factory=Progress)
+    evaluated: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         c = self.config
-        self.order = Order(len(self.data.dataset), c.batch_size, c.seed)
+        self.order = Order(len(self.data.dataset), c.batch_size * self.processes.size, c.seed)
         self.optimizer = make_optimizer(c)
         self.optimizer.init(self.learner.trainable_parameters())
         self.slopes = nn.value_and_grad(self.learner, lambda batch: self.learner.loss(batch))
+        self.stop = StopRequest()
+        self.seconds, self.steps, self.read = 0.0, 0, 0  # since the last report
 
     @property
     def iters(self) -> int:
         """How many steps the run takes."""
         if self.config.iters:
             return self.config.iters
-        c = self.config
-        per_step = c.batch_size * c.grad_accumulation_steps
-        return max(1, math.ceil((c.epochs or 1) * len(self.data.dataset) / per_step))
+        per_step = self.order.batch_size * self.config.grad_accumulation_steps
+        return max(1, math.ceil((self.config.epochs or 1) * self.order.examples / per_step))
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        per_step = self.order.batch_size * self.config.grad_accumulation_steps
+        return self.progress.iteration * per_step / self.order.examples
 
     def run(self) -> None:
         """Take the steps that are left. Raises UserError where the loss is no number.
 
-        An interrupt writes a checkpoint and goes on to the caller.
+        Ctrl-C and SIGTERM write a checkpoint of the last step and raise KeyboardInterrupt.
         """
-        self.resume()
-        try:
-            self._steps()
-        except KeyboardInterrupt:
-            self.save()
-            raise
+        self.learner.train()
+        with self.stop.on_signals():
+            self._evaluate_if_due()
+            while self.progress.iteration < self.iters and not self.stop.is_set:
+                begin = time.perf_counter()
+                self._advance()
+                self.on_step(time.perf_counter() - begin)
+                self._report_if_due()
+                done, is_last = self.progress.iteration, self.progress.iteration == self.iters
+                if done % self.config.save_every == 0 or is_last or self.stop.is_set:
+                    self.save()
+                self._evaluate_if_due()
+        if self.stop.is_set:
+            raise KeyboardInterrupt
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint. Raises UserError for one, where `resume` is not set."""
+        """Go on from the newest checkpoint, if there is one. Raises UserError."""
         folders = checkpoint_folders(self.config.folder)
-        if folders and not self.config.resume:
+        if not folders:
+            return
+        progress = checkpoints.restore(folders[-1], self.learner, self.optimizer, self.config)
+        if progress.processes != self.processes.size:
             raise UserError(
-                f"{self.config.folder} holds checkpoints of a run; resume it, or give another place"
+                f"{folders[-1]} was written by {progress.processes} processes; a run goes on with"
+                f" as many, not with {self.processes.size}"
             )
-        if folders:
-            self.progress = checkpoints.restore(
-                folders[-1], self.learner, self.optimizer, self.config
-            )
+        self.progress = progress
+        self.data.bad.update(dict.fromkeys(progress.bad, ""))
+        self.data.cut.update(progress.cut)
 
-    def _steps(self) -> None:
-        c, started, losses, tokens = self.config, time.perf_counter(), 0.0, 0
-        steps = 0
-        while self.progress.iteration < self.iters:
-            loss, count = self.step(self.progress.iteration)
-            losses, tokens, steps = losses + loss * count, tokens + count, steps + 1
-            done = self.progress.iteration + 1
-            self.progress = Progress(done, self.progress.trained_tokens + count)
-            is_last = done == self.iters
-            if done % c.steps_per_report == 0 or is_last:
-                seconds = time.perf_counter() - started
-                self.on_report(self._figures(losses / tokens, tokens / seconds, steps / seconds))
-                started, losses, tokens, steps = time.perf_counter(), 0.0, 0, 0
-            if self.valid and (done % c.steps_per_eval == 0 or is_last):
-                self.on_report({"iteration": done, "val_loss": self.evaluate()})
-                started = time.perf_counter()
-            if done % c.save_every == 0 or is_last:
-                self.save()
+    def _advance(self) -> None:
+        """One step, counted."""
+        begin = time.perf_counter()
+        loss, count, read = self._step(self.progress.iteration)
+        self.seconds += time.perf_counter() - begin
+        self.steps, self.read = self.steps + 1, self.read + read
+        p = self.progress
+        self.progress = replace(
+            p, iteration=p.iteration + 1, trained_tokens=p.trained_tokens + count,
+            loss=p.loss + loss, loss_tokens=p.loss_tokens + count,
+        )  # fmt: skip
 
     def step(self, iteration: int) -> tuple[float, int]:
         """One update; the mean loss of an answer's token, and how many there were."""
+        loss, count, _ = self._step(iteration)
+        return loss / max(1, count), count
+
+    def _step(self, iteration: int) -> tuple[float, int, int]:
+        """One update; the summed loss, the tokens of answers, and all tokens read."""
         mx.random.seed(self.config.seed + iteration)
-        total, count, slopes = mx.array(0.0), 0, None
-        for i in range(self.config.grad_accumulation_steps):
-            batch = self.batch(iteration, i)
-            if batch is None:
-                continue
-            loss, more = self.slopes(batch)
-            total, count = total + loss, count + batch.answer_tokens
-            slopes = more if slopes is None else tree_map(mx.add, slopes, more)
-            mx.eval(total, slopes)
-        if slopes is None:
-            return 0.0, 0
-        mean = float(total.item()) / count  # type: ignore[arg-type]
-        if not math.isfinite(mean):
-            raise UserError(
-                f"the loss of step {iteration + 1} is {mean}; it read the examples"
-                f" {self._examples(iteration)}: try a lower learning_rate"
-            )
-        slopes = tree_map(lambda slope: slope / count, slopes)
-        if self.config.grad_clip:
-            slopes, _ = optim.clip_grad_norm(slopes, self.config.grad_clip)
+        step = self._sum(self._read(iteration))
+        if not step.count:
+            return 0.0, 0, step.read
+        slopes = tree_map(lambda slope: slope / step.count, step.gradients)
+        slopes, norm = optim.clip_grad_norm(slopes, self.config.grad_clip or math.inf)
+        for name, value in (("loss", step.loss / step.count), ("gradient's norm", norm.item())):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"the {name} of step {iteration + 1} is {value}, so nothing of it was saved;"
+                    f" it read the examples {self._examples(iteration)}: try a lower learning_rate"
+                )
         self.optimizer.update(self.learner, slopes)
         mx.eval(self.learner.trainable_parameters(), self.optimizer.state)
-        return mean, count
+        return step.loss, step.count, step.read
+
+    def _read(self, iteration: int) -> Slopes:
+        """What this process's batches say. Raises UserError, the same in all processes or none."""
+        total, count, read, slopes = mx.array(0.0), 0, 0, None
+        fault = None
+        try:
+            for part in range(self.config.grad_accumulation_steps):
+                if (batch := self.batch(iteration, part)) is None:
+                    continue
+                loss, more = self.slopes(batch)
+                total, read = total + loss, read + batch.tokens
+                count += batch.answer_tokens
+                slopes = more if slopes is None else tree_map(mx.add, slopes, more)
+                mx.eval(total, slopes)
+        except UserError as e:
+            fault = e
+        self.processes.agree(fault)
+        if slopes is None:
+            slopes = tree_map(mx.zeros_like, self.learner.trainable_parameters())
+        return Slopes(float(total.item()), count, read, slopes)  # type: ignore[arg-type]
+
+    def _sum(self, step: Slopes) -> Slopes:
+        """Over all processes; a stop is one of all."""
+        loss, count, read, stops = self.processes.sum(
+            [step.loss, step.count, step.read, self.stop.is_set]
+        )
+        if self.processes.size > 1:
+            self.stop.is_set = stops > 0
+        gradients = self.processes.sum_slopes(step.gradients) if count else step.gradients
+        return Slopes(loss, int(count), int(read), gradients)
 
     def batch(self, iteration: int, part: int) -> Batch | None:
-        number = iteration * self.config.grad_accumulation_steps + part
-        return self.data.batch(self.order.indices(number))
+        """This process's share of a batch of a step."""
+        return self.data.batch(self.processes.share(self._indices(iteration, part)))
+
+    def _indices(self, iteration: int, part: int) -> np.ndarray:
+        return self.order.indices(iteration * self.config.grad_accumulation_steps + part)
 
     def _examples(self, iteration: int) -> str:
         parts = range(self.config.grad_accumulation_steps)
-        first = iteration * len(parts)
-        numbers = [int(i) + 1 for p in parts for i in self.order.indices(first + p)]
+        numbers = [int(i) + 1 for part in parts for i in self._indices(iteration, part)]
         return ", ".join(map(str, sorted(numbers)))
 
-    def evaluate(self) -> float:
-        """Mean loss of the held-out examples' answers, per token."""
+    def _report_if_due(self) -> None:
+        p = self.progress
+        if p.iteration % self.config.steps_per_report and p.iteration != self.iters:
+            return
+        rate = self.optimizer.learning_rate.item()
+        self.progress = replace(p, loss=0.0, loss_tokens=0)
+        steps_per_second = self.steps / self.seconds
+        self.on_report({
+            "iteration": p.iteration,
+            "train_loss": p.loss / max(1, p.loss_tokens),
+            "learning_rate": rate,
+            "iterations_per_second": steps_per_second,
+            "tokens_per_second": self.read / self.seconds,
+            "trained_tokens": p.trained_tokens,
+            "peak_memory": mx.get_peak_memory() / 1e9,
+            "epoch": self.epoch,
+            "seconds_left": (self.iters - p.iteration) / steps_per_second,
+        })  # fmt: skip
+        self.seconds, self.steps, self.read = 0.0, 0, 0
+
+    def _evaluate_if_due(self) -> None:
+        done = self.progress.iteration
+        is_due = done % self.config.steps_per_eval == 0 or done == self.iters
+        if not is_due or done in self.evaluated or not self.valid or self.stop.is_set:
+            return
+        begin = time.perf_counter()
+        if figures := self.evaluate():
+            self.evaluated.add(done)
+            self.on_report({"iteration": done, **figures, "val_time": time.perf_counter() - begin})
+
+    def evaluate(self) -> Report | None:
+        """Figures of the held-out examples; None where it was stopped."""
         assert self.valid is not None
-        total, count = 0.0, 0
-        self.learner.eval()
-        most = self.config.val_batches
-        for indices in in_order(len(self.valid.dataset), self.config.batch_size, most):
-            if batch := self.valid.batch(indices):
-                total += float(self.learner.loss(batch).item())  # type: ignore[arg-type]
-                count += batch.answer_tokens
-        self.learner.train()
-        return total / max(1, count)
+        c = self.config
+        return validate(
+            self.learner, self.valid, c.batch_size, c.val_batches, self.processes,
+            lambda: self.stop.is_set,
+        )  # fmt: skip
 
     def save(self) -> None:
         """Write what a user loads, then the checkpoint: where it is, the other is as well."""
-        self.learner.write(self.config.folder, self.progress.iteration)
-        checkpoints.save(
-            self.config.folder, self.learner, self.optimizer, self.progress, self.config
-        )
-
-    def _figures(self, loss: float, tokens: float, steps: float) -> Report:
-        return {
-            "iteration": self.progress.iteration,
-            "train_loss": loss,
-            "learning_rate": self.optimizer.learning_rate.item(),
-            "tokens_per_second": tokens,
-            "iterations_per_second": steps,
-            "trained_tokens": self.progress.trained_tokens,
-            "peak_memory": mx.get_peak_memory() / 1e9,
-            "seconds_left": (self.iters - self.progress.iteration) / steps,
-        }
-
-
-def make_optimizer(config: TrainConfig) -> optim.Optimizer:
-    """As the config names it. Raises UserError for settings that it does not take."""
-    rate: Any = config.learning_rate
-    if config.lr_schedule:
-        rate = _schedule(config.lr_schedule)
-    classes = {
-        "adam": optim.Adam, "adamw": optim.AdamW, "muon": optim.Muon, "sgd": optim.SGD,
-        "adafactor": optim.Adafactor,
-    }  # fmt: skip
-    settings = dict(config.optimizer_config.get(config.optimizer, config.optimizer_config))
-    if config.optimizer in ("adam", "adamw"):  # as published and as PyTorch's; not MLX's default
-        settings.setdefault("bias_correction", True)
-    try:
-        optimizer: optim.Optimizer = classes[config.optimizer](learning_rate=rate, **settings)
-    except TypeError as e:
-        raise UserError(f"optimizer_config does not suit {config.optimizer}: {e}") from None
-    return optimizer
-
-
-def _schedule(settings: Mapping[str, Any]) -> Any:
-    from mlx_lm.tuner.utils import build_schedule
-
-    try:
-        return build_schedule(dict(settings))
-    except (KeyError, AttributeError, TypeError, IndexError) as e:
-        raise UserError(f"lr_schedule cannot be used ({type(e).__name__}: {e})") from None
+        n, union = len(self.data.dataset), self.processes.union
+        self.progress = replace(
+            self.progress, processes=self.processes.size, bad=sorted(union(self.data.bad, n)),
+            cut=sorted(union(self.data.cut, n)),
+        )  # fmt: skip
+        if self.processes.is_first:
+            self.learner.write(self.config.folder, self.progress.iteration)
+            checkpoints.save(
+                self.config.folder, self.learner, self.optimizer, self.progress, self.config
+            )
