@@ -134,7 +134,14 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for file in sources("mlx_vlm_prune")
         for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
-    assert {name for name, _ in extras} == {"matplotlib", "mlx_lm", "mlx_vlm", "pyarrow", "torch", "yaml"}
+    assert {name for name, _ in extras} == {
+        "matplotlib",
+        "mlx_lm",
+        "mlx_vlm",
+        "pyarrow",
+        "torch",
+        "yaml",
+    }
     places = {
         "matplotlib": "mlx_vlm_prune/training/curve.py",
         "mlx_lm": ("mlx_vlm_prune/models/", "mlx_vlm_prune/training/"),

@@ -1,5 +1,6 @@
-"""Adapters in a language model, LoRA (arXiv:2106.09685) and DoRA (arXiv:2402.09353), by mlx-lm's
-own layers, and in the files that mlx-lm writes.
+"""Adapters in a language model, by mlx-lm's own layers, and in the files that mlx-lm writes.
+
+LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353.
 
 FOLDER/adapter_config.json says which matrices have one, FOLDER/adapters.safetensors holds them,
 under the names of the model's own modules. A projector that learned along lies there whole.
@@ -136,7 +137,7 @@ def add_adapters(model: VLM, config: AdapterConfig) -> None:
 
 
 def _layers(language: MiniMind | MlxLm) -> list[nn.Module]:
-    body = language[language.family.body] if isinstance(language, MlxLm) else language
+    body: Any = language[language.family.body] if isinstance(language, MlxLm) else language
     layers: list[nn.Module] = body.layers
     return layers
 

@@ -39,7 +39,7 @@ class Processes:
         """Of each value over all processes."""
         if self.size == 1:
             return list(values)
-        total = mx.distributed.all_sum(mx.array(values, mx.float32), group=self.group)
+        total = mx.distributed.all_sum(mx.array(list(values), mx.float32), group=self.group)
         return np.array(total, np.float64).tolist()
 
     def sum_slopes(self, slopes: Any) -> Any:

@@ -65,7 +65,8 @@ def validate(
             if is_stopped() and processes.size == 1:
                 return None
             if batch := reader.batch(indices):
-                sums[:2] += learner.loss(batch).item(), batch.answer_tokens
+                sums[0] += float(learner.loss(batch).item())  # type: ignore[arg-type]
+                sums[1] += batch.answer_tokens
                 sums[2:] += _count_right(learner, reader, ShortQuestions.of(batch))
     except UserError as e:
         fault = e
