@@ -16,11 +16,11 @@ from mlx_vlm_prune.checkpoints.hub import resolve_path
 from mlx_vlm_prune.checkpoints.llava.published import TRANSFORMERS_CLASS
 from mlx_vlm_prune.checkpoints.minimind.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.quantization import BITS, GROUPS, MODES
+from mlx_vlm_prune.checkpoints.writing import write_folder
 
 from .describe import describe
-from .quantise import dequantised, quantised
+from .quantise import quantised
 from .to_hf import to_hf
-from .to_mlx import to_mlx
 from .to_torch import to_torch
 from .twig import read_twig
 
@@ -150,10 +150,12 @@ def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
     if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
         raise UserError("--q-bits, --q-group-size and --q-mode have no effect without -q; add -q")
     if args.dequantize:
+        from mlx_vlm_prune.models.dequantized import dequantised  # imports mlx
+
         checkpoint = dequantised(checkpoint, args.dtype)
     if args.quantize:
         checkpoint = quantised(checkpoint, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
-    to_mlx(checkpoint, args.target, args.dtype, args.source)
+    write_folder(checkpoint, args.target, args.dtype, args.source)
     report = f"{args.target}: {sizes(checkpoint.config, checkpoint.heads_assumed)}"
     if checkpoint.preprocessor_folder is None:
         report += "\nno preprocessor_config.json was found: the tower's usual values are assumed"

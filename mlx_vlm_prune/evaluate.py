@@ -39,6 +39,7 @@ from .evaluation.table import table
 from .hosts.loading import load
 from .machine.hardware import describe_machine, on_cpu, versions
 from .machine.user_cache import cache_folder, model_key, write_cached
+from .models.adapters import adapter_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
 from .pruners.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
@@ -61,6 +62,8 @@ def build_parser() -> Parser:
     parser = Parser("mlx_vlm_prune.evaluate", description=DESCRIPTION)
     add = parser.add_argument_group("model").add_argument
     add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
+    add("--adapter-path", metavar="FOLDER", help="adapters that were trained for the model"
+        " (default: none)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
         " on a GPU")
@@ -127,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     question_set = question_set_of(args)
     questions, unread = question_set.load()
     folder = resolve_path(args.model) if args.model else CHECKPOINT
-    model, processor = load(folder, dtype=args.dtype)
+    model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
     if args.widen is None:
         args.widen = on_cpu()
     if args.widen:
@@ -148,7 +151,8 @@ def run(args: argparse.Namespace) -> None:
     result = result_of(args, evaluation, unread, refused, folder)
     text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)
-    remember_for_advice(folder, text)
+    if not args.adapter_path:
+        remember_for_advice(folder, text)
     resume_file.remove()
     print(table(result))
     print(f"Wrote {args.out}")
@@ -183,7 +187,8 @@ def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder:
     options = (args.seed, args.max_tokens, args.batch, args.dtype, args.widen)
     methods = [(method.spec, method.K) for method in evaluation.methods]
     questions = (evaluation.question_set.format.name, fingerprint(evaluation.questions))
-    return [model_key(folder), questions, methods, options, versions()]
+    adapter = adapter_key(args.adapter_path) if args.adapter_path else None
+    return [model_key(folder), adapter, questions, methods, options, versions()]
 
 
 def result_of(
@@ -200,6 +205,7 @@ def result_of(
         "questions": evaluation.question_set.name,
         "format": format.name,
         "model": args.model or "scenes",
+        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
         "count": len(answers.questions),
         "kinds": {kind: sum(q.kind == kind for q in answers.questions) for kind in judge.kinds},
         "unit": format.unit,

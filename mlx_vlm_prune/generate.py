@@ -168,7 +168,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
     if args.compare and pruner == "none":
         raise UserError("--compare needs a --pruner to compare with all visual tokens")
-    model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
+    model, processor = load(
+        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
+    )
     if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in args.image):
         logger.warning(SCENES_ONLY)
     options: dict[str, Any] = dict(

@@ -37,7 +37,7 @@ SIGNATURES = {
     "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",
     "generate": "(model, processor, prompt, image=None, *, verbose=False, **options)",
-    "load": "(path_or_hub_name=None, *, dtype='auto', revision=None)",
+    "load": "(path_or_hub_name=None, *, dtype='auto', revision=None, adapter_path=None)",
     "pruned": f"(model, pruner='divprune', *, {BUDGET})",
     "register_pruner": "(method)",
     "stream_generate": f"(model, processor, prompt, image=None, *, {OPTIONS})",

@@ -115,6 +115,7 @@ def test_the_converter_stands_on_checkpoints_and_asks_the_product_for_methods_an
     above = [t for t in forbidden_imports("convert", "mlx_vlm_prune") if ".checkpoints" not in t]
     assert above == [
         "convert/__main__.py imports mlx_vlm_prune.hosts.pruned_folder.prune_into",
+        "convert/__main__.py imports mlx_vlm_prune.models.dequantized.dequantised",
         "convert/quantise.py imports mlx_vlm_prune.models.arrays.to_array",
         "convert/quantise.py imports mlx_vlm_prune.models.arrays.to_bytes",
     ]

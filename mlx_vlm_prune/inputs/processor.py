@@ -21,7 +21,7 @@ class Processor:
     image: Preprocessor
     image_token: str
     name: str  # of the checkpoint, as the user gave it
-    folder: Path | None = None  # where it lies
+    folder: Path | None = None  # where it lies; None where adapters changed the model
 
     @property
     def is_scenes(self) -> bool:

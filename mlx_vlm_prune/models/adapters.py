@@ -6,6 +6,7 @@ FOLDER/adapter_config.json says which matrices have one, FOLDER/adapters.safeten
 under the names of the model's own modules. A projector that learned along lies there whole.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -191,8 +192,17 @@ def adapter_arrays(model: nn.Module) -> dict[str, mx.array]:
     }
 
 
-def load_adapters(model: VLM, folder: str | Path) -> None:
-    """Give a model the adapters in a folder. Raises UserError where they do not fit it."""
+def adapter_key(folder: str | Path) -> str:
+    """A fingerprint of the adapters in a folder."""
+    parts = [(Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def load_adapters(model: VLM, folder: str | Path) -> list[str]:
+    """Give a model the adapters in a folder; the names of all tensors there.
+
+    Raises UserError where they do not fit the model.
+    """
     folder = Path(folder)
     config = AdapterConfig.read(folder)
     weights = read_arrays(folder / WEIGHTS)
@@ -212,3 +222,4 @@ def load_adapters(model: VLM, folder: str | Path) -> None:
     model.load_weights(casted, strict=False)
     model.eval()
     mx.eval(model.parameters())
+    return list(weights)
