@@ -54,13 +54,13 @@ def run(args: argparse.Namespace) -> None:
     if kind := kind_of(folder):
         raise UserError(
             f"{folder} is a {kind} model of mlx-vlm's, into which nothing is fused here; give"
-            " --adapter-path to generate"
+            " adapter_path to `generate`"
         )
     model, _ = load_folder(folder, args.model or "scenes", "float32")
     learned = load_adapters(model, args.adapter_path)
     checkpoint = read_checkpoint(folder)
     if args.dequantize and not checkpoint.config.get("quantization"):
-        raise UserError(f"{folder} is not quantized; leave out --dequantize")
+        raise UserError(f"{folder} is not quantized; leave out dequantize")
     fused, fusion = fuse(checkpoint, model, learned, args.dequantize)
     write_folder(fused, args.save_path, source=args.model)
     print(_outcome(fusion, args.save_path))

@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx import nn
 
 from ..checkpoints.errors import UserError
-from ..models.adapters import CONFIG, WEIGHTS, adapters
+from ..models.adapters import CONFIG, WEIGHTS, adapted, adapters
 from ..models.arrays import read_arrays
 
 
@@ -45,7 +45,7 @@ def expected_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of the tensors that the adapters of a model have; their rank is that of `lora_b`'s rows."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in adapters(model):
-        base = module.get("linear", module.get("embedding"))
+        base = adapted(module)
         out, dims = base.weight.shape[-2:]
         if "scales" in base:
             dims = dims * 32 // base.bits

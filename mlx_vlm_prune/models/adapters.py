@@ -1,7 +1,6 @@
-"""Adapters in a language model, by mlx-lm's own layers, and in the files that mlx-lm writes.
+"""Adapters in a language model, by mlx-lm's own layers and in the files that mlx-lm writes.
 
-LoRA: arXiv:2106.09685; DoRA: arXiv:2402.09353.
-
+LoRA is arXiv:2106.09685, DoRA arXiv:2402.09353.
 FOLDER/adapter_config.json says which matrices have one, FOLDER/adapters.safetensors holds them,
 under the names of the model's own modules. A projector that learned along lies there whole.
 """
@@ -138,9 +137,8 @@ def add_adapters(model: VLM, config: AdapterConfig) -> None:
 
 
 def _layers(language: MiniMind | MlxLm) -> list[nn.Module]:
-    body: Any = language[language.family.body] if isinstance(language, MlxLm) else language
-    layers: list[nn.Module] = body.layers
-    return layers
+    body = language[language.family.body] if isinstance(language, MlxLm) else language
+    return list(body.layers)
 
 
 def _adaptable(
@@ -180,6 +178,12 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if "lora_a" in module:
             yield name, module
+
+
+def adapted(adapter: nn.Module) -> nn.Module:
+    """The module whose matrix an adapter changes."""
+    module: nn.Module = adapter["linear"] if "linear" in adapter else adapter["embedding"]
+    return module
 
 
 def adapter_arrays(model: nn.Module) -> dict[str, mx.array]:

@@ -4,7 +4,7 @@ A quantized matrix is dequantized, changed, and quantized again in the same form
 much, beside what the adapter changes, is measured.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.checkpoint import DTYPES, Checkpoint
 from ..checkpoints.reading.tensors import RawTensor
-from .adapters import adapters
+from .adapters import adapted, adapters
 from .arrays import FLOATS, to_raw
 from .dequantized import PARTS, dequantised
 from .language.experts import unstacked
@@ -46,8 +46,8 @@ def fuse(
 
     `dequantize` leaves full matrices in place of all quantized ones.
     """
-    fusion, quantization = Fusion(), checkpoint.config.get("quantization")
-    if quantization and dequantize:
+    fusion, settings = Fusion(), checkpoint.config.get("quantization") or {}
+    if settings and dequantize:
         checkpoint = dequantised(checkpoint)
     parameters: Any = dict(tree_flatten(model.parameters()))
     arrays = {name: parameters[name] for name in learned if name.startswith("projector.")}
@@ -56,10 +56,10 @@ def fuse(
         for name, module in adapters(model):
             parts = {"weight": module.fuse(dequantize=True).weight}
             fusion.matrices += 1
-            base = module.get("linear", module.get("embedding"))
+            base = adapted(module)
             if "scales" in base and not dequantize:
                 dtype = _float_dtype(checkpoint, name)
-                parts = _requantized(parts["weight"], base, dtype, quantization, fusion)
+                parts = _requantized(parts["weight"], base, dtype, settings, fusion)
             named = unstacked({f"{name}.{part}": array for part, array in parts.items()})
             tensors |= {key: _stored(array, checkpoint, key) for key, array in named.items()}
     return replace(checkpoint, tensors=tensors), fusion
@@ -83,8 +83,8 @@ def _requantized(
 ) -> dict[str, mx.array]:
     """The parts of a full matrix in the form of the quantized one that it replaces; counted."""
     packed = mx.quantize(full.astype(dtype), **settings)
-    before = mx.dequantize(*(base.get(part) for part in PARTS), **settings)
-    after = mx.dequantize(*_float32(packed), **settings)
+    before = _full([base[part] for part in PARTS if base.get(part) is not None], settings)
+    after = _full(packed, settings)
     fusion.requantized += 1
     fusion.unchanged += bool(mx.array_equal(before, after))
     fusion.change += float(mx.square(full - before).sum())
@@ -92,6 +92,8 @@ def _requantized(
     return dict(zip(PARTS, packed, strict=False))
 
 
-def _float32(parts: Iterable[mx.array]) -> list[mx.array]:
-    """Scales and biases in float32; packed words stay."""
-    return [part.astype(mx.float32) if part.dtype in FLOATS.values() else part for part in parts]
+def _full(parts: Sequence[mx.array], settings: Mapping[str, Any]) -> mx.array:
+    """The matrix of packed words, scales and, in some modes, biases, in float32."""
+    floats = FLOATS.values()
+    each: list[Any] = [part.astype(mx.float32) if part.dtype in floats else part for part in parts]
+    return mx.dequantize(*each, **settings)
