@@ -55,13 +55,18 @@ def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
 
 
 def _write_learned(checkpoint: Checkpoint, file: Path) -> None:
-    """Write the weights of learned pruners, if any; a new twig replaces the old one."""
-    if checkpoint.twig:
-        learned = open_safetensors(checkpoint.learned_file) if checkpoint.learned_file else {}
-        others = {name: tensor for name, tensor in learned.items() if not name.startswith("twig.")}
-        write_safetensors(file, {**others, **checkpoint.twig}, "mlx")
-    elif checkpoint.learned_file:
-        shutil.copyfile(checkpoint.learned_file, file)
+    """Write the weights of learned pruners, if any; new ones replace those of the same method."""
+    new, old = checkpoint.learned, checkpoint.learned_file
+    if new:
+        methods = {name.partition(".")[0] for name in new}
+        kept = {
+            name: tensor
+            for name, tensor in (open_safetensors(old) if old else {}).items()
+            if name.partition(".")[0] not in methods
+        }
+        write_safetensors(file, {**kept, **new}, "mlx")
+    elif old:
+        shutil.copyfile(old, file)
 
 
 def _model_card(config: Mapping[str, Any], name: str, source: str | None) -> str:

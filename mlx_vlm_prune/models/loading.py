@@ -41,7 +41,19 @@ def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Proc
 
     `name` is what the user called it. Raises UserError for whatever cannot be loaded.
     """
-    config, weights, checkpoint = _read(folder, dtype)
+    return _build(*_read(folder, dtype), folder, name)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, folder: Path, name: str, dtype: str = "auto"
+) -> tuple[VLM, Processor]:
+    """The same of a checkpoint that was read already; `folder` is where it lies."""
+    return _build(*_brought_over(checkpoint, folder, dtype), folder, name)
+
+
+def _build(
+    config: VLMConfig, weights: dict[str, mx.array], checkpoint: Checkpoint, folder: Path, name: str
+) -> tuple[VLM, Processor]:
     model, weights = VLM(config), stacked(weights)
     if how := config.quantization:
         quantized = {name.removesuffix(".scales") for name in weights if ".scales" in name}
@@ -72,7 +84,12 @@ def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Che
         target = _check_size(shapes, dtype, folder)
         weights = {name: _convert(weights.pop(name), target) for name in shapes}
         return config, weights, Checkpoint(whole, {}, folder, folder)
-    checkpoint = read_checkpoint(folder)
+    return _brought_over(read_checkpoint(folder), folder, dtype)
+
+
+def _brought_over(
+    checkpoint: Checkpoint, folder: Path, dtype: str
+) -> tuple[VLMConfig, dict[str, mx.array], Checkpoint]:
     config, tensors = parse_config(checkpoint.config, folder / CONFIG), checkpoint.tensors.items()
     target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
     weights = {name: _convert(to_array(tensor), target) for name, tensor in tensors}

@@ -1,14 +1,16 @@
-"""Layers of a small scoring network, so rounded that equal tokens tie.
+"""Layers of a small scoring network, so rounded that equal tokens tie; and how scores are trained.
 
-Called under `choosing()`.
+The layers are called under `choosing()`.
 
-Shapes: B images, N tokens, D features.
+Shapes: B images, N tokens, D features, K kept.
 """
 
 import mlx.core as mx
 from mlx import nn
 
 from .numerics import constant, rounded, to_choice_dtype
+
+DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
 
 
 def layer_norm(x_BND: mx.array, norm: nn.LayerNorm) -> mx.array:
@@ -26,3 +28,21 @@ def linear(x: mx.array, layer: nn.Linear) -> mx.array:
 def score(x_BND: mx.array, fc1: nn.Linear, fc2: nn.Linear) -> mx.array:
     """A number for each token, (B, N), from one hidden layer with ReLU."""
     return rounded(linear(mx.maximum(linear(x_BND, fc1), 0), fc2)[..., 0])
+
+
+def straight_through(score_BN: mx.array, K: int, noise: float) -> mx.array:
+    """A factor (B, N) on the attention that tokens get, while their scores are trained.
+
+    1 for the K highest of the scores plus Gumbel noise, next to 0 for the others; its slope is that
+    of a sigmoid of the distance from the K-th.
+    """
+    noisy_BN = score_BN + noise * mx.random.gumbel(score_BN.shape)
+    line_B1 = mx.stop_gradient(mx.sort(noisy_BN, axis=-1)[:, -K][:, None])
+    soft_BN = mx.sigmoid(noisy_BN - line_B1)
+    hard_BN = mx.maximum((noisy_BN >= line_B1).astype(mx.float32), DROPPED)
+    return hard_BN + (soft_BN - mx.stop_gradient(soft_BN))
+
+
+def budget_in_turn(K: int, step: int) -> int:
+    """Half of K, K and twice K in turn: scores then rank tokens for other budgets, too."""
+    return max(1, K * 2 ** (step % 3) // 2)

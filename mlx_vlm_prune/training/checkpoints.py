@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx import nn
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -15,6 +14,7 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import atomic_path
 from ..models.arrays import read_arrays
 from .config import TrainConfig
+from .learner import Learner
 from .run_state import (
     FOLDER,
     OPTIMIZER,
@@ -28,7 +28,7 @@ from .run_state import (
 
 
 def save(
-    run: Path, learner: nn.Module, optimizer: Optimizer, progress: Progress, config: TrainConfig
+    run: Path, learner: Learner, optimizer: Optimizer, progress: Progress, config: TrainConfig
 ) -> Path:
     """Write a checkpoint; where one of that step is there, nothing. Raises UserError."""
     target = run / FOLDER / f"{progress.iteration:07d}"
@@ -38,9 +38,8 @@ def save(
         except OSError as e:
             raise UserError(f"cannot write {target}: {e.strerror or e}") from None
         with atomic_path(target, folder=True) as folder:
-            weights: Any = tree_flatten(learner.trainable_parameters())
             state: Any = tree_flatten(optimizer.state)
-            _write(folder / WEIGHTS, dict(weights))
+            _write(folder / WEIGHTS, learner.saved_parameters())
             _write(folder / OPTIMIZER, dict(state))
             write_state(folder, progress, config)
     remove_old(run)
@@ -55,15 +54,12 @@ def _write(path: Path, arrays: dict[str, mx.array]) -> None:
         raise OSError(None, str(e)) from None
 
 
-def restore(
-    folder: Path, learner: nn.Module, optimizer: Optimizer, config: TrainConfig
-) -> Progress:
+def restore(folder: Path, learner: Learner, optimizer: Optimizer, config: TrainConfig) -> Progress:
     """Take over weights and optimizer; where the run stands. Raises UserError where the checkpoint
     is of another run."""
     progress = read_state(folder, config)
     weights = read_arrays(folder / WEIGHTS)
-    expected: Any = tree_flatten(learner.trainable_parameters())
-    check_weights(folder, dict(expected), weights)
+    check_weights(folder, learner.saved_parameters(), weights)
     learner.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_unflatten(list(read_arrays(folder / OPTIMIZER).items()))
     mx.eval(learner.parameters(), optimizer.state)

@@ -34,7 +34,8 @@ KINDS = {
 LEAST = {
     "batch_size": 1, "grad_accumulation_steps": 1, "max_seq_length": 1, "steps_per_report": 1,
     "steps_per_eval": 1, "save_every": 1, "twig_layer": 1, "twig_layers": 1, "iters": 1,
-    "keep_tokens": 1, "num_layers": -1, "val_batches": -1, "seed": 0, "grad_clip": 0,
+    "keep_tokens": 1, "num_layers": -1, "noise": 0, "language_layers": 1, "val_batches": -1,
+    "seed": 0, "grad_clip": 0,
 }  # fmt: skip
 
 
@@ -42,9 +43,10 @@ LEAST = {
 class TrainConfig:
     """The settings of a run.
 
-    `freeze` names parts that stay as they are although the stage would train them. `epochs` counts
-    passes over the data where `iters` is None. `adapter_path` is where adapters, and `output` where
-    every other stage's model and the checkpoints of the run go. Adam and AdamW correct their first
+    `freeze` names parts that stay as they are although the stage would train them, `unfreeze` parts
+    that learn although it would not. `epochs` counts passes over the data where `iters` is None.
+    `adapter_path` is where adapters, and `output` where every other stage's model and the
+    checkpoints of the run go. Adam and AdamW correct their first
     means, as published and as PyTorch does; `optimizer_config: {bias_correction: false}` leaves
     that out, which is MLX's and mlx-lm's default.
     """
@@ -52,12 +54,17 @@ class TrainConfig:
     stage: str
     data: str
     model: str | None = None
+    tower: str | None = None  # of a `model` that is a language model's weights alone
+    tokenizer: str | None = None  # of these
     dtype: str = "auto"
     # What learns
     freeze: tuple[str, ...] = ()
+    unfreeze: tuple[str, ...] = ()
+    language_layers: int | None = None  # only so many of the last learn
     pruner: str = "none"
     keep_ratio: float | None = None
     keep_tokens: int | None = None
+    noise: float = 1.0  # of a learned pruner's scores at first
     num_layers: int = 16
     lora_parameters: dict[str, Any] = field(
         default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0}
@@ -100,6 +107,7 @@ class TrainConfig:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be {either(allowed)}")
         for name, values, choices in (
             ("freeze", self.freeze, FREEZABLE),
+            ("unfreeze", self.unfreeze, FREEZABLE),
             ("report_to", (self.report_to or "").replace(",", " ").split(), REPORTERS),
         ):
             for value in values:

@@ -1,16 +1,21 @@
 """The loss of answers, with any pruner between tower and language model.
 
-Shapes: B prompts, I images over all prompts, A tokens of answers over all prompts, L rows,
-D features, V words.
+Shapes: B prompts, I images over all prompts, N visual tokens of each, K kept, A tokens of answers
+over all prompts, L rows, D features, V words.
 """
+
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.utils import tree_flatten
 
-from ..models.splice import Spliced
+from ..models.cache import HeldRows
+from ..models.language.minimind import ForwardPass
+from ..models.splice import ImageSlots, Spliced, splice
 from ..models.vlm import VLM
-from ..pruners import Pipeline
+from ..pruners import Pipeline, Pruner, StepBudgets
 from .batches import Batch
 
 
@@ -50,3 +55,65 @@ def pixels(batch: Batch, dtype: mx.Dtype) -> mx.array | None:
 
 def cross_entropy_sum(logits_AV: mx.array, targets_A: mx.array) -> mx.array:
     return nn.losses.cross_entropy(logits_AV.astype(mx.float32), targets_A, reduction="sum")
+
+
+def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) -> mx.array:
+    """The loss of answers while a method's choice is soft, summed over their tokens.
+
+    Every visual token is there; those that the method would drop get next to no attention. What
+    chooses is no lesson for the tower: its slopes are only guesses.
+    """
+    pixels_IHW3 = pixels(batch, model.dtype)
+    assert pixels_IHW3 is not None, "there are images"
+    images = model.encode(
+        pixels_IHW3, Pipeline.of(step), StepBudgets(model.N, model.N, ()),
+        batch.prompts,
+    )  # fmt: skip
+    signals = images.signals.constant
+    x_IND = model.project(images).signals.x_BND
+
+    def loss_of(bias_IN: mx.array) -> mx.array:
+        return _biased_loss(model, batch, x_IND, bias_IN)
+
+    method, weights = step.method, step.weights
+    assert method.training_factor
+    loss = loss_of(mx.log(method.training_factor(weights, signals, K, noise)))
+    if method.training_loss:
+        no_bias_IN = mx.zeros(x_IND.shape[:2])
+        full_loss, slope_IN = mx.value_and_grad(loss_of)(no_bias_IN)
+        own_loss = method.training_loss(weights, signals, mx.stop_gradient(slope_IN))
+        loss = loss + batch.answer_tokens * own_loss
+        if tree_flatten(model.trainable_parameters()):
+            loss = loss + full_loss
+    return loss
+
+
+def _biased_loss(model: VLM, batch: Batch, x_IND: mx.array, bias_IN: mx.array) -> mx.array:
+    """With all visual tokens; `bias_IN` is added to the attention that others pay to each."""
+    language: Any = model.language
+    every_N = mx.arange(x_IND.shape[1])
+    slots = [ImageSlots(x_ND, every_N, bias_N) for x_ND, bias_N in zip(x_IND, bias_IN, strict=True)]
+    spliced = splice(language.embed_tokens, batch.prompts, slots, "keep")
+    rotary = language.rotary(spliced.positions_BL, spliced.contiguous)
+    forward_pass = OthersBias(spliced.positions_BL, rotary, spliced.padded, spliced.bias_BL)
+    x_BLD = spliced.x_BLD
+    for layer, cache in zip(language.layers, language.make_cache(), strict=True):
+        x_BLD = layer(x_BLD, forward_pass, cache)
+    prompt_A, column_A = answer_rows(spliced, batch)
+    logits_AV = language.logits(x_BLD[prompt_A, column_A])
+    return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
+
+
+class OthersBias(ForwardPass):
+    """A forward pass in which a bias holds for what other rows pay: a row sees itself without it.
+
+    A row that is dropped has no attention of others, yet a slope, for which its own hidden state
+    must be what it would be if it stayed.
+    """
+
+    def _mask(self, held: HeldRows, dtype: mx.Dtype) -> mx.array:
+        L = self.positions_BL.shape[1]
+        assert held.bias_BS is not None and held.rows == L, "all rows are read at once"
+        bias_BLL = mx.where(mx.eye(L, dtype=mx.bool_), 0, held.bias_BS[:, None])
+        visible_B1LL = self.visible(held.positions_BS)
+        return mx.where(visible_B1LL, bias_BLL[:, None], -mx.inf).astype(dtype)

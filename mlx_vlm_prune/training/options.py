@@ -23,6 +23,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "stage": "what learns: the projector (pretrain); projector, pruner and language model"
         " (sft); adapters (lora, dora); a learned pruner (pruner); a twig (twig)",
         "model": "folder or Hugging Face name (default: the built-in scenes model)",
+        "tower": "folder of the vision tower, where --model is MiniMind's language model alone: its"
+        " projector then begins untrained",
+        "tokenizer": "folder of that language model's tokenizer (default: beside it)",
         "dtype": "of the weights and the computation; auto is float32 on a CPU, the checkpoint's"
         " own on a GPU",
         "data": "a file of examples, or a folder with train and valid files",
@@ -34,10 +37,13 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     "what learns": {
         "freeze": "parts that stay as they are although the stage trains them:"
         f" {either(FREEZABLE)}",
+        "unfreeze": "parts that learn although the stage would not train them",
+        "language_layers": "only so many of the language model's last layers learn",
         "pruner": "NAME, NAME:option=value,… or a chain, in the loop while training; `pruners`"
         " lists them",
         "keep_ratio": "share of an image's visual tokens to keep (default: half)",
         "keep_tokens": "number of them, in place of --keep-ratio",
+        "noise": "of a learned pruner's scores at first, falling to 0",
         "num_layers": "of lora and dora: how many of the last layers get adapters; -1 is all",
         "lora_parameters": "of lora and dora: rank, scale and dropout",
         "train_projector": "of lora and dora: the projector learns as well",
@@ -70,7 +76,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
     },
 }  # fmt: skip
 FILE_ONLY = ("lora_parameters", "optimizer_config", "lr_schedule")  # keys and values of their own
-CHOICES = {"stage": STAGES, "optimizer": OPTIMIZERS, "freeze": FREEZABLE}
+CHOICES = {"stage": STAGES, "optimizer": OPTIMIZERS, "freeze": FREEZABLE, "unfreeze": FREEZABLE}
 # Of two keys that exclude each other, a flag takes the place of the other in the config file.
 RIVALS = {
     "iters": "epochs", "epochs": "iters", "keep_ratio": "keep_tokens", "keep_tokens": "keep_ratio",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.errors import UserError, missing_package
-from ..models.loading import find_folder, load_folder
 from . import summary
 from .batches import Reader
 from .config import TrainConfig
@@ -23,6 +22,7 @@ from .metrics import Metrics
 from .processes import LocalFault, Processes
 from .run_state import checkpoint_folders
 from .stages import LEARNERS
+from .start import load_start
 from .trainer import Report, Trainer
 
 logger = logging.getLogger("mlx_vlm_prune")
@@ -95,9 +95,7 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
         split: open_dataset(path, config.format, images)
         for split, path in split_files(Path(config.data)).items()
     }
-    model, processor = load_folder(
-        find_folder(config.model), config.model or "scenes", config.dtype
-    )
+    model, processor = load_start(config)
     readers = {
         split: Reader(dataset, processor, model.config, config.max_seq_length, config.skip_bad)
         for split, dataset in datasets.items()

@@ -100,6 +100,8 @@ class Trainer:
                 self._evaluate_if_due()
         if self.stop.is_set:
             raise KeyboardInterrupt
+        if self.processes.is_first:
+            self.learner.finish(self.config.folder)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one. Raises UserError."""
@@ -136,6 +138,7 @@ class Trainer:
     def _step(self, iteration: int) -> tuple[float, int, int]:
         """One update; the summed loss, the tokens of answers, and all tokens read."""
         mx.random.seed(self.config.seed + iteration)
+        self.learner.begin_step(iteration, self.iters)
         step = self._sum(self._read(iteration))
         if not step.count:
             return 0.0, 0, step.read
