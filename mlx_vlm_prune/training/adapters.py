@@ -26,6 +26,9 @@ class Adapters(Learner):
         if c.train_projector and "projector" not in c.freeze:
             self.model.projector.unfreeze()
 
+    def finish(self, folder: Path) -> None:
+        """The adapters lie there already; `fuse` writes a model with them."""
+
     def write(self, folder: Path, iteration: int) -> None:
         """The files that mlx-lm writes, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)

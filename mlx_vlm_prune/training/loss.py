@@ -81,8 +81,8 @@ def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) ->
     if method.training_loss:
         no_bias_IN = mx.zeros(x_IND.shape[:2])
         full_loss, slope_IN = mx.value_and_grad(loss_of)(no_bias_IN)
-        own_loss = method.training_loss(weights, signals, mx.stop_gradient(slope_IN))
-        loss = loss + batch.answer_tokens * own_loss
+        beside = method.training_loss(weights, signals, mx.stop_gradient(slope_IN))
+        loss = loss + batch.answer_tokens * beside
         if tree_flatten(model.trainable_parameters()):
             loss = loss + full_loss
     return loss

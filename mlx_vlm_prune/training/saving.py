@@ -59,7 +59,7 @@ def trained_checkpoint(
 ) -> Checkpoint:
     """The checkpoint that a run began with, and what learned in place of what it was."""
     norms = (n for n in start.tensors if n.startswith("language.") and n.endswith("norm.weight"))
-    own = start.tensors[next(norms)].dtype  # of the language model, quantized or not
+    stored = start.tensors[next(norms)].dtype  # of the language model, quantized or not
     moved: Any = tree_flatten(model.trainable_parameters())
     tensors, config = dict(start.tensors), dict(start.config)
     beside = {name: dict(weights) for name, weights in learned.items()}
@@ -68,19 +68,19 @@ def trained_checkpoint(
         if method == "pruner" and not _has_pool(config):
             beside.setdefault(ATTENTION_POOL, {})[parameter] = array
             continue
-        dtype = tensors[name].dtype if name in tensors else own
+        dtype = tensors[name].dtype if name in tensors else stored
         tensors[name] = to_raw(array).astype(dtype)
     if model.config.pruner and _has_pool(config):
         name, tokens = model.config.pruner
         config["pruner"] = {"name": name, "tokens": tokens}
-    return replace(start, config=config, tensors=tensors, learned=_named(beside, own))
+    return replace(start, config=config, tensors=tensors, learned=_named(beside, stored))
 
 
-def _named(learned: Mapping[str, Mapping[str, mx.array]], own: str) -> dict[str, RawTensor]:
+def _named(learned: Mapping[str, Mapping[str, mx.array]], stored: str) -> dict[str, RawTensor]:
     """Tensors as METHOD.parameter; a twig's layers in the language model's dtype."""
     return {
         f"{method}.{name}": to_raw(array).astype(
-            own if method == TWIG and name != "layer" else "F32"
+            stored if method == TWIG and name != "layer" else "F32"
         )
         for method, weights in learned.items()
         for name, array in weights.items()
