@@ -86,6 +86,15 @@ class VLM(nn.Module):
         return self.model
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def feature_dims(self) -> int:
+        """Of a visual token before the projector."""
+        return self.config.vision.hidden_size * prod(self.config.merge)
+
+    @property
     def pool(self) -> AttentionPool | None:
         """The learned pruner's weights, where the checkpoint has some."""
         return self.vision_proj if isinstance(self.vision_proj, AttentionPool) else None

@@ -110,7 +110,7 @@ def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: 
         return Reduction(torch.arange(N, device=signals.x_BND.device).expand(B, N))
     if weights is not None:
         return weights.prune(signals, K, **options)
-    return step.call("prune", signals, K)
+    return step.call("prune", signals.constant, K)
 
 
 def signal_layers(step: Step, layers: int) -> dict[str, int | None]:

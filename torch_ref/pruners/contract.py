@@ -64,6 +64,12 @@ class Signals:
         """A copy with these signals changed or added; None removes one."""
         return Signals(**{**self.__dict__, **changed})
 
+    @property
+    def constant(self) -> "Signals":
+        """The same without slopes: a choice among tokens has none."""
+        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return self.replace(**{name: value.detach() for name, value in tensors.items()})
+
     def per_token(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
         """A copy with `change(signal, dim of its tokens)` for all that is per token, x included."""
         changed: dict[str, Tensor] = {}

@@ -1,0 +1,100 @@
+"""A run goes on after a stop, in the framework that began it bit for bit, or in the other."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.training.run_state import checkpoint_folders
+from torch_ref.models.loading import load_folder
+from torch_ref.train import main as train_command
+
+from .training_pairs import CPU, Runs, assert_same, weights
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs.written("qwen3 and siglip", tmp_path_factory.mktemp("runs"))
+
+
+SCHEDULE = {"name": "cosine_decay", "arguments": [1e-3, 6], "warmup": 2}
+KEYS = {"save_every": 3, "lr_schedule": SCHEDULE, "pruner": "received_attention", "keep_tokens": 9}
+
+
+def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(runs, tmp_path):
+    whole = runs.torch(runs.config("sft", str(tmp_path / "whole"), iters=6, **KEYS))
+    whole.run()
+    for iters in (3, 6):
+        parts = runs.torch(
+            runs.config("sft", str(tmp_path / "parts"), iters=iters, resume=iters == 6, **KEYS)
+        )
+        parts.run()
+    expected, got = weights(whole), weights(parts)
+    assert all(np.array_equal(expected[name], got[name]) for name in expected)
+    files = [
+        checkpoint_folders(tmp_path / name)[-1] / "optimizer.safetensors"
+        for name in ("whole", "parts")
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("first", "then"), [("torch", "mlx"), ("mlx", "torch")])
+def test_a_run_goes_on_in_the_other_framework(runs, tmp_path, first, then, optimizer):
+    momentum = {"sgd": {"optimizer_config": {"momentum": 0.9}, "learning_rate": 0.05}}
+    keys = KEYS | {"optimizer": optimizer} | momentum.get(optimizer, {})
+    whole = runs.mlx(runs.config("sft", str(tmp_path / "whole"), iters=6, **keys))
+    whole.run()
+    begun = runs.config("sft", str(tmp_path / "parts"), iters=3, **keys)
+    getattr(runs, first)(begun).run()
+    last = runs.config("sft", str(tmp_path / "parts"), iters=6, resume=True, **keys)
+    second = getattr(runs, then)(last)
+    second.run()
+    assert second.progress == whole.progress
+    assert_same(weights(second), weights(whole), 1e-3)
+
+
+def test_the_command_writes_a_model_that_either_loads(runs, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"stage: pretrain\nmodel: {runs.folder / 'model'}\ndata: {runs.folder}\n"
+        f"output: {tmp_path / 'out'}\nlearning_rate: 1e-2\nbatch_size: 4\n"
+    )
+    train_command(["-c", str(config), "--iters", "4", "--save-every", "2"])
+    assert "train_loss" in capsys.readouterr().out
+    before, _ = load_folder(runs.folder / "model", CPU)
+    after, _ = load_folder(tmp_path / "out", CPU)
+    moved = {
+        name
+        for (name, p), q in zip(before.named_parameters(), after.parameters(), strict=True)
+        if not p.equal(q)
+    }
+    assert moved == {name for name, _ in before.named_parameters() if "vision_proj" in name}
+    model, _ = load(tmp_path / "out")
+    held = model.projector.fc1.weight
+    assert np.array_equal(np.array(held), after.projector[1].weight.detach().numpy())
+    assert [p.name for p in checkpoint_folders(tmp_path / "out")] == ["0000002", "0000004"]
+    state = json.loads((tmp_path / "out/checkpoints/0000004/state.json").read_text())
+    assert state["progress"]["iteration"] == 4
+
+
+MISTAKES = {
+    "again": ({}, "holds checkpoints of a run; give resume"),
+    "another rate": (
+        {"resume": True, "learning_rate": 1e-2}, "was written with learning_rate=0.001",
+    ),
+    "another stage": ({"resume": True, "stage": "pretrain"}, "was written with stage='sft'"),
+    "optimizer": ({"optimizer": "muon"}, "torch_ref has adam, adamw or sgd"),
+    "pruner": ({"pruner": "divprun"}, "did you mean divprune"),
+    "budget": ({"pruner": "divprune", "keep_tokens": 17}, "keep 1 to 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_is_one_sentence(runs, tmp_path, case):
+    keys, part = dict(MISTAKES[case][0]), MISTAKES[case][1]
+    runs.torch(runs.config("sft", str(tmp_path), iters=1)).run()
+    with pytest.raises(UserError, match=part):
+        runs.torch(runs.config(keys.pop("stage", "sft"), str(tmp_path), **keys)).run()
