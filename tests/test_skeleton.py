@@ -104,7 +104,16 @@ SHARED_IN_TRAINING = (
     "mlx_vlm_prune.inputs.processor",
     *(
         f"mlx_vlm_prune.training.{name}"
-        for name in ("batches", "config", "formats", "options", "run_state")
+        for name in (
+            "batches",
+            "config",
+            "folder",
+            "formats",
+            "interrupts",
+            "metrics",
+            "options",
+            "run_state",
+        )
     ),
 )
 

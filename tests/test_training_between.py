@@ -10,6 +10,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.training.run_state import checkpoint_folders
 from torch_ref.models.loading import load_folder
 from torch_ref.train import main as train_command
+from torch_ref.training.run import train
 
 from .training_pairs import CPU, Runs, assert_same, weights
 
@@ -20,17 +21,23 @@ def runs(tmp_path_factory) -> Runs:
 
 
 SCHEDULE = {"name": "cosine_decay", "arguments": [1e-3, 6], "warmup": 2}
+
+
+def run(trainer):
+    """From its last checkpoint to the end."""
+    trainer.resume()
+    trainer.run()
+    return trainer
+
+
 KEYS = {"save_every": 3, "lr_schedule": SCHEDULE, "pruner": "received_attention", "keep_tokens": 9}
 
 
 def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(runs, tmp_path):
-    whole = runs.torch(runs.config("sft", str(tmp_path / "whole"), iters=6, **KEYS))
-    whole.run()
+    whole = run(runs.torch(runs.config("sft", str(tmp_path / "whole"), iters=6, **KEYS)))
     for iters in (3, 6):
-        parts = runs.torch(
-            runs.config("sft", str(tmp_path / "parts"), iters=iters, resume=iters == 6, **KEYS)
-        )
-        parts.run()
+        config = runs.config("sft", str(tmp_path / "parts"), iters=iters, **KEYS)
+        parts = run(runs.torch(config))
     expected, got = weights(whole), weights(parts)
     assert all(np.array_equal(expected[name], got[name]) for name in expected)
     files = [
@@ -45,13 +52,10 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(runs, tmp_p
 def test_a_run_goes_on_in_the_other_framework(runs, tmp_path, first, then, optimizer):
     momentum = {"sgd": {"optimizer_config": {"momentum": 0.9}, "learning_rate": 0.05}}
     keys = KEYS | {"optimizer": optimizer} | momentum.get(optimizer, {})
-    whole = runs.mlx(runs.config("sft", str(tmp_path / "whole"), iters=6, **keys))
-    whole.run()
-    begun = runs.config("sft", str(tmp_path / "parts"), iters=3, **keys)
-    getattr(runs, first)(begun).run()
-    last = runs.config("sft", str(tmp_path / "parts"), iters=6, resume=True, **keys)
-    second = getattr(runs, then)(last)
-    second.run()
+    whole = run(runs.mlx(runs.config("sft", str(tmp_path / "whole"), iters=6, **keys)))
+    for framework, iters in ((first, 3), (then, 6)):
+        config = runs.config("sft", str(tmp_path / "parts"), iters=iters, **keys)
+        second = run(getattr(runs, framework)(config))
     assert second.progress == whole.progress
     assert_same(weights(second), weights(whole), 1e-3)
 
@@ -81,20 +85,20 @@ def test_the_command_writes_a_model_that_either_loads(runs, tmp_path, capsys):
 
 
 MISTAKES = {
-    "again": ({}, "holds checkpoints of a run; give resume"),
+    "again": ({}, "holds another run; resume it"),
     "another rate": (
         {"resume": True, "learning_rate": 1e-2}, "was written with learning_rate=0.001",
     ),
     "another stage": ({"resume": True, "stage": "pretrain"}, "was written with stage='sft'"),
-    "optimizer": ({"optimizer": "muon"}, "torch_ref has adam, adamw or sgd"),
-    "pruner": ({"pruner": "divprun"}, "did you mean divprune"),
-    "budget": ({"pruner": "divprune", "keep_tokens": 17}, "keep 1 to 16"),
+    "optimizer": ({"resume": True, "optimizer": "muon"}, "torch_ref has adam, adamw or sgd"),
+    "pruner": ({"resume": True, "pruner": "divprun"}, "did you mean divprune"),
+    "budget": ({"resume": True, "pruner": "divprune", "keep_tokens": 17}, "keep 1 to 16"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_sentence(runs, tmp_path, case):
     keys, part = dict(MISTAKES[case][0]), MISTAKES[case][1]
-    runs.torch(runs.config("sft", str(tmp_path), iters=1)).run()
+    train(runs.config("sft", str(tmp_path / "out"), iters=1))
     with pytest.raises(UserError, match=part):
-        runs.torch(runs.config(keys.pop("stage", "sft"), str(tmp_path), **keys)).run()
+        train(runs.config(keys.pop("stage", "sft"), str(tmp_path / "out"), **keys))

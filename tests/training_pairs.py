@@ -88,14 +88,16 @@ class Runs:
         return TrainConfig.of({**values, **keys}, "the test")
 
     def mlx(self, config: TrainConfig) -> Any:
-        from mlx_vlm_prune.training import run
+        from mlx_vlm_prune.training.processes import Processes
+        from mlx_vlm_prune.training.run import make_trainer
 
-        return run.trainer(config)
+        return make_trainer(config, Processes())
 
     def torch(self, config: TrainConfig) -> Any:
-        from torch_ref.training import run
+        from torch_ref.training.processes import Processes
+        from torch_ref.training.run import make_trainer
 
-        return run.trainer(config, CPU)
+        return make_trainer(config, Processes(CPU))
 
 
 def mlx_gradients(trainer: Any, batch: Batch) -> tuple[float, Gradients]:

@@ -1,6 +1,6 @@
-"""Checkpoints of a run, in the files and under the names of MLX's: either framework goes on from
-what the other wrote, with its optimizer.
+"""Checkpoints of a run, in the files and under the names of MLX's.
 
+Either framework goes on from what the other wrote, with its optimizer.
 Adam's means are `NAME.m` and `NAME.v`, SGD's momentum is `NAME.v`.
 """
 

@@ -32,6 +32,7 @@ class Learner:
     """
 
     parts: Sequence[str] = ()  # of the model that the stage trains, unless `freeze` names them
+    step = 0  # the number of the step under way
 
     def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
         self.model, self.checkpoint, self.where, self.config = model, checkpoint, where, config
@@ -69,6 +70,10 @@ class Learner:
     def loss(self, batch: Batch) -> Tensor:
         """Summed over the answers' tokens."""
         return answer_loss(self.model, batch, self.steps)
+
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        """The same without what is there to learn from: noise, or other budgets."""
+        return self.loss(batch)
 
     def to_ours(self, values: Mapping[str, Tensor]) -> dict[str, RawTensor]:
         """Numbers of all parameters, as MLX's learner names and arranges them."""

@@ -72,9 +72,14 @@ def make_schedule(config: TrainConfig) -> Schedule:
     if not config.lr_schedule:
         return lambda step: config.learning_rate
     try:
-        return _schedule(config.lr_schedule)
-    except (KeyError, TypeError, IndexError) as e:
-        raise UserError(f"lr_schedule cannot be used ({type(e).__name__}: {e})") from None
+        values = dict(config.lr_schedule)
+        values["arguments"] = [float(x) if isinstance(x, str) else x for x in values["arguments"]]
+        return _schedule(values)
+    except (KeyError, TypeError, IndexError, ValueError) as e:
+        raise UserError(
+            "lr_schedule must have mlx-lm's keys, name and arguments, and may have warmup and"
+            f" warmup_init ({type(e).__name__}: {e})"
+        ) from None
 
 
 def _schedule(settings: Mapping[str, Any]) -> Schedule:
@@ -112,9 +117,10 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-def clip(gradients: Sequence[Tensor], longest: float) -> None:
-    """Shorten all together to a length, in place."""
+def clip(gradients: Sequence[Tensor], longest: float) -> float:
+    """Shorten all together to a length, in place; how long they were."""
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     share = (longest / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(share)
+    return float(norm)

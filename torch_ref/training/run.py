@@ -1,5 +1,7 @@
 """A training run from its config: load, read, train, write."""
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,26 +12,43 @@ from mlx_vlm_prune.inputs.processor import read_processor
 from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.training.batches import Reader
 from mlx_vlm_prune.training.config import TrainConfig
+from mlx_vlm_prune.training.folder import claimed
 from mlx_vlm_prune.training.formats import open_dataset, split_files
+from mlx_vlm_prune.training.metrics import Metrics
 
 from ..models.learned import read_learned
 from ..models.loading import best_device, load_folder
+from .processes import Processes, own_device
 from .stages import LEARNERS
 from .trainer import Report, Trainer
 
 
-def train(config: TrainConfig, device: torch.device | None = None) -> None:
+def train(config: TrainConfig) -> None:
     """Train as the config says, in float32. Raises UserError for what cannot be trained or read."""
-    trainer(config, device).run()
+    processes = Processes(own_device(best_device()))
+    with ExitStack() as stack:
+        fault = None
+        try:
+            if processes.is_first:
+                stack.enter_context(claimed(config))
+        except UserError as e:
+            fault = e
+        processes.agree(fault)
+        trainer = make_trainer(config, processes)
+        trainer.resume()
+        if processes.is_first:
+            metrics = Metrics(config.folder, trainer.progress.iteration)
+            trainer.on_report = partial(_report, metrics, trainer.iters)
+        trainer.run()
 
 
-def trainer(config: TrainConfig, device: torch.device | None = None) -> Trainer:
-    """The run of a config, before its first step. Raises UserError."""
+def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
+    """The model, its data and what learns. Raises UserError."""
     if config.stage not in LEARNERS:
         raise UserError(f"stage {config.stage} is not trained here; mlx_vlm_prune.train has it")
     torch.manual_seed(config.seed)
     folder = resolve_path(config.model) if config.model else CHECKPOINT
-    model, checkpoint = load_folder(folder, device or best_device())
+    model, checkpoint = load_folder(folder, processes.device)
     model.learned = read_learned(folder, model)
     processor = read_processor(checkpoint, model.config, config.model or "scenes", folder)
     images = Path(config.image_folder) if config.image_folder else None
@@ -41,8 +60,10 @@ def trainer(config: TrainConfig, device: torch.device | None = None) -> Trainer:
         for split, path in split_files(Path(config.data)).items()
     }  # fmt: skip
     learner = LEARNERS[config.stage](model, checkpoint, folder, config)
-    return Trainer(config, learner, readers["train"], readers.get("valid"), _show)
+    return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
-def _show(report: Report) -> None:
-    print(" ".join(f"{name} {value:.4g}" for name, value in report.items()), flush=True)
+def _report(metrics: Metrics, iters: int, report: Report) -> None:
+    metrics.append(dict(report))
+    figures = [f"{name} {value:.4g}" for name, value in report.items() if name != "iteration"]
+    print(f"step {report['iteration']:.0f} of {iters}: {', '.join(figures)}", flush=True)
