@@ -213,8 +213,8 @@ def load_adapters(model: VLM, folder: str | Path) -> list[str]:
     add_adapters(model, config)
     expected = adapter_arrays(model)
     if any(name.startswith("projector.") for name in weights):
-        projector: Any = tree_flatten(model.projector.parameters(), prefix="projector")
-        expected |= dict(projector)
+        projector: Any = tree_flatten(model.projector.parameters())
+        expected |= {f"projector.{name}": array for name, array in projector}
     for name in sorted(expected.keys() | weights.keys()):
         here, there = (x[name].shape if name in x else "none" for x in (expected, weights))
         if here != there:

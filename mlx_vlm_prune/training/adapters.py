@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import atomic_path, write_json, write_safetensors
 from ..models.adapters import CONFIG, WEIGHTS, AdapterConfig, add_adapters
 from ..models.arrays import to_raw
@@ -20,9 +21,10 @@ class Adapters(Learner):
         """Add the adapters; their first values follow from the seed."""
         c = self.settings
         self.adapter_config = AdapterConfig.of(c.stage, c.num_layers, c.lora_parameters)
+        if "language" in c.freeze:
+            raise UserError(f"freeze names language, in which adapters learn in stage {c.stage}")
         mx.random.seed(c.seed)
-        if "language" not in c.freeze:
-            add_adapters(self.model, self.adapter_config)
+        add_adapters(self.model, self.adapter_config)
         if c.train_projector and "projector" not in c.freeze:
             self.model.projector.unfreeze()
 
