@@ -12,8 +12,7 @@ from ..models.vlm import VLM
 from ..pruners import METHODS, PRESETS, plan
 from ..pruners.budget import budget
 from .config import TrainConfig
-
-TWIG = "twig"  # layers of a language model, which a stage of its own trains
+from .trained_folder import TWIG
 
 
 def trainable_names() -> list[str]:
