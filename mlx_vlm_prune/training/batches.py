@@ -5,20 +5,26 @@ an error, or with `skip_bad` is left out, named and counted.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..checkpoints.config import VLMConfig
 from ..checkpoints.errors import UserError
 from ..inputs.image import open_image
 from ..inputs.processor import Processor
 from ..inputs.prompt import Prompt
-from .examples import Example, TokenizedExample, tokenize_example
+from .examples import Example, Picture, TokenizedExample, tokenize_example
 from .formats import Dataset
 
 logger = logging.getLogger(__name__)
+AHEAD = 2  # batches that a trainer has read while one is in use
+WINDOW = 16  # blocks of a data set whose examples are shuffled together
 
 
 @dataclass(frozen=True)
@@ -34,9 +40,13 @@ class Batch:
     indices: tuple[int, ...] = ()  # of the examples in the data set
 
     @classmethod
-    def of(cls, examples: Sequence[TokenizedExample], pixels: Sequence[np.ndarray]) -> "Batch":
+    def of(
+        cls, examples: Sequence[TokenizedExample], pixels: Sequence[np.ndarray],
+        indices: Sequence[int] = (),
+    ) -> "Batch":  # fmt: skip
         pixels_IHW3 = np.stack(pixels) if pixels else None
-        return cls([e.prompt for e in examples], [e.is_answer for e in examples], pixels_IHW3)
+        flags = [e.is_answer for e in examples]
+        return cls([e.prompt for e in examples], flags, pixels_IHW3, tuple(indices))
 
     @property
     def answer_tokens(self) -> int:
@@ -56,64 +66,120 @@ class Batch:
         ])  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What reading a batch gave."""
+
+    batch: Batch | None
+    bad: dict[int, str]
+    cut: list[int]
+
+
 @dataclass
 class Reader:
-    """Turns examples of a data set into batches, and counts what it had to change."""
+    """Turns examples of a data set into batches, and counts what it had to change.
+
+    `chat_template_config` holds the template's own options. Raises UserError for a tokenizer with
+    ids that the model has no embedding for.
+    """
 
     dataset: Dataset
     processor: Processor
     config: VLMConfig  # of the model
     max_seq_length: int
     skip_bad: bool = False
+    chat_template_config: Mapping[str, Any] = field(default_factory=dict)
     bad: dict[int, str] = field(default_factory=dict)  # what is wrong, by the example's number
     cut: set[int] = field(default_factory=set)  # examples that were too long
+    _ahead: dict[bytes, Future[_Read]] = field(default_factory=dict, repr=False)
 
-    def batch(self, indices: np.ndarray) -> Batch | None:
+    def __post_init__(self) -> None:
+        largest = max(self.processor.tokenizer.backend.get_vocab().values(), default=0)
+        if largest >= (size := self.config.text.vocab_size):
+            raise UserError(
+                f"the tokenizer of {self.processor.tokenizer.name} has ids up to {largest}, but the"
+                f" model's vocabulary has {size} entries"
+            )
+        most = self.config.text.max_position_embeddings
+        if self.max_seq_length > most:
+            self.max_seq_length = most
+
+    def batch(self, indices: np.ndarray, ahead: Iterable[np.ndarray] = ()) -> Batch | None:
         """The examples of these numbers; None where none of them can be used.
 
-        Raises UserError for one that cannot, without `skip_bad`.
+        The batches in `ahead`, which come next, are read meanwhile. Raises UserError for an example
+        that cannot be used, without `skip_bad`, when its batch is due.
         """
-        examples, pixels = list[TokenizedExample](), list[np.ndarray]()
+        reading = self._ahead.pop(indices.tobytes(), None)
+        read = reading.result() if reading else self._read(indices)
+        for following in ahead:
+            if (key := following.tobytes()) not in self._ahead:
+                self._ahead[key] = self._pool.submit(self._read, following)
+        return self._count(read)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="reading ahead")
+
+    def _count(self, read: _Read) -> Batch | None:
+        for index, fault in read.bad.items():
+            if not self.skip_bad:
+                raise UserError(f"{fault} (skip_bad leaves such examples out)")
+            if index not in self.bad:
+                logger.warning("left out: %s", fault)
+            self.bad[index] = fault
+        self.cut.update(read.cut)
+        return read.batch
+
+    def _read(self, indices: np.ndarray) -> _Read:
+        numbers, examples, pixels = list[int](), list[TokenizedExample](), list[np.ndarray]()
+        bad = dict[int, str]()
         for index in indices.tolist():
             try:
-                read, pictures = self._read(self.dataset[index], index)
+                example = self.dataset[index]
+                read, pictures = self._prepare(example)
             except UserError as e:
-                self._report(index, str(e))
+                bad[index] = str(e)
+                if not self.skip_bad:
+                    break
                 continue
+            numbers.append(index)
             examples.append(read)
             pixels += pictures
-        return Batch.of(examples, pixels) if examples else None
+        cut = [n for n, example in zip(numbers, examples, strict=True) if example.was_cut]
+        return _Read(Batch.of(examples, pixels, numbers) if examples else None, bad, cut)
 
-    def _read(self, example: Example, index: int) -> tuple[TokenizedExample, list[np.ndarray]]:
+    def _prepare(self, example: Example) -> tuple[TokenizedExample, list[np.ndarray]]:
+        """Ids, and what the tower sees of every picture. Raises UserError."""
         try:
-            read = tokenize_example(self.processor, example, self.config.N, self.max_seq_length)
-            if fault := read.prompt.limit_error(self.max_seq_length, self.config.text.vocab_size):
-                raise UserError(f"it {fault}")
-            pictures = [
-                self.processor.image(open_image(picture() if callable(picture) else picture))
-                for picture in example.images
-            ]
+            read = tokenize_example(
+                self.processor, example, self.config.N, self.max_seq_length,
+                self.chat_template_config,
+            )  # fmt: skip
+            pictures = example.images[: len(read.prompt.runs)]
+            pixels = [self.processor.image(_open(picture)) for picture in pictures]
         except UserError as e:
             raise UserError(f"{example.where}: {e}") from None
-        if read.was_cut:
-            self.cut.add(index)
-        return read, pictures
-
-    def _report(self, index: int, fault: str) -> None:
-        if not self.skip_bad:
-            raise UserError(f"{fault} (skip_bad leaves such examples out)")
-        if index not in self.bad:
-            logger.warning("left out: %s", fault)
-        self.bad[index] = fault
+        return read, pixels
 
 
-@dataclass(frozen=True)
+def _open(picture: Picture) -> Image.Image:
+    return open_image(picture() if callable(picture) else picture)
+
+
+@dataclass
 class Order:
-    """The numbers of the examples of every batch."""
+    """The numbers of the examples of every batch.
+
+    Where a data set is read in `blocks`, lists of these are shuffled, and then the examples of
+    every WINDOW blocks: neighbours in the file stay near each other, and few blocks are held.
+    """
 
     examples: int
     batch_size: int
     seed: int
+    blocks: Sequence[Sequence[range]] | None = None
+    _epoch: tuple[int, np.ndarray] = field(default=(-1, np.empty(0, int)), repr=False)
 
     def indices(self, batch: int) -> np.ndarray:
         """The numbers (batch_size,) of a batch, counted from 0 over all passes."""
@@ -122,7 +188,16 @@ class Order:
         return np.array([self._permutation(n // self.examples)[n % self.examples] for n in numbers])
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.examples)
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self._shuffled(np.random.default_rng([self.seed, epoch]))
+        return self._epoch[1]
+
+    def _shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        if self.blocks is None:
+            return rng.permutation(self.examples)
+        blocks = [block for n in rng.permutation(len(self.blocks)) for block in self.blocks[n]]
+        windows = (blocks[n : n + WINDOW] for n in range(0, len(blocks), WINDOW))
+        return np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
 
 
 def in_order(examples: int, batch_size: int, most: int) -> Iterator[np.ndarray]:

@@ -75,6 +75,7 @@ class TrainConfig:
     # Data
     format: str = "auto"
     image_folder: str | None = None
+    chat_template_config: dict[str, Any] = field(default_factory=dict)
     max_seq_length: int = 2048
     skip_bad: bool = False
     # Steps

@@ -29,8 +29,9 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "dtype": "of the weights and the computation; auto is float32 on a CPU, the checkpoint's"
         " own on a GPU",
         "data": "a file of examples, or a folder with train and valid files",
-        "format": "of the data; auto goes by the file's ending",
+        "format": "of the data: jsonl, llava or minimind; auto goes by how the file begins",
         "image_folder": "what images' paths are relative to (default: the data file's folder)",
+        "chat_template_config": 'the chat template\'s own options, such as {"open_thinking": true}',
         "max_seq_length": "longer examples are cut to so many tokens, and counted",
         "skip_bad": "leave out examples that cannot be used, name and count them (default: stop)",
     },
@@ -75,7 +76,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "project_name": "of these reports (default: mlx_vlm_prune)",
     },
 }  # fmt: skip
-FILE_ONLY = ("lora_parameters", "optimizer_config", "lr_schedule")  # keys and values of their own
+# Keys and values of their own.
+FILE_ONLY = ("lora_parameters", "optimizer_config", "lr_schedule", "chat_template_config")
 CHOICES = {"stage": STAGES, "optimizer": OPTIMIZERS, "freeze": FREEZABLE, "unfreeze": FREEZABLE}
 # Of two keys that exclude each other, a flag takes the place of the other in the config file.
 RIVALS = {

@@ -97,9 +97,12 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     }
     model, processor = load_start(config)
     readers = {
-        split: Reader(dataset, processor, model.config, config.max_seq_length, config.skip_bad)
+        split: Reader(
+            dataset, processor, model.config, config.max_seq_length, config.skip_bad,
+            config.chat_template_config,
+        )
         for split, dataset in datasets.items()
-    }
+    }  # fmt: skip
     learner = LEARNERS[config.stage](model, config)
     return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
 

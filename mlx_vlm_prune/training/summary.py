@@ -75,7 +75,7 @@ def closing(
     if p.bad:
         lines.append(f"left out: {len(p.bad)} examples that could not be used")
     if p.cut:
-        lines.append(f"cut: {len(p.cut)} examples, to {c.max_seq_length} tokens")
+        lines.append(f"cut: {len(p.cut)} examples, to {trainer.data.max_seq_length} tokens")
     return [*lines, f"in {c.folder}: {', '.join(_files(c))}", usage(c)]
 
 

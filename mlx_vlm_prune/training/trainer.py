@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 
 from ..checkpoints.errors import UserError
 from . import checkpoints
-from .batches import Batch, Order, Reader
+from .batches import AHEAD, Batch, Order, Reader
 from .config import TrainConfig
 from .interrupts import StopRequest
 from .learner import Learner
@@ -60,7 +60,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.order = Order(len(self.data.dataset), c.batch_size * self.processes.size, c.seed)
+        dataset = self.data.dataset
+        size = c.batch_size * self.processes.size
+        self.order = Order(len(dataset), size, c.seed, dataset.blocks)
         self.optimizer = make_optimizer(c)
         self.optimizer.init(self.learner.trainable_parameters())
         self.slopes = nn.value_and_grad(self.learner, lambda batch: self.learner.loss(batch))
@@ -185,8 +187,13 @@ class Trainer:
         return Slopes(loss, int(count), int(read), gradients)
 
     def batch(self, iteration: int, part: int) -> Batch | None:
-        """This process's share of a batch of a step."""
-        return self.data.batch(self.processes.share(self._indices(iteration, part)))
+        """This process's share of a batch of a step; those that come next are read meanwhile."""
+        parts = self.config.grad_accumulation_steps
+        number = iteration * parts + part
+        last = min(number + AHEAD, self.iters * parts - 1)
+        indices = (self._indices(*divmod(n, parts)) for n in range(number, last + 1))
+        share, *ahead = map(self.processes.share, indices)
+        return self.data.batch(share, ahead)
 
     def _indices(self, iteration: int, part: int) -> np.ndarray:
         return self.order.indices(iteration * self.config.grad_accumulation_steps + part)
