@@ -20,6 +20,7 @@ from .folder import claimed
 from .formats import open_dataset, split_files
 from .metrics import Metrics
 from .processes import LocalFault, Processes
+from .recompute import recompute_layers
 from .run_state import checkpoint_folders
 from .stages import LEARNERS
 from .start import load_start
@@ -104,6 +105,8 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
         for split, dataset in datasets.items()
     }  # fmt: skip
     learner = LEARNERS[config.stage](model, config)
+    if config.grad_checkpoint:
+        recompute_layers(learner)
     return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
 
 

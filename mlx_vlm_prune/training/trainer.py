@@ -60,6 +60,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
+        self.learner.train()
         dataset = self.data.dataset
         size = c.batch_size * self.processes.size
         self.order = Order(len(dataset), size, c.seed, dataset.blocks)
@@ -88,7 +89,6 @@ class Trainer:
 
         Ctrl-C and SIGTERM write a checkpoint of the last step and raise KeyboardInterrupt.
         """
-        self.learner.train()
         with self.stop.on_signals():
             self._evaluate_if_due()
             while self.progress.iteration < self.iters and not self.stop.is_set:
