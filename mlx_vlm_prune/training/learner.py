@@ -18,7 +18,7 @@ from ..checkpoints.config import SiglipConfig
 from ..checkpoints.errors import UserError
 from ..models.language.mlx_lm import MlxLm
 from ..models.vlm import VLM
-from ..pruners import Pipeline, plan
+from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import budget
 from .batches import Batch
 from .config import TrainConfig
@@ -50,10 +50,30 @@ class Learner(nn.Module):
             for name in learned_names(config.pruner)
             if not trained_inside(model, name)
         }
+        self._check_soft_choice()
         self.freeze()
         self.unfreeze_parts()
         if not tree_flatten(self.trainable_parameters()):
             raise UserError(f"nothing is left to learn in stage {config.stage}")
+
+    def _check_soft_choice(self) -> None:
+        """Raise UserError where a learned method that chooses tokens cannot be trained."""
+        step = self.pipeline.steps[-1]
+        factors = [s.name for s in self.pipeline.steps if s.method.training_factor]
+        if not (factors and self.trains("pruner")):
+            return
+        if len(self.pipeline.steps) > 1 or self.pipeline.enhancer or step.stage != Stage.FEATURES:
+            raise UserError(
+                f"{factors[0]} learns alone, not in the chain {self.pipeline.spec}; train it first,"
+                " or let it be by freeze: pruner"
+            )
+        if self.model.dtype == mx.float16:
+            raise UserError(
+                f"{step.name} learns by the attention that dropped tokens would get, which float16"
+                " cannot hold; train in dtype bfloat16 or float32"
+            )
+        if step.method.training_loss and mx.distributed.init().size() > 1:
+            raise UserError(f"{step.name} learns in one process")
 
     def trains(self, part: str) -> bool:
         """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
