@@ -20,7 +20,7 @@ from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.learner import Learner
 from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.stages import LEARNERS
-from tests import tiny, training_data
+from tests import stage_runs, tiny
 from torch_ref.training import pruners as reference
 from torch_ref.training.scenes_data import Batch as TorchBatch
 
@@ -43,7 +43,7 @@ def plain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return training_data.write(tmp_path_factory.mktemp("data"), 4)
+    return stage_runs.write(tmp_path_factory.mktemp("data"), 4)
 
 
 def settings(stage: str, **keys) -> TrainConfig:
@@ -224,13 +224,13 @@ MOVES = {
 @pytest.mark.parametrize("case", MOVES)
 def test_a_stage_moves_what_it_should_and_no_bit_else(plain, data, tmp_path, case):
     stage, keys, parts = MOVES[case]
-    config = training_data.config(stage, plain, data, tmp_path / "out", **keys)
+    config = stage_runs.config(stage, plain, data, tmp_path / "out", **keys)
     train(config)
     assert moved(plain, tmp_path / "out") == parts
 
 
 def test_a_tower_that_learns_keeps_what_nothing_reads(plain, data, tmp_path):
-    train(training_data.config("pretrain", plain, data, tmp_path / "out", unfreeze="tower"))
+    train(stage_runs.config("pretrain", plain, data, tmp_path / "out", unfreeze="tower"))
     before, after = (read_checkpoint(f).tensors for f in (plain, tmp_path / "out"))
     assert after["tower.post_layernorm.weight"] == before["tower.post_layernorm.weight"]
     same = [n for n in after if n.startswith("tower.") and after[n] == before[n]]

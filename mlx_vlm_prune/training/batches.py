@@ -94,7 +94,12 @@ class Reader:
     _ahead: dict[bytes, Future[_Read]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        largest = max(self.processor.tokenizer.backend.get_vocab().values(), default=0)
+        # Special tokens may lie behind the vocabulary, as <image> of LLaVA's authors: no text has
+        # one, and a prompt that has is refused.
+        backend = self.processor.tokenizer.backend
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        words = backend.get_vocab()
+        largest = max((words[word] for word in words.keys() - added), default=0)
         if largest >= (size := self.config.text.vocab_size):
             raise UserError(
                 f"the tokenizer of {self.processor.tokenizer.name} has ids up to {largest}, but the"

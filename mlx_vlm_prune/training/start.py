@@ -24,9 +24,10 @@ def read_start(config: TrainConfig) -> Checkpoint:
     """Its checkpoint; the tensors stay on the disk. Raises UserError."""
     if config.tower is None:
         return read_checkpoint(find_folder(config.model))
+    path = _path(config)
     tokenizer = config.tokenizer and resolve_path(config.tokenizer)
     tower = resolve_path(config.tower)
-    return read_checkpoint(_path(config), tower, tokenizer or None, projector_seed=config.seed)
+    return read_checkpoint(path, tower, tokenizer or None, projector_seed=config.seed)
 
 
 def _path(config: TrainConfig) -> Path:

@@ -154,7 +154,8 @@ class MixtureOfExperts(nn.Module):
         """The chosen experts' answers, weighted by the router's shares, which sum to one."""
         x_RD = x_BLD.reshape(-1, x_BLD.shape[-1])
         share_RE = mx.softmax(self.gate(x_RD).astype(mx.float32), axis=-1)
-        expert_Rk = mx.argsort(-share_RE, axis=-1)[:, : self.chosen]  # stable: ties to the lower
+        order_RE = mx.argsort(-mx.stop_gradient(share_RE), axis=-1)  # stable: ties to the lower
+        expert_Rk = order_RE[:, : self.chosen]
         share_Rk = mx.take_along_axis(share_RE, expert_Rk, axis=-1)
         share_Rk = share_Rk / share_Rk.sum(axis=-1, keepdims=True)
         each = mx.repeat(x_RD, self.chosen, axis=0)
