@@ -266,35 +266,6 @@ def test_a_twig_lies_beside_the_model_prunes_and_drafts(plain, data, tmp_path):
     assert not [name for name in shorter if name.startswith("twig.layers.1.")]
 
 
-REFUSALS = {
-    "no method": ("pruner", {"pruner": "divprune"}, "divprune has nothing to learn; stage pruner"),
-    "a twig by another stage": ("pruner", {"pruner": "twig"}, "twig has nothing to learn; stage"),
-    "nothing": ("pretrain", {"freeze": "projector"}, "nothing is left to learn"),
-    "a frozen pool that is none": ("sft", {"freeze": "pruner", **POOL}, "holds no weights for it"),
-    "more tokens": ("pruner", {**POOL, "keep_tokens": 17}, "an image has 1 to 16 visual tokens"),
-    "a chain": (
-        "pruner", {"pruner": "visionzip+score_prune", "keep_tokens": 4}, "score_prune learns alone",
-    ),
-    "float16": (
-        "pruner", {"pruner": "mlp", "keep_tokens": 4, "dtype": "float16"}, "float16 cannot hold",
-    ),
-    "a twig and a pruner": ("twig", {"pruner": "divprune"}, "a twig learns with all visual tokens"),
-    "a twig too deep": ("twig", {"twig_layer": 3}, "grows on layer 1 to 2"),
-    "a twig too long": ("twig", {"twig_layer": 2, "twig_layers": 2}, "has no beginning in 3 layer"),
-    "too many layers": ("sft", {"language_layers": 4}, "language_layers is 4; the model has 3"),
-    "a tower without a model": ("sft", {"tower": "clip"}, "name them by model"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_learn_is_said_in_a_sentence(plain, data, tmp_path, case):
-    stage, keys, sentence = REFUSALS[case]
-    with pytest.raises(UserError, match=sentence):
-        model = None if "tower" in keys else plain
-        train(stage_runs.config(stage, model, data, tmp_path / "out", **keys))
-    assert not (tmp_path / "out/config.json").exists()
-
-
 def test_a_quantized_language_model_stays_and_its_projector_learns(data, tmp_path):
     source = tmp_path / "llava"
     llava.write(llava.random_model(), source)

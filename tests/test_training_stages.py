@@ -12,6 +12,7 @@ import torch
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
 from mlx_vlm_prune.models.loading import load_folder
@@ -235,3 +236,32 @@ def test_a_tower_that_learns_keeps_what_nothing_reads(plain, data, tmp_path):
     assert after["tower.post_layernorm.weight"] == before["tower.post_layernorm.weight"]
     same = [n for n in after if n.startswith("tower.") and after[n] == before[n]]
     assert all("post_layernorm" in name for name in same)
+
+
+REFUSALS = {
+    "no method": ("pruner", {"pruner": "divprune"}, "divprune has nothing to learn; stage pruner"),
+    "a twig by another stage": ("pruner", {"pruner": "twig"}, "twig has nothing to learn; stage"),
+    "nothing": ("pretrain", {"freeze": "projector"}, "nothing is left to learn"),
+    "a frozen pool that is none": ("sft", {"freeze": "pruner", **POOL}, "holds no weights for it"),
+    "more tokens": ("pruner", {**POOL, "keep_tokens": 17}, "an image has 1 to 16 visual tokens"),
+    "a chain": (
+        "pruner", {"pruner": "visionzip+score_prune", "keep_tokens": 4}, "score_prune learns alone",
+    ),
+    "float16": (
+        "pruner", {"pruner": "mlp", "keep_tokens": 4, "dtype": "float16"}, "float16 cannot hold",
+    ),
+    "a twig and a pruner": ("twig", {"pruner": "divprune"}, "a twig learns with all visual tokens"),
+    "a twig too deep": ("twig", {"twig_layer": 3}, "grows on layer 1 to 2"),
+    "a twig too long": ("twig", {"twig_layer": 2, "twig_layers": 2}, "has no beginning in 3 layer"),
+    "too many layers": ("sft", {"language_layers": 4}, "language_layers is 4; the model has 3"),
+    "a tower without a model": ("sft", {"tower": "clip"}, "name them by model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_learn_is_said_in_a_sentence(plain, data, tmp_path, case):
+    stage, keys, sentence = REFUSALS[case]
+    with pytest.raises(UserError, match=sentence):
+        model = None if "tower" in keys else plain
+        train(stage_runs.config(stage, model, data, tmp_path / "out", **keys))
+    assert not (tmp_path / "out/config.json").exists()
