@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
-from ..machine.clock import Clock
+from ..machine.clock import request_clock
 from ..models.loading import Processor
 from ..models.vlm import VLM
 from ..pruners.budget import budget
@@ -71,7 +71,7 @@ def batch_generate(
     """The answers of a model of ours to requests with the same options. Raises UserError."""
     if not requests:
         return []
-    request, clock, prompts = requests[0], Clock(), list[PreparedPrompt]()
+    request, clock, prompts = requests[0], request_clock(), list[PreparedPrompt]()
     refuse_host_options(request)
     pipeline = pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)

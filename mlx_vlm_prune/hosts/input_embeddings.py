@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..machine.clock import Clock
+from ..machine.clock import request_clock
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
 from .batch import BatchPrompt, split_batch
@@ -86,7 +86,7 @@ class PrunedEmbeddings:
         """Each prompt pruned, and the batch put together again."""
         self.report.read_choices()
         misses, prompts, features = self.tower_cache.misses, [], []
-        with Clock().running() as clock:
+        with request_clock().running() as clock:
             batch = split_batch(self.host, ids_BL, mask_BL, pixels, extra, self.tower_cache)
             tower_skipped = self.tower_cache.misses == misses
             for one in batch:

@@ -22,8 +22,7 @@ class PromptReport:
     kept: list[int]
     kept_indices: list[list[int] | None]  # None of pooled tokens
     rows: tuple[int, int]  # of the prompt, before and after pruning
-    # Of "vision" and "pruner"; on a GPU, where nothing waits for a part's end, of what the host did
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # of "vision" and "pruner"; none on a GPU, which waits for neither
     tower_skipped: bool  # the tower's output was cached, of the same images
 
 
@@ -63,7 +62,7 @@ class PruningReport:
             total[image] += N
             kept[image] += reduction.slots
         rows = prompt.length + sum(total) - sum(kept), prompt.length
-        seconds = {part: ms[part] / 1000 for part in ("vision", "pruner")}
+        seconds = {part: ms[part] / 1000 for part in ("vision", "pruner") if part in ms}
         self._prompts.append(PromptReport(total, kept, [], rows, seconds, tower_skipped))
         self._unread.append(trace)
         self.total += sum(total)
