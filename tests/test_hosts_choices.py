@@ -148,11 +148,11 @@ def test_a_tool_that_leaves_the_mask_out_is_read_by_its_embeddings(models):
     with pruned(model, "divprune", keep_ratio=0.5):
         features = model.get_input_embeddings(ids_1L, inputs.pixels, **inputs.extra)
         arguments = {n: x for n, x in features.to_dict().items() if x is not None}
-        told = model.language_model(ids_1L, **arguments).logits
+        by_mask = model.language_model(ids_1L, **arguments).logits
         del arguments["attention_mask"]
-        seen = model.language_model(ids_1L, **arguments).logits
-    np.testing.assert_array_equal(np.array(told), np.array(seen))
-    assert told.shape[1] < len(inputs.ids) and np.isfinite(np.array(told)).all()
+        by_rows = model.language_model(ids_1L, **arguments).logits
+    np.testing.assert_array_equal(np.array(by_mask), np.array(by_rows))
+    assert by_mask.shape[1] < len(inputs.ids) and np.isfinite(np.array(by_mask)).all()
 
 
 def test_a_request_on_a_gpu_is_not_timed_in_parts(monkeypatch):
