@@ -143,7 +143,7 @@ def counter(monkeypatch) -> OperationCounter:
     counter.count_as_selection(monkeypatch, Pruner, "__call__", "call")
     counter.count_as_selection(monkeypatch, Reduction, "apply", "after", "mixture")
     counter.count_as_selection(monkeypatch, tower_signals.TowerPass, "read")
-    counter.count_as_selection(monkeypatch, tower_signals, "_sum_sizes")
+    counter.count_as_selection(monkeypatch, tower_signals, "_with_sizes")
     counter.count_as_selection(monkeypatch, decoder.LayerInput, "signals", "bias_of")
     for module in (vlm_module, vit):
         counter.count_as_selection(monkeypatch, module, "shrink")

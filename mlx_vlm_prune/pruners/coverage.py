@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .lazy import lazy_highest
-from .numerics import rounded
+from .numerics import fused, rounded
 from .rows import Rows
 
 
@@ -25,15 +25,24 @@ def greedy_cover(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
 
 def cover(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
     """The columns in the order of choice, (B, K), by all gains in each step: one MLX graph."""
-    covered_BM = None
-    kept, is_left_BN = [], mx.ones(salient_BN.shape, dtype=mx.bool_)
+    age_BN, token_N = mx.zeros(salient_BN.shape, mx.int32), mx.arange(columns.N, dtype=mx.uint32)
+    covered_BM, i_B1 = None, mx.full((len(salient_BN), 1), columns.N, mx.uint32)  # no column yet
     for _ in range(K):
-        score_BN = mx.where(is_left_BN, all_gains(columns, covered_BM) * salient_BN, -1)
+        gain_BN = all_gains(columns, covered_BM)
+        score_BN, age_BN = scores(gain_BN, salient_BN, age_BN, i_B1, token_N)
         i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
-        kept.append(i_B1)
-        is_left_BN = is_left_BN & (mx.arange(columns.N) != i_B1)
         covered_BM = cover_more(covered_BM, columns.take(i_B1))
-    return mx.concatenate(kept, axis=1)
+    earlier_BK = mx.argsort(-age_BN, axis=-1)[:, : K - 1]  # the oldest first
+    return mx.concatenate([earlier_BK, i_B1], axis=1)
+
+
+@fused
+def scores(
+    gain_BN: mx.array, salient_BN: mx.array, age_BN: mx.array, i_B1: mx.array, token_N: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Scores, -1 of chosen columns, and for how many steps each has been chosen; i is the last."""
+    age_BN = mx.where(token_N == i_B1, 1, age_BN + (age_BN > 0))
+    return mx.where(age_BN > 0, -1, gain_BN * salient_BN), age_BN
 
 
 def cover_lazily(columns: Rows, salient_BN: mx.array, K: int) -> mx.array:
@@ -64,8 +73,13 @@ def cover_more(covered_BM: mx.array | None, column_B1M: mx.array) -> mx.array:
 def gains(column_BnM: mx.array, covered_BM: mx.array | None) -> mx.array:
     """What each of some columns adds, (B, n)."""
     if covered_BM is not None:
-        column_BnM = column_BnM - covered_BM[:, None]
+        return rounded(uncovered(column_BnM, covered_BM[:, None]).sum(axis=-1))
     return rounded(mx.maximum(column_BnM, 0).sum(axis=-1))
+
+
+@fused
+def uncovered(column_BnM: mx.array, covered_B1M: mx.array) -> mx.array:
+    return mx.maximum(column_BnM - covered_B1M, 0)
 
 
 def all_gains(columns: Rows, covered_BM: mx.array | None) -> mx.array:

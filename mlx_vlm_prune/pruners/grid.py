@@ -4,6 +4,7 @@ Shapes: N tokens of the grid, K windows.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -27,6 +28,14 @@ def windows(grid: tuple[int, int], K: int) -> list[np.ndarray]:
         for j in range(share):
             cut.append(band[:, j * columns // share : (j + 1) * columns // share])
     return cut
+
+
+def of_one_size(areas: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
+    """Windows of as many tokens together: their numbers, and their tokens, a row each."""
+    numbers: dict[int, list[int]] = {}
+    for number, area in enumerate(areas):
+        numbers.setdefault(area.size, []).append(number)
+    return [(some, np.stack([areas[i].ravel() for i in some])) for some in numbers.values()]
 
 
 def centre(window: np.ndarray) -> int:

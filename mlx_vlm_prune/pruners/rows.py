@@ -68,24 +68,26 @@ def cosine_rows(x_BND: mx.array, *, hold: bool = True) -> Rows:
     return Rows(lambda part_BnD: rounded_cosine(part_BnD @ x_BND.swapaxes(1, 2)), x_BND, hold=hold)
 
 
-def nearest(x_BnD: mx.array, y_BMD: mx.array) -> tuple[mx.array, mx.array]:
-    """Of each of x, the cosine similarity to the most similar of y, and that one's index, (B, n);
-    of equals the first."""
-    x_BnD, y_BMD = unit(x_BnD), unit(y_BMD)
-    n = x_BnD.shape[1]
+def nearest(unit_BnD: mx.array, unit_BMD: mx.array) -> tuple[mx.array, mx.array]:
+    """Of each of n tokens the cosine similarity to the most similar of M others, and that one's
+    index, (B, n); of equals the first. All tokens as `unit` gives them."""
+    n = unit_BnD.shape[1]
     size, similar, index = block_size(n), [], []
     for first in range(0, n, size):
-        block_BnM = rounded_cosine(x_BnD[:, first : first + size] @ y_BMD.swapaxes(1, 2))
+        block_BnM = rounded_cosine(unit_BnD[:, first : first + size] @ unit_BMD.swapaxes(1, 2))
         similar.append(block_BnM.max(axis=-1))
-        index.append(mx.argmax(block_BnM, axis=-1).astype(mx.int32))
+        index.append(mx.argmax(block_BnM, axis=-1))
     return mx.concatenate(similar, axis=1), mx.concatenate(index, axis=1)
 
 
 def nearest_slots(x_BND: mx.array, index_BK: mx.array) -> tuple[mx.array, mx.array]:
     """Of each token the similarity to the most similar kept one, and its slot, (B, N): that one's,
     or its own where it is kept."""
-    similar_BN, slot_BN = nearest(x_BND, take(x_BND, index_BK))
-    slot_BK = mx.broadcast_to(mx.arange(index_BK.shape[1], dtype=mx.int32), index_BK.shape)
+    x_BND = unit(x_BND)
+    similar_BN, nearest_BN = nearest(x_BND, take(x_BND, index_BK))
+    slot_K = mx.arange(index_BK.shape[1], dtype=mx.int32)
+    slot_BN = nearest_BN.astype(mx.int32)
+    slot_BK = mx.broadcast_to(slot_K, index_BK.shape)
     return similar_BN, mx.put_along_axis(slot_BN, index_BK, slot_BK, axis=1)
 
 

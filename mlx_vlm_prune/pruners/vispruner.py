@@ -17,7 +17,7 @@ import numpy as np
 
 from .contract import Reduction, Signals, Stage, take
 from .lazy import lazy_highest
-from .numerics import choice_dtype, choosing, keep_highest
+from .numerics import choice_dtype, choosing
 from .rows import Rows, cosine_rows, nearest_similarity
 
 stage = Stage.FEATURES
@@ -41,17 +41,17 @@ def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1
         return Reduction(index_BK=mx.sort(mx.concatenate([important_BA, rest_BR], axis=1), axis=1))
 
 
-def thin_out(similar: Rows, rest_BR: mx.array, least: int) -> mx.array:
+def thin_out(similar: Rows, order_BR: mx.array, least: int) -> mx.array:
     """The residual without the tokens of A most similar to one of B, until `least` are left: one
     MLX graph."""
-    while (R := rest_BR.shape[1]) > least:
-        similar_Bab = take(similar.take(rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)
-        similar_BR = mx.full((len(rest_BR), R), -mx.inf).astype(similar_Bab.dtype)
-        similar_BR[:, ::2] = similar_Bab.max(axis=-1)
-        leaving = leaving_of(R, least)
-        rank_BR = mx.argsort(mx.argsort(-similar_BR, axis=-1), axis=-1)
-        rest_BR = take(rest_BR, keep_highest(rank_BR >= leaving, R - leaving))
-    return rest_BR
+    apart = Rows(lambda part_Bn: -take(similar.take(part_Bn), order_BR, axis=2), order_BR)
+    place_BR = mx.broadcast_to(mx.arange(apart.N, dtype=mx.uint32), order_BR.shape)
+    while (R := place_BR.shape[1]) > least:
+        a_Ba, b_Bb = place_BR[:, ::2], place_BR[:, 1::2]
+        nearest_Ba = take(apart.take(a_Ba), b_Bb, axis=2).min(axis=-1)
+        staying_Ba = mx.argsort(nearest_Ba, axis=-1)[:, leaving_of(R, least) :]
+        place_BR = mx.sort(mx.concatenate([take(a_Ba, staying_Ba), b_Bb], axis=1), axis=1)
+    return take(order_BR, place_BR)
 
 
 def leaving_of(R: int, least: int) -> int:
