@@ -75,7 +75,7 @@ def after_keeping(
     i_B1: mx.array, token_N: mx.array, kept_B1: mx.array, state: tuple[mx.array, ...],
     kernel_BN: mx.array, explained_BN: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
-    """The factor's row of token i, whose score is `kept_B1`, and all variances and scores given that
+    """The factor's row of token i, of score `kept_B1`, and all variances and scores given that
     token too. `state`: scores, variances and relevance before."""
     score_BN, variance_BN, relevance_BN = state
     exhausted = noise()  # the kernel's diagonal is at most 1
