@@ -4,11 +4,15 @@ Shapes: B images, N tokens, n of them, M entries of a row, D features.
 """
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .contract import take
 from .numerics import choice_dtype, rounded_cosine, unit
+
+if TYPE_CHECKING:
+    from .lazy import HeldRows
 
 MOST_HELD = 8192  # rows of a matrix that is held: 0.5 GB in float64
 BLOCK = 128  # rows at a time; MLX allocates about ten results ahead
@@ -43,7 +47,7 @@ class Rows:
         def changed(*all_parts: mx.array) -> mx.array:
             return change(rows_of(*all_parts[:count]), *all_parts[count:])
 
-        return Rows(changed, *self.parts_BN, *parts_BN)
+        return Rows(changed, *self.parts_BN, *parts_BN, hold=False)
 
     def take(self, index_Bn: mx.array) -> mx.array:
         """The rows of some tokens, (B, n, M)."""
@@ -60,6 +64,10 @@ class Rows:
                 yield self.all_BNM[:, some]
             else:
                 yield self.rows_of(*(part_BN[:, some] for part_BN in self.parts_BN))
+
+    def summed_up(self, summary: Callable[[mx.array], mx.array]) -> mx.array:
+        """`summary(rows)`, (B, n), of all rows in order, (B, N)."""
+        return mx.concatenate([summary(block_BnM) for block_BnM in self.blocks()], axis=1)
 
 
 def cosine_rows(x_BND: mx.array, *, hold: bool = True) -> Rows:
@@ -91,14 +99,17 @@ def nearest_slots(x_BND: mx.array, index_BK: mx.array) -> tuple[mx.array, mx.arr
     return similar_BN, mx.put_along_axis(slot_BN, index_BK, slot_BK, axis=1)
 
 
-def nearest_similarity(similar: Rows, among_BN: mx.array | None = None) -> mx.array:
+def nearest_similarity(similar: "Rows | HeldRows", among_BN: mx.array | None = None) -> mx.array:
     """The largest similarity of each token to another one, (B, N): to one of those `among_BN`."""
-    token_N, first, nearest = mx.arange(similar.N), 0, []
-    for similar_BnN in similar.blocks():
+    token_N, first = mx.arange(similar.N), 0
+
+    def nearest_of(similar_BnN: mx.array) -> mx.array:
+        nonlocal first
         n = similar_BnN.shape[1]
         is_other_BnN = token_N[first : first + n, None] != token_N
         if among_BN is not None:
             is_other_BnN = is_other_BnN & among_BN[:, None]
-        nearest.append(mx.where(is_other_BnN, similar_BnN, -mx.inf).max(axis=-1))
         first += n
-    return mx.concatenate(nearest, axis=1)
+        return mx.where(is_other_BnN, similar_BnN, -mx.inf).max(axis=-1)
+
+    return similar.summed_up(nearest_of)
