@@ -1,6 +1,6 @@
 """Lazy evaluation: the highest scores, without working out those that cannot be among them.
 
-In numpy, on the host: what is worked out next depends on what came of the last. One image at a time.
+In numpy, on the host, one image at a time: what is worked out next depends on the results so far.
 
 Shapes: N candidates, n of them, k highest, M entries of a row, h rows held.
 """
