@@ -4,7 +4,6 @@ What returns shows while MLX traces a function, as in test_choices: reading an a
 the weights is an error there. Ids, masks and pixels come from the host and may be read.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -19,10 +18,9 @@ from mlx_vlm_prune.hosts.prefill import prefill_through_cuts
 from mlx_vlm_prune.hosts.prompt import budgets_by_view, encode_images_and_text, prune_prompt
 from mlx_vlm_prune.machine.clock import end_part, request_clock
 from mlx_vlm_prune.pruners import METHODS, Stage, plan
-from mlx_vlm_prune.pruners.numerics import precision
 
 from .host_models import KINDS, cached_models
-from .test_choices import RETURNS, Traced, replace_returns
+from .test_choices import RETURNS, replace_returns, trace
 from .test_pruned import several
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -38,23 +36,6 @@ PIXTRAL = "words stand between its placeholders, among which mlx-vlm looks for t
 @pytest.fixture(scope="module")
 def models():
     return cached_models()
-
-
-def read_while_tracing(model: Any, run: Callable[[], Any]) -> None:
-    """Run up to the first logits, while nothing that depends on the weights can be read."""
-    weights = model.parameters()
-    weights.pop("image_newline", None)  # of LLaVA-NeXT: mlx-vlm reads this weight itself
-
-    def read(traced: dict) -> None:
-        model.update(traced)
-        assert run().ndim == 3
-        raise Traced
-
-    try:
-        with precision("float32"), pytest.raises(Traced):
-            mx.compile(read)(weights)
-    finally:
-        model.update(weights)
 
 
 def first_logits(model: Any, name: str, spec: str) -> mx.array:
@@ -107,7 +88,7 @@ def test_no_method_returns_to_the_host_before_the_first_logits(models, spec, mon
         check_pipeline(host_of(model), plan(spec), None)
     except UserError as refusal:
         pytest.skip(str(refusal))
-    read_while_tracing(model, lambda: first_logits(model, "llava", spec))
+    trace(model, lambda: first_logits(model, "llava", spec))
     assert len(returns) == RETURNS.get(spec, 0) * len(KINDS["llava"].grids)
 
 
@@ -116,7 +97,7 @@ def test_no_family_returns_to_the_host_before_the_first_logits(models, name):
     if name == "pixtral":
         pytest.skip(PIXTRAL)
     model = models(name)
-    read_while_tracing(model, lambda: first_logits(model, name, "divprune"))
+    trace(model, lambda: first_logits(model, name, "divprune"))
 
 
 @pytest.mark.parametrize("size", [5, 2048])
@@ -127,7 +108,7 @@ def test_a_pruned_model_does_not_either(models, name, size, monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))  # of the request's clock
     model = models(name)
     with pruned(model, "divprune", keep_ratio=0.5):
-        read_while_tracing(model, lambda: logits_of_pieces(model, name, size))
+        trace(model, lambda: logits_of_pieces(model, name, size))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl"])

@@ -13,6 +13,8 @@ from typing import Any, TypedDict
 
 import mlx.core as mx
 
+from .hardware import on_cpu
+
 PARTS = ("image", "vision", "pruner", "prefill")
 TOGETHER = "vision to prefill"  # what is between the image and the first token, as one part
 COUNTED_IN = {"projector": "prefill"}  # parts that users see as part of another
@@ -82,4 +84,4 @@ def end_part(name: str, value: Any = None) -> Any:
 
 def request_clock() -> Clock:
     """A request's clock: of all parts on a CPU; on a GPU of the image and all else together."""
-    return Clock(PARTS if mx.default_device() == mx.cpu else ("image", TOGETHER))
+    return Clock(PARTS if on_cpu() else ("image", TOGETHER))

@@ -152,16 +152,17 @@ def run_layers(
         rows = slice(begin, begin + size)
         x_BLD, positions_BL = spliced.x_BLD[:, rows], spliced.positions_BL[:, rows]
         bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
-        options = {**row_options(spliced), "bias_BL": bias_BL}
+        options = {**row_options(spliced, begin), "bias_BL": bias_BL}
         chunks.append(language.run(numbers, x_BLD, positions_BL, cache, **options))
         if size < spliced.L:
-            mx.eval(chunks[-1])
+            mx.async_eval(chunks[-1])
     return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
-def row_options(spliced: Spliced) -> dict[str, Any]:
-    """What is known of the rows' positions beforehand."""
-    return {"contiguous": spliced.contiguous, "padded": spliced.padded}
+def row_options(spliced: Spliced, begin: int = 0) -> dict[str, Any]:
+    """What is known beforehand of the positions of the rows from `begin` on."""
+    padding = [max(0, rows - begin) for rows in spliced.padding]
+    return {"contiguous": spliced.contiguous, "padding": padding}
 
 
 class TwigReader:
