@@ -18,6 +18,7 @@ from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.numerics import precision
 
 from . import tiny
+from .pruner_cases import float64_choices
 
 K = 9
 ROWS = (tiny.row("user # what is in the picture ?"), tiny.row("# and # is there a red star ?"))
@@ -105,11 +106,11 @@ def test_a_whole_prompt_keeps_in_float32_what_it_keeps_in_float64(model, spec):
     chain = plan(spec, {**model.learned, "attention_pool": AttentionPool(K, 32)})
     pixels = mx.random.normal((3, 64, 64, 3), key=mx.random.key(1))
     kept, logits = [], []
-    for name in ("float64", "float32"):
-        with precision(name):
+    for arithmetic in (float64_choices(), precision("float32")):
+        with arithmetic:
             prefill = model(ROWS, pixels, chain, model.N if spec == "none" else K)
             logits.append(np.array(prefill.logits_BV))
-        kept.append([prefill.trace.kept(image) for image in range(3)])
+            kept.append([prefill.trace.kept(image) for image in range(3)])
     assert kept[0] == kept[1]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
 
@@ -136,8 +137,9 @@ def test_features_that_are_not_numbers_are_refused_where_the_choice_is_read(mode
         prefill.trace.kept(0)
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU chooses in float32")
 def test_a_cpu_device_chooses_in_float64_on_the_cpus_stream():
-    assert mx.default_device() == mx.cpu and numerics.choice_dtype() == mx.float64
+    assert numerics.choice_dtype() == mx.float64
     with precision("float32"), numerics.choosing():
         assert numerics.cosine(mx.ones((1, 2, 3))).dtype == mx.float32
     with numerics.choosing():

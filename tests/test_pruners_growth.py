@@ -16,6 +16,7 @@ from mlx_vlm_prune.pruners.vispruner import thin_out, thin_out_lazily
 
 from .pruner_cases import INPUTS, case, make_pruner, signals
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
 CASES = 1000
 BY_ROWS = [
     "divprune", "cdpruner", "scope", "scope:power=0", "mmtok", "vispruner", "visionzip", "prumerge",
@@ -33,7 +34,7 @@ def in_float64(x_BNM: mx.array) -> mx.array:
 
 
 def test_lazy_gains_choose_what_all_gains_choose_ties_included():
-    with precision("float64"), choosing():
+    with choosing():
         for seed in range(CASES):
             rng = np.random.default_rng(seed)
             B, N, M = (int(n) for n in rng.integers(1, (4, 24, 24)))
@@ -48,7 +49,7 @@ def test_lazy_gains_choose_what_all_gains_choose_ties_included():
 
 
 def test_lazy_rounds_drop_what_full_rounds_drop_ties_included():
-    with precision("float64"), choosing():
+    with choosing():
         for seed in range(CASES):
             rng = np.random.default_rng(seed)
             B, N, D = (int(n) for n in rng.integers((1, 2, 1), (4, 40, 4)))
@@ -66,7 +67,7 @@ def test_lazy_rounds_drop_what_full_rounds_drop_ties_included():
 def test_few_held_rows_are_the_rows_whatever_is_read_and_changed(monkeypatch):
     monkeypatch.setattr(lazy, "MOST_BYTES", 0)
     monkeypatch.setattr(lazy, "AHEAD", 5)
-    with precision("float64"), choosing():
+    with choosing():
         for seed in range(50):
             rng = np.random.default_rng(seed)
             N, M = (int(n) for n in rng.integers(1, (150, 9)))
