@@ -72,6 +72,7 @@ TEXT_TOKENS = 11
 class OperationCounter(Clock):
     """Multiply-adds of each part, which ends at `end_part`, and those of selecting tokens."""
 
+    ms: dict = field(default_factory=dict)  # none of Clock's parts: it ends every one
     parts: Counter = field(default_factory=Counter)
     since_part: int = 0
     selection_depth: int = 0
