@@ -15,7 +15,7 @@ from .numerics import choice_dtype
 from .rows import Rows
 
 BATCH = 16  # scores that are worked out together, at least
-MOST_BYTES = 2**28  # of the rows that are held
+MOST_BYTES = 15 * 2**24  # of the rows that are held
 AHEAD = 128  # rows that are computed together, at most
 
 
