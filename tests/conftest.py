@@ -1,6 +1,7 @@
 """Set up for every test: full float32, the fast BLAS, seeded numpy, an empty cache, shared data."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
@@ -25,6 +26,15 @@ def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     np.random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu_in_float64() -> Iterator[None]:
+    """For files whose promises hold of float64 choices alone, whatever the machine's device."""
+    from .pruner_cases import float64_choices
+
+    with float64_choices():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,9 @@
 Shapes: B images, N tokens, D features, T words, K kept.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import numpy as np
 import torch
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 import torch_ref.pruners as ref
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, resolve
+from mlx_vlm_prune.pruners.numerics import precision
 
 from . import tiny
 
@@ -25,6 +29,20 @@ VARIANTS = [
     "sparsevlm:recycle=0.9", "pact:clustered=1", "dart:pivots=1", "apet:basis=2", "mmtok:image=2",
 ]  # fmt: skip
 INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
+
+
+@contextmanager
+def float64_choices() -> Iterator[None]:
+    """Inside the block everything is computed on the CPU device, and chosen in float64: a GPU has
+    none. What is equal bit for bit, or to a twin, is so there only; GPUs hold the parity contract
+    of test_choices_float32."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        with precision("float64"):
+            yield
+    finally:
+        mx.set_default_device(device)
 
 
 def make_pruner(spec: str) -> Pruner:

@@ -166,12 +166,12 @@ def test_a_rewound_cache_holds_the_rows_before():
     bias = mx.array(rng.normal(size=(2, 5)).astype(np.float32))
     cache, other = LayerCache(), LayerCache()
     for one in (cache, other):
-        one.append(rows[0], rows[0], ForwardPass(places[0], None, False, bias))
+        one.append(rows[0], rows[0], ForwardPass(places[0], None, (), bias))
     fork = cache.fork()
-    cache.append(rows[1], rows[1], ForwardPass(places[1], None, False))
+    cache.append(rows[1], rows[1], ForwardPass(places[1], None, ()))
     cache.rewind(5)
     for one in (other, cache, fork):
-        one.append(rows[2], rows[2], ForwardPass(places[2], None, False))
+        one.append(rows[2], rows[2], ForwardPass(places[2], None, ()))
         assert mx.array_equal(one.keys, other.keys).item() and one.rows == 7
         assert mx.array_equal(one.positions_BS, other.positions_BS).item()
         assert mx.array_equal(one.bias_BS, other.bias_BS).item()

@@ -12,11 +12,13 @@ import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
+from mlx_vlm_prune.models.decoder import TwigReader
 from mlx_vlm_prune.pruners import METHODS, Signals, numerics, plan, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.numerics import precision
 
 from . import tiny
+from .pruner_cases import float64_choices
 
 K = 9
 ROWS = (tiny.row("user # what is in the picture ?"), tiny.row("# and # is there a red star ?"))
@@ -40,23 +42,33 @@ class Traced(Exception):
     """The end of a trace: the function itself need not run."""
 
 
-def read_while_tracing(model, spec: str) -> None:
-    """Prompts up to the first logits, while nothing that depends on pixels or weights can be
-    read."""
-    pool, weights = AttentionPool(K, tiny.VISION.hidden_size), model.parameters()
-    chain = plan(spec, {**model.learned, "attention_pool": pool})
+def trace(model, run, *inputs: mx.array) -> None:
+    """Run up to the first logits, while nothing that depends on inputs or weights can be read."""
+    weights = model.parameters()
+    weights.pop("image_newline", None)  # of LLaVA-NeXT: mlx-vlm reads this weight itself
 
-    def read(pixels: mx.array, traced: dict) -> None:
+    def read(traced: dict, *inputs: mx.array) -> None:
         model.update(traced)
-        prefill = model(ROWS, pixels, chain, model.N if spec == "none" else K)
-        assert prefill.logits_BV.shape[0] == len(ROWS)
+        assert run(*inputs).size
         raise Traced
 
     try:
         with precision("float32"), pytest.raises(Traced):
-            mx.compile(read)(mx.random.normal((3, 64, 64, 3), key=mx.random.key(0)), weights)
+            mx.compile(read)(weights, *inputs)
     finally:
         model.update(weights)
+
+
+def read_while_tracing(model, spec: str, twig: TwigReader | None = None) -> None:
+    """Prompts of a batch up to the first logits."""
+    pool = AttentionPool(K, tiny.VISION.hidden_size)
+    chain = plan(spec, {**model.learned, "attention_pool": pool})
+    budget = model.N if spec == "none" else K
+
+    def logits_BV(pixels: mx.array) -> mx.array:
+        return model(ROWS, pixels, chain, budget, twig=twig).logits_BV
+
+    trace(model, logits_BV, mx.random.normal((3, 64, 64, 3), key=mx.random.key(0)))
 
 
 def replace_returns(monkeypatch, stand_in) -> None:
@@ -81,16 +93,24 @@ def test_nothing_returns_to_the_host_before_the_first_logits(model, spec, monkey
     assert len(returns) == RETURNS.get(spec, 0)
 
 
+@pytest.mark.parametrize("spec", ["divprune", "twig", "twig+restore"])
+def test_a_twig_that_reads_along_does_not_either(model, spec, monkeypatch):
+    started = []
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: started.append(arrays))
+    read_while_tracing(model, spec, TwigReader(model.learned["twig"]))
+    assert len(started) == 1  # its last keys and values, for which nobody waits
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_whole_prompt_keeps_in_float32_what_it_keeps_in_float64(model, spec):
     chain = plan(spec, {**model.learned, "attention_pool": AttentionPool(K, 32)})
     pixels = mx.random.normal((3, 64, 64, 3), key=mx.random.key(1))
     kept, logits = [], []
-    for name in ("float64", "float32"):
-        with precision(name):
+    for arithmetic in (float64_choices(), precision("float32")):
+        with arithmetic:
             prefill = model(ROWS, pixels, chain, model.N if spec == "none" else K)
             logits.append(np.array(prefill.logits_BV))
-        kept.append([prefill.trace.kept(image) for image in range(3)])
+            kept.append([prefill.trace.kept(image) for image in range(3)])
     assert kept[0] == kept[1]
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
 
@@ -117,8 +137,9 @@ def test_features_that_are_not_numbers_are_refused_where_the_choice_is_read(mode
         prefill.trace.kept(0)
 
 
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU chooses in float32")
 def test_a_cpu_device_chooses_in_float64_on_the_cpus_stream():
-    assert mx.default_device() == mx.cpu and numerics.choice_dtype() == mx.float64
+    assert numerics.choice_dtype() == mx.float64
     with precision("float32"), numerics.choosing():
         assert numerics.cosine(mx.ones((1, 2, 3))).dtype == mx.float32
     with numerics.choosing():

@@ -18,7 +18,15 @@ from mlx_vlm_prune.pruners import METHODS, Pruner, Reduction, Signals, numerics
 from mlx_vlm_prune.pruners.cdpruner import relevance
 from mlx_vlm_prune.pruners.numerics import cosine, keep_highest, precision
 
-from .pruner_cases import LEARNED, VARIANTS, case, learned_pair, make_pruner, signals
+from .pruner_cases import (
+    LEARNED,
+    VARIANTS,
+    case,
+    float64_choices,
+    learned_pair,
+    make_pruner,
+    signals,
+)
 
 NEAR = 1e-5
 KINDS = (
@@ -39,7 +47,7 @@ def tokens_of(kind: str, dtype: mx.Dtype, seed: int) -> Signals:
 
 
 def kept_in(name: str, pruner: Pruner, tokens: Signals, K: int) -> np.ndarray:
-    with precision(name):
+    with float64_choices() if name == "float64" else precision(name):
         kept: Reduction = pruner(tokens, K)
         mx.eval(kept.arrays)
     assert kept.index_BK.shape == (2, K) and bool(kept.is_finite)
@@ -169,7 +177,7 @@ def assert_parity(spec: str, pruner: Pruner, tokens: Signals, K: int, monkeypatc
         return True
     for b, (exact_K, near_K) in enumerate(zip(exact_BK, near_BK, strict=True)):
         if pruner.name in GREEDY:
-            with precision("float64"):
+            with float64_choices():
                 gain = GREEDY[pruner.name](tokens, b, pruner.options)
             greedily_good(gain, set(near_K.tolist()), 64)
         elif pruner.name in ROUNDING:

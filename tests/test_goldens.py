@@ -13,6 +13,7 @@ from mlx_vlm_prune.pruners import METHODS, Signals
 
 from .pruner_cases import make_pruner
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
 ROWS, COLUMNS, D, HEADS, T = 6, 6, 8, 2, 4
 N = ROWS * COLUMNS
 

@@ -31,6 +31,7 @@ from . import backbones, llava
 from .backbones import KINDS, theirs
 from .llava import N
 from .pruner_cases import close
+from .test_choices import trace
 from .test_llava import as_mx, ours, pixels
 from .test_llava import theirs as whole
 from .test_model import POLICIES, K, Replaying, steps_of
@@ -182,6 +183,17 @@ def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(kind, models, mo
     expected = np.array(model(prompts, pixel_values, plan("v2drop"), K).logits_BLV)
     monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 6)
     close(np.array(model(prompts, pixel_values, plan("v2drop"), K).logits_BLV), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_a_batch_returns_to_the_host_before_the_first_logits(kind, models, monkeypatch):
+    monkeypatch.setattr(mx, "async_eval", lambda *_: None)  # of a Mamba, which waits for nothing
+    model, prompts = models(kind).ours, [llava.prompt(2), llava.prompt(1)]
+
+    def logits_BV(pixels_IHW3: mx.array) -> mx.array:
+        return model(prompts, pixels_IHW3, plan("visionzip+v2drop"), K).logits_BV
+
+    trace(model, logits_BV, as_mx(pixels(3)))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gemma"])

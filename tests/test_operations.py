@@ -72,6 +72,7 @@ TEXT_TOKENS = 11
 class OperationCounter(Clock):
     """Multiply-adds of each part, which ends at `end_part`, and those of selecting tokens."""
 
+    ms: dict = field(default_factory=dict)  # none of Clock's parts: it ends every one
     parts: Counter = field(default_factory=Counter)
     since_part: int = 0
     selection_depth: int = 0
@@ -143,7 +144,7 @@ def counter(monkeypatch) -> OperationCounter:
     counter.count_as_selection(monkeypatch, Pruner, "__call__", "call")
     counter.count_as_selection(monkeypatch, Reduction, "apply", "after", "mixture")
     counter.count_as_selection(monkeypatch, tower_signals.TowerPass, "read")
-    counter.count_as_selection(monkeypatch, tower_signals, "_sum_sizes")
+    counter.count_as_selection(monkeypatch, tower_signals, "_with_sizes")
     counter.count_as_selection(monkeypatch, decoder.LayerInput, "signals", "bias_of")
     for module in (vlm_module, vit):
         counter.count_as_selection(monkeypatch, module, "shrink")

@@ -17,6 +17,7 @@ from .pruner_cases import (
     D,
     case,
     cases,
+    float64_choices,
     make_pruner,
     many,
     select_images,
@@ -44,10 +45,11 @@ def test_keeping_all_is_the_identity_bit_for_bit(spec, kind):
 def test_an_image_does_not_depend_on_its_neighbours_in_the_batch(spec, example):
     arrays, K = example
     pruner = make_pruner(spec)
-    together = pruner(signals(arrays), K)
-    for b in range(len(arrays["x_BND"])):
-        alone = pruner(signals(select_images(arrays, slice(b, b + 1))), K)
-        np.testing.assert_array_equal(np.array(alone.index_BK[0]), np.array(together.index_BK[b]))
+    with float64_choices():
+        together = np.array(pruner(signals(arrays), K).index_BK)
+        for b in range(len(arrays["x_BND"])):
+            alone = pruner(signals(select_images(arrays, slice(b, b + 1))), K)
+            np.testing.assert_array_equal(np.array(alone.index_BK[0]), together[b])
 
 
 @pytest.mark.parametrize("spec", VARIANTS)

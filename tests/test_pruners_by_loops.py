@@ -15,6 +15,7 @@ import torch_ref.pruners as ref
 from mlx_vlm_prune.models.decoder import attention
 from mlx_vlm_prune.pruners import Signals, resolve
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
 ROWS, COLUMNS, D, HEADS, T = 4, 5, 6, 2, 3
 N = ROWS * COLUMNS
 Vector = list[float]

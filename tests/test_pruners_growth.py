@@ -7,15 +7,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.pruners import Reduction, Signals, resolve, rows
+from mlx_vlm_prune.pruners import Reduction, Signals, lazy, resolve, rows
 from mlx_vlm_prune.pruners.coverage import cover, cover_lazily
-from mlx_vlm_prune.pruners.lazy import highest
+from mlx_vlm_prune.pruners.lazy import HeldRows, highest
 from mlx_vlm_prune.pruners.numerics import choosing, precision
 from mlx_vlm_prune.pruners.rows import Rows, cosine_rows
 from mlx_vlm_prune.pruners.vispruner import thin_out, thin_out_lazily
 
 from .pruner_cases import INPUTS, case, make_pruner, signals
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
 CASES = 1000
 BY_ROWS = [
     "divprune", "cdpruner", "scope", "scope:power=0", "mmtok", "vispruner", "visionzip", "prumerge",
@@ -28,29 +29,58 @@ def integers_with_ties(rng: np.random.Generator, *shape: int) -> mx.array:
     return mx.array(rng.integers(-1, rng.integers(1, 4), size=shape).astype(np.float32))
 
 
+def in_float64(x_BNM: mx.array) -> mx.array:
+    return x_BNM.astype(mx.float64)
+
+
 def test_lazy_gains_choose_what_all_gains_choose_ties_included():
-    with precision("float64"), choosing():
+    with choosing():
         for seed in range(CASES):
             rng = np.random.default_rng(seed)
             B, N, M = (int(n) for n in rng.integers(1, (4, 24, 24)))
-            columns = Rows(lambda x: x.astype(mx.float64), integers_with_ties(rng, B, N, M))
+            x_BNM = integers_with_ties(rng, B, N, M)
             salient_BN = mx.array(rng.integers(0, 3, size=(B, N)).astype(np.float32))
             salient_BN, K = salient_BN.astype(mx.float64), int(rng.integers(1, N + 1))
-            lazy_BK, full_BK = (f(columns, salient_BN, K) for f in (cover_lazily, cover))
-            assert lazy_BK.tolist() == full_BK.tolist(), seed
+            full_BK = cover(Rows(in_float64, x_BNM), salient_BN, K)
+            for b in range(B):
+                rows_of_image = HeldRows(Rows(in_float64, x_BNM[b : b + 1], hold=False))
+                lazy_K = cover_lazily(rows_of_image, np.array(salient_BN[b]), K)
+                assert lazy_K == full_BK[b].tolist(), seed
 
 
 def test_lazy_rounds_drop_what_full_rounds_drop_ties_included():
-    with precision("float64"), choosing():
+    with choosing():
         for seed in range(CASES):
             rng = np.random.default_rng(seed)
             B, N, D = (int(n) for n in rng.integers((1, 2, 1), (4, 40, 4)))
-            similar = cosine_rows(integers_with_ties(rng, B, N, D))
+            x_BND = integers_with_ties(rng, B, N, D)
             R = int(rng.integers(1, N + 1))
             order_BR = mx.array(np.stack([rng.permutation(N)[:R] for _ in range(B)]))
             least = int(rng.integers(1, R + 1))
-            lazy_BR, full_BR = (f(similar, order_BR, least) for f in (thin_out_lazily, thin_out))
-            assert lazy_BR.tolist() == full_BR.tolist(), seed
+            full_BR = thin_out(cosine_rows(x_BND), order_BR, least)
+            for b in range(B):
+                similar = HeldRows(cosine_rows(x_BND[b : b + 1], hold=False))
+                lazy_R = thin_out_lazily(similar, np.array(order_BR[b]), least)
+                assert lazy_R.tolist() == full_BR[b].tolist(), seed
+
+
+def test_few_held_rows_are_the_rows_whatever_is_read_and_changed(monkeypatch):
+    monkeypatch.setattr(lazy, "MOST_BYTES", 0)
+    monkeypatch.setattr(lazy, "AHEAD", 5)
+    with choosing():
+        for seed in range(50):
+            rng = np.random.default_rng(seed)
+            N, M = (int(n) for n in rng.integers(1, (150, 9)))
+            x_NM = rng.normal(size=(N, M)).astype(np.float32)
+            held = HeldRows(Rows(in_float64, mx.array(x_NM[None]), hold=False))
+            sums_1N = held.summed_up(lambda row_BnM: row_BnM.sum(axis=-1))
+            np.testing.assert_allclose(np.array(sums_1N)[0], x_NM.sum(axis=-1), atol=1e-5)
+            held.then(lambda row_BnM: 2 * row_BnM)
+            for _ in range(60):
+                index_n, likely_n = (rng.permutation(N)[: rng.integers(1, k)] for k in (17, 6))
+                row_nM = held.take(index_n, lambda likely_n=likely_n: likely_n)
+                np.testing.assert_array_equal(row_nM, 2 * x_NM[index_n])
+            assert len(held.held_hM) == min(N, 37)
 
 
 @pytest.mark.parametrize("values", [[3, 1, 3, 2, 3], [0, 0, 0, 0], [1], [-np.inf, 2, -np.inf]])
@@ -68,6 +98,8 @@ def test_blocks_keep_and_mix_what_the_whole_matrix_does_bit_for_bit(spec, kind, 
         whole = pruner(signals(arrays), 13)
         monkeypatch.setattr(rows, "MOST_HELD", 0)
         monkeypatch.setattr(rows, "BLOCK", 5)
+        monkeypatch.setattr(lazy, "MOST_BYTES", 0)
+        monkeypatch.setattr(lazy, "AHEAD", 5)
         in_blocks = pruner(signals(arrays), 13)
         assert in_blocks.index_BK.tolist() == whole.index_BK.tolist()
         mixtures = [np.array(kept.mixture(42)) for kept in (in_blocks, whole)]
@@ -79,6 +111,7 @@ def test_no_array_of_all_pairs_is_made_above_the_limit(spec, monkeypatch):
     """The peak while 1,600 tokens are chosen from, 20 MB for all pairs, is far below that."""
     monkeypatch.setattr(rows, "MOST_HELD", 0)
     monkeypatch.setattr(rows, "BLOCK", 16)
+    monkeypatch.setattr(lazy, "MOST_BYTES", 0)
     arrays = case("random", 1, (40, 40), 0)
     mx.eval(list(signals(arrays).arrays.values()))
     mx.reset_peak_memory()

@@ -33,6 +33,8 @@ from .pruner_cases import (
     signals,
 )
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
+
 
 @pytest.mark.parametrize("spec", VARIANTS)
 @many

@@ -140,14 +140,21 @@ def test_a_mixture_of_experts_is_quantized_expert_by_expert(tmp_path, name, caps
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * abs(b).max())
 
 
-def test_few_rows_and_many_take_different_ways_to_the_same_answer():
-    experts = Experts(4, 32, 48)
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("device", [mx.cpu, mx.gpu])
+def test_few_rows_and_many_take_different_ways_to_the_same_answer(device, quantized, monkeypatch):
+    """On a GPU many rows are sorted by expert, and none is read on the host."""
+    experts = Experts(4, 32, 64)
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer: ExpertLinear = experts[name]
         layer.weight = mx.random.normal(layer.weight.shape)
     rows = 3 * GATHERED
     x_RD, chosen = mx.random.normal((rows, 32)), mx.array([i * 7 % 4 for i in range(rows)])
-    many = experts(x_RD, chosen)
+    if quantized:
+        nn.quantize(experts, group_size=32, bits=8)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(device))
+    call = experts if device == mx.cpu else mx.compile(experts)
+    many = call(x_RD, chosen)
     few = mx.concatenate([experts(x_RD[i : i + 1], chosen[i : i + 1]) for i in range(rows)])
     largest = np.abs(np.array(few)).max()
     np.testing.assert_allclose(np.array(many), np.array(few), rtol=1e-4, atol=1e-5 * largest)

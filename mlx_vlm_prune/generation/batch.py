@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from ..checkpoints.errors import UserError
 from ..inputs.processor import Processor
-from ..machine.clock import Clock
+from ..machine.clock import request_clock
 from ..models.vlm import VLM
 from ..pruners.budget import budget
 from .request import GenerateOptions, ImageSource, Request, list_images
@@ -71,7 +71,7 @@ def batch_generate(
     """The answers of a model of ours to requests with the same options. Raises UserError."""
     if not requests:
         return []
-    request, clock, prompts = requests[0], Clock(), list[PreparedPrompt]()
+    request, clock, prompts = requests[0], request_clock(), list[PreparedPrompt]()
     refuse_host_options(request)
     pipeline = pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)

@@ -16,7 +16,7 @@ from ..checkpoints.errors import UserError
 from ..inputs.image import open_image
 from ..inputs.processor import Processor
 from ..inputs.prompt import Detokenizer, Prompt, tokenize_prompt
-from ..machine.clock import Clock
+from ..machine.clock import Clock, request_clock
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import budget
@@ -33,7 +33,7 @@ def stream_generate(
 ) -> Iterator[GenerationResponse]:
     """Stream the answer of a model of ours. Raises UserError."""
     refuse_host_options(request)
-    clock, pipeline = Clock(), pipeline_for(model, request.pruner)
+    clock, pipeline = request_clock(), pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     twig = twig_of(model, processor.name) if request.num_draft_tokens else None
     prompt = prepare_prompt(

@@ -6,11 +6,17 @@ rows are left out when the language model is called. A tool that forgets to leav
 NaN, never a wrong answer. The NaN of a broken model differs: its first feature may be NaN, but the
 others are not all infinite.
 
+How many rows of an image are dropped is known before the choice, so which columns are empty is,
+too: kept rows stand in their order, but not each at the column of its own id. `attention_mask`
+says so on the host, and mlx-vlm's tools cut and pad it as they do embeddings. Embeddings are read
+on the host only where a tool leaves it out.
+
 Shapes: B prompts, L rows with the dropped ones, l kept rows, n rows of a piece, D features,
 Y layers that DeepStack adds to, V visual rows kept.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,27 +30,32 @@ DROPPED = -1  # the position of a dropped row
 EMBEDDINGS, POSITIONS = "inputs_embeds", "position_ids"
 IS_VISUAL, DEEPSTACK = "visual_pos_masks", "deepstack_visual_embeds"
 PER_ROW = (POSITIONS, IS_VISUAL, DEEPSTACK)  # arguments with an entry a row, beside embeddings
+IS_READ = "attention_mask"  # 0 where a row is dropped; never on a graph with the model's weights
 Language = Callable[..., Any]  # the call of mlx-vlm's own language model
 
 
 def to_full_length(
-    L: int, columns: range, kept_rows: Sequence[int], features: Any, Y: int
+    L: int, columns: range, kept_columns: Sequence[int], features: Any, Y: int
 ) -> dict[str, mx.array]:
     """mlx-vlm's features of a prompt's kept rows, at full length and with marked dropped rows.
 
-    Embeddings are (L, D); where a family has them positions (3, L), visual rows (L,) and
-    DeepStack's (L, Y, D). The prompt stands in `columns`, the other columns are padding. The last
-    kept row takes the last column, so that a prompt that ends in an image still ends in a real row.
+    Embeddings are (L, D), which rows are read (L,); where a family has them positions (3, L),
+    visual rows (L,) and DeepStack's (L, Y, D). The prompt stands in `columns`, the other columns
+    are padding. The last kept row takes the last column, so that a prompt that ends in an image
+    still ends in a real row.
     """
     begin, end = columns.start, columns.stop
-    column_l = np.array(kept_rows, np.int32) + begin
+    column_l = np.array(kept_columns, np.int32) + begin
     column_l[-1] = end - 1
+    is_read_L = np.ones(L, np.int32)
+    is_read_L[begin:end] = 0
+    is_read_L[column_l] = 1
     kept_l, x_lD = mx.array(column_l), features.inputs_embeds[0]
     l, D = x_lD.shape  # noqa: E741
     x_LD = mx.zeros((L, D), x_lD.dtype)
     x_LD[begin:end] = mx.where(mx.arange(D) == 0, mx.nan, mx.inf)
     x_LD[kept_l] = x_lD
-    full = {EMBEDDINGS: x_LD}
+    full = {EMBEDDINGS: x_LD, IS_READ: mx.array(is_read_L)}
     if features.position_ids is not None:
         positions_3L = mx.ones((3, L), mx.int32)
         positions_3L[:, begin:end] = DROPPED
@@ -68,24 +79,49 @@ def deepstack_rows(
     `deepstack` has (V, D) for each of Y layers; width and dtype are those of `like`.
     """
     deep_LYD = mx.zeros((len(is_visual_L), Y, like.shape[-1]), like.dtype)
-    rows = _true_rows(is_visual_L)
-    if rows.size and deepstack:
-        deep_LYD[rows] = mx.stack(list(deepstack), axis=1).astype(like.dtype)
-    return deep_LYD
+    if not deepstack or not len(deepstack[0]):
+        return deep_LYD
+    deep_VYD = mx.stack(list(deepstack), axis=1).astype(like.dtype)
+    place_L = mx.maximum(mx.cumsum(is_visual_L.astype(mx.int32)) - 1, 0)
+    return mx.where(is_visual_L[:, None, None], deep_VYD[place_L], deep_LYD)
+
+
+@dataclass
+class ReadColumns:
+    """How many columns of a prompt its language model has read, for tools that cut embeddings and
+    leave `attention_mask` as it was."""
+
+    mask: Callable[[], mx.array | None]  # a weak reference
+    columns: int = 0
+
+    def dropped_rows(self, x_BnD: mx.array, is_read_BL: mx.array) -> np.ndarray | None:
+        """Which of the next n rows are dropped, (B, n); None where the two do not fit."""
+        B, n = x_BnD.shape[:2]
+        is_dropped_BL = np.array(is_read_BL) == 0
+        if is_dropped_BL.shape == (B, n):
+            return is_dropped_BL
+        begin, self.columns = self.columns, self.columns + n
+        if len(is_dropped_BL) != B or self.columns > is_dropped_BL.shape[1]:
+            return None
+        return is_dropped_BL[:, begin : self.columns]
 
 
 def call_on_kept_rows(
-    language: Language, is_bidirectional: bool, ids_BL: mx.array, arguments: dict[str, Any]
-) -> Any:
+    language: Language, is_bidirectional: bool, ids_BL: mx.array, arguments: dict[str, Any],
+    read: ReadColumns,
+) -> Any:  # fmt: skip
     """Call the language model without the dropped rows. While decoding there are none.
 
     A model that is bidirectional in its prompt gets a batch in one call.
     Raises UserError for a cache or a mask that does not fit pruned prompts.
     """
-    x_BLD = arguments.get(EMBEDDINGS)
+    arguments = {**arguments}
+    x_BLD, is_read_BL = arguments.get(EMBEDDINGS), arguments.pop(IS_READ, None)
     if x_BLD is None:
         return language(ids_BL, **arguments)
-    is_dropped_BL = np.array(mx.isnan(x_BLD[..., 0]) & (x_BLD[..., 1:] == mx.inf).all(axis=-1))
+    is_dropped_BL = None if is_read_BL is None else read.dropped_rows(x_BLD, is_read_BL)
+    if is_dropped_BL is None:
+        is_dropped_BL = np.array(mx.isnan(x_BLD[..., 0]) & (x_BLD[..., 1:] == mx.inf).all(axis=-1))
     cache: Any = arguments.get("cache")
     has_batch_cache = bool(cache) and hasattr(cache[0], "left_padding")
     if is_dropped_BL.any():
@@ -97,12 +133,13 @@ def call_on_kept_rows(
         return _call_on_batch(language, is_bidirectional, ids_BL, arguments, is_dropped_BL)
     if len(is_dropped_BL) > 1:
         return _call(language, ids_BL, arguments)
-    return _call_on_prompt(language, ids_BL, arguments, is_dropped_BL[0])
+    return _call_on_prompt(language, ids_BL, arguments, is_dropped_BL[0], is_read_BL)
 
 
 def _call_on_prompt(
-    language: Language, ids_1n: mx.array, arguments: dict[str, Any], is_dropped_n: np.ndarray
-) -> Any:
+    language: Language, ids_1n: mx.array, arguments: dict[str, Any], is_dropped_n: np.ndarray,
+    is_read_1L: mx.array | None,
+) -> Any:  # fmt: skip
     """A prompt, or a piece of it. Positions and DeepStack's rows may still be the whole prompt's,
     so that they have their own mark of dropped rows."""
     if is_dropped_n.any():
@@ -110,8 +147,12 @@ def _call_on_prompt(
         ids_1n, arguments = ids_1n[:, kept], arguments | _at_rows(arguments, [EMBEDDINGS], kept)
     positions = arguments.get(POSITIONS)
     if positions is not None and positions.ndim == 3 and positions.shape[1] == 1:
-        kept = _true_rows(positions[0, 0] != DROPPED)
-        arguments = arguments | _at_rows(arguments, PER_ROW, kept)
+        if is_read_1L is not None and is_read_1L.shape[1] == positions.shape[2]:
+            is_kept = np.array(is_read_1L)[0] != 0
+        else:
+            is_kept = np.array(positions[0, 0] != DROPPED)
+        if not is_kept.all():
+            arguments = arguments | _at_rows(arguments, PER_ROW, _true_rows(is_kept))
     if arguments[EMBEDDINGS].shape[1]:  # ids may be fewer, where one stands for an image
         return _call(language, ids_1n, arguments)
     from mlx_vlm.models.base import LanguageModelOutput

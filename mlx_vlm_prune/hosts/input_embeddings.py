@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..machine.clock import Clock
+from ..machine.clock import request_clock
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
 from .batch import BatchPrompt, split_batch
-from .dropped_rows import PER_ROW, deepstack_rows, to_full_length
+from .dropped_rows import IS_READ, PER_ROW, deepstack_rows, to_full_length
 from .host import Host
 from .prompt import PrunedPrompt, add_text, budgets_by_view, prune_prompt
 from .pruned_language import LanguageState
@@ -70,7 +71,7 @@ class PrunedEmbeddings:
 
     def _unpruned(self, ids: Any, pixels: Any, **extra: Any) -> Any:
         """Features of unpruned prompts, with DeepStack's rows (B, L, Y, D) as pruned ones have."""
-        features = self._stock(ids, pixels, **extra)
+        features = _all_read(self._stock(ids, pixels, **extra))
         if not self.host.deepstack:
             return features
         x_BLD, is_visual_BL = features.inputs_embeds, features.visual_pos_masks
@@ -83,8 +84,9 @@ class PrunedEmbeddings:
 
     def _pruned(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, extra: dict[str, Any]) -> Any:
         """Each prompt pruned, and the batch put together again."""
+        self.report.read_choices()
         misses, prompts, features = self.tower_cache.misses, [], []
-        with Clock().running() as clock:
+        with request_clock().running() as clock:
             batch = split_batch(self.host, ids_BL, mask_BL, pixels, extra, self.tower_cache)
             tower_skipped = self.tower_cache.misses == misses
             for one in batch:
@@ -94,9 +96,9 @@ class PrunedEmbeddings:
                     self.report.add(prompts[-1], clock.ms, tower_skipped)
                     clock.ms = dict.fromkeys(clock.ms, 0.0)  # the next prompt's time starts here
         if self.host.placeholder_unit != "token":  # ids and rows differ in mlx-vlm as well
-            return features[0]
-        kept_rows = [prompt.kept_rows for prompt in prompts]
-        return self._join(ids_BL.shape[1], batch, kept_rows, features)
+            return _all_read(features[0])
+        kept_columns = [prompt.kept_rows.columns for prompt in prompts]
+        return self._join(ids_BL.shape[1], batch, kept_columns, features)
 
     def _prune(self, prompt: BatchPrompt) -> PrunedPrompt:
         inputs, views = prompt.inputs, prompt.views
@@ -118,14 +120,14 @@ class PrunedEmbeddings:
         return replace(features, **overrides, attention_mask_4d=None)  # a mask that nothing reads
 
     def _join(
-        self, L: int, batch: Sequence[BatchPrompt], kept_rows: Sequence[Sequence[int]],
+        self, L: int, batch: Sequence[BatchPrompt], kept_columns: Sequence[Sequence[int]],
         features: Sequence[Any],
     ) -> Any:  # fmt: skip
         """mlx-vlm's features of the batch at its full length L, dropped rows marked."""
         Y = len(self.host.deepstack)
         full = [
             to_full_length(L, prompt.columns, rows, kept_features, Y)
-            for prompt, rows, kept_features in zip(batch, kept_rows, features, strict=True)
+            for prompt, rows, kept_features in zip(batch, kept_columns, features, strict=True)
         ]
         joined: dict[str, Any] = dict.fromkeys(PER_ROW)
         for name in full[0]:
@@ -134,3 +136,9 @@ class PrunedEmbeddings:
         if features[0].rope_deltas is not None:
             joined["rope_deltas"] = mx.concatenate([one.rope_deltas for one in features])
         return replace(features[0], **joined)
+
+
+def _all_read(features: Any) -> Any:
+    """mlx-vlm's features, none of whose rows is dropped."""
+    is_read_BL = mx.array(np.ones(features.inputs_embeds.shape[:2], np.int32))
+    return replace(features, **{IS_READ: is_read_BL})

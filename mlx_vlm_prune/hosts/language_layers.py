@@ -9,6 +9,7 @@ size.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
@@ -44,10 +45,10 @@ class LanguageLayers(ABC):
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
-        *, contiguous: bool = False, padded: bool = False, bias_BL: mx.array | None = None,
+        *, contiguous: bool = False, padding: Sequence[int] = (), bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows."""
-        assert not padded and bias_BL is None, "`check_pipeline` refuses what needs either"
+        assert not any(padding) and bias_BL is None, "`check_pipeline` refuses what needs either"
         for number in numbers:
             x_BLD = self.block(number, x_BLD, positions_BL, cache[number])
         return x_BLD

@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_reduce
 
 from ..checkpoints.errors import UserError
@@ -56,14 +55,14 @@ def prefill_through_cuts(
     cuts = Cuts(step, schedules, [view.signals.grid for view in prompt.views], policy)
     decoder = Decoder(language, language.make_cache(), cuts, prefill_step_size=piece)
     decoded = decoder(spliced)
-    next_position = int(np.array(spliced.next_B1)[0, 0])
     nbytes = prompt_cache_bytes(decoder.cache, prompt.length)  # before the last rows leave
     caches = zip(decoder.cache, decoded.rows, strict=True)
+    position = _next_position(prompt, policy)
     return replace(
         prompt,
-        arguments=_last_row_arguments(prompt, decoded.spliced, language, next_position),
+        arguments=_last_row_arguments(prompt, decoded.spliced, language),
         cache_bytes=nbytes,
-        cache=[_without_last_row(language, c, next_position - rows) for c, rows in caches],
+        cache=[_without_last_row(language, c, position - rows) for c, rows in caches],
         trace=prompt.trace.after_cuts(step.name, decoded.reductions),
         positions=policy,
     )
@@ -83,20 +82,26 @@ def _splice(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Poli
     if ids[-1] == placeholder:
         raise UserError("the prompt ends in an image; between layers, words judge it: add some")
     length = len(ids)
+    next_11 = mx.array([[_next_position(prompt, policy)]])
     if positions_A1l is not None:
-        positions_1l, next_position = positions_A1l.transpose(1, 2, 0), length + int(delta.item())
+        positions_1l, next_11 = positions_A1l.transpose(1, 2, 0), length + delta.reshape(1, 1)
     elif policy == "keep":
-        positions_1l, next_position = mx.array([list(prompt.kept_rows)]), len(prompt.inputs.ids)
+        positions_1l = prompt.kept_rows.rows_l[None]
     else:
-        positions_1l, next_position = mx.arange(length)[None], length
+        positions_1l = mx.arange(length)[None]
     rows = [row for row, token in enumerate(ids) if token == placeholder]
     starts = [rows[first] for first in accumulate(sizes[:-1], initial=0)]
     deep_lYD = deepstack_rows(mx.array(ids) == placeholder, deepstack, len(deepstack or []), x_1lD)
     return Spliced(
-        x_1lD, positions_1l, mx.array([[next_position]]), [length],
+        x_1lD, positions_1l, next_11, [length],
         [list(zip(starts, sizes, strict=True))],
         added=[deep_lYD[None, :, layer] for layer in range(deep_lYD.shape[1])],
     )  # fmt: skip
+
+
+def _next_position(prompt: PrunedPrompt, policy: Policy) -> int:
+    """The position after the prompt along one axis."""
+    return len(prompt.inputs.ids if policy == "keep" else prompt.kept_rows)
 
 
 def _without_last_row(language: LanguageLayers, cache: Any, missing: int) -> Any:
@@ -107,7 +112,7 @@ def _without_last_row(language: LanguageLayers, cache: Any, missing: int) -> Any
 
 
 def _last_row_arguments(
-    prompt: PrunedPrompt, spliced: Spliced, language: LanguageLayers, next_position: int
+    prompt: PrunedPrompt, spliced: Spliced, language: LanguageLayers
 ) -> dict[str, Any]:
     """mlx-vlm's arguments for the prompt's last row."""
     arguments = {
@@ -116,7 +121,7 @@ def _last_row_arguments(
     }
     if language.axes == 3:
         arguments["position_ids"] = spliced.positions_BL[:, -1:].transpose(2, 0, 1)
-        arguments["rope_deltas"] = mx.array([[next_position - prompt.length]])
+        arguments["rope_deltas"] = spliced.next_B1 - prompt.length
     return arguments
 
 

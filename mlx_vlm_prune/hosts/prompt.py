@@ -25,7 +25,7 @@ from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt_arguments import image_arguments, kept_rows, row_arguments
+from .prompt_arguments import KeptRows, image_arguments, kept_rows, row_arguments
 from .views import View
 
 
@@ -40,7 +40,7 @@ class PrunedPrompt:
     inputs: PreparedInputs
     views: list[View]
     arguments: dict[str, Any]
-    kept_rows: Sequence[int]  # of the whole prompt
+    kept_rows: KeptRows  # of the whole prompt
     length: int  # rows that the language model reads
     trace: Trace
     positions: Policy
@@ -149,7 +149,7 @@ def prune_prompt(
     """
     policy = "keep" if pipeline.decoder else policy
     if inputs.pixels is None:
-        rows: Sequence[int] = range(len(inputs.ids))
+        rows = KeptRows.known(range(len(inputs.ids)))
         arguments = row_arguments(host, inputs, rows, policy)
         return PrunedPrompt(inputs, [], arguments, rows, len(rows), Trace([], [], []), policy)
     batches = [ImageBatch.of(view.signals) for view in views]
@@ -166,7 +166,7 @@ def prune_prompt(
     arguments |= image_arguments(host, inputs, views, batches)
     length = len(rows)
     if host.placeholder_unit != "token":  # mlx-vlm puts the images' rows in place of one
-        words = [row for row in rows if inputs.ids[row] != host.image_token_id(inputs)]
+        words = [row for row in rows.columns if inputs.ids[row] != host.image_token_id(inputs)]
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
     return PrunedPrompt(inputs, views, arguments, rows, length, trace, policy)
 

@@ -5,6 +5,7 @@ D features.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -18,18 +19,39 @@ from .prepared_inputs import PreparedInputs
 from .views import View
 
 
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows of the whole prompt that stay: all words, and those of the kept visual tokens.
+
+    How many stay is known before the choice, which ones only on the device.
+    """
+
+    columns: list[int]  # as many, as if each view's first placeholders stayed
+    rows_l: mx.array  # those that stay, ascending; not to be read on the host
+    has_breaks: bool = False  # do words stand between the placeholders of a view?
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    @classmethod
+    def known(cls, rows: Sequence[int]) -> "KeptRows":
+        """Rows that no choice decides."""
+        return cls(list(rows), row_numbers(rows))
+
+
 def kept_rows(
     host: Host, inputs: PreparedInputs, sizes: Sequence[int], reductions: Sequence[Reduction]
-) -> list[int]:
-    """Indices of the rows that stay: all words, and the placeholder of each kept visual token.
+) -> KeptRows:
+    """The rows that stay: all words, and the placeholder of each kept visual token.
 
     `sizes` are the views' N. Pooled slots, which have no token of their own, take the first
-    placeholders of their view.
+    placeholders of their view. Nothing is read on the host.
     Raises UserError where the placeholders are not as many as the visual tokens.
     """
     placeholder, N = host.image_token_id(inputs), sum(sizes)
     is_kept_L = np.array(inputs.ids) != placeholder
-    placeholders = np.flatnonzero(~is_kept_L)
+    words, placeholders = np.flatnonzero(is_kept_L), np.flatnonzero(~is_kept_L)
+    parts, has_breaks = list[mx.array](), False
     if host.placeholder_unit == "token":
         if len(placeholders) != N:
             raise UserError(
@@ -38,21 +60,36 @@ def kept_rows(
             )
         by_view = np.split(placeholders, np.cumsum(sizes)[:-1])
         for rows_N, reduction in zip(by_view, reductions, strict=True):
-            index_1K = reduction.kept_tokens()
-            kept = slice(reduction.slots) if index_1K is None else index_1K[0]
-            is_kept_L[rows_N[kept]] = True
+            first_K = rows_N[: reduction.slots]
+            is_kept_L[first_K] = True
+            if reduction.index_BK is None or reduction.slots == len(rows_N):
+                parts.append(row_numbers(first_K))
+            else:
+                parts.append(row_numbers(rows_N)[reduction.index_BK[0]])
+                has_breaks |= bool(rows_N[-1] - rows_N[0] >= len(rows_N))
     elif host.placeholder_unit == "image":
         is_kept_L[placeholders] = True
     else:  # one placeholder for all images
         is_kept_L[placeholders[:1]] = True
-    return np.flatnonzero(is_kept_L).tolist()
+    columns = np.flatnonzero(is_kept_L).tolist()
+    if not parts:
+        return KeptRows.known(columns)
+    return KeptRows(columns, mx.sort(mx.concatenate([row_numbers(words), *parts])), has_breaks)
+
+
+def row_numbers(rows: Sequence[int] | np.ndarray) -> mx.array:
+    """Numbers of rows that are known on the host."""
+    return mx.array(np.array(rows, np.int32))
 
 
 def row_arguments(
-    host: Host, inputs: PreparedInputs, rows: Sequence[int], policy: Policy
+    host: Host, inputs: PreparedInputs, rows: KeptRows, policy: Policy
 ) -> dict[str, Any]:
     """Ids, mask and positions of the kept rows.
 
+    mlx-vlm looks for placeholders among the ids on the host. They are the same whichever tokens of
+    a view stay, unless words stand between its placeholders, as Pixtral's breaks do: then mlx-vlm
+    waits for the choice.
     Positions along one axis count rows, and are not given. Those along three come from the whole
     prompt. `rope_deltas` is what mlx-vlm adds to the number of rows to get the next position. Where
     every row stays mlx-vlm computes both itself.
@@ -61,7 +98,7 @@ def row_arguments(
     arguments: dict[str, Any] = {"input_ids": ids_1L, "mask": inputs.mask_1L}
     is_full = len(rows) == len(inputs.ids)
     if not is_full:
-        rows_l = mx.array(np.array(rows, np.int32))
+        rows_l = rows.rows_l if rows.has_breaks else row_numbers(rows.columns)
         arguments = {name: x_1L[:, rows_l] for name, x_1L in arguments.items()}
     if host.has_mrope and policy == "renumber":
         positions_l = mx.arange(len(rows), dtype=mx.int32)
@@ -73,7 +110,7 @@ def row_arguments(
         positions_31L, delta_11 = host.language.get_rope_index(
             ids_1L, grids_I3, None, inputs.mask_1L
         )
-        arguments["position_ids"] = positions_31L[..., rows_l]
+        arguments["position_ids"] = positions_31L[..., rows.rows_l]
         arguments["rope_deltas"] = delta_11 + (len(inputs.ids) - len(rows))
     return arguments
 

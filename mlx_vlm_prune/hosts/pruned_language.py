@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, ref
+
+import mlx.core as mx
 
 from ..checkpoints.errors import UserError
-from .dropped_rows import call_on_kept_rows
+from .dropped_rows import IS_READ, ReadColumns, call_on_kept_rows
 
 UNUSABLE = 1 << 30  # rows that an unusable cache claims: no prefix that mlx-vlm looks for has them
 
@@ -24,7 +26,8 @@ class LanguageState:
 
     is_bidirectional: bool
     gives_rope_index: bool = False  # see `PrunedLanguage.get_rope_index`
-    caches: WeakSet[Any] = field(default_factory=WeakSet)  # of each request the first layer's
+    # of each request the first layer's cache, and what was read into it
+    caches: WeakKeyDictionary[Any, ReadColumns] = field(default_factory=WeakKeyDictionary)
 
     @contextmanager
     def giving_rope_index(self) -> Iterator[None]:
@@ -33,6 +36,16 @@ class LanguageState:
             yield
         finally:
             self.gives_rope_index = False
+
+    def columns_read(self, cache: Any, is_read_BL: mx.array | None) -> ReadColumns:
+        """What was read of the prompt with this mask into a request's caches."""
+        mask: Any = (lambda: None) if is_read_BL is None else ref(is_read_BL)
+        if not cache:
+            return ReadColumns(mask)
+        read = self.caches.get(cache[0])
+        if read is None or (is_read_BL is not None and read.mask() is not is_read_BL):
+            read = self.caches[cache[0]] = ReadColumns(mask)
+        return read
 
     def invalidate_caches(self) -> None:
         """Make the caches of single prompts unusable: mlx-vlm, which looks in them for a prefix of
@@ -58,12 +71,11 @@ class PrunedLanguage:
     def __call__(self, inputs: Any, *more: Any, **arguments: Any) -> Any:
         if more:
             raise UserError("while a model prunes, give the language model's arguments names")
-        if arguments.get("cache"):
-            self.state.caches.add(arguments["cache"][0])
+        read = self.state.columns_read(arguments.get("cache"), arguments.get(IS_READ))
         stock: Any = super()
         with self.state.giving_rope_index():
             bidirectional = self.state.is_bidirectional
-            return call_on_kept_rows(stock.__call__, bidirectional, inputs, arguments)
+            return call_on_kept_rows(stock.__call__, bidirectional, inputs, arguments, read)
 
     def get_rope_index(self, *ids: Any, **arguments: Any) -> Any:
         """Positions for calls from here. mlx-vlm calls this as well before it reads a prefix from a

@@ -1,9 +1,14 @@
-"""What pruning did to the prompts of a model: `PruningReport`."""
+"""What pruning did to the prompts of a model: `PruningReport`.
+
+Which tokens stay is known on the device only, and a prompt's first logits wait for no report. So
+the choices are read where somebody reads the report, or when the next prompts come.
+"""
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ..pruners.trace import Trace
 from .prompt import PrunedPrompt
 
 MAX_PROMPTS = 100  # the latest prompts, listed one by one
@@ -17,7 +22,7 @@ class PromptReport:
     kept: list[int]
     kept_indices: list[list[int] | None]  # None of pooled tokens
     rows: tuple[int, int]  # of the prompt, before and after pruning
-    seconds: dict[str, float]  # of "vision" and "pruner"
+    seconds: dict[str, float]  # of "vision" and "pruner"; none on a GPU, which waits for neither
     tower_skipped: bool  # the tower's output was cached, of the same images
 
 
@@ -30,7 +35,24 @@ class PruningReport:
     total: int = 0
     kept: int = 0
     seconds: float = 0.0
-    prompts: deque[PromptReport] = field(default_factory=lambda: deque(maxlen=MAX_PROMPTS))
+    _prompts: deque[PromptReport] = field(default_factory=lambda: deque(maxlen=MAX_PROMPTS))
+    _unread: list[Trace] = field(default_factory=list)  # of the latest prompts
+
+    @property
+    def prompts(self) -> deque[PromptReport]:
+        """The latest prompts; reads what is still on the device.
+
+        Raises UserError where tokens were no numbers.
+        """
+        self.read_choices()
+        return self._prompts
+
+    def read_choices(self) -> None:
+        """Read which tokens stayed of the latest prompts."""
+        unread, self._unread = self._unread, []
+        for number, trace in enumerate(unread[-MAX_PROMPTS:], -min(len(unread), MAX_PROMPTS)):
+            indices = [trace.kept(image) for image in range(trace.image_count)]
+            self._prompts[number] = replace(self._prompts[number], kept_indices=indices)
 
     def add(self, prompt: PrunedPrompt, ms: Mapping[str, float], tower_skipped: bool) -> None:
         trace, images = prompt.trace, range(prompt.trace.image_count)
@@ -40,9 +62,9 @@ class PruningReport:
             total[image] += N
             kept[image] += reduction.slots
         rows = prompt.length + sum(total) - sum(kept), prompt.length
-        indices = [trace.kept(image) for image in images]
-        seconds = {part: ms[part] / 1000 for part in ("vision", "pruner")}
-        self.prompts.append(PromptReport(total, kept, indices, rows, seconds, tower_skipped))
+        seconds = {part: ms[part] / 1000 for part in ("vision", "pruner") if part in ms}
+        self._prompts.append(PromptReport(total, kept, [], rows, seconds, tower_skipped))
+        self._unread.append(trace)
         self.total += sum(total)
         self.kept += sum(kept)
         self.seconds += sum(seconds.values())

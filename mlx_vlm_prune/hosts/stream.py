@@ -3,8 +3,7 @@
 Shapes: l rows of the prompt.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -19,7 +18,7 @@ from ..generation.result import GenerationResponse, GenerationResult, Transcript
 from ..generation.steps import process_logits, sample_token
 from ..generation.stream import initial_result
 from ..inputs.image import MAX_PIXELS, open_image
-from ..machine.clock import UNPRUNED, Clock
+from ..machine.clock import TOGETHER, Clock, request_clock
 from ..pruners import plan
 from .compatibility import check_kv_bits, check_pipeline
 from .families import host_of
@@ -73,7 +72,7 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
     host, pipeline = host_of(model, processor), plan(request.pruner)
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
-    clock = Clock(("image", "pruner", UNPRUNED)) if in_one_go else Clock()
+    clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options
     policy = check_pipeline(host, pipeline, request.positions)
     check_kv_bits(host, pipeline, options.get("kv_bits"))
@@ -83,18 +82,21 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
     clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
     with host.preserve_state():
-        with generation_stream(), nullcontext() if in_one_go else clock.running():
+        with generation_stream(), clock.running():
             views = encode_images_and_text(host, inputs, pipeline)
             budgets = budgets_by_view(views, request.keep_ratio, request.keep_tokens, pipeline)
             prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
             host.check_length(prompt.length)
             step_size = options.get("prefill_step_size")
             prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy, step_size)
-        answer = initial_result(prompt.trace, len(host.language.layers), pipeline, prompt.positions)
-        pictures = zip(host.pictures(views, images), views, strict=True)
-        shown = [(picture, view.signals.grid) for picture, view in pictures]
-        answer = replace(answer, views=shown)
-        pieces = _decode(host, prompt, answer, clock, decoding)
+
+        def initial() -> GenerationResult:
+            depth = len(host.language.layers)
+            answer = initial_result(prompt.trace, depth, pipeline, prompt.positions)
+            pictures = zip(host.pictures(views, images), views, strict=True)
+            return replace(answer, views=[(picture, v.signals.grid) for picture, v in pictures])
+
+        pieces = _decode(host, prompt, initial, clock, decoding)
         yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
 
 
@@ -147,11 +149,12 @@ class WholePrompt:
 
 
 def _decode(
-    host: Host, prompt: PrunedPrompt, answer: GenerationResult, clock: Clock,
+    host: Host, prompt: PrunedPrompt, initial: Callable[[], GenerationResult], clock: Clock,
     decoding: dict[str, Any],
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """mlx-vlm's pieces, one for each token. It repeats the last one when it says why it ended, so
-    the last that may come is held back until then."""
+    the last that may come is held back until then. `initial` reads which tokens stayed, so it is
+    called behind the first token."""
     from mlx_vlm.generate import stream_generate as decode
     from mlx_vlm.models.cache import make_prompt_cache
 
@@ -164,8 +167,8 @@ def _decode(
     held = ""
     for piece in decode(host.model, host.processor, "", **arguments):
         if transcript is None:
-            clock.end_part(UNPRUNED if UNPRUNED in clock.ms else "prefill")
-            answer = answer.prefilled(prompt.length, clock.ttft())
+            clock.end_part("prefill")
+            answer = initial().prefilled(prompt.length, clock.ttft())
             size = prompt.cache_bytes or prompt_cache_bytes(cache, prompt.length)
             transcript = Transcript(replace(answer, cache_bytes=size))
         if piece.finish_reason is None and piece.generation_tokens == decoding["max_tokens"]:

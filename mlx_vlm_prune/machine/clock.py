@@ -1,7 +1,8 @@
 """The clock of a request: how long each part of it takes.
 
 Models call `end_part` where a part ends. A running clock then waits until the part's arrays are
-computed; without one nothing is waited for, and MLX computes all parts together.
+computed; without one nothing is waited for, and MLX computes all parts together. So it is with a
+request on a GPU, which would be idle while the host gets the next part ready.
 """
 
 import time
@@ -12,8 +13,10 @@ from typing import Any, TypedDict
 
 import mlx.core as mx
 
+from .hardware import on_cpu
+
 PARTS = ("image", "vision", "pruner", "prefill")
-UNPRUNED = "vision and prefill"  # together, as mlx-vlm computes them where nothing is pruned
+TOGETHER = "vision to prefill"  # what is between the image and the first token, as one part
 COUNTED_IN = {"projector": "prefill"}  # parts that users see as part of another
 
 _running_clock: ContextVar["Clock | None"] = ContextVar("_running_clock", default=None)
@@ -50,7 +53,8 @@ class Clock:
 
     def part(self, name: str) -> str:
         """The part among `ms` that a named part is counted in."""
-        return name if name in self.ms else COUNTED_IN[name]
+        name = name if name in self.ms else COUNTED_IN.get(name, name)
+        return name if name in self.ms else TOGETHER
 
     def ttft(self) -> Timings:
         """The parts and their total up to the last end, which is the first token."""
@@ -73,6 +77,11 @@ class Clock:
 
 
 def end_part(name: str, value: Any = None) -> Any:
-    """Compute the value and time the part where a clock runs; returns the value."""
+    """Compute the value and time the part where a clock of parts runs; returns the value."""
     clock = _running_clock.get()
-    return clock.end_part(name, value) if clock else value
+    return clock.end_part(name, value) if clock and TOGETHER not in clock.ms else value
+
+
+def request_clock() -> Clock:
+    """A request's clock: of all parts on a CPU; on a GPU of the image and all else together."""
+    return Clock(PARTS if on_cpu() else ("image", TOGETHER))

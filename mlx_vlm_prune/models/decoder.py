@@ -151,17 +151,18 @@ def run_layers(
     for begin in range(0, spliced.L, size):
         rows = slice(begin, begin + size)
         x_BLD, positions_BL = spliced.x_BLD[:, rows], spliced.positions_BL[:, rows]
-        bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
-        options = {**row_options(spliced), "bias_BL": bias_BL}
+        options = row_options(spliced, rows)
         chunks.append(language.run(numbers, x_BLD, positions_BL, cache, **options))
         if size < spliced.L:
-            mx.eval(chunks[-1])
+            mx.async_eval(chunks[-1])
     return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
 
 
-def row_options(spliced: Spliced) -> dict[str, Any]:
-    """What is known of the rows' positions beforehand."""
-    return {"contiguous": spliced.contiguous, "padded": spliced.padded}
+def row_options(spliced: Spliced, rows: slice = slice(0, None)) -> dict[str, Any]:
+    """What is known of some rows beside their positions."""
+    padding = [max(0, n - rows.start) for n in spliced.padding]
+    bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
+    return {"contiguous": spliced.contiguous, "padding": padding, "bias_BL": bias_BL}
 
 
 class TwigReader:
@@ -183,11 +184,10 @@ class TwigReader:
 
         Nothing reads the last layer's output, so MLX computes its keys and values and nothing else.
         """
-        options = {**row_options(spliced), "bias_BL": spliced.bias_BL}
         numbers, x_BLD = range(self.last, self.last + 1), self.last_input(spliced)
-        self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **options)
-        layer_cache = self.cache[self.last]
-        mx.async_eval(layer_cache.keys_BGSd, layer_cache.values_BGSd)
+        self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **row_options(spliced))
+        last = self.cache[self.last]
+        mx.async_eval(last.keys_BGSd, last.values_BGSd)
 
     @property
     def observers(self) -> Observers:

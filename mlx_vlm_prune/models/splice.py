@@ -53,14 +53,14 @@ class Spliced:
         return self.x_BLD.shape[1]
 
     @property
-    def padded(self) -> bool:
-        return min(self.lengths) < self.L
+    def padding(self) -> list[int]:
+        """How many rows of padding stand ahead of each prompt."""
+        return [self.L - length for length in self.lengths]
 
     @property
     def is_real_BL(self) -> mx.array:
         """False on padding."""
-        ahead = mx.array([[self.L - length] for length in self.lengths])
-        return mx.arange(self.L) >= ahead
+        return mx.arange(self.L) >= mx.array(self.padding)[:, None]
 
     @property
     def prompt_of(self) -> list[int]:
@@ -70,7 +70,7 @@ class Spliced:
     @property
     def image_columns(self) -> list[range]:
         """The columns of each image's rows."""
-        ahead = [self.L - length for length in self.lengths]
+        ahead = self.padding
         return [
             range(ahead[b] + start, ahead[b] + start + n)
             for b, runs in enumerate(self.runs)

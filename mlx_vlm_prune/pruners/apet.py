@@ -22,6 +22,7 @@ from .numerics import (
     choice_dtype,
     choosing,
     constant,
+    fused,
     keep_highest,
     noise,
     rounded,
@@ -59,11 +60,25 @@ def approximation_errors(x_BND: mx.array, basis: int) -> mx.array:
         basis_B1D = take(residual_BND, i_B1)
         square_B11 = mx.square(basis_B1D).sum(axis=-1, keepdims=True)
         share_BN1 = (residual_BND * basis_B1D).sum(axis=-1, keepdims=True)
-        share_BN1 = share_BN1 / mx.maximum(square_B11, constant(1e-300))
-        projected_BND = share_BN1 * basis_B1D
-        has_direction_B11 = square_B11 > zero_length**2
-        residual_BND = residual_BND - mx.where(has_direction_B11, projected_BND, 0)
-        distance_BN = mx.square(x_BND - take(x_BND, i_B1)).sum(axis=-1)
+        residual_BND = without(residual_BND, basis_B1D, square_B11, share_BN1)
+        distance_BN = squares(x_BND, take(x_BND, i_B1)).sum(axis=-1)
         gap_BN = mx.minimum(gap_BN, rounded(distance_BN))
         i_B1 = mx.argmax(gap_BN, axis=-1, keepdims=True)
     return mx.round(mx.sqrt(mx.square(residual_BND).sum(axis=-1)) / zero_length) * zero_length
+
+
+@fused
+def without(
+    residual_BND: mx.array, basis_B1D: mx.array, square_B11: mx.array, share_BN1: mx.array
+) -> mx.array:
+    """What a basis token of squared length `square_B11` leaves of the others; `share_BN1` are their
+    products with it."""
+    share_BN1 = share_BN1 / mx.maximum(square_B11, constant(1e-300))
+    has_direction_B11 = square_B11 > noise() ** 2
+    return residual_BND - mx.where(has_direction_B11, share_BN1 * basis_B1D, 0)
+
+
+@fused
+def squares(x_BND: mx.array, y_B1D: mx.array) -> mx.array:
+    """Squared differences."""
+    return mx.square(x_BND - y_B1D)

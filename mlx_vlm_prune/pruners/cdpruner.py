@@ -16,13 +16,17 @@ Options:
 Shapes: B images, N tokens, K kept, T words, m rows of a block.
 """
 
+from functools import partial
+
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
 from .numerics import (
     after_step,
+    choice_dtype,
     choosing,
     cosine,
+    fused,
     noise,
     rounded,
     rounded_cosine,
@@ -34,53 +38,93 @@ from .rows import cosine_rows
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
 MOST_ROWS = 256  # of the factor in a block, a power of two
+MOST_ON_GPU = 1024  # the same where a launch costs more than writing a block
+KEPT = -4.0  # in place of a kept token's score; any other is above -2
 
 
 def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
     """Keep K. The K steps are one MLX graph, and read one row of the kernel each."""
     with choosing():
         relevance_BN = relevance(signals, negative)
-        similar, factor = cosine_rows(signals.x_BND), Factor()
+        kernel = cosine_rows(signals.x_BND).then(
+            lambda similar_BnN, part_Bn: part_Bn[..., None] * similar_BnN * relevance_BN[:, None],
+            relevance_BN,
+        )
         own_BN = rounded(mx.square(unit(signals.x_BND)).sum(axis=-1))
         variance_BN = relevance_BN * own_BN * relevance_BN  # given the kept tokens
-        kept, token_N = [], mx.arange(relevance_BN.shape[1])
-        exhausted = noise()  # the kernel's diagonal is at most 1
-        is_left_BN = mx.ones(relevance_BN.shape, dtype=mx.bool_)
-        for _ in range(K):
-            score_BN = mx.where(variance_BN > exhausted, variance_BN, relevance_BN - 2)
-            i_B1 = mx.argmax(mx.where(is_left_BN, score_BN, -mx.inf), axis=-1, keepdims=True)
-            kept.append(i_B1)
-            is_left_BN = is_left_BN & (token_N != i_B1)
-            kernel_BN = take(relevance_BN, i_B1) * similar.take(i_B1)[:, 0] * relevance_BN
-            kept_variance_B1 = take(variance_BN, i_B1)
-            row_BN = factor.residual(kernel_BN, i_B1)
-            row_BN = row_BN / mx.sqrt(mx.maximum(kept_variance_B1, exhausted))
-            row_BN = mx.where(kept_variance_B1 > exhausted, row_BN, 0)
+        score_BN = scores(variance_BN, relevance_BN)
+        token_N, factor = mx.arange(kernel.N, dtype=mx.uint32), Factor(K)
+        for step in range(1, K + 1):
+            i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
+            row_BN, variance_BN, score_BN = after_keeping(
+                i_B1, token_N, take(score_BN, i_B1), (score_BN, variance_BN, relevance_BN),
+                kernel.take(i_B1)[:, 0], factor.explained(i_B1),
+            )  # fmt: skip
             factor.append(row_BN)
-            variance_BN = variance_BN - mx.square(row_BN)
-            after_step(len(kept), variance_BN)
-        return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
+            after_step(step, variance_BN, score_BN)
+        return Reduction(index_BK=mx.argsort(score_BN, axis=-1)[:, :K])  # stable: kept ones first
+
+
+def scores(variance_BN: mx.array, relevance_BN: mx.array) -> mx.array:
+    """The variance; where it is exhausted, the relevance below all variances."""
+    return mx.where(variance_BN > noise(), variance_BN, relevance_BN - 2)
+
+
+@partial(fused, any_shape=False)
+def after_keeping(
+    i_B1: mx.array, token_N: mx.array, kept_B1: mx.array, state: tuple[mx.array, ...],
+    kernel_BN: mx.array, explained_BN: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
+    """The factor's row of token i, of score `kept_B1`, and all variances and scores given that
+    token too. `state`: scores, variances and relevance before."""
+    score_BN, variance_BN, relevance_BN = state
+    exhausted = noise()  # the kernel's diagonal is at most 1
+    row_BN = (kernel_BN - explained_BN) / mx.sqrt(mx.maximum(kept_B1, exhausted))
+    row_BN = mx.where(kept_B1 > exhausted, row_BN, 0)
+    variance_BN = variance_BN - mx.square(row_BN)
+    is_kept_BN = (token_N == i_B1) | (score_BN == KEPT)
+    return row_BN, variance_BN, mx.where(is_kept_BN, KEPT, scores(variance_BN, relevance_BN))
 
 
 class Factor:
-    """Cholesky's factor, row by row, in blocks. Two neighbours of as many rows become one, up to
-    `MOST_ROWS`: so there are few, and a row is copied a few times only."""
+    """Cholesky's factor of K rows, row by row, in blocks.
 
-    def __init__(self) -> None:
+    In float64 two neighbours of as many rows become one, up to `MOST_ROWS`: so there are few, and a
+    row is copied a few times only. In float32, for a GPU, a block has room for `MOST_ON_GPU` rows,
+    and is written anew with each: one launch, and fewer products.
+    """
+
+    def __init__(self, K: int) -> None:
         self.blocks_BmN: list[mx.array] = []
+        self.K, self.rows, self.number_m1 = K, 0, mx.arange(min(K, MOST_ON_GPU))[:, None]
 
     def append(self, row_BN: mx.array) -> None:
         last_BmN, blocks = row_BN[:, None], self.blocks_BmN
-        while blocks and blocks[-1].shape[1] == last_BmN.shape[1] < MOST_ROWS:
-            last_BmN = mx.concatenate([blocks.pop(), last_BmN], axis=1)
+        if row_BN.dtype == mx.float64:
+            while blocks and blocks[-1].shape[1] == last_BmN.shape[1] < MOST_ROWS:
+                last_BmN = mx.concatenate([blocks.pop(), last_BmN], axis=1)
+        else:
+            m = self.rows % MOST_ON_GPU
+            room = self.number_m1[: self.K - self.rows + m]
+            block_BmN = blocks.pop() if m else mx.zeros((1, 1, 1))
+            last_BmN = with_row(block_BmN, last_BmN, room, self.number_m1[m : m + 1])
         blocks.append(last_BmN)
+        self.rows += 1
 
-    def residual(self, kernel_BN: mx.array, i_B1: mx.array) -> mx.array:
-        """A row of the kernel less what the rows so far explain of it, (B, N)."""
-        explained_B1N = mx.zeros_like(kernel_BN[:, None])
+    def explained(self, i_B1: mx.array) -> mx.array:
+        """What the rows so far explain of a row of the kernel, (B, N)."""
+        explained_B1N = mx.zeros((len(i_B1), 1, 1), dtype=choice_dtype())
         for block_BmN in self.blocks_BmN:
-            explained_B1N += take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
-        return kernel_BN - explained_B1N[:, 0]
+            part_B1N = take(block_BmN, i_B1, axis=2).swapaxes(1, 2) @ block_BmN
+            is_first = block_BmN is self.blocks_BmN[0]
+            explained_B1N = part_B1N if is_first else explained_B1N + part_B1N
+        return explained_B1N[:, 0]
+
+
+@fused
+def with_row(block_BmN: mx.array, row_B1N: mx.array, number_m1: mx.array, m: mx.array) -> mx.array:
+    """A block with row m in its place."""
+    return mx.where(number_m1 == m, row_B1N, block_BmN)
 
 
 def relevance(signals: Signals, negative: bool) -> mx.array:

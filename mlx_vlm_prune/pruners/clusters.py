@@ -3,21 +3,25 @@
 Rodriguez and Laio, Science 2014; with density from the nearest neighbours (DPC-KNN) Du et al.,
 2016. Called under `choosing()`.
 
-Shapes: B images, n points, C centres, r rows of a block, m points from its first on, D features.
+Shapes: B images, n points, C centres, r rows of a block, m points from its first on, t points of a
+tile, D features.
 """
 
 import mlx.core as mx
+import numpy as np
 
 from .contract import take
 from .numerics import exp, keep_highest, rounded, to_choice_dtype
 
 BLOCK = 2**24  # differences of coordinates that are held at once
+TILE = 64  # points whose differences to another are computed together, on a CPU
 
 
 def density_peaks(distance_Bnn: mx.array, C: int, neighbours: int = 5) -> mx.array:
     """The C points with the highest density times distance to a denser point, (B, C) ascending."""
     n = distance_Bnn.shape[1]
-    near_Bnk = mx.sort(distance_Bnn, axis=-1)[..., 1 : min(neighbours, n - 1) + 1]
+    k = min(neighbours, n - 1)  # the nearest is the point itself
+    near_Bnk = mx.sort(mx.partition(distance_Bnn, k, axis=-1)[..., : k + 1], axis=-1)[..., 1:]
     density_Bn = exp(-mx.square(near_Bnk).mean(axis=-1)) if n > 1 else distance_Bnn[..., 0] * 0 + 1
     rank_Bn = mx.argsort(mx.argsort(-rounded(density_Bn), axis=-1), axis=-1)
     is_denser_Bnn = rank_Bn[:, None] < rank_Bn[..., None]
@@ -35,17 +39,37 @@ def nearest_centres(distance_Bnn: mx.array, centre_BC: mx.array) -> mx.array:
 def distances(x_BnD: mx.array) -> mx.array:
     """Euclidean distances divided by the root of D, to nine digits, (B, n, n).
 
-    From differences, a block of rows at a time: from squared lengths those of near-duplicates would
-    be noise. A CPU computes a row at a time, which stays in its cache. Only distances to the
-    row itself and those after it are computed.
+    From differences: from squared lengths those of near-duplicates would be noise.
     """
     x_BnD = to_choice_dtype(x_BnD)
+    if x_BnD.dtype == mx.float64:
+        squares = [squares_in_tiles(x_nD) for x_nD in np.array(x_BnD)]
+        square_Bnn = mx.array(np.stack(squares), mx.float64)
+    else:
+        square_Bnn = squares_in_blocks(x_BnD)
+    square_Bnn = mx.maximum(square_Bnn, square_Bnn.swapaxes(1, 2))
+    return rounded(mx.sqrt(square_Bnn / x_BnD.shape[-1]), 9)
+
+
+def squares_in_blocks(x_BnD: mx.array) -> mx.array:
+    """Squared distances of each to itself and those after it, else 0, (B, n, n), as one graph."""
     B, n, D = x_BnD.shape
-    rows = 1 if x_BnD.dtype == mx.float64 else max(1, BLOCK // (B * n * D))
-    parts, one_D1 = [], mx.ones((D, 1), dtype=x_BnD.dtype)
+    rows, parts = max(1, BLOCK // (B * n * D)), []
+    one_D1 = mx.ones((D, 1), dtype=x_BnD.dtype)
     for begin in range(0, n, rows):
         apart_BrmD = x_BnD[:, begin : begin + rows, None] - x_BnD[:, None, begin:]
-        square_Brm = (mx.square(apart_BrmD) @ one_D1)[..., 0] / D  # faster than a mean
+        square_Brm = (mx.square(apart_BrmD) @ one_D1)[..., 0]  # faster than a sum
         parts.append(mx.pad(square_Brm, [(0, 0), (0, 0), (begin, 0)]))
-    square_Bnn = mx.concatenate(parts, axis=1)
-    return rounded(mx.sqrt(mx.maximum(square_Bnn, square_Bnn.swapaxes(1, 2))), 9)
+    return mx.concatenate(parts, axis=1)
+
+
+def squares_in_tiles(x_nD: np.ndarray) -> np.ndarray:
+    """The same of one image, (n, n), from points so few at a time that a cache holds them."""
+    n = len(x_nD)
+    square_nn, apart_tD = np.zeros((n, n)), np.empty_like(x_nD[:TILE])
+    for begin in range(0, n, TILE):
+        x_tD = x_nD[begin : begin + TILE]
+        for i in range(min(begin + TILE, n)):
+            apart = np.subtract(x_tD, x_nD[i], out=apart_tD[: len(x_tD)])
+            np.einsum("td,td->t", apart, apart, out=square_nn[i, begin : begin + TILE])
+    return square_nn

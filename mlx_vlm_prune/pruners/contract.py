@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from .numerics import fused
 
 
 class Stage(IntEnum):
@@ -147,11 +148,11 @@ def take(x: mx.array, index_BK: mx.array, axis: int = 1) -> mx.array:
 
 
 def segment_sum(x_BND: mx.array, slot_BN: mx.array, K: int) -> mx.array:
-    """The sums of the entries of x by slot, (B, K, D); those without a slot, -1, must be 0."""
+    """The sums of the entries of x by slot, (B, K, D); those without a slot, -1, must be 0, and are
+    added to the last."""
     B, _, D = x_BND.shape
-    row_BN = mx.maximum(slot_BN, 0) + K * mx.arange(B)[:, None]
-    sum_RD = mx.zeros((B * K, D), dtype=x_BND.dtype)
-    return sum_RD.at[row_BN.flatten()].add(x_BND.flatten(0, 1)).reshape(B, K, D)
+    image_B1 = mx.array([[b] for b in range(B)], dtype=slot_BN.dtype)
+    return mx.zeros((B, K, D), dtype=x_BND.dtype).at[image_B1, slot_BN].add(x_BND)
 
 
 @dataclass(frozen=True)
@@ -180,11 +181,10 @@ class Reduction:
         cls, index_BK: mx.array, slot_BN: mx.array, size_BN: mx.array | None = None
     ) -> "Reduction":
         """The means of the tokens that each slot has, weighted by their sizes."""
-        is_mixed_BN = (slot_BN >= 0).astype(mx.float32)
-        size_BN = is_mixed_BN if size_BN is None else size_BN * is_mixed_BN
+        size_BN = mx.array(1.0) if size_BN is None else size_BN
+        size_BN = _mixed_sizes(size_BN, slot_BN)
         total_BK = segment_sum(size_BN[..., None], slot_BN, index_BK.shape[1])[..., 0]
-        share_BN = size_BN / take(total_BK, mx.maximum(slot_BN, 0))
-        return cls(index_BK, slot_BN=slot_BN, share_BN=share_BN)
+        return cls(index_BK, slot_BN=slot_BN, share_BN=size_BN / take(total_BK, slot_BN))
 
     @property
     def merges(self) -> bool:
@@ -194,7 +194,7 @@ class Reduction:
     def apply(self, x_BND: mx.array) -> mx.array:
         """Reduce (B, N, D) tokens, positions or sizes to (B, K, D)."""
         if self.slot_BN is not None and self.share_BN is not None:
-            part_BND = self.share_BN[..., None] * x_BND.astype(mx.float32)
+            part_BND = _weighted(self.share_BN[..., None], x_BND)
             return segment_sum(part_BND, self.slot_BN, self.slots).astype(x_BND.dtype)
         if self.weight_BKN is not None:
             mixed = self.weight_BKN.astype(mx.float32) @ x_BND.astype(mx.float32)
@@ -231,9 +231,8 @@ class Reduction:
         if not (self.merges or first.merges):
             return Reduction(index, is_finite=is_finite)
         (slot_Bn, share_Bn), (slot_BN, share_BN) = self.members(first.slots), first.members(N)
-        is_mixed_BN, between_BN = slot_BN >= 0, mx.maximum(slot_BN, 0)
-        slot_BN = mx.where(is_mixed_BN, take(slot_Bn, between_BN), -1)
-        share_BN = share_BN * take(share_Bn, between_BN)
+        share_BN = share_BN * take(share_Bn, slot_BN)
+        slot_BN = _next_slots(slot_BN, take(slot_Bn, slot_BN))
         return Reduction(index, slot_BN=slot_BN, share_BN=share_BN, is_finite=is_finite)
 
     def members(self, N: int) -> tuple[mx.array, mx.array]:
@@ -251,8 +250,8 @@ class Reduction:
         if self.weight_BKN is not None:
             return ((self.weight_BKN > 0) @ size_BN[..., None])[..., 0]
         slot_BN, share_BN = self.members(size_BN.shape[1])
-        part_BN1 = mx.where(share_BN > 0, size_BN, 0)[..., None]
-        return segment_sum(part_BN1, slot_BN, self.slots)[..., 0]
+        part_BN = _weighing_sizes(size_BN, share_BN)
+        return segment_sum(part_BN[..., None], slot_BN, self.slots)[..., 0]
 
     def of_image(self, image: int) -> "Reduction":
         """The reduction of one image of the batch."""
@@ -293,6 +292,32 @@ class Reduction:
     def arrays(self) -> list[mx.array]:
         """Its arrays, to evaluate together."""
         return list(self.parts.values())
+
+
+# Of a token without a slot, -1, the last slot's entry is taken, and counts 0 times.
+
+
+@fused
+def _mixed_sizes(size_BN: mx.array, slot_BN: mx.array) -> mx.array:
+    """Sizes, 0 where a token is dropped."""
+    return size_BN * (slot_BN >= 0).astype(mx.float32)
+
+
+@fused
+def _weighing_sizes(size_BN: mx.array, share_BN: mx.array) -> mx.array:
+    """Sizes, 0 where a token has no weight."""
+    return mx.where(share_BN > 0, size_BN, 0)
+
+
+@fused
+def _weighted(share_BN1: mx.array, x_BND: mx.array) -> mx.array:
+    return share_BN1 * x_BND.astype(mx.float32)
+
+
+@fused
+def _next_slots(slot_BN: mx.array, next_BN: mx.array) -> mx.array:
+    """Slots after a second reduction."""
+    return mx.where(slot_BN >= 0, next_BN, -1)
 
 
 def identity(x_BND: mx.array) -> Reduction:

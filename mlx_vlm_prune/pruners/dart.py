@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from .budget import one_cut
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, keep_highest, mask_of, rounded, to_choice_dtype
+from .numerics import choosing, cosine, fused, keep_marked, mask_of, rounded, to_choice_dtype
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"held_keys": None, "normed": None}
@@ -58,10 +58,16 @@ def select_by_pivots(
     """
     (P, N), tokens = similar_BPN.shape[1:], token_Bp.shape[1]
     rest, pivots_B1 = K - tokens, words_B1.astype(mx.int32) + tokens
-    is_kept_BN = mask_of(token_Bp, N)
+    is_kept_BN, share_BP = mask_of(token_Bp, N), shares(mx.arange(P), pivots_B1, mx.array(rest))
     for p in range(P):
-        share_B1 = (p + 1) * rest // pivots_B1 - p * rest // pivots_B1
         similar_BN = mx.where(is_kept_BN, mx.inf, similar_BPN[:, p])
         rank_BN = mx.argsort(mx.argsort(similar_BN, axis=-1), axis=-1)
-        is_kept_BN = is_kept_BN | ((rank_BN < share_B1) & (p < pivots_B1))
-    return keep_highest(is_kept_BN, K)
+        is_kept_BN = is_kept_BN | (rank_BN < share_BP[:, p : p + 1])
+    return keep_marked(is_kept_BN, K)
+
+
+@fused
+def shares(number_P: mx.array, pivots_B1: mx.array, rest: mx.array) -> mx.array:
+    """How many of the rest each pivot adds, (B, P); none those behind the last."""
+    share_BP = (number_P + 1) * rest // pivots_B1 - number_P * rest // pivots_B1
+    return mx.where(number_P < pivots_B1, share_BP, 0).astype(mx.uint32)

@@ -13,10 +13,11 @@ Shapes: B images, N tokens, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import after_step, choosing
+from .numerics import after_step, choosing, fused
 from .rows import cosine_rows, nearest_similarity
 
 stage = Stage.PROJECTED
+KEPT = -1.0  # in place of a kept token's distance; any other is at least 0, but for rounding
 
 
 def prune(signals: Signals, K: int) -> Reduction:
@@ -24,12 +25,19 @@ def prune(signals: Signals, K: int) -> Reduction:
     with choosing():
         similar = cosine_rows(signals.x_BND)
         score_BN = 1 - nearest_similarity(similar)
-        gap_BN = mx.full(score_BN.shape, mx.inf).astype(score_BN.dtype)  # to the nearest kept token
-        kept, token_N = [], mx.arange(score_BN.shape[1])
-        for _ in range(K):
+        gap_BN = mx.full(score_BN.shape, 4, dtype=score_BN.dtype)  # to the nearest kept token
+        token_N = mx.arange(score_BN.shape[1], dtype=mx.uint32)
+        for step in range(1, K + 1):
             i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
-            kept.append(i_B1)
-            gap_BN = mx.minimum(gap_BN, 1 - similar.take(i_B1)[:, 0])
-            score_BN = gap_BN = mx.where(token_N == i_B1, -mx.inf, gap_BN)
-            after_step(len(kept), gap_BN)
-        return Reduction(index_BK=mx.sort(mx.concatenate(kept, axis=1), axis=1))
+            gap_BN = gaps_after(gap_BN, similar.take(i_B1)[:, 0], i_B1, token_N)
+            score_BN = gap_BN
+            after_step(step, gap_BN)
+        return Reduction(index_BK=mx.argsort(gap_BN, axis=-1)[:, :K])  # stable: kept ones first
+
+
+@fused
+def gaps_after(
+    gap_BN: mx.array, similar_BN: mx.array, i_B1: mx.array, token_N: mx.array
+) -> mx.array:
+    """Distances to the nearest kept token when one more is kept."""
+    return mx.where(token_N == i_B1, KEPT, mx.minimum(gap_BN, 1 - similar_BN))

@@ -15,13 +15,15 @@ Options:
     local_layer: layer of the tower for the local half; below 1 a share of the depth
     layer: number of the tower's layer for the global half; -1 is the last
 
-Shapes: B images, N tokens, K kept, n tokens of a window, k kept of them.
+Shapes: B images, N tokens, K kept, n tokens of a window, k kept of them, r
+windows alike, R of all images.
 """
 
 import mlx.core as mx
+import numpy as np
 
 from .contract import Reduction, Signals, Stage
-from .grid import windows
+from .grid import of_one_size, windows
 from .numerics import choosing, keep_highest, mask_of
 from .rows import nearest_slots
 
@@ -37,15 +39,23 @@ def prune(
     if areas < 1 or not 0 <= local <= 1:
         raise ValueError("areas is at least 1, and local a share of K from 0 to 1")
     N, local_K = signals.x_BND.shape[1], int(K * local)
-    area_windows = windows(signals.grid, min(areas, N))
-    chosen = []
-    for i, window in enumerate(area_windows):
-        share = (i + 1) * local_K // len(area_windows) - i * local_K // len(area_windows)
-        area_n = mx.array(window.ravel())
-        best_Bk = keep_highest(signals.local_attention_BN[:, area_n], min(share, window.size))
-        chosen.append(area_n[best_Bk])
+    area_windows, chosen = windows(signals.grid, min(areas, N)), []
+    ends = np.arange(len(area_windows) + 1) * local_K // len(area_windows)
+    for numbers, area_rn in of_one_size(area_windows):
+        share_r = np.minimum(np.diff(ends)[numbers], area_rn.shape[1])
+        for share in set(share_r.tolist()):
+            some_rn = area_rn[share_r == share]
+            chosen.append(best_of_areas(signals.local_attention_BN, some_rn, share))
     is_local_BN = mask_of(mx.concatenate(chosen, axis=1), N)
     score_BN = mx.where(is_local_BN, mx.inf, signals.cls_attention_BN)
     index_BK = keep_highest(score_BN, K)
     with choosing():
         return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK)[1])
+
+
+def best_of_areas(score_BN: mx.array, area_rn: np.ndarray, k: int) -> mx.array:
+    """The k tokens with the highest scores of each of r areas of n tokens, (B, r * k)."""
+    area_1rn = mx.array(area_rn)[None]
+    best_Rk = keep_highest(mx.take(score_BN, area_1rn[0], axis=1).flatten(0, 1), k)
+    best_Brk = best_Rk.reshape(len(score_BN), len(area_rn), k)
+    return mx.take_along_axis(area_1rn, best_Brk, axis=2).flatten(1)

@@ -4,8 +4,12 @@ Shapes: N tokens of the grid, K windows.
 """
 
 import math
+from collections.abc import Sequence
 
+import mlx.core as mx
 import numpy as np
+
+from .numerics import choice_dtype
 
 
 def windows(grid: tuple[int, int], K: int) -> list[np.ndarray]:
@@ -27,6 +31,16 @@ def windows(grid: tuple[int, int], K: int) -> list[np.ndarray]:
         for j in range(share):
             cut.append(band[:, j * columns // share : (j + 1) * columns // share])
     return cut
+
+
+def of_one_size(areas: Sequence[np.ndarray]) -> list[tuple[list[int], np.ndarray]]:
+    """Windows of as many tokens together: their numbers, and their tokens, a row each. On a CPU
+    each is alone, so that what is computed of it stays in the cache."""
+    numbers: dict[int, list[int]] = {}
+    for number, area in enumerate(areas):
+        size = -number if choice_dtype() == mx.float64 else area.size
+        numbers.setdefault(size, []).append(number)
+    return [(some, np.stack([areas[i].ravel() for i in some])) for some in numbers.values()]
 
 
 def centre(window: np.ndarray) -> int:

@@ -16,10 +16,13 @@ Options:
 Shapes: B images, N tokens, K kept, A anchors.
 """
 
+import operator
+from functools import reduce
+
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import keep_highest, mask_of
+from .numerics import fused, keep_highest, mask_of
 
 stage = Stage.FEATURES
 needs = {"object_attention": "object_layer", "received_attention": "layer", "grid": None}
@@ -36,7 +39,15 @@ def prune(
     anchors_BA = keep_highest(signals.object_attention_BN, int(K * objects / 5))
     is_anchor = mask_of(anchors_BA, N).reshape(B, *grid)
     padded = mx.pad(is_anchor, [(0, 0), (1, 1), (1, 1)])
-    around = padded[:, :-2, 1:-1] | padded[:, 2:, 1:-1] | padded[:, 1:-1, :-2] | padded[:, 1:-1, 2:]
-    is_object_BN = (is_anchor | around).reshape(B, N)
+    is_object_BN = any_of(
+        is_anchor, padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2],
+        padded[:, 1:-1, 2:],
+    ).reshape(B, N)  # fmt: skip
     score_BN = mx.where(is_object_BN, mx.inf, signals.received_attention_BN)
     return Reduction(index_BK=keep_highest(score_BN, K))
+
+
+@fused
+def any_of(*masks: mx.array) -> mx.array:
+    """Which entries are marked in any of some masks."""
+    return reduce(operator.or_, masks)

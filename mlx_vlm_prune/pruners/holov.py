@@ -14,14 +14,15 @@ Options:
     beta: weight of the varied similarity beside the attention
     layer: number of the tower's layer that is read; -1 is the last
 
-Shapes: B images, N tokens, K kept, n tokens of a region.
+Shapes: B images, N tokens, K kept, r regions of n tokens each, R of
+all images.
 """
 
 import mlx.core as mx
 import numpy as np
 
 from .contract import Reduction, Signals, Stage, take
-from .grid import windows
+from .grid import of_one_size, windows
 from .numerics import choosing, cosine, keep_highest, rounded, scale_to_unit, to_choice_dtype
 
 stage = Stage.FEATURES
@@ -44,14 +45,16 @@ def prune(
 
 def variation(x_BND: mx.array, areas: list[np.ndarray]) -> mx.array:
     """The variance of each token's similarity to the tokens of its region, (B, N)."""
-    parts = []
-    for area_n in areas:
-        similar_Bnn = cosine(x_BND[:, mx.array(area_n)])
-        apart_Bnn = similar_Bnn - similar_Bnn[..., :1]  # of near-duplicates, exact in float32 too
-        apart_Bnn = apart_Bnn - apart_Bnn.mean(axis=-1, keepdims=True)
-        parts.append(mx.square(apart_Bnn).mean(axis=-1))
-    place_N = np.argsort(np.concatenate(areas))  # of each token among the regions' tokens
-    return mx.concatenate(parts, axis=1)[:, mx.array(place_N)]
+    parts, tokens = [], []
+    for _, area_rn in of_one_size(areas):
+        region_RnD = mx.take(x_BND, mx.array(area_rn), axis=1).flatten(0, 1)
+        similar_Rnn = cosine(region_RnD)
+        apart_Rnn = similar_Rnn - similar_Rnn[..., :1]  # of near-duplicates, exact in float32 too
+        varied_Rn = mx.square(apart_Rnn - apart_Rnn.mean(axis=-1, keepdims=True)).mean(axis=-1)
+        parts.append(varied_Rn.reshape(len(x_BND), -1))
+        tokens.append(area_rn.ravel())
+    place_N = np.argsort(np.concatenate(tokens))  # of each token among the regions' tokens
+    return mx.take(mx.concatenate(parts, axis=1), mx.array(place_N), axis=1)
 
 
 def best_of_regions(score_BN: mx.array, areas: list[np.ndarray], K: int) -> mx.array:
@@ -61,13 +64,19 @@ def best_of_regions(score_BN: mx.array, areas: list[np.ndarray], K: int) -> mx.a
     highest (d'Hondt). So a region's token with rank r claims a seat with that mean by r + 1, and
     the K highest claims win. (A negative mean is not divided: it would grow.)
     """
-    claims, tokens = [], []
-    for area_n in areas:
-        area = mx.array(area_n)
-        score_Bn = score_BN[:, area]
-        tokens.append(area[mx.argsort(-score_Bn, axis=-1)])
-        mean_B1 = score_Bn.mean(axis=-1, keepdims=True)
-        seats_Bn = mx.where(mean_B1 > 0, mx.arange(1, len(area_n) + 1), 1)
-        claims.append(mean_B1 / to_choice_dtype(seats_Bn))
-    winner_BK = keep_highest(rounded(mx.concatenate(claims, axis=1), 9), K)
-    return mx.sort(take(mx.concatenate(tokens, axis=1), winner_BK), axis=1)
+    claims, tokens, regions = [], [], []
+    for numbers, area_rn in of_one_size(areas):
+        n, area_1rn = area_rn.shape[1], mx.array(area_rn)[None]
+        score_Brn = mx.take(score_BN, area_1rn[0], axis=1)
+        order_Brn = mx.argsort(-score_Brn, axis=-1)
+        tokens.append(mx.take_along_axis(area_1rn, order_Brn, axis=-1).flatten(1))
+        mean_Br1 = score_Brn.mean(axis=-1, keepdims=True)
+        seats_Brn = mx.where(mean_Br1 > 0, mx.arange(1, n + 1), 1)
+        claims.append((mean_Br1 / to_choice_dtype(seats_Brn)).flatten(1))
+        regions.append(np.repeat(numbers, n))
+    order_N = mx.array(np.argsort(np.concatenate(regions), kind="stable"))  # region by region
+    claim_BN, token_BN = (
+        mx.take(mx.concatenate(p, axis=1), order_N, axis=1) for p in (claims, tokens)
+    )
+    winner_BK = keep_highest(rounded(claim_BN, 9), K)
+    return mx.sort(take(token_BN, winner_BK), axis=1)

@@ -18,15 +18,19 @@ Shapes: B images, N tokens, K kept, T words, n some of them, M = T + N rows to c
 features.
 """
 
+from functools import partial
+
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
 from .coverage import greedy_cover
+from .lazy import HeldRows, read_lazily
 from .numerics import choice_dtype, choosing, cosine, exp, rounded, softmax
 from .rows import Rows, cosine_rows
 
 stage = Stage.PROJECTED
 needs: dict[str, str | None] = {"text": None}
+LEAST_POWER = 1e-30  # so that a zero token, which is like none, has a softmax
 
 
 def prune(
@@ -39,28 +43,25 @@ def prune(
         words_BTN = softmax(cosine(signals.text_BTD, signals.x_BND), sharp)
         real_BT1 = signals.text_real_BT[..., None]
         words_BTN = mx.where(real_BT1, words_BTN, 0) / real_BT1.sum(axis=1, keepdims=True)
-        columns = cover_columns(signals.x_BND, words_BTN, image, soft)
         no_saliency_BN = mx.ones(signals.x_BND.shape[:2], dtype=choice_dtype())
-        return Reduction(index_BK=greedy_cover(columns, no_saliency_BN, K))
+        columns_of = partial(cover_columns, image=image, soft=soft)
+        index_BK = greedy_cover(columns_of, no_saliency_BN, K, signals.x_BND, words_BTN)
+        return Reduction(index_BK=index_BK)
 
 
-def cover_columns(x_BND: mx.array, words_BTN: mx.array, image: float, soft: float) -> Rows:
+def cover_columns(
+    x_BND: mx.array, words_BTN: mx.array, image: float, soft: float
+) -> Rows | HeldRows:
     """How much of every word and of every token each token covers, (B, n, M) for n tokens."""
-    similar, N = cosine_rows(x_BND), x_BND.shape[1]
-    largest_BN, total_BN = (
-        mx.concatenate(list(parts), axis=1)
-        for parts in zip(*(softmax_parts(block, soft) for block in similar.blocks()), strict=True)
-    )
+    B, T, N = words_BTN.shape
 
-    def columns_of(similar_BnN: mx.array, words_BnT: mx.array) -> mx.array:
-        power_BnN = exp((similar_BnN - largest_BN[:, None]) / soft)
-        tokens_BnN = power_BnN / total_BN[:, None] * image / N
-        return rounded(mx.concatenate([words_BnT, tokens_BnN], axis=-1))
+    def powers_of(similar_BnN: mx.array, words_BnT: mx.array) -> mx.array:
+        power_BnN = mx.maximum(exp((similar_BnN - 1) / soft), LEAST_POWER)
+        return mx.concatenate([words_BnT, power_BnN], axis=-1)
 
-    return similar.then(columns_of, words_BTN.swapaxes(1, 2))
-
-
-def softmax_parts(logits_BnN: mx.array, temperature: float) -> tuple[mx.array, mx.array]:
-    """Of a softmax over the last axis, the largest logit and the sum of the powers, (B, n)."""
-    largest_Bn = logits_BnN.max(axis=-1)
-    return largest_Bn, exp((logits_BnN - largest_Bn[..., None]) / temperature).sum(axis=-1)
+    similar = cosine_rows(x_BND, hold=choice_dtype() == mx.float32)
+    powers = read_lazily(similar.then(powers_of, words_BTN.swapaxes(1, 2)))
+    total_BN = powers.summed_up(lambda row_BnM: row_BnM[..., T:].sum(axis=-1))
+    one_BT = mx.ones((B, T), dtype=choice_dtype())
+    share_BM = mx.concatenate([one_BT, 1 / total_BN * image / N], axis=1)
+    return powers.then(lambda row_BnM: rounded(row_BnM * share_BM[:, None]))

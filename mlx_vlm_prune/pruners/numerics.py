@@ -9,17 +9,21 @@ uses their results, are called under `choosing()`.
 Shapes: B images, N tokens, M others, D features, K kept.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 E = 2.718281828459045  # `mx.exp` computes in float32 even in float64; `mx.power` does not
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 _forced: ContextVar[mx.Dtype | None] = ContextVar("_forced", default=None)
+_fuses: ContextVar[bool] = ContextVar("_fuses", default=False)
 
 
 def choice_dtype() -> mx.Dtype:
@@ -39,13 +43,38 @@ def choosing() -> Iterator[None]:
 
 
 @contextmanager
-def precision(name: Literal["float32", "float64"]) -> Iterator[None]:
-    """Inside the block, choices are made in this dtype whatever the device: for tests."""
-    token = _forced.set(getattr(mx, name))
+def precision(name: Literal["float32", "float64"], *, fuse: bool = False) -> Iterator[None]:
+    """Inside the block, choices are made in this dtype whatever the device, in float32 by `fused`
+    functions or not: for tests."""
+    tokens = _forced.set(getattr(mx, name)), _fuses.set(fuse)
     try:
         yield
     finally:
-        _forced.reset(token)
+        _forced.reset(tokens[0])
+        _fuses.reset(tokens[1])
+
+
+def fused(
+    function: Callable[Arguments, Result], *, any_shape: bool = True
+) -> Callable[Arguments, Result]:
+    """A function of elementwise operations in as few launches as `mx.compile` makes of them, on a
+    GPU only: on a CPU a launch costs little, and it would need a C++ compiler at run time.
+
+    It is traced once for all shapes, so it has no size in it, no slice, and no reduction (which
+    crashes over an axis of one entry); or, without `any_shape`, once for each, which makes fewer
+    launches of a long function. No constant in it is infinite: MLX 0.31 cannot compile that.
+    """
+    compiled = mx.compile(function, shapeless=any_shape)
+
+    @functools.wraps(function)
+    def either(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
+        is_on_gpu = _fuses.get() or mx.default_device() == mx.gpu
+        if is_on_gpu and choice_dtype() == mx.float32:
+            result: Result = compiled(*arguments, **options)
+            return result
+        return function(*arguments, **options)
+
+    return either
 
 
 def to_choice_dtype(x: mx.array) -> mx.array:
@@ -81,11 +110,21 @@ def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     return mx.sort(order_BK, axis=-1) if K else order_BK
 
 
+def keep_marked(is_kept_BN: mx.array, K: int) -> mx.array:
+    """Indices (B, K), ascending, of the K marked tokens of each image."""
+    return mx.argsort(~is_kept_BN, axis=-1)[:, :K]  # stable
+
+
 def unit(x_BND: mx.array) -> mx.array:
     """Tokens scaled to length one; a zero token stays zero."""
     x_BND = to_choice_dtype(x_BND)
-    norm_BN1 = mx.sqrt(mx.square(x_BND).sum(axis=-1, keepdims=True))
-    return x_BND / mx.maximum(norm_BN1, constant(1e-6))
+    return by_root(x_BND, mx.square(x_BND).sum(axis=-1, keepdims=True))
+
+
+@fused
+def by_root(x_BND: mx.array, square_BN1: mx.array) -> mx.array:
+    """Divided by the root of squared lengths."""
+    return x_BND / mx.maximum(mx.sqrt(square_BN1), constant(1e-6))
 
 
 def cosine(x_BND: mx.array, y_BMD: mx.array | None = None) -> mx.array:
@@ -108,10 +147,16 @@ def rounded(x: mx.array, digits: int = 12) -> mx.array:
     if choice_dtype() == mx.float64:
         scale = constant(10.0**digits)
         return mx.round(to_choice_dtype(x) * scale) / scale
-    bits = x.astype(mx.float32).view(mx.uint32)
-    return (((bits + 8) >> 4) << 4).view(mx.float32)
+    return first_20_bits(x.astype(mx.float32).view(mx.uint32)).view(mx.float32)
 
 
+@fused
+def first_20_bits(bits: mx.array) -> mx.array:
+    """Of a float32 as a whole number, the fraction rounded to that many bits."""
+    return ((bits + 8) >> 4) << 4
+
+
+@fused
 def rounded_cosine(x: mx.array) -> mx.array:
     """The same of cosines, sums of either sign: in float32 to six digits after the point."""
     if choice_dtype() == mx.float64:
@@ -130,22 +175,44 @@ def exp(x: mx.array) -> mx.array:
     return mx.power(constant(E), x) if x.dtype == mx.float64 else mx.exp(x)
 
 
+def all_finite(x: mx.array) -> mx.array:
+    """Are all entries finite numbers?"""
+    return is_finite(x).all()
+
+
+@fused
+def is_finite(x: mx.array) -> mx.array:
+    """Of each entry."""
+    return mx.isfinite(x)
+
+
 def softmax(logits: mx.array, temperature: float = 1.0) -> mx.array:
     """Softmax over the last axis."""
-    power = exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
+    power = powers(logits, logits.max(axis=-1, keepdims=True), temperature)
     return power / power.sum(axis=-1, keepdims=True)
+
+
+@fused
+def powers(logits: mx.array, largest: mx.array, temperature: float) -> mx.array:
+    """What a softmax adds up."""
+    return exp((logits - largest) / temperature)
 
 
 def scale_to_unit(score_BN: mx.array) -> mx.array:
     """Scores from 0 (an image's lowest) to 1 (its highest); 0 where all are equal."""
     score_BN = to_choice_dtype(score_BN)
-    low_B1, high_B1 = score_BN.min(-1, keepdims=True), score_BN.max(-1, keepdims=True)
+    return between(score_BN, score_BN.min(-1, keepdims=True), score_BN.max(-1, keepdims=True))
+
+
+@fused
+def between(score_BN: mx.array, low_B1: mx.array, high_B1: mx.array) -> mx.array:
+    """Where scores lie between two others, 0 to 1."""
     return (score_BN - low_B1) / mx.maximum(high_B1 - low_B1, constant(1e-12))
 
 
 def mask_of(index_BK: mx.array, N: int) -> mx.array:
     """Which of N tokens are in an index, (B, N)."""
-    return (index_BK[..., None] == mx.arange(N)).any(axis=1)
+    return (index_BK[..., None] == mx.arange(N, dtype=index_BK.dtype)).any(axis=1)
 
 
 def membership(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:

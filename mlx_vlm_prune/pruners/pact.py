@@ -17,7 +17,8 @@ Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth
     clustered: share of the tokens beyond K that is clustered, not pruned; 0 to 1
 
-Shapes: I images, N tokens, K kept, n tokens that are clustered, D features.
+Shapes: I images, N tokens, K kept, n tokens that are clustered, r rows and m columns of
+their distances, D features.
 """
 
 import mlx.core as mx
@@ -25,13 +26,14 @@ import numpy as np
 
 from .budget import one_cut
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choice_dtype, choosing, cosine, on_host, rounded, to_choice_dtype
-from .rows import nearest_slots
+from .numerics import choice_dtype, choosing, on_host, rounded, to_choice_dtype
+from .rows import cosine_rows, nearest_slots
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"mean_attention": None}
 positions = "renumber"
 proportional = True
+ROWS = 32  # of densities that are computed together
 RETRIEVED = 1.5  # cutoffs: a pruned token as near to a centre is merged after all
 
 
@@ -53,8 +55,9 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
         worth_BN = rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN)
         keys_BND, N = signals.next_keys_BND, worth_BN.shape[1]
         order_Bn = mx.argsort(-worth_BN, axis=-1)[:, : K + int(clustered * (N - K))]
-        (alike,) = on_host(cosine(take(keys_BND, order_Bn)))
-        cutoffs, centres = zip(*(smallest_cutoff(1 - a, K) for a in alike), strict=True)
+        cutoffs, centres = zip(
+            *(smallest_cutoff(d_nn, K) for d_nn in distances(take(keys_BND, order_Bn))), strict=True
+        )
         place_BK = mx.array([fill_up(c, order_Bn.shape[1], K) for c in centres])
         index_BK = mx.sort(take(order_Bn, place_BK), axis=1)
         cutoff_B1 = mx.array(cutoffs, choice_dtype())[:, None]
@@ -70,29 +73,55 @@ def fill_up(centres: list[int], n: int, K: int) -> list[int]:
     return centres + others[: K - len(centres)]
 
 
+def distances(x_BnD: mx.array) -> np.ndarray:
+    """One minus the cosine of every two tokens, (B, n, n)."""
+    (B, n, _), first = x_BnD.shape, 0
+    distance_Bnn = np.empty((B, n, n))
+    for block_Bmn in cosine_rows(x_BnD, hold=False).blocks():
+        (similar_Bmn,) = on_host(block_Bmn)
+        m = similar_Bmn.shape[1]
+        np.subtract(1, similar_Bmn, out=distance_Bnn[:, first : first + m])
+        first += m
+    return distance_Bnn
+
+
 def smallest_cutoff(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
     """The smallest cutoff, to a millionth, that gives at most K centres, with those centres."""
     low, high = -1e-6, 2.0  # of one minus a cosine
     for _ in range(21):
         middle = (low + high) / 2
-        low, high = (
-            (low, middle) if len(spaced_centres(distance_nn, middle)) <= K else (middle, high)
-        )
-    return high, spaced_centres(distance_nn, high)
+        few_enough = len(spaced_centres(distance_nn, middle, K + 1)) <= K
+        low, high = (low, middle) if few_enough else (middle, high)
+    return high, spaced_centres(distance_nn, high, K)
 
 
-def spaced_centres(distance_nn: np.ndarray, cutoff: float) -> list[int]:
-    """Centres in the order of density, each farther than the cutoff from all before it."""
-    density_n = np.array([density(distance_n, cutoff) for distance_n in distance_nn]).round(9)
+def spaced_centres(distance_nn: np.ndarray, cutoff: float, most: int) -> list[int]:
+    """Centres in the order of density, each farther than the cutoff from all before it; the first
+    `most` of them."""
     centres: list[int] = []
-    nearest_n = np.full(len(density_n), np.inf)  # distance to a centre
-    for i in np.argsort(-density_n, kind="stable").tolist():
+    nearest_n = np.full(len(distance_nn), np.inf)  # distance to a centre
+    for i in np.argsort(-densities(distance_nn, cutoff), kind="stable").tolist():
         if nearest_n[i] > cutoff:
             centres.append(i)
-            nearest_n = np.minimum(nearest_n, distance_nn[:, i])
+            if len(centres) == most:
+                break
+            np.minimum(nearest_n, distance_nn[i], out=nearest_n)
     return centres
 
 
-def density(distance_n: np.ndarray, cutoff: float) -> float:
-    """How many points are near one, each counted by its distance in cutoffs."""
-    return float(np.exp(-((distance_n / max(cutoff, 1e-6)) ** 2)).sum())
+def densities(distance_nn: np.ndarray, cutoff: float) -> np.ndarray:
+    """How many points are near each, (n,), each counted by its distance in cutoffs; to nine digits.
+
+    What one point counts for another, the other counts for it: so half of them are computed.
+    """
+    n = len(distance_nn)
+    density_n, buffer = np.zeros(n), np.empty(ROWS * n)
+    for begin in range(0, n, ROWS):
+        distance_rm = distance_nn[begin : begin + ROWS, begin:]
+        r, m = distance_rm.shape
+        near_rm = np.divide(distance_rm, max(cutoff, 1e-6), out=buffer[: r * m].reshape(r, m))
+        np.square(near_rm, out=near_rm)
+        np.exp(np.negative(near_rm, out=near_rm), out=near_rm)
+        density_n[begin : begin + r] += near_rm.sum(axis=1)
+        density_n[begin + r :] += near_rm[:, r:].sum(axis=0)
+    return density_n.round(9)

@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
 from .method import Method
-from .numerics import choice_dtype
+from .numerics import all_finite, choice_dtype
 
 # How many times as many tokens as the next method keeps an earlier one leaves: VScan's 96 for 64.
 EARLIER_STEP_FACTOR = 1.5
@@ -109,7 +109,7 @@ class Pruner:
             return Reduction(index_BK=mx.zeros((len(signals.x_BND), 0), dtype=mx.uint32))
         if "grid" in self.method.needs and not signals.is_whole:
             raise UserError(f"{self.name} needs the whole image; put it first in the chain")
-        is_finite = mx.isfinite(signals.x_BND).all()
+        is_finite = all_finite(signals.x_BND)
         if choice_dtype() == mx.float64:  # on the CPU, where looking costs nothing
             Reduction(is_finite=is_finite).check()
         # What a learned method mixes has slopes, see `AttentionPool`; a choice has none.

@@ -20,7 +20,7 @@ Shapes: B images, N tokens, K slots, C kept tokens, H heads, d head size, D = H 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, keep_highest, mask_of, rounded, softmax, to_choice_dtype
+from .numerics import choosing, fused, keep_highest, mask_of, rounded, softmax, to_choice_dtype
 from .rows import block_size, cosine_rows
 
 stage = Stage.FEATURES
@@ -72,7 +72,16 @@ def highest_mask(score_BCN: mx.array, k: int) -> mx.array:
     """Which of N entries are the k highest, (B, C, N); of equals the first."""
     if not k:
         return mx.zeros(score_BCN.shape, dtype=mx.bool_)
-    least_BC1 = -mx.partition(-score_BCN, k - 1, axis=-1)[..., k - 1 : k]
-    is_above_BCN, ties_BCN = score_BCN > least_BC1, score_BCN == least_BC1
+    low_BCN = -score_BCN
+    least_BC1 = mx.partition(low_BCN, k - 1, axis=-1)[..., k - 1 : k]
+    is_above_BCN, ties_BCN = low_BCN < least_BC1, low_BCN == least_BC1
     room_BC1 = k - is_above_BCN.sum(axis=-1, keepdims=True)
-    return is_above_BCN | (ties_BCN & (mx.cumsum(ties_BCN, axis=-1) <= room_BC1))
+    return with_first_ties(is_above_BCN, ties_BCN, mx.cumsum(ties_BCN, axis=-1), room_BC1)
+
+
+@fused
+def with_first_ties(
+    is_above_BCN: mx.array, ties_BCN: mx.array, number_BCN: mx.array, room_BC1: mx.array
+) -> mx.array:
+    """Those above, and the ties for which there is room; their numbers begin at 1."""
+    return is_above_BCN | (ties_BCN & (number_BCN <= room_BC1))

@@ -18,8 +18,9 @@ Shapes: B images, N tokens, K kept, d head size.
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, cosine, membership
+from .contract import Reduction, Signals, Stage, segment_sum, take
+from .numerics import choosing
+from .rows import nearest_slots
 
 stage = Stage.ENHANCER
 
@@ -34,10 +35,10 @@ def attention_bias(
         raise ValueError("dims is at least 2, and theta above 1")
     N = signals.x_BND.shape[1]
     with choosing():
-        similar_BNK = take(cosine(signals.x_BND), kept.index_BK, axis=2)
-        member_BKN = membership(similar_BNK, kept.index_BK)
-        distance_BKN = mx.abs(mx.arange(N) - kept.index_BK[..., None].astype(mx.int32))
-        represented_BK = (member_BKN * rotary_decay(N, theta, dims)[distance_BKN]).sum(axis=-1)
+        slot_BN = nearest_slots(signals.x_BND, kept.index_BK)[1]
+        distance_BN = mx.abs(mx.arange(N) - take(kept.index_BK, slot_BN).astype(mx.int32))
+        decay_BN1 = rotary_decay(N, theta, dims)[distance_BN][..., None]
+        represented_BK = segment_sum(decay_BN1, slot_BN, kept.slots)[..., 0]
         return strength * mx.log(mx.maximum(represented_BK, 1.0))
 
 

@@ -4,11 +4,15 @@ Shapes: B images, N tokens, n of them, M entries of a row, D features.
 """
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from .contract import take
 from .numerics import choice_dtype, rounded_cosine, unit
+
+if TYPE_CHECKING:
+    from .lazy import HeldRows
 
 MOST_HELD = 8192  # rows of a matrix that is held: 0.5 GB in float64
 BLOCK = 128  # rows at a time; MLX allocates about ten results ahead
@@ -43,7 +47,7 @@ class Rows:
         def changed(*all_parts: mx.array) -> mx.array:
             return change(rows_of(*all_parts[:count]), *all_parts[count:])
 
-        return Rows(changed, *self.parts_BN, *parts_BN)
+        return Rows(changed, *self.parts_BN, *parts_BN, hold=False)
 
     def take(self, index_Bn: mx.array) -> mx.array:
         """The rows of some tokens, (B, n, M)."""
@@ -61,6 +65,10 @@ class Rows:
             else:
                 yield self.rows_of(*(part_BN[:, some] for part_BN in self.parts_BN))
 
+    def summed_up(self, summary: Callable[[mx.array], mx.array]) -> mx.array:
+        """`summary(rows)`, (B, n), of all rows in order, (B, N)."""
+        return mx.concatenate([summary(block_BnM) for block_BnM in self.blocks()], axis=1)
+
 
 def cosine_rows(x_BND: mx.array, *, hold: bool = True) -> Rows:
     """The rows of `cosine(x_BND)`; not held where each is read once."""
@@ -68,35 +76,40 @@ def cosine_rows(x_BND: mx.array, *, hold: bool = True) -> Rows:
     return Rows(lambda part_BnD: rounded_cosine(part_BnD @ x_BND.swapaxes(1, 2)), x_BND, hold=hold)
 
 
-def nearest(x_BnD: mx.array, y_BMD: mx.array) -> tuple[mx.array, mx.array]:
-    """Of each of x, the cosine similarity to the most similar of y, and that one's index, (B, n);
-    of equals the first."""
-    x_BnD, y_BMD = unit(x_BnD), unit(y_BMD)
-    n = x_BnD.shape[1]
+def nearest(unit_BnD: mx.array, unit_BMD: mx.array) -> tuple[mx.array, mx.array]:
+    """Of each of n tokens the cosine similarity to the most similar of M others, and that one's
+    index, (B, n); of equals the first. All tokens as `unit` gives them."""
+    n = unit_BnD.shape[1]
     size, similar, index = block_size(n), [], []
     for first in range(0, n, size):
-        block_BnM = rounded_cosine(x_BnD[:, first : first + size] @ y_BMD.swapaxes(1, 2))
+        block_BnM = rounded_cosine(unit_BnD[:, first : first + size] @ unit_BMD.swapaxes(1, 2))
         similar.append(block_BnM.max(axis=-1))
-        index.append(mx.argmax(block_BnM, axis=-1).astype(mx.int32))
+        index.append(mx.argmax(block_BnM, axis=-1))
     return mx.concatenate(similar, axis=1), mx.concatenate(index, axis=1)
 
 
 def nearest_slots(x_BND: mx.array, index_BK: mx.array) -> tuple[mx.array, mx.array]:
     """Of each token the similarity to the most similar kept one, and its slot, (B, N): that one's,
     or its own where it is kept."""
-    similar_BN, slot_BN = nearest(x_BND, take(x_BND, index_BK))
-    slot_BK = mx.broadcast_to(mx.arange(index_BK.shape[1], dtype=mx.int32), index_BK.shape)
+    x_BND = unit(x_BND)
+    similar_BN, nearest_BN = nearest(x_BND, take(x_BND, index_BK))
+    slot_K = mx.arange(index_BK.shape[1], dtype=mx.int32)
+    slot_BN = nearest_BN.astype(mx.int32)
+    slot_BK = mx.broadcast_to(slot_K, index_BK.shape)
     return similar_BN, mx.put_along_axis(slot_BN, index_BK, slot_BK, axis=1)
 
 
-def nearest_similarity(similar: Rows, among_BN: mx.array | None = None) -> mx.array:
+def nearest_similarity(similar: "Rows | HeldRows", among_BN: mx.array | None = None) -> mx.array:
     """The largest similarity of each token to another one, (B, N): to one of those `among_BN`."""
-    token_N, first, nearest = mx.arange(similar.N), 0, []
-    for similar_BnN in similar.blocks():
+    token_N, first = mx.arange(similar.N), 0
+
+    def nearest_of(similar_BnN: mx.array) -> mx.array:
+        nonlocal first
         n = similar_BnN.shape[1]
         is_other_BnN = token_N[first : first + n, None] != token_N
         if among_BN is not None:
             is_other_BnN = is_other_BnN & among_BN[:, None]
-        nearest.append(mx.where(is_other_BnN, similar_BnN, -mx.inf).max(axis=-1))
         first += n
-    return mx.concatenate(nearest, axis=1)
+        return mx.where(is_other_BnN, similar_BnN, -mx.inf).max(axis=-1)
+
+    return similar.summed_up(nearest_of)

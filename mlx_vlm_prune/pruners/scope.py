@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
 from .coverage import greedy_cover
-from .numerics import choosing, constant, to_choice_dtype
-from .rows import cosine_rows
+from .lazy import HeldRows, read_lazily
+from .numerics import choice_dtype, choosing, constant, to_choice_dtype
+from .rows import Rows, cosine_rows
 
 stage = Stage.PROJECTED
 needs = {"cls_attention": "layer"}
@@ -26,4 +27,9 @@ def prune(signals: Signals, K: int, *, power: float = 1.0, layer: float = -1) ->
     """Keep K; `layer` is read by the host."""
     with choosing():
         salient_BN = mx.power(to_choice_dtype(signals.cls_attention_BN), constant(power))
-        return Reduction(index_BK=greedy_cover(cosine_rows(signals.x_BND), salient_BN, K))
+        return Reduction(index_BK=greedy_cover(similar_columns, salient_BN, K, signals.x_BND))
+
+
+def similar_columns(x_BND: mx.array) -> Rows | HeldRows:
+    """How similar every token is to each."""
+    return read_lazily(cosine_rows(x_BND, hold=choice_dtype() == mx.float32))

@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, keep_highest, on_host, rounded_cosine, unit
+from .numerics import choosing, keep_marked, on_host, rounded_cosine, unit
 from .rows import cosine_rows, nearest_slots
 
 stage = Stage.FEATURES
@@ -90,4 +90,4 @@ def clusters_of(leader_1N: mx.array, K: int) -> tuple[mx.array, mx.array]:
     """Index and slots of the clusters of these leaders, -1 for none."""
     leads_1N = leader_1N == mx.arange(leader_1N.shape[1])
     slot_1N = take(mx.cumsum(leads_1N, axis=1) - 1, mx.maximum(leader_1N, 0))
-    return keep_highest(leads_1N, K), mx.where(leader_1N < 0, -1, slot_1N)
+    return keep_marked(leads_1N, K), mx.where(leader_1N < 0, -1, slot_1N)

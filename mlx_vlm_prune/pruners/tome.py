@@ -18,8 +18,8 @@ Shapes: B images, n tokens, K left, a and b tokens in A and B, H heads, d head s
 
 import mlx.core as mx
 
-from .contract import Reduction, Signals, Stage, identity, take
-from .numerics import choosing, keep_highest
+from .contract import Reduction, Signals, Stage, take
+from .numerics import choosing, fused, unit
 from .rows import nearest
 
 stage = Stage.ENCODER
@@ -42,24 +42,30 @@ def prune(signals: Signals, K: int) -> Reduction:
         N = keys_BNd.shape[1]
         size_BN = signals.get("size_BN")
         size_BN = mx.ones(keys_BNd.shape[:2]) if size_BN is None else size_BN
-        kept = identity(keys_BNd)
+        kept = merge(keys_BNd, size_BN, K)
+        merged = kept
         while kept.slots > K:
-            merged = merge(keys_BNd, size_BN, K)
             keys_BNd, size_BN = merged.apply(keys_BNd), merged.sizes(size_BN)
+            merged = merge(keys_BNd, size_BN, K)
             kept = merged.after(kept, N)
         return kept
 
 
 def merge(keys_Bnd: mx.array, size_Bn: mx.array, K: int) -> Reduction:
     """One round: the most similar of A merge into B. The paper's token 0 is CLS: here B is even."""
-    n = keys_Bnd.shape[1]
-    a, b = mx.arange(1, n, 2), mx.arange(0, n, 2)
-    similar_Ba, nearest_Ba = nearest(keys_Bnd[:, 1::2], keys_Bnd[:, ::2])
-    r = min(n - K, len(a))
-    merges_Ba = mx.argsort(mx.argsort(-similar_Ba, axis=-1), axis=-1) < r
-    home_Ba = mx.where(merges_Ba, b[nearest_Ba], a)
-    home_Bn = mx.broadcast_to(mx.arange(n), keys_Bnd.shape[:2])
-    home_Bn[:, 1::2] = home_Ba.astype(home_Bn.dtype)
-    stays_Bn = home_Bn == mx.arange(n)
-    slot_Bn = take(mx.cumsum(stays_Bn, axis=1) - 1, home_Bn)
-    return Reduction.merge(keep_highest(stays_Bn, n - r), slot_Bn, size_Bn)
+    (B, n), unit_Bnd = keys_Bnd.shape[:2], unit(keys_Bnd)
+    similar_Ba, nearest_Ba = nearest(unit_Bnd[:, 1::2], unit_Bnd[:, ::2])
+    r = min(n - K, n // 2)
+    merging_Br = mx.argsort(-similar_Ba, axis=-1)[:, :r]
+    token_Br, none_Br = odd(merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
+    stays_Bn = mx.put_along_axis(mx.full((B, n), -1, mx.int32), token_Br, none_Br, axis=1)  # or 0
+    slot_Bn = -1 - mx.cumsum(stays_Bn, axis=1)  # of those that stay
+    home_Br = take(slot_Bn[:, ::2], take(nearest_Ba, merging_Br))
+    slot_Bn = mx.put_along_axis(slot_Bn, token_Br, home_Br, axis=1)
+    return Reduction.merge(mx.argsort(stays_Bn, axis=-1)[:, : n - r], slot_Bn, size_Bn)
+
+
+@fused
+def odd(number: mx.array) -> mx.array:
+    """The odd number that has this one in the order of odd numbers, from 0."""
+    return 2 * number + 1

@@ -21,7 +21,7 @@ size.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, segment_sum, take
-from .numerics import choosing, keep_highest, mask_of
+from .numerics import choosing, keep_highest, keep_marked, mask_of, unit
 from .rows import nearest
 
 stage = Stage.FEATURES
@@ -43,10 +43,11 @@ def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float
         rest_BR = mx.argsort(is_dominant_BN, axis=-1)[:, : N - K + C]
         target_BC = rest_BR[:, :: (N - K + C) // C][:, :C]
         is_kept_BN = is_dominant_BN | mask_of(target_BC, N)
+        keys_BNd = unit(keys_BNd)
         _, nearest_BN = nearest(keys_BNd, take(keys_BNd, target_BC))
         home_BN = mx.where(is_kept_BN, mx.arange(N), take(target_BC, nearest_BN))
         slot_BN = take(mx.cumsum(is_kept_BN, axis=1) - 1, home_BN)
         joins_BN = (~is_kept_BN).astype(mx.float32)
         joined_BK = segment_sum(joins_BN[..., None], slot_BN, K)[..., 0]
         share_BN = mx.where(is_kept_BN, 1, 1 / take(joined_BK, slot_BN))
-        return Reduction(keep_highest(is_kept_BN, K), slot_BN=slot_BN, share_BN=share_BN)
+        return Reduction(keep_marked(is_kept_BN, K), slot_BN=slot_BN, share_BN=share_BN)

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from .contract import Reduction, Signals, Stage, take
-from .lazy import lazy_highest
-from .numerics import choice_dtype, choosing, keep_highest
+from .lazy import AHEAD, HeldRows, highest, lazy_highest
+from .numerics import choice_dtype, choosing
 from .rows import Rows, cosine_rows, nearest_similarity
 
 stage = Stage.FEATURES
@@ -36,22 +36,31 @@ def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1
         if by_attention == K:
             rest_BR = rest_BR[:, :0]
         else:
-            thin = thin_out_lazily if choice_dtype() == mx.float64 else thin_out
-            rest_BR = thin(cosine_rows(signals.x_BND), rest_BR, K - by_attention)
+            rest_BR = thin_out_images(signals.x_BND, rest_BR, K - by_attention)
         return Reduction(index_BK=mx.sort(mx.concatenate([important_BA, rest_BR], axis=1), axis=1))
 
 
-def thin_out(similar: Rows, rest_BR: mx.array, least: int) -> mx.array:
-    """The residual without the tokens of A most similar to one of B, until `least` are left: one
-    MLX graph."""
-    while (R := rest_BR.shape[1]) > least:
-        similar_Bab = take(similar.take(rest_BR[:, ::2]), rest_BR[:, 1::2], axis=2)
-        similar_BR = mx.full((len(rest_BR), R), -mx.inf).astype(similar_Bab.dtype)
-        similar_BR[:, ::2] = similar_Bab.max(axis=-1)
-        leaving = leaving_of(R, least)
-        rank_BR = mx.argsort(mx.argsort(-similar_BR, axis=-1), axis=-1)
-        rest_BR = take(rest_BR, keep_highest(rank_BR >= leaving, R - leaving))
-    return rest_BR
+def thin_out_images(x_BND: mx.array, rest_BR: mx.array, least: int) -> mx.array:
+    """The residual without the tokens of A most similar to one of B, until `least` are left."""
+    if choice_dtype() == mx.float32:
+        return thin_out(cosine_rows(x_BND), rest_BR, least)
+    rest = [
+        thin_out_lazily(HeldRows(cosine_rows(x_BND[b : b + 1], hold=False)), rest_R, least)
+        for b, rest_R in enumerate(np.array(rest_BR))
+    ]
+    return mx.array(np.stack(rest))
+
+
+def thin_out(similar: Rows, order_BR: mx.array, least: int) -> mx.array:
+    """The same of all images: one MLX graph."""
+    apart = Rows(lambda part_Bn: -take(similar.take(part_Bn), order_BR, axis=2), order_BR)
+    place_BR = mx.broadcast_to(mx.arange(apart.N, dtype=mx.uint32), order_BR.shape)
+    while (R := place_BR.shape[1]) > least:
+        a_Ba, b_Bb = place_BR[:, ::2], place_BR[:, 1::2]
+        nearest_Ba = take(apart.take(a_Ba), b_Bb, axis=2).min(axis=-1)
+        staying_Ba = mx.argsort(nearest_Ba, axis=-1)[:, leaving_of(R, least) :]
+        place_BR = mx.sort(mx.concatenate([take(a_Ba, staying_Ba), b_Bb], axis=1), axis=1)
+    return take(order_BR, place_BR)
 
 
 def leaving_of(R: int, least: int) -> int:
@@ -59,27 +68,31 @@ def leaving_of(R: int, least: int) -> int:
     return min(MOST_PER_ROUND, R - least, (R + 1) // 2)
 
 
-def thin_out_lazily(similar: Rows, order_BR: mx.array, least: int) -> mx.array:
-    """The same by lazy evaluation: a token is no more similar to one of B than to its nearest."""
-    rest_BR, image_B1 = np.array(order_BR).astype(np.int64), np.arange(len(order_BR))[:, None]
-    is_rest_BN = np.zeros((len(rest_BR), similar.N), bool)
-    is_rest_BN[image_B1, rest_BR] = True
-    nearest_BN = np.array(nearest_similarity(similar, mx.array(is_rest_BN)))
-    while (R := rest_BR.shape[1]) > least:
-        token_Ba, is_b_BN = rest_BR[:, ::2], np.zeros_like(is_rest_BN)
-        is_b_BN[image_B1, rest_BR[:, 1::2]] = True
+def thin_out_lazily(similar: HeldRows, order_R: np.ndarray, least: int) -> np.ndarray:
+    """The same of one image by lazy evaluation: a token is no more similar to one of B than to its
+    nearest."""
+    rest_R, is_rest_N = order_R.astype(np.int64), np.zeros(similar.N, bool)
+    is_rest_N[rest_R] = True
+    nearest_N = np.array(nearest_similarity(similar, mx.array(is_rest_N[None]))[0])
+
+    def likely() -> np.ndarray:
+        return highest(np.where(is_rest_N, nearest_N, -np.inf), min(AHEAD, similar.N))
+
+    while (R := len(rest_R)) > least:
+        token_a, token_b = rest_R[::2], rest_R[1::2]
 
         def scores_of(
-            index_Bn: np.ndarray, token_Ba: np.ndarray = token_Ba, is_b_BN: np.ndarray = is_b_BN
+            index_n: np.ndarray, token_a: np.ndarray = token_a, token_b: np.ndarray = token_b
         ) -> np.ndarray:
-            token_Bn = token_Ba[image_B1, index_Bn]
-            similar_BnN = np.array(similar.take(mx.array(token_Bn)))
-            np.put_along_axis(similar_BnN, token_Bn[..., None], -np.inf, axis=2)
-            to_rest_BnN = np.where(is_rest_BN[:, None], similar_BnN, -np.inf)
-            nearest_BN[image_B1, token_Bn] = to_rest_BnN.max(axis=-1)
-            return np.where(is_b_BN[:, None], similar_BnN, -np.inf).max(axis=-1)
+            token_n = token_a[index_n]
+            similar_nN = similar.take(token_n, likely)
+            to_b_n: np.ndarray = similar_nN[:, token_b].max(axis=-1)
+            np.put_along_axis(similar_nN, token_n[:, None], -np.inf, axis=1)
+            to_a_n = similar_nN[:, token_a].max(axis=-1)
+            nearest_N[token_n] = np.maximum(to_a_n, to_b_n)
+            return to_b_n
 
-        index_Bn = lazy_highest(nearest_BN[image_B1, token_Ba], leaving_of(R, least), scores_of)
-        is_rest_BN[image_B1, token_Ba[image_B1, index_Bn]] = False
-        rest_BR = rest_BR[is_rest_BN[image_B1, rest_BR]].reshape(len(rest_BR), -1)
-    return mx.array(rest_BR)
+        index_n = lazy_highest(nearest_N[token_a], leaving_of(R, least), scores_of)
+        is_rest_N[token_a[index_n]] = False
+        rest_R = rest_R[is_rest_N[rest_R]]
+    return rest_R

@@ -4,6 +4,7 @@ Shapes: B prompts, L rows, S rows held, D features, V words, G key/value heads, 
 d head size. Positions are (B, L), or (B, L, A) of a model that counts along A axes.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -16,12 +17,12 @@ class Layers(Protocol):
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
-        *, contiguous: bool = False, padded: bool = False, bias_BL: mx.array | None = None,
+        *, contiguous: bool = False, padding: Sequence[int] = (), bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows.
 
-        `contiguous` says that each prompt's positions count up one by one, `padded` that some rows
-        are padding, at position PADDING.
+        `contiguous` says that each prompt's positions count up one by one, `padding`
+        how many of each prompt's rows are padding, at position PADDING, on the left; empty, none.
         """
         ...
 

@@ -12,6 +12,8 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from ...machine.hardware import on_cpu
+
 GATHERED = 16  # up to so many rows the experts' weights are gathered, on the device
 
 
@@ -28,9 +30,10 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.weight = mx.zeros((experts, out, dims))
 
-    def __call__(self, x_R1D: mx.array, expert_R: mx.array) -> mx.array:
+    def __call__(self, x_R1D: mx.array, expert_R: mx.array, is_sorted: bool = False) -> mx.array:
         """Each row through the matrix of its own expert."""
-        return mx.gather_mm(x_R1D, self.weight.swapaxes(1, 2), rhs_indices=expert_R)
+        weight = self.weight.swapaxes(1, 2)
+        return mx.gather_mm(x_R1D, weight, rhs_indices=expert_R, sorted_indices=is_sorted)
 
     def one_expert(self, x_RD: mx.array, expert: int) -> mx.array:
         """All rows through the matrix of one expert."""
@@ -67,11 +70,9 @@ class QuantizedExpertLinear(nn.Module):
         """As MLX's quantized products take it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
-    def __call__(self, x_R1D: mx.array, expert_R: mx.array) -> mx.array:
-        biases = self.get("biases")
-        return mx.gather_qmm(
-            x_R1D, self.weight, self.scales, biases, rhs_indices=expert_R, **self.format
-        )
+    def __call__(self, x_R1D: mx.array, expert_R: mx.array, is_sorted: bool = False) -> mx.array:
+        options = {**self.format, "rhs_indices": expert_R, "sorted_indices": is_sorted}
+        return mx.gather_qmm(x_R1D, self.weight, self.scales, self.get("biases"), **options)
 
     def one_expert(self, x_RD: mx.array, expert: int) -> mx.array:
         biases = self.get("biases")
@@ -122,15 +123,24 @@ class Experts(nn.Module):
     def __call__(self, x_RD: mx.array, expert_R: mx.array) -> mx.array:
         """Row r through expert `expert_R[r]`."""
         if len(x_RD) <= GATHERED:
-            x_R1D = x_RD[:, None]
-            inner = swiglu(self.gate_proj(x_R1D, expert_R), self.up_proj(x_R1D, expert_R))
-            return self.down_proj(inner, expert_R)[:, 0]
-        # Of many rows, those of one expert make one product: on a CPU six times as fast.
+            return self.gathered(x_RD, expert_R)
+        if not on_cpu():
+            order_R = mx.argsort(expert_R)
+            y_RD = self.gathered(x_RD[order_R], expert_R[order_R], is_sorted=True)
+            return y_RD[mx.argsort(order_R)]
+        # Of many rows, those of one expert make one product: on a CPU four to six times as fast.
         chosen = np.array(expert_R).tolist()
         rows = [[r for r, e in enumerate(chosen) if e == expert] for expert in sorted(set(chosen))]
         order = [r for group in rows for r in group]
         parts = [self.one_expert(x_RD[mx.array(group)], chosen[group[0]]) for group in rows]
         return mx.concatenate(parts)[mx.argsort(mx.array(order))]
+
+    def gathered(self, x_RD: mx.array, expert_R: mx.array, is_sorted: bool = False) -> mx.array:
+        """The same, where nothing is read on the host; `is_sorted` says that experts ascend."""
+        x_R1D = x_RD[:, None]
+        gate_R1I = self.gate_proj(x_R1D, expert_R, is_sorted)
+        inner = swiglu(gate_R1I, self.up_proj(x_R1D, expert_R, is_sorted))
+        return self.down_proj(inner, expert_R, is_sorted)[:, 0]
 
     def one_expert(self, x_RD: mx.array, expert: int) -> mx.array:
         inner = swiglu(

@@ -12,8 +12,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..cache import PADDING
-
 
 class MambaState:
     """A layer's state: of all prompts together, or of each apart where some are padded."""
@@ -53,10 +51,11 @@ def block(layer: Any, x_BLD: mx.array, forward_pass: Any, state: MambaState) -> 
         y_BLD = layer.wrapped(x_BLD, state.cache_of(0))
     else:
         parts = []
-        for b, real in enumerate((forward_pass.positions_BL != PADDING).sum(axis=1).tolist()):
+        for b in range(len(x_BLD)):
+            real = L - min(L, forward_pass.padding[b]) if forward_pass.padding else L
             x_1lD = x_BLD[b : b + 1, L - real :]
             y_1lD = layer.wrapped(x_1lD, state.cache_of(b)) if real else x_1lD
             parts.append(mx.pad(y_1lD, [(0, 0), (L - real, 0), (0, 0)]))
         y_BLD = mx.concatenate(parts)
-    mx.eval(y_BLD)  # mlx-lm scans row by row: the graph of all layers would be long
+    mx.async_eval(y_BLD)  # mlx-lm scans row by row: the graph of all layers would be long
     return y_BLD

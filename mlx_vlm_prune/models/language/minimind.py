@@ -11,7 +11,7 @@ Shapes: B prompts, L new tokens, S rows seen, D features, V words,
 H heads, G key/value heads, d head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -128,11 +128,11 @@ class ForwardPass:
         self,
         positions_BL: mx.array,
         rotary: Any,  # rotates queries and keys
-        padded: bool,
+        padding: Sequence[int],  # how many rows of each prompt are; none without
         bias_BL: mx.array | None = None,
     ):
         self.positions_BL, self.rotary = positions_BL, rotary
-        self.padded, self.bias_BL = padded, bias_BL
+        self.padding, self.padded, self.bias_BL = padding, any(padding), bias_BL
         self.fold = on_cpu() and positions_BL.shape[1] > 1
         self._after: dict[HeldRows, HeldRows] = {}
         self._masks: dict[HeldRows, mx.array | str | None] = {}
@@ -184,15 +184,15 @@ class LayerStack(nn.Module):
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
-        *, contiguous: bool = False, padded: bool = False, bias_BL: mx.array | None = None,
+        *, contiguous: bool = False, padding: Sequence[int] = (), bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
         """Hidden states through some of the layers, whose caches grow by L rows.
 
-        `positions_BL` ascend within each row, `contiguous` ones one by one. `padded` says that some
-        are PADDING, on the left.
+        `positions_BL` ascend within each row, `contiguous` ones one by one. So many of a prompt
+        as `padding` says are PADDING, on the left.
         """
         rotary, layers = self.rotary(positions_BL, contiguous), self.layers
-        forward_pass = ForwardPass(positions_BL, rotary, padded, bias_BL)
+        forward_pass = ForwardPass(positions_BL, rotary, padding, bias_BL)
         for number in numbers:
             x_BLD = layers[number](x_BLD, forward_pass, cache[number])
         return x_BLD

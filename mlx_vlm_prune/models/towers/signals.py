@@ -10,8 +10,10 @@ from typing import Any
 import mlx.core as mx
 
 from ...pruners.contract import Reduction, Signals
+from ...pruners.numerics import choice_dtype
 
 QUERY_CHUNK = 16  # queries whose attention is computed at once; MLX holds up to eight chunks
+MOST_HELD = 2**25  # numbers of attention in a chunk on a GPU, where a launch costs more than memory
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class TowerPass:
             if (cut.layer, cut.place) == (layer, place):
                 x_BND = x_BSD[:, self.first :]
                 kept = cut.pruner(self.signals.replace(x_BND=x_BND, **(keys or {})), cut.K)
-                self.signals = _sum_sizes(self.signals, kept).reduced(kept)
+                self.signals = _with_sizes(self.signals.reduced(kept), self.signals, kept)
                 self.kept = kept.after(self.kept, self.N) if self.kept else kept
                 x_BSD = mx.concatenate([x_BSD[:, : self.first], kept.tokens(x_BND)], axis=1)
         return x_BSD
@@ -124,13 +126,12 @@ class TowerPass:
         return Encoded(self.signals.replace(x_BND=x_BSD[:, self.first :]), self.kept)
 
 
-def _sum_sizes(signals: Signals, kept: Reduction) -> Signals:
-    """Sizes summed up over each slot's members, at the slot's anchor."""
+def _with_sizes(reduced: Signals, signals: Signals, kept: Reduction) -> Signals:
+    """The reduced signals, with the sizes of each slot's members summed up."""
     size_BN = signals.get("size_BN")
     if size_BN is None or not kept.merges or kept.index_BK is None:
-        return signals
-    size_BK, none_BN = kept.sizes(size_BN), mx.zeros(size_BN.shape)
-    return signals.replace(size_BN=mx.put_along_axis(none_BN, kept.index_BK, size_BK, axis=1))
+        return reduced
+    return reduced.replace(size_BN=kept.sizes(size_BN))
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
@@ -142,13 +143,20 @@ def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> m
 
 
 def received_attention(q_BHSd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
-    """Attention that each token gets, mean over heads and queries, (B, S); no S x S array."""
-    S = q_BHSd.shape[2]
-    total_BS = mx.zeros((len(q_BHSd), S))
-    for begin in range(0, S, QUERY_CHUNK):
-        (k_BHSd,) = mx.depends([k_BHSd], [total_BS])  # one chunk after another
-        rows_BQS = attention(q_BHSd[:, :, begin : begin + QUERY_CHUNK], k_BHSd, bias_BS)
-        total_BS = total_BS + rows_BQS.sum(axis=1)
+    """Attention that each token gets, mean over heads and queries, (B, S); no S x S array on a CPU,
+    on a GPU none of more than `MOST_HELD` numbers."""
+    B, H, S, _ = q_BHSd.shape
+    size = (
+        QUERY_CHUNK if choice_dtype() == mx.float64 else max(QUERY_CHUNK, MOST_HELD // (B * H * S))
+    )
+    total_BS = None
+    for begin in range(0, S, size):
+        if total_BS is not None:
+            (k_BHSd,) = mx.depends([k_BHSd], [total_BS])  # one chunk after another
+        rows_BQS = attention(q_BHSd[:, :, begin : begin + size], k_BHSd, bias_BS)
+        sum_BS = rows_BQS.sum(axis=1)
+        total_BS = sum_BS if total_BS is None else total_BS + sum_BS
+    assert total_BS is not None
     return total_BS / S
 
 
