@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     learned = load_adapters(model, args.adapter_path)
     checkpoint = read_checkpoint(folder)
     if args.dequantize and not checkpoint.config.get("quantization"):
-        raise UserError(f"{folder} is not quantized; leave out dequantize")
+        raise UserError(f"{folder} is not quantized: there is nothing to dequantize")
     fused, fusion = fuse(checkpoint, model, learned, args.dequantize)
     write_folder(fused, args.save_path, source=args.model)
     print(_outcome(fusion, args.save_path))
