@@ -197,15 +197,15 @@ def test_the_rounding_that_is_said_is_the_one_that_was_done(quantized, tmp_path,
     base = quantized("affine", 4)
     write_adapters(tmp_path / "adapters", base, num_layers=1)
     target = fused(base, tmp_path)
-    said = float(capsys.readouterr().out.split("rounds by ")[1].split("%")[0]) / 100
+    printed = float(capsys.readouterr().out.split("rounds by ")[1].split("%")[0]) / 100
     wanted, off = 0.0, 0.0
     full, plain = (read_full(folder) for folder in (target, base))
     for name, module in adapters(adapted(base, tmp_path)):
         exact = np.array(module.fuse(dequantize=True).weight)
         wanted += ((exact - plain[name]) ** 2).sum()
         off += ((full[name] - exact) ** 2).sum()
-    assert said == pytest.approx((off / wanted) ** 0.5, abs=0.005)
-    assert 0 < said < 0.5
+    assert printed == pytest.approx((off / wanted) ** 0.5, abs=0.005)
+    assert 0 < printed < 0.5
 
 
 def read_full(folder):
