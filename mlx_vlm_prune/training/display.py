@@ -47,9 +47,11 @@ class Display:
 
     def forecast(self, seconds: float, left: int) -> str:
         done, every = self.trainer.progress.iteration, self.config.steps_per_eval
-        evaluations = self.trainer.iters // every - done // every if self.trainer.valid else 0
+        end = self.trainer.iters
+        evaluations = -(-end // every) - done // every if self.trainer.valid else 0
         total = left * seconds + evaluations * self.evaluation_seconds
-        also = f", with {evaluations} evaluations" if evaluations else ""
+        s = "s" * (evaluations > 1)
+        also = f", with {evaluations} evaluation{s}" if evaluations else ""
         return f"about {in_words(total)} for {left} more steps{also}: {seconds:.2g} s a step"
 
     def report(self, report: Report) -> None:
