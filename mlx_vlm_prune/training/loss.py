@@ -95,7 +95,7 @@ def _biased_loss(model: VLM, batch: Batch, x_IND: mx.array, bias_IN: mx.array) -
     slots = [ImageSlots(x_ND, every_N, bias_N) for x_ND, bias_N in zip(x_IND, bias_IN, strict=True)]
     spliced = splice(language.embed_tokens, batch.prompts, slots, "keep")
     rotary = language.rotary(spliced.positions_BL, spliced.contiguous)
-    forward_pass = OthersBias(spliced.positions_BL, rotary, any(spliced.padding), spliced.bias_BL)
+    forward_pass = OthersBias(spliced.positions_BL, rotary, spliced.padding, spliced.bias_BL)
     x_BLD = spliced.x_BLD
     for layer, cache in zip(language.layers, language.make_cache(), strict=True):
         x_BLD = layer(x_BLD, forward_pass, cache)
