@@ -113,6 +113,7 @@ SHARED_IN_TRAINING = (
             "metrics",
             "options",
             "run_state",
+            "trained_folder",
         )
     ),
 )

@@ -9,10 +9,11 @@ from .training_pairs import (
     KINDS,
     Runs,
     assert_same,
+    assert_same_moves,
     mlx_gradients,
+    steps,
     torch_gradients,
     transformers_gradients,
-    weights,
 )
 
 TRAINING_FREE = ("visionzip", "divprune", "tome", "fastv")
@@ -55,20 +56,6 @@ def test_slopes_behind_a_pruner_equal_the_references(runs, pruner, stage):
     assert loss != pytest.approx(whole, rel=1e-5)
     assert loss == pytest.approx(reference_loss, rel=1e-4)
     assert_same(ours, reference, 1e-4)
-
-
-def steps(trainer, count: int):
-    """Every step's loss; what learned, by the names of a checkpoint; and how far each moved."""
-    before = weights(trainer)
-    losses = [trainer.step(i)[0] for i in range(count)]
-    after = weights(trainer)
-    return losses, after, {name: after[name] - before[name] for name in after}
-
-
-def assert_same_moves(ours, theirs) -> None:
-    """Each tensor's way has the same length and direction within 0.1 %."""
-    for name, way in theirs.items():
-        assert np.linalg.norm(ours[name] - way) <= 1e-3 * np.linalg.norm(way), name
 
 
 OPTIMIZERS = {

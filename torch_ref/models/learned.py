@@ -59,9 +59,14 @@ def _module(
     return module.eval().to(model.device)
 
 
+def parameter_name(key: str) -> str:
+    """A parameter of a method's module, as the product names it."""
+    return key.removeprefix(OURS)
+
+
 def learned_tensors(name: str, module: nn.Module) -> dict[str, RawTensor]:
     """A method's weights as the file has them, in their own dtype."""
     return {
-        f"{name}.{key.removeprefix(OURS)}": from_tensor(value)
+        f"{name}.{parameter_name(key)}": from_tensor(value)
         for key, value in module.state_dict().items()
     }

@@ -53,7 +53,8 @@ def load_llava(
     another model.
     """
     where = Path(folder)
-    return _model(read_checkpoint(where, Path(tower) if tower else None), where, device)
+    checkpoint = read_checkpoint(where, Path(tower) if tower else None)
+    return load_checkpoint(checkpoint, where, device)
 
 
 def load_folder(folder: Path, device: torch.device | None = None) -> tuple[VLM, Checkpoint]:
@@ -62,12 +63,13 @@ def load_folder(folder: Path, device: torch.device | None = None) -> tuple[VLM, 
     Raises UserError for what cannot be read, holds another model or is quantized.
     """
     checkpoint = read_checkpoint(folder)
+    return load_checkpoint(checkpoint, folder, device), checkpoint
+
+
+def load_checkpoint(checkpoint: Checkpoint, where: Path, device: torch.device | None = None) -> VLM:
+    """The model of a checkpoint that was read from `where`. Raises UserError."""
     if checkpoint.config.get("quantization"):
-        raise UserError(f"{folder} is quantized; dequantize it by convert to-mlx first")
-    return _model(checkpoint, folder, device), checkpoint
-
-
-def _model(checkpoint: Checkpoint, where: Path, device: torch.device | None) -> VLM:
+        raise UserError(f"{where} is quantized; dequantize it by convert to-mlx first")
     config, text = parse_config(checkpoint.config, where / CONFIG), None
     if isinstance(config.text, MlxLmConfig):
         published, kind = checkpoint.config["published"], config.text.model_type

@@ -285,7 +285,8 @@ class VLM(nn.Module):
 
     def weights(self, pruner: str) -> Any:
         """Of a learned method, from the checkpoint or from beside it; else None."""
-        return self.pool if pruner == "attention_pool" else self.learned.get(pruner)
+        pool = self.pool if pruner == "attention_pool" else None
+        return self.learned.get(pruner) if pool is None else pool
 
     def budget(self, pruner: str, K: int | None) -> int:
         """How many of the N tokens a pruner shall keep; UserError where it cannot."""

@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "proportional": False,
     "make_weights": None,  # none, or the model makes them
     "learned": False,
+    "training_factor": None,
     "fixed_options": lambda weights: {},
 }
 
@@ -79,6 +80,11 @@ class Step:
     @property
     def stage(self) -> str:
         return next(stage for stage, methods in STAGES.items() if self.name in methods)
+
+    @property
+    def training_factor(self) -> Any:
+        """On the attention of tokens, in training; None where the method's `prune` has slopes."""
+        return entry(self.method, "training_factor")
 
     @property
     def merges(self) -> bool:

@@ -45,7 +45,7 @@ def save(learner: Learner, optimizer: Any, progress: Progress, config: TrainConf
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         with atomic_path(target, folder=True) as folder:
-            write_safetensors(folder / WEIGHTS, learner.to_ours(learner.parameters), "mlx")
+            write_safetensors(folder / WEIGHTS, learner.saved(), "mlx")
             state = _optimizer_tensors(learner, optimizer, progress)
             write_safetensors(folder / OPTIMIZER, state, "mlx")
             write_state(folder, progress, config)
@@ -78,9 +78,9 @@ def restore(folder: Path, learner: Learner, optimizer: Any, config: TrainConfig)
     is of another run."""
     progress = read_state(folder, config)
     weights = open_safetensors(folder / WEIGHTS)
-    check_weights(folder, learner.to_ours(learner.parameters), weights)
+    check_weights(folder, learner.saved(), weights)
     for name, value in learner.to_reference(weights).items():
-        learner.parameters[name].copy_(value)
+        {**learner.parameters, **learner.buffers}[name].copy_(value)
     held = open_safetensors(folder / OPTIMIZER)
     for theirs, ours in NAMES[type(optimizer).__name__].items():
         suffix = f".{theirs}"

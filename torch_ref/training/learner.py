@@ -3,125 +3,212 @@
 The twin of mlx_vlm_prune/training/learner.py: the same parameters under the same names.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
+from mlx_vlm_prune.checkpoints.command_line import either
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.training.batches import Batch
 from mlx_vlm_prune.training.config import TrainConfig
+from mlx_vlm_prune.training.trained_folder import with_trained, write_trained
 
+from ..models.learned import parameter_name
 from ..models.loading import to_tensor
 from ..models.names import from_tensor, to_ours, to_reference
 from ..models.vlm import VLM
-from ..pruners.spec import parse_steps
-from .loss import answer_loss
-from .saving import write_model
+from ..pruners import METHODS, is_learned
+from ..pruners.spec import PRESETS, parse_steps
+from .loss import answer_loss, factor_loss
 
-PREFIX = "model."  # of a tensor of the model, among those that a checkpoint holds
+MODEL, PRUNERS, POOL = "model.", "pruners.", "attention_pool"
 
 
 class Learner:
     """A model, of which some parts learn to answer behind a pruner.
 
-    `parameters` are what learns, by the reference's names; those in `beside` are no part of the
-    model, and have the names of MLX's learner already.
+    `parameters` are what learns, by name: the reference's of a part of the model, and MLX's of what
+    lies beside it, in `beside`. `buffers` are what the loss itself moves.
     """
 
-    parts: Sequence[str] = ()  # of the model that the stage trains, unless `freeze` names them
-    step = 0  # the number of the step under way
+    parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
 
     def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
         self.model, self.checkpoint, self.where, self.config = model, checkpoint, where, config
+        self.iteration, self.iters = 0, 1
+        self.added: set[str] = set()  # methods whose weights begin untrained
+        if self.trains("pruner"):
+            self.add_untrained()
         self.K = self.budget()
         self.steps = model.pruning_steps(parse_steps(config.pruner, model.N, self.K), None, None)
         self.beside: dict[str, nn.Parameter] = {}
+        self.buffers: dict[str, Tensor] = {}
         model.requires_grad_(False)
         self.unfreeze_parts()
-        held = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.parameters = {name: p for name, p in held.items() if not _is_among(p, self.beside)}
-        self.parameters |= self.beside
+        inside = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        apart = {id(p) for p in self.beside.values()}
+        self.parameters = {n: p for n, p in inside.items() if id(p) not in apart} | self.beside
         if not self.parameters:
             raise UserError(f"nothing is left to learn in stage {config.stage}")
 
+    def trains(self, part: str) -> bool:
+        """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
+        c = self.config
+        return part in (*self.parts, *c.unfreeze) and part not in c.freeze
+
+    def add_untrained(self) -> None:
+        """Give the model weights, from the seed, of the chain's learned methods that it lacks."""
+        model, c = self.model, self.config
+        torch.manual_seed(c.seed)
+        share = 0.5 if c.keep_ratio is None else c.keep_ratio
+        K = c.keep_tokens or max(1, int(model.N * share + 1e-9))
+        for name in learned_names(c.pruner):
+            if model.weights(name) is None:
+                weights = METHODS[name].make_weights(model.feature_dims, model.budget("random", K))
+                model.learned[name] = weights.to(model.device)
+                self.added.add(name)
+
     def budget(self) -> int:
-        """How many of the N tokens stay, by default half, and all without a pruner."""
+        """How many of the N tokens stay; by default half, as many as a pool has, or all."""
         c, N = self.config, self.model.N
-        name = c.pruner.split("+")[-1].partition(":")[0]
+        name = PRESETS.get(c.pruner, c.pruner).split("+")[-1].partition(":")[0]
         K = c.keep_tokens
         if c.keep_ratio is not None:
-            if K is not None or not 0 < c.keep_ratio <= 1:
-                raise UserError("give keep_ratio, above 0 and at most 1, or keep_tokens")
             K = max(1, int(N * c.keep_ratio + 1e-9))
-        pool = self.model.weights(name) if name == "attention_pool" else None
-        usual = N if name == "none" else N // 2 if pool is None else len(pool.pool_queries)
-        return self.model.budget(name, K if K is not None else max(1, usual))
+        pool = self.model.weights(name) if name == POOL else None
+        trained = None if pool is None else len(pool.pool_queries)
+        if trained and K not in (None, trained, N):
+            raise UserError(f"this checkpoint's {POOL} was trained for {trained} tokens, not {K}")
+        usual = trained or (N if name == "none" else max(1, N // 2))
+        return self.model.budget(name, usual if K is None else K)
 
     def unfreeze_parts(self) -> None:
         """Make trainable what the stage trains."""
-        for part in self.parts:
-            module = part_of(self.model, part)
-            if part not in self.config.freeze and module is not None:
-                module.requires_grad_(True)
+        model, c = self.model, self.config
+        if self.trains("projector"):
+            model.projector.requires_grad_(True)
+        if self.trains("tower"):
+            _unfreeze_tower(model)
+        if self.trains("language") or (c.language_layers and "language" not in c.freeze):
+            _unfreeze_language(model, c.language_layers)
+        for name in learned_names(c.pruner) if self.trains("pruner") else ():
+            self._unfreeze_pruner(name)
+
+    @property
+    def has_pool(self) -> bool:
+        """Is there a pool in MLX's model? An untrained one's place is there."""
+        is_new = POOL in self.added and self.model.config.merge == (1, 1)
+        return self.model.pool is not None or is_new
+
+    def _unfreeze_pruner(self, name: str) -> None:
+        if name == POOL and self.model.pool is not None:
+            for key, parameter in self.model.pool.named_parameters():
+                parameter.requires_grad_(key.startswith("pool_"))
+            if self.trains("projector"):
+                self.model.projector.requires_grad_(True)
+            return
+        weights = self.model.learned[name].requires_grad_(True)
+        prefix = f"{MODEL}pruner." if name == POOL and self.has_pool else f"{PRUNERS}{name}."
+        self.beside |= {prefix + parameter_name(k): p for k, p in weights.named_parameters()}
+        self.buffers |= {prefix + parameter_name(k): b for k, b in weights.named_buffers()}
+
+    def begin_step(self, iteration: int, iters: int) -> None:
+        """Step `iteration` of `iters`, counted from 0, comes next."""
+        self.iteration, self.iters = iteration, iters
 
     def loss(self, batch: Batch) -> Tensor:
         """Summed over the answers' tokens."""
-        return answer_loss(self.model, batch, self.steps)
+        step = self.steps[-1]
+        if step.training_factor and self.trains("pruner") and batch.pixels_IHW3 is not None:
+            K = min(self.model.N, step.method.training_budget(self.K, self.iteration))
+            noise = self.config.noise * falling(self.iteration, self.iters)
+            return factor_loss(self.model, batch, step, K, noise)
+        return self.held_out_loss(batch)
 
     def held_out_loss(self, batch: Batch) -> Tensor:
-        """The same without what is there to learn from: noise, or other budgets."""
-        return self.loss(batch)
+        """The same behind the pruner as it is used."""
+        return answer_loss(self.model, batch, self.steps)
+
+    def saved(self) -> dict[str, RawTensor]:
+        """What a checkpoint holds: what the optimizer moves, and what the loss itself moves."""
+        return self.to_ours({**self.parameters, **self.buffers})
 
     def to_ours(self, values: Mapping[str, Tensor]) -> dict[str, RawTensor]:
         """Numbers of all parameters, as MLX's learner names and arranges them."""
-        inside = {name: value for name, value in values.items() if name not in self.beside}
+        apart = self.beside.keys() | self.buffers.keys()
+        inside = {name: value for name, value in values.items() if name not in apart}
         named = to_ours(inside, self.checkpoint.config, self.where)
-        beside = {name: value for name, value in values.items() if name in self.beside}
-        raw = {name: from_tensor(value) for name, value in beside.items()}
-        return {PREFIX + name: tensor for name, tensor in named.items()} | raw
+        raw = {name: from_tensor(value) for name, value in values.items() if name in apart}
+        return {MODEL + name: tensor for name, tensor in named.items()} | raw
 
     def to_reference(self, tensors: Mapping[str, RawTensor]) -> dict[str, Tensor]:
         """The way back."""
-        inside = {
-            name.removeprefix(PREFIX): tensor
-            for name, tensor in tensors.items()
-            if name not in self.beside
-        }
+        apart = self.beside.keys() | self.buffers.keys()
+        inside = {n.removeprefix(MODEL): t for n, t in tensors.items() if n not in apart}
         named = to_reference(inside, self.checkpoint.config, self.where)
-        beside = {name: tensor for name, tensor in tensors.items() if name in self.beside}
-        return {name: to_tensor(tensor) for name, tensor in {**named, **beside}.items()}
+        raw = {name: tensor for name, tensor in tensors.items() if name in apart}
+        return {name: to_tensor(tensor) for name, tensor in {**named, **raw}.items()}
 
     def write(self, folder: Path, iteration: int) -> None:
         """What a user loads afterwards, ahead of the checkpoint of this step."""
-        named = self.to_ours({n: p for n, p in self.parameters.items() if n not in self.beside})
-        moved = {name.removeprefix(PREFIX): tensor for name, tensor in named.items()}
-        write_model(folder, self.checkpoint, moved, {}, self.config)
+
+    def finish(self, folder: Path) -> None:
+        """Write the model that the last step leaves, for a user to load."""
+        moved: dict[str, RawTensor] = {}
+        learned: dict[str, dict[str, RawTensor]] = {}
+        for name, tensor in self.saved().items():
+            if name.startswith(MODEL):
+                moved[name.removeprefix(MODEL)] = tensor
+            else:
+                method, _, parameter = name.removeprefix(PRUNERS).partition(".")
+                learned.setdefault(method, {})[parameter] = tensor
+        K = len(self.model.weights(POOL).pool_queries) if self.has_pool else None
+        trained = with_trained(self.checkpoint, moved, learned, K)
+        write_trained(trained, self.config, folder)
 
 
-def _is_among(parameter: nn.Parameter, others: Mapping[str, nn.Parameter]) -> bool:
-    return any(parameter is other for other in others.values())
+def learned_names(spec: str) -> list[str]:
+    """Methods of a chain with weights that a loss behind the pruner trains."""
+    names = [part.partition(":")[0] for part in PRESETS.get(spec, spec).split("+")]
+    return [name for name in names if name in trainable_names()]
 
 
-def part_of(model: VLM, part: str) -> nn.Module | None:
-    """A part by its name in `freeze`; None where this model has none."""
-    if part == "pruner":
-        return None if model.pool is None else _Pool(model.pool)
-    module: nn.Module = getattr(model, part)
-    return module
+def trainable_names() -> list[str]:
+    return [name for name in METHODS if is_learned(name) and name != "twig"]
 
 
-class _Pool(nn.Module):
-    """The weights of a pool alone, beside which the projector lies."""
+def falling(iteration: int, iters: int) -> float:
+    """From 1 in the first step to 0 after the last, by a half wave of the cosine."""
+    return 0.5 + 0.5 * math.cos(math.pi * iteration / iters)
 
-    def __init__(self, pool: nn.Module):
-        super().__init__()
-        for name, child in pool.named_children():
-            if name.startswith("pool_"):
-                self.add_module(name, child)
-        self.register_parameter("pool_queries", pool.get_parameter("pool_queries"))
+
+def _unfreeze_tower(model: VLM) -> None:
+    """What visual tokens are made of: a CLIP's last norm and later layers are held and not used."""
+    vision: CLIPConfig | SiglipConfig = model.config.vision
+    model.tower.requires_grad_(True)
+    for layer in model.tower.encoder.layers[vision.depth :]:
+        layer.requires_grad_(False)
+    if not isinstance(vision, SiglipConfig):
+        model.tower.post_layernorm.requires_grad_(False)
+
+
+def _unfreeze_language(model: VLM, layers: int | None) -> None:
+    """The last `layers`, or all of the language model. Raises UserError."""
+    language = model.language
+    if layers is None:
+        language.requires_grad_(True)
+        return
+    depth = len(language.layers)
+    if not 1 <= layers <= depth:
+        raise UserError(f"language_layers is {layers}; the model has {depth}")
+    for layer in language.layers[depth - layers :]:
+        layer.requires_grad_(True)
 
 
 class Pretrain(Learner):
@@ -134,3 +221,17 @@ class FineTune(Learner):
     """Projector, pruner and language model learn (EfficientVLM's second stage)."""
 
     parts = ("projector", "pruner", "language")
+
+
+class PrunerStage(Learner):
+    """A learned pruner alone; what `unfreeze` names learns along."""
+
+    parts = ("pruner",)
+
+    def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
+        if not learned_names(config.pruner):
+            raise UserError(
+                f"pruner {config.pruner} has nothing to learn; stage pruner trains"
+                f" {either(trainable_names())}"
+            )
+        super().__init__(model, checkpoint, where, config)

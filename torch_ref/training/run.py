@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 
+from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.hub import resolve_path
 from mlx_vlm_prune.inputs.processor import read_processor
 from mlx_vlm_prune.scenes import CHECKPOINT
@@ -17,7 +19,7 @@ from mlx_vlm_prune.training.formats import open_dataset, split_files
 from mlx_vlm_prune.training.metrics import Metrics
 
 from ..models.learned import read_learned
-from ..models.loading import best_device, load_folder
+from ..models.loading import best_device, load_checkpoint
 from .processes import Processes, own_device
 from .stages import LEARNERS
 from .trainer import Report, Trainer
@@ -44,11 +46,10 @@ def train(config: TrainConfig) -> None:
 
 def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     """The model, its data and what learns. Raises UserError."""
-    if config.stage not in LEARNERS:
-        raise UserError(f"stage {config.stage} is not trained here; mlx_vlm_prune.train has it")
     torch.manual_seed(config.seed)
     folder = resolve_path(config.model) if config.model else CHECKPOINT
-    model, checkpoint = load_folder(folder, processes.device)
+    checkpoint = read_start(config, folder)
+    model = load_checkpoint(checkpoint, folder, processes.device)
     model.learned = read_learned(folder, model)
     processor = read_processor(checkpoint, model.config, config.model or "scenes", folder)
     images = Path(config.image_folder) if config.image_folder else None
@@ -61,6 +62,20 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     }  # fmt: skip
     learner = LEARNERS[config.stage](model, checkpoint, folder, config)
     return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
+
+
+def read_start(config: TrainConfig, folder: Path) -> Checkpoint:
+    """What a run begins with: a model, or a language model's weights and a tower.
+
+    The projector of these is untrained, its values from the seed. Raises UserError.
+    """
+    if config.tower is None:
+        return read_checkpoint(folder)
+    if config.model is None:
+        raise UserError("tower goes with a language model's weights; name them by model")
+    tokenizer = resolve_path(config.tokenizer) if config.tokenizer else None
+    tower = resolve_path(config.tower)
+    return read_checkpoint(folder, tower, tokenizer, projector_seed=config.seed)
 
 
 def _report(metrics: Metrics, iters: int, report: Report) -> None:

@@ -72,6 +72,8 @@ class Trainer:
                     self.on_report({"iteration": done, "val_loss": self.evaluate()})
         if self.stop.is_set:
             raise KeyboardInterrupt
+        if self.processes.is_first:
+            self.learner.finish(self.config.folder)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one. Raises UserError."""
@@ -102,7 +104,7 @@ class Trainer:
     def step(self, iteration: int) -> tuple[float, int]:
         """One update; the mean loss of an answer's token, and how many there were."""
         torch.manual_seed(self.config.seed + iteration)
-        self.learner.step = iteration
+        self.learner.begin_step(iteration, self.iters)
         loss, count = self.slopes(iteration)
         if not count:
             return 0.0, 0
