@@ -12,6 +12,7 @@ import torch
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from convert.__main__ import main as convert
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
@@ -19,8 +20,10 @@ from mlx_vlm_prune.models.loading import load_folder
 from mlx_vlm_prune.training.batches import Batch
 from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.learner import Learner
+from mlx_vlm_prune.training.recompute import recompute_layers
 from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.stages import LEARNERS
+from mlx_vlm_prune.training.start import load_start
 from tests import stage_runs, tiny
 from torch_ref.training import pruners as reference
 from torch_ref.training.scenes_data import Batch as TorchBatch
@@ -78,6 +81,29 @@ def slopes(learner: Learner, batch: Batch) -> tuple[float, dict[str, np.ndarray]
 def close(ours: np.ndarray, theirs: torch.Tensor) -> bool:
     theirs = theirs.numpy()
     return np.abs(ours - theirs).max() <= 1e-4 * max(1e-6, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("score_prune", {}), ("score_prune", {"unfreeze": ["language"]}), ("mlp", {}),
+        ("mlp", {"unfreeze": ["language", "projector"]}), ("twig", {"twig_layer": 1}),
+    ],
+)  # fmt: skip
+def test_recomputed_layers_change_no_slope(pair, name, keys):
+    """With grad_checkpoint."""
+    stage = "twig" if name == "twig" else "pruner"
+    more = {} if stage == "twig" else {"pruner": name, "keep_tokens": 5, "noise": 0}
+    results = []
+    for recompute in (False, True):
+        model = load_folder(pair[1], "x", "float32")[0]
+        learner = LEARNERS[stage](model, settings(stage, twig_layers=1, **keys, **more))
+        if recompute:
+            recompute_layers(learner)
+        results.append(slopes(learner, batches()[0]))
+    (loss, plain), (again, recomputed) = results
+    assert loss == pytest.approx(again, rel=1e-6) and plain.keys() == recomputed.keys()
+    assert all(np.allclose(recomputed[n], plain[n], rtol=1e-4, atol=1e-6) for n in plain)
 
 
 @pytest.mark.parametrize("unfreeze", [False, True])
@@ -265,3 +291,25 @@ def test_what_cannot_learn_is_said_in_a_sentence(plain, data, tmp_path, case):
         model = None if "tower" in keys else plain
         train(stage_runs.config(stage, model, data, tmp_path / "out", **keys))
     assert not (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_what_learns_is_in_float32_wherever_the_rest_is(plain, tmp_path, monkeypatch, stored):
+    """On a GPU a model is loaded in its checkpoint's own dtype."""
+    convert(["to-mlx", str(plain), str(tmp_path / "half"), "--dtype", stored])
+    monkeypatch.setattr("mlx_vlm_prune.models.loading.on_cpu", lambda: False)
+    rest = mx.float32 if stored == "float16" else mx.bfloat16
+    for stage, keys in (
+        ("pretrain", {}), ("pretrain", {"language_layers": 1}), ("pruner", POOL),
+        ("pruner", {"pruner": "mlp", "keep_tokens": 5}), ("twig", {"twig_layer": 1}),
+    ):  # fmt: skip
+        config = settings(stage, model=str(tmp_path / "half"), twig_layers=1, **keys)
+        learner = LEARNERS[stage](load_start(config)[0], config)
+        learns = dict(tree_flatten(learner.trainable_parameters()))
+        stays = [
+            x for n, x in tree_flatten(learner.model.parameters()) if f"model.{n}" not in learns
+        ]
+        assert {x.dtype for x in learns.values()} == {mx.float32}
+        assert {x.dtype for x in stays} == {rest}
+        loss, by_name = slopes(learner, batches()[0])
+        assert np.isfinite(loss) and all(np.isfinite(x).all() for x in by_name.values())

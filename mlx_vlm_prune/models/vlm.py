@@ -230,7 +230,8 @@ class VLM(nn.Module):
         return signals.replace(text_BTD=text_BTD, text_real_BT=is_real_BT)
 
     def project(self, batch: ImageBatch) -> ImageBatch:
-        x_BND = end_part("projector", self.projector(batch.signals.x_BND))
+        x_BND = self.projector(batch.signals.x_BND).astype(self.dtype)  # one that learns is float32
+        x_BND = end_part("projector", x_BND)
         return replace(batch, signals=batch.signals.replace(x_BND=x_BND))
 
     def cuts(

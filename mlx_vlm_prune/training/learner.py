@@ -22,7 +22,7 @@ from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import budget
 from .batches import Batch
 from .config import TrainConfig
-from .loss import answer_loss, factor_loss
+from .loss import OthersBias, answer_loss, factor_loss
 from .pruner_weights import add_untrained, learned_names, trainable_names, trained_inside
 from .saving import save_model
 
@@ -50,14 +50,16 @@ class Learner(nn.Module):
             for name in learned_names(config.pruner)
             if not trained_inside(model, name)
         }
-        self._check_soft_choice()
+        self._prepare_soft_choice()
         self.freeze()
         self.unfreeze_parts()
+        if config.dtype == "auto":
+            _to_float32(self)
         if not tree_flatten(self.trainable_parameters()):
             raise UserError(f"nothing is left to learn in stage {config.stage}")
 
-    def _check_soft_choice(self) -> None:
-        """Raise UserError where a learned method that chooses tokens cannot be trained."""
+    def _prepare_soft_choice(self) -> None:
+        """For a learned method that chooses tokens. Raises UserError where it cannot be trained."""
         step = self.pipeline.steps[-1]
         factors = [s.name for s in self.pipeline.steps if s.method.training_factor]
         if not (factors and self.trains("pruner")):
@@ -74,6 +76,7 @@ class Learner(nn.Module):
             )
         if step.method.training_loss and mx.distributed.init().size() > 1:
             raise UserError(f"{step.name} learns in one process")
+        self.model.language.forward_pass = OthersBias
 
     def trains(self, part: str) -> bool:
         """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
@@ -133,6 +136,12 @@ class Learner(nn.Module):
     def _noise(self) -> float:
         """Of the scores in this step: it falls to zero."""
         return self.settings.noise * falling(self.iteration, self.iters)
+
+
+def _to_float32(learner: Learner) -> None:
+    """What learns: in half precision small steps would be rounded away."""
+    trainable: Any = tree_flatten(learner.trainable_parameters())
+    learner.load_weights([(k, x.astype(mx.float32)) for k, x in trainable], strict=False)
 
 
 def falling(iteration: int, iters: int) -> float:

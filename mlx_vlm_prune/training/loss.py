@@ -4,14 +4,13 @@ Shapes: B prompts, I images over all prompts, N visual tokens of each, K kept, A
 over all prompts, L rows, D features, V words.
 """
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..models.cache import HeldRows
+from ..models.decoder import row_options
 from ..models.language.minimind import ForwardPass
 from ..models.splice import ImageSlots, Spliced, splice
 from ..models.vlm import VLM
@@ -60,7 +59,8 @@ def cross_entropy_sum(logits_AV: mx.array, targets_A: mx.array) -> mx.array:
 def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) -> mx.array:
     """The loss of answers while a method's choice is soft, summed over their tokens.
 
-    Every visual token is there; those that the method would drop get next to no attention. What
+    Every visual token is there; those that the method would drop get next to no attention: the
+    language model's `forward_pass` must be `OthersBias`. What
     chooses is no lesson for the tower: its slopes are only guesses.
     """
     pixels_IHW3 = pixels(batch, model.dtype)
@@ -90,15 +90,13 @@ def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) ->
 
 def _biased_loss(model: VLM, batch: Batch, x_IND: mx.array, bias_IN: mx.array) -> mx.array:
     """With all visual tokens; `bias_IN` is added to the attention that others pay to each."""
-    language: Any = model.language
-    every_N = mx.arange(x_IND.shape[1])
+    language, every_N = model.language, mx.arange(x_IND.shape[1])
     slots = [ImageSlots(x_ND, every_N, bias_N) for x_ND, bias_N in zip(x_IND, bias_IN, strict=True)]
     spliced = splice(language.embed_tokens, batch.prompts, slots, "keep")
-    rotary = language.rotary(spliced.positions_BL, spliced.contiguous)
-    forward_pass = OthersBias(spliced.positions_BL, rotary, spliced.padding, spliced.bias_BL)
-    x_BLD = spliced.x_BLD
-    for layer, cache in zip(language.layers, language.make_cache(), strict=True):
-        x_BLD = layer(x_BLD, forward_pass, cache)
+    x_BLD = language.run(
+        range(language.depth), spliced.x_BLD, spliced.positions_BL, language.make_cache(),
+        bias_BL=spliced.bias_BL, **row_options(spliced),
+    )  # fmt: skip
     prompt_A, column_A = answer_rows(spliced, batch)
     logits_AV = language.logits(x_BLD[prompt_A, column_A])
     return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
@@ -111,9 +109,11 @@ class OthersBias(ForwardPass):
     must be what it would be if it stayed.
     """
 
-    def _mask(self, held: HeldRows, dtype: mx.Dtype) -> mx.array:
+    def _mask(self, held: HeldRows, dtype: mx.Dtype) -> mx.array | str | None:
+        if held.bias_BS is None:
+            return super()._mask(held, dtype)
         L = self.positions_BL.shape[1]
-        assert held.bias_BS is not None and held.rows == L, "all rows are read at once"
+        assert held.rows == L, "all rows are read at once"
         bias_BLL = mx.where(mx.eye(L, dtype=mx.bool_), 0, held.bias_BS[:, None])
         visible_B1LL = self.visible(held.positions_BS)
         return mx.where(visible_B1LL, bias_BLL[:, None], -mx.inf).astype(dtype)

@@ -26,8 +26,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "tower": "folder of the vision tower, where --model is MiniMind's language model alone: its"
         " projector then begins untrained",
         "tokenizer": "folder of that language model's tokenizer (default: beside it)",
-        "dtype": "of the weights and the computation; auto is float32 on a CPU, the checkpoint's"
-        " own on a GPU",
+        "dtype": "of the weights and the computation; auto is float32 for what learns, and on a"
+        " CPU or for a float16 checkpoint for the rest, which is else in the checkpoint's own",
         "data": "a file of examples, or a folder with train and valid files",
         "format": "of the data: jsonl, llava or minimind; auto goes by how the file begins",
         "image_folder": "what images' paths are relative to (default: the data file's folder)",

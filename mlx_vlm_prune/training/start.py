@@ -1,6 +1,9 @@
 """What a run begins with: a model, or a language model and a tower with an untrained projector."""
 
+import logging
 from pathlib import Path
+
+import mlx.core as mx
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import UserError
@@ -11,13 +14,26 @@ from ..models.loading import find_folder, load_checkpoint, load_folder
 from ..models.vlm import VLM
 from .config import TrainConfig
 
+logger = logging.getLogger("mlx_vlm_prune")
+
 
 def load_start(config: TrainConfig) -> tuple[VLM, Processor]:
-    """The model and its processor. Raises UserError."""
+    """The model and its processor. Raises UserError.
+
+    With dtype `auto` a model in float16, whose range is too small for slopes, is trained in
+    float32; adapters learn beside one in float16 as in mlx-lm.
+    """
     name = config.model or "scenes"
     if config.tower is None:
-        return load_folder(find_folder(config.model), name, config.dtype)
-    return load_checkpoint(read_start(config), _path(config), name, config.dtype)
+        model, processor = load_folder(find_folder(config.model), name, config.dtype)
+    else:
+        start = read_start(config)
+        model, processor = load_checkpoint(start, _path(config), name, config.dtype)
+    is_whole = config.stage not in ("lora", "dora")
+    if is_whole and config.dtype == "auto" and model.dtype == mx.float16:
+        logger.info("%s is in float16, and is trained in float32", name)
+        model.set_dtype(mx.float32)
+    return model, processor
 
 
 def read_start(config: TrainConfig) -> Checkpoint:
