@@ -95,7 +95,7 @@ def _biased_loss(model: VLM, batch: Batch, x_IND: mx.array, bias_IN: mx.array) -
     spliced = splice(language.embed_tokens, batch.prompts, slots, "keep")
     x_BLD = language.run(
         range(language.depth), spliced.x_BLD, spliced.positions_BL, language.make_cache(),
-        bias_BL=spliced.bias_BL, **row_options(spliced),
+        **row_options(spliced),
     )  # fmt: skip
     prompt_A, column_A = answer_rows(spliced, batch)
     logits_AV = language.logits(x_BLD[prompt_A, column_A])
