@@ -43,7 +43,7 @@ def write_adapters(folder, model, stage: str = "lora", size: float = 0.1, **keys
         module.lora_b = mx.array(random.normal(0, size, shape).astype(np.float32))
         if "m" in module:
             module.m = module.m * mx.array(random.uniform(0.9, 1.1, module.m.shape))
-    if keys.get("train_projector"):
+    if keys.get("unfreeze"):
         learner.model.projector.bias = learner.model.projector.bias + 0.5
     learner.write(folder, 1)
 
@@ -68,7 +68,7 @@ def close(one: np.ndarray, two: np.ndarray, tolerance: float = 1e-4) -> None:
 @pytest.mark.parametrize("parameters", [{}, EVERYWHERE])
 def test_a_fused_model_says_what_the_adapted_one_says(model, tmp_path, stage, parameters):
     write_adapters(
-        tmp_path / "adapters", model, stage, lora_parameters=parameters, train_projector=True
+        tmp_path / "adapters", model, stage, lora_parameters=parameters, unfreeze=["projector"]
     )
     target = fused(model, tmp_path)
     expected = logits(adapted(model, tmp_path), PICTURE)

@@ -83,7 +83,7 @@ def test_the_files_are_those_of_mlx_lm(place):
 @pytest.mark.parametrize("projector", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
 def test_only_adapters_and_a_projector_that_may_move(place, stage, projector):
-    c = config(stage, "x", "y", train_projector=projector, num_layers=2)
+    c = config(stage, "x", "y", unfreeze=["projector"] * projector, num_layers=2)
     model = loaded(place.model)
     before = bits(model)
     after = bits(trained(model, c).model)
@@ -169,7 +169,7 @@ NAME = "language.layers.0.self_attn.q_proj.lora_a"
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_loaded_says_what_was_trained(place, tmp_path, stage):
-    c = config(stage, "x", tmp_path / "a", train_projector=True)
+    c = config(stage, "x", tmp_path / "a", unfreeze=["projector"])
     learner = trained(loaded(place.model), c)
     learner.write(tmp_path / "a", 3)
     model, _ = load(place.model, adapter_path=tmp_path / "a", dtype="float32")
@@ -218,9 +218,11 @@ def test_parameters_that_would_do_nothing_or_something_else_are_refused(place, f
     assert fault in str(refusal.value)
 
 
-@pytest.mark.parametrize("keys", [{"num_layers": 0}, {"freeze": ["language"]}])
-def test_a_stage_in_which_nothing_would_learn_is_refused(place, keys):
-    with pytest.raises(UserError, match=r"num_layers is 0|freeze names language"):
+@pytest.mark.parametrize(
+    "keys", [{"num_layers": 0}, {"freeze": ["language"]}, {"unfreeze": ["tower"]}]
+)
+def test_a_stage_that_would_learn_nothing_or_more_is_refused(place, keys):
+    with pytest.raises(UserError, match=r"num_layers is 0|freeze names language|names tower"):
         LEARNERS["lora"](loaded(place.model), config("lora", "x", "y", **keys))
 
 

@@ -69,7 +69,6 @@ class TrainConfig:
     lora_parameters: dict[str, Any] = field(
         default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0}
     )
-    train_projector: bool = False  # beside the adapters
     twig_layer: int = 2
     twig_layers: int = 3
     # Data

@@ -47,7 +47,6 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "noise": "of a learned pruner's scores at first, falling to 0",
         "num_layers": "of lora and dora: how many of the last layers get adapters; -1 is all",
         "lora_parameters": "of lora and dora: rank, scale and dropout",
-        "train_projector": "of lora and dora: the projector learns as well",
         "twig_layer": "of twig: layer of the base that it grows on",
         "twig_layers": "of twig: how many layers it has",
     },

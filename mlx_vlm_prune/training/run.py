@@ -4,20 +4,22 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.errors import UserError, missing_package
+from ..hosts.loading import kind_of, load
+from ..models.loading import find_folder
 from . import summary
 from .batches import Reader
 from .config import TrainConfig
 from .curve import draw_curve
 from .display import Display
 from .folder import claimed
-from .formats import open_dataset, split_files
+from .formats import Dataset, open_dataset, split_files
 from .metrics import Metrics
 from .processes import LocalFault, Processes
 from .recompute import recompute_layers
@@ -96,6 +98,8 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
         split: open_dataset(path, config.format, images)
         for split, path in split_files(Path(config.data)).items()
     }
+    if config.tower is None and kind_of(find_folder(config.model)):
+        return _host_trainer(config, processes, datasets)
     model, processor = load_start(config)
     readers = {
         split: Reader(
@@ -107,6 +111,25 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     learner = LEARNERS[config.stage](model, config)
     if config.grad_checkpoint:
         recompute_layers(learner)
+    return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
+
+
+def _host_trainer(
+    config: TrainConfig, processes: Processes, datasets: Mapping[str, Dataset]
+) -> Trainer:
+    """Of a model of mlx-vlm's, in which adapters can learn. Raises UserError."""
+    if config.stage not in ("lora", "dora") or config.grad_checkpoint:
+        raise UserError(
+            f"{config.model} is a model of mlx-vlm's, in which the stages lora and dora learn,"
+            " without grad_checkpoint"
+        )
+    from .host_adapters import HostAdapters, HostReader
+
+    learner: Any = HostAdapters(*load(config.model, dtype=config.dtype), config)
+    readers: dict[str, Any] = {
+        split: HostReader(dataset, learner.host, config.max_seq_length, config.skip_bad)
+        for split, dataset in datasets.items()
+    }
     return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
 
 
