@@ -80,9 +80,7 @@ def test_the_loss_is_that_of_the_answer_in_generation(place, tmp_path, kind, pru
     inputs = prepare_prompt(host, "w7 w9", [open_image(place / "a.png")])
     assert batch.examples[0].inputs.ids == [*inputs.ids, *batch.examples[0].answer]
     views = encode_images_and_text(host, inputs, pipeline)
-    budgets = budgets_by_view(views, 0.5, None, pipeline)
-    if pruner == "none":
-        budgets = [view.signals.x_BND.shape[1] for view in views]
+    budgets = budgets_by_view(views, budget.get("keep_ratio"), None, pipeline)
     policy = trainer.learner.policy
     prefill = HostPrefill(host, prune_prompt(host, inputs, views, pipeline, budgets, policy))
     answer = batch.examples[0].answer

@@ -39,7 +39,7 @@ STAGES = {
     "mlp": ("pruner", {"pruner": "mlp", "keep_tokens": K}),
     "mlp with all": ("sft", {"pruner": "mlp", "keep_tokens": K}),
     "twig": ("twig", {"twig_layer": 1, "twig_layers": 1}),
-    "lora": ("lora", {"train_projector": True}),
+    "lora": ("lora", {"unfreeze": ["projector"]}),
     "lora of two matrices": (
         "lora",
         {"num_layers": 1, "lora_parameters": {

@@ -69,16 +69,21 @@ LAYERS = {"lora": LoRALinear, "dora": DoRALinear}
 
 
 class Adapters(Learner):
-    """Adapters in the language model, and the projector where `train_projector` says so."""
+    """Adapters in the language model, and the projector where `unfreeze` names it."""
 
     def unfreeze_parts(self) -> None:
         """Add the adapters; their first values follow from the seed."""
         c, model = self.config, self.model
         self.settings = _checked(c.lora_parameters)
         torch.manual_seed(c.seed)
-        if "language" not in c.freeze:
-            self._add()
-        if c.train_projector and "projector" not in c.freeze:
+        if "language" in c.freeze:
+            raise UserError(f"freeze names language, in which adapters learn in stage {c.stage}")
+        if others := set(c.unfreeze) - {"projector"}:
+            raise UserError(
+                f"unfreeze names {min(others)}; beside adapters only the projector can learn"
+            )
+        self._add()
+        if self.trains("projector"):
             model.projector.requires_grad_(True)
 
     def _add(self) -> None:
