@@ -28,7 +28,7 @@ from ...inputs.prompt import IMAGE_MARK
 from ..examples import Example
 from .records import example_of
 
-CHUNK = 1 << 22  # bytes read at once
+CHUNK = 1 << 20  # bytes read at once
 SPACE = " \t\r\n"
 
 
@@ -130,7 +130,7 @@ class _Scanner:
             except RecursionError:
                 raise self._error("is nested too deeply") from None
             except ValueError as e:
-                problem = e
+                problem = str(e)  # the error itself would hold the text
             if len(self.text) - self.at > LONGEST_LINE or not self._read_more():
                 raise self._error(f"is not valid JSON ({problem})") from None
 
