@@ -247,25 +247,6 @@ def test_lightvlms_scorer_learns_on_phi(data, tmp_path):
         train(stage_runs.config("twig", source, data, tmp_path / "twig"))
 
 
-def test_a_twig_lies_beside_the_model_prunes_and_drafts(plain, data, tmp_path):
-    out = tmp_path / "out"
-    keys = {"twig_layer": 1, "twig_layers": 2, "iters": 30}
-    train(stage_runs.config("twig", plain, data, out, **keys))
-    twig = open_safetensors(out / "pruners.safetensors")
-    assert twig["twig.layer"].floats() == [1] and twig["twig.head.weight"].dtype == "F16"
-    assert answer(out, num_draft_tokens=3) == answer(plain)
-    answer(out, pruner="twig", keep_tokens=8)
-    # A scorer trained next lies beside it, and another twig takes its place.
-    train(stage_runs.config("pruner", out, data, tmp_path / "b", pruner="mlp", keep_tokens=4))
-    both = open_safetensors(tmp_path / "b/pruners.safetensors")
-    assert {name.split(".")[0] for name in both} == {"mlp", "twig"}
-    assert all(both[name] == twig[name] for name in twig)
-    keys = {"twig_layer": 1, "twig_layers": 1}
-    train(stage_runs.config("twig", tmp_path / "b", data, tmp_path / "c", **keys))
-    shorter = open_safetensors(tmp_path / "c/pruners.safetensors")
-    assert not [name for name in shorter if name.startswith("twig.layers.1.")]
-
-
 def test_a_quantized_language_model_stays_and_its_projector_learns(data, tmp_path):
     source = tmp_path / "llava"
     llava.write(llava.random_model(), source)

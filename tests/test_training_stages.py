@@ -280,6 +280,9 @@ REFUSALS = {
     "a twig too deep": ("twig", {"twig_layer": 3}, "grows on layer 1 to 2"),
     "a twig too long": ("twig", {"twig_layer": 2, "twig_layers": 2}, "has no beginning in 3 layer"),
     "too many layers": ("sft", {"language_layers": 4}, "language_layers is 4; the model has 3"),
+    "all tokens in a pool": ("sft", {**POOL, "keep_tokens": 16}, "is never used; keep fewer"),
+    "a twig's base": ("twig", {"unfreeze": "language"}, "unfreeze has no effect in stage twig"),
+    "a tokenizer alone": ("sft", {"tokenizer": "x"}, "tokenizer goes with tower"),
     "a tower without a model": ("sft", {"tower": "clip"}, "name them by model"),
 }  # fmt: skip
 
@@ -313,3 +316,10 @@ def test_what_learns_is_in_float32_wherever_the_rest_is(plain, tmp_path, monkeyp
         assert {x.dtype for x in stays} == {rest}
         loss, by_name = slopes(learner, batches()[0])
         assert np.isfinite(loss) and all(np.isfinite(x).all() for x in by_name.values())
+
+
+def test_a_model_of_mlx_vlms_is_refused_in_a_sentence(data, tmp_path):
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen/config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    with pytest.raises(UserError, match="is a qwen2_5_vl model, which mlx-vlm runs; here MiniMind"):
+        train(stage_runs.config("pruner", tmp_path / "qwen", data, tmp_path / "out", **POOL))

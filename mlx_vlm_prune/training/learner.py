@@ -4,6 +4,7 @@ A stage is a `Learner`. Its trainable parameters are what the optimizer changes,
 checkpoint holds.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .config import TrainConfig
 from .loss import OthersBias, answer_loss, factor_loss
 from .pruner_weights import add_untrained, learned_names, trainable_names, trained_inside
 from .saving import save_model
+
+logger = logging.getLogger("mlx_vlm_prune")
 
 
 class Learner(nn.Module):
@@ -118,6 +121,12 @@ class Learner(nn.Module):
     def finish(self, folder: Path) -> None:
         """Write the model that the last step leaves, for a user to load."""
         learned = {name: dict(_flat(weights)) for name, weights in self.pruners.items()}
+        others = self.model.learned.keys() - learned_names(self.settings.pruner)
+        if others and tree_flatten(self.model.trainable_parameters()):
+            logger.warning(
+                "%s: trained for what the model was before; train them again",
+                ", ".join(sorted(others)),
+            )
         save_model(self.model, learned if self.trains("pruner") else {}, self.settings, folder)
 
     def loss(self, batch: Batch) -> mx.array:

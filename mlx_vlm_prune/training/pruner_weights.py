@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.config import ATTENTION_POOL
+from ..checkpoints.errors import UserError
 from ..models.vlm import VLM
 from ..pruners import METHODS, PRESETS, plan
 from ..pruners.budget import budget
@@ -41,6 +42,8 @@ def add_untrained(model: VLM, config: TrainConfig) -> None:
         return
     mx.random.seed(config.seed)
     K = budget(model.N, config.keep_ratio, config.keep_tokens, plan("random"))
+    if ATTENTION_POOL in missing and K == model.N:
+        raise UserError(f"{ATTENTION_POOL} of all {K} visual tokens is never used; keep fewer")
     learned: Mapping[str, Any] = {
         name: METHODS[name].make_weights(model.feature_dims, K) for name in missing
     }

@@ -126,6 +126,8 @@ def usage(c: TrainConfig) -> str:
         words += [f"--adapter-path {c.adapter_path}"]
     else:
         words += [f"--model {c.output}"]
+    if c.stage == "twig":
+        words += ["--num-draft-tokens 5"]
     if c.pruner != "none":
         words += [f"--pruner {c.pruner}"]
         words += [f"--keep-ratio {c.keep_ratio:g}"] if c.keep_ratio else []
