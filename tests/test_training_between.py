@@ -1,18 +1,27 @@
 """A run goes on after a stop, in the framework that began it bit for bit, or in the other."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.training.metrics import read_rows
 from mlx_vlm_prune.training.run_state import checkpoint_folders
 from torch_ref.models.loading import load_folder
 from torch_ref.train import main as train_command
 from torch_ref.training.run import train
 
 from .training_pairs import CPU, Runs, assert_same, weights
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +93,33 @@ def test_the_command_writes_a_model_that_either_loads(runs, tmp_path, capsys):
     assert state["progress"]["iteration"] == 4
 
 
+def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
+    common = [
+        "--stage", "sft", "--model", str(runs.folder / "model"), "--data", str(runs.folder),
+        "--iters", "4", "--learning-rate", "1e-3", "--steps-per-report", "1", "--save-every", "2",
+    ]  # fmt: skip
+    train_command([*common, "--batch-size", "4", "--output", str(tmp_path / "one")])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    options = [*common, "--batch-size", "2", "--output", str(tmp_path / "two")]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch_ref.train", *options],
+            env={**os.environ, **own, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    one, two = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("train_loss", "val_loss"):
+        pairs = [(a[key], b[key]) for a, b in zip(one, two, strict=True) if key in a]
+        assert pairs and all(a == pytest.approx(b, rel=1e-5) for a, b in pairs)
+    files = [checkpoint_folders(tmp_path / name)[-1] for name in ("one", "two")]
+    states = [load_file(folder / "weights.safetensors") for folder in files]
+    assert_same(states[1], states[0], 1e-4)
+
+
 MISTAKES = {
     "again": ({}, "holds another run; resume it"),
     "another rate": (
@@ -91,6 +127,10 @@ MISTAKES = {
     ),
     "another stage": ({"resume": True, "stage": "pretrain"}, "was written with stage='sft'"),
     "optimizer": ({"resume": True, "optimizer": "muon"}, "torch_ref has adam, adamw or sgd"),
+    "decoder method": (
+        {"resume": True, "pruner": "fastv", "keep_tokens": 12, "grad_checkpoint": True},
+        "grad_checkpoint cannot be used with fastv",
+    ),
     "pruner": ({"resume": True, "pruner": "divprun"}, "did you mean divprune"),
     "budget": ({"resume": True, "pruner": "divprune", "keep_tokens": 17}, "keep 1 to 16"),
 }  # fmt: skip

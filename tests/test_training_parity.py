@@ -86,6 +86,15 @@ def test_ten_steps_end_at_the_references_weights(runs, case):
     assert_same_moves(our_moves, moves)
 
 
+def test_layers_that_are_computed_again_give_the_same_steps(runs):
+    keys = {"pruner": "divprune", "keep_tokens": 6}
+    plain, again = (
+        steps(runs.torch(runs.config("sft", grad_checkpoint=on, **keys)), 3) for on in (False, True)
+    )
+    assert plain[0] == again[0]
+    assert all(np.array_equal(plain[1][name], again[1][name]) for name in plain[1])
+
+
 @pytest.mark.parametrize("side", ["mlx", "torch"])
 def test_accumulated_batches_step_as_one_batch_does(runs, side):
     whole = runs.config("sft", optimizer="sgd", learning_rate=0.1)

@@ -3,6 +3,7 @@
 `reduce` checks the budget and answers K = N itself, as `Pruner` in mlx_vlm_prune does.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -50,6 +51,9 @@ DEFAULTS: dict[str, Any] = {
     "training_factor": None,
     "fixed_options": lambda weights: {},
 }
+
+
+NO_FLOAT64 = ("mps",)  # devices on which methods, which choose in float64, do not choose
 
 
 def entry(method: ModuleType, name: str) -> Any:
@@ -109,6 +113,10 @@ def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: 
     (0 to N in the decoder).
     """
     B, N, _ = signals.x_BND.shape
+    device = signals.x_BND.device
+    if device.type in NO_FLOAT64 and name != "attention_pool" and K < N:
+        weights = None if weights is None else copy.deepcopy(weights).cpu()
+        return reduce(name, signals.constant.to("cpu"), K, weights, **options).to(device)
     step = Step(name, K, options)
     if not (step.stage != "decoder") <= K <= N:
         raise ValueError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")

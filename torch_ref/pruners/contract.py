@@ -70,6 +70,11 @@ class Signals:
         tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
         return self.replace(**{name: value.detach() for name, value in tensors.items()})
 
+    def to(self, device: torch.device | str) -> "Signals":
+        """The same elsewhere."""
+        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return self.replace(**{name: value.to(device) for name, value in tensors.items()})
+
     def per_token(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
         """A copy with `change(signal, dim of its tokens)` for all that is per token, x included."""
         changed: dict[str, Tensor] = {}
@@ -97,6 +102,11 @@ class Reduction:
     index_BK: Tensor | None = None
     weight_BKN: Tensor | None = None
     value_BND: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Reduction":
+        """The same elsewhere."""
+        tensors = (self.index_BK, self.weight_BKN, self.value_BND)
+        return Reduction(*(None if x is None else x.to(device) for x in tensors))
 
     def apply(self, x_BND: Tensor) -> Tensor:
         """Reduce (B, N, ...) to (B, K, ...)."""

@@ -21,6 +21,8 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self.device, self.rank, self.size = device, 0, int(os.environ.get("WORLD_SIZE", "1"))
         if self.size > 1:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             if not dist.is_initialized():
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             self.rank = dist.get_rank()

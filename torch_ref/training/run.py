@@ -21,6 +21,7 @@ from mlx_vlm_prune.training.metrics import Metrics
 from ..models.learned import read_learned
 from ..models.loading import best_device, load_checkpoint
 from .processes import Processes, own_device
+from .recompute import recompute_layers
 from .stages import LEARNERS
 from .trainer import Report, Trainer
 
@@ -41,11 +42,14 @@ def train(config: TrainConfig) -> None:
         if processes.is_first:
             metrics = Metrics(config.folder, trainer.progress.iteration)
             trainer.on_report = partial(_report, metrics, trainer.iters)
+            print(opening(trainer), flush=True)
         trainer.run()
 
 
 def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     """The model, its data and what learns. Raises UserError."""
+    if config.report_to:
+        raise UserError("report_to is mlx_vlm_prune.train's alone; metrics.jsonl has every figure")
     torch.manual_seed(config.seed)
     folder = resolve_path(config.model) if config.model else CHECKPOINT
     checkpoint = read_start(config, folder)
@@ -56,11 +60,13 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     readers = {
         split: Reader(
             open_dataset(path, config.format, images), processor, model.config,
-            config.max_seq_length, config.skip_bad,
+            config.max_seq_length, config.skip_bad, config.chat_template_config,
         )
         for split, path in split_files(Path(config.data)).items()
     }  # fmt: skip
     learner = LEARNERS[config.stage](model, checkpoint, folder, config)
+    if config.grad_checkpoint:
+        recompute_layers(model, learner.steps)
     return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
@@ -76,6 +82,17 @@ def read_start(config: TrainConfig, folder: Path) -> Checkpoint:
     tokenizer = resolve_path(config.tokenizer) if config.tokenizer else None
     tower = resolve_path(config.tower)
     return read_checkpoint(folder, tower, tokenizer, projector_seed=config.seed)
+
+
+def opening(trainer: Trainer) -> str:
+    """What is about to learn, from what, and where."""
+    c, learner, done = trainer.config, trainer.learner, trainer.progress.iteration
+    numbers = sum(parameter.numel() for parameter in learner.parameters.values())
+    return (
+        f"{c.stage}: {numbers:,} numbers learn, in float32 on {learner.model.device};"
+        f" {trainer.order.examples} examples, {trainer.iters} steps"
+        + (f", of which {done} are done" if done else "")
+    )
 
 
 def _report(metrics: Metrics, iters: int, report: Report) -> None:
