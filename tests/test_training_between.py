@@ -101,16 +101,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
     train_command([*common, "--batch-size", "4", "--output", str(tmp_path / "one")])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     options = [*common, "--batch-size", "2", "--output", str(tmp_path / "two")]
     both = [
         subprocess.Popen(
             [sys.executable, "-m", "torch_ref.train", *options],
-            env={**os.environ, **own, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            env={**os.environ, **rendezvous, "RANK": str(rank), "PYTHONPATH": str(ROOT)},
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
     one, two = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for key in ("train_loss", "val_loss"):
         pairs = [(a[key], b[key]) for a, b in zip(one, two, strict=True) if key in a]

@@ -26,7 +26,7 @@ def recompute_layers(model: VLM, steps: Sequence[Step]) -> None:
     if not isinstance(model.language, MiniMind):
         raise UserError("grad_checkpoint needs a language model of MiniMind's or Llama's kind")
     for layer in model.language.layers:
-        layer.forward = partial(_forward, layer.forward)  # type: ignore[method-assign]
+        layer.forward = partial(_forward, layer.forward)
 
 
 def _forward(
