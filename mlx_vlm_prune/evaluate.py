@@ -7,6 +7,7 @@ often the answer equals the one with all tokens; the mean log-probability of the
 its end. Each is compared with full and with `random` at the same budget, with a 95 % interval of
 the difference (paired bootstrap over the questions). A batch of questions is put to all methods
 before the next and saved beside the result: an interrupted run is resumed by the same command.
+Under `mlx.launch` each process answers a batch at a time, and the first writes the result.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from .evaluation.resume import ResumeFile
 from .evaluation.table import table
 from .hosts.loading import load
 from .machine.hardware import describe_machine, on_cpu, versions
+from .machine.processes import ProcessGroup
 from .machine.user_cache import cache_folder, model_key, write_cached
 from .models.adapters import adapter_key
 from .models.loading import DTYPES
@@ -121,10 +123,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
     parser = build_parser()
     with in_one_sentence(parser):
-        run(parser.parse_args(argv))
+        args, processes = parser.parse_args(argv), ProcessGroup()
+        with processes.mistakes_once():
+            run(args, processes)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     """Answer all questions, score, print and write."""
     _check(args)
     question_set = question_set_of(args)
@@ -139,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     if args.max_tokens is None:
         args.max_tokens = most_answer_tokens(evaluated, question_set.format.name, questions)
     evaluation = EvaluationRun(
-        evaluated, question_set, questions, methods, args.max_tokens, args.batch
+        evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
     )
     resume_file = ResumeFile(args.out, resume_settings(args, evaluation, folder))
     try:
@@ -148,6 +152,8 @@ def run(args: argparse.Namespace) -> None:
         progress = f"{evaluation.done} of {len(questions)} questions are answered"
         print(f"\ninterrupted: {progress}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    if not processes.is_first:
+        return
     result = result_of(args, evaluation, unread, refused, folder)
     text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)

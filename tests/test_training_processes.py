@@ -143,3 +143,25 @@ def test_a_mistake_of_one_ends_all_and_is_said_once(desk, tmp_path):
     refused = ends(start_two(tmp_path, arguments(desk, desk / "model", 2)))
     assert [code for code, *_ in refused] == [2, 2]
     assert "holds files of something else" in refused[0][2] and not refused[1][2]
+
+
+def test_an_evaluation_by_two_processes_is_that_of_one(desk, tmp_path):
+    launch = Path(sys.executable).with_name("mlx.launch")
+    options = ["-m", "mlx_vlm_prune.evaluate", "--model", str(desk / "model/mlx"),
+               "--per-kind", "2", "--pruner", "divprune", "--keep-tokens", "8", "--batch", "5", "--out"]  # fmt: skip
+    command = [str(launch), "-n", "2", "--backend", "ring", "--python", sys.executable]
+    results = []
+    for start, out in (
+        ([*command], tmp_path / "two.json"),
+        ([sys.executable], tmp_path / "one.json"),
+    ):
+        ran = subprocess.run(
+            [*start, *options, str(out)], env=ENVIRONMENT, text=True, capture_output=True,
+            timeout=120, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert ran.returncode == 0 and ran.stdout.count("Wrote ") == 1, ran.stderr
+        results.append(json.loads(out.read_text()))
+        assert len(list(tmp_path.glob("*.jsonl"))) == 0
+    for result in results:
+        del result["seconds"]
+    assert results[0] == results[1]

@@ -21,7 +21,7 @@ from .display import Display
 from .folder import claimed
 from .formats import Dataset, open_dataset, split_files
 from .metrics import Metrics
-from .processes import LocalFault, Processes
+from .processes import Processes
 from .recompute import recompute_layers
 from .run_state import checkpoint_folders
 from .stages import LEARNERS
@@ -34,22 +34,15 @@ logger = logging.getLogger("mlx_vlm_prune")
 def train(config: TrainConfig) -> None:
     """Train as the config says. Raises UserError for what cannot be trained or read."""
     processes = Processes()
-    try:
-        with ExitStack() as stack:
-            fault = None
-            try:
-                if processes.is_first:
-                    stack.enter_context(claimed(config))
-            except UserError as e:
-                fault = e
-            processes.agree(fault)
-            _train(config, processes)
-    except LocalFault:
-        raise
-    except UserError:
-        if not processes.is_first:  # which says it
-            sys.exit(2)
-        raise
+    with processes.mistakes_once(), ExitStack() as stack:
+        fault = None
+        try:
+            if processes.is_first:
+                stack.enter_context(claimed(config))
+        except UserError as e:
+            fault = e
+        processes.agree(fault)
+        _train(config, processes)
 
 
 def _train(config: TrainConfig, processes: Processes) -> None:
