@@ -148,13 +148,12 @@ def test_a_mistake_of_one_ends_all_and_is_said_once(desk, tmp_path):
 def test_an_evaluation_by_two_processes_is_that_of_one(desk, tmp_path):
     launch = Path(sys.executable).with_name("mlx.launch")
     options = ["-m", "mlx_vlm_prune.evaluate", "--model", str(desk / "model/mlx"),
-               "--per-kind", "2", "--pruner", "divprune", "--keep-tokens", "8", "--batch", "5", "--out"]  # fmt: skip
+               "--per-kind", "2", "--pruner", "divprune", "--keep-tokens", "8",
+               "--batch", "5", "--out"]  # fmt: skip
     command = [str(launch), "-n", "2", "--backend", "ring", "--python", sys.executable]
     results = []
-    for start, out in (
-        ([*command], tmp_path / "two.json"),
-        ([sys.executable], tmp_path / "one.json"),
-    ):
+    for start, name in ((command, "two.json"), ([sys.executable], "one.json")):
+        out = tmp_path / name
         ran = subprocess.run(
             [*start, *options, str(out)], env=ENVIRONMENT, text=True, capture_output=True,
             timeout=120, stdin=subprocess.DEVNULL,

@@ -42,7 +42,7 @@ class ProcessGroup:
             return [text]
         data = np.frombuffer(text.encode(), np.uint8)
         lengths = mx.distributed.all_gather(mx.array([len(data)]), group=self.group)
-        padded = np.zeros(int(mx.max(lengths).item()) or 1, np.uint8)
+        padded = np.zeros(max(1, np.array(lengths).max()), np.uint8)
         padded[: len(data)] = data
         rows = np.array(mx.distributed.all_gather(mx.array(padded), group=self.group))
         pairs = zip(rows.reshape(self.size, -1), np.array(lengths), strict=True)

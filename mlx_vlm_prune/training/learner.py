@@ -177,7 +177,7 @@ def _unfreeze_language(model: VLM, layers: int | None) -> None:
     if model.config.quantization:
         raise UserError(
             "the language model is quantized, so it cannot learn; train adapters (stage lora), or"
-            " undo -q by convert to-mlx --dequantize"
+            " undo -q by python -m convert to-mlx --dequantize"
         )
     if layers is None:
         language.unfreeze()

@@ -39,7 +39,7 @@ class TwigStage(Learner):
         if model.config.quantization:
             raise UserError(
                 "a twig begins as layers of the language model, which is quantized here; undo -q"
-                " by convert to-mlx --dequantize"
+                " by python -m convert to-mlx --dequantize"
             )
         super().__init__(model, config)
 
