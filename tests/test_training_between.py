@@ -96,7 +96,7 @@ def test_the_command_writes_a_model_that_either_loads(runs, tmp_path, capsys):
 def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
     common = [
         "--stage", "sft", "--model", str(runs.folder / "model"), "--data", str(runs.folder),
-        "--iters", "4", "--learning-rate", "1e-3", "--steps-per-report", "1", "--save-every", "2",
+        "--iters", "2", "--learning-rate", "1e-3", "--steps-per-report", "1", "--save-every", "2",
     ]  # fmt: skip
     train_command([*common, "--batch-size", "4", "--output", str(tmp_path / "one")])
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -46,6 +46,7 @@ def test_every_flag_of_the_page_exists():
         "--prompt",
         "--help",
         "--backend",
+        "--nproc-per-node",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= known
 
