@@ -2,7 +2,8 @@
 
 Writes DIR/train and DIR/valid as MiniMind-V's parquet, as LLaVA's JSON, or as JSON lines, the last
 two with their pictures in DIR/images. A scene is an example, and its questions are turns about one
-picture. Scenes that methods are judged on are in neither file; the same options write the same
+picture; with `--separate` each is an example, as the built-in model, which knows one turn only, was
+trained. Scenes that methods are judged on are in neither file; the same options write the same
 files. The last line is one JSON object of what was written.
 
     python -m benchmarks.scenes_data --format jsonl --kinds farthest --turns 1 --out farthest
@@ -13,7 +14,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,16 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
                 kinds: Counter[str] = Counter()
                 drawn = examples(seeds, count, args.kinds, args.turns)
                 shown = tqdm(drawn, total=count, desc=split, unit="scene", leave=False)
-                WRITERS[args.format](counted(shown, kinds), folder, split)
-                figures[split] = {"examples": count, "questions": dict(sorted(kinds.items()))}
+                parts = separated(shown) if args.separate else iter(shown)
+                WRITERS[args.format](counted(parts, kinds), folder, split)
+                figures[split] = {"scenes": count, "questions": dict(sorted(kinds.items()))}
     return figures
+
+
+def separated(drawn: Iterable[Example]) -> Iterator[Example]:
+    """An example for each question."""
+    for example in drawn:
+        yield from (replace(example, questions=(question,)) for question in example.questions)
 
 
 def counted(drawn: Iterable[Example], kinds: Counter[str]) -> Iterator[Example]:
@@ -198,6 +206,8 @@ def build_parser() -> Parser:
         "--kinds", nargs="+", choices=ODDS, default=[*KINDS, "content"], metavar="KIND",
         help=f"of {', '.join(ODDS)} (all but the last)",
     )  # fmt: skip
+    add("--separate", action="store_true",
+        help="an example for each question, in place of turns")  # fmt: skip
     add("--first", type=natural, default=0, metavar="N", help="number of the first scene (0)")
     return parser
 

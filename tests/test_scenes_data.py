@@ -69,6 +69,19 @@ def test_single_questions_of_a_new_kind_can_be_evaluated_too(tmp_path, capsys):
     assert set(MORE_KINDS) < set(ODDS)
 
 
+def test_questions_may_be_examples_of_their_own(tmp_path, capsys):
+    turns, single = ([], ["--separate"])
+    figures = [
+        written(tmp_path / f"{n}", capsys, "--format", "llava", *options)
+        for n, options in enumerate((turns, single))
+    ]
+    assert figures[0]["train"] == figures[1]["train"]
+    packed, alone = (open_dataset(tmp_path / f"{n}/train.json") for n in range(2))
+    assert len(packed) == 6
+    pairs = [pair for n in range(6) for pair in packed[n].turns]
+    assert [turn[1] for turn in pairs] == [alone[n].turns[0][1] for n in range(len(alone))]
+
+
 def test_a_folder_that_exists_is_not_written_over(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         written(tmp_path, capsys)

@@ -17,6 +17,7 @@ from mlx import optimizers as optim
 from mlx.utils import tree_map
 
 from ..checkpoints.errors import UserError
+from ..machine.hardware import on_cpu
 from . import checkpoints
 from .batches import AHEAD, Batch, Order, Reader
 from .config import TrainConfig
@@ -187,10 +188,11 @@ class Trainer:
         return Slopes(loss, int(count), int(read), gradients)
 
     def batch(self, iteration: int, part: int) -> Batch | None:
-        """This process's share of a batch of a step; those that come next are read meanwhile."""
+        """This process's share of a batch of a step. On a GPU those that come next are read
+        meanwhile; on a CPU that gains nothing, since steps use all its cores."""
         parts = self.config.grad_accumulation_steps
         number = iteration * parts + part
-        last = min(number + AHEAD, self.iters * parts - 1)
+        last = min(number + (0 if on_cpu() else AHEAD), self.iters * parts - 1)
         indices = (self._indices(*divmod(n, parts)) for n in range(number, last + 1))
         share, *ahead = map(self.processes.share, indices)
         return self.data.batch(share, ahead)
