@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from mlx import nn
 from mlx.optimizers import AdamW
+from mlx.utils import tree_flatten
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
@@ -22,6 +23,7 @@ from mlx_vlm_prune.generate import main as generate_main
 from mlx_vlm_prune.models.adapters import AdapterConfig, adapter_arrays, adapters, add_adapters
 from mlx_vlm_prune.models.language.experts import GATHERED
 from mlx_vlm_prune.scenes import CHECKPOINT
+from mlx_vlm_prune.training.recompute import recompute_layers
 from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.stages import LEARNERS
 
@@ -162,6 +164,24 @@ def test_dropout_follows_from_the_seed_and_is_off_afterwards(place):
     model, _ = load(place.model, adapter_path=place.adapters)
     assert not model.training
     np.testing.assert_array_equal(logits(model, PICTURE), logits(model, PICTURE))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_layers_computed_again_drop_what_they_dropped_before(place, stage):
+    c = config(stage, "x", "y", lora_parameters={"dropout": 0.4, "scale": 5.0})
+    gradients = []
+    for again in (False, True):
+        learner = LEARNERS[stage](loaded(place.model), c)
+        for _, module in adapters(learner.model):
+            module.lora_b = mx.ones(module.lora_b.shape) * 0.02
+        if again:
+            recompute_layers(learner)
+        learner.train()
+        mx.random.seed(5)
+        _, slopes = nn.value_and_grad(learner, learner.loss)(PICTURE)
+        gradients.append(dict(tree_flatten(slopes)))
+    for name, plain in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], plain, rtol=1e-4, atol=1e-4)
 
 
 NAME = "language.layers.0.self_attn.q_proj.lora_a"

@@ -59,16 +59,31 @@ class RecomputedLayers:
     def _checkpointed(
         self: Any, number: int, module: nn.Module, whole: Any, positions_BL: mx.array, options: Any
     ) -> Any:
-        """A layer as a function of all that slopes may go to: its weights, rows and biases."""
+        """A layer as a function of all that slopes may go to: its weights, rows and biases.
+
+        Computed again, it draws the random numbers of the first time.
+        """
+        drops = any(isinstance(m, nn.Dropout) and m._p_1 < 1 for m in module.modules())
+        begin = random_state() if drops else 0
 
         def layer(parameters: Any, x_BLD: mx.array, biases: list[mx.array]) -> mx.array:
-            before = module.trainable_parameters()
+            before, now = module.trainable_parameters(), random_state() if drops else 0
             module.update(parameters)
+            if drops:
+                mx.random.seed(begin)
             fresh = {number: self.make_cache()[number]}
             bias_BL = biases[0] if biases else None
             rows = range(number, number + 1)
             result: mx.array = whole(rows, x_BLD, positions_BL, fresh, bias_BL=bias_BL, **options)
             module.update(before)
+            if now != begin:  # computed again
+                mx.random.seed(now)
             return result
 
         return mx.checkpoint(layer)
+
+
+def random_state() -> int:
+    """The seed with which MLX would draw the same numbers as from here on."""
+    high, low = mx.random.state[0].tolist()
+    return int(high) << 32 | int(low)
