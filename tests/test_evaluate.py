@@ -344,19 +344,3 @@ def test_scenes_are_asked_of_the_built_in_model(tmp_path, capsys):
         ("none", 196), ("random", 98), ("divprune", 98),
     ]  # fmt: skip
     assert result["rows"][0]["overall"] > 0.8 and result["model"] == "scenes"
-
-
-def test_adapters_are_evaluated_and_not_taken_for_the_model(home, tmp_path):
-    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
-    from mlx_vlm_prune.training.stages import LEARNERS
-
-    from .training_data import config, loaded
-
-    learner = LEARNERS["lora"](loaded(home / "mlx"), config("lora", "x", tmp_path / "a"))
-    learner.write(tmp_path / "a", 1)
-    command = ["--model", str(home / "mlx"), "--questions", str(home / "questions.jsonl")]
-    command += ["--out", str(tmp_path / "e.json"), "--pruner", "norm", "--max-tokens", "3"]
-    main([*command, "--adapter-path", str(tmp_path / "a")])
-    result = json.loads((tmp_path / "e.json").read_text())
-    assert result["adapter_path"] == str(tmp_path / "a")
-    assert not (cache_folder() / "evaluations" / f"{model_key(home / 'mlx')}.json").exists()

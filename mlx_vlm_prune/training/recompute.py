@@ -85,5 +85,6 @@ class RecomputedLayers:
 
 def random_state() -> int:
     """The seed with which MLX would draw the same numbers as from here on."""
-    high, low = mx.random.state[0].tolist()
+    state: Any = mx.random.state
+    high, low = state[0].tolist()
     return int(high) << 32 | int(low)
