@@ -81,11 +81,14 @@ def test_a_method_that_reads_what_layers_hold_is_refused(desk):
         trainer(desk, grad_checkpoint=True, pruner="fastv", keep_tokens=12)
 
 
-def test_a_prompt_in_pieces_is_refused(desk, monkeypatch):
+@pytest.mark.parametrize("stage", ["sft", "twig"])
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_a_long_prompt_is_read_at_once(desk, monkeypatch, stage, grad_checkpoint):
+    more = {"stage": stage, "grad_checkpoint": grad_checkpoint, "batch_size": 3}
+    more |= {"twig_layer": 1, "twig_layers": 1} if stage == "twig" else {}
+    expected = trainer(desk, **more).step(0)
     monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 8)
-    run = trainer(desk, grad_checkpoint=True)
-    with pytest.raises(UserError, match="grad_checkpoint reads a prompt at once"):
-        run.step(0)
+    assert trainer(desk, **more).step(0) == expected
 
 
 def test_only_the_instance_is_changed(desk):

@@ -181,7 +181,7 @@ def test_a_minimind_begins_from_a_language_models_weights_and_a_tower(plain, dat
     torch.save(language, tmp_path / "llm_512.pth")
     keys = {"tower": str(plain.parent / "clip"), "tokenizer": str(plain.parent / "words")}
     llm, out = tmp_path / "llm_512.pth", tmp_path / "out"
-    with pytest.raises(UserError, match="cannot see; to train it to, give its tower"):
+    with pytest.raises(UserError, match="cannot see; to train it to, give tower"):
         convert_or_raise(llm, tmp_path / "no", plain)
     train(stage_runs.config("pretrain", llm, data, out, **keys, **POOL))
     before, after = read_checkpoint(plain).tensors, read_checkpoint(out).tensors

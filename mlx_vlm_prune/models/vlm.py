@@ -162,12 +162,14 @@ class VLM(nn.Module):
         return SplicedImages(spliced, batches, pipeline, K, policy, trace)
 
     def decode(
-        self, read: "SplicedImages", twig: TwigReader | None = None
-    ) -> tuple[Decoded, list[Any]]:
+        self, read: "SplicedImages", twig: TwigReader | None = None,
+        prefill_step_size: int | None = None,
+    ) -> tuple[Decoded, list[Any]]:  # fmt: skip
         """Through the language model's layers, inside which rows may leave; with their caches."""
         cuts = self.cuts(read.batches, read.pipeline, read.K, read.policy, twig)
         cache = self.language.make_cache()
-        decode = Decoder(self.language, cache, cuts, twig.observers if twig else {})
+        observers = twig.observers if twig else {}
+        decode = Decoder(self.language, cache, cuts, observers, prefill_step_size)
         return decode(read.spliced), cache
 
     def encode(

@@ -39,9 +39,9 @@ def answer_rows(spliced: Spliced, batch: Batch) -> tuple[mx.array, mx.array]:
 
 def answer_loss(model: VLM, batch: Batch, pipeline: Pipeline, K: int) -> mx.array:
     """Cross-entropy of the answers, summed over their A tokens."""
-    decoded, _ = model.decode(
-        model.splice_images(batch.prompts, pixels(batch, model.dtype), pipeline, K)
-    )
+    read = model.splice_images(batch.prompts, pixels(batch, model.dtype), pipeline, K)
+    # Slopes need all rows at once, so a long prompt is not read in pieces.
+    decoded, _ = model.decode(read, prefill_step_size=read.spliced.L)
     prompt_A, column_A = answer_rows(decoded.spliced, batch)
     logits_AV = model.language.logits(decoded.spliced.x_BLD[prompt_A, column_A])
     return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))

@@ -56,9 +56,11 @@ class TwigStage(Learner):
         spliced = model.splice_images(batch.prompts, images, self.pipeline, self.K).spliced
         language = model.language
         below = range(twig.layer)
-        x_BLD = mx.stop_gradient(run_layers(language, below, spliced, language.make_cache()))
+        x_BLD = mx.stop_gradient(
+            run_layers(language, below, spliced, language.make_cache(), spliced.L)
+        )
         every, at_layer = range(len(twig.layers)), replace(spliced, x_BLD=x_BLD)
-        x_BLD = run_layers(twig, every, at_layer, twig.make_cache())
+        x_BLD = run_layers(twig, every, at_layer, twig.make_cache(), spliced.L)
         logits_AV = twig.logits(x_BLD[answer_rows(spliced, batch)])
         return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
 
