@@ -131,8 +131,11 @@ class TrainConfig:
             raise UserError("give keep_ratio or keep_tokens, not both")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is {self.keep_ratio}; it must be above 0 and at most 1")
-        for name in ("unfreeze", "language_layers"):
-            if getattr(self, name) and self.stage in ("lora", "dora", "twig"):
+        for name, stages in (
+            ("unfreeze", ("twig",)),  # adapters say themselves what may learn beside them
+            ("language_layers", ("lora", "dora", "twig")),
+        ):
+            if getattr(self, name) and self.stage in stages:
                 raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
         if self.tokenizer and not self.tower:
             raise UserError("tokenizer goes with tower: it is that of a language model alone")
