@@ -17,6 +17,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
 from mlx_vlm_prune.models.loading import load_folder
+from mlx_vlm_prune.pruners.scorer import straight_through
 from mlx_vlm_prune.training.batches import Batch
 from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.learner import Learner
@@ -25,6 +26,7 @@ from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.stages import LEARNERS
 from mlx_vlm_prune.training.start import load_start
 from tests import stage_runs, tiny
+from torch_ref.pruners.numerics import straight_through as reference_factor
 from torch_ref.training import pruners as reference
 from torch_ref.training.scenes_data import Batch as TorchBatch
 
@@ -177,8 +179,6 @@ def test_budgets_come_in_turn_and_the_noise_falls_to_zero(pair):
 
 
 def test_the_noise_is_gumbels():
-    from mlx_vlm_prune.pruners.scorer import straight_through
-
     mx.random.seed(0)
     score_BN = mx.broadcast_to(mx.log(mx.array([0.5, 0.3, 0.2])), (20000, 3))
     kept = (straight_through(score_BN, 1, 1.0) > 0.5).astype(mx.float32)
@@ -200,6 +200,17 @@ def test_a_twig_begins_and_learns_as_the_references(plain):
     assert by_name.keys() == {f"twig.{name}" for name, _ in twig.named_parameters()}
     for name, value in twig.named_parameters():
         assert close(by_name[f"twig.{name}"], value.grad), name
+
+
+def test_slopes_stay_finite_where_a_dropped_token_would_take_all_attention():
+    """In either framework; a sharp model's logits differ by more than the factor makes up for."""
+    weight = [[3e25, -1.0, 1e18]]  # what comes of such a token
+    score_BN = mx.array([[1.0, 2.0, 0.5]])
+    ours = mx.grad(lambda s: (straight_through(s, 1, 0.0) * mx.array(weight)).sum())(score_BN)
+    theirs = torch.tensor([[1.0, 2.0, 0.5]], requires_grad=True)
+    (reference_factor(theirs, 1, 0.0) * torch.tensor(weight)).sum().backward()
+    assert np.allclose(np.array(ours), theirs.grad, rtol=1e-5)
+    assert 1e11 < np.abs(np.array(ours)).max() <= 1e12
 
 
 def moved(start, folder) -> set[str]:

@@ -5,12 +5,15 @@ The layers are called under `choosing()`.
 Shapes: B images, N tokens, D features, K kept.
 """
 
+from typing import Any
+
 import mlx.core as mx
 from mlx import nn
 
 from .numerics import constant, rounded, to_choice_dtype
 
 DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
+STEEPEST = 1e12  # of such a slope: squares of what may come of a larger one are infinite
 
 
 def layer_norm(x_BND: mx.array, norm: nn.LayerNorm) -> mx.array:
@@ -40,7 +43,20 @@ def straight_through(score_BN: mx.array, K: int, noise: float) -> mx.array:
     line_B1 = mx.stop_gradient(mx.sort(noisy_BN, axis=-1)[:, -K][:, None])
     soft_BN = mx.sigmoid(noisy_BN - line_B1)
     hard_BN = mx.maximum((noisy_BN >= line_B1).astype(mx.float32), DROPPED)
-    return hard_BN + (soft_BN - mx.stop_gradient(soft_BN))
+    factor_BN: Any = _bounded_slope(hard_BN + (soft_BN - mx.stop_gradient(soft_BN)))
+    return factor_BN
+
+
+@mx.custom_function
+def _bounded_slope(factor_BN: mx.array) -> mx.array:
+    """The same. Where a dropped token would take all attention from the others, the slope at next
+    to none is what e to the difference of their logits comes to."""
+    return factor_BN * 1
+
+
+@_bounded_slope.vjp
+def _bounded_slope_vjp(primal: mx.array, slope_BN: mx.array, factor_BN: mx.array) -> mx.array:
+    return mx.clip(slope_BN, -STEEPEST, STEEPEST)
 
 
 def budget_in_turn(K: int, step: int) -> int:

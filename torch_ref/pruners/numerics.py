@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
+STEEPEST = 1e12  # of such a slope: squares of what may come of a larger one are infinite
 
 
 def keep_highest(score_BN: Tensor, K: int) -> Tensor:
@@ -26,7 +27,10 @@ def straight_through(score_BN: Tensor, K: int, noise: float) -> Tensor:
     line_B1 = noisy_BN.detach().topk(K).values[:, -1:]
     soft_BN = torch.sigmoid(noisy_BN - line_B1)
     hard_BN = (noisy_BN >= line_B1).float().clamp(min=DROPPED)
-    return hard_BN + (soft_BN - soft_BN.detach())
+    factor_BN = hard_BN + (soft_BN - soft_BN.detach())
+    if factor_BN.requires_grad:
+        factor_BN.register_hook(lambda slope_BN: slope_BN.clamp(-STEEPEST, STEEPEST))
+    return factor_BN
 
 
 def budget_in_turn(K: int, step: int) -> int:
