@@ -48,6 +48,7 @@ from .device_ceilings import (
     memory_bytes,
     rounded,
 )
+from .language import RTOL
 from .model_shapes import SHAPES, TEXT_TOKENS, WHOLE, Request, request, shape
 from .rivals import RIVALS, measure_pair, pair_languages, print_rows, require_equal
 from .selectors import time_calls
@@ -57,7 +58,6 @@ from .timing import Run, alternate
 TOKENS, RATIOS = (576, 2304, 5184), (0.25, 0.5, 0.11)  # what tells most comes first
 SMALL = "minimind2-v"
 NEW_TOKENS = 16  # of each side's answer beside mlx-lm
-RTOL = {"float32": 1e-3, "bfloat16": 0.1}  # of the largest logit, of ours beside mlx-lm's
 ENVIRONMENT = ("commit", "device", "dtype", "machine", "threads", "versions")
 PARTS = ("vision", "pruner", "projector", "prefill", "total")
 CaseKey = tuple[str, int, str, int]  # shape, visual tokens, pruner, budget

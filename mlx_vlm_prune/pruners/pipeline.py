@@ -124,6 +124,8 @@ def _checked(name: str, kept: Any, signals: Signals, K: int) -> Reduction:
         raise UserError(f"{name} returned {type(kept).__name__}; it must be a Reduction")
     if kept.index_BK is None and kept.weight_BKN is None:
         raise UserError(f"{name} returned a Reduction without index_BK and weight_BKN")
+    if (kept.slot_BN is None) != (kept.share_BN is None):
+        raise UserError(f"{name} returned a Reduction with only one of slot_BN and share_BN")
     B, N, _ = signals.x_BND.shape
     shapes = {"index_BK": (B, K), "weight_BKN": (B, K, N), "value_BND": (B, N)}
     for part, shape in {**shapes, "slot_BN": (B, N), "share_BN": (B, N)}.items():

@@ -57,9 +57,9 @@ def merge(keys_Bnd: mx.array, size_Bn: mx.array, K: int) -> Reduction:
     similar_Ba, nearest_Ba = nearest(unit_Bnd[:, 1::2], unit_Bnd[:, ::2])
     r = min(n - K, n // 2)
     merging_Br = mx.argsort(-similar_Ba, axis=-1)[:, :r]
-    token_Br, none_Br = odd(merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
-    stays_Bn = mx.put_along_axis(mx.full((B, n), -1, mx.int32), token_Br, none_Br, axis=1)  # or 0
-    slot_Bn = -1 - mx.cumsum(stays_Bn, axis=1)  # of those that stay
+    token_Br, zero_Br = odd(merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
+    stays_Bn = mx.put_along_axis(mx.full((B, n), -1, mx.int32), token_Br, zero_Br, axis=1)
+    slot_Bn = -1 - mx.cumsum(stays_Bn, axis=1)  # of those that stay, which count -1 each
     home_Br = take(slot_Bn[:, ::2], take(nearest_Ba, merging_Br))
     slot_Bn = mx.put_along_axis(slot_Bn, token_Br, home_Br, axis=1)
     return Reduction.merge(mx.argsort(stays_Bn, axis=-1)[:, : n - r], slot_Bn, size_Bn)
