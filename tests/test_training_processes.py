@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_vlm_prune.train import main
+from mlx_vlm_prune.training.interrupts import StopRequest
 from mlx_vlm_prune.training.metrics import read_rows
 from mlx_vlm_prune.training.run_state import checkpoint_folders
 
@@ -66,7 +67,7 @@ def ends(processes: "list[subprocess.Popen[str]]") -> list[tuple[int, str, str]]
     """Exit code, output and errors of each."""
     ended = []
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=100)
         ended.append((process.returncode, out, err))
     return ended
 
@@ -116,6 +117,16 @@ def test_a_signal_to_one_stops_both_and_they_go_on_bit_for_bit(desk, tmp_path):
     assert [code for code, *_ in ended] == [0, 0]
     expected = weights(whole)
     assert all(mx.array_equal(array, expected[name]) for name, array in weights(out).items())
+
+
+def test_of_several_processes_none_stops_before_all_know():
+    one_of_two, alone = StopRequest(2), StopRequest(1)
+    for stop in (one_of_two, alone):
+        with stop.on_signals():
+            signal.raise_signal(signal.SIGTERM)
+    assert alone.is_set and not one_of_two.is_set
+    one_of_two.agree(1)
+    assert one_of_two.is_set
 
 
 def test_another_number_of_processes_cannot_go_on(desk, tmp_path, capsys):

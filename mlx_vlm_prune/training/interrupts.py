@@ -12,10 +12,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether the run is to stop."""
+    """Whether the run is to stop.
 
-    def __init__(self) -> None:
-        self.is_set = False
+    A signal reaches one process. Of several none may stop alone, since the others would wait for
+    it for ever: they stop once they know of one another, see `agree`.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        self.alone = processes == 1
+        self.is_requested = False  # of this process
+        self.is_agreed = False
+
+    @property
+    def is_set(self) -> bool:
+        return self.is_requested if self.alone else self.is_agreed
+
+    def agree(self, requests: float) -> None:
+        """Take over how many processes were asked to stop; all do so in the same step."""
+        self.is_agreed = requests > 0
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -31,7 +45,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _set(self, number: int, frame: Any) -> None:
-        if self.is_set:
+        if self.is_requested:
             raise KeyboardInterrupt
-        self.is_set = True
+        self.is_requested = True
         logger.info("stopping after this step; once more stops at once, without a checkpoint of it")

@@ -68,7 +68,7 @@ class Trainer:
         self.optimizer = make_optimizer(c)
         self.optimizer.init(self.learner.trainable_parameters())
         self.slopes = nn.value_and_grad(self.learner, lambda batch: self.learner.loss(batch))
-        self.stop = StopRequest()
+        self.stop = StopRequest(self.processes.size)
         self.seconds, self.steps, self.read = 0.0, 0, 0  # since the last report
 
     @property
@@ -180,10 +180,9 @@ class Trainer:
     def _sum(self, step: Slopes) -> Slopes:
         """Over all processes; a stop is one of all."""
         loss, count, read, stops = self.processes.sum(
-            [step.loss, step.count, step.read, self.stop.is_set]
+            [step.loss, step.count, step.read, self.stop.is_requested]
         )
-        if self.processes.size > 1:
-            self.stop.is_set = stops > 0
+        self.stop.agree(stops)
         gradients = self.processes.sum_slopes(step.gradients) if count else step.gradients
         return Slopes(loss, int(count), int(read), gradients)
 

@@ -45,7 +45,7 @@ class Trainer:
         self.parameters = list(self.learner.parameters.values())
         self.optimizer = make_optimizer(c, self.parameters)
         self.rate = make_schedule(c)
-        self.stop = StopRequest()
+        self.stop = StopRequest(self.processes.size)
         self.seconds, self.steps = 0.0, 0  # since the last report
 
     @property
@@ -139,8 +139,8 @@ class Trainer:
         except UserError as e:
             fault = e
         self.processes.agree(fault)
-        total, tokens, stops = self.processes.sum([total, count, self.stop.is_set])
-        self.stop.is_set = stops > 0
+        total, tokens, stops = self.processes.sum([total, count, self.stop.is_requested])
+        self.stop.agree(stops)
         return total, int(tokens)
 
     def batch(self, iteration: int, part: int) -> Batch | None:
