@@ -107,11 +107,11 @@ SHARED_IN_TRAINING = (
         for name in (
             "batches",
             "config",
-            "folder",
             "formats",
             "interrupts",
             "metrics",
             "options",
+            "run_folder",
             "run_state",
             "trained_folder",
         )

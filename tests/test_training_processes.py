@@ -129,7 +129,7 @@ def test_of_several_processes_none_stops_before_all_know():
         with stop.on_signals():
             signal.raise_signal(signal.SIGTERM)
     assert alone.is_set and not one_of_two.is_set
-    one_of_two.agree(1)
+    one_of_two.stop_together(1)
     assert one_of_two.is_set
 
 

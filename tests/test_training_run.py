@@ -16,10 +16,10 @@ import pytest
 from mlx_vlm_prune.train import main
 from mlx_vlm_prune.training import summary, validation
 from mlx_vlm_prune.training.config import TrainConfig
-from mlx_vlm_prune.training.folder import claimed
 from mlx_vlm_prune.training.metrics import read_rows
 from mlx_vlm_prune.training.processes import Processes
 from mlx_vlm_prune.training.run import make_trainer
+from mlx_vlm_prune.training.run_folder import claimed
 from mlx_vlm_prune.training.run_state import checkpoint_folders
 
 from .training_runs import write_data, write_model

@@ -34,10 +34,10 @@ class Adapters(Learner):
         if self.trains("projector"):
             self.model.projector.unfreeze()
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """The adapters lie there already; `fuse` writes a model with them."""
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """The files that mlx-lm writes."""
         settings = {**asdict(self.settings), "fine_tune_type": self.settings.stage}
         settings["lora_parameters"] = self.adapter_config.lora_parameters

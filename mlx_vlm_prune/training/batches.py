@@ -173,7 +173,7 @@ def _open(picture: Picture) -> Image.Image:
 
 
 @dataclass
-class Order:
+class Sampler:
     """The numbers of the examples of every batch.
 
     Where a data set is read in `blocks`, lists of these are shuffled, and then the examples of

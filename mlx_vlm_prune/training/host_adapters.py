@@ -136,12 +136,12 @@ class HostAdapters(nn.Module):
         trainable: Any = tree_flatten(self.trainable_parameters())
         return dict(trainable)
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """The files that mlx-vlm writes and reads."""
         settings = asdict(self.settings) | adapter_config(self.model)
         write_adapters(self.model, settings, folder, iteration)
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """The adapters lie there already."""
 
     def loss(self, batch: HostBatch) -> mx.array:

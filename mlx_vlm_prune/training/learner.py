@@ -25,7 +25,7 @@ from .batches import Batch
 from .config import TrainConfig
 from .loss import OthersBias, answer_loss, factor_loss
 from .pruner_weights import add_untrained, learned_names, trainable_names, trained_inside
-from .saving import save_model
+from .save_model import save_model
 
 logger = logging.getLogger("mlx_vlm_prune")
 
@@ -115,10 +115,10 @@ class Learner(nn.Module):
             saved |= {name: array for name, array in every if name.startswith("pruners.")}
         return saved
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """What a user loads afterwards, ahead of the checkpoint of this step."""
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model that the last step leaves, for a user to load."""
         learned = {name: dict(_flat(weights)) for name, weights in self.pruners.items()}
         others = self.model.learned.keys() - learned_names(self.settings.pruner)

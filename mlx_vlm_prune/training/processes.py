@@ -21,12 +21,12 @@ class Processes(ProcessGroup):
         """This process's part of some numbers."""
         return numbers[self.rank :: self.size]
 
-    def sum_slopes(self, slopes: Any) -> Any:
+    def sum_gradients(self, gradients: Any) -> Any:
         """Of gradients over all processes."""
         if self.size == 1:
-            return slopes
-        mean = average_gradients(slopes, self.group)
-        return tree_map(lambda slope: slope * self.size, mean)
+            return gradients
+        mean = average_gradients(gradients, self.group)
+        return tree_map(lambda gradient: gradient * self.size, mean)
 
     def union(self, numbers: Iterable[int], below: int) -> set[int]:
         """Of sets of numbers below a bound."""

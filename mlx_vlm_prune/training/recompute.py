@@ -45,7 +45,7 @@ class RecomputedLayers:
             )
             return result
         for number in numbers:
-            assert not vars(cache[number]).get("begun"), "slopes need all rows at once"
+            assert not vars(cache[number]).get("begun"), "gradients need all rows at once"
             cache[number].begun = True
             module = getattr(self.layers[number], "wrapped", self.layers[number])
             x_BLD = self._checkpointed(number, module, whole, positions_BL, options)(
@@ -56,7 +56,7 @@ class RecomputedLayers:
     def _checkpointed(
         self: Any, number: int, module: nn.Module, whole: Any, positions_BL: mx.array, options: Any
     ) -> Any:
-        """A layer as a function of all that slopes may go to: its weights, rows and biases.
+        """A layer as a function of all that gradients may go to: its weights, rows and biases.
 
         Computed again, it draws the random numbers of the first time.
         """

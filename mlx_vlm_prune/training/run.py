@@ -14,18 +14,18 @@ from ..checkpoints.errors import UserError, missing_package
 from ..hosts.loading import kind_of, load
 from ..models.loading import find_folder
 from . import summary
+from .base_model import load_base_model
 from .batches import Reader
 from .config import TrainConfig
 from .curve import draw_curve
 from .display import Display
-from .folder import claimed
 from .formats import Dataset, open_dataset, split_files
 from .metrics import Metrics
 from .processes import Processes
 from .recompute import recompute_layers
+from .run_folder import claimed
 from .run_state import checkpoint_folders
 from .stages import LEARNERS
-from .start import load_start
 from .trainer import Report, Trainer
 
 logger = logging.getLogger("mlx_vlm_prune")
@@ -93,7 +93,7 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     }
     if config.tower is None and kind_of(find_folder(config.model)):
         return _host_trainer(config, processes, datasets)
-    model, processor = load_start(config)
+    model, processor = load_base_model(config)
     readers = {
         split: Reader(
             dataset, processor, model.config, config.max_seq_length, config.skip_bad,

@@ -18,7 +18,7 @@ FOLDER, STATE = "checkpoints", "state.json"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 KEPT = 2
 # Keys that may differ when a run goes on: they change no step that was taken.
-FREE = {
+MAY_DIFFER = {
     "iters", "epochs", "resume", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
     "output", "adapter_path", "report_to", "project_name", "skip_bad",
 }  # fmt: skip
@@ -55,7 +55,7 @@ def read_state(folder: Path, config: TrainConfig) -> Progress:
     """Where the run of a checkpoint stands. Raises UserError where it is another run's."""
     state = read_json(folder / STATE)
     before, now = state.get("config", {}), asdict(config)
-    for key in now.keys() - FREE:
+    for key in now.keys() - MAY_DIFFER:
         value = list(now[key]) if isinstance(now[key], tuple) else now[key]
         if before.get(key) != value:
             raise UserError(

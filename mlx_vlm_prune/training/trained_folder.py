@@ -14,7 +14,7 @@ from ..checkpoints.reading.tensors import RawTensor
 from ..checkpoints.writing import write_folder
 from .config import TrainConfig
 
-PARTS = ".model"  # the folder in which a model is put together
+STAGING = ".model"  # the folder in which a model is put together
 TWIG = "twig"  # layers of a language model, which a stage of its own trains
 Tensors = Mapping[str, RawTensor]
 
@@ -27,16 +27,16 @@ def write_trained(checkpoint: Checkpoint, config: TrainConfig, folder: Path) -> 
     """
     dtype = None if config.dtype == "auto" else config.dtype
     folder.mkdir(parents=True, exist_ok=True)
-    parts, ready = folder / PARTS, folder / PARTS / folder.absolute().name
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir()
+    staging, ready = folder / STAGING, folder / STAGING / folder.absolute().name
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     write_folder(checkpoint, ready, dtype, config.model)
     names = sorted({path.name for path in ready.iterdir()} - {CONFIG})
     for name in {CONFIG, LEARNED_FILE} - set(names):
         (folder / name).unlink(missing_ok=True)
     for name in [*names, CONFIG]:
         (ready / name).replace(folder / name)
-    shutil.rmtree(parts)
+    shutil.rmtree(staging)
 
 
 def with_trained(

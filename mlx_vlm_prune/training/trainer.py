@@ -1,4 +1,4 @@
-"""The loop: read a batch, take the loss's slopes, move the weights; report, evaluate, save.
+"""The loop: read a batch, take the loss's gradients, move the weights; report, evaluate, save.
 
 A step is decided by the seed and its number alone, so a run that goes on from a checkpoint takes
 the steps that it would have taken.
@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 from ..checkpoints.errors import UserError
 from ..machine.hardware import on_cpu
 from . import checkpoints
-from .batches import AHEAD, Batch, Order, Reader
+from .batches import AHEAD, Batch, Reader, Sampler
 from .config import TrainConfig
 from .interrupts import StopRequest
 from .learner import Learner
@@ -32,12 +32,12 @@ Report = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Slopes:
+class StepSums:
     """What the batches of a step say: sums over their answers' tokens."""
 
     loss: float
     count: int  # of answers' tokens
-    read: int  # tokens read
+    tokens: int  # of everything read
     gradients: Any
 
 
@@ -64,10 +64,12 @@ class Trainer:
         self.learner.train()
         dataset = self.data.dataset
         size = c.batch_size * self.processes.size
-        self.order = Order(len(dataset), size, c.seed, dataset.blocks)
+        self.order = Sampler(len(dataset), size, c.seed, dataset.blocks)
         self.optimizer = make_optimizer(c)
         self.optimizer.init(self.learner.trainable_parameters())
-        self.slopes = nn.value_and_grad(self.learner, lambda batch: self.learner.loss(batch))
+        self.loss_and_gradients = nn.value_and_grad(
+            self.learner, lambda batch: self.learner.loss(batch)
+        )
         self.stop = StopRequest(self.processes.size)
         self.seconds, self.steps, self.read = 0.0, 0, 0  # since the last report
 
@@ -107,7 +109,7 @@ class Trainer:
         if self.stop.is_set:
             raise KeyboardInterrupt
         if self.processes.is_first:
-            self.learner.finish(self.config.folder)
+            self.learner.save_model(self.config.folder)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one. Raises UserError."""
@@ -145,49 +147,49 @@ class Trainer:
         """One update; the summed loss, the tokens of answers, and all tokens read."""
         mx.random.seed(self.config.seed + iteration)
         self.learner.begin_step(iteration, self.iters)
-        step = self._sum(self._read(iteration))
+        step = self._sum(self._gradients(iteration))
         if not step.count:
-            return 0.0, 0, step.read
-        slopes = tree_map(lambda slope: slope / step.count, step.gradients)
-        slopes, norm = optim.clip_grad_norm(slopes, self.config.grad_clip or math.inf)
+            return 0.0, 0, step.tokens
+        gradients = tree_map(lambda gradient: gradient / step.count, step.gradients)
+        gradients, norm = optim.clip_grad_norm(gradients, self.config.grad_clip or math.inf)
         for name, value in (("loss", step.loss / step.count), ("gradient's norm", norm.item())):
             if not math.isfinite(value):
                 raise UserError(
                     f"the {name} of step {iteration + 1} is {value}, so nothing of it was saved;"
                     f" it read the examples {self._examples(iteration)}: try a lower learning_rate"
                 )
-        self.optimizer.update(self.learner, slopes)
+        self.optimizer.update(self.learner, gradients)
         mx.eval(self.learner.trainable_parameters(), self.optimizer.state)
-        return step.loss, step.count, step.read
+        return step.loss, step.count, step.tokens
 
-    def _read(self, iteration: int) -> Slopes:
+    def _gradients(self, iteration: int) -> StepSums:
         """What this process's batches say. Raises UserError, the same in all processes or none."""
-        total, count, read, slopes = mx.array(0.0), 0, 0, None
+        total, count, read, gradients = mx.array(0.0), 0, 0, None
         fault = None
         try:
             for part in range(self.config.grad_accumulation_steps):
                 if (batch := self.batch(iteration, part)) is None:
                     continue
-                loss, more = self.slopes(batch)
+                loss, of_batch = self.loss_and_gradients(batch)
                 total, read = total + loss, read + batch.tokens
                 count += batch.answer_tokens
-                slopes = more if slopes is None else tree_map(mx.add, slopes, more)
-                mx.eval(total, slopes)
+                gradients = of_batch if gradients is None else tree_map(mx.add, gradients, of_batch)
+                mx.eval(total, gradients)
         except UserError as e:
             fault = e
         self.processes.agree(fault)
-        if slopes is None:
-            slopes = tree_map(mx.zeros_like, self.learner.trainable_parameters())
-        return Slopes(float(total.item()), count, read, slopes)  # type: ignore[arg-type]
+        if gradients is None:
+            gradients = tree_map(mx.zeros_like, self.learner.trainable_parameters())
+        return StepSums(float(total.item()), count, read, gradients)  # type: ignore[arg-type]
 
-    def _sum(self, step: Slopes) -> Slopes:
+    def _sum(self, step: StepSums) -> StepSums:
         """Over all processes; a stop is one of all."""
         loss, count, read, stops = self.processes.sum(
-            [step.loss, step.count, step.read, self.stop.is_requested]
+            [step.loss, step.count, step.tokens, self.stop.is_requested]
         )
-        self.stop.agree(stops)
-        gradients = self.processes.sum_slopes(step.gradients) if count else step.gradients
-        return Slopes(loss, int(count), int(read), gradients)
+        self.stop.stop_together(stops)
+        gradients = self.processes.sum_gradients(step.gradients) if count else step.gradients
+        return StepSums(loss, int(count), int(read), gradients)
 
     def batch(self, iteration: int, part: int) -> Batch | None:
         """This process's share of a batch of a step. On a GPU those that come next are read
@@ -254,7 +256,7 @@ class Trainer:
             cut=sorted(union(self.data.cut, n)),
         )  # fmt: skip
         if self.processes.is_first:
-            self.learner.write(self.config.folder, self.progress.iteration)
+            self.learner.save_adapters(self.config.folder, self.progress.iteration)
             checkpoints.save(
                 self.config.folder, self.learner, self.optimizer, self.progress, self.config
             )

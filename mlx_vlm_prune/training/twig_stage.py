@@ -23,7 +23,7 @@ from .batches import Batch
 from .config import TrainConfig
 from .learner import Learner
 from .loss import answer_rows, cross_entropy_sum, pixels
-from .saving import save_model
+from .save_model import save_model
 
 
 class TwigStage(Learner):
@@ -64,7 +64,7 @@ class TwigStage(Learner):
         logits_AV = twig.logits(x_BLD[answer_rows(spliced, batch)])
         return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model with the twig beside it."""
         weights = unstacked(dict(tree_flatten(self.twig.parameters())))
         weights["layer"] = mx.array([float(self.twig.layer)])

@@ -113,10 +113,10 @@ class Adapters(Learner):
             for key, parameter in adapter.named_parameters(recurse=False):
                 self.beside[f"{at}.{key}"] = parameter
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """The adapters lie there already; MLX's `fuse` writes a model with them."""
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """The files that mlx-lm writes, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         saved = {name.removeprefix(MODEL): tensor for name, tensor in self.saved().items()}

@@ -155,10 +155,10 @@ class Learner:
         raw = {name: tensor for name, tensor in tensors.items() if name in apart}
         return {name: to_tensor(tensor) for name, tensor in {**named, **raw}.items()}
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """What a user loads afterwards, ahead of the checkpoint of this step."""
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model that the last step leaves, for a user to load."""
         moved: dict[str, RawTensor] = {}
         learned: dict[str, dict[str, RawTensor]] = {}

@@ -47,7 +47,7 @@ def factor_loss(model: VLM, batch: Batch, step: Step, K: int, noise: float) -> T
     """The loss of answers while a method's choice is soft, summed over their tokens.
 
     Every visual token is there; those that the method would drop get next to no attention. What
-    chooses is no lesson for the tower: its slopes are only guesses.
+    chooses is no lesson for the tower: its gradients are only guesses.
     """
     pixels_I3HW = pixels(batch, model.device)
     assert pixels_I3HW is not None, "there are images"
@@ -61,15 +61,15 @@ def factor_loss(model: VLM, batch: Batch, step: Step, K: int, noise: float) -> T
     is_learning = any(p.requires_grad for p in model.parameters())
     with torch.enable_grad():
         full_loss = biased_loss(model, batch, x_IND, bias_IN)
-        (slope_IN,) = torch.autograd.grad(full_loss, bias_IN, retain_graph=is_learning)
-    loss = loss + batch.answer_tokens * step.method.training_loss(weights, signals, slope_IN)
+        (gradient_IN,) = torch.autograd.grad(full_loss, bias_IN, retain_graph=is_learning)
+    loss = loss + batch.answer_tokens * step.method.training_loss(weights, signals, gradient_IN)
     return loss + full_loss if is_learning else loss
 
 
 def biased_loss(model: VLM, batch: Batch, x_IND: Tensor, bias_IN: Tensor) -> Tensor:
     """With all visual tokens; `bias_IN` is added to the attention that others pay to each.
 
-    A row sees itself without it: one that is dropped has a slope still, for which its own hidden
+    A row sees itself without it: one that is dropped has a gradient still, for which its own hidden
     state must be what it would be if it stayed.
     """
     images, N, _ = x_IND.shape

@@ -45,10 +45,10 @@ class Processes:
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
-    def sum_slopes(self, slopes: Iterable[Tensor]) -> None:
+    def sum_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Of gradients over all processes, in place."""
-        for slope in slopes if self.size > 1 else ():
-            dist.all_reduce(slope)
+        for gradient in gradients if self.size > 1 else ():
+            dist.all_reduce(gradient)
 
     def agree(self, fault: UserError | None) -> None:
         """Raise what this process has met, or end silently where another has met something."""

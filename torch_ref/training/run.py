@@ -14,9 +14,9 @@ from mlx_vlm_prune.inputs.processor import read_processor
 from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.training.batches import Reader
 from mlx_vlm_prune.training.config import TrainConfig
-from mlx_vlm_prune.training.folder import claimed
 from mlx_vlm_prune.training.formats import open_dataset, split_files
 from mlx_vlm_prune.training.metrics import Metrics
+from mlx_vlm_prune.training.run_folder import claimed
 
 from ..models.learned import read_learned
 from ..models.loading import best_device, load_checkpoint

@@ -1,4 +1,4 @@
-"""The loop: read a batch, take the loss's slopes, move the weights; report, evaluate, save.
+"""The loop: read a batch, take the loss's gradients, move the weights; report, evaluate, save.
 
 The twin of mlx_vlm_prune/training/trainer.py. A step is decided by the seed and its number alone,
 so a run that goes on from a checkpoint takes the steps that it would have taken, on a CPU bit for
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.training.batches import Batch, Order, Reader, in_order
+from mlx_vlm_prune.training.batches import Batch, Reader, Sampler, in_order
 from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.interrupts import StopRequest
 from mlx_vlm_prune.training.run_state import Progress, checkpoint_folders
@@ -43,7 +43,7 @@ class Trainer:
         c = self.config
         dataset = self.data.dataset
         size = c.batch_size * self.processes.size
-        self.order = Order(len(dataset), size, c.seed, dataset.blocks)
+        self.order = Sampler(len(dataset), size, c.seed, dataset.blocks)
         self.parameters = list(self.learner.parameters.values())
         self.optimizer = make_optimizer(c, self.parameters)
         self.rate = make_schedule(c)
@@ -78,7 +78,7 @@ class Trainer:
         if self.stop.is_set:
             raise KeyboardInterrupt
         if self.processes.is_first:
-            self.learner.finish(self.config.folder)
+            self.learner.save_model(self.config.folder)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one. Raises UserError."""
@@ -110,11 +110,11 @@ class Trainer:
         """One update; the mean loss of an answer's token, and how many there were."""
         torch.manual_seed(self.config.seed + iteration)
         self.learner.begin_step(iteration, self.iters)
-        loss, count = self.slopes(iteration)
+        loss, count = self.backward(iteration)
         if not count:
             return 0.0, 0
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        self.processes.sum_slopes(gradients)
+        self.processes.sum_gradients(gradients)
         for gradient in gradients:
             gradient.div_(count)
         norm = clip(gradients, self.config.grad_clip or math.inf)
@@ -129,9 +129,9 @@ class Trainer:
         self.optimizer.step()
         return loss / count, count
 
-    def slopes(self, iteration: int) -> tuple[float, int]:
-        """Leave this process's slopes in the parameters; the summed loss of all processes, and of
-        how many tokens. Raises UserError, in all processes or none."""
+    def backward(self, iteration: int) -> tuple[float, int]:
+        """Leave this process's gradients in the parameters; the summed loss of all processes, and
+        of how many tokens. Raises UserError, in all processes or none."""
         total, count, fault = 0.0, 0, None
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -145,7 +145,7 @@ class Trainer:
             fault = e
         self.processes.agree(fault)
         total, tokens, stops = self.processes.sum([total, count, self.stop.is_requested])
-        self.stop.agree(stops)
+        self.stop.stop_together(stops)
         return total, int(tokens)
 
     def batch(self, iteration: int, part: int) -> Batch | None:
@@ -184,7 +184,7 @@ class Trainer:
             cut=sorted(self.data.cut),
         )  # fmt: skip
         if self.processes.is_first:
-            self.learner.write(self.config.folder, self.progress.iteration)
+            self.learner.save_adapters(self.config.folder, self.progress.iteration)
             checkpoints.save(self.learner, self.optimizer, self.progress, self.config)
 
     def _report_if_due(self) -> None:

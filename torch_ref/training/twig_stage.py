@@ -60,7 +60,7 @@ class TwigStage(Learner):
 
     held_out_loss = loss
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model with the twig beside it."""
         weights = {name: from_tensor(value) for name, value in self.twig.state_dict().items()}
         write_trained(with_trained(self.checkpoint, {}, {"twig": weights}), self.config, folder)

@@ -18,10 +18,10 @@ from .config import TrainConfig
 logger = logging.getLogger("mlx_vlm_prune")
 
 
-def load_start(config: TrainConfig) -> tuple[VLM, Processor]:
+def load_base_model(config: TrainConfig) -> tuple[VLM, Processor]:
     """The model and its processor. Raises UserError.
 
-    With dtype `auto` a model in float16, whose range is too small for slopes, is trained in
+    With dtype `auto` a model in float16, whose range is too small for gradients, is trained in
     float32; adapters learn beside one in float16 as in mlx-lm.
     """
     name = config.model or "scenes"
