@@ -137,6 +137,10 @@ MISTAKES = {
     ),
     "pruner": ({"resume": True, "pruner": "divprun"}, "did you mean divprune"),
     "budget": ({"resume": True, "pruner": "divprune", "keep_tokens": 17}, "keep 1 to 16"),
+    "no layers": ({"stage": "lora", "num_layers": 0}, "num_layers is 0"),
+    "a text for a list": (
+        {"stage": "lora", "lora_parameters": {"keys": "self_attn.q_proj"}}, "must be a list",
+    ),
 }  # fmt: skip
 
 

@@ -18,9 +18,10 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.adapters import AdapterConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main as generate_main
-from mlx_vlm_prune.models.adapters import AdapterConfig, adapter_arrays, adapters, add_adapters
+from mlx_vlm_prune.models.adapters import adapter_arrays, adapters, add_adapters
 from mlx_vlm_prune.models.language.experts import GATHERED
 from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.training.recompute import recompute_layers
@@ -32,6 +33,7 @@ from .training_data import batch, bits, config, loaded, logits, without_images
 from .training_runs import write_data, write_model
 
 STAGES = ["lora", "dora"]
+INFINITE = float("inf")
 PICTURE = batch([tiny.row("what is # ?"), tiny.row("# ?")], 1, 64)
 
 
@@ -223,6 +225,8 @@ REFUSED = {
     "keys of lora_parameters names 'self_attn.wq'": {"keys": ["self_attn.wq"]},
     "has alpha; mlx-lm's key is scale, alpha ÷ rank": {"rank": 8, "alpha": 16},
     "lora_parameters has 'r'; it may have rank, scale, dropout or keys": {"r": 8},
+    "rank of lora_parameters is inf; it must be a whole number of at least 1": {"rank": INFINITE},
+    "scale of lora_parameters is inf; it must be a number": {"scale": INFINITE},
     "rank of lora_parameters is 0; it must be a whole number of at least 1": {"rank": 0},
     "dropout of lora_parameters is 1.0; it must be at least 0 and below 1": {"dropout": 1.0},
     "keys of lora_parameters must be a list of modules' names": {"keys": "self_attn.q_proj"},

@@ -15,6 +15,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from ..checkpoints.adapters import write_adapters
 from ..checkpoints.errors import UserError
 from ..hosts.adapters import adapter_config, add_adapters
 from ..hosts.compatibility import check_pipeline
@@ -29,9 +30,8 @@ from ..hosts.prompt import (
     prune_prompt,
 )
 from ..inputs.image import open_image
-from ..models.adapters import AdapterConfig
+from ..models.arrays import to_raw
 from ..pruners import plan
-from .adapters import write_adapters
 from .config import TrainConfig
 from .examples import Example
 from .formats import Dataset
@@ -122,11 +122,8 @@ class HostAdapters(nn.Module):
             )
         if config.freeze or config.unfreeze:
             raise UserError("freeze and unfreeze are for models of ours, not of mlx-vlm's")
-        self.adapter_config = AdapterConfig.of(
-            config.stage, config.num_layers, config.lora_parameters
-        )
         mx.random.seed(config.seed)
-        add_adapters(model, self.adapter_config)
+        add_adapters(model, config.adapters)
 
     def begin_step(self, iteration: int, iters: int) -> None:
         """Nothing changes from step to step."""
@@ -139,7 +136,9 @@ class HostAdapters(nn.Module):
     def save_adapters(self, folder: Path, iteration: int) -> None:
         """The files that mlx-vlm writes and reads."""
         settings = asdict(self.settings) | adapter_config(self.model)
-        write_adapters(self.model, settings, folder, iteration)
+        learned: Any = tree_flatten(self.model.trainable_parameters())
+        tensors = {name: to_raw(array) for name, array in learned}
+        write_adapters(folder, iteration, settings, tensors)
 
     def save_model(self, folder: Path) -> None:
         """The adapters lie there already."""
