@@ -143,10 +143,19 @@ class HostAdapters(nn.Module):
     def save_model(self, folder: Path) -> None:
         """The adapters lie there already."""
 
+    def moved_by_loss(self) -> dict[str, mx.array]:
+        """Nothing."""
+        return {}
+
     def loss(self, batch: HostBatch) -> mx.array:
         """Summed over the answers' tokens."""
         losses = [self._loss(example) for example in batch.examples]
         return mx.stack(losses).sum()
+
+    def losses(self, batch: HostBatch) -> tuple[mx.array, mx.array]:
+        """The same, which is the answers' alone."""
+        loss = self.loss(batch)
+        return loss, loss
 
     def _loss(self, example: HostExample) -> mx.array:
         c, host = self.settings, self.host

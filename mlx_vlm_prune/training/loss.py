@@ -56,8 +56,11 @@ def cross_entropy_sum(logits_AV: mx.array, targets_A: mx.array) -> mx.array:
     return nn.losses.cross_entropy(logits_AV.astype(mx.float32), targets_A, reduction="sum")
 
 
-def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) -> mx.array:
-    """The loss of answers while a method's choice is soft, summed over their tokens.
+def factor_loss(
+    model: VLM, batch: Batch, step: Pruner, K: int, noise: float
+) -> tuple[mx.array, mx.array]:
+    """The loss while a method's choice is soft, summed over the answers' tokens; and the part of it
+    that is the answers' cross-entropy.
 
     Every visual token is there; those that the method would drop get next to no attention: the
     language model's `forward_pass` must be `OthersBias`. What
@@ -77,7 +80,7 @@ def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) ->
 
     method, weights = step.method, step.weights
     assert method.training_factor
-    loss = loss_of(mx.log(method.training_factor(weights, signals, K, noise)))
+    loss = answers = loss_of(mx.log(method.training_factor(weights, signals, K, noise)))
     if method.training_loss:
         no_bias_IN = mx.zeros(x_IND.shape[:2])
         full_loss, gradient_IN = mx.value_and_grad(loss_of)(no_bias_IN)
@@ -85,7 +88,7 @@ def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) ->
         loss = loss + batch.answer_tokens * beside
         if tree_flatten(model.trainable_parameters()):
             loss = loss + full_loss
-    return loss
+    return loss, answers
 
 
 def _biased_loss(model: VLM, batch: Batch, x_IND: mx.array, bias_IN: mx.array) -> mx.array:

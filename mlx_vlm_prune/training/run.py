@@ -35,26 +35,26 @@ def train(config: TrainConfig) -> None:
     """Train as the config says. Raises UserError for what cannot be trained or read."""
     processes = Processes()
     with processes.mistakes_once(), ExitStack() as stack:
-        fault = None
-        try:
+        with processes.together():
             if processes.is_first:
                 stack.enter_context(claimed(config))
-        except UserError as e:
-            fault = e
-        processes.agree(fault)
         _train(config, processes)
 
 
 def _train(config: TrainConfig, processes: Processes) -> None:
     """With the folder claimed."""
     begin = time.perf_counter()
-    trainer = make_trainer(config, processes)
+    with processes.together():
+        trainer = make_trainer(config, processes)
     before = summary.fingerprints(trainer.learner)
     trainer.resume()
-    metrics = Metrics(config.folder, trainer.progress.iteration) if processes.is_first else None
-    trainer.evaluated = metrics.evaluated if metrics else set()
-    trainer.evaluated = processes.union(trainer.evaluated, trainer.iters + 1)
-    send = reporter(config) if processes.is_first else None
+    metrics = send = None
+    with processes.together():
+        if processes.is_first:
+            metrics = Metrics(config.folder, trainer.progress.iteration)
+            send = reporter(config)
+    evaluated = metrics.evaluated if metrics else set()
+    trainer.evaluated = processes.union(evaluated, trainer.progress.iteration + 1)
     display = Display(config, trainer)
 
     def report(figures: Report) -> None:
@@ -104,7 +104,7 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     learner = LEARNERS[config.stage](model, config)
     if config.grad_checkpoint:
         recompute_layers(learner)
-    return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
+    return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
 def _host_trainer(
@@ -123,7 +123,7 @@ def _host_trainer(
         split: HostReader(dataset, learner.host, config.max_seq_length, config.skip_bad)
         for split, dataset in datasets.items()
     }
-    return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
+    return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
 def reporter(config: TrainConfig) -> Callable[[dict[str, Any]], None] | None:

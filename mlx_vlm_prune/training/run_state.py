@@ -30,9 +30,11 @@ class Progress:
 
     iteration: int = 0  # steps taken
     trained_tokens: int = 0  # of answers
-    loss: float = 0.0  # summed since the last report
+    loss: float = 0.0  # of answers, summed since the last report
+    side_loss: float = 0.0  # and what else a learned method lowers
     loss_tokens: int = 0  # over so many tokens
     processes: int = 1  # that train together
+    examples: int = 0  # of the data; 0 in a checkpoint that does not say it
     bad: Sequence[int] = ()  # examples that could not be used
     cut: Sequence[int] = ()  # and those that were too long
 

@@ -49,7 +49,7 @@ class TwigStage(Learner):
         assert isinstance(language, MiniMind)
         self.twig = grown(language, c.twig_layer, c.twig_layers)
 
-    def loss(self, batch: Batch) -> mx.array:
+    def losses(self, batch: Batch) -> tuple[mx.array, mx.array]:
         """Of the twig's words, summed over the answers' tokens."""
         model, twig = self.model, self.twig
         images = pixels(batch, model.dtype)
@@ -62,7 +62,8 @@ class TwigStage(Learner):
         every, at_layer = range(len(twig.layers)), replace(spliced, x_BLD=x_BLD)
         x_BLD = run_layers(twig, every, at_layer, twig.make_cache(), spliced.L)
         logits_AV = twig.logits(x_BLD[answer_rows(spliced, batch)])
-        return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
+        loss = cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
+        return loss, loss
 
     def save_model(self, folder: Path) -> None:
         """Write the model with the twig beside it."""

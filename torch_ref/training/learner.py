@@ -123,16 +123,21 @@ class Learner:
         self.iteration, self.iters = iteration, iters
 
     def loss(self, batch: Batch) -> Tensor:
-        """Summed over the answers' tokens."""
+        """What learning lowers, summed over the answers' tokens."""
+        return self.losses(batch)[0]
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same, and the part of it that is the answers' cross-entropy."""
         step = self.steps[-1]
         if step.training_factor and self.trains("pruner") and batch.pixels_IHW3 is not None:
             K = min(self.model.N, step.method.training_budget(self.K, self.iteration))
             noise = self.config.noise * falling(self.iteration, self.iters)
             return factor_loss(self.model, batch, step, K, noise)
-        return self.held_out_loss(batch)
+        loss = self.held_out_loss(batch)
+        return loss, loss
 
     def held_out_loss(self, batch: Batch) -> Tensor:
-        """The same behind the pruner as it is used."""
+        """The answers' behind the pruner as it is used."""
         return answer_loss(self.model, batch, self.steps)
 
     def saved(self) -> dict[str, RawTensor]:

@@ -17,32 +17,34 @@ from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.formats import open_dataset, split_files
 from mlx_vlm_prune.training.metrics import Metrics
 from mlx_vlm_prune.training.run_folder import claimed
+from mlx_vlm_prune.training.run_loop import Report
 
 from ..models.learned import read_learned
 from ..models.loading import best_device, load_checkpoint
 from .processes import Processes, own_device
 from .recompute import recompute_layers
 from .stages import LEARNERS
-from .trainer import Report, Trainer
+from .trainer import Trainer
 
 
 def train(config: TrainConfig) -> None:
     """Train as the config says, in float32. Raises UserError for what cannot be trained or read."""
     processes = Processes(own_device(best_device()))
-    with ExitStack() as stack:
-        fault = None
-        try:
+    with processes.mistakes_once(), ExitStack() as stack:
+        with processes.together():
             if processes.is_first:
                 stack.enter_context(claimed(config))
-        except UserError as e:
-            fault = e
-        processes.agree(fault)
-        trainer = make_trainer(config, processes)
+        with processes.together():
+            trainer = make_trainer(config, processes)
         trainer.resume()
-        if processes.is_first:
-            metrics = Metrics(config.folder, trainer.progress.iteration)
-            trainer.on_report = partial(_report, metrics, trainer.iters)
-            print(opening(trainer), flush=True)
+        evaluated: set[int] = set()
+        with processes.together():
+            if processes.is_first:
+                metrics = Metrics(config.folder, trainer.progress.iteration)
+                evaluated = metrics.evaluated
+                trainer.on_report = partial(_report, metrics, trainer.iters)
+                print(opening(trainer), flush=True)
+        trainer.evaluated = processes.union(evaluated, trainer.progress.iteration + 1)
         trainer.run()
 
 
