@@ -18,6 +18,7 @@ from mlx_vlm_prune.training.run_state import checkpoint_folders
 from torch_ref.models.loading import load_folder
 from torch_ref.train import main as train_command
 from torch_ref.training.run import train
+from torch_ref.training.stages import LEARNERS
 
 from .training_pairs import CPU, Runs, assert_same, weights
 
@@ -150,3 +151,32 @@ def test_a_mistake_is_one_sentence(runs, tmp_path, case):
     train(runs.config("sft", str(tmp_path / "out"), iters=1))
     with pytest.raises(UserError, match=part):
         train(runs.config(keys.pop("stage", "sft"), str(tmp_path / "out"), **keys))
+
+
+def test_an_evaluation_drops_nothing(runs):
+    parameters = {"rank": 8, "scale": 20.0, "dropout": 0.5}
+    trainer = runs.torch(runs.config("lora", lora_parameters=parameters))
+    for name, parameter in trainer.learner.parameters.items():
+        if name.endswith("lora_b"):
+            parameter.data.normal_()
+    assert trainer.evaluate() == trainer.evaluate()
+    batch = trainer.batch(0, 0)
+    assert trainer.learner.loss(batch).item() != trainer.learner.loss(batch).item()
+
+
+CHOICES = {
+    "several processes": ("mlp", {"WORLD_SIZE": "2"}, "mlp learns in one process"),
+    "a chain": ("visionzip+mlp", {}, "mlp learns alone"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_a_choice_that_cannot_be_learned_is_refused(runs, monkeypatch, case):
+    pruner, variables, part = CHOICES[case]
+    config = runs.config("pruner", pruner=pruner, keep_tokens=5)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    learner = LEARNERS["pruner"]
+    folder = runs.folder / "model"
+    with pytest.raises(UserError, match=part):
+        learner(*load_folder(folder, CPU), folder, config)

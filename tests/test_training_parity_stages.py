@@ -110,6 +110,8 @@ def test_a_stages_loss_and_gradients_equal_the_references(runs, case):
 
 @pytest.mark.parametrize("case", STAGES)
 def test_a_stages_steps_equal_the_references(runs, case):
+    if runs.kind != "qwen3 and siglip":
+        pytest.skip("the first gradients are compared in both kinds, ten steps in one")
     ours, reference = trainers(runs, case)
     ours.learner.train()
     losses, after, moves = steps(ours, 10)

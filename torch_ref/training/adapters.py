@@ -94,6 +94,11 @@ class Adapters(Learner):
             for key, parameter in adapter.named_parameters(recurse=False):
                 self.beside[f"{at}.{key}"] = parameter
 
+    def train(self, mode: bool = True) -> None:
+        """With dropout, or without."""
+        for _, adapter in adapters(self.model):
+            adapter.dropout.train(mode)
+
     def save_model(self, folder: Path) -> None:
         """The adapters lie there already; MLX's `fuse` writes a model with them."""
 

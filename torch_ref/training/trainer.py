@@ -97,13 +97,17 @@ class Trainer(RunLoop):
         assert self.valid is not None
         c, total, count = self.config, 0.0, 0
         batches = [*in_order(len(self.valid.dataset), c.batch_size, c.val_batches)]
-        with self.processes.together():
-            for indices in batches[self.processes.rank :: self.processes.size]:
-                if self.stop.is_set and self.processes.size == 1:
-                    return None
-                if batch := self.valid.batch(indices):
-                    total += self.learner.held_out_loss(batch).item()
-                    count += batch.answer_tokens
+        self.learner.train(False)
+        try:
+            with self.processes.together():
+                for indices in batches[self.processes.rank :: self.processes.size]:
+                    if self.stop.is_set and self.processes.size == 1:
+                        return None
+                    if batch := self.valid.batch(indices):
+                        total += self.learner.held_out_loss(batch).item()
+                        count += batch.answer_tokens
+        finally:
+            self.learner.train()
         total, tokens = self.processes.sum([total, count])
         if not tokens:
             raise UserError("no held-out example can be used")
