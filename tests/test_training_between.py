@@ -77,7 +77,9 @@ def test_the_command_writes_a_model_that_either_loads(runs, tmp_path, capsys):
         f"output: {tmp_path / 'out'}\nlearning_rate: 1e-2\nbatch_size: 4\n"
     )
     train_command(["-c", str(config), "--iters", "4", "--save-every", "2"])
-    assert "train_loss" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 4 of 4: loss" in out and "held-out loss" in out and " tokens/s" in out
+    assert "more steps" in out and (tmp_path / "out/curve.png").is_file()
     before, _ = load_folder(runs.folder / "model", CPU)
     after, _ = load_folder(tmp_path / "out", CPU)
     moved = {
