@@ -108,6 +108,8 @@ SHARED_IN_TRAINING = (
         for name in (
             "batches",
             "config",
+            "curve",
+            "display",
             "formats",
             "interrupts",
             "metrics",
