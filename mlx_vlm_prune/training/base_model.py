@@ -9,7 +9,6 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import UserError
 from ..checkpoints.families import read_checkpoint
 from ..checkpoints.hub import resolve_path
-from ..hosts.loading import kind_of
 from ..inputs.processor import Processor
 from ..models.loading import find_folder, load_checkpoint, load_folder
 from ..models.vlm import VLM
@@ -26,13 +25,7 @@ def load_base_model(config: TrainConfig) -> tuple[VLM, Processor]:
     """
     name = config.model or "scenes"
     if config.tower is None:
-        folder = find_folder(config.model)
-        if kind := kind_of(folder):
-            raise UserError(
-                f"{folder} is a {kind} model, which mlx-vlm runs; here MiniMind-V and LLaVA are"
-                f" trained, and its own python -m mlx_vlm.lora trains adapters of a {kind}"
-            )
-        model, processor = load_folder(folder, name, config.dtype)
+        model, processor = load_folder(find_folder(config.model), name, config.dtype)
     else:
         start = read_start(config)
         model, processor = load_checkpoint(start, _path(config), name, config.dtype)
