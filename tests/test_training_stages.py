@@ -25,7 +25,7 @@ from mlx_vlm_prune.training.learner import Learner
 from mlx_vlm_prune.training.recompute import recompute_layers
 from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.stages import LEARNERS
-from tests import stage_runs, tiny
+from tests import stage_runs, tiny, training_data
 from torch_ref.pruners.numerics import straight_through as reference_factor
 from torch_ref.training import pruners as reference
 from torch_ref.training.scenes_data import Batch as TorchBatch
@@ -248,7 +248,12 @@ MOVES = {
     "sft, the tower along": (
         "sft", {"unfreeze": "tower"}, {"tower", "projector", "language", *LAYERS},
     ),
+    "sft, the tower frozen": ("sft", {"freeze": "tower"}, {"projector", "language", *LAYERS}),
     "pool": ("pruner", POOL, {"pruner"}),
+    "score_prune, the language model along": (
+        "pruner", {"pruner": "score_prune", "keep_tokens": 5, "unfreeze": "language"},
+        {"score_prune", "language", *LAYERS},
+    ),
     "score_prune": ("pruner", {"pruner": "score_prune", "keep_tokens": 5}, {"score_prune"}),
     "mlp": ("pruner", {"pruner": "mlp", "keep_tokens": 5}, {"mlp"}),
     "mlp with its projector": (
@@ -265,6 +270,15 @@ def test_a_stage_moves_what_it_should_and_no_bit_else(plain, data, tmp_path, cas
     config = stage_runs.config(stage, plain, data, tmp_path / "out", **keys)
     train(config)
     assert moved(plain, tmp_path / "out") == parts
+
+
+@pytest.mark.parametrize("name", ["attention_pool", "score_prune"])
+def test_a_trained_pruner_that_is_frozen_keeps_its_bits(plain, data, tmp_path, name):
+    keys = {"pruner": name, "keep_tokens": POOL["keep_tokens"]}
+    first = tmp_path / "first"
+    train(stage_runs.config("pruner", plain, data, first, **keys))
+    train(stage_runs.config("sft", first, data, tmp_path / "out", freeze="pruner", **keys))
+    assert moved(first, tmp_path / "out") == {"projector", "language", *LAYERS}
 
 
 def test_a_tower_that_learns_keeps_what_nothing_reads(plain, data, tmp_path):
@@ -293,6 +307,9 @@ REFUSALS = {
     "too many layers": ("sft", {"language_layers": 4}, "language_layers is 4; the model has 3"),
     "all tokens in a pool": ("sft", {**POOL, "keep_tokens": 16}, "is never used; keep fewer"),
     "a twig's base": ("twig", {"unfreeze": "language"}, "unfreeze has no effect in stage twig"),
+    "adapters of no whole model": (
+        "lora", {"tower": "clip", "model": "llm.pth"}, "stage lora needs a whole model",
+    ),
     "a tokenizer alone": ("sft", {"tokenizer": "x"}, "tokenizer goes with tower"),
     "a tower without a model": ("sft", {"tower": "clip"}, "name them by model"),
 }  # fmt: skip
@@ -302,8 +319,8 @@ REFUSALS = {
 def test_what_cannot_learn_is_said_in_a_sentence(plain, data, tmp_path, case):
     stage, keys, sentence = REFUSALS[case]
     with pytest.raises(UserError, match=sentence):
-        model = None if "tower" in keys else plain
-        train(stage_runs.config(stage, model, data, tmp_path / "out", **keys))
+        keys = {"model": None if "tower" in keys else str(plain), **keys}
+        train(training_data.config(stage, data, tmp_path / "out", **keys))
     assert not (tmp_path / "out/config.json").exists()
 
 
@@ -327,11 +344,3 @@ def test_what_learns_is_in_float32_wherever_the_rest_is(plain, tmp_path, monkeyp
         assert {x.dtype for x in stays} == {rest}
         loss, by_name = gradients(learner, batches()[0])
         assert np.isfinite(loss) and all(np.isfinite(x).all() for x in by_name.values())
-
-
-def test_a_model_of_mlx_vlms_is_refused_in_a_sentence(data, tmp_path):
-    (tmp_path / "qwen").mkdir()
-    (tmp_path / "qwen/config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    stages = "a model of mlx-vlm's, in which the stages lora and dora learn"
-    with pytest.raises(UserError, match=stages):
-        train(stage_runs.config("pruner", tmp_path / "qwen", data, tmp_path / "out", **POOL))

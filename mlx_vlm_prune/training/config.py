@@ -140,6 +140,11 @@ class TrainConfig:
                 raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
         if self.stage in ADAPTER_STAGES:
             self._check_adapters()
+        if self.stage in ADAPTER_STAGES and self.tower:
+            raise UserError(
+                f"stage {self.stage} needs a whole model: with tower the projector is untrained,"
+                " and adapters would fit nothing that is written; train stage pretrain first"
+            )
         if self.tokenizer and not self.tower:
             raise UserError("tokenizer goes with tower: it is that of a language model alone")
         if self.stage == "pruner" and self.pruner == "none":

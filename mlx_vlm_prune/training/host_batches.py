@@ -31,7 +31,7 @@ class HostReader(Reader):
 
     @property
     def longest(self) -> int | None:
-        return getattr(self.config.text_config, "max_position_embeddings", None)
+        return getattr(self.host.model.config.text_config, "max_position_embeddings", None)
 
     def check_tokenizer(self) -> None:
         """Each example's ids are checked: mlx-vlm's tokenizers are of many kinds."""
@@ -49,13 +49,13 @@ class HostReader(Reader):
             question = question.strip().removeprefix(IMAGE_MARK).removesuffix(IMAGE_MARK)
         images = [open_picture(picture) for picture in example.images]
         inputs = prepare_prompt(self.host, question.strip(), images, self.chat_template_config)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        tokenizer = getattr(self.host.processor, "tokenizer", self.host.processor)
         answer_ids = list(tokenizer.encode(answer, add_special_tokens=False))
         if images and self.host.image_token_id(inputs) in answer_ids:
             raise UserError("its answer holds the token of an image's place")
         end = getattr(tokenizer, "eos_token_id", None)
         ids = [*inputs.ids, *answer_ids, *([] if end is None else [end])]
-        size = getattr(self.config.text_config, "vocab_size", None)
+        size = getattr(self.host.model.config.text_config, "vocab_size", None)
         if size and max(ids) >= size:
             raise UserError(f"it has the id {max(ids)}; the model's vocabulary has {size} entries")
         is_answer = np.arange(len(ids)) >= len(inputs.ids)

@@ -116,13 +116,17 @@ def _host_trainer(
             f"{config.model} is a model of mlx-vlm's, in which the stages lora and dora learn,"
             " without grad_checkpoint"
         )
-    from .host_adapters import HostAdapters, HostReader
+    from .host_adapters import HostAdapters
+    from .host_batches import HostReader
 
     learner: Any = HostAdapters(*load(config.model, dtype=config.dtype), config)
     readers: dict[str, Any] = {
-        split: HostReader(dataset, learner.host, config.max_seq_length, config.skip_bad)
+        split: HostReader(
+            dataset, learner.host.processor, learner.model.config, config.max_seq_length,
+            config.skip_bad, config.chat_template_config, host=learner.host,
+        )
         for split, dataset in datasets.items()
-    }
+    }  # fmt: skip
     return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
