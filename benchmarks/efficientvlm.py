@@ -63,7 +63,7 @@ def write_start(folder: Path) -> None:
 def write_data(folder: Path, examples: int) -> None:
     """Scenes, each question an example."""
     kinds = [*scenes_data.KINDS, "content"]
-    options = ["--format", "jsonl", "--separate", "--turns", "2", "--valid", "100"]
+    options = ["--format", "jsonl", "--separate", "--turns", "2", "--valid", "16"]
     scenes = ["--examples", str(max(1, examples // 2)), "--kinds", *kinds]
     scenes_data.main([*options, *scenes, "--out", str(folder)])
 
@@ -78,7 +78,7 @@ def train_case(args: argparse.Namespace, pruner: str, K: int) -> Path:
             values = {
                 "stage": stage, "model": str(model), "data": str(args.folder / "data"),
                 "output": str(output), "pruner": pruner, "iters": args.steps, "batch_size": 16,
-                "resume": True, "steps_per_eval": args.steps, **settings, **keep,
+                "resume": True, "steps_per_eval": args.steps, "val_batches": 2, **settings, **keep,
             }  # fmt: skip
             train(TrainConfig.of(values, "benchmarks.efficientvlm"))
         model = output
