@@ -57,7 +57,7 @@ def write_start(folder: Path) -> None:
             values = rng.uniform(-bound, bound, tensor.shape).astype(np.float32)
             drawn[name] = to_raw(mx.array(values)).astype(tensor.dtype)
     tensors = {**checkpoint.tensors, **drawn}
-    write_folder(replace(checkpoint, tensors=tensors, learned={}), folder)
+    write_folder(replace(checkpoint, tensors=tensors, learned={}, learned_file=None), folder)
 
 
 def write_data(folder: Path, examples: int) -> None:
