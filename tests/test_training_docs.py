@@ -42,6 +42,8 @@ def test_every_flag_of_the_page_exists():
     known = {
         *build_parser().flags.values(),
         "--model",
+        "--save-path",
+        "--dequantize",
         "--image",
         "--prompt",
         "--help",
