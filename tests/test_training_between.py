@@ -129,9 +129,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
 
 MISTAKES = {
     "again": ({}, "holds another run; resume it"),
-    "another rate": (
-        {"resume": True, "learning_rate": 1e-2}, "was written with learning_rate=0.001",
-    ),
+    "another seed": ({"resume": True, "seed": 7}, "was written with seed=0"),
     "another stage": ({"resume": True, "stage": "pretrain"}, "was written with stage='sft'"),
     "optimizer": ({"resume": True, "optimizer": "muon"}, "torch_ref has adam, adamw or sgd"),
     "decoder method": (

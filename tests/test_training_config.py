@@ -58,6 +58,9 @@ def test_a_flag_overrides_its_key_and_the_key_that_excludes_it(tmp_path):
     assert (config.iters, config.epochs) == (7, None)
     assert (config.keep_tokens, config.keep_ratio) == (9, None)
     assert (config.batch_size, config.learning_rate, config.skip_bad) == (3, 1e-3, False)
+    file.write_text("{stage: sft, data: d, lr_schedule: {name: cosine_decay, arguments: [1, 9]}}")
+    config = parsed("-c", str(file), "--learning-rate", "1e-4")
+    assert (config.learning_rate, config.lr_schedule) == (1e-4, None)
 
 
 MISTAKES = {

@@ -96,7 +96,9 @@ class Reader:
 
     def __post_init__(self) -> None:
         self.check_tokenizer()
-        self.max_seq_length = min(self.max_seq_length, self.longest or self.max_seq_length)
+        if self.longest and self.max_seq_length > self.longest:
+            logger.info("max_seq_length is %d, the most that the model reads", self.longest)
+            self.max_seq_length = self.longest
 
     @property
     def longest(self) -> int | None:

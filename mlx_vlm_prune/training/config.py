@@ -49,9 +49,9 @@ class TrainConfig:
     `freeze` names parts that stay as they are although the stage would train them, `unfreeze` parts
     that learn although it would not. `epochs` counts passes over the data where `iters` is None.
     `adapter_path` is where adapters, and `output` where every other stage's model and the
-    checkpoints of the run go. Adam and AdamW correct their first
-    means, as published and as PyTorch does; `optimizer_config: {bias_correction: false}` leaves
-    that out, which is MLX's and mlx-lm's default.
+    checkpoints of the run go. Adam and AdamW correct their first means, as published and as
+    PyTorch does; `optimizer_config: {bias_correction: false}` leaves that out, which is MLX's and
+    mlx-lm's default.
     """
 
     stage: str

@@ -60,6 +60,9 @@ def tokenize_example(
     words = [text for turn in example.turns for text in turn]
     stand_in = unused_character(tokenizer.chat_template or "", example.system, *words)
     turns = _with_stand_ins(example, stand_in)
+    words = [example.system or "", *(text for turn in turns for text in turn)]
+    if len(image_token) > 1 and any(image_token in text for text in words):
+        raise UserError(f"its text holds {image_token}, which stands for a picture")
     text, spans = render_turns(tokenizer, turns, example.system, options)
     if text.count(stand_in) != len(example.images):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")

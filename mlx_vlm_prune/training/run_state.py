@@ -4,9 +4,11 @@ FOLDER/checkpoints/0000100 holds weights.safetensors, what learns under its name
 folder of ours behind `model.`; optimizer.safetensors, its state as MLX names it; and state.json.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os.path import abspath
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json, write_json
 from .config import TrainConfig
 
+logger = logging.getLogger("mlx_vlm_prune")
 FOLDER, STATE = "checkpoints", "state.json"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 KEPT = 2
 # Keys that may differ when a run goes on: they change no step that was taken.
 MAY_DIFFER = {
     "iters", "epochs", "resume", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
-    "output", "adapter_path", "report_to", "project_name", "skip_bad",
+    "output", "adapter_path", "report_to", "project_name", "skip_bad", "learning_rate",
+    "lr_schedule",
 }  # fmt: skip
+PATHS = {"data", "model", "tower", "tokenizer", "image_folder"}
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,16 @@ def read_state(folder: Path, config: TrainConfig) -> Progress:
     before, now = state.get("config", {}), asdict(config)
     for key in now.keys() - MAY_DIFFER:
         value = list(now[key]) if isinstance(now[key], tuple) else now[key]
-        if before.get(key) != value:
+        earlier = before.get(key)
+        is_path = key in PATHS and value and earlier
+        if abspath(earlier) != abspath(value) if is_path else earlier != value:
             raise UserError(
-                f"{folder} was written with {key}={before.get(key)!r}; a run goes on with the same,"
+                f"{folder} was written with {key}={earlier!r}; a run goes on with the same,"
                 f" not with {value!r}"
             )
+    for key in ("learning_rate", "lr_schedule"):
+        if before.get(key) != now[key]:
+            logger.info("%s was %s, and is %s from here on", key, before.get(key), now[key])
     return Progress(**state["progress"])
 
 
