@@ -66,7 +66,7 @@ def read_state(folder: Path, config: TrainConfig) -> Progress:
         value = list(now[key]) if isinstance(now[key], tuple) else now[key]
         earlier = before.get(key)
         is_path = key in PATHS and value and earlier
-        if abspath(earlier) != abspath(value) if is_path else earlier != value:
+        if abspath(str(earlier)) != abspath(str(value)) if is_path else earlier != value:
             raise UserError(
                 f"{folder} was written with {key}={earlier!r}; a run goes on with the same,"
                 f" not with {value!r}"
