@@ -60,9 +60,7 @@ def tokenize_example(
     words = [text for turn in example.turns for text in turn]
     stand_in = unused_character(tokenizer.chat_template or "", example.system, *words)
     turns = _with_stand_ins(example, stand_in)
-    words = [example.system or "", *(text for turn in turns for text in turn)]
-    if len(image_token) > 1 and any(image_token in text for text in words):
-        raise UserError(f"its text holds {image_token}, which stands for a picture")
+    _check_words(image_token, [example.system or "", *(text for turn in turns for text in turn)])
     text, spans = render_turns(tokenizer, turns, example.system, options)
     if text.count(stand_in) != len(example.images):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")
@@ -84,6 +82,12 @@ def tokenize_example(
     for begin, end in spans:
         is_answer[bisect_left(offsets, (begin,)) : bisect_left(offsets, (end,))] = True
     return cut_to(Prompt(ids, runs), is_answer, max_seq_length)
+
+
+def _check_words(image_token: str, texts: Sequence[str]) -> None:
+    """UserError where a text holds the model's image token, which is longer than a letter."""
+    if len(image_token) > 1 and any(image_token in text for text in texts):
+        raise UserError(f"its text holds {image_token}, which stands for a picture")
 
 
 def encode_up_to_answers(
