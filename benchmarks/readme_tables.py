@@ -10,6 +10,7 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 from .claims import CLAIMS, claimed_gain
 from .speculation import summary
 from .timing import times_text
+from .training_speed import HEADS, cells
 
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
 
@@ -149,3 +150,11 @@ def efficientvlm_table(result: dict[str, Any]) -> str:
             f"{count / 1e6:.0f}",
         ])  # fmt: skip
     return markdown(heads, "lrrrrr", lines)
+
+
+def training_table(results: Path) -> str:
+    """Training steps of ours beside others', in Markdown."""
+    if not (results / "training_speed.json").exists():
+        return "Not measured yet."
+    rows = read(results, "training_speed")["rows"]
+    return markdown(HEADS, "lllrrrrl", [cells(row) for row in rows])
