@@ -135,6 +135,7 @@ def timed_steps(step: Callable[[int], tuple[float, int]]) -> Steps:
 
 def ours(case: Case) -> Steps:
     """By mlx_vlm_prune.train's trainer."""
+    from mlx_vlm_prune.training.processes import Processes
     from mlx_vlm_prune.training.recompute import recompute_layers
     from mlx_vlm_prune.training.stages import LEARNERS
     from mlx_vlm_prune.training.trainer import Trainer
@@ -144,7 +145,7 @@ def ours(case: Case) -> Steps:
     if case.grad_checkpoint:
         recompute_layers(learner)
     reader: Any = OneBatch(case.batch)
-    trainer = Trainer(case.config, learner, reader)
+    trainer = Trainer(case.config, learner, reader, None, Processes())
     mx.eval(learner.parameters(), trainer.optimizer.state)
     return timed_steps(trainer.step)
 

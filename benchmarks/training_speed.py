@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import util
@@ -86,7 +86,8 @@ class Process:
         self.process.wait()
         for file in (self.process.stdin, self.process.stdout, self.errors):
             assert file
-            file.close()
+            with suppress(BrokenPipeError):  # it ended by itself
+                file.close()
 
     def warm_up(self) -> None:
         """The first step."""
@@ -101,13 +102,17 @@ class Process:
         """The memory that it took."""
         assert self.process.stdin
         self.process.stdin.close()
-        return dict(self._ask(""))
+        return dict(self._answer())
 
     def _ask(self, line: str) -> Any:
-        assert self.process.stdin and self.process.stdout
-        if line:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):
             self.process.stdin.write(line)
             self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout
         if answer := self.process.stdout.readline():
             return json.loads(answer)
         self.process.wait()
