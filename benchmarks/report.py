@@ -1,5 +1,4 @@
-"""Write the tables of the README and docs/training.md, and docs/devices.md:
-`python -m benchmarks.report`."""
+"""Write the tables of the pages, and docs/devices.md: `python -m benchmarks.report`."""
 
 import re
 from collections.abc import Sequence
