@@ -175,25 +175,25 @@ def mlx_vlm(case: Case) -> Steps:
     from queue import SimpleQueue
     from threading import Thread
 
-    asked: SimpleQueue[None] = SimpleQueue()
+    requests: SimpleQueue[None] = SimpleQueue()
     taken: SimpleQueue[tuple[float, float] | BaseException] = SimpleQueue()
 
     def loop() -> None:
         try:
-            _train_by_mlx_vlm(case, asked, taken)
+            _train_by_mlx_vlm(case, requests, taken)
         except BaseException as e:
             taken.put(e)
 
     Thread(target=loop, daemon=True).start()
     while True:
-        asked.put(None)
+        requests.put(None)
         outcome = taken.get()
         if isinstance(outcome, BaseException):
             raise outcome
         yield outcome
 
 
-def _train_by_mlx_vlm(case: Case, asked: Any, taken: Any) -> None:
+def _train_by_mlx_vlm(case: Case, requests: Any, taken: Any) -> None:
     from mlx import optimizers as optim
     from mlx_vlm.trainer import TrainingCallback, VLMTrainingArgs
     from mlx_vlm.trainer.vlm.sft.runtime import iterate_vlm_batches, train_vlm
@@ -204,7 +204,7 @@ def _train_by_mlx_vlm(case: Case, asked: Any, taken: Any) -> None:
 
     def batches(*given: Any, **options: Any) -> Iterator[Any]:
         for batch in iterate_vlm_batches(*given, **options):
-            asked.get()
+            requests.get()
             yield batch
 
     args = VLMTrainingArgs(

@@ -50,6 +50,7 @@ def test_every_flag_of_the_page_exists():
         "--help",
         "--backend",
         "--nproc-per-node",
+        "--save",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= known
 
