@@ -3,7 +3,7 @@
 Keys are mlx-lm's where mlx-lm has them. Each stage has defaults of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -67,6 +67,7 @@ class TrainConfig:
     pruner: str = "none"
     keep_ratio: float | None = None
     keep_tokens: int | None = None
+    reset_pruner: bool = False  # a learned one begins untrained
     noise: float = 1.0  # of a learned pruner's scores at first
     num_layers: int = 16
     lora_parameters: dict[str, Any] = field(default_factory=lambda: dict(ADAPTERS))
@@ -149,6 +150,10 @@ class TrainConfig:
             raise UserError("tokenizer goes with tower: it is that of a language model alone")
         if self.stage == "pruner" and self.pruner == "none":
             raise UserError("stage pruner needs pruner, the learned method that it trains")
+        if self.reset_pruner and (
+            self.stage in (*ADAPTER_STAGES, "twig") or "pruner" in self.freeze
+        ):
+            raise UserError("reset_pruner needs a pruner that learns; here none does")
         if self.pruner == "none" and (self.keep_ratio or self.keep_tokens):
             name = "keep_ratio" if self.keep_ratio else "keep_tokens"
             raise UserError(f"{name} needs pruner, the method that keeps so many visual tokens")
@@ -201,6 +206,12 @@ class TrainConfig:
         if "iters" in values:
             defaults.pop("epochs", None)
         return cls(**{**defaults, **values})
+
+
+def check_reset(config: TrainConfig, learned: Sequence[str]) -> None:
+    """Raise UserError where `reset_pruner` has no learned method of the chain to reset."""
+    if config.reset_pruner and not learned:
+        raise UserError(f"reset_pruner: {config.pruner} has no weights that learn")
 
 
 def kind_of(name: str) -> type:

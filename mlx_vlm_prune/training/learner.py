@@ -5,8 +5,9 @@ checkpoint holds.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +39,8 @@ class Learner(nn.Module):
     """
 
     parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
+    # Of each learned method that learns: does it begin with untrained weights?
+    starts: Mapping[str, bool] = MappingProxyType({})
 
     def __init__(self, model: VLM, config: TrainConfig):
         super().__init__()
@@ -45,7 +48,9 @@ class Learner(nn.Module):
         self.model = model
         self.iteration, self.iters = 0, 1
         if self.trains("pruner"):
-            add_untrained(model, config)
+            untrained = add_untrained(model, config)
+            names = learned_names(config.pruner)
+            self.starts = MappingProxyType({name: name in untrained for name in names})
         self.pipeline: Pipeline = plan(config.pruner, model.learned)
         self.K = budget(model.N, config.keep_ratio, config.keep_tokens, self.pipeline)
         self.pruners: dict[str, nn.Module] = {

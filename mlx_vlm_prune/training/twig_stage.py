@@ -8,6 +8,7 @@ Shapes: A tokens of answers, L rows, D features, V words.
 
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -42,6 +43,7 @@ class TwigStage(Learner):
                 " by python -m convert to-mlx --dequantize"
             )
         super().__init__(model, config)
+        self.starts = MappingProxyType({"twig": True})
 
     def unfreeze_parts(self) -> None:
         """The twig alone."""
