@@ -9,6 +9,7 @@ import pytest
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.train import build_parser
 from mlx_vlm_prune.training.config import DEFAULTS, STAGES, TrainConfig, read_yaml
+from mlx_vlm_prune.training.optimizer import make_optimizer
 from mlx_vlm_prune.training.options import FILE_ONLY, GROUPS, config_of
 from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.summary import usage
@@ -31,6 +32,13 @@ def test_the_example_has_every_key_explains_each_and_loads_as_the_defaults():
     )
     paragraphs = re.split(r"\n\n", EXAMPLE.read_text(encoding="utf-8"))
     assert all(paragraph.startswith("# ") for paragraph in paragraphs)
+
+
+def test_the_recipe_of_score_prune_loads():
+    config = parsed("-c", str(ROOT / "docs/score_prune.yaml"), "--data", "d")
+    assert (config.stage, config.pruner, config.reset_pruner) == ("pruner", "score_prune", True)
+    assert (config.keep_tokens, config.iters, config.batch_size) == (49, 600, 16)
+    assert make_optimizer(config).learning_rate.item() < 2e-3  # the schedule warms up
 
 
 def test_every_key_has_a_flag_in_a_group_or_stands_in_the_file_alone():
