@@ -92,6 +92,7 @@ MISTAKES = {
     "budgets": ({"pruner": "norm", "keep_ratio": 0.5, "keep_tokens": 9}, "keep_ratio or keep_tok"),
     "ratio": ({"pruner": "norm", "keep_ratio": 2}, "keep_ratio is 2.0; it must be above 0 and at"),
     "no pruner": ({"keep_tokens": 9}, "keep_tokens needs pruner"),
+    "noise": ({"noise": 0.5}, "noise needs pruner, the learned method"),
     "pruner": ({"stage": "pruner"}, "stage pruner needs pruner, the learned method"),
     "optimizer": ({"optimizer": "adm"}, "optimizer is 'adm'; it must be adam, adamw, muon, sgd"),
     "reports": ({"report_to": "mail"}, "report_to names 'mail'; it may name wandb or swanlab"),
@@ -104,6 +105,23 @@ def test_a_setting_that_no_run_can_have_is_refused_in_a_sentence(case):
     with pytest.raises(UserError, match=sentence) as error:
         TrainConfig.of({"stage": "sft", "data": "d", **values}, "c.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("sft", "twig_layer", 1), ("lora", "twig_layers", 2), ("sft", "num_layers", 4),
+        ("twig", "lora_parameters", {"rank": 4}), ("dora", "noise", 0), ("twig", "noise", 0),
+        ("twig", "language_layers", 1), ("lora", "language_layers", 1),
+        ("twig", "unfreeze", "tower"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_stage_is_refused_unless_it_is_at_its_default(stage, key, value):
+    values = {"stage": stage, "data": "d"}
+    with pytest.raises(UserError, match=f"{key} has no effect in stage {stage}; leave it out"):
+        TrainConfig.of({**values, key: value}, "c.yaml")
+    config = TrainConfig.of(values, "c.yaml")
+    assert TrainConfig.of({**values, key: getattr(config, key)}, "c.yaml") == config
 
 
 @pytest.mark.parametrize(

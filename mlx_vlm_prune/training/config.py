@@ -5,7 +5,7 @@ Keys are mlx-lm's where mlx-lm has them. Each stage has defaults of its own.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -39,6 +39,14 @@ LEAST = {
     "steps_per_eval": 1, "save_every": 1, "twig_layer": 1, "twig_layers": 1, "iters": 1,
     "keep_tokens": 1, "num_layers": -1, "noise": 0, "language_layers": 1, "val_batches": -1,
     "seed": 0, "grad_clip": 0,
+}  # fmt: skip
+
+# The stages in which a key has an effect; the others take its default alone.
+EFFECTIVE = {
+    "unfreeze": ("pretrain", "sft", *ADAPTER_STAGES, "pruner"),
+    "language_layers": ("pretrain", "sft", "pruner"), "noise": ("pretrain", "sft", "pruner"),
+    "num_layers": ADAPTER_STAGES, "lora_parameters": ADAPTER_STAGES,
+    "twig_layer": ("twig",), "twig_layers": ("twig",),
 }  # fmt: skip
 
 
@@ -133,12 +141,7 @@ class TrainConfig:
             raise UserError("give keep_ratio or keep_tokens, not both")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is {self.keep_ratio}; it must be above 0 and at most 1")
-        for name, stages in (
-            ("unfreeze", ("twig",)),
-            ("language_layers", (*ADAPTER_STAGES, "twig")),
-        ):
-            if getattr(self, name) and self.stage in stages:
-                raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
+        self._check_effects()
         if self.stage in ADAPTER_STAGES:
             self._check_adapters()
         if self.stage in ADAPTER_STAGES and self.tower:
@@ -157,6 +160,14 @@ class TrainConfig:
         if self.pruner == "none" and (self.keep_ratio or self.keep_tokens):
             name = "keep_ratio" if self.keep_ratio else "keep_tokens"
             raise UserError(f"{name} needs pruner, the method that keeps so many visual tokens")
+
+    def _check_effects(self) -> None:
+        """Raise UserError for a key of other stages that is not at its default."""
+        for name, stages in EFFECTIVE.items():
+            if self.stage not in stages and getattr(self, name) != _default(name):
+                raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
+        if self.pruner == "none" and self.noise != _default("noise"):
+            raise UserError("noise needs pruner, the learned method whose scores it is added to")
 
     def _check_adapters(self) -> None:
         """Raise UserError for adapters that cannot be, or for other parts than may learn along."""
@@ -212,6 +223,12 @@ def check_reset(config: TrainConfig, learned: Sequence[str]) -> None:
     """Raise UserError where `reset_pruner` has no learned method of the chain to reset."""
     if config.reset_pruner and not learned:
         raise UserError(f"reset_pruner: {config.pruner} has no weights that learn")
+
+
+def _default(name: str) -> Any:
+    """Of a key, in the stages that have none of their own."""
+    value = next(field for field in fields(TrainConfig) if field.name == name)
+    return value.default if value.default_factory is MISSING else value.default_factory()
 
 
 def kind_of(name: str) -> type:

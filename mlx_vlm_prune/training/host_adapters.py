@@ -38,6 +38,7 @@ class HostAdapters(nn.Module):
     """Adapters by mlx-vlm's layers, behind any pruner that works ahead of the language model."""
 
     starts: Mapping[str, bool] = MappingProxyType({})  # no learned method learns
+    counts_answers = False  # only models of ours answer within a run
 
     def __init__(self, model: Any, processor: Any, config: TrainConfig):
         super().__init__()

@@ -41,12 +41,15 @@ class Learner(nn.Module):
     parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
     # Of each learned method that learns: does it begin with untrained weights?
     starts: Mapping[str, bool] = MappingProxyType({})
+    counts_answers = True  # evaluations count which answers are right
 
     def __init__(self, model: VLM, config: TrainConfig):
         super().__init__()
         self.settings = config
         self.model = model
         self.iteration, self.iters = 0, 1
+        if "pruner" in config.unfreeze and not learned_names(config.pruner):
+            raise UserError(f"unfreeze names pruner; pruner {config.pruner} has nothing to learn")
         if self.trains("pruner"):
             untrained = add_untrained(model, config)
             names = learned_names(config.pruner)

@@ -28,7 +28,9 @@ from .save_model import save_model
 
 
 class TwigStage(Learner):
-    """A twig of `twig_layers` layers on layer `twig_layer`."""
+    """A twig of `twig_layers` layers on layer `twig_layer`. The model answers as before."""
+
+    counts_answers = False
 
     def __init__(self, model: VLM, config: TrainConfig):
         if config.pruner != "none":

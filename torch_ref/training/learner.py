@@ -46,6 +46,8 @@ class Learner:
         self.iteration, self.iters = 0, 1
         self.starts: dict[str, bool] = {}  # learned methods that learn: do they begin untrained?
         self.has_pool = model.pool is not None  # in MLX's model, where an untrained one's place is
+        if "pruner" in config.unfreeze and not learned_names(config.pruner):
+            raise UserError(f"unfreeze names pruner; pruner {config.pruner} has nothing to learn")
         if self.trains("pruner"):
             self.add_untrained()
         self.K = self.budget()
@@ -71,8 +73,13 @@ class Learner:
                 f"{soft[0].name} learns alone, not in the chain {self.config.pruner}; train it"
                 " first, or let it be by freeze: pruner"
             )
-        if hasattr(soft[0].method, "training_loss") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"{soft[0].name} learns in one process")
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        is_split = size > 1 or self.config.grad_accumulation_steps > 1
+        if hasattr(soft[0].method, "training_loss") and is_split:
+            raise UserError(
+                f"{soft[0].name} learns from whole batches: in one process, without"
+                " grad_accumulation_steps"
+            )
 
     def trains(self, part: str) -> bool:
         """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
