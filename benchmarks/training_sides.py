@@ -2,7 +2,7 @@
 
 Every side loads the same folder, a LLaVA as transformers writes it, and takes steps of its own
 trainer on the same example: a picture, a question, an answer that is learned. Reading pictures and
-words is timed nowhere. `python -m benchmarks.training_sides` takes a case as JSON and obeys lines:
+words is timed nowhere. `main`, which training_speed starts, takes a case as JSON and obeys lines:
 each `step` is answered with the seconds and the loss of one step as JSON, the end of the input with
 the memory it took.
 """
@@ -331,7 +331,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             is_first = False
             reset_peaks()
     answer({"peaks": peaks(), "blas": blas.loaded()})
-
-
-if __name__ == "__main__":
-    main()

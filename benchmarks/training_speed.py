@@ -69,7 +69,8 @@ class Process:
 
     def __init__(self, case: Case):
         self.side = case.side
-        command = [sys.executable, "-m", "benchmarks.training_sides", json.dumps(asdict(case))]
+        main = "from benchmarks.training_sides import main; main()"
+        command = [sys.executable, "-c", main, json.dumps(asdict(case))]
         self.errors = TemporaryFile("w+")  # noqa: SIM115 - a pipe would fill up; closed at the end
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,

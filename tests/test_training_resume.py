@@ -7,7 +7,7 @@ import pytest
 
 from mlx_vlm_prune.train import main
 from mlx_vlm_prune.training.metrics import read_rows
-from mlx_vlm_prune.training.run_state import checkpoint_folders
+from mlx_vlm_prune.training.run_state import checkpoint_folders, remove_old
 
 from .test_training_run import arguments, last, refusal
 from .training_runs import write_data, write_model
@@ -87,3 +87,17 @@ def test_of_mlp_the_answers_loss_is_reported_apart(desk, tmp_path, capsys):
     assert all(row["side_loss"] > 0 and row["train_loss"] > 0 for row in rows)
     split = arguments(desk, tmp_path / "b", **settings, **{"grad-accumulation-steps": 2})
     assert "mlp learns from whole batches" in refusal(capsys, *split)
+
+
+def test_a_checkpoint_that_a_kill_leaves_half_removed_is_none(tmp_path, monkeypatch):
+    def killed_within(folder):
+        (folder / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    for name in ("0000001", "0000002", "0000003"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    monkeypatch.setattr("mlx_vlm_prune.training.run_state.shutil.rmtree", killed_within)
+    with pytest.raises(KeyboardInterrupt):
+        remove_old(tmp_path)
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == ["0000002", "0000003"]

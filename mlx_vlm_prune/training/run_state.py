@@ -5,6 +5,7 @@ folder of ours behind `model.`; optimizer.safetensors, its state as MLX names it
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -50,8 +51,11 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def remove_old(run: Path) -> None:
+    """Remove all but the newest; a run killed meanwhile leaves no part of one under its name."""
     for old in checkpoint_folders(run)[:-KEPT]:
-        shutil.rmtree(old)
+        leaving = old.with_name(f".{old.name}.part-{os.getpid()}")
+        old.rename(leaving)
+        shutil.rmtree(leaving)
 
 
 def write_state(folder: Path, progress: Progress, config: TrainConfig) -> None:
