@@ -12,15 +12,12 @@ from mlx_vlm_prune.training.processes import Processes
 from mlx_vlm_prune.training.run import make_trainer
 from mlx_vlm_prune.training.trainer import Trainer
 
-from .training_runs import write_data, write_model
+from .training_runs import write_model_and_data
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    desk = tmp_path_factory.mktemp("desk")
-    write_model(desk / "model")
-    write_data(desk / "data")
-    return desk
+    return write_model_and_data(tmp_path_factory.mktemp("desk"))
 
 
 def trainer(desk, **more) -> Trainer:

@@ -10,16 +10,12 @@ from mlx_vlm_prune.training.metrics import read_rows
 from mlx_vlm_prune.training.run_state import checkpoint_folders, remove_old
 
 from .test_training_run import arguments, last, refusal
-from .training_runs import write_data, write_model
+from .training_runs import write_model_and_data
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with a tiny model and data for it."""
-    desk = tmp_path_factory.mktemp("desk")
-    write_model(desk / "model")
-    write_data(desk / "data")
-    return desk
+    return write_model_and_data(tmp_path_factory.mktemp("desk"))
 
 
 def test_a_step_that_cannot_be_taken_keeps_those_before_it_and_the_advice_can_be_followed(

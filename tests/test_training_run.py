@@ -22,7 +22,7 @@ from mlx_vlm_prune.training.run import make_trainer
 from mlx_vlm_prune.training.run_folder import claimed
 from mlx_vlm_prune.training.run_state import checkpoint_folders
 
-from .training_runs import write_data, write_model
+from .training_runs import write_model_and_data
 
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = ("weights.safetensors", "optimizer.safetensors", "state.json")
@@ -30,11 +30,7 @@ WHOLE = ("weights.safetensors", "optimizer.safetensors", "state.json")
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with a tiny model and data for it."""
-    desk = tmp_path_factory.mktemp("desk")
-    write_model(desk / "model")
-    write_data(desk / "data")
-    return desk
+    return write_model_and_data(tmp_path_factory.mktemp("desk"))
 
 
 def arguments(desk: Path, out: Path, **more: object) -> list[str]:

@@ -34,3 +34,10 @@ def write_model(folder: Path) -> Path:
     """A checkpoint folder of ours with random weights."""
     folder.mkdir()
     return tiny.checkpoint(tiny.taught(tiny.reference()), folder)
+
+
+def write_model_and_data(folder: Path) -> Path:
+    """A tiny model in FOLDER/model and data for it in FOLDER/data."""
+    write_model(folder / "model")
+    write_data(folder / "data")
+    return folder

@@ -38,7 +38,7 @@ class RecomputedLayers:
         *, bias_BL: mx.array | None = None, **options: Any,
     ) -> mx.array:  # fmt: skip
         """As `LayerStack.run`; caches are filled only where nothing is trained."""
-        run = super().run  # type: ignore[misc]
+        run = super().run  # type: ignore[misc]  # LayerStack's, of a mixin
         if not self.training:
             result: mx.array = run(numbers, x_BLD, positions_BL, cache, bias_BL=bias_BL, **options)
             return result

@@ -22,7 +22,7 @@ def fingerprints(learner: Learner) -> dict[str, int]:
     arrays: Any = tree_flatten(learner.parameters())
     sums = {name: _fingerprint(array) for name, array in arrays}
     mx.eval(sums)
-    return {name: int(value.item()) for name, value in sums.items()}  # type: ignore[arg-type]
+    return {name: int(value.item()) for name, value in sums.items()}  # type: ignore[arg-type]  # a number
 
 
 def _fingerprint(array: mx.array) -> mx.array:
