@@ -196,7 +196,7 @@ def test_a_run_in_a_host_goes_on_bit_for_bit(place, tmp_path):
 
 def test_what_a_host_cannot_do_is_refused_in_one_sentence(place, tmp_path):
     faults = {
-        "in which the stages lora and dora learn": {"stage": "sft"},
+        "in which the stages lora, dora, pruner learn": {"stage": "sft"},
         "fastv drops tokens inside the language model": {"pruner": "fastv", "keep_ratio": 0.8},
         "names 'attn.qkv'": {"lora_parameters": {"keys": ["attn.qkv"]}},
         "freeze and unfreeze are for models of ours": {"unfreeze": ["projector"]},

@@ -27,8 +27,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def link_or_copy(source: Path, folder: Path, without: Collection[str]) -> tuple[int, int]:
-    """Link weights and copy other files, but for hidden ones and those in `without`; the count of
-    each.
+    """Link weights and copy other files, but for hidden ones and what `without` names at the top;
+    the count of each.
 
     Other files are not linked, since an editor may change them in place, and so in both folders.
     """
@@ -37,7 +37,7 @@ def link_or_copy(source: Path, folder: Path, without: Collection[str]) -> tuple[
         name = file.relative_to(source)
         if any(part.startswith(".") for part in name.parts) or not file.is_file():
             continue
-        if str(name) in without:
+        if name.parts[0] in without:
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".safetensors" and _link(file, folder / name):
