@@ -21,6 +21,7 @@ from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prompt import encode_images, prepare_prompt
 from mlx_vlm_prune.inputs.image import open_image
 from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.training.host_pruner import _mask
 from mlx_vlm_prune.training.processes import Processes
 from mlx_vlm_prune.training.run import make_trainer, train
 
@@ -110,6 +111,30 @@ def test_the_soft_loss_is_that_of_the_pruned_model(place, tmp_path):
     learner.train()
     learner.begin_step(0, 3)  # and here half of it
     assert learner.loss(batch).item() != pytest.approx(soft, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_of_a_dropped_token_is_what_its_attention_would_change(place, tmp_path, kind):
+    trainer = learner_of(place, kind, tmp_path / "a")
+    learner, batch = trainer.learner, trainer.data.batch(np.arange(1))
+
+    def loss_of(factor: mx.array) -> mx.array:  # of one token of the first view
+        views = iter([factor])
+        learner._factor = lambda view, K: mx.concatenate(
+            [next(views, mx.ones(1)), mx.ones(view.signals.x_BND.shape[1] - 1)]
+        )
+        return learner.loss(batch)
+
+    dropped, step = mx.array([1e-20]), 0.02
+    gradient = mx.grad(loss_of)(dropped).item()
+    difference = (loss_of(mx.array([step])) - loss_of(dropped)).item() / step
+    assert gradient == pytest.approx(difference, rel=0.1) and abs(gradient) > 1e-3
+
+
+def test_a_row_sees_itself_without_its_bias():
+    inf = np.inf
+    expected = [[0, -inf, -inf], [0, 0, -inf], [0, -5, 0]]
+    np.testing.assert_array_equal(np.array(_mask(mx.array([0.0, -5, 0])))[0, 0], expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
