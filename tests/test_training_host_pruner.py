@@ -202,6 +202,13 @@ def test_a_second_run_begins_with_the_weights_of_the_first(trained, tmp_path):
     assert mx.array_equal(
         learner.pruners["score_prune"].fc2.weight, stored["score_prune.fc2.weight"]
     )
+    assert learner.starts == {"score_prune": False}
+    anew, untrained = (
+        learner_of(trained, kind, tmp_path / "a", reset_pruner=is_reset).learner
+        for kind, is_reset in (("trained-smolvlm", True), ("smolvlm", False))
+    )
+    assert anew.starts == untrained.starts == {"score_prune": True}
+    assert bits(anew) == bits(untrained)
     train(run(trained, "trained-smolvlm", tmp_path / "b", save_every=1))
     metrics = (tmp_path / "b/metrics.jsonl").read_text()
     assert metrics != (first / "metrics.jsonl").read_text()
