@@ -180,7 +180,7 @@ def evaluated_model(
 
     host = host_of(model, processor)
     specs = args.pruner or host_answers.default_methods(host)
-    methods, refused = budgeted_methods(None, specs, budgets_of(args, None), {})
+    methods, refused = budgeted_methods(None, specs, budgets_of(args, None), host.learned)
     pipelines = [method.pipeline for method in methods]
     return host_answers.EvaluatedHost(host, pipelines), methods, refused
 

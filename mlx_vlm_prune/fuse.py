@@ -15,6 +15,7 @@ from .checkpoints.errors import UserError
 from .checkpoints.families import read_checkpoint
 from .checkpoints.reading.files import check_target
 from .checkpoints.writing import write_folder
+from .hosts.fusing import fuse_into_folder
 from .hosts.loading import kind_of
 from .models.adapters import load_adapters
 from .models.fusing import Fusion, fuse
@@ -52,10 +53,14 @@ def run(args: argparse.Namespace) -> None:
     check_target(args.save_path, replace=False)
     folder = find_folder(args.model, args.revision)
     if kind := kind_of(folder):
-        raise UserError(
-            f"{folder} is a {kind} model of mlx-vlm's, into which nothing is fused here; give"
-            " adapter_path to `generate`"
-        )
+        if args.dequantize:
+            raise UserError(
+                f"{folder} is a {kind} model of mlx-vlm's, whose matrices stay quantized here;"
+                " mlx_vlm.convert --dequantize makes full ones"
+            )
+        fusion = fuse_into_folder(folder, args.adapter_path, args.save_path)
+        print(_outcome(fusion, args.save_path, is_ours=False))
+        return
     model, _ = load_folder(folder, args.model or "scenes", "float32")
     learned = load_adapters(model, args.adapter_path)
     checkpoint = read_checkpoint(folder)
@@ -63,10 +68,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{folder} is not quantized: there is nothing to dequantize")
     fused, fusion = fuse(checkpoint, model, learned, args.dequantize)
     write_folder(fused, args.save_path, source=args.model)
-    print(_outcome(fusion, args.save_path))
+    print(_outcome(fusion, args.save_path, is_ours=True))
 
 
-def _outcome(fusion: Fusion, target: Path) -> str:
+def _outcome(fusion: Fusion, target: Path, is_ours: bool) -> str:
     """What was done, and what quantizing again cost."""
     text = f"Fused {fusion.matrices} adapters into {target}"
     if not fusion.requantized:
@@ -77,7 +82,7 @@ def _outcome(fusion: Fusion, target: Path) -> str:
     )
     if fusion.unchanged and fusion.change:
         text += f", and {fusion.unchanged} of them came out as they were"
-    return text + " (--dequantize rounds nothing off)"
+    return text + (" (--dequantize rounds nothing off)" if is_ours else "")
 
 
 if __name__ == "__main__":

@@ -285,12 +285,10 @@ def test_all_other_files_are_the_same_and_the_old_folder_is_untouched(tmp_path):
 
 
 def test_on_a_disk_without_links_weights_are_copied(tmp_path, monkeypatch):
-    from mlx_vlm_prune.hosts import pruned_folder
-
     def no_links(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(pruned_folder.os, "link", no_links)
+    monkeypatch.setattr("os.link", no_links)
     source = checkpoint("gemma3", tmp_path)
     assert prune_into(source, tmp_path / "pruned", "norm", 0.5, None).linked == 0
     assert digests(source)["model.safetensors"] == digests(tmp_path / "pruned")["model.safetensors"]

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from mlx_vlm_prune.hosts import pruned_folder as into
 from mlx_vlm_prune.pruners import budget
 
 
@@ -119,7 +118,7 @@ def test_a_full_disk_leaves_nothing(source, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(into.shutil, "copyfile", full)
+    monkeypatch.setattr("shutil.copyfile", full)
     assert "No space left on device; nothing was left" in refused(
         capsys, source, tmp_path / "new", *NORM
     )

@@ -156,5 +156,5 @@ def test_a_model_of_mlx_vlms_is_refused_in_a_sentence(tmp_path):
     (tmp_path / "qwen").mkdir()
     (tmp_path / "qwen/config.json").write_text('{"model_type": "qwen2_5_vl"}')
     data, keys = stage_runs.write(tmp_path, 1), {"pruner": "attention_pool", "keep_tokens": 5}
-    with pytest.raises(UserError, match="mlx-vlm's, in which the stages lora and dora learn"):
-        train(stage_runs.config("pruner", tmp_path / "qwen", data, tmp_path / "out", **keys))
+    with pytest.raises(UserError, match="mlx-vlm's, in which the stages lora, dora, pruner learn"):
+        train(stage_runs.config("sft", tmp_path / "qwen", data, tmp_path / "out", **keys))

@@ -14,7 +14,6 @@ from mlx_vlm.utils import load as mlx_vlm_load
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.fuse import main as fuse
 from mlx_vlm_prune.hosts.prefill import HostPrefill
 from mlx_vlm_prune.hosts.prompt import (
     budgets_by_view,
@@ -195,9 +194,9 @@ def test_a_run_in_a_host_goes_on_bit_for_bit(place, tmp_path):
     assert whole == parts
 
 
-def test_what_a_host_cannot_do_is_refused_in_one_sentence(place, tmp_path, capsys):
+def test_what_a_host_cannot_do_is_refused_in_one_sentence(place, tmp_path):
     faults = {
-        "in which the stages lora and dora learn": {"stage": "sft"},
+        "in which the stages lora, dora, pruner learn": {"stage": "sft"},
         "fastv drops tokens inside the language model": {"pruner": "fastv", "keep_ratio": 0.8},
         "names 'attn.qkv'": {"lora_parameters": {"keys": ["attn.qkv"]}},
         "freeze and unfreeze are for models of ours": {"unfreeze": ["projector"]},
@@ -209,9 +208,6 @@ def test_what_a_host_cannot_do_is_refused_in_one_sentence(place, tmp_path, capsy
             make_trainer(
                 config(stage, place / "train.jsonl", tmp_path / "x", **values), _processes()
             )
-    with pytest.raises(SystemExit):
-        fuse(["--model", str(place / "smolvlm"), "--save-path", str(tmp_path / "f")])
-    assert "into which nothing is fused here" in capsys.readouterr().err
 
 
 def test_adapters_that_mlx_vlm_would_leave_out_are_refused(place, tmp_path):

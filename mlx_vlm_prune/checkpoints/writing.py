@@ -10,7 +10,7 @@ from .config import CONFIG, is_clip
 from .families import published_layout
 from .processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
 from .reading.files import atomic_path, open_safetensors, write_json, write_safetensors
-from .reading.tensors import FLOATS
+from .reading.tensors import FLOATS, RawTensor
 
 CLIP_PREPROCESSOR = {  # openai/clip-vit-base-patch16's own
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -38,7 +38,7 @@ def write_folder(
         copy_files(TOKENIZER_FILES, checkpoint.tokenizer_folder, folder)
         if checkpoint.carried_folder:
             copy_files(CARRIED_FILES, checkpoint.carried_folder, folder)
-        _write_learned(checkpoint, folder / LEARNED_FILE)
+        write_learned(checkpoint.learned, checkpoint.learned_file, folder / LEARNED_FILE)
         if checkpoint.preprocessor_folder:
             copy_files([PREPROCESSOR_CONFIG], checkpoint.preprocessor_folder, folder)
         else:
@@ -54,9 +54,8 @@ def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _write_learned(checkpoint: Checkpoint, file: Path) -> None:
+def write_learned(new: Mapping[str, RawTensor], old: Path | None, file: Path) -> None:
     """Write the weights of learned pruners, if any; new ones replace those of the same method."""
-    new, old = checkpoint.learned, checkpoint.learned_file
     if new:
         methods = {name.partition(".")[0] for name in new}
         kept = {

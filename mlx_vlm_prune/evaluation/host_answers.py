@@ -109,10 +109,11 @@ def default_methods(host: Host) -> list[str]:
     """All methods that can prune this model."""
     supported = []
     for name, method in METHODS.items():
-        if method.stage is Stage.ENHANCER or method.learned or name == "none":
+        is_untrained = method.learned and name not in host.learned
+        if method.stage is Stage.ENHANCER or is_untrained or name == "none":
             continue
         try:
-            check_pipeline(host, plan(name), None)
+            check_pipeline(host, plan(name, host.learned), None)
         except UserError:
             continue
         supported.append(name)

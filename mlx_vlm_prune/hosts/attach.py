@@ -74,7 +74,8 @@ def _checked_host(
         raise UserError(
             "pruned() and attach() are for mlx-vlm's models; ours take a pruner in generate()"
         )
-    host, pipeline = host_of(model), plan(pruner)
+    host = host_of(model)
+    pipeline = plan(pruner, host.learned)
     policy = check_pipeline(host, pipeline, positions)
     if pipeline.decoder:
         raise UserError(

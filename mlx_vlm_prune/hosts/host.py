@@ -6,6 +6,8 @@ Shapes: K visual tokens kept of a view, L rows of the prompt, D features.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
@@ -14,6 +16,7 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.prompt import IMAGE_MARK
+from ..models.learned import read_learned
 from .language_layers import LanguageLayers
 from .prepared_inputs import PreparedInputs
 from .views import View
@@ -52,6 +55,33 @@ class Host(ABC):
 
         Raises UserError for images that this family cannot read.
         """
+
+    @property
+    def feature_dims(self) -> int | None:
+        """D of the tower's output, where learned methods work; else None."""
+        return None
+
+    @property
+    def learned(self) -> Mapping[str, Any]:
+        """The weights of learned methods that lie in the model's folder, by name.
+
+        They are read once a model. Raises UserError for a file that does not fit.
+        """
+        model, folder = self.model, getattr(self.model, "model_path", None)
+        if not hasattr(model, "learned_pruners"):
+            learned = read_learned(Path(folder), self) if folder and self.feature_dims else {}
+            model.learned_pruners = MappingProxyType(learned)  # so they are no parameters of its
+        learned_pruners: Mapping[str, Any] = model.learned_pruners
+        return learned_pruners
+
+    def masked_logits(
+        self, ids_1L: mx.array, x_1LD: mx.array, mask_11LL: mx.array, position_ids: mx.array | None
+    ) -> mx.array:
+        """Of every row (1, L, V), without a cache; the mask is added to all rows' attention.
+
+        A family with `feature_dims` has it.
+        """
+        raise NotImplementedError
 
     def project(self, x_1KD: mx.array) -> mx.array:
         """The projector: embeddings of visual tokens (1, K, D)."""

@@ -7,8 +7,6 @@ name, so that it neither uses nor shadows an installed package.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,6 +25,7 @@ from ..pruners.budget import check_budget, default_keep_ratio
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
+from .linked_folder import link_or_copy
 
 MODEL_FILE = "pruned.py"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -127,7 +126,7 @@ def prune_into(
         source, config["model_type"], pipeline.spec, keep_ratio, keep_tokens, copies
     )
     with atomic_path(target, folder=True) as folder:
-        linked, copied = _link_or_copy(source, folder)
+        linked, copied = link_or_copy(source, folder, ["config.json", MODEL_FILE])
         for name, content in copies.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(content)
@@ -250,33 +249,3 @@ def _license() -> bytes:
         return (PACKAGE.parent / "LICENSE").read_bytes()
     files = metadata.files(PACKAGE.name) or []
     return next(Path(str(f.locate())).read_bytes() for f in files if f.name == "LICENSE")
-
-
-def _link_or_copy(source: Path, folder: Path) -> tuple[int, int]:
-    """Link weights and copy other files, but for config.json and hidden ones; the count of each.
-
-    Other files are not linked, since an editor may change them in place, and so in both folders.
-    """
-    linked = copied = 0
-    for file in sorted(source.rglob("*")):
-        name = file.relative_to(source)
-        if any(part.startswith(".") for part in name.parts) or not file.is_file():
-            continue
-        if str(name) in ("config.json", MODEL_FILE):
-            continue
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".safetensors" and _link(file, folder / name):
-            linked += 1
-        else:
-            shutil.copyfile(file, folder / name)
-            copied += 1
-    return linked, copied
-
-
-def _link(file: Path, target: Path) -> bool:
-    """Make a hard link, if the disk can; a file of the hub's cache is itself a link."""
-    try:
-        os.link(file.resolve(), target)
-    except OSError:
-        return False
-    return True

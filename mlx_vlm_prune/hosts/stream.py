@@ -70,7 +70,8 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
 
 def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[GenerationResponse]:
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
-    host, pipeline = host_of(model, processor), plan(request.pruner)
+    host = host_of(model, processor)
+    pipeline = plan(request.pruner, host.learned)
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options

@@ -59,7 +59,7 @@ def fuse(
             base = adapted(module)
             if "scales" in base and not dequantize:
                 dtype = _float_dtype(checkpoint, name)
-                parts = _requantized(parts["weight"], base, dtype, settings, fusion)
+                parts = requantized(parts["weight"], base, dtype, settings, fusion)
             named = unstacked({f"{name}.{part}": array for part, array in parts.items()})
             tensors |= {key: _stored(array, checkpoint, key) for key, array in named.items()}
     return replace(checkpoint, tensors=tensors), fusion
@@ -78,7 +78,7 @@ def _float_dtype(checkpoint: Checkpoint, name: str) -> mx.Dtype:
     return FLOATS[scales.dtype if scales and scales.dtype in FLOATS else code]
 
 
-def _requantized(
+def requantized(
     full: mx.array, base: nn.Module, dtype: mx.Dtype, settings: Mapping[str, Any], fusion: Fusion
 ) -> dict[str, mx.array]:
     """The parts of a full matrix in the form of the quantized one that it replaces; counted."""

@@ -4,7 +4,7 @@ Tensors are named METHOD.parameter. They were trained for the model that they li
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -21,7 +21,14 @@ from .vlm import VLM
 Weights = dict[str, mx.array]
 
 
-def read_learned(folder: Path, model: VLM) -> dict[str, Any]:
+class Featured(Protocol):
+    """A model whose tower gives features of so many dimensions."""
+
+    @property
+    def feature_dims(self) -> int | None: ...
+
+
+def read_learned(folder: Path, model: Featured) -> dict[str, Any]:
     """Modules by the names of their methods, of the model's sizes; none without the file.
 
     Raises UserError for a file that is not sound, an unknown method, or a tensor that is
@@ -39,9 +46,11 @@ def read_learned(folder: Path, model: VLM) -> dict[str, Any]:
     return {name: _module(file, name, weights, model) for name, weights in weights_of.items()}
 
 
-def _module(file: Path, name: str, weights: Weights, model: VLM) -> Any:
+def _module(file: Path, name: str, weights: Weights, model: Featured) -> Any:
     queries, dtype = weights.get("queries"), mx.float32
     if name == "twig":  # it reads the model's hidden states, as the model's own layers do
+        if not isinstance(model, VLM):
+            raise UserError(f"{file}: a twig does not grow on a model of mlx-vlm's")
         module, weights, dtype = (
             _twig(file, weights, model),
             _stack_experts(file, weights),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.errors import UserError, missing_package
+from ..hosts.families import host_of
 from ..hosts.loading import kind_of, load
 from ..models.loading import find_folder
 from . import summary
@@ -110,16 +111,19 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
 def _host_trainer(
     config: TrainConfig, processes: Processes, datasets: Mapping[str, Dataset]
 ) -> Trainer:
-    """Of a model of mlx-vlm's, in which adapters can learn. Raises UserError."""
-    if config.stage not in ("lora", "dora") or config.grad_checkpoint:
-        raise UserError(
-            f"{config.model} is a model of mlx-vlm's, in which the stages lora and dora learn,"
-            " without grad_checkpoint"
-        )
+    """Of a model of mlx-vlm's. Raises UserError."""
     from .host_adapters import HostAdapters
     from .host_batches import HostReader
+    from .host_pruner import HostPruner
 
-    learner: Any = HostAdapters(*load(config.model, dtype=config.dtype), config)
+    learners: dict[str, Any] = {"lora": HostAdapters, "dora": HostAdapters, "pruner": HostPruner}
+    if config.stage not in learners or config.grad_checkpoint:
+        raise UserError(
+            f"{config.model} is a model of mlx-vlm's, in which the stages {', '.join(learners)}"
+            " learn, without grad_checkpoint"
+        )
+    host = host_of(*load(config.model, dtype=config.dtype))
+    learner = learners[config.stage](host, config)
     readers: dict[str, Any] = {
         split: HostReader(
             dataset, learner.host.processor, learner.model.config, config.max_seq_length,

@@ -1,7 +1,8 @@
 """A trained model as a folder of ours, whichever framework trained it."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,33 @@ Tensors = Mapping[str, RawTensor]
 def write_trained(checkpoint: Checkpoint, config: TrainConfig, folder: Path) -> None:
     """Write a model to FOLDER, beside what a run has there.
 
+    Raises UserError where it cannot be written; what was there then stays.
+    """
+    dtype = None if config.dtype == "auto" else config.dtype
+    with assembled(folder) as ready:
+        write_folder(checkpoint, ready, dtype, config.model)
+
+
+@contextmanager
+def assembled(folder: Path) -> Iterator[Path]:
+    """Yield the path of a folder to be made, whose files then move to FOLDER.
+
     The model appears whole or not at all: without config.json a folder is no model, and that comes
     last. Raises UserError where it cannot be written; what was there then stays.
     """
-    dtype = None if config.dtype == "auto" else config.dtype
     staging, ready = folder / STAGING, folder / STAGING / folder.absolute().name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        write_folder(checkpoint, ready, dtype, config.model)
-        names = sorted({path.name for path in ready.iterdir()} - {CONFIG})
-        for name in {CONFIG, LEARNED_FILE} - set(names):
-            (folder / name).unlink(missing_ok=True)
-        for name in [*names, CONFIG]:
-            (ready / name).replace(folder / name)
+        yield ready
+        files = sorted(path.relative_to(ready) for path in ready.rglob("*") if path.is_file())
+        (folder / CONFIG).unlink(missing_ok=True)
+        if Path(LEARNED_FILE) not in files:
+            (folder / LEARNED_FILE).unlink(missing_ok=True)
+        for file in sorted(files, key=Path(CONFIG).__eq__):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (ready / file).replace(folder / file)
     except OSError as e:
         raise UserError(f"cannot write a model to {folder}: {e.strerror or e}") from None
     finally:

@@ -24,6 +24,18 @@ class Idefics3Host(TowerHost):
     def tower(self) -> Any:
         return self.model.vision_model
 
+    @property
+    def feature_dims(self) -> int:
+        model = self.model
+        dims: int = model.config.vision_config.hidden_size * model.connector.scale_factor**2
+        return dims
+
+    def masked_logits(
+        self, ids_1L: mx.array, x_1LD: mx.array, mask_11LL: mx.array, position_ids: mx.array | None
+    ) -> mx.array:
+        logits_1LV: mx.array = self.language(ids_1L, inputs_embeds=x_1LD, mask=mask_11LL).logits
+        return logits_1LV
+
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         is_tile = np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))  # zeros fill up a batch
         tiles_T = mx.array(np.flatnonzero(is_tile))
