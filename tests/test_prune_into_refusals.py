@@ -7,7 +7,7 @@ import pytest
 
 from convert.__main__ import main
 from mlx_vlm_prune.hosts import pruned_folder as into
-from mlx_vlm_prune.pruners import budget
+from mlx_vlm_prune.inputs import budget
 
 
 @pytest.fixture
