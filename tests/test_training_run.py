@@ -272,7 +272,7 @@ def test_held_out_answers_are_compared_word_for_word(desk, tmp_path, monkeypatch
 
 def test_no_answers_are_generated_while_a_twig_learns(desk, tmp_path, monkeypatch):
     """The model stays, and so would they."""
-    monkeypatch.setattr(validation, "greedy_answers", None)
+    monkeypatch.setattr(learner, "greedy_answers", None)
     settings = {"stage": "twig", "twig-layer": 1, "twig-layers": 1, "data": desk / "data"}
     main(arguments(desk, tmp_path / "out", **settings))
     held_out = [row for row in read_rows(tmp_path / "out/metrics.jsonl") if "val_loss" in row]
