@@ -30,10 +30,10 @@ import mlx.core as mx
 from mlx_vlm_prune.checkpoints.command_line import Parser
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import optional_json, write_atomically
+from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.models.language.minimind import MiniMind
 from mlx_vlm_prune.pruners import METHODS, Stage
-from mlx_vlm_prune.pruners.budget import tokens_for
 
 from . import command_line
 from .backend_mlx import Stack, device

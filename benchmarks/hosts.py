@@ -28,11 +28,11 @@ from mlx_vlm_prune.hosts.host import generation_stream
 from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt
+from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.pruners.budget import tokens_for
 
 from .backend_mlx import device
 from .command_line import natural, parser, positive, run_command

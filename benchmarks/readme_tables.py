@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_vlm_prune.checkpoints.reading.files import read_json
-from mlx_vlm_prune.pruners.budget import tokens_for
+from mlx_vlm_prune.inputs.budget import tokens_for
 
 from .claims import CLAIMS, claimed_gain
 from .speculation import summary

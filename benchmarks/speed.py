@@ -23,10 +23,10 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.planning.operations import Operations, count
 from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
-from mlx_vlm_prune.pruners.budget import tokens_for
 from mlx_vlm_prune.pruners.spec import unknown_pruner
 
 from .command_line import natural, parser, positive, run_command

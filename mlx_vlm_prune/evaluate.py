@@ -38,13 +38,13 @@ from .evaluation.questions import FORMATS, Question, Source, format_of
 from .evaluation.resume import ResumeFile
 from .evaluation.table import table
 from .hosts.loading import load
+from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
 from .machine.hardware import describe_machine, on_cpu, versions
 from .machine.processes import ProcessGroup
 from .machine.user_cache import cache_folder, model_key, write_cached
 from .models.adapters import adapter_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
-from .pruners.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
 from .scenes import CHECKPOINT
 
 RATIOS = (

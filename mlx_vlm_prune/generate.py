@@ -35,10 +35,10 @@ from .generation.result import GenerationResponse, GenerationResult
 from .generation.speculation import check_num_draft_tokens
 from .hosts import stream as host_stream
 from .hosts.loading import load
+from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget
 from .models.vlm import VLM
 from .planning.budgets import Budget, BudgetChoice, keep_within
 from .pruners import Pipeline, Pruner
-from .pruners.budget import DEFAULT_KEEP_RATIO, check_budget
 from .pruners.contract import Policy
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt, share_budget
+from mlx_vlm_prune.inputs.budget import budget
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.pruners.budget import budget
 
 from .host_models import END, IMAGE, KINDS, START, VIDEO
 from .host_reference import decoded, stock

@@ -14,7 +14,7 @@ import mlx_vlm_prune
 from mlx_vlm_prune import generate, load, pruned, stream_generate
 from mlx_vlm_prune.checkpoints.command_line import notes_on_stderr
 from mlx_vlm_prune.generation.request import GenerateOptions, Request
-from mlx_vlm_prune.pruners import budget
+from mlx_vlm_prune.inputs import budget
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = (
@@ -145,7 +145,7 @@ def test_a_block_inside_mlx_vlm_keeps_half_and_says_so(fresh_default, caplog, tm
 def test_python_shows_the_warning_without_configuration():
     code = (
         "from mlx_vlm_prune.pruners import plan\n"
-        "from mlx_vlm_prune.pruners.budget import budget\n"
+        "from mlx_vlm_prune.inputs.budget import budget\n"
         "print(budget(10, None, None, plan('norm')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import environment
 from mlx_vlm_prune.planning import budgets, calibration
 from mlx_vlm_prune.planning.budgets import (
@@ -26,7 +27,6 @@ from mlx_vlm_prune.planning.budgets import (
 )
 from mlx_vlm_prune.planning.calibration import calibrate, load_calibration
 from mlx_vlm_prune.pruners import plan
-from mlx_vlm_prune.pruners.budget import tokens_for
 
 from . import calibrations
 from .calibrations import (

@@ -6,7 +6,7 @@ import pytest
 from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.generation.steps import make_sampler
-from mlx_vlm_prune.pruners import budget
+from mlx_vlm_prune.inputs import budget
 
 from . import tiny
 from .golden_requests import make_folder

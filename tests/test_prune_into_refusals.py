@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from convert.__main__ import main
-from mlx_vlm_prune.pruners import budget
+from mlx_vlm_prune.inputs import budget
 
 
 @pytest.fixture

@@ -101,24 +101,15 @@ def test_the_scenes_import_no_mlx_since_the_trainer_reads_them():
 # What torch_ref shares with the product: data, and how a user's files become data.
 SHARED = ("mlx_vlm_prune.scenes", "mlx_vlm_prune.checkpoints")
 SHARED_IN_TRAINING = (
+    "mlx_vlm_prune.inputs.budget",
     "mlx_vlm_prune.inputs.processor",
     "mlx_vlm_prune.machine.agreement",
     *(
         f"mlx_vlm_prune.training.{name}"
-        for name in (
-            "batches",
-            "config",
-            "curve",
-            "display",
-            "formats",
-            "interrupts",
-            "metrics",
-            "options",
-            "run_folder",
-            "run_loop",
-            "run_state",
-            "trained_folder",
-        )
+        for name in """
+            base_checkpoint batches config curve display formats interrupts metrics options
+            run_folder run_loop run_state session stage_rules trained_folder validation
+        """.split()
     ),
 )
 

@@ -13,12 +13,16 @@ from safetensors.numpy import load_file
 
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.models.arrays import to_array
 from mlx_vlm_prune.training.metrics import read_rows
+from mlx_vlm_prune.training.run import train as train_in_mlx
 from mlx_vlm_prune.training.run_state import checkpoint_folders
+from mlx_vlm_prune.training.validation import ShortQuestions
 from torch_ref.models.loading import load_folder
 from torch_ref.train import main as train_command
 from torch_ref.training.run import train
 from torch_ref.training.stages import LEARNERS
+from torch_ref.training.trainer import Trainer
 
 from .training_pairs import CPU, Runs, assert_same, weights
 
@@ -96,6 +100,77 @@ def test_the_command_writes_a_model_that_either_loads(runs, tmp_path, capsys):
     assert state["progress"]["iteration"] == 4
 
 
+SUMMARIES = {
+    "everything": ("sft", {}),
+    "a new pool": ("pruner", {"pruner": "attention_pool", "keep_tokens": 4}),
+    "scores": ("sft", {"pruner": "score_prune", "freeze": ["tower"]}),
+    "adapters": ("lora", {"unfreeze": ["projector"]}),
+    "a twig": ("twig", {"twig_layer": 1, "twig_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("case", SUMMARIES)
+def test_the_summary_is_mlxs(runs, tmp_path, capsys, case):
+    stage, keys = SUMMARIES[case]
+    texts = []
+    for name, run_all in (("mlx", train_in_mlx), ("torch", train)):
+        run_all(runs.config(stage, str(tmp_path / name), iters=1, **keys))
+        lines = capsys.readouterr().out.replace(str(tmp_path / name), "OUT").splitlines()
+        begins = (f"{stage}: ", "8 examples", "moved: ", "answers right", "in OUT: ", "use it: ")
+        texts.append([line for line in lines if line.startswith(begins)])
+    assert [line.replace(", in float32 on cpu", "") for line in texts[1]] == texts[0]
+    assert len(texts[0]) >= 5
+
+
+@pytest.mark.parametrize("pruner", ["attention_pool", "divprune", "pyramiddrop"])
+def test_held_out_answers_are_mlxs_token_for_token(runs, pruner):
+    config = runs.config("sft", pruner=pruner, keep_tokens=9, unfreeze=["tower"], batch_size=3)
+    ours, theirs = runs.torch(config), runs.mlx(config)
+    theirs.learner.load_weights([
+        (name, to_array(tensor)) for name, tensor in ours.learner.saved().items()
+    ])  # fmt: skip
+    questions = ShortQuestions.of(ours.valid.batch(np.arange(3)))
+    ends = ours.valid.processor.tokenizer.eos_token_ids
+    full, pruned = (
+        [trainer.learner.answers(questions, ends, 12, is_pruned) for trainer in (ours, theirs)]
+        for is_pruned in (False, True)
+    )
+    assert full[0] == full[1] and pruned[0] == pruned[1] and full[0] != pruned[0]
+    assert len(questions.prompts) == 3 and max(map(len, full[0])) > 2
+
+
+def test_held_out_answers_that_are_learned_are_right_in_either_framework(runs, tmp_path):
+    config = runs.config(
+        "sft", str(tmp_path / "out"), iters=30, learning_rate=2e-2, data=str(runs.folder / "same")
+    )
+    (runs.folder / "same").mkdir()
+    lines = (runs.folder / "train.jsonl").read_text().splitlines(keepends=True)[:4]
+    for split in ("train", "valid"):
+        (runs.folder / f"same/{split}.jsonl").write_text("".join(lines))
+    for path in [*runs.folder.glob("*.png")]:
+        (runs.folder / "same" / path.name).symlink_to(path)
+    figures = [run(trainer(config)).evaluate() for trainer in (runs.torch, runs.mlx)]
+    assert figures[0]["val_accuracy"] == figures[1]["val_accuracy"] == 1
+
+
+def test_a_stopped_run_says_where_it_stands_and_how_to_go_on(runs, tmp_path, capsys, monkeypatch):
+    config = runs.config("sft", str(tmp_path / "out"), iters=9)
+    take_step = Trainer.take_step
+
+    def interrupted(trainer, iteration):
+        trainer.stop.is_requested = iteration == 2
+        return take_step(trainer, iteration)
+
+    monkeypatch.setattr(Trainer, "take_step", interrupted)
+    monkeypatch.setattr(sys, "argv", ["train", "-c", "my config.yaml", "--resume"])
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "stopped behind step 3 of 9; the same command with --resume goes on:"
+        " -c 'my config.yaml' --resume"
+    )
+
+
 def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
     common = [
         "--stage", "sft", "--model", str(runs.folder / "model"), "--data", str(runs.folder),
@@ -137,7 +212,7 @@ MISTAKES = {
         "grad_checkpoint cannot be used with fastv",
     ),
     "pruner": ({"resume": True, "pruner": "divprun"}, "did you mean divprune"),
-    "budget": ({"resume": True, "pruner": "divprune", "keep_tokens": 17}, "keep 1 to 16"),
+    "budget": ({"resume": True, "pruner": "divprune", "keep_tokens": 17}, "has 1 to 16"),
     "no layers": ({"stage": "lora", "num_layers": 0}, "num_layers is 0"),
     "a text for a list": (
         {"stage": "lora", "lora_parameters": {"keys": "self_attn.q_proj"}}, "must be a list",

@@ -12,15 +12,17 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 
 from mlx_vlm_prune.train import main
-from mlx_vlm_prune.training import summary, validation
+from mlx_vlm_prune.training import learner, summary, validation
 from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.metrics import read_rows
 from mlx_vlm_prune.training.processes import Processes
 from mlx_vlm_prune.training.run import make_trainer
 from mlx_vlm_prune.training.run_folder import claimed
 from mlx_vlm_prune.training.run_state import checkpoint_folders
+from mlx_vlm_prune.training.trainer import Trainer
 
 from .training_runs import write_model_and_data
 
@@ -258,7 +260,7 @@ def test_held_out_answers_are_compared_word_for_word(desk, tmp_path, monkeypatch
     for prompt in questions.prompts:
         assert tokenizer.decode(prompt.ids).rstrip().endswith("assistant")
     right = [ids[:-1] for ids in questions.right]
-    monkeypatch.setattr(validation, "greedy_answers", lambda *_: [right[0], right[1], [5, 5]])
+    monkeypatch.setattr(learner, "greedy_answers", lambda *_: [right[0], right[1], [5, 5]])
     figures = trainer.evaluate()
     assert figures and figures["val_accuracy"] == pytest.approx(2 / 3)
     assert figures["val_questions"] == 3 and "val_accuracy_pruned" not in figures
@@ -266,7 +268,7 @@ def test_held_out_answers_are_compared_word_for_word(desk, tmp_path, monkeypatch
 
 def test_no_answers_are_generated_while_a_twig_learns(desk, tmp_path, monkeypatch):
     """The model stays, and so would they."""
-    monkeypatch.setattr(validation, "greedy_answers", None)
+    monkeypatch.setattr(learner, "greedy_answers", None)
     settings = {"stage": "twig", "twig-layer": 1, "twig-layers": 1, "data": desk / "data"}
     main(arguments(desk, tmp_path / "out", **settings))
     held_out = [row for row in read_rows(tmp_path / "out/metrics.jsonl") if "val_loss" in row]
@@ -298,19 +300,28 @@ def test_reports_go_to_mlx_lms_callbacks(desk, tmp_path, capsys, monkeypatch):
         assert "which is not installed: pip install swanlab" in refusal(capsys, *options)
 
 
+def fingerprint(array: mx.array) -> tuple[int, int]:
+    trainer = object.__new__(Trainer)
+    trainer.learner = nn.Module()
+    trainer.learner.array = array
+    return summary.fingerprints(trainer)["array"]
+
+
 def test_a_fingerprint_changes_with_any_one_bit():
     before = mx.random.normal((3, 5))
-    number = summary._fingerprint(before).item()
+    number = fingerprint(before)
+    assert number[0] == 15
     for dtype, one_up in ((mx.float16, mx.uint16), (mx.bfloat16, mx.uint16)):
         half = before.astype(dtype)
         bits = half.view(one_up)
         bits[1, 1] += 1
-        assert (summary._fingerprint(half) != summary._fingerprint(bits.view(dtype))).item()
+        assert fingerprint(half) != fingerprint(bits.view(dtype))
     for i in range(3):
         after = mx.array(before)
         after[i, i] = np.nextafter(np.float32(after[i, i].item()), np.float32(9))
-        assert summary._fingerprint(after).item() != number
-    assert summary._fingerprint(mx.array(before)).item() == number
+        assert fingerprint(after) != number
+    assert fingerprint(mx.array(before)) == number
+    assert fingerprint(mx.arange(3, dtype=mx.int64)) != fingerprint(mx.arange(1, 4))
 
 
 def test_a_mistake_in_the_data_is_a_mistake_of_the_run(desk, tmp_path, capsys):

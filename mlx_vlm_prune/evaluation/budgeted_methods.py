@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..inputs.budget import tokens_for
 from ..models.vlm import VLM
 from ..pruners import METHODS, Pipeline, Stage, plan
-from ..pruners.budget import tokens_for
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
 

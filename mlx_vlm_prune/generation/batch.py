@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
+from ..inputs.budget import budget
 from ..inputs.processor import Processor
 from ..machine.clock import request_clock
 from ..models.vlm import VLM
-from ..pruners.budget import budget
 from .request import GenerateOptions, ImageSource, Request, list_images
 from .result import GenerationResult
 from .steps import collect_answers, generate_step, make_chooser

@@ -13,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..inputs.budget import budget
 from ..inputs.image import open_image
 from ..inputs.processor import Processor
 from ..inputs.prompt import Detokenizer, Prompt, tokenize_prompt
 from ..machine.clock import Clock, request_clock
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
-from ..pruners.budget import budget
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
 from .request import HOST_OPTIONS, ImageSource, Request, list_images

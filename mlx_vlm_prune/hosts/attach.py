@@ -12,10 +12,10 @@ from typing import Any
 from weakref import proxy
 
 from ..checkpoints.errors import UserError
+from ..inputs.budget import check_budget
 from ..machine import blas
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
-from ..pruners.budget import check_budget
 from ..pruners.contract import Policy
 from .compatibility import check_pipeline
 from .families import host_of

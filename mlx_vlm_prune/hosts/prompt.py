@@ -17,10 +17,10 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..inputs.budget import budget
 from ..machine.clock import end_part
 from ..models.pruning import ImageBatch, prune
 from ..pruners import Pipeline, Stage, StepBudgets
-from ..pruners.budget import budget
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host

@@ -20,8 +20,8 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import atomic_path, read_json, write_json
 from ..checkpoints.version import __version__
+from ..inputs.budget import check_budget, default_keep_ratio
 from ..pruners import NAMES, Pipeline, Stage, plan
-from ..pruners.budget import check_budget, default_keep_ratio
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls

@@ -30,7 +30,7 @@ def to_array(tensor: RawTensor) -> mx.array:
 
 def to_bytes(array: mx.array) -> np.ndarray:
     """The array's bytes, flat uint8."""
-    integer = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
+    integer = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}[array.itemsize]
     return np.array(array.view(integer)).reshape(-1).view(np.uint8)
 
 

@@ -5,28 +5,29 @@ checkpoint holds.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from ..checkpoints.command_line import either
 from ..checkpoints.config import SiglipConfig
 from ..checkpoints.errors import UserError
+from ..generation.steps import greedy_answers
+from ..inputs.budget import budget
 from ..models.language.mlx_lm import MlxLm
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Stage, plan
-from ..pruners.budget import budget
 from .batches import Batch
 from .config import TrainConfig
-from .loss import OthersBias, answer_loss, factor_loss
-from .pruner_weights import add_untrained, learned_names, trainable_names, trained_inside
+from .loss import OthersBias, answer_loss, factor_loss, pixels
+from .pruner_weights import TRAINABLE, add_untrained, trained_inside
 from .save_model import save_model
+from .stage_rules import falling, trains
+from .validation import ShortQuestions
 
 logger = logging.getLogger("mlx_vlm_prune")
 
@@ -38,27 +39,25 @@ class Learner(nn.Module):
     checkpoint has them inside.
     """
 
-    parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
     # Of each learned method that learns: does it begin with untrained weights?
     starts: Mapping[str, bool] = MappingProxyType({})
     counts_answers = True  # evaluations count which answers are right
 
     def __init__(self, model: VLM, config: TrainConfig):
         super().__init__()
+        TRAINABLE.check(config)
         self.settings = config
         self.model = model
         self.iteration, self.iters = 0, 1
-        if "pruner" in config.unfreeze and not learned_names(config.pruner):
-            raise UserError(f"unfreeze names pruner; pruner {config.pruner} has nothing to learn")
         if self.trains("pruner"):
             untrained = add_untrained(model, config)
-            names = learned_names(config.pruner)
+            names = TRAINABLE.of_chain(config.pruner)
             self.starts = MappingProxyType({name: name in untrained for name in names})
         self.pipeline: Pipeline = plan(config.pruner, model.learned)
         self.K = budget(model.N, config.keep_ratio, config.keep_tokens, self.pipeline)
         self.pruners: dict[str, nn.Module] = {
             name: model.learned[name]
-            for name in learned_names(config.pruner)
+            for name in TRAINABLE.of_chain(config.pruner)
             if not trained_inside(model, name)
         }
         self._prepare_soft_choice()
@@ -94,9 +93,8 @@ class Learner(nn.Module):
         self.model.language.forward_pass = OthersBias
 
     def trains(self, part: str) -> bool:
-        """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
-        c = self.settings
-        return part in (*self.parts, *c.unfreeze) and part not in c.freeze
+        """Does a part learn?"""
+        return trains(self.settings, part)
 
     def unfreeze_parts(self) -> None:
         """Make trainable what the stage trains."""
@@ -110,7 +108,7 @@ class Learner(nn.Module):
         if self.trains("pruner"):
             for weights in self.pruners.values():
                 weights.unfreeze()
-            if any(trained_inside(model, name) for name in learned_names(c.pruner)):
+            if any(trained_inside(model, name) for name in TRAINABLE.of_chain(c.pruner)):
                 model.pruner.unfreeze()
 
     def begin_step(self, iteration: int, iters: int) -> None:
@@ -133,7 +131,7 @@ class Learner(nn.Module):
     def save_model(self, folder: Path) -> None:
         """Write the model that the last step leaves, for a user to load."""
         learned = {name: dict(_flat(weights)) for name, weights in self.pruners.items()}
-        others = self.model.learned.keys() - learned_names(self.settings.pruner)
+        others = self.model.learned.keys() - TRAINABLE.of_chain(self.settings.pruner)
         if others and tree_flatten(self.model.trainable_parameters()):
             logger.warning(
                 "%s: trained for what the model was before; train them again",
@@ -161,6 +159,15 @@ class Learner(nn.Module):
         loss = answer_loss(self.model, batch, self.pipeline, self.K)
         return loss, loss
 
+    def answers(
+        self, questions: ShortQuestions, ends: Collection[int], most: int, is_pruned: bool
+    ) -> list[list[int]]:
+        """What the model says, greedily, in `most` tokens, up to an end: token ids."""
+        model = self.model
+        pipeline, K = (self.pipeline, self.K) if is_pruned else (plan("none", {}), model.N)
+        prefill = model(questions.prompts, pixels(questions, model.dtype), pipeline, K)
+        return greedy_answers(prefill, ends, most)
+
     def _budget(self) -> int:
         """Of this step."""
         budget_of = self.pipeline.steps[-1].method.training_budget
@@ -175,11 +182,6 @@ def _to_float32(learner: Learner) -> None:
     """What learns: in half precision small steps would be rounded away."""
     trainable: Any = tree_flatten(learner.trainable_parameters())
     learner.load_weights([(k, x.astype(mx.float32)) for k, x in trainable], strict=False)
-
-
-def falling(iteration: int, iters: int) -> float:
-    """From 1 in the first step to 0 after the last, by a half wave of the cosine."""
-    return float(0.5 + 0.5 * np.cos(np.pi * iteration / iters))
 
 
 def _flat(module: nn.Module) -> Any:
@@ -211,32 +213,3 @@ def _unfreeze_language(model: VLM, layers: int | None) -> None:
     last: Any = language.layers[-layers:]
     for layer in last:
         (layer.wrapped if isinstance(language, MlxLm) else layer).unfreeze()
-
-
-class Pretrain(Learner):
-    """The projector learns what a language model reads (EfficientVLM's and LLaVA's first stage).
-
-    With `language_layers: 1` the last layer of the language model learns along, as in EfficientVLM.
-    """
-
-    parts = ("projector", "pruner")
-
-
-class FineTune(Learner):
-    """Projector, pruner and language model learn (EfficientVLM's second stage)."""
-
-    parts = ("projector", "pruner", "language")
-
-
-class PrunerStage(Learner):
-    """A learned pruner alone; what `unfreeze` names learns along."""
-
-    parts = ("pruner",)
-
-    def __init__(self, model: VLM, config: TrainConfig):
-        if not learned_names(config.pruner):
-            raise UserError(
-                f"pruner {config.pruner} has nothing to learn; stage pruner trains"
-                f" {either(trainable_names())}"
-            )
-        super().__init__(model, config)

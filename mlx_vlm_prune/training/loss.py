@@ -16,6 +16,7 @@ from ..models.splice import ImageSlots, Spliced, splice
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, StepBudgets
 from .batches import Batch
+from .validation import ShortQuestions
 
 
 def answer_rows(spliced: Spliced, batch: Batch) -> tuple[mx.array, mx.array]:
@@ -47,7 +48,7 @@ def answer_loss(model: VLM, batch: Batch, pipeline: Pipeline, K: int) -> mx.arra
     return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
 
 
-def pixels(batch: Batch, dtype: mx.Dtype) -> mx.array | None:
+def pixels(batch: Batch | ShortQuestions, dtype: mx.Dtype) -> mx.array | None:
     """The batch's images (I, H, W, 3), if any."""
     return None if batch.pixels_IHW3 is None else mx.array(batch.pixels_IHW3).astype(dtype)
 

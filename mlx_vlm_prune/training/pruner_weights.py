@@ -9,22 +9,16 @@ import mlx.core as mx
 
 from ..checkpoints.config import ATTENTION_POOL
 from ..checkpoints.errors import UserError
+from ..inputs.budget import budget
 from ..models.vlm import VLM
 from ..pruners import METHODS, PRESETS, plan
-from ..pruners.budget import budget
 from .config import TrainConfig, check_reset
+from .stage_rules import TrainableMethods
 from .trained_folder import TWIG
 
-
-def trainable_names() -> list[str]:
-    """Methods with weights that a loss behind the pruner trains."""
-    return [name for name, method in METHODS.items() if method.learned and name != TWIG]
-
-
-def learned_names(spec: str) -> list[str]:
-    """Those of a chain."""
-    names = [part.partition(":")[0] for part in PRESETS.get(spec, spec).split("+")]
-    return [name for name in names if name in trainable_names()]
+TRAINABLE = TrainableMethods(
+    [name for name, method in METHODS.items() if method.learned and name != TWIG], PRESETS
+)
 
 
 def trained_inside(model: VLM, name: str) -> bool:
@@ -38,7 +32,7 @@ def add_untrained(model: VLM, config: TrainConfig) -> list[str]:
 
     Raises UserError for a budget that no image has.
     """
-    names, is_reset = learned_names(config.pruner), config.reset_pruner
+    names, is_reset = TRAINABLE.of_chain(config.pruner), config.reset_pruner
     check_reset(config, names)
     missing = [name for name in names if is_reset or name not in model.learned]
     if not missing:

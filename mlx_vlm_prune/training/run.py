@@ -1,11 +1,6 @@
 """A training run from its config: load, read, train, write."""
 
-import logging
-import shlex
-import sys
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,73 +9,21 @@ from ..checkpoints.errors import UserError, missing_package
 from ..hosts.families import host_of
 from ..hosts.loading import kind_of, load
 from ..models.loading import find_folder
-from . import summary
 from .base_model import load_base_model
 from .batches import Reader
 from .config import TrainConfig
-from .curve import draw_curve
-from .display import Display
 from .formats import Dataset, open_dataset, split_files
-from .metrics import Metrics
 from .processes import Processes
 from .recompute import recompute_layers
-from .run_folder import claimed
-from .run_state import checkpoint_folders
+from .session import Send, train_together
 from .stages import LEARNERS
-from .trainer import Report, Trainer
-
-logger = logging.getLogger("mlx_vlm_prune")
+from .trainer import Trainer
 
 
 def train(config: TrainConfig) -> None:
     """Train as the config says. Raises UserError for what cannot be trained or read."""
     processes = Processes()
-    with processes.mistakes_once(), ExitStack() as stack:
-        with processes.together():
-            if processes.is_first:
-                stack.enter_context(claimed(config))
-        _train(config, processes)
-
-
-def _train(config: TrainConfig, processes: Processes) -> None:
-    """With the folder claimed."""
-    begin = time.perf_counter()
-    with processes.together():
-        trainer = make_trainer(config, processes)
-    before = summary.fingerprints(trainer.learner)
-    trainer.resume()
-    metrics = send = None
-    with processes.together():
-        if processes.is_first:
-            metrics = Metrics(config.folder, trainer.progress.iteration)
-            send = reporter(config)
-    evaluated = metrics.evaluated if metrics else set()
-    trainer.evaluated = processes.union(evaluated, trainer.progress.iteration + 1)
-    display = Display(config, trainer)
-
-    def report(figures: Report) -> None:
-        if metrics:
-            metrics.append(dict(figures))
-            display.report(figures)
-        if send:
-            send(dict(figures))
-
-    trainer.on_report, trainer.on_step = report, display.step
-    display.say(summary.opening(trainer))
-    try:
-        trainer.run()
-    except KeyboardInterrupt:
-        display.close()
-        display.say([_stopped(trainer)])
-        raise
-    finally:
-        display.close()
-    if metrics:
-        try:
-            draw_curve(metrics, config.folder)
-        except UserError as e:
-            logger.info("%s", e)
-        display.say(summary.closing(trainer, metrics, before, time.perf_counter() - begin))
+    train_together(config, processes, lambda: make_trainer(config, processes), reporter)
 
 
 def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
@@ -134,7 +77,7 @@ def _host_trainer(
     return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
-def reporter(config: TrainConfig) -> Callable[[dict[str, Any]], None] | None:
+def reporter(config: TrainConfig) -> Send | None:
     """mlx-lm's callbacks, where `report_to` names some. Raises UserError where one is missing."""
     if not config.report_to:
         return None
@@ -158,12 +101,3 @@ def reporter(config: TrainConfig) -> Callable[[dict[str, Any]], None] | None:
             callbacks.on_train_loss_report(figures)
 
     return send
-
-
-def _stopped(trainer: Trainer) -> str:
-    """How to go on."""
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    command = shlex.join([*words, "--resume"]) if words else "--resume"
-    folders = checkpoint_folders(trainer.config.folder)
-    place = f"behind step {int(folders[-1].name)}" if folders else "before the first checkpoint"
-    return f"stopped {place} of {trainer.iters}; the same command with --resume goes on: {command}"

@@ -7,7 +7,7 @@ the steps that it would have taken.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..checkpoints.reading.tensors import RawTensor
 from .batches import Reader, Sampler
 from .config import TrainConfig
 from .interrupts import StopRequest
 from .run_state import Progress, checkpoint_folders
+from .validation import validate
 
 logger = logging.getLogger("mlx_vlm_prune")
 Report = Mapping[str, float]
@@ -75,11 +77,27 @@ class RunLoop:
 
     def evaluate(self) -> Report | None:
         """Figures of the held-out examples; None where it was stopped. Raises UserError."""
-        raise NotImplementedError
+        assert self.valid is not None
+        return validate(
+            self.learner, self.valid, self.config, self.processes, lambda: self.stop.is_set
+        )
 
     def figures(self) -> Report:
         """Of a report, beside those of every framework."""
         raise NotImplementedError
+
+    def tensors(self) -> Iterable[tuple[str, RawTensor]]:
+        """Everything that the learner holds, by the names of a checkpoint."""
+        raise NotImplementedError
+
+    def learning(self) -> Collection[str]:
+        """The names of what the optimizer moves."""
+        raise NotImplementedError
+
+    @property
+    def place(self) -> str:
+        """Where it trains, for the screen."""
+        return ""
 
     @property
     def iters(self) -> int:

@@ -11,7 +11,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..models.arrays import to_raw
 from ..models.language.experts import unstacked
 from ..models.vlm import VLM
-from .base_model import read_start
+from .base_checkpoint import read_base
 from .config import TrainConfig
 from .trained_folder import with_trained, write_trained
 
@@ -30,7 +30,7 @@ def save_model(
     The model appears whole or not at all. Raises UserError where it cannot be written; what was
     there then stays.
     """
-    write_trained(trained_checkpoint(read_start(config), model, learned), config, folder)
+    write_trained(trained_checkpoint(read_base(config), model, learned), config, folder)
 
 
 def trained_checkpoint(

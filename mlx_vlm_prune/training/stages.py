@@ -1,14 +1,14 @@
 """The stages by name: what learns in each."""
 
 from .adapters import Adapters
-from .learner import FineTune, Learner, Pretrain, PrunerStage
+from .learner import Learner
 from .twig_stage import TwigStage
 
 LEARNERS: dict[str, type[Learner]] = {
-    "pretrain": Pretrain,
-    "sft": FineTune,
+    "pretrain": Learner,
+    "sft": Learner,
     "lora": Adapters,
     "dora": Adapters,
-    "pruner": PrunerStage,
+    "pruner": Learner,
     "twig": TwigStage,
 }

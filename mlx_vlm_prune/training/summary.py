@@ -1,34 +1,28 @@
 """What a run does and has done: which parts learn, what moved, what was left out, where it lies."""
 
 import shlex
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-import mlx.core as mx
-from mlx.utils import tree_flatten
+from collections.abc import Mapping
+from math import prod
+from zlib import crc32
 
 from .config import ADAPTER_STAGES, TrainConfig
 from .display import first_weights, in_words
-from .learner import Learner
 from .metrics import Metrics
-from .trainer import Trainer
+from .run_loop import RunLoop
 
-UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 COMMAND = "python -m mlx_vlm_prune.generate"
+ORDER = ("tower", "projector", "language")  # of parts; others follow
+Fingerprints = Mapping[str, tuple[int, int]]  # how many numbers a tensor has, and one of its bits
 
 
-def fingerprints(learner: Learner) -> dict[str, int]:
-    """A number of each tensor's bits; it changes with any one element."""
-    arrays: Any = tree_flatten(learner.parameters())
-    sums = {name: _fingerprint(array) for name, array in arrays}
-    mx.eval(sums)
-    return {name: int(value.item()) for name, value in sums.items()}  # type: ignore[arg-type]  # a number
+def fingerprints(trainer: RunLoop) -> Fingerprints:
+    """Of each tensor of what is trained, and of what it stands in; any one bit changes it."""
+    numbers = {name: (prod(raw.shape), crc32(raw.data.data)) for name, raw in trainer.tensors()}
+    return dict(sorted(numbers.items(), key=lambda item: _place(part_of(item[0]))))
 
 
-def _fingerprint(array: mx.array) -> mx.array:
-    """Of its elements' bits, each times an odd number of its own."""
-    bits = array.flatten().view(UNSIGNED[array.itemsize]).astype(mx.uint32)
-    return mx.sum(bits * (2 * mx.arange(bits.size, dtype=mx.uint32) + 1))
+def _place(part: str) -> int:
+    return (*ORDER, part).index(part)
 
 
 def part_of(name: str) -> str:
@@ -37,41 +31,38 @@ def part_of(name: str) -> str:
     return parts[1] if parts[0] == "model" and len(parts) > 1 else parts[0]
 
 
-def opening(trainer: Trainer) -> list[str]:
+def opening(trainer: RunLoop, tensors: Fingerprints) -> list[str]:
     """What is about to learn, from what."""
-    c, learner = trainer.config, trainer.learner
-    learns: Any = tree_flatten(learner.trainable_parameters())
-    every: Any = tree_flatten(learner.parameters())
-    names = {name for name, _ in learns}
-    frozen = [(name, array) for name, array in every if name not in names]
+    c, names = trainer.config, trainer.learning()
+    learn, stay = (
+        _sizes({name: size for name, (size, _) in tensors.items() if (name in names) == learns})
+        for learns in (True, False)
+    )
     held_out = f", {len(trainer.valid.dataset)} held out" if trainer.valid else ""
-    at_once = trainer.order.batch_size * c.grad_accumulation_steps
     begin = trainer.progress.iteration
     return [
-        f"{c.stage}: {_sizes(learns)} learn; {_sizes(frozen) or 'nothing'} stay"
-        + first_weights(learner.starts),
-        f"{trainer.order.examples} examples{held_out}; {trainer.iters} steps of {at_once}"
+        f"{c.stage}: {learn} learn; {stay or 'nothing'} stay{trainer.place}"
+        + first_weights(trainer.learner.starts),
+        f"{trainer.order.examples} examples{held_out}; {trainer.iters} steps of {trainer.at_once}"
         + (f", of which {begin} are done" if begin else ""),
     ]
 
 
-def _sizes(tensors: Iterable[tuple[str, mx.array]]) -> str:
+def _sizes(tensors: Mapping[str, int]) -> str:
     """Parts with how many numbers each holds."""
     sizes: dict[str, int] = {}
-    for name, array in tensors:
-        sizes[part_of(name)] = sizes.get(part_of(name), 0) + array.size
+    for name, size in tensors.items():
+        sizes[part_of(name)] = sizes.get(part_of(name), 0) + size
     return ", ".join(f"{part} ({size / 1e6:.3g} M)" for part, size in sizes.items())
 
 
-def closing(
-    trainer: Trainer, metrics: Metrics, before: Mapping[str, int], seconds: float
-) -> list[str]:
+def closing(trainer: RunLoop, metrics: Metrics, before: Fingerprints, seconds: float) -> list[str]:
     """What has become of a run that is at its end."""
     p, c = trainer.progress, trainer.config
     lines = [
         f"done: {p.iteration} steps, {trainer.epoch:.3g} passes over the data,"
         f" {p.trained_tokens:,} tokens of answers; {in_words(seconds)} since the start",
-        _moved(trainer.learner, before),
+        _moved(fingerprints(trainer), before),
         *_best(metrics),
     ]
     if p.bad:
@@ -81,9 +72,8 @@ def closing(
     return [*lines, f"in {c.folder}: {', '.join(_files(c))}", usage(c)]
 
 
-def _moved(learner: Learner, before: Mapping[str, int]) -> str:
+def _moved(after: Fingerprints, before: Fingerprints) -> str:
     """By the bits of every tensor."""
-    after = fingerprints(learner)
     moved: dict[str, int] = {}
     stayed: dict[str, int] = {}
     for name, number in after.items():

@@ -1,6 +1,7 @@
 """A run in MLX: read a batch, take the loss's gradients, move the weights."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,17 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx import optimizers as optim
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from ..checkpoints.errors import UserError
+from ..checkpoints.reading.tensors import RawTensor
 from ..machine.hardware import on_cpu
+from ..models.arrays import to_bytes
 from . import checkpoints
 from .batches import AHEAD, Batch
 from .optimizer import make_optimizer
 from .run_loop import Report, RunLoop, StepSums
 from .run_state import Progress
-from .validation import validate
 
 
 @dataclass
@@ -100,10 +102,11 @@ class Trainer(RunLoop):
             "peak_memory": mx.get_peak_memory() / 1e9,
         }
 
-    def evaluate(self) -> Report | None:
-        assert self.valid is not None
-        c = self.config
-        return validate(
-            self.learner, self.valid, c.batch_size, c.val_batches, self.processes,
-            lambda: self.stop.is_set,
-        )  # fmt: skip
+    def tensors(self) -> Iterator[tuple[str, RawTensor]]:
+        every: Any = tree_flatten(self.learner.parameters())
+        for name, array in every:
+            yield name, RawTensor(str(array.dtype), array.shape, to_bytes(array))
+
+    def learning(self) -> set[str]:
+        learns: Any = tree_flatten(self.learner.trainable_parameters())
+        return {name for name, _ in learns}

@@ -5,18 +5,15 @@ Shapes: B prompts, I images over all prompts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..generation.steps import greedy_answers
 from ..inputs.prompt import Prompt
-from ..models.vlm import VLM
-from ..pruners import Pipeline, plan
+from ..machine.agreement import Agreement
 from .batches import Batch, Reader, in_order
-from .learner import Learner
-from .processes import Processes
+from .config import TrainConfig
 
 LONGEST_ANSWER = 32  # tokens; longer ones are not compared word by word
 SPARE_TOKENS = 4  # beyond the right answer
@@ -48,10 +45,10 @@ class ShortQuestions:
 
 
 def validate(
-    learner: Learner, reader: Reader, batch_size: int, most: int, processes: Processes,
+    learner: Any, reader: Reader, config: TrainConfig, processes: Agreement,
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:  # fmt: skip
-    """Figures of held-out examples, of at most so many batches; None where it was stopped.
+    """Figures of held-out examples, of at most `val_batches`; None where it was stopped.
 
     `val_loss` is the mean of an answer's token, `val_accuracy` the share of the `val_questions`
     answered exactly, by greedy generation with all visual tokens; `val_accuracy_pruned` the same
@@ -59,17 +56,17 @@ def validate(
     example can be used.
     """
     sums = np.zeros(5)  # loss, tokens, right, right where pruned, questions
-    batches = list(in_order(len(reader.dataset), batch_size, most))
-    learner.eval()
+    batches = list(in_order(len(reader.dataset), config.batch_size, config.val_batches))
+    learner.train(False)
     try:
         with processes.together():
             for indices in batches[processes.rank :: processes.size]:
                 if is_stopped() and processes.size == 1:
                     return None
                 if batch := reader.batch(indices):
-                    sums[0] += float(learner.loss(batch).item())  # type: ignore[arg-type]
+                    sums[0] += float(learner.loss(batch).item())
                     sums[1] += batch.answer_tokens
-                    sums[2:] += _count_right(learner, reader, ShortQuestions.of(batch))
+                    sums[2:] += _count_right(learner, reader, config, ShortQuestions.of(batch))
     finally:
         learner.train()
     loss, tokens, full, pruned, questions = processes.sum(sums.tolist())
@@ -78,36 +75,28 @@ def validate(
     figures = {"val_loss": loss / tokens}
     if questions:
         figures |= {"val_accuracy": full / questions, "val_questions": questions}
-        if learner.pipeline.spec != "none":
+        if config.pruner != "none":
             figures["val_accuracy_pruned"] = pruned / questions
     return figures
 
 
 def _count_right(
-    learner: Learner, reader: Reader, questions: ShortQuestions
+    learner: Any, reader: Reader, config: TrainConfig, questions: ShortQuestions
 ) -> tuple[int, int, int]:
     """Answers that are right with all visual tokens and pruned, and how many were asked."""
-    model = learner.model
     if not (questions.prompts and learner.counts_answers):
         return 0, 0, 0
-    full = _right(model, reader, questions, plan("none", {}), model.N)
-    pipeline, pruned = learner.pipeline, full
-    if pipeline.spec != "none":
-        pruned = _right(model, reader, questions, pipeline, learner.K)
+    full = _right(learner, reader, questions, is_pruned=False)
+    is_pruned = config.pruner != "none"
+    pruned = _right(learner, reader, questions, is_pruned=True) if is_pruned else full
     return full, pruned, len(questions.prompts)
 
 
-def _right(
-    model: VLM, reader: Reader, questions: ShortQuestions, pipeline: Pipeline, K: int
-) -> int:
-    tokenizer, pixels = reader.processor.tokenizer, questions.pixels_IHW3
-    pixels_IHW3 = None if pixels is None else mx.array(pixels).astype(model.dtype)
-    prefill = model(questions.prompts, pixels_IHW3, pipeline, K)
-    most = max(map(len, questions.right)) + SPARE_TOKENS
-    answers = greedy_answers(prefill, tokenizer.eos_token_ids, most)
-    right = [
-        [token for token in ids if token not in tokenizer.eos_token_ids] for ids in questions.right
-    ]
+def _right(learner: Any, reader: Reader, questions: ShortQuestions, is_pruned: bool) -> int:
+    tokenizer = reader.processor.tokenizer
+    ends, most = tokenizer.eos_token_ids, max(map(len, questions.right)) + SPARE_TOKENS
+    answers = learner.answers(questions, ends, most, is_pruned)
+    right = [[token for token in ids if token not in ends] for ids in questions.right]
     decode = tokenizer.decode
     pairs = zip(answers, right, strict=True)
     return sum(decode(answer).strip() == decode(ids).strip() for answer, ids in pairs)

@@ -7,7 +7,7 @@ Shapes: B prompts, I images over all prompts, N visual tokens, K kept, L tokens,
 S tokens with those decoded, D features, V words.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from math import prod
@@ -247,17 +247,19 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, spliced: Spliced, cuts: decoder.Cuts, max_tokens: int = 64
-    ) -> list[list[int]]:
+        self, spliced: Spliced, cuts: decoder.Cuts, max_tokens: int = 64,
+        ends: Collection[int] = (),
+    ) -> list[list[int]]:  # fmt: skip
         """The most likely next token of prompts that `embed` gave, again and again: new ids per
-        prompt, without the end token."""
+        prompt, without the token of `ends`, or the model's own, that ended them."""
+        ends = ends or (self.eos_token_id,)
         prefill = self.prefill(spliced, cuts)
         answers: list[list[int]] = [[] for _ in spliced.runs]
         running = list(range(len(answers)))
         for i in range(max_tokens):
             token_B = prefill.logits_BV.argmax(-1)
             chosen = token_B.tolist()
-            running = [b for b in running if chosen[b] != self.eos_token_id]
+            running = [b for b in running if chosen[b] not in ends]
             for b in running:
                 answers[b].append(chosen[b])
             if not running or i == max_tokens - 1:

@@ -96,6 +96,7 @@ class Adapters(Learner):
 
     def train(self, mode: bool = True) -> None:
         """With dropout, or without."""
+        super().train(mode)
         for _, adapter in adapters(self.model):
             adapter.dropout.train(mode)
 

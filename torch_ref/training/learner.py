@@ -3,33 +3,43 @@
 The twin of mlx_vlm_prune/training/learner.py: the same parameters under the same names.
 """
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
-from mlx_vlm_prune.checkpoints.command_line import either
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.inputs.budget import budget
 from mlx_vlm_prune.training.batches import Batch
 from mlx_vlm_prune.training.config import TrainConfig, check_reset
+from mlx_vlm_prune.training.stage_rules import TrainableMethods, falling, trains
 from mlx_vlm_prune.training.trained_folder import with_trained, write_trained
+from mlx_vlm_prune.training.validation import ShortQuestions
 
 from ..models.learned import parameter_name
 from ..models.loading import to_tensor
 from ..models.names import from_tensor, to_ours, to_reference
 from ..models.vlm import VLM
 from ..pruners import METHODS, is_learned
-from ..pruners.spec import PRESETS, parse_steps
-from .loss import answer_loss, factor_loss
+from ..pruners.spec import PRESETS, parse_steps, positions
+from .loss import answer_loss, factor_loss, pixels
 
 MODEL, PRUNERS, POOL = "model.", "pruners.", "attention_pool"
+TRAINABLE = TrainableMethods([n for n in METHODS if is_learned(n) and n != "twig"], PRESETS)
+
+
+class Chain(NamedTuple):
+    """What the budget depends on."""
+
+    spec: str
+    trained_tokens: int | None = None
 
 
 class Learner:
@@ -39,15 +49,15 @@ class Learner:
     lies beside it, in `beside`. `buffers` are what the loss itself moves.
     """
 
-    parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
+    training = True
+    counts_answers = True  # evaluations count which answers are right
 
     def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
+        TRAINABLE.check(config)
         self.model, self.checkpoint, self.where, self.config = model, checkpoint, where, config
         self.iteration, self.iters = 0, 1
         self.starts: dict[str, bool] = {}  # learned methods that learn: do they begin untrained?
         self.has_pool = model.pool is not None  # in MLX's model, where an untrained one's place is
-        if "pruner" in config.unfreeze and not learned_names(config.pruner):
-            raise UserError(f"unfreeze names pruner; pruner {config.pruner} has nothing to learn")
         if self.trains("pruner"):
             self.add_untrained()
         self.K = self.budget()
@@ -82,23 +92,21 @@ class Learner:
             )
 
     def trains(self, part: str) -> bool:
-        """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
-        c = self.config
-        return part in (*self.parts, *c.unfreeze) and part not in c.freeze
+        """Does a part learn?"""
+        return trains(self.config, part)
 
     def add_untrained(self) -> None:
         """Give the model weights, from the seed, of the chain's learned methods that it lacks;
         of all with `reset_pruner`."""
         model, c = self.model, self.config
         torch.manual_seed(c.seed)
-        share = 0.5 if c.keep_ratio is None else c.keep_ratio
-        K = c.keep_tokens or max(1, int(model.N * share + 1e-9))
-        names = learned_names(c.pruner)
+        K = budget(model.N, c.keep_ratio, c.keep_tokens, Chain("random"))
+        names = TRAINABLE.of_chain(c.pruner)
         check_reset(c, names)
         for name in names:
             self.starts[name] = c.reset_pruner or model.weights(name) is None
             if self.starts[name]:
-                weights = METHODS[name].make_weights(model.feature_dims, model.budget("random", K))
+                weights = METHODS[name].make_weights(model.feature_dims, K)
                 if name == POOL and name not in model.learned and model.config.merge == (1, 1):
                     self.has_pool = True
                 if name == POOL and model.pool is not None:
@@ -108,17 +116,13 @@ class Learner:
 
     def budget(self) -> int:
         """How many of the N tokens stay; by default half, as many as a pool has, or all."""
-        c, N = self.config, self.model.N
-        name = PRESETS.get(c.pruner, c.pruner).split("+")[-1].partition(":")[0]
-        K = c.keep_tokens
-        if c.keep_ratio is not None:
-            K = max(1, int(N * c.keep_ratio + 1e-9))
+        c = self.config
+        spec = PRESETS.get(c.pruner, c.pruner)
+        name = spec.split("+")[-1].partition(":")[0]
         pool = self.model.weights(name) if name == POOL else None
-        trained = None if pool is None else len(pool.pool_queries)
-        if trained and K not in (None, trained, N):
-            raise UserError(f"this checkpoint's {POOL} was trained for {trained} tokens, not {K}")
-        usual = trained or (N if name == "none" else max(1, N // 2))
-        return self.model.budget(name, usual if K is None else K)
+        chain = Chain(spec, None if pool is None else len(pool.pool_queries))
+        K = budget(self.model.N, c.keep_ratio, c.keep_tokens, chain)
+        return self.model.budget(name, K)
 
     def unfreeze_parts(self) -> None:
         """Make trainable what the stage trains."""
@@ -129,7 +133,7 @@ class Learner:
             _unfreeze_tower(model)
         if self.trains("language") or (c.language_layers and "language" not in c.freeze):
             _unfreeze_language(model, c.language_layers)
-        for name in learned_names(c.pruner) if self.trains("pruner") else ():
+        for name in TRAINABLE.of_chain(c.pruner) if self.trains("pruner") else ():
             self._unfreeze_pruner(name)
 
     def _unfreeze_pruner(self, name: str) -> None:
@@ -139,13 +143,23 @@ class Learner:
             if self.trains("projector"):
                 self.model.projector.requires_grad_(True)
             return
-        weights = self.model.learned[name].requires_grad_(True)
+        self.model.learned[name].requires_grad_(True)
+        for key, value in self._named(name):
+            if isinstance(value, nn.Parameter):
+                self.beside[key] = value
+            else:
+                self.buffers[key] = value
+
+    def _named(self, name: str) -> list[tuple[str, Tensor]]:
+        """The weights that a method has beside the model, as MLX names them."""
         prefix = f"{MODEL}pruner." if name == POOL and self.has_pool else f"{PRUNERS}{name}."
-        self.beside |= {prefix + parameter_name(k): p for k, p in weights.named_parameters()}
-        self.buffers |= {prefix + parameter_name(k): b for k, b in weights.named_buffers()}
+        weights = self.model.learned.get(name, nn.Module())
+        tensors = (*weights.named_parameters(), *weights.named_buffers())
+        return [(prefix + parameter_name(key), value) for key, value in tensors]
 
     def train(self, mode: bool = True) -> None:
-        """In evaluation nothing is dropped at random."""
+        """Or evaluate: without noise, and behind the pruner as it is used."""
+        self.training = mode
 
     def begin_step(self, iteration: int, iters: int) -> None:
         """Step `iteration` of `iters`, counted from 0, comes next."""
@@ -158,20 +172,40 @@ class Learner:
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The same, and the part of it that is the answers' cross-entropy."""
         step = self.steps[-1]
-        if step.training_factor and self.trains("pruner") and batch.pixels_IHW3 is not None:
+        is_soft = self.training and step.training_factor and self.trains("pruner")
+        if is_soft and batch.pixels_IHW3 is not None:
             K = min(self.model.N, step.method.training_budget(self.K, self.iteration))
             noise = self.config.noise * falling(self.iteration, self.iters)
             return factor_loss(self.model, batch, step, K, noise)
-        loss = self.held_out_loss(batch)
+        loss = answer_loss(self.model, batch, self.steps)
         return loss, loss
 
-    def held_out_loss(self, batch: Batch) -> Tensor:
-        """The answers' behind the pruner as it is used."""
-        return answer_loss(self.model, batch, self.steps)
+    def answers(
+        self, questions: ShortQuestions, ends: Collection[int], most: int, is_pruned: bool
+    ) -> list[list[int]]:
+        """What the model says, greedily, in `most` tokens, up to an end: token ids."""
+        steps = self.steps if is_pruned else self.model.pruning_steps("none", None, None)
+        images = pixels(questions, self.model.device)
+        read = self.model.embed(questions.prompts, images, steps, None, positions(steps))
+        return self.model.generate(*read, most, ends)
 
     def saved(self) -> dict[str, RawTensor]:
         """What a checkpoint holds: what the optimizer moves, and what the loss itself moves."""
         return self.to_ours({**self.parameters, **self.buffers})
+
+    def tensors(self) -> dict[str, RawTensor]:
+        """Everything that is there: the model, and what lies beside it."""
+        apart = {id(p) for p in self.beside.values()}
+        inside = {
+            name.replace(".linear.", "."): p  # of an adapter's matrix, which may have moved
+            for name, p in self.model.named_parameters()
+            if id(p) not in apart
+        }
+        frozen = {
+            n: p for name in TRAINABLE.of_chain(self.config.pruner) for n, p in self._named(name)
+        }
+        named = self.to_ours({**inside, **self.beside, **self.buffers})
+        return {name: from_tensor(p) for name, p in frozen.items()} | named
 
     def to_ours(self, values: Mapping[str, Tensor]) -> dict[str, RawTensor]:
         """Numbers of all parameters, as MLX's learner names and arranges them."""
@@ -207,21 +241,6 @@ class Learner:
         write_trained(trained, self.config, folder)
 
 
-def learned_names(spec: str) -> list[str]:
-    """Methods of a chain with weights that a loss behind the pruner trains."""
-    names = [part.partition(":")[0] for part in PRESETS.get(spec, spec).split("+")]
-    return [name for name in names if name in trainable_names()]
-
-
-def trainable_names() -> list[str]:
-    return [name for name in METHODS if is_learned(name) and name != "twig"]
-
-
-def falling(iteration: int, iters: int) -> float:
-    """From 1 in the first step to 0 after the last, by a half wave of the cosine."""
-    return 0.5 + 0.5 * math.cos(math.pi * iteration / iters)
-
-
 def _replace_pool(model: VLM, weights: nn.Module) -> None:
     """Put a pool's weights into the model in place of those inside; they may be for another K."""
     pool, queries = model.pool, weights.get_parameter("pool_queries")
@@ -253,29 +272,3 @@ def _unfreeze_language(model: VLM, layers: int | None) -> None:
         raise UserError(f"language_layers is {layers}; the model has {depth}")
     for layer in language.layers[depth - layers :]:
         layer.requires_grad_(True)
-
-
-class Pretrain(Learner):
-    """The projector learns what a language model reads (EfficientVLM's and LLaVA's first stage)."""
-
-    parts = ("projector", "pruner")
-
-
-class FineTune(Learner):
-    """Projector, pruner and language model learn (EfficientVLM's second stage)."""
-
-    parts = ("projector", "pruner", "language")
-
-
-class PrunerStage(Learner):
-    """A learned pruner alone; what `unfreeze` names learns along."""
-
-    parts = ("pruner",)
-
-    def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
-        if not learned_names(config.pruner):
-            raise UserError(
-                f"pruner {config.pruner} has nothing to learn; stage pruner trains"
-                f" {either(trainable_names())}"
-            )
-        super().__init__(model, checkpoint, where, config)

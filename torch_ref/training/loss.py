@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from mlx_vlm_prune.training.batches import Batch
+from mlx_vlm_prune.training.validation import ShortQuestions
 
 from ..models.splice import Spliced, outside, splice, visible
 from ..models.vlm import VLM
@@ -93,7 +94,7 @@ def image_rows(spliced: Spliced) -> list[list[int]]:
     return [[K for _, K in runs] for runs in spliced.runs]
 
 
-def pixels(batch: Batch, device: torch.device) -> Tensor | None:
+def pixels(batch: Batch | ShortQuestions, device: torch.device) -> Tensor | None:
     """The batch's images (I, 3, H, W), if any."""
     if batch.pixels_IHW3 is None:
         return None

@@ -4,13 +4,15 @@ The twin of mlx_vlm_prune/training/trainer.py, on a CPU bit for bit the same whe
 """
 
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.training.batches import Batch, in_order
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.training.batches import Batch
 from mlx_vlm_prune.training.run_loop import Report, RunLoop, StepSums
 from mlx_vlm_prune.training.run_state import Progress
 
@@ -91,24 +93,16 @@ class Trainer(RunLoop):
             **({"peak_memory": memory} if memory else {}),
         }
 
+    def tensors(self) -> Iterable[tuple[str, RawTensor]]:
+        return self.learner.tensors().items()
+
+    def learning(self) -> Collection[str]:
+        return self.learner.to_ours(self.learner.parameters).keys()
+
+    @property
+    def place(self) -> str:
+        return f", in float32 on {self.learner.model.device}"
+
     @torch.no_grad()
     def evaluate(self) -> Report | None:
-        """The mean loss of the held-out examples' answers, per token."""
-        assert self.valid is not None
-        c, total, count = self.config, 0.0, 0
-        batches = [*in_order(len(self.valid.dataset), c.batch_size, c.val_batches)]
-        self.learner.train(False)
-        try:
-            with self.processes.together():
-                for indices in batches[self.processes.rank :: self.processes.size]:
-                    if self.stop.is_set and self.processes.size == 1:
-                        return None
-                    if batch := self.valid.batch(indices):
-                        total += self.learner.held_out_loss(batch).item()
-                        count += batch.answer_tokens
-        finally:
-            self.learner.train()
-        total, tokens = self.processes.sum([total, count])
-        if not tokens:
-            raise UserError("no held-out example can be used")
-        return {"val_loss": total / tokens}
+        return super().evaluate()

@@ -27,6 +27,8 @@ from .loss import answer_rows, cross_entropy_sum, image_rows, pixels
 class TwigStage(Learner):
     """A twig of `twig_layers` layers on layer `twig_layer`."""
 
+    counts_answers = False
+
     def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
         if config.pruner != "none":
             raise UserError(
@@ -46,7 +48,7 @@ class TwigStage(Learner):
             raise UserError(str(e)) from None
         self.beside = {f"twig.{name}": p for name, p in self.twig.named_parameters()}
 
-    def held_out_loss(self, batch: Batch) -> Tensor:
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of the twig's words, summed over the answers' tokens."""
         model, language = self.model, self.model.language
         with torch.no_grad():
@@ -57,11 +59,7 @@ class TwigStage(Learner):
                 x_BLD = layer(x_BLD, rotary, see_BLL[:, None], None)
         hidden_BLD = self.twig(x_BLD, spliced.positions_BL, see_BLL)
         hidden_AD = answer_rows(hidden_BLD, image_rows(spliced), batch)
-        return cross_entropy_sum(self.twig.head(hidden_AD), batch)
-
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same in training."""
-        loss = self.held_out_loss(batch)
+        loss = cross_entropy_sum(self.twig.head(hidden_AD), batch)
         return loss, loss
 
     def save_model(self, folder: Path) -> None:
