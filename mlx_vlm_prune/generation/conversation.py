@@ -24,7 +24,7 @@ from ..models.cache import LayerCache
 from ..models.decoder import Decoder
 from ..models.pruning import ImageBatch
 from ..models.vlm import VLM, Prefill, SplicedImages
-from ..pruners import Pipeline, Stage
+from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.budget import budget
 from .request import Request
 from .result import GenerationResponse
@@ -90,14 +90,15 @@ class Conversation:
         model, clock = self.model, request_clock()
         pipeline = pipeline_for(model, request.pruner)
         K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
+        budgets = pipeline.budgets(model.N, K)
         new = request.images[len(self.pictures) :]
         pictures = [*self.pictures, *map(self.open_picture, new)]
         prompt = self.tokenize(request)
         clock.end_part("image", [picture.pixels_1HW3 for picture in pictures])
         mx.reset_peak_memory()
         with clock.running():
-            batches = [self.encode(picture, pipeline, K) for picture in pictures]
-            read = model.splice_encoded([prompt], batches, pipeline, K, request.positions)
+            batches = [self.encode(picture, pipeline, budgets) for picture in pictures]
+            read = model.splice_encoded([prompt], batches, pipeline, budgets, request.positions)
             prefill = self.prefill(read, prompt)
         visible = [picture.visible for picture in pictures]
         answered = PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused)
@@ -133,9 +134,8 @@ class Conversation:
             raise UserError(f"{problem}{advice}") from None
         return prompt
 
-    def encode(self, picture: Picture, pipeline: Pipeline, K: int) -> ImageBatch:
+    def encode(self, picture: Picture, pipeline: Pipeline, budgets: StepBudgets) -> ImageBatch:
         """The tower's output; it is run where what it depends on has changed."""
-        budgets = pipeline.budgets(self.model.N, K)
         inside = [(step.spec, left) for step, left in budgets.at(Stage.IMAGE, Stage.ENCODER)]
         signals = pipeline.signal_layers(self.model.config.vision.depth)
         encoding = (tuple(inside), tuple(sorted(signals.items())))

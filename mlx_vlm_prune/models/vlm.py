@@ -150,19 +150,18 @@ class VLM(nn.Module):
         """Encode, prune, project, splice: the rows that the language model's first layer reads."""
         pipeline = Pipeline.of(pruner)
         self.language.check(pipeline)
-        batches: list[ImageBatch] = []
+        batches, budgets = list[ImageBatch](), pipeline.budgets(self.N, K)
         if pixels_IHW3 is not None:
-            batches = [self.encode(pixels_IHW3, pipeline, pipeline.budgets(self.N, K))]  # encode
-        return self.splice_encoded(prompts, batches, pipeline, K, positions)
+            batches = [self.encode(pixels_IHW3, pipeline, budgets)]  # encode
+        return self.splice_encoded(prompts, batches, pipeline, budgets, positions)
 
     def splice_encoded(
-        self, prompts: Sequence[Prompt], batches: list[ImageBatch], pipeline: Pipeline, K: int,
-        positions: Policy | None = None,
+        self, prompts: Sequence[Prompt], batches: list[ImageBatch], pipeline: Pipeline,
+        budgets: StepBudgets, positions: Policy | None = None,
     ) -> "SplicedImages":  # fmt: skip
         """`splice_images` behind the tower."""
         steps: list[ReductionStep] = []
         if batches:
-            budgets = pipeline.budgets(self.N, K)
             if pipeline.needs_signal("text"):
                 batches = self.add_text(batches, prompts)
             steps.append(reduction_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
@@ -174,7 +173,7 @@ class VLM(nn.Module):
         trace = Trace.of_images(steps, [self.N] * len(slots))
         policy = trace.policy(positions or pipeline.positions)
         spliced = splice(self.language.embed_tokens, prompts, slots, policy)  # splice
-        return SplicedImages(spliced, batches, pipeline, K, policy, trace)
+        return SplicedImages(spliced, batches, pipeline, budgets.K, policy, trace)
 
     def decode(
         self, read: "SplicedImages", twig: TwigReader | None = None,
