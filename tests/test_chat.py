@@ -25,7 +25,7 @@ from . import backbones, llava, tiny
 TURNS = [("how many stars ?", "a.png"), ("is it red ?", None), ("the sign ?", "b.png"), ("a ?", ())]
 CHAINS = ["visionzip+divprune", "cls_attention+restore", "tome+cdpruner", "norm+fastv", "none"]
 SPECS = [n for n in METHODS if n not in ("none", "restore", "attention_pool")] + CHAINS
-CASES = [("tiny", spec) for spec in (*SPECS, "mlp:dynamic")]
+CASES = [("tiny", spec) for spec in (*SPECS, "mlp:dynamic", "cdpruner renumbered")]
 CASES += [("llava", spec) for spec in ("cdpruner", "mmtok", "visionzip", "fastv", "none")]
 CASES += [("qwen3", spec) for spec in ("cdpruner", "fastv")] + [("mamba", "cdpruner")]
 
@@ -75,10 +75,12 @@ def recorder(logits: list) -> dict:
     return {"logits_processors": [record]}
 
 
-def options_of(spec: str) -> dict:
+def options_of(case: str) -> dict:
+    spec, _, renumbered = case.partition(" ")
     stages = {METHODS[re.split("[:+]", part)[0]].stage for part in spec.split("+")}
     many = 9 if Stage.DECODER in stages else 5  # of 16; of three layers the first hold all
-    return {} if spec == "none" else {"pruner": spec, "keep_tokens": many}
+    policy = "renumber" if renumbered else None
+    return {} if spec == "none" else {"pruner": spec, "keep_tokens": many, "positions": policy}
 
 
 def scratch(model, processor, history, question, images, options, logits):
@@ -92,7 +94,7 @@ def scratch(model, processor, history, question, images, options, logits):
     )
     visible = [processor.image.visible(image) for image in images]
     pixels = mx.array(np.stack([processor.image.values(picture) for picture in visible]))
-    prefill = model([prompt], pixels, pipeline, K)
+    prefill = model([prompt], pixels, pipeline, K, request.positions)
     read = PromptRead(prompt.ids, visible, pipeline, prefill)
     *_, last = stream_answer(model, processor, request, read, request_clock())
     return last.result
