@@ -16,6 +16,7 @@ from .machine import blas
 blas.prepare()  # whatever of ours is imported first: before mlx, or never
 
 if TYPE_CHECKING:
+    from .chat import Chat
     from .checkpoints.errors import UserError
     from .generate import batch_generate, generate, stream_generate
     from .generation.result import GenerationResponse, GenerationResult
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from .pruners import Pruner, Reduction, Signals, Stage, register_pruner
 
 __all__ = [
-    "PRUNERS", "GenerationResponse", "GenerationResult", "Pruner", "Reduction", "Signals", "Stage",
-    "UserError", "__version__", "attach", "batch_generate", "generate", "load", "pruned",
+    "PRUNERS", "Chat", "GenerationResponse", "GenerationResult", "Pruner", "Reduction", "Signals",
+    "Stage", "UserError", "__version__", "attach", "batch_generate", "generate", "load", "pruned",
     "register_pruner", "stream_generate",
 ]  # fmt: skip
 
@@ -36,6 +37,7 @@ _HOME = {
     "generate": "generate",
     "batch_generate": "generate",
     "stream_generate": "generate",
+    "Chat": "chat",
     "GenerationResponse": "generation.result",
     "GenerationResult": "generation.result",
     "UserError": "checkpoints.errors",

@@ -13,13 +13,14 @@ from .checkpoints.errors import UserError
 
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
-    "advise": "advise", "convert": None, "evaluate": "evaluate", "fuse": "fuse",
+    "advise": "advise", "chat": "chat", "convert": None, "evaluate": "evaluate", "fuse": "fuse",
     "generate": "generate", "pruners": "pruners.listing", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
 commands:
   advise     say whether pruning pays, for a model on this machine
+  chat       talk about images in several turns, with fewer visual tokens
   convert    convert trained weights from PyTorch to MLX and back
   evaluate   measure what each method costs in accuracy, on a set of questions
   fuse       write a trained model's adapters into its weights

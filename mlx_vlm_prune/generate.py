@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
     if args.compare and pruner == "none":
         raise UserError("--compare needs a --pruner to compare with all visual tokens")
-    model, processor = _load(args)
+    model, processor = load_model(args)
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temperature, top_p=args.top_p, seed=args.seed,
@@ -193,13 +193,19 @@ def run(args: argparse.Namespace) -> None:
     _write_files(args, answer, full, choice)
 
 
-def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model that a command line names; a note where it cannot know the images."""
     model, processor = load(
         args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
     )
-    if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in args.image):
-        logger.warning(SCENES_ONLY)
+    warn_of_photographs(processor, args.image)
     return model, processor
+
+
+def warn_of_photographs(processor: Any, images: Sequence[Any]) -> None:
+    """A note where the built-in model gets something else than its drawn scenes."""
+    if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in images):
+        logger.warning(SCENES_ONLY)
 
 
 def _write_files(

@@ -24,6 +24,7 @@ OPTIONS = (
 )
 BUDGET = "keep_ratio=None, keep_tokens=None, positions=None"
 SIGNATURES = {
+    "Chat": "(model, processor, **options)",
     "GenerationResponse": "(text, token, from_draft, prompt_tokens, prompt_tps, generation_tokens,"
     " generation_tps, peak_memory, finish_reason=None, result=None)",
     "GenerationResult": "(text, token_ids, prompt_tokens, generation_tokens, prompt_tps,"

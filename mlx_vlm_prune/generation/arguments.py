@@ -1,10 +1,11 @@
-"""The options of `generate` on the command line.
+"""The options of `generate` and `chat` on the command line.
 
 A value is checked where it is used, so that a Python caller gets the same refusal. An option's
 destination is the name of the parameter in Python.
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from ..models.loading import DTYPES
 
 DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
 and a prompt: a sample question, answered with all visual tokens and with half of them."""
+
+CHAT_DESCRIPTION = """Ask several questions about images, one a line; /help lists what else a line
+can be. Images can come at any time, and pruning can change between two questions."""
+Add = Callable[..., Any]
 
 
 # fmt: off
@@ -25,6 +30,21 @@ def build_parser() -> Parser:
     _add_pruning(parser)
     _add_decoding(parser)
     _add_output(parser)
+    _add_mlx_vlm(parser)
+    return parser
+
+
+def build_chat_parser() -> Parser:
+    """The command line of `chat`."""
+    parser = Parser("mlx_vlm_prune.chat", description=CHAT_DESCRIPTION)
+    _add_model(parser)
+    add = parser.add_argument_group("images and prompt").add_argument
+    _add_image(add)
+    _add_template_config(add)
+    add = parser.add_argument_group("pruning").add_argument
+    _add_pruner(add)
+    _add_budget(add)
+    _add_decoding(parser)
     _add_mlx_vlm(parser)
     return parser
 
@@ -44,33 +64,49 @@ def _add_model(parser: Parser) -> None:
 
 def _add_image_and_prompt(parser: Parser) -> None:
     add = parser.add_argument_group("image and prompt").add_argument
-    add("--image", action="append", default=[], metavar="FILE",
-        help="an image file; repeat for several (default: none)")
+    _add_image(add)
     add("--prompt", "-p", metavar="TEXT",
         help="the question; - reads it from stdin; <image> marks an image's place (default: images"
         " come first)")
+    _add_template_config(add)
+
+
+def _add_image(add: Add) -> None:
+    add("--image", action="append", default=[], metavar="FILE",
+        help="an image file; repeat for several (default: none)")
+
+
+def _add_template_config(add: Add) -> None:
     add("--chat-template-config", type=_json_object, metavar="JSON",
         help='options of the chat template, such as {"open_thinking": true} (default: none)')
 
 
 def _add_pruning(parser: Parser) -> None:
     add = parser.add_argument_group("pruning").add_argument
-    add("--pruner", metavar="SPEC",
-        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: none)")
-    add("--positions", choices=("keep", "renumber"),
-        help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
+    _add_pruner(add)
     add("--num-draft-tokens", type=int, metavar="N",
         help="tokens that the twig beside a model drafts ahead, 5 in TwigVLM; the greedy answer"
         " stays the same (default: no drafting)")
     about = "How many of an image's N visual tokens to keep; without a budget, half of them."
     add = parser.add_argument_group("budget", about).add_argument
-    add("--keep-ratio", type=float, metavar="R", help="a share of N, above 0 and at most 1")
-    add("--keep-tokens", type=int, metavar="K", help="a number of tokens, 1 to N")
+    _add_budget(add)
     add("--budget-ms", dest="ms", type=float, metavar="MS",
         help="keep as many tokens as fit this time to first token, predicted from a calibration of"
         " this machine")
     add("--budget-gb", dest="gb", type=float, metavar="GB",
         help="keep as many tokens as fit this much memory (10^9 bytes), at its peak")
+
+
+def _add_pruner(add: Add) -> None:
+    add("--pruner", metavar="SPEC",
+        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: none)")
+    add("--positions", choices=("keep", "renumber"),
+        help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
+
+
+def _add_budget(add: Add) -> None:
+    add("--keep-ratio", type=float, metavar="R", help="a share of N, above 0 and at most 1")
+    add("--keep-tokens", type=int, metavar="K", help="a number of tokens, 1 to N")
 
 
 def _add_decoding(parser: Parser) -> None:

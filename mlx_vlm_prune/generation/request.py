@@ -11,6 +11,7 @@ import mlx.core as mx
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..inputs.messages import Turn
 from ..pruners import Pipeline, Pruner
 from ..pruners.contract import Policy
 
@@ -60,6 +61,7 @@ class Request:
     num_draft_tokens: int | None = None
     chat_template_config: Mapping[str, Any] | None = None
     host_options: Mapping[str, Any] | None = None
+    history: Sequence[Turn] = ()  # earlier turns, whose images come first
 
     def __post_init__(self) -> None:
         _check_kinds(self)

@@ -53,9 +53,11 @@ class GenerationResult:
     drafted: int | None = None
     accepted: int | None = None
 
-    def prefilled(self, prompt_tokens: int, ttft_ms: Timings) -> "GenerationResult":
-        """The same with the figures of a prompt that was read."""
-        prompt_tps = 1000 * prompt_tokens / ttft_ms["total"]
+    def prefilled(
+        self, prompt_tokens: int, ttft_ms: Timings, rows_reused: int = 0
+    ) -> "GenerationResult":
+        """The same with the figures of a prompt that was read, but for rows of an earlier one."""
+        prompt_tps = 1000 * (prompt_tokens - rows_reused) / ttft_ms["total"]
         return replace(self, prompt_tokens=prompt_tokens, prompt_tps=prompt_tps, ttft_ms=ttft_ms)
 
     def overlay(self) -> Image.Image:

@@ -18,7 +18,8 @@ from ..inputs.image import open_image
 from ..inputs.processor import Processor
 from ..inputs.prompt import Detokenizer, Prompt, tokenize_prompt
 from ..machine.clock import Clock, request_clock
-from ..models.vlm import VLM
+from ..models.decoder import TwigReader
+from ..models.vlm import VLM, Prefill
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
@@ -43,7 +44,28 @@ def stream_generate(
     mx.reset_peak_memory()
     with clock.running():
         prefill = model([prompt.prompt], prompt.pixels, pipeline, K, request.positions, twig=twig)
-    choose_token = make_chooser(request, [prompt.prompt.ids])
+    read = PromptRead(prompt.prompt.ids, prompt.visible, pipeline, prefill)
+    yield from stream_answer(model, processor, request, read, clock, twig)
+
+
+@dataclass(frozen=True)
+class PromptRead:
+    """A prompt that a model of ours has read."""
+
+    ids: Sequence[int]
+    visible: Sequence[Image.Image]  # what the tower sees of each image
+    pipeline: Pipeline
+    prefill: Prefill
+    rows_reused: int = 0  # of an earlier prompt
+
+
+def stream_answer(
+    model: VLM, processor: Processor, request: Request, read: PromptRead, clock: Clock,
+    twig: TwigReader | None = None,
+) -> Iterator[GenerationResponse]:  # fmt: skip
+    """The answer to a prompt that was read; `clock` has timed it up to here."""
+    prefill, pipeline = read.prefill, read.pipeline
+    choose_token = make_chooser(request, [read.ids])
     first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
     cache_bytes = prefill.cache_bytes
     if twig and request.num_draft_tokens:
@@ -58,8 +80,8 @@ def stream_generate(
     answer = replace(
         initial_result(prefill.trace, depth, pipeline, request.positions or pipeline.positions),
         cache_bytes=cache_bytes,
-        views=[(picture, model.grid) for picture in prompt.visible],
-    ).prefilled(prefill.rows[0], clock.ttft())
+        views=[(picture, model.grid) for picture in read.visible],
+    ).prefilled(prefill.rows[0], clock.ttft(), read.rows_reused)
     yield from _pieces(tokens, processor, answer, request.max_tokens)
 
 
@@ -97,14 +119,19 @@ def prepare_prompt(
     built = tokenize_prompt(
         processor.tokenizer, prompt, counts, processor.image_token, options=chat_template_config
     )
-    text = model.config.text
-    if fault := built.limit_error(text.max_position_embeddings, text.vocab_size):
-        raise UserError(f"the prompt {fault}")
+    check_prompt(model, built)
     pixels = None
     if visible:
         values = np.stack([processor.image.values(picture) for picture in visible])
         pixels = mx.array(values).astype(model.dtype)
     return PreparedPrompt(built, visible, pixels)
+
+
+def check_prompt(model: VLM, prompt: Prompt) -> None:
+    """Raises UserError for a prompt that exceeds a limit of the model."""
+    text = model.config.text
+    if fault := prompt.limit_error(text.max_position_embeddings, text.vocab_size):
+        raise UserError(f"the prompt {fault}")
 
 
 def initial_result(

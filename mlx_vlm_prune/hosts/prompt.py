@@ -7,7 +7,7 @@ patched.
 Shapes: N visual tokens of a view, K kept of them, U of all views, T words, D features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.budget import budget
+from ..inputs.messages import Turn
 from ..machine.clock import end_part
 from ..models.pruning import ImageBatch, prune
 from ..pruners import Pipeline, Stage, StepBudgets
@@ -27,6 +28,8 @@ from .host import Host
 from .prepared_inputs import PreparedInputs
 from .prompt_arguments import KeptRows, image_arguments, kept_rows, row_arguments
 from .views import View
+
+ViewEncoder = Callable[[PreparedInputs], list[View]]
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,11 @@ def prepare_prompt(
     images: Sequence[Image.Image],
     chat_template_config: Mapping[str, Any] | None = None,
     resize: tuple[int, int] | None = None,
+    history: Sequence[Turn] = (),
 ) -> PreparedInputs:
     """A prompt and images, through mlx-vlm's chat template and the model's own processor.
 
-    Raises UserError.
+    Earlier turns come before it, and so do their images. Raises UserError.
     """
     from mlx_vlm.prompt_utils import apply_chat_template
 
@@ -68,9 +72,12 @@ def prepare_prompt(
                 " images go"
             )
     options = dict(chat_template_config or {})
-    text = apply_chat_template(
-        host.processor, host.model.config, prompt, num_images=len(images), **options
-    )
+    if history:
+        text = _render_turns(host, history, prompt, len(images), options)
+    else:
+        text = apply_chat_template(
+            host.processor, host.model.config, prompt, num_images=len(images), **options
+        )
     try:
         return host.prepare(text, images, resize)
     except UserError:
@@ -80,9 +87,38 @@ def prepare_prompt(
         raise UserError(f"mlx-vlm cannot prepare the images: {reason}") from problem
 
 
-def encode_images_and_text(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> list[View]:
-    """The views of the images, with all signals that the pipeline needs."""
-    return add_text(host, inputs, encode_images(host, inputs, pipeline), pipeline)
+def encode_images_and_text(
+    host: Host, inputs: PreparedInputs, pipeline: Pipeline, encode: ViewEncoder | None = None
+) -> list[View]:
+    """The views of the images, with all signals that the pipeline needs; `encode` may have those of
+    the tower already."""
+    views = encode(inputs) if encode else encode_images(host, inputs, pipeline)
+    return add_text(host, inputs, views, pipeline)
+
+
+def _render_turns(
+    host: Host, history: Sequence[Turn], prompt: str, images: int, options: dict[str, Any]
+) -> str:
+    """The text of several turns; each question has its images where mlx-vlm puts those of a prompt
+    alone. Raises UserError for a model that reads no earlier turns."""
+    from mlx_vlm.prompt_utils import apply_chat_template, get_chat_template
+
+    def messages(turn: Any, count: int) -> list[Any]:
+        config = host.model.config
+        parts: list[Any] = apply_chat_template(
+            None, config, turn, return_messages=True, num_images=count, **options
+        )
+        return parts
+
+    turns: list[Any] = []
+    for turn in history:
+        turns += messages(turn.question, turn.images)
+        turns += messages([{"role": "assistant", "content": turn.answer.strip()}], 0)
+    turns += messages(prompt, images - sum(turn.images for turn in history))
+    if not all(isinstance(message, dict) for message in turns):
+        raise UserError(f"a {host.kind} model reads one question and no earlier turns; begin anew")
+    text: str = get_chat_template(host.processor, turns, True, **options)
+    return text
 
 
 def encode_images(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> list[View]:

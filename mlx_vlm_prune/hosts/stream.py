@@ -26,6 +26,7 @@ from .host import Host, generation_stream
 from .prefill import prefill_through_cuts, prompt_cache_bytes
 from .prompt import (
     PrunedPrompt,
+    ViewEncoder,
     budgets_by_view,
     encode_images_and_text,
     prepare_prompt,
@@ -68,8 +69,14 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
     return shape[0], shape[-1]
 
 
-def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[GenerationResponse]:
-    """Answer a prompt about images, one piece of text at a time. Raises UserError."""
+def stream_generate(
+    model: Any,
+    processor: Any,
+    request: Request,
+    encode: ViewEncoder | None = None,
+) -> Iterator[GenerationResponse]:
+    """Answer a prompt about images, one piece of text at a time; `encode` may know the images'
+    views already. Raises UserError."""
     host = host_of(model, processor)
     pipeline = plan(request.pruner, host.learned)
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
@@ -79,12 +86,14 @@ def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[Ge
     check_kv_bits(host, pipeline, options.get("kv_bits"))
     images = [open_image(source) for source in request.images]
     size = resize_option(options.get("resize_shape"))
-    inputs = prepare_prompt(host, request.prompt, images, request.chat_template_config, size)
+    inputs = prepare_prompt(
+        host, request.prompt, images, request.chat_template_config, size, request.history
+    )
     clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
     with host.preserve_state():
         with generation_stream(), clock.running():
-            views = encode_images_and_text(host, inputs, pipeline)
+            views = encode_images_and_text(host, inputs, pipeline, encode)
             budgets = budgets_by_view(views, request.keep_ratio, request.keep_tokens, pipeline)
             prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
             host.check_length(prompt.length)

@@ -203,14 +203,20 @@ def tokenize_prompt(
     Raises UserError: marks and images differ in number, the template drops the text, the
     tokenizer merges placeholders, or nothing is left to read.
     """
-    parts = _split_at_images(text, len(tokens_per_image))
-    # One character per image that neither text nor template has, so that the template keeps it.
-    used = text + (tokenizer.chat_template or "")
-    stand_in = next(chr(c) for c in PRIVATE_USE if chr(c) not in used)
+    parts = split_at_images(text, len(tokens_per_image))
+    stand_in = unused_character(text, tokenizer.chat_template or "")
     content = stand_in.join(parts)
     if chat:
         content = _render_turn(tokenizer, content, options or {})
-    expanded, *after = content.split(stand_in)
+    return place_images(tokenizer, content, stand_in, tokens_per_image, image_token)
+
+
+def place_images(
+    tokenizer: Tokenizer, text: str, stand_in: str, tokens_per_image: Sequence[int],
+    image_token: str,
+) -> Prompt:  # fmt: skip
+    """A rendered text as ids, with placeholders in place of each `stand_in`, one an image."""
+    expanded, *after = text.split(stand_in)
     if len(after) != len(tokens_per_image):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")
     starts = []
@@ -228,6 +234,12 @@ def tokenize_prompt(
     return Prompt(ids, runs)
 
 
+def unused_character(*texts: str) -> str:
+    """A character without a meaning that none of the texts has, so that a template keeps it."""
+    used = set("".join(texts))
+    return next(chr(c) for c in PRIVATE_USE if chr(c) not in used)
+
+
 def _render_turn(tokenizer: Tokenizer, content: str, options: Mapping[str, Any]) -> str:
     """One user turn, from the token that begins every text. Some templates, as LLaVA's, read
     content in parts only: a plain text would vanish."""
@@ -238,7 +250,7 @@ def _render_turn(tokenizer: Tokenizer, content: str, options: Mapping[str, Any])
     return tokenizer.missing_bos(turn) + turn
 
 
-def _split_at_images(text: str, images: int) -> list[str]:
+def split_at_images(text: str, images: int) -> list[str]:
     """The text before, between and after the images."""
     parts = text.split(IMAGE_MARK)
     marks = len(parts) - 1

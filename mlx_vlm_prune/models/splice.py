@@ -62,6 +62,19 @@ class Spliced:
         """False on padding."""
         return mx.arange(self.L) >= mx.array(self.padding)[:, None]
 
+    def after(self, rows: int) -> "Spliced":
+        """What follows the first rows of a prompt without its neighbours, for layers that hold
+        those; it knows of no images."""
+        assert len(self.lengths) == 1, "one prompt"
+        return replace(
+            self,
+            x_BLD=self.x_BLD[:, rows:],
+            positions_BL=self.positions_BL[:, rows:],
+            lengths=[self.lengths[0] - rows],
+            runs=[[]],
+            bias_BL=None if self.bias_BL is None else self.bias_BL[:, rows:],
+        )
+
     @property
     def prompt_of(self) -> list[int]:
         """The prompt of each image."""

@@ -21,7 +21,7 @@ from ..checkpoints.errors import UserError
 from ..inputs.prompt import Prompt
 from ..inputs.resample import shrink
 from ..machine.clock import end_part
-from ..pruners import Pipeline, Pruner, Signals, Stage, StepBudgets, downsample
+from ..pruners import Pipeline, Pruner, Stage, StepBudgets, downsample
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
@@ -130,12 +130,17 @@ class VLM(nn.Module):
         along; without `last_only` there are logits of every row."""
         read = self.splice_images(prompts, pixels_IHW3, pruner, K, positions)
         decoded, cache = self.decode(read, twig)
-        x_BLD = decoded.spliced.x_BLD
+        return self.finish_prefill(read, decoded, cache, last_only)
+
+    def finish_prefill(
+        self, read: "SplicedImages", decoded: Decoded, cache: list[Any], last_only: bool = True
+    ) -> Prefill:
+        """Logits of the last row, or of every row, and what was left of the images."""
+        x_BLD, spliced = decoded.spliced.x_BLD, read.spliced
         logits_BLV = end_part(
             "prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD)
         )
         trace = read.trace.after_cuts(read.pipeline.steps[-1].name, decoded.reductions)
-        spliced = read.spliced
         return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
 
     def splice_images(
@@ -145,11 +150,20 @@ class VLM(nn.Module):
         """Encode, prune, project, splice: the rows that the language model's first layer reads."""
         pipeline = Pipeline.of(pruner)
         self.language.check(pipeline)
-        batches: list[ImageBatch] = []
-        steps: list[ReductionStep] = []
+        batches, budgets = list[ImageBatch](), pipeline.budgets(self.N, K)
         if pixels_IHW3 is not None:
-            budgets = pipeline.budgets(self.N, K)
-            batches = [self.encode(pixels_IHW3, pipeline, budgets, prompts)]  # encode
+            batches = [self.encode(pixels_IHW3, pipeline, budgets)]  # encode
+        return self.splice_encoded(prompts, batches, pipeline, budgets, positions)
+
+    def splice_encoded(
+        self, prompts: Sequence[Prompt], batches: list[ImageBatch], pipeline: Pipeline,
+        budgets: StepBudgets, positions: Policy | None = None,
+    ) -> "SplicedImages":  # fmt: skip
+        """`splice_images` behind the tower."""
+        steps: list[ReductionStep] = []
+        if batches:
+            if pipeline.needs_signal("text"):
+                batches = self.add_text(batches, prompts)
             steps.append(reduction_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
             batches, features = prune(batches, budgets, Stage.FEATURES)  # prune
             batches = [self.project(batch) for batch in batches]  # project
@@ -159,7 +173,7 @@ class VLM(nn.Module):
         trace = Trace.of_images(steps, [self.N] * len(slots))
         policy = trace.policy(positions or pipeline.positions)
         spliced = splice(self.language.embed_tokens, prompts, slots, policy)  # splice
-        return SplicedImages(spliced, batches, pipeline, K, policy, trace)
+        return SplicedImages(spliced, batches, pipeline, budgets.K, policy, trace)
 
     def decode(
         self, read: "SplicedImages", twig: TwigReader | None = None,
@@ -172,11 +186,11 @@ class VLM(nn.Module):
         decode = Decoder(self.language, cache, cuts, observers, prefill_step_size)
         return decode(read.spliced), cache
 
-    def encode(
-        self, pixels_IHW3: mx.array, pipeline: Pipeline, budgets: StepBudgets,
-        prompts: Sequence[Prompt],
-    ) -> ImageBatch:  # fmt: skip
-        """The tower, ahead of which pictures may shrink and inside which tokens may leave."""
+    def encode(self, pixels_IHW3: mx.array, pipeline: Pipeline, budgets: StepBudgets) -> ImageBatch:
+        """The tower, ahead of which pictures may shrink and inside which tokens may leave.
+
+        It does not depend on the words of a prompt.
+        """
         grids, cuts = self.plan_tower(budgets)
         kept = None
         for grid in grids:
@@ -186,10 +200,7 @@ class VLM(nn.Module):
         encoded = end_part("vision", self.tower(pixels_IHW3, want, cuts))
         if encoded.kept:
             kept = encoded.kept.after(kept, self.N) if kept else encoded.kept
-        signals = merge_patches(encoded.signals, self.merge)
-        if pipeline.needs_signal("text"):
-            signals = self.add_text(signals, prompts)
-        return ImageBatch.of(signals, kept)
+        return ImageBatch.of(merge_patches(encoded.signals, self.merge), kept)
 
     def plan_tower(self, budgets: StepBudgets) -> tuple[list[tuple[int, int]], list[Cut]]:
         """The grids to which pictures shrink, one after another, and the cuts inside the tower.
@@ -221,15 +232,22 @@ class VLM(nn.Module):
         patch, (down, across) = self.config.vision.patch_size, self.merge
         return shrink(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
 
-    def add_text(self, signals: Signals, prompts: Sequence[Prompt]) -> Signals:
-        """With the embeddings of the words around each image."""
+    def add_text(
+        self, batches: Sequence[ImageBatch], prompts: Sequence[Prompt]
+    ) -> list[ImageBatch]:
+        """Encoded images with the embeddings of the words around each."""
         words = []
         for prompt in prompts:
             ids = [prompt.ids[i] for i in outside(prompt.runs, len(prompt.ids))]
             words += [ids] * len(prompt.runs)
         ids_BT, is_real_BT = pad_right(words)
         text_BTD = self.language.embed_tokens(ids_BT)
-        return signals.replace(text_BTD=text_BTD, text_real_BT=is_real_BT)
+        with_text, first = [], 0
+        for batch in batches:
+            rows = slice(first, first := first + batch.images)
+            signals = batch.signals.replace(text_BTD=text_BTD[rows], text_real_BT=is_real_BT[rows])
+            with_text.append(replace(batch, signals=signals, encoded=signals))
+        return with_text
 
     def project(self, batch: ImageBatch) -> ImageBatch:
         x_BND = self.projector(batch.signals.x_BND).astype(self.dtype)  # one that learns is float32

@@ -11,8 +11,8 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.processor import Processor
-from ..inputs.prompt import IMAGE_MARK, Prompt, Tokenizer, placeholder_run
-from .conversations import Span, render_turns, unused_character
+from ..inputs.prompt import IMAGE_MARK, Prompt, Tokenizer, placeholder_run, unused_character
+from .conversations import Span, render_turns
 
 Picture = Path | bytes | Callable[[], Image.Image]
 

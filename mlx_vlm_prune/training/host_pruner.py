@@ -27,8 +27,8 @@ from ..pruners import METHODS, plan
 from .config import TrainConfig
 from .host_folder import write_linked
 from .host_learner import HostLearner
-from .learner import falling
-from .pruner_weights import learned_names
+from .pruner_weights import TRAINABLE
+from .stage_rules import falling
 
 
 class HostPruner(HostLearner):
@@ -86,7 +86,7 @@ class HostPruner(HostLearner):
 def _check(host: Host, config: TrainConfig) -> str:
     """The one method that learns. Raises UserError where it cannot."""
     able = [n for n, m in METHODS.items() if m.training_factor and not m.training_loss]
-    if learned_names(config.pruner) != [config.pruner] or config.pruner not in able:
+    if TRAINABLE.of_chain(config.pruner) != [config.pruner] or config.pruner not in able:
         raise UserError(
             f"pruner {config.pruner} does not learn in a model of mlx-vlm's; {either(able)} does,"
             " alone"

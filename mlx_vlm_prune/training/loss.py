@@ -69,10 +69,10 @@ def factor_loss(
     """
     pixels_IHW3 = pixels(batch, model.dtype)
     assert pixels_IHW3 is not None, "there are images"
-    images = model.encode(
-        pixels_IHW3, Pipeline.of(step), StepBudgets(model.N, model.N, ()),
-        batch.prompts,
-    )  # fmt: skip
+    pipeline = Pipeline.of(step)
+    images = model.encode(pixels_IHW3, pipeline, StepBudgets(model.N, model.N, ()))
+    if pipeline.needs_signal("text"):
+        (images,) = model.add_text([images], batch.prompts)
     signals = images.signals.constant
     x_IND = model.project(images).signals.x_BND
 

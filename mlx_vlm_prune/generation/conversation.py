@@ -1,0 +1,193 @@
+"""Several turns with a model of ours: features and rows of earlier turns are not computed again.
+
+Each image goes through the tower once. A turn chooses the image's tokens anew, from all its
+features, and the layers read the prompt's rows from the first that is not the same as before.
+
+Shapes: H height, W width of a picture.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from ..checkpoints.errors import UserError
+from ..inputs.budget import budget
+from ..inputs.image import open_image
+from ..inputs.messages import tokenize_conversation
+from ..inputs.processor import Processor
+from ..inputs.prompt import Prompt
+from ..machine.clock import request_clock
+from ..models.cache import LayerCache
+from ..models.decoder import Decoder
+from ..models.pruning import ImageBatch
+from ..models.vlm import VLM, Prefill, SplicedImages
+from ..pruners import Pipeline, Stage, StepBudgets
+from .request import Request
+from .result import GenerationResponse
+from .stream import PromptRead, check_prompt, pipeline_for, refuse_host_options, stream_answer
+
+# A row by what its keys and values depend on: its position, and a word's id or which image's
+# token it is and how that came about.
+RowKey = tuple[Any, ...]
+
+
+@dataclass
+class Picture:
+    """An image of a conversation: what the tower sees of it, and the tower's last output.
+
+    `encoding` names what else the output depends on.
+    """
+
+    visible: Image.Image
+    pixels_1HW3: mx.array
+    encoding: tuple[Any, ...] = ()
+    batch: ImageBatch | None = None
+
+
+@dataclass
+class HeldPrompt:
+    """The rows that the layers hold: those of a prompt, then of the answer's first tokens."""
+
+    keys: list[RowKey]  # of the prompt
+    next_position: int
+    cache: list[LayerCache]
+    token_ids: list[int] = field(default_factory=list)  # of the answer
+
+    def common_rows(self, keys: Sequence[RowKey]) -> int:
+        """How many rows of a prompt it begins with."""
+        answer = enumerate(self.token_ids, self.next_position)
+        held = [*self.keys, *answer][: min(layer.rows for layer in self.cache)]
+        pairs = enumerate(zip(held, keys, strict=False))
+        return next((n for n, (one, other) in pairs if one != other), min(len(held), len(keys)))
+
+
+class Conversation:
+    """What a model of ours keeps from turn to turn."""
+
+    def __init__(self, model: VLM, processor: Processor) -> None:
+        self.model, self.processor = model, processor
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all images and rows."""
+        self.pictures: list[Picture] = []
+        self.held: HeldPrompt | None = None
+        self.rows_reused = 0
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for a method or a budget that the model cannot have."""
+        refuse_host_options(request)
+        pipeline = pipeline_for(self.model, request.pruner)
+        self.model.language.check(pipeline)
+        budget(self.model.N, request.keep_ratio, request.keep_tokens, pipeline)
+
+    def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
+        """The answer to a request with the turns so far as its history. Raises UserError."""
+        model, clock = self.model, request_clock()
+        pipeline = pipeline_for(model, request.pruner)
+        K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
+        budgets = pipeline.budgets(model.N, K)
+        new = request.images[len(self.pictures) :]
+        pictures = [*self.pictures, *map(self.open_picture, new)]
+        prompt = self.tokenize(request)
+        clock.end_part("image", [picture.pixels_1HW3 for picture in pictures])
+        mx.reset_peak_memory()
+        with clock.running():
+            batches = [self.encode(picture, pipeline, budgets) for picture in pictures]
+            read = model.splice_encoded([prompt], batches, pipeline, budgets, request.positions)
+            prefill = self.prefill(read, prompt)
+        visible = [picture.visible for picture in pictures]
+        answered = PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused)
+        try:
+            for piece in stream_answer(model, self.processor, request, answered, clock):
+                self.pictures = pictures
+                if self.held:
+                    self.held.token_ids.append(piece.token)
+                yield piece
+        except GeneratorExit:  # the caller stops between two tokens
+            raise
+        except BaseException:  # some layers may have read a row that others have not
+            self.held = None
+            raise
+
+    def open_picture(self, source: Any) -> Picture:
+        """What the tower reads of an image. Raises UserError."""
+        visible = self.processor.image.visible(open_image(source))
+        values_HW3 = self.processor.image.values(visible)
+        return Picture(visible, mx.array(values_HW3)[None].astype(self.model.dtype))
+
+    def tokenize(self, request: Request) -> Prompt:
+        """All turns as ids. Raises UserError."""
+        prompt = tokenize_conversation(
+            self.processor.tokenizer, request.history, request.prompt,
+            [self.model.N] * len(request.images), self.processor.image_token,
+            request.chat_template_config,
+        )  # fmt: skip
+        try:
+            check_prompt(self.model, prompt)
+        except UserError as problem:
+            advice = "; begin anew" if request.history else ""
+            raise UserError(f"{problem}{advice}") from None
+        return prompt
+
+    def encode(self, picture: Picture, pipeline: Pipeline, budgets: StepBudgets) -> ImageBatch:
+        """The tower's output; it is run where what it depends on has changed."""
+        inside = [(step.spec, left) for step, left in budgets.at(Stage.IMAGE, Stage.ENCODER)]
+        signals = pipeline.signal_layers(self.model.config.vision.depth)
+        encoding = (tuple(inside), tuple(sorted(signals.items())))
+        if picture.batch is None or picture.encoding != encoding:
+            picture.batch = self.model.encode(picture.pixels_1HW3, pipeline, budgets)
+            picture.encoding = encoding
+        return picture.batch
+
+    def prefill(self, read: SplicedImages, prompt: Prompt) -> Prefill:
+        """The prompt through the layers, from the first row that they do not hold.
+
+        Where rows leave between the layers, or a layer has a state and no rows, all is read.
+        """
+        model, held, self.held, self.rows_reused = self.model, self.held, None, 0
+        cuts = model.cuts(read.batches, read.pipeline, read.K, read.policy, None)
+        cache = model.language.make_cache()
+        if cuts.layers or not all(isinstance(layer, LayerCache) for layer in cache):
+            return model.finish_prefill(read, *model.decode(read))
+        keys = row_keys(read, prompt)
+        if held:
+            self.rows_reused = min(held.common_rows(keys), len(keys) - 1)
+            cache = held.cache
+            for layer in cache:
+                layer.rewind(self.rows_reused)
+        decoded = Decoder(model.language, cache)(read.spliced.after(self.rows_reused))
+        self.held = HeldPrompt(keys, int(np.array(read.spliced.next_B1)[0, 0]), cache)
+        return model.finish_prefill(read, decoded, cache)
+
+
+def row_keys(read: SplicedImages, prompt: Prompt) -> list[RowKey]:
+    """What each row of a prompt depends on beside those before it."""
+    keys: list[Any] = []
+    cursor = 0
+    for number, (batch, (start, length)) in enumerate(zip(read.batches, prompt.runs, strict=True)):
+        keys += [*prompt.ids[cursor:start], *token_keys(number, batch, read)]
+        cursor = start + length
+    keys += prompt.ids[cursor:]
+    positions = np.array(read.spliced.positions_BL)[0].tolist()
+    return list(zip(positions, keys, strict=True))
+
+
+def token_keys(number: int, batch: ImageBatch, read: SplicedImages) -> list[RowKey]:
+    """The same of an image's K tokens, but for their positions.
+
+    A token that was chosen depends on its index, a mixed one or one with a bias on all that were
+    chosen with it. What a learned method mixes in by the words of the prompt is never the same.
+    """
+    kept, pipeline = batch.kept_of_encoded, read.pipeline
+    choice: Any = None
+    if kept.merges or kept.index_BK is None or pipeline.enhancer:
+        choice = tuple(np.array(part.astype(mx.float32)).tobytes() for part in kept.arrays)
+    if pipeline.needs_signal("text") and any(step.method.learned for step in pipeline.steps):
+        choice = object()
+    index = range(kept.slots) if kept.index_BK is None else np.array(kept.index_BK)[0].tolist()
+    return [(number, pipeline.spec, read.K, choice, n) for n in index]

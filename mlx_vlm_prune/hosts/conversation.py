@@ -1,0 +1,50 @@
+"""Several turns with a model of mlx-vlm's: the tower runs once for the images of a prompt.
+
+All rows are read again in every turn. mlx-vlm looks cached rows up by their ids, of which a pruned
+prompt has more than rows, and keeps caches that cannot be cut back (sliding windows, quantized).
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+from ..generation.request import Request
+from ..generation.result import GenerationResponse
+from ..inputs.budget import check_budget
+from ..pruners import plan
+from .compatibility import check_kv_bits, check_pipeline
+from .families import host_of
+from .stream import decoding_arguments, resize_option, stream_generate
+from .tower_cache import TowerCache
+
+
+class HostConversation:
+    """What a model of mlx-vlm's keeps from turn to turn."""
+
+    rows_reused = 0
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model, self.processor = model, processor
+        self.host = host_of(model, processor)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all images."""
+        self.towers: TowerCache | None = None
+
+    def check(self, request: Request) -> None:
+        """Raises UserError for a method or an option that the model cannot have."""
+        pipeline, options = plan(request.pruner), request.given_host_options
+        check_pipeline(self.host, pipeline, request.positions)
+        check_budget(request.keep_ratio, request.keep_tokens)
+        decoding_arguments(request)
+        check_kv_bits(self.host, pipeline, options.get("kv_bits"))
+        resize_option(options.get("resize_shape"))
+
+    def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
+        """The answer to a request with the turns so far as its history. Raises UserError."""
+        pipeline, depth = plan(request.pruner), self.host.depth
+        signals = pipeline.signal_layers(depth) if depth else {}
+        before = self.towers and depth and self.towers.pipeline.signal_layers(depth)
+        if self.towers is None or (depth and before != signals):
+            self.towers = TowerCache(self.host, pipeline)
+        yield from stream_generate(self.model, self.processor, request, self.towers)
