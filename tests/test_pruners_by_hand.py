@@ -56,5 +56,5 @@ def test_similarity_as_published_fills_up_with_the_first_followers():
     kept = reduce("similarity", make_signals([X, X, X, X], (1, 4)), 3, published=True)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 1, 2]]
     assert kept.weight_BKN is not None
-    by_hand = torch.tensor([[[0.5, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0]]])
+    by_hand = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0, 1, 0, 0], [0, 0, 1, 0]]])
     close(kept.weight_BKN, by_hand)

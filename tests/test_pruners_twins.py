@@ -106,7 +106,7 @@ BROKEN = {  # of every family a method, and what is done to a helper of its twin
     "vispruner": ("cosine", lambda x: -ref.numerics.cosine(x)),
     "prumerge": ("highest", lambda score, K: ref.numerics.highest(-score, K)),
     "hiprune": ("highest", lambda score, K: ref.numerics.highest(-score, K)),
-    "holov": ("scale_to_unit", lambda score: score.double()),
+    "holov": ("highest", lambda score, K: ref.numerics.highest(-score, K)),
     "tome": ("cosine", lambda x, y: -ref.numerics.cosine(x, y)),
     "pixelprune": ("prediction_errors", lambda patch, grid, tolerance: patch.abs().sum(dim=1)),
     "divprune": ("cosine", lambda x: -ref.numerics.cosine(x)),
