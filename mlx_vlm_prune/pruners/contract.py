@@ -73,7 +73,7 @@ class Signals:
     last_attention_BN: mx.array  # the prompt's last token, in the layer before
     next_attention_BN: mx.array  # the prompt's last token, in this layer
     text_attention_BTN: mx.array  # every token of text, in the layer before
-    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer
+    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer, not rotated
     twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
 
     def __init__(self, x_BND: mx.array, grid: tuple[int, int], **others: mx.array | None) -> None:
