@@ -8,7 +8,7 @@ Shapes: N tokens in rows x columns, D features in HEADS heads, T words; one imag
 import numpy as np
 
 HEADS, T = 2, 4
-VECTORS = ("x", "pixels", "patches", "before", "normed", "keys", "next_keys")
+VECTORS = ("x", "pixels", "patches", "before", "normed", "keys", "next_keys", "features")
 ROWS = ("cls", "local", "received", "object", "last", "next", "mean", "twig")
 
 
@@ -34,6 +34,9 @@ def arrays(grid: tuple[int, int], D: int, kind: str, phase: float) -> dict:
     """Every signal there is by its name in the contract; `kind` is `wave` or `groups`."""
     N, of = grid[0] * grid[1], {"wave": wave, "groups": groups}[kind]
     heads = (1, N, HEADS, D // HEADS)
+    x, text = of(N, D, 0.3 + phase, 1.1)[0], wave(T, D, 0.7, 1.3 + phase)[0]
+    word_share = np.exp(x @ text[:-1].T)
+    word_share = (word_share / word_share.sum(axis=1, keepdims=True)).mean(axis=0)
     text_attention = np.stack([shares(N, 0.1 * t + 0.4 + phase) for t in range(T)], axis=1)
     return {
         "grid": grid,
@@ -44,6 +47,8 @@ def arrays(grid: tuple[int, int], D: int, kind: str, phase: float) -> dict:
         "queries_BNHd": of(N, D, 0.9 + phase, 0.4).reshape(heads),
         "keys_BNHd": of(N, D, 1.7 + phase, 0.6).reshape(heads),
         "cls_query_BHd": wave(1, D, 0.5, 0.8 + phase).reshape(1, HEADS, -1),
+        "cls_key_BHd": wave(1, D, 0.8, 0.3 + phase).reshape(1, HEADS, -1),
+        "text_share_BT": np.append(word_share, 0)[None].astype(np.float32),
         "text_BTD": wave(T, D, 0.7, 1.3 + phase),
         "text_keys_BTD": wave(T, D, 1.9, 0.2 + phase),
         "text_real_BT": np.array([[True, True, True, False]]),
