@@ -29,6 +29,7 @@ def tokens(a: int, b: int, c: int, count: int = N) -> list[Vector]:
 
 
 X, KEYS, QUERY, TEXT = tokens(7, 3, 5), tokens(4, 9, 2), tokens(5, 2, 1, 1)[0], tokens(3, 8, 6, T)
+CLS_KEY = tokens(2, 3, 7, 1)[0]
 RAW = [1.0 + (i * 11) % 17 for i in range(N)]
 ATTENTION = [a / sum(RAW) for a in RAW]
 
@@ -58,6 +59,7 @@ ARRAYS = {
     "x_BND": np.array([X], np.float32),
     "keys_BNHd": heads(KEYS),
     "cls_query_BHd": heads([QUERY])[:, 0],
+    "cls_key_BHd": heads([CLS_KEY])[:, 0],
     "cls_attention_BN": np.array([ATTENTION], np.float32),
     "text_BTD": np.array([TEXT], np.float32),
     "text_real_BT": np.ones((1, T), bool),
@@ -149,8 +151,9 @@ def test_scope(K):
 
 @pytest.mark.parametrize("K", [2, 6, 13])
 def test_prumerge(K):
-    logits = [sum(q * k for q, k in zip(QUERY, key, strict=True)) / math.sqrt(D) for key in KEYS]
-    score = [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits]
+    keys = [CLS_KEY, *KEYS]
+    logits = [sum(q * k for q, k in zip(QUERY, key, strict=True)) / math.sqrt(D) for key in keys]
+    score = [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits][1:]
     order = sorted(range(N), key=lambda i: (-round(score[i], 12), i))
     kept, dropped = order[: K - 1], order[K - 1 :]
     weight = {}

@@ -54,14 +54,16 @@ class Signals:
     object_attention_BN: mx.array  # the same in another, earlier layer
     local_attention_BN: mx.array  # from CLS, in an earlier layer
     cls_query_BHd: mx.array
+    cls_key_BHd: mx.array
     queries_BNHd: mx.array
     keys_BNHd: mx.array
     # Of the tower's input.
     pixels_BND: mx.array  # the pixels of each patch
     patches_BND: mx.array  # patch embeddings, without positions
     size_BN: mx.array  # how many tokens of the image each stands for
+    features_BND: mx.array  # the tokens as the tower gave them, ahead of the projector
     # Of the prompt around each image: the language model's embeddings; in the decoder its
-    # hidden states after the final norm.
+    # hidden states after the final norm of the words after the image.
     text_BTD: mx.array
     text_real_BT: mx.array  # False on padding
     # Of the decoder, at the layer whose input the tokens are.
@@ -72,8 +74,9 @@ class Signals:
     next_keys_BND: mx.array  # of this layer, heads side by side
     last_attention_BN: mx.array  # the prompt's last token, in the layer before
     next_attention_BN: mx.array  # the prompt's last token, in this layer
-    text_attention_BTN: mx.array  # every token of text, in the layer before
-    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer, not rotated
+    text_attention_BTN: mx.array  # every word after the image, in the layer before
+    text_share_BT: mx.array  # a word's share of a softmax over them, see `LayerInput.text_share`
+    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer
     twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
 
     def __init__(self, x_BND: mx.array, grid: tuple[int, int], **others: mx.array | None) -> None:

@@ -23,11 +23,13 @@ class Signals:
     object_attention_BN: Tensor
     local_attention_BN: Tensor
     cls_query_BHd: Tensor
+    cls_key_BHd: Tensor
     queries_BNHd: Tensor
     keys_BNHd: Tensor
     pixels_BND: Tensor
     patches_BND: Tensor
     size_BN: Tensor
+    features_BND: Tensor
     text_BTD: Tensor
     text_real_BT: Tensor
     before_BND: Tensor
@@ -38,6 +40,7 @@ class Signals:
     last_attention_BN: Tensor
     next_attention_BN: Tensor
     text_attention_BTN: Tensor
+    text_share_BT: Tensor
     mean_attention_BN: Tensor
     twig_attention_BN: Tensor
 

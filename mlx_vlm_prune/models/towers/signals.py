@@ -95,7 +95,7 @@ class TowerPass:
 
         `windows`: the tokens of each, where a layer of a tower without CLS attends within them.
         Where a tower has no CLS, the mean patch stands in for it: the attention that a token
-        gets from all is taken for that from CLS, the mean query for CLS's.
+        gets from all is taken for that from CLS, the mean query and key for CLS's.
         """
         first, has_cls = self.first, bool(self.first)
         keys = {
@@ -108,6 +108,8 @@ class TowerPass:
         }
         if "cls_query" in names:
             values["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
+        if "cls_key" in names:
+            values["cls_key_BHd"] = k_BHSd[:, :, 0] if has_cls else k_BHSd.mean(axis=2)
         rows = {"cls_attention", "local_attention"}
         columns = {"received_attention", "object_attention"} | (set() if has_cls else rows)
         if has_cls and names & rows:

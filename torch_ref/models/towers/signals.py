@@ -60,7 +60,9 @@ class Encoded:
         }
         if "cls_query" in names:  # without CLS the mean patch stands in for it
             values["cls_query_BHd"] = q[:, :, 0] if self.first else q.mean(2)
-        if names - {"keys", "queries", "cls_query"}:
+        if "cls_key" in names:
+            values["cls_key_BHd"] = k[:, :, 0] if self.first else k.mean(2)
+        if names - {"keys", "queries", "cls_query", "cls_key"}:
             attention_BSS = attention(q, k, self.bias_B11S)
             received_BN = attention_BSS.mean(1)[:, self.first :]
             columns = dict.fromkeys(("received_attention", "object_attention"), received_BN)
