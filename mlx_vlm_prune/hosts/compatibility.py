@@ -9,7 +9,7 @@ LATER = "not yet in mlx-vlm models"
 SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
 # What a host has between the language model's layers, and what a tower without attention has.
 DECODER_SIGNALS = ("before", "normed", "held_keys", "last_attention", "next_attention")
-ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid")
+ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid", "features")
 
 
 def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:

@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..models.decoder import PREFILL_STEP_SIZE
+from ..models.layers import PREFILL_STEP_SIZE
 
 DROPPED = -1  # the position of a dropped row
 EMBEDDINGS, POSITIONS = "inputs_embeds", "position_ids"

@@ -157,7 +157,7 @@ def prune_prompt(
     step_budgets = [pipeline.budgets(N, K) for N, K in zip(sizes, budgets, strict=True)]
     steps = [ReductionStep("", 0, [batch.kept for batch in batches])]
     batches, features = _prune(batches, step_budgets, Stage.FEATURES)  # prune
-    batches = _project(host, batches)  # project
+    batches = _project(host, batches, pipeline)  # project
     batches, projected = _prune(batches, step_budgets, Stage.PROJECTED)
     trace = Trace([*steps, *features, *projected], sizes, [view.image for view in views])
     policy = trace.policy(policy)
@@ -184,12 +184,18 @@ def _prune(
     return [batch for (batch,), _ in done], steps
 
 
-def _project(host: Host, batches: list[ImageBatch]) -> list[ImageBatch]:
-    """The projector on all views at once."""
+def _project(host: Host, batches: list[ImageBatch], pipeline: Pipeline) -> list[ImageBatch]:
+    """The projector on all views at once; features are held where a method behind it reads them."""
+    keeps_features = pipeline.needs_signal("features")
     parts = [batch.signals.x_BND for batch in batches]
     x_1UD = host.project(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     ends = accumulate([0, *(part.shape[1] for part in parts)])
     return [
-        replace(batch, signals=batch.signals.replace(x_BND=x_1UD[:, begin:end]))
-        for batch, (begin, end) in zip(batches, pairwise(ends), strict=True)
+        replace(
+            batch,
+            signals=batch.signals.replace(
+                x_BND=x_1UD[:, begin:end], features_BND=features_BND if keeps_features else None
+            ),
+        )
+        for batch, features_BND, (begin, end) in zip(batches, parts, pairwise(ends), strict=True)
     ]

@@ -25,9 +25,10 @@ from ..pruners import Pipeline, Pruner, Signals, Stage, StepBudgets, downsample
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
-from .decoder import Cuts, Decoder, TwigReader
+from .decoder import Cuts, Decoder
 from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
+from .layers import TwigReader
 from .projector import MLPProjector, merge_patches
 from .pruning import ImageBatch, image_slots, prune, reduction_step
 from .splice import outside, pad_right, splice
@@ -125,7 +126,7 @@ class VLM(nn.Module):
             batches = [self.encode(pixels_IHW3, pipeline, budgets, prompts)]  # encode
             steps.append(reduction_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
             batches, features = prune(batches, budgets, Stage.FEATURES)  # prune
-            batches = [self.project(batch) for batch in batches]  # project
+            batches = [self.project(batch, pipeline) for batch in batches]  # project
             batches, projected = prune(batches, budgets, Stage.PROJECTED)
             steps += [*features, *projected]
         slots = image_slots(batches, pipeline.enhancer)
@@ -201,9 +202,12 @@ class VLM(nn.Module):
         text_BTD = self.language.embed_tokens(ids_BT)
         return signals.replace(text_BTD=text_BTD, text_real_BT=is_real_BT)
 
-    def project(self, batch: ImageBatch) -> ImageBatch:
-        x_BND = end_part("projector", self.projector(batch.signals.x_BND))
-        return replace(batch, signals=batch.signals.replace(x_BND=x_BND))
+    def project(self, batch: ImageBatch, pipeline: Pipeline) -> ImageBatch:
+        features_BND = batch.signals.x_BND
+        x_BND = end_part("projector", self.projector(features_BND))
+        held_BND = features_BND if pipeline.needs_signal("features") else None
+        signals = batch.signals.replace(x_BND=x_BND, features_BND=held_BND)
+        return replace(batch, signals=signals)
 
     def cuts(
         self, batches: list[ImageBatch], pipeline: Pipeline, K: int, policy: Policy,

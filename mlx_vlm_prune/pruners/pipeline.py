@@ -79,7 +79,7 @@ class Pruner:
             return {
                 name: None if option is None else layer_at(values[option], layers)
                 for name, option in self.method.needs.items()
-                if name not in ("grid", "text")
+                if name not in ("grid", "text", "features")
             }
         except UserError as e:
             raise UserError(f"{self.name}: {e}") from None

@@ -184,7 +184,10 @@ class VLM(nn.Module):
         kept_of_encoded = Reduction(index_N.expand(images, n))
         for stage in ("features", "projected"):
             if stage == "projected":
-                signals = signals.replace(x_BND=self.projector(signals.x_BND))
+                features_BND = signals.x_BND
+                signals = signals.replace(
+                    x_BND=self.projector(features_BND), features_BND=features_BND
+                )
             for step in steps:
                 if step.stage == stage:
                     N = signals.x_BND.shape[1]
