@@ -26,7 +26,8 @@ VARIANTS = [
     *CHOOSING, "similarity:published", "similarity:threshold=0.3", "random:seed=7",
     "cdpruner:negative", "visionzip:contextual=0.5", "vispruner:important=0", "hiprune:objects=1",
     "prumerge:neighbours=2", "pixelprune:tolerance=0.5", "holov:regions=3", "scope:power=2",
-    "sparsevlm:recycle=0.9", "pact:clustered=1", "dart:pivots=1", "apet:basis=2", "mmtok:image=2",
+    "sparsevlm:recycle=0.9", "sparsevlm:sums", "pact:clustered=1", "dart:pivots=1", "apet:basis=2",
+    "mmtok:image=2",
 ]  # fmt: skip
 INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
 
@@ -86,16 +87,18 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
     real_BT[:, 0] = True
     vectors = {
         name: features(kind, rng, B, N, D)
-        for name in ("x", "pixels", "patches", "before", "normed", "keys", "next_keys")
+        for name in ("x", "features", "pixels", "patches", "before", "normed", "keys", "next_keys")
     }
     return {
         "grid": grid,
         **{f"{name}_BND": x for name, x in vectors.items()},
         **{f"{x}_BNHd": features(kind, rng, B, N, HEADS, D // HEADS) for x in ("queries", "keys")},
         "cls_query_BHd": features("random", rng, B, HEADS, D // HEADS),
+        "cls_key_BHd": features("random", rng, B, HEADS, D // HEADS),
         "text_BTD": features("random", rng, B, T, D),
         "text_keys_BTD": features("random", rng, B, T, D),
         "text_real_BT": real_BT,
+        "text_share_BT": shares("random", rng, B, T),
         "text_attention_BTN": shares(kind, rng, B, T, N),
         **{
             f"{name}_attention_BN": shares(kind, rng, B, N)

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.models.decoder import TwigReader
+from mlx_vlm_prune.models.layers import TwigReader
 from mlx_vlm_prune.pruners import METHODS, Signals, numerics, plan, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.numerics import precision

@@ -112,11 +112,11 @@ BROKEN = {  # of every family a method, and what is done to a helper of its twin
     "divprune": ("cosine", lambda x: -ref.numerics.cosine(x)),
     "cdpruner": ("scale_to_unit", lambda score: 1 - ref.numerics.scale_to_unit(score)),
     "mmtok": ("greedy_cover", lambda rows, salient, K: list(range(K))),
-    "apet": ("approximation_errors", lambda x, basis: -x.norm(dim=-1)),
+    "apet": ("approximation_errors", lambda x, basis: (-x.norm(dim=-1), [0])),
     "fastv": ("keep_highest", lambda score, K: ref.numerics.keep_highest(-score, K)),
-    "sparsevlm": ("density_peaks", lambda apart, C: list(range(C))),
+    "sparsevlm": ("density_peaks", lambda apart, C: list(range(len(apart)))[-C:]),
     "dart": ("highest", lambda score, K: ref.numerics.highest(-score, K)),
-    "pact": ("spaced_centres", lambda apart, cutoff: list(range(len(apart)))),
+    "pact": ("smallest_cutoff", lambda apart, K: (0.0, list(range(K)))),
     "twig": ("keep_highest", lambda score, K: ref.numerics.keep_highest(-score, K)),
 }
 

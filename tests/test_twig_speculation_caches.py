@@ -9,7 +9,7 @@ import pytest
 
 from mlx_vlm_prune.generation import speculation as speculation_module
 from mlx_vlm_prune.generation.speculation import Speculation
-from mlx_vlm_prune.models.decoder import TwigReader
+from mlx_vlm_prune.models.layers import TwigReader
 
 from . import tiny
 from .pruner_cases import close
