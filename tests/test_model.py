@@ -254,7 +254,7 @@ def test_positions_are_those_of_the_methods_paper_unless_told(pair):
         return position_S.tolist() == list(range(after - len(position_S), after))
 
     assert not counts("fastv", None) and counts("fastv", "renumber")
-    assert counts("pact", None) and not counts("pact", "keep")
+    assert counts("pyramiddrop", None) and not counts("pyramiddrop", "keep")
     assert counts("attention_pool+fastv", "keep")  # pooled slots have no place of their own
 
 

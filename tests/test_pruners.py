@@ -67,7 +67,9 @@ def test_k_distinct_tokens_in_range_are_kept_each_in_its_own_slot_and_merged_onc
     assert (weight_BKN >= 0).all()
     if not spec.startswith("prumerge"):  # its slots add up neighbours, which may be shared
         assert (anchors > 0).all()
-        assert ((weight_BKN > 0).sum(axis=1) <= 1).all()
+        # A token that fills up stays in the mean of its cluster too.
+        most = 2 if spec == "similarity:published" else 1
+        assert ((weight_BKN > 0).sum(axis=1) <= most).all()
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ BROKEN = {  # of every family a method, and what is done to a helper of its twin
     "fastv": ("keep_highest", lambda score, K: ref.numerics.keep_highest(-score, K)),
     "sparsevlm": ("density_peaks", lambda apart, C: list(range(len(apart)))[-C:]),
     "dart": ("highest", lambda score, K: ref.numerics.highest(-score, K)),
-    "pact": ("smallest_cutoff", lambda apart, K: (0.0, list(range(K)))),
+    "pact": ("spaced_centres", lambda apart, cutoff: list(range(len(apart)))),
     "twig": ("keep_highest", lambda score, K: ref.numerics.keep_highest(-score, K)),
 }
 

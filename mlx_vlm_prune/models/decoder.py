@@ -264,13 +264,13 @@ class LayerInput:
         return {"twig_attention_BN": row_IN}
 
     def mean_attention(self) -> dict[str, mx.array]:
-        """Of the mean visual query to the visual keys, by this layer's own projections."""
-        x_IND = self.of_images(self.spliced.x_BLD)
-        positions_IN = self.of_images(self.spliced.positions_BL)
-        q_IGRNd = self.language.rotated_queries(self.layer, x_IND, positions_IN)
+        """Of the mean visual query to the visual keys, all at position 0: not rotated."""
+        x_IND, positions_IN = map(self.of_images, (self.spliced.x_BLD, self.spliced.positions_BL))
+        q_IGRNd = self.language.rotated_queries(self.layer, x_IND, positions_IN * 0)
+        at_0_IGNd = self.language.rotated_keys(self.layer, x_IND, positions_IN * 0)
         k_IGNd = self.language.rotated_keys(self.layer, x_IND, positions_IN)
         everywhere = mx.ones((len(x_IND), 1, x_IND.shape[1]), dtype=mx.bool_)
-        row_I1N = attention(q_IGRNd.mean(axis=3, keepdims=True), k_IGNd, everywhere, None)
+        row_I1N = attention(q_IGRNd.mean(axis=3, keepdims=True), at_0_IGNd, everywhere, None)
         return {
             "mean_attention_BN": row_I1N[:, 0],
             "next_keys_BND": k_IGNd.swapaxes(1, 2).flatten(2),

@@ -76,7 +76,7 @@ class Signals:
     next_attention_BN: mx.array  # the prompt's last token, in this layer
     text_attention_BTN: mx.array  # every word after the image, in the layer before
     text_share_BT: mx.array  # a word's share of a softmax over them, see `LayerInput.text_share`
-    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer
+    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer, not rotated
     twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
 
     def __init__(self, x_BND: mx.array, grid: tuple[int, int], **others: mx.array | None) -> None:

@@ -34,7 +34,7 @@ needs = {"local_attention": "local_layer", "cls_attention": "layer", "grid": Non
 
 def prune(
     signals: Signals, K: int, *, areas: int = 16, local: float = 0.5,
-    local_layer: float = 5 / 24, layer: float = -1,
+    local_layer: float = 0.21, layer: float = -1,
 ) -> Reduction:  # fmt: skip
     """Keep K; the layers are read by the host."""
     if areas < 1 or not 0 <= local <= 1:

@@ -34,7 +34,7 @@ MORE_THAN_ATTENTION = 2.0
 
 
 def prune(
-    signals: Signals, K: int, *, objects: float = 0.1, object_layer: float = 8 / 24,
+    signals: Signals, K: int, *, objects: float = 0.1, object_layer: float = 0.33,
     layer: float = -1,
 ) -> Reduction:  # fmt: skip
     """Keep anchors with their neighbours, then the best of the rest."""

@@ -213,14 +213,15 @@ def attention_signals(
     """The signals that attention gives of each image there."""
     last, this = language.layers[i - 1], language.layers[i]
     _, held_GLd, last_LL = attention(language, last, before)
-    q_HLd, k_GLd, next_LL = attention(language, this, now)
+    _, k_GLd, next_LL = attention(language, this, now)
+    q0_HLd, k0_GLd = this.rotated(now.x_1LD, language.rotary(now.position_1L * 0))  # not at all
     twig_LL = torch.zeros_like(next_LL) if twig is None else twig_attention(twig, now)
     held_LD, next_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
     of_images = []
     for j, (start, n) in enumerate(now.runs):
         image, words = slice(start, start + n), now.words_after(j)
-        mean_H1d = q_HLd[:, image].mean(dim=1, keepdim=True)
-        keys_Hnd = k_GLd[:, image].repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
+        mean_H1d = q0_HLd[:, image].mean(dim=1, keepdim=True)
+        keys_Hnd = k0_GLd[:, image].repeat_interleave(len(q0_HLd) // len(k0_GLd), dim=0)
         logits_H1n = mean_H1d @ keys_Hnd.mT / keys_Hnd.shape[-1] ** 0.5
         of_images.append(
             {

@@ -7,7 +7,7 @@ needs = {"object_attention": "object_layer", "received_attention": "layer"}
 
 
 def prune(
-    signals: Signals, K: int, *, objects: float = 0.1, object_layer: float = 8 / 24,
+    signals: Signals, K: int, *, objects: float = 0.1, object_layer: float = 0.33,
     layer: float = -1,
 ) -> Reduction:  # fmt: skip
     rows, columns = signals.grid
