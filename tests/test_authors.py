@@ -15,7 +15,10 @@ import pytest
 import torch
 
 import torch_ref.pruners as ref
+from mlx_vlm_prune.models.towers.signals import Cut, TowerPass
+from mlx_vlm_prune.pruners import Signals
 from mlx_vlm_prune.pruners.numerics import precision
+from torch_ref.models.towers.signals import Encoded
 
 from .author_inputs import arrays
 from .pruner_cases import float64_choices, make_pruner, reference_signals, signals
@@ -40,9 +43,14 @@ def inputs(case: dict) -> dict:
     return arrays(tuple(case["grid"]), case["D"], case["kind"], case["phase"])
 
 
+def has_cls(case: dict) -> bool:
+    """Did a CLS token stand before the others in the authors' run?"""
+    return case.get("has_cls", True)
+
+
 def check_mlx(case: dict) -> None:
     given = inputs(case)
-    kept = make_pruner(case["spec"])(signals(given), case["K"])
+    kept = make_pruner(case["spec"])(signals(given).replace(has_cls=has_cls(case)), case["K"])
     tokens_BKD = np.array(kept.tokens(mx.array(given["x_BND"])))
     assert_as_authors(kept.index_BK, tokens_BKD, case)
 
@@ -57,7 +65,8 @@ def test_a_method_keeps_what_its_authors_code_keeps(name, case, dtype):
 @pytest.mark.parametrize("name, case", CASES)
 def test_the_twin_keeps_what_the_authors_code_keeps(name, case):
     given, pruner = inputs(case), make_pruner(case["spec"])
-    kept = ref.reduce(pruner.name, reference_signals(given), case["K"], **pruner.options)
+    tokens = reference_signals(given).replace(has_cls=has_cls(case))
+    kept = ref.reduce(pruner.name, tokens, case["K"], **pruner.options)
     tokens_BKD = kept.tokens(torch.from_numpy(given["x_BND"]))
     assert_as_authors(kept.index_BK, tokens_BKD.numpy(), case)
 
@@ -76,3 +85,26 @@ def test_a_method_with_a_slip_put_in_on_purpose_fails_its_cases(slip, monkeypatc
         for case in (case for method, case in (p.values for p in CASES) if method == slip):
             with pytest.raises(AssertionError):
                 check_mlx(case)
+
+
+@pytest.mark.parametrize(
+    "cls, groups", [(1, [[0, 5], [1], [2, 3, 4], [6, 7]]), (0, [[0, 5, 6, 7], [1], [2, 4], [3]])]
+)
+def test_the_next_layer_of_tome_deals_what_is_left_of_a_then_b(cls, groups):
+    """facebookresearch/ToMe@af95e4b on (cos i², sin i²), 8 tokens, then 6, then 4."""
+    x_ND = np.array([[np.cos(i * i), np.sin(i * i)] for i in range(8)], np.float32)
+    cuts = [Cut(layer, "middle", K, make_pruner("tome")) for layer, K in ((0, 6), (1, 4))]
+    tower = TowerPass(Signals(mx.array(x_ND[None]), (2, 4)), {}, 2, cuts, has_cls=bool(cls))
+    x_BSD = mx.array(np.concatenate([np.ones((cls, 2), np.float32), x_ND])[None])
+    signals_ = ref.Signals(
+        torch.from_numpy(x_ND)[None], (2, 4), bool(cls), size_BN=torch.ones(1, 8)
+    )
+    with float64_choices():
+        for layer in range(2):
+            x_BSD = tower.cut(x_BSD, layer, "middle", {"keys_BNHd": x_BSD[:, cls:, None]})
+        mixed_KN = np.array(tower.kept.mixture(8)[0])
+    run = Encoded(signals_, None, torch.ones(1, cls, 2), 8)
+    for K in (6, 4):
+        run = run.cut(ref.Step("tome"), K, keys_BNHd=run.signals.x_BND[:, :, None])
+    for weight_KN in (mixed_KN, run.kept.weight_BKN[0].numpy()):
+        assert sorted(np.flatnonzero(row_N).tolist() for row_N in weight_KN) == groups

@@ -65,7 +65,6 @@ def anchored_errors(signals: Signals, tolerance: float) -> mx.array:
     """The same, each patch that is predicted in the place of its prediction."""
     x_BNP: np.ndarray = np.array(signals.pixels_BND.astype(mx.float32))  # becomes the predictions
     columns, error_BN = signals.grid[1], np.full(x_BNP.shape[:2], np.inf, np.float32)
-    tolerance = np.float32(tolerance)
     for i in range(1, x_BNP.shape[1]):
         row, column = divmod(i, columns)
         predicted_BP = x_BNP[:, i - 1 if column else i - columns]

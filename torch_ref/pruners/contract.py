@@ -18,6 +18,7 @@ class Signals:
 
     x_BND: Tensor
     grid: tuple[int, int]
+    has_cls: bool
     cls_attention_BN: Tensor
     received_attention_BN: Tensor
     object_attention_BN: Tensor
@@ -30,6 +31,7 @@ class Signals:
     patches_BND: Tensor
     size_BN: Tensor
     features_BND: Tensor
+    place_BN: Tensor
     text_BTD: Tensor
     text_real_BT: Tensor
     before_BND: Tensor
@@ -44,10 +46,12 @@ class Signals:
     mean_attention_BN: Tensor
     twig_attention_BN: Tensor
 
-    def __init__(self, x_BND: Tensor, grid: tuple[int, int], **others: Tensor | None) -> None:
+    def __init__(
+        self, x_BND: Tensor, grid: tuple[int, int], has_cls: bool = True, **others: Tensor | None
+    ) -> None:
         assert others.keys() <= Signals.__annotations__.keys(), others.keys()
         self.__dict__ = {name: value for name, value in others.items() if value is not None}
-        self.x_BND, self.grid = x_BND, grid
+        self.x_BND, self.grid, self.has_cls = x_BND, grid, has_cls
 
     if not TYPE_CHECKING:
 
@@ -94,6 +98,7 @@ class Reduction:
     index_BK: Tensor | None = None
     weight_BKN: Tensor | None = None
     value_BND: Tensor | None = None
+    place_BK: Tensor | None = None  # in which order a method of the tower left the slots
 
     def apply(self, x_BND: Tensor) -> Tensor:
         """Reduce (B, N, ...) to (B, K, ...)."""

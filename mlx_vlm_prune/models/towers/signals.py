@@ -63,7 +63,7 @@ class TowerPass:
         self.kept: Reduction | None = None
         if any(cut.pruner.is_proportional for cut in cuts):
             signals = signals.replace(size_BN=mx.ones(signals.x_BND.shape[:2]))
-        self.signals = signals
+        self.signals = signals.replace(has_cls=has_cls)
 
     @property
     def bias_BS(self) -> mx.array | None:
@@ -129,11 +129,11 @@ class TowerPass:
 
 
 def _with_sizes(reduced: Signals, signals: Signals, kept: Reduction) -> Signals:
-    """The reduced signals, with the sizes of each slot's members summed up."""
+    """The reduced signals, with the sizes of each slot's members summed up, and their places."""
     size_BN = signals.get("size_BN")
     if size_BN is None or not kept.merges or kept.index_BK is None:
         return reduced
-    return reduced.replace(size_BN=kept.sizes(size_BN))
+    return reduced.replace(size_BN=kept.sizes(size_BN), place_BN=kept.place_BK)
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:
