@@ -74,6 +74,7 @@ def test_the_twin_keeps_what_the_authors_code_keeps(name, case):
 SLIPS = {  # of a method a helper or a number, and what it is on purpose made
     "cls_attention": ("keep_highest", lambda score, K: mx.arange(K)[None]),
     "divprune": ("KEPT", 9.0),
+    "mmtok": ("LEAST_POWER", 1.0),
 }
 
 
