@@ -87,23 +87,24 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
     real_BT[:, 0] = True
     vectors = {
         name: features(kind, rng, B, N, D)
-        for name in ("x", "features", "pixels", "patches", "before", "normed", "keys", "next_keys")
+        for name in ("x", "pixels", "patches", "before", "normed", "keys", "next_keys")
     }
     return {
         "grid": grid,
         **{f"{name}_BND": x for name, x in vectors.items()},
         **{f"{x}_BNHd": features(kind, rng, B, N, HEADS, D // HEADS) for x in ("queries", "keys")},
         "cls_query_BHd": features("random", rng, B, HEADS, D // HEADS),
-        "cls_key_BHd": features("random", rng, B, HEADS, D // HEADS),
         "text_BTD": features("random", rng, B, T, D),
         "text_keys_BTD": features("random", rng, B, T, D),
         "text_real_BT": real_BT,
-        "text_share_BT": shares("random", rng, B, T),
         "text_attention_BTN": shares(kind, rng, B, T, N),
         **{
             f"{name}_attention_BN": shares(kind, rng, B, N)
             for name in ("cls", "received", "object", "local", "last", "next", "mean", "twig")
         },
+        "features_BND": features(kind, rng, B, N, D),
+        "cls_key_BHd": features("random", rng, B, HEADS, D // HEADS),
+        "text_share_BT": shares("random", rng, B, T),
     }
 
 

@@ -135,8 +135,8 @@ def mmtok_gains(tokens: Signals, b: int, options: dict):
         return power / power.sum(axis=-1, keepdims=True)
 
     words = np.array(cosine(tokens.text_BTD, tokens.x_BND))[b][np.array(tokens.text_real_BT[b])]
-    among = np.array(cosine(tokens.x_BND))[b]
-    rows = [softmax(words / 0.01) / len(words)]
+    among = np.array(cosine(tokens.features_BND))[b]
+    rows = [softmax(words / 0.02) / len(words)]
     rows.append(softmax(among / 0.2) * options.get("image", 0.5) / len(among))
     return cover_gains(np.concatenate(rows), np.ones(len(among)))
 

@@ -25,6 +25,7 @@ from .numerics import (
     choosing,
     constant,
     fused,
+    keep_highest,
     noise,
     rounded,
     to_choice_dtype,
@@ -48,10 +49,10 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
         slot_BN = mx.put_along_axis(slot_BN, replaced_BM, mx.array(-1, slot_BN.dtype), axis=1)
         N = error_BN.shape[1]
         means_BCN = Reduction.merge(merged_BC, slot_BN).mixture(N)
-        index_BK = mx.concatenate([merged_BC, replaced_BM], axis=1)
+        place_BK = mx.concatenate([merged_BC, replaced_BM], axis=1)
         weight_BKN = mx.concatenate([means_BCN, Reduction(basis_BM[:, :M]).mixture(N)], axis=1)
-        raster_BK = mx.argsort(index_BK, axis=1)
-        return Reduction(take(index_BK, raster_BK), take(weight_BKN, raster_BK))
+        weight_BKN = take(weight_BKN, mx.argsort(place_BK, axis=1))
+        return Reduction(keep_highest(error_BN, K), weight_BKN)
 
 
 def approximation_errors(x_BND: mx.array, basis: int) -> tuple[mx.array, mx.array]:
