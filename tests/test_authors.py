@@ -75,6 +75,9 @@ SLIPS = {  # of a method a helper or a number, and what it is on purpose made
     "cls_attention": ("keep_highest", lambda score, K: mx.arange(K)[None]),
     "divprune": ("KEPT", 9.0),
     "mmtok": ("LEAST_POWER", 1.0),
+    "vispruner": ("leaving_of", lambda R, least: 1),
+    "holov": ("seats", lambda score, K: mx.zeros(score.shape, mx.int32)),
+    "tome": ("unit", lambda x: x.astype(mx.float64)),
 }
 
 

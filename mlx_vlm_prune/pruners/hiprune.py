@@ -6,7 +6,8 @@ and queries) in the object layer, each with its four neighbours; together they t
 `objects` of the budget. The rest of it goes to what receives most in the deep layer.
 
 Anchors are K * `objects` / 5, rounded (a half to the even number). The authors count layers
-from one: their 9 of LLaVA's 24 is layer 8 here, their 16 of Qwen2.5-VL's 32 is layer 15.
+from one: their 9 of LLaVA's 24 is layer 8 here, the default; their 16 of Qwen2.5-VL's 32 is
+`object_layer=15`.
 
 Differs from the authors' code: a neighbour outside the grid is left out, where theirs
 wraps around to the next row, or counts as the first or last token; where there are more
