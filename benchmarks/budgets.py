@@ -26,8 +26,8 @@ from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.generate import generate
 from mlx_vlm_prune.generation.stream import pipeline_for, prepare_prompt
+from mlx_vlm_prune.inputs.processor import Processor
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
-from mlx_vlm_prune.models.loading import Processor
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.planning.budgets import BudgetChoice, forecast, keep_within
 from mlx_vlm_prune.planning.calibration import Calibration, measure

@@ -1,8 +1,8 @@
 """What pruning gains on this machine, whatever it is: `python -m benchmarks.device`.
 
 On MLX's default device: the ceilings first (matrix rate, bandwidth of memory), then for each number
-of visual tokens and each shape, with random weights, a new token beside mlx-lm's and every method
-at each budget. Pruned and full requests alternate in one process. Opening the picture is measured
+of visual tokens and each shape, with random weights, every method at each budget, and a new token
+beside mlx-lm's. Pruned and full requests alternate in one process. Opening the picture is measured
 apart. After every case the result is written to benchmarks/results/device-NAME.json; the last line
 is the same JSON. A run that was interrupted goes on with the file, where machine, versions and
 commit are the same; delete the file to measure anew. `python -m benchmarks.report` makes
@@ -48,6 +48,7 @@ from .device_ceilings import (
     memory_bytes,
     rounded,
 )
+from .language import RTOL
 from .model_shapes import SHAPES, TEXT_TOKENS, WHOLE, Request, request, shape
 from .rivals import RIVALS, measure_pair, pair_languages, print_rows, require_equal
 from .selectors import time_calls
@@ -57,7 +58,6 @@ from .timing import Run, alternate
 TOKENS, RATIOS = (576, 2304, 5184), (0.25, 0.5, 0.11)  # what tells most comes first
 SMALL = "minimind2-v"
 NEW_TOKENS = 16  # of each side's answer beside mlx-lm
-RTOL = {"float32": 1e-3, "bfloat16": 0.1}  # of the largest logit, of ours beside mlx-lm's
 ENVIRONMENT = ("commit", "device", "dtype", "machine", "threads", "versions")
 PARTS = ("vision", "pruner", "projector", "prefill", "total")
 CaseKey = tuple[str, int, str, int]  # shape, visual tokens, pruner, budget
@@ -79,6 +79,10 @@ class Report:
     def is_done(self, key: CaseKey) -> bool:
         entries = self.result["rows"] + self.result["refused"]
         return any(case_key(entry) == key for entry in entries)
+
+    def has(self, part: str, where: dict[str, Any]) -> bool:
+        """Is there an entry of a part for a shape and number of tokens?"""
+        return any(entry.items() >= where.items() for entry in self.result[part])
 
     def missing(self) -> list[CaseKey]:
         return [key for key in self.wanted if not self.is_done(key)]
@@ -108,16 +112,13 @@ def commit() -> str | None:
 
 
 def measure_setting(setting: Setting, args: argparse.Namespace, report: Report) -> None:
-    """A shape at one number of tokens: the picture, the language model, then case by case."""
+    """A shape at one number of tokens: the picture, case by case, then the language model."""
     config, tokens = setting.config, setting.config.N
     stack = Stack(config, args.dtype)
     inputs = request(config, setting.text)
     where = {"shape": setting.shape, "tokens": tokens}
-    if not any(entry.items() >= where.items() for entry in report.result["pictures"]):
+    if not report.has("pictures", where):
         report.add("pictures", {**where, "ms": rounded(time_calls(inputs.pixels_IHW3, args.runs))})
-    measured = report.result["languages"]
-    if not any(entry.items() >= where.items() for entry in measured):
-        report.add("languages", *languages(where, stack.model.language, args))
     inputs = replace(inputs, opened_IHW3=mx.array(inputs.pixels_IHW3()).astype(stack.model.dtype))
     for ratio, spec in itertools.product(args.keep_ratio, args.pruner):
         case = {**where, "pruner": spec, "budget": tokens_for(tokens, ratio)}
@@ -125,6 +126,8 @@ def measure_setting(setting: Setting, args: argparse.Namespace, report: Report) 
             return
         if not report.is_done(case_key(case)):
             measure_case(setting, stack, inputs, case, report)
+    if not report.is_over and not report.has("languages", where):
+        report.add("languages", *languages(where, stack.model.language, args))
 
 
 def languages(where: dict[str, Any], model: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -244,8 +247,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
           flush=True)  # fmt: skip
     mx.random.seed(0)
     for setting in settings(args):
-        keys = (key for key in report.missing() if key[:2] == (setting.shape, setting.config.N))
-        if any(keys) and not report.is_over:
+        where = {"shape": setting.shape, "tokens": setting.config.N}
+        keys = (key for key in report.missing() if key[:2] == tuple(where.values()))
+        if not report.is_over and (any(keys) or not report.has("languages", where)):
             measure_setting(setting, args, report)
             mx.clear_cache()
     report.add("rows")

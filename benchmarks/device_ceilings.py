@@ -75,7 +75,7 @@ def ceilings(dtype: str) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Numbers, in lists and objects too, with four digits."""
+    """Numbers, in objects too, with four digits."""
     if isinstance(value, dict):
         return {name: rounded(each) for name, each in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -16,18 +16,19 @@ import argparse
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_vlm_prune.checkpoints.command_line import whole_number
 from mlx_vlm_prune.models.towers.signals import Cut, TowerPass
 from mlx_vlm_prune.pruners import METHODS, Pruner, Stage, resolve
 from mlx_vlm_prune.pruners.numerics import precision
 
-from .command_line import parser, positive, run_command
+from .command_line import parser, run_command
 from .selectors import random_signals
 
 DEPTH, H, D = 24, 16, 1024  # of LLaVA-1.5's tower
@@ -111,12 +112,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Count and print each method; the result."""
     print(f"{'':<20}" + "".join(f"{rows * rows:>8}" for rows in args.rows))
     table = []
-    for name in args.pruner:
-        counts = [of_method(resolve(name), rows, rows * rows // 4) for rows in args.rows]
-        print(f"{name:<20}" + "".join(f"{sum(n.values()):>8}" for n in counts), flush=True)
+    for pruner in args.pruner:
+        counts = [of_method(pruner, rows, rows * rows // 4) for rows in args.rows]
+        print(f"{pruner.spec:<20}" + "".join(f"{sum(n.values()):>8}" for n in counts), flush=True)
         if args.operations:
             print("    " + ", ".join(f"{op} {n}" for op, n in counts[-1].most_common()))
-        table.append({"pruner": name, "launches": [sum(n.values()) for n in counts]})
+        table.append({"pruner": pruner.spec, "launches": [sum(n.values()) for n in counts]})
     return {"tokens": [rows * rows for rows in args.rows], "rows": table}
 
 
@@ -125,14 +126,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument(
         "--pruner", action="append", help="a method; repeat (default: all without weights)"
     )
-    p.add_argument("--rows", type=positive, nargs="+", default=[24, 48], help="rows of the grid")
+    p.add_argument(
+        "--rows",
+        type=partial(whole_number, 2),
+        nargs="+",
+        default=[24, 48],
+        help="rows of the grid",
+    )
     p.add_argument("--operations", action="store_true", help="print what is launched too")
     args = p.parse_args(argv)
-    args.pruner = args.pruner or ABLE
+    args.pruner = [resolve(name) for name in args.pruner or ABLE]  # refused before any is counted
     return args
 
 
-main: Callable[..., None] = partial(run_command, parse, run)
+main = partial(run_command, parse, run)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from PIL import Image
 
+from mlx_vlm_prune.checkpoints.command_line import suggestion
 from mlx_vlm_prune.checkpoints.config import (
     CONFIG,
     CLIPConfig,
@@ -28,7 +29,6 @@ from mlx_vlm_prune.checkpoints.reading.files import read_json
 from mlx_vlm_prune.inputs.image import Preprocessor, open_image, siglip_preprocessor
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.models.vlm import VLM
-from mlx_vlm_prune.pruners.spec import suggestion
 from mlx_vlm_prune.scenes import CHECKPOINT
 
 BUILT_IN = parse_config(read_json(CHECKPOINT / CONFIG), CHECKPOINT / CONFIG)

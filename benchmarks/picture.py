@@ -23,7 +23,7 @@ from PIL import Image
 from mlx_vlm_prune.inputs.image import Preprocessor, open_image, siglip_preprocessor
 from mlx_vlm_prune.machine.hardware import versions
 
-from .command_line import parser, positive, run_command
+from .command_line import natural, parser, positive, run_command
 from .timing import Gain, spread
 
 PREPROCESSORS = {
@@ -65,7 +65,7 @@ def draft(data: bytes, preprocessor: Preprocessor) -> Image.Image:
     return open_image(image)
 
 
-def encoded(photo: Image.Image, kind: str, size: tuple[int, int], grain: float) -> bytes:
+def encoded(photo: Image.Image, kind: str, size: tuple[int, int], grain: int) -> bytes:
     """The photograph at this size, with grain as a sensor has it, as a file's bytes."""
     noise = np.random.default_rng(0).normal(0, grain, (size[1], size[0], 1))
     pixels = np.asarray(photo.resize(size, Image.Resampling.BICUBIC)) + noise
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = parser("picture", __doc__)
     p.add_argument("--image", type=Path, metavar="FILE", help="a photograph (default: texture)")
-    p.add_argument("--grain", type=float, default=6.0, help="of the sensor, in grey levels")
+    p.add_argument("--grain", type=natural, default=6, help="of the sensor, in grey levels")
     p.add_argument("--runs", type=positive, default=15, help="of each way (default: 15)")
     return p.parse_args(argv)
 

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 from tqdm import tqdm
 
+from mlx_vlm_prune.checkpoints.command_line import suggestion
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.prompt import Prompt
@@ -32,7 +33,6 @@ from mlx_vlm_prune.models.splice import ImageSlots, splice
 from mlx_vlm_prune.models.towers.signals import received_attention
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
-from mlx_vlm_prune.pruners.spec import suggestion
 
 from .command_line import parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, prompt

@@ -16,11 +16,11 @@ from mlx_vlm_prune.checkpoints.hub import resolve_path
 from mlx_vlm_prune.checkpoints.llava.published import TRANSFORMERS_CLASS
 from mlx_vlm_prune.checkpoints.minimind.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.quantization import BITS, GROUPS, MODES
+from mlx_vlm_prune.checkpoints.writing import write_folder
 
 from .describe import describe
-from .quantise import dequantised, quantised
+from .quantise import quantised
 from .to_hf import to_hf
-from .to_mlx import to_mlx
 from .to_torch import to_torch
 from .twig import read_twig
 
@@ -75,6 +75,8 @@ def _add_to_mlx(way: Parser) -> None:
         help="query heads, which no .pth states (default: by the key/value heads)")
     add("--kv-heads", type=SIZE, metavar="N",
         help=f"key/value heads (default: {KV_HEADS}, as in MiniMind2)")
+    add("--projector-seed", type=partial(whole_number, 0), metavar="SEED",
+        help="give a MiniMind's language model alone an untrained projector (default: refuse it)")
     add("--twig", metavar="FILE", help="TwigVLM's twig, to lie beside the model (default: none)")
     add("--twig-layer", type=SIZE, metavar="N", help="the layer that the twig grows on, which no"
         " file states; needed with --twig")
@@ -141,19 +143,23 @@ def run(args: argparse.Namespace) -> str:
 
 def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
     tokenizer = args.tokenizer and resolve_path(args.tokenizer)
-    checkpoint = read_checkpoint(path, vision, tokenizer, args.heads, args.kv_heads)
+    checkpoint = read_checkpoint(
+        path, vision, tokenizer, args.heads, args.kv_heads, args.projector_seed
+    )
     if bool(args.twig) != bool(args.twig_layer):
         raise UserError("--twig and --twig-layer belong together: a twig, and the layer it reads")
     if args.twig:
         twig = read_twig(resolve_path(args.twig), args.twig_layer, checkpoint.config)
-        checkpoint = replace(checkpoint, twig=twig)
+        checkpoint = replace(checkpoint, learned=twig)
     if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
         raise UserError("--q-bits, --q-group-size and --q-mode have no effect without -q; add -q")
     if args.dequantize:
+        from mlx_vlm_prune.models.dequantized import dequantised  # imports mlx
+
         checkpoint = dequantised(checkpoint, args.dtype)
     if args.quantize:
         checkpoint = quantised(checkpoint, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
-    to_mlx(checkpoint, args.target, args.dtype, args.source)
+    write_folder(checkpoint, args.target, args.dtype, args.source)
     report = f"{args.target}: {sizes(checkpoint.config, checkpoint.heads_assumed)}"
     if checkpoint.preprocessor_folder is None:
         report += "\nno preprocessor_config.json was found: the tower's usual values are assumed"

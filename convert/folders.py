@@ -1,7 +1,6 @@
 """What written folders have in common: a config.json, tensors, and files that are copied."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,7 @@ from mlx_vlm_prune.checkpoints.processor import PREPROCESSOR_CONFIG
 from mlx_vlm_prune.checkpoints.reading.files import write_safetensors
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.checkpoints.tower import is_tower
-
-
-def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
-    """Copy the files of these names that `source` has."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+from mlx_vlm_prune.checkpoints.writing import copy_files
 
 
 def fill_folder(

@@ -13,8 +13,8 @@ from .checkpoints.errors import UserError
 
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
-    "advise": "advise", "convert": None, "evaluate": "evaluate", "generate": "generate",
-    "pruners": "pruners.listing",
+    "advise": "advise", "convert": None, "evaluate": "evaluate", "fuse": "fuse",
+    "generate": "generate", "pruners": "pruners.listing", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
@@ -22,8 +22,10 @@ commands:
   advise     say whether pruning pays, for a model on this machine
   convert    convert trained weights from PyTorch to MLX and back
   evaluate   measure what each method costs in accuracy, on a set of questions
+  fuse       write a trained model's adapters into its weights
   generate   answer a prompt about images with fewer visual tokens
   pruners    list the methods; with a name, explain that one
+  train      train a model, a pruner, adapters or a twig on your own pictures
 
 {program} COMMAND --help lists its options; --version prints the version."""
 

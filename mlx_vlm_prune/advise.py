@@ -23,9 +23,10 @@ from .evaluation.bootstrap import FEWEST
 from .generation.steps import generate_step, greedy
 from .generation.stream import PreparedPrompt, prepare_prompt
 from .hosts.loading import load
+from .inputs.processor import Processor
 from .machine.hardware import describe_machine, versions
 from .machine.user_cache import cache_folder, model_key
-from .models.loading import DTYPES, Processor
+from .models.loading import DTYPES
 from .models.vlm import VLM
 from .planning import operations
 from .planning.calibration import calibrate

@@ -7,6 +7,7 @@ often the answer equals the one with all tokens; the mean log-probability of the
 its end. Each is compared with full and with `random` at the same budget, with a 95 % interval of
 the difference (paired bootstrap over the questions). A batch of questions is put to all methods
 before the next and saved beside the result: an interrupted run is resumed by the same command.
+Under `mlx.launch` each process answers a batch at a time, and the first writes the result.
 """
 
 import argparse
@@ -38,7 +39,9 @@ from .evaluation.resume import ResumeFile
 from .evaluation.table import table
 from .hosts.loading import load
 from .machine.hardware import describe_machine, on_cpu, versions
+from .machine.processes import ProcessGroup
 from .machine.user_cache import cache_folder, model_key, write_cached
+from .models.adapters import adapter_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
 from .pruners.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
@@ -61,6 +64,8 @@ def build_parser() -> Parser:
     parser = Parser("mlx_vlm_prune.evaluate", description=DESCRIPTION)
     add = parser.add_argument_group("model").add_argument
     add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
+    add("--adapter-path", metavar="FOLDER", help="adapters that were trained for the model"
+        " (default: none)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
         " on a GPU")
@@ -118,16 +123,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
     parser = build_parser()
     with in_one_sentence(parser):
-        run(parser.parse_args(argv))
+        args, processes = parser.parse_args(argv), ProcessGroup()
+        with processes.mistakes_once():
+            run(args, processes)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     """Answer all questions, score, print and write."""
     _check(args)
     question_set = question_set_of(args)
     questions, unread = question_set.load()
     folder = resolve_path(args.model) if args.model else CHECKPOINT
-    model, processor = load(folder, dtype=args.dtype)
+    model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
     if args.widen is None:
         args.widen = on_cpu()
     if args.widen:
@@ -136,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
     if args.max_tokens is None:
         args.max_tokens = most_answer_tokens(evaluated, question_set.format.name, questions)
     evaluation = EvaluationRun(
-        evaluated, question_set, questions, methods, args.max_tokens, args.batch
+        evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
     )
     resume_file = ResumeFile(args.out, resume_settings(args, evaluation, folder))
     try:
@@ -145,10 +152,13 @@ def run(args: argparse.Namespace) -> None:
         progress = f"{evaluation.done} of {len(questions)} questions are answered"
         print(f"\ninterrupted: {progress}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
+    if not processes.is_first:
+        return
     result = result_of(args, evaluation, unread, refused, folder)
     text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)
-    remember_for_advice(folder, text)
+    if not args.adapter_path:
+        remember_for_advice(folder, text)
     resume_file.remove()
     print(table(result))
     print(f"Wrote {args.out}")
@@ -183,7 +193,8 @@ def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder:
     options = (args.seed, args.max_tokens, args.batch, args.dtype, args.widen)
     methods = [(method.spec, method.K) for method in evaluation.methods]
     questions = (evaluation.question_set.format.name, fingerprint(evaluation.questions))
-    return [model_key(folder), questions, methods, options, versions()]
+    adapter = adapter_key(args.adapter_path) if args.adapter_path else None
+    return [model_key(folder), adapter, questions, methods, options, versions()]
 
 
 def result_of(
@@ -200,6 +211,7 @@ def result_of(
         "questions": evaluation.question_set.name,
         "format": format.name,
         "model": args.model or "scenes",
+        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
         "count": len(answers.questions),
         "kinds": {kind: sum(q.kind == kind for q in answers.questions) for kind in judge.kinds},
         "unit": format.unit,

@@ -168,9 +168,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
     if args.compare and pruner == "none":
         raise UserError("--compare needs a --pruner to compare with all visual tokens")
-    model, processor = load(args.model, dtype=args.dtype, revision=args.revision)
-    if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in args.image):
-        logger.warning(SCENES_ONLY)
+    model, processor = _load(args)
     options: dict[str, Any] = dict(
         image=args.image, positions=args.positions, max_tokens=args.max_tokens,
         temperature=args.temperature, top_p=args.top_p, seed=args.seed,
@@ -193,6 +191,15 @@ def run(args: argparse.Namespace) -> None:
     if full and args.verbose:
         print_comparison(full, answer)
     _write_files(args, answer, full, choice)
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
+    model, processor = load(
+        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
+    )
+    if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in args.image):
+        logger.warning(SCENES_ONLY)
+    return model, processor
 
 
 def _write_files(

@@ -37,7 +37,7 @@ SIGNATURES = {
     "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",
     "generate": "(model, processor, prompt, image=None, *, verbose=False, **options)",
-    "load": "(path_or_hub_name=None, *, dtype='auto', revision=None)",
+    "load": "(path_or_hub_name=None, *, dtype='auto', revision=None, adapter_path=None)",
     "pruned": f"(model, pruner='divprune', *, {BUDGET})",
     "register_pruner": "(method)",
     "stream_generate": f"(model, processor, prompt, image=None, *, {OPTIONS})",
@@ -45,6 +45,7 @@ SIGNATURES = {
 OTHERS = {"PRUNERS", "Stage", "UserError", "__version__"}
 MAY_PRINT = {  # what a command writes; the others log
     "checkpoints/command_line.py", "generation/printing.py", "pruners/listing.py",
+    "training/display.py",
 }  # fmt: skip
 
 

@@ -203,6 +203,17 @@ def test_float32_keeps_what_float64_keeps_but_for_near_ties(spec, kind, monkeypa
             assert_parity(spec, pruner, tokens_of(kind, dtype, 3), K, monkeypatch)
 
 
+@pytest.mark.parametrize("kind", ["flat", "zero"])
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_of_equal_tokens_float32_keeps_the_lower_index_as_float64_does(spec, kind):
+    tokens = tokens_of(kind, mx.float32, 3)
+    for K in BUDGETS:
+        exact_BK, near_BK = (
+            kept_in(n, make_pruner(spec), tokens, K) for n in ("float64", "float32")
+        )
+        np.testing.assert_array_equal(near_BK, exact_BK)
+
+
 @pytest.mark.parametrize("spec", ["divprune", "cdpruner", "scope", "mmtok", "tome", "vispruner"])
 def test_similarities_in_tf32s_ten_bits_would_be_seen(spec, monkeypatch):
     unit = numerics.unit

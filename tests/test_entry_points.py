@@ -29,7 +29,12 @@ NEEDS = {
     "benchmarks.rivals": (["--rival", "transformers"], "torch", "pip install torch transformers"),
     "benchmarks.speed": (["--backend", "torch"], "torch", EXTRA.format("torch")),
     "convert": (["to-torch", str(CHECKPOINT), "a.pth"], "torch", EXTRA.format("torch")),
-    "torch_ref.train": ([], "torch", EXTRA.format("torch")),
+    "torch_ref.train": (
+        ["--stage", "sft", "--data", "nowhere"],
+        "torch",
+        EXTRA.format("torch"),
+    ),
+    "torch_ref.train_scenes": ([], "torch", EXTRA.format("torch")),
     "torch_ref.train_pruners": (["twig"], "torch", EXTRA.format("torch")),
 }
 

@@ -258,7 +258,7 @@ def test_what_a_killed_run_left_is_swept_and_what_runs_is_not(published):  # noq
 
 def test_ctrl_c_leaves_nothing(published):  # noqa: F811
     slow = (
-        "import signal, time, convert.to_mlx as c\n"
+        "import signal, time, mlx_vlm_prune.checkpoints.writing as c\n"
         "from convert.__main__ import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs ignore it
         "def wait(*_): print('now', flush=True); time.sleep(60)\n"

@@ -7,14 +7,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.pruners import Reduction, Signals, lazy, resolve, rows
+from mlx_vlm_prune.pruners import Reduction, cdpruner, clusters, lazy, pact, resolve, rows
 from mlx_vlm_prune.pruners.coverage import cover, cover_lazily
 from mlx_vlm_prune.pruners.lazy import HeldRows, highest
 from mlx_vlm_prune.pruners.numerics import choosing, precision
 from mlx_vlm_prune.pruners.rows import Rows, cosine_rows
 from mlx_vlm_prune.pruners.vispruner import thin_out, thin_out_on_host
 
-from .pruner_cases import INPUTS, case, make_pruner, signals
+from .pruner_cases import CHOOSING, INPUTS, case, make_pruner, signals
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
 CASES = 1000
@@ -33,9 +33,10 @@ def in_float64(x_BNM: mx.array) -> mx.array:
     return x_BNM.astype(mx.float64)
 
 
-def test_lazy_gains_choose_what_all_gains_choose_ties_included():
+def test_lazy_gains_choose_what_all_gains_choose_ties_included(monkeypatch):
     with choosing():
         for seed in range(CASES):
+            monkeypatch.setattr(lazy, "BATCH", 1 + seed % 16)  # few, so that bounds decide
             rng = np.random.default_rng(seed)
             B, N, M = (int(n) for n in rng.integers(1, (4, 24, 24)))
             x_BNM = integers_with_ties(rng, B, N, M)
@@ -107,17 +108,42 @@ def test_blocks_keep_and_mix_what_the_whole_matrix_does_bit_for_bit(spec, kind, 
         assert mixtures[0].tobytes() == mixtures[1].tobytes()
 
 
-@pytest.mark.parametrize("spec", ["divprune", "cdpruner", "scope", "mmtok", "vispruner"])
+PARTS = [
+    ("cdpruner", "float64", cdpruner, "MOST_ROWS", 4),
+    ("cdpruner", "float32", cdpruner, "MOST_ON_GPU", 4),
+    ("sparsevlm:recycle=0.9", "float64", clusters, "TILE", 3),
+    ("sparsevlm:recycle=0.9", "float32", clusters, "BLOCK", 50),
+    ("pact", "float64", pact, "ROWS", 3),
+    *((spec, "float32", rows, "MOST_HELD", 0) for spec in BY_ROWS),
+]
+
+
+@pytest.mark.parametrize(("spec", "dtype", "module", "limit", "size"), PARTS)
+def test_small_parts_keep_what_one_does(spec, dtype, module, limit, size, monkeypatch):
+    tokens, pruner = signals(case("random", 2, (6, 7), 4)), make_pruner(spec)
+    monkeypatch.setattr(rows, "BLOCK", 5)
+    with precision(dtype):
+        for K in (1, 13, 41):
+            whole = pruner(tokens, K)
+            with monkeypatch.context() as patch:
+                patch.setattr(module, limit, size)
+                in_parts = pruner(tokens, K)
+                assert in_parts.index_BK.tolist() == whole.index_BK.tolist()
+                mixtures = [np.array(kept.mixture(42)) for kept in (in_parts, whole)]
+                np.testing.assert_allclose(*mixtures, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", sorted({*CHOOSING} - {"twig"}))
 def test_no_array_of_all_pairs_is_made_above_the_limit(spec, monkeypatch):
     """The peak while 1,600 tokens are chosen from, 20 MB for all pairs, is far below that."""
     monkeypatch.setattr(rows, "MOST_HELD", 0)
     monkeypatch.setattr(rows, "BLOCK", 16)
     monkeypatch.setattr(lazy, "MOST_BYTES", 0)
-    arrays = case("random", 1, (40, 40), 0)
-    mx.eval(list(signals(arrays).arrays.values()))
+    tokens = signals(case("random", 1, (40, 40), 0))
+    mx.eval(list(tokens.arrays.values()))
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    resolve(spec)(Signals(**{k: v if k == "grid" else mx.array(v) for k, v in arrays.items()}), 40)
+    mx.eval(resolve(spec)(tokens, 40).arrays)
     assert mx.get_peak_memory() - before < 12e6
 
 

@@ -162,6 +162,9 @@ def test_what_cannot_be_a_method_is_refused_and_changes_nothing(method, part, ta
 WRONG = {
     "it must be a Reduction": lambda B, K: mx.zeros((B, K), mx.uint32),
     "without index_BK and weight_BKN": lambda B, K: Reduction(),
+    "only one of slot_BN and share_BN": lambda B, K: Reduction(
+        mx.zeros((B, K), dtype=mx.int32), slot_BN=mx.zeros((B, 16), dtype=mx.int32)
+    ),
     r"index_BK of shape \(1, 7\); it must be \(1, 8\)": lambda B, K: Reduction(mx.arange(7)[None]),
     r"index_BK of shape \(8,\)": lambda B, K: Reduction(mx.arange(K)),
     "index_BK of mlx.core.float32; give": lambda B, K: Reduction(mx.zeros((B, K))),

@@ -15,6 +15,7 @@ from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import compose
 
 from . import tiny
+from .training_runs import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,6 +44,7 @@ def desk(tmp_path_factory):
     clip.rename(folder / "clip-vit-base-patch16")
     tiny.write_words(folder / "minimind2")
     compose(0).image().save(folder / "photo.jpg")
+    write_data(folder / "my-data", train=4, valid=2)
     (folder / "my-vlm").mkdir()  # as far as prune-into reads it
     (folder / "my-vlm" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     (folder / "my-vlm" / "model.safetensors").write_bytes(b"")

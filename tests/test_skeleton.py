@@ -98,11 +98,38 @@ def test_the_scenes_import_no_mlx_since_the_trainer_reads_them():
     assert not forbidden_imports("mlx_vlm_prune/scenes", "mlx")
 
 
+# What torch_ref shares with the product: data, and how a user's files become data.
+SHARED = ("mlx_vlm_prune.scenes", "mlx_vlm_prune.checkpoints")
+SHARED_IN_TRAINING = (
+    "mlx_vlm_prune.inputs.processor",
+    *(
+        f"mlx_vlm_prune.training.{name}"
+        for name in (
+            "batches",
+            "config",
+            "folder",
+            "formats",
+            "interrupts",
+            "metrics",
+            "options",
+            "run_state",
+            "trained_folder",
+        )
+    ),
+)
+
+
 def test_torch_ref_is_independent_but_for_the_scenes_and_checkpoints():
     assert not forbidden_imports("torch_ref", "mlx", "convert")
-    shared = ("mlx_vlm_prune.scenes", "mlx_vlm_prune.checkpoints")
-    imported = [t.split(" imports ")[1] for t in forbidden_imports("torch_ref", "mlx_vlm_prune")]
-    assert imported and not [name for name in imported if not name.startswith(shared)]
+    imported = [t.split(" imports ") for t in forbidden_imports("torch_ref", "mlx_vlm_prune")]
+    others = {(file, name) for file, name in imported if not name.startswith(SHARED)}
+    assert imported and all(name.startswith(SHARED_IN_TRAINING) for _, name in others)
+    assert all(file.startswith("torch_ref/train") for file, _ in others)
+
+
+def test_what_torch_ref_trains_with_imports_no_mlx():
+    code = "import sys, torch_ref.train, torch_ref.training.run; sys.exit('mlx' in sys.modules)"
+    assert python("-c", code).returncode == 0
 
 
 def test_checkpoints_know_neither_mlx_nor_the_converter():
@@ -115,6 +142,7 @@ def test_the_converter_stands_on_checkpoints_and_asks_the_product_for_methods_an
     above = [t for t in forbidden_imports("convert", "mlx_vlm_prune") if ".checkpoints" not in t]
     assert above == [
         "convert/__main__.py imports mlx_vlm_prune.hosts.pruned_folder.prune_into",
+        "convert/__main__.py imports mlx_vlm_prune.models.dequantized.dequantised",
         "convert/quantise.py imports mlx_vlm_prune.models.arrays.to_array",
         "convert/quantise.py imports mlx_vlm_prune.models.arrays.to_bytes",
     ]
@@ -134,12 +162,21 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for file in sources("mlx_vlm_prune")
         for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
-    assert {name for name, _ in extras} == {"mlx_lm", "mlx_vlm", "pyarrow", "torch"}
+    assert {name for name, _ in extras} == {
+        "matplotlib",
+        "mlx_lm",
+        "mlx_vlm",
+        "pyarrow",
+        "torch",
+        "yaml",
+    }
     places = {
-        "mlx_lm": "mlx_vlm_prune/models/language/",
+        "matplotlib": "mlx_vlm_prune/training/curve.py",
+        "mlx_lm": ("mlx_vlm_prune/models/", "mlx_vlm_prune/training/"),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/minimind.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",
+        "yaml": "mlx_vlm_prune/training/config.py",
     }
     assert all(file.startswith(places[name]) for name, file in extras)
 

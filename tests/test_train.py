@@ -12,8 +12,8 @@ from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.models.learned import read_learned
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.pruners import METHODS, is_learned
-from torch_ref.train import main as train_command
 from torch_ref.train_pruners import main as train_pruners_command
+from torch_ref.train_scenes import main as train_command
 from torch_ref.training import pruners
 from torch_ref.training.pruners import finish
 from torch_ref.training.recipes import LEARNED, PrunerRecipe, ScenesRecipe

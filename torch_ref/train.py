@@ -1,57 +1,37 @@
-"""Train the scenes model from nothing: `python -m torch_ref.train --out runs/scenes`.
+"""Train on your own pictures in PyTorch, on CUDA, MPS or a CPU: MLX's command and config file.
 
-Stop it at any time: it continues from its last checkpoint. The weights end as
-OUT/scenes.pth (MiniMind2-V's published layout) and OUT/clip (a Hugging Face CLIP
-folder), which `python -m convert to-mlx` brings over.
+python -m torch_ref.train --stage sft --data train.jsonl --output trained
+python -m torch_ref.train -c config.yaml --learning-rate 1e-5
+
+Either framework loads what the other wrote, and goes on from its checkpoints.
 """
 
-import argparse
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
-from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
+from mlx_vlm_prune.training.options import add_options, config_of
 
-from .training.recipes import ScenesRecipe
+DESCRIPTION = (
+    "Train on your own pictures in PyTorch. Flags override the keys of the config file, which is"
+    " mlx_vlm_prune.train's. Ctrl-C writes a checkpoint; --resume goes on from it."
+)
 
 
-# fmt: off
 def build_parser() -> Parser:
     """The command line."""
-    parser = Parser("torch_ref.train", description="Train the scenes model from random weights.")
-    add, usual = parser.add_argument, ScenesRecipe()
-    add("--out", type=Path, default=Path("runs/scenes"), metavar="FOLDER",
-        help="where weights and checkpoints go")
-    add("--minutes", type=_minutes, default=float("inf"), metavar="N", help="stop after N minutes")
-    add("--steps", type=partial(whole_number, 1), default=usual.steps, metavar="N",
-        help="optimizer steps")
-    add("--tower-steps", type=partial(whole_number, 0), default=usual.tower_steps, metavar="N",
-        help="how many of the steps train the vision tower alone")
-    add("--workers", type=partial(whole_number, 0), default=1, metavar="N",
-        help="processes that draw scenes")
+    parser = Parser("torch_ref.train", description=DESCRIPTION)
+    add_options(parser)
     return parser
-# fmt: on
-
-
-def _minutes(text: str) -> float:
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = 0.0
-    if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return minutes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
     parser = build_parser()
     with in_one_sentence(parser):
-        args = parser.parse_args(argv)
-        from .training.scenes import train  # here, since torch may be missing, and takes seconds
+        config = config_of(parser.parse_args(argv))
+        from .training.run import train  # here, since torch may be missing, and takes seconds
 
-        recipe = ScenesRecipe(steps=args.steps, tower_steps=args.tower_steps)
-        train(args.out, recipe, args.minutes, args.workers)
+        train(config)
 
 
 if __name__ == "__main__":

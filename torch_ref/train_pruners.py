@@ -1,6 +1,6 @@
 """Train a learned pruner for the scenes model: `python -m torch_ref.train_pruners METHOD`.
 
-The model comes from `torch_ref.train` (--model, default runs/scenes). By default tower and
+The model comes from `torch_ref.train_scenes` (--model, default runs/scenes). By default tower and
 language model stay as they are and only the pruner learns; with --unfreeze they learn along.
 Stop it at any time: it continues from OUT/METHOD.pt. The pruner's weights go to
 OUT/pruners.safetensors, which lies beside an MLX model.
@@ -24,7 +24,7 @@ def build_parser() -> Parser:
     add, usual, positive = parser.add_argument, PrunerRecipe(), partial(whole_number, 1)
     add("method", choices=LEARNED, help="the pruner to train")
     add("--model", type=Path, default=Path("runs/scenes"), metavar="FOLDER",
-        help="what `python -m torch_ref.train` wrote")
+        help="what `python -m torch_ref.train_scenes` wrote")
     add("--out", type=Path, default=Path("runs/pruners"), metavar="FOLDER",
         help="where weights and checkpoints go")
     add("--keep-tokens", type=positive, default=usual.keep_tokens, metavar="K",

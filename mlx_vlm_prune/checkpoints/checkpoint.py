@@ -16,8 +16,8 @@ class Checkpoint:
     """Our config.json, the tensors under our names, and the folders of the other files.
 
     `heads_assumed`: no file says how many attention heads there are. `learned_file` is the file of
-    learned pruners' weights, `twig` what is to be added to it. Files that are only carried along
-    lie in `carried_folder`.
+    learned pruners' weights, `learned` what is to be added to it, as METHOD.parameter. Files that
+    are only carried along lie in `carried_folder`.
     """
 
     config: dict[str, Any]
@@ -26,7 +26,7 @@ class Checkpoint:
     preprocessor_folder: Path | None
     heads_assumed: bool = False
     learned_file: Path | None = None
-    twig: Mapping[str, RawTensor] = field(default_factory=dict)
+    learned: Mapping[str, RawTensor] = field(default_factory=dict)
     carried_folder: Path | None = None
 
 

@@ -1,6 +1,7 @@
 """What all command lines share: options, `--help`, `--version`, and how a command ends."""
 
 import argparse
+import difflib
 import logging
 import os
 import re
@@ -112,6 +113,11 @@ def either(names: Iterable[Any]) -> str:
     """Names in words: `a, b or c`."""
     *first, last = map(str, names)
     return f"{', '.join(first)} or {last}" if first else last
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """For an error: the three known names nearest to an unknown one, the nearest first."""
+    return f"did you mean {either(difflib.get_close_matches(name, list(known), n=3, cutoff=0))}?"
 
 
 def whole_number(least: int, text: str, most: int | None = None) -> int:

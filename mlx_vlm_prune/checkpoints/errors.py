@@ -9,7 +9,7 @@ class UserError(ValueError):
 # What is installed apart: by the name it is imported by, the extra that brings it.
 EXTRAS = {
     "matplotlib": "plot", "mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm", "pyarrow": "parquet",
-    "torch": "torch",
+    "torch": "torch", "yaml": "train",
 }  # fmt: skip
 
 

@@ -28,17 +28,19 @@ def read_checkpoint(
     tokenizer: Path | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
+    projector_seed: int | None = None,
 ) -> Checkpoint:
     """The checkpoint in a file or folder of any family; its tensors stay on the disk.
 
     `vision` is the folder of a tower that lies apart, `tokenizer` that of tokenizer.json; without
-    them they are looked for in or beside `source`. Raises UserError.
+    them they are looked for in or beside `source`. With `projector_seed`, MiniMind's language model
+    alone gets an untrained projector to its tower. Raises UserError.
     """
     if is_ours(source):
         return _our_checkpoint(source, tokenizer)
     if llava.is_llava_folder(source):
         return llava.read_checkpoint(source, vision, tokenizer)
-    return minimind.read_checkpoint(source, vision, tokenizer, heads, kv_heads)
+    return minimind.read_checkpoint(source, vision, tokenizer, heads, kv_heads, projector_seed)
 
 
 def is_ours(folder: Path) -> bool:

@@ -20,8 +20,8 @@ from ..checkpoints.errors import UserError
 from ..generation.prefill import Prefill
 from ..generation.steps import PADDING, greedy_answers, likelihood
 from ..inputs.image import open_image
+from ..inputs.processor import Processor
 from ..inputs.prompt import Prompt, tokenize_prompt
-from ..models.loading import Processor
 from ..models.towers.signals import Encoded
 from ..models.vlm import VLM
 from ..pruners import Pipeline

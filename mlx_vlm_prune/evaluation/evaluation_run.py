@@ -3,11 +3,12 @@
 Shapes: Q questions, P methods with their budgets, B questions of a batch.
 """
 
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
+from ..machine.processes import ProcessGroup
 from ..pruners import Pipeline
 from .answers import Answers
 from .budgeted_methods import BudgetedMethod
@@ -66,13 +68,16 @@ class MethodAnswers:
 class EvaluationRun:
     """Puts all questions to all methods, the first of which is full (no pruning).
 
-    A method that fails on a question is not asked again, and has no row in the result.
+    A method that fails on a question is not asked again, and has no row in the result. Several
+    processes answer a batch each at the same time, and all record all of them; the first saves.
     """
 
     def __init__(
         self, model: EvaluatedModel, question_set: QuestionSet, questions: list[Question],
         methods: Sequence[BudgetedMethod], max_tokens: int, batch_size: int,
+        processes: ProcessGroup,
     ):  # fmt: skip
+        self.processes = processes
         self.model, self.question_set, self.questions = model, question_set, questions
         self.methods, self.max_tokens, self.batch_size = methods, max_tokens, batch_size
         self.failures: dict[int, str] = {}  # from a method's number to the reason
@@ -106,20 +111,49 @@ class EvaluationRun:
 
     def run(self, resume_file: ResumeFile) -> None:
         """Read the batches saved before, then answer the rest and save each batch."""
-        for batch in resume_file.read():
-            self._record(batch)
-        if self.batches:
+        is_first = self.processes.is_first
+        saved = [asdict(batch) for batch in resume_file.read()] if is_first else []
+        for batch in json.loads(self.processes.gather(json.dumps(saved))[0]):
+            self._record(AnsweredBatch(**batch))
+        if self.batches and is_first:
             logger.info("going on after %d of %d questions", self.done, len(self.questions))
         total = len(self.questions) * len(self.methods)
         initial = self.done * len(self.methods)
-        with tqdm(total=total, initial=initial, desc="answers", file=sys.stderr) as bar:
+        with tqdm(
+            total=total, initial=initial, desc="answers", file=sys.stderr, disable=not is_first
+        ) as bar:
             self.advance_bar = bar.update
-            for prepared in self._prepared_batches(self.done):
-                batch = self._answer(prepared)
-                resume_file.append(batch)
-                self._record(batch)
+            batches = self._prepared_batches(self.done)
+            while at_once := list(islice(batches, self.processes.size)):
+                for batch in self._answer_all(at_once):
+                    if is_first:
+                        resume_file.append(batch)
+                    self._record(batch)
                 bar.set_postfix_str(self.scores_so_far(), refresh=False)
-                bar.update(batch.questions_done * len(self.methods) - bar.n)
+                bar.update(self.done * len(self.methods) - bar.n)
+
+    def _answer_all(self, at_once: Sequence[PreparedBatch]) -> Iterator[AnsweredBatch]:
+        """The answers to a batch for each process; each is recorded before the next is yielded."""
+        if self.processes.size == 1:
+            yield self._answer(at_once[0])
+            return
+        working, rank, text, fault = self.working, self.processes.rank, "", None
+        try:
+            if rank < len(at_once):
+                text = json.dumps(asdict(self._answer(at_once[rank])))
+        except UserError as e:
+            fault = e
+        self.processes.agree(fault)
+        for gathered in filter(None, self.processes.gather(text)):
+            batch = AnsweredBatch(**json.loads(gathered))
+            refused = dict(batch.refused)
+            answered = [p for p in working if p not in refused] if batch.numbers else []
+            # A method that failed in a batch before this one has no row from there on.
+            kept = [i for i, p in enumerate(answered) if p not in self.failures]
+            yield replace(
+                batch, responses=[batch.responses[i] for i in kept],
+                logprob=[batch.logprob[i] for i in kept], loyal=[batch.loyal[i] for i in kept],
+            )  # fmt: skip
 
     def _prepared_batches(self, start: int) -> Iterator[PreparedBatch]:
         """The questions from number `start` on, in batches."""

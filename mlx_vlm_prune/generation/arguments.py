@@ -35,6 +35,8 @@ def _add_model(parser: Parser) -> None:
     add(
         "--revision", help="branch, tag or commit of a Hugging Face name (default: its main branch)"
     )
+    add("--adapter-path", metavar="FOLDER", help="adapters that were trained for the model"
+        " (default: none)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
         " on a GPU")

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
+from ..inputs.processor import Processor
 from ..machine.clock import request_clock
-from ..models.loading import Processor
 from ..models.vlm import VLM
 from ..pruners.budget import budget
 from .request import GenerateOptions, ImageSource, Request, list_images

@@ -14,9 +14,9 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.image import open_image
+from ..inputs.processor import Processor
 from ..inputs.prompt import Detokenizer, Prompt, tokenize_prompt
 from ..machine.clock import Clock, request_clock
-from ..models.loading import Processor
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.budget import budget

@@ -4,6 +4,7 @@ Some checkpoints name code of their own, which mlx-vlm would run; here nothing f
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ..checkpoints.llava import published as llava
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import read_json
 from ..machine import blas
+from ..models.adapters import load_adapters
 from ..models.loading import find_folder, load_folder, weights_dtype
+from . import adapters
 from .families import FAMILIES, REFUSED
 
 logger = logging.getLogger("mlx_vlm_prune")
@@ -26,20 +29,26 @@ def load(
     *,
     dtype: str = "auto",
     revision: str | None = None,
+    adapter_path: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """The model and its processor, ours or mlx-vlm's; without a path, the built-in scenes model.
 
     `dtype` is float32, float16 or bfloat16; "auto" is the checkpoint's own on a GPU, and
-    float32 on a CPU, where half precision is ten times slower.
+    float32 on a CPU, where half precision is ten times slower. `adapter_path` is a folder of
+    adapters that were trained for this model.
     Raises UserError, in one sentence, for whatever cannot be loaded.
     """
     blas.load()  # says what is wrong with a library that the user named
     target = weights_dtype(dtype)
     folder = find_folder(path_or_hub_name, revision)
     if kind := kind_of(folder):
-        return _load_mlx_vlm(folder, kind, target)
+        return _load_mlx_vlm(folder, kind, target, adapter_path)
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    return load_folder(folder, name, dtype)
+    model, processor = load_folder(folder, name, dtype)
+    if adapter_path:
+        load_adapters(model, adapter_path)
+        processor = replace(processor, folder=None)  # what is known of the base is not of this
+    return model, processor
 
 
 def kind_of(folder: Path) -> str | None:
@@ -63,7 +72,9 @@ def kind_of(folder: Path) -> str | None:
     return None if llava.is_llava_folder(folder) and llava.is_for_our_decoder(folder) else kind
 
 
-def _load_mlx_vlm(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any, Any]:
+def _load_mlx_vlm(
+    folder: Path, kind: str, dtype: mx.Dtype | None, adapter_path: str | Path | None
+) -> tuple[Any, Any]:
     """What mlx-vlm's own `load` returns, in another dtype if one is given.
 
     Raises UserError, in one sentence, for whatever cannot be loaded.
@@ -81,6 +92,8 @@ def _load_mlx_vlm(folder: Path, kind: str, dtype: mx.Dtype | None) -> tuple[Any,
     except Exception as problem:  # mlx-vlm and transformers raise whatever comes
         reason = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot load {folder}: {reason}") from problem
+    if adapter_path:
+        adapters.load_adapters(model, adapter_path)
     if dtype is not None:
         model.set_dtype(dtype)
         mx.eval(model.parameters())

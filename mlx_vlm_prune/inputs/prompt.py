@@ -6,6 +6,7 @@ seconds). The ids equal transformers' own, see the tests.
 
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,10 +26,11 @@ from ..checkpoints.reading.files import optional_json
 
 IMAGE_MARK = "<image>"
 VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their own
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
-    " helpful, detailed, and polite answers to the user's questions."
+    " helpful, detailed, and polite answers to the user's questions.{% endif %}"
     "{% for m in messages %}{% if m['role'] == 'assistant' %} ASSISTANT: {{ m['content'] }}</s>"
-    "{% else %} USER: {{ m['content'] }}{% endif %}{% endfor %}"
+    "{% elif m['role'] == 'user' %} USER: {{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
@@ -217,13 +219,13 @@ def tokenize_prompt(
         expanded += image_token * count + part
     # Encoded in one piece: cut apart, white space beside an image would become other tokens.
     encoding = tokenizer.encoding(expanded)
-    if not encoding.ids:
+    if not (ids := encoding.ids):
         raise UserError("the prompt is empty")
     runs = [
-        _placeholder_run(tokenizer, encoding, start, count, image_token)
-        for start, count in zip(starts, tokens_per_image, strict=True)
+        placeholder_run(tokenizer, ids, encoding.offsets, *place, image_token)
+        for place in zip(starts, tokens_per_image, strict=True)
     ]
-    return Prompt(encoding.ids, runs)
+    return Prompt(ids, runs)
 
 
 def _render_turn(tokenizer: Tokenizer, content: str, options: Mapping[str, Any]) -> str:
@@ -251,18 +253,19 @@ def _split_at_images(text: str, images: int) -> list[str]:
     )
 
 
-def _placeholder_run(
-    tokenizer: Tokenizer, encoding: tokenizers.Encoding, start: int, count: int, image_token: str
-) -> tuple[int, int]:
-    """The run that covers `count` placeholders from character `start` on, each one token."""
+def placeholder_run(
+    tokenizer: Tokenizer, ids: Sequence[int], offsets: Sequence[tuple[int, int]], start: int,
+    count: int, image_token: str,
+) -> tuple[int, int]:  # fmt: skip
+    """The run that covers `count` placeholders from character `start` on, each one token.
+
+    `offsets` are the characters that each id came from.
+    """
     width, token = len(image_token), tokenizer.token_id(image_token)
     expected = [(start + i * width, start + (i + 1) * width) for i in range(count)]
-    first = encoding.char_to_token(start)
-    if (
-        first is None
-        or encoding.offsets[first : first + count] != expected
-        or encoding.ids[first : first + count] != [token] * count
-    ):
+    first = bisect_left(offsets, (start, start + 1))
+    is_apart = list(offsets[first : first + count]) == expected
+    if not is_apart or list(ids[first : first + count]) != [token] * count:
         raise UserError(f"the tokenizer of {tokenizer.name} does not keep {image_token!r} apart")
     return first, count
 

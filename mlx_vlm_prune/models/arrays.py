@@ -32,3 +32,9 @@ def to_bytes(array: mx.array) -> np.ndarray:
     """The array's bytes, flat uint8."""
     integer = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.itemsize]
     return np.array(array.view(integer)).reshape(-1).view(np.uint8)
+
+
+def to_raw(array: mx.array) -> RawTensor:
+    """The same bits, computed, for a file."""
+    codes = {dtype: code for code, dtype in FLOATS.items()} | {mx.uint32: "U32", mx.uint8: "U8"}
+    return RawTensor(codes[array.dtype], array.shape, to_bytes(array))

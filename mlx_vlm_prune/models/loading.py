@@ -5,7 +5,7 @@ them by name and shape, and nothing in it is executed.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -15,16 +15,13 @@ import mlx.core as mx
 from mlx import nn
 
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.config import CONFIG, CLIPConfig, SiglipConfig, VLMConfig, parse_config
+from ..checkpoints.config import CONFIG, VLMConfig, parse_config
 from ..checkpoints.errors import UserError
-from ..checkpoints.families import is_llava, is_ours, read_checkpoint
+from ..checkpoints.families import is_ours, read_checkpoint
 from ..checkpoints.hub import resolve_path
-from ..checkpoints.llava.original import pads_to_square
-from ..checkpoints.processor import PREPROCESSOR_CONFIG
 from ..checkpoints.reading.files import read_json
 from ..checkpoints.shapes import check_complete
-from ..inputs.image import Preprocessor, siglip_preprocessor
-from ..inputs.prompt import VICUNA, Tokenizer
+from ..inputs.processor import Processor, read_processor
 from ..machine.hardware import on_cpu
 from ..scenes import CHECKPOINT
 from .arrays import FLOATS as CODES
@@ -39,28 +36,24 @@ FLOATS = tuple(DTYPES.values())
 PACKED = (mx.uint32, mx.uint8)  # words of quantized weights, and scales that are powers of two
 
 
-@dataclass(frozen=True)
-class Processor:
-    """What turns a prompt and images into ids and pixels."""
-
-    tokenizer: Tokenizer
-    image: Preprocessor
-    image_token: str
-    name: str  # of the checkpoint, as the user gave it
-    folder: Path | None = None  # where it lies
-
-    @property
-    def is_scenes(self) -> bool:
-        """Is this the built-in model, which knows drawn scenes only?"""
-        return self.name == "scenes"
-
-
 def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Processor]:
     """The model in a folder of ours or of a published MiniMind-V or LLaVA, and its processor.
 
     `name` is what the user called it. Raises UserError for whatever cannot be loaded.
     """
-    config, weights, checkpoint = _read(folder, dtype)
+    return _build(*_read(folder, dtype), folder, name)
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, folder: Path, name: str, dtype: str = "auto"
+) -> tuple[VLM, Processor]:
+    """The same of a checkpoint that was read already; `folder` is where it lies."""
+    return _build(*_brought_over(checkpoint, folder, dtype), folder, name)
+
+
+def _build(
+    config: VLMConfig, weights: dict[str, mx.array], checkpoint: Checkpoint, folder: Path, name: str
+) -> tuple[VLM, Processor]:
     model, weights = VLM(config), stacked(weights)
     if how := config.quantization:
         quantized = {name.removesuffix(".scales") for name in weights if ".scales" in name}
@@ -70,13 +63,7 @@ def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Proc
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
     mx.eval(model.parameters())
-    image = _preprocessor(checkpoint.preprocessor_folder, config.vision)
-    if is_llava(checkpoint.config) and pads_to_square(checkpoint.config.get("published")):
-        image = replace(image, pad=True)
-    tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
-    if is_llava(checkpoint.config) and tokenizer.chat_template is None:
-        tokenizer.chat_template = VICUNA
-    return model, Processor(tokenizer, image, config.image_token, name, folder)
+    return model, read_processor(checkpoint, config, name, folder)
 
 
 def weights_dtype(dtype: str) -> mx.Dtype | None:
@@ -97,7 +84,12 @@ def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Che
         target = _check_size(shapes, dtype, folder)
         weights = {name: _convert(weights.pop(name), target) for name in shapes}
         return config, weights, Checkpoint(whole, {}, folder, folder)
-    checkpoint = read_checkpoint(folder)
+    return _brought_over(read_checkpoint(folder), folder, dtype)
+
+
+def _brought_over(
+    checkpoint: Checkpoint, folder: Path, dtype: str
+) -> tuple[VLMConfig, dict[str, mx.array], Checkpoint]:
     config, tensors = parse_config(checkpoint.config, folder / CONFIG), checkpoint.tensors.items()
     target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
     weights = {name: _convert(to_array(tensor), target) for name, tensor in tensors}
@@ -129,23 +121,6 @@ def _check_size(shapes: Mapping[str, tuple[Any, Any]], dtype: str, where: Path) 
     )
     check_fits(needed, str(where))
     return target
-
-
-def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
-    """The one in the folder, or the tower's usual; it must make the pictures the tower reads."""
-    side = vision.image_size
-    usual = Preprocessor(size=side, crop=(side, side))
-    if isinstance(vision, SiglipConfig):
-        usual = siglip_preprocessor(side)
-    if folder is None:
-        return usual
-    image = Preprocessor.from_folder(folder, usual)
-    if (image.crop or image.size) != (side, side):
-        raise UserError(
-            f"{folder / PREPROCESSOR_CONFIG} makes pictures of {image.crop or image.size}"
-            f" pixels, but the tower reads {side} x {side}"
-        )
-    return image
 
 
 def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None) -> Path:

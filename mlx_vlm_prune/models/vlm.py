@@ -8,7 +8,7 @@ L rows of the spliced sequence, D features, T tokens of text, V words.
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -25,13 +25,13 @@ from ..pruners import Pipeline, Pruner, Signals, Stage, StepBudgets, downsample
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
-from .decoder import Cuts, Decoder
+from .decoder import Cuts, Decoded, Decoder
 from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .layers import TwigReader
 from .projector import MLPProjector, merge_patches
 from .pruning import ImageBatch, image_slots, prune, reduction_step
-from .splice import outside, pad_right, splice
+from .splice import Spliced, outside, pad_right, splice
 from .towers.signals import Cut
 from .towers.vit import VisionTower
 
@@ -81,6 +81,18 @@ class Prefill:
         return fork
 
 
+@dataclass(frozen=True)
+class SplicedImages:
+    """Prompts with their images in place, ahead of the language model."""
+
+    spliced: Spliced
+    batches: list[ImageBatch]
+    pipeline: Pipeline
+    K: int
+    policy: Policy
+    trace: Trace
+
+
 class VLM(nn.Module):
     """A vision-language model that reads K of N visual tokens."""
 
@@ -117,6 +129,21 @@ class VLM(nn.Module):
         """Read B prompts with I images, K tokens of each; of a decoder method, K is the
         average over layers. Without `positions`, those of the method's paper. A `twig` reads
         along; without `last_only` there are logits of every row."""
+        read = self.splice_images(prompts, pixels_IHW3, pruner, K, positions)
+        decoded, cache = self.decode(read, twig)
+        x_BLD = decoded.spliced.x_BLD
+        logits_BLV = end_part(
+            "prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD)
+        )
+        trace = read.trace.after_cuts(read.pipeline.steps[-1].name, decoded.reductions)
+        spliced = read.spliced
+        return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
+
+    def splice_images(
+        self, prompts: Sequence[Prompt], pixels_IHW3: mx.array | None, pruner: Pruner | Pipeline,
+        K: int, positions: Policy | None = None,
+    ) -> "SplicedImages":  # fmt: skip
+        """Encode, prune, project, splice: the rows that the language model's first layer reads."""
         pipeline = Pipeline.of(pruner)
         self.language.check(pipeline)
         batches: list[ImageBatch] = []
@@ -133,15 +160,18 @@ class VLM(nn.Module):
         trace = Trace.of_images(steps, [self.N] * len(slots))
         policy = trace.policy(positions or pipeline.positions)
         spliced = splice(self.language.embed_tokens, prompts, slots, policy)  # splice
-        cuts, cache = self.cuts(batches, pipeline, K, policy, twig), self.language.make_cache()
-        decode = Decoder(self.language, cache, cuts, twig.observers if twig else {})
-        decoded = decode(spliced)  # decode
-        x_BLD = decoded.spliced.x_BLD
-        logits_BLV = end_part(
-            "prefill", self.language.logits(x_BLD[:, -1:] if last_only else x_BLD)
-        )
-        trace = trace.after_cuts(pipeline.steps[-1].name, decoded.reductions)
-        return Prefill(self.language, logits_BLV, spliced.next_B1, cache, spliced.lengths, trace)
+        return SplicedImages(spliced, batches, pipeline, K, policy, trace)
+
+    def decode(
+        self, read: "SplicedImages", twig: TwigReader | None = None,
+        prefill_step_size: int | None = None,
+    ) -> tuple[Decoded, list[Any]]:  # fmt: skip
+        """Through the language model's layers, inside which rows may leave; with their caches."""
+        cuts = self.cuts(read.batches, read.pipeline, read.K, read.policy, twig)
+        cache = self.language.make_cache()
+        observers = twig.observers if twig else {}
+        decode = Decoder(self.language, cache, cuts, observers, prefill_step_size)
+        return decode(read.spliced), cache
 
     def encode(
         self, pixels_IHW3: mx.array, pipeline: Pipeline, budgets: StepBudgets,
@@ -204,7 +234,8 @@ class VLM(nn.Module):
 
     def project(self, batch: ImageBatch, pipeline: Pipeline) -> ImageBatch:
         features_BND = batch.signals.x_BND
-        x_BND = end_part("projector", self.projector(features_BND))
+        x_BND = self.projector(features_BND).astype(self.dtype)  # one that learns is float32
+        x_BND = end_part("projector", x_BND)
         held_BND = features_BND if pipeline.needs_signal("features") else None
         signals = batch.signals.replace(x_BND=x_BND, features_BND=held_BND)
         return replace(batch, signals=signals)

@@ -22,8 +22,8 @@ from ..checkpoints.errors import UserError
 from ..generation.request import ImageSource
 from ..generation.result import GenerationResult
 from ..generation.stream import PreparedPrompt, pipeline_for, prepare_prompt
+from ..inputs.processor import Processor
 from ..models.cache import STEP
-from ..models.loading import Processor
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner
 from ..pruners.budget import feasible_budgets

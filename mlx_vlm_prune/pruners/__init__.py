@@ -54,11 +54,13 @@ def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = No
 
 
 def resolve(spec: "str | Pruner", learned: Mapping[str, Any] | None = None) -> Pruner:
-    """The one method that a specification without a chain names."""
+    """The one method that a specification names. Raises UserError for a chain, and as `plan`."""
     if isinstance(spec, Pruner):
         return spec
-    (pruner,) = plan(spec, learned).steps
-    return pruner
+    first, *others = plan(spec, learned).steps
+    if others:
+        raise UserError(f"{spec} is a chain; one method is asked for")
+    return first
 
 
 def register_pruner(method: ModuleType | Method) -> None:

@@ -113,6 +113,11 @@ class Signals:
         return Signals(**{**vars(self), **changed})
 
     @property
+    def constant(self) -> "Signals":
+        """The same without slopes: a choice among tokens has none."""
+        return self.replace(**{name: mx.stop_gradient(a) for name, a in self.arrays.items()})
+
+    @property
     def is_whole(self) -> bool:
         """Are the tokens still all of the grid, in raster order?"""
         return self.x_BND.shape[1] == self.grid[0] * self.grid[1]

@@ -70,6 +70,6 @@ def select_by_pivots(
 
 @fused
 def shares(number_P: mx.array, pivots_B1: mx.array, rest: mx.array) -> mx.array:
-    """How many of the rest each pivot adds, (B, P); none those behind the last."""
+    """How many of the rest each pivot adds, (B, P); those behind the last add none."""
     share_BP = (number_P + 1) * rest // pivots_B1 - number_P * rest // pivots_B1
     return mx.where(number_P < pivots_B1, share_BP, 0).astype(mx.uint32)

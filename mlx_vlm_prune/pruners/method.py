@@ -25,6 +25,10 @@ FUNCTIONS = {
     "cuts": ("layers", "N", "K"),  # of a tower: [(layer, "before" or "middle", tokens left)]
     "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
     "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
+    # Of a learned method, in training. A method whose `prune` has slopes needs none of them.
+    "training_factor": ("weights", "signals", "K", "noise"),  # on the attention of tokens, (B, N)
+    "training_loss": ("weights", "signals", "slope_BN"),  # beside the answers', a mean over images
+    "training_budget": ("K", "step"),  # how many tokens a step keeps
 }
 REQUIRED = {
     Stage.ENCODER: ("cuts", "prune"), Stage.FEATURES: ("prune",), Stage.PROJECTED: ("prune",),
@@ -44,12 +48,22 @@ def _any_budget(weights: Any) -> int | None:
     return None
 
 
+def _same_budget(K: int, step: int) -> int:
+    return K
+
+
 @dataclass(frozen=True)
 class Method:
     """What a method's file holds, by the names it has there; keyword-only parameters of its
     functions are its options.
 
     A learned method may leave `prune` to its weights: the class that `make_weights` returns.
+
+    The answers' loss trains a learned method through the slopes of its `prune`. One that chooses
+    tokens has none: its `training_factor` is 1 for tokens that stay and next to 0 for others, with
+    the slopes that the choice would have if it were soft. `training_loss` is what else it learns:
+    `slope_BN` is the derivative of the full model's loss by the log of the attention that each
+    token gets.
     """
 
     name: str
@@ -66,6 +80,9 @@ class Method:
     make_weights: Callable[..., Any] = _no_weights  # (dims, tokens): untrained ones
     fixed_options: Callable[[Any], Mapping[str, Any]] = _no_fixed_options  # set by training
     trained_tokens: Callable[[Any], int | None] = _any_budget  # the one K that weights allow
+    training_factor: Callable[..., Any] | None = None
+    training_loss: Callable[..., Any] | None = None
+    training_budget: Callable[[int, int], int] = _same_budget
 
     @classmethod
     def of(cls, module: ModuleType) -> "Method":

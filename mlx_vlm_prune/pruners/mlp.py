@@ -17,16 +17,19 @@ Options:
 Shapes: B images, N tokens, D features, K kept.
 """
 
+from typing import Any
+
 import mlx.core as mx
 from mlx import nn
 
 from .contract import Reduction, Signals, Stage
 from .numerics import choosing, exp, keep_highest, on_host, to_choice_dtype
-from .scorer import layer_norm, linear, score
+from .scorer import budget_in_turn, layer_norm, linear, score, straight_through
 
 stage = Stage.FEATURES
 needs: dict[str, str | None] = {"cls_attention": "layer"}
 HIDDEN = 64
+NEED_RATE = 0.02  # at which the mean need follows the needs
 
 
 class Usefulness(nn.Module):
@@ -38,7 +41,27 @@ class Usefulness(nn.Module):
         self.fc1 = nn.Linear(dims + 1, HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, 1)
         self.need = nn.Linear(dims, 1)  # the log of how many tokens
-        self.mean_need = mx.zeros((1,))
+        self.mean_need = mx.ones((1,))  # 1 is untrained; the loss moves it, no optimizer
+        self.freeze(keys="mean_need", recurse=False)
+
+    def unfreeze(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """All but the mean need."""
+        super().unfreeze(*args, **kwargs)
+        self.freeze(keys="mean_need", recurse=False)
+        return self
+
+    def __call__(self, signals: Signals) -> mx.array:
+        """Scores (B, N), with slopes."""
+        x_BND = signals.x_BND.astype(mx.float32)
+        attention_BN1 = signals.cls_attention_BN.astype(mx.float32)[..., None]
+        attention_BN1 = mx.log(attention_BN1 * x_BND.shape[1] + 1e-6)
+        input_BND = mx.concatenate([self.norm(x_BND), attention_BN1], axis=-1)
+        return self.fc2(nn.relu(self.fc1(input_BND)))[..., 0]
+
+    def log_need(self, signals: Signals) -> mx.array:
+        """The log of how many tokens each image needs, (B,), with slopes."""
+        x_BND = self.norm(signals.x_BND.astype(mx.float32))
+        return self.need(x_BND.mean(axis=1))[:, 0]
 
     def prune(
         self, signals: Signals, K: int, *, dynamic: bool = False, layer: float = -1
@@ -67,3 +90,26 @@ class Usefulness(nn.Module):
 def make_weights(dims: int, tokens: int) -> Usefulness:
     """Untrained weights for features of so many dimensions; any budget."""
     return Usefulness(dims)
+
+
+def training_factor(weights: Usefulness, signals: Signals, K: int, noise: float) -> mx.array:
+    """On the attention that tokens get, (B, N)."""
+    return straight_through(weights(signals), K, noise)
+
+
+training_budget = budget_in_turn
+
+
+def training_loss(weights: Usefulness, signals: Signals, slope_BN: mx.array) -> mx.array:
+    """The squared error of the log of the needs, a mean over images; the mean need follows."""
+    size_BN = mx.abs(slope_BN)
+    share_BN = size_BN / mx.maximum(size_BN.sum(axis=1, keepdims=True), 1e-12)
+    entropy_B = -(share_BN * mx.log(mx.maximum(share_BN, 1e-12))).sum(axis=1)
+    if weights.mean_need.item() == 1:  # untrained: start where the needs are
+        distance = entropy_B.mean() - mx.stop_gradient(weights.log_need(signals).mean())
+        weights.need.bias = weights.need.bias + distance
+        weights.mean_need = mx.exp(entropy_B).mean(keepdims=True)
+    predicted_B = weights.log_need(signals)
+    mean_1 = mx.exp(mx.stop_gradient(predicted_B)).mean(keepdims=True)
+    weights.mean_need = weights.mean_need + NEED_RATE * (mean_1 - weights.mean_need)
+    return mx.square(predicted_B - entropy_B).mean()

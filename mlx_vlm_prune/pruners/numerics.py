@@ -106,7 +106,7 @@ def keep_highest(score_BN: mx.array, K: int) -> mx.array:
     """Indices (B, K), ascending, of the K highest scores; ties go to the lower index."""
     if score_BN.dtype != mx.float64:
         score_BN = score_BN.astype(mx.float32)
-    order_BK = mx.argsort(-score_BN, axis=-1)[:, :K]  # stable
+    order_BK = mx.argsort(-mx.stop_gradient(score_BN), axis=-1)[:, :K]  # stable
     return mx.sort(order_BK, axis=-1) if K else order_BK
 
 
@@ -213,13 +213,3 @@ def between(score_BN: mx.array, low_B1: mx.array, high_B1: mx.array) -> mx.array
 def mask_of(index_BK: mx.array, N: int) -> mx.array:
     """Which of N tokens are in an index, (B, N)."""
     return (index_BK[..., None] == mx.arange(N, dtype=index_BK.dtype)).any(axis=1)
-
-
-def membership(similar_BNK: mx.array, index_BK: mx.array) -> mx.array:
-    """Which tokens each kept one stands for, (B, K, N): itself and the dropped ones most similar to
-    it. Of equally similar kept tokens the first."""
-    N, K = similar_BNK.shape[1:]
-    home_BN = mx.argmax(similar_BNK, axis=-1)
-    anchor_BKN = index_BK[..., None] == mx.arange(N)
-    is_kept_B1N = anchor_BKN.any(axis=1, keepdims=True)
-    return anchor_BKN | ((home_BN[:, None] == mx.arange(K)[:, None]) & ~is_kept_B1N)

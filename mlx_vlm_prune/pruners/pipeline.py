@@ -112,7 +112,9 @@ class Pruner:
         is_finite = all_finite(signals.x_BND)
         if choice_dtype() == mx.float64:  # on the CPU, where looking costs nothing
             Reduction(is_finite=is_finite).check()
-        kept = self.call(self.method.prune or self.weights.prune, signals, K)
+        # What a learned method mixes has slopes, see `AttentionPool`; a choice has none.
+        known = signals if self.method.learned else signals.constant
+        kept = self.call(self.method.prune or self.weights.prune, known, K)
         return replace(_checked(self.name, kept, signals, K), is_finite=is_finite)
 
 
@@ -122,6 +124,8 @@ def _checked(name: str, kept: Any, signals: Signals, K: int) -> Reduction:
         raise UserError(f"{name} returned {type(kept).__name__}; it must be a Reduction")
     if kept.index_BK is None and kept.weight_BKN is None:
         raise UserError(f"{name} returned a Reduction without index_BK and weight_BKN")
+    if (kept.slot_BN is None) != (kept.share_BN is None):
+        raise UserError(f"{name} returned a Reduction with only one of slot_BN and share_BN")
     B, N, _ = signals.x_BND.shape
     shapes = {"index_BK": (B, K), "weight_BKN": (B, K, N), "value_BND": (B, N)}
     for part, shape in {**shapes, "slot_BN": (B, N), "share_BN": (B, N)}.items():

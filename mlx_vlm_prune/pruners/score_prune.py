@@ -9,11 +9,12 @@ the loss reaches all scores through the attention that the tokens get, or would 
 Shapes: B images, N tokens, D features, K kept.
 """
 
+import mlx.core as mx
 from mlx import nn
 
 from .contract import Reduction, Signals, Stage
 from .numerics import choosing, keep_highest
-from .scorer import layer_norm, score
+from .scorer import budget_in_turn, layer_norm, score, straight_through
 
 stage = Stage.FEATURES
 HIDDEN = 64
@@ -28,6 +29,11 @@ class Scorer(nn.Module):
         self.fc1 = nn.Linear(dims, HIDDEN)
         self.fc2 = nn.Linear(HIDDEN, 1)
 
+    def __call__(self, signals: Signals) -> mx.array:
+        """Scores (B, N), with slopes."""
+        x_BND = self.norm(signals.x_BND.astype(mx.float32))
+        return self.fc2(nn.relu(self.fc1(x_BND)))[..., 0]
+
     def prune(self, signals: Signals, K: int) -> Reduction:
         """Keep the K highest scores."""
         with choosing():
@@ -38,3 +44,11 @@ class Scorer(nn.Module):
 def make_weights(dims: int, tokens: int) -> Scorer:
     """Untrained weights for features of so many dimensions; any budget."""
     return Scorer(dims)
+
+
+def training_factor(weights: Scorer, signals: Signals, K: int, noise: float) -> mx.array:
+    """On the attention that tokens get, (B, N)."""
+    return straight_through(weights(signals), K, noise)
+
+
+training_budget = budget_in_turn

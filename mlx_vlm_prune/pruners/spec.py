@@ -1,10 +1,9 @@
 """Parse what a user types: NAME, NAME:option=value,… or NAME+NAME."""
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..checkpoints.command_line import either, program
+from ..checkpoints.command_line import program, suggestion
 from ..checkpoints.errors import UserError
 from .contract import Stage
 from .method import Method
@@ -86,11 +85,6 @@ def unknown_pruner(name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is neither a method's nor a preset's."""
     command = program("mlx_vlm_prune.pruners")
     return UserError(f"no pruner is called {name!r}; {suggestion(name, known)} {command} lists all")
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """For an error: the three known names nearest to an unknown one, the nearest first."""
-    return f"did you mean {either(difflib.get_close_matches(name, list(known), n=3, cutoff=0))}?"
 
 
 def _option_value(name: str, key: str, value: str, default: Any) -> Any:

@@ -73,8 +73,8 @@ def merge(
     r = min(n - K, n // 2)
     likest_Ba = mx.argsort(-similar_Ba, axis=-1)
     merging_Br, rest_Bm = likest_Ba[:, :r], likest_Ba[:, r:]
-    token_Br, none_Br = take(token_Ba, merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
-    stays_Bn = mx.put_along_axis(mx.full((B, n), -1, mx.int32), token_Br, none_Br, axis=1)  # or 0
+    token_Br, zero_Br = take(token_Ba, merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
+    stays_Bn = mx.put_along_axis(mx.full((B, n), -1, mx.int32), token_Br, zero_Br, axis=1)
     slot_Bn = -1 - mx.cumsum(stays_Bn, axis=1)  # of those that stay
     rest_Bm = take(token_Ba, mx.sort(rest_Bm, axis=-1) if has_cls else rest_Bm)
     left_BK = take(slot_Bn, mx.concatenate([rest_Bm, token_Bb], axis=1))  # in the next order

@@ -1,19 +1,19 @@
 """Load a model of the reference from published files, in float32, ready to answer."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
 from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, parse_config, parse_sizes
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
-from mlx_vlm_prune.checkpoints.llava.layouts import REFERENCE
-from mlx_vlm_prune.checkpoints.llava.published import published_tensors
 from mlx_vlm_prune.checkpoints.minimind.published import read_published, torch_tensors
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 
+from .names import to_reference
 from .vlm import VLM
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,13 +54,28 @@ def load_llava(
     """
     where = Path(folder)
     checkpoint = read_checkpoint(where, Path(tower) if tower else None)
-    config, layout, text = parse_config(checkpoint.config, where / CONFIG), REFERENCE, None
+    return load_checkpoint(checkpoint, where, device)
+
+
+def load_folder(folder: Path, device: torch.device | None = None) -> tuple[VLM, Checkpoint]:
+    """A model of any family, ours too, from a folder, and the rest of its checkpoint.
+
+    Raises UserError for what cannot be read, holds another model or is quantized.
+    """
+    checkpoint = read_checkpoint(folder)
+    return load_checkpoint(checkpoint, folder, device), checkpoint
+
+
+def load_checkpoint(checkpoint: Checkpoint, where: Path, device: torch.device | None = None) -> VLM:
+    """The model of a checkpoint that was read from `where`. Raises UserError."""
+    if checkpoint.config.get("quantization"):
+        raise UserError(f"{where} is quantized; dequantize it by convert to-mlx first")
+    config, text = parse_config(checkpoint.config, where / CONFIG), None
     if isinstance(config.text, MlxLmConfig):
         published, kind = checkpoint.config["published"], config.text.model_type
         text = published.get("text_config") or {**published, "model_type": kind}
-        layout = replace(REFERENCE, text="model.stock")
     model = VLM(config, text)
-    state = published_tensors(checkpoint.tensors, layout, checkpoint.config, where)
+    state = to_reference(checkpoint.tensors, checkpoint.config, where)
     model.load_state_dict({name: to_tensor(raw) for name, raw in state.items()})
     return model.eval().to(device or best_device())
 

@@ -86,6 +86,15 @@ class VLM(nn.Module):
         return self.model
 
     @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def feature_dims(self) -> int:
+        """Of a visual token before the projector."""
+        return self.config.vision.hidden_size * prod(self.config.merge)
+
+    @property
     def pool(self) -> AttentionPool | None:
         """The learned pruner's weights, where the checkpoint has some."""
         return self.vision_proj if isinstance(self.vision_proj, AttentionPool) else None
@@ -279,7 +288,8 @@ class VLM(nn.Module):
 
     def weights(self, pruner: str) -> Any:
         """Of a learned method, from the checkpoint or from beside it; else None."""
-        return self.pool if pruner == "attention_pool" else self.learned.get(pruner)
+        pool = self.pool if pruner == "attention_pool" else None
+        return self.learned.get(pruner) if pool is None else pool
 
     def budget(self, pruner: str, K: int | None) -> int:
         """How many of the N tokens a pruner shall keep; UserError where it cannot."""

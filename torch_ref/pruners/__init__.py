@@ -3,6 +3,7 @@
 `reduce` checks the budget and answers K = N itself, as `Pruner` in mlx_vlm_prune does.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -47,8 +48,12 @@ DEFAULTS: dict[str, Any] = {
     "proportional": False,
     "make_weights": None,  # none, or the model makes them
     "learned": False,
+    "training_factor": None,
     "fixed_options": lambda weights: {},
 }
+
+
+NO_FLOAT64 = ("mps",)  # devices on which methods, which choose in float64, do not choose
 
 
 def entry(method: ModuleType, name: str) -> Any:
@@ -81,6 +86,11 @@ class Step:
         return next(stage for stage, methods in STAGES.items() if self.name in methods)
 
     @property
+    def training_factor(self) -> Any:
+        """On the attention of tokens, in training; None where the method's `prune` has slopes."""
+        return entry(self.method, "training_factor")
+
+    @property
     def merges(self) -> bool:
         """Does a merged token count, in later attention, as often as it has members?"""
         return entry(self.method, "proportional")
@@ -103,6 +113,10 @@ def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: 
     (0 to N in the decoder).
     """
     B, N, _ = signals.x_BND.shape
+    device = signals.x_BND.device
+    if device.type in NO_FLOAT64 and name != "attention_pool" and K < N:
+        weights = None if weights is None else copy.deepcopy(weights).cpu()
+        return reduce(name, signals.constant.to("cpu"), K, weights, **options).to(device)
     step = Step(name, K, options)
     if not (step.stage != "decoder") <= K <= N:
         raise ValueError(f"cannot keep {K} of {N} visual tokens; keep 1 to {N}")
@@ -110,7 +124,7 @@ def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: 
         return Reduction(torch.arange(N, device=signals.x_BND.device).expand(B, N))
     if weights is not None:
         return weights.prune(signals, K, **options)
-    return step.call("prune", signals, K)
+    return step.call("prune", signals.constant, K)
 
 
 def signal_layers(step: Step, layers: int) -> dict[str, int | None]:

@@ -71,6 +71,17 @@ class Signals:
         """A copy with these signals changed or added; None removes one."""
         return Signals(**{**self.__dict__, **changed})
 
+    @property
+    def constant(self) -> "Signals":
+        """The same without slopes: a choice among tokens has none."""
+        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return self.replace(**{name: value.detach() for name, value in tensors.items()})
+
+    def to(self, device: torch.device | str) -> "Signals":
+        """The same elsewhere."""
+        tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return self.replace(**{name: value.to(device) for name, value in tensors.items()})
+
     def per_token(self, change: Callable[[Tensor, int], Tensor]) -> "Signals":
         """A copy with `change(signal, dim of its tokens)` for all that is per token, x included."""
         changed: dict[str, Tensor] = {}
@@ -99,6 +110,11 @@ class Reduction:
     weight_BKN: Tensor | None = None
     value_BND: Tensor | None = None
     place_BK: Tensor | None = None  # in which order a method of the tower left the slots
+
+    def to(self, device: torch.device) -> "Reduction":
+        """The same elsewhere."""
+        tensors = (self.index_BK, self.weight_BKN, self.value_BND)
+        return Reduction(*(None if x is None else x.to(device) for x in tensors))
 
     def apply(self, x_BND: Tensor) -> Tensor:
         """Reduce (B, N, ...) to (B, K, ...)."""

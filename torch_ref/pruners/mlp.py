@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .contract import Reduction, Signals
-from .numerics import keep_highest
+from .numerics import budget_in_turn, keep_highest, straight_through
 
 needs: dict[str, str | None] = {"cls_attention": "layer"}
 
@@ -52,6 +52,27 @@ class Usefulness(nn.Module):
 def in_double(signals: Signals) -> Signals:
     attention_BN = signals.cls_attention_BN.double()
     return signals.replace(x_BND=signals.x_BND.double(), cls_attention_BN=attention_BN)
+
+
+def training_factor(weights: Usefulness, signals: Signals, K: int, noise: float) -> Tensor:
+    """On the attention that tokens get, (B, N)."""
+    return straight_through(weights(signals), K, noise)
+
+
+training_budget = budget_in_turn
+
+
+def training_loss(weights: Usefulness, signals: Signals, slope_BN: Tensor) -> Tensor:
+    """The squared error of the log of the needs, a mean over images; the mean need follows."""
+    share_BN = slope_BN.abs() / slope_BN.abs().sum(dim=1, keepdim=True).clamp(min=1e-12)
+    entropy_B = -(share_BN * share_BN.clamp(min=1e-12).log()).sum(dim=1)
+    if weights.mean_need.item() == 1:  # untrained: start where the needs are
+        with torch.no_grad():
+            weights.need.bias.add_(entropy_B.mean() - weights.log_need(signals).mean())
+            weights.mean_need.copy_(entropy_B.exp().mean())
+    predicted_B = weights.log_need(signals)
+    weights.mean_need.lerp_(predicted_B.detach().exp().mean(), 0.02)
+    return F.mse_loss(predicted_B, entropy_B)
 
 
 def make_weights(dims: int, tokens: int) -> Usefulness:

@@ -6,11 +6,36 @@ Shapes: B images, N tokens, M others, D features, K kept.
 import torch
 from torch import Tensor
 
+DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
+STEEPEST = 1e12  # of such a slope: squares of what may come of a larger one are infinite
+
 
 def keep_highest(score_BN: Tensor, K: int) -> Tensor:
     """Indices (B, K), ascending, of the K highest scores; ties go to the lower index."""
     order_BN = score_BN.argsort(dim=-1, descending=True, stable=True)
     return order_BN[:, :K].sort(dim=-1).values
+
+
+def straight_through(score_BN: Tensor, K: int, noise: float) -> Tensor:
+    """A factor (B, N) on the attention that tokens get, while their scores are trained.
+
+    1 for the K highest of the scores plus Gumbel noise, next to 0 for the others; its slope is that
+    of a sigmoid of the distance from the K-th.
+    """
+    gumbel_BN = -torch.empty_like(score_BN).exponential_().log()
+    noisy_BN = score_BN + noise * gumbel_BN
+    line_B1 = noisy_BN.detach().topk(K).values[:, -1:]
+    soft_BN = torch.sigmoid(noisy_BN - line_B1)
+    hard_BN = (noisy_BN >= line_B1).float().clamp(min=DROPPED)
+    factor_BN = hard_BN + (soft_BN - soft_BN.detach())
+    if factor_BN.requires_grad:
+        factor_BN.register_hook(lambda slope_BN: slope_BN.clamp(-STEEPEST, STEEPEST))
+    return factor_BN
+
+
+def budget_in_turn(K: int, step: int) -> int:
+    """Half of K, K and twice K in turn: scores then rank tokens for other budgets, too."""
+    return max(1, K * 2 ** (step % 3) // 2)
 
 
 def highest(score_N: Tensor, K: int) -> list[int]:

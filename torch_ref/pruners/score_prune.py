@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .contract import Reduction, Signals
-from .numerics import keep_highest
+from .numerics import budget_in_turn, keep_highest, straight_through
 
 
 class Scorer(nn.Module):
@@ -27,6 +27,14 @@ class Scorer(nn.Module):
         exact = copy.deepcopy(self).double()
         score_BN = exact(signals.replace(x_BND=signals.x_BND.double()))
         return Reduction(keep_highest(score_BN.round(decimals=12), K))
+
+
+def training_factor(weights: Scorer, signals: Signals, K: int, noise: float) -> Tensor:
+    """On the attention that tokens get, (B, N)."""
+    return straight_through(weights(signals), K, noise)
+
+
+training_budget = budget_in_turn
 
 
 def make_weights(dims: int, tokens: int) -> Scorer:

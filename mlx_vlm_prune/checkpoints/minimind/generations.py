@@ -119,7 +119,8 @@ def recognise(state: Mapping[str, Shaped], where: Path) -> Generation:
         language_model = "MiniMind-3" if has_qk_norm else "MiniMind2"
         raise UserError(
             f"{where} is {language_model}'s language model alone, without vision_proj: it cannot"
-            " see"
+            " see; to train it to, give tower to train, or convert it with a tower by python -m"
+            " convert to-mlx --projector-seed"
         )
     if not has_qk_norm:
         raise UserError(f"{where} mixes MiniMind2's language model with MiniMind-3V's projector")

@@ -33,6 +33,7 @@ from ..reading.weights import read_weights
 from ..shapes import check_complete
 from ..tower import split_tower, vision_config
 from .generations import Generation, recognise
+from .projector import PROJECTOR, untrained_projector
 from .sizes import text_config
 from .tables import LLAMA
 
@@ -73,9 +74,10 @@ def read_checkpoint(
     tokenizer: Path | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
+    projector_seed: int | None = None,
 ) -> Checkpoint:
     """A published MiniMind-V and its tokenizer; UserError for what is missing or does not fit."""
-    published = read_published(source, vision, heads, kv_heads)
+    published = read_published(source, vision, heads, kv_heads, projector_seed)
     generation = published.generation
     tokenizer_folder = tokenizer or _folder(source)
     config = {
@@ -99,12 +101,13 @@ def read_published(
     vision: Path | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
+    projector_seed: int | None = None,
 ) -> Published:
     """A MiniMind-V's weights, its tower from `vision`, from inside or from a folder beside them.
 
     Raises UserError, naming file and tensor, for what is missing or does not fit.
     """
-    published = open_published(source, vision, heads, kv_heads)
+    published = open_published(source, vision, heads, kv_heads, projector_seed)
     if "vision_config" not in published.sizes:
         raise UserError(
             f"{source} holds no vision tower (MiniMind-V is published without one); give the"
@@ -120,8 +123,12 @@ def open_published(
     vision: Path | None = None,
     heads: int | None = None,
     kv_heads: int | None = None,
+    projector_seed: int | None = None,
 ) -> Published:
-    """The same, but the tower and other tensors may be missing. Only names and shapes are read."""
+    """The same, but the tower and other tensors may be missing. Only names and shapes are read.
+
+    With `projector_seed` a language model alone gets an untrained projector.
+    """
     raw = read_weights(source)
     rest, tower = split_tower(raw)
     folder = vision or _tower_folder_beside(source)
@@ -130,6 +137,8 @@ def open_published(
     if apart:
         _, tower = split_tower(read_weights(apart))
         tower_config = read_json(apart / CONFIG)
+    if projector_seed is not None and not any(name.startswith(PROJECTOR) for name in rest):
+        rest |= untrained_projector(rest, tower, projector_seed, source)
     generation = recognise(rest | tower, source)  # some differ by the tower's width alone
     table, title = generation.table, generation.title
     rest.pop(generation.tied[0], None)

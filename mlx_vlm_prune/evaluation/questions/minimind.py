@@ -18,7 +18,7 @@ from .llava import IMAGE_MARK, question_answer_pairs, turn_questions
 from .records import NO_QUESTIONS, RecordError, existing_file, parse_value, questions_from
 from .shared_rules import exact_match as score
 
-__all__ = ["read", "score"]
+__all__ = ["open_parquet", "read", "score"]
 
 COLUMNS = ("conversations", "image_bytes")
 ROWS_AT_ONCE = 64  # held in memory
@@ -26,17 +26,21 @@ ROWS_AT_ONCE = 64  # held in memory
 
 def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a parquet file. Raises UserError where it cannot be read."""
-    return questions_from(_rows(_open(existing_file(source.path)), source.path), _questions, bad)
+    return questions_from(
+        _rows(open_parquet(existing_file(source.path)), source.path), _questions, bad
+    )
 
 
-def _open(path: Path) -> Any:
+def open_parquet(path: Path, streamed: bool = False) -> Any:
+    """The file; with `streamed`, row groups are not held whole. UserError if it cannot be read."""
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise missing_package("pyarrow", "reading parquet") from None
     try:
-        file = ParquetFile(path)
+        how = {"buffer_size": 1 << 20, "pre_buffer": False} if streamed else {}
+        file = ParquetFile(path, **how)
     except (ArrowException, OSError) as e:
         raise UserError(f"{path} is not a readable parquet file ({reason(e)})") from None
     missing = [name for name in COLUMNS if name not in file.schema_arrow.names]

@@ -39,6 +39,10 @@ class ExpertLinear(nn.Module):
         """All rows through the matrix of one expert."""
         return x_RD @ self.weight[expert].T
 
+    def to_lora(self, r: int, dropout: float, scale: float) -> nn.Module:
+        """With an adapter for each expert; called by mlx-lm's tuner."""
+        return LoRAExperts(self, self.weight.shape[2], r, dropout, scale)
+
     def to_quantized(self, group_size: int, bits: int, mode: str = "affine", **_: Any) -> nn.Module:
         """The same in fewer bits; called by nn.quantize."""
         quantized = QuantizedExpertLinear(group_size, bits, mode)
@@ -57,6 +61,10 @@ class QuantizedExpertLinear(nn.Module):
         self.weight = self.scales = mx.zeros(0)
         self.freeze()
 
+    def to_lora(self, r: int, dropout: float, scale: float) -> nn.Module:
+        """With an adapter for each expert; called by mlx-lm's tuner."""
+        return LoRAExperts(self, self.scales.shape[2] * self.group_size, r, dropout, scale)
+
     @property
     def format(self) -> dict[str, Any]:
         """As MLX's quantized products take it."""
@@ -71,6 +79,36 @@ class QuantizedExpertLinear(nn.Module):
         bias = None if biases is None else biases[expert]
         weight, scale = self.weight[expert], self.scales[expert]
         return mx.quantized_matmul(x_RD, weight, scale, bias, **self.format)
+
+
+class LoRAExperts(nn.Module):
+    """LoRA of all experts' matrices: mlx-lm's LoRASwitchLinear, for matrices called as ours are."""
+
+    def __init__(self, linear: nn.Module, dims: int, rank: int, dropout: float, scale: float):
+        super().__init__()
+        experts, out, _ = linear.weight.shape
+        bound = dims**-0.5
+        self.linear, self.dropout, self.scale = linear, nn.Dropout(dropout), scale
+        self.lora_a = mx.random.uniform(-bound, bound, (experts, rank, dims))
+        self.lora_b = mx.zeros((experts, out, rank))
+
+    def __call__(self, x_R1D: mx.array, expert_R: mx.array) -> mx.array:
+        z = mx.gather_mm(self.dropout(x_R1D), self.lora_a.swapaxes(1, 2), rhs_indices=expert_R)
+        z = mx.gather_mm(z, self.lora_b.swapaxes(1, 2), rhs_indices=expert_R)
+        return self.linear(x_R1D, expert_R) + (self.scale * z).astype(x_R1D.dtype)
+
+    def one_expert(self, x_RD: mx.array, expert: int) -> mx.array:
+        z = self.dropout(x_RD) @ self.lora_a[expert].T @ self.lora_b[expert].T
+        return self.linear.one_expert(x_RD, expert) + (self.scale * z).astype(x_RD.dtype)
+
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """The matrices with their adapters; always full ones."""
+        base, fused = self.linear, ExpertLinear(1, 1, 1)
+        weight = base.weight
+        if "scales" in base:
+            weight = mx.dequantize(weight, base.scales, base.get("biases"), **base.format)
+        fused.weight = weight + (self.scale * self.lora_b @ self.lora_a).astype(weight.dtype)
+        return fused
 
 
 class Experts(nn.Module):
@@ -126,7 +164,8 @@ class MixtureOfExperts(nn.Module):
         """The chosen experts' answers, weighted by the router's shares, which sum to one."""
         x_RD = x_BLD.reshape(-1, x_BLD.shape[-1])
         share_RE = mx.softmax(self.gate(x_RD).astype(mx.float32), axis=-1)
-        expert_Rk = mx.argsort(-share_RE, axis=-1)[:, : self.chosen]  # stable: ties to the lower
+        order_RE = mx.argsort(-mx.stop_gradient(share_RE), axis=-1)  # stable: ties to the lower
+        expert_Rk = order_RE[:, : self.chosen]
         share_Rk = mx.take_along_axis(share_RE, expert_Rk, axis=-1)
         share_Rk = share_Rk / share_Rk.sum(axis=-1, keepdims=True)
         each = mx.repeat(x_RD, self.chosen, axis=0)
@@ -149,3 +188,15 @@ def stacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
         arrays = [weights[numbered[e]] for e in sorted(numbered)]
         joined[f"{layer}.experts.{parameter}"] = mx.stack(arrays)
     return joined
+
+
+def unstacked(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Weights as in a file: the experts' matrices one by one."""
+    apart: dict[str, mx.array] = {}
+    for name, array in weights.items():
+        layer, of_experts, parameter = name.partition(".mlp.experts.")
+        if of_experts:
+            apart |= {f"{layer}{of_experts}{e}.{parameter}": x for e, x in enumerate(array)}
+        else:
+            apart[name] = array
+    return apart

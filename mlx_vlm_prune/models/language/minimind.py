@@ -174,6 +174,8 @@ class ForwardPass:
 class LayerStack(nn.Module):
     """Layers that are driven one by one, by positions."""
 
+    forward_pass = ForwardPass  # what its layers share; training puts another in its place
+
     def make_cache(self) -> list[Any]:
         return [LayerCache() for _ in self.layers]
 
@@ -192,7 +194,7 @@ class LayerStack(nn.Module):
         as `padding` says are PADDING, on the left.
         """
         rotary, layers = self.rotary(positions_BL, contiguous), self.layers
-        forward_pass = ForwardPass(positions_BL, rotary, padding, bias_BL)
+        forward_pass = self.forward_pass(positions_BL, rotary, padding, bias_BL)
         for number in numbers:
             x_BLD = layers[number](x_BLD, forward_pass, cache[number])
         return x_BLD

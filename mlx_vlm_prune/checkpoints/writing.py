@@ -1,23 +1,16 @@
-"""`to-mlx`: write a folder of ours, of a MiniMind-V or a LLaVA alike."""
+"""Writes a folder of ours, of a MiniMind-V or a LLaVA alike."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, LEARNED_FILE, Checkpoint
-from mlx_vlm_prune.checkpoints.config import CONFIG, is_clip
-from mlx_vlm_prune.checkpoints.families import published_layout
-from mlx_vlm_prune.checkpoints.processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
-from mlx_vlm_prune.checkpoints.reading.files import (
-    atomic_path,
-    open_safetensors,
-    write_json,
-    write_safetensors,
-)
-from mlx_vlm_prune.checkpoints.reading.tensors import FLOATS
-
-from .folders import copy_files
+from .checkpoint import DTYPES, LEARNED_FILE, Checkpoint
+from .config import CONFIG, is_clip
+from .families import published_layout
+from .processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
+from .reading.files import atomic_path, open_safetensors, write_json, write_safetensors
+from .reading.tensors import FLOATS
 
 CLIP_PREPROCESSOR = {  # openai/clip-vit-base-patch16's own
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
@@ -27,7 +20,7 @@ CLIP_PREPROCESSOR = {  # openai/clip-vit-base-patch16's own
 SIGLIP_PREPROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
 
 
-def to_mlx(
+def write_folder(
     checkpoint: Checkpoint, target: Path, dtype: str | None = None, source: str | None = None
 ) -> None:
     """Write a checkpoint as a folder of ours, in its own dtype or in `dtype`.
@@ -54,14 +47,26 @@ def to_mlx(
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
+def copy_files(names: Sequence[str], source: Path, target: Path) -> None:
+    """Copy the files of these names that `source` has."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def _write_learned(checkpoint: Checkpoint, file: Path) -> None:
-    """Write the weights of learned pruners, if any; a new twig replaces the old one."""
-    if checkpoint.twig:
-        learned = open_safetensors(checkpoint.learned_file) if checkpoint.learned_file else {}
-        others = {name: tensor for name, tensor in learned.items() if not name.startswith("twig.")}
-        write_safetensors(file, {**others, **checkpoint.twig}, "mlx")
-    elif checkpoint.learned_file:
-        shutil.copyfile(checkpoint.learned_file, file)
+    """Write the weights of learned pruners, if any; new ones replace those of the same method."""
+    new, old = checkpoint.learned, checkpoint.learned_file
+    if new:
+        methods = {name.partition(".")[0] for name in new}
+        kept = {
+            name: tensor
+            for name, tensor in (open_safetensors(old) if old else {}).items()
+            if name.partition(".")[0] not in methods
+        }
+        write_safetensors(file, {**kept, **new}, "mlx")
+    elif old:
+        shutil.copyfile(old, file)
 
 
 def _model_card(config: Mapping[str, Any], name: str, source: str | None) -> str:

@@ -1,0 +1,223 @@
+"""Scenes as data to train on: `python -m benchmarks.scenes_data --format minimind --out DIR`.
+
+Writes DIR/train and DIR/valid as MiniMind-V's parquet, as LLaVA's JSON, or as JSON lines, the last
+two with their pictures in DIR/images. A scene is an example, and its questions are turns about one
+picture; with `--separate` each is an example, as the built-in model, which knows one turn only, was
+trained. Scenes that methods are judged on are in neither file; the same options write the same
+files. The last line is one JSON object of what was written.
+
+    python -m benchmarks.scenes_data --format jsonl --kinds farthest --turns 1 --out farthest
+"""
+
+import argparse
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
+from mlx_vlm_prune.checkpoints.errors import UserError, missing_package
+from mlx_vlm_prune.checkpoints.reading.files import atomic_path
+from mlx_vlm_prune.inputs.prompt import IMAGE_MARK
+from mlx_vlm_prune.scenes import KINDS, TRAIN_SEEDS, Question, Scene, ask, compose
+from mlx_vlm_prune.scenes.questions import content
+
+from .command_line import natural, positive
+
+# How often each kind of question is asked, beside the others; as in the scenes model's training.
+ODDS = {
+    "existence": 2, "colour": 2, "counting": 3, "relation": 3, "grounding": 2, "reading": 2,
+    "content": 2, "farthest": 2,
+}  # fmt: skip
+TRIES = 8  # questions tried for each turn: a scene answers some kinds only, and none twice
+CLEARLY = 12  # pixels by which the farthest shape is farther than the next
+VALID_SEEDS = TRAIN_SEEDS[len(TRAIN_SEEDS) // 2 :]  # the trainers of scenes read from the first on
+
+
+def farthest(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """A kind that the built-in model never saw: which shape is farthest from the sign?"""
+    if scene.sign is None or len(scene.things) < 2:
+        return None
+    distances = [np.hypot(t.x - scene.sign.x, t.y - scene.sign.y) for t in scene.things]
+    *_, second, last = np.argsort(distances)
+    if distances[last] - distances[second] < CLEARLY:
+        return None
+    return Question("farthest", "Which shape is farthest from the sign?", scene.things[last].shape)
+
+
+# Kinds that the built-in model is not judged on; the first it was trained on all the same.
+MORE_KINDS = {"content": content, "farthest": farthest}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A scene with its picture's bytes and what is asked about it."""
+
+    seed: int
+    picture: bytes
+    questions: tuple[Question, ...]
+
+    def turns(self, keys: tuple[str, str], speakers: tuple[str, str]) -> list[dict[str, str]]:
+        """As a conversation; the picture's mark stands in the first turn."""
+        texts = [text for q in self.questions for text in (q.text, q.answer)]
+        texts[0] = f"{IMAGE_MARK}\n{texts[0]}"
+        return [
+            dict(zip(keys, (speakers[n % 2], text), strict=True)) for n, text in enumerate(texts)
+        ]
+
+
+def question_of(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
+    """A question of a kind, or None where this scene cannot answer one."""
+    more = MORE_KINDS.get(kind)
+    return more(scene, rng) if more else ask(scene, kind, rng)
+
+
+def questions_about(scene: Scene, kinds: Sequence[str], turns: int) -> tuple[Question, ...]:
+    """Different questions, at most `turns`; the same ones for the same scene."""
+    rng = np.random.default_rng([scene.seed, 3])
+    odds = np.array([ODDS[kind] for kind in kinds], float)
+    tried = rng.choice(kinds, TRIES * turns, p=odds / odds.sum())
+    questions = (question_of(scene, str(kind), rng) for kind in tried)
+    return tuple(islice(dict.fromkeys(filter(None, questions)), turns))
+
+
+def examples(seeds: range, count: int, kinds: Sequence[str], turns: int) -> Iterator[Example]:
+    """The first `count` scenes that answer a question of these kinds. Raises UserError."""
+    written = 0
+    for seed in seeds:
+        if written == count:
+            return
+        scene = compose(seed)
+        if questions := questions_about(scene, kinds, turns):
+            written += 1
+            picture = io.BytesIO()
+            scene.image().save(picture, "PNG")
+            yield Example(seed, picture.getvalue(), questions)
+    if written < count:
+        raise UserError(f"there are only {written} such scenes, not {count}")
+
+
+def write_minimind(drawn: Iterator[Example], folder: Path, split: str) -> None:
+    """FOLDER/split.parquet, as minimind-v's `sft_i2t.parquet`."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+    except ImportError:
+        raise missing_package("pyarrow", "writing parquet") from None
+    schema = pyarrow.schema(
+        [("conversations", pyarrow.string()), ("image_bytes", pyarrow.binary())]
+    )
+    with ParquetWriter(folder / f"{split}.parquet", schema) as writer:
+        while group := list(islice(drawn, 1000)):
+            turns = [e.turns(("role", "content"), ("user", "assistant")) for e in group]
+            columns = [[json.dumps(t) for t in turns], [e.picture for e in group]]
+            writer.write_table(pyarrow.table(columns, schema=schema))
+
+
+def write_llava(drawn: Iterator[Example], folder: Path, split: str) -> None:
+    """FOLDER/split.json, as LLaVA's `llava_v1_5_mix665k.json`, and pictures."""
+    with (folder / f"{split}.json").open("w", encoding="utf-8") as file:
+        file.write("[")
+        for n, example in enumerate(drawn):
+            turns = example.turns(("from", "value"), ("human", "gpt"))
+            record = {
+                "id": f"{example.seed}", "image": save(example, folder), "conversations": turns,
+            }  # fmt: skip
+            file.write(",\n" * bool(n) + json.dumps(record))
+        file.write("]\n")
+
+
+def write_jsonl(drawn: Iterator[Example], folder: Path, split: str) -> None:
+    """FOLDER/split.jsonl and pictures; a single question stands as the evaluation reads it."""
+    with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
+        for example in drawn:
+            record: dict[str, Any] = {"image": save(example, folder)}
+            if len(example.questions) == 1:
+                (question,) = example.questions
+                record |= {"question": question.text, "answer": question.answer}
+                record |= {"kind": question.kind}
+            else:
+                turns = example.turns(("role", "content"), ("user", "assistant"))
+                record["conversations"] = turns
+            file.write(json.dumps(record) + "\n")
+
+
+def save(example: Example, folder: Path) -> str:
+    """Write the picture; its name from FOLDER on."""
+    name = f"images/{example.seed}.png"
+    (folder / "images").mkdir(exist_ok=True)
+    (folder / name).write_bytes(example.picture)
+    return name
+
+
+WRITERS = {"minimind": write_minimind, "llava": write_llava, "jsonl": write_jsonl}
+
+
+def write(args: argparse.Namespace) -> dict[str, Any]:
+    """The files, whole or none; what they hold. Raises UserError where they cannot be written."""
+    half = len(TRAIN_SEEDS) // 2
+    figures: dict[str, Any] = {"format": args.format, "folder": str(args.out)}
+    with atomic_path(args.out, folder=True) as folder:
+        for split, seeds, count in (
+            ("train", TRAIN_SEEDS[args.first : half], args.examples),
+            ("valid", VALID_SEEDS, args.valid),
+        ):
+            if count:
+                kinds: Counter[str] = Counter()
+                drawn = examples(seeds, count, args.kinds, args.turns)
+                shown = tqdm(drawn, total=count, desc=split, unit="scene", leave=False)
+                parts = separated(shown) if args.separate else iter(shown)
+                WRITERS[args.format](counted(parts, kinds), folder, split)
+                figures[split] = {"scenes": count, "questions": dict(sorted(kinds.items()))}
+    return figures
+
+
+def separated(drawn: Iterable[Example]) -> Iterator[Example]:
+    """An example for each question."""
+    for example in drawn:
+        yield from (replace(example, questions=(question,)) for question in example.questions)
+
+
+def counted(drawn: Iterable[Example], kinds: Counter[str]) -> Iterator[Example]:
+    """The examples, while their questions are counted by kind."""
+    for example in drawn:
+        kinds.update(question.kind for question in example.questions)
+        yield example
+
+
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser("benchmarks.scenes_data", description=(__doc__ or "").split("\n\n")[1])
+    add = parser.add_argument
+    add("--format", choices=WRITERS, default="minimind", help="what to write (minimind)")
+    add("--out", type=Path, default=Path("scenes-data"), metavar="DIR",
+        help="a folder that does not exist yet (scenes-data)")  # fmt: skip
+    add("--examples", type=positive, default=1000, metavar="N", help="scenes to train on (1000)")
+    add("--valid", type=natural, default=100, metavar="N", help="held-out scenes (100)")
+    add("--turns", type=positive, default=8, metavar="N", help="most questions about a scene (8)")
+    add(
+        "--kinds", nargs="+", choices=ODDS, default=[*KINDS, "content"], metavar="KIND",
+        help=f"of {', '.join(ODDS)} (all but the last)",
+    )  # fmt: skip
+    add("--separate", action="store_true",
+        help="an example for each question, in place of turns")  # fmt: skip
+    add("--first", type=natural, default=0, metavar="N", help="number of the first scene (0)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; a UserError ends in one sentence and exit code 2."""
+    parser = build_parser()
+    with in_one_sentence(parser):
+        print(json.dumps(write(parser.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    main()

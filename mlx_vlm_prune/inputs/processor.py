@@ -1,0 +1,57 @@
+"""What turns a prompt and images into what a model reads; of either framework."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.config import CLIPConfig, SiglipConfig, VLMConfig
+from ..checkpoints.errors import UserError
+from ..checkpoints.families import is_llava
+from ..checkpoints.llava.original import pads_to_square
+from ..checkpoints.processor import PREPROCESSOR_CONFIG
+from .image import Preprocessor, siglip_preprocessor
+from .prompt import VICUNA, Tokenizer
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What turns a prompt and images into ids and pixels."""
+
+    tokenizer: Tokenizer
+    image: Preprocessor
+    image_token: str
+    name: str  # of the checkpoint, as the user gave it
+    folder: Path | None = None  # where it lies; None where adapters changed the model
+
+    @property
+    def is_scenes(self) -> bool:
+        """Is this the built-in model, which knows drawn scenes only?"""
+        return self.name == "scenes"
+
+
+def read_processor(checkpoint: Checkpoint, config: VLMConfig, name: str, folder: Path) -> Processor:
+    """The processor of a checkpoint that was read from `folder`. Raises UserError."""
+    image = _preprocessor(checkpoint.preprocessor_folder, config.vision)
+    if is_llava(checkpoint.config) and pads_to_square(checkpoint.config.get("published")):
+        image = replace(image, pad=True)
+    tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
+    if is_llava(checkpoint.config) and tokenizer.chat_template is None:
+        tokenizer.chat_template = VICUNA
+    return Processor(tokenizer, image, config.image_token, name, folder)
+
+
+def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
+    """The one in the folder, or the tower's usual; it must make the pictures the tower reads."""
+    side = vision.image_size
+    usual = Preprocessor(size=side, crop=(side, side))
+    if isinstance(vision, SiglipConfig):
+        usual = siglip_preprocessor(side)
+    if folder is None:
+        return usual
+    image = Preprocessor.from_folder(folder, usual)
+    if (image.crop or image.size) != (side, side):
+        raise UserError(
+            f"{folder / PREPROCESSOR_CONFIG} makes pictures of {image.crop or image.size}"
+            f" pixels, but the tower reads {side} x {side}"
+        )
+    return image

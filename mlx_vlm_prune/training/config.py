@@ -1,0 +1,216 @@
+"""What a training run is told: the keys of its YAML file, which flags override.
+
+Keys are mlx-lm's where mlx-lm has them. Each stage has defaults of its own.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ..checkpoints.command_line import either, suggestion
+from ..checkpoints.errors import UserError, missing_package
+
+STAGES = ("pretrain", "sft", "lora", "dora", "pruner", "twig")
+OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
+REPORTERS = ("wandb", "swanlab")
+FREEZABLE = ("tower", "projector", "language", "pruner")
+# EfficientVLM's first stage; the others are the usual rates of their kind.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "pretrain": {"epochs": 4, "learning_rate": 4e-4, "batch_size": 16},
+    "sft": {"epochs": 4, "learning_rate": 1e-5, "batch_size": 4},
+    "lora": {"learning_rate": 1e-4},
+    "dora": {"learning_rate": 1e-4},
+    "pruner": {"learning_rate": 1e-3, "batch_size": 16},
+    "twig": {"epochs": 1, "learning_rate": 1e-4},
+}
+
+KINDS = {
+    bool: "true or false", dict: "keys and values", float: "a number", int: "a whole number",
+    str: "a text", tuple: "a list of texts",
+}  # fmt: skip
+LEAST = {
+    "batch_size": 1, "grad_accumulation_steps": 1, "max_seq_length": 1, "steps_per_report": 1,
+    "steps_per_eval": 1, "save_every": 1, "twig_layer": 1, "twig_layers": 1, "iters": 1,
+    "keep_tokens": 1, "num_layers": -1, "noise": 0, "language_layers": 1, "val_batches": -1,
+    "seed": 0, "grad_clip": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The settings of a run.
+
+    `freeze` names parts that stay as they are although the stage would train them, `unfreeze` parts
+    that learn although it would not. `epochs` counts passes over the data where `iters` is None.
+    `adapter_path` is where adapters, and `output` where every other stage's model and the
+    checkpoints of the run go. Adam and AdamW correct their first
+    means, as published and as PyTorch does; `optimizer_config: {bias_correction: false}` leaves
+    that out, which is MLX's and mlx-lm's default.
+    """
+
+    stage: str
+    data: str
+    model: str | None = None
+    tower: str | None = None  # of a `model` that is a language model's weights alone
+    tokenizer: str | None = None  # of these
+    dtype: str = "auto"
+    # What learns
+    freeze: tuple[str, ...] = ()
+    unfreeze: tuple[str, ...] = ()
+    language_layers: int | None = None  # only so many of the last learn
+    pruner: str = "none"
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    noise: float = 1.0  # of a learned pruner's scores at first
+    num_layers: int = 16
+    lora_parameters: dict[str, Any] = field(
+        default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0}
+    )
+    twig_layer: int = 2
+    twig_layers: int = 3
+    # Data
+    format: str = "auto"
+    image_folder: str | None = None
+    chat_template_config: dict[str, Any] = field(default_factory=dict)
+    max_seq_length: int = 2048
+    skip_bad: bool = False
+    # Steps
+    iters: int | None = None
+    epochs: float | None = None
+    batch_size: int = 4
+    grad_accumulation_steps: int = 1
+    grad_checkpoint: bool = False
+    grad_clip: float = 1.0
+    optimizer: str = "adamw"
+    optimizer_config: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 1e-4
+    lr_schedule: dict[str, Any] | None = None
+    seed: int = 0
+    # Reports and checkpoints
+    steps_per_report: int = 10
+    steps_per_eval: int = 200
+    val_batches: int = 25
+    save_every: int = 100
+    output: str = "trained"
+    adapter_path: str = "adapters"
+    resume: bool = False
+    report_to: str | None = None
+    project_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value that no run can have."""
+        for name, allowed in (("stage", STAGES), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {either(allowed)}")
+        for name, values, choices in (
+            ("freeze", self.freeze, FREEZABLE),
+            ("unfreeze", self.unfreeze, FREEZABLE),
+            ("report_to", (self.report_to or "").replace(",", " ").split(), REPORTERS),
+        ):
+            for value in values:
+                if value not in choices:
+                    raise UserError(f"{name} names {value!r}; it may name {either(choices)}")
+        for name, least in LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise UserError(f"{name} is {value}; it must be at least {least}")
+        for name in ("learning_rate", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UserError(f"{name} is {value}; it must be above 0")
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        """Raise UserError for keys that exclude each other, or that the stage lacks."""
+        if self.iters is not None and self.epochs is not None:
+            raise UserError("give iters or epochs, not both")
+        if self.keep_ratio is not None and self.keep_tokens is not None:
+            raise UserError("give keep_ratio or keep_tokens, not both")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise UserError(f"keep_ratio is {self.keep_ratio}; it must be above 0 and at most 1")
+        for name, stages in (
+            ("unfreeze", ("twig",)),  # adapters say themselves what may learn beside them
+            ("language_layers", ("lora", "dora", "twig")),
+        ):
+            if getattr(self, name) and self.stage in stages:
+                raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
+        if self.tokenizer and not self.tower:
+            raise UserError("tokenizer goes with tower: it is that of a language model alone")
+        if self.stage == "pruner" and self.pruner == "none":
+            raise UserError("stage pruner needs pruner, the learned method that it trains")
+        if self.pruner == "none" and (self.keep_ratio or self.keep_tokens):
+            name = "keep_ratio" if self.keep_ratio else "keep_tokens"
+            raise UserError(f"{name} needs pruner, the method that keeps so many visual tokens")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.adapter_path if self.stage in ("lora", "dora") else self.output)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str) -> "TrainConfig":
+        """From keys and values, with the stage's defaults for the rest.
+
+        Raises UserError for an unknown key, a missing one or a value of the wrong kind.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                near = suggestion(str(name), known)
+                raise UserError(f"{where}: there is no key {name!r}; {near}")
+        values = {name: value for name, value in values.items() if value is not None}
+        for name in ("stage", "data"):
+            if name not in values:
+                raise UserError(f"{where}: {name} is missing")
+        values = {name: _typed(where, name, value) for name, value in values.items()}
+        if values["stage"] not in STAGES:
+            raise UserError(f"{where}: stage is {values['stage']!r}; it must be {either(STAGES)}")
+        defaults = dict(DEFAULTS[values["stage"]])
+        if "iters" in values:
+            defaults.pop("epochs", None)
+        return cls(**{**defaults, **values})
+
+
+def kind_of(name: str) -> type:
+    """What a key holds: bool, int, float, str, tuple or dict."""
+    kind = get_type_hints(TrainConfig)[name]
+    if NoneType in get_args(kind):
+        kind = next(k for k in get_args(kind) if k is not NoneType)
+    return get_origin(kind) or kind
+
+
+def _typed(where: str, name: str, value: Any) -> Any:
+    """A value as the field takes it; YAML reads 1e-5 as a text. Raises UserError."""
+    target = kind_of(name)
+    if target is tuple:
+        parts = value.split(",") if isinstance(value, str) else value
+        if isinstance(parts, list | tuple) and all(isinstance(part, str) for part in parts):
+            return tuple(part.strip() for part in parts)
+    elif target in (int, float):
+        if not isinstance(value, bool) and isinstance(value, int | float | str):
+            with suppress(ValueError, OverflowError):
+                if float(value) == target(float(value)):
+                    return target(float(value))
+    elif isinstance(value, target):
+        return value
+    raise UserError(f"{where}: {name} is {value!r}; it must be {KINDS[target]}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys of a YAML file. Raises UserError where it cannot be read or holds something else."""
+    try:
+        import yaml
+    except ImportError:
+        raise missing_package("yaml", "a config file") from None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise UserError(f"{path} is not valid YAML ({' '.join(str(e).split())})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold keys and values")
+    return content

@@ -1,0 +1,82 @@
+"""The folder of a run: whose it is, and that one process at a time writes to it."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from ..checkpoints.errors import UserError
+from ..checkpoints.reading.files import atomic_path, write_json
+from .config import TrainConfig
+from .run_state import FOLDER, checkpoint_folders
+
+RUN, LOCK = "run.json", "run.lock"
+
+
+@contextmanager
+def claimed(config: TrainConfig) -> Iterator[Path]:
+    """The folder, made if need be, for this process alone.
+
+    Raises UserError where another process writes to it, where it holds a run and `resume` is not
+    set, or other files. A killed process leaves nothing in force: its lock ends with it.
+    """
+    folder = config.folder
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make the folder {folder}: {e.strerror or e}") from None
+    with _locked(folder):
+        try:
+            _check(folder, config)
+            if not (folder / RUN).exists():
+                with atomic_path(folder / RUN, replace=True) as path:
+                    write_json(path, asdict(config))
+            _sweep(folder / FOLDER)
+            yield folder
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _check(folder: Path, config: TrainConfig) -> None:
+    """Raise UserError where the folder is not this run's."""
+    names = {path.name for path in folder.iterdir()} - {LOCK}
+    if names and RUN not in names:
+        raise UserError(f"{folder} holds files of something else; give another place")
+    if checkpoint_folders(folder) and not config.resume:
+        raise UserError(f"{folder} holds another run; resume it, or give another place")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Raises UserError where another process holds the lock."""
+    path = folder / LOCK
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e:
+            raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise UserError(f"another process is training in {folder}; wait for it") from None
+        # One that has just ended may have removed the file that was opened here.
+        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
+            break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove halves of checkpoints that a killed process left; no other one writes here."""
+    for stray in folder.glob(".*.part-*"):
+        shutil.rmtree(stray, ignore_errors=True)

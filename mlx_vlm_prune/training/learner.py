@@ -1,0 +1,218 @@
+"""What learns in a stage: which parameters move, and the loss that moves them.
+
+A stage is a `Learner`. Its trainable parameters are what the optimizer changes, and what a
+checkpoint holds.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from ..checkpoints.command_line import either
+from ..checkpoints.config import SiglipConfig
+from ..checkpoints.errors import UserError
+from ..models.language.mlx_lm import MlxLm
+from ..models.vlm import VLM
+from ..pruners import Pipeline, Stage, plan
+from ..pruners.budget import budget
+from .batches import Batch
+from .config import TrainConfig
+from .loss import OthersBias, answer_loss, factor_loss
+from .pruner_weights import add_untrained, learned_names, trainable_names, trained_inside
+from .saving import save_model
+
+logger = logging.getLogger("mlx_vlm_prune")
+
+
+class Learner(nn.Module):
+    """A model, of which some parts learn to answer behind a pruner.
+
+    The weights of a learned pruner are in `pruners`, by name, or in the model itself where its
+    checkpoint has them inside.
+    """
+
+    parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
+
+    def __init__(self, model: VLM, config: TrainConfig):
+        super().__init__()
+        self.settings = config
+        self.model = model
+        self.iteration, self.iters = 0, 1
+        if self.trains("pruner"):
+            add_untrained(model, config)
+        self.pipeline: Pipeline = plan(config.pruner, model.learned)
+        self.K = budget(model.N, config.keep_ratio, config.keep_tokens, self.pipeline)
+        self.pruners: dict[str, nn.Module] = {
+            name: model.learned[name]
+            for name in learned_names(config.pruner)
+            if not trained_inside(model, name)
+        }
+        self._prepare_soft_choice()
+        self.freeze()
+        self.unfreeze_parts()
+        if config.dtype == "auto":
+            _to_float32(self)
+        if not tree_flatten(self.trainable_parameters()):
+            raise UserError(f"nothing is left to learn in stage {config.stage}")
+
+    def _prepare_soft_choice(self) -> None:
+        """For a learned method that chooses tokens. Raises UserError where it cannot be trained."""
+        step = self.pipeline.steps[-1]
+        factors = [s.name for s in self.pipeline.steps if s.method.training_factor]
+        if not (factors and self.trains("pruner")):
+            return
+        if len(self.pipeline.steps) > 1 or self.pipeline.enhancer or step.stage != Stage.FEATURES:
+            raise UserError(
+                f"{factors[0]} learns alone, not in the chain {self.pipeline.spec}; train it first,"
+                " or let it be by freeze: pruner"
+            )
+        if self.model.dtype == mx.float16:
+            raise UserError(
+                f"{step.name} learns by the attention that dropped tokens would get, which float16"
+                " cannot hold; train in dtype bfloat16 or float32"
+            )
+        if step.method.training_loss and mx.distributed.init().size() > 1:
+            raise UserError(f"{step.name} learns in one process")
+        self.model.language.forward_pass = OthersBias
+
+    def trains(self, part: str) -> bool:
+        """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
+        c = self.settings
+        return part in (*self.parts, *c.unfreeze) and part not in c.freeze
+
+    def unfreeze_parts(self) -> None:
+        """Make trainable what the stage trains."""
+        model, c = self.model, self.settings
+        if self.trains("projector"):
+            model.projector.unfreeze()
+        if self.trains("tower"):
+            _unfreeze_tower(model)
+        if self.trains("language") or (c.language_layers and "language" not in c.freeze):
+            _unfreeze_language(model, c.language_layers)
+        if self.trains("pruner"):
+            for weights in self.pruners.values():
+                weights.unfreeze()
+            if any(trained_inside(model, name) for name in learned_names(c.pruner)):
+                model.pruner.unfreeze()
+
+    def begin_step(self, iteration: int, iters: int) -> None:
+        """Step `iteration` of `iters`, counted from 0, comes next: what changes from step to step
+        follows from these two."""
+        self.iteration, self.iters = iteration, iters
+
+    def saved_parameters(self) -> dict[str, mx.array]:
+        """What a checkpoint holds: what the optimizer moves, and what the loss itself moves."""
+        trainable: Any = tree_flatten(self.trainable_parameters())
+        saved = dict(trainable)
+        if self.trains("pruner"):
+            every: Any = tree_flatten(self.parameters())
+            saved |= {name: array for name, array in every if name.startswith("pruners.")}
+        return saved
+
+    def write(self, folder: Path, iteration: int) -> None:
+        """What a user loads afterwards, ahead of the checkpoint of this step."""
+
+    def finish(self, folder: Path) -> None:
+        """Write the model that the last step leaves, for a user to load."""
+        learned = {name: dict(_flat(weights)) for name, weights in self.pruners.items()}
+        others = self.model.learned.keys() - learned_names(self.settings.pruner)
+        if others and tree_flatten(self.model.trainable_parameters()):
+            logger.warning(
+                "%s: trained for what the model was before; train them again",
+                ", ".join(sorted(others)),
+            )
+        save_model(self.model, learned if self.trains("pruner") else {}, self.settings, folder)
+
+    def loss(self, batch: Batch) -> mx.array:
+        """Summed over the answers' tokens; in evaluation, behind the pruner as it is used."""
+        step = self.pipeline.steps[-1]
+        is_soft = self.training and step.method.training_factor and self.trains("pruner")
+        if is_soft and batch.pixels_IHW3 is not None:
+            return factor_loss(self.model, batch, step, self._budget(), self._noise())
+        return answer_loss(self.model, batch, self.pipeline, self.K)
+
+    def _budget(self) -> int:
+        """Of this step."""
+        budget_of = self.pipeline.steps[-1].method.training_budget
+        return min(self.model.N, budget_of(self.K, self.iteration))
+
+    def _noise(self) -> float:
+        """Of the scores in this step: it falls to zero."""
+        return self.settings.noise * falling(self.iteration, self.iters)
+
+
+def _to_float32(learner: Learner) -> None:
+    """What learns: in half precision small steps would be rounded away."""
+    trainable: Any = tree_flatten(learner.trainable_parameters())
+    learner.load_weights([(k, x.astype(mx.float32)) for k, x in trainable], strict=False)
+
+
+def falling(iteration: int, iters: int) -> float:
+    """From 1 in the first step to 0 after the last, by a half wave of the cosine."""
+    return float(0.5 + 0.5 * np.cos(np.pi * iteration / iters))
+
+
+def _flat(module: nn.Module) -> Any:
+    return tree_flatten(module.parameters())
+
+
+def _unfreeze_tower(model: VLM) -> None:
+    """What visual tokens are made of: a CLIP's last norm and later layers are held and not used."""
+    model.tower.unfreeze()
+    for layer in model.tower.encoder.layers[model.config.vision.depth :]:
+        layer.freeze()
+    if not isinstance(model.config.vision, SiglipConfig):
+        model.tower.post_layernorm.freeze()
+
+
+def _unfreeze_language(model: VLM, layers: int | None) -> None:
+    """The last `layers`, or all of the language model. Raises UserError where it is quantized."""
+    language = model.language
+    if model.config.quantization:
+        raise UserError(
+            "the language model is quantized, so it cannot learn; train adapters (stage lora), or"
+            " undo -q by python -m convert to-mlx --dequantize"
+        )
+    if layers is None:
+        language.unfreeze()
+        return
+    if not 1 <= layers <= language.depth:
+        raise UserError(f"language_layers is {layers}; the model has {language.depth}")
+    last: Any = language.layers[-layers:]
+    for layer in last:
+        (layer.wrapped if isinstance(language, MlxLm) else layer).unfreeze()
+
+
+class Pretrain(Learner):
+    """The projector learns what a language model reads (EfficientVLM's and LLaVA's first stage).
+
+    With `language_layers: 1` the last layer of the language model learns along, as in EfficientVLM.
+    """
+
+    parts = ("projector", "pruner")
+
+
+class FineTune(Learner):
+    """Projector, pruner and language model learn (EfficientVLM's second stage)."""
+
+    parts = ("projector", "pruner", "language")
+
+
+class PrunerStage(Learner):
+    """A learned pruner alone; what `unfreeze` names learns along."""
+
+    parts = ("pruner",)
+
+    def __init__(self, model: VLM, config: TrainConfig):
+        if not learned_names(config.pruner):
+            raise UserError(
+                f"pruner {config.pruner} has nothing to learn; stage pruner trains"
+                f" {either(trainable_names())}"
+            )
+        super().__init__(model, config)

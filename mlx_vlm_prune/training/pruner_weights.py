@@ -1,0 +1,55 @@
+"""Weights of the learned pruners in a chain: which there are, and untrained ones to begin with."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoints.config import ATTENTION_POOL
+from ..checkpoints.errors import UserError
+from ..models.vlm import VLM
+from ..pruners import METHODS, PRESETS, plan
+from ..pruners.budget import budget
+from .config import TrainConfig
+from .trained_folder import TWIG
+
+
+def trainable_names() -> list[str]:
+    """Methods with weights that a loss behind the pruner trains."""
+    return [name for name, method in METHODS.items() if method.learned and name != TWIG]
+
+
+def learned_names(spec: str) -> list[str]:
+    """Those of a chain."""
+    names = [part.partition(":")[0] for part in PRESETS.get(spec, spec).split("+")]
+    return [name for name in names if name in trainable_names()]
+
+
+def trained_inside(model: VLM, name: str) -> bool:
+    """Are a method's weights a part of the model?"""
+    return "pruner" in model and model.learned.get(name) is model.pruner
+
+
+def add_untrained(model: VLM, config: TrainConfig) -> None:
+    """Give the model weights, from the seed, of the chain's learned methods that it has none of.
+
+    Raises UserError for a budget that no image has.
+    """
+    missing = [name for name in learned_names(config.pruner) if name not in model.learned]
+    if not missing:
+        return
+    mx.random.seed(config.seed)
+    K = budget(model.N, config.keep_ratio, config.keep_tokens, plan("random"))
+    if ATTENTION_POOL in missing and K == model.N:
+        raise UserError(f"{ATTENTION_POOL} of all {K} visual tokens is never used; keep fewer")
+    learned: Mapping[str, Any] = {
+        name: METHODS[name].make_weights(model.feature_dims, K) for name in missing
+    }
+    pool = learned.get(ATTENTION_POOL)
+    if pool is not None and model.merge == (1, 1):  # its place is in the model
+        pool.set_dtype(model.dtype)
+        model.pruner = pool
+        model.config = replace(model.config, pruner=(ATTENTION_POOL, K))
+    model.learned = MappingProxyType({**model.learned, **learned})

@@ -1,0 +1,158 @@
+"""Promises of `lora` and `dora` in mlx-vlm's models: a pruner in the loop, and files that load."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+
+from mlx_vlm.utils import load as mlx_vlm_load
+
+from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.fuse import main as fuse
+from mlx_vlm_prune.hosts.prefill import HostPrefill
+from mlx_vlm_prune.hosts.prompt import (
+    budgets_by_view,
+    encode_images_and_text,
+    prepare_prompt,
+    prune_prompt,
+)
+from mlx_vlm_prune.inputs.image import open_image
+from mlx_vlm_prune.training.run import make_trainer, train
+
+from .host_folders import desk
+from .training_data import bits, config
+
+KINDS = ["qwen2_5_vl", "smolvlm"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny checkpoint of each kind, and four questions about two pictures."""
+    folder = desk(tmp_path_factory.mktemp("hosts"), KINDS)
+    lines = [
+        {"image": f"{'ab'[i % 2]}.png", "question": "w7 w9", "answer": f"w{20 + i % 2}"}
+        for i in range(4)
+    ]
+    for split in ("train", "valid"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def run(place, kind, out, **keys):
+    """A config for a run of a few steps."""
+    values = {"model": str(place / kind), "dtype": "float32", "num_layers": 2, **keys}
+    return config("lora", values.pop("data", place / "train.jsonl"), out, **values)
+
+
+@pytest.mark.parametrize("pruner", ["none", "divprune"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_host_learns_behind_a_pruner_and_only_adapters_move(place, tmp_path, kind, pruner):
+    budget = {"keep_ratio": 0.5} if pruner != "none" else {}
+    c = run(place, kind, tmp_path / "a", iters=6, pruner=pruner, **budget)
+    before = bits(load(place / kind, dtype="float32")[0])
+    trainer = make_trainer(c, _processes())
+    batch = trainer.data.batch(np.arange(2))
+    first = float(trainer.learner.loss(batch))
+    trainer.run()
+    trainer.learner.eval()
+    assert float(trainer.learner.loss(batch)) < first
+    after = {n.replace(".linear.", "."): x for n, x in bits(trainer.learner.model).items()}
+    assert all(after[name] == before[name] for name in before)
+    learned = after.keys() - before.keys()
+    assert learned and not any(".layers.0." in name for name in learned)
+
+
+@pytest.mark.parametrize("pruner", ["none", "divprune"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_that_of_the_answer_in_generation(place, tmp_path, kind, pruner):
+    budget = {"keep_ratio": 0.5} if pruner != "none" else {}
+    c = run(place, kind, tmp_path / "a", pruner=pruner, **budget)
+    trainer = make_trainer(c, _processes())
+    trainer.learner.eval()
+    host, pipeline = trainer.learner.host, trainer.learner.pipeline
+    batch = trainer.data.batch(np.arange(1))
+    inputs = prepare_prompt(host, "w7 w9", [open_image(place / "a.png")])
+    assert batch.examples[0].inputs.ids == [*inputs.ids, *batch.examples[0].answer]
+    views = encode_images_and_text(host, inputs, pipeline)
+    budgets = budgets_by_view(views, budget.get("keep_ratio"), None, pipeline)
+    policy = trainer.learner.policy
+    prefill = HostPrefill(host, prune_prompt(host, inputs, views, pipeline, budgets, policy))
+    answer = batch.examples[0].answer
+    logits_LV = [prefill.logits_BV, *prefill.step(mx.array([answer[:-1]]))[0][:, None]]
+    expected = sum(
+        -nn.log_softmax(x.reshape(-1))[token].item()
+        for x, token in zip(logits_LV, answer, strict=True)
+    )
+    assert trainer.learner.loss(batch).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_held_out_examples_have_a_loss(place, tmp_path):
+    train(run(place, "smolvlm", tmp_path / "a", data=str(place)))
+    lines = (tmp_path / "a/metrics.jsonl").read_text().splitlines()
+    assert any("val_loss" in line for line in lines)
+
+
+def _processes():
+    from mlx_vlm_prune.training.processes import Processes
+
+    return Processes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mlx_vlm_and_we_load_what_was_trained(place, tmp_path, kind):
+    train(run(place, kind, tmp_path / "a"))
+    ours, processor = load(place / kind, adapter_path=tmp_path / "a", dtype="float32")
+    theirs, _ = mlx_vlm_load(str(place / kind), adapter_path=str(tmp_path / "a"))
+    for (name, one), (_, two) in zip(
+        tree_flatten(ours.parameters()), tree_flatten(theirs.parameters()), strict=True
+    ):
+        assert mx.array_equal(one, two.astype(one.dtype)), name
+    keys = {"image": place / "a.png", "max_tokens": 3, "pruner": "divprune", "keep_ratio": 0.5}
+    assert generate(ours, processor, "w7 w9", **keys).generation_tokens >= 1
+
+
+def test_a_run_in_a_host_goes_on_bit_for_bit(place, tmp_path):
+    keys = {"lora_parameters": {"dropout": 0.3, "keys": ["self_attn.q_proj", "mlp.up_proj"]}}
+    train(run(place, "qwen2_5_vl", tmp_path / "whole", iters=4, **keys))
+    train(run(place, "qwen2_5_vl", tmp_path / "parts", iters=2, **keys))
+    train(run(place, "qwen2_5_vl", tmp_path / "parts", iters=4, resume=True, **keys))
+    whole, parts = (
+        (tmp_path / name / "adapters.safetensors").read_bytes() for name in ("whole", "parts")
+    )
+    assert whole == parts
+
+
+def test_what_a_host_cannot_do_is_refused_in_one_sentence(place, tmp_path, capsys):
+    faults = {
+        "in which the stages lora and dora learn": {"stage": "sft"},
+        "fastv drops tokens inside the language model": {"pruner": "fastv", "keep_ratio": 0.8},
+        "names 'attn.qkv'": {"lora_parameters": {"keys": ["attn.qkv"]}},
+        "freeze and unfreeze are for models of ours": {"unfreeze": ["projector"]},
+    }
+    for fault, keys in faults.items():
+        stage = keys.pop("stage", "lora")
+        values = {"model": str(place / "qwen2_5_vl"), "dtype": "float32", **keys}
+        with pytest.raises(UserError, match=fault):
+            make_trainer(
+                config(stage, place / "train.jsonl", tmp_path / "x", **values), _processes()
+            )
+    with pytest.raises(SystemExit):
+        fuse(["--model", str(place / "smolvlm"), "--save-path", str(tmp_path / "f")])
+    assert "into which nothing is fused here" in capsys.readouterr().err
+
+
+def test_adapters_that_mlx_vlm_would_leave_out_are_refused(place, tmp_path):
+    train(run(place, "smolvlm", tmp_path / "a", iters=1))
+    with pytest.raises(UserError, match="do not fit this model"):
+        load(place / "qwen2_5_vl", adapter_path=tmp_path / "a")
+    weights = mx.load(str(tmp_path / "a/adapters.safetensors"))
+    weights.pop(sorted(weights)[0])
+    mx.save_safetensors(str(tmp_path / "a/adapters.safetensors"), weights)
+    with pytest.raises(UserError, match="is None there"):
+        load(place / "smolvlm", adapter_path=tmp_path / "a")

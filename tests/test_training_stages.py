@@ -1,0 +1,337 @@
+"""Promises of the stages: each moves what it names and nothing else, and loses nothing it learned.
+
+The losses of learned pruners and of the twig are the reference's.
+"""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from convert.__main__ import main as convert
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
+from mlx_vlm_prune.models.loading import load_folder
+from mlx_vlm_prune.pruners.scorer import straight_through
+from mlx_vlm_prune.training.batches import Batch
+from mlx_vlm_prune.training.config import TrainConfig
+from mlx_vlm_prune.training.learner import Learner
+from mlx_vlm_prune.training.recompute import recompute_layers
+from mlx_vlm_prune.training.run import train
+from mlx_vlm_prune.training.stages import LEARNERS
+from mlx_vlm_prune.training.start import load_start
+from tests import stage_runs, tiny
+from torch_ref.pruners.numerics import straight_through as reference_factor
+from torch_ref.training import pruners as reference
+from torch_ref.training.scenes_data import Batch as TorchBatch
+
+PROMPTS = ("how many # red circle one two", "which shape # blue square two one")  # answers end them
+ANSWER = 2  # ids of it
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The reference's model with random weights of learned methods, and a folder of the same."""
+    model = tiny.taught(tiny.reference())
+    return model, tiny.checkpoint(model, tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A folder without learned methods."""
+    return tiny.checkpoint(tiny.reference(), tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return stage_runs.write(tmp_path_factory.mktemp("data"), 4)
+
+
+def settings(stage: str, **keys) -> TrainConfig:
+    return TrainConfig.of({"stage": stage, "data": "none", **keys}, "the test")
+
+
+def batches() -> tuple[Batch, TorchBatch]:
+    """Two prompts of one length, the same for both frameworks."""
+    prompts = [tiny.row(text) for text in PROMPTS]
+    (first, _), L = prompts[0].runs[0], len(prompts[0].ids)
+    assert all(len(p.ids) == L and p.runs == prompts[0].runs for p in prompts)
+    flags = [np.arange(L) >= L - ANSWER] * 2
+    pixels = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    ids = torch.tensor([p.ids for p in prompts])
+    at = torch.tensor([b * L + i - 1 for b in range(2) for i in range(L - ANSWER, L)])
+    theirs = TorchBatch(
+        torch.tensor(pixels).permute(0, 3, 1, 2), None, None, ids, torch.arange(L).repeat(2, 1),
+        torch.full((2, L), -1), at, ids[:, L - ANSWER :].flatten(), None, [], first,
+    )  # fmt: skip
+    return Batch(prompts, flags, pixels), theirs
+
+
+def slopes(learner: Learner, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """The mean loss and its slopes."""
+    learner.train()
+    loss, tree = nn.value_and_grad(learner, learner.loss)(batch)
+    n = batch.answer_tokens
+    return loss.item() / n, {name: np.array(x) / n for name, x in tree_flatten(tree)}
+
+
+def close(ours: np.ndarray, theirs: torch.Tensor) -> bool:
+    theirs = theirs.numpy()
+    return np.abs(ours - theirs).max() <= 1e-4 * max(1e-6, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("score_prune", {}), ("score_prune", {"unfreeze": ["language"]}), ("mlp", {}),
+        ("mlp", {"unfreeze": ["language", "projector"]}), ("twig", {"twig_layer": 1}),
+    ],
+)  # fmt: skip
+def test_recomputed_layers_change_no_slope(pair, name, keys):
+    """With grad_checkpoint."""
+    stage = "twig" if name == "twig" else "pruner"
+    more = {} if stage == "twig" else {"pruner": name, "keep_tokens": 5, "noise": 0}
+    results = []
+    for recompute in (False, True):
+        model = load_folder(pair[1], "x", "float32")[0]
+        learner = LEARNERS[stage](model, settings(stage, twig_layers=1, **keys, **more))
+        if recompute:
+            recompute_layers(learner)
+        results.append(slopes(learner, batches()[0]))
+    (loss, plain), (again, recomputed) = results
+    assert loss == pytest.approx(again, rel=1e-6) and plain.keys() == recomputed.keys()
+    assert all(np.allclose(recomputed[n], plain[n], rtol=1e-4, atol=1e-6) for n in plain)
+
+
+@pytest.mark.parametrize("unfreeze", [False, True])
+@pytest.mark.parametrize("name", ["score_prune", "mlp"])
+def test_a_scorers_loss_and_slopes_are_the_references(pair, name, unfreeze):
+    model, folder = pair
+    ours, theirs = batches()
+    parts = ["language", "projector", "tower"] if unfreeze else []
+    keys = {"pruner": name, "keep_tokens": 5, "noise": 0, "unfreeze": parts}
+    learner = LEARNERS["pruner"](load_folder(folder, "x", "float32")[0], settings("pruner", **keys))
+    learner.begin_step(1, 9)  # the budget itself, of half, once and twice
+    if name == "mlp":
+        learner.pruners["mlp"].mean_need = mx.array([3.0])
+    loss, ours_by_name = slopes(learner, ours)
+
+    scorer = model.learned[name]
+    if name == "mlp":
+        scorer.mean_need.fill_(3)
+    model.train(unfreeze).requires_grad_(unfreeze)
+    scorer.zero_grad(), model.zero_grad()
+    encoded = model.tower(theirs.pixels, {"cls_attention": -1}).signals
+    expected = reference.LOSSES[name](model, scorer, encoded, theirs, 5, 0.0)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    for parameter, value in scorer.named_parameters():
+        assert close(ours_by_name[f"pruners.{name}.{parameter}"], value.grad), parameter
+    if name == "mlp":
+        assert learner.pruners["mlp"].mean_need.item() == pytest.approx(scorer.mean_need.item())
+    if unfreeze:
+        language = ours_by_name["model.language.layers.1.self_attn.v_proj.weight"]
+        assert close(language, model.language.layers[1].self_attn.v_proj.weight.grad)
+        assert close(ours_by_name["model.projector.weight"], model.projector[0].weight.grad)
+    model.eval().requires_grad_(True)
+
+
+def test_an_untrained_need_starts_where_the_needs_are_as_the_references(pair):
+    model, folder = pair
+    ours, theirs = batches()
+    keys = {"pruner": "mlp", "keep_tokens": 5, "noise": 0}
+    learner = LEARNERS["pruner"](load_folder(folder, "x", "float32")[0], settings("pruner", **keys))
+    learner.begin_step(1, 9)
+    scorer = model.learned["mlp"]
+    scorer.mean_need.fill_(1)
+    learner.pruners["mlp"].mean_need = mx.array([1.0])
+    slopes(learner, ours)
+    before = scorer.need.bias.detach().clone()
+    with torch.no_grad():
+        encoded = model.tower(theirs.pixels, {"cls_attention": -1}).signals
+    reference.usefulness_loss(model.eval(), scorer, encoded, theirs, 5, 0.0)
+    ours_bias = learner.pruners["mlp"].need.bias.item()
+    assert ours_bias == pytest.approx(scorer.need.bias.item(), rel=1e-4)
+    assert learner.pruners["mlp"].mean_need.item() == pytest.approx(
+        scorer.mean_need.item(), rel=1e-4
+    )
+    with torch.no_grad():
+        scorer.need.bias.copy_(before)
+
+
+def test_budgets_come_in_turn_and_the_noise_falls_to_zero(pair):
+    keys = {"pruner": "score_prune", "keep_tokens": 5}
+    learner = LEARNERS["pruner"](load_folder(pair[1], "x")[0], settings("pruner", **keys))
+    seen = []
+    for step in range(4):
+        learner.begin_step(step, 4)
+        seen.append((learner._budget(), round(learner._noise(), 3)))
+    assert seen == [(2, 1.0), (5, 0.854), (10, 0.5), (2, 0.146)]
+    wide = settings("pruner", pruner="score_prune", keep_tokens=12)
+    learner = LEARNERS["pruner"](load_folder(pair[1], "x")[0], wide)
+    learner.begin_step(2, 4)
+    assert learner._budget() == tiny.N  # never more than there are
+
+
+def test_the_noise_is_gumbels():
+    mx.random.seed(0)
+    score_BN = mx.broadcast_to(mx.log(mx.array([0.5, 0.3, 0.2])), (20000, 3))
+    kept = (straight_through(score_BN, 1, 1.0) > 0.5).astype(mx.float32)
+    assert np.abs(np.array(kept.mean(axis=0)) - [0.5, 0.3, 0.2]).max() < 0.02
+
+
+def test_a_twig_begins_and_learns_as_the_references(plain):
+    model = tiny.reference()
+    twig = reference.untrained("twig", model, replace(reference.PrunerRecipe(), twig_layers=2))
+    ours, theirs = batches()
+    keys = {"twig_layer": 1, "twig_layers": 2}
+    learner = LEARNERS["twig"](load_folder(plain, "x", "float32")[0], settings("twig", **keys))
+    loss, by_name = slopes(learner, ours)
+    model.requires_grad_(False).eval()
+    encoded = model.tower(theirs.pixels, {"cls_attention": -1}).signals
+    expected = reference.twig_loss(model, twig, encoded, theirs, tiny.N, 0.0)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert by_name.keys() == {f"twig.{name}" for name, _ in twig.named_parameters()}
+    for name, value in twig.named_parameters():
+        assert close(by_name[f"twig.{name}"], value.grad), name
+
+
+def test_slopes_stay_finite_where_a_dropped_token_would_take_all_attention():
+    """In either framework; a sharp model's logits differ by more than the factor makes up for."""
+    weight = [[3e25, -1.0, 1e18]]  # what comes of such a token
+    score_BN = mx.array([[1.0, 2.0, 0.5]])
+    ours = mx.grad(lambda s: (straight_through(s, 1, 0.0) * mx.array(weight)).sum())(score_BN)
+    theirs = torch.tensor([[1.0, 2.0, 0.5]], requires_grad=True)
+    (reference_factor(theirs, 1, 0.0) * torch.tensor(weight)).sum().backward()
+    assert np.allclose(np.array(ours), theirs.grad, rtol=1e-5)
+    assert 1e11 < np.abs(np.array(ours)).max() <= 1e12
+
+
+def moved(start, folder) -> set[str]:
+    """Parts of the model, or learned methods beside it, whose bits differ from the start's."""
+    before, after = read_checkpoint(start).tensors, read_checkpoint(folder).tensors
+    changed = {name for name in after if name not in before or after[name] != before[name]}
+    assert after.keys() >= before.keys()
+    files = [path / "pruners.safetensors" for path in (start, folder)]
+    old, new = ({} if not f.exists() else open_safetensors(f) for f in files)
+    changed |= {name for name in new if name not in old or new[name] != old[name]}
+    layers = {".".join(name.split(".")[:3]) for name in changed if ".layers." in name}
+    return {name.split(".")[0] for name in changed} | {x for x in layers if "language" in x}
+
+
+LAYERS = {f"language.layers.{i}" for i in range(3)}
+POOL = {"pruner": "attention_pool", "keep_tokens": 5}
+MOVES = {
+    "pretrain": ("pretrain", {}, {"projector"}),
+    "pretrain behind visionzip": (
+        "pretrain", {"pruner": "visionzip", "keep_tokens": 5}, {"projector"},
+    ),
+    "EfficientVLM's": (
+        "pretrain", {"language_layers": 1, **POOL},
+        {"projector", "pruner", "language", "language.layers.2"},
+    ),
+    "pretrain, projector frozen": ("pretrain", {"freeze": "projector", **POOL}, {"pruner"}),
+    "sft": ("sft", {}, {"projector", "language", *LAYERS}),
+    "sft with a pool": ("sft", POOL, {"projector", "pruner", "language", *LAYERS}),
+    "sft, language frozen": ("sft", {"freeze": "language"}, {"projector"}),
+    "sft, projector frozen": ("sft", {"freeze": "projector"}, {"language", *LAYERS}),
+    "sft, two layers": (
+        "sft", {"language_layers": 2},
+        {"projector", "language", "language.layers.1", "language.layers.2"},
+    ),
+    "sft, the tower along": (
+        "sft", {"unfreeze": "tower"}, {"tower", "projector", "language", *LAYERS},
+    ),
+    "pool": ("pruner", POOL, {"pruner"}),
+    "score_prune": ("pruner", {"pruner": "score_prune", "keep_tokens": 5}, {"score_prune"}),
+    "mlp": ("pruner", {"pruner": "mlp", "keep_tokens": 5}, {"mlp"}),
+    "mlp with its projector": (
+        "pruner", {"pruner": "mlp", "keep_tokens": 5, "unfreeze": "projector"},
+        {"mlp", "projector"},
+    ),
+    "twig": ("twig", {"twig_layer": 1, "twig_layers": 1}, {"twig"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_a_stage_moves_what_it_should_and_no_bit_else(plain, data, tmp_path, case):
+    stage, keys, parts = MOVES[case]
+    config = stage_runs.config(stage, plain, data, tmp_path / "out", **keys)
+    train(config)
+    assert moved(plain, tmp_path / "out") == parts
+
+
+def test_a_tower_that_learns_keeps_what_nothing_reads(plain, data, tmp_path):
+    train(stage_runs.config("pretrain", plain, data, tmp_path / "out", unfreeze="tower"))
+    before, after = (read_checkpoint(f).tensors for f in (plain, tmp_path / "out"))
+    assert after["tower.post_layernorm.weight"] == before["tower.post_layernorm.weight"]
+    same = [n for n in after if n.startswith("tower.") and after[n] == before[n]]
+    assert all("post_layernorm" in name for name in same)
+
+
+REFUSALS = {
+    "no method": ("pruner", {"pruner": "divprune"}, "divprune has nothing to learn; stage pruner"),
+    "a twig by another stage": ("pruner", {"pruner": "twig"}, "twig has nothing to learn; stage"),
+    "nothing": ("pretrain", {"freeze": "projector"}, "nothing is left to learn"),
+    "a frozen pool that is none": ("sft", {"freeze": "pruner", **POOL}, "holds no weights for it"),
+    "more tokens": ("pruner", {**POOL, "keep_tokens": 17}, "an image has 1 to 16 visual tokens"),
+    "a chain": (
+        "pruner", {"pruner": "visionzip+score_prune", "keep_tokens": 4}, "score_prune learns alone",
+    ),
+    "float16": (
+        "pruner", {"pruner": "mlp", "keep_tokens": 4, "dtype": "float16"}, "float16 cannot hold",
+    ),
+    "a twig and a pruner": ("twig", {"pruner": "divprune"}, "a twig learns with all visual tokens"),
+    "a twig too deep": ("twig", {"twig_layer": 3}, "grows on layer 1 to 2"),
+    "a twig too long": ("twig", {"twig_layer": 2, "twig_layers": 2}, "has no beginning in 3 layer"),
+    "too many layers": ("sft", {"language_layers": 4}, "language_layers is 4; the model has 3"),
+    "all tokens in a pool": ("sft", {**POOL, "keep_tokens": 16}, "is never used; keep fewer"),
+    "a twig's base": ("twig", {"unfreeze": "language"}, "unfreeze has no effect in stage twig"),
+    "a tokenizer alone": ("sft", {"tokenizer": "x"}, "tokenizer goes with tower"),
+    "a tower without a model": ("sft", {"tower": "clip"}, "name them by model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_learn_is_said_in_a_sentence(plain, data, tmp_path, case):
+    stage, keys, sentence = REFUSALS[case]
+    with pytest.raises(UserError, match=sentence):
+        model = None if "tower" in keys else plain
+        train(stage_runs.config(stage, model, data, tmp_path / "out", **keys))
+    assert not (tmp_path / "out/config.json").exists()
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16"])
+def test_what_learns_is_in_float32_wherever_the_rest_is(plain, tmp_path, monkeypatch, stored):
+    """On a GPU a model is loaded in its checkpoint's own dtype."""
+    convert(["to-mlx", str(plain), str(tmp_path / "half"), "--dtype", stored])
+    monkeypatch.setattr("mlx_vlm_prune.models.loading.on_cpu", lambda: False)
+    rest = mx.float32 if stored == "float16" else mx.bfloat16
+    for stage, keys in (
+        ("pretrain", {}), ("pretrain", {"language_layers": 1}), ("pruner", POOL),
+        ("pruner", {"pruner": "mlp", "keep_tokens": 5}), ("twig", {"twig_layer": 1}),
+    ):  # fmt: skip
+        config = settings(stage, model=str(tmp_path / "half"), twig_layers=1, **keys)
+        learner = LEARNERS[stage](load_start(config)[0], config)
+        learns = dict(tree_flatten(learner.trainable_parameters()))
+        stays = [
+            x for n, x in tree_flatten(learner.model.parameters()) if f"model.{n}" not in learns
+        ]
+        assert {x.dtype for x in learns.values()} == {mx.float32}
+        assert {x.dtype for x in stays} == {rest}
+        loss, by_name = slopes(learner, batches()[0])
+        assert np.isfinite(loss) and all(np.isfinite(x).all() for x in by_name.values())
+
+
+def test_a_model_of_mlx_vlms_is_refused_in_a_sentence(data, tmp_path):
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen/config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    stages = "a model of mlx-vlm's, in which the stages lora and dora learn"
+    with pytest.raises(UserError, match=stages):
+        train(stage_runs.config("pruner", tmp_path / "qwen", data, tmp_path / "out", **POOL))

@@ -1,0 +1,237 @@
+"""What learns in a stage: which parameters move, and the loss that moves them.
+
+The twin of mlx_vlm_prune/training/learner.py: the same parameters under the same names.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
+from mlx_vlm_prune.checkpoints.command_line import either
+from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.training.batches import Batch
+from mlx_vlm_prune.training.config import TrainConfig
+from mlx_vlm_prune.training.trained_folder import with_trained, write_trained
+
+from ..models.learned import parameter_name
+from ..models.loading import to_tensor
+from ..models.names import from_tensor, to_ours, to_reference
+from ..models.vlm import VLM
+from ..pruners import METHODS, is_learned
+from ..pruners.spec import PRESETS, parse_steps
+from .loss import answer_loss, factor_loss
+
+MODEL, PRUNERS, POOL = "model.", "pruners.", "attention_pool"
+
+
+class Learner:
+    """A model, of which some parts learn to answer behind a pruner.
+
+    `parameters` are what learns, by name: the reference's of a part of the model, and MLX's of what
+    lies beside it, in `beside`. `buffers` are what the loss itself moves.
+    """
+
+    parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
+
+    def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
+        self.model, self.checkpoint, self.where, self.config = model, checkpoint, where, config
+        self.iteration, self.iters = 0, 1
+        self.added: set[str] = set()  # methods whose weights begin untrained
+        if self.trains("pruner"):
+            self.add_untrained()
+        self.K = self.budget()
+        self.steps = model.pruning_steps(parse_steps(config.pruner, model.N, self.K), None, None)
+        self.beside: dict[str, nn.Parameter] = {}
+        self.buffers: dict[str, Tensor] = {}
+        model.requires_grad_(False)
+        self.unfreeze_parts()
+        inside = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        apart = {id(p) for p in self.beside.values()}
+        self.parameters = {n: p for n, p in inside.items() if id(p) not in apart} | self.beside
+        if not self.parameters:
+            raise UserError(f"nothing is left to learn in stage {config.stage}")
+
+    def trains(self, part: str) -> bool:
+        """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
+        c = self.config
+        return part in (*self.parts, *c.unfreeze) and part not in c.freeze
+
+    def add_untrained(self) -> None:
+        """Give the model weights, from the seed, of the chain's learned methods that it lacks."""
+        model, c = self.model, self.config
+        torch.manual_seed(c.seed)
+        share = 0.5 if c.keep_ratio is None else c.keep_ratio
+        K = c.keep_tokens or max(1, int(model.N * share + 1e-9))
+        for name in learned_names(c.pruner):
+            if model.weights(name) is None:
+                weights = METHODS[name].make_weights(model.feature_dims, model.budget("random", K))
+                model.learned[name] = weights.to(model.device)
+                self.added.add(name)
+
+    def budget(self) -> int:
+        """How many of the N tokens stay; by default half, as many as a pool has, or all."""
+        c, N = self.config, self.model.N
+        name = PRESETS.get(c.pruner, c.pruner).split("+")[-1].partition(":")[0]
+        K = c.keep_tokens
+        if c.keep_ratio is not None:
+            K = max(1, int(N * c.keep_ratio + 1e-9))
+        pool = self.model.weights(name) if name == POOL else None
+        trained = None if pool is None else len(pool.pool_queries)
+        if trained and K not in (None, trained, N):
+            raise UserError(f"this checkpoint's {POOL} was trained for {trained} tokens, not {K}")
+        usual = trained or (N if name == "none" else max(1, N // 2))
+        return self.model.budget(name, usual if K is None else K)
+
+    def unfreeze_parts(self) -> None:
+        """Make trainable what the stage trains."""
+        model, c = self.model, self.config
+        if self.trains("projector"):
+            model.projector.requires_grad_(True)
+        if self.trains("tower"):
+            _unfreeze_tower(model)
+        if self.trains("language") or (c.language_layers and "language" not in c.freeze):
+            _unfreeze_language(model, c.language_layers)
+        for name in learned_names(c.pruner) if self.trains("pruner") else ():
+            self._unfreeze_pruner(name)
+
+    @property
+    def has_pool(self) -> bool:
+        """Is there a pool in MLX's model? An untrained one's place is there."""
+        is_new = POOL in self.added and self.model.config.merge == (1, 1)
+        return self.model.pool is not None or is_new
+
+    def _unfreeze_pruner(self, name: str) -> None:
+        if name == POOL and self.model.pool is not None:
+            for key, parameter in self.model.pool.named_parameters():
+                parameter.requires_grad_(key.startswith("pool_"))
+            if self.trains("projector"):
+                self.model.projector.requires_grad_(True)
+            return
+        weights = self.model.learned[name].requires_grad_(True)
+        prefix = f"{MODEL}pruner." if name == POOL and self.has_pool else f"{PRUNERS}{name}."
+        self.beside |= {prefix + parameter_name(k): p for k, p in weights.named_parameters()}
+        self.buffers |= {prefix + parameter_name(k): b for k, b in weights.named_buffers()}
+
+    def begin_step(self, iteration: int, iters: int) -> None:
+        """Step `iteration` of `iters`, counted from 0, comes next."""
+        self.iteration, self.iters = iteration, iters
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Summed over the answers' tokens."""
+        step = self.steps[-1]
+        if step.training_factor and self.trains("pruner") and batch.pixels_IHW3 is not None:
+            K = min(self.model.N, step.method.training_budget(self.K, self.iteration))
+            noise = self.config.noise * falling(self.iteration, self.iters)
+            return factor_loss(self.model, batch, step, K, noise)
+        return self.held_out_loss(batch)
+
+    def held_out_loss(self, batch: Batch) -> Tensor:
+        """The same behind the pruner as it is used."""
+        return answer_loss(self.model, batch, self.steps)
+
+    def saved(self) -> dict[str, RawTensor]:
+        """What a checkpoint holds: what the optimizer moves, and what the loss itself moves."""
+        return self.to_ours({**self.parameters, **self.buffers})
+
+    def to_ours(self, values: Mapping[str, Tensor]) -> dict[str, RawTensor]:
+        """Numbers of all parameters, as MLX's learner names and arranges them."""
+        apart = self.beside.keys() | self.buffers.keys()
+        inside = {name: value for name, value in values.items() if name not in apart}
+        named = to_ours(inside, self.checkpoint.config, self.where)
+        raw = {name: from_tensor(value) for name, value in values.items() if name in apart}
+        return {MODEL + name: tensor for name, tensor in named.items()} | raw
+
+    def to_reference(self, tensors: Mapping[str, RawTensor]) -> dict[str, Tensor]:
+        """The way back."""
+        apart = self.beside.keys() | self.buffers.keys()
+        inside = {n.removeprefix(MODEL): t for n, t in tensors.items() if n not in apart}
+        named = to_reference(inside, self.checkpoint.config, self.where)
+        raw = {name: tensor for name, tensor in tensors.items() if name in apart}
+        return {name: to_tensor(tensor) for name, tensor in {**named, **raw}.items()}
+
+    def write(self, folder: Path, iteration: int) -> None:
+        """What a user loads afterwards, ahead of the checkpoint of this step."""
+
+    def finish(self, folder: Path) -> None:
+        """Write the model that the last step leaves, for a user to load."""
+        moved: dict[str, RawTensor] = {}
+        learned: dict[str, dict[str, RawTensor]] = {}
+        for name, tensor in self.saved().items():
+            if name.startswith(MODEL):
+                moved[name.removeprefix(MODEL)] = tensor
+            else:
+                method, _, parameter = name.removeprefix(PRUNERS).partition(".")
+                learned.setdefault(method, {})[parameter] = tensor
+        K = len(self.model.weights(POOL).pool_queries) if self.has_pool else None
+        trained = with_trained(self.checkpoint, moved, learned, K)
+        write_trained(trained, self.config, folder)
+
+
+def learned_names(spec: str) -> list[str]:
+    """Methods of a chain with weights that a loss behind the pruner trains."""
+    names = [part.partition(":")[0] for part in PRESETS.get(spec, spec).split("+")]
+    return [name for name in names if name in trainable_names()]
+
+
+def trainable_names() -> list[str]:
+    return [name for name in METHODS if is_learned(name) and name != "twig"]
+
+
+def falling(iteration: int, iters: int) -> float:
+    """From 1 in the first step to 0 after the last, by a half wave of the cosine."""
+    return 0.5 + 0.5 * math.cos(math.pi * iteration / iters)
+
+
+def _unfreeze_tower(model: VLM) -> None:
+    """What visual tokens are made of: a CLIP's last norm and later layers are held and not used."""
+    vision: CLIPConfig | SiglipConfig = model.config.vision
+    model.tower.requires_grad_(True)
+    for layer in model.tower.encoder.layers[vision.depth :]:
+        layer.requires_grad_(False)
+    if not isinstance(vision, SiglipConfig):
+        model.tower.post_layernorm.requires_grad_(False)
+
+
+def _unfreeze_language(model: VLM, layers: int | None) -> None:
+    """The last `layers`, or all of the language model. Raises UserError."""
+    language = model.language
+    if layers is None:
+        language.requires_grad_(True)
+        return
+    depth = len(language.layers)
+    if not 1 <= layers <= depth:
+        raise UserError(f"language_layers is {layers}; the model has {depth}")
+    for layer in language.layers[depth - layers :]:
+        layer.requires_grad_(True)
+
+
+class Pretrain(Learner):
+    """The projector learns what a language model reads (EfficientVLM's and LLaVA's first stage)."""
+
+    parts = ("projector", "pruner")
+
+
+class FineTune(Learner):
+    """Projector, pruner and language model learn (EfficientVLM's second stage)."""
+
+    parts = ("projector", "pruner", "language")
+
+
+class PrunerStage(Learner):
+    """A learned pruner alone; what `unfreeze` names learns along."""
+
+    parts = ("pruner",)
+
+    def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
+        if not learned_names(config.pruner):
+            raise UserError(
+                f"pruner {config.pruner} has nothing to learn; stage pruner trains"
+                f" {either(trainable_names())}"
+            )
+        super().__init__(model, checkpoint, where, config)
