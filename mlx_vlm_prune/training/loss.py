@@ -10,8 +10,8 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..models.cache import HeldRows
-from ..models.decoder import row_options
 from ..models.language.minimind import ForwardPass
+from ..models.layers import row_options
 from ..models.splice import ImageSlots, Spliced, splice
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, StepBudgets
