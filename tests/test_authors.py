@@ -16,16 +16,17 @@ import torch
 
 import torch_ref.pruners as ref
 from mlx_vlm_prune.models.towers.signals import Cut, TowerPass
-from mlx_vlm_prune.pruners import Signals
+from mlx_vlm_prune.pruners import METHODS, Signals
 from mlx_vlm_prune.pruners.numerics import precision
 from torch_ref.models.towers.signals import Encoded
 
 from .author_inputs import arrays
 from .pruner_cases import float64_choices, make_pruner, reference_signals, signals
 
+AUTHORS = Path(__file__).parent / "authors"
 CASES = [
     pytest.param(file.stem, case, id=f"{file.stem}-{number}")
-    for file in sorted((Path(__file__).parent / "authors").glob("*.json"))
+    for file in sorted(AUTHORS.glob("*.json"))
     for number, case in enumerate(json.loads(file.read_text())["cases"])
 ]
 
@@ -69,6 +70,12 @@ def test_the_twin_keeps_what_the_authors_code_keeps(name, case):
     kept = ref.reduce(pruner.name, tokens, case["K"], **pruner.options)
     tokens_BKD = kept.tokens(torch.from_numpy(given["x_BND"]))
     assert_as_authors(kept.index_BK, tokens_BKD.numpy(), case)
+
+
+def test_a_method_names_the_code_that_was_run():
+    files = {file.stem: json.loads(file.read_text()) for file in AUTHORS.glob("*.json")}
+    run = {name: f"{file['repository']}@{file['commit'][:7]}" for name, file in files.items()}
+    assert run == {n: m.authors_code for n, m in METHODS.items() if m.authors_code}
 
 
 SLIPS = {  # of a method a helper or a number, and what it is on purpose made

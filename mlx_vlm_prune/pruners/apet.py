@@ -8,7 +8,7 @@ every token that does not stay merges into the most similar of the others, to th
 
 As the authors' code (github.com/MaQianKun0/ApET@70cc01b), which chooses among the tower's
 features. Differs: sampling starts at the longest token, theirs at a random one; the fit is exact,
-theirs adds 1e-5 to the diagonal; at least one slot is no basis token, where theirs fails. Their
+theirs adds 1e-5 to the diagonal; one slot at least is no basis token, where theirs fails; their
 second cut, inside the decoder, is a chain here.
 
 Options:

@@ -6,9 +6,9 @@ Global: CLS attention at the end, the highest of the rest. Each dropped token me
 kept one most similar to it (the mean), behind the projector. The whole of VScan, which drops
 again inside the decoder, is the preset `vscan`.
 
-Differs from the authors' code: any number of windows of any grid, and where the local half is
-no multiple of their number, some keep one more (theirs keeps fewer than K in all); they read
-LLaVA's last but one layer, ours reads the last (`layer=-2`).
+As the authors' code (github.com/Tencent/SelfEvolvingAgent@a82450e). Differs: any number of windows
+of any grid; where the local half is no multiple of their number, some keep one more (theirs keeps
+fewer than K in all).
 
 Options:
     areas: windows of the local half, 1 or more

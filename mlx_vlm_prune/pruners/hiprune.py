@@ -9,9 +9,9 @@ Anchors are K * `objects` / 5, rounded (a half to the even number). The authors 
 from one: their 9 of LLaVA's 24 is layer 8 here, the default; their 16 of Qwen2.5-VL's 32 is
 `object_layer=15`.
 
-Differs from the authors' code: a neighbour outside the grid is left out, where theirs
-wraps around to the next row, or counts as the first or last token; where there are more
-neighbours than budget the first of the raster stay, where theirs fails.
+As the authors' code (github.com/Danielement321/HiPrune@6e83a12). Differs: a neighbour outside the
+grid is left out, where theirs wraps around to the next row, or counts as the first or last token;
+where there are more neighbours than budget the first of the raster stay, where theirs fails.
 
 Options:
     objects: share of K that goes to anchors and their neighbours, 0 to 1

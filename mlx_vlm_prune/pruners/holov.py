@@ -6,13 +6,13 @@ token's similarity to the others of its region varies, scaled to that attention.
 of the budget is that of its score, rounded down; what is left goes to the highest scores, a token
 each. Inside a region the tokens with the highest attention stay.
 
-Follows the authors' code where the paper ranks tokens by their own scores. A token's similarity
-to itself counts as 0 there. As variances are scaled by their mean, a region's score comes to
-its mean attention times 1 + `beta`, in nearly every region: so `beta` hardly matters.
+A token's similarity to itself counts as 0. As variances are scaled by their mean, a region's score
+comes to its mean attention times 1 + `beta`, in nearly every region: so `beta` hardly matters.
 
-Differs from the authors' code: seats beyond a region's tokens go to the highest attention of the
-whole image, where theirs are zeros; a region of one token is scored as the others are, where
-theirs counts a thousandth.
+As the authors' code (github.com/obananas/HoloV@1d2e65e), also where the paper ranks tokens by
+their own scores. Differs: seats beyond a region's tokens go to the highest attention of the whole
+image, where theirs are zeros; a region of one token is scored as the others are, where theirs
+counts a thousandth.
 
 Options:
     regions: runs of the raster that share the budget, 1 or more; the authors' 16 is for LLaVA

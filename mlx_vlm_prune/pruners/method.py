@@ -19,6 +19,9 @@ from .contract import Policy, Stage
 PROMPT_SIGNALS = {
     "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
 }  # fmt: skip
+# A paragraph "As the authors' code (github.com/OWNER/NAME@COMMIT) …. Differs: …; …": COMMIT is that
+# of the code whose results the tests hold.
+AUTHORS_CODE = re.compile(r"([\w.-]+/[\w.-]+@[0-9a-f]{7})\b")
 # What each stage calls, with the arguments before the options.
 FUNCTIONS = {
     "prune": ("signals", "K"),  # the Reduction
@@ -99,6 +102,20 @@ class Method:
     def summary(self) -> str:
         """The docstring's first sentences, on one line."""
         return " ".join(self.doc.split("\n\n")[0].split())
+
+    @property
+    def authors_code(self) -> str:
+        """OWNER/NAME@COMMIT of the authors' code that was run beside this, empty for none."""
+        named = AUTHORS_CODE.search(self.doc)
+        return named[1] if named else ""
+
+    @property
+    def fidelity(self) -> tuple[str, list[str]]:
+        """In what this is as its authors' code, and each difference; empty where none was run."""
+        paragraphs = (" ".join(p.split()) for p in self.doc.split("\n\n"))
+        text = next((p for p in paragraphs if AUTHORS_CODE.search(p)), "")
+        alike, _, differences = text.replace("github.com/", "").partition(" Differs: ")
+        return alike, differences.removesuffix(".").split("; ") if differences else []
 
     @property
     def description(self) -> str:

@@ -8,8 +8,8 @@ times, and the maximum coverage is found greedily.
 
 As the authors' code (github.com/Ironieser/MMTok@d1522cd): words are the language model's
 embeddings, beside projected tokens; tokens are compared with one another as the tower's features.
-Differs: every word of the prompt counts, not the question's alone; all is computed in float64 on
-a CPU. Theirs takes 0.01 for `sharp` with Qwen2.5-VL.
+Differs: every word of the prompt counts, not the question's alone; all is computed in float64 on a
+CPU; with Qwen2.5-VL theirs has `sharp=0.01`.
 
 Options:
     image: weight of covering the image beside covering the words, 0 or more

@@ -8,11 +8,11 @@ a token becomes a centre when it is farther than a cutoff from every centre so f
 mean goes on where its centre was, counting in attention as often as it has members; a pruned
 token within 1.5 cutoffs of a centre is taken into its mean after all.
 
-Differs from the authors' code: exactly K clusters, so the cutoff follows from the budget
-(bisection) unless it is given, as theirs is (`cutoff=0.21`; then the densest of too many centres
-stay); of too few centres, the most worthy tokens fill up. The mean query and the softmax are
-those of the visual tokens; theirs take in all tokens that are no text. As there, worth comes from
-queries and keys before rotation, distances from keys after it.
+As the authors' code (github.com/orailix/PACT@cf9a0c9) with its cutoff (`cutoff=0.21`): worth comes
+from queries and keys before rotation, distances from keys after it. Differs: exactly K clusters,
+so the cutoff follows from the budget (bisection) unless it is given, and then the densest of too
+many centres stay; of too few centres, the most worthy tokens fill up; the mean query and the
+softmax are those of the visual tokens, theirs take in all tokens that are no text.
 
 One centre after another is found, so on a GPU similarities return to the host, once.
 

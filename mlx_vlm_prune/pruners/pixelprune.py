@@ -8,10 +8,10 @@ nothing new.
 Above tolerance 0 a patch that is predicted counts from then on as its prediction, so that
 small differences do not add up from patch to patch (the authors' "anchored" mode, their default).
 
-Differs from the authors' code: they drop every patch predicted to within a tolerance,
-so that the image decides how many stay; here the K worst predicted stay: the same ones where K
-is their number. They do it before the tower, in groups of 2 x 2; here single patches, before
-the first layer. Their tolerance is 0 too.
+As the authors' code (github.com/OPPO-Mente-Lab/PixelPrune@a870e31), whose tolerance is 0 too.
+Differs: they drop every patch predicted to within a tolerance, so that the image decides how many
+stay, here the K worst predicted stay: the same ones where K is their number; they do it before the
+tower, in groups of 2 x 2, here single patches, before the first layer.
 
 Above tolerance 0 one patch after another is looked at, so on a GPU pixels return to the host, once.
 

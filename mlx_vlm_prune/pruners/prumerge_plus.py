@@ -6,8 +6,8 @@ stay, and every s-th of the others, where of N tokens N / (3 s) are outliers; ea
 neighbours; one more slot is the sum of the rest.
 
 As the authors' code (github.com/42Shawn/LLaVA-PruMerge@097c041) for the K that it comes to.
-Differs: exactly K stay; of more outliers the highest, of more samples some in even steps, and where
-both are fewer, others in even steps; layer and places as `prumerge` has them.
+Differs: exactly K stay, of more outliers the highest, of more samples some in even steps, and
+where both are fewer, others in even steps; layer and places as `prumerge` has them.
 
 Options:
     neighbours: how many similar tokens each kept one adds, 0 or more

@@ -4,13 +4,13 @@ fastvlm-token-pruning (github.com/aledevv/fastvlm-token-pruning), "PruMerge-lite
 each token joins the first earlier leader whose cosine similarity exceeds the
 threshold, else it leads a cluster itself; a slot is the mean of its cluster.
 
-Differs from the authors' code, which stops as soon as K clusters exist and so drops
-the bottom of the image when few tokens are similar, or returns fewer than K when many are.
-Here the pass runs to the end. Too many clusters: the K largest stay, and every token
-joins the most similar of those. Too few: the tokens least like their leader stand
-alone. `published=True` keeps the early stop: the slots are the authors' rows, and where those
-are fewer than K, the first of the other tokens follow unmerged; they stay in their clusters'
-means too.
+As the authors' code (github.com/aledevv/fastvlm-token-pruning@c8feda6) with `published=True`: the
+early stop, and the authors' rows; where those are fewer than K, the first of the other tokens
+follow unmerged, and stay in their clusters' means too. Differs: by default the pass runs to the
+end, where theirs stops as soon as K clusters exist and so drops the bottom of the image when few
+tokens are similar, or returns fewer than K when many are; of too many clusters the K largest stay,
+and every token joins the most similar of those; of too few, the tokens least like their leader
+stand alone.
 
 One token after another is looked at, so on a GPU similarities return to the host, once.
 

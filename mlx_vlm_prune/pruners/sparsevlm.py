@@ -9,10 +9,10 @@ density peaks, a cluster for every 10 and one more; its mean goes on in place of
 Positions are renumbered.
 
 As the authors' code (github.com/Gumpest/SparseVLMs@26a5f48, its version 1.0). Their paper says
-sums of clusters: `sums=True`. Differs: K counts clusters too, theirs come on top of it, and of
-two ways to split K more tokens stay as they are; a cluster stands at its centre's place, theirs
-behind the kept tokens; where no word is above the mean all are raters; without the noise that
-breaks their ties; any batch. For budgets of 128 and 64 theirs has lists in other proportions.
+sums of clusters: `sums=True`. Differs: K counts clusters too, theirs come on top of it, and of two
+ways to split K more tokens stay as they are; a cluster stands at its centre's place, theirs behind
+the kept tokens; where no word is above the mean all are raters; no noise breaks ties, as theirs
+does; any batch; for budgets of 128 and 64 theirs has lists in other proportions.
 
 Options:
     recycle: share of the dropped tokens that is clustered, 0 to 1; 0 clusters none

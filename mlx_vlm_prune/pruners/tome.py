@@ -7,12 +7,13 @@ by how many patches each stands for. Later attention adds the log of that number
 (proportional attention). The only method here that also makes the tower itself faster
 layer by layer.
 
-As in the authors' code the first token is dealt into A: CLS, which stays, or in a tower without
-CLS the first patch; and the next layer deals what is left of A, then B. (What is left of A stays
-in order beside CLS; without it the least similar token is the last.)
+The first token is dealt into A: CLS, which stays, or in a tower without CLS the first patch; and
+the next layer deals what is left of A, then B. (What is left of A stays in order beside CLS;
+without it the least similar token is the last.)
 
-Differs from the authors' code: r may come from the budget (evenly over the layers), and
-where half of the tokens are too few for one round, rounds are repeated.
+As the authors' code (github.com/facebookresearch/ToMe@af95e4b). Differs: r may come from the
+budget (evenly over the layers); where half of the tokens are too few for one round, rounds are
+repeated.
 
 Options:
     r: tokens that merge in each layer until K are left; 0 spreads them evenly over the layers

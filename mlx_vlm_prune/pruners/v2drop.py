@@ -5,8 +5,8 @@ layer add nothing more: at three depths (3, 17 and 22 of 32) those with the
 smallest L2 distance between a layer's output and its input leave; at the third all but one
 do. Positions are kept; no attention is needed.
 
-As the authors' code (github.com/xuyang-liu16/V2Drop@219e03e), whose share that stays at the first
-two cuts is half: here it follows from the budget.
+As the authors' code (github.com/xuyang-liu16/V2Drop@219e03e). Differs: the share that stays at the
+first two cuts follows from the budget (theirs is half).
 
 Shapes: I images, N tokens, K kept, D features.
 """

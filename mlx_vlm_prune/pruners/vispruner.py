@@ -6,8 +6,9 @@ dealt alternately into A and B, and the (at most 8) tokens of A most similar to 
 leave; this is repeated until the budget is met. What is left of A, the most similar to
 one of B first, and then B are what the next round deals, as in the authors' code.
 
-Differs from the authors' code, which fails where half of the residual is less than what
-must leave or the residual is odd: there fewer leave in a round, and A has one token more.
+As the authors' code (github.com/Theia-4869/VisPruner@aefa01a). Differs: where half of the residual
+is less than what must leave or the residual is odd, fewer leave in a round, and A has one token
+more, where theirs fails.
 
 Options:
     important: share of K chosen by CLS attention, 0 to 1
