@@ -11,6 +11,7 @@ import numpy as np
 
 from ..checkpoints.errors import UserError
 from ..hosts.compatibility import check_pipeline
+from ..hosts.families.pruner_defaults import with_family_defaults
 from ..hosts.host import Host, generation_stream
 from ..hosts.prefill import HostPrefill, prefill_through_cuts
 from ..hosts.prepared_inputs import PreparedInputs
@@ -47,6 +48,7 @@ class EvaluatedHost:
         self.ends = set(self.tokenizer.stopping_criteria.eos_token_ids)
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
+            pipeline = with_family_defaults(pipeline, host.kind)
             if self._is_supported(pipeline) and (layers := host.depth):
                 self.want |= pipeline.signal_layers(layers)
 
@@ -82,6 +84,7 @@ class EvaluatedHost:
 
         Raises UserError where the method cannot prune this model or keep this budget.
         """
+        pipeline = with_family_defaults(pipeline, self.host.kind)
         policy = check_pipeline(self.host, pipeline, None)
         answers = []
         for question, views, N in zip(batch.questions, batch.views, batch.sizes, strict=True):

@@ -19,6 +19,7 @@ from ..pruners.budget import check_budget
 from ..pruners.contract import Policy
 from .compatibility import check_pipeline
 from .families import host_of
+from .families.pruner_defaults import with_family_defaults
 from .host import Host
 from .input_embeddings import PrunedEmbeddings
 from .pruned_language import LanguageState, pruned_class
@@ -74,7 +75,8 @@ def _checked_host(
         raise UserError(
             "pruned() and attach() are for mlx-vlm's models; ours take a pruner in generate()"
         )
-    host, pipeline = host_of(model), plan(pruner)
+    host = host_of(model)
+    pipeline = with_family_defaults(plan(pruner), host.kind)
     policy = check_pipeline(host, pipeline, positions)
     if pipeline.decoder:
         raise UserError(

@@ -22,6 +22,7 @@ from ..machine.clock import TOGETHER, Clock, request_clock
 from ..pruners import plan
 from .compatibility import check_kv_bits, check_pipeline
 from .families import host_of
+from .families.pruner_defaults import with_family_defaults
 from .host import Host, generation_stream
 from .prefill import prefill_through_cuts, prompt_cache_bytes
 from .prompt import (
@@ -70,7 +71,8 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
 
 def stream_generate(model: Any, processor: Any, request: Request) -> Iterator[GenerationResponse]:
     """Answer a prompt about images, one piece of text at a time. Raises UserError."""
-    host, pipeline = host_of(model, processor), plan(request.pruner)
+    host = host_of(model, processor)
+    pipeline = with_family_defaults(plan(request.pruner), host.kind)
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options

@@ -7,7 +7,7 @@ and queries) in the object layer, each with its four neighbours; together they t
 
 Anchors are K * `objects` / 5, rounded (a half to the even number). The authors count layers
 from one: their 9 of LLaVA's 24 is layer 8 here, the default; their 16 of Qwen2.5-VL's 32 is
-`object_layer=15`.
+layer 15, the default there.
 
 As the authors' code (github.com/Danielement321/HiPrune@6e83a12). Differs: a neighbour outside the
 grid is left out, where theirs wraps around to the next row, or counts as the first or last token;

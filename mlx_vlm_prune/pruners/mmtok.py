@@ -7,9 +7,9 @@ a row to its largest entry; words and image are averaged, the image counts `imag
 times, and the maximum coverage is found greedily.
 
 As the authors' code (github.com/Ironieser/MMTok@d1522cd): words are the language model's
-embeddings, beside projected tokens; tokens are compared with one another as the tower's features.
-Differs: every word of the prompt counts, not the question's alone; all is computed in float64 on a
-CPU; with Qwen2.5-VL theirs has `sharp=0.01`.
+embeddings, beside projected tokens; tokens are compared with one another as the tower's features;
+in Qwen2.5-VL the default for `sharp` is 0.01. Differs: every word of the prompt counts, not the
+question's alone; all is computed in float64 on a CPU.
 
 Options:
     image: weight of covering the image beside covering the words, 0 or more

@@ -4,7 +4,7 @@ Shapes: B images, N visual tokens, K kept.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,8 @@ class Pruner:
     options: dict[str, Any] = field(default_factory=dict)
     weights: Any = None  # of a learned method: those of the checkpoint
     keep: int | None = None  # its own budget in a chain
+    # Of the model's family, for options that are not given; the method's own for all others.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def stage(self) -> Stage:
@@ -74,7 +76,7 @@ class Pruner:
 
     def signal_layers(self, layers: int) -> dict[str, int | None]:
         """The signals that it needs of a tower, with the layer of each or None."""
-        values = self.method.options | self.options
+        values = {**self.method.options, **self.defaults, **self.options}
         try:
             return {
                 name: None if option is None else layer_at(values[option], layers)
@@ -87,7 +89,8 @@ class Pruner:
     def options_for(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The options that one of the method's functions takes, with those that training fixed."""
         names = inspect.signature(function).parameters
-        options = {**self.options, **self.method.fixed_options(self.weights)}
+        fixed = self.method.fixed_options(self.weights)
+        options = {**self.defaults, **self.options, **fixed}
         return {name: value for name, value in options.items() if name in names}
 
     def call(self, function: Callable[..., Any] | None, *arguments: Any) -> Any:
@@ -179,6 +182,11 @@ class Pipeline:
         """As it is written on the command line."""
         enhancer = (self.enhancer,) if self.enhancer else ()
         return "+".join(step.spec for step in (*self.steps, *enhancer))
+
+    def with_defaults(self, defaults: Mapping[str, Mapping[str, Any]]) -> "Pipeline":
+        """The same with other defaults of options, by the method's name."""
+        steps = [replace(step, defaults=defaults.get(step.name, {})) for step in self.steps]
+        return replace(self, steps=tuple(steps))
 
     @property
     def trained_tokens(self) -> int | None:

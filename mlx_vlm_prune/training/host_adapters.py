@@ -19,6 +19,7 @@ from ..checkpoints.errors import UserError
 from ..hosts.adapters import adapter_config, add_adapters
 from ..hosts.compatibility import check_pipeline
 from ..hosts.families import host_of
+from ..hosts.families.pruner_defaults import with_family_defaults
 from ..hosts.host import Host
 from ..hosts.prepared_inputs import PreparedInputs
 from ..hosts.prompt import (
@@ -113,7 +114,8 @@ class HostAdapters(nn.Module):
     def __init__(self, model: Any, processor: Any, config: TrainConfig):
         super().__init__()
         self.settings, self.model = config, model
-        self.host, self.pipeline = host_of(model, processor), plan(config.pruner, {})
+        self.host = host_of(model, processor)
+        self.pipeline = with_family_defaults(plan(config.pruner, {}), self.host.kind)
         self.policy = check_pipeline(self.host, self.pipeline, None)
         if self.pipeline.decoder:
             raise UserError(
