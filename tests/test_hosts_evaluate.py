@@ -214,3 +214,15 @@ def test_the_default_methods_are_those_that_can_prune_the_model():
     assert {"random", "divprune", "cls_attention", "fastv", "vtw"} <= {*names}
     assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
     assert "fastv" not in host_answers.default_methods(host_of(KINDS["gemma3"].make()))
+
+
+def test_each_method_reads_the_layer_it_asks_for():
+    model = KINDS["llava"].make()
+    inputs = KINDS["llava"].inputs(model, 1)
+    specs = [f"cls_attention:layer={layer}" for layer in (0, 1, 2)]
+    host = evaluated(model, *specs)
+    batch = host.make_batch([PreparedHostQuestion(inputs, RIGHT_IDS)])
+    answers = [host.answer(batch, plan(spec), 0.5, MAX_TOKENS).logprob_B for spec in specs]
+    logprobs = [by_mlx_vlm(model, inputs, spec, RIGHT_IDS)[1] for spec in specs]
+    np.testing.assert_allclose(np.concatenate(answers), logprobs, atol=1e-4)
+    assert len({round(logprob, 3) for logprob in logprobs}) == 3

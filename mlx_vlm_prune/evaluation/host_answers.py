@@ -90,6 +90,7 @@ class EvaluatedHost:
         for question, views, N in zip(batch.questions, batch.views, batch.sizes, strict=True):
             ratio, tokens = (None, min(K, N)) if isinstance(K, int) else (K, None)
             with self.host.preserve_state(), generation_stream():
+                views = self._views_for(pipeline, question.inputs, views)
                 views = add_text(self.host, question.inputs, views, pipeline)
                 budgets = budgets_by_view(views, ratio, tokens, pipeline)
                 prompt = prune_prompt(self.host, question.inputs, views, pipeline, budgets, policy)
@@ -99,6 +100,13 @@ class EvaluatedHost:
                 answers.append(answer_prefill(prefill, right_BA, self.ends, max_tokens))
         ids = [one.ids[0] for one in answers]
         return Answers(ids, np.concatenate([one.logprob_B for one in answers]))
+
+    def _views_for(
+        self, pipeline: Pipeline, inputs: PreparedInputs, views: list[View]
+    ) -> list[View]:
+        """These views, or others where the methods read another layer for a signal in them."""
+        want = pipeline.signal_layers(self.host.depth) if self.host.depth else {}
+        return views if want.items() <= self.want.items() else self.host.encode_images(inputs, want)
 
     def _is_supported(self, pipeline: Pipeline) -> bool:
         try:
