@@ -12,7 +12,8 @@ comes to its mean attention times 1 + `beta`, in nearly every region: so `beta` 
 As the authors' code (github.com/obananas/HoloV@1d2e65e), also where the paper ranks tokens by
 their own scores. Differs: seats beyond a region's tokens go to the highest attention of the whole
 image, where theirs are zeros; a region of one token is scored as the others are, where theirs
-counts a thousandth.
+counts a thousandth; regions are of one number, where theirs for Qwen2.5-VL are 16 N / 9 K, rounded
+down, at least one.
 
 Options:
     regions: runs of the raster that share the budget, 1 or more; the authors' 16 is for LLaVA
