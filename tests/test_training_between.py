@@ -110,7 +110,11 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
         )
         for rank in range(2)
     ]
-    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    try:
+        assert [process.wait(timeout=250) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     one, two = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for key in ("train_loss", "val_loss"):
         pairs = [(a[key], b[key]) for a, b in zip(one, two, strict=True) if key in a]

@@ -64,11 +64,15 @@ def start_two(folder: Path, options: list[str]) -> "list[subprocess.Popen[str]]"
 
 
 def ends(processes: "list[subprocess.Popen[str]]") -> list[tuple[int, str, str]]:
-    """Exit code, output and errors of each."""
+    """Exit code, output and errors of each; none outlives this."""
     ended = []
-    for process in processes:
-        out, err = process.communicate(timeout=100)
-        ended.append((process.returncode, out, err))
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=100)
+            ended.append((process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()
     return ended
 
 

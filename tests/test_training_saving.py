@@ -17,6 +17,7 @@ from mlx_vlm_prune.scenes import compose
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.run import train
+from mlx_vlm_prune.training.run_state import checkpoint_folders
 from tests import backbones, llava, stage_runs, tiny
 
 POOL = {"pruner": "attention_pool", "keep_tokens": 5}
@@ -169,9 +170,25 @@ def _stop_after(config, steps):
     with claimed(config), pytest.raises(KeyboardInterrupt):
         trainer = make_trainer(config, Processes())
         trainer.on_step = lambda seconds: setattr(
-            trainer.stop, "is_set", trainer.progress.iteration >= steps
+            trainer.stop, "is_requested", trainer.progress.iteration >= steps
         )
         trainer.run()
+
+
+def test_a_stop_during_an_evaluation_keeps_the_steps_before_it(plain, data, tmp_path):
+    from mlx_vlm_prune.training.processes import Processes
+    from mlx_vlm_prune.training.run import make_trainer
+
+    config = stage_runs.config("sft", plain, data, tmp_path / "out", iters=4, save_every=4)
+    trainer = make_trainer(config, Processes())
+
+    def stopped_behind_step_2() -> None:
+        trainer.stop.is_requested = trainer.progress.iteration == 2
+
+    trainer._evaluate_if_due = stopped_behind_step_2
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert [path.name for path in checkpoint_folders(config.folder)] == ["0000002"]
 
 
 def test_a_minimind_begins_from_a_language_models_weights_and_a_tower(plain, data, tmp_path):

@@ -20,7 +20,7 @@ KEPT = 2
 # Keys that may differ when a run goes on: they change no step that was taken.
 FREE = {
     "iters", "epochs", "resume", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
-    "output", "adapter_path", "report_to", "project_name",
+    "output", "adapter_path", "report_to", "project_name", "skip_bad",
 }  # fmt: skip
 
 

@@ -90,6 +90,7 @@ class Trainer:
 
         Ctrl-C and SIGTERM write a checkpoint of the last step and raise KeyboardInterrupt.
         """
+        is_saved = True
         with self.stop.on_signals():
             self._evaluate_if_due()
             while self.progress.iteration < self.iters and not self.stop.is_set:
@@ -98,9 +99,11 @@ class Trainer:
                 self.on_step(time.perf_counter() - begin)
                 self._report_if_due()
                 done, is_last = self.progress.iteration, self.progress.iteration == self.iters
-                if done % self.config.save_every == 0 or is_last or self.stop.is_set:
+                if is_saved := done % self.config.save_every == 0 or is_last:
                     self.save()
                 self._evaluate_if_due()
+            if self.stop.is_set and not is_saved:
+                self.save()
         if self.stop.is_set:
             raise KeyboardInterrupt
         if self.processes.is_first:

@@ -41,7 +41,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         c = self.config
-        self.order = Order(len(self.data.dataset), c.batch_size * self.processes.size, c.seed)
+        dataset = self.data.dataset
+        size = c.batch_size * self.processes.size
+        self.order = Order(len(dataset), size, c.seed, dataset.blocks)
         self.parameters = list(self.learner.parameters.values())
         self.optimizer = make_optimizer(c, self.parameters)
         self.rate = make_schedule(c)
@@ -61,15 +63,18 @@ class Trainer:
 
         Ctrl-C and SIGTERM write a checkpoint of the last step and raise KeyboardInterrupt.
         """
+        is_saved = True
         with self.stop.on_signals():
             while self.progress.iteration < self.iters and not self.stop.is_set:
                 self._advance()
                 self._report_if_due()
                 done, is_last = self.progress.iteration, self.progress.iteration == self.iters
-                if done % self.config.save_every == 0 or is_last or self.stop.is_set:
+                if is_saved := done % self.config.save_every == 0 or is_last:
                     self.save()
                 if self.valid and (done % self.config.steps_per_eval == 0 or is_last):
                     self.on_report({"iteration": done, "val_loss": self.evaluate()})
+            if self.stop.is_set and not is_saved:
+                self.save()
         if self.stop.is_set:
             raise KeyboardInterrupt
         if self.processes.is_first:
