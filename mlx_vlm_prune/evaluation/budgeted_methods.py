@@ -1,12 +1,13 @@
 """Which methods are evaluated at which budgets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..models.vlm import VLM
 from ..pruners import METHODS, Pipeline, Stage, plan
 from ..pruners.budget import tokens_for
+from ..pruners.contract import Policy
 
 CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
 
@@ -29,18 +30,24 @@ class BudgetedMethod:
         """The first columns of the row; `sizes` are the tokens of each question's image."""
         tokens = self.mean_tokens(sizes)
         columns = {"pruner": self.spec, "tokens": tokens, "of": round(sum(sizes) / len(sizes))}
+        if self.pipeline.policy:
+            columns["positions"] = self.pipeline.policy
         if not isinstance(self.K, int):
             return {**columns, "keep_ratio": self.K}
         return columns if tokens == self.K else {**columns, "keep_tokens": self.K}
 
 
 def budgeted_methods(
-    N: int | None, specs: Sequence[str], budgets: Sequence[float], learned: Mapping[str, Any]
+    N: int | None,
+    specs: Sequence[str],
+    budgets: Sequence[float],
+    learned: Mapping[str, Any],
+    policies: Sequence[Policy | None] = (None,),
 ) -> tuple[list[BudgetedMethod], list[dict]]:
     """Full, then at every budget `random` and the others; and those refused, with the reason.
 
-    `N` is the number of every image's tokens, or None where images differ. Raises UserError for
-    an unknown method.
+    `N` is the number of every image's tokens, or None where images differ. With several policies
+    of positions a method is there once with each. Raises UserError for an unknown method.
     """
     methods, refused = [BudgetedMethod("none", N or 1.0, plan("none"))], []
     for K in budgets:
@@ -50,15 +57,20 @@ def budgeted_methods(
                 why = f"it was trained for {pipeline.trained_tokens} tokens"
                 refused.append({"pruner": spec, "tokens": K, "why": why})
             elif spec != "none":
-                methods.append(BudgetedMethod(spec, K, pipeline))
+                methods += [
+                    BudgetedMethod(spec, K, replace(pipeline, policy=policy)) for policy in policies
+                ]
     return methods, refused
 
 
 def random_baselines(methods: Sequence[BudgetedMethod]) -> list[int | None]:
-    """For each method the number of `random` with the same budget; None for full and `random`."""
-    random = {method.K: p for p, method in enumerate(methods) if method.spec == "random"}
+    """For each method the number of `random` with the same budget and policy of positions; None
+    for full and `random`."""
+    settings = [(method.K, method.pipeline.policy) for method in methods]
+    random = {settings[p]: p for p, method in enumerate(methods) if method.spec == "random"}
     return [
-        None if method.spec in ("none", "random") else random.get(method.K) for method in methods
+        None if method.spec in ("none", "random") else random.get(setting)
+        for method, setting in zip(methods, settings, strict=True)
     ]
 
 

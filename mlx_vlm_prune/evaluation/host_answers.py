@@ -85,7 +85,7 @@ class EvaluatedHost:
         Raises UserError where the method cannot prune this model or keep this budget.
         """
         pipeline = with_family_defaults(pipeline, self.host.kind)
-        policy = check_pipeline(self.host, pipeline, None)
+        policy = check_pipeline(self.host, pipeline, pipeline.policy)
         answers = []
         for question, views, N in zip(batch.questions, batch.views, batch.sizes, strict=True):
             ratio, tokens = (None, min(K, N)) if isinstance(K, int) else (K, None)
@@ -110,7 +110,7 @@ class EvaluatedHost:
 
     def _is_supported(self, pipeline: Pipeline) -> bool:
         try:
-            check_pipeline(self.host, pipeline, None)
+            check_pipeline(self.host, pipeline, pipeline.policy)
         except UserError:  # which `answer` raises
             return False
         return True

@@ -172,6 +172,7 @@ class Pipeline:
 
     steps: tuple[Pruner, ...]
     enhancer: Pruner | None = None
+    policy: Policy | None = None  # of positions, in place of the last method's
 
     @classmethod
     def of(cls, pruner: "Pruner | Pipeline") -> "Pipeline":
@@ -195,8 +196,8 @@ class Pipeline:
 
     @property
     def positions(self) -> Policy:
-        """The position policy of the last method's paper; `keep` with an enhancer."""
-        return "keep" if self.enhancer else self.steps[-1].method.positions
+        """`policy`, or that of the last method's paper; `keep` with an enhancer."""
+        return self.policy or ("keep" if self.enhancer else self.steps[-1].method.positions)
 
     def at(self, *stages: Stage) -> list[Pruner]:
         return [step for step in self.steps if step.stage in stages]
