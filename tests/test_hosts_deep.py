@@ -267,7 +267,7 @@ def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name)
 
 @pytest.mark.parametrize(
     "spec, reason",
-    [("sparsevlm", "needs text_attention"), ("pact", "merged"), ("cls_attention+restore", "adds")],
+    [("sparsevlm", "needs text_attention"), ("pact", "merged"), ("fastv+restore", "share no mask")],
 )
 @pytest.mark.parametrize("name", DEEP)
 def test_methods_that_change_attention_are_refused_by_name(models, name, spec, reason):

@@ -46,7 +46,8 @@ def attach(
     blas.load()  # warns where mlx came first
     host, pipeline, policy = _checked_host(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
-    state, language = LanguageState(host.is_bidirectional), model.language_model
+    language, mask_layers = model.language_model, host.mask_layers if pipeline.enhancer else ()
+    state = LanguageState(host.is_bidirectional, mask_layers)
     base = type(language)
     host.model = proxy(model)  # weak: the model, which will hold it, is freed with its last owner
     embeddings = PrunedEmbeddings(

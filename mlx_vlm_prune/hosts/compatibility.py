@@ -28,6 +28,11 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
     for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
         if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
+    if pipeline.enhancer and pipeline.decoder:
+        raise UserError(
+            f"{pipeline.enhancer.name} cannot follow {pipeline.decoder.name}, {LATER}: layers with"
+            " fewer rows share no mask with the others"
+        )
     if layers := host.depth:
         pipeline.signal_layers(layers)  # refuses one that does not exist, before images are read
     if host.has_mrope or pipeline.decoder:
@@ -59,7 +64,7 @@ def _why_not(host: Host, step: Pruner) -> str | None:
     if step.stage is Stage.ENCODER:
         return host.why_no_encoder_methods
     if step.stage is Stage.ENHANCER:
-        return f"it adds to the attention that kept tokens get, {LATER}"
+        return host.why_no_enhancer
     if step.stage is not Stage.DECODER:
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"

@@ -18,14 +18,14 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..machine.clock import end_part
-from ..models.pruning import ImageBatch, prune
+from ..models.pruning import ImageBatch, attention_bias, prune
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.budget import budget
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt_arguments import KeptRows, image_arguments, kept_rows, row_arguments
+from .prompt_arguments import KeptRows, bias_rows, image_arguments, kept_rows, row_arguments
 from .views import View
 
 
@@ -46,6 +46,7 @@ class PrunedPrompt:
     positions: Policy
     cache: list[Any] | None = None
     cache_bytes: int | None = None
+    bias_l: mx.array | None = None  # added to the attention that rows get, with an enhancer
 
 
 def prepare_prompt(
@@ -168,7 +169,9 @@ def prune_prompt(
     if host.placeholder_unit != "token":  # mlx-vlm puts the images' rows in place of one
         words = [row for row in rows.columns if inputs.ids[row] != host.image_token_id(inputs)]
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
-    return PrunedPrompt(inputs, views, arguments, rows, length, trace, policy)
+    biases = [attention_bias(batch, pipeline.enhancer) for batch in batches]
+    bias_l = bias_rows(host, inputs, batches, biases, rows)
+    return PrunedPrompt(inputs, views, arguments, rows, length, trace, policy, bias_l=bias_l)
 
 
 def _prune(

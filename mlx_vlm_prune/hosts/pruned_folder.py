@@ -37,7 +37,6 @@ WHY_NOT_IN_FOLDER = {
     Stage.IMAGE: "makes the picture smaller, which the processor would have to do",
     Stage.ENCODER: "works between the tower's layers",
     Stage.DECODER: "works between the language model's layers",
-    Stage.ENHANCER: "adds to the language model's attention",
 }
 GLOBAL_IMAGE_MARK = "<global-img>"  # before the tile that shows the whole image
 MODEL_FILE_TEXT = Template('''\
@@ -115,6 +114,10 @@ def prune_into(
     """
     config = _config(source)
     pipeline = _pipeline(pruner)
+    if pipeline.enhancer and (reason := FAMILIES[config["model_type"]].why_no_enhancer):
+        raise UserError(
+            f"{pipeline.enhancer.name} cannot prune a {config['model_type']} model: {reason}"
+        )
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
         keep_ratio = default_keep_ratio(pipeline.spec)

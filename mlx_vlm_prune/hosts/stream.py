@@ -24,7 +24,7 @@ from .compatibility import check_kv_bits, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import with_family_defaults
 from .host import Host, generation_stream
-from .prefill import prefill_through_cuts, prompt_cache_bytes
+from .prefill import prefill_through_cuts, prompt_cache, prompt_cache_bytes
 from .prompt import (
     PrunedPrompt,
     budgets_by_view,
@@ -158,9 +158,8 @@ def _decode(
     the last that may come is held back until then. `initial` reads which tokens stayed, so it is
     called behind the first token."""
     from mlx_vlm.generate import stream_generate as decode
-    from mlx_vlm.models.cache import make_prompt_cache
 
-    cache = prompt.cache or make_prompt_cache(host.language)
+    cache = prompt_cache(host, prompt)
     arguments = {"prompt_cache": cache, **decoding, **prompt.arguments}
     if processors := decoding["logits_processors"]:
         ids = prompt.inputs.ids

@@ -5,6 +5,8 @@ Shapes: I images of a batch, N visual tokens as the tower hands them over, K kep
 
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from ..machine.clock import end_part
 from ..pruners import Pruner, Reduction, Signals, Stage, StepBudgets
 from ..pruners.contract import identity
@@ -79,6 +81,16 @@ def image_slots(batches: list[ImageBatch], enhancer: Pruner | None) -> list[Imag
     return [slots for batch in batches for slots in _slots(batch, enhancer)]
 
 
+def attention_bias(batch: ImageBatch, enhancer: Pruner | None) -> mx.array | None:
+    """What an enhancer adds to the attention that kept tokens get, (I, K); None where none left."""
+    if enhancer is None or batch.slots == batch.encoded.x_BND.shape[1]:
+        return None
+    bias_BK: mx.array = enhancer.call(
+        enhancer.method.attention_bias, batch.encoded, batch.kept_of_encoded
+    )
+    return bias_BK
+
+
 def _prune_batch(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
     """One method on one batch; where each image has a budget of its own, one batch an image."""
     if not pruner.has_dynamic_budget:
@@ -94,11 +106,7 @@ def _keep(batch: ImageBatch, pruner: Pruner, K: int) -> ImageBatch:
 
 
 def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[ImageSlots]:
-    bias_BK, index_BK = None, batch.kept.index_BK
-    if enhancer and batch.slots < batch.encoded.x_BND.shape[1]:
-        bias_BK = enhancer.call(
-            enhancer.method.attention_bias, batch.encoded, batch.kept_of_encoded
-        )
+    bias_BK, index_BK = attention_bias(batch, enhancer), batch.kept.index_BK
     return [
         ImageSlots(
             batch.signals.x_BND[i],

@@ -122,6 +122,11 @@ class HostAdapters(nn.Module):
                 f"{self.pipeline.decoder.name} drops tokens inside the language model, where a"
                 " model of mlx-vlm's is not trained; take a method ahead of it"
             )
+        if self.pipeline.enhancer:
+            raise UserError(
+                f"{self.pipeline.enhancer.name} adds to attention by a cache, and a model of"
+                " mlx-vlm's is trained without one; leave it out"
+            )
         if config.freeze or config.unfreeze:
             raise UserError("freeze and unfreeze are for models of ours, not of mlx-vlm's")
         self.adapter_config = AdapterConfig.of(
