@@ -2,7 +2,8 @@
 
 A file of `tests/authors` per method: the repository and the commit that was run in float64, and for
 each input what it kept. `index`: the tokens kept, ascending. `sums`: of each slot in that order
-the mean of its features times 1 to D, where the method merges.
+the mean of its features times 1 to D, where the method merges. `held`: of each layer of the
+language model how many tokens it reads. `small`: the grid of a smaller image.
 """
 
 import json
@@ -17,18 +18,22 @@ import torch
 import torch_ref.pruners as ref
 from mlx_vlm_prune.models.towers.signals import Cut, TowerPass
 from mlx_vlm_prune.pruners import METHODS, Signals
+from mlx_vlm_prune.pruners.downsample import smaller_grid
 from mlx_vlm_prune.pruners.numerics import precision
 from torch_ref.models.towers.signals import Encoded
+from torch_ref.pruners.downsample import smaller_grid as ref_smaller_grid
 
 from .author_inputs import arrays
 from .pruner_cases import float64_choices, make_pruner, reference_signals, signals
 
 AUTHORS = Path(__file__).parent / "authors"
-CASES = [
+ALL_CASES = [
     pytest.param(file.stem, case, id=f"{file.stem}-{number}")
     for file in sorted(AUTHORS.glob("*.json"))
     for number, case in enumerate(json.loads(file.read_text())["cases"])
 ]
+CASES = [case for case in ALL_CASES if "index" in case.values[1] or "sums" in case.values[1]]
+WITHOUT_TOKENS = [case for case in ALL_CASES if case not in CASES]
 
 
 def assert_as_authors(index_BK: Any, tokens_BKD: np.ndarray, case: dict) -> None:
@@ -70,6 +75,21 @@ def test_the_twin_keeps_what_the_authors_code_keeps(name, case):
     kept = ref.reduce(pruner.name, tokens, case["K"], **pruner.options)
     tokens_BKD = kept.tokens(torch.from_numpy(given["x_BND"]))
     assert_as_authors(kept.index_BK, tokens_BKD.numpy(), case)
+
+
+@pytest.mark.parametrize("name, case", WITHOUT_TOKENS)
+def test_layers_and_grids_are_those_of_the_authors_code(name, case):
+    grid, K = tuple(case["grid"]), case["K"]
+    if "small" in case:
+        assert smaller_grid(grid, K) == ref_smaller_grid(grid, K) == tuple(case["small"])
+        return
+    layers, N = len(case["held"]), grid[0] * grid[1]
+    for method in (METHODS[name], ref.METHODS[name]):
+        held = [N] * layers
+        for layer, left in method.schedule(layers, N, K).items():
+            held[layer:] = [left] * (layers - layer)
+        assert held == case["held"]
+    assert METHODS[name].positions == "keep"
 
 
 def test_a_method_names_the_code_that_was_run():

@@ -45,6 +45,12 @@ def test_hiprunes_objects_are_those_of_its_authors_layer(kind, spec, depth, laye
     assert pipeline.spec == plan(spec).spec  # as it was typed
 
 
+def test_vscans_layers_in_qwen_are_those_of_its_authors():
+    """Tencent/SelfEvolvingAgent@a82450e: the first block that attends to all, and the last."""
+    layers = with_family_defaults(plan("global_local"), "qwen2_5_vl").signal_layers(32)
+    assert layers == {"local_attention": 7, "cls_attention": 31}
+
+
 @pytest.fixture
 def sharpness(monkeypatch):
     """What `mmtok` is called with, one number a call."""

@@ -4,9 +4,14 @@ RESTORE, ICML 2026, arXiv:2606.01711: an enhancer for any selector. Dropping tok
 attention away from the image; so a kept token, at its own position, gets more of it: the
 log of how many tokens it stands for, each less what distance would have taken from it.
 
-Ours where the paper could not be read in full: each dropped token counts for the kept one
-most similar to it (cosine), with the mean of cos(distance * frequency) over RoPE's
-frequencies, its decay, at their distance in tokens, never below 0.
+Each dropped token counts for the kept one most similar to it (cosine), with the mean of
+cos(distance * frequency) over RoPE's frequencies, its decay, at their distance in tokens, never
+below 0. That is ours: their code (cvlab-yonsei/RESTORE, commit 9b27e68) was read, and does other
+things, none of which is an option here. A selector chooses half of K; the other half are means of
+what it dropped, around anchors of high density that are unlike denser ones, each at its members'
+median position. A mean gets the log of its number of members, a chosen token nothing; in the first
+layer all get log(N / K). While the prompt is read, each row adds log(2 - decay) to its logits of
+every row before it, words too, at the distance of the two rows.
 
 Options:
     strength: factor of the added attention; 1 is the paper's
