@@ -9,8 +9,9 @@ from math import prod
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.reading.files import read_json, write_atomically
-from mlx_vlm_prune.pruners import METHODS, Method
+from mlx_vlm_prune.pruners import METHODS, Method, Stage
 
+from .command_line import RESULTS
 from .readme_tables import markdown
 from .report import ROOT, link
 
@@ -24,7 +25,7 @@ the tokens kept and, where a method merges, the features of each slot. On all of
 are the same; each method's list says where it differs on others, or in what the inputs leave out,
 and which option has the authors' way. Choices were compared, not models and answers. Methods
 before the language model leave tokens at their positions, where the authors' code for LLaVA counts
-on: `--positions renumber`.
+on: `--positions renumber`. Both are measured below.
 
 This page is made of these files and of the methods' own (`python -m benchmarks.fidelity`), and
 `python -m mlx_vlm_prune pruners NAME` prints a method's part."""
@@ -39,8 +40,11 @@ def page() -> str:
         HEAD, markdown(heads, "lllrrrl", map(row, compared)),
         "## Alike, and different",
         *map(section, compared),
+        "## Positions",
+        positions(),
         "## Not compared",
-        "Baselines, and methods of which no code was run:",
+        "Baselines, methods whose code is not public (`kq_norm`, `attention_pool`, `score_prune`,"
+        " `mlp`), and `restore`, which does not do what its authors' code does:",
         "\n".join(f"- `{m.name}`{f' ({link(m.source)})' if m.source else ''}" for m in others),
     ]) + "\n"  # fmt: skip
 
@@ -54,6 +58,37 @@ def row(method: Method) -> list[str]:
         span([prod(case["grid"]) for case in cases]), span([case["K"] for case in cases]),
         ", ".join(f"`{option}`" for option in sorted(options)) or "defaults",
     ]  # fmt: skip
+
+
+def positions() -> str:
+    """Accuracy on scenes with kept positions and counted on, of methods before the decoder."""
+    result = read_json(RESULTS / "positions.json")
+    overall = {
+        (row["pruner"], row["tokens"], row["positions"]): row["overall"]
+        for row in result["rows"]
+        if "positions" in row
+    }
+    budgets = list(dict.fromkeys(K for _, K, _ in overall))
+    names = [
+        name
+        for name, method in METHODS.items()
+        if method.stage < Stage.DECODER and all((name, K, "renumber") in overall for K in budgets)
+    ]
+    lines, both = [], ("keep", "renumber")
+    for name in names:
+        shares = [[overall[name, K, policy] for policy in both] for K in budgets]
+        lines.append([f"`{name}`", *(f"{kept:.1%} → {counted:.1%}" for kept, counted in shares)])
+    means = [
+        sum(overall[n, K, "renumber"] - overall[n, K, "keep"] for n in names) / len(names)
+        for K in budgets
+    ]
+    lines.append(["mean of the differences", *(f"{100 * mean:+.1f} points" for mean in means)])
+    text = (
+        f"Right answers to {result['count']} questions about scenes, positions kept → counted on"
+        " (`python -m mlx_vlm_prune.evaluate --positions keep --positions renumber`)."
+    )
+    heads = ["method", *(f"{K} tokens" for K in budgets)]
+    return "\n\n".join([text, markdown(heads, "l" + "r" * len(budgets), lines)])
 
 
 def span(numbers: Sequence[int]) -> str:

@@ -131,24 +131,6 @@ def test_the_result_has_every_key_and_figure(home, tmp_path, capsys):
     assert f"Wrote {tmp_path / 'e.json'}" in out and "Not asked: fastv with 5 tokens" in out
 
 
-def test_positions_are_kept_or_counted_on_in_one_run(home, tmp_path, capsys):
-    both = ["--positions", "keep", "--positions", "renumber", "--keep-tokens", "5"]
-    result = run(home, tmp_path / "e.json", *both)
-    rows = {(row["pruner"], row.get("positions")): row for row in result["rows"]}
-    names = {"random", *SPECS} - {"fastv"}
-    assert rows.keys() == {("none", None)} | {(n, p) for n in names for p in ("keep", "renumber")}
-    logprobs = {policy: rows["norm", policy]["logprob"] for policy in ("keep", "renumber")}
-    assert logprobs["keep"] != logprobs["renumber"]
-    for policy, logprob in logprobs.items():
-        alone = run(home, tmp_path / f"{policy}.json", "--positions", policy, "--keep-tokens", "5")
-        row = next(row for row in alone["rows"] if row["pruner"] == "norm")
-        assert (row["logprob"], row["positions"]) == (logprob, policy)
-        assert row["to_random"] == rows["norm", policy]["to_random"]
-    assert len(result["refused"]) == 1
-    assert "norm renumber" in capsys.readouterr().out
-    assert not (cache_folder() / "evaluations").exists()
-
-
 def test_full_is_loyal_to_itself_and_right_where_the_right_answers_are_its_own(home, tmp_path):
     full = run(home, tmp_path / "e.json", "--keep-tokens", "12")["rows"][0]
     assert full["loyalty"] == 1 and full["to_full"]["loyalty"] == [0, 0, 0]

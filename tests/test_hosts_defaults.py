@@ -1,21 +1,29 @@
 """Methods' defaults in mlx-vlm's families, as their authors have them there."""
 
+import json
 from dataclasses import replace
 from functools import wraps
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+from mlx_vlm.utils import load_model
+
 from mlx_vlm_prune import generate, load, pruned
 from mlx_vlm_prune.evaluation.host_answers import PreparedHostQuestion
 from mlx_vlm_prune.hosts.families import FAMILIES
 from mlx_vlm_prune.hosts.families.pruner_defaults import PRUNER_DEFAULTS, with_family_defaults
+from mlx_vlm_prune.hosts.pruned_folder import prune_into
 from mlx_vlm_prune.pruners import METHODS, plan
+from mlx_vlm_prune.training.processes import Processes
+from mlx_vlm_prune.training.run import make_trainer
 
-from . import host_folders
+from . import host_folders, into_folders
 from .host_models import KINDS
 from .test_hosts_evaluate import evaluated
+from .training_data import config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 SHARP = [("llava", 0.02), ("qwen2_vl", 0.02), ("qwen2_5_vl", 0.01)]
@@ -95,6 +103,31 @@ def test_so_does_an_answer(sharpness, tmp_path, kind, sharp):
     for spec in ("mmtok", "mmtok:sharp=0.3"):
         generate(model, processor, "w7 w9", [picture], pruner=spec, keep_ratio=0.5, max_tokens=1)
     assert sharpness == [sharp, 0.3]
+
+
+@pytest.mark.parametrize("kind, sharp", [SHARP[0], SHARP[2]])
+def test_so_does_a_written_folder(sharpness, tmp_path, kind, sharp):
+    into_folders.checkpoint(kind, tmp_path)
+    for spec in ("mmtok", "mmtok:sharp=0.3"):
+        folder = tmp_path / spec
+        prune_into(tmp_path / kind, folder, spec, keep_ratio=0.5)
+        model = load_model(folder)
+        into_folders.answer(kind, model, into_folders.inputs_of(kind, model, 1))
+    assert {*sharpness} == {sharp, 0.3} and sharpness[0] == sharp
+
+
+def test_so_does_training(sharpness, tmp_path):
+    host_folders.desk(tmp_path, ["qwen2_5_vl"])
+    line = json.dumps({"image": "a.png", "question": "w7 w9", "answer": "w20"})
+    (tmp_path / "train.jsonl").write_text("\n".join([line] * 2))
+    for spec in ("mmtok", "mmtok:sharp=0.3"):
+        c = config(
+            "lora", tmp_path / "train.jsonl", tmp_path / "out", model=str(tmp_path / "qwen2_5_vl"),
+            dtype="float32", num_layers=2, pruner=spec, keep_ratio=0.5,
+        )  # fmt: skip
+        trainer = make_trainer(c, Processes())
+        float(trainer.learner.loss(trainer.data.batch(np.arange(2))))
+    assert {*sharpness} == {0.01, 0.3} and sharpness[0] == 0.01
 
 
 def test_an_evaluations_tower_reads_the_familys_layers(monkeypatch):

@@ -6,9 +6,9 @@ Global: CLS attention at the end, the highest of the rest. Each dropped token me
 kept one most similar to it (the mean), behind the projector. The whole of VScan, which drops
 again inside the decoder, is the preset `vscan`.
 
-As the authors' code (github.com/Tencent/SelfEvolvingAgent@a82450e). In
-Qwen2.5-VL the early layer is theirs too, 7 of 32. Differs: any number of windows of any grid; where the local half is no multiple of their number, some keep one more (theirs keeps
-fewer than K in all).
+As the authors' code (github.com/Tencent/SelfEvolvingAgent@a82450e), whose early layer in
+Qwen2.5-VL is the same share, 7 of 32. Differs: any number of windows of any grid; where the local
+half is no multiple of their number, some keep one more (theirs keeps fewer than K in all).
 
 Options:
     areas: windows of the local half, 1 or more
