@@ -9,7 +9,8 @@ from ..pruners import METHODS, Pipeline, Stage, plan
 from ..pruners.budget import tokens_for
 from ..pruners.contract import Policy
 
-CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
+CHAINS = ("cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
+POOLING = ("avgpool", "attention_pool")  # their slots replace no tokens, so nothing is to restore
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,18 @@ def random_baselines(methods: Sequence[BudgetedMethod]) -> list[int | None]:
 
 
 def default_methods(model: VLM) -> list[str]:
-    """All methods that one of our models supports, with their papers' options, and some chains."""
+    """All methods that one of our models supports, with their papers' options, selectors with
+    `restore` too, and some chains."""
     supported = [
         name
         for name, method in METHODS.items()
         if method.stage is not Stage.ENHANCER and (not method.learned or name in model.learned)
     ]
+    selectors = (Stage.FEATURES, Stage.PROJECTED)
+    restored = [
+        f"{name}+restore"
+        for name in supported
+        if METHODS[name].stage in selectors and name not in ("none", *POOLING)
+    ]
     dynamic = ["mlp:dynamic"] if "mlp" in model.learned else []
-    return [*supported, *dynamic, *CHAINS]
+    return [*supported, *dynamic, *restored, *CHAINS]

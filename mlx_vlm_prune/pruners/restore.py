@@ -11,12 +11,14 @@ things, none of which is an option here. A selector chooses half of K; the other
 what it dropped, around anchors of high density that are unlike denser ones, each at its members'
 median position. A mean gets the log of its number of members, a chosen token nothing; in the first
 layer all get log(N / K). While the prompt is read, each row adds log(2 - decay) to its logits of
-every row before it, words too, at the distance of the two rows.
+every row before it, words too, at the distance of the two rows. `nearby` and `decay` vary ours.
 
 Options:
     strength: factor of the added attention; 1 is the paper's
     theta: base of the language model's rotary embedding, above 1
     dims: size of the language model's heads, 2 or more
+    decay: whether distance takes from a dropped token's count; else each counts as one
+    nearby: a dropped token counts for the kept one next to it in the row, of two the first
 
 Shapes: B images, N tokens, K kept, d head size.
 """
@@ -31,8 +33,9 @@ stage = Stage.ENHANCER
 
 
 def attention_bias(
-    signals: Signals, kept: Reduction, *, strength: float = 1.0, theta: float = 1e4, dims: int = 128
-) -> mx.array:
+    signals: Signals, kept: Reduction, *, strength: float = 1.0, theta: float = 1e4,
+    dims: int = 128, decay: bool = True, nearby: bool = False,
+) -> mx.array:  # fmt: skip
     """What is added to the logits of the attention to each kept token, (B, K)."""
     if kept.index_BK is None:
         raise ValueError("slots that are pooled from everywhere replace no tokens of their own")
@@ -40,9 +43,15 @@ def attention_bias(
         raise ValueError("dims is at least 2, and theta above 1")
     N = signals.x_BND.shape[1]
     with choosing():
-        slot_BN = nearest_slots(signals.x_BND, kept.index_BK)[1]
-        distance_BN = mx.abs(mx.arange(N) - take(kept.index_BK, slot_BN).astype(mx.int32))
-        decay_BN1 = rotary_decay(N, theta, dims)[distance_BN][..., None]
+        index_BK = kept.index_BK.astype(mx.int32)
+        if nearby:
+            distance_BNK = mx.abs(mx.arange(N)[:, None] - index_BK[:, None])
+            slot_BN = mx.argmin(distance_BNK, axis=-1).astype(mx.int32)
+        else:
+            slot_BN = nearest_slots(signals.x_BND, kept.index_BK)[1]
+        distance_BN = mx.abs(mx.arange(N) - take(index_BK, slot_BN))
+        decay_N = rotary_decay(N, theta, dims) if decay else mx.ones(N)
+        decay_BN1 = decay_N[distance_BN][..., None]
         represented_BK = segment_sum(decay_BN1, slot_BN, kept.slots)[..., 0]
         return strength * mx.log(mx.maximum(represented_BK, 1.0))
 
