@@ -10,6 +10,7 @@ from mlx_vlm_prune.pruners.budget import tokens_for
 from .claims import CLAIMS, claimed_gain
 from .speculation import summary
 from .timing import times_text
+from .training_speed import HEADS, cells
 
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
 
@@ -128,3 +129,32 @@ def hosts_table(results: Path) -> str:
         predicted = _gain_and_share(gain, "prefill")
         lines.append([model, ms["stock"], ms["full"], stock_by_ours, ms["pruned"], predicted])
     return markdown(heads, "lrrrrr", lines)
+
+
+def efficientvlm_table(result: dict[str, Any]) -> str:
+    """Each case's accuracy, times and operation count, of `benchmarks.efficientvlm`."""
+    heads = (
+        "trained behind", "tokens", "answers right", "first token, ms", "tokens/s",
+        "multiply-adds to the first token, M",
+    )  # fmt: skip
+    rows = {row["budget"]: row for row in result["timings"]["rows"]}
+    lines = []
+    for case in result["cases"]:
+        kind = "pruned" if case["tokens"] in rows else "full"
+        row = rows.get(case["tokens"], next(iter(rows.values())))
+        ms, operations = row["ms"][kind], row["operations"][kind]
+        count = sum(operations[part] for part in ("vision", "projector", "prefill"))
+        lines.append([
+            f"`{case['pruner']}`", f"{case['tokens']}", f"{case['overall']:.1%}",
+            f"{ms['total']['median']:.1f}", f"{1000 / ms['token']['median']:.0f}",
+            f"{count / 1e6:.0f}",
+        ])  # fmt: skip
+    return markdown(heads, "lrrrrr", lines)
+
+
+def training_table(results: Path) -> str:
+    """Training steps of ours beside others', in Markdown."""
+    if not (results / "training_speed.json").exists():
+        return "Not measured yet."
+    rows = read(results, "training_speed")["rows"]
+    return markdown(HEADS, "lllrrrrl", [cells(row) for row in rows])

@@ -1,4 +1,4 @@
-"""Write the README's tables and docs/devices.md: `python -m benchmarks.report`."""
+"""Write the tables of the pages, and docs/devices.md: `python -m benchmarks.report`."""
 
 import re
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from .readme_tables import (
     read,
     rivals_table,
     speed_table,
+    training_table,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -166,6 +167,7 @@ TABLES = {
     "learned": learned_table,
     "quantized": quantized_table,
     "conversion": conversion_table,
+    "training": training_table,
 }
 
 
@@ -183,11 +185,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = Parser("benchmarks.report", description=(__doc__ or "").split("\n")[0])
     with in_one_sentence():
         p.parse_args(argv)
-        readme = ROOT / "README.md"
+        filled = [ROOT / "README.md", ROOT / "docs" / "training.md"]
         devices = ROOT / "docs" / "devices.md"
-        write_atomically(readme, fill(readme.read_text(encoding="utf-8")))
+        for file in filled:
+            write_atomically(file, fill(file.read_text(encoding="utf-8")))
         write_atomically(devices, page(RESULTS))
-        print(f"Wrote {readme} and {devices}")
+        print(f"Wrote {', '.join(map(str, filled))} and {devices}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,7 @@ ODDS = {
     "existence": 2, "colour": 2, "counting": 3, "relation": 3, "grounding": 2, "reading": 2,
     "content": 2, "farthest": 2,
 }  # fmt: skip
+PIECE = 512  # scenes that processes draw before the next are due
 TRIES = 8  # questions tried for each turn: a scene answers some kinds only, and none twice
 CLEARLY = 12  # pixels by which the farthest shape is farther than the next
 VALID_SEEDS = TRAIN_SEEDS[len(TRAIN_SEEDS) // 2 :]  # the trainers of scenes read from the first on
@@ -88,20 +92,45 @@ def questions_about(scene: Scene, kinds: Sequence[str], turns: int) -> tuple[Que
     return tuple(islice(dict.fromkeys(filter(None, questions)), turns))
 
 
-def examples(seeds: range, count: int, kinds: Sequence[str], turns: int) -> Iterator[Example]:
-    """The first `count` scenes that answer a question of these kinds. Raises UserError."""
-    written = 0
-    for seed in seeds:
-        if written == count:
-            return
-        scene = compose(seed)
-        if questions := questions_about(scene, kinds, turns):
+def examples(
+    seeds: range, count: int, kinds: Sequence[str], turns: int, always: str | None = None,
+    workers: int = 1,
+) -> Iterator[Example]:  # fmt: skip
+    """The first `count` scenes that answer a question of these kinds. Raises UserError.
+
+    With `always` that kind is the first question about each, and scenes that do not answer it are
+    left out. The examples are the same for any number of processes that draw them.
+    """
+    example_of = partial(example, kinds=kinds, turns=turns, always=always)
+    with ExitStack() as stack:
+        drawn: Iterator[Example | None] = map(example_of, seeds)
+        if workers > 1:
+            pool = stack.enter_context(get_context("spawn").Pool(workers))
+            # In pieces: a pool asks for all its seeds at once.
+            pieces = (seeds[n : n + PIECE] for n in range(0, len(seeds), PIECE))
+            drawn = (e for piece in pieces for e in pool.map(example_of, piece, chunksize=16))
+        written = 0
+        for drawn_example in islice(filter(None, drawn), count):
             written += 1
-            picture = io.BytesIO()
-            scene.image().save(picture, "PNG")
-            yield Example(seed, picture.getvalue(), questions)
+            yield drawn_example
     if written < count:
         raise UserError(f"there are only {written} such scenes, not {count}")
+
+
+def example(seed: int, kinds: Sequence[str], turns: int, always: str | None) -> Example | None:
+    """A scene that answers a question of these kinds, and with `always` one of that; else None."""
+    scene = compose(seed)
+    first = question_of(scene, always, np.random.default_rng([seed, 4])) if always else None
+    if always and not first:
+        return None
+    questions = questions_about(scene, kinds, turns)
+    if first:
+        questions = tuple(dict.fromkeys((first, *questions)))[:turns]
+    if not questions:
+        return None
+    picture = io.BytesIO()
+    scene.image().save(picture, "PNG", compress_level=1)  # most of the time went into smaller files
+    return Example(seed, picture.getvalue(), questions)
 
 
 def write_minimind(drawn: Iterator[Example], folder: Path, split: str) -> None:
@@ -171,7 +200,7 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
         ):
             if count:
                 kinds: Counter[str] = Counter()
-                drawn = examples(seeds, count, args.kinds, args.turns)
+                drawn = examples(seeds, count, args.kinds, args.turns, args.always, args.workers)
                 shown = tqdm(drawn, total=count, desc=split, unit="scene", leave=False)
                 parts = separated(shown) if args.separate else iter(shown)
                 WRITERS[args.format](counted(parts, kinds), folder, split)
@@ -206,6 +235,9 @@ def build_parser() -> Parser:
         "--kinds", nargs="+", choices=ODDS, default=[*KINDS, "content"], metavar="KIND",
         help=f"of {', '.join(ODDS)} (all but the last)",
     )  # fmt: skip
+    add("--always", choices=ODDS, metavar="KIND",
+        help="a kind that every scene is asked first")  # fmt: skip
+    add("--workers", type=positive, default=1, metavar="N", help="processes that draw (1)")
     add("--separate", action="store_true",
         help="an example for each question, in place of turns")  # fmt: skip
     add("--first", type=natural, default=0, metavar="N", help="number of the first scene (0)")

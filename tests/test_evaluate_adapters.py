@@ -18,7 +18,7 @@ def test_adapters_are_evaluated_and_not_taken_for_the_model(tmp_path, monkeypatc
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "cache"))
     model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data", 3)
     learner = LEARNERS["lora"](loaded(model), config("lora", "x", tmp_path / "a"))
-    learner.write(tmp_path / "a", 1)
+    learner.save_adapters(tmp_path / "a", 1)
     command = ["--model", str(model), "--questions", str(data / "train.jsonl"), "--pruner", "norm"]
     command += ["--out", str(tmp_path / "e.json"), "--max-tokens", "3", "--keep-tokens", "5"]
     main([*command, "--adapter-path", str(tmp_path / "a")])

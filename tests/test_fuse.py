@@ -45,7 +45,7 @@ def write_adapters(folder, model, stage: str = "lora", size: float = 0.1, **keys
             module.m = module.m * mx.array(random.uniform(0.9, 1.1, module.m.shape))
     if keys.get("unfreeze"):
         learner.model.projector.bias = learner.model.projector.bias + 0.5
-    learner.write(folder, 1)
+    learner.save_adapters(folder, 1)
 
 
 def fused(model, folder, *options: str):

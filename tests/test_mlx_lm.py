@@ -181,7 +181,7 @@ def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(kind, models, mo
         as_mx(pixels(3)),
     )
     expected = np.array(model(prompts, pixel_values, plan("v2drop"), K).logits_BLV)
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 6)
+    monkeypatch.setattr("mlx_vlm_prune.models.layers.PREFILL_STEP_SIZE", 6)
     close(np.array(model(prompts, pixel_values, plan("v2drop"), K).logits_BLV), expected)
 
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.pruners import Reduction, cdpruner, clusters, lazy, pact, resolve, rows
+from mlx_vlm_prune.pruners import Reduction, cdpruner, clusters, lazy, resolve, rows
 from mlx_vlm_prune.pruners.coverage import cover, cover_lazily
 from mlx_vlm_prune.pruners.lazy import HeldRows, highest
 from mlx_vlm_prune.pruners.numerics import choosing, precision
@@ -113,7 +113,7 @@ PARTS = [
     ("cdpruner", "float32", cdpruner, "MOST_ON_GPU", 4),
     ("sparsevlm:recycle=0.9", "float64", clusters, "TILE", 3),
     ("sparsevlm:recycle=0.9", "float32", clusters, "BLOCK", 50),
-    ("pact", "float64", pact, "ROWS", 3),
+    ("pact", "float64", rows, "BLOCK", 3),
     *((spec, "float32", rows, "MOST_HELD", 0) for spec in BY_ROWS),
 ]
 

@@ -82,6 +82,18 @@ def test_questions_may_be_examples_of_their_own(tmp_path, capsys):
     assert [turn[1] for turn in pairs] == [alone[n].turns[0][1] for n in range(len(alone))]
 
 
+def test_a_kind_may_be_asked_about_every_scene_by_any_number_of_processes(tmp_path, capsys):
+    options = ("--format", "jsonl", "--separate", "--turns", "2", "--always", "farthest")
+    figures = [
+        written(tmp_path / workers, capsys, *options, "--workers", workers) for workers in "12"
+    ]
+    assert figures[0]["train"] == figures[1]["train"]
+    assert figures[0]["train"]["questions"]["farthest"] == figures[0]["train"]["scenes"] == 6
+    assert sum(figures[0]["train"]["questions"].values()) > 6
+    first, second = ((tmp_path / workers / "train.jsonl").read_bytes() for workers in "12")
+    assert first == second
+
+
 def test_a_folder_that_exists_is_not_written_over(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         written(tmp_path, capsys)

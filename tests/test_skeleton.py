@@ -102,16 +102,20 @@ def test_the_scenes_import_no_mlx_since_the_trainer_reads_them():
 SHARED = ("mlx_vlm_prune.scenes", "mlx_vlm_prune.checkpoints")
 SHARED_IN_TRAINING = (
     "mlx_vlm_prune.inputs.processor",
+    "mlx_vlm_prune.machine.agreement",
     *(
         f"mlx_vlm_prune.training.{name}"
         for name in (
             "batches",
             "config",
-            "folder",
+            "curve",
+            "display",
             "formats",
             "interrupts",
             "metrics",
             "options",
+            "run_folder",
+            "run_loop",
             "run_state",
             "trained_folder",
         )

@@ -18,6 +18,7 @@ from mlx_vlm_prune.training.run_state import checkpoint_folders
 from torch_ref.models.loading import load_folder
 from torch_ref.train import main as train_command
 from torch_ref.training.run import train
+from torch_ref.training.stages import LEARNERS
 
 from .training_pairs import CPU, Runs, assert_same, weights
 
@@ -76,7 +77,9 @@ def test_the_command_writes_a_model_that_either_loads(runs, tmp_path, capsys):
         f"output: {tmp_path / 'out'}\nlearning_rate: 1e-2\nbatch_size: 4\n"
     )
     train_command(["-c", str(config), "--iters", "4", "--save-every", "2"])
-    assert "train_loss" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 4 of 4: loss" in out and "held-out loss" in out and " tokens/s" in out
+    assert "more steps" in out and (tmp_path / "out/curve.png").is_file()
     before, _ = load_folder(runs.folder / "model", CPU)
     after, _ = load_folder(tmp_path / "out", CPU)
     moved = {
@@ -126,9 +129,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(runs, tmp_path):
 
 MISTAKES = {
     "again": ({}, "holds another run; resume it"),
-    "another rate": (
-        {"resume": True, "learning_rate": 1e-2}, "was written with learning_rate=0.001",
-    ),
+    "another seed": ({"resume": True, "seed": 7}, "was written with seed=0"),
     "another stage": ({"resume": True, "stage": "pretrain"}, "was written with stage='sft'"),
     "optimizer": ({"resume": True, "optimizer": "muon"}, "torch_ref has adam, adamw or sgd"),
     "decoder method": (
@@ -137,6 +138,10 @@ MISTAKES = {
     ),
     "pruner": ({"resume": True, "pruner": "divprun"}, "did you mean divprune"),
     "budget": ({"resume": True, "pruner": "divprune", "keep_tokens": 17}, "keep 1 to 16"),
+    "no layers": ({"stage": "lora", "num_layers": 0}, "num_layers is 0"),
+    "a text for a list": (
+        {"stage": "lora", "lora_parameters": {"keys": "self_attn.q_proj"}}, "must be a list",
+    ),
 }  # fmt: skip
 
 
@@ -146,3 +151,32 @@ def test_a_mistake_is_one_sentence(runs, tmp_path, case):
     train(runs.config("sft", str(tmp_path / "out"), iters=1))
     with pytest.raises(UserError, match=part):
         train(runs.config(keys.pop("stage", "sft"), str(tmp_path / "out"), **keys))
+
+
+def test_an_evaluation_drops_nothing(runs):
+    parameters = {"rank": 8, "scale": 20.0, "dropout": 0.5}
+    trainer = runs.torch(runs.config("lora", lora_parameters=parameters))
+    for name, parameter in trainer.learner.parameters.items():
+        if name.endswith("lora_b"):
+            parameter.data.normal_()
+    assert trainer.evaluate() == trainer.evaluate()
+    batch = trainer.batch(0, 0)
+    assert trainer.learner.loss(batch).item() != trainer.learner.loss(batch).item()
+
+
+CHOICES = {
+    "several processes": ("mlp", {"WORLD_SIZE": "2"}, "mlp learns in one process"),
+    "a chain": ("visionzip+mlp", {}, "mlp learns alone"),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_a_choice_that_cannot_be_learned_is_refused(runs, monkeypatch, case):
+    pruner, variables, part = CHOICES[case]
+    config = runs.config("pruner", pruner=pruner, keep_tokens=5)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    learner = LEARNERS["pruner"]
+    folder = runs.folder / "model"
+    with pytest.raises(UserError, match=part):
+        learner(*load_folder(folder, CPU), folder, config)

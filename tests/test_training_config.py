@@ -10,6 +10,10 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.train import build_parser
 from mlx_vlm_prune.training.config import DEFAULTS, STAGES, TrainConfig, read_yaml
 from mlx_vlm_prune.training.options import FILE_ONLY, GROUPS, config_of
+from mlx_vlm_prune.training.run import train
+from mlx_vlm_prune.training.summary import usage
+
+from . import stage_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "docs/train.yaml"
@@ -54,6 +58,9 @@ def test_a_flag_overrides_its_key_and_the_key_that_excludes_it(tmp_path):
     assert (config.iters, config.epochs) == (7, None)
     assert (config.keep_tokens, config.keep_ratio) == (9, None)
     assert (config.batch_size, config.learning_rate, config.skip_bad) == (3, 1e-3, False)
+    file.write_text("{stage: sft, data: d, lr_schedule: {name: cosine_decay, arguments: [1, 9]}}")
+    config = parsed("-c", str(file), "--learning-rate", "1e-4")
+    assert (config.learning_rate, config.lr_schedule) == (1e-4, None)
 
 
 MISTAKES = {
@@ -105,3 +112,23 @@ def test_a_config_file_that_cannot_be_read_is_refused(tmp_path, text, sentence):
         file.write_text(text)
     with pytest.raises(UserError, match=sentence):
         read_yaml(file)
+
+
+def test_the_command_that_uses_a_run_is_quoted():
+    keys = {
+        "stage": "lora",
+        "data": "d",
+        "model": "my model",
+        "adapter_path": "a b",
+        "resume": True,
+    }
+    line = usage(TrainConfig.of(keys, "the test"))
+    assert "--model 'my model' --adapter-path 'a b'" in line
+
+
+def test_a_model_of_mlx_vlms_is_refused_in_a_sentence(tmp_path):
+    (tmp_path / "qwen").mkdir()
+    (tmp_path / "qwen/config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    data, keys = stage_runs.write(tmp_path, 1), {"pruner": "attention_pool", "keep_tokens": 5}
+    with pytest.raises(UserError, match="mlx-vlm's, in which the stages lora and dora learn"):
+        train(stage_runs.config("pruner", tmp_path / "qwen", data, tmp_path / "out", **keys))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.processor import Processor
-from mlx_vlm_prune.training.batches import WINDOW, Order, Reader
+from mlx_vlm_prune.training.batches import WINDOW, Reader, Sampler
 from mlx_vlm_prune.training.examples import Example
 
 from . import tiny
@@ -91,7 +91,7 @@ def in_turn(data, numbers, ahead=2):
 
 
 def test_batches_read_ahead_are_those_read_one_by_one(words):
-    order, one = Order(10, 3, seed=1), reader(words, Pictures(10))
+    order, one = Sampler(10, 3, seed=1), reader(words, Pictures(10))
     ahead = reader(words, Pictures(10))
     numbers = [order.indices(n) for n in range(7)]
     for indices, batch in zip(numbers, in_turn(ahead, numbers), strict=True):
@@ -117,19 +117,19 @@ def test_a_fault_ahead_is_raised_and_counted_when_its_batch_is_due(words):
 
 
 def test_the_order_is_new_in_every_pass_and_the_seeds_alone():
-    order = Order(10, 4, seed=3)
+    order = Sampler(10, 4, seed=3)
     passes = np.concatenate([order.indices(n) for n in range(5)]).reshape(2, 10)
     assert [sorted(numbers) for numbers in passes.tolist()] == [list(range(10))] * 2
     assert (passes[0] != passes[1]).any()
-    assert (Order(10, 4, seed=3).indices(3) == order.indices(3)).all()
-    assert (Order(10, 4, seed=4).indices(0) != order.indices(0)).any()
+    assert (Sampler(10, 4, seed=3).indices(3) == order.indices(3)).all()
+    assert (Sampler(10, 4, seed=4).indices(0) != order.indices(0)).any()
 
 
 @pytest.mark.parametrize(("groups", "blocks"), [(1, 64), (64, 1), (5, 13)])
 def test_blocks_are_shuffled_and_few_of_them_are_read_at_a_time(groups, blocks):
     starts = np.arange(0, 3 * groups * blocks, 3).reshape(groups, blocks).tolist()
     parts = [[range(start, start + 3) for start in group] for group in starts]
-    order = Order(3 * groups * blocks, 8, seed=0, blocks=parts)
+    order = Sampler(3 * groups * blocks, 8, seed=0, blocks=parts)
     numbers = np.concatenate([order.indices(n) for n in range(order.examples // 8)])
     assert len(set(numbers.tolist())) == len(numbers)
     spans = [len(set((numbers[n : n + 48] // 3).tolist())) for n in range(0, len(numbers) - 48, 48)]
@@ -175,5 +175,5 @@ def test_the_loss_of_a_batch_is_that_of_its_examples_with_several_images_one_or_
     assert loss(0, 1, 2).item() == pytest.approx(sum(each), rel=1e-5)
     assert loss(2, 1).item() == pytest.approx(each[2] + each[1], rel=1e-5)
     assert loss(1, 1).item() == pytest.approx(2 * each[1], rel=1e-5)
-    slopes = nn.value_and_grad(model.projector, lambda: loss(1))()[1]
-    assert all(mx.all(slope == 0).item() for slope in slopes.values())
+    gradients = nn.value_and_grad(model.projector, lambda: loss(1))()[1]
+    assert all(mx.all(gradient == 0).item() for gradient in gradients.values())

@@ -1,5 +1,6 @@
 """Promises of docs/training.md: its commands run, one after another, and its names are true."""
 
+import os
 import re
 import shlex
 import shutil
@@ -30,7 +31,7 @@ def test_every_command_of_the_page_runs(tmp_path):
         assert command[0] == "python"
         done = subprocess.run(
             [sys.executable, *command[1:]], cwd=tmp_path, capture_output=True, text=True,
-            check=False, stdin=subprocess.DEVNULL,
+            check=False, stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
         assert done.returncode == 0, (command, done.stderr)
     steps = [row["iteration"] for row in read_rows(tmp_path / "from-yaml/metrics.jsonl")]
@@ -42,11 +43,14 @@ def test_every_flag_of_the_page_exists():
     known = {
         *build_parser().flags.values(),
         "--model",
+        "--save-path",
+        "--dequantize",
         "--image",
         "--prompt",
         "--help",
         "--backend",
         "--nproc-per-node",
+        "--save",
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= known
 

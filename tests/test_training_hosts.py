@@ -47,14 +47,17 @@ def place(tmp_path_factory):
 def run(place, kind, out, **keys):
     """A config for a run of a few steps."""
     values = {"model": str(place / kind), "dtype": "float32", "num_layers": 2, **keys}
-    return config("lora", values.pop("data", place / "train.jsonl"), out, **values)
+    stage, data = values.pop("stage", "lora"), values.pop("data", place / "train.jsonl")
+    return config(stage, data, out, **values)
 
 
-@pytest.mark.parametrize("pruner", ["none", "divprune"])
+@pytest.mark.parametrize(
+    ("stage", "pruner"), [("lora", "none"), ("lora", "divprune"), ("dora", "divprune")]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_host_learns_behind_a_pruner_and_only_adapters_move(place, tmp_path, kind, pruner):
+def test_a_host_learns_behind_a_pruner_and_only_adapters_move(place, tmp_path, kind, stage, pruner):
     budget = {"keep_ratio": 0.5} if pruner != "none" else {}
-    c = run(place, kind, tmp_path / "a", iters=6, pruner=pruner, **budget)
+    c = run(place, kind, tmp_path / "a", stage=stage, iters=6, pruner=pruner, **budget)
     before = bits(load(place / kind, dtype="float32")[0])
     trainer = make_trainer(c, _processes())
     batch = trainer.data.batch(np.arange(2))
@@ -66,6 +69,12 @@ def test_a_host_learns_behind_a_pruner_and_only_adapters_move(place, tmp_path, k
     assert all(after[name] == before[name] for name in before)
     learned = after.keys() - before.keys()
     assert learned and not any(".layers.0." in name for name in learned)
+    assert {name.rsplit(".")[-1] for name in learned} == ({"m"} if stage == "dora" else set()) | {
+        "lora_a", "lora_b",
+    }  # fmt: skip
+    assert all(name.startswith("model.language_model.") for name in learned) or all(
+        name.startswith("language_model.") for name in learned
+    )
 
 
 @pytest.mark.parametrize("pruner", ["none", "divprune"])
@@ -78,12 +87,12 @@ def test_the_loss_is_that_of_the_answer_in_generation(place, tmp_path, kind, pru
     host, pipeline = trainer.learner.host, trainer.learner.pipeline
     batch = trainer.data.batch(np.arange(1))
     inputs = prepare_prompt(host, "w7 w9", [open_image(place / "a.png")])
-    assert batch.examples[0].inputs.ids == [*inputs.ids, *batch.examples[0].answer]
+    answer = batch.inputs[0].ids[len(inputs.ids) :]
+    assert batch.inputs[0].ids == [*inputs.ids, *answer] and batch.answer_tokens == len(answer)
     views = encode_images_and_text(host, inputs, pipeline)
     budgets = budgets_by_view(views, budget.get("keep_ratio"), None, pipeline)
     policy = trainer.learner.policy
     prefill = HostPrefill(host, prune_prompt(host, inputs, views, pipeline, budgets, policy))
-    answer = batch.examples[0].answer
     logits_LV = [prefill.logits_BV, *prefill.step(mx.array([answer[:-1]]))[0][:, None]]
     expected = sum(
         -nn.log_softmax(x.reshape(-1))[token].item()
@@ -104,9 +113,67 @@ def _processes():
     return Processes()
 
 
+BAD = {
+    "no picture": ({"image": "none.png"}, "none.png"),
+    "two turns": ({"conversations": [
+        {"role": role, "content": "w7"} for role in ("user", "assistant") * 2
+    ]}, "learns from one question and one answer"),
+    "more marks": ({"question": "<image> w7 <image>"}, "has 2 <image> marks but 1 image"),
+    "a mark within the text": ({"question": "w7 <image> w9"}, "leave <image> out of the prompt"),
+    "an image's place in the answer": ({"answer": "<image>"}, "its answer holds the token of an"),
+    "too long": ({"question": "w7 " * 600}, r"begins within max_seq_length=512"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_example_is_an_error_or_named_counted_and_left_out(place, tmp_path, caplog, case):
+    change, fault = BAD[case]
+    example = {"image": str(place / "a.png"), "question": "<image>\nw7 w9", "answer": "w20"}
+    bad = {k: v for k, v in (example | change).items()
+           if k == "image" or ("conversations" in change) == (k == "conversations")}  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, (example, bad))))
+    keys = {"data": tmp_path / "d.jsonl"}
+    with pytest.raises(UserError, match=fault) as refusal:
+        make_trainer(run(place, "smolvlm", tmp_path / "a", **keys), _processes()).data.batch(
+            np.arange(2)
+        )
+    assert "line 2" in str(refusal.value) and "skip_bad leaves" in str(refusal.value)
+    data = make_trainer(
+        run(place, "smolvlm", tmp_path / "a", skip_bad=True, **keys), _processes()
+    ).data
+    for _ in range(2):
+        assert data.batch(np.arange(2)).indices == (0,)
+    assert list(data.bad) == [1]
+    assert len([r for r in caplog.records if "line 2" in r.message]) == 1
+
+
+def test_a_long_answer_is_cut_and_counted(place, tmp_path):
+    line = {"image": str(place / "a.png"), "question": "w7", "answer": "w20 " * 600}
+    (tmp_path / "d.jsonl").write_text(json.dumps(line))
+    trainer = make_trainer(
+        run(place, "qwen2_5_vl", tmp_path / "a", data=tmp_path / "d.jsonl"), _processes()
+    )
+    batch = trainer.data.batch(np.arange(1))
+    assert len(batch.prompts[0].ids) == len(batch.inputs[0].ids) == 512 and trainer.data.cut == {0}
+    assert batch.inputs[0].mask_1L.shape == (1, 512)
+    assert np.isfinite(trainer.learner.loss(batch).item())
+
+
+def test_options_of_the_chat_template_reach_it(place, tmp_path, monkeypatch):
+    options = []
+    monkeypatch.setattr(
+        "mlx_vlm.prompt_utils.apply_chat_template",
+        lambda *a, **k: options.append(k) or "<image> w7",
+    )
+    c = run(place, "smolvlm", tmp_path / "a", chat_template_config={"enable_thinking": False})
+    make_trainer(c, _processes()).data.batch(np.arange(1))
+    assert options == [{"num_images": 1, "enable_thinking": False}]
+
+
+@pytest.mark.parametrize("stage", ["lora", "dora"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mlx_vlm_and_we_load_what_was_trained(place, tmp_path, kind):
-    train(run(place, kind, tmp_path / "a"))
+def test_mlx_vlm_and_we_load_what_was_trained(place, tmp_path, kind, stage):
+    train(run(place, kind, tmp_path / "a", stage=stage))
     ours, processor = load(place / kind, adapter_path=tmp_path / "a", dtype="float32")
     theirs, _ = mlx_vlm_load(str(place / kind), adapter_path=str(tmp_path / "a"))
     for (name, one), (_, two) in zip(

@@ -18,9 +18,10 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.adapters import AdapterConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main as generate_main
-from mlx_vlm_prune.models.adapters import AdapterConfig, adapter_arrays, adapters, add_adapters
+from mlx_vlm_prune.models.adapters import adapter_arrays, adapters, add_adapters
 from mlx_vlm_prune.models.language.experts import GATHERED
 from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.training.recompute import recompute_layers
@@ -32,6 +33,7 @@ from .training_data import batch, bits, config, loaded, logits, without_images
 from .training_runs import write_data, write_model
 
 STAGES = ["lora", "dora"]
+INFINITE = float("inf")
 PICTURE = batch([tiny.row("what is # ?"), tiny.row("# ?")], 1, 64)
 
 
@@ -109,8 +111,8 @@ def trained(model, c, read=PICTURE, steps=3):
 
 
 def step(learner, optimizer, read):
-    _, slopes = nn.value_and_grad(learner, learner.loss)(read)
-    optimizer.update(learner, slopes)
+    _, gradients = nn.value_and_grad(learner, learner.loss)(read)
+    optimizer.update(learner, gradients)
     mx.eval(learner.parameters())
 
 
@@ -169,7 +171,7 @@ def test_dropout_follows_from_the_seed_and_is_off_afterwards(place):
 @pytest.mark.parametrize("stage", STAGES)
 def test_layers_computed_again_drop_what_they_dropped_before(place, stage):
     c = config(stage, "x", "y", lora_parameters={"dropout": 0.4, "scale": 5.0})
-    gradients = []
+    by_name = []
     for again in (False, True):
         learner = LEARNERS[stage](loaded(place.model), c)
         for _, module in adapters(learner.model):
@@ -178,10 +180,10 @@ def test_layers_computed_again_drop_what_they_dropped_before(place, stage):
             recompute_layers(learner)
         learner.train()
         mx.random.seed(5)
-        _, slopes = nn.value_and_grad(learner, learner.loss)(PICTURE)
-        gradients.append(dict(tree_flatten(slopes)))
-    for name, plain in gradients[0].items():
-        np.testing.assert_allclose(gradients[1][name], plain, rtol=1e-4, atol=1e-4)
+        _, gradients = nn.value_and_grad(learner, learner.loss)(PICTURE)
+        by_name.append(dict(tree_flatten(gradients)))
+    for name, plain in by_name[0].items():
+        np.testing.assert_allclose(by_name[1][name], plain, rtol=1e-4, atol=1e-4)
 
 
 NAME = "language.layers.0.self_attn.q_proj.lora_a"
@@ -191,7 +193,7 @@ NAME = "language.layers.0.self_attn.q_proj.lora_a"
 def test_what_is_loaded_says_what_was_trained(place, tmp_path, stage):
     c = config(stage, "x", tmp_path / "a", unfreeze=["projector"])
     learner = trained(loaded(place.model), c)
-    learner.write(tmp_path / "a", 3)
+    learner.save_adapters(tmp_path / "a", 3)
     model, _ = load(place.model, adapter_path=tmp_path / "a", dtype="float32")
     np.testing.assert_array_equal(logits(model, PICTURE), logits(learner.model, PICTURE))
     base = logits(loaded(place.model), PICTURE)
@@ -223,6 +225,8 @@ REFUSED = {
     "keys of lora_parameters names 'self_attn.wq'": {"keys": ["self_attn.wq"]},
     "has alpha; mlx-lm's key is scale, alpha ÷ rank": {"rank": 8, "alpha": 16},
     "lora_parameters has 'r'; it may have rank, scale, dropout or keys": {"r": 8},
+    "rank of lora_parameters is inf; it must be a whole number of at least 1": {"rank": INFINITE},
+    "scale of lora_parameters is inf; it must be a number": {"scale": INFINITE},
     "rank of lora_parameters is 0; it must be a whole number of at least 1": {"rank": 0},
     "dropout of lora_parameters is 1.0; it must be at least 0 and below 1": {"dropout": 1.0},
     "keys of lora_parameters must be a list of modules' names": {"keys": "self_attn.q_proj"},

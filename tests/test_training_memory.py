@@ -39,24 +39,24 @@ def trainer(desk, **more) -> Trainer:
     ],
     ids=["sft", "pretrain", "pruned", "merged", "lora"],
 )
-def test_the_loss_and_every_slope_are_the_same_with_and_without(desk, more):
-    losses, slopes = [], []
+def test_the_loss_and_every_gradient_are_the_same_with_and_without(desk, more):
+    losses, by_name = [], []
     for grad_checkpoint in (False, True):
         run = trainer(desk, grad_checkpoint=grad_checkpoint, **more)
         batch = run.batch(0, 0)
         assert batch
-        loss, gradients = run.slopes(batch)
+        (loss, _), gradients = run.loss_and_gradients(batch)
         losses.append(loss.item())
-        slopes.append(dict(tree_flatten(gradients)))
+        by_name.append(dict(tree_flatten(gradients)))
         run.step(0)  # and the weights are no arrays of the backward pass
         mx.eval(run.learner.parameters())
         figures = run.evaluate()  # whose caches are filled
         losses.append(figures["val_loss"])
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
-    assert slopes[0].keys() == slopes[1].keys()
-    for name, slope in slopes[0].items():
-        largest = max(1e-6, float(mx.abs(slope).max().item()))
-        assert np.allclose(slope, slopes[1][name], rtol=1e-4, atol=1e-5 * largest), name
+    assert by_name[0].keys() == by_name[1].keys()
+    for name, gradient in by_name[0].items():
+        largest = max(1e-6, float(mx.abs(gradient).max().item()))
+        assert np.allclose(gradient, by_name[1][name], rtol=1e-4, atol=1e-5 * largest), name
 
 
 def test_answers_are_generated_as_without(desk):
@@ -71,7 +71,7 @@ def test_memory_is_less(desk):
         batch = run.batch(0, 0)
         mx.eval(run.learner.parameters())
         mx.reset_peak_memory()
-        mx.eval(run.slopes(batch))
+        mx.eval(run.loss_and_gradients(batch))
         peaks.append(mx.get_peak_memory() - mx.get_active_memory())
     assert peaks[0] < 0.8 * peaks[1]
 
@@ -87,7 +87,7 @@ def test_a_long_prompt_is_read_at_once(desk, monkeypatch, stage, grad_checkpoint
     more = {"stage": stage, "grad_checkpoint": grad_checkpoint, "batch_size": 3}
     more |= {"twig_layer": 1, "twig_layers": 1} if stage == "twig" else {}
     expected = trainer(desk, **more).step(0)
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 8)
+    monkeypatch.setattr("mlx_vlm_prune.models.layers.PREFILL_STEP_SIZE", 8)
     assert trainer(desk, **more).step(0) == expected
 
 

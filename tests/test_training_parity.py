@@ -1,4 +1,4 @@
-"""Training in MLX equals the reference's and transformers': losses, slopes and steps."""
+"""Training in MLX equals the reference's and transformers': losses, gradients and steps."""
 
 import numpy as np
 import pytest
@@ -25,14 +25,14 @@ def runs(request, tmp_path_factory) -> Runs:
 
 
 def both(runs: Runs, config: TrainConfig):
-    """Loss and slopes of the first batch, in MLX and in the reference."""
+    """Loss and gradients of the first batch, in MLX and in the reference."""
     trainers = runs.mlx(config), runs.torch(config)
     batches = [trainer.batch(0, 0) for trainer in trainers]
     assert [p.ids for p in batches[0].prompts] == [p.ids for p in batches[1].prompts]
     return mlx_gradients(trainers[0], batches[0]), torch_gradients(trainers[1], batches[1])
 
 
-def test_first_loss_and_slopes_equal_the_references_and_transformers(runs):
+def test_first_loss_and_gradients_equal_the_references_and_transformers(runs):
     config = runs.config("sft")
     (loss, ours), (reference_loss, reference) = both(runs, config)
     theirs_loss, theirs = transformers_gradients(runs.kind, runs.mlx(config).batch(0, 0))
@@ -45,7 +45,7 @@ def test_first_loss_and_slopes_equal_the_references_and_transformers(runs):
 
 @pytest.mark.parametrize("pruner", TRAINING_FREE)
 @pytest.mark.parametrize("stage", ["pretrain", "sft"])
-def test_slopes_behind_a_pruner_equal_the_references(runs, pruner, stage):
+def test_gradients_behind_a_pruner_equal_the_references(runs, pruner, stage):
     if runs.kind != "llama and clip" and pruner == "visionzip":
         pruner = "received_attention"  # a tower without CLS
     keep = 12 if pruner == "fastv" else 6

@@ -1,4 +1,4 @@
-"""Every stage of training learns the same in MLX and in the reference: slopes, steps and files."""
+"""Every stage learns the same in MLX and in the reference: gradients, steps and files."""
 
 import mlx.core as mx
 import numpy as np
@@ -60,7 +60,9 @@ def runs(request, tmp_path_factory) -> Runs:
     tensors = {}
     for name in ("attention_pool", "score_prune", "mlp"):
         module = METHODS[name].make_weights(32, K)
-        if name == "mlp":  # with a mean of 1 the first step would centre the needs: no slope left
+        if (
+            name == "mlp"
+        ):  # with a mean of 1 the first step would centre the needs: no gradient left
             module.mean_need.fill_(2.0)
         tensors |= learned_tensors(name, module)
     write_safetensors(runs.folder / "model" / LEARNED_FILE, tensors, "mlx")
@@ -93,21 +95,23 @@ def into(trainer, name: str, value: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("case", STAGES)
-def test_a_stages_loss_and_slopes_equal_the_references(runs, case):
+def test_a_stages_loss_and_gradients_equal_the_references(runs, case):
     ours, reference = trainers(runs, case)
     batch = ours.batch(0, 0)
     for trainer in (ours, reference):
         trainer.learner.begin_step(0, 10)
     ours.learner.train()
-    (loss, slopes), (theirs_loss, theirs) = (
+    (loss, gradients), (theirs_loss, theirs) = (
         mlx_gradients(ours, batch), torch_gradients(reference, batch),
     )  # fmt: skip
     assert loss == pytest.approx(theirs_loss, rel=1e-4)
-    assert_same(slopes, theirs, 1e-4)
+    assert_same(gradients, theirs, 1e-4)
 
 
 @pytest.mark.parametrize("case", STAGES)
 def test_a_stages_steps_equal_the_references(runs, case):
+    if runs.kind != "qwen3 and siglip":
+        pytest.skip("the first gradients are compared in both kinds, ten steps in one")
     ours, reference = trainers(runs, case)
     ours.learner.train()
     losses, after, moves = steps(ours, 10)
@@ -170,5 +174,5 @@ def test_lora_equals_pefts_on_the_same_first_values():
     ours.square().sum().backward()
     expected.square().sum().backward()
     for mine, other in ((adapter.lora_a, "lora_A"), (adapter.lora_b, "lora_B")):
-        slope = getattr(layer, other)["default"].weight.grad.T
-        torch.testing.assert_close(mine.grad, slope, rtol=1e-4, atol=1e-5)
+        gradient = getattr(layer, other)["default"].weight.grad.T
+        torch.testing.assert_close(mine.grad, gradient, rtol=1e-4, atol=1e-5)

@@ -104,17 +104,17 @@ def test_the_first_gradients_and_ten_steps_are_pefts(folder, stage):
         [p for p in theirs.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01
     )
     for step in range(STEPS):
-        total, slopes = nn.value_and_grad(learner, learner.loss)(read)
+        total, gradients = nn.value_and_grad(learner, learner.loss)(read)
         adam.zero_grad()
         expected = loss_of(theirs, read)
         expected.backward()
-        slopes = nn.utils.tree_map(lambda x: x / read.answer_tokens, slopes)
+        gradients = nn.utils.tree_map(lambda x: x / read.answer_tokens, gradients)
         assert float(total) / read.answer_tokens == pytest.approx(expected.item(), rel=1e-4)
         if not step:
-            flat = dict(tree_flatten(slopes))
+            flat = dict(tree_flatten(gradients))
             for (path, key), _, parameter in pairs(learner, theirs):
                 close(np.array(flat[f"model.{path}.{key}"]), parameter.grad, 1e-4)
-        optimizer.update(learner, slopes)
+        optimizer.update(learner, gradients)
         mx.eval(learner.parameters())
         adam.step()
     for (_, key), module, parameter in pairs(learner, theirs):

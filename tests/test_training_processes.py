@@ -12,9 +12,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.machine.agreement import Agreement, LocalFault
 from mlx_vlm_prune.train import main
+from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.interrupts import StopRequest
 from mlx_vlm_prune.training.metrics import read_rows
+from mlx_vlm_prune.training.processes import Processes
+from mlx_vlm_prune.training.run import make_trainer
 from mlx_vlm_prune.training.run_state import checkpoint_folders
 
 from .training_runs import write_data, write_model
@@ -129,7 +134,7 @@ def test_of_several_processes_none_stops_before_all_know():
         with stop.on_signals():
             signal.raise_signal(signal.SIGTERM)
     assert alone.is_set and not one_of_two.is_set
-    one_of_two.agree(1)
+    one_of_two.stop_together(1)
     assert one_of_two.is_set
 
 
@@ -179,3 +184,50 @@ def test_an_evaluation_by_two_processes_is_that_of_one(desk, tmp_path):
     for result in results:
         del result["seconds"]
     assert results[0] == results[1]
+
+
+class _OneOfTwo(Agreement):
+    """A process beside another one, whose part of every sum is given."""
+
+    def __init__(self, rank: int, other: float):
+        self.rank, self.size, self.other = rank, 2, other
+
+    def sum(self, values):
+        return [value + self.other for value in values]
+
+
+def test_what_only_another_process_meets_ends_this_one_and_what_both_meet_is_said_once():
+    with pytest.raises(SystemExit) as stop, _OneOfTwo(0, other=1).together():
+        pass
+    assert stop.value.code == 2
+    one = _OneOfTwo(1, other=0)
+    with pytest.raises(LocalFault, match="mine"), one.mistakes_once(), one.together():
+        raise UserError("mine")
+    one.other = 1
+    with pytest.raises(SystemExit), one.mistakes_once(), one.together():
+        raise UserError("everyone's")
+
+
+def test_machines_without_a_shared_folder_are_refused(desk, tmp_path):
+    out = tmp_path / "out"
+    main(arguments(desk, out, 4, iters=2))
+    trainer = make_trainer(
+        TrainConfig.of(
+            {"stage": "sft", "model": str(desk / "model/mlx"), "data": str(desk / "data"),
+             "output": str(tmp_path / "other"), "resume": True}, "here",
+        ), Processes(),
+    )  # fmt: skip
+    trainer.processes = _OneOfTwo(1, other=2)
+    trainer.processes.agree = lambda fault: fault and (_ for _ in ()).throw(fault)
+    with pytest.raises(UserError, match="one folder that all machines share"):
+        trainer.resume()
+
+
+def test_a_full_disk_of_the_first_ends_both(desk, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    (out / "checkpoints").write_text("no folder")
+    ended = ends(start_two(tmp_path, arguments(desk, out, 2)))
+    assert [code for code, *_ in ended] == [2, 2]
+    assert "cannot write" in ended[0][2] and not ended[1][2]

@@ -16,10 +16,10 @@ import pytest
 from mlx_vlm_prune.train import main
 from mlx_vlm_prune.training import summary, validation
 from mlx_vlm_prune.training.config import TrainConfig
-from mlx_vlm_prune.training.folder import claimed
 from mlx_vlm_prune.training.metrics import read_rows
 from mlx_vlm_prune.training.processes import Processes
 from mlx_vlm_prune.training.run import make_trainer
+from mlx_vlm_prune.training.run_folder import claimed
 from mlx_vlm_prune.training.run_state import checkpoint_folders
 
 from .training_runs import write_data, write_model
@@ -97,10 +97,10 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(desk, tmp_path):
     whole, killed, iters = tmp_path / "whole", tmp_path / "killed", {"iters": 24}
     main(arguments(desk, whole, **iters))
     chance, kills, resume = random.Random(7), 0, []
-    for _ in range(20):
+    for _ in range(5):
         process = start(*arguments(desk, killed, **iters), *resume)
         resume = ["--resume"]
-        read_until(process, chance.randrange(1, 9))
+        read_until(process, chance.randrange(1, 7))
         time.sleep(chance.random() / 50)
         process.kill()
         process.communicate()
@@ -108,7 +108,7 @@ def test_a_run_killed_at_any_moment_ends_as_if_it_had_not_been(desk, tmp_path):
         if process.returncode == 0:
             break
         for folder in checkpoint_folders(killed):
-            assert {path.name for path in folder.iterdir()} == set(WHOLE) or folder != last(killed)
+            assert {path.name for path in folder.iterdir()} == set(WHOLE)
     main([*arguments(desk, killed, **iters), "--resume"])
     assert kills >= 3
     assert_same_end(killed, whole)
@@ -296,8 +296,11 @@ def test_reports_go_to_mlx_lms_callbacks(desk, tmp_path, capsys, monkeypatch):
 def test_a_fingerprint_changes_with_any_one_bit():
     before = mx.random.normal((3, 5))
     number = summary._fingerprint(before).item()
-    for dtype in (mx.float32, mx.float16, mx.bfloat16):
-        assert summary._fingerprint(before.astype(dtype)).item() is not None
+    for dtype, one_up in ((mx.float16, mx.uint16), (mx.bfloat16, mx.uint16)):
+        half = before.astype(dtype)
+        bits = half.view(one_up)
+        bits[1, 1] += 1
+        assert (summary._fingerprint(half) != summary._fingerprint(bits.view(dtype))).item()
     for i in range(3):
         after = mx.array(before)
         after[i, i] = np.nextafter(np.float32(after[i, i].item()), np.float32(9))

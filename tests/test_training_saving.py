@@ -125,16 +125,16 @@ def test_a_model_is_written_whole_or_not_at_all(plain, data, tmp_path, monkeypat
         assert now == before
         monkeypatch.undo()
     else:
-        from mlx_vlm_prune.training import saving
+        from mlx_vlm_prune.training import save_model
 
-        real = saving.Path.replace
+        real = save_model.Path.replace
 
         def stopped(self, target):
             if self.parent.parent.name == ".model" and self.name.startswith("t"):
                 raise KeyboardInterrupt
             return real(self, target)
 
-        monkeypatch.setattr(saving.Path, "replace", stopped)
+        monkeypatch.setattr(save_model.Path, "replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             train(stage_runs.config("pretrain", plain, data, out, resume=True, iters=4))
         monkeypatch.undo()
@@ -163,9 +163,9 @@ def test_a_resumed_run_of_a_pruner_is_the_same_bit_for_bit(plain, data, tmp_path
 
 def _stop_after(config, steps):
     """A run that ends with the checkpoint of a step."""
-    from mlx_vlm_prune.training.folder import claimed
     from mlx_vlm_prune.training.processes import Processes
     from mlx_vlm_prune.training.run import make_trainer
+    from mlx_vlm_prune.training.run_folder import claimed
 
     with claimed(config), pytest.raises(KeyboardInterrupt):
         trainer = make_trainer(config, Processes())
@@ -299,7 +299,7 @@ def test_a_mixture_of_experts_learns_and_comes_back(data, tmp_path):
 
 
 def test_a_learned_method_of_ones_own_learns_by_the_contract(plain, data, tmp_path, monkeypatch):
-    """One file with weights and a `prune` that has slopes, or a `training_factor`."""
+    """One file with weights and a `prune` that has gradients, or a `training_factor`."""
     from mlx import nn
 
     from mlx_vlm_prune.pruners import METHODS, Reduction, Stage, register_pruner

@@ -18,14 +18,14 @@ from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
 from mlx_vlm_prune.models.loading import load_folder
 from mlx_vlm_prune.pruners.scorer import straight_through
+from mlx_vlm_prune.training.base_model import load_base_model
 from mlx_vlm_prune.training.batches import Batch
 from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.learner import Learner
 from mlx_vlm_prune.training.recompute import recompute_layers
 from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.stages import LEARNERS
-from mlx_vlm_prune.training.start import load_start
-from tests import stage_runs, tiny
+from tests import stage_runs, tiny, training_data
 from torch_ref.pruners.numerics import straight_through as reference_factor
 from torch_ref.training import pruners as reference
 from torch_ref.training.scenes_data import Batch as TorchBatch
@@ -72,8 +72,8 @@ def batches() -> tuple[Batch, TorchBatch]:
     return Batch(prompts, flags, pixels), theirs
 
 
-def slopes(learner: Learner, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
-    """The mean loss and its slopes."""
+def gradients(learner: Learner, batch: Batch) -> tuple[float, dict[str, np.ndarray]]:
+    """The mean loss and its gradients."""
     learner.train()
     loss, tree = nn.value_and_grad(learner, learner.loss)(batch)
     n = batch.answer_tokens
@@ -92,7 +92,7 @@ def close(ours: np.ndarray, theirs: torch.Tensor) -> bool:
         ("mlp", {"unfreeze": ["language", "projector"]}), ("twig", {"twig_layer": 1}),
     ],
 )  # fmt: skip
-def test_recomputed_layers_change_no_slope(pair, name, keys):
+def test_recomputed_layers_change_no_gradient(pair, name, keys):
     """With grad_checkpoint."""
     stage = "twig" if name == "twig" else "pruner"
     more = {} if stage == "twig" else {"pruner": name, "keep_tokens": 5, "noise": 0}
@@ -102,7 +102,7 @@ def test_recomputed_layers_change_no_slope(pair, name, keys):
         learner = LEARNERS[stage](model, settings(stage, twig_layers=1, **keys, **more))
         if recompute:
             recompute_layers(learner)
-        results.append(slopes(learner, batches()[0]))
+        results.append(gradients(learner, batches()[0]))
     (loss, plain), (again, recomputed) = results
     assert loss == pytest.approx(again, rel=1e-6) and plain.keys() == recomputed.keys()
     assert all(np.allclose(recomputed[n], plain[n], rtol=1e-4, atol=1e-6) for n in plain)
@@ -110,7 +110,7 @@ def test_recomputed_layers_change_no_slope(pair, name, keys):
 
 @pytest.mark.parametrize("unfreeze", [False, True])
 @pytest.mark.parametrize("name", ["score_prune", "mlp"])
-def test_a_scorers_loss_and_slopes_are_the_references(pair, name, unfreeze):
+def test_a_scorers_loss_and_gradients_are_the_references(pair, name, unfreeze):
     model, folder = pair
     ours, theirs = batches()
     parts = ["language", "projector", "tower"] if unfreeze else []
@@ -119,7 +119,7 @@ def test_a_scorers_loss_and_slopes_are_the_references(pair, name, unfreeze):
     learner.begin_step(1, 9)  # the budget itself, of half, once and twice
     if name == "mlp":
         learner.pruners["mlp"].mean_need = mx.array([3.0])
-    loss, ours_by_name = slopes(learner, ours)
+    loss, ours_by_name = gradients(learner, ours)
 
     scorer = model.learned[name]
     if name == "mlp":
@@ -150,7 +150,7 @@ def test_an_untrained_need_starts_where_the_needs_are_as_the_references(pair):
     scorer = model.learned["mlp"]
     scorer.mean_need.fill_(1)
     learner.pruners["mlp"].mean_need = mx.array([1.0])
-    slopes(learner, ours)
+    gradients(learner, ours)
     before = scorer.need.bias.detach().clone()
     with torch.no_grad():
         encoded = model.tower(theirs.pixels, {"cls_attention": -1}).signals
@@ -191,7 +191,7 @@ def test_a_twig_begins_and_learns_as_the_references(plain):
     ours, theirs = batches()
     keys = {"twig_layer": 1, "twig_layers": 2}
     learner = LEARNERS["twig"](load_folder(plain, "x", "float32")[0], settings("twig", **keys))
-    loss, by_name = slopes(learner, ours)
+    loss, by_name = gradients(learner, ours)
     model.requires_grad_(False).eval()
     encoded = model.tower(theirs.pixels, {"cls_attention": -1}).signals
     expected = reference.twig_loss(model, twig, encoded, theirs, tiny.N, 0.0)
@@ -202,7 +202,7 @@ def test_a_twig_begins_and_learns_as_the_references(plain):
         assert close(by_name[f"twig.{name}"], value.grad), name
 
 
-def test_slopes_stay_finite_where_a_dropped_token_would_take_all_attention():
+def test_gradients_stay_finite_where_a_dropped_token_would_take_all_attention():
     """In either framework; a sharp model's logits differ by more than the factor makes up for."""
     weight = [[3e25, -1.0, 1e18]]  # what comes of such a token
     score_BN = mx.array([[1.0, 2.0, 0.5]])
@@ -248,7 +248,12 @@ MOVES = {
     "sft, the tower along": (
         "sft", {"unfreeze": "tower"}, {"tower", "projector", "language", *LAYERS},
     ),
+    "sft, the tower frozen": ("sft", {"freeze": "tower"}, {"projector", "language", *LAYERS}),
     "pool": ("pruner", POOL, {"pruner"}),
+    "score_prune, the language model along": (
+        "pruner", {"pruner": "score_prune", "keep_tokens": 5, "unfreeze": "language"},
+        {"score_prune", "language", *LAYERS},
+    ),
     "score_prune": ("pruner", {"pruner": "score_prune", "keep_tokens": 5}, {"score_prune"}),
     "mlp": ("pruner", {"pruner": "mlp", "keep_tokens": 5}, {"mlp"}),
     "mlp with its projector": (
@@ -265,6 +270,15 @@ def test_a_stage_moves_what_it_should_and_no_bit_else(plain, data, tmp_path, cas
     config = stage_runs.config(stage, plain, data, tmp_path / "out", **keys)
     train(config)
     assert moved(plain, tmp_path / "out") == parts
+
+
+@pytest.mark.parametrize("name", ["attention_pool", "score_prune"])
+def test_a_trained_pruner_that_is_frozen_keeps_its_bits(plain, data, tmp_path, name):
+    keys = {"pruner": name, "keep_tokens": POOL["keep_tokens"]}
+    first = tmp_path / "first"
+    train(stage_runs.config("pruner", plain, data, first, **keys))
+    train(stage_runs.config("sft", first, data, tmp_path / "out", freeze="pruner", **keys))
+    assert moved(first, tmp_path / "out") == {"projector", "language", *LAYERS}
 
 
 def test_a_tower_that_learns_keeps_what_nothing_reads(plain, data, tmp_path):
@@ -293,6 +307,9 @@ REFUSALS = {
     "too many layers": ("sft", {"language_layers": 4}, "language_layers is 4; the model has 3"),
     "all tokens in a pool": ("sft", {**POOL, "keep_tokens": 16}, "is never used; keep fewer"),
     "a twig's base": ("twig", {"unfreeze": "language"}, "unfreeze has no effect in stage twig"),
+    "adapters of no whole model": (
+        "lora", {"tower": "clip", "model": "llm.pth"}, "stage lora needs a whole model",
+    ),
     "a tokenizer alone": ("sft", {"tokenizer": "x"}, "tokenizer goes with tower"),
     "a tower without a model": ("sft", {"tower": "clip"}, "name them by model"),
 }  # fmt: skip
@@ -302,8 +319,8 @@ REFUSALS = {
 def test_what_cannot_learn_is_said_in_a_sentence(plain, data, tmp_path, case):
     stage, keys, sentence = REFUSALS[case]
     with pytest.raises(UserError, match=sentence):
-        model = None if "tower" in keys else plain
-        train(stage_runs.config(stage, model, data, tmp_path / "out", **keys))
+        keys = {"model": None if "tower" in keys else str(plain), **keys}
+        train(training_data.config(stage, data, tmp_path / "out", **keys))
     assert not (tmp_path / "out/config.json").exists()
 
 
@@ -318,20 +335,12 @@ def test_what_learns_is_in_float32_wherever_the_rest_is(plain, tmp_path, monkeyp
         ("pruner", {"pruner": "mlp", "keep_tokens": 5}), ("twig", {"twig_layer": 1}),
     ):  # fmt: skip
         config = settings(stage, model=str(tmp_path / "half"), twig_layers=1, **keys)
-        learner = LEARNERS[stage](load_start(config)[0], config)
+        learner = LEARNERS[stage](load_base_model(config)[0], config)
         learns = dict(tree_flatten(learner.trainable_parameters()))
         stays = [
             x for n, x in tree_flatten(learner.model.parameters()) if f"model.{n}" not in learns
         ]
         assert {x.dtype for x in learns.values()} == {mx.float32}
         assert {x.dtype for x in stays} == {rest}
-        loss, by_name = slopes(learner, batches()[0])
+        loss, by_name = gradients(learner, batches()[0])
         assert np.isfinite(loss) and all(np.isfinite(x).all() for x in by_name.values())
-
-
-def test_a_model_of_mlx_vlms_is_refused_in_a_sentence(data, tmp_path):
-    (tmp_path / "qwen").mkdir()
-    (tmp_path / "qwen/config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    stages = "a model of mlx-vlm's, in which the stages lora and dora learn"
-    with pytest.raises(UserError, match=stages):
-        train(stage_runs.config("pruner", tmp_path / "qwen", data, tmp_path / "out", **POOL))

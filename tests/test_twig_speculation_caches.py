@@ -108,7 +108,7 @@ def test_a_decoder_that_believes_every_draft_is_found_out(pairs, monkeypatch):
 @pytest.mark.parametrize("piece", [5, 2048])
 @pytest.mark.parametrize("spec", ["none", "twig", "fastv", "cls_attention+restore"])
 def test_reading_along_changes_nothing_that_the_model_reads(pairs, spec, piece, monkeypatch):
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", piece)
+    monkeypatch.setattr("mlx_vlm_prune.models.layers.PREFILL_STEP_SIZE", piece)
     pair = pairs["nearly"]
     reader = TwigReader(pair.ours.learned["twig"])
     alone, along = read_prompt(pair, spec), read_prompt(pair, spec, twig=reader)

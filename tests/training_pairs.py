@@ -101,11 +101,11 @@ class Runs:
 
 
 def mlx_gradients(trainer: Any, batch: Batch) -> tuple[float, Gradients]:
-    """The summed loss and its slopes, by the names of a checkpoint."""
+    """The summed loss and its gradients, by the names of a checkpoint."""
     learner = trainer.learner
-    loss, slopes = nn.value_and_grad(learner, lambda batch: learner.loss(batch))(batch)
-    flat: Any = tree_flatten(slopes)
-    mx.eval(loss, slopes)
+    loss, gradients = nn.value_and_grad(learner, lambda batch: learner.loss(batch))(batch)
+    flat: Any = tree_flatten(gradients)
+    mx.eval(loss, gradients)
     return loss.item(), {name: np.array(value) for name, value in flat}
 
 
@@ -113,8 +113,8 @@ def torch_gradients(trainer: Any, batch: Batch) -> tuple[float, Gradients]:
     learner = trainer.learner
     loss = learner.loss(batch)
     loss.backward()
-    slopes = {name: p.grad for name, p in learner.parameters.items() if p.grad is not None}
-    named = learner.to_ours(slopes)
+    gradients = {name: p.grad for name, p in learner.parameters.items() if p.grad is not None}
+    named = learner.to_ours(gradients)
     return loss.item(), {name: tensor.floats() for name, tensor in named.items()}
 
 
@@ -140,9 +140,11 @@ def transformers_gradients(kind: str, batch: Batch) -> tuple[float, Gradients]:
         at = torch.tensor(flags[1:])
         total = total + F.cross_entropy(logits_LV[:-1][at], ids_L[1:][at], reduction="sum")
     total.backward()
-    slopes = {name: p.grad for name, p in language.named_parameters()}
-    slopes |= {name: leaf.grad for name, leaf in leaves.items()}
-    raw: dict[str, RawTensor] = {name: from_tensor(slope) for name, slope in slopes.items()}
+    gradients = {name: p.grad for name, p in language.named_parameters()}
+    gradients |= {name: leaf.grad for name, leaf in leaves.items()}
+    raw: dict[str, RawTensor] = {
+        name: from_tensor(gradient) for name, gradient in gradients.items()
+    }
     named = to_our_names(raw, GENERATIONS[release.name].table, release.name, Path())
     return total.item(), {f"model.{name}": tensor.floats() for name, tensor in named.items()}
 
@@ -156,15 +158,16 @@ def weights(trainer: Any) -> Gradients:
     return {name: tensor.floats().copy() for name, tensor in named.items()}
 
 
-# What is added to every key alters no attention: the slope is rounding, which Adam makes a step of.
-NO_SLOPE = "k_proj.bias"
+# What is added to every key alters no attention: the gradient is rounding,
+# of which Adam makes a step.
+NO_GRADIENT = "k_proj.bias"
 
 
 def assert_same(ours: Gradients, theirs: Gradients, tolerance: float) -> None:
     """The same names, and each tensor within a share of its largest number."""
     assert ours.keys() == theirs.keys() and ours
     for name, value in theirs.items():
-        if name.endswith(NO_SLOPE):
+        if name.endswith(NO_GRADIENT):
             continue
         largest = max(np.abs(value).max(), 1e-12)
         assert np.abs(ours[name] - value).max() <= tolerance * largest, name
@@ -181,6 +184,6 @@ def steps(trainer: Any, count: int) -> tuple[list[float], Gradients, Gradients]:
 def assert_same_moves(ours: Gradients, theirs: Gradients) -> None:
     """Each tensor's way has the same length and direction within 0.1 %."""
     for name, way in theirs.items():
-        if name.endswith(NO_SLOPE):
+        if name.endswith(NO_GRADIENT):
             continue
         assert np.linalg.norm(ours[name] - way) <= 1e-3 * np.linalg.norm(way), name

@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from ..checkpoints.adapters import CONFIG, WEIGHTS, AdapterConfig
 from ..checkpoints.errors import UserError, reason
-from ..models.adapters import CONFIG, WEIGHTS, AdapterConfig, adapted, adapters
+from ..models.adapters import adapted, adapters
 from ..models.arrays import read_arrays
-from ..pruners.spec import suggestion
 
 
 def load_adapters(model: Any, folder: str | Path) -> None:
@@ -58,13 +58,7 @@ def add_adapters(model: Any, config: AdapterConfig) -> None:
             layers.add(int(match[2]))
             names[name] = match[3]
     first = max(layers, default=0) + 1 - config.num_layers if config.num_layers > 0 else 0
-    keys = p.get("keys", sorted(set(names.values())))
-    for key in keys:
-        if key not in names.values():
-            raise UserError(
-                f"keys of lora_parameters names {key!r}, to which {config.fine_tune_type} adds no"
-                f" adapter; {suggestion(key, sorted(set(names.values())))}"
-            )
+    keys = config.keys(set(names.values()))
     chosen = [
         name
         for name, inner in names.items()

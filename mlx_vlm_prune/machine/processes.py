@@ -3,31 +3,20 @@
 What they sum or gather is the same, bit for bit, in all of them.
 """
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoints.errors import UserError
+from .agreement import Agreement
 
 
-class LocalFault(UserError):
-    """A mistake that only this process has met; the others cannot say it."""
-
-
-class ProcessGroup:
+class ProcessGroup(Agreement):
     """The group that `mx.distributed.init()` finds."""
 
     def __init__(self) -> None:
         self.group = mx.distributed.init()
         self.rank, self.size = self.group.rank(), self.group.size()
-
-    @property
-    def is_first(self) -> bool:
-        """It alone writes and prints."""
-        return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Of each value over all processes."""
@@ -47,23 +36,3 @@ class ProcessGroup:
         rows = np.array(mx.distributed.all_gather(mx.array(padded), group=self.group))
         pairs = zip(rows.reshape(self.size, -1), np.array(lengths), strict=True)
         return [row[:length].tobytes().decode() for row, length in pairs]
-
-    def agree(self, fault: UserError | None) -> None:
-        """Raise what this process has met, or end silently where another has met something."""
-        faults = self.sum([float(fault is not None)])[0]
-        if fault is not None:
-            raise fault if self.size == 1 else LocalFault(str(fault)) from None
-        if faults:
-            sys.exit(2)
-
-    @contextmanager
-    def mistakes_once(self) -> Iterator[None]:
-        """Inside the block a mistake that all have met is raised by the first alone."""
-        try:
-            yield
-        except LocalFault:
-            raise
-        except UserError:
-            if not self.is_first:
-                sys.exit(2)
-            raise

@@ -114,7 +114,7 @@ class Signals:
 
     @property
     def constant(self) -> "Signals":
-        """The same without slopes: a choice among tokens has none."""
+        """The same without gradients: a choice among tokens has none."""
         return self.replace(**{name: mx.stop_gradient(a) for name, a in self.arrays.items()})
 
     @property

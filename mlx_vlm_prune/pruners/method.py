@@ -28,9 +28,10 @@ FUNCTIONS = {
     "cuts": ("layers", "N", "K"),  # of a tower: [(layer, "before" or "middle", tokens left)]
     "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
     "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
-    # Of a learned method, in training. A method whose `prune` has slopes needs none of them.
+    # Of a learned method, in training. A method whose `prune` has gradients needs none of them.
     "training_factor": ("weights", "signals", "K", "noise"),  # on the attention of tokens, (B, N)
-    "training_loss": ("weights", "signals", "slope_BN"),  # beside the answers', a mean over images
+    # Beside the answers' loss, a mean over images.
+    "training_loss": ("weights", "signals", "gradient_BN"),
     "training_budget": ("K", "step"),  # how many tokens a step keeps
 }
 REQUIRED = {
@@ -62,11 +63,11 @@ class Method:
 
     A learned method may leave `prune` to its weights: the class that `make_weights` returns.
 
-    The answers' loss trains a learned method through the slopes of its `prune`. One that chooses
+    The answers' loss trains a learned method through the gradients of its `prune`. One that chooses
     tokens has none: its `training_factor` is 1 for tokens that stay and next to 0 for others, with
-    the slopes that the choice would have if it were soft. `training_loss` is what else it learns:
-    `slope_BN` is the derivative of the full model's loss by the log of the attention that each
-    token gets.
+    the gradients that the choice would have if it were soft. `training_loss` is what else it
+    learns: `gradient_BN` is the derivative of the full model's loss by the log of the attention
+    that each token gets.
     """
 
     name: str

@@ -51,7 +51,7 @@ class Usefulness(nn.Module):
         return self
 
     def __call__(self, signals: Signals) -> mx.array:
-        """Scores (B, N), with slopes."""
+        """Scores (B, N), with gradients."""
         x_BND = signals.x_BND.astype(mx.float32)
         attention_BN1 = signals.cls_attention_BN.astype(mx.float32)[..., None]
         attention_BN1 = mx.log(attention_BN1 * x_BND.shape[1] + 1e-6)
@@ -59,7 +59,7 @@ class Usefulness(nn.Module):
         return self.fc2(nn.relu(self.fc1(input_BND)))[..., 0]
 
     def log_need(self, signals: Signals) -> mx.array:
-        """The log of how many tokens each image needs, (B,), with slopes."""
+        """The log of how many tokens each image needs, (B,), with gradients."""
         x_BND = self.norm(signals.x_BND.astype(mx.float32))
         return self.need(x_BND.mean(axis=1))[:, 0]
 
@@ -100,9 +100,9 @@ def training_factor(weights: Usefulness, signals: Signals, K: int, noise: float)
 training_budget = budget_in_turn
 
 
-def training_loss(weights: Usefulness, signals: Signals, slope_BN: mx.array) -> mx.array:
+def training_loss(weights: Usefulness, signals: Signals, gradient_BN: mx.array) -> mx.array:
     """The squared error of the log of the needs, a mean over images; the mean need follows."""
-    size_BN = mx.abs(slope_BN)
+    size_BN = mx.abs(gradient_BN)
     share_BN = size_BN / mx.maximum(size_BN.sum(axis=1, keepdims=True), 1e-12)
     entropy_B = -(share_BN * mx.log(mx.maximum(share_BN, 1e-12))).sum(axis=1)
     if weights.mean_need.item() == 1:  # untrained: start where the needs are

@@ -115,7 +115,7 @@ class Pruner:
         is_finite = all_finite(signals.x_BND)
         if choice_dtype() == mx.float64:  # on the CPU, where looking costs nothing
             Reduction(is_finite=is_finite).check()
-        # What a learned method mixes has slopes, see `AttentionPool`; a choice has none.
+        # What a learned method mixes has gradients, see `AttentionPool`; a choice has none.
         known = signals if self.method.learned else signals.constant
         kept = self.call(self.method.prune or self.weights.prune, known, K)
         return replace(_checked(self.name, kept, signals, K), is_finite=is_finite)

@@ -30,7 +30,7 @@ class Scorer(nn.Module):
         self.fc2 = nn.Linear(HIDDEN, 1)
 
     def __call__(self, signals: Signals) -> mx.array:
-        """Scores (B, N), with slopes."""
+        """Scores (B, N), with gradients."""
         x_BND = self.norm(signals.x_BND.astype(mx.float32))
         return self.fc2(nn.relu(self.fc1(x_BND)))[..., 0]
 

@@ -12,8 +12,8 @@ from mlx import nn
 
 from .numerics import constant, rounded, to_choice_dtype
 
-DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
-STEEPEST = 1e12  # of such a slope: squares of what may come of a larger one are infinite
+DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a gradient
+STEEPEST = 1e12  # of such a gradient: squares of what may come of a larger one are infinite
 
 
 def layer_norm(x_BND: mx.array, norm: nn.LayerNorm) -> mx.array:
@@ -36,27 +36,27 @@ def score(x_BND: mx.array, fc1: nn.Linear, fc2: nn.Linear) -> mx.array:
 def straight_through(score_BN: mx.array, K: int, noise: float) -> mx.array:
     """A factor (B, N) on the attention that tokens get, while their scores are trained.
 
-    1 for the K highest of the scores plus Gumbel noise, next to 0 for the others; its slope is that
-    of a sigmoid of the distance from the K-th.
+    1 for the K highest of the scores plus Gumbel noise, next to 0 for the others; its gradient is
+    that of a sigmoid of the distance from the K-th.
     """
     noisy_BN = score_BN + noise * mx.random.gumbel(score_BN.shape)
     line_B1 = mx.stop_gradient(mx.sort(noisy_BN, axis=-1)[:, -K][:, None])
     soft_BN = mx.sigmoid(noisy_BN - line_B1)
     hard_BN = mx.maximum((noisy_BN >= line_B1).astype(mx.float32), DROPPED)
-    factor_BN: Any = _bounded_slope(hard_BN + (soft_BN - mx.stop_gradient(soft_BN)))
+    factor_BN: Any = _bounded_gradient(hard_BN + (soft_BN - mx.stop_gradient(soft_BN)))
     return factor_BN
 
 
 @mx.custom_function
-def _bounded_slope(factor_BN: mx.array) -> mx.array:
-    """The same. Where a dropped token would take all attention from the others, the slope at next
-    to none is what e to the difference of their logits comes to."""
+def _bounded_gradient(factor_BN: mx.array) -> mx.array:
+    """The same. Where a dropped token would take all attention from the others, the gradient at
+    next to none is what e to the difference of their logits comes to."""
     return factor_BN * 1
 
 
-@_bounded_slope.vjp
-def _bounded_slope_vjp(primal: mx.array, slope_BN: mx.array, factor_BN: mx.array) -> mx.array:
-    return mx.clip(slope_BN, -STEEPEST, STEEPEST)
+@_bounded_gradient.vjp
+def _bounded_gradient_vjp(primal: mx.array, gradient_BN: mx.array, factor_BN: mx.array) -> mx.array:
+    return mx.clip(gradient_BN, -STEEPEST, STEEPEST)
 
 
 def budget_in_turn(K: int, step: int) -> int:

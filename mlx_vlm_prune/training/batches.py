@@ -80,7 +80,8 @@ class Reader:
     """Turns examples of a data set into batches, and counts what it had to change.
 
     `chat_template_config` holds the template's own options. Raises UserError for a tokenizer with
-    ids that the model has no embedding for.
+    ids that the model has no embedding for. A class for other models defines `check_tokenizer`,
+    `read_example` and `join`.
     """
 
     dataset: Dataset
@@ -94,8 +95,20 @@ class Reader:
     _ahead: dict[bytes, Future[_Read]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        self.check_tokenizer()
+        if self.longest and self.max_seq_length > self.longest:
+            logger.info("max_seq_length is %d, the most that the model reads", self.longest)
+            self.max_seq_length = self.longest
+
+    @property
+    def longest(self) -> int | None:
+        """How many ids the model reads."""
+        return self.config.text.max_position_embeddings
+
+    def check_tokenizer(self) -> None:
+        """Raises UserError for ids beyond the vocabulary."""
         # Special tokens may lie behind the vocabulary, as <image> of LLaVA's authors: no text has
-        # one, and a prompt that has is refused.
+        # one, and an example that has is refused.
         backend = self.processor.tokenizer.backend
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         words = backend.get_vocab()
@@ -105,9 +118,6 @@ class Reader:
                 f"the tokenizer of {self.processor.tokenizer.name} has ids up to {largest}, but the"
                 f" model's vocabulary has {size} entries"
             )
-        most = self.config.text.max_position_embeddings
-        if self.max_seq_length > most:
-            self.max_seq_length = most
 
     def batch(self, indices: np.ndarray, ahead: Iterable[np.ndarray] = ()) -> Batch | None:
         """The examples of these numbers; None where none of them can be used.
@@ -137,12 +147,11 @@ class Reader:
         return read.batch
 
     def _read(self, indices: np.ndarray) -> _Read:
-        numbers, examples, pixels = list[int](), list[TokenizedExample](), list[np.ndarray]()
+        numbers, examples, pictures = list[int](), list[TokenizedExample](), list[Any]()
         bad = dict[int, str]()
         for index in indices.tolist():
             try:
-                example = self.dataset[index]
-                read, pictures = self._prepare(example)
+                read, pixels = self._prepare(self.dataset[index])
             except UserError as e:
                 bad[index] = str(e)
                 if not self.skip_bad:
@@ -150,30 +159,44 @@ class Reader:
                 continue
             numbers.append(index)
             examples.append(read)
-            pixels += pictures
+            pictures += pixels
         cut = [n for n, example in zip(numbers, examples, strict=True) if example.was_cut]
-        return _Read(Batch.of(examples, pixels, numbers) if examples else None, bad, cut)
+        return _Read(self.join(examples, pictures, numbers) if examples else None, bad, cut)
 
-    def _prepare(self, example: Example) -> tuple[TokenizedExample, list[np.ndarray]]:
-        """Ids, and what the tower sees of every picture. Raises UserError."""
+    def _prepare(self, example: Example) -> tuple[TokenizedExample, Sequence[Any]]:
+        """An example as the model reads it. Raises UserError, which names the record."""
         try:
-            read = tokenize_example(
-                self.processor, example, self.config.N, self.max_seq_length,
-                self.chat_template_config,
-            )  # fmt: skip
-            pictures = example.images[: len(read.prompt.runs)]
-            pixels = [self.processor.image(_open(picture)) for picture in pictures]
+            return self.read_example(example)
         except UserError as e:
             raise UserError(f"{example.where}: {e}") from None
-        return read, pixels
+
+    def read_example(self, example: Example) -> tuple[TokenizedExample, Sequence[Any]]:
+        """Ids, and what the tower sees of every picture. Raises UserError."""
+        read = tokenize_example(
+            self.processor, example, self.config.N, self.max_seq_length, self.chat_template_config
+        )
+        words_L = np.array(read.prompt.ids)
+        for start, length in read.prompt.runs:
+            words_L[start : start + length] = 0
+        if (largest := int(words_L.max())) >= self.config.text.vocab_size:
+            token = self.processor.tokenizer.backend.id_to_token(largest)
+            raise UserError(f"its text holds {token}, for which the model has no embedding")
+        pictures = example.images[: len(read.prompt.runs)]
+        return read, [self.processor.image(open_picture(picture)) for picture in pictures]
+
+    def join(
+        self, examples: Sequence[TokenizedExample], pictures: Sequence[Any], numbers: Sequence[int]
+    ) -> Batch:
+        """The batch of some examples and all their pictures, each as it was read."""
+        return Batch.of(examples, pictures, numbers)
 
 
-def _open(picture: Picture) -> Image.Image:
+def open_picture(picture: Picture) -> Image.Image:
     return open_image(picture() if callable(picture) else picture)
 
 
 @dataclass
-class Order:
+class Sampler:
     """The numbers of the examples of every batch.
 
     Where a data set is read in `blocks`, lists of these are shuffled, and then the examples of

@@ -62,5 +62,7 @@ def restore(folder: Path, learner: Learner, optimizer: Optimizer, config: TrainC
     check_weights(folder, learner.saved_parameters(), weights)
     learner.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_unflatten(list(read_arrays(folder / OPTIMIZER).items()))
+    if not config.lr_schedule:  # which may be another than before
+        optimizer.learning_rate = config.learning_rate
     mx.eval(learner.parameters(), optimizer.state)
     return progress

@@ -5,11 +5,14 @@ Keys are mlx-lm's where mlx-lm has them. Each stage has defaults of its own.
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..checkpoints.adapters import DEFAULTS as ADAPTERS
+from ..checkpoints.adapters import KINDS as ADAPTER_STAGES
+from ..checkpoints.adapters import AdapterConfig
 from ..checkpoints.command_line import either, suggestion
 from ..checkpoints.errors import UserError, missing_package
 
@@ -46,9 +49,9 @@ class TrainConfig:
     `freeze` names parts that stay as they are although the stage would train them, `unfreeze` parts
     that learn although it would not. `epochs` counts passes over the data where `iters` is None.
     `adapter_path` is where adapters, and `output` where every other stage's model and the
-    checkpoints of the run go. Adam and AdamW correct their first
-    means, as published and as PyTorch does; `optimizer_config: {bias_correction: false}` leaves
-    that out, which is MLX's and mlx-lm's default.
+    checkpoints of the run go. Adam and AdamW correct their first means, as published and as
+    PyTorch does; `optimizer_config: {bias_correction: false}` leaves that out, which is MLX's and
+    mlx-lm's default.
     """
 
     stage: str
@@ -66,9 +69,7 @@ class TrainConfig:
     keep_tokens: int | None = None
     noise: float = 1.0  # of a learned pruner's scores at first
     num_layers: int = 16
-    lora_parameters: dict[str, Any] = field(
-        default_factory=lambda: {"rank": 8, "scale": 20.0, "dropout": 0.0}
-    )
+    lora_parameters: dict[str, Any] = field(default_factory=lambda: dict(ADAPTERS))
     twig_layer: int = 2
     twig_layers: int = 3
     # Data
@@ -132,11 +133,18 @@ class TrainConfig:
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is {self.keep_ratio}; it must be above 0 and at most 1")
         for name, stages in (
-            ("unfreeze", ("twig",)),  # adapters say themselves what may learn beside them
-            ("language_layers", ("lora", "dora", "twig")),
+            ("unfreeze", ("twig",)),
+            ("language_layers", (*ADAPTER_STAGES, "twig")),
         ):
             if getattr(self, name) and self.stage in stages:
                 raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
+        if self.stage in ADAPTER_STAGES:
+            self._check_adapters()
+        if self.stage in ADAPTER_STAGES and self.tower:
+            raise UserError(
+                f"stage {self.stage} needs a whole model: with tower the projector is untrained,"
+                " and adapters would fit nothing that is written; train stage pretrain first"
+            )
         if self.tokenizer and not self.tower:
             raise UserError("tokenizer goes with tower: it is that of a language model alone")
         if self.stage == "pruner" and self.pruner == "none":
@@ -145,10 +153,31 @@ class TrainConfig:
             name = "keep_ratio" if self.keep_ratio else "keep_tokens"
             raise UserError(f"{name} needs pruner, the method that keeps so many visual tokens")
 
+    def _check_adapters(self) -> None:
+        """Raise UserError for adapters that cannot be, or for other parts than may learn along."""
+        _ = self.adapters
+        if "language" in self.freeze:
+            raise UserError(f"freeze names language, in which adapters learn in stage {self.stage}")
+        if others := set(self.unfreeze) - {"projector"}:
+            raise UserError(
+                f"unfreeze names {min(others)}; beside adapters only the projector can learn"
+            )
+
+    @property
+    def adapters(self) -> AdapterConfig:
+        """Those of the stages lora and dora."""
+        return AdapterConfig.of(self.stage, self.num_layers, self.lora_parameters)
+
+    @property
+    def adapter_settings(self) -> dict[str, Any]:
+        """What adapter_config.json holds: mlx-lm's keys and all others of the run."""
+        parameters = {"lora_parameters": self.adapters.lora_parameters}
+        return {**asdict(self), "fine_tune_type": self.stage, **parameters}
+
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.adapter_path if self.stage in ("lora", "dora") else self.output)
+        return Path(self.adapter_path if self.stage in ADAPTER_STAGES else self.output)
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: str) -> "TrainConfig":

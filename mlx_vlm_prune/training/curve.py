@@ -36,7 +36,7 @@ def draw_curve(metrics: Metrics, folder: Path) -> list[Path]:
             if steps:
                 shares = [100 * value for value in values]
                 right.plot(steps, shares, label=label, color=color, linestyle="--", marker=".")
-        right.set(ylabel="answers right, %", ylim=(0, 100))
+        right.set(ylabel="answers right, %", ylim=(0, 104))  # a line at 100 % is seen
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     files = [folder / f"{NAME}.{kind}" for kind in ("png", "svg")]
     for file in files:

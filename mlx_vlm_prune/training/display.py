@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from .config import TrainConfig
-from .trainer import Report, Trainer
+from .run_loop import Report, RunLoop
 
 
 def in_words(seconds: float) -> str:
@@ -22,7 +22,7 @@ def in_words(seconds: float) -> str:
 class Display:
     """Lines on stdout, and on a terminal a bar. Other processes than the first show nothing."""
 
-    def __init__(self, config: TrainConfig, trainer: Trainer):
+    def __init__(self, config: TrainConfig, trainer: RunLoop):
         self.config, self.trainer = config, trainer
         self.is_shown = trainer.processes.is_first
         self.evaluation_seconds, self.timed_steps = 0.0, 0
@@ -70,7 +70,8 @@ def _training(report: Report) -> str:
     left = report["seconds_left"]
     return (
         f"loss {report['train_loss']:.4g}, rate {report['learning_rate']:.2g},"
-        f" {report['tokens_per_second']:,.0f} tokens/s, {report['peak_memory']:.3g} GB at most"
+        f" {report['tokens_per_second']:,.0f} tokens/s"
+        + (f", {report['peak_memory']:.3g} GB at most" if "peak_memory" in report else "")
         + (f", {in_words(left)} left" if left else "")
     )
 

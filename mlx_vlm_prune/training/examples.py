@@ -60,6 +60,7 @@ def tokenize_example(
     words = [text for turn in example.turns for text in turn]
     stand_in = unused_character(tokenizer.chat_template or "", example.system, *words)
     turns = _with_stand_ins(example, stand_in)
+    _check_words(image_token, [example.system or "", *(text for turn in turns for text in turn)])
     text, spans = render_turns(tokenizer, turns, example.system, options)
     if text.count(stand_in) != len(example.images):
         raise UserError(f"the chat template of {tokenizer.name} does not keep the user's text")
@@ -80,7 +81,13 @@ def tokenize_example(
     is_answer = np.zeros(len(ids), bool)
     for begin, end in spans:
         is_answer[bisect_left(offsets, (begin,)) : bisect_left(offsets, (end,))] = True
-    return _cut(Prompt(ids, runs), is_answer, max_seq_length)
+    return cut_to(Prompt(ids, runs), is_answer, max_seq_length)
+
+
+def _check_words(image_token: str, texts: Sequence[str]) -> None:
+    """UserError where a text holds the model's image token, which is longer than a letter."""
+    if len(image_token) > 1 and any(image_token in text for text in texts):
+        raise UserError(f"its text holds {image_token}, which stands for a picture")
 
 
 def encode_up_to_answers(
@@ -107,23 +114,31 @@ def encode_up_to_answers(
 
 def _with_stand_ins(example: Example, stand_in: str) -> list[tuple[str, str]]:
     """The turns with one character for each image."""
-    marks = sum(question.count(IMAGE_MARK) for question, _ in example.turns)
-    images = len(example.images)
     turns = list(example.turns)
     if not turns:
         raise UserError("it has no turns")
-    if not marks:
+    if not count_marks(example):
         (question, answer), *rest = turns
-        turns = [((IMAGE_MARK + "\n") * images + question, answer), *rest]
-    elif marks != images:
+        turns = [((IMAGE_MARK + "\n") * len(example.images) + question, answer), *rest]
+    return [(question.replace(IMAGE_MARK, stand_in), answer) for question, answer in turns]
+
+
+def count_marks(example: Example) -> int:
+    """The marks of images in the questions.
+
+    Raises UserError where there are some, and not as many as images.
+    """
+    marks = sum(question.count(IMAGE_MARK) for question, _ in example.turns)
+    images = len(example.images)
+    if marks and marks != images:
         raise UserError(
             f"it has {marks} {IMAGE_MARK} mark{'s' * (marks != 1)} but {images or 'no'}"
             f" image{'s' * (images != 1)}"
         )
-    return [(question.replace(IMAGE_MARK, stand_in), answer) for question, answer in turns]
+    return marks
 
 
-def _cut(prompt: Prompt, is_answer: np.ndarray, max_seq_length: int) -> TokenizedExample:
+def cut_to(prompt: Prompt, is_answer: np.ndarray, max_seq_length: int) -> TokenizedExample:
     """To the longest that is allowed, ahead of an image that would not be whole."""
     length = len(prompt.ids)
     if length <= max_seq_length:

@@ -5,107 +5,32 @@ The tower, the projector and the pruner stay; the language model reads the token
 Shapes: L rows, A tokens of answers, D features, V words.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from ..checkpoints.adapters import write_adapters
 from ..checkpoints.errors import UserError
 from ..hosts.adapters import adapter_config, add_adapters
 from ..hosts.compatibility import check_pipeline
 from ..hosts.families import host_of
 from ..hosts.families.pruner_defaults import with_family_defaults
-from ..hosts.host import Host
 from ..hosts.prepared_inputs import PreparedInputs
 from ..hosts.prompt import (
     PrunedPrompt,
     budgets_by_view,
     encode_images_and_text,
-    prepare_prompt,
     prune_prompt,
 )
-from ..inputs.image import open_image
-from ..models.adapters import AdapterConfig
+from ..models.arrays import to_raw
 from ..pruners import plan
-from .adapters import write_adapters
 from .config import TrainConfig
-from .examples import Example
-from .formats import Dataset
+from .host_batches import HostBatch
 from .loss import cross_entropy_sum
-
-
-@dataclass(frozen=True)
-class HostExample:
-    """A question with its images, and the ids of the answer with its end."""
-
-    inputs: PreparedInputs  # with the answer
-    answer: list[int]
-
-
-@dataclass(frozen=True)
-class HostBatch:
-    """Examples that are read one after another."""
-
-    examples: Sequence[HostExample]
-    prompts: Sequence[Any] = ()  # as of a `Batch`: none that validation could ask
-    is_answer: Sequence[Any] = ()
-    pixels_IHW3: None = None
-
-    @property
-    def answer_tokens(self) -> int:
-        """A."""
-        return sum(len(example.answer) for example in self.examples)
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(example.inputs.ids) for example in self.examples)
-
-
-@dataclass
-class HostReader:
-    """Turns examples of a data set into batches, by mlx-vlm's chat template and processor."""
-
-    dataset: Dataset
-    host: Host
-    max_seq_length: int
-    skip_bad: bool = False
-    bad: dict[int, str] = field(default_factory=dict)
-    cut: set[int] = field(default_factory=set)  # none: a longer example is refused
-
-    def batch(self, indices: np.ndarray, ahead: Iterable[np.ndarray] = ()) -> HostBatch | None:
-        """The examples of these numbers; None where none of them can be used. Raises UserError."""
-        examples = []
-        for index in indices.tolist():
-            example = self.dataset[index]
-            try:
-                examples.append(self._read(example))
-            except UserError as e:
-                self.bad[index] = f"{example.where}: {e}"
-                if not self.skip_bad:
-                    raise UserError(
-                        f"{example.where}: {e} (skip_bad leaves such examples out)"
-                    ) from None
-        return HostBatch(examples) if examples else None
-
-    def _read(self, example: Example) -> HostExample:
-        if len(example.turns) != 1 or example.system:
-            raise UserError("a model of mlx-vlm's learns from one question and one answer here")
-        question, answer = example.turns[0]
-        images = [open_image(image() if callable(image) else image) for image in example.images]
-        inputs = prepare_prompt(self.host, question.replace("<image>", "").strip(), images)
-        tokenizer = getattr(self.host.processor, "tokenizer", self.host.processor)
-        ids = list(tokenizer.encode(answer, add_special_tokens=False))
-        ids += [end] if (end := getattr(tokenizer, "eos_token_id", None)) is not None else []
-        whole = [*inputs.ids, *ids]
-        if not ids or len(whole) > self.max_seq_length:
-            raise UserError(f"it has {len(whole)} tokens, {len(ids)} of them of the answer")
-        mask_1L = mx.concatenate([inputs.mask_1L, mx.ones((1, len(ids)), mx.int32)], axis=1)
-        return HostExample(replace(inputs, ids=whole, mask_1L=mask_1L), ids)
 
 
 class HostAdapters(nn.Module):
@@ -129,11 +54,8 @@ class HostAdapters(nn.Module):
             )
         if config.freeze or config.unfreeze:
             raise UserError("freeze and unfreeze are for models of ours, not of mlx-vlm's")
-        self.adapter_config = AdapterConfig.of(
-            config.stage, config.num_layers, config.lora_parameters
-        )
         mx.random.seed(config.seed)
-        add_adapters(model, self.adapter_config)
+        add_adapters(model, config.adapters)
 
     def begin_step(self, iteration: int, iters: int) -> None:
         """Nothing changes from step to step."""
@@ -143,28 +65,40 @@ class HostAdapters(nn.Module):
         trainable: Any = tree_flatten(self.trainable_parameters())
         return dict(trainable)
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """The files that mlx-vlm writes and reads."""
         settings = asdict(self.settings) | adapter_config(self.model)
-        write_adapters(self.model, settings, folder, iteration)
+        learned: Any = tree_flatten(self.model.trainable_parameters())
+        tensors = {name: to_raw(array) for name, array in learned}
+        write_adapters(folder, iteration, settings, tensors)
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """The adapters lie there already."""
+
+    def moved_by_loss(self) -> dict[str, mx.array]:
+        """Nothing."""
+        return {}
 
     def loss(self, batch: HostBatch) -> mx.array:
         """Summed over the answers' tokens."""
-        losses = [self._loss(example) for example in batch.examples]
+        pairs = zip(batch.inputs, batch.is_answer, strict=True)
+        losses = [self._loss(inputs, int(is_answer.sum())) for inputs, is_answer in pairs]
         return mx.stack(losses).sum()
 
-    def _loss(self, example: HostExample) -> mx.array:
+    def losses(self, batch: HostBatch) -> tuple[mx.array, mx.array]:
+        """The same, which is the answers' alone."""
+        loss = self.loss(batch)
+        return loss, loss
+
+    def _loss(self, inputs: PreparedInputs, count: int) -> mx.array:
+        """Of the last `count` ids, which are the answer's."""
         c, host = self.settings, self.host
         with host.preserve_state():
-            views = encode_images_and_text(host, example.inputs, self.pipeline)
+            views = encode_images_and_text(host, inputs, self.pipeline)
             budgets = budgets_by_view(views, c.keep_ratio, c.keep_tokens, self.pipeline)
-            prompt = prune_prompt(host, example.inputs, views, self.pipeline, budgets, self.policy)
+            prompt = prune_prompt(host, inputs, views, self.pipeline, budgets, self.policy)
             logits_1LV = self._logits(prompt)
-        count = len(example.answer)
-        return cross_entropy_sum(logits_1LV[0, -count - 1 : -1], mx.array(example.answer))
+        return cross_entropy_sum(logits_1LV[0, -count - 1 : -1], mx.array(inputs.ids[-count:]))
 
     def _logits(self, prompt: PrunedPrompt) -> mx.array:
         """As mlx-vlm's `generate_step` calls the model, without a cache, (1, L, V)."""

@@ -15,21 +15,21 @@ class StopRequest:
     """Whether the run is to stop.
 
     A signal reaches one process. Of several none may stop alone, since the others would wait for
-    it for ever: they stop once they know of one another, see `agree`.
+    it for ever: they stop once they know of one another, see `stop_together`.
     """
 
     def __init__(self, processes: int = 1) -> None:
         self.alone = processes == 1
         self.is_requested = False  # of this process
-        self.is_agreed = False
+        self.is_for_all = False
 
     @property
     def is_set(self) -> bool:
-        return self.is_requested if self.alone else self.is_agreed
+        return self.is_requested if self.alone else self.is_for_all
 
-    def agree(self, requests: float) -> None:
+    def stop_together(self, requests: float) -> None:
         """Take over how many processes were asked to stop; all do so in the same step."""
-        self.is_agreed = requests > 0
+        self.is_for_all = requests > 0
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:

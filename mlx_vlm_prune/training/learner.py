@@ -25,7 +25,7 @@ from .batches import Batch
 from .config import TrainConfig
 from .loss import OthersBias, answer_loss, factor_loss
 from .pruner_weights import add_untrained, learned_names, trainable_names, trained_inside
-from .saving import save_model
+from .save_model import save_model
 
 logger = logging.getLogger("mlx_vlm_prune")
 
@@ -77,8 +77,12 @@ class Learner(nn.Module):
                 f"{step.name} learns by the attention that dropped tokens would get, which float16"
                 " cannot hold; train in dtype bfloat16 or float32"
             )
-        if step.method.training_loss and mx.distributed.init().size() > 1:
-            raise UserError(f"{step.name} learns in one process")
+        is_split = mx.distributed.init().size() > 1 or self.settings.grad_accumulation_steps > 1
+        if step.method.training_loss and is_split:
+            raise UserError(
+                f"{step.name} learns from whole batches: in one process, without"
+                " grad_accumulation_steps"
+            )
         self.model.language.forward_pass = OthersBias
 
     def trains(self, part: str) -> bool:
@@ -115,10 +119,10 @@ class Learner(nn.Module):
             saved |= {name: array for name, array in every if name.startswith("pruners.")}
         return saved
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """What a user loads afterwards, ahead of the checkpoint of this step."""
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model that the last step leaves, for a user to load."""
         learned = {name: dict(_flat(weights)) for name, weights in self.pruners.items()}
         others = self.model.learned.keys() - learned_names(self.settings.pruner)
@@ -129,13 +133,25 @@ class Learner(nn.Module):
             )
         save_model(self.model, learned if self.trains("pruner") else {}, self.settings, folder)
 
+    def moved_by_loss(self) -> dict[str, mx.array]:
+        """What the loss itself moves, beside the optimizer."""
+        trainable: Any = dict(tree_flatten(self.trainable_parameters()))
+        saved = self.saved_parameters()
+        return {name: array for name, array in saved.items() if name not in trainable}
+
     def loss(self, batch: Batch) -> mx.array:
-        """Summed over the answers' tokens; in evaluation, behind the pruner as it is used."""
+        """What learning lowers, summed over the answers' tokens; in evaluation, behind the pruner
+        as it is used."""
+        return self.losses(batch)[0]
+
+    def losses(self, batch: Batch) -> tuple[mx.array, mx.array]:
+        """The same, and the part of it that is the answers' cross-entropy."""
         step = self.pipeline.steps[-1]
         is_soft = self.training and step.method.training_factor and self.trains("pruner")
         if is_soft and batch.pixels_IHW3 is not None:
             return factor_loss(self.model, batch, step, self._budget(), self._noise())
-        return answer_loss(self.model, batch, self.pipeline, self.K)
+        loss = answer_loss(self.model, batch, self.pipeline, self.K)
+        return loss, loss
 
     def _budget(self) -> int:
         """Of this step."""

@@ -40,7 +40,7 @@ def answer_rows(spliced: Spliced, batch: Batch) -> tuple[mx.array, mx.array]:
 def answer_loss(model: VLM, batch: Batch, pipeline: Pipeline, K: int) -> mx.array:
     """Cross-entropy of the answers, summed over their A tokens."""
     read = model.splice_images(batch.prompts, pixels(batch, model.dtype), pipeline, K)
-    # Slopes need all rows at once, so a long prompt is not read in pieces.
+    # Gradients need all rows at once, so a long prompt is not read in pieces.
     decoded, _ = model.decode(read, prefill_step_size=read.spliced.L)
     prompt_A, column_A = answer_rows(decoded.spliced, batch)
     logits_AV = model.language.logits(decoded.spliced.x_BLD[prompt_A, column_A])
@@ -56,12 +56,15 @@ def cross_entropy_sum(logits_AV: mx.array, targets_A: mx.array) -> mx.array:
     return nn.losses.cross_entropy(logits_AV.astype(mx.float32), targets_A, reduction="sum")
 
 
-def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) -> mx.array:
-    """The loss of answers while a method's choice is soft, summed over their tokens.
+def factor_loss(
+    model: VLM, batch: Batch, step: Pruner, K: int, noise: float
+) -> tuple[mx.array, mx.array]:
+    """The loss while a method's choice is soft, summed over the answers' tokens; and the part of it
+    that is the answers' cross-entropy.
 
     Every visual token is there; those that the method would drop get next to no attention: the
     language model's `forward_pass` must be `OthersBias`. What
-    chooses is no lesson for the tower: its slopes are only guesses.
+    chooses is no lesson for the tower: its gradients are only guesses.
     """
     pixels_IHW3 = pixels(batch, model.dtype)
     assert pixels_IHW3 is not None, "there are images"
@@ -77,15 +80,15 @@ def factor_loss(model: VLM, batch: Batch, step: Pruner, K: int, noise: float) ->
 
     method, weights = step.method, step.weights
     assert method.training_factor
-    loss = loss_of(mx.log(method.training_factor(weights, signals, K, noise)))
+    loss = answers = loss_of(mx.log(method.training_factor(weights, signals, K, noise)))
     if method.training_loss:
         no_bias_IN = mx.zeros(x_IND.shape[:2])
-        full_loss, slope_IN = mx.value_and_grad(loss_of)(no_bias_IN)
-        beside = method.training_loss(weights, signals, mx.stop_gradient(slope_IN))
+        full_loss, gradient_IN = mx.value_and_grad(loss_of)(no_bias_IN)
+        beside = method.training_loss(weights, signals, mx.stop_gradient(gradient_IN))
         loss = loss + batch.answer_tokens * beside
         if tree_flatten(model.trainable_parameters()):
             loss = loss + full_loss
-    return loss
+    return loss, answers
 
 
 def _biased_loss(model: VLM, batch: Batch, x_IND: mx.array, bias_IN: mx.array) -> mx.array:
@@ -105,7 +108,7 @@ def _biased_loss(model: VLM, batch: Batch, x_IND: mx.array, bias_IN: mx.array) -
 class OthersBias(ForwardPass):
     """A forward pass in which a bias holds for what other rows pay: a row sees itself without it.
 
-    A row that is dropped has no attention of others, yet a slope, for which its own hidden state
+    A row that is dropped has no attention of others, yet a gradient, for which its own hidden state
     must be what it would be if it stayed.
     """
 

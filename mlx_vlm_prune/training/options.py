@@ -59,7 +59,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "grad_clip": "the longest gradient; longer ones are shortened to it, 0 takes all",
         "optimizer": either(OPTIMIZERS),
         "optimizer_config": "the optimizer's own settings, such as weight_decay",
-        "learning_rate": "of the optimizer; with lr_schedule, its arguments say it",
+        "learning_rate": "of the optimizer; as a flag it takes the place of the file's lr_schedule",
         "lr_schedule": "mlx-lm's: name, arguments, warmup, warmup_init",
         "seed": "of the examples' order and of dropout",
     },
@@ -81,6 +81,7 @@ CHOICES = {"stage": STAGES, "optimizer": OPTIMIZERS, "freeze": FREEZABLE, "unfre
 # Of two keys that exclude each other, a flag takes the place of the other in the config file.
 RIVALS = {
     "iters": "epochs", "epochs": "iters", "keep_ratio": "keep_tokens", "keep_tokens": "keep_ratio",
+    "lr_schedule": "learning_rate",
 }  # fmt: skip
 
 

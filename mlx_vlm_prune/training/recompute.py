@@ -38,25 +38,23 @@ class RecomputedLayers:
         *, bias_BL: mx.array | None = None, **options: Any,
     ) -> mx.array:  # fmt: skip
         """As `LayerStack.run`; caches are filled only where nothing is trained."""
-        whole = super().run  # type: ignore[misc]
+        run = super().run  # type: ignore[misc]
         if not self.training:
-            result: mx.array = whole(
-                numbers, x_BLD, positions_BL, cache, bias_BL=bias_BL, **options
-            )
+            result: mx.array = run(numbers, x_BLD, positions_BL, cache, bias_BL=bias_BL, **options)
             return result
         for number in numbers:
-            assert not vars(cache[number]).get("begun"), "slopes need all rows at once"
+            assert not vars(cache[number]).get("begun"), "gradients need all rows at once"
             cache[number].begun = True
             module = getattr(self.layers[number], "wrapped", self.layers[number])
-            x_BLD = self._checkpointed(number, module, whole, positions_BL, options)(
+            x_BLD = self._checkpointed(number, module, run, positions_BL, options)(
                 module.trainable_parameters(), x_BLD, [] if bias_BL is None else [bias_BL]
             )
         return x_BLD
 
     def _checkpointed(
-        self: Any, number: int, module: nn.Module, whole: Any, positions_BL: mx.array, options: Any
+        self: Any, number: int, module: nn.Module, run: Any, positions_BL: mx.array, options: Any
     ) -> Any:
-        """A layer as a function of all that slopes may go to: its weights, rows and biases.
+        """A layer as a function of all that gradients may go to: its weights, rows and biases.
 
         Computed again, it draws the random numbers of the first time.
         """
@@ -71,7 +69,7 @@ class RecomputedLayers:
             fresh = {number: self.make_cache()[number]}
             bias_BL = biases[0] if biases else None
             rows = range(number, number + 1)
-            result: mx.array = whole(rows, x_BLD, positions_BL, fresh, bias_BL=bias_BL, **options)
+            result: mx.array = run(rows, x_BLD, positions_BL, fresh, bias_BL=bias_BL, **options)
             module.update(before)
             if now != begin:  # computed again
                 mx.random.seed(now)

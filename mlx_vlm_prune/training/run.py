@@ -14,18 +14,18 @@ from ..checkpoints.errors import UserError, missing_package
 from ..hosts.loading import kind_of, load
 from ..models.loading import find_folder
 from . import summary
+from .base_model import load_base_model
 from .batches import Reader
 from .config import TrainConfig
 from .curve import draw_curve
 from .display import Display
-from .folder import claimed
 from .formats import Dataset, open_dataset, split_files
 from .metrics import Metrics
 from .processes import Processes
 from .recompute import recompute_layers
+from .run_folder import claimed
 from .run_state import checkpoint_folders
 from .stages import LEARNERS
-from .start import load_start
 from .trainer import Report, Trainer
 
 logger = logging.getLogger("mlx_vlm_prune")
@@ -35,26 +35,26 @@ def train(config: TrainConfig) -> None:
     """Train as the config says. Raises UserError for what cannot be trained or read."""
     processes = Processes()
     with processes.mistakes_once(), ExitStack() as stack:
-        fault = None
-        try:
+        with processes.together():
             if processes.is_first:
                 stack.enter_context(claimed(config))
-        except UserError as e:
-            fault = e
-        processes.agree(fault)
         _train(config, processes)
 
 
 def _train(config: TrainConfig, processes: Processes) -> None:
     """With the folder claimed."""
     begin = time.perf_counter()
-    trainer = make_trainer(config, processes)
+    with processes.together():
+        trainer = make_trainer(config, processes)
     before = summary.fingerprints(trainer.learner)
     trainer.resume()
-    metrics = Metrics(config.folder, trainer.progress.iteration) if processes.is_first else None
-    trainer.evaluated = metrics.evaluated if metrics else set()
-    trainer.evaluated = processes.union(trainer.evaluated, trainer.iters + 1)
-    send = reporter(config) if processes.is_first else None
+    metrics = send = None
+    with processes.together():
+        if processes.is_first:
+            metrics = Metrics(config.folder, trainer.progress.iteration)
+            send = reporter(config)
+    evaluated = metrics.evaluated if metrics else set()
+    trainer.evaluated = processes.union(evaluated, trainer.progress.iteration + 1)
     display = Display(config, trainer)
 
     def report(figures: Report) -> None:
@@ -93,7 +93,7 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     }
     if config.tower is None and kind_of(find_folder(config.model)):
         return _host_trainer(config, processes, datasets)
-    model, processor = load_start(config)
+    model, processor = load_base_model(config)
     readers = {
         split: Reader(
             dataset, processor, model.config, config.max_seq_length, config.skip_bad,
@@ -104,7 +104,7 @@ def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
     learner = LEARNERS[config.stage](model, config)
     if config.grad_checkpoint:
         recompute_layers(learner)
-    return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
+    return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
 def _host_trainer(
@@ -116,14 +116,18 @@ def _host_trainer(
             f"{config.model} is a model of mlx-vlm's, in which the stages lora and dora learn,"
             " without grad_checkpoint"
         )
-    from .host_adapters import HostAdapters, HostReader
+    from .host_adapters import HostAdapters
+    from .host_batches import HostReader
 
     learner: Any = HostAdapters(*load(config.model, dtype=config.dtype), config)
     readers: dict[str, Any] = {
-        split: HostReader(dataset, learner.host, config.max_seq_length, config.skip_bad)
+        split: HostReader(
+            dataset, learner.host.processor, learner.model.config, config.max_seq_length,
+            config.skip_bad, config.chat_template_config, host=learner.host,
+        )
         for split, dataset in datasets.items()
-    }
-    return Trainer(config, learner, readers["train"], readers.get("valid"), processes=processes)
+    }  # fmt: skip
+    return Trainer(config, learner, readers["train"], readers.get("valid"), processes)
 
 
 def reporter(config: TrainConfig) -> Callable[[dict[str, Any]], None] | None:

@@ -4,9 +4,11 @@ FOLDER/checkpoints/0000100 holds weights.safetensors, what learns under its name
 folder of ours behind `model.`; optimizer.safetensors, its state as MLX names it; and state.json.
 """
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os.path import abspath
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json, write_json
 from .config import TrainConfig
 
+logger = logging.getLogger("mlx_vlm_prune")
 FOLDER, STATE = "checkpoints", "state.json"
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 KEPT = 2
 # Keys that may differ when a run goes on: they change no step that was taken.
-FREE = {
+MAY_DIFFER = {
     "iters", "epochs", "resume", "steps_per_report", "steps_per_eval", "val_batches", "save_every",
-    "output", "adapter_path", "report_to", "project_name", "skip_bad",
+    "output", "adapter_path", "report_to", "project_name", "skip_bad", "learning_rate",
+    "lr_schedule",
 }  # fmt: skip
+PATHS = {"data", "model", "tower", "tokenizer", "image_folder"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,11 @@ class Progress:
 
     iteration: int = 0  # steps taken
     trained_tokens: int = 0  # of answers
-    loss: float = 0.0  # summed since the last report
+    loss: float = 0.0  # of answers, summed since the last report
+    side_loss: float = 0.0  # and what else a learned method lowers
     loss_tokens: int = 0  # over so many tokens
     processes: int = 1  # that train together
+    examples: int = 0  # of the data; 0 in a checkpoint that does not say it
     bad: Sequence[int] = ()  # examples that could not be used
     cut: Sequence[int] = ()  # and those that were too long
 
@@ -55,13 +62,18 @@ def read_state(folder: Path, config: TrainConfig) -> Progress:
     """Where the run of a checkpoint stands. Raises UserError where it is another run's."""
     state = read_json(folder / STATE)
     before, now = state.get("config", {}), asdict(config)
-    for key in now.keys() - FREE:
+    for key in now.keys() - MAY_DIFFER:
         value = list(now[key]) if isinstance(now[key], tuple) else now[key]
-        if before.get(key) != value:
+        earlier = before.get(key)
+        is_path = key in PATHS and value and earlier
+        if abspath(str(earlier)) != abspath(str(value)) if is_path else earlier != value:
             raise UserError(
-                f"{folder} was written with {key}={before.get(key)!r}; a run goes on with the same,"
+                f"{folder} was written with {key}={earlier!r}; a run goes on with the same,"
                 f" not with {value!r}"
             )
+    for key in ("learning_rate", "lr_schedule"):
+        if before.get(key) != now[key]:
+            logger.info("%s was %s, and is %s from here on", key, before.get(key), now[key])
     return Progress(**state["progress"])
 
 

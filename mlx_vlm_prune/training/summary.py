@@ -1,12 +1,13 @@
 """What a run does and has done: which parts learn, what moved, what was left out, where it lies."""
 
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from .config import TrainConfig
+from .config import ADAPTER_STAGES, TrainConfig
 from .display import in_words
 from .learner import Learner
 from .metrics import Metrics
@@ -120,16 +121,16 @@ def _files(c: TrainConfig) -> list[str]:
 
 def usage(c: TrainConfig) -> str:
     """The command that uses what a run has written."""
-    words = [COMMAND]
-    if c.stage in ("lora", "dora"):
-        words += [f"--model {c.model}"] if c.model else []
-        words += [f"--adapter-path {c.adapter_path}"]
+    words = COMMAND.split()
+    if c.stage in ADAPTER_STAGES:
+        words += ["--model", c.model] if c.model else []
+        words += ["--adapter-path", c.adapter_path]
     else:
-        words += [f"--model {c.output}"]
+        words += ["--model", c.output]
     if c.stage == "twig":
-        words += ["--num-draft-tokens 5"]
+        words += ["--num-draft-tokens", "5"]
     if c.pruner != "none":
-        words += [f"--pruner {c.pruner}"]
-        words += [f"--keep-ratio {c.keep_ratio:g}"] if c.keep_ratio else []
-        words += [f"--keep-tokens {c.keep_tokens}"] if c.keep_tokens else []
-    return f"use it: {' '.join(words)} --image PICTURE --prompt QUESTION"
+        words += ["--pruner", c.pruner]
+        words += ["--keep-ratio", f"{c.keep_ratio:g}"] if c.keep_ratio else []
+        words += ["--keep-tokens", f"{c.keep_tokens}"] if c.keep_tokens else []
+    return f"use it: {shlex.join(words)} --image PICTURE --prompt QUESTION"

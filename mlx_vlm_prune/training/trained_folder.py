@@ -8,13 +8,14 @@ from typing import Any
 
 from ..checkpoints.checkpoint import LEARNED_FILE, Checkpoint
 from ..checkpoints.config import ATTENTION_POOL, CONFIG
+from ..checkpoints.errors import UserError
 from ..checkpoints.families import is_llava, published_layout
 from ..checkpoints.names.rules import to_published
 from ..checkpoints.reading.tensors import RawTensor
 from ..checkpoints.writing import write_folder
 from .config import TrainConfig
 
-PARTS = ".model"  # the folder in which a model is put together
+STAGING = ".model"  # the folder in which a model is put together
 TWIG = "twig"  # layers of a language model, which a stage of its own trains
 Tensors = Mapping[str, RawTensor]
 
@@ -26,17 +27,21 @@ def write_trained(checkpoint: Checkpoint, config: TrainConfig, folder: Path) -> 
     last. Raises UserError where it cannot be written; what was there then stays.
     """
     dtype = None if config.dtype == "auto" else config.dtype
-    folder.mkdir(parents=True, exist_ok=True)
-    parts, ready = folder / PARTS, folder / PARTS / folder.absolute().name
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir()
-    write_folder(checkpoint, ready, dtype, config.model)
-    names = sorted({path.name for path in ready.iterdir()} - {CONFIG})
-    for name in {CONFIG, LEARNED_FILE} - set(names):
-        (folder / name).unlink(missing_ok=True)
-    for name in [*names, CONFIG]:
-        (ready / name).replace(folder / name)
-    shutil.rmtree(parts)
+    staging, ready = folder / STAGING, folder / STAGING / folder.absolute().name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        write_folder(checkpoint, ready, dtype, config.model)
+        names = sorted({path.name for path in ready.iterdir()} - {CONFIG})
+        for name in {CONFIG, LEARNED_FILE} - set(names):
+            (folder / name).unlink(missing_ok=True)
+        for name in [*names, CONFIG]:
+            (ready / name).replace(folder / name)
+    except OSError as e:
+        raise UserError(f"cannot write a model to {folder}: {e.strerror or e}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def with_trained(

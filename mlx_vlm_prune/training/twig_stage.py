@@ -23,7 +23,7 @@ from .batches import Batch
 from .config import TrainConfig
 from .learner import Learner
 from .loss import answer_rows, cross_entropy_sum, pixels
-from .saving import save_model
+from .save_model import save_model
 
 
 class TwigStage(Learner):
@@ -49,7 +49,7 @@ class TwigStage(Learner):
         assert isinstance(language, MiniMind)
         self.twig = grown(language, c.twig_layer, c.twig_layers)
 
-    def loss(self, batch: Batch) -> mx.array:
+    def losses(self, batch: Batch) -> tuple[mx.array, mx.array]:
         """Of the twig's words, summed over the answers' tokens."""
         model, twig = self.model, self.twig
         images = pixels(batch, model.dtype)
@@ -62,9 +62,10 @@ class TwigStage(Learner):
         every, at_layer = range(len(twig.layers)), replace(spliced, x_BLD=x_BLD)
         x_BLD = run_layers(twig, every, at_layer, twig.make_cache(), spliced.L)
         logits_AV = twig.logits(x_BLD[answer_rows(spliced, batch)])
-        return cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
+        loss = cross_entropy_sum(logits_AV, mx.array(batch.targets_A))
+        return loss, loss
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model with the twig beside it."""
         weights = unstacked(dict(tree_flatten(self.twig.parameters())))
         weights["layer"] = mx.array([float(self.twig.layer)])

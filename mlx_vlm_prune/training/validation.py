@@ -57,22 +57,20 @@ def validate(
     answered exactly, by greedy generation with all visual tokens; `val_accuracy_pruned` the same
     behind the learner's pruner. Raises UserError where no example can be used.
     """
-    sums, fault = np.zeros(5), None  # loss, tokens, right, right where pruned, questions
+    sums = np.zeros(5)  # loss, tokens, right, right where pruned, questions
     batches = list(in_order(len(reader.dataset), batch_size, most))
     learner.eval()
     try:
-        for indices in batches[processes.rank :: processes.size]:
-            if is_stopped() and processes.size == 1:
-                return None
-            if batch := reader.batch(indices):
-                sums[0] += float(learner.loss(batch).item())  # type: ignore[arg-type]
-                sums[1] += batch.answer_tokens
-                sums[2:] += _count_right(learner, reader, ShortQuestions.of(batch))
-    except UserError as e:
-        fault = e
+        with processes.together():
+            for indices in batches[processes.rank :: processes.size]:
+                if is_stopped() and processes.size == 1:
+                    return None
+                if batch := reader.batch(indices):
+                    sums[0] += float(learner.loss(batch).item())  # type: ignore[arg-type]
+                    sums[1] += batch.answer_tokens
+                    sums[2:] += _count_right(learner, reader, ShortQuestions.of(batch))
     finally:
         learner.train()
-    processes.agree(fault)
     loss, tokens, full, pruned, questions = processes.sum(sums.tolist())
     if not tokens:
         raise UserError("no held-out example can be used")

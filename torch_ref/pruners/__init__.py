@@ -87,7 +87,7 @@ class Step:
 
     @property
     def training_factor(self) -> Any:
-        """On the attention of tokens, in training; None where the method's `prune` has slopes."""
+        """On the attention of tokens, in training; None where its `prune` has gradients."""
         return entry(self.method, "training_factor")
 
     @property

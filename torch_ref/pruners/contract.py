@@ -73,7 +73,7 @@ class Signals:
 
     @property
     def constant(self) -> "Signals":
-        """The same without slopes: a choice among tokens has none."""
+        """The same without gradients: a choice among tokens has none."""
         tensors = {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
         return self.replace(**{name: value.detach() for name, value in tensors.items()})
 

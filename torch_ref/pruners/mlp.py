@@ -62,9 +62,9 @@ def training_factor(weights: Usefulness, signals: Signals, K: int, noise: float)
 training_budget = budget_in_turn
 
 
-def training_loss(weights: Usefulness, signals: Signals, slope_BN: Tensor) -> Tensor:
+def training_loss(weights: Usefulness, signals: Signals, gradient_BN: Tensor) -> Tensor:
     """The squared error of the log of the needs, a mean over images; the mean need follows."""
-    share_BN = slope_BN.abs() / slope_BN.abs().sum(dim=1, keepdim=True).clamp(min=1e-12)
+    share_BN = gradient_BN.abs() / gradient_BN.abs().sum(dim=1, keepdim=True).clamp(min=1e-12)
     entropy_B = -(share_BN * share_BN.clamp(min=1e-12).log()).sum(dim=1)
     if weights.mean_need.item() == 1:  # untrained: start where the needs are
         with torch.no_grad():

@@ -6,8 +6,8 @@ Shapes: B images, N tokens, M others, D features, K kept.
 import torch
 from torch import Tensor
 
-DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
-STEEPEST = 1e12  # of such a slope: squares of what may come of a larger one are infinite
+DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a gradient
+STEEPEST = 1e12  # of such a gradient: squares of what may come of a larger one are infinite
 
 
 def keep_highest(score_BN: Tensor, K: int) -> Tensor:
@@ -19,8 +19,8 @@ def keep_highest(score_BN: Tensor, K: int) -> Tensor:
 def straight_through(score_BN: Tensor, K: int, noise: float) -> Tensor:
     """A factor (B, N) on the attention that tokens get, while their scores are trained.
 
-    1 for the K highest of the scores plus Gumbel noise, next to 0 for the others; its slope is that
-    of a sigmoid of the distance from the K-th.
+    1 for the K highest of the scores plus Gumbel noise, next to 0 for the others; its gradient is
+    that of a sigmoid of the distance from the K-th.
     """
     gumbel_BN = -torch.empty_like(score_BN).exponential_().log()
     noisy_BN = score_BN + noise * gumbel_BN
@@ -29,7 +29,7 @@ def straight_through(score_BN: Tensor, K: int, noise: float) -> Tensor:
     hard_BN = (noisy_BN >= line_B1).float().clamp(min=DROPPED)
     factor_BN = hard_BN + (soft_BN - soft_BN.detach())
     if factor_BN.requires_grad:
-        factor_BN.register_hook(lambda slope_BN: slope_BN.clamp(-STEEPEST, STEEPEST))
+        factor_BN.register_hook(lambda gradient_BN: gradient_BN.clamp(-STEEPEST, STEEPEST))
     return factor_BN
 
 

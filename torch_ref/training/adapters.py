@@ -7,8 +7,7 @@ Shapes: D inputs of a matrix, O outputs, r rank.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mlx_vlm_prune.checkpoints.command_line import either, suggestion
+from mlx_vlm_prune.checkpoints.adapters import write_adapters
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.reading.files import atomic_path, write_json, write_safetensors
 
 from ..models.names import to_ours
 from .learner import MODEL, Learner
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
-DEFAULTS: Mapping[str, Any] = {"rank": 8, "scale": 20.0, "dropout": 0.0}
 
 
 class LoRALinear(nn.Module):
@@ -73,37 +68,23 @@ class Adapters(Learner):
 
     def unfreeze_parts(self) -> None:
         """Add the adapters; their first values follow from the seed."""
-        c, model = self.config, self.model
-        self.settings = _checked(c.lora_parameters)
-        torch.manual_seed(c.seed)
-        if "language" in c.freeze:
-            raise UserError(f"freeze names language, in which adapters learn in stage {c.stage}")
-        if others := set(c.unfreeze) - {"projector"}:
-            raise UserError(
-                f"unfreeze names {min(others)}; beside adapters only the projector can learn"
-            )
+        torch.manual_seed(self.config.seed)
         self._add()
         if self.trains("projector"):
-            model.projector.requires_grad_(True)
+            self.model.projector.requires_grad_(True)
 
     def _add(self) -> None:
         """Put an adapter in the place of each chosen matrix of the last layers."""
-        language, c = self.model.language, self.config
+        language, settings = self.model.language, self.config.adapters
         if getattr(self.model.config.text, "num_experts", 0):
             raise UserError("adapters in a mixture of experts are MLX's alone")
         linear = {n for layer in language.layers for n, m in layer.named_modules() if _fits(m)}
-        keys = self.settings.get("keys", sorted(linear))
-        for key in keys:
-            if key not in linear:
-                raise UserError(
-                    f"keys of lora_parameters names {key!r}, which is no matrix of a layer;"
-                    f" {suggestion(key, sorted(linear))}"
-                )
-        values = {name: self.settings[name] for name in DEFAULTS}
-        for layer in language.layers[-max(c.num_layers, 0) :]:
+        keys = settings.keys(linear)
+        values = {name: settings.lora_parameters[name] for name in ("rank", "scale", "dropout")}
+        for layer in language.layers[-max(settings.num_layers, 0) :]:
             for name in [n for n, m in layer.named_modules() if n in keys and _fits(m)]:
                 parent, _, last = name.rpartition(".")
-                adapter = LAYERS[c.stage](layer.get_submodule(name), **values)
+                adapter = LAYERS[settings.fine_tune_type](layer.get_submodule(name), **values)
                 setattr(layer.get_submodule(parent), last, adapter)
         for name, adapter in adapters(self.model):
             (ours,) = to_ours(
@@ -113,19 +94,18 @@ class Adapters(Learner):
             for key, parameter in adapter.named_parameters(recurse=False):
                 self.beside[f"{at}.{key}"] = parameter
 
-    def finish(self, folder: Path) -> None:
+    def train(self, mode: bool = True) -> None:
+        """With dropout, or without."""
+        for _, adapter in adapters(self.model):
+            adapter.dropout.train(mode)
+
+    def save_model(self, folder: Path) -> None:
         """The adapters lie there already; MLX's `fuse` writes a model with them."""
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """The files that mlx-lm writes, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = {name.removeprefix(MODEL): tensor for name, tensor in self.saved().items()}
-        settings = {**asdict(self.config), "fine_tune_type": self.config.stage}
-        with atomic_path(folder / CONFIG, replace=True) as path:
-            write_json(path, settings | {"lora_parameters": self.settings})
-        for name in (f"{iteration:07d}_{WEIGHTS}", WEIGHTS):
-            with atomic_path(folder / name, replace=True) as path:
-                write_safetensors(path, saved, "mlx")
+        tensors = {name.removeprefix(MODEL): tensor for name, tensor in self.saved().items()}
+        write_adapters(folder, iteration, self.config.adapter_settings, tensors)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -137,20 +117,3 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def _fits(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
-
-
-def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With mlx-lm's values for what is missing. Raises UserError."""
-    allowed = (*DEFAULTS, "keys")
-    for key in values:
-        if key not in allowed:
-            raise UserError(f"lora_parameters has {key!r}; it may have {either(allowed)}")
-    merged = {**DEFAULTS, **values}
-    try:
-        merged |= {name: type(usual)(merged[name]) for name, usual in DEFAULTS.items()}
-        fits = merged["rank"] >= 1 and 0 <= merged["dropout"] < 1
-    except (TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise UserError("lora_parameters must have a rank of at least 1 and a dropout below 1")
-    return merged

@@ -4,6 +4,7 @@ The twin of mlx_vlm_prune/training/learner.py: the same parameters under the sam
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Learner:
             self.add_untrained()
         self.K = self.budget()
         self.steps = model.pruning_steps(parse_steps(config.pruner, model.N, self.K), None, None)
+        self._check_soft_choice()
         self.beside: dict[str, nn.Parameter] = {}
         self.buffers: dict[str, Tensor] = {}
         model.requires_grad_(False)
@@ -56,6 +58,19 @@ class Learner:
         self.parameters = {n: p for n, p in inside.items() if id(p) not in apart} | self.beside
         if not self.parameters:
             raise UserError(f"nothing is left to learn in stage {config.stage}")
+
+    def _check_soft_choice(self) -> None:
+        """Raise UserError for a method that chooses tokens where it cannot be trained."""
+        soft = [step for step in self.steps if step.training_factor]
+        if not (soft and self.trains("pruner")):
+            return
+        if len(self.steps) > 1:
+            raise UserError(
+                f"{soft[0].name} learns alone, not in the chain {self.config.pruner}; train it"
+                " first, or let it be by freeze: pruner"
+            )
+        if hasattr(soft[0].method, "training_loss") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(f"{soft[0].name} learns in one process")
 
     def trains(self, part: str) -> bool:
         """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
@@ -118,21 +133,29 @@ class Learner:
         self.beside |= {prefix + parameter_name(k): p for k, p in weights.named_parameters()}
         self.buffers |= {prefix + parameter_name(k): b for k, b in weights.named_buffers()}
 
+    def train(self, mode: bool = True) -> None:
+        """In evaluation nothing is dropped at random."""
+
     def begin_step(self, iteration: int, iters: int) -> None:
         """Step `iteration` of `iters`, counted from 0, comes next."""
         self.iteration, self.iters = iteration, iters
 
     def loss(self, batch: Batch) -> Tensor:
-        """Summed over the answers' tokens."""
+        """What learning lowers, summed over the answers' tokens."""
+        return self.losses(batch)[0]
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same, and the part of it that is the answers' cross-entropy."""
         step = self.steps[-1]
         if step.training_factor and self.trains("pruner") and batch.pixels_IHW3 is not None:
             K = min(self.model.N, step.method.training_budget(self.K, self.iteration))
             noise = self.config.noise * falling(self.iteration, self.iters)
             return factor_loss(self.model, batch, step, K, noise)
-        return self.held_out_loss(batch)
+        loss = self.held_out_loss(batch)
+        return loss, loss
 
     def held_out_loss(self, batch: Batch) -> Tensor:
-        """The same behind the pruner as it is used."""
+        """The answers' behind the pruner as it is used."""
         return answer_loss(self.model, batch, self.steps)
 
     def saved(self) -> dict[str, RawTensor]:
@@ -155,10 +178,10 @@ class Learner:
         raw = {name: tensor for name, tensor in tensors.items() if name in apart}
         return {name: to_tensor(tensor) for name, tensor in {**named, **raw}.items()}
 
-    def write(self, folder: Path, iteration: int) -> None:
+    def save_adapters(self, folder: Path, iteration: int) -> None:
         """What a user loads afterwards, ahead of the checkpoint of this step."""
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model that the last step leaves, for a user to load."""
         moved: dict[str, RawTensor] = {}
         learned: dict[str, dict[str, RawTensor]] = {}

@@ -43,11 +43,14 @@ def _kept(reduction: Reduction) -> int:
     return reduction.index_BK.shape[1]
 
 
-def factor_loss(model: VLM, batch: Batch, step: Step, K: int, noise: float) -> Tensor:
-    """The loss of answers while a method's choice is soft, summed over their tokens.
+def factor_loss(
+    model: VLM, batch: Batch, step: Step, K: int, noise: float
+) -> tuple[Tensor, Tensor]:
+    """The loss while a method's choice is soft, summed over the answers' tokens; and the part of it
+    that is the answers' cross-entropy.
 
     Every visual token is there; those that the method would drop get next to no attention. What
-    chooses is no lesson for the tower: its slopes are only guesses.
+    chooses is no lesson for the tower: its gradients are only guesses.
     """
     pixels_I3HW = pixels(batch, model.device)
     assert pixels_I3HW is not None, "there are images"
@@ -56,20 +59,20 @@ def factor_loss(model: VLM, batch: Batch, step: Step, K: int, noise: float) -> T
     factor_IN = step.method.training_factor(weights, signals, K, noise)
     loss = biased_loss(model, batch, x_IND, factor_IN.log())
     if not hasattr(step.method, "training_loss"):
-        return loss
+        return loss, loss
     bias_IN = torch.zeros(x_IND.shape[:2], device=x_IND.device, requires_grad=True)
     is_learning = any(p.requires_grad for p in model.parameters())
     with torch.enable_grad():
         full_loss = biased_loss(model, batch, x_IND, bias_IN)
-        (slope_IN,) = torch.autograd.grad(full_loss, bias_IN, retain_graph=is_learning)
-    loss = loss + batch.answer_tokens * step.method.training_loss(weights, signals, slope_IN)
-    return loss + full_loss if is_learning else loss
+        (gradient_IN,) = torch.autograd.grad(full_loss, bias_IN, retain_graph=is_learning)
+    total = loss + batch.answer_tokens * step.method.training_loss(weights, signals, gradient_IN)
+    return total + full_loss if is_learning else total, loss
 
 
 def biased_loss(model: VLM, batch: Batch, x_IND: Tensor, bias_IN: Tensor) -> Tensor:
     """With all visual tokens; `bias_IN` is added to the attention that others pay to each.
 
-    A row sees itself without it: one that is dropped has a slope still, for which its own hidden
+    A row sees itself without it: one that is dropped has a gradient still, for which its own hidden
     state must be what it would be if it stayed.
     """
     images, N, _ = x_IND.shape

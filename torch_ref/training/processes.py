@@ -7,15 +7,14 @@ stay the same.
 import os
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.machine.agreement import Agreement
 
 
-class Processes:
+class Processes(Agreement):
     """The group that torchrun's variables name: by gloo, or by NCCL on CUDA."""
 
     def __init__(self, device: torch.device) -> None:
@@ -27,15 +26,6 @@ class Processes:
                 dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             self.rank = dist.get_rank()
 
-    @property
-    def is_first(self) -> bool:
-        """It alone writes and prints."""
-        return self.rank == 0
-
-    def share(self, numbers: np.ndarray) -> np.ndarray:
-        """This process's part of some numbers."""
-        return numbers[self.rank :: self.size]
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """Of each value over all processes."""
         if self.size == 1:
@@ -45,18 +35,10 @@ class Processes:
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
-    def sum_slopes(self, slopes: Iterable[Tensor]) -> None:
+    def sum_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Of gradients over all processes, in place."""
-        for slope in slopes if self.size > 1 else ():
-            dist.all_reduce(slope)
-
-    def agree(self, fault: UserError | None) -> None:
-        """Raise what this process has met, or end silently where another has met something."""
-        faults = self.sum([float(fault is not None)])[0]
-        if fault is not None:
-            raise fault
-        if faults:
-            raise SystemExit(2)
+        for gradient in gradients if self.size > 1 else ():
+            dist.all_reduce(gradient)
 
 
 def own_device(device: torch.device) -> torch.device:

@@ -6,7 +6,7 @@ along, and what they became ends in OUT/METHOD-unfrozen as the files of their ow
 - attention_pool: its K slots take the image's place; the answers' loss trains it.
 - score_prune and mlp: only the K highest of the scores plus Gumbel noise are visible; the
   loss reaches all scores through a factor on attention, 1 or next to 0 in value and a
-  sigmoid of the distance from the K-th in its slope (straight-through). K is, in turn,
+  sigmoid of the distance from the K-th in its gradient (straight-through). K is, in turn,
   half of the budget, as many, and twice as many.
 - twig: its layers, which begin as the model's own, learn to say the answers from an early
   layer's output, all tokens visible; what they then look at ranks the tokens.
@@ -47,7 +47,7 @@ from .recipes import PrunerRecipe
 from .scenes import append_log, export, reading_checkpoint, save
 from .scenes_data import Batch, ScenesBatches
 
-DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a slope
+DROPPED = 1e-20  # the factor of a dropped token: it gets no attention, but a gradient
 FIRST = 100_000  # the number of the first batch: other scenes than the model saw
 
 
@@ -101,7 +101,7 @@ def _detach(encoded: Signals) -> Signals:
 def score_loss(
     vlm: VLM, scorer: nn.Module, encoded: Signals, batch: Batch, K: int, noise: float
 ) -> Tensor:
-    # What makes a score is no lesson for the tower: its slopes are only guesses.
+    # What makes a score is no lesson for the tower: its gradients are only guesses.
     score_BN = scorer(_detach(encoded))
     gumbel_BN = -torch.empty_like(score_BN).exponential_().log()
     noisy_BN = score_BN + noise * gumbel_BN
@@ -117,8 +117,8 @@ def usefulness_loss(
 ) -> Tensor:
     bias_BN = torch.zeros(encoded.x_BND.shape[:2], device=encoded.x_BND.device, requires_grad=True)
     full_loss = answer_loss(vlm, vlm.projector(encoded.x_BND), batch, bias_BN)
-    (slope_BN,) = torch.autograd.grad(full_loss, bias_BN, retain_graph=vlm.training)
-    share_BN = slope_BN.abs() / slope_BN.abs().sum(dim=1, keepdim=True).clamp(min=1e-12)
+    (gradient_BN,) = torch.autograd.grad(full_loss, bias_BN, retain_graph=vlm.training)
+    share_BN = gradient_BN.abs() / gradient_BN.abs().sum(dim=1, keepdim=True).clamp(min=1e-12)
     entropy_B = -(share_BN * share_BN.clamp(min=1e-12).log()).sum(dim=1)
     if mlp.mean_need.item() == 1:  # untrained: start where the needs are
         with torch.no_grad():

@@ -1,7 +1,6 @@
 """A training run from its config: load, read, train, write."""
 
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,36 +13,64 @@ from mlx_vlm_prune.inputs.processor import read_processor
 from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.training.batches import Reader
 from mlx_vlm_prune.training.config import TrainConfig
-from mlx_vlm_prune.training.folder import claimed
+from mlx_vlm_prune.training.curve import draw_curve
+from mlx_vlm_prune.training.display import Display
 from mlx_vlm_prune.training.formats import open_dataset, split_files
 from mlx_vlm_prune.training.metrics import Metrics
+from mlx_vlm_prune.training.run_folder import claimed
+from mlx_vlm_prune.training.run_loop import Report
 
 from ..models.learned import read_learned
 from ..models.loading import best_device, load_checkpoint
 from .processes import Processes, own_device
 from .recompute import recompute_layers
 from .stages import LEARNERS
-from .trainer import Report, Trainer
+from .trainer import Trainer
 
 
 def train(config: TrainConfig) -> None:
     """Train as the config says, in float32. Raises UserError for what cannot be trained or read."""
     processes = Processes(own_device(best_device()))
-    with ExitStack() as stack:
-        fault = None
-        try:
+    with processes.mistakes_once(), ExitStack() as stack:
+        with processes.together():
             if processes.is_first:
                 stack.enter_context(claimed(config))
-        except UserError as e:
-            fault = e
-        processes.agree(fault)
-        trainer = make_trainer(config, processes)
+        with processes.together():
+            trainer = make_trainer(config, processes)
         trainer.resume()
-        if processes.is_first:
-            metrics = Metrics(config.folder, trainer.progress.iteration)
-            trainer.on_report = partial(_report, metrics, trainer.iters)
-            print(opening(trainer), flush=True)
+        metrics = None
+        with processes.together():
+            if processes.is_first:
+                metrics = Metrics(config.folder, trainer.progress.iteration)
+        evaluated = metrics.evaluated if metrics else set()
+        trainer.evaluated = processes.union(evaluated, trainer.progress.iteration + 1)
+        _run(trainer, metrics)
+
+
+def _run(trainer: Trainer, metrics: Metrics | None) -> None:
+    """With lines on the screen, and a curve at the end."""
+    display = Display(trainer.config, trainer)
+
+    def report(figures: Report) -> None:
+        if metrics:
+            metrics.append(dict(figures))
+        display.report(figures)
+
+    trainer.on_report, trainer.on_step = report, display.step
+    display.say([opening(trainer)])
+    try:
         trainer.run()
+    except KeyboardInterrupt:
+        display.close()
+        display.say(["stopped; the same command with --resume goes on"])
+        raise
+    finally:
+        display.close()
+    if metrics:
+        try:
+            draw_curve(metrics, trainer.config.folder)
+        except UserError as e:
+            display.say([str(e)])
 
 
 def make_trainer(config: TrainConfig, processes: Processes) -> Trainer:
@@ -93,9 +120,3 @@ def opening(trainer: Trainer) -> str:
         f" {trainer.order.examples} examples, {trainer.iters} steps"
         + (f", of which {done} are done" if done else "")
     )
-
-
-def _report(metrics: Metrics, iters: int, report: Report) -> None:
-    metrics.append(dict(report))
-    figures = [f"{name} {value:.4g}" for name, value in report.items() if name != "iteration"]
-    print(f"step {report['iteration']:.0f} of {iters}: {', '.join(figures)}", flush=True)

@@ -45,7 +45,7 @@ class TwigStage(Learner):
             raise UserError(str(e)) from None
         self.beside = {f"twig.{name}": p for name, p in self.twig.named_parameters()}
 
-    def loss(self, batch: Batch) -> Tensor:
+    def held_out_loss(self, batch: Batch) -> Tensor:
         """Of the twig's words, summed over the answers' tokens."""
         model, language = self.model, self.model.language
         with torch.no_grad():
@@ -58,9 +58,12 @@ class TwigStage(Learner):
         hidden_AD = answer_rows(hidden_BLD, image_rows(spliced), batch)
         return cross_entropy_sum(self.twig.head(hidden_AD), batch)
 
-    held_out_loss = loss
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same in training."""
+        loss = self.held_out_loss(batch)
+        return loss, loss
 
-    def finish(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         """Write the model with the twig beside it."""
         weights = {name: from_tensor(value) for name, value in self.twig.state_dict().items()}
         write_trained(with_trained(self.checkpoint, {}, {"twig": weights}), self.config, folder)

@@ -57,6 +57,6 @@ def block(layer: Any, x_BLD: mx.array, forward_pass: Any, state: MambaState) -> 
             y_1lD = layer.wrapped(x_1lD, state.cache_of(b)) if real else x_1lD
             parts.append(mx.pad(y_1lD, [(0, 0), (L - real, 0), (0, 0)]))
         y_BLD = mx.concatenate(parts)
-    if not layer.wrapped.training:  # whose slopes need the graph
+    if not layer.wrapped.training:  # whose gradients need the graph
         mx.async_eval(y_BLD)  # mlx-lm scans row by row: the graph of all layers would be long
     return y_BLD

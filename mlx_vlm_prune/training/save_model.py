@@ -11,8 +11,8 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..models.arrays import to_raw
 from ..models.language.experts import unstacked
 from ..models.vlm import VLM
+from .base_model import read_start
 from .config import TrainConfig
-from .start import read_start
 from .trained_folder import with_trained, write_trained
 
 

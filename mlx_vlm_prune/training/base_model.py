@@ -9,7 +9,6 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.errors import UserError
 from ..checkpoints.families import read_checkpoint
 from ..checkpoints.hub import resolve_path
-from ..hosts.loading import kind_of
 from ..inputs.processor import Processor
 from ..models.loading import find_folder, load_checkpoint, load_folder
 from ..models.vlm import VLM
@@ -18,21 +17,15 @@ from .config import TrainConfig
 logger = logging.getLogger("mlx_vlm_prune")
 
 
-def load_start(config: TrainConfig) -> tuple[VLM, Processor]:
+def load_base_model(config: TrainConfig) -> tuple[VLM, Processor]:
     """The model and its processor. Raises UserError.
 
-    With dtype `auto` a model in float16, whose range is too small for slopes, is trained in
+    With dtype `auto` a model in float16, whose range is too small for gradients, is trained in
     float32; adapters learn beside one in float16 as in mlx-lm.
     """
     name = config.model or "scenes"
     if config.tower is None:
-        folder = find_folder(config.model)
-        if kind := kind_of(folder):
-            raise UserError(
-                f"{folder} is a {kind} model, which mlx-vlm runs; here MiniMind-V and LLaVA are"
-                f" trained, and its own python -m mlx_vlm.lora trains adapters of a {kind}"
-            )
-        model, processor = load_folder(folder, name, config.dtype)
+        model, processor = load_folder(find_folder(config.model), name, config.dtype)
     else:
         start = read_start(config)
         model, processor = load_checkpoint(start, _path(config), name, config.dtype)

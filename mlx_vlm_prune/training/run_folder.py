@@ -11,6 +11,7 @@ from pathlib import Path
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import atomic_path, write_json
 from .config import TrainConfig
+from .metrics import FILE as METRICS
 from .run_state import FOLDER, checkpoint_folders
 
 RUN, LOCK = "run.json", "run.lock"
@@ -32,7 +33,8 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
     with _locked(folder):
         try:
             _check(folder, config)
-            if not (folder / RUN).exists():
+            if not checkpoint_folders(folder):  # a run that kept nothing leaves nothing behind
+                (folder / METRICS).unlink(missing_ok=True)
                 with atomic_path(folder / RUN, replace=True) as path:
                     write_json(path, asdict(config))
             _sweep(folder / FOLDER)
@@ -45,7 +47,8 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
 
 def _check(folder: Path, config: TrainConfig) -> None:
     """Raise UserError where the folder is not this run's."""
-    names = {path.name for path in folder.iterdir()} - {LOCK}
+    begun = f".{RUN}.part-"  # which a killed process left
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(begun)} - {LOCK}
     if names and RUN not in names:
         raise UserError(f"{folder} holds files of something else; give another place")
     if checkpoint_folders(folder) and not config.resume:
