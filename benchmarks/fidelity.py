@@ -21,11 +21,11 @@ HEAD = """# The methods beside their authors' code
 The authors' own selection code was run in float64, outside this repository, on inputs made by
 formulas (`tests/author_inputs.py`) without near ties. `tests/authors` holds what it kept, and the
 tests compare both versions here with it, MLX in float64 and in float32, `torch_ref` in float64:
-the tokens kept and, where a method merges, the features of each slot. On all of these inputs they
-are the same; each method's list says where it differs on others, or in what the inputs leave out,
-and which option has the authors' way. Choices were compared, not models and answers. Methods
-before the language model leave tokens at their positions, where the authors' code for LLaVA counts
-on: `--positions renumber`. Both are measured below.
+the tokens kept and, where a method merges, the features of each slot; of `restore` what it adds to
+attention, too. On all of these inputs they are the same; each method's list says where it differs
+on others, or in what the inputs leave out, and which option has the authors' way. Choices were
+compared, not models and answers. Methods before the language model leave tokens at their positions,
+where the authors' code for LLaVA counts on: `--positions renumber`. Both are measured below.
 
 This page is made of these files and of the methods' own (`python -m benchmarks.fidelity`), and
 `python -m mlx_vlm_prune pruners NAME` prints a method's part."""
@@ -43,8 +43,8 @@ def page() -> str:
         "## Positions",
         positions(),
         "## Not compared",
-        "Baselines, methods whose code is not public (`kq_norm`, `attention_pool`, `score_prune`,"
-        " `mlp`), and `restore`, which does not do what its authors' code does:",
+        "Baselines, and methods whose code is not public (`kq_norm`, `attention_pool`,"
+        " `score_prune`, `mlp`):",
         "\n".join(f"- `{m.name}`{f' ({link(m.source)})' if m.source else ''}" for m in others),
     ]) + "\n"  # fmt: skip
 

@@ -3,7 +3,9 @@
 A file of `tests/authors` per method: the repository and the commit that was run in float64, and for
 each input what it kept. `index`: the tokens kept, ascending. `sums`: of each slot in that order
 the mean of its features times 1 to D, where the method merges. `held`: of each layer of the
-language model how many tokens it reads. `small`: the grid of a smaller image.
+language model how many tokens it reads. `small`: the grid of a smaller image. `bias`: what is
+added to the attention that each slot gets, `first` that in the first layer, `distance` for rows so
+far from one another.
 """
 
 import json
@@ -24,7 +26,13 @@ from torch_ref.models.towers.signals import Encoded
 from torch_ref.pruners.downsample import smaller_grid as ref_smaller_grid
 
 from .author_inputs import arrays
-from .pruner_cases import float64_choices, make_pruner, reference_signals, signals
+from .pruner_cases import (
+    float64_choices,
+    make_pruner,
+    reference_reduction,
+    reference_signals,
+    signals,
+)
 
 AUTHORS = Path(__file__).parent / "authors"
 ALL_CASES = [
@@ -33,6 +41,7 @@ ALL_CASES = [
     for number, case in enumerate(json.loads(file.read_text())["cases"])
 ]
 CASES = [case for case in ALL_CASES if "index" in case.values[1] or "sums" in case.values[1]]
+WITH_BIASES = [case.values[1] for case in ALL_CASES if "bias" in case.values[1]]
 WITHOUT_TOKENS = [case for case in ALL_CASES if case not in CASES]
 
 
@@ -71,10 +80,30 @@ def test_a_method_keeps_what_its_authors_code_keeps(name, case, dtype):
 @pytest.mark.parametrize("name, case", CASES)
 def test_the_twin_keeps_what_the_authors_code_keeps(name, case):
     given, pruner = inputs(case), make_pruner(case["spec"])
-    tokens = reference_signals(given).replace(has_cls=has_cls(case))
-    kept = ref.reduce(pruner.name, tokens, case["K"], **pruner.options)
+    kept = reference_reduction(pruner, given, case["K"], has_cls(case))
     tokens_BKD = kept.tokens(torch.from_numpy(given["x_BND"]))
     assert_as_authors(kept.index_BK, tokens_BKD.numpy(), case)
+
+
+@pytest.mark.parametrize("case", WITH_BIASES)
+def test_attention_gets_what_the_authors_code_adds(case):
+    given, pruner, K = inputs(case), make_pruner(case["spec"]), case["K"]
+    given_torch, enhancer = reference_signals(given), pruner.enhancer
+    N, farthest = given["x_BND"].shape[1], max(map(int, case["distance"]))
+    step = ref.Step(enhancer.name, None, enhancer.options)
+    ours, theirs = pruner(signals(given), K), reference_reduction(pruner, given, K)
+    bias = enhancer.call(enhancer.method.prompt_bias, signals(given), ours)
+    twin_bias = step.call("prompt_bias", given_torch, theirs)
+    first, distance_P = enhancer.call(enhancer.method.calibration, N, K, farthest + 1)
+    twin_first, twin_distance_P = step.call("calibration", N, K, farthest + 1)
+    for bias_BK, first_bias, table_P in (
+        (np.array(bias), first, np.array(distance_P)),
+        (twin_bias.numpy(), twin_first, twin_distance_P.numpy()),
+    ):
+        np.testing.assert_allclose(bias_BK[0], case["bias"], atol=2e-6)
+        assert first_bias == pytest.approx(case["first"], abs=2e-6)
+        for distance, added in case["distance"].items():
+            assert table_P[int(distance)] == pytest.approx(added, abs=2e-6)
 
 
 @pytest.mark.parametrize("name, case", WITHOUT_TOKENS)
@@ -105,6 +134,7 @@ SLIPS = {  # of a method a helper or a number, and what it is on purpose made
     "vispruner": ("leaving_of", lambda R, least: 1),
     "holov": ("seats", lambda score, K: mx.zeros(score.shape, mx.int32)),
     "tome": ("unit", lambda x: x.astype(mx.float64)),
+    "restore": ("anchors", lambda x, M: mx.arange(M, dtype=mx.int32)[None]),
 }
 
 

@@ -188,6 +188,12 @@ def test_a_model_whose_layers_take_no_mask_is_refused_by_name(models):
         reduced(models("paligemma"), prompt(models, "paligemma", 1), SPEC, 0.3)
 
 
+def test_what_needs_another_mask_in_each_layer_is_refused(models):
+    spec, reason = "divprune+restore:published", r"restore cannot prune a llava model: .* a mask"
+    with pytest.raises(UserError, match=reason):
+        reduced(models("llava"), prompt(models, "llava", 1), spec, 0.3)
+
+
 @pytest.mark.parametrize("name", ABLE)
 def test_a_written_folder_answers_the_same(name, tmp_path):
     from .into_folders import answer, assert_same, checkpoint, fastvlm_sizes, inputs_of

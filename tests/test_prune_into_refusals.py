@@ -48,6 +48,7 @@ BUDGET = ("--keep-ratio", "0.5")
         (["--pruner", "tome", *BUDGET], "it works between the tower's layers"),
         (["--pruner", "downsample", *BUDGET], "it makes the picture smaller"),
         (["--pruner", "norm+fastv+restore", *BUDGET], "fastv cannot be written"),
+        (["--pruner", "norm+restore:published", *BUDGET], "mlx-vlm's share a mask"),
         (["--pruner", "score_prune", *BUDGET], "score_prune is learned"),
         (["--pruner", "cls_attention:layer=0.5", *BUDGET], "takes an int, not '0.5'"),
         (["--pruner", "norm", "--keep-ratio", "0"], "must be above 0 and at most 1"),

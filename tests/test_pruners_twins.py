@@ -25,6 +25,7 @@ from .pruner_cases import (
     case,
     cases,
     close,
+    completed_reduction,
     learned_pair,
     make_pruner,
     many,
@@ -55,7 +56,7 @@ def test_half_precision_keeps_the_same_k_tokens_and_its_dtype(spec, dtype):
     assert kept.tokens(mx_arrays["x_BND"]).dtype == mx_arrays["x_BND"].dtype
     torch_arrays = {k: v if k == "grid" else torch.from_numpy(v) for k, v in arrays.items()}
     torch_arrays |= {k: torch_arrays[k].to(getattr(torch, dtype)) for k in half}
-    theirs = ref.reduce(pruner.name, ref.Signals(**torch_arrays), 11, **pruner.options)
+    theirs = completed_reduction(pruner, ref.Signals(**torch_arrays), 11)
     np.testing.assert_array_equal(np.array(kept.index_BK), theirs.index_BK.numpy())
     assert len(set(np.array(kept.index_BK[0]).tolist())) == 11
 

@@ -90,12 +90,14 @@ def close(ours: np.ndarray, theirs: torch.Tensor) -> bool:
     [
         ("score_prune", {}), ("score_prune", {"unfreeze": ["language"]}), ("mlp", {}),
         ("mlp", {"unfreeze": ["language", "projector"]}), ("twig", {"twig_layer": 1}),
+        ("norm+restore:published", {"unfreeze": ["language"]}),
     ],
 )  # fmt: skip
 def test_recomputed_layers_change_no_gradient(pair, name, keys):
     """With grad_checkpoint."""
-    stage = "twig" if name == "twig" else "pruner"
-    more = {} if stage == "twig" else {"pruner": name, "keep_tokens": 5, "noise": 0}
+    stage = {"twig": "twig", "norm+restore:published": "sft"}.get(name, "pruner")
+    more = {} if stage == "twig" else {"pruner": name, "keep_tokens": 5}
+    more |= {"noise": 0} if stage == "pruner" else {}
     results = []
     for recompute in (False, True):
         model = load_folder(pair[1], "x", "float32")[0]

@@ -57,6 +57,15 @@ def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None
         )
 
 
+def why_not_enhance(host: Host | type[Host], enhancer: Pruner) -> str | None:
+    """Why an enhancer cannot work in a model or a family; None where it can."""
+    if host.why_no_enhancer or not enhancer.calibrates:
+        return host.why_no_enhancer
+    return (
+        f"it adds something else in each layer, and mlx-vlm's share a mask: not as {enhancer.spec}"
+    )
+
+
 def _why_not(host: Host, step: Pruner) -> str | None:
     """Why a method cannot work in this model; None where it can."""
     if step.stage is Stage.IMAGE:
@@ -64,7 +73,7 @@ def _why_not(host: Host, step: Pruner) -> str | None:
     if step.stage is Stage.ENCODER:
         return host.why_no_encoder_methods
     if step.stage is Stage.ENHANCER:
-        return host.why_no_enhancer
+        return why_not_enhance(host, step)
     if step.stage is not Stage.DECODER:
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"

@@ -24,6 +24,7 @@ from ..checkpoints.reading.files import atomic_path, read_json, write_json
 from ..checkpoints.version import __version__
 from ..pruners import NAMES, Pipeline, Stage, plan
 from ..pruners.budget import check_budget, default_keep_ratio
+from .compatibility import why_not_enhance
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
@@ -114,10 +115,9 @@ def prune_into(
     """
     config = _config(source)
     pipeline = _pipeline(pruner)
-    if pipeline.enhancer and (reason := FAMILIES[config["model_type"]].why_no_enhancer):
-        raise UserError(
-            f"{pipeline.enhancer.name} cannot prune a {config['model_type']} model: {reason}"
-        )
+    enhancer, family = pipeline.enhancer, FAMILIES[config["model_type"]]
+    if enhancer and (reason := why_not_enhance(family, enhancer)):
+        raise UserError(f"{enhancer.name} cannot prune a {config['model_type']} model: {reason}")
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
         keep_ratio = default_keep_ratio(pipeline.spec)

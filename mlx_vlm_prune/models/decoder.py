@@ -17,6 +17,7 @@ import mlx.core as mx
 from ..machine.clock import end_part
 from ..pruners import Pruner, Reduction, Signals
 from ..pruners.contract import Policy, identity, take
+from .cache import HeldRows
 from .language.contract import Language, Layers
 from .layers import Observers, TwigReader, run_layers
 from .splice import Spliced, drop_rows, pad_right
@@ -71,6 +72,10 @@ class Decoder:
         """Read the prompts; rows leave between the layers."""
         depth, begin, reductions, rows = self.language.depth, 0, [], list[int]()
         entry = spliced
+        if spliced.distance_BP is not None:
+            before_prompt = HeldRows(distance_BP=spliced.distance_BP)
+            for layer_cache in self.cache:
+                layer_cache.held = before_prompt
         for layer in self.cuts.layers:
             before = self._read(range(begin, layer - 1), spliced)
             spliced = self._read(range(layer - 1, layer), before)
@@ -81,6 +86,9 @@ class Decoder:
             begin = layer
         spliced = self._read(range(begin, depth), spliced)
         rows += [spliced.L] * (depth - begin)
+        if spliced.distance_BP is not None:
+            for layer_cache in self.cache:
+                layer_cache.held = layer_cache.held.unbiased()
         return Decoded(spliced, reductions, rows)
 
     def _read(self, layers: range, spliced: Spliced) -> Spliced:

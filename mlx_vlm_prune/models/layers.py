@@ -4,6 +4,7 @@ Shapes: B prompts, L rows, D features, G key/value heads, S rows held, d head si
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,11 @@ def run_layers(
     """
     if not numbers:
         return spliced.x_BLD
+    if spliced.first_bias_BL is not None and 0 in numbers:
+        first = replace(spliced, bias_BL=spliced.first_bias_BL, first_bias_BL=None)
+        x_BLD = run_layers(language, numbers[:1], first, cache, prefill_step_size)
+        numbers, spliced = numbers[1:], replace(spliced, x_BLD=x_BLD, first_bias_BL=None)
+        return run_layers(language, numbers, spliced, cache, prefill_step_size)
     chunks, size = [], prefill_step_size or PREFILL_STEP_SIZE
     for begin in range(0, spliced.L, size):
         rows = slice(begin, begin + size)

@@ -30,7 +30,7 @@ from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .layers import TwigReader
 from .projector import MLPProjector, merge_patches
-from .pruning import ImageBatch, image_slots, prune, reduction_step
+from .pruning import ImageBatch, calibrated, image_slots, prune, reduction_step
 from .splice import Spliced, outside, pad_right, splice
 from .towers.signals import Cut
 from .towers.vit import VisionTower
@@ -160,6 +160,8 @@ class VLM(nn.Module):
         trace = Trace.of_images(steps, [self.N] * len(slots))
         policy = trace.policy(positions or pipeline.positions)
         spliced = splice(self.language.embed_tokens, prompts, slots, policy)  # splice
+        longest = max(len(prompt.ids) for prompt in prompts)
+        spliced = calibrated(spliced, batches, pipeline.enhancer, longest)
         return SplicedImages(spliced, batches, pipeline, K, policy, trace)
 
     def decode(

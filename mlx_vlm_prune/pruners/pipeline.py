@@ -42,6 +42,7 @@ class Pruner:
     keep: int | None = None  # its own budget in a chain
     # Of the model's family, for options that are not given; the method's own for all others.
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    enhancer: "Pruner | None" = None  # of the last in a chain: one that may complete its choice
 
     @property
     def stage(self) -> Stage:
@@ -51,6 +52,12 @@ class Pruner:
     def is_proportional(self) -> bool:
         """Does a merged token count, in later attention, as often as it has members?"""
         return self.method.proportional
+
+    @property
+    def calibrates(self) -> bool:
+        """Does an enhancer add to attention while prompts are read, and nothing later?"""
+        calibrates: bool = self.call(self.method.calibrates)
+        return calibrates
 
     @property
     def has_dynamic_budget(self) -> bool:
@@ -117,8 +124,13 @@ class Pruner:
             Reduction(is_finite=is_finite).check()
         # What a learned method mixes has gradients, see `AttentionPool`; a choice has none.
         known = signals if self.method.learned else signals.constant
-        kept = self.call(self.method.prune or self.weights.prune, known, K)
-        return replace(_checked(self.name, kept, signals, K), is_finite=is_finite)
+        chosen = self.enhancer.call(self.enhancer.method.selected, K) if self.enhancer else K
+        kept = self.call(self.method.prune or self.weights.prune, known, chosen)
+        kept = _checked(self.name, kept, signals, chosen)
+        if self.enhancer and chosen < K:
+            kept = self.enhancer.call(self.enhancer.method.complete, known, kept, K)
+            kept = _checked(self.enhancer.name, kept, signals, K)
+        return replace(kept, is_finite=is_finite)
 
 
 def _checked(name: str, kept: Any, signals: Signals, K: int) -> Reduction:

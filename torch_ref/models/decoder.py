@@ -29,6 +29,8 @@ class PromptRows:
     next: int  # the position of the next token
     runs: list[tuple[int, int]]  # (start, n) of each image
     bias_L: Tensor  # added to the attention a row gets
+    first_bias_L: Tensor | None = None  # in the first layer, in place of `bias_L`
+    distance_P: Tensor | None = None  # what rows add for one so far before them, while read
 
     @classmethod
     def of(cls, spliced: Spliced, b: int) -> "PromptRows":
@@ -36,8 +38,13 @@ class PromptRows:
         real_L = spliced.real_BL[b]
         x_BLD, position_BL = spliced.embeds_BLD, spliced.positions_BL
         x_1LD, position_1L = x_BLD[b, real_L][None], position_BL[b, real_L][None]
-        next_position = int(spliced.next_B[b])
-        return cls(x_1LD, position_1L, next_position, spliced.runs[b], spliced.bias_BL[b, real_L])
+        prompt = cls(
+            x_1LD, position_1L, int(spliced.next_B[b]), spliced.runs[b], spliced.bias_BL[b, real_L]
+        )
+        if spliced.first_bias_BL is None or spliced.distance_BP is None:
+            return prompt
+        first_L, distance_P = spliced.first_bias_BL[b, real_L], spliced.distance_BP[b]
+        return replace(prompt, first_bias_L=first_L, distance_P=distance_P)
 
     @property
     def words(self) -> list[int]:
@@ -63,11 +70,18 @@ class PromptCache:
     def read_layer(self, language: Any, i: int, prompt: PromptRows) -> PromptRows:
         """The prompt through the next layer of a language model or a twig, whose rows are kept."""
         rows: list[Tensor] = []
-        mask_LL = causal_mask(prompt.x_1LD.shape[1], prompt.x_1LD.device) + prompt.bias_L
+        bias_L = prompt.bias_L
+        if i == 0 and prompt.first_bias_L is not None:
+            bias_L = prompt.first_bias_L
+        mask_LL = causal_mask(prompt.x_1LD.shape[1], prompt.x_1LD.device) + bias_L
+        if prompt.distance_P is not None:
+            position_L = prompt.position_1L[0]
+            mask_LL += prompt.distance_P[(position_L[:, None] - position_L).clamp(min=0)]
         rotary = language.rotary(prompt.position_1L)
         x_1LD = language.layers[i](prompt.x_1LD, rotary, mask_LL[None, None], rows)
         self.layers.append(rows)
-        self.biases.append(prompt.bias_L)
+        later = prompt.distance_P is None  # do later tokens add to it, too?
+        self.biases.append(prompt.bias_L if later else torch.zeros_like(prompt.bias_L))
         self.next.append(prompt.next)
         return replace(prompt, x_1LD=x_1LD)
 
