@@ -12,8 +12,8 @@ comes to its mean attention times 1 + `beta`, in nearly every region: so `beta` 
 As the authors' code (github.com/obananas/HoloV@1d2e65e), also where the paper ranks tokens by
 their own scores. Differs: seats beyond a region's tokens go to the highest attention of the whole
 image, where theirs are zeros; a region of one token is scored as the others are, where theirs
-counts a thousandth; regions are of one number, where theirs for Qwen2.5-VL are 16 N / 9 K, rounded
-down, at least one.
+counts a thousandth; shares are rounded to six digits; regions are of one number, where theirs for
+Qwen2.5-VL are 16 N / 9 K, rounded down, at least one.
 
 Options:
     regions: runs of the raster that share the budget, 1 or more; the authors' 16 is for LLaVA
@@ -76,8 +76,8 @@ def variation(x_BrnD: mx.array) -> mx.array:
 
 
 def seats(score_BA: mx.array, K: int) -> mx.array:
-    """How many of K tokens each region gets, (B, A)."""
-    share_BA = rounded(score_BA / (score_BA.sum(axis=-1, keepdims=True) + SMALL))
+    """How many of K tokens each region gets, (B, A); SMALL alone never decides between them."""
+    share_BA = rounded(score_BA / (score_BA.sum(axis=-1, keepdims=True) + SMALL), 6)
     whole_BA = mx.floor(share_BA * K).astype(mx.int32)
     rank_BA = mx.argsort(mx.argsort(-share_BA, axis=-1), axis=-1)
     return whole_BA + (rank_BA < K - whole_BA.sum(axis=-1, keepdims=True))

@@ -18,7 +18,7 @@ def prune(
     for x_ND, attention_N in zip(signals.x_BND, signals.cls_attention_BN, strict=True):
         areas = runs(len(x_ND), min(regions, len(x_ND)))
         scores = [region_score(x_ND[area], attention_N[area], beta) for area in areas]
-        shares = [round(score / (sum(scores) + 1e-6), 12) for score in scores]
+        shares = [round(score / (sum(scores) + 1e-6), 6) for score in scores]
         seats = [math.floor(share * K) for share in shares]
         left = K - sum(seats)
         for a in sorted(range(len(areas)), key=lambda a: (-shares[a], a))[:left]:
