@@ -96,11 +96,13 @@ class Case:
         values = {
             "stage": self.stage, "data": "none", "dtype": self.dtype, "batch_size": 1,
             "iters": 10**6, "grad_checkpoint": self.grad_checkpoint, "learning_rate": RATE,
-            "optimizer": "adamw", "optimizer_config": {"weight_decay": DECAY}, "num_layers": -1,
-            "lora_parameters": {"rank": RANK, "scale": SCALE, "dropout": 0.0},
+            "optimizer": "adamw", "optimizer_config": {"weight_decay": DECAY},
             "freeze": ["projector"] if self.stage == "sft" else None, "pruner": self.pruner,
             "keep_ratio": self.keep_ratio,
         }  # fmt: skip
+        if self.stage == "lora":
+            parameters = {"rank": RANK, "scale": SCALE, "dropout": 0.0}
+            values |= {"num_layers": -1, "lora_parameters": parameters}
         return TrainConfig.of(values, "the benchmark")
 
 

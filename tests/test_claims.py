@@ -1,12 +1,17 @@
 """Promises of the claims' page: the same figures by several ways of counting."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from benchmarks import claims, model_shapes, readme_tables, speculation
+from mlx_vlm_prune.checkpoints.checkpoint import LEARNED_FILE
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
 from mlx_vlm_prune.pruners import METHODS
+from mlx_vlm_prune.scenes import CHECKPOINT
 
 
 def test_a_claim_is_counted_with_everything_inside_and_as_its_authors_did():
@@ -64,6 +69,23 @@ def test_one_twig_is_always_right_and_one_never_and_all_say_the_same(
     for figures in (*cost["ms"].values(), *scenes["ms"].values()):
         assert 0 < figures["p10"] <= figures["median"] <= figures["p90"]
     assert 0 <= scenes["accepted"] <= scenes["drafted"] > 0
+
+
+def test_a_twig_of_ones_own_is_measured_on_scenes_alone(tmp_path, capsys):
+    """The shipped twig with the rows of its head shifted by one is never right."""
+    folder = tmp_path / "twig"
+    shutil.copytree(CHECKPOINT, folder)
+    tensors = load_file(folder / LEARNED_FILE)
+    tensors["twig.head.weight"] = np.roll(tensors["twig.head.weight"], 1, 0)
+    save_file(tensors, folder / LEARNED_FILE)
+    result = speculation_result(capsys, "--model", str(folder))
+    assert "cost" not in result and result["model"] == str(folder)
+    scenes = result["scenes"]
+    assert scenes["accepted"] == 0 < scenes["drafted"]
+    assert scenes["same"] == scenes["questions"] == 6
+    with pytest.raises(SystemExit):
+        speculation.main(["--model", str(folder), "--save"])
+    assert "--save keeps the built-in model's figures" in capsys.readouterr().err
 
 
 def test_the_table_says_both_ends_and_how_often_scenes_is_right():

@@ -165,18 +165,22 @@ def test_an_evaluation_drops_nothing(runs):
 
 
 CHOICES = {
-    "several processes": ("mlp", {"WORLD_SIZE": "2"}, "mlp learns in one process"),
-    "a chain": ("visionzip+mlp", {}, "mlp learns alone"),
-}
+    "several processes": ("mlp", {}, {"WORLD_SIZE": "2"}, "mlp learns from whole batches"),
+    "several batches": ("mlp", {"grad_accumulation_steps": 2}, {}, "mlp learns from whole batches"),
+    "a chain": ("visionzip+mlp", {}, {}, "mlp learns alone"),
+    "no weights": (
+        "divprune", {"stage": "sft", "unfreeze": "pruner"}, {}, "divprune has nothing to learn",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CHOICES)
 def test_a_choice_that_cannot_be_learned_is_refused(runs, monkeypatch, case):
-    pruner, variables, part = CHOICES[case]
-    config = runs.config("pruner", pruner=pruner, keep_tokens=5)
+    pruner, keys, variables, part = CHOICES[case]
+    config = runs.config(**{"stage": "pruner", "pruner": pruner, "keep_tokens": 5, **keys})
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    learner = LEARNERS["pruner"]
+    learner = LEARNERS[config.stage]
     folder = runs.folder / "model"
     with pytest.raises(UserError, match=part):
         learner(*load_folder(folder, CPU), folder, config)

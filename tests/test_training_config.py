@@ -9,6 +9,7 @@ import pytest
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.train import build_parser
 from mlx_vlm_prune.training.config import DEFAULTS, STAGES, TrainConfig, read_yaml
+from mlx_vlm_prune.training.optimizer import make_optimizer
 from mlx_vlm_prune.training.options import FILE_ONLY, GROUPS, config_of
 from mlx_vlm_prune.training.run import train
 from mlx_vlm_prune.training.summary import usage
@@ -31,6 +32,13 @@ def test_the_example_has_every_key_explains_each_and_loads_as_the_defaults():
     )
     paragraphs = re.split(r"\n\n", EXAMPLE.read_text(encoding="utf-8"))
     assert all(paragraph.startswith("# ") for paragraph in paragraphs)
+
+
+def test_the_recipe_of_score_prune_loads():
+    config = parsed("-c", str(ROOT / "docs/score_prune.yaml"), "--data", "d")
+    assert (config.stage, config.pruner, config.reset_pruner) == ("pruner", "score_prune", True)
+    assert (config.keep_tokens, config.iters, config.batch_size) == (49, 600, 16)
+    assert make_optimizer(config).learning_rate.item() < 2e-3  # the schedule warms up
 
 
 def test_every_key_has_a_flag_in_a_group_or_stands_in_the_file_alone():
@@ -84,6 +92,7 @@ MISTAKES = {
     "budgets": ({"pruner": "norm", "keep_ratio": 0.5, "keep_tokens": 9}, "keep_ratio or keep_tok"),
     "ratio": ({"pruner": "norm", "keep_ratio": 2}, "keep_ratio is 2.0; it must be above 0 and at"),
     "no pruner": ({"keep_tokens": 9}, "keep_tokens needs pruner"),
+    "noise": ({"noise": 0.5}, "noise needs pruner, the learned method"),
     "pruner": ({"stage": "pruner"}, "stage pruner needs pruner, the learned method"),
     "optimizer": ({"optimizer": "adm"}, "optimizer is 'adm'; it must be adam, adamw, muon, sgd"),
     "reports": ({"report_to": "mail"}, "report_to names 'mail'; it may name wandb or swanlab"),
@@ -96,6 +105,23 @@ def test_a_setting_that_no_run_can_have_is_refused_in_a_sentence(case):
     with pytest.raises(UserError, match=sentence) as error:
         TrainConfig.of({"stage": "sft", "data": "d", **values}, "c.yaml")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value"),
+    [
+        ("sft", "twig_layer", 1), ("lora", "twig_layers", 2), ("sft", "num_layers", 4),
+        ("twig", "lora_parameters", {"rank": 4}), ("dora", "noise", 0), ("twig", "noise", 0),
+        ("twig", "language_layers", 1), ("lora", "language_layers", 1),
+        ("twig", "unfreeze", "tower"),
+    ],
+)  # fmt: skip
+def test_a_key_of_another_stage_is_refused_unless_it_is_at_its_default(stage, key, value):
+    values = {"stage": stage, "data": "d"}
+    with pytest.raises(UserError, match=f"{key} has no effect in stage {stage}; leave it out"):
+        TrainConfig.of({**values, key: value}, "c.yaml")
+    config = TrainConfig.of(values, "c.yaml")
+    assert TrainConfig.of({**values, key: getattr(config, key)}, "c.yaml") == config
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mlx_vlm_prune.training.metrics import read_rows
 from .training_runs import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = {"--out", "--turns", "--separate", "--examples", "--valid", "--per-kind"}
 PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 
 
@@ -51,6 +52,7 @@ def test_every_flag_of_the_page_exists():
         "--backend",
         "--nproc-per-node",
         "--save",
+        *BENCHMARKS,
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= known
 

@@ -171,3 +171,6 @@ def test_a_folder_has_a_file_to_train_on_and_one_to_evaluate_by(tmp_path):
         open_dataset(train, "lava")
     with pytest.raises(UserError, match="there is no folder"):
         open_dataset(train, "auto", tmp_path / "images")
+    rows = write_rows(tmp_path / "m.parquet", [json.dumps(talk("Hi", "Ho"))], [png()])
+    with pytest.raises(UserError, match=r"m\.parquet holds its own images; leave out image_folder"):
+        open_dataset(rows, "auto", tmp_path)

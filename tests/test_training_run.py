@@ -268,6 +268,15 @@ def test_held_out_answers_are_compared_word_for_word(desk, tmp_path, monkeypatch
     assert figures["val_questions"] == 3 and "val_accuracy_pruned" not in figures
 
 
+def test_no_answers_are_generated_while_a_twig_learns(desk, tmp_path, monkeypatch):
+    """The model stays, and so would they."""
+    monkeypatch.setattr(validation, "greedy_answers", None)
+    settings = {"stage": "twig", "twig-layer": 1, "twig-layers": 1, "data": desk / "data"}
+    main(arguments(desk, tmp_path / "out", **settings))
+    held_out = [row for row in read_rows(tmp_path / "out/metrics.jsonl") if "val_loss" in row]
+    assert held_out and all("val_accuracy" not in row for row in held_out)
+
+
 def test_reports_go_to_mlx_lms_callbacks(desk, tmp_path, capsys, monkeypatch):
     from mlx_lm.tuner import callbacks
 

@@ -88,9 +88,9 @@ def close(ours: np.ndarray, theirs: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("score_prune", {}), ("score_prune", {"unfreeze": ["language"]}), ("mlp", {}),
-        ("mlp", {"unfreeze": ["language", "projector"]}), ("twig", {"twig_layer": 1}),
-        ("norm+restore:published", {"unfreeze": ["language"]}),
+        ("score_prune", {}), ("mlp", {}), ("norm+restore:published", {"unfreeze": ["language"]}),
+        ("score_prune", {"unfreeze": ["language"]}), ("twig", {"twig_layer": 1, "twig_layers": 1}),
+        ("mlp", {"unfreeze": ["language", "projector"]}),
     ],
 )  # fmt: skip
 def test_recomputed_layers_change_no_gradient(pair, name, keys):
@@ -101,7 +101,7 @@ def test_recomputed_layers_change_no_gradient(pair, name, keys):
     results = []
     for recompute in (False, True):
         model = load_folder(pair[1], "x", "float32")[0]
-        learner = LEARNERS[stage](model, settings(stage, twig_layers=1, **keys, **more))
+        learner = LEARNERS[stage](model, settings(stage, **keys, **more))
         if recompute:
             recompute_layers(learner)
         results.append(gradients(learner, batches()[0]))
@@ -294,6 +294,7 @@ def test_a_tower_that_learns_keeps_what_nothing_reads(plain, data, tmp_path):
 REFUSALS = {
     "no method": ("pruner", {"pruner": "divprune"}, "divprune has nothing to learn; stage pruner"),
     "a twig by another stage": ("pruner", {"pruner": "twig"}, "twig has nothing to learn; stage"),
+    "unfreeze": ("sft", {"pruner": "norm", "unfreeze": "pruner"}, "norm has nothing to learn"),
     "nothing": ("pretrain", {"freeze": "projector"}, "nothing is left to learn"),
     "a frozen pool that is none": ("sft", {"freeze": "pruner", **POOL}, "holds no weights for it"),
     "more tokens": ("pruner", {**POOL, "keep_tokens": 17}, "an image has 1 to 16 visual tokens"),
@@ -334,9 +335,10 @@ def test_what_learns_is_in_float32_wherever_the_rest_is(plain, tmp_path, monkeyp
     rest = mx.float32 if stored == "float16" else mx.bfloat16
     for stage, keys in (
         ("pretrain", {}), ("pretrain", {"language_layers": 1}), ("pruner", POOL),
-        ("pruner", {"pruner": "mlp", "keep_tokens": 5}), ("twig", {"twig_layer": 1}),
+        ("pruner", {"pruner": "mlp", "keep_tokens": 5}),
+        ("twig", {"twig_layer": 1, "twig_layers": 1}),
     ):  # fmt: skip
-        config = settings(stage, model=str(tmp_path / "half"), twig_layers=1, **keys)
+        config = settings(stage, model=str(tmp_path / "half"), **keys)
         learner = LEARNERS[stage](load_base_model(config)[0], config)
         learns = dict(tree_flatten(learner.trainable_parameters()))
         stays = [

@@ -3,9 +3,9 @@
 Keys are mlx-lm's where mlx-lm has them. Each stage has defaults of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -41,6 +41,14 @@ LEAST = {
     "seed": 0, "grad_clip": 0,
 }  # fmt: skip
 
+# The stages in which a key has an effect; the others take its default alone.
+EFFECTIVE = {
+    "unfreeze": ("pretrain", "sft", *ADAPTER_STAGES, "pruner"),
+    "language_layers": ("pretrain", "sft", "pruner"), "noise": ("pretrain", "sft", "pruner"),
+    "num_layers": ADAPTER_STAGES, "lora_parameters": ADAPTER_STAGES,
+    "twig_layer": ("twig",), "twig_layers": ("twig",),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -67,6 +75,7 @@ class TrainConfig:
     pruner: str = "none"
     keep_ratio: float | None = None
     keep_tokens: int | None = None
+    reset_pruner: bool = False  # a learned one begins untrained
     noise: float = 1.0  # of a learned pruner's scores at first
     num_layers: int = 16
     lora_parameters: dict[str, Any] = field(default_factory=lambda: dict(ADAPTERS))
@@ -132,12 +141,7 @@ class TrainConfig:
             raise UserError("give keep_ratio or keep_tokens, not both")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise UserError(f"keep_ratio is {self.keep_ratio}; it must be above 0 and at most 1")
-        for name, stages in (
-            ("unfreeze", ("twig",)),
-            ("language_layers", (*ADAPTER_STAGES, "twig")),
-        ):
-            if getattr(self, name) and self.stage in stages:
-                raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
+        self._check_effects()
         if self.stage in ADAPTER_STAGES:
             self._check_adapters()
         if self.stage in ADAPTER_STAGES and self.tower:
@@ -149,9 +153,21 @@ class TrainConfig:
             raise UserError("tokenizer goes with tower: it is that of a language model alone")
         if self.stage == "pruner" and self.pruner == "none":
             raise UserError("stage pruner needs pruner, the learned method that it trains")
+        if self.reset_pruner and (
+            self.stage in (*ADAPTER_STAGES, "twig") or "pruner" in self.freeze
+        ):
+            raise UserError("reset_pruner needs a pruner that learns; here none does")
         if self.pruner == "none" and (self.keep_ratio or self.keep_tokens):
             name = "keep_ratio" if self.keep_ratio else "keep_tokens"
             raise UserError(f"{name} needs pruner, the method that keeps so many visual tokens")
+
+    def _check_effects(self) -> None:
+        """Raise UserError for a key of other stages that is not at its default."""
+        for name, stages in EFFECTIVE.items():
+            if self.stage not in stages and getattr(self, name) != _default(name):
+                raise UserError(f"{name} has no effect in stage {self.stage}; leave it out")
+        if self.pruner == "none" and self.noise != _default("noise"):
+            raise UserError("noise needs pruner, the learned method whose scores it is added to")
 
     def _check_adapters(self) -> None:
         """Raise UserError for adapters that cannot be, or for other parts than may learn along."""
@@ -201,6 +217,18 @@ class TrainConfig:
         if "iters" in values:
             defaults.pop("epochs", None)
         return cls(**{**defaults, **values})
+
+
+def check_reset(config: TrainConfig, learned: Sequence[str]) -> None:
+    """Raise UserError where `reset_pruner` has no learned method of the chain to reset."""
+    if config.reset_pruner and not learned:
+        raise UserError(f"reset_pruner: {config.pruner} has no weights that learn")
+
+
+def _default(name: str) -> Any:
+    """Of a key, in the stages that have none of their own."""
+    value = next(field for field in fields(TrainConfig) if field.name == name)
+    return value.default if value.default_factory is MISSING else value.default_factory()
 
 
 def kind_of(name: str) -> type:

@@ -1,7 +1,7 @@
 """What a user sees of a run: how long it takes, how it goes, and what has become of it."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -17,6 +17,12 @@ def in_words(seconds: float) -> str:
     if whole < 3600:
         return f"{round(whole / 60)} min"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def first_weights(starts: Mapping[str, bool]) -> str:
+    """Which weights learned methods begin with; the values say whether untrained ones."""
+    texts = {True: "anew", False: "from the model's weights"}
+    return "".join(f"; {name} starts {texts[is_new]}" for name, is_new in starts.items())
 
 
 class Display:

@@ -5,8 +5,10 @@ The tower, the projector and the pruner stay; the language model reads the token
 Shapes: L rows, A tokens of answers, D features, V words.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +37,9 @@ from .loss import cross_entropy_sum
 
 class HostAdapters(nn.Module):
     """Adapters by mlx-vlm's layers, behind any pruner that works ahead of the language model."""
+
+    starts: Mapping[str, bool] = MappingProxyType({})  # no learned method learns
+    counts_answers = False  # only models of ours answer within a run
 
     def __init__(self, model: Any, processor: Any, config: TrainConfig):
         super().__init__()

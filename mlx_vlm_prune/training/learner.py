@@ -5,8 +5,9 @@ checkpoint holds.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -38,14 +39,21 @@ class Learner(nn.Module):
     """
 
     parts: Sequence[str] = ()  # that the stage trains, unless `freeze` names them
+    # Of each learned method that learns: does it begin with untrained weights?
+    starts: Mapping[str, bool] = MappingProxyType({})
+    counts_answers = True  # evaluations count which answers are right
 
     def __init__(self, model: VLM, config: TrainConfig):
         super().__init__()
         self.settings = config
         self.model = model
         self.iteration, self.iters = 0, 1
+        if "pruner" in config.unfreeze and not learned_names(config.pruner):
+            raise UserError(f"unfreeze names pruner; pruner {config.pruner} has nothing to learn")
         if self.trains("pruner"):
-            add_untrained(model, config)
+            untrained = add_untrained(model, config)
+            names = learned_names(config.pruner)
+            self.starts = MappingProxyType({name: name in untrained for name in names})
         self.pipeline: Pipeline = plan(config.pruner, model.learned)
         self.K = budget(model.N, config.keep_ratio, config.keep_tokens, self.pipeline)
         self.pruners: dict[str, nn.Module] = {

@@ -44,6 +44,8 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         " lists them",
         "keep_ratio": "share of an image's visual tokens to keep (default: half)",
         "keep_tokens": "number of them, in place of --keep-ratio",
+        "reset_pruner": "begin a learned pruner with untrained weights (default: with the model's,"
+        " where it has some)",
         "noise": "of a learned pruner's scores at first, falling to 0",
         "num_layers": "of lora and dora: how many of the last layers get adapters; -1 is all",
         "lora_parameters": "of lora and dora: rank, scale and dropout",

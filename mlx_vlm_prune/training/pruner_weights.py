@@ -12,7 +12,7 @@ from ..checkpoints.errors import UserError
 from ..models.vlm import VLM
 from ..pruners import METHODS, PRESETS, plan
 from ..pruners.budget import budget
-from .config import TrainConfig
+from .config import TrainConfig, check_reset
 from .trained_folder import TWIG
 
 
@@ -32,14 +32,17 @@ def trained_inside(model: VLM, name: str) -> bool:
     return "pruner" in model and model.learned.get(name) is model.pruner
 
 
-def add_untrained(model: VLM, config: TrainConfig) -> None:
-    """Give the model weights, from the seed, of the chain's learned methods that it has none of.
+def add_untrained(model: VLM, config: TrainConfig) -> list[str]:
+    """Give the model weights, from the seed, of the chain's learned methods that it has none of,
+    or of all with `reset_pruner`; their names.
 
     Raises UserError for a budget that no image has.
     """
-    missing = [name for name in learned_names(config.pruner) if name not in model.learned]
+    names, is_reset = learned_names(config.pruner), config.reset_pruner
+    check_reset(config, names)
+    missing = [name for name in names if is_reset or name not in model.learned]
     if not missing:
-        return
+        return []
     mx.random.seed(config.seed)
     K = budget(model.N, config.keep_ratio, config.keep_tokens, plan("random"))
     if ATTENTION_POOL in missing and K == model.N:
@@ -48,8 +51,10 @@ def add_untrained(model: VLM, config: TrainConfig) -> None:
         name: METHODS[name].make_weights(model.feature_dims, K) for name in missing
     }
     pool = learned.get(ATTENTION_POOL)
-    if pool is not None and model.merge == (1, 1):  # its place is in the model
+    is_beside = ATTENTION_POOL in model.learned and not trained_inside(model, ATTENTION_POOL)
+    if pool is not None and model.merge == (1, 1) and not is_beside:  # its place is in the model
         pool.set_dtype(model.dtype)
         model.pruner = pool
         model.config = replace(model.config, pruner=(ATTENTION_POOL, K))
     model.learned = MappingProxyType({**model.learned, **learned})
+    return missing

@@ -7,7 +7,7 @@ folder of ours behind `model.`; optimizer.safetensors, its state as MLX names it
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from os.path import abspath
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,9 @@ def write_state(folder: Path, progress: Progress, config: TrainConfig) -> None:
 def read_state(folder: Path, config: TrainConfig) -> Progress:
     """Where the run of a checkpoint stands. Raises UserError where it is another run's."""
     state = read_json(folder / STATE)
-    before, now = state.get("config", {}), asdict(config)
+    # A key that came later was at its default.
+    defaults = {f.name: f.default for f in fields(config)}
+    before, now = {**defaults, **state.get("config", {})}, asdict(config)
     for key in now.keys() - MAY_DIFFER:
         value = list(now[key]) if isinstance(now[key], tuple) else now[key]
         earlier = before.get(key)

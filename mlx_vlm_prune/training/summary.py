@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from .config import ADAPTER_STAGES, TrainConfig
-from .display import in_words
+from .display import first_weights, in_words
 from .learner import Learner
 from .metrics import Metrics
 from .trainer import Trainer
@@ -48,7 +48,8 @@ def opening(trainer: Trainer) -> list[str]:
     at_once = trainer.order.batch_size * c.grad_accumulation_steps
     begin = trainer.progress.iteration
     return [
-        f"{c.stage}: {_sizes(learns)} learn; {_sizes(frozen) or 'nothing'} stay",
+        f"{c.stage}: {_sizes(learns)} learn; {_sizes(frozen) or 'nothing'} stay"
+        + first_weights(learner.starts),
         f"{trainer.order.examples} examples{held_out}; {trainer.iters} steps of {at_once}"
         + (f", of which {begin} are done" if begin else ""),
     ]

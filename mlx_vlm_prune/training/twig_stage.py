@@ -8,6 +8,7 @@ Shapes: A tokens of answers, L rows, D features, V words.
 
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -27,7 +28,9 @@ from .save_model import save_model
 
 
 class TwigStage(Learner):
-    """A twig of `twig_layers` layers on layer `twig_layer`."""
+    """A twig of `twig_layers` layers on layer `twig_layer`. The model answers as before."""
+
+    counts_answers = False
 
     def __init__(self, model: VLM, config: TrainConfig):
         if config.pruner != "none":
@@ -42,6 +45,7 @@ class TwigStage(Learner):
                 " by python -m convert to-mlx --dequantize"
             )
         super().__init__(model, config)
+        self.starts = MappingProxyType({"twig": True})
 
     def unfreeze_parts(self) -> None:
         """The twig alone."""

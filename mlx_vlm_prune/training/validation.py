@@ -55,7 +55,8 @@ def validate(
 
     `val_loss` is the mean of an answer's token, `val_accuracy` the share of the `val_questions`
     answered exactly, by greedy generation with all visual tokens; `val_accuracy_pruned` the same
-    behind the learner's pruner. Raises UserError where no example can be used.
+    behind the learner's pruner; both where the learner counts answers. Raises UserError where no
+    example can be used.
     """
     sums = np.zeros(5)  # loss, tokens, right, right where pruned, questions
     batches = list(in_order(len(reader.dataset), batch_size, most))
@@ -87,7 +88,7 @@ def _count_right(
 ) -> tuple[int, int, int]:
     """Answers that are right with all visual tokens and pruned, and how many were asked."""
     model = learner.model
-    if not questions.prompts or not isinstance(model, VLM):
+    if not (questions.prompts and learner.counts_answers):
         return 0, 0, 0
     full = _right(model, reader, questions, plan("none", {}), model.N)
     pipeline, pruned = learner.pipeline, full

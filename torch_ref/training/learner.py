@@ -6,6 +6,7 @@ The twin of mlx_vlm_prune/training/learner.py: the same parameters under the sam
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.training.batches import Batch
-from mlx_vlm_prune.training.config import TrainConfig
+from mlx_vlm_prune.training.config import TrainConfig, check_reset
 from mlx_vlm_prune.training.trained_folder import with_trained, write_trained
 
 from ..models.learned import parameter_name
@@ -43,7 +44,10 @@ class Learner:
     def __init__(self, model: VLM, checkpoint: Checkpoint, where: Path, config: TrainConfig):
         self.model, self.checkpoint, self.where, self.config = model, checkpoint, where, config
         self.iteration, self.iters = 0, 1
-        self.added: set[str] = set()  # methods whose weights begin untrained
+        self.starts: dict[str, bool] = {}  # learned methods that learn: do they begin untrained?
+        self.has_pool = model.pool is not None  # in MLX's model, where an untrained one's place is
+        if "pruner" in config.unfreeze and not learned_names(config.pruner):
+            raise UserError(f"unfreeze names pruner; pruner {config.pruner} has nothing to learn")
         if self.trains("pruner"):
             self.add_untrained()
         self.K = self.budget()
@@ -69,8 +73,13 @@ class Learner:
                 f"{soft[0].name} learns alone, not in the chain {self.config.pruner}; train it"
                 " first, or let it be by freeze: pruner"
             )
-        if hasattr(soft[0].method, "training_loss") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"{soft[0].name} learns in one process")
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        is_split = size > 1 or self.config.grad_accumulation_steps > 1
+        if hasattr(soft[0].method, "training_loss") and is_split:
+            raise UserError(
+                f"{soft[0].name} learns from whole batches: in one process, without"
+                " grad_accumulation_steps"
+            )
 
     def trains(self, part: str) -> bool:
         """Does a part learn: by the stage or by `unfreeze`, and unless `freeze` names it?"""
@@ -78,16 +87,24 @@ class Learner:
         return part in (*self.parts, *c.unfreeze) and part not in c.freeze
 
     def add_untrained(self) -> None:
-        """Give the model weights, from the seed, of the chain's learned methods that it lacks."""
+        """Give the model weights, from the seed, of the chain's learned methods that it lacks;
+        of all with `reset_pruner`."""
         model, c = self.model, self.config
         torch.manual_seed(c.seed)
         share = 0.5 if c.keep_ratio is None else c.keep_ratio
         K = c.keep_tokens or max(1, int(model.N * share + 1e-9))
-        for name in learned_names(c.pruner):
-            if model.weights(name) is None:
+        names = learned_names(c.pruner)
+        check_reset(c, names)
+        for name in names:
+            self.starts[name] = c.reset_pruner or model.weights(name) is None
+            if self.starts[name]:
                 weights = METHODS[name].make_weights(model.feature_dims, model.budget("random", K))
-                model.learned[name] = weights.to(model.device)
-                self.added.add(name)
+                if name == POOL and name not in model.learned and model.config.merge == (1, 1):
+                    self.has_pool = True
+                if name == POOL and model.pool is not None:
+                    _replace_pool(model, weights.to(model.device))
+                else:
+                    model.learned[name] = weights.to(model.device)
 
     def budget(self) -> int:
         """How many of the N tokens stay; by default half, as many as a pool has, or all."""
@@ -114,12 +131,6 @@ class Learner:
             _unfreeze_language(model, c.language_layers)
         for name in learned_names(c.pruner) if self.trains("pruner") else ():
             self._unfreeze_pruner(name)
-
-    @property
-    def has_pool(self) -> bool:
-        """Is there a pool in MLX's model? An untrained one's place is there."""
-        is_new = POOL in self.added and self.model.config.merge == (1, 1)
-        return self.model.pool is not None or is_new
 
     def _unfreeze_pruner(self, name: str) -> None:
         if name == POOL and self.model.pool is not None:
@@ -209,6 +220,16 @@ def trainable_names() -> list[str]:
 def falling(iteration: int, iters: int) -> float:
     """From 1 in the first step to 0 after the last, by a half wave of the cosine."""
     return 0.5 + 0.5 * math.cos(math.pi * iteration / iters)
+
+
+def _replace_pool(model: VLM, weights: nn.Module) -> None:
+    """Put a pool's weights into the model in place of those inside; they may be for another K."""
+    pool, queries = model.pool, weights.get_parameter("pool_queries")
+    assert pool is not None
+    pool.pool_queries = queries
+    for name, layer in weights.named_children():
+        setattr(pool, name, layer)
+    model.config = replace(model.config, pruner=(POOL, len(queries)))
 
 
 def _unfreeze_tower(model: VLM) -> None:

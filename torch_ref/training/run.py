@@ -14,7 +14,7 @@ from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.training.batches import Reader
 from mlx_vlm_prune.training.config import TrainConfig
 from mlx_vlm_prune.training.curve import draw_curve
-from mlx_vlm_prune.training.display import Display
+from mlx_vlm_prune.training.display import Display, first_weights
 from mlx_vlm_prune.training.formats import open_dataset, split_files
 from mlx_vlm_prune.training.metrics import Metrics
 from mlx_vlm_prune.training.run_folder import claimed
@@ -118,5 +118,6 @@ def opening(trainer: Trainer) -> str:
     return (
         f"{c.stage}: {numbers:,} numbers learn, in float32 on {learner.model.device};"
         f" {trainer.order.examples} examples, {trainer.iters} steps"
+        + first_weights(learner.starts)
         + (f", of which {done} are done" if done else "")
     )

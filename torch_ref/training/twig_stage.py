@@ -35,6 +35,7 @@ class TwigStage(Learner):
         if not isinstance(model.config.text, MiniMindConfig):
             raise UserError("a twig grows on a language model of MiniMind's or Llama's kind only")
         super().__init__(model, checkpoint, where, config)
+        self.starts = {"twig": True}
 
     def unfreeze_parts(self) -> None:
         """The twig alone."""

@@ -90,6 +90,8 @@ class ParquetRows:
 
 def open_dataset(path: Path, images: Path | None) -> ParquetRows:
     """The rows of a file, which holds its own images. Raises UserError where it cannot be read."""
+    if images is not None:
+        raise UserError(f"{path} holds its own images; leave out image_folder")
     return ParquetRows(existing_file(path))
 
 
