@@ -82,6 +82,7 @@ def of_method(pruner: Pruner, rows: int, K: int, *, fuse: bool = True) -> Counte
             before_BND=signals.x_BND[:, ::-1], normed_BND=signals.x_BND, keys_BND=signals.x_BND,
             next_keys_BND=signals.x_BND, text_keys_BTD=text_BTD, last_attention_BN=share_BN,
             next_attention_BN=share_BN, mean_attention_BN=share_BN,
+            text_share_BT=mx.softmax(text_BTD[..., 0], axis=-1),
             text_attention_BTN=mx.broadcast_to(share_BN[:, None], (*text_BTD.shape[:2], N)),
         )  # fmt: skip
         mx.eval(list(signals.arrays.values()))

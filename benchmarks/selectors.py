@@ -26,8 +26,9 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.machine.hardware import versions
-from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput, TwigReader, run_layers
+from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput
 from mlx_vlm_prune.models.language.twig import Twig
+from mlx_vlm_prune.models.layers import TwigReader, run_layers
 from mlx_vlm_prune.models.splice import ImageSlots, splice
 from mlx_vlm_prune.models.towers.signals import received_attention
 from mlx_vlm_prune.models.vlm import VLM
@@ -61,6 +62,7 @@ def random_signals(N: int, grid: tuple[int, int], D: int) -> Signals:
     signals = Signals(
         normal(1, N, D), grid, cls_attention_BN=share_BN, received_attention_BN=share_BN,
         object_attention_BN=share_BN[:, ::-1], cls_query_BHd=normal(1, H, D // H),
+        cls_key_BHd=normal(1, H, D // H), features_BND=normal(1, N, D),
         queries_BNHd=normal(1, N, H, D // H), keys_BNHd=normal(1, N, H, D // H),
         pixels_BND=normal(1, N, 588), patches_BND=normal(1, N, D),
         text_BTD=normal(1, TEXT_TOKENS, D), text_real_BT=mx.ones((1, TEXT_TOKENS), dtype=mx.bool_),

@@ -31,9 +31,9 @@ from mlx_vlm_prune.generation.steps import greedy
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
-from mlx_vlm_prune.models.decoder import TwigReader
 from mlx_vlm_prune.models.language.mlx_lm import MlxLm
 from mlx_vlm_prune.models.language.twig import Twig
+from mlx_vlm_prune.models.layers import TwigReader
 from mlx_vlm_prune.models.vlm import VLM, Prefill
 from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set

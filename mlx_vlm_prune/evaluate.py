@@ -45,6 +45,7 @@ from .machine.user_cache import cache_folder, model_key, write_cached
 from .models.adapters import adapter_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
+from .pruners.contract import Policy
 from .scenes import CHECKPOINT
 
 RATIOS = (
@@ -116,6 +117,9 @@ def _add_pruning(parser: Parser) -> None:
     add("--keep-ratio", type=float, action="append", metavar="R",
         help="share of the visual tokens to keep; repeat for several (default: 0.5, 0.25 and"
         " 0.1125)")
+    add("--positions", action="append", choices=("keep", "renumber"),
+        help="kept tokens keep their positions, or count anew; give it twice to measure both"
+        " (default: as in the method's paper)")
 # fmt: on
 
 
@@ -157,7 +161,7 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     result = result_of(args, evaluation, unread, refused, folder)
     text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)
-    if not args.adapter_path:
+    if not (args.adapter_path or args.positions):
         remember_for_advice(folder, text)
     resume_file.remove()
     print(table(result))
@@ -171,7 +175,9 @@ def evaluated_model(
     if isinstance(model, VLM):
         specs = args.pruner or default_methods(model)
         budgets = budgets_of(args, model.N)
-        methods, refused = budgeted_methods(model.N, specs, budgets, model.learned)
+        methods, refused = budgeted_methods(
+            model.N, specs, budgets, model.learned, policies_of(args)
+        )
         pipelines = [method.pipeline for method in methods]
         return EvaluatedVLM(model, processor, pipelines), methods, refused
     # A model of mlx-vlm's, whose images differ in N.
@@ -180,9 +186,16 @@ def evaluated_model(
 
     host = host_of(model, processor)
     specs = args.pruner or host_answers.default_methods(host)
-    methods, refused = budgeted_methods(None, specs, budgets_of(args, None), host.learned)
+    methods, refused = budgeted_methods(
+        None, specs, budgets_of(args, None), host.learned, policies_of(args)
+    )
     pipelines = [method.pipeline for method in methods]
     return host_answers.EvaluatedHost(host, pipelines), methods, refused
+
+
+def policies_of(args: argparse.Namespace) -> list[Policy | None]:
+    """Each policy of positions to measure; None is that of the method's paper."""
+    return [*dict.fromkeys(args.positions or (None,))]
 
 
 def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder: Path) -> list[Any]:
@@ -191,7 +204,7 @@ def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder:
     --skip-bad is left out, so that a run that met a bad question can be resumed with it.
     """
     options = (args.seed, args.max_tokens, args.batch, args.dtype, args.widen)
-    methods = [(method.spec, method.K) for method in evaluation.methods]
+    methods = [(m.spec, m.K, m.pipeline.policy) for m in evaluation.methods]
     questions = (evaluation.question_set.format.name, fingerprint(evaluation.questions))
     adapter = adapter_key(args.adapter_path) if args.adapter_path else None
     return [model_key(folder), adapter, questions, methods, options, versions()]

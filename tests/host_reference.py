@@ -61,9 +61,11 @@ def indices(prompt: PrunedPrompt) -> list[list[int]]:
 
 
 def reference(
-    models, name: str, inputs: PreparedInputs, kept: list[list[int]], policy: str = "keep"
-):
-    """The same without a cache, each step over all rows, at positions counted here."""
+    models, name: str, inputs: PreparedInputs, kept: list[list[int]], policy: str = "keep",
+    biases: list[list[float]] | None = None,
+):  # fmt: skip
+    """The same without a cache, each step over all rows, at positions counted here; `biases` are
+    added to the attention that each picture's tokens get."""
     model, kind = models(name), KINDS[name]
     embeds, deep = kind.full(model, inputs) if inputs.pixels is not None else ([], [])
     x_LD, places, visual = rows(model, name, inputs, kept, embeds)
@@ -75,7 +77,7 @@ def reference(
     ]
     tokens, odds = [], []
     for _ in range(TOKENS):
-        logits_V = forward(model, name, x_LD, places, visual, added)
+        logits_V = forward(model, name, x_LD, places, visual, added, biases)
         odds.append(np.array(logits_V - mx.logsumexp(logits_V)))
         tokens.append(int(odds[-1].argmax()))
         x_LD = mx.concatenate([x_LD, table(model)(mx.array(tokens[-1:]))])
@@ -112,7 +114,29 @@ def rows(model, name: str, inputs: PreparedInputs, kept, embeds):
     return mx.stack(x), places, visual
 
 
-def forward(model, name: str, x_LD, places, visual, added):
+class MaskOnly:
+    """In place of a cache: nothing is held, and every layer gets this mask."""
+
+    offset = 0
+
+    def __init__(self, mask: mx.array):
+        self.mask = mask
+
+    def make_mask(self, *sizes, **options) -> mx.array:
+        return self.mask
+
+    def update_and_fetch(self, keys, values):
+        return keys, values
+
+
+def biased_mask(visual, biases: list[list[float]]) -> mx.array:
+    """A causal mask with what is added to the attention that visual rows get, (1, 1, L, L)."""
+    mask_LL = np.triu(np.full((len(visual),) * 2, -np.inf, np.float32), 1)
+    mask_LL[:, np.flatnonzero(visual)] += np.concatenate(biases).astype(np.float32)
+    return mx.array(mask_LL)[None, None]
+
+
+def forward(model, name: str, x_LD, places, visual, added, biases=None):
     """Logits (V,) of the last row."""
     language, x_1LD, L = model.language_model, x_LD[None], len(x_LD)
     ids, more = mx.zeros((1, L), mx.int32), {}
@@ -121,12 +145,15 @@ def forward(model, name: str, x_LD, places, visual, added):
         prompt += len(host_models.WORDS[2])
         at = mx.arange(L)
         more["mask"] = ((at < prompt) | (at <= at[:, None]))[None, None]
+    cache = None
+    if biases is not None:
+        cache = [MaskOnly(biased_mask(visual, biases)) for _ in language.layers]
     if name not in QWEN:  # positions are counted by the model itself
-        return language(ids, inputs_embeds=x_1LD, cache=None, **more).logits[0, -1]
+        return language(ids, inputs_embeds=x_1LD, cache=cache, **more).logits[0, -1]
     more["position_ids"] = mx.array(places).T[:, None]
     if added:
         more |= {"visual_pos_masks": mx.array([visual]), "deepstack_visual_embeds": added}
-    h_1LD = language.model(ids, inputs_embeds=x_1LD, cache=None, **more)
+    h_1LD = language.model(ids, inputs_embeds=x_1LD, cache=cache, **more)
     head = language.lm_head if hasattr(language, "lm_head") else table(model).as_linear
     return head(h_1LD)[0, -1]
 

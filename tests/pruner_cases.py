@@ -26,7 +26,8 @@ VARIANTS = [
     *CHOOSING, "similarity:published", "similarity:threshold=0.3", "random:seed=7",
     "cdpruner:negative", "visionzip:contextual=0.5", "vispruner:important=0", "hiprune:objects=1",
     "prumerge:neighbours=2", "pixelprune:tolerance=0.5", "holov:regions=3", "scope:power=2",
-    "sparsevlm:recycle=0.9", "pact:clustered=1", "dart:pivots=1", "apet:basis=2", "mmtok:image=2",
+    "sparsevlm:recycle=0.9", "sparsevlm:sums", "pact:clustered=1", "dart:pivots=1", "apet:basis=2",
+    "mmtok:image=2", "divprune+restore:published", "norm+restore:published",
 ]  # fmt: skip
 INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
 
@@ -101,6 +102,9 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
             f"{name}_attention_BN": shares(kind, rng, B, N)
             for name in ("cls", "received", "object", "local", "last", "next", "mean", "twig")
         },
+        "features_BND": features(kind, rng, B, N, D),
+        "cls_key_BHd": features("random", rng, B, HEADS, D // HEADS),
+        "text_share_BT": shares("random", rng, B, T),
     }
 
 
@@ -138,8 +142,20 @@ def assert_agreement(spec: str, arrays: dict, K: int) -> None:
     close(np.array(ours.tokens(mx.array(arrays["x_BND"]))), kept)
 
 
-def reference_reduction(pruner: Pruner, arrays: dict, K: int) -> ref.Reduction:
-    return ref.reduce(pruner.name, reference_signals(arrays), K, **pruner.options)
+def reference_reduction(
+    pruner: Pruner, arrays: dict, K: int, has_cls: bool = True
+) -> ref.Reduction:
+    return completed_reduction(pruner, reference_signals(arrays).replace(has_cls=has_cls), K)
+
+
+def completed_reduction(pruner: Pruner, tokens: ref.Signals, K: int) -> ref.Reduction:
+    """What the reference makes of them, with an enhancer that completes the choice."""
+    enhancer = pruner.enhancer
+    chosen, step = K, enhancer and ref.Step(enhancer.name, None, enhancer.options)
+    if step and tokens.x_BND.shape[1] > K:
+        chosen = step.call("selected", K)
+    kept = ref.reduce(pruner.name, tokens, chosen, **pruner.options)
+    return step.call("complete", tokens, kept, K) if step and chosen < K else kept
 
 
 def close(ours: np.ndarray, theirs: np.ndarray) -> None:

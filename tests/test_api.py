@@ -31,10 +31,10 @@ SIGNATURES = {
     " generation_tps, peak_memory, finish_reason, visual_tokens, visual_tokens_kept, kept_indices,"
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
     " drafted=None, accepted=None)",
-    "Pruner": "(name, method, options=<factory>, weights=None, keep=None)",
+    "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"
-    " is_finite=None)",
-    "Signals": "(x_BND, grid, **others)",
+    " place_BK=None, is_finite=None)",
+    "Signals": "(x_BND, grid, has_cls=True, **others)",
     "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",
     "generate": "(model, processor, prompt, image=None, *, verbose=False, **options)",

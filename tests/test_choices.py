@@ -12,7 +12,7 @@ import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.models.decoder import TwigReader
+from mlx_vlm_prune.models.layers import TwigReader
 from mlx_vlm_prune.pruners import METHODS, Signals, numerics, plan, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
 from mlx_vlm_prune.pruners.numerics import precision
@@ -26,6 +26,7 @@ SPECS = [
     *(name for name in METHODS if name != "restore"),
     "mlp:dynamic", "visionzip+fastv", "tome+divprune", "downsample+norm", "fastv+restore",
     "cls_attention+cdpruner", "cls_attention+restore", "patch_norm:keep=11+norm", "twig+restore",
+    "divprune+restore:published",
 ]  # fmt: skip
 # How often a method returns to the host: what its docstring declares.
 RETURNS = {"pact": 1, "similarity": 1, "mlp:dynamic": 1}

@@ -135,8 +135,8 @@ def mmtok_gains(tokens: Signals, b: int, options: dict):
         return power / power.sum(axis=-1, keepdims=True)
 
     words = np.array(cosine(tokens.text_BTD, tokens.x_BND))[b][np.array(tokens.text_real_BT[b])]
-    among = np.array(cosine(tokens.x_BND))[b]
-    rows = [softmax(words / 0.01) / len(words)]
+    among = np.array(cosine(tokens.features_BND))[b]
+    rows = [softmax(words / 0.02) / len(words)]
     rows.append(softmax(among / 0.2) * options.get("image", 0.5) / len(among))
     return cover_gains(np.concatenate(rows), np.ones(len(among)))
 
@@ -176,13 +176,13 @@ def assert_parity(spec: str, pruner: Pruner, tokens: Signals, K: int, monkeypatc
     if (exact_BK == near_BK).all():
         return True
     for b, (exact_K, near_K) in enumerate(zip(exact_BK, near_BK, strict=True)):
-        if pruner.name in GREEDY:
+        if pruner.enhancer or pruner.name in ROUNDING:
+            rounded_BK = kept_by_rounding_more(pruner, tokens, K, monkeypatch)
+            np.testing.assert_array_equal(near_BK, rounded_BK)
+        elif pruner.name in GREEDY:
             with float64_choices():
                 gain = GREEDY[pruner.name](tokens, b, pruner.options)
             greedily_good(gain, set(near_K.tolist()), 64)
-        elif pruner.name in ROUNDING:
-            rounded_BK = kept_by_rounding_more(pruner, tokens, K, monkeypatch)
-            np.testing.assert_array_equal(near_BK, rounded_BK)
         else:
             score_N = scores_of(pruner, tokens, K, monkeypatch)[b]
             assert_near(score_N, set(exact_K.tolist()), set(near_K.tolist()))

@@ -235,7 +235,7 @@ def by_hand(model, name: str, inputs, cut: int):
     q, k, _ = heads(name, body.layers[cut - 1], before, seq.place_L3)
     next_q, next_k, _ = heads(name, body.layers[cut], h, seq.place_L3)
     keys, normed = k.swapaxes(0, 1).reshape(len(h), -1), body.norm(mx.array(h, mx.float32))
-    words = mx.array(np.flatnonzero(~seq.visual))
+    words = mx.arange(int(visual[-1]) + 1, len(h))  # after the image
     return Signals(
         mx.array(h[visual], mx.float32)[None], KINDS[name].grids[0],
         before_BND=mx.array(before[visual], mx.float32)[None],
@@ -244,7 +244,7 @@ def by_hand(model, name: str, inputs, cut: int):
         keys_BND=mx.array(keys[visual], mx.float32)[None],
         text_keys_BTD=mx.array(keys, mx.float32)[words][None],
         normed_BND=normed[mx.array(visual)][None], text_BTD=normed[words][None],
-        text_real_BT=mx.ones((1, len(words)), mx.bool_),
+        text_real_BT=mx.ones((1, words.size), mx.bool_),
     )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name)
 
 @pytest.mark.parametrize(
     "spec, reason",
-    [("sparsevlm", "needs text_attention"), ("pact", "merged"), ("cls_attention+restore", "adds")],
+    [("sparsevlm", "needs text_attention"), ("pact", "merged"), ("fastv+restore", "share no mask")],
 )
 @pytest.mark.parametrize("name", DEEP)
 def test_methods_that_change_attention_are_refused_by_name(models, name, spec, reason):

@@ -4,6 +4,7 @@ Shapes: V words.
 """
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -81,6 +82,27 @@ def test_answers_and_log_probabilities_are_those_of_mlx_vlms_own_loop(kind, spec
     assert answers.ids == [by_mlx_vlm(model, inputs, spec)[0]]
     logprob = by_mlx_vlm(model, inputs, spec, RIGHT_IDS)[1]
     assert answers.logprob_B == pytest.approx(logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind, specs", [("qwen2_5_vl", ("norm", "fastv")), ("llava", ("fastv",))])
+def test_positions_that_count_on_give_other_answers(kind, specs):
+    model = KINDS[kind].make()
+    host = evaluated(model, *specs)
+    batch = host.make_batch([PreparedHostQuestion(KINDS[kind].inputs(model, 1), RIGHT_IDS)])
+    for spec in specs:
+        logprobs = [
+            host.answer(batch, replace(plan(spec), policy=policy), 0.75, 1).logprob_B.tolist()
+            for policy in (None, "keep", "renumber")
+        ]
+        assert logprobs[0] == logprobs[1] != logprobs[2]
+
+
+def test_positions_that_a_host_counts_cannot_be_kept():
+    model = KINDS["llava"].make()
+    host = evaluated(model, "norm")
+    batch = host.make_batch([PreparedHostQuestion(KINDS["llava"].inputs(model, 1), RIGHT_IDS)])
+    with pytest.raises(UserError, match="it counts the rows it is given"):
+        host.answer(batch, replace(plan("norm"), policy="keep"), 0.5, 1)
 
 
 @pytest.mark.parametrize("kind", ["llava", "gemma3"])
@@ -214,3 +236,15 @@ def test_the_default_methods_are_those_that_can_prune_the_model():
     assert {"random", "divprune", "cls_attention", "fastv", "vtw"} <= {*names}
     assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
     assert "fastv" not in host_answers.default_methods(host_of(KINDS["gemma3"].make()))
+
+
+def test_each_method_reads_the_layer_it_asks_for():
+    model = KINDS["llava"].make()
+    inputs = KINDS["llava"].inputs(model, 1)
+    specs = [f"cls_attention:layer={layer}" for layer in (0, 1, 2)]
+    host = evaluated(model, *specs)
+    batch = host.make_batch([PreparedHostQuestion(inputs, RIGHT_IDS)])
+    answers = [host.answer(batch, plan(spec), 0.5, MAX_TOKENS).logprob_B for spec in specs]
+    logprobs = [by_mlx_vlm(model, inputs, spec, RIGHT_IDS)[1] for spec in specs]
+    np.testing.assert_allclose(np.concatenate(answers), logprobs, atol=1e-4)
+    assert len({round(logprob, 3) for logprob in logprobs}) == 3

@@ -93,7 +93,6 @@ def test_pictures_of_which_nobody_knows_whose_they_are_are_refused(models):
         ("sparsevlm", "not yet in mlx-vlm models"),
         ("tome", "between the tower's layers"),
         ("downsample", "resize_shape makes the picture smaller"),
-        ("norm+restore", "not yet in mlx-vlm models"),
         ("visionzip+pact", "pact cannot prune"),
     ],
 )

@@ -22,7 +22,7 @@ ROWS, K = 8, 16
 PER_STEP = {"divprune": 3, "cdpruner": 7, "scope": 7, "mmtok": 7}  # launches of one kept token
 AT_MOST = {
     "received_attention": 16, "hiprune": 40, "visionzip": 50, "prumerge": 55, "similarity": 30,
-    "holov": 110, "global_local": 55, "dart": 85, "apet": 170, "tome": 24 * 43, "random": 5,
+    "holov": 110, "global_local": 55, "dart": 85, "apet": 180, "tome": 24 * 50, "random": 5,
 }  # fmt: skip
 
 
@@ -48,8 +48,8 @@ def test_a_method_is_no_more_launches_than(spec):
     assert count(spec) <= AT_MOST[spec]
 
 
-def test_a_round_of_vispruner_is_eight_launches():
-    assert count("vispruner:important=0") - count("vispruner:important=0", K + 8) == 8
+def test_a_round_of_vispruner_is_seven_launches():
+    assert count("vispruner:important=0") - count("vispruner:important=0", K + 8) == 7
 
 
 @pytest.mark.parametrize("spec", launches.ABLE)

@@ -170,7 +170,7 @@ def test_a_prompt_read_in_two_pieces_gives_the_same_as_in_one(pair, split):
 )
 def test_a_long_prompt_read_in_pieces_gives_the_same_as_at_once(pair, spec, monkeypatch):
     whole, expected = logits(pair, list(ROWS), [0, 1, 2], spec, K)
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 6)
+    monkeypatch.setattr("mlx_vlm_prune.models.layers.PREFILL_STEP_SIZE", 6)
     monkeypatch.setattr("mlx_vlm_prune.models.decoder.QUERY_CHUNK", 2)
     pieces, got = logits(pair, list(ROWS), [0, 1, 2], spec, K)
     for b, row in enumerate(ROWS):
@@ -254,7 +254,7 @@ def test_positions_are_those_of_the_methods_paper_unless_told(pair):
         return position_S.tolist() == list(range(after - len(position_S), after))
 
     assert not counts("fastv", None) and counts("fastv", "renumber")
-    assert counts("pact", None) and not counts("pact", "keep")
+    assert counts("pyramiddrop", None) and not counts("pyramiddrop", "keep")
     assert counts("attention_pool+fastv", "keep")  # pooled slots have no place of their own
 
 

@@ -28,7 +28,7 @@ from mlx_vlm_prune.checkpoints.config import (
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.machine.clock import Clock
-from mlx_vlm_prune.models import decoder
+from mlx_vlm_prune.models import decoder, layers
 from mlx_vlm_prune.models import vlm as vlm_module
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.models.towers import signals as tower_signals
@@ -256,7 +256,7 @@ def test_several_images_and_several_prompts_take_the_counted_operations(spec, co
 def test_a_prompt_that_is_read_in_pieces_takes_the_counted_operations(counter, monkeypatch):
     config = CONFIGS["clip"]
     in_one_piece = count(config, TEXT_TOKENS, plan("none"), config.N)
-    monkeypatch.setattr(decoder, "PREFILL_STEP_SIZE", 13)
+    monkeypatch.setattr(layers, "PREFILL_STEP_SIZE", 13)
     monkeypatch.setattr(operations, "PREFILL_STEP_SIZE", 13)
     _, _, counted = run(config, "none", config.N, counter)
     assert_equal(counted, counter)

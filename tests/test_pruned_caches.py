@@ -125,7 +125,7 @@ def test_a_new_question_chooses_anew_without_the_tower(models, name, monkeypatch
 
     model = models(name)
     first = KINDS[name].inputs(model, several(name))
-    other = longer(first, [30, 30, 30, 7])
+    other = longer(first, [40, 41, 42, 43])
     with pruned(model, "mmtok", keep_ratio=0.25) as report:
         stock(model, other)
     expected = report.prompts[-1].kept_indices

@@ -65,14 +65,16 @@ def test_k_distinct_tokens_in_range_are_kept_each_in_its_own_slot_and_merged_onc
     assert index_BK.min() >= 0 and index_BK.max() < N
     anchors = np.take_along_axis(weight_BKN, index_BK[..., None], axis=2)
     assert (weight_BKN >= 0).all()
-    if not spec.startswith("prumerge"):  # its slots add up neighbours, which may be shared
+    if spec.startswith("apet"):  # basis tokens, the first more than once, stand in other places
+        np.testing.assert_allclose(weight_BKN.sum(-1), 1, rtol=1e-5)
+    elif not spec.startswith("prumerge"):  # its slots add up neighbours, which may be shared
         assert (anchors > 0).all()
-        assert ((weight_BKN > 0).sum(axis=1) <= 1).all()
+        # A token that fills up stays in the mean of its cluster too.
+        most = 2 if spec == "similarity:published" else 1
+        assert ((weight_BKN > 0).sum(axis=1) <= most).all()
 
 
-@pytest.mark.parametrize(
-    "spec", ["avgpool", "similarity", "similarity:threshold=0.3", "tome", "apet"]
-)
+@pytest.mark.parametrize("spec", ["avgpool", "similarity", "similarity:threshold=0.3", "tome"])
 @many
 @given(example=cases())
 def test_a_merging_method_gives_every_token_to_exactly_one_mean(spec, example):

@@ -74,6 +74,8 @@ def test_an_encoder_method_ends_with_k_tokens(spec, layers):
         ("norm:keep=5", "earlier method"),
         ("norm:keep=0+fastv", "at least 1"),
         ("tome+restore", "nothing to restore"),
+        ("fastv+restore:published", "ahead of the language model, and fastv inside it"),
+        ("norm+restore:published,nearby", "nearby is no part of published"),
     ],
 )
 def test_a_wrong_pruner_or_option_is_named_with_what_there_is(spec, part):
@@ -85,6 +87,12 @@ def test_a_wrong_pruner_or_option_is_named_with_what_there_is(spec, part):
 def test_a_budget_outside_one_to_n_is_refused(K):
     with pytest.raises(UserError, match="keep 1 to 16"):
         resolve("norm")(Signals(mx.zeros((1, 16, D)), (4, 4)), K)
+
+
+def test_a_selector_that_merges_is_not_completed_with_means():
+    tokens = Signals(mx.zeros((1, 16, D)), (4, 4))
+    with pytest.raises(UserError, match=r"restore: published .* a selector that merges none"):
+        resolve("similarity+restore:published")(tokens, 6)
 
 
 def test_features_that_are_not_numbers_are_refused():

@@ -1,8 +1,13 @@
 """The reference's pruners on examples worked by hand."""
 
+import mlx.core as mx
+import numpy as np
 import torch
 
+import mlx_vlm_prune.pruners as mlx_pruners
 from torch_ref.pruners import Signals, reduce
+from torch_ref.pruners.contract import Reduction
+from torch_ref.pruners.restore import attention_bias
 
 from .test_torch_ref_parts import close
 
@@ -56,5 +61,27 @@ def test_similarity_as_published_fills_up_with_the_first_followers():
     kept = reduce("similarity", make_signals([X, X, X, X], (1, 4)), 3, published=True)
     assert kept.index_BK is not None and kept.index_BK.tolist() == [[0, 1, 2]]
     assert kept.weight_BKN is not None
-    by_hand = torch.tensor([[[0.5, 0, 0, 0.5], [0, 1, 0, 0], [0, 0, 1, 0]]])
+    by_hand = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0, 1, 0, 0], [0, 0, 1, 0]]])
     close(kept.weight_BKN, by_hand)
+
+
+def test_restore_counts_what_its_options_say():
+    """Six tokens, of which 1 and 4 stay. By likeness 0, 2, 3 and 5 count for 4, in the row 0 and 2
+    for 1; without decay each counts as one."""
+    x_BND = np.array([[[0, 1], [1, 0], [0, 1], [0, 1], [0, 1], [0, 1]]], np.float32)
+    signals = mlx_pruners.Signals(mx.array(x_BND), (2, 3))
+    bias, kept = mlx_pruners.METHODS["restore"].attention_bias, [[1, 4]]
+    twins = Signals(x_BND=torch.tensor(x_BND), grid=(2, 3))
+    for options, counts in (
+        ({"decay": False}, [[1, 5]]),
+        ({"decay": False, "nearby": True}, [[3, 3]]),
+        ({"decay": False, "nearby": True, "strength": 0.5}, [[3**0.5, 3**0.5]]),
+        ({"nearby": True}, None),
+    ):
+        ours = np.array(bias(signals, mlx_pruners.Reduction(mx.array(kept)), **options))
+        theirs = attention_bias(twins, Reduction(index_BK=torch.tensor(kept)), **options)
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=0, atol=1e-5)
+        if counts:
+            np.testing.assert_allclose(np.exp(ours), counts, rtol=1e-5)
+        else:
+            assert (ours > 0).all() and (ours < np.log(3)).all()

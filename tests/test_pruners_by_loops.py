@@ -15,6 +15,8 @@ import torch_ref.pruners as ref
 from mlx_vlm_prune.models.decoder import attention
 from mlx_vlm_prune.pruners import Signals, resolve
 
+from .pruner_cases import completed_reduction
+
 pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
 ROWS, COLUMNS, D, HEADS, T = 4, 5, 6, 2, 3
 N = ROWS * COLUMNS
@@ -29,6 +31,7 @@ def tokens(a: int, b: int, c: int, count: int = N) -> list[Vector]:
 
 
 X, KEYS, QUERY, TEXT = tokens(7, 3, 5), tokens(4, 9, 2), tokens(5, 2, 1, 1)[0], tokens(3, 8, 6, T)
+CLS_KEY = tokens(2, 3, 7, 1)[0]
 RAW = [1.0 + (i * 11) % 17 for i in range(N)]
 ATTENTION = [a / sum(RAW) for a in RAW]
 
@@ -58,6 +61,7 @@ ARRAYS = {
     "x_BND": np.array([X], np.float32),
     "keys_BNHd": heads(KEYS),
     "cls_query_BHd": heads([QUERY])[:, 0],
+    "cls_key_BHd": heads([CLS_KEY])[:, 0],
     "cls_attention_BN": np.array([ATTENTION], np.float32),
     "text_BTD": np.array([TEXT], np.float32),
     "text_real_BT": np.ones((1, T), bool),
@@ -74,7 +78,7 @@ def both_frameworks(spec: str, K: int) -> list[tuple[list[int], np.ndarray]]:
     signals = ref.Signals(
         **{k: v if k == "grid" else torch.from_numpy(v) for k, v in ARRAYS.items()}
     )
-    theirs = ref.reduce(pruner.name, signals, K, **pruner.options)
+    theirs = completed_reduction(pruner, signals, K)
     of_mlx = (np.array(ours.index_BK[0]).tolist(), np.array(ours.mixture(N)[0]))
     weight = torch.eye(N)[theirs.index_BK[0]] if theirs.weight_BKN is None else theirs.weight_BKN[0]
     return [of_mlx, (theirs.index_BK[0].tolist(), weight.numpy())]
@@ -149,8 +153,9 @@ def test_scope(K):
 
 @pytest.mark.parametrize("K", [2, 6, 13])
 def test_prumerge(K):
-    logits = [sum(q * k for q, k in zip(QUERY, key, strict=True)) / math.sqrt(D) for key in KEYS]
-    score = [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits]
+    keys = [CLS_KEY, *KEYS]
+    logits = [sum(q * k for q, k in zip(QUERY, key, strict=True)) / math.sqrt(D) for key in keys]
+    score = [math.exp(x) / sum(math.exp(y) for y in logits) for x in logits][1:]
     order = sorted(range(N), key=lambda i: (-round(score[i], 12), i))
     kept, dropped = order[: K - 1], order[K - 1 :]
     weight = {}
@@ -189,6 +194,27 @@ def test_tome_in_one_round(K):
         groups[into[i]].append(i)
     weight = {i: {j: 1 / len(of) for j in of} for i, of in groups.items()}
     assert_both_keep("tome", K, sorted(groups), weight)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 12, 17])
+def test_restore_as_published(K):
+    """The selector keeps half of K by length; the others become means."""
+    order = sorted(range(N), key=lambda i: (-math.dist(X[i], [0.0] * D), i))
+    chosen = order[: max(1, K // 2)]
+    rest = [i for i in range(N) if i not in chosen]
+    density = {i: sum(cosine(X[i], X[j]) for j in rest) / len(rest) for i in rest}
+    score = {}
+    for i in rest:
+        less_dense = [cosine(X[i], X[j]) for j in rest if density[j] < density[i] - 1e-12]
+        score[i] = density[i] * (1 - max(less_dense, default=0.0))
+    anchors = sorted(sorted(rest, key=lambda i: (-score[i], i))[: K - len(chosen)])
+    members: dict[int, list[int]] = {i: [] for i in anchors}
+    for i in rest if anchors else []:
+        joined = i if i in members else first_best({j: cosine(X[i], X[j]) for j in anchors})
+        members[joined].append(i)
+    slots = {i: [i] for i in chosen} | {m[(len(m) - 1) // 2]: m for m in members.values()}
+    weight = {i: dict.fromkeys(m, 1 / len(m)) for i, m in slots.items()}
+    assert_both_keep("norm+restore:published", K, sorted(slots), weight)
 
 
 @pytest.mark.parametrize("K", [4, 9, 17])

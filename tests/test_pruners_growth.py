@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune.pruners import Reduction, cdpruner, clusters, lazy, pact, resolve, rows
+from mlx_vlm_prune.pruners import Reduction, cdpruner, clusters, lazy, resolve, rows
 from mlx_vlm_prune.pruners.coverage import cover, cover_lazily
 from mlx_vlm_prune.pruners.lazy import HeldRows, highest
 from mlx_vlm_prune.pruners.numerics import choosing, precision
 from mlx_vlm_prune.pruners.rows import Rows, cosine_rows
-from mlx_vlm_prune.pruners.vispruner import thin_out, thin_out_lazily
+from mlx_vlm_prune.pruners.vispruner import thin_out, thin_out_on_host
 
 from .pruner_cases import CHOOSING, INPUTS, case, make_pruner, signals
 
@@ -49,10 +49,10 @@ def test_lazy_gains_choose_what_all_gains_choose_ties_included(monkeypatch):
                 assert lazy_K == full_BK[b].tolist(), seed
 
 
-def test_lazy_rounds_drop_what_full_rounds_drop_ties_included(monkeypatch):
+def test_rounds_on_the_host_drop_what_one_graph_drops_ties_included(monkeypatch):
+    monkeypatch.setattr("mlx_vlm_prune.pruners.vispruner.LISTED", 3)
     with choosing():
         for seed in range(CASES):
-            monkeypatch.setattr(lazy, "BATCH", 1 + seed % 16)  # few, so that bounds decide
             rng = np.random.default_rng(seed)
             B, N, D = (int(n) for n in rng.integers((1, 2, 1), (4, 40, 4)))
             x_BND = integers_with_ties(rng, B, N, D)
@@ -61,9 +61,9 @@ def test_lazy_rounds_drop_what_full_rounds_drop_ties_included(monkeypatch):
             least = int(rng.integers(1, R + 1))
             full_BR = thin_out(cosine_rows(x_BND), order_BR, least)
             for b in range(B):
-                similar = HeldRows(cosine_rows(x_BND[b : b + 1], hold=False))
-                lazy_R = thin_out_lazily(similar, np.array(order_BR[b]), least)
-                assert lazy_R.tolist() == full_BR[b].tolist(), seed
+                similar = cosine_rows(x_BND[b : b + 1], hold=False)
+                host_R = thin_out_on_host(similar, np.array(order_BR[b]), least)
+                assert host_R.tolist() == full_BR[b].tolist(), seed
 
 
 def test_few_held_rows_are_the_rows_whatever_is_read_and_changed(monkeypatch):
@@ -113,7 +113,7 @@ PARTS = [
     ("cdpruner", "float32", cdpruner, "MOST_ON_GPU", 4),
     ("sparsevlm:recycle=0.9", "float64", clusters, "TILE", 3),
     ("sparsevlm:recycle=0.9", "float32", clusters, "BLOCK", 50),
-    ("pact", "float64", pact, "ROWS", 3),
+    ("pact", "float64", rows, "BLOCK", 3),
     *((spec, "float32", rows, "MOST_HELD", 0) for spec in BY_ROWS),
 ]
 

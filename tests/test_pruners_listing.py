@@ -31,6 +31,28 @@ def test_a_method_is_shown_with_its_options_defaults_and_meanings(name, capsys):
         assert type(default)(value == "true" if isinstance(default, bool) else value) == default
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_shown_beside_its_authors_code(name, capsys):
+    method = METHODS[name]
+    alike, differences = method.fidelity
+    listing.main([name])
+    shown = " ".join(capsys.readouterr().out.split())
+    if not method.authors_code:
+        assert "Not compared with code of its authors." in shown and "Differs: -" not in shown
+        return
+    assert alike.startswith("As the authors' code (") and method.authors_code in alike
+    assert shown.count("As the authors' code (") == 1 and alike in shown
+    assert ("Differs: -" in shown) is bool(differences)
+    assert all(f" - {difference}" in shown for difference in differences)
+
+
+def test_differences_are_read_from_the_docstring():
+    pact, scope = METHODS["pact"].fidelity, METHODS["scope"].fidelity
+    assert METHODS["pact"].authors_code == "orailix/PACT@cf9a0c9" and len(pact[1]) == 3
+    assert pact[1][1] == "of too few centres, the most worthy tokens fill up"
+    assert "github.com" not in pact[0] and not scope[1]
+
+
 def test_a_preset_is_shown_as_its_chain(capsys):
     listing.main(["vscan"])
     assert capsys.readouterr().out == f"vscan is short for {PRESETS['vscan']}\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import command_line, device_page, gallery
+from benchmarks import command_line, device_page, fidelity, gallery
 from benchmarks.report import fill
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import compose
@@ -116,6 +116,10 @@ def test_every_local_link_leads_somewhere():
 
 def test_the_gallery_is_what_the_methods_and_the_results_say():
     assert gallery.page() == (ROOT / "docs" / "pruners.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_the_authors_code_is_what_the_methods_and_their_cases_say():
+    assert fidelity.page() == (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_devices_is_what_their_results_say():

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_vlm_prune.models import decoder
+from mlx_vlm_prune.models import decoder, layers
 from mlx_vlm_prune.models.language.minimind import MiniMind, MiniMindConfig
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.models.splice import ImageSlots, splice
@@ -96,7 +96,7 @@ def prefill(name: str) -> int:
         return identity(signals.x_BND[:, :K])
 
     method = replace(METHODS["fastv"], needs={name: None}, prune=first)
-    pruner, twig = Pruner("first", method, weights=weights), decoder.TwigReader(weights)
+    pruner, twig = Pruner("first", method, weights=weights), layers.TwigReader(weights)
     cuts = decoder.Cuts(pruner, [{1: N // 2}], [GRID], twig=twig)
 
     def read() -> None:
@@ -108,10 +108,10 @@ def prefill(name: str) -> int:
 
 @pytest.mark.parametrize("name", IN_DECODER)
 def test_no_signal_of_the_decoder_costs_n_times_n(name, monkeypatch):
-    monkeypatch.setattr(decoder, "PREFILL_STEP_SIZE", 64)
+    monkeypatch.setattr(layers, "PREFILL_STEP_SIZE", 64)
     assert prefill(name) < SQUARE / 4
 
 
 def test_all_rows_at_once_would_be_seen_in_the_decoder(monkeypatch):
-    monkeypatch.setattr(decoder, "PREFILL_STEP_SIZE", N + 4)
+    monkeypatch.setattr(layers, "PREFILL_STEP_SIZE", N + 4)
     assert prefill("before") > H * SQUARE

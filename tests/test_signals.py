@@ -73,11 +73,12 @@ def test_an_image_of_a_batch_has_its_own_signals(name):
 
 SIGNALS_OF_NEED = {  # what a host hands over for a need, where it is not a row of attention
     "grid": [], "text": ["text_BTD", "text_real_BT"], "cls_query": ["cls_query_BHd"],
+    "cls_key": ["cls_key_BHd"], "features": ["features_BND"],
     "keys": ["keys_BNHd"], "queries": ["queries_BNHd"], "pixels": ["pixels_BND"],
     "patches": ["patches_BND"], "before": ["before_BND"],
     "held_keys": ["keys_BND", "text_keys_BTD"],
     "normed": ["normed_BND", "text_BTD", "text_real_BT"],
-    "text_attention": ["text_attention_BTN"],
+    "text_attention": ["text_attention_BTN"], "text_share": ["text_share_BT", "text_real_BT"],
     "mean_attention": ["mean_attention_BN", "next_keys_BND"],
 }  # fmt: skip
 

@@ -84,7 +84,7 @@ def test_a_long_prompt_is_read_at_once(desk, monkeypatch, stage, grad_checkpoint
     more = {"stage": stage, "grad_checkpoint": grad_checkpoint, "batch_size": 3}
     more |= {"twig_layer": 1, "twig_layers": 1} if stage == "twig" else {}
     expected = trainer(desk, **more).step(0)
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", 8)
+    monkeypatch.setattr("mlx_vlm_prune.models.layers.PREFILL_STEP_SIZE", 8)
     assert trainer(desk, **more).step(0) == expected
 
 

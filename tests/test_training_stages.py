@@ -88,15 +88,16 @@ def close(ours: np.ndarray, theirs: torch.Tensor) -> bool:
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("score_prune", {}), ("score_prune", {"unfreeze": ["language"]}), ("mlp", {}),
+        ("score_prune", {}), ("mlp", {}), ("norm+restore:published", {"unfreeze": ["language"]}),
+        ("score_prune", {"unfreeze": ["language"]}), ("twig", {"twig_layer": 1, "twig_layers": 1}),
         ("mlp", {"unfreeze": ["language", "projector"]}),
-        ("twig", {"twig_layer": 1, "twig_layers": 1}),
     ],
 )  # fmt: skip
 def test_recomputed_layers_change_no_gradient(pair, name, keys):
     """With grad_checkpoint."""
-    stage = "twig" if name == "twig" else "pruner"
-    more = {} if stage == "twig" else {"pruner": name, "keep_tokens": 5, "noise": 0}
+    stage = {"twig": "twig", "norm+restore:published": "sft"}.get(name, "pruner")
+    more = {} if stage == "twig" else {"pruner": name, "keep_tokens": 5}
+    more |= {"noise": 0} if stage == "pruner" else {}
     results = []
     for recompute in (False, True):
         model = load_folder(pair[1], "x", "float32")[0]

@@ -19,7 +19,8 @@ from mlx_vlm_prune import generate
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput, TwigReader, run_layers
+from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput
+from mlx_vlm_prune.models.layers import TwigReader, run_layers
 from mlx_vlm_prune.models.learned import read_learned
 from mlx_vlm_prune.models.splice import Spliced
 from mlx_vlm_prune.models.vlm import VLM
@@ -120,7 +121,7 @@ def test_deep_caches_hold_no_visual_rows_and_the_words_keep_their_places(pair):
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_its_row_of_attention_is_that_of_whole_attention(pair, monkeypatch, layers, piece):
     """With gaps between positions, a padded prompt, and a bias on what two rows get."""
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", piece)
+    monkeypatch.setattr("mlx_vlm_prune.models.layers.PREFILL_STEP_SIZE", piece)
     theirs, ours = pair.twigs[layers]
     rng = np.random.default_rng(layers)
     x_BLD = rng.normal(size=(2, L, tiny.TEXT.hidden_size)).astype(np.float32)

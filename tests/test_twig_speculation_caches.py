@@ -9,7 +9,7 @@ import pytest
 
 from mlx_vlm_prune.generation import speculation as speculation_module
 from mlx_vlm_prune.generation.speculation import Speculation
-from mlx_vlm_prune.models.decoder import TwigReader
+from mlx_vlm_prune.models.layers import TwigReader
 
 from . import tiny
 from .pruner_cases import close
@@ -108,7 +108,7 @@ def test_a_decoder_that_believes_every_draft_is_found_out(pairs, monkeypatch):
 @pytest.mark.parametrize("piece", [5, 2048])
 @pytest.mark.parametrize("spec", ["none", "twig", "fastv", "cls_attention+restore"])
 def test_reading_along_changes_nothing_that_the_model_reads(pairs, spec, piece, monkeypatch):
-    monkeypatch.setattr("mlx_vlm_prune.models.decoder.PREFILL_STEP_SIZE", piece)
+    monkeypatch.setattr("mlx_vlm_prune.models.layers.PREFILL_STEP_SIZE", piece)
     pair = pairs["nearly"]
     reader = TwigReader(pair.ours.learned["twig"])
     alone, along = read_prompt(pair, spec), read_prompt(pair, spec, twig=reader)

@@ -16,7 +16,7 @@ import torch
 
 from mlx_vlm_prune.generation.speculation import Speculation
 from mlx_vlm_prune.hosts.loading import load
-from mlx_vlm_prune.models.decoder import TwigReader
+from mlx_vlm_prune.models.layers import TwigReader
 from mlx_vlm_prune.pruners import plan
 from torch_ref.models.language.twig import Twig, grown
 from torch_ref.models.vlm import VLM, VLMConfig

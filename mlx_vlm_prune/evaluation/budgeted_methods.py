@@ -1,14 +1,16 @@
 """Which methods are evaluated at which budgets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..inputs.budget import tokens_for
 from ..models.vlm import VLM
 from ..pruners import METHODS, Pipeline, Stage, plan
+from ..pruners.contract import Policy
 
-CHAINS = ("cls_attention+restore", "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
+CHAINS = ("cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
+POOLING = ("avgpool", "attention_pool")  # their slots replace no tokens, so nothing is to restore
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,24 @@ class BudgetedMethod:
         """The first columns of the row; `sizes` are the tokens of each question's image."""
         tokens = self.mean_tokens(sizes)
         columns = {"pruner": self.spec, "tokens": tokens, "of": round(sum(sizes) / len(sizes))}
+        if self.pipeline.policy:
+            columns["positions"] = self.pipeline.policy
         if not isinstance(self.K, int):
             return {**columns, "keep_ratio": self.K}
         return columns if tokens == self.K else {**columns, "keep_tokens": self.K}
 
 
 def budgeted_methods(
-    N: int | None, specs: Sequence[str], budgets: Sequence[float], learned: Mapping[str, Any]
+    N: int | None,
+    specs: Sequence[str],
+    budgets: Sequence[float],
+    learned: Mapping[str, Any],
+    policies: Sequence[Policy | None] = (None,),
 ) -> tuple[list[BudgetedMethod], list[dict]]:
     """Full, then at every budget `random` and the others; and those refused, with the reason.
 
-    `N` is the number of every image's tokens, or None where images differ. Raises UserError for
-    an unknown method.
+    `N` is the number of every image's tokens, or None where images differ. With several policies
+    of positions a method is there once with each. Raises UserError for an unknown method.
     """
     methods, refused = [BudgetedMethod("none", N or 1.0, plan("none"))], []
     for K in budgets:
@@ -50,24 +58,36 @@ def budgeted_methods(
                 why = f"it was trained for {pipeline.trained_tokens} tokens"
                 refused.append({"pruner": spec, "tokens": K, "why": why})
             elif spec != "none":
-                methods.append(BudgetedMethod(spec, K, pipeline))
+                methods += [
+                    BudgetedMethod(spec, K, replace(pipeline, policy=policy)) for policy in policies
+                ]
     return methods, refused
 
 
 def random_baselines(methods: Sequence[BudgetedMethod]) -> list[int | None]:
-    """For each method the number of `random` with the same budget; None for full and `random`."""
-    random = {method.K: p for p, method in enumerate(methods) if method.spec == "random"}
+    """For each method the number of `random` with the same budget and policy of positions; None
+    for full and `random`."""
+    settings = [(method.K, method.pipeline.policy) for method in methods]
+    random = {settings[p]: p for p, method in enumerate(methods) if method.spec == "random"}
     return [
-        None if method.spec in ("none", "random") else random.get(method.K) for method in methods
+        None if method.spec in ("none", "random") else random.get(setting)
+        for method, setting in zip(methods, settings, strict=True)
     ]
 
 
 def default_methods(model: VLM) -> list[str]:
-    """All methods that one of our models supports, with their papers' options, and some chains."""
+    """All methods that one of our models supports, with their papers' options, selectors with
+    `restore` too, and some chains."""
     supported = [
         name
         for name, method in METHODS.items()
         if method.stage is not Stage.ENHANCER and (not method.learned or name in model.learned)
     ]
+    selectors = (Stage.FEATURES, Stage.PROJECTED)
+    restored = [
+        f"{name}+restore"
+        for name in supported
+        if METHODS[name].stage in selectors and name not in ("none", *POOLING)
+    ]
     dynamic = ["mlp:dynamic"] if "mlp" in model.learned else []
-    return [*supported, *dynamic, *CHAINS]
+    return [*supported, *dynamic, *restored, *CHAINS]

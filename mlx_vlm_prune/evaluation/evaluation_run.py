@@ -247,8 +247,10 @@ class EvaluationRun:
 
     def refusals(self) -> list[dict[str, Any]]:
         """The methods that failed, and why."""
-        failed = [(self.methods[p], why) for p, why in self.failures.items()]
-        return [{"pruner": method.spec, "tokens": method.K, "why": why} for method, why in failed]
+        failed = [
+            (self.methods[p].spec, self.methods[p].K, why) for p, why in self.failures.items()
+        ]
+        return [{"pruner": spec, "tokens": K, "why": why} for spec, K, why in dict.fromkeys(failed)]
 
     def collect(self) -> tuple[AnswerTable, list[str]]:
         """The working methods' answers, and messages on what was left out.

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..checkpoints.errors import UserError
 from ..hosts.compatibility import check_pipeline
+from ..hosts.families.pruner_defaults import with_family_defaults
 from ..hosts.host import Host, generation_stream
 from ..hosts.prefill import HostPrefill, prefill_through_cuts
 from ..hosts.prepared_inputs import PreparedInputs
@@ -47,6 +48,7 @@ class EvaluatedHost:
         self.ends = set(self.tokenizer.stopping_criteria.eos_token_ids)
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
+            pipeline = with_family_defaults(pipeline, host.kind)
             if self._is_supported(pipeline) and (layers := host.depth):
                 self.want |= pipeline.signal_layers(layers)
 
@@ -82,11 +84,13 @@ class EvaluatedHost:
 
         Raises UserError where the method cannot prune this model or keep this budget.
         """
-        policy = check_pipeline(self.host, pipeline, None)
+        pipeline = with_family_defaults(pipeline, self.host.kind)
+        policy = check_pipeline(self.host, pipeline, pipeline.policy)
         answers = []
         for question, views, N in zip(batch.questions, batch.views, batch.sizes, strict=True):
             ratio, tokens = (None, min(K, N)) if isinstance(K, int) else (K, None)
             with self.host.preserve_state(), generation_stream():
+                views = self._views_for(pipeline, question.inputs, views)
                 views = add_text(self.host, question.inputs, views, pipeline)
                 budgets = budgets_by_view(views, ratio, tokens, pipeline)
                 prompt = prune_prompt(self.host, question.inputs, views, pipeline, budgets, policy)
@@ -97,9 +101,16 @@ class EvaluatedHost:
         ids = [one.ids[0] for one in answers]
         return Answers(ids, np.concatenate([one.logprob_B for one in answers]))
 
+    def _views_for(
+        self, pipeline: Pipeline, inputs: PreparedInputs, views: list[View]
+    ) -> list[View]:
+        """These views, or others where the methods read another layer for a signal in them."""
+        want = pipeline.signal_layers(self.host.depth) if self.host.depth else {}
+        return views if want.items() <= self.want.items() else self.host.encode_images(inputs, want)
+
     def _is_supported(self, pipeline: Pipeline) -> bool:
         try:
-            check_pipeline(self.host, pipeline, None)
+            check_pipeline(self.host, pipeline, pipeline.policy)
         except UserError:  # which `answer` raises
             return False
         return True

@@ -37,7 +37,7 @@ class Column:
 def table(result: dict[str, Any]) -> str:
     """The rows by budget, the best first, and the notes."""
     columns = _columns(result)
-    width = max(len(row["pruner"]) for row in result["rows"])
+    width = max(len(label(row)) for row in result["rows"])
     titles = "".join(f"{column.title + ' ':>{column.width}}" for column in columns)
     lines = [f"{'pruner':<{width}}  tokens{titles}".rstrip()]
     for tokens in sorted({row["tokens"] for row in result["rows"]}, reverse=True):
@@ -45,8 +45,13 @@ def table(result: dict[str, Any]) -> str:
         lines.append("")
         for row in sorted(at_budget, key=lambda row: -row["overall"]):
             cells = "".join(f"{column.cell(row):>{column.width}}" for column in columns)
-            lines.append(f"{row['pruner']:<{width}}  {tokens:>6}{cells}".rstrip())
+            lines.append(f"{label(row):<{width}}  {tokens:>6}{cells}".rstrip())
     return "\n".join([*lines, "", *_notes(result)])
+
+
+def label(row: Row) -> str:
+    """The method, with the policy of positions where one was given."""
+    return " ".join([row["pruner"], *([row["positions"]] if "positions" in row else [])])
 
 
 def _columns(result: dict[str, Any]) -> list[Column]:
@@ -89,7 +94,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     worse: dict[str, list[str]] = {}
     for row in result["rows"]:
         if mark(row) == "▼":
-            worse.setdefault(row["pruner"], []).append(str(row["tokens"]))
+            worse.setdefault(label(row), []).append(str(row["tokens"]))
     if worse:
         named = [f"{name} ({', '.join(tokens)})" for name, tokens in worse.items()]
         lines.append(f"Worse than random: {', '.join(named)}.")

@@ -147,12 +147,14 @@ class Conversation:
     def prefill(self, read: SplicedImages, prompt: Prompt) -> Prefill:
         """The prompt through the layers, from the first row that they do not hold.
 
-        Where rows leave between the layers, or a layer has a state and no rows, all is read.
+        Where rows leave between the layers, or a layer has a state and no rows, or what restores
+        attention must weigh them all, all is read.
         """
         model, held, self.held, self.rows_reused = self.model, self.held, None, 0
         cuts = model.cuts(read.batches, read.pipeline, read.K, read.policy, None)
         cache = model.language.make_cache()
-        if cuts.layers or not all(isinstance(layer, LayerCache) for layer in cache):
+        has_rows = all(isinstance(layer, LayerCache) for layer in cache)
+        if cuts.layers or read.pipeline.enhancer or not has_rows:
             return model.finish_prefill(read, *model.decode(read))
         keys = row_keys(read, prompt)
         if held:
@@ -180,12 +182,12 @@ def row_keys(read: SplicedImages, prompt: Prompt) -> list[RowKey]:
 def token_keys(number: int, batch: ImageBatch, read: SplicedImages) -> list[RowKey]:
     """The same of an image's K tokens, but for their positions.
 
-    A token that was chosen depends on its index, a mixed one or one with a bias on all that were
-    chosen with it. What a learned method mixes in by the words of the prompt is never the same.
+    A token that was chosen depends on its index, a mixed one on all that were chosen with it. What
+    a learned method mixes in by the words of the prompt is never the same.
     """
     kept, pipeline = batch.kept_of_encoded, read.pipeline
     choice: Any = None
-    if kept.merges or kept.index_BK is None or pipeline.enhancer:
+    if kept.merges or kept.index_BK is None:
         choice = tuple(np.array(part.astype(mx.float32)).tobytes() for part in kept.arrays)
     if pipeline.needs_signal("text") and any(step.method.learned for step in pipeline.steps):
         choice = object()

@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..models.decoder import TwigReader
+from ..models.layers import TwigReader
 from ..models.vlm import VLM, Prefill
 
 MIN_PROBABILITY = 0.6  # TwigVLM's; a draft ends behind what the twig thinks less likely

@@ -15,10 +15,11 @@ from ..checkpoints.errors import UserError
 from ..inputs.budget import check_budget
 from ..machine import blas
 from ..models.vlm import VLM
-from ..pruners import Pipeline, Pruner, plan
+from ..pruners import Pipeline, Pruner
 from ..pruners.contract import Policy
 from .compatibility import check_pipeline
 from .families import host_of
+from .families.pruner_defaults import plan_for_host
 from .host import Host
 from .input_embeddings import PrunedEmbeddings
 from .pruned_language import LanguageState, pruned_class
@@ -45,7 +46,8 @@ def attach(
     blas.load()  # warns where mlx came first
     host, pipeline, policy = _checked_host(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
-    state, language = LanguageState(host.is_bidirectional), model.language_model
+    language, mask_layers = model.language_model, host.mask_layers if pipeline.enhancer else ()
+    state = LanguageState(host.is_bidirectional, mask_layers)
     base = type(language)
     host.model = proxy(model)  # weak: the model, which will hold it, is freed with its last owner
     embeddings = PrunedEmbeddings(
@@ -75,7 +77,7 @@ def _checked_host(
             "pruned() and attach() are for mlx-vlm's models; ours take a pruner in generate()"
         )
     host = host_of(model)
-    pipeline = plan(pruner, host.learned)
+    pipeline = plan_for_host(host, pruner)
     policy = check_pipeline(host, pipeline, positions)
     if pipeline.decoder:
         raise UserError(

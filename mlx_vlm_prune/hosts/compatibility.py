@@ -9,7 +9,7 @@ LATER = "not yet in mlx-vlm models"
 SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
 # What a host has between the language model's layers, and what a tower without attention has.
 DECODER_SIGNALS = ("before", "normed", "held_keys", "last_attention", "next_attention")
-ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid")
+ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid", "features")
 
 
 def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
@@ -28,6 +28,11 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
     for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
         if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
+    if pipeline.enhancer and pipeline.decoder:
+        raise UserError(
+            f"{pipeline.enhancer.name} cannot follow {pipeline.decoder.name}, {LATER}: layers with"
+            " fewer rows share no mask with the others"
+        )
     if layers := host.depth:
         pipeline.signal_layers(layers)  # refuses one that does not exist, before images are read
     if host.has_mrope or pipeline.decoder:
@@ -52,6 +57,15 @@ def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None
         )
 
 
+def why_not_enhance(host: Host | type[Host], enhancer: Pruner) -> str | None:
+    """Why an enhancer cannot work in a model or a family; None where it can."""
+    if host.why_no_enhancer or not enhancer.calibrates:
+        return host.why_no_enhancer
+    return (
+        f"it adds something else in each layer, and mlx-vlm's share a mask: not as {enhancer.spec}"
+    )
+
+
 def _why_not(host: Host, step: Pruner) -> str | None:
     """Why a method cannot work in this model; None where it can."""
     if step.stage is Stage.IMAGE:
@@ -59,7 +73,7 @@ def _why_not(host: Host, step: Pruner) -> str | None:
     if step.stage is Stage.ENCODER:
         return host.why_no_encoder_methods
     if step.stage is Stage.ENHANCER:
-        return f"it adds to the attention that kept tokens get, {LATER}"
+        return why_not_enhance(host, step)
     if step.stage is not Stage.DECODER:
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"

@@ -10,9 +10,9 @@ from typing import Any
 from ..generation.request import Request
 from ..generation.result import GenerationResponse
 from ..inputs.budget import check_budget
-from ..pruners import plan
 from .compatibility import check_kv_bits, check_pipeline
 from .families import host_of
+from .families.pruner_defaults import plan_for_host
 from .stream import decoding_arguments, resize_option, stream_generate
 from .tower_cache import TowerCache
 
@@ -33,7 +33,7 @@ class HostConversation:
 
     def check(self, request: Request) -> None:
         """Raises UserError for a method or an option that the model cannot have."""
-        pipeline, options = plan(request.pruner), request.given_host_options
+        pipeline, options = plan_for_host(self.host, request.pruner), request.given_host_options
         check_pipeline(self.host, pipeline, request.positions)
         check_budget(request.keep_ratio, request.keep_tokens)
         decoding_arguments(request)
@@ -42,7 +42,7 @@ class HostConversation:
 
     def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
         """The answer to a request with the turns so far as its history. Raises UserError."""
-        pipeline, depth = plan(request.pruner), self.host.depth
+        pipeline, depth = plan_for_host(self.host, request.pruner), self.host.depth
         signals = pipeline.signal_layers(depth) if depth else {}
         before = self.towers and depth and self.towers.pipeline.signal_layers(depth)
         if self.towers is None or (depth and before != signals):

@@ -11,6 +11,9 @@ too: kept rows stand in their order, but not each at the column of its own id. `
 says so on the host, and mlx-vlm's tools cut and pad it as they do embeddings. Embeddings are read
 on the host only where a tool leaves it out.
 
+With an enhancer `attention_mask` has for each row how many tokens it stands for in later attention,
+whose log is its bias: 1 for a word, 0 where a row is dropped. It is read behind the choice, then.
+
 Shapes: B prompts, L rows with the dropped ones, l kept rows, n rows of a piece, D features,
 Y layers that DeepStack adds to, V visual rows kept.
 """
@@ -24,11 +27,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..models.decoder import PREFILL_STEP_SIZE
+from ..models.layers import PREFILL_STEP_SIZE
+from .biased_cache import add_biases
 
 DROPPED = -1  # the position of a dropped row
 EMBEDDINGS, POSITIONS = "inputs_embeds", "position_ids"
 IS_VISUAL, DEEPSTACK = "visual_pos_masks", "deepstack_visual_embeds"
+BIAS = "bias"  # added to the attention that rows get; an argument from here to `_with_biases`
 PER_ROW = (POSITIONS, IS_VISUAL, DEEPSTACK)  # arguments with an entry a row, beside embeddings
 IS_READ = "attention_mask"  # 0 where a row is dropped; never on a graph with the model's weights
 Language = Callable[..., Any]  # the call of mlx-vlm's own language model
@@ -39,10 +44,10 @@ def to_full_length(
 ) -> dict[str, mx.array]:
     """mlx-vlm's features of a prompt's kept rows, at full length and with marked dropped rows.
 
-    Embeddings are (L, D), which rows are read (L,); where a family has them positions (3, L),
-    visual rows (L,) and DeepStack's (L, Y, D). The prompt stands in `columns`, the other columns
-    are padding. The last kept row takes the last column, so that a prompt that ends in an image
-    still ends in a real row.
+    Embeddings are (L, D), which rows are read (L,), or how many tokens each stands for; where a
+    family has them positions (3, L), visual rows (L,) and DeepStack's (L, Y, D). The prompt stands
+    in `columns`, the other columns are padding. The last kept row takes the last column, so that a
+    prompt that ends in an image still ends in a real row.
     """
     begin, end = columns.start, columns.stop
     column_l = np.array(kept_columns, np.int32) + begin
@@ -56,6 +61,9 @@ def to_full_length(
     x_LD[begin:end] = mx.where(mx.arange(D) == 0, mx.nan, mx.inf)
     x_LD[kept_l] = x_lD
     full = {EMBEDDINGS: x_LD, IS_READ: mx.array(is_read_L)}
+    if features.attention_mask is not None:
+        full[IS_READ] = full[IS_READ].astype(mx.float32)
+        full[IS_READ][kept_l] = features.attention_mask[0]
     if features.position_ids is not None:
         positions_3L = mx.ones((3, L), mx.int32)
         positions_3L[:, begin:end] = DROPPED
@@ -92,18 +100,20 @@ class ReadColumns:
     leave `attention_mask` as it was."""
 
     mask: Callable[[], mx.array | None]  # a weak reference
+    mask_layers: Sequence[int] = ()  # with an enhancer: those whose caches make masks
     columns: int = 0
 
-    def dropped_rows(self, x_BnD: mx.array, is_read_BL: mx.array) -> np.ndarray | None:
-        """Which of the next n rows are dropped, (B, n); None where the two do not fit."""
-        B, n = x_BnD.shape[:2]
-        is_dropped_BL = np.array(is_read_BL) == 0
-        if is_dropped_BL.shape == (B, n):
-            return is_dropped_BL
-        begin, self.columns = self.columns, self.columns + n
-        if len(is_dropped_BL) != B or self.columns > is_dropped_BL.shape[1]:
+    def next_rows(self, x_BnD: mx.array, is_read_BL: mx.array | None) -> np.ndarray | None:
+        """`attention_mask` of the next n rows, (B, n); None where the two do not fit."""
+        if is_read_BL is None:
             return None
-        return is_dropped_BL[:, begin : self.columns]
+        B, n = x_BnD.shape[:2]
+        if is_read_BL.shape == (B, n):
+            return np.array(is_read_BL)
+        begin, self.columns = self.columns, self.columns + n
+        if len(is_read_BL) != B or self.columns > is_read_BL.shape[1]:
+            return None
+        return np.array(is_read_BL[:, begin : self.columns])
 
 
 def call_on_kept_rows(
@@ -113,16 +123,26 @@ def call_on_kept_rows(
     """Call the language model without the dropped rows. While decoding there are none.
 
     A model that is bidirectional in its prompt gets a batch in one call.
-    Raises UserError for a cache or a mask that does not fit pruned prompts.
+    Raises UserError for a cache or a mask that does not fit pruned prompts, and where rows are to
+    get more attention without a cache or `attention_mask`.
     """
     arguments = {**arguments}
     x_BLD, is_read_BL = arguments.get(EMBEDDINGS), arguments.pop(IS_READ, None)
+    cache: Any = arguments.get("cache")
+    if cache:  # also of a prompt of words: its batch may be joined by others
+        add_biases(cache, read.mask_layers, None)
     if x_BLD is None:
         return language(ids_BL, **arguments)
-    is_dropped_BL = None if is_read_BL is None else read.dropped_rows(x_BLD, is_read_BL)
-    if is_dropped_BL is None:
+    weight_BL = read.next_rows(x_BLD, is_read_BL)
+    if weight_BL is not None:
+        is_dropped_BL = weight_BL == 0
+    else:
         is_dropped_BL = np.array(mx.isnan(x_BLD[..., 0]) & (x_BLD[..., 1:] == mx.inf).all(axis=-1))
-    cache: Any = arguments.get("cache")
+    if read.mask_layers:
+        bias_BL = _biases(weight_BL if cache else None)
+        if bias_BL is not None:
+            arguments[BIAS] = bias_BL.astype(x_BLD.dtype)
+            language = _with_biases(language, read.mask_layers)
     has_batch_cache = bool(cache) and hasattr(cache[0], "left_padding")
     if is_dropped_BL.any():
         if len(is_dropped_BL) > 1 and not has_batch_cache:
@@ -144,7 +164,8 @@ def _call_on_prompt(
     so that they have their own mark of dropped rows."""
     if is_dropped_n.any():
         kept = _true_rows(~is_dropped_n)
-        ids_1n, arguments = ids_1n[:, kept], arguments | _at_rows(arguments, [EMBEDDINGS], kept)
+        of_piece = _at_rows(arguments, [EMBEDDINGS, BIAS], kept)
+        ids_1n, arguments = ids_1n[:, kept], arguments | of_piece
     positions = arguments.get(POSITIONS)
     if positions is not None and positions.ndim == 3 and positions.shape[1] == 1:
         if is_read_1L is not None and is_read_1L.shape[1] == positions.shape[2]:
@@ -179,7 +200,7 @@ def _call_on_batch(
         for layer_cache in cache:
             layer_cache.prepare(left_padding=more_padding)
     arguments = {**arguments}
-    for name in (EMBEDDINGS, *PER_ROW):
+    for name in (EMBEDDINGS, BIAS, *PER_ROW):
         if (x := arguments.get(name)) is not None:
             prompt_axis = 1 if name == POSITIONS and x.ndim == 3 else 0
             arguments[name] = _pad_left(x, kept, l, prompt_axis)
@@ -206,7 +227,7 @@ def _call_in_steps(
     ends = [l] if step is None else sorted({*range(step, l - 1, step), l - 1, l} - {0})
     for begin, end in pairwise([0, *ends]):
         rows = slice(begin, end)
-        piece = arguments | _at_rows(arguments, (EMBEDDINGS, *PER_ROW), rows)
+        piece = arguments | _at_rows(arguments, (EMBEDDINGS, BIAS, *PER_ROW), rows)
         output = _call(language, ids_Bl[:, rows], piece)
         mx.async_eval([layer_cache.state for layer_cache in arguments["cache"]])
     return output
@@ -222,6 +243,31 @@ def _call(language: Language, ids_Bl: mx.array, arguments: dict[str, Any]) -> An
         is_visual_Bl = is_visual_Bl if rows.size else None
         arguments = arguments | {DEEPSTACK: deepstack, IS_VISUAL: is_visual_Bl}
     return language(ids_Bl, **arguments)
+
+
+def _biases(weight_BL: np.ndarray | None) -> mx.array | None:
+    """What is added to the attention that rows get, by `attention_mask`; None where nothing is.
+
+    Raises UserError without either mask or cache, when the answer would lack it.
+    """
+    if weight_BL is None:
+        raise UserError(
+            "rows of a pruned prompt get more attention here: call the language model with a cache,"
+            " and with the attention_mask that get_input_embeddings gave"
+        )
+    if np.isin(weight_BL, (0, 1)).all():
+        return None
+    return mx.array(np.log(np.where(weight_BL == 0, 1, weight_BL)))
+
+
+def _with_biases(language: Language, mask_layers: Sequence[int]) -> Language:
+    """The language model's call, before which the caches hear what is added to its rows."""
+
+    def call(ids_Bl: mx.array, **arguments: Any) -> Any:
+        add_biases(arguments["cache"], mask_layers, arguments.pop(BIAS))
+        return language(ids_Bl, **arguments)
+
+    return call
 
 
 def _at_rows(

@@ -37,6 +37,7 @@ class Host(ABC):
         "it works between the tower's layers, which is not yet there for mlx-vlm models"
     )
     why_one_image: ClassVar[str | None] = None  # why a prompt may have one only, if so
+    why_no_enhancer: ClassVar[str | None] = None  # why no row can get more attention, if so
     # Drives the language model's layers one by one, for decoder methods.
     language_layers_class: ClassVar[type[LanguageLayers] | None] = None
 
@@ -159,6 +160,11 @@ class Host(ABC):
             if self.language_layers_class is None
             else self.language_layers_class(self.language)
         )
+
+    @property
+    def mask_layers(self) -> Sequence[int]:
+        """The layers whose caches mlx-vlm asks for masks."""
+        return (0,)
 
     @property
     def is_bidirectional(self) -> bool:

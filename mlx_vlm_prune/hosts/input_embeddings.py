@@ -96,7 +96,7 @@ class PrunedEmbeddings:
                     self.report.add(prompts[-1], clock.ms, tower_skipped)
                     clock.ms = dict.fromkeys(clock.ms, 0.0)  # the next prompt's time starts here
         if self.host.placeholder_unit != "token":  # ids and rows differ in mlx-vlm as well
-            return _all_read(features[0])
+            return features[0] if prompts[0].bias_l is not None else _all_read(features[0])
         kept_columns = [prompt.kept_rows.columns for prompt in prompts]
         return self._join(ids_BL.shape[1], batch, kept_columns, features)
 
@@ -117,6 +117,8 @@ class PrunedEmbeddings:
         overrides = {name: arguments.pop(name) for name in OVERRIDES if name in arguments}
         ids_1l, pixels = arguments.pop("input_ids"), arguments.pop("pixel_values", None)
         features = self._stock(ids_1l, pixels, **arguments)
+        bias_l = prompt.bias_l
+        overrides[IS_READ] = None if bias_l is None else mx.exp(bias_l.astype(mx.float32))[None]
         return replace(features, **overrides, attention_mask_4d=None)  # a mask that nothing reads
 
     def _join(

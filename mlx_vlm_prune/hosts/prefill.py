@@ -21,6 +21,7 @@ from ..models.decoder import Cuts, Decoder
 from ..models.splice import Spliced
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
+from .biased_cache import add_biases
 from .dropped_rows import deepstack_rows
 from .host import Host
 from .language_layers import LanguageLayers, ShiftedCache
@@ -125,6 +126,16 @@ def _last_row_arguments(
     return arguments
 
 
+def prompt_cache(host: Host, prompt: PrunedPrompt) -> list[Any]:
+    """The prompt's caches, one a layer; new ones where nothing was read yet."""
+    from mlx_vlm.models.cache import make_prompt_cache
+
+    cache: list[Any] = prompt.cache or make_prompt_cache(host.language)
+    if prompt.bias_l is not None:
+        add_biases(cache, host.mask_layers, prompt.bias_l[None])
+    return cache
+
+
 def prompt_cache_bytes(cache: Sequence[Any], rows: int) -> int:
     """Bytes of a prompt's rows in all layers. The first token's row, which may be there, is not
     counted."""
@@ -140,10 +151,9 @@ class HostPrefill:
 
     def __init__(self, host: Host, prompt: PrunedPrompt):
         from mlx_vlm.generate.ar import generate_step
-        from mlx_vlm.models.cache import make_prompt_cache
 
         self.host, self.trace, self.rows = host, prompt.trace, [prompt.length]
-        self.cache = prompt.cache or make_prompt_cache(host.language)
+        self.cache = prompt_cache(host, prompt)
         arguments = dict(prompt.arguments)
         names = ("input_ids", "pixel_values", "mask")
         ids, pixels, mask = (arguments.pop(name, None) for name in names)

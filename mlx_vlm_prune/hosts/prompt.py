@@ -20,13 +20,13 @@ from ..checkpoints.errors import UserError
 from ..inputs.budget import budget
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
-from ..models.pruning import ImageBatch, prune
+from ..models.pruning import ImageBatch, attention_bias, prune
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt_arguments import KeptRows, image_arguments, kept_rows, row_arguments
+from .prompt_arguments import KeptRows, bias_rows, image_arguments, kept_rows, row_arguments
 from .views import View
 
 ViewEncoder = Callable[[PreparedInputs], list[View]]
@@ -49,6 +49,7 @@ class PrunedPrompt:
     positions: Policy
     cache: list[Any] | None = None
     cache_bytes: int | None = None
+    bias_l: mx.array | None = None  # added to the attention that rows get, with an enhancer
 
 
 def prepare_prompt(
@@ -193,7 +194,7 @@ def prune_prompt(
     step_budgets = [pipeline.budgets(N, K) for N, K in zip(sizes, budgets, strict=True)]
     steps = [ReductionStep("", 0, [batch.kept for batch in batches])]
     batches, features = _prune(batches, step_budgets, Stage.FEATURES)  # prune
-    batches = _project(host, batches)  # project
+    batches = _project(host, batches, pipeline)  # project
     batches, projected = _prune(batches, step_budgets, Stage.PROJECTED)
     trace = Trace([*steps, *features, *projected], sizes, [view.image for view in views])
     policy = trace.policy(policy)
@@ -204,7 +205,9 @@ def prune_prompt(
     if host.placeholder_unit != "token":  # mlx-vlm puts the images' rows in place of one
         words = [row for row in rows.columns if inputs.ids[row] != host.image_token_id(inputs)]
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
-    return PrunedPrompt(inputs, views, arguments, rows, length, trace, policy)
+    biases = [attention_bias(batch, pipeline.enhancer) for batch in batches]
+    bias_l = bias_rows(host, inputs, batches, biases, rows)
+    return PrunedPrompt(inputs, views, arguments, rows, length, trace, policy, bias_l=bias_l)
 
 
 def _prune(
@@ -220,12 +223,18 @@ def _prune(
     return [batch for (batch,), _ in done], steps
 
 
-def _project(host: Host, batches: list[ImageBatch]) -> list[ImageBatch]:
-    """The projector on all views at once."""
+def _project(host: Host, batches: list[ImageBatch], pipeline: Pipeline) -> list[ImageBatch]:
+    """The projector on all views at once; features are held where a method behind it reads them."""
+    keeps_features = pipeline.needs_signal("features")
     parts = [batch.signals.x_BND for batch in batches]
     x_1UD = host.project(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     ends = accumulate([0, *(part.shape[1] for part in parts)])
     return [
-        replace(batch, signals=batch.signals.replace(x_BND=x_1UD[:, begin:end]))
-        for batch, (begin, end) in zip(batches, pairwise(ends), strict=True)
+        replace(
+            batch,
+            signals=batch.signals.replace(
+                x_BND=x_1UD[:, begin:end], features_BND=features_BND if keeps_features else None
+            ),
+        )
+        for batch, features_BND, (begin, end) in zip(batches, parts, pairwise(ends), strict=True)
     ]

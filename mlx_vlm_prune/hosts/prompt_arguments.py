@@ -77,6 +77,39 @@ def kept_rows(
     return KeptRows(columns, mx.sort(mx.concatenate([row_numbers(words), *parts])), has_breaks)
 
 
+def bias_rows(
+    host: Host, inputs: PreparedInputs, batches: Sequence[ImageBatch],
+    biases: Sequence[mx.array | None], rows: KeptRows,
+) -> mx.array | None:  # fmt: skip
+    """What is added to the attention that each row gets (l,), by the biases (1, K) of each view;
+    None where nothing is."""
+    dtype = batches[0].signals.x_BND.dtype
+    if all(bias_1K is None for bias_1K in biases):
+        return None
+    bias_by_view = [
+        mx.zeros(batch.slots, dtype) if bias_1K is None else bias_1K[0].astype(dtype)
+        for batch, bias_1K in zip(batches, biases, strict=True)
+    ]
+    is_placeholder_L = np.array(inputs.ids) == host.image_token_id(inputs)
+    if host.placeholder_unit == "token":
+        bias_L, placeholders = mx.zeros(len(inputs.ids), dtype), np.flatnonzero(is_placeholder_L)
+        ends = np.cumsum([batch.encoded.x_BND.shape[1] for batch in batches])[:-1]
+        by_view = np.split(placeholders, ends)
+        for rows_N, batch, bias_K in zip(by_view, batches, bias_by_view, strict=True):
+            assert batch.kept_of_encoded.index_BK is not None
+            bias_L[row_numbers(rows_N)[batch.kept_of_encoded.index_BK[0]]] = bias_K
+        return bias_L[rows.rows_l]
+    parts = list[mx.array]()
+    for column in rows.columns:
+        if not is_placeholder_L[column]:
+            parts.append(mx.zeros(1, dtype))
+        elif host.placeholder_unit == "image":
+            parts.append(bias_by_view.pop(0))
+        else:
+            parts += bias_by_view
+    return mx.concatenate(parts)
+
+
 def row_numbers(rows: Sequence[int] | np.ndarray) -> mx.array:
     """Numbers of rows that are known on the host."""
     return mx.array(np.array(rows, np.int32))

@@ -22,6 +22,7 @@ from ..checkpoints.reading.files import atomic_path, read_json, write_json
 from ..checkpoints.version import __version__
 from ..inputs.budget import check_budget, default_keep_ratio
 from ..pruners import NAMES, Pipeline, Stage, plan
+from .compatibility import why_not_enhance
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
@@ -36,7 +37,6 @@ WHY_NOT_IN_FOLDER = {
     Stage.IMAGE: "makes the picture smaller, which the processor would have to do",
     Stage.ENCODER: "works between the tower's layers",
     Stage.DECODER: "works between the language model's layers",
-    Stage.ENHANCER: "adds to the language model's attention",
 }
 GLOBAL_IMAGE_MARK = "<global-img>"  # before the tile that shows the whole image
 MODEL_FILE_TEXT = Template('''\
@@ -114,6 +114,9 @@ def prune_into(
     """
     config = _config(source)
     pipeline = _pipeline(pruner)
+    enhancer, family = pipeline.enhancer, FAMILIES[config["model_type"]]
+    if enhancer and (reason := why_not_enhance(family, enhancer)):
+        raise UserError(f"{enhancer.name} cannot prune a {config['model_type']} model: {reason}")
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
         keep_ratio = default_keep_ratio(pipeline.spec)

@@ -5,7 +5,7 @@ ids. So while a model prunes no prefix is read from a cache, and caches that wer
 unusable afterwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ class LanguageState:
     """What a pruned model's embeddings share with its language model."""
 
     is_bidirectional: bool
+    mask_layers: Sequence[int] = ()  # with an enhancer: those whose caches make masks
     gives_rope_index: bool = False  # see `PrunedLanguage.get_rope_index`
     # of each request the first layer's cache, and what was read into it
     caches: WeakKeyDictionary[Any, ReadColumns] = field(default_factory=WeakKeyDictionary)
@@ -41,10 +42,10 @@ class LanguageState:
         """What was read of the prompt with this mask into a request's caches."""
         mask: Any = (lambda: None) if is_read_BL is None else ref(is_read_BL)
         if not cache:
-            return ReadColumns(mask)
+            return ReadColumns(mask, self.mask_layers)
         read = self.caches.get(cache[0])
         if read is None or (is_read_BL is not None and read.mask() is not is_read_BL):
-            read = self.caches[cache[0]] = ReadColumns(mask)
+            read = self.caches[cache[0]] = ReadColumns(mask, self.mask_layers)
         return read
 
     def invalidate_caches(self) -> None:

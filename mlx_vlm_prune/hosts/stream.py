@@ -19,11 +19,11 @@ from ..generation.steps import process_logits, sample_token
 from ..generation.stream import initial_result
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import TOGETHER, Clock, request_clock
-from ..pruners import plan
 from .compatibility import check_kv_bits, check_pipeline
 from .families import host_of
+from .families.pruner_defaults import plan_for_host
 from .host import Host, generation_stream
-from .prefill import prefill_through_cuts, prompt_cache_bytes
+from .prefill import prefill_through_cuts, prompt_cache, prompt_cache_bytes
 from .prompt import (
     PrunedPrompt,
     ViewEncoder,
@@ -78,7 +78,7 @@ def stream_generate(
     """Answer a prompt about images, one piece of text at a time; `encode` may know the images'
     views already. Raises UserError."""
     host = host_of(model, processor)
-    pipeline = plan(request.pruner, host.learned)
+    pipeline = plan_for_host(host, request.pruner)
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options
@@ -166,9 +166,8 @@ def _decode(
     the last that may come is held back until then. `initial` reads which tokens stayed, so it is
     called behind the first token."""
     from mlx_vlm.generate import stream_generate as decode
-    from mlx_vlm.models.cache import make_prompt_cache
 
-    cache = prompt.cache or make_prompt_cache(host.language)
+    cache = prompt_cache(host, prompt)
     arguments = {"prompt_cache": cache, **decoding, **prompt.arguments}
     if processors := decoding["logits_processors"]:
         ids = prompt.inputs.ids

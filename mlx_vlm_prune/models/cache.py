@@ -25,6 +25,7 @@ class HeldRows:
     parts: tuple[mx.array, ...] = ()  # positions (B, L), as the rows were read
     padded: bool = False  # is any row padding?
     bias_BS: mx.array | None = None  # added to the attention a row gets; mostly nothing
+    distance_BP: mx.array | None = None  # with biases: added for a row so far before another
     _firsts: "dict[int, HeldRows]" = field(default_factory=dict)
 
     @cached_property
@@ -44,7 +45,12 @@ class HeldRows:
             bias_BS = mx.concatenate([held_BS, bias_BL], axis=1)
         is_joined = "positions_BS" in vars(self)
         parts = (self.positions_BS,) if is_joined else self.parts
-        return HeldRows(self.rows + L, (*parts, positions_BL), self.padded or padded, bias_BS)
+        parts, padded = (*parts, positions_BL), self.padded or padded
+        return HeldRows(self.rows + L, parts, padded, bias_BS, self.distance_BP)
+
+    def unbiased(self) -> "HeldRows":
+        """The same rows, to whose attention nothing is added."""
+        return HeldRows(self.rows, self.parts, self.padded)
 
     def first(self, rows: int) -> "HeldRows":
         """The first `rows` of them."""
@@ -54,7 +60,9 @@ class HeldRows:
                 parts += [part[:, :left]] if left else []
                 left -= min(left, part.shape[1])
             bias_BS = None if self.bias_BS is None else self.bias_BS[:, :rows]
-            self._firsts[rows] = HeldRows(rows, tuple(parts), self.padded, bias_BS)
+            self._firsts[rows] = HeldRows(
+                rows, tuple(parts), self.padded, bias_BS, self.distance_BP
+            )
         return self._firsts[rows]
 
 

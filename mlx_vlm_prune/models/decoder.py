@@ -7,7 +7,7 @@ T tokens of the longest text, Q queries, L rows, S rows held, D features, V word
 heads, R queries of each, d head size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,13 +17,12 @@ import mlx.core as mx
 from ..machine.clock import end_part
 from ..pruners import Pruner, Reduction, Signals
 from ..pruners.contract import Policy, identity, take
+from .cache import HeldRows
 from .language.contract import Language, Layers
-from .language.twig import Twig
+from .layers import Observers, TwigReader, run_layers
 from .splice import Spliced, drop_rows, pad_right
 
-PREFILL_STEP_SIZE = 2048  # rows of a prompt read at once
 QUERY_CHUNK = 64  # queries whose attention is held at once
-Observers = Mapping[int, Callable[[Spliced], object]]  # by layer
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,24 @@ class Decoder:
     def __call__(self, spliced: Spliced) -> Decoded:
         """Read the prompts; rows leave between the layers."""
         depth, begin, reductions, rows = self.language.depth, 0, [], list[int]()
+        entry = spliced
+        if spliced.distance_BP is not None:
+            before_prompt = HeldRows(distance_BP=spliced.distance_BP)
+            for layer_cache in self.cache:
+                layer_cache.held = before_prompt
         for layer in self.cuts.layers:
             before = self._read(range(begin, layer - 1), spliced)
             spliced = self._read(range(layer - 1, layer), before)
             end_part("prefill", spliced.x_BLD)
             rows += [spliced.L] * (layer - begin)
-            spliced, kept = self._cut(layer, spliced, before.x_BLD)
+            spliced, kept = self._cut(layer, spliced, before.x_BLD, entry)
             reductions.append((layer, kept))
             begin = layer
         spliced = self._read(range(begin, depth), spliced)
         rows += [spliced.L] * (depth - begin)
+        if spliced.distance_BP is not None:
+            for layer_cache in self.cache:
+                layer_cache.held = layer_cache.held.unbiased()
         return Decoded(spliced, reductions, rows)
 
     def _read(self, layers: range, spliced: Spliced) -> Spliced:
@@ -106,7 +113,7 @@ class Decoder:
         return run_layers(self.language, layers, spliced, self.cache, self.prefill_step_size)
 
     def _cut(
-        self, layer: int, spliced: Spliced, before_BLD: mx.array
+        self, layer: int, spliced: Spliced, before_BLD: mx.array, entry: Spliced
     ) -> tuple[Spliced, list[Reduction]]:
         """The rows that stay from a layer on; images with the same n and K are reduced together."""
         groups: dict[tuple[int, int, tuple[int, int]], list[int]] = {}
@@ -117,7 +124,7 @@ class Decoder:
         reductions = [Reduction() for _ in spliced.image_columns]
         biases: list[mx.array | None] = [None for _ in reductions]
         for (n, K, grid), group in groups.items():
-            layer_input = LayerInput(self, layer, spliced, before_BLD, group, grid)
+            layer_input = LayerInput(self, layer, spliced, before_BLD, group, grid, entry)
             reduction, bias_IK = self._reduce(layer_input, n, K)
             for i, image in enumerate(group):
                 reductions[image] = reduction.of_image(i)
@@ -137,64 +144,6 @@ class Decoder:
         return kept, layer_input.bias_of(kept, signals)
 
 
-def run_layers(
-    language: Layers, numbers: range, spliced: Spliced, cache: list[Any],
-    prefill_step_size: int | None = None,
-) -> mx.array:  # fmt: skip
-    """Hidden states after some layers.
-
-    A long prompt is read in chunks, each computed in turn: memory must not grow with its square.
-    """
-    if not numbers:
-        return spliced.x_BLD
-    chunks, size = [], prefill_step_size or PREFILL_STEP_SIZE
-    for begin in range(0, spliced.L, size):
-        rows = slice(begin, begin + size)
-        x_BLD, positions_BL = spliced.x_BLD[:, rows], spliced.positions_BL[:, rows]
-        options = row_options(spliced, rows)
-        chunks.append(language.run(numbers, x_BLD, positions_BL, cache, **options))
-        if size < spliced.L:
-            mx.async_eval(chunks[-1])
-    return mx.concatenate(chunks, axis=1) if len(chunks) > 1 else chunks[0]
-
-
-def row_options(spliced: Spliced, rows: slice = slice(0, None)) -> dict[str, Any]:
-    """What is known of some rows beside their positions."""
-    padding = [max(0, n - rows.start) for n in spliced.padding]
-    bias_BL = None if spliced.bias_BL is None else spliced.bias_BL[:, rows]
-    return {"contiguous": spliced.contiguous, "padding": padding, "bias_BL": bias_BL}
-
-
-class TwigReader:
-    """A twig with its cache of one request."""
-
-    def __init__(self, twig: Twig):
-        self.twig, self.cache = twig, twig.make_cache()
-        self.last = len(twig.layers) - 1
-        self._last_input_BLD: mx.array | None = None
-
-    def last_input(self, spliced: Spliced) -> mx.array:
-        """The input (B, L, D) of its last layer; the layers below run once."""
-        if self._last_input_BLD is None:
-            self._last_input_BLD = run_layers(self.twig, range(self.last), spliced, self.cache)
-        return self._last_input_BLD
-
-    def read(self, spliced: Spliced) -> None:
-        """Read the prompts as they are at its layer.
-
-        Nothing reads the last layer's output, so MLX computes its keys and values and nothing else.
-        """
-        numbers, x_BLD = range(self.last, self.last + 1), self.last_input(spliced)
-        self.twig.run(numbers, x_BLD, spliced.positions_BL, self.cache, **row_options(spliced))
-        last = self.cache[self.last]
-        mx.async_eval(last.keys_BGSd, last.values_BGSd)
-
-    @property
-    def observers(self) -> Observers:
-        """It reads the input of the layer that it grows on."""
-        return {self.twig.layer: self.read}
-
-
 class LayerInput:
     """The input of a layer, and the signals there of a group of images with n rows each.
 
@@ -203,11 +152,12 @@ class LayerInput:
 
     def __init__(
         self, decoder: Decoder, layer: int, spliced: Spliced, before_BLD: mx.array,
-        images: Sequence[int], grid: tuple[int, int],
+        images: Sequence[int], grid: tuple[int, int], entry: Spliced | None = None,
     ):  # fmt: skip
         self.language, self.cuts = decoder.language, decoder.cuts
         self.layer, self.cache_before = layer, decoder.cache[layer - 1]
         self.spliced, self.before_BLD, self.grid = spliced, before_BLD, grid
+        self.entry = spliced if entry is None else entry  # the input of the first layer
         self.images, self.prompts = images, [spliced.prompt_of[i] for i in images]
         columns = [list(spliced.image_columns[i]) for i in images]
         self.prompt_I1 = mx.array(self.prompts)[:, None]
@@ -230,11 +180,16 @@ class LayerInput:
 
     @cached_property
     def text_columns(self) -> tuple[mx.array, mx.array]:
-        """Columns (B, T) of every prompt's words, and which are real; T is the longest text of
-        the group's prompts."""
-        columns = self.spliced.word_columns
-        T = max(len(columns[b]) for b in self.prompts)
-        return pad_right([words[:T] for words in columns], self.spliced.L - 1)
+        """Columns (I, T) of the words after each image, and which are real."""
+        return self._words_after_images(self.spliced)
+
+    def _words_after_images(self, spliced: Spliced) -> tuple[mx.array, mx.array]:
+        """The same in other rows of the prompts; of an image at the end, of all words."""
+        columns = []
+        for image, prompt in zip(self.images, self.prompts, strict=True):
+            words, end = spliced.word_columns[prompt], spliced.image_columns[image].stop
+            columns.append([column for column in words if column >= end] or words)
+        return pad_right(columns, spliced.L - 1)
 
     def bias_IN(self) -> mx.array | None:
         """What is added to the attention that the images' rows get."""
@@ -259,35 +214,48 @@ class LayerInput:
         return {"before_BND": self.of_images(self.before_BLD)}
 
     def normed(self) -> dict[str, mx.array]:
-        """Hidden states as the final norm leaves them, of images and text."""
+        """Hidden states as the final norm leaves them, of images and the words after them."""
         x_BLD, norm = self.spliced.x_BLD, self.language.norm
-        columns_BT, is_real_BT = self.text_columns
-        prompt_I = self.prompt_I1[:, 0]
+        columns_IT, is_real_IT = self.text_columns
         return {
             "normed_BND": norm(self.of_images(x_BLD)),
-            "text_BTD": norm(x_BLD[self.prompt_I1, columns_BT[prompt_I]]),
-            "text_real_BT": is_real_BT[prompt_I],
+            "text_BTD": norm(x_BLD[self.prompt_I1, columns_IT]),
+            "text_real_BT": is_real_IT,
         }
 
+    def text_share(self) -> dict[str, mx.array]:
+        """Of the words after each image their shares of a softmax over them, the mean over the
+        image's tokens, by products of embeddings where they enter the first layer."""
+        columns_IT, is_real_IT = self._words_after_images(self.entry)
+        images = [list(self.entry.image_columns[image]) for image in self.images]
+        columns_IN, is_token_IN = pad_right(images, self.entry.L - 1)
+        x_BLD = self.entry.x_BLD.astype(mx.float32)
+        x_IND, words_ITD = x_BLD[self.prompt_I1, columns_IN], x_BLD[self.prompt_I1, columns_IT]
+        logits_INT = x_IND @ words_ITD.swapaxes(1, 2)
+        share_INT = mx.softmax(mx.where(is_real_IT[:, None], logits_INT, -mx.inf), axis=-1)
+        share_IT = (share_INT * is_token_IN[..., None]).sum(axis=1)
+        share_IT = share_IT / is_token_IN.sum(axis=1, keepdims=True)
+        return {"text_share_BT": share_IT, "text_real_BT": is_real_IT}
+
     def held_keys(self) -> dict[str, mx.array]:
-        """Keys that the layer before holds, of images and text."""
+        """Keys that the layer before holds, of images and the words after them."""
         keys_BSD = self.language.held_keys(self.cache_before).swapaxes(1, 2).flatten(2)
-        columns_BT, _ = self.text_columns
+        columns_IT, _ = self.text_columns
         return {
             "keys_BND": self.of_images(keys_BSD),
-            "text_keys_BTD": keys_BSD[self.prompt_I1, columns_BT[self.prompt_I1[:, 0]]],
+            "text_keys_BTD": keys_BSD[self.prompt_I1, columns_IT],
         }
 
     def last_attention(self) -> dict[str, mx.array]:
         """Of the prompt's last token, in the layer before."""
-        columns_B1 = mx.full((len(self.spliced.lengths), 1), self.spliced.L - 1)
-        return {"last_attention_BN": self._attention_before(columns_B1)[:, 0]}
+        columns_I1 = mx.full((len(self.images), 1), self.spliced.L - 1)
+        return {"last_attention_BN": self._attention_before(columns_I1)[:, 0]}
 
     def text_attention(self) -> dict[str, mx.array]:
-        """Of every token of text, in the layer before."""
-        columns_BT, _ = self.text_columns
-        chunks = range(0, columns_BT.shape[1], QUERY_CHUNK)
-        parts = [self._attention_before(columns_BT[:, t : t + QUERY_CHUNK]) for t in chunks]
+        """Of every word after the image, in the layer before."""
+        columns_IT, _ = self.text_columns
+        chunks = range(0, columns_IT.shape[1], QUERY_CHUNK)
+        parts = [self._attention_before(columns_IT[:, t : t + QUERY_CHUNK]) for t in chunks]
         return {"text_attention_BTN": mx.concatenate(parts, axis=1)}
 
     def next_attention(self) -> dict[str, mx.array]:
@@ -304,13 +272,13 @@ class LayerInput:
         return {"twig_attention_BN": row_IN}
 
     def mean_attention(self) -> dict[str, mx.array]:
-        """Of the mean visual query to the visual keys, by this layer's own projections."""
-        x_IND = self.of_images(self.spliced.x_BLD)
-        positions_IN = self.of_images(self.spliced.positions_BL)
-        q_IGRNd = self.language.rotated_queries(self.layer, x_IND, positions_IN)
+        """Of the mean visual query to the visual keys, all at position 0: not rotated."""
+        x_IND, positions_IN = map(self.of_images, (self.spliced.x_BLD, self.spliced.positions_BL))
+        q_IGRNd = self.language.rotated_queries(self.layer, x_IND, positions_IN * 0)
+        at_0_IGNd = self.language.rotated_keys(self.layer, x_IND, positions_IN * 0)
         k_IGNd = self.language.rotated_keys(self.layer, x_IND, positions_IN)
         everywhere = mx.ones((len(x_IND), 1, x_IND.shape[1]), dtype=mx.bool_)
-        row_I1N = attention(q_IGRNd.mean(axis=3, keepdims=True), k_IGNd, everywhere, None)
+        row_I1N = attention(q_IGRNd.mean(axis=3, keepdims=True), at_0_IGNd, everywhere, None)
         return {
             "mean_attention_BN": row_I1N[:, 0],
             "next_keys_BND": k_IGNd.swapaxes(1, 2).flatten(2),
@@ -325,17 +293,21 @@ class LayerInput:
         rows_BQS = attention(q, k, real_B1S, self.spliced.bias_BL)
         return rows_BQS[self.prompt_I1, 0, self.columns_IN]
 
-    def _attention_before(self, columns_BQ: mx.array) -> mx.array:
-        """What rows at some columns attend to in the layer before, (I, Q, n)."""
-        prompts_B1 = mx.arange(len(columns_BQ))[:, None]
-        positions_BQ = self.spliced.positions_BL[prompts_B1, columns_BQ]
-        x_BQD = self.before_BLD[prompts_B1, columns_BQ]
-        q = self.language.rotated_queries(self.layer - 1, x_BQD, positions_BQ)
-        is_before_BQS = mx.arange(self.spliced.L) <= columns_BQ[..., None]
-        visible_BQS = is_before_BQS & self.spliced.is_real_BL[:, None]
+    def _attention_before(self, columns_IQ: mx.array) -> mx.array:
+        """What rows at some columns of each image's prompt attend to in the layer before,
+        (I, Q, n)."""
+        positions_IQ = self.spliced.positions_BL[self.prompt_I1, columns_IQ]
+        x_IQD = self.before_BLD[self.prompt_I1, columns_IQ]
+        q = self.language.rotated_queries(self.layer - 1, x_IQD, positions_IQ)
+        prompt_I, bias_BL = self.prompt_I1[:, 0], self.spliced.bias_BL
+        is_before_IQS = mx.arange(self.spliced.L) <= columns_IQ[..., None]
+        visible_IQS = is_before_IQS & self.spliced.is_real_BL[prompt_I, None]
         k = self.language.held_keys(self.cache_before)
-        rows_BQS = attention(q, k, visible_BQS, self.spliced.bias_BL)
-        return take(rows_BQS[mx.array(self.prompts)], self.columns_IN, axis=2)
+        if self.prompts != list(range(len(k))):
+            k = k[prompt_I]
+        bias_IL = None if bias_BL is None else bias_BL[prompt_I]
+        rows_IQS = attention(q, k, visible_IQS, bias_IL)
+        return take(rows_IQS, self.columns_IN, axis=2)
 
 
 def attention(

@@ -3,13 +3,16 @@
 Shapes: I images of a batch, N visual tokens as the tower hands them over, K kept, D features.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
 
 from ..machine.clock import end_part
 from ..pruners import Pruner, Reduction, Signals, Stage, StepBudgets
 from ..pruners.contract import identity
 from ..pruners.trace import ReductionStep
-from .splice import ImageSlots
+from .splice import ImageSlots, Spliced
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,37 @@ def image_slots(batches: list[ImageBatch], enhancer: Pruner | None) -> list[Imag
     return [slots for batch in batches for slots in _slots(batch, enhancer)]
 
 
+def attention_bias(batch: ImageBatch, enhancer: Pruner | None) -> mx.array | None:
+    """What an enhancer adds to the attention that kept tokens get, (I, K); None where none left."""
+    if enhancer is None or batch.slots == batch.encoded.x_BND.shape[1]:
+        return None
+    method = enhancer.method
+    function = method.prompt_bias if enhancer.calibrates else method.attention_bias
+    bias_BK: mx.array = enhancer.call(function, batch.encoded, batch.kept_of_encoded)
+    return bias_BK
+
+
+def calibrated(
+    spliced: Spliced, batches: list[ImageBatch], enhancer: Pruner | None, positions: int
+) -> Spliced:
+    """With what an enhancer adds while prompts are read: in the first layer to the attention that
+    an image's rows get, in all layers, of prompts with images, for the distance of two of up to
+    `positions` rows."""
+    if enhancer is None or not enhancer.calibrates:
+        return spliced
+    first_BL = np.zeros(spliced.x_BLD.shape[:2], np.float32)
+    distances = [mx.zeros(positions) for _ in spliced.runs]
+    images = [batch for batch in batches for _ in range(batch.images)]
+    places = zip(images, spliced.prompt_of, spliced.image_columns, strict=True)
+    for batch, prompt, columns in places:
+        N, K = batch.encoded.x_BND.shape[1], batch.slots
+        if K < N:
+            first_BL[prompt, columns], distances[prompt] = enhancer.call(
+                enhancer.method.calibration, N, K, positions
+            )
+    return replace(spliced, first_bias_BL=mx.array(first_BL), distance_BP=mx.stack(distances))
+
+
 def _prune_batch(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
     """One method on one batch; where each image has a budget of its own, one batch an image."""
     if not pruner.has_dynamic_budget:
@@ -94,11 +128,7 @@ def _keep(batch: ImageBatch, pruner: Pruner, K: int) -> ImageBatch:
 
 
 def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[ImageSlots]:
-    bias_BK, index_BK = None, batch.kept.index_BK
-    if enhancer and batch.slots < batch.encoded.x_BND.shape[1]:
-        bias_BK = enhancer.call(
-            enhancer.method.attention_bias, batch.encoded, batch.kept_of_encoded
-        )
+    bias_BK, index_BK = attention_bias(batch, enhancer), batch.kept.index_BK
     return [
         ImageSlots(
             batch.signals.x_BND[i],

@@ -47,6 +47,10 @@ class Spliced:
     bias_BL: mx.array | None = None  # added to the attention a row gets
     added: list[mx.array] = field(default_factory=list)  # (B, L, D) each
     contiguous: bool = False  # does each prompt, unpadded, have a row at every position?
+    first_bias_BL: mx.array | None = None  # in the first layer, in place of `bias_BL`
+    # With `first_bias_BL`: what each row adds for one so many positions before it, while it is
+    # read. Later tokens add nothing then.
+    distance_BP: mx.array | None = None
 
     @property
     def L(self) -> int:

@@ -25,11 +25,12 @@ from ..pruners import Pipeline, Pruner, Stage, StepBudgets, downsample
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
-from .decoder import Cuts, Decoded, Decoder, TwigReader
+from .decoder import Cuts, Decoded, Decoder
 from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
+from .layers import TwigReader
 from .projector import MLPProjector, merge_patches
-from .pruning import ImageBatch, image_slots, prune, reduction_step
+from .pruning import ImageBatch, calibrated, image_slots, prune, reduction_step
 from .splice import Spliced, outside, pad_right, splice
 from .towers.signals import Cut
 from .towers.vit import VisionTower
@@ -166,13 +167,15 @@ class VLM(nn.Module):
                 batches = self.add_text(batches, prompts)
             steps.append(reduction_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
             batches, features = prune(batches, budgets, Stage.FEATURES)  # prune
-            batches = [self.project(batch) for batch in batches]  # project
+            batches = [self.project(batch, pipeline) for batch in batches]  # project
             batches, projected = prune(batches, budgets, Stage.PROJECTED)
             steps += [*features, *projected]
         slots = image_slots(batches, pipeline.enhancer)
         trace = Trace.of_images(steps, [self.N] * len(slots))
         policy = trace.policy(positions or pipeline.positions)
         spliced = splice(self.language.embed_tokens, prompts, slots, policy)  # splice
+        longest = max(len(prompt.ids) for prompt in prompts)
+        spliced = calibrated(spliced, batches, pipeline.enhancer, longest)
         return SplicedImages(spliced, batches, pipeline, budgets.K, policy, trace)
 
     def decode(
@@ -249,10 +252,13 @@ class VLM(nn.Module):
             with_text.append(replace(batch, signals=signals, encoded=signals))
         return with_text
 
-    def project(self, batch: ImageBatch) -> ImageBatch:
-        x_BND = self.projector(batch.signals.x_BND).astype(self.dtype)  # one that learns is float32
+    def project(self, batch: ImageBatch, pipeline: Pipeline) -> ImageBatch:
+        features_BND = batch.signals.x_BND
+        x_BND = self.projector(features_BND).astype(self.dtype)  # one that learns is float32
         x_BND = end_part("projector", x_BND)
-        return replace(batch, signals=batch.signals.replace(x_BND=x_BND))
+        held_BND = features_BND if pipeline.needs_signal("features") else None
+        signals = batch.signals.replace(x_BND=x_BND, features_BND=held_BND)
+        return replace(batch, signals=signals)
 
     def cuts(
         self, batches: list[ImageBatch], pipeline: Pipeline, K: int, policy: Policy,

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
-from ..models.decoder import PREFILL_STEP_SIZE
+from ..models.layers import PREFILL_STEP_SIZE
 from ..pruners import Pipeline, Stage, StepBudgets, downsample
 
 Text = MiniMindConfig | MlxLmConfig

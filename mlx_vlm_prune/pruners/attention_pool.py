@@ -1,6 +1,7 @@
 """K learned queries read the image: every slot is a mixture of all tokens.
 
-EfficientVLM on MiniMind-V (github.com/langchengg/EfficientVLM): one head,
+EfficientVLM on MiniMind-V (github.com/langchengg/EfficientVLM) as its README describes it; no
+commit of it has this code: one head,
 softmax(Q K^T / sqrt(D)) V with learned Q, then the usual projector. K is baked into the weights.
 The slots have no place in the image, so they are renumbered.
 

@@ -5,10 +5,10 @@ L the cosine similarity of the tokens and r their relevance to the text, scaled 
 1, the kernel is diag(r) L diag(r), and the set of K that makes its determinant large is
 found greedily, with one more row of the Cholesky factor in each step.
 
-Differs from the authors' code: the text is the language model's embeddings of the prompt's
-words (theirs is CLIP's text tower, whose sign they turn: `negative`), relevance is
-scaled within each image, not over the batch, and once the kernel's rank is exhausted
-the most relevant tokens follow.
+As the authors' code (github.com/Theia-4869/CDPruner@9541616). Differs: the text is the language
+model's embeddings of the prompt's words (theirs is CLIP's text tower, whose sign they turn:
+`negative`); relevance is scaled within each image, not over the batch; 1e-6 is added to it after
+scaling, theirs before; once the kernel's rank is exhausted the most relevant tokens follow.
 
 Options:
     negative: turn the sign of the relevance, as the authors' code does for CLIP

@@ -1,10 +1,11 @@
 """Keep the tokens that CLS, the tower's summary token, attends to most.
 
-FasterVLM, Zhang et al., arXiv:2412.01818: the score of a token is the attention
-that CLS pays to it, the mean over heads, at the layer whose features are used. They
-read LLaVA's last but one; MiniMind2-V uses the last, so `layer` is -1 here.
+FasterVLM, Zhang et al., arXiv:2412.01818: the score of a token is the attention that CLS pays to
+it, the mean over heads, at the layer whose output the features are (`layer=-1`): LLaVA's last but
+one, as theirs, MiniMind2-V's last.
 
-Differs from the authors' code: only the CLS row of the attention is computed.
+As the authors' code (github.com/Theia-4869/FasterVLM@f5d5f12). Differs: only the CLS row of the
+attention is computed.
 
 Options:
     layer: number of the tower's layer that is read; -1 is the last

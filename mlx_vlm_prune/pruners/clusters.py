@@ -17,12 +17,11 @@ BLOCK = 2**24  # differences of coordinates that are held at once
 TILE = 64  # points whose differences to another are computed together, on a CPU
 
 
-def density_peaks(distance_Bnn: mx.array, C: int, neighbours: int = 5) -> mx.array:
-    """The C points with the highest density times distance to a denser point, (B, C) ascending."""
-    n = distance_Bnn.shape[1]
-    k = min(neighbours, n - 1)  # the nearest is the point itself
-    near_Bnk = mx.sort(mx.partition(distance_Bnn, k, axis=-1)[..., : k + 1], axis=-1)[..., 1:]
-    density_Bn = exp(-mx.square(near_Bnk).mean(axis=-1)) if n > 1 else distance_Bnn[..., 0] * 0 + 1
+def density_peaks(distance_Bnn: mx.array, C: int) -> mx.array:
+    """The C points with the highest density times distance to a denser point, (B, C) ascending.
+    A point's density is that of the C nearest, itself among them."""
+    near_BnC = mx.sort(mx.partition(distance_Bnn, C - 1, axis=-1)[..., :C], axis=-1)
+    density_Bn = exp(-mx.square(near_BnC).mean(axis=-1))
     rank_Bn = mx.argsort(mx.argsort(-rounded(density_Bn), axis=-1), axis=-1)
     is_denser_Bnn = rank_Bn[:, None] < rank_Bn[..., None]
     reach_Bn = mx.where(is_denser_Bnn, distance_Bnn, mx.inf).min(axis=-1)

@@ -48,20 +48,24 @@ class Signals:
 
     x_BND: mx.array  # the tokens
     grid: tuple[int, int]  # (rows, columns) of the whole image
+    has_cls: bool  # does a CLS token stand before them, between the tower's layers?
     # Of a layer of the tower.
     cls_attention_BN: mx.array  # from CLS
     received_attention_BN: mx.array  # from all queries, the mean
     object_attention_BN: mx.array  # the same in another, earlier layer
     local_attention_BN: mx.array  # from CLS, in an earlier layer
     cls_query_BHd: mx.array
+    cls_key_BHd: mx.array
     queries_BNHd: mx.array
     keys_BNHd: mx.array
     # Of the tower's input.
     pixels_BND: mx.array  # the pixels of each patch
     patches_BND: mx.array  # patch embeddings, without positions
     size_BN: mx.array  # how many tokens of the image each stands for
+    features_BND: mx.array  # the tokens as the tower gave them, ahead of the projector
+    place_BN: mx.array  # its place in the order in which the last merge in the tower left them
     # Of the prompt around each image: the language model's embeddings; in the decoder its
-    # hidden states after the final norm.
+    # hidden states after the final norm of the words after the image.
     text_BTD: mx.array
     text_real_BT: mx.array  # False on padding
     # Of the decoder, at the layer whose input the tokens are.
@@ -72,15 +76,19 @@ class Signals:
     next_keys_BND: mx.array  # of this layer, heads side by side
     last_attention_BN: mx.array  # the prompt's last token, in the layer before
     next_attention_BN: mx.array  # the prompt's last token, in this layer
-    text_attention_BTN: mx.array  # every token of text, in the layer before
-    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer
+    text_attention_BTN: mx.array  # every word after the image, in the layer before
+    text_share_BT: mx.array  # a word's share of a softmax over them, see `LayerInput.text_share`
+    mean_attention_BN: mx.array  # the mean visual query to the keys of this layer, not rotated
     twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
 
-    def __init__(self, x_BND: mx.array, grid: tuple[int, int], **others: mx.array | None) -> None:
+    def __init__(
+        self, x_BND: mx.array, grid: tuple[int, int], has_cls: bool = True,
+        **others: mx.array | None,
+    ) -> None:  # fmt: skip
         """`others` by the names above; None is a missing one."""
         present = {name: signal for name, signal in others.items() if signal is not None}
         assert set(present) <= SIGNALS, f"{sorted(set(present) - SIGNALS)} are no signals"
-        vars(self).update(present, x_BND=x_BND, grid=grid)
+        vars(self).update(present, x_BND=x_BND, grid=grid, has_cls=has_cls)
 
     if not TYPE_CHECKING:  # for a type checker, every signal declared above is an array
 
@@ -98,7 +106,7 @@ class Signals:
     @property
     def arrays(self) -> dict[str, mx.array]:
         """The tokens and the signals, by name."""
-        return {name: signal for name, signal in vars(self).items() if name != "grid"}
+        return {n: signal for n, signal in vars(self).items() if isinstance(signal, mx.array)}
 
     def replace(self, **changed: Any) -> "Signals":
         """A copy with these signals changed or added; None removes one."""
@@ -166,6 +174,7 @@ class Reduction:
     `value_BND`: what a learned method mixes in place of the tokens.
     `slot_BN`, `share_BN`: the same as weights, where every token is mixed into at most one slot:
     its slot, -1 where it is dropped, and its weight there, 0 where it is dropped.
+    `place_BK`: the slots' places in the order in which a method of the tower left them.
     `is_finite`: whether all tokens that it was chosen from are finite numbers, see `check`.
     """
 
@@ -174,17 +183,23 @@ class Reduction:
     value_BND: mx.array | None = None
     slot_BN: mx.array | None = None
     share_BN: mx.array | None = None
+    place_BK: mx.array | None = None
     is_finite: mx.array | None = None
 
     @classmethod
     def merge(
-        cls, index_BK: mx.array, slot_BN: mx.array, size_BN: mx.array | None = None
+        cls,
+        index_BK: mx.array,
+        slot_BN: mx.array,
+        size_BN: mx.array | None = None,
+        place_BK: mx.array | None = None,
     ) -> "Reduction":
         """The means of the tokens that each slot has, weighted by their sizes."""
         size_BN = mx.array(1.0) if size_BN is None else size_BN
         size_BN = _mixed_sizes(size_BN, slot_BN)
         total_BK = segment_sum(size_BN[..., None], slot_BN, index_BK.shape[1])[..., 0]
-        return cls(index_BK, slot_BN=slot_BN, share_BN=size_BN / take(total_BK, slot_BN))
+        share_BN = size_BN / take(total_BK, slot_BN)
+        return cls(index_BK, slot_BN=slot_BN, share_BN=share_BN, place_BK=place_BK)
 
     @property
     def merges(self) -> bool:
@@ -285,7 +300,7 @@ class Reduction:
     @property
     def parts(self) -> dict[str, mx.array]:
         """Its arrays that have a row for each image, by name."""
-        names = ("index_BK", "weight_BKN", "value_BND", "slot_BN", "share_BN")
+        names = ("index_BK", "weight_BKN", "value_BND", "slot_BN", "share_BN", "place_BK")
         return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     @cached_property

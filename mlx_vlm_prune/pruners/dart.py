@@ -1,12 +1,14 @@
 """Keep a few pivots, and of the other tokens those least similar to them.
 
 DART, Wen et al., EMNLP 2025, arXiv:2502.11494. At `layer` (2 of 32): the pivots are the 4
-visual tokens and the 4 words with the largest L1 norm of their keys. In turn each pivot
-adds its share of the remaining budget: the tokens least similar to it, by the cosine of
+visual tokens and the 4 words after the image with the largest L1 norm of their keys. In turn each
+pivot adds its share of the remaining budget: the tokens least similar to it, by the cosine of
 the hidden states after the final norm. Positions are kept; no attention is needed.
 
-Differs from the authors' code: pivots come in the order of their norms, images first, and
-never in that of a Python set, which made its results change; the shares add up to K.
+As the authors' code (github.com/ZichenWen1/DART, read in its copy xqy1111111/DART@d6a5af6) where
+its pivots happen to come in the same order. Differs: pivots come in the order of their norms,
+images first, theirs in that of a Python set of their numbers; shares add up to K, theirs are
+rounded down.
 
 Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth

@@ -4,8 +4,8 @@ DivPrune, Alvar et al., CVPR 2025, arXiv:2503.02175. Max-min diversity, solved g
 with d(i, j) = 1 - cos(x_i, x_j), the first token kept is the one whose nearest neighbour
 is farthest; each next one is the farthest from all those kept so far.
 
-Differs from the authors' code: a kept token is never chosen again. On a flat image all
-distances are equal, and a plain argmax keeps one token K times.
+As the authors' code (github.com/vbdi/divprune@799e2d9). Differs: a kept token is never chosen
+again (on a flat image all distances are equal, and a plain argmax keeps one token K times).
 
 Shapes: B images, N tokens, K kept.
 """

@@ -6,6 +6,10 @@ the budget allows, and the tower's position embeddings with them, so the tower t
 less to do. K may have no grid of its own: then the largest grid of about the image's
 shape with at most K tokens is used.
 
+As the authors' code (github.com/Chenfei-Liao/VTC-Bench@983e443) in the grid. Differs: K gives the
+grid, where theirs divides the picture's width and height by a whole number and leaves the rest to
+Qwen2-VL's processor; the picture is resized once, theirs twice, by way of a JPEG file.
+
 Shapes: B images, N tokens of the whole image, K slots.
 """
 

@@ -4,8 +4,8 @@ FastV, Chen et al., ECCV 2024, arXiv:2403.06764. At `layer` (2 of 32) the score 
 token is the attention that the prompt's last token paid to it in the layer before, the
 mean over heads. The rest leave; positions are kept.
 
-Differs from the authors' code: one row of attention is computed, not the matrix; any
-batch and any number of images; rows really leave the deeper caches.
+As the authors' code (github.com/pkunlp-icler/FastV@d165972). Differs: one row of attention is
+computed, not the matrix; any batch and any number of images; rows really leave the deeper caches.
 
 Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth

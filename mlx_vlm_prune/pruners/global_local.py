@@ -1,13 +1,14 @@
 """Keep one half by an early layer's attention, window by window, the other half by the last's.
 
 The encoder half of VScan, Zhang et al., TMLR 2026, arXiv:2505.22654. Local: at an early layer
-(6 of 24) CLS attention, the highest of each window of the image, as many from each. Global:
-CLS attention at the end, the highest of the rest. Each dropped token merges into the kept
-one most similar to it (the mean). The whole of VScan, which drops again inside the
-decoder, is the preset `vscan`.
+(5 of 24, from 0) CLS attention, the highest of each window of the image, as many from each.
+Global: CLS attention at the end, the highest of the rest. Each dropped token merges into the
+kept one most similar to it (the mean), behind the projector. The whole of VScan, which drops
+again inside the decoder, is the preset `vscan`.
 
-Differs from the authors' code: any number of windows of any grid; they read LLaVA's last
-but one layer, ours reads the last.
+As the authors' code (github.com/Tencent/SelfEvolvingAgent@a82450e), whose early layer in
+Qwen2.5-VL is the same share, 7 of 32. Differs: any number of windows of any grid; where the local
+half is no multiple of their number, some keep one more (theirs keeps fewer than K in all).
 
 Options:
     areas: windows of the local half, 1 or more
@@ -27,13 +28,13 @@ from .grid import of_one_size, windows
 from .numerics import choosing, keep_highest, mask_of
 from .rows import nearest_slots
 
-stage = Stage.FEATURES
+stage = Stage.PROJECTED
 needs = {"local_attention": "local_layer", "cls_attention": "layer", "grid": None}
 
 
 def prune(
     signals: Signals, K: int, *, areas: int = 16, local: float = 0.5,
-    local_layer: float = 6 / 24, layer: float = -1,
+    local_layer: float = 0.21, layer: float = -1,
 ) -> Reduction:  # fmt: skip
     """Keep K; the layers are read by the host."""
     if areas < 1 or not 0 <= local <= 1:

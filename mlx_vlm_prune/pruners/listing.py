@@ -1,12 +1,15 @@
 """The listing of the methods: `mlx-vlm-prune pruners [NAME]`."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from ..checkpoints.command_line import Parser, in_one_sentence, program
 from . import METHODS, PRESETS, Method
+from .method import AUTHORS_CODE
 from .spec import unknown_pruner
 
 COLUMNS = ("name", "stage", "text-aware", "training-free", "source", "needs")
+WIDTH = 100  # characters of a line
 
 
 def table_row(method: Method) -> tuple[str, ...]:
@@ -58,10 +61,21 @@ def _print_all() -> None:
 
 def _print_one(method: Method) -> None:
     needs = ", ".join(method.needs) or "the tokens alone"
-    print(method.description, end="\n\n")
+    paragraphs = method.description.split("\n\n")
+    print("\n\n".join(p for p in paragraphs if not AUTHORS_CODE.search(p)), end="\n\n")
     print(f"Stage: {method.stage.name.lower()}. Needs: {needs}.")
+    _print_fidelity(method)
     print("Options:" if method.options else "Options: none.")
     _print_columns(options(method), indent="  ")
+
+
+def _print_fidelity(method: Method) -> None:
+    alike, differences = method.fidelity
+    print(fill(alike or "Not compared with code of its authors.", WIDTH))
+    if differences:
+        print("Differs:")
+    for difference in differences:
+        print(fill(difference, WIDTH, initial_indent="  - ", subsequent_indent="    "))
 
 
 def options(method: Method) -> list[tuple[str, str]]:

@@ -19,12 +19,21 @@ from .contract import Policy, Stage
 PROMPT_SIGNALS = {
     "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
 }  # fmt: skip
+# A paragraph "As the authors' code (github.com/OWNER/NAME@COMMIT) …. Differs: …; …": COMMIT is that
+# of the code whose results the tests hold.
+AUTHORS_CODE = re.compile(r"([\w.-]+/[\w.-]+@[0-9a-f]{7})\b")
 # What each stage calls, with the arguments before the options.
 FUNCTIONS = {
     "prune": ("signals", "K"),  # the Reduction
     "cuts": ("layers", "N", "K"),  # of a tower: [(layer, "before" or "middle", tokens left)]
     "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
     "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
+    "selected": ("K",),  # of an enhancer: how many of K slots the last selector chooses
+    "complete": ("signals", "kept", "K"),  # of an enhancer: all K slots, where those are fewer
+    # Of an enhancer: does it add other things while prompts are read, and nothing later?
+    "calibrates": (),
+    "prompt_bias": ("signals", "kept"),  # then, in place of `attention_bias`
+    "calibration": ("N", "K", "positions"),  # then, beside it: see `models.pruning.calibrated`
     # Of a learned method, in training. A method whose `prune` has gradients needs none of them.
     "training_factor": ("weights", "signals", "K", "noise"),  # on the attention of tokens, (B, N)
     # Beside the answers' loss, a mean over images.
@@ -53,6 +62,14 @@ def _same_budget(K: int, step: int) -> int:
     return K
 
 
+def _all_slots(K: int) -> int:
+    return K
+
+
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Method:
     """What a method's file holds, by the names it has there; keyword-only parameters of its
@@ -77,6 +94,11 @@ class Method:
     cuts: Callable[..., Any] | None = None
     schedule: Callable[..., Any] | None = None
     attention_bias: Callable[..., Any] | None = None
+    selected: Callable[..., int] = _all_slots
+    complete: Callable[..., Any] | None = None
+    calibrates: Callable[..., bool] = _never
+    prompt_bias: Callable[..., Any] | None = None
+    calibration: Callable[..., Any] | None = None
     learned: bool = False  # does it come with weights?
     make_weights: Callable[..., Any] = _no_weights  # (dims, tokens): untrained ones
     fixed_options: Callable[[Any], Mapping[str, Any]] = _no_fixed_options  # set by training
@@ -100,6 +122,20 @@ class Method:
     def summary(self) -> str:
         """The docstring's first sentences, on one line."""
         return " ".join(self.doc.split("\n\n")[0].split())
+
+    @property
+    def authors_code(self) -> str:
+        """OWNER/NAME@COMMIT of the authors' code that was run beside this, empty for none."""
+        named = AUTHORS_CODE.search(self.doc)
+        return named[1] if named else ""
+
+    @property
+    def fidelity(self) -> tuple[str, list[str]]:
+        """In what this is as its authors' code, and each difference; empty where none was run."""
+        paragraphs = (" ".join(p.split()) for p in self.doc.split("\n\n"))
+        text = next((p for p in paragraphs if AUTHORS_CODE.search(p)), "")
+        alike, _, differences = text.replace("github.com/", "").partition(" Differs: ")
+        return alike, differences.removesuffix(".").split("; ") if differences else []
 
     @property
     def description(self) -> str:
@@ -135,9 +171,10 @@ class Method:
     @cached_property
     def options(self) -> dict[str, Any]:
         """Names of the options, with their defaults."""
+        optional = (self.cuts, self.schedule, self.chooser, self.attention_bias)
         return {
             parameter.name: parameter.default
-            for function in (self.cuts, self.schedule, self.chooser, self.attention_bias)
+            for function in (*optional, self.calibrates)
             if function
             for parameter in inspect.signature(function).parameters.values()
             if parameter.kind is parameter.KEYWORD_ONLY

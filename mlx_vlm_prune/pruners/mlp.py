@@ -1,10 +1,10 @@
 """A small network predicts how useful a token will be, and how many an image needs.
 
-LightVLM (its README; the code is no longer public): CLS attention and a learned scorer of
-less than a million parameters; an option lets each image have its own budget, predicted
-from pooled features. Layout and training are ours: the network reads the features and CLS's
-attention, and learns as `score_prune` does. An image's need is the number of tokens that
-the full model's loss hangs on (the exponential of the entropy of their shares in its
+LightVLM (github.com/falenai/LightVLM, its README; the code is no longer public): CLS attention
+and a learned scorer of less than a million parameters; an option lets each image have its own
+budget, predicted from pooled features. Layout and training are ours: the network reads the
+features and CLS's attention, and learns as `score_prune` does. An image's need is the number
+of tokens that the full model's loss hangs on (the exponential of the entropy of their shares in its
 derivative by the log of the attention that each gets); `dynamic` gives an image K times its
 predicted need over the mean need of the training images, so K is what images get in the mean.
 

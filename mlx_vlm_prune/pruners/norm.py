@@ -1,6 +1,6 @@
 """Keep the tokens with the largest L2 norm.
 
-fastvlm-token-pruning (github.com/aledevv/fastvlm-token-pruning), method "norm".
+As the authors' code (github.com/aledevv/fastvlm-token-pruning@c8feda6), method "norm".
 
 Shapes: B images, N tokens, D features, K kept.
 """

@@ -3,22 +3,26 @@
 PACT, Dhouib et al., CVPR 2025, arXiv:2504.08966. At `layer` (4 of 32): a token's worth is
 the softmax over tokens of its key with the mean visual query (mean over heads), times
 the norm of its hidden state. The least worthy are pruned; the others are clustered by
-the distance of their keys: in the order of density a token becomes a centre when it is
-farther than a cutoff from every centre so far. A cluster's mean goes on, counting in
-attention as often as it has members; a pruned token within 1.5 cutoffs of a centre is
-taken into its mean after all. Positions are renumbered.
+the distance of their keys: in the order of density (of the distances over 2, whatever the cutoff)
+a token becomes a centre when it is farther than a cutoff from every centre so far. A cluster's
+mean goes on where its centre was, counting in attention as often as it has members; a pruned
+token within 1.5 cutoffs of a centre is taken into its mean after all.
 
-Differs from the authors' code: exactly K clusters, so the cutoff follows from the budget
-(bisection), with the most worthy filling up.
+As the authors' code (github.com/orailix/PACT@cf9a0c9) with its cutoff (`cutoff=0.21`): worth comes
+from queries and keys before rotation, distances from keys after it. Differs: exactly K clusters,
+so the cutoff follows from the budget (bisection) unless it is given, and then the densest of too
+many centres stay; of too few centres, the most worthy tokens fill up; the mean query and the
+softmax are those of the visual tokens, theirs take in all tokens that are no text.
 
 One centre after another is found, so on a GPU similarities return to the host, once.
 
 Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth
-    clustered: share of the tokens beyond K that is clustered, not pruned; 0 to 1
+    clustered: share of all tokens that is clustered, not pruned, at least K; 0 to 1
+    cutoff: one minus a cosine, up to which a token joins a centre; 0 is the smallest for K
 
-Shapes: I images, N tokens, K kept, n tokens that are clustered, r rows and m columns of
-their distances, D features.
+Shapes: I images, N tokens, K kept, n tokens that are clustered, m rows of their distances,
+D features.
 """
 
 import mlx.core as mx
@@ -31,9 +35,8 @@ from .rows import cosine_rows, nearest_slots
 
 stage = Stage.DECODER
 needs: dict[str, str | None] = {"mean_attention": None}
-positions = "renumber"
 proportional = True
-ROWS = 32  # of densities that are computed together
+SPREAD = 2.0  # of the density
 RETRIEVED = 1.5  # cutoffs: a pruned token as near to a centre is merged after all
 
 
@@ -42,21 +45,24 @@ def schedule(layers: int, N: int, K: int, *, layer: float = 4 / 32) -> dict[int,
     return one_cut(layers, N, K, layer)
 
 
-def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
-    """Merge into K clusters; of the tokens beyond K, the share `clustered` is not pruned.
+def prune(signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 0.0) -> Reduction:
+    """Merge into K clusters of the share `clustered` of all tokens.
 
     Whether a token becomes a centre depends on all centres before it, and that for each of 22
     cutoffs: so similarities return to the host, once.
     """
     if not 0 <= clustered <= 1:
         raise ValueError(f"clustered is {clustered}; it is a share from 0 to 1")
+    if not 0 <= cutoff <= 2:
+        raise ValueError(f"cutoff is {cutoff}; it is one minus a cosine, 0 to 2")
     with choosing():
         length_BN = mx.sqrt(mx.square(to_choice_dtype(signals.x_BND)).sum(axis=-1))
         worth_BN = rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN)
         keys_BND, N = signals.next_keys_BND, worth_BN.shape[1]
-        order_Bn = mx.argsort(-worth_BN, axis=-1)[:, : K + int(clustered * (N - K))]
+        order_Bn = mx.argsort(-worth_BN, axis=-1)[:, : max(K, int(clustered * N))]
         cutoffs, centres = zip(
-            *(smallest_cutoff(d_nn, K) for d_nn in distances(take(keys_BND, order_Bn))), strict=True
+            *(find_centres(d_nn, K, cutoff) for d_nn in distances(take(keys_BND, order_Bn))),
+            strict=True,
         )
         place_BK = mx.array([fill_up(c, order_Bn.shape[1], K) for c in centres])
         index_BK = mx.sort(take(order_Bn, place_BK), axis=1)
@@ -85,22 +91,27 @@ def distances(x_BnD: mx.array) -> np.ndarray:
     return distance_Bnn
 
 
-def smallest_cutoff(distance_nn: np.ndarray, K: int) -> tuple[float, list[int]]:
-    """The smallest cutoff, to a millionth, that gives at most K centres, with those centres."""
+def find_centres(distance_nn: np.ndarray, K: int, cutoff: float) -> tuple[float, list[int]]:
+    """At most K centres, with their cutoff: the one that is given, or the smallest, to a millionth,
+    that gives no more."""
+    order_n = np.argsort(-densities(distance_nn), kind="stable")
     low, high = -1e-6, 2.0  # of one minus a cosine
-    for _ in range(21):
+    for _ in range(0 if cutoff else 21):
         middle = (low + high) / 2
-        few_enough = len(spaced_centres(distance_nn, middle, K + 1)) <= K
+        few_enough = len(spaced_centres(distance_nn, order_n, middle, K + 1)) <= K
         low, high = (low, middle) if few_enough else (middle, high)
-    return high, spaced_centres(distance_nn, high, K)
+    cutoff = cutoff or high
+    return cutoff, spaced_centres(distance_nn, order_n, cutoff, K)
 
 
-def spaced_centres(distance_nn: np.ndarray, cutoff: float, most: int) -> list[int]:
-    """Centres in the order of density, each farther than the cutoff from all before it; the first
+def spaced_centres(
+    distance_nn: np.ndarray, order_n: np.ndarray, cutoff: float, most: int
+) -> list[int]:
+    """Centres in the order given, each farther than the cutoff from all before it; the first
     `most` of them."""
     centres: list[int] = []
     nearest_n = np.full(len(distance_nn), np.inf)  # distance to a centre
-    for i in np.argsort(-densities(distance_nn, cutoff), kind="stable").tolist():
+    for i in order_n.tolist():
         if nearest_n[i] > cutoff:
             centres.append(i)
             if len(centres) == most:
@@ -109,19 +120,7 @@ def spaced_centres(distance_nn: np.ndarray, cutoff: float, most: int) -> list[in
     return centres
 
 
-def densities(distance_nn: np.ndarray, cutoff: float) -> np.ndarray:
-    """How many points are near each, (n,), each counted by its distance in cutoffs; to nine digits.
-
-    What one point counts for another, the other counts for it: so half of them are computed.
-    """
-    n = len(distance_nn)
-    density_n, buffer = np.zeros(n), np.empty(ROWS * n)
-    for begin in range(0, n, ROWS):
-        distance_rm = distance_nn[begin : begin + ROWS, begin:]
-        r, m = distance_rm.shape
-        near_rm = np.divide(distance_rm, max(cutoff, 1e-6), out=buffer[: r * m].reshape(r, m))
-        np.square(near_rm, out=near_rm)
-        np.exp(np.negative(near_rm, out=near_rm), out=near_rm)
-        density_n[begin : begin + r] += near_rm.sum(axis=1)
-        density_n[begin + r :] += near_rm[:, r:].sum(axis=0)
-    return density_n.round(9)
+def densities(distance_nn: np.ndarray) -> np.ndarray:
+    """How many points are near each, (n,), each counted by its distance; to nine digits."""
+    near = (np.exp(-np.square(row_n / SPREAD)).sum() for row_n in distance_nn)
+    return np.fromiter(near, float, len(distance_nn)).round(9)

@@ -1,8 +1,10 @@
 """Keep the patches whose embedding is longest, before the tower's first layer.
 
-Vision-Token-Pruning (github.com/denis7-jean/ece1512-projectA) as its code has it: the
-L2 norm of the patch embedding, before positions are added; kept patches take their own
-position rows along. (Its README speaks of keys and queries: that is `kq_norm`.)
+The L2 norm of the patch embedding, before positions are added; kept patches take their own
+position rows along.
+
+As the authors' code (github.com/denis7-jean/ece1512-projectA@5fbe62d), Vision-Token-Pruning. (Its
+README speaks of keys and queries: that is `kq_norm`.)
 
 Shapes: B images, N patches, D features, K kept.
 """

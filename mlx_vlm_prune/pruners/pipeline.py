@@ -4,7 +4,7 @@ Shapes: B images, N visual tokens, K kept.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,6 +40,9 @@ class Pruner:
     options: dict[str, Any] = field(default_factory=dict)
     weights: Any = None  # of a learned method: those of the checkpoint
     keep: int | None = None  # its own budget in a chain
+    # Of the model's family, for options that are not given; the method's own for all others.
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    enhancer: "Pruner | None" = None  # of the last in a chain: one that may complete its choice
 
     @property
     def stage(self) -> Stage:
@@ -49,6 +52,12 @@ class Pruner:
     def is_proportional(self) -> bool:
         """Does a merged token count, in later attention, as often as it has members?"""
         return self.method.proportional
+
+    @property
+    def calibrates(self) -> bool:
+        """Does an enhancer add to attention while prompts are read, and nothing later?"""
+        calibrates: bool = self.call(self.method.calibrates)
+        return calibrates
 
     @property
     def has_dynamic_budget(self) -> bool:
@@ -74,12 +83,12 @@ class Pruner:
 
     def signal_layers(self, layers: int) -> dict[str, int | None]:
         """The signals that it needs of a tower, with the layer of each or None."""
-        values = self.method.options | self.options
+        values = {**self.method.options, **self.defaults, **self.options}
         try:
             return {
                 name: None if option is None else layer_at(values[option], layers)
                 for name, option in self.method.needs.items()
-                if name not in ("grid", "text")
+                if name not in ("grid", "text", "features")
             }
         except UserError as e:
             raise UserError(f"{self.name}: {e}") from None
@@ -87,7 +96,8 @@ class Pruner:
     def options_for(self, function: Callable[..., Any]) -> dict[str, Any]:
         """The options that one of the method's functions takes, with those that training fixed."""
         names = inspect.signature(function).parameters
-        options = {**self.options, **self.method.fixed_options(self.weights)}
+        fixed = self.method.fixed_options(self.weights)
+        options = {**self.defaults, **self.options, **fixed}
         return {name: value for name, value in options.items() if name in names}
 
     def call(self, function: Callable[..., Any] | None, *arguments: Any) -> Any:
@@ -114,8 +124,13 @@ class Pruner:
             Reduction(is_finite=is_finite).check()
         # What a learned method mixes has gradients, see `AttentionPool`; a choice has none.
         known = signals if self.method.learned else signals.constant
-        kept = self.call(self.method.prune or self.weights.prune, known, K)
-        return replace(_checked(self.name, kept, signals, K), is_finite=is_finite)
+        chosen = self.enhancer.call(self.enhancer.method.selected, K) if self.enhancer else K
+        kept = self.call(self.method.prune or self.weights.prune, known, chosen)
+        kept = _checked(self.name, kept, signals, chosen)
+        if self.enhancer and chosen < K:
+            kept = self.enhancer.call(self.enhancer.method.complete, known, kept, K)
+            kept = _checked(self.enhancer.name, kept, signals, K)
+        return replace(kept, is_finite=is_finite)
 
 
 def _checked(name: str, kept: Any, signals: Signals, K: int) -> Reduction:
@@ -169,6 +184,7 @@ class Pipeline:
 
     steps: tuple[Pruner, ...]
     enhancer: Pruner | None = None
+    policy: Policy | None = None  # of positions, in place of the last method's
 
     @classmethod
     def of(cls, pruner: "Pruner | Pipeline") -> "Pipeline":
@@ -180,6 +196,11 @@ class Pipeline:
         enhancer = (self.enhancer,) if self.enhancer else ()
         return "+".join(step.spec for step in (*self.steps, *enhancer))
 
+    def with_defaults(self, defaults: Mapping[str, Mapping[str, Any]]) -> "Pipeline":
+        """The same with other defaults of options, by the method's name."""
+        steps = [replace(step, defaults=defaults.get(step.name, {})) for step in self.steps]
+        return replace(self, steps=tuple(steps))
+
     @property
     def trained_tokens(self) -> int | None:
         """The one K that the last step's weights were made for, where they were."""
@@ -187,8 +208,8 @@ class Pipeline:
 
     @property
     def positions(self) -> Policy:
-        """The position policy of the last method's paper; `keep` with an enhancer."""
-        return "keep" if self.enhancer else self.steps[-1].method.positions
+        """`policy`, or that of the last method's paper; `keep` with an enhancer."""
+        return self.policy or ("keep" if self.enhancer else self.steps[-1].method.positions)
 
     def at(self, *stages: Stage) -> list[Pruner]:
         return [step for step in self.steps if step.stage in stages]

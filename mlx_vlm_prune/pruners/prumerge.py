@@ -1,20 +1,22 @@
 """Keep the tokens that CLS attends to most; each adds its most similar neighbours.
 
 LLaVA-PruMerge, Shang et al., ICCV 2025, arXiv:2403.15388. The score is the softmax of CLS's
-query with the keys, all heads together as one. Every kept token adds its 32 nearest (by the
-cosine of the keys), each times its score; one more slot is the sum of all dropped tokens,
-each times its score.
+query with the keys, CLS's own among them, all heads together as one. Every kept token adds its
+32 nearest (by the cosine of the keys), each times its score; one more slot is the sum of all
+dropped tokens, each times its score.
 
-Differs from the authors' code: the budget is K (theirs counts outliers, about 32 in the
-mean: see `prumerge_plus`), the last slot being that sum, at the place of the strongest
-token dropped; neighbours are added as the tower gave them, not as already changed by
-merges before; slots stay in raster order.
+As the authors' code (github.com/42Shawn/LLaVA-PruMerge@097c041) for its number of tokens. Differs:
+the budget is K (theirs counts outliers, about 32 in the mean: see `prumerge_plus`); the sum is at
+the place of the strongest token dropped, theirs behind all others; slots stay in raster order;
+theirs reads queries and keys of the layer after the one whose output the features are (23 of 24
+for LLaVA), here a tower has no such layer, so `layer` is the features' own.
 
 Options:
     neighbours: how many similar tokens each kept one adds, 0 or more
     layer: number of the tower's layer that is read; -1 is the last
 
-Shapes: B images, N tokens, K slots, C kept tokens, H heads, d head size, D = H d.
+Shapes: B images, N tokens, S = N + 1 with CLS, K slots, C kept tokens, H heads, d head size,
+D = H d.
 """
 
 import mlx.core as mx
@@ -24,7 +26,7 @@ from .numerics import choosing, fused, keep_highest, mask_of, rounded, softmax, 
 from .rows import block_size, cosine_rows
 
 stage = Stage.FEATURES
-needs = {"cls_query": "layer", "keys": "layer"}
+needs = {"cls_query": "layer", "cls_key": "layer", "keys": "layer"}
 
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
@@ -32,23 +34,31 @@ def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) 
     with choosing():
         score_BN = cls_scores(signals)
         kept_BC = keep_highest(score_BN, max(1, K - 1))
-        weight_BCN = with_neighbours(signals, score_BN, kept_BC, neighbours)
-        if K == 1:
-            return Reduction(kept_BC, weight_BCN)
-        dropped_BN = mx.where(mask_of(kept_BC, score_BN.shape[1]), -1, score_BN)
-        strongest_B1 = mx.argmax(dropped_BN, axis=-1, keepdims=True).astype(kept_BC.dtype)
-        rest_B1N = mx.maximum(dropped_BN, 0)[:, None].astype(mx.float32)
-        index_BK = mx.concatenate([kept_BC, strongest_B1], axis=1)
-        weight_BKN = mx.concatenate([weight_BCN, rest_B1N], axis=1)
-        raster_BK = mx.argsort(index_BK, axis=1)
-        return Reduction(take(index_BK, raster_BK), take(weight_BKN, raster_BK))
+        return with_sum_of_rest(signals, score_BN, kept_BC, K, neighbours)
+
+
+def with_sum_of_rest(
+    signals: Signals, score_BN: mx.array, kept_BC: mx.array, K: int, neighbours: int
+) -> Reduction:
+    """Kept tokens that add their neighbours, and, of K slots above one, the sum of the rest."""
+    weight_BCN = with_neighbours(signals, score_BN, kept_BC, neighbours)
+    if K == 1:
+        return Reduction(kept_BC, weight_BCN)
+    dropped_BN = mx.where(mask_of(kept_BC, score_BN.shape[1]), -1, score_BN)
+    strongest_B1 = mx.argmax(dropped_BN, axis=-1, keepdims=True).astype(kept_BC.dtype)
+    rest_B1N = mx.maximum(dropped_BN, 0)[:, None].astype(mx.float32)
+    index_BK = mx.concatenate([kept_BC, strongest_B1], axis=1)
+    weight_BKN = mx.concatenate([weight_BCN, rest_B1N], axis=1)
+    raster_BK = mx.argsort(index_BK, axis=1)
+    return Reduction(take(index_BK, raster_BK), take(weight_BKN, raster_BK))
 
 
 def cls_scores(signals: Signals) -> mx.array:
-    """Softmax of CLS's query with every key, (B, N)."""
+    """Of a softmax of CLS's query with CLS's key and every other, the others' part, (B, N)."""
     query_BD1 = to_choice_dtype(signals.cls_query_BHd).flatten(1)[..., None]
-    keys_BND = to_choice_dtype(signals.keys_BNHd).flatten(2)
-    return rounded(softmax((keys_BND @ query_BD1)[..., 0] / keys_BND.shape[-1] ** 0.5))
+    keys_BSHd = mx.concatenate([signals.cls_key_BHd[:, None], signals.keys_BNHd], axis=1)
+    keys_BSD = to_choice_dtype(keys_BSHd).flatten(2)
+    return rounded(softmax((keys_BSD @ query_BD1)[..., 0] / keys_BSD.shape[-1] ** 0.5)[:, 1:])
 
 
 def with_neighbours(

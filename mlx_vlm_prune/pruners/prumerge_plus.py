@@ -2,10 +2,12 @@
 
 LLaVA-PruMerge+, Shang et al., ICCV 2025, arXiv:2403.15388. The tokens whose score (see
 `prumerge`) is an outlier, above the third quartile by 1.5 times the quartiles' distance,
-stay; the budget is filled with evenly spaced others; each adds its neighbours.
+stay, and every s-th of the others, where of N tokens N / (3 s) are outliers; each adds its
+neighbours; one more slot is the sum of the rest.
 
-Differs from the authors' code: exactly K stay (of more outliers than that the highest),
-and there is no extra slot, since the samples stand for the rest.
+As the authors' code (github.com/42Shawn/LLaVA-PruMerge@097c041) for the K that it comes to.
+Differs: exactly K stay, of more outliers the highest, of more samples some in even steps, and
+where both are fewer, others in even steps; layer and places as `prumerge` has them.
 
 Options:
     neighbours: how many similar tokens each kept one adds, 0 or more
@@ -18,34 +20,50 @@ import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
 from .numerics import choosing
-from .prumerge import cls_scores, with_neighbours
+from .prumerge import cls_scores, with_sum_of_rest
 
 stage = Stage.FEATURES
-needs = {"cls_query": "layer", "keys": "layer"}
+needs = {"cls_query": "layer", "cls_key": "layer", "keys": "layer"}
 
 
 def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
-    """Keep outliers and samples, K together; `layer` is read by the host."""
+    """Keep outliers and samples, K - 1 together, and a sum of the rest; `layer` is read by the
+    host."""
     with choosing():
         score_BN = cls_scores(signals)
-        index_BK = outliers_and_samples(score_BN, K)
-        return Reduction(index_BK, with_neighbours(signals, score_BN, index_BK, neighbours))
+        kept_BC = outliers_and_samples(score_BN, max(1, K - 1))
+        return with_sum_of_rest(signals, score_BN, kept_BC, K, neighbours)
 
 
 def outliers_and_samples(score_BN: mx.array, K: int) -> mx.array:
-    """Outliers, at most K, and evenly spaced others, (B, K) ascending."""
+    """Outliers, at most K, and others: samples first, evenly spaced, (B, K) ascending."""
     low_B1, high_B1 = quantile(score_BN, 0.25), quantile(score_BN, 0.75)
     is_outlier_BN = score_BN > high_B1 + 1.5 * (high_B1 - low_B1)
-    outliers_B1 = mx.minimum(is_outlier_BN.sum(axis=-1, keepdims=True).astype(mx.int32), K)
+    all_outliers_B1 = is_outlier_BN.sum(axis=-1, keepdims=True).astype(mx.int32)
+    outliers_B1 = mx.minimum(all_outliers_B1, K)
     order_BN = mx.argsort(-score_BN, axis=-1)
     rank_BN = mx.argsort(order_BN, axis=-1)
-    others_BN = mx.argsort(rank_BN < outliers_B1, axis=-1)  # before the outliers
+    is_outlier_BN = rank_BN < outliers_B1
+    is_sample_BN = ~is_outlier_BN & is_in_step(all_outliers_B1, score_BN.shape[1])
+    samples_B1 = is_sample_BN.sum(axis=-1, keepdims=True).astype(mx.int32)
+    others_BN = mx.argsort(2 * is_outlier_BN.astype(mx.int32) - is_sample_BN, axis=-1)
     count_B1, slot_K = K - outliers_B1, mx.arange(K)
-    spaced_BK = slot_K * (score_BN.shape[1] - outliers_B1) // mx.maximum(count_B1, 1)
+    left_B1, more_B1 = score_BN.shape[1] - outliers_B1 - samples_B1, count_B1 - samples_B1
+    among_samples_BK = slot_K * samples_B1 // mx.maximum(count_B1, 1)
+    beyond_BK = samples_B1 + (slot_K - samples_B1) * left_B1 // mx.maximum(more_B1, 1)
+    all_samples_BK = mx.where(slot_K < samples_B1, slot_K, beyond_BK)
+    spaced_BK = mx.where(more_B1 > 0, all_samples_BK, among_samples_BK)
     is_sample_BK = slot_K < count_B1
     sample_BK = take(others_BN, mx.where(is_sample_BK, spaced_BK, 0))
     outlier_BK = take(order_BN, mx.maximum(slot_K - count_B1, 0))
     return mx.sort(mx.where(is_sample_BK, sample_BK, outlier_BK), axis=1)
+
+
+def is_in_step(outliers_B1: mx.array, N: int) -> mx.array:
+    """Which of N tokens, the last one never, are in steps of a third of N / outliers, (B, N)."""
+    step_B1 = mx.maximum(N // mx.maximum(outliers_B1, 1) // 3, 1)
+    token_N = mx.arange(N)
+    return (token_N % step_B1 == 0) & (token_N < N - 1)
 
 
 def quantile(score_BN: mx.array, share: float) -> mx.array:

@@ -5,7 +5,8 @@ after `start` of the depth and then evenly (8, 16 and 24 of 32), the same share 
 visual tokens leaves. The score is the attention of the prompt's last token by the
 coming layer's own projections. Positions are renumbered at every stage.
 
-The share follows from the budget; the paper's half gives 270 of 576 in the average.
+As the authors' code (github.com/Cooperx521/PyramidDrop@6444f30). Differs: the share follows from
+the budget (theirs is half, which gives 270 of 576 in the average).
 
 Options:
     start: depth of the first cut, a share between 0 and 1

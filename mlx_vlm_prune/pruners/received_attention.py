@@ -4,9 +4,10 @@ FastVLM token pruning (github.com/aledevv/fastvlm-token-pruning), "ATS": the sco
 token is the attention it receives, the mean over heads and queries, at the tower's last
 layer. The one to use where a tower has no CLS token.
 
-Differs from the authors' code, which skips three of four blocks as soon as it is asked
-for attention, and so scores (and hands on) corrupted features: here every block is run,
-and the column means are streamed, never an N x N array.
+As the authors' code (github.com/aledevv/fastvlm-token-pruning@c8feda6) on the same attention.
+Differs: every block is run, where theirs skips three of four as soon as it is asked for attention,
+and so scores (and hands on) corrupted features; the column means are streamed, never an N x N
+array.
 
 Options:
     layer: number of the tower's layer that is read; -1 is the last

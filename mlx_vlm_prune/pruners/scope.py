@@ -4,6 +4,9 @@ SCOPE, Deng et al., NeurIPS 2025, arXiv:2510.24214. A token u is covered as well
 similar kept token covers it. Greedily, the next token is the one with the largest gain
 in coverage, summed over the image, times its saliency (CLS attention) to the `power`.
 
+As the authors' code (github.com/kinredon/SCOPE@6bf7306), which compares the tower's features,
+not the projected tokens.
+
 Options:
     power: exponent of the CLS attention; 0 leaves coverage alone
     layer: number of the tower's layer that is read; -1 is the last
@@ -19,7 +22,7 @@ from .lazy import HeldRows, read_lazily
 from .numerics import choice_dtype, choosing, constant, to_choice_dtype
 from .rows import Rows, cosine_rows
 
-stage = Stage.PROJECTED
+stage = Stage.FEATURES
 needs = {"cls_attention": "layer"}
 
 

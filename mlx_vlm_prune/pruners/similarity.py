@@ -4,11 +4,13 @@ fastvlm-token-pruning (github.com/aledevv/fastvlm-token-pruning), "PruMerge-lite
 each token joins the first earlier leader whose cosine similarity exceeds the
 threshold, else it leads a cluster itself; a slot is the mean of its cluster.
 
-Differs from the authors' code, which stops as soon as K clusters exist and so drops
-the bottom of the image when few tokens are similar, or returns fewer than K when many are.
-Here the pass runs to the end. Too many clusters: the K largest stay, and every token
-joins the most similar of those. Too few: the tokens least like their leader stand
-alone. `published=True` keeps the early stop (and fills up to K, a promise here).
+As the authors' code (github.com/aledevv/fastvlm-token-pruning@c8feda6) with `published=True`: the
+early stop, and the authors' rows; where those are fewer than K, the first of the other tokens
+follow unmerged, and stay in their clusters' means too. Differs: by default the pass runs to the
+end, where theirs stops as soon as K clusters exist and so drops the bottom of the image when few
+tokens are similar, or returns fewer than K when many are; of too many clusters the K largest stay,
+and every token joins the most similar of those; of too few, the tokens least like their leader
+stand alone.
 
 One token after another is looked at, so on a GPU similarities return to the host, once.
 
@@ -36,9 +38,10 @@ def prune(
     8,192 tokens on a GPU once, and it runs in numpy, in N short steps."""
     with choosing():
         leader_BN = assign_leaders(signals.x_BND, threshold)
-        of_k = first_k if published else exactly_k
+        if published:
+            return first_k(leader_BN, K)
         parts = [
-            of_k(signals.x_BND[b : b + 1], leader_N, K) for b, leader_N in enumerate(leader_BN)
+            exactly_k(signals.x_BND[b : b + 1], leader_N, K) for b, leader_N in enumerate(leader_BN)
         ]
         index_BK, slot_BN = (mx.concatenate(list(part)) for part in zip(*parts, strict=True))
         return Reduction.merge(index_BK, slot_BN)
@@ -76,18 +79,20 @@ def exactly_k(x_1ND: mx.array, leader_N: np.ndarray, K: int) -> tuple[mx.array, 
     return clusters_of(leader_1N, K)
 
 
-def first_k(x_1ND: mx.array, leader_N: np.ndarray, K: int) -> tuple[mx.array, mx.array]:
-    """The same of the first K clusters; a token of another has no slot, -1. If there are fewer than
-    K, the first of the other tokens lead one each."""
-    first = np.unique(leader_N)[:K]
-    leader_N = np.where(np.isin(leader_N, first), leader_N, -1)
-    others = np.setdiff1d(np.arange(len(leader_N)), first)[: K - len(first)]
-    leader_N[others] = others
-    return clusters_of(mx.array(leader_N[None]), K)
+def first_k(leader_BN: np.ndarray, K: int) -> Reduction:
+    """The first K clusters; where there are fewer, also the first of the other tokens."""
+    token_N, index, weight = np.arange(leader_BN.shape[1]), [], []
+    for leader_N in leader_BN:
+        first = np.unique(leader_N)[:K]
+        others = np.setdiff1d(token_N, first)[: K - len(first)]
+        index_K = np.sort(np.concatenate([first, others]))
+        is_member_KN = (leader_N == index_K[:, None]) | (token_N == index_K[:, None])
+        weight.append(is_member_KN / is_member_KN.sum(axis=1, keepdims=True))
+        index.append(index_K)
+    return Reduction(mx.array(np.stack(index)), mx.array(np.stack(weight).astype(np.float32)))
 
 
 def clusters_of(leader_1N: mx.array, K: int) -> tuple[mx.array, mx.array]:
-    """Index and slots of the clusters of these leaders, -1 for none."""
+    """Index and slots of the clusters of these leaders."""
     leads_1N = leader_1N == mx.arange(leader_1N.shape[1])
-    slot_1N = take(mx.cumsum(leads_1N, axis=1) - 1, mx.maximum(leader_1N, 0))
-    return keep_marked(leads_1N, K), mx.where(leader_1N < 0, -1, slot_1N)
+    return keep_marked(leads_1N, K), take(mx.cumsum(leads_1N, axis=1) - 1, leader_1N)

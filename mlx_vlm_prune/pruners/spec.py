@@ -1,6 +1,7 @@
 """Parse what a user types: NAME, NAME:option=value,… or NAME+NAME."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoints.command_line import program, suggestion
@@ -44,7 +45,17 @@ def parse(
     if [p.stage for p in steps] != sorted(p.stage for p in steps):
         order = "+".join(p.spec for p in sorted(steps, key=lambda p: p.stage))
         raise UserError(f"{spec} is not in the order of the stages; write {order}")
-    return Pipeline(steps, enhancers[0] if enhancers else None)
+    return _enhanced(steps, enhancers[0]) if enhancers else Pipeline(steps)
+
+
+def _enhanced(steps: tuple[Pruner, ...], enhancer: Pruner) -> Pipeline:
+    """A chain whose last selector an enhancer may complete. Raises UserError where it cannot."""
+    last = steps[-1]
+    if enhancer.calibrates and last.stage is Stage.DECODER:
+        raise UserError(
+            f"{enhancer.spec} works ahead of the language model, and {last.name} inside it"
+        )
+    return Pipeline((*steps[:-1], replace(last, enhancer=enhancer)), enhancer)
 
 
 def _parse_pruner(

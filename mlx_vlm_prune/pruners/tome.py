@@ -7,19 +7,27 @@ by how many patches each stands for. Later attention adds the log of that number
 (proportional attention). The only method here that also makes the tower itself faster
 layer by layer.
 
-Differs from the authors' code: r may come from the budget (evenly over the layers), and
-where half of the tokens are too few for one round, rounds are repeated.
+The first token is dealt into A: CLS, which stays, or in a tower without CLS the first patch; and
+the next layer deals what is left of A, then B. (What is left of A stays in order beside CLS;
+without it the least similar token is the last.)
+
+As the authors' code (github.com/facebookresearch/ToMe@af95e4b). Differs: r may come from the
+budget (evenly over the layers); where half of the tokens are too few for one round, rounds are
+repeated.
 
 Options:
     r: tokens that merge in each layer until K are left; 0 spreads them evenly over the layers
 
-Shapes: B images, n tokens, K left, a and b tokens in A and B, H heads, d head size.
+Shapes: B images, n tokens, K left, a and b tokens in A and B, r of A merge and m do not, H heads,
+d head size.
 """
+
+from dataclasses import replace
 
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage, take
-from .numerics import choosing, fused, unit
+from .numerics import choosing, unit
 from .rows import nearest
 
 stage = Stage.ENCODER
@@ -42,30 +50,36 @@ def prune(signals: Signals, K: int) -> Reduction:
         N = keys_BNd.shape[1]
         size_BN = signals.get("size_BN")
         size_BN = mx.ones(keys_BNd.shape[:2]) if size_BN is None else size_BN
-        kept = merge(keys_BNd, size_BN, K)
+        kept = merge(keys_BNd, size_BN, signals.get("place_BN"), K, signals.has_cls)
         merged = kept
         while kept.slots > K:
             keys_BNd, size_BN = merged.apply(keys_BNd), merged.sizes(size_BN)
-            merged = merge(keys_BNd, size_BN, K)
+            merged = merge(keys_BNd, size_BN, merged.place_BK, K, signals.has_cls)
             kept = merged.after(kept, N)
-        return kept
+        return replace(kept, place_BK=merged.place_BK)
 
 
-def merge(keys_Bnd: mx.array, size_Bn: mx.array, K: int) -> Reduction:
-    """One round: the most similar of A merge into B. The paper's token 0 is CLS: here B is even."""
+def merge(
+    keys_Bnd: mx.array, size_Bn: mx.array, place_Bn: mx.array | None, K: int, has_cls: bool
+) -> Reduction:
+    """One round: the most similar of A merge into B."""
     (B, n), unit_Bnd = keys_Bnd.shape[:2], unit(keys_Bnd)
-    similar_Ba, nearest_Ba = nearest(unit_Bnd[:, 1::2], unit_Bnd[:, ::2])
+    order_Bn = mx.broadcast_to(mx.arange(n), (B, n))
+    if place_Bn is not None:
+        order_Bn = mx.argsort(place_Bn, axis=-1)
+        unit_Bnd = take(unit_Bnd, order_Bn)
+    a, b = (slice(int(first), None, 2) for first in (has_cls, not has_cls))
+    token_Ba, token_Bb = order_Bn[:, a], order_Bn[:, b]
+    similar_Ba, nearest_Ba = nearest(unit_Bnd[:, a], unit_Bnd[:, b])
     r = min(n - K, n // 2)
-    merging_Br = mx.argsort(-similar_Ba, axis=-1)[:, :r]
-    token_Br, zero_Br = odd(merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
+    likest_Ba = mx.argsort(-similar_Ba, axis=-1)
+    merging_Br, rest_Bm = likest_Ba[:, :r], likest_Ba[:, r:]
+    token_Br, zero_Br = take(token_Ba, merging_Br), mx.broadcast_to(mx.array(0, mx.int32), (B, r))
     stays_Bn = mx.put_along_axis(mx.full((B, n), -1, mx.int32), token_Br, zero_Br, axis=1)
-    slot_Bn = -1 - mx.cumsum(stays_Bn, axis=1)  # of those that stay, which count -1 each
-    home_Br = take(slot_Bn[:, ::2], take(nearest_Ba, merging_Br))
+    slot_Bn = -1 - mx.cumsum(stays_Bn, axis=1)  # of those that stay
+    rest_Bm = take(token_Ba, mx.sort(rest_Bm, axis=-1) if has_cls else rest_Bm)
+    left_BK = take(slot_Bn, mx.concatenate([rest_Bm, token_Bb], axis=1))  # in the next order
+    home_Br = take(slot_Bn, take(token_Bb, take(nearest_Ba, merging_Br)))
     slot_Bn = mx.put_along_axis(slot_Bn, token_Br, home_Br, axis=1)
-    return Reduction.merge(mx.argsort(stays_Bn, axis=-1)[:, : n - r], slot_Bn, size_Bn)
-
-
-@fused
-def odd(number: mx.array) -> mx.array:
-    """The odd number that has this one in the order of odd numbers, from 0."""
-    return 2 * number + 1
+    index_BK = mx.argsort(stays_Bn, axis=-1)[:, : n - r]
+    return Reduction.merge(index_BK, slot_Bn, size_Bn, mx.argsort(left_BK, axis=-1))

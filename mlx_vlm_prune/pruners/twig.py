@@ -8,11 +8,13 @@ twig's last layer, the mean over heads. The highest R go on in the base, and bef
 on layer K and the wipe at F, an average of R' keeps R = ceil((L R' - K V) / (F - K)).
 Its speculative decoding is `--num-draft-tokens` (generation/speculation.py), with any method.
 
-Differs from the authors' code: of the twig's last layer one row of attention is computed,
-not the layer; a budget that leaves R below 1 or above V is refused; any batch and any
-number of images. The layer is the one that the weights were trained on. Training here is
-theirs but for its length and rate: the base stays as it is, the twig begins as the base's next
-layers, final norm and output layer, and learns from the answers' loss, nothing pruned.
+As the authors' code (github.com/MILVLG/twigvlm@53ba6f6). Differs: of the twig's last layer one row
+of attention is computed, not the layer; a budget that leaves R below 1 or above V is refused; any
+batch and any number of images.
+
+The layer is the one that the weights were trained on. Training here is theirs but for its length
+and rate: the base stays as it is, the twig begins as the base's next layers, final norm and output
+layer, and learns from the answers' loss, nothing pruned.
 
 It keeps what the answer's first word needs, not what the words after it do.
 

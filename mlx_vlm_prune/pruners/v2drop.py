@@ -2,10 +2,11 @@
 
 V2Drop, Chen et al., CVPR 2026, arXiv:2509.01552. Tokens that change little from layer to
 layer add nothing more: at three depths (3, 17 and 22 of 32) those with the
-smallest L2 distance between a layer's output and its input leave; at the third all do.
-Positions are kept; no attention is needed.
+smallest L2 distance between a layer's output and its input leave; at the third all but one
+do. Positions are kept; no attention is needed.
 
-The share that stays at the first two follows from the budget (the paper's is half).
+As the authors' code (github.com/xuyang-liu16/V2Drop@219e03e). Differs: the share that stays at the
+first two cuts follows from the budget (theirs is half).
 
 Shapes: I images, N tokens, K kept, D features.
 """
@@ -22,12 +23,12 @@ CUTS = (3 / 32, 17 / 32, 22 / 32)
 
 
 def schedule(layers: int, N: int, K: int) -> dict[int, int]:
-    """The same share stays at the first cut and at the second; tokens stay at the third only
-    where both keep all."""
+    """The same share stays at the first cut and at the second; more than one token stays at the
+    third only where both keep all."""
 
     def counts(t: float) -> list[int]:
         share, rest = min(1.0, 2 * t), max(0.0, 2 * t - 1)
-        return [int(N * share), int(N * share**2), int(N * rest)]
+        return [max(1, int(n)) for n in (N * share, N * share**2, N * rest)]
 
     return several_cuts(layers, N, K, CUTS, counts)
 

@@ -5,10 +5,9 @@ attention. Of the rest, in raster order, evenly spaced ones are targets; each ot
 joins the target with the most similar key (mean over heads). A contextual token is its
 target plus the mean of those that joined. The share of contextual tokens is 10 of 64.
 
-Follows the authors' code where the paper averages (target plus mean, not the mean of
-all). Differs: slots stay in raster order, and CLS itself is not handed on, since ours
-are not (their count of dominant tokens includes it); they read LLaVA's last but one
-layer, ours reads the last.
+As the authors' code (github.com/dvlab-research/VisionZip@3151f6d), also where the paper averages
+(target plus mean, not the mean of all). Differs: slots stay in raster order; CLS itself is not
+handed on (their count of dominant tokens includes it).
 
 Options:
     contextual: share of K that is merged from the rest, 0 to below 1

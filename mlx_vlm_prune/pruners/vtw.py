@@ -4,7 +4,9 @@ Visual Tokens Withdrawal, Lin et al., AAAI 2025, arXiv:2405.05803. From one laye
 visual token is left; positions are kept. The budget says which: with K of N in the
 average layer, the K / N of the depth.
 
-Differs from the paper, which finds the layer by calibration.
+As the authors' code (github.com/lzhxmu/VTW@a3d8cfc) for the layer that it is given (15 of 32),
+which counts from 0, as here. Differs: the layer follows from the budget, where theirs is searched
+by calibration, the first after which the answer's logits hardly change; any number of images.
 
 Shapes: I images, N tokens.
 """

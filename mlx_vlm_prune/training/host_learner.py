@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.errors import UserError
 from ..hosts.compatibility import check_pipeline
+from ..hosts.families.pruner_defaults import plan_for_host
 from ..hosts.host import Host
 from ..hosts.prepared_inputs import PreparedInputs
 from ..hosts.prompt import (
@@ -24,7 +25,6 @@ from ..hosts.prompt import (
     encode_images_and_text,
     prune_prompt,
 )
-from ..pruners import plan
 from .config import TrainConfig
 from .host_batches import HostBatch
 from .loss import cross_entropy_sum
@@ -40,13 +40,18 @@ class HostLearner(nn.Module):
     def __init__(self, host: Host, config: TrainConfig, learned: Mapping[str, nn.Module]):
         super().__init__()
         self.settings, self.model = config, host.model
-        self.host, self.pipeline = host, plan(config.pruner, {**host.learned, **learned})
+        self.host, self.pipeline = host, plan_for_host(host, config.pruner, learned)
         self.policy = check_pipeline(host, self.pipeline, None)
         self.iteration, self.iters = 0, 1
         if self.pipeline.decoder:
             raise UserError(
                 f"{self.pipeline.decoder.name} drops tokens inside the language model, where a"
                 " model of mlx-vlm's is not trained; take a method ahead of it"
+            )
+        if self.pipeline.enhancer:
+            raise UserError(
+                f"{self.pipeline.enhancer.name} adds to attention by a cache, and a model of"
+                " mlx-vlm's is trained without one; leave it out"
             )
         if config.freeze or config.unfreeze:
             raise UserError("freeze and unfreeze are for models of ours, not of mlx-vlm's")

@@ -10,8 +10,8 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..models.cache import HeldRows
-from ..models.decoder import row_options
 from ..models.language.minimind import ForwardPass
+from ..models.layers import row_options
 from ..models.splice import ImageSlots, Spliced, splice
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner, StepBudgets
@@ -74,7 +74,7 @@ def factor_loss(
     if pipeline.needs_signal("text"):
         (images,) = model.add_text([images], batch.prompts)
     signals = images.signals.constant
-    x_IND = model.project(images).signals.x_BND
+    x_IND = model.project(images, Pipeline.of(step)).signals.x_BND
 
     def loss_of(bias_IN: mx.array) -> mx.array:
         return _biased_loss(model, batch, x_IND, bias_IN)

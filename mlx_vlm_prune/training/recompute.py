@@ -3,6 +3,8 @@
 So memory holds what stands between them, and the inside of one.
 """
 
+from copy import copy
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -46,14 +48,13 @@ class RecomputedLayers:
             assert not vars(cache[number]).get("begun"), "gradients need all rows at once"
             cache[number].begun = True
             module = getattr(self.layers[number], "wrapped", self.layers[number])
-            x_BLD = self._checkpointed(number, module, run, positions_BL, options)(
+            layer = partial(run, positions_BL=positions_BL, **options)
+            x_BLD = self._checkpointed(number, module, layer, copy(cache[number]))(
                 module.trainable_parameters(), x_BLD, [] if bias_BL is None else [bias_BL]
             )
         return x_BLD
 
-    def _checkpointed(
-        self: Any, number: int, module: nn.Module, run: Any, positions_BL: mx.array, options: Any
-    ) -> Any:
+    def _checkpointed(self: Any, number: int, module: nn.Module, run: Any, empty: Any) -> Any:
         """A layer as a function of all that gradients may go to: its weights, rows and biases.
 
         Computed again, it draws the random numbers of the first time.
@@ -66,10 +67,10 @@ class RecomputedLayers:
             module.update(parameters)
             if drops:
                 mx.random.seed(begin)
-            fresh = {number: self.make_cache()[number]}
+            fresh = {number: copy(empty)}
             bias_BL = biases[0] if biases else None
             rows = range(number, number + 1)
-            result: mx.array = run(rows, x_BLD, positions_BL, fresh, bias_BL=bias_BL, **options)
+            result: mx.array = run(rows, x_BLD, cache=fresh, bias_BL=bias_BL)
             module.update(before)
             if now != begin:  # computed again
                 mx.random.seed(now)

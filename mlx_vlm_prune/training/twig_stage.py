@@ -15,10 +15,10 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.config import MiniMindConfig
 from ..checkpoints.errors import UserError
-from ..models.decoder import run_layers
 from ..models.language.experts import unstacked
 from ..models.language.minimind import MiniMind
 from ..models.language.twig import grown
+from ..models.layers import run_layers
 from ..models.vlm import VLM
 from .batches import Batch
 from .config import TrainConfig

@@ -29,6 +29,8 @@ class PromptRows:
     next: int  # the position of the next token
     runs: list[tuple[int, int]]  # (start, n) of each image
     bias_L: Tensor  # added to the attention a row gets
+    first_bias_L: Tensor | None = None  # in the first layer, in place of `bias_L`
+    distance_P: Tensor | None = None  # what rows add for one so far before them, while read
 
     @classmethod
     def of(cls, spliced: Spliced, b: int) -> "PromptRows":
@@ -36,12 +38,22 @@ class PromptRows:
         real_L = spliced.real_BL[b]
         x_BLD, position_BL = spliced.embeds_BLD, spliced.positions_BL
         x_1LD, position_1L = x_BLD[b, real_L][None], position_BL[b, real_L][None]
-        next_position = int(spliced.next_B[b])
-        return cls(x_1LD, position_1L, next_position, spliced.runs[b], spliced.bias_BL[b, real_L])
+        prompt = cls(
+            x_1LD, position_1L, int(spliced.next_B[b]), spliced.runs[b], spliced.bias_BL[b, real_L]
+        )
+        if spliced.first_bias_BL is None or spliced.distance_BP is None:
+            return prompt
+        first_L, distance_P = spliced.first_bias_BL[b, real_L], spliced.distance_BP[b]
+        return replace(prompt, first_bias_L=first_L, distance_P=distance_P)
 
     @property
     def words(self) -> list[int]:
         return outside(self.runs, self.x_1LD.shape[1])
+
+    def words_after(self, image: int) -> list[int]:
+        """Those after an image; of one at the end, all."""
+        end = sum(self.runs[image])
+        return [i for i in self.words if i >= end] or self.words
 
 
 @dataclass
@@ -58,11 +70,18 @@ class PromptCache:
     def read_layer(self, language: Any, i: int, prompt: PromptRows) -> PromptRows:
         """The prompt through the next layer of a language model or a twig, whose rows are kept."""
         rows: list[Tensor] = []
-        mask_LL = causal_mask(prompt.x_1LD.shape[1], prompt.x_1LD.device) + prompt.bias_L
+        bias_L = prompt.bias_L
+        if i == 0 and prompt.first_bias_L is not None:
+            bias_L = prompt.first_bias_L
+        mask_LL = causal_mask(prompt.x_1LD.shape[1], prompt.x_1LD.device) + bias_L
+        if prompt.distance_P is not None:
+            position_L = prompt.position_1L[0]
+            mask_LL += prompt.distance_P[(position_L[:, None] - position_L).clamp(min=0)]
         rotary = language.rotary(prompt.position_1L)
         x_1LD = language.layers[i](prompt.x_1LD, rotary, mask_LL[None, None], rows)
         self.layers.append(rows)
-        self.biases.append(prompt.bias_L)
+        later = prompt.distance_P is None  # do later tokens add to it, too?
+        self.biases.append(prompt.bias_L if later else torch.zeros_like(prompt.bias_L))
         self.next.append(prompt.next)
         return replace(prompt, x_1LD=x_1LD)
 
@@ -81,14 +100,14 @@ def read_prompt(
     language: Any, prompt: PromptRows, grid: tuple[int, int], cuts: Cuts, observe: int | None = None
 ) -> PromptCache:
     """All layers, with fewer rows after each cut; the input of the layer `observe` is noted."""
-    before, cache = prompt, PromptCache(prompt.x_1LD)
+    before, entry, cache = prompt, prompt, PromptCache(prompt.x_1LD)
     for i in range(len(language.layers)):
         if i == observe:
             cache.observed = prompt
         if cuts.step and i in cuts.schedule:
             kept = [
                 reduce(cuts.step.name, image, cuts.schedule[i], **cuts.step.options)
-                for image in signals(language, i, before, prompt, grid, cuts.step.weights)
+                for image in signals(language, i, (entry, before, prompt), grid, cuts.step.weights)
             ]
             prompt = drop_rows(prompt, kept, cuts)
             cache.reductions.append((i, kept))
@@ -166,11 +185,13 @@ def kept_bias(prompt: PromptRows, image: slice, kept: Reduction, cuts: Cuts) -> 
 
 
 def signals(
-    language: Any, i: int, before: PromptRows, now: PromptRows, grid: tuple[int, int],
+    language: Any, i: int, rows: tuple[PromptRows, PromptRows, PromptRows], grid: tuple[int, int],
     twig: Twig | None = None,
 ) -> list[Signals]:  # fmt: skip
-    """All signals of each image at the input of layer i, on which a twig may grow."""
-    words, normed_1LD = now.words, language.norm(now.x_1LD)
+    """All signals of each image at the input of layer i, on which a twig may grow. `rows` are the
+    inputs of layers 0, i - 1 and i."""
+    entry, before, now = rows
+    normed_1LD = language.norm(now.x_1LD)
     images = [slice(start, start + n) for start, n in now.runs]
     of_images = (
         attention_signals(language, i, before, now, twig)
@@ -183,28 +204,38 @@ def signals(
             grid,
             before_BND=before.x_1LD[:, image],
             normed_BND=normed_1LD[:, image],
-            text_BTD=normed_1LD[:, words],
-            text_real_BT=torch.ones(1, len(words), dtype=torch.bool),
+            text_BTD=normed_1LD[:, now.words_after(j)],
+            text_real_BT=torch.ones(1, len(now.words_after(j)), dtype=torch.bool),
+            text_share_BT=text_share(entry, j),
             **attention_of,
         )
-        for image, attention_of in zip(images, of_images, strict=True)
+        for j, (image, attention_of) in enumerate(zip(images, of_images, strict=True))
     ]
+
+
+def text_share(entry: PromptRows, image: int) -> Tensor:
+    """Of the words after an image the shares of a softmax over them, the mean over its tokens."""
+    start, n = entry.runs[image]
+    x_LD = entry.x_1LD[0].float()
+    logits_NT = x_LD[start : start + n] @ x_LD[entry.words_after(image)].T
+    return logits_NT.softmax(dim=-1).mean(dim=0)[None]
 
 
 def attention_signals(
     language: Any, i: int, before: PromptRows, now: PromptRows, twig: Twig | None
 ) -> list[dict[str, Any]]:
     """The signals that attention gives of each image there."""
-    last, this, words = language.layers[i - 1], language.layers[i], now.words
+    last, this = language.layers[i - 1], language.layers[i]
     _, held_GLd, last_LL = attention(language, last, before)
-    q_HLd, k_GLd, next_LL = attention(language, this, now)
+    _, k_GLd, next_LL = attention(language, this, now)
+    q0_HLd, k0_GLd = this.rotated(now.x_1LD, language.rotary(now.position_1L * 0))  # not at all
     twig_LL = torch.zeros_like(next_LL) if twig is None else twig_attention(twig, now)
     held_LD, next_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
     of_images = []
-    for start, n in now.runs:
-        image = slice(start, start + n)
-        mean_H1d = q_HLd[:, image].mean(dim=1, keepdim=True)
-        keys_Hnd = k_GLd[:, image].repeat_interleave(len(q_HLd) // len(k_GLd), dim=0)
+    for j, (start, n) in enumerate(now.runs):
+        image, words = slice(start, start + n), now.words_after(j)
+        mean_H1d = q0_HLd[:, image].mean(dim=1, keepdim=True)
+        keys_Hnd = k0_GLd[:, image].repeat_interleave(len(q0_HLd) // len(k0_GLd), dim=0)
         logits_H1n = mean_H1d @ keys_Hnd.mT / keys_Hnd.shape[-1] ** 0.5
         of_images.append(
             {

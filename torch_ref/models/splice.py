@@ -4,7 +4,7 @@ Shapes: B prompts, I images over all prompts, N placeholders, K kept, L tokens, 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 
-from ..pruners import Reduction
+from ..pruners import Reduction, Step
 
 
 class Prompt(Protocol):
@@ -35,6 +35,12 @@ class Spliced:
     next_B: Tensor  # the position after each prompt
     runs: list[list[tuple[int, int]]]  # (start, K) of each prompt's images, padding left out
     bias_BL: Tensor  # added to the attention a row gets
+    first_bias_BL: Tensor | None = None  # in the first layer, in place of `bias_BL`
+    distance_BP: Tensor | None = None  # what rows add for one so far before them, while read
+
+    @property
+    def adds_to_attention(self) -> bool:
+        return self.first_bias_BL is not None or bool(self.bias_BL.any())
 
 
 def splice(
@@ -99,6 +105,22 @@ def _splice_prompt(
     if counted:
         position_L = torch.arange(len(x_LD), device=words_LD.device)
     return x_LD, position_L, torch.cat([*biases, zero_L[end:]]), new_runs
+
+
+def calibrated(spliced: Spliced, enhancer: Step | None, N: int) -> Spliced:
+    """With what an enhancer adds while prompts are read: in the first layer to the attention of
+    every visual row, and in all layers of prompts with images for distances."""
+    K = next((K for runs in spliced.runs for _, K in runs), N)
+    if enhancer is None or K == N or not enhancer.call("calibrates"):
+        return spliced
+    calibration = enhancer.call("calibration", N, K, int(spliced.next_B.max()))
+    first_BL, rows = torch.zeros_like(spliced.bias_BL), []
+    for b, runs in enumerate(spliced.runs):
+        ahead = int((~spliced.real_BL[b]).sum())
+        for start, K in runs:
+            first_BL[b, ahead + start : ahead + start + K] = calibration[0]
+        rows.append(calibration[1] * bool(runs))
+    return replace(spliced, first_bias_BL=first_BL, distance_BP=torch.stack(rows).to(first_BL))
 
 
 def outside(runs: Sequence[tuple[int, int]], length: int) -> list[int]:

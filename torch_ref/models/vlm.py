@@ -27,7 +27,7 @@ from ..pruners.attention_pool import AttentionPool
 from . import decoder
 from .language.minimind import MiniMind
 from .projector import merge_patches, vision_proj
-from .splice import Prompt, Spliced, outside, splice, visible
+from .splice import Prompt, Spliced, calibrated, outside, splice, visible
 from .towers.vit import VisionTower
 
 
@@ -135,15 +135,15 @@ class VLM(nn.Module):
         visual_IKD, kept_of_encoded = self.prune(encoded, steps)
         of_stage = {step.stage: step for step in steps}  # a chain has one of either
         enhancer, step = of_stage.get("enhancer"), of_stage.get("decoder")
-        bias_IK = enhancer.call("attention_bias", encoded, kept_of_encoded) if enhancer else None
+        bias_IK = added_bias(enhancer, encoded, kept_of_encoded)
         kept = kept_of_encoded.after(kept, self.N)
         if kept.index_BK is None:
             positions = "renumber"  # pooled slots have no place of their own
         spliced = splice(embed, prompts, visual_IKD, kept, positions, bias_IK)
-        n = visual_IKD.shape[1]
-        if step is None or step.K in (None, n):
+        spliced = calibrated(spliced, enhancer, encoded.x_BND.shape[1])
+        if step is None or step.K in (None, visual_IKD.shape[1]):
             return spliced, decoder.Cuts()
-        schedule = step.call("schedule", len(self.language.layers), n, step.K)
+        schedule = step.call("schedule", len(self.language.layers), visual_IKD.shape[1], step.K)
         return spliced, decoder.Cuts(step, schedule, positions, enhancer)
 
     def encode(
@@ -189,16 +189,26 @@ class VLM(nn.Module):
     def prune(self, encoded: Signals, steps: Sequence[Step]) -> tuple[Tensor, Reduction]:
         """Projected tokens after the steps at the end of the tower and behind the projector."""
         signals, (images, n, _) = encoded, encoded.x_BND.shape
+        enhancer = next((step for step in steps if step.stage == "enhancer"), None)
+        last = [step for step in steps if step.stage != "enhancer"][-1]
         index_N = torch.arange(n, device=encoded.x_BND.device)
         kept_of_encoded = Reduction(index_N.expand(images, n))
         for stage in ("features", "projected"):
             if stage == "projected":
-                signals = signals.replace(x_BND=self.projector(signals.x_BND))
+                features_BND = signals.x_BND
+                signals = signals.replace(
+                    x_BND=self.projector(features_BND), features_BND=features_BND
+                )
             for step in steps:
                 if step.stage == stage:
                     N = signals.x_BND.shape[1]
                     K = N if step.K is None else min(step.K, N)
-                    kept = reduce(step.name, signals, K, step.weights, **step.options)
+                    chosen = K
+                    if enhancer and step is last and K < N:
+                        chosen = enhancer.call("selected", K)
+                    kept = reduce(step.name, signals, chosen, step.weights, **step.options)
+                    if enhancer and chosen < K:
+                        kept = enhancer.call("complete", signals, kept, K)
                     slots = kept.tokens(signals.x_BND)
                     signals = signals if kept.index_BK is None else signals.take(kept.index_BK)
                     signals = signals.replace(x_BND=slots)
@@ -212,7 +222,7 @@ class VLM(nn.Module):
         """
         each: list[decoder.PromptCache] = []
         cache: list[list] = []
-        if cuts.step is not None or spliced.bias_BL.any():
+        if cuts.step is not None or spliced.adds_to_attention:
             each = self.read_each(spliced, cuts)
             hidden = [prompt.hidden_1LD[0] for prompt in each]
             hidden_BLD = pad_sequence(hidden, batch_first=True, padding_side="left")
@@ -306,3 +316,12 @@ class VLM(nn.Module):
         if trained and K not in (None, trained, N):
             raise UserError(f"this model's {pruner} keeps {trained} tokens, not {K}")
         return (trained or N) if K is None else K
+
+
+def added_bias(enhancer: Step | None, encoded: Signals, kept: Reduction) -> Tensor | None:
+    """What an enhancer adds to the attention that kept tokens get, (I, K)."""
+    if enhancer is None:
+        return None
+    function = "prompt_bias" if enhancer.call("calibrates") else "attention_bias"
+    bias_IK: Tensor = enhancer.call(function, encoded, kept)
+    return bias_IK

@@ -15,13 +15,12 @@ def distances(x_nD: Tensor) -> Tensor:
     return squares_nn.sqrt().round(decimals=9)
 
 
-def density_peaks(distance_nn: Tensor, C: int, neighbours: int = 5) -> list[int]:
-    """The C points with the highest density times distance to a denser point, ascending."""
+def density_peaks(distance_nn: Tensor, C: int) -> list[int]:
+    """The C points with the highest density times distance to a denser point, ascending. A point's
+    density is that of the C nearest, itself among them."""
     n, density = len(distance_nn), []
     for row in distance_nn:
-        near = sorted(row.tolist())[1 : 1 + min(neighbours, n - 1)]
-        mean = sum(d * d for d in near) / len(near) if near else 0.0
-        density.append(round(math.exp(-mean), 12))
+        density.append(round(math.exp(-sum(d * d for d in sorted(row.tolist())[:C]) / C), 12))
     order = sorted(range(n), key=lambda i: (-density[i], i))
     score = torch.zeros(n, dtype=torch.float64)
     for rank, i in enumerate(order):

@@ -18,16 +18,20 @@ class Signals:
 
     x_BND: Tensor
     grid: tuple[int, int]
+    has_cls: bool
     cls_attention_BN: Tensor
     received_attention_BN: Tensor
     object_attention_BN: Tensor
     local_attention_BN: Tensor
     cls_query_BHd: Tensor
+    cls_key_BHd: Tensor
     queries_BNHd: Tensor
     keys_BNHd: Tensor
     pixels_BND: Tensor
     patches_BND: Tensor
     size_BN: Tensor
+    features_BND: Tensor
+    place_BN: Tensor
     text_BTD: Tensor
     text_real_BT: Tensor
     before_BND: Tensor
@@ -38,13 +42,16 @@ class Signals:
     last_attention_BN: Tensor
     next_attention_BN: Tensor
     text_attention_BTN: Tensor
+    text_share_BT: Tensor
     mean_attention_BN: Tensor
     twig_attention_BN: Tensor
 
-    def __init__(self, x_BND: Tensor, grid: tuple[int, int], **others: Tensor | None) -> None:
+    def __init__(
+        self, x_BND: Tensor, grid: tuple[int, int], has_cls: bool = True, **others: Tensor | None
+    ) -> None:
         assert others.keys() <= Signals.__annotations__.keys(), others.keys()
         self.__dict__ = {name: value for name, value in others.items() if value is not None}
-        self.x_BND, self.grid = x_BND, grid
+        self.x_BND, self.grid, self.has_cls = x_BND, grid, has_cls
 
     if not TYPE_CHECKING:
 
@@ -102,6 +109,7 @@ class Reduction:
     index_BK: Tensor | None = None
     weight_BKN: Tensor | None = None
     value_BND: Tensor | None = None
+    place_BK: Tensor | None = None  # in which order a method of the tower left the slots
 
     def to(self, device: torch.device) -> "Reduction":
         """The same elsewhere."""

@@ -9,7 +9,7 @@ needs = {"local_attention": "local_layer", "cls_attention": "layer"}
 
 def prune(
     signals: Signals, K: int, *, areas: int = 16, local: float = 0.5,
-    local_layer: float = 6 / 24, layer: float = -1,
+    local_layer: float = 0.21, layer: float = -1,
 ) -> Reduction:  # fmt: skip
     N, local_K = signals.x_BND.shape[1], int(K * local)
     area_tokens = [members(w, signals.grid[1]) for w in windows(signals.grid, min(areas, N))]

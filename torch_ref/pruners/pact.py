@@ -20,22 +20,26 @@ def schedule(layers: int, N: int, K: int, layer: float = 4 / 32) -> dict[int, in
     return one_cut(layers, N, K, layer)
 
 
-def prune(signals: Signals, K: int, *, clustered: float = 0.5) -> Reduction:
+def prune(signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 0.0) -> Reduction:
     pairs, N = [], signals.x_BND.shape[1]
-    n = K + int(clustered * (N - K))
+    n = max(K, int(clustered * N))
     for x_ND, attention_N, keys_ND in zip(
         signals.x_BND, signals.mean_attention_BN, signals.next_keys_BND, strict=True
     ):
         length_N = x_ND.double().square().sum(-1).sqrt()
         worth_N = (attention_N.double() * length_N).round(decimals=12)
-        pairs.append(cluster(worth_N, 1 - cosine(keys_ND), K, n))
+        pairs.append(cluster(worth_N, 1 - cosine(keys_ND), K, n, cutoff))
     return weighted_reduction(signals, pairs)
 
 
-def cluster(worth_N: Tensor, distance_NN: Tensor, K: int, n: int) -> tuple[list[int], Tensor]:
+def cluster(
+    worth_N: Tensor, distance_NN: Tensor, K: int, n: int, cutoff: float
+) -> tuple[list[int], Tensor]:
     """K clusters of the n most worthy tokens, as their centres and weights (K, N)."""
     worthy = highest(worth_N, n)
-    cutoff, centres = smallest_cutoff(distance_NN[worthy][:, worthy], K)
+    distance_nn = distance_NN[worthy][:, worthy]
+    cutoff = cutoff or smallest_cutoff(distance_nn, K)
+    centres = spaced_centres(distance_nn, cutoff)[:K]
     others = [token for i, token in enumerate(worthy) if i not in centres]
     kept = sorted([worthy[i] for i in centres] + others[: K - len(centres)])
     weight_KN = torch.zeros(K, len(worth_N), dtype=torch.float64)
@@ -46,8 +50,8 @@ def cluster(worth_N: Tensor, distance_NN: Tensor, K: int, n: int) -> tuple[list[
     return kept, weight_KN / weight_KN.sum(dim=1, keepdim=True)
 
 
-def smallest_cutoff(distance_nn: Tensor, K: int) -> tuple[float, list[int]]:
-    """The smallest cutoff that leaves at most K centres, and those."""
+def smallest_cutoff(distance_nn: Tensor, K: int) -> float:
+    """The smallest cutoff that leaves at most K centres."""
     low, high = -1e-6, 2.0
     for _ in range(21):
         middle = (low + high) / 2
@@ -55,12 +59,12 @@ def smallest_cutoff(distance_nn: Tensor, K: int) -> tuple[float, list[int]]:
             high = middle
         else:
             low = middle
-    return high, spaced_centres(distance_nn, high)
+    return high
 
 
 def spaced_centres(distance_nn: Tensor, cutoff: float) -> list[int]:
     """Centres in the order of density, each farther than the cutoff from all before it."""
-    near_nn = (-(distance_nn / max(cutoff, 1e-6)).square()).exp()
+    near_nn = (-(distance_nn / 2).square()).exp()  # whatever the cutoff
     density = [round(v, 9) for v in near_nn.sum(dim=1).tolist()]
     centres: list[int] = []
     for i in sorted(range(len(density)), key=lambda i: (-density[i], i)):

@@ -25,6 +25,7 @@ def prune(signals: Signals, K: int, tolerance: float = 0.0) -> Reduction:
 def prediction_errors(x_NP: Tensor, grid: tuple[int, int], tolerance: float) -> Tensor:
     """Largest difference of each patch to its prediction, (N,)."""
     rows, columns = grid
+    x_NP = x_NP.clone()  # a patch that is predicted becomes its prediction
     error = torch.full((rows * columns,), torch.inf)
     for i in range(1, rows * columns):
         row, column = divmod(i, columns)
@@ -38,4 +39,6 @@ def prediction_errors(x_NP: Tensor, grid: tuple[int, int], tolerance: float) -> 
             is_like_up = (corner - up).abs().max() <= tolerance
             predictor = i - columns if is_like_left and not is_like_up else i - 1
         error[i] = (x_NP[i] - x_NP[predictor]).abs().max()
+        if error[i] <= tolerance:
+            x_NP[i] = x_NP[predictor]
     return error

@@ -45,10 +45,10 @@ def assign_leaders(similar_NN: Tensor, threshold: float) -> dict[int, list[int]]
 
 
 def first_k(clusters: dict[int, list[int]], K: int, N: int) -> dict[int, list[int]]:
-    """The first K clusters; where there are fewer, the lowest other tokens as singletons."""
+    """The first K clusters; where there are fewer, the lowest other tokens too, on their own."""
     kept = {leader: clusters[leader] for leader in sorted(clusters)[:K]}
     others = [token for token in range(N) if token not in kept]
-    return split_off(kept, others[: K - len(kept)])
+    return kept | {token: [token] for token in others[: K - len(kept)]}
 
 
 def exactly_k(clusters: dict[int, list[int]], similar_NN: Tensor, K: int) -> dict[int, list[int]]:

@@ -1,10 +1,13 @@
 """ToMe (arXiv:2210.09461): in each layer the tokens with the most similar keys merge.
 
-Each token at an odd place finds the most similar of those at even places. A merged
+Tokens stand in an order: behind CLS where there is one, and what is left of A before B after a
+round. Each at an even place (A) finds the most similar of those at odd places (B). A merged
 token is the mean of its members, each as heavy as it already is.
 
 Shapes: n tokens, K left, d head size.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,34 +30,39 @@ def cuts(layers: int, N: int, K: int, r: int = 0) -> list[tuple[int, str, int]]:
 
 def prune(signals: Signals, K: int) -> Reduction:
     B, N = signals.keys_BNHd.shape[:2]
-    sizes_BN = signals.get("size_BN")
+    sizes_BN, places_BN = signals.get("size_BN"), signals.get("place_BN")
     sizes_BN = torch.ones(B, N) if sizes_BN is None else sizes_BN
-    pairs = []
-    for keys_NHd, size_N in zip(signals.keys_BNHd, sizes_BN, strict=True):
-        groups = [[i] for i in range(N)]  # each with its anchor first
-        keys_nd, size_n = keys_NHd.float().mean(1), size_N.double()
+    places_BN = torch.arange(N).expand(B, N) if places_BN is None else places_BN
+    pairs, places = [], []
+    for b, keys_NHd in enumerate(signals.keys_BNHd):
+        size_N, order = sizes_BN[b].double(), places_BN[b].argsort().tolist()
+        groups = [[i] for i in order]  # each with its anchor first, in the order of dealing
+        keys_nd, size_n = keys_NHd.float().mean(1)[order], size_N[order]
         while len(groups) > K:
-            groups, keys_nd, size_n = merge(groups, keys_nd, size_n, K)
+            groups, keys_nd, size_n = merge(groups, keys_nd, size_n, K, signals.has_cls)
         row_KN = torch.zeros(K, N, dtype=torch.float64)
-        for k, members in enumerate(groups):
-            row_KN[k, members] = size_N[members].double() / size_N[members].sum()
-        pairs.append(([members[0] for members in groups], row_KN))
-    return weighted_reduction(signals, pairs)
+        for k, members in enumerate(sorted(groups)):
+            row_KN[k, members] = size_N[members] / size_N[members].sum()
+        pairs.append((sorted(members[0] for members in groups), row_KN))
+        places.append([groups.index(members) for members in sorted(groups)])
+    return replace(weighted_reduction(signals, pairs), place_BK=torch.tensor(places))
 
 
 def merge(
-    groups: list[list[int]], keys_nd: Tensor, size_n: Tensor, K: int
+    groups: list[list[int]], keys_nd: Tensor, size_n: Tensor, K: int, has_cls: bool
 ) -> tuple[list[list[int]], Tensor, Tensor]:
     """One round of merges."""
     n = len(groups)
-    similar_ab = cosine(keys_nd[1::2], keys_nd[::2])
-    closest = similar_ab.max(dim=1)
-    into = {i: [i] for i in range(n)}
-    for a in highest(closest.values, min(n - K, len(similar_ab))):
-        into[2 * int(similar_ab[a].argmax())].append(2 * a + 1)
-        del into[2 * a + 1]
+    of_a, of_b = list(range(n))[has_cls::2], list(range(n))[1 - has_cls :: 2]
+    similar_ab = cosine(keys_nd[of_a], keys_nd[of_b])
+    likest = highest(similar_ab.max(dim=1).values, len(of_a))
+    leaving = min(n - K, n // 2)
+    into = {b: [b] for b in of_b}
+    for a in likest[:leaving]:
+        into[of_b[int(similar_ab[a].argmax())]].append(of_a[a])
+    rest = sorted(likest[leaving:]) if has_cls else likest[leaving:]
     keys, sizes, merged = [], [], []
-    for _, members in sorted(into.items()):
+    for members in [*([of_a[a]] for a in rest), *into.values()]:
         weight = size_n[members]
         keys.append((weight.float() / weight.float().sum()) @ keys_nd[members])
         sizes.append(weight.sum())

@@ -1,4 +1,4 @@
-"""V2Drop (arXiv:2509.01552): the tokens a layer changed least leave, in the end all of them."""
+"""V2Drop (arXiv:2509.01552): the tokens a layer changed least leave, in the end all but one."""
 
 from .budget import several_cuts
 from .contract import Reduction, Signals
@@ -10,8 +10,8 @@ needs: dict[str, str | None] = {"before": None}
 def schedule(layers: int, N: int, K: int) -> dict[int, int]:
     def counts(t: float) -> list[int]:
         if t <= 0.5:
-            return [int(N * (2 * t)), int(N * (2 * t) ** 2), 0]
-        return [N, N, int(N * (2 * t - 1))]
+            return [max(1, int(N * (2 * t))), max(1, int(N * (2 * t) ** 2)), 1]
+        return [N, N, max(1, int(N * (2 * t - 1)))]
 
     return several_cuts(layers, N, K, (3 / 32, 17 / 32, 22 / 32), counts)
 

@@ -26,6 +26,5 @@ def select_tokens(similar_NN: Tensor, attention_N: Tensor, K: int, count: int) -
         most_similar = sorted(
             (-similar_NN[a, rest[1::2]].max().item(), 2 * i) for i, a in enumerate(rest[::2])
         )
-        dropped = {i for _, i in most_similar[:leaving]}
-        rest = [token for i, token in enumerate(rest) if i not in dropped]
+        rest = [rest[i] for _, i in most_similar[leaving:]] + rest[1::2]
     return sorted(important + rest)

@@ -25,7 +25,7 @@ def answer_loss(model: VLM, batch: Batch, steps: Sequence[Step]) -> Tensor:
     policy = positions(steps)
     spliced, cuts = model.embed(batch.prompts, pixels(batch, model.device), steps, None, policy)
     counts = image_rows(spliced)
-    if cuts.step is None and not spliced.bias_BL.any():
+    if cuts.step is None and not spliced.adds_to_attention:
         see_BLL = visible(spliced.real_BL)
         hidden_BLD = model.language(spliced.embeds_BLD, spliced.positions_BL, see_BLL)
     else:

@@ -3,7 +3,7 @@
 Shapes: I pictures, P patches, K visual tokens kept, D features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
@@ -13,6 +13,11 @@ from .tower import TowerHost
 
 
 class Gemma3Host(TowerHost):
+    @property
+    def mask_layers(self) -> Sequence[int]:
+        """The first with a window of attention, and the first without."""
+        return sorted({0, self.language.model.sliding_window_pattern - 1})
+
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         """A visual token is the mean of m x m patches; the projector's pooling makes it."""
         pixels_IHW3 = self.to_channels_last(inputs.pixels)

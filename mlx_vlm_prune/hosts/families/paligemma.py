@@ -11,6 +11,7 @@ from .tower import TowerHost
 
 
 class PaliGemmaHost(TowerHost):
+    why_no_enhancer = "mlx-vlm gives its layers no mask, since its prompt sees its own end"
     why_one_image = "mlx-vlm shows it the first only"
 
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:

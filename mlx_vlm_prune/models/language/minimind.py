@@ -156,13 +156,21 @@ class ForwardPass:
         causal kernel says the same, and a single new token sees all. A bias is added.
         """
         if held.bias_BS is not None:
-            visible_B1LS = self.visible(held.positions_BS)
-            return mx.where(visible_B1LS, held.bias_BS[:, None, None], -mx.inf).astype(dtype)
+            bias_B1LS, visible_B1LS = held.bias_BS[:, None, None], self.visible(held.positions_BS)
+            if held.distance_BP is not None:
+                bias_B1LS = bias_B1LS + self._distance_bias(held.distance_BP, held.positions_BS)
+            return mx.where(visible_B1LS, bias_B1LS, -mx.inf).astype(dtype)
         if not held.padded and self.positions_BL.shape[1] == 1:
             return None
         if not held.padded and not self.fold:
             return "causal"
         return self.visible(held.positions_BS)
+
+    def _distance_bias(self, distance_BP: mx.array, seen_BS: mx.array) -> mx.array:
+        """What is added for the distance of each new row to those before it, (B, 1, L, S)."""
+        distance_BLS = mx.maximum(self.positions_BL[:, :, None] - seen_BS[:, None], 0)
+        prompt_B11 = mx.arange(len(distance_BLS))[:, None, None]
+        return distance_BP[prompt_B11, distance_BLS][:, None]
 
     def visible(self, seen_BS: mx.array) -> mx.array:
         """Which rows each new row sees, (B, 1, L, S)."""

@@ -63,7 +63,7 @@ class TowerPass:
         self.kept: Reduction | None = None
         if any(cut.pruner.is_proportional for cut in cuts):
             signals = signals.replace(size_BN=mx.ones(signals.x_BND.shape[:2]))
-        self.signals = signals
+        self.signals = signals.replace(has_cls=has_cls)
 
     @property
     def bias_BS(self) -> mx.array | None:
@@ -95,7 +95,7 @@ class TowerPass:
 
         `windows`: the tokens of each, where a layer of a tower without CLS attends within them.
         Where a tower has no CLS, the mean patch stands in for it: the attention that a token
-        gets from all is taken for that from CLS, the mean query for CLS's.
+        gets from all is taken for that from CLS, the mean query and key for CLS's.
         """
         first, has_cls = self.first, bool(self.first)
         keys = {
@@ -108,6 +108,8 @@ class TowerPass:
         }
         if "cls_query" in names:
             values["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
+        if "cls_key" in names:
+            values["cls_key_BHd"] = k_BHSd[:, :, 0] if has_cls else k_BHSd.mean(axis=2)
         rows = {"cls_attention", "local_attention"}
         columns = {"received_attention", "object_attention"} | (set() if has_cls else rows)
         if has_cls and names & rows:
@@ -127,11 +129,11 @@ class TowerPass:
 
 
 def _with_sizes(reduced: Signals, signals: Signals, kept: Reduction) -> Signals:
-    """The reduced signals, with the sizes of each slot's members summed up."""
+    """The reduced signals, with the sizes of each slot's members summed up, and their places."""
     size_BN = signals.get("size_BN")
     if size_BN is None or not kept.merges or kept.index_BK is None:
         return reduced
-    return reduced.replace(size_BN=kept.sizes(size_BN))
+    return reduced.replace(size_BN=kept.sizes(size_BN), place_BN=kept.place_BK)
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:

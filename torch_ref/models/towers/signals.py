@@ -60,7 +60,9 @@ class Encoded:
         }
         if "cls_query" in names:  # without CLS the mean patch stands in for it
             values["cls_query_BHd"] = q[:, :, 0] if self.first else q.mean(2)
-        if names - {"keys", "queries", "cls_query"}:
+        if "cls_key" in names:
+            values["cls_key_BHd"] = k[:, :, 0] if self.first else k.mean(2)
+        if names - {"keys", "queries", "cls_query", "cls_key"}:
             attention_BSS = attention(q, k, self.bias_B11S)
             received_BN = attention_BSS.mean(1)[:, self.first :]
             columns = dict.fromkeys(("received_attention", "object_attention"), received_BN)
@@ -77,7 +79,7 @@ class Encoded:
         if step.merges and kept.weight_BKN is not None:
             members = (kept.weight_BKN > 0).to(self.signals.size_BN)
             size_BN = (members @ self.signals.size_BN[..., None])[..., 0]
-            signals = signals.replace(size_BN=size_BN)
+            signals = signals.replace(size_BN=size_BN, place_BN=kept.place_BK)
         signals = signals.replace(x_BND=kept.tokens(self.signals.x_BND))
         return replace(self, signals=signals, kept=kept.after(self.kept, self.N))
 
@@ -95,7 +97,8 @@ def enter(
     merges = any(step.merges for *_, step in cuts)
     size = pixels_B3HW.shape[2] // grid[0]
     signals = Signals(
-        x_BSD[:, first:], grid, size_BN=torch.ones_like(patches_BND[..., 0]) if merges else None,
+        x_BSD[:, first:], grid, bool(first),
+        size_BN=torch.ones_like(patches_BND[..., 0]) if merges else None,
         patches_BND=patches_BND if "patches" in names else None,
         pixels_BND=F.unfold(pixels_B3HW, size, stride=size).mT if "pixels" in names else None,
     )  # fmt: skip

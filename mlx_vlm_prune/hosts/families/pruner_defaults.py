@@ -1,0 +1,33 @@
+"""Options of methods whose defaults differ by family, as the methods' authors have them there.
+
+Methods' own defaults are those for LLaVA, and hold in every family that is not listed.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ...pruners import Pipeline, Pruner, plan
+from ..host import Host
+
+# By model_type, then by method.
+PRUNER_DEFAULTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "qwen2_5_vl": {
+        # Danielement321/HiPrune@6e83a12: 16 of the tower's 32 layers, counted from one.
+        "hiprune": {"object_layer": 15 / 32},
+        # Ironieser/MMTok@d1522cd.
+        "mmtok": {"sharp": 0.01},
+    },
+}
+
+
+def plan_for_host(
+    host: Host, spec: str | Pruner | Pipeline, untrained: Mapping[str, Any] = MappingProxyType({})
+) -> Pipeline:
+    """A chain with the model's own learned weights, and with `untrained` ones, by method."""
+    return with_family_defaults(plan(spec, {**host.learned, **untrained}), host.kind)
+
+
+def with_family_defaults(pipeline: Pipeline, kind: str) -> Pipeline:
+    """The methods with the defaults of a family; options that are given stay as they are."""
+    return pipeline.with_defaults(PRUNER_DEFAULTS.get(kind, {}))
