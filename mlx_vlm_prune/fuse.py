@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         if args.dequantize:
             raise UserError(
                 f"{folder} is a {kind} model of mlx-vlm's, whose matrices stay quantized here;"
-                " mlx_vlm.convert --dequantize makes full ones"
+                " mlx_vlm.convert can dequantize them first"
             )
         fusion = fuse_into_folder(folder, args.adapter_path, args.save_path)
         print(_outcome(fusion, args.save_path, is_ours=False))

@@ -31,7 +31,8 @@ SIGNATURES = {
     " generation_tps, peak_memory, finish_reason, visual_tokens, visual_tokens_kept, kept_indices,"
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
     " drafted=None, accepted=None)",
-    "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>)",
+    "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>,"
+    " enhancer=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"
     " place_BK=None, is_finite=None)",
     "Signals": "(x_BND, grid, has_cls=True, **others)",

@@ -130,7 +130,9 @@ def free_port() -> int:
 def command(home: Path, name: str, **settings: str) -> Iterator[Server]:
     """As the README starts it."""
     server = Server(free_port(), str(home / name), home)
-    (line,) = re.findall(r"```sh\n(.*?)\n```", README.read_text(encoding="utf-8"), re.S)
+    (line,) = re.findall(
+        r"^python -m mlx_vlm\.server .*$", README.read_text(encoding="utf-8"), re.M
+    )
     replacements = {
         "python": sys.executable,
         "my-vlm-pruned": server.model,

@@ -69,11 +69,13 @@ class Host(ABC):
         They are read once a model. Raises UserError for a file that does not fit.
         """
         model, folder = self.model, getattr(self.model, "model_path", None)
-        if not hasattr(model, "learned_pruners"):
-            learned = read_learned(Path(folder), self) if folder and self.feature_dims else {}
+        known: Mapping[str, Any] | None = getattr(model, "learned_pruners", None)
+        if known is not None:
+            return known
+        learned = read_learned(Path(folder), self) if folder and self.feature_dims else {}
+        if learned:
             model.learned_pruners = MappingProxyType(learned)  # so they are no parameters of its
-        learned_pruners: Mapping[str, Any] = model.learned_pruners
-        return learned_pruners
+        return learned
 
     def masked_logits(
         self, ids_1L: mx.array, x_1LD: mx.array, mask_11LL: mx.array, position_ids: mx.array | None

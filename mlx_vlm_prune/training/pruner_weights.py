@@ -16,9 +16,7 @@ from .config import TrainConfig, check_reset
 from .stage_rules import TrainableMethods
 from .trained_folder import TWIG
 
-TRAINABLE = TrainableMethods(
-    [name for name, method in METHODS.items() if method.learned and name != TWIG], PRESETS
-)
+TRAINABLE = TrainableMethods(METHODS, lambda name: METHODS[name].learned and name != TWIG, PRESETS)
 
 
 def trained_inside(model: VLM, name: str) -> bool:

@@ -1,7 +1,7 @@
 """What a stage trains, whichever framework trains it."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from ..checkpoints.command_line import either
@@ -32,14 +32,20 @@ def falling(iteration: int, iters: int) -> float:
 class TrainableMethods:
     """A framework's methods whose weights a loss behind the pruner trains."""
 
-    names: Collection[str]
+    methods: Collection[str]
+    is_trainable: Callable[[str], bool]
     presets: Mapping[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        """All of them at this moment."""
+        return [name for name in self.methods if self.is_trainable(name)]
 
     def of_chain(self, spec: str) -> list[str]:
         """Those of a chain."""
         parts = self.presets.get(spec, spec).split("+")
         names = [part.partition(":")[0] for part in parts]
-        return [name for name in names if name in self.names]
+        return [name for name in names if name in self.methods and self.is_trainable(name)]
 
     def check(self, config: TrainConfig) -> None:
         """Raise UserError where a pruner shall learn that has nothing to learn."""

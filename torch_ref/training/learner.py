@@ -32,7 +32,7 @@ from ..pruners.spec import PRESETS, parse_steps, positions
 from .loss import answer_loss, factor_loss, pixels
 
 MODEL, PRUNERS, POOL = "model.", "pruners.", "attention_pool"
-TRAINABLE = TrainableMethods([n for n in METHODS if is_learned(n) and n != "twig"], PRESETS)
+TRAINABLE = TrainableMethods(METHODS, lambda n: is_learned(n) and n != "twig", PRESETS)
 
 
 class Chain(NamedTuple):
