@@ -36,13 +36,16 @@ NEEDS = {
     ),
     "torch_ref.train_scenes": ([], "torch", EXTRA.format("torch")),
     "torch_ref.train_pruners": (["twig"], "torch", EXTRA.format("torch")),
+    "torch_ref.verify": (["a", "b", "--image", "c"], "torch", EXTRA.format("torch")),
 }
 
 # What a command wants before its options.
 REQUIRED = {
     "convert": ["inspect", "a"],
+    "mlx_vlm_prune.generation.recording": ["a", "--image", "b", "--pruner", "norm", "--out", "c"],
     "mlx_vlm_prune.scenes.vocabulary": ["a"],
     "torch_ref.train_pruners": ["twig"],
+    "torch_ref.verify": ["a", "b", "--image", "c"],
 }
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.pruners import PRESETS, plan
+from torch_ref.generation.parity import Kept, kept_by_layer
 from torch_ref.models.vlm import VLM, VLMConfig
 
 from . import tiny
@@ -58,19 +59,12 @@ def test_a_preset_answers_as_its_chain_does(pair, name):
     assert answer(name)[:2] != answer(CHAINS[name].split("+")[0])[:2]  # both methods count
 
 
-def kept_by_the_reference(pair, steps) -> list[tuple[int, list[int]]]:
+def kept_by_the_reference(pair, steps) -> Kept:
     """Which tokens of the image are left, by the layer that leaves them."""
     pixels = torch.from_numpy(pair.pixels.transpose(0, 3, 1, 2).copy())
     with torch.no_grad():
-        seen, within = pair.theirs.encode(pixels, steps, [ROW])
-        _, reduction = pair.theirs.prune(seen, steps)
-        (prompt,) = pair.theirs.read_each(*pair.theirs.embed([ROW], pixels, steps, None, "keep"))
-    index_K = reduction.after(within, tiny.N).index_BK[0]
-    kept = [(0, index_K.tolist())]
-    for layer, (cut,) in prompt.reductions:
-        index_K = index_K[cut.index_BK[0]]
-        kept.append((layer, index_K.tolist()))
-    return kept
+        spliced, cuts = pair.theirs.embed([ROW], pixels, steps, None, "keep")
+        return kept_by_layer(spliced, pair.theirs.prefill(spliced, cuts))
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -78,5 +72,5 @@ def test_the_reference_keeps_the_same_tokens(pair, name):
     before = pair.ours([ROW], mx.array(pair.pixels), plan(name), K, "keep")
     ours = [np.array(step.reductions[0].index_BK)[0].tolist() for step in before.trace.steps]
     theirs = kept_by_the_reference(pair, steps_of(pair, CHAINS[name], K))
-    assert ours[-len(theirs) :] == [index for _, index in theirs]
-    assert len(theirs) > 1 and len(ours[-1]) < len(theirs[0][1])
+    assert ours[-len(theirs) :] == [index for _, (index,) in theirs]
+    assert len(theirs) > 1 and len(ours[-1]) < len(theirs[0][1][0])

@@ -16,6 +16,7 @@ import torch_ref.pruners as ref
 from mlx_vlm_prune import pruners
 from mlx_vlm_prune.pruners import METHODS, Signals, resolve
 from mlx_vlm_prune.pruners.attention_pool import AttentionPool
+from torch_ref.pruners.spec import positions
 
 from .pruner_cases import (
     LEARNED,
@@ -73,6 +74,7 @@ def test_every_method_has_its_twin_and_every_module_its_line():
         assert needs == ref.entry(theirs, "needs")
         assert method.learned == ref.is_learned(name)
         assert method.proportional == ref.entry(theirs, "proportional")
+        assert method.positions == positions([ref.Step(name)])
         given = inspect.signature(theirs.prune).parameters if method.prune else {}
         for key, parameter in given.items():
             if parameter.default is not parameter.empty:

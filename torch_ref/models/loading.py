@@ -9,7 +9,8 @@ from torch import Tensor
 from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
 from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, parse_config, parse_sizes
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.families import is_ours, read_checkpoint
+from mlx_vlm_prune.checkpoints.llava.published import is_llava_folder
 from mlx_vlm_prune.checkpoints.minimind.published import read_published, torch_tensors
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 
@@ -26,13 +27,15 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_pth(path: str | Path, tower: str | Path, device: torch.device | None = None) -> VLM:
-    """A MiniMind-V of any supported release: a .pth, and the folder of its tower.
+def load_pth(
+    path: str | Path, tower: str | Path | None = None, device: torch.device | None = None
+) -> VLM:
+    """A MiniMind-V of any supported release: a .pth, and the folder of its tower (None: beside it).
 
     On the best device unless one is given. Raises UserError for files that cannot be read or that
     hold another model.
     """
-    published = read_published(Path(path), Path(tower))
+    published = read_published(Path(path), Path(tower) if tower else None)
     config = parse_sizes(published.sizes, Path(path))
     model = VLM(config)
     prefix = {True: "vision_encoder.", False: ""}
@@ -55,6 +58,17 @@ def load_llava(
     where = Path(folder)
     checkpoint = read_checkpoint(where, Path(tower) if tower else None)
     return load_checkpoint(checkpoint, where, device)
+
+
+def load_source(source: Path, tower: Path | None = None, device: torch.device | None = None) -> VLM:
+    """A model of any family, from its published files or from a folder of ours.
+
+    `tower` is the folder of a tower that lies apart; without it, it is looked for beside `source`.
+    Raises UserError.
+    """
+    if is_ours(source) or is_llava_folder(source):
+        return load_llava(source, device, tower)
+    return load_pth(source, tower, device)
 
 
 def load_folder(folder: Path, device: torch.device | None = None) -> tuple[VLM, Checkpoint]:

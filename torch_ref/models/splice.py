@@ -37,6 +37,7 @@ class Spliced:
     bias_BL: Tensor  # added to the attention a row gets
     first_bias_BL: Tensor | None = None  # in the first layer, in place of `bias_BL`
     distance_BP: Tensor | None = None  # what rows add for one so far before them, while read
+    kept: Reduction | None = None  # of the images of all prompts
 
     @property
     def adds_to_attention(self) -> bool:
@@ -80,7 +81,7 @@ def splice(
         for x in (embeds, positions, real, biases)
     )
     next_B = torch.tensor(lengths, device=device)
-    return Spliced(embeds_BLD, positions_BL, real_BL, next_B, list(runs), bias_BL)
+    return Spliced(embeds_BLD, positions_BL, real_BL, next_B, list(runs), bias_BL, kept=kept)
 
 
 def _splice_prompt(

@@ -13,7 +13,7 @@ PRESETS = {
     "duet": "visionzip+pyramiddrop:start=0.5,stages=2",
     "vscan": "global_local+fastv:layer=0.5",
 }
-RENUMBERED = ("pact", "pyramiddrop", "sparsevlm")  # in their papers, positions count anew
+RENUMBERED = ("pyramiddrop", "sparsevlm")  # in their papers, positions count anew
 EARLIER_STEP_FACTOR = 1.5  # of the budget, for each step of a chain that comes after
 
 

@@ -1,0 +1,72 @@
+"""Does a converted model compute in MLX what its source computes in PyTorch? For every method.
+
+python -m torch_ref.verify sft_vlm_512.pth my-model --image photo.jpg
+python -m torch_ref.verify llava-1.5-7b-hf my-llava --image photo.jpg --pruner fastv --device cuda
+
+MLX answers first, in a process of its own; PyTorch then recomputes the same prompt and pixels from
+the source, with nothing of MLX's code. Exit code 1 where the two are farther apart than float32
+explains.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
+
+DESCRIPTION = (
+    "Compare a model in MLX with its source in PyTorch, method by method: the tokens kept, the"
+    " visual rows that the language model reads, the logits, the greedy answer. Both compute in"
+    " float32."
+)
+EXAMPLE = "example: python -m torch_ref.verify sft_vlm_512.pth my-model --image photo.jpg"
+
+
+# fmt: off
+def build_parser() -> Parser:
+    """The command line."""
+    parser = Parser("torch_ref.verify", description=DESCRIPTION, epilog=EXAMPLE)
+    add = parser.add_argument
+    add("source", metavar="SRC",
+        help="what was published: a .pth, a folder, or a Hugging Face name")
+    add("model", metavar="MLX_FOLDER", help="what `convert to-mlx` made of it")
+    add("--vision", metavar="FOLDER", help="its CLIP or SigLIP (default: beside SRC)")
+    add("--image", action="append", required=True, metavar="FILE",
+        help="an image file; repeat for several (default: none)")
+    add("--prompt", default="What is in the picture?", metavar="TEXT", help="the question")
+    add("--pruner", action="append", metavar="SPEC",
+        help="a method or a chain; repeat for several (default: all methods that work there)")
+    add("--keep-ratio", type=float, default=0.5, metavar="R",
+        help="share of an image's visual tokens to keep")
+    add("--max-tokens", type=partial(whole_number, 1), default=16, metavar="N",
+        help="tokens of the answer that are compared")
+    add("--device", choices=("cpu", "mps", "cuda"), default="cpu", help="where PyTorch computes")
+    add("--mlx-device", choices=("cpu", "gpu"), help="where MLX computes; on a cpu both choose"
+        " tokens in float64, so near-ties go one way (default: MLX's own choice)")
+    add("--json", type=Path, metavar="FILE", help="write all figures, versions and the machine")
+    return parser
+# fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    parser = build_parser()
+    with in_one_sentence(parser):
+        agrees = run(parser.parse_args(argv))
+        sys.stdout.flush()
+        sys.exit(0 if agrees else 1)
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Compare, print, write; whether all methods agree. Raises UserError."""
+    from .generation.verification import (
+        verify,
+    )  # here, since torch may be missing, and takes seconds
+
+    return verify(args)
+
+
+if __name__ == "__main__":
+    main()
