@@ -34,8 +34,9 @@ from .evaluation.dequantize import dequantize_matrices
 from .evaluation.evaluation_run import EvaluatedModel, EvaluationRun
 from .evaluation.judge import Judge
 from .evaluation.question_set import QuestionSet, fingerprint
-from .evaluation.questions import FORMATS, Question, Source, format_of
+from .evaluation.questions import FORMATS, SENTENCE_TOKENS, Format, Question, Source, format_of
 from .evaluation.resume import ResumeFile
+from .evaluation.scoring_options import add_scoring, check_scoring, with_judge, written_answers
 from .evaluation.table import table
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
@@ -55,8 +56,7 @@ RATIOS = (
 )  # the last is a ninth and a little: 22 of 196, 64 of 576
 PER_KIND = 334
 DESCRIPTION = "Measure what each method costs in accuracy, on a set of questions."
-EXACT_FORMATS = ("scenes", "own")  # whose responses must equal an answer
-SPARE_TOKENS, SENTENCE_TOKENS = 4, 32  # of a response
+SPARE_TOKENS = 4  # of a response
 
 
 # fmt: off
@@ -75,6 +75,7 @@ def build_parser() -> Parser:
         " (default: on a CPU only)")
     _add_questions(parser)
     _add_pruning(parser)
+    add_scoring(parser)
     add = parser.add_argument_group("run").add_argument
     add("--max-tokens", type=int, metavar="N",
         help="longest answer, in tokens (default: a few more than the longest right answer has,"
@@ -96,7 +97,8 @@ def _add_questions(parser: Parser) -> None:
     add("--images", type=Path, metavar="FOLDER",
         help="folder of the images (default: beside the questions)")
     add("--split", metavar="NAME",
-        help="a part of RefCOCO's questions (default: all but train) or ScienceQA's (test)")
+        help="a part of RefCOCO's questions (default: all but train), ScienceQA's (test), VQAv2's"
+        " (val2014) or MMMU's (validation)")
     add("--boxes", choices=("unit", "thousand", "pixels"),
         help="coordinates in RefCOCO's questions and answers: 0 to 1, 0 to 1000, or pixels"
         " (default: unit)")
@@ -135,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     """Answer all questions, score, print and write."""
     _check(args)
-    question_set = question_set_of(args)
+    question_set = question_set_of(args, grades=processes.is_first)
     questions, unread = question_set.load()
     folder = resolve_path(args.model) if args.model else CHECKPOINT
     model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
@@ -145,7 +147,7 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
         dequantize_matrices(model)
     evaluated, methods, refused = evaluated_model(args, model, processor)
     if args.max_tokens is None:
-        args.max_tokens = most_answer_tokens(evaluated, question_set.format.name, questions)
+        args.max_tokens = most_answer_tokens(evaluated, question_set.format, questions)
     evaluation = EvaluationRun(
         evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
     )
@@ -159,12 +161,15 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     if not processes.is_first:
         return
     result = result_of(args, evaluation, unread, refused, folder)
+    result |= written_answers(args, evaluation)
     text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)
-    if not (args.adapter_path or args.positions):
+    if evaluation.is_scored and not (args.adapter_path or args.positions):
         remember_for_advice(folder, text)
     resume_file.remove()
     print(table(result))
+    if "answers" in result:
+        print(f"Wrote the answers into {result['answers']}")
     print(f"Wrote {args.out}")
 
 
@@ -256,22 +261,24 @@ def _check(args: argparse.Namespace) -> None:
         check_budget(None, K)
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
+    check_scoring(args)
     check_target(args.out, replace=True)
 
 
-def question_set_of(args: argparse.Namespace) -> QuestionSet:
-    """The question set of the command line."""
+def question_set_of(args: argparse.Namespace, grades: bool = True) -> QuestionSet:
+    """The question set of the command line; with `grades` its judge is asked, if there is one."""
     if args.questions == "scenes":
         if args.format not in (None, "scenes") or args.images or args.split or args.boxes:
             raise UserError("--format, --images, --split and --boxes are for a file's questions")
-        format = format_of("scenes")
+        format = with_judge(args, format_of("scenes"))
         read_scenes, per_kind = format.module.read_scenes, args.per_kind or PER_KIND
         return QuestionSet(
             "scenes", format, lambda _: read_scenes(per_kind), args.limit, args.skip_bad
         )
     if args.per_kind:
         raise UserError("--per-kind is for scenes; of a file take the first with --limit")
-    format = format_of(args.format or "own")
+    format = format_of(args.format or "own", Path(args.questions))
+    format = with_judge(args, format) if grades else format
     options = {"boxes": args.boxes} if args.boxes else {}
     source = Source(Path(args.questions), args.images, args.split, **options)
     read_source = partial(format.read, source)
@@ -289,13 +296,13 @@ def budgets_of(args: argparse.Namespace, N: int | None) -> list[float]:
     return sorted(budgets, reverse=True)
 
 
-def most_answer_tokens(model: EvaluatedModel, format: str, questions: Sequence[Question]) -> int:
+def most_answer_tokens(model: EvaluatedModel, format: Format, questions: Sequence[Question]) -> int:
     """A limit that any right answer fits into, with its end and some spare tokens.
 
     Where a response may hold the answer in a sentence, at least a sentence fits.
     """
-    longest = max(len(model.encode(text)) for q in questions for text in q.answers)
-    return max(longest + 1 + SPARE_TOKENS, 0 if format in EXACT_FORMATS else SENTENCE_TOKENS)
+    lengths = (len(model.encode(text)) for q in questions for text in q.answers)
+    return max(max(lengths, default=0) + 1 + SPARE_TOKENS, format.least_tokens)
 
 
 def weights_megabytes(folder: Path) -> float:

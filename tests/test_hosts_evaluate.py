@@ -195,6 +195,20 @@ def test_a_budget_in_tokens_keeps_all_of_an_image_that_has_fewer(home, tmp_path,
         assert has_note is (K == 7) and has_note is ("keep_tokens" in rows[-1])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_questions_without_right_answers_are_asked_and_their_answers_written(home, name, tmp_path):
+    lines = [{"question_id": n, "image": f"{'ab'[n]}.png", "text": "w7 w9"} for n in range(2)]
+    path, out = home / "llava_test.jsonl", tmp_path / "e.json"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    argv = command(home, name, out, "--keep-ratio", "0.75", "--pruner", "norm")
+    argv[argv.index("--questions") + 1] = str(path)
+    evaluate.main([*argv, "--format", "llava-eval"])
+    rows = json.loads(out.read_text())["rows"]
+    assert [set(row) & {"overall", "logprob", "loyalty"} for row in rows] == [{"loyalty"}] * 3
+    written = (tmp_path / "e-answers" / "norm-0.75.jsonl").read_text().splitlines()
+    assert [json.loads(line)["question_id"] for line in written] == [0, 1]
+
+
 @pytest.mark.parametrize("size", ["1", "2"])
 def test_a_method_that_fails_later_on_is_not_asked_again_and_the_others_are(
     home, tmp_path, size, capsys

@@ -169,7 +169,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         "matplotlib": "mlx_vlm_prune/training/curve.py",
         "mlx_lm": ("mlx_vlm_prune/models/", "mlx_vlm_prune/training/"),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
-        "pyarrow": "mlx_vlm_prune/evaluation/questions/minimind.py",
+        "pyarrow": "mlx_vlm_prune/evaluation/questions/parquet.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",
         "yaml": "mlx_vlm_prune/training/config.py",
     }

@@ -3,5 +3,7 @@
 `mlx_vlm_prune.evaluate` is the command that puts these parts together: a question set
 (`questions/`, `question_set.py`) is put to methods at budgets (`budgeted_methods.py`) by a run that
 can be resumed (`evaluation_run.py`, `resume.py`). `answers.py` asks our models, `host_answers.py`
-those of mlx-vlm. `judge.py` scores, `bootstrap.py` gives intervals, `table.py` prints.
+those of mlx-vlm. `judge.py` scores (`language_judge.py` where a language model grades),
+`bootstrap.py` gives intervals, `table.py` prints, and `answer_files.py` writes the answers for the
+benchmarks' own evaluation.
 """

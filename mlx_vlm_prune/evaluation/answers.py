@@ -38,9 +38,7 @@ class PreparedQuestion:
 
 
 def open_question_image(question: Question) -> Image.Image:
-    """The image of a question. Raises UserError if it cannot be opened, or there is no answer."""
-    if not question.answers:
-        raise UserError("it has no answer")
+    """The image of a question. Raises UserError if it cannot be opened."""
     return open_image(question.image() if callable(question.image) else question.image)
 
 
@@ -52,7 +50,8 @@ def prepare_question(model: VLM, processor: Processor, question: Question) -> Pr
     text = model.config.text
     if fault := prompt.limit_error(text.max_position_embeddings, text.vocab_size):
         raise UserError(f"it {fault}")
-    right_ids = [*tokenizer.encode(question.answers[0]), *sorted(tokenizer.eos_token_ids)[:1]]
+    right = question.answers[0] if question.answers else ""  # then nothing is made of it
+    right_ids = [*tokenizer.encode(right), *sorted(tokenizer.eos_token_ids)[:1]]
     return PreparedQuestion(prompt, processor.image(image), right_ids)
 
 

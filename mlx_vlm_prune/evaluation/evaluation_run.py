@@ -80,6 +80,7 @@ class EvaluationRun:
         self.processes = processes
         self.model, self.question_set, self.questions = model, question_set, questions
         self.methods, self.max_tokens, self.batch_size = methods, max_tokens, batch_size
+        self.is_scored = question_set.format.is_scored(questions)
         self.failures: dict[int, str] = {}  # from a method's number to the reason
         self.batches: list[AnsweredBatch] = []
         self.answers = [MethodAnswers() for _ in methods]
@@ -228,14 +229,15 @@ class EvaluationRun:
             answers.responses += responses
             answers.loyal += loyal
             answers.logprobs += logprobs
-            answers.score += sum(
-                score(q, text) for q, text in zip(questions, responses, strict=True)
-            )
+            if self.is_scored:
+                answers.score += sum(
+                    score(q, text) for q, text in zip(questions, responses, strict=True)
+                )
 
     def scores_so_far(self) -> str:
         """The mean scores of full, the best and the worst method, for the progress bar."""
         count = self.answered
-        if not count:
+        if not count or not self.is_scored:
             return ""
         ranked = sorted(self.working[1:], key=lambda p: -self.answers[p].score)
         shown = [f"full {self.answers[0].score / count:.1%}"]

@@ -63,7 +63,7 @@ class EvaluatedHost:
         inputs = prepare_prompt(self.host, question.text, [open_question_image(question)])
         end = getattr(self.tokenizer, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
-        right_ids = [*self.encode(question.answers[0]), *ends]
+        right_ids = [*self.encode(question.answers[0] if question.answers else ""), *ends]
         if not right_ids:
             raise UserError("its answer is empty, and the tokenizer has no token that ends one")
         return PreparedHostQuestion(inputs, right_ids)

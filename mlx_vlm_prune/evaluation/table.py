@@ -8,6 +8,7 @@ from . import bootstrap
 MOST_KINDS = 8  # more do not fit into a line
 MOST_LETTERS = 12  # of a column's title
 LEAST_WIDTH = 8
+NOT_SCORED = "Not scored: the files of answers are for the authors' evaluation or their server."
 Row = dict[str, Any]
 
 
@@ -43,7 +44,7 @@ def table(result: dict[str, Any]) -> str:
     for tokens in sorted({row["tokens"] for row in result["rows"]}, reverse=True):
         at_budget = [row for row in result["rows"] if row["tokens"] == tokens]
         lines.append("")
-        for row in sorted(at_budget, key=lambda row: -row["overall"]):
+        for row in sorted(at_budget, key=lambda row: -row.get("overall", row["loyalty"])):
             cells = "".join(f"{column.cell(row):>{column.width}}" for column in columns)
             lines.append(f"{label(row):<{width}}  {tokens:>6}{cells}".rstrip())
     return "\n".join([*lines, "", *_notes(result)])
@@ -55,16 +56,19 @@ def label(row: Row) -> str:
 
 
 def _columns(result: dict[str, Any]) -> list[Column]:
+    figures = result["rows"][0]
     factor = 100 if result["unit"] == "%" else 1
     kinds = list(result["kinds"]) if 1 < len(result["kinds"]) <= MOST_KINDS else []
-    extra_figures = result["rows"][0].get("more", {})
-    return [
+    kinds = kinds if "overall" in figures else []
+    extra_figures = figures.get("more", {})
+    columns = [
         Column("overall", "overall", factor=factor),
         *(Column(kind, kind, "accuracy", factor) for kind in kinds),
         *(Column(name, name, "more") for name in extra_figures),
         Column("loyalty", "loyalty", factor=100),
         Column("log-prob", "logprob", form=".3f"),
     ]
+    return [column for column in columns if column.part or column.name in figures]
 
 
 def mark(row: Row, name: str = "overall") -> str:
@@ -83,12 +87,14 @@ def _notes(result: dict[str, Any]) -> list[str]:
         " the same answer as with all tokens, in %. Log-prob: of the right answer, its mean.",
         "▲ ▼: above or below random with as many tokens (95 % interval, paired bootstrap).",
     ]
+    if "overall" not in result["rows"][0]:
+        lines[1] = NOT_SCORED
+    elif count < bootstrap.FEWEST:
+        lines[1] = f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
     if any("keep_ratio" in row for row in result["rows"]):
         lines.append("Tokens: of an image, the mean over all.")
     for K in sorted({row["keep_tokens"] for row in result["rows"] if "keep_tokens" in row}):
         lines.append(f"Of {K} tokens: an image that has fewer keeps all; the mean is shown.")
-    if count < bootstrap.FEWEST:
-        lines[1] = f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
     if len(result["kinds"]) > MOST_KINDS:
         lines.append(f"The {len(result['kinds'])} kinds of question are listed in the file.")
     worse: dict[str, list[str]] = {}

@@ -7,10 +7,11 @@ A format is one file of this folder. To add one, write `my_format.py` with
 
 and a line in FORMATS below; `--format` takes the name from there. `gqa.py` is a short example.
 `Format` lists what the file may have besides. The file's docstring says which published files it
-reads and whose scoring rule it follows.
+reads and whose scoring rule it follows. docs/questions.md lists all.
 
-Helpers, which are no formats: `records.py` (reading records from untrusted files),
-`shared_rules.py` (exact match, options with letters), `vqa_normalise.py` and `plain_pickle.py`.
+Helpers, which are no formats: `records.py` (reading records from untrusted files), `prepared.py`
+(LLaVA's prepared files), `shared_rules.py` (exact match, options with letters), `parquet.py`,
+`vqa_normalise.py`, `plain_pickle.py` and `xlsx.py`.
 
 A format is imported when it is first used. Nothing here imports MLX, so a question set can be read
 without a model.
@@ -18,7 +19,7 @@ without a model.
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,8 @@ from typing import Any
 from PIL import Image
 
 from ...checkpoints.errors import UserError
+
+SENTENCE_TOKENS = 32  # the least length of a response that may hold the answer in a sentence
 
 # From a name for --format to the file of this folder that reads it.
 FORMATS = {
@@ -41,6 +44,22 @@ FORMATS = {
     "scienceqa": "scienceqa",
     "mme": "mme",
     "refcoco": "refcoco",
+    "vqav2": "vqav2",
+    "mmmu": "mmmu",
+    "mmvet": "mmvet",
+    "mmbench-rows": "mmbench_rows",
+    "llava-eval": "llava_eval",
+}
+# From how the name of one of LLaVA's prepared files begins to the format of its questions.
+PREPARED = {
+    "llava_pope": "pope",
+    "llava_gqa": "gqa",
+    "llava_mme": "mme",
+    "llava_vqav2": "vqav2",
+    "llava_textvqa": "textvqa",
+    "llava_test_cqm-a": "scienceqa",
+    "llava-mm-vet": "mmvet",
+    "mmbench_": "mmbench-rows",
 }
 
 
@@ -48,11 +67,13 @@ FORMATS = {
 class Question:
     """One question about one image.
 
-    `answers` are the right ones. The log-probability of the first is measured.
+    `answers` are the right ones. The log-probability of the first is measured. There is none where
+    the authors keep the right answers to themselves.
     `image` is a path, the bytes of an image file, or a function that draws the picture on demand.
     Questions of one `group` are scored together (MME: two about an image; MMBench: one question
     with its options rotated). A question without a group stands alone.
     `scoring_data` is whatever else the format's `score` needs.
+    `record` is what a file of answers says about the question (default: its id and its text).
     """
 
     id: str
@@ -62,6 +83,7 @@ class Question:
     kind: str = "all"
     group: str = ""
     scoring_data: Any = None
+    record: dict[str, Any] | None = None
 
 
 @dataclass
@@ -110,11 +132,19 @@ class Format:
     - `TOTAL`: how kinds make up the overall figure: "mean" over all groups (default), or "sum"
       over the kinds;
     - `extra_figures(questions, responses) -> dict[str, float]`: further figures that the format's
-      authors report, in the unit in which they are shown (POPE: F1 and share of yes, in %).
+      authors report, in the unit in which they are shown (POPE: F1 and share of yes, in %);
+    - `score_figures(questions, scores) -> dict[str, float]`: the same, from the questions' scores;
+    - `LEAST_TOKENS`: a response may be at least so long, if the user sets no limit (default: 32);
+    - `upload(questions, responses, source) -> dict[str, bytes]`: files for the authors' evaluation
+      or its server, from the end of a file's name to its content;
+    - `grade_prompt(question, response, again)`, `parse_grade(text)`: for responses that a language
+      model grades (`language_judge.py`). `grader` is then its grade; without one the questions are
+      not scored.
     """
 
     name: str
     module: ModuleType
+    grader: Callable[[Question, str], float] | None = None
 
     def read(self, source: Source, bad: BadRecords) -> Iterator[Question]:
         """The questions one by one, with distinct ids; their images are not opened yet.
@@ -126,15 +156,45 @@ class Format:
 
     def score(self, question: Question, response: str) -> float:
         """The score of a model's response, 0 to 1."""
+        if self.grader:
+            return self.grader(question, response)
         return self.module.score(question, response)
 
     def group_score(self, scores: list[float]) -> float:
         return getattr(self.module, "group_score", mean)(scores)
 
-    def extra_figures(self, questions: list[Question], responses: list[str]) -> dict[str, float]:
-        if not hasattr(self.module, "extra_figures"):
+    def is_scored(self, questions: Iterable[Question]) -> bool:
+        """Whether the right answers are there, and the grader too, if it needs one."""
+        has_rule = self.grader is not None or not self.needs_grader
+        return has_rule and all(question.answers for question in questions)
+
+    def extra_figures(
+        self, questions: list[Question], responses: list[str], scores: list[float]
+    ) -> dict[str, float]:
+        """The authors' further figures."""
+        figures: dict[str, float] = {}
+        if hasattr(self.module, "extra_figures"):
+            figures |= self.module.extra_figures(questions, responses)
+        if hasattr(self.module, "score_figures"):
+            figures |= self.module.score_figures(questions, scores)
+        return figures
+
+    def upload(
+        self, questions: list[Question], responses: list[str], source: Source
+    ) -> dict[str, bytes]:
+        """Files for the authors' evaluation: from the end of a file's name to its content."""
+        if not hasattr(self.module, "upload"):
             return {}
-        return self.module.extra_figures(questions, responses)
+        return self.module.upload(questions, responses, source)
+
+    @property
+    def needs_grader(self) -> bool:
+        """Whether a language model grades the responses."""
+        return hasattr(self.module, "grade_prompt")
+
+    @property
+    def least_tokens(self) -> int:
+        return getattr(self.module, "LEAST_TOKENS", SENTENCE_TOKENS)
 
     @property
     def scale(self) -> float:
@@ -149,8 +209,14 @@ class Format:
         return getattr(self.module, "TOTAL", "mean")
 
 
-def format_of(name: str) -> Format:
-    """The format of a name in FORMATS. UserError, with similar names, for any other."""
+def format_of(name: str, path: Path | None = None) -> Format:
+    """The format of a name in FORMATS. UserError, with similar names, for any other.
+
+    For "llava-eval" the name of the questions' file tells the benchmark, if it is a known one.
+    """
+    if name == "llava-eval" and path:
+        beginnings = [key for key in PREPARED if path.name.lower().startswith(key)]
+        name = PREPARED[beginnings[0]] if beginnings else name
     if name not in FORMATS:
         similar = difflib.get_close_matches(name, FORMATS, n=3)
         suggestion = f"did you mean {' or '.join(similar)}? " if similar else ""

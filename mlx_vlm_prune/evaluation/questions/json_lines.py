@@ -29,6 +29,8 @@ from .shared_rules import exact_match as score
 
 __all__ = ["read", "score"]
 
+LEAST_TOKENS = 0  # a response must equal the answer, so a sentence is of no use
+
 
 def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a file or folder. Raises UserError where either is missing."""

@@ -3,7 +3,7 @@
 Reads the published TSV: `index`, `question`, `hint`, `A` to `D`, `answer`, `category`,
 `l2-category`, `image` (base64, or the index of an earlier row with the same image). Options end at
 the first that is empty, nan or none. Rows from index 1,000,000 on are rotations made in advance;
-they are left out, since all rotations are made here.
+they are left out, since all rotations are made here (mmbench_rows.py asks the rows as they stand).
 
 The authors' rule, circular evaluation: a question with n options is asked n times, the options
 rotated by one each time, and counts only if all n responses are right. A response names an option
@@ -15,7 +15,7 @@ response is wrong. The kind is `l2-category`, else `category`.
 import base64
 import binascii
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ...checkpoints.errors import UserError
@@ -32,16 +32,23 @@ COLUMNS = ("index", "question", "A", "B", "answer", "image")
 def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a TSV file, n for n options. Raises UserError where it cannot be read."""
     path = existing_file(source.path)
+    columns_of(path, COLUMNS)
+    images: dict[str, bytes] = {}
+    return questions_from(table_rows(path), lambda row: _questions(row, images), bad)
+
+
+def columns_of(path: Path, needed: Sequence[str]) -> list[str]:
+    """The columns of a TSV file. Raises UserError where a needed one is missing."""
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         columns = file.readline(LONGEST_LINE).rstrip("\r\n").split("\t")
-    missing = [name for name in COLUMNS if name not in columns]
+    missing = [name for name in needed if name not in columns]
     if missing:
-        raise UserError(f"{source.path} has no column {missing[0]} in its first line")
-    images: dict[str, bytes] = {}
-    return questions_from(_rows(path), lambda row: _questions(row, images), bad)
+        raise UserError(f"{path} has no column {missing[0]} in its first line")
+    return columns
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+def table_rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a TSV file, each with its place in words."""
     csv.field_size_limit(max(csv.field_size_limit(), LONGEST_LINE))  # pictures are long fields
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t")
@@ -60,16 +67,16 @@ def _questions(row: dict[str, str], images: dict[str, bytes]) -> list[Question]:
     index = text_field(row, "index")
     if index.isdecimal() and int(index[:12]) >= FIRST_ROTATED_INDEX:
         return []
-    choices = _choices(row)
+    choices = choices_of(row)
     if len(choices) < 2:
         raise RecordError("there are fewer than two options")
     right = text_field(row, "answer")
     if right not in LETTERS[: len(choices)] or len(right) != 1:
         letters = ", ".join(LETTERS[: len(choices)])
         raise RecordError(f"answer is {right[:40]!r}; it is one of {letters}")
-    image = images[index] = _image(text_field(row, "image"), images)
-    kind = _value(row, "l2-category") or _value(row, "category") or "all"
-    hint = _value(row, "hint")
+    image = image_of(row, images)
+    kind = value_of(row, "l2-category") or value_of(row, "category") or "all"
+    hint = value_of(row, "hint")
     lead = (f"{hint}\n" if hint else "") + text_field(row, "question")
     questions = []
     for turn in range(len(choices)):
@@ -81,21 +88,29 @@ def _questions(row: dict[str, str], images: dict[str, bytes]) -> list[Question]:
     return questions
 
 
-def _choices(row: dict[str, str]) -> list[str]:
+def choices_of(row: dict[str, str]) -> list[str]:
+    """The options of a row, up to the first that is empty."""
     choices = []
     for letter in LETTERS[:MOST_OPTIONS]:
-        if not (value := _value(row, letter)):
+        if not (value := value_of(row, letter)):
             break
         choices.append(value)
     return choices
 
 
-def _value(row: dict[str, str], key: str) -> str:
+def value_of(row: dict[str, str], key: str) -> str:
+    """The text of a cell; empty for nan and none."""
     value = (row.get(key) or "").strip()
     return "" if value.lower() in ("nan", "none") else value
 
 
-def _image(cell: str, images: dict[str, bytes]) -> bytes:
+def image_of(row: dict[str, str], images: dict[str, bytes]) -> bytes:
+    """The image of a row, which is kept in `images` for later rows."""
+    images[row["index"].strip()] = image = _decoded(text_field(row, "image"), images)
+    return image
+
+
+def _decoded(cell: str, images: dict[str, bytes]) -> bytes:
     if len(cell) < 64 and cell.isdecimal():
         if cell not in images:
             raise RecordError(f"its image is that of row {cell}, which is not above it")

@@ -3,7 +3,8 @@
 Reads the published folder: a folder for each subtask, with a text file for each image, of two
 lines "question TAB Yes or No". The image has the file's name and lies beside it, or the two lie in
 `images` and `questions_answers_YN`. The questions already end with "Please answer yes or no.", so
-nothing is added. The kind is the subtask.
+nothing is added. The kind is the subtask. Also LLaVA's prepared llava_mme.jsonl, with that folder
+beside as MME_Benchmark_release_version; `upload` is what the authors' calculation.py reads.
 
 The authors' rule: a response is yes if its first four characters hold "yes", in any case, else no
 if they hold "no", else neither. A subtask's score is its accuracy in % plus its accuracy+ in %,
@@ -12,21 +13,31 @@ subtasks, ten of perception and four of cognition, whose sums `extra_figures` re
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ...checkpoints.errors import UserError
 from . import BadRecords, Question, Source, mean
+from .prepared import is_prepared, prepared_images, read_prepared, without_suffix
 from .records import RecordError, existing_folder, questions_from
 
 UNIT, TOTAL = "", "sum"
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+IMAGES = "MME_Benchmark_release_version"  # beside LLaVA's file
+YES_OR_NO = "Please answer yes or no."
 SUFFIXES = (".jpg", ".jpeg", ".png")
 LARGEST_FILE = 1 << 16  # bytes of two questions
 
 
 def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a folder. Raises UserError where there is no subtask in it."""
+    if is_prepared(source.path):
+        return _prepared(source, bad)
+    return _published(source, bad)
+
+
+def _published(source: Source, bad: BadRecords) -> Iterator[Question]:
     tasks = [task for task in sorted(existing_folder(source.path).iterdir()) if _is_task(task)]
     if not tasks:
         raise UserError(f"{source.path} holds no folder with images and their questions")
@@ -75,6 +86,41 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError):
         raise RecordError("this cannot be read as text") from None
     return [line for line in text.splitlines() if line.strip()]
+
+
+def _prepared(source: Source, bad: BadRecords) -> Iterator[Question]:
+    """LLaVA's questions, with the labels of the published folder if it lies beside."""
+    folder = prepared_images(source, IMAGES)
+    has_labels = any(folder.glob("*/*.txt")) or any(folder.glob("*/*/*.txt"))
+    published = _published(Source(folder), BadRecords(skip=True)) if has_labels else ()
+    labelled = {_key(question.group, question.text): question for question in published}
+
+    def annotate(question: Question) -> Question:
+        task, _, file = question.id.partition("/")
+        group = f"{task}/{Path(file).stem}"
+        if not labelled:
+            return replace(question, kind=task, group=group)
+        if (twin := labelled.get(_key(group, question.text))) is None:
+            raise RecordError(f"{folder} does not have this question about {group}")
+        return replace(twin, text=question.text, image=question.image, record=question.record)
+
+    return read_prepared(source, bad, IMAGES, annotate)
+
+
+def _key(group: str, text: str) -> tuple[str, str]:
+    """An image and a question about it, however the two ask for a short answer."""
+    return group, " ".join(without_suffix(text).removesuffix(YES_OR_NO).split())
+
+
+def upload(questions: list[Question], responses: list[str], source: Source) -> dict[str, bytes]:
+    """A file for each subtask: image, question, label and response, with tabs between."""
+    lines: dict[str, list[str]] = {}
+    for question, response in zip(questions, responses, strict=True):
+        label = question.answers[0].capitalize() if question.answers else ""
+        cells = (question.group.partition("/")[2], question.text, label, response)
+        line = "\t".join(" ".join(cell.split()) for cell in cells)
+        lines.setdefault(question.kind, []).append(f"{line}\n")
+    return {f"/{kind}.txt": "".join(rows).encode() for kind, rows in lines.items()}
 
 
 def yes_or_no(response: str) -> str:

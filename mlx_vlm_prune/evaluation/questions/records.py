@@ -50,6 +50,15 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield f"{path}, line {number}", line
 
 
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines. Raises UserError for any other line."""
+    for where, line in numbered_lines(path):
+        try:
+            yield parse_object(line)
+        except RecordError as fault:
+            raise UserError(f"{where}: {fault}") from None
+
+
 def questions_from_json(
     source: Source, bad: BadRecords, records: dict[str, Any] | list[Any],
     make: Callable[[str, dict[str, Any], Path], Iterable[Question]],

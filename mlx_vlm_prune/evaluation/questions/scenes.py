@@ -14,6 +14,7 @@ from .shared_rules import exact_match as score
 __all__ = ["KINDS", "PER_KIND", "read", "read_scenes", "score"]
 
 PER_KIND = 100
+LEAST_TOKENS = 0  # a response must equal the answer, so a sentence is of no use
 
 
 def read(source: Source, bad: BadRecords) -> Iterator[Question]:

@@ -8,7 +8,10 @@ usual suffix that asks for the letter.
 
 The usual rule (LLaVA's, arXiv:2304.08485): the response is a letter, begins with "B. ", or says
 once "The answer is B." We also take "B." alone, and a missing last full stop. Where none of these
-holds LLaVA's script guesses at random; here the response is wrong.
+holds the response is wrong.
+
+LLaVA's prepared llava_test_CQM-A.json is read too: a list of conversations, with problems.json
+beside for the subjects. Its questions are LLaVA's prompts, and only LLaVA's three forms count.
 """
 
 import re
@@ -18,13 +21,17 @@ from typing import Any
 
 from ...checkpoints.errors import UserError
 from . import BadRecords, Question, Source
+from .llava import IMAGE_MARK, question_answer_pairs
+from .prepared import annotation_file, is_prepared, prepared_images
 from .records import (
     RecordError,
     existing_folder,
+    id_field,
     image_file,
     load_json,
     optional_field,
     questions_from,
+    questions_from_json,
     text_field,
     text_list_field,
 )
@@ -33,11 +40,15 @@ from .shared_rules import LETTERS, ONE_LETTER, lettered_options
 SPLIT = "test"
 MOST_CHOICES = 5
 _LETTER = re.compile(r"([A-E])(\.?$|\. )")
+PUBLISHED = "published"  # the rule of LLaVA's script for its prepared questions
+_PUBLISHED_SENTENCE = re.compile(r"The answer is ([A-Z]).")  # any sign may follow, as published
 _SENTENCE = re.compile(r"The answer is ([A-E])\b")
 
 
 def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a folder. Raises UserError where a file, folder or split is missing."""
+    if is_prepared(source.path):
+        return _prepared(source, bad)
     folder = existing_folder(source.path if source.path.is_dir() else source.path.parent)
     problems = load_json(folder / "problems.json", dict)
     splits = load_json(folder / "pid_splits.json", dict)
@@ -73,6 +84,49 @@ def _questions(pid: str, problem: Any, images: Path, split: str) -> list[Questio
     return [Question(pid, text, (LETTERS[right],), image, kind)]
 
 
+def _prepared(source: Source, bad: BadRecords) -> Iterator[Question]:
+    records = load_json(source.path, list)
+    images = prepared_images(source, f"images/{SPLIT}")
+    file = annotation_file(source.path, "problems.json")
+    problems = load_json(file, dict) if file else {}
+
+    def questions(number: str, record: dict[str, Any], images: Path) -> list[Question]:
+        if "image" not in record:
+            return []
+        turns = question_answer_pairs(
+            record.get("conversations"), "from", "value", ("human", "gpt")
+        )
+        return [_prepared_question(record, *turns[0], problems, images)]
+
+    return questions_from_json(Source(source.path, images), bad, records, questions)
+
+
+def _prepared_question(
+    record: dict[str, Any], text: str, reply: str, problems: dict[str, Any], images: Path
+) -> Question:
+    name, text = id_field(record, "id"), f"{text}\n{ONE_LETTER}"
+    if not (match := _SENTENCE.search(reply)):
+        raise RecordError('its reply does not say "The answer is" and a letter')
+    problem = problems.get(name)
+    return Question(
+        id=name,
+        text=text,
+        answers=(match.group(1),),
+        image=image_file(images, text_field(record, "image")),
+        kind=optional_field(problem, "subject", "all") if isinstance(problem, dict) else "all",
+        scoring_data=PUBLISHED,
+        record={"question_id": record["id"], "prompt": f"{IMAGE_MARK}\n{text}"},
+    )
+
+
+def published_letter(response: str) -> str:
+    """The letter that a response names by LLaVA's script, or "" where it names none."""
+    if response[:1] in tuple("ABCDE") and (len(response) == 1 or response[1:3] == ". "):
+        return response[0]
+    letters = _PUBLISHED_SENTENCE.findall(response)
+    return letters[0] if len(letters) == 1 else ""
+
+
 def chosen_letter(response: str) -> str:
     """The letter that a response names, or "" where it names none."""
     response = response.strip()
@@ -84,4 +138,6 @@ def chosen_letter(response: str) -> str:
 
 def score(question: Question, response: str) -> float:
     """1 where the response names the right letter, else 0."""
-    return float(chosen_letter(response) == question.answers[0])
+    is_published = question.scoring_data == PUBLISHED
+    letter = published_letter(response.strip()) if is_published else chosen_letter(response)
+    return float(letter == question.answers[0])

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ...checkpoints.errors import UserError, reason
-from ...evaluation.questions.minimind import COLUMNS, open_parquet
+from ...evaluation.questions.minimind import COLUMNS
+from ...evaluation.questions.parquet import open_parquet
 from ...evaluation.questions.records import RecordError, existing_file, parse_value
 from ...inputs.prompt import IMAGE_MARK
 from ..examples import Example
@@ -30,7 +31,7 @@ class ParquetRows:
     """Rows by their number. `blocks` are ranges of them, by row group."""
 
     def __init__(self, path: Path):
-        self.path, self.file = path, open_parquet(path, streamed=True)
+        self.path, self.file = path, open_parquet(path, COLUMNS, streamed=True)
         self.blocks = _blocks(self.file.metadata)
         flat = [(group, rows) for group, blocks in enumerate(self.blocks) for rows in blocks]
         self.groups, self.ranges = [group for group, _ in flat], [rows for _, rows in flat]
