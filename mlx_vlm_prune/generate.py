@@ -49,7 +49,7 @@ __all__ = ["batch_generate", "generate", "main", "stream_generate"]
 logger = logging.getLogger("mlx_vlm_prune")
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 SAMPLE_PROMPT = "What does the sign say?"
-SAMPLE_PRUNER = "cls_attention"
+SAMPLE_PRUNER = "divprune+restore"
 SAMPLE_OVERLAY = Path("kept.png")
 SCENES_ONLY = (
     "the built-in model knows its own drawn scenes only, not photographs; for those convert"
