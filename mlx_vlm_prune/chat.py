@@ -25,6 +25,7 @@ from .inputs.budget import check_budget
 from .inputs.image import open_image
 from .inputs.messages import Turn
 from .models.vlm import VLM
+from .training.asking import apply_config
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -138,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_chat_parser()
     with in_one_sentence(parser):
         args = parser.parse_args(argv)
+        apply_config(args)
         images = [open_image(file) for file in args.image]
         model, processor = load_model(args)
         chat = Chat(

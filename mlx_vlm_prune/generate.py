@@ -40,6 +40,7 @@ from .models.vlm import VLM
 from .planning.budgets import Budget, BudgetChoice, keep_within
 from .pruners import Pipeline, Pruner
 from .pruners.contract import Policy
+from .training.asking import apply_config
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -156,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load a model, answer once or twice, and write the files."""
+    apply_config(args)
     is_sample = not args.image and args.prompt is None and args.model is None
     _check(args, is_sample)
     if is_sample:

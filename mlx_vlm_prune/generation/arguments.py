@@ -51,6 +51,8 @@ def build_chat_parser() -> Parser:
 
 def _add_model(parser: Parser) -> None:
     add = parser.add_argument_group("model").add_argument
+    add("--config", "-c", type=Path, metavar="FILE.yaml", help="a config file of `train`: ask the"
+        " model that it trains, with its pruner and budget; flags override it (default: none)")
     add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
     add(
         "--revision", help="branch, tag or commit of a Hugging Face name (default: its main branch)"
