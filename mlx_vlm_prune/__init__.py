@@ -18,6 +18,7 @@ blas.prepare()  # whatever of ours is imported first: before mlx, or never
 if TYPE_CHECKING:
     from .chat import Chat
     from .checkpoints.errors import UserError
+    from .encode import encode_images, encode_texts, load_encoder
     from .generate import batch_generate, generate, stream_generate
     from .generation.result import GenerationResponse, GenerationResult
     from .hosts.attach import attach, pruned
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRUNERS", "Chat", "GenerationResponse", "GenerationResult", "Pruner", "Reduction", "Signals",
-    "Stage", "UserError", "__version__", "attach", "batch_generate", "generate", "load", "pruned",
-    "register_pruner", "stream_generate",
+    "Stage", "UserError", "__version__", "attach", "batch_generate", "encode_images",
+    "encode_texts", "generate", "load", "load_encoder", "pruned", "register_pruner",
+    "stream_generate",
 ]  # fmt: skip
 
 # Nothing heavy is imported before it is used. The module generate.py is itself callable.
@@ -38,6 +40,9 @@ _HOME = {
     "batch_generate": "generate",
     "stream_generate": "generate",
     "Chat": "chat",
+    "encode_images": "encode",
+    "encode_texts": "encode",
+    "load_encoder": "encode",
     "GenerationResponse": "generation.result",
     "GenerationResult": "generation.result",
     "UserError": "checkpoints.errors",

@@ -13,8 +13,9 @@ from .checkpoints.errors import UserError
 
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
-    "advise": "advise", "chat": "chat", "convert": None, "evaluate": "evaluate", "fuse": "fuse",
-    "generate": "generate", "pruners": "pruners.listing", "train": "train",
+    "advise": "advise", "chat": "chat", "convert": None, "encode": "encode",
+    "evaluate": "evaluate", "fuse": "fuse", "generate": "generate",
+    "pruners": "pruners.listing", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
@@ -22,6 +23,7 @@ commands:
   advise     say whether pruning pays, for a model on this machine
   chat       talk about images in several turns, with fewer visual tokens
   convert    convert trained weights from PyTorch to MLX and back
+  encode     encode images by a CLIP or SigLIP with fewer visual tokens
   evaluate   measure what each method costs in accuracy, on a set of questions
   fuse       write a trained model's adapters into its weights
   generate   answer a prompt about images with fewer visual tokens

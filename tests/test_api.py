@@ -38,8 +38,12 @@ SIGNATURES = {
     "Signals": "(x_BND, grid, has_cls=True, **others)",
     "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",
+    "encode_images": "(model, processor, images, pruner='none', *, keep_ratio=None,"
+    " keep_tokens=None, batch_size=8)",
+    "encode_texts": "(model, processor, texts)",
     "generate": "(model, processor, prompt, image=None, *, verbose=False, **options)",
     "load": "(path_or_hub_name=None, *, dtype='auto', revision=None, adapter_path=None)",
+    "load_encoder": "(path_or_hub_name, *, dtype='auto', revision=None)",
     "pruned": f"(model, pruner='divprune', *, {BUDGET})",
     "register_pruner": "(method)",
     "stream_generate": f"(model, processor, prompt, image=None, *, {OPTIONS})",

@@ -27,16 +27,22 @@ ATTENTION_POOL = "attention_pool"  # the one learned pruner whose weights lie in
 
 
 @dataclass(frozen=True)
-class CLIPConfig:
-    """The fields of a CLIP's `vision_config`; the defaults are ViT-B/16."""
+class EncoderConfig:
+    """The sizes of a transformer that reads all its tokens at once, of images or of texts."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    layer_norm_eps: float = field(default=1e-5, kw_only=True)
+
+
+@dataclass(frozen=True)
+class CLIPConfig(EncoderConfig):
+    """The fields of a CLIP's `vision_config`; the defaults are ViT-B/16."""
+
     image_size: int = 224
     patch_size: int = 16
-    layer_norm_eps: float = 1e-5
     feature_layers: int = 0  # how many layers the features are computed by; 0: all
 
     @property
@@ -57,7 +63,7 @@ class SiglipConfig(CLIPConfig):
 
     image_size: int = 256
     patch_size: int = 32
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float = field(default=1e-6, kw_only=True)
     post_norm: bool = True  # LLaVA's go without
 
 
@@ -170,7 +176,10 @@ def parse_config(config: Mapping[str, Any], file: Path) -> VLMConfig:
 def parse_sizes(config: Mapping[str, Any], file: Path) -> VLMConfig:
     """The same of a config.json that has no fields of the tokenizer yet."""
     checked = Fields(config, file)
-    vision = _vision(checked.part("vision_config"))
+    part = checked.part("vision_config")
+    vision = parse_vision(part)
+    if vision.image_size % vision.patch_size:
+        raise UserError(f"{file}: {part.name}'s sizes do not divide evenly")
     return VLMConfig(
         vision,
         parse_text(checked.part("text_config")),
@@ -185,7 +194,7 @@ def parse_text(part: Fields) -> MiniMindConfig | MlxLmConfig:
     if part.get("runner") == RUNNER:
         backbones.check_text_config(part)
         return MlxLmConfig.from_dict(part.values)
-    text = _read_sizes(MiniMindConfig, part)
+    text = read_sizes(MiniMindConfig, part)
     if text.hidden_size % text.num_attention_heads or text.head_dim % 2:
         raise UserError(f"{part.file}: {part.name}'s heads do not divide hidden_size evenly")
     if text.num_attention_heads % text.num_key_value_heads:
@@ -200,14 +209,15 @@ def is_clip(vision: Mapping[str, Any]) -> bool:
     return vision.get("model_type", CLIP_TYPE) == CLIP_TYPE
 
 
-def _vision(part: Fields) -> CLIPConfig:
+def parse_vision(part: Fields) -> CLIPConfig:
+    """The tower's part. Raises UserError."""
     kind = part.values.get("model_type", CLIP_TYPE)
     if kind not in TOWER_TYPES:
         raise UserError(
             f"{part.file}: no tower is called {kind!r}; there are {', '.join(TOWER_TYPES)}"
         )
-    vision = _read_sizes(CLIPConfig if is_clip(part.values) else SiglipConfig, part)
-    if vision.image_size % vision.patch_size or vision.hidden_size % vision.num_attention_heads:
+    vision = read_sizes(CLIPConfig if is_clip(part.values) else SiglipConfig, part)
+    if vision.image_size < vision.patch_size or vision.hidden_size % vision.num_attention_heads:
         raise UserError(f"{part.file}: {part.name}'s sizes do not divide evenly")
     if vision.feature_layers > vision.num_hidden_layers:
         raise part.error("feature_layers", f"one of its {vision.num_hidden_layers} layers")
@@ -237,7 +247,7 @@ def _pruner(config: Fields) -> tuple[str, int] | None:
     return ATTENTION_POOL, part.whole_number("tokens")
 
 
-def _read_sizes(kind: type, part: Fields) -> Any:
+def read_sizes(kind: type, part: Fields) -> Any:
     """A dataclass of sizes; numbers must be there, but for those whose default is zero."""
     values: dict[str, Any] = {}
     for each in fields(kind):

@@ -10,6 +10,7 @@ from . import backbones
 from .backbones import Shapes, attention, gated_mlp, layer_norms, linear, norm, qk_norms
 from .config import (
     CLIPConfig,
+    EncoderConfig,
     MiniMindConfig,
     MlxLmConfig,
     ProjectorConfig,
@@ -23,7 +24,11 @@ from .reading.tensors import Shaped
 
 def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path) -> None:
     """UserError that names the first tensor which is missing, misshapen or one too many."""
-    expected = expected_shapes(config)
+    check_shapes(tensors, expected_shapes(config), where)
+
+
+def check_shapes(tensors: Mapping[str, Shaped], expected: Shapes, where: Path) -> None:
+    """The same of shapes that are known."""
     for name, shape in expected.items():
         if name not in tensors:
             raise UserError(f"{where} lacks the tensor {name} {shape}")
@@ -41,7 +46,7 @@ def expected_shapes(config: VLMConfig) -> Shapes:
         shapes = backbones.language_shapes(text.text_config)
     else:
         shapes = _minimind_shapes(text)
-    shapes |= _tower(config.vision)
+    shapes |= tower_shapes(config.vision)
     shapes |= _projector(config.projector, text.hidden_size, width)
     if config.pruner:
         shapes["pruner.queries"] = (config.pruner[1], width)
@@ -83,8 +88,9 @@ def _mlps(c: MiniMindConfig) -> Shapes:
     return shapes
 
 
-def _tower(c: CLIPConfig) -> Shapes:
-    D, inner, patch = c.hidden_size, c.intermediate_size, c.patch_size
+def tower_shapes(c: CLIPConfig) -> Shapes:
+    """Every tensor of a vision tower."""
+    D, patch = c.hidden_size, c.patch_size
     clip = not isinstance(c, SiglipConfig)
     patches = c.grid[0] * c.grid[1]
     shapes: Shapes = {
@@ -96,8 +102,15 @@ def _tower(c: CLIPConfig) -> Shapes:
         shapes |= {"tower.embeddings.class_embedding": (D,), **_norm("tower.pre_layrnorm", D)}
     else:
         shapes["tower.embeddings.patch_embedding.bias"] = (D,)
+    return shapes | encoder_shapes("tower", c)
+
+
+def encoder_shapes(tower: str, c: EncoderConfig) -> Shapes:
+    """Every tensor of a tower's layers."""
+    D, inner = c.hidden_size, c.intermediate_size
+    shapes: Shapes = {}
     for i in range(c.num_hidden_layers):
-        layer = f"tower.encoder.layers.{i}"
+        layer = f"{tower}.encoder.layers.{i}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
             shapes |= _linear(f"{layer}.self_attn.{name}", D, D)
         shapes |= _linear(f"{layer}.mlp.fc1", inner, D) | _linear(f"{layer}.mlp.fc2", D, inner)

@@ -31,7 +31,7 @@ class Processor:
 
 def read_processor(checkpoint: Checkpoint, config: VLMConfig, name: str, folder: Path) -> Processor:
     """The processor of a checkpoint that was read from `folder`. Raises UserError."""
-    image = _preprocessor(checkpoint.preprocessor_folder, config.vision)
+    image = read_preprocessor(checkpoint.preprocessor_folder, config.vision)
     if is_llava(checkpoint.config) and pads_to_square(checkpoint.config.get("published")):
         image = replace(image, pad=True)
     tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
@@ -40,7 +40,7 @@ def read_processor(checkpoint: Checkpoint, config: VLMConfig, name: str, folder:
     return Processor(tokenizer, image, config.image_token, name, folder)
 
 
-def _preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
+def read_preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
     """The one in the folder, or the tower's usual; it must make the pictures the tower reads."""
     side = vision.image_size
     usual = Preprocessor(size=side, crop=(side, side))

@@ -16,16 +16,20 @@ from mlx import nn
 
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import CONFIG, VLMConfig, parse_config
+from ..checkpoints.dual_encoder import read_dual_encoder
 from ..checkpoints.errors import UserError
 from ..checkpoints.families import is_ours, read_checkpoint
 from ..checkpoints.hub import resolve_path
+from ..checkpoints.processor import preprocessor_folder
 from ..checkpoints.reading.files import read_json
 from ..checkpoints.shapes import check_complete
-from ..inputs.processor import Processor, read_processor
+from ..inputs.captions import EncoderProcessor
+from ..inputs.processor import Processor, read_preprocessor, read_processor
 from ..machine.hardware import on_cpu
 from ..scenes import CHECKPOINT
 from .arrays import FLOATS as CODES
 from .arrays import read_arrays, to_array
+from .dual_encoder import DualEncoder
 from .language.experts import stacked
 from .learned import read_learned
 from .memory import check_fits
@@ -145,3 +149,18 @@ def _mlx_weights(folder: Path) -> dict[str, mx.array]:
         if array.dtype not in (*FLOATS, *(PACKED if packed else ())):
             raise UserError(f"{folder}: tensor {name} is {array.dtype}, not {', '.join(DTYPES)}")
     return weights
+
+
+def load_dual_encoder(
+    folder: Path, name: str, dtype: str = "auto"
+) -> tuple[DualEncoder, EncoderProcessor]:
+    """The whole CLIP or SigLIP in a folder, and its processor. Raises UserError."""
+    config, tensors = read_dual_encoder(folder)
+    stored = CODES[tensors["tower.post_layernorm.weight"].dtype]
+    target = weights_dtype(dtype) or stored
+    check_fits(sum(prod(tensor.shape) * target.size for tensor in tensors.values()), str(folder))
+    model = DualEncoder(config)
+    model.load_weights([(k, _convert(to_array(tensor), target)) for k, tensor in tensors.items()])
+    model.eval()
+    image = read_preprocessor(preprocessor_folder(folder), config.vision)
+    return model, EncoderProcessor(config, image, name, folder)

@@ -9,7 +9,6 @@ L rows of the spliced sequence, D features, T tokens of text, V words.
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -17,22 +16,20 @@ import mlx.core as mx
 from mlx import nn
 
 from ..checkpoints.config import MlxLmConfig, VLMConfig
-from ..checkpoints.errors import UserError
 from ..inputs.prompt import Prompt
-from ..inputs.resample import shrink
 from ..machine.clock import end_part
-from ..pruners import Pipeline, Pruner, Stage, StepBudgets, downsample
+from ..pruners import Pipeline, Pruner, Stage, StepBudgets
 from ..pruners.attention_pool import AttentionPool
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .decoder import Cuts, Decoded, Decoder
+from .image_encoder import ImageEncoder
 from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .layers import TwigReader
 from .projector import MLPProjector, merge_patches
 from .pruning import ImageBatch, calibrated, image_slots, prune, reduction_step
 from .splice import Spliced, outside, pad_right, splice
-from .towers.signals import Cut
 from .towers.vit import VisionTower
 
 
@@ -93,8 +90,10 @@ class SplicedImages:
     trace: Trace
 
 
-class VLM(nn.Module):
+class VLM(ImageEncoder):
     """A vision-language model that reads K of N visual tokens."""
+
+    config: VLMConfig
 
     def __init__(self, config: VLMConfig):
         super().__init__()
@@ -194,46 +193,8 @@ class VLM(nn.Module):
 
         It does not depend on the words of a prompt.
         """
-        grids, cuts = self.plan_tower(budgets)
-        kept = None
-        for grid in grids:
-            pixels_IHW3 = self.shrink_pixels(pixels_IHW3, grid)
-            kept = downsample.block_means(self.grid, grid, len(pixels_IHW3))
-        want = pipeline.signal_layers(self.config.vision.depth)
-        encoded = end_part("vision", self.tower(pixels_IHW3, want, cuts))
-        if encoded.kept:
-            kept = encoded.kept.after(kept, self.N) if kept else encoded.kept
-        return ImageBatch.of(merge_patches(encoded.signals, self.merge), kept)
-
-    def plan_tower(self, budgets: StepBudgets) -> tuple[list[tuple[int, int]], list[Cut]]:
-        """The grids to which pictures shrink, one after another, and the cuts inside the tower.
-
-        Raises UserError where tokens cannot leave inside this tower.
-        """
-        grids, cuts, n = list[tuple[int, int]](), list[Cut](), self.N
-        for step, K in budgets.at(Stage.IMAGE, Stage.ENCODER):
-            if step.stage is Stage.IMAGE and n > K:
-                grids.append(downsample.smaller_grid(self.grid, K))
-                n = prod(grids[-1])
-            elif n > K:
-                cuts += self.tower_cuts(step, n, K)
-                n = K
-        return grids, cuts
-
-    def tower_cuts(self, step: Pruner, n: int, K: int) -> list[Cut]:
-        """Where a method leaves K of n tokens between the tower's layers. Raises UserError."""
-        if self.merge != (1, 1):
-            raise UserError(
-                f"{step.name} works inside the tower; behind this one neighbouring patches"
-                " become one visual token, so all must be there: choose another method"
-            )
-        cuts = step.call(step.method.cuts, self.config.vision.depth, n, K)
-        return [Cut(layer, place, left, step) for layer, place, left in cuts]
-
-    def shrink_pixels(self, pixels_IHW3: mx.array, grid: tuple[int, int]) -> mx.array:
-        """Pictures of which the tower makes a smaller grid of visual tokens."""
-        patch, (down, across) = self.config.vision.patch_size, self.merge
-        return shrink(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
+        encoded = self.run_tower(pixels_IHW3, pipeline, budgets)
+        return ImageBatch.of(merge_patches(encoded.signals, self.merge), encoded.kept)
 
     def add_text(
         self, batches: Sequence[ImageBatch], prompts: Sequence[Prompt]
@@ -277,11 +238,6 @@ class VLM(nn.Module):
         return Cuts(step, schedules, grids, policy, pipeline.enhancer, reader)
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of visual tokens."""
-        return self.config.grid
-
-    @property
     def merge(self) -> tuple[int, int]:
         """How many patches, down and across, one visual token is made of."""
         return self.config.merge
@@ -294,8 +250,3 @@ class VLM(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         return self.language.norm.weight.dtype
-
-    @property
-    def N(self) -> int:
-        """Visual tokens of one image."""
-        return self.config.N

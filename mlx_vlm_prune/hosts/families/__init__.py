@@ -34,9 +34,11 @@ FAMILIES: dict[str, type[Host]] = {
     "internvl_chat": InternVLHost,
     "pixtral": PixtralHost,
 }
-# Models of mlx-vlm's that have no visual tokens to prune.
+# Models without visual tokens to prune, or without a language model.
 REFUSED = {
     "mllama": "it reads images by cross-attention, so no visual token is in its sequence",
+    "clip": "it has no language model; `mlx-vlm-prune encode` is for such models",
+    "siglip": "it has no language model; `mlx-vlm-prune encode` is for such models",
     "florence2": "it reads images by an encoder, so no visual token is in its sequence",
 }
 

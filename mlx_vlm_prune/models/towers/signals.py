@@ -32,10 +32,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a tower hands over: the signals at its end, and what was kept where tokens left."""
+    """What a tower hands over: the signals at its end, what was kept where tokens left, and CLS
+    where it has one."""
 
     signals: Signals
     kept: Reduction | None = None
+    cls_BD: mx.array | None = None
 
     @property
     def arrays(self) -> mx.array:
@@ -125,7 +127,8 @@ class TowerPass:
         return keys
 
     def end(self, x_BSD: mx.array) -> Encoded:
-        return Encoded(self.signals.replace(x_BND=x_BSD[:, self.first :]), self.kept)
+        cls_BD = x_BSD[:, 0] if self.first else None
+        return Encoded(self.signals.replace(x_BND=x_BSD[:, self.first :]), self.kept, cls_BD)
 
 
 def _with_sizes(reduced: Signals, signals: Signals, kept: Reduction) -> Signals:
@@ -177,5 +180,6 @@ def received_attention_in_windows(
 def patch_pixels(pixels_BHW3: mx.array, size: int) -> mx.array:
     """Each patch's own pixels, (B, N, size * size * 3)."""
     B, H, W, C = pixels_BHW3.shape
-    cells = pixels_BHW3.reshape(B, H // size, size, W // size, size, C)
-    return cells.swapaxes(2, 3).reshape(B, (H // size) * (W // size), -1)
+    rows, columns = H // size, W // size  # pixels beyond the last whole patch are read by none
+    cells = pixels_BHW3[:, : rows * size, : columns * size].reshape(B, rows, size, columns, size, C)
+    return cells.swapaxes(2, 3).reshape(B, rows * columns, -1)

@@ -1,9 +1,9 @@
 """Vision transformers: CLIP's (arXiv:2103.00020) and SigLIP's (arXiv:2303.15343, 2502.14786).
 
 Attribute names equal Hugging Face's, so weights need no renaming. CLIP's features are the last
-layer's, CLS dropped, without `post_layernorm` (which MiniMind2-V never applies); LLaVA reads those
+layer's, CLS apart, without `post_layernorm` (which MiniMind2-V never applies); LLaVA reads those
 of the last layer but one. SigLIP has no CLS; its features, MiniMind-3V's, are the last layer's
-after `post_layernorm`, and the pooling head is left out.
+after `post_layernorm`. What makes one embedding of them is in `models/dual_encoder.py`.
 
 Shapes: B images, N patches, S tokens with CLS where there is one, D features, H heads,
 d head size.
@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from ...checkpoints.config import CLIPConfig, SiglipConfig
+from ...checkpoints.config import CLIPConfig, EncoderConfig, SiglipConfig
 from ...inputs.resample import shrink
 from ...pruners.contract import Signals
 from .signals import Cut, Encoded, TowerPass, patch_pixels
@@ -24,7 +24,7 @@ Activation = Callable[[mx.array], mx.array]
 
 
 class Attention(nn.Module):
-    def __init__(self, c: CLIPConfig):
+    def __init__(self, c: EncoderConfig):
         super().__init__()
         self.num_heads = c.num_attention_heads
         self.scale = (c.hidden_size // c.num_attention_heads) ** -0.5
@@ -38,16 +38,15 @@ class Attention(nn.Module):
         return x_BSD.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
 
     def __call__(
-        self, x_BSD: mx.array, bias_BS: mx.array | None
+        self, x_BSD: mx.array, mask: mx.array | str | None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """What is read, and the queries and keys (B, H, S, d) it was read by.
 
-        `bias_BS` is added to every query's logits: the log of how many tokens each is.
+        `mask` is added to the logits, (B, H, S, S) or of one entry along an axis, or "causal".
         """
         q_BHSd, k_BHSd, v_BHSd = (
             self.split(project(x_BSD)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mask = None if bias_BS is None else bias_BS[:, None, None].astype(x_BSD.dtype)
         y_BHSd = mx.fast.scaled_dot_product_attention(
             q_BHSd, k_BHSd, v_BHSd, scale=self.scale, mask=mask
         )
@@ -60,7 +59,7 @@ def quick_gelu(x: mx.array) -> mx.array:
 
 
 class MLP(nn.Module):
-    def __init__(self, c: CLIPConfig, act: Activation):
+    def __init__(self, c: EncoderConfig, act: Activation):
         super().__init__()
         self.act = act
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
@@ -71,7 +70,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    def __init__(self, c: CLIPConfig, act: Activation):
+    def __init__(self, c: EncoderConfig, act: Activation):
         super().__init__()
         self.self_attn = Attention(c)
         self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
@@ -84,7 +83,7 @@ def gelu_tanh(x: mx.array) -> mx.array:
 
 
 class Encoder(nn.Module):
-    def __init__(self, c: CLIPConfig, act: Activation):
+    def __init__(self, c: EncoderConfig, act: Activation):
         super().__init__()
         self.layers = [EncoderLayer(c, act) for _ in range(c.num_hidden_layers)]
 
@@ -111,6 +110,12 @@ class Embeddings(nn.Module):
             cls_B1D = mx.broadcast_to(self.class_embedding, (B, 1, D))
             x_BSD = mx.concatenate([cls_B1D, patches_BND], axis=1)
         return x_BSD + position_SD
+
+
+def key_mask(bias_BS: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
+    """A mask (B, 1, 1, S) of what is added to the logits of each key: the log of how many tokens
+    it is."""
+    return None if bias_BS is None else bias_BS[:, None, None].astype(dtype)
 
 
 class VisionTower(nn.Module):
@@ -153,7 +158,8 @@ class VisionTower(nn.Module):
         )
         for i, layer in enumerate(layers):
             x_BSD = tower_pass.cut(x_BSD, i, "before")
-            y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), tower_pass.bias_BS)
+            mask = key_mask(tower_pass.bias_BS, x_BSD.dtype)
+            y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), mask)
             x_BSD = tower_pass.cut(x_BSD + y_BSD, i, "middle", tower_pass.read(i, q_BHSd, k_BHSd))
             x_BSD = x_BSD + layer.mlp(layer.layer_norm2(x_BSD))
         is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm

@@ -1,0 +1,85 @@
+"""From pixels to the tower's end, on which way pictures may shrink and tokens may leave.
+
+Shapes: I images, N visual tokens, K kept of each image.
+"""
+
+from dataclasses import replace
+from math import prod
+
+import mlx.core as mx
+from mlx import nn
+
+from ..checkpoints.config import VLMConfig
+from ..checkpoints.dual_encoder import DualEncoderConfig
+from ..checkpoints.errors import UserError
+from ..inputs.resample import shrink
+from ..machine.clock import end_part
+from ..pruners import Pipeline, Pruner, Stage, StepBudgets, downsample
+from .towers.signals import Cut, Encoded
+from .towers.vit import VisionTower
+
+
+class ImageEncoder(nn.Module):
+    """What models with a tower share: the steps of a chain up to the tower's end."""
+
+    config: VLMConfig | DualEncoderConfig
+    tower: VisionTower
+
+    @property
+    def merge(self) -> tuple[int, int]:
+        """How many patches, down and across, one visual token is made of."""
+        return 1, 1
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of visual tokens."""
+        (rows, columns), (down, across) = self.config.vision.grid, self.merge
+        return rows // down, columns // across
+
+    @property
+    def N(self) -> int:
+        """Visual tokens of one image."""
+        return prod(self.grid)
+
+    def run_tower(self, pixels_IHW3: mx.array, pipeline: Pipeline, budgets: StepBudgets) -> Encoded:
+        """The tower's output, of patches; what was kept is of the whole image."""
+        grids, cuts = self.plan_tower(budgets)
+        kept = None
+        for grid in grids:
+            pixels_IHW3 = self.shrink_pixels(pixels_IHW3, grid)
+            kept = downsample.block_means(self.grid, grid, len(pixels_IHW3))
+        want = pipeline.signal_layers(self.config.vision.depth)
+        encoded = end_part("vision", self.tower(pixels_IHW3, want, cuts))
+        if encoded.kept:
+            kept = encoded.kept.after(kept, self.N) if kept else encoded.kept
+        return replace(encoded, kept=kept)
+
+    def plan_tower(self, budgets: StepBudgets) -> tuple[list[tuple[int, int]], list[Cut]]:
+        """The grids to which pictures shrink, one after another, and the cuts inside the tower.
+
+        Raises UserError where tokens cannot leave inside this tower.
+        """
+        grids, cuts, n = list[tuple[int, int]](), list[Cut](), self.N
+        for step, K in budgets.at(Stage.IMAGE, Stage.ENCODER):
+            if step.stage is Stage.IMAGE and n > K:
+                grids.append(downsample.smaller_grid(self.grid, K))
+                n = prod(grids[-1])
+            elif n > K:
+                cuts += self.tower_cuts(step, n, K)
+                n = K
+        return grids, cuts
+
+    def tower_cuts(self, step: Pruner, n: int, K: int) -> list[Cut]:
+        """Where a method leaves K of n tokens between the tower's layers. Raises UserError."""
+        if self.merge != (1, 1):
+            raise UserError(
+                f"{step.name} works inside the tower; behind this one neighbouring patches"
+                " become one visual token, so all must be there: choose another method"
+            )
+        cuts = step.call(step.method.cuts, self.config.vision.depth, n, K)
+        return [Cut(layer, place, left, step) for layer, place, left in cuts]
+
+    def shrink_pixels(self, pixels_IHW3: mx.array, grid: tuple[int, int]) -> mx.array:
+        """Pictures of which the tower makes a smaller grid of visual tokens."""
+        patch, (down, across) = self.config.vision.patch_size, self.merge
+        return shrink(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
