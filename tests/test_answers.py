@@ -9,7 +9,7 @@ import pytest
 from mlx import nn
 from PIL import Image
 
-from mlx_vlm_prune import load, stream_generate
+from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation.answers import (
     QuestionBatch,
@@ -96,7 +96,7 @@ def test_the_log_probability_is_that_of_reading_question_and_answer_without_a_ca
         prepared = prepare_question(model, processor, question)
         right_ids = prepared.right_ids
         both = Prompt(prepared.prompt.ids + right_ids, prepared.prompt.runs)
-        pixels = mx.array(prepared.pixels_HW3)[None]
+        pixels = mx.array(prepared.pixels_IHW3)
         logits = model([both], pixels, plan(spec), budget(model, spec), last_only=False).logits_BLV
         logits_AV = np.array(logits)[0].astype(np.float64)[-len(right_ids) - 1 : -1]
         p_AV = np.exp(logits_AV) / np.exp(logits_AV).sum(axis=1, keepdims=True)
@@ -111,7 +111,7 @@ def test_the_log_probability_is_that_of_one_token_after_another(home, spec):
     logprob_B = batch_answers(home, spec).logprob_B
     for question, logprob in zip(questions, logprob_B, strict=True):
         prepared = prepare_question(model, processor, question)
-        pixels = mx.array(prepared.pixels_HW3)[None]
+        pixels = mx.array(prepared.pixels_IHW3)
         prefill = model([prepared.prompt], pixels, plan(spec), K)
         logits_BV, by_hand = prefill.logits_BLV[:, -1], 0.0
         for token in prepared.right_ids:
@@ -220,13 +220,40 @@ def test_log_probabilities_that_are_not_finite_are_refused(home):
         likelihood(prefill, right_BA)
 
 
-def test_a_question_without_an_answer_or_too_long_is_refused(home):
+def test_a_question_without_an_answer_is_asked_and_one_that_is_too_long_is_refused(home):
     model, processor, questions = home
     first, *_ = islice(questions, 1)
-    with pytest.raises(UserError, match="no answer"):
-        prepare_question(model, processor, Question("1", first.text, (), first.image))
+    prepared = prepare_question(model, processor, Question("1", first.text, (), first.image))
+    assert prepared.right_ids == sorted(processor.tokenizer.eos_token_ids)[:1]
     with pytest.raises(UserError, match="reads up to 32768"):
         prepare_question(model, processor, Question("1", "star " * 40_000, ("a",), first.image))
+
+
+@pytest.mark.parametrize("spec", ["none", "norm", "tome", "fastv", "cdpruner"])
+def test_questions_about_several_images_are_asked_as_generate_asks_them(home, tmp_path, spec):
+    """Beside a question about one image, in a batch; the second image is in two questions."""
+    model, processor, questions = home
+    pictures = [questions[n].image() for n in (0, 2, 4)]
+    for n, image in enumerate(pictures):
+        image.save(tmp_path / f"{n}.png")
+    several = [
+        Question("1", TEXTS[0], ("yes",), tmp_path / "0.png", more_images=(tmp_path / "1.png",)),
+        Question("2", TEXTS[1], ("no",), tmp_path / "1.png"),
+        Question("3", TEXTS[2], (), tmp_path / "2.png", more_images=(tmp_path / "1.png",) * 2),
+    ]
+    shared, tower = share_tower(model, [plan(spec)])
+    batch = QuestionBatch(model, [prepare_question(model, processor, q) for q in several])
+    tower.start(batch)
+    assert (batch.sizes, len(batch.first_U)) == ([model.N] * 6, 3)
+    kept, ends = budget(model, spec), processor.tokenizer.eos_token_ids
+    ids = answer_batch(shared, batch, plan(spec), kept, ends, MAX_TOKENS).ids
+    for question, answer in zip(several, ids, strict=True):
+        result = generate(
+            model, processor, question.text, image=[question.image, *question.more_images],
+            pruner=spec, keep_tokens=kept, max_tokens=MAX_TOKENS,
+        )  # fmt: skip
+        without_end = [token for token in result.token_ids if token not in ends]
+        assert answer == without_end
 
 
 def picture() -> Image.Image:
@@ -249,6 +276,12 @@ def test_images_in_memory_become_digests_that_differ():
         questions = [Question("1", "?", ("a",), image)]
         return QuestionSet("own", format_of("own"), lambda _: iter(questions)).load()[0]
 
+    def with_more(image: bytes):
+        questions = [Question("1", "?", ("a",), b"x", more_images=(image,))]
+        return QuestionSet("own", format_of("own"), lambda _: iter(questions)).load()[0]
+
+    one, other = with_more(b"y" * 10_000), with_more(b"z" * 10_000)
+    assert len(one[0].more_images[0]) == 32 and fingerprint(one) != fingerprint(other)
     first, second = loaded(b"x" * 10_000), loaded(b"y" * 10_000)
     assert len(first[0].image) == 32
     assert fingerprint(first) != fingerprint(second)

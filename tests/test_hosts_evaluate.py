@@ -196,6 +196,22 @@ def test_a_budget_in_tokens_keeps_all_of_an_image_that_has_fewer(home, tmp_path,
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("K", [0.5, 7])
+def test_a_question_about_two_images_is_asked_as_generate_asks_it(home, name, K):
+    model, processor = load(home / name)
+    several = Question("1", "w7 w9", ("w3",), home / "a.png", more_images=(home / "b.png",))
+    host, pipeline = EvaluatedHost(host_of(model, processor), [plan("norm")]), plan("norm")
+    batch = host.make_batch([host.prepare(several)])
+    assert batch.sizes == ([16, 16] if name == "llava" else [6, 20])
+    (ids,) = host.answer(batch, pipeline, K, MAX_TOKENS).ids
+    if K == 0.5:
+        images = [several.image, *several.more_images]
+        result = generate(model, processor, several.text, image=images, pruner="norm",
+                          keep_ratio=K, max_tokens=MAX_TOKENS)  # fmt: skip
+        assert ids == [token for token in result.token_ids if token not in host.ends]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_questions_without_right_answers_are_asked_and_their_answers_written(home, name, tmp_path):
     lines = [{"question_id": n, "image": f"{'ab'[n]}.png", "text": "w7 w9"} for n in range(2)]
     path, out = home / "llava_test.jsonl", tmp_path / "e.json"

@@ -88,7 +88,7 @@ def test_mmmu_reads_the_subjects_of_a_split(tmp_path):
     art, choice, number = read("mmmu", tmp_path)
     assert (choice.id, choice.kind, choice.answers) == ("validation_Math_1", "Math", ("B",))
     assert choice.text == f"What <image 1>?\n(A) red\n(B) it's <image 1>\n(C) 12\n{LETTER}"
-    assert choice.image == png()
+    assert choice.image == png() and choice.more_images == ()
     assert (art.kind, art.answers, art.text) == ("Art", ("12",), "What <image 1>?" + SHORT)
     assert number.answers == ("3", "3.0")
     assert [q.id for q in read("mmmu", math)] == [choice.id, number.id]
@@ -104,6 +104,13 @@ def test_mmmu_reads_the_subjects_of_a_split(tmp_path):
     assert not hidden.answers and not format.is_scored([hidden])
     with pytest.raises(UserError, match="no file such as Accounting/dev-00000"):
         read("mmmu", tmp_path, split="dev")
+
+
+def test_mmmu_questions_have_all_their_images(tmp_path):
+    cells = {"image_2": {"bytes": png("blue"), "path": "b.png"}, "image_3": None}
+    path = parquet(tmp_path / "m.parquet", mmmu_rows(**cells, image_7=png("green")))
+    (question,) = read("mmmu", path)
+    assert question.more_images == (png("blue"), png("green"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 One prefill serves both: a fork of its cache reads the right answers, and the model's answers are
 generated from the prefill itself.
 
-Shapes: B questions, I their images (one each), U different images among them, A tokens of the
+Shapes: B questions, I their images, U different images among them, A tokens of the
 longest right answer with its end, V words, H height, W width.
 """
 
@@ -33,26 +33,27 @@ class PreparedQuestion:
     """A question as the model reads it: ids, pixels, and the right answer's ids with its end."""
 
     prompt: Prompt
-    pixels_HW3: np.ndarray
+    pixels_IHW3: np.ndarray
     right_ids: list[int]
 
 
-def open_question_image(question: Question) -> Image.Image:
-    """The image of a question. Raises UserError if it cannot be opened."""
-    return open_image(question.image() if callable(question.image) else question.image)
+def open_question_images(question: Question) -> list[Image.Image]:
+    """The images of a question. Raises UserError if one cannot be opened."""
+    first = question.image() if callable(question.image) else question.image
+    return [open_image(image) for image in (first, *question.more_images)]
 
 
 def prepare_question(model: VLM, processor: Processor, question: Question) -> PreparedQuestion:
-    """Open the image and build the prompt. Raises UserError where the question cannot be asked."""
-    image = open_question_image(question)
-    tokenizer = processor.tokenizer
-    prompt = tokenize_prompt(tokenizer, question.text, [model.N], processor.image_token)
+    """Open the images and build the prompt. Raises UserError where it cannot be asked."""
+    images, tokenizer = open_question_images(question), processor.tokenizer
+    sizes = [model.N] * len(images)
+    prompt = tokenize_prompt(tokenizer, question.text, sizes, processor.image_token)
     text = model.config.text
     if fault := prompt.limit_error(text.max_position_embeddings, text.vocab_size):
         raise UserError(f"it {fault}")
     right = question.answers[0] if question.answers else ""  # then nothing is made of it
     right_ids = [*tokenizer.encode(right), *sorted(tokenizer.eos_token_ids)[:1]]
-    return PreparedQuestion(prompt, processor.image(image), right_ids)
+    return PreparedQuestion(prompt, np.stack([*map(processor.image, images)]), right_ids)
 
 
 class QuestionBatch:
@@ -64,16 +65,16 @@ class QuestionBatch:
 
     def __init__(self, model: VLM, prepared: Sequence[PreparedQuestion]):
         self.prompts = [question.prompt for question in prepared]
-        pictures = [question.pixels_HW3.tobytes() for question in prepared]
+        images = [pixels_HW3 for question in prepared for pixels_HW3 in question.pixels_IHW3]
+        pictures = [pixels_HW3.tobytes() for pixels_HW3 in images]
         distinct = list(dict.fromkeys(pictures))
         self.distinct_I = mx.array([distinct.index(picture) for picture in pictures])
         self.first_U = mx.array([pictures.index(picture) for picture in distinct])
-        pixels = mx.array(np.stack([question.pixels_HW3 for question in prepared]))
-        self.pixels_IHW3 = pixels.astype(model.dtype)
+        self.pixels_IHW3 = mx.array(np.stack(images)).astype(model.dtype)
         right_B = [question.right_ids for question in prepared]
         A = max(map(len, right_B))
         self.right_BA = np.array([ids + [PADDING] * (A - len(ids)) for ids in right_B])
-        self.sizes = [model.N] * len(prepared)  # visual tokens of each question's image
+        self.sizes = [model.N] * len(images)  # visual tokens of each image
 
 
 class SharedTower:

@@ -28,7 +28,7 @@ class BudgetedMethod:
         return round(sum(tokens_for(N, self.K) for N in sizes) / len(sizes))
 
     def columns(self, sizes: Sequence[int]) -> dict[str, Any]:
-        """The first columns of the row; `sizes` are the tokens of each question's image."""
+        """The first columns of the row; `sizes` are the tokens of each question's images."""
         tokens = self.mean_tokens(sizes)
         columns = {"pruner": self.spec, "tokens": tokens, "of": round(sum(sizes) / len(sizes))}
         if self.pipeline.policy:

@@ -98,7 +98,7 @@ class EvaluationRun:
 
     @property
     def sizes(self) -> list[int]:
-        """The visual tokens of each answered question's image."""
+        """The visual tokens of each answered question's images."""
         return [N for batch in self.batches for N in batch.sizes]
 
     @property

@@ -4,7 +4,7 @@ Shapes: B questions.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ from ..hosts.prepared_inputs import PreparedInputs
 from ..hosts.prompt import add_text, budgets_by_view, prepare_prompt, prune_prompt
 from ..hosts.views import View
 from ..pruners import METHODS, Pipeline, Stage, plan
-from .answers import Answers, answer_prefill, open_question_image
+from .answers import Answers, answer_prefill, open_question_images
 from .questions import Question
 
 
@@ -36,7 +36,7 @@ class HostQuestionBatch:
 
     questions: Sequence[PreparedHostQuestion]
     views: list[list[View]]  # of each question
-    sizes: list[int]  # visual tokens of each question's image
+    sizes: list[int]  # visual tokens of each image
 
 
 class EvaluatedHost:
@@ -59,8 +59,8 @@ class EvaluatedHost:
         return str(self.tokenizer.decode(ids))
 
     def prepare(self, question: Question) -> PreparedHostQuestion:
-        """Open the image and build the prompt. Raises UserError where it cannot be asked."""
-        inputs = prepare_prompt(self.host, question.text, [open_question_image(question)])
+        """Open the images and build the prompt. Raises UserError where it cannot be asked."""
+        inputs = prepare_prompt(self.host, question.text, open_question_images(question))
         end = getattr(self.tokenizer, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
         right_ids = [*self.encode(question.answers[0] if question.answers else ""), *ends]
@@ -74,7 +74,7 @@ class EvaluatedHost:
             for question in prepared:
                 views.append(self.host.encode_images(question.inputs, self.want))
                 mx.eval([_arrays(view) for view in views[-1]])
-        sizes = [sum(view.signals.x_BND.shape[1] for view in one) for one in views]
+        sizes = [sum(map(_size, image)) for one in views for image in _by_image(one)]
         return HostQuestionBatch(prepared, views, sizes)
 
     def answer(
@@ -87,12 +87,11 @@ class EvaluatedHost:
         pipeline = with_family_defaults(pipeline, self.host.kind)
         policy = check_pipeline(self.host, pipeline, pipeline.policy)
         answers = []
-        for question, views, N in zip(batch.questions, batch.views, batch.sizes, strict=True):
-            ratio, tokens = (None, min(K, N)) if isinstance(K, int) else (K, None)
+        for question, views in zip(batch.questions, batch.views, strict=True):
             with self.host.preserve_state(), generation_stream():
                 views = self._views_for(pipeline, question.inputs, views)
                 views = add_text(self.host, question.inputs, views, pipeline)
-                budgets = budgets_by_view(views, ratio, tokens, pipeline)
+                budgets = _budgets(views, K, pipeline)
                 prompt = prune_prompt(self.host, question.inputs, views, pipeline, budgets, policy)
                 self.host.check_length(prompt.length)
                 prompt = prefill_through_cuts(self.host, prompt, pipeline, budgets, policy)
@@ -129,6 +128,26 @@ def default_methods(host: Host) -> list[str]:
             continue
         supported.append(name)
     return supported
+
+
+def _budgets(views: list[View], K: float, pipeline: Pipeline) -> list[int]:
+    """Each view's number of tokens, where an image keeps K of them, at most all, or a share."""
+    budgets: list[int] = []
+    for image in _by_image(views):
+        alone = [replace(view, image=0) for view in image]
+        tokens = min(K, sum(map(_size, image))) if isinstance(K, int) else None
+        budgets += budgets_by_view(alone, None if tokens else K, tokens, pipeline)
+    return budgets
+
+
+def _by_image(views: list[View]) -> list[list[View]]:
+    """The views of each image, in order."""
+    images = dict.fromkeys(view.image for view in views)
+    return [[view for view in views if view.image == image] for image in images]
+
+
+def _size(view: View) -> int:
+    return view.signals.x_BND.shape[1]
 
 
 def _arrays(view: View) -> Iterator[mx.array]:

@@ -46,19 +46,27 @@ class QuestionSet:
 
 def _with_image_digest(question: Question) -> Question:
     """The question; image bytes are replaced by their SHA-256, to save memory."""
-    if isinstance(question.image, bytes):
-        return replace(question, image=hashlib.sha256(question.image).digest())
-    return question
+    image = _digest(question.image) if isinstance(question.image, bytes) else question.image
+    more = [_digest(one) if isinstance(one, bytes) else one for one in question.more_images]
+    return replace(question, image=image, more_images=tuple(more))
+
+
+def _digest(image: bytes) -> bytes:
+    return hashlib.sha256(image).digest()
 
 
 def fingerprint(questions: Iterable[Question]) -> str:
     """A digest of the questions and their images: of a file its name, size and time of change."""
     digest = hashlib.sha256()
     for q in questions:
-        image: object = q.image if isinstance(q.image, bytes) else ""
-        if isinstance(q.image, Path) and q.image.exists():
-            stat = q.image.stat()
-            image = (q.image.name, stat.st_size, stat.st_mtime_ns)
-        fields = (q.id, q.text, q.answers, q.kind, q.group, q.scoring_data, image)
+        images = [_identity(image) for image in (q.image, *q.more_images)]
+        fields = (q.id, q.text, q.answers, q.kind, q.group, q.scoring_data, *images)
         digest.update(repr(fields).encode())
     return digest.hexdigest()
+
+
+def _identity(image: object) -> object:
+    if isinstance(image, Path) and image.exists():
+        stat = image.stat()
+        return image.name, stat.st_size, stat.st_mtime_ns
+    return image if isinstance(image, bytes) else ""

@@ -3,7 +3,7 @@
 The file holds JSON lines, one for each batch, flushed to the disk before the next batch begins. A
 line that was cut off, by a power failure or a full disk, is dropped.
 
-Shapes: P methods with their budgets, B questions of a batch.
+Shapes: P methods with their budgets, B questions of a batch, I their images.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class AnsweredBatch:
     logprob: list[list[float]]  # (P, B): of the right answers
     loyal: list[list[bool]]  # (P, B): the same ids as the first method's
     seconds: float
-    sizes: list[int]  # (B,): visual tokens of each question's image
+    sizes: list[int]  # (I,): visual tokens of each image
     skipped: list[str] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
 

@@ -65,11 +65,12 @@ PREPARED = {
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image.
+    """One question about an image, or several.
 
     `answers` are the right ones. The log-probability of the first is measured. There is none where
     the authors keep the right answers to themselves.
-    `image` is a path, the bytes of an image file, or a function that draws the picture on demand.
+    `image` is a path, the bytes of an image file, or a function that draws the picture on demand;
+    `more_images` are those after it, of a question about several.
     Questions of one `group` are scored together (MME: two about an image; MMBench: one question
     with its options rotated). A question without a group stands alone.
     `scoring_data` is whatever else the format's `score` needs.
@@ -84,6 +85,7 @@ class Question:
     group: str = ""
     scoring_data: Any = None
     record: dict[str, Any] | None = None
+    more_images: tuple[Path | bytes, ...] = ()
 
 
 @dataclass

@@ -3,9 +3,9 @@
 Reads the folder as it is published on Hugging Face: a folder for each subject with parquet files,
 whose names begin with the split (validation, unless another is named), or one parquet file. A row
 holds `id`, `question`, `options` (a list as a Python text), `image_1` to `image_7`, `answer` and
-`question_type`. As in the authors' run of LLaVA a question is asked about its first image, and
-"<image 2>" stays in its text. The kind is the subject. Where the answer is "?" (split test) nothing
-is scored.
+`question_type`. All its images are given, in order and ahead of the text, in which "<image 2>"
+stays (the authors' run of LLaVA gave the first only). The kind is the subject. Where the answer is
+"?" (split test) nothing is scored.
 
 The authors' rule for several options: the last letter in brackets, else the last lone letter, else
 (in a response of more than five words) the option whose text stands last; else they guess. Their
@@ -29,6 +29,7 @@ from .shared_rules import LETTERS, ONE_LETTER, ONE_WORD
 
 SPLIT, UNKNOWN = "validation", "?"
 COLUMNS = ("id", "question", "options", "image_1", "answer", "question_type")
+MORE_IMAGES = [f"image_{n}" for n in range(2, 8)]
 LONGEST_LIST = 1 << 16  # characters of options
 DOMAINS = {
     "Art": "Art Art_Theory Design Music",
@@ -59,14 +60,20 @@ def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     if not files or not path.exists():
         raise UserError(f"{path} holds no file such as Accounting/{split}-00000-of-00001.parquet")
     opened = [(open_parquet(file, COLUMNS), file) for file in files]
-    rows = (row for file, name in opened for row in parquet_rows(file, name, COLUMNS))
+    rows = (row for file, name in opened for row in parquet_rows(file, name, _columns(file)))
     return questions_from(rows, lambda row: [_question(row[1])], bad)
+
+
+def _columns(file: Any) -> list[str]:
+    more = [name for name in MORE_IMAGES if name in file.schema_arrow.names]
+    return [*COLUMNS, *more]
 
 
 def _question(row: dict[str, Any]) -> Question:
     name, text = text_field(row, "id"), text_field(row, "question")
     subject = "_".join(name.split("_")[1:-1]) or "all"
-    answer, image = text_field(row, "answer"), _image(row["image_1"])
+    answer, image = text_field(row, "answer"), _image(row, "image_1")
+    more = tuple(_image(row, name) for name in MORE_IMAGES if row.get(name) is not None)
     options: tuple[str, ...] = ()
     answers: tuple[str, ...] = (answer,)
     if row["question_type"] == "multiple-choice":
@@ -82,13 +89,17 @@ def _question(row: dict[str, Any]) -> Question:
         text = f"{text}\n{ONE_WORD}"
         answers = _texts(answer) if answer.startswith("[") else answers
     is_known = answers and UNKNOWN not in answers
-    return Question(name, text, answers if is_known else (), image, subject, scoring_data=options)
+    return Question(
+        name, text, answers if is_known else (), image, subject, scoring_data=options,
+        more_images=more,
+    )  # fmt: skip
 
 
-def _image(cell: Any) -> bytes:
+def _image(row: dict[str, Any], name: str) -> bytes:
+    cell = row[name]
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes) or not content:
-        raise RecordError("image_1 holds no image")
+        raise RecordError(f"{name} holds no image")
     return content
 
 
