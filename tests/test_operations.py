@@ -28,8 +28,7 @@ from mlx_vlm_prune.checkpoints.config import (
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.machine.clock import Clock
-from mlx_vlm_prune.models import decoder, layers
-from mlx_vlm_prune.models import vlm as vlm_module
+from mlx_vlm_prune.models import decoder, image_encoder, layers
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.models.towers import signals as tower_signals
 from mlx_vlm_prune.models.towers import vit
@@ -146,7 +145,7 @@ def counter(monkeypatch) -> OperationCounter:
     counter.count_as_selection(monkeypatch, tower_signals.TowerPass, "read")
     counter.count_as_selection(monkeypatch, tower_signals, "_with_sizes")
     counter.count_as_selection(monkeypatch, decoder.LayerInput, "signals", "bias_of")
-    for module in (vlm_module, vit):
+    for module in (image_encoder, vit):
         counter.count_as_selection(monkeypatch, module, "shrink")
     return counter
 
