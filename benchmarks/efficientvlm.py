@@ -37,7 +37,7 @@ from mlx_vlm_prune.training.run import train
 
 from . import scenes_data, speed
 from .command_line import parser, positive, run_command
-from .readme_tables import efficientvlm_table
+from .readme_tables import efficientvlm_rows
 
 POOL = "attention_pool"
 CASES = (("none", 196), (POOL, 147), (POOL, 98), (POOL, 49))
@@ -117,13 +117,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if not (args.folder / "start" / CONFIG).exists():
             write_start(args.folder / "start")
         cases = [judge(args, *case) for case in CASES]
-        cases_file.write_text(json.dumps(cases))
+        cases_file.write_text(json.dumps({"cases": cases}))
     result = {
         "benchmark": "efficientvlm", "steps": args.steps, "per_kind": args.per_kind,
         "machine": describe_machine(), "versions": versions(), "load": os.getloadavg()[0],
-        "cases": read_json(cases_file), "timings": timings(args),
+        "cases": read_json(cases_file)["cases"], "timings": timings(args),
     }  # fmt: skip
-    print(efficientvlm_table(result))
+    print(efficientvlm_rows(result))
     return result
 
 

@@ -12,6 +12,7 @@ from .speculation import summary
 from .timing import times_text
 from .training_speed import HEADS, cells
 
+NOT_MEASURED = "Not measured yet."
 SHARES = ((0.5, "50 %"), (0.25, "25 %"), (0.11, "11 %"))
 
 
@@ -131,8 +132,15 @@ def hosts_table(results: Path) -> str:
     return markdown(heads, "lrrrrr", lines)
 
 
-def efficientvlm_table(result: dict[str, Any]) -> str:
-    """Each case's accuracy, times and operation count, of `benchmarks.efficientvlm`."""
+def efficientvlm_table(results: Path) -> str:
+    """What `benchmarks.efficientvlm` measured, in Markdown."""
+    if not (results / "efficientvlm.json").exists():
+        return NOT_MEASURED
+    return efficientvlm_rows(read(results, "efficientvlm"))
+
+
+def efficientvlm_rows(result: dict[str, Any]) -> str:
+    """Each case's accuracy, times and operation count."""
     heads = (
         "trained behind", "tokens", "answers right", "first token, ms", "tokens/s",
         "multiply-adds to the first token, M",
@@ -155,6 +163,6 @@ def efficientvlm_table(result: dict[str, Any]) -> str:
 def training_table(results: Path) -> str:
     """Training steps of ours beside others', in Markdown."""
     if not (results / "training_speed.json").exists():
-        return "Not measured yet."
+        return NOT_MEASURED
     rows = read(results, "training_speed")["rows"]
     return markdown(HEADS, "lllrrrrl", [cells(row) for row in rows])

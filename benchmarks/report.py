@@ -15,6 +15,7 @@ from .device_page import page
 from .readme_tables import (
     budgets_table,
     claims_table,
+    efficientvlm_table,
     hosts_table,
     markdown,
     read,
@@ -168,6 +169,7 @@ TABLES = {
     "quantized": quantized_table,
     "conversion": conversion_table,
     "training": training_table,
+    "efficientvlm": efficientvlm_table,
 }
 
 
