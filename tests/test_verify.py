@@ -14,7 +14,7 @@ from torch_ref.generation.parity import Error, apart
 from torch_ref.generation.verification import EVERY
 from torch_ref.verify import main
 
-from . import backbones, llava, tiny
+from . import backbones, generations, llava, tiny
 from .test_full_size import publish
 
 SIDE = 64
@@ -117,6 +117,20 @@ def test_a_llava_agrees_with_what_transformers_saved(kind, tmp_path, capfd):
     assert f"{len(chosen)} of {len(chosen)} methods agree" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["minimind2-v-2025-02-moe", "minimind-3v-2026-03"])
+def test_another_generation_agrees(name, tmp_path, capfd):
+    """Neighbours rotated and experts; patches that merge, where the tower's methods are refused."""
+    generations.release(*generations.CASES[generations.NAMES.index(name)]).write(tmp_path)
+    source, target, tower = (tmp_path / part for part in ("published.pth", "mlx", "tower"))
+    paths = [str(source), str(target), "--vision", str(tower)]
+    convert(["to-mlx", *paths, "--tokenizer", str(tmp_path / "words")])
+    compose(0).image().resize((SIDE, SIDE)).save(tmp_path / "photo.png")
+    names = ["--pruner", "none", "--pruner", "divprune", "--pruner", "holov"]
+    image = ["--image", tmp_path / "photo.png"]
+    assert verify(source, target, "--vision", tower, *image, *names) == 0
+    assert "3 of 3 methods agree" in capfd.readouterr().out
+
+
 def test_the_built_in_model_agrees_with_itself_in_either_framework(tmp_path, capfd):
     compose(7).image().save(tmp_path / "scene.png")
     names = ["--pruner", "attention_pool", "--pruner", "twig", "--pruner", "cdpruner"]
@@ -141,11 +155,14 @@ def mistakes(desk, tmp_path):
     """Arguments that are changed, and how the sentence begins."""
     convert(["to-mlx", str(desk / "mlx"), str(tmp_path / "q8"), "-q", "--q-bits", "8",
              "--q-group-size", "32"])  # fmt: skip
+    (tmp_path / "host").mkdir()
+    (tmp_path / "host" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     text = tmp_path / "text.png"
     text.write_text("no picture")
     return [
         ({0: tmp_path / "nothing.pth"}, [], "there is no "),
         ({1: tmp_path / "nothing"}, [], "there is no "),
+        ({1: tmp_path / "host"}, [], f"{tmp_path / 'host'}"),
         ({5: text}, [], f"{text}"),
         ({}, ["--pruner", "nrom"], "no pruner is called 'nrom'"),
         ({}, ["--pruner", "attention_pool"], "attention_pool is learned, and this checkpoint"),

@@ -175,10 +175,9 @@ def kept_bias(prompt: PromptRows, image: slice, kept: Reduction, cuts: Cuts) -> 
     bias_1n = prompt.bias_L[None, image]
     bias_1K = bias_1n.take_along_dim(kept.index_BK, dim=1)
     if cuts.enhancer and kept.index_BK.shape[1]:
-        x_1nD = prompt.x_1LD[:, image]
-        bias_1K = bias_1K + cuts.enhancer.call(
-            "attention_bias", Signals(x_1nD, (1, x_1nD.shape[1])), kept
-        )
+        image_signals = Signals(prompt.x_1LD[:, image].cpu(), (1, image.stop - image.start))
+        added_1K = cuts.enhancer.call("attention_bias", image_signals, kept.to("cpu"))
+        bias_1K = bias_1K + added_1K.to(bias_1K)
     elif cuts.step.merges and kept.weight_BKN is not None:
         bias_1K = ((kept.weight_BKN > 0).float() @ bias_1n.exp()[..., None])[..., 0].log()
     return bias_1K[0]

@@ -158,7 +158,8 @@ class VLM(nn.Module):
             if step.stage == "image" and n > K:
                 grid = step.call("smaller_grid", self.grid, K)
                 pixels_I3HW = self.shrink_pixels(pixels_I3HW, grid)
-                kept, n = step.call("block_means", self.grid, grid, len(pixels_I3HW)), prod(grid)
+                means = step.call("block_means", self.grid, grid, len(pixels_I3HW))
+                kept, n = means.to(pixels_I3HW.device), prod(grid)
             elif step.stage == "encoder" and n > K:
                 planned = step.call("cuts", layers, n, K)
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
@@ -208,7 +209,8 @@ class VLM(nn.Module):
                         chosen = enhancer.call("selected", K)
                     kept = reduce(step.name, signals, chosen, step.weights, **step.options)
                     if enhancer and chosen < K:
-                        kept = enhancer.call("complete", signals, kept, K)
+                        whole = enhancer.call("complete", signals.to("cpu"), kept.to("cpu"), K)
+                        kept = whole.to(signals.x_BND.device)
                     slots = kept.tokens(signals.x_BND)
                     signals = signals if kept.index_BK is None else signals.take(kept.index_BK)
                     signals = signals.replace(x_BND=slots)
@@ -323,5 +325,5 @@ def added_bias(enhancer: Step | None, encoded: Signals, kept: Reduction) -> Tens
     if enhancer is None:
         return None
     function = "prompt_bias" if enhancer.call("calibrates") else "attention_bias"
-    bias_IK: Tensor = enhancer.call(function, encoded, kept)
-    return bias_IK
+    bias_IK: Tensor = enhancer.call(function, encoded.to("cpu"), kept.to("cpu"))
+    return bias_IK.to(encoded.x_BND.device)

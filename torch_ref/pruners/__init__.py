@@ -53,9 +53,6 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-NO_FLOAT64 = ("mps",)  # devices on which methods, which choose in float64, do not choose
-
-
 def entry(method: ModuleType, name: str) -> Any:
     """A name of a method's file, or the default."""
     return vars(method).get(name, DEFAULTS[name])
@@ -107,14 +104,14 @@ class Step:
 
 
 def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: Any) -> Reduction:
-    """K of N slots by the method `name`; K = N is the identity.
+    """K of N slots by the method `name`, chosen on the CPU in float64; K = N is the identity.
 
     `weights` are a learned method's. Raises ValueError for a budget outside 1 to N
     (0 to N in the decoder).
     """
     B, N, _ = signals.x_BND.shape
     device = signals.x_BND.device
-    if device.type in NO_FLOAT64 and name != "attention_pool" and K < N:
+    if device.type != "cpu" and name != "attention_pool" and K < N:
         weights = None if weights is None else copy.deepcopy(weights).cpu()
         return reduce(name, signals.constant.to("cpu"), K, weights, **options).to(device)
     step = Step(name, K, options)

@@ -111,9 +111,9 @@ class Reduction:
     value_BND: Tensor | None = None
     place_BK: Tensor | None = None  # in which order a method of the tower left the slots
 
-    def to(self, device: torch.device) -> "Reduction":
+    def to(self, device: torch.device | str) -> "Reduction":
         """The same elsewhere."""
-        tensors = (self.index_BK, self.weight_BKN, self.value_BND)
+        tensors = (self.index_BK, self.weight_BKN, self.value_BND, self.place_BK)
         return Reduction(*(None if x is None else x.to(device) for x in tensors))
 
     def apply(self, x_BND: Tensor) -> Tensor:
