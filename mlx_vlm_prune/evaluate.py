@@ -8,6 +8,8 @@ its end. Each is compared with full and with `random` at the same budget, with a
 the difference (paired bootstrap over the questions). A batch of questions is put to all methods
 before the next and saved beside the result: an interrupted run is resumed by the same command.
 Under `mlx.launch` each process answers a batch at a time, and the first writes the result.
+
+`--merge a.json b.json` asks nothing: it gives the mean over such results in percent of full.
 """
 
 import argparse
@@ -24,23 +26,21 @@ from .checkpoints.errors import UserError
 from .checkpoints.hub import resolve_path
 from .checkpoints.reading.files import check_target, write_atomically
 from .evaluation.answers import EvaluatedVLM
-from .evaluation.budgeted_methods import (
-    BudgetedMethod,
-    budgeted_methods,
-    default_methods,
-    random_baselines,
-)
+from .evaluation.budgeted_methods import BudgetedMethod, budgeted_methods, default_methods
 from .evaluation.dequantize import dequantize_matrices
+from .evaluation.drafting import DraftingVLM
 from .evaluation.evaluation_run import EvaluatedModel, EvaluationRun
-from .evaluation.judge import Judge
+from .evaluation.merging import merge, merged_table
 from .evaluation.question_set import QuestionSet, fingerprint
 from .evaluation.questions import FORMATS, SENTENCE_TOKENS, Format, Question, Source, format_of
+from .evaluation.result import MOST_RESPONSES, first_token_rows, result_of
 from .evaluation.resume import ResumeFile
 from .evaluation.scoring_options import add_scoring, check_scoring, with_judge, written_answers
 from .evaluation.table import table
+from .generation.speculation import check_num_draft_tokens
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
-from .machine.hardware import describe_machine, on_cpu, versions
+from .machine.hardware import on_cpu, versions
 from .machine.processes import ProcessGroup
 from .machine.user_cache import cache_folder, model_key, write_cached
 from .models.adapters import adapter_key
@@ -83,8 +83,22 @@ def build_parser() -> Parser:
     add("--batch", type=int, default=24, metavar="N", help="questions answered at once")
     add("--seed", type=int, default=0, metavar="N",
         help="of the bootstrap; that of random is --pruner random:seed=1")
+    add("--num-draft-tokens", type=int, metavar="N",
+        help="tokens that the twig beside a model drafts ahead, 5 in TwigVLM; the answers stay the"
+        " same, and are asked one by one (default: none)")
+    add("--first-token", type=int, metavar="N",
+        help="ask the first N questions again, one by one, for the median time to the first token"
+        " with picture, tower and pruner (default: none)")
+    add("--texts", action=argparse.BooleanOptionalAction,
+        help="keep questions, right answers and responses in the result (default: up to"
+        f" {MOST_RESPONSES} responses)")
     add("--out", type=Path, default=Path("evaluation.json"), metavar="FILE.json",
         help="where the result goes; an interrupted run is kept beside it")
+    add = parser.add_argument_group("results of one model on several sets").add_argument
+    add("--merge", type=Path, nargs="+", metavar="FILE.json",
+        help="ask nothing: print what such results come to in percent of full, set by set and on"
+        " average")
+    add("--json", type=Path, metavar="FILE", help="write the figures of --merge")
     return parser
 
 
@@ -137,6 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     """Answer all questions, score, print and write."""
     _check(args)
+    if args.merge:
+        if processes.is_first:
+            print_merged(args.merge, args.json)
+        return
     question_set = question_set_of(args, grades=processes.is_first)
     questions, unread = question_set.load()
     folder = resolve_path(args.model) if args.model else CHECKPOINT
@@ -152,15 +170,20 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
         evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
     )
     resume_file = ResumeFile(args.out, resume_settings(args, evaluation, folder))
+    first_tokens: list[dict[str, float]] = []
     try:
         evaluation.run(resume_file)
+        if args.first_token and processes.is_first:
+            first_tokens = first_token_rows(
+                evaluation, model, processor, args.first_token, args.num_draft_tokens
+            )
     except KeyboardInterrupt:
         progress = f"{evaluation.done} of {len(questions)} questions are answered"
         print(f"\ninterrupted: {progress}; the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     if not processes.is_first:
         return
-    result = result_of(args, evaluation, unread, refused, folder)
+    result = result_of(args, evaluation, unread, refused, folder, first_tokens)
     result |= written_answers(args, evaluation)
     text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)
@@ -177,6 +200,7 @@ def evaluated_model(
     args: argparse.Namespace, model: Any, processor: Any
 ) -> tuple[EvaluatedModel, list[BudgetedMethod], list[dict]]:
     """The model under evaluation, the methods with their budgets, and those refused."""
+    check_num_draft_tokens(args.num_draft_tokens, 0, isinstance(model, VLM))
     if isinstance(model, VLM):
         specs = args.pruner or default_methods(model)
         budgets = budgets_of(args, model.N)
@@ -184,6 +208,9 @@ def evaluated_model(
             model.N, specs, budgets, model.learned, policies_of(args)
         )
         pipelines = [method.pipeline for method in methods]
+        if args.num_draft_tokens:
+            drafting = DraftingVLM(model, processor, pipelines, args.num_draft_tokens)
+            return drafting, methods, refused
         return EvaluatedVLM(model, processor, pipelines), methods, refused
     # A model of mlx-vlm's, whose images differ in N.
     from .evaluation import host_answers
@@ -208,50 +235,17 @@ def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder:
 
     --skip-bad is left out, so that a run that met a bad question can be resumed with it.
     """
-    options = (args.seed, args.max_tokens, args.batch, args.dtype, args.widen)
+    options = [args.seed, args.max_tokens, args.batch, args.dtype, args.widen]
+    options += [args.num_draft_tokens] if args.num_draft_tokens else []
     methods = [(m.spec, m.K, m.pipeline.policy) for m in evaluation.methods]
     questions = (evaluation.question_set.format.name, fingerprint(evaluation.questions))
     adapter = adapter_key(args.adapter_path) if args.adapter_path else None
     return [model_key(folder), adapter, questions, methods, options, versions()]
 
 
-def result_of(
-    args: argparse.Namespace, evaluation: EvaluationRun, unread: list[str], refused: list[dict],
-    folder: Path,
-) -> dict[str, Any]:  # fmt: skip
-    """The content of --out."""
-    answers, skipped = evaluation.collect()
-    format = evaluation.question_set.format
-    judge = Judge(format, answers.questions, args.seed)
-    methods = evaluation.working_methods
-    figures = judge.rows(answers, 0, random_baselines(methods))
-    return {
-        "questions": evaluation.question_set.name,
-        "format": format.name,
-        "model": args.model or "scenes",
-        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
-        "count": len(answers.questions),
-        "kinds": {kind: sum(q.kind == kind for q in answers.questions) for kind in judge.kinds},
-        "unit": format.unit,
-        "seed": args.seed,
-        "max_tokens": args.max_tokens,
-        "majority": judge.majority(),
-        "machine": describe_machine(),
-        "versions": versions(),
-        "seconds": round(sum(batch.seconds for batch in evaluation.batches), 1),
-        "megabytes": weights_megabytes(folder),
-        "rows": [
-            method.columns(evaluation.sizes) | row
-            for method, row in zip(methods, figures, strict=True)
-        ],
-        "refused": refused + evaluation.refusals(),
-        "skipped": unread + skipped,
-    }
-
-
 def _check(args: argparse.Namespace) -> None:
     """Raises UserError for options that would fail only later."""
-    for name in ("per_kind", "limit", "max_tokens", "batch"):
+    for name in ("per_kind", "limit", "max_tokens", "batch", "first_token"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -262,7 +256,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
     check_scoring(args)
-    check_target(args.out, replace=True)
+    if args.json and not args.merge:
+        raise UserError("--json is for --merge; a run writes its result to --out")
+    check_target(args.json or args.out, replace=True)
 
 
 def question_set_of(args: argparse.Namespace, grades: bool = True) -> QuestionSet:
@@ -305,12 +301,13 @@ def most_answer_tokens(model: EvaluatedModel, format: Format, questions: Sequenc
     return max(max(lengths, default=0) + 1 + SPARE_TOKENS, format.least_tokens)
 
 
-def weights_megabytes(folder: Path) -> float:
-    """The size of a model's weights in MB."""
-    files = [*folder.glob("model*.safetensors")] or [
-        file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)
-    ]
-    return round(sum(file.stat().st_size for file in files) / 1e6, 2)
+def print_merged(paths: Sequence[Path], json_path: Path | None) -> None:
+    """Print results of one model on several sets, and write the figures. Raises UserError."""
+    merged = merge(paths)
+    print(merged_table(merged))
+    if json_path:
+        write_atomically(json_path, json.dumps(merged, indent=4, ensure_ascii=False) + "\n")
+        print(f"Wrote {json_path}")
 
 
 def remember_for_advice(folder: Path, text: str) -> None:

@@ -19,8 +19,9 @@ from .test_generations import converted
 
 TIMES = ("seconds", "machine")
 KEYS = {
-    "questions", "format", "model", "count", "kinds", "unit", "seed", "max_tokens", "majority",
-    "machine", "versions", "seconds", "megabytes", "rows", "refused", "skipped",
+    "questions", "format", "model", "model_key", "count", "kinds", "unit", "seed", "max_tokens",
+    "majority", "machine", "versions", "seconds", "megabytes", "rows", "refused", "skipped",
+    "texts",
 }  # fmt: skip
 ROW_KEYS = {
     "pruner", "tokens", "of", "accuracy", "overall", "loyalty", "logprob", "to_full", "right",

@@ -9,7 +9,7 @@ longest right answer with its end, V words, H height, W width.
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -122,11 +122,36 @@ def share_tower(model: VLM, pipelines: Sequence[Pipeline]) -> tuple[VLM, SharedT
 
 
 @dataclass(frozen=True)
+class DraftFigures:
+    """How many tokens a twig drafted and how many of those were right; how many tokens came after
+    the first ones of the answers, and in how many seconds."""
+
+    drafted: int = 0
+    accepted: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "DraftFigures") -> "DraftFigures":
+        return DraftFigures(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def columns(self) -> dict[str, float | None]:
+        """As they stand in a row of the result; None where nothing was drafted or timed."""
+        share = round(self.accepted / self.drafted, 4) if self.drafted else None
+        speed = round(self.tokens / self.seconds, 1) if self.tokens and self.seconds else None
+        return {
+            "drafted": self.drafted, "accepted": self.accepted, "accepted_share": share,
+            "tokens_per_second": speed,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Answers:
-    """Answers to a batch: ids without the end, and the right answers' log-probabilities (B,)."""
+    """Answers to a batch: ids without the end, the right answers' log-probabilities (B,), and the
+    figures of a twig that drafted them."""
 
     ids: list[list[int]]
     logprob_B: np.ndarray
+    drafts: DraftFigures | None = None
 
 
 def answer_prefill(

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..checkpoints.errors import UserError
 from ..machine.processes import ProcessGroup
 from ..pruners import Pipeline
-from .answers import Answers
+from .answers import Answers, DraftFigures
 from .budgeted_methods import BudgetedMethod
 from .judge import AnswerTable
 from .question_set import QuestionSet
@@ -63,6 +63,7 @@ class MethodAnswers:
     loyal: list[bool] = field(default_factory=list)  # the same ids as with all tokens
     logprobs: list[float] = field(default_factory=list)  # of the right answers
     score: float = 0.0  # the sum over the questions
+    drafts: DraftFigures = field(default_factory=DraftFigures)  # the same
 
 
 class EvaluationRun:
@@ -154,6 +155,7 @@ class EvaluationRun:
             yield replace(
                 batch, responses=[batch.responses[i] for i in kept],
                 logprob=[batch.logprob[i] for i in kept], loyal=[batch.loyal[i] for i in kept],
+                drafts=[batch.drafts[i] for i in kept if batch.drafts],
             )  # fmt: skip
 
     def _prepared_batches(self, start: int) -> Iterator[PreparedBatch]:
@@ -191,7 +193,7 @@ class EvaluationRun:
             logprob=[method.logprob_B.tolist() for method in answers],
             loyal=[[a == b for a, b in zip(method.ids, full, strict=True)] for method in answers],
             seconds=time.perf_counter() - start, sizes=sizes, skipped=batch.skipped,
-            refused=failures,
+            refused=failures, drafts=[[*astuple(m.drafts)] for m in answers if m.drafts],
         )  # fmt: skip
 
     def _answer_by_methods(
@@ -223,6 +225,8 @@ class EvaluationRun:
             [self.questions[n] for n in batch.numbers],
             self.question_set.format.score,
         )
+        for p, drafts in zip(self.working, batch.drafts, strict=False):  # none without a twig
+            self.answers[p].drafts += DraftFigures(*drafts)
         rows = zip(self.working, batch.responses, batch.loyal, batch.logprob, strict=True)
         for p, responses, loyal, logprobs in rows:
             answers = self.answers[p]
@@ -268,7 +272,7 @@ class EvaluationRun:
             raise UserError(f"no question of {self.question_set.name} could be asked")
         answers = [self.answers[p] for p in self.working]
         table = AnswerTable(
-            [questions[i] for i in usable],
+            self.question_set.format.prepare_scoring([questions[i] for i in usable]),
             [[method.responses[i] for i in usable] for method in answers],
             np.array([method.loyal for method in answers])[:, usable],
             np.array([method.logprobs for method in answers])[:, usable],

@@ -41,7 +41,7 @@ class QuestionSet:
         if not questions:
             raise UserError(f"{self.name} holds no question")
         check_kinds(question.kind for question in questions)
-        return questions, bad.messages
+        return self.format.prepare_scoring(questions), bad.messages
 
 
 def _with_image_digest(question: Question) -> Question:

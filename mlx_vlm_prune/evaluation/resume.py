@@ -22,7 +22,8 @@ class AnsweredBatch:
 
     `questions_done` is how many questions of the set are done after this batch. `numbers` are
     those of its questions, without those in `skipped`. `refused` holds the methods that failed in
-    this batch, as [number, reason]: they have no row from here on.
+    this batch, as [number, reason]: they have no row from here on. `drafts` are the figures of
+    `DraftFigures`, where a twig drafted.
     """
 
     questions_done: int
@@ -34,6 +35,7 @@ class AnsweredBatch:
     sizes: list[int]  # (I,): visual tokens of each image
     skipped: list[str] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
+    drafts: list[list[float]] = field(default_factory=list)  # (P, 4)
 
 
 class ResumeFile:

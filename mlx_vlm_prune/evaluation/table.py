@@ -32,7 +32,7 @@ class Column:
 
     def cell(self, row: Row) -> str:
         value = (row[self.part] if self.part else row)[self.name]
-        return f"{self.factor * value:{self.form}}{mark(row, self.name)}"
+        return "– " if value is None else f"{self.factor * value:{self.form}}{mark(row, self.name)}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -62,13 +62,27 @@ def _columns(result: dict[str, Any]) -> list[Column]:
     kinds = kinds if "overall" in figures else []
     extra_figures = figures.get("more", {})
     columns = [
-        Column("overall", "overall", factor=factor),
+        Column(result.get("metric", "overall"), "overall", factor=factor),
         *(Column(kind, kind, "accuracy", factor) for kind in kinds),
         *(Column(name, name, "more") for name in extra_figures),
         Column("loyalty", "loyalty", factor=100),
         Column("log-prob", "logprob", form=".3f"),
+        *_timed_columns(figures),
     ]
     return [column for column in columns if column.part or column.name in figures]
+
+
+def _timed_columns(row: Row) -> list[Column]:
+    """Drafts and times, where the rows have them."""
+    columns = []
+    if "drafts" in row:
+        columns += [
+            Column("accepted", "accepted_share", "drafts", 100),
+            Column("tokens/s", "tokens_per_second", "drafts"),
+        ]
+    if "first_token_ms" in row:
+        columns.append(Column("first, ms", "total", "first_token_ms"))
+    return columns
 
 
 def mark(row: Row, name: str = "overall") -> str:
@@ -77,6 +91,21 @@ def mark(row: Row, name: str = "overall") -> str:
     if low is None:
         return " "
     return "▲" if low > 0 else "▼" if high < 0 else " "
+
+
+def _timed_notes(result: dict[str, Any]) -> list[str]:
+    """What the columns of drafts and times are."""
+    row, lines = result["rows"][0], []
+    if result.get("metric"):
+        lines.append(f"{result['metric']}: 100 times its mean, as papers print it.")
+    if "drafts" in row:
+        lines.append("Accepted: of the drafted tokens, in %. Tokens/s: after the first token.")
+    if "first_token_ms" in row:
+        lines.append(
+            "First, ms: the median time to the first token of single requests, with picture, tower"
+            " and pruner."
+        )
+    return lines
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
@@ -91,6 +120,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         lines[1] = NOT_SCORED
     elif count < bootstrap.FEWEST:
         lines[1] = f"Fewer than {bootstrap.FEWEST} questions: no interval, and nothing to conclude."
+    lines += _timed_notes(result)
     if any("keep_ratio" in row for row in result["rows"]):
         lines.append("Tokens: of an image, the mean over all.")
     for K in sorted({row["keep_tokens"] for row in result["rows"] if "keep_tokens" in row}):

@@ -11,7 +11,7 @@ reads and whose scoring rule it follows. docs/questions.md lists all.
 
 Helpers, which are no formats: `records.py` (reading records from untrusted files), `prepared.py`
 (LLaVA's prepared files), `shared_rules.py` (exact match, options with letters), `parquet.py`,
-`vqa_normalise.py`, `plain_pickle.py` and `xlsx.py`.
+`caption_rules.py`, `vqa_normalise.py`, `plain_pickle.py` and `xlsx.py`.
 
 A format is imported when it is first used. Nothing here imports MLX, so a question set can be read
 without a model.
@@ -49,6 +49,7 @@ FORMATS = {
     "mmvet": "mmvet",
     "mmbench-rows": "mmbench_rows",
     "llava-eval": "llava_eval",
+    "captions": "captions",
 }
 # From how the name of one of LLaVA's prepared files begins to the format of its questions.
 PREPARED = {
@@ -142,6 +143,11 @@ class Format:
     - `grade_prompt(question, response, again)`, `parse_grade(text)`: for responses that a language
       model grades (`language_judge.py`). `grader` is then its grade; without one the questions are
       not scored.
+    - `prepare_scoring(questions) -> list[Question]`: the questions with scoring data that depend on
+      all of them (captions: document frequencies);
+    - `figures_to_full(responses, full_responses) -> dict[str, float]`: what else compares a
+      method's responses with those of the full model;
+    - `METRIC`: the name of the overall figure, where it is no accuracy.
     """
 
     name: str
@@ -197,6 +203,18 @@ class Format:
     @property
     def least_tokens(self) -> int:
         return getattr(self.module, "LEAST_TOKENS", SENTENCE_TOKENS)
+
+    def prepare_scoring(self, questions: list[Question]) -> list[Question]:
+        return getattr(self.module, "prepare_scoring", list)(questions)
+
+    def figures_to_full(self, responses: list[str], full: list[str]) -> dict[str, float]:
+        if not hasattr(self.module, "figures_to_full"):
+            return {}
+        return self.module.figures_to_full(responses, full)
+
+    @property
+    def metric(self) -> str | None:
+        return getattr(self.module, "METRIC", None)
 
     @property
     def scale(self) -> float:

@@ -1,0 +1,126 @@
+"""The result of an evaluation as the JSON of `--out`: figures, texts, machine and versions."""
+
+import argparse
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..machine.hardware import describe_machine, versions
+from ..machine.user_cache import model_key
+from .budgeted_methods import random_baselines
+from .evaluation_run import EvaluationRun
+from .first_token import measure_first_tokens
+from .judge import AnswerTable, Judge
+from .questions import BadRecords, Question
+
+MOST_RESPONSES = 50_000  # whose texts are kept if nothing else is said: a few MB
+
+
+def first_token_rows(
+    evaluation: EvaluationRun, model: Any, processor: Any, count: int, num_draft_tokens: int | None
+) -> list[dict[str, float]]:
+    """The times to the first token of each working method, for the first `count` questions that
+    were answered."""
+    sizes = {
+        n: N
+        for batch in evaluation.batches
+        for n, N in zip(batch.numbers, batch.sizes, strict=True)
+    }
+    reread = enumerate(evaluation.question_set.read(BadRecords(skip=True)))
+    questions = [*islice(((q, sizes[n]) for n, q in reread if n in sizes), count)]
+    if not questions:
+        return []
+    methods = evaluation.working_methods
+    return measure_first_tokens(model, processor, questions, methods, num_draft_tokens)
+
+
+def result_of(
+    args: argparse.Namespace, evaluation: EvaluationRun, unread: list[str], refused: list[dict],
+    folder: Path, first_tokens: Sequence[dict[str, float]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The content of --out."""
+    answers, skipped = evaluation.collect()
+    format = evaluation.question_set.format
+    judge = Judge(format, answers.questions, args.seed)
+    methods = evaluation.working_methods
+    figures = judge.rows(answers, 0, random_baselines(methods))
+    rows = [
+        method.columns(evaluation.sizes) | row for method, row in zip(methods, figures, strict=True)
+    ]
+    _add_columns(rows, evaluation, answers, first_tokens)
+    return {
+        "questions": evaluation.question_set.name,
+        "format": format.name,
+        "model": args.model or "scenes",
+        "model_key": model_key(folder),
+        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
+        **({"num_draft_tokens": args.num_draft_tokens} if args.num_draft_tokens else {}),
+        **({"metric": format.metric} if format.metric else {}),
+        "count": len(answers.questions),
+        "kinds": {kind: sum(q.kind == kind for q in answers.questions) for kind in judge.kinds},
+        "unit": format.unit,
+        "seed": args.seed,
+        "max_tokens": args.max_tokens,
+        "majority": judge.majority(),
+        "machine": describe_machine(),
+        "versions": versions(),
+        "seconds": round(sum(batch.seconds for batch in evaluation.batches), 1),
+        "megabytes": weights_megabytes(folder),
+        "rows": rows,
+        "refused": refused + evaluation.refusals(),
+        "skipped": unread + skipped,
+        **({"texts": texts_of(answers)} if keeps_texts(args.texts, answers) else {}),
+    }
+
+
+def _add_columns(
+    rows: list[dict[str, Any]], evaluation: EvaluationRun, answers: AnswerTable,
+    first_tokens: Sequence[dict[str, float]],
+) -> None:  # fmt: skip
+    """Add to each row what is not judged alone: comparisons with full, drafts and times."""
+    format, responses_PQ = evaluation.question_set.format, answers.responses_PQ
+    for i, (row, p) in enumerate(zip(rows, evaluation.working, strict=True)):
+        if to_full := format.figures_to_full(responses_PQ[i], responses_PQ[0]):
+            rounded = {name: round(value, 4) for name, value in to_full.items()}
+            row["more"] = row.get("more", {}) | rounded
+        if evaluation.batches and evaluation.batches[-1].drafts:
+            row["drafts"] = evaluation.answers[p].drafts.columns()
+        if first_tokens:
+            row["first_token_ms"] = first_tokens[i]
+
+
+def keeps_texts(texts: bool | None, answers: AnswerTable) -> bool:
+    """Whether texts are kept: as the user says, else if there are not too many."""
+    responses = len(answers.questions) * len(answers.responses_PQ)
+    return responses <= MOST_RESPONSES if texts is None else texts
+
+
+def texts_of(answers: AnswerTable) -> list[dict[str, Any]]:
+    """Every question with its right answers, and the responses in the order of the rows."""
+    return [
+        {
+            "id": question.id,
+            "question": question.text,
+            "image": image_name(question),
+            "answers": [*question.answers],
+            "responses": [responses[n] for responses in answers.responses_PQ],
+        }
+        for n, question in enumerate(answers.questions)
+    ]
+
+
+def image_name(question: Question) -> str | None:
+    """A picture's file; of one inside the question file its SHA-256; None of one that is drawn,
+    which the question's id names."""
+    if isinstance(question.image, Path):
+        return question.image.name
+    return f"sha256:{question.image.hex()}" if isinstance(question.image, bytes) else None
+
+
+def weights_megabytes(folder: Path) -> float:
+    """The size of a model's weights in MB."""
+    files = [*folder.glob("model*.safetensors")] or [
+        file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)
+    ]
+    return round(sum(file.stat().st_size for file in files) / 1e6, 2)
