@@ -170,17 +170,7 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
         evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
     )
     resume_file = ResumeFile(args.out, resume_settings(args, evaluation, folder))
-    first_tokens: list[dict[str, float]] = []
-    try:
-        evaluation.run(resume_file)
-        if args.first_token and processes.is_first:
-            first_tokens = first_token_rows(
-                evaluation, model, processor, args.first_token, args.num_draft_tokens
-            )
-    except KeyboardInterrupt:
-        progress = f"{evaluation.done} of {len(questions)} questions are answered"
-        print(f"\ninterrupted: {progress}; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+    first_tokens = put_questions(args, evaluation, resume_file, model, processor)
     if not processes.is_first:
         return
     result = result_of(args, evaluation, unread, refused, folder, first_tokens)
@@ -194,6 +184,24 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     if "answers" in result:
         print(f"Wrote the answers into {result['answers']}")
     print(f"Wrote {args.out}")
+
+
+def put_questions(
+    args: argparse.Namespace, evaluation: EvaluationRun, resume_file: ResumeFile, model: Any,
+    processor: Any,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Answer all questions; the times to the first token, if they are wanted. Ctrl-C ends with
+    code 130, and what is answered stays."""
+    try:
+        evaluation.run(resume_file)
+        if not (args.first_token and evaluation.processes.is_first):
+            return []
+        drafts = args.num_draft_tokens
+        return first_token_rows(evaluation, model, processor, args.first_token, drafts)
+    except KeyboardInterrupt:
+        progress = f"{evaluation.done} of {len(evaluation.questions)} questions are answered"
+        print(f"\ninterrupted: {progress}; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 def evaluated_model(

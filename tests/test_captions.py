@@ -215,7 +215,7 @@ def test_documents_are_the_images_that_were_asked(tmp_path, monkeypatch):
     says = [one["responses"][0] for one in evaluated(tmp_path, [])["texts"]]
     texts = [[text or "x", f"other {n}"] for n, text in enumerate(says)]
     result = evaluated(tmp_path, [], "--limit", "3", texts=texts)
-    asked = [[words(text) for text in several] for several in texts[:3]]
-    scores = caption_rivals.cider([words(text) for text in says[:3]], asked)
+    references = [[words(text) for text in several] for several in texts[:3]]
+    scores = caption_rivals.cider([words(text) for text in says[:3]], references)
     assert result["count"] == 3
     assert result["rows"][0]["overall"] == pytest.approx(100 * sum(scores) / 3, abs=1e-3)

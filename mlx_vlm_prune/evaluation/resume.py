@@ -35,7 +35,7 @@ class AnsweredBatch:
     sizes: list[int]  # (I,): visual tokens of each image
     skipped: list[str] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
-    drafts: list[list[float]] = field(default_factory=list)  # (P, 4)
+    drafts: list[list[Any]] = field(default_factory=list)  # (P, 4)
 
 
 class ResumeFile:
