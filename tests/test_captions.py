@@ -124,6 +124,10 @@ def test_an_image_is_a_question_with_all_its_captions(tmp_path):
     prepared = format_of("captions").prepare_scoring(questions)
     assert format_of("captions").score(prepared[0], "a red kite") > 5
     assert "(('a', 'red', 'kite'),), 2" in repr(prepared[0].scoring_data)
+    files = format_of("captions").upload(questions, ["a kite", "é"], Source(tmp_path))
+    assert json.loads(files[".json"]) == [
+        {"image_id": 7, "caption": "a kite"}, {"image_id": 9, "caption": "é"},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

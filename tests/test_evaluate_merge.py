@@ -96,6 +96,10 @@ REFUSALS = {
         "no method is in every file with the same budget: {gqa} has norm (98), tome (98);"
         " {file} has norm (49)",
     ),
+    "not scored": (
+        {"rows": [{"pruner": "none", "tokens": 196, "of": 196, "loyalty": 1.0}]},
+        "{file}: its answers were not scored",
+    ),
     "no full": ({"rows": [row("norm", 0.3)]}, "is no evaluation"),
     "no rows": ({"rows": 3}, "is no evaluation"),
     "no figure": ({"rows": [row("none", None, 196)]}, "is no evaluation"),
@@ -121,7 +125,7 @@ def test_the_weights_tell_models_apart_where_both_files_know_them(files, tmp_pat
         merge([files[1], broken(tmp_path, "a", model_key="xyz", model="m")])
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"rows": []}'])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"rows": [3]}'])
 def test_a_file_that_is_no_evaluation_is_refused(files, tmp_path, capsys, text):
     (tmp_path / "x.json").write_text(text)
     assert "x.json" in refused(capsys, ["--merge", files[0], tmp_path / "x.json"])

@@ -35,6 +35,10 @@ def read_evaluation(path: Path) -> Evaluation:
     """A result. Raises UserError for a file that is none, or where full scored 0."""
     content = read_json(path)
     try:
+        if not any("overall" in row for row in content["rows"]):
+            raise UserError(
+                f"{path}: its answers were not scored, so there is no figure to average"
+            )
         rows = {_key(row): row for row in content["rows"] if row["pruner"] != FULL}
         full = next(float(row["overall"]) for row in content["rows"] if row["pruner"] == FULL)
         for row in rows.values():

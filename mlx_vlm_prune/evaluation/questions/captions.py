@@ -12,6 +12,7 @@ method with the full model's own caption. fastvlm-token-pruning takes the cosine
 encoder, all-MiniLM-L6-v2, in place of both, whose weights are no part of this package.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -81,6 +82,17 @@ def extra_figures(questions: list[Question], responses: list[str]) -> dict[str, 
     """ROUGE-L with the references, in %."""
     pairs = zip(questions, responses, strict=True)
     return {"ROUGE-L": 100 * mean([rouge_l(words(r), q.scoring_data.captions) for q, r in pairs])}
+
+
+def upload(
+    questions: Sequence[Question], responses: Sequence[str], source: Source
+) -> dict[str, bytes]:
+    """COCO's file of results, which pycocoevalcap and COCO's server read."""
+    results = [
+        {"image_id": int(q.id) if q.id.isdecimal() else q.id, "caption": response}
+        for q, response in zip(questions, responses, strict=True)
+    ]
+    return {".json": json.dumps(results, ensure_ascii=False).encode()}
 
 
 def figures_to_full(responses: Sequence[str], full: Sequence[str]) -> dict[str, float]:
