@@ -16,8 +16,10 @@ out.
 """
 
 import re
+from functools import lru_cache
 
 SIGNS = ';/[]"{}()=+\\_-><@`,?!'
+REMEMBERED = 1 << 16  # answers whose form is kept: most are given again and again
 MOST_STOPS = 32  # the published script removes no more
 ARTICLES = {"a", "an", "the"}
 DIGITS = {
@@ -63,6 +65,7 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+@lru_cache(maxsize=REMEMBERED)
 def normalise(answer: str) -> str:
     """The form of an answer that the rule compares."""
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")

@@ -22,7 +22,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from .records import (
     text_field,
 )
 from .shared_rules import ONE_WORD
-from .vqa_normalise import by_words, normalise, without_breaks, without_punctuation
+from .vqa_normalise import REMEMBERED, by_words, normalise, without_breaks, without_punctuation
 
 SPLIT = "val2014"
 FEWEST_AGREEING = 3  # other people with whose answer a response is wholly right
@@ -126,11 +126,15 @@ def score(question: Question, response: str) -> float:
     """The authors' accuracy of a response as it is handed in, 0 to 1."""
     response, answers = normalise(response), list(question.scoring_data)
     if len(set(answers)) > 1:
-        answers = [by_words(without_punctuation(answer)) for answer in answers]
-        response = by_words(without_punctuation(response))
+        answers, response = [*map(_compared_form, answers)], _compared_form(response)
     m, n = answers.count(response), len(answers)
     left_out = [m - (answer == response) for answer in answers]
     return sum(min(1.0, others / FEWEST_AGREEING) for others in left_out) / n
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _compared_form(answer: str) -> str:
+    return by_words(without_punctuation(answer))
 
 
 def upload(questions: list[Question], responses: list[str], source: Source) -> dict[str, bytes]:
