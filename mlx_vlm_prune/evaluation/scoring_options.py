@@ -30,7 +30,7 @@ def add_scoring(parser: Parser) -> None:
 def check_scoring(args: argparse.Namespace) -> None:
     """Raises UserError for options that would fail only later."""
     if bool(args.judge_url) != bool(args.judge_model):
-        raise UserError("--judge-url and --judge-model go together")
+        raise UserError("judge_url and judge_model go together")
     if args.answers:
         check_answer_folder(args.answers)
 
@@ -40,7 +40,7 @@ def with_judge(args: argparse.Namespace, format: Format) -> Format:
     if not args.judge_url:
         return format
     if not format.needs_grader:
-        raise UserError(f"--judge-url is for mmvet; {format.name} has a rule of its own")
+        raise UserError(f"judge_url is for mmvet; {format.name} has a rule of its own")
     kept = args.out.with_name(f"{args.out.stem}.grades.jsonl")
     judge = LanguageJudge(format.module, args.judge_url, args.judge_model, kept)
     return replace(format, grader=judge)
