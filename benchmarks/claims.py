@@ -14,12 +14,12 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
+from mlx_vlm_prune.machine.timing import times_text
 
 from . import backend_mlx
 from .command_line import parser, positive, run_command
 from .model_shapes import TEXT_TOKENS
 from .speed import Setting, cases, measure
-from .timing import times_text
 
 ANSWER = 64  # tokens of the answer in the gain `answer`
 SLOW_SHAPE = "llava-8"  # its runs take seconds

@@ -32,6 +32,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import optional_json, write_atomically
 from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
+from mlx_vlm_prune.machine.timing import alternate
 from mlx_vlm_prune.models.language.minimind import MiniMind
 from mlx_vlm_prune.pruners import METHODS, Stage
 
@@ -53,7 +54,7 @@ from .model_shapes import SHAPES, TEXT_TOKENS, WHOLE, Request, request, shape
 from .rivals import RIVALS, measure_pair, pair_languages, print_rows, require_equal
 from .selectors import time_calls
 from .speed import Setting, cases, check_pruners, row, share_of_tokens
-from .timing import Run, alternate
+from .timing import Run
 
 TOKENS, RATIOS = (576, 2304, 5184), (0.25, 0.5, 0.11)  # what tells most comes first
 SMALL = "minimind2-v"

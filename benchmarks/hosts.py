@@ -6,7 +6,7 @@ and ours with a quarter of the visual tokens (`pruned`). Timed is everything fro
 pixels and ids to the first token, with vision tower and pruner; preprocessing is mlx-vlm's on both
 sides. The prefill's gain is reported with what the operation count predicts. Models have random
 float32 weights in their family's layout. A ratio is reported only if it spreads by no more than it
-differs from 1 (benchmarks/timing.py). The last line is one JSON object of all figures.
+differs from 1 (mlx_vlm_prune/machine/timing.py). The last line is one JSON object of all figures.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt
 from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
+from mlx_vlm_prune.machine.timing import NOT_REPORTED, Gain, alternate, spread, times_text
 from mlx_vlm_prune.planning.operations import prefill
 from mlx_vlm_prune.pruners import plan
 
 from .backend_mlx import device
 from .command_line import natural, parser, positive, run_command
-from .timing import NOT_REPORTED, Gain, alternate, spread, times_text
 
 IMAGE, START, END, VIDEO, VOCAB = 4, 5, 6, 7, 32000
 TEXT_TOKENS = 30

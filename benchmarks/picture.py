@@ -22,9 +22,9 @@ from PIL import Image
 
 from mlx_vlm_prune.inputs.image import Preprocessor, open_image, siglip_preprocessor
 from mlx_vlm_prune.machine.hardware import versions
+from mlx_vlm_prune.machine.timing import Gain, spread
 
 from .command_line import natural, parser, positive, run_command
-from .timing import Gain, spread
 
 PREPROCESSORS = {
     "clip-224": Preprocessor(),

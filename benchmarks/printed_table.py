@@ -4,7 +4,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from .timing import NOT_REPORTED, PARTS
+from mlx_vlm_prune.machine.timing import NOT_REPORTED
+
+from .timing import PARTS
 
 WIDTH = 118
 TIMES = (*PARTS, "total", "token")

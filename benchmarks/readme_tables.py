@@ -6,10 +6,10 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.reading.files import read_json
 from mlx_vlm_prune.inputs.budget import tokens_for
+from mlx_vlm_prune.machine.timing import times_text
 
 from .claims import CLAIMS, claimed_gain
 from .speculation import summary
-from .timing import times_text
 from .training_speed import HEADS, cells
 
 NOT_MEASURED = "Not measured yet."

@@ -9,8 +9,8 @@ start to compute a token before the previous one is read.
 
 Both have the same random weights and alternate in one process after a warm-up. Their logits are
 compared first: they may differ by 0.001 of the largest. A ratio, theirs ÷ ours, is reported only if
-it spreads by no more than it differs from 1 (benchmarks/timing.py). The last line is one JSON
-object of all figures.
+it spreads by no more than it differs from 1 (mlx_vlm_prune/machine/timing.py). The last line is
+one JSON object of all figures.
 
 The rival of every method, a smaller image, is a pruner itself; it is measured beside others by
 `python -m benchmarks.speed --pruner downsample --pruner cls_attention --pruner tome`.
@@ -35,13 +35,13 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_vlm_prune.checkpoints.config import MiniMindConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
+from mlx_vlm_prune.machine.timing import NOT_REPORTED, Gain, alternate, spread
 from mlx_vlm_prune.models.cache import LayerCache
 from mlx_vlm_prune.models.language.minimind import MiniMind
 
 from .backend_mlx import device
 from .command_line import natural, parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, shape
-from .timing import NOT_REPORTED, Gain, alternate, spread
 
 RTOL = 1e-3  # of the largest logit
 CHECKED = 4  # new tokens whose logits are compared, read with caches

@@ -26,6 +26,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.machine.clock import Clock
 from mlx_vlm_prune.machine.hardware import versions
+from mlx_vlm_prune.machine.timing import spread
 from mlx_vlm_prune.models.decoder import Cuts, Decoder, LayerInput
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.models.layers import TwigReader, run_layers
@@ -36,7 +37,6 @@ from mlx_vlm_prune.pruners import METHODS, Pruner, Signals, Stage, plan, resolve
 
 from .command_line import parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, prompt
-from .timing import spread
 
 SHAPE, K, H, ALLOWED = "llava-8", 64, 16, 0.03
 TWIG_LAYERS = 3  # as in TwigVLM's paper for LLaVA-1.5

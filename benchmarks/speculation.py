@@ -31,6 +31,7 @@ from mlx_vlm_prune.generation.steps import greedy
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
+from mlx_vlm_prune.machine.timing import Gain, alternate, spread, times_text
 from mlx_vlm_prune.models.language.mlx_lm import MlxLm
 from mlx_vlm_prune.models.language.twig import Twig
 from mlx_vlm_prune.models.layers import TwigReader
@@ -41,7 +42,6 @@ from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, question_set
 from . import backend_mlx
 from .command_line import parser, positive, run_command
 from .model_shapes import SHAPES, request, shape
-from .timing import Gain, alternate, spread, times_text
 
 LAYER, LAYERS = 1, 1  # of 8: about the paper's 2 and 3 of 32
 SHARE = 1 / 3  # of the visual tokens stay in the average layer: TwigVLM's 192 of 576

@@ -5,8 +5,8 @@ the image file, tower, pruner, projector, prefill and new tokens; the time to fi
 of all parts before it. Full and pruned runs alternate in one process after a warm-up. Every answer
 has the same number of tokens. The speed-up that the operation count predicts is printed first
 (mlx_vlm_prune/planning/operations.py) and beside each measured gain. A gain is reported only if its
-ratios spread by no more than it differs from 1 (benchmarks/timing.py). The last line is one JSON
-object of all figures.
+ratios spread by no more than it differs from 1 (mlx_vlm_prune/machine/timing.py). The
+last line is one JSON object of all figures.
 
 Options with "repeat" sweep: each shape, batch, text and side is measured with all pruners and
 budgets.
@@ -25,15 +25,15 @@ from mlx_vlm_prune.checkpoints.config import VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
+from mlx_vlm_prune.machine.timing import Gain, alternate, spread
 from mlx_vlm_prune.planning.operations import Operations, count
-from mlx_vlm_prune.pruners import METHODS, PRESETS, Pipeline, plan
-from mlx_vlm_prune.pruners.spec import unknown_pruner
+from mlx_vlm_prune.pruners import Pipeline, check_names, plan
 
 from .command_line import natural, parser, positive, run_command
 from .model_shapes import SHAPES, TEXT_TOKENS, request, shape
 from .printed_table import print_table
 from .speed_ceiling import print_ceiling
-from .timing import Gain, Run, alternate, spread
+from .timing import Run
 
 PRUNERS = (
     "random", "downsample", "tome", "cls_attention", "visionzip", "divprune", "fastv",
@@ -198,10 +198,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_pruners(specs: Sequence[str]) -> None:
     """Refuse an unknown method or preset, and `none`, before any is measured."""
-    known = {**METHODS, **PRESETS}
-    for name in (one.split(":")[0] for one in "+".join(specs).split("+")):
-        if name not in known:
-            raise unknown_pruner(name, known)
+    check_names(specs)
     if "none" in specs:
         raise UserError("--pruner none is what all are measured beside; name another")
 

@@ -29,9 +29,9 @@ from typing import Any
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import INSTALL
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
+from mlx_vlm_prune.machine.timing import NOT_REPORTED, Gain, spread
 
 from .command_line import parser, positive, run_command
-from .timing import NOT_REPORTED, Gain, spread
 from .training_sides import SIZES, Case, write_model
 
 RTOL = {"float32": 1e-3, "bfloat16": 2e-2}  # of the first losses

@@ -14,8 +14,8 @@ from .checkpoints.errors import UserError
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
     "advise": "advise", "chat": "chat", "convert": None, "encode": "encode",
-    "evaluate": "evaluate", "fuse": "fuse", "generate": "generate",
-    "pruners": "pruners.listing", "train": "train",
+    "evaluate": "evaluate", "fuse": "fuse", "generate": "generate", "plot": "plot",
+    "pruners": "pruners.listing", "sweep": "sweep", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
@@ -27,7 +27,9 @@ commands:
   evaluate   measure what each method costs in accuracy, on a set of questions
   fuse       write a trained model's adapters into its weights
   generate   answer a prompt about images with fewer visual tokens
+  plot       draw what sweep and evaluate have measured
   pruners    list the methods; with a name, explain that one
+  sweep      measure methods at several budgets on your own images
   train      train a model, a pruner, adapters or a twig on your own pictures
 
 {program} COMMAND --help lists its options; --version prints the version."""

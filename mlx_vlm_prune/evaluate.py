@@ -34,7 +34,7 @@ from .evaluation.merging import merge, merged_table
 from .evaluation.question_set import QuestionSet, fingerprint
 from .evaluation.questions import FORMATS, SENTENCE_TOKENS, Format, Question, Source, format_of
 from .evaluation.result import MOST_RESPONSES, first_token_rows, result_of
-from .evaluation.resume import ResumeFile
+from .evaluation.resume import AnsweredBatch, ResumeFile
 from .evaluation.scoring_options import add_scoring, check_scoring, with_judge, written_answers
 from .evaluation.table import table
 from .generation.speculation import check_num_draft_tokens
@@ -169,7 +169,8 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     evaluation = EvaluationRun(
         evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
     )
-    resume_file = ResumeFile(args.out, resume_settings(args, evaluation, folder))
+    settings = resume_settings(args, evaluation, folder)
+    resume_file = ResumeFile(args.out, settings, AnsweredBatch)
     first_tokens = put_questions(args, evaluation, resume_file, model, processor)
     if not processes.is_first:
         return
@@ -187,7 +188,7 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
 
 
 def put_questions(
-    args: argparse.Namespace, evaluation: EvaluationRun, resume_file: ResumeFile, model: Any,
+    args: argparse.Namespace, evaluation: EvaluationRun, resume_file: ResumeFile[AnsweredBatch], model: Any,
     processor: Any,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Answer all questions; the times to the first token, if they are wanted. Ctrl-C ends with

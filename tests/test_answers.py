@@ -293,7 +293,7 @@ def test_saved_batches_are_read_back_as_they_were(tmp_path):
         4, [0, 1, 3], [["é", "", "b"]], [[-0.1, -1 / 3, -2.0]], [[True, False, True]],
         0.5, [16, 16, 16], ["question 2: bad"], [[1, "why"]],
     )  # fmt: skip
-    file = ResumeFile(tmp_path / "e.json", ["some settings"])
+    file = ResumeFile(tmp_path / "e.json", ["some settings"], AnsweredBatch)
     assert file.read() == []
     file.append(batch)
     file.append(batch)
@@ -303,4 +303,5 @@ def test_saved_batches_are_read_back_as_they_were(tmp_path):
         file.path.write_bytes(content[:-cut])
         assert file.read() == [batch]
         assert file.path.read_bytes() == content[: len(content) // 2]
-    assert ResumeFile(tmp_path / "e.json", ["other settings"]).path != file.path
+    other = ResumeFile(tmp_path / "e.json", ["other settings"], AnsweredBatch)
+    assert other.path != file.path

@@ -213,7 +213,7 @@ def test_an_error_in_python_names_the_parameter(options, start):
     assert str(refused.value).startswith(start) and "--" not in str(refused.value)
 
 
-SPEAK_FLAGS = ("generate.py", "evaluate.py", "advise.py", "__main__.py")  # the commands
+SPEAK_FLAGS = ("generate.py", "evaluate.py", "sweep.py", "advise.py", "__main__.py")  # the commands
 
 
 @pytest.mark.parametrize("package", ["mlx_vlm_prune", "convert"])
@@ -233,6 +233,8 @@ def test_the_errors_of_the_library_name_no_flags(package):
 MISTAKES = {
     "mlx_vlm_prune.generate": (["--temp", "-1"], "--temp is -1.0; it must be 0 or more"),
     "mlx_vlm_prune.evaluate": (["--keep-ratio", "1.5"], "--keep-ratio is 1.5; "),
+    "mlx_vlm_prune.sweep": (["--keep-ratio", "1.5"], "--keep-ratio is 1.5; "),
+    "mlx_vlm_prune.plot": (["a.json"], "cannot read a.json: "),
     "convert": (
         ["prune-into", "a", "b", "--pruner", "norm", "--keep-ratio", "0"],
         "there is no folder a",

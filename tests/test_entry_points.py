@@ -29,6 +29,7 @@ NEEDS = {
     "benchmarks.rivals": (["--rival", "transformers"], "torch", "pip install torch transformers"),
     "benchmarks.speed": (["--backend", "torch"], "torch", EXTRA.format("torch")),
     "convert": (["to-torch", str(CHECKPOINT), "a.pth"], "torch", EXTRA.format("torch")),
+    "mlx_vlm_prune.plot": (["a.json"], "matplotlib", EXTRA.format("plot")),
     "torch_ref.train": (
         ["--stage", "sft", "--data", "nowhere"],
         "torch",
@@ -43,6 +44,7 @@ NEEDS = {
 REQUIRED = {
     "convert": ["inspect", "a"],
     "mlx_vlm_prune.generation.recording": ["a", "--image", "b", "--pruner", "norm", "--out", "c"],
+    "mlx_vlm_prune.plot": ["a.json"],
     "mlx_vlm_prune.scenes.vocabulary": ["a"],
     "torch_ref.train_pruners": ["twig"],
     "torch_ref.verify": ["a", "b", "--image", "c"],

@@ -10,6 +10,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from benchmarks import figures
 from benchmarks.readme_tables import speed_rows
 from benchmarks.report import RESULTS, scenes
+from mlx_vlm_prune.plots.panels import frontier
+from mlx_vlm_prune.plots.style import BASELINES
 from mlx_vlm_prune.scenes import KINDS
 
 
@@ -47,7 +49,7 @@ def test_a_figure_drawn_twice_is_the_same_file(drawn, tmp_path):
 
 def test_the_lines_are_named_baselines_first_of_all(drawn):
     named = svg_texts(drawn / "accuracy-by-tokens.svg")
-    assert set(figures.BASELINES) <= named
+    assert set(BASELINES) <= named
     assert set(figures.best_methods(scenes(RESULTS), figures.QUARTER)) <= named
 
 
@@ -60,7 +62,7 @@ def test_the_kinds_and_every_method_that_can_are_in_the_map(drawn):
 
 def test_the_frontier_is_what_nothing_beats_in_both():
     points = [(10, 50), (20, 40), (20, 70), (30, 70), (40, 90), (5, 20)]
-    assert figures.frontier(points) == [(5, 20), (10, 50), (20, 70), (40, 90)]
+    assert frontier(points) == [(5, 20), (10, 50), (20, 70), (40, 90)]
 
 
 def test_time_and_memory_are_drawn_for_every_shape_that_was_measured(drawn):

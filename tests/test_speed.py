@@ -5,8 +5,9 @@ import json
 import pytest
 
 from benchmarks import model_shapes, speed
-from benchmarks.timing import Gain, Run, alternate, spread, turns
+from benchmarks.timing import Run
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
+from mlx_vlm_prune.machine.timing import Gain, alternate, spread, turns
 
 # Published: the language models' and projectors' numbers of parameters.
 PUBLISHED = {

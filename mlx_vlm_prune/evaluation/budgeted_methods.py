@@ -54,14 +54,20 @@ def budgeted_methods(
     for K in budgets:
         for spec in dict.fromkeys(["random", *specs]):
             pipeline = plan(spec, learned)
-            if pipeline.trained_tokens not in (None, K) and N != K:
-                why = f"it was trained for {pipeline.trained_tokens} tokens"
+            if why := why_not_trained(pipeline, K, N):
                 refused.append({"pruner": spec, "tokens": K, "why": why})
             elif spec != "none":
                 methods += [
                     BudgetedMethod(spec, K, replace(pipeline, policy=policy)) for policy in policies
                 ]
     return methods, refused
+
+
+def why_not_trained(pipeline: Pipeline, K: float, N: int | None) -> str | None:
+    """Why a method cannot keep K of N tokens, if it was trained for another number."""
+    if pipeline.trained_tokens in (None, K) or N == K:
+        return None
+    return f"it was trained for {pipeline.trained_tokens} tokens"
 
 
 def random_baselines(methods: Sequence[BudgetedMethod]) -> list[int | None]:

@@ -111,7 +111,7 @@ class EvaluationRun:
     def working_methods(self) -> list[BudgetedMethod]:
         return [self.methods[p] for p in self.working]
 
-    def run(self, resume_file: ResumeFile) -> None:
+    def run(self, resume_file: ResumeFile[AnsweredBatch]) -> None:
         """Read the batches saved before, then answer the rest and save each batch."""
         is_first = self.processes.is_first
         saved = [asdict(batch) for batch in resume_file.read()] if is_first else []

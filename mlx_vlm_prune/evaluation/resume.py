@@ -1,7 +1,8 @@
-"""The answers of an evaluation so far, in a file beside its result, to resume from.
+"""What a run has done so far, in a file beside its result, to resume from.
 
-The file holds JSON lines, one for each batch, flushed to the disk before the next batch begins. A
-line that was cut off, by a power failure or a full disk, is dropped.
+The file holds JSON lines, one for each batch of an evaluation or each round of a sweep, flushed to
+the disk before the next begins. A line that was cut off, by a power failure or a full disk, is
+dropped.
 
 Shapes: P methods with their budgets, B questions of a batch, I their images.
 """
@@ -9,11 +10,14 @@ Shapes: P methods with their budgets, B questions of a batch, I their images.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ..checkpoints.reading.files import append_json, parse_json
+
+Line = TypeVar("Line")  # a dataclass
 
 
 @dataclass(frozen=True)
@@ -38,36 +42,40 @@ class AnsweredBatch:
     drafts: list[list[Any]] = field(default_factory=list)  # (P, 4)
 
 
-class ResumeFile:
-    """The batches of one evaluation. Its name depends on `settings`, so others have other files."""
+class ResumeFile(Generic[Line]):
+    """The lines of one run. The file's name depends on `settings`, so others have other files.
 
-    def __init__(self, result_path: Path, settings: Any):
+    `line_of` makes a dataclass of a line's fields; ValueError and TypeError say that it is none.
+    """
+
+    def __init__(self, result_path: Path, settings: Any, line_of: Callable[..., Line]):
         encoded = json.dumps(settings, sort_keys=True, default=str).encode()
         key = hashlib.sha256(encoded).hexdigest()[:8]
         self.path = result_path.with_name(f"{result_path.stem}.{key}.part.jsonl")
+        self.line_of = line_of
 
-    def read(self) -> list[AnsweredBatch]:
-        """The complete batches; the file is truncated after them."""
-        batches: list[AnsweredBatch] = []
+    def read(self) -> list[Line]:
+        """The complete lines; the file is truncated after them."""
+        lines: list[Line] = []
         if not self.path.exists():
-            return batches
+            return lines
         complete_bytes = 0
         with self.path.open("rb") as file:
-            for line in file:
+            for text in file:
                 try:
-                    batch = AnsweredBatch(**parse_json(line))
+                    line = self.line_of(**parse_json(text))
                 except (ValueError, TypeError):
                     break
-                if not line.endswith(b"\n"):
+                if not text.endswith(b"\n"):
                     break
-                batches.append(batch)
-                complete_bytes += len(line)
+                lines.append(line)
+                complete_bytes += len(text)
         os.truncate(self.path, complete_bytes)
-        return batches
+        return lines
 
-    def append(self, batch: AnsweredBatch) -> None:
-        """Write a batch through to the disk."""
-        append_json(self.path, asdict(batch))
+    def append(self, line: Line) -> None:
+        """Write a line through to the disk."""
+        append_json(self.path, asdict(line))  # type: ignore[call-overload]
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """An evaluation's result as a table of fixed width, with notes below it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ MOST_KINDS = 8  # more do not fit into a line
 MOST_LETTERS = 12  # of a column's title
 LEAST_WIDTH = 8
 NOT_SCORED = "Not scored: the files of answers are for the authors' evaluation or their server."
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
-"""The options of `generate` and `chat` on the command line.
+"""The options of `generate`, `chat` and `sweep` on the command line.
 
 A value is checked where it is used, so that a Python caller gets the same refusal. An option's
 destination is the name of the parameter in Python.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.command_line import Parser
+from ..checkpoints.command_line import Parser, whole_number
 from ..checkpoints.reading.files import parse_json
 from ..models.loading import DTYPES
 
@@ -18,6 +19,10 @@ and a prompt: a sample question, answered with all visual tokens and with half o
 
 CHAT_DESCRIPTION = """Ask several questions about images, one a line; /help lists what else a line
 can be. Images can come at any time, and pruning can change between two questions."""
+
+SWEEP_DESCRIPTION = """Measure methods at several budgets on your own images, beside answers with
+all visual tokens, which take turns with the pruned ones. Without an image: a drawn scene.
+Example: --image holiday/ --prompt "What is this?" --pruner norm divprune --keep-ratio 0.5 0.25"""
 Add = Callable[..., Any]
 
 
@@ -49,6 +54,40 @@ def build_chat_parser() -> Parser:
     return parser
 
 
+def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parser:
+    """The command line of `sweep`, with its default methods and ratios."""
+    parser = Parser("mlx_vlm_prune.sweep", description=SWEEP_DESCRIPTION)
+    several: dict[str, Any] = dict(nargs="+", action="extend")
+    _add_model(parser)
+    add = parser.add_argument_group("images and prompt").add_argument
+    add("--image", **several, metavar="PATH",
+        help="image files, or folders of them (default: a drawn scene)")
+    _add_prompt(add)
+    _add_template_config(add)
+    add = parser.add_argument_group("pruning").add_argument
+    add("--pruner", **several, metavar="SPEC",
+        help=f"methods or chains, as in `generate` (default: {', '.join(methods)})")
+    add("--keep-ratio", type=float, **several, metavar="R",
+        help=f"shares of the visual tokens to keep (default: {' and '.join(map(str, ratios))})")
+    add("--keep-tokens", type=int, **several, metavar="K",
+        help="numbers of visual tokens to keep (default: none)")
+    add("--positions", choices=("keep", "renumber"), **several,
+        help="kept tokens keep their positions, or count anew; both measures both (default: as in"
+        " the method's paper)")
+    add = parser.add_argument_group("run").add_argument
+    add("--runs", type=partial(whole_number, 1), default=5, metavar="N",
+        help="rounds about each image that are counted")
+    add("--warmup", type=partial(whole_number, 0), default=1, metavar="N",
+        help="rounds about each image before them")
+    add("--share", type=partial(whole_number, 1), default=4, metavar="N",
+        help="pruned answers after each full one")
+    add("--max-tokens", "-m", type=int, default=64, metavar="N", help="longest answer, in tokens")
+    add("--json", type=Path, default=Path("sweep.json"), metavar="FILE",
+        help="where the result goes; an interrupted sweep is kept beside it")
+    _add_mlx_vlm(parser)
+    return parser
+
+
 def _add_model(parser: Parser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--config", "-c", type=Path, metavar="FILE.yaml", help="a config file of `train`: ask the"
@@ -67,10 +106,14 @@ def _add_model(parser: Parser) -> None:
 def _add_image_and_prompt(parser: Parser) -> None:
     add = parser.add_argument_group("image and prompt").add_argument
     _add_image(add)
+    _add_prompt(add)
+    _add_template_config(add)
+
+
+def _add_prompt(add: Add) -> None:
     add("--prompt", "-p", metavar="TEXT",
         help="the question; - reads it from stdin; <image> marks an image's place (default: images"
         " come first)")
-    _add_template_config(add)
 
 
 def _add_image(add: Add) -> None:

@@ -17,7 +17,22 @@ from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMC
 from ..models.layers import PREFILL_STEP_SIZE
 from ..pruners import Pipeline, Stage, StepBudgets, downsample
 
-Text = MiniMindConfig | MlxLmConfig
+
+@dataclass(frozen=True)
+class MatrixSizes:
+    """The sizes of a language model whose layers' matrices were counted: `layer_size` numbers in
+    those of each."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer_size: int
+
+
+Text = MiniMindConfig | MlxLmConfig | MatrixSizes
 
 
 @dataclass(frozen=True)
@@ -143,7 +158,7 @@ def decode(text: Text, rows: Sequence[int]) -> int:
 
 def _linear(text: Text) -> int:
     """Multiply-adds of one row in the linear layers of one decoder layer."""
-    if isinstance(text, MlxLmConfig):
+    if not isinstance(text, MiniMindConfig):
         return text.layer_size
     D, d = text.hidden_size, text.head_dim
     network = 3 * D * text.intermediate_size

@@ -7,7 +7,7 @@ many tokens stay; what else a file may hold is in `method.py`. A method that lie
 its name by `register_pruner`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -17,7 +17,7 @@ from ..checkpoints.errors import UserError
 from .contract import Reduction, Signals, Stage
 from .method import Method
 from .pipeline import Pipeline, Pruner, StepBudgets
-from .spec import parse
+from .spec import parse, unknown_pruner
 
 # In the order in which they are listed.
 NAMES = """
@@ -36,7 +36,7 @@ PRESETS = {
 
 __all__ = [
     "METHODS", "PRESETS", "Method", "Pipeline", "Pruner", "Reduction", "Signals", "Stage",
-    "StepBudgets", "plan", "register_pruner", "resolve",
+    "StepBudgets", "check_names", "plan", "register_pruner", "resolve",
 ]  # fmt: skip
 
 
@@ -51,6 +51,15 @@ def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = No
     if not isinstance(spec, Pruner | Pipeline):
         raise UserError(f"pruner is {spec!r}; it must be a name, such as 'divprune'")
     return Pipeline.of(spec)
+
+
+def check_names(specs: Iterable[str]) -> None:
+    """Raises UserError for an unknown method or preset, without a checkpoint: what a learned one
+    needs is checked by `plan`."""
+    known = {**METHODS, **PRESETS}
+    for part in (part for spec in specs for part in spec.split("+")):
+        if (name := part.partition(":")[0]) not in known:
+            raise unknown_pruner(name, known)
 
 
 def resolve(spec: "str | Pruner", learned: Mapping[str, Any] | None = None) -> Pruner:

@@ -6,6 +6,8 @@ labels repeat what colours say, for print. Each figure is saved as SVG and as PN
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,8 @@ if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
     from matplotlib.figure import Figure
     from matplotlib.gridspec import GridSpec
 
-from mlx_vlm_prune.checkpoints.reading.files import atomic_path
+from ..checkpoints.errors import UserError
+from ..checkpoints.reading.files import atomic_path
 
 BLACK, ORANGE, GREEN = "#000000", "#E69F00", "#009E73"
 BLUE, RED, PINK = "#0072B2", "#D55E00", "#CC79A7"
@@ -45,35 +48,51 @@ FORMATS: dict[str, Any] = {
 }
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot with RC_PARAMS."""
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Inside the block figures have RC_PARAMS; a caller's own figures are as before."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no window is ever opened
-    from matplotlib import pyplot
+    with matplotlib.rc_context(RC_PARAMS):
+        yield
 
-    pyplot.rcParams.update(RC_PARAMS)
-    return pyplot
+
+def _empty_figure(size: tuple[float, float]) -> Figure:
+    """A figure of a size in inches, which no window will show."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def figure_with_axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
     """A figure of a size in inches with one pair of axes."""
-    return pyplot().subplots(figsize=size)
+    figure = _empty_figure(size)
+    return figure, figure.subplots()
 
 
 def figure_with_grid(size: tuple[float, float], rows: int, columns: int) -> tuple[Figure, GridSpec]:
     """A figure of a size in inches with a grid for several pairs of axes."""
-    figure = pyplot().figure(figsize=size)
+    figure = _empty_figure(size)
     return figure, figure.add_gridspec(rows, columns, hspace=1.0, wspace=0.6)
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """Write FOLDER/NAME.svg and FOLDER/NAME.png."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write FOLDER/NAME.svg and FOLDER/NAME.png. Raises UserError where that cannot be done."""
+    make_folder(folder)
     for kind, options in FORMATS.items():
         with atomic_path(folder / f"{name}.{kind}", replace=True) as temporary:
             figure.savefig(temporary, format=kind, **options)
-    pyplot().close(figure)
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError where there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write into {folder}: {e.strerror or e}") from None
 
 
 def label_lines(axes: Axes, ends: list[tuple[float, float, str, str]], gap: float) -> None:

@@ -1,0 +1,113 @@
+"""Results of `sweep` and `evaluate`, read from files and checked as far as figures need it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.errors import UserError
+from ..checkpoints.reading.files import read_json
+from ..evaluation.table import Row, label
+
+QUARTER = 0.25  # of the tokens: the budget at which methods are compared
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A result: its rows, the first of which is full, and what they were measured with."""
+
+    name: str  # of the file, without its ending
+    content: Mapping[str, Any]
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        rows: Sequence[Row] = self.content["rows"]
+        return rows
+
+    @property
+    def full(self) -> Row:
+        return next(row for row in self.rows if row["pruner"] == "none")
+
+    @property
+    def pruned(self) -> list[Row]:
+        return [row for row in self.rows if row["pruner"] != "none"]
+
+    @property
+    def quarter(self) -> int:
+        """The budget in tokens that is nearest to a quarter."""
+        budgets = {row["tokens"] for row in self.pruned}
+        return min(budgets, key=lambda tokens: abs(tokens - QUARTER * self.full["of"]))
+
+    @property
+    def where(self) -> str:
+        """The model and the machine, in a line."""
+        machine, versions = self.content["machine"], self.content["versions"]
+        device = "" if machine["device"] == "cpu" else f", {machine['device']}"
+        return (
+            f"{self.content['model']} on {machine['cpu']}, {machine['cores']} cores{device},"
+            f" {machine['system']}, MLX {versions['mlx']}"
+        )
+
+    def check(self) -> None:
+        """Read what every figure needs. Raises KeyError, TypeError or StopIteration where it is
+        missing."""
+        if not self.full["of"] > 0 or not isinstance(self.where, str):
+            raise TypeError("of")
+        for row in self.rows:
+            label(row), row["tokens"] + row["of"]
+
+
+class Sweep(Measured):
+    """A result of `sweep`."""
+
+    def check(self) -> None:
+        super().check()
+        for row in self.rows:
+            row["ms"]["first_token"]["median"] + row["ms"]["total"]["median"]
+            row["agreement"]["overlap"] + row["agreement"]["same"] + row["cache_saved"]
+            row["operations_saved"]
+        for row in self.pruned:
+            row["gain"]["first_token"]["p10"], row["gain"]["first_token"]["predicted"]
+
+
+class Evaluation(Measured):
+    """A result of `evaluate`."""
+
+    @property
+    def factor(self) -> float:
+        """From a row's score to what an axis shows."""
+        return 100 if self.content["unit"] == "%" else 1
+
+    @property
+    def score_name(self) -> str:
+        """What an axis of scores is called."""
+        unit = self.content["unit"]
+        return "questions answered right, %" if unit == "%" else f"score, {unit}"
+
+    def check(self) -> None:
+        super().check()
+        self.content["count"] + len(self.content["kinds"]) + self.factor
+        for row in self.rows:
+            row["overall"] + sum(row["accuracy"].values())
+
+
+def case_key(row: Row) -> tuple[str, float]:
+    """A row's method and budget, by which results of several files are joined."""
+    return label(row), row.get("keep_ratio", row.get("keep_tokens", row["tokens"]))
+
+
+def read_result(path: Path) -> Sweep | Evaluation:
+    """Raises UserError for a file that is no result, or one without a pruned row."""
+    content = read_json(path)
+    is_sweep = content.get("command") == "sweep"
+    result = Sweep(path.stem, content) if is_sweep else Evaluation(path.stem, content)
+    try:
+        result.check()
+    except (KeyError, TypeError, AttributeError, StopIteration) as e:
+        raise UserError(
+            f"{path} is no result of `sweep` or `evaluate` ({type(e).__name__}: {e}); these"
+            " commands write one"
+        ) from None
+    if not result.pruned:
+        raise UserError(f"{path} has all visual tokens only, and nothing to compare with them")
+    return result
