@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, write_atomically
 from .evaluation.resume import ResumeFile
 from .evaluation.sweep_cases import budgets_of, full_case, sweep_cases, swept_model
+from .evaluation.sweep_images import readable_images
 from .evaluation.sweep_result import refusals, sweep_rows
 from .evaluation.sweep_run import Round, Rounds, SweepRun
 from .evaluation.sweep_table import table
@@ -28,7 +29,6 @@ from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
 from .generation.arguments import build_sweep_parser
 from .generation.request import HOST_OPTIONS, check_decoding
 from .inputs.budget import check_budget
-from .inputs.image_files import find_images
 from .machine.hardware import describe_machine, versions
 from .machine.user_cache import model_key
 from .models.adapters import adapter_key
@@ -69,16 +69,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n{message}", file=sys.stderr)
         sys.exit(130)
     skipped = unread + [f"{[*images][i]}: {why}" for i, why in sweep.skipped.items()]
-    result = {
-        "command": "sweep",
-        "model": args.model or "scenes",
-        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
-        "prompt": prompt,
-        "images": [*images],
-        **{name: getattr(args, name) for name in ("runs", "warmup", "share", "max_tokens")},
-        "dtype": args.dtype,
-        "machine": describe_machine(),
-        "versions": versions(),
+    result = _about(args, prompt, images) | {
         "operations_cover": swept.counted,
         "rows": sweep_rows(sweep, swept),
         "refused": refused + refusals(sweep),
@@ -88,6 +79,21 @@ def run(args: argparse.Namespace) -> None:
     resume_file.remove()
     print(table(result))
     print(f"Wrote {args.json}")
+
+
+def _about(args: argparse.Namespace, prompt: str, images: Iterable[str]) -> dict[str, Any]:
+    """What was measured, how, and on what machine."""
+    return {
+        "command": "sweep",
+        "model": args.model or "scenes",
+        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
+        "prompt": prompt,
+        "images": [*images],
+        **{name: getattr(args, name) for name in ("runs", "warmup", "share", "max_tokens")},
+        "dtype": args.dtype,
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -110,7 +116,7 @@ def _check(args: argparse.Namespace) -> None:
 def _open_images(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The images by name, and what was left out of folders; without any, the sample scene."""
     if args.image:
-        paths, unread = find_images(args.image)
+        paths, unread = readable_images(args.image)
         args.image = [*map(str, paths)]
         return {str(path): path for path in paths}, unread
     from .scenes import compose

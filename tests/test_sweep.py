@@ -10,8 +10,8 @@ from PIL import Image
 
 from mlx_vlm_prune import generate, load, sweep
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.evaluation.sweep_images import readable_images
 from mlx_vlm_prune.evaluation.sweep_run import Measurement
-from mlx_vlm_prune.inputs.image_files import find_images
 from mlx_vlm_prune.planning.operations import count
 from mlx_vlm_prune.pruners import plan
 
@@ -205,7 +205,7 @@ MISTAKES = [
     (["--max-tokens", "0"], "--max-tokens is 0; "),
     (["--runs", "0"], "argument --runs: '0' is not a whole number from 1 on"),
     (["--image", "no.png"], "there is no image file no.png"),
-    (["--image", "empty"], "there is no image in the folder empty"),
+    (["--image", "empty"], "there is no image (.bmp, .gif, .jpeg, .jpg, .png, .webp) in empty"),
     (["--image", "broken.png"], "broken.png is not a PNG, JPEG"),
     (["--json", "nowhere/r.json"], "there is no folder "),
 ]
@@ -248,10 +248,10 @@ def test_a_folders_unreadable_files_are_left_out_and_named(home, tmp_path, capsy
     assert [name.rpartition("/")[2] for name in result["images"]] == ["a.png"]
     assert len(result["skipped"]) == 1 and "b.PNG is not a" in result["skipped"][0]
     assert "Skipped: " in capsys.readouterr().out
-    assert find_images([tmp_path, tmp_path / "a.png"])[0] == [tmp_path / "a.png"]
+    assert readable_images([tmp_path, tmp_path / "a.png"])[0] == [tmp_path / "a.png"]
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"no image can be read: .*a\.png is empty"):
-        find_images([tmp_path])
+        readable_images([tmp_path])
 
 
 def test_the_built_in_model_is_swept_without_options(tmp_path, monkeypatch, capsys):

@@ -141,13 +141,13 @@ def _answer(name: str, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def refusals(run: SweepRun) -> list[dict[str, Any]]:
     """The cases that failed on an image, and why; where all images have one reason, once."""
-    asked = [i for i in range(len(run.images)) if i not in run.skipped]
+    answered = [i for i in range(len(run.images)) if i not in run.skipped]
     names, rows = [*run.images], []
     for p, case in enumerate(run.cases):
-        reasons = {i: run.failures[i, p] for i in asked if (i, p) in run.failures}
+        reasons = {i: run.failures[i, p] for i in answered if (i, p) in run.failures}
         row = {"pruner": case.spec, "tokens": case.K}
-        if len(reasons) == len(asked) and len({*reasons.values()}) == 1:
-            rows.append({**row, "why": reasons[asked[0]]})
+        if len(reasons) == len(answered) and len({*reasons.values()}) == 1:
+            rows.append({**row, "why": reasons[answered[0]]})
         else:
             rows += [{**row, "image": names[i], "why": why} for i, why in reasons.items()]
     return rows
