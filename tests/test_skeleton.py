@@ -166,7 +166,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         "yaml",
     }
     places = {
-        "matplotlib": ("mlx_vlm_prune/plots/style.py", "mlx_vlm_prune/training/curve.py"),
+        "matplotlib": ("mlx_vlm_prune/plots/", "mlx_vlm_prune/training/curve.py"),
         "mlx_lm": ("mlx_vlm_prune/models/", "mlx_vlm_prune/training/"),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/parquet.py",
