@@ -188,8 +188,8 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
 
 
 def put_questions(
-    args: argparse.Namespace, evaluation: EvaluationRun, resume_file: ResumeFile[AnsweredBatch], model: Any,
-    processor: Any,
+    args: argparse.Namespace, evaluation: EvaluationRun, resume_file: ResumeFile[AnsweredBatch],
+    model: Any, processor: Any,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Answer all questions; the times to the first token, if they are wanted. Ctrl-C ends with
     code 130, and what is answered stays."""
