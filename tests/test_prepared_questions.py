@@ -68,6 +68,13 @@ def test_prepared_files_alone_are_asked_as_they_stand_and_not_scored(name, tmp_p
     assert len({q.id for q in read(name, again)}) == 2, "some files repeat ids"
 
 
+def test_vizwiz_uploads_images_with_normalised_answers(tmp_path):
+    images(tmp_path / "test", "a.jpg")
+    path = lines(tmp_path / "llava_test.jsonl", "What?" + SHORT)
+    upload = format_of("llava-eval").upload(read("llava-eval", path), ["The Dogs!"], Source(path))
+    assert json.loads(upload[".json"]) == [{"image": "a.jpg", "answer": "dogs"}]
+
+
 def test_pope_of_llava_gets_its_labels_by_kind_image_and_text(tmp_path):
     path = lines(tmp_path / "llava_pope_test.jsonl", "Is there a dog?" + SHORT, category="random")
     images(tmp_path / "val2014", "a.jpg")

@@ -1,5 +1,6 @@
 """VQAv2, MMMU and MM-Vet as they are published: reading, joining the right answers, uploads."""
 
+import hashlib
 import json
 
 import pytest
@@ -147,6 +148,8 @@ def test_mmvet_reads_its_folder_and_asks_its_judge_as_published(tmp_path):
     assert (first.id, first.text, first.kind) == ("v1_0", "What is x?", "math_ocr")
     assert (first.answers, second.answers) == (("-1, -5",), ("table lamp",))
     format = format_of("mmvet")
+    digest = hashlib.sha256(format.module.GRADING.encode()).hexdigest()
+    assert digest[:16] == "d1b3e0a5b4e72c88", "the authors' prompt, letter by letter"
     prompt = format.module.grade_prompt(first, "x = 1")
     assert prompt.startswith("Compare the ground truth and prediction from AI models, to give")
     assert "Just complete the last space of the correctness score.\n\nQuestion | Ground" in prompt

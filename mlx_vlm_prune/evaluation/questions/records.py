@@ -5,6 +5,7 @@ with the place. A fault of a whole file or folder is a UserError, before the fir
 """
 
 import errno
+import logging
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,9 +17,11 @@ from . import BadRecords, Question, Source
 
 ENCODING = "utf-8-sig"  # some editors write a byte order mark
 LONGEST_LINE = 1 << 26  # bytes; a picture in base64 fits, and a file without line ends does not
+LARGE = 1 << 25  # bytes of JSON that take a second or more
 LONGEST_NAME = 4096
 NO_QUESTIONS: tuple[Question, ...] = ()  # of a record without an image
 R = TypeVar("R")
+logger = logging.getLogger("mlx_vlm_prune")
 
 
 class RecordError(ValueError):
@@ -100,7 +103,9 @@ def parse_value(text: bytes | str) -> Any:
 
 def load_json(path: Path, kind: type) -> Any:
     """The content of a JSON file, an object (`dict`) or a `list`. Raises UserError otherwise."""
-    return read_json(existing_file(path), kind, ENCODING)
+    if existing_file(path).stat().st_size > LARGE:
+        logger.info("reading %s (%d MB)", path, path.stat().st_size >> 20)
+    return read_json(path, kind, ENCODING)
 
 
 def existing_file(path: Path) -> Path:
