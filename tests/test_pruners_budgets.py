@@ -95,6 +95,12 @@ def test_a_selector_that_merges_is_not_completed_with_means():
         resolve("similarity+restore:published")(tokens, 6)
 
 
+def test_a_selector_that_was_trained_for_one_budget_chooses_no_half_of_it():
+    weights = {"attention_pool": METHODS["attention_pool"].make_weights(D, 6)}
+    with pytest.raises(UserError, match="attention_pool was trained for 6 visual tokens"):
+        plan("attention_pool+restore:published", weights)
+
+
 def test_features_that_are_not_numbers_are_refused():
     x = mx.full((1, 16, D), mx.nan)
     with pytest.raises(UserError, match="NaN"):

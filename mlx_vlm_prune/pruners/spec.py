@@ -55,6 +55,11 @@ def _enhanced(steps: tuple[Pruner, ...], enhancer: Pruner) -> Pipeline:
         raise UserError(
             f"{enhancer.spec} works ahead of the language model, and {last.name} inside it"
         )
+    if enhancer.calibrates and (trained := last.trained_tokens):
+        raise UserError(
+            f"{enhancer.spec} leaves its selector half of the budget, and {last.name} was trained"
+            f" for {trained} visual tokens"
+        )
     return Pipeline((*steps[:-1], replace(last, enhancer=enhancer)), enhancer)
 
 
