@@ -43,8 +43,8 @@ def page() -> str:
         "## Positions",
         positions(),
         "## Not compared",
-        "Baselines, and methods whose code is not public (`kq_norm`, `attention_pool`,"
-        " `score_prune`, `mlp`):",
+        "Baselines, and methods that no public code has, though a README describes them"
+        " (`kq_norm`, `attention_pool`, `score_prune`, `mlp`):",
         "\n".join(f"- `{m.name}`{f' ({link(m.source)})' if m.source else ''}" for m in others),
     ]) + "\n"  # fmt: skip
 

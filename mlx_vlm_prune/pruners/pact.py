@@ -12,7 +12,8 @@ As the authors' code (github.com/orailix/PACT@cf9a0c9) with its cutoff (`cutoff=
 from queries and keys before rotation, distances from keys after it. Differs: exactly K clusters,
 so the cutoff follows from the budget (bisection) unless it is given, and then the densest of too
 many centres stay; of too few centres, the most worthy tokens fill up; the mean query and the
-softmax are those of the visual tokens, theirs take in all tokens that are no text.
+softmax are those of an image's own tokens, theirs take in every row up to the prompt's last visual
+token, so words ahead of it too (their name for those rows is `is_not_text`).
 
 One centre after another is found, so on a GPU similarities return to the host, once.
 

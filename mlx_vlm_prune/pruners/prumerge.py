@@ -9,7 +9,7 @@ As the authors' code (github.com/42Shawn/LLaVA-PruMerge@097c041) for its number 
 the budget is K (theirs counts outliers, about 32 in the mean: see `prumerge_plus`); the sum is at
 the place of the strongest token dropped, theirs behind all others; slots stay in raster order;
 theirs reads queries and keys of the layer after the one whose output the features are (23 of 24
-for LLaVA), here a tower has no such layer, so `layer` is the features' own.
+for LLaVA), here no layer behind the features is run, so `layer` is the features' own.
 
 Options:
     neighbours: how many similar tokens each kept one adds, 0 or more

@@ -5,8 +5,10 @@ layer add nothing more: at three depths (3, 17 and 22 of 32) those with the
 smallest L2 distance between a layer's output and its input leave; at the third all but one
 do. Positions are kept; no attention is needed.
 
-As the authors' code (github.com/xuyang-liu16/V2Drop@219e03e). Differs: the share that stays at the
-first two cuts follows from the budget (theirs is half).
+As the authors' code (github.com/xuyang-liu16/V2Drop@219e03e) for LLaVA. Differs: the share that
+stays at the first two cuts follows from the budget (theirs is half); in Qwen2-VL theirs cuts before
+layers 3, 16 and 22 of 28 and leaves a quarter, then a twentieth of that, here cuts are at LLaVA's
+shares of the depth in every family.
 
 Shapes: I images, N tokens, K kept, D features.
 """
