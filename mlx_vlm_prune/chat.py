@@ -55,9 +55,9 @@ class Chat:
     between two turns. An image goes through the tower once; each turn chooses its tokens anew, from
     all of them, where the method reads words. `rows_reused` is how many rows of the latest prompt
     were not read again because they are as before: the same ids, and the same tokens of the same
-    images. A method that prunes between the language model's layers, a language model without
-    attention and mlx-vlm's models read all rows in every turn. `turns` has the questions and
-    answers, `images` all images so far, `result` the latest whole answer.
+    images. A method that prunes between the language model's layers, `restore`, a language model
+    without attention and mlx-vlm's models read all rows in every turn. `turns` has the questions
+    and answers, `images` all images so far, `result` the latest whole answer.
     Raises UserError, after which the conversation is as it was.
     """
 
