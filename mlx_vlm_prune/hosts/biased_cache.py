@@ -53,42 +53,41 @@ class BiasedCache:
 def add_biases(caches: list[Any], layers: Sequence[int], bias_BN: mx.array | None) -> None:
     """Let the next N rows get more attention, by the caches of the layers that make masks."""
     for layer in layers:
-        one: Any = caches[layer]
-        if not isinstance(one, BiasedCache):
-            one.__class__ = biased_class(one.__class__)
+        layer_cache: Any = caches[layer]
+        if not isinstance(layer_cache, BiasedCache):
+            layer_cache.__class__ = biased_class(layer_cache.__class__)
         if bias_BN is not None:
-            one.biases = one.biases or _no_biases(one, bias_BN.dtype)
-            one.coming_BN = bias_BN
+            layer_cache.biases = layer_cache.biases or _no_biases(layer_cache, bias_BN.dtype)
+            layer_cache.coming_BN = bias_BN
 
 
 @cache
 def biased_class(base: Any) -> type:
     """A cache's class behind the mixin, which does with biases what mlx-vlm does with rows."""
-    kind: Any = base
 
     def trim(self: Any, n: int) -> int:
         if self.biases is not None:
             self.biases.trim(n)
-        trimmed: int = kind.trim(self, n)
+        trimmed: int = base.trim(self, n)
         return trimmed
 
     def filter(self: Any, prompts: mx.array) -> None:
         if self.biases is not None:
             self.biases.filter(prompts)
-        kind.filter(self, prompts)
+        base.filter(self, prompts)
 
     def extend(self: Any, other: Any) -> None:
         if both := _all_biases([self, other]):
             self.biases = both[0]
             self.biases.extend(both[1])
-        kind.extend(self, other)
+        base.extend(self, other)
 
     def to_quantized(self: Any, **options: Any) -> Any:
-        return _with_biases(kind.to_quantized(self, **options), self.biases, self.coming_BN)
+        return _with_biases(base.to_quantized(self, **options), self.biases, self.coming_BN)
 
     def merge(caches: Sequence[Any]) -> Any:
         rows = _all_biases(caches)
-        return _with_biases(kind.merge(caches), type(rows[0]).merge(rows) if rows else None, None)
+        return _with_biases(base.merge(caches), type(rows[0]).merge(rows) if rows else None, None)
 
     methods: list[Callable[..., Any]] = [trim, filter, extend, to_quantized]
     attributes: dict[str, Any] = {f.__name__: f for f in methods if hasattr(base, f.__name__)}
