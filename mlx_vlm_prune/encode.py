@@ -149,7 +149,7 @@ def build_parser() -> Parser:
     add("--runs", type=int, default=1, metavar="N",
         help="times that each batch is encoded and timed")
     add("--out", type=Path, metavar="FILE.safetensors",
-        help="write the embeddings: full, METHOD@K and text (default: no)")
+        help="write the embeddings: full, METHOD@TOKENS and text (default: no)")
     add("--json", type=Path, metavar="FILE", help="write all figures (default: no)")
     return parser
 # fmt: on
@@ -237,13 +237,15 @@ class Pictures:
 
 def _encode(model: DualEncoder, cases: list[Case], pictures: Pictures, runs: int) -> None:
     """With a bar on stderr; an interrupt ends in one line and exit code 130."""
-    done, total = 0, len(pictures.images)
+    count = len(pictures.images)
+    total = len(cases) * (runs * count + min(pictures.batch_size, count))  # each case warms up
     try:
         with tqdm(total=total, desc="encoding", unit="image", delay=1, leave=False) as bar:
-            for done in encode_batches(model, cases, iter(pictures), runs):
-                bar.update(done + len(pictures.skipped) - bar.n)
+            for images in encode_batches(model, cases, iter(pictures), runs):
+                bar.update(images)
     except KeyboardInterrupt:
-        line = f"interrupted: {done} of {total} images are encoded; nothing is written"
+        done = min(case.images for case in cases)
+        line = f"interrupted: {done} of {count} images are encoded; nothing is written"
         print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 
@@ -251,6 +253,7 @@ def _encode(model: DualEncoder, cases: list[Case], pictures: Pictures, runs: int
 def _write(
     args: argparse.Namespace, result: dict[str, Any], cases: list[Case], text_TD: mx.array | None
 ) -> None:
+    """Print the table, and write the files."""
     print(table(result))
     if args.out:
         arrays = {case.key: mx.array(case.features_ID) for case in cases}

@@ -55,7 +55,7 @@ def write(model, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     model.to(torch.float32)
     side = model.config.vision_config.image_size
     if model.config.model_type == "clip":
-        clip_tokenizer().save_pretrained(folder)
+        clip_tokenizer(model.config.text_config.vocab_size).save_pretrained(folder)
         preprocessor = {"size": {"shortest_edge": side}, "crop_size": side, "resample": 3}
     else:
         write_siglip_tokenizer(folder)
@@ -65,8 +65,9 @@ def write(model, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     return folder
 
 
-def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The tokens and merges of a byte-level BPE in which the words are whole."""
+def clip_vocabulary(size: int = 0) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The tokens and merges of a byte-level BPE in which the words are whole; `size` tokens, where
+    those are fewer."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     letters = sorted(ByteLevel.alphabet())
@@ -77,13 +78,14 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
             merges.append((parts[0], part))
             parts[0] += part
             tokens.append(parts[0])
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
     names = list(dict.fromkeys(tokens))
+    names += [f"unused {i}" for i in range(len(names), size - 2)]
+    names += ["<|startoftext|>", "<|endoftext|>"]
     return {token: i for i, token in enumerate(names)}, list(dict.fromkeys(merges))
 
 
-def clip_tokenizer() -> transformers.CLIPTokenizer:
-    vocabulary, merges = clip_vocabulary()
+def clip_tokenizer(size: int = 0) -> transformers.CLIPTokenizer:
+    vocabulary, merges = clip_vocabulary(size)
     return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from mlx_vlm_prune import UserError, encode_images, encode_texts, load, load_encoder
+from mlx_vlm_prune.evaluation.encoding import cosines
 from mlx_vlm_prune.pruners import METHODS, Stage
 
 from . import dual_encoders as tiny
@@ -107,6 +108,18 @@ def test_the_full_size_gives_transformers_features(kind, tmp_path):
     assert_equal(model.encode_texts(ids), text_features(published, ids))
 
 
+def test_openclips_activation_is_followed(tmp_path, clip):
+    """LAION's CLIPs have gelu, by which they differ from OpenAI's."""
+    act = {"hidden_act": "gelu"}
+    sizes = {"vocab_size": clip[1].config.text.vocab_size}
+    published = tiny.random_clip(tiny.VISION | act, tiny.TEXT | sizes | act)
+    model, processor = load_encoder(tiny.write(published, tmp_path / "c"), dtype="float32")
+    theirs = image_features(published, pixels_of(processor, 2))
+    assert_equal(encode_images(model, processor, tiny.pictures(2)), theirs)
+    theirs = text_features(published, processor.captions(TEXTS))
+    assert_equal(encode_texts(model, processor, TEXTS), theirs)
+
+
 def test_patch_norm_is_the_notebook_that_it_comes_from(clip):
     """ece1512-projectA's: the longest patch embeddings, each with its own position row, through the
     whole tower, CLS after post_layernorm through the projection."""
@@ -123,6 +136,20 @@ def test_patch_norm_is_the_notebook_that_it_comes_from(clip):
         theirs = published.visual_projection(tower.post_layernorm(x[:, 0])).numpy()
     ours = encode_images(model, processor, tiny.pictures(3), "patch_norm", keep_tokens=K)
     assert_equal(ours, theirs)
+
+
+def test_the_notebook_compares_two_embeddings_of_which_one_is_not_normed(clip):
+    """So its consistency is below 1 with every token kept, and its texts are all one vector."""
+    published, _, processor = clip
+    with torch.no_grad():
+        x = published.vision_model(pixels_of(processor)).last_hidden_state[:, 0]
+        normed = published.vision_model.post_layernorm(x)
+        theirs, ours = (published.visual_projection(y).numpy() for y in (x, normed))
+        ids = torch.from_numpy(processor.captions(TEXTS))
+        texts = published.text_model(input_ids=ids).last_hidden_state[:, 0].numpy()
+    assert_equal(encode_images(*clip[1:], tiny.pictures(3)), ours)
+    assert (cosines(theirs, ours) < 0.99).all()
+    np.testing.assert_allclose(texts, texts[:1].repeat(len(texts), 0), rtol=1e-5, atol=1e-6)
 
 
 def test_norm_in_front_of_siglips_head_is_its_head_on_the_longest_features(siglip):
@@ -270,7 +297,7 @@ def test_a_siglip_whose_last_pixels_are_in_no_patch(tmp_path):
 DAMAGED = {
     "no whole CLIP or SigLIP": {"model_type": "bert"},
     "one half": {"model_type": "clip_vision_model"},
-    "hidden_act is 'gelu', not quick_gelu": {"text_config": {"hidden_act": "gelu"}},
+    "hidden_act is 'relu', not quick_gelu, gelu or": {"text_config": {"hidden_act": "relu"}},
     "vocab_size is -1": {"text_config": {"vocab_size": -1}},
     "do not divide evenly": {"vision_config": {"num_attention_heads": 5}},
     "is expected": {"projection_dim": 25},

@@ -1,6 +1,8 @@
 """Promises of the command `encode`: figures by hand, classes from folders and files, refusals."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import mlx.core as mx
@@ -177,9 +179,9 @@ def test_cases_take_turns_and_a_smaller_batch_is_not_timed(desk):
     cases, refused = cases_of(model, ["patch_norm"], [0.5, 8, 1.0])
     assert [case.K for case in cases] == [16, 8, 16] and not refused
     encoder, batches = TimedEncoder(), [np.zeros((2, 1, 1, 3)), np.zeros((1, 1, 1, 3))]
-    assert list(encode_batches(encoder, cases, iter(batches), 2)) == [2, 3]
+    assert list(encode_batches(encoder, cases, iter(batches), 2)) == [2] * 9 + [1] * 6
     names = ["none", "patch_norm", "patch_norm"]
-    turns = [names[i:] + names[:i] for i in (0, 0, 1, 2, 0)]
+    turns = [names[i:] + names[:i] for i in (0, 0, 1, 2, 0)]  # the first is not timed
     expected = [(n, 2) for turn in turns[:3] for n in turn] + [(n, 1) for t in turns[3:] for n in t]
     assert encoder.calls == expected
     assert [len(case.batch_ms) for case in cases] == [2, 2, 2]
@@ -191,7 +193,8 @@ def test_a_method_that_has_no_place_is_listed_and_alone_refused(desk, capsys):
     result = run(desk, "clip", "plain", "--pruner", "norm", "patch_norm", "--keep-ratio", "0.5")
     assert [row["pruner"] for row in result["rows"]] == ["none", "patch_norm"]
     assert [entry["pruner"] for entry in result["refused"]] == ["norm"]
-    assert "Not run: norm with 8 tokens: norm chooses among the tower's" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Not run: norm chooses among the tower's" in out and "ahead of it (8 tokens)" in out
     start = ["--model", str(desk / "clip"), "--image", str(desk / "plain"), "--pruner"]
     assert refusal(capsys, *start, "norm").startswith(
         "error: norm chooses among the tower's outputs"
@@ -239,6 +242,34 @@ def test_texts_are_not_needed_for_speed_and_cosines(desk, tmp_path):
     encode.main(arguments)
     with pytest.raises(SystemExit):
         encode.main([*arguments, "--text", "a cat"])
+
+
+def test_a_smaller_image_counts_the_tokens_that_it_has(desk, capsys):
+    ratios = ["--keep-ratio", "0.7", "0.6", "0.25"]  # 11 and 9 tokens are at most 3 x 3
+    result = run(desk, "siglip", "plain", "--pruner", "downsample", *ratios)
+    assert [row["tokens"] for row in result["rows"]] == [16, 9, 4]
+
+
+def test_what_the_page_shows_runs(desk, tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs/encode.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("clip-vit-base-patch16").symlink_to(desk / "clip")
+    Path("siglip-base-patch16-224").symlink_to(desk / "siglip")
+    Path("photos").symlink_to(desk / "plain")
+    Path("labels.csv").write_text("file_name,label\n0.png,dog\n3.png,cat\n")
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.S)
+    commands = [shlex.split(line)[2:] for line in block.replace("\\\n", "").splitlines()]
+    assert [module for module, *_ in commands] == ["mlx_vlm_prune.encode"] * 3
+    for _, *arguments in commands:
+        encode.main(arguments)
+    assert "cosine" in capsys.readouterr().out
+    assert (
+        json.loads(Path("encode.json").read_text())["runs"] == 3
+        and Path("features.safetensors").is_file()
+    )
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(program, {})
+    assert len(json.loads(capsys.readouterr().out)) == 2
 
 
 def test_an_interrupt_ends_in_one_line_and_writes_nothing(desk, monkeypatch, capsys, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .backbones import Shapes, linear, norm
+from .command_line import either
 from .config import (
     CLIP_TYPE,
     CONFIG,
@@ -33,6 +34,7 @@ from .shapes import check_shapes, encoder_shapes, tower_shapes
 TITLES = {"clip": "CLIP", "siglip": "SigLIP"}  # by the model_type of config.json
 HALVES = ("clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model")
 NUMBERS = ("logit_scale", "logit_bias")
+HIDDEN_ACTS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")  # OpenAI's, OpenCLIP's, SigLIP's
 LEGACY_EOS = 2  # eos_token_id of configs that were written before it was right
 BUFFERS = re.compile(r"(vision|text)_model\.embeddings\.position_ids")
 _TEXT = {"num_hidden_layers": 12, "intermediate_size": 2048, "hidden_size": 512}
@@ -60,11 +62,15 @@ class TextTowerConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class DualEncoderConfig:
-    """The sizes of both towers; `dims` is the size of the embeddings that they share."""
+    """The sizes of both towers; `dims` is the size of the embeddings that they share.
+
+    `hidden_acts`: the activation of the vision tower's MLPs, and of the text tower's.
+    """
 
     vision: CLIPConfig
     text: TextTowerConfig
     dims: int
+    hidden_acts: tuple[str, str]
 
     @property
     def is_clip(self) -> bool:
@@ -126,19 +132,21 @@ def expected_shapes(config: DualEncoderConfig) -> Shapes:
 
 def _parse(whole: Mapping[str, Any], kind: str, file: Path) -> DualEncoderConfig:
     """Raises UserError for an impossible value."""
-    vision = parse_vision(_vision(whole, kind, file))
+    vision_part = _vision(whole, kind, file)
+    vision = parse_vision(vision_part)
     part = _with_defaults(whole, "text", TEXT_DEFAULTS[kind], file)
+    acts = vision_part.get("hidden_act"), part.get("hidden_act")
     text: TextTowerConfig = read_sizes(TextTowerConfig, part)
     if text.hidden_size % text.num_attention_heads:
         raise UserError(f"{file}: {part.name}'s heads do not divide hidden_size evenly")
     if kind == "clip":
         dims = Fields({"projection_dim": 512, **whole}, file).whole_number("projection_dim")
-        return DualEncoderConfig(vision, text, dims)
+        return DualEncoderConfig(vision, text, dims, acts)
     dims = vision.hidden_size
     size = part.get("projection_size") or text.hidden_size
     if size != dims:
         raise UserError(f"{file}: the text's embedding has {size!r} numbers, the image's {dims}")
-    return DualEncoderConfig(vision, text, dims)
+    return DualEncoderConfig(vision, text, dims, acts)
 
 
 def _vision(whole: Mapping[str, Any], kind: str, file: Path) -> Fields:
@@ -164,7 +172,6 @@ def _with_defaults(
     name = f"{name}_dict" if whole.get(f"{name}_dict") is not None else name
     part = Fields({name: {}, **whole}, file).part(name)
     part = Fields({**defaults, **part.values}, file, name)
-    activation = defaults["hidden_act"]
-    if part.get("hidden_act") != activation:
-        raise part.error("hidden_act", f"{activation}, which alone is computed")
+    if part.get("hidden_act") not in HIDDEN_ACTS:
+        raise part.error("hidden_act", either(HIDDEN_ACTS))
     return part

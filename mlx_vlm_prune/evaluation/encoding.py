@@ -3,6 +3,7 @@
 Shapes: I images, B of a batch, D numbers of an embedding, T texts, C cases.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ class Case:
 
     spec: str
     pipeline: Pipeline
-    K: int
+    K: int  # the budget
+    tokens: int  # what is kept, which of a smaller image is less
     N: int
     keep_ratio: float | None = None
     batch_ms: list[float] = field(default_factory=list)  # of one image, a mean over its batch
@@ -38,7 +40,12 @@ class Case:
     @property
     def key(self) -> str:
         """Its name in a file of features."""
-        return "full" if self.spec == "none" else f"{self.spec}@{self.K}"
+        return "full" if self.spec == "none" else f"{self.spec}@{self.tokens}"
+
+    @property
+    def images(self) -> int:
+        """Images encoded so far."""
+        return sum(map(len, self.parts))
 
 
 def cases_of(
@@ -49,7 +56,7 @@ def cases_of(
     A budget is a number of tokens (int) or a share (float). Raises UserError for an unknown method,
     and where every one is refused.
     """
-    N, cases = model.N, [Case("none", plan("none"), model.N, model.N)]
+    N, cases = model.N, [Case("none", plan("none"), model.N, model.N, model.N)]
     refused: list[dict[str, Any]] = []
     ratio_of: dict[int, float | None] = {}
     for budget in budgets:
@@ -62,9 +69,11 @@ def cases_of(
                 if K > N:
                     raise UserError(f"keep_tokens is {K}; an image has 1 to {N} visual tokens")
                 model.check(pipeline)
-                model.plan_tower(pipeline.budgets(N, K))
+                grids, _ = model.plan_tower(pipeline.budgets(N, K))
                 pipeline.signal_layers(model.config.vision.depth)
-                cases.append(Case(spec, pipeline, K, N, ratio))
+                tokens = min([K, *map(math.prod, grids)])
+                if (spec, tokens) not in [(case.spec, case.tokens) for case in cases]:
+                    cases.append(Case(spec, pipeline, K, tokens, N, ratio))
             except UserError as e:
                 refused.append({"pruner": spec, "tokens": K, "why": str(e)})
     if refused and len(cases) == 1:
@@ -75,19 +84,20 @@ def cases_of(
 def encode_batches(
     model: DualEncoder, cases: Sequence[Case], batches: Iterator[np.ndarray], runs: int
 ) -> Iterator[int]:
-    """Encode batches of pixels (B, H, W, 3) by all cases; yields the images done after each.
+    """Encode batches of pixels (B, H, W, 3) by all cases; yields the images of each turn of a case.
 
     Every case encodes a batch `runs` times, and each time another one begins. The first batch goes
     through all cases once before. A batch of another size than the first is not timed.
     """
-    first_size = done = turn = 0
+    first_size = turn = 0
     for pixels in batches:
         pixels_BHW3 = mx.array(pixels).astype(model.dtype)
         mx.eval(pixels_BHW3)
-        if not done:
+        if not turn:
             first_size = len(pixels)
             for case in cases:
                 mx.eval(model.encode_images(pixels_BHW3, case.pipeline, case.K))
+                yield first_size
         for run in range(runs):
             for case in (*cases[turn % len(cases) :], *cases[: turn % len(cases)]):
                 start = time.perf_counter()
@@ -98,8 +108,8 @@ def encode_batches(
                     case.batch_ms.append(ms)
                 if not run:
                     case.parts.append(np.array(x_BD.astype(mx.float32)))
+                yield len(pixels)
             turn += 1
-        yield (done := done + len(pixels))
 
 
 def cosines(a_ID: np.ndarray, b_ID: np.ndarray) -> np.ndarray:
@@ -127,7 +137,7 @@ def rows(
         cosine_I = cosines(full_ID, case.features_ID)
         row = {
             "pruner": case.spec,
-            "tokens": case.K,
+            "tokens": case.tokens,
             "of": case.N,
             **({"keep_ratio": case.keep_ratio} if case.keep_ratio else {}),
             "ms": ms,

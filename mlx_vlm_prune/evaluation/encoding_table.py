@@ -17,14 +17,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cells(row: Row, result: dict[str, Any]) -> dict[str, str]:
-    spread = row["ms_spread"]
+    spread, rate = row["ms_spread"], row["images_per_second"]
     cells = {
         "pruner": row["pruner"],
         "tokens": f"{row['tokens']} of {row['of']}",
         "share": f"{row['tokens'] / row['of']:.0%}",
         "ms/image": f"{row['ms']:.2f}",
         "±": "–" if spread is None else f"{spread:.2f}",
-        "images/s": f"{row['images_per_second']:.1f}",
+        "images/s": f"{rate:.1f}" if rate > 10 else f"{rate:.2f}",
         "speed": f"{row['speed_up']:.2f} x",
         "cosine": f"{row['cosine']:.4f}",
         "least": f"{row['cosine_least']:.4f}",
@@ -69,7 +69,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
             f"Accuracy: zero-shot, of {result['labelled']} images with a class; the difference to"
             " full in points, with a 95 % interval from 20 images on (paired bootstrap)."
         )
+    tokens_of: dict[str, list[str]] = {}
     for refusal in result["refused"]:
-        why = refusal["why"].removeprefix(refusal["pruner"] + ": ")
-        lines.append(f"Not run: {refusal['pruner']} with {refusal['tokens']} tokens: {why}")
+        tokens_of.setdefault(refusal["why"], []).append(str(refusal["tokens"]))
+    lines += [f"Not run: {why} ({', '.join(K)} tokens)" for why, K in tokens_of.items()]
     return [*lines, *(f"Skipped: {message}" for message in result["skipped"])]

@@ -20,7 +20,7 @@ from .pruning import ImageBatch, prune
 from .towers.pooling import PoolingHead
 from .towers.signals import Cut, Encoded
 from .towers.text import TextTower
-from .towers.vit import VisionTower
+from .towers.vit import ACTIVATIONS, VisionTower
 
 WHERE = {  # methods of these stages work on what a CLIP or SigLIP alone has not
     Stage.PROJECTED: "chooses among the tokens behind a projector",
@@ -36,14 +36,15 @@ class DualEncoder(ImageEncoder):
     def __init__(self, config: DualEncoderConfig):
         super().__init__()
         self.config, dims = config, config.dims
-        self.tower = VisionTower(config.vision)
-        self.text = TextTower(config.text, None if config.is_clip else dims)
+        vision_act, text_act = (ACTIVATIONS[name] for name in config.hidden_acts)
+        self.tower = VisionTower(config.vision, vision_act)
+        self.text = TextTower(config.text, None if config.is_clip else dims, text_act)
         self.logit_scale = mx.array(0.0)
         if config.is_clip:
             self.visual_projection = nn.Linear(config.vision.hidden_size, dims, bias=False)
             self.text_projection = nn.Linear(config.text.hidden_size, dims, bias=False)
         else:
-            self.head, self.logit_bias = PoolingHead(config.vision), mx.array(0.0)
+            self.head, self.logit_bias = PoolingHead(config.vision, vision_act), mx.array(0.0)
 
     def encode_images(self, pixels_IHW3: mx.array, pipeline: Pipeline, K: int) -> mx.array:
         """Embeddings (I, D) from K of N tokens, as `get_image_features` gives them for all.

@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx import nn
 
 from ...checkpoints.config import EncoderConfig
-from .vit import MLP, gelu_tanh, key_mask
+from .vit import MLP, Activation, key_mask
 
 
 class ProbeAttention(nn.Module):
@@ -43,12 +43,12 @@ class ProbeAttention(nn.Module):
 class PoolingHead(nn.Module):
     """Tokens (B, N, D) to embeddings (B, D); N may be any number."""
 
-    def __init__(self, c: EncoderConfig):
+    def __init__(self, c: EncoderConfig, act: Activation):
         super().__init__()
         self.probe = mx.zeros((1, 1, c.hidden_size))
         self.attention = ProbeAttention(c)
         self.layernorm = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = MLP(c, gelu_tanh)
+        self.mlp = MLP(c, act)
 
     def __call__(self, x_BND: mx.array, bias_BN: mx.array | None = None) -> mx.array:
         """`bias_BN` is the log of how many tokens each is."""

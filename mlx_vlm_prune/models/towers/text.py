@@ -11,7 +11,7 @@ import numpy as np
 from mlx import nn
 
 from ...checkpoints.dual_encoder import LEGACY_EOS, TextTowerConfig
-from .vit import Encoder, gelu_tanh, quick_gelu
+from .vit import Activation, Encoder
 
 
 class TextEmbeddings(nn.Module):
@@ -27,11 +27,11 @@ class TextEmbeddings(nn.Module):
 class TextTower(nn.Module):
     """Token ids to one vector each. `head_dim` is that of SigLIP's head; None is CLIP's tower."""
 
-    def __init__(self, config: TextTowerConfig, head_dim: int | None):
+    def __init__(self, config: TextTowerConfig, head_dim: int | None, act: Activation):
         super().__init__()
         self.config, self.is_clip = config, head_dim is None
         self.embeddings = TextEmbeddings(config)
-        self.encoder = Encoder(config, quick_gelu if self.is_clip else gelu_tanh)
+        self.encoder = Encoder(config, act)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if head_dim is not None:
             self.head = nn.Linear(config.hidden_size, head_dim)

@@ -82,6 +82,14 @@ def gelu_tanh(x: mx.array) -> mx.array:
     return nn.gelu_approx(x)
 
 
+# By their names in a config.json.
+ACTIVATIONS: dict[str, Activation] = {
+    "quick_gelu": quick_gelu,
+    "gelu": nn.gelu,
+    "gelu_pytorch_tanh": gelu_tanh,
+}
+
+
 class Encoder(nn.Module):
     def __init__(self, c: EncoderConfig, act: Activation):
         super().__init__()
@@ -119,15 +127,15 @@ def key_mask(bias_BS: mx.array | None, dtype: mx.Dtype) -> mx.array | None:
 
 
 class VisionTower(nn.Module):
-    """Pixels to patch features and the signals asked for."""
+    """Pixels to patch features and the signals asked for; `act` in place of its kind's usual."""
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig, act: Activation | None = None):
         super().__init__()
         self.config, self.has_cls = config, not isinstance(config, SiglipConfig)
         self.embeddings = Embeddings(config, self.has_cls)
         if self.has_cls:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # sic
-        self.encoder = Encoder(config, quick_gelu if self.has_cls else gelu_tanh)
+        self.encoder = Encoder(config, act or (quick_gelu if self.has_cls else gelu_tanh))
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def __call__(
