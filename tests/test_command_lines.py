@@ -239,7 +239,6 @@ MISTAKES = {
         ["prune-into", "a", "b", "--pruner", "norm", "--keep-ratio", "0"],
         "there is no folder a",
     ),
-    "torch_ref.train_pruners": (["tome"], "argument method: invalid choice: 'tome' (choose "),
 }
 
 

@@ -36,7 +36,6 @@ NEEDS = {
         EXTRA.format("torch"),
     ),
     "torch_ref.train_scenes": ([], "torch", EXTRA.format("torch")),
-    "torch_ref.train_pruners": (["twig"], "torch", EXTRA.format("torch")),
     "torch_ref.verify": (["a", "b", "--image", "c"], "torch", EXTRA.format("torch")),
 }
 
@@ -46,7 +45,6 @@ REQUIRED = {
     "mlx_vlm_prune.generation.recording": ["a", "--image", "b", "--pruner", "norm", "--out", "c"],
     "mlx_vlm_prune.plot": ["a.json"],
     "mlx_vlm_prune.scenes.vocabulary": ["a"],
-    "torch_ref.train_pruners": ["twig"],
     "torch_ref.verify": ["a", "b", "--image", "c"],
 }
 
@@ -112,7 +110,6 @@ JOBS = {  # arguments, and the exit code, of runs in one process
     ],
     "mlx_vlm_prune.evaluate": [(EVALUATE, 0)],
     "convert": [(["inspect", str(CHECKPOINT)], 0)],
-    "torch_ref.train_pruners": [(["twig", "--model", "nowhere"], 2)],
 }
 
 

@@ -4,19 +4,15 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.models.learned import read_learned
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
-from torch_ref.pruners import METHODS, is_learned
-from torch_ref.train_pruners import main as train_pruners_command
 from torch_ref.train_scenes import main as train_command
-from torch_ref.training import pruners
-from torch_ref.training.pruners import finish
-from torch_ref.training.recipes import LEARNED, PrunerRecipe, ScenesRecipe
+from torch_ref.training.recipes import ScenesRecipe
 from torch_ref.training.scenes import Run, export, judge, train
 from torch_ref.training.scenes_data import ScenesBatches
 from torch_ref.training.scenes_model import Trainee
@@ -74,52 +70,21 @@ def test_what_training_exports_converts_and_loads(tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("unfreeze", [False, True])
-@pytest.mark.parametrize("name", LEARNED)
-def test_a_learned_pruner_trains_and_lies_beside_the_model(
-    tmp_path, monkeypatch, built_in, name, unfreeze
-):
-    monkeypatch.setattr("torch_ref.training.pruners.best_device", lambda: CPU)
-    monkeypatch.setattr("torch_ref.models.loading.best_device", lambda: CPU)
-    model, out = tmp_path / "model", tmp_path / "out"
-    model.mkdir()
-    export(Trainee(0.5).vlm, model)
-    recipe = PrunerRecipe(keep_tokens=20, steps=2, batch=2, question_tokens=30)
-    before = torch.load(model / "scenes.pth")
-    pruners.train(name, model, out, recipe, unfreeze, workers=0)
-    held = read_learned(out / f"{name}-unfrozen" if unfreeze else out, built_in)
-    assert list(held) == [name]
-    if unfreeze:
-        after = torch.load(out / f"{name}-unfrozen" / "scenes.pth")
-        assert not all(after[key].equal(before[key]) for key in before)
-
-
-def test_every_method_with_weights_can_be_trained():
-    assert set(LEARNED) == set(pruners.LOSSES)
-    assert set(LEARNED) == {name for name in METHODS if is_learned(name)}
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """What training leaves: a model, and a checkpoint of each training that is damaged."""
     folder = tmp_path_factory.mktemp("runs")
     export(Trainee(0.5).vlm, folder)
     (folder / "last.pt").write_bytes(b"cut off")
-    torch.save({"pruner": {}, "model": {}}, folder / "mlp.pt")
     return folder
 
 
 MISTAKES = {
-    "steps": (train_command, ["--steps", "0"], "--steps: '0' is not a whole number from 1 on"),
-    "minutes": (train_command, ["--minutes", "nan"], "--minutes: 'nan' is not a number above 0"),
-    "workers": (train_command, ["--workers", "-1"], "--workers: '-1' is not a whole number"),
-    "onto a file": (train_command, ["--out", "{}/scenes.pth"], "scenes.pth: File exists"),
-    "damaged": (train_command, ["--out", "{}"], "last.pt is no checkpoint of this training"),
-    "method": (train_pruners_command, ["tome"], "invalid choice: 'tome'"),
-    "no model": (train_pruners_command, ["mlp", "--model", "{}/no"], "there is no"),
-    "pool": (train_pruners_command, ["attention_pool", "--keep-tokens", "197"], "1 to 196 of the"),
-    "budget": (train_pruners_command, ["mlp", "--keep-tokens", "99"], "mlp learns with 1 to 98"),
-    "of another": (train_pruners_command, ["mlp", "--out", "{}"], "mlp.pt is no checkpoint of"),
+    "steps": (["--steps", "0"], "--steps: '0' is not a whole number from 1 on"),
+    "minutes": (["--minutes", "nan"], "--minutes: 'nan' is not a number above 0"),
+    "workers": (["--workers", "-1"], "--workers: '-1' is not a whole number"),
+    "onto a file": (["--out", "{}/scenes.pth"], "scenes.pth: File exists"),
+    "damaged": (["--out", "{}"], "last.pt is no checkpoint of this training"),
 }
 
 
@@ -127,11 +92,10 @@ MISTAKES = {
 def test_a_mistake_is_refused_in_one_sentence_and_leaves_nothing(
     folder, tmp_path, monkeypatch, capsys, case
 ):
-    command, given, sentence = MISTAKES[case]
+    given, sentence = MISTAKES[case]
     monkeypatch.chdir(tmp_path)
-    model = ["--model", str(folder)] * (command is train_pruners_command and "--model" not in given)
     with pytest.raises(SystemExit) as stop:
-        command([*(argument.format(folder) for argument in given), *model])
+        train_command([argument.format(folder) for argument in given])
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1
@@ -157,14 +121,3 @@ def test_learned_weights_that_do_not_fit_are_refused(tmp_path, built_in, tensors
     (tmp_path / "pruners.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="no sound safetensors file"):
         read_learned(tmp_path, built_in)
-
-
-def test_a_second_method_leaves_the_weights_of_the_first_as_they_were(tmp_path):
-    first, second = (METHODS[name].make_weights(192, 1) for name in ("score_prune", "mlp"))
-    finish("score_prune", first, None, tmp_path, unfreeze=False)
-    before = load_file(tmp_path / "pruners.safetensors")
-    finish("mlp", second, None, tmp_path, unfreeze=False)
-    after = load_file(tmp_path / "pruners.safetensors")
-    assert {name.partition(".")[0] for name in after} == {"score_prune", "mlp"}
-    assert before and all(after[name].equal(before[name]) for name in before)
-    assert [file.name for file in tmp_path.iterdir()] == ["pruners.safetensors"]

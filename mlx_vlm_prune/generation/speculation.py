@@ -57,7 +57,7 @@ def twig_of(model: VLM, name: str) -> TwigReader:
     raise UserError(
         f"num_draft_tokens needs a twig, and {name} has none beside it;"
         " python -m mlx_vlm_prune convert to-mlx --twig brings one along,"
-        " python -m torch_ref.train_pruners trains one"
+        " python -m mlx_vlm_prune.train with stage twig trains one"
     )
 
 
