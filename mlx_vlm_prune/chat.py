@@ -25,7 +25,7 @@ from .inputs.budget import check_budget
 from .inputs.image import open_image
 from .inputs.messages import Turn
 from .models.vlm import VLM
-from .training.asking import apply_config
+from .training.generate_options import apply_config
 
 if TYPE_CHECKING:
     from typing import Unpack

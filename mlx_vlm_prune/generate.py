@@ -40,7 +40,7 @@ from .models.vlm import VLM
 from .planning.budgets import Budget, BudgetChoice, keep_within
 from .pruners import Pipeline, Pruner
 from .pruners.contract import Policy
-from .training.asking import apply_config
+from .training.generate_options import apply_config
 
 if TYPE_CHECKING:
     from typing import Unpack

@@ -1,4 +1,4 @@
-"""How a model is asked that a config file trains: its folder, its pruner and budget."""
+"""The options of `generate` and `chat` that a training file stands for: model, pruner, budget."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from .config import ADAPTER_STAGES, TrainConfig, read_yaml
 BUDGETS = ("keep_ratio", "keep_tokens", "ms", "gb")
 
 
-def options_for_asking(path: Path) -> dict[str, Any]:
+def generate_options(path: Path) -> dict[str, Any]:
     """The options of `generate` that a config file of `train` stands for. Raises UserError."""
     config = TrainConfig.of({"data": "", **read_yaml(path)}, str(path))
     has_adapters = config.stage in ADAPTER_STAGES
@@ -29,7 +29,7 @@ def apply_config(args: argparse.Namespace) -> None:
     """Fill in what the flags leave open from the file of `--config`. Raises UserError."""
     if args.config is None:
         return
-    options, given = options_for_asking(args.config), vars(args)
+    options, given = generate_options(args.config), vars(args)
     if any(given.get(name) is not None for name in BUDGETS):
         options = {name: value for name, value in options.items() if name not in BUDGETS}
     if args.model is not None and not args.adapter_path:

@@ -9,8 +9,8 @@ import pytest
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.generation.arguments import build_chat_parser, build_parser
 from mlx_vlm_prune.scenes import CHECKPOINT, compose
-from mlx_vlm_prune.training.asking import apply_config, options_for_asking
 from mlx_vlm_prune.training.config import TrainConfig, read_yaml
+from mlx_vlm_prune.training.generate_options import apply_config, generate_options
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PRUNER = "stage: pruner\npruner: mlp\nkeep_tokens: 49\noutput: trained-mlp\nmodel: base\n"
@@ -22,7 +22,7 @@ def written(folder: Path, text: str) -> Path:
     return folder / "run.yaml"
 
 
-def asked(config: Path, *arguments: str, parser=build_parser):
+def options(config: Path, *arguments: str, parser=build_parser):
     """The options of a command line, filled in."""
     args = parser().parse_args(["-c", str(config), *arguments])
     apply_config(args)
@@ -35,7 +35,7 @@ def test_a_preset_of_lightvlm_is_a_pruner_run_of_so_many_tokens(K):
     config = TrainConfig.of(read_yaml(file), str(file))
     assert (config.stage, config.pruner, config.keep_tokens) == ("pruner", "mlp", K)
     expected = {"model": f"lightvlm-k{K}", "pruner": "mlp", "keep_tokens": K}
-    assert options_for_asking(file) == expected
+    assert generate_options(file) == expected
     other = TrainConfig.of(read_yaml(DOCS / f"lightvlm_k{208 - K}.yaml"), "the other")
     changed = {"keep_tokens", "output"}
     assert {k for k, v in vars(config).items() if vars(other)[k] != v} == changed
@@ -46,23 +46,23 @@ def test_what_the_flags_leave_open_comes_from_the_file(tmp_path, monkeypatch):
     file = written(tmp_path, PRUNER)
     (tmp_path / "trained-mlp").mkdir()
     for parser in (build_parser, build_chat_parser):
-        args = asked(file, parser=parser)
+        args = options(file, parser=parser)
         assert (args.model, args.pruner, args.keep_tokens) == ("trained-mlp", "mlp", 49)
-    args = asked(file, "--model", "other", "--keep-ratio", "0.5", "--pruner", "norm")
+    args = options(file, "--model", "other", "--keep-ratio", "0.5", "--pruner", "norm")
     assert (args.model, args.pruner, args.keep_ratio, args.keep_tokens) == (
         "other", "norm", 0.5, None,
     )  # fmt: skip
-    args = asked(file, "--budget-ms", "100")
+    args = options(file, "--budget-ms", "100")
     assert (args.ms, args.keep_ratio, args.keep_tokens) == (100, None, None)
 
 
 def test_of_adapters_the_base_and_their_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my-adapters").mkdir()
-    args = asked(written(tmp_path, LORA))
+    args = options(written(tmp_path, LORA))
     assert (args.model, args.adapter_path) == ("base", "my-adapters")
     assert args.pruner is None and args.chat_template_config == {"a": True}
-    assert asked(written(tmp_path, LORA), "--model", "other").adapter_path is None
+    assert options(written(tmp_path, LORA), "--model", "other").adapter_path is None
 
 
 def test_generate_asks_the_model_with_its_pruner(tmp_path, monkeypatch, capsys):
