@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_vlm_prune import plot
 from mlx_vlm_prune.evaluate import main
 from mlx_vlm_prune.evaluation.questions import FORMATS, PREPARED
 
@@ -182,3 +183,17 @@ def test_wrong_scoring_options_are_refused_in_one_sentence(model, tmp_path, caps
     for part, argv in cases.items():
         assert part in refused(capsys, argv), part
     assert not out.exists()
+
+
+def test_an_unscored_result_is_neither_merged_nor_drawn(model, tmp_path, capsys):
+    out = tmp_path / "e.json"
+    run(model, vqav2(tmp_path), out)
+    for command_main, argv in (
+        (main, ["--merge", str(out), str(out)]),
+        (plot.main, [str(out), "--out", str(tmp_path / "figures")]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command_main(argv)
+        (line,) = [one for one in capsys.readouterr().err.splitlines() if "error:" in one]
+        assert stop.value.code == 2 and "its answers were not scored, so there is no" in line
+        assert "UserError" not in line

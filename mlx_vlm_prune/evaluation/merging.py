@@ -46,6 +46,8 @@ def read_evaluation(path: Path) -> Evaluation:
         for name in ("questions", "format", "model", "unit"):
             str(content[name])
         int(content["count"])
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, StopIteration) as e:
         raise UserError(f"{path} is no evaluation ({e!r}); {EVALUATE} writes one") from None
     if full <= 0:

@@ -86,6 +86,8 @@ class Evaluation(Measured):
 
     def check(self) -> None:
         super().check()
+        if not any("overall" in row for row in self.rows):
+            raise UserError(f"{self.name}: its answers were not scored, so there is no figure")
         self.content["count"] + len(self.content["kinds"]) + self.factor
         for row in self.rows:
             row["overall"] + sum(row["accuracy"].values())
