@@ -27,7 +27,7 @@ commands:
   evaluate   measure what each method costs in accuracy, on a set of questions
   fuse       write a trained model's adapters into its weights
   generate   answer a prompt about images with fewer visual tokens
-  plot       draw what sweep and evaluate have measured
+  plot       draw what sweep, evaluate and encode have measured
   pruners    list the methods; with a name, explain that one
   sweep      measure methods at several budgets on your own images
   train      train a model, a pruner, adapters or a twig on your own pictures

@@ -1,10 +1,11 @@
-"""Draw what `sweep` and `evaluate` have measured, as PNG and SVG, and a page of all figures.
+"""Draw what `sweep`, `evaluate` and `encode` have measured, as PNG and SVG, with a page of all.
 
 python -m mlx_vlm_prune.plot sweep.json evaluation.json --out figures
 
-Of a sweep: speed, agreement and savings against tokens and time, gains, and the time of each part.
-Of an evaluation: accuracy against tokens, and by kind of question. Of both, where they are of one
-model: accuracy against time with the Pareto frontier.
+Of a sweep: speed, agreement and savings against tokens and time, gains, and each part's time.
+Of an evaluation: accuracy against tokens and by kind of question; against time, with the Pareto
+frontier, where it has first-token times or a sweep of the same model is given too. Of `encode`:
+speed, consistency and zero-shot accuracy.
 """
 
 import argparse
@@ -25,17 +26,18 @@ from .plots.style import figure_style, figure_with_axes, make_folder, save_figur
 
 logger = logging.getLogger("mlx_vlm_prune")
 PAGE = "dashboard.html"
-DESCRIPTION = """Draw what `sweep` and `evaluate` have measured: each figure as PNG and SVG, and a
-page of all. Example: sweep.json evaluation.json --out figures"""
+DESCRIPTION = """Draw what `sweep`, `evaluate` and `encode` have measured: each figure as PNG and as
+SVG, and a page of all."""
+EPILOG = "example: mlx-vlm-prune plot sweep.json evaluation.json --out figures"
 
 
 # fmt: off
 def build_parser() -> Parser:
     """The command line of `plot`."""
-    parser = Parser("mlx_vlm_prune.plot", description=DESCRIPTION)
+    parser = Parser("mlx_vlm_prune.plot", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
     add("results", nargs="+", type=Path, metavar="FILE.json",
-        help="results of `sweep` and `evaluate`, as many as there are")
+        help="results of `sweep`, `evaluate` and `encode`, as many as there are")
     add("--out", type=Path, default=Path("figures"), metavar="FOLDER",
         help="where the figures go; those of the same names are replaced")
     return parser
@@ -83,14 +85,16 @@ def draw(figure: PlannedFigure, folder: Path) -> None:
 
 
 def explain_what_is_missing(results: Sequence[Measured]) -> None:
-    """A note for each evaluation and sweep whose accuracy against time cannot be drawn."""
+    """A note for each evaluation and sweep that cannot be joined to accuracy against time."""
     sweeps = [result for result in results if isinstance(result, Sweep)]
     for evaluation in results:
-        for sweep in sweeps if isinstance(evaluation, Evaluation) else ():
-            models = [result.content["model"] for result in (evaluation, sweep)]
+        if not isinstance(evaluation, Evaluation) or evaluation.is_timed:
+            continue
+        for sweep in sweeps:
             common = {*map(case_key, evaluation.pruned)} & {*map(case_key, sweep.pruned)}
-            if models[0] != models[1]:
-                why = f"one is of {models[0]}, the other of {models[1]}"
+            if not evaluation.is_of_same_model(sweep):
+                models = [result.content["model"] for result in (evaluation, sweep)]
+                why = "one is of {}, the other of {}".format(*models)
             elif not common:
                 why = "they have no method at one budget in common"
             else:

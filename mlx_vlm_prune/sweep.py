@@ -61,7 +61,9 @@ def run(args: argparse.Namespace) -> None:
     answer = partial(generate, model, processor, prompt, **options)
     plan = Rounds(args.runs, args.warmup, args.share)
     sweep = SweepRun(answer, images, full_case(swept), cases, plan)
-    resume_file = ResumeFile(args.json, _settings(args, prompt, sweep, options), Round.of)
+    key = model_key(find_folder(args.model, args.revision))
+    settings = [key, *_settings(args, prompt, sweep, options)]
+    resume_file = ResumeFile(args.json, settings, Round.of)
     try:
         sweep.run(resume_file)
     except KeyboardInterrupt:
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         sys.exit(130)
     skipped = unread + [f"{[*images][i]}: {why}" for i, why in sweep.skipped.items()]
     result = _about(args, prompt, images) | {
+        "model_key": key,
         "operations_cover": swept.counted,
         "rows": sweep_rows(sweep, swept),
         "refused": refused + refusals(sweep),
@@ -137,8 +140,7 @@ def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
 def _settings(
     args: argparse.Namespace, prompt: str, sweep: SweepRun, options: dict[str, Any]
 ) -> list[Any]:
-    """All that decides answers and times, but for the number of rounds."""
-    model = model_key(find_folder(args.model, args.revision))
+    """All that decides answers and times beside the model, but for the number of rounds."""
     adapter = adapter_key(args.adapter_path) if args.adapter_path else None
     digests = [
         hashlib.sha256(image.read_bytes() if isinstance(image, Path) else name.encode()).hexdigest()
@@ -146,7 +148,7 @@ def _settings(
     ]
     cases = [(case.spec, case.K, case.pipeline.policy) for case in sweep.cases]
     machine = [describe_machine(), versions(), os.environ.get("OMP_NUM_THREADS"), args.dtype]
-    return [model, adapter, prompt, digests, cases, options, args.share, machine]
+    return [adapter, prompt, digests, cases, options, args.share, machine]
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from PIL import Image
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from mlx_vlm_prune import evaluate, plot, sweep
+from mlx_vlm_prune import encode, evaluate, plot, sweep
 from mlx_vlm_prune.plots.figures import plan_figures
 from mlx_vlm_prune.plots.measured import read_result
 from mlx_vlm_prune.plots.panels import best_methods, frontier
 
-from . import tiny
+from . import dual_encoders, tiny
 
 SPECS = ["norm", "tome", "random", "avgpool"]
 OF_SWEEP = {
@@ -150,11 +150,41 @@ def test_without_parts_and_kinds_their_figures_are_left_out(desk, tmp_path):
 
 
 def test_results_of_other_models_are_not_drawn_into_one(desk, tmp_path, capsys):
-    other = changed(desk, tmp_path, "sweep.json", lambda content: content.update(model="other"))
+    other = changed(
+        desk, tmp_path, "sweep.json", lambda content: content.update(model="other", model_key="x")
+    )
     plot.main([other, str(desk / "evaluation.json"), "--out", str(tmp_path / "f")])
     assert not (tmp_path / "f/accuracy-by-time.png").exists()
     err = capsys.readouterr().err
     assert "no accuracy against time of evaluation and sweep: one is of " in err
+
+
+def test_an_evaluation_with_times_needs_no_sweep(desk, tmp_path):
+    def change(content):
+        for ms, row in enumerate(content["rows"], 10):
+            row["first_token_ms"] = {"total": float(ms)}
+
+    file = changed(desk, tmp_path, "evaluation.json", change)
+    plot.main([file, str(desk / "sweep.json"), "--out", str(tmp_path / "f")])
+    assert "on the frontier:" in svg_texts(tmp_path / "f/accuracy-by-time.svg")
+    times = svg_texts(tmp_path / "f/accuracy-by-time.svg")
+    assert {"10", "12", "14"} <= times  # its own milliseconds
+    assert "<td>10.0</td>" in (tmp_path / "f/dashboard.html").read_text()
+
+
+def test_the_results_of_encode_are_drawn(tmp_path):
+    dual_encoders.write(dual_encoders.random_clip(), tmp_path / "clip")
+    images = dual_encoders.write_pictures(tmp_path / "classes", 6, ("cat", "star"))
+    file = tmp_path / "e.json"
+    encode.main(["--model", str(tmp_path / "clip"), "--image", str(images), "--json", str(file),
+                 "--pruner", "patch_norm", "tome", "--keep-ratio", "0.7", "0.5"])  # fmt: skip
+    plot.main([str(file), "--out", str(tmp_path / "f")])
+    names = {path.stem for path in (tmp_path / "f").glob("*.svg")}
+    kinds = ("cosine", "same-text", "zero-shot")
+    assert names == {"encode-speed-by-tokens", *(f"{k}-by-{x}" for k in kinds
+                                                 for x in ("tokens", "time"))}  # fmt: skip
+    assert {"patch_norm", "tome", "16", "11", "8"} <= svg_texts(tmp_path / "f/cosine-by-tokens.svg")
+    assert "<td>1.0000</td>" in (tmp_path / "f/dashboard.html").read_text()
 
 
 def refused(capsys, *argv) -> str:
@@ -180,7 +210,7 @@ BROKEN = {
 def test_what_is_no_result_is_refused_in_a_sentence(change, desk, tmp_path, capsys):
     file = changed(desk, tmp_path, "sweep.json", BROKEN[change])
     err = refused(capsys, file, "--out", tmp_path / "f")
-    assert f"{file} is no result of `sweep` or `evaluate`" in err
+    assert f"{file} is no result of `sweep`, `evaluate` or `encode`" in err
     assert not (tmp_path / "f").exists()
 
 
@@ -193,6 +223,9 @@ def test_other_mistakes_are_a_sentence_too(desk, tmp_path, capsys):
     assert "cannot read nowhere.json" in refused(capsys, "nowhere.json")
     assert "the same file name" in refused(capsys, good, good)
     assert "cannot write into" in refused(capsys, good, "--out", tmp_path / "a.json")
+    unscored = changed(desk, tmp_path, "evaluation.json", lambda c: [
+        row.pop("overall") for row in c["rows"]])  # fmt: skip
+    assert "answers that were not scored" in refused(capsys, unscored)
     only_full = changed(desk, tmp_path, "sweep.json", lambda c: c.update(rows=c["rows"][:1]))
     assert "nothing to compare" in refused(capsys, only_full)
 

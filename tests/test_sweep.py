@@ -19,8 +19,8 @@ from . import generations, llava, tiny
 from .test_generations import converted
 
 KEYS = {
-    "command", "model", "prompt", "images", "runs", "warmup", "share", "max_tokens", "dtype",
-    "machine", "versions", "operations_cover", "rows", "refused", "skipped",
+    "command", "model", "model_key", "prompt", "images", "runs", "warmup", "share", "max_tokens",
+    "dtype", "machine", "versions", "operations_cover", "rows", "refused", "skipped",
 }  # fmt: skip
 ROW_KEYS = {
     "pruner", "tokens", "of", "kept", "images", "runs", "ms", "tokens_per_second", "peak_gb",

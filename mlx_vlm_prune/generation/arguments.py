@@ -21,8 +21,9 @@ CHAT_DESCRIPTION = """Ask several questions about images, one a line; /help list
 can be. Images can come at any time, and pruning can change between two questions."""
 
 SWEEP_DESCRIPTION = """Measure methods at several budgets on your own images, beside answers with
-all visual tokens, which take turns with the pruned ones. Without an image: a drawn scene.
-Example: --image holiday/ --prompt "What is this?" --pruner norm divprune --keep-ratio 0.5 0.25"""
+all visual tokens, which take turns with the pruned ones. Without an image: a drawn scene."""
+SWEEP_EPILOG = """example: mlx-vlm-prune sweep --model my-model --image photos
+--prompt "What is this?" --pruner norm divprune --keep-ratio 0.5 0.25 --json sweep.json"""
 Add = Callable[..., Any]
 
 
@@ -56,7 +57,7 @@ def build_chat_parser() -> Parser:
 
 def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parser:
     """The command line of `sweep`, with its default methods and ratios."""
-    parser = Parser("mlx_vlm_prune.sweep", description=SWEEP_DESCRIPTION)
+    parser = Parser("mlx_vlm_prune.sweep", description=SWEEP_DESCRIPTION, epilog=SWEEP_EPILOG)
     several: dict[str, Any] = dict(nargs="+", action="extend")
     _add_model(parser)
     add = parser.add_argument_group("images and prompt").add_argument

@@ -1,4 +1,4 @@
-"""The figures of results of `sweep` and `evaluate`: each one's name, size and drawing."""
+"""The figures of a result of `sweep`, `evaluate` or `encode`: name, size and drawing of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ..evaluation.table import Row, label
 from . import panels
-from .measured import Evaluation, Measured, Sweep, case_key
+from .measured import Encoding, Evaluation, Measured, Sweep, case_key
 from .panels import TimedPoint
 
 if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
@@ -36,17 +36,20 @@ class PlannedFigure:
 def plan_figures(results: Sequence[Measured]) -> list[PlannedFigure]:
     """The figures of all results. Where several are of a kind, a figure's name ends with its
     file's."""
-    sweeps = [result for result in results if isinstance(result, Sweep)]
-    evaluations = [result for result in results if isinstance(result, Evaluation)]
     figures: list[PlannedFigure] = []
-    for sweep in sweeps:
-        figures += _named(_of_sweep(sweep), [sweep] if len(sweeps) > 1 else [])
-    for evaluation in evaluations:
-        ending = [evaluation] if len(evaluations) > 1 else []
-        figures += _named(_of_evaluation(evaluation), ending)
-        for sweep in sweeps:
-            both = [*ending, *([sweep] if len(sweeps) > 1 else [])]
-            figures += _named(_of_both(evaluation, sweep), both)
+    kinds = [type(result) for result in results]
+    sweeps = [result for result in results if isinstance(result, Sweep)]
+    for result in results:
+        ending = [result] if kinds.count(type(result)) > 1 else []
+        if isinstance(result, Sweep):
+            figures += _named(_of_sweep(result), ending)
+        elif isinstance(result, Encoding):
+            figures += _named(_of_encoding(result), ending)
+        elif isinstance(result, Evaluation):
+            figures += _named(_of_evaluation(result), ending)
+            for sweep in sweeps if not result.is_timed else ():
+                both = [*ending, *([sweep] if len(sweeps) > 1 else [])]
+                figures += _named(_of_both(result, sweep), both)
     return figures
 
 
@@ -70,10 +73,12 @@ def _of_sweep(sweep: Sweep) -> Iterator[PlannedFigure]:
         "agreement-by-tokens", "Agreement against tokens", WIDE,
         partial(_lines, sweep, lambda row: 100 * row["agreement"]["overlap"], AGREEMENT),
     )  # fmt: skip
-    points = [_timed(row, row, 100 * row["agreement"]["overlap"]) for row in rows]
+    full_point, *points = [
+        _timed(row, _first_token(row), 100 * row["agreement"]["overlap"]) for row in (full, *rows)
+    ]
     yield PlannedFigure(
         "agreement-by-time", "Agreement against time", WIDE,
-        partial(_points, points, _timed(full, full, 100.0), AGREEMENT),
+        partial(_points, points, full_point, AGREEMENT, panels.FIRST_TOKEN),
     )  # fmt: skip
     yield PlannedFigure("token-reduction", "What fewer tokens save", tall, partial(_savings, sweep))
     yield PlannedFigure("gains", "How much sooner the first token comes", tall,
@@ -98,25 +103,76 @@ def _of_evaluation(evaluation: Evaluation) -> Iterator[PlannedFigure]:
         size = (2.6 + 0.6 * len(evaluation.content["kinds"]), 1.4 + LINE_HEIGHT * len(at_quarter))
         title = f"What {evaluation.quarter} of {evaluation.full['of']} tokens cost, by kind"
         yield PlannedFigure("kinds", title, size, partial(_kinds, evaluation, at_quarter))
+    if evaluation.is_timed:
+        full, *points = [
+            _timed(row, row["first_token_ms"]["total"], evaluation.factor * row["overall"])
+            for row in (evaluation.full, *evaluation.pruned)
+        ]
+        yield PlannedFigure(
+            "accuracy-by-time", "Accuracy against time", WIDE,
+            partial(_points, points, full, evaluation.score_name, panels.FIRST_TOKEN),
+        )  # fmt: skip
+
+
+def _of_encoding(encoding: Encoding) -> Iterator[PlannedFigure]:
+    yield PlannedFigure(
+        "encode-speed-by-tokens", "Speed against tokens", WIDE,
+        partial(_lines, encoding, lambda row: row["ms"], IMAGE_TIME, lowest=True),
+    )  # fmt: skip
+    for column, (name, title, axis) in ENCODED.items():
+        if column in encoding.full:
+            value_of = partial(_percent_of, column)
+            yield PlannedFigure(
+                f"{name}-by-tokens", f"{title} against tokens", WIDE,
+                partial(_lines, encoding, value_of, axis),
+            )  # fmt: skip
+            full, *points = [
+                _timed(row, row["ms"], value_of(row)) for row in (encoding.full, *encoding.pruned)
+            ]
+            yield PlannedFigure(
+                f"{name}-by-time", f"{title} against time", WIDE,
+                partial(_points, points, full, axis, IMAGE_TIME),
+            )  # fmt: skip
+
+
+IMAGE_TIME = "time of an image in a batch, ms"
+ENCODED = {  # columns of a result of `encode`: the figure's name, its title and its axis
+    "cosine": ("cosine", "Consistency", "cosine to the embedding of all tokens, x 100"),
+    "same_text": ("same-text", "The same text", "images that choose the same text, %"),
+    "accuracy": ("zero-shot", "Zero-shot accuracy", "images that choose the right text, %"),
+}
+
+
+def _percent_of(column: str, row: Row) -> float:
+    return 100 * float(row[column])
 
 
 def _of_both(evaluation: Evaluation, sweep: Sweep) -> Iterator[PlannedFigure]:
     """Accuracy against time, of the cases that both have; nothing where the models differ."""
-    if evaluation.content["model"] != sweep.content["model"]:
+    if not evaluation.is_of_same_model(sweep):
         return
     judged = {case_key(row): evaluation.factor * row["overall"] for row in evaluation.rows}
-    points = [_timed(row, row, judged[case_key(row)]) for row in sweep.pruned
-              if case_key(row) in judged]  # fmt: skip
+    points = [
+        _timed(row, _first_token(row), judged[case_key(row)])
+        for row in sweep.pruned
+        if case_key(row) in judged
+    ]
     if points:
-        full = _timed(sweep.full, sweep.full, evaluation.factor * evaluation.full["overall"])
+        value = evaluation.factor * evaluation.full["overall"]
+        full = _timed(sweep.full, _first_token(sweep.full), value)
         yield PlannedFigure(
             "accuracy-by-time", "Accuracy against time", WIDE,
-            partial(_points, points, full, evaluation.score_name),
+            partial(_points, points, full, evaluation.score_name, panels.FIRST_TOKEN),
         )  # fmt: skip
 
 
-def _timed(row: Row, timed: Row, value: float) -> TimedPoint:
-    return TimedPoint(timed["ms"]["first_token"]["median"], value, label(row), row["tokens"])
+def _first_token(row: Row) -> float:
+    """The median milliseconds in a sweep's row."""
+    return float(row["ms"]["first_token"]["median"])
+
+
+def _timed(row: Row, ms: float, value: float) -> TimedPoint:
+    return TimedPoint(ms, value, label(row), row["tokens"])
 
 
 def _by_method(result: Measured, value_of: Callable[[Row], Any]) -> dict[str, dict[float, Any]]:
@@ -126,32 +182,30 @@ def _by_method(result: Measured, value_of: Callable[[Row], Any]) -> dict[str, di
     return lines
 
 
-def _lines(result: Measured, value_of: Callable[[Row], float], axis: str, axes: Axes) -> None:
+def _lines(
+    result: Measured, value_of: Callable[[Row], float], axis: str, axes: Axes,
+    lowest: bool = False,
+) -> None:  # fmt: skip
     lines, full = _by_method(result, value_of), result.full
-    best = panels.best_methods(lines, result.quarter)
+    best = panels.best_methods(lines, result.quarter, lowest)
     panels.lines_by_tokens(axes, lines, (full["of"], value_of(full)), best)
+    if lowest:
+        axes.set_ylim(bottom=0)
     axes.set_ylabel(axis)
 
 
 def _speed_by_tokens(sweep: Sweep, axes: Axes) -> None:
     """Medians, with the deciles as bars."""
-
-    def ms(row: Row) -> dict[str, float]:
-        figures: dict[str, float] = row["ms"]["first_token"]
-        return figures
-
-    lines = _by_method(sweep, lambda row: ms(row)["median"])
-    best = panels.best_methods(lines, sweep.quarter, lowest=True)
-    full = (sweep.full["of"], ms(sweep.full)["median"])
-    panels.lines_by_tokens(axes, lines, full, best)
+    _lines(sweep, _first_token, panels.FIRST_TOKEN, axes, lowest=True)
     for row in sweep.rows:
-        axes.vlines(row["tokens"], ms(row)["p10"], ms(row)["p90"], color=panels.GREY, lw=0.8)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("time to the first token, ms (all parts inside)")
+        ms = row["ms"]["first_token"]
+        axes.vlines(row["tokens"], ms["p10"], ms["p90"], color=panels.GREY, lw=0.8)
 
 
-def _points(points: Sequence[TimedPoint], full: TimedPoint, axis: str, axes: Axes) -> None:
-    panels.points_by_time(axes, points, full)
+def _points(
+    points: Sequence[TimedPoint], full: TimedPoint, axis: str, time: str, axes: Axes
+) -> None:
+    panels.points_by_time(axes, points, full, time)
     axes.set_ylabel(axis)
 
 

@@ -1,4 +1,4 @@
-"""Results of `sweep` and `evaluate`, read from files and checked as far as figures need it."""
+"""Results of `sweep`, `evaluate` and `encode`, read and checked as far as figures need it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +48,13 @@ class Measured:
             f" {machine['system']}, MLX {versions['mlx']}"
         )
 
+    def is_of_same_model(self, other: "Measured") -> bool:
+        """By the weights, or where a result does not tell them by the name; and the adapters."""
+        names = ("model_key", "adapter_path")
+        if not all("model_key" in one.content for one in (self, other)):
+            names = ("model", "adapter_path")
+        return all(self.content.get(name) == other.content.get(name) for name in names)
+
     def check(self) -> None:
         """Read what every figure needs. Raises KeyError, TypeError or StopIteration where it is
         missing."""
@@ -84,13 +91,31 @@ class Evaluation(Measured):
         unit = self.content["unit"]
         return "questions answered right, %" if unit == "%" else f"score, {unit}"
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether every row has the time to its first token."""
+        return all("first_token_ms" in row for row in self.rows)
+
     def check(self) -> None:
         super().check()
         if not any("overall" in row for row in self.rows):
             raise UserError(f"{self.name}: its answers were not scored, so there is no figure")
         self.content["count"] + len(self.content["kinds"]) + self.factor
+        if not any("overall" in row for row in self.rows):
+            raise UserError(f"{self.name}.json has answers that were not scored, and no figure")
         for row in self.rows:
             row["overall"] + sum(row["accuracy"].values())
+            row.get("first_token_ms", {"total": 0})["total"] + 0
+
+
+class Encoding(Measured):
+    """A result of `encode`."""
+
+    def check(self) -> None:
+        super().check()
+        for row in self.rows:
+            row["ms"] + row["cosine"] + row.get("same_text", 0) + row.get("accuracy", 0)
+        self.content["images"] + self.content["batch_size"]
 
 
 def case_key(row: Row) -> tuple[str, float]:
@@ -98,18 +123,23 @@ def case_key(row: Row) -> tuple[str, float]:
     return label(row), row.get("keep_ratio", row.get("keep_tokens", row["tokens"]))
 
 
-def read_result(path: Path) -> Sweep | Evaluation:
+def read_result(path: Path) -> Measured:
     """Raises UserError for a file that is no result, or one without a pruned row."""
     content = read_json(path)
-    is_sweep = content.get("command") == "sweep"
-    result = Sweep(path.stem, content) if is_sweep else Evaluation(path.stem, content)
     try:
+        result = _kind_of(content)(path.stem, content)
         result.check()
-    except (KeyError, TypeError, AttributeError, StopIteration) as e:
+        has_pruned = bool(result.pruned)
+    except (KeyError, TypeError, AttributeError, LookupError, StopIteration) as e:
         raise UserError(
-            f"{path} is no result of `sweep` or `evaluate` ({type(e).__name__}: {e}); these"
-            " commands write one"
+            f"{path} is no result of `sweep`, `evaluate` or `encode` ({type(e).__name__}: {e})"
         ) from None
-    if not result.pruned:
+    if not has_pruned:
         raise UserError(f"{path} has all visual tokens only, and nothing to compare with them")
     return result
+
+
+def _kind_of(content: Mapping[str, Any]) -> type[Measured]:
+    if content.get("command") == "sweep":
+        return Sweep
+    return Encoding if "cosine" in content["rows"][0] else Evaluation

@@ -10,6 +10,7 @@ from ..evaluation.table import label
 from .figures import PlannedFigure
 from .measured import Evaluation, Measured, Sweep
 
+Table = tuple[str, Sequence[str], list[list[str]]]  # a sentence, headings, rows
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>mlx_vlm_prune: what was measured</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 1500px; padding: 0 1em;
@@ -20,7 +21,7 @@ h1 {{ font-size: 1.4em }} h2 {{ font-size: 1.1em; margin-top: 2em }}
 figure {{ margin: 0 }} img {{ max-width: 100% }}
 table {{ border-collapse: collapse; font-size: 13px; display: block; overflow-x: auto }}
 th, td {{ padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child, td:first-child, td.text {{ text-align: left }}
+th:first-child, td:first-child, .sweep td:last-child {{ text-align: left }}
 </style></head><body>
 <h1>mlx_vlm_prune: what was measured</h1>
 <div class="figures">
@@ -45,22 +46,22 @@ def _picture(figure: PlannedFigure, folder: Path) -> str:
 
 def _section(result: Measured) -> str:
     """A result's table, with what it was measured on."""
-    about, heads, rows = _sweep_table(result) if isinstance(result, Sweep) else _score_table(result)
+    about, heads, rows = _table_of(result)
     lines = ["".join(f"<th>{escape(head)}</th>" for head in heads)]
     for cells in rows:
-        last = len(cells) - 1 if isinstance(result, Sweep) else -1
-        lines.append("".join(
-            f'<td{" class=text" if i == last else ""}>{escape(cell)}</td>'
-            for i, cell in enumerate(cells)
-        ))  # fmt: skip
+        lines.append("".join(f"<td>{escape(cell)}</td>" for cell in cells))
     table = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    kind = type(result).__name__.lower()
     return (
         f"<h2>{escape(result.name)}</h2>\n<p>{escape(result.where)}. {escape(about)}</p>\n"
-        f"<table>\n{table}</table>"
+        f"<table class={kind}>\n{table}</table>"
     )
 
 
-Table = tuple[str, Sequence[str], list[list[str]]]  # a sentence, headings, rows
+def _table_of(result: Measured) -> Table:
+    if isinstance(result, Sweep):
+        return _sweep_table(result)
+    return _score_table(result) if isinstance(result, Evaluation) else _encode_table(result)
 
 
 def _sweep_table(sweep: Measured) -> Table:
@@ -85,17 +86,33 @@ def _sweep_table(sweep: Measured) -> Table:
     return about, heads, rows
 
 
-def _score_table(evaluation: Measured) -> Table:
-    assert isinstance(evaluation, Evaluation)
+def _score_table(evaluation: Evaluation) -> Table:
     content = evaluation.content
     about = f"{content['count']} questions of {content['questions']}."
-    heads = ("pruner", "tokens", evaluation.score_name, "loyalty")
-    rows = [
-        [label(row), str(row["tokens"]), f"{evaluation.factor * row['overall']:.1f}",
-         _percent(row.get("loyalty"))]
-        for row in evaluation.rows
-    ]  # fmt: skip
+    heads = ["pruner", "tokens", evaluation.score_name, "loyalty"]
+    heads += ["first token, ms"] if evaluation.is_timed else []
+    rows = []
+    for row in evaluation.rows:
+        cells = [label(row), str(row["tokens"]), f"{evaluation.factor * row['overall']:.1f}"]
+        cells.append(_percent(row.get("loyalty")))
+        if evaluation.is_timed:
+            cells.append(f"{row['first_token_ms']['total']:.1f}")
+        rows.append(cells)
     return about, heads, rows
+
+
+def _encode_table(encoding: Measured) -> Table:
+    content = encoding.content
+    about = f"{content['images']} images, {content['batch_size']} at once."
+    heads = ["pruner", "tokens", "ms of an image", "images/s", "cosine"]
+    scores = {"same_text": "same text", "accuracy": "right text"}
+    present = [name for name in scores if name in encoding.full]
+    rows = [
+        [label(row), str(row["tokens"]), f"{row['ms']:.2f}", f"{1000 / row['ms']:.1f}",
+         f"{row['cosine']:.4f}", *(_percent(row[name]) for name in present)]
+        for row in encoding.rows
+    ]  # fmt: skip
+    return about, [*heads, *(scores[name] for name in present)], rows
 
 
 def _percent(share: Any) -> str:

@@ -88,7 +88,12 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return best
 
 
-def points_by_time(axes: Axes, points: Sequence[TimedPoint], full: TimedPoint) -> None:
+FIRST_TOKEN = "time to the first token, ms (all parts inside)"
+
+
+def points_by_time(
+    axes: Axes, points: Sequence[TimedPoint], full: TimedPoint, time: str = FIRST_TOKEN
+) -> None:
     """A point for each method and budget, full as a star, and the Pareto frontier."""
     everything = [*points, full]
     pareto = frontier([(point.ms, point.value) for point in everything])
@@ -103,7 +108,7 @@ def points_by_time(axes: Axes, points: Sequence[TimedPoint], full: TimedPoint) -
     if random := [point for point in points if point.name == "random"]:
         _scatter(axes, random, s=70, c="none", edgecolors=BLACK, label="random", zorder=3)
     _number_points(axes, sorted(p for p in everything if (p.ms, p.value) in pareto))
-    axes.set_xlabel("time to the first token, ms (all parts inside)")
+    axes.set_xlabel(time)
     axes.legend(loc="lower right")
 
 
