@@ -165,7 +165,7 @@ def load_evaluation(folder: Path | None, file: Path | None) -> dict[str, Any]:
     if not path or (file is None and not path.is_file()):
         return {}
     try:
-        evaluation = read_json(path)
+        evaluation = read_json(path, most=None)
         for row in evaluation["rows"]:  # fails where a figure is missing
             row["pruner"], row["tokens"] + row["of"], row["overall"] + row["to_full"]["overall"][0]
             row["to_full"]["overall"][1]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, reason
 from .reading.files import optional_json
+from .reading.paths import LARGEST_JSON, LARGEST_TOKENIZER, check_regular, is_here
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -28,8 +29,9 @@ def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":
     from tokenizers import Tokenizer
 
     file = folder / TOKENIZER
-    if not file.is_file():
+    if not is_here(file):
         raise UserError(f"there is no {file}{advice}")
+    check_regular(file, LARGEST_TOKENIZER)
     try:
         return Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
@@ -49,7 +51,8 @@ def special_tokens(config: dict[str, Any]) -> dict[str, str]:
 def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The template in a file of its own, or else in tokenizer_config.json, as in transformers."""
     file = folder / TEMPLATE
-    if file.is_file():
+    if is_here(file):
+        check_regular(file, LARGEST_JSON)
         try:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as e:
@@ -68,5 +71,5 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 def preprocessor_folder(*folders: Path | None) -> Path | None:
     """The first of the folders that holds a preprocessor_config.json."""
     return next(
-        (folder for folder in folders if folder and (folder / PREPROCESSOR_CONFIG).is_file()), None
+        (folder for folder in folders if folder and is_here(folder / PREPROCESSOR_CONFIG)), None
     )

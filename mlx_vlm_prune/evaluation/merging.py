@@ -33,7 +33,7 @@ class Evaluation:
 
 def read_evaluation(path: Path) -> Evaluation:
     """A result. Raises UserError for a file that is none, or where full scored 0."""
-    content = read_json(path)
+    content = read_json(path, most=None)
     try:
         if not any("overall" in row for row in content["rows"]):
             raise UserError(

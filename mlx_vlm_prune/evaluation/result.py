@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.reading.weights import weight_files
 from ..machine.hardware import describe_machine, versions
 from ..machine.user_cache import model_key
 from .budgeted_methods import random_baselines
@@ -120,7 +121,4 @@ def image_name(question: Question) -> str | None:
 
 def weights_megabytes(folder: Path) -> float:
     """The size of a model's weights in MB."""
-    files = [*folder.glob("model*.safetensors")] or [
-        file for kind in ("*.safetensors", "*.bin", "*.pth") for file in folder.glob(kind)
-    ]
-    return round(sum(file.stat().st_size for file in files) / 1e6, 2)
+    return round(sum(file.stat().st_size for file in weight_files(folder)) / 1e6, 2)

@@ -22,7 +22,7 @@ from ..checkpoints.reading.tensors import RawTensor
 from ..models.adapters import adapted, adapters
 from ..models.arrays import FLOATS, to_array, to_raw
 from ..models.fusing import Fusion, requantized
-from .linked_folder import link_or_copy, weight_files
+from .linked_folder import link_or_copy, mlx_vlm_weight_files
 from .loading import load
 
 Tensors = dict[str, RawTensor]
@@ -35,7 +35,7 @@ def fuse_into_folder(source: Path, adapter_path: str | Path, target: Path) -> Fu
     Raises UserError, and leaves nothing, where a matrix that has an adapter is not in `source`.
     """
     model, _ = load(source, dtype="float32", adapter_path=adapter_path)
-    files = {file: open_safetensors(file) for file in weight_files(source)}
+    files = {file: open_safetensors(file) for file in mlx_vlm_weight_files(source)}
     stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
     fusion, changed = Fusion(), Tensors()
     with mx.stream(mx.cpu):

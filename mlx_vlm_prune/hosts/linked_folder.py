@@ -1,4 +1,4 @@
-"""A folder of a model of mlx-vlm's written again: weights are linked, other files copied."""
+"""A folder of a model of mlx-vlm's: which weights are read, and the folder written again."""
 
 import os
 import shutil
@@ -6,23 +6,37 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..checkpoints.errors import UserError
-from ..checkpoints.reading.files import optional_json
+from ..checkpoints.reading.files import optional_json, read_header
+from ..checkpoints.reading.paths import find_files
+from ..checkpoints.reading.weights import INDEX, read_folder, weight_files
 
-INDEX = "model.safetensors.index.json"
 
+def mlx_vlm_weight_files(folder: Path) -> list[Path]:
+    """The files of the weights, as transformers selects them.
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files that mlx-vlm reads the weights from: those that the index names, or else all.
-
-    Raises UserError where there are none.
+    mlx-vlm reads those that the index names, or else every .safetensors. Raises UserError where
+    that would not be the same, and where there are none.
     """
+    every = find_files(folder, "*.safetensors")
+    if not every:
+        raise UserError(f"{folder} holds no .safetensors, and mlx-vlm reads no other weights")
+    files = weight_files(folder)
+    if len(files) > 1 and all(file in every for file in files):
+        read_folder(folder, lambda file: read_header(file)[0])  # each name once
     names = optional_json(folder / INDEX).get("weight_map")
     named = {str(name) for name in names.values()} if isinstance(names, dict) else set()
-    every = sorted(folder.glob("*.safetensors"))
-    files = [file for file in every if file.name in named]
-    files = files or [file for file in every if not file.name.endswith("consolidated.safetensors")]
-    if not files:
-        raise UserError(f"{folder} holds no .safetensors, and mlx-vlm reads no other weights")
+    read = [file for file in every if file.name in named]
+    read = read or [file for file in every if not file.name.endswith("consolidated.safetensors")]
+    if stray := [file.name for file in read if file not in files]:
+        raise UserError(
+            f"{folder}: mlx-vlm would read {stray[0]} too, and its tensors in place of those in"
+            f" {files[0].name}; move it away"
+        )
+    if unread := [file.name for file in files if file not in read]:
+        raise UserError(
+            f"{folder}: mlx-vlm would read what {INDEX} names, and not {unread[0]}; move the index"
+            " away"
+        )
     return files
 
 

@@ -19,6 +19,7 @@ from ..models.adapters import load_adapters
 from ..models.loading import find_folder, load_folder, weights_dtype
 from . import adapters
 from .families import FAMILIES, REFUSED
+from .linked_folder import mlx_vlm_weight_files
 
 logger = logging.getLogger("mlx_vlm_prune")
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
@@ -82,6 +83,7 @@ def _load_mlx_vlm(
     config = read_json(folder / "config.json")
     if code := config.get("model_file"):
         raise UserError(f"{folder} wants its own {code} to be run, and no code from a folder is")
+    mlx_vlm_weight_files(folder)
     logger.info("importing mlx-vlm for a %s model; this takes some seconds", kind)
     try:
         from mlx_vlm.utils import load as mlx_vlm_load

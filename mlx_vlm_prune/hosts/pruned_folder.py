@@ -19,6 +19,7 @@ from typing import Any
 from ..checkpoints.errors import UserError
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import atomic_path, read_json, write_json
+from ..checkpoints.reading.paths import LARGEST_TOKENIZER
 from ..checkpoints.version import __version__
 from ..inputs.budget import check_budget, default_keep_ratio
 from ..pruners import NAMES, Pipeline, Stage, plan
@@ -26,7 +27,7 @@ from .compatibility import why_not_enhance
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
-from .linked_folder import link_or_copy
+from .linked_folder import link_or_copy, mlx_vlm_weight_files
 
 MODEL_FILE = "pruned.py"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -154,8 +155,7 @@ def _config(source: Path) -> dict[str, Any]:
         raise UserError(f"{source} prunes already; give the folder that it was made from")
     if "model_file" in config:
         raise UserError(f"{source} has a model of its own in {config['model_file']}")
-    if not any(source.glob("*.safetensors")):
-        raise UserError(f"{source} holds no .safetensors, and mlx-vlm reads no other weights")
+    mlx_vlm_weight_files(source)
     if kind in LLAVA:
         _check_llava(config, source)
     return config
@@ -227,7 +227,8 @@ def _budget_text(keep_ratio: float | None, keep_tokens: int | None) -> str:
 
 def _token_id(source: Path, text: str) -> int:
     """The id of a special token; UserError where the tokenizer has none of that name."""
-    added = read_json(source / "tokenizer.json").get("added_tokens")
+    whole = read_json(source / "tokenizer.json", most=LARGEST_TOKENIZER)
+    added = whole.get("added_tokens")
     for token in added if isinstance(added, list) else []:
         if isinstance(token, dict) and token.get("content") == text:
             return int(token["id"])

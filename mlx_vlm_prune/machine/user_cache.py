@@ -10,6 +10,7 @@ from pathlib import Path
 from ..checkpoints.config import CONFIG
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import write_atomically
+from ..checkpoints.reading.paths import find_files
 
 HEADER = 64 * 1024  # bytes read at a weights file's beginning
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # learned pruners beside a model count too
@@ -31,7 +32,7 @@ def model_key(folder: str | Path) -> str:
     rest, so that it takes no time. Raises UserError where they cannot be read.
     """
     folder = Path(folder)
-    files = sorted(file for kind in WEIGHTS for file in folder.glob(kind))
+    files = find_files(folder, *WEIGHTS)
     if not files:
         raise UserError(f"{folder} holds no weights")
     digest = hashlib.sha256()

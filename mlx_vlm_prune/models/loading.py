@@ -22,6 +22,7 @@ from ..checkpoints.families import is_ours, read_checkpoint
 from ..checkpoints.hub import resolve_path
 from ..checkpoints.processor import preprocessor_folder
 from ..checkpoints.reading.files import read_json
+from ..checkpoints.reading.weights import read_folder
 from ..checkpoints.shapes import check_complete
 from ..inputs.captions import EncoderProcessor
 from ..inputs.processor import Processor, read_preprocessor, read_processor
@@ -138,12 +139,7 @@ def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None
 
 
 def _mlx_weights(folder: Path) -> dict[str, mx.array]:
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise UserError(f"{folder} holds no model.safetensors")
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        weights |= read_arrays(file)
+    weights = read_folder(folder, read_arrays)
     for name, array in weights.items():
         packed = f"{name.rpartition('.')[0]}.scales" in weights
         if array.dtype not in (*FLOATS, *(PACKED if packed else ())):

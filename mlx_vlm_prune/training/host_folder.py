@@ -9,8 +9,9 @@ from pathlib import Path
 from ..checkpoints.checkpoint import LEARNED_FILE
 from ..checkpoints.reading.files import optional_json, read_header, write_json
 from ..checkpoints.reading.tensors import RawTensor
+from ..checkpoints.reading.weights import INDEX
 from ..checkpoints.writing import write_learned
-from ..hosts.linked_folder import INDEX, link_or_copy, weight_files
+from ..hosts.linked_folder import link_or_copy, mlx_vlm_weight_files
 from .curve import NAME as CURVE
 from .metrics import FILE as METRICS
 from .run_folder import LOCK, RUN
@@ -26,7 +27,7 @@ def write_linked(source: Path, learned: Mapping[str, RawTensor], folder: Path) -
 
     Raises UserError where it cannot be written; what was there then stays.
     """
-    files, before = weight_files(source), source / LEARNED_FILE
+    files, before = mlx_vlm_weight_files(source), source / LEARNED_FILE
     names = {name: file.name for file in files for name in read_header(file)[0]}
     with assembled(folder) as ready:
         ready.mkdir()

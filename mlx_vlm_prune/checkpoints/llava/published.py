@@ -18,6 +18,7 @@ from ..processor import TOKENIZER, TOKENIZER_ADVICE, preprocessor_folder, read_t
 from ..reading.fields import LARGEST, Fields
 from ..reading.files import optional_json, read_header, read_json
 from ..reading.tensors import RawTensor
+from ..reading.weights import has_weights, weight_files
 from ..shapes import check_complete
 from . import original
 from .layouts import LAYOUTS, Layout, recognise
@@ -60,8 +61,7 @@ def is_for_our_decoder(folder: Path) -> bool:
             kind = values.get("model_type", next(iter(kinds)))
             if kind not in [*kinds]:
                 return False
-    weights = (*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin"))
-    return bool(weights) and _is_by_transformers(folder)
+    return has_weights(folder) and _is_by_transformers(folder)
 
 
 def _is_by_transformers(folder: Path) -> bool:
@@ -72,7 +72,9 @@ def _is_by_transformers(folder: Path) -> bool:
     or none transformers'. A pytorch_model.bin is always transformers'.
     """
     formats = set()
-    for file in sorted(folder.glob("model*.safetensors")):
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":
+            continue
         shapes, framework = read_header(file)
         formats.add(framework)
         for name, shape in shapes.items():

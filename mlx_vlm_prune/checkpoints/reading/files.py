@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ..errors import UserError
+from .paths import LARGEST_JSON, check_regular, is_here
 from .safetensors_faults import first_fault
 from .tensors import RawTensor
 
@@ -34,8 +35,12 @@ def parse_json(text: bytes | str, encoding: str = "utf-8") -> Any:
         raise ValueError(f"is not valid JSON ({e})") from None
 
 
-def read_json(path: Path, kind: type = dict, encoding: str = "utf-8") -> Any:
-    """What a JSON file holds: an object (`dict`), or else a `list`; UserError otherwise."""
+def read_json(
+    path: Path, kind: type = dict, encoding: str = "utf-8", most: int | None = LARGEST_JSON
+) -> Any:
+    """What a JSON file of at most `most` bytes holds: an object (`dict`), or else a `list`;
+    UserError otherwise."""
+    check_regular(path, most)
     try:
         content = parse_json(path.read_bytes(), encoding)
     except OSError as e:
@@ -49,7 +54,7 @@ def read_json(path: Path, kind: type = dict, encoding: str = "utf-8") -> Any:
 
 def optional_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no file."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if is_here(path) else {}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -64,6 +69,7 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], str | None]:
     Raises UserError for a file that the safetensors library refuses, and for a size that MLX cannot
     count: MLX would silently take another.
     """
+    check_regular(path)
     try:
         with safe_open(str(path), framework="np") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118

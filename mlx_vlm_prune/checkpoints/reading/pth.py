@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, missing_package, reason
+from .paths import check_regular
 from .tensors import RawTensor
 
 
@@ -45,8 +46,7 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
 
 def _check_archive(path: Path) -> int:
     """The size of a .pth in bytes; UserError where its zip directory claims more."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
+    check_regular(path)
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:

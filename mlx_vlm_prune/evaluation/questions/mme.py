@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...checkpoints.errors import UserError
+from ...checkpoints.reading.paths import find_files
 from . import BadRecords, Question, Source, mean
 from .prepared import is_prepared, prepared_images, read_prepared, without_suffix
 from .records import RecordError, existing_folder, questions_from
@@ -57,7 +58,7 @@ def _is_task(task: Path) -> bool:
 
 def _files(task: Path) -> list[Path]:
     inside = task / "questions_answers_YN"
-    return sorted((inside if inside.is_dir() else task).glob("*.txt"))
+    return find_files(inside if inside.is_dir() else task, "*.txt")
 
 
 def _questions(task: Path, file: Path) -> list[Question]:
@@ -91,7 +92,7 @@ def _lines(file: Path) -> list[str]:
 def _prepared(source: Source, bad: BadRecords) -> Iterator[Question]:
     """LLaVA's questions, with the labels of the published folder if it lies beside."""
     folder = prepared_images(source, IMAGES)
-    has_labels = any(folder.glob("*/*.txt")) or any(folder.glob("*/*/*.txt"))
+    has_labels = bool(find_files(folder, "*/*.txt", "*/*/*.txt"))
     published = _published(Source(folder), BadRecords(skip=True)) if has_labels else ()
     labelled = {_key(question.group, question.text): question for question in published}
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ...checkpoints.errors import UserError
+from ...checkpoints.reading.paths import find_files
 from . import BadRecords, Question, Source
 from .parquet import open_parquet, parquet_rows
 from .records import RecordError, questions_from, text_field
@@ -55,7 +56,7 @@ _NUMBERS = (
 def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a folder or a parquet file. Raises UserError where there is none."""
     path, split = source.path, source.split or SPLIT
-    files = sorted([*path.glob(f"{split}-*.parquet"), *path.glob(f"*/{split}-*.parquet")])
+    files = find_files(path, f"{split}-*.parquet", f"*/{split}-*.parquet")
     files = files if path.is_dir() else [path]
     if not files or not path.exists():
         raise UserError(f"{path} holds no file such as Accounting/{split}-00000-of-00001.parquet")

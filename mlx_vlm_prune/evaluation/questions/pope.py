@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.errors import UserError
+from ...checkpoints.reading.paths import find_files
 from . import BadRecords, Question, Source
 from .prepared import is_prepared, read_prepared, without_suffix
 from .records import (
@@ -43,7 +44,7 @@ def read(source: Source, bad: BadRecords) -> Iterator[Question]:
     """The questions of a file or folder. Raises UserError where either is missing."""
     if is_prepared(source.path):
         return read_prepared(source, bad, "val2014", _annotate(source.path))
-    paths = sorted(source.path.glob("*pope*.json*")) if source.path.is_dir() else [source.path]
+    paths = find_files(source.path, "*pope*.json*") if source.path.is_dir() else [source.path]
     if not paths:
         raise UserError(f"{source.path} holds no file such as coco_pope_random.json")
     inside = source.path if source.path.is_dir() else source.path.parent
@@ -74,7 +75,7 @@ def _question(kind: str, images: Path, line: bytes) -> list[Question]:
 def _annotate(path: Path) -> Callable[[Question], Question]:
     """What adds the labels to LLaVA's questions, by kind, image and text."""
     folders = (path.parent / "coco", path.parent)
-    files = [file for folder in folders for file in sorted(folder.glob("coco_pope_*.json"))]
+    files = [file for folder in folders for file in find_files(folder, "coco_pope_*.json")]
     labels = {
         (file.stem.partition("pope_")[2], record.get("image"), record.get("text")): record
         for file in files

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.reading.paths import find_files
 from . import BadRecords, Question, Source
 from .records import (
     existing_file,
@@ -62,7 +63,7 @@ def prepared_images(source: Source, images: str) -> Path:
 
 def annotation_file(path: Path, *patterns: str) -> Path | None:
     """The first file that matches one of the patterns, relative to the folder of `path`."""
-    files = (file for pattern in patterns for file in sorted(path.parent.glob(pattern)))
+    files = (file for pattern in patterns for file in find_files(path.parent, pattern))
     return next(files, None)
 
 

@@ -105,7 +105,7 @@ def load_json(path: Path, kind: type) -> Any:
     """The content of a JSON file, an object (`dict`) or a `list`. Raises UserError otherwise."""
     if existing_file(path).stat().st_size > LARGE:
         logger.info("reading %s (%d MB)", path, path.stat().st_size >> 20)
-    return read_json(path, kind, ENCODING)
+    return read_json(path, kind, ENCODING, None)
 
 
 def existing_file(path: Path) -> Path:

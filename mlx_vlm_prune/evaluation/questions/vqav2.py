@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.errors import UserError
+from ...checkpoints.reading.paths import find_files
 from . import BadRecords, Question, Source
 from .prepared import annotation_file, is_prepared, read_prepared
 from .records import (
@@ -70,7 +71,7 @@ def _questions_file(source: Source) -> Path:
     if not source.path.is_dir():
         return existing_file(source.path)
     split = source.split or SPLIT
-    files = sorted(source.path.glob(f"*_{split}_questions.json"))
+    files = find_files(source.path, f"*_{split}_questions.json")
     if not files:
         raise UserError(f"{source.path} holds no file such as v2_OpenEnded_mscoco_{split}_"
                         "questions.json")  # fmt: skip
