@@ -15,7 +15,7 @@ from .checkpoints.errors import UserError
 COMMANDS = {
     "advise": "advise", "chat": "chat", "convert": None, "encode": "encode",
     "evaluate": "evaluate", "fuse": "fuse", "generate": "generate", "plot": "plot",
-    "pruners": "pruners.listing", "sweep": "sweep", "train": "train",
+    "pruners": "pruners.listing", "scan": "scan", "sweep": "sweep", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
@@ -29,6 +29,7 @@ commands:
   generate   answer a prompt about images with fewer visual tokens
   plot       draw what sweep, evaluate and encode have measured
   pruners    list the methods; with a name, explain that one
+  scan       measure scans of Mamba and attention, from short to long prompts
   sweep      measure methods at several budgets on your own images
   train      train a model, a pruner, adapters or a twig on your own pictures
 

@@ -30,6 +30,7 @@ NEEDS = {
     "benchmarks.speed": (["--backend", "torch"], "torch", EXTRA.format("torch")),
     "convert": (["to-torch", str(CHECKPOINT), "a.pth"], "torch", EXTRA.format("torch")),
     "mlx_vlm_prune.plot": (["a.json"], "matplotlib", EXTRA.format("plot")),
+    "mlx_vlm_prune.scan": (["--plot", "a.svg"], "matplotlib", EXTRA.format("plot")),
     "torch_ref.train": (
         ["--stage", "sft", "--data", "nowhere"],
         "torch",

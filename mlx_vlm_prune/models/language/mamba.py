@@ -15,7 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...checkpoints.errors import UserError
 from .selective_scan import selective_scan, silu, softplus
+
+INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
 
 
 class MambaState:
@@ -65,6 +68,27 @@ def mix(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int] =
     )
     y_BLE = (y_BLE + mixer.D * inner_BLE) * silu(gate_BLE)
     return mixer.out_proj(y_BLE.astype(x_BLD.dtype))
+
+
+def random_mixer(hidden_size: int, state_size: int, seed: int = 0) -> Any:
+    """mlx-lm's `MambaBlock` with random weights, as wide inside as Mamba's own, to be timed.
+
+    Raises UserError without mlx-lm.
+    """
+    try:
+        from mlx_lm.models.mamba import MambaBlock, ModelArgs
+    except ImportError as problem:
+        raise UserError(f"a layer of Mamba needs mlx-lm: {INSTALL} ({problem})") from None
+    sizes = {
+        "model_type": "mamba", "vocab_size": 1, "hidden_size": hidden_size, "num_hidden_layers": 1,
+        "intermediate_size": 2 * hidden_size, "state_size": state_size, "conv_kernel": 4,
+        "use_bias": False, "use_conv_bias": True, "time_step_rank": -(-hidden_size // 16),
+    }  # fmt: skip
+    mx.random.seed(seed)
+    mixer = MambaBlock(ModelArgs(**sizes))
+    mixer.eval()
+    mx.eval(mixer.parameters())
+    return mixer
 
 
 def convolve(conv: Any, x_BLE: mx.array, state: MambaState, padding_B: mx.array | None) -> mx.array:

@@ -30,7 +30,6 @@ from .minimind import ForwardPass, LayerStack, attend
 from .rotary import RotaryOffsets
 
 logger = logging.getLogger("mlx_vlm_prune")
-INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
 
 
 class Attention:
@@ -224,6 +223,6 @@ def _build(config: MlxLmConfig, family: Family) -> Any:
         models = import_module(f"mlx_lm.models.{family.module}")
     except ImportError as problem:
         raise UserError(
-            f"a {config.model_type} language model needs mlx-lm: {INSTALL} ({problem})"
+            f"a {config.model_type} language model needs mlx-lm: {mamba.INSTALL} ({problem})"
         ) from None
     return models.Model(models.ModelArgs.from_dict(dict(config.text_config)))

@@ -12,7 +12,8 @@ Shapes: B prompts, L rows, T rows of a block, G chunks of U rows, E features, S 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -46,7 +47,7 @@ def selective_scan(
     rate_SE = A_ES.astype(mx.float32).T / LN2  # of powers of 2
     # Time goes first, so that a row is in one piece.
     arrays = [x.astype(mx.float32).swapaxes(0, 1) for x in (x_BLE, delta_BLE, B_BLS, C_BLS)]
-    outputs = []
+    outputs: list[mx.array] = []
     for begin in range(0, L, rows):
         part = [x[begin : begin + rows] for x in arrays]
         if outputs:  # MLX would compute all blocks' decays first, and their outputs last
@@ -77,16 +78,21 @@ def _block(read: Read) -> Callable[..., tuple[mx.array, mx.array]]:
     return block
 
 
-@mx.custom_function
 def power_of_2(x: mx.array) -> mx.array:
     """2 to the x for x < 128, float32, to 1e-7 of the value; below -126 as for -126.
 
     MLX's own exponential takes ten times as long on a CPU (docs/log.md).
     """
+    power: Any = _power(x)
+    return power
+
+
+@mx.custom_function
+def _power(x: mx.array) -> mx.array:
     return _power_by_bits(x) if on_cpu() else mx.exp(x * LN2)
 
 
-@power_of_2.vjp
+@_power.vjp
 def _power_gradient(x: mx.array, cotangent: mx.array, value: mx.array) -> mx.array:
     return cotangent * value * LN2
 
@@ -163,8 +169,8 @@ def _states(decays: mx.array, inputs: mx.array, state: mx.array) -> list[mx.arra
     return states
 
 
-def _rows(x: mx.array) -> Sequence[mx.array]:
-    return mx.split(x, len(x)) if len(x) > 1 else [x]
+def _rows(x: mx.array) -> list[mx.array]:
+    return list(mx.split(x, len(x))) if len(x) > 1 else [x]
 
 
 def _step(decay: mx.array, state: mx.array, value: mx.array) -> mx.array:
