@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.command_line import Parser, in_one_sentence, whole_number
+from .checkpoints.command_line import Parser, either, in_one_sentence, whole_number
 from .checkpoints.errors import UserError, missing_package
 from .checkpoints.reading.files import atomic_path, check_target, write_atomically
 from .machine.hardware import describe_machine, versions
@@ -43,13 +43,13 @@ def build_parser() -> Parser:
     parser.epilog = " ".join(EXAMPLE.format(program=parser.prog).split())
     add, count = parser.add_argument, partial(whole_number, 1)
     add("--rows", type=count, nargs="+", default=ROWS, metavar="N",
-        help="rows of a prompt (default: 256, 512 and so on to 16384)")
+        help="rows of a prompt")
     add("--runs", type=count, default=3, metavar="N", help="timed runs of each, in turns")
     add("--hidden-size", type=count, default=512, metavar="N",
         help=f"features of a row, a multiple of {HEAD_DIM}")
     add("--state-size", type=count, default=16, metavar="N", help="states of a feature")
     add("--every", type=count, nargs="+", default=[2, 4], metavar="R",
-        help="mrss scans every R-th row too (default: 2 and 4)")
+        help="mrss scans every R-th row too")
     add("--loop-rows", type=partial(whole_number, 0), default=2048, metavar="N",
         help="mlx-lm's loop is timed up to so many rows")
     add("--json", type=Path, metavar="FILE", help="write all figures")
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"hidden_size is {args.hidden_size}; it must be a multiple of {HEAD_DIM}")
     if args.plot:
         if args.plot.suffix not in PLOTS:
-            raise UserError(f"{args.plot} must end in {', '.join(PLOTS)}")
+            raise UserError(f"{args.plot} must end in {either(PLOTS)}")
         _figure_class()  # before minutes have passed
     for file in filter(None, (args.json, args.plot)):
         check_target(file, replace=True)
