@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoints.command_line import Parser, either, in_one_sentence, whole_number
-from .checkpoints.errors import UserError, missing_package
-from .checkpoints.reading.files import atomic_path, check_target, write_atomically
+from .checkpoints.errors import UserError
+from .checkpoints.reading.files import check_target, write_atomically
 from .machine.hardware import describe_machine, versions
 from .models.language.selective_scan import multi_resolution_updates
 from .planning.row_scaling import (
@@ -22,15 +22,15 @@ from .planning.row_scaling import (
     LOOP,
     SCAN,
     Measurement,
+    by_layer,
     exponent,
     layers,
     measure,
     ratios,
 )
+from .plots.row_scaling import KINDS, check_matplotlib, draw
 
 ROWS = [256, 512, 1024, 2048, 4096, 8192, 16384]
-PLOTS = (".png", ".svg", ".pdf")
-MARKERS = "os^Dvx+*"
 DESCRIPTION = "Measure scans and attention from short to long prompts: time, memory, exponents."
 EXAMPLE = """example:
   {program} --rows 256 1024 4096 --runs 5 --json scan.json --plot scan.svg"""
@@ -53,7 +53,7 @@ def build_parser() -> Parser:
     add("--loop-rows", type=partial(whole_number, 0), default=2048, metavar="N",
         help="mlx-lm's loop is timed up to so many rows")
     add("--json", type=Path, metavar="FILE", help="write all figures")
-    add("--plot", type=Path, metavar="FILE", help=f"draw time and memory ({', '.join(PLOTS)})")
+    add("--plot", type=Path, metavar="FILE", help=f"draw time and memory ({', '.join(KINDS)})")
     return parser
 # fmt: on
 
@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> None:
     if args.hidden_size % HEAD_DIM:
         raise UserError(f"hidden_size is {args.hidden_size}; it must be a multiple of {HEAD_DIM}")
     if args.plot:
-        if args.plot.suffix not in PLOTS:
-            raise UserError(f"{args.plot} must end in {either(PLOTS)}")
-        _figure_class()  # before minutes have passed
+        if args.plot.suffix not in KINDS:
+            raise UserError(f"{args.plot} must end in {either(KINDS)}")
+        check_matplotlib()  # before minutes have passed
     for file in filter(None, (args.json, args.plot)):
         check_target(file, replace=True)
     args.rows, args.every = sorted(set(args.rows)), sorted(set(args.every))
@@ -89,14 +89,6 @@ def run(args: argparse.Namespace) -> None:
         write_atomically(args.json, json.dumps(figures, indent=4, ensure_ascii=False) + "\n")
     if args.plot:
         draw(results, args.plot)
-
-
-def by_layer(results: Sequence[Measurement]) -> dict[str, dict[int, Measurement]]:
-    """Each layer's measurements by rows."""
-    named: dict[str, dict[int, Measurement]] = {}
-    for result in results:
-        named.setdefault(result.layer, {})[result.rows] = result
-    return named
 
 
 def summarize(results: Sequence[Measurement], every: Sequence[int]) -> dict[str, Any]:
@@ -168,34 +160,6 @@ def sentences(summary: dict[str, Any]) -> list[str]:
             f" state, {median:.2f} x its time ({least:.2f} to {most:.2f})."
         )
     return lines
-
-
-def _figure_class() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise missing_package("matplotlib", "the plot") from None
-    return Figure
-
-
-def draw(results: Sequence[Measurement], file: Path) -> None:
-    """Time and memory against rows, both axes logarithmic."""
-    figure = _figure_class()(figsize=(9, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for marker, (name, measured) in zip(MARKERS, by_layer(results).items(), strict=False):
-        rows = list(measured)
-        median, fastest, slowest = zip(*(one.spread for one in measured.values()), strict=True)
-        (line,) = left.plot(rows, median, marker=marker, label=name)
-        left.fill_between(rows, fastest, slowest, alpha=0.2, color=line.get_color())
-        megabytes = [one.peak_bytes / 1e6 for one in measured.values()]
-        if all(megabytes):
-            right.plot(rows, megabytes, marker=marker, color=line.get_color())
-    for axes, label in ((left, "ms of a layer"), (right, "memory at its peak, MB")):
-        axes.set(xscale="log", yscale="log", xlabel="rows of the prompt", ylabel=label)
-        axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
-    with atomic_path(file, replace=True) as path:
-        figure.savefig(path, format=file.suffix[1:])
 
 
 if __name__ == "__main__":

@@ -144,6 +144,14 @@ def _time(measurement: Measurement, layer: Layer, x_1LD: mx.array) -> None:
     measurement.peak_bytes = max(measurement.peak_bytes, mx.get_peak_memory() - before)
 
 
+def by_layer(results: Sequence[Measurement]) -> dict[str, dict[int, Measurement]]:
+    """Each layer's measurements by rows."""
+    named: dict[str, dict[int, Measurement]] = {}
+    for result in results:
+        named.setdefault(result.layer, {})[result.rows] = result
+    return named
+
+
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     """The p of y = c x^p that fits best, by least squares of the logarithms; None for one point."""
     if len({x for x, _ in points}) < 2:
