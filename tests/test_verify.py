@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import torch_ref.pruners as ref
 from convert.__main__ import main as convert
 from mlx_vlm_prune.scenes import CHECKPOINT, compose
-from torch_ref.generation.parity import Error, apart
+from torch_ref.generation.parity import Comparison, Difference, Error, apart
 from torch_ref.generation.verification import EVERY
 from torch_ref.verify import main
 
@@ -59,11 +60,11 @@ def test_every_method_agrees_on_a_minimind_and_the_file_has_versions_and_machine
     refused = {row["pruner"]: row["refused"] for row in content["refused"]}
     assert set(refused) == {"attention_pool"} and "holds no weights" in refused["attention_pool"]
     assert [*rows] == [name for name in EVERY if name not in refused]
-    assert all(row["agrees"] and row["kept_apart"] == 0 for row in rows.values())
+    assert all(row["verdict"] == "agrees" and not row["kept_apart"] for row in rows.values())
     assert rows["norm"]["K"] == 9 and rows["none"]["K"] == 16
     assert 0 < rows["norm"]["logit_error"] < 1e-5 and rows["norm"]["tokens"] > 1
     assert content["versions"]["torch"] == torch.__version__ and content["versions"]["mlx"]
-    assert content["machine"]["cores"] and content["agrees"] is True
+    assert content["machine"]["cores"] and content["verdicts"] == {"agrees": len(rows)}
     out, _ = capfd.readouterr()
     assert f"{len(rows)} of {len(rows)} methods agree" in out
     line = next(line for line in out.splitlines() if line.startswith("norm "))
@@ -87,7 +88,7 @@ def test_one_changed_weight_is_found(desk, pair, capfd, tmp_path):
     assert verify(*pair, "--pruner", "norm", "--json", report) == 1
     row = results(report)["norm"]
     assert row["feature_error_of_tolerance"] <= 1 < row["logit_error_of_tolerance"]
-    assert row["kept_apart"] == 0 and row["agrees"] is False
+    assert row["kept_apart"] == 0 and row["verdict"] == "apart"
     assert "0 of 1 methods agree" in capfd.readouterr().out
 
 
@@ -99,7 +100,9 @@ def test_a_broken_twin_is_found(pair, monkeypatch, tmp_path, capfd):
     report = tmp_path / "verify.json"
     assert verify(*pair, "--pruner", "norm", "--pruner", "uniform", "--json", report) == 1
     rows = results(report)
-    assert rows["norm"]["kept_apart"] == 14 and rows["uniform"]["agrees"]  # 9 and 9 of 16: 2 shared
+    assert (
+        rows["norm"]["kept_apart"] == 14 and rows["uniform"]["verdict"] == "agrees"
+    )  # 9 and 9 of 16: 2 shared
 
 
 @pytest.mark.parametrize("kind", ["vicuna", "phi"])
@@ -146,9 +149,13 @@ def test_a_minimind_of_full_layout_agrees(tmp_path, capfd, shared_data):
     target, words = tmp_path / "mlx", shared_data / "minimind2"
     convert(["to-mlx", str(pth), str(target), "--vision", str(clip), "--tokenizer", str(words)])
     image = shared_data / "images" / "dance.jpg"
-    some = ["--pruner", "none", "--pruner", "visionzip", "--pruner", "fastv"]
-    assert verify(pth, target, "--vision", clip, "--image", image, *some, "--max-tokens", 6) == 0
-    assert "3 of 3 methods agree" in capfd.readouterr().out
+    names = ["none", "visionzip", "fastv", "vispruner"]
+    some = [argument for name in names for argument in ("--pruner", name)]
+    report = ["--max-tokens", 6, "--json", tmp_path / "r.json"]
+    assert verify(pth, target, "--vision", clip, "--image", image, *some, *report) == 0
+    *others, vispruner = results(tmp_path / "r.json").values()
+    assert all(row["verdict"] == "agrees" for row in others)
+    assert vispruner["verdict"] in ("agrees", "near-tie")  # its cosines are close to one
 
 
 def mistakes(desk, tmp_path):
@@ -206,6 +213,37 @@ def test_an_error_by_hand():
     at_the_largest = Error.between(ours, torch.tensor([100.01, 1.0, 0.0]))
     assert at_the_largest.of_tolerance == pytest.approx(0.5, rel=1e-2)  # and of itself as much
     assert not Error.between(ours, torch.tensor([100.0, 1.0, float("nan")])).is_within
+
+
+def test_a_near_tie_by_hand():
+    none = Error(0.0, 0.0)
+    noise = [Difference(4, Error(0.5, 5e3), Error(0.1, 1e3)), Difference(0, none, none)]
+    near = Difference(8, Error(1.0, 1e4), Error(0.2, 2e3))
+    assert near.is_explained_by(noise) and not near.is_within
+    assert Comparison("a", 9, near, 5, 2, True).verdict == "near-tie"
+    for farther in (
+        replace(near, kept_apart=9),
+        replace(near, features=Error(1.1, 1e4)),
+        replace(near, logits=Error(float("inf"), float("inf"))),
+    ):
+        assert not farther.is_explained_by(noise)
+    within = Difference(0, Error(1e-6, 0.1), Error(1e-6, 0.1))
+    assert within.is_explained_by(noise[1:]) and Comparison("a", 9, within, 5, 5).agrees
+    assert Comparison("a", 9, within, 5, 4).verdict == "apart"
+
+
+def test_equal_scores_are_a_near_tie(desk, pair, monkeypatch, tmp_path, capfd):
+    """A selector that asks the last bits alone."""
+
+    def last_bits(signals, K):
+        score_BN = (1e8 * signals.x_BND.double().sum(dim=2)).sin()
+        return ref.Reduction(ref.numerics.keep_highest(score_BN, K))
+
+    monkeypatch.setattr("torch_ref.pruners.norm.prune", last_bits)
+    report = tmp_path / "verify.json"
+    assert verify(*pair, "--pruner", "norm", "--json", report) == 0
+    assert results(report)["norm"]["verdict"] == "near-tie"
+    assert "near-tie (1)" in capfd.readouterr().out
 
 
 def test_tokens_apart_by_hand():

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..models.learned import read_learned
 from ..models.loading import load_source
 from ..models.vlm import VLM
 from ..pruners import METHODS, STAGES
-from .parity import OF_LARGEST, RELATIVE, Comparison, Recording, compare
+from .parity import NOISE, OF_LARGEST, RELATIVE, Comparison, Recording, compare
 
 RECORDING = "mlx_vlm_prune.generation.recording"
 EVERY = [name for name in METHODS if name not in STAGES["enhancer"]] + ["cls_attention+restore"]
@@ -57,7 +58,7 @@ def verify(args: argparse.Namespace) -> bool:
     if args.json:
         result = as_json(args, rows, refused, recording, model)
         write_atomically(args.json, json.dumps(result, indent=4, ensure_ascii=False) + "\n")
-    return all(row.agrees for row in rows)
+    return all(row.verdict != "apart" for row in rows)
 
 
 def device_of(name: str) -> torch.device:
@@ -100,27 +101,34 @@ def table(rows: Sequence[Comparison], refused: Sequence[Mapping[str, Any]], N: i
         f"{'pruner':<{width}} {'kept':>11} {'apart':>6} {'features':>10} {'logits':>10} answer"
     ]
     for row in rows:
-        apart = "–" if row.kept_apart is None else str(row.kept_apart)
-        answer = f"{row.tokens_equal} of {row.tokens}"
-        lines.append(
+        difference = row.difference
+        apart = "–" if difference.kept_apart is None else str(difference.kept_apart)
+        answer, verdict = f"{row.tokens_equal} of {row.tokens}", "" if row.agrees else row.verdict
+        line = (
             f"{row.pruner:<{width}} {f'{row.K} of {N}':>11} {apart:>6}"
-            f" {row.features.of_largest:>10.1e} {row.logits.of_largest:>10.1e} {answer:<9}"
-            f"{'' if row.agrees else '  apart'}".rstrip()
+            f" {difference.features.of_largest:>10.1e} {difference.logits.of_largest:>10.1e}"
         )
+        lines.append(f"{line} {answer:<9} {verdict}".rstrip())
     lines += [f"{method['pruner']:<{width}} refused: {method['refused']}" for method in refused]
-    count = sum(row.agrees for row in rows)
-    return "\n".join(
-        [
-            *lines, "",
-            "apart: tokens that one framework keeps and the other does not. features: the visual"
-            " rows that the\nlanguage model reads, logits: of every token of the answer, each the"
-            " largest difference as a share of\nthe largest value. answer: greedy tokens that are"
-            " equal.",
-            f"{count} of {len(rows)} methods agree: the same tokens, and differences of at most"
-            f" {RELATIVE:g} of a value and\n{OF_LARGEST:g} of the largest, which the order of"
-            " float32 sums explains.",
-        ]
-    )  # fmt: skip
+    return "\n".join([*lines, "", *_notes(rows)])
+
+
+def _notes(rows: Sequence[Comparison]) -> list[str]:
+    verdicts = [row.verdict for row in rows]
+    lines = [
+        "apart: tokens that one framework keeps and the other does not. features: the visual rows"
+        " that the\nlanguage model reads, logits: of every token of the answer, each the largest"
+        " difference as a share of\nthe largest value. answer: greedy tokens that are equal.",
+        f"{verdicts.count('agrees')} of {len(rows)} methods agree: the same tokens, and differences"
+        f" of at most {RELATIVE:g} of a value and\n{OF_LARGEST:g} of the largest, which the order"
+        " of float32 sums explains.",
+    ]
+    if count := verdicts.count("near-tie"):
+        lines.append(
+            f"near-tie ({count}): scores are so nearly equal that noise of {NOISE:g} on the pixels"
+            " changes PyTorch's own choice\nas much; no fault, and no agreement."
+        )
+    return lines
 
 
 def as_json(
@@ -134,7 +142,7 @@ def as_json(
         "source": str(args.source), "model": str(args.model), "images": args.image,
         "prompt": args.prompt, "keep_ratio": args.keep_ratio, "visual_tokens": model.N,
         "tolerance": {"relative": RELATIVE, "of_largest": OF_LARGEST},
-        "agrees": all(row.agrees for row in rows),
+        "verdicts": dict(Counter(row.verdict for row in rows)),
         "rows": [row.as_json() for row in rows],
         "refused": list(refused),
         "machine": environment["machine"],
