@@ -31,7 +31,7 @@ Add = Callable[..., Any]
 def build_parser() -> Parser:
     """The command line of `generate`, its options in groups."""
     parser = Parser("mlx_vlm_prune.generate", description=DESCRIPTION)
-    _add_model(parser)
+    _add_config(_add_model(parser))
     _add_image_and_prompt(parser)
     _add_pruning(parser)
     _add_decoding(parser)
@@ -43,7 +43,7 @@ def build_parser() -> Parser:
 def build_chat_parser() -> Parser:
     """The command line of `chat`."""
     parser = Parser("mlx_vlm_prune.chat", description=CHAT_DESCRIPTION)
-    _add_model(parser)
+    _add_config(_add_model(parser))
     add = parser.add_argument_group("images and prompt").add_argument
     _add_image(add)
     _add_template_config(add)
@@ -89,10 +89,9 @@ def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parse
     return parser
 
 
-def _add_model(parser: Parser) -> None:
+def _add_model(parser: Parser) -> Add:
+    """The group, for an option more."""
     add = parser.add_argument_group("model").add_argument
-    add("--config", "-c", type=Path, metavar="FILE.yaml", help="a config file of `train`: ask the"
-        " model that it trains, with its pruner and budget; flags override it (default: none)")
     add("--model", help="folder or Hugging Face name (default: the built-in scenes model)")
     add(
         "--revision", help="branch, tag or commit of a Hugging Face name (default: its main branch)"
@@ -102,6 +101,12 @@ def _add_model(parser: Parser) -> None:
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
         " on a GPU")
+    return add
+
+
+def _add_config(add: Add) -> None:
+    add("--config", "-c", type=Path, metavar="FILE.yaml", help="a config file of `train`: ask the"
+        " model that it trains, with its pruner and budget; flags override it (default: none)")
 
 
 def _add_image_and_prompt(parser: Parser) -> None:
