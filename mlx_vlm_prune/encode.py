@@ -177,6 +177,7 @@ def run(args: argparse.Namespace) -> None:
     right_I = [None if i.label is None else number_of[i.label] for i in pictures.read]
     text_array = None if text_TD is None else np.array(text_TD.astype(mx.float32))
     result = {
+        "command": "encode",
         "model": args.model,
         "model_type": model.config.title,
         "images": len(pictures.read),

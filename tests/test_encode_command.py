@@ -67,7 +67,11 @@ def test_the_table_and_the_json_have_every_case(desk, capsys):
     for row in result["rows"]:
         assert row["images_per_second"] == pytest.approx(1000 / row["ms"])
         assert "accuracy" not in row and "chosen_texts" not in row
-    assert result["machine"].keys() >= {"cpu", "cores"} and result["versions"]["mlx"]
+    assert (
+        result["command"] == "encode"
+        and result["machine"].keys() >= {"cpu", "cores"}
+        and result["versions"]["mlx"]
+    )
     assert (result["images"], result["labelled"], result["model_type"]) == (5, 0, "CLIP")
     assert result["files"] == [f"{i}.png" for i in range(5)]
     lines = out.splitlines()
