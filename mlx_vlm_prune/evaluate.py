@@ -178,7 +178,8 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     result |= written_answers(args, evaluation)
     text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
     write_atomically(args.out, text)
-    if evaluation.is_scored and not (args.adapter_path or args.positions):
+    has_shares = evaluation.is_scored and question_set.format.unit == "%"  # `advise` reads those
+    if has_shares and not (args.adapter_path or args.positions):
         remember_for_advice(folder, text)
     resume_file.remove()
     print(table(result))

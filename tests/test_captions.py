@@ -211,6 +211,7 @@ def test_captions_are_evaluated_end_to_end(tmp_path, monkeypatch, capsys, name):
     (titles,) = [line for line in shown.splitlines() if line.startswith("pruner ")]
     assert "CIDEr" in titles and "first, ms" in titles
     assert "100 times its mean" in shown
+    assert not (tmp_path / "cache" / "evaluations").exists()  # `advise` reads shares
 
 
 def test_documents_are_the_images_that_were_asked(tmp_path, monkeypatch):

@@ -245,6 +245,23 @@ def test_a_method_that_fails_later_on_is_not_asked_again_and_the_others_are(
         assert row["overall"] == other["overall"] and row["loyalty"] == other["loyalty"]
 
 
+def test_a_model_of_mlx_vlms_cannot_draft(home, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(command(home, "llava", tmp_path / "e.json", "--num-draft-tokens", "5"))
+    assert stop.value.code == 2
+    assert "--num-draft-tokens needs a twig, and a model of mlx-vlm's" in capsys.readouterr().err
+
+
+def test_first_tokens_are_those_of_single_requests(home, tmp_path):
+    out = tmp_path / "e.json"
+    more = ("--keep-tokens", "7", "--pruner", "norm", "--pruner", "vtw", "--first-token", "2")
+    evaluate.main(command(home, "qwen2_5_vl", out, *more))
+    for row in json.loads(out.read_text())["rows"]:  # an image of 6 tokens keeps all
+        parts = {"image", "pruner", "total", "p10", "p90"}
+        parts |= {"vision", "prefill"} if row["pruner"] != "none" else set()  # computed in one go
+        assert row["first_token_ms"].keys() == parts
+
+
 def test_an_image_mark_that_is_no_token_is_left_out(home):
     model, processor = load(home / "llava")
     config = SimpleNamespace(image_token_index=-200)  # FastVLM's

@@ -165,11 +165,12 @@ def test_a_mistake_of_one_ends_all_and_is_said_once(desk, tmp_path):
     assert "holds files of something else" in refused[0][2] and not refused[1][2]
 
 
-def test_an_evaluation_by_two_processes_is_that_of_one(desk, tmp_path):
+@pytest.mark.parametrize("drafts", [[], ["--num-draft-tokens", "3"]], ids=["plain", "drafts"])
+def test_an_evaluation_by_two_processes_is_that_of_one(desk, tmp_path, drafts):
     launch = Path(sys.executable).with_name("mlx.launch")
     options = ["-m", "mlx_vlm_prune.evaluate", "--model", str(desk / "model/mlx"),
                "--per-kind", "2", "--pruner", "divprune", "--keep-tokens", "8",
-               "--batch", "5", "--out"]  # fmt: skip
+               "--batch", "5", *drafts, "--out"]  # fmt: skip
     command = [str(launch), "-n", "2", "--backend", "ring", "--python", sys.executable]
     results = []
     for start, name in ((command, "two.json"), ([sys.executable], "one.json")):
@@ -183,6 +184,9 @@ def test_an_evaluation_by_two_processes_is_that_of_one(desk, tmp_path):
         assert len(list(tmp_path.glob("*.jsonl"))) == 0
     for result in results:
         del result["seconds"]
+        for row in result["rows"]:
+            assert ("drafts" in row) == bool(drafts)
+            row.get("drafts", {}).pop("tokens_per_second", None)
     assert results[0] == results[1]
 
 

@@ -1,10 +1,13 @@
 """The result of an evaluation as the JSON of `--out`: figures, texts, machine and versions."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from ..checkpoints.reading.weights import weight_files
 from ..machine.hardware import describe_machine, versions
@@ -81,7 +84,8 @@ def _add_columns(
 ) -> None:  # fmt: skip
     """Add to each row what is not judged alone: comparisons with full, drafts and times."""
     format, responses_PQ = evaluation.question_set.format, answers.responses_PQ
-    for i, (row, p) in enumerate(zip(rows, evaluation.working, strict=True)):
+    bar = tqdm(rows, desc="comparing with full", file=sys.stderr, delay=2, leave=False)
+    for i, (row, p) in enumerate(zip(bar, evaluation.working, strict=True)):
         if to_full := format.figures_to_full(responses_PQ[i], responses_PQ[0]):
             rounded = {name: round(value, 4) for name, value in to_full.items()}
             row["more"] = row.get("more", {}) | rounded
