@@ -55,7 +55,10 @@ RATIOS = (
     0.1125,
 )  # the last is a ninth and a little: 22 of 196, 64 of 576
 PER_KIND = 334
-DESCRIPTION = "Measure what each method costs in accuracy, on a set of questions."
+DESCRIPTION = (
+    "Measure what each method costs in accuracy, on a set of questions. Example: --model my-model"
+    " --questions questions.jsonl --pruner norm --keep-ratio 0.5; then --merge a.json b.json"
+)
 SPARE_TOKENS = 4  # of a response
 
 
