@@ -112,9 +112,10 @@ def test_layers_between_the_same_cuts_share_positions_and_masks(pair, monkeypatc
     assert len(masks) == (1 + 3) * segments
 
 
-def test_a_decoded_token_appends_keys_and_values_only(pair):
+@pytest.mark.parametrize("spec", ["norm", "norm+restore"])
+def test_a_decoded_token_appends_keys_and_values_only(pair, spec):
     """The positions held are joined when somebody reads them, and stay right."""
-    before, _ = logits(pair, [ROWS[0]], [0], "norm", K)
+    before, _ = logits(pair, [ROWS[0]], [0], spec, K)
     held = before.cache[0].held
     list(steps(pair.ours, before, [9, 12, 13], 1))
     after = before.cache[0].held

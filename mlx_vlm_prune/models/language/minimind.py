@@ -156,7 +156,10 @@ class ForwardPass:
         causal kernel says the same, and a single new token sees all. A bias is added.
         """
         if held.bias_BS is not None:
-            bias_B1LS, visible_B1LS = held.bias_BS[:, None, None], self.visible(held.positions_BS)
+            bias_B1LS, is_one_row = held.bias_BS[:, None, None], self.positions_BL.shape[1] == 1
+            if is_one_row and not held.padded and held.distance_BP is None:
+                return bias_B1LS.astype(dtype)
+            visible_B1LS = self.visible(held.positions_BS)
             if held.distance_BP is not None:
                 bias_B1LS = bias_B1LS + self._distance_bias(held.distance_BP, held.positions_BS)
             return mx.where(visible_B1LS, bias_B1LS, -mx.inf).astype(dtype)
