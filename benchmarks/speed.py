@@ -36,8 +36,8 @@ from .speed_ceiling import print_ceiling
 from .timing import Run
 
 PRUNERS = (
-    "random", "downsample", "tome", "cls_attention", "visionzip", "divprune", "fastv",
-    "pyramiddrop",
+    "random", "downsample", "tome", "cls_attention", "visionzip", "divprune", "divprune+restore",
+    "fastv", "pyramiddrop",
 )  # fmt: skip
 RATIOS = (0.5, 0.25, 0.11)
 # Each gain's name in results: what is timed, and what the operation count says of it.
