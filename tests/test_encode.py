@@ -336,6 +336,17 @@ def test_a_tensor_too_few_or_too_many_is_named(tmp_path, siglip):
         load_encoder(folder)
 
 
+def test_older_files_hold_buffers_that_are_left_out(tmp_path, clip):
+    from safetensors.torch import load_file, save_file
+
+    folder = tiny.write(clip[0], tmp_path / "c")
+    state = load_file(folder / "model.safetensors")
+    for half, length in (("vision", N + 1), ("text", 77)):
+        state[f"{half}_model.embeddings.position_ids"] = torch.arange(length)[None]
+    save_file(state, folder / "model.safetensors")
+    assert load_encoder(folder)[0].N == N
+
+
 def test_load_says_which_command_such_a_model_is_for(siglip):
     with pytest.raises(UserError, match="no language model; `mlx-vlm-prune encode`"):
         load(siglip[2].folder)

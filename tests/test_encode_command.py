@@ -11,6 +11,7 @@ import pytest
 
 from mlx_vlm_prune import encode, encode_images, load_encoder
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.evaluation import encoding
 from mlx_vlm_prune.evaluation.encoding import (
     best_texts,
     cases_of,
@@ -157,11 +158,12 @@ def test_images_are_listed_by_name_without_hidden_ones(tmp_path):
     ]  # fmt: skip
 
 
-def test_cosines_and_the_nearest_text_by_hand():
+def test_cosines_and_the_nearest_text_by_hand(monkeypatch):
     a_ID, b_ID = np.array([[3.0, 4], [1, 0], [1, 1]]), np.array([[3.0, 4], [0, 2], [1, 0]])
     np.testing.assert_allclose(cosines(a_ID, b_ID), [1, 0, 0.5**0.5])
     x_ID = np.random.default_rng(0).normal(size=(500, 24)).astype(np.float32)
     assert (cosines(x_ID, x_ID) == 1).all()
+    monkeypatch.setattr(encoding, "COMPARED_AT_ONCE", 2)
     assert best_texts(a_ID, np.array([[9.0, 0], [1, 1], [1, 1]])).tolist() == [1, 0, 1]
 
 

@@ -18,6 +18,8 @@ from ..models.dual_encoder import DualEncoder
 from ..pruners import Pipeline, plan
 from .bootstrap import interval, resampled
 
+COMPARED_AT_ONCE = 4096  # images, with all texts
+
 
 @dataclass
 class Case:
@@ -121,8 +123,11 @@ def cosines(a_ID: np.ndarray, b_ID: np.ndarray) -> np.ndarray:
 
 def best_texts(image_ID: np.ndarray, text_TD: np.ndarray) -> np.ndarray:
     """The number of the text whose cosine with each image is highest, (I,); the lower of equals."""
-    a_ID, b_TD = image_ID.astype(np.float64), text_TD.astype(np.float64)
-    return (a_ID @ (b_TD / np.linalg.norm(b_TD, axis=1, keepdims=True)).T).argmax(axis=1)
+    b_TD = text_TD.astype(np.float64)
+    b_DT = (b_TD / np.linalg.norm(b_TD, axis=1, keepdims=True)).T
+    starts = range(0, len(image_ID), COMPARED_AT_ONCE)
+    parts = (image_ID[i : i + COMPARED_AT_ONCE].astype(np.float64) @ b_DT for i in starts)
+    return np.concatenate([cosine_IT.argmax(axis=1) for cosine_IT in parts])
 
 
 def rows(
