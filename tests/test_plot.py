@@ -225,7 +225,7 @@ def test_other_mistakes_are_a_sentence_too(desk, tmp_path, capsys):
     assert "cannot write into" in refused(capsys, good, "--out", tmp_path / "a.json")
     unscored = changed(desk, tmp_path, "evaluation.json", lambda c: [
         row.pop("overall") for row in c["rows"]])  # fmt: skip
-    assert "answers that were not scored" in refused(capsys, unscored)
+    assert "its answers were not scored" in refused(capsys, unscored)
     only_full = changed(desk, tmp_path, "sweep.json", lambda c: c.update(rows=c["rows"][:1]))
     assert "nothing to compare" in refused(capsys, only_full)
 

@@ -188,9 +188,7 @@ def _lines(
 ) -> None:  # fmt: skip
     lines, full = _by_method(result, value_of), result.full
     best = panels.best_methods(lines, result.quarter, lowest)
-    panels.lines_by_tokens(axes, lines, (full["of"], value_of(full)), best)
-    if lowest:
-        axes.set_ylim(bottom=0)
+    panels.lines_by_tokens(axes, lines, (full["of"], value_of(full)), best, from_zero=lowest)
     axes.set_ylabel(axis)
 
 

@@ -43,8 +43,9 @@ def best_methods(lines: Mapping[str, Values], tokens: float, lowest: bool = Fals
 
 
 def lines_by_tokens(
-    axes: Axes, lines: Mapping[str, Values], full: tuple[float, float], labelled: Sequence[str]
-) -> None:
+    axes: Axes, lines: Mapping[str, Values], full: tuple[float, float], labelled: Sequence[str],
+    from_zero: bool = False,
+) -> None:  # fmt: skip
     """A line for each method, from `full` (tokens, value) on; the baselines and those `labelled`
     are named, the others pale."""
     strong = dict(zip(labelled, STRONG, strict=False))
@@ -67,6 +68,8 @@ def lines_by_tokens(
     axes.set_xticks(*_spaced_ticks(ticks))
     axes.minorticks_off()
     axes.set_xlabel(f"visual tokens kept of {full[0]:g}")
+    if from_zero:
+        axes.set_ylim(bottom=0)
     label_lines(axes, ends, 0.045)
 
 
