@@ -6,14 +6,18 @@ Shapes: B prompts, L rows, D features.
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.mamba import MambaBlock, ModelArgs
+from mlx_lm.models.ssm import ssm_update
 
+from mlx_vlm_prune.models.language import mamba
 from mlx_vlm_prune.models.language import selective_scan as scans
 from mlx_vlm_prune.models.language.mamba import MambaState, mix
+from torch_ref.models.language.selective_scan import scan_by_heads
 
 from .pruner_cases import close
 
@@ -60,6 +64,16 @@ def test_pieces_give_what_all_rows_at_once_give(sizes, mixer):
         parts.append(mix(mixer, x_BLD[:, begin : begin + size], state))
         begin += size
     close(np.array(mx.concatenate(parts, axis=1)), np.array(expected))
+
+
+def test_it_reads_in_pieces_by_itself(mixer, monkeypatch):
+    x_BLD, padding = rows(2, 13), [0, 7]
+    expected = mix(mixer, x_BLD, MambaState(), padding)
+    monkeypatch.setattr(mamba, "ROWS_CPU", 5)
+    monkeypatch.setattr(mamba, "ROWS_GPU", 5)
+    got = mix(mixer, x_BLD, MambaState(), padding)
+    close(np.array(got)[0], np.array(expected)[0])
+    close(np.array(got)[1, 7:], np.array(expected)[1, 7:])
 
 
 @pytest.mark.parametrize("piece", (3, 5, 11, 32))
@@ -117,3 +131,18 @@ def test_gradients_are_those_of_mlx_lms_layer(mixer):
         close(np.array(got[name]), np.array(expected[name]))
     for name in ("in_proj", "x_proj", "dt_proj", "conv1d", "out_proj"):
         close(np.array(got[name]["weight"]), np.array(expected[name]["weight"]))
+
+
+@pytest.mark.parametrize("L", (1, 255, 256, 257, 600))
+def test_mlx_lms_mamba_2_reads_in_chunks_what_a_loop_gives(L):
+    """So there is no loop of its to replace: its chunks have 256 rows."""
+    draw, (H, d, G, S) = np.random.default_rng(0), (4, 8, 2, 6)
+    shapes = [(2, L, H, d), (2, L, H), (2, L, G, S), (2, L, G, S), (H,), (H,), (H,), (2, H, d, S)]
+    x, step, into, out, rate, skip, bias, state = (draw.normal(size=s).astype("f4") for s in shapes)
+    parts = (x, rate, into, out, skip, step, bias, state)
+    got, after = ssm_update(*(mx.array(part) for part in parts), (0.0, float("inf")))
+    delta = np.logaddexp(0, step + bias)
+    tensors = (torch.tensor(part).double() for part in (x, delta, -np.exp(rate), into, out, state))
+    expected, last = scan_by_heads(*tensors)
+    close(np.array(got), expected.numpy() + skip[:, None] * x)
+    close(np.array(after), last.numpy())

@@ -22,7 +22,7 @@ def test_it_prints_every_layer_and_writes_all_figures(tmp_path, capsys):
     out = capsys.readouterr().out
     written = json.loads(files[0].read_text(encoding="utf-8"))
     cases = {(one["layer"], one["rows"]) for one in written["measurements"]}
-    names = {"scan", "attention", "mrss r=2", "mrss r=4"}
+    names = {"scan", "attention", "mamba-2", "mrss r=2", "mrss r=4"}
     assert cases == {(n, rows) for n in names for rows in (8, 16, 24)} | {(LOOP, 8), (LOOP, 16)}
     assert all(len(one["ms"]) == 2 and min(one["ms"]) > 0 for one in written["measurements"])
     assert set(written["exponents"]) == {*names, LOOP}
@@ -40,7 +40,7 @@ def test_the_layers_of_a_scan_and_of_the_loop_are_the_same(monkeypatch):
     whole = {name: layer(x) for name, layer in named.items()}
     close(*(whole[name].astype(mx.float32).tolist() for name in ("scan", LOOP)))
     monkeypatch.setattr(row_scaling, "PREFILL_STEP_SIZE", 7)
-    for name in ("scan", "attention", "mrss r=2"):
+    for name in ("scan", "attention", "mamba-2"):
         close(named[name](x).tolist(), whole[name].tolist())
 
 

@@ -19,13 +19,19 @@ from tqdm import tqdm
 
 from ..checkpoints.config import MiniMindConfig
 from ..models.cache import LayerCache
-from ..models.language.mamba import MambaState, mix, random_mixer
+from ..models.language.mamba import (
+    MambaState,
+    mix,
+    new_cache_2,
+    random_mixer,
+    random_mixer_2,
+)
 from ..models.language.minimind import ForwardPass, MiniMind
 from ..models.language.selective_scan import multi_resolution_scan
 from ..models.layers import PREFILL_STEP_SIZE
 
-SCAN, LOOP, ATTENTION = "scan", "mlx-lm's loop", "attention"
-HEAD_DIM = 64
+SCAN, LOOP, ATTENTION, MAMBA_2 = "scan", "mlx-lm's loop", "attention", "mamba-2"
+HEAD_DIM, STATES_2 = 64, 128  # of attention and Mamba-2; states of a feature of Mamba-2's
 WARMED_ROWS = 2048  # up to so many rows a layer runs once before it is timed
 Layer = Callable[[mx.array], mx.array]  # (1, L, D) to (1, L, D)
 
@@ -60,6 +66,7 @@ def layers(hidden_size: int, state_size: int, every: Iterable[int]) -> dict[str,
         SCAN: scan,
         LOOP: lambda x_1LD: mixer(x_1LD, None),
         ATTENTION: _attention(hidden_size),
+        MAMBA_2: _mamba_2(hidden_size),
         **{f"mrss r={r}": multi_resolution(r) for r in every},
     }
 
@@ -70,6 +77,17 @@ def _scan(mixer: nn.Module) -> Layer:
         return _in_pieces(x_1LD, lambda x, begin: mix(mixer, x, state))
 
     return scan
+
+
+def _mamba_2(hidden_size: int) -> Layer:
+    """mlx-lm's own layer, whose scan is in chunks already."""
+    mixer = random_mixer_2(hidden_size, STATES_2, HEAD_DIM)
+
+    def mamba_2(x_1LD: mx.array) -> mx.array:
+        cache = new_cache_2()
+        return _in_pieces(x_1LD, lambda x, begin: mixer(x, None, cache))
+
+    return mamba_2
 
 
 def _attention(hidden_size: int) -> Layer:

@@ -11,13 +11,16 @@ Shapes: B prompts, L new rows, D features, E inner features, S states of each, K
 
 import copy
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 
 from ...checkpoints.errors import UserError
+from ...machine.hardware import on_cpu
 from .selective_scan import selective_scan, silu, softplus
 
+ROWS_CPU, ROWS_GPU = 256, 2048  # of a piece
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-lm]'"
 
 
@@ -51,10 +54,22 @@ def block(layer: Any, x_BLD: mx.array, forward_pass: Any, state: MambaState) -> 
 def mix(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int] = ()) -> mx.array:
     """What mlx-lm's `MambaBlock` computes, from a state on. So many rows of each prompt as
     `padding` says are padding, on the left: they change no state, and what they get is arbitrary.
+
+    Rows go piece by piece, so that the arrays of a piece are in the cache and memory is bounded.
     """
+    step, pieces = ROWS_CPU if on_cpu() else ROWS_GPU, []
+    for begin in range(0, x_BLD.shape[1], step):
+        piece_BLD = x_BLD[:, begin : begin + step]
+        if pieces:  # MLX would compute the projections of all pieces at first
+            (piece_BLD,) = mx.depends([piece_BLD], [pieces[-1]])
+        pieces.append(_mix_piece(mixer, piece_BLD, state, [n - begin for n in padding]))
+    return mx.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
+
+
+def _mix_piece(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int]) -> mx.array:
     x_BLE, gate_BLE = mx.split(mixer.in_proj(x_BLD), 2, axis=-1)
     L = x_BLD.shape[1]
-    padding_B = mx.array([min(n, L) for n in padding]) if padding else None
+    padding_B = mx.array([min(max(n, 0), L) for n in padding]) if padding else None
     inner_BLE = silu(convolve(mixer.conv1d, x_BLE, state, padding_B))
     low = mixer.x_proj(inner_BLE.astype(x_BLD.dtype))
     rank, S = mixer.time_step_rank, mixer.ssm_state_size
@@ -71,24 +86,47 @@ def mix(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int] =
 
 
 def random_mixer(hidden_size: int, state_size: int, seed: int = 0) -> Any:
-    """mlx-lm's `MambaBlock` with random weights, as wide inside as Mamba's own, to be timed.
+    """mlx-lm's `MambaBlock` with random weights, as wide inside as Mamba's own, to be timed."""
+    module = _stock("mamba")
+    sizes = module.ModelArgs(
+        model_type="mamba", vocab_size=1, hidden_size=hidden_size, num_hidden_layers=1,
+        intermediate_size=2 * hidden_size, state_size=state_size, conv_kernel=4, use_bias=False,
+        use_conv_bias=True, time_step_rank=-(-hidden_size // 16),
+    )  # fmt: skip
+    mx.random.seed(seed)
+    return _to_be_timed(module.MambaBlock(sizes))
 
-    Raises UserError without mlx-lm.
-    """
+
+def random_mixer_2(hidden_size: int, state_size: int, head_dim: int) -> Any:
+    """mlx-lm's `Mamba2Block`, which reads rows in chunks by matrix products, as wide inside."""
+    module = _stock("mamba2")
+    sizes = module.ModelArgs(
+        model_type="mamba2", vocab_size=1, hidden_size=hidden_size, num_hidden_layers=1,
+        num_heads=2 * hidden_size // head_dim, head_dim=head_dim, n_groups=1,
+        intermediate_size=2 * hidden_size, state_size=state_size, conv_kernel=4, use_bias=False,
+        use_conv_bias=True, tie_word_embeddings=True, layer_norm_epsilon=1e-5,
+        time_step_limit=(0.0, float("inf")), time_step_rank="auto",
+    )  # fmt: skip
+    return _to_be_timed(module.Mamba2Block(sizes, 0))
+
+
+def new_cache_2() -> Any:
+    """mlx-lm's own cache of a `Mamba2Block`."""
+    return _stock("cache").ArraysCache(size=2)
+
+
+def _stock(name: str) -> Any:
+    """A module of mlx-lm's models; UserError without mlx-lm."""
     try:
-        from mlx_lm.models.mamba import MambaBlock, ModelArgs
+        return import_module(f"mlx_lm.models.{name}")
     except ImportError as problem:
         raise UserError(f"a layer of Mamba needs mlx-lm: {INSTALL} ({problem})") from None
-    sizes = {
-        "model_type": "mamba", "vocab_size": 1, "hidden_size": hidden_size, "num_hidden_layers": 1,
-        "intermediate_size": 2 * hidden_size, "state_size": state_size, "conv_kernel": 4,
-        "use_bias": False, "use_conv_bias": True, "time_step_rank": -(-hidden_size // 16),
-    }  # fmt: skip
-    mx.random.seed(seed)
-    mixer = MambaBlock(ModelArgs(**sizes))
-    mixer.eval()
-    mx.eval(mixer.parameters())
-    return mixer
+
+
+def _to_be_timed(layer: Any) -> Any:
+    layer.eval()
+    mx.eval(layer.parameters())
+    return layer
 
 
 def convolve(conv: Any, x_BLE: mx.array, state: MambaState, padding_B: mx.array | None) -> mx.array:

@@ -13,6 +13,7 @@ Shapes: B prompts, L rows, T rows of a block, G chunks of U rows, E features, S 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -116,7 +117,17 @@ def _power_by_bits(x: mx.array) -> mx.array:
 def softplus(x: mx.array) -> mx.array:
     """log(1 + exp(x)), float32."""
     x = x.astype(mx.float32)
-    return mx.maximum(x, 0) + mx.log1p(power_of_2(-mx.abs(x) / LN2))
+    return _add_log(x, power_of_2(-mx.abs(x) / LN2))
+
+
+@partial(mx.compile, shapeless=True)
+def _add_log(x: mx.array, low: mx.array) -> mx.array:
+    """max(x, 0) + log(1 + low) for low from 0 to 1, by the series of 2 artanh(low / (2 + low))."""
+    s = low / (2 + low)
+    square, series = s * s, 1 / 13
+    for odd in (11, 9, 7, 5, 3, 1):
+        series = series * square + 1 / odd
+    return mx.maximum(x, 0) + 2 * s * series
 
 
 def silu(x: mx.array) -> mx.array:
