@@ -57,7 +57,8 @@ def mix(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int] =
 
     Rows go piece by piece, so that the arrays of a piece are in the cache and memory is bounded.
     """
-    step, pieces = ROWS_CPU if on_cpu() else ROWS_GPU, []
+    step = ROWS_CPU if on_cpu() else ROWS_GPU
+    pieces: list[mx.array] = []
     for begin in range(0, x_BLD.shape[1], step):
         piece_BLD = x_BLD[:, begin : begin + step]
         if pieces:  # MLX would compute the projections of all pieces at first

@@ -21,7 +21,7 @@ import mlx.core as mx
 from ...machine.hardware import on_cpu
 
 # Values of a block: the CPU's cache, of one core, holds some such arrays; a GPU wants many values.
-BLOCK_VALUES_CPU, BLOCK_VALUES_GPU = 1 << 17, 1 << 25
+BLOCK_VALUES_CPU, BLOCK_VALUES_GPU = 1 << 18, 1 << 25
 MOST_ROWS_CPU, MOST_ROWS_GPU = 64, 1024
 LN2 = math.log(2)
 ROUND = 1.5 * 2**23  # a float32 that this is added to is rounded to a whole number
@@ -124,7 +124,7 @@ def softplus(x: mx.array) -> mx.array:
 def _add_log(x: mx.array, low: mx.array) -> mx.array:
     """max(x, 0) + log(1 + low) for low from 0 to 1, by the series of 2 artanh(low / (2 + low))."""
     s = low / (2 + low)
-    square, series = s * s, 1 / 13
+    square, series = s * s, mx.array(1 / 13)
     for odd in (11, 9, 7, 5, 3, 1):
         series = series * square + 1 / odd
     return mx.maximum(x, 0) + 2 * s * series
