@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.launches import launches
 from mlx_vlm_prune.models.language import selective_scan as scans
 from torch_ref.models.language import selective_scan as reference
 
@@ -121,6 +122,14 @@ def test_memory_is_that_of_a_block():
     mx.reset_peak_memory()
     mx.eval(scans.selective_scan(x, delta, A, into, into))
     assert mx.get_peak_memory() - before < L * E * S * 4 / 3
+
+
+def test_a_gpu_is_asked_for_few_steps(monkeypatch):
+    """In chunks side by side: not three launches and more for each of 1,024 rows."""
+    monkeypatch.setattr(scans, "_plan", lambda values: (1024, scans.read_in_chunks))
+    x, delta, into = mx.ones((1, 1024, E)), mx.ones((1, 1024, E)), mx.ones((1, 1024, S))
+    y_BLE, _ = scans.selective_scan(x, delta, -mx.ones((E, S)), into, into)
+    assert sum(launches([y_BLE]).values()) < 250
 
 
 def test_powers_of_two_and_what_is_made_of_them():
