@@ -53,6 +53,15 @@ def test_hiprunes_objects_are_those_of_its_authors_layer(kind, spec, depth, laye
     assert pipeline.spec == plan(spec).spec  # as it was typed
 
 
+def test_v2drops_cuts_in_qwen2_vl_are_those_of_its_authors():
+    """xuyang-liu16/V2Drop@219e03e: 3, 16 and 22 of 28."""
+    for kind, layers, cuts in (("qwen2_vl", 28, [3, 16, 22]), ("llava", 32, [3, 17, 22])):
+        step = with_family_defaults(plan("v2drop"), kind).decoder
+        assert list(step.call(step.method.schedule, layers, 64, 20)) == cuts
+    own = with_family_defaults(plan("v2drop:first=5"), "qwen2_vl").decoder
+    assert list(own.call(own.method.schedule, 28, 64, 20)) == [5, 16, 22]
+
+
 def test_vscans_layers_in_qwen_are_those_of_its_authors():
     """Tencent/SelfEvolvingAgent@a82450e: the first block that attends to all, and the last."""
     layers = with_family_defaults(plan("global_local"), "qwen2_5_vl").signal_layers(32)

@@ -95,6 +95,12 @@ def test_a_selector_that_merges_is_not_completed_with_means():
         resolve("similarity+restore:published")(tokens, 6)
 
 
+def test_cuts_that_descend_are_refused():
+    step = plan("v2drop:first=9,second=4").decoder
+    with pytest.raises(UserError, match=r"layers \[9, 4, 22\]; they must not descend"):
+        step.call(step.method.schedule, 32, 64, 40)
+
+
 def test_a_selector_that_was_trained_for_one_budget_chooses_no_half_of_it():
     weights = {"attention_pool": METHODS["attention_pool"].make_weights(D, 6)}
     with pytest.raises(UserError, match="attention_pool was trained for 6 visual tokens"):

@@ -12,6 +12,10 @@ from ..host import Host
 
 # By model_type, then by method.
 PRUNER_DEFAULTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "qwen2_vl": {
+        # xuyang-liu16/V2Drop@219e03e: 3, 16 and 22 of the language model's 28 layers.
+        "v2drop": {"first": 3 / 28, "second": 16 / 28, "third": 22 / 28},
+    },
     "qwen2_5_vl": {
         # Danielement321/HiPrune@6e83a12: 16 of the tower's 32 layers, counted from one.
         "hiprune": {"object_layer": 15 / 32},
