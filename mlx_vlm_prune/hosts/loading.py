@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..checkpoints.errors import UserError
 from ..checkpoints.llava import published as llava
 from ..checkpoints.mlx_vlm_folder import RECORD
+from ..checkpoints.processor import end_ids, end_tokens
 from ..checkpoints.reading.files import read_json
 from ..machine import blas
 from ..models.adapters import load_adapters
@@ -94,9 +95,24 @@ def _load_mlx_vlm(
     except Exception as problem:  # mlx-vlm and transformers raise whatever comes
         reason = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot load {folder}: {reason}") from problem
+    _add_ends(model, processor, folder)
     if adapter_path:
         adapters.load_adapters(model, adapter_path)
     if dtype is not None:
         model.set_dtype(dtype)
         mx.eval(model.parameters())
     return model, processor
+
+
+def _add_ends(model: Any, processor: Any, folder: Path) -> None:
+    """Have answers end at every token that a file of the folder calls an end: mlx-vlm reads
+    generation_config.json, else config.json, and asks the tokenizer."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if (criteria := getattr(tokenizer, "stopping_criteria", None)) is None:
+        return
+    words = tokenizer.get_vocab()
+    ids = end_ids(folder) & {*words.values()}
+    ids |= {words[token] for token in end_tokens(folder) if token in words}
+    if ids - {*criteria.eos_token_ids}:
+        model.config.eos_token_id = sorted(ids | {*criteria.eos_token_ids})  # each request's, too
+        criteria.reset(model.config.eos_token_id)

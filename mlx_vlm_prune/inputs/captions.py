@@ -18,8 +18,7 @@ import tokenizers
 
 from ..checkpoints.dual_encoder import LEGACY_EOS, DualEncoderConfig
 from ..checkpoints.errors import UserError
-from ..checkpoints.processor import TOKENIZER_CONFIG, read_tokenizer, special_tokens
-from ..checkpoints.reading.files import optional_json
+from ..checkpoints.processor import TOKENIZER_CONFIG, read_tokenizer, special_tokens, token_settings
 from .image import Preprocessor
 
 SIGLIP_CLASS, SIGLIP2_CLASS = "SiglipTokenizer", "Siglip2Tokenizer"
@@ -60,7 +59,7 @@ class CaptionTokenizer:
         backend = read_tokenizer(folder, ", which texts need")
         backend.no_truncation()
         backend.no_padding()
-        return cls(backend, optional_json(folder / TOKENIZER_CONFIG), config, str(folder))
+        return cls(backend, token_settings(folder), config, str(folder))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids (T, L). Raises UserError for a text that is longer than the model reads."""

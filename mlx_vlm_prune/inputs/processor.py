@@ -34,7 +34,7 @@ def read_processor(checkpoint: Checkpoint, config: VLMConfig, name: str, folder:
     image = read_preprocessor(checkpoint.preprocessor_folder, config.vision)
     if is_llava(checkpoint.config) and pads_to_square(checkpoint.config.get("published")):
         image = replace(image, pad=True)
-    tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder)
+    tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder, folder)
     if is_llava(checkpoint.config) and tokenizer.chat_template is None:
         tokenizer.chat_template = VICUNA
     return Processor(tokenizer, image, config.image_token, name, folder)

@@ -7,7 +7,7 @@ seconds). The ids equal transformers' own, see the tests.
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -21,8 +21,15 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..checkpoints.errors import UserError, reason
-from ..checkpoints.processor import TOKENIZER_CONFIG, chat_template, read_tokenizer, special_tokens
-from ..checkpoints.reading.files import optional_json
+from ..checkpoints.processor import (
+    chat_template,
+    end_ids,
+    end_tokens,
+    read_tokenizer,
+    special_tokens,
+    token_settings,
+)
+from ..checkpoints.reading.fields import LARGEST
 
 IMAGE_MARK = "<image>"
 VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their own
@@ -46,24 +53,33 @@ class Tokenizer:
         config: dict[str, Any] | None = None,
         chat_template: str | None = None,
         name: str = "the tokenizer",
+        ends: Collection[int] = (),
     ):
+        """`ends` are ids that end an answer beside that of `eos_token`."""
         self.backend = backend
         self.backend.no_truncation()  # some files carry these settings over from training
         self.backend.no_padding()
         self.chat_template = chat_template
         self.name = name
         self.special_tokens = special_tokens(config or {})
+        self.ends = frozenset(ends)
 
     @classmethod
-    def from_folder(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Read tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja.
+    def from_folder(
+        cls, path: str | os.PathLike[str], model: str | os.PathLike[str] | None = None
+    ) -> "Tokenizer":
+        """Read tokenizer.json and what lies beside it: tokens, chat template, ends of an answer.
 
+        `model` is the model's folder where that is another: it may name more ends.
         Raises UserError that names the file.
         """
         folder = Path(path)
-        backend = read_tokenizer(folder)
-        config = optional_json(folder / TOKENIZER_CONFIG)
-        return cls(backend, config, chat_template(folder, config), str(folder))
+        backend, config = read_tokenizer(folder), token_settings(folder)
+        tokens = (backend.token_to_id(token) for token in end_tokens(folder))
+        ids = {number for number in tokens if number is not None}
+        for place in {folder, Path(model or folder)}:
+            ids |= {n for n in end_ids(place) if n <= LARGEST and backend.id_to_token(n)}
+        return cls(backend, config, chat_template(folder, config), str(folder), ids)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands: nothing is put before or after it."""
@@ -99,9 +115,9 @@ class Tokenizer:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """The ids that end an answer; empty if the config names none."""
+        """The ids that end an answer; empty if no file names one."""
         token = self.special_tokens.get("eos_token")
-        return frozenset() if token is None else frozenset({self.token_id(token)})
+        return self.ends if token is None else self.ends | {self.token_id(token)}
 
     def render(
         self, messages: list[dict[str, Any]], /, add_generation_prompt: bool = True, **extra: Any

@@ -22,10 +22,11 @@ from ..names.towers import NAFLEX, SIGLIP
 from ..processor import (
     TOKENIZER,
     TOKENIZER_ADVICE,
-    TOKENIZER_CONFIG,
+    end_ids,
     preprocessor_folder,
     read_tokenizer,
     special_tokens,
+    token_settings,
 )
 from ..reading.files import optional_json, read_json
 from ..reading.tensors import RawTensor
@@ -81,7 +82,7 @@ def read_checkpoint(
     generation = published.generation
     tokenizer_folder = tokenizer or _folder(source)
     config = {
-        **_token_fields(tokenizer_folder, generation),
+        **_token_fields(tokenizer_folder, generation, source),
         **published.sizes,
         "model_type": generation.model_type,
         "published_as": generation.name,
@@ -93,6 +94,7 @@ def read_checkpoint(
         tokenizer_folder,
         published.preprocessor_folder,
         published.heads_assumed,
+        carried_folder=source if source.is_dir() else None,
     )
 
 
@@ -191,7 +193,7 @@ def _projector_sizes(tensors: Tensors, generation: Generation) -> dict[str, Any]
     return sizes
 
 
-def _token_fields(folder: Path, generation: Generation) -> dict[str, Any]:
+def _token_fields(folder: Path, generation: Generation, source: Path) -> dict[str, Any]:
     """The fields of our config.json about the tokenizer in a folder."""
     tokenizer, image_token = read_tokenizer(folder, TOKENIZER_ADVICE), generation.image_token
     image_token_id = tokenizer.token_to_id(image_token)
@@ -200,9 +202,12 @@ def _token_fields(folder: Path, generation: Generation) -> dict[str, Any]:
             f"{folder / TOKENIZER} has no token {image_token!r}, the place for an image in"
             f" {generation.title}"
         )
-    end = special_tokens(optional_json(folder / TOKENIZER_CONFIG)).get("eos_token")
+    end = special_tokens(token_settings(folder)).get("eos_token")
+    ends = {None if end is None else tokenizer.token_to_id(end)}
+    ends |= end_ids(source) if source.is_dir() else set()
+    numbers = sorted(number for number in ends if number is not None)
     return {
-        "eos_token_id": None if end is None else tokenizer.token_to_id(end),
+        "eos_token_id": numbers if numbers[1:] else next(iter(numbers), None),
         "image_token": image_token,
         "image_token_id": image_token_id,
     }
