@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
-from mlx_vlm_prune import UserError, encode_images, encode_texts, load, load_encoder
+from mlx_vlm_prune import UserError, encode_images, encode_texts, load_encoder
 from mlx_vlm_prune.evaluation.encoding import cosines
 from mlx_vlm_prune.pruners import METHODS, Stage
 
@@ -322,8 +323,6 @@ def test_a_damaged_config_is_refused(sentence, tmp_path, clip):
 
 
 def test_a_tensor_too_few_or_too_many_is_named(tmp_path, siglip):
-    from safetensors.torch import load_file, save_file
-
     folder = tiny.write(siglip[0], tmp_path / "s")
     state = load_file(folder / "model.safetensors")
     probe = state.pop("vision_model.head.probe")
@@ -337,22 +336,9 @@ def test_a_tensor_too_few_or_too_many_is_named(tmp_path, siglip):
 
 
 def test_older_files_hold_buffers_that_are_left_out(tmp_path, clip):
-    from safetensors.torch import load_file, save_file
-
     folder = tiny.write(clip[0], tmp_path / "c")
     state = load_file(folder / "model.safetensors")
     for half, length in (("vision", N + 1), ("text", 77)):
         state[f"{half}_model.embeddings.position_ids"] = torch.arange(length)[None]
     save_file(state, folder / "model.safetensors")
     assert load_encoder(folder)[0].N == N
-
-
-def test_load_says_which_command_such_a_model_is_for(siglip):
-    with pytest.raises(UserError, match="no language model; `mlx-vlm-prune encode`"):
-        load(siglip[2].folder)
-
-
-def test_a_learned_method_has_no_weights_here(clip):
-    _, model, processor = clip
-    with pytest.raises(UserError, match="mlp is learned, and this checkpoint holds no weights"):
-        encode_images(model, processor, tiny.pictures(1), "mlp", keep_tokens=4)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_vlm_prune import encode, encode_images, load_encoder
+from mlx_vlm_prune import encode, encode_images, load, load_encoder
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation import encoding
 from mlx_vlm_prune.evaluation.encoding import (
@@ -294,3 +294,14 @@ def test_an_interrupt_ends_in_one_line_and_writes_nothing(desk, monkeypatch, cap
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (130, "") and not file.exists()
     assert err.strip() == "interrupted: 2 of 5 images are encoded; nothing is written"
+
+
+def test_load_says_which_command_such_a_model_is_for(desk):
+    with pytest.raises(UserError, match="no language model; `mlx-vlm-prune encode`"):
+        load(desk / "siglip")
+
+
+def test_a_learned_method_has_no_weights_here(desk):
+    model, processor = load_encoder(desk / "clip")
+    with pytest.raises(UserError, match="mlp is learned, and this checkpoint holds no weights"):
+        encode_images(model, processor, tiny.pictures(1), "mlp", keep_tokens=4)

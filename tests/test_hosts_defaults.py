@@ -58,8 +58,8 @@ def test_v2drops_cuts_in_qwen2_vl_are_those_of_its_authors():
     for kind, layers, cuts in (("qwen2_vl", 28, [3, 16, 22]), ("llava", 32, [3, 17, 22])):
         step = with_family_defaults(plan("v2drop"), kind).decoder
         assert list(step.call(step.method.schedule, layers, 64, 20)) == cuts
-    own = with_family_defaults(plan("v2drop:first=5"), "qwen2_vl").decoder
-    assert list(own.call(own.method.schedule, 28, 64, 20)) == [5, 16, 22]
+    step = with_family_defaults(plan("v2drop:first=5"), "qwen2_vl").decoder
+    assert list(step.call(step.method.schedule, 28, 64, 20)) == [5, 16, 22]
 
 
 def test_vscans_layers_in_qwen_are_those_of_its_authors():
