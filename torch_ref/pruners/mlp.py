@@ -44,8 +44,9 @@ class Usefulness(nn.Module):
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
         """Each image's budget; their mean is K over images like those of the training."""
-        log_need_B = copy.deepcopy(self).double().log_need(in_double(signals))
-        budget_B = (K * log_need_B.exp() / self.mean_need.double() + 0.5).floor()
+        exact = copy.deepcopy(self).cpu().double()  # Apple's GPU has no float64
+        log_need_B = exact.log_need(in_double(signals.to("cpu")))
+        budget_B = (K * log_need_B.exp() / exact.mean_need + 0.5).floor()
         return budget_B.clamp(1, signals.x_BND.shape[1]).int().tolist()
 
 
