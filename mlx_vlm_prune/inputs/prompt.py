@@ -103,8 +103,43 @@ class Tokenizer:
         return bos if bos and first == [bos] and not text.startswith(bos) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """The text of token ids, without special tokens. Bytes that are no character become one
+        replacement sign for each beginning of a character, as Python decodes them."""
+        shown = self._with_whole_characters(ids) if self._byte_of else list(ids)
+        return self.backend.decode(shown, skip_special_tokens=True)
+
+    def _with_whole_characters(self, ids: Sequence[int]) -> list[int]:
+        """The ids, with bytes of replacement signs for those that are no character: `tokenizers`
+        would show a sign for every byte of the run that they lie in, whole characters too."""
+        ids, shown, run = [i for i in ids if i not in self._skipped], [], bytearray()
+        for i in [*ids, None]:
+            if i in self._byte_of:
+                run.append(self._byte_of[i])
+                continue
+            whole = run.decode("utf-8", "replace").encode()
+            shown += [self._id_of_byte[byte] for byte in whole]
+            run.clear()
+            shown += [] if i is None else [i]
+        return shown
+
+    @cached_property
+    def _byte_of(self) -> dict[int | None, int]:
+        """The byte of each token <0x00> to <0xFF>, where the tokenizer falls back on bytes."""
+        decoder = self.backend.decoder
+        if decoder is None or b"ByteFallback" not in decoder.__getstate__():
+            return {}
+        ids = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        return {} if None in ids else {number: byte for byte, number in enumerate(ids)}
+
+    @cached_property
+    def _id_of_byte(self) -> dict[int, int]:
+        return {byte: number for number, byte in self._byte_of.items() if number is not None}
+
+    @cached_property
+    def _skipped(self) -> frozenset[int]:
+        """The special tokens, which no text shows."""
+        added = self.backend.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
 
     def token_id(self, token: str) -> int:
         """The id of one token; UserError if the vocabulary lacks it."""
