@@ -297,10 +297,7 @@ def question_set_of(args: argparse.Namespace, grades: bool = True) -> QuestionSe
 def budgets_of(args: argparse.Namespace, N: int | None) -> list[float]:
     """The budgets as tokens of N, the largest first; where images differ in N, shares stay."""
     ratios = args.keep_ratio or (() if args.keep_tokens else RATIOS)
-    for K in args.keep_tokens or ():
-        if N and K > N:
-            raise UserError(f"--keep-tokens is {K}; an image has 1 to {N} visual tokens")
-    budgets: set[float] = {*(args.keep_tokens or ())}
+    budgets: set[float] = {min(K, N or K) for K in args.keep_tokens or ()}
     budgets |= {tokens_for(N, ratio) if N else float(ratio) for ratio in ratios}
     return sorted(budgets, reverse=True)
 

@@ -53,7 +53,6 @@ def test_bad_lines_are_a_sentence_each_and_the_chat_goes_on(home, loaded, capsys
         "error: there is no image file no.png",
         "error: '' is no number",
         "error: a budget needs a pruner, for example divprune",
-        "error: keep_tokens is 40",
         "error: keep_ratio is 0.0",
         "error: no pruner is called 'nom'",
         "error: a.jpg is drawn as PNG, so name it .png",

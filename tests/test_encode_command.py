@@ -219,8 +219,8 @@ def test_mistakes_are_named_in_one_sentence(desk, capsys, tmp_path):
     assert "a budget needs a pruner" in refusal(capsys, *start, "--keep-ratio", "0.5")
     assert "there is no image" in refusal(capsys, *model, "--image", str(tmp_path))
     assert "there is no image file nowhere.png" in refusal(capsys, *model, "--image", "nowhere.png")
-    tokens = ["--pruner", "patch_norm", "--keep-tokens", "17"]
-    assert "--keep-tokens is 17; an image has 1 to 16" in refusal(capsys, *start, *tokens)
+    tokens = ["--pruner", "patch_norm", "--keep-tokens", "0"]
+    assert "--keep-tokens is 0; it must be a whole number" in refusal(capsys, *start, *tokens)
     assert "there is no folder" in refusal(capsys, *start, "--out", str(tmp_path / "x" / "y"))
     assert "no pruner is called 'patchnorm'; did you mean patch_norm" in refusal(
         capsys, *start, "--pruner", "patchnorm"
@@ -254,6 +254,13 @@ def test_a_smaller_image_counts_the_tokens_that_it_has(desk, capsys):
     ratios = ["--keep-ratio", "0.7", "0.6", "0.25"]  # 11 and 9 tokens are at most 3 x 3
     result = run(desk, "siglip", "plain", "--pruner", "downsample", *ratios)
     assert [row["tokens"] for row in result["rows"]] == [16, 9, 4]
+
+
+def test_images_that_have_fewer_tokens_than_asked_for_keep_all(desk, capsys):
+    tokens = ["--keep-tokens", "17", "99"]
+    full, pruned = run(desk, "siglip", "plain", "--pruner", "norm", *tokens)["rows"]
+    assert (full["tokens"], pruned["tokens"]) == (16, 16)
+    assert pruned["cosine"] == pytest.approx(1, abs=1e-6)
 
 
 def test_what_the_page_shows_runs(desk, tmp_path, monkeypatch, capsys):

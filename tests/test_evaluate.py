@@ -146,8 +146,9 @@ def test_two_runs_give_the_same_but_for_times(home, tmp_path):
     assert bounds[0] != bounds[1]
 
 
-def test_with_all_tokens_every_method_has_fulls_figures(home, tmp_path):
-    result = run(home, tmp_path / "e.json", "--keep-ratio", "1")
+@pytest.mark.parametrize("budget", [("--keep-ratio", "1"), ("--keep-tokens", "17")], ids=str)
+def test_with_all_tokens_every_method_has_fulls_figures(home, tmp_path, budget):
+    result = run(home, tmp_path / "e.json", *budget)
     full, *others = result["rows"]
     assert len(others) == 1 + len(SPECS)
     for row in others:
@@ -269,7 +270,7 @@ BAD_FLAGS = {
     "learned without weights": (["--pruner", "attention_pool"], "holds no weights"),
     "ratio": (["--keep-ratio", "1.5"], "above 0 and at most 1"),
     "ratio nan": (["--keep-ratio", "nan"], "above 0 and at most 1"),
-    "tokens": (["--keep-tokens", "17"], "1 to 16"),
+    "tokens": (["--keep-tokens", "0"], "at least 1"),
     "batch": (["--batch", "0"], "--batch"),
     "limit": (["--limit", "0"], "--limit"),
     "max-tokens": (["--max-tokens", "-1"], "--max-tokens"),

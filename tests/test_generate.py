@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_prune import generate, load
+from mlx_vlm_prune import Chat, batch_generate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
 
@@ -68,6 +68,21 @@ def test_json_holds_every_figure_and_the_indices_of_each_image(home, capsys):
     assert figures["text"] in capsys.readouterr().out
     text = len(figures["token_ids"]) + (figures["finish_reason"] == "stop")
     assert text == figures["generation_tokens"]
+
+
+@pytest.mark.parametrize("pruner", ["norm", "fastv", "avgpool", "visionzip+fastv", "none"])
+def test_an_image_that_has_fewer_than_keep_tokens_keeps_all(home, pruner):
+    """In every way in: the answer, and the kept tokens, are those without a pruner."""
+    model, processor = load(home / "mlx")
+    options = {"pruner": pruner, "keep_tokens": 99, "max_tokens": 4}
+    expected = generate(model, processor, QUESTION, home / "a.png", max_tokens=4)
+    (batched,) = batch_generate(model, processor, [QUESTION], [home / "a.png"], **options)
+    for answer in (
+        generate(model, processor, QUESTION, home / "a.png", **options), batched,
+        Chat(model, processor, **options).ask(QUESTION, home / "a.png")
+        if pruner != "none" else batched,
+    ):  # fmt: skip
+        assert (answer.token_ids, answer.visual_tokens_kept) == (expected.token_ids, tiny.N)
 
 
 def test_an_iterator_of_images_gives_them_all(home):

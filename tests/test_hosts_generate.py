@@ -215,7 +215,7 @@ def test_half_precision_becomes_float32_on_a_cpu_unless_one_says_otherwise(tmp_p
     "more, sentence",
     [
         (["--pruner", "sparsevlm", "--keep-ratio", "0.5"], "not yet in mlx-vlm models"),
-        (["--pruner", "norm", "--keep-tokens", "40"], "an image has 1 to 16 visual tokens"),
+        (["--pruner", "norm", "--keep-tokens", "0"], "it must be a whole number, at least 1"),
         (["--pruner", "norm", "--positions", "keep"], "counts the rows it is given"),
         (["--kv-bits", "99"], "--kv-bits is 99; it must be from 1.5 to 8"),
         (["--kv-bits", "7"], "--kv-bits is 7; it must be from 1.5 to 8, and not 7"),

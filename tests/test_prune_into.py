@@ -190,11 +190,16 @@ def test_the_file_is_well_written_and_says_what_it_is(home, tmp_path):
 
 
 def test_what_no_folder_could_tell_before_is_one_sentence(home):
-    model = pruned_model(home, "llava", "norm", None, 17)
-    with pytest.raises(UserError, match="keep_tokens is 17; an image has 1 to 16 visual tokens"):
-        answer("llava", model, inputs_of("llava", model, 1))
     with pytest.raises(UserError, match="cls_attention: layer is 9; there are layers 0 to 2"):
         pruned_model(home, "llava", "cls_attention:layer=9", 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_that_has_fewer_tokens_than_the_folder_keeps_has_them_all(home, full, kind):
+    model = pruned_model(home, kind, "norm", None, 99)
+    answered = answer(kind, model, inputs_of(kind, model, max_images(kind)))
+    assert_same(answered, full[kind])
+    assert model.pruning_report.kept == model.pruning_report.total > 0
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])

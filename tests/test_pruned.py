@@ -87,11 +87,12 @@ def test_rows_that_a_broken_projector_makes_nan_are_not_taken_for_those_that_are
     assert np.isnan(odds).all()
 
 
+@pytest.mark.parametrize("budget", [{"keep_ratio": 1.0}, {"keep_tokens": 99}], ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_with_all_tokens_it_is_the_stock_model_bit_for_bit(models, name):
+def test_with_all_tokens_it_is_the_stock_model_bit_for_bit(models, name, budget):
     model, inputs = models(name), KINDS[name].inputs(models(name))
     expected, expected_odds = stock(model, inputs)
-    with pruned(model, "vispruner", keep_ratio=1.0) as report:
+    with pruned(model, "vispruner", **budget) as report:
         tokens, odds = stock(model, inputs)
     assert report.kept == report.total > 0
     assert tokens == expected
@@ -116,8 +117,9 @@ def test_an_exception_inside_leaves_nothing_either(models, name):
         stock(model, inputs)
         _ = 1 / 0
     assert held(model) == before
-    with pytest.raises(UserError, match="an image has 1 to"), pruned(model, "norm", keep_tokens=99):
-        stock(model, inputs)
+    ids_1L, computed = mx.array(inputs.ids)[None], {"inputs_embeds": mx.zeros((1, 1, 1))}
+    with pytest.raises(UserError, match="takes no inputs_embeds"), pruned(model, "norm"):
+        model.get_input_embeddings(ids_1L, inputs.pixels, **computed)
     assert held(model) == before
 
 

@@ -19,7 +19,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
 from . import host_folders
-from .host_models import IMAGE, KINDS, WORDS, cached_models
+from .host_models import IMAGE, KINDS, WORDS, cached_models, framed_prompt
 from .host_reference import TOKENS, reference, stock
 from .test_pruned import BATCHED, by_view, several
 
@@ -273,6 +273,18 @@ def test_mlx_vlms_server_is_given_pruned_prompts(models):
     is_dropped = np.isnan(np.array(arguments["inputs_embeds"][0, :, 0]))
     assert ids.tolist() == [inputs.ids] and is_dropped.sum() == 24 - 6
     assert report.prompts[-1].kept == [6] and not len(vision_cache)
+
+
+def test_a_thumbnail_in_a_batch_keeps_all_its_tokens_and_the_others_are_pruned(models):
+    """keep_tokens is the most that an image keeps."""
+    model = models("qwen2_5_vl")
+    large, small = (framed_prompt(model, [grid]) for grid in ((4, 6), (2, 2)))
+    expected = stock(model, small)[0]
+    with pruned(model, "norm", keep_tokens=10) as report:
+        alone = stock(model, large)[0]
+        together = batch(model, [large, small, large])
+    assert [prompt.kept for prompt in report.prompts] == [[10], [10], [4], [10]]
+    assert [[token for token, _ in one] for one in together] == [alone, expected, alone]
 
 
 def test_prompts_that_see_their_own_end_share_a_batch_only_when_equally_long(models):

@@ -117,6 +117,13 @@ def test_answers_tokens_and_cache_are_those_of_generate(home, swept):
             assert row["cache_bytes"] == alone.cache_bytes
 
 
+def test_images_that_have_fewer_tokens_than_asked_for_keep_all(home, tmp_path):
+    more = ["--pruner", "norm", "--keep-tokens", "17", "99"]
+    _, pruned = run(home, tmp_path / "r.json", *more)["rows"]
+    assert (pruned["tokens"], pruned["kept"]) == (tiny.N, tiny.N)
+    assert pruned["agreement"] == {"same": 1.0, "overlap": 1.0}
+
+
 def test_operations_are_those_of_the_count_and_savings_their_ratios(home, swept):
     model, processor = load(home / "mlx")
     text = generate(model, processor, PROMPT, home / "photos/0.png").prompt_tokens - tiny.N
@@ -230,7 +237,7 @@ def test_without_a_prompt_or_an_image_a_sentence_says_so(capsys):
 def test_what_no_image_can_have_is_a_sentence(home, tmp_path, capsys):
     out = tmp_path / "r.json"
     for more, sentence in {
-        ("--keep-tokens", "17"): "--keep-tokens is 17; an image has 1 to 16 visual tokens",
+        ("--keep-tokens", "0"): "--keep-tokens is 0; it must be a whole number, at least 1",
         ("--pruner", "fastv", "--keep-tokens", "2"): "fastv",
         ("--pruner", "mlp"): "mlp is learned, and this checkpoint holds no weights for it",
         ("--prompt", "two <image> <image> ?"): "the prompt has 2 <image> marks",

@@ -135,7 +135,7 @@ def _budgets(views: list[View], K: float, pipeline: Pipeline) -> list[int]:
     budgets: list[int] = []
     for image in _by_image(views):
         alone = [replace(view, image=0) for view in image]
-        tokens = min(K, sum(map(_size, image))) if isinstance(K, int) else None
+        tokens = K if isinstance(K, int) else None
         budgets += budgets_by_view(alone, None if tokens else K, tokens, pipeline)
     return budgets
 

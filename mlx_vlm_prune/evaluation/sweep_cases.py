@@ -148,12 +148,7 @@ def _joined(refused: list[Refusal]) -> list[Refusal]:
 def budgets_of(
     N: int | None, keep_ratios: Sequence[float], keep_tokens: Sequence[int]
 ) -> list[float]:
-    """The budgets, the largest first: as tokens of N, or where images differ in N also as shares.
-
-    Raises UserError for more than N tokens.
-    """
-    for K in keep_tokens:
-        if N and K > N:
-            raise UserError(f"keep_tokens is {K}; an image has 1 to {N} visual tokens")
+    """The budgets, the largest first: as tokens of N, or where images differ in N as shares."""
+    counts = [min(K, N or K) for K in keep_tokens]
     shares = [tokens_for(N, ratio) if N else float(ratio) for ratio in keep_ratios]
-    return sorted({*keep_tokens, *shares}, reverse=True)
+    return sorted({*counts, *shares}, reverse=True)

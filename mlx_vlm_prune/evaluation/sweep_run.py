@@ -198,12 +198,12 @@ class SweepRun:
         working = [p for p in range(len(self.cases)) if (image, p) not in self.failures]
 
         def answer_full() -> Measurement:
-            line.full.append(self._measure(image, self.full, None))
+            line.full.append(self._measure(image, self.full))
             return line.full[-1]
 
         def attempt(case: BudgetedMethod) -> Measurement | UserError:
             try:
-                return self._measure(image, case, line.full[-1].visual_tokens)
+                return self._measure(image, case)
             except UserError as e:
                 return e
 
@@ -215,13 +215,9 @@ class SweepRun:
                 line.pruned.append(PrunedRun(working[i], len(line.full) - 1, outcome))
         return line
 
-    def _measure(self, image: int, case: BudgetedMethod, N: int | None) -> Measurement:
-        """An answer about an image of N tokens, timed from its file to its last token."""
-        is_count = isinstance(case.K, int)
-        budget = {
-            "keep_tokens": (min(int(case.K), N) if N else int(case.K)) if is_count else None,
-            "keep_ratio": None if is_count else case.K,
-        }
+    def _measure(self, image: int, case: BudgetedMethod) -> Measurement:
+        """An answer about an image, timed from its file to its last token."""
+        budget = {"keep_tokens" if isinstance(case.K, int) else "keep_ratio": case.K}
         source = [*self.images.values()][image]
         start = time.perf_counter()
         answer = self.answer(

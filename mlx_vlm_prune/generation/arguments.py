@@ -157,7 +157,7 @@ def _add_pruner(add: Add) -> None:
 
 def _add_budget(add: Add) -> None:
     add("--keep-ratio", type=float, metavar="R", help="a share of N, above 0 and at most 1")
-    add("--keep-tokens", type=int, metavar="K", help="a number of tokens, 1 to N")
+    add("--keep-tokens", type=int, metavar="K", help="at most so many tokens of an image")
 
 
 def _add_decoding(parser: Parser) -> None:

@@ -38,17 +38,23 @@ def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:
         raise UserError(f"keep_tokens is {keep_tokens!r}; it must be a whole number, at least 1")
 
 
-def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Chain) -> int:
-    """K of N tokens: `keep_tokens`, or a share of N; half without either. Raises UserError."""
-    check_budget(keep_ratio, keep_tokens)
+def check_training_budget(N: int, keep_tokens: int | None) -> None:
+    """Raises UserError where all images have N tokens and no image could ever be pruned."""
     if keep_tokens is not None and keep_tokens > N:
         raise UserError(f"keep_tokens is {keep_tokens}; an image has 1 to {N} visual tokens")
+
+
+def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Chain) -> int:
+    """K of N tokens: at most `keep_tokens`, or a share of N; half without either.
+
+    An image that has fewer than `keep_tokens` keeps all. Raises UserError.
+    """
+    check_budget(keep_ratio, keep_tokens)
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
-            return pruner.trained_tokens
+            return min(N, pruner.trained_tokens)
         keep_ratio = 1.0 if pruner.spec == "none" else default_keep_ratio(pruner.spec)
-    K = tokens_for(N, keep_ratio) if keep_ratio is not None else keep_tokens
-    assert K is not None
+    K = tokens_for(N, keep_ratio) if keep_ratio is not None else min(N, keep_tokens or N)
     if pruner.spec == "none" and K != N:
         raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
     if pruner.trained_tokens and K not in (N, pruner.trained_tokens):

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from ..checkpoints.config import SiglipConfig
 from ..checkpoints.errors import UserError
 from ..generation.steps import greedy_answers
-from ..inputs.budget import budget
+from ..inputs.budget import budget, check_training_budget
 from ..models.language.mlx_lm import MlxLm
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Stage, plan
@@ -49,6 +49,7 @@ class Learner(nn.Module):
         self.settings = config
         self.model = model
         self.iteration, self.iters = 0, 1
+        check_training_budget(model.N, config.keep_tokens)
         if self.trains("pruner"):
             untrained = add_untrained(model, config)
             names = TRAINABLE.of_chain(config.pruner)

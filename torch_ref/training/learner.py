@@ -16,7 +16,7 @@ from mlx_vlm_prune.checkpoints.checkpoint import Checkpoint
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
-from mlx_vlm_prune.inputs.budget import budget
+from mlx_vlm_prune.inputs.budget import budget, check_training_budget
 from mlx_vlm_prune.training.batches import Batch
 from mlx_vlm_prune.training.config import TrainConfig, check_reset
 from mlx_vlm_prune.training.stage_rules import TrainableMethods, falling, trains
@@ -56,6 +56,7 @@ class Learner:
         TRAINABLE.check(config)
         self.model, self.checkpoint, self.where, self.config = model, checkpoint, where, config
         self.iteration, self.iters = 0, 1
+        check_training_budget(model.N, config.keep_tokens)
         self.starts: dict[str, bool] = {}  # learned methods that learn: do they begin untrained?
         self.has_pool = model.pool is not None  # in MLX's model, where an untrained one's place is
         if self.trains("pruner"):
