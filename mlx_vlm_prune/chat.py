@@ -18,11 +18,12 @@ from .generate import load_model, warn_of_photographs
 from .generation.arguments import build_chat_parser
 from .generation.conversation import Conversation
 from .generation.printing import print_figures
-from .generation.request import HOST_OPTIONS, GenerateOptions, ImageSource, Request, list_images
+from .generation.request import HOST_OPTIONS, GenerateOptions, Request, list_images
 from .generation.result import GenerationResponse, GenerationResult
 from .hosts.conversation import HostConversation
 from .inputs.budget import check_budget
 from .inputs.image import open_image
+from .inputs.image_sources import ImageSource
 from .inputs.messages import Turn
 from .models.vlm import VLM
 from .training.generate_options import apply_config

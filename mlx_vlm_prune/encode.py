@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ from .checkpoints.reading.files import (
 from .evaluation.encoding import Case, cases_of, encode_batches, rows
 from .evaluation.encoding_table import table
 from .evaluation.labelled_images import TEMPLATES, ImageFile, find_images, texts_of_classes
-from .generation.request import ImageSource, list_images
+from .generation.request import list_images
 from .inputs.budget import budget, check_budget
 from .inputs.captions import EncoderProcessor
 from .inputs.image import open_image
+from .inputs.image_sources import ImageSource
 from .machine import blas
 from .machine.hardware import describe_machine, versions
 from .models.arrays import to_raw
@@ -79,7 +80,7 @@ def encode_images(
     """Embeddings of I images, (I, D), from K of each one's N visual tokens.
 
     They are not normalised: with all tokens those of transformers' `get_image_features`. An image
-    is a path, a file's bytes or Pillow's. The budget is as in `generate`. Raises UserError.
+    is as in `generate`. The budget is as in `generate`. Raises UserError.
     """
     pipeline = plan(pruner)
     model.check(pipeline)
@@ -102,7 +103,7 @@ def encode_texts(
 
     Raises UserError for a text that is too long, or where the folder has no tokenizer.json.
     """
-    listed = [texts] if isinstance(texts, str) else list(texts)
+    listed = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
     parts = []
     for begin in range(0, len(listed), TEXT_BATCH):
         ids_TL = processor.captions(listed[begin : begin + TEXT_BATCH])

@@ -24,7 +24,6 @@ from .generation.printing import LINE, as_json, print_comparison, print_figures
 from .generation.request import (
     HOST_OPTIONS,
     GenerateOptions,
-    ImageSource,
     LogitsProcessor,
     Request,
     Sampler,
@@ -36,6 +35,7 @@ from .generation.speculation import check_num_draft_tokens
 from .hosts import stream as host_stream
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget
+from .inputs.image_sources import ImageSource
 from .models.vlm import VLM
 from .planning.budgets import Budget, BudgetChoice, keep_within
 from .pruners import Pipeline, Pruner

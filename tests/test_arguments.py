@@ -5,8 +5,10 @@ import re
 import mlx.core as mx
 import pytest
 
-from mlx_vlm_prune import batch_generate, generate, load
+from mlx_vlm_prune import Chat, batch_generate, generate, load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.planning.budgets import keep_within
+from mlx_vlm_prune.scenes import compose
 
 
 def test_of_images_the_wrong_one_is_named():
@@ -145,10 +147,27 @@ def test_mlx_lms_samplers_and_processors_are_taken(scenes):
     assert answer.generation_tokens > 0
 
 
-@pytest.mark.parametrize("prompt", [None, 3])
+@pytest.mark.parametrize("prompt", [None, 3, ["Is it red?"], b"Is it red?", {"role": "user"}])
 def test_a_prompt_that_is_no_text_is_refused_with_its_value(scenes, prompt):
-    with pytest.raises(UserError, match=f"prompt is {prompt!r}; it must be a str"):
-        generate(*scenes, prompt)
+    image, sentence = compose(1).image(), re.escape(f"prompt is {prompt!r}; it must be a str")
+    for ask in (
+        lambda: generate(*scenes, prompt),
+        lambda: generate(*scenes, prompt, image),
+        lambda: next(stream_generate(*scenes, prompt, image, pruner="divprune")),
+        lambda: batch_generate(*scenes, [QUESTION, prompt]),
+        lambda: Chat(*scenes).ask(prompt, image),
+        lambda: keep_within(*scenes, prompt, image, pruner="norm", ms=50),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            ask()
+
+
+@pytest.mark.parametrize("prompts", [None, 3, "Is it red?"])
+def test_prompts_that_are_no_list_are_refused(scenes, prompts):
+    with pytest.raises(UserError, match=r"^prompts is .*; give a list of prompts"):
+        batch_generate(*scenes, prompts)
+    with pytest.raises(UserError, match=r"^images is .*; give a list with an entry for each"):
+        batch_generate(*scenes, [QUESTION], 3)
 
 
 def test_an_option_that_a_batch_does_not_have_is_named(scenes):

@@ -312,3 +312,10 @@ def test_a_learned_method_has_no_weights_here(desk):
     model, processor = load_encoder(desk / "clip")
     with pytest.raises(UserError, match="mlp is learned, and this checkpoint holds no weights"):
         encode_images(model, processor, tiny.pictures(1), "mlp", keep_tokens=4)
+
+
+@pytest.mark.parametrize("texts", [None, 3, b"a cat", ["a cat", None], [["a cat"]]])
+def test_what_is_no_text_is_refused(desk, texts):
+    model, processor = encode.load_encoder(desk / "clip")
+    with pytest.raises(UserError, match=r"a text is .*; it must be a str"):
+        encode.encode_texts(model, processor, texts)

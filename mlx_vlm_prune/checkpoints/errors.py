@@ -1,5 +1,7 @@
 """A user's mistake in one sentence: what, where, and what is allowed."""
 
+from typing import Any
+
 
 class UserError(ValueError):
     """A mistake of the user's. Its sentence names Python's parameters; a command line prints it
@@ -22,3 +24,15 @@ def missing_package(package: str, user: object = "this command") -> UserError:
 def reason(problem: BaseException) -> str:
     """The first line of what an exception of another library says, or else its name."""
     return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def short(value: Any) -> str:
+    """A value in a sentence: itself, or its type where that is long."""
+    text = repr(value)
+    return text if len(text) <= 40 and text.isprintable() else f"of type {type(value).__name__}"
+
+
+def check_text(text: Any, name: str = "prompt") -> None:
+    """Raises UserError for what is no text."""
+    if not isinstance(text, str):
+        raise UserError(f"{name} is {short(text)}; it must be a str")

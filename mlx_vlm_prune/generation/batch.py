@@ -4,19 +4,20 @@ Shapes: B prompts, I images over all prompts, V words.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, short
 from ..inputs.budget import budget
+from ..inputs.image_sources import ImageSource, is_source
 from ..inputs.processor import Processor
 from ..machine.clock import request_clock
 from ..models.vlm import VLM
-from .request import GenerateOptions, ImageSource, Request, list_images
+from .request import GenerateOptions, Request, list_images
 from .result import GenerationResult
 from .steps import collect_answers, generate_step, make_chooser
 from .stream import (
@@ -36,10 +37,13 @@ def batch_requests(
     """One request a prompt. Raises UserError."""
     if isinstance(prompts, str):
         raise UserError("prompts is one string; give a list of prompts")
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"prompts is {short(prompts)}; give a list of prompts")
     prompts = list(prompts)
     images = [None] * len(prompts) if images is None else images
-    if isinstance(images, ImageSource):
-        raise UserError(f"images is {images!r}; give a list with an entry for each prompt")
+    if is_source(images) or not isinstance(images, Iterable):
+        raise UserError(f"images is {short(images)}; give a list with an entry for each prompt")
+    images = [*images]
     if len(images) != len(prompts):
         raise UserError(
             f"prompts are {len(prompts)} and images {len(images)}; give an entry for each prompt,"

@@ -1,21 +1,18 @@
 """A request: the prompt, its images, the pruner and its budget, and the sampling arguments."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, TypedDict
 
 import mlx.core as mx
-from PIL import Image
 
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, check_text, short
+from ..inputs.image_sources import KINDS_OF_SOURCE, ImageSource, is_source, read_open_file
 from ..inputs.messages import Turn
 from ..pruners import Pipeline, Pruner
 from ..pruners.contract import Policy
 
-ImageSource = str | Path | bytes | Image.Image
 # As mlx-lm's, of L tokens and V words: log-probabilities (1, V) to a token id (1,), and
 # (tokens (L,), logits (1, V)) to logits (1, V). The tokens are the whole prompt's, with all its
 # placeholders, and those of the answer so far.
@@ -84,10 +81,10 @@ class Request:
 
 def _check_kinds(request: Request) -> None:
     """Raises UserError for a value of another kind, where nothing else would name it."""
+    check_text(request.prompt)
     processors = request.logits_processors
     is_list = processors is None or isinstance(processors, Sequence)
     right = {
-        "prompt": (isinstance(request.prompt, str), "a str"),
         "sampler": (request.sampler is None or callable(request.sampler), "a function"),
         "logits_processors": (is_list and all(map(callable, processors or ())), "a list of"
                               " functions"),
@@ -128,16 +125,16 @@ def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int)
 
 
 def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
-    """One image, several or none as a list. Raises UserError for what is no image's source."""
+    """One image, several or none as a list, open files as their bytes.
+
+    Raises UserError for what is no image's source.
+    """
     if image is None:
         return []
-    sources: Any = image
-    if isinstance(image, ImageSource) or not isinstance(image, Iterable):
-        sources = [image]
-    images = [*sources]  # an iterator can be read once
+    given: Any = image
+    is_several = isinstance(image, Iterable) and not isinstance(image, Mapping | mx.array)
+    images = [*given] if is_several and not is_source(image) else [given]
     for source in images:
-        if not isinstance(source, ImageSource | os.PathLike):
-            raise UserError(
-                f"an image is {source!r}; give a path, a file's bytes or a Pillow image"
-            )
-    return images
+        if not is_source(source):
+            raise UserError(f"an image is {short(source)}; give {KINDS_OF_SOURCE}")
+    return [read_open_file(one) if hasattr(one, "read") else one for one in images]

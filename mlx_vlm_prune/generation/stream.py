@@ -15,6 +15,7 @@ from PIL import Image
 from ..checkpoints.errors import UserError
 from ..inputs.budget import budget
 from ..inputs.image import open_image
+from ..inputs.image_sources import ImageSource
 from ..inputs.processor import Processor
 from ..inputs.prompt import Detokenizer, Prompt, tokenize_prompt
 from ..machine.clock import Clock, request_clock
@@ -23,7 +24,7 @@ from ..models.vlm import VLM, Prefill
 from ..pruners import Pipeline, Pruner, plan
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
-from .request import HOST_OPTIONS, ImageSource, Request, list_images
+from .request import HOST_OPTIONS, Request, list_images
 from .result import GenerationResponse, GenerationResult, Transcript
 from .speculation import Speculation, Token, twig_of
 from .steps import generate_step, make_chooser

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from ..checkpoints.dual_encoder import LEGACY_EOS, DualEncoderConfig
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, check_text
 from ..checkpoints.processor import TOKENIZER_CONFIG, read_tokenizer, special_tokens, token_settings
 from .image import Preprocessor
 
@@ -73,6 +73,7 @@ class CaptionTokenizer:
         return np.array([p + row if self._pads_left else row + p for p, row in rows])
 
     def _ids(self, text: str) -> list[int]:
+        check_text(text, "a text")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

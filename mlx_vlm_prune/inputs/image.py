@@ -27,6 +27,7 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.processor import PREPROCESSOR_CONFIG
 from ..checkpoints.reading.fields import Fields
 from ..checkpoints.reading.files import read_json
+from .image_sources import ImageSource, file_bytes, source_name
 
 # Formats whose readers neither start a program nor follow a reference. TIFF, EPS, PSD,
 # ICO and the rest are left out: each is one more parser to attack, and no photograph needs it.
@@ -36,11 +37,11 @@ MAX_SIDE = 4096  # of what a tower may ask for
 WHITE = (255, 255, 255, 255)
 FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # 2 and 3 in the JSON
 
-Source = str | os.PathLike[str] | bytes | Image.Image
 
+def open_image(source: ImageSource) -> Image.Image:
+    """An image from one of KINDS_OF_SOURCE, upright and as RGB.
 
-def open_image(source: Source) -> Image.Image:
-    """An image from a path, a file's bytes or Pillow, upright and as RGB.
+    An open file is read from its beginning, if it has one, and stands afterwards where it stood.
 
     Of an animation, the first frame. EXIF rotation is applied, transparency is laid on
     white (as transformers does since 5.21), 16-bit grey is scaled to 8 bits.
@@ -52,17 +53,16 @@ def open_image(source: Source) -> Image.Image:
         photo.draft("RGB", (1008, 1008))  # at least three times the sides the tower reads
 
     Raises UserError, one sentence that names the path: no such file, a directory, an
-    empty file, not one of FORMATS, truncated or damaged, more than MAX_PIXELS.
+    empty file, not one of FORMATS, truncated or damaged, more than MAX_PIXELS, a URL.
     """
-    name = "the image" if isinstance(source, bytes | Image.Image) else os.fspath(source)
+    name = source_name(source)
     try:
-        with warnings.catch_warnings():  # what Pillow only warns of, we refuse
-            warnings.simplefilter("error", UserWarning)
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with warnings.catch_warnings():  # what Pillow warns of is read; its size is checked here
+            warnings.filterwarnings("ignore", module="PIL")
             return _decode(source, name)
     except UserError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         raise _too_large(name) from None
     except UnidentifiedImageError:
         allowed = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -71,11 +71,13 @@ def open_image(source: Source) -> Image.Image:
         raise UserError(f"{name} is truncated or damaged: {problem}") from problem
 
 
-def _decode(source: Source, name: str) -> Image.Image:
+def _decode(source: ImageSource, name: str) -> Image.Image:
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
     if isinstance(source, Image.Image):
         _check_size(source, name)
         return _rgb(ImageOps.exif_transpose(source), name)  # of a copy
-    data = source if isinstance(source, bytes) else _read(source, name)
+    data = file_bytes(source, name)
     if not data:
         raise UserError(f"{name} is empty (0 bytes)")
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
@@ -84,17 +86,17 @@ def _decode(source: Source, name: str) -> Image.Image:
         return _rgb(opened, name)
 
 
-def _read(path: str | os.PathLike[str], name: str) -> bytes:
-    if not os.path.exists(path):
-        raise UserError(f"there is no image file {name}")
-    if os.path.isdir(path):
-        raise UserError(f"{name} is a directory, not an image file")
-    if not os.path.isfile(path):  # a pipe or a device may never end
-        raise UserError(f"{name} is not a regular file")
-    try:
-        return Path(path).read_bytes()
-    except OSError as problem:
-        raise UserError(f"cannot read {name}: {problem.strerror}") from problem
+def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise UserError(
+            f"{name} is a numpy array {pixels.shape} of {pixels.dtype}; give (H, W, 3) of uint8"
+        )
+    height, width, _ = pixels.shape
+    if not height * width:
+        raise UserError(f"{name} has no pixels ({width} x {height})")
+    if height * width > MAX_PIXELS:
+        raise _too_large(name)
+    return Image.fromarray(pixels)
 
 
 def _too_large(name: str) -> UserError:

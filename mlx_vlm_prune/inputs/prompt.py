@@ -20,7 +20,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..checkpoints.errors import UserError, reason
+from ..checkpoints.errors import UserError, check_text, reason
 from ..checkpoints.processor import (
     chat_template,
     end_ids,
@@ -302,7 +302,8 @@ def _render_turn(tokenizer: Tokenizer, content: str, options: Mapping[str, Any])
 
 
 def split_at_images(text: str, images: int) -> list[str]:
-    """The text before, between and after the images."""
+    """The text before, between and after the images. Raises UserError."""
+    check_text(text)
     parts = text.split(IMAGE_MARK)
     marks = len(parts) - 1
     if marks == images:

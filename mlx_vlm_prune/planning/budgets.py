@@ -19,9 +19,10 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..generation.request import ImageSource
+from ..generation.request import list_images
 from ..generation.result import GenerationResult
 from ..generation.stream import PreparedPrompt, pipeline_for, prepare_prompt
+from ..inputs.image_sources import ImageSource
 from ..inputs.processor import Processor
 from ..models.cache import STEP
 from ..models.vlm import VLM
@@ -164,7 +165,8 @@ def keep_within(
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
     check_free_budget(pipeline)
-    inputs = prepare_prompt(model, processor, prompt, image, chat_template_config)
+    images = list_images(image)
+    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config)
     if inputs.pixels is None:
         raise UserError("a budget needs an image; without one there is nothing to prune")
     if calibration:
@@ -172,11 +174,11 @@ def keep_within(
     else:
         calibration, level = _present_calibration(model, processor, pipeline, inputs)
     start = time.perf_counter()  # once more: warm, as the answer will be
-    inputs = prepare_prompt(model, processor, prompt, image, chat_template_config)
+    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config)
     mx.eval(inputs.pixels)
     image_ms, held_bytes = 1000 * (time.perf_counter() - start), mx.get_active_memory()
-    images = len(inputs.visible)
-    workload = Workload(inputs.text_tokens, images, image_ms, held_bytes, max_tokens, level)
+    text, count = inputs.text_tokens, len(inputs.visible)
+    workload = Workload(text, count, image_ms, held_bytes, max_tokens, level)
     feasible = feasible_budgets(pipeline, model.grid, model.config.text.num_hidden_layers)
     return choose(calibration, budget, workload, feasible)
 

@@ -1,0 +1,100 @@
+"""Where an image may come from: a path, bytes, an open file, a data URI, Pillow or numpy."""
+
+import base64
+import binascii
+import io
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote_to_bytes
+
+import numpy as np
+from PIL import Image
+
+from ..checkpoints.errors import UserError, short
+
+KINDS_OF_SOURCE = (
+    "a path, a data URI, a file's bytes, an open file, a Pillow image or a numpy array (H, W, 3)"
+)
+DATA_URI = "data:"
+URLS = ("http:", "https:")
+
+ImageSource = (
+    str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
+)
+
+
+def is_source(value: Any) -> bool:
+    """Is it one image, and not several or none?"""
+    if isinstance(value, np.ndarray):
+        return value.dtype.kind not in "OSU"  # a list of paths
+    kinds = str | os.PathLike | bytes | bytearray | memoryview | Image.Image
+    return isinstance(value, kinds) or hasattr(value, "read")
+
+
+def source_name(source: ImageSource) -> str:
+    """What a sentence calls it."""
+    if isinstance(source, str) and source.startswith(DATA_URI):
+        return "the data URI"
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else "the image"
+
+
+def file_bytes(source: Any, name: str) -> bytes:
+    """The bytes of what is no picture in memory yet."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if hasattr(source, "read"):
+        return read_open_file(source)
+    if not isinstance(source, str | os.PathLike):
+        raise UserError(f"an image is {short(source)}; give {KINDS_OF_SOURCE}")
+    if name == "the data URI":
+        return _data_of_uri(str(source))
+    if name.lower().startswith(URLS):
+        raise UserError(f"{name} is a URL; download the image and give its path")
+    return _read(source, name)
+
+
+def read_open_file(file: Any) -> bytes:
+    """All bytes of an open file or a BytesIO, which then stands where it stood; of a stream that
+    cannot go back, those that are left. Raises UserError for a closed or a text file."""
+    if isinstance(file, io.TextIOBase):
+        raise UserError("the image's file is open as text; open it with mode 'rb'")
+    try:
+        if not getattr(file, "seekable", bool)():
+            data = file.read()
+        else:
+            place = file.tell()
+            file.seek(0)
+            data = file.read()
+            file.seek(place)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"cannot read the image's open file: {problem}") from problem
+    if not isinstance(data, bytes):
+        raise UserError(f"an image's open file gave {short(data)} in place of bytes")
+    return data
+
+
+def _data_of_uri(uri: str) -> bytes:
+    head, comma, body = uri.partition(",")
+    try:
+        if not comma:
+            raise ValueError("there is no comma")
+        data = unquote_to_bytes(body)
+        if not head.lower().endswith(";base64"):
+            return data
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    except (binascii.Error, ValueError) as problem:
+        raise UserError(f"the data URI is damaged: {problem}") from problem
+
+
+def _read(path: str | os.PathLike[str], name: str) -> bytes:
+    if not os.path.exists(path):
+        raise UserError(f"there is no image file {name}")
+    if os.path.isdir(path):
+        raise UserError(f"{name} is a directory, not an image file")
+    if not os.path.isfile(path):  # a pipe or a device may never end
+        raise UserError(f"{name} is not a regular file")
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise UserError(f"cannot read {name}: {problem.strerror}") from problem
