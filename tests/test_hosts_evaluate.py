@@ -280,9 +280,12 @@ def test_an_empty_answer_is_refused_where_the_tokenizer_has_no_end_token(home):
 
 def test_the_default_methods_are_those_that_can_prune_the_model():
     names = host_answers.default_methods(host_of(KINDS["llava"].make()))
-    assert {"random", "divprune", "cls_attention", "fastv", "vtw"} <= {*names}
+    assert {"random", "divprune", "cls_attention", "fastv", "vtw", "divprune+restore"} <= {*names}
+    assert "none+restore" not in names
     assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
     assert "fastv" not in host_answers.default_methods(host_of(KINDS["gemma3"].make()))
+    refusing = host_answers.default_methods(host_of(KINDS["paligemma"].make()))
+    assert "divprune" in refusing and "divprune+restore" not in refusing
 
 
 def test_each_method_reads_the_layer_it_asks_for():

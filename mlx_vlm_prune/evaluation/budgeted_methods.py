@@ -89,11 +89,12 @@ def default_methods(model: VLM) -> list[str]:
         for name, method in METHODS.items()
         if method.stage is not Stage.ENHANCER and (not method.learned or name in model.learned)
     ]
-    selectors = (Stage.FEATURES, Stage.PROJECTED)
-    restored = [
-        f"{name}+restore"
-        for name in supported
-        if METHODS[name].stage in selectors and name not in ("none", *POOLING)
-    ]
     dynamic = ["mlp:dynamic"] if "mlp" in model.learned else []
-    return [*supported, *dynamic, *restored, *CHAINS]
+    return [*supported, *dynamic, *with_restore(supported), *CHAINS]
+
+
+def with_restore(names: Sequence[str]) -> list[str]:
+    """Those that choose tokens ahead of the language model, each with `restore`."""
+    selectors = (Stage.FEATURES, Stage.PROJECTED)
+    chosen = [name for name in names if METHODS[name].stage in selectors]
+    return [f"{name}+restore" for name in chosen if name not in ("none", *POOLING)]

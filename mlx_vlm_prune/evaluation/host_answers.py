@@ -19,6 +19,7 @@ from ..hosts.prompt import add_text, budgets_by_view, prepare_prompt, prune_prom
 from ..hosts.views import View
 from ..pruners import METHODS, Pipeline, Stage, plan
 from .answers import Answers, answer_prefill, open_question_images
+from .budgeted_methods import with_restore
 from .questions import Question
 
 
@@ -116,18 +117,23 @@ class EvaluatedHost:
 
 
 def default_methods(host: Host) -> list[str]:
-    """All methods that can prune this model."""
-    supported = []
-    for name, method in METHODS.items():
-        is_untrained = method.learned and name not in host.learned
-        if method.stage is Stage.ENHANCER or is_untrained or name == "none":
-            continue
+    """All methods that can prune this model, and selectors with `restore` where it can be."""
+
+    def is_supported(spec: str) -> bool:
         try:
-            check_pipeline(host, plan(name, host.learned), None)
+            check_pipeline(host, plan(spec, host.learned), None)
         except UserError:
-            continue
-        supported.append(name)
-    return supported
+            return False
+        return True
+
+    names = [
+        name
+        for name, method in METHODS.items()
+        if method.stage is not Stage.ENHANCER
+        and name != "none"
+        and (not method.learned or name in host.learned)
+    ]
+    return [spec for spec in (*names, *with_restore(names)) if is_supported(spec)]
 
 
 def _budgets(views: list[View], K: float, pipeline: Pipeline) -> list[int]:
