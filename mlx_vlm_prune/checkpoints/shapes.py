@@ -19,7 +19,7 @@ from .config import (
 )
 from .errors import UserError
 from .quantization import packed
-from .reading.tensors import Shaped
+from .reading.tensors import FLOATS, PACKED, Shaped
 
 
 def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path) -> None:
@@ -37,6 +37,10 @@ def check_shapes(tensors: Mapping[str, Shaped], expected: Shapes, where: Path) -
     for name in tensors:
         if name not in expected:
             raise UserError(f"{where} holds a tensor {name} that this model has no place for")
+        dtype = getattr(tensors[name], "dtype", None)
+        is_packed = f"{name.rpartition('.')[0]}.scales" in tensors
+        if isinstance(dtype, str) and dtype not in (*FLOATS, *(PACKED if is_packed else ())):
+            raise UserError(f"{where}: tensor {name} is {dtype}, not {', '.join(FLOATS)}")
 
 
 def expected_shapes(config: VLMConfig) -> Shapes:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from ..checkpoints.checkpoint import LEARNED_FILE
 from ..checkpoints.config import MiniMindConfig
 from ..checkpoints.errors import UserError
+from ..checkpoints.reading.weights import check_learned
 from ..pruners import METHODS
 from .arrays import read_arrays
 from .language.experts import stacked
@@ -37,6 +38,7 @@ def read_learned(folder: Path, model: Featured) -> dict[str, Any]:
     file = folder / LEARNED_FILE
     if not file.exists():
         return {}
+    check_learned(file)
     weights_of: dict[str, Weights] = {}
     for key, array in read_arrays(file).items():
         name, _, parameter = key.partition(".")

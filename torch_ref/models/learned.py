@@ -14,6 +14,7 @@ from mlx_vlm_prune.checkpoints.config import MiniMindConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.checkpoints.reading.weights import check_learned
 
 from ..pruners import METHODS, is_learned
 from .language.twig import Twig
@@ -30,6 +31,8 @@ def read_learned(folder: Path, model: VLM) -> dict[str, nn.Module]:
     Raises UserError for a tensor that belongs to no method or does not fit.
     """
     file = folder / LEARNED_FILE
+    if file.exists():
+        check_learned(file)
     states: dict[str, dict[str, torch.Tensor]] = {}
     for key, raw in (open_safetensors(file) if file.exists() else {}).items():
         name, _, parameter = key.partition(".")

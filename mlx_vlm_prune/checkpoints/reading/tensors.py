@@ -16,6 +16,7 @@ import numpy as np
 
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}  # bytes per element of what we write
 FLOATS = ("F32", "F16", "BF16")
+PACKED = ("U32", "U8")  # words of quantized weights, and scales that are powers of two
 
 
 class Shaped(Protocol):

@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ..errors import UserError
 from .files import open_safetensors, optional_json, read_json
 from .paths import check_regular, find_files, is_here
 from .pth import read_pth
-from .tensors import RawTensor
+from .tensors import FLOATS, RawTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = f"{WEIGHTS[0]}.index.json"
@@ -21,6 +23,17 @@ T = TypeVar("T")
 def read_weights(path: Path) -> dict[str, RawTensor]:
     """The tensors of a weight file, or of those in a folder."""
     return read_folder(path, _read_file) if path.is_dir() else _read_file(path)
+
+
+def check_learned(file: Path) -> None:
+    """UserError for weights of a learned method that are no floats, or not finite."""
+    for name, tensor in open_safetensors(file).items():
+        if name.endswith(".layer"):  # where a twig grows, a whole number
+            continue
+        if tensor.dtype not in FLOATS:
+            raise UserError(f"{file}: tensor {name} is {tensor.dtype}, not {', '.join(FLOATS)}")
+        if not np.isfinite(tensor.floats()).all():
+            raise UserError(f"{file}: tensor {name} has numbers that are not finite")
 
 
 def _read_file(path: Path) -> dict[str, RawTensor]:
