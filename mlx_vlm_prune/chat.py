@@ -14,11 +14,12 @@ from PIL import Image
 from .checkpoints.command_line import in_one_sentence, suggestion
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import atomic_path, check_target
-from .generate import load_model, warn_of_photographs
-from .generation.arguments import build_chat_parser
+from .generate import load_model
+from .generation.arguments import build_chat_parser, decoding_options
 from .generation.conversation import Conversation
+from .generation.photographs import warn_of_photographs
 from .generation.printing import print_figures
-from .generation.request import HOST_OPTIONS, GenerateOptions, Request, list_images
+from .generation.request import GenerateOptions, Request, list_images
 from .generation.result import GenerationResponse, GenerationResult
 from .hosts.conversation import HostConversation
 from .inputs.budget import check_budget
@@ -145,10 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, processor = load_model(args)
         chat = Chat(
             model, processor, pruner=args.pruner or "none", keep_ratio=args.keep_ratio,
-            keep_tokens=args.keep_tokens, positions=args.positions, max_tokens=args.max_tokens,
-            temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-            chat_template_config=args.chat_template_config,
-            host_options={name: getattr(args, name) for name in HOST_OPTIONS},
+            keep_tokens=args.keep_tokens, **decoding_options(args),
         )  # fmt: skip
         Session(chat, processor, images).run(typed_lines() if sys.stdin.isatty() else piped_lines())
 

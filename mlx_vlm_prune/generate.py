@@ -19,15 +19,16 @@ from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import atomic_path, check_target, write_atomically
 from .generation import batch, stream
-from .generation.arguments import build_parser
+from .generation.arguments import build_parser, decoding_options
+from .generation.photographs import warn_of_photographs
 from .generation.printing import LINE, as_json, print_comparison, print_figures
 from .generation.request import (
-    HOST_OPTIONS,
     GenerateOptions,
     LogitsProcessor,
     Request,
     Sampler,
     check_decoding,
+    check_sampling_options,
     list_images,
 )
 from .generation.result import GenerationResponse, GenerationResult
@@ -52,10 +53,6 @@ SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 SAMPLE_PROMPT = "What does the sign say?"
 SAMPLE_PRUNER = "divprune+restore"
 SAMPLE_OVERLAY = Path("kept.png")
-SCENES_ONLY = (
-    "the built-in model knows its own drawn scenes only, not photographs; for those convert"
-    " a trained checkpoint (python -m mlx_vlm_prune convert to-mlx --help) and give it as --model"
-)
 
 
 def stream_generate(
@@ -65,35 +62,40 @@ def stream_generate(
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
     pruner: str | Pruner | Pipeline = "none",
-    keep_ratio: float | None = None,
-    keep_tokens: int | None = None,
+    keep_ratio: float | None = None, keep_tokens: int | None = None,
     positions: Policy | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    sampler: Sampler | None = None,
-    logits_processors: Sequence[LogitsProcessor] | None = None,
+    max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+    top_k: int = 0, min_p: float = 0.0,
+    repetition_penalty: float | None = None, repetition_context_size: int = 20,
+    sampler: Sampler | None = None, logits_processors: Sequence[LogitsProcessor] | None = None,
+    eos_tokens: Sequence[str | int] | None = None,
     num_draft_tokens: int | None = None,
+    system: str | None = None,
     chat_template_config: Mapping[str, Any] | None = None,
     host_options: Mapping[str, Any] | None = None,
-) -> Iterator[GenerationResponse]:
+) -> Iterator[GenerationResponse]:  # fmt: skip
     """Answer a prompt about any number of images, one piece of text at a time.
 
     `<image>` in the prompt marks where an image goes; without it the images come first. `pruner`,
     "NAME", "NAME:option=value" or a chain "NAME+NAME", keeps K of an image's N visual tokens (a
     decoder method: in the average layer) by `keep_ratio` or `keep_tokens`, half without either.
     Default `positions` are those of its paper. `sampler` and `logits_processors` are mlx-lm's; a
-    sampler replaces `temperature` (0 is greedy), `top_p` and `seed`. `num_draft_tokens` is how many
-    tokens a twig beside a model of ours may guess ahead. `chat_template_config` are options of
-    the chat template, `host_options` those that mlx-vlm's models have: prefill_step_size, kv_bits,
-    quantized_kv_start, resize_shape. Raises UserError.
+    sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and `seed`. `top_k`,
+    `min_p` and `repetition_penalty`, of the latest `repetition_context_size` tokens, are mlx-lm's
+    own, which must be installed. `eos_tokens` end an answer beside the model's own. `system` is a
+    system message. `num_draft_tokens` is how many tokens a twig beside a model of ours may guess
+    ahead. `chat_template_config` are options of the chat template, `host_options` those that
+    mlx-vlm's models have: prefill_step_size, kv_bits, quantized_kv_start, resize_shape.
+    Raises UserError.
     """
     request = Request(
         prompt, list_images(image), pruner=pruner, keep_ratio=keep_ratio, keep_tokens=keep_tokens,
         positions=positions, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        sampler=sampler, logits_processors=logits_processors, num_draft_tokens=num_draft_tokens,
-        chat_template_config=chat_template_config, host_options=host_options,
+        top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        repetition_context_size=repetition_context_size, sampler=sampler,
+        logits_processors=logits_processors, eos_tokens=eos_tokens, system=system,
+        num_draft_tokens=num_draft_tokens, chat_template_config=chat_template_config,
+        host_options=host_options,
     )  # fmt: skip
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
@@ -171,12 +173,8 @@ def run(args: argparse.Namespace) -> None:
     if args.compare and pruner == "none":
         raise UserError("--compare needs a --pruner to compare with all visual tokens")
     model, processor = load_model(args)
-    options: dict[str, Any] = dict(
-        image=args.image, positions=args.positions, max_tokens=args.max_tokens,
-        temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-        chat_template_config=args.chat_template_config, num_draft_tokens=args.num_draft_tokens,
-        host_options={name: getattr(args, name) for name in HOST_OPTIONS},
-    )  # fmt: skip
+    options = decoding_options(args)
+    options |= {"image": args.image, "num_draft_tokens": args.num_draft_tokens}
     budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     choice = _choose(args, model, processor, prompt, pruner, limits) if limits else None
     if choice:
@@ -198,16 +196,11 @@ def run(args: argparse.Namespace) -> None:
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model that a command line names; a note where it cannot know the images."""
     model, processor = load(
-        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
-    )
+        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path,
+        trust_remote_code=getattr(args, "trust_remote_code", False),
+    )  # fmt: skip
     warn_of_photographs(processor, args.image)
     return model, processor
-
-
-def warn_of_photographs(processor: Any, images: Sequence[Any]) -> None:
-    """A note where the built-in model gets something else than its drawn scenes."""
-    if getattr(processor, "is_scenes", False) and any(not _is_scene(image) for image in images):
-        logger.warning(SCENES_ONLY)
 
 
 def _write_files(
@@ -283,20 +276,13 @@ def _choose(
     choice = keep_within(
         model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
         max_tokens=args.max_tokens, chat_template_config=args.chat_template_config,
+        system=args.system,
     )  # fmt: skip
     if choice.reason:
         logger.warning(choice.reason)
     elif args.verbose:
         print(choice)
     return choice
-
-
-def _is_scene(image: Any) -> bool:
-    """Has the image the size of a drawn scene? Raises UserError for a broken file."""
-    from .inputs.image import open_image
-    from .scenes import SIZE
-
-    return open_image(image).size == (SIZE, SIZE)
 
 
 def _use_sample(args: argparse.Namespace) -> None:
@@ -314,6 +300,9 @@ def _check(args: argparse.Namespace, is_sample: bool) -> None:
     """Refuse wrong options, and files that cannot be written, before any work."""
     check_budget(args.keep_ratio, args.keep_tokens)
     check_decoding(args.max_tokens, args.temperature, args.top_p, args.seed)
+    check_sampling_options(
+        args.top_k, args.min_p, args.repetition_penalty, args.repetition_context_size
+    )
     check_num_draft_tokens(args.num_draft_tokens, args.temperature, True)
     for path in (args.json, args.overlay):
         if path:

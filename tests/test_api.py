@@ -19,8 +19,9 @@ from mlx_vlm_prune.inputs import budget
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = (
     "pruner='none', keep_ratio=None, keep_tokens=None, positions=None, max_tokens=256,"
-    " temperature=0.0, top_p=1.0, seed=0, sampler=None, logits_processors=None,"
-    " num_draft_tokens=None, chat_template_config=None, host_options=None"
+    " temperature=0.0, top_p=1.0, seed=0, top_k=0, min_p=0.0, repetition_penalty=None,"
+    " repetition_context_size=20, sampler=None, logits_processors=None, eos_tokens=None,"
+    " num_draft_tokens=None, system=None, chat_template_config=None, host_options=None"
 )
 BUDGET = "keep_ratio=None, keep_tokens=None, positions=None"
 SIGNATURES = {
@@ -42,7 +43,8 @@ SIGNATURES = {
     " keep_tokens=None, batch_size=8)",
     "encode_texts": "(model, processor, texts)",
     "generate": "(model, processor, prompt, image=None, *, verbose=False, **options)",
-    "load": "(path_or_hub_name=None, *, dtype='auto', revision=None, adapter_path=None)",
+    "load": "(path_or_hub_name=None, *, dtype='auto', revision=None, adapter_path=None,"
+    " trust_remote_code=False)",
     "load_encoder": "(path_or_hub_name, *, dtype='auto', revision=None)",
     "pruned": f"(model, pruner='divprune', *, {BUDGET})",
     "register_pruner": "(method)",

@@ -167,7 +167,11 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
     }
     places = {
         "matplotlib": ("mlx_vlm_prune/plots/", "mlx_vlm_prune/training/curve.py"),
-        "mlx_lm": ("mlx_vlm_prune/models/", "mlx_vlm_prune/training/"),
+        "mlx_lm": (
+            "mlx_vlm_prune/models/",
+            "mlx_vlm_prune/training/",
+            "mlx_vlm_prune/generation/sampling.py",
+        ),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/parquet.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",

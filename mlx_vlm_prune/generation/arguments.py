@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoints.command_line import Parser, whole_number
 from ..checkpoints.reading.files import parse_json
 from ..models.loading import DTYPES
+from .request import HOST_OPTIONS
 
 DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
 and a prompt: a sample question, answered with all visual tokens and with half of them."""
@@ -104,7 +105,20 @@ def _add_model(parser: Parser) -> Add:
     return add
 
 
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a command line says of the answer, as `stream_generate` takes it."""
+    names = (
+        "positions", "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p",
+        "repetition_penalty", "repetition_context_size", "eos_tokens", "system",
+        "chat_template_config",
+    )
+    host_options = {name: getattr(args, name) for name in HOST_OPTIONS}
+    return {**{name: getattr(args, name) for name in names}, "host_options": host_options}
+
+
 def _add_config(add: Add) -> None:
+    add("--trust-remote-code", action="store_true",
+        help="refused: no code from a model's folder is run here")
     add("--config", "-c", type=Path, metavar="FILE.yaml", help="a config file of `train`: ask the"
         " model that it trains, with its pruner and budget; flags override it (default: none)")
 
@@ -123,8 +137,10 @@ def _add_prompt(add: Add) -> None:
 
 
 def _add_image(add: Add) -> None:
-    add("--image", action="append", default=[], metavar="FILE",
-        help="an image file; repeat for several (default: none)")
+    add("--image", nargs="+", action="extend", default=[], metavar="FILE",
+        help="image files (default: none)")
+    add("--system", "--system-prompt", metavar="TEXT",
+        help="a system message, which comes before the first question (default: none)")
 
 
 def _add_template_config(add: Add) -> None:
@@ -167,7 +183,19 @@ def _add_decoding(parser: Parser) -> None:
         help="sampling temperature; 0 takes the most likely token")
     add("--top-p", type=float, default=1.0, metavar="P",
         help="sample from the most likely tokens that together have this probability")
+    add("--top-k", type=int, default=0, metavar="K",
+        help="sample from the K most likely tokens, by mlx-lm's sampler; 0 is all")
+    add("--min-p", type=float, default=0.0, metavar="P",
+        help="sample from the tokens that have this share of the likeliest one's probability, by"
+        " mlx-lm's sampler")
     add("--seed", type=int, default=0, metavar="N", help="of the sampling")
+    add("--repetition-penalty", type=float, metavar="X",
+        help="make what the latest tokens say less likely, by mlx-lm's penalty; above 1 (default:"
+        " none)")
+    add("--repetition-context-size", type=int, default=20, metavar="N",
+        help="how many of the latest tokens the penalty is about")
+    add("--extra-eos-token", "--eos-tokens", dest="eos_tokens", nargs="+", action="extend",
+        metavar="TOKEN", help="tokens that end an answer, too (default: the model's alone)")
 
 
 def _add_output(parser: Parser) -> None:

@@ -22,10 +22,11 @@ from .result import GenerationResult
 from .steps import collect_answers, generate_step, make_chooser
 from .stream import (
     PreparedPrompt,
+    answer_ends,
+    check_request,
     initial_result,
     pipeline_for,
     prepare_prompt,
-    refuse_host_options,
 )
 
 BatchImages = Sequence[ImageSource | Sequence[ImageSource] | None]
@@ -76,13 +77,15 @@ def batch_generate(
     if not requests:
         return []
     request, clock, prompts = requests[0], request_clock(), list[PreparedPrompt]()
-    refuse_host_options(request)
+    check_request(processor, request)
     pipeline = pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     for number, (text, images) in enumerate(((r.prompt, r.images) for r in requests), 1):
         with naming_prompt(number, len(requests)):
             prompts.append(
-                prepare_prompt(model, processor, text, images, request.chat_template_config)
+                prepare_prompt(
+                    model, processor, text, images, request.chat_template_config, request.system
+                )
             )
     pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
     pixels_IHW3 = clock.end_part("image", mx.concatenate(pixels)) if pixels else None
@@ -103,22 +106,22 @@ def batch_generate(
         )
         results.append(result.prefilled(length, clock.ttft()))
     steps = generate_step(prefill, first_B1, choose_token, request.max_tokens)
-    return _answered(results, steps, processor, request.max_tokens)
+    return _answered(results, steps, processor, request)
 
 
 def _answered(
     results: Sequence[GenerationResult],
     steps: Iterator[mx.array],
     processor: Processor,
-    max_tokens: int,
+    request: Request,
 ) -> list[GenerationResult]:
     """The results with the tokens that the steps (B, 1) give."""
     start = time.perf_counter()
-    answers = collect_answers(steps, len(results), processor.tokenizer.eos_token_ids)
+    answers = collect_answers(steps, len(results), answer_ends(processor, request))
     seconds, peak_memory = time.perf_counter() - start, mx.get_peak_memory() / 1e9
     answered = []
     for result, ids in zip(results, answers, strict=True):
-        ended = len(ids) < max_tokens
+        ended = len(ids) < request.max_tokens
         tokens = len(ids) + ended
         answered.append(
             replace(

@@ -28,7 +28,7 @@ from ..models.vlm import VLM, Prefill, SplicedImages
 from ..pruners import Pipeline, Stage, StepBudgets
 from .request import Request
 from .result import GenerationResponse
-from .stream import PromptRead, check_prompt, pipeline_for, refuse_host_options, stream_answer
+from .stream import PromptRead, check_prompt, check_request, pipeline_for, stream_answer
 
 # A row by what its keys and values depend on: its position, and a word's id or which image's
 # token it is and how that came about.
@@ -80,7 +80,7 @@ class Conversation:
 
     def check(self, request: Request) -> None:
         """Raises UserError for a method or a budget that the model cannot have."""
-        refuse_host_options(request)
+        check_request(self.processor, request)
         pipeline = pipeline_for(self.model, request.pruner)
         self.model.language.check(pipeline)
         budget(self.model.N, request.keep_ratio, request.keep_tokens, pipeline)
@@ -125,7 +125,7 @@ class Conversation:
         prompt = tokenize_conversation(
             self.processor.tokenizer, request.history, request.prompt,
             [self.model.N] * len(request.images), self.processor.image_token,
-            request.chat_template_config,
+            request.chat_template_config, request.system,
         )  # fmt: skip
         try:
             check_prompt(self.model, prompt)

@@ -32,9 +32,15 @@ class GenerateOptions(TypedDict, total=False):
     temperature: float
     top_p: float
     seed: int
+    top_k: int
+    min_p: float
+    repetition_penalty: float | None
+    repetition_context_size: int
     sampler: Sampler | None
     logits_processors: Sequence[LogitsProcessor] | None
+    eos_tokens: Sequence[str | int] | None
     num_draft_tokens: int | None
+    system: str | None
     chat_template_config: Mapping[str, Any] | None
     host_options: Mapping[str, Any] | None
 
@@ -53,9 +59,15 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    repetition_context_size: int = 20
     sampler: Sampler | None = None
     logits_processors: Sequence[LogitsProcessor] | None = None
+    eos_tokens: Sequence[str | int] | None = None
     num_draft_tokens: int | None = None
+    system: str | None = None
     chat_template_config: Mapping[str, Any] | None = None
     host_options: Mapping[str, Any] | None = None
     history: Sequence[Turn] = ()  # earlier turns, whose images come first
@@ -65,6 +77,13 @@ class Request:
         if self.positions not in (None, "keep", "renumber"):
             raise UserError(f"positions is {self.positions!r}; it is keep or renumber")
         check_decoding(self.max_tokens, self.temperature, self.top_p, self.seed)
+        check_sampling_options(
+            self.top_k, self.min_p, self.repetition_penalty, self.repetition_context_size
+        )
+        if self.num_draft_tokens is not None and self.repetition_penalty:
+            raise UserError(
+                "num_draft_tokens is for plain greedy answers; leave out repetition_penalty"
+            )
         if self.num_draft_tokens is not None and (self.sampler or self.logits_processors):
             raise UserError(
                 "num_draft_tokens is for greedy answers; leave out sampler and logits_processors"
@@ -82,12 +101,15 @@ class Request:
 def _check_kinds(request: Request) -> None:
     """Raises UserError for a value of another kind, where nothing else would name it."""
     check_text(request.prompt)
-    processors = request.logits_processors
+    processors, ends = request.logits_processors, request.eos_tokens
     is_list = processors is None or isinstance(processors, Sequence)
     right = {
         "sampler": (request.sampler is None or callable(request.sampler), "a function"),
         "logits_processors": (is_list and all(map(callable, processors or ())), "a list of"
                               " functions"),
+        "eos_tokens": (isinstance(ends or (), Sequence | set | frozenset) and all(
+            is_whole(end) or isinstance(end, str) for end in ends or ()), "a list of tokens"),
+        "system": (isinstance(request.system, str | None), "a str"),
         "chat_template_config": (isinstance(request.chat_template_config or {}, Mapping),
                                  "a mapping"),
         "num_draft_tokens": (is_whole(request.num_draft_tokens or 1), "a whole number"),
@@ -122,6 +144,23 @@ def check_decoding(max_tokens: int, temperature: float, top_p: float, seed: int)
         raise UserError(f"top_p is {top_p!r}; it must be above 0 and at most 1")
     if not (is_whole(seed) and 0 <= seed < 2**63):
         raise UserError(f"seed is {seed!r}; it must be at least 0 and below 2**63")
+
+
+def check_sampling_options(
+    top_k: int, min_p: float, repetition_penalty: float | None, repetition_context_size: int
+) -> None:
+    """Raises UserError for what mlx-lm's samplers and penalties cannot be given."""
+    if not (is_whole(top_k) and top_k >= 0):
+        raise UserError(f"top_k is {top_k!r}; it must be a whole number, 0 for all words")
+    if not (isinstance(min_p, Real) and 0 <= min_p <= 1):
+        raise UserError(f"min_p is {min_p!r}; it must be from 0 to 1")
+    penalty, size = repetition_penalty, repetition_context_size
+    if penalty is not None and not (isinstance(penalty, Real) and 0 <= penalty < float("inf")):
+        raise UserError(f"repetition_penalty is {penalty!r}; it must be 0 or more")
+    if not (is_whole(size) and size >= 1):
+        raise UserError(
+            f"repetition_context_size is {size!r}; it must be at least 1, a whole number"
+        )
 
 
 def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:

@@ -11,6 +11,7 @@ import numpy as np
 from ..checkpoints.errors import UserError
 from .prefill import Prefill
 from .request import LogitsProcessor, Request, Sampler
+from .sampling import needs_sampler, request_processors, request_sampler
 
 PADDING = -1  # behind a right answer that is shorter than the longest
 TokenChooser = Callable[[mx.array], mx.array]  # logits (B, V) to token ids (B, 1)
@@ -81,8 +82,8 @@ class PromptChooser:
     """
 
     def __init__(self, request: Request, ids: Sequence[int]) -> None:
-        self.processors = request.logits_processors or ()
-        self.sampler = request.sampler
+        self.processors = request_processors(request)
+        self.sampler = request_sampler(request)
         self.default = make_sampler(request.temperature, request.top_p, request.seed)
         self.tokens_L = mx.array(list(ids))
 
@@ -108,7 +109,9 @@ def make_sampler(temperature: float, top_p: float, seed: int) -> TokenChooser:
 def make_chooser(request: Request, prompts: Sequence[Sequence[int]]) -> TokenChooser:
     """What chooses the next tokens of prompts, given as ids. Each draws by itself, so that its
     answer does not depend on its neighbours."""
-    if request.sampler or request.logits_processors or (request.temperature and len(prompts) > 1):
+    is_ours = not (request.sampler or request.logits_processors or request.repetition_penalty)
+    draws_alone = needs_sampler(request) or (request.temperature and len(prompts) > 1)
+    if draws_alone or not is_ours:
         choosers = [PromptChooser(request, ids) for ids in prompts]
         return lambda logits_BV: mx.concatenate(
             [choose(logits_BV[b : b + 1]) for b, choose in enumerate(choosers)]

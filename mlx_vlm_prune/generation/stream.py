@@ -4,7 +4,7 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,10 +14,12 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.budget import budget
+from ..inputs.ends import end_token_ids
 from ..inputs.image import open_image
 from ..inputs.image_sources import ImageSource
+from ..inputs.messages import tokenize_conversation
 from ..inputs.processor import Processor
-from ..inputs.prompt import Detokenizer, Prompt, tokenize_prompt
+from ..inputs.prompt import Detokenizer, Prompt
 from ..machine.clock import Clock, request_clock
 from ..models.decoder import TwigReader
 from ..models.vlm import VLM, Prefill
@@ -26,6 +28,7 @@ from ..pruners.contract import Policy
 from ..pruners.trace import Trace
 from .request import HOST_OPTIONS, Request, list_images
 from .result import GenerationResponse, GenerationResult, Transcript
+from .sampling import check_sampling
 from .speculation import Speculation, Token, twig_of
 from .steps import generate_step, make_chooser
 
@@ -34,13 +37,14 @@ def stream_generate(
     model: VLM, processor: Processor, request: Request
 ) -> Iterator[GenerationResponse]:
     """Stream the answer of a model of ours. Raises UserError."""
-    refuse_host_options(request)
+    check_request(processor, request)
     clock, pipeline = request_clock(), pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     twig = twig_of(model, processor.name) if request.num_draft_tokens else None
     prompt = prepare_prompt(
-        model, processor, request.prompt, request.images, request.chat_template_config
-    )
+        model, processor, request.prompt, request.images, request.chat_template_config,
+        request.system,
+    )  # fmt: skip
     clock.end_part("image", prompt.pixels)
     mx.reset_peak_memory()
     with clock.running():
@@ -66,12 +70,11 @@ def stream_answer(
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """The answer to a prompt that was read; `clock` has timed it up to here."""
     prefill, pipeline = read.prefill, read.pipeline
-    choose_token = make_chooser(request, [read.ids])
+    choose_token, ends = make_chooser(request, [read.ids]), answer_ends(processor, request)
     first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
     cache_bytes = prefill.cache_bytes
     if twig and request.num_draft_tokens:
         cache_bytes += sum(layer.nbytes for layer in twig.cache)
-        ends = processor.tokenizer.eos_token_ids
         turns = Speculation(prefill, twig, ends, request.num_draft_tokens)
         tokens = turns.tokens(int(np.array(first_B1)[0, 0]), request.max_tokens)
     else:
@@ -83,7 +86,22 @@ def stream_answer(
         cache_bytes=cache_bytes,
         views=[(picture, model.grid) for picture in read.visible],
     ).prefilled(prefill.rows[0], clock.ttft(), read.rows_reused)
-    yield from _pieces(tokens, processor, answer, request.max_tokens)
+    yield from _pieces(tokens, processor, ends, answer, request.max_tokens)
+
+
+def check_request(processor: Processor, request: Request) -> None:
+    """Raises UserError for options that no model of ours, or not this one, can have."""
+    refuse_host_options(request)
+    check_sampling(request)
+    answer_ends(processor, request)
+
+
+def answer_ends(processor: Processor, request: Request) -> frozenset[int]:
+    """The ids that end an answer: the checkpoint's and the caller's. Raises UserError."""
+    tokenizer = processor.tokenizer
+    return tokenizer.eos_token_ids | end_token_ids(
+        request.eos_tokens, tokenizer.backend.token_to_id, tokenizer.encode, tokenizer.name
+    )
 
 
 def refuse_host_options(request: Request) -> None:
@@ -113,12 +131,13 @@ def prepare_prompt(
     prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     chat_template_config: Mapping[str, Any] | None = None,
+    system: str | None = None,
 ) -> PreparedPrompt:
     """Open the images and turn all into ids and pixels. Raises UserError."""
     visible = [processor.image.visible(open_image(source)) for source in list_images(image)]
     counts = [model.N] * len(visible)
-    built = tokenize_prompt(
-        processor.tokenizer, prompt, counts, processor.image_token, options=chat_template_config
+    built = tokenize_conversation(
+        processor.tokenizer, (), prompt, counts, processor.image_token, chat_template_config, system
     )
     check_prompt(model, built)
     pixels = None
@@ -153,13 +172,17 @@ def initial_result(
 
 
 def _pieces(
-    tokens: Iterator[Token], processor: Processor, answer: GenerationResult, max_tokens: int
+    tokens: Iterator[Token],
+    processor: Processor,
+    ends: Collection[int],
+    answer: GenerationResult,
+    max_tokens: int,
 ) -> Iterator[GenerationResponse]:
     """Tokens as text, with the figures up to each, until the answer ends."""
     writer, transcript = Detokenizer(processor.tokenizer), Transcript(answer)
     start = time.perf_counter()
     for n, (token, drafted, accepted, from_draft) in enumerate(tokens, 1):
-        ended = token in processor.tokenizer.eos_token_ids
+        ended = token in ends
         reason = "stop" if ended else "length" if n == max_tokens else None
         text = "" if ended else writer.add(token)
         seconds = time.perf_counter() - start

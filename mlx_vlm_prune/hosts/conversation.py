@@ -13,7 +13,7 @@ from ..inputs.budget import check_budget
 from .compatibility import check_kv_bits, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
-from .stream import decoding_arguments, resize_option, stream_generate
+from .stream import decoding_arguments, further_ends, resize_option, stream_generate
 from .tower_cache import TowerCache
 
 
@@ -37,6 +37,7 @@ class HostConversation:
         check_pipeline(self.host, pipeline, request.positions)
         check_budget(request.keep_ratio, request.keep_tokens)
         decoding_arguments(request)
+        further_ends(self.host, request)
         check_kv_bits(self.host, pipeline, options.get("kv_bits"))
         resize_option(options.get("resize_shape"))
 

@@ -25,6 +25,10 @@ from .linked_folder import mlx_vlm_weight_files
 
 logger = logging.getLogger("mlx_vlm_prune")
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
+REMOTE_CODE = (
+    "trust_remote_code is not possible: pruning works inside models that are known here, and no"
+    " code from a model's folder is run; leave it out"
+)
 
 
 def load(
@@ -33,14 +37,17 @@ def load(
     dtype: str = "auto",
     revision: str | None = None,
     adapter_path: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """The model and its processor, ours or mlx-vlm's; without a path, the built-in scenes model.
 
     `dtype` is float32, float16 or bfloat16; "auto" is the checkpoint's own on a GPU, and
     float32 on a CPU, where half precision is ten times slower. `adapter_path` is a folder of
-    adapters that were trained for this model.
+    adapters that were trained for this model. `trust_remote_code` is refused: no code is run.
     Raises UserError, in one sentence, for whatever cannot be loaded.
     """
+    if trust_remote_code:
+        raise UserError(REMOTE_CODE)
     blas.load()  # says what is wrong with a library that the user named
     target = weights_dtype(dtype)
     folder = find_folder(path_or_hub_name, revision)

@@ -59,10 +59,11 @@ def prepare_prompt(
     chat_template_config: Mapping[str, Any] | None = None,
     resize: tuple[int, int] | None = None,
     history: Sequence[Turn] = (),
+    system: str | None = None,
 ) -> PreparedInputs:
     """A prompt and images, through mlx-vlm's chat template and the model's own processor.
 
-    Earlier turns come before it, and so do their images. Raises UserError.
+    A system message and earlier turns come before it, with their images. Raises UserError.
     """
     from mlx_vlm.prompt_utils import apply_chat_template
 
@@ -73,8 +74,8 @@ def prepare_prompt(
                 " images go"
             )
     options = dict(chat_template_config or {})
-    if history:
-        text = _render_turns(host, history, prompt, len(images), options)
+    if history or system is not None:
+        text = _render_turns(host, history, prompt, len(images), options, system)
     else:
         text = apply_chat_template(
             host.processor, host.model.config, prompt, num_images=len(images), **options
@@ -98,10 +99,15 @@ def encode_images_and_text(
 
 
 def _render_turns(
-    host: Host, history: Sequence[Turn], prompt: str, images: int, options: dict[str, Any]
+    host: Host,
+    history: Sequence[Turn],
+    prompt: str,
+    images: int,
+    options: dict[str, Any],
+    system: str | None,
 ) -> str:
-    """The text of several turns; each question has its images where mlx-vlm puts those of a prompt
-    alone. Raises UserError for a model that reads no earlier turns."""
+    """The text of several turns behind a system message; each question has its images where mlx-vlm
+    puts those of a prompt alone. Raises UserError for a model that reads none of these."""
     from mlx_vlm.prompt_utils import apply_chat_template, get_chat_template
 
     def messages(turn: Any, count: int) -> list[Any]:
@@ -112,13 +118,19 @@ def _render_turns(
         return parts
 
     turns: list[Any] = []
+    if system is not None:
+        turns += messages([{"role": "system", "content": system}], 0)
     for turn in history:
         turns += messages(turn.question, turn.images)
         turns += messages([{"role": "assistant", "content": turn.answer.strip()}], 0)
     turns += messages(prompt, images - sum(turn.images for turn in history))
     if not all(isinstance(message, dict) for message in turns):
+        if not history:
+            raise UserError(f"a {host.kind} model reads one question and no system message")
         raise UserError(f"a {host.kind} model reads one question and no earlier turns; begin anew")
     text: str = get_chat_template(host.processor, turns, True, **options)
+    if system is not None and system.strip() not in text:
+        raise UserError(f"the chat template of this {host.kind} model drops the system message")
     return text
 
 

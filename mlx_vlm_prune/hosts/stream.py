@@ -4,6 +4,7 @@ Shapes: l rows of the prompt.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -15,8 +16,10 @@ import mlx.core as mx
 from ..checkpoints.errors import UserError
 from ..generation.request import LogitsProcessor, Request
 from ..generation.result import GenerationResponse, GenerationResult, Transcript
+from ..generation.sampling import SeededSampler, needs_sampler, penalties
 from ..generation.steps import process_logits, sample_token
 from ..generation.stream import initial_result
+from ..inputs.ends import end_token_ids
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import TOGETHER, Clock, request_clock
 from .compatibility import check_kv_bits, check_pipeline
@@ -82,13 +85,13 @@ def stream_generate(
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options
-    policy = check_pipeline(host, pipeline, request.positions)
+    policy, ends = check_pipeline(host, pipeline, request.positions), further_ends(host, request)
     check_kv_bits(host, pipeline, options.get("kv_bits"))
     images = [open_image(source) for source in request.images]
-    size = resize_option(options.get("resize_shape"))
     inputs = prepare_prompt(
-        host, request.prompt, images, request.chat_template_config, size, request.history
-    )
+        host, request.prompt, images, request.chat_template_config,
+        resize_option(options.get("resize_shape")), request.history, request.system,
+    )  # fmt: skip
     clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
     with host.preserve_state():
@@ -107,20 +110,59 @@ def stream_generate(
             return replace(answer, views=[(picture, v.signals.grid) for picture, v in pictures])
 
         pieces = _decode(host, prompt, initial, clock, decoding)
-        yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
+        with also_ending_at(host, ends):
+            yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
 
 
 def decoding_arguments(request: Request) -> dict[str, Any]:
     """What mlx-vlm's loop is told of how to decode. Raises UserError."""
+    from mlx_vlm import sample_utils
+
+    sampler, processors = request.sampler, [*(request.logits_processors or ())]
+    if needs_sampler(request):
+        sampler = SeededSampler(sample_utils.make_sampler, request)
+    if request.repetition_penalty:
+        processors = [*penalties(sample_utils, request), *processors]
     arguments = {
         "max_tokens": request.max_tokens,
         "temperature": request.temperature,
         "top_p": request.top_p,
         "seed": request.seed,
-        "sampler": request.sampler and partial(sample_token, request.sampler),
-        "logits_processors": request.logits_processors,
+        "top_k": request.top_k,
+        "sampler": sampler and partial(sample_token, sampler),
+        "logits_processors": processors,
     }
     return arguments | cache_options(request.given_host_options)
+
+
+def further_ends(host: Host, request: Request) -> frozenset[int]:
+    """The ids that end an answer beside the checkpoint's own. Raises UserError."""
+    tokenizer = getattr(host.processor, "tokenizer", host.processor)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    if request.eos_tokens is None:
+        return frozenset()
+    return end_token_ids(
+        request.eos_tokens, tokenizer.get_vocab().get, encode, f"this {host.kind} model's tokenizer"
+    )
+
+
+@contextmanager
+def also_ending_at(host: Host, ends: frozenset[int]) -> Iterator[None]:
+    """Inside the block mlx-vlm's loop ends an answer at these ids, too."""
+    if not ends:
+        yield
+        return
+    criteria = getattr(host.processor, "tokenizer", host.processor).stopping_criteria
+    before = criteria.eos_token_ids
+    criteria.eos_token_ids = [*before, *ends]
+    try:
+        yield
+    finally:
+        criteria.eos_token_ids = before
 
 
 def explain_kv_bits_errors(

@@ -34,26 +34,30 @@ def tokenize_conversation(
     tokens_per_image: Sequence[int],
     image_token: str,
     options: Mapping[str, Any] | None = None,
+    system: str | None = None,
 ) -> Prompt:
-    """A question after earlier turns as ids; without these, as `tokenize_prompt` has it.
+    """A question after a system message and earlier turns as ids; without these, as
+    `tokenize_prompt` has it.
 
     `tokens_per_image` is of all images, those of earlier turns first. An answer whose end the
     template does not mark ends with the tokenizer's token for it. Raises UserError, as there.
     """
-    if not history:
+    if not history and system is None:
         return tokenize_prompt(tokenizer, question, tokens_per_image, image_token, True, options)
     questions = [*(turn.question for turn in history), question]
     counts = [turn.images for turn in history]
     counts.append(len(tokens_per_image) - sum(counts))
     answers = [turn.answer.strip() for turn in history]
-    stand_in = unused_character(tokenizer.chat_template or "", *questions, *answers)
+    stand_in = unused_character(tokenizer.chat_template or "", system or "", *questions, *answers)
     pairs = zip(questions, counts, strict=True)
     contents = [stand_in.join(split_at_images(text, images)) for text, images in pairs]
-    texts = [("user", contents[0])]
+    texts = (
+        [("user", contents[0])] if system is None else [("system", system), ("user", contents[0])]
+    )
     for answer, content in zip(answers, contents[1:], strict=True):
         texts += [("assistant", answer), ("user", content)]
     messages = build_messages(tokenizer, texts)
-    if end := _missing_end(tokenizer, messages, stand_in):
+    if history and (end := _missing_end(tokenizer, messages, stand_in)):
         ended = [(role, text + end if role == "assistant" else text) for role, text in texts]
         messages = build_messages(tokenizer, ended)
     text = tokenizer.render(messages, **(options or {}))
@@ -63,8 +67,9 @@ def tokenize_conversation(
 
 def _missing_end(tokenizer: Tokenizer, messages: list[Message], stand_in: str) -> str:
     """What ends an answer where the template writes nothing behind it."""
-    answer = make_message("assistant", stand_in, not isinstance(messages[0]["content"], str))
-    behind = render_messages(tokenizer, [messages[0], answer]).rpartition(stand_in)[2]
+    question = next(message for message in messages if message["role"] == "user")
+    answer = make_message("assistant", stand_in, not isinstance(question["content"], str))
+    behind = render_messages(tokenizer, [question, answer]).rpartition(stand_in)[2]
     return "" if behind.strip() else tokenizer.special_tokens.get("eos_token") or ""
 
 

@@ -155,6 +155,7 @@ def keep_within(
     gb: float | None = None,
     max_tokens: int = 256,
     chat_template_config: Mapping[str, Any] | None = None,
+    system: str | None = None,
     calibration: Calibration | None = None,
 ) -> BudgetChoice:
     """The largest K that keeps the time to the first token within `ms` (in 19 of 20 runs), and
@@ -166,7 +167,7 @@ def keep_within(
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
     check_free_budget(pipeline)
     images = list_images(image)
-    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config)
+    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config, system)
     if inputs.pixels is None:
         raise UserError("a budget needs an image; without one there is nothing to prune")
     if calibration:
@@ -174,7 +175,7 @@ def keep_within(
     else:
         calibration, level = _present_calibration(model, processor, pipeline, inputs)
     start = time.perf_counter()  # once more: warm, as the answer will be
-    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config)
+    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config, system)
     mx.eval(inputs.pixels)
     image_ms, held_bytes = 1000 * (time.perf_counter() - start), mx.get_active_memory()
     text, count = inputs.text_tokens, len(inputs.visible)

@@ -1,0 +1,25 @@
+"""A note where the built-in model, which knows drawn scenes only, gets a photograph."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from ..inputs.image import open_image
+from ..scenes import SIZE
+
+logger = logging.getLogger("mlx_vlm_prune")
+SCENES_ONLY = (
+    "the built-in model knows its own drawn scenes only, not photographs; for those convert"
+    " a trained checkpoint (python -m mlx_vlm_prune convert to-mlx --help) and give it as --model"
+)
+
+
+def warn_of_photographs(processor: Any, images: Sequence[Any]) -> None:
+    """A note where the built-in model gets something else than its drawn scenes.
+
+    Raises UserError for a broken file.
+    """
+    if getattr(processor, "is_scenes", False) and any(
+        open_image(image).size != (SIZE, SIZE) for image in images
+    ):
+        logger.warning(SCENES_ONLY)
