@@ -88,15 +88,9 @@ def stream_generate(
     mlx-vlm's models have: prefill_step_size, kv_bits, quantized_kv_start, resize_shape.
     Raises UserError.
     """
-    request = Request(
-        prompt, list_images(image), pruner=pruner, keep_ratio=keep_ratio, keep_tokens=keep_tokens,
-        positions=positions, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed,
-        top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
-        repetition_context_size=repetition_context_size, sampler=sampler,
-        logits_processors=logits_processors, eos_tokens=eos_tokens, system=system,
-        num_draft_tokens=num_draft_tokens, chat_template_config=chat_template_config,
-        host_options=host_options,
-    )  # fmt: skip
+    given = locals()
+    options: Any = {name: given[name] for name in GenerateOptions.__annotations__}
+    request = Request(prompt, list_images(image), **options)
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
     yield from loop.stream_generate(model, processor, request)
