@@ -6,6 +6,7 @@ Shapes: V words.
 import threading
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -47,7 +48,8 @@ class SeededSampler:
 
 def _random_state() -> int:
     """The seed that brings MLX's random numbers to where they are."""
-    high, low = np.array(mx.random.state[0]).tolist()
+    state: Any = mx.random.state
+    high, low = np.array(state[0]).tolist()
     return int(high) << 32 | int(low)
 
 
