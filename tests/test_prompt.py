@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.inputs.prompt import INCOMPLETE, Detokenizer, Prompt, Tokenizer, tokenize_prompt
+from mlx_vlm_prune.inputs.detokenizer import INCOMPLETE, Detokenizer
+from mlx_vlm_prune.inputs.prompt import Prompt, Tokenizer, tokenize_prompt
 from mlx_vlm_prune.scenes.vocabulary import write
 
 N = 7

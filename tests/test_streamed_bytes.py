@@ -9,7 +9,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
-from mlx_vlm_prune.inputs.prompt import INCOMPLETE, Detokenizer, Tokenizer
+from mlx_vlm_prune.inputs.detokenizer import INCOMPLETE, Detokenizer
+from mlx_vlm_prune.inputs.prompt import Tokenizer
 
 WORDS = ["▁a", "b", "▁", "é", "▁€", "\ufffd"]
 END = 256 + len(WORDS)

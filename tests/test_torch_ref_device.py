@@ -44,11 +44,11 @@ class OnDevice(torch.Tensor):
 
 def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """On the CPU; the result is where the device, or else the operands say."""
-    found: list[OnDevice] = []
+    operands: list[OnDevice] = []
 
     def unwrap(value: Any) -> Any:
         if isinstance(value, OnDevice):
-            found.append(value)
+            operands.append(value)
             return value.inner
         return value
 
@@ -57,9 +57,9 @@ def computed(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if device is not None:
         kwargs["device"] = torch.device("cpu")
     result = function(*args, **kwargs)
-    there = bool(found) if device is None else torch.device(device) == GPU
+    is_there = bool(operands) if device is None else torch.device(device) == GPU
     plain = (torch.Tensor,)
-    return tree_map(lambda x: OnDevice(x) if there and isinstance(x, plain) else x, result)
+    return tree_map(lambda x: OnDevice(x) if is_there and isinstance(x, plain) else x, result)
 
 
 class Device(TorchDispatchMode):

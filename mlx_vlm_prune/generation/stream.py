@@ -14,12 +14,13 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..inputs.budget import budget
+from ..inputs.detokenizer import Detokenizer
 from ..inputs.ends import end_token_ids
 from ..inputs.image import open_image
 from ..inputs.image_sources import ImageSource
 from ..inputs.messages import tokenize_conversation
 from ..inputs.processor import Processor
-from ..inputs.prompt import Detokenizer, Prompt
+from ..inputs.prompt import Prompt
 from ..machine.clock import Clock, request_clock
 from ..models.decoder import TwigReader
 from ..models.vlm import VLM, Prefill

@@ -40,7 +40,6 @@ VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their 
     "{% elif m['role'] == 'user' %} USER: {{ m['content'] }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
-INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 PRIVATE_USE = range(0xE000, 0xF900)  # characters without a meaning of their own
 
 
@@ -185,40 +184,6 @@ class Tokenizer:
         sandbox.globals["raise_exception"] = _raise_exception
         sandbox.globals["strftime_now"] = _strftime_now
         return sandbox.from_string(self.chat_template)
-
-
-class Detokenizer:
-    """Turns ids into text as they come; the pieces together equal `decode` of all ids.
-
-    A character may need several tokens, and a token's leading space depends on the one
-    before. So each piece is what a new id adds to the text of the few ids before it, held
-    back while it ends in an incomplete character.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []  # the last ones printed, then those held back
-        self.printed = 0  # how many of them are printed
-
-    def add(self, token: int) -> str:
-        """The text that is now safe to print, often of this id alone, sometimes empty."""
-        self.ids.append(token)
-        piece = self._held_back()
-        if not piece or piece.endswith(INCOMPLETE):
-            return ""
-        self.ids = self.ids[self.printed :]
-        self.printed = len(self.ids)
-        return piece
-
-    def finish(self) -> str:
-        """What was held back: bytes that never became a character."""
-        piece = self._held_back()
-        self.printed = len(self.ids)
-        return piece
-
-    def _held_back(self) -> str:
-        before = self.tokenizer.decode(self.ids[: self.printed])
-        return self.tokenizer.decode(self.ids)[len(before) :]
 
 
 @dataclass(frozen=True)
