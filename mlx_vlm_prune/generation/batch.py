@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,11 +20,18 @@ from ..machine.clock import request_clock
 from ..models.vlm import VLM
 from .request import GenerateOptions, Request, list_images
 from .result import GenerationResult
-from .steps import collect_answers, generate_step, make_chooser
+from .steps import (
+    check_first_logits,
+    collect_answers,
+    generate_step,
+    make_chooser,
+    naming_faulty_part,
+)
 from .stream import (
     PreparedPrompt,
     answer_ends,
     check_request,
+    faulty_part,
     initial_result,
     pipeline_for,
     prepare_prompt,
@@ -91,10 +99,12 @@ def batch_generate(
     pixels_IHW3 = clock.end_part("image", mx.concatenate(pixels)) if pixels else None
     mx.reset_peak_memory()
     rows = [prompt.prompt for prompt in prompts]
-    with clock.running():
-        prefill = model(rows, pixels_IHW3, pipeline, K, request.positions)
     choose_token = make_chooser(request, [row.ids for row in rows])
-    first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
+    with naming_faulty_part(partial(faulty_part, model, rows, pixels_IHW3)):
+        with clock.running():
+            prefill = model(rows, pixels_IHW3, pipeline, K, request.positions)
+        first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
+        check_first_logits(prefill.logits_BV)
     policy, depth = request.positions or pipeline.positions, model.config.text.num_hidden_layers
     results, first = [], 0
     for prompt, length in zip(prompts, prefill.rows, strict=True):

@@ -8,6 +8,7 @@ Shapes: H height, W width of a picture.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from ..inputs.image import open_image
 from ..inputs.messages import tokenize_conversation
 from ..inputs.processor import Processor
 from ..inputs.prompt import Prompt
-from ..machine.clock import request_clock
+from ..machine.clock import Clock, request_clock
 from ..models.cache import LayerCache
 from ..models.decoder import Decoder
 from ..models.pruning import ImageBatch
@@ -28,7 +29,15 @@ from ..models.vlm import VLM, Prefill, SplicedImages
 from ..pruners import Pipeline, Stage, StepBudgets
 from .request import Request
 from .result import GenerationResponse
-from .stream import PromptRead, check_prompt, check_request, pipeline_for, stream_answer
+from .steps import naming_faulty_part
+from .stream import (
+    PromptRead,
+    check_prompt,
+    check_request,
+    faulty_part,
+    pipeline_for,
+    stream_answer,
+)
 
 # A row by what its keys and values depend on: its position, and a word's id or which image's
 # token it is and how that came about.
@@ -96,15 +105,25 @@ class Conversation:
         prompt = self.tokenize(request)
         clock.end_part("image", [picture.pixels_1HW3 for picture in pictures])
         mx.reset_peak_memory()
-        with clock.running():
-            batches = [self.encode(picture, pipeline, budgets) for picture in pictures]
-            read = model.splice_encoded([prompt], batches, pipeline, budgets, request.positions)
-            prefill = self.prefill(read, prompt)
-        visible = [picture.visible for picture in pictures]
-        answered = PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused)
-        try:
-            for piece in stream_answer(model, self.processor, request, answered, clock):
+        pixels = [picture.pixels_1HW3 for picture in pictures]
+        pixels_IHW3 = mx.concatenate(pixels) if pixels else None  # computed where it is needed
+        with naming_faulty_part(partial(faulty_part, model, [prompt], pixels_IHW3)):
+            with clock.running():
+                batches = [self.encode(picture, pipeline, budgets) for picture in pictures]
+                read = model.splice_encoded([prompt], batches, pipeline, budgets, request.positions)
+                prefill = self.prefill(read, prompt)
+            visible = [picture.visible for picture in pictures]
+            answered = PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused)
+            for piece in self.answer(request, answered, clock):
                 self.pictures = pictures
+                yield piece
+
+    def answer(
+        self, request: Request, answered: PromptRead, clock: Clock
+    ) -> Generator[GenerationResponse, None, None]:
+        """The answer to a prompt that was read, whose tokens' rows the layers hold from then on."""
+        try:
+            for piece in stream_answer(self.model, self.processor, request, answered, clock):
                 if self.held:
                     self.held.token_ids.append(piece.token)
                 yield piece

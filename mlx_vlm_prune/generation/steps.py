@@ -3,12 +3,14 @@
 Shapes: B prompts, A tokens of the longest right answer with its end, V words.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
+from ..pruners.contract import NotFiniteError
 from .prefill import Prefill
 from .request import LogitsProcessor, Request, Sampler
 from .sampling import needs_sampler, request_processors, request_sampler
@@ -28,6 +30,31 @@ def generate_step(
         yield token_B1
         token_B1 = next_B1
     yield token_B1
+
+
+@contextmanager
+def naming_faulty_part(faulty_part: Callable[[], str]) -> Iterator[None]:
+    """Where tokens or the first logits inside are not finite, UserError says which part of the
+    model gave them, as `faulty_part` finds."""
+    try:
+        yield
+    except NotFiniteError:
+        raise UserError(
+            f"{faulty_part()} gave NaN or infinite values; try dtype='float32'"
+        ) from None
+
+
+def check_first_logits(logits: mx.array) -> None:
+    """Raises NotFiniteError where the first logits (or their logarithms) have NaN: no token of
+    theirs means anything."""
+    if mx.isnan(logits).any().item():
+        raise NotFiniteError("the first logits are NaN; try dtype='float32'")
+
+
+def first_not_finite(parts: Iterable[tuple[str, mx.array]]) -> str:
+    """The name of the first part whose output is not finite; else the language model's."""
+    broken = (name for name, x in parts if not mx.isfinite(x).all().item())
+    return next(broken, "the language model")
 
 
 def greedy(logits_BV: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ Shapes: B prompts (1 here), I images, L tokens, V words.
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +32,13 @@ from .request import HOST_OPTIONS, Request, list_images
 from .result import GenerationResponse, GenerationResult, Transcript
 from .sampling import check_sampling
 from .speculation import Speculation, Token, twig_of
-from .steps import generate_step, make_chooser
+from .steps import (
+    check_first_logits,
+    first_not_finite,
+    generate_step,
+    make_chooser,
+    naming_faulty_part,
+)
 
 
 def stream_generate(
@@ -48,10 +55,13 @@ def stream_generate(
     )  # fmt: skip
     clock.end_part("image", prompt.pixels)
     mx.reset_peak_memory()
-    with clock.running():
-        prefill = model([prompt.prompt], prompt.pixels, pipeline, K, request.positions, twig=twig)
-    read = PromptRead(prompt.prompt.ids, prompt.visible, pipeline, prefill)
-    yield from stream_answer(model, processor, request, read, clock, twig)
+    with naming_faulty_part(partial(faulty_part, model, [prompt.prompt], prompt.pixels)):
+        with clock.running():
+            prefill = model(
+                [prompt.prompt], prompt.pixels, pipeline, K, request.positions, twig=twig
+            )
+        read = PromptRead(prompt.prompt.ids, prompt.visible, pipeline, prefill)
+        yield from stream_answer(model, processor, request, read, clock, twig)
 
 
 @dataclass(frozen=True)
@@ -73,6 +83,7 @@ def stream_answer(
     prefill, pipeline = read.prefill, read.pipeline
     choose_token, ends = make_chooser(request, [read.ids]), answer_ends(processor, request)
     first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
+    check_first_logits(prefill.logits_BV)
     cache_bytes = prefill.cache_bytes
     if twig and request.num_draft_tokens:
         cache_bytes += sum(layer.nbytes for layer in twig.cache)
@@ -103,6 +114,14 @@ def answer_ends(processor: Processor, request: Request) -> frozenset[int]:
     return tokenizer.eos_token_ids | end_token_ids(
         request.eos_tokens, tokenizer.backend.token_to_id, tokenizer.encode, tokenizer.name
     )
+
+
+def faulty_part(model: VLM, prompts: Sequence[Prompt], pixels_IHW3: mx.array | None) -> str:
+    """Which part of a model gives what is not finite; all before the layers is computed again."""
+    read = model.splice_images(prompts, pixels_IHW3, plan("none"), model.N)
+    parts = [("the vision tower", batch.encoded.x_BND) for batch in read.batches]
+    parts += [("the projector", batch.signals.x_BND) for batch in read.batches]
+    return first_not_finite([*parts, ("the table of word embeddings", read.spliced.x_BLD)])
 
 
 def refuse_host_options(request: Request) -> None:

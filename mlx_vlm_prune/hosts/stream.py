@@ -17,7 +17,13 @@ from ..checkpoints.errors import UserError
 from ..generation.request import LogitsProcessor, Request
 from ..generation.result import GenerationResponse, GenerationResult, Transcript
 from ..generation.sampling import SeededSampler, needs_sampler, penalties
-from ..generation.steps import process_logits, sample_token
+from ..generation.steps import (
+    check_first_logits,
+    first_not_finite,
+    naming_faulty_part,
+    process_logits,
+    sample_token,
+)
 from ..generation.stream import initial_result
 from ..inputs.ends import end_token_ids
 from ..inputs.image import MAX_PIXELS, open_image
@@ -27,6 +33,7 @@ from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .host import Host, generation_stream
 from .prefill import prefill_through_cuts, prompt_cache, prompt_cache_bytes
+from .prepared_inputs import PreparedInputs
 from .prompt import (
     PrunedPrompt,
     ViewEncoder,
@@ -35,6 +42,7 @@ from .prompt import (
     prepare_prompt,
     prune_prompt,
 )
+from .views import View
 
 CACHE_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start")
 
@@ -94,7 +102,8 @@ def stream_generate(
     )  # fmt: skip
     clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
-    with host.preserve_state():
+    views: list[View] = []
+    with host.preserve_state(), naming_faulty_part(lambda: _faulty_part(host, inputs, views)):
         with generation_stream(), clock.running():
             views = encode_images_and_text(host, inputs, pipeline, encode)
             budgets = budgets_by_view(views, request.keep_ratio, request.keep_tokens, pipeline)
@@ -112,6 +121,16 @@ def stream_generate(
         pieces = _decode(host, prompt, initial, clock, decoding)
         with also_ending_at(host, ends):
             yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
+
+
+def _faulty_part(host: Host, inputs: PreparedInputs, views: Sequence[View]) -> str:
+    """Which part of a model gives what is not finite."""
+    features = [view.signals.x_BND for view in views]
+    parts = [("the vision tower", x_BND) for x_BND in features]
+    parts += [("the projector", host.project(x_BND)) for x_BND in features]
+    words = [token for token in inputs.ids if token != host.image_token_id(inputs)]
+    words_1TD = host.embed(mx.array([words or [0]]))
+    return first_not_finite([*parts, ("the table of word embeddings", words_1TD)])
 
 
 def decoding_arguments(request: Request) -> dict[str, Any]:
@@ -219,6 +238,8 @@ def _decode(
     for piece in decode(host.model, host.processor, "", **arguments):
         if transcript is None:
             clock.end_part("prefill")
+            if piece.logprobs is not None:
+                check_first_logits(piece.logprobs)
             answer = initial().prefilled(prompt.length, clock.ttft())
             size = prompt.cache_bytes or prompt_cache_bytes(cache, prompt.length)
             transcript = Transcript(replace(answer, cache_bytes=size))

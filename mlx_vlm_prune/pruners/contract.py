@@ -28,6 +28,10 @@ class Stage(IntEnum):
     ENHANCER = 5  # beside another method, whose selection it improves
 
 
+class NotFiniteError(UserError):
+    """Tokens that a method was to choose from are not finite."""
+
+
 Policy = Literal["keep", "renumber"]  # of the positions of kept tokens
 
 
@@ -283,7 +287,9 @@ class Reduction:
         Where choices are made on a GPU, this waits for whoever reads the choice on the host.
         """
         if self.is_finite is not None and not self.is_finite.item():
-            raise UserError("the vision tower gave NaN or infinite features; try dtype='float32'")
+            raise NotFiniteError(
+                "the vision tower gave NaN or infinite features; try dtype='float32'"
+            )
 
     def kept_tokens(self) -> np.ndarray | None:
         """The index on the host, (B, K); None of pooled slots. Raises UserError, see `check`."""
