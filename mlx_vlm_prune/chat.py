@@ -18,7 +18,7 @@ from .generate import load_model
 from .generation.arguments import build_chat_parser, decoding_options
 from .generation.conversation import Conversation
 from .generation.photographs import warn_of_photographs
-from .generation.printing import print_figures
+from .generation.printing import print_figures, print_piece
 from .generation.request import GenerateOptions, Request, list_images
 from .generation.result import GenerationResponse, GenerationResult
 from .hosts.conversation import HostConversation
@@ -110,7 +110,7 @@ class Chat:
         """
         for response in self.stream(text, image):
             if verbose:
-                print(response.text, end="", flush=True)
+                print_piece(response.text)
         if verbose:
             print()
         assert response.result, "the last piece has the result"
@@ -217,7 +217,7 @@ class Session:
             with closing(self.chat.stream(line, self.new_images)) as responses:
                 for response in responses:
                     self.new_images = []
-                    print(response.text, end="", flush=True)
+                    print_piece(response.text)
             print()
 
     def add_image(self, file: str) -> None:

@@ -21,7 +21,7 @@ from .checkpoints.reading.files import atomic_path, check_target, write_atomical
 from .generation import batch, stream
 from .generation.arguments import build_parser, decoding_options
 from .generation.photographs import warn_of_photographs
-from .generation.printing import LINE, as_json, print_comparison, print_figures
+from .generation.printing import LINE, as_json, print_comparison, print_figures, print_piece
 from .generation.request import (
     GenerateOptions,
     LogitsProcessor,
@@ -111,7 +111,7 @@ def generate(
     """
     for response in stream_generate(model, processor, prompt, image, **options):
         if verbose:
-            print(response.text, end="", flush=True)
+            print_piece(response.text)
     if verbose:
         print()
     assert response.result, "the last piece has the result"
@@ -160,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         _use_sample(args)
     elif args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    prompt = _typed_prompt() if args.prompt == "-" else args.prompt
     pruner, limits = args.pruner or ("none" if not _has_budget(args) else None), _limits(args)
     if pruner is None:
         raise UserError("a budget needs a --pruner, for example --pruner avgpool")
@@ -185,6 +185,13 @@ def run(args: argparse.Namespace) -> None:
     if full and args.verbose:
         print_comparison(full, answer)
     _write_files(args, answer, full, choice)
+
+
+def _typed_prompt() -> str:
+    """The prompt from stdin; bytes that are no text are refused where it is tokenized."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin.read().strip()
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -226,7 +233,7 @@ def _answer(
     for response in stream_generate(model, processor, prompt, **options):
         if args.verbose and response.generation_tokens == 1:
             print(LINE, title) if title else print(LINE)
-        print(response.text, end="", flush=True)
+        print_piece(response.text)
     print()
     answer = response.result
     assert answer, "the last piece has the result"

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's own; the values stay here, so that `with_flags` can spare them."""
+        print_any_character()
         parsed = super().parse_args(args, namespace)
         lists = (value if isinstance(value, list) else [value] for value in vars(parsed).values())
         texts = [v for values in lists for v in values if isinstance(v, str | Path)]
@@ -167,6 +168,7 @@ def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
 
     What the library logs goes to stderr. `parser` says which flags a sentence names.
     """
+    print_any_character()
     try:
         with notes_on_stderr(parser):
             yield
@@ -184,7 +186,24 @@ def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
     except OSError as e:
         _refuse(f"{e.filename or 'output'}: {e.strerror or e}")
     except KeyboardInterrupt:
+        end_line()
         sys.exit(130)
+
+
+def print_any_character() -> None:
+    """From now on a character that the output's encoding lacks is printed as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end_line() -> None:
+    """On a terminal, end the line that was interrupted, so that the prompt has one of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream and stream.isatty():
+            with suppress(OSError):
+                print(file=stream, flush=True)
+            return
 
 
 def _refuse(sentence: str) -> NoReturn:

@@ -14,6 +14,15 @@ FIELDS = (
 )  # fmt: skip
 
 
+def print_piece(text: str) -> None:
+    """A piece of an answer, at once; what the output's encoding lacks as its escape."""
+    try:
+        print(text, end="", flush=True)
+    except UnicodeEncodeError as problem:
+        plain = text.encode(problem.encoding, "backslashreplace").decode(problem.encoding)
+        print(plain, end="", flush=True)
+
+
 def print_figures(a: GenerationResult) -> None:
     print(f"Prompt: {a.prompt_tokens} tokens, {a.prompt_tps:.3f} tokens-per-sec")
     print(f"Generation: {a.generation_tokens} tokens, {a.generation_tps:.3f} tokens-per-sec")

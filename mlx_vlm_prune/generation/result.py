@@ -11,8 +11,10 @@ from ..machine.clock import Timings
 from ..pruners.trace import Trace
 from .overlay import draw_trace
 
+SHOWN = 200  # characters of an answer's text in its repr
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class GenerationResult:
     """A whole answer, and what pruning did.
 
@@ -52,6 +54,15 @@ class GenerationResult:
     views: Sequence[tuple[Image.Image, tuple[int, int]]] = ()
     drafted: int | None = None
     accepted: int | None = None
+
+    def __repr__(self) -> str:
+        """In a line: the answer's beginning and what pruning did."""
+        text = self.text if len(self.text) <= SHOWN else f"{self.text[:SHOWN]}…"
+        return (
+            f"GenerationResult(text={text!r}, generation_tokens={self.generation_tokens},"
+            f" visual_tokens={self.visual_tokens}, visual_tokens_kept={self.visual_tokens_kept},"
+            f" pruner={self.pruner!r}, finish_reason={self.finish_reason!r})"
+        )
 
     def prefilled(
         self, prompt_tokens: int, ttft_ms: Timings, rows_reused: int = 0
