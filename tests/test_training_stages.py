@@ -1,4 +1,4 @@
-"""Promises of the stages: each moves what it names and nothing else, and loses nothing it learned."""
+"""Promises of the stages: each moves what it names, nothing else, and loses nothing it learned."""
 
 import mlx.core as mx
 import numpy as np

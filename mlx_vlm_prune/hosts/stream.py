@@ -81,10 +81,7 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def stream_generate(
-    model: Any,
-    processor: Any,
-    request: Request,
-    encode: ViewEncoder | None = None,
+    model: Any, processor: Any, request: Request, encode: ViewEncoder | None = None
 ) -> Iterator[GenerationResponse]:
     """Answer a prompt about images, one piece of text at a time; `encode` may know the images'
     views already. Raises UserError."""
