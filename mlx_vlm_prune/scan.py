@@ -6,6 +6,7 @@ of attention as wide, and multi-resolution selective scanning (mrss), all with r
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -77,11 +78,16 @@ def run(args: argparse.Namespace) -> None:
         check_target(file, replace=True)
     args.rows, args.every = sorted(set(args.rows)), sorted(set(args.every))
     named = layers(args.hidden_size, args.state_size, args.every)
-    results = measure(named, args.hidden_size, args.rows, args.runs, args.loop_rows)
+    try:
+        results = measure(named, args.hidden_size, args.rows, args.runs, args.loop_rows)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing is written", file=sys.stderr)
+        sys.exit(130)
     summary = summarize(results, args.every)
     print("\n".join([*table(results), "", *sentences(summary)]))
     if args.json:
         figures = {
+            "command": "scan",
             "hidden_size": args.hidden_size, "state_size": args.state_size, "runs": args.runs,
             "measurements": [vars(result) for result in results], **summary,
             "machine": describe_machine(), "versions": versions(),

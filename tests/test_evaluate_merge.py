@@ -106,6 +106,12 @@ REFUSALS = {
 }  # fmt: skip
 
 
+def test_a_sweep_is_told_from_an_evaluation_without_figures(files, tmp_path, capsys):
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(json.dumps({"command": "sweep", "rows": [{"pruner": "none", "tokens": 196}]}))
+    assert "sweep.json is no evaluation" in refused(capsys, ["--merge", files[0], sweep])
+
+
 @pytest.mark.parametrize("case", REFUSALS)
 def test_what_does_not_belong_together_is_refused_in_a_sentence(files, tmp_path, capsys, case):
     change, part = REFUSALS[case]

@@ -77,7 +77,7 @@ def test_a_mistake_is_refused_before_anything_is_measured(sentence, capsys, monk
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
+def test_an_interrupt_is_told_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -85,3 +85,4 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         scan.main([*SMALL, "--json", str(tmp_path / "a.json")])
     assert stop.value.code == 130 and not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "\ninterrupted: nothing is written\n")

@@ -195,13 +195,14 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(desk, pair, tmp_path, capfd):
         assert len(sentences) == 1 and start in sentences[0] and not out, (start, err)
 
 
-def test_ctrl_c_writes_nothing(pair, monkeypatch, tmp_path):
+def test_ctrl_c_is_told_and_writes_nothing(pair, monkeypatch, tmp_path, capfd):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("torch_ref.generation.verification.compare", interrupted)
     assert verify(*pair, "--pruner", "norm", "--json", tmp_path / "verify.json") == 130
     assert not [*tmp_path.iterdir()]
+    assert capfd.readouterr().err.endswith("\ninterrupted: nothing is written\n")
 
 
 def test_an_error_by_hand():

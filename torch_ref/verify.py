@@ -65,7 +65,11 @@ def run(args: argparse.Namespace) -> bool:
         verify,
     )  # here, since torch may be missing, and takes seconds
 
-    return verify(args)
+    try:
+        return verify(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing is written", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ def read_evaluation(path: Path) -> Evaluation:
     """A result. Raises UserError for a file that is none, or where full scored 0."""
     content = read_json(path, most=None)
     try:
+        for name in ("questions", "format", "model", "unit"):
+            str(content[name])
+        int(content["count"])
         if not any("overall" in row for row in content["rows"]):
             raise UserError(
                 f"{path}: its answers were not scored, so there is no figure to average"
@@ -43,9 +46,6 @@ def read_evaluation(path: Path) -> Evaluation:
         full = next(float(row["overall"]) for row in content["rows"] if row["pruner"] == FULL)
         for row in rows.values():
             float(row["overall"]), int(row["tokens"]), int(row["of"])
-        for name in ("questions", "format", "model", "unit"):
-            str(content[name])
-        int(content["count"])
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, StopIteration) as e:
