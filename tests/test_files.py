@@ -54,7 +54,7 @@ def test_what_is_no_json_object_is_refused_by_the_files_name_and_a_reason(file, 
 
 
 def test_a_file_that_is_not_there_and_a_list_where_one_is_wanted(file, tmp_path):
-    with pytest.raises(UserError, match=r"cannot read .*gone: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*gone: there is no such file"):
         read_json(tmp_path / "gone")
     file.write_bytes(b"\xef\xbb\xbf[1]")
     assert read_json(file, list, "utf-8-sig") == [1]

@@ -243,12 +243,13 @@ def test_a_models_own_mark_of_an_image_is_left_to_its_template(home, capsys):
     "config, sentence",
     [
         ({"model_type": "mllama"}, "cross-attention"),
-        ({"model_type": "llava", "model_file": "evil.py"}, "no code from a folder is"),
-        ({"model_type": "llava"}, "mlx-vlm cannot load"),
+        ({"model_type": "qwen2_vl", "model_file": "evil.py"}, "no code from a folder is"),
+        ({"model_type": "qwen2_vl"}, "mlx-vlm cannot load"),
     ],
 )
 def test_a_folder_that_cannot_be_had_is_refused(tmp_path, capsys, config, sentence):
     (tmp_path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), {"a": mx.zeros(1)})
     (tmp_path / "evil.py").write_text("raise SystemExit('ran')")
     argv = ["--model", str(tmp_path), "--prompt", QUESTION]
     assert sentence in refused(capsys, argv)
