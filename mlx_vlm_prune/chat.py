@@ -18,7 +18,7 @@ from .generate import load_model
 from .generation.arguments import build_chat_parser, decoding_options
 from .generation.conversation import Conversation
 from .generation.photographs import warn_of_photographs
-from .generation.printing import print_figures, print_piece
+from .generation.printing import print_figures, print_piece, read_whole
 from .generation.request import GenerateOptions, Request, list_images
 from .generation.result import GenerationResponse, GenerationResult
 from .hosts.conversation import HostConversation
@@ -108,13 +108,7 @@ class Chat:
 
         With `verbose` the text is printed as it comes.
         """
-        for response in self.stream(text, image):
-            if verbose:
-                print_piece(response.text)
-        if verbose:
-            print()
-        assert response.result, "the last piece has the result"
-        return response.result
+        return read_whole(self.stream(text, image), verbose)
 
     def stream(
         self, text: str, image: ImageSource | Sequence[ImageSource] | None = None
@@ -168,7 +162,8 @@ def typed_lines() -> Iterator[str]:
 
 def piped_lines() -> Iterator[str]:
     """Lines from a file or another program."""
-    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
     yield from sys.stdin
 
 

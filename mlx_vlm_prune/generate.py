@@ -21,7 +21,14 @@ from .checkpoints.reading.files import atomic_path, check_target, write_atomical
 from .generation import batch, stream
 from .generation.arguments import build_parser, decoding_options
 from .generation.photographs import warn_of_photographs
-from .generation.printing import LINE, as_json, print_comparison, print_figures, print_piece
+from .generation.printing import (
+    LINE,
+    as_json,
+    print_comparison,
+    print_figures,
+    print_piece,
+    read_whole,
+)
 from .generation.request import (
     GenerateOptions,
     LogitsProcessor,
@@ -109,13 +116,7 @@ def generate(
 
     With `verbose` the text is printed as it comes.
     """
-    for response in stream_generate(model, processor, prompt, image, **options):
-        if verbose:
-            print_piece(response.text)
-    if verbose:
-        print()
-    assert response.result, "the last piece has the result"
-    return response.result
+    return read_whole(stream_generate(model, processor, prompt, image, **options), verbose)
 
 
 def batch_generate(

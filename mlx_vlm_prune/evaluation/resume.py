@@ -75,7 +75,7 @@ class ResumeFile(Generic[Line]):
 
     def append(self, line: Line) -> None:
         """Write a line through to the disk."""
-        append_json(self.path, asdict(line))  # type: ignore[call-overload]
+        append_json(self.path, asdict(line))  # type: ignore[call-overload]  # a dataclass
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -1,10 +1,11 @@
 """The figures printed around an answer, and the record that --json writes."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..machine.clock import Timings
 from ..machine.hardware import versions
-from .result import GenerationResult
+from .result import GenerationResponse, GenerationResult
 
 LINE = "=" * 10
 FIELDS = (
@@ -21,6 +22,17 @@ def print_piece(text: str) -> None:
     except UnicodeEncodeError as problem:
         plain = text.encode(problem.encoding, "backslashreplace").decode(problem.encoding)
         print(plain, end="", flush=True)
+
+
+def read_whole(responses: Iterable[GenerationResponse], verbose: bool) -> GenerationResult:
+    """The result that the last piece of an answer has; with `verbose` pieces are printed."""
+    for response in responses:
+        if verbose:
+            print_piece(response.text)
+    if verbose:
+        print()
+    assert response.result, "the last piece has the result"
+    return response.result
 
 
 def print_figures(a: GenerationResult) -> None:

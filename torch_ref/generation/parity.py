@@ -229,6 +229,7 @@ def kept_by_layer(spliced: Spliced, prefill: Prefill) -> Kept:
     kept: Kept = [(0, [index_K.tolist() for index_K in index])]
     for layer, cuts in prefill.each[0].reductions if prefill.each else ():
         pairs = zip(index, cuts, strict=True)
+        # No decoder method pools, so each has an index.
         index = [before[cut.index_BK[0].cpu()] for before, cut in pairs]  # type: ignore[index]
         kept.append((layer, [index_K.tolist() for index_K in index]))
     return kept

@@ -31,7 +31,7 @@ class UncorrectedAdam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no loss
         for group in self.param_groups:
             b1, b2 = group["betas"]
             for p in group["params"]:
