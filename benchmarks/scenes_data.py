@@ -37,11 +37,11 @@ from .command_line import natural, positive
 # How often each kind of question is asked, beside the others; as in the scenes model's training.
 ODDS = {
     "existence": 2, "colour": 2, "counting": 3, "relation": 3, "grounding": 2, "reading": 2,
-    "content": 2, "farthest": 2,
+    "content": 2, "farthest": 2, "highest": 2,
 }  # fmt: skip
 PIECE = 512  # scenes that processes draw before the next are due
 TRIES = 8  # questions tried for each turn: a scene answers some kinds only, and none twice
-CLEARLY = 12  # pixels by which the farthest shape is farther than the next
+CLEARLY = 12  # pixels by which a shape is farther, or higher, than the next
 VALID_SEEDS = TRAIN_SEEDS[len(TRAIN_SEEDS) // 2 :]  # the trainers of scenes read from the first on
 
 
@@ -56,8 +56,16 @@ def farthest(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("farthest", "Which shape is farthest from the sign?", scene.things[last].shape)
 
 
+def highest(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Another: which shape is highest in the picture?"""
+    first, *others = sorted(scene.things, key=lambda thing: thing.y)
+    if not others or others[0].y - first.y < CLEARLY:
+        return None
+    return Question("highest", "Which shape is highest?", first.shape)
+
+
 # Kinds that the built-in model is not judged on; the first it was trained on all the same.
-MORE_KINDS = {"content": content, "farthest": farthest}
+MORE_KINDS = {"content": content, "farthest": farthest, "highest": highest}
 
 
 @dataclass(frozen=True)
@@ -233,7 +241,7 @@ def build_parser() -> Parser:
     add("--turns", type=positive, default=8, metavar="N", help="most questions about a scene (8)")
     add(
         "--kinds", nargs="+", choices=ODDS, default=[*KINDS, "content"], metavar="KIND",
-        help=f"of {', '.join(ODDS)} (all but the last)",
+        help=f"of {', '.join(ODDS)} (all but the last two)",
     )  # fmt: skip
     add("--always", choices=ODDS, metavar="KIND",
         help="a kind that every scene is asked first")  # fmt: skip

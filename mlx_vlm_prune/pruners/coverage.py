@@ -17,6 +17,8 @@ from .lazy import AHEAD, HeldRows, highest, lazy_highest
 from .numerics import fused, rounded
 from .rows import Rows
 
+DIGITS = 10  # of a gain after the point: it sums entries of twelve
+
 
 def greedy_cover(
     columns_of: Callable[..., Rows | HeldRows], salient_BN: mx.array, K: int, *parts_BN: mx.array
@@ -69,7 +71,7 @@ def cover_lazily(columns: HeldRows, salient_N: np.ndarray, K: int) -> list[int]:
     def scores_of(index_n: np.ndarray) -> np.ndarray:
         more_nM = columns.take(index_n, likely)
         np.maximum(np.subtract(more_nM, covered_M, out=more_nM), 0, out=more_nM)
-        gain_n = np.rint(more_nM.sum(axis=-1) * 1e12) / 1e12  # as in `gains`
+        gain_n = np.rint(more_nM.sum(axis=-1) * 10**DIGITS) / 10**DIGITS  # as in `gains`
         scores_n: np.ndarray = gain_n * salient_N[index_n]
         return scores_n
 
@@ -89,8 +91,8 @@ def cover_more(covered_BM: mx.array | None, column_B1M: mx.array) -> mx.array:
 def gains(column_BnM: mx.array, covered_BM: mx.array | None) -> mx.array:
     """What each of some columns adds, (B, n)."""
     if covered_BM is not None:
-        return rounded(uncovered(column_BnM, covered_BM[:, None]).sum(axis=-1))
-    return rounded(mx.maximum(column_BnM, 0).sum(axis=-1))
+        return rounded(uncovered(column_BnM, covered_BM[:, None]).sum(axis=-1), DIGITS)
+    return rounded(mx.maximum(column_BnM, 0).sum(axis=-1), DIGITS)
 
 
 @fused

@@ -20,7 +20,7 @@ def greedy_cover(similar_MN: Tensor, salient_N: Tensor, K: int) -> list[int]:
     covered_M1 = torch.zeros(len(similar_MN), 1, dtype=torch.float64)
     kept: list[int] = []
     for _ in range(K):
-        gain = (similar_MN - covered_M1).clamp(min=0).sum(dim=0).round(decimals=12) * salient_N
+        gain = (similar_MN - covered_M1).clamp(min=0).sum(dim=0).round(decimals=10) * salient_N
         gain[kept] = -1
         kept.append(int(gain.argmax()))
         covered_M1 = torch.maximum(covered_M1, similar_MN[:, kept[-1:]])
