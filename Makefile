@@ -3,6 +3,7 @@
 # make test   lint, then the tests
 # make test-lowest  the tests of what we depend on, with the oldest versions that we allow
 # make test-pythons  the library alone, on the oldest and the newest Python, where they are installed
+# make browser  Chromium for the tests of pages, where apt-get may install it; else they are skipped
 # make lint   ruff and mypy
 # make clean  remove what the others made
 #
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo report test test-lowest test-pythons lint clean
+.PHONY: demo report test test-lowest test-pythons browser lint clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python -m mlx_vlm_prune.generate
@@ -66,6 +67,14 @@ test-python-%:
 		-e . pytest pytest-timeout hypothesis; \
 	$(VENV)-$*/bin/python -W error -m mlx_vlm_prune.generate --overlay $(VENV)-$*/kept.png; \
 	$(VENV)-$*/bin/python -m pytest $(TESTS_pythons)
+
+browser:
+	@if command -v chromium || command -v google-chrome; then exit; fi; \
+	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+		echo "no Chromium here, and nothing that could install it: pages are not tested"; exit; fi; \
+	(apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y \
+		--no-install-recommends chromium fonts-dejavu-core) >/dev/null || \
+		echo "Chromium cannot be installed: pages are not tested"
 
 lint: $(VENV)/.test-ready
 	$(BIN)/ruff check .

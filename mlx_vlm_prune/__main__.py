@@ -14,7 +14,8 @@ from .checkpoints.errors import UserError
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
     "advise": "advise", "chat": "chat", "convert": None, "encode": "encode",
-    "evaluate": "evaluate", "fuse": "fuse", "generate": "generate", "plot": "plot",
+    "evaluate": "evaluate", "explore": "explore", "fuse": "fuse", "generate": "generate",
+    "plot": "plot",
     "pruners": "pruners.listing", "scan": "scan", "sweep": "sweep", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
@@ -25,6 +26,7 @@ commands:
   convert    convert trained weights from PyTorch to MLX and back
   encode     encode images by a CLIP or SigLIP with fewer visual tokens
   evaluate   measure what each method costs in accuracy, on a set of questions
+  explore    write a page that shows what methods kept of your images
   fuse       write a trained model's adapters into its weights
   generate   answer a prompt about images with fewer visual tokens
   plot       draw what sweep, evaluate and encode have measured

@@ -35,7 +35,7 @@ SIGNATURES = {
     "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>,"
     " enhancer=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"
-    " place_BK=None, is_finite=None)",
+    " place_BK=None, is_finite=None, score_BN=None)",
     "Signals": "(x_BND, grid, has_cls=True, **others)",
     "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",

@@ -213,7 +213,9 @@ def test_an_error_in_python_names_the_parameter(options, start):
     assert str(refused.value).startswith(start) and "--" not in str(refused.value)
 
 
-SPEAK_FLAGS = ("generate.py", "evaluate.py", "sweep.py", "advise.py", "__main__.py")  # the commands
+SPEAK_FLAGS = (
+    "generate.py", "evaluate.py", "explore.py", "sweep.py", "advise.py", "__main__.py",
+)  # fmt: skip  # the commands
 
 
 @pytest.mark.parametrize("package", ["mlx_vlm_prune", "convert"])

@@ -25,7 +25,13 @@ SWEEP_DESCRIPTION = """Measure methods at several budgets on your own images, be
 all visual tokens, which take turns with the pruned ones. Without an image: a drawn scene."""
 SWEEP_EPILOG = """example: mlx-vlm-prune sweep --model my-model --image photos
 --prompt "What is this?" --pruner norm divprune --keep-ratio 0.5 0.25 --json sweep.json"""
+
+EXPLORE_DESCRIPTION = """Write a page that shows what methods kept of your images, step by step, the
+answers beside that with all visual tokens, and what each token of an answer lost."""
+EXPLORE_EPILOG = """example: mlx-vlm-prune explore --model my-model --image photo.jpg
+--prompt "What is this?" --pruner divprune fastv --keep-ratio 0.5 0.25 --out page.html"""
 Add = Callable[..., Any]
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}
 
 
 # fmt: off
@@ -59,21 +65,15 @@ def build_chat_parser() -> Parser:
 def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parser:
     """The command line of `sweep`, with its default methods and ratios."""
     parser = Parser("mlx_vlm_prune.sweep", description=SWEEP_DESCRIPTION, epilog=SWEEP_EPILOG)
-    several: dict[str, Any] = dict(nargs="+", action="extend")
     _add_model(parser)
     add = parser.add_argument_group("images and prompt").add_argument
-    add("--image", **several, metavar="PATH",
+    add("--image", **SEVERAL, metavar="PATH",
         help="image files, or folders of them (default: a drawn scene)")
     _add_prompt(add)
     _add_template_config(add)
     add = parser.add_argument_group("pruning").add_argument
-    add("--pruner", **several, metavar="SPEC",
-        help=f"methods or chains, as in `generate` (default: {', '.join(methods)})")
-    add("--keep-ratio", type=float, **several, metavar="R",
-        help=f"shares of the visual tokens to keep (default: {' and '.join(map(str, ratios))})")
-    add("--keep-tokens", type=int, **several, metavar="K",
-        help="numbers of visual tokens to keep (default: none)")
-    add("--positions", choices=("keep", "renumber"), **several,
+    _add_methods(add, methods, ratios)
+    add("--positions", choices=("keep", "renumber"), **SEVERAL,
         help="kept tokens keep their positions, or count anew; both measures both (default: as in"
         " the method's paper)")
     add = parser.add_argument_group("run").add_argument
@@ -88,6 +88,37 @@ def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parse
         help="where the result goes; an interrupted sweep is kept beside it")
     _add_mlx_vlm(parser)
     return parser
+
+
+def build_explore_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parser:
+    """The command line of `explore`, with its default methods and ratios."""
+    parser = Parser("mlx_vlm_prune.explore", description=EXPLORE_DESCRIPTION, epilog=EXPLORE_EPILOG)
+    _add_model(parser)
+    add = parser.add_argument_group("images and prompt").add_argument
+    _add_image(add)
+    _add_prompt(add)
+    _add_template_config(add)
+    add = parser.add_argument_group("pruning").add_argument
+    _add_methods(add, methods, ratios)
+    add("--positions", choices=("keep", "renumber"),
+        help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
+    add = parser.add_argument_group("page").add_argument
+    add("--max-tokens", "-m", type=int, default=64, metavar="N", help="longest answer, in tokens")
+    add("--predict", action=argparse.BooleanOptionalAction, default=True,
+        help="of our models, predict times too, from a calibration of each method, which takes some"
+        " seconds and is kept")
+    add("--out", type=Path, default=Path("explore.html"), metavar="FILE.html",
+        help="where the page goes; a file that is there is replaced")
+    return parser
+
+
+def _add_methods(add: Add, methods: Sequence[str], ratios: Sequence[float]) -> None:
+    add("--pruner", **SEVERAL, metavar="SPEC",
+        help=f"methods or chains, as in `generate` (default: {', '.join(methods)})")
+    add("--keep-ratio", type=float, **SEVERAL, metavar="R",
+        help=f"shares of the visual tokens to keep (default: {' and '.join(map(str, ratios))})")
+    add("--keep-tokens", type=int, **SEVERAL, metavar="K",
+        help="numbers of visual tokens to keep (default: none)")
 
 
 def _add_model(parser: Parser) -> Add:

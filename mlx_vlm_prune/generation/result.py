@@ -9,6 +9,7 @@ from PIL import Image
 from ..checkpoints.errors import UserError
 from ..machine.clock import Timings
 from ..pruners.trace import Trace
+from .exploration import Exploration
 from .overlay import draw_trace
 
 SHOWN = 200  # characters of an answer's text in its repr
@@ -79,6 +80,15 @@ class GenerationResult:
         if self.trace is None or not self.views:
             raise UserError("there is no overlay: the prompt had no image")
         return draw_trace(self.trace, self.views, self.caption())
+
+    def explore(self, *others: "GenerationResult") -> Exploration:
+        """This answer, and `others` about the same images, on a page that shows what was kept.
+
+        Jupyter shows it; `.save("page.html")` writes it. `mlx-vlm-prune explore` makes a page of
+        full and pruned answers that says more. Raises UserError where the prompt had no image, or
+        the images differ.
+        """
+        return Exploration.of(self, *others)
 
     def caption(self) -> str:
         """The method and its numbers, per image."""

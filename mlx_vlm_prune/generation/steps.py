@@ -173,6 +173,15 @@ def likelihood(prefill: Prefill, right_BA: np.ndarray) -> np.ndarray:
 
     -1 pads. Raises UserError where the model gives none.
     """
+    logprob_B: np.ndarray = token_logprobs(prefill, right_BA).sum(axis=1)
+    return logprob_B
+
+
+def token_logprobs(prefill: Prefill, right_BA: np.ndarray) -> np.ndarray:
+    """Log-probabilities (B, A) of the tokens of answers, in nats; 0 where -1 pads.
+
+    The prefill stays as it is. Raises UserError where the model gives none.
+    """
     right = mx.array(np.maximum(right_BA, 0))
     logits_BAV = prefill.logits_BV[:, None]
     if right_BA.shape[1] > 1:
@@ -181,7 +190,7 @@ def likelihood(prefill: Prefill, right_BA: np.ndarray) -> np.ndarray:
     logits_BAV = logits_BAV.astype(mx.float32)
     right_logit_BA = mx.take_along_axis(logits_BAV, right[..., None], axis=-1)[..., 0]
     logprob_BA = np.array(right_logit_BA - mx.logsumexp(logits_BAV, axis=-1)).astype(np.float64)
-    logprob_B: np.ndarray = np.where(right_BA != PADDING, logprob_BA, 0).sum(axis=1)
-    if not np.isfinite(logprob_B).all():
+    logprob_BA = np.where(right_BA != PADDING, logprob_BA, 0)
+    if not np.isfinite(logprob_BA).all():
         raise UserError("the language model gave NaN or infinite odds; try dtype='float32'")
-    return logprob_B
+    return logprob_BA

@@ -173,7 +173,7 @@ def keep_within(
     if calibration:
         level = measure_level(model, pipeline, inputs, calibration)
     else:
-        calibration, level = _present_calibration(model, processor, pipeline, inputs)
+        calibration, level = present_calibration(model, processor, pipeline, inputs)
     start = time.perf_counter()  # once more: warm, as the answer will be
     inputs = prepare_prompt(model, processor, prompt, images, chat_template_config, system)
     mx.eval(inputs.pixels)
@@ -184,7 +184,7 @@ def keep_within(
     return choose(calibration, budget, workload, feasible)
 
 
-def _present_calibration(
+def present_calibration(
     model: VLM, processor: Processor, pipeline: Pipeline, inputs: PreparedPrompt
 ) -> tuple[Calibration, float]:
     """The calibration of this model and the machine's level; a new one if the level is far off."""

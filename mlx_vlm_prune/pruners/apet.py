@@ -52,7 +52,7 @@ def prune(signals: Signals, K: int, *, basis: int = 10) -> Reduction:
         place_BK = mx.concatenate([merged_BC, replaced_BM], axis=1)
         weight_BKN = mx.concatenate([means_BCN, Reduction(basis_BM[:, :M]).mixture(N)], axis=1)
         weight_BKN = take(weight_BKN, mx.argsort(place_BK, axis=1))
-        return Reduction(keep_highest(error_BN, K), weight_BKN)
+        return Reduction(keep_highest(error_BN, K), weight_BKN, score_BN=error_BN)
 
 
 def approximation_errors(x_BND: mx.array, basis: int) -> tuple[mx.array, mx.array]:

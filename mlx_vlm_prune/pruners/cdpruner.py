@@ -62,7 +62,8 @@ def prune(signals: Signals, K: int, *, negative: bool = False) -> Reduction:
             )  # fmt: skip
             factor.append(row_BN)
             after_step(step, variance_BN, score_BN)
-        return Reduction(index_BK=mx.argsort(score_BN, axis=-1)[:, :K])  # stable: kept ones first
+        index_BK = mx.argsort(score_BN, axis=-1)[:, :K]  # stable: kept ones first
+        return Reduction(index_BK, score_BN=relevance_BN)
 
 
 def scores(variance_BN: mx.array, relevance_BN: mx.array) -> mx.array:

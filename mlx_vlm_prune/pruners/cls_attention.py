@@ -22,4 +22,5 @@ needs = {"cls_attention": "layer"}
 
 def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
     """Keep the K tokens that CLS attends to most; `layer` is read by the host."""
-    return Reduction(index_BK=keep_highest(signals.cls_attention_BN, K))
+    score_BN = signals.cls_attention_BN
+    return Reduction(keep_highest(score_BN, K), score_BN=score_BN)

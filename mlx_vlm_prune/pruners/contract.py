@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from .numerics import fused
+from .numerics import choosing
+from .shares import mixed_sizes, next_slots, weighing_sizes, weighted
 
 
 class Stage(IntEnum):
@@ -180,6 +181,8 @@ class Reduction:
     its slot, -1 where it is dropped, and its weight there, 0 where it is dropped.
     `place_BK`: the slots' places in the order in which a method of the tower left them.
     `is_finite`: whether all tokens that it was chosen from are finite numbers, see `check`.
+    `score_BN`: what the tokens were ranked by, the highest first, NaN of those that had left; for
+    pictures. None of a method that ranks no single tokens.
     """
 
     index_BK: mx.array | None = None
@@ -189,6 +192,7 @@ class Reduction:
     share_BN: mx.array | None = None
     place_BK: mx.array | None = None
     is_finite: mx.array | None = None
+    score_BN: mx.array | None = None
 
     @classmethod
     def merge(
@@ -200,7 +204,7 @@ class Reduction:
     ) -> "Reduction":
         """The means of the tokens that each slot has, weighted by their sizes."""
         size_BN = mx.array(1.0) if size_BN is None else size_BN
-        size_BN = _mixed_sizes(size_BN, slot_BN)
+        size_BN = mixed_sizes(size_BN, slot_BN)
         total_BK = segment_sum(size_BN[..., None], slot_BN, index_BK.shape[1])[..., 0]
         share_BN = size_BN / take(total_BK, slot_BN)
         return cls(index_BK, slot_BN=slot_BN, share_BN=share_BN, place_BK=place_BK)
@@ -213,7 +217,7 @@ class Reduction:
     def apply(self, x_BND: mx.array) -> mx.array:
         """Reduce (B, N, D) tokens, positions or sizes to (B, K, D)."""
         if self.slot_BN is not None and self.share_BN is not None:
-            part_BND = _weighted(self.share_BN[..., None], x_BND)
+            part_BND = weighted(self.share_BN[..., None], x_BND)
             return segment_sum(part_BND, self.slot_BN, self.slots).astype(x_BND.dtype)
         if self.weight_BKN is not None:
             mixed = self.weight_BKN.astype(mx.float32) @ x_BND.astype(mx.float32)
@@ -243,16 +247,25 @@ class Reduction:
         is_finite = self.is_finite if first.is_finite is None else first.is_finite
         if self.is_finite is not None and first.is_finite is not None:
             is_finite = self.is_finite & first.is_finite
+        facts: Any = {"is_finite": is_finite, "score_BN": self._score_among(first, N)}
         if self.weight_BKN is not None or first.weight_BKN is not None:
             between = first.mixture(N)
             weight = self.mixture(between.shape[1]) @ between
-            return Reduction(index, weight, is_finite=is_finite)
+            return Reduction(index, weight, **facts)
         if not (self.merges or first.merges):
-            return Reduction(index, is_finite=is_finite)
+            return Reduction(index, **facts)
         (slot_Bn, share_Bn), (slot_BN, share_BN) = self.members(first.slots), first.members(N)
         share_BN = share_BN * take(share_Bn, slot_BN)
-        slot_BN = _next_slots(slot_BN, take(slot_Bn, slot_BN))
-        return Reduction(index, slot_BN=slot_BN, share_BN=share_BN, is_finite=is_finite)
+        slot_BN = next_slots(slot_BN, take(slot_Bn, slot_BN))
+        return Reduction(index, slot_BN=slot_BN, share_BN=share_BN, **facts)
+
+    def _score_among(self, first: "Reduction", N: int) -> mx.array | None:
+        """`score_BN` of the tokens that `first` left, among all N."""
+        if self.score_BN is None or first.index_BK is None:
+            return None
+        with choosing():
+            absent_BN = mx.full((len(self.score_BN), N), mx.nan, self.score_BN.dtype)
+            return mx.put_along_axis(absent_BN, first.index_BK, self.score_BN, axis=1)
 
     def members(self, N: int) -> tuple[mx.array, mx.array]:
         """`slot_BN` and `share_BN`, where slots are tokens unchanged too."""
@@ -269,7 +282,7 @@ class Reduction:
         if self.weight_BKN is not None:
             return ((self.weight_BKN > 0) @ size_BN[..., None])[..., 0]
         slot_BN, share_BN = self.members(size_BN.shape[1])
-        part_BN = _weighing_sizes(size_BN, share_BN)
+        part_BN = weighing_sizes(size_BN, share_BN)
         return segment_sum(part_BN[..., None], slot_BN, self.slots)[..., 0]
 
     def of_image(self, image: int) -> "Reduction":
@@ -279,7 +292,8 @@ class Reduction:
     def of_images(self, images: slice | mx.array) -> "Reduction":
         """The reduction of some images of the batch."""
         parts = {name: part[images] for name, part in self.parts.items()}
-        return Reduction(**parts, is_finite=self.is_finite)
+        score = None if self.score_BN is None else self.score_BN[images]
+        return Reduction(**parts, is_finite=self.is_finite, score_BN=score)
 
     def check(self) -> None:
         """Raise UserError where tokens were not finite: the choice among them means nothing.
@@ -313,32 +327,6 @@ class Reduction:
     def arrays(self) -> list[mx.array]:
         """Its arrays, to evaluate together."""
         return list(self.parts.values())
-
-
-# Of a token without a slot, -1, the last slot's entry is taken, and counts 0 times.
-
-
-@fused
-def _mixed_sizes(size_BN: mx.array, slot_BN: mx.array) -> mx.array:
-    """Sizes, 0 where a token is dropped."""
-    return size_BN * (slot_BN >= 0).astype(mx.float32)
-
-
-@fused
-def _weighing_sizes(size_BN: mx.array, share_BN: mx.array) -> mx.array:
-    """Sizes, 0 where a token has no weight."""
-    return mx.where(share_BN > 0, size_BN, 0)
-
-
-@fused
-def _weighted(share_BN1: mx.array, x_BND: mx.array) -> mx.array:
-    return share_BN1 * x_BND.astype(mx.float32)
-
-
-@fused
-def _next_slots(slot_BN: mx.array, next_BN: mx.array) -> mx.array:
-    """Slots after a second reduction."""
-    return mx.where(slot_BN >= 0, next_BN, -1)
 
 
 def identity(x_BND: mx.array) -> Reduction:

@@ -28,4 +28,5 @@ def schedule(layers: int, N: int, K: int, *, layer: float = 2 / 32) -> dict[int,
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K most attended."""
-    return Reduction(index_BK=keep_highest(signals.last_attention_BN, K))
+    score_BN = signals.last_attention_BN
+    return Reduction(keep_highest(score_BN, K), score_BN=score_BN)

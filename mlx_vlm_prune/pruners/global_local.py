@@ -20,6 +20,8 @@ Shapes: B images, N tokens, K kept, n tokens of a window, k kept of them, r
 windows alike, R of all images.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
@@ -51,7 +53,8 @@ def prune(
     score_BN = mx.where(is_local_BN, mx.inf, signals.cls_attention_BN)
     index_BK = keep_highest(score_BN, K)
     with choosing():
-        return Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK)[1])
+        merged = Reduction.merge(index_BK, nearest_slots(signals.x_BND, index_BK)[1])
+        return replace(merged, score_BN=score_BN)
 
 
 def best_of_areas(score_BN: mx.array, area_rn: np.ndarray, k: int) -> mx.array:

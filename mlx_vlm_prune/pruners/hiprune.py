@@ -51,7 +51,7 @@ def prune(
     ).reshape(B, N)  # fmt: skip
     score_BN = mx.where(is_object_BN, MORE_THAN_ATTENTION, signals.received_attention_BN)
     score_BN = mx.where(is_anchor.reshape(B, N), mx.inf, score_BN)
-    return Reduction(index_BK=keep_highest(score_BN, K))
+    return Reduction(keep_highest(score_BN, K), score_BN=score_BN)
 
 
 @fused

@@ -63,7 +63,8 @@ def prune(
         seats_BA = seats(mx.concatenate(score, axis=1), K)
         region_N = np.repeat(np.arange(len(areas)), [len(area) for area in areas])
         stays_BN = mx.concatenate(rank, axis=1) < mx.take(seats_BA, mx.array(region_N), axis=1)
-        return Reduction(keep_highest(mx.where(stays_BN, mx.inf, attention_BN), K))
+        score_BN = mx.where(stays_BN, mx.inf, attention_BN)
+        return Reduction(keep_highest(score_BN, K), score_BN=score_BN)
 
 
 def variation(x_BrnD: mx.array) -> mx.array:

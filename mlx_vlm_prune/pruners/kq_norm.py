@@ -29,8 +29,8 @@ def cuts(layers: int, N: int, K: int, *, layer: float = 0.5) -> list[tuple[int, 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
     with choosing():
-        score_BN = norm(signals.keys_BNHd) + norm(signals.queries_BNHd)
-        return Reduction(index_BK=keep_highest(rounded(score_BN), K))
+        score_BN = rounded(norm(signals.keys_BNHd) + norm(signals.queries_BNHd))
+        return Reduction(keep_highest(score_BN, K), score_BN=score_BN)
 
 
 def norm(x_BNHd: mx.array) -> mx.array:

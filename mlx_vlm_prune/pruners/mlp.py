@@ -72,7 +72,8 @@ class Usefulness(nn.Module):
             x_BND = layer_norm(signals.x_BND, self.norm)
             attention_BN1 = mx.log(to_choice_dtype(signals.cls_attention_BN) * N + 1e-6)[..., None]
             input_BND = mx.concatenate([x_BND, attention_BN1], axis=-1)
-            return Reduction(index_BK=keep_highest(score(input_BND, self.fc1, self.fc2), K))
+            score_BN = score(input_BND, self.fc1, self.fc2)
+            return Reduction(keep_highest(score_BN, K), score_BN=score_BN)
 
     def budgets(self, signals: Signals, K: int) -> list[int]:
         """Each image's budget, from 1 to N.

@@ -26,6 +26,8 @@ Shapes: I images, N tokens, K kept, n tokens that are clustered, m rows of their
 D features.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 
@@ -71,7 +73,8 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 
         similar_BN, slot_BN = nearest_slots(keys_BND, index_BK)
         belongs_BN = 1 - similar_BN <= RETRIEVED * cutoff_B1
         belongs_BN = mx.put_along_axis(belongs_BN, order_Bn, mx.array(True), axis=1)
-        return Reduction.merge(index_BK, mx.where(belongs_BN, slot_BN, -1))
+        merged = Reduction.merge(index_BK, mx.where(belongs_BN, slot_BN, -1))
+        return replace(merged, score_BN=worth_BN)
 
 
 def fill_up(centres: list[int], n: int, K: int) -> list[int]:

@@ -27,4 +27,4 @@ def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K longest."""
     with choosing():
         square_BN = mx.square(to_choice_dtype(signals.patches_BND)).sum(axis=-1)
-        return Reduction(index_BK=keep_highest(square_BN, K))
+        return Reduction(keep_highest(square_BN, K), score_BN=square_BN)

@@ -14,6 +14,7 @@ from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
 from .method import Method
 from .numerics import all_finite, choice_dtype
+from .observed import observe
 
 # How many times as many tokens as the next method keeps an earlier one leaves: VScan's 96 for 64.
 EARLIER_STEP_FACTOR = 1.5
@@ -130,6 +131,7 @@ class Pruner:
         if self.enhancer and chosen < K:
             kept = self.enhancer.call(self.enhancer.method.complete, known, kept, K)
             kept = _checked(self.enhancer.name, kept, signals, K)
+        observe(self.name, signals, kept)
         return replace(kept, is_finite=is_finite)
 
 
@@ -143,7 +145,8 @@ def _checked(name: str, kept: Any, signals: Signals, K: int) -> Reduction:
         raise UserError(f"{name} returned a Reduction with only one of slot_BN and share_BN")
     B, N, _ = signals.x_BND.shape
     shapes = {"index_BK": (B, K), "weight_BKN": (B, K, N), "value_BND": (B, N)}
-    for part, shape in {**shapes, "slot_BN": (B, N), "share_BN": (B, N)}.items():
+    shapes |= {"slot_BN": (B, N), "share_BN": (B, N), "score_BN": (B, N)}
+    for part, shape in shapes.items():
         array = getattr(kept, part)
         if array is None:
             continue

@@ -41,9 +41,9 @@ def prune(signals: Signals, K: int, *, tolerance: float = 0.0) -> Reduction:
     """Keep the K patches with the largest prediction error."""
     if not tolerance >= 0:
         raise ValueError(f"tolerance is {tolerance}; it must be 0 or more")
-    if tolerance > 0:
-        return Reduction(index_BK=keep_highest(anchored_errors(signals, tolerance), K))
-    return Reduction(index_BK=keep_highest(prediction_errors(signals), K))
+    anchored = tolerance > 0
+    error_BN = anchored_errors(signals, tolerance) if anchored else prediction_errors(signals)
+    return Reduction(keep_highest(error_BN, K), score_BN=error_BN)
 
 
 def prediction_errors(signals: Signals) -> mx.array:

@@ -43,14 +43,15 @@ def with_sum_of_rest(
     """Kept tokens that add their neighbours, and, of K slots above one, the sum of the rest."""
     weight_BCN = with_neighbours(signals, score_BN, kept_BC, neighbours)
     if K == 1:
-        return Reduction(kept_BC, weight_BCN)
+        return Reduction(kept_BC, weight_BCN, score_BN=score_BN)
     dropped_BN = mx.where(mask_of(kept_BC, score_BN.shape[1]), -1, score_BN)
     strongest_B1 = mx.argmax(dropped_BN, axis=-1, keepdims=True).astype(kept_BC.dtype)
     rest_B1N = mx.maximum(dropped_BN, 0)[:, None].astype(mx.float32)
     index_BK = mx.concatenate([kept_BC, strongest_B1], axis=1)
     weight_BKN = mx.concatenate([weight_BCN, rest_B1N], axis=1)
     raster_BK = mx.argsort(index_BK, axis=1)
-    return Reduction(take(index_BK, raster_BK), take(weight_BKN, raster_BK))
+    weight_BKN = take(weight_BKN, raster_BK)
+    return Reduction(take(index_BK, raster_BK), weight_BKN, score_BN=score_BN)
 
 
 def cls_scores(signals: Signals) -> mx.array:

@@ -40,4 +40,5 @@ def schedule(
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K most attended."""
-    return Reduction(index_BK=keep_highest(signals.next_attention_BN, K))
+    score_BN = signals.next_attention_BN
+    return Reduction(keep_highest(score_BN, K), score_BN=score_BN)

@@ -24,4 +24,5 @@ needs = {"received_attention": "layer"}
 
 def prune(signals: Signals, K: int, *, layer: float = -1) -> Reduction:
     """Keep the K tokens that receive most; `layer` is read by the host."""
-    return Reduction(index_BK=keep_highest(signals.received_attention_BN, K))
+    score_BN = signals.received_attention_BN
+    return Reduction(keep_highest(score_BN, K), score_BN=score_BN)

@@ -38,7 +38,7 @@ class Scorer(nn.Module):
         """Keep the K highest scores."""
         with choosing():
             score_BN = score(layer_norm(signals.x_BND, self.norm), self.fc1, self.fc2)
-            return Reduction(index_BK=keep_highest(score_BN, K))
+            return Reduction(keep_highest(score_BN, K), score_BN=score_BN)
 
 
 def make_weights(dims: int, tokens: int) -> Scorer:

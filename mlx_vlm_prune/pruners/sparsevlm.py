@@ -22,6 +22,8 @@ Shapes: B images, N tokens, K kept, T words, C clusters, n recycled tokens, k ke
 features.
 """
 
+from dataclasses import replace
+
 import mlx.core as mx
 
 from .budget import several_cuts
@@ -51,10 +53,10 @@ def prune(signals: Signals, K: int, *, recycle: float = 0.3, sums: bool = False)
     with choosing():
         score_BN = rounded(rater_attention(signals))
         kept = recycle_best_dropped(score_BN, signals.x_BND, K, recycle)
-        if sums:
-            return kept
-        assert kept.index_BK is not None and kept.slot_BN is not None
-        return Reduction.merge(kept.index_BK, kept.slot_BN)
+        if not sums:
+            assert kept.index_BK is not None and kept.slot_BN is not None
+            kept = Reduction.merge(kept.index_BK, kept.slot_BN)
+        return replace(kept, score_BN=score_BN)
 
 
 def rater_attention(signals: Signals) -> mx.array:

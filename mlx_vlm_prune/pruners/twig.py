@@ -46,7 +46,8 @@ def schedule(
 
 def prune(signals: Signals, K: int) -> Reduction:
     """Keep the K most attended."""
-    return Reduction(index_BK=keep_highest(signals.twig_attention_BN, K))
+    score_BN = signals.twig_attention_BN
+    return Reduction(keep_highest(score_BN, K), score_BN=score_BN)
 
 
 def fixed_options(weights: Any) -> dict[str, int]:

@@ -51,4 +51,4 @@ def prune(signals: Signals, K: int) -> Reduction:
     with choosing():
         change_BND = to_choice_dtype(signals.x_BND) - to_choice_dtype(signals.before_BND)
         change_BN = mx.square(change_BND).sum(axis=-1)
-        return Reduction(index_BK=keep_highest(change_BN, K))
+        return Reduction(keep_highest(change_BN, K), score_BN=change_BN)

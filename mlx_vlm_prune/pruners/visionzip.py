@@ -34,7 +34,7 @@ def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float
     C = min(int(K * contextual + 0.5), K - 1)
     dominant_BA = keep_highest(signals.cls_attention_BN, K - C)
     if not C:
-        return Reduction(index_BK=dominant_BA)
+        return Reduction(dominant_BA, score_BN=signals.cls_attention_BN)
     with choosing():
         keys_BNd = signals.keys_BNHd.astype(mx.float32).mean(axis=2)
         N = keys_BNd.shape[1]
@@ -49,4 +49,7 @@ def prune(signals: Signals, K: int, *, contextual: float = 10 / 64, layer: float
         joins_BN = (~is_kept_BN).astype(mx.float32)
         joined_BK = segment_sum(joins_BN[..., None], slot_BN, K)[..., 0]
         share_BN = mx.where(is_kept_BN, 1, 1 / take(joined_BK, slot_BN))
-        return Reduction(keep_marked(is_kept_BN, K), slot_BN=slot_BN, share_BN=share_BN)
+        return Reduction(
+            keep_marked(is_kept_BN, K), slot_BN=slot_BN, share_BN=share_BN,
+            score_BN=signals.cls_attention_BN,
+        )  # fmt: skip

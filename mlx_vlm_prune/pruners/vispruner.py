@@ -42,7 +42,8 @@ def prune(signals: Signals, K: int, *, important: float = 0.5, layer: float = -1
             rest_BR = rest_BR[:, :0]
         else:
             rest_BR = thin_out_images(signals.x_BND, rest_BR, K - by_attention)
-        return Reduction(index_BK=mx.sort(mx.concatenate([important_BA, rest_BR], axis=1), axis=1))
+        index_BK = mx.sort(mx.concatenate([important_BA, rest_BR], axis=1), axis=1)
+        return Reduction(index_BK, score_BN=signals.cls_attention_BN)
 
 
 def thin_out_images(x_BND: mx.array, rest_BR: mx.array, least: int) -> mx.array:

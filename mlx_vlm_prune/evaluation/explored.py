@@ -1,0 +1,257 @@
+"""Full and pruned answers about the same images, with what `explore` shows of each.
+
+Of every answer: the tokens' log-probabilities with all visual tokens and with the kept ones, what
+the prompt's words attended to where a method reads it, and the predicted time.
+
+Shapes: N visual tokens of a view, T words of the prompt.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from ..checkpoints.errors import UserError
+from ..generation.exploration import ExploredAnswer, WordAttention
+from ..generation.prefill import Prefill
+from ..generation.request import Request
+from ..generation.result import GenerationResult
+from ..generation.steps import token_logprobs
+from ..generation.stream import pipeline_for, prepare_prompt
+from ..hosts import prompt as host_prompt
+from ..hosts.compatibility import check_pipeline
+from ..hosts.families import host_of
+from ..hosts.families.pruner_defaults import plan_for_host
+from ..hosts.host import generation_stream
+from ..hosts.prefill import HostPrefill, prefill_through_cuts
+from ..inputs.budget import budget
+from ..inputs.image import open_image
+from ..inputs.processor import Processor
+from ..models.splice import outside
+from ..models.vlm import VLM
+from ..planning.budgets import check_free_budget, present_calibration
+from ..pruners import Pipeline
+from ..pruners.observed import WordChoice, observing_words
+from ..pruners.trace import Trace
+from .budgeted_methods import BudgetedMethod
+
+Answer = Callable[..., GenerationResult]  # `generate` with the model, the prompt and the images
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """A prompt that was read, and the ids of its words: all, and those after the last image."""
+
+    prefill: Prefill
+    words: Sequence[int]
+    words_after: Sequence[int]
+
+
+class Reader(Protocol):
+    """How one library's model reads a prompt once more, and how its ids are texts."""
+
+    def read(self, request: Request) -> Any: ...
+
+    def text(self, ids: list[int]) -> str: ...
+
+
+class VLMReader:
+    """One of our models."""
+
+    def __init__(self, model: VLM, processor: Processor):
+        self.model, self.processor = model, processor
+        self.text = processor.tokenizer.decode
+
+    @contextmanager
+    def read(self, request: Request) -> Iterator[ReadPrompt]:
+        """Read a request's prompt. Raises UserError."""
+        pipeline = pipeline_for(self.model, request.pruner)
+        K = budget(self.model.N, request.keep_ratio, request.keep_tokens, pipeline)
+        prompt = prepare_prompt(
+            self.model, self.processor, request.prompt, request.images,
+            request.chat_template_config, request.system,
+        )  # fmt: skip
+        ids, runs = prompt.prompt.ids, prompt.prompt.runs
+        prefill = self.model([prompt.prompt], prompt.pixels, pipeline, K, request.positions)
+        words = [ids[i] for i in outside(runs, len(ids))]
+        yield ReadPrompt(prefill, words, ids[sum(runs[-1]) :])
+
+
+class HostReader:
+    """A model of mlx-vlm's."""
+
+    def __init__(self, model: Any, processor: Any):
+        self.host = host_of(model, processor)
+
+    def text(self, ids: list[int]) -> str:
+        tokenizer = getattr(self.host.processor, "tokenizer", self.host.processor)
+        return str(tokenizer.decode(ids))
+
+    @contextmanager
+    def read(self, request: Request) -> Iterator[ReadPrompt]:
+        """Read a request's prompt; the model goes on from it inside the block. Raises UserError."""
+        host, pipeline = self.host, plan_for_host(self.host, request.pruner)
+        policy = check_pipeline(host, pipeline, request.positions)
+        images = [open_image(source) for source in request.images]
+        inputs = host_prompt.prepare_prompt(
+            host, request.prompt, images, request.chat_template_config, None, (), request.system
+        )
+        placeholder, ids = host.image_token_id(inputs), inputs.ids
+        last = max((i for i, token in enumerate(ids) if token == placeholder), default=-1)
+        with host.preserve_state(), generation_stream():
+            views = host_prompt.encode_images_and_text(host, inputs, pipeline)
+            budgets = host_prompt.budgets_by_view(
+                views, request.keep_ratio, request.keep_tokens, pipeline
+            )
+            prompt = host_prompt.prune_prompt(host, inputs, views, pipeline, budgets, policy)
+            prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy)
+            words = [token for token in ids if token != placeholder]
+            yield ReadPrompt(HostPrefill(host, prompt), words, ids[last + 1 :])
+
+
+@dataclass
+class Explorer:
+    """Asks one model the same about the same images, by one method after another.
+
+    `options` are those of `generate` that all answers have in common. With `predicts` times are
+    predicted too, for our models, from a calibration of each method.
+    """
+
+    model: Any
+    processor: Any
+    prompt: str
+    images: Sequence[Any]
+    options: Mapping[str, Any]
+    answer: Answer
+    predicts: bool = True
+    full: GenerationResult | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        is_ours = isinstance(self.model, VLM)
+        kind: Any = VLMReader if is_ours else HostReader
+        self.reader: Reader = kind(self.model, self.processor)
+        self.predicts = self.predicts and is_ours
+
+    def explore(self, case: BudgetedMethod, command: str) -> ExploredAnswer:
+        """The answer with a budget; that with all tokens comes first. Raises UserError."""
+        is_full = case.spec == "none"
+        budget = {"keep_tokens" if isinstance(case.K, int) else "keep_ratio": case.K}
+        chosen = {**self.options, "pruner": case.pipeline, **({} if is_full else budget)}
+        self.answer(**{**chosen, "max_tokens": 1})  # warm
+        result = self.answer(**chosen)
+        if is_full:
+            self.full = result
+        assert self.full, "the full answer comes first"
+        request = Request(self.prompt, self.images, **chosen)
+        logprobs, words = self._read_again(request, result)
+        predicted_ms = self._predict(case, is_full) if self.predicts else None
+        return ExploredAnswer(
+            result, None if is_full else case.K, command, self._texts(result.token_ids),
+            predicted_ms, logprobs, words,
+        )  # fmt: skip
+
+    def _read_again(
+        self, request: Request, result: GenerationResult
+    ) -> tuple[dict[str, dict[str, list[float]]], list[WordAttention]]:
+        """Log-probabilities of the full answer's tokens and of this one's, both ways; words."""
+        assert self.full
+        with observing_words() as choices, self.reader.read(request) as read:
+            of_full = logprobs_of(read.prefill, self.full.token_ids)
+            of_this = logprobs_of(read.prefill, result.token_ids)
+            words = word_attention(choices, read, self.reader.text)
+        if result is self.full:
+            self.full_request = request
+            return {"full_answer": {"full": of_full}}, words
+        with self.reader.read(self.full_request) as read:
+            this_full = logprobs_of(read.prefill, result.token_ids)
+            full_full = logprobs_of(read.prefill, self.full.token_ids)
+        return {
+            "full_answer": {"full": full_full, "pruned": of_full},
+            "answer": {"full": this_full, "pruned": of_this},
+        }, words
+
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text."""
+        texts = [self.reader.text(list(ids[:n])) for n in range(len(ids) + 1)]
+        return [
+            after[len(before) :] if after.startswith(before) else self.reader.text([token])
+            for before, after, token in zip(texts, texts[1:], ids, strict=False)
+        ]
+
+    def _predict(self, case: BudgetedMethod, is_full: bool) -> dict[str, float] | None:
+        """Milliseconds of each part up to the first token; None where there is nothing to predict
+        from."""
+        if is_full:
+            return None  # from the first method's calibration, see `predict_full`
+        try:
+            check_free_budget(case.pipeline)
+        except UserError:
+            return None
+        return self._forecast(case.pipeline, int(case.K))
+
+    def predict_full(self, pipeline: Pipeline) -> dict[str, float] | None:
+        """The same with all visual tokens, from the calibration of a method."""
+        return self._forecast(pipeline, self.model.N) if self.predicts else None
+
+    def _forecast(self, pipeline: Pipeline, K: int) -> dict[str, float]:
+        model, processor = self.model, self.processor
+        start = time.perf_counter()
+        config, system = (self.options.get(n) for n in ("chat_template_config", "system"))
+        inputs = prepare_prompt(model, processor, self.prompt, self.images, config, system)
+        mx.eval(inputs.pixels)
+        image_ms = 1000 * (time.perf_counter() - start)
+        calibration, level = present_calibration(model, processor, pipeline, inputs)
+        parts = calibration.ms(K, inputs.text_tokens, len(inputs.visible))
+        ms = {"image": image_ms} | {name: level * float(part) for name, part in parts.items()}
+        return ms | {"total": sum(ms.values())}
+
+
+def logprobs_of(prefill: Prefill, ids: Sequence[int]) -> list[float]:
+    """The log-probability of each token of an answer, in nats; the prefill stays as it is."""
+    if not ids:
+        return []
+    return [float(x) for x in token_logprobs(prefill, np.array([list(ids)]))[0]]
+
+
+def word_attention(
+    choices: Sequence[WordChoice], read: ReadPrompt, text: Callable[[list[int]], str]
+) -> list[WordAttention]:
+    """What each word attended to, at the steps of the trace that the choices made."""
+    trace, words = read.prefill.trace, []
+    for step in range(len(trace.steps)):
+        for view in range(len(trace.sizes)):
+            for choice in choices:
+                for row in range(len(choice.words_BTN)):
+                    words += _attention_at(choice, row, (step, view), trace, read, text)
+    return words
+
+
+def _attention_at(
+    choice: WordChoice, row: int, place: tuple[int, int], trace: Trace, read: ReadPrompt,
+    text: Callable[[list[int]], str],
+) -> list[WordAttention]:  # fmt: skip
+    """One row of a choice, if it is the one that made this step of this view."""
+    step, view = place
+    N, before = trace.sizes[view], np.arange(trace.sizes[view])
+    if step and (index := trace.steps[step - 1].reductions[view].kept_tokens()) is not None:
+        before = index[0]
+    after, chosen = trace.steps[step].reductions[view].kept_tokens(), choice.kept.kept_tokens()
+    attention_Tn = np.array(choice.words_BTN[row].astype(mx.float32))
+    is_named = choice.name in trace.steps[step].name.partition(",")[0].split("+")
+    if after is None or chosen is None or not is_named or attention_Tn.shape[1] != len(before):
+        return []
+    if not np.array_equal(before[chosen[row]], after[0]):
+        return []
+    if choice.real_BT is not None and choice.real_BT.shape[1] == len(attention_Tn):
+        attention_Tn = attention_Tn[np.array(choice.real_BT[row])]
+    sources = {len(ids): ids for ids in (read.words, read.words_after)}
+    ids = sources.get(len(attention_Tn), range(len(attention_Tn)))
+    is_known = len(attention_Tn) in sources
+    labels = [text([token]) if is_known else f"word {token + 1}" for token in ids]
+    attention_TN = np.full((len(attention_Tn), N), np.nan)
+    attention_TN[:, before] = attention_Tn
+    return [WordAttention(step, view, labels, attention_TN)]

@@ -1,0 +1,141 @@
+"""Why did an answer break? A page that shows what methods kept, step by step, and what that cost.
+
+python -m mlx_vlm_prune.explore --image photo.jpg --prompt "…" --pruner divprune fastv --out page.html
+
+The page is one HTML file, with its data inside, that needs no network and no server.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from .checkpoints.command_line import SCRIPT, in_one_sentence
+from .checkpoints.errors import UserError
+from .checkpoints.reading.files import check_target
+from .evaluation.budgeted_methods import BudgetedMethod
+from .evaluation.explored import Explorer
+from .evaluation.sweep_cases import Refusal, budgets_of, full_case, sweep_cases, swept_model
+from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
+from .generation.arguments import build_explore_parser
+from .generation.exploration import Exploration, ExploredAnswer
+from .generation.request import check_decoding
+from .inputs.budget import check_budget
+from .pruners import check_names
+
+DEFAULT_METHODS = ("divprune", "fastv")
+DEFAULT_RATIOS = (0.75, 0.5, 0.25)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake ends in one sentence and exit code 2."""
+    parser = build_explore_parser(DEFAULT_METHODS, DEFAULT_RATIOS)
+    with in_one_sentence(parser):
+        args = parser.parse_args(argv)
+        args.command = shlex.join([SCRIPT, "explore", *(sys.argv[1:] if argv is None else argv)])
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model once, answer with every method and budget, and write the page."""
+    _check(args)
+    images, prompt = _images_and_prompt(args)
+    model, processor = load_model(args)
+    swept = swept_model(model, processor)
+    ratios = args.keep_ratio or ([] if args.keep_tokens else DEFAULT_RATIOS)
+    budgets = budgets_of(swept.N, ratios, args.keep_tokens or [])
+    methods = args.pruner or DEFAULT_METHODS
+    cases, refused = sweep_cases(swept, methods, budgets, [args.positions])
+    names = ("max_tokens", "chat_template_config", "system")
+    options = {name: getattr(args, name) for name in names}
+    ask = partial(generate, model, processor, prompt, image=images)
+    explorer = Explorer(model, processor, prompt, images, options, ask, args.predict)
+    answers, refusals = explore_all(args, explorer, full_case(swept), cases)
+    exploration = Exploration(
+        answers, prompt, args.model or "scenes", args.command, [*refused, *refusals]
+    )
+    exploration.check()
+    exploration.save(args.out)
+    print(f"Wrote {args.out}: {len(answers)} answers, {args.out.stat().st_size / 1e6:.2f} MB")
+
+
+def explore_all(
+    args: argparse.Namespace, explorer: Explorer, full: BudgetedMethod,
+    cases: Sequence[BudgetedMethod],
+) -> tuple[list[ExploredAnswer], list[Refusal]]:  # fmt: skip
+    """The full answer and all others, and those that were refused. Shows progress."""
+    answers: list[ExploredAnswer] = []
+    refused: list[Refusal] = []
+    with tqdm([full, *cases], "answers", file=sys.stderr, leave=False, delay=2) as bar:
+        for case in bar:
+            bar.set_postfix_str(case.spec)
+            try:
+                answers.append(explorer.explore(case, repeat_command(args, case)))
+            except UserError as problem:
+                if case is full:
+                    raise
+                refused.append({"pruner": case.spec, "tokens": case.K, "why": str(problem)})
+    predicted = next((case for case, answer in zip(cases, answers[1:], strict=False)
+                      if answer.predicted_ms), None)  # fmt: skip
+    if predicted:
+        answers[0] = replace(answers[0], predicted_ms=explorer.predict_full(predicted.pipeline))
+    return answers, refused
+
+
+def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
+    """The call of `generate` that gives one of the answers."""
+    words = [SCRIPT, "generate"]
+    for name in ("model", "revision", "adapter_path", "system"):
+        if value := getattr(args, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    if args.image:
+        words += ["--image", *args.image, "--prompt", args.prompt]
+    if args.dtype != "auto":
+        words += ["--dtype", args.dtype]
+    if args.chat_template_config:
+        words += ["--chat-template-config", json.dumps(args.chat_template_config)]
+    words += ["--pruner", case.spec]
+    if case.spec != "none":
+        words += ["--keep-tokens" if isinstance(case.K, int) else "--keep-ratio", str(case.K)]
+        words += ["--positions", args.positions] if args.positions else []
+    return shlex.join([*words, "--max-tokens", str(args.max_tokens), "--json", "answer.json"])
+
+
+def _images_and_prompt(args: argparse.Namespace) -> tuple[list[Any], str]:
+    """The images, and the prompt, from stdin too; the sample scene without any. Raises UserError."""
+    if args.image:
+        if args.prompt == "-":
+            args.prompt = sys.stdin.read().strip()
+        return args.image, args.prompt
+    from .scenes import compose
+
+    return [compose(SAMPLE_SEED).image()], args.prompt or SAMPLE_PROMPT
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before images and weights are read. Raises UserError."""
+    check_names(args.pruner or ())
+    if "none" in (args.pruner or ()):
+        raise UserError("--pruner none is what all are shown beside; name another")
+    for ratio in args.keep_ratio or ():
+        check_budget(ratio, None)
+    for K in args.keep_tokens or ():
+        check_budget(None, K)
+    check_decoding(args.max_tokens, 0.0, 1.0, 0)
+    if args.image and args.prompt is None:
+        raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
+    if args.model and not args.image:
+        raise UserError("there is no --image; give one")
+    if args.out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out is {args.out}; it is a page, so name it .html")
+    check_target(args.out, replace=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""What answers kept and why, as plain data: for the page that draws it, and for programs.
+
+Shapes: N visual tokens of a view, K slots.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checkpoints.errors import UserError
+from ..checkpoints.reading.files import write_atomically
+from ..machine.hardware import describe_machine, versions
+from ..pruners import METHODS, Stage
+from ..pruners.contract import Reduction
+from ..pruners.trace import ReductionStep
+from .explorer_page import render_page
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .result import GenerationResult
+
+FORMAT = 1  # of `as_json`
+LARGEST_SIDE = 1024  # pixels of a picture on the page
+LARGEST_PNG = 300_000  # bytes, above which a picture becomes a JPEG
+DIGITS, LOGPROB_DIGITS = 4, 6  # of a score, of a log-probability
+FIELDS = (
+    "text", "token_ids", "finish_reason", "pruner", "positions", "visual_tokens",
+    "visual_tokens_kept", "prompt_tokens", "generation_tokens", "prompt_tps", "generation_tps",
+    "peak_memory", "cache_bytes", "ttft_ms", "kept_indices",
+)  # fmt: skip
+UNITS = {
+    "ttft_ms": "milliseconds", "predicted_ms": "milliseconds", "logprobs": "nats",
+    "cache_bytes": "bytes", "peak_memory": "GB (10^9 bytes)", "prompt_tps": "tokens per second",
+    "generation_tps": "tokens per second", "score": "the method's own",
+    "words": "share of attention, or cosine", "tokens": "visual tokens of an image",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WordAttention:
+    """What each word of a prompt attends to at one step, (words, tokens of a view); NaN of tokens
+    that had left."""
+
+    step: int  # number of the trace's step
+    view: int
+    words: Sequence[str]
+    attention_TN: np.ndarray
+
+
+@dataclass(frozen=True)
+class ExploredAnswer:
+    """An answer, and what the page says of it beside what it holds itself.
+
+    `budget` is what each image was to keep: an int of tokens, a float share, None of all.
+    `tokens` are the texts of its tokens. `predicted_ms` has the parts of `ttft_ms`.
+    `logprobs` are log-probabilities in nats, {"full_answer" | "answer": {"full" | "pruned":
+    one of each token}}: of which answer, and with all visual tokens or with the kept ones.
+    """
+
+    result: GenerationResult
+    budget: float | None = None
+    command: str = ""
+    tokens: Sequence[str] | None = None
+    predicted_ms: Mapping[str, float] | None = None
+    logprobs: Mapping[str, Mapping[str, Sequence[float]]] | None = None
+    words: Sequence[WordAttention] = ()
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """Answers to one prompt about the same images, to look at side by side.
+
+    Jupyter shows it as a page, `save` writes that page, `as_json` has its data. `command` repeats
+    all of it; `refused` are methods that could not keep a budget, each with its reason.
+    """
+
+    answers: Sequence[ExploredAnswer]
+    prompt: str = ""
+    model: str = ""
+    command: str = ""
+    refused: Sequence[Mapping[str, Any]] = ()
+
+    @classmethod
+    def of(cls, *results: GenerationResult) -> Exploration:
+        """Of answers alone. Raises UserError where there is no image, or where they differ."""
+        answers = [
+            ExploredAnswer(result, None if result.pruner == "none" else kept_of_an_image(result))
+            for result in results
+        ]
+        exploration = cls(answers)
+        exploration.check()
+        return exploration
+
+    def check(self) -> None:
+        """Raises UserError for answers that no page can show together."""
+        grids = [[grid for _, grid in each.result.views] for each in self.answers]
+        if not grids or not grids[0] or any(each.result.trace is None for each in self.answers):
+            raise UserError("there is nothing to explore: the prompt had no image")
+        if any(grid != grids[0] for grid in grids):
+            raise UserError("the answers are not about the same images; explore them one by one")
+
+    def as_json(self) -> dict[str, Any]:
+        """All that the page draws; `units` says in what, and `format` is 1.
+
+        `answers` have a row for each answer: `generate`'s figures by its names, and `steps`, what
+        was left of every view of an image after each step: `kept` are indices in the view's grid,
+        `slot` is the slot that each patch went to, -1 for none, `size` how many patches each slot
+        stands for, `score` and `rank` (from 1; 0 of patches that had left) what they were chosen by.
+        """
+        first = self.answers[0].result
+        return {
+            "format": FORMAT,
+            "units": UNITS,
+            "prompt": self.prompt,
+            "model": self.model,
+            "command": self.command,
+            "machine": describe_machine(),
+            "versions": versions(),
+            "depth": max((run["last"] + 1 for run in first.layers), default=0),
+            "views": _views(first),
+            "budgets": _budgets(self.answers),
+            "answers": [answer_json(answer) for answer in self.answers],
+            "methods": _methods(self.answers),
+            "refused": [dict(refusal) for refusal in self.refused],
+        }
+
+    def page(self) -> str:
+        """The page: one HTML file that needs no network and no server."""
+        return render_page(self.as_json())
+
+    def save(self, path: str | Path) -> None:
+        """Write the page; a file that is there is replaced. Raises UserError."""
+        write_atomically(Path(path), self.page())
+
+    def _repr_html_(self) -> str:
+        """For Jupyter: the page in a frame of its own, whose scripts reach nothing outside it."""
+        page = html.escape(self.page(), quote=True)
+        return (
+            '<iframe title="What the answer kept" sandbox="allow-scripts" srcdoc="'
+            f'{page}" style="width:100%;height:860px;border:0"></iframe>'
+        )
+
+
+def kept_of_an_image(result: GenerationResult) -> int:
+    """The visual tokens kept, on average over images and layers."""
+    return round(result.visual_tokens_kept / max(1, len(result.kept_indices)))
+
+
+def answer_json(answer: ExploredAnswer) -> dict[str, Any]:
+    """An answer's row of `Exploration.as_json`."""
+    result = answer.result
+    assert result.trace is not None
+    layers = [{name: run[name] for name in ("first", "last", "visual_tokens")}
+              for run in result.layers]  # fmt: skip
+    steps = [step_json(step, result.trace.sizes) for step in result.trace.steps]
+    words = [
+        {"step": each.step, "view": each.view, "words": [*each.words],
+         "attention": [[number(x) for x in row] for row in each.attention_TN]}
+        for each in answer.words
+    ]  # fmt: skip
+    return {
+        **{name: getattr(result, name) for name in FIELDS},
+        "budget": answer.budget,
+        "command": answer.command,
+        "tokens": None if answer.tokens is None else [*answer.tokens],
+        "predicted_ms": answer.predicted_ms and dict(answer.predicted_ms),
+        "logprobs": _rounded_logprobs(answer.logprobs),
+        "layers": layers,
+        "steps": steps,
+        "words": words,
+    }
+
+
+def step_json(step: ReductionStep, sizes: Sequence[int]) -> dict[str, Any]:
+    """A step of the trace: where it holds from, and what it left of every view."""
+    return {
+        "name": step.name,
+        "stage": _stage_of(step.name),
+        "layer": step.layer,
+        "tokens": step.rows,
+        "views": [view_json(r, N) for r, N in zip(step.reductions, sizes, strict=True)],
+    }
+
+
+def view_json(reduction: Reduction, N: int) -> dict[str, Any]:
+    """What is left of one view. Of slots that are pooled from everywhere `kept` is None, and
+    `read` says how much of each patch is in them, the most as 1."""
+    index = reduction.kept_tokens()
+    facts: dict[str, Any] = {"kept": None if index is None else index[0].tolist()}
+    if reduction.weight_BKN is not None:
+        weight_KN = np.array(reduction.mixture(N)[0])
+        slot_N = np.where((weight_KN > 0).any(axis=0), weight_KN.argmax(axis=0), -1)
+        facts |= {"slot": slot_N.tolist(), "size": (weight_KN > 0).sum(axis=1).tolist()}
+        if index is None:
+            read_N = weight_KN.sum(axis=0)
+            facts |= {"slot": None, "read": [number(x) for x in read_N / max(read_N.max(), 1e-12)]}
+    elif reduction.slot_BN is not None:
+        slot_N = np.array(reduction.slot_BN[0]).astype(int)
+        size_K = np.bincount(slot_N[slot_N >= 0], minlength=reduction.slots)
+        facts |= {"slot": slot_N.tolist(), "size": size_K.tolist()}
+    if reduction.score_BN is not None:
+        score_N = np.array(reduction.score_BN[0])
+        facts |= {"score": [number(x) for x in score_N], "rank": ranks(score_N).tolist()}
+    return facts
+
+
+def ranks(score_N: np.ndarray) -> np.ndarray:
+    """The place of each score, 1 of the highest, of equals the first; 0 of NaN."""
+    is_absent_N = np.isnan(score_N)
+    rank_N = np.zeros(len(score_N), int)
+    order_N = np.argsort(np.where(is_absent_N, np.inf, -score_N), kind="stable")
+    rank_N[order_N] = np.arange(1, len(score_N) + 1)
+    return np.where(is_absent_N, 0, rank_N)
+
+
+def number(value: float, digits: int = DIGITS) -> float | str | None:
+    """A few digits of a number, as JSON can have it: NaN is None, infinity a word."""
+    if math.isnan(value):
+        return None
+    if math.isinf(value):
+        return "Infinity" if value > 0 else "-Infinity"
+    return float(f"{value:.{digits}g}")
+
+
+def picture_url(picture: Image.Image) -> str:
+    """A picture as a data URL: lossless where that is small."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    for kind, options in (("PNG", {"optimize": True}), ("JPEG", {"quality": 88})):
+        file = io.BytesIO()
+        picture.save(file, kind, **options)
+        if file.tell() <= LARGEST_PNG:
+            break
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _views(result: GenerationResult) -> list[dict[str, Any]]:
+    trace = result.trace
+    assert trace is not None
+    views, first, last_image = [], 0, -1
+    for (picture, grid), N, image in zip(result.views, trace.sizes, trace.images, strict=True):
+        first = first if image == last_image else 0
+        views.append({"picture": picture_url(picture), "grid": [*grid], "tokens": N,
+                      "image": image, "first": first})  # fmt: skip
+        first, last_image = first + N, image
+    return views
+
+
+def _budgets(answers: Sequence[ExploredAnswer]) -> list[float]:
+    """Every budget, the smallest first; a share of an image is below or equal to 1."""
+    return sorted({answer.budget for answer in answers if answer.budget is not None})
+
+
+def _methods(answers: Sequence[ExploredAnswer]) -> dict[str, dict[str, Any]]:
+    """What the methods' own files say of them, by name."""
+    specs = [part for a in answers for part in a.result.pruner.split("+")]
+    names = dict.fromkeys(spec.partition(":")[0] for spec in specs)
+    return {
+        name: {
+            "title": " ".join(METHODS[name].description.split("\n\n")[0].split()),
+            "stage": METHODS[name].stage.name.lower(),
+            "reads_prompt": METHODS[name].reads_prompt,
+            "source": METHODS[name].source,
+        }
+        for name in names
+        if name in METHODS
+    }
+
+
+def _stage_of(name: str) -> str:
+    """The stage at which a step happens, by the methods in its name; empty where none pruned."""
+    methods = [METHODS[part] for part in name.partition(",")[0].split("+") if part in METHODS]
+    stages = [method.stage for method in methods if method.stage is not Stage.ENHANCER]
+    return stages[-1].name.lower() if stages else ""
+
+
+def _rounded_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    return {
+        of: {name: [number(x, LOGPROB_DIGITS) for x in values] for name, values in each.items()}
+        for of, each in logprobs.items()
+    }

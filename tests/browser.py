@@ -1,0 +1,83 @@
+"""A real browser for tests: Debian's Chromium, headless, driven by Playwright's Python client."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+AXE = Path(__file__).parent / "vendored" / "axe.min.js"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+ALLOWED = ("file:", "data:", "about:", "http://127.0.0.1")  # addresses; anything else is a fault
+
+
+@contextmanager
+def start_browser() -> Iterator[Any]:
+    """A running browser; a test that has none is skipped with a sentence."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip("there is no Chromium on this machine; apt-get install chromium brings it")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class Tab:
+    """A tab with one page; `faults` are errors on the console and addresses that it asked for."""
+
+    def __init__(self, browser: Any, file: Path, width: int = 1280, scheme: str = "light"):
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme
+        )
+        self.page = self.context.new_page()
+        self.faults: list[str] = []
+        self.page.on("console", self._on_console)
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("request", self._on_request)
+        self.page.goto(file.as_uri())
+        self.page.wait_for_selector("html[data-ready]")
+
+    def _on_console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.faults.append(message.text)
+
+    def _on_request(self, request: Any) -> None:
+        if not request.url.startswith(ALLOWED):
+            self.faults.append(request.url)
+
+    def pixels(self, side: int, rows: int, columns: int) -> list[list[int]]:
+        """The colour at the middle of each patch of a picture, a quarter off its centre."""
+        return self.page.evaluate(
+            """([side, rows, columns]) => {
+              const canvas = document.querySelectorAll("#panels canvas")[side];
+              const [w, h] = [canvas.width / columns, canvas.height / rows];
+              const all = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+              return Array.from({ length: rows * columns }, (_, i) => {
+                const x = Math.round((i % columns + 0.25) * w);
+                const y = Math.round((Math.floor(i / columns) + 0.25) * h);
+                const at = 4 * (y * canvas.width + x);
+                return [...all.data.slice(at, at + 3)];
+              });
+            }""",
+            [side, rows, columns],
+        )
+
+    def violations(self) -> list[str]:
+        """What axe-core finds of impact serious or critical."""
+        self.page.evaluate(AXE.read_text(encoding="utf-8"))
+        result = self.page.evaluate("async () => await axe.run(document)")
+        return [
+            f"{each['id']}: {node['html'][:120]} {node.get('failureSummary', '')[:200]}"
+            for each in result["violations"]
+            if each["impact"] in ("serious", "critical")
+            for node in each["nodes"]
+        ]
+
+    def close(self) -> None:
+        self.context.close()

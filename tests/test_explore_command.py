@@ -1,0 +1,143 @@
+"""Promises of `explore`: a page of full and pruned answers, with what repeats each number."""
+
+import json
+import shlex
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_vlm_prune import explore, generate, load
+from mlx_vlm_prune.generate import main as generate_main
+from mlx_vlm_prune.generation.steps import likelihood
+from mlx_vlm_prune.generation.stream import prepare_prompt
+from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.scenes import compose
+
+from . import tiny
+from .test_exploration import Scripts
+
+PROMPT = "Is there a red star?"
+METHODS = ["norm", "sparsevlm", "cls_attention+fastv"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A tiny model (`mlx`) and a picture."""
+    folder = tmp_path_factory.mktemp("explore")
+    tiny.checkpoint(tiny.reference(), folder)
+    pixels = np.random.default_rng(0).integers(0, 255, (70, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.png")
+    return folder
+
+
+def command(home, out, *more: str) -> list[str]:
+    return [
+        "--model", str(home / "mlx"), "--image", str(home / "photo.png"), "--prompt", PROMPT,
+        "--max-tokens", "4", "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def content_of(path) -> dict:
+    return json.loads(Scripts(path.read_text(encoding="utf-8")).scripts[0])
+
+
+@pytest.fixture(scope="module")
+def explored(home):
+    out = home / "page.html"
+    arguments = ["--pruner", *METHODS, "--keep-tokens", "12", "5", "--no-predict"]
+    explore.main(command(home, out, *arguments))
+    return content_of(out)
+
+
+def test_every_method_is_there_at_every_budget_that_it_can_keep(explored):
+    pairs = [(row["pruner"], row["budget"]) for row in explored["answers"]]
+    assert pairs[0] == ("none", None) and ("norm", 5) in pairs and ("sparsevlm", 12) in pairs
+    assert len(pairs) + len([r for r in explored["refused"] if "tokens" in r]) >= 1 + 6 - 1
+    assert explored["command"].startswith("mlx-vlm-prune explore --model ")
+
+
+def test_the_command_of_each_answer_gives_its_tokens_and_its_text(explored, home, tmp_path):
+    for row in explored["answers"]:
+        name, verb, *arguments = shlex.split(row["command"])
+        assert (name, verb) == ("mlx-vlm-prune", "generate")
+        arguments[arguments.index("--json") + 1] = str(tmp_path / "answer.json")
+        generate_main(arguments)
+        written = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
+        for figure in ("text", "token_ids", "kept_indices", "visual_tokens_kept", "cache_bytes"):
+            assert row[figure] == written[figure], (row["pruner"], figure)
+        assert row["steps"][-1]["views"][0]["kept"] == written["kept_indices"][0]
+
+
+def test_log_probabilities_are_those_of_the_model(explored, home):
+    model, processor = load(home / "mlx")
+    prepared = prepare_prompt(model, processor, PROMPT, home / "photo.png")
+    full = explored["answers"][0]
+    for row in explored["answers"][1:]:
+        for name, ids in (("full_answer", full["token_ids"]), ("answer", row["token_ids"])):
+            for which, spec, K in (("full", "none", model.N), ("pruned", row["pruner"], row["budget"])):
+                prefill = model([prepared.prompt], prepared.pixels, plan(spec), K)
+                expected = likelihood(prefill, np.array([ids]))[0]
+                values = row["logprobs"][name][which]
+                assert len(values) == len(ids)
+                assert sum(values) == pytest.approx(expected, abs=1e-3)
+
+
+def test_words_are_those_behind_the_image_and_share_their_attention(explored, home):
+    model, processor = load(home / "mlx")
+    prepared = prepare_prompt(model, processor, PROMPT, home / "photo.png").prompt
+    behind = prepared.ids[sum(prepared.runs[-1]) :]
+    row = next(r for r in explored["answers"] if r["pruner"] == "sparsevlm" and r["budget"] == 12)
+    assert row["words"]
+    for each in row["words"]:
+        assert each["words"] == [processor.tokenizer.decode([i]) for i in behind]
+        before = row["steps"][each["step"] - 1]["views"][0]["kept"]
+        for attention in each["attention"]:
+            present = [i for i, x in enumerate(attention) if x is not None]
+            assert present == before and 0 < sum(attention[i] for i in present) <= 1.001
+    assert not [r for r in explored["answers"] if r["pruner"] == "norm" and r["words"]]
+
+
+def test_times_are_measured_and_predicted_by_part(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")
+    explore.main(command(home, tmp_path / "p.html", "--pruner", "norm", "--keep-ratio", "0.5"))
+    for row in content_of(tmp_path / "p.html")["answers"]:
+        for times in (row["ttft_ms"], row["predicted_ms"]):
+            parts = {part: ms for part, ms in times.items() if part != "total"}
+            assert parts.keys() == {"image", "vision", "pruner", "prefill"}
+            assert times["total"] >= 0.99 * sum(parts.values()) > 0
+
+
+def test_without_an_image_the_sample_scene_is_explored(tmp_path, capsys):
+    out = tmp_path / "scene.html"
+    explore.main(["--pruner", "norm", "--keep-ratio", "0.25", "--max-tokens", "3",
+                  "--no-predict", "--out", str(out)])  # fmt: skip
+    assert capsys.readouterr().out.startswith(f"Wrote {out}: 2 answers, ")
+    row = content_of(out)["answers"][1]
+    assert row["command"].startswith("mlx-vlm-prune generate --pruner norm --keep-tokens 49 ")
+    scene = compose(explore.SAMPLE_SEED).image()
+    result = generate(
+        *load(), explore.SAMPLE_PROMPT, scene, pruner="norm", keep_tokens=49, max_tokens=3
+    )
+    assert (row["kept_indices"], row["text"]) == (result.kept_indices, result.text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--pruner", "none"], "--pruner none is what all are shown beside; name another"),
+        (["--pruner", "nrom"], "no pruner is called 'nrom'"),
+        (["--keep-ratio", "2"], "--keep-ratio is 2.0; it must be above 0 and at most 1"),
+        (["--out", "page.png"], "--out is page.png; it is a page, so name it .html"),
+        (["--image", "nowhere.png", "--prompt", "x"], "there is no image file nowhere.png"),
+        (["--image", "nowhere.png"], "there is no --prompt; give one, or '-' to read it"),
+        (["--model", "nowhere", "--prompt", "x"], "there is no --image; give one"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_no_file(arguments, sentence, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        explore.main(arguments)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "") and f"error: {sentence}" in err
+    assert not [*tmp_path.iterdir()]

@@ -1,0 +1,195 @@
+"""Promises of the page that `explore` writes, driven by a real browser.
+
+Shapes: K of N = rows x columns visual tokens.
+"""
+
+import pytest
+from PIL import Image
+
+from mlx_vlm_prune import explore, generate, load
+from mlx_vlm_prune.generation.exploration import Exploration, ExploredAnswer
+
+from .browser import Tab, start_browser
+from .test_explore_command import content_of
+from .test_exploration import HOSTILE
+
+RED, N, ROWS, COLUMNS = (200, 60, 60), 196, 14, 14
+BUDGETS = (49, 98, 147)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with start_browser() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def file(browser, tmp_path_factory):
+    """A page about a picture of one colour, by a method that drops and one inside the decoder."""
+    folder = tmp_path_factory.mktemp("page")
+    Image.new("RGB", (224, 224), RED).save(folder / "red.png")
+    tokens = [str(K) for K in BUDGETS]
+    explore.main([
+        "--image", str(folder / "red.png"), "--prompt", "What does the sign say?", "--pruner",
+        "divprune", "cls_attention+sparsevlm", "tome", "--keep-tokens", *tokens, "--max-tokens",
+        "4", "--no-predict", "--out", str(folder / "page.html"),
+    ])  # fmt: skip
+    return folder / "page.html"
+
+
+@pytest.fixture
+def tab(browser, file):
+    tab = Tab(browser, file)
+    yield tab
+    tab.close()
+    assert tab.faults == []
+
+
+def slide(tab: Tab, place: int) -> None:
+    """Set the slider over budgets, as a user's hand does."""
+    tab.page.locator("#budget").fill(str(place))
+
+
+def answer_of(content: dict, pruner: str, K: int) -> dict:
+    return next(a for a in content["answers"] if (a["pruner"], a["budget"]) == (pruner, K))
+
+
+def test_the_slider_changes_the_picture_to_exactly_the_kept_tokens(tab, file):
+    content = content_of(file)
+    for place, K in enumerate(BUDGETS):
+        slide(tab, place)
+        (kept,) = answer_of(content, "divprune", K)["kept_indices"]
+        shown = [i for i, c in enumerate(tab.pixels(0, ROWS, COLUMNS)) if near(c, RED)]
+        assert shown == kept and len(kept) == K
+    slide(tab, len(BUDGETS))
+    assert all(near(colour, RED) for colour in tab.pixels(0, ROWS, COLUMNS))
+
+
+def near(colour, other) -> bool:
+    return max(abs(a - b) for a, b in zip(colour, other, strict=True)) <= 6
+
+
+def test_pointing_at_a_patch_shows_its_numbers(tab, file):
+    content = content_of(file)
+    slide(tab, 1)
+    step = answer_of(content, "cls_attention+sparsevlm", 98)["steps"][-1]["views"][0]
+    box = tab.page.locator("canvas").nth(1).bounding_box()
+    for patch in (step["kept"][3], next(i for i in range(N) if step["slot"][i] < 0)):
+        row, column = divmod(patch, COLUMNS)
+        tab.page.mouse.move(
+            box["x"] + (column + 0.5) * box["width"] / COLUMNS,
+            box["y"] + (row + 0.5) * box["height"] / ROWS,
+        )
+        text = tab.page.locator("#readout-B").inner_text()
+        assert text.startswith(f"Patch {patch}, row {row + 1}, column {column + 1}: ")
+        if step["slot"][patch] < 0:
+            assert "dropped" in text
+        else:
+            slot = step["slot"][patch]
+            assert f"kept as slot {slot + 1} of {len(step['kept'])}" in text
+            assert f"stands for {step['size'][slot]} patch" in text
+            assert f"rank {step['rank'][patch]} of " in text
+
+
+def test_the_keyboard_does_all_that_the_mouse_does(tab):
+    canvas, readout = tab.page.locator("canvas").first, tab.page.locator("#readout-A")
+    canvas.focus()
+    patches = []
+    for key in ("Home", "ArrowRight", "ArrowDown", "ArrowLeft", "End", "ArrowRight", "PageUp"):
+        canvas.press(key)
+        patches.append(int(canvas.get_attribute("aria-valuenow")))
+        assert canvas.get_attribute("aria-valuetext") == readout.inner_text()
+    assert patches == [0, 1, 15, 14, 195, 195, 55]
+    budget = tab.page.locator("#budget")
+    before = budget.input_value()
+    budget.focus()
+    budget.press("ArrowLeft")
+    assert int(budget.input_value()) == int(before) - 1
+    assert budget.get_attribute("aria-valuetext") == str(BUDGETS[int(before) - 1])
+    reached = set()
+    for _ in range(60):
+        tab.page.keyboard.press("Tab")
+        reached.add(tab.page.evaluate("document.activeElement.tagName"))
+    assert {"CANVAS", "SELECT", "INPUT", "BUTTON", "SUMMARY"} <= reached
+
+
+def test_steps_and_layers_are_walked_through(tab, file):
+    content = content_of(file)
+    slide(tab, 1)
+    answer = answer_of(content, "cls_attention+sparsevlm", 98)
+    pruning = [step for step in answer["steps"] if step["name"]]
+    steps = tab.page.locator("#step-B")
+    assert int(steps.get_attribute("max")) == len(pruning) - 1 == 3
+    for place, step in enumerate(pruning):
+        steps.fill(str(place))
+        text = tab.page.locator("#step-B-text").inner_text()
+        assert text.endswith(f"{step['tokens']} tokens")
+        assert step["stage"] != "decoder" or f"layers {step['layer']} to " in text or "layer" in text
+        paper = sum(near(colour, (247, 226, 226)) for colour in tab.pixels(1, ROWS, COLUMNS))
+        dropped = N - sum(slot >= 0 for slot in step["views"][0].get("slot") or [])
+        if step["views"][0].get("slot"):
+            assert paper == dropped
+
+
+def test_another_method_is_chosen_for_a_side_and_a_refused_budget_is_explained(tab, file):
+    content = content_of(file)
+    tab.page.locator("select").filter(has_text="divprune").first.select_option("tome")
+    slide(tab, 2)
+    tab.page.wait_for_function("document.querySelector('#answers h3').textContent === 'tome, 147'")
+    assert answer_of(content, "tome", 147)["text"] in tab.page.locator("#answers .answer").first.inner_text()
+    tab.page.locator("select").filter(has_text="divprune").nth(1).select_option("cls_attention+sparsevlm")
+    tab.page.get_by_role("button", name="divprune").first.click()
+    assert tab.page.locator("#panels select").first.input_value() == "divprune"
+
+
+def test_words_colour_the_picture(tab):
+    slide(tab, 1)
+    word = tab.page.locator("#words button").first
+    before = tab.pixels(1, ROWS, COLUMNS)
+    word.click()
+    assert tab.page.locator("#words button").first.get_attribute("aria-pressed") == "true"
+    assert tab.pixels(1, ROWS, COLUMNS) != before
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(browser, file, scheme, width):
+    tab = Tab(browser, file, width, scheme)
+    assert tab.violations() == []
+    assert tab.page.evaluate("document.documentElement.scrollWidth") <= width
+    tab.page.locator("#theme").click()
+    tab.page.locator("summary").first.click()
+    assert tab.violations() == [] and tab.faults == []
+    tab.close()
+
+
+def test_nothing_that_a_stranger_wrote_is_executed(browser, tmp_path):
+    answers = [
+        generate(*load(), "is it red ?", Image.new("RGB", (224, 224), RED), pruner=pruner,
+                 keep_tokens=K, max_tokens=1)
+        for pruner, K in (("none", N), ("norm", 49))
+    ]  # fmt: skip
+    for text in HOSTILE:
+        texts = [ExploredAnswer(a, None if n == 0 else 49, text, [text],
+                 logprobs={"full_answer": {"full": [-1.0], "pruned": [-2.0]}})
+                 for n, a in enumerate(answers)]  # fmt: skip
+        texts = [t.__class__(**{**vars(t), "result": replaced(t.result, text)}) for t in texts]
+        refused = [{"pruner": text, "why": text}]
+        Exploration(texts, text, text, text, refused).save(tmp_path / "page.html")
+        tab = Tab(browser, tmp_path / "page.html")
+        assert tab.page.evaluate("window.pwned") is None and tab.faults == []
+        assert tab.page.locator("h1").evaluate("e => e.textContent") == shown(text)
+        assert tab.page.locator("img, iframe, object").count() == 0
+        assert tab.page.locator("script").count() == 2
+        tab.close()
+
+
+def replaced(result, text: str):
+    from dataclasses import replace
+
+    return replace(result, text=text)
+
+
+def shown(text: str) -> str:
+    """As a browser gives it back: what is no character becomes the mark of that."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
