@@ -1,6 +1,6 @@
 """Why did an answer break? A page that shows what methods kept, step by step, and what that cost.
 
-python -m mlx_vlm_prune.explore --image photo.jpg --prompt "…" --pruner divprune fastv --out page.html
+python -m mlx_vlm_prune.explore --image photo.jpg --prompt "…" --pruner divprune fastv
 
 The page is one HTML file, with its data inside, that needs no network and no server.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -108,7 +108,7 @@ def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
 
 
 def _images_and_prompt(args: argparse.Namespace) -> tuple[list[Any], str]:
-    """The images, and the prompt, from stdin too; the sample scene without any. Raises UserError."""
+    """The images, and the prompt, from stdin too; the sample scene without any."""
     if args.image:
         if args.prompt == "-":
             args.prompt = sys.stdin.read().strip()

@@ -1,5 +1,6 @@
-"""Promises of what an exploration holds: the tokens that `generate` kept, their scores and ranks, and
-a page in which nothing that a stranger wrote is executed.
+"""Promises of what an exploration holds: the tokens that `generate` kept, their scores and ranks.
+
+And of its page: in it nothing that a stranger wrote is executed.
 
 Shapes: N visual tokens of an image, K kept.
 """
@@ -147,7 +148,7 @@ def test_several_answers_lie_side_by_side_with_their_budgets(answer):
     content = exploration.as_json()
     assert [row["budget"] for row in content["answers"]] == [None, 49, 98]
     assert content["budgets"] == [49, 98] and content["format"] == 1
-    assert content["methods"]["fastv"]["reads_prompt"] and content["depth"] == 8
+    assert content["methods"]["fastv"]["reads_prompt"] and content["depth"] == 4
     assert content["machine"]["cores"] and content["versions"]["mlx"]
     (view,) = content["views"]
     assert view["tokens"] == N and view["picture"].startswith("data:image/png;base64,")

@@ -75,7 +75,10 @@ def test_log_probabilities_are_those_of_the_model(explored, home):
     full = explored["answers"][0]
     for row in explored["answers"][1:]:
         for name, ids in (("full_answer", full["token_ids"]), ("answer", row["token_ids"])):
-            for which, spec, K in (("full", "none", model.N), ("pruned", row["pruner"], row["budget"])):
+            for which, spec, K in (
+                ("full", "none", model.N),
+                ("pruned", row["pruner"], row["budget"]),
+            ):
                 prefill = model([prepared.prompt], prepared.pixels, plan(spec), K)
                 expected = likelihood(prefill, np.array([ids]))[0]
                 values = row["logprobs"][name][which]
@@ -134,7 +137,9 @@ def test_without_an_image_the_sample_scene_is_explored(tmp_path, capsys):
         (["--model", "nowhere", "--prompt", "x"], "there is no --image; give one"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_leaves_no_file(arguments, sentence, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_sentence_and_leaves_no_file(
+    arguments, sentence, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
         explore.main(arguments)

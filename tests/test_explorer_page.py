@@ -10,8 +10,8 @@ from mlx_vlm_prune import explore, generate, load
 from mlx_vlm_prune.generation.exploration import Exploration, ExploredAnswer
 
 from .browser import Tab, start_browser
-from .test_explore_command import content_of
 from .test_exploration import HOSTILE
+from .test_explore_command import content_of
 
 RED, N, ROWS, COLUMNS = (200, 60, 60), 196, 14, 14
 BUDGETS = (49, 98, 147)
@@ -124,7 +124,9 @@ def test_steps_and_layers_are_walked_through(tab, file):
         steps.fill(str(place))
         text = tab.page.locator("#step-B-text").inner_text()
         assert text.endswith(f"{step['tokens']} tokens")
-        assert step["stage"] != "decoder" or f"layers {step['layer']} to " in text or "layer" in text
+        assert (
+            step["stage"] != "decoder" or f"layers {step['layer']} to " in text or "layer" in text
+        )
         paper = sum(near(colour, (247, 226, 226)) for colour in tab.pixels(1, ROWS, COLUMNS))
         dropped = N - sum(slot >= 0 for slot in step["views"][0].get("slot") or [])
         if step["views"][0].get("slot"):
@@ -136,8 +138,13 @@ def test_another_method_is_chosen_for_a_side_and_a_refused_budget_is_explained(t
     tab.page.locator("select").filter(has_text="divprune").first.select_option("tome")
     slide(tab, 2)
     tab.page.wait_for_function("document.querySelector('#answers h3').textContent === 'tome, 147'")
-    assert answer_of(content, "tome", 147)["text"] in tab.page.locator("#answers .answer").first.inner_text()
-    tab.page.locator("select").filter(has_text="divprune").nth(1).select_option("cls_attention+sparsevlm")
+    assert (
+        answer_of(content, "tome", 147)["text"]
+        in tab.page.locator("#answers .answer").first.inner_text()
+    )
+    tab.page.locator("select").filter(has_text="divprune").nth(1).select_option(
+        "cls_attention+sparsevlm"
+    )
     tab.page.get_by_role("button", name="divprune").first.click()
     assert tab.page.locator("#panels select").first.input_value() == "divprune"
 
@@ -153,7 +160,9 @@ def test_words_colour_the_picture(tab):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(browser, file, scheme, width):
+def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(
+    browser, file, scheme, width
+):
     tab = Tab(browser, file, width, scheme)
     assert tab.violations() == []
     assert tab.page.evaluate("document.documentElement.scrollWidth") <= width

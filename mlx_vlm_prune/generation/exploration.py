@@ -115,7 +115,7 @@ class Exploration:
         `answers` have a row for each answer: `generate`'s figures by its names, and `steps`, what
         was left of every view of an image after each step: `kept` are indices in the view's grid,
         `slot` is the slot that each patch went to, -1 for none, `size` how many patches each slot
-        stands for, `score` and `rank` (from 1; 0 of patches that had left) what they were chosen by.
+        stands for, `score` and `rank` (from 1; 0 of those that had left) what decided.
         """
         first = self.answers[0].result
         return {

@@ -69,13 +69,13 @@ function oddsBlock(answer, width, label) {
   if (!odds || !fullAnswer || !odds.full.length) return element("p", { class: "quiet" }, "Not computed.");
   const tokens = fullAnswer.tokens || odds.full.map((_, i) => `token ${i + 1}`);
   const pruned = odds.pruned || odds.full;
-  const rows = tokens.map((token, i) => [token, number(odds.full[i]), number(pruned[i]), number(pruned[i] - odds.full[i])]);
+  const rows = tokens.map((token, i) => [visible(token), nats(odds.full[i]), nats(pruned[i]), nats(pruned[i] - odds.full[i])]);
   const gaps = tokens.map((_, i) => pruned[i] - odds.full[i]);
   const worst = gaps.indexOf(Math.min(...gaps));
   const sum = gaps.reduce((total, gap) => total + gap, 0);
-  const text = answer === fullAnswer ? "All visual tokens." : gaps[worst] < 0
-    ? `Most is lost at “${tokens[worst].trim()}”: ${number(-gaps[worst])} nats. The whole answer: ${number(sum)} nats.`
-    : `No token is less likely than with all visual tokens. The whole answer: ${number(sum)} nats.`;
+  const text = answer === fullAnswer ? "All visual tokens." : gaps[worst] < -0.0005
+    ? `Most is lost at “${visible(tokens[worst])}”: ${nats(-gaps[worst])} nats. The whole answer: ${nats(sum)} nats.`
+    : `No token is less likely than with all visual tokens. The whole answer: ${nats(sum)} nats.`;
   const block = element("div", {}, element("p", { class: "verdict" }, text),
     element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": `Log-probabilities, ${label}` },
       drawOdds(tokens, { full: odds.full, pruned }, width)),
@@ -85,7 +85,7 @@ function oddsBlock(answer, width, label) {
   if (own && own.full.length && answer !== fullAnswer && answer.text !== fullAnswer.text) {
     const names = answer.tokens || own.full.map((_, i) => `token ${i + 1}`);
     block.append(inDetails("Numbers, this answer", table(["token", "full, nats", "pruned, nats", "difference"],
-      names.map((token, i) => [token, number(own.full[i]), number(own.pruned[i]), number(own.pruned[i] - own.full[i])])),
+      names.map((token, i) => [visible(token), nats(own.full[i]), nats(own.pruned[i]), nats(own.pruned[i] - own.full[i])])),
     `Log-probabilities of the pruned answer, ${label}`));
   }
   return block;
@@ -102,7 +102,7 @@ function allTable(choose) {
   const lost = (answer) => {
     const odds = answer.logprobs && answer.logprobs.full_answer;
     if (!odds || !odds.pruned) return "–";
-    return number(odds.pruned.reduce((sum, value, i) => sum + Number(value) - Number(odds.full[i]), 0));
+    return nats(odds.pruned.reduce((sum, value, i) => sum + Number(value) - Number(odds.full[i]), 0));
   };
   const images = Math.max(1, fullAnswer ? fullAnswer.kept_indices.length : data.answers[0].kept_indices.length);
   return table(["method", "budget", "tokens, mean of layers", "first token, ms", "predicted, ms", "cache, MB",

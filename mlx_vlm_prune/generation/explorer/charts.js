@@ -14,7 +14,7 @@ function flowOf(answer) {
     after[name] = tokens;
   }
   const flow = [{ name: "image", tokens: total }, { name: "tower", tokens: after.tower },
-    { name: "projector", tokens: after.projected }];
+    { name: "projector", tokens: after.features }];
   for (let layer = 0; layer < data.depth; layer += 1) {
     const run = answer.layers.find((each) => each.first <= layer && layer <= each.last);
     flow.push({ name: `layer ${layer}`, layer, tokens: run ? run.visual_tokens : tokens });
@@ -40,17 +40,17 @@ function flowText(answer) {
   const flow = flowOf(answer);
   const changes = flow.filter((place, i) => i && place.tokens !== flow[i - 1].tokens);
   const { merged, dropped } = fatesOf(answer.steps[answer.steps.length - 1]);
-  const parts = changes.map((place) => `${place.tokens} from ${place.name === "projector" ? "the projector" : place.name === "tower" ? "the tower" : place.name} on`);
+  const parts = changes.map((place) => `${place.tokens} from ${place.layer === undefined ? `the ${place.name}` : place.name} on`);
   const ends = `at the end ${many(dropped, "patch").replace("patchs", "patches")} dropped, ${merged} merged`;
   return `${flow[0].tokens} tokens of the image${parts.length ? `; ${parts.join("; ")}` : ", all of which stay"}; ${ends}.`;
 }
 
 function drawFlow(answer, width) {
   const flow = flowOf(answer);
-  const [height, top, band, fall] = [218, 34, 104, 48];
-  const right = width - 52;
+  const [height, top, band, fall] = [236, 26, 100, 40];
+  const right = width - 58;
   const slim = width < 420;
-  const head = slim ? 44 : 70; // between the first places
+  const head = slim ? 48 : 72; // between the first places
   const x = flow.map((place, i) => (i < 3 ? 14 + i * head
     : 14 + 3 * head + (i - 3) * (right - 14 - 3 * head) / Math.max(1, flow.length - 3)));
   const y = (tokens) => top + band * tokens / flow[0].tokens;
@@ -75,7 +75,7 @@ function drawFlow(answer, width) {
     losses.push(shape("path", { fill: `url(#${fade.id})`,
       d: `M${a},${before} C${(a + b) / 2},${before} ${b},${before} ${b},${before + fall} L${ends},${before + fall}`
         + ` C${ends},${now + 8} ${(a + b) / 2 + 6},${now} ${a + 4},${(now + before) / 2} Z` }));
-    losses.push(shape("text", { x: Math.min(b + 3, right - 24), y: before + fall + 13, class: "quiet" },
+    losses.push(shape("text", { x: (b + ends) / 2, y: before + fall + 13, class: "quiet", "text-anchor": "middle" },
       `−${flow[i - 1].tokens - place.tokens}`));
   });
   svg.append(...losses, shape("path", { class: "band", d: `${path} Z` }));
@@ -83,14 +83,14 @@ function drawFlow(answer, width) {
     const isLayer = place.layer !== undefined;
     const every = Math.ceil((slim ? 26 : 18) * (flow.length - 3) / Math.max(1, right - x[3]));
     if (!isLayer || place.layer % every === 0) {
-      svg.append(shape("text", { x: x[i], y: height - 4, class: "quiet", "text-anchor": i ? "middle" : "start" },
-        isLayer ? String(place.layer) : slim ? place.name.slice(0, 5) : place.name));
+      svg.append(shape("text", { x: x[i], y: height - 22, class: "quiet", "text-anchor": i ? "middle" : "start" },
+        isLayer ? String(place.layer) : slim && i === 2 ? "proj." : place.name));
     }
     if (!i || place.tokens !== flow[i - 1].tokens) {
       svg.append(shape("text", { x: x[i] + (i ? 2 : 0), y: top - 8, "text-anchor": i ? "middle" : "start" }, String(place.tokens)));
     }
   });
-  svg.append(shape("text", { x: (x[3] + right) / 2, y: height - 20, class: "quiet", "text-anchor": "middle" }, "layer of the language model"));
+  svg.append(shape("text", { x: (x[3] + right) / 2, y: height - 4, class: "quiet", "text-anchor": "middle" }, "layer of the language model"));
   svg.append(shape("text", { x: right + 6, y: top + 12, class: "quiet" }, "answer"));
   return svg;
 }
@@ -115,7 +115,7 @@ function drawOdds(tokens, odds, width) {
     svg.append(shape("line", { class: "gap", x1: x, x2: x, y1: y(odds.full[i]), y2: y(odds.pruned[i]) }),
       shape("circle", { class: "full-dot", cx: x, cy: y(odds.full[i]), r: 5 }),
       shape("circle", { class: "pruned-dot", cx: x, cy: y(odds.pruned[i]), r: 4 }),
-      shape("text", { x: x + 3, y: 182, transform: `rotate(28 ${x + 3} 182)` }, token.trim().slice(0, 9) || "␣"));
+      shape("text", { x: x + 3, y: 182, transform: `rotate(28 ${x + 3} 182)` }, visible(token).slice(0, 9)));
   });
   return svg;
 }

@@ -79,6 +79,16 @@ function number(value, digits = 4) {
   return String(Number(value.toPrecision(digits))).replace("-", "−");
 }
 
+// Log-probabilities: thousandths of a nat.
+function nats(value) {
+  return Number.isFinite(Number(value)) ? number(Math.round(1000 * value) / 1000 || 0) : number(value);
+}
+
+// A token's text, also where it is only a space or nothing.
+function visible(token) {
+  return token.trim() || token.replaceAll("\n", "⏎").replaceAll(" ", "␣") || "∅";
+}
+
 function many(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }

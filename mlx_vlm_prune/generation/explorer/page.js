@@ -1,6 +1,6 @@
 // The page: two sides, each a method; one slider over budgets; everything is drawn anew on a change.
 
-const state = { place: Math.max(0, places.length - 2), view: 0, colour: "kept" };
+const state = { place: Math.max(0, Math.floor((data.budgets.length - 1) / 2)), view: 0, colour: "kept" };
 const at = (id) => document.getElementById(id);
 const images = data.views.map((view) => { const image = new Image(); image.src = view.picture; return image; });
 const sides = methods.slice(0, 2).map((method, i) => ({ method, step: null, word: null, name: "AB"[i] }));
@@ -84,7 +84,7 @@ function point(side, patch) {
   const view = stepOf(side, answerOf(side).answer).views[state.view];
   const text = patchText(view, grid, patch, data.views[state.view].tokens);
   const words = wordsOfStep(answerOf(side).answer, stepOf(side, answerOf(side).answer));
-  const word = words && side.word !== null ? ` “${words.words[side.word].trim()}”: ${number(words.attention[side.word][patch])}.` : "";
+  const word = words && side.word !== null ? ` “${visible(words.words[side.word])}”: ${number(words.attention[side.word][patch])}.` : "";
   side.picture.move(patch, text + word);
   side.readout.textContent = text + word;
 }
@@ -94,8 +94,8 @@ function showPanel(side) {
   const steps = stepsOf(answer);
   const step = stepOf(side, answer);
   const view = step.views[state.view];
-  const method = data.methods[side.method.split("+")[0].split(":")[0]];
-  side.about.textContent = side.method === "none" ? "" : (method ? `${method.title}` : "");
+  const names = side.method === "none" ? [] : side.method.split("+").map((spec) => spec.split(":")[0]);
+  side.about.textContent = names.filter((name) => data.methods[name]).map((name) => data.methods[name].title).join(" Then: ");
   side.note.textContent = why;
   side.note.hidden = !why;
   side.steps.node.hidden = steps.length < 2;
@@ -131,7 +131,7 @@ function showWords() {
       bar.style.width = `${100 * share}%`;
       return element("button", { class: "word", type: "button", "aria-pressed": String(side.word === i),
         onclick: () => { side.word = side.word === i ? null : i; show(); } },
-      element("span", {}, word), element("span", { class: "track" }, bar), element("b", {}, `${number(100 * share, 3)} %`));
+      element("span", {}, visible(word)), element("span", { class: "track" }, bar), element("b", {}, `${number(100 * share, 3)} %`));
     });
     return titled(side, element("div", { class: "words" }, ...rows));
   });
@@ -175,7 +175,7 @@ function show() {
 function showDetails() {
   cancelAnimationFrame(state.frame);
   state.frame = requestAnimationFrame(() => {
-    const width = at("flows").firstElementChild ? at("flows").firstElementChild.clientWidth : at("flows").clientWidth / sides.length;
+    const width = parseFloat(getComputedStyle(at("flows")).gridTemplateColumns); // of the first column
     fill("answers", ...sides.map((side) => titled(side, answerBlock(answerOf(side).answer),
       element("p", { class: "verdict" }, verdict(answerOf(side).answer)))));
     fill("flows", ...sides.map((side) => titled(side, drawFlow(answerOf(side).answer, width),
