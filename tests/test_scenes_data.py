@@ -1,15 +1,16 @@
 """Promises of scenes as training data: the same in every format, never what is judged on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.scenes_data import MORE_KINDS, ODDS, VALID_SEEDS, main
+from benchmarks.scenes_data import MORE_KINDS, ODDS, VALID_SEEDS, highest, main
 from mlx_vlm_prune.evaluation.questions import BadRecords, Source, format_of
 from mlx_vlm_prune.inputs.image import open_image
-from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, TRAIN_SEEDS, compose
+from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, TRAIN_SEEDS, Scene, Thing, compose
 from mlx_vlm_prune.training.formats import open_dataset, split_files
 
 
@@ -92,6 +93,17 @@ def test_a_kind_may_be_asked_about_every_scene_by_any_number_of_processes(tmp_pa
     assert sum(figures[0]["train"]["questions"].values()) > 6
     first, second = ((tmp_path / workers / "train.jsonl").read_bytes() for workers in "12")
     assert first == second
+
+
+def test_the_highest_shape_is_clearly_higher_than_the_next():
+    star, heart = (
+        Thing(shape, "red", "A1", 50, y, 10, 0) for shape, y in (("star", 30), ("heart", 42))
+    )
+    rng = np.random.default_rng(0)
+    assert highest(Scene(0, (heart, star), None), rng).answer == "star"
+    near = replace(star, y=31)
+    assert highest(Scene(0, (heart, near), None), rng) is None
+    assert highest(Scene(0, (star,), None), rng) is None
 
 
 def test_a_folder_that_exists_is_not_written_over(tmp_path, capsys):

@@ -41,6 +41,11 @@ def test_the_recipe_of_score_prune_loads():
     assert make_optimizer(config).learning_rate.item() < 2e-3  # the schedule warms up
 
 
+def test_the_recipe_of_a_new_kind_of_question_loads():
+    config = parsed("-c", str(ROOT / "docs/new_question.yaml"), "--data", "d")
+    assert (config.stage, config.iters, config.batch_size) == ("lora", 480, 8)
+
+
 def test_every_key_has_a_flag_in_a_group_or_stands_in_the_file_alone():
     assert sorted(key for texts in GROUPS.values() for key in texts) == sorted(KEYS)
     assert set(build_parser().flags) - {"config"} == set(KEYS) - set(FILE_ONLY)
