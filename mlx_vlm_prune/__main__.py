@@ -15,8 +15,8 @@ from .checkpoints.errors import UserError
 COMMANDS = {
     "advise": "advise", "chat": "chat", "convert": None, "encode": "encode",
     "evaluate": "evaluate", "explore": "explore", "fuse": "fuse", "generate": "generate",
-    "plot": "plot",
-    "pruners": "pruners.listing", "scan": "scan", "sweep": "sweep", "train": "train",
+    "plot": "plot", "pruners": "pruners.listing", "scan": "scan", "serve": "serve",
+    "sweep": "sweep", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
@@ -32,6 +32,7 @@ commands:
   plot       draw what sweep, evaluate and encode have measured
   pruners    list the methods; with a name, explain that one
   scan       measure scans of Mamba and attention, from short to long prompts
+  serve      answer requests over HTTP as OpenAI's API has them, each with its own budget
   sweep      measure methods at several budgets on your own images
   train      train a model, a pruner, adapters or a twig on your own pictures
 

@@ -157,15 +157,11 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for file in sources("mlx_vlm_prune")
         for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
-    assert {name for name, _ in extras} == {
-        "matplotlib",
-        "mlx_lm",
-        "mlx_vlm",
-        "pyarrow",
-        "torch",
-        "yaml",
-    }
+    assert {name for name, _ in extras} == set(
+        "fastapi matplotlib mlx_lm mlx_vlm pyarrow pydantic torch uvicorn yaml".split()
+    )
     places = {
+        "fastapi": ("mlx_vlm_prune/serving/", "mlx_vlm_prune/serve.py"),
         "matplotlib": ("mlx_vlm_prune/plots/", "mlx_vlm_prune/training/curve.py"),
         "mlx_lm": (
             "mlx_vlm_prune/models/",
@@ -174,7 +170,9 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         ),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/parquet.py",
+        "pydantic": "mlx_vlm_prune/serving/request_schema.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",
+        "uvicorn": "mlx_vlm_prune/serve.py",
         "yaml": "mlx_vlm_prune/training/config.py",
     }
     assert all(file.startswith(places[name]) for name, file in extras)

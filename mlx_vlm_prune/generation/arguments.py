@@ -30,6 +30,10 @@ EXPLORE_DESCRIPTION = """Write a page that shows what methods kept of your image
 answers beside that with all visual tokens, and what each token of an answer lost."""
 EXPLORE_EPILOG = """example: mlx-vlm-prune explore --model my-model --image photo.jpg
 --prompt "What is this?" --pruner divprune fastv --keep-ratio 0.5 0.25 --out page.html"""
+SERVE_DESCRIPTION = """Answer requests over HTTP as OpenAI's API has them. A request can say how
+many visual tokens it keeps: visual_tokens, keep_ratio, pruner, budget_ms, or a picture's detail."""
+SERVE_EPILOG = """example: mlx-vlm-prune serve --model my-model --pruner divprune
+--keep-ratio 0.25"""
 Add = Callable[..., Any]
 SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}
 
@@ -119,6 +123,40 @@ def _add_methods(add: Add, methods: Sequence[str], ratios: Sequence[float]) -> N
         help=f"shares of the visual tokens to keep (default: {' and '.join(map(str, ratios))})")
     add("--keep-tokens", type=int, **SEVERAL, metavar="K",
         help="numbers of visual tokens to keep (default: none)")
+
+
+def build_serve_parser(max_pixels: int) -> Parser:
+    """The command line of `serve`; a picture may have `max_pixels` at most."""
+    parser = Parser("mlx_vlm_prune.serve", description=SERVE_DESCRIPTION, epilog=SERVE_EPILOG)
+    _add_model(parser)
+    about = "For requests that say nothing themselves; without any, all visual tokens are kept."
+    add = parser.add_argument_group("pruning", about).add_argument
+    add("--pruner", metavar="SPEC",
+        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: the"
+        " checkpoint's own, else divprune for requests with a budget)")
+    _add_budget(add)
+    add("--budget-ms", dest="ms", type=float, metavar="MS",
+        help="keep as many tokens as fit this time to first token, of a prompt that is read alone")
+    add = parser.add_argument_group("server").add_argument
+    add("--host", default="127.0.0.1", help="the address to listen at")
+    add("--port", type=partial(whole_number, 0, most=65535), default=8080, metavar="PORT",
+        help="its port; 0 takes a free one")
+    add("--api-key", metavar="KEY", help="what requests must have as their bearer token; better"
+        " in the variable MLX_VLM_PRUNE_API_KEY, which other users cannot list (default: none)")
+    add = parser.add_argument_group("limits").add_argument
+    add("--max-pixels", type=partial(whole_number, 1), default=max_pixels, metavar="N",
+        help="of a picture; a larger one is made smaller, with a warning in the answer")
+    add("--max-images", type=partial(whole_number, 0), default=16, metavar="N",
+        help="of a request")
+    add("--batch", type=partial(whole_number, 1), default=16, metavar="N",
+        help="answers that are written at once")
+    add("--queue", type=partial(whole_number, 0), default=64, metavar="N",
+        help="requests that may wait beside them; more are refused with 429")
+    add("--timeout", type=float, default=600.0, metavar="S",
+        help="seconds until an answer must be complete")
+    add("--cache-gb", type=float, default=1.0, metavar="GB",
+        help="memory (10^9 bytes) for features and rows of earlier prompts; 0 keeps none")
+    return parser
 
 
 def _add_model(parser: Parser) -> Add:

@@ -7,8 +7,10 @@ Shapes: H height, W width of a picture.
 """
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import mlx.core as mx
@@ -48,11 +50,12 @@ RowKey = tuple[Any, ...]
 class Picture:
     """An image of a conversation: what the tower sees of it, and the tower's last output.
 
-    `encoding` names what else the output depends on.
+    `encoding` names what else the output depends on, `digest` the pixels.
     """
 
     visible: Image.Image
     pixels_1HW3: mx.array
+    digest: bytes
     encoding: tuple[Any, ...] = ()
     batch: ImageBatch | None = None
 
@@ -96,27 +99,45 @@ class Conversation:
 
     def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
         """The answer to a request with the turns so far as its history. Raises UserError."""
-        model, clock = self.model, request_clock()
-        pipeline = pipeline_for(model, request.pruner)
-        K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
-        budgets = pipeline.budgets(model.N, K)
+        clock = request_clock()
+        pictures, prompt = self.open(request, clock)
+        with self.naming_faulty_part(pictures, prompt):
+            read = self.read(request, pictures, prompt, clock)
+            for piece in self.answer(request, read, clock):
+                self.pictures = pictures
+                yield piece
+
+    def open(self, request: Request, clock: Clock) -> tuple[list[Picture], Prompt]:
+        """All images so far and those that the request brings, and all turns. Raises UserError."""
         new = request.images[len(self.pictures) :]
         pictures = [*self.pictures, *map(self.open_picture, new)]
         prompt = self.tokenize(request)
         clock.end_part("image", [picture.pixels_1HW3 for picture in pictures])
         mx.reset_peak_memory()
+        return pictures, prompt
+
+    def naming_faulty_part(
+        self, pictures: Sequence[Picture], prompt: Prompt
+    ) -> AbstractContextManager[None]:
+        """A block in which values that are not finite become a UserError that names their part."""
         pixels = [picture.pixels_1HW3 for picture in pictures]
         pixels_IHW3 = mx.concatenate(pixels) if pixels else None  # computed where it is needed
-        with naming_faulty_part(partial(faulty_part, model, [prompt], pixels_IHW3)):
-            with clock.running():
-                batches = [self.encode(picture, pipeline, budgets) for picture in pictures]
-                read = model.splice_encoded([prompt], batches, pipeline, budgets, request.positions)
-                prefill = self.prefill(read, prompt)
-            visible = [picture.visible for picture in pictures]
-            answered = PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused)
-            for piece in self.answer(request, answered, clock):
-                self.pictures = pictures
-                yield piece
+        return naming_faulty_part(partial(faulty_part, self.model, [prompt], pixels_IHW3))
+
+    def read(
+        self, request: Request, pictures: Sequence[Picture], prompt: Prompt, clock: Clock
+    ) -> PromptRead:
+        """The prompt through the model, as far as it must be. Raises UserError."""
+        model, pipeline = self.model, pipeline_for(self.model, request.pruner)
+        K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
+        budgets = pipeline.budgets(model.N, K)
+        model.language.check(pipeline)
+        with clock.running():
+            batches = [self.encode(picture, pipeline, budgets) for picture in pictures]
+            read = model.splice_encoded([prompt], batches, pipeline, budgets, request.positions)
+            prefill = self.prefill(read, prompt, [picture.digest for picture in pictures])
+        visible = [picture.visible for picture in pictures]
+        return PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused)
 
     def answer(
         self, request: Request, answered: PromptRead, clock: Clock
@@ -137,7 +158,8 @@ class Conversation:
         """What the tower reads of an image. Raises UserError."""
         visible = self.processor.image.visible(open_image(source))
         values_HW3 = self.processor.image.values(visible)
-        return Picture(visible, mx.array(values_HW3)[None].astype(self.model.dtype))
+        digest = sha256(visible.tobytes()).digest()
+        return Picture(visible, mx.array(values_HW3)[None].astype(self.model.dtype), digest)
 
     def tokenize(self, request: Request) -> Prompt:
         """All turns as ids. Raises UserError."""
@@ -155,16 +177,22 @@ class Conversation:
 
     def encode(self, picture: Picture, pipeline: Pipeline, budgets: StepBudgets) -> ImageBatch:
         """The tower's output; it is run where what it depends on has changed."""
-        inside = [(step.spec, left) for step, left in budgets.at(Stage.IMAGE, Stage.ENCODER)]
-        signals = pipeline.signal_layers(self.model.config.vision.depth)
-        encoding = (tuple(inside), tuple(sorted(signals.items())))
+        encoding = self.encoding(pipeline, budgets)
         if picture.batch is None or picture.encoding != encoding:
             picture.batch = self.model.encode(picture.pixels_1HW3, pipeline, budgets)
             picture.encoding = encoding
         return picture.batch
 
-    def prefill(self, read: SplicedImages, prompt: Prompt) -> Prefill:
-        """The prompt through the layers, from the first row that they do not hold.
+    def encoding(self, pipeline: Pipeline, budgets: StepBudgets) -> tuple[Any, ...]:
+        """What the tower's output depends on beside the pixels: the methods inside the tower with
+        their budgets, and the layers of the signals."""
+        inside = [(step.spec, left) for step, left in budgets.at(Stage.IMAGE, Stage.ENCODER)]
+        signals = pipeline.signal_layers(self.model.config.vision.depth)
+        return tuple(inside), tuple(sorted(signals.items()))
+
+    def prefill(self, read: SplicedImages, prompt: Prompt, images: Sequence[bytes]) -> Prefill:
+        """The prompt through the layers, from the first row that they do not hold; `images` are the
+        digests of its images.
 
         Where rows leave between the layers, or a layer has a state and no rows, or what restores
         attention must weigh them all, all is read.
@@ -175,8 +203,8 @@ class Conversation:
         has_rows = all(isinstance(layer, LayerCache) for layer in cache)
         if cuts.layers or read.pipeline.enhancer or not has_rows:
             return model.finish_prefill(read, *model.decode(read))
-        keys = row_keys(read, prompt)
-        if held:
+        keys = row_keys(read, prompt, images)
+        if held := self.reusable(held, keys):
             self.rows_reused = min(held.common_rows(keys), len(keys) - 1)
             cache = held.cache
             for layer in cache:
@@ -185,20 +213,24 @@ class Conversation:
         self.held = HeldPrompt(keys, int(np.array(read.spliced.next_B1)[0, 0]), cache)
         return model.finish_prefill(read, decoded, cache)
 
+    def reusable(self, held: HeldPrompt | None, keys: Sequence[RowKey]) -> HeldPrompt | None:
+        """Rows that a prompt may begin with, which change with it: those of the turn before."""
+        return held
 
-def row_keys(read: SplicedImages, prompt: Prompt) -> list[RowKey]:
+
+def row_keys(read: SplicedImages, prompt: Prompt, images: Sequence[bytes]) -> list[RowKey]:
     """What each row of a prompt depends on beside those before it."""
     keys: list[Any] = []
     cursor = 0
-    for number, (batch, (start, length)) in enumerate(zip(read.batches, prompt.runs, strict=True)):
-        keys += [*prompt.ids[cursor:start], *token_keys(number, batch, read)]
+    for image, batch, (start, length) in zip(images, read.batches, prompt.runs, strict=True):
+        keys += [*prompt.ids[cursor:start], *token_keys(image, batch, read)]
         cursor = start + length
     keys += prompt.ids[cursor:]
     positions = np.array(read.spliced.positions_BL)[0].tolist()
     return list(zip(positions, keys, strict=True))
 
 
-def token_keys(number: int, batch: ImageBatch, read: SplicedImages) -> list[RowKey]:
+def token_keys(image: bytes, batch: ImageBatch, read: SplicedImages) -> list[RowKey]:
     """The same of an image's K tokens, but for their positions.
 
     A token that was chosen depends on its index, a mixed one on all that were chosen with it. What
@@ -211,4 +243,4 @@ def token_keys(number: int, batch: ImageBatch, read: SplicedImages) -> list[RowK
     if pipeline.needs_signal("text") and any(step.method.learned for step in pipeline.steps):
         choice = object()
     index = range(kept.slots) if kept.index_BK is None else np.array(kept.index_BK)[0].tolist()
-    return [(number, pipeline.spec, read.K, choice, n) for n in index]
+    return [(image, pipeline.spec, read.K, choice, n) for n in index]

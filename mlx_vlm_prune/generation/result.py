@@ -32,7 +32,7 @@ class GenerationResult:
     of the prompt's keys and values. `drafted` and `accepted` count the tokens that a twig
     guessed; None without one. `trace` says what was left of every view of an image, step by
     step; `views` has their pictures, as the tower saw them, each with its (rows, columns) of
-    visual tokens.
+    visual tokens. `rows_reused` of the prompt's rows are those of an earlier one.
     """
 
     text: str
@@ -55,6 +55,7 @@ class GenerationResult:
     views: Sequence[tuple[Image.Image, tuple[int, int]]] = ()
     drafted: int | None = None
     accepted: int | None = None
+    rows_reused: int = 0
 
     def __repr__(self) -> str:
         """In a line: the answer's beginning and what pruning did."""
@@ -70,7 +71,8 @@ class GenerationResult:
     ) -> "GenerationResult":
         """The same with the figures of a prompt that was read, but for rows of an earlier one."""
         prompt_tps = 1000 * (prompt_tokens - rows_reused) / ttft_ms["total"]
-        return replace(self, prompt_tokens=prompt_tokens, prompt_tps=prompt_tps, ttft_ms=ttft_ms)
+        return replace(self, prompt_tokens=prompt_tokens, prompt_tps=prompt_tps, ttft_ms=ttft_ms,
+                       rows_reused=rows_reused)  # fmt: skip
 
     def overlay(self) -> Image.Image:
         """A picture of what was kept; steps and layers side by side, images below one another.

@@ -113,6 +113,7 @@ class PromptChooser:
         self.sampler = request_sampler(request)
         self.default = make_sampler(request.temperature, request.top_p, request.seed)
         self.tokens_L = mx.array(list(ids))
+        self.is_greedy = not (self.processors or self.sampler or request.temperature)
 
     def __call__(self, logits_1V: mx.array) -> mx.array:
         """A token id (1, 1). Raises UserError where a sampler returns anything else."""

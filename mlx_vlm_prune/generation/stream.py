@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -80,7 +80,7 @@ def stream_answer(
     twig: TwigReader | None = None,
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """The answer to a prompt that was read; `clock` has timed it up to here."""
-    prefill, pipeline = read.prefill, read.pipeline
+    prefill = read.prefill
     choose_token, ends = make_chooser(request, [read.ids]), answer_ends(processor, request)
     first_B1 = clock.end_part("prefill", choose_token(prefill.logits_BV))
     check_first_logits(prefill.logits_BV)
@@ -92,13 +92,26 @@ def stream_answer(
     else:
         steps = generate_step(prefill, first_B1, choose_token, request.max_tokens)
         tokens = (Token(int(np.array(token_B1)[0, 0])) for token_B1 in steps)
+    answer = replace(prefilled_result(model, request, read, clock), cache_bytes=cache_bytes)
+    writer = AnswerWriter(Detokenizer(processor.tokenizer), ends, answer, request.max_tokens)
+    for token in tokens:
+        yield (piece := writer.add(*token))
+        if piece.finish_reason:
+            return
+
+
+def prefilled_result(
+    model: VLM, request: Request, read: PromptRead, clock: Clock
+) -> GenerationResult:
+    """The result before decoding: what pruning did to a prompt, and the times up to here."""
+    prefill, policy = read.prefill, request.positions or read.pipeline.positions
     depth = model.config.text.num_hidden_layers
-    answer = replace(
-        initial_result(prefill.trace, depth, pipeline, request.positions or pipeline.positions),
-        cache_bytes=cache_bytes,
+    result = replace(
+        initial_result(prefill.trace, depth, read.pipeline, policy),
+        cache_bytes=prefill.cache_bytes,
         views=[(picture, model.grid) for picture in read.visible],
-    ).prefilled(prefill.rows[0], clock.ttft(), read.rows_reused)
-    yield from _pieces(tokens, processor, ends, answer, request.max_tokens)
+    )
+    return result.prefilled(prefill.rows[0], clock.ttft(), read.rows_reused)
 
 
 def check_request(processor: Processor, request: Request) -> None:
@@ -191,23 +204,44 @@ def initial_result(
     )  # fmt: skip
 
 
-def _pieces(
-    tokens: Iterator[Token],
-    processor: Processor,
-    ends: Collection[int],
-    answer: GenerationResult,
-    max_tokens: int,
-) -> Iterator[GenerationResponse]:
-    """Tokens as text, with the figures up to each, until the answer ends."""
-    writer, transcript = Detokenizer(processor.tokenizer), Transcript(answer)
-    start = time.perf_counter()
-    for n, (token, drafted, accepted, from_draft) in enumerate(tokens, 1):
-        ended = token in ends
-        reason = "stop" if ended else "length" if n == max_tokens else None
-        text = "" if ended else writer.add(token)
-        seconds = time.perf_counter() - start
+class TextWriter(Protocol):
+    """Turns token ids into text as they come."""
+
+    def add(self, token: int) -> str:
+        """The text that is now safe to print."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back."""
+        ...
+
+
+class AnswerWriter:
+    """Tokens as text, with the figures up to each; the last piece has the whole answer.
+
+    `answer` has the figures of the prompt. An answer ends at an id in `ends`, or with its
+    token number `max_tokens`.
+    """
+
+    def __init__(
+        self, text: TextWriter, ends: Collection[int], answer: GenerationResult, max_tokens: int
+    ) -> None:
+        self.text, self.ends, self.max_tokens = text, ends, max_tokens
+        self.answer, self.transcript = answer, Transcript(answer)
+        self.tokens, self.start = 0, time.perf_counter()
+
+    def add(
+        self, token: int, drafted: int | None = None, accepted: int | None = None,
+        from_draft: bool = False,
+    ) -> GenerationResponse:  # fmt: skip
+        """The piece of a token."""
+        self.tokens += 1
+        n, answer, ended = self.tokens, self.answer, token in self.ends
+        reason = "stop" if ended else "length" if n == self.max_tokens else None
+        text = "" if ended else self.text.add(token)
+        seconds = time.perf_counter() - self.start
         piece = GenerationResponse(
-            text=text + (writer.finish() if reason else ""),
+            text=text + (self.text.finish() if reason else ""),
             token=token,
             from_draft=from_draft,
             prompt_tokens=answer.prompt_tokens,
@@ -217,9 +251,7 @@ def _pieces(
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=reason,
         )
-        yield transcript.add(piece, drafted=drafted, accepted=accepted)
-        if reason:
-            return
+        return self.transcript.add(piece, drafted=drafted, accepted=accepted)
 
 
 def pipeline_for(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:

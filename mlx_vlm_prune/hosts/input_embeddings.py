@@ -17,10 +17,12 @@ from ..pruners.contract import Policy
 from .batch import BatchPrompt, split_batch
 from .dropped_rows import IS_READ, PER_ROW, deepstack_rows, to_full_length
 from .host import Host
+from .prepared_inputs import PreparedInputs
 from .prompt import PrunedPrompt, add_text, budgets_by_view, prune_prompt
 from .pruned_language import LanguageState
 from .pruning_report import PruningReport
 from .tower_cache import TowerCache
+from .views import View
 
 OTHER_MEDIA = ("pixel_values_videos", "input_features", "audio_values")
 PRECOMPUTED = ("cached_image_features", "inputs_embeds", "position_ids")  # refused from a caller
@@ -42,7 +44,7 @@ class PrunedEmbeddings:
 
     def __post_init__(self) -> None:
         self.report = PruningReport(self.pipeline.spec, self.policy)
-        self.tower_cache = TowerCache(self.host, self.pipeline)
+        self.tower_cache: TowerCache | Any = TowerCache(self.host, self.pipeline)
 
     def __call__(
         self, input_ids: Any = None, pixel_values: Any = None, mask: Any = None, **extra: Any
@@ -95,10 +97,29 @@ class PrunedEmbeddings:
                 if one.views:
                     self.report.add(prompts[-1], clock.ms, tower_skipped)
                     clock.ms = dict.fromkeys(clock.ms, 0.0)  # the next prompt's time starts here
+        return self._whole(ids_BL.shape[1], batch, prompts, features)
+
+    def of_prompt(self, inputs: PreparedInputs) -> tuple[Any, PrunedPrompt | None]:
+        """mlx-vlm's features of one prompt, at full length, and what was left of it; None without
+        images. Raises UserError."""
+        with self.state.giving_rope_index():
+            if inputs.pixels is None:
+                ids_1L = mx.array(inputs.ids)[None]
+                return self._unpruned(ids_1L, None, mask=inputs.mask_1L, **inputs.extra), None
+            one = BatchPrompt(range(len(inputs.ids)), inputs, self.tower_cache(inputs))
+            prompt = self._prune(one)
+            features = self._features(prompt)
+            return self._whole(len(inputs.ids), [one], [prompt], [features]), prompt
+
+    def _whole(
+        self, L: int, batch: Sequence[BatchPrompt], prompts: Sequence[PrunedPrompt],
+        features: Sequence[Any],
+    ) -> Any:  # fmt: skip
+        """The features of a batch at its full length L."""
         if self.host.placeholder_unit != "token":  # ids and rows differ in mlx-vlm as well
             return features[0] if prompts[0].bias_l is not None else _all_read(features[0])
         kept_columns = [prompt.kept_rows.columns for prompt in prompts]
-        return self._join(ids_BL.shape[1], batch, kept_columns, features)
+        return self._join(L, batch, kept_columns, features)
 
     def _prune(self, prompt: BatchPrompt) -> PrunedPrompt:
         inputs, views = prompt.inputs, prompt.views
@@ -108,8 +129,12 @@ class PrunedEmbeddings:
                 " one image: give keep_ratio in place of keep_tokens"
             )
         views = add_text(self.host, inputs, views, self.pipeline)
-        budgets = budgets_by_view(views, self.keep_ratio, self.keep_tokens, self.pipeline)
+        budgets = self.budgets(views)
         return prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
+
+    def budgets(self, views: list[View]) -> list[int]:
+        """Each view's K."""
+        return budgets_by_view(views, self.keep_ratio, self.keep_tokens, self.pipeline)
 
     def _features(self, prompt: PrunedPrompt) -> Any:
         """mlx-vlm's features of the kept rows (1, l, D), at the positions of the whole prompt."""

@@ -10,10 +10,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..machine.bounded_store import BoundedStore
 from ..pruners import Pipeline
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt import encode_images
+from .prompt import ViewEncoder, encode_images
 from .views import View
 
 MAX_ENTRIES = 8  # prompts whose views are held
@@ -37,6 +38,27 @@ class TowerCache:
         if len(self._views) > MAX_ENTRIES:
             self._views.popitem(last=False)
         return self._views[key]
+
+
+class BoundedTowerCache:
+    """Views by their pixels and by the layers of the signals, as many bytes as a store holds."""
+
+    def __init__(self, host: Host, store: BoundedStore[list[View]]) -> None:
+        self.host, self.store = host, store
+
+    def of(self, pipeline: Pipeline) -> ViewEncoder:
+        """What has the views of a prompt's images with the signals that methods need."""
+
+        def encode(inputs: PreparedInputs) -> list[View]:
+            depth = self.host.depth
+            signals = pipeline.signal_layers(depth) if depth else {}
+            key = (images_key(inputs), *sorted(signals.items()))
+            if (views := self.store.get(key)) is None:
+                views = encode_images(self.host, inputs, pipeline)
+                self.store.put(key, views, sum(view.nbytes for view in views))
+            return views
+
+        return encode
 
 
 def images_key(inputs: PreparedInputs) -> bytes:

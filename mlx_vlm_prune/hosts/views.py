@@ -23,6 +23,13 @@ class View:
     pixels_HW3: mx.array | None = None  # the tower's input; None: the whole picture
     deepstack: tuple[mx.array, ...] = ()  # (1, N, D) each, added behind the first layers
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        pixels = () if self.pixels_HW3 is None else (self.pixels_HW3,)
+        arrays = (*self.signals.arrays.values(), *self.deepstack, *pixels)
+        return sum(array.nbytes for array in arrays)
+
 
 def make_views(inputs: PreparedInputs, signals: Signals, pixels_THW3: mx.array) -> list[View]:
     """A view of each of T pictures.

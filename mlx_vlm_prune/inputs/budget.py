@@ -10,6 +10,8 @@ from ..checkpoints.errors import UserError
 logger = logging.getLogger("mlx_vlm_prune")
 DEFAULT_KEEP_RATIO = 0.5  # of an image's visual tokens, without a budget, in every way in
 
+LOW_DETAIL_TOKENS, LOW_DETAIL_PART = 64, 9
+
 
 class Chain(Protocol):
     """What a budget asks a chain of methods."""
@@ -24,6 +26,12 @@ class Chain(Protocol):
 def tokens_for(N: int, ratio: float) -> int:
     """A share of N tokens as a number: rounded down, at least one."""
     return max(1, int(N * ratio + 1e-9))  # 0.29 * 100 is less than 29
+
+
+def low_detail_tokens(N: int) -> int:
+    """What is kept of N tokens where a request says OpenAI's `detail: low`: 64, or a ninth of them
+    if that is more."""
+    return min(N, max(LOW_DETAIL_TOKENS, N // LOW_DETAIL_PART))
 
 
 def check_budget(keep_ratio: float | None, keep_tokens: int | None) -> None:

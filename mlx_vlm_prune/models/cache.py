@@ -7,11 +7,13 @@ Shapes: B prompts, G key/value heads, L new rows, S rows held, d head size.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 STEP = 256  # rows are allocated in steps, so that a new token copies nothing
 PADDING = -1  # the position of a row that is not there
@@ -65,6 +67,36 @@ class HeldRows:
             )
         return self._firsts[rows]
 
+    @classmethod
+    def joined(cls, parts: "Sequence[HeldRows]") -> "HeldRows":
+        """The rows of several prompts as one batch, padded on the left to the most rows."""
+        assert all(part.distance_BP is None for part in parts), "prompts are read before"
+        S = max(part.rows for part in parts)
+
+        def padded(x_BS: mx.array, value: int = 0) -> mx.array:
+            return mx.pad(x_BS, [(0, 0), (S - x_BS.shape[1], 0)], constant_values=value)
+
+        positions_BS = mx.concatenate([padded(part.positions_BS, PADDING) for part in parts])
+        bias_BS = None
+        if any(part.bias_BS is not None for part in parts):
+            biases = [
+                mx.zeros(part.positions_BS.shape) if part.bias_BS is None else part.bias_BS
+                for part in parts
+            ]
+            bias_BS = mx.concatenate([padded(bias_BS) for bias_BS in biases])
+        is_padded = any(part.padded or part.rows < S for part in parts)
+        return cls(S, (positions_BS,), is_padded, bias_BS)
+
+    def of_prompts(self, prompts: Sequence[int]) -> "HeldRows":
+        """The rows of some prompts, without what is padding in all of them."""
+        index = mx.array(list(prompts))
+        positions_BS = self.positions_BS[index]
+        is_padding_BS = np.array(positions_BS == PADDING)
+        begin = int(is_padding_BS.all(axis=0).argmin()) if self.padded else 0
+        bias_BS = None if self.bias_BS is None else self.bias_BS[index, begin:]
+        is_padded = self.padded and bool(is_padding_BS[:, begin:].any())
+        return HeldRows(self.rows - begin, (positions_BS[:, begin:],), is_padded, bias_BS)
+
 
 NO_ROWS = HeldRows()
 
@@ -95,7 +127,7 @@ class LayerCache:
         self.values_BGSd = _room(self.values_BGSd, values_BGLd, begin, end)
         self.keys_BGSd[:, :, begin:end] = keys_BGLd
         self.values_BGSd[:, :, begin:end] = values_BGLd
-        return self.keys, self.values_BGSd[:, :, :end]
+        return self.keys, self.values
 
     @property
     def rows(self) -> int:
@@ -107,6 +139,12 @@ class LayerCache:
         """(B, G, S, d)."""
         assert self.keys_BGSd is not None, "no row has been read"
         return self.keys_BGSd[:, :, : self.rows]
+
+    @property
+    def values(self) -> mx.array:
+        """(B, G, S, d)."""
+        assert self.values_BGSd is not None, "no row has been read"
+        return self.values_BGSd[:, :, : self.rows]
 
     @property
     def positions_BS(self) -> mx.array:
@@ -126,6 +164,37 @@ class LayerCache:
                 setattr(fork, name, mx.array(value))
         return fork
 
+    @classmethod
+    def joined(
+        cls, caches: "Sequence[LayerCache]", shared: dict[tuple[int, ...], HeldRows]
+    ) -> "LayerCache":
+        """A layer's rows of several prompts as one batch, padded on the left to the most rows.
+
+        `shared` has the rows of layers that were joined before, which then are the same object.
+        """
+        S = max(cache.rows for cache in caches)
+        key = tuple(id(cache.held) for cache in caches)
+        if key not in shared:
+            shared[key] = HeldRows.joined([cache.held for cache in caches])
+        joined = cls()
+        joined.held = shared[key]
+        joined.keys_BGSd = mx.concatenate([_behind_zeros(c.keys, S) for c in caches])
+        joined.values_BGSd = mx.concatenate([_behind_zeros(c.values, S) for c in caches])
+        return joined
+
+    def of_prompts(
+        self, prompts: Sequence[int], shared: dict[tuple[int, ...], HeldRows]
+    ) -> "LayerCache":
+        """The rows of some prompts of a batch, without what is padding in all of them."""
+        key = (id(self.held),)
+        if key not in shared:
+            shared[key] = self.held.of_prompts(prompts)
+        part, index = LayerCache(), mx.array(list(prompts))
+        part.held, begin = shared[key], self.rows - shared[key].rows
+        part.keys_BGSd = mx.contiguous(self.keys[index, :, begin:])
+        part.values_BGSd = mx.contiguous(self.values[index, :, begin:])
+        return part
+
     def rewind(self, rows: int) -> None:
         """Forget all but the first `rows`; what is appended next takes the others' places."""
         assert 0 <= rows <= self.rows, f"{self.rows} rows cannot be rewound to {rows}"
@@ -138,6 +207,11 @@ class LayerCache:
             return 0
         one = self.keys_BGSd[:, :, :1].nbytes + self.values_BGSd[:, :, :1].nbytes
         return one * self.rows
+
+
+def _behind_zeros(x_BGSd: mx.array, S: int) -> mx.array:
+    """(B, G, S, d)."""
+    return mx.pad(x_BGSd, [(0, 0), (0, 0), (S - x_BGSd.shape[2], 0), (0, 0)])
 
 
 def _room(held: mx.array | None, new: mx.array, begin: int, end: int) -> mx.array:

@@ -39,6 +39,14 @@ class ImageBatch:
         """Visual tokens of each image at present."""
         return self.signals.x_BND.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays; those that are held twice count once."""
+        signals = [*self.signals.arrays.values(), *self.encoded.arrays.values()]
+        every = [*signals, *self.kept_of_encoded.arrays, *self.kept.arrays]
+        arrays = {id(array): array for array in every}
+        return sum(array.nbytes for array in arrays.values())
+
     def reduced(self, kept: Reduction) -> "ImageBatch":
         """The batch after a method that answered with `kept`."""
         (rows, columns), n = self.encoded.grid, self.encoded.x_BND.shape[1]

@@ -10,7 +10,7 @@ Shapes: B prompts, L new rows, D features, E inner features, S states of each, K
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -35,10 +35,29 @@ class MambaState:
         """A copy; what either reads later is not in the other."""
         return copy.copy(self)  # arrays are never changed in place
 
+    @classmethod
+    def joined(cls, states: "Sequence[MambaState]", shared: dict[Any, Any]) -> "MambaState":
+        """The states of several prompts as one batch."""
+        joined = cls()
+        joined.inputs_BKE = _joined(state.inputs_BKE for state in states)
+        joined.state_BSE = _joined(state.state_BSE for state in states)
+        return joined
+
+    def of_prompts(self, prompts: Sequence[int], shared: dict[Any, Any]) -> "MambaState":
+        """The states of some prompts of a batch."""
+        assert self.inputs_BKE is not None and self.state_BSE is not None, "a prompt was read"
+        part, index = MambaState(), mx.array(list(prompts))
+        part.inputs_BKE, part.state_BSE = self.inputs_BKE[index], self.state_BSE[index]
+        return part
+
     @property
     def nbytes(self) -> int:
         """Bytes of the states, however many rows were read."""
         return sum(x.nbytes for x in (self.inputs_BKE, self.state_BSE) if x is not None)
+
+
+def _joined(parts: Iterable[mx.array | None]) -> mx.array:
+    return mx.concatenate([part for part in parts if part is not None])
 
 
 def block(layer: Any, x_BLD: mx.array, forward_pass: Any, state: MambaState) -> mx.array:

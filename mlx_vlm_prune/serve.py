@@ -1,0 +1,117 @@
+"""Answer requests over HTTP as OpenAI's API has them, each with a budget of its own.
+
+mlx-vlm-prune serve --model my-model --pruner divprune --keep-ratio 0.25
+"""
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from .checkpoints.command_line import in_one_sentence
+from .checkpoints.errors import UserError
+from .generation.arguments import build_serve_parser
+from .generation.running_batch import OwnRunningBatch, RunningBatch
+from .hosts.loading import load
+from .hosts.running_batch import HostRunningBatch
+from .inputs.image import MAX_PIXELS
+from .models.vlm import VLM
+from .serving.app import build_app
+from .serving.engine import Engine
+from .serving.metrics import Metrics
+from .serving.settings import DEFAULT_METHOD, KEY_VARIABLE, ServerSettings
+from .serving.time_budget import TimeBudgets
+
+__all__ = ["main"]
+
+logger = logging.getLogger("mlx_vlm_prune")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OPEN_HOST = (
+    "any program that reaches this machine can use this server: give --api-key, or --host 127.0.0.1"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake in it ends in one sentence and exit code 2."""
+    parser = build_serve_parser(MAX_PIXELS)
+    with in_one_sentence(parser):
+        run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and answer until a signal comes; then the requests so far are answered."""
+    settings_of(args)  # refuses what cannot be before the model is read
+    with listen(args.host, args.port) as listening:
+        model, processor = load(
+            args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
+        )
+        settings = settings_of(args, model)
+        if args.host not in LOOPBACK and not settings.api_key:
+            logger.warning(OPEN_HOST)
+        app = build_server(model, processor, settings)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then sends it once more
+        place = f"{args.host}:{listening.getsockname()[1]}"
+        print(f"{settings.model_name}: http://{place}/v1", file=sys.stderr, flush=True)
+        server.run([listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for requests. Raises UserError where that address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise UserError(f"host {host} and port {port} cannot be listened at: {reason}") from None
+
+
+def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAPI:
+    """The application that answers with a model of ours or of mlx-vlm's."""
+    batch: RunningBatch
+    if isinstance(model, VLM):
+        batch = OwnRunningBatch(model, processor, settings.cache_bytes)
+    else:
+        batch = HostRunningBatch(model, processor, settings.batch, settings.cache_bytes)
+    metrics, times = Metrics(), TimeBudgets(model, processor)
+    engine = Engine(batch, settings.batch, settings.queue, metrics, times)
+    return build_app(engine, settings, metrics)
+
+
+def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:
+    """The options of the command line; those that it leaves open, as the model's config has them.
+
+    Raises UserError.
+    """
+    trained = model.config.pruner if isinstance(model, VLM) else None
+    budgets = (args.keep_ratio, args.keep_tokens, args.ms)
+    method = args.pruner or (trained and trained[0]) or DEFAULT_METHOD
+    if method == "none" and any(budget is not None for budget in budgets):
+        raise UserError("a budget needs a pruner other than none, for example divprune")
+    is_given = args.pruner is not None or any(budget is not None for budget in budgets)
+    return ServerSettings(
+        model_name="scenes" if args.model is None else str(args.model),
+        method=method,
+        is_pruning=is_given or trained is not None,
+        keep_ratio=args.keep_ratio,
+        keep_tokens=args.keep_tokens,
+        budget_ms=args.ms,
+        max_pixels=args.max_pixels,
+        max_images=args.max_images,
+        queue=args.queue,
+        batch=args.batch,
+        timeout=args.timeout,
+        api_key=args.api_key or os.environ.get(KEY_VARIABLE),
+        cache_bytes=int(args.cache_gb * 1e9),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The thread that answers: requests wait in a queue, are read one by one, and are written together.
+
+It alone touches the model. A request's pieces go to whoever waits for them by its `deliver`.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+
+from ..checkpoints.errors import UserError
+from ..generation.result import GenerationResponse, GenerationResult
+from ..generation.running_batch import AnswerPiece, RunningBatch
+from .chat_request import ChatRequest
+from .metrics import Metrics
+from .refusals import RequestRefusedError
+from .time_budget import TimeBudgets
+
+logger = logging.getLogger("mlx_vlm_prune")
+FULL = "the server has {} requests waiting, as many as it takes; try again later"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of an answer, with the figures of its prompt."""
+
+    response: GenerationResponse
+    figures: GenerationResult
+    queue_ms: float
+
+
+Event = Piece | RequestRefusedError
+
+
+@dataclass(eq=False)
+class Job:
+    """A request on its way; `deliver` gets its pieces, or why there are no more."""
+
+    chat: ChatRequest
+    deliver: Callable[[Event], None]
+    is_cancelled: bool = False
+    start: float = field(default_factory=time.perf_counter)
+    queue_ms: float = 0.0
+
+
+class Engine:
+    """The queue and its thread; `most` answers are written together."""
+
+    def __init__(
+        self, batch: RunningBatch, most: int, queue: int, metrics: Metrics, times: TimeBudgets
+    ) -> None:
+        self.batch, self.most, self.queue = batch, most, queue
+        self.metrics, self.times = metrics, times
+        self.waiting: deque[Job] = deque()
+        self.running: dict[int, Job] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; what still waits or is being written gets no answer."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Does the thread run?"""
+        return self._thread.is_alive()
+
+    def submit(self, job: Job) -> None:
+        """Queue a request. Raises RequestRefusedError where the queue is full."""
+        with self._changed:
+            if len(self.waiting) >= self.queue and len(self.running) >= self.most:
+                raise RequestRefusedError(FULL.format(len(self.waiting)), 429)
+            self.waiting.append(job)
+            self._changed.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for the answer any more."""
+        with self._changed:
+            job.is_cancelled = True
+            if job in self.waiting:
+                self.waiting.remove(job)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._stopping or self.waiting or self.running):
+                    self._changed.wait()
+                if self._stopping:
+                    break
+                job = self._next_job()
+            for gone in [job for job in self.running.values() if job.is_cancelled]:
+                self._forget(gone)
+            if job:
+                self._read(job)
+            self._step()
+        for job in [*self.waiting, *self.running.values()]:
+            job.deliver(RequestRefusedError("the server has ended", 503))
+        self.batch.close()
+
+    def _next_job(self) -> Job | None:
+        """The next request that there is room for; one between two tokens of the others."""
+        if len(self.running) >= self.most or not self.waiting:
+            return None
+        return self.waiting.popleft()
+
+    def _read(self, job: Job) -> None:
+        """Read a request's prompt; it ends alone where that is not possible."""
+        job.queue_ms = 1000 * (time.perf_counter() - job.start)
+        chat, budget = job.chat, job.chat.budget
+        self.running[id(job)] = job
+        try:
+            if budget.budget_ms is not None:
+                budget = self.times.choose(chat)
+            request = replace(
+                chat.request, pruner=budget.pruner, keep_ratio=budget.keep_ratio,
+                keep_tokens=budget.keep_tokens,
+            )  # fmt: skip
+            self.batch.add(id(job), request, low_detail=budget.low_detail)
+        except Exception as problem:
+            del self.running[id(job)]
+            job.deliver(refusal_of(problem))
+
+    def _step(self) -> None:
+        try:
+            pieces: Iterable[AnswerPiece] = self.batch.step()
+        except Exception as problem:  # whose fault it is cannot be told: all of the batch end
+            logger.exception("a step of the batch failed")
+            for job in self.running.values():
+                job.deliver(refusal_of(problem))
+            self.running.clear()
+            self.batch.clear()
+            return
+        for piece in pieces:
+            self._deliver(piece)
+
+    def _deliver(self, piece: AnswerPiece) -> None:
+        job = self.running[int(str(piece.key))]
+        if isinstance(piece.piece, UserError):
+            del self.running[id(job)]
+            job.deliver(refusal_of(piece.piece))
+            return
+        assert piece.figures is not None, "a piece comes with the figures of its prompt"
+        if piece.piece.generation_tokens == 1:
+            self.metrics.count_prompt(piece.figures, job.queue_ms)
+        self.metrics.generated_tokens += 1
+        if piece.piece.finish_reason:
+            del self.running[id(job)]
+        job.deliver(Piece(piece.piece, piece.figures, job.queue_ms))
+
+    def _forget(self, job: Job) -> None:
+        self.batch.remove(id(job))
+        del self.running[id(job)]
+
+
+def refusal_of(problem: Exception) -> RequestRefusedError:
+    """Why a request gets no answer, from whatever was raised."""
+    if isinstance(problem, RequestRefusedError):
+        return problem
+    if isinstance(problem, UserError):
+        return RequestRefusedError(str(problem))
+    logger.error("a request failed: %r", problem, exc_info=problem)
+    return RequestRefusedError(f"the server failed: {type(problem).__name__}", 500)

@@ -1,0 +1,139 @@
+"""The JSON of a chat request, as OpenAI has it, with our fields beside its own."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .refusals import RequestRefusedError
+
+Detail = Literal["auto", "low", "high"]
+# Fields that change no answer here, or that ask for what is done anyway.
+HARMLESS = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "parallel_tool_calls", "name",
+}  # fmt: skip
+OFF: dict[str, Any] = {  # values of OpenAI's other fields that ask for nothing
+    "n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0, "frequency_penalty": 0,
+    "response_format": {"type": "text"}, "tool_choice": "none", "tools": [], "logit_bias": {},
+    "modalities": ["text"],
+}  # fmt: skip
+
+
+class Part(BaseModel):
+    """What all parts of a request share: unknown fields are kept, to be named."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class ImageUrl(Part):
+    """A picture, as a `data:` URI."""
+
+    url: str
+    detail: Detail | None = None
+
+
+class ImagePart(Part):
+    """A picture in a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class TextPart(Part):
+    """A text in a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+
+
+class Message(Part):
+    """A turn, or what the system says."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Content | None = None
+
+
+class StreamOptions(Part):
+    """Whether the stream ends with the figures of `usage`."""
+
+    include_usage: bool | None = None
+
+
+class ChatBody(Part):
+    """The body of /v1/chat/completions."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str] | None = None
+    visual_tokens: int | None = None
+    keep_ratio: float | None = None
+    pruner: str | None = None
+    budget_ms: float | None = None
+    strict: bool | None = None
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """The fields that are not followed here, by their place."""
+        return sorted(_unknown(self, ""))
+
+
+def _unknown(part: Any, place: str) -> list[str]:
+    if isinstance(part, list):
+        return [name for i, each in enumerate(part) for name in _unknown(each, f"{place}[{i}]")]
+    if not isinstance(part, Part):
+        return []
+    prefix = f"{place}." if place else ""
+    names = [
+        prefix + name
+        for name, value in (part.model_extra or {}).items()
+        if value is not None and name not in HARMLESS and OFF.get(name, NotImplemented) != value
+    ]
+    for name in type(part).model_fields:
+        names += _unknown(getattr(part, name), prefix + name)
+    return names
+
+
+def read_body(content: Any) -> ChatBody:
+    """A request's JSON, checked. Raises RequestRefusedError, which names the first wrong field."""
+    if not isinstance(content, dict):
+        raise RequestRefusedError("the body is no JSON object")
+    try:
+        return ChatBody.model_validate(content)
+    except ValidationError as problem:
+        first = problem.errors(include_url=False, include_context=False)[0]
+        place = _place(first["loc"])
+        raise RequestRefusedError(f"{place}: {_sentence(first)}", field=place) from None
+    except RecursionError:
+        raise RequestRefusedError("the body is nested too deeply") from None
+
+
+def _place(path: tuple[int | str, ...]) -> str:
+    """Where a field is: `messages[0].content`, without pydantic's own names of kinds."""
+    place = ""
+    for step in path:
+        if isinstance(step, int):
+            place += f"[{step}]"
+        elif step in ("str", "text", "image_url") and place.endswith(("content", "]")):
+            continue
+        elif not step.startswith(("list[", "tagged-union")):
+            place += f".{step}" if place else step
+    return place or "the body"
+
+
+def _sentence(error: Any) -> str:
+    """pydantic's message as the end of a sentence."""
+    text = str(error["msg"])
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,126 @@
+"""A server on the loopback in a thread, and requests to it by OpenAI's own client or as bytes."""
+
+import base64
+import io
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="the server needs FastAPI")
+uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn")
+
+from mlx_vlm_prune.serve import build_server  # noqa: E402 - needs both
+from mlx_vlm_prune.serving.settings import ServerSettings  # noqa: E402
+
+PATIENCE = 60  # seconds until an answer must be there at all
+
+
+def data_uri(picture: Image.Image, kind: str = "PNG") -> str:
+    """A picture as requests bring it."""
+    file = io.BytesIO()
+    picture.save(file, format=kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture that no other seed has."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def question(text: str, *pictures: Image.Image, **image_options: str) -> dict[str, Any]:
+    """A message of the user's."""
+    links = [{"url": data_uri(picture), **image_options} for picture in pictures]
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": link} for link in links]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def answer(text: str) -> dict[str, Any]:
+    """A message of the assistant's."""
+    return {"role": "assistant", "content": text}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that runs, and its app's port."""
+
+    port: int
+    key: str | None = None
+
+    def call(self, path: str, body: Any = None, **headers: str) -> tuple[int, bytes]:
+        """Status and content; a body that is no bytes is sent as JSON."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        named = {"content-type": "application/json"}
+        named |= {name.replace("_", "-"): value for name, value in headers.items()}
+        if self.key and "authorization" not in named:
+            named["authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, named)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with direct.open(request, timeout=PATIENCE) as reply:
+                return reply.status, reply.read()
+        except urllib.error.HTTPError as problem:
+            with problem:
+                return problem.code, problem.read()
+
+    def chat(self, *messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """The answer, which must be one."""
+        status, content = self.post(*messages, **more)
+        assert status == 200, content
+        return content
+
+    def post(self, *messages: dict[str, Any], **more: Any) -> tuple[int, Any]:
+        """Status and JSON of the answer or of the refusal."""
+        status, content = self.call("/v1/chat/completions", {"messages": messages, **more})
+        return status, json.loads(content)
+
+    def refusal(self, *messages: dict[str, Any], **more: Any) -> tuple[int, str]:
+        """Status and sentence of a refusal, which must be one of the client's fault."""
+        status, content = self.post(*messages, **more)
+        assert 400 <= status < 500, content
+        return status, content["error"]["message"]
+
+    def metric(self, name: str) -> float:
+        """A figure of /metrics."""
+        _, text = self.call("/metrics")
+        lines = [line.rpartition(" ") for line in text.decode().splitlines()]
+        return next(float(value) for key, _, value in lines if key == f"mlx_vlm_prune_{name}")
+
+
+def text_of(completion: dict[str, Any]) -> str:
+    """The words of an answer."""
+    (choice,) = completion["choices"]
+    return str(choice["message"]["content"])
+
+
+@contextmanager
+def serve(model: Any, processor: Any, **settings: Any) -> Iterator[Served]:
+    """A server of these settings until the end of the block."""
+    checked = ServerSettings(**{"model_name": "tiny", "timeout": PATIENCE, **settings})
+    app = build_server(model, processor, checked)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        config = uvicorn.Config(app, log_level="warning", lifespan="on")
+        server = uvicorn.Server(config)
+        thread = Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive(), "the server does not come up"
+                thread.join(0.01)
+            yield Served(port, checked.api_key)
+        finally:
+            server.should_exit = True
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "the server does not end"
