@@ -16,10 +16,11 @@ from mlx_vlm_prune.checkpoints.hub import resolve_path
 from mlx_vlm_prune.checkpoints.llava.published import TRANSFORMERS_CLASS
 from mlx_vlm_prune.checkpoints.minimind.generations import KV_HEADS
 from mlx_vlm_prune.checkpoints.quantization import BITS, GROUPS, MODES
+from mlx_vlm_prune.checkpoints.reading.files import check_target
 from mlx_vlm_prune.checkpoints.writing import write_folder
 
-from .describe import describe
-from .quantise import quantised
+from .describe import as_json, as_text, describe
+from .quantise import packed_share, quantised
 from .to_hf import to_hf
 from .to_torch import to_torch
 from .twig import read_twig
@@ -42,8 +43,9 @@ def build_parser() -> Parser:
     inspect.add_argument("source", metavar="SRC", help=SOURCE)
     inspect.add_argument("--vision", metavar="FOLDER", help=VISION)
     inspect.add_argument("--revision", help=REVISION)
+    inspect.add_argument("--json", action="store_true", help="print a JSON object")
     _add_to_mlx(add_way("to-mlx", "from MiniMind-V or LLaVA as published to MLX"))
-    to_torch = add_way("to-torch", "from a folder for MLX back to what was published")
+    to_torch = add_way("to-torch", "from a folder for MLX back to the layout as published")
     to_torch.add_argument("source", metavar="SRC", type=Path, help=OURS)
     to_torch.add_argument(
         "target", metavar="DST", type=Path, help="the .pth to write; of a LLaVA, the folder"
@@ -69,7 +71,7 @@ def _add_to_mlx(way: Parser) -> None:
     add = way.add_argument_group("source").add_argument
     add("--vision", metavar="FOLDER", help=VISION)
     add("--tokenizer", metavar="FOLDER",
-        help="folder that holds tokenizer.json (default: that of SRC)")
+        help="folder that holds tokenizer.json (default: beside SRC)")
     add("--revision", help=REVISION)
     add("--heads", type=SIZE, metavar="N",
         help="query heads, which no .pth states (default: by the key/value heads)")
@@ -93,6 +95,7 @@ def _add_to_mlx(way: Parser) -> None:
     add("--q-group-size", type=int, choices=GROUPS,
         help="weights that share a scale (default: affine 64, mxfp4 and mxfp8 32, nvfp4 16)")
     add("--q-mode", choices=MODES, default="affine", help="how a group is scaled")
+    add("--q-tower", action="store_true", help="quantize the vision tower, too")
 
 
 def _add_prune_into(way: Parser) -> None:
@@ -124,8 +127,8 @@ def run(args: argparse.Namespace) -> str:
     """Convert, and return what was done and what was assumed."""
     if args.way == "to-torch":
         to_torch(args.source, args.target, args.vision)
-        tower = f"; {args.vision}: its vision tower" if args.vision else ""
-        return f"{args.target}: as it was published{tower}"
+        tower = f"; {args.vision}: its vision tower, likewise" if args.vision else ""
+        return f"{args.target}: every tensor of {args.source}, byte for byte{tower}"
     if args.way == "to-hf":
         class_name = to_hf(args.source, args.target)
         is_whole = class_name == TRANSFORMERS_CLASS
@@ -133,37 +136,46 @@ def run(args: argparse.Namespace) -> str:
         return f"{args.target}: {part}, for transformers' {class_name}"
     if args.way == "prune-into":
         return _prune_into(args)
-    path, vision = (
-        name and resolve_path(name, args.revision) for name in (args.source, args.vision)
-    )
+    path = resolve_path(args.source, args.revision)
+    vision = None if args.vision is None else resolve_path(args.vision, args.revision)
     if args.way == "inspect":
-        return describe(path, vision)
+        about = describe(path, vision)
+        return as_json(about, path) if args.json else as_text(about, path)
     return _to_mlx(args, path, vision)
 
 
 def _to_mlx(args: argparse.Namespace, path: Path, vision: Path | None) -> str:
-    tokenizer = args.tokenizer and resolve_path(args.tokenizer)
+    _check_to_mlx(args)
+    tokenizer = None if args.tokenizer is None else resolve_path(args.tokenizer)
     checkpoint = read_checkpoint(
         path, vision, tokenizer, args.heads, args.kv_heads, args.projector_seed
     )
-    if bool(args.twig) != bool(args.twig_layer):
-        raise UserError("--twig and --twig-layer belong together: a twig, and the layer it reads")
     if args.twig:
         twig = read_twig(resolve_path(args.twig), args.twig_layer, checkpoint.config)
         checkpoint = replace(checkpoint, learned=twig)
-    if (args.q_bits or args.q_group_size or args.q_mode != "affine") and not args.quantize:
-        raise UserError("--q-bits, --q-group-size and --q-mode have no effect without -q; add -q")
     if args.dequantize:
         from mlx_vlm_prune.models.dequantized import dequantised  # imports mlx
 
         checkpoint = dequantised(checkpoint, args.dtype)
     if args.quantize:
-        checkpoint = quantised(checkpoint, args.q_bits, args.q_group_size, args.q_mode, args.dtype)
+        settings = args.q_bits, args.q_group_size, args.q_mode
+        checkpoint = quantised(checkpoint, *settings, args.dtype, args.q_tower)
     write_folder(checkpoint, args.target, args.dtype, args.source)
     report = f"{args.target}: {sizes(checkpoint.config, checkpoint.heads_assumed)}"
     if checkpoint.preprocessor_folder is None:
         report += "\nno preprocessor_config.json was found: the tower's usual values are assumed"
-    return report
+    return f"{report}\n{packed_share(checkpoint)}" if args.quantize else report
+
+
+def _check_to_mlx(args: argparse.Namespace) -> None:
+    """Raises UserError, before anything is read, for options that do not go together and for a
+    target that is there."""
+    if bool(args.twig) != bool(args.twig_layer):
+        raise UserError("--twig and --twig-layer belong together: a twig, and the layer it reads")
+    quantizes = args.q_bits or args.q_group_size or args.q_mode != "affine" or args.q_tower
+    if quantizes and not args.quantize:
+        raise UserError("the flags --q-… have no effect without -q; add -q")
+    check_target(args.target, replace=False)
 
 
 def _prune_into(args: argparse.Namespace) -> str:

@@ -1,7 +1,9 @@
 """`inspect`: what a checkpoint is, read off names and shapes; its tensors are not loaded."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mlx_vlm_prune.checkpoints.backbones import BACKBONES
 from mlx_vlm_prune.checkpoints.config import (
@@ -20,7 +22,11 @@ from mlx_vlm_prune.checkpoints.llava import published as llava
 from mlx_vlm_prune.checkpoints.llava.layouts import LAYOUTS
 from mlx_vlm_prune.checkpoints.llava.sizes import text_config
 from mlx_vlm_prune.checkpoints.minimind.generations import DEFAULT, Generation
-from mlx_vlm_prune.checkpoints.minimind.published import Published, open_published
+from mlx_vlm_prune.checkpoints.minimind.published import (
+    Published,
+    open_published,
+    tokenizer_folder_beside,
+)
 from mlx_vlm_prune.checkpoints.mlx_vlm_folder import describe_mlx_vlm, is_mlx_vlm
 from mlx_vlm_prune.checkpoints.processor import PREPROCESSOR_CONFIG, TOKENIZER
 from mlx_vlm_prune.checkpoints.reading.fields import Fields
@@ -29,11 +35,11 @@ from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.checkpoints.reading.weights import read_weights
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
-Lines = list[tuple[str, str]]  # a heading, and its text
+Lines = list[tuple[str, Any]]  # a heading, and its text, or the names that are missing
 HEADS_ASSUMED = "assumed, as in every published MiniMind2: no file says it"
 
 
-def describe(path: Path, vision: Path | None = None) -> str:
+def describe(path: Path, vision: Path | None = None) -> Lines:
     """A few lines about a .pth, a folder as published or one of ours; raises UserError."""
     if is_mlx_vlm(path):
         lines, state = describe_mlx_vlm(path), read_weights(path)
@@ -48,8 +54,24 @@ def describe(path: Path, vision: Path | None = None) -> str:
         lines, state = _describe_minimind(path, published), published.raw
     size = sum(tensor.nbytes for tensor in state.values())
     dtypes = sorted({tensor.dtype for tensor in state.values()})
-    lines += [("tensors", f"{len(state)}, {size / 1e6:.1f} MB, {', '.join(dtypes)}")]
-    return "\n".join([str(path), *(f"  {heading:<15} {text}" for heading, text in lines)])
+    return [*lines, ("tensors", {"count": len(state), "bytes": size, "dtypes": dtypes})]
+
+
+def as_text(lines: Lines, path: Path) -> str:
+    """The lines as they are read by people."""
+    return "\n".join([str(path), *(f"  {heading:<15} {_text(value)}" for heading, value in lines)])
+
+
+def as_json(lines: Lines, path: Path) -> str:
+    """The same for programs: a JSON object, its keys the headings."""
+    values = {heading.replace(" ", "_"): value for heading, value in lines}
+    return json.dumps({"path": str(path), **values}, indent=4, ensure_ascii=False)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['count']}, {value['bytes'] / 1e6:.1f} MB, {', '.join(value['dtypes'])}"
+    return _first_names(value) if isinstance(value, list) else str(value)
 
 
 def _describe_minimind(path: Path, published: Published) -> Lines:
@@ -69,9 +91,9 @@ def _describe_minimind(path: Path, published: Published) -> Lines:
         ("projector", _projector(published.tensors)),
         ("tower", tower),
     ]
-    if not ((path if path.is_dir() else path.parent) / TOKENIZER).is_file():
+    if not (tokenizer_folder_beside(path) / TOKENIZER).is_file():
         lines += [("tokenizer", "not here: give its folder with --tokenizer")]
-    return [*lines, ("missing", _first_names(missing))]
+    return [*lines, ("missing", missing)]
 
 
 def _describe_llava(path: Path, state: dict[str, RawTensor], tower_folder: Path | None) -> Lines:
@@ -88,7 +110,7 @@ def _describe_llava(path: Path, state: dict[str, RawTensor], tower_folder: Path 
         *_language_model(sizes.text, "from config.json"),
         ("projector", _projector(tensors)),
         ("tower", f"{_tower(sizes.vision)}, features of layer {sizes.vision.depth}{apart}"),
-        ("missing", _first_names(missing)),
+        ("missing", missing),
     ]
 
 
@@ -116,11 +138,12 @@ def _describe_ours(path: Path, state: dict[str, RawTensor]) -> Lines:
         ("tower", _tower(sizes.vision)),
     ]
     if q := sizes.quantization:
-        text = f"{q.bits} bits, groups of {q.group_size}, {q.mode}, the language model"
+        parts = "the language model and the tower" if q.tower else "the language model"
+        text = f"{q.bits} bits, groups of {q.group_size}, {q.mode}, {parts}"
         lines += [("quantized", text)]
     missing = [name for name in expected_shapes(sizes) if name not in state]
     missing += [n for n in (PREPROCESSOR_CONFIG, TOKENIZER) if not (path / n).is_file()]
-    return [*lines, ("missing", _first_names(missing))]
+    return [*lines, ("missing", missing)]
 
 
 def _language_model(text: MiniMindConfig | MlxLmConfig, heads_source: str) -> Lines:

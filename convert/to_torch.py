@@ -1,16 +1,16 @@
-"""`to-torch`: write the model in a folder of ours as it was published."""
+"""`to-torch`: write the model in a folder of ours in its published layout."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mlx_vlm_prune.checkpoints.config import VLMConfig
+from mlx_vlm_prune.checkpoints.config import CONFIG, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import is_llava, published_layout, read_ours
 from mlx_vlm_prune.checkpoints.llava.published import published_config, published_tensors
+from mlx_vlm_prune.checkpoints.minimind.published import usual_keys
 from mlx_vlm_prune.checkpoints.names.renaming import to_published_layout
-from mlx_vlm_prune.checkpoints.names.rules import to_published
 from mlx_vlm_prune.checkpoints.processor import CARRIED_FILES, PREPROCESSOR_CONFIG, TOKENIZER_FILES
 from mlx_vlm_prune.checkpoints.reading.files import atomic_path
 from mlx_vlm_prune.checkpoints.reading.pth import write_pth
@@ -42,23 +42,34 @@ def _minimind_to_torch(
     sizes: VLMConfig,
     tensors: Tensors,
 ) -> None:
-    """Write a .pth, in which the output layer, tied here, stands after the last norm."""
+    """Write a .pth, its keys in the order in which they came, or else in the authors' order."""
     generation = published_layout(config, source)
     published = to_published_layout(tensors, generation.table, sizes.text.head_dim, source)
-    state: dict[str, RawTensor] = {}
     head, embedding = generation.tied
-    last_norm = to_published(generation.language, "language.norm.weight")
-    for name, tensor in published.items():
-        if not is_tower(name):
-            state[name] = tensor
-        if last_norm and name == last_norm[0] and embedding in published:
-            state[head] = published[embedding]
+    state = {
+        key: published[embedding if key == head else key]
+        for key in _keys(usual_keys(published, generation), head, config, source)
+    }
     with ExitStack() as stack:
         file = stack.enter_context(atomic_path(target))
         if vision:
             folder = stack.enter_context(atomic_path(vision, folder=True))
             fill_tower_folder(folder, config, published, source)
         write_pth(file, state)
+
+
+def _keys(usual: list[str], head: str, config: Mapping[str, Any], source: Path) -> list[str]:
+    """The keys as they came, and behind them what was added since; else the usual ones.
+
+    Raises UserError where config.json holds no names.
+    """
+    keys = config.get("published_keys")
+    if keys is None:
+        return usual
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise UserError(f"{source / CONFIG}: published_keys is not a list of names")
+    came = [key for key in dict.fromkeys(keys) if key in usual]
+    return [*came, *(key for key in usual if key not in came and key != head)]
 
 
 def llava_to_torch(

@@ -18,7 +18,7 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_map_with_path
 
-from convert.describe import describe
+from convert.describe import as_text, describe
 from mlx_vlm_prune import generate, load, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.mlx_vlm_folder import RECORD
@@ -96,20 +96,20 @@ def test_inspect_says_whose_a_folder_is_and_what_prunes_it(kind, home, tmp_path)
     source = shutil.copytree(home / kind, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | bits))
-    before = describe(source)
+    before = as_text(describe(source), source)
     assert f"{config['model_type']}, for mlx-vlm, if it knows this kind: nothing is" in before
     assert f"layers of {TEXT['hidden_size']}" in before and "4 bits, groups of 64" in before
     assert f"generate --model {source} --pruner NAME" in before and "F32" in before
     for at, (ratio, tokens, kept) in enumerate([(0.5, None, "0.5"), (None, 3, "3")]):
         prune_into(source, tmp_path / f"pruned{at}", "norm", ratio, tokens, vendor=bool(at))
-        after = describe(tmp_path / f"pruned{at}")
+        after = as_text(describe(tmp_path / f"pruned{at}"), source)
         assert f"norm, which keeps {kept} of an image's visual tokens" in after
         assert "pruned.py, whenever mlx-vlm loads this folder" in after
     for record in ({}, 5, {"pruner": "norm"}):
         (source / "config.json").write_text(
             json.dumps({**config, "quantization": {}, RECORD: record})
         )
-        after = describe(source)
+        after = as_text(describe(source), source)
         assert "the record of how is damaged" in after
         assert "None" not in after and "quantized" not in after and "executes" not in after
 

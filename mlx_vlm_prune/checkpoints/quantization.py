@@ -1,6 +1,8 @@
-"""A quantized language model: which matrices MLX packs, and the tensors that take their place."""
+"""A quantized model: which matrices MLX packs, and the tensors that take their place."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .backbones import Shapes
 from .errors import UserError
@@ -16,13 +18,18 @@ MODES = {
 BITS, GROUPS = (sorted({n for mode in MODES.values() for n in mode[i]}) for i in (0, 1))
 
 
+PARTS = ("weight", "scales", "biases")  # of a packed matrix, beside its `bias`
+
+
 @dataclass(frozen=True)
 class Quantization:
-    """The fields of `quantization`."""
+    """The fields of `quantization`; with `tower` the tower's layers are packed like the language
+    model's."""
 
     bits: int
     group_size: int
     mode: str = "affine"
+    tower: bool = False
 
 
 def parse_quantization(config: Fields) -> Quantization | None:
@@ -35,12 +42,17 @@ def parse_quantization(config: Fields) -> Quantization | None:
     fits = all(
         type(n) is int and n in choices for n, choices in zip((bits, group), allowed, strict=True)
     )
-    if not fits or set(part.values) - {"bits", "group_size", "mode"}:
+    if not fits or set(part.values) - {"bits", "group_size", "mode", "tower"}:
         raise UserError(
             f"{config.file}: quantization is {dict(part.values)!r}, which no mode of"
             f" {', '.join(MODES)} has"
         )
-    return Quantization(bits, group, mode)
+    return Quantization(bits, group, mode, part.flag("tower", False))
+
+
+def packing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that MLX's own functions take."""
+    return {name: value for name, value in settings.items() if name != "tower"}
 
 
 def packed(shapes: Shapes, quantization: Quantization) -> Shapes:
@@ -49,11 +61,12 @@ def packed(shapes: Shapes, quantization: Quantization) -> Shapes:
     Raises UserError for a matrix that MLX cannot pack.
     """
     mode, bits, group_size = quantization.mode, quantization.bits, quantization.group_size
+    parts_of_model = ("language.", "tower.encoder.layers.")[: 1 + quantization.tower]
     parts = ("scales", "biases") if mode == "affine" else ("scales",)
     packed_shapes: Shapes = {}
     for name, shape in shapes.items():
         packed_shapes[name] = shape
-        if _is_quantisable(name, shape, group_size):
+        if name.startswith(parts_of_model) and _is_quantisable(name, shape, group_size):
             rows, columns = shape
             if mode == "nvfp4" and rows * columns % 32:  # it takes 32, in a row or across
                 raise UserError(
@@ -67,6 +80,6 @@ def packed(shapes: Shapes, quantization: Quantization) -> Shapes:
 
 
 def _is_quantisable(name: str, shape: tuple[int, ...], group_size: int) -> bool:
-    """Is this a matrix of the language model? A router of experts is not quantized."""
-    matrix = name.startswith("language.") and name.endswith(".weight") and len(shape) == 2
+    """Is this a matrix of whole groups? A router of experts is not quantized."""
+    matrix = name.endswith(".weight") and len(shape) == 2
     return matrix and not name.endswith(".mlp.gate.weight") and shape[1] % group_size == 0

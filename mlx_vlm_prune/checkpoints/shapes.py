@@ -29,9 +29,11 @@ def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path
 
 def check_shapes(tensors: Mapping[str, Shaped], expected: Shapes, where: Path) -> None:
     """The same of shapes that are known."""
+    missing = [name for name in expected if name not in tensors]
     for name, shape in expected.items():
         if name not in tensors:
-            raise UserError(f"{where} lacks the tensor {name} {shape}")
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{where} lacks the tensor {name} {shape}{more}")
         if tensors[name].shape != shape:
             raise UserError(f"{where}: tensor {name} is {tensors[name].shape}; {shape} is expected")
     for name in tensors:

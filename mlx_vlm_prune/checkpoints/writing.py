@@ -73,7 +73,10 @@ def _model_card(config: Mapping[str, Any], name: str, source: str | None) -> str
     is_hub_name = source and source.count("/") == 1 and not Path(source).exists()
     base = f"base_model: {source}\n" if is_hub_name else ""
     quantization = config.get("quantization")
-    few_bits = f", its language model in {quantization['bits']} bits" if quantization else ""
+    few_bits = ""
+    if quantization:
+        parts = "language model and tower" if quantization.get("tower") else "language model"
+        few_bits = f", its {parts} in {quantization['bits']} bits"
     title = published_layout(config, Path(name)).title
     title = title[0].upper() + title[1:]
     return (

@@ -9,10 +9,9 @@ import numpy as np
 
 from ..checkpoints.checkpoint import DTYPES, Checkpoint
 from ..checkpoints.errors import UserError
+from ..checkpoints.quantization import PARTS, packing
 from ..checkpoints.reading.tensors import RawTensor
 from .arrays import FLOATS, to_array, to_bytes
-
-PARTS = ("weight", "scales", "biases")
 
 
 def dequantised(checkpoint: Checkpoint, dtype: str | None = None) -> Checkpoint:
@@ -27,11 +26,11 @@ def dequantised(checkpoint: Checkpoint, dtype: str | None = None) -> Checkpoint:
     tensors = {}
     for name, tensor in checkpoint.tensors.items():
         prefix, _, part = name.rpartition(".")
-        if f"{prefix}.scales" not in checkpoint.tensors:
-            tensors[name] = tensor
+        if part not in PARTS or f"{prefix}.scales" not in checkpoint.tensors:
+            tensors[name] = tensor  # a bias too: `biases` is another thing
         elif part == "weight":
             parts = [checkpoint.tensors.get(f"{prefix}.{part}") for part in PARTS]
-            tensors[name] = _unpack(parts, settings, code)
+            tensors[name] = _unpack(parts, packing(settings), code)
     config = {k: v for k, v in checkpoint.config.items() if not k.startswith("quantization")}
     return replace(checkpoint, config=config, tensors=tensors)
 

@@ -13,6 +13,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.checkpoint import DTYPES, Checkpoint
+from ..checkpoints.quantization import packing
 from ..checkpoints.reading.tensors import RawTensor
 from .adapters import adapted, adapters
 from .arrays import FLOATS, to_raw
@@ -46,7 +47,7 @@ def fuse(
 
     `dequantize` leaves full matrices in place of all quantized ones.
     """
-    fusion, settings = Fusion(), checkpoint.config.get("quantization") or {}
+    fusion, settings = Fusion(), packing(checkpoint.config.get("quantization") or {})
     if settings and dequantize:
         checkpoint = dequantised(checkpoint)
     parameters: Any = dict(tree_flatten(model.parameters()))

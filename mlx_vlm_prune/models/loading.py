@@ -21,6 +21,7 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.families import is_ours, read_checkpoint
 from ..checkpoints.hub import resolve_path
 from ..checkpoints.processor import preprocessor_folder
+from ..checkpoints.quantization import packing
 from ..checkpoints.reading.files import read_json
 from ..checkpoints.reading.weights import read_folder
 from ..checkpoints.shapes import check_complete
@@ -62,7 +63,8 @@ def _build(
     model, weights = VLM(config), stacked(weights)
     if how := config.quantization:
         quantized = {name.removesuffix(".scales") for name in weights if ".scales" in name}
-        nn.quantize(model, **asdict(how), class_predicate=lambda path, _: path in quantized)
+        settings = packing(asdict(how))
+        nn.quantize(model, **settings, class_predicate=lambda path, _: path in quantized)
     model.load_weights(list(weights.items()))
     beside = read_learned(folder, model)
     model.learned = MappingProxyType({**model.learned, **beside})

@@ -191,6 +191,11 @@ def _flat(module: nn.Module) -> Any:
 
 def _unfreeze_tower(model: VLM) -> None:
     """What visual tokens are made of: a CLIP's last norm and later layers are held and not used."""
+    if model.config.quantization and model.config.quantization.tower:
+        raise UserError(
+            "the vision tower is quantized, so it cannot learn; undo -q by python -m convert to-mlx"
+            " --dequantize"
+        )
     model.tower.unfreeze()
     for layer in model.tower.encoder.layers[model.config.vision.depth :]:
         layer.freeze()

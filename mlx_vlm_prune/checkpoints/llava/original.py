@@ -72,6 +72,15 @@ def lacks_tower(state: Mapping[str, RawTensor]) -> bool:
     return not any(name.startswith(INSIDE) or is_tower(name) for name in state)
 
 
+def tower_advice(source: Path) -> str:
+    """What to do where the tower is missing."""
+    name = read_json(source / CONFIG)["mm_vision_tower"]
+    return (
+        f"{source} holds no vision tower: give the folder of {name} to convert to-mlx"
+        f" (vision=FOLDER), or put it at {source / _folder_name(name)}"
+    )
+
+
 def as_transformers(
     state: Mapping[str, RawTensor], source: Path, tower_folder: Path | None
 ) -> dict[str, Any]:
@@ -83,11 +92,7 @@ def as_transformers(
     config = read_json(where)
     check_fields(config, where)
     if lacks_tower(state):
-        name = config["mm_vision_tower"]
-        raise UserError(
-            f"{source} holds no vision tower: give the folder of {name} to convert to-mlx"
-            f" (vision=FOLDER), or put it at {source / _folder_name(name)}"
-        )
+        raise UserError(tower_advice(source))
     return {
         "text_config": {**config, "model_type": "llama"},
         "vision_config": _vision_config(state, source, tower_folder),

@@ -17,6 +17,7 @@ from ..names.renaming import check_tied, to_our_names, to_our_order, to_publishe
 from ..processor import TOKENIZER, TOKENIZER_ADVICE, preprocessor_folder, read_tokenizer
 from ..reading.fields import LARGEST, Fields
 from ..reading.files import optional_json, read_header, read_json
+from ..reading.paths import is_here
 from ..reading.tensors import RawTensor
 from ..reading.weights import has_weights, weight_files
 from ..shapes import check_complete
@@ -88,8 +89,14 @@ def _is_by_transformers(folder: Path) -> bool:
 def read_checkpoint(source: Path, vision: Path | None, tokenizer: Path | None) -> Checkpoint:
     """A published LLaVA and its tokenizer; UserError for what is missing or does not fit."""
     state, tower_folder = original.read_state(source, vision)
-    config, tensors = config_and_tensors(state, source, tower_folder)
     tokenizer = tokenizer or source
+    lacks_tower = original.is_original_folder(source) and original.lacks_tower(state)
+    if lacks_tower and not is_here(tokenizer / TOKENIZER):
+        raise UserError(
+            f"{original.tower_advice(source)}; there is no {tokenizer / TOKENIZER} either"
+            f"{TOKENIZER_ADVICE}"
+        )
+    config, tensors = config_and_tensors(state, source, tower_folder)
     config |= {"torch_dtype": language_dtype(tensors)}
     config |= _token_fields(config["published"], tokenizer)
     preprocessor = preprocessor_folder(tower_folder, source)

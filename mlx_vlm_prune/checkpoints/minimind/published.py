@@ -4,6 +4,7 @@ Its vision tower lies inside or in a folder of its own, its tokenizer beside the
 elsewhere.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..names.renaming import (
     to_our_order,
     to_published_layout,
 )
+from ..names.rules import published_order, to_ours, to_published
 from ..names.towers import NAFLEX, SIGLIP
 from ..processor import (
     TOKENIZER,
@@ -29,10 +31,11 @@ from ..processor import (
     token_settings,
 )
 from ..reading.files import optional_json, read_json
+from ..reading.paths import is_here
 from ..reading.tensors import RawTensor
-from ..reading.weights import read_weights
+from ..reading.weights import read_weights, weight_files
 from ..shapes import check_complete
-from ..tower import split_tower, vision_config
+from ..tower import is_tower, split_tower, vision_config
 from .generations import Generation, recognise
 from .projector import PROJECTOR, untrained_projector
 from .sizes import text_config
@@ -48,6 +51,7 @@ TOWER_FOLDERS = (
     "siglip2-base-p16-256-ve",
     "siglip2-base-p16-ve",
 )
+TOKENIZER_FOLDERS = ("minimind_tokenizer", "model/minimind_tokenizer", "model", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,20 @@ def read_checkpoint(
     projector_seed: int | None = None,
 ) -> Checkpoint:
     """A published MiniMind-V and its tokenizer; UserError for what is missing or does not fit."""
-    published = read_published(source, vision, heads, kv_heads, projector_seed)
+    tokenizer_folder = tokenizer or tokenizer_folder_beside(source)
+    published = open_published(source, vision, heads, kv_heads, projector_seed)
+    if "vision_config" not in published.sizes and not is_here(tokenizer_folder / TOKENIZER):
+        raise UserError(
+            f"{source} holds neither a vision tower (MiniMind-V is published without one; give the"
+            " folder of its CLIP or SigLIP by vision=FOLDER) nor a tokenizer.json (give its folder"
+            " by tokenizer=FOLDER)"
+        )
+    _check(published, source)
     generation = published.generation
-    tokenizer_folder = tokenizer or _folder(source)
     config = {
         **_token_fields(tokenizer_folder, generation, source),
         **published.sizes,
+        **_unusual_keys(published, source),
         "model_type": generation.model_type,
         "published_as": generation.name,
         "torch_dtype": language_dtype(published.tensors),
@@ -110,6 +122,12 @@ def read_published(
     Raises UserError, naming file and tensor, for what is missing or does not fit.
     """
     published = open_published(source, vision, heads, kv_heads, projector_seed)
+    _check(published, source)
+    return published
+
+
+def _check(published: Published, source: Path) -> None:
+    """UserError for what is missing of a model that was opened."""
     if "vision_config" not in published.sizes:
         raise UserError(
             f"{source} holds no vision tower (MiniMind-V is published without one); give the"
@@ -117,7 +135,6 @@ def read_published(
         )
     check_tied(published.raw, *published.generation.tied, source)
     check_complete(published.tensors, parse_sizes(published.sizes, source), source)
-    return published
 
 
 def open_published(
@@ -169,6 +186,41 @@ def _folder(source: Path) -> Path:
 def _tower_folder_beside(source: Path) -> Path | None:
     places = (_folder(source) / name for name in TOWER_FOLDERS)
     return next((place for place in places if place.is_dir()), None)
+
+
+def tokenizer_folder_beside(source: Path) -> Path:
+    """Where the tokenizer lies: beside the weights, or where MiniMind-V's own code keeps it."""
+    here = _folder(source)
+    places = (here, *(here / name for name in TOKENIZER_FOLDERS))
+    return next((place for place in places if is_here(place / TOKENIZER)), here)
+
+
+def usual_keys(names: Iterable[str], generation: Generation) -> list[str]:
+    """The keys of a .pth as the authors' code writes it, from all but the tower's names in the
+    order of the model: the output layer, which is the embedding again, behind the last norm."""
+    keys: list[str] = []
+    head, embedding = generation.tied
+    last_norm = to_published(generation.language, "language.norm.weight")
+    others = [name for name in names if not is_tower(name) and name != head]
+    for name in others:
+        keys.append(name)
+        if last_norm and name == last_norm[0] and embedding in others:
+            keys.append(head)
+    return keys
+
+
+def _unusual_keys(published: Published, source: Path) -> dict[str, Any]:
+    """The field `published_keys` of our config.json, where a pickle has its keys in another order
+    than the authors' code writes, or the output layer not at all."""
+    files = weight_files(source) if source.is_dir() else [source]
+    if files[0].suffix == ".safetensors":  # which has no order of its own
+        return {}
+    generation, held = published.generation, split_tower(published.raw)[0]
+    keys = [k for k in held if k == generation.tied[0] or to_ours(generation.table, k)]
+    usual = usual_keys(
+        published_order(generation.table, {*keys} - {generation.tied[0]}), generation
+    )
+    return {} if keys == usual else {"published_keys": keys}
 
 
 def _heads_in_config(source: Path) -> tuple[int | None, int | None]:
