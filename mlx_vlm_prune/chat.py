@@ -6,7 +6,6 @@ mlx-vlm-prune chat --model my-model --image photo.jpg --pruner cdpruner --keep-r
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -14,6 +13,7 @@ from PIL import Image
 from .checkpoints.command_line import in_one_sentence, suggestion
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import atomic_path, check_target
+from .checkpoints.reading.paths import expand_home
 from .generate import load_model
 from .generation.arguments import build_chat_parser, decoding_options
 from .generation.conversation import Conversation
@@ -21,6 +21,7 @@ from .generation.photographs import warn_of_photographs
 from .generation.printing import print_figures, print_piece, read_whole
 from .generation.request import GenerateOptions, Request, list_images
 from .generation.result import GenerationResponse, GenerationResult
+from .generation.stream import default_pruner
 from .hosts.conversation import HostConversation
 from .inputs.budget import check_budget
 from .inputs.image import open_image
@@ -68,7 +69,7 @@ class Chat:
         self._conversation: Conversation | HostConversation = (
             Conversation(model, processor) if is_ours else HostConversation(model, processor)
         )
-        self.options = GenerateOptions()
+        self._default_pruner, self.options = default_pruner(model), GenerateOptions()
         self.configure(**options)
         self.clear()
 
@@ -80,7 +81,7 @@ class Chat:
             raise UserError("num_draft_tokens is not possible in a chat; leave it out")
         check_budget(ratio, tokens)
         is_budget = tokens is not None or ratio not in (None, 1)
-        if is_budget and changed.get("pruner", "none") == "none":
+        if is_budget and (changed.get("pruner") or self._default_pruner) == "none":
             raise UserError("a budget needs a pruner, for example divprune")
         self._conversation.check(Request("", [], **changed))
         self.options = changed
@@ -139,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = [open_image(file) for file in args.image]
         model, processor = load_model(args)
         chat = Chat(
-            model, processor, pruner=args.pruner or "none", keep_ratio=args.keep_ratio,
+            model, processor, pruner=args.pruner, keep_ratio=args.keep_ratio,
             keep_tokens=args.keep_tokens, **decoding_options(args),
         )  # fmt: skip
         Session(chat, processor, images).run(typed_lines() if sys.stdin.isatty() else piped_lines())
@@ -220,7 +221,7 @@ class Session:
         if not file:
             self.new_images = []
             return
-        image = open_image(Path(file).expanduser())
+        image = open_image(expand_home(file))
         warn_of_photographs(self.processor, [image])
         self.new_images.append(image)
         print(f"The next question is about {file}.")
@@ -249,7 +250,7 @@ class Session:
 
     def write_overlay(self, file: str) -> None:
         """`/overlay`. Raises UserError."""
-        path = Path(file or OVERLAY).expanduser()
+        path = expand_home(file or OVERLAY)
         if path.suffix.lower() != ".png":
             raise UserError(f"{path} is drawn as PNG, so name it .png")
         picture = self.latest().overlay()

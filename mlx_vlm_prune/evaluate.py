@@ -38,6 +38,7 @@ from .evaluation.resume import AnsweredBatch, ResumeFile
 from .evaluation.scoring_options import add_scoring, check_scoring, with_judge, written_answers
 from .evaluation.table import table
 from .generation.speculation import check_num_draft_tokens
+from .generation.stream import pipeline_for
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
 from .machine.hardware import on_cpu, versions
@@ -130,7 +131,7 @@ def _add_pruning(parser: Parser) -> None:
     add = parser.add_argument_group("pruning").add_argument
     add("--pruner", action="append", metavar="SPEC",
         help="a method or a chain, as in `generate`; repeat for several (default: all, and some"
-        " chains)")
+        " chains; of a checkpoint that was trained with one, that one)")
     add("--keep-tokens", type=int, action="append", metavar="K",
         help="number of visual tokens to keep; repeat for several (default: none)")
     add("--keep-ratio", type=float, action="append", metavar="R",
@@ -215,8 +216,12 @@ def evaluated_model(
     """The model under evaluation, the methods with their budgets, and those refused."""
     check_num_draft_tokens(args.num_draft_tokens, 0, isinstance(model, VLM))
     if isinstance(model, VLM):
-        specs = args.pruner or default_methods(model)
-        budgets = budgets_of(args, model.N)
+        specs, budgets = args.pruner or default_methods(model), budgets_of(args, model.N)
+        if model.config.pruner and not args.pruner:
+            (step,) = pipeline_for(model, None).steps
+            specs = [step.spec]
+            if not (args.keep_ratio or args.keep_tokens):
+                budgets = [step.trained_tokens or model.N]
         methods, refused = budgeted_methods(
             model.N, specs, budgets, model.learned, policies_of(args)
         )

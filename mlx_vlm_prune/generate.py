@@ -20,6 +20,7 @@ from .checkpoints.errors import UserError
 from .checkpoints.reading.files import atomic_path, check_target, write_atomically
 from .generation import batch, stream
 from .generation.arguments import build_parser, decoding_options
+from .generation.checkpoint_notes import note_sampling, note_thinking
 from .generation.photographs import warn_of_photographs
 from .generation.printing import (
     LINE,
@@ -40,6 +41,7 @@ from .generation.request import (
 )
 from .generation.result import GenerationResponse, GenerationResult
 from .generation.speculation import check_num_draft_tokens
+from .generation.stream import default_pruner
 from .hosts import stream as host_stream
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget
@@ -68,7 +70,7 @@ def stream_generate(
     prompt: str,
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
-    pruner: str | Pruner | Pipeline = "none",
+    pruner: str | Pruner | Pipeline | None = None,
     keep_ratio: float | None = None, keep_tokens: int | None = None,
     positions: Policy | None = None,
     max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
@@ -86,14 +88,15 @@ def stream_generate(
     `<image>` in the prompt marks where an image goes; without it the images come first. `pruner`,
     "NAME", "NAME:option=value" or a chain "NAME+NAME", keeps K of an image's N visual tokens (a
     decoder method: in the average layer) by `keep_ratio` or `keep_tokens`, half without either.
+    Without `pruner` it is what the checkpoint was trained with inside, if anything, else "none".
     Default `positions` are those of its paper. `sampler` and `logits_processors` are mlx-lm's; a
     sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and `seed`. `top_k`,
     `min_p` and `repetition_penalty`, of the latest `repetition_context_size` tokens, are mlx-lm's
     own, which must be installed. `eos_tokens` end an answer beside the model's own. `system` is a
     system message. `num_draft_tokens` is how many tokens a twig beside a model of ours may guess
     ahead. `chat_template_config` are options of the chat template, `host_options` those that
-    mlx-vlm's models have: prefill_step_size, kv_bits, quantized_kv_start, resize_shape.
-    Raises UserError.
+    mlx-vlm's models have: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size (rows of the
+    cache), resize_shape, processor_kwargs (of its own processor). Raises UserError.
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}
@@ -162,24 +165,25 @@ def run(args: argparse.Namespace) -> None:
     elif args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
     prompt = _typed_prompt() if args.prompt == "-" else args.prompt
-    pruner, limits = args.pruner or ("none" if not _has_budget(args) else None), _limits(args)
-    if pruner is None:
-        raise UserError("a budget needs a --pruner, for example --pruner avgpool")
-    if args.compare and pruner == "none":
-        raise UserError("--compare needs a --pruner to compare with all visual tokens")
+    limits = _limits(args)
+    if args.model is None:  # else its own method may be the default
+        _check_has_pruner(args, args.pruner or "none")
     model, processor = load_model(args)
+    pruner = args.pruner or default_pruner(model)
+    _check_has_pruner(args, pruner)
     options = decoding_options(args)
     options |= {"image": args.image, "num_draft_tokens": args.num_draft_tokens}
-    budget = dict(pruner=pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
+    budget = dict(pruner=args.pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
     choice = _choose(args, model, processor, prompt, pruner, limits) if limits else None
     if choice:
         budget = choice.options
     compare = args.compare and budget["pruner"] != "none"
-    for chosen in (*([{}] if compare else []), *([budget] if compare or choice else [])):
+    full_budget = {"pruner": "none"}
+    for chosen in (*([full_budget] if compare else []), *([budget] if compare or choice else [])):
         generate(model, processor, prompt, **{**options, **chosen, "max_tokens": 1})  # warm
     full = None
     if compare:
-        full = _answer(args, model, processor, prompt, options, "All visual tokens")
+        full = _answer(args, model, processor, prompt, options | full_budget, "All visual tokens")
     answer = _answer(args, model, processor, prompt, options | budget, "Pruned" if full else "")
     if choice and args.verbose:
         print(choice.outcome(answer))
@@ -202,6 +206,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         trust_remote_code=getattr(args, "trust_remote_code", False),
     )  # fmt: skip
     warn_of_photographs(processor, args.image)
+    note_sampling(model, processor, getattr(args, "temperature", 1.0))
+    note_thinking(processor, args.chat_template_config)
     return model, processor
 
 
@@ -247,6 +253,14 @@ def _answer(
 def _has_budget(args: argparse.Namespace) -> bool:
     budgets = (args.keep_ratio, args.keep_tokens, args.ms, args.gb)
     return any(budget is not None for budget in budgets)
+
+
+def _check_has_pruner(args: argparse.Namespace, pruner: str) -> None:
+    """Raises UserError for a budget, or a comparison, of nothing."""
+    if pruner == "none" and _has_budget(args) and not args.pruner:
+        raise UserError("a budget needs a --pruner, for example --pruner avgpool")
+    if pruner == "none" and args.compare:
+        raise UserError("--compare needs a --pruner to compare with all visual tokens")
 
 
 def _limits(args: argparse.Namespace) -> Budget | None:

@@ -18,7 +18,7 @@ from mlx_vlm_prune.inputs import budget
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = (
-    "pruner='none', keep_ratio=None, keep_tokens=None, positions=None, max_tokens=256,"
+    "pruner=None, keep_ratio=None, keep_tokens=None, positions=None, max_tokens=256,"
     " temperature=0.0, top_p=1.0, seed=0, top_k=0, min_p=0.0, repetition_penalty=None,"
     " repetition_context_size=20, sampler=None, logits_processors=None, eos_tokens=None,"
     " num_draft_tokens=None, system=None, chat_template_config=None, host_options=None"

@@ -11,6 +11,7 @@ from PIL import Image
 from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.hosts.prepared_inputs import ProcessorOptions
 
 from . import host_folders
 from .test_generate import refused
@@ -103,7 +104,7 @@ def test_llavas_picture_is_what_transformers_makes_of_it(loaded, home):
 
     host = host_of(*loaded["llava"])
     opened = Image.open(home / "a.png").convert("RGB")
-    inputs = host.prepare("<image> w7", [opened], None)
+    inputs = host.prepare("<image> w7", [opened], ProcessorOptions())
     theirs = CLIPImageProcessor.from_pretrained(home / "llava")(opened)["pixel_values"][0]
     np.testing.assert_allclose(np.array(inputs.pixels[0]), np.asarray(theirs), atol=1e-6)
     assert inputs.ids == [60] * 16 + [7]
@@ -245,6 +246,9 @@ def test_a_models_own_mark_of_an_image_is_left_to_its_template(home, capsys):
         ({"model_type": "mllama"}, "cross-attention"),
         ({"model_type": "qwen2_vl", "model_file": "evil.py"}, "no code from a folder is"),
         ({"model_type": "qwen2_vl"}, "mlx-vlm cannot load"),
+        ({"model_type": "phi3_v"}, "is a phi3_v model, and there is no pruning in those; there is"),
+        ({"model_type": "deepseek_vl_v2"}, "is a deepseek_vl_v2 model, and there is no pruning"),
+        ({"model_type": "qwen9_vl", "vision_config": {}}, "is a qwen9_vl model"),
     ],
 )
 def test_a_folder_that_cannot_be_had_is_refused(tmp_path, capsys, config, sentence):

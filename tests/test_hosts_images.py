@@ -10,7 +10,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.host import Host
-from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
+from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs, ProcessorOptions
 from mlx_vlm_prune.hosts.prompt import share_budget
 from mlx_vlm_prune.pruners import plan
 
@@ -62,7 +62,7 @@ def test_tiles_belong_to_the_image_whose_whole_picture_ends_them(models, monkeyp
         class tokenizer:
             convert_tokens_to_ids = {"<global-img>": 51}.get
 
-    inputs = host_of(models("idefics3"), Processor()).prepare("", [], None)
+    inputs = host_of(models("idefics3"), Processor()).prepare("", [], ProcessorOptions())
     assert inputs.extra["num_patches_list"] == [3, 1]
 
 

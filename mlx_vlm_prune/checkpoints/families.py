@@ -21,6 +21,8 @@ from .reading.tensors import RawTensor
 from .reading.weights import read_weights
 from .shapes import check_complete
 
+OF_MINIMIND = ("llama", "qwen3", "qwen3_moe")  # as its language model is published for transformers
+
 
 def read_checkpoint(
     source: Path,
@@ -40,7 +42,25 @@ def read_checkpoint(
         return _our_checkpoint(source, tokenizer)
     if llava.is_llava_folder(source):
         return llava.read_checkpoint(source, vision, tokenizer)
-    return minimind.read_checkpoint(source, vision, tokenizer, heads, kv_heads, projector_seed)
+    try:
+        return minimind.read_checkpoint(source, vision, tokenizer, heads, kv_heads, projector_seed)
+    except UserError:
+        if (kind := foreign_kind(source)) is None:
+            raise
+        raise UserError(
+            f"{source} is a {kind} model; MiniMind-V and LLaVA models are what can be converted"
+        ) from None
+
+
+def foreign_kind(folder: Path) -> str | None:
+    """The model_type in a folder's config.json, where it is of another family than a MiniMind-V's
+    or a LLaVA's."""
+    kind = optional_json(folder / CONFIG).get("model_type")
+    if not isinstance(kind, str) or not kind.isprintable() or kind in OF_MINIMIND:
+        return None
+    if "minimind" in kind or is_ours(folder) or llava.is_llava_folder(folder):
+        return None
+    return kind[:60]
 
 
 def is_ours(folder: Path) -> bool:

@@ -64,7 +64,9 @@ def budgeted_methods(
 
 
 def why_not_trained(pipeline: Pipeline, K: float, N: int | None) -> str | None:
-    """Why a method cannot keep K of N tokens, if it was trained for another number."""
+    """Why a method cannot keep K of N tokens, if its training or its options say another number."""
+    if N is not None and N != K and (fixed := pipeline.own_budget(N)) not in (None, K):
+        return f"its options say how many go on: {fixed} in the average layer"
     if pipeline.trained_tokens in (None, K) or N == K:
         return None
     return f"it was trained for {pipeline.trained_tokens} tokens"

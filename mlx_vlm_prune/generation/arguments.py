@@ -213,7 +213,10 @@ def _add_image(add: Add) -> None:
 
 
 def _add_template_config(add: Add) -> None:
-    add("--chat-template-config", type=_json_object, metavar="JSON",
+    add("--enable-thinking", dest="chat_template_config", action=_MergeOptions, nargs=0,
+        const={"enable_thinking": True}, help="let a model think first, by the option of that name"
+        " of its chat template (default: as the template has it)")
+    add("--chat-template-config", type=_json_object, action=_MergeOptions, metavar="JSON",
         help='options of the chat template, such as {"open_thinking": true} (default: none)')
 
 
@@ -235,7 +238,8 @@ def _add_pruning(parser: Parser) -> None:
 
 def _add_pruner(add: Add) -> None:
     add("--pruner", metavar="SPEC",
-        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: none)")
+        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: none,"
+        " or what the checkpoint was trained with)")
     add("--positions", choices=("keep", "renumber"),
         help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
 
@@ -284,16 +288,30 @@ def _add_mlx_vlm(parser: Parser) -> None:
         help="bits of a number in the key/value cache, 1.5 to 8 (default: not quantized)")
     add("--quantized-kv-start", type=int, metavar="ROWS",
         help="quantize the cache once it has this many rows (default: 5000)")
+    add("--max-kv-size", type=int, metavar="ROWS",
+        help="hold the first four and the latest rows only in the key/value cache (default: all)")
     add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
         help="fit images into this width and height; one number is both (default: no)")
+    add("--processor-kwargs", type=_json_object, metavar="JSON",
+        help='options of the model\'s own processor, such as {"do_image_splitting": false}'
+        " (default: none)")
 # fmt: on
 
 
+class _MergeOptions(argparse.Action):
+    """Adds a JSON object, or its constant, to what was given before."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        given = self.const if self.nargs == 0 else values
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **given})
+
+
 def _json_object(text: str) -> dict[str, Any]:
+    shown = repr(text) if len(text) <= 80 else f"{text[:40]!r}…"
     try:
         value = parse_json(text)
-    except ValueError:
-        value = None
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(f"{shown} is no JSON object: it {problem}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+        raise argparse.ArgumentTypeError(f"{shown} is no JSON object")
     return value

@@ -102,7 +102,7 @@ def compute(
     """
     pipeline = pipeline_for(model, spec)
     K = model.N if spec == "none" else tokens_for(model.N, args.keep_ratio)
-    K = pipeline.trained_tokens or K
+    K = pipeline.trained_tokens or pipeline.own_budget(model.N) or K
     read = model.splice_images([prepared.prompt], prepared.pixels, pipeline, K)
     decoded, cache = model.decode(read)
     prefill = model.finish_prefill(read, decoded, cache)

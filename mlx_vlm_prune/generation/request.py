@@ -18,13 +18,16 @@ from ..pruners.contract import Policy
 # placeholders, and those of the answer so far.
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-HOST_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start", "resize_shape")
+HOST_OPTIONS = (
+    "prefill_step_size", "kv_bits", "quantized_kv_start", "max_kv_size", "resize_shape",
+    "processor_kwargs",
+)  # fmt: skip
 
 
 class GenerateOptions(TypedDict, total=False):
     """The options of `stream_generate`, `generate` and `batch_generate`."""
 
-    pruner: str | Pruner | Pipeline
+    pruner: str | Pruner | Pipeline | None
     keep_ratio: float | None
     keep_tokens: int | None
     positions: Policy | None
@@ -51,7 +54,7 @@ class Request:
 
     prompt: str
     images: Sequence[ImageSource]
-    pruner: str | Pruner | Pipeline = "none"
+    pruner: str | Pruner | Pipeline | None = None
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     positions: Policy | None = None

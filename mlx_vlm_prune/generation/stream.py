@@ -3,6 +3,8 @@
 Shapes: B prompts (1 here), I images, L tokens, V words.
 """
 
+import functools
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +41,8 @@ from .steps import (
     make_chooser,
     naming_faulty_part,
 )
+
+logger = logging.getLogger("mlx_vlm_prune")
 
 
 def stream_generate(
@@ -254,8 +258,27 @@ class AnswerWriter:
         return self.transcript.add(piece, drafted=drafted, accepted=accepted)
 
 
-def pipeline_for(model: VLM, pruner: str | Pruner | Pipeline) -> Pipeline:
-    """The methods that a specification names. Raises UserError where the model cannot do them."""
-    pipeline = plan(pruner, model.learned)
+def default_pruner(model: Any) -> str:
+    """The method that a model of ours was trained with, inside; none for others."""
+    return model.config.pruner[0] if isinstance(model, VLM) and model.config.pruner else "none"
+
+
+@functools.cache
+def _say_default(name: str, tokens: int) -> None:
+    """Once for each method."""
+    logger.warning(
+        "this checkpoint was trained with %s, which keeps %d visual tokens of an image, and that is"
+        " the default; pruner='none' keeps all", name, tokens,
+    )  # fmt: skip
+
+
+def pipeline_for(model: VLM, pruner: str | Pruner | Pipeline | None) -> Pipeline:
+    """The methods that a specification names; None is what the checkpoint was trained with.
+
+    Raises UserError where the model cannot do them.
+    """
+    if pruner is None and model.config.pruner:
+        _say_default(*model.config.pruner)
+    pipeline = plan(default_pruner(model) if pruner is None else pruner, model.learned)
     pipeline.signal_layers(model.config.vision.depth)  # refuses a layer that the tower has not
     return pipeline

@@ -57,6 +57,16 @@ def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None
         )
 
 
+def check_max_kv_size(host: Host, pipeline: Pipeline, max_kv_size: int | None) -> None:
+    """Raises UserError for a cache that forgets rows, where the model or a method has its own."""
+    if max_kv_size is None:
+        return
+    if hasattr(host.language, "make_cache"):
+        raise UserError(f"max_kv_size is not possible in a {host.kind} model: it makes its caches")
+    if step := pipeline.decoder or pipeline.enhancer:
+        raise UserError(f"max_kv_size is not possible with {step.name}, {LATER}; leave it out")
+
+
 def why_not_enhance(host: Host | type[Host], enhancer: Pruner) -> str | None:
     """Why an enhancer cannot work in a model or a family; None where it can."""
     if host.why_no_enhancer or not enhancer.calibrates:

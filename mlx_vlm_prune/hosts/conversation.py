@@ -10,10 +10,10 @@ from typing import Any
 from ..generation.request import Request
 from ..generation.result import GenerationResponse
 from ..inputs.budget import check_budget
-from .compatibility import check_kv_bits, check_pipeline
+from .compatibility import check_kv_bits, check_max_kv_size, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
-from .stream import decoding_arguments, further_ends, resize_option, stream_generate
+from .stream import decoding_arguments, further_ends, processor_options, stream_generate
 from .tower_cache import TowerCache
 
 
@@ -39,7 +39,8 @@ class HostConversation:
         decoding_arguments(request)
         further_ends(self.host, request)
         check_kv_bits(self.host, pipeline, options.get("kv_bits"))
-        resize_option(options.get("resize_shape"))
+        check_max_kv_size(self.host, pipeline, options.get("max_kv_size"))
+        processor_options(options)
 
     def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
         """The answer to a request with the turns so far as its history. Raises UserError."""

@@ -18,7 +18,7 @@ from ..checkpoints.errors import UserError
 from ..inputs.prompt import IMAGE_MARK
 from ..models.learned import read_learned
 from .language_layers import LanguageLayers
-from .prepared_inputs import PreparedInputs
+from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .views import View
 
 REQUEST_STATE = ("_position_ids", "_rope_deltas")  # mlx-vlm keeps these on the language model
@@ -91,7 +91,7 @@ class Host(ABC):
         return self.model.multi_modal_projector(x_1KD)
 
     def prepare(
-        self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
+        self, text: str, images: Sequence[Image.Image], options: ProcessorOptions
     ) -> PreparedInputs:
         """Ids and pixels, as mlx-vlm itself makes them; `text` is what the chat template gave."""
         from mlx_vlm.utils import prepare_inputs, should_add_special_tokens
@@ -101,8 +101,9 @@ class Host(ABC):
             images=list(images) or None,
             prompts=text,
             image_token_index=getattr(self.model.config, "image_token_index", None),
-            resize_shape=resize,
+            resize_shape=options.resize,
             add_special_tokens=should_add_special_tokens(self.kind, self.processor),
+            **options.kwargs,
         )
         names = ("input_ids", "attention_mask", "pixel_values")
         ids, mask, pixels = (arrays.pop(name, None) for name in names)

@@ -10,7 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoints.command_line import either
 from ..checkpoints.errors import UserError
+from ..checkpoints.families import foreign_kind
 from ..checkpoints.llava import published as llava
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.processor import end_ids, end_tokens
@@ -54,7 +56,15 @@ def load(
     if kind := kind_of(folder):
         return _load_mlx_vlm(folder, kind, target, adapter_path)
     name = "scenes" if path_or_hub_name is None else str(path_or_hub_name)
-    model, processor = load_folder(folder, name, dtype)
+    try:
+        model, processor = load_folder(folder, name, dtype)
+    except UserError:
+        if (kind := foreign_kind(folder)) is None:
+            raise
+        raise UserError(
+            f"{folder} is a {kind} model, and there is no pruning in those; there is in MiniMind-V"
+            f" and in {either(FAMILIES)} models"
+        ) from None
     if adapter_path:
         load_adapters(model, adapter_path)
         processor = replace(processor, folder=None)  # what is known of the base is not of this

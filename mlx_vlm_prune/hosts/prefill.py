@@ -126,11 +126,11 @@ def _last_row_arguments(
     return arguments
 
 
-def prompt_cache(host: Host, prompt: PrunedPrompt) -> list[Any]:
-    """The prompt's caches, one a layer; new ones where nothing was read yet."""
+def prompt_cache(host: Host, prompt: PrunedPrompt, max_kv_size: int | None = None) -> list[Any]:
+    """The prompt's caches, one a layer; new ones, of so many rows, where nothing was read yet."""
     from mlx_vlm.models.cache import make_prompt_cache
 
-    cache: list[Any] = prompt.cache or make_prompt_cache(host.language)
+    cache: list[Any] = prompt.cache or make_prompt_cache(host.language, max_kv_size)
     if prompt.bias_l is not None:
         add_biases(cache, host.mask_layers, prompt.bias_l[None])
     return cache

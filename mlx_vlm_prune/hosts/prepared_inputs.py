@@ -19,3 +19,11 @@ class PreparedInputs:
     pixels: Any = None  # laid out as the family's tower reads them; None without images
     images: int = 0  # how many
     extra: Mapping[str, Any] = field(default_factory=dict)  # such as image_grid_thw
+
+
+@dataclass(frozen=True)
+class ProcessorOptions:
+    """Width and height that pictures are to fit in, and what the model's own processor is given."""
+
+    resize: tuple[int, int] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)

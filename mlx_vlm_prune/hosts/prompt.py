@@ -25,10 +25,11 @@ from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
-from .prepared_inputs import PreparedInputs
+from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .prompt_arguments import KeptRows, bias_rows, image_arguments, kept_rows, row_arguments
 from .views import View
 
+PLAIN = ProcessorOptions()
 ViewEncoder = Callable[[PreparedInputs], list[View]]
 
 
@@ -57,7 +58,7 @@ def prepare_prompt(
     prompt: str,
     images: Sequence[Image.Image],
     chat_template_config: Mapping[str, Any] | None = None,
-    resize: tuple[int, int] | None = None,
+    processor_options: ProcessorOptions = PLAIN,
     history: Sequence[Turn] = (),
     system: str | None = None,
 ) -> PreparedInputs:
@@ -81,10 +82,10 @@ def prepare_prompt(
             host.processor, host.model.config, prompt, num_images=len(images), **options
         )
     try:
-        return host.prepare(text, images, resize)
+        return host.prepare(text, images, processor_options)
     except UserError:
         raise
-    except ValueError as problem:  # mlx-vlm wraps whatever its processors raise
+    except (ValueError, TypeError) as problem:  # mlx-vlm wraps whatever its processors raise
         reason = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot prepare the images: {reason}") from problem
 

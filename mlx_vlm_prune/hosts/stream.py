@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, short
 from ..generation.request import LogitsProcessor, Request
 from ..generation.result import GenerationResponse, GenerationResult, Transcript
 from ..generation.sampling import SeededSampler, needs_sampler, penalties
@@ -28,12 +28,12 @@ from ..generation.stream import initial_result
 from ..inputs.ends import end_token_ids
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import TOGETHER, Clock, request_clock
-from .compatibility import check_kv_bits, check_pipeline
+from .compatibility import check_kv_bits, check_max_kv_size, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .host import Host, generation_stream
 from .prefill import prefill_through_cuts, prompt_cache, prompt_cache_bytes
-from .prepared_inputs import PreparedInputs
+from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .prompt import (
     PrunedPrompt,
     ViewEncoder,
@@ -44,7 +44,8 @@ from .prompt import (
 )
 from .views import View
 
-CACHE_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start")
+CACHE_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start", "max_kv_size")
+FEWEST_ROWS = 5  # of a cache that holds the first four rows and the latest
 
 
 def cache_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def cache_options(given: Mapping[str, Any]) -> dict[str, Any]:
         kind = Real if name == "kv_bits" else Integral
         if isinstance(value, bool) or not isinstance(value, kind):
             raise UserError(f"{name} is {value!r}; it must be a number")
-    step_size, bits, start = (options.get(name) for name in CACHE_OPTIONS)
+    step_size, bits, start, size = (options.get(name) for name in CACHE_OPTIONS)
     if step_size is not None and step_size < 1:
         raise UserError(f"prefill_step_size is {step_size}; it must be at least 1")
     if bits is not None and (not 1.5 <= bits <= 8 or bits == 7):
@@ -63,6 +64,10 @@ def cache_options(given: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"quantized_kv_start is {start}; it must be at least 0")
     if start is not None and bits is None:
         raise UserError("quantized_kv_start says from when on kv_bits holds; give both")
+    if size is not None and size < FEWEST_ROWS:
+        raise UserError(f"max_kv_size is {size}; it must be at least {FEWEST_ROWS}")
+    if size is not None and bits is not None:
+        raise UserError("max_kv_size and kv_bits do not go together in mlx-vlm; give one")
     return options
 
 
@@ -80,6 +85,14 @@ def resize_option(shape: Sequence[int] | None) -> tuple[int, int] | None:
     return shape[0], shape[-1]
 
 
+def processor_options(given: Mapping[str, Any]) -> ProcessorOptions:
+    """How pictures are to be prepared. Raises UserError."""
+    kwargs = given.get("processor_kwargs") or {}
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise UserError(f"processor_kwargs is {short(kwargs)}; it must be a mapping of options")
+    return ProcessorOptions(resize_option(given.get("resize_shape")), kwargs)
+
+
 def stream_generate(
     model: Any, processor: Any, request: Request, encode: ViewEncoder | None = None
 ) -> Iterator[GenerationResponse]:
@@ -92,10 +105,11 @@ def stream_generate(
     decoding, options = decoding_arguments(request), request.given_host_options
     policy, ends = check_pipeline(host, pipeline, request.positions), further_ends(host, request)
     check_kv_bits(host, pipeline, options.get("kv_bits"))
+    check_max_kv_size(host, pipeline, options.get("max_kv_size"))
     images = [open_image(source) for source in request.images]
     inputs = prepare_prompt(
         host, request.prompt, images, request.chat_template_config,
-        resize_option(options.get("resize_shape")), request.history, request.system,
+        processor_options(options), request.history, request.system,
     )  # fmt: skip
     clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
@@ -225,7 +239,7 @@ def _decode(
     called behind the first token."""
     from mlx_vlm.generate import stream_generate as decode
 
-    cache = prompt_cache(host, prompt)
+    cache = prompt_cache(host, prompt, decoding.get("max_kv_size"))
     arguments = {"prompt_cache": cache, **decoding, **prompt.arguments}
     if processors := decoding["logits_processors"]:
         ids = prompt.inputs.ids

@@ -22,6 +22,8 @@ class Chain(Protocol):
     @property
     def trained_tokens(self) -> int | None: ...
 
+    def own_budget(self, N: int) -> int | None: ...
+
 
 def tokens_for(N: int, ratio: float) -> int:
     """A share of N tokens as a number: rounded down, at least one."""
@@ -58,6 +60,13 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Ch
     An image that has fewer than `keep_tokens` keeps all. Raises UserError.
     """
     check_budget(keep_ratio, keep_tokens)
+    if (fixed := pruner.own_budget(N)) is not None:
+        if (keep_ratio, keep_tokens) not in ((None, None), (1, None)):
+            raise UserError(
+                f"{pruner.spec} says itself how many visual tokens stay ({fixed} of {N} in the"
+                " average layer); leave out keep_ratio and keep_tokens"
+            )
+        return N if keep_ratio == 1 else fixed
     if keep_tokens is None and keep_ratio is None:
         if pruner.trained_tokens:
             return min(N, pruner.trained_tokens)

@@ -166,6 +166,8 @@ def keep_within(
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
     check_free_budget(pipeline)
+    if pipeline.own_budget(model.N) is not None:
+        raise UserError(f"{pipeline.spec} says itself how many visual tokens stay: leave that out")
     images = list_images(image)
     inputs = prepare_prompt(model, processor, prompt, images, chat_template_config, system)
     if inputs.pixels is None:

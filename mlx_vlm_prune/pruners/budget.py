@@ -46,14 +46,18 @@ def one_cut(layers: int, N: int, K: int, layer: float) -> dict[int, int]:
     return {at: left}
 
 
-def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
+def cut_and_wipe(
+    layers: int, N: int, K: int, layer: float, wipe: float, rank: int = 0
+) -> dict[int, int]:
     """{layer: tokens left} of a cut at `layer`, with none left from layer `wipe` on.
 
-    TwigVLM rounds up: the average may exceed K by less than one token. Raises ValueError.
+    The cut leaves `rank`, or what K says. TwigVLM rounds that up: the average may exceed K by less
+    than one token. Raises ValueError.
     """
-    at, end = _inside(layer, layers), layer_at(wipe, layers)
-    if end <= at:
-        raise ValueError(f"wipe is layer {end}; it must come after the cut at layer {at}")
+    at, end = _cut_and_end(layers, layer, wipe)
+    if rank:
+        _check_rank(rank, N)
+        return {at: rank, end: 0}
     left = -(-(K * layers - at * N) // (end - at))
     if left < 1:
         raise ValueError(_too_few(K, N, layers, at))
@@ -63,6 +67,26 @@ def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict
             f" from layer {end} on hold none; keep at most {end * N // layers}"
         )
     return {at: left, end: 0}
+
+
+def average_of_rank(layers: int, N: int, layer: float, wipe: float, rank: int) -> int:
+    """How many tokens the average layer holds where `rank` go on at a cut; rounded down, so that
+    `cut_and_wipe` leaves as many for this average. Raises ValueError."""
+    at, end = _cut_and_end(layers, layer, wipe)
+    _check_rank(rank, N)
+    return (at * N + rank * (end - at)) // layers
+
+
+def _cut_and_end(layers: int, layer: float, wipe: float) -> tuple[int, int]:
+    at, end = _inside(layer, layers), layer_at(wipe, layers)
+    if end <= at:
+        raise ValueError(f"wipe is layer {end}; it must come after the cut at layer {at}")
+    return at, end
+
+
+def _check_rank(rank: int, N: int) -> None:
+    if not 1 <= rank <= N:
+        raise ValueError(f"rank is {rank}; of {N} visual tokens 1 to {N} can go on")
 
 
 def several_cuts(

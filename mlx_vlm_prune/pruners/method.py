@@ -34,6 +34,7 @@ FUNCTIONS = {
     "calibrates": (),
     "prompt_bias": ("signals", "kept"),  # then, in place of `attention_bias`
     "calibration": ("N", "K", "positions"),  # then, beside it: see `models.pruning.calibrated`
+    "own_budget": ("weights", "N"),  # K, where the options say it; else None
     # Of a learned method, in training. A method whose `prune` has gradients needs none of them.
     "training_factor": ("weights", "signals", "K", "noise"),  # on the attention of tokens, (B, N)
     # Beside the answers' loss, a mean over images.
@@ -99,6 +100,7 @@ class Method:
     calibrates: Callable[..., bool] = _never
     prompt_bias: Callable[..., Any] | None = None
     calibration: Callable[..., Any] | None = None
+    own_budget: Callable[..., int | None] | None = None
     learned: bool = False  # does it come with weights?
     make_weights: Callable[..., Any] = _no_weights  # (dims, tokens): untrained ones
     fixed_options: Callable[[Any], Mapping[str, Any]] = _no_fixed_options  # set by training

@@ -75,6 +75,11 @@ class Pruner:
         """The one K that its weights were made for, where they were."""
         return self.method.trained_tokens(self.weights)
 
+    def own_budget(self, N: int) -> int | None:
+        """The K of N tokens that its options say, where they do. Raises UserError."""
+        budget = self.method.own_budget
+        return self.call(budget, self.weights, N) if budget else None
+
     @property
     def spec(self) -> str:
         """As it is written on the command line."""
@@ -208,6 +213,10 @@ class Pipeline:
     def trained_tokens(self) -> int | None:
         """The one K that the last step's weights were made for, where they were."""
         return self.steps[-1].trained_tokens
+
+    def own_budget(self, N: int) -> int | None:
+        """The K of N tokens that the last step's options say, where they do. Raises UserError."""
+        return self.steps[-1].own_budget(N)
 
     @property
     def positions(self) -> Policy:

@@ -5,7 +5,8 @@ trained to predict the answer from the output of an early layer (2 of 32), reads
 score of a visual token is the attention that the prompt's last token pays to it in the
 twig's last layer, the mean over heads. The highest R go on in the base, and before layer `wipe`
 (24 of 32) all visual tokens leave; positions are kept. With L layers, V tokens, the twig
-on layer K and the wipe at F, an average of R' keeps R = ceil((L R' - K V) / (F - K)).
+on layer K and the wipe at F, an average of R' keeps R = ceil((L R' - K V) / (F - K)). `rank` is R
+itself, the `attention_rank` of the authors' first README, and there is no budget then.
 Its speculative decoding is `--num-draft-tokens` (generation/speculation.py), with any method.
 
 As the authors' code (github.com/MILVLG/twigvlm@53ba6f6). Differs: of the twig's last layer one row
@@ -22,13 +23,14 @@ Options:
     layer: layer of the language model that the twig grows on, as trained; below 1 a share of the
         depth
     wipe: layer from which no visual token is left; below 1 a share of the depth
+    rank: how many tokens of an image go on at the cut; 0 is what the budget says
 
 Shapes: I images, N tokens, K kept.
 """
 
 from typing import Any
 
-from .budget import cut_and_wipe
+from .budget import average_of_rank, cut_and_wipe
 from .contract import Reduction, Signals, Stage
 from .numerics import keep_highest
 
@@ -38,10 +40,18 @@ needs: dict[str, str | None] = {"twig_attention": None}
 
 
 def schedule(
-    layers: int, N: int, K: int, *, layer: float = 2 / 32, wipe: float = 24 / 32
+    layers: int, N: int, K: int, *, layer: float = 2 / 32, wipe: float = 24 / 32, rank: int = 0
 ) -> dict[int, int]:
     """One cut where the twig grows, and none left from `wipe` on."""
-    return cut_and_wipe(layers, N, K, layer, wipe)
+    return cut_and_wipe(layers, N, K, layer, wipe, rank)
+
+
+def own_budget(
+    weights: Any, N: int, *, layer: float = 2 / 32, wipe: float = 24 / 32, rank: int = 0
+) -> int | None:
+    """K in the average layer, where `rank` says how many go on."""
+    layers = weights.config.num_hidden_layers
+    return average_of_rank(layers, N, layer, wipe, rank) if rank else None
 
 
 def prune(signals: Signals, K: int) -> Reduction:

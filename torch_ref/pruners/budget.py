@@ -40,12 +40,24 @@ def several_cuts(
     return dict(zip(places, counts(low), strict=True))
 
 
-def cut_and_wipe(layers: int, N: int, K: int, layer: float, wipe: float) -> dict[int, int]:
-    """{layer: tokens left} of one cut, with none left from `wipe` on; rounded up, as in TwigVLM."""
+def cut_and_wipe(
+    layers: int, N: int, K: int, layer: float, wipe: float, rank: int = 0
+) -> dict[int, int]:
+    """{layer: tokens left} of one cut, with none left from `wipe` on: `rank`, or for an average of
+    K rounded up, as in TwigVLM."""
     at, end = layer_at(layer, layers), layer_at(wipe, layers)
     if not 1 <= at < end:
         raise ValueError(f"a cut at layer {at} has no room before a wipe at layer {end}")
-    left = math.ceil((layers * K - at * N) / (end - at))
+    left = rank or math.ceil((layers * K - at * N) / (end - at))
     if not 1 <= left <= N:
         raise ValueError(f"an average of {K} of {N} cannot be had between layers {at} and {end}")
     return {at: left, end: 0}
+
+
+def average_of_rank(layers: int, N: int, layer: float, wipe: float, rank: int) -> int:
+    """How many tokens the average layer holds where `rank` go on; the part of one is dropped."""
+    cuts, held, total = cut_and_wipe(layers, N, N, layer, wipe, rank), N, 0
+    for number in range(layers):
+        held = cuts.get(number, held)
+        total += held
+    return total // layers

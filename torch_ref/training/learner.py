@@ -40,6 +40,10 @@ class Chain(NamedTuple):
 
     spec: str
     trained_tokens: int | None = None
+    fixed: int | None = None  # what a twig's rank comes to in the average layer
+
+    def own_budget(self, N: int) -> int | None:
+        return self.fixed
 
 
 class Learner:
@@ -121,9 +125,14 @@ class Learner:
         spec = PRESETS.get(c.pruner, c.pruner)
         name = spec.split("+")[-1].partition(":")[0]
         pool = self.model.weights(name) if name == POOL else None
-        chain = Chain(spec, None if pool is None else len(pool.pool_queries))
+        fixed = self._budget_of_rank(spec) if name == "twig" else None
+        chain = Chain(spec, None if pool is None else len(pool.pool_queries), fixed)
         K = budget(self.model.N, c.keep_ratio, c.keep_tokens, chain)
         return self.model.budget(name, K)
+
+    def _budget_of_rank(self, spec: str) -> int | None:
+        N, twig = self.model.N, self.model.weights("twig")
+        return replace(parse_steps(spec, N, N)[-1], weights=twig).call("own_budget", twig, N)
 
     def unfreeze_parts(self) -> None:
         """Make trainable what the stage trains."""

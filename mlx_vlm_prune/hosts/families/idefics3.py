@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..prepared_inputs import PreparedInputs
+from ..prepared_inputs import PreparedInputs, ProcessorOptions
 from ..views import View, assign_images, count_tiles, make_views
 from .tower import TowerHost
 
@@ -60,10 +60,10 @@ class Idefics3Host(TowerHost):
         return mx.concatenate(list(x))
 
     def prepare(
-        self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
+        self, text: str, images: Sequence[Image.Image], options: ProcessorOptions
     ) -> PreparedInputs:
         """With the number of tiles of each image; a token marks the last, which shows all of it."""
-        inputs = super().prepare(text, images, resize)
+        inputs = super().prepare(text, images, options)
         mark = getattr(self.processor, "global_image_token", "<global-img>")
         global_image = self.processor.tokenizer.convert_tokens_to_ids(mark)
         counts = count_tiles(inputs.ids, self.image_token_id(inputs), global_image)

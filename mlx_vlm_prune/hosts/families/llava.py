@@ -13,7 +13,7 @@ from PIL import Image
 
 from ...checkpoints.errors import UserError
 from ..language_layers import RopeOffsetLayers
-from ..prepared_inputs import PreparedInputs
+from ..prepared_inputs import PreparedInputs, ProcessorOptions
 from ..views import View, make_views
 from .tower import TowerHost
 
@@ -63,22 +63,24 @@ class LlavaHost(LlavaTowerHost):
     language_layers_class = RopeOffsetLayers
 
     def prepare(
-        self, text: str, images: Sequence[Image.Image], resize: tuple[int, int] | None
+        self, text: str, images: Sequence[Image.Image], options: ProcessorOptions
     ) -> PreparedInputs:
         """Image processor and tokenizer are called from here: the processor's `__call__` gives the
         tokenizer's options to the image processor too, which transformers 5.20 and later refuse
         (Blaizzy/mlx-vlm#870)."""
         if not images:
-            return super().prepare(text, images, resize)
+            return super().prepare(text, images, options)
         from mlx_vlm.utils import resize_image
 
         mark = self.processor.image_token
-        fitted = [resize_image(image, resize) for image in images] if resize else list(images)
-        arrays = self.processor.image_processor(fitted)["pixel_values"]
+        fitted = list(images)
+        if size := options.resize:
+            fitted = [resize_image(image, size) for image in images]
+        arrays = self.processor.image_processor(fitted, **options.kwargs)["pixel_values"]
         pixels = mx.array(np.stack([np.asarray(each) for each in arrays]))
         rows, columns = self.grid_of(pixels.transpose(0, 2, 3, 1))
         marks = text.count(mark)
         if marks != len(images):
             raise UserError(f"the chat template gave {marks} {mark} marks for {len(images)} images")
-        words = super().prepare(text.replace(mark, mark * (rows * columns)), (), None)
+        words = super().prepare(text.replace(mark, mark * (rows * columns)), (), ProcessorOptions())
         return replace(words, pixels=pixels, images=len(images))

@@ -26,9 +26,13 @@ PRUNER_DEFAULTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
 
 
 def plan_for_host(
-    host: Host, spec: str | Pruner | Pipeline, untrained: Mapping[str, Any] = MappingProxyType({})
+    host: Host,
+    spec: str | Pruner | Pipeline | None,
+    untrained: Mapping[str, Any] = MappingProxyType({}),
 ) -> Pipeline:
-    """A chain with the model's own learned weights, and with `untrained` ones, by method."""
+    """A chain with the model's own learned weights, and with `untrained` ones, by method; None
+    prunes nothing."""
+    spec = "none" if spec is None else spec
     return with_family_defaults(plan(spec, {**host.learned, **untrained}), host.kind)
 
 
