@@ -7,11 +7,15 @@ answer = generate(model, processor, "What colour is the star?", image="scene.png
                   pruner="avgpool", keep_tokens=49)
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from .checkpoints.startup import watch_start
 
-from .checkpoints.version import __version__
-from .machine import blas
+watch_start()
+
+import importlib  # noqa: E402
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from .checkpoints.version import __version__  # noqa: E402
+from .machine import blas  # noqa: E402
 
 blas.prepare()  # whatever of ours is imported first: before mlx, or never
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import EXTRAS, UserError, missing_package
+from .startup import end_watch
 from .version import __version__
 
 PACKAGE, SCRIPT = "mlx_vlm_prune", "mlx-vlm-prune"
@@ -55,6 +56,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """argparse's own; the values stay here, so that `with_flags` can spare them."""
+        end_watch()
         print_any_character()
         parsed = super().parse_args(args, namespace)
         lists = (value if isinstance(value, list) else [value] for value in vars(parsed).values())
@@ -63,7 +65,7 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the options)\n")
+        self.exit(2, f"error: {on_a_line(message)} (--help lists the options)\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -140,7 +142,7 @@ class _NoteHandler(logging.Handler):
         note = record.getMessage()
         if sys.stderr:
             note = self.parser.with_flags(note) if self.parser else note
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {on_a_line(note)}", file=sys.stderr)
 
 
 @contextmanager
@@ -190,6 +192,13 @@ def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
         sys.exit(130)
 
 
+def on_a_line(sentence: str) -> str:
+    """A sentence for a terminal: characters that would move its cursor as their escapes, and words
+    of more than 300 characters, which no name has, without their middle."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+    return re.sub(r"(\S{100})\S{200,}(\S{40})", r"\1…\2", plain)
+
+
 def print_any_character() -> None:
     """From now on a character that the output's encoding lacks is printed as its escape."""
     for stream in (sys.stdout, sys.stderr):
@@ -207,5 +216,5 @@ def end_line() -> None:
 
 
 def _refuse(sentence: str) -> NoReturn:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {on_a_line(sentence)}", file=sys.stderr)
     sys.exit(2)

@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import UserError, reason
 from .reading.files import read_json
+from .reading.paths import expand_home
 
 PATTERNS = [
     "*.json",
@@ -28,8 +29,10 @@ def resolve_path(path_or_name: str | Path, revision: str | None = None) -> Path:
 
     Raises UserError where there is neither.
     """
-    path = Path(path_or_name).expanduser()
     name = str(path_or_name)
+    if not name:
+        raise UserError("the name of a model or file is empty; give a path, or a name on the hub")
+    path = expand_home(name)
     parts = name.split("/")
     is_file = path.suffix in WEIGHTS
     local = path.exists() or name.startswith((".", "/", "~")) or {"", ".."} & set(parts)

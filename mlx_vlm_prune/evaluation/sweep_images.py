@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
+from ..checkpoints.reading.paths import expand_home
 from ..inputs.image import open_image
 from .labelled_images import find_images
 
@@ -18,7 +19,7 @@ def readable_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]
     folder without images.
     """
     is_named: dict[Path, bool] = {}
-    for source in (Path(path).expanduser() for path in paths):
+    for source in map(expand_home, paths):
         for image in find_images([source]):
             is_named[image.path] = is_named.get(image.path, False) or not source.is_dir()
     readable, skipped = [], []

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoints.config import CONFIG
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import write_atomically
-from ..checkpoints.reading.paths import find_files
+from ..checkpoints.reading.paths import expand_home, find_files
 
 HEADER = 64 * 1024  # bytes read at a weights file's beginning
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # learned pruners beside a model count too
@@ -20,9 +20,9 @@ SAMPLES, SAMPLE = 64, 4096  # and spread over all of it: a header can be as long
 def cache_folder() -> Path:
     """The user's folder for what can be made again; it need not exist."""
     if folder := os.environ.get("MLX_VLM_PRUNE_CACHE"):
-        return Path(folder).expanduser()
+        return expand_home(folder)
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(parent).expanduser() / "mlx_vlm_prune"
+    return expand_home(parent) / "mlx_vlm_prune"
 
 
 def model_key(folder: str | Path) -> str:

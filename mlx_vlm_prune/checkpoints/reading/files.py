@@ -136,7 +136,26 @@ def progress_bar(total: int, title: str) -> tqdm:
 
 
 def check_target(target: Path, *, replace: bool) -> None:
-    """UserError for a path that cannot be written to; with `replace` a file may be there."""
+    """UserError for a path that cannot be written to; with `replace` a file may be there.
+
+    An empty file is written beside it, and removed.
+    """
+    _check_place(target, replace)
+    beside = _beside(target)
+    try:
+        beside.touch()
+    except OSError as e:
+        raise UserError(f"cannot write {target}: {e.strerror or e}") from None
+    finally:
+        _remove(beside)
+
+
+def _beside(target: Path) -> Path:
+    """What is written first, to take the target's place when it is whole."""
+    return target.absolute().with_name(f".{target.absolute().name}.part-{os.getpid()}")
+
+
+def _check_place(target: Path, replace: bool) -> None:
     if not target.absolute().parent.is_dir():
         raise UserError(
             f"there is no folder {target.absolute().parent} to write {target.name} into"
@@ -158,17 +177,16 @@ def atomic_path(target: Path, *, folder: bool = False, replace: bool = False) ->
     Raises UserError where nothing can be written, or the disk is full.
     """
     assert not (folder and replace), "a folder cannot take another's place in one step"
-    target = target.absolute()
-    beside = target.with_name(f".{target.name}.part-{os.getpid()}")
+    target, beside = target.absolute(), _beside(target)
     try:
-        check_target(target, replace=replace)
+        _check_place(target, replace)
         _sweep(target)
         if folder:
             beside.mkdir()
         yield beside
         for path in [*(beside.rglob("*") if folder else ()), beside]:
             _fsync(path)
-        check_target(target, replace=replace)  # something else may have written it just now
+        _check_place(target, replace)  # something else may have written it just now
         beside.replace(target)
     except OSError as e:
         kept = "what was there stays" if os.path.lexists(target) else "nothing was left"
@@ -206,7 +224,7 @@ def _sweep(target: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
+    if os.path.isdir(path) and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

@@ -10,6 +10,14 @@ LARGEST_JSON = 1 << 24  # bytes of a model's JSON file
 LARGEST_TOKENIZER = 1 << 27
 
 
+def expand_home(path: str | Path) -> Path:
+    """A path with the home folder in place of `~` or `~USER`. Raises UserError for no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"there is no home folder for {path}") from None
+
+
 def find_files(folder: Path, *patterns: str) -> list[Path]:
     """What matches one of the patterns, sorted, but for hidden files: on foreign disks macOS
     writes a ._NAME beside every NAME."""
