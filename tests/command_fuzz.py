@@ -22,17 +22,19 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.command_line import Parser
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.scenes import CHECKPOINT
 
 COMMANDS = {  # a module, and the names in other modules that would build a model or measure
     "mlx_vlm_prune.advise": (), "mlx_vlm_prune.chat": (), "convert.__main__": (),
     "mlx_vlm_prune.encode": ("mlx_vlm_prune.encode.load_dual_encoder",),
-    "mlx_vlm_prune.evaluate": (), "mlx_vlm_prune.fuse": ("mlx_vlm_prune.fuse.load_folder",),
+    "mlx_vlm_prune.evaluate": (), "mlx_vlm_prune.explore": (),
+    "mlx_vlm_prune.fuse": ("mlx_vlm_prune.fuse.load_folder",),
     "mlx_vlm_prune.generate": (), "mlx_vlm_prune.plot": (), "mlx_vlm_prune.pruners.listing": (),
     "mlx_vlm_prune.scan": ("mlx_vlm_prune.scan.measure",), "mlx_vlm_prune.sweep": (),
     "mlx_vlm_prune.train": (),
 }  # fmt: skip
 MODELS = ("mlx_vlm_prune.models.loading._build", "mlx_vlm_prune.hosts.loading._load_mlx_vlm")
-SECONDS, BYTES = 20, 6 << 30  # that a case may take, and that the process may map
+SECONDS, BYTES = 60, 8 << 30  # that a case may take, and that the process may map
 TEXTS = [
     "", " ", "-", "--", "-1", "0", "1", "2", "0.5", "1e309", "nan", "inf", "9" * 30, "9" * 5000,
     "x", "~nosuchuser/x", "~", "..", "/proc/x", "/dev/null", "/dev/zero", "/proc/self/mem",
@@ -42,6 +44,21 @@ TEXTS = [
     "model", "picture.png", "broken.json", "folder", "numbers.json", "questions.jsonl",
     "config.yaml",
 ]  # fmt: skip
+
+GOOD: dict[str, list[str]] = {  # by the option's name in Python
+    **dict.fromkeys(("model", "source"), [str(CHECKPOINT), "model"]),
+    **dict.fromkeys(("image", "images"), ["picture.png", "folder"]),
+    **dict.fromkeys(("json", "out", "evaluation", "merge"), ["out.json", "out.html", "numbers.json"]),
+    **dict.fromkeys(("target", "save_path", "output", "answers"), ["new", "new.pth"]),
+    **dict.fromkeys(("vision", "tokenizer", "adapter_path", "tower"), ["model", "folder"]),
+    **dict.fromkeys(("chat_template_config", "processor_kwargs"), ['{"a": 1}', "{}"]),
+    **dict.fromkeys(("keep_ratio", "temperature", "top_p", "min_p", "learning_rate"), ["0.5", "1"]),
+    **dict.fromkeys(("prompt", "system", "text", "template"), ["what is it ?", "a {}"]),
+    "pruner": ["norm", "divprune", "tome", "norm+restore", "twig", "twig:rank=9", "fastv:layer=1"],
+    "name": ["norm", "twig", "duet"], "overlay": ["out.png"], "plot": ["out.svg", "out.png"],
+    "questions": ["questions.jsonl", "scenes"], "format": ["own", "scenes", "gqa"],
+    "data": ["questions.jsonl"], "config": ["config.yaml"], "results": ["numbers.json"],
+}  # fmt: skip
 
 
 class TooLong(BaseException):
@@ -85,10 +102,14 @@ def parser_of(main: Callable[[list[str]], None]) -> Parser:
 
 
 def value(rng: random.Random, action: argparse.Action) -> str:
-    """A value for an option: often one of its kind, else any."""
-    if action.choices and rng.random() < 0.8:
+    """A value for an option: often a good one, else any."""
+    if rng.random() < 0.4:
+        return rng.choice(TEXTS)
+    if action.choices:
         return str(rng.choice(list(action.choices)))
-    return rng.choice(TEXTS)
+    if action.dest in GOOD:
+        return rng.choice(GOOD[action.dest])
+    return rng.choice(("0.5", "0.25") if action.type is float else ("1", "2", "7"))
 
 
 def words(rng: random.Random, action: argparse.Action) -> Iterator[str]:

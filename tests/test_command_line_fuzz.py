@@ -8,6 +8,9 @@ import json
 
 import pytest
 
+from mlx_vlm_prune.__main__ import COMMANDS
+
+from . import command_fuzz
 from .entry_points import ROOT, start_python
 
 COUNT = 500
@@ -22,3 +25,8 @@ def test_a_command_line_ends_in_an_answer_or_one_sentence(seed):
     assert sum(ends.values()) == COUNT
     refused = sum(count for end, count in ends.items() if end.endswith(" 2"))
     assert 0.5 * COUNT < refused < COUNT
+
+
+def test_every_command_is_among_them():
+    modules = {name.removeprefix("mlx_vlm_prune.") for name in command_fuzz.COMMANDS}
+    assert modules == {module or "convert.__main__" for module in COMMANDS.values()}

@@ -98,7 +98,7 @@ class HostReader:
         policy = check_pipeline(host, pipeline, request.positions)
         images = [open_image(source) for source in request.images]
         inputs = host_prompt.prepare_prompt(
-            host, request.prompt, images, request.chat_template_config, None, (), request.system
+            host, request.prompt, images, request.chat_template_config, system=request.system
         )
         placeholder, ids = host.image_token_id(inputs), inputs.ids
         last = max((i for i, token in enumerate(ids) if token == placeholder), default=-1)
