@@ -45,20 +45,19 @@ TEXTS = [
     "config.yaml",
 ]  # fmt: skip
 
-GOOD: dict[str, list[str]] = {  # by the option's name in Python
-    **dict.fromkeys(("model", "source"), [str(CHECKPOINT), "model"]),
-    **dict.fromkeys(("image", "images"), ["picture.png", "folder"]),
-    **dict.fromkeys(("json", "out", "evaluation", "merge"), ["out.json", "out.html", "numbers.json"]),
-    **dict.fromkeys(("target", "save_path", "output", "answers"), ["new", "new.pth"]),
-    **dict.fromkeys(("vision", "tokenizer", "adapter_path", "tower"), ["model", "folder"]),
-    **dict.fromkeys(("chat_template_config", "processor_kwargs"), ['{"a": 1}', "{}"]),
-    **dict.fromkeys(("keep_ratio", "temperature", "top_p", "min_p", "learning_rate"), ["0.5", "1"]),
-    **dict.fromkeys(("prompt", "system", "text", "template"), ["what is it ?", "a {}"]),
+GOOD_VALUES = {  # by the options' names in Python
+    "model source": [str(CHECKPOINT), "model"], "image images": ["picture.png", "folder"],
+    "json out evaluation merge": ["out.json", "out.html", "numbers.json"],
+    "target save_path output answers": ["new", "new.pth"], "prompt system text": ["what is it ?"],
+    "vision tokenizer adapter_path tower": ["model", "folder"],
+    "chat_template_config processor_kwargs": ['{"a": 1}', "{}"],
+    "keep_ratio temperature top_p min_p learning_rate": ["0.5", "1"],
     "pruner": ["norm", "divprune", "tome", "norm+restore", "twig", "twig:rank=9", "fastv:layer=1"],
-    "name": ["norm", "twig", "duet"], "overlay": ["out.png"], "plot": ["out.svg", "out.png"],
+    "name": ["norm", "twig", "duet"], "overlay plot": ["out.png"], "results": ["numbers.json"],
     "questions": ["questions.jsonl", "scenes"], "format": ["own", "scenes", "gqa"],
-    "data": ["questions.jsonl"], "config": ["config.yaml"], "results": ["numbers.json"],
+    "data": ["questions.jsonl"], "config": ["config.yaml"], "template": ["a {}"],
 }  # fmt: skip
+GOOD = {name: values for names, values in GOOD_VALUES.items() for name in names.split()}
 
 
 class TooLong(BaseException):
