@@ -44,7 +44,7 @@ class Tab:
         self.page.wait_for_selector("html[data-ready]")
 
     def _on_console(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
+        if message.type == "error":
             self.faults.append(message.text)
 
     def _on_request(self, request: Any) -> None:

@@ -16,10 +16,20 @@ function hueColour(turn) {
   });
 }
 
+// The image as large as a canvas: scaled once, drawn at every move of a slider.
+function scaled(image, { width, height }) {
+  if (!image.scaled || image.scaled.width !== width || image.scaled.height !== height) {
+    image.scaled = document.createElement("canvas");
+    [image.scaled.width, image.scaled.height] = [width, height];
+    image.scaled.getContext("2d").drawImage(image, 0, 0, width, height);
+  }
+  return image.scaled;
+}
+
 class Picture {
   constructor(label, onmove) {
     this.canvas = element("canvas", { tabindex: 0, role: "slider", "aria-label": label,
-      "aria-valuemin": 0, "aria-orientation": "horizontal" });
+      "aria-valuemin": 0, "aria-valuenow": 0, "aria-valuetext": "no patch is chosen yet" });
     this.context = this.canvas.getContext("2d");
     this.still = document.createElement("canvas"); // all but the cursor
     this.onmove = onmove;
@@ -65,8 +75,7 @@ class Picture {
       }
     }
     const context = this.still.getContext("2d");
-    context.imageSmoothingEnabled = true;
-    context.drawImage(image, 0, 0, this.still.width, this.still.height);
+    context.drawImage(scaled(image, this.still), 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(this.mask(heat), 0, 0, this.still.width, this.still.height);
     this.outline(context);
@@ -98,7 +107,8 @@ class Picture {
         colour = hueColour(slots[patch] * GOLDEN);
         alpha = 0.36;
       }
-      pixels.data.set([...colour, 255 * alpha], 4 * patch);
+      for (let i = 0; i < 3; i += 1) pixels.data[4 * patch + i] = colour[i];
+      pixels.data[4 * patch + 3] = 255 * alpha;
     }
     context.putImageData(pixels, 0, 0);
     return mask;
