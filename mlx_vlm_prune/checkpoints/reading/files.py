@@ -18,17 +18,19 @@ from tqdm import tqdm
 
 from ..errors import UserError
 from .paths import LARGEST_JSON, check_regular, is_here
-from .safetensors_faults import first_fault
+from .safetensors_faults import first_fault, is_header_too_long
 from .tensors import RawTensor
 
 LARGEST_SIZE = (1 << 31) - 1  # along one axis of an mx.array
 CHUNK = 1 << 24  # bytes written at a time
 
 
-def parse_json(text: bytes | str, encoding: str = "utf-8") -> Any:
-    """The JSON value of a text; ValueError, the end of a sentence, where it is none."""
+def parse_json(text: bytes | str, encoding: str = "utf-8", pairs: Any = None) -> Any:
+    """The JSON value of a text; ValueError, the end of a sentence, where it is none. `pairs` makes
+    an object of its names and values."""
     try:
-        return json.loads(text.decode(encoding) if isinstance(text, bytes) else text)
+        decoded = text.decode(encoding) if isinstance(text, bytes) else text
+        return json.loads(decoded, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except ValueError as e:
@@ -66,38 +68,57 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def read_header(path: Path) -> tuple[dict[str, list[int]], str | None]:
     """The shape of each tensor in a safetensors file, and the framework in its metadata.
 
-    Raises UserError for a file that the safetensors library refuses, and for a size that MLX cannot
+    Raises UserError for a file that the safetensors library refuses, for a name that occurs twice,
+    which readers take differently, for a header too long to hold, and for a size that MLX cannot
     count: MLX would silently take another.
     """
+    header, _ = _checked_header(path)
+    framework = (header.pop("__metadata__", None) or {}).get("format")
+    return {name: entry["shape"] for name, entry in header.items()}, framework
+
+
+def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the tensors' bytes begin."""
     check_regular(path)
     try:
-        with safe_open(str(path), framework="np") as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
-            framework = (opened.metadata() or {}).get("format")
+        if is_header_too_long(path):
+            raise SafetensorError("its header is too long")
+        with safe_open(str(path), framework="np"):  # checks all
+            pass
+        with path.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = parse_json(opened.read(length), pairs=_each_name_once)
     except SafetensorError as e:
         raise UserError(f"{path} is no sound safetensors file: {first_fault(path) or e}") from None
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from None
-    for name, shape in shapes.items():
-        if any(n > LARGEST_SIZE for n in shape):
-            raise UserError(f"{path} is no sound safetensors file: {name!r} has the shape {shape}")
-    return shapes, framework
+    except ValueError as e:
+        raise UserError(f"{path} is no sound safetensors file: its header {e}") from None
+    for name, entry in header.items():
+        if name != "__metadata__" and any(n > LARGEST_SIZE for n in entry["shape"]):
+            raise UserError(
+                f"{path} is no sound safetensors file: {name!r} has the shape {entry['shape']}"
+            )
+    return header, 8 + length
+
+
+def _each_name_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in names:
+            raise ValueError(f"names {name[:80]!r} twice")
+        names[name] = value
+    return names
 
 
 def open_safetensors(path: Path) -> dict[str, RawTensor]:
     """Every tensor of a file, mapped and not yet read."""
-    read_header(path)
-    with path.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        try:
-            header = parse_json(opened.read(length))
-        except ValueError as e:
-            raise UserError(f"{path}: its header {e}") from None
+    header, begin = _checked_header(path)
     header.pop("__metadata__", None)
     if not header:
         return {}
     # Copy on write: torch takes no arrays that cannot be written to.
-    body = np.memmap(path, dtype=np.uint8, mode="c")[8 + length :]
+    body = np.memmap(path, dtype=np.uint8, mode="c")[begin:]
     return {
         name: RawTensor(
             entry["dtype"], entry["shape"], body[slice(*entry["data_offsets"])], mapped=True

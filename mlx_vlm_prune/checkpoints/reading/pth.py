@@ -1,17 +1,17 @@
 """PyTorch's own checkpoint files. Only this file imports torch, and only for such a file.
 
-A file is checked for compressed or oversized parts, and its pickle loaded with `weights_only`,
+The archive and its pickle are checked before torch sees them; torch then loads with `weights_only`,
 which executes nothing.
 """
 
 import errno
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, missing_package, reason
-from .paths import check_regular
+from .pth_archive import read_pickle
+from .pth_pickle import check_pickle
 from .tensors import RawTensor
 
 
@@ -21,9 +21,10 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
     Raises UserError where it is no zip archive of torch.save, or holds anything but tensors,
     or tensors larger than the file: a few bytes can claim gigabytes.
     """
-    limit = _check_archive(path)
+    data, limit = read_pickle(path), path.stat().st_size
     torch = _torch(path)
     try:
+        check_pickle(data)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:  # whatever an unpickler of hostile bytes may raise
         raise UserError(
@@ -42,24 +43,6 @@ def read_pth(path: Path) -> dict[str, RawTensor]:
     if sum(value.nbytes for value in content.values()) > 2 * limit:  # tied tensors count twice
         raise UserError(f"{path}: its tensors together claim more than the file holds")
     return {str(name): raw_tensor(value) for name, value in content.items()}
-
-
-def _check_archive(path: Path) -> int:
-    """The size of a .pth in bytes; UserError where its zip directory claims more."""
-    check_regular(path)
-    size = path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        raise UserError(
-            f"{path} is no checkpoint of torch.save (a zip archive, since torch 1.6), or is damaged"
-        ) from None
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise UserError(f"{path} is refused: torch.save does not compress, and this is compressed")
-    if sum(entry.file_size for entry in entries) > size:
-        raise UserError(f"{path} is refused: its parts claim more bytes than the file has")
-    return size
 
 
 def _torch(path: Path) -> Any:
