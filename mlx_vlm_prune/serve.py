@@ -12,22 +12,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import uvicorn
-from fastapi import FastAPI
-
 from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError
 from .generation.arguments import build_serve_parser
-from .generation.running_batch import OwnRunningBatch, RunningBatch
 from .hosts.loading import load
-from .hosts.running_batch import HostRunningBatch
 from .inputs.image import MAX_PIXELS
 from .models.vlm import VLM
-from .serving.app import build_app
-from .serving.engine import Engine
-from .serving.metrics import Metrics
 from .serving.settings import DEFAULT_METHOD, KEY_VARIABLE, ServerSettings
-from .serving.time_budget import TimeBudgets
 
 __all__ = ["main"]
 
@@ -47,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and answer until a signal comes; then the requests so far are answered."""
+    import uvicorn
+
+    from .serving.build import build_server
+
     settings_of(args)  # refuses what cannot be before the model is read
     with listen(args.host, args.port) as listening:
         model, processor = load(
@@ -71,18 +66,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as problem:
         reason = problem.strerror or problem
         raise UserError(f"host {host} and port {port} cannot be listened at: {reason}") from None
-
-
-def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAPI:
-    """The application that answers with a model of ours or of mlx-vlm's."""
-    batch: RunningBatch
-    if isinstance(model, VLM):
-        batch = OwnRunningBatch(model, processor, settings.cache_bytes)
-    else:
-        batch = HostRunningBatch(model, processor, settings.batch, settings.cache_bytes)
-    metrics, times = Metrics(), TimeBudgets(model, processor)
-    engine = Engine(batch, settings.batch, settings.queue, metrics, times)
-    return build_app(engine, settings, metrics)
 
 
 def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:

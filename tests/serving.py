@@ -19,7 +19,7 @@ from PIL import Image
 pytest.importorskip("fastapi", reason="the server needs FastAPI")
 uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn")
 
-from mlx_vlm_prune.serve import build_server  # noqa: E402 - needs both
+from mlx_vlm_prune.serving.build import build_server  # noqa: E402 - needs both
 from mlx_vlm_prune.serving.settings import ServerSettings  # noqa: E402
 
 PATIENCE = 60  # seconds until an answer must be there at all

@@ -161,7 +161,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         "fastapi matplotlib mlx_lm mlx_vlm pyarrow pydantic torch uvicorn yaml".split()
     )
     places = {
-        "fastapi": ("mlx_vlm_prune/serving/", "mlx_vlm_prune/serve.py"),
+        "fastapi": "mlx_vlm_prune/serving/",
         "matplotlib": ("mlx_vlm_prune/plots/", "mlx_vlm_prune/training/curve.py"),
         "mlx_lm": (
             "mlx_vlm_prune/models/",

@@ -1,0 +1,26 @@
+"""A server's parts put together, for a model of ours or of mlx-vlm's."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from ..generation.running_batch import OwnRunningBatch, RunningBatch
+from ..hosts.running_batch import HostRunningBatch
+from ..models.vlm import VLM
+from .app import build_app
+from .engine import Engine
+from .metrics import Metrics
+from .settings import ServerSettings
+from .time_budget import TimeBudgets
+
+
+def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAPI:
+    """The application that answers with a model of ours or of mlx-vlm's."""
+    batch: RunningBatch
+    if isinstance(model, VLM):
+        batch = OwnRunningBatch(model, processor, settings.cache_bytes)
+    else:
+        batch = HostRunningBatch(model, processor, settings.batch, settings.cache_bytes)
+    metrics, times = Metrics(), TimeBudgets(model, processor)
+    engine = Engine(batch, settings.batch, settings.queue, metrics, times)
+    return build_app(engine, settings, metrics)

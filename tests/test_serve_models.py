@@ -1,0 +1,129 @@
+"""Promises of `serve` with LLaVAs, language models of mlx-lm's and models of mlx-vlm's."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from mlx_vlm_prune import generate, load
+
+from . import backbones, llava
+from .serving import Served, answer, noise, question, serve, text_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+PICTURES = [noise(80, 90, 1), noise(120, 60, 2)]
+HOSTS = ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
+OWN = ["own llava", "qwen3", "mamba"]
+METHODS = [
+    {}, {"visual_tokens": 5}, {"keep_ratio": 0.5, "pruner": "norm"},
+    {"keep_ratio": 0.25, "pruner": "divprune"}, {"pruner": "avgpool", "visual_tokens": 4},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A model and its processor by its kind, loaded once."""
+    models: dict[str, Any] = {}
+
+    def of_kind(kind: str) -> Any:
+        if kind in models:
+            return models[kind]
+        home = tmp_path_factory.mktemp("models")
+        if kind == "own llava":
+            folder = llava.write(llava.random_model(), home)
+        elif kind in OWN:
+            pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+            folder = backbones.write(kind, home)
+        else:
+            pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+            from . import host_folders
+
+            folder = host_folders.checkpoint(kind, home)
+        models[kind] = load(folder, dtype="float32")
+        return models[kind]
+
+    return of_kind
+
+
+def words(kind: str) -> list[str]:
+    return ["w7 w9", "w3 w11 w4 w8"] if kind in HOSTS else ["how many stars ?", "is it red ?"]
+
+
+def ask(server: Served, text: str, n: int, **options: Any) -> tuple[str, int, int]:
+    pictures = [PICTURES[n % 2]] if n % 4 < 3 else []
+    content = server.chat(question(text, *pictures), **options)
+    usage = content["usage"]
+    return text_of(content), usage["prompt_tokens"], usage["visual_tokens_kept"]
+
+
+def alone(model: Any, text: str, n: int, options: dict[str, Any]) -> tuple[str, int, int]:
+    """The same by `generate`."""
+    options = dict(options)
+    if (tokens := options.pop("visual_tokens", None)) is not None:
+        options["keep_tokens"] = tokens
+        options.setdefault("pruner", "divprune")
+    image = [PICTURES[n % 2]] if n % 4 < 3 else []
+    whole = generate(*model, text, image, **options)
+    return whole.text, whole.prompt_tokens, whole.visual_tokens_kept
+
+
+@pytest.mark.parametrize("kind", [*OWN, *HOSTS])
+def test_requests_of_all_kinds_share_a_batch_and_are_answered_as_alone(kind, loaded):
+    model = loaded(kind)
+    in_tiles = kind == "smolvlm"  # which share their image's K, so it is not small
+    methods = [{}, {"keep_ratio": 0.5, "pruner": "norm"}] if in_tiles else METHODS
+    jobs = [
+        (text, n, {**method, "max_tokens": 6 + n % 3})
+        for n, method in enumerate(methods)
+        for text in words(kind)
+    ]
+    expected = [alone(model, text, n, options) for text, n, options in jobs]
+    assert len({text for text, *_ in expected}) > 2
+    with serve(*model) as server, ThreadPoolExecutor(len(jobs)) as clients:
+        for _ in range(2):
+            answers = clients.map(lambda job: ask(server, job[0], job[1], **job[2]), jobs)
+            assert list(answers) == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava"])
+def test_mlx_vlms_models_are_asked_in_turns_and_with_every_option(kind, loaded):
+    model, processor = loaded(kind)
+    base = type(model.language_model)
+    with serve(model, processor, method="norm", is_pruning=True, keep_ratio=0.5) as server:
+        first = question("w7 w9", PICTURES[0])
+        talk = [{"role": "system", "content": "w8"}, first, answer("w3"), question("w4")]
+        content = server.chat(*talk, max_tokens=6)
+        with_detail = question("w7", PICTURES[0], detail="high")
+        full = server.chat(with_detail, max_tokens=1)["usage"]
+        assert full["visual_tokens_kept"] == full["visual_tokens"] > 0
+        assert content["usage"]["visual_tokens_kept"] == full["visual_tokens"] // 2
+        low = server.chat(question("w7", PICTURES[0], detail="low"), max_tokens=1)["usage"]
+        assert low["visual_tokens_kept"] == min(64, full["visual_tokens"])
+        sampled = [
+            text_of(server.chat(first, temperature=3.0, seed=seed, max_tokens=8, top_p=0.9))
+            for seed in (5, 5, 6)
+        ]
+        assert sampled[0] == sampled[1] != sampled[2]
+        assert "fastv works between" in server.refusal(first, pruner="fastv", keep_ratio=0.5)[1]
+        warned = server.chat(first, budget_ms=5.0, max_tokens=1)
+        assert "budget_ms is not possible with mlx-vlm's models" in warned["warnings"][0]
+        assert server.refusal(first, budget_ms=5.0, strict=True)[0] == 400
+    assert type(model.language_model) is base
+    one = generate(model, processor, "w7 w9", PICTURES[0], max_tokens=3)
+    assert one.text
+
+
+def test_the_tower_of_mlx_vlms_models_runs_once_for_the_pictures_of_a_conversation(
+    loaded, monkeypatch
+):
+    from mlx_vlm_prune.hosts.families.qwen2_5_vl import Qwen2_5VLHost
+
+    calls, run = [], Qwen2_5VLHost.encode_images
+    monkeypatch.setattr(Qwen2_5VLHost, "encode_images", lambda *a: calls.append(1) or run(*a))
+    with serve(*loaded("qwen2_5_vl")) as server:
+        talk = [question("w7 w9", PICTURES[0])]
+        for n in range(3):
+            content = server.chat(*talk, visual_tokens=3 + n, max_tokens=4)
+            assert content["usage"]["visual_tokens_kept"] == 3 + n
+            talk += [answer(text_of(content)), question("w8")]
+        assert len(calls) == 1
