@@ -15,7 +15,17 @@ from mlx_vlm_prune.training.metrics import read_rows
 from .training_runs import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = {"--out", "--turns", "--separate", "--examples", "--valid", "--per-kind"}
+BENCHMARKS = {
+    "--out",
+    "--turns",
+    "--separate",
+    "--always",
+    "--kinds",
+    "--questions",
+    "--examples",
+    "--valid",
+    "--per-kind",
+}
 PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 
 
