@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_vlm_prune.checkpoints.backbones import Shapes
 from mlx_vlm_prune.checkpoints.checkpoint import DTYPES, Checkpoint
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.layer_shapes import Shapes
 from mlx_vlm_prune.checkpoints.quantization import (
     MODES,
     PARTS,

@@ -14,6 +14,7 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     LlavaConfig,
+    Mamba2Config,
     MambaConfig,
     PhiConfig,
     Qwen3Config,
@@ -60,7 +61,16 @@ KINDS = {
     ),
     "gemma": (GemmaConfig(**SIZES, num_key_value_heads=1, head_dim=32), SIGLIP, FULL),
     "mamba": (MambaConfig(**SCANNED, state_size=6, tie_word_embeddings=False), CLIP, {}),
+    "mamba2": (
+        Mamba2Config(
+            **SCANNED, state_size=6, num_heads=8, head_dim=16, n_groups=1, use_bias=True,
+        ),
+        SIGLIP, FULL,
+    ),
 }  # fmt: skip
+
+
+SCANS = ("mamba", "mamba2")  # kinds without attention
 
 
 def random_model(kind: str, seed: int = 0) -> Llava:

@@ -6,18 +6,15 @@ Shapes: B prompts, L rows, D features.
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_lm.models.cache import ArraysCache
 from mlx_lm.models.mamba import MambaBlock, ModelArgs
-from mlx_lm.models.ssm import ssm_update
 
 from mlx_vlm_prune.models.language import mamba
 from mlx_vlm_prune.models.language import selective_scan as scans
 from mlx_vlm_prune.models.language.mamba import MambaState, mix
-from torch_ref.models.language.selective_scan import scan_by_heads
 
 from .pruner_cases import close
 
@@ -52,7 +49,7 @@ def test_a_layer_is_mlx_lms(L, mixer):
     x_BLD, cache, state = rows(2, L), ArraysCache(size=2), MambaState()
     close(np.array(mix(mixer, x_BLD, state)), np.array(mixer(x_BLD, cache)))
     close(np.array(state.inputs_BKE), np.array(cache[0]))
-    close(np.array(state.state_BSE.swapaxes(1, 2)), np.array(cache[1]))
+    close(np.array(state.scanned.swapaxes(1, 2)), np.array(cache[1]))
     assert state.nbytes == cache[0].nbytes + cache[1].nbytes
 
 
@@ -133,16 +130,14 @@ def test_gradients_are_those_of_mlx_lms_layer(mixer):
         close(np.array(got[name]["weight"]), np.array(expected[name]["weight"]))
 
 
-@pytest.mark.parametrize("L", (1, 255, 256, 257, 600))
-def test_mlx_lms_mamba_2_reads_in_chunks_what_a_loop_gives(L):
-    """So there is no loop of its to replace: its chunks have 256 rows."""
-    draw, (H, d, G, S) = np.random.default_rng(0), (4, 8, 2, 6)
-    shapes = [(2, L, H, d), (2, L, H), (2, L, G, S), (2, L, G, S), (H,), (H,), (H,), (2, H, d, S)]
-    x, step, into, out, rate, skip, bias, state = (draw.normal(size=s).astype("f4") for s in shapes)
-    parts = (x, rate, into, out, skip, step, bias, state)
-    got, after = ssm_update(*(mx.array(part) for part in parts), (0.0, float("inf")))
-    delta = np.logaddexp(0, step + bias)
-    tensors = (torch.tensor(part).double() for part in (x, delta, -np.exp(rate), into, out, state))
-    expected, last = scan_by_heads(*tensors)
-    close(np.array(got), expected.numpy() + skip[:, None] * x)
-    close(np.array(after), last.numpy())
+def test_the_decays_rates_are_worked_out_once_a_request(mixer, monkeypatch):
+    state, stock, shapes = MambaState(), mx.exp, []
+
+    def exp(x):
+        shapes.append(x.shape)
+        return stock(x)
+
+    monkeypatch.setattr(mamba.mx, "exp", exp)
+    for begin in range(3):
+        mix(mixer, rows(1, 5, begin), state)
+    assert shapes.count(mixer.A_log.shape) == 1

@@ -20,7 +20,7 @@ from mlx_vlm_prune.pruners import plan
 from torch_ref.models.loading import load_llava
 
 from . import backbones, llava
-from .backbones import KINDS, theirs
+from .backbones import KINDS, SCANS, theirs
 from .llava import N
 from .pruner_cases import close
 from .test_llava import as_mx, ours, pixels
@@ -50,7 +50,7 @@ def test_there_and_back_gives_the_same_bytes_under_the_same_names(kind, models, 
 
 
 @pytest.mark.parametrize("layout", llava.RENAMED)
-@pytest.mark.parametrize("kind", ["phi", "mamba"])
+@pytest.mark.parametrize("kind", ["phi", *SCANS])
 def test_every_releases_names_are_read(kind, layout, models, tmp_path):
     folder = backbones.write(kind, tmp_path / "hf", layout=layout)
     model, _ = load(folder, dtype="float32")

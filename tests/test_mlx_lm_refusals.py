@@ -26,10 +26,11 @@ def models(tmp_path_factory):
     return backbones.loader(tmp_path_factory.mktemp)
 
 
+@pytest.mark.parametrize("kind", backbones.SCANS)
 @pytest.mark.parametrize("spec", [n for n in IN_DECODER if n not in ("v2drop", "vtw")])
-def test_methods_that_read_attention_are_refused_by_a_mamba_by_name(spec, models):
-    model, prompt, pixel_values = models("mamba").ours, [llava.prompt()], as_mx(pixels())
-    with pytest.raises(UserError, match=f"{spec} cannot prune a mamba: it reads attention"):
+def test_methods_that_read_attention_are_refused_by_a_mamba_by_name(spec, kind, models):
+    model, prompt, pixel_values = models(kind).ours, [llava.prompt()], as_mx(pixels())
+    with pytest.raises(UserError, match=f"{spec} cannot prune a {kind}: it reads attention"):
         model(prompt, pixel_values, plan(spec), K)
 
 
@@ -54,6 +55,7 @@ REFUSED = {
     "qk_layernorm of phi is True; mlx-lm has False": ("phi", _in(qk_layernorm=True)),
     "hidden_act of phi is 'gelu'; mlx-lm has 'gelu_new'": ("phi", _in(hidden_act="gelu")),
     "layer_norm_epsilon of mamba is 1e-06": ("mamba", _in(layer_norm_epsilon=1e-6)),
+    r"time_step_limit is \[0.0, 0.1\]; only": ("mamba2", _in(time_step_limit=[0.0, 0.1])),
     "4 heads of 24 do not make a hidden_size of 64": ("phi", _in(head_dim=24)),
     r"rope_parameters of gemma is .* which is not supported": (
         "gemma", _in(rope_parameters=backbones.TURNS),
@@ -92,6 +94,16 @@ def test_a_damaged_config_of_ours_is_refused_in_a_sentence(models, tmp_path, cap
         file.write_text(json.dumps({**config, "text_config": {**config["text_config"], **damage}}))
         with pytest.raises(UserError, match=sentence):
             load(tmp_path / "mlx")
+
+
+@pytest.mark.parametrize("damage", [{"n_groups": 3}, {"head_dim": 8}], ids=str)
+def test_heads_of_a_mamba_2_that_do_not_fit_are_refused(damage, models, tmp_path, capsys):
+    main(["to-mlx", str(models("mamba2").folder), str(tmp_path / "mlx")])
+    file = tmp_path / "mlx" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "text_config": {**config["text_config"], **damage}}))
+    with pytest.raises(UserError, match="which do not divide 128 evenly"):
+        load(tmp_path / "mlx")
 
 
 def test_without_mlx_lm_a_sentence_names_the_extra(models, monkeypatch, capsys):

@@ -10,98 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import layer_shapes
 from .errors import UserError
+from .layer_shapes import Shapes, Sizes, linear, norm
 from .names.rules import Rule, Table
 from .names.value_order import Reordering
 from .reading.fields import Fields, is_positive
 
 RUNNER = "mlx-lm"  # text_config.runner of a model that mlx-lm computes
-Shapes = dict[str, tuple[int, ...]]  # by a tensor's name, in one layer or in the model
-Sizes = Mapping[str, Any]
-
-
-def linear(name: str, rows: int, columns: int, bias: bool = False) -> Shapes:
-    return {f"{name}.weight": (rows, columns), **({f"{name}.bias": (rows,)} if bias else {})}
-
-
-def norm(name: str, size: int, bias: bool = False) -> Shapes:
-    return {f"{name}.weight": (size,), **({f"{name}.bias": (size,)} if bias else {})}
-
-
-def attention(c: Sizes, qkv_bias: bool, out_bias: bool, out: str = "o_proj") -> Shapes:
-    """The four projections; that of the output is called `out`."""
-    D, head_dim = c["hidden_size"], c["head_dim"]
-    q_rows, kv_rows = (c[f"num_{x}_heads"] * head_dim for x in ("attention", "key_value"))
-    return {
-        **linear("self_attn.q_proj", q_rows, D, qkv_bias),
-        **linear("self_attn.k_proj", kv_rows, D, qkv_bias),
-        **linear("self_attn.v_proj", kv_rows, D, qkv_bias),
-        **linear(f"self_attn.{out}", D, q_rows, out_bias),
-    }
-
-
-def gated_mlp(name: str, D: int, inner: int, bias: bool = False) -> Shapes:
-    """An MLP of three matrices."""
-    return {
-        **linear(f"{name}.gate_proj", inner, D, bias),
-        **linear(f"{name}.up_proj", inner, D, bias),
-        **linear(f"{name}.down_proj", D, inner, bias),
-    }
-
-
-def layer_norms(D: int) -> Shapes:
-    """The norms before attention and before the MLP."""
-    return norm("input_layernorm", D) | norm("post_attention_layernorm", D)
-
-
-def qk_norms(head_dim: int) -> Shapes:
-    return norm("self_attn.q_norm", head_dim) | norm("self_attn.k_norm", head_dim)
-
-
-def _gated_mlp_and_norms(c: Sizes, bias: bool = False) -> Shapes:
-    D = c["hidden_size"]
-    return gated_mlp("mlp", D, c["intermediate_size"], bias) | layer_norms(D)
-
-
-def _llama(c: Sizes) -> Shapes:
-    bias = c["attention_bias"]
-    return attention(c, bias, bias) | _gated_mlp_and_norms(c, c["mlp_bias"])
-
-
-def _qwen2(c: Sizes) -> Shapes:
-    return attention(c, True, False) | _gated_mlp_and_norms(c)
-
-
-def _qwen3(c: Sizes) -> Shapes:
-    return attention(c, False, False) | qk_norms(c["head_dim"]) | _gated_mlp_and_norms(c)
-
-
-def _phi(c: Sizes) -> Shapes:
-    D, inner = c["hidden_size"], c["intermediate_size"]
-    return {
-        **attention(c, True, True, "dense"),
-        **linear("mlp.fc1", inner, D, True),
-        **linear("mlp.fc2", D, inner, True),
-        **norm("input_layernorm", D, True),
-    }
-
-
-def _gemma(c: Sizes) -> Shapes:
-    return attention(c, False, False) | _gated_mlp_and_norms(c)
-
-
-def _mamba(c: Sizes) -> Shapes:
-    D, inner, state, rank = (c[k] for k in _MAMBA_SIZES[:4])
-    kernel = {"mixer.conv1d.weight": (inner, c["conv_kernel"], 1)}
-    return {
-        **linear("mixer.in_proj", 2 * inner, D, c["use_bias"]),
-        **kernel, **({"mixer.conv1d.bias": (inner,)} if c["use_conv_bias"] else {}),
-        **linear("mixer.x_proj", rank + 2 * state, inner),
-        **linear("mixer.dt_proj", inner, rank, True),
-        "mixer.A_log": (inner, state), "mixer.D": (inner,),
-        **linear("mixer.out_proj", D, inner, c["use_bias"]),
-        **norm("norm", D),
-    }  # fmt: skip
 
 
 def _free_heads(c: Sizes, where: Path) -> dict[str, Any]:
@@ -132,6 +48,16 @@ def _mamba_sizes(c: Sizes, where: Path) -> dict[str, Any]:
     return {"intermediate_size": int(part.positive("expand") * D), "time_step_rank": rank}
 
 
+def _mamba_2_sizes(c: Sizes, where: Path) -> dict[str, Any]:
+    """Mamba-2's, whose steps may have any length."""
+    sizes, limits = _mamba_sizes(c, where), c.get("time_step_limit", _ANY_STEP[0])
+    if limits not in _ANY_STEP:
+        raise UserError(
+            f"{where}: time_step_limit is {limits!r}; only [0.0, Infinity] is supported"
+        )
+    return sizes
+
+
 _ATTENTION_SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings",
@@ -140,6 +66,9 @@ _MAMBA_SIZES = (
     "hidden_size", "intermediate_size", "state_size", "time_step_rank", "conv_kernel",
     "num_hidden_layers", "vocab_size",
 )  # fmt: skip
+_MAMBA_2_SIZES = (*_MAMBA_SIZES, "num_heads", "head_dim", "n_groups")
+# As Python writes it and as transformers does.
+_ANY_STEP = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])
 
 
 @dataclass(frozen=True)
@@ -191,6 +120,11 @@ _MAMBA = {
     "expand": 2, "conv_kernel": 4, "time_step_rank": "auto", "use_bias": False,
     "use_conv_bias": True, "tie_word_embeddings": True,
 }  # fmt: skip
+_MAMBA_2 = {
+    **_MAMBA, "hidden_size": 4096, "state_size": 128, "num_hidden_layers": 64, "vocab_size": 32768,
+    "num_heads": 128, "head_dim": 64, "n_groups": 8, "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 _SILU = {"hidden_act": ("silu",)}
 _QWENS = {**_SILU, "use_sliding_window": (False,)}
 _LLAMA3 = {
@@ -205,14 +139,15 @@ _SEQUENCE = Reordering(
     3,
 )
 BACKBONES = {
-    "llama": Backbone("Llama", _LLAMA, _SILU, _llama, rotations=_LLAMA3),
-    "qwen2": Backbone("Qwen2", _QWEN, _QWENS, _qwen2, _equal_heads),
+    "llama": Backbone("Llama", _LLAMA, _SILU, layer_shapes.llama, rotations=_LLAMA3),
+    "qwen2": Backbone("Qwen2", _QWEN, _QWENS, layer_shapes.qwen2, _equal_heads),
     "qwen3": Backbone(
-        "Qwen3", {**_QWEN, "head_dim": 128}, {**_QWENS, "attention_bias": (False,)}, _qwen3
+        "Qwen3", {**_QWEN, "head_dim": 128}, {**_QWENS, "attention_bias": (False,)},
+        layer_shapes.qwen3,
     ),
     "phi": Backbone(
-        "Phi", _PHI, {"hidden_act": ("gelu_new",), "qk_layernorm": (False,)}, _phi, _equal_heads,
-        numbers=("layer_norm_eps", "rope_theta", "partial_rotary_factor"),
+        "Phi", _PHI, {"hidden_act": ("gelu_new",), "qk_layernorm": (False,)}, layer_shapes.phi,
+        _equal_heads, numbers=("layer_norm_eps", "rope_theta", "partial_rotary_factor"),
         norm="final_layernorm", has_norm_bias=True,
     ),
     "gemma": Backbone(  # "gelu" is an old name of the same
@@ -221,11 +156,17 @@ BACKBONES = {
             "hidden_act": ("gelu_pytorch_tanh", "gelu"), "attention_bias": (False,),
             "hidden_activation": ("gelu_pytorch_tanh",), "use_bidirectional_attention": (False,),
         },
-        _gemma,
+        layer_shapes.gemma,
     ),
     "mamba": Backbone(
-        "Mamba", _MAMBA, {**_SILU, "layer_norm_epsilon": (1e-5,)}, _mamba, _mamba_sizes,
+        "Mamba", _MAMBA, {**_SILU, "layer_norm_epsilon": (1e-5,)}, layer_shapes.mamba, _mamba_sizes,
         _MAMBA_SIZES, (), body="backbone", embedding="embeddings", norm="norm_f",
+        reorderings={"layers.*.mixer.conv1d.weight": _SEQUENCE},
+    ),
+    "mamba2": Backbone(
+        "Mamba-2", _MAMBA_2, {**_SILU, "layer_norm_epsilon": (1e-5,)}, layer_shapes.mamba2,
+        _mamba_2_sizes, _MAMBA_2_SIZES, ("layer_norm_epsilon",), body="backbone",
+        embedding="embeddings", norm="norm_f",
         reorderings={"layers.*.mixer.conv1d.weight": _SEQUENCE},
     ),
 }  # fmt: skip
@@ -320,8 +261,21 @@ def check_text_config(part: Fields) -> None:
     if c.get("rope_scaling") is not None:
         _rotation(c, kind, part.file)
     if family.sizes is not _ATTENTION_SIZES:
+        if "num_heads" in family.sizes:
+            _check_heads_of_scan(part)
         return
     share = "partial_rotary_factor"
     turned = int(c["head_dim"] * (c[share] if share in family.numbers else 1))
     if c["num_attention_heads"] % c["num_key_value_heads"] or turned % 2 or turned > c["head_dim"]:
         raise UserError(f"{part.file}: {part.name}'s heads do not divide evenly")
+
+
+def _check_heads_of_scan(part: Fields) -> None:
+    """UserError where Mamba-2's heads do not make up its inner size, or its groups."""
+    c = part.values
+    heads = c["num_heads"]
+    if heads * c["head_dim"] != c["intermediate_size"] or heads % c["n_groups"]:
+        raise UserError(
+            f"{part.file}: {part.name} has {heads} heads of {c['head_dim']} in"
+            f" {c['n_groups']} groups, which do not divide {c['intermediate_size']} evenly"
+        )

@@ -47,8 +47,13 @@ class CLIPConfig(EncoderConfig):
 
     @property
     def depth(self) -> int:
-        """How many layers are run; later ones are held, and never used."""
+        """How many layers the features are computed by."""
         return self.feature_layers or self.num_hidden_layers
+
+    @property
+    def layers_behind(self) -> int:
+        """How many layers are held behind those; signals may be read of the first of them."""
+        return self.num_hidden_layers - self.depth
 
     @property
     def grid(self) -> tuple[int, int]:

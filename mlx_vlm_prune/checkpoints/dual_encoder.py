@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .backbones import Shapes, linear, norm
 from .command_line import either
 from .config import (
     CLIP_TYPE,
@@ -22,6 +21,7 @@ from .config import (
     read_sizes,
 )
 from .errors import UserError
+from .layer_shapes import Shapes, linear, norm
 from .llava.sizes import TOWER_DEFAULTS
 from .names.renaming import to_our_names, to_our_order
 from .names.towers import WHOLE_CLIP, WHOLE_SIGLIP

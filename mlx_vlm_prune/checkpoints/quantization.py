@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .backbones import Shapes
 from .errors import UserError
+from .layer_shapes import Shapes
 from .reading.fields import Fields
 
 # Bits and group sizes of each mode of quantization, the default first.

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 from . import backbones
-from .backbones import Shapes, attention, gated_mlp, layer_norms, linear, norm, qk_norms
 from .config import (
     CLIPConfig,
     EncoderConfig,
@@ -18,6 +17,7 @@ from .config import (
     VLMConfig,
 )
 from .errors import UserError
+from .layer_shapes import Shapes, attention, gated_mlp, layer_norms, linear, norm, qk_norms
 from .quantization import packed
 from .reading.tensors import FLOATS, PACKED, Shaped
 

@@ -19,13 +19,9 @@ from tqdm import tqdm
 
 from ..checkpoints.config import MiniMindConfig
 from ..models.cache import LayerCache
-from ..models.language.mamba import (
-    MambaState,
-    mix,
-    new_cache_2,
-    random_mixer,
-    random_mixer_2,
-)
+from ..models.language import mamba, mamba2
+from ..models.language.mamba import MambaState, random_mixer
+from ..models.language.mamba2 import random_mixer_2
 from ..models.language.minimind import ForwardPass, MiniMind
 from ..models.language.selective_scan import multi_resolution_scan
 from ..models.layers import PREFILL_STEP_SIZE
@@ -66,28 +62,17 @@ def layers(hidden_size: int, state_size: int, every: Iterable[int]) -> dict[str,
         SCAN: scan,
         LOOP: lambda x_1LD: mixer(x_1LD, None),
         ATTENTION: _attention(hidden_size),
-        MAMBA_2: _mamba_2(hidden_size),
+        MAMBA_2: _scan(random_mixer_2(hidden_size, STATES_2, HEAD_DIM), mamba2.mix),
         **{f"mrss r={r}": multi_resolution(r) for r in every},
     }
 
 
-def _scan(mixer: nn.Module) -> Layer:
+def _scan(mixer: nn.Module, mix: Callable[..., mx.array] = mamba.mix) -> Layer:
     def scan(x_1LD: mx.array) -> mx.array:
         state = MambaState()
         return _in_pieces(x_1LD, lambda x, begin: mix(mixer, x, state))
 
     return scan
-
-
-def _mamba_2(hidden_size: int) -> Layer:
-    """mlx-lm's own layer, whose scan is in chunks already."""
-    mixer = random_mixer_2(hidden_size, STATES_2, HEAD_DIM)
-
-    def mamba_2(x_1LD: mx.array) -> mx.array:
-        cache = new_cache_2()
-        return _in_pieces(x_1LD, lambda x, begin: mixer(x, None, cache))
-
-    return mamba_2
 
 
 def _attention(hidden_size: int) -> Layer:

@@ -10,7 +10,7 @@ Shapes: B prompts, L new rows, D features, E inner features, S states of each, K
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -29,7 +29,8 @@ class MambaState:
 
     def __init__(self) -> None:
         self.inputs_BKE: mx.array | None = None  # K - 1 of them
-        self.state_BSE: mx.array | None = None
+        self.scanned: mx.array | None = None  # (B, S, E); Mamba-2's (B, H, d, S)
+        self.A_ES: mx.array | None = None  # of the layer, held from piece to piece
 
     def fork(self) -> "MambaState":
         """A copy; what either reads later is not in the other."""
@@ -40,20 +41,26 @@ class MambaState:
         """The states of several prompts as one batch."""
         joined = cls()
         joined.inputs_BKE = _joined(state.inputs_BKE for state in states)
-        joined.state_BSE = _joined(state.state_BSE for state in states)
+        joined.scanned = _joined(state.scanned for state in states)
+        joined.A_ES = states[0].A_ES
         return joined
 
     def of_prompts(self, prompts: Sequence[int], shared: dict[Any, Any]) -> "MambaState":
         """The states of some prompts of a batch."""
-        assert self.inputs_BKE is not None and self.state_BSE is not None, "a prompt was read"
-        part, index = MambaState(), mx.array(list(prompts))
-        part.inputs_BKE, part.state_BSE = self.inputs_BKE[index], self.state_BSE[index]
+        assert self.inputs_BKE is not None and self.scanned is not None, "a prompt was read"
+        part, index = self.fork(), mx.array(list(prompts))
+        part.inputs_BKE, part.scanned = self.inputs_BKE[index], self.scanned[index]
         return part
 
     @property
     def nbytes(self) -> int:
         """Bytes of the states, however many rows were read."""
-        return sum(x.nbytes for x in (self.inputs_BKE, self.state_BSE) if x is not None)
+        return sum(x.nbytes for x in (self.inputs_BKE, self.scanned) if x is not None)
+
+
+# Of a mixer, some rows (B, L, D), the state that they change, and how many rows of each prompt are
+# padding or None: what the rows become.
+MixPiece = Callable[[Any, mx.array, MambaState, mx.array | None], mx.array]
 
 
 def _joined(parts: Iterable[mx.array | None]) -> mx.array:
@@ -62,19 +69,33 @@ def _joined(parts: Iterable[mx.array | None]) -> mx.array:
 
 def block(layer: Any, x_BLD: mx.array, forward_pass: Any, state: MambaState) -> mx.array:
     """One layer."""
+    return run_block(mix_piece, layer, x_BLD, forward_pass, state)
+
+
+def run_block(
+    mix_piece: MixPiece, layer: Any, x_BLD: mx.array, forward_pass: Any, state: MambaState
+) -> mx.array:
+    """One layer, whose rows are mixed by `mix_piece`."""
     wrapped = layer.wrapped
     padding = forward_pass.padding if forward_pass.padded else ()
-    y_BLD = x_BLD + mix(wrapped.mixer, wrapped.norm(x_BLD), state, padding)
+    y_BLD = x_BLD + in_pieces(mix_piece, wrapped.mixer, wrapped.norm(x_BLD), state, padding)
     if not wrapped.training:  # whose gradients need the graph
         mx.async_eval(y_BLD)  # states follow one another: the graph of all layers would be long
     return y_BLD
 
 
 def mix(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int] = ()) -> mx.array:
-    """What mlx-lm's `MambaBlock` computes, from a state on. So many rows of each prompt as
-    `padding` says are padding, on the left: they change no state, and what they get is arbitrary.
+    """What mlx-lm's `MambaBlock` computes, from a state on."""
+    return in_pieces(mix_piece, mixer, x_BLD, state, padding)
 
-    Rows go piece by piece, so that the arrays of a piece are in the cache and memory is bounded.
+
+def in_pieces(
+    mix_piece: MixPiece, mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int]
+) -> mx.array:
+    """Rows go piece by piece, so that the arrays of a piece are in the cache and memory is bounded.
+
+    So many rows of each prompt as `padding` says are padding, on the left: they change no state,
+    and what they get is arbitrary.
     """
     step = ROWS_CPU if on_cpu() else ROWS_GPU
     pieces: list[mx.array] = []
@@ -82,60 +103,50 @@ def mix(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int] =
         piece_BLD = x_BLD[:, begin : begin + step]
         if pieces:  # MLX would compute the projections of all pieces at first
             (piece_BLD,) = mx.depends([piece_BLD], [pieces[-1]])
-        pieces.append(_mix_piece(mixer, piece_BLD, state, [n - begin for n in padding]))
+        rows = [min(max(n - begin, 0), piece_BLD.shape[1]) for n in padding]
+        pieces.append(mix_piece(mixer, piece_BLD, state, mx.array(rows) if rows else None))
     return mx.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0]
 
 
-def _mix_piece(mixer: Any, x_BLD: mx.array, state: MambaState, padding: Sequence[int]) -> mx.array:
+def mix_piece(
+    mixer: Any, x_BLD: mx.array, state: MambaState, padding_B: mx.array | None
+) -> mx.array:
+    """Some rows of Mamba's."""
     x_BLE, gate_BLE = mx.split(mixer.in_proj(x_BLD), 2, axis=-1)
-    L = x_BLD.shape[1]
-    padding_B = mx.array([min(max(n, 0), L) for n in padding]) if padding else None
     inner_BLE = silu(convolve(mixer.conv1d, x_BLE, state, padding_B))
     low = mixer.x_proj(inner_BLE.astype(x_BLD.dtype))
     rank, S = mixer.time_step_rank, mixer.ssm_state_size
     delta_BLR, B_BLS, C_BLS = mx.split(low, [rank, rank + S], axis=-1)
     delta_BLE = softplus(mixer.dt_proj(delta_BLR))
     if padding_B is not None:
-        delta_BLE = mx.where((mx.arange(L) >= padding_B[:, None])[..., None], delta_BLE, 0)
-    A_ES = -mx.exp(mixer.A_log.astype(mx.float32))
-    y_BLE, state.state_BSE = selective_scan(
-        inner_BLE, delta_BLE, A_ES, B_BLS, C_BLS, state.state_BSE, recompute=mixer.training
+        delta_BLE = mx.where(is_real(padding_B, x_BLD.shape[1])[..., None], delta_BLE, 0)
+    if state.A_ES is None or mixer.training:  # an array that is held has no gradients
+        state.A_ES = -mx.exp(mixer.A_log.astype(mx.float32))
+    y_BLE, state.scanned = selective_scan(
+        inner_BLE, delta_BLE, state.A_ES, B_BLS, C_BLS, state.scanned, recompute=mixer.training
     )
     y_BLE = (y_BLE + mixer.D * inner_BLE) * silu(gate_BLE)
     return mixer.out_proj(y_BLE.astype(x_BLD.dtype))
 
 
+def is_real(padding_B: mx.array, L: int) -> mx.array:
+    """Which of L rows are no padding, (B, L)."""
+    return mx.arange(L) >= padding_B[:, None]
+
+
 def random_mixer(hidden_size: int, state_size: int, seed: int = 0) -> Any:
     """mlx-lm's `MambaBlock` with random weights, as wide inside as Mamba's own, to be timed."""
-    module = _stock("mamba")
+    module = stock_module("mamba")
     sizes = module.ModelArgs(
         model_type="mamba", vocab_size=1, hidden_size=hidden_size, num_hidden_layers=1,
         intermediate_size=2 * hidden_size, state_size=state_size, conv_kernel=4, use_bias=False,
         use_conv_bias=True, time_step_rank=-(-hidden_size // 16),
     )  # fmt: skip
     mx.random.seed(seed)
-    return _to_be_timed(module.MambaBlock(sizes))
+    return to_be_timed(module.MambaBlock(sizes))
 
 
-def random_mixer_2(hidden_size: int, state_size: int, head_dim: int) -> Any:
-    """mlx-lm's `Mamba2Block`, which reads rows in chunks by matrix products, as wide inside."""
-    module = _stock("mamba2")
-    sizes = module.ModelArgs(
-        model_type="mamba2", vocab_size=1, hidden_size=hidden_size, num_hidden_layers=1,
-        num_heads=2 * hidden_size // head_dim, head_dim=head_dim, n_groups=1,
-        intermediate_size=2 * hidden_size, state_size=state_size, conv_kernel=4, use_bias=False,
-        use_conv_bias=True, tie_word_embeddings=True, layer_norm_epsilon=1e-5,
-        time_step_limit=(0.0, float("inf")), time_step_rank="auto",
-    )  # fmt: skip
-    return _to_be_timed(module.Mamba2Block(sizes, 0))
-
-
-def new_cache_2() -> Any:
-    """mlx-lm's own cache of a `Mamba2Block`."""
-    return _stock("cache").ArraysCache(size=2)
-
-
-def _stock(name: str) -> Any:
+def stock_module(name: str) -> Any:
     """A module of mlx-lm's models; UserError without mlx-lm."""
     try:
         return import_module(f"mlx_lm.models.{name}")
@@ -143,7 +154,8 @@ def _stock(name: str) -> Any:
         raise UserError(f"a layer of Mamba needs mlx-lm: {INSTALL} ({problem})") from None
 
 
-def _to_be_timed(layer: Any) -> Any:
+def to_be_timed(layer: Any) -> Any:
+    """With its weights computed."""
     layer.eval()
     mx.eval(layer.parameters())
     return layer

@@ -12,8 +12,8 @@ d head size.
 
 import logging
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -25,7 +25,7 @@ from ...checkpoints.errors import UserError
 from ...pruners.contract import Stage
 from ...pruners.pipeline import Pipeline
 from ..cache import LayerCache
-from . import mamba
+from . import mamba, mamba2
 from .minimind import ForwardPass, LayerStack, attend
 from .rotary import RotaryOffsets
 
@@ -110,6 +110,7 @@ class Family:
     cache: Callable[[], Any] = LayerCache
     scales_embeddings: bool = False  # times the root of hidden_size
     attends: bool = True  # False without attention
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # those that text_config has not
 
 
 def phi_block(
@@ -147,6 +148,10 @@ FAMILIES = {
     "mamba": Family(
         "mamba", body="backbone", embedding="embeddings", norm="norm_f", block=mamba.block,
         cache=mamba.MambaState, attends=False,
+    ),
+    "mamba2": Family(
+        "mamba2", body="backbone", embedding="embeddings", norm="norm_f", block=mamba2.block,
+        cache=mamba.MambaState, attends=False, sizes={"time_step_limit": mamba2.ANY_STEP},
     ),
 }  # fmt: skip
 ROW_SIGNALS = {"before", "normed"}  # signals that need no attention
@@ -225,4 +230,4 @@ def _build(config: MlxLmConfig, family: Family) -> Any:
         raise UserError(
             f"a {config.model_type} language model needs mlx-lm: {mamba.INSTALL} ({problem})"
         ) from None
-    return models.Model(models.ModelArgs.from_dict(dict(config.text_config)))
+    return models.Model(models.ModelArgs.from_dict({**config.text_config, **family.sizes}))

@@ -85,7 +85,7 @@ class AttentionLayer:
 
 
 class MambaLayer:
-    """A layer of Mamba. Rows are read again from the first one on: nothing is remembered."""
+    """A layer that scans. Rows are read again from the first one on: nothing is remembered."""
 
     def __init__(self, stock: nn.Module):
         self.stock = stock
@@ -103,7 +103,9 @@ class TextModel(nn.Module):
     def __init__(self, config: MlxLmConfig, published: Mapping[str, Any]):
         """`published` is the text_config of a LLaVA's config.json."""
         super().__init__()
-        stock = AutoConfig.for_model(**published)
+        # Mamba-2's infinity, which transformers writes as no number, is its default.
+        sizes = {name: value for name, value in published.items() if name != "time_step_limit"}
+        stock = AutoConfig.for_model(**sizes)
         self.stock = AutoModel.from_config(
             stock, attn_implementation=ATTENTION, dtype=torch.float32
         )
