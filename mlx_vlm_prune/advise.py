@@ -273,7 +273,8 @@ def run(args: argparse.Namespace) -> None:
     advice = advise(model, processor, args.image or compose(SAMPLE_SEED).image(), evaluation)
     print("\n".join(advice.lines))
     if args.json:
-        figures = {**asdict(advice), "machine": describe_machine(), "versions": versions()}
+        machine = {"machine": describe_machine(), "versions": versions()}
+        figures = {"command": "advise", **asdict(advice), **machine}
         write_atomically(args.json, json.dumps(figures, indent=4, ensure_ascii=False) + "\n")
 
 

@@ -223,7 +223,9 @@ def _write_files(
         if args.verbose:
             print(f"Overlay: {args.overlay}")
     if args.json:
-        figures = as_json(answer) | ({"full": as_json(full)} if full else {})
+        figures = (
+            {"command": "generate"} | as_json(answer) | ({"full": as_json(full)} if full else {})
+        )
         figures |= {"budget": choice.as_json(answer)} if choice else {}
         write_atomically(args.json, json.dumps(figures, indent=4, ensure_ascii=False) + "\n")
 

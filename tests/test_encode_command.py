@@ -154,8 +154,16 @@ def test_images_are_listed_by_name_without_hidden_ones(tmp_path):
     images = find_images([tmp_path, tmp_path / "b.png"])
     assert [(image.name, image.label) for image in images] == [
         ("a.JPG", None), ("b.png", None), ("cat/deep/y.png", "cat"), ("cat/z.webp", "cat"),
-        ("b.png", None),
     ]  # fmt: skip
+
+
+def test_a_file_given_twice_is_one_image_of_its_class(desk):
+    folder = desk / "classes"
+    file = folder / "cat" / "0.png"
+    twice = find_images([file, folder / "cat" / ".." / "cat" / "0.png", folder])
+    assert len(twice) == 24 and [image.label for image in twice].count("cat") == 8
+    arguments = [str(desk / "plain" / "0.png"), "--limit", "3"]
+    assert run(desk, "clip", "plain/0.png", "--image", *arguments)["images"] == 1
 
 
 def test_cosines_and_the_nearest_text_by_hand(monkeypatch):

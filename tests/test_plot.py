@@ -206,12 +206,28 @@ BROKEN = {
 }
 
 
+REASONS = {
+    "no rows": "there is no rows", "rows that are none": "a value is of another kind",
+    "no full": "no row has all visual tokens", "no times": "there is no ms",
+    "no machine": "there is no machine", "a text for a number": "a value is of another kind",
+    "no tokens at all": "a value is of another kind",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("change", BROKEN)
 def test_what_is_no_result_is_refused_in_a_sentence(change, desk, tmp_path, capsys):
     file = changed(desk, tmp_path, "sweep.json", BROKEN[change])
     err = refused(capsys, file, "--out", tmp_path / "f")
-    assert f"{file} is no result of `sweep`, `evaluate` or `encode`" in err
+    assert f"{file} is no result of `sweep`, `evaluate` or `encode`: {REASONS[change]}" in err
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("command", ["scan", "generate", "advise", "evaluate --merge"])
+def test_another_commands_file_is_named(command, tmp_path, capsys):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"command": command, "rows": [{"overall": 1}]}))
+    sentence = f"{file} is a result of `{command}`; plot reads those of `sweep`, `evaluate` or"
+    assert sentence in refused(capsys, file)
 
 
 def test_other_mistakes_are_a_sentence_too(desk, tmp_path, capsys):

@@ -5,6 +5,7 @@ a CSV file with the columns file_name and label.
 """
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,12 +30,17 @@ class ImageFile:
 
 
 def find_images(sources: Sequence[Path], labels: Path | None = None) -> list[ImageFile]:
-    """The images of files and folders, in the order of their names within each folder.
+    """The images of files and folders, each once, in the order of their names within each folder.
 
     In a folder the sub-folder is the class; `labels` is a CSV file in its place. Raises UserError
     where there is no image, or the file is not such a one.
     """
-    images = [image for source in sources for image in _images_of(source)]
+    by_path: dict[str, ImageFile] = {}
+    for image in (image for source in sources for image in _images_of(source)):
+        place = os.path.abspath(image.path)
+        if place not in by_path or by_path[place].label is None:
+            by_path[place] = image
+    images = list(by_path.values())
     if not images:
         raise UserError(f"there is no image ({', '.join(SUFFIXES)}) in {either(map(str, sources))}")
     if labels is None:

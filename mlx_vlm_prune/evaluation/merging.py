@@ -21,8 +21,9 @@ MethodKey = tuple[str, str, float]  # spec, policy of positions, tokens or share
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A result of `evaluate`: its rows by method, budget and policy of positions, full apart."""
+class SetEvaluation:
+    """A result of `evaluate` on one question set: its rows by method, budget and policy of
+    positions, full apart; `name` is its column's."""
 
     path: Path
     content: dict[str, Any]
@@ -31,7 +32,7 @@ class Evaluation:
     name: str = ""
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> SetEvaluation:
     """A result. Raises UserError for a file that is none, or where full scored 0."""
     content = read_json(path, most=None)
     try:
@@ -55,7 +56,7 @@ def read_evaluation(path: Path) -> Evaluation:
             f"{path}: with all tokens the model scores {full:g} on {content['questions']}, so"
             " nothing can be given in percent of it"
         )
-    return Evaluation(path, content, full, rows)
+    return SetEvaluation(path, content, full, rows)
 
 
 def _key(row: dict[str, Any]) -> MethodKey:
@@ -63,7 +64,7 @@ def _key(row: dict[str, Any]) -> MethodKey:
     return str(row["pruner"]), str(row.get("positions", "")), K
 
 
-def read_evaluations(paths: Sequence[Path]) -> list[Evaluation]:
+def read_evaluations(paths: Sequence[Path]) -> list[SetEvaluation]:
     """Results of one model on different sets, each with a name for its column. Raises UserError."""
     evaluations = [read_evaluation(path) for path in paths]
     first, *others = evaluations
@@ -111,6 +112,7 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
         lists = [f"{one.path} has {_named(one.rows)}" for one in evaluations]
         raise UserError(f"no method is in every file with the same budget: {'; '.join(lists)}")
     return {
+        "command": "evaluate --merge",
         "model": evaluations[0].content["model"],
         "sets": [
             {"name": one.name, "file": str(one.path), "full": one.full}
@@ -131,13 +133,13 @@ def merge(paths: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def _full_row(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def _full_row(evaluations: Sequence[SetEvaluation]) -> dict[str, Any]:
     figures = {one.name: one.full for one in evaluations}
     relative = {name: 100.0 for name in figures}
     return {"pruner": FULL, "budget": None, "overall": figures, "relative": relative, "rel": 100.0}
 
 
-def _row(key: MethodKey, evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+def _row(key: MethodKey, evaluations: Sequence[SetEvaluation]) -> dict[str, Any]:
     spec, positions, K = key
     figures = {one.name: float(one.rows[key]["overall"]) for one in evaluations}
     relative = {one.name: 100 * figures[one.name] / one.full for one in evaluations}

@@ -54,6 +54,7 @@ def result_of(
     ]
     _add_columns(rows, evaluation, answers, first_tokens)
     return {
+        "command": "evaluate",
         "questions": evaluation.question_set.name,
         "format": format.name,
         "model": args.model or "scenes",

@@ -21,6 +21,13 @@ PARTS = ("image", "vision", "pruner", "prefill")
 Size = tuple[float, float]
 WIDE: Size = (6.8, 4.6)
 LINE_HEIGHT = 0.21  # inches of a row of a figure with a line for each case
+AGREEMENT = "tokens that the answer shares with the full one, %"
+IMAGE_TIME = "time of an image in a batch, ms"
+ENCODED = {  # columns of a result of `encode`: the figure's name, its title and its axis
+    "cosine": ("cosine", "Consistency", "cosine to the embedding of all tokens, x 100"),
+    "same_text": ("same-text", "The same text", "images that choose the same text, %"),
+    "accuracy": ("zero-shot", "Zero-shot accuracy", "images that choose the right text, %"),
+}
 
 
 @dataclass(frozen=True)
@@ -89,9 +96,6 @@ def _of_sweep(sweep: Sweep) -> Iterator[PlannedFigure]:
                             partial(_time_by_part, sweep))  # fmt: skip
 
 
-AGREEMENT = "tokens that the answer shares with the full one, %"
-
-
 def _of_evaluation(evaluation: Evaluation) -> Iterator[PlannedFigure]:
     yield PlannedFigure(
         "accuracy-by-tokens", "Accuracy against tokens", WIDE,
@@ -133,14 +137,6 @@ def _of_encoding(encoding: Encoding) -> Iterator[PlannedFigure]:
                 f"{name}-by-time", f"{title} against time", WIDE,
                 partial(_points, points, full, axis, IMAGE_TIME),
             )  # fmt: skip
-
-
-IMAGE_TIME = "time of an image in a batch, ms"
-ENCODED = {  # columns of a result of `encode`: the figure's name, its title and its axis
-    "cosine": ("cosine", "Consistency", "cosine to the embedding of all tokens, x 100"),
-    "same_text": ("same-text", "The same text", "images that choose the same text, %"),
-    "accuracy": ("zero-shot", "Zero-shot accuracy", "images that choose the right text, %"),
-}
 
 
 def _percent_of(column: str, row: Row) -> float:

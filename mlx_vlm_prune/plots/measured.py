@@ -9,6 +9,8 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json
 from ..evaluation.table import Row, label
 
+READ = ("evaluate", "sweep", "encode")  # results of these commands; older ones do not name theirs
+READ_IN_WORDS = "`sweep`, `evaluate` or `encode`"
 QUARTER = 0.25  # of the tokens: the budget at which methods are compared
 
 
@@ -124,17 +126,25 @@ def case_key(row: Row) -> tuple[str, float]:
 def read_result(path: Path) -> Measured:
     """Raises UserError for a file that is no result, or one without a pruned row."""
     content = read_json(path)
+    if (command := content.get("command", READ[0])) not in READ:
+        raise UserError(f"{path} is a result of `{command}`; plot reads those of {READ_IN_WORDS}")
     try:
         result = _kind_of(content)(path.stem, content)
         result.check()
         has_pruned = bool(result.pruned)
-    except (KeyError, TypeError, AttributeError, LookupError, StopIteration) as e:
-        raise UserError(
-            f"{path} is no result of `sweep`, `evaluate` or `encode` ({type(e).__name__}: {e})"
-        ) from None
+    except StopIteration:
+        raise _no_result(path, "no row has all visual tokens") from None
+    except KeyError as missing:
+        raise _no_result(path, f"there is no {missing.args[0]}") from None
+    except (TypeError, AttributeError, LookupError):
+        raise _no_result(path, "a value is of another kind") from None
     if not has_pruned:
         raise UserError(f"{path} has all visual tokens only, and nothing to compare with them")
     return result
+
+
+def _no_result(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is no result of {READ_IN_WORDS}: {why}")
 
 
 def _kind_of(content: Mapping[str, Any]) -> type[Measured]:

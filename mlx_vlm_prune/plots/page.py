@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.table import label
 from .figures import PlannedFigure
-from .measured import Evaluation, Measured, Sweep
+from .measured import Encoding, Evaluation, Measured, Sweep
 
 Table = tuple[str, Sequence[str], list[list[str]]]  # a sentence, headings, rows
 PAGE = """<!DOCTYPE html>
@@ -61,10 +61,13 @@ def _section(result: Measured) -> str:
 def _table_of(result: Measured) -> Table:
     if isinstance(result, Sweep):
         return _sweep_table(result)
-    return _score_table(result) if isinstance(result, Evaluation) else _encode_table(result)
+    if isinstance(result, Evaluation):
+        return _score_table(result)
+    assert isinstance(result, Encoding)
+    return _encode_table(result)
 
 
-def _sweep_table(sweep: Measured) -> Table:
+def _sweep_table(sweep: Sweep) -> Table:
     content = sweep.content
     images = len(content["images"])
     about = (
@@ -101,7 +104,7 @@ def _score_table(evaluation: Evaluation) -> Table:
     return about, heads, rows
 
 
-def _encode_table(encoding: Measured) -> Table:
+def _encode_table(encoding: Encoding) -> Table:
     content = encoding.content
     about = f"{content['images']} images, {content['batch_size']} at once."
     heads = ["pruner", "tokens", "ms of an image", "images/s", "cosine"]

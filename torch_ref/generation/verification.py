@@ -139,6 +139,7 @@ def as_json(
     environment = recording.facts["environment"]
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     return {
+        "command": "verify",
         "source": str(args.source), "model": str(args.model), "images": args.image,
         "prompt": args.prompt, "keep_ratio": args.keep_ratio, "visual_tokens": model.N,
         "tolerance": {"relative": RELATIVE, "of_largest": OF_LARGEST},
