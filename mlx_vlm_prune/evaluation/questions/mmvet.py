@@ -10,8 +10,8 @@ and the right answer (`judge_url` and `judge_model`; GPT-4 in published tables, 
 other models do not compare with those). A grade that is no number is asked for again, at a rising
 temperature, and is 0 after the fifth. `upload` is the file that their own evaluation reads.
 
-GRADING is their prompt, word by word: grades depend on it. It is part of MM-Vet's evaluator
-(github.com/yuweihao/MM-Vet, Apache License 2.0) and stands in table 1 of the paper.
+GRADING is their prompt, word by word, since grades depend on it: from mm-vet_evaluator.py of
+github.com/yuweihao/MM-Vet@acde843, under the Apache License 2.0, whose text is in LICENSE.
 """
 
 import json
@@ -22,7 +22,7 @@ from typing import Any
 
 from ...checkpoints.errors import UserError
 from . import BadRecords, Question, Source
-from .prepared import annotation_file, is_prepared, read_prepared
+from .prepared import Annotate, annotation_file, is_prepared, read_prepared
 from .records import (
     RecordError,
     image_file,
@@ -83,7 +83,7 @@ def _questions(name: str, record: dict[str, Any], images: Path) -> Iterator[Ques
     yield _annotated(Question(name, text_field(record, "question"), (), image), record)
 
 
-def _annotate(path: Path) -> Any:
+def _annotate(path: Path) -> Annotate:
     """What adds the right answers to LLaVA's questions, whose ids are those without "v1_"."""
     file = annotation_file(path, "mm-vet.json", "mm-vet/mm-vet.json")
     records = load_json(file, dict) if file else {}
@@ -131,7 +131,9 @@ def score(question: Question, response: str) -> float:
     raise UserError("MM-Vet is scored by a language model: give judge_url and judge_model")
 
 
-def score_figures(questions: list[Question], scores: list[float]) -> dict[str, float]:
+def extra_figures(
+    questions: list[Question], responses: list[str], scores: list[float]
+) -> dict[str, float]:
     """The mean grade of the questions that need a capability, in %."""
     grades: dict[str, list[float]] = {}
     for question, grade in zip(questions, scores, strict=True):
