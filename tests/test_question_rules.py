@@ -203,7 +203,7 @@ def test_mmvet_figures_are_means_over_each_capability():
         grades[f"v1_{n}"] = rng.choice([0.0, 0.1, 0.5, 1.0])
     questions = [mmvet._annotated(question(name=name), record) for name, record in data.items()]
     theirs = rules.mmvet_scores(grades, data)
-    figures = mmvet.score_figures(questions, list(grades.values()))
+    figures = mmvet.extra_figures(questions, [], list(grades.values()))
     total = theirs.pop("total")
     assert figures == pytest.approx(theirs)
     assert 100 * sum(grades.values()) / CASES == pytest.approx(total)

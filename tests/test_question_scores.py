@@ -65,7 +65,7 @@ def test_pope_takes_no_and_not_in_the_first_sentence_for_no(response, meaning):
 def test_pope_reports_precision_recall_f1_and_the_share_of_yes():
     labels = ["yes", "yes", "yes", "no", "no", "no", "no", "no"]
     responses = ["Yes", "Yes", "No", "Yes", "No", "No", "No", "No"]
-    figures = pope.extra_figures([question(label) for label in labels], responses)
+    figures = pope.extra_figures([question(label) for label in labels], responses, [])
     # yes: right 2, predicted 3, actual 3; right 2 + 4 of 8
     assert figures == pytest.approx(
         {
@@ -79,7 +79,7 @@ def test_pope_reports_precision_recall_f1_and_the_share_of_yes():
 
 
 def test_pope_of_nothing_but_no_divides_by_nothing():
-    figures = pope.extra_figures([question("no"), question("no")], ["no", "no"])
+    figures = pope.extra_figures([question("no"), question("no")], ["no", "no"], [])
     assert (figures["accuracy"], figures["precision"], figures["F1"]) == (100, 0, 0)
 
 
@@ -229,8 +229,9 @@ def test_mme_sums_perception_and_cognition_apart():
     ):
         questions += [question(label, kind=kind, group=f"{kind}/1") for label in ("yes", "no")]
         responses += answers
-    assert mme.extra_figures(questions, responses) == {"perception": 250, "cognition": 0}
-    assert mme.extra_figures(questions[:4], responses[:4]) == {"perception": 250}
+    scores = [mme.score(*pair) for pair in zip(questions, responses, strict=True)]
+    assert mme.extra_figures(questions, [], scores) == {"perception": 250, "cognition": 0}
+    assert mme.extra_figures(questions[:4], [], scores[:4]) == {"perception": 250}
 
 
 @pytest.mark.parametrize(

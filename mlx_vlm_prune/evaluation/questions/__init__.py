@@ -134,9 +134,9 @@ class Format:
     - `SCALE`, `UNIT`: a kind's mean is multiplied by SCALE for display (default: 100, "%");
     - `TOTAL`: how kinds make up the overall figure: "mean" over all groups (default), or "sum"
       over the kinds;
-    - `extra_figures(questions, responses) -> dict[str, float]`: further figures that the format's
-      authors report, in the unit in which they are shown (POPE: F1 and share of yes, in %);
-    - `score_figures(questions, scores) -> dict[str, float]`: the same, from the questions' scores;
+    - `extra_figures(questions, responses, scores) -> dict[str, float]`: further figures that the
+      format's authors report, in the unit in which they are shown (POPE: F1 and share of yes, in
+      %), from the responses or from their scores;
     - `LEAST_TOKENS`: a response may be at least so long, if the user sets no limit (default: 32);
     - `upload(questions, responses, source) -> dict[str, bytes]`: files for the authors' evaluation
       or its server, from the end of a file's name to its content;
@@ -180,12 +180,9 @@ class Format:
         self, questions: list[Question], responses: list[str], scores: list[float]
     ) -> dict[str, float]:
         """The authors' further figures."""
-        figures: dict[str, float] = {}
-        if hasattr(self.module, "extra_figures"):
-            figures |= self.module.extra_figures(questions, responses)
-        if hasattr(self.module, "score_figures"):
-            figures |= self.module.score_figures(questions, scores)
-        return figures
+        if not hasattr(self.module, "extra_figures"):
+            return {}
+        return self.module.extra_figures(questions, responses, scores)
 
     def upload(
         self, questions: list[Question], responses: list[str], source: Source

@@ -78,7 +78,9 @@ def score(question: Question, response: str) -> float:
     return references.cider(words(response))
 
 
-def extra_figures(questions: list[Question], responses: list[str]) -> dict[str, float]:
+def extra_figures(
+    questions: list[Question], responses: list[str], scores: list[float]
+) -> dict[str, float]:
     """ROUGE-L with the references, in %."""
     pairs = zip(questions, responses, strict=True)
     return {"ROUGE-L": 100 * mean([rouge_l(words(r), q.scoring_data.captions) for q, r in pairs])}

@@ -12,13 +12,13 @@ the file of predictions that their `eval.py` reads.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from . import BadRecords, Question, Source
-from .prepared import annotation_file, is_prepared, read_prepared
+from .prepared import Annotate, annotation_file, is_prepared, read_prepared
 from .records import (
     RecordError,
     id_field,
@@ -56,7 +56,7 @@ def _structure(record: dict[str, Any]) -> str:
     return optional_field(types, "structural", "all") if isinstance(types, dict) else "all"
 
 
-def _annotate(path: Path) -> Callable[[Question], Question]:
+def _annotate(path: Path) -> Annotate:
     """What adds the right answers to LLaVA's questions."""
     name = f"{path.stem.lower().removeprefix('llava_gqa_')}_questions.json"
     file = annotation_file(path, f"data/{name}", f"data/*/{name}", name)

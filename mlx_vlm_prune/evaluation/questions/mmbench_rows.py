@@ -51,8 +51,8 @@ def _question(row: dict[str, str], images: dict[str, bytes], suffix: str) -> Que
     if len(right) > 1 or right not in letters:
         raise RecordError(f"answer is {right[:40]!r}; it is one of {', '.join(letters)}")
     hint = value_of(row, "hint")
-    asked_text = (f"{hint}\n" if hint else "") + text_field(row, "question")
-    prompt = f"{asked_text}\n{lettered_options(choices)}"
+    text_of_row = (f"{hint}\n" if hint else "") + text_field(row, "question")
+    prompt = f"{text_of_row}\n{lettered_options(choices)}"
     number = int(index[:12]) if index.isdecimal() else index
     record = {"question_id": number, "round_id": 0, "prompt": prompt, "options": choices,
               "option_char": [*letters]}  # fmt: skip

@@ -140,15 +140,16 @@ def group_score(scores: list[float]) -> float:
     return mean(scores) + float(min(scores) == 1)
 
 
-def extra_figures(questions: list[Question], responses: list[str]) -> dict[str, float]:
+def extra_figures(
+    questions: list[Question], responses: list[str], scores: list[float]
+) -> dict[str, float]:
     """The sums over perception and over cognition, of the subtasks that were asked."""
     groups: dict[tuple[str, str], list[float]] = {}
-    for question, response in zip(questions, responses, strict=True):
-        key = (question.kind, question.group)
-        groups.setdefault(key, []).append(score(question, response))
+    for question, question_score in zip(questions, scores, strict=True):
+        groups.setdefault((question.kind, question.group), []).append(question_score)
     images: dict[str, list[float]] = {}
-    for (kind, _), scores in groups.items():
-        images.setdefault(kind, []).append(100 * group_score(scores))
+    for (kind, _), both in groups.items():
+        images.setdefault(kind, []).append(100 * group_score(both))
     halves = {"perception": PERCEPTION, "cognition": COGNITION}
     present = {half: [kind for kind in images if kind in halves[half]] for half in halves}
     return {half: sum(mean(images[k]) for k in kinds) for half, kinds in present.items() if kinds}

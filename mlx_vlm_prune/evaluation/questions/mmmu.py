@@ -177,14 +177,16 @@ def score(question: Question, response: str) -> float:
     )
 
 
-def score_figures(questions: list[Question], scores: list[float]) -> dict[str, float]:
+def extra_figures(
+    questions: list[Question], responses: list[str], scores: list[float]
+) -> dict[str, float]:
     """The accuracy of each of the six domains that was asked, in %."""
     figures = {}
     for domain, subjects in DOMAINS.items():
         pairs = zip(questions, scores, strict=True)
-        asked_of = [score for q, score in pairs if q.kind in subjects.split()]
-        if asked_of:
-            figures[domain] = 100 * sum(asked_of) / len(asked_of)
+        of_domain = [score for q, score in pairs if q.kind in subjects.split()]
+        if of_domain:
+            figures[domain] = 100 * sum(of_domain) / len(of_domain)
     return figures
 
 

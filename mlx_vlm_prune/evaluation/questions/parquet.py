@@ -17,8 +17,8 @@ def open_parquet(path: Path, columns: Sequence[str], streamed: bool = False) -> 
     except ImportError:
         raise missing_package("pyarrow", "reading parquet") from None
     try:
-        how = {"buffer_size": 1 << 20, "pre_buffer": False} if streamed else {}
-        file = ParquetFile(path, **how)
+        buffers = {"buffer_size": 1 << 20, "pre_buffer": False} if streamed else {}
+        file = ParquetFile(path, **buffers)
     except (ArrowException, OSError) as e:
         raise UserError(f"{path} is not a readable parquet file ({reason(e)})") from None
     missing = [name for name in columns if name not in file.schema_arrow.names]

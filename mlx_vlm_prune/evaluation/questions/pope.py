@@ -12,7 +12,7 @@ the authors' script. Besides accuracy they report precision, recall and F1 of ye
 and the share of yes. Where a figure divides by zero their script fails; here it is 0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from ...checkpoints.errors import UserError
 from ...checkpoints.reading.paths import find_files
 from . import BadRecords, Question, Source
-from .prepared import is_prepared, read_prepared, without_suffix
+from .prepared import Annotate, is_prepared, read_prepared, without_suffix
 from .records import (
     RecordError,
     existing_file,
@@ -72,7 +72,7 @@ def _question(kind: str, images: Path, line: bytes) -> list[Question]:
     return [question]
 
 
-def _annotate(path: Path) -> Callable[[Question], Question]:
+def _annotate(path: Path) -> Annotate:
     """What adds the labels to LLaVA's questions, by kind, image and text."""
     folders = (path.parent / "coco", path.parent)
     files = [file for folder in folders for file in find_files(folder, "coco_pope_*.json")]
@@ -113,7 +113,9 @@ def score(question: Question, response: str) -> float:
     return float(yes_or_no(response) == question.answers[0])
 
 
-def extra_figures(questions: list[Question], responses: list[str]) -> dict[str, float]:
+def extra_figures(
+    questions: list[Question], responses: list[str], scores: list[float]
+) -> dict[str, float]:
     """Accuracy, precision, recall, F1 and the share of yes, in %."""
     labels = [question.answers[0] for question in questions]
     pairs = list(zip(labels, map(yes_or_no, responses), strict=True))

@@ -13,14 +13,14 @@ measured, is the most frequent one, and among equals the earlier.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...checkpoints.errors import UserError
 from . import BadRecords, Question, Source
-from .prepared import annotation_file, is_prepared, read_prepared
+from .prepared import Annotate, annotation_file, is_prepared, read_prepared
 from .records import (
     RecordError,
     id_field,
@@ -68,7 +68,7 @@ def _annotated(question: Question, record: dict[str, Any]) -> Question:
     )
 
 
-def _annotate(path: Path) -> Callable[[Question], Question]:
+def _annotate(path: Path) -> Annotate:
     """What adds the right answers to LLaVA's questions, by image and text."""
     file = annotation_file(path, "TextVQA_*val.json")
     records = {
@@ -80,7 +80,7 @@ def _annotate(path: Path) -> Callable[[Question], Question]:
     def annotate(question: Question) -> Question:
         if not file:
             return question
-        record = records.get((question.id, _asked_text(question.text).lower()))
+        record = records.get((question.id, _question_in(question.text).lower()))
         if record is None:
             raise RecordError(f"{file} does not have this question about {question.id}")
         return replace(_annotated(question, record), id=id_field(record, "question_id"))
@@ -88,7 +88,7 @@ def _annotate(path: Path) -> Callable[[Question], Question]:
     return annotate
 
 
-def _asked_text(prompt: str) -> str:
+def _question_in(prompt: str) -> str:
     """The question in one of LLaVA's prompts, which list the text that OCR finds in three ways."""
     if prompt.startswith("OCR tokens: ") and (match := _BETWEEN.search(prompt)):
         return match.group(1)
