@@ -14,7 +14,7 @@ from benchmarks.report import fill
 from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import compose
 
-from . import tiny
+from . import dual_encoders, tiny
 from .training_runs import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +44,8 @@ def desk(tmp_path_factory):
     clip.rename(folder / "clip-vit-base-patch16")
     tiny.write_words(folder / "minimind2")
     compose(0).image().save(folder / "photo.jpg")
+    dual_encoders.write(dual_encoders.random_clip(), folder / "my-clip")
+    dual_encoders.write_pictures(folder / "photos", 1)
     write_data(folder / "my-data", train=4, valid=2)
     (folder / "my-vlm").mkdir()  # as far as prune-into reads it
     (folder / "my-vlm" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
@@ -61,7 +63,8 @@ def test_every_python_command_of_the_readme_runs(desk, monkeypatch):
             [sys.executable, *command], cwd=desk, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (command, done.stderr)
-    written = {"my-model", "sft_vlm_512_again.pth", "kept.png", "answer.json"}
+    written = {"my-model", "sft_vlm_512_again.pth", "kept.png", "answer.json", "sweep.json"}
+    assert (desk / "figures" / "dashboard.html").is_file()
     assert written <= {path.name for path in desk.iterdir()}
 
 
