@@ -257,7 +257,7 @@ def test_with_its_prefix_cache_on_nothing_stale_is_read(home, whole):
 
 
 @contextmanager
-def inside(home: Path) -> Iterator[Server]:
+def inside(home: Path, method: str = METHOD) -> Iterator[Server]:
     """mlx-vlm's app in this process, as the README starts it."""
     import uvicorn
     from mlx_vlm.server import app, get_cached_model, unload_model_sync
@@ -265,7 +265,7 @@ def inside(home: Path) -> Iterator[Server]:
     server = Server(free_port(), str(home / KIND), home)
     model, _, _ = get_cached_model(server.model)
     app_server = uvicorn.Server(uvicorn.Config(app, port=server.port, log_level="warning"))
-    with pruned(model, METHOD, keep_ratio=RATIO) as report:
+    with pruned(model, method, keep_ratio=RATIO) as report:
         thread = Thread(target=app_server.run, daemon=True)
         thread.start()
         try:
@@ -285,6 +285,25 @@ def test_in_a_block_the_server_prunes(home, whole):
             assert_same(server.logprobs(question), odds)
         for logprobs, odds in zip(server.logprobs_at_once(QUESTIONS), wanted, strict=True):
             assert_same(logprobs, odds)
+
+
+def test_in_a_block_with_restore_the_servers_answers_are_those_of_generate(home, whole):
+    method = f"{METHOD}+restore"
+    wanted = [expected(home, whole, question, method) for question in QUESTIONS]
+    options = {"pruner": method, "keep_ratio": RATIO, "max_tokens": TOKENS}
+    ours = [
+        generate(*whole, question.words, str(home / f"{question.picture}.png"), **options).text
+        for question in QUESTIONS[:3]
+    ]
+    assert np.abs(np.subtract(wanted[0], expected(home, whole, QUESTIONS[0]))).max() > 1e-3
+    with inside(home, method) as server:
+        for question, odds in zip(QUESTIONS, wanted, strict=True):
+            assert_same(server.logprobs(question), odds)
+        for logprobs, odds in zip(server.logprobs_at_once(QUESTIONS), wanted, strict=True):
+            assert_same(logprobs, odds)
+        for question, text in zip(QUESTIONS[:3], ours, strict=True):
+            (choice,) = server.post(question)["choices"]
+            assert choice["message"]["content"].strip() == text.strip() != ""
 
 
 def spoken(home: Path, whole: tuple[Any, Any], questions: list[str]) -> list[str]:
