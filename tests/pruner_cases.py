@@ -26,8 +26,8 @@ VARIANTS = [
     *CHOOSING, "similarity:published", "similarity:threshold=0.3", "random:seed=7",
     "cdpruner:negative", "visionzip:contextual=0.5", "vispruner:important=0", "hiprune:objects=1",
     "prumerge:neighbours=2", "pixelprune:tolerance=0.5", "holov:regions=3", "scope:power=2",
-    "sparsevlm:recycle=0.9", "sparsevlm:sums", "pact:clustered=1", "dart:pivots=1", "apet:basis=2",
-    "mmtok:image=2", "divprune+restore:published", "norm+restore:published",
+    "sparsevlm:recycle=0.9", "sparsevlm:sums", "pact:clustered=1", "pact:prompt", "dart:pivots=1",
+    "apet:basis=2", "mmtok:image=2", "divprune+restore:published", "norm+restore:published",
 ]  # fmt: skip
 INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
 
@@ -105,6 +105,7 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
         "features_BND": features(kind, rng, B, N, D),
         "cls_key_BHd": features("random", rng, B, HEADS, D // HEADS),
         "text_share_BT": shares("random", rng, B, T),
+        "prompt_attention_BN": shares(kind, rng, B, N),
     }
 
 

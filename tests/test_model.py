@@ -28,9 +28,9 @@ CHOOSING = [n for n in METHODS if n not in ("none", "restore", "attention_pool")
 # Of a decoder method K is the average over 3 layers, of which the first holds all 16.
 SPECS = [
     *CHOOSING, "visionzip+fastv", "tome+divprune", "cls_attention+cdpruner", "fastv+restore",
-    "cls_attention+restore", "downsample+norm", "patch_norm:keep=11+pact", "similarity+sparsevlm",
-    "visionzip:keep=11+pyramiddrop", "apet+restore", "tome:r=2", "cls_attention:layer=0",
-    "global_local:keep=11+fastv", "cls_attention+twig", "twig+restore", "vtw+restore",
+    "cls_attention+restore", "downsample+norm", "patch_norm:keep=11+pact:prompt", "vtw+restore",
+    "similarity+sparsevlm", "visionzip:keep=11+pyramiddrop", "apet+restore", "twig+restore",
+    "tome:r=2", "cls_attention:layer=0", "global_local:keep=11+fastv", "cls_attention+twig",
 ]  # fmt: skip
 K = 9
 ROWS = (

@@ -114,7 +114,7 @@ def share_tower(model: VLM, pipelines: Sequence[Pipeline]) -> tuple[VLM, SharedT
     """A copy of the model whose tower runs once for all these methods."""
     want: dict[str, int | None] = {}
     for pipeline in pipelines:
-        want |= pipeline.signal_layers(model.config.vision.depth)
+        want |= pipeline.signal_layers(model.config.vision.depth, model.config.vision.layers_behind)
     shared = copy.copy(model)
     tower = SharedTower(model.tower, want)
     shared.tower = tower  # type: ignore[assignment]  # called like a tower

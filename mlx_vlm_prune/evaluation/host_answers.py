@@ -15,7 +15,13 @@ from ..hosts.families.pruner_defaults import with_family_defaults
 from ..hosts.host import Host, generation_stream
 from ..hosts.prefill import HostPrefill, prefill_through_cuts
 from ..hosts.prepared_inputs import PreparedInputs
-from ..hosts.prompt import add_text, budgets_by_view, prepare_prompt, prune_prompt
+from ..hosts.prompt import (
+    add_text,
+    budgets_by_view,
+    prepare_prompt,
+    prune_prompt,
+    signal_layers,
+)
 from ..hosts.views import View
 from ..pruners import METHODS, Pipeline, Stage, plan
 from .answers import Answers, answer_prefill, open_question_images
@@ -50,8 +56,8 @@ class EvaluatedHost:
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
             pipeline = with_family_defaults(pipeline, host.kind)
-            if self._is_supported(pipeline) and (layers := host.depth):
-                self.want |= pipeline.signal_layers(layers)
+            if self._is_supported(pipeline):
+                self.want |= signal_layers(host, pipeline)
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
@@ -105,7 +111,7 @@ class EvaluatedHost:
         self, pipeline: Pipeline, inputs: PreparedInputs, views: list[View]
     ) -> list[View]:
         """These views, or others where the methods read another layer for a signal in them."""
-        want = pipeline.signal_layers(self.host.depth) if self.host.depth else {}
+        want = signal_layers(self.host, pipeline)
         return views if want.items() <= self.want.items() else self.host.encode_images(inputs, want)
 
     def _is_supported(self, pipeline: Pipeline) -> bool:

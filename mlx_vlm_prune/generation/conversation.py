@@ -187,7 +187,8 @@ class Conversation:
         """What the tower's output depends on beside the pixels: the methods inside the tower with
         their budgets, and the layers of the signals."""
         inside = [(step.spec, left) for step, left in budgets.at(Stage.IMAGE, Stage.ENCODER)]
-        signals = pipeline.signal_layers(self.model.config.vision.depth)
+        tower = self.model.config.vision
+        signals = pipeline.signal_layers(tower.depth, tower.layers_behind)
         return tuple(inside), tuple(sorted(signals.items()))
 
     def prefill(self, read: SplicedImages, prompt: Prompt, images: Sequence[bytes]) -> Prefill:

@@ -13,6 +13,7 @@ from ..inputs.budget import check_budget
 from .compatibility import check_kv_bits, check_max_kv_size, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
+from .prompt import signal_layers
 from .stream import decoding_arguments, further_ends, processor_options, stream_generate
 from .tower_cache import TowerCache
 
@@ -44,9 +45,8 @@ class HostConversation:
 
     def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
         """The answer to a request with the turns so far as its history. Raises UserError."""
-        pipeline, depth = plan_for_host(self.host, request.pruner), self.host.depth
-        signals = pipeline.signal_layers(depth) if depth else {}
-        before = self.towers and depth and self.towers.pipeline.signal_layers(depth)
-        if self.towers is None or (depth and before != signals):
+        pipeline = plan_for_host(self.host, request.pruner)
+        signals = signal_layers(self.host, pipeline)
+        if self.towers is None or signal_layers(self.host, self.towers.pipeline) != signals:
             self.towers = TowerCache(self.host, pipeline)
         yield from stream_generate(self.model, self.processor, request, self.towers)

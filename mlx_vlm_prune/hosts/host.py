@@ -49,6 +49,11 @@ class Host(ABC):
     def depth(self) -> int:
         """The number of tower layers that signals can be taken from."""
 
+    @property
+    def layers_behind(self) -> int:
+        """The number of tower layers behind those; signals can be taken from the first, too."""
+        return 0
+
     @abstractmethod
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         """Run the tower: a view of each picture, with the signals in `want`, each from the layer

@@ -135,14 +135,18 @@ def _render_turns(
     return text
 
 
+def signal_layers(host: Host, pipeline: Pipeline) -> dict[str, int | None]:
+    """The signals that a chain needs of the tower, with their layers; none of one without any."""
+    return pipeline.signal_layers(host.depth, host.layers_behind) if host.depth else {}
+
+
 def encode_images(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> list[View]:
     """The views with the tower's signals; they do not depend on the words of the prompt."""
     if inputs.pixels is None:
         return []
     if inputs.images > 1 and host.why_one_image:
         raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
-    layers = host.depth
-    views = host.encode_images(inputs, pipeline.signal_layers(layers) if layers else {})
+    views = host.encode_images(inputs, signal_layers(host, pipeline))
     end_part("vision", [a for view in views for a in (view.signals.x_BND, *view.deepstack)])
     return views
 

@@ -272,7 +272,8 @@ class LayerInput:
         return {"twig_attention_BN": row_IN}
 
     def mean_attention(self) -> dict[str, mx.array]:
-        """Of the mean visual query to the visual keys, all at position 0: not rotated."""
+        """Of the mean visual query to the visual keys, all at position 0: not rotated; the same of
+        the mean query of all rows up to the prompt's last visual token, to their keys."""
         x_IND, positions_IN = map(self.of_images, (self.spliced.x_BLD, self.spliced.positions_BL))
         q_IGRNd = self.language.rotated_queries(self.layer, x_IND, positions_IN * 0)
         at_0_IGNd = self.language.rotated_keys(self.layer, x_IND, positions_IN * 0)
@@ -281,8 +282,23 @@ class LayerInput:
         row_I1N = attention(q_IGRNd.mean(axis=3, keepdims=True), at_0_IGNd, everywhere, None)
         return {
             "mean_attention_BN": row_I1N[:, 0],
+            "prompt_attention_BN": self._prompt_attention(),
             "next_keys_BND": k_IGNd.swapaxes(1, 2).flatten(2),
         }
+
+    def _prompt_attention(self) -> mx.array:
+        prompt_I, spliced = self.prompt_I1[:, 0], self.spliced
+        pairs = [*zip(spliced.prompt_of, spliced.image_columns, strict=True)]
+        ends = [max(c.stop for p, c in pairs if p == prompt) for prompt in self.prompts]
+        is_ahead_IL = mx.arange(spliced.L) < mx.array(ends)[:, None]
+        is_ahead_IL = is_ahead_IL & spliced.is_real_BL[prompt_I]
+        x_ILD, nowhere_IL = spliced.x_BLD[prompt_I], spliced.positions_BL[prompt_I] * 0
+        q_IGRLd = self.language.rotated_queries(self.layer, x_ILD, nowhere_IL)
+        k_IGLd = self.language.rotated_keys(self.layer, x_ILD, nowhere_IL)
+        share_IL = is_ahead_IL / is_ahead_IL.sum(axis=1, keepdims=True)
+        mean_IGR1d = share_IL[:, None, None, None] @ q_IGRLd.astype(mx.float32)
+        row_I1L = attention(mean_IGR1d, k_IGLd, is_ahead_IL[:, None], None)
+        return take(row_I1L[:, 0], self.columns_IN)
 
     def _attention_next(self, layers: Layers, number: int, x_BLD: mx.array) -> mx.array:
         """What the prompt's last token attends to in a layer with the input x, (I, n)."""

@@ -48,7 +48,7 @@ class ImageEncoder(nn.Module):
         for grid in grids:
             pixels_IHW3 = self.shrink_pixels(pixels_IHW3, grid)
             kept = downsample.block_means(self.grid, grid, len(pixels_IHW3))
-        want = pipeline.signal_layers(self.config.vision.depth)
+        want = pipeline.signal_layers(self.config.vision.depth, self.config.vision.layers_behind)
         encoded = end_part("vision", self.tower(pixels_IHW3, want, cuts))
         if encoded.kept:
             kept = encoded.kept.after(kept, self.N) if kept else encoded.kept

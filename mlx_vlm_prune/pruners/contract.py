@@ -84,6 +84,7 @@ class Signals:
     text_attention_BTN: mx.array  # every word after the image, in the layer before
     text_share_BT: mx.array  # a word's share of a softmax over them, see `LayerInput.text_share`
     mean_attention_BN: mx.array  # the mean visual query to the keys of this layer, not rotated
+    prompt_attention_BN: mx.array  # the same of all rows up to the prompt's last visual token
     twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
 
     def __init__(

@@ -9,7 +9,8 @@ times, and the maximum coverage is found greedily.
 As the authors' code (github.com/Ironieser/MMTok@d1522cd): words are the language model's
 embeddings, beside projected tokens; tokens are compared with one another as the tower's features;
 in Qwen2.5-VL the default for `sharp` is 0.01. Differs: every word of the prompt counts, not the
-question's alone; all is computed in float64 on a CPU.
+question's alone, since no part of a prompt is marked as the question here; all is computed in
+float64 on a CPU, so that near ties fall the same way in both versions here.
 
 Options:
     image: weight of covering the image beside covering the words, 0 or more

@@ -12,14 +12,16 @@ As the authors' code (github.com/orailix/PACT@cf9a0c9) with its cutoff (`cutoff=
 from queries and keys before rotation, distances from keys after it. Differs: exactly K clusters,
 so the cutoff follows from the budget (bisection) unless it is given, and then the densest of too
 many centres stay; of too few centres, the most worthy tokens fill up; the mean query and the
-softmax are those of an image's own tokens, theirs take in every row up to the prompt's last visual
-token, so words ahead of it too (their name for those rows is `is_not_text`).
+softmax are those of an image's own tokens, so that words ahead of it do not change what stays,
+where theirs take in every row up to the prompt's last visual token (their name for those rows is
+`is_not_text`): `prompt=True`.
 
 One centre after another is found, so on a GPU similarities return to the host, once.
 
 Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth
     clustered: share of all tokens that is clustered, not pruned, at least K; 0 to 1
+    prompt: mean query and softmax of all rows up to the prompt's last visual token
     cutoff: one minus a cosine, up to which a token joins a centre; 0 is the smallest for K
 
 Shapes: I images, N tokens, K kept, n tokens that are clustered, m rows of their distances,
@@ -48,7 +50,9 @@ def schedule(layers: int, N: int, K: int, *, layer: float = 4 / 32) -> dict[int,
     return one_cut(layers, N, K, layer)
 
 
-def prune(signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 0.0) -> Reduction:
+def prune(
+    signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 0.0, prompt: bool = False
+) -> Reduction:
     """Merge into K clusters of the share `clustered` of all tokens.
 
     Whether a token becomes a centre depends on all centres before it, and that for each of 22
@@ -60,7 +64,8 @@ def prune(signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 
         raise ValueError(f"cutoff is {cutoff}; it is one minus a cosine, 0 to 2")
     with choosing():
         length_BN = mx.sqrt(mx.square(to_choice_dtype(signals.x_BND)).sum(axis=-1))
-        worth_BN = rounded(to_choice_dtype(signals.mean_attention_BN) * length_BN)
+        share_BN = signals.prompt_attention_BN if prompt else signals.mean_attention_BN
+        worth_BN = rounded(to_choice_dtype(share_BN) * length_BN)
         keys_BND, N = signals.next_keys_BND, worth_BN.shape[1]
         order_Bn = mx.argsort(-worth_BN, axis=-1)[:, : max(K, int(clustered * N))]
         cutoffs, centres = zip(

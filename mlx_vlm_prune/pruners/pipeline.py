@@ -87,12 +87,16 @@ class Pruner:
         options += [f"keep={self.keep}"] if self.keep else []
         return self.name + (":" + ",".join(options) if options else "")
 
-    def signal_layers(self, layers: int) -> dict[str, int | None]:
-        """The signals that it needs of a tower, with the layer of each or None."""
+    def signal_layers(self, layers: int, more: int = 0) -> dict[str, int | None]:
+        """The signals that it needs of a tower, with the layer of each or None.
+
+        The features are the output of `layers` layers, behind which the tower has `more`.
+        """
         values = {**self.method.options, **self.defaults, **self.options}
+        step, last = int(bool(values.get("behind"))), layers - 1 + min(more, 1)
         try:
             return {
-                name: None if option is None else layer_at(values[option], layers)
+                name: None if option is None else min(layer_at(values[option], layers) + step, last)
                 for name, option in self.method.needs.items()
                 if name not in ("grid", "text", "features")
             }
@@ -230,12 +234,12 @@ class Pipeline:
     def decoder(self) -> Pruner | None:
         return next(iter(self.at(Stage.DECODER)), None)
 
-    def signal_layers(self, layers: int) -> dict[str, int | None]:
+    def signal_layers(self, layers: int, more: int = 0) -> dict[str, int | None]:
         """The signals that all steps together need of the tower, with their layers."""
         layer_of: dict[str, int | None] = {}
         for step in self.steps:
             if step.stage is not Stage.DECODER:
-                for name, layer in step.signal_layers(layers).items():
+                for name, layer in step.signal_layers(layers, more).items():
                     if layer_of.setdefault(name, layer) != layer:
                         raise UserError(f"{self.spec}: {name} is needed of two different layers")
         return layer_of

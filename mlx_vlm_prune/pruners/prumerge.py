@@ -5,15 +5,17 @@ query with the keys, CLS's own among them, all heads together as one. Every kept
 32 nearest (by the cosine of the keys), each times its score; one more slot is the sum of all
 dropped tokens, each times its score.
 
-As the authors' code (github.com/42Shawn/LLaVA-PruMerge@097c041) for its number of tokens. Differs:
-the budget is K (theirs counts outliers, about 32 in the mean: see `prumerge_plus`); the sum is at
-the place of the strongest token dropped, theirs behind all others; slots stay in raster order;
-theirs reads queries and keys of the layer after the one whose output the features are (23 of 24
-for LLaVA), here no layer behind the features is run, so `layer` is the features' own.
+As the authors' code (github.com/42Shawn/LLaVA-PruMerge@097c041) for its number of tokens, also in
+the layer: of LLaVA's 24 the last, which reads the features. Differs: the budget is K (theirs
+counts outliers, about 32 in the mean: see `prumerge_plus`); slots are in raster order, and the sum
+is at the place of the strongest token dropped, since each keeps a position of the image, where
+theirs count on with the sum at the end; of a tower without a layer behind its features the last is
+read.
 
 Options:
     neighbours: how many similar tokens each kept one adds, 0 or more
-    layer: number of the tower's layer that is read; -1 is the last
+    layer: number of the tower's layer that is read; -1 is the one whose output the features are
+    behind: read the layer behind that one
 
 Shapes: B images, N tokens, S = N + 1 with CLS, K slots, C kept tokens, H heads, d head size,
 D = H d.
@@ -29,8 +31,10 @@ stage = Stage.FEATURES
 needs = {"cls_query": "layer", "cls_key": "layer", "keys": "layer"}
 
 
-def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
-    """Keep K - 1 and a sum of the rest; `layer` is read by the host."""
+def prune(
+    signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1, behind: bool = True
+) -> Reduction:
+    """Keep K - 1 and a sum of the rest; `layer` and `behind` are read by the host."""
     with choosing():
         score_BN = cls_scores(signals)
         kept_BC = keep_highest(score_BN, max(1, K - 1))

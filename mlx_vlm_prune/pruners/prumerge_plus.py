@@ -6,12 +6,14 @@ stay, and every s-th of the others, where of N tokens N / (3 s) are outliers; ea
 neighbours; one more slot is the sum of the rest.
 
 As the authors' code (github.com/42Shawn/LLaVA-PruMerge@097c041) for the K that it comes to.
-Differs: exactly K stay, of more outliers the highest, of more samples some in even steps, and
-where both are fewer, others in even steps; layer and places as `prumerge` has them.
+Differs: exactly K stay, since a budget is one number here: of more outliers the highest, of more
+samples some in even steps, and where both are fewer, others in even steps; layer and places as
+`prumerge` has them.
 
 Options:
     neighbours: how many similar tokens each kept one adds, 0 or more
-    layer: number of the tower's layer that is read; -1 is the last
+    layer: number of the tower's layer that is read; -1 is the one whose output the features are
+    behind: read the layer behind that one
 
 Shapes: B images, N tokens, K kept.
 """
@@ -26,9 +28,11 @@ stage = Stage.FEATURES
 needs = {"cls_query": "layer", "cls_key": "layer", "keys": "layer"}
 
 
-def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
-    """Keep outliers and samples, K - 1 together, and a sum of the rest; `layer` is read by the
-    host."""
+def prune(
+    signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1, behind: bool = True
+) -> Reduction:
+    """Keep outliers and samples, K - 1 together, and a sum of the rest; `layer` and
+    `behind` are read by the host."""
     with choosing():
         score_BN = cls_scores(signals)
         kept_BC = outliers_and_samples(score_BN, max(1, K - 1))

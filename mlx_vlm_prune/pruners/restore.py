@@ -24,8 +24,8 @@ inside the language model, is refused, and so are mlx-vlm's models, whose layers
 
 Options:
     strength: factor of the added attention; 1 is the paper's
-    theta: base of the language model's rotary embedding, above 1
-    dims: size of the language model's heads, 2 or more
+    theta: base of a rotary embedding, above 1: 1e4 whatever the language model's own, as in theirs
+    dims: size of the heads that it turns, 2 or more: 128 whatever the model's, as in theirs
     decay: whether distance counts; else a dropped token counts as one, and rows add nothing
     nearby: a dropped token counts for the kept one next to it in the row, of two the first
     published: as the authors' code does: half of K are means of what the selector drops

@@ -6,8 +6,9 @@ joins the target with the most similar key (mean over heads). A contextual token
 target plus the mean of those that joined. The share of contextual tokens is 10 of 64.
 
 As the authors' code (github.com/dvlab-research/VisionZip@3151f6d), also where the paper averages
-(target plus mean, not the mean of all). Differs: slots stay in raster order; CLS itself is not
-handed on (their count of dominant tokens includes it).
+(target plus mean, not the mean of all). Differs: slots stay in raster order, since each keeps its
+position of the image, where theirs count on with the contextual ones at the end; CLS itself is not
+handed on, since it is no part of the image and K counts these (theirs counts it as a dominant one).
 
 Options:
     contextual: share of K that is merged from the rest, 0 to below 1

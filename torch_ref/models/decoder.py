@@ -230,12 +230,10 @@ def attention_signals(
     q0_HLd, k0_GLd = this.rotated(now.x_1LD, language.rotary(now.position_1L * 0))  # not at all
     twig_LL = torch.zeros_like(next_LL) if twig is None else twig_attention(twig, now)
     held_LD, next_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
-    of_images = []
+    of_images, ahead = [], slice(0, sum(now.runs[-1]) if now.runs else 0)
+    prompt_1m = mean_query_attention(q0_HLd[:, ahead], k0_GLd[:, ahead])
     for j, (start, n) in enumerate(now.runs):
         image, words = slice(start, start + n), now.words_after(j)
-        mean_H1d = q0_HLd[:, image].mean(dim=1, keepdim=True)
-        keys_Hnd = k0_GLd[:, image].repeat_interleave(len(q0_HLd) // len(k0_GLd), dim=0)
-        logits_H1n = mean_H1d @ keys_Hnd.mT / keys_Hnd.shape[-1] ** 0.5
         of_images.append(
             {
                 "keys_BND": held_LD[None, image],
@@ -244,11 +242,19 @@ def attention_signals(
                 "last_attention_BN": last_LL[None, -1, image],
                 "text_attention_BTN": last_LL[None, words][:, :, image],
                 "next_attention_BN": next_LL[None, -1, image],
-                "mean_attention_BN": logits_H1n.softmax(-1).mean(dim=0),
+                "mean_attention_BN": mean_query_attention(q0_HLd[:, image], k0_GLd[:, image]),
+                "prompt_attention_BN": prompt_1m[:, image],
                 "twig_attention_BN": twig_LL[None, -1, image],
             }
         )
     return of_images
+
+
+def mean_query_attention(q_Hnd: Tensor, k_Gnd: Tensor) -> Tensor:
+    """What the mean query attends to, mean over heads, (1, n)."""
+    k_Hnd = k_Gnd.repeat_interleave(len(q_Hnd) // len(k_Gnd), dim=0)
+    logits_H1n = q_Hnd.mean(dim=1, keepdim=True) @ k_Hnd.mT / q_Hnd.shape[-1] ** 0.5
+    return logits_H1n.softmax(-1).mean(dim=0)
 
 
 def attention(layers: Any, layer: Any, prompt: PromptRows) -> tuple[Tensor, Tensor, Tensor]:

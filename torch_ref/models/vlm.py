@@ -165,7 +165,7 @@ class VLM(nn.Module):
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
                 n = K
             if step.stage not in ("decoder", "enhancer", "image"):
-                want |= signal_layers(step, layers)
+                want |= signal_layers(step, layers, self.config.vision.layers_behind)
         assert not cuts or self.config.merge == (1, 1), "patches that merge must all be there"
         encoded = self.tower(pixels_I3HW, want, cuts)
         kept = encoded.kept.after(kept, self.N) if encoded.kept else kept

@@ -124,14 +124,17 @@ def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: 
     return step.call("prune", signals.constant, K)
 
 
-def signal_layers(step: Step, layers: int) -> dict[str, int | None]:
-    """The signals that a method needs of a tower of so many layers, with the layer of each or
-    None."""
+def signal_layers(step: Step, layers: int, more: int = 0) -> dict[str, int | None]:
+    """The signals that a method needs of a tower of so many layers and some behind the features,
+    with the layer of each or None."""
     layer_of: dict[str, int | None] = {}
     prune = entry(step.method, "prune") or step.weights.prune
+    names = inspect.signature(prune).parameters
+    behind = "behind" in names and step.options.get("behind", names["behind"].default)
     for name, option in entry(step.method, "needs").items():
         layer_of[name] = None
         if option is not None:
-            default = inspect.signature(prune).parameters[option].default
-            layer_of[name] = layer_at(step.options.get(option, default), layers)
+            number = layer_at(step.options.get(option, names[option].default), layers)
+            is_there = number + 1 < layers or more > 0
+            layer_of[name] = number + 1 if behind and is_there else number
     return layer_of

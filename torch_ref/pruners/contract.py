@@ -44,6 +44,7 @@ class Signals:
     text_attention_BTN: Tensor
     text_share_BT: Tensor
     mean_attention_BN: Tensor
+    prompt_attention_BN: Tensor
     twig_attention_BN: Tensor
 
     def __init__(

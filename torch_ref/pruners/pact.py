@@ -20,11 +20,14 @@ def schedule(layers: int, N: int, K: int, layer: float = 4 / 32) -> dict[int, in
     return one_cut(layers, N, K, layer)
 
 
-def prune(signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 0.0) -> Reduction:
+def prune(
+    signals: Signals, K: int, *, clustered: float = 0.55, cutoff: float = 0.0, prompt: bool = False
+) -> Reduction:
     pairs, N = [], signals.x_BND.shape[1]
     n = max(K, int(clustered * N))
+    share_BN = signals.prompt_attention_BN if prompt else signals.mean_attention_BN
     for x_ND, attention_N, keys_ND in zip(
-        signals.x_BND, signals.mean_attention_BN, signals.next_keys_BND, strict=True
+        signals.x_BND, share_BN, signals.next_keys_BND, strict=True
     ):
         length_N = x_ND.double().square().sum(-1).sqrt()
         worth_N = (attention_N.double() * length_N).round(decimals=12)

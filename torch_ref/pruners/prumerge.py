@@ -12,7 +12,9 @@ from .numerics import cosine, highest
 needs = {"cls_query": "layer", "cls_key": "layer", "keys": "layer"}
 
 
-def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
+def prune(
+    signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1, behind: bool = True
+) -> Reduction:
     pairs = []
     for b, keys_NHd in enumerate(signals.keys_BNHd):
         score_N = cls_scores(signals, b)

@@ -10,7 +10,9 @@ from .prumerge import cls_scores, with_sum_of_rest
 needs = {"cls_query": "layer", "cls_key": "layer", "keys": "layer"}
 
 
-def prune(signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1) -> Reduction:
+def prune(
+    signals: Signals, K: int, *, neighbours: int = 32, layer: float = -1, behind: bool = True
+) -> Reduction:
     pairs = []
     for b, keys_NHd in enumerate(signals.keys_BNHd):
         score_N = cls_scores(signals, b)

@@ -29,6 +29,10 @@ class LlavaTowerHost(TowerHost):
         layers = self.tower.encoder.layers
         return layers[: range(len(layers) + 1)[self.model.vision_feature_layer]]
 
+    @property
+    def layers_behind(self) -> int:
+        return len(self.tower.encoder.layers) - self.depth
+
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # crops
         pixels_IHW3, tower = pixels.transpose(0, 2, 3, 1), self.model.vision_tower

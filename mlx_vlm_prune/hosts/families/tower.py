@@ -44,7 +44,8 @@ class TowerHost(Host):
         )
         run = TowerPass(patches, want, self.depth, (), has_cls)
         for layer in sorted(set(run.want.values())):
-            module = self.encoder_layers[layer]
+            behind = layer == self.depth
+            module = (self.tower.encoder.layers if behind else self.encoder_layers)[layer]
             run.read(layer, *self.queries_and_keys(module, inputs[layer], patches.grid))
         return merge_patches(run.signals, (m, m)).replace(x_BND=x_IND)
 

@@ -48,7 +48,8 @@ class Encoded:
 class TowerPass:
     """One pass through a tower's layers: the signals read so far, of the tokens still there.
 
-    `want` has the layer of each signal, negative from the end, or None for the tower's entrance.
+    `want` has the layer of each signal, negative from the end, or None for the tower's entrance;
+    the number `layers` is that of the layer behind, which reads what the tower hands over.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class TowerPass:
         has_cls: bool = True,
     ):
         self.first = int(has_cls)  # where the patches begin
-        self.want = {name: range(layers)[i] for name, i in want.items() if i is not None}
+        numbers = [*range(layers + 1), *range(layers)]  # from 0 on, or backwards from the last
+        self.want = {name: numbers[i] for name, i in want.items() if i is not None}
         self.cuts, self.N = cuts, signals.x_BND.shape[1]
         self.kept: Reduction | None = None
         if any(cut.pruner.is_proportional for cut in cuts):

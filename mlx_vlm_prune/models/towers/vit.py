@@ -37,6 +37,10 @@ class Attention(nn.Module):
         B, S, _ = x_BSD.shape
         return x_BSD.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
 
+    def queries_and_keys(self, x_BSD: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, H, S, d) each."""
+        return self.split(self.q_proj(x_BSD)), self.split(self.k_proj(x_BSD))
+
     def __call__(
         self, x_BSD: mx.array, mask: mx.array | str | None
     ) -> tuple[mx.array, mx.array, mx.array]:
@@ -44,9 +48,8 @@ class Attention(nn.Module):
 
         `mask` is added to the logits, (B, H, S, S) or of one entry along an axis, or "causal".
         """
-        q_BHSd, k_BHSd, v_BHSd = (
-            self.split(project(x_BSD)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q_BHSd, k_BHSd = self.queries_and_keys(x_BSD)
+        v_BHSd = self.split(self.v_proj(x_BSD))
         y_BHSd = mx.fast.scaled_dot_product_attention(
             q_BHSd, k_BHSd, v_BHSd, scale=self.scale, mask=mask
         )
@@ -170,5 +173,9 @@ class VisionTower(nn.Module):
             y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), mask)
             x_BSD = tower_pass.cut(x_BSD + y_BSD, i, "middle", tower_pass.read(i, q_BHSd, k_BHSd))
             x_BSD = x_BSD + layer.mlp(layer.layer_norm2(x_BSD))
+        if len(layers) in tower_pass.want.values():
+            behind = self.encoder.layers[len(layers)]
+            q_BHSd, k_BHSd = behind.self_attn.queries_and_keys(behind.layer_norm1(x_BSD))
+            tower_pass.read(len(layers), q_BHSd, k_BHSd)
         is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
         return tower_pass.end(self.post_layernorm(x_BSD) if is_normed else x_BSD)

@@ -113,12 +113,12 @@ def run_layers(
 ) -> Encoded:
     """The tokens after all layers.
 
-    Layers count from 0, or from -1 backwards. At each of `cuts` (layer, "before" it or in
-    its "middle", K, step) the step leaves K tokens. Raises UserError for a layer that does
-    not exist.
+    Layers count from 0, or from -1 backwards; one behind the last is not read here. At each of
+    `cuts` (layer, "before" it or in its "middle", K, step) the step leaves K tokens. Raises
+    UserError for a layer that does not exist.
     """
     for number in want.values():
-        if number is not None and not -len(layers) <= number < len(layers):
+        if number is not None and not -len(layers) <= number <= len(layers):
             raise UserError(
                 f"the tower has no layer {number}; give {-len(layers)} to {len(layers) - 1}"
             )
@@ -130,7 +130,7 @@ def run_layers(
         y_BSD, q, k = layer.self_attn(layer.layer_norm1(x_BSD), run.bias_B11S)
         by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
         keys = {name: vectors[:, run.first :] for name, vectors in by_token.items()}
-        names = {name for name, at in want.items() if at is not None and at % len(layers) == i}
+        names = {name for name, at in want.items() if at in (i, i - len(layers))}
         run = run.with_tokens(x_BSD + y_BSD).read(names, keys, q, k)
         for at, place, K, step in cuts:
             if (at, place) == (i, "middle"):

@@ -10,6 +10,7 @@ d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,12 @@ class VisionTower(nn.Module):
         x_BSD = self.pre_layrnorm(x_BSD) if self.has_cls else x_BSD
         first = int(self.has_cls)
         run = enter(x_BSD, first, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
-        run = run_layers(self.encoder.layers[: self.config.depth], run, want or {}, cuts)
+        depth = self.config.depth
+        run = run_layers(self.encoder.layers[:depth], run, want or {}, cuts)
+        if behind := {name for name, at in (want or {}).items() if at == depth}:
+            layer: Any = self.encoder.layers[depth]
+            _, q, k = layer.self_attn(layer.layer_norm1(run.x_BSD), None)
+            by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
+            run = run.read(behind, {n: t[:, run.first :] for n, t in by_token.items()}, q, k)
         is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
         return run.with_tokens(self.post_layernorm(run.x_BSD)) if is_normed else run
