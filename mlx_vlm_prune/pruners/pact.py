@@ -21,8 +21,8 @@ One centre after another is found, so on a GPU similarities return to the host, 
 Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth
     clustered: share of all tokens that is clustered, not pruned, at least K; 0 to 1
-    prompt: mean query and softmax of all rows up to the prompt's last visual token
     cutoff: one minus a cosine, up to which a token joins a centre; 0 is the smallest for K
+    prompt: mean query and softmax of all rows up to the prompt's last visual token
 
 Shapes: I images, N tokens, K kept, n tokens that are clustered, m rows of their distances,
 D features.
