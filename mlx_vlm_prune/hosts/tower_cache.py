@@ -14,7 +14,7 @@ from ..machine.bounded_store import BoundedStore
 from ..pruners import Pipeline
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt import ViewEncoder, encode_images
+from .prompt import ViewEncoder, encode_images, signal_layers
 from .views import View
 
 MAX_ENTRIES = 8  # prompts whose views are held
@@ -50,9 +50,7 @@ class BoundedTowerCache:
         """What has the views of a prompt's images with the signals that methods need."""
 
         def encode(inputs: PreparedInputs) -> list[View]:
-            depth = self.host.depth
-            signals = pipeline.signal_layers(depth) if depth else {}
-            key = (images_key(inputs), *sorted(signals.items()))
+            key = (images_key(inputs), *sorted(signal_layers(self.host, pipeline).items()))
             if (views := self.store.get(key)) is None:
                 views = encode_images(self.host, inputs, pipeline)
                 self.store.put(key, views, sum(view.nbytes for view in views))
