@@ -26,7 +26,8 @@ from mlx_vlm_prune.checkpoints.config import (
 )
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import read_json
-from mlx_vlm_prune.inputs.image import Preprocessor, open_image, siglip_preprocessor
+from mlx_vlm_prune.inputs.image import open_image
+from mlx_vlm_prune.inputs.preprocessor import Preprocessor, siglip_preprocessor
 from mlx_vlm_prune.inputs.prompt import Prompt
 from mlx_vlm_prune.models.vlm import VLM
 from mlx_vlm_prune.scenes import CHECKPOINT

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlx_vlm_prune.inputs.image import Preprocessor, open_image, siglip_preprocessor
+from mlx_vlm_prune.inputs.image import open_image
+from mlx_vlm_prune.inputs.preprocessor import Preprocessor, siglip_preprocessor
 from mlx_vlm_prune.machine.hardware import versions
 from mlx_vlm_prune.machine.timing import Gain, spread
 

@@ -19,7 +19,7 @@ from .generation.arguments import build_chat_parser, decoding_options
 from .generation.conversation import Conversation
 from .generation.photographs import warn_of_photographs
 from .generation.printing import print_figures, print_piece, read_whole
-from .generation.request import GenerateOptions, Request, list_images
+from .generation.request import GenerateOptions, Request, list_images, pixel_limit
 from .generation.result import GenerationResponse, GenerationResult
 from .generation.stream import default_pruner
 from .hosts.conversation import HostConversation
@@ -98,6 +98,11 @@ class Chat:
         """Rows of the latest prompt that were not read again."""
         return self._conversation.rows_reused
 
+    @property
+    def _pixel_limit(self) -> int:
+        """The most pixels that an image may have."""
+        return pixel_limit(self.options.get("max_pixels"), self.options.get("host_options"))
+
     def ask(
         self,
         text: str,
@@ -116,7 +121,7 @@ class Chat:
     ) -> Generator[GenerationResponse, None, None]:
         """The answer one piece at a time. Of an answer that is not read to its end, the turn has
         what was read."""
-        new = [open_image(source) for source in list_images(image)]
+        new = [open_image(source, self._pixel_limit) for source in list_images(image)]
         request = Request(text, [*self.images, *new], history=tuple(self.turns), **self.options)
         pieces: list[str] = []
         try:
@@ -137,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with in_one_sentence(parser):
         args = parser.parse_args(argv)
         apply_config(args)
-        images = [open_image(file) for file in args.image]
+        limit = pixel_limit(args.max_pixels, vars(args))
+        images = [open_image(file, limit) for file in args.image]
         model, processor = load_model(args)
         chat = Chat(
             model, processor, pruner=args.pruner, keep_ratio=args.keep_ratio,
@@ -221,7 +227,7 @@ class Session:
         if not file:
             self.new_images = []
             return
-        image = open_image(expand_home(file))
+        image = open_image(expand_home(file), self.chat._pixel_limit)
         warn_of_photographs(self.processor, [image])
         self.new_images.append(image)
         print(f"The next question is about {file}.")

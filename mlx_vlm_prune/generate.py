@@ -38,6 +38,7 @@ from .generation.request import (
     check_decoding,
     check_sampling_options,
     list_images,
+    pixel_limit,
 )
 from .generation.result import GenerationResponse, GenerationResult
 from .generation.speculation import check_num_draft_tokens
@@ -81,22 +82,23 @@ def stream_generate(
     num_draft_tokens: int | None = None,
     system: str | None = None,
     chat_template_config: Mapping[str, Any] | None = None,
+    max_pixels: int | None = None,
     host_options: Mapping[str, Any] | None = None,
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `<image>` in the prompt marks where an image goes; without it the images come first. `pruner`,
-    "NAME", "NAME:option=value" or a chain "NAME+NAME", keeps K of an image's N visual tokens (a
-    decoder method: in the average layer) by `keep_ratio` or `keep_tokens`, half without either.
-    Without `pruner` it is what the checkpoint was trained with inside, if anything, else "none".
-    Default `positions` are those of its paper. `sampler` and `logits_processors` are mlx-lm's; a
-    sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and `seed`. `top_k`,
-    `min_p` and `repetition_penalty`, of the latest `repetition_context_size` tokens, are mlx-lm's
-    own, which must be installed. `eos_tokens` end an answer beside the model's own. `system` is a
-    system message. `num_draft_tokens` is how many tokens a twig beside a model of ours may guess
-    ahead. `chat_template_config` are options of the chat template, `host_options` those that
-    mlx-vlm's models have: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size (rows of the
-    cache), resize_shape, processor_kwargs (of its own processor). Raises UserError.
+    `<image>` in the prompt marks an image's place (default: first). `pruner`, "NAME",
+    "NAME:option=value" or a chain "NAME+NAME", keeps K of an image's N visual tokens (a decoder
+    method: on average) by `keep_ratio` or `keep_tokens`, half without either. Without `pruner` it
+    is what the checkpoint was trained with inside, if anything, else "none". Default `positions`
+    are those of its paper. `sampler` and `logits_processors` are mlx-lm's; a sampler replaces
+    `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and `seed`. `top_k`, `min_p` and
+    `repetition_penalty`, of the latest `repetition_context_size` tokens, are mlx-lm's own, if it is
+    installed. `eos_tokens` end an answer beside the model's own. `system` is a system message. A
+    twig beside a model of ours may guess `num_draft_tokens` ahead. `max_pixels` limits images;
+    larger JPEGs are scaled. `chat_template_config` are options of the chat template, `host_options`
+    mlx-vlm's: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size (rows of the cache),
+    resize_shape, processor_kwargs (of its own processor). Raises UserError.
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}
@@ -205,7 +207,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path,
         trust_remote_code=getattr(args, "trust_remote_code", False),
     )  # fmt: skip
-    warn_of_photographs(processor, args.image)
+    limit = pixel_limit(getattr(args, "max_pixels", None), vars(args))
+    warn_of_photographs(processor, args.image, limit)
     note_sampling(model, processor, getattr(args, "temperature", 1.0))
     note_thinking(processor, args.chat_template_config)
     return model, processor
@@ -294,7 +297,7 @@ def _choose(
     choice = keep_within(
         model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
         max_tokens=args.max_tokens, chat_template_config=args.chat_template_config,
-        system=args.system,
+        system=args.system, max_pixels=pixel_limit(args.max_pixels, None),
     )  # fmt: skip
     if choice.reason:
         logger.warning(choice.reason)

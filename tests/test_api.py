@@ -21,7 +21,8 @@ OPTIONS = (
     "pruner=None, keep_ratio=None, keep_tokens=None, positions=None, max_tokens=256,"
     " temperature=0.0, top_p=1.0, seed=0, top_k=0, min_p=0.0, repetition_penalty=None,"
     " repetition_context_size=20, sampler=None, logits_processors=None, eos_tokens=None,"
-    " num_draft_tokens=None, system=None, chat_template_config=None, host_options=None"
+    " num_draft_tokens=None, system=None, chat_template_config=None, max_pixels=None,"
+    " host_options=None"
 )
 BUDGET = "keep_ratio=None, keep_tokens=None, positions=None"
 SIGNATURES = {
@@ -31,7 +32,7 @@ SIGNATURES = {
     "GenerationResult": "(text, token_ids, prompt_tokens, generation_tokens, prompt_tps,"
     " generation_tps, peak_memory, finish_reason, visual_tokens, visual_tokens_kept, kept_indices,"
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
-    " drafted=None, accepted=None)",
+    " drafted=None, accepted=None, images=<factory>)",
     "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>,"
     " enhancer=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"

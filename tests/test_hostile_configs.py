@@ -19,7 +19,7 @@ from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.hosts.loading import kind_of
-from mlx_vlm_prune.inputs.image import Preprocessor
+from mlx_vlm_prune.inputs.preprocessor import Preprocessor
 from mlx_vlm_prune.inputs.prompt import Tokenizer
 
 from . import backbones, generations, llava, tiny

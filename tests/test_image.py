@@ -10,8 +10,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.inputs import image as image_module
-from mlx_vlm_prune.inputs.image import FORMATS, Preprocessor, open_image
+from mlx_vlm_prune.inputs import preprocessor as preprocessor_module
+from mlx_vlm_prune.inputs.image import FORMATS, open_image
+from mlx_vlm_prune.inputs.preprocessor import Preprocessor
 
 CLIP = {
     "crop_size": {"height": 224, "width": 224},
@@ -207,9 +208,9 @@ def test_a_sliver_resized_only_where_seen_differs_by_one_grey_level_at_most(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image, preprocessor = Image.fromarray(noise(*size)), Preprocessor()
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 10**9)
+    monkeypatch.setattr(preprocessor_module, "MAX_PIXELS", 10**9)
     whole = np.asarray(preprocessor.visible(image)).astype(int)
-    monkeypatch.setattr(image_module, "MAX_PIXELS", 0)
+    monkeypatch.setattr(preprocessor_module, "MAX_PIXELS", 0)
     seen = np.asarray(preprocessor.visible(image)).astype(int)
     assert np.abs(whole - seen).max() <= 1
 

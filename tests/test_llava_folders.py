@@ -21,7 +21,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.llava.published import is_for_our_decoder
 from mlx_vlm_prune.hosts.loading import kind_of
-from mlx_vlm_prune.inputs.image import Preprocessor
+from mlx_vlm_prune.inputs.preprocessor import Preprocessor
 from mlx_vlm_prune.inputs.prompt import Tokenizer, tokenize_prompt
 from mlx_vlm_prune.models import memory
 

@@ -158,7 +158,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
     assert {name for name, _ in extras} == set(
-        "fastapi matplotlib mlx_lm mlx_vlm pyarrow pydantic torch uvicorn yaml".split()
+        "fastapi matplotlib mlx_lm mlx_vlm pillow_heif pyarrow pydantic torch uvicorn yaml".split()
     )
     places = {
         "fastapi": "mlx_vlm_prune/serving/",
@@ -169,6 +169,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
             "mlx_vlm_prune/generation/sampling.py",
         ),
         "mlx_vlm": "mlx_vlm_prune/hosts/",
+        "pillow_heif": "mlx_vlm_prune/inputs/image.py",
         "pyarrow": "mlx_vlm_prune/evaluation/questions/parquet.py",
         "pydantic": "mlx_vlm_prune/serving/request_schema.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_prune.inputs.image import Preprocessor
+from mlx_vlm_prune.inputs.preprocessor import Preprocessor
 from mlx_vlm_prune.inputs.processor import Processor
 from mlx_vlm_prune.inputs.prompt import Tokenizer
 from mlx_vlm_prune.scenes.vocabulary import write as write_words

@@ -10,8 +10,8 @@ class UserError(ValueError):
 
 # What is installed apart: by the name it is imported by, the extra that brings it.
 EXTRAS = {
-    "matplotlib": "plot", "mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm", "pyarrow": "parquet",
-    "torch": "torch", "yaml": "train", "fastapi": "serve",
+    "matplotlib": "plot", "mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm", "pillow_heif": "heic",
+    "pyarrow": "parquet", "torch": "torch", "yaml": "train", "fastapi": "serve",
     "pydantic": "serve", "uvicorn": "serve",
 }  # fmt: skip
 

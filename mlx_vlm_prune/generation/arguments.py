@@ -12,6 +12,7 @@ from typing import Any
 
 from ..checkpoints.command_line import Parser, whole_number
 from ..checkpoints.reading.files import parse_json
+from ..inputs.image import MAX_PIXELS, MOST_PIXELS
 from ..models.loading import DTYPES
 from .request import HOST_OPTIONS
 
@@ -179,7 +180,7 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     names = (
         "positions", "max_tokens", "temperature", "top_p", "seed", "top_k", "min_p",
         "repetition_penalty", "repetition_context_size", "eos_tokens", "system",
-        "chat_template_config",
+        "chat_template_config", "max_pixels",
     )
     host_options = {name: getattr(args, name) for name in HOST_OPTIONS}
     return {**{name: getattr(args, name) for name in names}, "host_options": host_options}
@@ -208,6 +209,9 @@ def _add_prompt(add: Add) -> None:
 def _add_image(add: Add) -> None:
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",
         help="image files (default: none)")
+    add("--max-pixels", type=int, metavar="N",
+        help="the most pixels of an image; a JPEG with more is decoded at a fraction of its size"
+        f" (default: {MAX_PIXELS:,}, and with --resize-shape {MOST_PIXELS:,})")
     add("--system", "--system-prompt", metavar="TEXT",
         help="a system message, which comes before the first question (default: none)")
 

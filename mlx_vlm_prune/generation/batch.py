@@ -34,7 +34,7 @@ from .stream import (
     faulty_part,
     initial_result,
     pipeline_for,
-    prepare_prompt,
+    prepare_request,
 )
 
 BatchImages = Sequence[ImageSource | Sequence[ImageSource] | None]
@@ -88,13 +88,9 @@ def batch_generate(
     check_request(processor, request)
     pipeline = pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
-    for number, (text, images) in enumerate(((r.prompt, r.images) for r in requests), 1):
+    for number, each in enumerate(requests, 1):
         with naming_prompt(number, len(requests)):
-            prompts.append(
-                prepare_prompt(
-                    model, processor, text, images, request.chat_template_config, request.system
-                )
-            )
+            prompts.append(prepare_request(model, processor, each))
     pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
     pixels_IHW3 = clock.end_part("image", mx.concatenate(pixels)) if pixels else None
     mx.reset_peak_memory()
@@ -110,9 +106,8 @@ def batch_generate(
     for prompt, length in zip(prompts, prefill.rows, strict=True):
         trace = prefill.trace.of_views(first, first := first + len(prompt.visible))
         result = replace(
-            initial_result(trace, depth, pipeline, policy),
+            prompt.shown_in(initial_result(trace, depth, pipeline, policy), model.grid),
             cache_bytes=prefill.cache_bytes // len(rows),
-            views=[(picture, model.grid) for picture in prompt.visible],
         )
         results.append(result.prefilled(length, clock.ttft()))
     steps = generate_step(prefill, first_B1, choose_token, request.max_tokens)

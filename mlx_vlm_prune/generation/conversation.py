@@ -48,12 +48,14 @@ RowKey = tuple[Any, ...]
 
 @dataclass
 class Picture:
-    """An image of a conversation: what the tower sees of it, and the tower's last output.
+    """An image of a conversation: what the tower sees of it, where that lies in its file, and the
+    tower's last output.
 
     `encoding` names what else the output depends on, `digest` the pixels.
     """
 
     visible: Image.Image
+    placement: dict[str, Any]
     pixels_1HW3: mx.array
     digest: bytes
     encoding: tuple[Any, ...] = ()
@@ -110,7 +112,8 @@ class Conversation:
     def open(self, request: Request, clock: Clock) -> tuple[list[Picture], Prompt]:
         """All images so far and those that the request brings, and all turns. Raises UserError."""
         new = request.images[len(self.pictures) :]
-        pictures = [*self.pictures, *map(self.open_picture, new)]
+        opened = [self.open_picture(source, request.pixel_limit) for source in new]
+        pictures = [*self.pictures, *opened]
         prompt = self.tokenize(request)
         clock.end_part("image", [picture.pixels_1HW3 for picture in pictures])
         mx.reset_peak_memory()
@@ -137,7 +140,8 @@ class Conversation:
             read = model.splice_encoded([prompt], batches, pipeline, budgets, request.positions)
             prefill = self.prefill(read, prompt, [picture.digest for picture in pictures])
         visible = [picture.visible for picture in pictures]
-        return PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused)
+        places = [picture.placement for picture in pictures]
+        return PromptRead(prompt.ids, visible, pipeline, prefill, self.rows_reused, places)
 
     def answer(
         self, request: Request, answered: PromptRead, clock: Clock
@@ -154,12 +158,13 @@ class Conversation:
             self.held = None
             raise
 
-    def open_picture(self, source: Any) -> Picture:
+    def open_picture(self, source: Any, max_pixels: int) -> Picture:
         """What the tower reads of an image. Raises UserError."""
-        visible = self.processor.image.visible(open_image(source))
-        values_HW3 = self.processor.image.values(visible)
+        preprocess, opened = self.processor.image, open_image(source, max_pixels)
+        visible = preprocess.visible(opened)
+        pixels_1HW3 = mx.array(preprocess.values(visible))[None].astype(self.model.dtype)
         digest = sha256(visible.tobytes()).digest()
-        return Picture(visible, mx.array(values_HW3)[None].astype(self.model.dtype), digest)
+        return Picture(visible, preprocess.placement(opened), pixels_1HW3, digest)
 
     def tokenize(self, request: Request) -> Prompt:
         """All turns as ids. Raises UserError."""

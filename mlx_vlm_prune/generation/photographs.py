@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from ..inputs.image import open_image
+from ..inputs.image import MAX_PIXELS, open_image
 from ..scenes import SIZE
 
 logger = logging.getLogger("mlx_vlm_prune")
@@ -14,12 +14,14 @@ SCENES_ONLY = (
 )
 
 
-def warn_of_photographs(processor: Any, images: Sequence[Any]) -> None:
+def warn_of_photographs(
+    processor: Any, images: Sequence[Any], max_pixels: int = MAX_PIXELS
+) -> None:
     """A note where the built-in model gets something else than its drawn scenes.
 
     Raises UserError for a broken file.
     """
     if getattr(processor, "is_scenes", False) and any(
-        open_image(image).size != (SIZE, SIZE) for image in images
+        open_image(image, max_pixels).size != (SIZE, SIZE) for image in images
     ):
         logger.warning(SCENES_ONLY)

@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError, check_text, short
+from ..inputs.image import MAX_PIXELS, MOST_PIXELS, check_max_pixels
 from ..inputs.image_sources import KINDS_OF_SOURCE, ImageSource, is_source, read_open_file
 from ..inputs.messages import Turn
 from ..pruners import Pipeline, Pruner
@@ -45,6 +46,7 @@ class GenerateOptions(TypedDict, total=False):
     num_draft_tokens: int | None
     system: str | None
     chat_template_config: Mapping[str, Any] | None
+    max_pixels: int | None
     host_options: Mapping[str, Any] | None
 
 
@@ -72,6 +74,7 @@ class Request:
     num_draft_tokens: int | None = None
     system: str | None = None
     chat_template_config: Mapping[str, Any] | None = None
+    max_pixels: int | None = None
     host_options: Mapping[str, Any] | None = None
     history: Sequence[Turn] = ()  # earlier turns, whose images come first
 
@@ -91,8 +94,15 @@ class Request:
             raise UserError(
                 "num_draft_tokens is for greedy answers; leave out sampler and logits_processors"
             )
+        if self.max_pixels is not None:
+            check_max_pixels(self.max_pixels)
         if self.host_options is not None:
             _check_host_options(self.host_options)
+
+    @property
+    def pixel_limit(self) -> int:
+        """The most pixels that an image may have."""
+        return pixel_limit(self.max_pixels, self.host_options)
 
     @property
     def given_host_options(self) -> dict[str, Any]:
@@ -120,6 +130,15 @@ def _check_kinds(request: Request) -> None:
     for name, (is_right, kind) in right.items():
         if not is_right:
             raise UserError(f"{name} is {getattr(request, name)!r}; it must be {kind}")
+
+
+def pixel_limit(max_pixels: int | None, host_options: Mapping[str, Any] | None) -> int:
+    """The most pixels that an image may have: `max_pixels`; else, where it is made to fit
+    `resize_shape`, what Pillow opens; else MAX_PIXELS."""
+    if max_pixels is not None:
+        check_max_pixels(max_pixels)
+        return max_pixels
+    return MOST_PIXELS if (host_options or {}).get("resize_shape") else MAX_PIXELS
 
 
 def is_whole(value: Any) -> bool:

@@ -33,6 +33,11 @@ class GenerationResult:
     guessed; None without one. `trace` says what was left of every view of an image, step by
     step; `views` has their pictures, as the tower saw them, each with its (rows, columns) of
     visual tokens. `rows_reused` of the prompt's rows are those of an earlier one.
+    `images` says of each image where what the model saw lies in its file, so that
+    a box in the answer can be drawn there: `size` and EXIF `orientation` in the file, `seen`, the
+    width and height of what the model saw (of an image in tiles: of the one that shows all of it),
+    and `to_original`, the affine map [a, b, c, d, e, f] from the point (x, y) there to the file's
+    pixel (a x + b y + c, d x + e y + f).
     """
 
     text: str
@@ -56,6 +61,7 @@ class GenerationResult:
     drafted: int | None = None
     accepted: int | None = None
     rows_reused: int = 0
+    images: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """In a line: the answer's beginning and what pruning did."""

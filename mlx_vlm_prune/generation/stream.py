@@ -19,7 +19,7 @@ from ..checkpoints.errors import UserError
 from ..inputs.budget import budget
 from ..inputs.detokenizer import Detokenizer
 from ..inputs.ends import end_token_ids
-from ..inputs.image import open_image
+from ..inputs.image import MAX_PIXELS, open_image
 from ..inputs.image_sources import ImageSource
 from ..inputs.messages import tokenize_conversation
 from ..inputs.processor import Processor
@@ -53,10 +53,7 @@ def stream_generate(
     clock, pipeline = request_clock(), pipeline_for(model, request.pruner)
     K = budget(model.N, request.keep_ratio, request.keep_tokens, pipeline)
     twig = twig_of(model, processor.name) if request.num_draft_tokens else None
-    prompt = prepare_prompt(
-        model, processor, request.prompt, request.images, request.chat_template_config,
-        request.system,
-    )  # fmt: skip
+    prompt = prepare_request(model, processor, request)
     clock.end_part("image", prompt.pixels)
     mx.reset_peak_memory()
     with naming_faulty_part(partial(faulty_part, model, [prompt.prompt], prompt.pixels)):
@@ -64,7 +61,9 @@ def stream_generate(
             prefill = model(
                 [prompt.prompt], prompt.pixels, pipeline, K, request.positions, twig=twig
             )
-        read = PromptRead(prompt.prompt.ids, prompt.visible, pipeline, prefill)
+        read = PromptRead(
+            prompt.prompt.ids, prompt.visible, pipeline, prefill, images=prompt.images
+        )
         yield from stream_answer(model, processor, request, read, clock, twig)
 
 
@@ -77,6 +76,7 @@ class PromptRead:
     pipeline: Pipeline
     prefill: Prefill
     rows_reused: int = 0  # of an earlier prompt
+    images: Sequence[dict[str, Any]] = ()  # where what is visible lies in the files
 
 
 def stream_answer(
@@ -114,6 +114,7 @@ def prefilled_result(
         initial_result(prefill.trace, depth, read.pipeline, policy),
         cache_bytes=prefill.cache_bytes,
         views=[(picture, model.grid) for picture in read.visible],
+        images=[*read.images],
     )
     return result.prefilled(prefill.rows[0], clock.ttft(), read.rows_reused)
 
@@ -155,11 +156,25 @@ class PreparedPrompt:
     prompt: Prompt
     visible: list[Image.Image]  # what the tower sees of each image
     pixels: mx.array | None
+    images: list[dict[str, Any]]  # where that lies in each image's file
 
     @property
     def text_tokens(self) -> int:
         """How many tokens of the prompt are text."""
         return len(self.prompt.ids) - sum(length for _, length in self.prompt.runs)
+
+    def shown_in(self, result: GenerationResult, grid: tuple[int, int]) -> GenerationResult:
+        """The result with the images, of whose visual tokens `grid` are rows and columns."""
+        views = [(picture, grid) for picture in self.visible]
+        return replace(result, views=views, images=self.images)
+
+
+def prepare_request(model: VLM, processor: Processor, request: Request) -> PreparedPrompt:
+    """The prompt and the images of a request. Raises UserError."""
+    return prepare_prompt(
+        model, processor, request.prompt, request.images, request.chat_template_config,
+        request.system, request.pixel_limit,
+    )  # fmt: skip
 
 
 def prepare_prompt(
@@ -169,9 +184,11 @@ def prepare_prompt(
     image: ImageSource | Sequence[ImageSource] | None = None,
     chat_template_config: Mapping[str, Any] | None = None,
     system: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> PreparedPrompt:
     """Open the images and turn all into ids and pixels. Raises UserError."""
-    visible = [processor.image.visible(open_image(source)) for source in list_images(image)]
+    opened = [open_image(source, max_pixels) for source in list_images(image)]
+    visible = [processor.image.visible(picture) for picture in opened]
     counts = [model.N] * len(visible)
     built = tokenize_conversation(
         processor.tokenizer, (), prompt, counts, processor.image_token, chat_template_config, system
@@ -181,7 +198,7 @@ def prepare_prompt(
     if visible:
         values = np.stack([processor.image.values(picture) for picture in visible])
         pixels = mx.array(values).astype(model.dtype)
-    return PreparedPrompt(built, visible, pixels)
+    return PreparedPrompt(built, visible, pixels, [*map(processor.image.placement, opened)])
 
 
 def check_prompt(model: VLM, prompt: Prompt) -> None:

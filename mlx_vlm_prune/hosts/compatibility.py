@@ -1,5 +1,8 @@
 """Which methods work in which of mlx-vlm's models, and why others do not."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..checkpoints.errors import UserError
 from ..pruners import Pipeline, Pruner, Stage
 from ..pruners.contract import Policy
@@ -43,6 +46,12 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
             " leave the option out"
         )
     return "renumber"
+
+
+def check_cache_options(host: Host, pipeline: Pipeline, options: Mapping[str, Any]) -> None:
+    """Raises UserError for a cache that this model or this method cannot have."""
+    check_kv_bits(host, pipeline, options.get("kv_bits"))
+    check_max_kv_size(host, pipeline, options.get("max_kv_size"))
 
 
 def check_kv_bits(host: Host, pipeline: Pipeline, kv_bits: float | None) -> None:

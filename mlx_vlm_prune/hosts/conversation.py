@@ -10,7 +10,7 @@ from typing import Any
 from ..generation.request import Request
 from ..generation.result import GenerationResponse
 from ..inputs.budget import check_budget
-from .compatibility import check_kv_bits, check_max_kv_size, check_pipeline
+from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .prompt import signal_layers
@@ -39,8 +39,7 @@ class HostConversation:
         check_budget(request.keep_ratio, request.keep_tokens)
         decoding_arguments(request)
         further_ends(self.host, request)
-        check_kv_bits(self.host, pipeline, options.get("kv_bits"))
-        check_max_kv_size(self.host, pipeline, options.get("max_kv_size"))
+        check_cache_options(self.host, pipeline, options)
         processor_options(options)
 
     def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..inputs.placement import Affine, Size, compose, placement, scaling
 from ..inputs.prompt import IMAGE_MARK
 from ..models.learned import read_learned
 from .language_layers import LanguageLayers
@@ -38,6 +39,7 @@ class Host(ABC):
     )
     why_one_image: ClassVar[str | None] = None  # why a prompt may have one only, if so
     why_no_enhancer: ClassVar[str | None] = None  # why no row can get more attention, if so
+    whole_view: ClassVar[int] = -1  # which of an image's tiles shows all of it
     # Drives the language model's layers one by one, for decoder methods.
     language_layers_class: ClassVar[type[LanguageLayers] | None] = None
 
@@ -209,6 +211,41 @@ class Host(ABC):
             pixels = pixels * (1.0 if std is None else std) + (0.0 if mean is None else mean)
             pictures.append(Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)))
         return pictures
+
+    def placements(
+        self, views: Sequence[View], images: Sequence[Image.Image], options: ProcessorOptions
+    ) -> list[dict[str, Any]]:
+        """Where what the model saw of each image lies in its file; of one in tiles, the tile that
+        shows all of it."""
+        places = []
+        for number, image in enumerate(images):
+            pairs = zip(options.resize or image.size, image.size, strict=True)
+            ratio = min(most / side for most, side in pairs)
+            fitted = int(image.width * ratio), int(image.height * ratio)
+            tiles = [view for view in views if view.image == number]
+            seen, to_fitted = self.to_image(tiles[self.whole_view], fitted, options.kwargs)
+            places.append(placement(image, seen, compose(to_fitted, scaling(fitted, image.size))))
+        return places
+
+    def to_image(self, view: View, size: Size, kwargs: Mapping[str, Any]) -> tuple[Size, Affine]:
+        """Width and height of a view of a whole picture, and the map from there to the picture,
+        which has this size; here it is squeezed to another shape. `kwargs` are the
+        processor's."""
+        seen = self.seen_size(view)
+        return seen, scaling(seen, size)
+
+    def seen_size(self, view: View) -> Size:
+        """Width and height of what the tower read."""
+        if view.pixels_HW3 is not None:
+            height, width, _ = view.pixels_HW3.shape
+            return width, height
+        (rows, columns), side = view.signals.grid, self.token_side
+        return columns * side, rows * side
+
+    @property
+    def token_side(self) -> int:
+        """Pixels along the side of a visual token, in a family whose views have no pixels."""
+        raise NotImplementedError
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

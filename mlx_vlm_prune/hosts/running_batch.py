@@ -125,7 +125,7 @@ class HostRunningBatch:
                 f"{pipeline.decoder.name} works between the language model's layers, where batches"
                 " of mlx-vlm's do not reach; choose another method"
             )
-        images = [open_image(source) for source in request.images]
+        images = [open_image(source, request.pixel_limit) for source in request.images]
         inputs = prepare_prompt(
             host, request.prompt, images, request.chat_template_config, None, request.history,
             request.system,

@@ -12,6 +12,7 @@ from traceback import walk_tb
 from typing import Any
 
 import mlx.core as mx
+from PIL import Image
 
 from ..checkpoints.errors import UserError, short
 from ..generation.request import LogitsProcessor, Request
@@ -28,7 +29,7 @@ from ..generation.stream import initial_result
 from ..inputs.ends import end_token_ids
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import TOGETHER, Clock, request_clock
-from .compatibility import check_kv_bits, check_max_kv_size, check_pipeline
+from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .host import Host, generation_stream
@@ -93,23 +94,26 @@ def processor_options(given: Mapping[str, Any]) -> ProcessorOptions:
     return ProcessorOptions(resize_option(given.get("resize_shape")), kwargs)
 
 
+def open_images(request: Request) -> list[Image.Image]:
+    """The images of a request. Raises UserError."""
+    return [open_image(source, request.pixel_limit) for source in request.images]
+
+
 def stream_generate(
     model: Any, processor: Any, request: Request, encode: ViewEncoder | None = None
 ) -> Iterator[GenerationResponse]:
-    """Answer a prompt about images, one piece of text at a time; `encode` may know the images'
-    views already. Raises UserError."""
+    """Stream an answer; `encode` may know the images' views already. Raises UserError."""
     host = host_of(model, processor)
     pipeline = plan_for_host(host, request.pruner)
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options
     policy, ends = check_pipeline(host, pipeline, request.positions), further_ends(host, request)
-    check_kv_bits(host, pipeline, options.get("kv_bits"))
-    check_max_kv_size(host, pipeline, options.get("max_kv_size"))
-    images = [open_image(source) for source in request.images]
+    check_cache_options(host, pipeline, options)
+    images, preparation = open_images(request), processor_options(options)
     inputs = prepare_prompt(
-        host, request.prompt, images, request.chat_template_config,
-        processor_options(options), request.history, request.system,
+        host, request.prompt, images, request.chat_template_config, preparation, request.history,
+        request.system,
     )  # fmt: skip
     clock.end_part("image", inputs.pixels)
     mx.reset_peak_memory()
@@ -126,8 +130,11 @@ def stream_generate(
         def initial() -> GenerationResult:
             depth = len(host.language.layers)
             answer = initial_result(prompt.trace, depth, pipeline, prompt.positions)
-            pictures = zip(host.pictures(views, images), views, strict=True)
-            return replace(answer, views=[(picture, v.signals.grid) for picture, v in pictures])
+            grids = [view.signals.grid for view in views]
+            pictures = [*zip(host.pictures(views, images), grids, strict=True)]
+            return replace(
+                answer, views=pictures, images=host.placements(views, images, preparation)
+            )
 
         pieces = _decode(host, prompt, initial, clock, decoding)
         with also_ending_at(host, ends):

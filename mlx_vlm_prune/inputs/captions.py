@@ -19,7 +19,7 @@ import tokenizers
 from ..checkpoints.dual_encoder import LEGACY_EOS, DualEncoderConfig
 from ..checkpoints.errors import UserError, check_text
 from ..checkpoints.processor import TOKENIZER_CONFIG, read_tokenizer, special_tokens, token_settings
-from .image import Preprocessor
+from .preprocessor import Preprocessor
 
 SIGLIP_CLASS, SIGLIP2_CLASS = "SiglipTokenizer", "Siglip2Tokenizer"
 PUNCTUATION = str.maketrans("", "", string.punctuation)

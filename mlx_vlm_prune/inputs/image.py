@@ -1,69 +1,66 @@
-"""Open an untrusted image, and make of it what the vision tower sees.
+"""Open an untrusted image: upright, as RGB, and no larger than memory allows.
 
-A file is judged by its header before a pixel is decoded, only plain raster formats
-are tried, and whatever a decoder throws becomes one sentence. The preprocessing is
-that of Hugging Face's CLIPImageProcessor (the one built on Pillow), value for value.
-
-Shapes: H height, W width, 3 channels, last.
+A file is judged by its header and its blocks before a pixel is decoded, only plain raster formats
+are tried, and whatever a decoder throws becomes one sentence.
 """
 
 import io
-import math
-import os
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import (
     Image,
-    ImageOps,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401  (else Pillow imports all its readers to find WEBP's)
 )
 
-from ..checkpoints.errors import UserError
-from ..checkpoints.processor import PREPROCESSOR_CONFIG
-from ..checkpoints.reading.fields import Fields
-from ..checkpoints.reading.files import read_json
+from ..checkpoints.errors import UserError, missing_package
+from .exif import ORIENTATION, orientation, orientation_of
+from .image_files import ImageFile, check_file
 from .image_sources import ImageSource, file_bytes, source_name
+from .placement import STORED, TURNS, Size, remember, stored_image
 
-# Formats whose readers neither start a program nor follow a reference. TIFF, EPS, PSD,
-# ICO and the rest are left out: each is one more parser to attack, and no photograph needs it.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-MAX_PIXELS = 25_000_000  # 75 MB as RGB; every phone's default photograph is smaller
-MAX_SIDE = 4096  # of what a tower may ask for
+# Formats whose readers neither start a program nor follow a reference. EPS, PSD, ICO and the rest
+# are left out: each is one more parser to attack, and no photograph needs it.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis")
+MAX_PIXELS = 25_000_000  # 75 MB as RGB
+MOST_PIXELS = 178_956_970  # Pillow opens no more
+SPARE_BYTES = 1 << 24  # of a file, beside the bytes of its pixels
+SCALES = (1, 2, 4, 8)  # at which a JPEG can be decoded
 WHITE = (255, 255, 255, 255)
-FILTERS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # 2 and 3 in the JSON
 
 
-def open_image(source: ImageSource) -> Image.Image:
-    """An image from one of KINDS_OF_SOURCE, upright and as RGB.
+def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image from one of KINDS_OF_SOURCE, upright and as RGB, of at most `max_pixels`.
 
     An open file is read from its beginning, if it has one, and stands afterwards where it stood.
 
     Of an animation, the first frame. EXIF rotation is applied, transparency is laid on
-    white (as transformers does since 5.21), 16-bit grey is scaled to 8 bits.
+    white (as transformers does since 5.21), 16-bit grey is scaled to 8 bits. A JPEG with more
+    pixels is decoded at a half, a quarter or an eighth of its size. `stored_image` tells the size
+    and the orientation in the file.
 
-    A phone's JPEG opens two to four times as fast where Pillow decodes it at a fraction of its
-    size. This is not the default: pixels then are a few grey levels off transformers':
+    A smaller one opens two to four times as fast like this, too. It is not the default: pixels
+    then are a few grey levels off transformers':
 
         photo = Image.open(path)
         photo.draft("RGB", (1008, 1008))  # at least three times the sides the tower reads
 
     Raises UserError, one sentence that names the path: no such file, a directory, an
-    empty file, not one of FORMATS, truncated or damaged, more than MAX_PIXELS, a URL.
+    empty file, not one of FORMATS or HEIC, truncated or damaged, more than `max_pixels`, one that
+    would take minutes, a URL.
     """
     name = source_name(source)
     try:
         with warnings.catch_warnings():  # what Pillow warns of is read; its size is checked here
             warnings.filterwarnings("ignore", module="PIL")
-            return _decode(source, name)
+            return _decode(source, name, max_pixels)
     except UserError:
         raise
     except Image.DecompressionBombError:
-        raise _too_large(name) from None
+        raise _too_large(name, max_pixels) from None
     except UnidentifiedImageError:
         allowed = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise UserError(f"{name} is not a {allowed} image") from None
@@ -71,46 +68,112 @@ def open_image(source: ImageSource) -> Image.Image:
         raise UserError(f"{name} is truncated or damaged: {problem}") from problem
 
 
-def _decode(source: ImageSource, name: str) -> Image.Image:
+def check_max_pixels(max_pixels: Any) -> None:
+    """Raises UserError for what is no number of pixels that Pillow opens."""
+    if type(max_pixels) is not int or not 1 <= max_pixels <= MOST_PIXELS:
+        raise UserError(
+            f"max_pixels is {max_pixels!r}; it must be a whole number from 1 to {MOST_PIXELS}"
+        )
+
+
+def _decode(source: ImageSource, name: str, most: int) -> Image.Image:
     if isinstance(source, np.ndarray):
-        return _from_array(source, name)
+        return _from_array(source, name, most)
     if isinstance(source, Image.Image):
-        _check_size(source, name)
-        return _rgb(ImageOps.exif_transpose(source), name)  # of a copy
-    data = file_bytes(source, name)
+        return _from_pillow(source, name, most)
+    data = file_bytes(source, name, 8 * most + SPARE_BYTES)
     if not data:
         raise UserError(f"{name} is empty (0 bytes)")
-    with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-        _check_size(opened, name)  # nothing is decoded yet
-        ImageOps.exif_transpose(opened, in_place=True)
-        return _rgb(opened, name)
+    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+        return _from_heic(data, name, most)
+    file = check_file(data, name, most)
+    is_tiff = data.startswith((b"II", b"MM"))
+    if is_tiff:
+        from PIL import TiffImagePlugin  # noqa: F401  (see WebP's)
+    formats = [name for name in FORMATS if (name == "TIFF") == is_tiff]
+    with Image.open(io.BytesIO(file.data), formats=formats) as opened:
+        size = opened.size
+        _fit(opened, file, name, most)  # nothing is decoded yet
+        opened.load()
+        if opened.format == "TIFF":  # which is upright when it is loaded
+            turn = orientation_of({"exif": data})
+            left = opened.getexif().get(ORIENTATION, 1)
+            size = opened.size[::-1] if (turn > 4) != (left > 4) else opened.size
+        else:
+            turn = left = (
+                orientation(file.exif, file.xmp) if file.scans else orientation_of(opened.info)
+            )
+        return remember(to_rgb(_upright(opened, left), name), size, turn)
 
 
-def _from_array(pixels: np.ndarray, name: str) -> Image.Image:
+def _from_pillow(image: Image.Image, name: str, most: int) -> Image.Image:
+    """A copy of what the user opened."""
+    _check_size(image.size, name, most)
+    image.load()
+    stored, turn = stored_image(image), orientation_of(image.info)
+    upright = to_rgb(_upright(image, turn), name)
+    upright = upright.copy() if upright is image else upright
+    if STORED in image.info and turn == 1:
+        return remember(upright, stored.size, stored.orientation)
+    return remember(upright, image.size, turn)
+
+
+def _from_heic(data: bytes, name: str, most: int) -> Image.Image:
+    """By pillow-heif, which gives an upright picture."""
+    try:
+        import pillow_heif
+    except ImportError:
+        raise missing_package("pillow_heif", name) from None
+    opened = pillow_heif.open_heif(io.BytesIO(data))
+    _check_size(opened.size, name, most)
+    return remember(to_rgb(opened.to_pillow(), name), opened.size, 1)
+
+
+def _upright(image: Image.Image, turn: int) -> Image.Image:
+    return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def _fit(opened: Image.Image, file: ImageFile, name: str, most: int) -> None:
+    """Have a large JPEG decoded at a fraction of its size. Raises UserError for other large
+    images, and for a JPEG whose coefficients must all be held."""
+    width, height = opened.size
+    is_jpeg = opened.format in ("JPEG", "MPO")
+    scale = next((n for n in SCALES if -(-width // n) * -(-height // n) <= most), None)
+    if file.is_progressive and width * height > 2 * most:
+        raise UserError(f"{name} is a progressive JPEG, of which all is held: {_limit(2 * most)}")
+    if scale is None or (scale > 1 and not is_jpeg):
+        raise _too_large(name, most)
+    if scale > 1:
+        opened.draft(None, (width // scale, height // scale))
+    _check_size(opened.size, name, most)
+
+
+def _from_array(pixels: np.ndarray, name: str, most: int) -> Image.Image:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise UserError(
             f"{name} is a numpy array {pixels.shape} of {pixels.dtype}; give (H, W, 3) of uint8"
         )
-    height, width, _ = pixels.shape
-    if not height * width:
-        raise UserError(f"{name} has no pixels ({width} x {height})")
-    if height * width > MAX_PIXELS:
-        raise _too_large(name)
+    _check_size((pixels.shape[1], pixels.shape[0]), name, most)
     return Image.fromarray(pixels)
 
 
-def _too_large(name: str) -> UserError:
-    return UserError(f"{name} has more than the {MAX_PIXELS // 10**6} megapixels allowed")
+def _limit(most: int) -> str:
+    return f"more than the {most / 1e6:g} megapixels allowed; max_pixels allows more"
 
 
-def _check_size(image: Image.Image, name: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(name)
-    if 0 in image.size:
-        raise UserError(f"{name} has no pixels ({image.width} x {image.height})")
+def _too_large(name: str, most: int) -> UserError:
+    return UserError(f"{name} has {_limit(most)}")
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _check_size(size: Size, name: str, most: int) -> None:
+    width, height = size
+    if width * height > most:
+        raise _too_large(name, most)
+    if 0 in size:
+        raise UserError(f"{name} has no pixels ({width} x {height})")
+
+
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """As RGB; transparent pixels show white, not the colour stored beneath."""
     if image.mode == "F":
         raise UserError(f"{name} has floating-point pixels, whose range is unknown; use 8-bit ones")
@@ -126,200 +189,3 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     """Converted where need be; Pillow would copy an image that has the mode."""
     return image if image.mode == mode else image.convert(mode)
-
-
-@dataclass(frozen=True)
-class Preprocessor:
-    """From a picture to what the tower reads; the defaults are CLIP's.
-
-    `size`: the shortest side in pixels, or (height, width). `crop`: (height, width) of the
-    middle, black where the picture is smaller. `rescale`: the factor to [0, 1]. `mean` and
-    `std`: per channel, after it. None skips a step.
-    """
-
-    size: int | tuple[int, int] | None = 224
-    crop: tuple[int, int] | None = (224, 224)
-    rescale: float | None = 1 / 255
-    mean: tuple[float, float, float] | None = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    resample: Image.Resampling = Image.Resampling.BICUBIC
-    pad: bool = False  # first made square, the picture in the middle, `mean` around it: LLaVA's
-
-    @classmethod
-    def from_folder(
-        cls, path: str | os.PathLike[str], usual: "Preprocessor | None" = None
-    ) -> "Preprocessor":
-        """Read preprocessor_config.json in Hugging Face's CLIP or SigLIP format.
-
-        What the file leaves open is as in `usual`, by default CLIP's. Raises UserError that
-        names the file and the field.
-        """
-        usual = usual or cls()
-        file = Path(path) / PREPROCESSOR_CONFIG
-        fields = _Fields(read_json(file), file)
-        normalise = fields.flag("do_normalize")
-        crops = fields.flag("do_center_crop", usual.crop is not None)
-        rescales = fields.flag("do_rescale")
-        return cls(
-            size=fields.size(usual.size) if fields.flag("do_resize") else None,
-            crop=fields.crop() if crops else None,
-            rescale=fields.positive("rescale_factor", 1 / 255) if rescales else None,
-            mean=fields.channels("image_mean", usual.mean) if normalise else None,
-            std=fields.channels("image_std", usual.std) if normalise else cls.std,
-            resample=fields.filter(usual.resample),
-            pad=fields.flag("do_pad", False),
-        )
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """What the tower reads of an image that `open_image` opened: (H, W, 3) float32.
-
-        Equal to CLIPImageProcessor's `pixel_values` but for the order of the axes.
-        Raises UserError for a picture too thin to resize without a crop.
-        """
-        return self.values(self.visible(image))
-
-    def values(self, visible: Image.Image) -> np.ndarray:
-        """The same of the part that the tower sees, as `visible` gives it."""
-        pixels_HW3 = np.asarray(visible)
-        pairs = zip(self._levels(), np.moveaxis(pixels_HW3, -1, 0), strict=True)
-        return np.stack([levels.take(pixels, mode="clip") for levels, pixels in pairs], axis=-1)
-
-    def _levels(self) -> np.ndarray:
-        """Each grey level's value in each channel: (3, 256) float32."""
-        grey = np.arange(256)
-        # Rescaled in float64 and then rounded, as Hugging Face does.
-        scaled = (grey if self.rescale is None else grey * self.rescale).astype(np.float32)
-        if self.mean is None:
-            return np.broadcast_to(scaled, (3, 256))
-        mean, std = (np.array(v, dtype=np.float32)[:, None] for v in (self.mean, self.std))
-        return np.asarray((scaled - mean) / std)
-
-    def visible(self, image: Image.Image) -> Image.Image:
-        """The part of the picture the tower sees, resized and cropped, as RGB."""
-        image = image if image.mode == "RGB" else _rgb(image, "the image")
-        image = self._square(image) if self.pad else image
-        width, height = self._resized(image.size)
-        if width * height > MAX_PIXELS:
-            return self._visible_of_sliver(image, width, height)
-        if (width, height) != image.size:
-            image = image.resize((width, height), self.resample)
-        if self.crop is None:
-            return image
-        box = self._crop_box(width, height)
-        return image.crop(box)  # Pillow, too, pads with black
-
-    def _square(self, image: Image.Image) -> Image.Image:
-        side = max(image.size)
-        if side**2 > 4 * MAX_PIXELS:
-            raise UserError(
-                f"an image of {image.width} x {image.height} pixels is too long to be made square"
-            )
-        red, green, blue = (int(255 * x) for x in self.mean or (0, 0, 0))
-        canvas = Image.new("RGB", (side, side), (red, green, blue))
-        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        return canvas
-
-    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Width and height after resizing: the shorter side to `size`, the other rounded down."""
-        width, height = size
-        if self.size is None:
-            return width, height
-        if isinstance(self.size, tuple):
-            return self.size[1], self.size[0]
-        if width <= height:
-            return self.size, int(self.size * height / width)
-        return int(self.size * width / height), self.size
-
-    def _crop_box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        assert self.crop is not None
-        rows, columns = self.crop
-        left, top = (width - columns) // 2, (height - rows) // 2
-        return left, top, left + columns, top + rows
-
-    def _visible_of_sliver(self, image: Image.Image, width: int, height: int) -> Image.Image:
-        """Resize only what the crop keeps: a 1 x 10,000 picture would otherwise take 1.5 GB.
-
-        Rounding of the box may move a value by one grey level.
-        """
-        if self.crop is None:
-            raise UserError(
-                f"an image of {image.width} x {image.height} pixels would be resized to "
-                f"{width} x {height}, more than {MAX_PIXELS // 10**6} megapixels; crop it first"
-            )
-        left, top, right, bottom = self._crop_box(width, height)
-        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
-        across, down = image.width / width, image.height / height
-        seen = (x0 * across, y0 * down, x1 * across, y1 * down)
-        # A sliver is always enlarged, so the filter reaches two pixels beyond the box. Cut there
-        # first: of a long picture Pillow may filter columns before rows, and round otherwise.
-        near_x, near_y = max(int(seen[0]) - 3, 0), max(int(seen[1]) - 3, 0)
-        end_x, end_y = min(int(seen[2]) + 4, image.width), min(int(seen[3]) + 4, image.height)
-        near = image.crop((near_x, near_y, end_x, end_y))
-        box = (seen[0] - near_x, seen[1] - near_y, seen[2] - near_x, seen[3] - near_y)
-        canvas = Image.new("RGB", (right - left, bottom - top))
-        part = near.resize((x1 - x0, y1 - y0), self.resample, box=box)
-        canvas.paste(part, (x0 - left, y0 - top))
-        return canvas
-
-
-def siglip_preprocessor(side: int) -> Preprocessor:
-    """What SigLIP's towers read: the whole picture made square, values from -1 to 1."""
-    half = (0.5, 0.5, 0.5)
-    size = (side, side)
-    return Preprocessor(size, None, mean=half, std=half, resample=Image.Resampling.BILINEAR)
-
-
-class _Fields(Fields):
-    """The fields of a preprocessor_config.json."""
-
-    def flag(self, field: str, default: bool | None = True) -> bool:
-        if default is not None and self.get(field) is None:  # null is the default, too
-            return default
-        return super().flag(field, default)
-
-    def size(self, default: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
-        value = self.get("size")
-        if value is None:
-            return default
-        if isinstance(value, dict) and set(value) == {"shortest_edge"}:
-            value = value["shortest_edge"]
-        if _is_side(value):
-            return int(value)
-        return self._height_width("size", value, 'an integer, {"shortest_edge": n} or ')
-
-    def crop(self) -> tuple[int, int]:
-        value = self.values.get("crop_size", 224)
-        if _is_side(value):
-            return value, value
-        return self._height_width("crop_size", value, "an integer or ")
-
-    def _height_width(self, field: str, value: Any, others: str) -> tuple[int, int]:
-        if isinstance(value, dict) and set(value) == {"height", "width"}:
-            height, width = value["height"], value["width"]
-            if _is_side(height) and _is_side(width):
-                return height, width
-        raise self.error(field, f'{others}{{"height": n, "width": n}}, n from 1 to {MAX_SIDE}')
-
-    def channels(self, field: str, default: Any) -> tuple[float, float, float]:
-        value = self.values.get(field, default)
-        smallest = 1e-6 if field == "image_std" else -math.inf  # std divides
-        fine = isinstance(value, list | tuple) and len(value) == 3 and all(map(_is_finite, value))
-        if not fine or min(value) < smallest:
-            kind = "positive" if field == "image_std" else "finite"
-            raise self.error(field, f"three {kind} numbers")
-        red, green, blue = map(float, value)
-        return red, green, blue
-
-    def filter(self, default: Image.Resampling) -> Image.Resampling:
-        value = self.values.get("resample", default)
-        if isinstance(value, bool) or value not in list(FILTERS):
-            raise self.error("resample", "2 (bilinear) or 3 (bicubic)")
-        return Image.Resampling(value)
-
-
-def _is_side(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= MAX_SIDE
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e6

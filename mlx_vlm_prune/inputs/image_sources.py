@@ -39,8 +39,8 @@ def source_name(source: ImageSource) -> str:
     return os.fspath(source) if isinstance(source, str | os.PathLike) else "the image"
 
 
-def file_bytes(source: Any, name: str) -> bytes:
-    """The bytes of what is no picture in memory yet."""
+def file_bytes(source: Any, name: str, most: int) -> bytes:
+    """The bytes of what is no picture in memory yet; of a file, at most so many."""
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if hasattr(source, "read"):
@@ -51,7 +51,7 @@ def file_bytes(source: Any, name: str) -> bytes:
         return _data_of_uri(str(source))
     if name.lower().startswith(URLS):
         raise UserError(f"{name} is a URL; download the image and give its path")
-    return _read(source, name)
+    return _read(source, name, most)
 
 
 def read_open_file(file: Any) -> bytes:
@@ -87,13 +87,15 @@ def _data_of_uri(uri: str) -> bytes:
         raise UserError(f"the data URI is damaged: {problem}") from problem
 
 
-def _read(path: str | os.PathLike[str], name: str) -> bytes:
+def _read(path: str | os.PathLike[str], name: str, most: int) -> bytes:
     if not os.path.exists(path):
         raise UserError(f"there is no image file {name}")
     if os.path.isdir(path):
         raise UserError(f"{name} is a directory, not an image file")
     if not os.path.isfile(path):  # a pipe or a device may never end
         raise UserError(f"{name} is not a regular file")
+    if (size := os.path.getsize(path)) > most:
+        raise UserError(f"{name} has {size} bytes; of an image at most {most} are read")
     try:
         return Path(path).read_bytes()
     except OSError as problem:

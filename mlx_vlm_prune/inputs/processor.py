@@ -9,7 +9,7 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.families import is_llava
 from ..checkpoints.llava.original import pads_to_square
 from ..checkpoints.processor import PREPROCESSOR_CONFIG
-from .image import Preprocessor, siglip_preprocessor
+from .preprocessor import Preprocessor, siglip_preprocessor
 from .prompt import VICUNA, Tokenizer
 
 

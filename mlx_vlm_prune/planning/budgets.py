@@ -22,6 +22,7 @@ from ..checkpoints.errors import UserError
 from ..generation.request import list_images
 from ..generation.result import GenerationResult
 from ..generation.stream import PreparedPrompt, pipeline_for, prepare_prompt
+from ..inputs.image import MAX_PIXELS
 from ..inputs.image_sources import ImageSource
 from ..inputs.processor import Processor
 from ..models.cache import STEP
@@ -151,13 +152,13 @@ def keep_within(
     image: ImageSource | Sequence[ImageSource],
     *,
     pruner: str | Pruner | Pipeline,
-    ms: float | None = None,
-    gb: float | None = None,
+    ms: float | None = None, gb: float | None = None,
     max_tokens: int = 256,
     chat_template_config: Mapping[str, Any] | None = None,
     system: str | None = None,
+    max_pixels: int = MAX_PIXELS,
     calibration: Calibration | None = None,
-) -> BudgetChoice:
+) -> BudgetChoice:  # fmt: skip
     """The largest K that keeps the time to the first token within `ms` (in 19 of 20 runs), and
     the memory's peak within `gb` for an answer of up to `max_tokens`; N where no K does.
 
@@ -168,8 +169,8 @@ def keep_within(
     check_free_budget(pipeline)
     if pipeline.own_budget(model.N) is not None:
         raise UserError(f"{pipeline.spec} says itself how many visual tokens stay: leave that out")
-    images = list_images(image)
-    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config, system)
+    options = list_images(image), chat_template_config, system, max_pixels
+    inputs = prepare_prompt(model, processor, prompt, *options)
     if inputs.pixels is None:
         raise UserError("a budget needs an image; without one there is nothing to prune")
     if calibration:
@@ -177,7 +178,7 @@ def keep_within(
     else:
         calibration, level = present_calibration(model, processor, pipeline, inputs)
     start = time.perf_counter()  # once more: warm, as the answer will be
-    inputs = prepare_prompt(model, processor, prompt, images, chat_template_config, system)
+    inputs = prepare_prompt(model, processor, prompt, *options)
     mx.eval(inputs.pixels)
     image_ms, held_bytes = 1000 * (time.perf_counter() - start), mx.get_active_memory()
     text, count = inputs.text_tokens, len(inputs.visible)

@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...inputs.placement import Affine, Size
+from ...inputs.preprocessor import Preprocessor
 from ..prepared_inputs import PreparedInputs
 from ..views import View, make_views
 from .tower import TowerHost
@@ -37,6 +39,14 @@ class FastVLMHost(TowerHost):
             x_IHWC = block(x_IHWC)
         x_IND = tower.conv_exp(x_IHWC).reshape(images, H * W, -1)
         return make_views(inputs, self.signals(x_IND, want, states, grid=(H, W)), pixels_IHW3)
+
+    def to_image(self, view: View, size: Size, kwargs: Mapping[str, Any]) -> tuple[Size, Affine]:
+        """It is made square first."""
+        settings = {**vars(self.processor.image_processor), **kwargs}
+        side = settings["size"].get("shortest_edge") or settings["size"]["height"]
+        crop = settings["crop_size"].get("height"), settings["crop_size"].get("width")
+        is_cut = settings["do_center_crop"] and None not in crop
+        return Preprocessor((side, side), crop if is_cut else None, pad=True).to_image(size)
 
     def queries_and_keys(
         self, layer: Any, x_ISD: mx.array, grid: tuple[int, int]

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ...checkpoints.errors import UserError
+from ...inputs.placement import Affine, Size
+from ...inputs.preprocessor import Preprocessor
 from ..language_layers import RopeOffsetLayers
 from ..prepared_inputs import PreparedInputs, ProcessorOptions
 from ..views import View, make_views
@@ -88,3 +90,22 @@ class LlavaHost(LlavaTowerHost):
             raise UserError(f"the chat template gave {marks} {mark} marks for {len(images)} images")
         words = super().prepare(text.replace(mark, mark * (rows * columns)), (), ProcessorOptions())
         return replace(words, pixels=pixels, images=len(images))
+
+    def to_image(self, view: View, size: Size, kwargs: Mapping[str, Any]) -> tuple[Size, Affine]:
+        """Its middle is cut out, or it is made square first."""
+        settings = {**vars(self.processor.image_processor), **kwargs}
+        return Preprocessor(
+            size=_sides(settings["size"]) if settings["do_resize"] else None,
+            crop=_height_width(settings["crop_size"]) if settings["do_center_crop"] else None,
+            pad=bool(settings.get("do_pad")),
+        ).to_image(size)
+
+
+def _sides(size: Any) -> int | tuple[int, int]:
+    """A processor's `size`: the shortest side, or height and width."""
+    shortest: int | None = size.get("shortest_edge")
+    return shortest or _height_width(size)
+
+
+def _height_width(size: Any) -> tuple[int, int]:
+    return size["height"], size["width"]

@@ -17,6 +17,7 @@ from .llava import LlavaTowerHost
 
 class LlavaNextHost(LlavaTowerHost):
     placeholder_unit = "all"
+    whole_view = 0
     why_one_image = "mlx-vlm shows it the first only"
 
     def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array:

@@ -25,6 +25,11 @@ class PixtralHost(TowerHost):
         layers = self.tower.transformer.layers
         return layers[: range(len(layers) + 1)[self.model.vision_feature_layer]]
 
+    @property
+    def token_side(self) -> int:
+        side: int = self.tower.patch_size
+        return side
+
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
         pixels, patch = inputs.pixels, self.tower.patch_size
         if isinstance(pixels, list):

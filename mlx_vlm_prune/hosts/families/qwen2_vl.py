@@ -53,6 +53,11 @@ class Qwen2VLHost(Host):
     def depth(self) -> int:
         return len(self.tower.blocks)
 
+    @property
+    def token_side(self) -> int:
+        side: int = self.model.config.vision_config.patch_size * self.tower.spatial_merge_size
+        return side
+
     def project(self, x_1KD: mx.array) -> mx.array:
         return x_1KD
 
