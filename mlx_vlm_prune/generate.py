@@ -87,18 +87,17 @@ def stream_generate(
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """Answer a prompt about any number of images, one piece of text at a time.
 
-    `<image>` in the prompt marks an image's place (default: first). `pruner`, "NAME",
-    "NAME:option=value" or a chain "NAME+NAME", keeps K of an image's N visual tokens (a decoder
-    method: on average) by `keep_ratio` or `keep_tokens`, half without either. Without `pruner` it
-    is what the checkpoint was trained with inside, if anything, else "none". Default `positions`
-    are those of its paper. `sampler` and `logits_processors` are mlx-lm's; a sampler replaces
-    `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and `seed`. `top_k`, `min_p` and
-    `repetition_penalty`, of the latest `repetition_context_size` tokens, are mlx-lm's own, if it is
-    installed. `eos_tokens` end an answer beside the model's own. `system` is a system message. A
-    twig beside a model of ours may guess `num_draft_tokens` ahead. `max_pixels` limits images;
+    `<image>` in the prompt marks an image's place. `pruner`, "NAME", "NAME:option=value" or a chain
+    "NAME+NAME", keeps K of an image's N visual tokens (a decoder method: on average) by
+    `keep_ratio` or `keep_tokens`, half without either. By default it is what the checkpoint was
+    trained with inside, else "none". `positions` are its paper's. `sampler` and `logits_processors`
+    are mlx-lm's; a sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and
+    `seed`. `top_k`, `min_p` and `repetition_penalty`, of the latest `repetition_context_size`
+    tokens, are mlx-lm's own, if it is installed. `eos_tokens` end an answer beside the model's own.
+    A twig beside a model of ours may guess `num_draft_tokens` ahead. `max_pixels` limits images;
     larger JPEGs are scaled. `chat_template_config` are options of the chat template, `host_options`
-    mlx-vlm's: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size (rows of the cache),
-    resize_shape, processor_kwargs (of its own processor). Raises UserError.
+    mlx-vlm's: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape,
+    processor_kwargs. Raises UserError.
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}

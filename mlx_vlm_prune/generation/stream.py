@@ -156,7 +156,7 @@ class PreparedPrompt:
     prompt: Prompt
     visible: list[Image.Image]  # what the tower sees of each image
     pixels: mx.array | None
-    images: list[dict[str, Any]]  # where that lies in each image's file
+    images: Sequence[dict[str, Any]] = ()  # where that lies in each image's file
 
     @property
     def text_tokens(self) -> int:
@@ -166,7 +166,7 @@ class PreparedPrompt:
     def shown_in(self, result: GenerationResult, grid: tuple[int, int]) -> GenerationResult:
         """The result with the images, of whose visual tokens `grid` are rows and columns."""
         views = [(picture, grid) for picture in self.visible]
-        return replace(result, views=views, images=self.images)
+        return replace(result, views=views, images=[*self.images])
 
 
 def prepare_request(model: VLM, processor: Processor, request: Request) -> PreparedPrompt:

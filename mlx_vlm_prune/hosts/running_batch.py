@@ -34,7 +34,7 @@ from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .host import generation_stream
 from .input_embeddings import PrunedEmbeddings
-from .prepared_inputs import PreparedInputs
+from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .prompt import PrunedPrompt, prepare_prompt, share_budget
 from .pruned_language import LanguageState, pruned_class
 from .tower_cache import BoundedTowerCache
@@ -127,8 +127,8 @@ class HostRunningBatch:
             )
         images = [open_image(source, request.pixel_limit) for source in request.images]
         inputs = prepare_prompt(
-            host, request.prompt, images, request.chat_template_config, None, request.history,
-            request.system,
+            host, request.prompt, images, request.chat_template_config, ProcessorOptions(),
+            request.history, request.system,
         )  # fmt: skip
         clock.end_part("image", inputs.pixels)
         embeddings = ServedEmbeddings(
