@@ -19,6 +19,8 @@ from mlx_vlm_prune.generation.checkpoint_notes import note_sampling, note_thinki
 from mlx_vlm_prune.scenes import CHECKPOINT
 from mlx_vlm_prune.sweep import main as sweep
 
+from .entry_points import start_python
+
 NOBODY = "~nosuchuser/x"
 DEEP = '{"a":' * 100_000
 UNWRITABLE = "/proc/x.json"
@@ -97,6 +99,17 @@ def test_what_a_killed_run_left_is_swept_by_its_own_name_alone(name, tmp_path):
     others.write_text("another's")
     write_atomically(tmp_path / name, "text")
     assert not left.exists() and others.read_text() == "another's"
+
+
+def test_a_folder_in_which_mlx_cannot_compile_is_named(tmp_path):
+    line = ["-m", "mlx_vlm_prune.generate", "--max-tokens", "1", "--pruner", "tome"]
+    done = start_python(tmp_path, *line, "--keep-tokens", "49", TMPDIR="/proc")
+    assert done.returncode == 2, done
+    assert done.stderr == (
+        "error: MLX cannot compile in /proc: is there room, and a C++ compiler (g++)? TMPDIR names"
+        " another folder for temporary files\n"
+    )
+    assert not [*tmp_path.iterdir()]
 
 
 # --- options of the chat template, and what a checkpoint wishes -----------------------

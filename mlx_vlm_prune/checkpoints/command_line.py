@@ -17,6 +17,8 @@ from .version import __version__
 
 PACKAGE, SCRIPT = "mlx_vlm_prune", "mlx-vlm-prune"
 VERSION = f"{PACKAGE} {__version__}"
+# How MLX's RuntimeErrors begin where its compiler for CPUs cannot write, or is not there.
+COMPILER_FAULTS = ("[Compile::eval_cpu]", "filesystem error: ")
 
 
 def program(module: str) -> str:
@@ -187,6 +189,13 @@ def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
         sys.exit(1)
     except OSError as e:
         _refuse(f"{e.filename or 'output'}: {e.strerror or e}")
+    except RuntimeError as e:
+        if not str(e).startswith(COMPILER_FAULTS):
+            raise
+        _refuse(
+            f"MLX cannot compile in {os.environ.get('TMPDIR', '/tmp')}: is there room, and a C++"
+            " compiler (g++)? TMPDIR names another folder for temporary files"
+        )
     except KeyboardInterrupt:
         end_line()
         sys.exit(130)
