@@ -63,8 +63,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=256)
-    except OSError as problem:
-        reason = problem.strerror or problem
+    except (OSError, OverflowError, TypeError, UnicodeError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
         raise UserError(f"host {host} and port {port} cannot be listened at: {reason}") from None
 
 
@@ -78,6 +78,8 @@ def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:
     method = args.pruner or (trained and trained[0]) or DEFAULT_METHOD
     if method == "none" and any(budget is not None for budget in budgets):
         raise UserError("a budget needs a pruner other than none, for example divprune")
+    if not 0 <= args.cache_gb < float("inf"):
+        raise UserError(f"cache_gb is {args.cache_gb}; it must be a number, 0 or more")
     is_given = args.pruner is not None or any(budget is not None for budget in budgets)
     return ServerSettings(
         model_name="scenes" if args.model is None else str(args.model),
