@@ -1,7 +1,9 @@
 """Promises of `explore`: a page of full and pruned answers, with what repeats each number."""
 
 import json
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +95,11 @@ def test_words_are_those_behind_the_image_and_share_their_attention(explored, ho
     row = next(r for r in explored["answers"] if r["pruner"] == "sparsevlm" and r["budget"] == 12)
     assert row["words"]
     for each in row["words"]:
-        assert each["words"] == [processor.tokenizer.decode([i]) for i in behind]
+        texts = [processor.tokenizer.decode([i]) for i in behind]
+        assert [word for word, text in zip(each["words"], texts, strict=True) if text] == [
+            *filter(None, texts)
+        ]
+        assert all(each["words"])  # a special token has a name, if no text
         before = row["steps"][each["step"] - 1]["views"][0]["kept"]
         for attention in each["attention"]:
             present = [i for i, x in enumerate(attention) if x is not None]
@@ -146,3 +152,23 @@ def test_a_mistake_is_one_sentence_and_leaves_no_file(
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "") and f"error: {sentence}" in err
     assert not [*tmp_path.iterdir()]
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs/explore.md").read_text(encoding="utf-8")
+
+
+def test_what_docs_explore_says_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")
+    compose(explore.SAMPLE_SEED).image().save("photo.jpg")
+    (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    name, verb, *arguments = shlex.split(block.replace("\\\n", " "))
+    assert (name, verb) == ("mlx-vlm-prune", "explore")
+    arguments[arguments.index("--keep-ratio") + 1 : arguments.index("--max-tokens")] = ["0.5"]
+    explore.main(arguments)
+    assert len(content_of(tmp_path / "why.html")["answers"]) == 4
+    (tmp_path / "why.html").unlink()
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    exec(code, {})
+    rows = content_of(tmp_path / "why.html")["answers"]
+    assert [row["pruner"] for row in rows] == ["none", "visionzip"]

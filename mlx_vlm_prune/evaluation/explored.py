@@ -58,6 +58,10 @@ class Reader(Protocol):
 
     def text(self, ids: list[int]) -> str: ...
 
+    def name(self, token: int) -> str:
+        """A token's text; of a special one, which has none, what the vocabulary calls it."""
+        ...
+
 
 class VLMReader:
     """One of our models."""
@@ -65,6 +69,9 @@ class VLMReader:
     def __init__(self, model: VLM, processor: Processor):
         self.model, self.processor = model, processor
         self.text = processor.tokenizer.decode
+
+    def name(self, token: int) -> str:
+        return self.text([token]) or self.processor.tokenizer.backend.id_to_token(token)
 
     @contextmanager
     def read(self, request: Request) -> Iterator[ReadPrompt]:
@@ -86,10 +93,13 @@ class HostReader:
 
     def __init__(self, model: Any, processor: Any):
         self.host = host_of(model, processor)
+        self.tokenizer = getattr(self.host.processor, "tokenizer", self.host.processor)
 
     def text(self, ids: list[int]) -> str:
-        tokenizer = getattr(self.host.processor, "tokenizer", self.host.processor)
-        return str(tokenizer.decode(ids))
+        return str(self.tokenizer.decode(ids))
+
+    def name(self, token: int) -> str:
+        return self.text([token]) or str(self.tokenizer.convert_ids_to_tokens(token))
 
     @contextmanager
     def read(self, request: Request) -> Iterator[ReadPrompt]:
@@ -162,7 +172,7 @@ class Explorer:
         with observing_words() as choices, self.reader.read(request) as read:
             of_full = logprobs_of(read.prefill, self.full.token_ids)
             of_this = logprobs_of(read.prefill, result.token_ids)
-            words = word_attention(choices, read, self.reader.text)
+            words = word_attention(choices, read, self.reader.name)
         if result is self.full:
             self.full_request = request
             return {"full_answer": {"full": of_full}}, words
@@ -218,7 +228,7 @@ def logprobs_of(prefill: Prefill, ids: Sequence[int]) -> list[float]:
 
 
 def word_attention(
-    choices: Sequence[WordChoice], read: ReadPrompt, text: Callable[[list[int]], str]
+    choices: Sequence[WordChoice], read: ReadPrompt, name: Callable[[int], str]
 ) -> list[WordAttention]:
     """What each word attended to, at the steps of the trace that the choices made."""
     trace, words = read.prefill.trace, []
@@ -226,13 +236,13 @@ def word_attention(
         for view in range(len(trace.sizes)):
             for choice in choices:
                 for row in range(len(choice.words_BTN)):
-                    words += _attention_at(choice, row, (step, view), trace, read, text)
+                    words += _attention_at(choice, row, (step, view), trace, read, name)
     return words
 
 
 def _attention_at(
     choice: WordChoice, row: int, place: tuple[int, int], trace: Trace, read: ReadPrompt,
-    text: Callable[[list[int]], str],
+    name: Callable[[int], str],
 ) -> list[WordAttention]:  # fmt: skip
     """One row of a choice, if it is the one that made this step of this view."""
     step, view = place
@@ -251,7 +261,7 @@ def _attention_at(
     sources = {len(ids): ids for ids in (read.words, read.words_after)}
     ids = sources.get(len(attention_Tn), range(len(attention_Tn)))
     is_known = len(attention_Tn) in sources
-    labels = [text([token]) if is_known else f"word {token + 1}" for token in ids]
+    labels = [name(token) if is_known else f"word {token + 1}" for token in ids]
     attention_TN = np.full((len(attention_Tn), N), np.nan)
     attention_TN[:, before] = attention_Tn
     return [WordAttention(step, view, labels, attention_TN)]

@@ -50,7 +50,7 @@ function drawFlow(answer, width) {
   const [height, top, band, fall] = [236, 26, 100, 40];
   const right = width - 58;
   const slim = width < 420;
-  const head = slim ? 48 : 72; // between the first places
+  const head = slim ? 60 : 72; // between the first places
   const x = flow.map((place, i) => (i < 3 ? 14 + i * head
     : 14 + 3 * head + (i - 3) * (right - 14 - 3 * head) / Math.max(1, flow.length - 3)));
   const y = (tokens) => top + band * tokens / flow[0].tokens;

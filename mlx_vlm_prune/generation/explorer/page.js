@@ -74,8 +74,8 @@ function makePanel(side) {
   side.steps = slider(`step-${side.name}`, "Step", 0, 0, (step) => { side.step = step; show(); });
   side.chooser = choice(`Method, side ${side.name}`, methods.map((name) => [name, name === "none" ? "all visual tokens" : name]),
     side.method, (method) => { side.method = method; side.step = null; side.word = null; show(); });
-  side.panel = element("div", { class: "panel" }, side.chooser, side.about, side.note, side.picture.canvas,
-    side.steps.node, side.readout);
+  side.panel = element("div", { class: "panel" }, side.chooser, side.picture.canvas, side.readout,
+    side.steps.node, side.note, side.about);
   return side.panel;
 }
 
