@@ -74,7 +74,7 @@ def explore_all(
     refused: list[Refusal] = []
     with tqdm([full, *cases], "answers", file=sys.stderr, leave=False, delay=2) as bar:
         for case in bar:
-            bar.set_postfix_str(case.spec)
+            bar.set_postfix_str(case.spec, refresh=False)
             try:
                 answers.append(explorer.explore(case, repeat_command(args, case)))
             except UserError as problem:
