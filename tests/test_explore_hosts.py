@@ -56,11 +56,13 @@ def test_each_answer_keeps_what_generate_keeps_of_every_view(explored, desk):
 def test_log_probabilities_of_the_greedy_answer_are_the_highest(explored):
     content, _ = explored
     for row in content["answers"][1:]:
-        own, full = row["logprobs"]["answer"], row["logprobs"]["full_answer"]
-        assert len(own["pruned"]) == len(own["full"]) == len(row["token_ids"]) == len(row["tokens"])
-        assert max(own["pruned"] + full["full"]) <= 0
-        assert sum(own["pruned"]) >= sum(full["pruned"]) - 1e-4  # no other beats the greedy one
-        assert sum(full["full"]) >= sum(own["full"]) - 1e-4
+        this, full = row["logprobs"]["answer"], row["logprobs"]["full_answer"]
+        assert (
+            len(this["pruned"]) == len(this["full"]) == len(row["token_ids"]) == len(row["tokens"])
+        )
+        assert max(this["pruned"] + full["full"]) <= 0
+        assert sum(this["pruned"]) >= sum(full["pruned"]) - 1e-4  # no other beats the greedy one
+        assert sum(full["full"]) >= sum(this["full"]) - 1e-4
 
 
 def test_words_are_read_of_every_view(explored):
