@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> None:
     explorer = Explorer(model, processor, prompt, images, options, ask, args.predict)
     answers, refusals = explore_all(args, explorer, full_case(swept), cases)
     exploration = Exploration(
-        answers, prompt, args.model or "scenes", args.command, [*refused, *refusals]
-    )
+        answers, prompt, args.model or "scenes", args.command, [*refused, *refusals],
+        timing="one warm run each",
+    )  # fmt: skip
     exploration.check()
     exploration.save(args.out)
     print(f"Wrote {args.out}: {len(answers)} answers, {args.out.stat().st_size / 1e6:.2f} MB")

@@ -173,6 +173,54 @@ def test_axe_finds_no_serious_fault_and_nothing_is_wider_than_the_screen(
     tab.close()
 
 
+def test_the_picture_shows_ranks_too(tab, file):
+    slide(tab, 1)
+    tab.page.locator("#controls select").select_option("score")
+    tab.page.locator("#step-B").fill("0")
+    answer = answer_of(content_of(file), "cls_attention+sparsevlm", 98)
+    rank = next(s for s in answer["steps"] if s["name"])["views"][0]["rank"]
+    colours = tab.pixels(1, ROWS, COLUMNS)
+    best, worst = colours[rank.index(1)], colours[rank.index(N)]
+    assert best[0] < 80 and worst[0] > 230  # the accent, and paper
+
+
+def test_answers_alone_make_pages_too_and_each_picture_can_be_chosen(browser, tmp_path):
+    pictures = [Image.new("RGB", (224, 224), RED), Image.new("RGB", (224, 224), (60, 60, 200))]
+    model, processor = load()
+    budgets = {"none": N, "norm": 49}
+    full, pruned = (
+        generate(
+            model, processor, "is it red ?", pictures, pruner=name, keep_tokens=K, max_tokens=1
+        )
+        for name, K in budgets.items()
+    )
+    for number, exploration in enumerate((full.explore(), pruned.explore(), full.explore(pruned))):
+        exploration.save(tmp_path / f"{number}.html")
+        tab = Tab(browser, tmp_path / f"{number}.html")
+        assert tab.page.locator("canvas").count() == 1 and tab.violations() == []
+        assert tab.page.locator("#budget").count() == (number == 2)
+        choice = tab.page.get_by_label("Picture", exact=True)
+        choice.select_option("1")
+        kept = [i for i, c in enumerate(tab.pixels(0, ROWS, COLUMNS)) if near(c, (60, 60, 200))]
+        assert kept == (full.kept_indices if number == 0 else pruned.kept_indices)[1]
+        assert tab.faults == []
+        tab.close()
+
+
+def test_a_notebook_shows_the_page_in_a_frame(browser, file, tmp_path):
+    image = Image.new("RGB", (224, 224), RED)
+    answer = generate(*load(), "is it red ?", image, pruner="norm", keep_tokens=49, max_tokens=1)
+    notebook = (
+        f"<!DOCTYPE html><html data-ready><body>{answer.explore()._repr_html_()}</body></html>"
+    )
+    (tmp_path / "notebook.html").write_text(notebook, encoding="utf-8")
+    tab = Tab(browser, tmp_path / "notebook.html")
+    frame = tab.page.frame_locator("iframe")
+    frame.locator("html[data-ready]").wait_for()
+    assert frame.locator("canvas").count() == 1 and tab.faults == []
+    tab.close()
+
+
 def test_nothing_that_a_stranger_wrote_is_executed(browser, tmp_path):
     answers = [
         generate(*load(), "is it red ?", Image.new("RGB", (224, 224), RED), pruner=pruner,

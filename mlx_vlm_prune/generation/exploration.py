@@ -81,7 +81,8 @@ class Exploration:
     """Answers to one prompt about the same images, to look at side by side.
 
     Jupyter shows it as a page, `save` writes that page, `as_json` has its data. `command` repeats
-    all of it; `refused` are methods that could not keep a budget, each with its reason.
+    all of it; `refused` are methods that could not keep a budget, each with its reason. `timing`
+    says how times were taken; without it the page shows none.
     """
 
     answers: Sequence[ExploredAnswer]
@@ -89,6 +90,7 @@ class Exploration:
     model: str = ""
     command: str = ""
     refused: Sequence[Mapping[str, Any]] = ()
+    timing: str = "one run each, the first of a process among them"
 
     @classmethod
     def of(cls, *results: GenerationResult) -> Exploration:
@@ -124,6 +126,7 @@ class Exploration:
             "prompt": self.prompt,
             "model": self.model,
             "command": self.command,
+            "timing": self.timing,
             "machine": describe_machine(),
             "versions": versions(),
             "depth": max((run["last"] + 1 for run in first.layers), default=0),

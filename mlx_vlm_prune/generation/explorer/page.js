@@ -198,11 +198,12 @@ function choose(answer) {
 function start() {
   const tokens = data.views.reduce((sum, view) => sum + view.tokens, 0);
   at("prompt").textContent = data.prompt || "An answer about a picture";
+  at("prompt").classList.toggle("long", data.prompt.length > 160);
   at("lead").textContent = `${data.model ? `${data.model}: ` : ""}${many(tokens, "visual token")}, ${data.depth} layers in the language model.`;
   at("odds-about").textContent = "Log-probability in nats of each token of the full answer: rings with all visual tokens, dots with those that were kept. "
     + "Where a dot falls, pruning took away what that word stood on.";
   at("odds-section").hidden = !data.answers.some((answer) => answer.logprobs);
-  at("times-about").textContent = `In milliseconds, on ${data.machine.cpu} (${data.machine.cores} cores, ${data.machine.device}); one warm run each.`
+  at("times-about").textContent = `In milliseconds, on ${data.machine.cpu} (${data.machine.cores} cores, ${data.machine.device}); ${data.timing}.`
     + (data.answers.some((answer) => answer.predicted_ms) ? " Predicted bars come from a calibration of this machine." : "");
   makeControls();
   at("panels").append(...sides.map(makePanel));
