@@ -30,6 +30,7 @@ import mlx.core as mx
 from mlx_vlm_prune.checkpoints.command_line import Parser
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import optional_json, write_atomically
+from mlx_vlm_prune.checkpoints.reading.locks import writing_alone
 from mlx_vlm_prune.inputs.budget import tokens_for
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.machine.timing import alternate
@@ -218,7 +219,7 @@ def start_report(args: argparse.Namespace) -> Report:
         "runs": args.runs, "text": TEXT_TOKENS, "ceilings": {},
         "pictures": [], "languages": [], "rows": [], "refused": [], "missing": [],
     }  # fmt: skip
-    file = command_line.RESULTS / f"device-{args.name}.json"
+    file = result_file(args)
     before = optional_json(file)
     comparable = result["commit"] and "with changes" not in result["commit"]
     if comparable and all(before.get(name) == result[name] for name in ENVIRONMENT):
@@ -235,8 +236,21 @@ def start_report(args: argparse.Namespace) -> Report:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all that is wanted and not there yet; the result."""
-    report = start_report(args)
+    """Measure all that is wanted and not there yet; the result.
+
+    Raises UserError where another process writes the same file.
+    """
+    command_line.RESULTS.mkdir(exist_ok=True)
+    with writing_alone(result_file(args), "measuring", "--name"):
+        return measure_missing(start_report(args), args)
+
+
+def result_file(args: argparse.Namespace) -> Path:
+    return command_line.RESULTS / f"device-{args.name}.json"
+
+
+def measure_missing(report: Report, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure until all is there, or time is over; the result."""
     result = report.result
     memory = result["memory_bytes"]
     print(f"{result['machine']['cpu']}, MLX on {result['device']}"

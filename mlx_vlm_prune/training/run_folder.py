@@ -1,15 +1,14 @@
 """The folder of a run: whose it is, and that one process at a time writes to it."""
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import atomic_path, write_json
+from ..checkpoints.reading.locks import locked
 from .config import TrainConfig
 from .metrics import FILE as METRICS
 from .run_state import FOLDER, checkpoint_folders
@@ -30,8 +29,8 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make the folder {folder}: {e.strerror or e}") from None
-    with _locked(folder):
-        try:
+    try:
+        with locked(folder / LOCK, f"another process is training in {folder}; wait for it"):
             _check(folder, config)
             if not checkpoint_folders(folder):  # a run that kept nothing leaves nothing behind
                 (folder / METRICS).unlink(missing_ok=True)
@@ -39,9 +38,9 @@ def claimed(config: TrainConfig) -> Iterator[Path]:
                     write_json(path, asdict(config))
             _sweep(folder / FOLDER)
             yield folder
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            if is_new and not any(folder.iterdir()):
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty, or somebody else's by now
                 folder.rmdir()
 
 
@@ -53,30 +52,6 @@ def _check(folder: Path, config: TrainConfig) -> None:
         raise UserError(f"{folder} holds files of something else; give another place")
     if checkpoint_folders(folder) and not config.resume:
         raise UserError(f"{folder} holds another run; resume it, or give another place")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Raises UserError where another process holds the lock."""
-    path = folder / LOCK
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as e:
-            raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise UserError(f"another process is training in {folder}; wait for it") from None
-        # One that has just ended may have removed the file that was opened here.
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            break
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(folder: Path) -> None:

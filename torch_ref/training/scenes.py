@@ -34,6 +34,7 @@ from mlx_vlm_prune.checkpoints.reading.files import (
     write_atomically,
     write_safetensors,
 )
+from mlx_vlm_prune.checkpoints.reading.locks import locked
 
 from ..models.loading import best_device
 from ..models.vlm import VLM
@@ -169,10 +170,18 @@ class Run:
 
 
 def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
-    """Train from OUT/last.pt if it is there; stop after `minutes` or `recipe.steps`."""
+    """Train from OUT/last.pt if it is there; stop after `minutes` or `recipe.steps`.
+
+    Raises UserError where another process trains in OUT.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / "run.lock", f"another process is training in {out}; wait for it"):
+        _train(out, recipe, minutes, workers)
+
+
+def _train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
     torch.manual_seed(recipe.seed)
     device, last = best_device(), out / "last.pt"
-    out.mkdir(parents=True, exist_ok=True)
     run = Run(Trainee(recipe.dense_weight).to(device), recipe, device)
     if last.exists():
         run.restore(last)
