@@ -75,7 +75,7 @@ def test_k_is_the_largest_within_the_time():
     assert (choice.K, choice.N, choice.reason) == (6, N, "")
     assert choice.expected.ms == pytest.approx(120)
     assert choice.options == {"pruner": "norm", "keep_tokens": 6}
-    assert str(choice).startswith("Budget: 120 ms -> 6 of 16 visual tokens, predicted 120 ms")
+    assert str(choice).startswith("Budget: 120 ms -> 6 of 16 visual tokens, predicted median")
 
 
 def test_a_longer_prompt_and_a_larger_image_leave_room_for_fewer_tokens():
@@ -158,7 +158,7 @@ def test_the_reason_is_the_tower_where_it_alone_takes_longer():
 def test_the_reason_is_the_least_k_where_it_takes_longer():
     choice = chosen(Budget(ms=110))
     assert choice.K == N
-    assert "with 1 visual token it takes up to 115 ms" in choice.reason
+    assert "with 1 visual token it takes up to 115 ms in 19 of 20 runs" in choice.reason
     inside = chosen(Budget(ms=90), calibrations.of(in_tower=True))
     assert "tower alone" not in inside.reason and "downsample" not in inside.reason
 
@@ -190,8 +190,8 @@ def test_an_outcome_has_the_error_of_the_prediction():
     choice = chosen(Budget(120, 0.2))
     answer = Answer({"total": 114.0}, 0.12)
     assert choice.outcome(answer) == (
-        "Budget met: 114 ms of 120 ms (predicted 120 ms, 5.0 % off), "
-        "0.120 GB of 0.2 GB (predicted 0.120 GB, 0.2 % off)"
+        "Budget met: 114 ms of 120 ms (predicted median 120 ms, 5.0 % off), "
+        "0.120 GB of 0.2 GB (predicted peak 0.120 GB, 0.2 % off)"
     )
     late = replace(choice, budget=Budget(ms=110))
     assert late.outcome(answer).startswith("Budget missed: 114 ms of 110 ms")

@@ -84,6 +84,8 @@ def test_full_goes_before_every_few_pruned_ones_and_warm_up_is_not_counted():
 def test_a_gain_is_reported_only_where_it_is_larger_than_its_spread():
     clear = Gain.of([200, 202, 198, 200], [100, 100, 100, 100])
     assert clear.is_clear and clear.report(2.5)["of_predicted"] == pytest.approx(0.8)
+    once = Gain.of([200], [100])
+    assert not once.is_clear and once.report(2.5)["realised"] is None  # who knows what spread?
     noisy = Gain.of([100, 140, 80, 110], [100, 100, 100, 100])
     assert not noisy.is_clear
     report = noisy.report(1.1)

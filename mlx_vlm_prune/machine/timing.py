@@ -3,8 +3,8 @@
 A machine's speed drifts, so full and pruned runs alternate in one process. A gain is the median
 ratio of neighbours: the time of a full run by that of each pruned run after it.
 
-A gain is reported only if the spread of these ratios (10th to 90th percentile) is not larger
-than |median - 1|. Otherwise noise explains it.
+A gain is reported only if there are several of these ratios, and their spread (10th to 90th
+percentile) is not larger than |median - 1|. Otherwise noise explains it.
 """
 
 import statistics
@@ -29,21 +29,25 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Gain:
-    """How many times as fast pruned is as full: median and deciles of the neighbours' ratios."""
+    """How many times as fast pruned is as full: median and deciles of the neighbours' ratios, and
+    how many there are."""
 
     median: float
     p10: float
     p90: float
+    runs: int
 
     @classmethod
     def of(cls, full: Sequence[float], pruned: Sequence[float]) -> "Gain":
         pairs = zip(full, pruned, strict=True)
-        return cls(**spread([full_ms / pruned_ms for full_ms, pruned_ms in pairs]))
+        ratios = [full_ms / pruned_ms for full_ms, pruned_ms in pairs]
+        return cls(**spread(ratios), runs=len(ratios))
 
     @property
     def is_clear(self) -> bool:
-        """Whether the ratios spread by no more than their median differs from 1."""
-        return self.p90 - self.p10 <= abs(self.median - 1)
+        """Whether the ratios, several of them, spread by no more than their median differs from
+        1."""
+        return self.runs > 1 and self.p90 - self.p10 <= abs(self.median - 1)
 
     @property
     def reported(self) -> float | None:
