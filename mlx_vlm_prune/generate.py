@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,13 @@ from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import atomic_path, check_target, write_atomically
 from .generation import batch, stream
-from .generation.arguments import build_parser, decoding_options
+from .generation.arguments import build_parser, decoding_options, typed_prompt
 from .generation.checkpoint_notes import note_sampling, note_thinking
+from .generation.comparison import Comparison, compare, comparison_lines, ways_to_answer
 from .generation.photographs import warn_of_photographs
 from .generation.printing import (
     LINE,
     as_json,
-    print_comparison,
     print_figures,
     print_piece,
     read_whole,
@@ -165,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         _use_sample(args)
     elif args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
-    prompt = _typed_prompt() if args.prompt == "-" else args.prompt
+    prompt = typed_prompt() if args.prompt == "-" else args.prompt
     limits = _limits(args)
     if args.model is None:  # else its own method may be the default
         _check_has_pruner(args, args.pruner or "none")
@@ -178,26 +179,23 @@ def run(args: argparse.Namespace) -> None:
     choice = _choose(args, model, processor, prompt, pruner, limits) if limits else None
     if choice:
         budget = choice.options
-    compare = args.compare and budget["pruner"] != "none"
-    full_budget = {"pruner": "none"}
-    for chosen in (*([full_budget] if compare else []), *([budget] if compare or choice else [])):
-        generate(model, processor, prompt, **{**options, **chosen, "max_tokens": 1})  # warm
-    full = None
-    if compare:
-        full = _answer(args, model, processor, prompt, options | full_budget, "All visual tokens")
-    answer = _answer(args, model, processor, prompt, options | budget, "Pruned" if full else "")
+    compares = args.compare and budget["pruner"] != "none"
+    ways = ways_to_answer(options, budget, compares)
+    if compares or choice:
+        for way in ways.values():
+            generate(model, processor, prompt, **way | {"max_tokens": 1})  # warm
+    answers = {
+        name: _answer(args, model, processor, prompt, way, name) for name, way in ways.items()
+    }
+    answer, comparison = [*answers.values()][-1], None
     if choice and args.verbose:
         print(choice.outcome(answer))
-    if full and args.verbose:
-        print_comparison(full, answer)
-    _write_files(args, answer, full, choice)
-
-
-def _typed_prompt() -> str:
-    """The prompt from stdin; bytes that are no text are refused where it is tokenized."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    return sys.stdin.read().strip()
+    if compares and (args.verbose or args.json):
+        comparison = compare(partial(generate, model, processor, prompt), ways)
+    if comparison and args.verbose:
+        print(LINE, "Full and pruned")
+        print("\n".join(comparison_lines([*answers.values()], comparison)))
+    _write_files(args, answers, choice, comparison)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -214,20 +212,21 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _write_files(
-    args: argparse.Namespace,
-    answer: GenerationResult,
-    full: GenerationResult | None,
-    choice: BudgetChoice | None,
-) -> None:
+    args: argparse.Namespace, answers: Mapping[str, GenerationResult],
+    choice: BudgetChoice | None, comparison: Comparison | None,
+) -> None:  # fmt: skip
+    *before, answer = answers.values()
     if args.overlay:
         with atomic_path(args.overlay, replace=True) as beside:
             answer.overlay().save(beside, format="PNG")
         if args.verbose:
             print(f"Overlay: {args.overlay}")
     if args.json:
-        figures = (
-            {"command": "generate"} | as_json(answer) | ({"full": as_json(full)} if full else {})
-        )
+        figures = {"command": "generate"} | as_json(answer)
+        figures |= {
+            name: as_json(one) for name, one in zip(("full", "pruned"), before, strict=False)
+        }
+        figures |= {"comparison": comparison.as_json()} if comparison else {}
         figures |= {"budget": choice.as_json(answer)} if choice else {}
         write_atomically(args.json, json.dumps(figures, indent=4, ensure_ascii=False) + "\n")
 

@@ -26,7 +26,7 @@ from .evaluation.sweep_result import refusals, sweep_rows
 from .evaluation.sweep_run import Round, Rounds, SweepRun
 from .evaluation.sweep_table import table
 from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
-from .generation.arguments import build_sweep_parser
+from .generation.arguments import build_sweep_parser, typed_prompt
 from .generation.request import HOST_OPTIONS, check_decoding
 from .inputs.budget import check_budget
 from .machine.hardware import describe_machine, versions
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Load the model once, measure all cases, print and write."""
     _check(args)
     images, unread = _open_images(args)
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    prompt = typed_prompt() if args.prompt == "-" else args.prompt
     model, processor = load_model(args)
     swept = swept_model(model, processor)
     ratios = args.keep_ratio or ([] if args.keep_tokens else DEFAULT_RATIOS)

@@ -29,7 +29,9 @@ NOISE = {"a": (80, 90), "b": (120, 60), "c": (50, 40)}
 # A scene of 64 colours, seed 1_000_000_002: Pillow draws letters otherwise from release to release.
 SIGN = Path(__file__).parent / "goldens" / "sign.png"
 TIMES = ("prompt_tps", "generation_tps", "peak_memory_gb", "versions")
-RUN_FIELDS = ("machine", "versions", "seconds", "questions", "model", "model_key")
+RUN_FIELDS = (
+    "machine", "versions", "seconds", "questions", "model", "model_key", "date", "question_set"
+)  # fmt: skip
 PIECE_FIELDS = ("text", "token", "finish_reason", "generation_tokens")
 DRAFT_FIELDS = ("drafted", "accepted")  # of the whole answer, so of its last piece
 
@@ -131,7 +133,7 @@ def without_times(figures: dict[str, Any]) -> dict[str, Any]:
     Figures that are left out must not be None.
     """
     assert all(figures[name] is not None for name in TIMES)
-    rest = {name: value for name, value in figures.items() if name not in TIMES}
+    rest = {name: value for name, value in figures.items() if name not in (*TIMES, "comparison")}
     rest["ttft_ms"] = [*figures["ttft_ms"]]
     return rest | ({"full": without_times(figures["full"])} if "full" in figures else {})
 

@@ -32,7 +32,7 @@ SIGNATURES = {
     "GenerationResult": "(text, token_ids, prompt_tokens, generation_tokens, prompt_tps,"
     " generation_tps, peak_memory, finish_reason, visual_tokens, visual_tokens_kept, kept_indices,"
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
-    " drafted=None, accepted=None, rows_reused=0, images=<factory>)",
+    " drafted=None, accepted=None, rows_reused=0, images=<factory>, layouts=())",
     "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>,"
     " enhancer=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"

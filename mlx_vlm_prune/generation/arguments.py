@@ -5,6 +5,7 @@ destination is the name of the parameter in Python.
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -186,6 +187,13 @@ def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     return {**{name: getattr(args, name) for name in names}, "host_options": host_options}
 
 
+def typed_prompt() -> str:
+    """The prompt from stdin; bytes that are no text are refused where it is tokenized."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin.read().strip()
+
+
 def _add_config(add: Add) -> None:
     add("--trust-remote-code", action="store_true",
         help="refused: no code from a model's folder is run here")
@@ -277,7 +285,9 @@ def _add_decoding(parser: Parser) -> None:
 
 def _add_output(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
-    add("--compare", action="store_true", help="answer with all visual tokens first, then pruned")
+    add("--compare", action="store_true",
+        help="answer with all visual tokens first, then pruned, and with --num-draft-tokens also"
+        " drafted; then time them in turns")
     add("--overlay", type=Path, metavar="FILE.png", help="draw the images, dropped tokens dimmed")
     add("--json", type=Path, metavar="FILE", help="write the answer and all figures")
     add("--verbose", action=argparse.BooleanOptionalAction, default=True,

@@ -10,8 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..pruners.trace import Trace
+from .tiles import DrawnView, Layout, join_tiles, views_of_panels
 
 LONG_SIDE = 672  # pixels, about; every patch gets a whole number of them
+OVERVIEW_SIDE = LONG_SIDE // 3  # of a whole picture beside its tiles
 MARGIN = 12
 GAP = 16
 PAPER, INK = (250, 250, 248), (40, 42, 48)
@@ -26,6 +28,7 @@ def overlay(
     caption: str,
     *,
     weights: np.ndarray | None = None,
+    long_side: int = LONG_SIDE,
 ) -> Image.Image:
     """Draw which of `grid` = (rows, columns) patches were kept of an image, and write a caption.
 
@@ -36,7 +39,7 @@ def overlay(
     if weights is not None and not len(weights):
         weights = None  # a chain that ends in no slot
     rows, columns = grid
-    patch = max(4, round(LONG_SIDE / max(grid)))
+    patch = max(4, round(long_side / max(grid)))
     canvas = image.convert("RGB").resize((columns * patch, rows * patch), Image.Resampling.LANCZOS)
     pixels = np.asarray(canvas).astype(np.float32)
     group = _groups(rows * columns, kept, weights)
@@ -60,26 +63,44 @@ def overlay(
 
 
 def draw_trace(
-    trace: Trace, views: Sequence[tuple[Image.Image, tuple[int, int]]], caption: str
-) -> Image.Image:
+    trace: Trace, views: Sequence[tuple[Image.Image, tuple[int, int]]], caption: str,
+    layouts: Sequence[Layout | None] = (),
+) -> Image.Image:  # fmt: skip
     """What was kept of every view, each a picture with its (rows, columns) of visual tokens.
 
-    Steps lie side by side, views below one another.
+    Steps lie side by side, images below one another. Tiles lie in their image where its layout is
+    known, each of another image has a panel of its own.
     """
     steps, rows = trace.steps_to_draw(), []
-    for v, (image, grid) in enumerate(views):
+    for numbers, layout in views_of_panels(trace.images, layouts):
         pictures = []
         for step in steps:
-            reduction, N = step.reductions[v], trace.sizes[v]
-            index = reduction.index_BK
-            kept = [] if index is None else list(np.array(index[0]))
-            weights = np.array(reduction.mixture(N)[0]) if reduction.merges else None
-            below = f"{step.name}: {len(kept)} left" if len(steps) > 1 else caption
-            pictures.append(overlay(image, grid, kept, below, weights=weights))
+            drawn = [DrawnView.of(views[v], step.reductions[v], trace.sizes[v]) for v in numbers]
+            left = sum(len(view.kept) for view in drawn)
+            below = f"{step.name}: {left} left" if len(steps) > 1 else caption
+            pictures.append(_panel(drawn, layout, below))
         rows.append(join_images(pictures) if len(pictures) > 1 else pictures[0])
     if len(steps) > 1:
         return add_caption(join_images(rows, down=True), caption)
     return join_images(rows) if len(rows) > 1 else rows[0]
+
+
+def _panel(views: list[DrawnView], layout: Layout | None, caption: str) -> Image.Image:
+    """An image: its tiles in their places, and a view of the whole of it beside them."""
+    if layout is None or len(views) == 1:
+        return _draw(views[0], caption)
+    overview = None if layout.overview is None else views.pop(layout.overview)
+    joined = join_tiles(views, layout.rows, layout.columns)
+    if overview is None:
+        return _draw(joined, caption)
+    pictures = [_draw(joined, ""), _draw(overview, "", OVERVIEW_SIDE)]
+    return add_caption(join_images(pictures), caption)
+
+
+def _draw(view: DrawnView, caption: str, long_side: int = LONG_SIDE) -> Image.Image:
+    return overlay(
+        view.picture, view.grid, view.kept, caption, weights=view.weights, long_side=long_side
+    )
 
 
 def join_images(pictures: Sequence[Image.Image], *, down: bool = False) -> Image.Image:

@@ -69,17 +69,6 @@ def _by_layer(a: GenerationResult) -> str:
     return ", ".join(counts)
 
 
-def print_comparison(full: GenerationResult, pruned: GenerationResult) -> None:
-    ratio = full.ttft_ms["total"] / pruned.ttft_ms["total"]
-    same = "the same answer" if full.token_ids == pruned.token_ids else "another answer"
-    print(LINE, "Full and pruned")
-    print(f"Time to first token: {full.ttft_ms['total']:.1f} -> {pruned.ttft_ms['total']:.1f} ms, "
-          f"{ratio:.2f} x as fast, all parts included (one warm run each)")  # fmt: skip
-    print(
-        f"Answer: {same} with {pruned.visual_tokens_kept} of {pruned.visual_tokens} visual tokens"
-    )
-
-
 def as_json(a: GenerationResult) -> dict[str, Any]:
     """The record that --json writes: the answer and every figure, without arrays."""
     return {

@@ -11,6 +11,7 @@ from ..machine.clock import Timings
 from ..pruners.trace import Trace
 from .exploration import Exploration
 from .overlay import draw_trace
+from .tiles import Layout
 
 SHOWN = 200  # characters of an answer's text in its repr
 
@@ -32,7 +33,8 @@ class GenerationResult:
     of the prompt's keys and values. `drafted` and `accepted` count the tokens that a twig
     guessed; None without one. `trace` says what was left of every view of an image, step by
     step; `views` has their pictures, as the tower saw them, each with its (rows, columns) of
-    visual tokens. `rows_reused` of the prompt's rows are those of an earlier one.
+    visual tokens; `layouts` how the views of each image lie in it, None where that is not known.
+    `rows_reused` of the prompt's rows are those of an earlier one.
     `images` says of each image where what the model saw lies in its file, so that
     a box in the answer can be drawn there: `size` and EXIF `orientation` in the file, `seen`, the
     width and height of what the model saw (of an image in tiles: of the one that shows all of it),
@@ -62,6 +64,7 @@ class GenerationResult:
     accepted: int | None = None
     rows_reused: int = 0
     images: list[dict[str, Any]] = field(default_factory=list)
+    layouts: Sequence[Layout | None] = ()
 
     def __repr__(self) -> str:
         """In a line: the answer's beginning and what pruning did."""
@@ -81,13 +84,14 @@ class GenerationResult:
                        rows_reused=rows_reused)  # fmt: skip
 
     def overlay(self) -> Image.Image:
-        """A picture of what was kept; steps and layers side by side, images below one another.
+        """A picture of what was kept; steps and layers side by side, images below one another,
+        each in one panel with its tiles in their places.
 
         Raises UserError where the prompt had no image.
         """
         if self.trace is None or not self.views:
             raise UserError("there is no overlay: the prompt had no image")
-        return draw_trace(self.trace, self.views, self.caption())
+        return draw_trace(self.trace, self.views, self.caption(), self.layouts)
 
     def explore(self, *others: "GenerationResult") -> Exploration:
         """This answer, and `others` about the same images, on a page that shows what was kept.

@@ -4,6 +4,7 @@ Shapes: K visual tokens kept of a view, L rows of the prompt, D features.
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..generation.tiles import Layout
 from ..inputs.placement import Affine, Size, compose, placement, scaling
 from ..inputs.prompt import IMAGE_MARK
 from ..models.learned import read_learned
@@ -246,6 +248,29 @@ class Host(ABC):
     def token_side(self) -> int:
         """Pixels along the side of a visual token, in a family whose views have no pixels."""
         raise NotImplementedError
+
+    def drawn_views(
+        self, views: Sequence[View], images: Sequence[Image.Image]
+    ) -> list[tuple[Image.Image, tuple[int, int]]]:
+        """The picture of each view with its (rows, columns) of visual tokens."""
+        pictures = self.pictures(views, images)
+        return [(each, view.signals.grid) for each, view in zip(pictures, views, strict=True)]
+
+    def layouts(
+        self, views: Sequence[View], sizes: Sequence[tuple[int, int]]
+    ) -> list[Layout | None]:
+        """How the views of each image lie in it, None where that is not known; `sizes` are the
+        (width, height) of the images."""
+        counts = Counter(view.image for view in views)
+        layouts = []
+        for image, size in enumerate(sizes):
+            layout = self.layout(counts[image], size)
+            layouts.append(layout if layout and layout.views == counts[image] else None)
+        return layouts
+
+    def layout(self, views: int, size: tuple[int, int]) -> Layout | None:
+        """How so many views lie in an image of (width, height)."""
+        return Layout(1, 1)
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

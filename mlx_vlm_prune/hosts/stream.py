@@ -130,11 +130,11 @@ def stream_generate(
         def initial() -> GenerationResult:
             depth = len(host.language.layers)
             answer = initial_result(prompt.trace, depth, pipeline, prompt.positions)
-            grids = [view.signals.grid for view in views]
-            pictures = [*zip(host.pictures(views, images), grids, strict=True)]
             return replace(
-                answer, views=pictures, images=host.placements(views, images, preparation)
-            )
+                answer, views=host.drawn_views(views, images),
+                layouts=host.layouts(views, [image.size for image in images]),
+                images=host.placements(views, images, preparation),
+            )  # fmt: skip
 
         pieces = _decode(host, prompt, initial, clock, decoding)
         with also_ending_at(host, ends):

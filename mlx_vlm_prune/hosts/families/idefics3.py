@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from ...generation.tiles import Layout, nearest_layout
 from ..prepared_inputs import PreparedInputs, ProcessorOptions
 from ..views import View, assign_images, count_tiles, make_views
 from .tower import TowerHost
@@ -79,6 +80,9 @@ class Idefics3Host(TowerHost):
             return assign_images(views, [len(views)])
         counts = count_tiles(inputs.ids, self.image_token_id(inputs), global_image)
         return assign_images(views, counts)
+
+    def layout(self, views: int, size: tuple[int, int]) -> Layout:
+        return nearest_layout(views, size)
 
     def knows_images(self, inputs: PreparedInputs, views: Sequence[View]) -> bool:
         is_marked = hasattr(self.model.config, GLOBAL_IMAGE) or "num_patches_list" in inputs.extra

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ...generation.tiles import Layout, nearest_layout
 from ..language_layers import split_heads
 from ..prepared_inputs import PreparedInputs
 from ..views import View, assign_images, make_views
@@ -45,6 +46,11 @@ class InternVLHost(TowerHost):
         for layer in self.model.mlp1:
             x_1KD = layer(x_1KD)
         return x_1KD
+
+    def layout(self, views: int, size: tuple[int, int]) -> Layout:
+        processor = getattr(self.processor, "image_processor", None)
+        has_overview = getattr(processor, "dynamic_use_thumbnail", True)
+        return nearest_layout(views, size, has_overview=has_overview)
 
     def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
         """The tiles of an image are one run of placeholders."""

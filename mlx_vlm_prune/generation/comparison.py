@@ -1,0 +1,141 @@
+"""Full beside pruned, by several runs in turns: how much sooner an answer comes, and the spread.
+
+Opening the pictures is the same work in all runs, so it is told apart from the rest.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+from tqdm import tqdm
+
+from ..machine.timing import Gain
+from .result import GenerationResult
+
+SECONDS, FEWEST = 2.0, 2  # of all runs; rounds at least
+FULL, PRUNED, DRAFTED = "All visual tokens", "Pruned", "Pruned and drafted"
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """Milliseconds of a run: opening the pictures, and from there to the first token and to the end
+    of the answer, which has so many `tokens`."""
+
+    opening: float
+    first_token: float
+    whole: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of each way to answer, by its name, in turns: plain first."""
+
+    runs: Mapping[str, Sequence[RunTimes]]
+    has_drafts: bool = False
+
+    def ms(self, way: str, part: str) -> list[float]:
+        return [getattr(run, part) for run in self.runs[way]]
+
+    def gain(self, way: str, part: str, baseline: str) -> Gain:
+        return Gain.of(self.ms(baseline, part), self.ms(way, part))
+
+    @property
+    def opening_ms(self) -> float:
+        return median(ms for way in self.runs for ms in self.ms(way, "opening"))
+
+    @property
+    def lines(self) -> list[str]:
+        """What the runs say, a line each."""
+        plain, *others = self.runs
+        lines = [f"Opening the pictures: {self.opening_ms:.1f} ms, with or without pruning"]
+        first = self._pair(others[0], "first_token", plain)
+        lines.append(f"Time to first token from there: {first}")
+        if self.has_drafts:
+            pairs = [(way, plain) for way in others] + [(others[-1], others[0])]
+            lines += [f"Whole answer from there: {self._pair(a, 'whole', b)}" for a, b in pairs]
+        return lines
+
+    def _pair(self, way: str, part: str, baseline: str) -> str:
+        gain, names = self.gain(way, part, baseline), (baseline, way)
+        a, b = (f"{name} {median(self.ms(name, part)):.1f} ms" for name in names)
+        if part == "whole":
+            tokens = [self.runs[name][0].tokens for name in names]
+            a, b = f"{a} ({tokens[0]} tokens)", f"{b} ({tokens[1]} tokens)"
+        spread = f"{gain.p10:.2f} to {gain.p90:.2f} in {gain.runs} turns"
+        if gain.is_clear:
+            return f"{a} -> {b}, {gain.median:.2f} x as fast ({spread})"
+        return f"{a} -> {b}, ? x as fast ({spread}: more than the difference)"
+
+    def as_json(self) -> dict[str, Any]:
+        """Medians of every way, and its gains over plain: None where they are not clear."""
+        plain, *others = self.runs
+        parts = ("first_token", "whole") if self.has_drafts else ("first_token",)
+        return {
+            "opening_ms": self.opening_ms,
+            "ms": {
+                way: {part: median(self.ms(way, part)) for part in parts} for way in self.runs
+            },
+            "gain": {
+                way: {part: self._gain_json(way, part, plain) for part in parts} for way in others
+            },
+        }  # fmt: skip
+
+    def _gain_json(self, way: str, part: str, baseline: str) -> dict[str, Any]:
+        gain = self.gain(way, part, baseline)
+        return {"median": gain.reported, "p10": gain.p10, "p90": gain.p90, "turns": gain.runs}
+
+
+def ways_to_answer(
+    options: Mapping[str, Any], budget: Mapping[str, Any], compares: bool
+) -> dict[str, dict[str, Any]]:
+    """The options of each answer by its title: plain, pruned, and pruned and drafted; or those of
+    one answer alone."""
+    whole = {**options, **budget}
+    if not compares:
+        return {"": whole}
+    undrafted = {"num_draft_tokens": None}
+    ways = {FULL: {**options, "pruner": "none", **undrafted}, PRUNED: {**whole, **undrafted}}
+    return ways if options["num_draft_tokens"] is None else {**ways, DRAFTED: whole}
+
+
+def compare(
+    answer: Callable[..., GenerationResult], ways: Mapping[str, Mapping[str, Any]]
+) -> Comparison:
+    """Answer in all ways in turns: as many rounds as fit two seconds, but at least two.
+
+    Up to the first token, or where one way drafts to the end. All have answered before, so that
+    nothing is cold.
+    """
+    has_drafts = DRAFTED in ways
+    limit = {} if has_drafts else {"max_tokens": 1}
+    runs: dict[str, list[RunTimes]] = {way: [] for way in ways}
+    start, rounds = time.perf_counter(), 0
+    with tqdm(desc="comparing", unit="run", file=sys.stderr, delay=SECONDS, leave=False) as bar:
+        while rounds < FEWEST or time.perf_counter() - start < SECONDS:
+            for way, options in ways.items():
+                runs[way].append(_timed(partial(answer, **{**options, **limit})))
+                bar.update()
+            rounds += 1
+    return Comparison(runs, has_drafts)
+
+
+def _timed(answer: Callable[[], GenerationResult]) -> RunTimes:
+    start = time.perf_counter()
+    result = answer()
+    whole, opening = 1000 * (time.perf_counter() - start), result.ttft_ms["image"]
+    return RunTimes(
+        opening, result.ttft_ms["total"] - opening, whole - opening, result.generation_tokens
+    )
+
+
+def comparison_lines(answers: Sequence[GenerationResult], comparison: Comparison) -> list[str]:
+    """The lines that close a comparison; the answers are in the order of its ways."""
+    full, *_, pruned = answers
+    same = "the same answer" if full.token_ids == pruned.token_ids else "another answer"
+    kept = f"{pruned.visual_tokens_kept} of {pruned.visual_tokens}"
+    return [*comparison.lines, f"Answer: {same} with {kept} visual tokens"]

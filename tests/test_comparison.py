@@ -1,0 +1,111 @@
+"""`--compare`: several runs in turns, the pictures' opening apart, no gain that noise explains."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.generation import comparison
+from mlx_vlm_prune.generation.comparison import (
+    DRAFTED,
+    FULL,
+    PRUNED,
+    compare,
+    comparison_lines,
+    ways_to_answer,
+)
+from mlx_vlm_prune.scenes import compose
+
+
+def answers(ms: dict[str, list[float]], opening: float = 100.0):
+    """An `answer` whose n-th run of each way takes so many milliseconds behind the opening."""
+    runs, order = {way: iter(times) for way, times in ms.items()}, []
+
+    def answer(way: str, max_tokens: int = 9) -> SimpleNamespace:
+        order.append((way, max_tokens))
+        total = opening + next(runs[way])
+        return SimpleNamespace(ttft_ms={"image": opening, "total": total}, generation_tokens=3)
+
+    return answer, order
+
+
+def compared(monkeypatch, full: list[float], pruned: list[float]) -> str:
+    monkeypatch.setattr(comparison, "SECONDS", 0)
+    answer, _ = answers({"a": full, "b": pruned})
+    return "\n".join(compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}}).lines)
+
+
+def test_a_gain_is_the_median_of_neighbours_without_the_pictures_opening(monkeypatch):
+    text = compared(monkeypatch, [80.0, 84.0], [40.0, 40.0])
+    assert "Opening the pictures: 100.0 ms, with or without pruning" in text
+    line = "All visual tokens 82.0 ms -> Pruned 40.0 ms, 2.05 x as fast (2.00 to 2.10 in 2 turns)"
+    assert f"Time to first token from there: {line}" in text
+
+
+def test_a_gain_that_its_spread_explains_is_a_question_mark(monkeypatch):
+    text = compared(monkeypatch, [80.0, 40.0], [40.0, 60.0])
+    assert "? x as fast (0.67 to 2.00 in 2 turns: more than the difference)" in text
+
+
+def test_ways_take_turns_for_two_seconds_and_at_least_twice(monkeypatch):
+    now = iter(range(1000))
+    clock = SimpleNamespace(perf_counter=lambda: 0.1 * next(now))
+    monkeypatch.setattr(comparison, "time", clock)
+    answer, order = answers({"a": [1.0] * 99, "b": [1.0] * 99})
+    compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
+    assert order == [("a", 1), ("b", 1)] * 5  # a tenth of a second at each look at the clock
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=lambda: 9 * next(now)))
+    order.clear()
+    compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
+    assert order == [("a", 1), ("b", 1)] * 2
+
+
+def test_with_drafts_there_are_three_answers_to_their_ends():
+    options, budget = {"num_draft_tokens": 5, "seed": 0}, {"pruner": "twig", "keep_tokens": 98}
+    ways = ways_to_answer(options, budget, True)
+    assert ways == {
+        FULL: {"num_draft_tokens": None, "seed": 0, "pruner": "none"},
+        PRUNED: {"num_draft_tokens": None, "seed": 0, **budget},
+        DRAFTED: {"num_draft_tokens": 5, "seed": 0, **budget},
+    }
+    assert [*ways_to_answer({"num_draft_tokens": None}, budget, True)] == [FULL, PRUNED]
+    assert ways_to_answer(options, budget, False) == {"": options | budget}
+
+
+def test_the_last_line_tells_whether_the_answers_agree(monkeypatch):
+    monkeypatch.setattr(comparison, "SECONDS", 0)
+    answer, _ = answers({"a": [2.0, 2.0], "b": [1.0, 1.0]})
+    timed = compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
+    one, other = (
+        SimpleNamespace(token_ids=ids, visual_tokens=196, visual_tokens_kept=98)
+        for ids in ([1], [2])
+    )
+    last = "answer with 98 of 196 visual tokens"
+    assert comparison_lines([one, one], timed)[-1] == f"Answer: the same {last}"
+    assert comparison_lines([one, other], timed)[-1] == f"Answer: another {last}"
+
+
+@pytest.mark.parametrize("drafts", [[], ["--num-draft-tokens", "5"]], ids=["plain", "drafts"])
+def test_the_command_shows_what_pruning_gains_and_what_drafts_gain(
+    tmp_path, monkeypatch, capsys, drafts
+):
+    monkeypatch.setattr(comparison, "SECONDS", 0.2)
+    compose(1_000_000_007).image().save(tmp_path / "a.png")
+    file = tmp_path / "a.json"
+    main(["--image", str(tmp_path / "a.png"), "--prompt", "What does the sign say?", "--pruner",
+          "twig", "--keep-tokens", "98", "--compare", "--json", str(file), *drafts])  # fmt: skip
+    out, figures = capsys.readouterr().out, json.loads(file.read_text())
+    titles = [line for line in out.splitlines() if line.startswith("=" * 10 + " ")]
+    ways = [FULL, PRUNED, *([DRAFTED] if drafts else [])]
+    assert titles == [f"{'=' * 10} {name}" for name in (*ways, "Full and pruned")]
+    assert re.search(r"^Time to first token from there: .* turns", out, re.M)
+    whole = re.findall(r"^Whole answer from there: (.+?) [\d.]+ ms .*-> (.+?) [\d.]+ ms", out, re.M)
+    pairs = [(FULL, PRUNED), (FULL, DRAFTED), (PRUNED, DRAFTED)]
+    assert whole == (pairs if drafts else [])
+    assert figures["full"]["drafted"] is None and (figures["drafted"] is None) is not bool(drafts)
+    assert ("pruned" in figures) == bool(drafts)
+    measured = figures["comparison"]
+    assert [*measured["ms"]] == ways and measured["opening_ms"] > 0
+    assert {*measured["gain"]} == {*ways[1:]}
