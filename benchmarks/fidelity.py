@@ -85,7 +85,8 @@ def positions() -> str:
     lines.append(["mean of the differences", *(f"{100 * mean:+.1f} points" for mean in means)])
     text = (
         f"Right answers to {result['count']} questions about scenes, positions kept → counted on"
-        " (`python -m mlx_vlm_prune.evaluate --positions keep --positions renumber`)."
+        " (`python -m mlx_vlm_prune.evaluate --all --per-kind 40 --positions keep --positions"
+        " renumber`)."
     )
     heads = ["method", *(f"{K} tokens" for K in budgets)]
     return "\n\n".join([text, markdown(heads, "l" + "r" * len(budgets), lines)])

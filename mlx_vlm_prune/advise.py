@@ -1,7 +1,7 @@
 """Does pruning pay, for this model on this machine? `mlx-vlm-prune advise` measures it.
 
 The time of each part is measured. What pruning in each stage could gain follows from that and from
-the operation counts. The last evaluation of this model gives the frontier of methods.
+the operation counts. The largest evaluation of this model gives the frontier of methods.
 
 Shapes: B prompts (1 here), V tokens of the vocabulary.
 """
@@ -20,12 +20,12 @@ from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, read_json, write_atomically
 from .evaluation.bootstrap import FEWEST
+from .evaluation.remembered import remembered
 from .generation.steps import generate_step, greedy
 from .generation.stream import PreparedPrompt, prepare_prompt
 from .hosts.loading import load
 from .inputs.processor import Processor
 from .machine.hardware import describe_machine, versions
-from .machine.user_cache import cache_folder, model_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
 from .planning import operations
@@ -77,6 +77,7 @@ class Advice:
     frontier: list[dict[str, Any]] = field(default_factory=list)
     questions: str = ""
     count: int = 0  # of the questions
+    date: str = ""  # when they were asked
     full: float = 1.0  # their score with all tokens
 
     @property
@@ -100,6 +101,10 @@ class Advice:
         ]
 
     def _frontier_lines(self) -> list[str]:
+        when = f"of {self.date[:16].replace('T', ' ')}" if self.date else "without a date"
+        about = f"the evaluation {when} ({self.questions}, {self.count} questions)"
+        if not self.frontier and self.count:
+            return [f"In {about} no method is better than random."]
         if not self.frontier:
             return [f"What it costs in answers is not known: run {EVALUATE}{self._model}"]
         losses = [100 * row["to_full"]["overall"][0] for row in self.frontier]
@@ -107,9 +112,7 @@ class Advice:
             f"{row['pruner']} with {row['tokens']} ({loss:+.1f} points)"
             for row, loss in zip(self.frontier, losses, strict=True)
         )
-        return [
-            f"On the frontier of the last evaluation ({self.questions}, {self.count}): {methods}."
-        ]
+        return [f"On the frontier of {about}: {methods}."]
 
     @property
     def _model(self) -> str:
@@ -123,11 +126,11 @@ class Advice:
             return f"Advice: do not prune; at best it would be {speedup:.2f} x as fast here."
         safe = [row for row in self.frontier if self._is_safe(row)]
         command = f"python -m mlx_vlm_prune.generate{self._model} --image photo.jpg --prompt '…'"
-        if not self.frontier:
+        if not self.frontier and not self.count:
             return f"Advice: evaluate first; then {command} --pruner … --keep-ratio 0.25"
         if self.count < FEWEST or self.full <= 0:
             fault = f"only {self.count} questions" if self.count < FEWEST else "no right answer"
-            return f"Advice: evaluate again; with {fault} the last one says nothing."
+            return f"Advice: evaluate again; with {fault} the largest one says nothing."
         if not safe:
             return (
                 f"Advice: do not prune; every method may lose more than {MOST_LOSS:.0%} of the"
@@ -146,9 +149,16 @@ class Advice:
 def frontier(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows that no other row dominates: better with as few tokens, or as good with fewer.
 
-    Most tokens first, without full.
+    Most tokens first, without full, and without what nobody should choose: `random`, and what is
+    below it.
     """
-    pruned = [row for row in rows if row["pruner"] != "none" and row["tokens"] < row["of"]]
+    pruned = [
+        row
+        for row in rows
+        if row["pruner"].partition(":")[0] not in ("none", "random")
+        and row["tokens"] < row["of"]
+        and not _is_below_random(row)
+    ]
     best: list[Mapping[str, Any]] = []
     for row in sorted(pruned, key=lambda row: (row["tokens"], -row["overall"])):
         if not best or row["overall"] > best[-1]["overall"]:
@@ -156,14 +166,21 @@ def frontier(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return best[::-1]
 
 
+def _is_below_random(row: Mapping[str, Any]) -> bool:
+    """Whether the interval of the difference to `random` with the same budget excludes more."""
+    high = row.get("to_random", {}).get("overall", (0, None, None))[2]
+    return high is not None and high < 0
+
+
 def load_evaluation(folder: Path | None, file: Path | None) -> dict[str, Any]:
-    """The evaluation in a file, else the last one of the model in `folder`, else nothing.
+    """The evaluation in a file, else the largest one of the model in `folder`, else nothing.
 
     Raises UserError for a file that is no evaluation.
     """
-    path = file or (folder and cache_folder() / "evaluations" / f"{model_key(folder)}.json")
-    if not path or (file is None and not path.is_file()):
+    paths = [file] if file else remembered(folder) if folder else []
+    if not paths:
         return {}
+    path = paths[0]
     try:
         evaluation = read_json(path, most=None)
         for row in evaluation["rows"]:  # fails where a figure is missing
@@ -234,7 +251,7 @@ def advise(model: VLM, processor: Processor, image: Any, evaluation: Mapping[str
     return Advice(
         processor.name, N, K, times, (full_bytes, pruned_bytes), rows,
         str(evaluation.get("questions", "")), int(evaluation.get("count", 0)),
-        max(full, default=0.0),
+        str(evaluation.get("date", "")), max(full, default=0.0),
     )  # fmt: skip
 
 
@@ -249,7 +266,7 @@ def build_parser() -> Parser:
         " on a GPU")
     add("--image", metavar="FILE", help="an image like those it will get (default: a drawn scene)")
     add("--evaluation", type=Path, metavar="FILE.json",
-        help="a result of `evaluate` (default: the last one of this model)")
+        help="a result of `evaluate` (default: the largest one of this model)")
     add("--json", type=Path, metavar="FILE", help="write all figures")
     return parser
 # fmt: on

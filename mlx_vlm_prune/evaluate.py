@@ -6,8 +6,9 @@ For every method: the accuracy by the question set's rule, overall and for each 
 often the answer equals the one with all tokens; the mean log-probability of the right answer with
 its end. Each is compared with full and with `random` at the same budget, with a 95 % interval of
 the difference (paired bootstrap over the questions). A batch of questions is put to all methods
-before the next and saved beside the result: an interrupted run is resumed by the same command.
-Under `mlx.launch` each process answers a batch at a time, and the first writes the result.
+before the next, and each method's answers are saved beside the result: an interrupted run is
+resumed by the same command. Without options it ends within minutes; `--all` asks all. Under
+`mlx.launch` each process answers a batch at a time, and the first writes the result.
 
 `--merge a.json b.json` asks nothing: it gives the mean over such results in percent of full.
 """
@@ -16,8 +17,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,22 @@ from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.hub import resolve_path
 from .checkpoints.reading.files import check_target, write_atomically
+from .checkpoints.reading.locks import writing_alone
 from .evaluation.answers import EvaluatedVLM
 from .evaluation.budgeted_methods import BudgetedMethod, budgeted_methods, default_methods
 from .evaluation.dequantize import dequantize_matrices
 from .evaluation.drafting import DraftingVLM
 from .evaluation.evaluation_run import EvaluatedModel, EvaluationRun
+from .evaluation.first_look import METHODS, left_out, methods_of
 from .evaluation.merging import merge, merged_table
-from .evaluation.question_set import QuestionSet, fingerprint
-from .evaluation.questions import FORMATS, SENTENCE_TOKENS, Format, Question, Source, format_of
-from .evaluation.result import MOST_RESPONSES, first_token_rows, result_of
+from .evaluation.question_options import add_questions, question_set_of
+from .evaluation.question_set import fingerprint
+from .evaluation.questions import SENTENCE_TOKENS, Format, Question
+from .evaluation.remembered import remember
+from .evaluation.result import MOST_RESPONSES, about_run, first_token_rows, result_of
+from .evaluation.result_file import check_not_anothers, default_result_path
 from .evaluation.resume import AnsweredBatch, ResumeFile
-from .evaluation.scoring_options import add_scoring, check_scoring, with_judge, written_answers
+from .evaluation.scoring_options import add_scoring, check_scoring, written_answers
 from .evaluation.table import table
 from .generation.speculation import check_num_draft_tokens
 from .generation.stream import pipeline_for
@@ -43,7 +48,7 @@ from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
 from .machine.hardware import on_cpu, versions
 from .machine.processes import ProcessGroup
-from .machine.user_cache import cache_folder, model_key, write_cached
+from .machine.user_cache import model_key
 from .models.adapters import adapter_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
@@ -55,7 +60,6 @@ RATIOS = (
     0.25,
     0.1125,
 )  # the last is a ninth and a little: 22 of 196, 64 of 576
-PER_KIND = 334
 DESCRIPTION = (
     "Measure what each method costs in accuracy, on a set of questions. Example: --model my-model"
     " --questions questions.jsonl --pruner norm --keep-ratio 0.5; then --merge a.json b.json"
@@ -77,14 +81,26 @@ def build_parser() -> Parser:
     add("--widen", action=argparse.BooleanOptionalAction,
         help="compute quantized matrices in float32, with the same values; much faster on a CPU"
         " (default: on a CPU only)")
-    _add_questions(parser)
+    add_questions(parser)
     _add_pruning(parser)
     add_scoring(parser)
+    _add_run(parser)
+    add = parser.add_argument_group("results of one model on several sets").add_argument
+    add("--merge", type=Path, nargs="+", metavar="FILE.json",
+        help="ask nothing: print what such results come to in percent of full, set by set and on"
+        " average")
+    add("--json", type=Path, metavar="FILE", help="write the figures of --merge")
+    return parser
+
+
+def _add_run(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--max-tokens", type=int, metavar="N",
         help="longest answer, in tokens (default: a few more than the longest right answer has,"
         f" and at least {SENTENCE_TOKENS} where it may be part of a sentence)")
-    add("--batch", type=int, default=24, metavar="N", help="questions answered at once")
+    add("--batch", type=int, metavar="N",
+        help="questions answered at once (default: 24; 1 with models that answer one by one, which"
+        " are mlx-vlm's and twigs that draft)")
     add("--seed", type=int, default=0, metavar="N",
         help="of the bootstrap; that of random is --pruner random:seed=1")
     add("--num-draft-tokens", type=int, metavar="N",
@@ -96,42 +112,18 @@ def build_parser() -> Parser:
     add("--texts", action=argparse.BooleanOptionalAction,
         help="keep questions, right answers and responses in the result (default: up to"
         f" {MOST_RESPONSES} responses)")
-    add("--out", type=Path, default=Path("evaluation.json"), metavar="FILE.json",
-        help="where the result goes; an interrupted run is kept beside it")
-    add = parser.add_argument_group("results of one model on several sets").add_argument
-    add("--merge", type=Path, nargs="+", metavar="FILE.json",
-        help="ask nothing: print what such results come to in percent of full, set by set and on"
-        " average")
-    add("--json", type=Path, metavar="FILE", help="write the figures of --merge")
-    return parser
-
-
-def _add_questions(parser: Parser) -> None:
-    add = parser.add_argument_group("questions").add_argument
-    add("--questions", default="scenes", metavar="PATH",
-        help="a file or folder, or scenes, the built-in ones")
-    add("--format", metavar="NAME",
-        help=f"format of that file: {', '.join(FORMATS)} (default: own)")
-    add("--images", type=Path, metavar="FOLDER",
-        help="folder of the images (default: beside the questions)")
-    add("--split", metavar="NAME",
-        help="a part of RefCOCO's questions (default: all but train), ScienceQA's (test), VQAv2's"
-        " (val2014) or MMMU's (validation)")
-    add("--boxes", choices=("unit", "thousand", "pixels"),
-        help="coordinates in RefCOCO's questions and answers: 0 to 1, 0 to 1000, or pixels"
-        " (default: unit)")
-    add("--per-kind", type=int, metavar="N",
-        help=f"number of scenes questions of each kind (default: {PER_KIND})")
-    add("--limit", type=int, metavar="N", help="only the first N questions (default: all)")
-    add("--skip-bad", action="store_true", help="leave out questions that cannot be read, and list"
-        " them")
+    add("--out", type=Path, metavar="FILE.json",
+        help="where the result goes; an interrupted run is kept beside it; a result of another"
+        " model, or of other or more questions, is not replaced (default:"
+        " evaluation-MODEL-QUESTIONS.json)")
 
 
 def _add_pruning(parser: Parser) -> None:
     add = parser.add_argument_group("pruning").add_argument
     add("--pruner", action="append", metavar="SPEC",
-        help="a method or a chain, as in `generate`; repeat for several (default: all, and some"
-        " chains; of a checkpoint that was trained with one, that one)")
+        help="a method or a chain, as in `generate`; repeat for several (default:"
+        f" {', '.join(METHODS)} and the learned ones; with --all all, and some chains; of a"
+        " checkpoint that was trained with one, that one)")
     add("--keep-tokens", type=int, action="append", metavar="K",
         help="number of visual tokens to keep; repeat for several (default: none)")
     add("--keep-ratio", type=float, action="append", metavar="R",
@@ -153,15 +145,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
-    """Answer all questions, score, print and write."""
+    """Merge results, or evaluate where no other process writes to the same file."""
+    args.out = args.out or default_result_path(args.model, args.questions)
     _check(args)
     if args.merge:
         if processes.is_first:
             print_merged(args.merge, args.json)
         return
+    with ExitStack() as held:
+        with processes.together():
+            if processes.is_first:
+                held.enter_context(writing_alone(args.out, "evaluating", "--out"))
+        evaluate(args, processes)
+
+
+def evaluate(args: argparse.Namespace, processes: ProcessGroup) -> None:
+    """Answer all questions, score, print and write."""
     question_set = question_set_of(args, grades=processes.is_first)
     questions, unread = question_set.load()
     folder = resolve_path(args.model) if args.model else CHECKPOINT
+    about = about_run(args, folder, question_set)
+    with processes.together():
+        if processes.is_first:
+            check_not_anothers(args.out, about, len(questions))
     model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
     if args.widen is None:
         args.widen = on_cpu()
@@ -170,6 +176,7 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     evaluated, methods, refused = evaluated_model(args, model, processor)
     if args.max_tokens is None:
         args.max_tokens = most_answer_tokens(evaluated, question_set.format, questions)
+    args.batch = args.batch or evaluated.questions_at_once
     evaluation = EvaluationRun(
         evaluated, question_set, questions, methods, args.max_tokens, args.batch, processes
     )
@@ -178,13 +185,15 @@ def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     first_tokens = put_questions(args, evaluation, resume_file, model, processor)
     if not processes.is_first:
         return
-    result = result_of(args, evaluation, unread, refused, folder, first_tokens)
+    result = result_of(args, about, evaluation, unread, refused, folder, first_tokens)
+    is_trained_with_one = isinstance(model, VLM) and bool(model.config.pruner)
+    if part := left_out(args, question_set, len(questions), is_trained_with_one):
+        result["part"] = part
     result |= written_answers(args, evaluation)
-    text = json.dumps(result, indent=4, ensure_ascii=False) + "\n"
-    write_atomically(args.out, text)
+    write_atomically(args.out, json.dumps(result, indent=4, ensure_ascii=False) + "\n")
     has_shares = evaluation.is_scored and question_set.format.unit == "%"  # `advise` reads those
     if has_shares and not (args.adapter_path or args.positions):
-        remember_for_advice(folder, text)
+        remember(folder, result)
     resume_file.remove()
     print(table(result))
     if "answers" in result:
@@ -205,8 +214,8 @@ def put_questions(
         drafts = args.num_draft_tokens
         return first_token_rows(evaluation, model, processor, args.first_token, drafts)
     except KeyboardInterrupt:
-        progress = f"{evaluation.done} of {len(evaluation.questions)} questions are answered"
-        print(f"\ninterrupted: {progress}; the same command goes on from there", file=sys.stderr)
+        line = f"interrupted after {evaluation.progress}; the same command goes on from there"
+        print(f"\n{line}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -216,7 +225,8 @@ def evaluated_model(
     """The model under evaluation, the methods with their budgets, and those refused."""
     check_num_draft_tokens(args.num_draft_tokens, 0, isinstance(model, VLM))
     if isinstance(model, VLM):
-        specs, budgets = args.pruner or default_methods(model), budgets_of(args, model.N)
+        specs = methods_of(args, default_methods(model), model.learned)
+        budgets = budgets_of(args, model.N)
         if model.config.pruner and not args.pruner:
             (step,) = pipeline_for(model, None).steps
             specs = [step.spec]
@@ -235,7 +245,7 @@ def evaluated_model(
     from .hosts.families import host_of
 
     host = host_of(model, processor)
-    specs = args.pruner or host_answers.default_methods(host)
+    specs = methods_of(args, host_answers.default_methods(host), host.learned)
     methods, refused = budgeted_methods(
         None, specs, budgets_of(args, None), host.learned, policies_of(args)
     )
@@ -279,26 +289,6 @@ def _check(args: argparse.Namespace) -> None:
     check_target(args.json or args.out, replace=True)
 
 
-def question_set_of(args: argparse.Namespace, grades: bool = True) -> QuestionSet:
-    """The question set of the command line; with `grades` its judge is asked, if there is one."""
-    if args.questions == "scenes":
-        if args.format not in (None, "scenes") or args.images or args.split or args.boxes:
-            raise UserError("--format, --images, --split and --boxes are for a file's questions")
-        format = with_judge(args, format_of("scenes"))
-        read_scenes, per_kind = format.module.read_scenes, args.per_kind or PER_KIND
-        return QuestionSet(
-            "scenes", format, lambda _: read_scenes(per_kind), args.limit, args.skip_bad
-        )
-    if args.per_kind:
-        raise UserError("--per-kind is for scenes; of a file take the first with --limit")
-    format = format_of(args.format or "own", Path(args.questions))
-    format = with_judge(args, format) if grades else format
-    options = {"boxes": args.boxes} if args.boxes else {}
-    source = Source(Path(args.questions), args.images, args.split, **options)
-    read_source = partial(format.read, source)
-    return QuestionSet(args.questions, format, read_source, args.limit, args.skip_bad)
-
-
 def budgets_of(args: argparse.Namespace, N: int | None) -> list[float]:
     """The budgets as tokens of N, the largest first; where images differ in N, shares stay."""
     ratios = args.keep_ratio or (() if args.keep_tokens else RATIOS)
@@ -323,12 +313,6 @@ def print_merged(paths: Sequence[Path], json_path: Path | None) -> None:
     if json_path:
         write_atomically(json_path, json.dumps(merged, indent=4, ensure_ascii=False) + "\n")
         print(f"Wrote {json_path}")
-
-
-def remember_for_advice(folder: Path, text: str) -> None:
-    """Keep a copy of the result in the user's cache, as this model's last evaluation."""
-    with suppress(UserError):  # the result itself is written
-        write_cached(cache_folder() / "evaluations" / f"{model_key(folder)}.json", text)
 
 
 if __name__ == "__main__":

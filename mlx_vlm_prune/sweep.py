@@ -19,6 +19,7 @@ from typing import Any
 from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, write_atomically
+from .checkpoints.reading.locks import writing_alone
 from .evaluation.resume import ResumeFile
 from .evaluation.sweep_cases import budgets_of, full_case, sweep_cases, swept_model
 from .evaluation.sweep_images import readable_images
@@ -47,8 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the model once, measure all cases, print and write."""
+    """Sweep where no other process writes to the same file."""
     _check(args)
+    with writing_alone(args.json, "sweeping", "--json"):
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Load the model once, measure all cases, print and write."""
     images, unread = _open_images(args)
     prompt = typed_prompt() if args.prompt == "-" else args.prompt
     model, processor = load_model(args)

@@ -9,6 +9,7 @@ from PIL import Image
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.advise import Advice, Times, advise, frontier, load_evaluation, main
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.evaluation.remembered import remember, remembered
 from mlx_vlm_prune.machine.user_cache import model_key
 
 from . import tiny
@@ -30,7 +31,8 @@ TIMES = Times(10.0, 60.0, 30.0, 5.0, {"behind": 80.0, "inside": 50.0, "smaller":
 
 def advice(rows=(), times=TIMES, model="my-model") -> Advice:
     edge, size = list(frontier(rows)), (4_000_000, 1_500_000)
-    return Advice(model, 196, 49, times, size, edge, "scenes", count=2004)
+    count = 2004 if rows else 0
+    return Advice(model, 196, 49, times, size, edge, "scenes", count, "2026-11-27T14:03:59+01:00")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,10 @@ def test_the_lines_have_shares_speedups_and_bounds_worked_by_hand():
     assert "(tome) the operation count lets expect 2.00 x" in text
     assert "(downsample) 4.00 x" in text
     assert "4.0 MB, with 49 tokens 1.5 MB" in text
-    assert "fastv with 98 (-0.5 points); divprune with 49 (-1.5 points)" in text
+    assert (
+        "On the frontier of the evaluation of 2026-11-27 14:03 (scenes, 2004 questions): fastv with"
+        " 98 (-0.5 points); divprune with 49 (-1.5 points)"
+    ) in text
     assert len(advice(ROWS).lines) <= 10
 
 
@@ -78,7 +83,7 @@ def test_the_recommendation_is_the_fewest_tokens_that_lose_at_most_two_points():
 def test_without_a_speedup_or_with_a_large_loss_the_advice_is_not_to_prune():
     slow = Times(10.0, 60.0, 30.0, 5.0, {"behind": 99.0, "inside": 98.0, "smaller": 97.0})
     assert "do not prune; at best it would be 1.03 x" in advice(ROWS, slow).recommendation
-    lossy = [row("random", 98, 0.9), row("random", 49, 0.8)]
+    lossy = [row("norm", 98, 0.9), row("norm", 49, 0.8)]
     assert "every method may lose more than 2%" in advice(lossy).recommendation
     unsure = row("uniform", 49, 0.98)
     unsure["to_full"]["overall"] = [-0.01, -0.03, 0.01]
@@ -90,7 +95,7 @@ def test_without_a_speedup_or_with_a_large_loss_the_advice_is_not_to_prune():
 )
 def test_an_evaluation_of_few_questions_or_no_right_answer_gives_no_advice(fields, why):
     advised = replace(advice(ROWS), **fields).recommendation
-    assert advised == f"Advice: evaluate again; with {why} the last one says nothing."
+    assert advised == f"Advice: evaluate again; with {why} the largest one says nothing."
 
 
 def test_without_an_evaluation_the_lines_name_the_command_for_one():
@@ -99,8 +104,49 @@ def test_without_an_evaluation_the_lines_name_the_command_for_one():
     assert "evaluate first" in lines[-1]
 
 
-def test_the_last_evaluation_of_this_very_model_is_found(home, tmp_path):
+@pytest.mark.parametrize("spec", ["random", "random:seed=1"])
+def test_random_is_never_recommended_and_nothing_below_it(spec):
+    best = row(spec, 22, 0.989)
+    assert advice([*ROWS, best]).recommendation == advice(ROWS).recommendation
+    below = row("norm", 30, 0.985) | {"to_random": {"overall": [-0.02, -0.03, -0.01]}}
+    assert advice([*ROWS, below]).recommendation == advice(ROWS).recommendation
+    above = row("norm", 30, 0.985) | {"to_random": {"overall": [0.02, 0.01, 0.03]}}
+    assert "--pruner norm --keep-tokens 30" in advice([*ROWS, above]).recommendation
+    alone = advice([best])
+    assert "no method is better than random" in "\n".join(alone.lines)
+    assert alone.recommendation.startswith("Advice: do not prune")
+
+
+def evaluated(count: int, rows=ROWS, questions: str = "one") -> dict:
+    return {"questions": questions, "question_set": questions, "count": count, "rows": rows,
+            "date": f"2026-11-{count % 28 + 1:02}T10:00:00+00:00"}  # fmt: skip
+
+
+def test_the_largest_evaluation_of_this_very_model_is_kept_and_found(home, tmp_path):
     assert load_evaluation(home / "mlx", None) == {}
+    remember(home / "mlx", evaluated(300))
+    remember(home / "mlx", evaluated(4))  # a look at four questions
+    remember(home / "mlx", evaluated(300, ROWS[:3]))
+    assert load_evaluation(home / "mlx", None) == evaluated(300)
+    remember(home / "mlx", evaluated(200, questions="other"))
+    assert load_evaluation(home / "mlx", None)["questions"] == "one"
+    assert len(remembered(home / "mlx")) == 2
+    remember(home / "mlx", evaluated(400, ROWS[:3], "other"))
+    assert load_evaluation(home / "mlx", None)["count"] == 400
+    remember(home / "mlx", evaluated(301))
+    assert evaluated(301) in [json.loads(path.read_text()) for path in remembered(home / "mlx")]
+    for path in remembered(home / "mlx"):
+        path.write_text("cut off")
+    remember(home / "mlx", evaluated(4))
+    assert evaluated(4) in [read for path in remembered(home / "mlx") if (read := readable(path))]
+
+
+def readable(path) -> dict:
+    text = path.read_text()
+    return json.loads(text) if text.startswith("{") else {}
+
+
+def test_an_evaluation_of_an_older_version_is_found(home, tmp_path):
     file = tmp_path / "cache" / "evaluations" / f"{model_key(home / 'mlx')}.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"questions": "scenes", "rows": ROWS}))

@@ -1,6 +1,7 @@
 """An evaluation's parts: a batch gives the answers of single questions, and log-probabilities
 equal those of a cache-free pass."""
 
+from dataclasses import replace
 from itertools import islice
 
 import mlx.core as mx
@@ -288,20 +289,26 @@ def test_images_in_memory_become_digests_that_differ():
     assert fingerprint(first) == fingerprint(loaded(b"x" * 10_000))
 
 
-def test_saved_batches_are_read_back_as_they_were(tmp_path):
-    batch = AnsweredBatch(
-        4, [0, 1, 3], [["é", "", "b"]], [[-0.1, -1 / 3, -2.0]], [[True, False, True]],
-        0.5, [16, 16, 16], ["question 2: bad"], [[1, "why"]],
+def test_saved_answers_are_read_back_as_they_were(tmp_path):
+    line = AnsweredBatch(
+        4, 0, [0, 1, 3], [[5, 7], [], [2]], [-0.1, -1 / 3, -2.0], 0.5, [16, 16, 16],
+        ["question 2: bad"], drafts=[3, 2, 9, 0.25],
     )  # fmt: skip
+    assert line.is_whole and not replace(line, refused="why").is_whole
+    assert not replace(line, ids=[[5], [-1], [2]]).is_whole
     file = ResumeFile(tmp_path / "e.json", ["some settings"], AnsweredBatch)
-    assert file.read() == []
-    file.append(batch)
-    file.append(batch)
-    assert file.read() == [batch, batch]
+    assert file.read(lambda line: True) == []
+    file.append(line)
+    file.append(line)
+    assert file.read(lambda line: True) == [line, line]
     content = file.path.read_bytes()
     for cut in (1, 10, len(content) // 2 - 1):
         file.path.write_bytes(content[:-cut])
-        assert file.read() == [batch]
+        assert file.read(lambda line: True) == [line]
         assert file.path.read_bytes() == content[: len(content) // 2]
+    file.append(line)
+    answers = iter([True, False])
+    assert file.read(lambda line: next(answers)) == [line]
+    assert file.path.read_bytes() == content[: len(content) // 2], "what does not go on is dropped"
     other = ResumeFile(tmp_path / "e.json", ["other settings"], AnsweredBatch)
     assert other.path != file.path

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_vlm_prune.evaluate import main
-from mlx_vlm_prune.machine.user_cache import cache_folder, model_key
+from mlx_vlm_prune.evaluation.remembered import remembered
 from mlx_vlm_prune.training.stages import LEARNERS
 
 from .training_data import config, loaded
@@ -24,7 +24,8 @@ def test_adapters_are_evaluated_and_not_taken_for_the_model(tmp_path, monkeypatc
     main([*command, "--adapter-path", str(tmp_path / "a")])
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["adapter_path"] == str(tmp_path / "a")
-    file = cache_folder() / "evaluations" / f"{model_key(model)}.json"
-    assert not file.exists()
+    assert not remembered(model)
+    command[command.index("--out") + 1] = str(tmp_path / "without.json")
     main(command)
-    assert file.exists() and "adapter_path" not in json.loads(file.read_text())
+    (file,) = remembered(model)
+    assert "adapter_path" not in json.loads(file.read_text())

@@ -159,7 +159,8 @@ def test_the_command_of_the_page_on_questions_runs(model, tmp_path, monkeypatch)
         argv[argv.index("--judge-url") + 1] = url
         main([*argv, "--model", str(model), "--pruner", "norm", "--keep-tokens", "5"])
     assert requests[0]["model"] == "my-judge"
-    assert json.loads((tmp_path / "evaluation.json").read_text())["rows"][0]["overall"] == 1
+    result = tmp_path / f"evaluation-{model.name}-mm-vet.json"
+    assert json.loads(result.read_text())["rows"][0]["overall"] == 1
 
 
 def test_the_page_on_questions_names_every_format():

@@ -110,9 +110,9 @@ def test_an_interrupt_while_times_are_measured_keeps_the_answers(
         patched.setattr(first_token, "first_token_times", interrupted)
         main(command(home, tmp_path / "e.json", *options))
     assert stop.value.code == 130 and not (tmp_path / "e.json").exists()
-    assert f"{COUNT} of {COUNT} questions are answered" in capsys.readouterr().err
+    assert f"interrupted after {COUNT * 6} of {COUNT * 6} answers" in capsys.readouterr().err
     run(home, tmp_path / "e.json", *options)
-    assert f"going on after {COUNT} of {COUNT}" in capsys.readouterr().err
+    assert f"going on after {COUNT * 6} of {COUNT * 6} answers" in capsys.readouterr().err
 
 
 # --- drafts ---------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_an_interrupted_run_with_drafts_goes_on_with_its_figures(
         patched.setattr("mlx_vlm_prune.evaluation.drafting.prepare_question", interrupt_at(6))
         main(command(broken, tmp_path / "e.json", *options))
     resumed = run(broken, tmp_path / "e.json", *options)
-    assert "going on after 4" in capsys.readouterr().err
+    assert "going on after 24 of 66" in capsys.readouterr().err
     assert [draft_counts(row) for row in resumed["rows"]] == [
         draft_counts(row) for row in straight["rows"]
     ]

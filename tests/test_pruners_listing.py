@@ -2,10 +2,13 @@
 
 import re
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.pruners import METHODS, PRESETS, listing, plan
+from mlx_vlm_prune.pruners.contract import Signals
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -79,3 +82,17 @@ def test_an_unknown_option_gets_the_nearest_of_its_method():
         plan("global_local:lokal=0.5")
     sentence = "global_local has no option 'lokal'; did you mean local, local_layer or layer?"
     assert str(refusal.value) == sentence
+
+
+def test_the_listing_says_which_methods_can_be_one_and_the_same_choice(capsys):
+    listing.main([])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "cls_attention is received_attention in a tower without a CLS token" in shown
+    rng = np.random.default_rng(0)
+    received_BN, objects_BN = (mx.array(rng.random((2, 64), np.float32)) for _ in range(2))
+    signals = Signals(mx.zeros((2, 64, 4)), (8, 8), received_attention_BN=received_BN,
+                      object_attention_BN=objects_BN)  # fmt: skip
+    names = ("received_attention", "hiprune")
+    for K, is_same in ((25, True), (40, False)):
+        chosen = [np.array(plan(name).steps[0](signals, K).index_BK) for name in names]
+        assert np.array_equal(*chosen) is is_same

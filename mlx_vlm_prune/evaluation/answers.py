@@ -177,6 +177,8 @@ def answer_batch(
 class EvaluatedVLM:
     """One of our models as an EvaluatedModel, for all these methods."""
 
+    questions_at_once = 24
+
     def __init__(self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline]):
         self.model, self.tower = share_tower(model, pipelines)
         self.processor, tokenizer = processor, processor.tokenizer

@@ -41,6 +41,8 @@ class DraftingVLM:
     Raises UserError where the model has no twig beside it.
     """
 
+    questions_at_once = 1  # they are answered one by one
+
     def __init__(
         self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline],
         num_draft_tokens: int,

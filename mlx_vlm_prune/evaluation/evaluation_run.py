@@ -1,4 +1,4 @@
-"""The evaluation loop: every question to every method, a batch at a time, each batch saved.
+"""The evaluation loop: every question to every method, a batch at a time, each answer saved.
 
 Shapes: Q questions, P methods with their budgets, B questions of a batch.
 """
@@ -30,6 +30,8 @@ logger = logging.getLogger("mlx_vlm_prune")
 
 class EvaluatedModel(Protocol):
     """A model under evaluation: one of ours, or one of mlx-vlm's."""
+
+    questions_at_once: int  # of a batch, if nothing else is said
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -83,24 +85,27 @@ class EvaluationRun:
         self.methods, self.max_tokens, self.batch_size = methods, max_tokens, batch_size
         self.is_scored = question_set.format.is_scored(questions)
         self.failures: dict[int, str] = {}  # from a method's number to the reason
-        self.batches: list[AnsweredBatch] = []
+        self.lines: list[AnsweredBatch] = []
+        self.done = 0  # questions that all methods have answered, or that were skipped
+        self.waiting: list[int] = []  # methods that have yet to answer the batch in hand
+        self.full_line: AnsweredBatch | None = None  # of the latest batch
         self.answers = [MethodAnswers() for _ in methods]
         self.advance_bar: Callable[[int], object] = lambda answers: None
 
     @property
-    def done(self) -> int:
-        """How many questions are answered or skipped."""
-        return self.batches[-1].questions_done if self.batches else 0
+    def full_lines(self) -> list[AnsweredBatch]:
+        """A line of each batch: full's answers."""
+        return [line for line in self.lines if line.method == 0]
 
     @property
     def answered(self) -> int:
-        """How many questions are answered."""
-        return sum(len(batch.numbers) for batch in self.batches)
+        """How many questions full has answered."""
+        return sum(len(line.numbers) for line in self.full_lines)
 
     @property
     def sizes(self) -> list[int]:
         """The visual tokens of each answered question's images."""
-        return [N for batch in self.batches for N in batch.sizes]
+        return [N for line in self.full_lines for N in line.sizes]
 
     @property
     def working(self) -> list[int]:
@@ -111,52 +116,76 @@ class EvaluationRun:
     def working_methods(self) -> list[BudgetedMethod]:
         return [self.methods[p] for p in self.working]
 
+    @property
+    def progress(self) -> str:
+        """How many answers of all are there."""
+        answers = sum(len(line.ids) for line in self.lines)
+        return f"{answers:,} of {len(self.questions) * len(self.methods):,} answers"
+
     def run(self, resume_file: ResumeFile[AnsweredBatch]) -> None:
-        """Read the batches saved before, then answer the rest and save each batch."""
+        """Read the answers saved before, then ask for the rest and save each method's answers."""
         is_first = self.processes.is_first
-        saved = [asdict(batch) for batch in resume_file.read()] if is_first else []
-        for batch in json.loads(self.processes.gather(json.dumps(saved))[0]):
-            self._record(AnsweredBatch(**batch))
-        if self.batches and is_first:
-            logger.info("going on after %d of %d questions", self.done, len(self.questions))
-        total = len(self.questions) * len(self.methods)
-        initial = self.done * len(self.methods)
+        saved = [asdict(line) for line in resume_file.read(self._take_over)] if is_first else []
+        for line in json.loads(self.processes.gather(json.dumps(saved))[0]):
+            if not is_first:
+                self._record(AnsweredBatch(**line))
+        if self.lines and is_first:
+            logger.info("going on after %s", self.progress)
+        P, in_hand = len(self.methods), self.full_line.numbers if self.full_line else []
+        initial = self.done * P + (P - len(self.waiting)) * len(in_hand) * bool(self.waiting)
+        total = len(self.questions) * P
         with tqdm(
             total=total, initial=initial, desc="answers", file=sys.stderr, disable=not is_first
         ) as bar:
             self.advance_bar = bar.update
             batches = self._prepared_batches(self.done)
             while at_once := list(islice(batches, self.processes.size)):
-                for batch in self._answer_all(at_once):
+                for line in self._answer_all(at_once):
                     if is_first:
-                        resume_file.append(batch)
-                    self._record(batch)
+                        resume_file.append(line)
+                    self._record(line)
                 bar.set_postfix_str(self.scores_so_far(), refresh=False)
-                bar.update(self.done * len(self.methods) - bar.n)
+                bar.update(self.done * P - bar.n)
+        self._check_counts()
+
+    def _take_over(self, line: AnsweredBatch) -> bool:
+        """Record a saved line, if it goes on where the lines before it end."""
+        if self.waiting and self.full_line:
+            full = self.full_line
+            is_next = line.method == self.waiting[0] and line.is_whole
+            is_next &= (line.questions_done, line.numbers) == (full.questions_done, full.numbers)
+        else:
+            span = range(self.done, line.questions_done)
+            is_next = line.method == 0 and not line.refused and line.is_whole
+            is_next &= 0 < len(span) == len(line.numbers) + len(line.skipped)
+            is_next &= line.questions_done <= len(self.questions)
+            is_next &= [n for n in span if n in {*line.numbers}] == line.numbers
+        if is_next:
+            self._record(line)
+        return is_next
 
     def _answer_all(self, at_once: Sequence[PreparedBatch]) -> Iterator[AnsweredBatch]:
-        """The answers to a batch for each process; each is recorded before the next is yielded."""
+        """The lines of a batch for each process; each is recorded before the next is yielded."""
+        rank, begun = self.processes.rank, self.waiting
+        if begun and self.full_line and at_once[0].numbers != self.full_line.numbers:
+            raise UserError("questions that could be read before cannot be read any more")
+        methods = [begun or self.working, *[self.working] * (len(at_once) - 1)]
         if self.processes.size == 1:
-            yield self._answer(at_once[0])
+            yield from self._answer(at_once[0], methods[0])
             return
-        working, rank, text, fault = self.working, self.processes.rank, "", None
+        texts, fault = [], None
         try:
             if rank < len(at_once):
-                text = json.dumps(asdict(self._answer(at_once[rank])))
+                texts = [asdict(line) for line in self._answer(at_once[rank], methods[rank])]
         except UserError as e:
             fault = e
         self.processes.agree(fault)
-        for gathered in filter(None, self.processes.gather(text)):
-            batch = AnsweredBatch(**json.loads(gathered))
-            refused = dict(batch.refused)
-            answered = [p for p in working if p not in refused] if batch.numbers else []
-            # A method that failed in a batch before this one has no row from there on.
-            kept = [i for i, p in enumerate(answered) if p not in self.failures]
-            yield replace(
-                batch, responses=[batch.responses[i] for i in kept],
-                logprob=[batch.logprob[i] for i in kept], loyal=[batch.loyal[i] for i in kept],
-                drafts=[batch.drafts[i] for i in kept if batch.drafts],
-            )  # fmt: skip
+        for gathered in self.processes.gather(json.dumps(texts)):
+            for fields in json.loads(gathered):
+                line = AnsweredBatch(**fields)
+                # A method that failed in a batch before this one has no line from there on.
+                if line.method not in self.failures:
+                    yield line
 
     def _prepared_batches(self, start: int) -> Iterator[PreparedBatch]:
         """The questions from number `start` on, in batches."""
@@ -176,71 +205,82 @@ class EvaluationRun:
             batch.questions_done, batch.skipped = len(self.questions), bad.messages
             yield batch
 
-    def _answer(self, batch: PreparedBatch) -> AnsweredBatch:
-        """The answers of all working methods to a batch."""
-        start, decode = time.perf_counter(), self.model.decode
-        answers: list[Answers] = []
-        failures: list[tuple[int, str]] = []
-        sizes: list[int] = []
-        if batch.prepared:
-            model_batch = self.model.make_batch(batch.prepared)
-            answers, failures = self._answer_by_methods(model_batch, batch.numbers)
-            sizes = model_batch.sizes
-        full = answers[0].ids if answers else []
-        return AnsweredBatch(
-            batch.questions_done, batch.numbers,
-            responses=[[decode(ids) for ids in method.ids] for method in answers],
-            logprob=[method.logprob_B.tolist() for method in answers],
-            loyal=[[a == b for a, b in zip(method.ids, full, strict=True)] for method in answers],
-            seconds=time.perf_counter() - start, sizes=sizes, skipped=batch.skipped,
-            refused=failures, drafts=[[*astuple(m.drafts)] for m in answers if m.drafts],
-        )  # fmt: skip
-
-    def _answer_by_methods(
-        self, model_batch: Any, numbers: list[int]
-    ) -> tuple[list[Answers], list[tuple[int, str]]]:
-        """The answers of each working method, and the methods that fail, with the reason."""
-        names = " to ".join(self.questions[n].id for n in dict.fromkeys(numbers[:1] + numbers[-1:]))
-        answers, failures = [], []
-        for p, method in enumerate(self.methods):
-            if p not in self.failures:
-                try:
-                    answers.append(
-                        self.model.answer(model_batch, method.pipeline, method.K, self.max_tokens)
-                    )
-                except UserError as e:
-                    if p == 0:
-                        raise UserError(f"question {names}, with all visual tokens: {e}") from e
-                    failures.append((p, f"question {names}: {e}" if self.answered else str(e)))
-            self.advance_bar(len(numbers))
-        return answers, failures
-
-    def _record(self, batch: AnsweredBatch) -> None:
-        """Append a batch to the answers of every method."""
-        self.batches.append(batch)
-        self.failures |= dict(batch.refused)
-        if not batch.numbers:
+    def _answer(self, batch: PreparedBatch, methods: Sequence[int]) -> Iterator[AnsweredBatch]:
+        """The answers of each of these methods to a batch."""
+        if not batch.prepared:
+            yield AnsweredBatch(batch.questions_done, 0, [], [], [], 0.0, skipped=batch.skipped)
             return
-        questions, score = (
-            [self.questions[n] for n in batch.numbers],
-            self.question_set.format.score,
-        )
-        for p, drafts in zip(self.working, batch.drafts, strict=False):  # none without a twig
-            self.answers[p].drafts += DraftFigures(*drafts)
-        rows = zip(self.working, batch.responses, batch.loyal, batch.logprob, strict=True)
-        for p, responses, loyal, logprobs in rows:
-            answers = self.answers[p]
-            answers.responses += responses
-            answers.loyal += loyal
-            answers.logprobs += logprobs
-            if self.is_scored:
-                answers.score += sum(
-                    score(q, text) for q, text in zip(questions, responses, strict=True)
-                )
+        start = time.perf_counter()
+        model_batch = self.model.make_batch(batch.prepared)
+        for p in [*methods]:
+            line = self._answer_by(p, model_batch, batch.numbers)
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            line = replace(line, questions_done=batch.questions_done, seconds=seconds)
+            if p == 0:
+                line = replace(line, sizes=model_batch.sizes, skipped=batch.skipped)
+            yield line
+            self.advance_bar(len(batch.numbers))
+
+    def _answer_by(self, p: int, model_batch: Any, numbers: list[int]) -> AnsweredBatch:
+        """The answers of one method, or the reason why it fails."""
+        method = self.methods[p]
+        try:
+            answers = self.model.answer(model_batch, method.pipeline, method.K, self.max_tokens)
+        except UserError as e:
+            names = " to ".join(
+                self.questions[n].id for n in dict.fromkeys(numbers[:1] + numbers[-1:])
+            )
+            if p == 0:
+                raise UserError(f"question {names}, with all visual tokens: {e}") from e
+            why = f"question {names}: {e}" if self.done else str(e)
+            return AnsweredBatch(0, p, numbers, [], [], 0.0, refused=why)
+        drafts = [*astuple(answers.drafts)] if answers.drafts else []
+        logprob = answers.logprob_B.tolist()
+        return AnsweredBatch(0, p, numbers, answers.ids, logprob, 0.0, drafts=drafts)
+
+    def _record(self, line: AnsweredBatch) -> None:
+        """Append a line to the answers of its method."""
+        self.lines.append(line)
+        if line.method == 0:
+            self.full_line = line
+            self.waiting = [p for p in self.working if p] if line.numbers else []
+        else:
+            self.waiting = [p for p in self.waiting if p != line.method]
+        if line.refused:
+            self.failures[line.method] = line.refused
+        else:
+            self._add_answers(line)
+        if not self.waiting:
+            self.done = line.questions_done
+
+    def _add_answers(self, line: AnsweredBatch) -> None:
+        answers, full, decode = self.answers[line.method], self.full_line, self.model.decode
+        responses = [decode(ids) for ids in line.ids]
+        answers.responses += responses
+        answers.loyal += [a == b for a, b in zip(line.ids, full.ids if full else [], strict=True)]
+        answers.logprobs += line.logprob
+        if line.drafts:  # none without a twig
+            answers.drafts += DraftFigures(*line.drafts)
+        if self.is_scored:
+            score, questions = self.question_set.format.score, self.questions
+            pairs = zip(line.numbers, responses, strict=True)
+            answers.score += sum(score(questions[n], text) for n, text in pairs)
+
+    def _check_counts(self) -> None:
+        """Raises UserError where some question is not answered once by each working method."""
+        numbers = [n for line in self.full_lines for n in line.numbers]
+        skipped = sum(len(line.skipped) for line in self.full_lines)
+        counts = {len(self.answers[p].responses) for p in self.working}
+        is_once = len({*numbers}) == len(numbers) == len(self.questions) - skipped
+        if not is_once or counts != {len(numbers)}:
+            raise UserError(
+                f"{len(numbers)} answers were kept to {len(self.questions)} questions; remove the"
+                " .part.jsonl file beside the result, and ask again"
+            )
 
     def scores_so_far(self) -> str:
         """The mean scores of full, the best and the worst method, for the progress bar."""
-        count = self.answered
+        count = len(self.answers[0].responses)
         if not count or not self.is_scored:
             return ""
         ranked = sorted(self.working[1:], key=lambda p: -self.answers[p].score)
@@ -263,7 +303,7 @@ class EvaluationRun:
 
         Where a question of a group is missing, the whole group is left out.
         """
-        numbers = [n for batch in self.batches for n in batch.numbers]
+        numbers = [n for line in self.full_lines for n in line.numbers]
         questions = [self.questions[n] for n in numbers]
         missing = [self.questions[n] for n in sorted(set(range(len(self.questions))) - {*numbers})]
         incomplete = dict.fromkeys((q.kind, q.group) for q in missing if q.group)
@@ -277,6 +317,6 @@ class EvaluationRun:
             np.array([method.loyal for method in answers])[:, usable],
             np.array([method.logprobs for method in answers])[:, usable],
         )
-        skipped = [message for batch in self.batches for message in batch.skipped]
+        skipped = [message for line in self.full_lines for message in line.skipped]
         groups = [f"group {group}: a question of it is missing" for _, group in incomplete]
         return table, skipped + groups

@@ -49,6 +49,8 @@ class HostQuestionBatch:
 class EvaluatedHost:
     """A model of mlx-vlm's as an EvaluatedModel, for all these methods."""
 
+    questions_at_once = 1  # they are answered one by one
+
     def __init__(self, host: Host, pipelines: Sequence[Pipeline]):
         self.host = host
         self.tokenizer = getattr(host.processor, "tokenizer", host.processor)

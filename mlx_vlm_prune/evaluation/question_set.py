@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,6 +33,10 @@ class QuestionSet:
                 return
             last_group = question.group
             yield question
+
+    def has_more(self, count: int) -> bool:
+        """Whether there are more than `count` questions without the limit."""
+        return any(True for _ in islice(self.read_source(BadRecords(skip=True)), count, None))
 
     def load(self) -> tuple[list[Question], list[str]]:
         """All questions, and messages on those left out. Images in memory become digests."""

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ from tqdm import tqdm
 from ..checkpoints.reading.weights import weight_files
 from ..machine.hardware import describe_machine, versions
 from ..machine.user_cache import model_key
+from .alike import alike_methods
 from .budgeted_methods import random_baselines
 from .evaluation_run import EvaluationRun
 from .first_token import measure_first_tokens
 from .judge import AnswerTable, Judge
+from .question_set import QuestionSet
 from .questions import BadRecords, Question
+from .result_file import BUILT_IN, question_set_key
 
 MOST_RESPONSES = 50_000  # whose texts are kept if nothing else is said: a few MB
 
@@ -28,8 +32,8 @@ def first_token_rows(
     were answered."""
     sizes = {
         n: N
-        for batch in evaluation.batches
-        for n, N in zip(batch.numbers, batch.sizes, strict=True)
+        for line in evaluation.full_lines
+        for n, N in zip(line.numbers, line.sizes, strict=True)
     }
     reread = enumerate(evaluation.question_set.read(BadRecords(skip=True)))
     questions = [*islice(((q, sizes[n]) for n, q in reread if n in sizes), count)]
@@ -39,11 +43,26 @@ def first_token_rows(
     return measure_first_tokens(model, processor, questions, methods, num_draft_tokens)
 
 
-def result_of(
-    args: argparse.Namespace, evaluation: EvaluationRun, unread: list[str], refused: list[dict],
-    folder: Path, first_tokens: Sequence[dict[str, float]] = (),
+def about_run(
+    args: argparse.Namespace, folder: Path, question_set: QuestionSet
 ) -> dict[str, Any]:  # fmt: skip
-    """The content of --out."""
+    """What a result says of its model and its questions."""
+    return {
+        "questions": question_set.name,
+        "format": question_set.format.name,
+        "question_set": question_set_key(question_set.format.name, question_set.name),
+        "model": args.model or BUILT_IN,
+        "model_key": model_key(folder),
+        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
+    }
+
+
+def result_of(
+    args: argparse.Namespace, about: Mapping[str, Any], evaluation: EvaluationRun,
+    unread: list[str], refused: list[dict], folder: Path,
+    first_tokens: Sequence[dict[str, float]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The content of --out; `about` is what `about_run` says."""
     answers, skipped = evaluation.collect()
     format = evaluation.question_set.format
     judge = Judge(format, answers.questions, args.seed)
@@ -53,13 +72,11 @@ def result_of(
         method.columns(evaluation.sizes) | row for method, row in zip(methods, figures, strict=True)
     ]
     _add_columns(rows, evaluation, answers, first_tokens)
+    alike = alike_methods(methods, answers, evaluation.sizes)
     return {
         "command": "evaluate",
-        "questions": evaluation.question_set.name,
-        "format": format.name,
-        "model": args.model or "scenes",
-        "model_key": model_key(folder),
-        **({"adapter_path": args.adapter_path} if args.adapter_path else {}),
+        **about,
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         **({"num_draft_tokens": args.num_draft_tokens} if args.num_draft_tokens else {}),
         **({"metric": format.metric} if format.metric else {}),
         "count": len(answers.questions),
@@ -70,9 +87,10 @@ def result_of(
         "majority": judge.majority(),
         "machine": describe_machine(),
         "versions": versions(),
-        "seconds": round(sum(batch.seconds for batch in evaluation.batches), 1),
+        "seconds": round(sum(line.seconds for line in evaluation.lines), 1),
         "megabytes": weights_megabytes(folder),
         "rows": rows,
+        **({"alike": alike} if alike else {}),
         "refused": refused + evaluation.refusals(),
         "skipped": unread + skipped,
         **({"texts": texts_of(answers)} if keeps_texts(args.texts, answers) else {}),
@@ -90,7 +108,7 @@ def _add_columns(
         if to_full := format.figures_to_full(responses_PQ[i], responses_PQ[0]):
             rounded = {name: round(value, 4) for name, value in to_full.items()}
             row["more"] = row.get("more", {}) | rounded
-        if evaluation.batches and evaluation.batches[-1].drafts:
+        if evaluation.lines[-1].drafts:
             row["drafts"] = evaluation.answers[p].drafts.columns()
         if first_tokens:
             row["first_token_ms"] = first_tokens[i]

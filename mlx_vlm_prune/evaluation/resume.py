@@ -1,10 +1,11 @@
 """What a run has done so far, in a file beside its result, to resume from.
 
-The file holds JSON lines, one for each batch of an evaluation or each round of a sweep, flushed to
-the disk before the next begins. A line that was cut off, by a power failure or a full disk, is
-dropped.
+The file holds JSON lines, one for each method's answers to a batch of an evaluation, or each round
+of a sweep, flushed to the disk before the next begins. A line that was cut off, by a power failure
+or a full disk, is dropped. So is one that does not go on where the one before it ended, with all
+lines after it.
 
-Shapes: P methods with their budgets, B questions of a batch, I their images.
+Shapes: B questions of a batch, I their images.
 """
 
 import hashlib
@@ -17,29 +18,38 @@ from typing import Any, Generic, TypeVar
 
 from ..checkpoints.reading.files import append_json, parse_json
 
+MOST_IDS = 1 << 31  # of any vocabulary
 Line = TypeVar("Line")  # a dataclass
 
 
 @dataclass(frozen=True)
 class AnsweredBatch:
-    """A batch of questions with the answers of all methods. The field names are the file's keys.
+    """A method's answers to a batch of questions. The field names are the file's keys.
 
     `questions_done` is how many questions of the set are done after this batch. `numbers` are
-    those of its questions, without those in `skipped`. `refused` holds the methods that failed in
-    this batch, as [number, reason]: they have no row from here on. `drafts` are the figures of
+    those of its questions, without those in `skipped`. A batch has a line for each method that has
+    not failed, full (0) first; that one alone has `sizes` and `skipped`. `refused` says why the
+    method failed in this batch: it has no line from here on. `drafts` are the figures of
     `DraftFigures`, where a twig drafted.
     """
 
     questions_done: int
+    method: int
     numbers: list[int]
-    responses: list[list[str]]  # (P, B)
-    logprob: list[list[float]]  # (P, B): of the right answers
-    loyal: list[list[bool]]  # (P, B): the same ids as the first method's
+    ids: list[list[int]]  # of the B answers
+    logprob: list[float]  # (B,): of the right answers
     seconds: float
-    sizes: list[int]  # (I,): visual tokens of each image
+    sizes: list[int] = field(default_factory=list)  # (I,): visual tokens of each image
     skipped: list[str] = field(default_factory=list)
-    refused: list[tuple[int, str]] = field(default_factory=list)
-    drafts: list[list[Any]] = field(default_factory=list)  # (P, 4)
+    refused: str = ""
+    drafts: list[Any] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is an answer to every question, or the reason why there is none."""
+        answers = 0 if self.refused else len(self.numbers)
+        are_ids = all(isinstance(i, int) and 0 <= i < MOST_IDS for one in self.ids for i in one)
+        return are_ids and len(self.ids) == len(self.logprob) == answers
 
 
 class ResumeFile(Generic[Line]):
@@ -54,8 +64,9 @@ class ResumeFile(Generic[Line]):
         self.path = result_path.with_name(f"{result_path.stem}.{key}.part.jsonl")
         self.line_of = line_of
 
-    def read(self) -> list[Line]:
-        """The complete lines; the file is truncated after them."""
+    def read(self, goes_on: Callable[[Line], bool]) -> list[Line]:
+        """The complete lines, as long as each goes on from those before it; the file is truncated
+        after them. `goes_on` is asked about one line after the other."""
         lines: list[Line] = []
         if not self.path.exists():
             return lines
@@ -64,9 +75,9 @@ class ResumeFile(Generic[Line]):
             for text in file:
                 try:
                     line = self.line_of(**parse_json(text))
+                    if not (text.endswith(b"\n") and goes_on(line)):
+                        break
                 except (ValueError, TypeError):
-                    break
-                if not text.endswith(b"\n"):
                     break
                 lines.append(line)
                 complete_bytes += len(text)

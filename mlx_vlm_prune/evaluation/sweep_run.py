@@ -85,10 +85,12 @@ class PrunedRun:
 class Round:
     """One round about an image. `refused` are the cases that failed, each with the reason.
 
-    `skipped` is the reason why the image cannot be asked about at all, if so.
+    `number` counts the rounds about the image before it. `skipped` is the reason why the image
+    cannot be asked about at all, if so.
     """
 
     image: int
+    number: int
     full: list[Measurement] = field(default_factory=list)
     pruned: list[PrunedRun] = field(default_factory=list)
     refused: list[tuple[int, str]] = field(default_factory=list)
@@ -96,14 +98,14 @@ class Round:
 
     @classmethod
     def of(
-        cls, image: int, full: list[dict[str, Any]], pruned: list[dict[str, Any]],
+        cls, image: int, number: int, full: list[dict[str, Any]], pruned: list[dict[str, Any]],
         refused: list[tuple[int, str]], skipped: str,
     ) -> "Round":  # fmt: skip
         """From the fields as they were saved. Raises TypeError where some are missing."""
         runs = [PrunedRun(**run | {"measurement": Measurement(**run["measurement"])})
                 for run in pruned]  # fmt: skip
         pairs = [(case, why) for case, why in refused]
-        return cls(image, [Measurement(**one) for one in full], runs, pairs, skipped)
+        return cls(image, number, [Measurement(**one) for one in full], runs, pairs, skipped)
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,7 @@ class SweepRun:
 
     def run(self, resume_file: ResumeFile[Round]) -> None:
         """Take over the rounds saved before, then measure the rest and save each round."""
-        for line in resume_file.read():
-            self._record(line)
+        resume_file.read(self._take_over)
         if self.rounds:
             logger.info("going on: %s", self.progress)
         left = {i: self._left(i) for i in range(len(self.images))}
@@ -165,6 +166,22 @@ class SweepRun:
                     bar.set_postfix_str(name[-TITLE_LETTERS:], refresh=False)
                     self._ask(image, left[image], resume_file)
             bar.total = bar.n  # fewer where cases were refused
+
+    def _take_over(self, line: Round) -> bool:
+        """Record a saved round, if it is the next one about its image."""
+        is_next = (
+            0 <= line.image < len(self.images)
+            and line.image not in self.skipped
+            and line.number == self.count(line.image)
+            and bool(line.full or line.skipped)
+            and all(
+                0 <= run.case < len(self.cases) and 0 <= run.before < len(line.full)
+                for run in line.pruned
+            )
+        )
+        if is_next:
+            self._record(line)
+        return is_next
 
     def _left(self, image: int) -> int:
         return 0 if image in self.skipped else max(0, self.plan.runs - self.count(image))
@@ -179,7 +196,7 @@ class SweepRun:
                 resume_file.append(line)
                 self._record(line)
         except UserError as e:  # with all visual tokens
-            line = Round(image, skipped=str(e))
+            line = Round(image, self.count(image), skipped=str(e))
             resume_file.append(line)
             self._record(line)
 
@@ -194,7 +211,7 @@ class SweepRun:
 
     def _round(self, image: int) -> Round:
         """One answer of each case that has not failed. Raises UserError where full fails."""
-        line = Round(image)
+        line = Round(image, self.count(image))
         working = [p for p in range(len(self.cases)) if (image, p) not in self.failures]
 
         def answer_full() -> Measurement:

@@ -128,13 +128,26 @@ def _notes(result: dict[str, Any]) -> list[str]:
         lines.append(f"Of {K} tokens: an image that has fewer keeps all; the mean is shown.")
     if len(result["kinds"]) > MOST_KINDS:
         lines.append(f"The {len(result['kinds'])} kinds of question are listed in the file.")
+    if part := result.get("part"):
+        lines.append(f"A first look: --all asks all {' and '.join(part)}.")
+    for alike in result.get("alike", ()):
+        *names, last = alike["pruners"]
+        budgets = ", ".join(map(str, alike["tokens"]))
+        lines.append(f"One and the same choice: {', '.join(names)} and {last} ({budgets}).")
+    return [*lines, *_worse_than_random(result), *_left_out(result)]
+
+
+def _worse_than_random(result: dict[str, Any]) -> list[str]:
     worse: dict[str, list[str]] = {}
     for row in result["rows"]:
         if mark(row) == "▼":
             worse.setdefault(label(row), []).append(str(row["tokens"]))
-    if worse:
-        named = [f"{name} ({', '.join(tokens)})" for name, tokens in worse.items()]
-        lines.append(f"Worse than random: {', '.join(named)}.")
+    named = [f"{name} ({', '.join(tokens)})" for name, tokens in worse.items()]
+    return [f"Worse than random: {', '.join(named)}."] if named else []
+
+
+def _left_out(result: dict[str, Any]) -> list[str]:
+    lines = []
     for refusal in result["refused"]:
         name, K, why = refusal["pruner"], refusal["tokens"], refusal["why"]
         amount = f"{K} tokens" if isinstance(K, int) else f"{K:.0%} of the tokens"

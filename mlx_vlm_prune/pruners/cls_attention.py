@@ -2,7 +2,8 @@
 
 FasterVLM, Zhang et al., arXiv:2412.01818: the score of a token is the attention that CLS pays to
 it, the mean over heads, at the layer whose output the features are (`layer=-1`): LLaVA's last but
-one, as theirs, MiniMind2-V's last.
+one, as theirs, MiniMind2-V's last. In a tower without a CLS token the attention that a token
+receives from all stands in its place: then this is `received_attention`.
 
 As the authors' code (github.com/Theia-4869/FasterVLM@f5d5f12). Differs: only the CLS row of the
 attention is computed.

@@ -5,9 +5,9 @@ deep ones to the whole. Anchors: the tokens that receive most attention (mean ov
 and queries) in the object layer, each with its four neighbours; together they take the share
 `objects` of the budget. The rest of it goes to what receives most in the deep layer.
 
-Anchors are K * `objects` / 5, rounded (a half to the even number). The authors count layers
-from one: their 9 of LLaVA's 24 is layer 8 here, the default; their 16 of Qwen2.5-VL's 32 is
-layer 15, the default there.
+Anchors are K * `objects` / 5, rounded (a half to the even number): none up to 25 tokens, where
+this is `received_attention`. The authors count layers from one: their 9 of LLaVA's 24 is layer 8
+here, the default; their 16 of Qwen2.5-VL's 32 is layer 15, the default there.
 
 As the authors' code (github.com/Danielement321/HiPrune@6e83a12). Differs: a neighbour outside the
 grid is left out, where theirs wraps around to the next row, or counts as the first or last token;
