@@ -64,9 +64,8 @@ def join_tiles(tiles: Sequence[DrawnView], rows: int, columns: int) -> DrawnView
     """Tiles of equal size as one view of the picture that they were cut from."""
     (height, width), (w, h) = tiles[0].grid, tiles[0].picture.size
     picture = Image.new("RGB", (columns * w, rows * h))
-    places_TN = np.arange(rows * height * columns * width)
-    places_TN = places_TN.reshape(rows, height, columns, width).swapaxes(1, 2)
-    places_TN = places_TN.reshape(rows * columns, height * width)
+    places_RrCc = np.arange(rows * height * columns * width).reshape(rows, height, columns, width)
+    places_TN = places_RrCc.swapaxes(1, 2).reshape(rows * columns, height * width)
     for t, tile in enumerate(tiles):
         picture.paste(tile.picture, (t % columns * w, t // columns * h))
     kept = [place for t, tile in enumerate(tiles) for place in places_TN[t][tile.kept].tolist()]
