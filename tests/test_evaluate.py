@@ -21,7 +21,7 @@ TIMES = ("seconds", "machine", "date")
 KEYS = {
     "questions", "format", "model", "model_key", "count", "kinds", "unit", "seed", "max_tokens",
     "majority", "machine", "versions", "seconds", "megabytes", "rows", "refused", "skipped",
-    "texts", "question_set", "date",
+    "texts", "question_set", "date", "command",
 }  # fmt: skip
 ROW_KEYS = {
     "pruner", "tokens", "of", "accuracy", "overall", "loyalty", "logprob", "to_full", "right",
@@ -115,7 +115,7 @@ def test_the_result_has_every_key_and_figure(home, tmp_path, capsys):
     result = run(home, tmp_path / "e.json", "--keep-tokens", "12", "--keep-tokens", "5")
     assert result.keys() == KEYS
     assert (result["count"], sum(result["kinds"].values())) == (COUNT, COUNT)
-    assert (tmp_path / "e.json").read_text().startswith('{\n    "questions"')
+    assert (tmp_path / "e.json").read_text().startswith('{\n    "command": "evaluate"')
     pairs = [(row["pruner"], row["tokens"]) for row in result["rows"]]
     assert pairs[:2] == [("none", tiny.N), ("random", 12)] and ("fastv", 5) not in pairs
     assert [(refusal["pruner"], refusal["tokens"]) for refusal in result["refused"]] == [
