@@ -174,10 +174,20 @@ def test_what_is_not_followed_is_a_warning_or_strictly_a_refusal(scenes):
             "picture 1 has 224 x 224 pixels and the server allows 2000; it is read as 44 x 44",
         ]
         assert server.refusal(question("?"), model="gpt", strict=True)[0] == 404
+        assert "the server allows 2000" in server.refusal(question("?", SCENES[0]), strict=True)[1]
         mixed = question("?", noise(32, 32), detail="low")
         mixed["content"].insert(0, question("?", noise(32, 32, 1))["content"][0])
         assert "different details" in server.chat(mixed, max_tokens=1)["warnings"][0]
         assert "different details" in server.refusal(mixed, strict=True)[1]
+
+
+def test_a_photograph_that_is_decoded_at_a_part_of_its_size_is_said_to_be(served):
+    large = question(WORDS)
+    link = {"url": data_uri(noise(52, 50).resize((5_000, 5_200)), "JPEG")}
+    large["content"].insert(0, {"type": "image_url", "image_url": link})
+    (warning,) = served.chat(large, max_tokens=1)["warnings"]
+    assert warning.startswith("picture 1 has 5000 x 5200 pixels and the server allows 25000000; it")
+    assert warning.endswith("is read as 2500 x 2600")
 
 
 def test_turns_read_the_rows_again_that_are_the_same(served, scenes, monkeypatch):

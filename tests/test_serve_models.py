@@ -13,7 +13,7 @@ from .serving import Served, answer, noise, question, serve, text_of
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 PICTURES = [noise(80, 90, 1), noise(120, 60, 2)]
 HOSTS = ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
-OWN = ["own llava", "qwen3", "mamba"]
+OURS = ["own llava", "qwen3", "mamba"]
 METHODS = [
     {}, {"visual_tokens": 5}, {"keep_ratio": 0.5, "pruner": "norm"},
     {"keep_ratio": 0.25, "pruner": "divprune"}, {"pruner": "avgpool", "visual_tokens": 4},
@@ -31,7 +31,7 @@ def loaded(tmp_path_factory):
         home = tmp_path_factory.mktemp("models")
         if kind == "own llava":
             folder = llava.write(llava.random_model(), home)
-        elif kind in OWN:
+        elif kind in OURS:
             pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
             folder = backbones.write(kind, home)
         else:
@@ -67,7 +67,7 @@ def alone(model: Any, text: str, n: int, options: dict[str, Any]) -> tuple[str, 
     return whole.text, whole.prompt_tokens, whole.visual_tokens_kept
 
 
-@pytest.mark.parametrize("kind", [*OWN, *HOSTS])
+@pytest.mark.parametrize("kind", [*OURS, *HOSTS])
 def test_requests_of_all_kinds_share_a_batch_and_are_answered_as_alone(kind, loaded):
     model = loaded(kind)
     in_tiles = kind == "smolvlm"  # which share their image's K, so it is not small

@@ -73,8 +73,8 @@ def test_prompts_join_and_leave_and_each_computes_what_it_does_alone(loaded):
         if step == 4:
             joined.keep([running.index(b) for b in (0, 2)])
             running = [0, 2]
-        own = mx.array([[tokens[step - b]] for b in running])
-        logits = np.array(joined.step(own))
+        tokens_B1 = mx.array([[tokens[step - b]] for b in running])
+        logits = np.array(joined.step(tokens_B1))
         assert len(joined) == len(running) and token
         for b, row in zip(running, logits, strict=True):
             np.testing.assert_allclose(row, expected[b, step - b], atol=2e-5, rtol=1e-4)

@@ -8,9 +8,10 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
-from ..inputs.image import open_image
+from ..inputs.image import MAX_PIXELS, MOST_PIXELS, open_image
 from ..inputs.image_sources import DATA_URI, URLS
 from ..inputs.messages import Turn
+from ..inputs.placement import stored_image
 from .refusals import RequestRefusedError
 from .request_schema import ChatBody, ImagePart, ImageUrl, Message
 from .settings import MAX_SIDE_RATIO, ServerSettings
@@ -148,7 +149,8 @@ def build_request(
     try:
         return Request(
             talk[-1], pictures, system=system or None, history=tuple(history),
-            max_tokens=DEFAULT_MAX_TOKENS if longest is None else longest, **options,
+            max_tokens=DEFAULT_MAX_TOKENS if longest is None else longest,
+            max_pixels=MOST_PIXELS, **options,
         )  # fmt: skip
     except UserError as problem:
         raise RequestRefusedError(str(problem)) from None
@@ -170,7 +172,7 @@ def open_picture(number: int, link: ImageUrl, settings: ServerSettings) -> Image
             raise UserError("it is no data: URI")
         else:
             source = DATA_URI + link.url[len(DATA_URI) :]
-        picture = open_image(source)
+        picture = open_image(source, max(MAX_PIXELS, settings.max_pixels))
         check_shape(picture)
     except UserError as problem:
         sentence = f"picture {number}: {problem}"
@@ -188,14 +190,17 @@ def check_shape(picture: Image.Image) -> None:
 
 
 def fit_picture(number: int, picture: Image.Image, max_pixels: int, notes: Notes) -> Image.Image:
-    """The picture with at most so many pixels; a warning where it was made smaller."""
+    """The picture with at most so many pixels; a warning where it is smaller than in its file."""
+    stored = stored_image(picture)
+    width, height = stored.size[::-1] if stored.orientation > 4 else stored.size
     factor = (max_pixels / (picture.width * picture.height)) ** 0.5
-    if factor >= 1:
-        return picture
-    size = (max(1, int(picture.width * factor)), max(1, int(picture.height * factor)))
-    notes.warn(
-        f"picture {number} has {picture.width} x {picture.height} pixels and the server allows"
-        f" {max_pixels}; it is read as {size[0]} x {size[1]}",
-        "image_url",
-    )
-    return picture.resize(size, Image.Resampling.BICUBIC)
+    if factor < 1:
+        size = (max(1, int(picture.width * factor)), max(1, int(picture.height * factor)))
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    if picture.size != (width, height):
+        notes.warn(
+            f"picture {number} has {width} x {height} pixels and the server allows {max_pixels}; it"
+            f" is read as {picture.width} x {picture.height}",
+            "image_url",
+        )
+    return picture

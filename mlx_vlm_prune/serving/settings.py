@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..checkpoints.errors import UserError
 from ..inputs.budget import check_budget
-from ..inputs.image import MAX_PIXELS
+from ..inputs.image import MAX_PIXELS, check_max_pixels
 
 KEY_VARIABLE = "MLX_VLM_PRUNE_API_KEY"  # in place of an option that other users can list
 DEFAULT_METHOD = "divprune"  # where a request has a budget and nobody names a method
@@ -46,5 +46,4 @@ class ServerSettings:
             raise UserError(f"budget_ms is {self.budget_ms}; it must be a number above 0")
         if not 0 < self.timeout < float("inf"):
             raise UserError(f"timeout is {self.timeout}; it must be seconds, more than 0")
-        if self.max_pixels > MAX_PIXELS:
-            raise UserError(f"max_pixels is {self.max_pixels}; the most is {MAX_PIXELS}")
+        check_max_pixels(self.max_pixels)
