@@ -35,9 +35,26 @@ def read_processor(checkpoint: Checkpoint, config: VLMConfig, name: str, folder:
     if is_llava(checkpoint.config) and pads_to_square(checkpoint.config.get("published")):
         image = replace(image, pad=True)
     tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder, folder)
+    check_vocabulary(tokenizer, config.text.vocab_size)
     if is_llava(checkpoint.config) and tokenizer.chat_template is None:
         tokenizer.chat_template = VICUNA
     return Processor(tokenizer, image, config.image_token, name, folder)
+
+
+def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+    """Raises UserError for a tokenizer that was made for another model than one of `size` words.
+
+    Tokens that were added may lie beyond the words, and a model may have some words to spare.
+    """
+    ids = {*tokenizer.backend.get_vocab(with_added_tokens=False).values()}
+    last = max(ids - {*tokenizer.backend.get_added_tokens_decoder()}, default=-1)
+    count = tokenizer.backend.get_vocab_size()
+    if last >= size or 2 * count < size:
+        number = f"has a word {last}" if last >= size else f"has {count} words"
+        raise UserError(
+            f"{tokenizer.name}: its tokenizer {number}, and the model's vocabulary {size}; they do"
+            " not belong together"
+        )
 
 
 def read_preprocessor(folder: Path | None, vision: CLIPConfig) -> Preprocessor:
