@@ -71,7 +71,7 @@ class VLMReader:
         self.text = processor.tokenizer.decode
 
     def name(self, token: int) -> str:
-        return self.text([token]) or self.processor.tokenizer.backend.id_to_token(token)
+        return self.text([token]) or self.processor.tokenizer.backend.id_to_token(token) or ""
 
     @contextmanager
     def read(self, request: Request) -> Iterator[ReadPrompt]:
