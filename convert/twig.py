@@ -15,8 +15,8 @@ from mlx_vlm_prune.checkpoints.config import CONFIG, MlxLmConfig, VLMConfig, par
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.minimind.tables import LLAMA
 from mlx_vlm_prune.checkpoints.names.rules import to_published
-from mlx_vlm_prune.checkpoints.reading.tensors import FLOATS, RawTensor
-from mlx_vlm_prune.checkpoints.reading.weights import read_weights
+from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
+from mlx_vlm_prune.checkpoints.reading.weights import check_finite, read_weights
 from mlx_vlm_prune.checkpoints.shapes import expected_shapes
 
 HEAD = "lm_head.weight"
@@ -43,8 +43,7 @@ def read_twig(path: Path, layer: int, config: Mapping[str, Any]) -> dict[str, Ra
         held = state[name].shape if name in state else None
         if held != shape:
             raise UserError(f"{path}: tensor {name} is {held}; a twig of this model has {shape}")
-        if state[name].dtype not in FLOATS:
-            raise UserError(f"{path}: tensor {name} is {state[name].dtype}, not {FLOATS}")
+        check_finite(name, state[name], path)
     layer_tensor = RawTensor("F32", (1,), np.array([layer], "<f4").view(np.uint8))
     return {"twig.layer": layer_tensor} | {
         expected[name][0]: tensor for name, tensor in state.items()

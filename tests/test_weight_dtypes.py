@@ -2,22 +2,31 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from convert.__main__ import main
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.reading.paths import LARGEST_JSON
+from mlx_vlm_prune.fuse import main as fuse
 from torch_ref.models.learned import read_learned
 from torch_ref.models.loading import load_folder
 
 from . import host_folders, llava, tiny
+from .test_convert import refused
+from .test_hostile_checkpoints import conversion
 
-OTHERS = [torch.float64, torch.int8, torch.uint8, torch.int16, torch.int64, torch.bool]
+OTHERS = [
+    torch.float64, torch.int8, torch.uint8, torch.int16, torch.int64, torch.bool,
+    torch.float8_e4m3fn, torch.float8_e5m2,
+]  # fmt: skip
+DTYPE = r"is (F64|I8|U8|I16|I64|BOOL|F8_E4M3|F8_E5M2)[,;]"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,83 @@ def test_weights_that_are_no_floats_are_refused(kind, dtype, tmp_path, request):
     folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
     damage(folder, "model.safetensors", lambda x: x.to(dtype))
     for read in (load, read_checkpoint, load_folder):
-        with pytest.raises(UserError, match=r"tensor .* is "):
+        with pytest.raises(UserError, match=DTYPE):
             read(folder)
+
+
+WAYS = {
+    "scenes": ("to-torch", "to-hf", "to-mlx", "to-mlx -q"), "published": ("to-mlx", "to-mlx -q"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", OTHERS)
+@pytest.mark.parametrize(("kind", "way"), [(k, way) for k, ways in WAYS.items() for way in ways])
+def test_no_conversion_takes_weights_that_are_no_floats(
+    kind, way, dtype, tmp_path, request, capsys
+):
+    folder = shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    damage(folder, "model.safetensors", lambda x: x.to(dtype))
+    name, *options = way.split()
+    sentence = refused(capsys, name, folder, tmp_path / "target", *options)
+    assert re.search(DTYPE, sentence) and [*tmp_path.iterdir()] == [folder]
+
+
+@pytest.mark.parametrize("way", ["to-torch", "to-mlx", "to-mlx -q"])
+def test_the_same_conversions_take_floats(way, scenes, tmp_path, capsys):
+    name, *options = way.split()
+    main([name, str(scenes), str(tmp_path / "target"), *options])
+    assert (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("dtype", OTHERS[:6])
+@pytest.mark.parametrize("quantize", [[], ["-q"]])
+def test_a_pth_of_other_dtypes_is_refused(quantize, dtype, tmp_path, capsys):
+    tiny.publish(tiny.reference(), tmp_path, torch.float32)
+    tiny.write_words(tmp_path / "words")
+    state = torch.load(tmp_path / "published.pth", weights_only=True)
+    key = "model.layers.0.mlp.up_proj.weight"
+    torch.save(state | {key: state[key].to(dtype)}, tmp_path / "published.pth")
+    assert re.search(DTYPE, refused(capsys, *conversion(tmp_path), *quantize))
+
+
+@pytest.mark.parametrize("change", [torch.int8, torch.float64, float("nan")])
+def test_what_was_learned_beside_is_checked_by_every_conversion(change, scenes, tmp_path, capsys):
+    folder = shutil.copytree(scenes, tmp_path / "model")
+    is_dtype = isinstance(change, torch.dtype)
+    damage(folder, "pruners.safetensors", lambda x: x.to(change) if is_dtype else x * 0 + change)
+    for options in ([], ["-q"]):
+        sentence = refused(capsys, "to-mlx", folder, tmp_path / "target", *options)
+        assert ("not F32" if is_dtype else "not finite") in sentence
+
+
+@pytest.mark.parametrize("change", [torch.int8, torch.float64, torch.bool, float("nan")])
+def test_adapters_must_be_finite_floats(change, tmp_path, capsys):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    from .test_fuse import write_adapters
+    from .training_runs import write_model
+
+    model, folder = write_model(tmp_path / "model"), tmp_path / "adapters"
+    write_adapters(folder, model)
+    assert load(model, adapter_path=folder)
+    is_dtype = isinstance(change, torch.dtype)
+    damage(folder, "adapters.safetensors", lambda x: x.to(change) if is_dtype else x * 0 + change)
+    paths = ["--adapter-path", str(folder), "--save-path", str(tmp_path / "fused")]
+    with pytest.raises(UserError, match="not F32" if is_dtype else "not finite"):
+        load(model, adapter_path=folder)
+    with pytest.raises(SystemExit):
+        fuse(["--model", str(model), *paths])
+    assert ("not F32" if is_dtype else "not finite") in capsys.readouterr().err
+    assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("dtype", OTHERS)
+def test_a_model_of_mlx_vlms_is_refused_too(dtype, tmp_path):
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+    folder = host_folders.checkpoint("qwen2_5_vl", tmp_path)
+    damage(folder, "model.safetensors", lambda x: x.to(dtype))
+    with pytest.raises(UserError, match=DTYPE):
+        load(folder)
 
 
 @pytest.mark.parametrize("change", [*OTHERS, float("nan"), float("inf")])

@@ -17,8 +17,9 @@ from .minimind import published as minimind
 from .minimind.generations import DEFAULT, GENERATIONS, Generation
 from .processor import preprocessor_folder
 from .reading.files import optional_json, read_json
+from .reading.paths import is_here
 from .reading.tensors import RawTensor
-from .reading.weights import read_weights
+from .reading.weights import check_learned, read_weights
 from .shapes import check_complete
 
 OF_MINIMIND = ("llama", "qwen3", "qwen3_moe")  # as its language model is published for transformers
@@ -99,6 +100,8 @@ def read_ours(folder: Path) -> tuple[dict[str, Any], VLMConfig, dict[str, RawTen
 def _our_checkpoint(folder: Path, tokenizer: Path | None) -> Checkpoint:
     config, _, tensors = _read_and_check(folder)
     learned_file = folder / LEARNED_FILE
+    if is_here(learned_file):
+        check_learned(learned_file)
     return Checkpoint(
         config, tensors, tokenizer or folder, preprocessor_folder(folder),
         learned_file=learned_file if learned_file.is_file() else None, carried_folder=folder,

@@ -19,7 +19,8 @@ from .config import (
 from .errors import UserError
 from .layer_shapes import Shapes, attention, gated_mlp, layer_norms, linear, norm, qk_norms
 from .quantization import packed
-from .reading.tensors import FLOATS, PACKED, Shaped
+from .reading.tensors import RawTensor, Shaped
+from .reading.weights import check_dtypes
 
 
 def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path) -> None:
@@ -39,10 +40,7 @@ def check_shapes(tensors: Mapping[str, Shaped], expected: Shapes, where: Path) -
     for name in tensors:
         if name not in expected:
             raise UserError(f"{where} holds a tensor {name} that this model has no place for")
-        dtype = getattr(tensors[name], "dtype", None)
-        is_packed = f"{name.rpartition('.')[0]}.scales" in tensors
-        if isinstance(dtype, str) and dtype not in (*FLOATS, *(PACKED if is_packed else ())):
-            raise UserError(f"{where}: tensor {name} is {dtype}, not {', '.join(FLOATS)}")
+    check_dtypes({k: t for k, t in tensors.items() if isinstance(t, RawTensor)}, where)
 
 
 def expected_shapes(config: VLMConfig) -> Shapes:

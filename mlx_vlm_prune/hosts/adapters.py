@@ -12,6 +12,7 @@ from mlx import nn
 
 from ..checkpoints.adapters import CONFIG, WEIGHTS, AdapterConfig
 from ..checkpoints.errors import UserError, reason
+from ..checkpoints.reading.weights import check_learned
 from ..models.adapters import adapted, adapters
 from ..models.arrays import read_arrays
 
@@ -24,6 +25,7 @@ def load_adapters(model: Any, folder: str | Path) -> None:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}, so no adapters")
+    check_learned(folder / WEIGHTS)
     weights = read_arrays(folder / WEIGHTS)
     try:
         apply_lora_layers(model, folder)

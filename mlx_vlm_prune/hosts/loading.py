@@ -16,8 +16,9 @@ from ..checkpoints.families import foreign_kind
 from ..checkpoints.llava import published as llava
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.processor import end_ids, end_tokens
-from ..checkpoints.reading.files import read_json
+from ..checkpoints.reading.files import open_safetensors, read_json
 from ..checkpoints.reading.paths import LARGEST_TOKENIZER, check_regular, find_files
+from ..checkpoints.reading.weights import check_dtypes, read_folder
 from ..machine import blas
 from ..models.adapters import load_adapters
 from ..models.loading import find_folder, load_folder, weights_dtype
@@ -103,6 +104,8 @@ def _load_mlx_vlm(
     if code := config.get("model_file"):
         raise UserError(f"{folder} wants its own {code} to be run, and no code from a folder is")
     mlx_vlm_weight_files(folder)
+    # Counters and positions may be whole numbers.
+    check_dtypes(read_folder(folder, open_safetensors), folder, ("weight", "bias"))
     for file in find_files(folder, "*.json", "*.jinja", "*.model", "*.txt"):
         if file.exists():  # a link to nothing is a file that is left out, for mlx-vlm
             check_regular(file, LARGEST_TOKENIZER)

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.adapters import CONFIG, WEIGHTS, AdapterConfig
 from ..checkpoints.errors import UserError, missing_package
+from ..checkpoints.reading.weights import check_learned
 from .arrays import read_arrays
 from .language.experts import ExpertLinear, QuantizedExpertLinear
 from .language.minimind import MiniMind
@@ -124,6 +125,7 @@ def load_adapters(model: VLM, folder: str | Path) -> list[str]:
     """
     folder = Path(folder)
     config = AdapterConfig.read(folder)
+    check_learned(folder / WEIGHTS)
     weights = read_arrays(folder / WEIGHTS)
     add_adapters(model, config)
     expected = adapter_arrays(model)

@@ -22,8 +22,8 @@ from ..checkpoints.families import is_ours, read_checkpoint
 from ..checkpoints.hub import resolve_path
 from ..checkpoints.processor import preprocessor_folder
 from ..checkpoints.quantization import packing
-from ..checkpoints.reading.files import read_json
-from ..checkpoints.reading.weights import read_folder
+from ..checkpoints.reading.files import open_safetensors, read_json
+from ..checkpoints.reading.weights import check_dtypes, read_folder
 from ..checkpoints.shapes import check_complete
 from ..inputs.captions import EncoderProcessor
 from ..inputs.processor import Processor, read_preprocessor, read_processor
@@ -39,7 +39,6 @@ from .vlm import VLM
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 FLOATS = tuple(DTYPES.values())
-PACKED = (mx.uint32, mx.uint8)  # words of quantized weights, and scales that are powers of two
 
 
 def load_folder(folder: Path, name: str, dtype: str = "auto") -> tuple[VLM, Processor]:
@@ -141,12 +140,8 @@ def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None
 
 
 def _mlx_weights(folder: Path) -> dict[str, mx.array]:
-    weights = read_folder(folder, read_arrays)
-    for name, array in weights.items():
-        packed = f"{name.rpartition('.')[0]}.scales" in weights
-        if array.dtype not in (*FLOATS, *(PACKED if packed else ())):
-            raise UserError(f"{folder}: tensor {name} is {array.dtype}, not {', '.join(DTYPES)}")
-    return weights
+    check_dtypes(read_folder(folder, open_safetensors), folder)
+    return read_folder(folder, read_arrays)
 
 
 def load_dual_encoder(

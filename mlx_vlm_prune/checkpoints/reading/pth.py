@@ -14,6 +14,12 @@ from .pth_archive import read_pickle
 from .pth_pickle import check_pickle
 from .tensors import RawTensor
 
+DTYPES = {  # safetensors' names of torch's
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64",
+    "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+
 
 def read_pth(path: Path) -> dict[str, RawTensor]:
     """The tensors of a .pth or .bin; those of `model` where it is a training checkpoint.
@@ -57,8 +63,8 @@ def raw_tensor(tensor: Any) -> RawTensor:
     """The bytes of a torch tensor."""
     import torch
 
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    kind = str(tensor.dtype).removeprefix("torch.")
+    dtype = DTYPES.get(kind, kind)
     data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return RawTensor(dtype, tensor.shape, data, mapped=tensor.is_contiguous())
 

@@ -1,6 +1,6 @@
 """The tensors of a weight file or of a folder, in any format and number of files."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ from ..errors import UserError
 from .files import open_safetensors, optional_json, read_json
 from .paths import check_regular, find_files, is_here
 from .pth import read_pth
-from .tensors import FLOATS, RawTensor
+from .tensors import FLOATS, PACKED, RawTensor
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = f"{WEIGHTS[0]}.index.json"
@@ -26,14 +26,28 @@ def read_weights(path: Path) -> dict[str, RawTensor]:
 
 
 def check_learned(file: Path) -> None:
-    """UserError for weights of a learned method that are no floats, or not finite."""
+    """UserError for weights of learned methods or adapters that are no floats, or not finite."""
     for name, tensor in open_safetensors(file).items():
-        if name.endswith(".layer"):  # where a twig grows, a whole number
-            continue
-        if tensor.dtype not in FLOATS:
-            raise UserError(f"{file}: tensor {name} is {tensor.dtype}, not {', '.join(FLOATS)}")
-        if not np.isfinite(tensor.floats()).all():
-            raise UserError(f"{file}: tensor {name} has numbers that are not finite")
+        if not name.endswith(".layer"):  # where a twig grows, a whole number
+            check_finite(name, tensor, file)
+
+
+def check_dtypes(tensors: Mapping[str, RawTensor], where: Path, kinds: Sequence[str] = ()) -> None:
+    """UserError for weights that are neither floats nor packed, with scales beside them; with
+    `kinds`, only those whose names end in one of these are looked at."""
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.rpartition(".")
+        allowed = (*FLOATS, *(PACKED if f"{prefix}.scales" in tensors else ()))
+        if tensor.dtype not in allowed and kind in (kinds or (kind,)):
+            raise UserError(f"{where}: tensor {name} is {tensor.dtype}, not {', '.join(FLOATS)}")
+
+
+def check_finite(name: str, tensor: RawTensor, file: Path) -> None:
+    """UserError for a tensor whose numbers are no floats, or not finite."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{file}: tensor {name} is {tensor.dtype}, not {', '.join(FLOATS)}")
+    if not np.isfinite(tensor.floats()).all():
+        raise UserError(f"{file}: tensor {name} has numbers that are not finite")
 
 
 def _read_file(path: Path) -> dict[str, RawTensor]:
