@@ -1,8 +1,8 @@
-"""Write docs/pruners.md, a page on every method: `python -m benchmarks.gallery`.
+"""Write docs/pruners.md and docs/gallery.html, on every method: `python -m benchmarks.gallery`.
 
 Texts come from each method's file, figures from benchmarks/results, pictures from the built-in
-model: `--draw` draws them anew, of three scenes and of the given photographs. Nothing on the page
-is written by hand.
+model: `--draw` draws them anew, of three scenes and of the given photographs, and `--explore` asks
+anew what the gallery shows. Nothing on the pages is written by hand.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,8 @@ from mlx_vlm_prune.pruners import METHODS, Method, Stage
 from mlx_vlm_prune.pruners.listing import options
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, compose
 
+from . import gallery_page
+from .gallery_page import gallery
 from .readme_tables import markdown
 from .report import RESULTS, ROOT, link, random_mark, scenes
 
@@ -83,7 +85,7 @@ def accuracy_table(rows: dict[int, dict]) -> str:
 def draw(photographs: list[Path]) -> None:
     """Draw a strip of five pictures for every method."""
     model, processor = load()
-    images = [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
+    images = _images(photographs)
     PICTURES.mkdir(exist_ok=True)
     for name, method in METHODS.items():
         if method.stage is Stage.ENHANCER or name in ("none", "attention_pool"):
@@ -91,6 +93,11 @@ def draw(photographs: list[Path]) -> None:
         tiles = [_tile(model, processor, image, name) for image in images]
         with atomic_path(PICTURES / f"{name}.jpg", replace=True) as temporary:
             join_images(tiles).save(temporary, format="JPEG", quality=82, optimize=True)
+
+
+def _images(photographs: list[Path]) -> list[Image.Image]:
+    """The scenes, and the photographs."""
+    return [compose(seed).image() for seed in SEEDS] + [open_image(p) for p in photographs]
 
 
 def _tile(model, processor, image: Image.Image, name: str) -> Image.Image:
@@ -123,10 +130,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="PHOTO",
         help="also draw the pictures, of these photographs too",
     )
+    p.add_argument(
+        "--explore",
+        type=Path,
+        nargs="*",
+        metavar="PHOTO",
+        help="also ask anew what docs/gallery.html shows, about these photographs too",
+    )
     with in_one_sentence():
-        photographs = p.parse_args(argv).draw
-        if photographs is not None:
-            draw(photographs)
+        args = p.parse_args(argv)
+        if args.draw is not None:
+            draw(args.draw)
+        if args.explore is not None:
+            names = [photograph.name for photograph in args.explore]
+            gallery(*load(), QUESTION, _images(args.explore), names).save(gallery_page.PAGE)
+        write_atomically(gallery_page.PAGE, gallery_page.rendered_again())
         write_atomically(PAGE, page())
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import command_line, device_page, fidelity, gallery
+from benchmarks import command_line, device_page, fidelity, gallery, gallery_page
 from benchmarks.report import fill
-from mlx_vlm_prune.pruners import METHODS
+from mlx_vlm_prune.pruners import METHODS, Stage
 from mlx_vlm_prune.scenes import compose
 
 from . import dual_encoders, tiny
@@ -115,6 +115,18 @@ def test_every_local_link_leads_somewhere():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_gallery_page_has_every_method_and_is_as_the_page_is_now():
+    content = gallery_page.content_of(gallery_page.PAGE.read_text(encoding="utf-8"))
+    known = {row["pruner"] for row in content["answers"] + content["refused"]}
+    assert known == {m.name for m in METHODS.values() if m.stage is not Stage.ENHANCER}
+    assert len(content["views"]) == 6 and content["budgets"] == [*gallery_page.BUDGETS]
+    for row in content["answers"]:
+        kept = [view["kept"] for view in row["steps"][-1]["views"]]
+        assert kept == row["kept_indices"] and set(row["ttft_ms"].values()) == {None}
+    assert gallery_page.rendered_again() == gallery_page.PAGE.read_text(encoding="utf-8")
+    assert gallery_page.PAGE.stat().st_size < 5_000_000
 
 
 def test_the_gallery_is_what_the_methods_and_the_results_say():

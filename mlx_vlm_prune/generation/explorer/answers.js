@@ -104,13 +104,20 @@ function allTable(choose) {
     if (!odds || !odds.pruned) return "–";
     return nats(odds.pruned.reduce((sum, value, i) => sum + Number(value) - Number(odds.full[i]), 0));
   };
-  const images = Math.max(1, fullAnswer ? fullAnswer.kept_indices.length : data.answers[0].kept_indices.length);
-  return table(["method", "budget", "tokens, mean of layers", "first token, ms", "predicted, ms", "cache, MB",
-    "full answer, nats lost or won", "answer"],
-  data.answers.map((answer) => [
-    answer === fullAnswer ? "all visual tokens"
-      : element("button", { class: "link", type: "button", onclick: () => choose(answer) }, answer.pruner),
-    budgetText(answer.budget), String(Math.round(answer.visual_tokens_kept / images)),
-    number(answer.ttft_ms.total), answer.predicted_ms ? number(answer.predicted_ms.total) : "–",
-    number(answer.cache_bytes / 1e6), lost(answer), answer.text]), [0, 7]);
+  const images = Math.max(1, data.answers[0].kept_indices.length);
+  const columns = [
+    ["method", (answer) => (answer === fullAnswer ? "all visual tokens"
+      : element("button", { class: "link", type: "button", onclick: () => choose(answer) }, answer.pruner))],
+    ["budget", (answer) => budgetText(answer.budget)],
+    ["tokens, mean of layers", (answer) => String(Math.round(answer.visual_tokens_kept / images))],
+    ["first token, ms", (answer) => number(answer.ttft_ms.total)],
+    ["predicted, ms", (answer) => number(answer.predicted_ms && answer.predicted_ms.total)],
+    ["cache, MB", (answer) => number(answer.cache_bytes / 1e6)],
+    ["full answer, nats lost or won", lost],
+    ["answer", (answer) => answer.text],
+  ];
+  // A column that no answer has anything for is left out.
+  const shown = columns.filter(([, cell]) => data.answers.some((answer) => cell(answer) !== "–"));
+  return table(shown.map(([heading]) => heading), data.answers.map((answer) => shown.map(([, cell]) => cell(answer))),
+    [0, shown.length - 1]);
 }

@@ -43,12 +43,17 @@ function stepsOf(answer) {
 const STAGES = { image: "the image", encoder: "the tower", features: "the tower's features",
   projected: "the projector's output", decoder: "the language model" };
 
-function stepText(step) {
+// Visual tokens of a view at a step.
+function tokensOf(view) {
+  return (view.kept || view.size || []).length;
+}
+
+function stepText(step, view) {
   const where = step.stage === "decoder"
     ? (step.layer === step.until ? `layer ${step.layer}` : `layers ${step.layer} to ${step.until}`)
     : step.name ? `in ${STAGES[step.stage] || "the features"}` : "nothing was pruned";
   const name = step.name.replace(/, layer \d+$/, "");
-  return `${name ? `${name}, ` : ""}${where}: ${step.tokens} tokens`;
+  return `${name ? `${name}, ` : ""}${where}: ${many(tokensOf(view), "token")}`;
 }
 
 // The slot of each patch at a step's view, -1 for none; made once.

@@ -101,10 +101,10 @@ function showPanel(side) {
   side.steps.node.hidden = steps.length < 2;
   side.steps.input.max = steps.length - 1;
   side.steps.input.value = steps.indexOf(steps.find((each) => each.number === step.number));
-  side.steps.shown.textContent = stepText(step);
-  side.steps.input.setAttribute("aria-valuetext", stepText(step));
+  side.steps.shown.textContent = stepText(step, view);
+  side.steps.input.setAttribute("aria-valuetext", stepText(step, view));
   side.picture.show(images[state.view], data.views[state.view].grid, view, heatOf(side, answer, step, view));
-  if (side.picture.cursor === null) side.readout.textContent = `${stepText(step)}.`;
+  if (side.picture.cursor === null) side.readout.textContent = `${stepText(step, view)}.`;
   else point(side, Math.min(side.picture.cursor, data.views[state.view].tokens - 1));
 }
 
@@ -140,6 +140,8 @@ function showWords() {
 }
 
 function showTimes() {
+  at("times-section").hidden = !data.timing;
+  if (!data.timing) return;
   const rows = [];
   const answers = [...new Set([fullAnswer, ...sides.map((side) => answerOf(side).answer)].filter(Boolean))];
   for (const answer of answers) {
