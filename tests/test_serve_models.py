@@ -1,14 +1,28 @@
 """Promises of `serve` with LLaVAs, language models of mlx-lm's and models of mlx-vlm's."""
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.generation.arguments import build_serve_parser
+from mlx_vlm_prune.models.vlm import VLM
+from mlx_vlm_prune.serve import settings_of
 
 from . import backbones, llava
-from .serving import Served, answer, noise, question, serve, text_of
+from .serving import (
+    Served,
+    ServerSettings,
+    answer,
+    build_server,
+    noise,
+    question,
+    serve,
+    text_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 PICTURES = [noise(80, 90, 1), noise(120, 60, 2)]
@@ -127,3 +141,39 @@ def test_the_tower_of_mlx_vlms_models_runs_once_for_the_pictures_of_a_conversati
             assert content["usage"]["visual_tokens_kept"] == 3 + n
             talk += [answer(text_of(content)), question("w8")]
         assert len(calls) == 1
+
+
+def test_what_a_server_is_to_prune_by_is_checked_before_it_answers(loaded):
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+    for kind, method, sentence in (
+        ("own llava", "nom", "no pruner is called 'nom'"),
+        ("llava", "nom", "no pruner is called 'nom'"),
+        ("llava", "fastv", "fastv works between the language model's layers"),
+    ):
+        settings = ServerSettings("tiny", method, is_pruning=True)
+        with pytest.raises(UserError, match=sentence):
+            build_server(*loaded(kind), settings)
+
+
+def test_the_method_is_the_command_lines_else_the_checkpoints_else_a_default(loaded):
+    model, _ = loaded("own llava")
+    learned = VLM.__new__(VLM)  # settings read nothing else of it
+    learned.config = SimpleNamespace(pruner=("attention_pool", None))
+    parse = build_serve_parser(1).parse_args
+    for arguments, of_model, method, is_pruning in (
+        ([], model, "divprune", False),
+        ([], learned, "attention_pool", True),
+        (["--pruner", "norm"], learned, "norm", True),
+        (["--keep-ratio", "0.5"], model, "divprune", True),
+        (["--pruner", "none"], model, "none", True),
+    ):
+        settings = settings_of(parse(arguments), of_model)
+        assert (settings.method, settings.is_pruning) == (method, is_pruning), arguments
+    for arguments, sentence in (
+        (["--pruner", "none", "--keep-tokens", "3"], "a budget needs a pruner other than none"),
+        (["--keep-ratio", "0.5", "--keep-tokens", "3"], "give keep_ratio or keep_tokens"),
+        (["--budget-ms", "0"], "budget_ms is 0.0; it must be a number above 0"),
+        (["--timeout", "-1"], "timeout is -1.0; it must be seconds, more than 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            settings_of(parse(arguments))

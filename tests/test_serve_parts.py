@@ -112,9 +112,9 @@ def test_rows_that_a_prompt_leaves_are_its_own_without_padding(loaded):
 def read(reader, text, seed=0, **options):
     """What is read of a prompt, whose rows are then held."""
     request = Request(text, [noise(70, 80, seed)], **options)
-    prompt, held = reader.read_prompt(request, request_clock())
-    if held:
-        reader.keep(held)
+    with reader.reading(request, request_clock()) as (prompt, held):
+        if held:
+            reader.keep(held)
     return prompt
 
 

@@ -5,7 +5,8 @@ their budgets, the words before. So it may come from any conversation, and a pro
 budget finds nothing that is not its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 
@@ -36,15 +37,19 @@ class PromptReader(Conversation):
         self.features.clear()
         self.rows.clear()
 
-    def read_prompt(self, request: Request, clock: Clock) -> tuple[PromptRead, HeldPrompt | None]:
+    @contextmanager
+    def reading(
+        self, request: Request, clock: Clock
+    ) -> Iterator[tuple[PromptRead, HeldPrompt | None]]:
         """A prompt that was read, and its rows as they can be kept later, with those of the answer;
-        None where rows cannot be read again. Raises UserError."""
+        None where rows cannot be read again. Raises UserError; for values inside the block that are
+        not finite, too."""
         pictures, prompt = self.open(request, clock)
         self.held = None
         with self.naming_faulty_part(pictures, prompt):
             read = self.read(request, pictures, prompt, clock)
-        held, self.held = self.held, None
-        return read, held
+            held, self.held = self.held, None
+            yield read, held
 
     def keep(self, held: HeldPrompt) -> None:
         """Hold the rows of a prompt and its answer for later prompts."""

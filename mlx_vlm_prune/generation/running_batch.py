@@ -42,6 +42,10 @@ class RunningBatch(Protocol):
 
     def __len__(self) -> int: ...
 
+    def check(self, request: Request) -> None:
+        """Raises UserError for a method or a budget that the model cannot have."""
+        ...
+
     def add(self, key: Hashable, request: Request, *, low_detail: bool = False) -> None:
         """Read a prompt, whose answer then comes piece by piece; with `low_detail` each image keeps
         `low_detail_tokens`. Raises UserError."""
@@ -97,16 +101,20 @@ class OwnRunningBatch:
         self.clear()
         self.reader.clear()
 
+    def check(self, request: Request) -> None:
+        """Raises UserError for a method or a budget that the model cannot have."""
+        self.reader.check(request)
+
     def add(self, key: Hashable, request: Request, *, low_detail: bool = False) -> None:
         """Read a prompt and choose its first token. Raises UserError."""
         check_request(self.processor, request)
         if low_detail:
             request = replace(request, keep_tokens=low_detail_tokens(self.model.N))
         clock = request_clock()
-        read, held = self.reader.read_prompt(request, clock)
-        choose = PromptChooser(request, read.ids)
-        token_11 = clock.end_part("prefill", choose(read.prefill.logits_BV))
-        check_first_logits(read.prefill.logits_BV)
+        with self.reader.reading(request, clock) as (read, held):
+            choose = PromptChooser(request, read.ids)
+            token_11 = clock.end_part("prefill", choose(read.prefill.logits_BV))
+            check_first_logits(read.prefill.logits_BV)
         writer = AnswerWriter(
             Detokenizer(self.processor.tokenizer),
             answer_ends(self.processor, request),

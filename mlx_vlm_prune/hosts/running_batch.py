@@ -22,7 +22,7 @@ from ..generation.running_batch import AnswerPiece
 from ..generation.sampling import SeededSampler, penalties
 from ..generation.steps import sample_token
 from ..generation.stream import AnswerWriter, initial_result
-from ..inputs.budget import budget, low_detail_tokens
+from ..inputs.budget import budget, check_budget, low_detail_tokens
 from ..inputs.image import open_image
 from ..machine.bounded_store import BoundedStore
 from ..machine.clock import Clock, request_clock
@@ -115,16 +115,26 @@ class HostRunningBatch:
         self.generator.close()
         self._undo.close()
 
-    def add(self, key: Hashable, request: Request, *, low_detail: bool = False) -> None:
-        """Make a prompt ready, which the next step reads. Raises UserError."""
-        host, clock = self.host, request_clock()
-        pipeline = plan_for_host(host, request.pruner)
-        policy = check_pipeline(host, pipeline, request.positions)
+    def check(self, request: Request) -> None:
+        """Raises UserError for a method or a budget that the model cannot have in a batch."""
+        self._plan(request)
+        check_budget(request.keep_ratio, request.keep_tokens)
+
+    def _plan(self, request: Request) -> tuple[Pipeline, Policy]:
+        """A request's methods, and the policy of positions that holds. Raises UserError."""
+        pipeline = plan_for_host(self.host, request.pruner)
+        policy = check_pipeline(self.host, pipeline, request.positions)
         if pipeline.decoder:
             raise UserError(
                 f"{pipeline.decoder.name} works between the language model's layers, where batches"
                 " of mlx-vlm's do not reach; choose another method"
             )
+        return pipeline, policy
+
+    def add(self, key: Hashable, request: Request, *, low_detail: bool = False) -> None:
+        """Make a prompt ready, which the next step reads. Raises UserError."""
+        host, clock = self.host, request_clock()
+        pipeline, policy = self._plan(request)
         images = [open_image(source, request.pixel_limit) for source in request.images]
         inputs = prepare_prompt(
             host, request.prompt, images, request.chat_template_config, ProcessorOptions(),

@@ -4,6 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from ..checkpoints.errors import UserError
+from ..generation.request import Request
 from ..generation.running_batch import OwnRunningBatch, RunningBatch
 from ..hosts.running_batch import HostRunningBatch
 from ..models.vlm import VLM
@@ -15,12 +17,19 @@ from .time_budget import TimeBudgets
 
 
 def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAPI:
-    """The application that answers with a model of ours or of mlx-vlm's."""
+    """The application that answers with a model of ours or of mlx-vlm's. Raises UserError where the
+    model cannot prune as the settings say."""
     batch: RunningBatch
     if isinstance(model, VLM):
         batch = OwnRunningBatch(model, processor, settings.cache_bytes)
     else:
         batch = HostRunningBatch(model, processor, settings.batch, settings.cache_bytes)
+    if settings.is_pruning:  # a mistake in it would end every request
+        try:
+            batch.check(Request("", [], settings.method, settings.keep_ratio, settings.keep_tokens))
+        except UserError:
+            batch.close()
+            raise
     metrics, times = Metrics(), TimeBudgets(model, processor)
     engine = Engine(batch, settings.batch, settings.queue, metrics, times)
     return build_app(engine, settings, metrics)
