@@ -8,6 +8,8 @@ class UserError(ValueError):
     after `error:`, with its flags in their place, and exits with code 2."""
 
 
+LONGEST_REASON = 400  # characters
+
 # What is installed apart: by the name it is imported by, the extra that brings it.
 EXTRAS = {
     "matplotlib": "plot", "mlx_lm": "mlx-lm", "mlx_vlm": "mlx-vlm", "pillow_heif": "heic",
@@ -23,8 +25,11 @@ def missing_package(package: str, user: object = "this command") -> UserError:
 
 
 def reason(problem: BaseException) -> str:
-    """The first line of what an exception of another library says, or else its name."""
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    """The first line of what an exception of another library says, or else its name; as much of it
+    as a sentence has room for, since a stranger may have written it."""
+    line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
+    line = line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+    return "".join(c if c.isprintable() else " " for c in line)
 
 
 def short(value: Any) -> str:

@@ -9,6 +9,8 @@ from .config import CONFIG
 from .errors import UserError, reason
 from .reading.files import optional_json
 from .reading.paths import LARGEST_JSON, LARGEST_TOKENIZER, check_regular, is_here
+from .tokenizer_check import check_model, check_tokenizer
+from .tokenizer_trial import SAMPLES, library_errors, try_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -33,18 +35,38 @@ TOKENIZER_ADVICE = "; give the folder of the tokenizer (tokenizer=FOLDER)"
 
 def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":
     """The tokenizer in a folder; where there is none, a UserError that ends in `advice`."""
+    return read_checked_tokenizer(folder, advice)[0]
+
+
+def read_checked_tokenizer(folder: Path, advice: str = "") -> "tuple[Tokenizer, str | None]":
+    """The same, and why its texts must be tried first, where they must (see tokenizer_trial)."""
     from tokenizers import Tokenizer
 
     file = folder / TOKENIZER
     if not is_here(file):
         raise UserError(f"there is no {file}{advice}")
+    doubt = check_tokenizer_file(folder)
+    with library_errors(f"{file} is not a tokenizer"):
+        tokenizer = Tokenizer.from_file(str(file))
+    check_model(tokenizer.model, file)
+    with library_errors(f"{file} takes no further tokens"):
+        _add_tokens(tokenizer, folder)
+    return tokenizer, doubt
+
+
+def check_tokenizer_file(folder: Path) -> str | None:
+    """Before any library reads tokenizer.json in a folder: see `check_tokenizer`. One that is not
+    surely quick is tried on samples. Raises UserError."""
+    file = folder / TOKENIZER
     check_regular(file, LARGEST_TOKENIZER)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as e:  # the library raises bare Exception
-        raise UserError(f"{file} is not a tokenizer: {reason(e)}") from None
-    _add_tokens(tokenizer, folder)
-    return tokenizer
+        doubt = check_tokenizer(file.read_bytes(), file)
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror or e}") from None
+    if doubt:
+        added = (_listed_tokens(token_settings(folder)) or {}).values()
+        try_tokenizer(file, doubt, [*SAMPLES, *(token.content for token in added)])
+    return doubt
 
 
 def _add_tokens(tokenizer: "Tokenizer", folder: Path) -> None:

@@ -19,6 +19,7 @@ from ..checkpoints.errors import UserError
 from ..generation.tiles import Layout
 from ..inputs.placement import Affine, Size, compose, placement, scaling
 from ..inputs.prompt import IMAGE_MARK
+from ..inputs.template import check_template
 from ..models.learned import read_learned
 from .language_layers import LanguageLayers
 from .prepared_inputs import PreparedInputs, ProcessorOptions
@@ -193,6 +194,16 @@ class Host(ABC):
         tokens = [tokenizer.convert_ids_to_tokens(i) for i in ids if i is not None and i >= 0]
         marks = [IMAGE_MARK, getattr(self.processor, "image_token", None), *tokens]
         return list(dict.fromkeys(mark for mark in marks if isinstance(mark, str) and mark))
+
+    def check_template(self, turns: Any, options: Mapping[str, Any]) -> None:
+        """UserError where the chat template would take too much time or memory for these turns;
+        transformers renders it without a bound."""
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        values = {**getattr(tokenizer, "special_tokens_map", {}), **options}
+        values |= {"messages": turns, "add_generation_prompt": True}
+        for holder in (self.processor, tokenizer):
+            if isinstance(text := getattr(holder, "chat_template", None), str):
+                check_template(text, values, f"this {self.kind} model")
 
     def check_length(self, rows: int) -> None:
         """Raises UserError for a prompt of more rows than the model reads."""

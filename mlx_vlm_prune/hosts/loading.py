@@ -15,10 +15,11 @@ from ..checkpoints.errors import UserError
 from ..checkpoints.families import foreign_kind
 from ..checkpoints.llava import published as llava
 from ..checkpoints.mlx_vlm_folder import RECORD
-from ..checkpoints.processor import end_ids, end_tokens
+from ..checkpoints.processor import TOKENIZER, check_tokenizer_file, end_ids, end_tokens
 from ..checkpoints.reading.files import open_safetensors, read_json
 from ..checkpoints.reading.paths import LARGEST_TOKENIZER, check_regular, find_files
 from ..checkpoints.reading.weights import check_dtypes, read_folder
+from ..checkpoints.tokenizer_trial import is_panic
 from ..machine import blas
 from ..models.adapters import load_adapters
 from ..models.loading import find_folder, load_folder, weights_dtype
@@ -109,6 +110,8 @@ def _load_mlx_vlm(
     for file in find_files(folder, "*.json", "*.jinja", "*.model", "*.txt"):
         if file.exists():  # a link to nothing is a file that is left out, for mlx-vlm
             check_regular(file, LARGEST_TOKENIZER)
+    if (folder / TOKENIZER).exists():
+        check_tokenizer_file(folder)
     logger.info("importing mlx-vlm for a %s model; this takes some seconds", kind)
     try:
         from mlx_vlm.utils import load as mlx_vlm_load
@@ -116,7 +119,9 @@ def _load_mlx_vlm(
         raise UserError(f"a {kind} model needs mlx-vlm: {INSTALL} ({problem})") from None
     try:
         model, processor = mlx_vlm_load(str(folder), trust_remote_code=False)
-    except Exception as problem:  # mlx-vlm and transformers raise whatever comes
+    except BaseException as problem:  # mlx-vlm and transformers raise whatever comes
+        if not (is_panic(problem) or isinstance(problem, Exception)):
+            raise
         reason = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot load {folder}: {reason}") from problem
     _add_ends(model, processor, folder)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
+from ..checkpoints.tokenizer_trial import is_panic
 from ..inputs.budget import budget
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
@@ -78,14 +79,19 @@ def prepare_prompt(
     if history or system is not None:
         text = _render_turns(host, history, prompt, len(images), options, system)
     else:
-        text = apply_chat_template(
-            host.processor, host.model.config, prompt, num_images=len(images), **options
+        config, count = host.model.config, len(images)
+        turns = apply_chat_template(
+            None, config, prompt, return_messages=True, num_images=count, **options
         )
+        host.check_template(turns, options)
+        text = apply_chat_template(host.processor, config, prompt, num_images=count, **options)
     try:
         return host.prepare(text, images, processor_options)
     except UserError:
         raise
-    except (ValueError, TypeError) as problem:  # mlx-vlm wraps whatever its processors raise
+    except BaseException as problem:  # mlx-vlm wraps whatever its processors raise
+        if not (is_panic(problem) or isinstance(problem, ValueError | TypeError)):
+            raise
         reason = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot prepare the images: {reason}") from problem
 
@@ -129,6 +135,7 @@ def _render_turns(
         if not history:
             raise UserError(f"a {host.kind} model reads one question and no system message")
         raise UserError(f"a {host.kind} model reads one question and no earlier turns; begin anew")
+    host.check_template(turns, options)
     text: str = get_chat_template(host.processor, turns, True, **options)
     if system is not None and system.strip() not in text:
         raise UserError(f"the chat template of this {host.kind} model drops the system message")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 
 from ..checkpoints.dual_encoder import LEGACY_EOS, DualEncoderConfig
 from ..checkpoints.errors import UserError, check_text
-from ..checkpoints.processor import TOKENIZER_CONFIG, read_tokenizer, special_tokens, token_settings
+from ..checkpoints.processor import TOKENIZER_CONFIG, special_tokens, token_settings
+from .encoder import Encoder
 from .preprocessor import Preprocessor
 
 SIGLIP_CLASS, SIGLIP2_CLASS = "SiglipTokenizer", "Siglip2Tokenizer"
@@ -48,7 +48,7 @@ class CaptionTokenizer:
     does not see. SigLIP's pads to the full length, which the tower does see.
     """
 
-    backend: tokenizers.Tokenizer
+    encoder: Encoder
     settings: Mapping[str, Any]  # tokenizer_config.json
     config: DualEncoderConfig
     name: str
@@ -56,10 +56,10 @@ class CaptionTokenizer:
     @classmethod
     def from_folder(cls, folder: Path, config: DualEncoderConfig) -> "CaptionTokenizer":
         """Raises UserError where there is no tokenizer.json, or it is damaged."""
-        backend = read_tokenizer(folder, ", which texts need")
-        backend.no_truncation()
-        backend.no_padding()
-        return cls(backend, token_settings(folder), config, str(folder))
+        encoder = Encoder.from_folder(folder, ", which texts need")
+        encoder.backend.no_truncation()
+        encoder.backend.no_padding()
+        return cls(encoder, token_settings(folder), config, str(folder))
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Token ids (T, L). Raises UserError for a text that is longer than the model reads."""
@@ -78,7 +78,7 @@ class CaptionTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError(f"the text {text!r} is not valid Unicode") from None
-        ids = self.backend.encode(self._canonical(text)).ids
+        ids = self.encoder.encode(self._canonical(text), add_special_tokens=True).ids
         if self._class == SIGLIP_CLASS and ids[-1:] != [eos := self._special_id("eos_token")]:
             ids = [*ids, eos]
         most, sizes = self.config.text.max_position_embeddings, self.config.text
@@ -116,7 +116,7 @@ class CaptionTokenizer:
 
     def _special_id(self, name: str) -> int:
         token = special_tokens(dict(self.settings)).get(name)
-        number = None if token is None else self.backend.token_to_id(token)
+        number = None if token is None else self.encoder.backend.token_to_id(token)
         if number is None:
             raise UserError(f"{self.name}: {TOKENIZER_CONFIG} names no {name} of its vocabulary")
         return number

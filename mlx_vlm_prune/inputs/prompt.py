@@ -4,32 +4,27 @@
 seconds). The ids equal transformers' own, see the tests.
 """
 
-import json
 import os
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..checkpoints.errors import UserError, check_text, reason
 from ..checkpoints.processor import (
     chat_template,
     end_ids,
     end_tokens,
-    read_tokenizer,
     special_tokens,
     token_settings,
 )
 from ..checkpoints.reading.fields import LARGEST
+from .encoder import Encoder
+from .template import ChatTemplate
 
 IMAGE_MARK = "<image>"
 VICUNA = (  # as LLaVA-1.5 was trained; for folders without a template of their own
@@ -53,9 +48,11 @@ class Tokenizer:
         chat_template: str | None = None,
         name: str = "the tokenizer",
         ends: Collection[int] = (),
+        doubt: str | None = None,
     ):
-        """`ends` are ids that end an answer beside that of `eos_token`."""
-        self.backend = backend
+        """`ends` are ids that end an answer beside that of `eos_token`. `doubt` says why the
+        tokenizer may take any time on a text: see `Encoder`."""
+        self.backend, self.encoder = backend, Encoder(backend, name, doubt)
         self.backend.no_truncation()  # some files carry these settings over from training
         self.backend.no_padding()
         self.chat_template = chat_template
@@ -73,12 +70,14 @@ class Tokenizer:
         Raises UserError that names the file.
         """
         folder = Path(path)
-        backend, config = read_tokenizer(folder), token_settings(folder)
+        encoder, config = Encoder.from_folder(folder), token_settings(folder)
+        backend = encoder.backend
         tokens = (backend.token_to_id(token) for token in end_tokens(folder))
         ids = {number for number in tokens if number is not None}
         for place in {folder, Path(model or folder)}:
             ids |= {n for n in end_ids(place) if n <= LARGEST and backend.id_to_token(n)}
-        return cls(backend, config, chat_template(folder, config), str(folder), ids)
+        template = chat_template(folder, config)
+        return cls(backend, config, template, str(folder), ids, encoder.doubt)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands: nothing is put before or after it."""
@@ -90,7 +89,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError:
             raise UserError("the prompt is not valid Unicode text") from None
-        return self.backend.encode(text, add_special_tokens=False)
+        return self.encoder.encode(text)
 
     def missing_bos(self, text: str) -> str:
         """The BOS token where the tokenizer puts it before texts and this text lacks it, else "".
@@ -98,14 +97,14 @@ class Tokenizer:
         Llama's tokenizer does, and LLaVA's templates leave it out.
         """
         bos = self.special_tokens.get("bos_token")
-        first = self.backend.encode("", add_special_tokens=True).tokens[:1]
+        first = self.encoder.encode("", add_special_tokens=True).tokens[:1]
         return bos if bos and first == [bos] and not text.startswith(bos) else ""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, without special tokens. Bytes that are no character become one
         replacement sign for each beginning of a character, as Python decodes them."""
         shown = self._with_whole_characters(ids) if self._byte_of else list(ids)
-        return self.backend.decode(shown, skip_special_tokens=True)
+        return self.encoder.decode(shown)
 
     def _with_whole_characters(self, ids: Sequence[int]) -> list[int]:
         """The ids, with bytes of replacement signs for those that are no character: `tokenizers`
@@ -158,8 +157,8 @@ class Tokenizer:
     ) -> str:
         """Messages through the chat template; `extra` are its options, such as enable_thinking.
 
-        A template is code by a stranger. It runs in jinja's sandbox, and what goes wrong in
-        it becomes a UserError; it can still waste time.
+        A template is code by a stranger. It runs in a sandbox (template.py), and what goes wrong
+        in it becomes a UserError.
         """
         values = {"tools": None, "documents": None, **self.special_tokens, **extra}
         values |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
@@ -173,17 +172,10 @@ class Tokenizer:
             ) from problem
 
     @cached_property
-    def _template(self) -> jinja2.Template:
+    def _template(self) -> ChatTemplate:
         if self.chat_template is None:
             raise UserError(f"{self.name} has no chat template; ask without one (chat=False)")
-        # The same settings and extras that transformers gives to templates.
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
-        sandbox.filters["tojson"] = _tojson
-        sandbox.globals["raise_exception"] = _raise_exception
-        sandbox.globals["strftime_now"] = _strftime_now
-        return sandbox.from_string(self.chat_template)
+        return ChatTemplate(self.chat_template)
 
 
 @dataclass(frozen=True)
@@ -297,25 +289,3 @@ def placeholder_run(
     if not is_apart or list(ids[first : first + count]) != [token] * count:
         raise UserError(f"the tokenizer of {tokenizer.name} does not keep {image_token!r} apart")
     return first, count
-
-
-class _Generation(Extension):
-    """{% generation %} marks an assistant's words for training; here it means nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
