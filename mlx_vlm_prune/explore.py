@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     budgets = budgets_of(swept.N, ratios, args.keep_tokens or [])
     methods = args.pruner or DEFAULT_METHODS
     cases, refused = sweep_cases(swept, methods, budgets, [args.positions])
-    names = ("max_tokens", "chat_template_config", "system")
+    names = ("max_tokens", "chat_template_config", "system", "max_pixels")
     options = {name: getattr(args, name) for name in names}
     ask = partial(generate, model, processor, prompt, image=images)
     explorer = Explorer(model, processor, prompt, images, options, ask, args.predict)
@@ -92,7 +92,7 @@ def explore_all(
 def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
     """The call of `generate` that gives one of the answers."""
     words = [SCRIPT, "generate"]
-    for name in ("model", "revision", "adapter_path", "system"):
+    for name in ("model", "revision", "adapter_path", "system", "max_pixels"):
         if value := getattr(args, name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     if args.image:

@@ -18,10 +18,10 @@ import numpy as np
 from ..checkpoints.errors import UserError
 from ..generation.exploration import ExploredAnswer, WordAttention
 from ..generation.prefill import Prefill
-from ..generation.request import Request
+from ..generation.request import Request, pixel_limit
 from ..generation.result import GenerationResult
 from ..generation.steps import token_logprobs
-from ..generation.stream import pipeline_for, prepare_prompt
+from ..generation.stream import pipeline_for, prepare_prompt, prepare_request
 from ..hosts import prompt as host_prompt
 from ..hosts.compatibility import check_pipeline
 from ..hosts.families import host_of
@@ -78,10 +78,7 @@ class VLMReader:
         """Read a request's prompt. Raises UserError."""
         pipeline = pipeline_for(self.model, request.pruner)
         K = budget(self.model.N, request.keep_ratio, request.keep_tokens, pipeline)
-        prompt = prepare_prompt(
-            self.model, self.processor, request.prompt, request.images,
-            request.chat_template_config, request.system,
-        )  # fmt: skip
+        prompt = prepare_request(self.model, self.processor, request)
         ids, runs = prompt.prompt.ids, prompt.prompt.runs
         prefill = self.model([prompt.prompt], prompt.pixels, pipeline, K, request.positions)
         words = [ids[i] for i in outside(runs, len(ids))]
@@ -106,7 +103,7 @@ class HostReader:
         """Read a request's prompt; the model goes on from it inside the block. Raises UserError."""
         host, pipeline = self.host, plan_for_host(self.host, request.pruner)
         policy = check_pipeline(host, pipeline, request.positions)
-        images = [open_image(source) for source in request.images]
+        images = [open_image(source, request.pixel_limit) for source in request.images]
         inputs = host_prompt.prepare_prompt(
             host, request.prompt, images, request.chat_template_config, system=request.system
         )
@@ -211,7 +208,8 @@ class Explorer:
         model, processor = self.model, self.processor
         start = time.perf_counter()
         config, system = (self.options.get(n) for n in ("chat_template_config", "system"))
-        inputs = prepare_prompt(model, processor, self.prompt, self.images, config, system)
+        limit = pixel_limit(self.options.get("max_pixels"), None)
+        inputs = prepare_prompt(model, processor, self.prompt, self.images, config, system, limit)
         mx.eval(inputs.pixels)
         image_ms = 1000 * (time.perf_counter() - start)
         calibration, level = present_calibration(model, processor, pipeline, inputs)
