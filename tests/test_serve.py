@@ -157,6 +157,9 @@ def test_a_body_that_is_no_request_is_refused(served):
     assert refused({}) == (400, "messages: field required")
     assert refused({}, content_type="text/plain")[0] == 415
     assert refused(b" " * 100_000_000) == (413, "the body is larger than 64 MB")
+    half = "\ud800"  # of a character
+    for content in ({"messages": [question("?")], half: 1}, {"messages": [question(half)]}):
+        assert refused(content)[0] == 400
     assert served.call("/v1/no-such-route")[0] == 404
     assert served.call(path)[0] == 405
     assert text_of(served.chat(question(WORDS, SCENES[0])))  # and others are answered

@@ -48,7 +48,7 @@ def test_every_command_of_the_page_runs(tmp_path, monkeypatch):
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             outputs.append(done.stdout)
-        assert '"visual_tokens_kept":49' in outputs[0] and "'total': " in outputs[1]
+        assert '"visual_tokens_kept": 49' in outputs[0] and "'total': " in outputs[1]
         assert 'mlx_vlm_prune_requests_total{status="200"} 2' in outputs[2]
         assert Served(int(port)).call("/health")[0] == 200
     finally:

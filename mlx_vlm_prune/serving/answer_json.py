@@ -79,4 +79,4 @@ def error_event(refusal: RequestRefusedError) -> str:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(content)}\n\n"

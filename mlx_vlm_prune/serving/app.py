@@ -1,6 +1,7 @@
 """The routes: chat completions, models, health and metrics."""
 
 import hmac
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,6 +26,14 @@ from .stop_strings import StopStrings
 JSON = "application/json"
 MOST_DRAINED_BYTES = 4 * MAX_BODY_BYTES  # read of a body that is too large, so that its client,
 # which sends it all before it listens, gets to know why it is refused
+
+
+class AsciiJson(JSONResponse):
+    """JSON in ASCII: a sentence may quote half a character, which no encoding has."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content).encode("ascii")
 
 
 class EventStream(StreamingResponse):
@@ -97,7 +106,7 @@ class Server:
         reason = "stop" if stop.is_found else str(reason)
         answer = AnswerJson(self.settings.model_name)
         content = answer.completion("".join(texts), reason, usage_of(piece), chat.notes.warnings)
-        return JSONResponse(content)
+        return AsciiJson(content)
 
     async def _stream(
         self, listener: Listener, chat: ChatRequest, piece: Piece, with_usage: bool
@@ -154,7 +163,7 @@ class Server:
             "waiting": len(self.engine.waiting),
             "running": len(self.engine.running),
         }
-        return JSONResponse(content, 200 if is_alive else 503)
+        return AsciiJson(content, 200 if is_alive else 503)
 
     async def metrics_text(self) -> Response:
         """GET /metrics."""
@@ -197,9 +206,9 @@ def build_app(engine: Engine, settings: ServerSettings, metrics: Metrics) -> Fas
 def refused(_: Request, problem: Any) -> Response:
     """A refusal as JSON; also one of the framework's, as of a path that is not there."""
     if isinstance(problem, RequestRefusedError):
-        return JSONResponse(problem.as_json, problem.status)
+        return AsciiJson(problem.as_json, problem.status)
     refusal = RequestRefusedError(str(problem.detail), problem.status_code)
-    return JSONResponse(refusal.as_json, refusal.status)
+    return AsciiJson(refusal.as_json, refusal.status)
 
 
 async def read_json(request: Request) -> Any:

@@ -21,6 +21,8 @@ from .time_budget import TimeBudgets
 logger = logging.getLogger("mlx_vlm_prune")
 FULL = "the server has {} requests waiting, as many as it takes; try again later"
 
+ENDED = "the server answers no more"
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -76,8 +78,10 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(self, job: Job) -> None:
-        """Queue a request. Raises RequestRefusedError where the queue is full."""
+        """Queue a request. Raises RequestRefusedError where the queue is full or has ended."""
         with self._changed:
+            if self._stopping or not self.is_alive:
+                raise RequestRefusedError(ENDED, 503)
             if len(self.waiting) >= self.queue and len(self.running) >= self.most:
                 raise RequestRefusedError(FULL.format(len(self.waiting)), 429)
             self.waiting.append(job)
@@ -99,13 +103,11 @@ class Engine:
                 if self._stopping:
                     break
                 job = self._next_job()
-            for gone in [job for job in self.running.values() if job.is_cancelled]:
-                self._forget(gone)
             if job:
                 self._read(job)
             self._step()
         for job in [*self.waiting, *self.running.values()]:
-            job.deliver(RequestRefusedError("the server has ended", 503))
+            job.deliver(RequestRefusedError(ENDED, 503))
         self.batch.close()
 
     def _next_job(self) -> Job | None:
@@ -132,7 +134,11 @@ class Engine:
             job.deliver(refusal_of(problem))
 
     def _step(self) -> None:
+        """A token of each answer that is still waited for."""
         try:
+            for gone in [job for job in self.running.values() if job.is_cancelled]:
+                del self.running[id(gone)]
+                self.batch.remove(id(gone))
             pieces: Iterable[AnswerPiece] = self.batch.step()
         except Exception as problem:  # whose fault it is cannot be told: all of the batch end
             logger.exception("a step of the batch failed")
@@ -157,10 +163,6 @@ class Engine:
         if piece.piece.finish_reason:
             del self.running[id(job)]
         job.deliver(Piece(piece.piece, piece.figures, job.queue_ms))
-
-    def _forget(self, job: Job) -> None:
-        self.batch.remove(id(job))
-        del self.running[id(job)]
 
 
 def refusal_of(problem: Exception) -> RequestRefusedError:
