@@ -6,6 +6,7 @@ Shapes: H height, W width of a picture.
 import io
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from PIL import Image
 
 from mlx_vlm_prune import Chat, batch_generate, generate, load
 from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.hosts.views import View
 from mlx_vlm_prune.inputs.image import open_image
+from mlx_vlm_prune.inputs.placement import placement
 from mlx_vlm_prune.inputs.preprocessor import Preprocessor
 
 from . import host_folders
@@ -160,3 +163,22 @@ def test_the_map_of_mlx_vlms_models_is_that_of_their_processors(name, resize, ho
         return
     assert place["seen"] == [*views[-1].size]
     check_by_pixels(views[-1], place)
+
+
+@pytest.mark.parametrize("size", [(230, 131), (131, 230), (200, 200)])
+def test_fastvlms_processor_makes_a_picture_square(size):
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+    from mlx_vlm.models.fastvlm.processing import FastVLMImageProcessor
+
+    from mlx_vlm_prune.hosts.families.fastvlm import FastVLMHost
+
+    sides = {"height": 96, "width": 96}
+    processor = FastVLMImageProcessor(size={"shortest_edge": 96}, crop_size=sides,
+                                      image_mean=[0.0] * 3, image_std=[1.0] * 3)  # fmt: skip
+    opened = open_image(ramps(*size))
+    pixels_3HW = np.asarray(processor.preprocess([opened])["pixel_values"][0])
+    visible = Image.fromarray((255 * pixels_3HW.transpose(1, 2, 0)).round().astype(np.uint8))
+    host = FastVLMHost(None, SimpleNamespace(image_processor=processor))
+    seen, to_image = host.to_image(View(0, None), size, {})
+    assert seen == visible.size
+    check_by_pixels(visible, placement(opened, seen, to_image))
