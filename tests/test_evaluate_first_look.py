@@ -85,7 +85,7 @@ def test_the_file_is_named_after_model_and_questions(home, tmp_path, monkeypatch
     assert json.loads((tmp_path / "evaluation-mlx-questions.json").read_text())["count"] == COUNT
     assert str(default_result_path(None, "scenes")) == "evaluation-scenes-scenes.json"
     name = default_result_path("owner/A model-4bit", "a/b (1).tsv").name
-    assert name == "evaluation-A_model_4bit-b_1_.json"
+    assert name == "evaluation-A_model-4bit-b_1_.json"
 
 
 def test_a_result_of_another_model_or_set_or_of_more_questions_is_not_replaced(

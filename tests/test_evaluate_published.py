@@ -138,7 +138,7 @@ def test_mmvet_is_graded_by_the_judge_of_the_command_line(model, tmp_path, capsy
         dead = command(model, questions, out, *chosen, "http://127.0.0.1:9/v1", format="mmvet")
         assert "does not answer" in refused(capsys, dead)
         result = run(model, questions, out, *chosen, url, format="mmvet")
-        assert "going on after 3 of 3" in capsys.readouterr().err
+        assert "going on after 3 of 9 answers" in capsys.readouterr().err
         count = len(requests)
         run(model, questions, out, *chosen, url, format="mmvet")
         assert len(requests) == count, "grades are kept"

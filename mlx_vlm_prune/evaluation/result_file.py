@@ -16,7 +16,7 @@ BUILT_IN = "scenes"  # the built-in model's name, and that of the built-in quest
 def default_result_path(model: str | None, questions: str) -> Path:
     """`evaluation-MODEL-QUESTIONS.json` in the current folder."""
     names = [Path(model or BUILT_IN).absolute().name, Path(questions).absolute().stem]
-    plain = [re.sub(r"[^\w.+]+", "_", name) for name in names]
+    plain = [re.sub(r"[^\w.+-]+", "_", name) for name in names]
     return Path(f"evaluation-{'-'.join(plain)}.json")
 
 
