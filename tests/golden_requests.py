@@ -162,6 +162,7 @@ def stream(name: str, prompt: str, folder: Path) -> dict[str, Any]:
 def evaluation(model: str, pruners: str, flags: str, folder: Path) -> dict[str, Any]:
     """What `evaluate` writes; the questions are a file in the folder."""
     out, arguments = folder / "evaluation.json", shlex.split(flags)
+    out.unlink(missing_ok=True)  # another model's is not replaced
     command = [str(folder / a) if a.endswith(".jsonl") else a for a in arguments]
     command += [part for pruner in pruners.split() for part in ("--pruner", pruner)]
     command += [*_model(model, folder), "--max-tokens", "4", "--out", str(out)]
