@@ -290,6 +290,11 @@ def write_model(folder: Path, name: str) -> None:
         for name, x in arrays
     }
     write_words(folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"word{n}": n for n in range(len(vocabulary), size.vocab)}
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(asdict(config)), encoding="utf-8")
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
 
