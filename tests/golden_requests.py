@@ -166,6 +166,7 @@ def evaluation(model: str, pruners: str, flags: str, folder: Path) -> dict[str, 
     command = [str(folder / a) if a.endswith(".jsonl") else a for a in arguments]
     command += [part for pruner in pruners.split() for part in ("--pruner", pruner)]
     command += [*_model(model, folder), "--max-tokens", "4", "--out", str(out)]
+    out.unlink(missing_ok=True)  # another model's result is not replaced
     with mock.patch.dict(os.environ, MLX_VLM_PRUNE_CACHE=str(folder / "cache")):
         evaluate.main(command)
     return {
