@@ -25,7 +25,7 @@ from .generation.stream import default_pruner
 from .hosts.conversation import HostConversation
 from .inputs.budget import check_budget
 from .inputs.image import open_image
-from .inputs.image_sources import ImageSource
+from .inputs.image_sources import ImageSource, is_url
 from .inputs.messages import Turn
 from .models.vlm import VLM
 from .training.generate_options import apply_config
@@ -121,7 +121,8 @@ class Chat:
     ) -> Generator[GenerationResponse, None, None]:
         """The answer one piece at a time. Of an answer that is not read to its end, the turn has
         what was read."""
-        new = [open_image(source, self._pixel_limit) for source in list_images(image)]
+        sources = list_images(image, self.options.get("allow_url", False))
+        new = [open_image(source, self._pixel_limit) for source in sources]
         request = Request(text, [*self.images, *new], history=tuple(self.turns), **self.options)
         pieces: list[str] = []
         try:
@@ -143,13 +144,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parser.parse_args(argv)
         apply_config(args)
         limit = pixel_limit(args.max_pixels, vars(args))
-        images = [open_image(file, limit) for file in args.image]
+        sources = list_images(args.image, args.allow_url)
+        args.image = [open_image(source, limit) for source in sources]
         model, processor = load_model(args)
         chat = Chat(
             model, processor, pruner=args.pruner, keep_ratio=args.keep_ratio,
-            keep_tokens=args.keep_tokens, **decoding_options(args),
+            keep_tokens=args.keep_tokens, allow_url=args.allow_url, **decoding_options(args),
         )  # fmt: skip
-        Session(chat, processor, images).run(typed_lines() if sys.stdin.isatty() else piped_lines())
+        lines = typed_lines() if sys.stdin.isatty() else piped_lines()
+        Session(chat, processor, args.image).run(lines)
 
 
 def typed_lines() -> Iterator[str]:
@@ -227,7 +230,9 @@ class Session:
         if not file:
             self.new_images = []
             return
-        image = open_image(expand_home(file), self.chat._pixel_limit)
+        source = file if is_url(file) else expand_home(file)
+        [source] = list_images(source, self.chat.options.get("allow_url", False))
+        image = open_image(source, self.chat._pixel_limit)
         warn_of_photographs(self.processor, [image])
         self.new_images.append(image)
         print(f"The next question is about {file}.")

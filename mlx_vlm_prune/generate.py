@@ -85,6 +85,7 @@ def stream_generate(
     chat_template_config: Mapping[str, Any] | None = None,
     max_pixels: int | None = None,
     host_options: Mapping[str, Any] | None = None,
+    allow_url: bool = False,
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """Answer a prompt about any number of images, one piece of text at a time.
 
@@ -94,15 +95,15 @@ def stream_generate(
     trained with inside, else "none". `positions` are its paper's. `sampler` and `logits_processors`
     are mlx-lm's; a sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and
     `seed`. `top_k`, `min_p` and `repetition_penalty`, of the latest `repetition_context_size`
-    tokens, are mlx-lm's own, if it is installed. `eos_tokens` end an answer beside the model's own.
-    A twig beside a model of ours may guess `num_draft_tokens` ahead. `max_pixels` limits images;
-    larger JPEGs are scaled. `chat_template_config` are options of the chat template, `host_options`
-    mlx-vlm's: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape,
-    processor_kwargs. Raises UserError.
+    tokens, are mlx-lm's own, if installed. `eos_tokens` end an answer beside the model's. A twig
+    may guess `num_draft_tokens` ahead. `max_pixels` limits images; larger JPEGs are scaled. With
+    `allow_url` an image may be a public http(s) URL. `chat_template_config` are options of the chat
+    template, `host_options` mlx-vlm's: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size
+    (rows), resize_shape, processor_kwargs. Raises UserError.
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}
-    request = Request(prompt, list_images(image), **options)
+    request = Request(prompt, list_images(image, allow_url), **options)
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
     yield from loop.stream_generate(model, processor, request)
@@ -166,6 +167,7 @@ def run(args: argparse.Namespace) -> None:
         _use_sample(args)
     elif args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
+    args.image = list_images(args.image, args.allow_url)
     prompt = typed_prompt() if args.prompt == "-" else args.prompt
     limits = _limits(args)
     if args.model is None:  # else its own method may be the default

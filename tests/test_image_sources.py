@@ -124,7 +124,7 @@ def closed(file: Path) -> io.BytesIO:
 
 
 REFUSED = {
-    "URL": (lambda file: "https://example.org/a.png", "https://example.org/a.png is a URL; down"),
+    "URL": (lambda file: "https://example.org/a?k=1", "https://example.org/a is a URL; set allow"),
     "mapping": (lambda file: {"path": str(file)}, "; give a path, a data URI, a file's bytes"),
     "number": (lambda file: 3, "an image is 3; give a path, a data URI, a file's bytes"),
     "long": (lambda file: {"bytes": file.read_bytes()}, "an image is of type dict; give a path"),

@@ -220,6 +220,8 @@ def _add_image(add: Add) -> None:
     add("--max-pixels", type=int, metavar="N",
         help="the most pixels of an image; a JPEG with more is decoded at a fraction of its size"
         f" (default: {MAX_PIXELS:,}, and with --resize-shape {MOST_PIXELS:,})")
+    add("--allow-url", action="store_true",
+        help="an image may be an http(s) URL, too, of public addresses alone")
     add("--system", "--system-prompt", metavar="TEXT",
         help="a system message, which comes before the first question (default: none)")
 

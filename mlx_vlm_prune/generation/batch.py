@@ -65,7 +65,8 @@ def batch_requests(
     requests = []
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
         with naming_prompt(number, len(prompts)):
-            requests.append(Request(prompt, list_images(image), **options))
+            sources = list_images(image, options.get("allow_url", False))
+            requests.append(Request(prompt, sources, **options))
     return requests
 
 

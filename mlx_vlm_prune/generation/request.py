@@ -9,7 +9,14 @@ import mlx.core as mx
 
 from ..checkpoints.errors import UserError, check_text, short
 from ..inputs.image import MAX_PIXELS, MOST_PIXELS, check_max_pixels
-from ..inputs.image_sources import KINDS_OF_SOURCE, ImageSource, is_source, read_open_file
+from ..inputs.image_sources import (
+    KINDS_OF_SOURCE,
+    ImageSource,
+    is_source,
+    is_url,
+    read_open_file,
+    source_name,
+)
 from ..inputs.messages import Turn
 from ..pruners import Pipeline, Pruner
 from ..pruners.contract import Policy
@@ -48,6 +55,7 @@ class GenerateOptions(TypedDict, total=False):
     chat_template_config: Mapping[str, Any] | None
     max_pixels: int | None
     host_options: Mapping[str, Any] | None
+    allow_url: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Request:
     chat_template_config: Mapping[str, Any] | None = None
     max_pixels: int | None = None
     host_options: Mapping[str, Any] | None = None
+    allow_url: bool = False
     history: Sequence[Turn] = ()  # earlier turns, whose images come first
 
     def __post_init__(self) -> None:
@@ -126,6 +135,7 @@ def _check_kinds(request: Request) -> None:
         "chat_template_config": (isinstance(request.chat_template_config or {}, Mapping),
                                  "a mapping"),
         "num_draft_tokens": (is_whole(request.num_draft_tokens or 1), "a whole number"),
+        "allow_url": (isinstance(request.allow_url, bool), "True or False"),
     }  # fmt: skip
     for name, (is_right, kind) in right.items():
         if not is_right:
@@ -185,8 +195,11 @@ def check_sampling_options(
         )
 
 
-def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[ImageSource]:
-    """One image, several or none as a list, open files as their bytes.
+def list_images(
+    image: ImageSource | Sequence[ImageSource] | None, allow_url: bool | None = None
+) -> list[ImageSource]:
+    """One image, several or none as a list; of open files, and of URLs where they are allowed, the
+    bytes. `allow_url` is None where there is no such option.
 
     Raises UserError for what is no image's source.
     """
@@ -198,4 +211,20 @@ def list_images(image: ImageSource | Sequence[ImageSource] | None) -> list[Image
     for source in images:
         if not is_source(source):
             raise UserError(f"an image is {short(source)}; give {KINDS_OF_SOURCE}")
-    return [read_open_file(one) if hasattr(one, "read") else one for one in images]
+        if is_url(source) and allow_url is False:
+            raise UserError(
+                f"{source_name(source)} is a URL; set allow_url, or download the image and give its"
+                " path"
+            )
+    return [_fetched(source, allow_url) for source in images]
+
+
+def _fetched(source: Any, allow_url: bool | None) -> ImageSource:
+    """The bytes of a source that can be read once only, or takes time."""
+    if hasattr(source, "read"):
+        return read_open_file(source)
+    if not (allow_url and is_url(source)):
+        return source
+    from ..inputs.image_urls import download  # 30 ms of imports, seldom needed
+
+    return download(source)

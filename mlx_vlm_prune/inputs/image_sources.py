@@ -1,12 +1,16 @@
-"""Where an image may come from: a path, bytes, an open file, a data URI, Pillow or numpy."""
+"""Where an image may come from: a path, bytes, an open file, a data URI, Pillow or numpy.
+
+A URL is one only where a caller allows it (`image_urls.py`).
+"""
 
 import base64
 import binascii
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 import numpy as np
 from PIL import Image
@@ -18,10 +22,35 @@ KINDS_OF_SOURCE = (
 )
 DATA_URI = "data:"
 URLS = ("http:", "https:")
+URL_LETTERS = "!#$%&'()*+,/:;=?@[]~"  # that stay as they are, beside letters and digits
+LONGEST_NAME = 80  # of a URL in a sentence
 
 ImageSource = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
 )
+
+
+class DownloadedImage(bytes):
+    """The bytes of an image's file, and what a sentence calls it."""
+
+    name: str
+
+    def __new__(cls, content: bytes, name: str) -> "DownloadedImage":
+        image = super().__new__(cls, content)
+        image.name = name
+        return image
+
+
+def is_url(source: Any) -> bool:
+    """Is it the text of an http or https URL?"""
+    return isinstance(source, str) and source.lower().startswith(URLS)
+
+
+def url_name(url: str) -> str:
+    """What a sentence calls a URL: without its query and password, which may be secret."""
+    plain = re.sub("//[^/@]*@", "//", re.split("[?#]", url)[0])
+    text = quote(plain, safe=URL_LETTERS)
+    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3]}..."
 
 
 def is_source(value: Any) -> bool:
@@ -36,6 +65,10 @@ def source_name(source: ImageSource) -> str:
     """What a sentence calls it."""
     if isinstance(source, str) and source.startswith(DATA_URI):
         return "the data URI"
+    if is_url(source):
+        return url_name(str(source))
+    if isinstance(source, DownloadedImage):
+        return source.name
     return os.fspath(source) if isinstance(source, str | os.PathLike) else "the image"
 
 
@@ -49,7 +82,7 @@ def file_bytes(source: Any, name: str, most: int) -> bytes:
         raise UserError(f"an image is {short(source)}; give {KINDS_OF_SOURCE}")
     if name == "the data URI":
         return _data_of_uri(str(source))
-    if name.lower().startswith(URLS):
+    if is_url(source):
         raise UserError(f"{name} is a URL; download the image and give its path")
     return _read(source, name, most)
 

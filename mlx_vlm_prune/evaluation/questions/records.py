@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ...checkpoints.errors import UserError
 from ...checkpoints.reading.files import parse_json, read_json
+from ...inputs.image_sources import is_url, url_name
 from . import BadRecords, Question, Source
 
 ENCODING = "utf-8-sig"  # some editors write a byte order mark
@@ -173,6 +174,8 @@ def optional_field(record: dict[str, Any], key: str, default: str) -> str:
 
 def image_file(folder: Path, name: str) -> Path:
     """The path of a question's image. Raises RecordError where there is no such file."""
+    if is_url(name):
+        raise RecordError(f"{url_name(name)} is a URL; download the image and give its path")
     is_invalid = len(name) > LONGEST_NAME or any(ord(letter) < 32 for letter in name)
     is_file = False
     try:
