@@ -19,7 +19,7 @@ Y layers that DeepStack adds to, V visual rows kept.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -97,11 +97,12 @@ def deepstack_rows(
 @dataclass
 class ReadColumns:
     """How many columns of a prompt its language model has read, for tools that cut embeddings and
-    leave `attention_mask` as it was."""
+    leave `attention_mask` as it was; and what the prompt left on the model."""
 
     mask: Callable[[], mx.array | None]  # a weak reference
     mask_layers: Sequence[int] = ()  # with an enhancer: those whose caches make masks
     columns: int = 0
+    request_state: dict[str, Any] = field(default_factory=dict)
 
     def next_rows(self, x_BnD: mx.array, is_read_BL: mx.array | None) -> np.ndarray | None:
         """`attention_mask` of the next n rows, (B, n); None where the two do not fit."""

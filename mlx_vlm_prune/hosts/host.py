@@ -286,15 +286,20 @@ class Host(ABC):
     @contextmanager
     def preserve_state(self) -> Iterator[None]:
         """Restore at the end what requests leave on the language model."""
-        language = self.language
-        before = {
-            name: getattr(language, name) for name in REQUEST_STATE if hasattr(language, name)
-        }
+        before = self.request_state()
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(language, name, value)
+            self.set_request_state(before)
+
+    def request_state(self) -> dict[str, Any]:
+        """What the latest request left on the language model."""
+        language = self.language
+        return {name: getattr(language, name) for name in REQUEST_STATE if hasattr(language, name)}
+
+    def set_request_state(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self.language, name, value)
 
 
 def generation_stream() -> Any:

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from ..checkpoints.errors import UserError
 from .dropped_rows import IS_READ, ReadColumns, call_on_kept_rows
+from .host import REQUEST_STATE
 
 UNUSABLE = 1 << 30  # rows that an unusable cache claims: no prefix that mlx-vlm looks for has them
 
@@ -74,9 +75,16 @@ class PrunedLanguage:
             raise UserError("while a model prunes, give the language model's arguments names")
         read = self.state.columns_read(arguments.get("cache"), arguments.get(IS_READ))
         stock: Any = super()
+        if arguments.get("inputs_embeds") is None:  # another request may have come in between
+            for name, value in read.request_state.items():
+                setattr(self, name, value)
         with self.state.giving_rope_index():
             bidirectional = self.state.is_bidirectional
-            return call_on_kept_rows(stock.__call__, bidirectional, inputs, arguments, read)
+            answer = call_on_kept_rows(stock.__call__, bidirectional, inputs, arguments, read)
+        module: Any = self  # whose arrays are items, and all else attributes
+        names = {*vars(self), *module} & {*REQUEST_STATE}
+        read.request_state = {name: getattr(self, name) for name in names}
+        return answer
 
     def get_rope_index(self, *ids: Any, **arguments: Any) -> Any:
         """Positions for calls from here. mlx-vlm calls this as well before it reads a prefix from a

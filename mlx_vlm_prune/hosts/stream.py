@@ -3,8 +3,8 @@
 Shapes: l rows of the prompt.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from numbers import Integral, Real
@@ -29,6 +29,7 @@ from ..generation.stream import initial_result
 from ..inputs.ends import end_token_ids
 from ..inputs.image import MAX_PIXELS, open_image
 from ..machine.clock import TOGETHER, Clock, request_clock
+from ..pruners import Pipeline
 from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
@@ -43,6 +44,7 @@ from .prompt import (
     prepare_prompt,
     prune_prompt,
 )
+from .turns import RequestTurns
 from .views import View
 
 CACHE_OPTIONS = ("prefill_step_size", "kv_bits", "quantized_kv_start", "max_kv_size")
@@ -104,41 +106,53 @@ def stream_generate(
 ) -> Iterator[GenerationResponse]:
     """Stream an answer; `encode` may know the images' views already. Raises UserError."""
     host = host_of(model, processor)
-    pipeline = plan_for_host(host, request.pruner)
+    pipeline, turns, views = plan_for_host(host, request.pruner), RequestTurns(host), list[View]()
     in_one_go = pipeline.spec == "none" and bool(request.images)  # a wait in between costs time
     clock = Clock(("image", "pruner", TOGETHER)) if in_one_go else request_clock()
     decoding, options = decoding_arguments(request), request.given_host_options
-    policy, ends = check_pipeline(host, pipeline, request.positions), further_ends(host, request)
+    policy = check_pipeline(host, pipeline, request.positions)
     check_cache_options(host, pipeline, options)
+    with turns.turn():  # tokenizers are not for several threads either
+        ends = further_ends(host, request)
     images, preparation = open_images(request), processor_options(options)
-    inputs = prepare_prompt(
-        host, request.prompt, images, request.chat_template_config, preparation, request.history,
-        request.system,
-    )  # fmt: skip
-    clock.end_part("image", inputs.pixels)
-    mx.reset_peak_memory()
-    views: list[View] = []
-    with host.preserve_state(), naming_faulty_part(lambda: _faulty_part(host, inputs, views)):
-        with generation_stream(), clock.running():
-            views = encode_images_and_text(host, inputs, pipeline, encode)
+    with turns.turn():
+        inputs = prepare_prompt(
+            host, request.prompt, images, request.chat_template_config, preparation,
+            request.history, request.system,
+        )  # fmt: skip
+        clock.end_part("image", inputs.pixels)
+        mx.reset_peak_memory()
+        with _naming_faulty_part(host, inputs, views), generation_stream(), clock.running():
+            views += encode_images_and_text(host, inputs, pipeline, encode)
             budgets = budgets_by_view(views, request.keep_ratio, request.keep_tokens, pipeline)
             prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
             host.check_length(prompt.length)
             step_size = options.get("prefill_step_size")
             prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy, step_size)
+    initial = partial(_initial_result, host, prompt, pipeline, images, preparation)
+    with _naming_faulty_part(host, inputs, views):
+        pieces = turns.each(_decode(host, prompt, initial, clock, decoding), ends)
+        yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
 
-        def initial() -> GenerationResult:
-            depth = len(host.language.layers)
-            answer = initial_result(prompt.trace, depth, pipeline, prompt.positions)
-            return replace(
-                answer, views=host.drawn_views(views, images),
-                layouts=host.layouts(views, [image.size for image in images]),
-                images=host.placements(views, images, preparation),
-            )  # fmt: skip
 
-        pieces = _decode(host, prompt, initial, clock, decoding)
-        with also_ending_at(host, ends):
-            yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
+def _initial_result(
+    host: Host, prompt: PrunedPrompt, pipeline: Pipeline, images: Sequence[Image.Image],
+    preparation: Mapping[str, Any],
+) -> GenerationResult:  # fmt: skip
+    """The result before its first token; reads which tokens stayed."""
+    depth, views = len(host.language.layers), prompt.views
+    answer = initial_result(prompt.trace, depth, pipeline, prompt.positions)
+    return replace(
+        answer, views=host.drawn_views(views, images),
+        layouts=host.layouts(views, [image.size for image in images]),
+        images=host.placements(views, images, preparation),
+    )  # fmt: skip
+
+
+def _naming_faulty_part(
+    host: Host, inputs: PreparedInputs, views: Sequence[View]
+) -> AbstractContextManager[None]:
+    return naming_faulty_part(lambda: _faulty_part(host, inputs, views))
 
 
 def _faulty_part(host: Host, inputs: PreparedInputs, views: Sequence[View]) -> str:
@@ -187,21 +201,6 @@ def further_ends(host: Host, request: Request) -> frozenset[int]:
     )
 
 
-@contextmanager
-def also_ending_at(host: Host, ends: frozenset[int]) -> Iterator[None]:
-    """Inside the block mlx-vlm's loop ends an answer at these ids, too."""
-    if not ends:
-        yield
-        return
-    criteria = getattr(host.processor, "tokenizer", host.processor).stopping_criteria
-    before = criteria.eos_token_ids
-    criteria.eos_token_ids = [*before, *ends]
-    try:
-        yield
-    finally:
-        criteria.eos_token_ids = before
-
-
 def explain_kv_bits_errors(
     pieces: Iterator[GenerationResponse], kv_bits: float | None
 ) -> Iterator[GenerationResponse]:
@@ -240,7 +239,7 @@ class WholePrompt:
 def _decode(
     host: Host, prompt: PrunedPrompt, initial: Callable[[], GenerationResult], clock: Clock,
     decoding: dict[str, Any],
-) -> Iterator[GenerationResponse]:  # fmt: skip
+) -> Generator[GenerationResponse, None, None]:  # fmt: skip
     """mlx-vlm's pieces, one for each token. It repeats the last one when it says why it ended, so
     the last that may come is held back until then. `initial` reads which tokens stayed, so it is
     called behind the first token."""
