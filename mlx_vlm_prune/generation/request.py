@@ -224,7 +224,8 @@ def _fetched(source: Any, allow_url: bool | None) -> ImageSource:
     if hasattr(source, "read"):
         return read_open_file(source)
     if not (allow_url and is_url(source)):
-        return source
+        given: ImageSource = source
+        return given
     from ..inputs.image_urls import download  # 30 ms of imports, seldom needed
 
     return download(source)
