@@ -257,15 +257,19 @@ def test_with_its_prefix_cache_on_nothing_stale_is_read(home, whole):
 
 
 @contextmanager
-def inside(home: Path, method: str = METHOD) -> Iterator[Server]:
+def inside(
+    home: Path, method: str = METHOD, kind: str = KIND, keep_tokens: int | None = None
+) -> Iterator[Server]:
     """mlx-vlm's app in this process, as the README starts it."""
     import uvicorn
     from mlx_vlm.server import app, get_cached_model, unload_model_sync
 
-    server = Server(free_port(), str(home / KIND), home)
-    model, _, _ = get_cached_model(server.model)
+    server = Server(free_port(), str(home / kind), home)
+    model, processor, _ = get_cached_model(server.model)
     app_server = uvicorn.Server(uvicorn.Config(app, port=server.port, log_level="warning"))
-    with pruned(model, method, keep_ratio=RATIO) as report:
+    ratio = RATIO if keep_tokens is None else None
+    budget = {"keep_ratio": ratio, "keep_tokens": keep_tokens}
+    with pruned(model, method, processor=processor, **budget) as report:
         thread = Thread(target=app_server.run, daemon=True)
         thread.start()
         try:

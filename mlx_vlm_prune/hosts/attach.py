@@ -22,8 +22,10 @@ from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .host import Host
 from .input_embeddings import PrunedEmbeddings
+from .llava_processor import LLAVA, mend
 from .pruned_language import LanguageState, pruned_class
 from .pruning_report import PruningReport
+from .served import ServerGuard
 
 
 def attach(
@@ -34,35 +36,46 @@ def attach(
     keep_tokens: int | None = None,
     positions: Policy | None = None,
     allow_videos: bool = False,
+    processor: Any = None,
 ) -> tuple[PruningReport, Callable[[], None]]:
     """Prune in whatever mlx-vlm does with its `model`, until the returned `detach` is called.
 
     Of each image's N visual tokens K stay, by `keep_ratio` or `keep_tokens`, half without either;
     `positions` as in `generate`. With `allow_videos` a prompt with a video or sound is read
-    unpruned; without, it is refused. Read answers to their end before `detach` is called.
+    unpruned; without, it is refused. `processor` is mlx-vlm's own of the model, or the folder that
+    mlx-vlm will load it from: a LLaVA's works with transformers 5.20 and later only where it is
+    given. Read answers to their end before `detach` is called.
     Raises UserError for a model, method or budget that cannot be, and for a model that is being
     pruned already; then, as after any error, the model is as it was.
     """
     blas.load()  # warns where mlx came first
     host, pipeline, policy = _checked_host(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
-    language, mask_layers = model.language_model, host.mask_layers if pipeline.enhancer else ()
-    state = LanguageState(host.is_bidirectional, mask_layers)
-    base = type(language)
+    mask_layers = host.mask_layers if pipeline.enhancer else ()
+    state, guard = LanguageState(host.is_bidirectional, mask_layers), ServerGuard(model)
     host.model = proxy(model)  # weak: the model, which will hold it, is freed with its last owner
     embeddings = PrunedEmbeddings(
-        host, pipeline, keep_ratio, keep_tokens, policy, allow_videos, state
+        host, pipeline, keep_ratio, keep_tokens, policy, allow_videos, state, guard
     )
     with ExitStack() as undo:
+        if processor is not None and host.kind == LLAVA:
+            undo.callback(mend(processor))
+        undo.callback(guard.release)
+        guard.watch()
         undo.enter_context(host.preserve_state())
         undo.callback(state.invalidate_caches)
-        language.__class__ = pruned_class(base, state)
-        undo.callback(setattr, language, "__class__", base)
-        model.get_input_embeddings = embeddings
-        undo.callback(delattr, model, "get_input_embeddings")
-        model.apc_key_dependencies = language.apc_key_dependencies
-        undo.callback(delattr, model, "apc_key_dependencies")
+        _put_on(model, embeddings, undo)
         return embeddings.report, undo.pop_all().close
+
+
+def _put_on(model: Any, embeddings: PrunedEmbeddings, undo: ExitStack) -> None:
+    language, base = model.language_model, type(model.language_model)
+    language.__class__ = pruned_class(base, embeddings.state)
+    undo.callback(setattr, language, "__class__", base)
+    model.get_input_embeddings = embeddings
+    undo.callback(delattr, model, "get_input_embeddings")
+    model.apc_key_dependencies = language.apc_key_dependencies
+    undo.callback(delattr, model, "apc_key_dependencies")
 
 
 def _checked_host(
@@ -95,11 +108,11 @@ def pruned(
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
     positions: Policy | None = None,
+    processor: Any = None,
 ) -> Iterator[PruningReport]:
     """`attach` for the length of a block, which yields the report."""
-    report, detach = attach(
-        model, pruner, keep_ratio=keep_ratio, keep_tokens=keep_tokens, positions=positions
-    )
+    budget: dict[str, Any] = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
+    report, detach = attach(model, pruner, **budget, positions=positions, processor=processor)
     try:
         yield report
     finally:

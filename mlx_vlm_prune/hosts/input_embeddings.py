@@ -21,6 +21,7 @@ from .prepared_inputs import PreparedInputs
 from .prompt import PrunedPrompt, add_text, budgets_by_view, prune_prompt
 from .pruned_language import LanguageState
 from .pruning_report import PruningReport
+from .served import ServerGuard
 from .tower_cache import TowerCache
 from .views import View
 
@@ -41,6 +42,7 @@ class PrunedEmbeddings:
     policy: Policy
     allow_videos: bool  # videos and sound are read unpruned; without, they are refused
     state: LanguageState
+    guard: ServerGuard
 
     def __post_init__(self) -> None:
         self.report = PruningReport(self.pipeline.spec, self.policy)
@@ -53,6 +55,7 @@ class PrunedEmbeddings:
 
         Raises UserError for other media, and for what the caller computed: features, positions.
         """
+        self.guard.watch()
         has_other_media = any(extra.get(name) is not None for name in OTHER_MEDIA)
         if has_other_media and not self.allow_videos:
             raise UserError("only images are pruned: videos and sound go outside the block")

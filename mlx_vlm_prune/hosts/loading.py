@@ -26,6 +26,7 @@ from ..models.loading import find_folder, load_folder, weights_dtype
 from . import adapters
 from .families import FAMILIES, REFUSED
 from .linked_folder import mlx_vlm_weight_files
+from .llava_processor import LLAVA, mend
 
 logger = logging.getLogger("mlx_vlm_prune")
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
@@ -125,6 +126,8 @@ def _load_mlx_vlm(
         reason = " ".join((str(problem).strip() or type(problem).__name__).split())
         raise UserError(f"mlx-vlm cannot load {folder}: {reason}") from problem
     _add_ends(model, processor, folder)
+    if kind == LLAVA:
+        mend(processor)
     if adapter_path:
         adapters.load_adapters(model, adapter_path)
     if dtype is not None:

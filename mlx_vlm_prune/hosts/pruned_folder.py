@@ -18,7 +18,7 @@ from typing import Any
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.mlx_vlm_folder import RECORD
-from ..checkpoints.reading.files import atomic_path, read_json, write_json
+from ..checkpoints.reading.files import atomic_path, read_header, read_json, write_json
 from ..checkpoints.reading.paths import LARGEST_TOKENIZER
 from ..checkpoints.version import __version__
 from ..inputs.budget import check_budget, default_keep_ratio
@@ -28,10 +28,14 @@ from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
 from .families.llava import CLIP, has_cls
 from .linked_folder import link_or_copy, mlx_vlm_weight_files
+from .llava_processor import LLAVA as LLAVA_TYPE
 
 MODEL_FILE = "pruned.py"
 PACKAGE = Path(__file__).resolve().parents[1]
-LLAVA = ("llava", "llava_next")
+LLAVA = (LLAVA_TYPE, "llava_next")
+LLAVA_PARTS = (
+    "vision_tower.vision_model.", "language_model.", "multi_modal_projector.", "image_newline",
+)  # fmt: skip
 TILED = ("idefics3", "smolvlm")
 HOST_MODULES = {"llava_qwen2": "fastvlm"}  # mlx-vlm's, where it has another name than the model
 WHY_NOT_IN_FOLDER = {
@@ -55,8 +59,8 @@ class Model(stock.Model):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)$more
-        budget = {"keep_ratio": KEEP_RATIO, "keep_tokens": KEEP_TOKENS}
-        self.pruning_report, _ = attach(self, PRUNER, **budget, allow_videos=True)
+        options = {"keep_ratio": KEEP_RATIO, "keep_tokens": KEEP_TOKENS}$options
+        self.pruning_report, _ = attach(self, PRUNER, **options, allow_videos=True)
 
 
 def __getattr__(name: str) -> Any:
@@ -64,7 +68,7 @@ def __getattr__(name: str) -> Any:
     return getattr(stock, name)
 ''')
 IMPORT_INSTALLED = Template("""\
-from typing import Any
+${path}from typing import Any
 
 from mlx_vlm.models import $family as stock
 
@@ -162,13 +166,20 @@ def _config(source: Path) -> dict[str, Any]:
 
 
 def _check_llava(config: Mapping[str, Any], source: Path) -> None:
-    """Raises UserError where the visual tokens are not the patches of one layer."""
+    """Raises UserError where the visual tokens are not the patches of one layer, and for tensors
+    under names that mlx-vlm does not read."""
     vision, layer = config.get("vision_config"), config.get("vision_feature_layer", -2)
     tower = vision.get("model_type", CLIP) if isinstance(vision, Mapping) else CLIP
     strategy = config.get("vision_feature_select_strategy", "default")
     if not isinstance(layer, int):
         raise UserError(f"{source}: vision_feature_layer is {layer}; of several none can be pruned")
     has_cls(f"{source}:", tower, strategy)
+    names = (name for file in mlx_vlm_weight_files(source) for name in read_header(file)[0])
+    if other := next((name for name in names if not name.startswith(LLAVA_PARTS)), None):
+        raise UserError(
+            f"{source}: mlx-vlm cannot load it, since it has {other}, a name of other releases of"
+            f" transformers; such a folder runs here, by generate --model {source}"
+        )
 
 
 def _pipeline(spec: str) -> Pipeline:
@@ -208,16 +219,22 @@ def _model_file_text(
         + ("runs the copy of it that lies here." if copies else "needs it beside mlx-vlm."),
     ]
     digest = sha256(b"".join(name.encode() + copies[name] for name in sorted(copies)))
-    more = ""
+    more = options = ""
+    if kind == LLAVA_TYPE:
+        options = (
+            '\n        options["processor"] = Path(__file__).parent  # it is loaded after this'
+        )
     if kind in TILED:
         token = _token_id(source, GLOBAL_IMAGE_MARK)
         more = f"\n        self.config.{GLOBAL_IMAGE} = {token}  # {GLOBAL_IMAGE_MARK}"
     return MODEL_FILE_TEXT.substitute(
         about="\n\n".join(fill(part, 97) for part in about),
         attach=(IMPORT_VENDORED if copies else IMPORT_INSTALLED).substitute(
-            family=HOST_MODULES.get(kind, kind), digest=digest.hexdigest()[:8]
+            family=HOST_MODULES.get(kind, kind), digest=digest.hexdigest()[:8],
+            path="from pathlib import Path\n" if options else "",
         ),
         pruner=json.dumps(pruner), keep_ratio=keep_ratio, keep_tokens=keep_tokens, more=more,
+        options=options,
     )  # fmt: skip
 
 

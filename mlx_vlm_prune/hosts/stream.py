@@ -137,7 +137,7 @@ def stream_generate(
 
 def _initial_result(
     host: Host, prompt: PrunedPrompt, pipeline: Pipeline, images: Sequence[Image.Image],
-    preparation: Mapping[str, Any],
+    preparation: ProcessorOptions,
 ) -> GenerationResult:  # fmt: skip
     """The result before its first token; reads which tokens stayed."""
     depth, views = len(host.language.layers), prompt.views

@@ -1,0 +1,64 @@
+"""mlx-vlm's processor of LLaVA, mended on its instance for transformers 5.20 and later.
+
+It gives the image processor the options of the tokenizer, such as `padding`, which is refused there
+(Blaizzy/mlx-vlm#870). Here pictures and words get each their own.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.mlx_vlm_folder import RECORD
+from ..checkpoints.reading.files import optional_json
+
+LLAVA = "llava"
+
+
+class ImagesAlone:
+    """An image processor that is asked with the options of words, and leaves them out."""
+
+    def __init__(self, image_processor: Any):
+        self.image_processor = image_processor
+
+    def __call__(self, images: Any, **options: Any) -> Any:
+        return self.image_processor(images)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["image_processor"], name)
+
+
+def mend(processor: Any) -> Callable[[], None]:
+    """Give pictures and words each their own options, until the function that is returned is
+    called. Of a folder in place of a processor: when mlx-vlm loads one from there."""
+    if isinstance(processor, Path):
+        _mend_in_pruned_folders()
+        return lambda: None
+    before = processor.image_processor
+    if isinstance(before, ImagesAlone):
+        return lambda: None
+    processor.image_processor = ImagesAlone(before)
+
+    def undo() -> None:
+        processor.image_processor = before
+
+    return undo
+
+
+@functools.cache
+def _mend_in_pruned_folders() -> None:
+    """Have mlx-vlm mend the processors that it loads from folders of `prune-into`, and from no
+    others, by its own way to say who loads a processor."""
+    from mlx_vlm.models.base import install_auto_processor_patch
+    from mlx_vlm.models.llava.processing_llava import LlavaProcessor
+
+    class PrunedFolderProcessor:
+        @staticmethod
+        def from_pretrained(folder: Any, **options: Any) -> Any:
+            if RECORD not in optional_json(Path(folder) / "config.json"):
+                raise LookupError(f"{folder} does not prune")  # whoever came before takes it
+            processor = LlavaProcessor.from_pretrained(folder, **options)
+            mend(processor)
+            return processor
+
+    install_auto_processor_patch(LLAVA, PrunedFolderProcessor)

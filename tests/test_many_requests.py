@@ -1,0 +1,175 @@
+"""Promises about two hundred requests at once: every good one gets the answer that it gets alone.
+
+Among them are thumbnails, broken pictures, prompts that are refused, and clients that go away.
+Forty go to each of three models of mlx-vlm's, by its server in a block, eighty to two models of
+ours, by threads in a process of their own.
+"""
+
+import base64
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.input_embeddings import PrunedEmbeddings
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+pytest.importorskip("uvicorn", reason="mlx-vlm's server needs uvicorn")
+from mlx_vlm.server.runtime import runtime
+
+from . import host_folders, llava
+from .test_served import PATIENCE, Server, inside
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl"]
+ROOT = Path(__file__).resolve().parents[1]
+TOKENS, AT_ONCE = 3, 16
+GONE = "gone"  # what a client that goes away gets
+BLACK = "black"  # the picture that a block refuses here
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request: words, the name of a picture's file, and what becomes of it."""
+
+    words: str
+    picture: str | None = None
+    ending: str = "answered"  # or refused, or gone
+
+
+def forty_requests() -> list[Ask]:
+    """Mixed: 28 good ones, 8 that are refused, 4 clients that go away."""
+    words, pictures = ["w7 w9", "w30 w31 w32 w33 w34 w35"], ["a", "b", "thumb", None]
+    good = [Ask(words[i // 4 % 2], pictures[i % 4]) for i in range(28)]
+    bad = [Ask(words[i % 2], name, "refused") for i, name in enumerate(["broken", BLACK] * 4)]
+    bad += [Ask("w5", picture, GONE) for picture in pictures]
+    order = np.random.default_rng(5).permutation(40)
+    return [(good + bad)[i] for i in order]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = host_folders.desk(tmp_path_factory.mktemp("many"), FAMILIES)
+    host_folders.picture(folder, "thumb.png", 28, 28)
+    Image.new("RGB", (60, 90)).save(folder / f"{BLACK}.png")
+    (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:200])
+    return folder
+
+
+def body(server: Server, ask: Ask, **more: Any) -> bytes:
+    content: list[dict[str, Any]] = [{"type": "text", "text": ask.words}]
+    if ask.picture:
+        png = base64.b64encode((server.home / f"{ask.picture}.png").read_bytes()).decode()
+        link = {"url": f"data:image/png;base64,{png}"}
+        content.insert(0, {"type": "image_url", "image_url": link})
+    request = {"model": server.model, "messages": [{"role": "user", "content": content}]}
+    return json.dumps({**request, "max_tokens": TOKENS, "temperature": 0, **more}).encode()
+
+
+def post(server: Server, ask: Ask) -> Any:
+    """The words of the answer, or an error's code."""
+    if ask.ending == GONE:
+        return leave(server, ask)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/chat/completions",
+        body(server, ask),
+        {"content-type": "application/json"},
+    )
+    try:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=PATIENCE) as answer:
+            return json.loads(answer.read())["choices"][0]["message"]["content"]
+    except urllib.error.HTTPError as problem:
+        return problem.code
+
+
+def leave(server: Server, ask: Ask) -> str:
+    """Ask for a long streamed answer, and go away at its first byte."""
+    content = body(server, ask, stream=True, max_tokens=200)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(content)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), PATIENCE) as client:
+        client.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + content)
+        client.recv(1)
+    return GONE
+
+
+@pytest.fixture
+def refusing_black(monkeypatch) -> None:
+    """A block in which one picture's error is as any of a request."""
+    prune = PrunedEmbeddings._prune
+
+    def prune_or_refuse(self: Any, prompt: Any) -> Any:
+        pixels = prompt.inputs.pixels
+        if pixels is not None and (pixels == pixels.reshape(-1)[0]).all().item():
+            raise UserError("a black picture shows nothing")
+        return prune(self, prompt)
+
+    monkeypatch.setattr(PrunedEmbeddings, "_prune", prune_or_refuse)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlx_vlms_server_in_a_block_answers_each_as_alone(home, family, refusing_black):
+    asks = forty_requests()
+    with inside(home, kind=family, keep_tokens=4) as server:
+        alone = {ask: post(server, ask) for ask in dict.fromkeys(asks) if ask.ending == "answered"}
+        with ThreadPoolExecutor(AT_ONCE) as clients:
+            together = list(clients.map(lambda ask: post(server, ask), asks))
+        generator = runtime.response_generator
+        assert "_gpu_embed" in vars(generator)
+    assert "_gpu_embed" not in vars(generator)  # the server is as it was
+    assert len(set(alone.values())) > 4 and all(isinstance(text, str) for text in alone.values())
+    for ask, answer in zip(asks, together, strict=True):
+        expected = {"answered": alone.get(ask), "refused": 500, GONE: GONE}[ask.ending]
+        assert answer == expected, ask
+
+
+def answer_by_threads(folder: Path, pictures: Path) -> None:
+    """Eighty requests to two models of ours, whose answers must be those alone."""
+    models = [load(dtype="float32"), load(folder, dtype="float32")]
+    words = ["Is there a red star?", "What does the sign say?", "How many circles are there?"]
+    names = ["a", "b", "thumb", "broken", None]
+    options: list[dict[str, Any]] = [
+        {"pruner": "divprune", "keep_tokens": 9},
+        {"pruner": "fastv", "keep_ratio": 0.8},
+        {},
+    ]
+    asks = [(i % 2, words[i % 3], names[i % 5], options[i % 3]) for i in range(80)]
+
+    def answer(ask: tuple[int, str, str | None, dict[str, Any]]) -> Any:
+        number, prompt, name, more = ask
+        image = pictures / f"{name}.png" if name else None
+        try:
+            return generate(*models[number], prompt, image, max_tokens=TOKENS, **more).token_ids
+        except UserError as problem:
+            return str(problem)
+
+    alone = [answer(ask) for ask in asks]
+    refused = [text for text in alone if isinstance(text, str)]
+    assert len(refused) == 16 and all("truncated or damaged" in text for text in refused)
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        together = list(threads.map(answer, asks))
+    wrong = [asks[i] for i in range(80) if together[i] != alone[i]]
+    sys.exit(f"{len(wrong)} wrong: {wrong[:3]}" if wrong else 0)
+
+
+def test_threads_get_of_our_models_what_each_gets_alone(home, tmp_path):
+    llava.write(llava.random_model(), tmp_path / "llava")
+    code = (
+        "import sys; from pathlib import Path; from tests.test_many_requests import *;"
+        " answer_by_threads(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "llava"), str(home)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr[-2000:]

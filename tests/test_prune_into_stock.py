@@ -1,0 +1,104 @@
+"""Promises of `prune-into` about mlx-vlm's own command line, for every family that it offers.
+
+Its words are those of our own `generate`, on the folder that was not pruned.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_vlm_prune import generate, load, pruned
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.families import FAMILIES
+from mlx_vlm_prune.hosts.pruned_folder import prune_into
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+from . import host_folders, into_folders, llava, stock_folders
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
+QUESTION, TOKENS = "w7 w9", 5
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stock")
+    host_folders.picture(folder, "a.png", 120, 90)
+    with into_folders.fastvlm_sizes():
+        yield folder
+
+
+def test_every_family_is_here():
+    assert {*FAMILIES} - {"fastvlm"} == {*stock_folders.FAMILIES}  # which no config.json says
+
+
+def answer_of_the_command_line(folder: Path, picture: Path, capsys, monkeypatch) -> str:
+    from mlx_vlm.generate.cli import main
+
+    words = ["--model", str(folder), "--image", str(picture), "--prompt", QUESTION]
+    words += ["--max-tokens", str(TOKENS), "--temperature", "0"]
+    monkeypatch.setattr(sys, "argv", ["mlx_vlm.generate", *words])
+    capsys.readouterr()
+    main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", stock_folders.FAMILIES)
+def test_the_stock_command_line_answers_as_ours(home, family, capsys, monkeypatch):
+    source = stock_folders.checkpoint(family, home)
+    prune_into(source, home / f"{family}-pruned", "divprune", 0.25)
+    picture = home / "a.png"
+    out = answer_of_the_command_line(home / f"{family}-pruned", picture, capsys, monkeypatch)
+    expected = generate(
+        *load(source), QUESTION, picture, pruner="divprune", keep_ratio=0.25, max_tokens=TOKENS
+    )
+    assert expected.visual_tokens_kept < expected.visual_tokens
+    assert expected.text.strip() and expected.text.strip() in out
+
+
+def test_a_block_with_its_processor_makes_a_llava_answer_as_ours(home, monkeypatch):
+    from mlx_vlm import apply_chat_template
+    from mlx_vlm import generate as theirs
+    from mlx_vlm.utils import load as load_theirs
+
+    source, picture = home / "llava", home / "a.png"
+    model, processor = load_theirs(str(source))
+    before = processor.image_processor
+    text = apply_chat_template(processor, model.config, QUESTION, num_images=1)
+    options = {"image": str(picture), "max_tokens": TOKENS, "temperature": 0.0}
+    with pruned(model, "divprune", keep_ratio=0.25, processor=processor) as report:
+        answer = theirs(model, processor, text, **options)
+    expected = generate(
+        *load(source), QUESTION, picture, pruner="divprune", keep_ratio=0.25, max_tokens=TOKENS
+    )
+    assert answer.token_ids == expected.token_ids and report.prompts[-1].kept == [4]
+    assert processor.image_processor is before
+    ours, our_processor = load(source)  # which needs no word about its processor
+    with pruned(ours, "divprune", keep_ratio=0.25):
+        assert theirs(ours, our_processor, text, **options).token_ids == expected.token_ids
+
+
+def test_only_processors_of_pruned_folders_are_mended(home):
+    from mlx_vlm.utils import load as load_theirs
+
+    kinds = [type(load_theirs(str(home / name))[1].image_processor).__name__
+             for name in ("llava-pruned", "llava")]  # fmt: skip
+    assert kinds[0] == "ImagesAlone" and kinds[1].startswith("CLIPImageProcessor")
+
+
+@pytest.mark.parametrize("layout", llava.RENAMED)
+def test_a_llava_is_written_where_mlx_vlm_loads_it_and_refused_elsewhere(layout, tmp_path):
+    from mlx_vlm.utils import load_model
+
+    source = llava.write(llava.random_model(), tmp_path / "source", layout)
+    try:
+        load_model(source)
+    except Exception:
+        with pytest.raises(
+            UserError, match=r"mlx-vlm cannot load it, since it has .*; such a fold"
+        ):
+            prune_into(source, tmp_path / "pruned", "divprune", 0.5)
+        assert not (tmp_path / "pruned").exists()
+    else:
+        prune_into(source, tmp_path / "pruned", "divprune", 0.5)
+        load_model(tmp_path / "pruned")
