@@ -79,13 +79,11 @@ def stream_generate(
     top_k: int = 0, min_p: float = 0.0,
     repetition_penalty: float | None = None, repetition_context_size: int = 20,
     sampler: Sampler | None = None, logits_processors: Sequence[LogitsProcessor] | None = None,
-    eos_tokens: Sequence[str | int] | None = None,
-    num_draft_tokens: int | None = None,
+    eos_tokens: Sequence[str | int] | None = None, num_draft_tokens: int | None = None,
     system: str | None = None,
     chat_template_config: Mapping[str, Any] | None = None,
-    max_pixels: int | None = None,
+    max_pixels: int | None = None, allow_url: bool = False,
     host_options: Mapping[str, Any] | None = None,
-    allow_url: bool = False,
 ) -> Iterator[GenerationResponse]:  # fmt: skip
     """Answer a prompt about any number of images, one piece of text at a time.
 

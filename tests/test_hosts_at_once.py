@@ -24,8 +24,8 @@ HALF = {"pruner": "divprune", "keep_ratio": 0.5}
 CAP = {"pruner": "norm", "keep_tokens": 4}
 WORDS, LONG = "w7 w9", "w3 w11 w4 w8 w7 w9 w3 w3 w5"
 ROOT = Path(__file__).resolve().parents[1]
-Asked = tuple[str, str | None, dict[str, Any]]
-REQUESTS: list[Asked] = [
+Query = tuple[str, str | None, dict[str, Any]]
+REQUESTS: list[Query] = [
     (WORDS, "a", HALF),
     (LONG, "b", HALF),
     (WORDS, "thumb", CAP),
@@ -48,8 +48,8 @@ def loaded(home):
     return {name: load(home / name) for name in FAMILIES}
 
 
-def request(home: Path, asked: Asked) -> dict[str, Any]:
-    words, picture, options = asked
+def request(home: Path, query: Query) -> dict[str, Any]:
+    words, picture, options = query
     image = home / f"{picture}.png" if picture else None
     sampled = {"temperature": 1.5, "seed": len(words)}  # so that each number matters
     return {"prompt": words, "image": image, "max_tokens": 8, **sampled, **options}
@@ -58,7 +58,7 @@ def request(home: Path, asked: Asked) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generators_that_are_read_by_turns_answer_as_alone(home, loaded, family):
     model, processor = loaded[family]
-    requests = [request(home, asked) for asked in REQUESTS]
+    requests = [request(home, query) for query in REQUESTS]
     alone = [generate(model, processor, **one).token_ids for one in requests]
     assert len({tuple(ids) for ids in alone}) > 4  # so an answer of another's would be seen
     results = read_by_turns([stream_generate(model, processor, **one) for one in requests])
@@ -76,7 +76,7 @@ def read_by_turns(streams: list[Any]) -> list[Any]:
 
 def test_a_generator_that_is_left_or_closed_disturbs_no_other(home, loaded):
     model, processor = loaded["qwen2_5_vl"]
-    one, two = (request(home, asked) for asked in (REQUESTS[1], REQUESTS[0]))
+    one, two = (request(home, query) for query in (REQUESTS[1], REQUESTS[0]))
     alone = generate(model, processor, **one).token_ids
     stream, left = (
         stream_generate(model, processor, **one),
@@ -92,7 +92,7 @@ def test_a_generator_that_is_left_or_closed_disturbs_no_other(home, loaded):
 
 def test_a_processor_of_logits_may_ask_the_same_model(home, loaded):
     model, processor = loaded["qwen3_vl"]
-    one, two = (request(home, asked) for asked in (REQUESTS[1], REQUESTS[0]))
+    one, two = (request(home, query) for query in (REQUESTS[1], REQUESTS[0]))
     alone, other = (generate(model, processor, **each).token_ids for each in (one, two))
     answers = []
 
@@ -140,10 +140,10 @@ def test_in_a_block_mlx_vlms_own_streams_may_be_read_by_turns(home, loaded, fami
         for piece in theirs(model, processor, text, image, max_tokens=8, temperature=0.0):
             yield np.array(piece.logprobs)
 
-    asked = [(WORDS, "a"), (LONG, "b"), (WORDS, "thumb")]
+    query = [(WORDS, "a"), (LONG, "b"), (WORDS, "thumb")]
     with pruned(model, "divprune", keep_tokens=4):
-        alone = [np.stack([*stream(*one)]) for one in asked]
-        rounds = [*zip(*(stream(*one) for one in asked), strict=True)]
+        alone = [np.stack([*stream(*one)]) for one in query]
+        rounds = [*zip(*(stream(*one) for one in query), strict=True)]
         by_turns = [np.stack(pieces) for pieces in zip(*rounds, strict=True)]
     np.testing.assert_allclose(by_turns, alone, rtol=0, atol=1e-4)
     for i, j in ((0, 1), (0, 2), (1, 2)):
@@ -155,7 +155,7 @@ def answer_in_threads(home: Path) -> None:
     wrong: list[Any] = []
     for family in FAMILIES:
         model, processor = load(home / family)
-        requests = [request(home, asked) for asked in REQUESTS]
+        requests = [request(home, query) for query in REQUESTS]
         alone = [generate(model, processor, **one).token_ids for one in requests]
 
         def ask(i: int, model=model, processor=processor, requests=requests, alone=alone) -> None:

@@ -265,7 +265,7 @@ def test_no_function_below_the_public_api_has_more_than_seven_parameters():
                 named = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 if len([a for a in named if a.arg not in ("self", "cls")]) > MOST_PARAMETERS:
                     many.add(node.name)
-    assert many == {"stream_generate", "keep_within", "attach"}  # public
+    assert many == {"stream_generate", "keep_within"}  # public
 
 
 def test_no_file_tells_of_the_machine_it_was_written_on():

@@ -13,19 +13,16 @@ from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.reading.files import optional_json
 
 LLAVA = "llava"
+WORD_OPTIONS = ("padding", "padding_side", "add_special_tokens", "truncation", "max_length")
 
 
 class ImagesAlone:
-    """An image processor that is asked with the options of words, and leaves them out."""
-
-    def __init__(self, image_processor: Any):
-        self.image_processor = image_processor
+    """Mixin before an image processor's class: it leaves out the options of words."""
 
     def __call__(self, images: Any, **options: Any) -> Any:
-        return self.image_processor(images)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["image_processor"], name)
+        stock: Any = super()
+        kept = {name: value for name, value in options.items() if name not in WORD_OPTIONS}
+        return stock.__call__(images, **kept)
 
 
 def mend(processor: Any) -> Callable[[], None]:
@@ -34,15 +31,13 @@ def mend(processor: Any) -> Callable[[], None]:
     if isinstance(processor, Path):
         _mend_in_pruned_folders()
         return lambda: None
-    before = processor.image_processor
-    if isinstance(before, ImagesAlone):
+    image_processor = getattr(processor, "image_processor", None)
+    base = type(image_processor)
+    if image_processor is None or issubclass(base, ImagesAlone):
         return lambda: None
-    processor.image_processor = ImagesAlone(before)
-
-    def undo() -> None:
-        processor.image_processor = before
-
-    return undo
+    attributes = {"__module__": base.__module__}
+    image_processor.__class__ = type(base.__name__, (ImagesAlone, base), attributes)
+    return lambda: setattr(image_processor, "__class__", base)
 
 
 @functools.cache
