@@ -230,8 +230,8 @@ class Session:
         if not file:
             self.new_images = []
             return
-        source = file if is_url(file) else expand_home(file)
-        [source] = list_images(source, self.chat.options.get("allow_url", False))
+        place = file if is_url(file) else expand_home(file)
+        [source] = list_images(place, self.chat.options.get("allow_url", False))
         image = open_image(source, self.chat._pixel_limit)
         warn_of_photographs(self.processor, [image])
         self.new_images.append(image)

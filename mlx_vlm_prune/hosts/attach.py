@@ -55,8 +55,9 @@ def attach(
     state, guard = LanguageState(host.is_bidirectional, mask_layers), ServerGuard(model)
     host.model = proxy(model)  # weak: the model, which will hold it, is freed with its last owner
     embeddings = PrunedEmbeddings(
-        host, pipeline, keep_ratio, keep_tokens, policy, allow_videos, state, guard
+        host, pipeline, keep_ratio, keep_tokens, policy, allow_videos, state
     )
+    embeddings.guard = guard
     with ExitStack() as undo:
         if processor is not None and host.kind == LLAVA:
             undo.callback(mend(processor))

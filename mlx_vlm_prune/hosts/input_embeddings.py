@@ -42,7 +42,6 @@ class PrunedEmbeddings:
     policy: Policy
     allow_videos: bool  # videos and sound are read unpruned; without, they are refused
     state: LanguageState
-    guard: ServerGuard
 
     def __post_init__(self) -> None:
         self.report = PruningReport(self.pipeline.spec, self.policy)
@@ -55,7 +54,8 @@ class PrunedEmbeddings:
 
         Raises UserError for other media, and for what the caller computed: features, positions.
         """
-        self.guard.watch()
+        if self.guard:
+            self.guard.watch()
         has_other_media = any(extra.get(name) is not None for name in OTHER_MEDIA)
         if has_other_media and not self.allow_videos:
             raise UserError("only images are pruned: videos and sound go outside the block")
