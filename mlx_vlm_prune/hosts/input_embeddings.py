@@ -44,6 +44,7 @@ class PrunedEmbeddings:
     state: LanguageState
 
     def __post_init__(self) -> None:
+        self.guard: ServerGuard | None = None  # of mlx-vlm's server
         self.report = PruningReport(self.pipeline.spec, self.policy)
         self.tower_cache: TowerCache | Any = TowerCache(self.host, self.pipeline)
 

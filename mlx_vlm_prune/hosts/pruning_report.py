@@ -6,6 +6,7 @@ the choices are read where somebody reads the report, or when the next prompts c
 
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ..pruners.trace import Trace
@@ -20,7 +21,7 @@ class PromptReport:
 
     total: list[int]  # visual tokens
     kept: list[int]
-    kept_indices: list[list[int] | None]  # None of pooled tokens
+    kept_indices: list[list[int] | None]  # None of pooled tokens, and where none were chosen
     rows: tuple[int, int]  # of the prompt, before and after pruning
     seconds: dict[str, float]  # of "vision" and "pruner"; none on a GPU, which waits for neither
     tower_skipped: bool  # the tower's output was cached, of the same images
@@ -51,7 +52,9 @@ class PruningReport:
         """Read which tokens stayed of the latest prompts."""
         unread, self._unread = self._unread, []
         for number, trace in enumerate(unread[-MAX_PROMPTS:], -min(len(unread), MAX_PROMPTS)):
-            indices = [trace.kept(image) for image in range(trace.image_count)]
+            indices: list[list[int] | None] = [None] * trace.image_count
+            with suppress(RuntimeError):  # of a client that left before its prompt was computed
+                indices = [trace.kept(image) for image in range(trace.image_count)]
             self._prompts[number] = replace(self._prompts[number], kept_indices=indices)
 
     def add(self, prompt: PrunedPrompt, ms: Mapping[str, float], tower_skipped: bool) -> None:
