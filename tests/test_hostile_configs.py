@@ -15,14 +15,15 @@ from convert.describe import describe
 from convert.to_hf import to_hf
 from convert.to_torch import to_torch
 from convert.twig import read_twig
-from mlx_vlm_prune import load
+from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.hosts.loading import kind_of
 from mlx_vlm_prune.inputs.preprocessor import Preprocessor
 from mlx_vlm_prune.inputs.prompt import Tokenizer
 
-from . import backbones, generations, llava, tiny
+from . import backbones, generations, host_folders, llava, tiny
+from .limited import run_limited
 from .test_generations import converted
 
 MANY = ("missing", None, -1, 0, 3, 10**12, 10**400, "x", [], {}, True, [1, 2], 0.5)
@@ -215,6 +216,91 @@ def test_a_model_of_mlx_vlm_without_mlx_vlm_says_what_to_install(tmp_path, monke
         load(tmp_path)
 
 
+@pytest.mark.parametrize("name", [["x"], {"a": 1}, None, 7])
+def test_a_template_whose_name_is_no_text_is_not_the_default(ours, name):
+    settings = {"chat_template": [{"name": name, "template": "a"}]}
+    (ours / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="none is called default"):
+        load(ours)
+
+
+def test_a_token_that_is_no_text_is_refused(ours):
+    config = json.loads((ours / "config.json").read_text()) | {"image_token": "\ud800"}
+    (ours / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"image_token is .* not the text of a token"):
+        load(ours)
+
+
+@pytest.mark.parametrize("change", [lambda i: i + 10**6, lambda i: None if i % 3 else i])
+def test_a_tokenizer_without_the_models_ids_is_not_the_models(ours, change):
+    """Answers would be empty."""
+    file = ours / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = content["model"]["vocab"]
+    moved = {word: number if number < 9 else change(number) for word, number in words.items()}
+    content["model"]["vocab"] = {word: i for word, i in moved.items() if i is not None}
+    content["model"]["merges"] = []
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="do not belong together"):
+        load(ours)
+
+
+def test_a_model_whose_config_names_another_family_is_told(tmp_path):
+    model, processor = load(host_folders.checkpoint("qwen3_vl", tmp_path))
+    model.config.model_type = "llava"
+    with pytest.raises(UserError, match="a qwen3_vl model's config calls it a llava model"):
+        generate(model, processor, "w1")
+
+
 def test_an_empty_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="is no checkpoint"):
         load(tmp_path)
+
+
+FUZZ = """
+import json, random, sys
+from pathlib import Path
+from tests.test_hostile_configs import ODD, places
+from mlx_vlm_prune import load
+from mlx_vlm_prune.checkpoints.errors import UserError
+
+folder, draw, counts = Path(sys.argv[1]), random.Random(20), {"read": 0, "refused": 0}
+files = [folder / name for name in sys.argv[2:]]
+whole = {file: file.read_text() for file in files}
+for case in range(1000):
+    file = draw.choice(files)
+    content = json.loads(whole[file])
+    for _ in range(draw.choice((1, 1, 2, 4))):
+        *above, key = draw.choice([*places(content)] or [("x",)])
+        inner = content
+        for name in above:
+            inner = inner[name]
+        inner[key] = draw.choice(ODD)
+    file.write_text(json.dumps(content))
+    try:
+        _, processor = load(folder)
+        tokenizer = processor.tokenizer
+        tokenizer.encode("a")
+        tokenizer.eos_token_ids
+        counts["read"] += 1
+    except UserError as e:
+        assert "\\n" not in str(e), e
+        counts["refused"] += 1
+    file.write_text(whole[file])
+print(counts["read"], counts["refused"])
+"""
+ODD: list[Any] = [
+    None, True, 0, 1, -1, 1.5, 1e400, 1048576, 1 << 31, 1 << 63, 10**400, "", "x", "\ud800", "\0",
+    "llama", ["llama"], [], [[1], 2], [[]], {}, {"model_type": ["x"]}, {"content": "\ud800"},
+    {"a": {}}, [{"name": ["default"], "template": "x"}], [{"name": "default", "template": 1}],
+    "x" * 5000, [0] * 999,
+]  # fmt: skip
+
+
+def test_a_thousand_configs_are_read_or_refused_within_limits(ours):
+    (ours / "special_tokens_map.json").write_text('{"eos_token": "</s>", "bos_token": "<s>"}')
+    (ours / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.5}')
+    names = ("config", "tokenizer_config", "special_tokens_map", "generation_config")
+    files = [f"{name}.json" for name in (*names, "preprocessor_config")]
+    read, refused = run_limited(FUZZ, ours, *files, seconds=120).split()
+    assert int(read) > 100 and int(refused) > 100

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import backbones
 from .backbones import BACKBONES, RUNNER
-from .errors import UserError
+from .errors import UserError, is_unicode
 from .quantization import Quantization, parse_quantization
 from .reading.fields import Fields
 
@@ -171,7 +171,7 @@ def parse_config(config: Mapping[str, Any], file: Path) -> VLMConfig:
         raise UserError(f"{file} holds a {kind!r} model; supported are {', '.join(MODEL_TYPES)}")
     sizes, checked = parse_sizes(config, file), Fields(config, file)
     token, number = config.get("image_token", "@"), config.get("image_token_id", 34)
-    if not isinstance(token, str) or not token:
+    if not isinstance(token, str) or not token or not is_unicode(token):
         raise checked.error("image_token", "the text of a token")
     if type(number) is not int or not 0 <= number < sizes.text.vocab_size:
         raise checked.error("image_token_id", "one of the vocabulary's")

@@ -42,3 +42,12 @@ def check_text(text: Any, name: str = "prompt") -> None:
     """Raises UserError for what is no text."""
     if not isinstance(text, str):
         raise UserError(f"{name} is {short(text)}; it must be a str")
+
+
+def is_unicode(text: str) -> bool:
+    """Can a text be written? Half of a pair of surrogates, which JSON can hold, cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

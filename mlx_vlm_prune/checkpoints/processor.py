@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG
-from .errors import UserError, reason
+from .errors import UserError, is_unicode, reason, short
 from .reading.files import optional_json
 from .reading.paths import LARGEST_JSON, LARGEST_TOKENIZER, check_regular, is_here
 from .tokenizer_check import check_model, check_tokenizer
@@ -151,15 +151,7 @@ def _added_token(value: Any) -> "AddedToken | None":
 def _content(value: Any) -> str | None:
     """A token is a string, or an object with its content."""
     content = value.get("content") if isinstance(value, dict) else value
-    return content if isinstance(content, str) and _is_unicode(content) else None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return content if isinstance(content, str) and is_unicode(content) else None
 
 
 def token_settings(folder: Path) -> dict[str, Any]:
@@ -217,10 +209,10 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     template = older.get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # the older form: several, each with a name
         entries = [entry for entry in template if isinstance(entry, dict)]
-        templates = {entry.get("name"): entry.get("template") for entry in entries}
-        template = templates.get("default")
+        named = [(entry.get("name"), entry.get("template")) for entry in entries]
+        template = next((text for name, text in reversed(named) if name == "default"), None)
         if entries and template is None:
-            names = ", ".join(str(name)[:40] for name in templates)
+            names = ", ".join(short(name) for name, _ in named)
             raise UserError(
                 f"{folder / TOKENIZER_CONFIG}: of its chat templates ({names}) none is called"
                 " default"

@@ -48,4 +48,9 @@ def host_of(model: Any, processor: Any = None) -> Host:
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind not in FAMILIES:
         raise UserError(f"there is no pruning in {kind} models; there is in {', '.join(FAMILIES)}")
+    for base in type(model).__mro__:
+        package, _, module = base.__module__.partition(".models.")
+        name = module.partition(".")[0]
+        if package == "mlx_vlm" and FAMILIES.get(name, FAMILIES[kind]) is not FAMILIES[kind]:
+            raise UserError(f"a {name} model's config calls it a {kind} model; correct model_type")
     return FAMILIES[kind](model, processor)
