@@ -28,7 +28,7 @@ from .template_costs import CALL, METER, Meter, TemplateLimitError, held, spend,
 
 logger = logging.getLogger("mlx_vlm_prune")
 LONGEST = 1 << 17  # characters of a template; the longest published have 30,000
-STEPS = 4_000_000  # of a rendering, whatever it reads: half a second
+STEPS = 4_000_000  # of a rendering, whatever it reads
 STEPS_BY_INPUT = 200  # and for each step that reading the messages takes
 MOST_WRITTEN = 1 << 20  # characters that it may write, whatever it reads
 WRITTEN_BY_INPUT = 64

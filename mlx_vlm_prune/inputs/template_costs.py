@@ -1,6 +1,6 @@
 """What the parts of a chat template cost, in steps, told before they are run.
 
-A step is about a tenth of a microsecond, or eight characters written. Costs are no less than what
+A step is an expression that is evaluated, or eight characters written. Costs are no less than what
 is done.
 """
 
