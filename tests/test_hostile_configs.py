@@ -258,7 +258,7 @@ def test_an_empty_folder_is_no_checkpoint(tmp_path):
 
 
 FUZZ = """
-import json, random, sys
+import copy, json, random, sys
 from pathlib import Path
 from tests.test_hostile_configs import ODD, places
 from mlx_vlm_prune import load
@@ -275,7 +275,7 @@ for case in range(1000):
         inner = content
         for name in above:
             inner = inner[name]
-        inner[key] = draw.choice(ODD)
+        inner[key] = copy.deepcopy(draw.choice(ODD))
     file.write_text(json.dumps(content))
     try:
         _, processor = load(folder)
