@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG
-from .errors import UserError, is_unicode, reason, short
+from .errors import UserError, is_unicode, reason
 from .reading.files import optional_json
 from .reading.paths import LARGEST_JSON, LARGEST_TOKENIZER, check_regular, is_here
 from .tokenizer_check import check_model, check_tokenizer
@@ -212,7 +212,7 @@ def chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         named = [(entry.get("name"), entry.get("template")) for entry in entries]
         template = next((text for name, text in reversed(named) if name == "default"), None)
         if entries and template is None:
-            names = ", ".join(short(name) for name, _ in named)
+            names = ", ".join(str(name)[:40] for name, _ in named)
             raise UserError(
                 f"{folder / TOKENIZER_CONFIG}: of its chat templates ({names}) none is called"
                 " default"
