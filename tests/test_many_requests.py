@@ -75,11 +75,13 @@ def body(server: Server, ask: Ask, **more: Any) -> bytes:
         link = {"url": f"data:image/png;base64,{png}"}
         content.insert(0, {"type": "image_url", "image_url": link})
     request = {"model": server.model, "messages": [{"role": "user", "content": content}]}
-    return json.dumps({**request, "max_tokens": TOKENS, "temperature": 0, **more}).encode()
+    return json.dumps(
+        {**request, "max_tokens": TOKENS, "temperature": 0, "logprobs": True, **more}
+    ).encode()
 
 
 def post(server: Server, ask: Ask) -> Any:
-    """The words of the answer, or an error's code."""
+    """Log probabilities of the answer's tokens, or an error's code."""
     if ask.ending == GONE:
         return leave(server, ask)
     request = urllib.request.Request(
@@ -90,7 +92,8 @@ def post(server: Server, ask: Ask) -> Any:
     try:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with direct.open(request, timeout=PATIENCE) as answer:
-            return json.loads(answer.read())["choices"][0]["message"]["content"]
+            (choice,) = json.loads(answer.read())["choices"]
+            return tuple(token["logprob"] for token in choice["logprobs"]["content"])
     except urllib.error.HTTPError as problem:
         return problem.code
 
@@ -129,10 +132,12 @@ def test_mlx_vlms_server_in_a_block_answers_each_as_alone(home, family, refusing
         generator = runtime.response_generator
         assert "_gpu_embed" in vars(generator)
     assert "_gpu_embed" not in vars(generator)  # the server is as it was
-    assert len(set(alone.values())) > 4 and all(isinstance(text, str) for text in alone.values())
+    assert len(set(alone.values())) == 8 and all(len(odds) == TOKENS for odds in alone.values())
     for ask, answer in zip(asks, together, strict=True):
-        expected = {"answered": alone.get(ask), "refused": 500, GONE: GONE}[ask.ending]
-        assert answer == expected, ask
+        if ask.ending == "answered":
+            np.testing.assert_allclose(answer, alone[ask], rtol=0, atol=1e-4)
+        else:
+            assert answer == {"refused": 500, GONE: GONE}[ask.ending], ask
 
 
 def answer_by_threads(folder: Path, pictures: Path) -> None:
