@@ -209,7 +209,7 @@ def test_a_folder_with_another_config_is_no_checkpoint(tmp_path, text):
 
 def test_a_model_of_mlx_vlm_without_mlx_vlm_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     for name in ("mlx_vlm", "mlx_vlm.utils"):  # as if it were not there
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install"):

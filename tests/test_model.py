@@ -312,7 +312,7 @@ def test_the_check_of_the_model_fails_for_a_broken_twin(pair, spec, broken, monk
         "cuts": lambda layers, N, K: [(1, "before", K)],
         "smaller_grid": lambda grid, K: (3, 2),
         "twig_attention": lambda twig, prompt: attention(twig, twig.layers[0], prompt)[2],
-        "cut_and_wipe": lambda layers, N, K, layer, wipe: {1: 11, 2: 1},
+        "cut_and_wipe": lambda layers, N, K, layer, wipe, rank: {1: 11, 2: 1},
     }
     monkeypatch.setattr(broken, wrong[broken.rsplit(".", 1)[1]])
     with pytest.raises(AssertionError):

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "--out",
     "--turns",
     "--separate",
+    "--all",
     "--always",
     "--kinds",
     "--questions",

@@ -127,6 +127,7 @@ def prune_into(
         keep_ratio = default_keep_ratio(pipeline.spec)
     if source.resolve() in target.resolve().parents:
         raise UserError(f"{target} lies inside {source}, which stays as it is; write elsewhere")
+    _check_weights(config, source)
     record: dict[str, Any] = {"pruner": pipeline.spec, "version": __version__}
     record |= {"keep_ratio": keep_ratio} if keep_tokens is None else {"keep_tokens": keep_tokens}
     copies = _package_sources() if vendor else {}
@@ -159,10 +160,14 @@ def _config(source: Path) -> dict[str, Any]:
         raise UserError(f"{source} prunes already; give the folder that it was made from")
     if "model_file" in config:
         raise UserError(f"{source} has a model of its own in {config['model_file']}")
-    mlx_vlm_weight_files(source)
-    if kind in LLAVA:
-        _check_llava(config, source)
     return config
+
+
+def _check_weights(config: Mapping[str, Any], source: Path) -> None:
+    """Raises UserError where mlx-vlm cannot load them."""
+    mlx_vlm_weight_files(source)
+    if config["model_type"] in LLAVA:
+        _check_llava(config, source)
 
 
 def _check_llava(config: Mapping[str, Any], source: Path) -> None:
@@ -178,7 +183,7 @@ def _check_llava(config: Mapping[str, Any], source: Path) -> None:
     if other := next((name for name in names if not name.startswith(LLAVA_PARTS)), None):
         raise UserError(
             f"{source}: mlx-vlm cannot load it, since it has {other}, a name of other releases of"
-            f" transformers; such a folder runs here, by generate --model {source}"
+            f" transformers; such a folder runs here, by mlx_vlm_prune.load"
         )
 
 

@@ -15,10 +15,12 @@ from ..checkpoints.adapters import KINDS as ADAPTER_STAGES
 from ..checkpoints.adapters import AdapterConfig
 from ..checkpoints.command_line import either, suggestion
 from ..checkpoints.errors import UserError, missing_package
+from ..checkpoints.reading.paths import check_regular
 
 STAGES = ("pretrain", "sft", "lora", "dora", "pruner", "twig")
 OPTIMIZERS = ("adam", "adamw", "muon", "sgd", "adafactor")
 REPORTERS = ("wandb", "swanlab")
+LARGEST_CONFIG = 2**20  # bytes of a YAML file
 FREEZABLE = ("tower", "projector", "language", "pruner")
 # EfficientVLM's first stage; the others are the usual rates of their kind.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -262,6 +264,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         import yaml
     except ImportError:
         raise missing_package("yaml", "a config file") from None
+    check_regular(path, LARGEST_CONFIG)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:

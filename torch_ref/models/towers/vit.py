@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from ...pruners import Step
 from .signals import Encoded, enter, run_layers
@@ -135,6 +136,8 @@ class VisionTower(nn.Module):
         first = int(self.has_cls)
         run = enter(x_BSD, first, patches_BND, pixels_B3HW, grid, set(want or {}), cuts)
         depth = self.config.depth
+        if depth in (want or {}).values() and depth == len(self.encoder.layers):
+            raise UserError(f"the tower has no layer {depth}; give {-depth} to {depth - 1}")
         run = run_layers(self.encoder.layers[:depth], run, want or {}, cuts)
         if behind := {name for name, at in (want or {}).items() if at == depth}:
             layer: Any = self.encoder.layers[depth]
