@@ -3,6 +3,7 @@
 Threads run in a process of their own, since a fault there ends it with a signal.
 """
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +169,10 @@ def answer_in_threads(home: Path) -> None:
 
         with ThreadPoolExecutor(6) as threads:
             list(threads.map(ask, [*range(len(requests))] * 3))
-    sys.exit(f"{len(wrong)} wrong: {wrong[:3]}" if wrong else 0)
+    if wrong:
+        sys.exit(f"{len(wrong)} wrong: {wrong[:3]}")
+    # MLX 0.32.4 aborts now and then while the process ends, behind the last answer of a thread.
+    os._exit(0)
 
 
 def test_threads_answer_as_alone(home):
