@@ -27,7 +27,7 @@ from .serving import (
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 PICTURES = [noise(80, 90, 1), noise(120, 60, 2)]
 HOSTS = ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
-OURS = ["own llava", "qwen3", "mamba"]
+OURS = ["own llava", "qwen3", "llama", "mamba"]
 METHODS = [
     {}, {"visual_tokens": 5}, {"keep_ratio": 0.5, "pruner": "norm"},
     {"keep_ratio": 0.25, "pruner": "divprune"}, {"pruner": "avgpool", "visual_tokens": 4},
@@ -79,6 +79,20 @@ def alone(model: Any, text: str, n: int, options: dict[str, Any]) -> tuple[str, 
     image = [PICTURES[n % 2]] if n % 4 < 3 else []
     whole = generate(*model, text, image, **options)
     return whole.text, whole.prompt_tokens, whole.visual_tokens_kept
+
+
+@pytest.mark.parametrize("kind", [*OURS, *HOSTS])
+def test_a_model_that_no_other_thread_has_asked_answers(kind, loaded):
+    """What loading leaves to be computed belongs to the thread that loads."""
+    with serve(*loaded(kind)) as server:
+        assert server.chat(question("w7", PICTURES[0]), max_tokens=1)["choices"]
+
+
+@pytest.mark.parametrize("method", ["score_prune", "mlp"])
+def test_a_learned_method_answers_first_in_the_servers_thread(method):
+    with serve(*load()) as server:
+        usage = server.chat(question("Is it red?", PICTURES[0]), pruner=method, keep_ratio=0.25)
+        assert usage["usage"]["visual_tokens_kept"] == 49
 
 
 @pytest.mark.parametrize("kind", [*OURS, *HOSTS])

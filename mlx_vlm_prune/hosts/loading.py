@@ -70,6 +70,7 @@ def load(
         ) from None
     if adapter_path:
         load_adapters(model, adapter_path)
+        mx.eval(model)
         processor = replace(processor, folder=None)  # what is known of the base is not of this
     return model, processor
 
@@ -132,7 +133,7 @@ def _load_mlx_vlm(
         adapters.load_adapters(model, adapter_path)
     if dtype is not None:
         model.set_dtype(dtype)
-        mx.eval(model.parameters())
+    mx.eval(model)  # what is left lazy can be computed in this thread only
     return model, processor
 
 

@@ -69,6 +69,7 @@ def _module(file: Path, name: str, weights: Weights, model: Featured) -> Any:
             raise UserError(f"{file}: {name}.{key} is {shape}, not {shapes.get(key)}")
     module.load_weights([(key, array.astype(dtype)) for key, array in weights.items()])
     module.eval()
+    mx.eval(module)
     return module
 
 

@@ -68,7 +68,9 @@ def _build(
     beside = read_learned(folder, model)
     model.learned = MappingProxyType({**model.learned, **beside})
     model.eval()
-    mx.eval(model.parameters())
+    # All arrays, not the parameters alone: what is left lazy belongs to this thread, and a server
+    # answers in another.
+    mx.eval(model)
     return model, read_processor(checkpoint, config, name, folder)
 
 
