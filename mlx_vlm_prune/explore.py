@@ -25,7 +25,7 @@ from .evaluation.sweep_cases import Refusal, budgets_of, full_case, sweep_cases,
 from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
 from .generation.arguments import build_explore_parser
 from .generation.exploration import Exploration, ExploredAnswer
-from .generation.request import check_decoding
+from .generation.request import check_decoding, list_images
 from .inputs.budget import check_budget
 from .pruners import check_names
 
@@ -113,7 +113,7 @@ def _images_and_prompt(args: argparse.Namespace) -> tuple[list[Any], str]:
     if args.image:
         if args.prompt == "-":
             args.prompt = sys.stdin.read().strip()
-        return args.image, args.prompt
+        return list_images(args.image, args.allow_url), args.prompt
     from .scenes import compose
 
     return [compose(SAMPLE_SEED).image()], args.prompt or SAMPLE_PROMPT

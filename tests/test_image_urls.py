@@ -20,6 +20,7 @@ from mlx_vlm_prune import Chat, batch_generate, generate, load
 from mlx_vlm_prune.chat import main as chat_main
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation.questions import BadRecords, Source, format_of
+from mlx_vlm_prune.explore import main as explore_main
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.inputs import image_urls
 from mlx_vlm_prune.inputs.image import open_image
@@ -218,7 +219,8 @@ def test_the_command_lines_take_urls_where_the_flag_is_given(
     chat_main([*words, "--allow-url"])
     captured = capsys.readouterr()
     assert f"The next question is about {site}/moved." in captured.out
-    for command, more in ((main, ["--prompt", QUESTION]), (chat_main, [])):
+    prompt = ["--prompt", QUESTION]
+    for command, more in ((main, prompt), (explore_main, prompt), (chat_main, [])):
         with pytest.raises(SystemExit) as stop:
             command([*words, *more])
         assert stop.value.code == 2

@@ -19,7 +19,7 @@ class Finder:
         if name == late:
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
-sys.argv = ["-m", *arguments]
+sys.argv, sys.orig_argv = ["-m", *arguments], [sys.executable, "-m", module]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 STARTS = [  # a command, and a module that it imports
@@ -57,6 +57,7 @@ def test_a_command_is_known_by_how_python_starts_it(tmp_path):
 @pytest.mark.parametrize("name", ["-m", "bin/mlx-vlm-prune", "bin/mlx_vlm_prune.generate"])
 def test_the_handler_is_there_until_the_options_are_parsed(name, monkeypatch):
     monkeypatch.setattr("sys.argv", [name])
+    monkeypatch.setattr("sys.orig_argv", ["python", "-X", "dev", "-m", "mlx_vlm_prune.train"])
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     startup.watch_start()
     assert signal.getsignal(signal.SIGINT) is startup._end
@@ -69,6 +70,11 @@ def test_a_program_of_the_users_keeps_its_own_handler(monkeypatch):
     startup.watch_start()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.setattr("sys.argv", ["-m"])
+    for start in (["-m", "theirs.tool"], ["-mtheirs.tool"], ["-m", "theirs", "mlx_vlm_prune"]):
+        monkeypatch.setattr("sys.orig_argv", ["python", *start])
+        startup.watch_start()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr("sys.orig_argv", ["python", "-mmlx_vlm_prune.train"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         startup.watch_start()

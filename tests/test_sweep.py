@@ -212,7 +212,7 @@ MISTAKES = [
     (["--max-tokens", "0"], "--max-tokens is 0; "),
     (["--runs", "0"], "argument --runs: '0' is not a whole number from 1 on"),
     (["--image", "no.png"], "there is no image file no.png"),
-    (["--image", "empty"], "there is no image (.bmp, .gif, .jpeg, .jpg, .png, .webp) in empty"),
+    (["--image", "empty"], "there is no image (.bmp, .gif, .heic, .heif, .jpeg, "),
     (["--image", "broken.png"], "broken.png is not a PNG, JPEG"),
     (["--json", "nowhere/r.json"], "there is no folder "),
 ]

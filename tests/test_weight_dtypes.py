@@ -15,6 +15,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
 from mlx_vlm_prune.checkpoints.reading.paths import LARGEST_JSON
 from mlx_vlm_prune.fuse import main as fuse
+from mlx_vlm_prune.machine.user_cache import model_key
 from torch_ref.models.learned import read_learned
 from torch_ref.models.loading import load_folder
 
@@ -156,6 +157,15 @@ def test_pipes_and_devices_are_refused(kind, name, scenes, tmp_path):
         (folder / name).symlink_to("/dev/zero")
     with pytest.raises(UserError, match="is not a regular file"):
         load(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training_args.bin"])
+def test_a_models_key_is_read_from_regular_files(name, scenes, tmp_path):
+    folder = shutil.copytree(scenes, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match="is not a regular file"):
+        model_key(folder)
 
 
 def test_a_json_file_is_read_up_to_a_size(scenes, tmp_path):

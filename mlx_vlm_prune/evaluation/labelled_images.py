@@ -14,7 +14,7 @@ from pathlib import Path
 from ..checkpoints.command_line import either
 from ..checkpoints.errors import UserError
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = tuple(f".{kind}" for kind in "bmp gif heic heif jpeg jpg png tif tiff webp".split())
 FILE, LABEL = "file_name", "label"
 MARK = "{}"  # of a class in a template
 TEMPLATES = {"CLIP": "a photo of a {}.", "SigLIP": "This is a photo of {}."}  # the authors'

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..checkpoints.config import CONFIG
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import write_atomically
-from ..checkpoints.reading.paths import expand_home, find_files
+from ..checkpoints.reading.paths import LARGEST_JSON, check_regular, expand_home, find_files
 
 HEADER = 64 * 1024  # bytes read at a weights file's beginning
 WEIGHTS = ("*.safetensors", "*.bin", "*.pth")  # learned pruners beside a model count too
@@ -36,8 +36,11 @@ def model_key(folder: str | Path) -> str:
     if not files:
         raise UserError(f"{folder} holds no weights")
     digest = hashlib.sha256()
+    for file in files:
+        check_regular(file)
     try:
         if (folder / CONFIG).exists():
+            check_regular(folder / CONFIG, LARGEST_JSON)
             digest.update((folder / CONFIG).read_bytes())
         for file in files:
             digest.update(f"\n{file.name} {file.stat().st_size}\n".encode())

@@ -125,7 +125,7 @@ def case_key(row: Row) -> tuple[str, float]:
 
 def read_result(path: Path) -> Measured:
     """Raises UserError for a file that is no result, or one without a pruned row."""
-    content = read_json(path)
+    content = read_json(path, most=None)
     if (command := content.get("command", READ[0])) not in READ:
         raise UserError(f"{path} is a result of `{command}`; plot reads those of {READ_IN_WORDS}")
     try:
