@@ -38,7 +38,9 @@ def test_every_source_is_written_in_the_oldest_python():
         ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path), feature_version=oldest())
 
 
-EXTRAS = {"torch_ref": "torch", "mlx_vlm_prune.hosts": "mlx_vlm"}  # the package that a part needs
+EXTRAS = {  # the package that a part needs
+    "torch_ref": "torch", "mlx_vlm_prune.hosts": "mlx_vlm", "mlx_vlm_prune.serving": "fastapi",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("part", ["mlx_vlm_prune", "convert", *EXTRAS])

@@ -4,6 +4,7 @@ Its words are those of our own `generate`, on the folder that was not pruned.
 """
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from mlx_vlm_prune.hosts.llava_processor import ImagesAlone
 from mlx_vlm_prune.hosts.pruned_folder import prune_into
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+from packaging.version import Version
+
 from . import host_folders, into_folders, llava, stock_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -49,7 +52,12 @@ def test_the_stock_command_line_answers_as_ours(home, family, capsys, monkeypatc
     source = stock_folders.checkpoint(family, home)
     prune_into(source, home / f"{family}-pruned", "divprune", 0.25)
     picture = home / "a.png"
-    out = answer_of_the_command_line(home / f"{family}-pruned", picture, capsys, monkeypatch)
+    try:
+        out = answer_of_the_command_line(home / f"{family}-pruned", picture, capsys, monkeypatch)
+    except ValueError as problem:
+        if "dependencies: torchvision" not in str(problem):
+            raise
+        pytest.skip("this transformers makes the processor by torchvision, which is not installed")
     expected = generate(
         *load(source), QUESTION, picture, pruner="divprune", keep_ratio=0.25, max_tokens=TOKENS
     )
@@ -79,6 +87,10 @@ def test_a_block_with_its_processor_makes_a_llava_answer_as_ours(home, monkeypat
         assert theirs(ours, our_processor, text, **options).token_ids == expected.token_ids
 
 
+@pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.20"),
+    reason="older ones need no mending",
+)
 def test_only_processors_of_pruned_folders_are_mended(home):
     from mlx_vlm.utils import load as load_theirs
 
