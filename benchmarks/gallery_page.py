@@ -78,7 +78,7 @@ def joined(results: Sequence[GenerationResult]) -> GenerationResult:
         visual_tokens=sum(result.visual_tokens for result in results),
         visual_tokens_kept=sum(result.visual_tokens_kept for result in results),
         generation_tokens=sum(result.generation_tokens for result in results),
-        ttft_ms=dict.fromkeys(first.ttft_ms),  # type: ignore[arg-type]
+        ttft_ms=dict.fromkeys(first.ttft_ms),  # type: ignore[arg-type]  # none was timed
         prompt_tps=0.0, generation_tps=0.0,
     )  # fmt: skip
 

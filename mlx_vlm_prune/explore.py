@@ -25,9 +25,8 @@ from .evaluation.sweep_cases import Refusal, budgets_of, full_case, sweep_cases,
 from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
 from .generation.arguments import build_explore_parser
 from .generation.exploration import Exploration, ExploredAnswer
-from .generation.request import check_decoding, list_images
-from .inputs.budget import check_budget
-from .pruners import check_names
+from .generation.request import list_images
+from .sweep import check_cases
 
 DEFAULT_METHODS = ("divprune", "fastv")
 DEFAULT_RATIOS = (0.75, 0.5, 0.25)
@@ -121,16 +120,7 @@ def _images_and_prompt(args: argparse.Namespace) -> tuple[list[Any], str]:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before images and weights are read. Raises UserError."""
-    check_names(args.pruner or ())
-    if "none" in (args.pruner or ()):
-        raise UserError("--pruner none is what all are shown beside; name another")
-    for ratio in args.keep_ratio or ():
-        check_budget(ratio, None)
-    for K in args.keep_tokens or ():
-        check_budget(None, K)
-    check_decoding(args.max_tokens, 0.0, 1.0, 0)
-    if args.image and args.prompt is None:
-        raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
+    check_cases(args)
     if args.model and not args.image:
         raise UserError("there is no --image; give one")
     if args.out.suffix.lower() not in (".html", ".htm"):

@@ -106,8 +106,8 @@ def _about(args: argparse.Namespace, prompt: str, images: Iterable[str]) -> dict
     }
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse what can be refused before images and weights are read. Raises UserError."""
+def check_cases(args: argparse.Namespace) -> None:
+    """Refuse methods, budgets and prompts that cannot be, in `explore` too. Raises UserError."""
     check_names(args.pruner or ())
     if "none" in (args.pruner or ()):
         raise UserError("--pruner none is what all are measured beside; name another")
@@ -118,6 +118,11 @@ def _check(args: argparse.Namespace) -> None:
     check_decoding(args.max_tokens, 0.0, 1.0, 0)
     if args.image and args.prompt is None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what can be refused before images and weights are read. Raises UserError."""
+    check_cases(args)
     if args.prompt is None and args.model:
         raise UserError("there is no --image; give files or folders")
     check_target(args.json, replace=True)

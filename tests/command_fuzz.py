@@ -91,13 +91,13 @@ def parser_of(main: Callable[[list[str]], None]) -> Parser:
         raise Parsed
 
     before = Parser.parse_args
-    Parser.parse_args = parse_args  # type: ignore[method-assign]
+    Parser.parse_args = parse_args  # type: ignore[method-assign]  # for the parser alone
     try:
         main(["x"])
     except Parsed:
         pass
     finally:
-        Parser.parse_args = before  # type: ignore[method-assign]
+        Parser.parse_args = before  # type: ignore[method-assign]  # put back
     return built[0]
 
 

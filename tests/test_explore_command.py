@@ -134,7 +134,7 @@ def test_without_an_image_the_sample_scene_is_explored(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--pruner", "none"], "--pruner none is what all are shown beside; name another"),
+        (["--pruner", "none"], "--pruner none is what all are measured beside; name another"),
         (["--pruner", "nrom"], "no pruner is called 'nrom'"),
         (["--keep-ratio", "2"], "--keep-ratio is 2.0; it must be above 0 and at most 1"),
         (["--out", "page.png"], "--out is page.png; it is a page, so name it .html"),

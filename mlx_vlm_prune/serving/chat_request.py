@@ -159,20 +159,17 @@ def build_request(
 def open_picture(number: int, link: ImageUrl, settings: ServerSettings) -> Image.Image:
     """A picture of a request, decoded. Raises RequestRefusedError, which says which one it is.
 
-    No path is ever opened: a picture is a `data:` URI, or a URL where the server fetches those.
+    No path is ever opened and no URL fetched: a picture is a `data:` URI.
     """
-    source: str | bytes = link.url
     is_data = link.url[: len(DATA_URI)].lower() == DATA_URI
     try:
         if not is_data and link.url.lower().startswith(URLS):
-            if settings.fetch_image is None:
-                raise UserError("it is a URL, and this server fetches none; send a data: URI")
-            source = settings.fetch_image(link.url)
-        elif not is_data:
+            raise UserError("it is a URL, and this server fetches none; send a data: URI")
+        if not is_data:
             raise UserError("it is no data: URI")
-        else:
-            source = DATA_URI + link.url[len(DATA_URI) :]
-        picture = open_image(source, max(MAX_PIXELS, settings.max_pixels))
+        picture = open_image(
+            DATA_URI + link.url[len(DATA_URI) :], max(MAX_PIXELS, settings.max_pixels)
+        )
         check_shape(picture)
     except UserError as problem:
         sentence = f"picture {number}: {problem}"

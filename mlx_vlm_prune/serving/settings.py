@@ -1,6 +1,5 @@
 """What a server was started with."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..checkpoints.errors import UserError
@@ -18,8 +17,7 @@ class ServerSettings:
     """`mlx-vlm-prune serve`'s options. Raises UserError for what cannot be.
 
     `method` chooses tokens where a request names none; `is_pruning` says whether it does so for
-    requests that say nothing of a budget. `fetch_image` gets the bytes behind a URL; without it
-    URLs are refused.
+    requests that say nothing of a budget.
     """
 
     model_name: str
@@ -35,7 +33,6 @@ class ServerSettings:
     timeout: float = 600.0
     api_key: str | None = None
     cache_bytes: int = 1_000_000_000
-    fetch_image: Callable[[str], bytes] | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.keep_ratio, self.keep_tokens)
