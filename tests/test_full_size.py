@@ -3,7 +3,9 @@
 Shapes: L tokens of the prompt, N visual tokens, D features.
 """
 
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,9 @@ from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.chat import main as chat
+from mlx_vlm_prune.plot import main as plot
+from mlx_vlm_prune.sweep import main as sweep
 from torch_ref.models.vlm import VLM, VLMConfig
 
 QUESTION = "这张图片里有什么？"
@@ -114,6 +119,28 @@ def test_sixteen_greedy_tokens_about_a_photograph_equal_those_of_transformers(
     assert answer.token_ids == expected
     half = generate(model, processor, QUESTION, image=photograph, max_tokens=TOKENS, pruner="norm")
     assert half.visual_tokens_kept == 98 and half.token_ids != expected
+
+
+def test_sweep_plot_and_chat_take_the_published_layout(
+    published, shared_data, tmp_path, monkeypatch, capsys
+):
+    _, target, _ = published
+    photograph = str(shared_data / "images" / "dance.jpg")
+    model = ["--model", str(target), "--image", photograph, "--pruner", "divprune"]
+    short = ["--keep-ratio", "0.25", "--max-tokens", "4"]
+    file = tmp_path / "sweep.json"
+    sweep([*model, *short, "--prompt", QUESTION, "--runs", "1", "--json", str(file)])
+    full, pruned = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert (full["kept"], pruned["kept"]) == (196, 49)
+    assert pruned["operations"]["first_token"] < full["operations"]["first_token"]
+    plot([str(file), "--out", str(tmp_path / "figures")])
+    assert (tmp_path / "figures" / "dashboard.html").is_file()
+    capsys.readouterr()
+    lines = [QUESTION, "/stats", "/clear", f"/image {photograph}", "/keep 0.5", QUESTION, "/stats"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    chat([*model, *short])
+    quarter, half = re.findall(r"^Prompt: (\d+) tokens", capsys.readouterr().out, re.M)
+    assert int(half) - int(quarter) == 98 - 49
 
 
 class MiniMind3V:
