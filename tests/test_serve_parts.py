@@ -12,6 +12,7 @@ from mlx_vlm_prune.generation.request import Request
 from mlx_vlm_prune.generation.stream import pipeline_for, prepare_prompt
 from mlx_vlm_prune.inputs.budget import low_detail_tokens
 from mlx_vlm_prune.machine.bounded_store import BoundedStore
+from mlx_vlm_prune.generation.stop_strings import StopStrings
 from mlx_vlm_prune.machine.clock import request_clock
 from mlx_vlm_prune.models.joined_prompts import JoinedPrompts
 
@@ -20,7 +21,6 @@ from .golden_requests import make_folder
 from .serving import noise, question, serve
 
 from mlx_vlm_prune.serving import time_budget  # isort: skip - needs FastAPI
-from mlx_vlm_prune.serving.stop_strings import StopStrings  # isort: skip
 
 
 @pytest.fixture(scope="module")

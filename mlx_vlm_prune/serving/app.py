@@ -13,6 +13,7 @@ from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from ..checkpoints.reading.files import parse_json
+from ..generation.stop_strings import StopStrings
 from .answer_json import DONE, AnswerJson, error_event, usage_of
 from .chat_request import ChatRequest, read_chat_request
 from .engine import Engine, Piece
@@ -21,7 +22,6 @@ from .metrics import CONTENT_TYPE, Metrics
 from .refusals import RequestRefusedError
 from .request_schema import ChatBody, read_body
 from .settings import MAX_BODY_BYTES, ServerSettings
-from .stop_strings import StopStrings
 
 JSON = "application/json"
 MOST_DRAINED_BYTES = 4 * MAX_BODY_BYTES  # read of a body that is too large, so that its client,
