@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from mlx_vlm_prune import load
 from mlx_vlm_prune.generation.prompt_reader import PromptReader
 from mlx_vlm_prune.generation.request import Request
+from mlx_vlm_prune.generation.stop_strings import StopStrings
 from mlx_vlm_prune.generation.stream import pipeline_for, prepare_prompt
 from mlx_vlm_prune.inputs.budget import low_detail_tokens
 from mlx_vlm_prune.machine.bounded_store import BoundedStore
-from mlx_vlm_prune.generation.stop_strings import StopStrings
 from mlx_vlm_prune.machine.clock import request_clock
 from mlx_vlm_prune.models.joined_prompts import JoinedPrompts
 
