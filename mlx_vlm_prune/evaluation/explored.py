@@ -195,7 +195,7 @@ class Explorer:
         if is_full:
             return None  # from the first method's calibration, see `predict_full`
         try:
-            check_free_budget(case.pipeline)
+            check_free_budget(case.pipeline, self.model.N)
         except UserError:
             return None
         return self._forecast(case.pipeline, int(case.K))

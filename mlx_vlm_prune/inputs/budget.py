@@ -13,6 +13,10 @@ DEFAULT_KEEP_RATIO = 0.5  # of an image's visual tokens, without a budget, in ev
 LOW_DETAIL_TOKENS, LOW_DETAIL_PART = 64, 9
 
 
+class FixedBudgetError(UserError):
+    """A budget for a method that says itself how many tokens stay."""
+
+
 class Chain(Protocol):
     """What a budget asks a chain of methods."""
 
@@ -62,7 +66,7 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Ch
     check_budget(keep_ratio, keep_tokens)
     if (fixed := pruner.own_budget(N)) is not None:
         if (keep_ratio, keep_tokens) not in ((None, None), (1, None)):
-            raise UserError(
+            raise FixedBudgetError(
                 f"{pruner.spec} says itself how many visual tokens stay ({fixed} of {N} in the"
                 " average layer); leave out keep_ratio and keep_tokens"
             )
@@ -75,7 +79,7 @@ def budget(N: int, keep_ratio: float | None, keep_tokens: int | None, pruner: Ch
     if pruner.spec == "none" and K != N:
         raise UserError(f"pruner none keeps all {N} visual tokens; choose another to keep {K}")
     if pruner.trained_tokens and K not in (N, pruner.trained_tokens):
-        raise UserError(
+        raise FixedBudgetError(
             f"this checkpoint's {pruner.spec} was trained for {pruner.trained_tokens} visual"
             f" tokens; it cannot keep {K}"
         )

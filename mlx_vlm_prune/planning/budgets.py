@@ -22,6 +22,7 @@ from ..checkpoints.errors import UserError
 from ..generation.request import list_images
 from ..generation.result import GenerationResult
 from ..generation.stream import PreparedPrompt, pipeline_for, prepare_prompt
+from ..inputs.budget import FixedBudgetError
 from ..inputs.image import MAX_PIXELS
 from ..inputs.image_sources import ImageSource
 from ..inputs.processor import Processor
@@ -166,9 +167,7 @@ def keep_within(
     progress. Raises UserError: no budget, nothing to prune, or a method that has no K to choose.
     """
     budget, pipeline = Budget(ms, gb), pipeline_for(model, pruner)
-    check_free_budget(pipeline)
-    if pipeline.own_budget(model.N) is not None:
-        raise UserError(f"{pipeline.spec} says itself how many visual tokens stay: leave that out")
+    check_free_budget(pipeline, model.N)
     options = list_images(image), chat_template_config, system, max_pixels
     inputs = prepare_prompt(model, processor, prompt, *options)
     if inputs.pixels is None:
@@ -211,18 +210,20 @@ def measure_level(
     return median(ms) / sum(calibration.ms(*setting).values())
 
 
-def check_free_budget(pipeline: Pipeline) -> None:
-    """Raises UserError for a method that has no K to choose."""
+def check_free_budget(pipeline: Pipeline, N: int) -> None:
+    """Raises UserError for a method that has no K of N tokens to choose."""
     name = pipeline.spec
     if name == "none":
         raise UserError("a budget needs a pruner other than none, for example avgpool")
     if pipeline.trained_tokens:
-        raise UserError(
+        raise FixedBudgetError(
             f"{name} was trained for {pipeline.trained_tokens} visual tokens and keeps no other"
             " number, so it cannot follow a budget of time or memory"
         )
     if any(step.has_dynamic_budget for step in pipeline.steps):
         raise UserError(f"{name} gives each image a number of its own; leave out dynamic")
+    if pipeline.own_budget(N) is not None:
+        raise FixedBudgetError(f"{name} says itself how many visual tokens stay: leave that out")
 
 
 def choose(

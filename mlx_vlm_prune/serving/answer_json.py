@@ -54,11 +54,12 @@ def usage_of(piece: Piece) -> dict[str, Any]:
     """OpenAI's counts and ours, by an answer's latest piece.
 
     `prompt_tokens` are the rows that the model read after pruning, `ttft_ms` milliseconds from the
-    request to its first token, by parts.
+    request's first byte to its first token, by parts.
     """
     figures, tokens = piece.figures, piece.response.generation_tokens
-    ttft = {"queue": piece.queue_ms, **figures.ttft_ms}
-    ttft["total"] = piece.queue_ms + figures.ttft_ms["total"]
+    before = {"request": piece.request_ms, "queue": piece.queue_ms}
+    ttft = {**before, **figures.ttft_ms}
+    ttft["total"] = sum(before.values()) + figures.ttft_ms["total"]
     return {
         "prompt_tokens": figures.prompt_tokens,
         "completion_tokens": tokens,

@@ -1,7 +1,7 @@
 """From a checked body to what a model is asked: turns, opened pictures, a budget, warnings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 from PIL import Image
@@ -12,27 +12,13 @@ from ..inputs.image import MAX_PIXELS, MOST_PIXELS, open_image
 from ..inputs.image_sources import DATA_URI, URLS
 from ..inputs.messages import Turn
 from ..inputs.placement import stored_image
-from .refusals import RequestRefusedError
+from .refusals import Notes, RequestRefusedError
 from .request_schema import ChatBody, ImagePart, ImageUrl, Message
 from .settings import MAX_SIDE_RATIO, ServerSettings
 from .visual_budget import VisualBudget, visual_budget
 
 SYSTEM = ("system", "developer")
 DEFAULT_MAX_TOKENS = 512
-
-
-@dataclass
-class Notes:
-    """Sentences about what of a request is not followed."""
-
-    is_strict: bool
-    warnings: list[str] = field(default_factory=list)
-
-    def warn(self, sentence: str, name: str | None = None, status: int = 400) -> None:
-        """Note what cannot be met. Raises RequestRefusedError for a strict request."""
-        if self.is_strict:
-            raise RequestRefusedError(sentence, status, name)
-        self.warnings.append(sentence)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from ..checkpoints.errors import UserError
 from ..generation.result import GenerationResponse, GenerationResult
 from ..generation.running_batch import AnswerPiece, RunningBatch
+from ..inputs.budget import FixedBudgetError
 from .chat_request import ChatRequest
 from .metrics import Metrics
-from .refusals import RequestRefusedError
+from .refusals import RequestRefusedError, in_api_words
 from .time_budget import TimeBudgets
+from .visual_budget import VisualBudget
 
 logger = logging.getLogger("mlx_vlm_prune")
 FULL = "the server has {} requests waiting, as many as it takes; try again later"
@@ -30,6 +32,7 @@ class Piece:
 
     response: GenerationResponse
     figures: GenerationResult
+    request_ms: float
     queue_ms: float
 
 
@@ -38,10 +41,12 @@ Event = Piece | RequestRefusedError
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way; `deliver` gets its pieces, or why there are no more."""
+    """A request on its way; `deliver` gets its pieces, or why there are no more. `request_ms` is
+    what its body and its pictures took before."""
 
     chat: ChatRequest
     deliver: Callable[[Event], None]
+    request_ms: float = 0.0
     is_cancelled: bool = False
     start: float = field(default_factory=time.perf_counter)
     queue_ms: float = 0.0
@@ -119,19 +124,26 @@ class Engine:
     def _read(self, job: Job) -> None:
         """Read a request's prompt; it ends alone where that is not possible."""
         job.queue_ms = 1000 * (time.perf_counter() - job.start)
-        chat, budget = job.chat, job.chat.budget
         self.running[id(job)] = job
         try:
-            if budget.budget_ms is not None:
-                budget = self.times.choose(chat)
-            request = replace(
-                chat.request, pruner=budget.pruner, keep_ratio=budget.keep_ratio,
-                keep_tokens=budget.keep_tokens,
-            )  # fmt: skip
-            self.batch.add(id(job), request, low_detail=budget.low_detail)
+            try:
+                self._add(job, job.chat.budget)
+            except FixedBudgetError as problem:
+                job.chat.notes.warn(in_api_words(f"{problem}; its own number was kept"))
+                self._add(job, VisualBudget(job.chat.budget.pruner))
         except Exception as problem:
             del self.running[id(job)]
             job.deliver(refusal_of(problem))
+
+    def _add(self, job: Job, budget: VisualBudget) -> None:
+        """Have the batch read the prompt. Raises UserError, RequestRefusedError."""
+        if budget.budget_ms is not None:
+            budget = self.times.choose(job.chat)
+        request = replace(
+            job.chat.request, pruner=budget.pruner, keep_ratio=budget.keep_ratio,
+            keep_tokens=budget.keep_tokens,
+        )  # fmt: skip
+        self.batch.add(id(job), request, low_detail=budget.low_detail)
 
     def _step(self) -> None:
         """A token of each answer that is still waited for."""
@@ -158,11 +170,11 @@ class Engine:
             return
         assert piece.figures is not None, "a piece comes with the figures of its prompt"
         if piece.piece.generation_tokens == 1:
-            self.metrics.count_prompt(piece.figures, job.queue_ms)
+            self.metrics.count_prompt(piece.figures, job.request_ms, job.queue_ms)
         self.metrics.generated_tokens += 1
         if piece.piece.finish_reason:
             del self.running[id(job)]
-        job.deliver(Piece(piece.piece, piece.figures, job.queue_ms))
+        job.deliver(Piece(piece.piece, piece.figures, job.request_ms, job.queue_ms))
 
 
 def refusal_of(problem: Exception) -> RequestRefusedError:
@@ -170,6 +182,6 @@ def refusal_of(problem: Exception) -> RequestRefusedError:
     if isinstance(problem, RequestRefusedError):
         return problem
     if isinstance(problem, UserError):
-        return RequestRefusedError(str(problem))
+        return RequestRefusedError(in_api_words(str(problem)))
     logger.error("a request failed: %r", problem, exc_info=problem)
     return RequestRefusedError(f"the server failed: {type(problem).__name__}", 500)

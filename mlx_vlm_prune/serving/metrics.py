@@ -46,13 +46,13 @@ class Metrics:
     ttft: Histogram = field(default_factory=Histogram)
     queue: Histogram = field(default_factory=Histogram)
 
-    def count_prompt(self, figures: GenerationResult, queue_ms: float) -> None:
-        """A prompt that was read."""
+    def count_prompt(self, figures: GenerationResult, request_ms: float, queue_ms: float) -> None:
+        """A prompt that was read; its body came and was opened in `request_ms`, and then waited."""
         self.prompt_tokens += figures.prompt_tokens
         self.cached_tokens += figures.rows_reused
         self.visual_tokens += figures.visual_tokens
         self.visual_tokens_kept += figures.visual_tokens_kept
-        self.ttft.add((figures.ttft_ms["total"] + queue_ms) / 1000)
+        self.ttft.add((request_ms + queue_ms + figures.ttft_ms["total"]) / 1000)
         self.queue.add(queue_ms / 1000)
 
     def text(self, waiting: int, running: int) -> str:
@@ -76,8 +76,16 @@ class Metrics:
         ):
             lines += [*_head(name, "gauge", help_text), f"{PREFIX}_{name} {value}"]
         for name, histogram, help_text in (
-            ("time_to_first_token_seconds", self.ttft, "From a request to its first token."),
-            ("queue_seconds", self.queue, "From a request to the begin of its prompt."),
+            (
+                "time_to_first_token_seconds",
+                self.ttft,
+                "From a request's first byte to its first token.",
+            ),
+            (
+                "queue_seconds",
+                self.queue,
+                "From a request that is complete to the begin of its prompt.",
+            ),
         ):
             lines += _head(name, "histogram", help_text) + histogram.lines(f"{PREFIX}_{name}")
         return "\n".join([*lines, ""])

@@ -45,7 +45,7 @@ class TimeBudgets:
             chat.notes.warn(OURS_ALONE, "budget_ms")
             return VisualBudget()
         pipeline, clock = pipeline_for(model, budget.pruner), request_clock()
-        check_free_budget(pipeline)
+        check_free_budget(pipeline, model.N)
         pictures, prompt = Conversation(model, self.processor).open(request, clock)
         pixels_IHW3 = mx.concatenate([picture.pixels_1HW3 for picture in pictures])
         inputs = PreparedPrompt(prompt, [picture.visible for picture in pictures], pixels_IHW3)
