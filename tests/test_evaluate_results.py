@@ -13,7 +13,7 @@ from mlx_vlm_prune.advise import load_evaluation
 from mlx_vlm_prune.evaluate import main
 from mlx_vlm_prune.evaluation import first_token, result
 from mlx_vlm_prune.evaluation.answers import prepare_question
-from mlx_vlm_prune.evaluation.questions.scenes import read_scenes
+from mlx_vlm_prune.evaluation.questions.scenes import read_drawn
 
 from . import llava, test_evaluate, tiny
 from .test_evaluate import COUNT, ROW_KEYS, command, refused, run, without_times
@@ -54,7 +54,7 @@ def test_texts_are_kept_as_far_as_they_are_few_or_as_the_user_says(home, tmp_pat
 
 
 def test_pictures_without_a_file_have_a_digest_or_no_name():
-    question = next(read_scenes(1))
+    question = next(read_drawn(1))
     assert result.image_name(question) is None and question.id.endswith(question.kind)
     assert result.image_name(replace(question, image=b"\x01\xff")) == "sha256:01ff"
 
@@ -143,7 +143,7 @@ def test_drafts_change_no_answer_of_the_built_in_model(tmp_path, capsys):
         answers = [
             generate(model, processor, question.text, question.image(), num_draft_tokens=5,
                      pruner=row["pruner"], keep_tokens=row["tokens"])
-            for question in read_scenes(1)
+            for question in read_drawn(1)
         ]  # fmt: skip
         drafted, accepted = sum(a.drafted for a in answers), sum(a.accepted for a in answers)
         drafts = row["drafts"]

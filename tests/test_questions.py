@@ -15,8 +15,8 @@ from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation import questions as questions_package
-from mlx_vlm_prune.evaluation.questions import FORMATS, BadRecords, Source, format_of
-from mlx_vlm_prune.evaluation.questions.scenes import KINDS, read_scenes
+from mlx_vlm_prune.evaluation.questions import DRAWN, FORMATS, BadRecords, Source, format_of
+from mlx_vlm_prune.evaluation.questions.scenes import KINDS, read_drawn
 
 
 def png(colour: str = "red") -> bytes:
@@ -66,7 +66,7 @@ def test_an_unknown_format_names_similar_ones_and_all():
         format_of("texvqa")
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "scenes"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in DRAWN])
 def test_a_missing_file_or_folder_is_refused_before_the_first_question(name, tmp_path):
     with pytest.raises(UserError, match="nowhere"):
         format_of(name).read(Source(tmp_path / "nowhere" / "it"), BadRecords(skip=True))
@@ -80,7 +80,7 @@ def test_a_missing_folder_of_images_is_refused_before_the_first_question(name, t
 
 
 def test_scenes_ask_each_kind_equally_often_and_draw_when_called():
-    questions = list(read_scenes(3))
+    questions = list(read_drawn(3))
     assert sorted(q.kind for q in questions) == sorted(KINDS * 3)
     assert len({q.id for q in questions}) == len(questions)
     assert questions[0].image().size == (224, 224)

@@ -13,7 +13,7 @@ from mlx_vlm_prune.evaluation.answers import (
     prepare_question,
     share_tower,
 )
-from mlx_vlm_prune.evaluation.questions.scenes import read_scenes, score
+from mlx_vlm_prune.evaluation.questions.scenes import read_drawn, score
 from mlx_vlm_prune.generate import SAMPLE_SEED, main
 from mlx_vlm_prune.pruners import METHODS, plan
 from mlx_vlm_prune.scenes import HELD_OUT_SEEDS, KINDS, TRAIN_SEEDS, Scene, compose, question_set
@@ -121,7 +121,7 @@ class Quiz:
     def __init__(self, built_in, specs: list[str], per_kind: int):
         model, self.processor = built_in
         self.model, tower = share_tower(model, [plan(spec) for spec in specs])
-        self.questions, self.per_kind = list(read_scenes(per_kind)), per_kind
+        self.questions, self.per_kind = list(read_drawn(per_kind)), per_kind
         prepared = [prepare_question(model, self.processor, q) for q in self.questions]
         self.batch = QuestionBatch(model, prepared)
         tower.start(self.batch)

@@ -1,21 +1,27 @@
 """Promises of the trainer: a step learns, a stopped run goes on, what it exports converts."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
+from mlx_vlm_prune import generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.loading import load
 from mlx_vlm_prune.models.learned import read_learned
+from mlx_vlm_prune.scenes import pages
+from mlx_vlm_prune.scenes.pages import Facts, Page, Text
+from mlx_vlm_prune.scenes.vocabulary import large_words
 from mlx_vlm_prune.scenes.vocabulary import write as write_words
 from torch_ref.train_scenes import main as train_command
 from torch_ref.training.recipes import ScenesRecipe
 from torch_ref.training.scenes import Run, export, judge, train
 from torch_ref.training.scenes_data import ScenesBatches
-from torch_ref.training.scenes_model import Trainee
+from torch_ref.training.scenes_model import SIZES, Trainee
+from torch_ref.training.worlds import IGNORE, LARGE, PageWorld
 
 CPU = torch.device("cpu")
 TINY = ScenesRecipe(tower_steps=1, steps=3, warmup=1, batch=2, question_tokens=40)
@@ -68,6 +74,46 @@ def test_what_training_exports_converts_and_loads(tmp_path):
     assert set(judge(trainee, CPU, 1)) == {
         "existence", "colour", "counting", "relation", "grounding", "reading",
     }  # fmt: skip
+
+
+def test_the_large_model_learns_both_worlds_and_converts(tmp_path):
+    torch.manual_seed(0)
+    run = Run(Trainee(0.5, SIZES["large"]), replace(TINY, size="large", tower_steps=0), CPU)
+    batch = next(iter(ScenesBatches(2, 60, 0, LARGE, is_padded=True)))
+    assert batch.pixels.shape == (2, 3, 384, 384) and batch.ids.shape[1] == 578 + 60
+    assert {kind in pages.KINDS for kind in batch.kinds} == {True, False}
+    figures = run.advance(batch.to(CPU))
+    assert all(value == value for value in figures.values()) and "printed" in figures
+    export(run.trainee.vlm, tmp_path)
+    write_words(tmp_path / "words", large_words())
+    target = tmp_path / "mlx"
+    convert(["to-mlx", str(tmp_path / "scenes.pth"), str(target), "--vision",
+             str(tmp_path / "clip"), "--tokenizer", str(tmp_path / "words")])  # fmt: skip
+    size = sum(file.stat().st_size for file in target.iterdir())
+    assert size < 40e6
+    model, processor = load(target)
+    picture = pages.draw(pages.compose(7))
+    answer = generate(model, processor, "What is the total?", picture, max_tokens=3)
+    assert answer.visual_tokens == 576
+
+
+def test_patches_of_a_page_name_the_word_or_the_digits_that_are_printed_there():
+    texts = (Text("Apple", 40, 104, 16), Text("74", 200, 104, 16), Text("390", 300, 40, 30, "lm"))
+    ink = (0, 0, 0)
+    page = Page(0, "table", "Roboto-Bold", (255, 255, 255), ink, 0.0, 0.0, texts, (), Facts())
+    groups = list(LARGE.groups)
+    targets = PageWorld().patch_targets(page, groups).reshape(24, 24, -1)
+
+    def named(row: int, column: int) -> dict[str, str]:
+        places = dict(zip(groups, targets[row, column], strict=True))
+        return {g: LARGE.groups[g][place] for g, place in places.items() if place != IGNORE}
+
+    assert named(6, 3) == {"cell": "a2", "printed": "apple"}
+    assert named(6, 12) == {"cell": "c2", "digit": "7"}
+    assert named(6, 13) == {"cell": "c2", "next digit": "##4"}
+    assert named(2, 19) == {"cell": "d1", "digit": "3"}
+    assert named(2, 20) == {"cell": "d1", "next digit": "##9"}
+    assert named(12, 3) == {"cell": "a3", "kind": "nothing"}
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 from mlx_vlm_prune.train import build_parser
 from mlx_vlm_prune.training.config import DEFAULTS, TrainConfig
 from mlx_vlm_prune.training.metrics import read_rows
+from torch_ref.train_scenes import build_parser as scenes_parser
 
 from .training_runs import write_data
 
@@ -64,6 +65,7 @@ def test_every_flag_of_the_page_exists():
         "--nproc-per-node",
         "--save",
         *BENCHMARKS,
+        *scenes_parser().flags.values(),
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= known
 

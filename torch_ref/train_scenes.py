@@ -1,4 +1,6 @@
-"""Train the scenes model from nothing: `python -m torch_ref.train_scenes --out runs/scenes`.
+"""Train a scenes model from nothing: `python -m torch_ref.train_scenes --out runs/scenes`.
+
+`--size large` is scenes-large: 384 pixels, 576 visual tokens, twelve layers, scenes and pages.
 
 Stop it at any time: it continues from its last checkpoint. The weights end as
 OUT/scenes.pth (MiniMind2-V's published layout) and OUT/clip (a Hugging Face CLIP
@@ -7,28 +9,34 @@ folder), which `python -m convert to-mlx` brings over.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence, whole_number
 
-from .training.recipes import ScenesRecipe
+from .training.recipes import RECIPES
 
 
 # fmt: off
 def build_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        "torch_ref.train_scenes", description="Train the scenes model from random weights."
+        "torch_ref.train_scenes", description="Train a scenes model from random weights."
     )
-    add, usual = parser.add_argument, ScenesRecipe()
+    add, small, large = parser.add_argument, RECIPES["small"], RECIPES["large"]
+    add("--size", choices=list(RECIPES), default="small",
+        help="small: the built-in model; large: scenes-large, of scenes and printed pages")
     add("--out", type=Path, default=Path("runs/scenes"), metavar="FOLDER",
         help="where weights and checkpoints go")
     add("--minutes", type=_minutes, default=float("inf"), metavar="N", help="stop after N minutes")
-    add("--steps", type=partial(whole_number, 1), default=usual.steps, metavar="N",
-        help="optimizer steps")
-    add("--tower-steps", type=partial(whole_number, 0), default=usual.tower_steps, metavar="N",
-        help="how many of the steps train the vision tower alone")
+    add("--steps", type=partial(whole_number, 1), metavar="N",
+        help=f"optimizer steps (default: {small.steps}, large {large.steps})")
+    add("--tower-steps", type=partial(whole_number, 0), metavar="N",
+        help="how many of the steps train the vision tower alone (default:"
+        f" {small.tower_steps}, large {large.tower_steps})")
+    add("--batch", type=partial(whole_number, 1), metavar="N",
+        help=f"pictures of a step (default: {small.batch}, large {large.batch})")
     add("--workers", type=partial(whole_number, 0), default=1, metavar="N",
         help="processes that draw scenes")
     return parser
@@ -52,8 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = parser.parse_args(argv)
         from .training.scenes import train  # here, since torch may be missing, and takes seconds
 
-        recipe = ScenesRecipe(steps=args.steps, tower_steps=args.tower_steps)
-        train(args.out, recipe, args.minutes, args.workers)
+        numbers = {name: getattr(args, name) for name in ("steps", "tower_steps", "batch")}
+        set_numbers = {name: number for name, number in numbers.items() if number is not None}
+        train(args.out, replace(RECIPES[args.size], **set_numbers), args.minutes, args.workers)
 
 
 if __name__ == "__main__":

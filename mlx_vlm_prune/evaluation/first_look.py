@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .question_set import QuestionSet
+from .questions import DRAWN
 
 QUESTIONS = 60  # the first of a file
 PER_KIND, ALL_PER_KIND = 20, 334  # of the built-in ones
@@ -43,7 +44,7 @@ def left_out(
     """
     if args.all:
         return []
-    is_scenes = args.questions == "scenes"
-    is_chosen = args.limit or (is_scenes and args.per_kind)
-    is_part = not is_chosen and (is_scenes or question_set.has_more(count))
+    is_drawn = args.questions in DRAWN
+    is_chosen = args.limit or (is_drawn and args.per_kind)
+    is_part = not is_chosen and (is_drawn or question_set.has_more(count))
     return ["questions"] * is_part + ["methods"] * (not args.pruner and not has_one_method)

@@ -8,7 +8,7 @@ from ..checkpoints.command_line import Parser
 from ..checkpoints.errors import UserError
 from .first_look import ALL_PER_KIND, PER_KIND, QUESTIONS, limit_of, per_kind_of
 from .question_set import QuestionSet
-from .questions import FORMATS, Source, format_of
+from .questions import DRAWN, FORMATS, Source, format_of
 from .scoring_options import with_judge
 
 
@@ -17,7 +17,7 @@ def add_questions(parser: Parser) -> None:
     """The group of these options."""
     add = parser.add_argument_group("questions").add_argument
     add("--questions", default="scenes", metavar="PATH",
-        help="a file or folder, or scenes, the built-in ones")
+        help=f"a file or folder, or drawn ones: {', '.join(DRAWN)}")
     add("--format", metavar="NAME",
         help=f"format of that file: {', '.join(FORMATS)} (default: own)")
     add("--images", type=Path, metavar="FOLDER",
@@ -29,7 +29,7 @@ def add_questions(parser: Parser) -> None:
         help="coordinates in RefCOCO's questions and answers: 0 to 1, 0 to 1000, or pixels"
         " (default: unit)")
     add("--per-kind", type=int, metavar="N",
-        help=f"number of scenes questions of each kind (default: {PER_KIND}, with --all"
+        help=f"number of drawn questions of each kind (default: {PER_KIND}, with --all"
         f" {ALL_PER_KIND})")
     add("--limit", type=int, metavar="N",
         help=f"only the first N questions (default: {QUESTIONS} of a file, with --all all)")
@@ -42,16 +42,16 @@ def add_questions(parser: Parser) -> None:
 
 def question_set_of(args: argparse.Namespace, grades: bool = True) -> QuestionSet:
     """The question set of the command line; with `grades` its judge is asked, if there is one."""
-    if args.questions == "scenes":
-        if args.format not in (None, "scenes") or args.images or args.split or args.boxes:
+    if args.questions in DRAWN:
+        if args.format not in (None, args.questions) or args.images or args.split or args.boxes:
             raise UserError("format, images, split and boxes are for a file's questions")
-        format = with_judge(args, format_of("scenes"))
-        read_scenes, per_kind = format.module.read_scenes, per_kind_of(args)
+        format = with_judge(args, format_of(args.questions))
+        read_drawn, per_kind = format.module.read_drawn, per_kind_of(args)
         return QuestionSet(
-            "scenes", format, lambda _: read_scenes(per_kind), args.limit, args.skip_bad
+            args.questions, format, lambda _: read_drawn(per_kind), args.limit, args.skip_bad
         )
     if args.per_kind:
-        raise UserError("per_kind is for scenes; of a file take the first by a limit")
+        raise UserError("per_kind is for drawn questions; of a file take the first by a limit")
     format = format_of(args.format or "own", Path(args.questions))
     format = with_judge(args, format) if grades else format
     options = {"boxes": args.boxes} if args.boxes else {}

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json
+from .questions import DRAWN
 
-BUILT_IN = "scenes"  # the built-in model's name, and that of the built-in questions
+BUILT_IN = "scenes"  # the built-in model's name
 
 
 def default_result_path(model: str | None, questions: str) -> Path:
@@ -23,7 +24,7 @@ def default_result_path(model: str | None, questions: str) -> Path:
 def question_set_key(format_name: str, questions: str) -> str:
     """A question set's fingerprint, 8 hexadecimal digits: of its format and where it lies, so that
     it is the same for any number of its questions."""
-    lies = questions if questions == BUILT_IN else str(Path(questions).expanduser().absolute())
+    lies = questions if questions in DRAWN else str(Path(questions).expanduser().absolute())
     return hashlib.sha256(json.dumps([format_name, lies]).encode()).hexdigest()[:8]
 
 

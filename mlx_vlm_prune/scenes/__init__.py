@@ -7,7 +7,22 @@ only: the trainer reads these files too, and it must not meet MLX.
 
 from pathlib import Path
 
-from .draw import CELLS, COLOURS, GRID, LETTERS, SHAPES, SIZE, Scene, Sign, Thing, compose, draw
+from .draw import (
+    CELLS,
+    COLOURS,
+    GRID,
+    LARGE,
+    LETTERS,
+    SHAPES,
+    SIZE,
+    SMALL,
+    Canvas,
+    Scene,
+    Sign,
+    Thing,
+    compose,
+    draw,
+)
 from .questions import KINDS, Question, ask, question_set
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -21,10 +36,13 @@ __all__ = [
     "GRID",
     "HELD_OUT_SEEDS",
     "KINDS",
+    "LARGE",
     "LETTERS",
     "SHAPES",
     "SIZE",
+    "SMALL",
     "TRAIN_SEEDS",
+    "Canvas",
     "Question",
     "Scene",
     "Sign",

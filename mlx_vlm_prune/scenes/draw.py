@@ -33,6 +33,27 @@ OVERSAMPLE = 2  # drawn twice as large and averaged down: smooth edges
 
 
 @dataclass(frozen=True)
+class Canvas:
+    """How large pictures are and what may lie in them; lengths in pixels, as ranges."""
+
+    size: int = SIZE  # both sides
+    most_things: int = 6
+    radii: tuple[float, float] = (13, 25)
+    shift: float = 12.0  # how far at most a thing lies off the middle of its cell
+    letter_heights: tuple[float, float] = (27, 33)
+    sign_shift: float = 4.0
+
+    @property
+    def cell(self) -> int:
+        """Both sides of a cell."""
+        return self.size // GRID
+
+
+SMALL = Canvas()
+LARGE = Canvas(384, 12, (9, 40), 36.0, (18, 50), 8.0)
+
+
+@dataclass(frozen=True)
 class Thing:
     """A coloured shape; x, y and radius in pixels."""
 
@@ -74,45 +95,46 @@ class Scene:
     seed: int
     things: tuple[Thing, ...]
     sign: Sign | None
+    canvas: Canvas = SMALL
 
     def image(self) -> Image.Image:
-        """The picture, 224 x 224 RGB."""
+        """The picture, RGB: 224 x 224, or the canvas's size."""
         return draw(self)
 
 
-def compose(seed: int) -> Scene:
-    """The scene of a seed: 1 to 6 things, and in 60 % of scenes a sign."""
+def compose(seed: int, canvas: Canvas = SMALL) -> Scene:
+    """The scene of a seed: 1 to 6 things, or as many as a canvas has; in 60 % of scenes a sign."""
     rng = np.random.default_rng(seed)
     free = set(range(GRID * GRID))
-    sign = _place_sign(rng, free) if rng.random() < 0.6 else None
+    sign = _place_sign(rng, free, canvas) if rng.random() < 0.6 else None
     shapes, colours = list(SHAPES), list(COLOURS)
     if rng.random() < 0.5:  # a few kinds only, so that there is something to count
         shapes = list(rng.choice(shapes, int(rng.integers(1, 3)), replace=False))
     if rng.random() < 0.3:
         colours = list(rng.choice(colours, int(rng.integers(1, 3)), replace=False))
-    cells = rng.permutation(sorted(free))[: int(rng.integers(1, 7))]
-    things = tuple(_place_thing(rng, int(cell), shapes, colours) for cell in cells)
-    return Scene(seed, things, sign)
+    cells = rng.permutation(sorted(free))[: int(rng.integers(1, canvas.most_things + 1))]
+    things = tuple(_place_thing(rng, int(cell), shapes, colours, canvas) for cell in cells)
+    return Scene(seed, things, sign, canvas)
 
 
-def _place_sign(rng: np.random.Generator, free: set[int]) -> Sign:
+def _place_sign(rng: np.random.Generator, free: set[int], canvas: Canvas) -> Sign:
     row, column = int(rng.integers(GRID)), int(rng.integers(GRID - 1))
     left, right = GRID * row + column, GRID * row + column + 1
     free -= {left, right}
     text = "".join(rng.choice(list(LETTERS), SIGN_LETTERS))
-    height = rng.uniform(27, 33)
-    x = (column + 1) * CELL + rng.uniform(-4, 4)
-    y = (row + 0.5) * CELL + rng.uniform(-4, 4)
+    height = rng.uniform(*canvas.letter_heights)
+    x = (column + 1) * canvas.cell + rng.uniform(-canvas.sign_shift, canvas.sign_shift)
+    y = (row + 0.5) * canvas.cell + rng.uniform(-canvas.sign_shift, canvas.sign_shift)
     return Sign(text, (CELLS[left], CELLS[right]), x, y, height, bool(rng.random() < 0.5))
 
 
 def _place_thing(
-    rng: np.random.Generator, cell: int, shapes: list[str], colours: list[str]
+    rng: np.random.Generator, cell: int, shapes: list[str], colours: list[str], canvas: Canvas
 ) -> Thing:
-    radius = rng.uniform(13, 25)
-    room = min(12.0, CELL / 2 - radius)
-    x = (cell % GRID + 0.5) * CELL + rng.uniform(-room, room)
-    y = (cell // GRID + 0.5) * CELL + rng.uniform(-room, room)
+    radius = rng.uniform(*canvas.radii)
+    room = min(canvas.shift, canvas.cell / 2 - radius)
+    x = (cell % GRID + 0.5) * canvas.cell + rng.uniform(-room, room)
+    y = (cell // GRID + 0.5) * canvas.cell + rng.uniform(-room, room)
     turn = rng.uniform(-0.2, 0.2)
     return Thing(str(rng.choice(shapes)), str(rng.choice(colours)), CELLS[cell], x, y, radius, turn)
 
@@ -120,8 +142,10 @@ def _place_thing(
 def draw(scene: Scene) -> Image.Image:
     """Paint a scene; the colours jitter and the background varies with the seed."""
     rng = np.random.default_rng([scene.seed, 1])
-    side = SIZE * OVERSAMPLE
-    picture = _background(rng).resize((side, side), Image.Resampling.BICUBIC)
+    side = scene.canvas.size * OVERSAMPLE
+    picture = _background(rng, scene.canvas.size // 4).resize(
+        (side, side), Image.Resampling.BICUBIC
+    )
     brush = ImageDraw.Draw(picture)
     for thing in scene.things:
         colour = np.array(COLOURS[thing.colour]) + rng.integers(-12, 13, 3)
@@ -132,9 +156,8 @@ def draw(scene: Scene) -> Image.Image:
     return picture.reduce(OVERSAMPLE)
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
-    """A muted gradient with soft blotches, at quarter size."""
-    n = SIZE // 4
+def _background(rng: np.random.Generator, n: int) -> Image.Image:
+    """A muted gradient with soft blotches, n x n pixels."""
     base = rng.uniform(70, 150) + rng.uniform(-18, 18, 3)
     slope = rng.uniform(-25, 25, (2, 3))
     y, x = np.mgrid[-0.5 : 0.5 : n * 1j, -0.5 : 0.5 : n * 1j]

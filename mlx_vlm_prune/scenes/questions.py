@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .draw import CELLS, COLOURS, SHAPES, Scene, Thing, compose
+from .draw import CELLS, COLOURS, SHAPES, SMALL, Canvas, Scene, Thing, compose
 
 KINDS = ("existence", "colour", "counting", "relation", "grounding", "reading")
 
@@ -28,11 +28,13 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
     return _ASK[kind](scene, rng)
 
 
-def question_set(seeds: range, per_kind: int) -> Iterator[tuple[Scene, list[Question]]]:
+def question_set(
+    seeds: range, per_kind: int, canvas: Canvas = SMALL
+) -> Iterator[tuple[Scene, list[Question]]]:
     """Scenes with their questions, until each of the six kinds was asked `per_kind` times."""
     left = dict.fromkeys(KINDS, per_kind)
     for seed in seeds:
-        scene, rng = compose(seed), np.random.default_rng([seed, 2])
+        scene, rng = compose(seed, canvas), np.random.default_rng([seed, 2])
         questions = [q for kind in KINDS if left[kind] and (q := ask(scene, kind, rng))]
         for question in questions:
             left[question.kind] -= 1

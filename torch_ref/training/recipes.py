@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ScenesRecipe:
-    """The scenes model, from nothing."""
+    """A model of the drawn worlds, from nothing."""
 
+    size: str = "small"  # of SIZES: the built-in scenes model, or scenes-large
     tower_steps: int = 1500  # the first stage
     steps: int = 7000  # both stages
     decay: float = 0.25  # the last share of the steps, in which the rate falls to zero
@@ -18,3 +19,12 @@ class ScenesRecipe:
     weight_decay: float = 0.01
     dense_weight: float = 0.5  # of the patch loss in the second stage
     seed: int = 1
+
+
+# The large one: 384 pixels, 576 tokens, twelve layers, scenes and printed pages by turns.
+RECIPES = {
+    "small": ScenesRecipe(),
+    "large": ScenesRecipe(
+        size="large", tower_steps=2500, steps=10_000, batch=64, question_tokens=320, warmup=200
+    ),
+}

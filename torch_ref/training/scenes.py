@@ -1,4 +1,4 @@
-"""The scenes model, trained from nothing in two stages.
+"""A model of the drawn worlds, trained from nothing in two stages.
 
 First the tower alone learns what lies in every patch: the projected
 patch must predict its words (shape, colour, cell, letter) through the tied
@@ -40,7 +40,7 @@ from ..models.loading import best_device
 from ..models.vlm import VLM
 from .recipes import ScenesRecipe
 from .scenes_data import MEAN, STD, Batch, ScenesBatches, judge_batches
-from .scenes_model import VISION, Trainee
+from .scenes_model import SIZES, Trainee
 
 
 def optimisers(trainee: Trainee, recipe: ScenesRecipe) -> list[torch.optim.Optimizer]:
@@ -72,7 +72,7 @@ def judge(trainee: Trainee, device: torch.device, per_kind: int) -> dict[str, fl
     trainee.eval()
     right: dict[str, int] = {}
     total: dict[str, int] = {}
-    for batch in judge_batches(per_kind, 32):
+    for batch in judge_batches(per_kind, 32, trainee.curriculum):
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps"):
             x = trainee.vlm.projector(trainee.vlm.tower(batch.pixels).signals.x_BND)
@@ -111,11 +111,12 @@ def export(vlm: VLM, out: Path) -> None:
     save(out / "scenes.pth", flat)
     clip = out / "clip"
     clip.mkdir(exist_ok=True)
-    vision = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
+    tower = {k.removeprefix("vision_encoder."): v for k, v in state.items() if k not in flat}
     with atomic_path(clip / "model.safetensors", replace=True) as beside:
-        write_safetensors(beside, {k: pth.raw_tensor(v) for k, v in vision.items()}, "pt")
-    config = {**asdict(VISION), "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
-    side = VISION.image_size
+        write_safetensors(beside, {k: pth.raw_tensor(v) for k, v in tower.items()}, "pt")
+    vision = vlm.config.vision
+    config = {**asdict(vision), "hidden_act": "quick_gelu", "model_type": "clip_vision_model"}
+    side = vision.image_size
     reading = {
         "crop_size": {"height": side, "width": side},
         "image_mean": MEAN,
@@ -182,10 +183,16 @@ def train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None
 def _train(out: Path, recipe: ScenesRecipe, minutes: float, workers: int) -> None:
     torch.manual_seed(recipe.seed)
     device, last = best_device(), out / "last.pt"
-    run = Run(Trainee(recipe.dense_weight).to(device), recipe, device)
+    run = Run(Trainee(recipe.dense_weight, SIZES[recipe.size]).to(device), recipe, device)
     if last.exists():
         run.restore(last)
-    data = ScenesBatches(recipe.batch, recipe.question_tokens, first=run.step)
+    is_compiled = device.type == "cuda"
+    if is_compiled:
+        run.trainee.vlm.tower.compile()
+        run.trainee.vlm.language.compile()
+    data = ScenesBatches(
+        recipe.batch, recipe.question_tokens, run.step, run.trainee.curriculum, is_compiled
+    )
     ahead = 4 if workers else None
     loader = iter(DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=ahead))
     began = saved = time.monotonic()

@@ -1,14 +1,10 @@
-"""Scenes as training batches: pictures, patch targets, and packed questions.
+"""Drawn worlds as training batches: pictures, patch targets, and packed questions.
 
-The only file here that touches `mlx_vlm_prune`, and of it only the scenes: pictures
-and words are data, which both frameworks must share. No MLX is imported.
-
-Shapes: B pictures, N patches, L tokens of the prompt and all its questions.
+Shapes: B pictures, N patches, G groups of words, L tokens of the prompt and all its questions.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,97 +13,24 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mlx_vlm_prune import scenes
-from mlx_vlm_prune.scenes.questions import content
-from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN, PLACES, SLOTS, tokenizer, words
+from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN, tokenizer
 
-IGNORE = -100
-PATCH = 16
-SIDE = scenes.SIZE // PATCH
+from .worlds import SMALL, Curriculum, World
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
 STD = (0.26862954, 0.26130258, 0.27577711)
-# How often each kind is asked: the slow ones more often.
-MIX = {
-    "existence": 2,
-    "colour": 2,
-    "counting": 3,
-    "relation": 3,
-    "grounding": 2,
-    "reading": 2,
-    "content": 2,
-}
-
-
-def vocabulary() -> dict[str, int]:
-    return {word: i for i, word in enumerate(words())}
-
-
-@dataclass(frozen=True)
-class DenseWords:
-    """The words a patch must predict, by group, and how many things CLS must name."""
-
-    groups: dict[str, list[int]]
-    summary: int
-
-
-@cache
-def dense_words() -> DenseWords:
-    ids = vocabulary()
-    letters = [*scenes.LETTERS.lower(), *("##" + x for x in scenes.LETTERS.lower())]
-    groups = {
-        "kind": [*scenes.SHAPES, "sign", "nothing"],
-        "tint": list(scenes.COLOURS),
-        "cell": list(scenes.CELLS),
-        "place": list(PLACES),
-        "letter": letters,
-        "slot": list(SLOTS),
-    }
-    summary = len(scenes.SHAPES) * len(scenes.COLOURS) + 1
-    return DenseWords({name: [ids[w] for w in group] for name, group in groups.items()}, summary)
-
-
-def patch_targets(scene: scenes.Scene) -> np.ndarray:
-    """What each patch holds: (N, 6) positions within the groups of dense_words."""
-    centre = (np.arange(SIDE) + 0.5) * PATCH
-    y, x = (v.ravel() for v in np.meshgrid(centre, centre, indexing="ij"))
-    target = np.full((SIDE**2, 6), IGNORE)
-    target[:, 0] = len(scenes.SHAPES) + 1
-    side = scenes.SIZE // scenes.GRID
-    target[:, 2] = (y // side * scenes.GRID + x // side).astype(int)
-    for thing in scene.things:
-        distance = np.hypot(x - thing.x, y - thing.y)
-        target[(distance < thing.radius + 11), 0] = IGNORE  # partly covered
-        middle = int(thing.y // PATCH) * SIDE + int(thing.x // PATCH)
-        on = distance < 0.8 * thing.radius + 3
-        on[middle] = True
-        target[on, 0] = scenes.SHAPES.index(thing.shape)
-        target[on, 1] = list(scenes.COLOURS).index(thing.colour)
-        target[on, 2] = scenes.CELLS.index(thing.cell)
-        target[on, 3] = 0
-        target[middle, 3] = 1
-    if scene.sign:
-        _sign_targets(scene.sign, x, y, target)
-    return target
-
-
-def _sign_targets(sign: scenes.Sign, x: np.ndarray, y: np.ndarray, target: np.ndarray) -> None:
-    half_w, half_h = sign.half_size
-    near = (np.abs(x - sign.x) < half_w + 8) & (np.abs(y - sign.y) < half_h + 8)
-    target[near, 0] = IGNORE
-    board = (np.abs(x - sign.x) < half_w - 2) & (np.abs(y - sign.y) < half_h - 2)
-    target[board, 0] = len(scenes.SHAPES)
-    for i, letter in enumerate(sign.text):
-        offset = np.abs(x - (sign.x + (i - 1) * sign.pitch))
-        on = (offset < sign.pitch / 2 - 2) & (np.abs(y - sign.y) < sign.height / 2 + 2)
-        target[on, 4] = scenes.LETTERS.index(letter) + (len(scenes.LETTERS) if i else 0)
-        target[on, 5] = i
+TRIES = 64  # kinds of question drawn for a picture, of which as many are asked as there is room for
+Example = tuple[
+    World, Any, list[scenes.Question]
+]  # a picture's world, what is in it, its questions
 
 
 @dataclass
 class Batch:
-    """Tensors of B scenes; a question's tokens carry its number, the prompt's carry -1."""
+    """Tensors of B pictures; a question's tokens carry its number, the prompt's carry -1."""
 
-    pixels: Tensor  # (B, 3, 224, 224)
-    dense: Tensor  # (B, N, 6)
+    pixels: Tensor  # (B, 3, size, size)
+    dense: Tensor  # (B, N, G)
     summary: Tensor  # (B, things)
     ids: Tensor  # (B, L)
     positions: Tensor  # (B, L)
@@ -140,11 +63,14 @@ class Batch:
 class Packer:
     """Lays a prompt and many questions into one row of tokens."""
 
-    def __init__(self) -> None:
-        self.tokenizer = tokenizer()
+    def __init__(self, curriculum: Curriculum = SMALL, pad_to: int | None = None) -> None:
+        """`pad_to` is the number of tokens of every row; None pads a batch to its longest."""
+        self.curriculum, self.pad_to = curriculum, pad_to
+        self.tokenizer = tokenizer(curriculum.tokens)
         self.encoded: dict[str, list[int]] = {}  # texts that were met before
-        self.prompt = self.encode("<|im_start|>user\n" + IMAGE_TOKEN * SIDE**2 + "\n")
-        self.first_visual = self.prompt.index(vocabulary()[IMAGE_TOKEN])
+        images = IMAGE_TOKEN * curriculum.side**2
+        self.prompt = self.encode("<|im_start|>user\n" + images + "\n")
+        self.first_visual = self.prompt.index(curriculum.ids[IMAGE_TOKEN])
 
     def encode(self, text: str) -> list[int]:
         if text not in self.encoded:
@@ -156,14 +82,14 @@ class Packer:
         turn = self.encode("<|im_end|>\n<|im_start|>assistant\n")
         return self.encode(question.text) + turn, self.encode(question.answer) + turn[:1]
 
-    def pack(self, batch: list[tuple[scenes.Scene, list[scenes.Question]]]) -> Batch:
-        rows = [self._row(questions) for _, questions in batch]
-        L = max(len(ids) for ids, *_ in rows)
+    def pack(self, batch: list[Example]) -> Batch:
+        rows = [self._row(questions) for _, _, questions in batch]
+        L = max(self.pad_to or 0, *(len(ids) for ids, *_ in rows))
         B = len(rows)
         ids, positions, branch = np.zeros((B, L), int), np.zeros((B, L), int), np.full((B, L), -2)
         at, targets, of = [], [], []
         kinds: list[str] = []
-        for b, ((row, place, branches, answers), (_, questions)) in enumerate(
+        for b, ((row, place, branches, answers), (_, _, questions)) in enumerate(
             zip(rows, batch, strict=True)
         ):
             n = len(row)
@@ -173,9 +99,11 @@ class Packer:
                 targets.append(token)
                 of.append(len(kinds) + q)
             kinds += [q.kind for q in questions]
-        pixels = np.stack([np.asarray(scene.image()) for scene, _ in batch]).transpose(0, 3, 1, 2)
-        dense = np.stack([patch_targets(scene) for scene, _ in batch])
-        summary = np.stack([self._summary(scene) for scene, _ in batch])
+        groups = list(self.curriculum.groups)
+        pictures = [np.asarray(world.picture(drawn)) for world, drawn, _ in batch]
+        pixels = np.stack(pictures).transpose(0, 3, 1, 2)
+        dense = np.stack([world.patch_targets(drawn, groups) for world, drawn, _ in batch])
+        summary = np.stack([world.summary(drawn) for world, drawn, _ in batch])
         t = torch.from_numpy
         return Batch(
             t(pixels.copy()), t(dense), t(summary), t(ids), t(positions), t(branch),
@@ -195,57 +123,63 @@ class Packer:
             branches += [q] * len(fed)
         return ids, places, branches, answers
 
-    @staticmethod
-    def _summary(scene: scenes.Scene) -> np.ndarray:
-        present = np.zeros(dense_words().summary, np.float32)
-        for thing in scene.things:
-            shape = scenes.SHAPES.index(thing.shape)
-            present[shape * len(scenes.COLOURS) + list(scenes.COLOURS).index(thing.colour)] = 1
-        present[-1] = scene.sign is not None
-        return present
-
 
 class ScenesBatches(IterableDataset):
     """Endless training batches; batch number i is the same in every run."""
 
-    def __init__(self, batch: int, question_tokens: int, first: int = 0) -> None:
+    def __init__(
+        self,
+        batch: int,
+        question_tokens: int,
+        first: int = 0,
+        curriculum: Curriculum = SMALL,
+        is_padded: bool = False,
+    ) -> None:
+        """With `is_padded` all rows have the prompt's and `question_tokens` tokens."""
         self.batch, self.question_tokens, self.first = batch, question_tokens, first
+        self.curriculum, self.is_padded = curriculum, is_padded
 
     def __iter__(self) -> Iterator[Batch]:
-        packer, info = Packer(), get_worker_info()
+        packer, info = Packer(self.curriculum), get_worker_info()
+        if self.is_padded:
+            packer.pad_to = len(packer.prompt) + self.question_tokens
         number = self.first + (info.id if info else 0)
         while True:
             yield packer.pack([self._ask(packer, seed) for seed in self.seeds(number)])
             number += info.num_workers if info else 1
 
     def seeds(self, number: int) -> range:
-        """The scenes of batch `number`, never held-out ones."""
+        """The pictures of batch `number`, never held-out ones."""
         seeds = scenes.TRAIN_SEEDS[number * self.batch : (number + 1) * self.batch]
         assert len(seeds) == self.batch, "all training seeds are used up"
         return seeds
 
-    def _ask(self, packer: Packer, seed: int) -> tuple[scenes.Scene, list[scenes.Question]]:
-        scene, rng = scenes.compose(seed), np.random.default_rng([seed, 3])
-        kinds, odds = list(MIX), np.array(list(MIX.values())) / sum(MIX.values())
+    def _ask(self, packer: Packer, seed: int) -> Example:
+        world, rng = self.curriculum.world(seed), np.random.default_rng([seed, 3])
+        drawn: Any = world.compose(seed)
+        kinds, odds = list(world.mix), np.array(list(world.mix.values())) / sum(world.mix.values())
         questions, room = [], self.question_tokens
-        for kind in rng.choice(kinds, 64, p=odds):
-            question = content(scene, rng) if kind == "content" else scenes.ask(scene, kind, rng)
+        for kind in rng.choice(kinds, TRIES, p=odds):
+            question = world.ask(drawn, kind, rng)
             if question is None or question in questions:
                 continue
             room -= sum(map(len, packer.question(question))) - 1
             if room < 0:
                 break
             questions.append(question)
-        return scene, questions
+        return world, drawn, questions
 
 
-def judge_batches(per_kind: int, batch: int) -> Iterator[Batch]:
-    """The held-out questions, packed."""
-    packer, waiting = Packer(), []
-    for scene_questions in scenes.question_set(scenes.HELD_OUT_SEEDS, per_kind):
-        waiting.append(scene_questions)
-        if len(waiting) == batch:
-            yield packer.pack(waiting)
-            waiting = []
+def judge_batches(
+    per_kind: int, batch: int, curriculum: Curriculum = SMALL, pad_to: int | None = None
+) -> Iterator[Batch]:
+    """The held-out questions of all worlds, packed."""
+    packer, waiting = Packer(curriculum, pad_to), []
+    for world in curriculum.worlds:
+        for drawn, questions in world.held_out(per_kind):
+            waiting.append((world, drawn, questions))
+            if len(waiting) == batch:
+                yield packer.pack(waiting)
+                waiting = []
     if waiting:
         yield packer.pack(waiting)

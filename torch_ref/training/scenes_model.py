@@ -1,30 +1,50 @@
-"""The scenes model before training, and what it is trained on: its losses.
+"""The models of the drawn worlds before training, and what they are trained on: their losses.
 
 Shapes: B pictures, N patches, S = N + 1 with CLS, L prompt and question tokens, D features.
 """
 
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MiniMindConfig, VLMConfig
+from mlx_vlm_prune.scenes.vocabulary import IMAGE_TOKEN
 
 from ..models.towers.vit import Layer, VisionTower
 from ..models.vlm import VLM
-from .scenes_data import IGNORE, Batch, dense_words, vocabulary
+from .scenes_data import Batch
+from .worlds import BACKGROUND, IGNORE, LARGE, SMALL, SUMMARY, Curriculum
 
-VISION = CLIPConfig(
-    hidden_size=192, intermediate_size=768, num_hidden_layers=4, num_attention_heads=6
-)
-TEXT = MiniMindConfig(
-    hidden_size=256,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The two halves of a model, and what it learns."""
+
+    vision: CLIPConfig
+    text: MiniMindConfig
+    curriculum: Curriculum
+
+
+# fmt: off
+SIZES = {
+    "small": ModelSize(
+        CLIPConfig(hidden_size=192, intermediate_size=768, num_hidden_layers=4,
+                   num_attention_heads=6),
+        MiniMindConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                       num_attention_heads=4, num_key_value_heads=2),
+        SMALL,
+    ),
+    "large": ModelSize(
+        CLIPConfig(hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
+                   num_attention_heads=8, image_size=LARGE.size),
+        MiniMindConfig(hidden_size=256, intermediate_size=768, num_hidden_layers=12,
+                       num_attention_heads=4, num_key_value_heads=2),
+        LARGE,
+    ),
+}
+# fmt: on
 NEIGHBOURS = (
     ((-1, 0), (1, 0), (0, -1), (0, 1), (0, 0)),
     ((-1, -1), (-1, 1), (1, -1), (1, 1), (0, 0)),
@@ -32,16 +52,16 @@ NEIGHBOURS = (
 FREQUENCIES = 8  # per axis, in the position features
 
 
-def build_model() -> VLM:
+def build_model(size: ModelSize) -> VLM:
     """The untrained model."""
-    words = vocabulary()
-    text = MiniMindConfig(**{**asdict(TEXT), "vocab_size": len(words)})
-    model = VLM(VLMConfig(VISION, text, image_token_id=words["@"]))
+    words = size.curriculum.ids
+    text = replace(size.text, vocab_size=len(words))
+    model = VLM(VLMConfig(size.vision, text, image_token_id=words[IMAGE_TOKEN]))
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=0.02 if "embed_tokens" not in name else 0.05)
         if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
-            parameter.data /= (2 * TEXT.num_hidden_layers) ** 0.5
+            parameter.data /= (2 * text.num_hidden_layers) ** 0.5
     nn.init.normal_(model.tower.embeddings.patch_embedding.weight, std=0.03)
     attend_to_neighbours(model.tower)
     return model
@@ -88,10 +108,11 @@ class Trainee(nn.Module):
     model the answers.
     """
 
-    def __init__(self, dense_weight: float) -> None:
+    def __init__(self, dense_weight: float, size: ModelSize = SIZES["small"]) -> None:
         super().__init__()
-        self.vlm, self.dense_weight = build_model(), dense_weight
-        self.summary = nn.Linear(VISION.hidden_size, dense_words().summary)  # from CLS
+        self.curriculum = size.curriculum
+        self.vlm, self.dense_weight = build_model(size), dense_weight
+        self.summary = nn.Linear(size.vision.hidden_size, SUMMARY)  # from CLS
 
     def forward(self, batch: Batch, questions: bool) -> tuple[Tensor, dict[str, Tensor]]:
         vlm, tower = self.vlm, self.vlm.tower
@@ -110,20 +131,27 @@ class Trainee(nn.Module):
         return loss, figures
 
     def dense_loss(self, visual_BND: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        words, figures = dense_words(), {}
+        figures: dict[str, Tensor] = {}
         x = F.rms_norm(visual_BND.float(), visual_BND.shape[-1:])
         losses = []
-        for i, (name, ids) in enumerate(words.groups.items()):
+        for i, (name, ids) in enumerate(self.curriculum.group_ids.items()):
             table = self.vlm.language.embed_tokens.weight[ids].float()
             logits = (x @ table.T).flatten(0, 1)
             target = targets[..., i].flatten()
             weight = torch.ones(len(ids), device=logits.device)
-            if name == "kind":
-                weight[-1] = 0.05  # background
-            losses.append(F.cross_entropy(logits, target, weight, ignore_index=IGNORE))
+            background = (
+                list(self.curriculum.groups[name]).index(BACKGROUND) if name == "kind" else -1
+            )
+            if background >= 0:
+                weight[background] = 0.05
+            summed = F.cross_entropy(logits, target, weight, ignore_index=IGNORE, reduction="sum")
+            known = target != IGNORE
+            weights = (weight[target.clamp(min=0)] * known).sum()
+            losses.append(summed / weights.clamp(min=1e-3))  # a batch may have no sign, or no page
             with torch.no_grad():
-                on = (target != IGNORE) & ((target != len(ids) - 1) | (name != "kind"))
-                figures[name] = (logits.argmax(-1) == target)[on].float().mean()
+                on = known & (target != background)
+                right = (logits.argmax(-1) == target) & on
+                figures[name] = right.sum() / on.sum().clamp(min=1)
         return torch.stack(losses).mean() * 2, figures
 
     def answers(self, visual_BND: Tensor, batch: Batch) -> Tensor:

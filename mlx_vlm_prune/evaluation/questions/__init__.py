@@ -35,6 +35,8 @@ SENTENCE_TOKENS = 32  # the least length of a response that may hold the answer 
 FORMATS = {
     "own": "json_lines",
     "scenes": "scenes",
+    "scenes-large": "scenes_large",
+    "pages": "pages",
     "llava": "llava",
     "minimind": "minimind",
     "pope": "pope",
@@ -51,6 +53,7 @@ FORMATS = {
     "llava-eval": "llava_eval",
     "captions": "captions",
 }
+DRAWN = ("scenes", "scenes-large", "pages")  # names of question sets, too: drawn, not read
 # From how the name of one of LLaVA's prepared files begins to the format of its questions.
 PREPARED = {
     "llava_pope": "pope",

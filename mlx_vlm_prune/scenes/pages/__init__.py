@@ -1,0 +1,15 @@
+"""Printed pages as a second drawn world: receipts, tables, forms, charts, text in two columns.
+
+words.py is what can be printed, layouts.py puts it on a page, draw.py makes the picture,
+questions.py asks about it. Numpy and Pillow only, as in the rest of this package.
+"""
+
+from .draw import draw
+from .layouts import LAYOUTS, compose
+from .page import FONTS, SIZE, Facts, Page, Text
+from .questions import KINDS, ask, page_questions
+
+__all__ = [
+    "FONTS", "KINDS", "LAYOUTS", "SIZE", "Facts", "Page", "Text", "ask", "compose", "draw",
+    "page_questions",
+]  # fmt: skip

@@ -1,0 +1,114 @@
+"""Seven kinds of question about a page, each with one right answer.
+
+A question is asked only where the page answers it without ambiguity: where a word stands only if
+it is printed once, and wholly inside one of the 4 x 4 cells.
+"""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+
+from ..draw import CELLS, GRID
+from ..questions import Question
+from .layouts import compose
+from .page import Page, Text
+from .words import LEXICON
+
+KINDS = ("total", "cell", "field", "highest", "lines", "word", "place")
+T = TypeVar("T")
+
+
+def ask(page: Page, kind: str, rng: np.random.Generator) -> Question | None:
+    """A question of one kind, or None where this page cannot answer one."""
+    return _ASK[kind](page, rng)
+
+
+def page_questions(seeds: range, per_kind: int) -> Iterator[tuple[Page, list[Question]]]:
+    """Pages with their questions, until each of KINDS was asked `per_kind` times."""
+    left = dict.fromkeys(KINDS, per_kind)
+    for seed in seeds:
+        page, rng = compose(seed), np.random.default_rng([seed, 6])
+        questions = [q for kind in KINDS if left[kind] and (q := ask(page, kind, rng))]
+        for question in questions:
+            left[question.kind] -= 1
+        if questions:
+            yield page, questions
+        if not any(left.values()):
+            return
+    raise ValueError(f"{len(seeds)} seeds are too few for {per_kind} questions of each kind")
+
+
+def _pick(rng: np.random.Generator, options: list[T]) -> T:
+    return options[int(rng.integers(len(options)))]
+
+
+def _total(page: Page, rng: np.random.Generator) -> Question | None:
+    if page.facts.total is None:
+        return None
+    text = _pick(rng, ["What is the total?", "How much is it in total?"])
+    return Question("total", text, str(page.facts.total))
+
+
+def _cell(page: Page, rng: np.random.Generator) -> Question | None:
+    if not page.facts.cells:
+        return None
+    row, column = _pick(rng, sorted(page.facts.cells))
+    text = f"What is in row {row} and column {column}?"
+    return Question("cell", text, str(page.facts.cells[row, column]))
+
+
+def _field(page: Page, rng: np.random.Generator) -> Question | None:
+    if not page.facts.fields:
+        return None
+    label = _pick(rng, sorted(page.facts.fields))
+    return Question("field", f"What is the {label}?", page.facts.fields[label])
+
+
+def _highest(page: Page, rng: np.random.Generator) -> Question | None:
+    heights = page.facts.heights
+    if not heights:
+        return None
+    extreme, choose = _pick(rng, [("highest", max), ("lowest", min)])
+    text = f"Which {page.facts.chart} is {extreme}?"
+    return Question("highest", text, choose(heights, key=heights.__getitem__))
+
+
+def _lines(page: Page, rng: np.random.Generator) -> Question | None:
+    if not page.facts.lines:
+        return None
+    counted = _pick(rng, sorted(page.facts.lines))
+    return Question("lines", f"How many {counted}?", str(page.facts.lines[counted]))
+
+
+def _word(page: Page, rng: np.random.Generator) -> Question:
+    printed = {text.text.lower() for text in page.texts}
+    is_there = bool(rng.random() < 0.5) and bool(printed & set(LEXICON))
+    words = [word for word in LEXICON if (word in printed) == is_there]
+    text = f"Is there the word {_pick(rng, words)}?"
+    return Question("word", text, "yes" if is_there else "no")
+
+
+def _place(page: Page, rng: np.random.Generator) -> Question | None:
+    texts = [text.text.lower() for text in page.texts]
+    places: list[tuple[Text, tuple[int, int]]] = [
+        (text, cell)
+        for text in page.texts
+        if text.text.lower() in LEXICON and texts.count(text.text.lower()) == 1
+        if (cell := page.cell_of(text))
+    ]
+    if not places:
+        return None
+    text, (column, row) = _pick(rng, places)
+    return Question("place", f"Where is the word {text.text.lower()}?", CELLS[row * GRID + column])
+
+
+_ASK = {
+    "total": _total,
+    "cell": _cell,
+    "field": _field,
+    "highest": _highest,
+    "lines": _lines,
+    "word": _word,
+    "place": _place,
+}
