@@ -91,7 +91,8 @@ def link(source: str) -> str:
     """A source as a Markdown link."""
     if source.startswith("arXiv:"):
         return f"[{source}](https://arxiv.org/abs/{source.removeprefix('arXiv:')})"
-    return f"[{source.split('/')[-1]}](https://{source})" if source else "–"
+    title = "CVPR" if source.startswith("cvpr.") else source.split("/")[-1]
+    return f"[{title}](https://{source})" if source else "–"
 
 
 def selectors_table(results: Path = RESULTS) -> str:

@@ -129,6 +129,17 @@ def scope_gains(tokens: Signals, b: int, options: dict):
     return cover_gains(np.array(cosine(tokens.x_BND))[b], salient_N)
 
 
+def supported_gains(tokens: Signals, b: int, options: dict):
+    apart_NN = 1 - np.array(cosine(tokens.x_BND))[b]
+    power = options.get("power", 0.8)
+    support_N = np.array(tokens.received_attention_BN[b]).astype(np.float64) ** power
+
+    def gain(done: list[int]) -> np.ndarray:
+        return support_N * (apart_NN[done].min(axis=0).clip(0) if done else 1)
+
+    return gain
+
+
 def mmtok_gains(tokens: Signals, b: int, options: dict):
     def softmax(logits: np.ndarray) -> np.ndarray:
         power = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -166,7 +177,7 @@ def kept_by_rounding_more(pruner: Pruner, tokens: Signals, K: int, monkeypatch) 
 ROUNDING = {"tome", "similarity", "vispruner", "dart", "pact", "sparsevlm", "holov"}
 GREEDY = {
     "divprune": distance_gains, "cdpruner": variance_gains, "scope": scope_gains,
-    "mmtok": mmtok_gains,
+    "mmtok": mmtok_gains, "salience_coverage": supported_gains,
 }  # fmt: skip
 
 

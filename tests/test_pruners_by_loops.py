@@ -63,6 +63,7 @@ ARRAYS = {
     "cls_query_BHd": heads([QUERY])[:, 0],
     "cls_key_BHd": heads([CLS_KEY])[:, 0],
     "cls_attention_BN": np.array([ATTENTION], np.float32),
+    "received_attention_BN": np.array([ATTENTION[::-1]], np.float32),
     "text_BTD": np.array([TEXT], np.float32),
     "text_real_BT": np.ones((1, T), bool),
     "normed_BND": np.array([X], np.float32),
@@ -149,6 +150,18 @@ def test_scope(K):
             gains[i] = gain * ATTENTION[i]
         kept.append(first_best(gains))
     assert_both_keep("scope", K, sorted(kept))
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 12])
+def test_salience_coverage(K):
+    kept: list[int] = []
+    for _ in range(K):
+        score = {}
+        for i in (i for i in range(N) if i not in kept):
+            gap = min((1 - cosine(X[i], X[j]) for j in kept), default=1.0)
+            score[i] = gap * ATTENTION[N - 1 - i] ** 0.8
+        kept.append(first_best(score))
+    assert_both_keep("salience_coverage", K, sorted(kept))
 
 
 @pytest.mark.parametrize("K", [2, 6, 13])

@@ -92,7 +92,11 @@ def image_slots(batches: list[ImageBatch], enhancer: Pruner | None) -> list[Imag
 
 def attention_bias(batch: ImageBatch, enhancer: Pruner | None) -> mx.array | None:
     """What an enhancer adds to the attention that kept tokens get, (I, K); None where none left."""
-    if enhancer is None or batch.slots == batch.encoded.x_BND.shape[1]:
+    rows, columns = batch.encoded.grid
+    is_whole = batch.slots == batch.encoded.x_BND.shape[1]
+    if batch.encoded.get("represented_BN") is not None:
+        is_whole = batch.slots == rows * columns
+    if enhancer is None or is_whole:
         return None
     method = enhancer.method
     function = method.prompt_bias if enhancer.calibrates else method.attention_bias

@@ -67,6 +67,7 @@ class Signals:
     pixels_BND: mx.array  # the pixels of each patch
     patches_BND: mx.array  # patch embeddings, without positions
     size_BN: mx.array  # how many tokens of the image each stands for
+    represented_BN: mx.array  # how many, with those that left the tower for it: for an enhancer
     features_BND: mx.array  # the tokens as the tower gave them, ahead of the projector
     place_BN: mx.array  # its place in the order in which the last merge in the tower left them
     # Of the prompt around each image: the language model's embeddings; in the decoder its

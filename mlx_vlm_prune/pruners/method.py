@@ -154,8 +154,9 @@ class Method:
 
     @property
     def source(self) -> str:
-        """An arXiv number or a repository, empty for a baseline."""
-        named = re.search(r"arXiv:\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w-]+", self.doc)
+        """An arXiv number, a repository or a conference's page, empty for a baseline."""
+        places = r"arXiv:\d{4}\.\d{4,5}|github\.com/[\w.-]+/[\w-]+|cvpr\.thecvf\.com/[\w/-]+"
+        named = re.search(places, self.doc)
         return named[0] if named else ""
 
     @property

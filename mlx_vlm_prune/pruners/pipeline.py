@@ -242,6 +242,8 @@ class Pipeline:
                 for name, layer in step.signal_layers(layers, more).items():
                     if layer_of.setdefault(name, layer) != layer:
                         raise UserError(f"{self.spec}: {name} is needed of two different layers")
+        if self.enhancer and self.at(Stage.ENCODER):
+            layer_of["represented"] = None
         return layer_of
 
     def needs_signal(self, signal: str) -> bool:

@@ -102,7 +102,10 @@ def attention_bias(
     signals: Signals, kept: Reduction, *, strength: float = 1.0, theta: float = 1e4,
     dims: int = 128, decay: bool = True, nearby: bool = False,
 ) -> mx.array:  # fmt: skip
-    """What is added to the logits of the attention to each kept token, (B, K)."""
+    """What is added to the logits of the attention to each kept token, (B, K).
+
+    A token that others merged into, or left for, inside the tower counts as all of them.
+    """
     if kept.index_BK is None:
         raise ValueError("slots that are pooled from everywhere replace no tokens of their own")
     check_rotation(theta, dims)
@@ -116,8 +119,10 @@ def attention_bias(
             slot_BN = nearest_slots(signals.x_BND, kept.index_BK)[1]
         distance_BN = mx.abs(mx.arange(N) - take(index_BK, slot_BN))
         decay_N = mx.maximum(rotary_decay(N, theta, dims), 0) if decay else mx.ones(N)
-        decay_BN1 = decay_N[distance_BN][..., None]
-        represented_BK = segment_sum(decay_BN1, slot_BN, kept.slots)[..., 0]
+        weight_BN = decay_N[distance_BN]
+        patches_BN = signals.get("represented_BN")
+        weight_BN = weight_BN if patches_BN is None else weight_BN * patches_BN
+        represented_BK = segment_sum(weight_BN[..., None], slot_BN, kept.slots)[..., 0]
         return strength * mx.log(mx.maximum(represented_BK, 1.0))
 
 

@@ -31,10 +31,8 @@ def parse(
         raise UserError(f"{spec} has two methods of a kind of which a chain can hold one")
     if not steps:
         raise UserError(f"{spec} makes a selector better and needs one, as in cls_attention+{spec}")
-    if enhancers and steps[-1].stage < Stage.FEATURES:
-        raise UserError(
-            f"{spec}: what leaves before the end of the tower leaves nothing to restore"
-        )
+    if enhancers and steps[-1].stage is Stage.IMAGE:
+        raise UserError(f"{spec}: a smaller image leaves nothing to restore")
     if steps[-1].keep is not None:
         raise UserError(
             f"{spec}: keep= is what an earlier method of a chain leaves to the next; the last keeps"
@@ -55,6 +53,8 @@ def _enhanced(steps: tuple[Pruner, ...], enhancer: Pruner) -> Pipeline:
         raise UserError(
             f"{enhancer.spec} works ahead of the language model, and {last.name} inside it"
         )
+    if enhancer.calibrates and last.stage is Stage.ENCODER:
+        raise UserError(f"{enhancer.spec} works behind the tower, and {last.name} inside it")
     if enhancer.calibrates and (trained := last.trained_tokens):
         raise UserError(
             f"{enhancer.spec} leaves its selector half of the budget, and {last.name} was trained"

@@ -12,11 +12,12 @@ the next layer deals what is left of A, then B. (What is left of A stays in orde
 without it the least similar token is the last.)
 
 As the authors' code (github.com/facebookresearch/ToMe@af95e4b). Differs: r may come from the
-budget (evenly over the layers); where half of the tokens are too few for one round, rounds are
-repeated.
+budget; where half of the tokens are too few for one round, rounds are repeated.
 
 Options:
-    r: tokens that merge in each layer until K are left; 0 spreads them evenly over the layers
+    r: tokens that merge in each layer until K are left; 0 spreads them over the layers
+    inflect: with r = 0, how they are spread: -1 most in the first layers, which saves most time, 0
+        evenly, 1 most in the last
 
 Shapes: B images, n tokens, K left, a and b tokens in A and B, r of A merge and m do not, H heads,
 d head size.
@@ -35,11 +36,21 @@ needs: dict[str, str | None] = {"keys": None}
 proportional = True
 
 
-def cuts(layers: int, N: int, K: int, *, r: int = 0) -> list[tuple[int, str, int]]:
-    """After each layer's attention r tokens fewer, until K are left; with r = 0 evenly."""
+def cuts(
+    layers: int, N: int, K: int, *, r: int = 0, inflect: float = 0.0
+) -> list[tuple[int, str, int]]:
+    """After each layer's attention r tokens fewer, until K are left; with r = 0 a share of them."""
     if r < 0:
         raise ValueError(f"r is {r}; it is how many tokens merge in a layer, or 0")
-    left = [max(K, N - (r * i if r else (N - K) * i // layers)) for i in range(1, layers)]
+    if not -1 <= inflect <= 1 or (r and inflect):
+        raise ValueError(f"inflect is {inflect:g}; it is from -1 to 1, and 0 with r")
+    done = [
+        i / layers + inflect * i * (i - layers) / (layers * max(layers - 1, 1))
+        for i in range(1, layers)
+    ]
+    left = [
+        max(K, N - (r * i if r else int((N - K) * done[i - 1] + 1e-9))) for i in range(1, layers)
+    ]
     return [(layer, "middle", n) for layer, n in enumerate([*left, K])]
 
 

@@ -164,6 +164,8 @@ class VLM(nn.Module):
                 planned = step.call("cuts", layers, n, K)
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
                 n = K
+            if step.stage == "enhancer" and cuts:
+                want["represented"] = None
             if step.stage not in ("decoder", "enhancer", "image"):
                 want |= signal_layers(step, layers, self.config.vision.layers_behind)
         assert not cuts or self.config.merge == (1, 1), "patches that merge must all be there"

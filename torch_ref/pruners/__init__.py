@@ -19,7 +19,7 @@ NAMES = {
     "encoder": "tome patch_norm kq_norm pixelprune",
     "features": "none random uniform avgpool norm similarity received_attention cls_attention"
     " visionzip vispruner prumerge prumerge_plus hiprune attention_pool"
-    " score_prune mlp scope apet",
+    " score_prune mlp salience_coverage scope apet",
     "projected": "holov global_local divprune cdpruner mmtok",
     "decoder": "fastv pyramiddrop sparsevlm dart v2drop vtw pact twig",
     "enhancer": "restore",

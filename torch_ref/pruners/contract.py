@@ -30,6 +30,7 @@ class Signals:
     pixels_BND: Tensor
     patches_BND: Tensor
     size_BN: Tensor
+    represented_BN: Tensor
     features_BND: Tensor
     place_BN: Tensor
     text_BTD: Tensor

@@ -59,7 +59,7 @@ def attention_bias(
 ) -> Tensor:  # fmt: skip
     """What is added to the logits of the attention to each kept token, (B, K)."""
     assert kept.index_BK is not None
-    bias_BK = torch.zeros(kept.index_BK.shape)
+    bias_BK, patches_BN = torch.zeros(kept.index_BK.shape), signals.get("represented_BN")
     for b, x_ND in enumerate(signals.x_BND):
         index = kept.index_BK[b].tolist()
         homes = nearest_slots(x_ND, index)
@@ -68,8 +68,8 @@ def attention_bias(
                 min(range(len(index)), key=lambda k: abs(i - index[k])) for i in range(len(x_ND))
             ]
         for i, home in enumerate(homes):
-            left = rotary_decay(abs(i - index[home]), theta, dims)
-            bias_BK[b, home] += left.clamp(min=0) if decay else 1
+            left = rotary_decay(abs(i - index[home]), theta, dims).clamp(min=0) if decay else 1
+            bias_BK[b, home] += left * (1 if patches_BN is None else patches_BN[b, i])
     return strength * bias_BK.clamp(min=1).log().to(signals.x_BND.device)
 
 

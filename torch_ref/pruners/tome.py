@@ -19,11 +19,17 @@ needs: dict[str, str | None] = {"keys": None}
 proportional = True
 
 
-def cuts(layers: int, N: int, K: int, r: int = 0) -> list[tuple[int, str, int]]:
+def cuts(
+    layers: int, N: int, K: int, r: int = 0, inflect: float = 0.0
+) -> list[tuple[int, str, int]]:
     """(layer, place, how many stay)."""
     plan, n = [], N
+    # In each layer its share, which falls or rises from layer to layer by equal steps.
+    step = inflect / max(layers - 1, 1)
+    shares = [1 - inflect + 2 * step * layer for layer in range(layers)]
     for layer in range(layers):
-        n = max(K, n - r) if r else N - (N - K) * (layer + 1) // layers
+        left = N - int((N - K) * sum(shares[: layer + 1]) / layers + 1e-9)
+        n = max(K, n - r) if r else left
         plan.append((layer, "middle", K if layer == layers - 1 else n))
     return plan
 

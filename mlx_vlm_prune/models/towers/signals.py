@@ -9,8 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...pruners.contract import Reduction, Signals
-from ...pruners.numerics import choice_dtype
+from ...pruners.contract import Reduction, Signals, segment_sum
+from ...pruners.numerics import choice_dtype, choosing
+from ...pruners.rows import nearest_slots
 
 QUERY_CHUNK = 16  # queries whose attention is computed at once; MLX holds up to eight chunks
 MOST_HELD = 2**25  # numbers of attention in a chunk on a GPU, where a launch costs more than memory
@@ -67,6 +68,8 @@ class TowerPass:
         self.kept: Reduction | None = None
         if any(cut.pruner.is_proportional for cut in cuts):
             signals = signals.replace(size_BN=mx.ones(signals.x_BND.shape[:2]))
+        if "represented" in want:
+            signals = signals.replace(represented_BN=mx.ones(signals.x_BND.shape[:2]))
         self.signals = signals.replace(has_cls=has_cls)
 
     @property
@@ -82,8 +85,12 @@ class TowerPass:
         for cut in self.cuts:
             if (cut.layer, cut.place) == (layer, place):
                 x_BND = x_BSD[:, self.first :]
-                kept = cut.pruner(self.signals.replace(x_BND=x_BND, **(keys or {})), cut.K)
+                signals = self.signals.replace(x_BND=x_BND, **(keys or {}))
+                kept = cut.pruner(signals, cut.K)
                 self.signals = _with_sizes(self.signals.reduced(kept), self.signals, kept)
+                if signals.get("represented_BN") is not None:
+                    represented_BK = represented_by(kept, signals)
+                    self.signals = self.signals.replace(represented_BN=represented_BK)
                 self.kept = kept.after(self.kept, self.N) if self.kept else kept
                 x_BSD = mx.concatenate([x_BSD[:, : self.first], kept.tokens(x_BND)], axis=1)
         return x_BSD
@@ -139,6 +146,17 @@ def _with_sizes(reduced: Signals, signals: Signals, kept: Reduction) -> Signals:
     if size_BN is None or not kept.merges or kept.index_BK is None:
         return reduced
     return reduced.replace(size_BN=kept.sizes(size_BN), place_BN=kept.place_BK)
+
+
+def represented_by(kept: Reduction, signals: Signals) -> mx.array:
+    """How many patches each kept token stands for, (B, K): those of its members, or its own and
+    those of the dropped tokens that are most like it."""
+    represented_BN = signals.represented_BN
+    if kept.index_BK is None or kept.merges:
+        return kept.sizes(represented_BN)
+    with choosing():
+        slot_BN = nearest_slots(signals.x_BND, kept.index_BK)[1]
+    return segment_sum(represented_BN[..., None], slot_BN, kept.slots)[..., 0]
 
 
 def attention(q_BHQd: mx.array, k_BHSd: mx.array, bias_BS: mx.array | None) -> mx.array:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 from ...pruners import Reduction, Signals, Step, reduce
+from ...pruners.numerics import nearest_slots
 
 
 def attention(q_BHSd: Tensor, k_BHSd: Tensor, bias_B11S: Tensor | None) -> Tensor:
@@ -80,8 +81,24 @@ class Encoded:
             members = (kept.weight_BKN > 0).to(self.signals.size_BN)
             size_BN = (members @ self.signals.size_BN[..., None])[..., 0]
             signals = signals.replace(size_BN=size_BN, place_BN=kept.place_BK)
+        if self.signals.get("represented_BN") is not None:
+            signals = signals.replace(represented_BN=represented_by(kept, self.signals))
         signals = signals.replace(x_BND=kept.tokens(self.signals.x_BND))
         return replace(self, signals=signals, kept=kept.after(self.kept, self.N))
+
+
+def represented_by(kept: Reduction, signals: Signals) -> Tensor:
+    """How many patches each kept token stands for, (B, K): those of its members, or its own and
+    those of the dropped tokens that are most like it."""
+    represented_BN, index_BK = signals.represented_BN, kept.index_BK
+    if kept.weight_BKN is not None:
+        return ((kept.weight_BKN > 0).to(represented_BN) @ represented_BN[..., None])[..., 0]
+    assert index_BK is not None
+    counts_BK = torch.zeros(index_BK.shape, device=represented_BN.device)
+    for b, x_ND in enumerate(signals.x_BND):
+        for i, slot in enumerate(nearest_slots(x_ND, index_BK[b].tolist())):
+            counts_BK[b, slot] += represented_BN[b, i]
+    return counts_BK
 
 
 def enter(
@@ -99,6 +116,7 @@ def enter(
     signals = Signals(
         x_BSD[:, first:], grid, bool(first),
         size_BN=torch.ones_like(patches_BND[..., 0]) if merges else None,
+        represented_BN=torch.ones_like(patches_BND[..., 0]) if "represented" in names else None,
         patches_BND=patches_BND if "patches" in names else None,
         pixels_BND=F.unfold(pixels_B3HW, size, stride=size).mT if "pixels" in names else None,
     )  # fmt: skip
