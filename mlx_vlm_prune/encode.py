@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from .checkpoints.command_line import Parser, in_one_sentence
+from .checkpoints.command_line import SEVERAL, Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import (
     atomic_path,
@@ -125,7 +125,7 @@ def build_parser() -> Parser:
         help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
         " on a GPU")
     add = parser.add_argument_group("images and texts").add_argument
-    add("--image", type=Path, nargs="+", default=[], metavar="PATH",
+    add("--image", type=Path, **SEVERAL, default=[], metavar="PATH",
         help="image files and folders; in a folder, a sub-folder's name is the class of its images"
         " (no default)")
     add("--labels", type=Path, metavar="FILE.csv",
@@ -139,11 +139,11 @@ def build_parser() -> Parser:
     add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list"
         " them")
     add = parser.add_argument_group("pruning").add_argument
-    add("--pruner", nargs="+", default=[], metavar="SPEC",
+    add("--pruner", **SEVERAL, default=[], metavar="SPEC",
         help="methods or chains, as in `generate` (default: none, all tokens alone)")
-    add("--keep-ratio", type=float, nargs="+", metavar="R",
+    add("--keep-ratio", type=float, **SEVERAL, metavar="R",
         help="shares of the visual tokens to keep (default: 1.0 0.7 0.5)")
-    add("--keep-tokens", type=int, nargs="+", metavar="K",
+    add("--keep-tokens", type=int, **SEVERAL, metavar="K",
         help="numbers of visual tokens to keep (default: none)")
     add = parser.add_argument_group("run and output").add_argument
     add("--batch-size", type=int, default=8, metavar="N", help="images encoded at once")

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.command_line import Parser, in_one_sentence
+from .checkpoints.command_line import SEVERAL, Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.hub import resolve_path
 from .checkpoints.reading.files import check_target, write_atomically
@@ -120,17 +120,16 @@ def _add_run(parser: Parser) -> None:
 
 def _add_pruning(parser: Parser) -> None:
     add = parser.add_argument_group("pruning").add_argument
-    add("--pruner", action="append", metavar="SPEC",
-        help="a method or a chain, as in `generate`; repeat for several (default:"
+    add("--pruner", **SEVERAL, metavar="SPEC",
+        help="methods or chains, as in `generate` (default:"
         f" {', '.join(METHODS)} and the learned ones; with --all all, and some chains; of a"
         " checkpoint that was trained with one, that one)")
-    add("--keep-tokens", type=int, action="append", metavar="K",
-        help="number of visual tokens to keep; repeat for several (default: none)")
-    add("--keep-ratio", type=float, action="append", metavar="R",
-        help="share of the visual tokens to keep; repeat for several (default: 0.5, 0.25 and"
-        " 0.1125)")
-    add("--positions", action="append", choices=("keep", "renumber"),
-        help="kept tokens keep their positions, or count anew; give it twice to measure both"
+    add("--keep-tokens", type=int, **SEVERAL, metavar="K",
+        help="numbers of visual tokens to keep (default: none)")
+    add("--keep-ratio", type=float, **SEVERAL, metavar="R",
+        help="shares of the visual tokens to keep (default: 0.5, 0.25 and 0.1125)")
+    add("--positions", **SEVERAL, choices=("keep", "renumber"),
+        help="kept tokens keep their positions, or count anew; give both to measure both"
         " (default: as in the method's paper)")
 # fmt: on
 

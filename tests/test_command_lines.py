@@ -5,16 +5,18 @@ import ast
 import importlib
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from mlx_vlm_prune import generate
+from mlx_vlm_prune import encode, evaluate, generate
 from mlx_vlm_prune.__main__ import COMMANDS
 from mlx_vlm_prune.__main__ import main as package_main
 from mlx_vlm_prune.checkpoints.command_line import VERSION, Parser, in_one_sentence, program
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.processor import TOKENIZER_ADVICE
+from mlx_vlm_prune.generation import arguments
 from mlx_vlm_prune.generation.arguments import build_parser
 
 from .entry_points import modules
@@ -253,3 +255,21 @@ def test_a_command_refuses_in_its_own_words(module, tmp_path, monkeypatch, capsy
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "") and err.count("\n") == 1
     assert err.startswith(f"error: {start}")
+
+
+SEVERAL_METHODS = {
+    "evaluate": evaluate.build_parser,
+    "encode": encode.build_parser,
+    "sweep": partial(arguments.build_sweep_parser, (), ()),
+    "explore": partial(arguments.build_explore_parser, (), ()),
+}
+
+
+@pytest.mark.parametrize("command", SEVERAL_METHODS)
+def test_several_methods_and_budgets_are_given_at_once_or_one_by_one(command):
+    parser = SEVERAL_METHODS[command]()
+    at_once = ["--pruner", "norm", "tome", "--keep-tokens", "9", "5"]
+    by_turns = ["--pruner", "norm", "--keep-tokens", "9", "--pruner", "tome", "--keep-tokens", "5"]
+    for argv in (at_once, by_turns):
+        args = parser.parse_args(argv)
+        assert (args.pruner, args.keep_tokens) == (["norm", "tome"], [9, 5])

@@ -17,6 +17,8 @@ from .version import __version__
 
 PACKAGE, SCRIPT = "mlx_vlm_prune", "mlx-vlm-prune"
 VERSION = f"{PACKAGE} {__version__}"
+# Of an option that takes several values, at once or by repeating it.
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}
 # How MLX's RuntimeErrors begin where its compiler for CPUs cannot write, or is not there.
 COMPILER_FAULTS = ("[Compile::eval_cpu]", "filesystem error: ")
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.command_line import Parser, whole_number
+from ..checkpoints.command_line import SEVERAL, Parser, whole_number
 from ..checkpoints.reading.files import parse_json
 from ..inputs.image import MAX_PIXELS, MOST_PIXELS
 from ..models.loading import DTYPES
@@ -37,7 +37,6 @@ many visual tokens it keeps: visual_tokens, keep_ratio, pruner, budget_ms, or a 
 SERVE_EPILOG = """example: mlx-vlm-prune serve --model my-model --pruner divprune
 --keep-ratio 0.25"""
 Add = Callable[..., Any]
-SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}
 
 
 # fmt: off
