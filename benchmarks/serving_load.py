@@ -2,14 +2,14 @@
 
 It starts `mlx-vlm-prune serve`, asks every question alone, then sends requests, several at once, of
 which a fifth are bad or leave before their answer is complete. Every good answer must equal the one
-it got alone, and none may be lost. The memory of the server's process is read all the while. The
-last line is one JSON object of all figures.
+it got alone, every bad one must be refused for its own fault, and none may be lost: else the exit
+code is 1. The memory of the server's process is read all the while. The last line is one JSON
+object of all figures.
 """
 
 import argparse
 import base64
 import http.client
-import io
 import json
 import os
 import subprocess
@@ -20,7 +20,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
 from typing import Any
+
+from PIL import Image
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.machine.hardware import describe_machine, versions
@@ -35,13 +39,52 @@ BUDGETS: tuple[dict[str, Any], ...] = (
     {}, {"visual_tokens": 49}, {"keep_ratio": 0.25, "pruner": "divprune"},
     {"visual_tokens": 98, "pruner": "avgpool"}, {"keep_ratio": 0.5, "pruner": "cdpruner"},
 )  # fmt: skip
-BAD = (
-    b"{",
-    json.dumps({"messages": []}).encode(),
-    json.dumps({"messages": [{"role": "user", "content": "?"}], "keep_ratio": 2}).encode(),
-    b" " * 70_000_000,
-)
+DIFFERENT_REQUESTS = PICTURES * len(WORDS) * len(BUDGETS)
+BAD_EVERY, LEAVING_EVERY = 10, 10  # so a fifth are bad or leave
+GOOD_ENDS = {"same as alone", "refused", "left"}
 PATIENCE = 600  # seconds for one answer
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture as requests bring it."""
+    file = BytesIO()
+    picture.save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+@cache
+def scene(number: int) -> str:
+    """A picture that all requests of that number share."""
+    return data_uri(compose(SEED + number).image())
+
+
+def body(words: str, *uris: str, **options: Any) -> bytes:
+    """A request about pictures."""
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": u}} for u in uris]
+    parts.append({"type": "text", "text": words})
+    return json.dumps({"messages": [{"role": "user", "content": parts}], **options}).encode()
+
+
+def good_body(number: int, max_tokens: int, **options: Any) -> bytes:
+    """Request number n: a picture, a question and a budget."""
+    options |= {"max_tokens": max_tokens, **BUDGETS[number % len(BUDGETS)]}
+    return body(WORDS[number % len(WORDS)], scene(number % PICTURES), **options)
+
+
+@cache
+def bad_bodies() -> list[tuple[bytes, int, str]]:
+    """Bodies that must be refused, each with the status and with words of the sentence."""
+    small = data_uri(Image.new("RGB", (9, 9)))
+    return [
+        (b"{", 400, "is not valid JSON"),
+        (body("?", "data:image/png;base64,@@"), 400, "the data URI is damaged"),
+        (body("?", data_uri(Image.new("RGB", (2000, 1)))), 400, "it has 2000 x 1 pixels"),
+        (body("?", *[small] * 17), 400, "there are 17 pictures"),
+        (b" " * 100_000_000, 413, "the body is larger than 64 MB"),
+        (body("?", small, strict=True, visual_token=3), 400, "visual_token is not possible"),
+        (body("?", small, keep_ratio=2), 400, "keep_ratio is 2"),
+        (b'{"messages": []}', 400, "messages: "),
+    ]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,20 +98,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def serving(model: str | None) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A server's process and its port. Raises UserError where it does not start."""
-    words = [
-        sys.executable,
-        "-m",
-        "mlx_vlm_prune",
-        "serve",
-        "--port",
-        "0",
-        "--queue",
-        "1000",
-        "--cache-gb",
-        "0.05",
-    ]
+def serving(model: str | None) -> Iterator[tuple[int, int]]:
+    """The id of a server's process, and its port. Raises UserError where it does not start."""
+    words = [sys.executable, "-m", "mlx_vlm_prune", "serve"]
+    words += ["--port", "0", "--queue", "1000", "--cache-gb", "0.05"]
     words += ["--model", model] if model else []
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -79,62 +112,80 @@ def serving(model: str | None) -> Iterator[tuple[subprocess.Popen[str], int]]:
             raise UserError(f"the server did not start: {line.strip()}")
         threading.Thread(target=process.stderr.read, daemon=True).start()
         try:
-            yield process, int(line.rpartition(":")[2].partition("/")[0])
+            yield process.pid, int(line.rpartition(":")[2].partition("/")[0])
         finally:
             process.terminate()
 
 
-def body(n: int, max_tokens: int) -> dict[str, Any]:
-    """Request number n: a picture, a question and a budget."""
-    file = io.BytesIO()
-    compose(SEED + n % PICTURES).image().save(file, format="PNG")
-    uri = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    parts = [
-        {"type": "image_url", "image_url": {"url": uri}},
-        {"type": "text", "text": WORDS[n % len(WORDS)]},
-    ]
-    messages = [{"role": "user", "content": parts}]
-    return {"messages": messages, "max_tokens": max_tokens, **BUDGETS[n % len(BUDGETS)]}
+@contextmanager
+def connection(port: int) -> Iterator[http.client.HTTPConnection]:
+    """To the server; at the end of the block it is closed, answered or not."""
+    opened = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        yield opened
+    finally:
+        opened.close()
 
 
 def send(port: int, content: bytes) -> tuple[int, Any]:
     """Status and JSON of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request("POST", PATH, content, JSON)
-        reply = connection.getresponse()
+    with connection(port) as opened:
+        opened.request("POST", PATH, content, JSON)
+        reply = opened.getresponse()
         return reply.status, json.loads(reply.read())
-    finally:
-        connection.close()
 
 
-def leave(port: int, content: dict[str, Any]) -> None:
-    """Begin to read a stream, and go."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
-    try:
-        connection.request("POST", PATH, json.dumps({**content, "stream": True}), JSON)
-        connection.getresponse().readline()
-    finally:
-        connection.close()
+def leave(port: int, number: int, max_tokens: int) -> None:
+    """Go in the middle of a stream, while the answer is waited for, or of the body."""
+    way = number // LEAVING_EVERY % 3
+    content = good_body(number, max_tokens, stream=way == 0)
+    with connection(port) as opened:
+        if way == 2:
+            opened.putrequest("POST", PATH)
+            for name, value in {**JSON, "content-length": str(len(content))}.items():
+                opened.putheader(name, value)
+            opened.endheaders(content[: len(content) // 2])
+            return
+        opened.request("POST", PATH, content, JSON)
+        if way == 0:
+            opened.getresponse().readline()
 
 
-def outcome(port: int, n: int, max_tokens: int, alone: dict[int, Any]) -> str:
+def outcome(port: int, number: int, max_tokens: int, alone: dict[int, Any]) -> str:
     """How request n ended."""
-    if n % 10 == 3:
-        status, _ = send(port, BAD[n // 10 % len(BAD)])
-        return "refused" if 400 <= status < 500 else f"bad request: {status}"
-    if n % 10 == 7:
-        leave(port, body(n, max_tokens))
+    if number % BAD_EVERY == 3:
+        bodies = bad_bodies()
+        content, status, words = bodies[number // BAD_EVERY % len(bodies)]
+        answer = send(port, content)
+        is_refused = answer[0] == status and words in answer[1]["error"]["message"]
+        return "refused" if is_refused else f"bad request: {answer[0]}"
+    if number % LEAVING_EVERY == 7:
+        leave(port, number, max_tokens)
         return "left"
-    status, content = send(port, json.dumps(body(n, max_tokens)).encode())
+    status, answered = send(port, good_body(number, max_tokens))
     if status != 200:
         return f"lost: {status}"
-    return "same as alone" if content["choices"] == alone[kind(n)] else "another answer"
+    is_same = answered["choices"] == alone[number % DIFFERENT_REQUESTS]
+    return "same as alone" if is_same else "another answer"
 
 
-def kind(n: int) -> int:
-    """Requests of a kind have the same answer."""
-    return n % (PICTURES * len(WORDS) * len(BUDGETS))
+def outcome_or_fault(*arguments: Any) -> str:
+    """How a request ended, also where its connection broke."""
+    try:
+        return outcome(*arguments)
+    except (OSError, http.client.HTTPException, ValueError, KeyError) as problem:
+        return f"lost: {type(problem).__name__}"
+
+
+def answers_alone(port: int, args: argparse.Namespace) -> dict[int, Any]:
+    """What each different request gets alone. Raises UserError for one that gets no answer."""
+    alone = {}
+    for number in range(min(args.requests, DIFFERENT_REQUESTS)):
+        status, answered = send(port, good_body(number, args.max_tokens))
+        if status != 200:
+            raise UserError(f"request {number} is not even answered alone: {answered}")
+        alone[number] = answered["choices"]
+    return alone
 
 
 def memory_mb(process: int) -> float:
@@ -146,18 +197,17 @@ def memory_mb(process: int) -> float:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All requests, and what became of them."""
     with serving(args.model) as (process, port), ThreadPoolExecutor(args.clients) as clients:
-        kinds = range(min(args.requests, kind(-1) + 1))
-        answers = [send(port, json.dumps(body(n, args.max_tokens)).encode()) for n in kinds]
-        alone = {n: content["choices"] for n, (_, content) in zip(kinds, answers, strict=True)}
-        memory, start = [memory_mb(process.pid)], time.perf_counter()
+        alone = answers_alone(port, args)
+        memory, start = [memory_mb(process)], time.perf_counter()
         waiting = [
-            clients.submit(outcome, port, n, args.max_tokens, alone) for n in range(args.requests)
+            clients.submit(outcome_or_fault, port, n, args.max_tokens, alone)
+            for n in range(args.requests)
         ]
-        for one in waiting:
-            one.result()
-            memory.append(memory_mb(process.pid))
+        for request in waiting:
+            request.result()
+            memory.append(memory_mb(process))
         seconds = time.perf_counter() - start
-        ends = Counter(one.result() for one in waiting)
+    ends = Counter(request.result() for request in waiting)
     half = memory[len(memory) // 2 :]
     print(f"{args.requests} requests, {args.clients} at once, in {seconds:.1f} s: {dict(ends)}")
     print(
@@ -173,8 +223,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    run_command(parse, run, argv)
+    """The command line. The exit code is 1 where an answer differs or is lost."""
+    ends = set[str]()
+
+    def run_and_note(args: argparse.Namespace) -> dict[str, Any]:
+        result = run(args)
+        ends.update(result["ends"])
+        return result
+
+    run_command(parse, run_and_note, argv)
+    if wrong := sorted(ends - GOOD_ENDS):
+        sys.exit(f"wrong: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

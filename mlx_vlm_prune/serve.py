@@ -18,12 +18,11 @@ from .generation.arguments import build_serve_parser
 from .hosts.loading import load
 from .inputs.image import MAX_PIXELS
 from .models.vlm import VLM
-from .serving.settings import DEFAULT_METHOD, KEY_VARIABLE, ServerSettings
+from .serving.settings import DEFAULT_METHOD, KEY_VARIABLE, LOOPBACK, ServerSettings
 
 __all__ = ["main"]
 
 logger = logging.getLogger("mlx_vlm_prune")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OPEN_HOST = (
     "any program that reaches this machine can use this server: give --api-key, or --host 127.0.0.1"
 )
@@ -38,9 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and answer until a signal comes; then the requests so far are answered."""
-    import uvicorn
-
     from .serving.build import build_server
+    from .serving.connections import build_uvicorn, url_of
 
     settings_of(args)  # refuses what cannot be before the model is read
     with listen(args.host, args.port) as listening:
@@ -50,11 +48,10 @@ def run(args: argparse.Namespace) -> None:
         settings = settings_of(args, model)
         if args.host not in LOOPBACK and not settings.api_key:
             logger.warning(OPEN_HOST)
-        app = build_server(model, processor, settings)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+        server = build_uvicorn(build_server(model, processor, settings), settings)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn drains, then sends it once more
-        place = f"{args.host}:{listening.getsockname()[1]}"
-        print(f"{settings.model_name}: http://{place}/v1", file=sys.stderr, flush=True)
+        url = url_of(args.host, listening)
+        print(f"{settings.model_name}: {url}", file=sys.stderr, flush=True)
         server.run([listening])
 
 
@@ -82,20 +79,27 @@ def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:
         raise UserError(f"cache_gb is {args.cache_gb}; it must be a number, 0 or more")
     is_given = args.pruner is not None or any(budget is not None for budget in budgets)
     return ServerSettings(
-        model_name="scenes" if args.model is None else str(args.model),
+        model_name="scenes" if args.model is None else public_name(str(args.model)),
         method=method,
         is_pruning=is_given or trained is not None,
         keep_ratio=args.keep_ratio,
         keep_tokens=args.keep_tokens,
         budget_ms=args.ms,
+        host=args.host,
         max_pixels=args.max_pixels,
         max_images=args.max_images,
+        allow_url=args.allow_url,
         queue=args.queue,
         batch=args.batch,
         timeout=args.timeout,
         api_key=args.api_key or os.environ.get(KEY_VARIABLE),
         cache_bytes=int(args.cache_gb * 1e9),
     )
+
+
+def public_name(model: str) -> str:
+    """What clients call a model: a folder by its name alone, since its path says who runs it."""
+    return os.path.basename(os.path.abspath(model)) if os.path.isdir(model) else model
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("fastapi", reason="the server needs FastAPI")
-uvicorn = pytest.importorskip("uvicorn", reason="the server needs uvicorn")
+pytest.importorskip("uvicorn", reason="the server needs uvicorn")
 
-from mlx_vlm_prune.serving.build import build_server  # noqa: E402 - needs both
-from mlx_vlm_prune.serving.settings import ServerSettings  # noqa: E402
+from mlx_vlm_prune.serving.build import build_server
+from mlx_vlm_prune.serving.connections import build_uvicorn
+from mlx_vlm_prune.serving.settings import ServerSettings
 
 PATIENCE = 60  # seconds until an answer must be there at all
 
@@ -104,15 +105,17 @@ def text_of(completion: dict[str, Any]) -> str:
 
 
 @contextmanager
-def serve(model: Any, processor: Any, **settings: Any) -> Iterator[Served]:
-    """A server of these settings until the end of the block."""
+def serve(model: Any, processor: Any, *, send_bytes: int = 0, **settings: Any) -> Iterator[Served]:
+    """A server of these settings until the end of the block; with `send_bytes` the kernel holds no
+    more of an answer that is not read."""
     checked = ServerSettings(**{"model_name": "tiny", "timeout": PATIENCE, **settings})
     app = build_server(model, processor, checked)
     with socket.socket() as listening:
+        if send_bytes:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-        config = uvicorn.Config(app, log_level="warning", lifespan="on")
-        server = uvicorn.Server(config)
+        server = build_uvicorn(app, checked)
         thread = Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         try:

@@ -237,9 +237,9 @@ def test_the_calibration_of_a_model_without_a_folder_is_not_saved(loaded, home, 
 
 def test_learned_pools_and_budgets_of_each_image_are_refused():
     with pytest.raises(UserError, match="attention_pool was trained for 5 visual tokens"):
-        check_free_budget(LearnedPool())
+        check_free_budget(LearnedPool(), 16)
     with pytest.raises(UserError, match="leave out dynamic"):
-        check_free_budget(plan("norm+restore", {}).of(Dynamic()))
+        check_free_budget(plan("norm+restore", {}).of(Dynamic()), 16)
 
 
 class LearnedPool:

@@ -133,7 +133,10 @@ REFUSED = {
     "unknown": (question("?"), {"strict": True, "visual_token": 3}, "visual_token is not possible"),
     "tools": (question("?"), {"strict": True, "tools": [{}]}, "tools is not possible here"),
     "long": (question("star " * 40_000), {}, "the prompt has 40"),
-    "mark": (question("<image> <image> ?"), {}, "the prompt has 2 <image> marks but there are 0"),
+    "mark": (question("<image> ?"), {"strict": True}, "the words have <image>, which was left out"),
+    "stops": (question("?"), {"stop": ["a"] * 17}, "stop: list should have at most 16 items"),
+    "a long stop": (question("?"), {"stop": "a" * 1001}, "stop: string should have at most 1000"),
+    "a long name": (question("?"), {"pruner": "a" * 1001}, "pruner: string should have at most 10"),
 }
 
 
@@ -161,8 +164,6 @@ def test_a_body_that_is_no_request_is_refused(served):
     half = "\ud800"  # of a character
     for content in ({"messages": [question("?")], half: 1}, {"messages": [question(half)]}):
         assert refused(content)[0] == 400
-    assert served.call("/v1/no-such-route")[0] == 404
-    assert served.call(path)[0] == 405
     assert text_of(served.chat(question(WORDS, SCENES[0])))  # and others are answered
 
 
@@ -181,9 +182,23 @@ def test_what_is_not_followed_is_a_warning_or_strictly_a_refusal(scenes):
         assert server.refusal(question("?"), model="gpt", strict=True)[0] == 404
         assert "the server allows 2000" in server.refusal(question("?", SCENES[0]), strict=True)[1]
         mixed = question("?", noise(32, 32), detail="low")
-        mixed["content"].insert(0, question("?", noise(32, 32, 1))["content"][0])
-        assert "different details" in server.chat(mixed, max_tokens=1)["warnings"][0]
+        for detail in ("auto", "high"):
+            mixed["content"].insert(0, question("?", noise(32, 32, 1), detail=detail)["content"][0])
+            (warning,) = server.chat(mixed, max_tokens=1)["warnings"]
+            assert "different details" in warning and warning.endswith(f"with detail {detail}")
         assert "different details" in server.refusal(mixed, strict=True)[1]
+        many = {f"field_{n}": 1 for n in range(30)}
+        warnings = server.chat(question("?"), max_tokens=1, **many)["warnings"]
+        assert len(warnings) == 21 and warnings[-1] == "10 more fields are not possible here"
+
+
+def test_detail_low_without_a_method_is_a_warning(pruning):
+    message = question(WORDS, SCENES[0], detail="low")
+    content = pruning.chat(message, pruner="none", max_tokens=1)
+    assert content["usage"]["visual_tokens_kept"] == content["usage"]["visual_tokens"]
+    (warning,) = content["warnings"]
+    assert warning == "detail low needs a pruner other than none: all visual tokens are kept"
+    assert pruning.refusal(message, pruner="none", strict=True) == (400, warning)
 
 
 def test_a_photograph_that_is_decoded_at_a_part_of_its_size_is_said_to_be(served):

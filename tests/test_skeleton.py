@@ -173,7 +173,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         "pyarrow": "mlx_vlm_prune/evaluation/questions/parquet.py",
         "pydantic": "mlx_vlm_prune/serving/request_schema.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",
-        "uvicorn": "mlx_vlm_prune/serve.py",
+        "uvicorn": "mlx_vlm_prune/serving/connections.py",
         "yaml": "mlx_vlm_prune/training/config.py",
     }
     assert all(file.startswith(places[name]) for name, file in extras)

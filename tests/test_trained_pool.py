@@ -72,6 +72,25 @@ def test_another_budget_than_the_trained_one_is_refused(home, model):
     assert Chat(*model, keep_tokens=K).ask(QUESTION, home / "a.png").visual_tokens_kept == K
 
 
+@pytest.mark.parametrize("budget", [{"visual_tokens": 8}, {"budget_ms": 5.0}])
+def test_a_server_keeps_the_trained_number_and_warns_of_another_or_strictly_refuses(
+    home, model, budget
+):
+    pytest.importorskip("uvicorn", reason="the server needs uvicorn")
+    from .serving import question, serve
+
+    message = question(QUESTION, Image.open(home / "a.png"))
+    with serve(*model, method="attention_pool", is_pruning=True) as server:
+        assert server.chat(message, max_tokens=1)["warnings"] == []
+        content = server.chat(message, max_tokens=1, **budget)
+        (warning,) = content["warnings"]
+        assert content["usage"]["visual_tokens_kept"] == K
+        assert f"was trained for {K} visual tokens" in warning
+        assert warning.endswith("; its own number was kept") and "keep_tokens" not in warning
+        status, sentence = server.refusal(message, strict=True, **budget)
+        assert (status, sentence) == (400, warning)
+
+
 def test_generate_says_it_on_stderr_and_compares_with_all_tokens(home, model, capsys, tmp_path):
     command = ["--model", str(home / "mlx"), "-p", QUESTION, "--image", str(home / "a.png")]
     command += ["--max-tokens", "2", "--compare", "--json", str(tmp_path / "a.json")]

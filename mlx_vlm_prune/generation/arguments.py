@@ -149,6 +149,8 @@ def build_serve_parser(max_pixels: int) -> Parser:
         help="of a picture; a larger one is made smaller, with a warning in the answer")
     add("--max-images", type=partial(whole_number, 0), default=16, metavar="N",
         help="of a request")
+    add("--allow-url", action="store_true",
+        help="a picture may be an http(s) URL, too, of public addresses alone, 64 MB a request")
     add("--batch", type=partial(whole_number, 1), default=16, metavar="N",
         help="answers that are written at once")
     add("--queue", type=partial(whole_number, 0), default=64, metavar="N",

@@ -1,31 +1,33 @@
 """The routes: chat completions, models, health and metrics."""
 
+import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import ExitStack, asynccontextmanager
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from ..checkpoints.reading.files import parse_json
 from ..generation.stop_strings import StopStrings
 from .answer_json import DONE, AnswerJson, error_event, usage_of
-from .chat_request import ChatRequest, read_chat_request
-from .engine import Engine, Piece
-from .listener import Listener
+from .body import parse_body, read_bytes
+from .chat_request import ChatRequest, check_count, read_chat_request
+from .engine import Engine, Piece, refusal_of
+from .listener import Listener, too_slow
 from .metrics import CONTENT_TYPE, Metrics
+from .open_requests import OpenRequest, OpenRequests
+from .pictures import Downloads, download_pictures
 from .refusals import RequestRefusedError
-from .request_schema import ChatBody, read_body
-from .settings import MAX_BODY_BYTES, ServerSettings
+from .settings import LOOPBACK, MAX_OPEN_BYTES, ServerSettings
 
-JSON = "application/json"
-MOST_DRAINED_BYTES = 4 * MAX_BODY_BYTES  # read of a body that is too large, so that its client,
-# which sends it all before it listens, gets to know why it is refused
+MOST_DECODED, MOST_DOWNLOADED = 2, 8  # requests at once
+FULL = "the server has as many requests as it takes; try again later"
+Value = TypeVar("Value")
 
 
 class AsciiJson(JSONResponse):
@@ -39,16 +41,14 @@ class AsciiJson(JSONResponse):
 class EventStream(StreamingResponse):
     """A stream that says when it has ended, also where the client left before its first event."""
 
-    def __init__(self, server: "Server", listener: Listener, events: AsyncIterator[str]) -> None:
+    def __init__(self, events: AsyncIterator[str], end: ExitStack) -> None:
         super().__init__(events, media_type="text/event-stream")
-        self.server, self.listener = server, listener
+        self.end = end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """As Starlette sends it."""
-        try:
+        with self.end:
             await super().__call__(scope, receive, send)
-        finally:
-            self.server.end_stream(self.listener)
 
 
 class Server:
@@ -56,41 +56,46 @@ class Server:
 
     def __init__(self, engine: Engine, settings: ServerSettings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
-        self.created, self.open_requests = int(time.time()), 0
+        self.created = int(time.time())
+        self.open_requests = OpenRequests(settings.most_requests, MAX_OPEN_BYTES)
+        self.decoding = asyncio.Semaphore(MOST_DECODED)
+        self.downloading = asyncio.Semaphore(MOST_DOWNLOADED)
 
     async def chat_completions(self, request: Request) -> Response:
-        """POST /v1/chat/completions."""
-        if self.open_requests >= self.settings.queue + self.settings.batch:
-            raise self._count(RequestRefusedError("the server has as many requests as it takes;"
-                                                  " try again later", 429))  # fmt: skip
-        self.open_requests += 1
-        try:
-            body = read_body(await read_json(request))
-            chat = await run_in_threadpool(read_chat_request, body, self.settings)
-            return await self._answer(request, body, chat)
-        except RequestRefusedError as refusal:
-            raise self._count(refusal) from None
-        finally:
-            self.open_requests -= 1
-
-    def _count(self, refusal: RequestRefusedError) -> RequestRefusedError:
-        self.metrics.requests[str(refusal.status)] += 1
-        return refusal
-
-    async def _answer(self, request: Request, body: ChatBody, chat: ChatRequest) -> Response:
-        """The answer, or its stream once there is a first piece: until then it can be refused."""
-        listener = Listener(request, self.engine, chat, self.settings.timeout)
-        try:
+        """POST /v1/chat/completions: the answer, or its stream once there is a first piece; until
+        then it can be refused."""
+        with ExitStack() as end:
+            if self.open_requests.is_full:
+                refused = OpenRequest(self.open_requests, self.settings.timeout)
+                await in_time(read_bytes(request, None), refused, "body", 408)
+                raise RequestRefusedError(FULL, 429)
+            open_request = end.enter_context(self.open_requests.open(self.settings.timeout))
+            reading = in_time(read_bytes(request, open_request), open_request, "body", 408)
+            chat = await in_time(self._read(await reading, open_request), open_request)
+            listener = Listener(request, self.engine, chat, open_request)
+            end.callback(listener.close)
             first = await listener.next()
-            if not body.stream:
+            if not chat.is_stream:
                 return await self._whole(listener, chat, first)
-        except BaseException:
-            listener.close()
-            raise
-        options = body.stream_options
-        with_usage = bool(options and options.include_usage)
-        self.open_requests += 1
-        return EventStream(self, listener, self._stream(listener, chat, first, with_usage))
+            end.callback(self._count_stream, listener)
+            return EventStream(self._stream(listener, chat, first), end.pop_all())
+
+    async def _read(self, content: bytes, open_request: OpenRequest) -> ChatRequest:
+        """A request with its pictures, read in threads; few requests at once, as each may take a
+        gigabyte."""
+        async with self.decoding:
+            body = await run_in_threadpool(parse_body, content)
+        links, settings, downloads = body.links, self.settings, Downloads()
+        check_count(links, settings)
+        if settings.allow_url:
+            async with self.downloading:
+                seconds = open_request.seconds_left
+                downloads = await run_in_threadpool(download_pictures, links, seconds)
+            open_request.hold(len(content) + sum(map(len, downloads.values())))
+        async with self.decoding:
+            return await run_in_threadpool(
+                read_chat_request, body, downloads, settings, open_request
+            )
 
     async def _whole(self, listener: Listener, chat: ChatRequest, piece: Piece) -> Response:
         """The answer in one piece."""
@@ -101,7 +106,6 @@ class Server:
             if stop.is_found or reason:
                 break
             piece = await listener.next()
-        listener.close()
         self.metrics.requests["200"] += 1
         reason = "stop" if stop.is_found else str(reason)
         answer = AnswerJson(self.settings.model_name)
@@ -109,7 +113,7 @@ class Server:
         return AsciiJson(content)
 
     async def _stream(
-        self, listener: Listener, chat: ChatRequest, piece: Piece, with_usage: bool
+        self, listener: Listener, chat: ChatRequest, piece: Piece
     ) -> AsyncIterator[str]:
         """The answer as events; one that ends early ends with an error."""
         answer, stop = AnswerJson(self.settings.model_name), StopStrings(chat.stop)
@@ -126,18 +130,17 @@ class Server:
                     break
                 piece = await listener.next()
             yield answer.chunk({}, reason, warnings)
-            if with_usage:
+            if chat.with_usage:
                 yield answer.usage_chunk(usage_of(piece), warnings)
             yield DONE
             listener.status = 200
-        except RequestRefusedError as refusal:
+        except Exception as problem:
+            refusal = refusal_of(problem)
             listener.status = refusal.status
             yield error_event(refusal)
 
-    def end_stream(self, listener: Listener) -> None:
+    def _count_stream(self, listener: Listener) -> None:
         """Count a stream, however it ended."""
-        listener.close()
-        self.open_requests -= 1
         self.metrics.requests[str(listener.status)] += 1
 
     async def models(self) -> dict[str, Any]:
@@ -170,12 +173,45 @@ class Server:
         text = self.metrics.text(len(self.engine.waiting), len(self.engine.running))
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
-    def check_key(self, request: Request) -> None:
+    async def check_host(self, request: Request) -> None:
+        """Raises RequestRefusedError for a name of this machine that a stranger may have given it:
+        a page whose own name leads to 127.0.0.1 could else use the server."""
+        if self.settings.api_key or self.settings.host not in LOOPBACK:
+            return
+        host = request.headers.get("host", "")
+        if _name_of(host) not in LOOPBACK:
+            raise RequestRefusedError(
+                f"the host is {host[:100]!r}, and this server is for {LOOPBACK[0]} and"
+                f" {LOOPBACK[1]}; with an API key it is for all",
+                403,
+            )
+
+    async def check_key(self, request: Request) -> None:
         """Raises RequestRefusedError without the server's key."""
         key = self.settings.api_key
         given = request.headers.get("authorization", "")
         if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
             raise RequestRefusedError("the API key is missing or wrong", 401)
+
+    async def refuse(self, _: Request, problem: Any) -> Response:
+        """A refusal as OpenAI's JSON, counted; also the framework's, as of a path that is not
+        there, and a fault of ours."""
+        if status := getattr(problem, "status_code", None):
+            refusal = RequestRefusedError(str(problem.detail), status)
+        else:
+            refusal = refusal_of(problem)
+        self.metrics.requests[str(refusal.status)] += 1
+        return AsciiJson(refusal.as_json, refusal.status)
+
+
+async def in_time(
+    work: Awaitable[Value], open_request: OpenRequest, part: str = "answer", status: int = 504
+) -> Value:
+    """A part of a request or of its answer, if it is there in time. Raises RequestRefusedError."""
+    try:
+        return await asyncio.wait_for(work, open_request.seconds_left)
+    except asyncio.TimeoutError:
+        raise too_slow(open_request, part, status) from None
 
 
 def build_app(engine: Engine, settings: ServerSettings, metrics: Metrics) -> FastAPI:
@@ -187,8 +223,11 @@ def build_app(engine: Engine, settings: ServerSettings, metrics: Metrics) -> Fas
         yield
         await run_in_threadpool(engine.stop)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     server = Server(engine, settings, metrics)
+    app = FastAPI(
+        lifespan=lifespan, dependencies=[Depends(server.check_host)],
+        docs_url=None, redoc_url=None, openapi_url=None,
+    )  # fmt: skip
 
     api = APIRouter(prefix="/v1", dependencies=[Depends(server.check_key)])
     raw: dict[str, Any] = {"response_model": None}
@@ -198,37 +237,14 @@ def build_app(engine: Engine, settings: ServerSettings, metrics: Metrics) -> Fas
     app.include_router(api)
     app.add_api_route("/health", server.health, **raw)
     app.add_api_route("/metrics", server.metrics_text, **raw)
-    app.add_exception_handler(RequestRefusedError, refused)
-    app.add_exception_handler(HTTPException, refused)
+    for problem in (RequestRefusedError, 404, 405, Exception):
+        app.add_exception_handler(problem, server.refuse)
     return app
 
 
-def refused(_: Request, problem: Any) -> Response:
-    """A refusal as JSON; also one of the framework's, as of a path that is not there."""
-    if isinstance(problem, RequestRefusedError):
-        return AsciiJson(problem.as_json, problem.status)
-    refusal = RequestRefusedError(str(problem.detail), problem.status_code)
-    return AsciiJson(refusal.as_json, refusal.status)
-
-
-async def read_json(request: Request) -> Any:
-    """The body's JSON, of MAX_BODY_BYTES at most. Raises RequestRefusedError.
-
-    A page in a browser can send other kinds of content to any server without leave.
-    """
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
-        raise RequestRefusedError(f"the content-type must be {JSON}", 415)
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= MAX_BODY_BYTES:
-            body += chunk
-        elif size > MOST_DRAINED_BYTES:
-            break
-    if size > MAX_BODY_BYTES:
-        most = MAX_BODY_BYTES // 1_000_000
-        raise RequestRefusedError(f"the body is larger than {most} MB", 413)
+def _name_of(host: str) -> str | None:
+    """A host's name without its port; None where it is none."""
     try:
-        return await run_in_threadpool(parse_json, bytes(body))
-    except ValueError as problem:
-        raise RequestRefusedError(f"the body {problem}") from None
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None

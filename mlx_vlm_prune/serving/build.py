@@ -1,5 +1,6 @@
 """A server's parts put together, for a model of ours or of mlx-vlm's."""
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -30,6 +31,7 @@ def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAP
         except UserError:
             batch.close()
             raise
+    settings = replace(settings, places_pictures=isinstance(model, VLM))
     metrics, times = Metrics(), TimeBudgets(model, processor)
     engine = Engine(batch, settings.batch, settings.queue, metrics, times)
     return build_app(engine, settings, metrics)

@@ -2,23 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from PIL import Image
 
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, short
 from ..generation.request import Request
-from ..inputs.image import MAX_PIXELS, MOST_PIXELS, open_image
-from ..inputs.image_sources import DATA_URI, URLS
+from ..inputs.image import MOST_PIXELS
 from ..inputs.messages import Turn
-from ..inputs.placement import stored_image
-from .refusals import Notes, RequestRefusedError
-from .request_schema import ChatBody, ImagePart, ImageUrl, Message
-from .settings import MAX_SIDE_RATIO, ServerSettings
+from .open_requests import OpenRequest
+from .pictures import Downloads, fit_picture, open_picture
+from .refusals import Notes, RequestRefusedError, in_api_words
+from .request_schema import ChatBody, ImageUrl
+from .settings import ServerSettings
+from .turns import read_turns
 from .visual_budget import VisualBudget, visual_budget
 
-SYSTEM = ("system", "developer")
 DEFAULT_MAX_TOKENS = 512
+MOST_FIELDS_NAMED = 20  # of those that are not followed
 
 
 @dataclass(frozen=True)
@@ -29,85 +29,65 @@ class ChatRequest:
     budget: VisualBudget
     stop: list[str]
     notes: Notes
+    is_stream: bool = False
+    with_usage: bool = False  # at the end of the stream
 
 
-def read_chat_request(body: ChatBody, settings: ServerSettings) -> ChatRequest:
-    """A request with its pictures opened. Raises RequestRefusedError."""
-    texts, links = read_turns(body.messages)
+def read_chat_request(
+    body: ChatBody, downloads: Downloads, settings: ServerSettings, open_request: OpenRequest
+) -> ChatRequest:
+    """A request with its pictures opened, which it then holds in place of its body. Raises
+    RequestRefusedError."""
+    notes = Notes(bool(body.strict))
+    note_fields(body, settings, notes)
+    texts, links = read_turns(body.messages, settings.places_pictures, notes)
+    budget, warnings = visual_budget(body, [link.detail for _, link in links], settings)
+    for sentence in warnings:
+        notes.warn(sentence, "detail")
+    pictures = open_pictures([link for _, link in links], downloads, settings, open_request, notes)
+    counts = [sum(turn == n for turn, _ in links) for n in range(len(texts))]
+    request = build_request(body, texts, counts, pictures)
+    stop = [body.stop] if isinstance(body.stop, str) else [*(body.stop or ())]
+    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+    texts_at_end = [text for text in stop if text]
+    return ChatRequest(request, budget, texts_at_end, notes, bool(body.stream), with_usage)
+
+
+def note_fields(body: ChatBody, settings: ServerSettings, notes: Notes) -> None:
+    """Note another model, and what is not followed. Raises RequestRefusedError where strict."""
+    if body.model not in (None, "", "default", settings.model_name):
+        sentence = f"model is {short(body.model)}; this server has {settings.model_name!r} alone"
+        notes.warn(sentence, "model", 404)
+    names = body.unknown_fields
+    for name in names[:MOST_FIELDS_NAMED]:
+        name = name if len(name) <= 100 else f"{name[:100]}…"
+        notes.warn(f"{name} is not possible here and was ignored", name)
+    if len(names) > MOST_FIELDS_NAMED:
+        notes.warn(f"{len(names) - MOST_FIELDS_NAMED} more fields are not possible here")
+
+
+def check_count(links: Sequence[ImageUrl], settings: ServerSettings) -> None:
+    """Raises RequestRefusedError for more pictures than the server allows."""
     if len(links) > settings.max_images:
         raise RequestRefusedError(
             f"there are {len(links)} pictures; a request may have {settings.max_images}",
             field="messages",
         )
-    notes = Notes(bool(body.strict))
-    if body.model not in (None, "", "default", settings.model_name):
-        notes.warn(
-            f"model is {body.model!r}; this server has {settings.model_name!r} alone", "model", 404
-        )
-    for name in body.unknown_fields:
-        notes.warn(f"{name} is not possible here and was ignored", name)
-    budget, warnings = visual_budget(body, [link.detail for _, link in links], settings)
-    for sentence in warnings:
-        notes.warn(sentence, "detail")
-    pictures = [
-        fit_picture(n, open_picture(n, link, settings), settings.max_pixels, notes)
-        for n, (_, link) in enumerate(links, 1)
-    ]
-    counts = [sum(turn == n for turn, _ in links) for n in range(len(texts))]
-    request = build_request(body, texts, counts, pictures)
-    stop = [body.stop] if isinstance(body.stop, str) else [*(body.stop or ())]
-    return ChatRequest(request, budget, [text for text in stop if text], notes)
 
 
-def read_turns(messages: Sequence[Message]) -> tuple[list[str], list[tuple[int, ImageUrl]]]:
-    """The texts of a conversation and its pictures, each with the number of its text.
-
-    Texts are the system's ("" without one), then questions and answers in turns. Raises
-    RequestRefusedError for what is no conversation that ends in a question.
-    """
-    system = [text_of(message, i) for i, message in enumerate(messages) if message.role in SYSTEM]
-    rest = [(i, message) for i, message in enumerate(messages) if message.role not in SYSTEM]
-    roles = [message.role for _, message in rest]
-    is_in_turns = all(a != b for a, b in pairwise(roles))
-    if not rest or roles[0] != "user" or roles[-1] != "user" or not is_in_turns:
-        raise RequestRefusedError(
-            "messages must be questions of the user and answers of the assistant in turns, and end"
-            " in a question",
-            field="messages",
-        )
-    texts = ["\n".join(system), *(text_of(message, i) for i, message in rest)]
-    links = [
-        (n, part.image_url)
-        for n, (i, message) in enumerate(rest, 1)
-        for part in _parts(message)
-        if isinstance(part, ImagePart) and _is_users(message, i)
-    ]
-    return texts, links
-
-
-def text_of(message: Message, number: int) -> str:
-    """All texts of a message, a line each."""
-    if message.content is None and message.role != "assistant":
-        raise RequestRefusedError(f"messages[{number}] has no content", field="messages")
-    if not isinstance(message.content, list):
-        return message.content or ""
-    if any(isinstance(part, ImagePart) for part in message.content):
-        _is_users(message, number)
-    return "\n".join(part.text for part in message.content if not isinstance(part, ImagePart))
-
-
-def _parts(message: Message) -> list[object]:
-    return [*message.content] if isinstance(message.content, list) else []
-
-
-def _is_users(message: Message, number: int) -> bool:
-    """Raises RequestRefusedError for a picture that is not the user's."""
-    if message.role != "user":
-        raise RequestRefusedError(
-            f"messages[{number}] of the {message.role} has a picture; only the user's can",
-            field="messages",
-        )
-    return True
+def open_pictures(
+    links: Sequence[ImageUrl], downloads: Downloads, settings: ServerSettings,
+    open_request: OpenRequest, notes: Notes,
+) -> list[Image.Image]:  # fmt: skip
+    """All pictures of a request, none with more pixels than the server allows."""
+    pictures, body_bytes, nbytes = [], open_request.nbytes, 0
+    for number, link in enumerate(links, 1):
+        opened = open_picture(number, link, downloads, settings)
+        pictures.append(fit_picture(number, opened, settings.max_pixels, notes))
+        nbytes += 3 * pictures[-1].width * pictures[-1].height  # as RGB
+        open_request.hold(body_bytes + nbytes)
+    open_request.hold(nbytes)
+    return pictures
 
 
 def build_request(
@@ -139,51 +119,4 @@ def build_request(
             max_pixels=MOST_PIXELS, **options,
         )  # fmt: skip
     except UserError as problem:
-        raise RequestRefusedError(str(problem)) from None
-
-
-def open_picture(number: int, link: ImageUrl, settings: ServerSettings) -> Image.Image:
-    """A picture of a request, decoded. Raises RequestRefusedError, which says which one it is.
-
-    No path is ever opened and no URL fetched: a picture is a `data:` URI.
-    """
-    is_data = link.url[: len(DATA_URI)].lower() == DATA_URI
-    try:
-        if not is_data and link.url.lower().startswith(URLS):
-            raise UserError("it is a URL, and this server fetches none; send a data: URI")
-        if not is_data:
-            raise UserError("it is no data: URI")
-        picture = open_image(
-            DATA_URI + link.url[len(DATA_URI) :], max(MAX_PIXELS, settings.max_pixels)
-        )
-        check_shape(picture)
-    except UserError as problem:
-        sentence = f"picture {number}: {problem}"
-        raise RequestRefusedError(sentence, field="image_url") from None
-    return picture
-
-
-def check_shape(picture: Image.Image) -> None:
-    """Raises UserError for a picture so thin that it would be all enlargement."""
-    if max(picture.size) > MAX_SIDE_RATIO * min(picture.size):
-        raise UserError(
-            f"it has {picture.width} x {picture.height} pixels; the longer side may be"
-            f" {MAX_SIDE_RATIO} times the shorter one"
-        )
-
-
-def fit_picture(number: int, picture: Image.Image, max_pixels: int, notes: Notes) -> Image.Image:
-    """The picture with at most so many pixels; a warning where it is smaller than in its file."""
-    stored = stored_image(picture)
-    width, height = stored.size[::-1] if stored.orientation > 4 else stored.size
-    factor = (max_pixels / (picture.width * picture.height)) ** 0.5
-    if factor < 1:
-        size = (max(1, int(picture.width * factor)), max(1, int(picture.height * factor)))
-        picture = picture.resize(size, Image.Resampling.BICUBIC)
-    if picture.size != (width, height):
-        notes.warn(
-            f"picture {number} has {width} x {height} pixels and the server allows {max_pixels}; it"
-            f" is read as {picture.width} x {picture.height}",
-            "image_url",
-        )
-    return picture
+        raise RequestRefusedError(in_api_words(str(problem))) from None

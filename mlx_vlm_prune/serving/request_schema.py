@@ -2,11 +2,17 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from .refusals import RequestRefusedError
 
+MOST_MESSAGES = MOST_PARTS = 1_000  # of a request, of a message
+MOST_STOPS, LONGEST_STOP = 16, 1_000  # texts, characters
+LONGEST_NAME = 1_000  # characters
+
 Detail = Literal["auto", "low", "high"]
+Name = Annotated[str, Field(max_length=LONGEST_NAME)]
+Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 # Fields that change no answer here, or that ask for what is done anyway.
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -26,7 +32,7 @@ class Part(BaseModel):
 
 
 class ImageUrl(Part):
-    """A picture, as a `data:` URI."""
+    """A picture, as a `data:` URI or a URL."""
 
     url: str
     detail: Detail | None = None
@@ -46,7 +52,8 @@ class TextPart(Part):
     text: str
 
 
-Content = list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+AnyPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Content = Annotated[list[AnyPart], Field(max_length=MOST_PARTS), FailFast()]
 
 
 class Message(Part):
@@ -65,8 +72,8 @@ class StreamOptions(Part):
 class ChatBody(Part):
     """The body of /v1/chat/completions."""
 
-    model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    model: Name | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), FailFast()]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -77,10 +84,10 @@ class ChatBody(Part):
     min_p: float | None = None
     seed: int | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS), FailFast()] | None = None
     visual_tokens: int | None = None
     keep_ratio: float | None = None
-    pruner: str | None = None
+    pruner: Name | None = None
     budget_ms: float | None = None
     strict: bool | None = None
 
@@ -88,6 +95,12 @@ class ChatBody(Part):
     def unknown_fields(self) -> list[str]:
         """The fields that are not followed here, by their place."""
         return sorted(_unknown(self, ""))
+
+    @property
+    def links(self) -> list[ImageUrl]:
+        """All pictures."""
+        parts = [m.content for m in self.messages if isinstance(m.content, list)]
+        return [p.image_url for ps in parts for p in ps if isinstance(p, ImagePart)]
 
 
 def _unknown(part: Any, place: str) -> list[str]:
@@ -106,7 +119,7 @@ def _unknown(part: Any, place: str) -> list[str]:
     return names
 
 
-def read_body(content: Any) -> ChatBody:
+def check_body(content: Any) -> ChatBody:
     """A request's JSON, checked. Raises RequestRefusedError, which names the first wrong field."""
     if not isinstance(content, dict):
         raise RequestRefusedError("the body is no JSON object")

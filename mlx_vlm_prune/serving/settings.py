@@ -1,4 +1,4 @@
-"""What a server was started with."""
+"""What a server was started with, and the limits that nobody chooses."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,9 @@ from ..inputs.image import MAX_PIXELS, check_max_pixels
 
 KEY_VARIABLE = "MLX_VLM_PRUNE_API_KEY"  # in place of an option that other users can list
 DEFAULT_METHOD = "divprune"  # where a request has a budget and nobody names a method
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 64_000_000  # of a request; pictures in base64 are a third larger than their files
+MAX_OPEN_BYTES = 2_000_000_000  # bodies and opened pictures of all requests that are not answered
 MAX_SIDE_RATIO = 200  # of a picture's sides; Qwen's processors refuse more, too
 
 
@@ -17,7 +19,8 @@ class ServerSettings:
     """`mlx-vlm-prune serve`'s options. Raises UserError for what cannot be.
 
     `method` chooses tokens where a request names none; `is_pruning` says whether it does so for
-    requests that say nothing of a budget.
+    requests that say nothing of a budget. `places_pictures` says whether the model reads pictures
+    between the words of a question; mlx-vlm's chat templates have places of their own.
     """
 
     model_name: str
@@ -26,13 +29,16 @@ class ServerSettings:
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     budget_ms: float | None = None
+    host: str = LOOPBACK[0]
     max_pixels: int = MAX_PIXELS
     max_images: int = 16
+    allow_url: bool = False
     queue: int = 64
     batch: int = 16
     timeout: float = 600.0
     api_key: str | None = None
     cache_bytes: int = 1_000_000_000
+    places_pictures: bool = True
 
     def __post_init__(self) -> None:
         check_budget(self.keep_ratio, self.keep_tokens)
@@ -44,3 +50,8 @@ class ServerSettings:
         if not 0 < self.timeout < float("inf"):
             raise UserError(f"timeout is {self.timeout}; it must be seconds, more than 0")
         check_max_pixels(self.max_pixels)
+
+    @property
+    def most_requests(self) -> int:
+        """How many requests may be open at once: those that wait, and those being answered."""
+        return self.queue + self.batch

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from ..checkpoints.errors import UserError
 from ..inputs.budget import check_budget
-from .refusals import RequestRefusedError
+from .refusals import RequestRefusedError, in_api_words
 from .request_schema import ChatBody, Detail
 from .settings import ServerSettings
 
 MIXED_DETAILS = (
-    "the pictures have different details, and a request has one budget: all are read with the"
-    " highest"
+    "the pictures have different details, and a request has one budget: all are read as with"
+    " detail {}"
 )
+LOW_WITHOUT_METHOD = "detail low needs a pruner other than none: all visual tokens are kept"
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ def visual_budget(
     if budget:
         return budget, []
     given = {detail or "auto" for detail in details}
-    warnings = [MIXED_DETAILS] if len(given) > 1 else []
-    if "high" in given:
-        return VisualBudget(), warnings
+    detail = next((name for name in ("high", "auto", "low") if name in given), "auto")
+    warnings = [MIXED_DETAILS.format(detail)] if len(given) > 1 else []
     method = body.pruner or settings.method
-    if given == {"low"} and method != "none":
-        return VisualBudget(method, low_detail=True), warnings
-    return default_budget(body, settings), warnings
+    if detail == "high":
+        return VisualBudget(), warnings
+    if detail == "auto":
+        return default_budget(body, settings), warnings
+    if method == "none":
+        return VisualBudget(), [LOW_WITHOUT_METHOD]
+    return VisualBudget(method, low_detail=True), warnings
 
 
 def explicit_budget(body: ChatBody, settings: ServerSettings) -> VisualBudget | None:
@@ -65,8 +69,7 @@ def explicit_budget(body: ChatBody, settings: ServerSettings) -> VisualBudget | 
     try:
         check_budget(body.keep_ratio, body.visual_tokens)
     except UserError as problem:
-        sentence = str(problem).replace("keep_tokens", "visual_tokens")
-        raise RequestRefusedError(sentence, field=given[0]) from None
+        raise RequestRefusedError(in_api_words(str(problem)), field=given[0]) from None
     if body.budget_ms is not None and not 0 < body.budget_ms < float("inf"):
         raise RequestRefusedError(
             f"budget_ms is {body.budget_ms}; it must be a number above 0", field="budget_ms"

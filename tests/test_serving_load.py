@@ -1,0 +1,86 @@
+"""Promises of benchmarks/serving_load.py: it fails where an answer differs or is lost."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
+from typing import Any
+
+import pytest
+
+from benchmarks import serving_load
+
+REFUSALS = {content: (status, words) for content, status, words in serving_load.bad_bodies()}
+
+
+class Site(BaseHTTPRequestHandler):
+    """A server that answers each good request by its body, and refuses the bad ones."""
+
+    fault = ""
+    numbers = count()
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["content-length"]))
+        status, answer = 200, {"choices": [len(content)]}
+        if content in REFUSALS:
+            status, words = REFUSALS[content]
+            answer = {"error": {"message": words}}
+        elif next(self.numbers) >= 60:  # those before are asked alone
+            status, answer = FAULTS[self.fault](status, answer)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+FAULTS: dict[str, Any] = {
+    "": lambda status, answer: (status, answer),
+    "another answer": lambda status, answer: (200, {"choices": ["another"]}),
+    "lost: 500": lambda status, answer: (500, {"error": {"message": "?"}}),
+    "lost: KeyError": lambda status, answer: (200, {}),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_its_exit_code_says_whether_every_answer_was_that_of_the_request_alone(
+    fault, monkeypatch, capsys
+):
+    class FaultySite(Site):
+        numbers = count()
+
+    FaultySite.fault = fault
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FaultySite)
+    server.handle_error = lambda *_: None  # clients that leave
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+
+    @contextmanager
+    def serving(model: object) -> Iterator[tuple[int, int]]:
+        yield 0, server.server_port
+
+    monkeypatch.setattr(serving_load, "serving", serving)
+    monkeypatch.setattr(serving_load, "memory_mb", lambda process: 1.0)
+    arguments = ["--requests", "80", "--clients", "4"]
+    try:
+        if fault:
+            with pytest.raises(SystemExit) as end:
+                serving_load.main(arguments)
+            assert end.value.code == f"wrong: {fault}"
+        else:
+            serving_load.main(arguments)
+    finally:
+        server.shutdown()
+        server.server_close()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ends = result["ends"]
+    assert (ends["refused"], ends["left"], ends.get(fault or "same as alone")) == (8, 8, 64)
+
+
+def test_every_kind_of_bad_request_is_sent():
+    words = " ".join(words for _, _, words in serving_load.bad_bodies())
+    for kind in ("data URI is damaged", "2000 x 1", "17 pictures", "64 MB", "visual_token is not"):
+        assert kind in words
+    assert any(len(content) == 100_000_000 for content in REFUSALS)
