@@ -2,9 +2,9 @@
 
 It starts `mlx-vlm-prune serve`, asks every question alone, then sends requests, several at once, of
 which a fifth are bad or leave before their answer is complete. Every good answer must equal the one
-it got alone, every bad one must be refused for its own fault, and none may be lost: else the exit
-code is 1. The memory of the server's process is read all the while. The last line is one JSON
-object of all figures.
+it got alone, every bad one must be refused for its own fault, none may be lost, and the memory of
+the server's process must not grow in the second half: else the exit code is 1. The last line is one
+JSON object of all figures.
 """
 
 import argparse
@@ -42,6 +42,7 @@ BUDGETS: tuple[dict[str, Any], ...] = (
 DIFFERENT_REQUESTS = PICTURES * len(WORDS) * len(BUDGETS)
 BAD_EVERY, LEAVING_EVERY = 10, 10  # so a fifth are bad or leave
 GOOD_ENDS = {"same as alone", "refused", "left"}
+MOST_GROWTH = 1.25  # of memory from half-way to the end; it goes up and down by some 15 %
 PATIENCE = 600  # seconds for one answer
 
 
@@ -222,18 +223,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line. The exit code is 1 where an answer differs or is lost."""
-    ends = set[str]()
+def faults(result: dict[str, Any]) -> list[str]:
+    """The promises that were broken."""
+    memory = result["memory_mb"]
+    has_grown = memory["end"] > MOST_GROWTH * memory["half_way"]
+    return sorted(result["ends"].keys() - GOOD_ENDS) + ["memory grows"] * has_grown
 
-    def run_and_note(args: argparse.Namespace) -> dict[str, Any]:
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line. The exit code is 1 where a promise is broken."""
+    broken = list[str]()
+
+    def run_and_judge(args: argparse.Namespace) -> dict[str, Any]:
         result = run(args)
-        ends.update(result["ends"])
+        broken.extend(faults(result))
         return result
 
-    run_command(parse, run_and_note, argv)
-    if wrong := sorted(ends - GOOD_ENDS):
-        sys.exit(f"wrong: {', '.join(wrong)}")
+    run_command(parse, run_and_judge, argv)
+    if broken:
+        sys.exit(f"wrong: {', '.join(broken)}")
 
 
 if __name__ == "__main__":
