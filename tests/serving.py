@@ -92,10 +92,11 @@ class Served:
         return status, content["error"]["message"]
 
     def metric(self, name: str) -> float:
-        """A figure of /metrics."""
+        """A figure of /metrics; 0 of a label that never was."""
         _, text = self.call("/metrics")
         lines = [line.rpartition(" ") for line in text.decode().splitlines()]
-        return next(float(value) for key, _, value in lines if key == f"mlx_vlm_prune_{name}")
+        values = [float(value) for key, _, value in lines if key == f"mlx_vlm_prune_{name}"]
+        return values[0] if values or "{" not in name else 0.0
 
 
 def text_of(completion: dict[str, Any]) -> str:

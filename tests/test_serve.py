@@ -134,8 +134,14 @@ REFUSED = {
     "tools": (question("?"), {"strict": True, "tools": [{}]}, "tools is not possible here"),
     "long": (question("star " * 40_000), {}, "the prompt has 40"),
     "mark": (question("<image> ?"), {"strict": True}, "the words have <image>, which was left out"),
+    "no text": (
+        {"role": "user", "content": [{"type": "text"}]},
+        {},
+        "messages[0].content[0].text: field required",
+    ),
+    "a number": (linked({"url": 3}), {}, "messages[0].content[0].image_url.url: input should be"),
     "stops": (question("?"), {"stop": ["a"] * 17}, "stop: list should have at most 16 items"),
-    "a long stop": (question("?"), {"stop": "a" * 1001}, "stop: string should have at most 1000"),
+    "a long stop": (question("?"), {"stop": "a" * 1001}, "stop[0]: string should have at most 10"),
     "a long name": (question("?"), {"pruner": "a" * 1001}, "pruner: string should have at most 10"),
 }
 

@@ -47,10 +47,9 @@ def read_chat_request(
     pictures = open_pictures([link for _, link in links], downloads, settings, open_request, notes)
     counts = [sum(turn == n for turn, _ in links) for n in range(len(texts))]
     request = build_request(body, texts, counts, pictures)
-    stop = [body.stop] if isinstance(body.stop, str) else [*(body.stop or ())]
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
-    texts_at_end = [text for text in stop if text]
-    return ChatRequest(request, budget, texts_at_end, notes, bool(body.stream), with_usage)
+    stop = [text for text in body.stop or () if text]
+    return ChatRequest(request, budget, stop, notes, bool(body.stream), with_usage)
 
 
 def note_fields(body: ChatBody, settings: ServerSettings, notes: Notes) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from .refusals import RequestRefusedError
 
@@ -13,6 +13,18 @@ LONGEST_NAME = 1_000  # characters
 Detail = Literal["auto", "low", "high"]
 Name = Annotated[str, Field(max_length=LONGEST_NAME)]
 Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+
+
+def as_parts(content: Any) -> Any:
+    """A message's content as a list of parts: a text alone is one."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def as_list(stop: Any) -> Any:
+    """Texts at which an answer ends as a list: one alone is one."""
+    return [stop] if isinstance(stop, str) else stop
+
+
 # Fields that change no answer here, or that ask for what is done anyway.
 HARMLESS = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
@@ -52,15 +64,21 @@ class TextPart(Part):
     text: str
 
 
+PART_KINDS = ("text", "image_url")
 AnyPart = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Content = Annotated[list[AnyPart], Field(max_length=MOST_PARTS), FailFast()]
+Content = Annotated[
+    list[AnyPart], Field(max_length=MOST_PARTS, fail_fast=True), BeforeValidator(as_parts)
+]
+Stops = Annotated[
+    list[Stop], Field(max_length=MOST_STOPS, fail_fast=True), BeforeValidator(as_list)
+]
 
 
 class Message(Part):
     """A turn, or what the system says."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Content | None = None
+    content: Content | None = None
 
 
 class StreamOptions(Part):
@@ -73,7 +91,9 @@ class ChatBody(Part):
     """The body of /v1/chat/completions."""
 
     model: Name | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), FailFast()]
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -84,7 +104,7 @@ class ChatBody(Part):
     min_p: float | None = None
     seed: int | None = None
     repetition_penalty: float | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS), FailFast()] | None = None
+    stop: Stops | None = None
     visual_tokens: int | None = None
     keep_ratio: float | None = None
     pruner: Name | None = None
@@ -99,8 +119,8 @@ class ChatBody(Part):
     @property
     def links(self) -> list[ImageUrl]:
         """All pictures."""
-        parts = [m.content for m in self.messages if isinstance(m.content, list)]
-        return [p.image_url for ps in parts for p in ps if isinstance(p, ImagePart)]
+        parts = [part for message in self.messages for part in message.content or ()]
+        return [part.image_url for part in parts if isinstance(part, ImagePart)]
 
 
 def _unknown(part: Any, place: str) -> list[str]:
@@ -134,14 +154,13 @@ def check_body(content: Any) -> ChatBody:
 
 
 def _place(path: tuple[int | str, ...]) -> str:
-    """Where a field is: `messages[0].content`, without pydantic's own names of kinds."""
+    """Where a field is: `messages[0].content[1].text`, without the part's kind, which pydantic puts
+    behind its number."""
     place = ""
-    for step in path:
+    for before, step in zip((None, *path), path, strict=False):
         if isinstance(step, int):
             place += f"[{step}]"
-        elif step in ("str", "text", "image_url") and place.endswith(("content", "]")):
-            continue
-        elif not step.startswith(("list[", "tagged-union")):
+        elif not (isinstance(before, int) and step in PART_KINDS):
             place += f".{step}" if place else step
     return place or "the body"
 

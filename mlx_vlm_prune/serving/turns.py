@@ -51,16 +51,13 @@ def parts_of(message: Message, number: int) -> Parts:
     user's, and for no content."""
     if message.content is None and message.role != "assistant":
         raise RequestRefusedError(f"messages[{number}] has no content", field="messages")
-    if not isinstance(message.content, list):
-        return [message.content or ""]
-    if message.role != "user" and any(isinstance(part, ImagePart) for part in message.content):
+    content = message.content or ()
+    if message.role != "user" and any(isinstance(part, ImagePart) for part in content):
         raise RequestRefusedError(
             f"messages[{number}] of the {message.role} has a picture; only the user's can",
             field="messages",
         )
-    return [
-        part.image_url if isinstance(part, ImagePart) else part.text for part in message.content
-    ]
+    return [part.image_url if isinstance(part, ImagePart) else part.text for part in content]
 
 
 def text_of(parts: Parts, places_pictures: bool, notes: Notes) -> str:
