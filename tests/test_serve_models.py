@@ -24,7 +24,6 @@ from .serving import (
     text_of,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 PICTURES = [noise(80, 90, 1), noise(120, 60, 2)]
 HOSTS = ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"]
 OURS = ["own llava", "qwen3", "llama", "mamba"]

@@ -32,7 +32,6 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytest.importorskip("uvicorn", reason="mlx-vlm's server needs uvicorn")
 from . import host_folders
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 KIND = "qwen3_vl"
 METHOD, RATIO = "divprune", 0.25
 TOKENS = 6
