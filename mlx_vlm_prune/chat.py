@@ -121,8 +121,9 @@ class Chat:
     ) -> Generator[GenerationResponse, None, None]:
         """The answer one piece at a time. Of an answer that is not read to its end, the turn has
         what was read."""
-        sources = list_images(image, self.options.get("allow_url", False))
-        new = [open_image(source, self._pixel_limit) for source in sources]
+        limit = self._pixel_limit
+        sources = list_images(image, self.options.get("allow_url", False), limit)
+        new = [open_image(source, limit) for source in sources]
         request = Request(text, [*self.images, *new], history=tuple(self.turns), **self.options)
         pieces: list[str] = []
         try:

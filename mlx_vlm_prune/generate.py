@@ -34,11 +34,11 @@ from .generation.printing import (
 from .generation.request import (
     GenerateOptions,
     LogitsProcessor,
-    Request,
     Sampler,
     check_decoding,
     check_sampling_options,
     list_images,
+    make_request,
     pixel_limit,
 )
 from .generation.result import GenerationResponse, GenerationResult
@@ -101,7 +101,7 @@ def stream_generate(
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}
-    request = Request(prompt, list_images(image, allow_url), **options)
+    request = make_request(prompt, image, options)
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
     loop = stream if isinstance(model, VLM) else host_stream
     yield from loop.stream_generate(model, processor, request)

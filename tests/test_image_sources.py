@@ -7,6 +7,7 @@ import base64
 import io
 import os
 import struct
+import threading
 import urllib.parse
 import warnings
 import zlib
@@ -20,7 +21,9 @@ from PIL import Image
 from mlx_vlm_prune import Chat, batch_generate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generation.request import list_images
+from mlx_vlm_prune.inputs import image
 from mlx_vlm_prune.inputs.image import open_image
+from mlx_vlm_prune.inputs.image_sources import read_open_file
 
 from .test_image import encoded, noise
 
@@ -59,9 +62,27 @@ class Download(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readall(self) -> bytes:
-        data, self.rest = self.rest, b""
-        return data
+    def readinto(self, buffer: memoryview) -> int:
+        """A kilobyte at a time, as it comes."""
+        data, self.rest = self.rest[:1024], self.rest[1024:]
+        buffer[: len(data)] = data
+        return len(data)
+
+
+class Endless(Download):
+    """A server that never ends; what was taken of it is counted."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def readinto(self, buffer: memoryview) -> int:
+        self.taken += len(buffer)
+        return len(buffer)
+
+
+class WithoutSize:
+    def read(self) -> bytes:
+        return b""
 
 
 SOURCES = {
@@ -117,6 +138,26 @@ def test_an_open_file_stands_where_it_stood(file):
     assert stream.tell() == 20
 
 
+def test_no_more_is_read_of_an_open_file_than_its_image_may_have(scenes):
+    for way in (
+        lambda stream: open_image(stream, max_pixels=10_000_000),
+        lambda stream: generate(*scenes, QUESTION, stream, max_pixels=10_000_000),
+        lambda stream: batch_generate(*scenes, [QUESTION], [stream], max_pixels=10_000_000),
+        lambda stream: Chat(*scenes, max_pixels=10_000_000).ask(QUESTION, stream),
+    ):
+        stream = Endless()
+        with pytest.raises(UserError, match=r"more than 96777216 bytes; of an image at most"):
+            way(stream)
+        assert stream.taken == 96777217
+
+
+def test_an_open_file_that_is_too_large_stands_where_it_stood_too(file):
+    stream = at(file.read_bytes(), 20)
+    with pytest.raises(UserError, match="more than 10 bytes"):
+        read_open_file(stream, 10)
+    assert stream.tell() == 20
+
+
 def closed(file: Path) -> io.BytesIO:
     stream = io.BytesIO(file.read_bytes())
     stream.close()
@@ -139,6 +180,8 @@ REFUSED = {
     "StringIO": (lambda file: io.StringIO("a"), "open as text; open it with mode 'rb'"),
     "closed": (closed, "cannot read the image's open file: I/O operation on closed file"),
     "read out": (lambda file: Download(b""), "the image is empty"),
+    "endless": (lambda file: Endless(), "the image's open file has more than 216777216 bytes; of"),
+    "all at once": (lambda file: WithoutSize(), "cannot read the image's open file: "),
     "empty URI": (lambda file: "data:image/png;base64,", "the data URI is empty"),
     "no comma": (lambda file: "data:image/png;base64", "the data URI is damaged: there is no comm"),
     "no base64": (lambda file: "data:;base64,a!b", "the data URI is damaged: "),
@@ -193,3 +236,35 @@ def test_what_pillow_only_warns_of_is_read_as_pillow_reads_it_and_untouched_else
     with pytest.warns(UserWarning), Image.open(io.BytesIO(data)) as opened:
         opened.getexif()
         np.testing.assert_array_equal(got, np.asarray(opened.convert("RGB")))
+
+
+def test_images_that_are_opened_at_once_leave_the_warnings_as_they_were(monkeypatch):
+    """The first thread ends before the second warns, and the second ends last."""
+    entered, first_done = threading.Barrier(2), threading.Event()
+    problems: list[Exception] = []
+
+    def warn(source: str, name: str, most: int) -> Image.Image:
+        entered.wait(9)
+        if source == "second":
+            first_done.wait(9)
+        warnings.warn_explicit("a bad entry", UserWarning, "x.py", 1, module="PIL.PngImagePlugin")
+        return Image.new("RGB", (1, 1))
+
+    def open_it(source: str) -> None:
+        try:
+            open_image(source)
+        except Exception as problem:
+            problems.append(problem)
+        if source == "first":
+            first_done.set()
+
+    monkeypatch.setattr(image, "_decode", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = [*warnings.filters]
+        threads = [threading.Thread(target=open_it, args=(name,)) for name in ("first", "second")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(9)
+        assert not problems and warnings.filters == before

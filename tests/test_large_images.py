@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
 import types
@@ -16,7 +17,8 @@ from mlx_vlm_prune.chat import main as chat_main
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluate import main as evaluate_main
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.inputs.image import MOST_PIXELS, open_image
+from mlx_vlm_prune.inputs.image import MOST_PIXELS, is_heic, open_image
+from mlx_vlm_prune.inputs.placement import stored_image
 
 from . import host_folders
 from .test_generate import refused
@@ -129,6 +131,15 @@ def test_a_progressive_jpeg_is_held_whole_so_it_may_be_twice_as_large(tmp_path):
         open_image(data, max_pixels=4499)
 
 
+def test_a_jpeg_thinner_than_a_scale_is_scaled_or_refused():
+    data = encoded(Image.fromarray(noise(1000, 3)), "JPEG")
+    assert open_image(data, max_pixels=3000).size == (1000, 3)
+    assert open_image(data, max_pixels=1000).size == (500, 2)
+    for most in (1, 130, 999):
+        with pytest.raises(UserError, match=r"more than the \S+ megapixels allowed"):
+            open_image(data, max_pixels=most)
+
+
 def test_an_image_file_of_more_bytes_than_its_pixels_may_take_is_not_read(tmp_path):
     with (tmp_path / "a.png").open("wb") as file:
         file.truncate(1 << 30)
@@ -199,8 +210,38 @@ def test_heic_is_read_where_pillow_heif_is_installed(monkeypatch, tmp_path, scen
     answer = generate(*scenes, QUESTION, tmp_path / "IMG_0002.HEIC", max_tokens=1)
     assert answer.images[0]["size"] == [90, 70]
     module.open_heif = lambda file: StandIn(file, (9000, 9000))
-    with pytest.raises(UserError, match=LIMIT):
+    with pytest.raises(UserError, match=r"all is held: it has more than the 50 megapixels allowed"):
         open_image(HEIC)
+
+
+def test_a_heic_that_is_too_large_to_keep_is_opened_at_half_its_size(monkeypatch):
+    """A phone's 48 megapixels; here 90 x 70 are too many."""
+    module = types.ModuleType("pillow_heif")
+    module.open_heif = StandIn
+    monkeypatch.setitem(sys.modules, "pillow_heif", module)
+    opened = open_image(HEIC, max_pixels=90 * 70 - 1)
+    np.testing.assert_array_equal(
+        np.asarray(opened), np.asarray(Image.fromarray(noise()).reduce(2))
+    )
+    assert stored_image(opened).size == (90, 70)
+    assert open_image(HEIC, max_pixels=90 * 70 // 2).size == (45, 35)
+    with pytest.raises(UserError, match="is a HEIC file, of which all is held"):
+        open_image(HEIC, max_pixels=90 * 70 // 2 - 1)
+
+
+BRANDS = {
+    "an image": (b"mif1", b"mif1heic", True), "a sequence": (b"msf1", b"hevcmif1msf1", True),
+    "an iPhone's": (b"heic", b"mif1MiHEheic", True), "alone": (b"heix", b"", True),
+    "AVIF": (b"avif", b"mif1miaf", False), "MP4": (b"isom", b"mp41", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BRANDS)
+def test_heic_is_told_by_any_of_its_brands(kind):
+    major, others, expected = BRANDS[kind]
+    size = struct.pack(">L", 16 + len(others))
+    box = size + b"ftyp" + major + bytes(4) + others
+    assert is_heic(box + b"heic" * 9) is expected
 
 
 def test_heic_without_pillow_heif_says_what_to_install(monkeypatch, tmp_path):
@@ -231,3 +272,32 @@ def test_tiff_readers_are_imported_for_tiffs_only(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path / "a.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+DAMAGED = """
+import sys
+from PIL import Image
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.inputs.image import open_image
+try:
+    open_image(sys.argv[1])
+except UserError as e:
+    print(e)
+sys.stderr.flush()
+print("behind", file=sys.stderr, flush=True)
+try:
+    Image.open(sys.argv[1]).load()
+except OSError:
+    pass
+"""
+
+
+def test_libtiff_prints_nothing_of_a_damaged_file_and_elsewhere_what_it_did(tmp_path):
+    data = bytearray(encoded(Image.fromarray(noise()), "TIFF", compression="tiff_adobe_deflate"))
+    data[8:200] = bytes(192)
+    (tmp_path / "a.tif").write_bytes(data)
+    command = [sys.executable, "-c", DAMAGED, str(tmp_path / "a.tif")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "a.tif is truncated or damaged" in done.stdout and done.stdout.count("\n") == 1
+    of_ours, of_pillow = done.stderr.split("behind\n")
+    assert (of_ours, "Decod" in of_pillow) == ("", True)

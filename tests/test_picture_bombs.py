@@ -97,6 +97,8 @@ BOMBS = {
     "many entries": (lambda: tiff([(i, 3, 1, 1) for i in range(256, 9000)]), "1000 entries"),
     "strips": (lambda: tiff([*PLAIN[:5], (273, 4, 200_000, 4096)], 1 << 21), "100000 strips"),
     "tiles": (lambda: tiff([*PLAIN, (322, 4, 1, 1 << 16), (323, 4, 1, 1 << 14)]), "tiles larger"),
+    "BigTIFF": (lambda: b"II+\0" + tiff(PLAIN)[4:], "is a BigTIFF; save it as a TIFF or PNG"),
+    "the other way round": (lambda: b"MM\0+" + tiff(PLAIN)[4:], "is a BigTIFF"),
     "EXIF of a TIFF": (subdirectory, "claim more bytes"),
 }  # fmt: skip
 PROGRESSIVE = encoded(PICTURE, "JPEG", progressive=True)

@@ -18,7 +18,7 @@ from ..inputs.image_sources import ImageSource, is_source
 from ..inputs.processor import Processor
 from ..machine.clock import request_clock
 from ..models.vlm import VLM
-from .request import GenerateOptions, Request, list_images
+from .request import GenerateOptions, Request, make_request
 from .result import GenerationResult
 from .steps import (
     check_first_logits,
@@ -65,8 +65,7 @@ def batch_requests(
     requests = []
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True), 1):
         with naming_prompt(number, len(prompts)):
-            sources = list_images(image, options.get("allow_url", False))
-            requests.append(Request(prompt, sources, **options))
+            requests.append(make_request(prompt, image, options))
     return requests
 
 

@@ -14,6 +14,7 @@ from ..inputs.image_sources import (
     ImageSource,
     is_source,
     is_url,
+    most_bytes,
     read_open_file,
     source_name,
 )
@@ -120,6 +121,13 @@ class Request:
         return {name: value for name, value in options.items() if value is not None}
 
 
+def make_request(prompt: str, image: Any, options: Mapping[str, Any]) -> Request:
+    """The request with a caller's options, its images as a list. Raises UserError."""
+    limit = pixel_limit(options.get("max_pixels"), options.get("host_options"))
+    images = list_images(image, options.get("allow_url", False), limit)
+    return Request(prompt, images, **options)
+
+
 def _check_kinds(request: Request) -> None:
     """Raises UserError for a value of another kind, where nothing else would name it."""
     check_text(request.prompt)
@@ -148,7 +156,8 @@ def pixel_limit(max_pixels: int | None, host_options: Mapping[str, Any] | None) 
     if max_pixels is not None:
         check_max_pixels(max_pixels)
         return max_pixels
-    return MOST_PIXELS if (host_options or {}).get("resize_shape") else MAX_PIXELS
+    fits = isinstance(host_options, Mapping) and host_options.get("resize_shape")
+    return MOST_PIXELS if fits else MAX_PIXELS
 
 
 def is_whole(value: Any) -> bool:
@@ -196,10 +205,13 @@ def check_sampling_options(
 
 
 def list_images(
-    image: ImageSource | Sequence[ImageSource] | None, allow_url: bool | None = None
+    image: ImageSource | Sequence[ImageSource] | None,
+    allow_url: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> list[ImageSource]:
     """One image, several or none as a list; of open files, and of URLs where they are allowed, the
-    bytes. `allow_url` is None where there is no such option.
+    bytes. `allow_url` is None where there is no such option. An open file may be as large as an
+    image of `max_pixels` needs.
 
     Raises UserError for what is no image's source.
     """
@@ -216,13 +228,13 @@ def list_images(
                 f"{source_name(source)} is a URL; set allow_url, or download the image and give its"
                 " path"
             )
-    return [_fetched(source, allow_url) for source in images]
+    return [_fetched(source, allow_url, max_pixels) for source in images]
 
 
-def _fetched(source: Any, allow_url: bool | None) -> ImageSource:
+def _fetched(source: Any, allow_url: bool | None, max_pixels: int) -> ImageSource:
     """The bytes of a source that can be read once only, or takes time."""
     if hasattr(source, "read"):
-        return read_open_file(source)
+        return read_open_file(source, most_bytes(max_pixels))
     if not (allow_url and is_url(source)):
         given: ImageSource = source
         return given

@@ -14,6 +14,7 @@ TILE_WIDTH, TILE_HEIGHT, STRIPS, TILES = 322, 323, 273, 324
 SUBDIRECTORIES = (34665, 34853, 40965)  # EXIF, GPS, interoperability
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 INTEGERS = {1: "B", 3: "H", 4: "L"}
+BIG_TIFF = 43  # in place of 42
 MOST_ENTRIES = 1000
 MOST_PARTS = 100_000  # strips or tiles
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -69,6 +70,8 @@ def directory(block: bytes, place: int | None = None) -> dict[int, Entry]:
 
 def tiff_fault(data: bytes, most_pixels: int) -> str | None:
     """Why a TIFF is not to be decoded, the end of a sentence, or None."""
+    if BIG_TIFF in data[2:4]:  # whose directories are laid out otherwise
+        return "is a BigTIFF; save it as a TIFF or PNG"
     first = directory(data)
     directories = [first, *(directory(data, first[tag].value) for tag in SUBDIRECTORIES
                             if tag in first)]  # fmt: skip

@@ -4,8 +4,12 @@ A file is judged by its header and its blocks before a pixel is decoded, only pl
 are tried, and whatever a decoder throws becomes one sentence.
 """
 
+import ctypes
 import io
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -18,16 +22,16 @@ from PIL import (
 from ..checkpoints.errors import UserError, missing_package
 from .exif import ORIENTATION, orientation, orientation_of
 from .image_files import ImageFile, check_file
-from .image_sources import ImageSource, file_bytes, source_name
+from .image_sources import ImageSource, file_bytes, most_bytes, source_name
 from .placement import STORED, TURNS, Size, remember, stored_image
 
 # Formats whose readers neither start a program nor follow a reference. EPS, PSD, ICO and the rest
 # are left out: each is one more parser to attack, and no photograph needs it.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis")
+LONGEST_BOX = 256  # bytes of brands that are looked at
 MAX_PIXELS = 25_000_000  # 75 MB as RGB
 MOST_PIXELS = 178_956_970  # Pillow opens no more
-SPARE_BYTES = 1 << 24  # of a file, beside the bytes of its pixels
 SCALES = (1, 2, 4, 8)  # at which a JPEG can be decoded
 WHITE = (255, 255, 255, 255)
 
@@ -54,8 +58,7 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
     """
     name = source_name(source)
     try:
-        with warnings.catch_warnings():  # what Pillow warns of is read; its size is checked here
-            warnings.filterwarnings("ignore", module="PIL")
+        with PILLOW_IS_QUIET:
             return _decode(source, name, max_pixels)
     except UserError:
         raise
@@ -66,6 +69,46 @@ def open_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image
         raise UserError(f"{name} is not a {allowed} image") from None
     except Exception as problem:  # a decoder that is fed garbage may raise anything
         raise UserError(f"{name} is truncated or damaged: {problem}") from problem
+
+
+class _PillowIsQuiet:
+    """What Pillow warns of is read, and a damaged file is one sentence: neither its warnings nor
+    what libtiff prints are shown while any thread opens an image.
+
+    `warnings.catch_warnings` alone is for one thread: of two, one would put back for good what the
+    other had changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._threads, self._undo = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._threads:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", module="PIL")
+                self._undo.callback(_silence_libtiff())
+            self._threads += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if not self._threads:
+                self._undo.close()
+
+
+def _silence_libtiff() -> Callable[[], Any]:
+    """Have Pillow's libtiff print no errors, until the function that is returned is called."""
+    try:
+        set_handler = ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler
+    except (AttributeError, OSError):  # built without it, or in another way
+        return lambda: None
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before = set_handler(None)
+    return lambda: set_handler(before)
+
+
+PILLOW_IS_QUIET = _PillowIsQuiet()
 
 
 def check_max_pixels(max_pixels: Any) -> None:
@@ -81,10 +124,10 @@ def _decode(source: ImageSource, name: str, most: int) -> Image.Image:
         return _from_array(source, name, most)
     if isinstance(source, Image.Image):
         return _from_pillow(source, name, most)
-    data = file_bytes(source, name, 8 * most + SPARE_BYTES)
+    data = file_bytes(source, name, most_bytes(most))
     if not data:
         raise UserError(f"{name} is empty (0 bytes)")
-    if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS:
+    if is_heic(data):
         return _from_heic(data, name, most)
     file = check_file(data, name, most)
     is_tiff = data.startswith((b"II", b"MM"))
@@ -118,15 +161,31 @@ def _from_pillow(image: Image.Image, name: str, most: int) -> Image.Image:
     return remember(upright, image.size, turn)
 
 
+def is_heic(data: bytes) -> bool:
+    """Is it a HEIC file, by the brands in its first box? A phone may name HEIC's behind `mif1`, an
+    image, or `msf1`, a sequence."""
+    if data[4:8] != b"ftyp":
+        return False
+    brands = data[8 : min(int.from_bytes(data[:4], "big"), LONGEST_BOX)]
+    return any(brands[at : at + 4] in HEIC_BRANDS for at in range(0, len(brands), 4))
+
+
 def _from_heic(data: bytes, name: str, most: int) -> Image.Image:
-    """By pillow-heif, which gives an upright picture."""
+    """By pillow-heif, which gives an upright picture and no smaller one: all of it is held, and one
+    that is too large is made smaller afterwards."""
     try:
         import pillow_heif
     except ImportError:
         raise missing_package("pillow_heif", name) from None
     opened = pillow_heif.open_heif(io.BytesIO(data))
-    _check_size(opened.size, name, most)
-    return remember(to_rgb(opened.to_pillow(), name), opened.size, 1)
+    width, height = opened.size
+    if width * height > 2 * most:
+        raise UserError(f"{name} is a HEIC file, of which all is held: it has {_limit(2 * most)}")
+    picture = to_rgb(opened.to_pillow(), name)
+    if width * height > most:
+        picture = picture.reduce(2)
+    _check_size(picture.size, name, most)
+    return remember(picture, opened.size, 1)
 
 
 def _upright(image: Image.Image, turn: int) -> Image.Image:
@@ -140,11 +199,13 @@ def _fit(opened: Image.Image, file: ImageFile, name: str, most: int) -> None:
     is_jpeg = opened.format in ("JPEG", "MPO")
     scale = next((n for n in SCALES if -(-width // n) * -(-height // n) <= most), None)
     if file.is_progressive and width * height > 2 * most:
-        raise UserError(f"{name} is a progressive JPEG, of which all is held: {_limit(2 * most)}")
+        raise UserError(
+            f"{name} is a progressive JPEG, of which all is held: it has {_limit(2 * most)}"
+        )
     if scale is None or (scale > 1 and not is_jpeg):
         raise _too_large(name, most)
     if scale > 1:
-        opened.draft(None, (width // scale, height // scale))
+        opened.draft(None, (max(width // scale, 1), max(height // scale, 1)))
     _check_size(opened.size, name, most)
 
 

@@ -24,6 +24,8 @@ DATA_URI = "data:"
 URLS = ("http:", "https:")
 URL_LETTERS = "!#$%&'()*+,/:;=?@[]~"  # that stay as they are, beside letters and digits
 LONGEST_NAME = 80  # of a URL in a sentence
+SPARE_BYTES = 1 << 24  # of a file, beside the bytes of its pixels
+PIECE = 1 << 24  # bytes of an open file that are read at once
 
 ImageSource = (
     str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray
@@ -77,7 +79,7 @@ def file_bytes(source: Any, name: str, most: int) -> bytes:
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if hasattr(source, "read"):
-        return read_open_file(source)
+        return read_open_file(source, most)
     if not isinstance(source, str | os.PathLike):
         raise UserError(f"an image is {short(source)}; give {KINDS_OF_SOURCE}")
     if name == "the data URI":
@@ -87,24 +89,46 @@ def file_bytes(source: Any, name: str, most: int) -> bytes:
     return _read(source, name, most)
 
 
-def read_open_file(file: Any) -> bytes:
+def most_bytes(pixels: int) -> int:
+    """Of a file, that are read where an image may have so many pixels."""
+    return 8 * pixels + SPARE_BYTES
+
+
+def read_open_file(file: Any, most: int) -> bytes:
     """All bytes of an open file or a BytesIO, which then stands where it stood; of a stream that
-    cannot go back, those that are left. Raises UserError for a closed or a text file."""
+    cannot go back, those that are left. Raises UserError for a closed or a text file, and for one
+    of more than `most` bytes."""
     if isinstance(file, io.TextIOBase):
         raise UserError("the image's file is open as text; open it with mode 'rb'")
     try:
         if not getattr(file, "seekable", bool)():
-            data = file.read()
-        else:
-            place = file.tell()
-            file.seek(0)
-            data = file.read()
+            return _read_up_to(file, most)
+        place = file.tell()
+        file.seek(0)
+        try:
+            return _read_up_to(file, most)
+        finally:
             file.seek(place)
-    except (OSError, ValueError) as problem:
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError) as problem:
         raise UserError(f"cannot read the image's open file: {problem}") from problem
-    if not isinstance(data, bytes):
-        raise UserError(f"an image's open file gave {short(data)} in place of bytes")
-    return data
+
+
+def _read_up_to(file: Any, most: int) -> bytes:
+    """What is left of an open file. Raises UserError where that is more than `most` bytes."""
+    parts, size = [], 0
+    while part := file.read(min(PIECE, most + 1 - size)):  # a stream may give less than that
+        if not isinstance(part, bytes):
+            raise UserError(f"an image's open file gave {short(part)} in place of bytes")
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            raise UserError(
+                f"the image's open file has more than {most} bytes; of an image at most {most} are"
+                " read"
+            )
+    return b"".join(parts)
 
 
 def _data_of_uri(uri: str) -> bytes:
