@@ -9,6 +9,7 @@ class UserError(ValueError):
 
 
 LONGEST_REASON = 400  # characters
+LONGEST_VALUE = 120
 
 # What is installed apart: by the name it is imported by, the extra that brings it.
 EXTRAS = {
@@ -32,10 +33,26 @@ def reason(problem: BaseException) -> str:
     return "".join(c if c.isprintable() else " " for c in line)
 
 
+def whole_reason(problem: BaseException) -> str:
+    """All lines of it as one, as far as there is room."""
+    line = " ".join((str(problem).strip() or type(problem).__name__).split())
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}…"
+
+
 def short(value: Any) -> str:
     """A value in a sentence: itself, or its type where that is long."""
     text = repr(value)
     return text if len(text) <= 40 and text.isprintable() else f"of type {type(value).__name__}"
+
+
+def clipped(text: str) -> str:
+    """A name from a stranger's file in a sentence, as much of it as there is room for."""
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
+
+
+def quoted(value: Any) -> str:
+    """A value from there, the same."""
+    return clipped(repr(value))
 
 
 def check_text(text: Any, name: str = "prompt") -> None:

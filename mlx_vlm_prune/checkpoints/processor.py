@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import CONFIG
-from .errors import UserError, is_unicode, reason
+from .errors import UserError, is_unicode, quoted, reason
 from .reading.files import optional_json
 from .reading.paths import LARGEST_JSON, LARGEST_TOKENIZER, check_regular, is_here
 from .tokenizer_check import check_model, check_tokenizer
-from .tokenizer_trial import SAMPLES, library_errors, try_tokenizer
+from .tokenizer_trial import SAMPLES, TokenizerTrial, library_errors, try_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -38,35 +38,39 @@ def read_tokenizer(folder: Path, advice: str = "") -> "Tokenizer":
     return read_checked_tokenizer(folder, advice)[0]
 
 
-def read_checked_tokenizer(folder: Path, advice: str = "") -> "tuple[Tokenizer, str | None]":
-    """The same, and why its texts must be tried first, where they must (see tokenizer_trial)."""
+def read_checked_tokenizer(
+    folder: Path, advice: str = ""
+) -> "tuple[Tokenizer, TokenizerTrial | None]":
+    """The same, and by what its texts must be tried first, where they must."""
     from tokenizers import Tokenizer
 
     file = folder / TOKENIZER
     if not is_here(file):
         raise UserError(f"there is no {file}{advice}")
-    doubt = check_tokenizer_file(folder)
+    trial = check_tokenizer_file(folder)
     with library_errors(f"{file} is not a tokenizer"):
         tokenizer = Tokenizer.from_file(str(file))
     check_model(tokenizer.model, file)
     with library_errors(f"{file} takes no further tokens"):
         _add_tokens(tokenizer, folder)
-    return tokenizer, doubt
+    return tokenizer, trial
 
 
-def check_tokenizer_file(folder: Path) -> str | None:
+def check_tokenizer_file(folder: Path) -> TokenizerTrial | None:
     """Before any library reads tokenizer.json in a folder: see `check_tokenizer`. One that is not
-    surely quick is tried on samples. Raises UserError."""
+    surely quick is tried on samples, and its further texts are to be tried too. Raises
+    UserError."""
     file = folder / TOKENIZER
     check_regular(file, LARGEST_TOKENIZER)
     try:
         doubt = check_tokenizer(file.read_bytes(), file)
     except OSError as e:
         raise UserError(f"cannot read {file}: {e.strerror or e}") from None
-    if doubt:
-        added = (_listed_tokens(token_settings(folder)) or {}).values()
-        try_tokenizer(file, doubt, [*SAMPLES, *(token.content for token in added)])
-    return doubt
+    if doubt is None:
+        return None
+    added = (_listed_tokens(token_settings(folder)) or {}).values()
+    try_tokenizer(file, doubt, [*SAMPLES, *(token.content for token in added)])
+    return TokenizerTrial(file, doubt)
 
 
 def _add_tokens(tokenizer: "Tokenizer", folder: Path) -> None:
@@ -84,7 +88,7 @@ def _add_tokens(tokenizer: "Tokenizer", folder: Path) -> None:
         tokenizer.add_tokens([token])
         if (number := tokenizer.token_to_id(token.content)) != key:
             raise UserError(
-                f"{folder / TOKENIZER_CONFIG} gives {token.content!r} the id {key}, and"
+                f"{folder / TOKENIZER_CONFIG} gives {quoted(token.content)} the id {key}, and"
                 f" {TOKENIZER} leaves it {number}"
             )
     present |= {token.content: token for _, token in new}

@@ -14,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from ..checkpoints.errors import UserError, check_text, reason
+from ..checkpoints.errors import UserError, check_text, quoted, reason
 from ..checkpoints.processor import (
     chat_template,
     end_ids,
@@ -23,6 +23,7 @@ from ..checkpoints.processor import (
     token_settings,
 )
 from ..checkpoints.reading.fields import LARGEST
+from ..checkpoints.tokenizer_trial import TokenizerTrial
 from .encoder import Encoder
 from .template import ChatTemplate
 
@@ -48,11 +49,11 @@ class Tokenizer:
         chat_template: str | None = None,
         name: str = "the tokenizer",
         ends: Collection[int] = (),
-        doubt: str | None = None,
+        trial: TokenizerTrial | None = None,
     ):
-        """`ends` are ids that end an answer beside that of `eos_token`. `doubt` says why the
-        tokenizer may take any time on a text: see `Encoder`."""
-        self.backend, self.encoder = backend, Encoder(backend, name, doubt)
+        """`ends` are ids that end an answer beside that of `eos_token`. By a `trial` each text is
+        tried first: see `Encoder`."""
+        self.backend, self.encoder = backend, Encoder(backend, name, trial)
         self.backend.no_truncation()  # some files carry these settings over from training
         self.backend.no_padding()
         self.chat_template = chat_template
@@ -77,7 +78,7 @@ class Tokenizer:
         for place in {folder, Path(model or folder)}:
             ids |= {n for n in end_ids(place) if n <= LARGEST and backend.id_to_token(n)}
         template = chat_template(folder, config)
-        return cls(backend, config, template, str(folder), ids, encoder.doubt)
+        return cls(backend, config, template, str(folder), ids, encoder.trial)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands: nothing is put before or after it."""
@@ -143,7 +144,7 @@ class Tokenizer:
         """The id of one token; UserError if the vocabulary lacks it."""
         token_id = self.backend.token_to_id(token)
         if token_id is None:
-            raise UserError(f"the vocabulary of {self.name} has no token {token!r}")
+            raise UserError(f"the vocabulary of {self.name} has no token {quoted(token)}")
         return token_id
 
     @property
@@ -287,5 +288,7 @@ def placeholder_run(
     first = bisect_left(offsets, (start, start + 1))
     is_apart = list(offsets[first : first + count]) == expected
     if not is_apart or list(ids[first : first + count]) != [token] * count:
-        raise UserError(f"the tokenizer of {tokenizer.name} does not keep {image_token!r} apart")
+        raise UserError(
+            f"the tokenizer of {tokenizer.name} does not keep {quoted(image_token)} apart"
+        )
     return first, count
