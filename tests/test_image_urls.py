@@ -6,6 +6,7 @@ The servers are on the loopback, which only an injected function allows.
 import datetime
 import ipaddress
 import re
+import socket
 import ssl
 import threading
 import time
@@ -272,6 +273,39 @@ def test_https_is_verified_by_the_name_in_the_url(tmp_path, monkeypatch):
             download(f"https://other.example:{end}", on_loopback, resolve)
         with pytest.raises(UserError, match="cannot download"):
             download(f"http://good.example:{end}", on_loopback, resolve)
+
+
+def test_where_the_system_has_no_certificates_those_of_certifi_are_trusted(tmp_path, monkeypatch):
+    """As in Python from python.org on macOS."""
+    certifi = pytest.importorskip("certifi", reason="certifi is not installed")
+    public, context = certificate(tmp_path, "good.example")
+    monkeypatch.setattr(certifi, "where", lambda: str(public))
+    with serving(context) as server:
+        url = f"https://good.example:{server.server_port}/a.png"
+        with pytest.raises(UserError, match=UNVERIFIED):
+            download(url, on_loopback, lambda host, port: ["127.0.0.1"])
+        nowhere = ssl.get_default_verify_paths()._replace(cafile=None, capath=None)
+        monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: nowhere)
+        assert download(url, on_loopback, lambda host, port: ["127.0.0.1"]) == PICTURE
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(server, monkeypatch):
+    waits, connected = [], []
+    stock = socket.create_connection
+
+    def connect(place: tuple[str, int], seconds: float) -> socket.socket:
+        waits.append(seconds)
+        if place[0] == "127.0.0.2":
+            raise TimeoutError("timed out")
+        connected.append(stock(place, seconds))
+        return connected[-1]
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    url = f"http://two.example:{server.server_port}/a.png"
+    for seconds, wait in ((6.0, 3.0), (30.0, 5.0)):
+        addresses = ["127.0.0.2", "127.0.0.1"]
+        assert download(url, on_loopback, lambda *_, a=addresses: a, seconds) == PICTURE
+        assert waits[-2:] == [wait, wait]
 
 
 def test_the_picture_is_what_the_server_has(site):

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Callable
 from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from importlib import import_module
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from threading import Thread
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
@@ -21,6 +22,7 @@ from .image_sources import URL_LETTERS, DownloadedImage, url_name
 
 logger = logging.getLogger("mlx_vlm_prune")
 SECONDS = 30.0  # a download may take, with all its redirects
+CONNECT_SECONDS = 5.0  # of these for one address of a host; the next may answer
 QUIET_SECONDS = 2.0  # before a note says what is waited for
 MAX_BYTES = 50_000_000  # a photograph of 25 megapixels as PNG
 MOST_REDIRECTS = 5
@@ -149,7 +151,7 @@ class _Download(Thread):
         if parts.scheme == "http":
             connection = HTTPConnection(host, port)
         else:
-            context = ssl.create_default_context()
+            context = tls_context()
             connection = HTTPSConnection(host, port, context=context)
             encrypted = context.wrap_socket(
                 connected, server_hostname=host, do_handshake_on_connect=False
@@ -168,15 +170,27 @@ class _Download(Thread):
                     " image and give its path"
                 )
         problem: OSError = OSError("its name has no address")
+        seconds = min(CONNECT_SECONDS, self.seconds / max(len(addresses), 1))
         for address in addresses:
             if self.is_stopped:
                 break
             try:
-                self._socket = socket.create_connection((address, port), self.seconds)
+                self._socket = socket.create_connection((address, port), seconds)
+                self._socket.settimeout(self.seconds)
                 return self._socket
             except OSError as e:
                 problem = e
         raise problem
+
+
+def tls_context() -> ssl.SSLContext:
+    """Trusts the system's certificates; where there are none, as in Python from python.org on
+    macOS, those of certifi, which comes with huggingface_hub."""
+    context, paths = ssl.create_default_context(), ssl.get_default_verify_paths()
+    if not (paths.cafile or paths.capath):
+        with suppress(ImportError):
+            context.load_verify_locations(import_module("certifi").where())
+    return context
 
 
 def _checked_parts(url: str) -> SplitResult:
