@@ -11,6 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -89,6 +90,34 @@ def test_a_generator_that_is_left_or_closed_disturbs_no_other(home, loaded):
     left.close()
     ids += [piece.token for piece in stream]
     assert ids[: len(alone)] == alone
+
+
+def test_the_limit_of_wired_memory_is_set_back_behind_answers_that_overlap(
+    home, loaded, monkeypatch
+):
+    """mlx-vlm sets it on Metal, for each answer."""
+    limits = [7]
+
+    def set_limit(limit: int) -> int:
+        limits.append(limit)
+        return limits[-2]
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "set_wired_limit", set_limit)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1 << 40})
+    model, processor = loaded["qwen3_vl"]
+    first, second = (
+        stream_generate(model, processor, **request(home, query)) for query in REQUESTS[:2]
+    )
+    next(first)
+    next(second)
+    for _ in first:
+        pass
+    assert limits[-1] == 1 << 40  # the second goes on
+    second.close()
+    assert limits[-1] == 7
+    generate(model, processor, **request(home, REQUESTS[0]))
+    assert limits[-1] == 7
 
 
 def test_a_processor_of_logits_may_ask_the_same_model(home, loaded):

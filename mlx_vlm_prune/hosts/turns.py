@@ -12,11 +12,46 @@ from threading import Lock, RLock
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
+import mlx.core as mx
+
 from .host import Host
 
 _locks: WeakValueDictionary[int, Any] = WeakValueDictionary()  # by the id of a model that is used
 _locks_lock = Lock()
 T = TypeVar("T")
+
+
+class _WiredMemory:
+    """The limit of memory that Metal keeps in place, while any answer is written.
+
+    mlx-vlm raises it for an answer and then sets it back to what it was when that answer began:
+    of answers that overlap, the last would leave it raised for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._answers, self._before = Lock(), 0, 0
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """From the first of all answers that overlap to the last."""
+        if not mx.metal.is_available():
+            yield
+            return
+        with self._lock:
+            if not self._answers:
+                most = mx.device_info()["max_recommended_working_set_size"]
+                self._before = mx.set_wired_limit(int(most))
+            self._answers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._answers -= 1
+                if not self._answers:
+                    mx.set_wired_limit(self._before)
+
+
+WIRED_MEMORY = _WiredMemory()
 
 
 class RequestTurns:
@@ -43,17 +78,18 @@ class RequestTurns:
         self, pieces: Generator[T, None, None], ends: frozenset[int] = frozenset()
     ) -> Iterator[T]:
         """The pieces, each computed in a turn; mlx-vlm's loop ends an answer at `ends`, too."""
-        try:
-            while True:
-                with self.turn(), self._ending_at(ends):
-                    try:
-                        piece = next(pieces)
-                    except StopIteration:
-                        return
-                yield piece
-        finally:
-            with self.turn():
-                pieces.close()
+        with WIRED_MEMORY.raised():
+            try:
+                while True:
+                    with self.turn(), self._ending_at(ends):
+                        try:
+                            piece = next(pieces)
+                        except StopIteration:
+                            return
+                    yield piece
+            finally:
+                with self.turn():
+                    pieces.close()
 
     @contextmanager
     def _ending_at(self, ends: frozenset[int]) -> Iterator[None]:
