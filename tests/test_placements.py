@@ -165,6 +165,39 @@ def test_the_map_of_mlx_vlms_models_is_that_of_their_processors(name, resize, ho
     check_by_pixels(views[-1], place)
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize(
+    "kwargs", [{"size": 60, "crop_size": 56}, {"size": 56}, {"size": {"height": 56, "width": 56}}]
+)
+def test_the_map_knows_the_ways_to_write_a_processors_size(kwargs, hosts):
+    home, models = hosts
+    answer = generate(*models["llava"], "w7", home / "ramps.png", max_tokens=1,
+                      host_options={"processor_kwargs": kwargs})  # fmt: skip
+    check_by_pixels(answer.views[0][0], answer.images[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+def test_an_option_that_is_not_known_leaves_the_map_out_and_not_the_answer(
+    hosts, monkeypatch, caplog
+):
+    from mlx_vlm_prune.hosts.families.llava import LlavaHost
+
+    home, models = hosts
+    stock = LlavaHost.to_image
+    for wrong in ({"size": {"longest_edge": 9}}, {"size": "all"}, {"crop_size": None}):
+        monkeypatch.setattr(
+            LlavaHost,
+            "to_image",
+            lambda self, view, size, kwargs, wrong=wrong: stock(self, view, size, wrong),
+        )
+        answer = generate(*models["llava"], "w7", home / "ramps.png", max_tokens=1)
+        assert answer.images[0] == {
+            "size": [230, 131], "orientation": 8, "seen": [56, 56], "to_original": None,
+        }  # fmt: skip
+        assert "where image 0 lies in its file is not known" in caplog.text
+        caplog.clear()
+
+
 @pytest.mark.parametrize("size", [(230, 131), (131, 230), (200, 200)])
 def test_fastvlms_processor_makes_a_picture_square(size):
     pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")

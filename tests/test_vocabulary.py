@@ -27,7 +27,20 @@ def tokenizer(words: int, added: int = 0) -> Tokenizer:
     [(100, 0, 100), (100, 2, 100), (98, 2, 100), (60, 0, 100), (40, 10, 100), (1, 0, 2)],
 )
 def test_words_to_spare_and_added_tokens_beyond_are_usual(words, added, size):
-    check_vocabulary(tokenizer(words, added), size)
+    check_vocabulary(tokenizer(words, added).backend, "here", size)
+
+
+def test_the_words_of_a_usual_tokenizer_are_not_gone_through():
+    class Counting:
+        """A tokenizer of 150,000 words, which takes a tenth of a second to list."""
+
+        def get_vocab_size(self, with_added_tokens=True):
+            return 150_000
+
+        def id_to_token(self, number):
+            return "word" if number < 150_000 else None
+
+    check_vocabulary(Counting(), "here", 151_936)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +53,7 @@ def test_words_to_spare_and_added_tokens_beyond_are_usual(words, added, size):
 )
 def test_another_models_tokenizer_is_refused(words, size, sentence):
     with pytest.raises(UserError, match=sentence):
-        check_vocabulary(tokenizer(words), size)
+        check_vocabulary(tokenizer(words).backend, "here", size)
 
 
 def test_a_model_is_told_by_its_files_and_not_by_its_name(tmp_path):

@@ -39,7 +39,7 @@ class GenerationResult:
     a box in the answer can be drawn there: `size` and EXIF `orientation` in the file, `seen`, the
     width and height of what the model saw (of an image in tiles: of the one that shows all of it),
     and `to_original`, the affine map [a, b, c, d, e, f] from the point (x, y) there to the file's
-    pixel (a x + b y + c, d x + e y + f).
+    pixel (a x + b y + c, d x + e y + f), None where processor_kwargs has what is not known.
     """
 
     text: str

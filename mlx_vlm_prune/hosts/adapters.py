@@ -11,7 +11,8 @@ import mlx.core as mx
 from mlx import nn
 
 from ..checkpoints.adapters import CONFIG, WEIGHTS, AdapterConfig
-from ..checkpoints.errors import UserError, reason
+from ..checkpoints.errors import UserError, reason, whole_reason
+from ..checkpoints.reading.paths import LARGEST_JSON, check_regular
 from ..checkpoints.reading.weights import check_learned
 from ..models.adapters import adapted, adapters
 from ..models.arrays import read_arrays
@@ -25,12 +26,13 @@ def load_adapters(model: Any, folder: str | Path) -> None:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}, so no adapters")
+    check_regular(folder / CONFIG, LARGEST_JSON)
     check_learned(folder / WEIGHTS)
     weights = read_arrays(folder / WEIGHTS)
     try:
         apply_lora_layers(model, folder)
     except Exception as problem:  # whatever comes
-        text = " ".join((str(problem).strip() or type(problem).__name__).split())
+        text = whole_reason(problem)
         raise UserError(f"the adapters in {folder} do not fit this model: {text}") from None
     expected = expected_shapes(model)
     for name in sorted(expected.keys() | weights.keys()):

@@ -3,6 +3,7 @@
 Shapes: K visual tokens kept of a view, L rows of the prompt, D features.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from .language_layers import LanguageLayers
 from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .views import View
 
+logger = logging.getLogger("mlx_vlm_prune")
+TRIAL = "tokenizer_trial"  # attribute of a model, see checkpoints/tokenizer_trial.py
 REQUEST_STATE = ("_position_ids", "_rope_deltas")  # mlx-vlm keeps these on the language model
 
 
@@ -121,9 +124,14 @@ class Host(ABC):
         mask = mx.ones((1, len(ids)), mx.int32) if mask is None else mask
         return PreparedInputs(np.array(ids).tolist(), mask, pixels, len(images), arrays)
 
+    @property
+    def word_table(self) -> Any:
+        """The module that holds an embedding of each word."""
+        return self.language.model.embed_tokens
+
     def embed(self, ids: mx.array) -> mx.array:
         """The word embeddings of ids."""
-        return self.language.model.embed_tokens(ids)
+        return self.word_table(ids)
 
     def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array | list[mx.array]:
         """The embeddings (K, D) of each view as mlx-vlm's `cached_image_features`; here as those of
@@ -201,9 +209,30 @@ class Host(ABC):
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         values = {**getattr(tokenizer, "special_tokens_map", {}), **options}
         values |= {"messages": turns, "add_generation_prompt": True}
+        chosen = options.get("chat_template")  # a text, or the name of one of several
         for holder in (self.processor, tokenizer):
-            if isinstance(text := getattr(holder, "chat_template", None), str):
+            text = getattr(holder, "chat_template", None)
+            if isinstance(text, Mapping):
+                text = text.get(chosen or "default", chosen)
+            else:
+                text = chosen or text
+            if isinstance(text, str):
                 check_template(text, values, f"this {self.kind} model")
+
+    def try_text(self, text: str) -> None:
+        """UserError where the tokenizer would take too much time or memory for a text; tokenizers
+        that are surely quick are not tried."""
+        if trial := getattr(self.model, TRIAL, None):
+            trial.check(text)
+
+    def check_ids(self, inputs: PreparedInputs) -> None:
+        """Raises UserError for a token that the model has no embedding of, but for placeholders."""
+        words = len(self.word_table.weight)
+        beyond = {number for number in inputs.ids if not 0 <= number < words}
+        if beyond and (beyond := beyond - {self.image_token_id(inputs)}):
+            raise UserError(
+                f"the prompt has token {max(beyond)}; the model's vocabulary has {words}"
+            )
 
     def check_length(self, rows: int) -> None:
         """Raises UserError for a prompt of more rows than the model reads."""
@@ -229,15 +258,22 @@ class Host(ABC):
         self, views: Sequence[View], images: Sequence[Image.Image], options: ProcessorOptions
     ) -> list[dict[str, Any]]:
         """Where what the model saw of each image lies in its file; of one in tiles, the tile that
-        shows all of it."""
+        shows all of it. Without a map where the processor's options are none that are known."""
         places = []
         for number, image in enumerate(images):
             pairs = zip(options.resize or image.size, image.size, strict=True)
             ratio = min(most / side for most, side in pairs)
             fitted = int(image.width * ratio), int(image.height * ratio)
             tiles = [view for view in views if view.image == number]
-            seen, to_fitted = self.to_image(tiles[self.whole_view], fitted, options.kwargs)
-            places.append(placement(image, seen, compose(to_fitted, scaling(fitted, image.size))))
+            view, kwargs = tiles[self.whole_view], options.kwargs
+            try:
+                seen, to_fitted = self.to_image(view, fitted, kwargs)
+                to_image = compose(to_fitted, scaling(fitted, image.size))
+            except (AttributeError, LookupError, TypeError, ArithmeticError) as problem:
+                # What the user gave the model's own processor is not understood here.
+                logger.warning("where image %d lies in its file is not known: %r", number, problem)
+                seen, to_image = self.seen_size(view), None
+            places.append(placement(image, seen, to_image))
         return places
 
     def to_image(self, view: View, size: Size, kwargs: Mapping[str, Any]) -> tuple[Size, Affine]:

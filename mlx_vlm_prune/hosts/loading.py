@@ -4,6 +4,8 @@ Some checkpoints name code of their own, which mlx-vlm would run; here nothing f
 """
 
 import logging
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,24 +13,34 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoints.command_line import either
-from ..checkpoints.errors import UserError
+from ..checkpoints.config import CONFIG
+from ..checkpoints.errors import UserError, quoted, whole_reason
 from ..checkpoints.families import foreign_kind
 from ..checkpoints.llava import published as llava
 from ..checkpoints.mlx_vlm_folder import RECORD
 from ..checkpoints.processor import TOKENIZER, check_tokenizer_file, end_ids, end_tokens
-from ..checkpoints.reading.files import open_safetensors, read_json
+from ..checkpoints.reading.fields import MOST_LAYERS
+from ..checkpoints.reading.files import LARGEST_SIZE, open_safetensors, read_json
 from ..checkpoints.reading.paths import LARGEST_TOKENIZER, check_regular, find_files
 from ..checkpoints.reading.weights import check_dtypes, read_folder
-from ..checkpoints.tokenizer_trial import is_panic
+from ..checkpoints.tokenizer_trial import TokenizerTrial, is_panic
+from ..inputs.processor import check_vocabulary
 from ..machine import blas
 from ..models.adapters import load_adapters
 from ..models.loading import find_folder, load_folder, weights_dtype
 from . import adapters
-from .families import FAMILIES, REFUSED
+from .families import FAMILIES, REFUSED, host_of
+from .host import TRIAL
 from .linked_folder import mlx_vlm_weight_files
 from .llava_processor import LLAVA, mend
 
 logger = logging.getLogger("mlx_vlm_prune")
+# What mlx-vlm and transformers read of a folder, beside the weights.
+READ_FILES = (
+    "*config*.json", "*token*.json", "*.index.json", "*template*.json", "vocab*", "merges.txt",
+    "tekken.json", "*.model", "*.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+DEPTH = re.compile("(layer|depth|expert)s?$")  # fields that count what is made one by one
 INSTALL = "install it with pip install 'mlx_vlm_prune[mlx-vlm]'"
 REMOTE_CODE = (
     "trust_remote_code is not possible: pruning works inside models that are known here, and no"
@@ -103,17 +115,7 @@ def _load_mlx_vlm(
 
     Raises UserError, in one sentence, for whatever cannot be loaded.
     """
-    config = read_json(folder / "config.json")
-    if code := config.get("model_file"):
-        raise UserError(f"{folder} wants its own {code} to be run, and no code from a folder is")
-    mlx_vlm_weight_files(folder)
-    # Counters and positions may be whole numbers.
-    check_dtypes(read_folder(folder, open_safetensors), folder, ("weight", "bias"))
-    for file in find_files(folder, "*.json", "*.jinja", "*.model", "*.txt"):
-        if file.exists():  # a link to nothing is a file that is left out, for mlx-vlm
-            check_regular(file, LARGEST_TOKENIZER)
-    if (folder / TOKENIZER).exists():
-        check_tokenizer_file(folder)
+    trial = _check_files(folder)
     logger.info("importing mlx-vlm for a %s model; this takes some seconds", kind)
     try:
         from mlx_vlm.utils import load as mlx_vlm_load
@@ -124,9 +126,11 @@ def _load_mlx_vlm(
     except BaseException as problem:  # mlx-vlm and transformers raise whatever comes
         if not (is_panic(problem) or isinstance(problem, Exception)):
             raise
-        reason = " ".join((str(problem).strip() or type(problem).__name__).split())
-        raise UserError(f"mlx-vlm cannot load {folder}: {reason}") from problem
+        raise UserError(f"mlx-vlm cannot load {folder}: {whole_reason(problem)}") from problem
+    _check_words(model, processor, folder)
     _add_ends(model, processor, folder)
+    if trial:
+        setattr(model, TRIAL, trial)
     if kind == LLAVA:
         mend(processor)
     if adapter_path:
@@ -135,6 +139,49 @@ def _load_mlx_vlm(
         model.set_dtype(dtype)
     mx.eval(model)  # what is left lazy can be computed in this thread only
     return model, processor
+
+
+def _check_files(folder: Path) -> TokenizerTrial | None:
+    """Before mlx-vlm reads a folder: UserError for what it would read without end or otherwise.
+
+    By what texts must be tried first, where the tokenizer may be slow.
+    """
+    config = read_json(folder / CONFIG)
+    if code := config.get("model_file"):
+        raise UserError(
+            f"{folder} wants its own {quoted(code)} to be run, and no code from a folder is"
+        )
+    _check_numbers(config, folder / CONFIG)
+    mlx_vlm_weight_files(folder)
+    # Counters and positions may be whole numbers.
+    check_dtypes(read_folder(folder, open_safetensors), folder, ("weight", "bias"))
+    for file in find_files(folder, *READ_FILES):
+        if file.exists():  # a link to nothing is a file that is left out, for mlx-vlm
+            check_regular(file, LARGEST_TOKENIZER)
+    return check_tokenizer_file(folder) if (folder / TOKENIZER).exists() else None
+
+
+def _check_numbers(config: Any, file: Path) -> None:
+    """UserError for numbers that MLX cannot count, and for more layers than any model has: mlx-vlm
+    makes them before it looks at the weights."""
+    rest = [("", config)]
+    while rest:
+        name, value = rest.pop()
+        if isinstance(value, Mapping):
+            rest += value.items()
+        elif isinstance(value, list):
+            rest += [(name, part) for part in value]
+        elif isinstance(value, int):
+            most = MOST_LAYERS if DEPTH.search(name) else LARGEST_SIZE
+            if abs(value) > most:
+                raise UserError(f"{file}: {name} is {quoted(value)}; at most {most} is read")
+
+
+def _check_words(model: Any, processor: Any, folder: Path) -> None:
+    """Raises UserError for a tokenizer that was made for another model."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if backend := getattr(tokenizer, "backend_tokenizer", None):  # not of those in Python
+        check_vocabulary(backend, str(folder), len(host_of(model, processor).word_table.weight))
 
 
 def _add_ends(model: Any, processor: Any, folder: Path) -> None:

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ..checkpoints.errors import UserError
-from ..checkpoints.tokenizer_trial import is_panic
+from ..checkpoints.errors import UserError, whole_reason
+from ..checkpoints.tokenizer_trial import is_panic, library_errors
 from ..inputs.budget import budget
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
@@ -67,8 +67,6 @@ def prepare_prompt(
 
     A system message and earlier turns come before it, with their images. Raises UserError.
     """
-    from mlx_vlm.prompt_utils import apply_chat_template
-
     for mark in host.image_marks:
         if mark in prompt:
             raise UserError(
@@ -76,24 +74,22 @@ def prepare_prompt(
                 " images go"
             )
     options = dict(chat_template_config or {})
-    if history or system is not None:
-        text = _render_turns(host, history, prompt, len(images), options, system)
-    else:
-        config, count = host.model.config, len(images)
-        turns = apply_chat_template(
-            None, config, prompt, return_messages=True, num_images=count, **options
-        )
-        host.check_template(turns, options)
-        text = apply_chat_template(host.processor, config, prompt, num_images=count, **options)
+    with library_errors(f"the chat template of this {host.kind} model fails"):
+        if history or system is not None:
+            text = _render_turns(host, history, prompt, len(images), options, system)
+        else:
+            text = _render_question(host, prompt, len(images), options)
+    host.try_text(text)
     try:
-        return host.prepare(text, images, processor_options)
+        inputs = host.prepare(text, images, processor_options)
     except UserError:
         raise
     except BaseException as problem:  # mlx-vlm wraps whatever its processors raise
         if not (is_panic(problem) or isinstance(problem, ValueError | TypeError)):
             raise
-        reason = " ".join((str(problem).strip() or type(problem).__name__).split())
-        raise UserError(f"mlx-vlm cannot prepare the images: {reason}") from problem
+        raise UserError(f"mlx-vlm cannot prepare the images: {whole_reason(problem)}") from problem
+    host.check_ids(inputs)
+    return inputs
 
 
 def encode_images_and_text(
@@ -103,6 +99,19 @@ def encode_images_and_text(
     the tower already."""
     views = encode(inputs) if encode else encode_images(host, inputs, pipeline)
     return add_text(host, inputs, views, pipeline)
+
+
+def _render_question(host: Host, prompt: str, images: int, options: dict[str, Any]) -> str:
+    """The text of a question alone."""
+    from mlx_vlm.prompt_utils import apply_chat_template
+
+    config = host.model.config
+    turns = apply_chat_template(
+        None, config, prompt, return_messages=True, num_images=images, **options
+    )
+    host.check_template(turns, options)
+    text: str = apply_chat_template(host.processor, config, prompt, num_images=images, **options)
+    return text
 
 
 def _render_turns(
@@ -153,7 +162,15 @@ def encode_images(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> lis
         return []
     if inputs.images > 1 and host.why_one_image:
         raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
-    views = host.encode_images(inputs, signal_layers(host, pipeline))
+    try:
+        views = host.encode_images(inputs, signal_layers(host, pipeline))
+    except (ValueError, IndexError) as problem:
+        if isinstance(problem, UserError):
+            raise
+        raise UserError(
+            f"the tower of this {host.kind} model cannot read what its processor made; config.json"
+            f" and preprocessor_config.json do not fit each other: {whole_reason(problem)}"
+        ) from problem
     end_part("vision", [a for view in views for a in (view.signals.x_BND, *view.deepstack)])
     return views
 

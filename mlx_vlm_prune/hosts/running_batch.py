@@ -122,6 +122,9 @@ class HostRunningBatch:
 
     def _plan(self, request: Request) -> tuple[Pipeline, Policy]:
         """A request's methods, and the policy of positions that holds. Raises UserError."""
+        for name in ("eos_tokens", "sampler", "logits_processors", "host_options"):
+            if getattr(request, name):  # mlx-vlm's batches have them for all prompts or not at all
+                raise UserError(f"{name} is not possible in a batch of mlx-vlm's; leave it out")
         pipeline = plan_for_host(self.host, request.pruner)
         policy = check_pipeline(self.host, pipeline, request.positions)
         if pipeline.decoder:

@@ -15,6 +15,7 @@ import mlx.core as mx
 from PIL import Image
 
 from ..checkpoints.errors import UserError, short
+from ..checkpoints.tokenizer_trial import library_errors
 from ..generation.request import LogitsProcessor, Request
 from ..generation.result import GenerationResponse, GenerationResult, Transcript
 from ..generation.sampling import SeededSampler, needs_sampler, penalties
@@ -191,7 +192,9 @@ def further_ends(host: Host, request: Request) -> frozenset[int]:
     tokenizer = getattr(host.processor, "tokenizer", host.processor)
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        host.try_text(text)
+        with library_errors(f"this {host.kind} model's tokenizer fails"):
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
         return ids
 
     if request.eos_tokens is None:

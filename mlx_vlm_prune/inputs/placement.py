@@ -85,14 +85,16 @@ def to_stored(image: Image.Image) -> Affine:
     return compose(scaling(image.size, upright), turn)
 
 
-def placement(image: Image.Image, seen: Size, to_image: Affine) -> dict[str, Any]:
+def placement(image: Image.Image, seen: Size, to_image: Affine | None) -> dict[str, Any]:
     """What --json has of an image; `to_image` goes from what the model saw to the opened picture.
 
     `size`: width and height in the file, `orientation` its EXIF orientation, `seen`: width and
-    height of what the model saw, `to_original`: the affine map from there to the file's pixels.
+    height of what the model saw, `to_original`: the affine map from there to the file's pixels,
+    None where it is not known.
     """
-    stored = stored_image(image)
-    affine = [round(float(x), 6) + 0.0 for x in compose(to_image, to_stored(image))]
+    stored, affine = stored_image(image), None
+    if to_image is not None:
+        affine = [round(float(x), 6) + 0.0 for x in compose(to_image, to_stored(image))]
     return {
         "size": [*stored.size], "orientation": stored.orientation, "seen": [*seen],
         "to_original": affine,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import tokenizers
+
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.config import CLIPConfig, SiglipConfig, VLMConfig
 from ..checkpoints.errors import UserError
@@ -35,25 +37,29 @@ def read_processor(checkpoint: Checkpoint, config: VLMConfig, name: str, folder:
     if is_llava(checkpoint.config) and pads_to_square(checkpoint.config.get("published")):
         image = replace(image, pad=True)
     tokenizer = Tokenizer.from_folder(checkpoint.tokenizer_folder, folder)
-    check_vocabulary(tokenizer, config.text.vocab_size)
+    check_vocabulary(tokenizer.backend, tokenizer.name, config.text.vocab_size)
     if is_llava(checkpoint.config) and tokenizer.chat_template is None:
         tokenizer.chat_template = VICUNA
     return Processor(tokenizer, image, config.image_token, name, folder)
 
 
-def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+def check_vocabulary(tokenizer: tokenizers.Tokenizer, name: str, size: int) -> None:
     """Raises UserError for a tokenizer that was made for another model than one of `size` words.
 
-    Tokens that were added may lie beyond the words, and a model may have some words to spare.
+    Tokens that were added may lie beyond the words, and a model may have some words to spare. All
+    words are gone through only where their number and the last one's do not agree: what then lies
+    beyond all the same is refused in a prompt.
     """
-    ids = {*tokenizer.backend.get_vocab(with_added_tokens=False).values()}
-    last = max(ids - {*tokenizer.backend.get_added_tokens_decoder()}, default=-1)
-    count = tokenizer.backend.get_vocab_size()
+    words, count = tokenizer.get_vocab_size(with_added_tokens=False), tokenizer.get_vocab_size()
+    last = words - 1
+    if words > size or tokenizer.id_to_token(last) is None:
+        ids = {*tokenizer.get_vocab(with_added_tokens=False).values()}
+        last = max(ids - {*tokenizer.get_added_tokens_decoder()}, default=-1)
     if last >= size or 2 * count < size:
         number = f"has a word {last}" if last >= size else f"has {count} words"
         raise UserError(
-            f"{tokenizer.name}: its tokenizer {number}, and the model's vocabulary {size}; they do"
-            " not belong together"
+            f"{name}: its tokenizer {number}, and the model's vocabulary {size}; they do not belong"
+            " together"
         )
 
 

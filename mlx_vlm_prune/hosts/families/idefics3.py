@@ -70,8 +70,9 @@ class Idefics3Host(TowerHost):
         counts = count_tiles(inputs.ids, self.image_token_id(inputs), global_image)
         return replace(inputs, extra={**inputs.extra, "num_patches_list": counts})
 
-    def embed(self, ids: mx.array) -> mx.array:
-        return self.language.embed_tokens(ids)
+    @property
+    def word_table(self) -> Any:
+        return self.language.embed_tokens
 
     def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
         """All tiles belong to one image where no token separates images."""

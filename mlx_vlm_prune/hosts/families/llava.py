@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from ...checkpoints.errors import UserError
+from ...checkpoints.errors import UserError, quoted
 from ...inputs.placement import Affine, Size
 from ...inputs.preprocessor import Preprocessor
 from ..language_layers import RopeOffsetLayers
@@ -59,8 +59,8 @@ def has_cls(owner: str, tower: str, strategy: str) -> bool:
     is_clip = tower == CLIP
     if (strategy == "default") is not is_clip:
         raise UserError(
-            f"{owner} vision_feature_select_strategy is {strategy!r} over a {tower}: its visual"
-            " tokens are not the patches of a grid"
+            f"{owner} vision_feature_select_strategy is {quoted(strategy)} over a {tower}: its"
+            " visual tokens are not the patches of a grid"
         )
     return is_clip
 
@@ -95,17 +95,19 @@ class LlavaHost(LlavaTowerHost):
         """Its middle is cut out, or it is made square first."""
         settings = {**vars(self.processor.image_processor), **kwargs}
         return Preprocessor(
-            size=_sides(settings["size"]) if settings["do_resize"] else None,
-            crop=_height_width(settings["crop_size"]) if settings["do_center_crop"] else None,
+            size=sides(settings["size"]) if settings["do_resize"] else None,
+            crop=height_width(settings["crop_size"]) if settings["do_center_crop"] else None,
             pad=bool(settings.get("do_pad")),
         ).to_image(size)
 
 
-def _sides(size: Any) -> int | tuple[int, int]:
-    """A processor's `size`: the shortest side, or height and width."""
-    shortest: int | None = size.get("shortest_edge")
-    return shortest or _height_width(size)
+def sides(size: Any) -> int | tuple[int, int]:
+    """A processor's `size`: a number for the shortest side, that by its name, or height and
+    width."""
+    shortest: int | None = size if isinstance(size, int) else size.get("shortest_edge")
+    return shortest or height_width(size)
 
 
-def _height_width(size: Any) -> tuple[int, int]:
-    return size["height"], size["width"]
+def height_width(size: Any) -> tuple[int, int]:
+    """A processor's `crop_size`: a number for both, or height and width."""
+    return (size, size) if isinstance(size, int) else (size["height"], size["width"])
