@@ -1,5 +1,6 @@
 """Promises about a folder's files: weights are finite floats, and every file a regular one."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,9 +14,12 @@ from convert.__main__ import main
 from mlx_vlm_prune import load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.families import read_checkpoint
+from mlx_vlm_prune.checkpoints.reading import files
 from mlx_vlm_prune.checkpoints.reading.paths import LARGEST_JSON
 from mlx_vlm_prune.fuse import main as fuse
 from mlx_vlm_prune.machine.user_cache import model_key
+from mlx_vlm_prune.models.adapters import adapter_key
+from mlx_vlm_prune.models.arrays import read_arrays
 from torch_ref.models.learned import read_learned
 from torch_ref.models.loading import load_folder
 
@@ -182,3 +186,48 @@ def test_a_pipe_in_a_folder_of_mlx_vlms_is_refused(tmp_path):
     os.mkfifo(folder / "preprocessor_config.json")
     with pytest.raises(UserError, match="is not a regular file"):
         load(folder)
+
+
+def test_each_header_is_checked_once(scenes, tmp_path, monkeypatch):
+    folder = shutil.copytree(scenes, tmp_path / "model")
+    (folder / "pruners.safetensors").unlink()
+    checked = []
+    stock = files._checked_header
+
+    def check(path):
+        checked.append(path.name)
+        return stock(path)
+
+    monkeypatch.setattr(files, "_checked_header", check)
+    load(folder)
+    assert checked == ["model.safetensors"]
+
+
+def test_a_type_that_mlx_does_not_read_is_one_sentence(tmp_path):
+    """Files of ours, too, which a training goes on from."""
+    save_file({"a": torch.zeros(2, dtype=torch.float64)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"MLX cannot read .*a\.safetensors: "):
+        read_arrays(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json"])
+def test_the_key_of_adapters_is_read_from_regular_files(name, tmp_path):
+    for file in ("adapters.safetensors", "adapter_config.json"):
+        (tmp_path / file).write_bytes(file.encode())
+    whole = b"adapter_config.jsonadapters.safetensors"
+    assert adapter_key(tmp_path) == hashlib.sha256(whole).hexdigest()[:16]
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="there is no such file"):
+        adapter_key(tmp_path)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="is not a regular file"):
+        adapter_key(tmp_path)
+
+
+def test_a_long_name_is_not_told_whole(scenes, tmp_path):
+    folder = shutil.copytree(scenes, tmp_path / "model")
+    state = load_file(folder / "model.safetensors")
+    save_file(state | {"x" * 5000: torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds a tensor x+… that") as refusal:
+        load(folder)
+    assert len(str(refusal.value)) < 400

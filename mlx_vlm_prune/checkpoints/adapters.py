@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import either, suggestion
-from .errors import UserError
+from .errors import UserError, quoted
 from .reading.files import atomic_path, read_json, write_json, write_safetensors
 from .reading.tensors import RawTensor
 
@@ -35,9 +35,13 @@ class AdapterConfig:
     ) -> "AdapterConfig":
         """Checked, with mlx-lm's values for what is missing. Raises UserError, which says where."""
         if kind not in KINDS:
-            raise UserError(f"{where}: fine_tune_type is {kind!r}; it must be {either(KINDS)}")
+            raise UserError(
+                f"{where}: fine_tune_type is {quoted(kind)}; it must be {either(KINDS)}"
+            )
         if type(num_layers) is not int or num_layers < -1 or num_layers == 0:
-            raise UserError(f"{where}: num_layers is {num_layers!r}; it must be -1 or at least 1")
+            raise UserError(
+                f"{where}: num_layers is {quoted(num_layers)}; it must be -1 or at least 1"
+            )
         if not isinstance(parameters, Mapping):
             raise UserError(f"{where}: lora_parameters must hold keys and values")
         return cls(kind, num_layers, _parameters(parameters, where))
@@ -65,8 +69,8 @@ class AdapterConfig:
         for key in keys:
             if key not in allowed:
                 raise UserError(
-                    f"keys of lora_parameters names {key!r}, to which {self.fine_tune_type} adds no"
-                    f" adapter; {suggestion(key, sorted(allowed))}"
+                    f"keys of lora_parameters names {quoted(key)}, to which"
+                    f" {self.fine_tune_type} adds no adapter; {suggestion(key, sorted(allowed))}"
                 )
         return set(keys)
 
@@ -78,7 +82,9 @@ def _parameters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     allowed = (*DEFAULTS, "keys")
     for key in values:
         if key not in allowed:
-            raise UserError(f"{where}: lora_parameters has {key!r}; it may have {either(allowed)}")
+            raise UserError(
+                f"{where}: lora_parameters has {quoted(key)}; it may have {either(allowed)}"
+            )
     merged: dict[str, Any] = {**DEFAULTS, **values}
     limits = {
         "rank": (int, lambda x: x >= 1, "a whole number of at least 1"),
@@ -93,7 +99,9 @@ def _parameters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         except (TypeError, ValueError, OverflowError):
             fine = False
         if not fine:
-            raise UserError(f"{where}: {key} of lora_parameters is {value!r}; it must be {words}")
+            raise UserError(
+                f"{where}: {key} of lora_parameters is {quoted(value)}; it must be {words}"
+            )
     keys = merged.get("keys")
     if keys is None:
         merged.pop("keys", None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import layer_shapes
-from .errors import UserError
+from .errors import UserError, quoted
 from .layer_shapes import Shapes, Sizes, linear, norm
 from .names.rules import Rule, Table
 from .names.value_order import Reordering
@@ -53,7 +53,7 @@ def _mamba_2_sizes(c: Sizes, where: Path) -> dict[str, Any]:
     sizes, limits = _mamba_sizes(c, where), c.get("time_step_limit", _ANY_STEP[0])
     if limits not in _ANY_STEP:
         raise UserError(
-            f"{where}: time_step_limit is {limits!r}; only [0.0, Infinity] is supported"
+            f"{where}: time_step_limit is {quoted(limits)}; only [0.0, Infinity] is supported"
         )
     return sizes
 
@@ -187,7 +187,7 @@ def text_config(
     for name, allowed in family.supported.items():
         if values.get(name, allowed[0]) not in allowed:
             raise UserError(
-                f"{where}: {name} of {kind} is {values[name]!r}; mlx-lm has {allowed[0]!r}"
+                f"{where}: {name} of {kind} is {quoted(values[name])}; mlx-lm has {allowed[0]!r}"
             )
     values |= family.derived(values, where)
     if "rope_theta" in family.numbers:
@@ -208,7 +208,7 @@ def _rotation(c: Sizes, kind: str, where: Path) -> dict[str, Any]:
     form = str(rope.get("rope_type", rope.get("type", "default"))) if type(rope) is dict else ""
     names = () if form == "default" else BACKBONES[kind].rotations.get(form)
     if names is None or not all(is_positive(rope.get(name)) for name in names):
-        raise UserError(f"{where}: {place} of {kind} is {rope!r}, which is not supported")
+        raise UserError(f"{where}: {place} of {kind} is {quoted(rope)}, which is not supported")
     share = "partial_rotary_factor"
     return {
         "rope_theta": rope.get("rope_theta", c.get("rope_theta", 10000.0)),
@@ -250,7 +250,7 @@ def check_text_config(part: Fields) -> None:
     """UserError for an impossible size, number or flag of our text_config."""
     c, kind = part.values, part.get("model_type")
     if kind not in [*BACKBONES]:
-        raise UserError(f"{part.file}: mlx-lm's {kind!r} is none of {', '.join(BACKBONES)}")
+        raise UserError(f"{part.file}: mlx-lm's {quoted(kind)} is none of {', '.join(BACKBONES)}")
     family = BACKBONES[kind]
     for name in family.sizes:
         part.whole_number(name)

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import backbones
 from .backbones import BACKBONES, RUNNER
-from .errors import UserError, is_unicode
+from .errors import UserError, is_unicode, quoted
 from .quantization import Quantization, parse_quantization
 from .reading.fields import Fields
 
@@ -168,7 +168,9 @@ def parse_config(config: Mapping[str, Any], file: Path) -> VLMConfig:
     """All of our config.json that shapes the model; UserError for an impossible value."""
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        raise UserError(f"{file} holds a {kind!r} model; supported are {', '.join(MODEL_TYPES)}")
+        raise UserError(
+            f"{file} holds a {quoted(kind)} model; supported are {', '.join(MODEL_TYPES)}"
+        )
     sizes, checked = parse_sizes(config, file), Fields(config, file)
     token, number = config.get("image_token", "@"), config.get("image_token_id", 34)
     if not isinstance(token, str) or not token or not is_unicode(token):
@@ -219,7 +221,7 @@ def parse_vision(part: Fields) -> CLIPConfig:
     kind = part.values.get("model_type", CLIP_TYPE)
     if kind not in TOWER_TYPES:
         raise UserError(
-            f"{part.file}: no tower is called {kind!r}; there are {', '.join(TOWER_TYPES)}"
+            f"{part.file}: no tower is called {quoted(kind)}; there are {', '.join(TOWER_TYPES)}"
         )
     vision = read_sizes(CLIPConfig if is_clip(part.values) else SiglipConfig, part)
     if vision.image_size < vision.patch_size or vision.hidden_size % vision.num_attention_heads:
@@ -248,7 +250,7 @@ def _pruner(config: Fields) -> tuple[str, int] | None:
         return None
     part = config.part("pruner")
     if part.get("name") != ATTENTION_POOL:
-        raise UserError(f"{config.file}: no learned pruner is called {part.get('name')!r}")
+        raise UserError(f"{config.file}: no learned pruner is called {quoted(part.get('name'))}")
     return ATTENTION_POOL, part.whole_number("tokens")
 
 

@@ -20,7 +20,7 @@ from .config import (
     parse_vision,
     read_sizes,
 )
-from .errors import UserError
+from .errors import UserError, quoted
 from .layer_shapes import Shapes, linear, norm
 from .llava.sizes import TOWER_DEFAULTS
 from .names.renaming import to_our_names, to_our_order
@@ -89,7 +89,9 @@ def read_dual_encoder(folder: Path) -> tuple[DualEncoderConfig, dict[str, RawTen
     if kind in HALVES:
         raise UserError(f"{folder} is a {kind}, one half; a whole CLIP or SigLIP has both towers")
     if kind not in [*TITLES]:
-        raise UserError(f"{folder} is a {kind!r} model, no whole CLIP or SigLIP (clip, siglip)")
+        raise UserError(
+            f"{folder} is a {quoted(kind)} model, no whole CLIP or SigLIP (clip, siglip)"
+        )
     config = _parse(whole, kind, file)
     state = {k: v for k, v in read_weights(folder).items() if not BUFFERS.fullmatch(k)}
     table = WHOLE_CLIP if config.is_clip else WHOLE_SIGLIP
@@ -145,7 +147,9 @@ def _parse(whole: Mapping[str, Any], kind: str, file: Path) -> DualEncoderConfig
     dims = vision.hidden_size
     size = part.get("projection_size") or text.hidden_size
     if size != dims:
-        raise UserError(f"{file}: the text's embedding has {size!r} numbers, the image's {dims}")
+        raise UserError(
+            f"{file}: the text's embedding has {quoted(size)} numbers, the image's {dims}"
+        )
     return DualEncoderConfig(vision, text, dims, acts)
 
 

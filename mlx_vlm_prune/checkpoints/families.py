@@ -10,7 +10,7 @@ from typing import Any
 
 from .checkpoint import LEARNED_FILE, Checkpoint
 from .config import CONFIG, LLAVA_TYPE, MODEL_TYPES, VLMConfig, parse_config
-from .errors import UserError
+from .errors import UserError, quoted
 from .llava import published as llava
 from .llava.layouts import LAYOUTS, Layout
 from .minimind import published as minimind
@@ -80,7 +80,7 @@ def published_layout(config: Mapping[str, Any], where: Path) -> Any:
     layouts: Mapping[str, Generation | Layout] = LAYOUTS if is_llava(config) else GENERATIONS
     name = config.get("published_as", None if is_llava(config) else DEFAULT)
     if not isinstance(name, str) or name not in layouts:
-        raise UserError(f"{where}: published_as is {name!r}, none of {', '.join(layouts)}")
+        raise UserError(f"{where}: published_as is {quoted(name)}, none of {', '.join(layouts)}")
     return layouts[name]
 
 

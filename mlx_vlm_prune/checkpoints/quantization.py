@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, quoted
 from .layer_shapes import Shapes
 from .reading.fields import Fields
 
@@ -44,7 +44,7 @@ def parse_quantization(config: Fields) -> Quantization | None:
     )
     if not fits or set(part.values) - {"bits", "group_size", "mode", "tower"}:
         raise UserError(
-            f"{config.file}: quantization is {dict(part.values)!r}, which no mode of"
+            f"{config.file}: quantization is {quoted(dict(part.values))}, which no mode of"
             f" {', '.join(MODES)} has"
         )
     return Quantization(bits, group, mode, part.flag("tower", False))

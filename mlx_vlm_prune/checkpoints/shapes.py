@@ -16,7 +16,7 @@ from .config import (
     SiglipConfig,
     VLMConfig,
 )
-from .errors import UserError
+from .errors import UserError, clipped
 from .layer_shapes import Shapes, attention, gated_mlp, layer_norms, linear, norm, qk_norms
 from .quantization import packed
 from .reading.tensors import RawTensor, Shaped
@@ -39,7 +39,9 @@ def check_shapes(tensors: Mapping[str, Shaped], expected: Shapes, where: Path) -
             raise UserError(f"{where}: tensor {name} is {tensors[name].shape}; {shape} is expected")
     for name in tensors:
         if name not in expected:
-            raise UserError(f"{where} holds a tensor {name} that this model has no place for")
+            raise UserError(
+                f"{where} holds a tensor {clipped(name)} that this model has no place for"
+            )
     check_dtypes({k: t for k, t in tensors.items() if isinstance(t, RawTensor)}, where)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import CLIP_TYPE, NAFLEX_TYPE
-from .errors import UserError
+from .errors import UserError, quoted
 from .names.renaming import Tensors
 from .reading.tensors import RawTensor, Shaped
 from .shapes import layer_count, matrix_shape, tensor_shape
@@ -51,14 +51,15 @@ def vision_config(
             continue
         if published.get(name, size) != size:
             raise UserError(
-                f"{where}: config.json says {name} {published[name]!r}, but its tensors say {size}"
+                f"{where}: config.json says {name} {quoted(published[name])}, but its tensors say"
+                f" {size}"
             )
     is_clip = tower_type == CLIP_TYPE
     activation = "quick_gelu" if is_clip else "gelu_pytorch_tanh"
     if published.get("hidden_act", activation) != activation:
         title = "OpenAI's CLIP" if is_clip else "SigLIP"
         raise UserError(
-            f"{where}: hidden_act is {published['hidden_act']!r}; {title} has {activation}"
+            f"{where}: hidden_act is {quoted(published['hidden_act'])}; {title} has {activation}"
         )
     usual_heads = max(1, sizes["hidden_size"] // 64)
     return {

@@ -18,6 +18,8 @@ from mlx.utils import tree_flatten
 
 from ..checkpoints.adapters import CONFIG, WEIGHTS, AdapterConfig
 from ..checkpoints.errors import UserError, missing_package
+from ..checkpoints.reading.files import CHUNK
+from ..checkpoints.reading.paths import LARGEST_JSON, check_regular
 from ..checkpoints.reading.weights import check_learned
 from .arrays import read_arrays
 from .language.experts import ExpertLinear, QuantizedExpertLinear
@@ -113,9 +115,18 @@ def adapter_arrays(model: nn.Module) -> dict[str, mx.array]:
 
 
 def adapter_key(folder: str | Path) -> str:
-    """A fingerprint of the adapters in a folder."""
-    parts = [(Path(folder) / name).read_bytes() for name in (CONFIG, WEIGHTS)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    """A fingerprint of the adapters in a folder. Raises UserError where they cannot be read."""
+    digest = hashlib.sha256()
+    for name, most in ((CONFIG, LARGEST_JSON), (WEIGHTS, None)):
+        file = Path(folder) / name
+        check_regular(file, most)
+        try:
+            with file.open("rb") as stream:
+                while piece := stream.read(CHUNK):
+                    digest.update(piece)
+        except OSError as e:
+            raise UserError(f"cannot read {file}: {e.strerror or e}") from None
+    return digest.hexdigest()[:16]
 
 
 def load_adapters(model: VLM, folder: str | Path) -> list[str]:

@@ -5,19 +5,22 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoints.errors import UserError
-from ..checkpoints.reading.files import open_safetensors
+from ..checkpoints.errors import UserError, reason
+from ..checkpoints.reading.files import read_header
 from ..checkpoints.reading.tensors import RawTensor
 
 FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+DTYPES = FLOATS | {"U32": mx.uint32, "U8": mx.uint8}  # of what is quantized, too
 
 
 def read_arrays(file: Path) -> dict[str, mx.array]:
-    """The arrays of a safetensors file, not yet read; UserError for one that is not sound."""
-    for name, tensor in open_safetensors(file).items():  # mx.load accepts what the format forbids
-        if tensor.dtype == "F64":
-            raise UserError(f"{file}: tensor {name} is F64, which MLX does not read")
-    arrays = mx.load(str(file))
+    """The arrays of a safetensors file, not yet read; UserError for one that is not sound, or has
+    a type that MLX does not read."""
+    read_header(file)  # mx.load accepts what the format forbids
+    try:
+        arrays = mx.load(str(file))
+    except RuntimeError as problem:
+        raise UserError(f"MLX cannot read {file}: {reason(problem)}") from None
     assert isinstance(arrays, dict)
     return arrays
 
@@ -39,5 +42,5 @@ def to_bytes(array: mx.array) -> np.ndarray:
 
 def to_raw(array: mx.array) -> RawTensor:
     """The same bits, computed, for a file."""
-    codes = {dtype: code for code, dtype in FLOATS.items()} | {mx.uint32: "U32", mx.uint8: "U8"}
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     return RawTensor(codes[array.dtype], array.shape, to_bytes(array))

@@ -23,14 +23,14 @@ from ..checkpoints.hub import resolve_path
 from ..checkpoints.processor import preprocessor_folder
 from ..checkpoints.quantization import packing
 from ..checkpoints.reading.files import open_safetensors, read_json
-from ..checkpoints.reading.weights import check_dtypes, read_folder
+from ..checkpoints.reading.weights import read_folder
 from ..checkpoints.shapes import check_complete
 from ..inputs.captions import EncoderProcessor
 from ..inputs.processor import Processor, read_preprocessor, read_processor
 from ..machine.hardware import on_cpu
 from ..scenes import CHECKPOINT
-from .arrays import FLOATS as CODES
-from .arrays import read_arrays, to_array
+from .arrays import DTYPES as CODES
+from .arrays import to_array
 from .dual_encoder import DualEncoder
 from .language.experts import stacked
 from .learned import read_learned
@@ -84,15 +84,12 @@ def weights_dtype(dtype: str) -> mx.Dtype | None:
 def _read(folder: Path, dtype: str) -> tuple[VLMConfig, dict[str, mx.array], Checkpoint]:
     """One of our folders, or one as published, brought over: checked, its weights in what they are
     to be in, and the rest of it."""
-    if is_ours(folder):
-        whole = read_json(folder / CONFIG)
-        config, weights = parse_config(whole, folder / CONFIG), _mlx_weights(folder)
-        check_complete(weights, config, folder)
-        shapes = {name: (array.shape, array.dtype) for name, array in weights.items()}
-        target = _check_size(shapes, dtype, folder)
-        weights = {name: _convert(weights.pop(name), target) for name in shapes}
-        return config, weights, Checkpoint(whole, {}, folder, folder)
-    return _brought_over(read_checkpoint(folder), folder, dtype)
+    if not is_ours(folder):
+        return _brought_over(read_checkpoint(folder), folder, dtype)
+    whole = read_json(folder / CONFIG)
+    tensors = read_folder(folder, open_safetensors)
+    check_complete(tensors, parse_config(whole, folder / CONFIG), folder)
+    return _brought_over(Checkpoint(whole, tensors, folder, folder), folder, dtype)
 
 
 def _brought_over(
@@ -100,7 +97,10 @@ def _brought_over(
 ) -> tuple[VLMConfig, dict[str, mx.array], Checkpoint]:
     config, tensors = parse_config(checkpoint.config, folder / CONFIG), checkpoint.tensors.items()
     target = _check_size({k: (t.shape, CODES.get(t.dtype)) for k, t in tensors}, dtype, folder)
-    weights = {name: _convert(to_array(tensor), target) for name, tensor in tensors}
+    weights = {}
+    for name, tensor in tensors:
+        weights[name] = _convert(to_array(tensor), target)
+        tensor.forget()
     return config, weights, replace(checkpoint, tensors={})
 
 
@@ -139,11 +139,6 @@ def find_folder(path_or_hub_name: str | Path | None, revision: str | None = None
             f"{path} is a file; a model is a folder (see python -m mlx_vlm_prune convert to-mlx)"
         )
     return path
-
-
-def _mlx_weights(folder: Path) -> dict[str, mx.array]:
-    check_dtypes(read_folder(folder, open_safetensors), folder)
-    return read_folder(folder, read_arrays)
 
 
 def load_dual_encoder(

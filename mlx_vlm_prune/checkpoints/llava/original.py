@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CLIP_TYPE, CONFIG, VLMConfig
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..names.renaming import to_our_names, to_our_order
 from ..names.rules import to_ours
 from ..reading.files import optional_json, read_json
@@ -167,7 +167,9 @@ def _vision_config(
     tower_config = read_json(where / CONFIG) if folder else {}
     kind = tower_config.get("model_type", CLIP_TYPE)
     if kind not in ("clip", CLIP_TYPE):
-        raise UserError(f"{where} is a {kind!r}; the tower of a LLaVA in its own layout is CLIP")
+        raise UserError(
+            f"{where} is a {quoted(kind)}; the tower of a LLaVA in its own layout is CLIP"
+        )
     table = tower_table(ORIGINAL["llava-apart" if folder else "llava"].tower, clip=True)
     tower = {name: tensor for name, tensor in state.items() if to_ours(table, name)}
     tensors = to_our_order(to_our_names(tower, table, TITLE, where), table, 1)

@@ -12,7 +12,7 @@ from typing import Any
 from ..backbones import BACKBONES
 from ..checkpoint import Checkpoint, language_dtype
 from ..config import CONFIG, LLAVA_TYPE, is_clip, parse_sizes
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..names.renaming import check_tied, to_our_names, to_our_order, to_published_layout
 from ..processor import TOKENIZER, TOKENIZER_ADVICE, preprocessor_folder, read_tokenizer
 from ..reading.fields import LARGEST, Fields
@@ -146,7 +146,7 @@ def _layout_and_sizes(
         )
     if config.get("projector_hidden_act", "gelu") != "gelu":
         raise UserError(
-            f"{where}: projector_hidden_act is {config['projector_hidden_act']!r}, not gelu"
+            f"{where}: projector_hidden_act is {quoted(config['projector_hidden_act'])}, not gelu"
         )
     text = Fields(config, where).part("text_config").values
     has_head, has_head_bias = (f"{layout.head}.{kind}" in state for kind in ("weight", "bias"))
@@ -166,7 +166,9 @@ def _token_fields(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     is_id = type(number) is int and 0 <= number <= LARGEST
     token = tokenizer.id_to_token(number) if is_id else None
     if token is None:
-        raise UserError(f"{file} has no token {number!r}, the place for an image in config.json")
+        raise UserError(
+            f"{file} has no token {quoted(number)}, the place for an image in config.json"
+        )
     return {"image_token": token, "image_token_id": number}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from .. import backbones
 from ..backbones import BACKBONES
 from ..config import CLIP_TYPE, SIGLIP_TYPE
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..reading.fields import Fields
 
 _PLAIN_FIELDS = (  # of a language model that our own decoder computes
@@ -42,7 +42,7 @@ def text_config(
     kind = text.get("model_type", "llama")
     if kind not in [*BACKBONES]:
         raise UserError(
-            f"{where}: no language model is called {kind!r}; there are {', '.join(BACKBONES)}"
+            f"{where}: no language model is called {quoted(kind)}; there are {', '.join(BACKBONES)}"
         )
     values = {"rope_theta": 10000.0, **BACKBONES[kind].defaults, **text}
     values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
@@ -81,18 +81,20 @@ def vision_config(config: Mapping[str, Any], where: Path) -> dict[str, Any]:
     kind = vision.get("model_type", CLIP_TYPE)
     if kind not in [*TOWER_DEFAULTS]:
         raise UserError(
-            f"{where}: no tower is called {kind!r}; there are {', '.join(TOWER_DEFAULTS)}"
+            f"{where}: no tower is called {quoted(kind)}; there are {', '.join(TOWER_DEFAULTS)}"
         )
     defaults = TOWER_DEFAULTS[kind]
     values, activation = {**defaults, **vision}, defaults["hidden_act"]
     if values["hidden_act"] != activation:
-        raise UserError(f"{where}: hidden_act is {values['hidden_act']!r}; {kind} has {activation}")
+        raise UserError(
+            f"{where}: hidden_act is {quoted(values['hidden_act'])}; {kind} has {activation}"
+        )
     is_clip = kind == CLIP_TYPE
     needed = "default" if is_clip else "full"  # SigLIP has no CLS to leave out
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy != needed:
         raise UserError(
-            f"{where}: vision_feature_select_strategy is {strategy!r}; {kind} needs {needed}"
+            f"{where}: vision_feature_select_strategy is {quoted(strategy)}; {kind} needs {needed}"
         )
     layers = Fields(values, where, "vision_config").whole_number("num_hidden_layers")
     return {
@@ -109,6 +111,7 @@ def _feature_layers(config: Mapping[str, Any], layers: int, where: Path) -> int:
     run = number if type(number) is not int or number >= 0 else layers + 1 + number
     if type(run) is not int or not 1 <= run <= layers:
         raise UserError(
-            f"{where}: vision_feature_layer is {number!r}; one of {layers} layers is supported"
+            f"{where}: vision_feature_layer is {quoted(number)}; one of {layers} layers is"
+            " supported"
         )
     return run

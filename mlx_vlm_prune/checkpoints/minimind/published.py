@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, language_dtype
 from ..config import ATTENTION_POOL, CONFIG, parse_sizes
-from ..errors import UserError
+from ..errors import UserError, quoted
 from ..names.renaming import (
     Tensors,
     check_tied,
@@ -251,7 +251,7 @@ def _token_fields(folder: Path, generation: Generation, source: Path) -> dict[st
     image_token_id = tokenizer.token_to_id(image_token)
     if image_token_id is None:
         raise UserError(
-            f"{folder / TOKENIZER} has no token {image_token!r}, the place for an image in"
+            f"{folder / TOKENIZER} has no token {quoted(image_token)}, the place for an image in"
             f" {generation.title}"
         )
     end = special_tokens(token_settings(folder)).get("eos_token")

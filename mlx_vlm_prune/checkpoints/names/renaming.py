@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, clipped
 from ..reading.tensors import FLOATS, RawTensor
 from .rules import Table, published_order, to_ours, to_published
 
@@ -23,13 +23,16 @@ def to_our_names(state: Tensors, table: Table, title: str, where: Path) -> dict[
     for name, tensor in state.items():
         match = to_ours(table, name)
         if match is None:
-            raise UserError(f"{where} holds a tensor {name}; {title} has no place for it")
+            raise UserError(f"{where} holds a tensor {clipped(name)}; {title} has no place for it")
         new_name, rule = match
         if tensor.dtype not in FLOATS:
-            raise UserError(f"{where}: tensor {name} is {tensor.dtype}; F32, F16 or BF16 is needed")
+            raise UserError(
+                f"{where}: tensor {clipped(name)} is {tensor.dtype}; F32, F16 or BF16 is needed"
+            )
         if rule.reordering and len(tensor.shape) != rule.reordering.axes:
             raise UserError(
-                f"{where}: tensor {name} has shape {tensor.shape}, not {rule.reordering.axes} axes"
+                f"{where}: tensor {clipped(name)} has shape {tensor.shape}, not"
+                f" {rule.reordering.axes} axes"
             )
         ours[new_name] = tensor
     return ours
@@ -53,7 +56,9 @@ def to_published_layout(
     for name, tensor in tensors.items():
         match = to_published(table, name)
         if match is None:
-            raise UserError(f"{where} holds a tensor {name} that its layout has no place for")
+            raise UserError(
+                f"{where} holds a tensor {clipped(name)} that its layout has no place for"
+            )
         new_name, rule = match
         reordering = rule.reordering
         state[new_name] = reordering.to_published(tensor, head_dim) if reordering else tensor

@@ -16,13 +16,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from ..errors import UserError
+from ..errors import UserError, quoted
 from .paths import LARGEST_JSON, check_regular, is_here
 from .safetensors_faults import first_fault, is_header_too_long
 from .tensors import RawTensor
 
 LARGEST_SIZE = (1 << 31) - 1  # along one axis of an mx.array
-CHUNK = 1 << 24  # bytes written at a time
+CHUNK = 1 << 24  # bytes read or written at a time
 
 
 def parse_json(text: bytes | str, encoding: str = "utf-8", pairs: Any = None) -> Any:
@@ -97,7 +97,8 @@ def _checked_header(path: Path) -> tuple[dict[str, Any], int]:
     for name, entry in header.items():
         if name != "__metadata__" and any(n > LARGEST_SIZE for n in entry["shape"]):
             raise UserError(
-                f"{path} is no sound safetensors file: {name!r} has the shape {entry['shape']}"
+                f"{path} is no sound safetensors file: {quoted(name)} has the shape"
+                f" {quoted(entry['shape'])}"
             )
     return header, 8 + length
 

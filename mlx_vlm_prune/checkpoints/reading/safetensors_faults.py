@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ..errors import quoted
 from .paths import LARGEST_JSON
 
 LONGEST_HEADER = LARGEST_JSON  # of 200,000 tensors; the format allows 100 MB
@@ -49,7 +50,7 @@ def first_fault(path: Path) -> str | None:
         return "its __metadata__ is no object of strings"
     for name, entry in header.items():
         if fault := _entry_fault(entry):
-            return f"tensor {name!r} {fault}"
+            return f"tensor {quoted(name)} {fault}"
     return _offsets_fault(header, size - 8 - length)
 
 
@@ -88,9 +89,9 @@ def _offsets_fault(header: dict[str, Any], body: int) -> str | None:
     ends = [("the header", [0, 0]), *((name, header[name]["data_offsets"]) for name in ordered)]
     for (before, (_, end)), (name, (begin, _)) in pairwise(ends):
         if begin < end:
-            return f"tensors {before!r} and {name!r} overlap"
+            return f"tensors {quoted(before)} and {quoted(name)} overlap"
         if begin > end:
-            return f"there are {begin - end} bytes of no tensor before tensor {name!r}"
+            return f"there are {begin - end} bytes of no tensor before tensor {quoted(name)}"
     end = ends[-1][1][1]
     if end > body:
         return f"it is cut off: {end - body} bytes are missing at its end"

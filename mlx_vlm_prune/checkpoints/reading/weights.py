@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, clipped, quoted
 from .files import open_safetensors, optional_json, read_json
 from .paths import check_regular, find_files, is_here
 from .pth import read_pth
@@ -39,15 +39,19 @@ def check_dtypes(tensors: Mapping[str, RawTensor], where: Path, kinds: Sequence[
         prefix, _, kind = name.rpartition(".")
         allowed = (*FLOATS, *(PACKED if f"{prefix}.scales" in tensors else ()))
         if tensor.dtype not in allowed and kind in (kinds or (kind,)):
-            raise UserError(f"{where}: tensor {name} is {tensor.dtype}, not {', '.join(FLOATS)}")
+            raise UserError(
+                f"{where}: tensor {clipped(name)} is {tensor.dtype}, not {', '.join(FLOATS)}"
+            )
 
 
 def check_finite(name: str, tensor: RawTensor, file: Path) -> None:
     """UserError for a tensor whose numbers are no floats, or not finite."""
     if tensor.dtype not in FLOATS:
-        raise UserError(f"{file}: tensor {name} is {tensor.dtype}, not {', '.join(FLOATS)}")
+        raise UserError(
+            f"{file}: tensor {clipped(name)} is {tensor.dtype}, not {', '.join(FLOATS)}"
+        )
     if not np.isfinite(tensor.floats()).all():
-        raise UserError(f"{file}: tensor {name} has numbers that are not finite")
+        raise UserError(f"{file}: tensor {clipped(name)} has numbers that are not finite")
 
 
 def _read_file(path: Path) -> dict[str, RawTensor]:
@@ -65,10 +69,12 @@ def read_folder(folder: Path, read_file: Callable[[Path], Mapping[str, T]]) -> d
     for file in files:
         part = read_file(file)
         if twice := sorted(tensors.keys() & part.keys()):
-            raise UserError(f"{folder} holds the tensor {twice[0]} twice, in {file.name} too")
+            raise UserError(
+                f"{folder} holds the tensor {clipped(twice[0])} twice, in {file.name} too"
+            )
         tensors |= part
     if index and (missing := sorted(_weight_map(index).keys() - tensors)):
-        raise UserError(f"{index} promises {missing[0]}, which no shard holds")
+        raise UserError(f"{index} promises {clipped(missing[0])}, which no shard holds")
     return tensors
 
 
@@ -113,7 +119,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index} has no weight_map of file names")
     for part in sorted(set(parts.values())):
         if Path(part).name != part or "\\" in part or ":" in part:
-            raise UserError(f"{index} names {part!r}, which is outside its folder")
+            raise UserError(f"{index} names {quoted(part)}, which is outside its folder")
     return parts
 
 
