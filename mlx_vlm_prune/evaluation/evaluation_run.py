@@ -125,10 +125,12 @@ class EvaluationRun:
     def run(self, resume_file: ResumeFile[AnsweredBatch]) -> None:
         """Read the answers saved before, then ask for the rest and save each method's answers."""
         is_first = self.processes.is_first
-        saved = [asdict(line) for line in resume_file.read(self._take_over)] if is_first else []
-        for line in json.loads(self.processes.gather(json.dumps(saved))[0]):
-            if not is_first:
-                self._record(AnsweredBatch(**line))
+        saved = resume_file.read(self._take_over) if is_first else []
+        if self.processes.size > 1:
+            lines = json.dumps([asdict(line) for line in saved])
+            for fields in json.loads(self.processes.gather(lines)[0]):
+                if not is_first:
+                    self._record(AnsweredBatch(**fields))
         if self.lines and is_first:
             logger.info("going on after %s", self.progress)
         P, in_hand = len(self.methods), self.full_line.numbers if self.full_line else []
