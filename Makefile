@@ -3,6 +3,7 @@
 # make test   lint, then the tests
 # make test-lowest  the tests of what we depend on, with the oldest versions that we allow
 # make test-pythons  the library alone, on the oldest and the newest Python, where they are installed
+# make test-lmms-eval  the model that lmms-eval loads, by lmms-eval's own evaluator; it installs that
 # make browser  Chromium for the tests of pages, where apt-get may install it; else they are skipped
 # make lint   ruff and mypy
 # make clean  remove what the others made
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo report test test-lowest test-pythons browser lint clean
+.PHONY: demo report test test-lowest test-pythons test-lmms-eval browser lint clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python -m mlx_vlm_prune.generate
@@ -68,6 +69,11 @@ test-python-%:
 	$(VENV)-$*/bin/python -W error -m mlx_vlm_prune.generate --overlay $(VENV)-$*/kept.png; \
 	$(VENV)-$*/bin/python -m pytest $(TESTS_pythons)
 
+LMMS_EVAL := $(VENV)-lmms-eval
+
+test-lmms-eval: $(LMMS_EVAL)/.ready
+	$(LMMS_EVAL)/bin/python -m pytest tests/test_lmms_eval.py
+
 browser:
 	@if command -v chromium || command -v google-chrome; then exit; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
@@ -82,7 +88,7 @@ lint: $(VENV)/.test-ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(PYTHONS:%=$(VENV)-%) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LOWEST) $(LMMS_EVAL) $(PYTHONS:%=$(VENV)-%) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The markers say what is installed; they are made again when the requirements change.
@@ -102,6 +108,12 @@ $(LOWEST)/%/.ready: constraints-lowest-%.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -c $< \
 		-e $(INSTALLS_$*) torch pytest pytest-timeout pytest-xdist hypothesis
+	touch $@
+
+$(LMMS_EVAL)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-e '.[lmms-eval,mlx-vlm,serve]' pytest pytest-timeout hypothesis
 	touch $@
 
 $(BIN)/python:

@@ -1,4 +1,8 @@
-"""Promises of docs/evaluation.md: its commands run, one after another."""
+"""Promises of docs/evaluation.md: its commands run, one after another.
+
+Those of lmms-eval run in tests/test_lmms_eval.py, mlx-vlm's benchmarks in
+tests/test_mlx_vlm_evals.py.
+"""
 
 import json
 import os
@@ -17,7 +21,8 @@ PAGE = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 
 def commands() -> list[list[str]]:
     text = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.S))
-    return [shlex.split(line, comments=True) for line in text.splitlines() if line]
+    lines = [line for line in text.splitlines() if line and not line.startswith("lmms-eval eval ")]
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def write_coco(folder: Path, pictures: Path) -> None:
