@@ -333,9 +333,21 @@ def test_openais_own_client_is_answered(served, pruning):
         assert "".join(pieces)
         with pytest.raises(openai.BadRequestError, match="picture 1: it is no data: URI"):
             ours.chat.completions.create(model="tiny", messages=[linked("a.png")])
+        body = {"strict": True}
         with pytest.raises(openai.NotFoundError, match="this server has 'tiny' alone"):
-            body = {"strict": True}
             ours.chat.completions.create(model="no", messages=messages, extra_body=body)
+        with pytest.raises(openai.BadRequestError, match="logit_bias is not possible here"):
+            bias = {"logit_bias": {"3": 1}}
+            ours.chat.completions.create(model="tiny", messages=messages, extra_body=body | bias)
+        twice = [messages[0], {"role": "user", "content": "Answer in one word."}]
+        warned = ours.chat.completions.create(
+            model="other", messages=twice, max_tokens=1, presence_penalty=0.5, stop=["§"]
+        )
+        assert [warning.split()[0] for warning in warned.warnings] == ["model", "presence_penalty"]
+        with pytest.raises(openai.NotFoundError, match="there is no model 'other'"):
+            ours.models.retrieve("other")
+        with pytest.raises(openai.NotFoundError, match="Not Found"):
+            ours.embeddings.create(model="tiny", input="text")
     with client(pruning) as ours:
         answered = ours.with_options(api_key="k").chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": data_uri(SCENES[0])[:9]}]
