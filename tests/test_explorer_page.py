@@ -3,6 +3,8 @@
 Shapes: K of N = rows x columns visual tokens.
 """
 
+import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from mlx_vlm_prune import explore, generate, load
 from mlx_vlm_prune.generation.exploration import Exploration, ExploredAnswer
 
 from .browser import Tab, start_browser
-from .test_exploration import HOSTILE
+from .test_exploration import HOSTILE, Scripts
 from .test_explore_command import content_of
 
 RED, FADED = (200, 60, 60), (247, 226, 226)  # a kept patch, and a dropped one on white paper
@@ -134,7 +136,7 @@ def test_steps_and_layers_are_walked_through(tab, file):
         assert len(faded) == N - sum(slot >= 0 for slot in slots)
 
 
-def test_another_method_is_chosen_for_a_side_and_a_refused_budget_is_explained(tab, file):
+def test_another_method_is_chosen_for_a_side(tab, file):
     content = content_of(file)
     tab.page.locator("select").filter(has_text="divprune").first.select_option("tome")
     slide(tab, 2)
@@ -148,6 +150,24 @@ def test_another_method_is_chosen_for_a_side_and_a_refused_budget_is_explained(t
     )
     tab.page.get_by_role("button", name="divprune").first.click()
     assert tab.page.locator("#panels select").first.input_value() == "divprune"
+
+
+def test_a_refused_budget_is_explained(browser, file, tmp_path):
+    text = file.read_text(encoding="utf-8")
+    script, content = Scripts(text).scripts[0], content_of(file)
+    content["answers"].remove(answer_of(content, "tome", 98))
+    content["refused"].append({"pruner": "tome", "tokens": 98, "why": "it says so"})
+    page = tmp_path / "page.html"
+    page.write_text(text.replace(script, json.dumps(content)), encoding="utf-8")
+    tab = Tab(browser, page)
+    tab.page.locator("#panels select").first.select_option("tome")
+    slide(tab, 1)
+    tab.page.wait_for_function("document.querySelector('#answers h3').textContent === 'tome, 147'")
+    panels = tab.page.locator("#panels").inner_text()
+    assert re.search(r"No answer with 98\b[^:]*: it says so\. Shown: 147\b", panels), panels
+    assert "was refused: it says so" in tab.page.locator("#refused").text_content()
+    tab.close()
+    assert tab.faults == []
 
 
 def test_words_colour_the_picture(tab):

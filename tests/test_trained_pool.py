@@ -12,7 +12,7 @@ from mlx_vlm_prune import Chat, batch_generate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluate import main as evaluate
 from mlx_vlm_prune.generate import main as generate_main
-from mlx_vlm_prune.generation import stream
+from mlx_vlm_prune.generation import running_batch, stream
 
 from . import tiny
 
@@ -72,16 +72,19 @@ def test_another_budget_than_the_trained_one_is_refused(home, model):
     assert Chat(*model, keep_tokens=K).ask(QUESTION, home / "a.png").visual_tokens_kept == K
 
 
-@pytest.mark.parametrize("budget", [{"visual_tokens": 8}, {"budget_ms": 5.0}])
+@pytest.mark.parametrize("budget", [{"visual_tokens": 8}, {"budget_ms": 5.0}, {}])
 def test_a_server_keeps_the_trained_number_and_warns_of_another_or_strictly_refuses(
-    home, model, budget
+    home, model, budget, monkeypatch
 ):
     pytest.importorskip("uvicorn", reason="the server needs uvicorn")
     from .serving import question, serve
 
     message = question(QUESTION, Image.open(home / "a.png"))
+    low = question(QUESTION, Image.open(home / "a.png"), detail="low")
+    monkeypatch.setattr(running_batch, "low_detail_tokens", lambda N: 8)  # of more than there are
     with serve(*model, method="attention_pool", is_pruning=True) as server:
         assert server.chat(message, max_tokens=1)["warnings"] == []
+        message = message if budget else low
         content = server.chat(message, max_tokens=1, **budget)
         (warning,) = content["warnings"]
         assert content["usage"]["visual_tokens_kept"] == K
