@@ -191,16 +191,17 @@ def test_a_body_of_very_many_values_is_refused_at_the_first(served, content, sen
 
 
 def test_open_requests_hold_bounded_memory(loaded, monkeypatch):
-    """A picture of 67 kB, in a body of 90."""
+    """A picture of 67 kB, in a body of 90, is held until its prompt was read."""
     monkeypatch.setattr(app, "MAX_OPEN_BYTES", 200_000)
     message = question("a ?", noise(150, 150))
-    with serve(*loaded) as server:
+    with serve(*loaded, batch=1) as server, ThreadPoolExecutor(1) as other:
         with open_stream(server, message):
+            waiting = other.submit(server.chat, message, max_tokens=2)
+            wait_for(lambda: server.metric("requests_waiting") == 1)
             status, content = server.post(message)
             assert (status, content["error"]["type"]) == (429, "rate_limit_error")
             assert "hold as much memory" in content["error"]["message"]
-        wait_for(lambda: server.metric("requests_running") == 0)
-        wait_for(lambda: server.post(message, max_tokens=2)[0] == 200)
+        assert text_of(waiting.result())
         status, sentence = server.refusal(question("a ?", noise(300, 300)))
         assert (status, sentence) == (413, "its pictures take more than 0 MB in memory")
 

@@ -75,6 +75,8 @@ class Server:
             listener = Listener(request, self.engine, chat, open_request)
             end.callback(listener.close)
             first = await listener.next()
+            chat.forget_pictures()
+            open_request.hold(0)
             if not chat.is_stream:
                 return await self._whole(listener, chat, first)
             end.callback(self._count_stream, listener)

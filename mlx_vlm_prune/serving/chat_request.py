@@ -32,6 +32,11 @@ class ChatRequest:
     is_stream: bool = False
     with_usage: bool = False  # at the end of the stream
 
+    def forget_pictures(self) -> None:
+        """Let go of them: the prompt was read, and only its answer is still being written."""
+        assert isinstance(self.request.images, list)
+        self.request.images.clear()
+
 
 def read_chat_request(
     body: ChatBody, downloads: Downloads, settings: ServerSettings, open_request: OpenRequest
