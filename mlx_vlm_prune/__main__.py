@@ -15,8 +15,8 @@ from .checkpoints.errors import UserError
 COMMANDS = {
     "advise": "advise", "chat": "chat", "convert": None, "encode": "encode",
     "evaluate": "evaluate", "explore": "explore", "fuse": "fuse", "generate": "generate",
-    "plot": "plot", "pruners": "pruners.listing", "scan": "scan", "serve": "serve",
-    "sweep": "sweep", "train": "train",
+    "new-method": "new_method", "plot": "plot", "pruners": "pruners.listing", "scan": "scan",
+    "serve": "serve", "sweep": "sweep", "train": "train",
 }  # fmt: skip
 USAGE = """usage: {program} COMMAND …
 
@@ -29,6 +29,7 @@ commands:
   explore    write a page that shows what methods kept of your images
   fuse       write a trained model's adapters into its weights
   generate   answer a prompt about images with fewer visual tokens
+  new-method write the two files of a method of your own, to change
   plot       draw what sweep, evaluate and encode have measured
   pruners    list the methods; with a name, explain that one
   scan       measure scans of Mamba and attention, from short to long prompts

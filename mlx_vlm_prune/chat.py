@@ -28,6 +28,7 @@ from .inputs.image import open_image
 from .inputs.image_sources import ImageSource, is_url
 from .inputs.messages import Turn
 from .models.vlm import VLM
+from .pruners.own_methods import register_files
 from .training.generate_options import apply_config
 
 if TYPE_CHECKING:
@@ -252,6 +253,7 @@ class Session:
 
     def set_pruner(self, spec: str) -> None:
         """`/pruner`; none has no budget. Raises UserError."""
+        spec = register_files(spec)
         if not spec:
             raise UserError("give a method: /pruner divprune; `mlx-vlm-prune pruners` lists them")
         if spec == "none":

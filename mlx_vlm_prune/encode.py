@@ -42,6 +42,7 @@ from .models.arrays import to_raw
 from .models.dual_encoder import DualEncoder
 from .models.loading import DTYPES, find_folder, load_dual_encoder
 from .pruners import Pipeline, Pruner, plan
+from .pruners.own_methods import method_spec
 
 __all__ = ["encode_images", "encode_texts", "load_encoder", "main"]
 
@@ -139,7 +140,7 @@ def build_parser() -> Parser:
     add("--skip-bad", action="store_true", help="leave out images that cannot be read, and list"
         " them")
     add = parser.add_argument_group("pruning").add_argument
-    add("--pruner", **SEVERAL, default=[], metavar="SPEC",
+    add("--pruner", **SEVERAL, type=method_spec, default=[], metavar="SPEC",
         help="methods or chains, as in `generate` (default: none, all tokens alone)")
     add("--keep-ratio", type=float, **SEVERAL, metavar="R",
         help="shares of the visual tokens to keep (default: 1.0 0.7 0.5)")

@@ -53,6 +53,7 @@ from .models.adapters import adapter_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
 from .pruners.contract import Policy
+from .pruners.own_methods import method_spec
 from .scenes import CHECKPOINT
 
 RATIOS = (
@@ -120,7 +121,7 @@ def _add_run(parser: Parser) -> None:
 
 def _add_pruning(parser: Parser) -> None:
     add = parser.add_argument_group("pruning").add_argument
-    add("--pruner", **SEVERAL, metavar="SPEC",
+    add("--pruner", **SEVERAL, type=method_spec, metavar="SPEC",
         help="methods or chains, as in `generate` (default:"
         f" {', '.join(METHODS)} and the learned ones; with --all all, and some chains; of a"
         " checkpoint that was trained with one, that one)")

@@ -26,6 +26,7 @@ from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
 from .generation.arguments import build_explore_parser
 from .generation.exploration import Exploration, ExploredAnswer
 from .generation.request import list_images
+from .pruners.own_methods import with_files
 from .sweep import check_cases
 
 DEFAULT_METHODS = ("divprune", "fastv")
@@ -100,7 +101,7 @@ def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
         words += ["--dtype", args.dtype]
     if args.chat_template_config:
         words += ["--chat-template-config", json.dumps(args.chat_template_config)]
-    words += ["--pruner", case.spec]
+    words += ["--pruner", with_files(case.spec)]
     if case.spec != "none":
         words += ["--keep-tokens" if isinstance(case.K, int) else "--keep-ratio", str(case.K)]
         words += ["--positions", args.positions] if args.positions else []

@@ -45,6 +45,7 @@ NEEDS = {
 REQUIRED = {
     "convert": ["inspect", "a"],
     "mlx_vlm_prune.generation.recording": ["a", "--image", "b", "--pruner", "norm", "--out", "c"],
+    "mlx_vlm_prune.new_method": ["a"],
     "mlx_vlm_prune.plot": ["a.json"],
     "mlx_vlm_prune.scenes.vocabulary": ["a"],
     "torch_ref.verify": ["a", "b", "--image", "c"],

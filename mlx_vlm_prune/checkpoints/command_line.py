@@ -26,7 +26,7 @@ COMPILER_FAULTS = ("[Compile::eval_cpu]", "filesystem error: ")
 def program(module: str) -> str:
     """How a module was started: `mlx-vlm-prune COMMAND` or `python -m`, for usage lines."""
     started = Path(sys.argv[0])
-    command = module.removeprefix(PACKAGE).removeprefix(".")
+    command = module.removeprefix(PACKAGE).removeprefix(".").replace("_", "-")
     if started.name == SCRIPT:
         return f"{SCRIPT} {command}".rstrip()
     if started.name == module:  # a console script of its own

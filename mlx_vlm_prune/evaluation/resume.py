@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..checkpoints.reading.files import append_json, parse_json
+from ..pruners.own_methods import file_digests
 
 MOST_IDS = 1 << 31  # of any vocabulary
 Line = TypeVar("Line")  # a dataclass
@@ -53,12 +54,15 @@ class AnsweredBatch:
 
 
 class ResumeFile(Generic[Line]):
-    """The lines of one run. The file's name depends on `settings`, so others have other files.
+    """The lines of one run. The file's name depends on `settings`, so others have other files, and
+    on what files of the user's own methods hold, so that no answers of an earlier version stay.
 
     `line_of` makes a dataclass of a line's fields; ValueError and TypeError say that it is none.
     """
 
     def __init__(self, result_path: Path, settings: Any, line_of: Callable[..., Line]):
+        methods = file_digests()
+        settings = [settings, methods] if methods else settings
         encoded = json.dumps(settings, sort_keys=True, default=str).encode()
         key = hashlib.sha256(encoded).hexdigest()[:8]
         self.path = result_path.with_name(f"{result_path.stem}.{key}.part.jsonl")

@@ -15,6 +15,7 @@ from ..checkpoints.command_line import SEVERAL, Parser, whole_number
 from ..checkpoints.reading.files import parse_json
 from ..inputs.image import MAX_PIXELS, MOST_PIXELS
 from ..models.loading import DTYPES
+from ..pruners.own_methods import method_spec
 from .request import HOST_OPTIONS
 
 DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
@@ -118,7 +119,7 @@ def build_explore_parser(methods: Sequence[str], ratios: Sequence[float]) -> Par
 
 
 def _add_methods(add: Add, methods: Sequence[str], ratios: Sequence[float]) -> None:
-    add("--pruner", **SEVERAL, metavar="SPEC",
+    add("--pruner", **SEVERAL, type=method_spec, metavar="SPEC",
         help=f"methods or chains, as in `generate` (default: {', '.join(methods)})")
     add("--keep-ratio", type=float, **SEVERAL, metavar="R",
         help=f"shares of the visual tokens to keep (default: {' and '.join(map(str, ratios))})")
@@ -132,8 +133,9 @@ def build_serve_parser(max_pixels: int) -> Parser:
     _add_model(parser)
     about = "For requests that say nothing themselves; without any, all visual tokens are kept."
     add = parser.add_argument_group("pruning", about).add_argument
-    add("--pruner", metavar="SPEC",
-        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: the"
+    add("--pruner", type=method_spec, metavar="SPEC",
+        help="NAME, NAME:option=value,…, a chain NAME+NAME, or a file of your own for a name;"
+        " `pruners` lists names (default: the"
         " checkpoint's own, else divprune for requests with a budget)")
     _add_budget(add)
     add("--budget-ms", dest="ms", type=float, metavar="MS",
@@ -252,8 +254,9 @@ def _add_pruning(parser: Parser) -> None:
 
 
 def _add_pruner(add: Add) -> None:
-    add("--pruner", metavar="SPEC",
-        help="NAME, NAME:option=value,… or a chain NAME+NAME; `pruners` lists them (default: none,"
+    add("--pruner", type=method_spec, metavar="SPEC",
+        help="NAME, NAME:option=value,…, a chain NAME+NAME, or a file of your own for a name;"
+        " `pruners` lists names (default: none,"
         " or what the checkpoint was trained with)")
     add("--positions", choices=("keep", "renumber"),
         help="kept tokens keep their positions, or count anew (default: as in the method's paper)")

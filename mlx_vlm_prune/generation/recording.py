@@ -26,6 +26,7 @@ from ..inputs.processor import Processor
 from ..machine.hardware import environment
 from ..models.loading import find_folder, load_folder
 from ..models.vlm import VLM
+from ..pruners.own_methods import method_spec
 from .request import check_decoding
 from .stream import PreparedPrompt, pipeline_for, prepare_prompt
 
@@ -42,7 +43,7 @@ def build_parser() -> Parser:
     add("--image", action="append", required=True, metavar="FILE",
         help="an image file; repeat for several (default: none)")
     add("--prompt", default="What is in the picture?", metavar="TEXT", help="the question")
-    add("--pruner", action="append", required=True, metavar="SPEC",
+    add("--pruner", action="append", type=method_spec, required=True, metavar="SPEC",
         help="a method or a chain; repeat for several (default: none)")
     add("--keep-ratio", type=float, default=DEFAULT_KEEP_RATIO, metavar="R",
         help="share of an image's visual tokens to keep")

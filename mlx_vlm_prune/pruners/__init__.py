@@ -8,7 +8,9 @@ its name by `register_pruner`.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib import import_module
+from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +21,7 @@ from .method import Method
 from .pipeline import Pipeline, Pruner, StepBudgets
 from .spec import parse, unknown_pruner
 
+GROUP = "mlx_vlm_prune.pruners"  # of the entry points by which packages bring methods in
 # In the order in which they are listed.
 NAMES = """
     none random uniform avgpool downsample tome patch_norm kq_norm pixelprune norm
@@ -47,6 +50,7 @@ def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = No
     Raises UserError for an unknown name or option, or methods that do not chain.
     """
     if isinstance(spec, str):
+        _register_installed(spec)
         return parse(spec, METHODS, PRESETS, learned or {})
     if not isinstance(spec, Pruner | Pipeline):
         raise UserError(f"pruner is {spec!r}; it must be a name, such as 'divprune'")
@@ -56,10 +60,17 @@ def plan(spec: "str | Pruner | Pipeline", learned: Mapping[str, Any] | None = No
 def check_names(specs: Iterable[str]) -> None:
     """Raises UserError for an unknown method or preset, without a checkpoint: what a learned one
     needs is checked by `plan`."""
-    known = {**METHODS, **PRESETS}
-    for part in (part for spec in specs for part in spec.split("+")):
-        if (name := part.partition(":")[0]) not in known:
-            raise unknown_pruner(name, known)
+    for spec in specs:
+        for name in _register_installed(spec):
+            if name not in METHODS and name not in PRESETS:
+                raise unknown_pruner(name, [*METHODS, *PRESETS])
+
+
+def _register_installed(spec: str) -> list[str]:
+    """The names in a specification; methods of installed packages among them are in the table."""
+    names = [part.partition(":")[0] for part in spec.split("+")]
+    register_installed(names)
+    return names
 
 
 def resolve(spec: "str | Pruner", learned: Mapping[str, Any] | None = None) -> Pruner:
@@ -103,3 +114,26 @@ def register_pruner(method: ModuleType | Method) -> None:
                 f"{method.name} needs {signal!r}; a {where} has {either(sorted(signals))}"
             )
     METHODS[method.name] = method
+
+
+def register_installed(names: Iterable[str] | None = None) -> None:
+    """Put methods of installed packages into the table: those of these names, or all.
+
+    A package brings them in by entry points of the group `mlx_vlm_prune.pruners`: a name, and the
+    module (or `Method`) that has it. Raises UserError for one whose module fails or is no method.
+    """
+    known = METHODS.keys() | PRESETS.keys()
+    wanted = None if names is None else set(names) - known
+    points = entry_points(group=GROUP) if wanted is None or wanted else ()
+    for point in points:
+        if point.name in known or (wanted is not None and point.name not in wanted):
+            continue
+        try:
+            method = point.load()
+        except Exception as problem:
+            kind = type(problem).__name__
+            raise UserError(
+                f"the pruner {point.name} of {point.value} fails: {kind}: {problem}"
+            ) from problem
+        method = method if isinstance(method, Method) else Method.of(method)
+        register_pruner(replace(method, name=point.name))

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from textwrap import fill
 
 from ..checkpoints.command_line import Parser, in_one_sentence, program
-from . import METHODS, PRESETS, Method
+from . import METHODS, PRESETS, Method, register_installed
 from .method import AUTHORS_CODE
+from .own_methods import register_files
 from .spec import unknown_pruner
 
 COLUMNS = ("name", "stage", "text-aware", "training-free", "source", "needs")
@@ -27,7 +28,11 @@ def build_parser() -> Parser:
         "mlx_vlm_prune.pruners",
         description="List the methods; with a name, explain that one and its options.",
     )
-    parser.add_argument("name", nargs="?", help="a method or a preset (default: list all)")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        help="a method, a preset, or a file with a method of your own (default: list all)",
+    )
     return parser
 
 
@@ -40,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def show(name: str | None) -> None:
     """Print the table, or one method."""
+    name = name and register_files(name)
+    register_installed(name and [name])
     if name is None:
         _print_all()
     elif name in PRESETS:

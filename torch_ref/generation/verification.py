@@ -22,6 +22,7 @@ from ..models.learned import read_learned
 from ..models.loading import load_source
 from ..models.vlm import VLM
 from ..pruners import METHODS, STAGES
+from ..pruners.own_twins import register_twins
 from .parity import NOISE, OF_LARGEST, RELATIVE, Comparison, Recording, compare
 
 RECORDING = "mlx_vlm_prune.generation.recording"
@@ -32,6 +33,8 @@ FAULTS = 2  # the exit code of a command that refuses, in one sentence on stderr
 def verify(args: argparse.Namespace) -> bool:
     """Compare, print, write; whether all methods agree. Raises UserError."""
     device = device_of(args.device)
+    for spec in args.pruner or ():
+        register_twins(spec)
     if args.json:
         check_target(args.json, replace=True)
     source, vision = (name and resolve_path(name) for name in (args.source, args.vision))

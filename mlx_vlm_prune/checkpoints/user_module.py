@@ -1,0 +1,31 @@
+"""A Python file of the user's, imported by its path. It runs: no path comes from a checkpoint."""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from .errors import UserError
+
+PARENT = "mlx_vlm_prune_own"  # in the names of such modules, so that they shadow no others
+
+
+def load_user_module(path: Path) -> ModuleType:
+    """The module of a file, whose name is the file's without .py.
+
+    Raises UserError, in one sentence, for a file that is not there or whose code fails.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no file {path}")
+    if not path.stem.isidentifier():
+        raise UserError(f"{path.name} cannot name a pruner; use letters, digits and _")
+    name = f"{PARENT}.{path.stem}"
+    spec = spec_from_file_location(name, path)
+    assert spec and spec.loader
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:
+        del sys.modules[name]
+        raise UserError(f"{path} fails: {type(problem).__name__}: {problem}") from problem
+    return module

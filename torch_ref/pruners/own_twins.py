@@ -1,0 +1,36 @@
+"""Twins of methods of the user's own: my_method_torch.py beside my_method.py."""
+
+from pathlib import Path
+
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.user_module import load_user_module
+
+from . import METHODS, STAGES
+
+SUFFIX = ".py"
+
+
+def register_twins(spec: str) -> str:
+    """A specification with names in place of files, whose twins are in the table then.
+
+    Raises UserError for a file that has no twin, or whose twin is no method.
+    """
+    return "+".join(_registered(part) for part in spec.split("+"))
+
+
+def _registered(part: str) -> str:
+    place, colon, options = part.partition(":")
+    if not place.endswith(SUFFIX):
+        return part
+    path = Path(place).expanduser().resolve()
+    twin = path.with_name(f"{path.stem}_torch{SUFFIX}")
+    if not twin.is_file():
+        raise UserError(f"{path.name} has no twin in PyTorch; write {twin.name} beside it")
+    module = load_user_module(twin)
+    stage = getattr(module, "stage", None)
+    if stage not in STAGES:
+        raise UserError(f"{twin.name} has stage {stage!r}; there are {', '.join(STAGES)}")
+    if not callable(getattr(module, "prune", None)):
+        raise UserError(f"{twin.name} has no prune(signals, K, *, options)")
+    METHODS[path.stem] = STAGES[stage][path.stem] = module
+    return path.stem + colon + options
