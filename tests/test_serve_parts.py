@@ -111,10 +111,10 @@ def test_rows_that_a_prompt_leaves_are_its_own_without_padding(loaded):
 
 def read(reader, text, seed=0, **options):
     """What is read of a prompt, whose rows are then held."""
-    request = Request(text, [noise(70, 80, seed)], **options)
-    with reader.reading(request, request_clock()) as (prompt, held):
-        if held:
-            reader.keep(held)
+    request, clock = Request(text, [noise(70, 80, seed)], **options), request_clock()
+    prompt = reader.read(request, *reader.open(request, clock), clock)
+    if held := reader.take_rows():
+        reader.keep(held)
     return prompt
 
 
@@ -216,7 +216,7 @@ def test_milliseconds_choose_k_and_what_cannot_be_is_a_warning(loaded, monkeypat
         content = server.chat(message, budget_ms=ms, pruner="norm", max_tokens=1)
         return content["usage"]["visual_tokens_kept"], content["warnings"]
 
-    with serve(*loaded) as server:
+    with serve(*loaded, method="norm", budget_ms=9000.0) as server:
         few, more, every = (kept(server, ms)[0] for ms in (1600.0, 2000.0, 9000.0))
         assert 1 <= few < more < every == tiny.N
         tokens, (warning,) = kept(server, 50.0)

@@ -123,7 +123,7 @@ class Conversation:
         self, pictures: Sequence[Picture], prompt: Prompt
     ) -> AbstractContextManager[None]:
         """A block in which values that are not finite become a UserError that names their part."""
-        pixels = [picture.pixels_1HW3 for picture in pictures]
+        pixels = [picture.pixels_1HW3.astype(self.model.dtype) for picture in pictures]
         pixels_IHW3 = mx.concatenate(pixels) if pixels else None  # computed where it is needed
         return naming_faulty_part(partial(faulty_part, self.model, [prompt], pixels_IHW3))
 
@@ -162,7 +162,7 @@ class Conversation:
         """What the tower reads of an image. Raises UserError."""
         preprocess, opened = self.processor.image, open_image(source, max_pixels)
         visible = preprocess.visible(opened)
-        pixels_1HW3 = mx.array(preprocess.values(visible))[None].astype(self.model.dtype)
+        pixels_1HW3 = mx.array(preprocess.values(visible)[None])  # computed: any thread may read it
         digest = sha256(visible.tobytes()).digest()
         return Picture(visible, preprocess.placement(opened), pixels_1HW3, digest)
 
@@ -184,7 +184,8 @@ class Conversation:
         """The tower's output; it is run where what it depends on has changed."""
         encoding = self.encoding(pipeline, budgets)
         if picture.batch is None or picture.encoding != encoding:
-            picture.batch = self.model.encode(picture.pixels_1HW3, pipeline, budgets)
+            pixels_1HW3 = picture.pixels_1HW3.astype(self.model.dtype)
+            picture.batch = self.model.encode(pixels_1HW3, pipeline, budgets)
             picture.encoding = encoding
         return picture.batch
 

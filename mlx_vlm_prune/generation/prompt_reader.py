@@ -5,20 +5,18 @@ their budgets, the words before. So it may come from any conversation, and a pro
 budget finds nothing that is not its own.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 
+import mlx.core as mx
+
 from ..inputs.processor import Processor
 from ..machine.bounded_store import BoundedStore
-from ..machine.clock import Clock
 from ..models.pruning import ImageBatch
 from ..models.vlm import VLM
 from ..pruners import Pipeline, StepBudgets
 from .conversation import Conversation, HeldPrompt, Picture, RowKey
-from .request import Request
-from .stream import PromptRead
 
 
 class PromptReader(Conversation):
@@ -37,22 +35,15 @@ class PromptReader(Conversation):
         self.features.clear()
         self.rows.clear()
 
-    @contextmanager
-    def reading(
-        self, request: Request, clock: Clock
-    ) -> Iterator[tuple[PromptRead, HeldPrompt | None]]:
-        """A prompt that was read, and its rows as they can be kept later, with those of the answer;
-        None where rows cannot be read again. Raises UserError; for values inside the block that are
-        not finite, too."""
-        pictures, prompt = self.open(request, clock)
-        self.held = None
-        with self.naming_faulty_part(pictures, prompt):
-            read = self.read(request, pictures, prompt, clock)
-            held, self.held = self.held, None
-            yield read, held
+    def take_rows(self) -> HeldPrompt | None:
+        """The rows of the prompt that was read last, which `keep` can hold later with those of its
+        answer; None where rows cannot be read again, or nothing is held."""
+        held, self.held = self.held, None
+        return held if self.rows.most_bytes else None
 
     def keep(self, held: HeldPrompt) -> None:
         """Hold the rows of a prompt and its answer for later prompts."""
+        mx.async_eval([layer.arrays for layer in held.cache])  # not what they are computed from
         self.rows.put(next(self._numbers), held, sum(layer.nbytes for layer in held.cache))
 
     def encode(self, picture: Picture, pipeline: Pipeline, budgets: StepBudgets) -> ImageBatch:
@@ -60,6 +51,7 @@ class PromptReader(Conversation):
         key = (picture.digest, self.encoding(pipeline, budgets))
         if (batch := self.features.get(key)) is None:
             batch = super().encode(picture, pipeline, budgets)
+            mx.async_eval(batch.arrays)  # what is held must not hold what it is computed from
             self.features.put(key, batch, batch.nbytes)
         return batch
 

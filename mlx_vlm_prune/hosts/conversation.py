@@ -13,7 +13,6 @@ from ..inputs.budget import check_budget
 from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
-from .prompt import signal_layers
 from .stream import decoding_arguments, further_ends, processor_options, stream_generate
 from .tower_cache import TowerCache
 
@@ -30,7 +29,7 @@ class HostConversation:
 
     def clear(self) -> None:
         """Forget all images."""
-        self.towers: TowerCache | None = None
+        self.towers = TowerCache(self.host)
 
     def check(self, request: Request) -> None:
         """Raises UserError for a method or an option that the model cannot have."""
@@ -44,8 +43,5 @@ class HostConversation:
 
     def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
         """The answer to a request with the turns so far as its history. Raises UserError."""
-        pipeline = plan_for_host(self.host, request.pruner)
-        signals = signal_layers(self.host, pipeline)
-        if self.towers is None or signal_layers(self.host, self.towers.pipeline) != signals:
-            self.towers = TowerCache(self.host, pipeline)
-        yield from stream_generate(self.model, self.processor, request, self.towers)
+        encode = self.towers.of(plan_for_host(self.host, request.pruner))
+        yield from stream_generate(self.model, self.processor, request, encode)

@@ -28,6 +28,7 @@ from .views import View
 
 logger = logging.getLogger("mlx_vlm_prune")
 TRIAL = "tokenizer_trial"  # attribute of a model, see checkpoints/tokenizer_trial.py
+LONGEST = 1 << 20  # rows, where a config does not say how many the model reads
 REQUEST_STATE = ("_position_ids", "_rope_deltas")  # mlx-vlm keeps these on the language model
 
 
@@ -234,11 +235,15 @@ class Host(ABC):
                 f"the prompt has token {max(beyond)}; the model's vocabulary has {words}"
             )
 
+    @property
+    def context(self) -> int:
+        """The most rows that the model reads."""
+        return getattr(self.model.config.text_config, "max_position_embeddings", 0) or LONGEST
+
     def check_length(self, rows: int) -> None:
         """Raises UserError for a prompt of more rows than the model reads."""
-        longest = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        if longest and rows > longest:
-            raise UserError(f"the prompt has {rows} tokens; the model reads up to {longest}")
+        if rows > self.context:
+            raise UserError(f"the prompt has {rows} tokens; the model reads up to {self.context}")
 
     def pictures(self, views: Sequence[View], images: Sequence[Image.Image]) -> list[Image.Image]:
         """The tower's input of each view as a picture, for the overlay of kept tokens."""

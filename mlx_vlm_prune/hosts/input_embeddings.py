@@ -18,12 +18,11 @@ from .batch import BatchPrompt, split_batch
 from .dropped_rows import IS_READ, PER_ROW, deepstack_rows, to_full_length
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt import PrunedPrompt, add_text, budgets_by_view, prune_prompt
+from .prompt import PrunedPrompt, ViewEncoder, add_text, budgets_by_view, prune_prompt
 from .pruned_language import LanguageState
 from .pruning_report import PruningReport
 from .served import ServerGuard
 from .tower_cache import TowerCache
-from .views import View
 
 OTHER_MEDIA = ("pixel_values_videos", "input_features", "audio_values")
 PRECOMPUTED = ("cached_image_features", "inputs_embeds", "position_ids")  # refused from a caller
@@ -42,11 +41,12 @@ class PrunedEmbeddings:
     policy: Policy
     allow_videos: bool  # videos and sound are read unpruned; without, they are refused
     state: LanguageState
+    low_detail: bool = False  # each image keeps `low_detail_tokens`
 
     def __post_init__(self) -> None:
         self.guard: ServerGuard | None = None  # of mlx-vlm's server
         self.report = PruningReport(self.pipeline.spec, self.policy)
-        self.tower_cache: TowerCache | Any = TowerCache(self.host, self.pipeline)
+        self.towers = TowerCache(self.host)
 
     def __call__(
         self, input_ids: Any = None, pixel_values: Any = None, mask: Any = None, **extra: Any
@@ -91,10 +91,10 @@ class PrunedEmbeddings:
     def _pruned(self, ids_BL: mx.array, pixels: Any, mask_BL: Any, extra: dict[str, Any]) -> Any:
         """Each prompt pruned, and the batch put together again."""
         self.report.read_choices()
-        misses, prompts, features = self.tower_cache.misses, [], []
+        misses, encode, prompts, features = self.towers.misses, self._encode, [], []
         with request_clock().running() as clock:
-            batch = split_batch(self.host, ids_BL, mask_BL, pixels, extra, self.tower_cache)
-            tower_skipped = self.tower_cache.misses == misses
+            batch = split_batch(self.host, ids_BL, mask_BL, pixels, extra, encode)
+            tower_skipped = self.towers.misses == misses
             for one in batch:
                 prompts.append(self._prune(one))
                 features.append(self._features(prompts[-1]))
@@ -110,10 +110,14 @@ class PrunedEmbeddings:
             if inputs.pixels is None:
                 ids_1L = mx.array(inputs.ids)[None]
                 return self._unpruned(ids_1L, None, mask=inputs.mask_1L, **inputs.extra), None
-            one = BatchPrompt(range(len(inputs.ids)), inputs, self.tower_cache(inputs))
+            one = BatchPrompt(range(len(inputs.ids)), inputs, self._encode(inputs))
             prompt = self._prune(one)
             features = self._features(prompt)
             return self._whole(len(inputs.ids), [one], [prompt], [features]), prompt
+
+    @property
+    def _encode(self) -> ViewEncoder:
+        return self.towers.of(self.pipeline)
 
     def _whole(
         self, L: int, batch: Sequence[BatchPrompt], prompts: Sequence[PrunedPrompt],
@@ -127,18 +131,18 @@ class PrunedEmbeddings:
 
     def _prune(self, prompt: BatchPrompt) -> PrunedPrompt:
         inputs, views = prompt.inputs, prompt.views
-        if self.keep_tokens is not None and not self.host.knows_images(inputs, views):
+        is_by_image = self.low_detail or self.keep_tokens is not None
+        if is_by_image and not self.host.knows_images(inputs, views):
+            budget = "detail low" if self.low_detail else "keep_tokens"
             raise UserError(
                 f"prompts of a {self.host.kind} model do not say which crops are of"
-                " one image: give keep_ratio in place of keep_tokens"
+                f" one image: give keep_ratio in place of {budget}"
             )
         views = add_text(self.host, inputs, views, self.pipeline)
-        budgets = self.budgets(views)
+        budgets = budgets_by_view(
+            views, self.keep_ratio, self.keep_tokens, self.pipeline, self.low_detail
+        )
         return prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
-
-    def budgets(self, views: list[View]) -> list[int]:
-        """Each view's K."""
-        return budgets_by_view(views, self.keep_ratio, self.keep_tokens, self.pipeline)
 
     def _features(self, prompt: PrunedPrompt) -> Any:
         """mlx-vlm's features of the kept rows (1, l, D), at the positions of the whole prompt."""

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..checkpoints.errors import UserError, whole_reason
 from ..checkpoints.tokenizer_trial import is_panic, library_errors
-from ..inputs.budget import budget
+from ..inputs.budget import budget, low_detail_tokens
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
 from ..models.pruning import ImageBatch, attention_bias, prune
@@ -191,13 +191,20 @@ def add_text(
 
 
 def budgets_by_view(
-    views: Sequence[View], keep_ratio: float | None, keep_tokens: int | None, pipeline: Pipeline
-) -> list[int]:
-    """Each view's K: an image's budget, shared among its crops."""
+    views: Sequence[View], keep_ratio: float | None, keep_tokens: int | None, pipeline: Pipeline,
+    low_detail: bool = False,
+) -> list[int]:  # fmt: skip
+    """Each view's K: an image's budget, shared among its crops. With `low_detail` that is
+    `low_detail_tokens`, and one of each crop at least."""
     budgets: list[int] = []
     for image in range(1 + max((view.image for view in views), default=-1)):
         sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
-        budgets += share_budget(budget(sum(sizes), keep_ratio, keep_tokens, pipeline), sizes)
+        N = sum(sizes)
+        if low_detail:
+            K = max(budget(N, None, low_detail_tokens(N), pipeline), len(sizes))
+        else:
+            K = budget(N, keep_ratio, keep_tokens, pipeline)
+        budgets += share_budget(K, sizes)
     return budgets
 
 

@@ -1,8 +1,8 @@
 """Answers of a model of mlx-vlm's that are written together, by its `BatchGenerator`.
 
 The language model leaves dropped rows out, as in a block of `pruned`; each prompt comes with its
-own method and budget, so nothing is put on `get_input_embeddings`. A prompt is read alone and then
-joins the batch.
+own method and budget, so nothing is put on `get_input_embeddings`. A prompt is read alone, apart
+from the answers, so that an error in it is its own. Then it joins them.
 
 Shapes: V words.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
 from ..generation.result import GenerationResult
-from ..generation.running_batch import AnswerPiece
+from ..generation.running_batch import AnswerPiece, AnswerRoom, PreparedRequest, answer_room
 from ..generation.sampling import SeededSampler, penalties
 from ..generation.steps import sample_token
 from ..generation.stream import AnswerWriter, initial_result
-from ..inputs.budget import budget, check_budget, low_detail_tokens
+from ..inputs.budget import check_budget
 from ..inputs.image import open_image
 from ..machine.bounded_store import BoundedStore
 from ..machine.clock import Clock, request_clock
@@ -35,41 +35,32 @@ from .families.pruner_defaults import plan_for_host
 from .host import generation_stream
 from .input_embeddings import PrunedEmbeddings
 from .prepared_inputs import PreparedInputs, ProcessorOptions
-from .prompt import PrunedPrompt, prepare_prompt, share_budget
+from .prompt import prepare_prompt
 from .pruned_language import LanguageState, pruned_class
-from .tower_cache import BoundedTowerCache
+from .tower_cache import TowerCache
 from .views import View
 
 
-@dataclass
-class ServedEmbeddings(PrunedEmbeddings):
-    """The embeddings of one prompt; with `low_detail` each image keeps `low_detail_tokens`."""
+@dataclass(frozen=True)
+class PreparedPictures(PreparedRequest):
+    """A request to a model of mlx-vlm's, as its processor hands it over."""
 
-    low_detail: bool = False
-
-    def budgets(self, views: list[View]) -> list[int]:
-        """Each view's K."""
-        if not self.low_detail:
-            return super().budgets(views)
-        budgets: list[int] = []
-        for image in range(1 + max(view.image for view in views)):
-            sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
-            K = budget(sum(sizes), None, low_detail_tokens(sum(sizes)), self.pipeline)
-            budgets += share_budget(max(K, len(sizes)), sizes)
-        return budgets
+    inputs: PreparedInputs
 
 
 @dataclass
-class Answer:
-    """An answer that is being written; the writer is made with its first token."""
+class HostAnswer:
+    """An answer of mlx-vlm's that is being written; the writer is made with its first token.
+
+    Of its prompt the figures are held, and neither pixels nor features.
+    """
 
     key: Hashable
-    request: Request
-    inputs: PreparedInputs
-    prompt: PrunedPrompt | None  # None without images
+    clock: Clock
+    room: AnswerRoom
+    trace: Trace
     pipeline: Pipeline
     policy: Policy
-    clock: Clock
     writer: AnswerWriter | None = None
 
 
@@ -80,7 +71,10 @@ class HostRunningBatch:
     def __init__(self, model: Any, processor: Any, most_answers: int, most_bytes: int = 0) -> None:
         self.host = host_of(model, processor)
         self.most_answers = most_answers
-        self.towers = BoundedTowerCache(self.host, BoundedStore[list[View]](most_bytes))
+        self.context = self.host.context
+        tokenizer = getattr(processor, "tokenizer", processor)
+        self.longest_token = max(map(len, tokenizer.get_vocab()))
+        self.towers = TowerCache(self.host, BoundedStore[list[View]](most_bytes))
         can_enhance = self.host.why_no_enhancer is None
         layers = self.host.mask_layers if can_enhance else ()
         self.state = LanguageState(self.host.is_bidirectional, layers)
@@ -102,17 +96,19 @@ class HostRunningBatch:
 
         if self.generator is not None:
             self.generator.close()
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[int, HostAnswer] = {}
         self.generator = BatchGenerator(
             self.host.language,
             self.host.processor,
             prefill_batch_size=1,  # each prompt is read as it is alone
             completion_batch_size=self.most_answers,
         )
+        self._no_answers = self.generator._generation_batch
 
     def close(self) -> None:
         """Leave the model as it was."""
         self.generator.close()
+        self.towers.store.clear()
         self._undo.close()
 
     def check(self, request: Request) -> None:
@@ -134,52 +130,91 @@ class HostRunningBatch:
             )
         return pipeline, policy
 
-    def add(self, key: Hashable, request: Request, *, low_detail: bool = False) -> None:
-        """Make a prompt ready, which the next step reads. Raises UserError."""
-        host, clock = self.host, request_clock()
-        pipeline, policy = self._plan(request)
+    def prepare(self, request: Request) -> PreparedPictures:
+        """Pictures and all turns through mlx-vlm's template and processor. Raises UserError."""
+        clock = request_clock()
         images = [open_image(source, request.pixel_limit) for source in request.images]
         inputs = prepare_prompt(
-            host, request.prompt, images, request.chat_template_config, ProcessorOptions(),
+            self.host, request.prompt, images, request.chat_template_config, ProcessorOptions(),
             request.history, request.system,
         )  # fmt: skip
-        clock.end_part("image", inputs.pixels)
-        embeddings = ServedEmbeddings(
+        # What is not computed belongs to this thread, and another one reads the prompt.
+        clock.end_part("image", [inputs.mask_1L, inputs.pixels, [*inputs.extra.values()]])
+        return PreparedPictures(request, clock, len(inputs.ids), inputs)
+
+    def add(
+        self, key: Hashable, prepared: PreparedPictures, *, low_detail: bool = False
+    ) -> AnswerRoom:
+        """Read a prompt. Raises UserError."""
+        host, request, inputs = self.host, prepared.request, prepared.inputs
+        prepared.clock.resume()
+        pipeline, policy = self._plan(request)
+        embeddings = PrunedEmbeddings(
             host, pipeline, request.keep_ratio, request.keep_tokens, policy, False, self.state,
             low_detail,
         )  # fmt: skip
-        embeddings.tower_cache = self.towers.of(pipeline)
-        with generation_stream(), clock.running():
+        embeddings.towers = self.towers
+        with generation_stream(), prepared.clock.running():
             features, prompt = embeddings.of_prompt(inputs)
-            host.check_length(prompt.length if prompt else len(inputs.ids))
+            rows = prompt.length if prompt else len(inputs.ids)
+            host.check_length(rows)
+        room = answer_room(request, rows, self.context)
         more = {name: value for name, value in features.to_dict().items() if value is not None}
         (uid,) = self.generator.insert(
             [inputs.ids],
-            max_tokens=[request.max_tokens],
+            max_tokens=[room.max_tokens],
             prompt_kwargs=[{**inputs.extra, **more}],
             logits_processors=[row_processors(request)],
         )
-        self.answers[uid] = Answer(key, request, inputs, prompt, pipeline, policy, clock)
+        self._read(uid)
+        trace = prompt.trace if prompt else Trace([], [], [])
+        policy = prompt.positions if prompt else policy
+        self.answers[uid] = HostAnswer(key, prepared.clock, room, trace, pipeline, policy)
+        return room
+
+    def _read(self, uid: int) -> None:
+        """The prompt that waits, up to its first token; the answers are put aside until then."""
+        generator, running = self.generator, self.generator._generation_batch
+        generator._generation_batch = self._no_answers
+        try:
+            while generator.has_pending_prompts:
+                generator.next()
+            read = generator._generation_batch
+        except BaseException:
+            generator._prompt_batch = None
+            generator.remove(uid)
+            raise
+        finally:
+            generator._generation_batch = running
+        generator._extend_generation_batch(read)
 
     def step(self) -> list[AnswerPiece]:
-        """A token of each answer that was read, and one prompt more is read."""
+        """A token of each answer."""
         _, responses = self.generator.next()
         pieces = []
         for response in responses:
             answer = self.answers[response.uid]
+            pieces.append(piece := self._written(answer, response))
+            if isinstance(piece.response, Exception):
+                self.remove(answer.key)
+            elif piece.response.finish_reason:
+                del self.answers[response.uid]
+        if not self.answers:
+            mx.clear_cache()
+        return pieces
+
+    def _written(self, answer: HostAnswer, response: Any) -> AnswerPiece:
+        """The piece of a token, or the fault that ends the answer; the other answers go on."""
+        try:
             if answer.writer is None:
                 answer.clock.end_part("prefill")
                 answer.writer = self._writer(answer)
             if np.isnan(response.token_logprob):
-                fault = UserError("the model gave NaN or infinite values; try dtype='float32'")
-                self.remove(answer.key)
-                pieces.append(AnswerPiece(answer.key, fault))
-                continue
+                raise UserError("the model gave NaN or infinite values; try dtype='float32'")
             piece = answer.writer.add(response.token)
-            pieces.append(AnswerPiece(answer.key, piece, answer.writer.answer))
-            if piece.finish_reason:
-                del self.answers[response.uid]
-        return pieces
+        except Exception as fault:
+            return AnswerPiece(answer.key, fault)
+        return AnswerPiece(answer.key, piece, answer.writer.answer)
 
     def remove(self, key: Hashable) -> None:
         """Write no more of an answer, if it is known."""
@@ -187,39 +222,38 @@ class HostRunningBatch:
             self.generator.remove(uid)
             del self.answers[uid]
 
-    def _writer(self, answer: Answer) -> AnswerWriter:
+    def _writer(self, answer: HostAnswer) -> AnswerWriter:
         """What turns the answer's tokens into text, with the figures of its prompt."""
         criteria = getattr(self.host.processor, "tokenizer", self.host.processor).stopping_criteria
         return AnswerWriter(
             HostText(self.host.processor),
             frozenset(criteria.eos_token_ids),
             self._figures(answer),
-            answer.request.max_tokens,
+            answer.room.max_tokens,
         )
 
-    def _figures(self, answer: Answer) -> GenerationResult:
-        prompt, depth = answer.prompt, len(self.host.language.layers)
-        if prompt is None:
-            trace, policy, length = Trace([], [], []), answer.policy, len(answer.inputs.ids)
-        else:
-            trace, policy, length = prompt.trace, prompt.positions, prompt.length
-        result = initial_result(trace, depth, answer.pipeline, policy)
-        return result.prefilled(length, answer.clock.ttft())
+    def _figures(self, answer: HostAnswer) -> GenerationResult:
+        depth = len(self.host.language.layers)
+        result = initial_result(answer.trace, depth, answer.pipeline, answer.policy)
+        return result.prefilled(answer.room.rows, answer.clock.ttft())
 
 
 def row_processors(request: Request) -> list[Any] | None:
-    """What changes the logits of one answer in a batch: penalties, then the choice of a token at
-    random, which the batch's greedy sampler then takes."""
+    """What changes the logits of one answer in a batch: penalties, then `DrawnToken`."""
     from mlx_vlm import sample_utils
 
     processors: list[Any] = penalties(sample_utils, request) if request.repetition_penalty else []
     if request.temperature:
-        processors.append(RowSampler(SeededSampler(sample_utils.make_sampler, request)))
+        processors.append(DrawnToken(SeededSampler(sample_utils.make_sampler, request)))
     return processors or None
 
 
-class RowSampler:
-    """A logits processor that leaves the sampled token alone."""
+class DrawnToken:
+    """A logits processor that draws a token and leaves a chance to it alone.
+
+    mlx-vlm's batch has one sampler for all answers, which takes the likeliest token. So answers
+    with temperatures of their own draw before it.
+    """
 
     def __init__(self, sampler: SeededSampler) -> None:
         self.sampler = sampler

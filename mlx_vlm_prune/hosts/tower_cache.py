@@ -1,9 +1,9 @@
-"""The tower's output for the latest prompts' images.
+"""The tower's output for earlier prompts' images.
 
 A second question about an image needs another choice of its tokens, but not the tower again.
 """
 
-from collections import OrderedDict
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -17,46 +17,29 @@ from .prepared_inputs import PreparedInputs
 from .prompt import ViewEncoder, encode_images, signal_layers
 from .views import View
 
-MAX_ENTRIES = 8  # prompts whose views are held
+MAX_PROMPTS = 8  # whose views are held, without another store
 
 
 class TowerCache:
-    """Views by the pixels that they were made from; the least recently used are dropped first."""
+    """Views by the pixels that they were made from and by the layers of their signals, as many as
+    a store holds; `misses` counts the runs of the tower."""
 
-    def __init__(self, host: Host, pipeline: Pipeline):
-        self.host, self.pipeline = host, pipeline
-        self.misses = 0
-        self._views: OrderedDict[bytes, list[View]] = OrderedDict()
-
-    def __call__(self, inputs: PreparedInputs) -> list[View]:
-        """The views of a prompt's images; the tower runs only if they are not held."""
-        key = images_key(inputs)
-        if key not in self._views:
-            self.misses += 1
-            self._views[key] = encode_images(self.host, inputs, self.pipeline)
-        self._views.move_to_end(key)
-        if len(self._views) > MAX_ENTRIES:
-            self._views.popitem(last=False)
-        return self._views[key]
-
-
-class BoundedTowerCache:
-    """Views by their pixels and by the layers of the signals, as many bytes as a store holds."""
-
-    def __init__(self, host: Host, store: BoundedStore[list[View]]) -> None:
-        self.host, self.store = host, store
+    def __init__(self, host: Host, store: BoundedStore[list[View]] | None = None) -> None:
+        self.host, self.misses = host, 0
+        self.store = BoundedStore[list[View]](most_values=MAX_PROMPTS) if store is None else store
 
     def of(self, pipeline: Pipeline) -> ViewEncoder:
         """What has the views of a prompt's images with the signals that methods need."""
+        return partial(self._views, pipeline)
 
-        def encode(inputs: PreparedInputs) -> list[View]:
-            key = (images_key(inputs), *sorted(signal_layers(self.host, pipeline).items()))
-            if (views := self.store.get(key)) is None:
-                views = encode_images(self.host, inputs, pipeline)
-                self.store.put(key, views, sum(view.nbytes for view in views))
-            return views
-
-        return encode
+    def _views(self, pipeline: Pipeline, inputs: PreparedInputs) -> list[View]:
+        key = (images_key(inputs), *sorted(signal_layers(self.host, pipeline).items()))
+        if (views := self.store.get(key)) is None:
+            self.misses += 1
+            views = encode_images(self.host, inputs, pipeline)
+            mx.async_eval([view.arrays for view in views])  # not what they are computed from
+            self.store.put(key, views, sum(view.nbytes for view in views))
+        return views
 
 
 def images_key(inputs: PreparedInputs) -> bytes:

@@ -24,11 +24,15 @@ class View:
     deepstack: tuple[mx.array, ...] = ()  # (1, N, D) each, added behind the first layers
 
     @property
+    def arrays(self) -> list[mx.array]:
+        """All arrays."""
+        pixels = () if self.pixels_HW3 is None else (self.pixels_HW3,)
+        return [*self.signals.arrays.values(), *self.deepstack, *pixels]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        pixels = () if self.pixels_HW3 is None else (self.pixels_HW3,)
-        arrays = (*self.signals.arrays.values(), *self.deepstack, *pixels)
-        return sum(array.nbytes for array in arrays)
+        return sum(array.nbytes for array in self.arrays)
 
 
 def make_views(inputs: PreparedInputs, signals: Signals, pixels_THW3: mx.array) -> list[View]:

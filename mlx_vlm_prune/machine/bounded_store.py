@@ -1,5 +1,6 @@
-"""A store that holds as many bytes as it may; the least recently used values are dropped first."""
+"""A store with a bound in bytes and in values; the least recently used are dropped first."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
@@ -10,8 +11,8 @@ Value = TypeVar("Value")
 class BoundedStore(Generic[Value]):
     """Values by key. A value that is larger than the whole store is not kept."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self.most_bytes, self.nbytes = most_bytes, 0
+    def __init__(self, most_bytes: int = sys.maxsize, most_values: int = sys.maxsize) -> None:
+        self.most_bytes, self.most_values, self.nbytes = most_bytes, most_values, 0
         self._values: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
 
     def __len__(self) -> int:
@@ -35,7 +36,7 @@ class BoundedStore(Generic[Value]):
             return
         self._values[key] = value, nbytes
         self.nbytes += nbytes
-        while self.nbytes > self.most_bytes:
+        while self.nbytes > self.most_bytes or len(self) > self.most_values:
             self.drop(next(iter(self._values)))
 
     def drop(self, key: Hashable) -> None:

@@ -51,6 +51,12 @@ class Clock:
         self.last = now
         return value
 
+    def resume(self) -> None:
+        """Go on after a wait, which counts in no part."""
+        now = time.perf_counter()
+        self.start += now - self.last
+        self.last = now
+
     def part(self, name: str) -> str:
         """The part among `ms` that a named part is counted in."""
         name = name if name in self.ms else COUNTED_IN.get(name, name)

@@ -94,6 +94,8 @@ class HeldRows:
         is_padding_BS = np.array(positions_BS == PADDING)
         begin = int(is_padding_BS.all(axis=0).argmin()) if self.padded else 0
         bias_BS = None if self.bias_BS is None else self.bias_BS[index, begin:]
+        if bias_BS is not None and not mx.any(bias_BS).item():  # those that had one have left
+            bias_BS = None
         is_padded = self.padded and bool(is_padding_BS[:, begin:].any())
         return HeldRows(self.rows - begin, (positions_BS[:, begin:],), is_padded, bias_BS)
 
@@ -199,6 +201,12 @@ class LayerCache:
         """Forget all but the first `rows`; what is appended next takes the others' places."""
         assert 0 <= rows <= self.rows, f"{self.rows} rows cannot be rewound to {rows}"
         self.held = self.held.first(rows)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All that is held, to evaluate together."""
+        arrays = (self.keys_BGSd, self.values_BGSd, *self.held.parts, self.held.bias_BS)
+        return [array for array in arrays if array is not None]
 
     @property
     def nbytes(self) -> int:

@@ -28,7 +28,7 @@ class JoinedPrompts:
     def add(self, prefill: Prefill) -> None:
         """One more prompt, which becomes the last of the batch; `prefill` stays as it is."""
         parts = [prefill] if self.batch is None else [self.batch, prefill]
-        self.batch = _batch_of(
+        self.batch = _state(
             prefill,
             mx.concatenate([part.next_B1 for part in parts]),
             _by_layer(type(prefill.cache[0]).joined, [part.cache for part in parts]),
@@ -45,7 +45,7 @@ class JoinedPrompts:
             self.batch = None
             return
         next_B1 = self.batch.next_B1[mx.array(list(prompts))]
-        self.batch = _batch_of(self.batch, next_B1, self.rows_of(prompts))
+        self.batch = _state(self.batch, next_B1, self.rows_of(prompts))
 
     def rows_of(self, prompts: Sequence[int]) -> list[Any]:
         """The layers' caches of some prompts, as copies."""
@@ -54,9 +54,9 @@ class JoinedPrompts:
         return [layer.of_prompts(prompts, shared) for layer in self.batch.cache]
 
 
-def _batch_of(prefill: Prefill, next_B1: mx.array, cache: list[Any]) -> Prefill:
-    """A batch that goes on; what was read of its prompts, and their logits, are known to those who
-    added them."""
+def _state(prefill: Prefill, next_B1: mx.array, cache: list[Any]) -> Prefill:
+    """All that a step reads: the language model, positions and caches. The other fields, which are
+    figures of one prompt, are empty or the last prompt's."""
     return Prefill(prefill.language, prefill.logits_BLV, next_B1, cache, [], Trace([], [], []))
 
 

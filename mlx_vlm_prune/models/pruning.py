@@ -40,12 +40,16 @@ class ImageBatch:
         return self.signals.x_BND.shape[1]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays; those that are held twice count once."""
+    def arrays(self) -> list[mx.array]:
+        """All arrays, each once."""
         signals = [*self.signals.arrays.values(), *self.encoded.arrays.values()]
         every = [*signals, *self.kept_of_encoded.arrays, *self.kept.arrays]
-        arrays = {id(array): array for array in every}
-        return sum(array.nbytes for array in arrays.values())
+        return [*{id(array): array for array in every}.values()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays)
 
     def reduced(self, kept: Reduction) -> "ImageBatch":
         """The batch after a method that answered with `kept`."""

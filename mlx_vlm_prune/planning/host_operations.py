@@ -6,7 +6,9 @@ over all rows, also where a layer looks at a window of them only.
 
 from typing import Any
 
+import mlx.core as mx
 from mlx import nn
+from mlx.utils import tree_flatten
 
 from ..hosts.host import Host
 from .operations import MatrixSizes
@@ -33,6 +35,18 @@ def language_sizes(host: Host) -> MatrixSizes | None:
         num_attention_heads=_shape(query)[0] // head_dim, num_key_value_heads=heads,
         head_dim=head_dim, layer_size=sizes.pop(),
     )  # fmt: skip
+
+
+def row_bytes(host: Host) -> int:
+    """The bytes of a row's keys and values in all layers. Layers of another build, as with a state
+    in place of rows, are not counted."""
+    layers = host.language.layers
+    arrays: Any = tree_flatten(layers[0].parameters())
+    floats = [array for _, array in arrays if mx.issubdtype(array.dtype, mx.floating)]
+    attention = [getattr(layer, "self_attn", None) for layer in layers]
+    parts = [getattr(part, f"{name}_proj", None) for part in attention for name in "kv"]
+    itemsize = max(array.dtype.size for array in floats)
+    return itemsize * sum(_shape(part)[0] for part in parts if part is not None)
 
 
 def _matrices(layer: nn.Module) -> list[nn.Module]:

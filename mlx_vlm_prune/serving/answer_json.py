@@ -58,8 +58,8 @@ def usage_of(piece: Piece) -> dict[str, Any]:
     """
     figures, tokens = piece.figures, piece.response.generation_tokens
     before = {"request": piece.request_ms, "queue": piece.queue_ms}
-    ttft = {**before, **figures.ttft_ms}
-    ttft["total"] = sum(before.values()) + figures.ttft_ms["total"]
+    ttft: dict[str, Any] = {**before, **figures.ttft_ms}
+    ttft["total"] += sum(before.values())
     return {
         "prompt_tokens": figures.prompt_tokens,
         "completion_tokens": tokens,
@@ -68,9 +68,7 @@ def usage_of(piece: Piece) -> dict[str, Any]:
         "visual_tokens": figures.visual_tokens,
         "visual_tokens_kept": figures.visual_tokens_kept,
         "pruner": figures.pruner,
-        "ttft_ms": {
-            name: None if ms is None else round(float(str(ms)), 3) for name, ms in ttft.items()
-        },
+        "ttft_ms": {name: None if ms is None else round(ms, 3) for name, ms in ttft.items()},
     }
 
 

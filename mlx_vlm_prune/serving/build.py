@@ -12,6 +12,7 @@ from ..hosts.running_batch import HostRunningBatch
 from ..models.vlm import VLM
 from .app import build_app
 from .engine import Engine
+from .memory import AnswerMemory
 from .metrics import Metrics
 from .settings import ServerSettings
 from .time_budget import TimeBudgets
@@ -25,13 +26,17 @@ def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAP
         batch = OwnRunningBatch(model, processor, settings.cache_bytes)
     else:
         batch = HostRunningBatch(model, processor, settings.batch, settings.cache_bytes)
-    if settings.is_pruning:  # a mistake in it would end every request
-        try:
-            batch.check(Request("", [], settings.method, settings.keep_ratio, settings.keep_tokens))
-        except UserError:
-            batch.close()
-            raise
-    settings = replace(settings, places_pictures=isinstance(model, VLM))
     metrics, times = Metrics(), TimeBudgets(model, processor)
-    engine = Engine(batch, settings.batch, settings.queue, metrics, times)
+    try:
+        if settings.is_pruning:  # a mistake in it would end every request
+            options = settings.method, settings.keep_ratio, settings.keep_tokens
+            batch.check(Request("", [], *options))
+        if settings.budget_ms is not None:
+            times.calibrate(settings.method)
+        memory = AnswerMemory.of(model, processor, settings.cache_bytes)
+    except UserError:
+        batch.close()
+        raise
+    settings = replace(settings, places_pictures=isinstance(model, VLM))
+    engine = Engine(batch, settings.batch, settings.queue, metrics, times, memory)
     return build_app(engine, settings, metrics)

@@ -29,6 +29,7 @@ class ChatRequest:
     budget: VisualBudget
     stop: list[str]
     notes: Notes
+    gives_max_tokens: bool = False  # else their number is ours
     is_stream: bool = False
     with_usage: bool = False  # at the end of the stream
 
@@ -54,7 +55,10 @@ def read_chat_request(
     request = build_request(body, texts, counts, pictures)
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
     stop = [text for text in body.stop or () if text]
-    return ChatRequest(request, budget, stop, notes, bool(body.stream), with_usage)
+    gives_max_tokens = (body.max_completion_tokens or body.max_tokens) is not None
+    return ChatRequest(
+        request, budget, stop, notes, gives_max_tokens, bool(body.stream), with_usage
+    )
 
 
 def note_fields(body: ChatBody, settings: ServerSettings, notes: Notes) -> None:

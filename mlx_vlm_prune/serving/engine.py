@@ -1,20 +1,29 @@
-"""The thread that answers: requests wait in a queue, are read one by one, and are written together.
+"""The threads that answer. Requests wait in a queue; one thread turns the next ones' words into ids
+and their pictures into pixels, the other reads their prompts one by one and writes the answers.
 
-It alone touches the model. A request's pieces go to whoever waits for them by its `deliver`.
+The second alone touches the model. A request's pieces go to whoever waits for them by its
+`deliver`. Whatever ends a thread, everybody who waits gets to know that no piece comes any more.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ..checkpoints.errors import UserError
 from ..generation.result import GenerationResponse, GenerationResult
-from ..generation.running_batch import AnswerPiece, RunningBatch
+from ..generation.running_batch import (
+    AnswerPiece,
+    AnswerRoom,
+    PreparedRequest,
+    RunningBatch,
+    check_characters,
+)
 from ..inputs.budget import FixedBudgetError
 from .chat_request import ChatRequest
+from .memory import AnswerMemory
 from .metrics import Metrics
 from .refusals import RequestRefusedError, in_api_words
 from .time_budget import TimeBudgets
@@ -22,8 +31,8 @@ from .visual_budget import VisualBudget
 
 logger = logging.getLogger("mlx_vlm_prune")
 FULL = "the server has {} requests waiting, as many as it takes; try again later"
-
 ENDED = "the server answers no more"
+PREPARED_AHEAD = 2  # requests, whose pixels take memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ Event = Piece | RequestRefusedError
 @dataclass(eq=False)
 class Job:
     """A request on its way; `deliver` gets its pieces, or why there are no more. `request_ms` is
-    what its body and its pictures took before."""
+    what its body and its pictures took before, `rows` what prompt and answer may take."""
 
     chat: ChatRequest
     deliver: Callable[[Event], None]
@@ -50,47 +59,59 @@ class Job:
     is_cancelled: bool = False
     start: float = field(default_factory=time.perf_counter)
     queue_ms: float = 0.0
+    prepared: PreparedRequest | None = None
+    rows: int = 0
 
 
 class Engine:
-    """The queue and its thread; `most` answers are written together."""
+    """The queue and its threads; `most_answers` are written together, as far as `memory` holds
+    them."""
 
     def __init__(
-        self, batch: RunningBatch, most: int, queue: int, metrics: Metrics, times: TimeBudgets
-    ) -> None:
-        self.batch, self.most, self.queue = batch, most, queue
-        self.metrics, self.times = metrics, times
+        self, batch: RunningBatch, most_answers: int, queue: int, metrics: Metrics,
+        times: TimeBudgets, memory: AnswerMemory,
+    ) -> None:  # fmt: skip
+        self.batch, self.most_answers, self.queue = batch, most_answers, queue
+        self.metrics, self.times, self.memory = metrics, times, memory
         self.waiting: deque[Job] = deque()
         self.running: dict[int, Job] = {}
         self._changed = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._threads = [
+            threading.Thread(target=run, name=name, daemon=True)
+            for name, run in (("engine", self._run_engine), ("preparer", self._run_preparer))
+        ]
 
     def start(self) -> None:
         """Begin to answer."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End the thread; what still waits or is being written gets no answer."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
+        """End the threads; what still waits or is being written gets no answer."""
+        self._end()
+        for thread in self._threads:
+            thread.join()
 
     @property
     def is_alive(self) -> bool:
-        """Does the thread run?"""
-        return self._thread.is_alive()
+        """Do the threads run?"""
+        return all(thread.is_alive() for thread in self._threads)
 
     def submit(self, job: Job) -> None:
-        """Queue a request. Raises RequestRefusedError where the queue is full or has ended."""
+        """Queue a request. Raises RequestRefusedError where the queue is full or has ended, and for
+        texts that no prompt could have."""
+        try:
+            check_characters(self.batch, job.chat.request)
+        except UserError as problem:
+            raise refusal_of(problem) from None
         with self._changed:
             if self._stopping or not self.is_alive:
                 raise RequestRefusedError(ENDED, 503)
-            if len(self.waiting) >= self.queue and len(self.running) >= self.most:
+            if len(self.waiting) >= self.queue and len(self.running) >= self.most_answers:
                 raise RequestRefusedError(FULL.format(len(self.waiting)), 429)
             self.waiting.append(job)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for the answer any more."""
@@ -98,60 +119,141 @@ class Engine:
             job.is_cancelled = True
             if job in self.waiting:
                 self.waiting.remove(job)
-            self._changed.notify()
+            self._changed.notify_all()
 
-    def _run(self) -> None:
-        while True:
+    def _end(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def _run_preparer(self) -> None:
+        try:
+            while job := self._next_unprepared():
+                self._prepare(job)
+        except Exception:
+            logger.exception("the thread that prepares requests ended")
+        finally:
+            self._end()
+
+    def _next_unprepared(self) -> Job | None:
+        """Waits for a request to prepare; None at the end."""
+        with self._changed:
+            while not self._stopping:
+                ahead = [*self.waiting][:PREPARED_AHEAD]
+                if job := next((job for job in ahead if not job.prepared), None):
+                    return job
+                self._changed.wait()
+            return None
+
+    def _prepare(self, job: Job) -> None:
+        """Words to ids and pictures to pixels; a request ends alone where that is not possible."""
+        request = job.chat.request
+        try:
+            prepared = self.batch.prepare(request)
+            most = max(prepared.rows, self.batch.context)
+            job.rows = min(prepared.rows + request.max_tokens, most)
+            self.memory.check(job.rows)
+        except Exception as problem:
+            self.cancel(job)
+            job.deliver(refusal_of(problem))
+            return
+        with self._changed:
+            job.prepared = prepared
+            self._changed.notify_all()
+
+    def _run_engine(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._take_turn()
+        except Exception:
+            logger.exception("the thread that answers ended")
+        finally:
+            self._end()
             with self._changed:
-                while not (self._stopping or self.waiting or self.running):
-                    self._changed.wait()
-                if self._stopping:
-                    break
-                job = self._next_job()
-            if job:
-                self._read(job)
-            self._step()
-        for job in [*self.waiting, *self.running.values()]:
-            job.deliver(RequestRefusedError(ENDED, 503))
-        self.batch.close()
+                left = [*self.waiting, *self.running.values()]
+            for job in left:
+                job.deliver(RequestRefusedError(ENDED, 503))
+            self.batch.close()
+
+    def _wait_for_work(self) -> bool:
+        """Waits until there is an answer to write or a prompt to read; False at the end."""
+        with self._changed:
+            while not (self._stopping or self.running or self._is_next_ready):
+                self._changed.wait()
+            return not self._stopping
+
+    @property
+    def _is_next_ready(self) -> bool:
+        return bool(self.waiting and self.waiting[0].prepared)
+
+    def _take_turn(self) -> None:
+        """A prompt, if there is room for one, and a token of each answer."""
+        for gone in [job for job in self.running.values() if job.is_cancelled]:
+            del self.running[id(gone)]
+            self.batch.remove(id(gone))
+        job = self._next_job()
+        if job and not job.is_cancelled:
+            self._read(job)
+        self._step()
 
     def _next_job(self) -> Job | None:
-        """The next request that there is room for; one between two tokens of the others."""
-        if len(self.running) >= self.most or not self.waiting:
-            return None
-        return self.waiting.popleft()
+        """The next request that there is room for, in the order of the queue."""
+        with self._changed:
+            if not self._is_next_ready or len(self.running) >= self.most_answers:
+                return None
+            rows = [job.rows for job in (*self.running.values(), self.waiting[0])]
+            if self.running and not self.memory.holds(rows):
+                return None
+            self._changed.notify_all()  # one more can be prepared
+            return self.waiting.popleft()
 
     def _read(self, job: Job) -> None:
         """Read a request's prompt; it ends alone where that is not possible."""
-        job.queue_ms = 1000 * (time.perf_counter() - job.start)
+        assert job.prepared is not None, "it was ready"
+        waited_ms = 1000 * (time.perf_counter() - job.start)
+        job.queue_ms = max(0.0, waited_ms - job.prepared.image_ms)
         self.running[id(job)] = job
         try:
             try:
-                self._add(job, job.chat.budget)
+                room = self._add(job, job.chat.budget)
             except FixedBudgetError as problem:
                 job.chat.notes.warn(in_api_words(f"{problem}; its own number was kept"))
-                self._add(job, VisualBudget(job.chat.budget.pruner))
+                room = self._add(job, VisualBudget(job.chat.budget.pruner))
+            self._check_room(job, room)
         except Exception as problem:
             del self.running[id(job)]
+            self.batch.remove(id(job))
             job.deliver(refusal_of(problem))
+        job.prepared = None  # its pixels
 
-    def _add(self, job: Job, budget: VisualBudget) -> None:
+    def _add(self, job: Job, budget: VisualBudget) -> AnswerRoom:
         """Have the batch read the prompt. Raises UserError, RequestRefusedError."""
+        assert job.prepared is not None, "it was ready"
         if budget.budget_ms is not None:
-            budget = self.times.choose(job.chat)
+            budget = self.times.choose(job.chat, job.prepared)
         request = replace(
-            job.chat.request, pruner=budget.pruner, keep_ratio=budget.keep_ratio,
+            job.prepared.request, pruner=budget.pruner, keep_ratio=budget.keep_ratio,
             keep_tokens=budget.keep_tokens,
         )  # fmt: skip
-        self.batch.add(id(job), request, low_detail=budget.low_detail)
+        prepared = replace(job.prepared, request=request)
+        return self.batch.add(id(job), prepared, low_detail=budget.low_detail)
+
+    def _check_room(self, job: Job, room: AnswerRoom) -> None:
+        """A warning where the model's context ends before the answer may. Raises
+        RequestRefusedError for a strict request."""
+        job.rows = room.rows + room.max_tokens
+        wanted = job.chat.request.max_tokens
+        if job.chat.gives_max_tokens and room.max_tokens < wanted:
+            job.chat.notes.warn(
+                f"max_tokens is {wanted}; behind this prompt the model's context has room for"
+                f" {room.max_tokens}",
+                "max_tokens",
+            )
 
     def _step(self) -> None:
-        """A token of each answer that is still waited for."""
+        """A token of each answer."""
         try:
-            for gone in [job for job in self.running.values() if job.is_cancelled]:
-                del self.running[id(gone)]
-                self.batch.remove(id(gone))
-            pieces: Iterable[AnswerPiece] = self.batch.step()
+            pieces = [*self.batch.step()]
         except Exception as problem:  # whose fault it is cannot be told: all of the batch end
             logger.exception("a step of the batch failed")
             for job in self.running.values():
@@ -163,18 +265,18 @@ class Engine:
             self._deliver(piece)
 
     def _deliver(self, piece: AnswerPiece) -> None:
-        job = self.running[int(str(piece.key))]
-        if isinstance(piece.piece, UserError):
+        job, response = self.running[int(str(piece.key))], piece.response
+        if isinstance(response, Exception):
             del self.running[id(job)]
-            job.deliver(refusal_of(piece.piece))
+            job.deliver(refusal_of(response))
             return
         assert piece.figures is not None, "a piece comes with the figures of its prompt"
-        if piece.piece.generation_tokens == 1:
+        if response.generation_tokens == 1:
             self.metrics.count_prompt(piece.figures, job.request_ms, job.queue_ms)
         self.metrics.generated_tokens += 1
-        if piece.piece.finish_reason:
+        if response.finish_reason:
             del self.running[id(job)]
-        job.deliver(Piece(piece.piece, piece.figures, job.request_ms, job.queue_ms))
+        job.deliver(Piece(response, piece.figures, job.request_ms, job.queue_ms))
 
 
 def refusal_of(problem: Exception) -> RequestRefusedError:
