@@ -84,22 +84,36 @@ def llava(size: Size) -> tuple[Any, PreparedInputs]:
     return model, PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, 1)
 
 
+def qwen2_5_vl_config(size: Size) -> dict[str, Any]:
+    """The config.json of a model of this size."""
+    layers, D = size.tower
+    vision = {
+        "depth": layers, "hidden_size": D, "intermediate_size": 4 * D, "num_heads": D // 32,
+        "out_hidden_size": size.language[1], "patch_size": PATCH, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "window_size": 112, "fullatt_block_indexes": [layers - 1],
+    }  # fmt: skip
+    rope = {"type": "mrope", "mrope_section": [4, 6, 6]}
+    ids = {
+        "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START,
+        "vision_end_token_id": END,
+    }  # fmt: skip
+    text = _text_config(size, "qwen2_5_vl", rope_scaling=rope)
+    return {**text, **ids, "vision_config": vision}
+
+
+def qwen2_5_vl_model(size: Size) -> Any:
+    """mlx-vlm's model, its weights random."""
+    module, config = import_module("mlx_vlm.models.qwen2_5_vl"), qwen2_5_vl_config(size)
+    vision = module.VisionConfig(**config.pop("vision_config"))
+    ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
+    text = module.TextConfig(**{n: value for n, value in config.items() if n not in ids})
+    more = {"model_type": "qwen2_5_vl", "vocab_size": VOCAB}
+    return module.Model(module.ModelConfig(text, vision, **more, **ids))
+
+
 def qwen2_5_vl(size: Size) -> tuple[Any, PreparedInputs]:
     """A tower with windowed attention that merges 2 x 2 patches, and M-RoPE; one image."""
-    (layers, D), module = size.tower, import_module("mlx_vlm.models.qwen2_5_vl")
-    vision = module.VisionConfig(
-        depth=layers, hidden_size=D, intermediate_size=4 * D, num_heads=D // 32,
-        out_hidden_size=size.language[1], patch_size=PATCH, spatial_merge_size=2,
-        temporal_patch_size=2, window_size=112, fullatt_block_indexes=[layers - 1],
-    )  # fmt: skip
-    rope = {"type": "mrope", "mrope_section": [4, 6, 6]}
-    text = module.TextConfig(**_text_config(size, "qwen2_5_vl", rope_scaling=rope))
-    model = module.Model(
-        module.ModelConfig(
-            text, vision, model_type="qwen2_5_vl", image_token_id=IMAGE, video_token_id=VIDEO,
-            vision_start_token_id=START, vision_end_token_id=END, vocab_size=VOCAB,
-        )
-    )  # fmt: skip
+    model = qwen2_5_vl_model(size)
     side = size.side * 2  # as many tokens as LLaVA's
     ids = _ids([START, *[IMAGE] * size.side**2, END])
     pixels = mx.random.normal((side**2, 3 * 2 * PATCH * PATCH))

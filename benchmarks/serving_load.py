@@ -99,10 +99,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 @contextmanager
-def serving(model: str | None) -> Iterator[tuple[int, int]]:
-    """The id of a server's process, and its port. Raises UserError where it does not start."""
-    words = [sys.executable, "-m", "mlx_vlm_prune", "serve"]
-    words += ["--port", "0", "--queue", "1000", "--cache-gb", "0.05"]
+def serving(model: str | None, *options: str) -> Iterator[tuple[int, int]]:
+    """The id of a server's process with some options, and its port. Raises UserError where it does
+    not start."""
+    words = [sys.executable, "-m", "mlx_vlm_prune", "serve", "--port", "0", *options]
     words += ["--model", model] if model else []
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -197,7 +197,8 @@ def memory_mb(process: int) -> float:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All requests, and what became of them."""
-    with serving(args.model) as (process, port), ThreadPoolExecutor(args.clients) as clients:
+    server = serving(args.model, "--queue", "1000", "--cache-gb", "0.05")
+    with server as (process, port), ThreadPoolExecutor(args.clients) as clients:
         alone = answers_alone(port, args)
         memory, start = [memory_mb(process)], time.perf_counter()
         waiting = [

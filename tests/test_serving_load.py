@@ -59,7 +59,7 @@ def test_its_exit_code_says_whether_every_answer_was_that_of_the_request_alone(
     threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
 
     @contextmanager
-    def serving(model: object) -> Iterator[tuple[int, int]]:
+    def serving(model: object, *options: str) -> Iterator[tuple[int, int]]:
         yield 0, server.server_port
 
     monkeypatch.setattr(serving_load, "serving", serving)
