@@ -196,7 +196,8 @@ class OwnRunningBatch:
             choose = PromptChooser(request, read.ids)
             token_11 = clock.end_part("prefill", choose(read.prefill.logits_BV))
             check_first_logits(read.prefill.logits_BV)
-        room = answer_room(request, int(read.prefill.next_B1.item()), self.context)
+        next_position = int(np.array(read.prefill.next_B1)[0, 0])
+        room = answer_room(request, next_position, self.context)
         writer = AnswerWriter(
             Detokenizer(self.processor.tokenizer),
             answer_ends(self.processor, request),

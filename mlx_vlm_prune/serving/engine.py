@@ -1,8 +1,9 @@
-"""The threads that answer. Requests wait in a queue; one thread turns the next ones' words into ids
-and their pictures into pixels, the other reads their prompts one by one and writes the answers.
+"""The queue of requests, and the two threads that prepare and answer them.
 
-The second alone touches the model. A request's pieces go to whoever waits for them by its
-`deliver`. Whatever ends a thread, everybody who waits gets to know that no piece comes any more.
+One turns the next ones' words into ids and their pictures into pixels. The other reads their
+prompts one by one and writes the answers; it alone touches the model. A request's pieces go to
+whoever waits for them by its `deliver`. Whatever ends a thread, everybody who waits gets to know
+that no piece comes any more.
 """
 
 import logging
