@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -103,6 +104,17 @@ def text_of(completion: dict[str, Any]) -> str:
     """The words of an answer."""
     (choice,) = completion["choices"]
     return str(choice["message"]["content"])
+
+
+def slow_down(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a batch that take as long as those of a model that is no toy."""
+    step = batch.step
+
+    def slow(self: Any) -> Any:
+        time.sleep(0.02)
+        return step(self)
+
+    monkeypatch.setattr(batch, "step", slow)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Promises of what the server holds: answers fit into memory, and nothing is held twice."""
 
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +22,7 @@ from mlx_vlm_prune.models.joined_prompts import JoinedPrompts
 from mlx_vlm_prune.planning import calibration
 
 from .golden_requests import make_folder
-from .serving import noise, question, serve, text_of
+from .serving import noise, question, serve, slow_down, text_of
 from .test_serve_load import LONG, open_stream, wait_for
 
 from mlx_vlm_prune.serving import memory, time_budget  # isort: skip - need FastAPI
@@ -68,17 +67,6 @@ def free_for(model: Any, answers: float) -> int:
     """What must be free for so many answers of one step of rows."""
     row = AnswerMemory.of(*model, 0).row_bytes
     return int(answers * COPIES * STEP * row / SHARE)
-
-
-def slow_down(batch: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of a batch that take as long as those of a model that is no toy."""
-    step = batch.step  # type: ignore[attr-defined] - a class of ours
-
-    def slow(self: Any) -> Any:
-        time.sleep(0.02)
-        return step(self)
-
-    monkeypatch.setattr(batch, "step", slow)
 
 
 def test_answers_wait_until_there_is_memory_for_their_rows(loaded, monkeypatch):
