@@ -68,14 +68,7 @@ class AnswerPiece:
 
 
 class RunningBatch(Protocol):
-    """Answers that are written together, each known by a key.
-
-    `context` counts the rows that the model reads, `longest_token` the characters of the longest
-    token of its vocabulary.
-    """
-
-    context: int
-    longest_token: int
+    """Answers that are written together, each known by a key."""
 
     def __len__(self) -> int: ...
 
@@ -88,9 +81,9 @@ class RunningBatch(Protocol):
         request at a time. Raises UserError."""
         ...
 
-    def add(self, key: Hashable, prepared: Any, *, low_detail: bool = False) -> AnswerRoom:
+    def add(self, key: Hashable, prepared: Any, *, low_detail: bool = False) -> AnswerRoom | None:
         """Read a prompt of `prepare`, whose answer then comes piece by piece; with `low_detail`
-        each image keeps `low_detail_tokens`. Raises UserError."""
+        each image keeps `low_detail_tokens`. None where it is read later. Raises UserError."""
         ...
 
     def step(self) -> Iterable[AnswerPiece]:
@@ -110,7 +103,19 @@ class RunningBatch(Protocol):
         ...
 
 
-def check_characters(batch: RunningBatch, request: Request) -> None:
+class ServedBatch(RunningBatch, Protocol):
+    """A batch that a server can bound: `context` counts the rows that the model reads,
+    `longest_token` the characters of the longest token of its vocabulary."""
+
+    context: int
+    longest_token: int
+
+    def add(self, key: Hashable, prepared: Any, *, low_detail: bool = False) -> AnswerRoom:
+        """Read a prompt of `prepare` at once. Raises UserError."""
+        ...
+
+
+def check_characters(batch: ServedBatch, request: Request) -> None:
     """Raises UserError for texts that are longer than the longest prompt, so that none of them is
     tokenized."""
     turns = [text for turn in request.history for text in (turn.question, turn.answer)]

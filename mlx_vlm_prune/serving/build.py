@@ -7,7 +7,7 @@ from fastapi import FastAPI
 
 from ..checkpoints.errors import UserError
 from ..generation.request import Request
-from ..generation.running_batch import OwnRunningBatch, RunningBatch
+from ..generation.running_batch import OwnRunningBatch, ServedBatch
 from ..hosts.running_batch import HostRunningBatch
 from ..models.vlm import VLM
 from .app import build_app
@@ -21,7 +21,7 @@ from .time_budget import TimeBudgets
 def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAPI:
     """The application that answers with a model of ours or of mlx-vlm's. Raises UserError where the
     model cannot prune as the settings say."""
-    batch: RunningBatch
+    batch: ServedBatch
     if isinstance(model, VLM):
         batch = OwnRunningBatch(model, processor, settings.cache_bytes)
     else:

@@ -19,7 +19,7 @@ from ..generation.running_batch import (
     AnswerPiece,
     AnswerRoom,
     PreparedRequest,
-    RunningBatch,
+    ServedBatch,
     check_characters,
 )
 from ..inputs.budget import FixedBudgetError
@@ -69,7 +69,7 @@ class Engine:
     them."""
 
     def __init__(
-        self, batch: RunningBatch, most_answers: int, queue: int, metrics: Metrics,
+        self, batch: ServedBatch, most_answers: int, queue: int, metrics: Metrics,
         times: TimeBudgets, memory: AnswerMemory,
     ) -> None:  # fmt: skip
         self.batch, self.most_answers, self.queue = batch, most_answers, queue

@@ -8,12 +8,18 @@ from typing import Any
 from ...checkpoints.errors import UserError
 from ...generation.request import Request
 from ...generation.result import GenerationResponse, GenerationResult
-from ...generation.running_batch import AnswerPiece, OwnRunningBatch, RunningBatch
+from ...generation.running_batch import (
+    AnswerPiece,
+    OwnRunningBatch,
+    PreparedRequest,
+    RunningBatch,
+)
 from ...generation.stop_strings import StopStrings
 from ...hosts.conversation import HostConversation
 from ...hosts.families import host_of
 from ...hosts.families.pruner_defaults import plan_for_host
 from ...hosts.running_batch import HostRunningBatch
+from ...machine.clock import request_clock
 from ...models.vlm import VLM
 from .options import RunOptions
 
@@ -79,10 +85,14 @@ class HostAnswers:
         """Raises UserError for a method or a budget that the model cannot have."""
         self.conversation.check(request)
 
-    def add(self, key: Hashable, request: Request, *, low_detail: bool = False) -> None:
-        """Read a prompt, whose answer then comes piece by piece. Raises UserError."""
+    def prepare(self, request: Request) -> PreparedRequest:
+        """The request as it is: mlx-vlm's loop prepares it."""
+        return PreparedRequest(request, request_clock(), 0)
+
+    def add(self, key: Hashable, prepared: PreparedRequest, *, low_detail: bool = False) -> None:
+        """Have a prompt read by the first step. Raises UserError."""
         assert self.pieces is None and not low_detail
-        self.key, self.pieces = key, self.conversation.stream(request)
+        self.key, self.pieces = key, self.conversation.stream(prepared.request)
 
     def step(self) -> list[AnswerPiece]:
         """The next piece. Raises UserError where the prompt cannot be answered."""
@@ -130,15 +140,15 @@ def answer_questions(
         while len(running) < at_once and (number := next(waiting, None)) is not None:
             running[number] = OpenAnswer(StopStrings(questions[number].until))
             with naming_question(questions[number].name):
-                batch.add(number, questions[number].make_request())
+                batch.add(number, batch.prepare(questions[number].make_request()))
         if not running:
             return
         for event in _step(batch, questions, running):
-            number, piece = event.key, event.piece
+            number, piece = event.key, event.response
             if number not in running:  # it ended at a text of its question's
                 continue
             with naming_question(questions[number].name):
-                if isinstance(piece, UserError):
+                if isinstance(piece, Exception):
                     raise piece
             answer = running[number]
             answer.figures = event.figures or answer.figures
