@@ -31,6 +31,7 @@ from .sweep import check_cases
 
 DEFAULT_METHODS = ("divprune", "fastv")
 DEFAULT_RATIOS = (0.75, 0.5, 0.25)
+PROMPT_FLAGS = ("--prompt", "-p")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_explore_parser(DEFAULT_METHODS, DEFAULT_RATIOS)
     with in_one_sentence(parser):
         args = parser.parse_args(argv)
-        args.command = shlex.join([SCRIPT, "explore", *(sys.argv[1:] if argv is None else argv)])
+        args.words = list(sys.argv[1:] if argv is None else argv)
         run(args)
 
 
@@ -57,9 +58,10 @@ def run(args: argparse.Namespace) -> None:
     ask = partial(generate, model, processor, prompt, image=images)
     explorer = Explorer(model, processor, prompt, images, options, ask, args.predict)
     answers, refusals = explore_all(args, explorer, full_case(swept), cases)
+    command = shlex.join([SCRIPT, "explore", *words_with_prompt(args.words, prompt)])
     exploration = Exploration(
-        answers, prompt, args.model or "scenes", args.command, [*refused, *refusals],
-        timing="one warm run each",
+        answers, prompt, args.model or "scenes", command, [*refused, *refusals],
+        timing="one warm run each", prediction=explorer.times.about if explorer.times else "",
     )  # fmt: skip
     exploration.check()
     exploration.save(args.out)
@@ -72,18 +74,20 @@ def explore_all(
 ) -> tuple[list[ExploredAnswer], list[Refusal]]:  # fmt: skip
     """The full answer and all others, and those that were refused. Shows progress."""
     answers: list[ExploredAnswer] = []
+    predicted: BudgetedMethod | None = None  # the first whose time was
     refused: list[Refusal] = []
     with tqdm([full, *cases], "answers", file=sys.stderr, leave=False, delay=2) as bar:
         for case in bar:
             bar.set_postfix_str(case.spec, refresh=False)
             try:
-                answers.append(explorer.explore(case, repeat_command(args, case)))
+                answer = explorer.explore(case, repeat_command(args, case))
             except UserError as problem:
                 if case is full:
                     raise
                 refused.append({"pruner": case.spec, "tokens": case.K, "why": str(problem)})
-    predicted = next((case for case, answer in zip(cases, answers[1:], strict=False)
-                      if answer.predicted_ms), None)  # fmt: skip
+                continue
+            answers.append(answer)
+            predicted = predicted or (case if answer.predicted_ms else None)
     if predicted:
         answers[0] = replace(answers[0], predicted_ms=explorer.predict_full(predicted.pipeline))
     return answers, refused
@@ -94,9 +98,9 @@ def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
     words = [SCRIPT, "generate"]
     for name in ("model", "revision", "adapter_path", "system", "max_pixels"):
         if value := getattr(args, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += flag_with(f"--{name.replace('_', '-')}", str(value))
     if args.image:
-        words += ["--image", *args.image, "--prompt", args.prompt]
+        words += ["--image", *args.image, *flag_with("--prompt", args.prompt)]
     if args.dtype != "auto":
         words += ["--dtype", args.dtype]
     if args.chat_template_config:
@@ -106,6 +110,24 @@ def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
         words += ["--keep-tokens" if isinstance(case.K, int) else "--keep-ratio", str(case.K)]
         words += ["--positions", args.positions] if args.positions else []
     return shlex.join([*words, "--max-tokens", str(args.max_tokens), "--json", "answer.json"])
+
+
+def flag_with(flag: str, value: str) -> list[str]:
+    """An option and its value, also one that looks like an option."""
+    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]
+
+
+def words_with_prompt(words: Sequence[str], prompt: str) -> list[str]:
+    """The words of a command, with the prompt itself where it came from stdin."""
+    written: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word == "-" and before in PROMPT_FLAGS:
+            written[-1:] = flag_with("--prompt", prompt)
+        elif word in ("--prompt=-", "-p-"):
+            written += flag_with("--prompt", prompt)
+        else:
+            written.append(word)
+    return written
 
 
 def _images_and_prompt(args: argparse.Namespace) -> tuple[list[Any], str]:

@@ -1,6 +1,5 @@
 """A real browser for tests: Debian's Chromium, headless, driven by Playwright's Python client."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,16 +7,18 @@ from typing import Any
 
 import pytest
 
+from benchmarks.page_fluidity import find_chromium
+
 AXE = Path(__file__).parent / "vendored" / "axe.min.js"
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-ALLOWED = ("file:", "data:", "about:", "http://127.0.0.1")  # addresses; anything else is a fault
+# Addresses; anything else is a fault.
+ALLOWED = ("file:", "data:", "about:", "blob:", "http://127.0.0.1")
 
 
 @contextmanager
 def start_browser() -> Iterator[Any]:
     """A running browser; a test that has none is skipped with a sentence."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, NAMES)), None)
+    program = find_chromium()
     if program is None:
         pytest.skip("there is no Chromium on this machine; apt-get install chromium brings it")
     with playwright.sync_playwright() as driver:
@@ -31,7 +32,11 @@ def start_browser() -> Iterator[Any]:
 class Tab:
     """A tab with one page; `faults` are errors on the console and addresses that it asked for."""
 
-    def __init__(self, browser: Any, file: Path, width: int = 1280, scheme: str = "light"):
+    def __init__(
+        self, browser: Any, place: Path | str, width: int = 1280, scheme: str = "light",
+        ready: str = "html[data-ready]",
+    ):  # fmt: skip
+        """`place` is a file or an address, `ready` selects what is there once it can be used."""
         self.context = browser.new_context(
             viewport={"width": width, "height": 900}, color_scheme=scheme
         )
@@ -40,8 +45,8 @@ class Tab:
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._on_request)
-        self.page.goto(file.as_uri())
-        self.page.wait_for_selector("html[data-ready]")
+        self.page.goto(place.as_uri() if isinstance(place, Path) else place)
+        self.page.wait_for_selector(ready)
 
     def _on_console(self, message: Any) -> None:
         if message.type == "error":

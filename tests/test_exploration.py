@@ -154,10 +154,23 @@ def test_several_answers_lie_side_by_side_with_their_budgets(answer):
     assert view["tokens"] == N and view["picture"].startswith("data:image/png;base64,")
 
 
+def test_answers_of_one_method_with_as_many_tokens_have_names_of_their_own(model, answer):
+    again = generate(
+        *model, PROMPT, IMAGE, pruner="norm", keep_tokens=49, positions="renumber", max_tokens=3
+    )
+    exploration = answer("none").explore(answer("norm", 49), again, answer("downsample", 49))
+    rows = exploration.as_json()["answers"]
+    assert [row["pruner"] for row in rows] == ["none", "norm", "norm (2)", "downsample"]
+    assert [row["positions"] for row in rows[1:3]] == ["keep", "renumber"]
+
+
 def test_answers_without_or_about_different_images_are_refused(model, answer):
     no_image = generate(*model, "is it red ?", max_tokens=1)
     with pytest.raises(UserError, match="there is nothing to explore: the prompt had no image"):
         no_image.explore()
+    other = answer("norm", 49, compose(seed=1_000_000_008).image())  # of the same size
+    with pytest.raises(UserError, match="not about the same images"):
+        answer("norm", 49).explore(other)
     two = answer("norm", 49, [IMAGE, IMAGE])
     with pytest.raises(UserError, match="not about the same images"):
         answer("norm", 49).explore(two)

@@ -1,16 +1,21 @@
 """Promises of `explore`: a page of full and pruned answers, with what repeats each number."""
 
+import io
 import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_vlm_prune import explore, generate, load
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main as generate_main
+from mlx_vlm_prune.generation.arguments import build_explore_parser
+from mlx_vlm_prune.generation.exploration import ExploredAnswer
 from mlx_vlm_prune.generation.steps import likelihood
 from mlx_vlm_prune.generation.stream import prepare_prompt
 from mlx_vlm_prune.pruners import plan
@@ -105,6 +110,76 @@ def test_words_are_those_behind_the_image_and_share_their_attention(explored, ho
             present = [i for i, x in enumerate(attention) if x is not None]
             assert present == before and 0 < sum(attention[i] for i in present) <= 1.001
     assert not [r for r in explored["answers"] if r["pruner"] == "norm" and r["words"]]
+
+
+def test_a_refused_answer_takes_no_other_ones_place(home):
+    """The time of all tokens is predicted from the first method whose own time is."""
+    cases = [SimpleNamespace(spec=spec, K=5, pipeline=spec) for spec in ("none", "a", "b", "c")]
+    known = {"none": None, "b": None, "c": {"total": 2.0}}
+
+    class Fake:
+        def explore(self, case, command):
+            if case.spec not in known:
+                raise UserError("too few tokens")
+            return ExploredAnswer(SimpleNamespace(pruner=case.spec), predicted_ms=known[case.spec])
+
+        def predict_full(self, pipeline):
+            return {"total": 3.0, "by": pipeline}
+
+    args = build_explore_parser(["norm"], [0.5]).parse_args(["--prompt", "?"])
+    answers, refused = explore.explore_all(args, Fake(), cases[0], cases[1:])
+    assert [answer.result.pruner for answer in answers] == ["none", "b", "c"]
+    assert answers[0].predicted_ms == {"total": 3.0, "by": "c"}
+    assert refused == [{"pruner": "a", "tokens": 5, "why": "too few tokens"}]
+
+
+def test_a_method_is_calibrated_once_and_answers_need_no_calibration(
+    home, tmp_path, monkeypatch, capsys
+):
+    measured = []
+
+    def present(model, processor, pipeline, inputs):
+        measured.append(pipeline.spec)
+        if pipeline.spec == "norm":
+            raise UserError("the machine is busy")
+        return SimpleNamespace(ms=lambda K, text, images: {"prefill": 1.0 * K}), 2.0
+
+    monkeypatch.setattr("mlx_vlm_prune.evaluation.predicted_times.present_calibration", present)
+    out = tmp_path / "p.html"
+    budgets = ["--keep-tokens", "12", "8", "5"]
+    explore.main(command(home, out, "--pruner", "avgpool", *budgets))
+    assert measured == ["avgpool"]
+    explore.main(command(home, out, "--pruner", "norm", "--keep-tokens", "5"))
+    assert [row["predicted_ms"] for row in content_of(out)["answers"]] == [None, None]
+    assert "note: no time is predicted for norm: the machine is busy" in capsys.readouterr().err
+
+
+def test_two_images_that_are_the_same_have_their_words_each(home, tmp_path):
+    arguments = command(home, tmp_path / "p.html", "--pruner", "mmtok", "--keep-tokens", "5")
+    arguments[arguments.index("--prompt") : arguments.index("--prompt")] = [str(home / "photo.png")]
+    explore.main([*arguments, "--no-predict"])
+    content = content_of(tmp_path / "p.html")
+    (row,) = [row for row in content["answers"] if row["pruner"] == "mmtok"]
+    places = [(each["step"], each["view"]) for each in row["words"]]
+    assert len(content["views"]) == 2 and {view for _, view in places} == {0, 1}
+    assert len(places) == len(set(places))
+
+
+@pytest.mark.parametrize("flag", [["--prompt", "-"], ["-p", "-"], ["--prompt=-"], ["-p-"]])
+def test_a_prompt_from_stdin_stands_in_the_commands(flag, home, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("-is it red?\n"))
+    out = tmp_path / "p.html"
+    explore.main([
+        "--model", str(home / "mlx"), "--image", str(home / "photo.png"), *flag, "--pruner",
+        "norm", "--keep-tokens", "5", "--max-tokens", "1", "--no-predict", "--out", str(out),
+    ])  # fmt: skip
+    content = content_of(out)
+    assert content["prompt"] == "-is it red?"
+    commands = [content["command"], *(row["command"] for row in content["answers"])]
+    for words in map(shlex.split, commands):
+        assert "--prompt=-is it red?" in words and "-" not in words
+    parsed = build_explore_parser(["norm"], [0.5]).parse_args(shlex.split(commands[0])[2:])
+    assert parsed.prompt == content["prompt"]
 
 
 def test_times_are_measured_and_predicted_by_part(home, tmp_path, monkeypatch):

@@ -7,6 +7,9 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 import numpy as np
 
 from mlx_vlm_prune import explore, generate, load
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.planning.host_operations import language_sizes
+from mlx_vlm_prune.planning.operations import prefill
 
 from . import host_folders
 from .test_explore_command import content_of
@@ -50,7 +53,6 @@ def test_each_answer_keeps_what_generate_keeps_of_every_view(explored, desk):
             image = kept.setdefault(view["image"], [])
             image += [view["first"] + index for index in left["kept"]]
         assert [*kept.values()] == result.kept_indices
-        assert row["predicted_ms"] is None  # of our models alone
 
 
 def test_log_probabilities_of_the_greedy_answer_are_the_highest(explored):
@@ -63,6 +65,26 @@ def test_log_probabilities_of_the_greedy_answer_are_the_highest(explored):
         assert max(this["pruned"] + full["full"]) <= 0
         assert sum(this["pruned"]) >= sum(full["pruned"]) - 1e-4  # no other beats the greedy one
         assert sum(full["full"]) >= sum(this["full"]) - 1e-4
+
+
+def test_times_are_predicted_from_the_operations_of_the_language_model(explored):
+    content, folder = explored
+    sizes = language_sizes(host_of(*load(folder)))
+    full, *pruned = content["answers"]
+    text = full["prompt_tokens"] - full["visual_tokens"]
+
+    def operations(row) -> int:
+        runs = [[run["visual_tokens"]] * (run["last"] - run["first"] + 1) for run in row["layers"]]
+        return prefill(sizes, [text + visual for run in runs for visual in run])
+
+    assert full["predicted_ms"] is None and "operations" in content["prediction"]
+    speeds = []
+    for row in pruned:
+        times = row["predicted_ms"]
+        assert times.keys() == {"image", "vision", "prefill", "total"}
+        assert times["total"] == sum(ms for part, ms in times.items() if part != "total")
+        speeds.append(operations(row) / times["prefill"])
+    assert min(speeds) == pytest.approx(max(speeds)) and operations(pruned[0]) < operations(full)
 
 
 def test_words_are_read_of_every_view(explored):

@@ -6,22 +6,21 @@ the prompt's words attended to where a method reads it, and the predicted time.
 Shapes: N visual tokens of a view, T words of the prompt.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from ..checkpoints.errors import UserError
 from ..generation.exploration import ExploredAnswer, WordAttention
 from ..generation.prefill import Prefill
-from ..generation.request import Request, pixel_limit
+from ..generation.request import Request
 from ..generation.result import GenerationResult
 from ..generation.steps import token_logprobs
-from ..generation.stream import pipeline_for, prepare_prompt, prepare_request
+from ..generation.stream import pipeline_for, prepare_request
 from ..hosts import prompt as host_prompt
 from ..hosts.compatibility import check_pipeline
 from ..hosts.families import host_of
@@ -33,13 +32,17 @@ from ..inputs.image import open_image
 from ..inputs.processor import Processor
 from ..models.splice import outside
 from ..models.vlm import VLM
-from ..planning.budgets import check_free_budget, present_calibration
 from ..pruners import Pipeline
 from ..pruners.observed import WordChoice, observing_words
 from ..pruners.trace import Trace
 from .budgeted_methods import BudgetedMethod
-
-Answer = Callable[..., GenerationResult]  # `generate` with the model, the prompt and the images
+from .predicted_times import (
+    Answer,
+    CalibratedTimes,
+    CountedTimes,
+    PredictedTimes,
+    predict_or_warn,
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Explorer:
     """Asks one model the same about the same images, by one method after another.
 
     `options` are those of `generate` that all answers have in common. With `predicts` times are
-    predicted too, for our models, from a calibration of each method.
+    predicted too.
     """
 
     model: Any
@@ -136,12 +139,19 @@ class Explorer:
     answer: Answer
     predicts: bool = True
     full: GenerationResult | None = field(default=None, init=False)
+    times: PredictedTimes | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        is_ours = isinstance(self.model, VLM)
-        kind: Any = VLMReader if is_ours else HostReader
-        self.reader: Reader = kind(self.model, self.processor)
-        self.predicts = self.predicts and is_ours
+        model, processor = self.model, self.processor
+        if isinstance(model, VLM):
+            self.reader: Reader = VLMReader(model, processor)
+            times: PredictedTimes = CalibratedTimes(
+                model, processor, self.prompt, self.images, self.options
+            )
+        else:
+            self.reader = reader = HostReader(model, processor)
+            times = CountedTimes(reader.host, partial(self.answer, **self.options))
+        self.times = times if self.predicts else None
 
     def explore(self, case: BudgetedMethod, command: str) -> ExploredAnswer:
         """The answer with a budget; that with all tokens comes first. Raises UserError."""
@@ -155,7 +165,10 @@ class Explorer:
         assert self.full, "the full answer comes first"
         request = Request(self.prompt, self.images, **chosen)
         logprobs, words = self._read_again(request, result)
-        predicted_ms = self._predict(case, is_full) if self.predicts else None
+        predicted_ms = None  # with all tokens from another method's calibration: `predict_full`
+        if self.times and not is_full:
+            predict = partial(self.times.of_answer, case, self.full, result)
+            predicted_ms = predict_or_warn(case.pipeline, predict)
         return ExploredAnswer(
             result, None if is_full else case.K, command, self._texts(result.token_ids),
             predicted_ms, logprobs, words,
@@ -167,17 +180,19 @@ class Explorer:
         """Log-probabilities of the full answer's tokens and of this one's, both ways; words."""
         assert self.full
         with observing_words() as choices, self.reader.read(request) as read:
+            is_same = result.token_ids == self.full.token_ids
             of_full = logprobs_of(read.prefill, self.full.token_ids)
-            of_this = logprobs_of(read.prefill, result.token_ids)
+            of_this = of_full if is_same else logprobs_of(read.prefill, result.token_ids)
             words = word_attention(choices, read, self.reader.name)
         if result is self.full:
-            self.full_request = request
+            self.full_request, self.full_logprobs = request, of_full
             return {"full_answer": {"full": of_full}}, words
-        with self.reader.read(self.full_request) as read:
-            this_full = logprobs_of(read.prefill, result.token_ids)
-            full_full = logprobs_of(read.prefill, self.full.token_ids)
+        this_full = self.full_logprobs
+        if not is_same:
+            with self.reader.read(self.full_request) as read:
+                this_full = logprobs_of(read.prefill, result.token_ids)
         return {
-            "full_answer": {"full": full_full, "pruned": of_full},
+            "full_answer": {"full": self.full_logprobs, "pruned": of_full},
             "answer": {"full": this_full, "pruned": of_this},
         }, words
 
@@ -189,33 +204,11 @@ class Explorer:
             for before, after, token in zip(texts, texts[1:], ids, strict=False)
         ]
 
-    def _predict(self, case: BudgetedMethod, is_full: bool) -> dict[str, float] | None:
-        """Milliseconds of each part up to the first token; None where there is nothing to predict
-        from."""
-        if is_full:
-            return None  # from the first method's calibration, see `predict_full`
-        try:
-            check_free_budget(case.pipeline, self.model.N)
-        except UserError:
-            return None
-        return self._forecast(case.pipeline, int(case.K))
-
     def predict_full(self, pipeline: Pipeline) -> dict[str, float] | None:
-        """The same with all visual tokens, from the calibration of a method."""
-        return self._forecast(pipeline, self.model.N) if self.predicts else None
-
-    def _forecast(self, pipeline: Pipeline, K: int) -> dict[str, float]:
-        model, processor = self.model, self.processor
-        start = time.perf_counter()
-        config, system = (self.options.get(n) for n in ("chat_template_config", "system"))
-        limit = pixel_limit(self.options.get("max_pixels"), None)
-        inputs = prepare_prompt(model, processor, self.prompt, self.images, config, system, limit)
-        mx.eval(inputs.pixels)
-        image_ms = 1000 * (time.perf_counter() - start)
-        calibration, level = present_calibration(model, processor, pipeline, inputs)
-        parts = calibration.ms(K, inputs.text_tokens, len(inputs.visible))
-        ms = {"image": image_ms} | {name: level * float(part) for name, part in parts.items()}
-        return ms | {"total": sum(ms.values())}
+        """The predicted time with all visual tokens, from what is known of a method."""
+        if self.times is None:
+            return None
+        return predict_or_warn(pipeline, partial(self.times.of_full, pipeline))
 
 
 def logprobs_of(prefill: Prefill, ids: Sequence[int]) -> list[float]:
@@ -228,13 +221,20 @@ def logprobs_of(prefill: Prefill, ids: Sequence[int]) -> list[float]:
 def word_attention(
     choices: Sequence[WordChoice], read: ReadPrompt, name: Callable[[int], str]
 ) -> list[WordAttention]:
-    """What each word attended to, at the steps of the trace that the choices made."""
+    """What each word attended to, at the steps of the trace that the choices made.
+
+    Choices are noted in the order of steps and views, and each is that of one place: of two images
+    that are the same, each has its own.
+    """
     trace, words = read.prefill.trace, []
+    rows = [(choice, row) for choice in choices for row in range(len(choice.words_BTN))]
     for step in range(len(trace.steps)):
         for view in range(len(trace.sizes)):
-            for choice in choices:
-                for row in range(len(choice.words_BTN)):
-                    words += _attention_at(choice, row, (step, view), trace, read, name)
+            for number, (choice, row) in enumerate(rows):
+                if at := _attention_at(choice, row, (step, view), trace, read, name):
+                    words += at
+                    del rows[number]
+                    break
     return words
 
 

@@ -9,8 +9,10 @@ import base64
 import html
 import io
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +84,8 @@ class Exploration:
 
     Jupyter shows it as a page, `save` writes that page, `as_json` has its data. `command` repeats
     all of it; `refused` are methods that could not keep a budget, each with its reason. `timing`
-    says how times were taken; without it the page shows none.
+    says how times were taken; without it the page shows none. `prediction` says what predicted
+    times come from.
     """
 
     answers: Sequence[ExploredAnswer]
@@ -91,24 +94,38 @@ class Exploration:
     command: str = ""
     refused: Sequence[Mapping[str, Any]] = ()
     timing: str = "one run each, the first of a process among them"
+    prediction: str = ""
 
     @classmethod
     def of(cls, *results: GenerationResult) -> Exploration:
-        """Of answers alone. Raises UserError where there is no image, or where they differ."""
-        answers = [
-            ExploredAnswer(result, None if result.pruner == "none" else kept_of_an_image(result))
-            for result in results
-        ]
+        """Of answers alone; several of one method with as many tokens are numbered.
+
+        Raises UserError where there is no image, or where the images differ.
+        """
+        answers: list[ExploredAnswer] = []
+        count: Counter[tuple[str, int]] = Counter()
+        for result in results:
+            budget = kept_of_an_image(result)
+            count[result.pruner, budget] += 1
+            if result.pruner == "none":
+                answers.append(ExploredAnswer(result))
+                continue
+            number = count[result.pruner, budget]
+            name = result.pruner if number == 1 else f"{result.pruner} ({number})"
+            answers.append(ExploredAnswer(replace(result, pruner=name), budget))
         exploration = cls(answers)
         exploration.check()
         return exploration
 
     def check(self) -> None:
         """Raises UserError for answers that no page can show together."""
-        grids = [[grid for _, grid in each.result.views] for each in self.answers]
-        if not grids or not grids[0] or any(each.result.trace is None for each in self.answers):
+        views = [
+            [(grid, picture.size, sha256(picture.tobytes()).digest()) for picture, grid in views]
+            for views in (each.result.views for each in self.answers)
+        ]
+        if not views or not views[0] or any(each.result.trace is None for each in self.answers):
             raise UserError("there is nothing to explore: the prompt had no image")
-        if any(grid != grids[0] for grid in grids):
+        if any(others != views[0] for others in views):
             raise UserError("the answers are not about the same images; explore them one by one")
 
     def as_json(self) -> dict[str, Any]:
@@ -127,6 +144,7 @@ class Exploration:
             "model": self.model,
             "command": self.command,
             "timing": self.timing,
+            "prediction": self.prediction,
             "machine": describe_machine(),
             "versions": versions(),
             "depth": max((run["last"] + 1 for run in first.layers), default=0),
@@ -270,7 +288,7 @@ def _methods(answers: Sequence[ExploredAnswer]) -> dict[str, dict[str, Any]]:
     names = dict.fromkeys(spec.partition(":")[0] for spec in specs)
     return {
         name: {
-            "title": " ".join(METHODS[name].description.split("\n\n")[0].split()),
+            "title": METHODS[name].summary,
             "stage": METHODS[name].stage.name.lower(),
             "reads_prompt": METHODS[name].reads_prompt,
             "source": METHODS[name].source,

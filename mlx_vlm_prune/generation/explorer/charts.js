@@ -7,41 +7,46 @@ const PART_NAMES = { image: "image: opening and preprocessing", vision: "vision:
 // Tokens at each place from the image to the answer, and how many were merged or dropped there.
 function flowOf(answer) {
   const total = data.views.reduce((sum, view) => sum + view.tokens, 0);
-  const after = { image: total };
+  const flow = [{ name: "image", tokens: total }];
   let tokens = total;
-  for (const [name, stages] of [["tower", ["", "image", "encoder"]], ["features", ["features"]], ["projected", ["projected"]]]) {
+  // The projector gets what the features' methods left; what its own output's leave meets the layers.
+  for (const [name, stages] of [["tower", ["", "image", "encoder"]], ["projector", ["features"]]]) {
     answer.steps.filter((s) => s.layer === 0 && stages.includes(s.stage)).forEach((s) => { tokens = s.tokens; });
-    after[name] = tokens;
+    flow.push({ name, tokens });
   }
-  const flow = [{ name: "image", tokens: total }, { name: "tower", tokens: after.tower },
-    { name: "projector", tokens: after.features }];
-  for (let layer = 0; layer < data.depth; layer += 1) {
-    const run = answer.layers.find((each) => each.first <= layer && layer <= each.last);
-    flow.push({ name: `layer ${layer}`, layer, tokens: run ? run.visual_tokens : tokens });
+  for (const run of answer.layers) {
+    for (let layer = run.first; layer <= run.last; layer += 1) {
+      flow.push({ name: `layer ${layer}`, layer, tokens: run.visual_tokens });
+    }
   }
   return flow;
 }
 
-// Of all patches, how many are in slots of others, and how many are in none.
+// Of all patches, how many are in slots of others, how many in none, and how many in slots that
+// have no place.
 function fatesOf(step) {
-  let [merged, dropped] = [0, 0];
+  let [merged, dropped, pooled] = [0, 0, 0];
   step.views.forEach((view, v) => {
     const count = data.views[v].tokens;
     for (let patch = 0; patch < count; patch += 1) {
       const fate = fateOf(view, patch, count);
       merged += fate === "merged";
       dropped += fate === "dropped";
+      pooled += fate === "pooled";
     }
   });
-  return { merged, dropped };
+  return { merged, dropped, pooled };
 }
 
 function flowText(answer) {
   const flow = flowOf(answer);
   const changes = flow.filter((place, i) => i && place.tokens !== flow[i - 1].tokens);
-  const { merged, dropped } = fatesOf(answer.steps[answer.steps.length - 1]);
+  const last = answer.steps[answer.steps.length - 1];
+  const { merged, dropped, pooled } = fatesOf(last);
   const parts = changes.map((place) => `${place.tokens} from ${place.layer === undefined ? `the ${place.name}` : place.name} on`);
-  const ends = `at the end ${many(dropped, "patch").replace("patchs", "patches")} dropped, ${merged} merged`;
+  const patches = (count) => many(count, "patch").replace("patchs", "patches");
+  const ends = pooled ? `at the end ${patches(pooled)} pooled into ${many(last.tokens, "slot")}`
+    : `at the end ${patches(dropped)} dropped, ${merged} merged`;
   return `${flow[0].tokens} tokens of the image${parts.length ? `; ${parts.join("; ")}` : ", all of which stay"}; ${ends}.`;
 }
 

@@ -94,7 +94,7 @@ function showPanel(side) {
   const steps = stepsOf(answer);
   const step = stepOf(side, answer);
   const view = step.views[state.view];
-  const names = side.method === "none" ? [] : side.method.split("+").map((spec) => spec.split(":")[0]);
+  const names = side.method === "none" ? [] : side.method.replace(/ \(\d+\)$/, "").split("+").map((spec) => spec.split(":")[0]);
   side.about.textContent = names.filter((name) => data.methods[name]).map((name) => data.methods[name].title).join(" Then: ");
   side.note.textContent = why;
   side.note.hidden = !why;
@@ -206,7 +206,7 @@ function start() {
     + "Where a dot falls, pruning took away what that word stood on.";
   at("odds-section").hidden = !data.answers.some((answer) => answer.logprobs);
   at("times-about").textContent = `In milliseconds, on ${data.machine.cpu} (${data.machine.cores} cores, ${data.machine.device}); ${data.timing}.`
-    + (data.answers.some((answer) => answer.predicted_ms) ? " Predicted bars come from a calibration of this machine." : "");
+    + (data.answers.some((answer) => answer.predicted_ms) ? ` Predicted bars come from ${data.prediction}.` : "");
   makeControls();
   at("panels").append(...sides.map(makePanel));
   document.querySelectorAll(".pair").forEach((pair) => pair.classList.toggle("single", sides.length < 2));
