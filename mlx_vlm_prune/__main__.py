@@ -13,7 +13,7 @@ from .checkpoints.errors import UserError
 
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
-    "advise": "advise", "chat": "chat", "convert": None, "encode": "encode",
+    "advise": "advise", "app": "app", "chat": "chat", "convert": None, "encode": "encode",
     "evaluate": "evaluate", "explore": "explore", "fuse": "fuse", "generate": "generate",
     "new-method": "new_method", "plot": "plot", "pruners": "pruners.listing", "scan": "scan",
     "serve": "serve", "sweep": "sweep", "train": "train",
@@ -22,6 +22,7 @@ USAGE = """usage: {program} COMMAND …
 
 commands:
   advise     say whether pruning pays, for a model on this machine
+  app        chat about pictures in a browser, full and pruned answers side by side
   chat       talk about images in several turns, with fewer visual tokens
   convert    convert trained weights from PyTorch to MLX and back
   encode     encode images by a CLIP or SigLIP with fewer visual tokens

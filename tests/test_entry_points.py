@@ -29,6 +29,7 @@ NEEDS = {
     "benchmarks.rivals": (["--rival", "transformers"], "torch", "pip install torch transformers"),
     "benchmarks.speed": (["--backend", "torch"], "torch", EXTRA.format("torch")),
     "convert": (["to-torch", str(CHECKPOINT), "a.pth"], "torch", EXTRA.format("torch")),
+    "mlx_vlm_prune.app": ([], "gradio", EXTRA.format("app")),
     "mlx_vlm_prune.plot": (["a.json"], "matplotlib", EXTRA.format("plot")),
     "mlx_vlm_prune.serve": ([], "fastapi", EXTRA.format("serve")),
     "mlx_vlm_prune.scan": (["--plot", "a.svg"], "matplotlib", EXTRA.format("plot")),
@@ -65,7 +66,7 @@ def process(command, tmp_path_factory):
     before = set(folder.iterdir())
     runs = [["--help"], [*REQUIRED.get(command, []), "--no-such-option"]]
     runs += [NEEDS[command][0]] if command in NEEDS else []
-    done = run(folder, command, *runs, missing=("torch", "matplotlib", "fastapi"))
+    done = run(folder, command, *runs, missing=("torch", "matplotlib", "fastapi", "gradio"))
     assert set(folder.iterdir()) == before
     return done
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top to the bottom. A part imports those that stand after it; commands import all.
 PARTS = {
     "mlx_vlm_prune": (
-        "serving", "training", "plots", "evaluation", "planning", "hosts", "generation", "models",
-        "pruners", "inputs", "scenes", "machine", "checkpoints",
+        "webui", "serving", "training", "plots", "evaluation", "planning", "hosts", "generation",
+        "models", "pruners", "inputs", "scenes", "machine", "checkpoints",
     ),
     "torch_ref": ("training", "generation", "models", "pruners"),
 }  # fmt: skip

@@ -158,11 +158,12 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         for name in {n.split(".")[0] for n in imports(file)} - allowed
     }
     assert {name for name, _ in extras} == set(
-        "fastapi lmms_eval matplotlib mlx_lm mlx_vlm pillow_heif pyarrow pydantic torch uvicorn"
-        " yaml".split()
+        "fastapi gradio lmms_eval matplotlib mlx_lm mlx_vlm pillow_heif pyarrow pydantic torch"
+        " uvicorn yaml".split()
     )
     places = {
-        "fastapi": "mlx_vlm_prune/serving/",
+        "fastapi": ("mlx_vlm_prune/serving/", "mlx_vlm_prune/webui/"),
+        "gradio": "mlx_vlm_prune/webui/",
         "lmms_eval": (
             "mlx_vlm_prune/evaluation/harness/manifest.py",
             "mlx_vlm_prune/evaluation/harness/model.py",
@@ -178,7 +179,7 @@ def test_the_product_imports_only_what_installing_it_brings_and_extras_in_one_pl
         "pyarrow": "mlx_vlm_prune/evaluation/questions/parquet.py",
         "pydantic": "mlx_vlm_prune/serving/request_schema.py",
         "torch": "mlx_vlm_prune/checkpoints/reading/pth.py",
-        "uvicorn": "mlx_vlm_prune/serving/connections.py",
+        "uvicorn": ("mlx_vlm_prune/serving/connections.py", "mlx_vlm_prune/app.py"),
         "yaml": "mlx_vlm_prune/training/config.py",
     }
     assert all(file.startswith(places[name]) for name, file in extras)

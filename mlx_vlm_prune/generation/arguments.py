@@ -37,6 +37,8 @@ SERVE_DESCRIPTION = """Answer requests over HTTP as OpenAI's API has them. A req
 many visual tokens it keeps: visual_tokens, keep_ratio, pruner, budget_ms, or a picture's detail."""
 SERVE_EPILOG = """example: mlx-vlm-prune serve --model my-model --pruner divprune
 --keep-ratio 0.25"""
+APP_DESCRIPTION = """Chat about pictures in a browser: each question is answered with all visual
+tokens and pruned, beside what was kept. Only this machine reaches the page."""
 Add = Callable[..., Any]
 
 
@@ -111,8 +113,8 @@ def build_explore_parser(methods: Sequence[str], ratios: Sequence[float]) -> Par
     add = parser.add_argument_group("page").add_argument
     add("--max-tokens", "-m", type=int, default=64, metavar="N", help="longest answer, in tokens")
     add("--predict", action=argparse.BooleanOptionalAction, default=True,
-        help="of our models, predict times too, from a calibration of each method, which takes some"
-        " seconds and is kept")
+        help="predict times too, of our models from a calibration of each method, which takes some"
+        " seconds and is kept, of mlx-vlm's from counted operations")
     add("--out", type=Path, default=Path("explore.html"), metavar="FILE.html",
         help="where the page goes; a file that is there is replaced")
     return parser
@@ -161,6 +163,18 @@ def build_serve_parser(max_pixels: int) -> Parser:
         help="seconds until an answer must be complete")
     add("--cache-gb", type=float, default=1.0, metavar="GB",
         help="memory (10^9 bytes) for features and rows of earlier prompts; 0 keeps none")
+    return parser
+
+
+def build_app_parser() -> Parser:
+    """The command line of `app`."""
+    parser = Parser("mlx_vlm_prune.app", description=APP_DESCRIPTION)
+    _add_model(parser)
+    add = parser.add_argument_group("page").add_argument
+    add("--port", type=partial(whole_number, 0, most=65535), default=7860, metavar="PORT",
+        help="the port of 127.0.0.1; 0 takes a free one")
+    add("--max-tokens", "-m", type=partial(whole_number, 1), default=256, metavar="N",
+        help="longest answer, in tokens")
     return parser
 
 

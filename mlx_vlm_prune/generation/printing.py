@@ -47,11 +47,11 @@ def print_figures(a: GenerationResult) -> None:
         print(f"Visual tokens: {a.visual_tokens} -> {a.visual_tokens_kept} ({pruned:.1%} pruned)")
         if len(a.layers) > 1:
             print(f"By layer: {_by_layer(a)}; {a.visual_tokens_kept} in the mean")
-    print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({_by_part(a.ttft_ms)})")
+    print(f"Time to first token: {a.ttft_ms['total']:.1f} ms ({times_by_part(a.ttft_ms)})")
 
 
-def _by_part(ttft_ms: Timings) -> str:
-    """Milliseconds of each part; parts that were not timed alone, together."""
+def times_by_part(ttft_ms: Timings) -> str:
+    """Milliseconds of each part of a time; parts that were not timed alone, together."""
     parts = {part: ms for part, ms in ttft_ms.items() if part != "total"}
     timed = {part: ms for part, ms in parts.items() if isinstance(ms, float)}
     untimed = " and ".join(part for part in parts if part not in timed)

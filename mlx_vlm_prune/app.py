@@ -1,0 +1,126 @@
+"""Chat about pictures in a browser: full and pruned answers side by side, and what was kept.
+
+mlx-vlm-prune app --model my-model
+"""
+
+import argparse
+import inspect
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from .chat import Chat
+from .checkpoints.command_line import in_one_sentence
+from .checkpoints.errors import UserError, missing_package
+from .checkpoints.reading.paths import expand_home
+from .generate import SAMPLE_PROMPT, SAMPLE_SEED
+from .generation.arguments import build_app_parser
+from .hosts.loading import load
+from .scenes import compose
+from .serve import listen
+from .webui.model_thread import BUILT_IN, Models, ModelThread, OpenModel
+
+__all__ = ["main"]
+
+HOST = "127.0.0.1"
+SECONDS_TO_END = 1  # that open pages may take
+# Gradio reads these while it is imported: it reports to nobody, and keeps no history of runs.
+QUIET = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "GRADIO_RUN_HISTORY": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake in it ends in one sentence and exit code 2."""
+    parser = build_app_parser()
+    with in_one_sentence(parser):
+        run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Show the page until a signal comes. What was uploaded and drawn is removed then."""
+    if find_spec("gradio") is None:
+        raise missing_package("gradio")
+    with (
+        closing(ModelThread()) as thread,
+        listen(HOST, args.port) as listening,
+        TemporaryDirectory(prefix="mlx-vlm-prune-", ignore_cleanup_errors=True) as folder,
+    ):
+        os.environ |= {**QUIET, "GRADIO_TEMP_DIR": folder}
+        opening = thread.start(open_first, args)  # while Gradio is imported
+        import uvicorn
+
+        with without_stubs():
+            from .webui.site import build_site
+
+        models = Models(thread, opening.result(), open_folder)
+        app = build_site(models, thread, Path(folder), args.max_tokens)
+        settings = uvicorn.Config(
+            app, log_level="critical", server_header=False,
+            timeout_graceful_shutdown=SECONDS_TO_END,
+        )  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends, then sends it once more
+        place = f"http://{HOST}:{listening.getsockname()[1]}"
+        print(f"{place} in a browser of this machine; Ctrl-C ends", file=sys.stderr, flush=True)
+        uvicorn.Server(settings).run([listening])
+
+
+@contextmanager
+def without_stubs() -> Iterator[None]:
+    """Inside the block Gradio can be imported in half the time.
+
+    It writes type stubs beside its components anew whenever they are imported, but for classes that
+    have no file.
+    """
+    getfile = inspect.getfile
+
+    def no_file_of_gradio(thing: Any) -> str:
+        if isinstance(thing, type) and thing.__module__.startswith("gradio."):
+            raise OSError("no stubs")
+        return getfile(thing)
+
+    inspect.getfile = no_file_of_gradio  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        inspect.getfile = getfile
+
+
+def open_first(args: argparse.Namespace) -> OpenModel:
+    """The model that the command line names. Raises UserError."""
+    model, processor = load(
+        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
+    )
+    return warmed(args.model or BUILT_IN, model, processor)
+
+
+def open_folder(name: str) -> OpenModel:
+    """A model of a folder, or the built-in one. Nothing is fetched. Raises UserError."""
+    if name == BUILT_IN:
+        return warmed(name, *load())
+    if not name:
+        raise UserError("give the folder of a model")
+    if not expand_home(name).is_dir():
+        raise UserError(f"there is no folder {name}")
+    return warmed(name, *load(expand_home(name)))
+
+
+def warmed(name: str, model: Any, processor: Any) -> OpenModel:
+    """A model that was asked once, so that a first answer takes no longer than others."""
+    opened = OpenModel(name, model, processor, partial(Chat, model, processor))
+    with suppress(UserError):  # of a tokenizer that has not these words
+        opened.new_chat(max_tokens=1).ask(SAMPLE_PROMPT, compose(SAMPLE_SEED).image())
+    return opened
+
+
+if __name__ == "__main__":
+    main()

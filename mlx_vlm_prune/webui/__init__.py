@@ -1,0 +1,1 @@
+"""The app in a browser: conversations that are answered twice, and the page that shows them."""

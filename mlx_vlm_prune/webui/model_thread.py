@@ -1,0 +1,100 @@
+"""The one thread that computes for all pages, and the models that conversations use."""
+
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakValueDictionary
+
+from ..checkpoints.errors import UserError
+from ..evaluation.sweep_cases import swept_model
+from ..models.vlm import VLM
+from ..pruners import METHODS, PRESETS
+from ..pruners.contract import Stage
+
+if TYPE_CHECKING:
+    from ..chat import Chat
+
+BUILT_IN = "scenes (built in)"
+T = TypeVar("T")
+
+
+class ModelThread:
+    """MLX computes in one thread. Answers of several conversations take turns in it, a piece each,
+    and calls are carried out in their order."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "model")
+
+    def run(self, call: Callable[..., T], *arguments: Any) -> T:
+        """The result of a call. Raises what it raises."""
+        return self.start(call, *arguments).result()
+
+    def start(self, call: Callable[..., T], *arguments: Any) -> "Future[T]":
+        """Have a call carried out, without waiting for it."""
+        return self._pool.submit(call, *arguments)
+
+    def close(self) -> None:
+        """End, once what was begun is done."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def pieces(self, stream: Generator[T, None, None]) -> Iterator[T]:
+        """The pieces of a stream, each computed when it is read. Raises what the stream raises."""
+        try:
+            while (piece := self.run(next, stream, None)) is not None:
+                yield piece
+        finally:
+            self.start(stream.close)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model that conversations use, and its name in the menu. `new_chat` begins a `Chat` with it,
+    with options of the chat."""
+
+    name: str
+    model: Any
+    processor: Any
+    new_chat: "Callable[..., Chat]"
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The methods and presets that the model can prune by; `none` first."""
+        swept, names = swept_model(self.model, self.processor), []
+        for name in (*METHODS, *PRESETS):
+            if name in METHODS and METHODS[name].stage is Stage.ENHANCER:
+                continue
+            try:
+                swept.plan(name)
+            except UserError:
+                continue
+            names.append(name)
+        return names
+
+    def __str__(self) -> str:
+        tokens = f", {self.model.N} visual tokens an image" if isinstance(self.model, VLM) else ""
+        return f"{self.name}{tokens}"
+
+
+class Models:
+    """Models by name. One that no conversation uses any more is given up, but for the first.
+
+    `open_folder` reads a model by its name, in the thread that computes.
+    """
+
+    def __init__(
+        self, thread: ModelThread, first: OpenModel, open_folder: Callable[[str], OpenModel]
+    ) -> None:
+        self.thread, self.first, self.open_folder = thread, first, open_folder
+        self._lock = Lock()
+        self._open: WeakValueDictionary[str, OpenModel] = WeakValueDictionary({first.name: first})
+
+    def open(self, name: str) -> OpenModel:
+        """The model in a folder; the built-in one by its name. Raises UserError."""
+        name = name.strip()
+        with self._lock:
+            opened = self._open.get(name) or self.thread.run(self.open_folder, name)
+            self._open[name] = opened
+            return opened

@@ -1,0 +1,253 @@
+"""The page of the app, in Gradio: a question, two answers to it, and what was kept for the second.
+
+What a user, a model or a file wrote is shown as plain text: nothing of it is Markdown or HTML.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..checkpoints.command_line import on_a_line
+from ..checkpoints.errors import UserError
+from ..pruners import METHODS, PRESETS
+from ..scenes import HELD_OUT_SEEDS, question_set
+from .conversations import Conversation, TokenBudget, figures_line, overlay_of
+from .model_thread import BUILT_IN, Models, ModelThread, OpenModel
+
+Updates = dict[Any, Any]  # new values of components
+TITLE = "mlx_vlm_prune"
+ABOUT = """# Fewer visual tokens
+Ask about a picture. It is answered twice: with all visual tokens, and with those that a method
+keeps. Moving the slider answers the latest question anew."""
+FONT = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
+CSS = """
+.gradio-container { max-width: 76rem !important; margin: 0 auto !important; }
+#notice textarea { font-weight: 600; }
+#notice, .figures { overflow-wrap: anywhere; }
+footer { display: none !important; }
+"""
+SHARE, MILLISECONDS = "share of the tokens", "milliseconds"
+DEFAULT_PRUNER, DEFAULT_PERCENT, DEFAULT_MS = "divprune", 50, 300
+EXAMPLES = 3
+CLIENTS = 16  # whose answers are written at once
+NAMES = {"full": "All visual tokens", "pruned": "Pruned"}
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+
+
+class Page:
+    """The components and what they do. A tab of a browser has a conversation of its own."""
+
+    def __init__(self, models: Models, thread: ModelThread, folder: Path, max_tokens: int) -> None:
+        self.models, self.thread, self.max_tokens = models, thread, max_tokens
+        with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+            self.blocks = blocks
+            self.talk = gr.State()
+            gr.Markdown(ABOUT)
+            self._add_model()
+            self._add_budget()
+            self._add_answers()
+            self._add_question(folder)
+            self._connect()
+
+    def _add_model(self) -> None:
+        first = self.models.first
+        folders = [str(file.parent) for file in sorted(Path().glob("*/config.json"))]
+        with gr.Accordion(model_label(first), open=False, elem_id="model") as self.model:
+            names = dict.fromkeys([first.name, BUILT_IN, *folders])
+            self.folder = gr.Dropdown(
+                [*names], value=first.name, allow_custom_value=True, label="Folder of a model",
+                info="one of these, or type where another lies; the conversation begins anew",
+            )  # fmt: skip
+            self.open = gr.Button("Open the model")
+
+    def _add_budget(self) -> None:
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                self.pruner = gr.Dropdown(
+                    menu(self.models.first), value=default_pruner(self.models.first),
+                    allow_custom_value=True, label="Method",
+                    info="or a chain, NAME:option=value+NAME",
+                )  # fmt: skip
+                self.about = gr.Markdown(explanation(default_pruner(self.models.first)))
+            with gr.Column(scale=2, min_width=280):
+                self.unit = gr.Radio([SHARE, MILLISECONDS], value=SHARE, label="Budget")
+                self.percent = gr.Slider(
+                    1, 100, DEFAULT_PERCENT, step=1, label="Visual tokens that are kept, %",
+                    elem_id="percent",
+                )  # fmt: skip
+                self.ms = gr.Number(
+                    DEFAULT_MS, label="Time to the first token, ms", visible=False, minimum=1,
+                    info="predicted from a calibration of this machine: some seconds, once",
+                    elem_id="ms",
+                )  # fmt: skip
+
+    def _add_answers(self) -> None:
+        self.chats, self.figures, self.pictures = {}, {}, {}
+        with gr.Row():
+            for name, title in NAMES.items():
+                with gr.Column(min_width=280):
+                    self.chats[name] = gr.Chatbot(
+                        label=title, height=260, render_markdown=False, buttons=["copy"],
+                        feedback_options=None, latex_delimiters=[], allow_tags=False,
+                        elem_id=f"{name}-chat",
+                    )  # fmt: skip
+                    self.figures[name] = gr.Textbox(
+                        label=f"{title}: figures", interactive=False, lines=2, max_lines=6,
+                        elem_id=f"{name}-figures", elem_classes=["figures"],
+                    )  # fmt: skip
+                    self.pictures[name] = gr.Image(
+                        label=f"{title}: what the model saw" if name == "full" else "What was kept",
+                        format="png", height=300, interactive=False, buttons=["fullscreen"],
+                        elem_id=f"{name}-picture",
+                    )  # fmt: skip
+        self.notice = gr.Textbox(
+            label="Notice", visible=False, interactive=False, elem_id="notice", max_lines=6
+        )
+
+    def _add_question(self, folder: Path) -> None:
+        self.question = gr.MultimodalTextbox(
+            label="Question", placeholder="Ask about a picture", file_count="multiple",
+            max_plain_text_length=100_000, elem_id="question",
+            html_attributes=gr.InputHTMLAttributes(autocorrect="off", spellcheck=False),
+        )  # fmt: skip
+        self.clear = gr.Button("Begin anew", size="sm")
+        gr.Examples(examples(folder), self.question, label="Drawn scenes", cache_examples=False)
+
+    def _connect(self) -> None:
+        budget = [self.pruner, self.unit, self.percent, self.ms]
+        shown = [
+            *self.chats.values(), *self.figures.values(), *self.pictures.values(), self.notice,
+        ]  # fmt: skip
+        writing: dict[str, Any] = {**PRIVATE, "concurrency_limit": CLIENTS}
+        self.question.submit(
+            self.ask, [self.talk, self.question, *budget], [self.talk, self.question, *shown],
+            **writing,
+        )  # fmt: skip
+        gr.on(
+            [self.percent.input, self.pruner.input, self.ms.submit, self.unit.input],
+            self.ask_again, [self.talk, *budget], shown, trigger_mode="always_last", **writing,
+        )  # fmt: skip
+        self.pruner.change(explanation, self.pruner, self.about, **PRIVATE)
+        self.unit.change(budget_fields, self.unit, [self.percent, self.ms], **PRIVATE)
+        gr.on(
+            [self.clear.click, *(chat.clear for chat in self.chats.values())],
+            self.begin, self.talk, [self.talk, *shown], **PRIVATE,
+        )  # fmt: skip
+        self.open.click(
+            self.open_model, self.folder, [self.talk, self.model, self.pruner, *shown], **PRIVATE
+        )
+
+    def ask(
+        self, talk: Conversation | None, question: dict[str, Any], *budget: Any
+    ) -> Iterator[Updates]:
+        """Answer a question, a piece at a time."""
+        talk = talk or Conversation(self.models.first, self.thread, self.max_tokens)
+        text, files = (question.get("text") or "").strip(), question.get("files") or []
+        if not text:
+            yield {self.notice: notice("type a question")}
+            return
+        start = {self.talk: talk, self.question: gr.MultimodalTextbox(None)}
+        yield from self._write(talk, talk.ask(text, files, budget_of(*budget)), start)
+
+    def ask_again(self, talk: Conversation | None, *budget: Any) -> Iterator[Updates]:
+        """Answer the latest question with another budget, where there is one."""
+        if talk and talk.pruned.turns:
+            yield from self._write(talk, talk.ask_again(budget_of(*budget)), {})
+
+    def begin(self, talk: Conversation | None) -> Updates:
+        """Begin anew, with the same model."""
+        opened = talk.opened if talk else self.models.first
+        return self._new(Conversation(opened, self.thread, self.max_tokens))
+
+    def open_model(self, name: str | None) -> Updates:
+        """Begin anew with another model; a mistake is a sentence, and the conversation goes on."""
+        try:
+            opened = self.models.open(name or "")
+        except UserError as mistake:
+            return {self.notice: notice(str(mistake))}
+        methods = gr.Dropdown(menu(opened), value=default_pruner(opened))
+        talk = Conversation(opened, self.thread, self.max_tokens)
+        return {
+            **self._new(talk),
+            self.model: gr.Accordion(label=model_label(opened)),
+            self.pruner: methods,
+        }
+
+    def _new(self, talk: Conversation) -> Updates:
+        return {self.talk: talk, **self.thread.run(self._whole, talk), self.notice: notice("")}
+
+    def _write(
+        self, talk: Conversation, pieces: Iterator[None], start: Updates
+    ) -> Iterator[Updates]:
+        """The chats as an answer is written, at its end all of it, or why there is none."""
+        try:
+            for _ in pieces:
+                yield {**start, **self.thread.run(self._chats, talk), self.notice: notice("")}
+                start = {}
+        except UserError as mistake:
+            whole = self.thread.run(self._whole, talk)
+            yield {**whole, self.notice: notice(str(mistake))}
+            return
+        yield {**self.thread.run(self._whole, talk), self.notice: notice(talk.notes)}
+
+    def _chats(self, talk: Conversation) -> Updates:
+        return {chat: talk.messages(name) for name, chat in self.chats.items()}
+
+    def _whole(self, talk: Conversation) -> Updates:
+        results = {"full": talk.full.result, "pruned": talk.pruned.result}
+        return {
+            **self._chats(talk),
+            **{self.figures[name]: figures_line(result) for name, result in results.items()},
+            **{self.pictures[name]: overlay_of(result) for name, result in results.items()},
+        }
+
+
+def model_label(opened: OpenModel) -> str:
+    return f"Model: {opened}"
+
+
+def menu(opened: OpenModel) -> list[tuple[str, str]]:
+    """The methods of a model, each with what it does."""
+    return [(f"{name}: {explanation(name)}", name) for name in opened.methods]
+
+
+def default_pruner(opened: OpenModel) -> str:
+    """The method that is chosen at first."""
+    return DEFAULT_PRUNER if DEFAULT_PRUNER in opened.methods else opened.methods[-1]
+
+
+def explanation(spec: str | None) -> str:
+    """What each method of a chain does, by its own file."""
+    names = [part.partition(":")[0] for part in PRESETS.get(spec or "", spec or "").split("+")]
+    return " Then: ".join(METHODS[name].summary for name in names if name in METHODS)
+
+
+def budget_of(pruner: str | None, unit: str, percent: float, ms: float | None) -> TokenBudget:
+    """The budget that the fields say; without a number of milliseconds a very short time."""
+    return TokenBudget(
+        (pruner or "none").strip(), percent / 100, (ms or 1.0) if unit == MILLISECONDS else None
+    )
+
+
+def budget_fields(unit: str) -> list[Any]:
+    """The field of the chosen unit is shown, the other is not."""
+    is_ms = unit == MILLISECONDS
+    return [gr.Slider(visible=not is_ms), gr.Number(visible=is_ms)]
+
+
+def notice(sentence: str) -> Any:
+    """A sentence above the question; none where it is empty."""
+    return gr.Textbox(on_a_line(sentence), visible=bool(sentence))
+
+
+def examples(folder: Path) -> list[list[dict[str, Any]]]:
+    """Questions about scenes that the built-in model has never seen, whose pictures are written."""
+    chosen = []
+    for number, (scene, questions) in enumerate(islice(question_set(HELD_OUT_SEEDS, 9), EXAMPLES)):
+        file = folder / f"scene-{number + 1}.png"
+        scene.image().save(file)
+        chosen.append([{"text": questions[-1 - number].text, "files": [str(file)]}])
+    return chosen
