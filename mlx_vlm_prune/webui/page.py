@@ -4,6 +4,7 @@ What a user, a model or a file wrote is shown as plain text: nothing of it is Ma
 """
 
 from collections.abc import Iterator
+from html import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Page:
             for name, title in NAMES.items():
                 with gr.Column(min_width=280):
                     self.chats[name] = gr.Chatbot(
-                        label=title, height=260, render_markdown=False, buttons=["copy"],
+                        label=title, height=260, render_markdown=False, buttons=[],
                         feedback_options=None, latex_delimiters=[], allow_tags=False,
                         elem_id=f"{name}-chat",
                     )  # fmt: skip
@@ -194,7 +195,7 @@ class Page:
         yield {**self.thread.run(self._whole, talk), self.notice: notice(talk.notes)}
 
     def _chats(self, talk: Conversation) -> Updates:
-        return {chat: talk.messages(name) for name, chat in self.chats.items()}
+        return {chat: as_text(talk.messages(name)) for name, chat in self.chats.items()}
 
     def _whole(self, talk: Conversation) -> Updates:
         results = {"full": talk.full.result, "pruned": talk.pruned.result}
@@ -203,6 +204,11 @@ class Page:
             **{self.figures[name]: figures_line(result) for name, result in results.items()},
             **{self.pictures[name]: overlay_of(result) for name, result in results.items()},
         }
+
+
+def as_text(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Messages for a `Chatbot`, which takes them as HTML, also where it renders no Markdown."""
+    return [{**message, "content": escape(message["content"], quote=False)} for message in messages]
 
 
 def model_label(opened: OpenModel) -> str:
