@@ -23,6 +23,7 @@ from ..generation.running_batch import (
     check_characters,
 )
 from ..inputs.budget import FixedBudgetError
+from ..machine.threads import computing
 from .chat_request import ChatRequest
 from .memory import AnswerMemory
 from .metrics import Metrics
@@ -79,7 +80,7 @@ class Engine:
         self._changed = threading.Condition()
         self._stopping = False
         self._threads = [
-            threading.Thread(target=run, name=name, daemon=True)
+            threading.Thread(target=computing(run), name=name, daemon=True)
             for name, run in (("engine", self._run_engine), ("preparer", self._run_preparer))
         ]
 
