@@ -134,6 +134,17 @@ def test_a_prompt_is_tried_first_where_the_tokenizer_may_be_slow(folder, monkeyp
         generate(model, processor, "a" * 45 + "!", max_tokens=1)
 
 
+def test_a_text_that_the_tokenizer_fails_on_is_one_sentence(folder):
+    """The library raises a bare Exception."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    edit(folder / "tokenizer.json", model=model | {"unk_token": "?"})
+    loaded = load(folder)
+    for options in ({}, {"eos_tokens": ["xyz"]}):
+        with pytest.raises(UserError, match="WordLevel error: Missing") as e:
+            generate(*loaded, "w7" if options else "xyz", max_tokens=1, **options)
+        assert "\n" not in str(e.value)
+
+
 def test_only_files_that_are_read_are_looked_at(folder):
     with (folder / "train.json").open("wb") as file:
         file.truncate(200 << 20)

@@ -84,10 +84,11 @@ def prepare_prompt(
         inputs = host.prepare(text, images, processor_options)
     except UserError:
         raise
-    except BaseException as problem:  # mlx-vlm wraps whatever its processors raise
-        if not (is_panic(problem) or isinstance(problem, ValueError | TypeError)):
+    except BaseException as problem:  # processors and tokenizers raise whatever comes
+        if not (is_panic(problem) or isinstance(problem, Exception)):
             raise
-        raise UserError(f"mlx-vlm cannot prepare the images: {whole_reason(problem)}") from problem
+        part = "images" if images else "prompt"
+        raise UserError(f"mlx-vlm cannot prepare the {part}: {whole_reason(problem)}") from problem
     host.check_ids(inputs)
     return inputs
 
