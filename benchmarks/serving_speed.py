@@ -192,7 +192,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=positive, default=16, help="of an answer")
     add("--runs", type=positive, default=10, help="rounds, if there is time for them")
     add("--warmup", type=natural, default=1, help="rounds before those")
-    add("--minutes", type=float, default=2.0, help="for each family's rounds; two at least are run")
+    add("--minutes", type=float, default=1.5, help="for each family's rounds; two at least are run")
     args = p.parse_args(argv)
     if not 0 < args.keep_ratio <= 1:
         raise UserError(f"--keep-ratio is {args.keep_ratio:g}; it must be above 0 and up to 1")
