@@ -1,4 +1,4 @@
-"""Write the tables of the pages, and docs/devices.md: `python -m benchmarks.report`."""
+"""Write the pages' tables, docs/devices.md and docs/hosts.md: `python -m benchmarks.report`."""
 
 import re
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from mlx_vlm_prune.scenes import KINDS
 
 from .command_line import RESULTS
 from .device_page import page
+from .hosts_page import page as hosts_page
 from .readme_tables import (
     budgets_table,
     claims_table,
@@ -189,11 +190,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with in_one_sentence():
         p.parse_args(argv)
         filled = [ROOT / "README.md", ROOT / "docs" / "training.md"]
-        devices = ROOT / "docs" / "devices.md"
+        devices, hosts = ROOT / "docs" / "devices.md", ROOT / "docs" / "hosts.md"
         for file in filled:
             write_atomically(file, fill(file.read_text(encoding="utf-8")))
         write_atomically(devices, page(RESULTS))
-        print(f"Wrote {', '.join(map(str, filled))} and {devices}")
+        write_atomically(hosts, hosts_page())
+        print(f"Wrote {', '.join(map(str, [*filled, devices]))} and {hosts}")
 
 
 if __name__ == "__main__":

@@ -1,76 +1,64 @@
 """Tiny random models of mlx-vlm's families, from its own config classes, and prompts for them.
 
-A prompt is `PreparedInputs` as the processor of the family makes them. `full` is what the stock
-model makes of it, `positions` counts where every row stands.
-
-Shapes: I images, N visual tokens of an image, L rows, D features.
+Shapes: I images, N visual tokens of an image, D features.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
-from mlx.utils import tree_map
 
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 
-pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
-
-VOCAB, IMAGE, VIDEO, START, END = 64, 60, 59, 61, 62
-WORDS = ([3, 9, 4], [7, 11], [5, 8, 2, 30])  # before, between and after the images
-TEXT = dict(
-    hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4,
-    num_key_value_heads=2, rms_norm_eps=1e-6, vocab_size=VOCAB, max_position_embeddings=512,
-    rope_theta=1e4,
+from .host_kinds import CLIP as CLIP
+from .host_kinds import END as END
+from .host_kinds import IDS as IDS
+from .host_kinds import IMAGE as IMAGE
+from .host_kinds import QWEN as QWEN
+from .host_kinds import QWEN2_5 as QWEN2_5
+from .host_kinds import QWEN3 as QWEN3
+from .host_kinds import QWEN3_TEXT as QWEN3_TEXT
+from .host_kinds import SIGLIP as SIGLIP
+from .host_kinds import START as START
+from .host_kinds import TEXT as TEXT
+from .host_kinds import VIDEO as VIDEO
+from .host_kinds import VOCAB as VOCAB
+from .host_kinds import WORDS as WORDS
+from .host_kinds import (
+    Kind,
+    build,
+    framed_prompt,
+    mrope,
+    noise,
+    qwen_full,
+    with_random_weights,
+    with_words,
+    without,
 )  # fmt: skip
-CLIP = dict(
-    model_type="clip_vision_model", hidden_size=32, num_hidden_layers=4, intermediate_size=48,
-    num_attention_heads=2, image_size=56, patch_size=14, projection_dim=16,
-)  # fmt: skip
-SIGLIP = dict(
-    model_type="siglip_vision_model", hidden_size=32, num_hidden_layers=3, intermediate_size=48,
-    num_attention_heads=2, image_size=56, patch_size=14,
-)  # fmt: skip
-QWEN = dict(patch_size=14, depth=3, num_heads=2, spatial_merge_size=2, temporal_patch_size=2)
-QWEN2_5 = dict(
-    hidden_size=32, intermediate_size=48, out_hidden_size=64, window_size=56,
-    fullatt_block_indexes=[2],
-)  # fmt: skip
-QWEN3 = dict(
-    hidden_size=32, intermediate_size=48, out_hidden_size=64, num_position_embeddings=64,
-    deepstack_visual_indexes=[0, 1],
-)  # fmt: skip
-QWEN3_TEXT = TEXT | {
-    "model_type": "qwen3_vl", "head_dim": 16,
-    "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]},
-}  # fmt: skip
-IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=START,
-           vision_end_token_id=END, vocab_size=VOCAB)  # fmt: skip
+from .recent_host_models import RECENT
 
 
 def llava(**sizes: int) -> Any:
     text = TEXT | {"model_type": "llama"} | sizes
-    return _build("llava", text, CLIP, image_token_index=IMAGE)
+    return build("llava", text, CLIP, image_token_index=IMAGE)
 
 
 def qwen2_vl() -> Any:
-    text = TEXT | {"model_type": "qwen2_vl", "rope_scaling": _mrope([2, 3, 3])}
+    text = TEXT | {"model_type": "qwen2_vl", "rope_scaling": mrope([2, 3, 3])}
     vision = QWEN | {"embed_dim": 32, "hidden_size": 64}
     ids = {name: value for name, value in IDS.items() if name != "vision_end_token_id"}
-    return _build("qwen2_vl", text, vision, **ids)
+    return build("qwen2_vl", text, vision, **ids)
 
 
 def qwen2_5_vl() -> Any:
-    text = TEXT | {"model_type": "qwen2_5_vl", "rope_scaling": _mrope([2, 3, 3])}
-    return _build("qwen2_5_vl", text, QWEN | QWEN2_5, **IDS)
+    text = TEXT | {"model_type": "qwen2_5_vl", "rope_scaling": mrope([2, 3, 3])}
+    return build("qwen2_5_vl", text, QWEN | QWEN2_5, **IDS)
 
 
 def qwen3_vl() -> Any:
-    return _build("qwen3_vl", QWEN3_TEXT, QWEN | QWEN3, **IDS)
+    return build("qwen3_vl", QWEN3_TEXT, QWEN | QWEN3, **IDS)
 
 
 def fastvlm() -> Any:
@@ -82,131 +70,71 @@ def fastvlm() -> Any:
     config = home.ModelConfig(
         text_config=text, vision_config=vision, mm_hidden_size=128, model_type="fastvlm"
     )
-    return _with_random_weights(home.Model(config))
+    return with_random_weights(home.Model(config))
 
 
 def llava_next() -> Any:
-    model = _build("llava_next", TEXT | {"model_type": "llama"}, CLIP, image_token_index=IMAGE)
+    model = build("llava_next", TEXT | {"model_type": "llama"}, CLIP, image_token_index=IMAGE)
     assert model.image_newline.shape == (64,)
     return model
 
 
 def gemma3() -> Any:
-    text = _without(TEXT, "rope_theta") | {
+    text = without(TEXT, "rope_theta") | {
         "model_type": "gemma3_text", "head_dim": 16, "mm_tokens_per_image": 4,
         "sliding_window_pattern": 2, "query_pre_attn_scalar": 16.0,
     }  # fmt: skip
-    return _build("gemma3", text, SIGLIP, image_token_index=IMAGE, hidden_size=64)
+    return build("gemma3", text, SIGLIP, image_token_index=IMAGE, hidden_size=64)
 
 
 def paligemma() -> Any:
     text = TEXT | {"model_type": "gemma", "head_dim": 16, "use_bidirectional_attention": True}
     vision = SIGLIP | {"projection_dim": 64}
-    return _build("paligemma", text, vision, image_token_index=IMAGE, hidden_size=64)
+    return build("paligemma", text, vision, image_token_index=IMAGE, hidden_size=64)
 
 
 def idefics3() -> Any:
     text = TEXT | {"model_type": "llama"}
-    return _build("idefics3", text, SIGLIP, image_token_id=IMAGE)
+    return build("idefics3", text, SIGLIP, image_token_id=IMAGE)
 
 
 def smolvlm() -> Any:
     text = TEXT | {"model_type": "llama"}
-    return _build("smolvlm", text, SIGLIP, image_token_id=IMAGE)
+    return build("smolvlm", text, SIGLIP, image_token_id=IMAGE)
 
 
 def internvl_chat() -> Any:
-    vision = _without(CLIP, "projection_dim") | {"model_type": "intern_vit_6b"}
+    vision = without(CLIP, "projection_dim") | {"model_type": "intern_vit_6b"}
     text = TEXT | {"model_type": "qwen2"}
-    return _build("internvl_chat", text, vision, image_token_index=IMAGE)
+    return build("internvl_chat", text, vision, image_token_index=IMAGE)
 
 
 def pixtral() -> Any:
     vision = CLIP | {"model_type": "pixtral", "head_dim": 16, "image_size": 112}
     text = TEXT | {"model_type": "mistral", "head_dim": 16}
-    return _build("pixtral", text, vision, image_token_index=IMAGE)
-
-
-def _without(config: dict, name: str) -> dict:
-    return {key: value for key, value in config.items() if key != name}
-
-
-def _mrope(section: list[int]) -> dict[str, Any]:
-    return {"type": "mrope", "mrope_section": section}
-
-
-def _build(name: str, text: dict, vision: dict, **options: Any) -> Any:
-    home = import_module(f"mlx_vlm.models.{name}")
-    config = home.ModelConfig(
-        text_config=home.TextConfig(**text), vision_config=home.VisionConfig(**vision),
-        model_type=name, **options,
-    )  # fmt: skip
-    return _with_random_weights(home.Model(config))
-
-
-def _with_random_weights(model: Any) -> Any:
-    """Every weight drawn anew, so that neither norms nor biases are trivial."""
-    rng = np.random.default_rng(0)
-
-    def drawn(a: mx.array) -> mx.array:
-        scale = 0.1 if a.ndim == 1 else 1 / np.sqrt(np.prod(a.shape[1:]))
-        return mx.array(rng.normal(0, scale, a.shape).astype(np.float32)) + 1.0 * (a.ndim == 1)
-
-    model.update(tree_map(drawn, model.parameters()))
-    model.eval()
-    return model
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A family under test."""
-
-    make: Callable[[], Any]
-    grids: list[tuple[int, int]]  # of visual tokens, one picture after another
-    prompt: Callable[[Any, list[tuple[int, int]]], PreparedInputs]
-    full: Callable[[Any, PreparedInputs], tuple[list[mx.array], list[list[mx.array]]]]
-    tiles: tuple[int, ...] = (1, 1)  # pictures of each image
-    marks: str = "token"  # what a placeholder stands for
-
-    def inputs(self, model: Any, images: int | None = None) -> PreparedInputs:
-        """A prompt with so many images, or all there are."""
-        return self.prompt(model, self.grids[: sum(self.tiles[:images])])
-
-
-def _rng() -> np.random.Generator:
-    return np.random.default_rng(7)
+    return build("pixtral", text, vision, image_token_index=IMAGE)
 
 
 def square_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """LLaVA's: all images of one size, placeholders without frames."""
-    pixels = _rng().normal(size=(len(grids), 3, 56, 56)).astype(np.float32)
-    ids = _ids([[IMAGE] * (h * w) for h, w in grids])
+    pixels = noise().normal(size=(len(grids), 3, 56, 56)).astype(np.float32)
+    ids = with_words([[IMAGE] * (h * w) for h, w in grids])
     return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), len(grids))
-
-
-def framed_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
-    """Qwen's: images of any shape, a start and an end around each."""
-    ids = _ids([[START, *[IMAGE] * (h * w), END] for h, w in grids])
-    thw = mx.array([[1, 2 * h, 2 * w] for h, w in grids])
-    patches = sum(4 * h * w for h, w in grids)
-    pixels = mx.array(_rng().normal(size=(patches, 3 * 2 * 14 * 14)).astype(np.float32))
-    extra = {"image_grid_thw": thw}
-    return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), pixels, len(grids), extra)
 
 
 def single_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """FastVLM's: one placeholder for an image."""
     (h, w) = grids[0]
-    pixels = _rng().normal(size=(1, 3, 64 * h, 64 * w)).astype(np.float32)
-    ids = _ids([[model.config.image_token_index]])
+    pixels = noise().normal(size=(1, 3, 64 * h, 64 * w)).astype(np.float32)
+    ids = with_words([[model.config.image_token_index]])
     return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
 
 
 def tiled_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """Idefics3's, InternVL's: (1, T, …) tiles; the first image is cut in two, the next is whole."""
     tiles = [2, 1][: len(grids) - 1]
-    pixels = _rng().normal(size=(1, sum(tiles), 3, 56, 56)).astype(np.float32)
-    ids = _ids([[START, *([IMAGE] * 4 + [END]) * n] for n in tiles])
+    pixels = noise().normal(size=(1, sum(tiles), 3, 56, 56)).astype(np.float32)
+    ids = with_words([[START, *([IMAGE] * 4 + [END]) * n] for n in tiles])
     mask = mx.ones((1, len(ids)), mx.int32)
     return PreparedInputs(ids, mask, mx.array(pixels), len(grids), {"num_patches_list": tiles})
 
@@ -217,9 +145,9 @@ def broken_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     for h, w in grids:
         *broken, _ = ([IMAGE] * w + [START]) * h
         rows.append([*broken, END])
-    ids, sizes = _ids(rows), [(14 * h, 14 * w) for h, w in grids]
+    ids, sizes = with_words(rows), [(14 * h, 14 * w) for h, w in grids]
     H, W = (max(sides) for sides in zip(*sizes, strict=True))
-    pixels = _rng().normal(size=(len(grids), 3, H, W)).astype(np.float32)
+    pixels = noise().normal(size=(len(grids), 3, H, W)).astype(np.float32)
     extra = {"image_sizes": mx.array(sizes)}
     return PreparedInputs(
         ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), len(grids), extra
@@ -228,39 +156,22 @@ def broken_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
 
 def leading_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """PaliGemma's: the image stands first."""
-    pixels = _rng().normal(size=(1, 3, 56, 56)).astype(np.float32)
+    pixels = noise().normal(size=(1, 3, 56, 56)).astype(np.float32)
     ids = [IMAGE] * 16 + WORDS[2]
     return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
 
 
 def cropped_prompt(model: Any, grids: list[tuple[int, int]]) -> PreparedInputs:
     """LLaVA-NeXT's: the crops of one image, and as many placeholders as its processor wants."""
-    pixels = _rng().normal(size=(1, 3, 3, 56, 56)).astype(np.float32)
-    ids = _ids([[IMAGE] * 40])
+    pixels = noise().normal(size=(1, 3, 3, 56, 56)).astype(np.float32)
+    ids = with_words([[IMAGE] * 40])
     return PreparedInputs(ids, mx.ones((1, len(ids)), mx.int32), mx.array(pixels), 1)
-
-
-def _ids(images: list[list[int]]) -> list[int]:
-    ids = list(WORDS[0])
-    for i, image in enumerate(images):
-        ids += (WORDS[1] if i else []) + image
-    return ids + WORDS[2]
 
 
 def llava_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
     """Embeddings of every image by the stock parts, (N, D) each."""
     *_, states = model.vision_tower(inputs.pixels.transpose(0, 2, 3, 1), output_hidden_states=True)
     return list(model.multi_modal_projector(states[model.vision_feature_layer][:, 1:])), []
-
-
-def qwen_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
-    """The same, and what DeepStack adds, layer by layer for each image."""
-    thw = inputs.extra["image_grid_thw"]
-    out = model.vision_tower(inputs.pixels, thw)
-    x_UD, deep = out if isinstance(out, tuple) else (out, [])
-    ends = np.cumsum([h * w // 4 for _, h, w in thw.tolist()]).tolist()
-    parts = list(zip([0, *ends], ends, strict=False))
-    return [x_UD[a:b] for a, b in parts], [[y[a:b] for y in deep] for a, b in parts if deep]
 
 
 def fastvlm_full(model: Any, inputs: PreparedInputs) -> tuple[list[mx.array], list[list[mx.array]]]:
@@ -327,6 +238,7 @@ KINDS = {
     "paligemma": Kind(paligemma, [(4, 4)], leading_prompt, gemma_full, (1,)),
     "internvl_chat": Kind(internvl_chat, [(2, 2)] * 3, tiled_prompt, internvl_full, (2, 1)),
     "pixtral": Kind(pixtral, [(3, 5), (4, 2)], broken_prompt, pixtral_full),
+    **RECENT,
 }
 
 

@@ -22,6 +22,8 @@ from .host_models import IMAGE, KINDS
 
 TOKENS = 5
 QWEN = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+HYBRID = ["qwen3_5", "qwen3_5_moe"]  # some layers are recurrent
+MROPE = [*QWEN, *HYBRID]
 
 
 def prompt(models, name: str, images: int | None = None) -> PreparedInputs:
@@ -69,6 +71,8 @@ def reference(
     model, kind = models(name), KINDS[name]
     embeds, deep = kind.full(model, inputs) if inputs.pixels is not None else ([], [])
     x_LD, places, visual = rows(model, name, inputs, kept, embeds)
+    words = [token for token in inputs.ids if token not in (IMAGE, -200)]
+    ids = [0 if is_visual else words.pop(0) for is_visual in visual]
     if policy == "renumber":
         places = [(i, i, i) for i in range(len(places))]
     added = [
@@ -77,11 +81,12 @@ def reference(
     ]
     tokens, odds = [], []
     for _ in range(TOKENS):
-        logits_V = forward(model, name, x_LD, places, visual, added, biases)
+        logits_V = forward(model, name, x_LD, places, visual, added, biases, ids)
         odds.append(np.array(logits_V - mx.logsumexp(logits_V)))
         tokens.append(int(odds[-1].argmax()))
-        x_LD = mx.concatenate([x_LD, table(model)(mx.array(tokens[-1:]))])
+        x_LD = mx.concatenate([x_LD, embed(model, name, tokens[-1])])
         places, visual = [*places, (max(places[-1]) + 1,) * 3], [*visual, False]
+        ids = [*ids, tokens[-1]]
     return tokens, np.stack(odds)
 
 
@@ -89,17 +94,26 @@ def table(model):
     return getattr(model.language_model, "model", model.language_model).embed_tokens
 
 
+def embed(model, name: str, token: int):
+    """A word's row (1, D) as the layers take it in."""
+    x_1D = table(model)(mx.array([token]))
+    return x_1D * 8 if name == "gemma4" else x_1D
+
+
 def rows(model, name: str, inputs: PreparedInputs, kept, embeds):
     """Embeddings, positions and what is visual of the rows left, picture after picture by hand."""
     x, places, visual, at, kind = [], [], [], 0, KINDS[name]
     coming = [(v, i) for v, picture in enumerate(embeds) for i in range(len(picture))]
     mark = -200 if name == "fastvlm" else IMAGE
+    lines = iter(new_lines(kind))
     for token in inputs.ids:
         if token != mark:
-            x.append(table(model)(mx.array([token]))[0])
+            x.append(embed(model, name, token)[0])
             places.append((at, at, at))
             visual.append(False)
             at += 1
+            continue
+        if next(lines, False):
             continue
         taken = coming[:1] if kind.marks == "token" else coming
         coming = coming[len(taken) :]
@@ -112,6 +126,14 @@ def rows(model, name: str, inputs: PreparedInputs, kept, embeds):
             if i == height * width - 1:
                 at += max(height, width)
     return mx.stack(x), places, visual
+
+
+def new_lines(kind) -> list[bool]:
+    """Which placeholders, picture after picture, are new lines and no visual token."""
+    flags = []
+    for (height, width), n in zip(kind.grids, kind.breaks, strict=False):
+        flags += ([False] * width + [True]) * height if n else [False] * height * width
+    return flags
 
 
 class MaskOnly:
@@ -136,10 +158,16 @@ def biased_mask(visual, biases: list[list[float]]) -> mx.array:
     return mx.array(mask_LL)[None, None]
 
 
-def forward(model, name: str, x_LD, places, visual, added, biases=None):
-    """Logits (V,) of the last row."""
+def masks(language, mask: mx.array) -> list:
+    """In place of caches, for the layers that attend."""
+    attends = [getattr(layer, "is_attention_layer", True) for layer in language.layers]
+    return [MaskOnly(mask) if each else None for each in attends]
+
+
+def forward(model, name: str, x_LD, places, visual, added, biases=None, ids=()):
+    """Logits (V,) of the last row. `ids` are 0 of visual rows; some models take them in, too."""
     language, x_1LD, L = model.language_model, x_LD[None], len(x_LD)
-    ids, more = mx.zeros((1, L), mx.int32), {}
+    ids, more = mx.array([ids]) if len(ids) == L else mx.zeros((1, L), mx.int32), {}
     if name == "paligemma":  # the prompt sees all of itself; what is generated is causal
         prompt = 1 + max(i for i, is_image in enumerate(visual) if is_image)
         prompt += len(host_models.WORDS[2])
@@ -147,8 +175,8 @@ def forward(model, name: str, x_LD, places, visual, added, biases=None):
         more["mask"] = ((at < prompt) | (at <= at[:, None]))[None, None]
     cache = None
     if biases is not None:
-        cache = [MaskOnly(biased_mask(visual, biases)) for _ in language.layers]
-    if name not in QWEN:  # positions are counted by the model itself
+        cache = masks(language, biased_mask(visual, biases))
+    if name not in MROPE:  # positions are counted by the model itself
         return language(ids, inputs_embeds=x_1LD, cache=cache, **more).logits[0, -1]
     more["position_ids"] = mx.array(places).T[:, None]
     if added:

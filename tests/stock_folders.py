@@ -69,12 +69,33 @@ FAMILIES: dict[str, tuple[str, dict[str, int], dict[str, Any], dict[str, Any]]] 
          "patch_size": {"height": 14, "width": 14}},
         {"processor_config.json": {"patch_size": 14}},
     ),
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
+    "gemma4": (
+        "<|image|>",
+        {"<|image|>": IMAGE, "<|image>": START, "<image|>": END, "<|video|>": VIDEO},
+        {"patch_size": 4, "max_soft_tokens": 6, "pooling_kernel_size": 3}, {},
+    ),
+    "llava_onevision": (
+        "<image>", {"<image>": IMAGE, "<video>": VIDEO},
+        {"image_processor_type": "LlavaOnevisionImageProcessor", "size": SQUARE,
+         "image_grid_pinpoints": [[56, 56], *SMALL_TILES]},
+        {"processor_config.json": {
+            "num_image_tokens": 16, "vision_feature_select_strategy": "full"}},
+    ),
+    "lfm2_vl": (
+        "<image>", {"<image>": IMAGE, "<|image_start|>": START, "<|image_end|>": END},
+        {"patch_size": 14, "tile_size": 112, "min_image_tokens": 4, "max_image_tokens": 6}, {},
+    ),
 }  # fmt: skip
 # What transformers calls tokens of a family.
 CALLED = {
     "gemma3": {
         "image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
+    },
+    "gemma4": {
+        "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
     },
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from mlx_vlm_prune.pruners import METHODS, Stage
 from . import host_models
 from .host_models import IMAGE, KINDS, START, cached_models
 from .host_reference import (
-    QWEN,
+    MROPE,
     decoded,
     encoded,
     indices,
@@ -65,7 +65,7 @@ def test_a_pruned_answer_is_that_of_the_short_sequence_without_a_cache(models, n
         assert pruned.length == len(words) + sum(map(len, indices(pruned)))
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", MROPE)
 def test_renumbered_positions_count_what_is_left(models, name):
     model, inputs = models(name), prompt(models, name)
     pruned = reduced(model, inputs, "norm", 0.5, "renumber")
@@ -76,7 +76,7 @@ def test_renumbered_positions_count_what_is_left(models, name):
 
 
 @pytest.mark.parametrize("wrong", ["position_ids", "rope_deltas"])
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", MROPE)
 def test_wrong_positions_would_not_pass(models, name, wrong):
     """The control: positions as mlx-vlm derives them from the short ids, or its old delta."""
     model, inputs = models(name), prompt(models, name)
@@ -101,7 +101,7 @@ def test_deepstack_left_out_would_not_pass(models):
     assert np.abs(odds - expected).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("name", MROPE)
 def test_a_kept_token_of_a_grid_keeps_its_three_positions(models, name, monkeypatch):
     """Two rows of three tokens between the words 9 and 5, of which 1, 3 and 5 stay."""
     model = models(name)

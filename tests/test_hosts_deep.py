@@ -16,7 +16,6 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
-from mlx_vlm_prune.hosts.language_layers import ShiftedCache
 from mlx_vlm_prune.hosts.prefill import prefill_through_cuts
 from mlx_vlm_prune.hosts.prompt import (
     PrunedPrompt,
@@ -30,11 +29,13 @@ from . import host_folders
 from .host_models import IMAGE, KINDS, cached_models
 from .host_reference import QWEN, TOKENS, decoded, rows, stock, table
 from .test_hosts_generate import left_on
+from .test_pruned import by_view
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
-DEEP = ["llava", *QWEN]
-INSIDE = ["fastv", "pyramiddrop", "dart", "v2drop", "vtw"]
+DEEP = ["llava", *QWEN, "gemma3", "idefics3", "internvl_chat"]
+WHOLE = [name for name in DEEP if set(KINDS[name].tiles) == {1}]  # images are one view each
+INSIDE = ["fastv", "pyramiddrop", "dart", "v2drop", "vtw", "sparsevlm:recycle=0"]
 SECTIONS = {"qwen2_vl": [2, 3, 3], "qwen2_5_vl": [2, 3, 3], "qwen3_vl": [4, 2, 2]}
 
 
@@ -60,7 +61,7 @@ def answered(model, prompt: PrunedPrompt) -> tuple[list[int], np.ndarray]:
 
 def axes(name: str) -> list[int]:
     """Which of three positions turns each pair of features."""
-    if name == "llava":
+    if name not in QWEN:
         return [0] * 8
     sections = SECTIONS[name]
     if name != "qwen3_vl":
@@ -68,8 +69,8 @@ def axes(name: str) -> list[int]:
     return [next((a for a in (1, 2) if i % 3 == a and i < 3 * sections[a]), 0) for i in range(8)]
 
 
-def turned(name: str, x_HLd: np.ndarray, place_L3: np.ndarray) -> np.ndarray:
-    angle_La = place_L3[:, axes(name)] * 1e4 ** (-np.arange(8) / 8)
+def turned(name: str, x_HLd: np.ndarray, place_L3: np.ndarray, base: float) -> np.ndarray:
+    angle_La = place_L3[:, axes(name)] * base ** (-np.arange(8) / 8)
     cos, sin, a, b = np.cos(angle_La), np.sin(angle_La), x_HLd[..., :8], x_HLd[..., 8:]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -81,37 +82,56 @@ def heads(name: str, layer: Any, x_LD: np.ndarray, place_L3: np.ndarray):
         np.array(p(y), np.float64).reshape(len(x_LD), -1, 16).swapaxes(0, 1)
         for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    if name == "qwen3_vl":
+    if hasattr(attention, "q_norm"):
         q, k = (np.array(norm(mx.array(z, mx.float32)), np.float64)
                 for norm, z in ((attention.q_norm, q), (attention.k_norm, k)))  # fmt: skip
-    return turned(name, q, place_L3), turned(name, k, place_L3), v
+    base = getattr(getattr(attention, "rope", None), "base", 1e4)
+    return turned(name, q, place_L3, base), turned(name, k, place_L3, base), v
 
 
-def weights(q_HLd: np.ndarray, k_GLd: np.ndarray) -> np.ndarray:
-    """Causal attention (H, L, L)."""
-    logits = q_HLd @ np.repeat(k_GLd, len(q_HLd) // len(k_GLd), 0).swapaxes(1, 2) / 4
+def weights(q_HLd: np.ndarray, k_GLd: np.ndarray, bias_L: Any = 0) -> np.ndarray:
+    """Causal attention (H, L, L); rows may get more."""
+    logits = q_HLd @ np.repeat(k_GLd, len(q_HLd) // len(k_GLd), 0).swapaxes(1, 2) / 4 + bias_L
     logits[:, ~np.tri(*logits.shape[1:], dtype=bool)] = -np.inf
     e = np.exp(logits - logits.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
 
 
-def through(name: str, layer: Any, x_LD: np.ndarray, place_L3: np.ndarray) -> np.ndarray:
+def through(
+    name: str, layer: Any, x_LD: np.ndarray, place_L3: np.ndarray, bias_L: Any = 0
+) -> np.ndarray:
     q, k, v = heads(name, layer, x_LD, place_L3)
-    out = weights(q, k) @ np.repeat(v, len(q) // len(v), 0)
+    out = weights(q, k, bias_L) @ np.repeat(v, len(q) // len(v), 0)
     out_LD = mx.array(out.swapaxes(0, 1).reshape(len(x_LD), -1), mx.float32)
-    h = mx.array(x_LD, mx.float32) + layer.self_attn.o_proj(out_LD)
+    attended = layer.self_attn.o_proj(out_LD)
+    if name == "gemma3":
+        h = mx.array(x_LD, mx.float32) + layer.post_attention_layernorm(attended)
+        mixed = layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(h)))
+        return np.array(h + mixed, np.float64)
+    h = mx.array(x_LD, mx.float32) + attended
     return np.array(h + layer.mlp(layer.post_attention_layernorm(h)), np.float64)
+
+
+def body_of(model: Any) -> Any:
+    """What has the layers and the last norm."""
+    return getattr(model.language_model, "model", model.language_model)
+
+
+def entering(name: str, x_LD: mx.array) -> np.ndarray:
+    """Rows as the first layer takes them in."""
+    return np.array(x_LD, np.float64) * (8 if name == "gemma3" else 1)
 
 
 class Sequence:
     """A whole prompt, and where everything stands."""
 
     def __init__(self, model: Any, name: str, inputs: Any):
+        self.name = name
         embeds, deep = KINDS[name].full(model, inputs)
         all_of = [list(range(len(image))) for image in embeds]
         x_LD, places, visual = rows(model, name, inputs, all_of, embeds)
-        self.x_LD, self.visual = np.array(x_LD, np.float64), np.array(visual)
-        if name == "llava":
+        self.x_LD, self.visual = entering(name, x_LD), np.array(visual)
+        if name not in QWEN:
             places = [(i, i, i) for i in range(len(places))]
         self.place_L3 = np.array(places, np.float64)
         self.whose = [(v, i) for v, image in enumerate(embeds) for i in range(len(image))]
@@ -120,7 +140,7 @@ class Sequence:
 
     def left(self, kept: list[list[int]]) -> np.ndarray:
         """Which rows of the prompt stay."""
-        is_kept = self.visual == 0
+        is_kept, kept = self.visual == 0, by_view(self.name, kept)
         is_kept[self.visual] = [i in kept[v] for v, i in self.whose]
         return is_kept
 
@@ -128,7 +148,7 @@ class Sequence:
 def reference(model, name: str, inputs, layers: list[dict], policy: str):
     """Tokens and log probabilities (T, V)."""
     seq, tokens, odds = Sequence(model, name, inputs), [], []
-    body, head = model.language_model.model, getattr(model.language_model, "lm_head", None)
+    body, head = body_of(model), getattr(model.language_model, "lm_head", None)
     x_LD, place_L3 = seq.x_LD, seq.place_L3
     for _ in range(TOKENS):
         h, more, is_kept = x_LD, len(x_LD) - len(seq.x_LD), np.ones(len(x_LD), bool)
@@ -148,7 +168,7 @@ def reference(model, name: str, inputs, layers: list[dict], policy: str):
         logits_V = np.array((head or table(model).as_linear)(last)[0], np.float64)
         odds.append(logits_V - np.log(np.exp(logits_V).sum()))
         tokens.append(int(odds[-1].argmax()))
-        x_LD = np.concatenate([x_LD, np.array(table(model)(mx.array(tokens[-1:])), np.float64)])
+        x_LD = np.concatenate([x_LD, entering(name, table(model)(mx.array(tokens[-1:])))])
         place_L3 = np.concatenate([place_L3, np.full((1, 3), place_L3[-1].max() + 1)])
     return tokens, np.stack(odds)
 
@@ -157,8 +177,9 @@ def reference(model, name: str, inputs, layers: list[dict], policy: str):
 def test_the_reference_is_the_stock_model_where_nothing_leaves(models, name):
     model = models(name)
     inputs = KINDS[name].inputs(model)
-    images = KINDS[name].grids
-    whole = [{"first": 0, "last": 2, "kept_indices": [list(range(h * w)) for h, w in images]}]
+    grids = iter(KINDS[name].grids)
+    sizes = [sum(h * w for h, w in (next(grids) for _ in range(n))) for n in KINDS[name].tiles]
+    whole = [{"first": 0, "last": 2, "kept_indices": [list(range(n)) for n in sizes]}]
     tokens, odds = reference(model, name, inputs, whole, "keep")
     expected, expected_odds = stock(model, inputs)
     assert tokens == expected
@@ -194,12 +215,12 @@ def test_places_counted_anew_would_not_pass_for_kept_ones(models, name):
 
 @pytest.mark.parametrize("name", DEEP)
 def test_rows_counted_by_the_cache_would_not_pass_either(models, name):
-    """The control for what comes after the prompt: llava's caches without what they are ahead by,
-    Qwen's positions without theirs."""
+    """The control for what comes after the prompt: caches without what they are ahead by, Qwen's
+    positions without theirs."""
     model = models(name)
     inputs = KINDS[name].inputs(model)
     prompt = pruned(model, inputs, "fastv", 0.6, "keep")
-    if name == "llava":
+    if name not in QWEN:
         prompt.cache[:] = [getattr(one, "cache", one) for one in prompt.cache]
     else:
         prompt.arguments["rope_deltas"] = prompt.arguments["rope_deltas"] - 7
@@ -216,7 +237,7 @@ def test_what_leaves_behind_the_tower_stays_away_in_all_layers(models, name, spe
     prompt = pruned(model, inputs, spec.replace("visionzip", "cls_attention"), 0.5, "keep")
     first, *_, last = prompt.trace.layers(3)
     assert set(last["kept_indices"][0]) < set(first["kept_indices"][0])
-    assert len(first["kept_indices"][0]) < KINDS[name].grids[0][0] * KINDS[name].grids[0][1]
+    assert len(first["kept_indices"][0]) < sum(prompt.trace.sizes)
     tokens, odds = answered(model, prompt)
     expected, expected_odds = reference(model, name, inputs, prompt.trace.layers(3), "keep")
     assert tokens == expected
@@ -225,7 +246,7 @@ def test_what_leaves_behind_the_tower_stays_away_in_all_layers(models, name, spe
 
 def by_hand(model, name: str, inputs, cut: int):
     """What a method may ask of the first image at a layer."""
-    seq, body = Sequence(model, name, inputs), model.language_model.model
+    seq, body = Sequence(model, name, inputs), body_of(model)
     h = before = seq.x_LD
     for number in range(cut):
         before, h = h, through(name, body.layers[number], h, seq.place_L3)
@@ -249,7 +270,7 @@ def by_hand(model, name: str, inputs, cut: int):
 
 
 @pytest.mark.parametrize("spec", ["fastv", "pyramiddrop", "dart", "v2drop"])
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
     model = models(name)
     inputs = KINDS[name].inputs(model, 1)
@@ -259,7 +280,7 @@ def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
     assert METHODS[spec].prune(signals, len(kept)).index_BK[0].tolist() == kept
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in DEEP])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in (*DEEP, "smolvlm")])
 def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name):
     with pytest.raises(UserError, match="fastv cannot prune"):
         check_pipeline(host_of(models(name)), plan("fastv"), None)
@@ -267,7 +288,10 @@ def test_where_layers_are_not_driven_from_here_a_method_is_refused(models, name)
 
 @pytest.mark.parametrize(
     "spec, reason",
-    [("sparsevlm", "needs text_attention"), ("pact", "merged"), ("fastv+restore", "share no mask")],
+    [
+        ("divprune+vtw+restore", "share no mask"),
+        ("fastv+restore", "share no mask"),
+    ],
 )
 @pytest.mark.parametrize("name", DEEP)
 def test_methods_that_change_attention_are_refused_by_name(models, name, spec, reason):
@@ -320,17 +344,3 @@ def test_the_main_job_prunes_between_layers_and_tells_each_layers_rows(loaded, h
     assert answer.cache_bytes == rows_held * 2 * 2 * 16 * 4  # key and value, heads, float32
     assert answer.ttft_ms["pruner"] > 0 or spec == "vtw"
     assert answer.overlay().size[0] > 600
-
-
-def test_a_cache_that_is_ahead_stays_so_when_it_is_quantised():
-    from mlx_vlm.models.cache import KVCache
-
-    held = KVCache()
-    held.update_and_fetch(*mx.random.normal((2, 1, 2, 5, 64)))
-    ahead = ShiftedCache(held, 7)
-    small = ahead.to_quantized(group_size=64, bits=8)
-    assert (ahead.offset, small.offset, small.bits) == (12, 12, 8)
-    assert (
-        not hasattr(ahead, "bits")
-        and ahead.make_mask(1, return_array=False, window_size=None) is None
-    )

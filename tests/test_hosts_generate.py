@@ -215,7 +215,7 @@ def test_half_precision_becomes_float32_on_a_cpu_unless_one_says_otherwise(tmp_p
 @pytest.mark.parametrize(
     "more, sentence",
     [
-        (["--pruner", "sparsevlm", "--keep-ratio", "0.5"], "not yet in mlx-vlm models"),
+        (["--pruner", "fastv+restore", "--keep-ratio", "0.5"], "share no mask"),
         (["--pruner", "norm", "--keep-tokens", "0"], "it must be a whole number, at least 1"),
         (["--pruner", "norm", "--positions", "keep"], "counts the rows it is given"),
         (["--kv-bits", "99"], "--kv-bits is 99; it must be from 1.5 to 8"),

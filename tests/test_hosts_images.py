@@ -16,7 +16,7 @@ from mlx_vlm_prune.pruners import plan
 
 from . import host_models
 from .host_models import IMAGE, KINDS, cached_models
-from .host_reference import QWEN, encoded, kept, let_norm_choose, prompt, reduced
+from .host_reference import MROPE, encoded, kept, let_norm_choose, prompt, reduced
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,8 @@ def test_pictures_of_which_nobody_knows_whose_they_are_are_refused(models):
 @pytest.mark.parametrize(
     "spec, reason",
     [
-        ("sparsevlm", "not yet in mlx-vlm models"),
         ("tome", "between the tower's layers"),
         ("downsample", "resize_shape makes the picture smaller"),
-        ("visionzip+pact", "pact cannot prune"),
     ],
 )
 @pytest.mark.parametrize("name", KINDS)
@@ -102,17 +100,10 @@ def test_what_cannot_work_is_refused_by_name_with_the_reason(models, name, spec,
         check_pipeline(host_of(models(name)), plan(spec), None)
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in QWEN])
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in MROPE])
 def test_positions_that_a_model_only_counts_cannot_be_kept(models, name):
     with pytest.raises(UserError, match="counts the rows"):
         check_pipeline(host_of(models(name)), plan("norm"), "keep")
-
-
-@pytest.mark.parametrize("name", ["fastvlm", "llava_next", "paligemma"])
-def test_families_that_mlx_vlm_shows_one_image_refuse_a_second(models, name):
-    two = replace(prompt(models, name), images=2)
-    with pytest.raises(UserError, match="reads one image"):
-        encoded(models(name), two, "none")
 
 
 def test_a_tower_without_attention_refuses_what_needs_it():

@@ -10,7 +10,7 @@ import pytest
 
 from mlx_vlm_prune import pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.families import FAMILIES, host_of
 from mlx_vlm_prune.hosts.prefill import prompt_cache
 from mlx_vlm_prune.hosts.pruned_folder import prune_into
 from mlx_vlm_prune.pruners import METHODS, plan
@@ -18,6 +18,7 @@ from mlx_vlm_prune.pruners import METHODS, plan
 from . import host_models
 from .host_models import IMAGE, KINDS, cached_models
 from .host_reference import (
+    HYBRID,
     MaskOnly,
     biased_mask,
     decoded,
@@ -35,7 +36,7 @@ from .test_pruned import BATCHED, by_view, several
 from .test_pruned_tools import batch, prompts_of
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
-ABLE = [name for name in KINDS if name != "paligemma"]
+ABLE = [name for name in KINDS if FAMILIES[name].why_no_enhancer is None]
 SPEC = "vispruner+restore:strength=1.5"
 
 
@@ -186,6 +187,7 @@ def test_a_call_that_would_leave_the_biases_out_is_refused(models):
 def test_a_model_whose_layers_take_no_mask_is_refused_by_name(models):
     with pytest.raises(UserError, match=r"restore cannot prune a paligemma model: .* no mask"):
         reduced(models("paligemma"), prompt(models, "paligemma", 1), SPEC, 0.3)
+    assert {*KINDS} - {*ABLE} == {"paligemma", *HYBRID}
 
 
 def test_what_needs_another_mask_in_each_layer_is_refused(models):

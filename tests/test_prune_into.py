@@ -38,6 +38,7 @@ from .into_folders import (
     ours,
     video,
 )
+from .recent_host_models import RECENT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 EVERYWHERE = ["random:seed=3", "uniform", "avgpool", "norm", "similarity", "divprune", "apet"]
@@ -49,7 +50,11 @@ BUDGETS = {"ratio": (0.5, None), "tokens": (None, 3)}
 CASES = [
     (kind, spec, called)
     for kind in KINDS
-    for spec in EVERYWHERE + READERS + (WITH_CLS if kind in CLS else [])
+    for spec in (
+        ["divprune", "received_attention"]
+        if kind in RECENT
+        else EVERYWHERE + READERS + (WITH_CLS if kind in CLS else [])
+    )
     for called in (["ratio"] if spec in READERS else BUDGETS)
 ]
 

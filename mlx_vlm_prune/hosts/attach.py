@@ -44,7 +44,8 @@ def attach(
     `positions` as in `generate`. With `allow_videos` a prompt with a video or sound is read
     unpruned; without, it is refused. `processor` is mlx-vlm's own of the model, or the folder that
     mlx-vlm will load it from: a LLaVA's works with transformers 5.20 and later only where it is
-    given. Read answers to their end before `detach` is called.
+    given. A method between the language model's layers prunes prompts that are read alone, in no
+    batch and not in mlx-vlm's server. Read answers to their end before `detach` is called.
     Raises UserError for a model, method or budget that cannot be, and for a model that is being
     pruned already; then, as after any error, the model is as it was.
     """
@@ -52,11 +53,11 @@ def attach(
     host, pipeline, policy = _checked_host(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
     mask_layers = host.mask_layers if pipeline.enhancer else ()
-    state, guard = LanguageState(host.is_bidirectional, mask_layers), ServerGuard(model)
+    state = LanguageState(host.is_bidirectional, mask_layers, bool(pipeline.decoder))
+    guard = ServerGuard(model)
     host.model = proxy(model)  # weak: the model, which will hold it, is freed with its last owner
-    embeddings = PrunedEmbeddings(
-        host, pipeline, keep_ratio, keep_tokens, policy, allow_videos, state
-    )
+    budget = keep_ratio, keep_tokens
+    embeddings = PrunedEmbeddings(host, pipeline, *budget, policy, allow_videos, state)
     embeddings.guard = guard
     with ExitStack() as undo:
         if processor is not None and host.kind == LLAVA:
@@ -93,11 +94,6 @@ def _checked_host(
     host = host_of(model)
     pipeline = plan_for_host(host, pruner)
     policy = check_pipeline(host, pipeline, positions)
-    if pipeline.decoder:
-        raise UserError(
-            f"{pipeline.decoder.name} works between the language model's layers, where a block that"
-            " prunes does not reach: call mlx_vlm_prune.generate"
-        )
     return host, pipeline, policy
 
 

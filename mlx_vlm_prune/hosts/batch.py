@@ -47,9 +47,9 @@ def split_batch(
         pairs = [(prompts[0], encode(prompts[0]))]
     elif host.placeholder_unit != "token":
         raise UserError(
-            f"a {host.kind} model reads one prompt at a time here: its rows grow by images"
+            f"a {host.kind} model reads one prompt at a time here: {host.why_no_batches}"
         )
-    elif isinstance(pixels, list) or pixels.ndim != 5:
+    elif isinstance(pixels, list) or pixels.ndim != 5 or host.has_image_rows:
         pairs = _deal_views(host, prompts, encode(prompts[0]))
     else:  # row b of the pixels has the tiles of prompt b
         tiled = [_with_pixel_row(host, inputs, b) for b, inputs in enumerate(prompts)]
@@ -90,7 +90,7 @@ def _deal_views(
     waiting, pairs = list(views), []
     for inputs in prompts:
         room, dealt = inputs.ids.count(host.image_token_id(inputs)), list[View]()
-        while waiting and sum(view.signals.x_BND.shape[1] for view in dealt) < room:
+        while waiting and sum(len(view.is_token) for view in dealt) < room:
             dealt.append(waiting.pop(0))
         if not dealt:
             pairs.append((replace(inputs, pixels=None, images=0, extra={}), dealt))

@@ -11,7 +11,10 @@ from .host import Host
 LATER = "not yet in mlx-vlm models"
 SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
 # What a host has between the language model's layers, and what a tower without attention has.
-DECODER_SIGNALS = ("before", "normed", "held_keys", "last_attention", "next_attention")
+DECODER_SIGNALS = (
+    "before", "normed", "held_keys", "last_attention", "next_attention", "text_attention",
+    "text_share", "mean_attention",
+)  # fmt: skip
 ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid", "features")
 
 
@@ -98,9 +101,11 @@ def _why_not(host: Host, step: Pruner) -> str | None:
             return "its tower has neither a CLS token nor attention that could stand in for it"
         return None
     if host.language_layers is None:
-        return f"it works between the language model's layers, {LATER} of this kind"
-    if step.is_proportional:
-        return f"it adds to the attention that merged tokens get, {LATER}"
+        return f"it works between the language model's layers, and {host.why_no_decoder_methods}"
+    if step.is_proportional and host.language_layers.window:
+        return (
+            "it adds to the attention that merged tokens get, which windows of rows would cut off"
+        )
     if beyond := set(step.method.needs) - set(DECODER_SIGNALS):
         return f"it needs {', '.join(sorted(beyond))}, {LATER}"
     return None

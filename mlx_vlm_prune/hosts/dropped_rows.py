@@ -33,8 +33,14 @@ from .biased_cache import add_biases
 DROPPED = -1  # the position of a dropped row
 EMBEDDINGS, POSITIONS = "inputs_embeds", "position_ids"
 IS_VISUAL, DEEPSTACK = "visual_pos_masks", "deepstack_visual_embeds"
+PER_LAYER = "per_layer_inputs"  # Gemma 4's: a second embedding of a row for each layer
+MEDIA = "mm_token_type_ids"  # Gemma 4's: which rows are of an image, and see one another
 BIAS = "bias"  # added to the attention that rows get; an argument from here to `_with_biases`
-PER_ROW = (POSITIONS, IS_VISUAL, DEEPSTACK)  # arguments with an entry a row, beside embeddings
+# What has an entry a row beside embeddings, in mlx-vlm's features and in calls; of some of it rows
+# are the second axis.
+PER_ROW = (POSITIONS, IS_VISUAL, DEEPSTACK, PER_LAYER)
+PER_ROW_IN_CALLS = (*PER_ROW, MEDIA)
+ROWS_SECOND = (EMBEDDINGS, DEEPSTACK, PER_LAYER)
 IS_READ = "attention_mask"  # 0 where a row is dropped; never on a graph with the model's weights
 Language = Callable[..., Any]  # the call of mlx-vlm's own language model
 
@@ -45,16 +51,16 @@ def to_full_length(
     """mlx-vlm's features of a prompt's kept rows, at full length and with marked dropped rows.
 
     Embeddings are (L, D), which rows are read (L,), or how many tokens each stands for; where a
-    family has them positions (3, L), visual rows (L,) and DeepStack's (L, Y, D). The prompt stands
-    in `columns`, the other columns are padding. The last kept row takes the last column, so that a
-    prompt that ends in an image still ends in a real row.
+    family has them positions (3, L), visual rows (L,), DeepStack's (L, Y, D), and what each layer
+    takes in beside (L, layers, d). The prompt stands in `columns`, the other columns are padding.
+    The last kept row takes the last column, so that a prompt that ends in an image still ends in a
+    real row.
     """
     begin, end = columns.start, columns.stop
     column_l = np.array(kept_columns, np.int32) + begin
     column_l[-1] = end - 1
     is_read_L = np.ones(L, np.int32)
-    is_read_L[begin:end] = 0
-    is_read_L[column_l] = 1
+    is_read_L[begin:end] = np.isin(np.arange(begin, end), column_l)
     kept_l, x_lD = mx.array(column_l), features.inputs_embeds[0]
     l, D = x_lD.shape  # noqa: E741
     x_LD = mx.zeros((L, D), x_lD.dtype)
@@ -76,6 +82,17 @@ def to_full_length(
             is_visual_L[kept_l] = features.visual_pos_masks[0]
         full[IS_VISUAL] = is_visual_L
         full[DEEPSTACK] = deepstack_rows(is_visual_L, features.deepstack_visual_embeds, Y, x_lD)
+    if features.per_layer_inputs is not None:
+        full[PER_LAYER] = _per_layer_rows(L, columns, kept_l, features.per_layer_inputs[0])
+    return full
+
+
+def _per_layer_rows(L: int, columns: range, kept_l: mx.array, per_layer: mx.array) -> mx.array:
+    """What each layer takes in, (l, layers, d) of kept rows, as (L, layers, d) with NaN for dropped
+    ones."""
+    full = mx.zeros((L, *per_layer.shape[1:]), per_layer.dtype)
+    full[columns.start : columns.stop] = mx.nan
+    full[kept_l] = per_layer
     return full
 
 
@@ -144,7 +161,7 @@ def call_on_kept_rows(
         if bias_BL is not None:
             arguments[BIAS] = bias_BL.astype(x_BLD.dtype)
             language = _with_biases(language, read.mask_layers)
-    has_batch_cache = bool(cache) and hasattr(cache[0], "left_padding")
+    has_batch_cache = bool(cache) and hasattr(rows_cache(cache), "left_padding")
     if is_dropped_BL.any():
         if len(is_dropped_BL) > 1 and not has_batch_cache:
             raise UserError("several pruned prompts at once need a cache for a batch")
@@ -161,25 +178,39 @@ def _call_on_prompt(
     language: Language, ids_1n: mx.array, arguments: dict[str, Any], is_dropped_n: np.ndarray,
     is_read_1L: mx.array | None,
 ) -> Any:  # fmt: skip
-    """A prompt, or a piece of it. Positions and DeepStack's rows may still be the whole prompt's,
-    so that they have their own mark of dropped rows."""
+    """A prompt, or a piece of it. What has an entry a row beside embeddings may still be the whole
+    prompt's."""
     if is_dropped_n.any():
         kept = _true_rows(~is_dropped_n)
         of_piece = _at_rows(arguments, [EMBEDDINGS, BIAS], kept)
         ids_1n, arguments = ids_1n[:, kept], arguments | of_piece
-    positions = arguments.get(POSITIONS)
-    if positions is not None and positions.ndim == 3 and positions.shape[1] == 1:
-        if is_read_1L is not None and is_read_1L.shape[1] == positions.shape[2]:
-            is_kept = np.array(is_read_1L)[0] != 0
-        else:
-            is_kept = np.array(positions[0, 0] != DROPPED)
-        if not is_kept.all():
-            arguments = arguments | _at_rows(arguments, PER_ROW, _true_rows(is_kept))
+    is_kept = _kept_of_whole(arguments, is_dropped_n, is_read_1L)
+    if is_kept is not None and not is_kept.all():
+        names = [name for name in PER_ROW_IN_CALLS if _rows_of(arguments, name) == len(is_kept)]
+        arguments = arguments | _at_rows(arguments, names, _true_rows(is_kept))
     if arguments[EMBEDDINGS].shape[1]:  # ids may be fewer, where one stands for an image
         return _call(language, ids_1n, arguments)
     from mlx_vlm.models.base import LanguageModelOutput
 
     return LanguageModelOutput(logits=mx.zeros((1, 1, 1)))  # of a piece, whose logits are not read
+
+
+def _kept_of_whole(
+    arguments: dict[str, Any], is_dropped_n: np.ndarray, is_read_1L: mx.array | None
+) -> np.ndarray | None:
+    """Which rows stay of what has an entry a row, the prompt's or a piece's; None without any.
+    Where no mask says it, positions and what each layer takes in have their own marks."""
+    positions, per_layer = arguments.get(POSITIONS), arguments.get(PER_LAYER)
+    has_marks = positions is not None and positions.ndim == 3 and positions.shape[1] == 1
+    rows = _rows_of(arguments, POSITIONS) if has_marks else 0
+    rows = rows or _rows_of(arguments, PER_LAYER) or _rows_of(arguments, MEDIA)
+    if is_read_1L is not None and rows == is_read_1L.shape[1]:
+        return np.array(is_read_1L)[0] != 0
+    if has_marks and positions is not None:
+        return np.array(positions[0, 0] != DROPPED)
+    if per_layer is not None:
+        return np.array(~mx.isnan(per_layer[0, :, 0, 0]))
+    return ~is_dropped_n if rows == len(is_dropped_n) else None
 
 
 def _call_on_batch(
@@ -188,9 +219,9 @@ def _call_on_batch(
 ) -> Any:  # fmt: skip
     """Whole prompts of a batch, padded on the left anew to the most kept rows."""
     cache = arguments["cache"]
-    if cache[0].keys is not None:
+    if rows_cache(cache).keys is not None:
         raise UserError("a batch with pruned prompts is read at once, and this one was cut")
-    padding_B = np.array(cache[0].left_padding)
+    padding_B = np.array(rows_cache(cache).left_padding)
     is_kept_BL = ~is_dropped_BL & (np.arange(is_dropped_BL.shape[1]) >= padding_B[:, None])
     kept = [np.flatnonzero(is_kept_L).astype(np.int32) for is_kept_L in is_kept_BL]
     l = max(map(len, kept))  # noqa: E741
@@ -199,9 +230,16 @@ def _call_on_batch(
     if is_dropped_BL.any():
         more_padding = [l - len(rows) - int(n) for rows, n in zip(kept, padding_B, strict=True)]
         for layer_cache in cache:
-            layer_cache.prepare(left_padding=more_padding)
+            if holds_rows(layer_cache):
+                layer_cache.prepare(left_padding=more_padding)
+            else:
+                layer_cache.left_padding = layer_cache.left_padding + mx.array(more_padding)
     arguments = {**arguments}
-    for name in (EMBEDDINGS, BIAS, *PER_ROW):
+    if len(kept) != len(arguments.get(MEDIA, kept)):  # mlx-vlm joins those of some prompts only
+        if is_bidirectional:
+            raise UserError(f"a batch needs the {MEDIA} of every prompt")
+        del arguments[MEDIA]
+    for name in (EMBEDDINGS, BIAS, *PER_ROW_IN_CALLS):
         if (x := arguments.get(name)) is not None:
             prompt_axis = 1 if name == POSITIONS and x.ndim == 3 else 0
             arguments[name] = _pad_left(x, kept, l, prompt_axis)
@@ -228,7 +266,7 @@ def _call_in_steps(
     ends = [l] if step is None else sorted({*range(step, l - 1, step), l - 1, l} - {0})
     for begin, end in pairwise([0, *ends]):
         rows = slice(begin, end)
-        piece = arguments | _at_rows(arguments, (EMBEDDINGS, BIAS, *PER_ROW), rows)
+        piece = arguments | _at_rows(arguments, (EMBEDDINGS, BIAS, *PER_ROW_IN_CALLS), rows)
         output = _call(language, ids_Bl[:, rows], piece)
         mx.async_eval([layer_cache.state for layer_cache in arguments["cache"]])
     return output
@@ -271,16 +309,30 @@ def _with_biases(language: Language, mask_layers: Sequence[int]) -> Language:
     return call
 
 
+def holds_rows(layer_cache: Any) -> bool:
+    """Does a layer's cache hold rows? A recurrent layer's holds a state instead."""
+    return hasattr(layer_cache, "offset")
+
+
+def rows_cache(caches: Sequence[Any]) -> Any:
+    """The first layer's cache that holds rows."""
+    return next(filter(holds_rows, caches), caches[0])
+
+
 def _at_rows(
     arguments: dict[str, Any], names: Iterable[str], rows: slice | mx.array
 ) -> dict[str, Any]:
-    """Those of the named arguments that are given, at some rows. Rows are the second axis of
-    embeddings and DeepStack, the last of the others."""
+    """Those of the named arguments that are given, at some rows."""
     given = {name: arguments[name] for name in names if arguments.get(name) is not None}
-    return {
-        name: x[:, rows] if name in (EMBEDDINGS, DEEPSTACK) else x[..., rows]
-        for name, x in given.items()
-    }
+    return {name: x[:, rows] if name in ROWS_SECOND else x[..., rows] for name, x in given.items()}
+
+
+def _rows_of(arguments: dict[str, Any], name: str) -> int:
+    """How many rows a named argument has an entry for; 0 where it is not given."""
+    x = arguments.get(name)
+    if not isinstance(x, mx.array):
+        return 0
+    return x.shape[1] if name in ROWS_SECOND else x.shape[-1]
 
 
 def _true_rows(is_true: Any) -> mx.array:

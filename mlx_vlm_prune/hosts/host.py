@@ -3,9 +3,7 @@
 Shapes: K visual tokens kept of a view, L rows of the prompt, D features.
 """
 
-import logging
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,22 +15,21 @@ import numpy as np
 from PIL import Image
 
 from ..checkpoints.errors import UserError
-from ..generation.tiles import Layout
-from ..inputs.placement import Affine, Size, compose, placement, scaling
 from ..inputs.prompt import IMAGE_MARK
 from ..inputs.template import check_template
 from ..models.learned import read_learned
+from ..pruners.contract import Reduction
 from .language_layers import LanguageLayers
+from .pictured_views import PicturedViews
 from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .views import View
 
-logger = logging.getLogger("mlx_vlm_prune")
 TRIAL = "tokenizer_trial"  # attribute of a model, see checkpoints/tokenizer_trial.py
 LONGEST = 1 << 20  # rows, where a config does not say how many the model reads
 REQUEST_STATE = ("_position_ids", "_rope_deltas")  # mlx-vlm keeps these on the language model
 
 
-class Host(ABC):
+class Host(PicturedViews, ABC):
     """A loaded model with its processor; `host_of` makes it.
 
     A family must define `depth` and `encode_images`. The rest suits most families.
@@ -44,9 +41,15 @@ class Host(ABC):
     why_no_encoder_methods: ClassVar[str] = (
         "it works between the tower's layers, which is not yet there for mlx-vlm models"
     )
-    why_one_image: ClassVar[str | None] = None  # why a prompt may have one only, if so
     why_no_enhancer: ClassVar[str | None] = None  # why no row can get more attention, if so
-    whole_view: ClassVar[int] = -1  # which of an image's tiles shows all of it
+    # Why no row can leave between the language model's layers, where they are not driven from here.
+    why_no_decoder_methods: ClassVar[str] = "the language model's layers are not driven from here"
+    why_no_batches: ClassVar[str | None] = None  # why prompts are read one at a time, if so
+    why_not_counted: ClassVar[str | None] = None  # why operations are not counted, if so
+    limits: ClassVar[str | None] = None  # what works only in part, for docs/hosts.md
+    per_row_inputs: ClassVar[Sequence[str]] = ()  # arrays of the processor's with an entry a row
+    has_image_rows: ClassVar[bool] = False  # are rows of tiled pixels images, in place of prompts?
+    projects_views_apart: ClassVar[bool] = False  # as mlx-vlm does, so that bits are the same
     # Drives the language model's layers one by one, for decoder methods.
     language_layers_class: ClassVar[type[LanguageLayers] | None] = None
 
@@ -134,10 +137,31 @@ class Host(ABC):
         """The word embeddings of ids."""
         return self.word_table(ids)
 
+    def stock_embeddings(self, ids: mx.array | None, pixels: Any, **arguments: Any) -> Any:
+        """mlx-vlm's own features of prompts, also in a model that prunes."""
+        model = self.model
+        return model.__class__.get_input_embeddings(model, ids, pixels, **arguments)
+
     def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array | list[mx.array]:
         """The embeddings (K, D) of each view as mlx-vlm's `cached_image_features`; here as those of
         one picture. `is_full`: does every token stay?"""
         return mx.concatenate(list(x))[None]
+
+    def image_embeddings(
+        self, views: Sequence[View], x: Sequence[mx.array], is_full: bool
+    ) -> mx.array | list[mx.array]:
+        """The same; views of one image may be told from those of another."""
+        return self.join_embeddings(x, is_full)
+
+    def placeholders_of_blocks(
+        self, placeholders: np.ndarray, views: Sequence[View], reductions: Sequence[Reduction]
+    ) -> np.ndarray:
+        """Which placeholders stay where each stands for a block of rows."""
+        raise NotImplementedError
+
+    def arrange_ids(self, ids_1L: mx.array) -> mx.array:
+        """A prompt's ids as mlx-vlm must get them to put images among words where they stand."""
+        return ids_1L
 
     def image_token_id(self, inputs: PreparedInputs) -> int:
         """The placeholder's id. Configs call it index or id; a processor's comes before them."""
@@ -204,6 +228,10 @@ class Host(ABC):
         marks = [IMAGE_MARK, getattr(self.processor, "image_token", None), *tokens]
         return list(dict.fromkeys(mark for mark in marks if isinstance(mark, str) and mark))
 
+    def template_config(self, images: int) -> tuple[Any, int]:
+        """What mlx-vlm's chat template is to know of the model, and how many images."""
+        return self.model.config, images
+
     def check_template(self, turns: Any, options: Mapping[str, Any]) -> None:
         """UserError where the chat template would take too much time or memory for these turns;
         transformers renders it without a bound."""
@@ -244,85 +272,6 @@ class Host(ABC):
         """Raises UserError for a prompt of more rows than the model reads."""
         if rows > self.context:
             raise UserError(f"the prompt has {rows} tokens; the model reads up to {self.context}")
-
-    def pictures(self, views: Sequence[View], images: Sequence[Image.Image]) -> list[Image.Image]:
-        """The tower's input of each view as a picture, for the overlay of kept tokens."""
-        processor = getattr(self.processor, "image_processor", None)
-        mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
-        pictures = []
-        for view in views:
-            if view.pixels_HW3 is None:
-                pictures.append(images[view.image])
-                continue
-            pixels = np.array(view.pixels_HW3.astype(mx.float32))
-            pixels = pixels * (1.0 if std is None else std) + (0.0 if mean is None else mean)
-            pictures.append(Image.fromarray((pixels * 255).round().clip(0, 255).astype(np.uint8)))
-        return pictures
-
-    def placements(
-        self, views: Sequence[View], images: Sequence[Image.Image], options: ProcessorOptions
-    ) -> list[dict[str, Any]]:
-        """Where what the model saw of each image lies in its file; of one in tiles, the tile that
-        shows all of it. Without a map where the processor's options are none that are known."""
-        places = []
-        for number, image in enumerate(images):
-            pairs = zip(options.resize or image.size, image.size, strict=True)
-            ratio = min(most / side for most, side in pairs)
-            fitted = int(image.width * ratio), int(image.height * ratio)
-            tiles = [view for view in views if view.image == number]
-            view, kwargs = tiles[self.whole_view], options.kwargs
-            try:
-                seen, to_fitted = self.to_image(view, fitted, kwargs)
-                to_image = compose(to_fitted, scaling(fitted, image.size))
-            except (AttributeError, LookupError, TypeError, ArithmeticError) as problem:
-                # What the user gave the model's own processor is not understood here.
-                logger.warning("where image %d lies in its file is not known: %r", number, problem)
-                seen, to_image = self.seen_size(view), None
-            places.append(placement(image, seen, to_image))
-        return places
-
-    def to_image(self, view: View, size: Size, kwargs: Mapping[str, Any]) -> tuple[Size, Affine]:
-        """Width and height of a view of a whole picture, and the map from there to the picture,
-        which has this size; here it is squeezed to another shape. `kwargs` are the
-        processor's."""
-        seen = self.seen_size(view)
-        return seen, scaling(seen, size)
-
-    def seen_size(self, view: View) -> Size:
-        """Width and height of what the tower read."""
-        if view.pixels_HW3 is not None:
-            height, width, _ = view.pixels_HW3.shape
-            return width, height
-        (rows, columns), side = view.signals.grid, self.token_side
-        return columns * side, rows * side
-
-    @property
-    def token_side(self) -> int:
-        """Pixels along the side of a visual token, in a family whose views have no pixels."""
-        raise NotImplementedError
-
-    def drawn_views(
-        self, views: Sequence[View], images: Sequence[Image.Image]
-    ) -> list[tuple[Image.Image, tuple[int, int]]]:
-        """The picture of each view with its (rows, columns) of visual tokens."""
-        pictures = self.pictures(views, images)
-        return [(each, view.signals.grid) for each, view in zip(pictures, views, strict=True)]
-
-    def layouts(
-        self, views: Sequence[View], sizes: Sequence[tuple[int, int]]
-    ) -> list[Layout | None]:
-        """How the views of each image lie in it, None where that is not known; `sizes` are the
-        (width, height) of the images."""
-        counts = Counter(view.image for view in views)
-        layouts = []
-        for image, size in enumerate(sizes):
-            layout = self.layout(counts[image], size)
-            layouts.append(layout if layout and layout.views == counts[image] else None)
-        return layouts
-
-    def layout(self, views: int, size: tuple[int, int]) -> Layout | None:
-        """How so many views lie in an image of (width, height)."""
-        return Layout(1, 1)
 
     @contextmanager
     def preserve_state(self) -> Iterator[None]:

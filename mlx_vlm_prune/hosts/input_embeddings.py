@@ -17,12 +17,14 @@ from ..pruners.contract import Policy
 from .batch import BatchPrompt, split_batch
 from .dropped_rows import IS_READ, PER_ROW, deepstack_rows, to_full_length
 from .host import Host
+from .prefill import prefill_through_cuts, without_embeddings
 from .prepared_inputs import PreparedInputs
 from .prompt import PrunedPrompt, ViewEncoder, add_text, budgets_by_view, prune_prompt
 from .pruned_language import LanguageState
 from .pruning_report import PruningReport
 from .served import ServerGuard
 from .tower_cache import TowerCache
+from .views import View
 
 OTHER_MEDIA = ("pixel_values_videos", "input_features", "audio_values")
 PRECOMPUTED = ("cached_image_features", "inputs_embeds", "position_ids")  # refused from a caller
@@ -70,14 +72,9 @@ class PrunedEmbeddings:
                 return self._unpruned(input_ids, pixel_values, mask=mask, **extra)
             return self._pruned(input_ids, pixel_values, mask, extra)
 
-    def _stock(self, ids: Any, pixels: Any, **extra: Any) -> Any:
-        """mlx-vlm's own function, which the instance no longer has."""
-        model = self.host.model
-        return model.__class__.get_input_embeddings(model, ids, pixels, **extra)
-
     def _unpruned(self, ids: Any, pixels: Any, **extra: Any) -> Any:
         """Features of unpruned prompts, with DeepStack's rows (B, L, Y, D) as pruned ones have."""
-        features = _all_read(self._stock(ids, pixels, **extra))
+        features = _all_read(self.host.stock_embeddings(ids, pixels, **extra))
         if not self.host.deepstack:
             return features
         x_BLD, is_visual_BL = features.inputs_embeds, features.visual_pos_masks
@@ -94,14 +91,28 @@ class PrunedEmbeddings:
         misses, encode, prompts, features = self.towers.misses, self._encode, [], []
         with request_clock().running() as clock:
             batch = split_batch(self.host, ids_BL, mask_BL, pixels, extra, encode)
+            if self.state.reads_through_cuts and len(batch) > 1:
+                raise UserError(f"{self.pipeline.spec} prunes one prompt at a time, not a batch")
             tower_skipped = self.towers.misses == misses
             for one in batch:
                 prompts.append(self._prune(one))
                 features.append(self._features(prompts[-1]))
                 if one.views:
-                    self.report.add(prompts[-1], clock.ms, tower_skipped)
+                    through_cuts = self._through_cuts(one, prompts[-1])
+                    self.report.add(through_cuts, clock.ms, tower_skipped)
                     clock.ms = dict.fromkeys(clock.ms, 0.0)  # the next prompt's time starts here
-        return self._whole(ids_BL.shape[1], batch, prompts, features)
+        whole = self._whole(ids_BL.shape[1], batch, prompts, features)
+        if self.pipeline.decoder and batch[0].views and through_cuts.cache:
+            self.state.add_prompt(whole.attention_mask, through_cuts)
+            return without_embeddings(whole)
+        return whole
+
+    def _through_cuts(self, one: BatchPrompt, prompt: PrunedPrompt) -> PrunedPrompt:
+        """The prompt, read through a method between the language model's layers if there is one."""
+        if self.state.reads_through_cuts:
+            budgets = self._budgets(one.views)
+            return prefill_through_cuts(self.host, prompt, self.pipeline, budgets, self.policy)
+        return prompt
 
     def of_prompt(self, inputs: PreparedInputs) -> tuple[Any, PrunedPrompt | None]:
         """mlx-vlm's features of one prompt, at full length, and what was left of it; None without
@@ -139,17 +150,21 @@ class PrunedEmbeddings:
                 f" one image: give keep_ratio in place of {budget}"
             )
         views = add_text(self.host, inputs, views, self.pipeline)
-        budgets = budgets_by_view(
+        budgets = self._budgets(views)
+        return prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
+
+    def _budgets(self, views: Sequence[View]) -> list[int]:
+        """Each view's K."""
+        return budgets_by_view(
             views, self.keep_ratio, self.keep_tokens, self.pipeline, self.low_detail
         )
-        return prune_prompt(self.host, inputs, views, self.pipeline, budgets, self.policy)
 
     def _features(self, prompt: PrunedPrompt) -> Any:
         """mlx-vlm's features of the kept rows (1, l, D), at the positions of the whole prompt."""
         arguments = dict(prompt.arguments)
         overrides = {name: arguments.pop(name) for name in OVERRIDES if name in arguments}
         ids_1l, pixels = arguments.pop("input_ids"), arguments.pop("pixel_values", None)
-        features = self._stock(ids_1l, pixels, **arguments)
+        features = self.host.stock_embeddings(ids_1l, pixels, **arguments)
         bias_l = prompt.bias_l
         overrides[IS_READ] = None if bias_l is None else mx.exp(bias_l.astype(mx.float32))[None]
         return replace(features, **overrides, attention_mask_4d=None)  # a mask that nothing reads

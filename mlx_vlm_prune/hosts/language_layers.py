@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import mlx.core as mx
 
 from ..models.language.minimind import grouped
+from .biased_cache import BiasedCache, add_biases
 
 
 class LanguageLayers(ABC):
@@ -24,10 +25,20 @@ class LanguageLayers(ABC):
 
     def __init__(self, model: Any):
         self.model = model
+        self.body = getattr(model, "model", model)  # what has the layers
 
     @property
     def depth(self) -> int:
-        return len(self.model.model.layers)
+        return len(self.body.layers)
+
+    @property
+    def window(self) -> int | None:
+        """How many rows a layer with a window of attention holds."""
+        return None
+
+    def enter(self, x_BLD: mx.array) -> mx.array:
+        """Embeddings as the first layer takes them in."""
+        return x_BLD
 
     def make_cache(self) -> list[Any]:
         """mlx-vlm's own, one a layer."""
@@ -37,7 +48,7 @@ class LanguageLayers(ABC):
 
     def norm(self, x_BLD: mx.array) -> mx.array:
         """The norm after the last layer."""
-        return self.model.model.norm(x_BLD)
+        return self.body.norm(x_BLD)
 
     def held_keys(self, layer_cache: Any) -> mx.array:
         """(1, G, S, d)."""
@@ -47,8 +58,11 @@ class LanguageLayers(ABC):
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],
         *, contiguous: bool = False, padding: Sequence[int] = (), bias_BL: mx.array | None = None,
     ) -> mx.array:  # fmt: skip
-        """Hidden states through some of the layers, whose caches grow by L rows."""
-        assert not any(padding) and bias_BL is None, "`check_pipeline` refuses what needs either"
+        """Hidden states through some of the layers, whose caches grow by L rows. Biased ones make
+        the masks of their layers from then on."""
+        assert not any(padding), "a prompt is read alone"
+        if bias_BL is not None:  # in float32, from which whole numbers come back
+            add_biases(cache, numbers, bias_BL.astype(mx.float32))
         for number in numbers:
             x_BLD = self.block(number, x_BLD, positions_BL, cache[number])
         return x_BLD
@@ -63,13 +77,13 @@ class LanguageLayers(ABC):
 
     def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The queries that a layer makes of its input, as its keys are grouped, (B, G, R, L, d)."""
-        layer = self.model.model.layers[number]
+        layer = self.body.layers[number]
         attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
         return grouped(self.heads(attention, "q", y_BLD, positions_BL), attention.n_kv_heads)
 
     def rotated_keys(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
         """The keys that a layer makes of its input, (B, G, L, d)."""
-        layer = self.model.model.layers[number]
+        layer = self.body.layers[number]
         return self.heads(layer.self_attn, "k", layer.input_layernorm(x_BLD), positions_BL)
 
     def heads(
@@ -88,24 +102,62 @@ class RopeOffsetLayers(LanguageLayers):
     axes = 1
 
     def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
-        layer = self.model.model.layers[number]
-        attention, y_BLD = layer.self_attn, layer.input_layernorm(x_BLD)
+        layer = self.body.layers[number]
+        y_BLD = layer.input_layernorm(x_BLD)
+        x_BLD = x_BLD + self.attend(layer.self_attn, y_BLD, positions_BL, cache)
+        return x_BLD + layer.mlp(layer.post_attention_layernorm(x_BLD))
+
+    def attend(
+        self, attention: Any, y_BLD: mx.array, positions_BL: mx.array, cache: Any
+    ) -> mx.array:
+        """The attention of a normed input, whose keys and values go into the cache."""
         q_BHLd = self.heads(attention, "q", y_BLD, positions_BL)
         v_BGLd = split_heads(attention.v_proj(y_BLD), attention.n_kv_heads)
         k_BGLd = self.heads(attention, "k", y_BLD, positions_BL)
+        mask = layer_mask(cache, y_BLD)
         k, v = cache.update_and_fetch(k_BGLd, v_BGLd)
-        out = mx.fast.scaled_dot_product_attention(
-            q_BHLd, k, v, scale=attention.scale, mask="causal"
-        )
-        x_BLD = x_BLD + attention.o_proj(out.swapaxes(1, 2).flatten(2))
-        return x_BLD + layer.mlp(layer.post_attention_layernorm(x_BLD))
+        out = mx.fast.scaled_dot_product_attention(q_BHLd, k, v, scale=attention.scale, mask=mask)
+        attended_BLD: mx.array = attention.o_proj(out.swapaxes(1, 2).flatten(2))
+        return attended_BLD
 
     def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
         """Each row by itself, as the first of a prompt that starts at its position."""
-        B, H, L, d = x_BHLd.shape
+        (B, H, L, d), rope = x_BHLd.shape, getattr(attention, "rope", None)
         x_NH1d = x_BHLd.swapaxes(1, 2).reshape(B * L, H, 1, d)
-        x_NH1d = attention.rope(x_NH1d, offset=positions_BL.reshape(-1).astype(mx.int32))
+        rope = attention.rotary_emb if rope is None else rope  # as InternVL calls it
+        x_NH1d = rope(x_NH1d, offset=positions_BL.reshape(-1).astype(mx.int32))
         return x_NH1d.reshape(B, L, H, d).swapaxes(1, 2)
+
+
+class Gemma3Layers(RopeOffsetLayers):
+    """Gemma 3's: a norm behind attention and MLP, too; some layers hold a window of rows."""
+
+    @property
+    def window(self) -> int | None:
+        window: int = self.body.window_size
+        return window
+
+    def enter(self, x_BLD: mx.array) -> mx.array:
+        if not self.body.scale_inputs_embeds:
+            return x_BLD
+        root = mx.array(self.body.config.hidden_size**0.5, mx.bfloat16)  # rounded, as there
+        return x_BLD * root.astype(x_BLD.dtype)
+
+    def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
+        from mlx_vlm.models.gemma3.language import clip_residual
+
+        layer = self.body.layers[number]
+        x_BLD = clip_residual(x_BLD)
+        y_BLD = self.attend(layer.self_attn, layer.input_layernorm(x_BLD), positions_BL, cache)
+        x_BLD = clip_residual(x_BLD, layer.post_attention_layernorm(y_BLD))
+        y_BLD = layer.mlp(layer.pre_feedforward_layernorm(x_BLD))
+        result_BLD: mx.array = clip_residual(x_BLD, layer.post_feedforward_layernorm(y_BLD))
+        return result_BLD
+
+    def rotated_queries(self, number: int, x_BLD: mx.array, positions_BL: mx.array) -> mx.array:
+        """As long as methods expect, which divide products by the root of d."""
+        q_BGRLd = super().rotated_queries(number, x_BLD, positions_BL)
+        return q_BGRLd * (self.body.layers[number].self_attn.scale * q_BGRLd.shape[-1] ** 0.5)
 
 
 class PositionIdLayers(LanguageLayers):
@@ -114,13 +166,19 @@ class PositionIdLayers(LanguageLayers):
     axes = 3
 
     def block(self, number: int, x_BLD: mx.array, positions_BL: mx.array, cache: Any) -> mx.array:
-        mask = cache.make_mask(x_BLD.shape[1], return_array=False, window_size=None)
-        layer = self.model.model.layers[number]
+        mask = layer_mask(cache, x_BLD)
+        layer = self.body.layers[number]
         return layer(x_BLD, mask, cache, positions_BL.transpose(2, 0, 1))
 
     def rotate(self, attention: Any, x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
         positions_3BL = positions_BL.transpose(2, 0, 1)
         return attention.rotary_emb.apply_rotary(x_BHLd, x_BHLd, positions_3BL)[0]
+
+
+def layer_mask(layer_cache: Any, x_BLD: mx.array) -> mx.array | str | None:
+    """The mask of a layer for L more rows; one that is added where the cache has biases."""
+    mask: Any = layer_cache.make_mask(x_BLD.shape[1], return_array=False, window_size=None)
+    return mask.astype(x_BLD.dtype) if isinstance(layer_cache, BiasedCache) else mask
 
 
 class ShiftedCache:

@@ -21,8 +21,8 @@ from ..models.decoder import Cuts, Decoder
 from ..models.splice import Spliced
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
-from .biased_cache import add_biases
-from .dropped_rows import deepstack_rows
+from .biased_cache import add_biases, with_repeated_rows
+from .dropped_rows import deepstack_rows, holds_rows
 from .host import Host
 from .language_layers import LanguageLayers, ShiftedCache
 from .prompt import PrunedPrompt
@@ -45,9 +45,7 @@ def prefill_through_cuts(
     sizes = [reduction.slots for reduction in prompt.trace.steps[-1].reductions]
     if all(n <= K for n, K in zip(sizes, budgets, strict=True)):
         return prompt
-    language = host.language_layers
-    assert language is not None, "`check_pipeline` comes first"
-    policy = prompt.trace.policy(policy)
+    language, policy = _layers(host, prompt), prompt.trace.policy(policy)
     spliced = _splice(host, prompt, sizes, policy)
     schedules = [
         step.call(step.method.schedule, language.depth, n, K) if n > K else {}
@@ -56,17 +54,29 @@ def prefill_through_cuts(
     cuts = Cuts(step, schedules, [view.signals.grid for view in prompt.views], policy)
     decoder = Decoder(language, language.make_cache(), cuts, prefill_step_size=piece)
     decoded = decoder(spliced)
-    nbytes = prompt_cache_bytes(decoder.cache, prompt.length)  # before the last rows leave
-    caches = zip(decoder.cache, decoded.rows, strict=True)
+    caches = [with_repeated_rows(cache) for cache in decoder.cache]
+    nbytes = prompt_cache_bytes(caches, prompt.length)  # before the last rows leave
     position = _next_position(prompt, policy)
     return replace(
         prompt,
         arguments=_last_row_arguments(prompt, decoded.spliced, language),
         cache_bytes=nbytes,
-        cache=[_without_last_row(language, c, position - rows) for c, rows in caches],
+        cache=[_without_last_row(language, cache, position) for cache in caches],
         trace=prompt.trace.after_cuts(step.name, decoded.reductions),
         positions=policy,
     )
+
+
+def _layers(host: Host, prompt: PrunedPrompt) -> LanguageLayers:
+    """The language model's layers. Raises UserError for a prompt that is too long for them."""
+    layers = host.language_layers
+    assert layers is not None, "`check_pipeline` comes first"
+    if layers.window and prompt.length >= layers.window:
+        raise UserError(
+            f"the prompt has {prompt.length} rows, and layers of this {host.kind} model hold the"
+            f" last {layers.window}: between them shorter prompts are pruned only"
+        )
+    return layers
 
 
 def _splice(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Policy) -> Spliced:
@@ -74,12 +84,11 @@ def _splice(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Poli
     arguments = dict(prompt.arguments)
     names = ("input_ids", "pixel_values", "position_ids", "rope_deltas", "deepstack_visual_embeds")
     ids_1l, pixels, positions_A1l, delta, deepstack = (arguments.pop(n, None) for n in names)
-    features = host.model.get_input_embeddings(ids_1l, pixels, **arguments)
+    features = host.stock_embeddings(ids_1l, pixels, **arguments)
     if positions_A1l is None:
         positions_A1l, delta = features.position_ids, features.rope_deltas
-    x_1lD, ids, placeholder = (
-        features.inputs_embeds, ids_1l[0].tolist(), host.image_token_id(prompt.inputs)
-    )  # fmt: skip
+    x_1lD = _layers(host, prompt).enter(features.inputs_embeds)
+    ids, placeholder = ids_1l[0].tolist(), host.image_token_id(prompt.inputs)
     if ids[-1] == placeholder:
         raise UserError("the prompt ends in an image; between layers, words judge it: add some")
     length = len(ids)
@@ -105,9 +114,10 @@ def _next_position(prompt: PrunedPrompt, policy: Policy) -> int:
     return len(prompt.inputs.ids if policy == "keep" else prompt.kept_rows)
 
 
-def _without_last_row(language: LanguageLayers, cache: Any, missing: int) -> Any:
-    """A layer's cache without the prompt's last row. Layers that count positions by the cache must
-    count the rows that are missing there, too."""
+def _without_last_row(language: LanguageLayers, cache: Any, position: int) -> Any:
+    """A layer's cache without the prompt's last row; `position` is that after the prompt. Layers
+    that count positions by the cache must count the rows that are missing there, too."""
+    missing = position - cache.offset
     cache.trim(1)
     return ShiftedCache(cache, missing) if language.axes == 1 and missing else cache
 
@@ -126,6 +136,45 @@ def _last_row_arguments(
     return arguments
 
 
+READ_ALONE = (
+    "a method between the language model's layers needs a prompt that is read alone and at once,"
+    " with mlx-vlm's own caches: no batch, no server, no max_kv_size"
+)
+
+
+def without_embeddings(features: Any) -> Any:
+    """mlx-vlm's features of a prompt that was read through cuts: NaN, for whoever reads it anew."""
+    x_BLD = features.inputs_embeds
+    return replace(features, inputs_embeds=mx.full(x_BLD.shape, mx.nan, x_BLD.dtype))
+
+
+def check_not_through_cuts(x_BLD: mx.array | None) -> None:
+    """Raises UserError for embeddings of a prompt that was read through cuts, in another call than
+    that for all of it."""
+    if x_BLD is not None and mx.isnan(x_BLD[:, -1]).all(axis=-1).any():
+        raise UserError(READ_ALONE)
+
+
+def last_row_call(
+    prompt: PrunedPrompt, arguments: dict[str, Any]
+) -> tuple[mx.array, dict[str, Any]]:
+    """The call that goes on behind a prompt which was read through cuts, in place of a call for all
+    of it: ids and arguments. The caller's caches become copies of the prompt's.
+
+    Raises UserError for caches that are not those of one prompt, whole.
+    """
+    assert prompt.cache is not None, "it was read"
+    theirs, x_BLD = arguments.get("cache"), arguments["inputs_embeds"]
+    kinds = [type(getattr(cache, "cache", cache)) for cache in prompt.cache]
+    is_one = len(x_BLD) == 1 and x_BLD.shape[1] == arguments["attention_mask"].shape[1]
+    if not is_one or not theirs or [*map(type, theirs)] != kinds:
+        raise UserError(READ_ALONE)
+    theirs[:] = copy.deepcopy(prompt.cache)
+    more = {**prompt.arguments, "cache": theirs}
+    more.pop("mask")
+    return more.pop("input_ids"), more
+
+
 def prompt_cache(host: Host, prompt: PrunedPrompt, max_kv_size: int | None = None) -> list[Any]:
     """The prompt's caches, one a layer; new ones, of so many rows, where nothing was read yet."""
     from mlx_vlm.models.cache import make_prompt_cache
@@ -142,7 +191,7 @@ def prompt_cache_bytes(cache: Sequence[Any], rows: int) -> int:
     total = 0.0
     for layer in cache:
         size = tree_reduce(lambda n, a: n + getattr(a, "nbytes", 0), layer.state, 0)
-        total += size * min(1.0, rows / max(1, layer.offset))
+        total += size * min(1.0, rows / max(1, layer.offset)) if holds_rows(layer) else size
     return round(total)
 
 

@@ -106,7 +106,7 @@ def _render_question(host: Host, prompt: str, images: int, options: dict[str, An
     """The text of a question alone."""
     from mlx_vlm.prompt_utils import apply_chat_template
 
-    config = host.model.config
+    config, images = host.template_config(images)
     turns = apply_chat_template(
         None, config, prompt, return_messages=True, num_images=images, **options
     )
@@ -128,7 +128,7 @@ def _render_turns(
     from mlx_vlm.prompt_utils import apply_chat_template, get_chat_template
 
     def messages(turn: Any, count: int) -> list[Any]:
-        config = host.model.config
+        config, count = host.template_config(count)
         parts: list[Any] = apply_chat_template(
             None, config, turn, return_messages=True, num_images=count, **options
         )
@@ -161,8 +161,6 @@ def encode_images(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> lis
     """The views with the tower's signals; they do not depend on the words of the prompt."""
     if inputs.pixels is None:
         return []
-    if inputs.images > 1 and host.why_one_image:
-        raise UserError(f"a {host.kind} model reads one image here: {host.why_one_image}")
     try:
         views = host.encode_images(inputs, signal_layers(host, pipeline))
     except (ValueError, IndexError) as problem:
@@ -247,7 +245,7 @@ def prune_prompt(
     batches, projected = _prune(batches, step_budgets, Stage.PROJECTED)
     trace = Trace([*steps, *features, *projected], sizes, [view.image for view in views])
     policy = trace.policy(policy)
-    rows = kept_rows(host, inputs, sizes, [batch.kept for batch in batches])  # splice
+    rows = kept_rows(host, inputs, views, [batch.kept for batch in batches])  # splice
     arguments = row_arguments(host, inputs, rows, policy)
     arguments |= image_arguments(host, inputs, views, batches)
     length = len(rows)
@@ -255,7 +253,7 @@ def prune_prompt(
         words = [row for row in rows.columns if inputs.ids[row] != host.image_token_id(inputs)]
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
     biases = [attention_bias(batch, pipeline.enhancer) for batch in batches]
-    bias_l = bias_rows(host, inputs, batches, biases, rows)
+    bias_l = bias_rows(host, inputs, views, batches, biases, rows)
     return PrunedPrompt(inputs, views, arguments, rows, length, trace, policy, bias_l=bias_l)
 
 
@@ -273,10 +271,14 @@ def _prune(
 
 
 def _project(host: Host, batches: list[ImageBatch], pipeline: Pipeline) -> list[ImageBatch]:
-    """The projector on all views at once; features are held where a method behind it reads them."""
+    """The projector on all views at once, or on each; features are held where a method behind it
+    reads them."""
     keeps_features = pipeline.needs_signal("features")
     parts = [batch.signals.x_BND for batch in batches]
-    x_1UD = host.project(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
+    if host.projects_views_apart:
+        x_1UD = mx.concatenate([host.project(part) for part in parts], axis=1)
+    else:
+        x_1UD = host.project(mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0])
     ends = accumulate([0, *(part.shape[1] for part in parts)])
     return [
         replace(

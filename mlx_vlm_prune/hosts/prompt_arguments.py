@@ -40,25 +40,29 @@ class KeptRows:
 
 
 def kept_rows(
-    host: Host, inputs: PreparedInputs, sizes: Sequence[int], reductions: Sequence[Reduction]
+    host: Host, inputs: PreparedInputs, views: Sequence[View], reductions: Sequence[Reduction]
 ) -> KeptRows:
     """The rows that stay: all words, and the placeholder of each kept visual token.
-
-    `sizes` are the views' N. Pooled slots, which have no token of their own, take the first
-    placeholders of their view. Nothing is read on the host.
-    Raises UserError where the placeholders are not as many as the visual tokens.
+    Pooled slots, which have no token of their own, take the first
+       placeholders of their view. Nothing is read on the host.
+       Raises UserError where the placeholders are not as many as the visual tokens.
     """
+    sizes = [view.signals.x_BND.shape[1] for view in views]
     placeholder, N = host.image_token_id(inputs), sum(sizes)
     is_kept_L = np.array(inputs.ids) != placeholder
     words, placeholders = np.flatnonzero(is_kept_L), np.flatnonzero(~is_kept_L)
     parts, has_breaks = list[mx.array](), False
     if host.placeholder_unit == "token":
-        if len(placeholders) != N:
+        is_token = np.concatenate([view.is_token for view in views])
+        if len(placeholders) != len(is_token):
             raise UserError(
                 f"the prompt has room for {len(placeholders)} visual tokens and the images have"
-                f" {N}; an image's placeholder in the text counts, too"
+                f" {len(is_token)}; an image's placeholder in the text counts, too"
             )
-        by_view = np.split(placeholders, np.cumsum(sizes)[:-1])
+        if sum(reduction.slots for reduction in reductions) == N:
+            is_kept_L[placeholders[~is_token]] = True
+            parts.append(row_numbers(placeholders[~is_token]))
+        by_view = np.split(placeholders[is_token], np.cumsum(sizes)[:-1])
         for rows_N, reduction in zip(by_view, reductions, strict=True):
             first_K = rows_N[: reduction.slots]
             is_kept_L[first_K] = True
@@ -66,11 +70,11 @@ def kept_rows(
                 parts.append(row_numbers(first_K))
             else:
                 parts.append(row_numbers(rows_N)[reduction.index_BK[0]])
-                has_breaks |= bool(rows_N[-1] - rows_N[0] >= len(rows_N))
+                has_breaks |= bool(((words > rows_N[0]) & (words < rows_N[-1])).any())
     elif host.placeholder_unit == "image":
         is_kept_L[placeholders] = True
-    else:  # one placeholder for all images
-        is_kept_L[placeholders[:1]] = True
+    else:
+        is_kept_L[host.placeholders_of_blocks(placeholders, views, reductions)] = True
     columns = np.flatnonzero(is_kept_L).tolist()
     if not parts:
         return KeptRows.known(columns)
@@ -78,7 +82,7 @@ def kept_rows(
 
 
 def bias_rows(
-    host: Host, inputs: PreparedInputs, batches: Sequence[ImageBatch],
+    host: Host, inputs: PreparedInputs, views: Sequence[View], batches: Sequence[ImageBatch],
     biases: Sequence[mx.array | None], rows: KeptRows,
 ) -> mx.array | None:  # fmt: skip
     """What is added to the attention that each row gets (l,), by the biases (1, K) of each view;
@@ -93,20 +97,19 @@ def bias_rows(
     is_placeholder_L = np.array(inputs.ids) == host.image_token_id(inputs)
     if host.placeholder_unit == "token":
         bias_L, placeholders = mx.zeros(len(inputs.ids), dtype), np.flatnonzero(is_placeholder_L)
+        is_token = [view.is_token for view in views]
         ends = np.cumsum([batch.encoded.x_BND.shape[1] for batch in batches])[:-1]
-        by_view = np.split(placeholders, ends)
+        by_view = np.split(placeholders[np.concatenate(is_token)], ends)
         for rows_N, batch, bias_K in zip(by_view, batches, bias_by_view, strict=True):
             assert batch.kept_of_encoded.index_BK is not None
             bias_L[row_numbers(rows_N)[batch.kept_of_encoded.index_BK[0]]] = bias_K
         return bias_L[rows.rows_l]
     parts = list[mx.array]()
+    blocks: Any = bias_by_view
+    if host.placeholder_unit == "all":  # blocks of one length
+        blocks = mx.split(mx.concatenate(blocks), int(is_placeholder_L[rows.columns].sum()))
     for column in rows.columns:
-        if not is_placeholder_L[column]:
-            parts.append(mx.zeros(1, dtype))
-        elif host.placeholder_unit == "image":
-            parts.append(bias_by_view.pop(0))
-        else:
-            parts += bias_by_view
+        parts.append(blocks.pop(0) if is_placeholder_L[column] else mx.zeros(1, dtype))
     return mx.concatenate(parts)
 
 
@@ -129,10 +132,12 @@ def row_arguments(
     """
     ids_1L, grids_I3 = mx.array(inputs.ids)[None], inputs.extra.get("image_grid_thw")
     arguments: dict[str, Any] = {"input_ids": ids_1L, "mask": inputs.mask_1L}
+    arguments |= {name: inputs.extra[name] for name in host.per_row_inputs if name in inputs.extra}
     is_full = len(rows) == len(inputs.ids)
     if not is_full:
         rows_l = rows.rows_l if rows.has_breaks else row_numbers(rows.columns)
         arguments = {name: x_1L[:, rows_l] for name, x_1L in arguments.items()}
+    arguments["input_ids"] = host.arrange_ids(arguments["input_ids"])
     if host.has_mrope and policy == "renumber":
         positions_l = mx.arange(len(rows), dtype=mx.int32)
         arguments["position_ids"] = mx.broadcast_to(positions_l, (3, 1, len(rows)))
@@ -155,7 +160,7 @@ def image_arguments(
     x = [batch.signals.x_BND[0] for batch in batches]
     is_full = sum(map(len, x)) == sum(view.signals.x_BND.shape[1] for view in views)
     arguments: dict[str, Any] = {
-        "cached_image_features": host.join_embeddings(x, is_full),
+        "cached_image_features": host.image_embeddings(views, x, is_full),
         "pixel_values": inputs.pixels,  # not read, but without it mlx-vlm looks for no image
     }
     pairs = zip(views, batches, strict=True)

@@ -37,7 +37,10 @@ LLAVA_PARTS = (
     "vision_tower.vision_model.", "language_model.", "multi_modal_projector.", "image_newline",
 )  # fmt: skip
 TILED = ("idefics3", "smolvlm")
-HOST_MODULES = {"llava_qwen2": "fastvlm"}  # mlx-vlm's, where it has another name than the model
+HOST_MODULES = {
+    "llava_qwen2": "fastvlm",
+    "lfm2-vl": "lfm2_vl",
+}  # mlx-vlm's, where it has another name than the model
 WHY_NOT_IN_FOLDER = {
     Stage.IMAGE: "makes the picture smaller, which the processor would have to do",
     Stage.ENCODER: "works between the tower's layers",

@@ -15,8 +15,10 @@ from weakref import WeakKeyDictionary, ref
 import mlx.core as mx
 
 from ..checkpoints.errors import UserError
-from .dropped_rows import IS_READ, ReadColumns, call_on_kept_rows
+from .dropped_rows import EMBEDDINGS, IS_READ, ReadColumns, call_on_kept_rows, rows_cache
 from .host import REQUEST_STATE
+from .prefill import check_not_through_cuts, last_row_call
+from .prompt import PrunedPrompt
 
 UNUSABLE = 1 << 30  # rows that an unusable cache claims: no prefix that mlx-vlm looks for has them
 
@@ -27,8 +29,11 @@ class LanguageState:
 
     is_bidirectional: bool
     mask_layers: Sequence[int] = ()  # with an enhancer: those whose caches make masks
+    reads_through_cuts: bool = False  # with a method between the language model's layers
     gives_rope_index: bool = False  # see `PrunedLanguage.get_rope_index`
-    # of each request the first layer's cache, and what was read into it
+    # of prompts that were read through cuts weak references to their `attention_mask`
+    through_cuts: list[tuple[Any, PrunedPrompt]] = field(default_factory=list)
+    # of each request the first cache that holds rows, and what was read into it
     caches: WeakKeyDictionary[Any, ReadColumns] = field(default_factory=WeakKeyDictionary)
 
     @contextmanager
@@ -39,14 +44,27 @@ class LanguageState:
         finally:
             self.gives_rope_index = False
 
+    def add_prompt(self, is_read_BL: mx.array, prompt: PrunedPrompt) -> None:
+        """Note a prompt that was read through cuts; it is forgotten with its mask."""
+        self.through_cuts = [pair for pair in self.through_cuts if pair[0]() is not None]
+        self.through_cuts.append((ref(is_read_BL), prompt))
+
+    def prompt_of(self, arguments: dict[str, Any]) -> PrunedPrompt | None:
+        """The prompt that a call is for, if it was read through cuts."""
+        is_read_BL = arguments.get(IS_READ)
+        if is_read_BL is None or arguments.get(EMBEDDINGS) is None:
+            return None
+        return next((prompt for mask, prompt in self.through_cuts if mask() is is_read_BL), None)
+
     def columns_read(self, cache: Any, is_read_BL: mx.array | None) -> ReadColumns:
         """What was read of the prompt with this mask into a request's caches."""
         mask: Any = (lambda: None) if is_read_BL is None else ref(is_read_BL)
         if not cache:
             return ReadColumns(mask, self.mask_layers)
-        read = self.caches.get(cache[0])
+        first = rows_cache(cache)
+        read = self.caches.get(first)
         if read is None or (is_read_BL is not None and read.mask() is not is_read_BL):
-            read = self.caches[cache[0]] = ReadColumns(mask, self.mask_layers)
+            read = self.caches[first] = ReadColumns(mask, self.mask_layers)
         return read
 
     def invalidate_caches(self) -> None:
@@ -73,6 +91,10 @@ class PrunedLanguage:
     def __call__(self, inputs: Any, *more: Any, **arguments: Any) -> Any:
         if more:
             raise UserError("while a model prunes, give the language model's arguments names")
+        if prompt := self.state.prompt_of(arguments):
+            inputs, arguments = last_row_call(prompt, arguments)
+        elif self.state.reads_through_cuts:
+            check_not_through_cuts(arguments.get(EMBEDDINGS))
         read = self.state.columns_read(arguments.get("cache"), arguments.get(IS_READ))
         stock: Any = super()
         if arguments.get("inputs_embeds") is None:  # another request may have come in between
@@ -99,7 +121,10 @@ class PrunedLanguage:
         reads that in pieces."""
         cache, x = arguments.get("prompt_cache"), arguments.get("inputs_embeds")
         is_alone = x is None or len(x) == 1
-        return is_alone and not (cache and hasattr(cache[0], "left_padding"))
+        has_batch_cache = cache and hasattr(rows_cache(cache), "left_padding")
+        call = {**(arguments.get("prefill_kwargs") or {}), EMBEDDINGS: x}
+        is_whole = self.state.is_bidirectional or self.state.prompt_of(call)
+        return is_alone and not (has_batch_cache or is_whole)
 
     def apc_key_dependencies(self) -> tuple[str]:
         """Part of the key of a prefix in mlx-vlm's automatic cache: never the same twice."""

@@ -20,11 +20,22 @@ class PromptReport:
     """Figures of one prompt with images; lists have an entry for each image."""
 
     total: list[int]  # visual tokens
-    kept: list[int]
+    kept: list[int]  # in the mean of the language model's layers
     kept_indices: list[list[int] | None]  # None of pooled tokens, and where none were chosen
     rows: tuple[int, int]  # of the prompt, before and after pruning
     seconds: dict[str, float]  # of "vision" and "pruner"; none on a GPU, which waits for neither
     tower_skipped: bool  # the tower's output was cached, of the same images
+
+
+def kept_by_image(trace: Trace, depth: int) -> list[int]:
+    """Visual tokens of each image that so many layers hold, the first ones, in the mean."""
+    held, steps = [0 for _ in range(trace.image_count)], trace.steps
+    ends = [*(step.layer for step in steps[1:]), depth]
+    for step, end in zip(steps, ends, strict=True):
+        layers = min(end, depth) - min(step.layer, depth)
+        for image, reduction in zip(trace.images, step.reductions, strict=True):
+            held[image] += layers * reduction.slots
+    return [round(rows / depth) for rows in held]
 
 
 @dataclass
@@ -58,13 +69,13 @@ class PruningReport:
             self._prompts[number] = replace(self._prompts[number], kept_indices=indices)
 
     def add(self, prompt: PrunedPrompt, ms: Mapping[str, float], tower_skipped: bool) -> None:
-        trace, images = prompt.trace, range(prompt.trace.image_count)
-        total, kept = [0 for _ in images], [0 for _ in images]
-        views = zip(trace.images, trace.sizes, trace.steps[-1].reductions, strict=True)
-        for image, N, reduction in views:
+        trace, depth = prompt.trace, len(prompt.cache or [None])
+        total = [0 for _ in range(trace.image_count)]
+        for image, N in zip(trace.images, trace.sizes, strict=True):
             total[image] += N
-            kept[image] += reduction.slots
-        rows = prompt.length + sum(total) - sum(kept), prompt.length
+        kept, first = kept_by_image(trace, depth), sum(kept_by_image(trace, 1))
+        words = prompt.length - first
+        rows = words + sum(total), words + sum(kept)
         seconds = {part: ms[part] / 1000 for part in ("vision", "pruner") if part in ms}
         self._prompts.append(PromptReport(total, kept, [], rows, seconds, tower_skipped))
         self._unread.append(trace)

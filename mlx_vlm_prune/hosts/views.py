@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoints.errors import UserError
 from ..pruners.contract import Signals
@@ -22,6 +23,15 @@ class View:
     signals: Signals  # of one picture
     pixels_HW3: mx.array | None = None  # the tower's input; None: the whole picture
     deepstack: tuple[mx.array, ...] = ()  # (1, N, D) each, added behind the first layers
+    breaks: int = 0  # placeholders that are no visual token; they stand behind as many equal parts
+
+    @property
+    def is_token(self) -> np.ndarray:
+        """Which of its placeholders are visual tokens."""
+        N = self.signals.x_BND.shape[1]
+        if not self.breaks:
+            return np.ones(N, bool)
+        return np.tile(np.arange(N // self.breaks + 1) < N // self.breaks, self.breaks)
 
     @property
     def arrays(self) -> list[mx.array]:

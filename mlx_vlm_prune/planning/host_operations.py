@@ -16,6 +16,8 @@ from .operations import MatrixSizes
 
 def language_sizes(host: Host) -> MatrixSizes | None:
     """The sizes that a count needs; None for a language model of another build, as with experts."""
+    if host.why_not_counted:
+        return None
     try:
         body = getattr(host.language, "model", host.language)
         layers = body.layers

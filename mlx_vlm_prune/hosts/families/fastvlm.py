@@ -1,4 +1,4 @@
-"""FastVLM: FastViTHD, whose last stage attends; no CLS, and one placeholder for the image.
+"""FastVLM: FastViTHD, whose last stage attends; no CLS, and one placeholder for an image.
 
 Shapes: I pictures, N = H * W cells of the last stage, K kept, D features, C channels, h heads,
 d head size.
@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from ...checkpoints.errors import UserError
 from ...inputs.placement import Affine, Size
 from ...inputs.preprocessor import Preprocessor
 from ..prepared_inputs import PreparedInputs
@@ -18,7 +20,8 @@ from .tower import TowerHost
 
 class FastVLMHost(TowerHost):
     placeholder_unit = "image"
-    why_one_image = "mlx-vlm puts the words between several images in the wrong places"
+    why_no_batches = "mlx-vlm puts an image's rows in place of one id, so its rows grow by images"
+    why_no_decoder_methods = "mlx-vlm puts an image's rows in place of one id, which names none"
 
     @property
     def encoder_layers(self) -> Sequence[Any]:
@@ -56,6 +59,23 @@ class FastVLMHost(TowerHost):
         qkv = qkv.reshape(*qkv.shape[:2], 3, mixer.num_heads, mixer.head_dim)
         q_IhNd, k_IhNd, _ = qkv.transpose(2, 0, 3, 1, 4)
         return q_IhNd, k_IhNd
+
+    def arrange_ids(self, ids_1L: mx.array) -> mx.array:
+        """The placeholder of image i, counted from 0, i places ahead of its own.
+
+        mlx-vlm 0.7 cuts the words, without placeholders, where these stand among all ids: i words
+        too late at image i. Raises UserError where no word stands between two images.
+        """
+        ids = np.array(ids_1L)[0]
+        is_image = ids == self.model.config.image_token_index
+        places = np.flatnonzero(is_image) - np.arange(is_image.sum())
+        if len(places) < 2:
+            return ids_1L
+        if (np.diff(places) < 1).any():
+            raise UserError("a fastvlm prompt needs a word between two images")
+        arranged = np.full(len(ids), self.model.config.image_token_index)
+        arranged[np.delete(np.arange(len(ids)), places)] = ids[~is_image]
+        return mx.array(arranged.astype(np.int32))[None]
 
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.mm_projector(x_1KD)

@@ -7,12 +7,19 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
+from ..language_layers import Gemma3Layers
 from ..prepared_inputs import PreparedInputs
 from ..views import View, make_views
 from .tower import TowerHost
 
 
 class Gemma3Host(TowerHost):
+    language_layers_class = Gemma3Layers
+    limits = (
+        "between the language model's layers prompts must be shorter than its window, and `pact`"
+        " is refused"
+    )
+
     @property
     def mask_layers(self) -> Sequence[int]:
         """The first with a window of attention, and the first without."""

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ...generation.tiles import Layout, nearest_layout
+from ..language_layers import RopeOffsetLayers
 from ..prepared_inputs import PreparedInputs, ProcessorOptions
 from ..views import View, assign_images, count_tiles, make_views
 from .tower import TowerHost
@@ -21,6 +22,8 @@ GLOBAL_IMAGE = "global_image_token_id"
 
 
 class Idefics3Host(TowerHost):
+    language_layers_class = RopeOffsetLayers
+
     @property
     def tower(self) -> Any:
         return self.model.vision_model

@@ -10,13 +10,15 @@ from typing import Any
 import mlx.core as mx
 
 from ...generation.tiles import Layout, nearest_layout
-from ..language_layers import split_heads
+from ..language_layers import RopeOffsetLayers, split_heads
 from ..prepared_inputs import PreparedInputs
 from ..views import View, assign_images, make_views
 from .tower import TowerHost
 
 
 class InternVLHost(TowerHost):
+    language_layers_class = RopeOffsetLayers
+
     @property
     def tower(self) -> Any:
         return self.model.vision_model

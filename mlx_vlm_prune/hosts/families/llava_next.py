@@ -5,21 +5,73 @@ placeholder and one block say the same. Behind the crops it puts as many copies 
 embedding as there are patches; they tell nothing of the image, and are left out as soon as
 anything is.
 
-Shapes: K visual tokens kept of a crop, D features.
+mlx-vlm shows a model the first image only. Here blocks are as long as divides the rows of every
+image, so that each image has its own, in the place of its placeholders; without newlines.
+
+Shapes: I images, C crops of one with padding, T crops of all, K visual tokens kept of a crop,
+D features, b rows of a block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import gcd
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from ...checkpoints.errors import UserError
 from ...generation.tiles import Layout
+from ...pruners.contract import Reduction
+from ..prepared_inputs import PreparedInputs
+from ..views import View
 from .llava import LlavaTowerHost
 
 
 class LlavaNextHost(LlavaTowerHost):
     placeholder_unit = "all"
+    why_no_batches = "mlx-vlm puts an image's rows in place of one id, so its rows grow by images"
+    why_no_decoder_methods = "mlx-vlm puts the images' rows in place of one id, which names none"
     whole_view = 0
-    why_one_image = "mlx-vlm shows it the first only"
+
+    def template_config(self, images: int) -> tuple[Any, int]:
+        """mlx-vlm refuses a second image of this family only; LLaVA's turns are the same."""
+        return {"model_type": "llava"} if images > 1 else self.model.config, images
+
+    def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
+        pixels_IC3HW = inputs.pixels
+        if inputs.images < 2 or pixels_IC3HW.ndim != 5:
+            return super().encode_images(inputs, want)
+        is_crop_IC = np.array((pixels_IC3HW != 0).any(axis=(2, 3, 4)))  # zeros fill up the fewer
+        pixels_T3HW = pixels_IC3HW.flatten(0, 1)[mx.array(np.flatnonzero(is_crop_IC))]
+        extra = {**inputs.extra, "num_patches_list": is_crop_IC.sum(axis=1).tolist()}
+        return super().encode_images(replace(inputs, pixels=pixels_T3HW, extra=extra), want)
+
+    def image_embeddings(
+        self, views: Sequence[View], x: Sequence[mx.array], is_full: bool
+    ) -> mx.array:
+        rows = rows_by_image(views, list(map(len, x)))
+        if len(rows) == 1:
+            return self.join_embeddings(x, is_full)
+        x_UD = mx.concatenate(list(x))
+        return x_UD.reshape(-1, gcd(*rows), x_UD.shape[-1])
+
+    def placeholders_of_blocks(
+        self, placeholders: np.ndarray, views: Sequence[View], reductions: Sequence[Reduction]
+    ) -> np.ndarray:
+        rows = rows_by_image(views, [reduction.slots for reduction in reductions])
+        if len(rows) == 1:
+            return placeholders[:1]
+        blocks = [n // gcd(*rows) for n in rows]
+        runs = np.split(placeholders, np.flatnonzero(np.diff(placeholders) > 1) + 1)
+        if len(runs) == 1:  # no word stands between images
+            runs, blocks = [placeholders], [sum(blocks)]
+        if len(runs) != len(blocks):
+            raise UserError(
+                f"the prompt has placeholders in {len(runs)} places for {len(rows)} images; words"
+                " must stand between all images, or none"
+            )
+        return np.concatenate([run[:n] for run, n in zip(runs, blocks, strict=True)])
 
     def join_embeddings(self, x: Sequence[mx.array], is_full: bool) -> mx.array:
         """One block of all crops' embeddings, with the newlines only if nothing was pruned."""
@@ -39,6 +91,14 @@ class LlavaNextHost(LlavaTowerHost):
         height, width = best_resolution(size, pinpoints)
         side = self.model.config.vision_config.image_size
         return Layout(height // side, width // side, overview=0)
+
+
+def rows_by_image(views: Sequence[View], rows: Sequence[int]) -> list[int]:
+    """The rows of each image, by those of its views."""
+    by_image = [0] * (1 + max(view.image for view in views))
+    for view, n in zip(views, rows, strict=True):
+        by_image[view.image] += n
+    return by_image
 
 
 def best_resolution(size: tuple[int, int], pinpoints: Sequence[tuple[int, int]]) -> tuple[int, int]:

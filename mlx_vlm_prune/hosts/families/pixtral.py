@@ -19,6 +19,8 @@ from .tower import TowerHost
 
 
 class PixtralHost(TowerHost):
+    why_no_decoder_methods = "words, its breaks, stand between the rows of an image"
+
     @property
     def encoder_layers(self) -> Sequence[Any]:
         """Layers up to the one whose output the features are."""

@@ -11,7 +11,7 @@ H heads, d head size.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from ...models.projector import merge_patches
 from ...models.towers.signals import TowerPass
 from ...pruners.contract import Signals
 from ..host import Host
-from ..language_layers import PositionIdLayers
+from ..language_layers import LanguageLayers, PositionIdLayers
 from ..prepared_inputs import PreparedInputs
 from ..views import View
 
@@ -43,7 +43,7 @@ class PackedPatches:
 class Qwen2VLHost(Host):
     has_mrope = True
     why_no_encoder_methods = WHY_NO_ENCODER_METHODS
-    language_layers_class = PositionIdLayers
+    language_layers_class: ClassVar[type[LanguageLayers] | None] = PositionIdLayers
 
     @property
     def tower(self) -> Any:

@@ -1,0 +1,90 @@
+"""docs/hosts.md: what works in which of mlx-vlm's families, by what the families say of themselves.
+
+Written by `python -m benchmarks.report`.
+"""
+
+from collections.abc import Callable
+
+from mlx_vlm_prune.hosts.compatibility import SHRINKS_IMAGE
+from mlx_vlm_prune.hosts.families import FAMILIES, REFUSED
+from mlx_vlm_prune.hosts.host import Host
+
+from .readme_tables import markdown
+
+Family = type[Host]
+INTRODUCTION = """\
+# Families of mlx-vlm
+
+What works inside mlx-vlm's models, family by family. A number is a reason, listed below.
+This page is made of what the code declares (`python -m benchmarks.report`); nothing on it is
+written by hand, and `tests/test_hosts_page.py` asks tiny models of every family whether it is true.
+
+With all tokens kept every family answers as mlx-vlm alone does, bit for bit; with fewer as a model
+that reads the short sequence without a cache, to 1e-4 of log probabilities; in pieces, in batches
+and in blocks of `pruned()` alike. Several images may be in a prompt of any family.
+"""
+NOT_LEARNED = "training was not tried in this family, which does not say how wide its features are"
+NO_VIDEO = "videos are not pruned yet: `attach(allow_videos=True)` reads them whole, else refused"
+COUNTED = "it counts the rows it is given"
+# Of each column what stands in the way in a family, None where nothing does.
+COLUMNS: dict[str, Callable[[Family], str | None]] = {
+    "behind the tower": lambda family: None,
+    "between the tower's layers": lambda family: family.why_no_encoder_methods,
+    "between the language model's layers": lambda family: (
+        None if family.language_layers_class else family.why_no_decoder_methods
+    ),
+    "`restore`": lambda family: family.why_no_enhancer,
+    "kept positions": lambda family: None if family.has_mrope else COUNTED,
+    "batches, `serve`": lambda family: family.why_no_batches,
+    "`prune-into`": lambda family: None,
+    "learned methods": lambda family: (
+        NOT_LEARNED if family.feature_dims is Host.feature_dims else None
+    ),
+    "predicted costs": lambda family: family.why_not_counted,
+    "video": lambda family: NO_VIDEO,
+}
+EVERYWHERE = f"""\
+## In no family
+
+- `downsample`, `pixelprune`: {SHRINKS_IMAGE}.
+- `restore:published`: it adds something else in each layer, and mlx-vlm's layers share a mask.
+- A method between the language model's layers in batches, `serve` and folders of `prune-into`:
+  layers with different numbers of rows share no mask. In a block of `pruned()` a prompt is read
+  alone.
+
+`pact` merges tokens, and a merged one gets as much attention as its members. mlx-vlm's layers share
+a mask, so behind the prompt a merged token's row stands in the cache as often as it has members:
+the answer is the same, and the cache is smaller only by the tokens that were left out.
+"""
+
+
+def names_by_family() -> dict[Family, list[str]]:
+    """What config.json calls the models of each family that works the same."""
+    names: dict[Family, list[str]] = {}
+    for name, family in FAMILIES.items():
+        names.setdefault(family, []).append(name)
+    return names
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    numbers: dict[str, int] = {}
+    lines, limits = [], []
+    for family, names in names_by_family().items():
+        title = ", ".join(f"`{name}`" for name in names)
+        reasons = [reason(family) for reason in COLUMNS.values()]
+        cells = [
+            "yes" if why is None else f"no {numbers.setdefault(why, len(numbers) + 1)}"
+            for why in reasons
+        ]
+        lines.append([title, *cells])
+        if family.limits:
+            limits.append(f"- {title}: {family.limits}.")
+    table = markdown(["family", *COLUMNS], "l" * (1 + len(COLUMNS)), lines)
+    listed = [f"{number}. {why[0].upper()}{why[1:]}." for why, number in numbers.items()]
+    refused = [f"- `{kind}`: {why}." for kind, why in REFUSED.items()]
+    parts = [
+        INTRODUCTION, table, "\n## Reasons\n", *listed, "\n## Limits\n", *limits, "", EVERYWHERE,
+        "## Refused\n", *refused,
+    ]  # fmt: skip
+    return "\n".join(parts) + "\n"
