@@ -167,7 +167,7 @@ def test_a_batch_refuses_what_it_would_leave_out(folder, name, value):
     batch = HostRunningBatch(*load(folder), most_answers=2)
     try:
         request = Request("w7", [], **{name: value})
-        for ask in (batch.check, lambda request: batch.add("k", request)):
+        for ask in (batch.check, lambda request: batch.add("k", batch.prepare(request))):
             with pytest.raises(UserError, match=f"{name} is not possible in a batch"):
                 ask(request)
         assert len(batch) == 0
