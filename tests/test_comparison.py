@@ -38,28 +38,70 @@ def compared(monkeypatch, full: list[float], pruned: list[float]) -> str:
 
 
 def test_a_gain_is_the_median_of_neighbours_without_the_pictures_opening(monkeypatch):
-    text = compared(monkeypatch, [80.0, 84.0], [40.0, 40.0])
+    text = compared(monkeypatch, [80.0, 84.0, 82.0], [40.0, 40.0, 40.0])
     assert "Opening the pictures: 100.0 ms, with or without pruning" in text
-    line = "All visual tokens 82.0 ms -> Pruned 40.0 ms, 2.05 x as fast (2.00 to 2.10 in 2 turns)"
+    line = "All visual tokens 82.0 ms -> Pruned 40.0 ms, 2.05 x as fast (2.00 to 2.10 in 3 turns)"
     assert f"Time to first token from there: {line}" in text
 
 
 def test_a_gain_that_its_spread_explains_is_a_question_mark(monkeypatch):
-    text = compared(monkeypatch, [80.0, 40.0], [40.0, 60.0])
-    assert "? x as fast (0.67 to 2.00 in 2 turns: more than the difference)" in text
+    text = compared(monkeypatch, [80.0, 40.0, 40.0], [40.0, 60.0, 40.0])
+    assert "? no clear difference (0.67 to 2.00 x as fast in 3 turns)" in text
 
 
-def test_ways_take_turns_for_two_seconds_and_at_least_twice(monkeypatch):
+def test_two_turns_that_agree_may_be_an_accident(monkeypatch):
+    run = comparison.RunTimes
+    ways = {FULL: [run(1, 80, 80, 1)] * 2, PRUNED: [run(1, 40, 40, 1)] * 2}
+    two = comparison.Comparison(ways)
+    assert "? no clear difference (2.00 to 2.00 x as fast in 2 turns)" in "\n".join(two.lines)
+    assert two.as_json()["gain"][PRUNED]["first_token"]["median"] is None
+    three = comparison.Comparison({way: [*runs, runs[0]] for way, runs in ways.items()})
+    assert three.as_json()["gain"][PRUNED]["first_token"]["median"] == 2
+
+
+def test_ways_take_turns_for_two_seconds_and_at_least_three_times(monkeypatch):
     now = iter(range(1000))
     clock = SimpleNamespace(perf_counter=lambda: 0.1 * next(now))
     monkeypatch.setattr(comparison, "time", clock)
     answer, order = answers({"a": [1.0] * 99, "b": [1.0] * 99})
-    compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
-    assert order == [("a", 1), ("b", 1)] * 5  # a tenth of a second at each look at the clock
-    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=lambda: 9 * next(now)))
+    ways = {FULL: {"way": "a"}, PRUNED: {"way": "b"}}
+    compare(answer, ways)
+    # A tenth of a second at each look at the clock: of a run two, and one after each round.
+    assert order == [("a", 1), ("b", 1)] * 4
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(perf_counter=lambda: next(now)))
     order.clear()
-    compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
-    assert order == [("a", 1), ("b", 1)] * 2
+    compare(answer, ways)
+    assert order == [("a", 1), ("b", 1)] * 3
+
+
+def test_rounds_that_take_long_are_fewer_and_it_is_said_beforehand(monkeypatch, caplog):
+    now = iter(range(1000))
+    clock = SimpleNamespace(perf_counter=lambda: 2 * next(now))
+    monkeypatch.setattr(comparison, "time", clock)
+    answer, order = answers({"a": [1.0] * 99, "b": [0.5] * 99})
+    with caplog.at_level("INFO", "mlx_vlm_prune"):
+        timed = compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
+    assert order == [("a", 1), ("b", 1)] * 2  # three would take more than half a minute
+    assert "? no clear difference" in timed.lines[1]
+    assert [record.message for record in caplog.records] == [
+        "comparing takes about 24 s: 2 rounds"
+    ]  # fmt: skip
+
+
+def test_answers_that_are_timed_to_their_ends_are_short(monkeypatch):
+    monkeypatch.setattr(comparison, "SECONDS", 0)
+    answer, order = answers({way: [1.0] * 3 for way in "abc"})
+    ways = {FULL: {"way": "a", "max_tokens": 500}, PRUNED: {"way": "b", "max_tokens": 500},
+            DRAFTED: {"way": "c", "max_tokens": 500}}  # fmt: skip
+    lines = compare(answer, ways).lines
+    assert order == [("a", 48), ("b", 48), ("c", 48)] * 3
+    assert [line.startswith("Answer of at most 48 tokens from there: ") for line in lines[2:]] == [
+        True
+    ] * 3
+    order.clear()
+    answer, order = answers({way: [1.0] * 3 for way in "abc"})
+    ways = {title: {**options, "max_tokens": 7} for title, options in ways.items()}
+    assert "Answer of at most 7 tokens from there" in compare(answer, ways).lines[-1]
 
 
 def test_with_drafts_there_are_three_answers_to_their_ends():
@@ -76,7 +118,7 @@ def test_with_drafts_there_are_three_answers_to_their_ends():
 
 def test_the_last_line_tells_whether_the_answers_agree(monkeypatch):
     monkeypatch.setattr(comparison, "SECONDS", 0)
-    answer, _ = answers({"a": [2.0, 2.0], "b": [1.0, 1.0]})
+    answer, _ = answers({"a": [2.0] * 3, "b": [1.0] * 3})
     timed = compare(answer, {FULL: {"way": "a"}, PRUNED: {"way": "b"}})
     one, other = (
         SimpleNamespace(token_ids=ids, visual_tokens=196, visual_tokens_kept=98)
@@ -101,7 +143,9 @@ def test_the_command_shows_what_pruning_gains_and_what_drafts_gain(
     ways = [FULL, PRUNED, *([DRAFTED] if drafts else [])]
     assert titles == [f"{'=' * 10} {name}" for name in (*ways, "Full and pruned")]
     assert re.search(r"^Time to first token from there: .* turns", out, re.M)
-    whole = re.findall(r"^Whole answer from there: (.+?) [\d.]+ ms .*-> (.+?) [\d.]+ ms", out, re.M)
+    whole = re.findall(
+        r"^Answer of at most \d+ tokens from there: (.+?) [\d.]+ ms .*-> (.+?) [\d.]+ ms", out, re.M
+    )
     pairs = [(FULL, PRUNED), (FULL, DRAFTED), (PRUNED, DRAFTED)]
     assert whole == (pairs if drafts else [])
     assert figures["full"]["drafted"] is None and (figures["drafted"] is None) is not bool(drafts)

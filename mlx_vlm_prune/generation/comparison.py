@@ -3,6 +3,7 @@
 Opening the pictures is the same work in all runs, so it is told apart from the rest.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,10 @@ from tqdm import tqdm
 from ..machine.timing import Gain
 from .result import GenerationResult
 
-SECONDS, FEWEST = 2.0, 2  # of all runs; rounds at least
+SECONDS, MOST_SECONDS = 2.0, 30.0  # of all runs: at least, and where a round takes long at most
+FEWEST = 3  # rounds whose agreement is no accident
+MOST_TOKENS = 48  # of an answer that is timed to its end
+logger = logging.getLogger("mlx_vlm_prune")
 FULL, PRUNED, DRAFTED = "All visual tokens", "Pruned", "Pruned and drafted"
 
 
@@ -37,6 +41,7 @@ class Comparison:
 
     runs: Mapping[str, Sequence[RunTimes]]
     has_drafts: bool = False
+    max_tokens: int = 1  # of the answers that were timed
 
     def ms(self, way: str, part: str) -> list[float]:
         return [getattr(run, part) for run in self.runs[way]]
@@ -57,7 +62,8 @@ class Comparison:
         lines.append(f"Time to first token from there: {first}")
         if self.has_drafts:
             pairs = [(way, plain) for way in others] + [(others[-1], others[0])]
-            lines += [f"Whole answer from there: {self._pair(a, 'whole', b)}" for a, b in pairs]
+            part = f"Answer of at most {self.max_tokens} tokens from there"
+            lines += [f"{part}: {self._pair(a, 'whole', b)}" for a, b in pairs]
         return lines
 
     def _pair(self, way: str, part: str, baseline: str) -> str:
@@ -66,10 +72,11 @@ class Comparison:
         if part == "whole":
             tokens = [self.runs[name][0].tokens for name in names]
             a, b = f"{a} ({tokens[0]} tokens)", f"{b} ({tokens[1]} tokens)"
-        spread = f"{gain.p10:.2f} to {gain.p90:.2f} in {gain.runs} turns"
-        if gain.is_clear:
-            return f"{a} -> {b}, {gain.median:.2f} x as fast ({spread})"
-        return f"{a} -> {b}, ? x as fast ({spread}: more than the difference)"
+        turns = f"{gain.runs} turn{'s' * (gain.runs > 1)}"
+        spread = f"{gain.p10:.2f} to {gain.p90:.2f} x as fast in {turns}"
+        if is_clear(gain):
+            return f"{a} -> {b}, {gain.median:.2f} x as fast ({spread.replace(' x as fast', '')})"
+        return f"{a} -> {b}, ? no clear difference ({spread})"
 
     def as_json(self) -> dict[str, Any]:
         """Medians of every way, and its gains over plain: None where they are not clear."""
@@ -77,6 +84,7 @@ class Comparison:
         parts = ("first_token", "whole") if self.has_drafts else ("first_token",)
         return {
             "opening_ms": self.opening_ms,
+            **({"max_tokens": self.max_tokens} if self.has_drafts else {}),
             "ms": {
                 way: {part: median(self.ms(way, part)) for part in parts} for way in self.runs
             },
@@ -87,7 +95,13 @@ class Comparison:
 
     def _gain_json(self, way: str, part: str, baseline: str) -> dict[str, Any]:
         gain = self.gain(way, part, baseline)
-        return {"median": gain.reported, "p10": gain.p10, "p90": gain.p90, "turns": gain.runs}
+        reported = gain.median if is_clear(gain) else None
+        return {"median": reported, "p10": gain.p10, "p90": gain.p90, "turns": gain.runs}
+
+
+def is_clear(gain: Gain) -> bool:
+    """Whether enough turns agree on a gain."""
+    return gain.runs >= FEWEST and gain.is_clear
 
 
 def ways_to_answer(
@@ -106,22 +120,49 @@ def ways_to_answer(
 def compare(
     answer: Callable[..., GenerationResult], ways: Mapping[str, Mapping[str, Any]]
 ) -> Comparison:
-    """Answer in all ways in turns: as many rounds as fit two seconds, but at least two.
+    """Answer in all ways in turns: as many rounds as fit two seconds, but at least three.
 
-    Up to the first token, or where one way drafts to the end. All have answered before, so that
-    nothing is cold.
+    Where three rounds would take longer than half a minute there are fewer, and no gain is clear.
+    Answers end at the first token, or where one way drafts after 48 at most. All have answered
+    before, so that nothing is cold.
     """
     has_drafts = DRAFTED in ways
-    limit = {} if has_drafts else {"max_tokens": 1}
+    max_tokens = _most_tokens(ways) if has_drafts else 1
     runs: dict[str, list[RunTimes]] = {way: [] for way in ways}
     start, rounds = time.perf_counter(), 0
-    with tqdm(desc="comparing", unit="run", file=sys.stderr, delay=SECONDS, leave=False) as bar:
-        while rounds < FEWEST or time.perf_counter() - start < SECONDS:
+    with tqdm(
+        total=FEWEST * len(ways), desc="comparing", unit="run", file=sys.stderr, delay=SECONDS,
+        leave=False,
+    ) as bar:  # fmt: skip
+        while _goes_on(rounds, time.perf_counter() - start):
             for way, options in ways.items():
-                runs[way].append(_timed(partial(answer, **{**options, **limit})))
+                runs[way].append(_timed(partial(answer, **{**options, "max_tokens": max_tokens})))
                 bar.update()
             rounds += 1
-    return Comparison(runs, has_drafts)
+            if rounds == 1:
+                _say_how_long(time.perf_counter() - start)
+    return Comparison(runs, has_drafts, max_tokens)
+
+
+def _most_tokens(ways: Mapping[str, Mapping[str, Any]]) -> int:
+    """How long an answer is timed: as it was asked for, and no longer than its speed shows."""
+    wanted: list[int] = [options.get("max_tokens", MOST_TOKENS) for options in ways.values()]
+    return min(MOST_TOKENS, *wanted)
+
+
+def _goes_on(rounds: int, seconds: float) -> bool:
+    """Whether there is another round after so many rounds, which took so many seconds."""
+    if not rounds:
+        return True
+    fits = seconds * (rounds + 1) / rounds <= MOST_SECONDS
+    return fits and (rounds < FEWEST or seconds < SECONDS)
+
+
+def _say_how_long(round_seconds: float) -> None:
+    """A note on comparisons that a user waits for."""
+    rounds = max(1, min(FEWEST, int(MOST_SECONDS / max(round_seconds, 1e-9))))
+    if round_seconds * rounds > SECONDS:
+        logger.info("comparing takes about %.0f s: %d rounds", round_seconds * rounds, rounds)
 
 
 def _timed(answer: Callable[[], GenerationResult]) -> RunTimes:
