@@ -92,12 +92,12 @@ def stream_generate(
     `keep_ratio` or `keep_tokens`, half without either. By default it is what the checkpoint was
     trained with inside, else "none". `positions` are its paper's. `sampler` and `logits_processors`
     are mlx-lm's; a sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and
-    `seed`. `top_k`, `min_p` and `repetition_penalty`, of the latest `repetition_context_size`
-    tokens, are mlx-lm's own, if installed. `eos_tokens` end an answer beside the model's. A twig
-    may guess `num_draft_tokens` ahead. `max_pixels` limits images; larger JPEGs are scaled. With
-    `allow_url` an image may be a public http(s) URL. `chat_template_config` are options of the chat
-    template, `host_options` mlx-vlm's: prefill_step_size, kv_bits, quantized_kv_start, max_kv_size
-    (rows), resize_shape, processor_kwargs. Raises UserError.
+    `seed`. These, and `repetition_penalty` of the latest `repetition_context_size` tokens, are
+    mlx-lm's own, if installed; `temperature` and `top_p` need no mlx-lm. `eos_tokens` end an answer
+    beside the model's. A twig may guess `num_draft_tokens` ahead. `max_pixels` limits images;
+    larger JPEGs are scaled. With `allow_url` an image may be a public http(s) URL.
+    `chat_template_config` are options of the template, `host_options` mlx-vlm's: prefill_step_size,
+    kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape, processor_kwargs; or UserError.
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}

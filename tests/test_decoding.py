@@ -5,7 +5,8 @@ import pytest
 
 from mlx_vlm_prune import generate, load, stream_generate
 from mlx_vlm_prune.generate import main
-from mlx_vlm_prune.generation.steps import make_sampler
+from mlx_vlm_prune.generation.request import Request
+from mlx_vlm_prune.generation.steps import PromptChooser
 from mlx_vlm_prune.inputs import budget
 
 from . import tiny
@@ -47,10 +48,15 @@ def test_sampling_with_one_seed_repeats_and_with_another_differs(home):
 
 def test_top_p_never_picks_from_outside_the_set():
     odds = mx.log(mx.array([[0.05, 0.5, 0.15, 0.3]]))
+
+    def drawn(temperature: float, top_p: float, seed: int) -> int:
+        request = Request("a", [], temperature=temperature, top_p=top_p, seed=seed)
+        return PromptChooser(request, [1])(odds).item()
+
     for seed in range(50):
-        assert make_sampler(1.0, 0.7, seed)(odds).item() in (1, 3)  # .5 alone is short of .7
-    assert {make_sampler(1.0, 1.0, seed)(odds).item() for seed in range(80)} == {0, 1, 2, 3}
-    assert make_sampler(0.0, 1.0, 0)(odds).item() == 1
+        assert drawn(1.0, 0.7, seed) in (1, 3)  # .5 alone is short of .7
+    assert {drawn(1.0, 1.0, seed) for seed in range(80)} == {0, 1, 2, 3}
+    assert drawn(0.0, 1.0, 0) == 1
 
 
 def test_without_a_budget_a_note_names_the_flag(home, capsys):

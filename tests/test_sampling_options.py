@@ -1,7 +1,9 @@
 """Promises of the options that mlx-lm's and mlx-vlm's users type first: sampling and penalties by
 mlx-lm's own functions, further ends of answers, a system message, several images, remote code."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -9,12 +11,14 @@ import pytest
 from mlx_vlm_prune import Chat, batch_generate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.generation import sampling
 from mlx_vlm_prune.generation.arguments import build_chat_parser, build_parser
 from mlx_vlm_prune.generation.stream import prepare_prompt
 from mlx_vlm_prune.inputs.ends import end_token_ids
 
 from .golden_requests import make_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 QUESTION = "how many stars ?"
 
 
@@ -35,7 +39,8 @@ def sample_utils():
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 5}, {"min_p": 0.2}, {"top_k": 9, "min_p": 0.01, "top_p": 0.9}]
+    "options",
+    [{}, {"top_p": 0.7}, {"top_k": 5}, {"min_p": 0.2}, {"top_k": 9, "min_p": 0.01, "top_p": 0.9}],
 )
 def test_words_are_drawn_as_mlx_lm_draws_them_with_the_same_seed(
     home, loaded, sample_utils, options
@@ -57,6 +62,30 @@ def test_words_are_drawn_as_mlx_lm_draws_them_with_the_same_seed(
         max_tokens=8, **options,
     )  # fmt: skip
     assert first.token_ids == second.token_ids == ours.token_ids
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+def test_without_mlx_lm_the_same_words_are_drawn_at_a_temperature(
+    home, loaded, sample_utils, monkeypatch, top_p
+):
+    options = dict(image=home / "a.png", max_tokens=12, top_p=top_p, seed=7, temperature=5.0)
+    theirs = generate(*loaded, QUESTION, **options)
+    loads = []
+    monkeypatch.setattr(sampling, "find_spec", lambda name: loads.append(name))  # None
+    assert generate(*loaded, QUESTION, **options).token_ids == theirs.token_ids
+    assert "mlx_lm" in loads
+
+
+def test_mlx_lms_functions_come_without_transformers(home):
+    pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
+    program = (
+        "import sys; from mlx_vlm_prune import generate, load; model = load(sys.argv[1]);"
+        " generate(*model, 'how many stars ?', temperature=1.0, top_p=0.9, max_tokens=2);"
+        " print({'mlx_lm', 'transformers'} & {*sys.modules})"
+    )
+    command = [sys.executable, "-c", program, str(home / "tiny")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_penalty_is_mlx_lms_before_the_callers_own_processors(home, loaded, sample_utils):

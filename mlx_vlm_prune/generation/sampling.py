@@ -1,10 +1,16 @@
-"""Sampling and penalties by mlx-lm's own functions: top_k, min_p and repetition_penalty.
+"""Sampling and penalties by mlx-lm's own functions, where it is installed.
+
+Temperature and top_p alone do without mlx-lm: what is here draws the same words from the same seed.
 
 Shapes: V words.
 """
 
+import functools
+import sys
 import threading
 from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +26,8 @@ RANDOM = threading.Lock()  # MLX's random state is every thread's
 class SeededSampler:
     """mlx-lm's or mlx-vlm's sampler with random numbers of its own.
 
-    They are those that its command draws with the same seed, and MLX's own stay as they were.
+    They are those that its command draws with the same seed, and MLX's own stay as they were. A
+    sampler draws once a token; no state is read back from a GPU, which would wait for it.
     """
 
     def __init__(self, make_sampler: Callable[..., Sampler], request: Request) -> None:
@@ -35,21 +42,21 @@ class SeededSampler:
             raise UserError(
                 f"top_k is {self.top_k}; it must be below the vocabulary's {logprobs_1V.shape[-1]}"
             )
+        state: Any = mx.random.state
         with RANDOM:
-            before = _random_state()
+            before = _seed_of(state[0])
             try:
                 mx.random.seed(self.state)
                 token_1 = self.sampler(logprobs_1V)
-                self.state = _random_state()
             finally:
                 mx.random.seed(before)
+        self.state = _seed_of(mx.random.split(mx.random.key(self.state), stream=mx.cpu))
         return token_1
 
 
-def _random_state() -> int:
-    """The seed that brings MLX's random numbers to where they are."""
-    state: Any = mx.random.state
-    high, low = np.array(state[0]).tolist()
+def _seed_of(key: mx.array) -> int:
+    """The seed of a key (2,), or of the first of several."""
+    high, low = np.array(key).reshape(-1, 2)[0].tolist()
     return int(high) << 32 | int(low)
 
 
@@ -67,10 +74,31 @@ def needs_sampler(request: Request) -> bool:
 
 
 def request_sampler(request: Request) -> Sampler | None:
-    """The caller's own sampler, or mlx-lm's where the request needs it."""
-    if not needs_sampler(request):
+    """The caller's own sampler; else mlx-lm's, or where that is not installed and not needed ours;
+    None where the likeliest word is taken."""
+    if request.sampler or not request.temperature:
         return request.sampler
-    return SeededSampler(_sample_utils("top_k").make_sampler, request)
+    if needs_sampler(request) or find_spec("mlx_lm"):
+        return SeededSampler(_sample_utils("top_k").make_sampler, request)
+    return SeededSampler(nucleus_sampler, request)
+
+
+def nucleus_sampler(temp: float, top_p: float, **_: Any) -> Sampler:
+    """In place of mlx-lm's `make_sampler`: draws from the smallest set of words that holds `top_p`
+    of the probability, and equally likely ones with the last of it."""
+
+    def sample(logprobs_1V: mx.array) -> mx.array:
+        if 0 < top_p < 1:
+            sorted_1V = mx.sort(logprobs_1V, axis=-1)
+            p_1V = mx.exp(sorted_1V.astype(mx.float32))
+            above_1V = mx.cumsum(p_1V, axis=-1, reverse=True, inclusive=False)
+            whole_11 = above_1V[..., :1] + p_1V[..., :1]
+            dropped_11 = (above_1V >= top_p * whole_11).sum(axis=-1, keepdims=True)
+            least_11 = mx.take_along_axis(sorted_1V, dropped_11, axis=-1)
+            logprobs_1V = mx.where(logprobs_1V < least_11, -mx.inf, logprobs_1V)
+        return mx.random.categorical(logprobs_1V * (1 / temp))
+
+    return sample
 
 
 def request_processors(request: Request) -> list[LogitsProcessor]:
@@ -91,12 +119,22 @@ def penalties(sample_utils: ModuleType, request: Request) -> list[LogitsProcesso
 
 
 def _sample_utils(user: str) -> ModuleType:
-    """mlx-lm's functions. Raises UserError that says how to install them."""
-    try:
-        from mlx_lm import sample_utils
-    except ModuleNotFoundError as problem:
-        if problem.name != "mlx_lm":
-            raise
-        raise missing_package("mlx_lm", user) from None
-    module: ModuleType = sample_utils
+    """mlx-lm's functions. Raises UserError that says how to install them.
+
+    Their file is loaded alone, since the package imports transformers, which takes seconds.
+    """
+    if loaded := sys.modules.get("mlx_lm.sample_utils"):
+        return loaded
+    package = find_spec("mlx_lm")
+    if package is None or not package.origin:
+        raise missing_package("mlx_lm", user)
+    return _load_alone(Path(package.origin).with_name("sample_utils.py"))
+
+
+@functools.cache
+def _load_alone(file: Path) -> ModuleType:
+    spec = spec_from_file_location("mlx_lm.sample_utils", file)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module

@@ -13,7 +13,7 @@ from ..checkpoints.errors import UserError
 from ..pruners.contract import NotFiniteError
 from .prefill import Prefill
 from .request import LogitsProcessor, Request, Sampler
-from .sampling import needs_sampler, request_processors, request_sampler
+from .sampling import request_processors, request_sampler
 
 PADDING = -1  # behind a right answer that is shorter than the longest
 TokenChooser = Callable[[mx.array], mx.array]  # logits (B, V) to token ids (B, 1)
@@ -62,26 +62,6 @@ def greedy(logits_BV: mx.array) -> mx.array:
     return mx.argmax(logits_BV, axis=-1, keepdims=True)
 
 
-class TopP:
-    """Draws from the smallest set of tokens that holds `top_p` of the probability."""
-
-    def __init__(self, temperature: float, top_p: float, seed: int):
-        self.temperature, self.top_p, self.key = temperature, top_p, mx.random.key(seed)
-
-    def __call__(self, logits_BV: mx.array) -> mx.array:
-        """Token ids (B, 1)."""
-        logits_BV = logits_BV.astype(mx.float32) / self.temperature
-        if self.top_p < 1:
-            order_BV = mx.argsort(-logits_BV, axis=-1)
-            ranked_BV = mx.take_along_axis(mx.softmax(logits_BV, axis=-1), order_BV, axis=-1)
-            before_BV = mx.cumsum(ranked_BV, axis=-1) - ranked_BV
-            rank_BV = mx.argsort(order_BV, axis=-1)
-            outside_BV = mx.take_along_axis(before_BV, rank_BV, axis=-1) >= self.top_p
-            logits_BV = mx.where(outside_BV, -mx.inf, logits_BV)
-        self.key, now = mx.random.split(self.key)
-        return mx.random.categorical(logits_BV, key=now)[:, None]
-
-
 def process_logits(processor: LogitsProcessor, tokens_L: mx.array, logits_1V: mx.array) -> mx.array:
     """A user's processor, called. Raises UserError where it returns no logits (1, V)."""
     logits = processor(tokens_L, logits_1V)
@@ -111,16 +91,15 @@ class PromptChooser:
     def __init__(self, request: Request, ids: Sequence[int]) -> None:
         self.processors = request_processors(request)
         self.sampler = request_sampler(request)
-        self.default = make_sampler(request.temperature, request.top_p, request.seed)
         self.tokens_L = mx.array(list(ids))
-        self.is_greedy = not (self.processors or self.sampler or request.temperature)
+        self.is_greedy = not (self.processors or self.sampler)
 
     def __call__(self, logits_1V: mx.array) -> mx.array:
         """A token id (1, 1). Raises UserError where a sampler returns anything else."""
         for processor in self.processors:
             logits_1V = process_logits(processor, self.tokens_L, logits_1V)
         if self.sampler is None:
-            token_11 = self.default(logits_1V)
+            token_11 = greedy(logits_1V)
         else:
             logprobs_1V = logits_1V - mx.logsumexp(logits_1V, axis=-1, keepdims=True)
             token_11 = sample_token(self.sampler, logprobs_1V)[None]
@@ -129,22 +108,15 @@ class PromptChooser:
         return token_11
 
 
-def make_sampler(temperature: float, top_p: float, seed: int) -> TokenChooser:
-    """How the next token is chosen; greedily at temperature 0."""
-    return TopP(temperature, top_p, seed) if temperature else greedy
-
-
 def make_chooser(request: Request, prompts: Sequence[Sequence[int]]) -> TokenChooser:
     """What chooses the next tokens of prompts, given as ids. Each draws by itself, so that its
     answer does not depend on its neighbours."""
-    is_ours = not (request.sampler or request.logits_processors or request.repetition_penalty)
-    draws_alone = needs_sampler(request) or (request.temperature and len(prompts) > 1)
-    if draws_alone or not is_ours:
-        choosers = [PromptChooser(request, ids) for ids in prompts]
-        return lambda logits_BV: mx.concatenate(
-            [choose(logits_BV[b : b + 1]) for b, choose in enumerate(choosers)]
-        )
-    return make_sampler(request.temperature, request.top_p, request.seed)
+    choosers = [PromptChooser(request, ids) for ids in prompts]
+    if all(choose.is_greedy for choose in choosers):
+        return greedy
+    return lambda logits_BV: mx.concatenate(
+        [choose(logits_BV[b : b + 1]) for b, choose in enumerate(choosers)]
+    )
 
 
 def greedy_answers(prefill: Prefill, ends: Collection[int], max_tokens: int) -> list[list[int]]:
