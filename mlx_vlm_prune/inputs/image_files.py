@@ -70,8 +70,11 @@ def _check_jpeg(data: bytes, name: str) -> ImageFile:
         segments += 1
         scans += code == START_OF_SCAN
         is_progressive |= code in PROGRESSIVE
-        if segments > MOST_SEGMENTS or scans > MOST_SCANS:
-            raise UserError(f"{name} has more than {MOST_SCANS} scans or {MOST_SEGMENTS} segments")
+        for count, most, things in (
+            (scans, MOST_SCANS, "scans"), (segments, MOST_SEGMENTS, "segments"),
+        ):  # fmt: skip
+            if count > most:
+                raise UserError(f"{name} has more than {most} {things}")
         if code in LEFT_OUT and not scans:
             content = data[marker.end() + 2 : at]
             if content.startswith(b"Exif\0\0") and not exif:
@@ -90,8 +93,10 @@ def _png_fault(data: bytes) -> str | None:
         length, kind = struct.unpack_from(">L4s", data, at)
         pictures += kind in PICTURE_CHUNKS
         chunks += kind not in PICTURE_CHUNKS
-        if chunks > MOST_CHUNKS or pictures > MOST_PICTURE_CHUNKS:
-            return f"has more than {MOST_CHUNKS} chunks beside its pixels, or too many of these"
+        if chunks > MOST_CHUNKS:
+            return f"has more than {MOST_CHUNKS} chunks beside its pixels"
+        if pictures > MOST_PICTURE_CHUNKS:
+            return f"has more than {MOST_PICTURE_CHUNKS} chunks of pixels"
         at += 12 + length
     return None
 
