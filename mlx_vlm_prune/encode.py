@@ -31,7 +31,8 @@ from .checkpoints.reading.files import (
 from .evaluation.encoding import Case, cases_of, encode_batches, rows
 from .evaluation.encoding_table import table
 from .evaluation.labelled_images import TEMPLATES, ImageFile, find_images, texts_of_classes
-from .generation.request import list_images
+from .generation.arguments import add_max_pixels
+from .generation.request import list_images, pixel_limit
 from .inputs.budget import budget, check_budget
 from .inputs.captions import EncoderProcessor
 from .inputs.image import open_image
@@ -119,9 +120,8 @@ def build_parser() -> Parser:
     parser = Parser("mlx_vlm_prune.encode", description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument_group("model").add_argument
     add("--model", help="folder or Hugging Face name of a CLIP or SigLIP (no default)")
-    add(
-        "--revision", help="branch, tag or commit of a Hugging Face name (default: its main branch)"
-    )
+    add("--revision", metavar="REVISION",
+        help="branch, tag or commit of a Hugging Face name (default: its main branch)")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
         help="of the weights and the computation; auto is float32 on a CPU, the checkpoint's own"
         " on a GPU")
@@ -129,6 +129,7 @@ def build_parser() -> Parser:
     add("--image", type=Path, **SEVERAL, default=[], metavar="PATH",
         help="image files and folders; in a folder, a sub-folder's name is the class of its images"
         " (no default)")
+    add_max_pixels(add)
     add("--labels", type=Path, metavar="FILE.csv",
         help="the classes of the images, in columns file_name and label (default: none)")
     add("--text", nargs="+", default=[], metavar="TEXT",
@@ -174,7 +175,7 @@ def run(args: argparse.Namespace) -> None:
     template = args.template or TEMPLATES[model.config.title]
     texts, number_of = texts_of_classes(labels, args.text, template)
     text_TD = encode_texts(model, processor, texts) if texts else None
-    pictures = Pictures(images, processor, args.batch_size, args.skip_bad)
+    pictures = Pictures(images, processor, args)
     _encode(model, cases, pictures, args.runs)
     right_I = [None if i.label is None else number_of[i.label] for i in pictures.read]
     text_array = None if text_TD is None else np.array(text_TD.astype(mx.float32))
@@ -204,14 +205,11 @@ class Pictures:
     """The pixels of image files in batches; notes which were read, and how long that took."""
 
     def __init__(
-        self, images: Sequence[ImageFile], processor: EncoderProcessor, batch_size: int, skip: bool
+        self, images: Sequence[ImageFile], processor: EncoderProcessor, args: argparse.Namespace
     ) -> None:
-        self.images, self.processor, self.batch_size, self.skip = (
-            images,
-            processor,
-            batch_size,
-            skip,
-        )
+        self.images, self.processor = images, processor
+        self.batch_size, self.skip = args.batch_size, args.skip_bad
+        self.max_pixels = pixel_limit(args.max_pixels, None)
         self.read: list[ImageFile] = []
         self.skipped: list[str] = []
         self.ms = 0.0
@@ -222,7 +220,7 @@ class Pictures:
         for image in self.images:
             start = time.perf_counter()
             try:
-                batch.append(self.processor.image(open_image(image.path)))
+                batch.append(self.processor.image(open_image(image.path, self.max_pixels)))
                 self.read.append(image)
             except UserError as e:
                 if not self.skip:
@@ -288,6 +286,7 @@ def _check(args: argparse.Namespace) -> None:
         check_budget(None, K)
     if (args.keep_ratio or args.keep_tokens) and not args.pruner:
         raise UserError("a budget needs a pruner, for example patch_norm")
+    pixel_limit(args.max_pixels, None)
     if args.template and args.text:
         raise UserError("give text or template, not both")
     for file in filter(None, (args.out, args.json)):

@@ -38,10 +38,11 @@ from .evaluation.question_set import fingerprint
 from .evaluation.questions import SENTENCE_TOKENS, Format, Question
 from .evaluation.remembered import remember
 from .evaluation.result import MOST_RESPONSES, about_run, first_token_rows, result_of
-from .evaluation.result_file import check_not_anothers, default_result_path
+from .evaluation.result_file import check_has_methods, check_not_anothers, default_result_path
 from .evaluation.resume import AnsweredBatch, ResumeFile
 from .evaluation.scoring_options import add_scoring, check_scoring, written_answers
 from .evaluation.table import table
+from .generation.request import pixel_limit
 from .generation.speculation import check_num_draft_tokens
 from .generation.stream import pipeline_for
 from .hosts.loading import load
@@ -116,7 +117,7 @@ def _add_run(parser: Parser) -> None:
     add("--out", type=Path, metavar="FILE.json",
         help="where the result goes; an interrupted run is kept beside it; a result of another"
         " model, or of other or more questions, is not replaced (default:"
-        " evaluation-MODEL-QUESTIONS.json)")
+        " evaluation-MODEL-QUESTIONS.json, where one of other methods is not replaced, either)")
 
 
 def _add_pruning(parser: Parser) -> None:
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, processes: ProcessGroup) -> None:
     """Merge results, or evaluate where no other process writes to the same file."""
+    args.is_own_name = args.out is not None
     args.out = args.out or default_result_path(args.model, args.questions)
     _check(args)
     if args.merge:
@@ -168,12 +170,11 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup) -> None:
     with processes.together():
         if processes.is_first:
             check_not_anothers(args.out, about, len(questions))
-    model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
-    if args.widen is None:
-        args.widen = on_cpu()
-    if args.widen:
-        dequantize_matrices(model)
+    model, processor = load_widened(args, folder)
     evaluated, methods, refused = evaluated_model(args, model, processor)
+    with processes.together():
+        if processes.is_first and not args.is_own_name:
+            check_has_methods(args.out, methods)
     if args.max_tokens is None:
         args.max_tokens = most_answer_tokens(evaluated, question_set.format, questions)
     args.batch = args.batch or evaluated.questions_at_once
@@ -201,6 +202,17 @@ def evaluate(args: argparse.Namespace, processes: ProcessGroup) -> None:
     print(f"Wrote {args.out}")
 
 
+def load_widened(args: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
+    """The model under evaluation and its processor, quantized matrices widened where they are to
+    be."""
+    model, processor = load(folder, dtype=args.dtype, adapter_path=args.adapter_path)
+    if args.widen is None:
+        args.widen = on_cpu()
+    if args.widen:
+        dequantize_matrices(model)
+    return model, processor
+
+
 def put_questions(
     args: argparse.Namespace, evaluation: EvaluationRun, resume_file: ResumeFile[AnsweredBatch],
     model: Any, processor: Any,
@@ -211,8 +223,7 @@ def put_questions(
         evaluation.run(resume_file)
         if not (args.first_token and evaluation.processes.is_first):
             return []
-        drafts = args.num_draft_tokens
-        return first_token_rows(evaluation, model, processor, args.first_token, drafts)
+        return first_token_rows(evaluation, model, processor, args)
     except KeyboardInterrupt:
         line = f"interrupted after {evaluation.progress}; the same command goes on from there"
         print(f"\n{line}", file=sys.stderr)
@@ -223,6 +234,7 @@ def evaluated_model(
     args: argparse.Namespace, model: Any, processor: Any
 ) -> tuple[EvaluatedModel, list[BudgetedMethod], list[dict]]:
     """The model under evaluation, the methods with their budgets, and those refused."""
+    limit = pixel_limit(args.max_pixels, None)
     check_num_draft_tokens(args.num_draft_tokens, 0, isinstance(model, VLM))
     if isinstance(model, VLM):
         specs = methods_of(args, default_methods(model), model.learned)
@@ -237,9 +249,9 @@ def evaluated_model(
         )
         pipelines = [method.pipeline for method in methods]
         if args.num_draft_tokens:
-            drafting = DraftingVLM(model, processor, pipelines, args.num_draft_tokens)
+            drafting = DraftingVLM(model, processor, pipelines, args.num_draft_tokens, limit)
             return drafting, methods, refused
-        return EvaluatedVLM(model, processor, pipelines), methods, refused
+        return EvaluatedVLM(model, processor, pipelines, limit), methods, refused
     # A model of mlx-vlm's, whose images differ in N.
     from .evaluation import host_answers
     from .hosts.families import host_of
@@ -250,7 +262,7 @@ def evaluated_model(
         None, specs, budgets_of(args, None), host.learned, policies_of(args)
     )
     pipelines = [method.pipeline for method in methods]
-    return host_answers.EvaluatedHost(host, pipelines), methods, refused
+    return host_answers.EvaluatedHost(host, pipelines, limit), methods, refused
 
 
 def policies_of(args: argparse.Namespace) -> list[Policy | None]:
@@ -265,6 +277,7 @@ def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder:
     """
     options = [args.seed, args.max_tokens, args.batch, args.dtype, args.widen]
     options += [args.num_draft_tokens] if args.num_draft_tokens else []
+    options += [f"{args.max_pixels} pixels"] if args.max_pixels else []
     methods = [(m.spec, m.K, m.pipeline.policy) for m in evaluation.methods]
     questions = (evaluation.question_set.format.name, fingerprint(evaluation.questions))
     adapter = adapter_key(args.adapter_path) if args.adapter_path else None
@@ -284,6 +297,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be at least 0")
     check_scoring(args)
+    pixel_limit(args.max_pixels, None)
     if args.json and not args.merge:
         raise UserError("--json is for --merge; a run writes its result to --out")
     check_target(args.json or args.out, replace=True)

@@ -28,7 +28,7 @@ from .evaluation.sweep_run import Round, Rounds, SweepRun
 from .evaluation.sweep_table import table
 from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
 from .generation.arguments import build_sweep_parser, typed_prompt
-from .generation.request import HOST_OPTIONS, check_decoding
+from .generation.request import HOST_OPTIONS, check_decoding, pixel_limit
 from .inputs.budget import check_budget
 from .machine.hardware import describe_machine, versions
 from .machine.user_cache import model_key
@@ -131,7 +131,8 @@ def _check(args: argparse.Namespace) -> None:
 def _open_images(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The images by name, and what was left out of folders; without any, the sample scene."""
     if args.image:
-        paths, unread = readable_images(args.image)
+        limit = pixel_limit(args.max_pixels, vars(args))
+        paths, unread = readable_images(args.image, limit)
         args.image = [*map(str, paths)]
         return {str(path): path for path in paths}, unread
     from .scenes import compose
@@ -145,6 +146,7 @@ def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
     """What all answers have in common."""
     return dict(
         max_tokens=args.max_tokens, chat_template_config=args.chat_template_config,
+        max_pixels=args.max_pixels,
         host_options={name: getattr(args, name) for name in HOST_OPTIONS},
     )  # fmt: skip
 

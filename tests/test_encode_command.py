@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlx_vlm_prune import encode, encode_images, load, load_encoder
 from mlx_vlm_prune.checkpoints.errors import UserError
@@ -83,6 +84,15 @@ def test_the_table_and_the_json_have_every_case(desk, capsys):
         "11", "of", "16", "69%",
     ]  # fmt: skip
     assert "5 images, 2 at once, in turns, 2 of each batch." in out
+
+
+def test_larger_images_are_read_where_max_pixels_allows_them(desk, tmp_path, capsys):
+    Image.new("RGB", (90, 80), "red").save(tmp_path / "a.png")
+    argv = ["--model", str(desk / "clip"), "--image", str(tmp_path / "a.png"), "--max-pixels"]
+    limit = "has more than the 0.007199 megapixels allowed; --max-pixels allows more"
+    assert limit in refusal(capsys, *argv, "7199")
+    assert "--max-pixels is 0; it must be a whole number from 1" in refusal(capsys, *argv, "0")
+    encode.main([*argv, "7200"])
 
 
 def test_the_embeddings_of_every_case_are_written(desk):

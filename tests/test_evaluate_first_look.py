@@ -118,6 +118,36 @@ def test_a_result_is_replaced_by_one_of_as_many_questions_or_more(home, tmp_path
     assert [row["pruner"] for row in again["rows"]] == ["none", "random", "uniform"]
 
 
+def test_a_result_of_other_methods_is_replaced_only_where_out_names_it(
+    home, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path, budgets = tmp_path / "evaluation-mlx-questions.json", ("--keep-tokens", "5")
+
+    def unnamed(*more: str, specs: tuple[str, ...] = NORM) -> list[str]:
+        argv = command(home, "x", *more, specs=specs)
+        del argv[argv.index("--out") : argv.index("--out") + 2]
+        return argv
+
+    main(unnamed(*K))
+    kept = path.read_text()
+    others = {
+        "random with 12 tokens": unnamed(*budgets),
+        "norm with 12 tokens": unnamed(*K, specs=("uniform",)),
+        "random with 12 tokens ": unnamed(*K, "--positions", "keep"),
+    }
+    for part, argv in others.items():
+        line = refused(capsys, argv)
+        assert (
+            f"has {part.strip()}, which this run does not ask; name another file with --out" in line
+        )
+        assert path.read_text() == kept
+    main(unnamed(*K, *budgets, specs=("norm", "uniform")))  # those of before are in it
+    assert len(json.loads(path.read_text())["rows"]) == 7
+    main([*unnamed(*K), "--out", str(path)])
+    assert len(json.loads(path.read_text())["rows"]) == 3
+
+
 def test_methods_that_are_one_and_the_same_choice_are_named(home, tmp_path, capsys):
     """The tiny tower has a CLS token; up to 25 tokens hiprune has no anchor."""
     specs = ("hiprune", "norm", "received_attention")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from mlx_vlm_prune.advise import load_evaluation
 from mlx_vlm_prune.evaluate import main
 from mlx_vlm_prune.evaluation import first_token, result
 from mlx_vlm_prune.evaluation.answers import prepare_question
+from mlx_vlm_prune.evaluation.questions import json_lines, pages
 from mlx_vlm_prune.evaluation.questions.scenes import read_drawn
 
 from . import llava, test_evaluate, tiny
@@ -53,10 +55,20 @@ def test_texts_are_kept_as_far_as_they_are_few_or_as_the_user_says(home, tmp_pat
     assert load_evaluation(None, tmp_path / "e.json")["rows"] == kept["rows"]
 
 
-def test_pictures_without_a_file_have_a_digest_or_no_name():
+def test_pictures_without_a_file_have_a_digest_or_the_name_of_their_scene(tmp_path):
     question = next(read_drawn(1))
-    assert result.image_name(question) is None and question.id.endswith(question.kind)
-    assert result.image_name(replace(question, image=b"\x01\xff")) == "sha256:01ff"
+    assert result.image_name(question.image) == f"scene {question.id.split('-')[0]}"
+    assert result.image_name(b"\x01\xff") == "sha256:01ff"
+    assert result.more_images(question) == {}
+    two = replace(question, more_images=(Path("a/b.png"), b"\x02"))
+    assert result.more_images(two) == {"more_images": ["b.png", "sha256:02"]}
+    main(["--per-kind", "1", "--pruner", "norm", "--keep-tokens", "98", "--out",
+          str(tmp_path / "e.json")])  # fmt: skip
+    texts = json.loads((tmp_path / "e.json").read_text())["texts"]
+    assert [text["image"] for text in texts] == [f"scene {t['id'].split('-')[0]}" for t in texts]
+    page = next(pages.read_drawn(1))
+    assert result.image_name(page.image) == f"page {page.id.split('-')[0]}"
+    assert result.image_name(lambda: None) is None  # drawn by someone's own format
 
 
 # --- the time to the first token ------------------------------------------------------
@@ -97,6 +109,36 @@ def test_methods_take_turns_and_the_first_question_warms_up(home, tmp_path, monk
     assert evaluation["rows"][0]["first_token_ms"] == {
         "image": 1, "total": 11, "p10": 8, "p90": 14,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [(), ("--num-draft-tokens", "3")], ids=["plain", "drafts"])
+def test_questions_about_several_pictures_are_timed_with_all_of_them(
+    home, tmp_path, monkeypatch, flags
+):
+    """The authors' run of LLaVA asks so about MMMU; here a format of ours yields such questions."""
+    model = tiny.checkpoint(tiny.taught(tiny.reference(), noise=0.02), tmp_path)
+    requests, read = [], json_lines.read
+
+    def several(source, bad):
+        for n, question in enumerate(read(source, bad)):
+            more = (home / "1.png",) * (n % 3)
+            yield replace(question, more_images=more)
+
+    def counted(model, processor, request):
+        requests.append(request)
+        return {"image": 1.0, "total": 1.0}
+
+    monkeypatch.setattr(json_lines, "read", several)
+    monkeypatch.setattr(first_token, "first_token_times", counted)
+    argv = command(home, tmp_path / "e.json", "--keep-tokens", "12", "--first-token", "3", *flags,
+                   specs=("norm",))  # fmt: skip
+    argv[argv.index("--model") + 1] = str(model)
+    main(argv)
+    images = [len(request.images) for request in requests]
+    assert images == [n for n in (1, 1, 2, 3) for _ in range(3)]
+    assert {request.num_draft_tokens for request in requests} == {3 if flags else None}
+    texts = json.loads((tmp_path / "e.json").read_text())["texts"]
+    assert [text.get("more_images", []) for text in texts[:3]] == [[], ["1.png"], ["1.png"] * 2]
 
 
 def test_an_interrupt_while_times_are_measured_keeps_the_answers(
@@ -236,3 +278,19 @@ def test_a_wrong_flag_is_refused_in_one_sentence(home, tmp_path, capsys, monkeyp
     flags, part = REFUSED[case]
     monkeypatch.chdir(tmp_path)
     assert part in refused(capsys, command(home, tmp_path / "e.json", *flags))
+
+
+# --- large pictures -------------------------------------------------------------------
+
+
+def test_larger_pictures_are_read_where_max_pixels_allows_them(home, tmp_path, capsys):
+    """Pictures of 70 x 70 pixels; PNG cannot be decoded at a fraction of its size."""
+    options = ("--keep-tokens", "12", "--first-token", "1")
+    line = refused(capsys, command(home, tmp_path / "e.json", *options, "--max-pixels", "4899"))
+    assert "has more than the 0.004899 megapixels allowed; --max-pixels allows more" in line
+    allowed = run(home, tmp_path / "e.json", *options, "--max-pixels", "4900")
+    assert allowed["max_pixels"] == 4900
+    plain = run(home, tmp_path / "e.json", *options)
+    assert "max_pixels" not in plain and plain["texts"] == allowed["texts"]
+    line = refused(capsys, command(home, tmp_path / "e.json", "--max-pixels", "0"))
+    assert "--max-pixels is 0; it must be a whole number from 1" in line

@@ -204,6 +204,19 @@ def test_the_table_tells_of_every_case_and_of_what_was_refused(home, tmp_path, c
     assert f"Answers to {PROMPT!r}:" in out and f"Wrote {tmp_path / 'r.json'}" in out
 
 
+def test_larger_images_are_read_where_max_pixels_allows_them(home, tmp_path, capsys):
+    """A JPEG with more is decoded at a fraction; other formats, and more still, are refused."""
+    Image.new("RGB", (90, 80), "red").save(tmp_path / "a.png")
+    argv = ["--model", str(home / "mlx"), "--image", str(tmp_path / "a.png"), "--prompt", PROMPT,
+            "--pruner", "norm", "--keep-tokens", "5", "--runs", "1", "--warmup", "0",
+            "--max-tokens", "1", "--json", str(tmp_path / "r.json")]  # fmt: skip
+    line = refused(capsys, [*argv, "--max-pixels", "7199"])
+    assert "has more than the 0.007199 megapixels allowed; --max-pixels allows more" in line
+    sweep.main([*argv, "--max-pixels", "7200"])
+    assert json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert "--max-pixels is 0; " in refused(capsys, [*argv, "--max-pixels", "0"])
+
+
 MISTAKES = [
     (["--pruner", "nrm"], "no pruner is called 'nrm'; did you mean norm"),
     (["--pruner", "norm", "none"], "--pruner none is what all are measured beside"),

@@ -19,7 +19,7 @@ from PIL import Image
 from ..checkpoints.errors import UserError
 from ..generation.prefill import Prefill
 from ..generation.steps import PADDING, greedy_answers, likelihood
-from ..inputs.image import open_image
+from ..inputs.image import MAX_PIXELS, open_image
 from ..inputs.processor import Processor
 from ..inputs.prompt import Prompt, tokenize_prompt
 from ..models.towers.signals import Encoded
@@ -37,15 +37,17 @@ class PreparedQuestion:
     right_ids: list[int]
 
 
-def open_question_images(question: Question) -> list[Image.Image]:
+def open_question_images(question: Question, max_pixels: int) -> list[Image.Image]:
     """The images of a question. Raises UserError if one cannot be opened."""
     first = question.image() if callable(question.image) else question.image
-    return [open_image(image) for image in (first, *question.more_images)]
+    return [open_image(image, max_pixels) for image in (first, *question.more_images)]
 
 
-def prepare_question(model: VLM, processor: Processor, question: Question) -> PreparedQuestion:
+def prepare_question(
+    model: VLM, processor: Processor, question: Question, max_pixels: int = MAX_PIXELS
+) -> PreparedQuestion:
     """Open the images and build the prompt. Raises UserError where it cannot be asked."""
-    images, tokenizer = open_question_images(question), processor.tokenizer
+    images, tokenizer = open_question_images(question, max_pixels), processor.tokenizer
     sizes = [model.N] * len(images)
     prompt = tokenize_prompt(tokenizer, question.text, sizes, processor.image_token)
     text = model.config.text
@@ -179,14 +181,18 @@ class EvaluatedVLM:
 
     questions_at_once = 24
 
-    def __init__(self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline]):
+    def __init__(
+        self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline],
+        max_pixels: int = MAX_PIXELS,
+    ):  # fmt: skip
+        self.max_pixels = max_pixels
         self.model, self.tower = share_tower(model, pipelines)
         self.processor, tokenizer = processor, processor.tokenizer
         self.encode, self.decode = tokenizer.encode, tokenizer.decode
         self.ends = tokenizer.eos_token_ids
 
     def prepare(self, question: Question) -> PreparedQuestion:
-        return prepare_question(self.model, self.processor, question)
+        return prepare_question(self.model, self.processor, question, self.max_pixels)
 
     def make_batch(self, prepared: Sequence[PreparedQuestion]) -> QuestionBatch:
         batch = QuestionBatch(self.model, prepared)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..generation.speculation import Speculation, twig_of
 from ..generation.steps import greedy, likelihood
+from ..inputs.image import MAX_PIXELS
 from ..inputs.processor import Processor
 from ..models.vlm import VLM, Prefill
 from ..pruners import Pipeline
@@ -32,7 +33,7 @@ class SeparateQuestions:
     """Questions of a batch, each with a model whose tower encodes its picture once."""
 
     questions: list[tuple[VLM, QuestionBatch]]
-    sizes: list[int]
+    sizes: list[int]  # visual tokens of each image
 
 
 class DraftingVLM:
@@ -45,15 +46,16 @@ class DraftingVLM:
 
     def __init__(
         self, model: VLM, processor: Processor, pipelines: Sequence[Pipeline],
-        num_draft_tokens: int,
+        num_draft_tokens: int, max_pixels: int = MAX_PIXELS,
     ):  # fmt: skip
+        self.max_pixels = max_pixels
         twig_of(model, processor.name)
         self.model, self.processor, self.pipelines = model, processor, pipelines
         self.encode, self.decode = processor.tokenizer.encode, processor.tokenizer.decode
         self.ends, self.num_draft_tokens = processor.tokenizer.eos_token_ids, num_draft_tokens
 
     def prepare(self, question: Question) -> PreparedQuestion:
-        return prepare_question(self.model, self.processor, question)
+        return prepare_question(self.model, self.processor, question, self.max_pixels)
 
     def make_batch(self, prepared: Sequence[PreparedQuestion]) -> SeparateQuestions:
         questions = []
@@ -62,7 +64,8 @@ class DraftingVLM:
             batch = QuestionBatch(model, [question])
             tower.start(batch)
             questions.append((model, batch))
-        return SeparateQuestions(questions, [self.model.N] * len(questions))
+        sizes = [size for _, batch in questions for size in batch.sizes]
+        return SeparateQuestions(questions, sizes)
 
     def answer(
         self, batch: SeparateQuestions, pipeline: Pipeline, K: float, max_tokens: int

@@ -10,7 +10,7 @@ another one, so that a machine that grows slower does so for all. Drawn pictures
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,24 +26,24 @@ from .questions import Question
 
 
 def measure_first_tokens(
-    model: Any, processor: Any, questions: Sequence[tuple[Question, int]],
-    methods: Sequence[BudgetedMethod], num_draft_tokens: int | None,
+    model: Any, processor: Any, questions: Sequence[Question],
+    methods: Sequence[BudgetedMethod], options: Mapping[str, Any],
 ) -> list[dict[str, float]]:  # fmt: skip
     """For each method the median milliseconds to the first token by part, and the p10 and p90 of
     the total.
 
-    `questions` come with the visual tokens of their images. A method's first request, of the first
-    question, is not counted. Raises UserError.
+    A method's first request, of the first question, is not counted; `options` are those of all
+    requests. Raises UserError.
     """
     times: list[list[Timings]] = [[] for _ in methods]
     requests = len(methods) * (len(questions) + 1)
     with tqdm(total=requests, desc="first tokens", file=sys.stderr) as bar:
-        for n, (question, N) in enumerate([questions[0], *questions]):
+        for n, question in enumerate([questions[0], *questions]):
             if callable(question.image):
                 question = replace(question, image=_drawn(question))
             for turn in range(len(methods)):
                 p = (turn + n) % len(methods)
-                request = request_of(question, methods[p], N, num_draft_tokens)
+                request = request_of(question, methods[p], options)
                 measured = first_token_times(model, processor, request)
                 if n:
                     times[p].append(measured)
@@ -57,16 +57,15 @@ def _drawn(question: Question) -> Any:
     return question.image()
 
 
-def request_of(
-    question: Question, method: BudgetedMethod, N: int, num_draft_tokens: int | None
-) -> Request:
-    """The request for a question's first token with a method; N are its image's visual tokens."""
+def request_of(question: Question, method: BudgetedMethod, options: Mapping[str, Any]) -> Request:
+    """The request for a question's first token with a method."""
     is_count = isinstance(method.K, int)
     return Request(
-        question.text, [question.image],  # type: ignore[list-item]  # drawn, if it was a function
+        question.text,
+        [question.image, *question.more_images],  # type: ignore[list-item]  # drawn by now
         pruner=method.pipeline, positions=method.pipeline.policy,
-        keep_tokens=min(int(method.K), N) if is_count else None,
-        keep_ratio=None if is_count else method.K, max_tokens=1, num_draft_tokens=num_draft_tokens,
+        keep_tokens=int(method.K) if is_count else None,
+        keep_ratio=None if is_count else method.K, max_tokens=1, **options,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from ..hosts.prompt import (
     signal_layers,
 )
 from ..hosts.views import View
+from ..inputs.image import MAX_PIXELS
 from ..pruners import METHODS, Pipeline, Stage, plan
 from .answers import Answers, answer_prefill, open_question_images
 from .budgeted_methods import with_restore
@@ -51,8 +52,8 @@ class EvaluatedHost:
 
     questions_at_once = 1  # they are answered one by one
 
-    def __init__(self, host: Host, pipelines: Sequence[Pipeline]):
-        self.host = host
+    def __init__(self, host: Host, pipelines: Sequence[Pipeline], max_pixels: int = MAX_PIXELS):
+        self.host, self.max_pixels = host, max_pixels
         self.tokenizer = getattr(host.processor, "tokenizer", host.processor)
         self.ends = set(self.tokenizer.stopping_criteria.eos_token_ids)
         self.want: dict[str, int | None] = {}
@@ -69,7 +70,9 @@ class EvaluatedHost:
 
     def prepare(self, question: Question) -> PreparedHostQuestion:
         """Open the images and build the prompt. Raises UserError where it cannot be asked."""
-        inputs = prepare_prompt(self.host, question.text, open_question_images(question))
+        inputs = prepare_prompt(
+            self.host, question.text, open_question_images(question, self.max_pixels)
+        )
         end = getattr(self.tokenizer, "eos_token_id", None)
         ends = [end] if end in self.ends else sorted(self.ends)[:1]
         right_ids = [*self.encode(question.answers[0] if question.answers else ""), *ends]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..checkpoints.command_line import Parser
 from ..checkpoints.errors import UserError
+from ..generation.arguments import add_max_pixels
 from .first_look import ALL_PER_KIND, PER_KIND, QUESTIONS, limit_of, per_kind_of
 from .question_set import QuestionSet
 from .questions import DRAWN, FORMATS, Source, format_of
@@ -22,6 +23,7 @@ def add_questions(parser: Parser) -> None:
         help=f"format of that file: {', '.join(FORMATS)} (default: own)")
     add("--images", type=Path, metavar="FOLDER",
         help="folder of the images (default: beside the questions)")
+    add_max_pixels(add)
     add("--split", metavar="NAME",
         help="a part of RefCOCO's questions (default: all but train), ScienceQA's (test), VQAv2's"
         " (val2014) or MMMU's (validation)")

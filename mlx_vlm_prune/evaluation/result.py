@@ -19,28 +19,25 @@ from .evaluation_run import EvaluationRun
 from .first_token import measure_first_tokens
 from .judge import AnswerTable, Judge
 from .question_set import QuestionSet
-from .questions import BadRecords, Question
+from .questions import BadRecords, Picture, Question
 from .result_file import BUILT_IN, question_set_key
 
+GIVEN = ("num_draft_tokens", "max_pixels")  # options that are told where they are given
 MOST_RESPONSES = 50_000  # whose texts are kept if nothing else is said: a few MB
 
 
 def first_token_rows(
-    evaluation: EvaluationRun, model: Any, processor: Any, count: int, num_draft_tokens: int | None
+    evaluation: EvaluationRun, model: Any, processor: Any, args: argparse.Namespace
 ) -> list[dict[str, float]]:
-    """The times to the first token of each working method, for the first `count` questions that
-    were answered."""
-    sizes = {
-        n: N
-        for line in evaluation.full_lines
-        for n, N in zip(line.numbers, line.sizes, strict=True)
-    }
+    """The times to the first token of each working method, for the first questions that were
+    answered, as many as `args.first_token`."""
+    answered = {n for line in evaluation.full_lines for n in line.numbers}
     reread = enumerate(evaluation.question_set.read(BadRecords(skip=True)))
-    questions = [*islice(((q, sizes[n]) for n, q in reread if n in sizes), count)]
+    questions = [*islice((q for n, q in reread if n in answered), args.first_token)]
     if not questions:
         return []
-    methods = evaluation.working_methods
-    return measure_first_tokens(model, processor, questions, methods, num_draft_tokens)
+    options = {"num_draft_tokens": args.num_draft_tokens, "max_pixels": args.max_pixels}
+    return measure_first_tokens(model, processor, questions, evaluation.working_methods, options)
 
 
 def about_run(
@@ -77,7 +74,7 @@ def result_of(
         "command": "evaluate",
         **about,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        **({"num_draft_tokens": args.num_draft_tokens} if args.num_draft_tokens else {}),
+        **{name: value for name in GIVEN if (value := getattr(args, name))},
         **({"metric": format.metric} if format.metric else {}),
         "count": len(answers.questions),
         "kinds": {kind: sum(q.kind == kind for q in answers.questions) for kind in judge.kinds},
@@ -126,7 +123,8 @@ def texts_of(answers: AnswerTable) -> list[dict[str, Any]]:
         {
             "id": question.id,
             "question": question.text,
-            "image": image_name(question),
+            "image": image_name(question.image),
+            **more_images(question),
             "answers": [*question.answers],
             "responses": [responses[n] for responses in answers.responses_PQ],
         }
@@ -134,12 +132,20 @@ def texts_of(answers: AnswerTable) -> list[dict[str, Any]]:
     ]
 
 
-def image_name(question: Question) -> str | None:
-    """A picture's file; of one inside the question file its SHA-256; None of one that is drawn,
-    which the question's id names."""
-    if isinstance(question.image, Path):
-        return question.image.name
-    return f"sha256:{question.image.hex()}" if isinstance(question.image, bytes) else None
+def image_name(image: Picture) -> str | None:
+    """A picture's file; of one inside the question file its SHA-256; of a drawn one the scene."""
+    if isinstance(image, Path):
+        return image.name
+    if isinstance(image, bytes):
+        return f"sha256:{image.hex()}"
+    name: str | None = getattr(image, "name", None)
+    return name
+
+
+def more_images(question: Question) -> dict[str, list[str | None]]:
+    """The names of the pictures behind the first, of a question about several."""
+    names = [*map(image_name, question.more_images)]
+    return {"more_images": names} if names else {}
 
 
 def weights_megabytes(folder: Path) -> float:

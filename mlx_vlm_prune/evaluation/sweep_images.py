@@ -8,11 +8,13 @@ from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.paths import expand_home
-from ..inputs.image import open_image
+from ..inputs.image import MAX_PIXELS, open_image
 from .labelled_images import find_images
 
 
-def readable_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]:
+def readable_images(
+    paths: Sequence[str | Path], max_pixels: int = MAX_PIXELS
+) -> tuple[list[Path], list[str]]:
     """The files named, and those of folders, each once; and what was left out, with the reason.
 
     Every one is opened. Raises UserError for a file that is named and cannot be read, and for a
@@ -25,7 +27,7 @@ def readable_images(paths: Sequence[str | Path]) -> tuple[list[Path], list[str]]
     readable, skipped = [], []
     for path in tqdm(is_named, "images", file=sys.stderr, leave=False, delay=2):
         try:
-            open_image(path)
+            open_image(path, max_pixels)
             readable.append(path)
         except UserError as problem:
             if is_named[path]:

@@ -77,6 +77,7 @@ def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parse
     add = parser.add_argument_group("images and prompt").add_argument
     add("--image", **SEVERAL, metavar="PATH",
         help="image files, or folders of them (default: a drawn scene)")
+    add_max_pixels(add, f", and with --resize-shape {MOST_PIXELS:,}")
     _add_prompt(add)
     _add_template_config(add)
     add = parser.add_argument_group("pruning").add_argument
@@ -118,6 +119,13 @@ def build_explore_parser(methods: Sequence[str], ratios: Sequence[float]) -> Par
     add("--out", type=Path, default=Path("explore.html"), metavar="FILE.html",
         help="where the page goes; a file that is there is replaced")
     return parser
+
+
+def add_max_pixels(add: Add, exception: str = "") -> None:
+    """The limit of an image's size, whose default has an `exception`."""
+    add("--max-pixels", type=int, metavar="N",
+        help="the most pixels of an image; a JPEG with more is decoded at a fraction of its size"
+        f" (default: {MAX_PIXELS:,}{exception})")
 
 
 def _add_methods(add: Add, methods: Sequence[str], ratios: Sequence[float]) -> None:
@@ -234,9 +242,7 @@ def _add_prompt(add: Add) -> None:
 def _add_image(add: Add) -> None:
     add("--image", nargs="+", action="extend", default=[], metavar="FILE",
         help="image files (default: none)")
-    add("--max-pixels", type=int, metavar="N",
-        help="the most pixels of an image; a JPEG with more is decoded at a fraction of its size"
-        f" (default: {MAX_PIXELS:,}, and with --resize-shape {MOST_PIXELS:,})")
+    add_max_pixels(add, f", and with --resize-shape {MOST_PIXELS:,}")
     add("--allow-url", action="store_true",
         help="an image may be an http(s) URL, too, of public addresses alone")
     add("--system", "--system-prompt", metavar="TEXT",

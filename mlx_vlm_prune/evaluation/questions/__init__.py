@@ -29,6 +29,7 @@ from PIL import Image
 
 from ...checkpoints.errors import UserError
 
+Picture = Path | bytes | Callable[[], Image.Image]  # a file, its bytes, or drawn on demand
 SENTENCE_TOKENS = 32  # the least length of a response that may hold the answer in a sentence
 
 # From a name for --format to the file of this folder that reads it.
@@ -68,6 +69,17 @@ PREPARED = {
 
 
 @dataclass(frozen=True)
+class DrawnPicture:
+    """A picture that is drawn when it is called for, and its name in a result."""
+
+    name: str
+    draw: Callable[[], Image.Image]
+
+    def __call__(self) -> Image.Image:
+        return self.draw()
+
+
+@dataclass(frozen=True)
 class Question:
     """One question about an image, or several.
 
@@ -84,7 +96,7 @@ class Question:
     id: str
     text: str
     answers: tuple[str, ...]
-    image: Path | bytes | Callable[[], Image.Image]
+    image: Picture
     kind: str = "all"
     group: str = ""
     scoring_data: Any = None

@@ -12,7 +12,7 @@ from functools import partial
 
 from ...scenes import HELD_OUT_SEEDS
 from ...scenes.pages import KINDS, draw, page_questions
-from . import BadRecords, Question, Source
+from . import BadRecords, DrawnPicture, Question, Source
 from .shared_rules import exact_match as score
 
 __all__ = ["KINDS", "PER_KIND", "read", "read_drawn", "score"]
@@ -29,6 +29,6 @@ def read(source: Source, bad: BadRecords) -> Iterator[Question]:
 def read_drawn(per_kind: int) -> Iterator[Question]:
     """`per_kind` questions of each of KINDS; a picture is drawn on demand."""
     for page, questions in page_questions(HELD_OUT_SEEDS, per_kind):
-        image = partial(draw, page)
+        image = DrawnPicture(f"page {page.seed}", partial(draw, page))
         for q in questions:
             yield Question(f"{page.seed}-{q.kind}", q.text, (q.answer,), image, q.kind)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from ...scenes import HELD_OUT_SEEDS, KINDS, SMALL, Canvas, draw, question_set
-from . import BadRecords, Question, Source
+from . import BadRecords, DrawnPicture, Question, Source
 from .shared_rules import exact_match as score
 
 __all__ = ["KINDS", "PER_KIND", "read", "read_drawn", "score"]
@@ -30,6 +30,6 @@ def read_drawn(per_kind: int) -> Iterator[Question]:
 def read_canvas(per_kind: int, canvas: Canvas) -> Iterator[Question]:
     """The questions about scenes on a canvas."""
     for scene, questions in question_set(HELD_OUT_SEEDS, per_kind, canvas):
-        image = partial(draw, scene)
+        image = DrawnPicture(f"scene {scene.seed}", partial(draw, scene))
         for q in questions:
             yield Question(f"{scene.seed}-{q.kind}", q.text, (q.answer,), image, q.kind)
