@@ -92,6 +92,31 @@ def test_a_block_with_its_processor_makes_a_llava_answer_as_ours(home, monkeypat
     Version(version("transformers")) < Version("5.20"),
     reason="older ones need no mending",
 )
+def test_a_block_without_its_processor_says_what_a_llava_needs(home):
+    from mlx_vlm import apply_chat_template
+    from mlx_vlm import generate as theirs
+    from mlx_vlm.utils import load as load_theirs
+
+    model, processor = load_theirs(str(home / "llava"))
+    text = apply_chat_template(processor, model.config, QUESTION, num_images=1)
+    picture, options = str(home / "a.png"), {"max_tokens": 1, "temperature": 0.0}
+    with (
+        pytest.raises(UserError, match=r"fails with this .* pruned\(model, …, processor=processor"),
+        pruned(model, "divprune", keep_ratio=0.25),
+    ):
+        theirs(model, processor, text, picture, **options)
+    for problem in (TypeError("an unexpected keyword argument 'speed'"), ValueError("padding")):
+        with pytest.raises(type(problem)) as caught, pruned(model, "norm", keep_ratio=0.25):
+            raise problem
+        assert caught.value is problem
+    with pruned(model, "divprune", keep_ratio=0.25, processor=processor):  # it is as before
+        assert theirs(model, processor, text, picture, **options).text
+
+
+@pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.20"),
+    reason="older ones need no mending",
+)
 def test_only_processors_of_pruned_folders_are_mended(home):
     from mlx_vlm.utils import load as load_theirs
 

@@ -22,7 +22,7 @@ from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .host import Host
 from .input_embeddings import PrunedEmbeddings
-from .llava_processor import LLAVA, mend
+from .llava_processor import LLAVA, is_unmended, mend
 from .pruned_language import LanguageState, pruned_class
 from .pruning_report import PruningReport
 from .served import ServerGuard
@@ -107,10 +107,20 @@ def pruned(
     positions: Policy | None = None,
     processor: Any = None,
 ) -> Iterator[PruningReport]:
-    """`attach` for the length of a block, which yields the report."""
+    """`attach` for the length of a block, which yields the report.
+
+    Where mlx-vlm's processor of a LLaVA fails inside, since it was not given, UserError says so.
+    """
     budget: dict[str, Any] = {"keep_ratio": keep_ratio, "keep_tokens": keep_tokens}
     report, detach = attach(model, pruner, **budget, positions=positions, processor=processor)
     try:
         yield report
+    except (TypeError, ValueError) as problem:
+        if processor is None and model.config.model_type == LLAVA and is_unmended(problem):
+            raise UserError(
+                "mlx-vlm's processor of LLaVA fails with this release of transformers; give it to"
+                " the block, pruned(model, …, processor=processor), which mends it"
+            ) from problem
+        raise
     finally:
         detach()

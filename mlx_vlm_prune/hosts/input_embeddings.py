@@ -64,8 +64,7 @@ class PrunedEmbeddings:
             raise UserError("only images are pruned: videos and sound go outside the block")
         for name in PRECOMPUTED:
             if extra.get(name) is not None:
-                raise UserError(f"a model that prunes takes no {name}: which tokens stay is judged"
-                                " by the images, and where they stand follows")  # fmt: skip
+                raise UserError(f"leave out {name}: a model that prunes computes it itself")
         extra = {name: value for name, value in extra.items() if name not in FEATURE_CACHES}
         with self.state.giving_rope_index():
             if pixel_values is None or has_other_media:

@@ -40,6 +40,12 @@ def mend(processor: Any) -> Callable[[], None]:
     return lambda: setattr(image_processor, "__class__", base)
 
 
+def is_unmended(problem: Exception) -> bool:
+    """Is this how a processor fails that was not mended?"""
+    text = str(problem)
+    return "keyword argument" in text and any(f"'{name}'" in text for name in WORD_OPTIONS)
+
+
 @functools.cache
 def _mend_in_pruned_folders() -> None:
     """Have mlx-vlm mend the processors that it loads from folders of `prune-into`, and from no

@@ -3,9 +3,14 @@
 The server answers all its requests in one thread. An error while it embeds a prompt ends every
 answer that is under way. An error while it queues the prompt's ids is that request's own. So the
 ids of a refused prompt raise its error there. This is put on the server's instance, of no class.
+
+The two functions are no interface of mlx-vlm's. A server without them prunes, too, and it is said
+once that an error will end every answer.
 """
 
+import logging
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,18 +18,19 @@ from weakref import proxy, ref
 
 from ..checkpoints.errors import UserError
 
+logger = logging.getLogger("mlx_vlm_prune")
+SERVER = "mlx_vlm.server.generation"
 EMBED = "_gpu_embed"  # the server's function that asks a model for embeddings
 
 
 class RefusedIds:
-    """In place of a prompt's ids (1, L)."""
+    """In place of a prompt's ids (1, L): whatever is done with them raises its error."""
 
     def __init__(self, problem: UserError):
-        self.problem = problem
+        self._problem = problem
 
-    def squeeze(self, axis: int) -> Any:
-        """What the server does first with ids."""
-        raise self.problem
+    def __getattr__(self, name: str) -> Any:
+        raise self._problem
 
 
 class ServerGuard:
@@ -33,23 +39,44 @@ class ServerGuard:
     def __init__(self, model: Any):
         self._model = ref(model)
         self._server: Callable[[], Any] = lambda: None  # a weak reference
+        self._has_warned = False
 
     def watch(self) -> None:
         """Take care of the server, if there is one by now."""
-        module = sys.modules.get("mlx_vlm.server.runtime")
-        server = module and module.runtime.response_generator
-        if server is None or server is self._server() or not hasattr(server, EMBED):
+        server = _running_server()
+        if server is None or server is self._server():
             return
-        if getattr(server, "model", None) is self._model():
-            self.release()
-            self._server = ref(server)
-            setattr(server, EMBED, _refusing(partial(getattr(type(server), EMBED), proxy(server))))
+        held = getattr(server, "model", None)  # None while it loads a model that prunes by itself
+        if held is not None and held is not self._model():
+            return
+        if not hasattr(server, EMBED):
+            if not self._has_warned:
+                logger.warning(
+                    "this version of mlx-vlm's server has no %s: a prompt that is refused ends the"
+                    " answers beside it, too", EMBED,
+                )  # fmt: skip
+            self._has_warned = True
+            return
+        self.release()
+        self._server = ref(server)
+        setattr(server, EMBED, _refusing(partial(getattr(type(server), EMBED), proxy(server))))
 
     def release(self) -> None:
         """Leave the server as it was."""
         if (server := self._server()) is not None:
             vars(server).pop(EMBED, None)
         self._server = lambda: None
+
+
+def _running_server() -> Any:
+    """mlx-vlm's server; while it loads its model, it is what this thread runs."""
+    module = sys.modules.get("mlx_vlm.server.runtime")
+    if module is None:
+        return None
+    target = getattr(threading.current_thread(), "_target", None)
+    owner = getattr(target, "__self__", None)
+    is_loading = type(owner).__module__ == SERVER and getattr(owner, "model", None) is None
+    return owner if is_loading else module.runtime.response_generator
 
 
 def _refusing(embed: Callable[..., tuple[Any, dict[str, Any]]]) -> Callable[..., Any]:

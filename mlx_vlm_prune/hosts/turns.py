@@ -65,8 +65,11 @@ class RequestTurns:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Inside the block no other request of the model computes, and the model has what this one
-        left on it. Afterwards it is as before. Never yield from a generator inside."""
+        """Inside the block no other request of the model computes.
+
+        The model has what this request left on it, and afterwards what it had before. A generator
+        must not yield inside: it would keep the lock until it is read again.
+        """
         with self._lock, self.host.preserve_state():
             self.host.set_request_state(self._state)
             try:
