@@ -172,9 +172,14 @@ def _check_to_mlx(args: argparse.Namespace) -> None:
     target that is there."""
     if bool(args.twig) != bool(args.twig_layer):
         raise UserError("--twig and --twig-layer belong together: a twig, and the layer it reads")
-    quantizes = args.q_bits or args.q_group_size or args.q_mode != "affine" or args.q_tower
-    if quantizes and not args.quantize:
-        raise UserError("the flags --q-… have no effect without -q; add -q")
+    flags = {
+        "--q-bits": args.q_bits, "--q-group-size": args.q_group_size,
+        "--q-mode": args.q_mode != "affine", "--q-tower": args.q_tower,
+    }  # fmt: skip
+    without_effect = [flag for flag, is_set in flags.items() if is_set and not args.quantize]
+    if without_effect:
+        verb = "has" if len(without_effect) == 1 else "have"
+        raise UserError(f"{' and '.join(without_effect)} {verb} no effect without -q; add -q")
     check_target(args.target, replace=False)
 
 

@@ -13,6 +13,7 @@ from convert.__main__ import main
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.minimind.published import TOKENIZER_FOLDERS, usual_keys
+from mlx_vlm_prune.checkpoints.names.ranges import list_names
 from mlx_vlm_prune.checkpoints.names.rules import published_order
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
 from mlx_vlm_prune.inputs.prompt import Prompt
@@ -152,7 +153,7 @@ def test_a_packed_tower_is_undone_and_does_not_learn(packed, tmp_path):
 
 def test_the_flag_for_the_tower_needs_q(tmp_path, capsys):
     sentence = refused(capsys, "to-mlx", CHECKPOINT, tmp_path / "x", "--q-tower")
-    assert "have no effect without -q" in sentence
+    assert "--q-tower has no effect without -q; add -q" in sentence
 
 
 # --- what is missing ------------------------------------------------------------------
@@ -166,7 +167,7 @@ def test_a_conversion_names_all_that_is_missing_at_once(published, capsys):  # n
     assert "--vision FOLDER" in sentence and "--tokenizer FOLDER" in sentence
 
 
-def test_a_conversion_counts_the_tensors_that_are_missing(published, capsys):  # noqa: F811
+def test_a_conversion_names_all_tensors_that_are_missing(published, capsys):  # noqa: F811
     state = torch.load(published / "published.pth", weights_only=True)
     gone = ("model.layers.1.input_layernorm.weight", "model.norm.weight")
     torch.save({k: v for k, v in state.items() if k not in gone}, published / "published.pth")
@@ -175,7 +176,21 @@ def test_a_conversion_counts_the_tensors_that_are_missing(published, capsys):  #
         capsys, "to-mlx", published / "published.pth", published / "x", "--vision", clip,
         "--tokenizer", words,
     )  # fmt: skip
-    assert "layers.1.input_layernorm.weight" in sentence and "and 1 more" in sentence
+    names = "language.layers.1.input_layernorm.weight, language.norm.weight"
+    assert sentence.endswith(f"lacks 2 tensors: {names}\n")
+
+
+def test_names_that_differ_in_their_numbers_are_ranges():
+    layers = [f"layers.{i}.{name}.weight" for i in (0, 1, 2, 7) for name in ("norm", "up")]
+    assert list_names(["head.weight", *layers]) == (
+        "head.weight, layers.0-2,7.norm.weight, layers.0-2,7.up.weight"
+    )
+    experts = [f"layers.{i}.mlp.experts.{j}.up.weight" for i in range(3) for j in range(8)]
+    assert list_names(experts) == "layers.0-2.mlp.experts.0-7.up.weight"
+    assert list_names([experts[0], experts[-1]]) == f"{experts[0]}, {experts[-1]}"
+    assert list_names(["pruner.k_proj.weight", "conv1.weight"]) == (
+        "pruner.k_proj.weight, conv1.weight"
+    )
 
 
 @pytest.mark.parametrize("place", TOKENIZER_FOLDERS)

@@ -169,8 +169,11 @@ def test_quantizing_twice_or_undoing_nothing_is_refused(scenes, tmp_path, capsys
         capsys, "to-torch", target, tmp_path / "x.pth"
     )
     assert "dequantize it by to-mlx first" in refused(capsys, "to-hf", target, tmp_path / "x")
-    assert "have no effect without -q" in refused(
+    assert "--q-bits has no effect without -q; add -q" in refused(
         capsys, "to-mlx", source, tmp_path / "x", "--q-bits", "4"
+    )
+    assert "--q-group-size and --q-mode have no effect without -q" in refused(
+        capsys, "to-mlx", source, tmp_path / "x", "--q-group-size", "64", "--q-mode", "mxfp4"
     )
     assert not list(tmp_path.iterdir())
 

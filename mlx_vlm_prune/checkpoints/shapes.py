@@ -18,23 +18,26 @@ from .config import (
 )
 from .errors import UserError, clipped
 from .layer_shapes import Shapes, attention, gated_mlp, layer_norms, linear, norm, qk_norms
+from .names.ranges import list_names
 from .quantization import packed
 from .reading.tensors import RawTensor, Shaped
 from .reading.weights import check_dtypes
 
 
 def check_complete(tensors: Mapping[str, Shaped], config: VLMConfig, where: Path) -> None:
-    """UserError that names the first tensor which is missing, misshapen or one too many."""
+    """UserError that names all tensors which are missing, or the first that is misshapen or one too
+    many."""
     check_shapes(tensors, expected_shapes(config), where)
 
 
 def check_shapes(tensors: Mapping[str, Shaped], expected: Shapes, where: Path) -> None:
     """The same of shapes that are known."""
     missing = [name for name in expected if name not in tensors]
+    if len(missing) == 1:
+        raise UserError(f"{where} lacks the tensor {missing[0]} {expected[missing[0]]}")
+    if missing:
+        raise UserError(f"{where} lacks {len(missing)} tensors: {list_names(missing)}")
     for name, shape in expected.items():
-        if name not in tensors:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{where} lacks the tensor {name} {shape}{more}")
         if tensors[name].shape != shape:
             raise UserError(f"{where}: tensor {name} is {tensors[name].shape}; {shape} is expected")
     for name in tensors:
