@@ -1,8 +1,8 @@
-"""Promises about two hundred requests at once: every good one gets the answer that it gets alone.
+"""Promises about hundreds of requests at once: every good one gets the answer that it gets alone.
 
 Among them are thumbnails, broken pictures, prompts that are refused, and clients that go away.
-Forty go to each of three models of mlx-vlm's, by its server in a block, eighty to two models of
-ours, by threads in a process of their own.
+Two hundred go to five models in one process, ours and mlx-vlm's, by threads; and forty to each of
+three models of mlx-vlm's by its server in a block.
 """
 
 import base64
@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_vlm_prune import generate, load
+from mlx_vlm_prune import load, stream_generate
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.input_embeddings import PrunedEmbeddings
 
@@ -142,38 +142,50 @@ def test_mlx_vlms_server_in_a_block_answers_each_as_alone(home, family, refusing
             assert answer == {"refused": 500, GONE: GONE}[ask.ending], ask
 
 
-def answer_by_threads(folder: Path, pictures: Path) -> None:
-    """Eighty requests to two models of ours, whose answers must be those alone."""
-    models = [load(dtype="float32"), load(folder, dtype="float32")]
-    words = ["Is there a red star?", "What does the sign say?", "How many circles are there?"]
-    names = ["a", "b", "thumb", "broken", None]
-    options: list[dict[str, Any]] = [
-        {"pruner": "divprune", "keep_tokens": 9},
-        {"pruner": "fastv", "keep_ratio": 0.8},
-        {},
-    ]
-    asks = [(i % 2, words[i % 3], names[i % 5], options[i % 3]) for i in range(80)]
+OPTIONS: list[dict[str, Any]] = [
+    {"pruner": "divprune", "keep_tokens": 9},  # of which a thumbnail has fewer
+    {"pruner": "fastv", "keep_ratio": 0.8},
+    {},
+]
 
-    def answer(ask: tuple[int, str, str | None, dict[str, Any]]) -> Any:
-        number, prompt, name, more = ask
-        image = pictures / f"{name}.png" if name else None
+
+def answer_by_threads(folder: Path, home: Path) -> None:
+    """Two hundred requests at once to five models, whose answers must be those alone."""
+    folders = [None, folder, *(home / family for family in FAMILIES)]
+    models = [load(folder, dtype="float32") for folder in folders]
+    words = [["Is there a red star?", "What does the sign say?", "How many circles are there?"],
+             ["w7 w9", "w30 w31 w32 w33 w34 w35", "w5"]]  # fmt: skip
+    names = ["a", "b", "thumb", "broken", None, "a", "thumb"]
+    asks = [(i % 5, words[i % 5 > 1][i % 3], names[i % 7], i % 3, i % 11 == 0) for i in range(200)]
+
+    def answer(ask: tuple[int, str, str | None, int, bool]) -> Any:
+        number, prompt, name, option, leaves = ask
+        image = home / f"{name}.png" if name else None
         try:
-            return generate(*models[number], prompt, image, max_tokens=TOKENS, **more).token_ids
+            stream = stream_generate(
+                *models[number], prompt, image, max_tokens=TOKENS, **OPTIONS[option]
+            )
+            if leaves:
+                token = next(stream).token
+                stream.close()
+                return token
+            return [piece.token for piece in stream]
         except UserError as problem:
             return str(problem)
 
     alone = [answer(ask) for ask in asks]
     refused = [text for text in alone if isinstance(text, str)]
-    assert len(refused) == 16 and all("truncated or damaged" in text for text in refused)
-    with ThreadPoolExecutor(AT_ONCE) as threads:
+    assert len(refused) == sum(ask[2] == "broken" for ask in asks), refused
+    assert all("truncated or damaged" in text for text in refused)
+    with ThreadPoolExecutor(len(asks)) as threads:
         together = list(threads.map(answer, asks))
-    wrong = [asks[i] for i in range(80) if together[i] != alone[i]]
+    wrong = [(asks[i], together[i], alone[i]) for i in range(200) if together[i] != alone[i]]
     if wrong:
         sys.exit(f"{len(wrong)} wrong: {wrong[:3]}")
     os._exit(0)  # MLX 0.32.4 aborts now and then while a process with such threads ends
 
 
-def test_threads_get_of_our_models_what_each_gets_alone(home, tmp_path):
+def test_of_two_hundred_requests_at_once_each_gets_what_it_gets_alone(home, tmp_path):
     llava.write(llava.random_model(), tmp_path / "llava")
     code = (
         "import sys; from pathlib import Path; from tests.test_many_requests import *;"

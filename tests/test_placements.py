@@ -8,12 +8,15 @@ import itertools
 import json
 from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlx_vlm_prune import Chat, batch_generate, generate, load
 from mlx_vlm_prune.generate import main
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.prompt import prepare_prompt
 from mlx_vlm_prune.hosts.views import View
 from mlx_vlm_prune.inputs.image import open_image
 from mlx_vlm_prune.inputs.placement import placement
@@ -196,6 +199,49 @@ def test_an_option_that_is_not_known_leaves_the_map_out_and_not_the_answer(
         }  # fmt: skip
         assert "where image 0 lies in its file is not known" in caplog.text
         caplog.clear()
+
+
+MAPPED = ["gemma3", "internvl_chat", "llava_next", "paligemma", "pixtral", "qwen2_vl"]
+
+
+def whole_view(host, inputs) -> Image.Image:
+    """What the family's own processor made of a picture, where that shows all of it."""
+    processor = host.processor.image_processor
+    if host.kind == "qwen2_vl":
+        _, rows, columns = np.array(inputs.extra["image_grid_thw"])[0]
+        m, side = processor.merge_size, processor.patch_size
+        blocks = np.array(inputs.pixels).reshape(rows // m, columns // m, m, m, 3, -1, side, side)
+        pixels_HW3 = blocks[:, :, :, :, :, 0].transpose(0, 2, 5, 1, 3, 6, 4)
+        pixels_HW3 = pixels_HW3.reshape(rows * side, columns * side, 3)
+    else:
+        pixels_I3HW = np.array(mx.array(inputs.pixels)).reshape(-1, 3, *inputs.pixels.shape[-2:])
+        pixels_HW3 = pixels_I3HW[host.whole_view].transpose(1, 2, 0)
+    if host.kind == "pixtral":
+        height, width = np.array(inputs.extra["image_sizes"])[0]
+        pixels_HW3 = pixels_HW3[:height, :width]
+    mean, std = (np.array(getattr(processor, f"image_{name}")) for name in ("mean", "std"))
+    return Image.fromarray((255 * (pixels_HW3 * std + mean)).round().clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("family", MAPPED)
+def test_the_map_of_each_family_is_that_of_the_pixels_of_its_processor(family, tmp_path):
+    from . import stock_folders
+
+    try:
+        model, processor = load(stock_folders.checkpoint(family, tmp_path))
+    except ValueError as problem:
+        if "torchvision" not in str(problem):
+            raise
+        pytest.skip("this transformers makes the processor by torchvision, which is not installed")
+    host = host_of(model, processor)
+    for orientation, size in ((8, (230, 131)), (1, (131, 230))):
+        file = tmp_path / f"{orientation}.png"
+        file.write_bytes(stored_with(ramps(*size), orientation))
+        (place,) = generate(model, processor, "w7 w9", file, max_tokens=1).images
+        visible = whole_view(host, prepare_prompt(host, "w7 w9", [open_image(file)]))
+        assert (place["size"], place["seen"]) == ([*size], [*visible.size])
+        check_by_pixels(visible, place)
 
 
 @pytest.mark.parametrize("size", [(230, 131), (131, 230), (200, 200)])
