@@ -112,7 +112,7 @@ REFUSED: dict[str, tuple[str | dict[str, Any], str]] = {
     "pieces of no length": (
         content(pre_tokenizer={"type": "FixedLength", "length": 0}), "at least 1 is needed"
     ),
-    "a million ids around": (content(post_processor=template(2000, 500)), "too many tokens"),
+    "a million ids around": (content(post_processor=template(2000, 500)), "adds 1000000 tokens"),
     "a word without end": (
         content(model={**WORD, "max_input_chars_per_word": 10**9}), "max_input_chars_per_word"
     ),

@@ -1,6 +1,7 @@
 """Names and shapes of the tensors of one layer, in every family of language models that mlx-lm has.
 
-A function with a family's name takes the sizes in its text_config and returns them all.
+A function with a family's name takes a text_config of that family, and returns the shapes of all
+tensors of a layer by their names.
 """
 
 from collections.abc import Mapping

@@ -122,7 +122,7 @@ class _Spread:
     """How many characters one can become, step after step."""
 
     growth: int = 1
-    tailored: bool = False  # did a step put in characters that a later one spreads?
+    tailored: bool = False  # did a step put in characters, which a later one may multiply?
     doubt: str | None = None
 
     def add(self, part: Any, name: str) -> None:
@@ -132,9 +132,7 @@ class _Spread:
                 raise ValueError(f"its {name} has more than {MOST_STEPS} steps")
             self.growth *= self._of(step)
             if self.growth > MOST_GROWTH:
-                raise ValueError(
-                    f"its {name} makes more than {MOST_GROWTH} characters of one, again and again"
-                )
+                raise ValueError(f"its {name} makes more than {MOST_GROWTH} characters of one")
 
     def _of(self, step: Mapping[str, Any]) -> int:
         """The growth in one step, which is told by its fields: their type may be left out."""
@@ -216,8 +214,18 @@ def _check_post_processor(part: Any) -> None:
             inner = [piece for piece in pieces if isinstance(piece, Mapping)]
             copies *= max(sum("Sequence" in piece for piece in inner), 1)
             added += sum(map(ids, inner))
-        if copies > MOST_GROWTH or added > MOST_ADDED or count >= MOST_STEPS:
-            raise ValueError("its post_processor puts too many tokens around a text")
+        if count >= MOST_STEPS:
+            raise ValueError(f"its post_processor has more than {MOST_STEPS} steps")
+        if copies > MOST_GROWTH:
+            raise ValueError(
+                f"its post_processor repeats a text {copies} times; at most {MOST_GROWTH} are"
+                " allowed"
+            )
+        if added > MOST_ADDED:
+            raise ValueError(
+                f"its post_processor adds {added} tokens to a text; at most {MOST_ADDED} are"
+                " allowed"
+            )
 
 
 def _ids_of_tokens(tokens: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], int]:

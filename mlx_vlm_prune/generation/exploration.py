@@ -309,6 +309,6 @@ def _rounded_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, Any] | No
     if logprobs is None:
         return None
     return {
-        of: {name: [number(x, LOGPROB_DIGITS) for x in values] for name, values in each.items()}
-        for of, each in logprobs.items()
+        answer: {name: [number(x, LOGPROB_DIGITS) for x in values] for name, values in each.items()}
+        for answer, each in logprobs.items()
     }

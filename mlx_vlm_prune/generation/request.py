@@ -133,7 +133,7 @@ def _check_kinds(request: Request) -> None:
     check_text(request.prompt)
     processors, ends = request.logits_processors, request.eos_tokens
     is_list = processors is None or isinstance(processors, Sequence)
-    right = {
+    kinds = {
         "sampler": (request.sampler is None or callable(request.sampler), "a function"),
         "logits_processors": (is_list and all(map(callable, processors or ())), "a list of"
                               " functions"),
@@ -145,8 +145,8 @@ def _check_kinds(request: Request) -> None:
         "num_draft_tokens": (is_whole(request.num_draft_tokens or 1), "a whole number"),
         "allow_url": (isinstance(request.allow_url, bool), "True or False"),
     }  # fmt: skip
-    for name, (is_right, kind) in right.items():
-        if not is_right:
+    for name, (is_of_kind, kind) in kinds.items():
+        if not is_of_kind:
             raise UserError(f"{name} is {getattr(request, name)!r}; it must be {kind}")
 
 

@@ -110,10 +110,10 @@ def operator_cost(operator: str, left: Any, right: Any) -> int:
     """Of an operator between two values."""
     if operator == "%" and isinstance(left, str):
         return CALL + percent_cost(left, right)
-    for many, times in ((left, right), (right, left)):
-        if operator == "*" and isinstance(many, str | list | tuple) and isinstance(times, int):
-            unit = WRITTEN if isinstance(many, str) else 1
-            return CALL + max(times, 0) * len(many) // unit
+    for repeated, count in ((left, right), (right, left)):
+        if operator == "*" and isinstance(repeated, str | list | tuple) and isinstance(count, int):
+            unit = WRITTEN if isinstance(repeated, str) else 1
+            return CALL + max(count, 0) * len(repeated) // unit
     if isinstance(left, str | list | tuple):
         unit = WRITTEN if isinstance(left, str) else 1
         return CALL + (len(left) + (len(right) if hasattr(right, "__len__") else 0)) // unit
@@ -161,10 +161,10 @@ def strip_cost(text: str, characters: Any) -> int:
     return len(text) * len(characters) // 64 if isinstance(characters, str) else 0
 
 
-def width_cost(width: Any, times: int = 1) -> int:
-    """Of padding to a width, a number of characters or a text."""
+def width_cost(width: Any, lines: int = 1) -> int:
+    """Of padding lines to a width, a number of characters or a text."""
     size = len(width) if isinstance(width, str) else width if isinstance(width, int) else 0
-    return written(size * times)
+    return written(size * lines)
 
 
 def method_cost(text: str, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -60,9 +60,9 @@ def _build(
     config: VLMConfig, weights: dict[str, mx.array], checkpoint: Checkpoint, folder: Path, name: str
 ) -> tuple[VLM, Processor]:
     model, weights = VLM(config), stacked(weights)
-    if how := config.quantization:
+    if quantization := config.quantization:
         quantized = {name.removesuffix(".scales") for name in weights if ".scales" in name}
-        settings = packing(asdict(how))
+        settings = packing(asdict(quantization))
         nn.quantize(model, **settings, class_predicate=lambda path, _: path in quantized)
     model.load_weights(list(weights.items()))
     beside = read_learned(folder, model)

@@ -249,17 +249,17 @@ class Reduction:
         is_finite = self.is_finite if first.is_finite is None else first.is_finite
         if self.is_finite is not None and first.is_finite is not None:
             is_finite = self.is_finite & first.is_finite
-        facts: Any = {"is_finite": is_finite, "score_BN": self._score_among(first, N)}
+        others: Any = {"is_finite": is_finite, "score_BN": self._score_among(first, N)}
         if self.weight_BKN is not None or first.weight_BKN is not None:
             between = first.mixture(N)
             weight = self.mixture(between.shape[1]) @ between
-            return Reduction(index, weight, **facts)
+            return Reduction(index, weight, **others)
         if not (self.merges or first.merges):
-            return Reduction(index, **facts)
+            return Reduction(index, **others)
         (slot_Bn, share_Bn), (slot_BN, share_BN) = self.members(first.slots), first.members(N)
         share_BN = share_BN * take(share_Bn, slot_BN)
         slot_BN = next_slots(slot_BN, take(slot_Bn, slot_BN))
-        return Reduction(index, slot_BN=slot_BN, share_BN=share_BN, **facts)
+        return Reduction(index, slot_BN=slot_BN, share_BN=share_BN, **others)
 
     def _score_among(self, first: "Reduction", N: int) -> mx.array | None:
         """`score_BN` of the tokens that `first` left, among all N."""

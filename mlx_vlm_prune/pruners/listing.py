@@ -63,8 +63,8 @@ def _print_all() -> None:
     print("restore joins any of them. Presets:")
     for preset, chain in PRESETS.items():
         print(f"  {preset} = {chain}")
-    print("\nSome can be one and the same choice: cls_attention is received_attention in a tower")
-    print("without a CLS token, and hiprune is where it keeps at most 25 tokens.")
+    print("\nSome can be one and the same choice. In a tower without a CLS token cls_attention is")
+    print("received_attention. So is hiprune where it keeps at most 25 tokens.")
     print(f"{program('mlx_vlm_prune.pruners')} NAME explains one.")
 
 

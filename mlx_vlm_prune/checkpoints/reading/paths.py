@@ -29,8 +29,8 @@ def check_regular(path: Path, most: int | None = None) -> None:
     """UserError for a file that may never end (a pipe, a device), that has more than `most` bytes,
     or that only points at one in Git LFS."""
     if not path.exists():
-        what = "it is a link to nothing" if path.is_symlink() else "there is no such file"
-        raise UserError(f"cannot read {path}: {what}")
+        fault = "it is a link to nothing" if path.is_symlink() else "there is no such file"
+        raise UserError(f"cannot read {path}: {fault}")
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file")
     if not path.is_file():

@@ -82,7 +82,11 @@ def _pickle_of(file: BinaryIO, entries: Sequence[zipfile.ZipInfo], size: int) ->
 
 
 def _directory(file: BinaryIO, size: int) -> tuple[int, int]:
-    """Where the directory begins and how many entries it has, as each of the ends says."""
+    """Where the archive's directory begins, and how many entries it has.
+
+    The record at the file's end says so, and where there is one the zip64 record too. Raises
+    _TwoReadings where they differ, or the directory does not lie before them.
+    """
     stop = size - END.size
     signature, *narrow, comment = END.unpack(_read(file, stop, END.size))
     if signature != b"PK\5\6" or comment:

@@ -24,14 +24,14 @@ class NotUnderstood(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Of an expression: must it match, can it be empty, and in how many ways is it tried?"""
+    """A part of an expression, such as a character, a group or a branch."""
 
-    must: bool
-    empty: bool
-    ways: int  # without the unbounded repeats
-    unbounded: bool
-    fixed: bool = True  # is it always of one length?
-    size: int = 1  # characters of it, repeats written out
+    must: bool  # can it not be left out?
+    empty: bool  # can it match nothing?
+    ways: int  # in which it is tried at one place, unbounded repeats counted as one
+    unbounded: bool  # is there a repeat without a bound in it?
+    fixed: bool = True  # does it always match as many characters?
+    size: int = 1  # characters of the expression, repeats written out
 
 
 @dataclass(frozen=True)

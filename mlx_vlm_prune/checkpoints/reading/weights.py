@@ -141,9 +141,9 @@ def _why_no_weights(folder: Path, pths: int) -> str:
         )
     if any(is_here(folder / name) for name in ADAPTERS):
         base: Any = optional_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-        of = f" of {base[:80]}" if isinstance(base, str) and base.isprintable() and base else ""
+        name = f" of {base[:80]}" if isinstance(base, str) and base.isprintable() and base else ""
         return (
-            f"{folder} holds an adapter only; give the model that it was trained for{of}, and the"
+            f"{folder} holds an adapter only; give the model that it was trained for{name}, and the"
             " adapter by adapter_path"
         )
     several = f"{pths} .pth files: name one of them" if pths else "no .pth"
