@@ -306,10 +306,10 @@ def test_what_the_page_shows_runs(desk, tmp_path, monkeypatch, capsys):
 def test_an_interrupt_ends_in_one_line_and_writes_nothing(desk, monkeypatch, capsys, tmp_path):
     opened = encode.open_image
 
-    def interrupted(path):
+    def interrupted(path, *limit):
         if Path(path).name == "3.png":
             raise KeyboardInterrupt
-        return opened(path)
+        return opened(path, *limit)
 
     monkeypatch.setattr(encode, "open_image", interrupted)
     file = tmp_path / "r.json"

@@ -214,6 +214,7 @@ def test_larger_images_are_read_where_max_pixels_allows_them(home, tmp_path, cap
     assert "has more than the 0.007199 megapixels allowed; --max-pixels allows more" in line
     sweep.main([*argv, "--max-pixels", "7200"])
     assert json.loads((tmp_path / "r.json").read_text())["rows"]
+    capsys.readouterr()
     assert "--max-pixels is 0; " in refused(capsys, [*argv, "--max-pixels", "0"])
 
 
