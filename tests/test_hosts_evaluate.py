@@ -282,7 +282,8 @@ def test_the_default_methods_are_those_that_can_prune_the_model():
     names = host_answers.default_methods(host_of(KINDS["llava"].make()))
     assert {"random", "divprune", "cls_attention", "fastv", "vtw", "divprune+restore"} <= {*names}
     assert "none+restore" not in names
-    assert not {"tome", "none", "twig", "mlp", "restore", "sparsevlm", "downsample"} & {*names}
+    assert not {"tome", "none", "twig", "mlp", "restore", "downsample"} & {*names}
+    assert {"sparsevlm", "pact"} <= {*names}
     assert "fastv" not in host_answers.default_methods(host_of(KINDS["pixtral"].make()))
     refusing = host_answers.default_methods(host_of(KINDS["paligemma"].make()))
     assert "divprune" in refusing and "divprune+restore" not in refusing

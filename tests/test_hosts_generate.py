@@ -248,7 +248,7 @@ def test_a_models_own_mark_of_an_image_is_left_to_its_template(home, capsys):
         ({"model_type": "qwen2_vl"}, "mlx-vlm cannot load"),
         ({"model_type": "phi3_v"}, "is a phi3_v model, and there is no pruning in those; there is"),
         ({"model_type": "deepseek_vl_v2"}, "is a deepseek_vl_v2 model, and there is no pruning"),
-        ({"model_type": "llava_onevision"}, "is a llava_onevision model, and there is no pruning"),
+        ({"model_type": "kimi_vl"}, "is a kimi_vl model, and there is no pruning"),
         ({"model_type": "qwen9_vl", "vision_config": {}}, "is a qwen9_vl model"),
     ],
 )

@@ -16,7 +16,8 @@ softmax are those of an image's own tokens, so that words ahead of it do not cha
 where theirs take in every row up to the prompt's last visual token (their name for those rows is
 `is_not_text`): `prompt=True`.
 
-One centre after another is found, so on a GPU similarities return to the host, once.
+One centre after another is found, so on a GPU similarities return to the host, once; in mlx-vlm's
+models also how many members each cluster has.
 
 Options:
     layer: layer of the language model before which tokens leave; below 1 a share of the depth
