@@ -265,23 +265,6 @@ def test_requests_with_other_budgets_share_a_batch_and_are_answered_as_alone(ser
         assert generate(*scenes, WORDS, SCENES[n % 3], **options, max_tokens=10).text == text
 
 
-def test_an_answer_ends_at_a_stop_text_however_it_is_cut_into_pieces(served):
-    whole = text_of(served.chat(question(WORDS, SCENES[0])))
-    assert len(whole) >= 4
-    stop = whole[2:4]
-    for stream in (False, True):
-        status, content = served.call(
-            "/v1/chat/completions",
-            {"messages": [question(WORDS, SCENES[0])], "stop": ["§", stop], "stream": stream},
-        )
-        assert status == 200
-        if not stream:
-            assert text_of(json.loads(content)) == whole[: whole.find(stop)]
-            continue
-        pieces = re.findall(r'"content": "([^"]*)"', content.decode())
-        assert "".join(pieces) == whole[: whole.find(stop)]
-
-
 def test_a_key_is_wanted_for_answers_alone(pruning):
     path = "/v1/models"
     assert pruning.call(path)[0] == 200

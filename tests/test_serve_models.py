@@ -1,5 +1,7 @@
 """Promises of `serve` with LLaVAs, language models of mlx-lm's and models of mlx-vlm's."""
 
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +12,7 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generation.arguments import build_serve_parser
 from mlx_vlm_prune.models.vlm import VLM
+from mlx_vlm_prune.scenes import compose
 from mlx_vlm_prune.serve import settings_of
 
 from . import backbones, llava
@@ -85,6 +88,19 @@ def test_a_learned_method_answers_first_in_the_servers_thread(method):
     with serve(*load()) as server:
         usage = server.chat(question("Is it red?", PICTURES[0]), pruner=method, keep_ratio=0.25)
         assert usage["usage"]["visual_tokens_kept"] == 49
+
+
+def test_an_answer_ends_at_a_stop_text_however_it_is_cut_into_pieces():
+    message = question("What colour is the star?", compose(1_000_000_100).image())
+    with serve(*load(dtype="float32")) as served:
+        whole = text_of(served.chat(message))
+        assert len(whole) >= 4
+        body = {"messages": [message], "stop": ["§", stop := whole[2:4]]}
+        status, content = served.call("/v1/chat/completions", body)
+        assert (status, text_of(json.loads(content))) == (200, whole[: whole.find(stop)])
+        status, content = served.call("/v1/chat/completions", body | {"stream": True})
+        pieces = re.findall(r'"content": "([^"]*)"', content.decode())
+        assert (status, "".join(pieces)) == (200, whole[: whole.find(stop)])
 
 
 @pytest.mark.parametrize("kind", [*OURS, *HOSTS])
