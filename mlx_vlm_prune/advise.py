@@ -1,68 +1,34 @@
 """Does pruning pay, for this model on this machine? `mlx-vlm-prune advise` measures it.
 
 The time of each part is measured. What pruning in each stage could gain follows from that and from
-the operation counts. The largest evaluation of this model gives the frontier of methods.
-
-Shapes: B prompts (1 here), V tokens of the vocabulary.
+the operation counts, for a model of mlx-vlm's from the times of smaller pictures. The largest
+evaluation of this model gives the frontier of methods.
 """
 
 import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import mlx.core as mx
 
 from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, read_json, write_atomically
 from .evaluation.bootstrap import FEWEST
 from .evaluation.remembered import remembered
-from .generation.steps import generate_step, greedy
-from .generation.stream import PreparedPrompt, prepare_prompt
 from .hosts.loading import load
-from .inputs.processor import Processor
 from .machine.hardware import describe_machine, versions
 from .models.loading import DTYPES
 from .models.vlm import VLM
-from .planning import operations
-from .planning.calibration import calibrate
-from .pruners import plan
+from .planning import host_times, times
+from .planning.times import INSIDE_TOWER, SMALLER_IMAGE, Times
 from .scenes import compose
 
-SAMPLE_SEED, PROMPT, TIMED_TOKENS = 1_000_000_007, "What is this?", 16
-# The fastest method of each stage.
-BEHIND_TOWER, INSIDE_TOWER, SMALLER_IMAGE = "random", "tome", "downsample"
+SAMPLE_SEED = 1_000_000_007
 LEAST_SPEEDUP, MOST_LOSS = 1.1, 0.02  # below the speedup, or above the loss, pruning does not pay
 EVALUATE = "python -m mlx_vlm_prune.evaluate"
 DESCRIPTION = "Measure whether pruning pays, for a model on this machine, and recommend a method."
-
-
-@dataclass(frozen=True)
-class Times:
-    """Milliseconds of a warm request with all tokens, and predictions with a quarter of them.
-
-    `first` is the predicted time to the first token with a quarter left "behind" the tower,
-    "inside" it, or of a "smaller" image. `token` is one new token.
-    """
-
-    image: float
-    vision: float
-    prefill: float
-    token: float
-    first: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        return self.image + self.vision + self.prefill
-
-    @property
-    def most_speedup(self) -> float:
-        """The speedup of a method behind the tower that keeps no token: the upper bound."""
-        return self.total / (self.image + self.vision)
 
 
 @dataclass(frozen=True)
@@ -92,13 +58,25 @@ class Advice:
             f"vision tower {share['vision']:.0%}, projector and prompt {share['prefill']:.0%}.",
             f"Behind the tower no method can win more than {t.most_speedup:.2f} x, even if nothing "
             f"were left; with {self.kept} tokens {speedups['behind']:.2f} x is to be expected.",
-            f"Inside the tower ({INSIDE_TOWER}) the operation count lets expect "
-            f"{speedups['inside']:.2f} x, of a smaller image ({SMALLER_IMAGE}) "
-            f"{speedups['smaller']:.2f} x, with {self.kept} tokens.",
+            self._tower_line(speedups),
             f"The cache of the prompt: {full_mb:.1f} MB, with {self.kept} tokens {kept_mb:.1f} MB.",
             *self._frontier_lines(),
             self.recommendation,
         ]
+
+    def _tower_line(self, speedups: Mapping[str, float]) -> str:
+        """What fewer patches in the tower could win."""
+        smaller = f"{speedups.get('smaller', 0):.2f} x"
+        if "inside" in speedups:
+            return (
+                f"Inside the tower ({INSIDE_TOWER}) the operation count lets expect "
+                f"{speedups['inside']:.2f} x, of a smaller image ({SMALLER_IMAGE}) "
+                f"{smaller}, with {self.kept} tokens."
+            )
+        line = "Inside the tower no method works in mlx-vlm's models"
+        if "smaller" in speedups:
+            return f"{line}; of a smaller image (--resize-shape), about half as wide, {smaller}."
+        return f"{line}, and every image becomes as many tokens."
 
     def _frontier_lines(self) -> list[str]:
         when = f"of {self.date[:16].replace('T', ' ')}" if self.date else "without a date"
@@ -137,7 +115,9 @@ class Advice:
                 " answers (95 % interval) at the budgets that were evaluated."
             )
         best = min(safe, key=lambda row: row["tokens"])
-        return f"Advice: {command} --pruner {best['pruner']} --keep-tokens {best['tokens']}"
+        ratio = best.get("keep_ratio")
+        budget = f"--keep-ratio {ratio:g}" if ratio else f"--keep-tokens {best['tokens']}"
+        return f"Advice: {command} --pruner {best['pruner']} {budget}"
 
     @staticmethod
     def _is_safe(row: Mapping[str, Any]) -> bool:
@@ -191,67 +171,25 @@ def load_evaluation(folder: Path | None, file: Path | None) -> dict[str, Any]:
     return evaluation
 
 
-def measure_times(model: VLM, processor: Processor, image: Any, K: int) -> Times:
-    """Calibrate, or take the saved calibration, and predict the times with K tokens.
+def advise(
+    model: Any, processor: Any, image: Any, evaluation: Mapping[str, Any], name: str | None = None
+) -> Advice:
+    """Measure the model, which takes some seconds and shows progress, and add the frontier.
 
-    The tower's time inside it or with a smaller image is scaled by its operation count.
+    `name` is what the user calls a model of mlx-vlm's.
     """
-    prepared = prepare_prompt(model, processor, PROMPT, image)
-    calibration = calibrate(model, processor.folder, plan(BEHIND_TOWER), prepared)
-    N, text = model.N, prepared.text_tokens
-    full_ms, pruned_ms = calibration.ms(N, text, 1), calibration.ms(K, text, 1)
-    start = time.perf_counter()
-    mx.eval(prepare_prompt(model, processor, PROMPT, image).pixels)
-    image_ms = 1000 * (time.perf_counter() - start)
-
-    def tower_ms(spec: str) -> float:
-        full, pruned = (
-            operations.count(model.config, text, plan(name), k).vision
-            for name, k in (("none", N), (spec, K))
-        )
-        return full_ms["vision"] * pruned / full
-
-    has_blocks = model.merge != (1, 1)  # of patches: none may leave inside the tower
-    inside_ms = full_ms["vision"] if has_blocks else tower_ms(INSIDE_TOWER)
-    first = {
-        "behind": image_ms + sum(pruned_ms.values()),
-        "inside": image_ms + inside_ms + pruned_ms["prefill"],
-        "smaller": image_ms + tower_ms(SMALLER_IMAGE) + pruned_ms["prefill"],
-    }
-    token_ms = measure_token_ms(model, prepared)
-    return Times(image_ms, full_ms["vision"], full_ms["prefill"], token_ms, first)
-
-
-def measure_token_ms(model: VLM, prepared: PreparedPrompt) -> float:
-    """Milliseconds of one new token, the mean of TIMED_TOKENS after the prompt."""
-    prefill = model([prepared.prompt], prepared.pixels, plan("none"), model.N)
-    first_B1 = greedy(prefill.logits_BV)
-    mx.eval(first_B1)
-    start = time.perf_counter()
-    for token_B1 in generate_step(prefill, first_B1, greedy, TIMED_TOKENS + 1):
-        mx.eval(token_B1)
-    return 1000 * (time.perf_counter() - start) / TIMED_TOKENS
-
-
-def advise(model: VLM, processor: Processor, image: Any, evaluation: Mapping[str, Any]) -> Advice:
-    """Measure the model, which takes some seconds and shows progress, and add the frontier."""
-    N = model.N
-    K = max(1, N // 4)
-    text = prepare_prompt(model, processor, PROMPT, image).text_tokens
-    full_bytes, pruned_bytes = (
-        operations.count(model.config, text, plan(name), k, itemsize=model.dtype.size).cache_bytes
-        for name, k in (("none", N), (BEHIND_TOWER, K))
-    )
+    is_ours = isinstance(model, VLM)
+    measured = (times if is_ours else host_times).measure(model, processor, image)
+    columns = ("pruner", "tokens", "of", "keep_ratio", "overall", "to_full")
     rows = [
-        {name: row[name] for name in ("pruner", "tokens", "of", "overall", "to_full")}
+        {name: row[name] for name in columns if name in row}
         for row in frontier(evaluation.get("rows", ()))
     ]
-    times = measure_times(model, processor, image, K)
     full = [row["overall"] for row in evaluation.get("rows", ()) if row["pruner"] == "none"]
     return Advice(
-        processor.name, N, K, times, (full_bytes, pruned_bytes), rows,
-        str(evaluation.get("questions", "")), int(evaluation.get("count", 0)),
-        str(evaluation.get("date", "")), max(full, default=0.0),
+        processor.name if is_ours else str(name), measured.tokens, measured.kept, measured.times,
+        measured.cache_bytes, rows, str(evaluation.get("questions", "")),
+        int(evaluation.get("count", 0)), str(evaluation.get("date", "")), max(full, default=0.0),
     )  # fmt: skip
 
 
@@ -284,10 +222,10 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         check_target(args.json, replace=True)
     model, processor = load(args.model, dtype=args.dtype)
-    if not isinstance(model, VLM):
-        raise UserError("advice is for models of ours; mlx-vlm's are not measured yet")
-    evaluation = load_evaluation(processor.folder, args.evaluation)
-    advice = advise(model, processor, args.image or compose(SAMPLE_SEED).image(), evaluation)
+    folder = processor.folder if isinstance(model, VLM) else model.model_path
+    evaluation = load_evaluation(folder, args.evaluation)
+    image = args.image or compose(SAMPLE_SEED).image()
+    advice = advise(model, processor, image, evaluation, args.model)
     print("\n".join(advice.lines))
     if args.json:
         machine = {"machine": describe_machine(), "versions": versions()}

@@ -49,6 +49,7 @@ from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget
 from .inputs.image_sources import ImageSource
 from .models.vlm import VLM
+from .planning import host_budgets
 from .planning.budgets import Budget, BudgetChoice, keep_within
 from .pruners import Pipeline, Pruner
 from .pruners.contract import Policy
@@ -288,15 +289,15 @@ def _choose(
     args: argparse.Namespace, model: Any, processor: Any, prompt: str, pruner: str, limits: Budget
 ) -> BudgetChoice:
     """Choose K for a budget, and print the prediction before the answer."""
-    if not isinstance(model, VLM):
-        raise UserError(
-            "--budget-ms and --budget-gb do not support mlx-vlm's models yet; give --keep-tokens"
-        )
-    choice = keep_within(
-        model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
-        max_tokens=args.max_tokens, chat_template_config=args.chat_template_config,
-        system=args.system, max_pixels=pixel_limit(args.max_pixels, None),
-    )  # fmt: skip
+    if isinstance(model, VLM):
+        choice = keep_within(
+            model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
+            max_tokens=args.max_tokens, chat_template_config=args.chat_template_config,
+            system=args.system, max_pixels=pixel_limit(args.max_pixels, None),
+        )  # fmt: skip
+    else:
+        request = make_request(prompt, args.image, {"pruner": pruner, **decoding_options(args)})
+        choice = host_budgets.keep_within(model, processor, request, limits)
     if choice.reason:
         logger.warning(choice.reason)
     elif args.verbose:
@@ -323,9 +324,8 @@ def _check(args: argparse.Namespace, is_sample: bool) -> None:
         args.top_k, args.min_p, args.repetition_penalty, args.repetition_context_size
     )
     check_num_draft_tokens(args.num_draft_tokens, args.temperature, True)
-    for path in (args.json, args.overlay):
-        if path:
-            check_target(path, replace=True)
+    for path in filter(None, (args.json, args.overlay)):
+        check_target(path, replace=True)
     if args.overlay and not args.image and not is_sample:
         raise UserError("--overlay needs an --image")
     if args.overlay and args.overlay.suffix.lower() != ".png":

@@ -35,7 +35,7 @@ BUDGET = {"pruner": "score_prune", "keep_ratio": 0.5}
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A tiny checkpoint of each kind, and four questions about two pictures."""
-    folder = desk(tmp_path_factory.mktemp("hosts"), [*KINDS, "llava"])
+    folder = desk(tmp_path_factory.mktemp("hosts"), [*KINDS, "qwen3_vl"])
     lines = [
         {"image": f"{'ab'[i % 2]}.png", "question": "w7 w9", "answer": f"w{20 + i % 2}"}
         for i in range(4)
@@ -230,10 +230,11 @@ def test_adapters_learn_behind_it_and_fuse_beside_it(trained, tmp_path):
 
 
 REFUSALS = {
-    "pruner mlp does not learn in a model of mlx-vlm's; score_prune does": {"pruner": "mlp"},
-    "pruner divprune does not learn": {"pruner": "divprune"},
+    "pruner divprune does not learn in a model of mlx-vlm's; attention_pool, score_prune or mlp": {
+        "pruner": "divprune"
+    },
     "pruner score_prune[+]divprune does not learn": {"pruner": "score_prune+divprune"},
-    "no pruner learns in a llava model": {"kind": "llava"},
+    "no pruner learns in a qwen3_vl model": {"kind": "qwen3_vl"},
     "in dtype bfloat16 or float32": {"dtype": "float16"},
     "lies inside the model's own folder": {"inside": True},
     "without grad_checkpoint": {"grad_checkpoint": True},

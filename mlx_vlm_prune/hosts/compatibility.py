@@ -96,6 +96,8 @@ def _why_not(host: Host, step: Pruner) -> str | None:
         return host.why_no_encoder_methods
     if step.stage is Stage.ENHANCER:
         return why_not_enhance(host, step)
+    if step.trained_tokens and host.has_tiles:
+        return "it makes a number of slots from a picture, and an image may be cut into several"
     if step.stage is not Stage.DECODER:
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"

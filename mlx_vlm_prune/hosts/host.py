@@ -19,7 +19,7 @@ from ..inputs.prompt import IMAGE_MARK
 from ..inputs.template import check_template
 from ..models.learned import read_learned
 from ..pruners.contract import Reduction
-from .language_layers import LanguageLayers
+from .language_layers import LanguageLayers, masked_logits
 from .pictured_views import PicturedViews
 from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .views import View
@@ -52,6 +52,8 @@ class Host(PicturedViews, ABC):
     projects_views_apart: ClassVar[bool] = False  # as mlx-vlm does, so that bits are the same
     # Drives the language model's layers one by one, for decoder methods.
     language_layers_class: ClassVar[type[LanguageLayers] | None] = None
+    why_no_feature_gradient: ClassVar[str | None] = None  # of the loss by visual tokens, if so
+    has_tiles: ClassVar[bool] = False  # may an image be cut into several views?
 
     def __init__(self, model: Any, processor: Any = None):
         self.model, self.processor = model, processor
@@ -97,11 +99,9 @@ class Host(PicturedViews, ABC):
     def masked_logits(
         self, ids_1L: mx.array, x_1LD: mx.array, mask_11LL: mx.array, position_ids: mx.array | None
     ) -> mx.array:
-        """Of every row (1, L, V), without a cache; the mask is added to all rows' attention.
-
-        A family with `feature_dims` has it.
-        """
-        raise NotImplementedError
+        """Of every row (1, L, V), without a cache; the mask is added to all rows' attention."""
+        positions = {"position_ids": position_ids} if self.has_mrope else {}
+        return masked_logits(self.language, ids_1L, x_1LD, mask_11LL, **positions)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         """The projector: embeddings of visual tokens (1, K, D)."""
@@ -163,6 +163,10 @@ class Host(PicturedViews, ABC):
         """A prompt's ids as mlx-vlm must get them to put images among words where they stand."""
         return ids_1L
 
+    def full_rows(self, tokens: int, images: int) -> int:
+        """The rows that images of so many visual tokens take where nothing is pruned."""
+        return tokens
+
     def image_token_id(self, inputs: PreparedInputs) -> int:
         """The placeholder's id. Configs call it index or id; a processor's comes before them."""
         names = {**vars(self.model.config), **inputs.extra}
@@ -201,11 +205,8 @@ class Host(PicturedViews, ABC):
     @property
     def language_layers(self) -> LanguageLayers | None:
         """The language model's layers one by one; None where they cannot be driven from here."""
-        return (
-            None
-            if self.language_layers_class is None
-            else self.language_layers_class(self.language)
-        )
+        layers = self.language_layers_class
+        return None if layers is None else layers(self.language)
 
     @property
     def mask_layers(self) -> Sequence[int]:

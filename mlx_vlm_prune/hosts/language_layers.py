@@ -203,3 +203,16 @@ class ShiftedCache:
 def split_heads(x_ISD: mx.array, heads: int) -> mx.array:
     """(I, S, D) to (I, H, S, d)."""
     return x_ISD.reshape(*x_ISD.shape[:2], heads, -1).swapaxes(1, 2)
+
+
+def masked_logits(
+    language: Any, ids_1L: mx.array, x_1LD: mx.array, mask_11LL: mx.array, **positions: Any
+) -> mx.array:
+    """Logits (1, L, V) of a language model without a cache, under a mask that is added to the
+    attention in all layers: some language models themselves leave a mask out."""
+    x_1LD = language.model(ids_1L, inputs_embeds=x_1LD, mask=mask_11LL, **positions)
+    settings = language.args if hasattr(language, "args") else language.config
+    is_tied = settings.tie_word_embeddings
+    head = language.model.embed_tokens.as_linear if is_tied else language.lm_head
+    logits_1LV: mx.array = head(x_1LD)
+    return logits_1LV

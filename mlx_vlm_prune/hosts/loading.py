@@ -33,6 +33,7 @@ from .families import FAMILIES, REFUSED, host_of
 from .host import TRIAL
 from .linked_folder import mlx_vlm_weight_files
 from .llava_processor import LLAVA, mend
+from .memory import check_memory
 
 logger = logging.getLogger("mlx_vlm_prune")
 # What mlx-vlm and transformers read of a folder, beside the weights.
@@ -115,14 +116,15 @@ def _load_mlx_vlm(
 
     Raises UserError, in one sentence, for whatever cannot be loaded.
     """
-    trial = _check_files(folder)
+    trial = _check_files(folder, dtype)
     logger.info("importing mlx-vlm for a %s model; this takes some seconds", kind)
     try:
         from mlx_vlm.utils import load as mlx_vlm_load
     except ImportError as problem:
         raise UserError(f"a {kind} model needs mlx-vlm: {INSTALL} ({problem})") from None
     try:
-        model, processor = mlx_vlm_load(str(folder), trust_remote_code=False)
+        # Lazy: a weight is read and changed in one step, so that no second copy of all is held.
+        model, processor = mlx_vlm_load(str(folder), lazy=True, trust_remote_code=False)
     except BaseException as problem:  # mlx-vlm and transformers raise whatever comes
         if not (is_panic(problem) or isinstance(problem, Exception)):
             raise
@@ -141,8 +143,9 @@ def _load_mlx_vlm(
     return model, processor
 
 
-def _check_files(folder: Path) -> TokenizerTrial | None:
-    """Before mlx-vlm reads a folder: UserError for what it would read without end or otherwise.
+def _check_files(folder: Path, dtype: mx.Dtype | None) -> TokenizerTrial | None:
+    """Before mlx-vlm reads a folder: UserError for what it would read without end or otherwise, and
+    for weights that do not fit into memory.
 
     By what texts must be tried first, where the tokenizer may be slow.
     """
@@ -154,7 +157,9 @@ def _check_files(folder: Path) -> TokenizerTrial | None:
     _check_numbers(config, folder / CONFIG)
     mlx_vlm_weight_files(folder)
     # Counters and positions may be whole numbers.
-    check_dtypes(read_folder(folder, open_safetensors), folder, ("weight", "bias"))
+    tensors = read_folder(folder, open_safetensors)
+    check_dtypes(tensors, folder, ("weight", "bias"))
+    check_memory(folder, tensors, config, dtype)
     for file in find_files(folder, *READ_FILES):
         if file.exists():  # a link to nothing is a file that is left out, for mlx-vlm
             check_regular(file, LARGEST_TOKENIZER)

@@ -275,6 +275,8 @@ def _project(host: Host, batches: list[ImageBatch], pipeline: Pipeline) -> list[
     reads them."""
     keeps_features = pipeline.needs_signal("features")
     parts = [batch.signals.x_BND for batch in batches]
+    if pipeline.trained_tokens:  # slots of a pool, which is float32
+        parts = [part.astype(batches[0].encoded.x_BND.dtype) for part in parts]
     if host.projects_views_apart:
         x_1UD = mx.concatenate([host.project(part) for part in parts], axis=1)
     else:

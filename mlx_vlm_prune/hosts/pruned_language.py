@@ -137,3 +137,16 @@ def pruned_class(base: type, state: LanguageState) -> type:
     if not hasattr(base, "get_rope_index"):  # mlx-vlm asks only models that have one of these two
         attributes["_position_ids"] = None
     return type(base.__name__, (PrunedLanguage, base), attributes)
+
+
+@contextmanager
+def stock_language(language: Any) -> Iterator[None]:
+    """Inside the block a pruned language model is mlx-vlm's own, for prompts that come as they are
+    read; answers that are being written must wait."""
+    pruned = type(language)
+    if issubclass(pruned, PrunedLanguage):
+        language.__class__ = pruned.__bases__[1]
+    try:
+        yield
+    finally:
+        language.__class__ = pruned

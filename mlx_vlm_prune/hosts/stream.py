@@ -136,6 +136,18 @@ def stream_generate(
         yield from explain_kv_bits_errors(pieces, options.get("kv_bits"))
 
 
+def read_first_token(
+    host: Host, prompt: PrunedPrompt, pipeline: Pipeline, images: Sequence[Image.Image],
+    preparation: ProcessorOptions, clock: Clock,
+) -> GenerationResult:  # fmt: skip
+    """Read a prompt as an answer of one token does; `clock` ends the prefill with it."""
+    initial = partial(_initial_result, host, prompt, pipeline, images, preparation)
+    decoding = decoding_arguments(Request("", [], max_tokens=1))
+    *_, piece = _decode(host, prompt, initial, clock, decoding)
+    assert piece.result, "the last piece has the result"
+    return piece.result
+
+
 def _initial_result(
     host: Host, prompt: PrunedPrompt, pipeline: Pipeline, images: Sequence[Image.Image],
     preparation: ProcessorOptions,

@@ -65,7 +65,7 @@ class Clock:
     def ttft(self) -> Timings:
         """The parts and their total up to the last end, which is the first token."""
         return Timings(
-            image=self.ms["image"],
+            image=self.ms.get("image", 0.0),
             vision=self.ms.get("vision"),
             pruner=self.ms.get("pruner"),
             prefill=self.ms.get("prefill"),

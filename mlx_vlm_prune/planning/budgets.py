@@ -9,11 +9,11 @@ Shapes: N visual tokens of an image, K kept.
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -31,11 +31,11 @@ from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner
 from ..pruners.budget import feasible_budgets
 from .calibration import LEVEL_RUNS, Calibration, calibrate, run_once
+from .prediction import Run
 
 LEVEL_SECONDS = 2.0  # the most that measuring the level takes
 SAME_MACHINE = 2.0  # a machine that is faster or slower by a larger factor is another one
 MEMORY_SLACK = 1.01  # memory hardly varies
-ALTERNATIVES = "a smaller image (downsample) or a method inside the tower (tome) may"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,37 @@ class Budget:
     def __str__(self) -> str:
         limits = ((self.ms, "ms"), (self.gb, "GB"))
         return " and ".join(f"{limit:g} {unit}" for limit, unit in limits if limit is not None)
+
+
+class Predictor(Protocol):
+    """What a choice needs of a calibration, for images of N visual tokens at most.
+
+    K is a number or an array; `text` and `images` are the workload's.
+    """
+
+    @property
+    def pruner(self) -> str: ...
+
+    @property
+    def N(self) -> int: ...
+
+    @property
+    def row_bytes(self) -> float: ...
+
+    @property
+    def slack(self) -> float: ...
+
+    @property
+    def in_tower(self) -> bool: ...
+
+    @property
+    def alternatives(self) -> str: ...
+
+    def ms(self, K: Any, text: Any, images: Any) -> dict[str, Any]: ...
+
+    def nbytes(self, K: Any, text: Any, images: Any) -> dict[str, Any]: ...
+
+    def rows(self, K: Any, text: Any, images: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +114,8 @@ class Forecast:
 
 @dataclass(frozen=True)
 class BudgetChoice:
-    """K of N visual tokens of each image, and the prediction for it.
+    """K of N visual tokens of each image, and the prediction for it. Where images differ, N is the
+    largest's, and one that has fewer than K keeps all.
 
     Where no K meets the budget, K is N (nothing is pruned) and `reason` is a sentence.
     """
@@ -95,6 +127,7 @@ class BudgetChoice:
     N: int
     expected: Forecast
     reason: str = ""
+    calibration: Predictor | None = field(default=None, repr=False, compare=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -202,12 +235,18 @@ def measure_level(
     model: VLM, pipeline: Pipeline, inputs: PreparedPrompt, calibration: Calibration
 ) -> float:
     """The time of a run now, as a multiple of its time in the calibration."""
-    setting, ms = calibration.typical_setting, list[float]()
-    run_once(model, pipeline, inputs, setting)  # warm-up
-    start = time.perf_counter()
+    setting = calibration.typical_setting
+    ms = median_ms(partial(run_once, model, pipeline, inputs, setting))
+    return ms / sum(calibration.ms(*setting).values())
+
+
+def median_ms(run: Callable[[], Run]) -> float:
+    """The median of a few runs' times, behind one that warms up."""
+    run()
+    start, ms = time.perf_counter(), list[float]()
     while not ms or (len(ms) < LEVEL_RUNS and time.perf_counter() - start < LEVEL_SECONDS):
-        ms.append(sum(run_once(model, pipeline, inputs, setting).ms.values()))
-    return median(ms) / sum(calibration.ms(*setting).values())
+        ms.append(sum(run().ms.values()))
+    return median(ms)
 
 
 def check_free_budget(pipeline: Pipeline, N: int) -> None:
@@ -227,12 +266,12 @@ def check_free_budget(pipeline: Pipeline, N: int) -> None:
 
 
 def choose(
-    calibration: Calibration, budget: Budget, workload: Workload, feasible: Iterable[int]
+    calibration: Predictor, budget: Budget, workload: Workload, feasible: Iterable[int]
 ) -> BudgetChoice:
     """The largest K within the budget: N, or one of the feasible ones."""
     N, below_N = calibration.N, sorted(set(feasible), reverse=True)
     forecasts = dict(zip((N, *below_N), forecast(calibration, workload, N, *below_N), strict=True))
-    choice = partial(BudgetChoice, budget, workload, calibration.pruner)
+    choice = partial(BudgetChoice, budget, workload, calibration.pruner, calibration=calibration)
     for K, expected in forecasts.items():
         if budget.allows(expected.ms_most, expected.gb):
             return choice(K, N, expected)
@@ -240,11 +279,11 @@ def choose(
     return choice(N, N, forecasts[N], reason)
 
 
-def forecast(calibration: Calibration, workload: Workload, *K: int) -> list[Forecast]:
+def forecast(calibration: Predictor, workload: Workload, *K: int) -> list[Forecast]:
     """A prediction for each K, the tokens kept of every image."""
     setting = np.array(K), workload.text, workload.images
     ms = workload.image_ms + workload.level * sum(calibration.ms(*setting).values())
-    rows = workload.text + workload.images * np.array(K) + workload.max_tokens
+    rows = calibration.rows(*setting) + workload.max_tokens
     cache = calibration.row_bytes * np.ceil(rows / STEP) * STEP  # which an answer fills
     peak = np.max([cache, *calibration.nbytes(*setting).values()], axis=0)
     gb = (workload.held_bytes + MEMORY_SLACK * peak) / 1e9
@@ -252,7 +291,7 @@ def forecast(calibration: Calibration, workload: Workload, *K: int) -> list[Fore
     return [Forecast(*row) for row in figures.tolist()]
 
 
-def explain(calibration: Calibration, budget: Budget, workload: Workload, least: int) -> str:
+def explain(calibration: Predictor, budget: Budget, workload: Workload, least: int) -> str:
     """Why no K meets the budget: what pruning cannot reduce, or what the least K still takes."""
     (expected,) = forecast(calibration, workload, least)
     tower_ms = calibration.ms(least, workload.text, workload.images)["vision"]
@@ -260,9 +299,9 @@ def explain(calibration: Calibration, budget: Budget, workload: Workload, least:
     takes = f"with {least} visual token{'s' * (least != 1)} it takes"
     if budget.ms is not None and expected.ms_most > budget.ms:
         reason = f"{takes} up to {expected.ms_most:.0f} ms in 19 of 20 runs"
-        if not calibration.in_tower and fixed_ms > budget.ms:
+        if fixed_ms > budget.ms and not calibration.in_tower:
             reason = f"opening the image and the vision tower alone take {fixed_ms:.0f} ms"
-        reason += "" if calibration.in_tower else f"; {ALTERNATIVES}"
+        reason += f"; {calibration.alternatives}" if calibration.alternatives else ""
     elif budget.gb is not None and held_gb > budget.gb:
         reason = f"the weights alone take {held_gb:.3f} GB"
     else:

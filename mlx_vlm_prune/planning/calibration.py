@@ -20,12 +20,12 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -58,6 +58,13 @@ WITHIN_SHARE = 0.95  # of the runs are to stay within a budget
 LEAST_SLACK = 1.06  # half a minute does not show how a machine drifts, see docs/log.md
 BUSY_SLACK = 1.5  # above which a calibration is not saved
 FORMAT = 1  # of the files
+# What is raised where a file is damaged.
+DAMAGED = (UserError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+STATISTICS: Mapping[str, Callable] = {"ms": median, "nbytes": max}
+ALTERNATIVES = "a smaller image (downsample) or a method inside the tower (tome) may"
+
+SettingT = TypeVar("SettingT")
+RunT = TypeVar("RunT", bound=Run)
 
 
 @dataclass(frozen=True)
@@ -76,29 +83,30 @@ class Calibration:
 
     def ms(self, K: Any, text: Any, images: Any) -> dict[str, Any]:
         """The predicted ms of each part up to the first token, without opening the images."""
-        return predict(self._tables["ms"], self.N, K, text, images)
+        return predict(self.tables["ms"], self.N, K, text, images)
 
     def nbytes(self, K: Any, text: Any, images: Any) -> dict[str, Any]:
         """The predicted most bytes that each part holds beside the weights and the pixels."""
-        return predict(self._tables["nbytes"], self.N, K, text, images)
+        return predict(self.tables["nbytes"], self.N, K, text, images)
 
     @cached_property
-    def _tables(self) -> dict[str, Table]:
-        statistics: dict[str, Callable] = {"ms": median, "nbytes": max}
-        return {name: tabulate(self.runs, name, f, self.in_tower) for name, f in statistics.items()}
+    def tables(self) -> dict[str, Table]:
+        return {name: tabulate(self.runs, name, f, self.in_tower) for name, f in STATISTICS.items()}
+
+    def rows(self, K: Any, text: Any, images: Any) -> Any:
+        """The rows of a prompt."""
+        return text + images * K
+
+    @property
+    def alternatives(self) -> str:
+        """What else may meet a budget that this method cannot meet; empty for nothing."""
+        return "" if self.in_tower else ALTERNATIVES
 
     @cached_property
     def slack(self) -> float:
-        """The factor that 19 of 20 runs exceed their prediction by, at most.
-
-        A run's prediction is scaled to the level of the LEVEL_RUNS before it. The error of the
-        straight lines is included.
-        """
+        """The factor that 19 of 20 runs exceed their prediction by, at most."""
         expected_ms = self.ms(*np.array([run.setting for run in self.runs]).T)
-        level_R = np.array([sum(run.ms.values()) for run in self.runs]) / sum(expected_ms.values())
-        level_before_R = np.median(sliding_window_view(level_R[:-1], LEVEL_RUNS), axis=1)
-        excess_R = np.sort(level_R[LEVEL_RUNS:] / level_before_R)
-        return max(LEAST_SLACK, float(excess_R[math.ceil(WITHIN_SHARE * len(excess_R)) - 1]))
+        return slack(self.runs, sum(expected_ms.values()))
 
     @property
     def typical_setting(self) -> Setting:
@@ -112,24 +120,44 @@ class Calibration:
         return bool(text <= most_text and images <= most_images)
 
 
-def measure(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> Calibration:
-    """Run the model with a handful of K on the pictures of a request.
+def slack(runs: Sequence[Run], expected_R: np.ndarray) -> float:
+    """The factor that 19 of 20 runs exceed their prediction by, at most.
 
-    Every round runs all settings, so that a machine that slows down does so for all of them.
+    A run's prediction is scaled to the level of the LEVEL_RUNS before it. The error of the straight
+    lines is included.
     """
-    settings, limit_s = settings_to_run(model, pipeline, inputs), seconds_allowed()
-    for _ in range(2):  # the first time is warm-up
-        ends = [run_once(model, pipeline, inputs, s) for s in (settings[0], settings[-1])]
-    round_s = len(settings) * sum(sum(run.ms.values()) for run in ends) / 2000
-    fewest = max(2, min(FEWEST_ROUNDS, int(PATIENCE * limit_s / round_s)))
-    rounds = min(MOST_ROUNDS, max(fewest, int(limit_s / round_s)))
-    order = [s for n in range(rounds) for s in random.Random(n).sample(settings, len(settings))]
-    bar = tqdm(order, desc=f"calibrating {pipeline.spec}", unit="run", leave=False, file=sys.stderr)
-    runs = tuple(run_once(model, pipeline, inputs, setting) for setting in bar)
+    level_R = np.array([sum(run.ms.values()) for run in runs]) / expected_R
+    level_before_R = np.median(sliding_window_view(level_R[:-1], LEVEL_RUNS), axis=1)
+    excess_R = np.sort(level_R[LEVEL_RUNS:] / level_before_R)
+    return max(LEAST_SLACK, float(excess_R[math.ceil(WITHIN_SHARE * len(excess_R)) - 1]))
+
+
+def measure(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> Calibration:
+    """Run the model with a handful of K on the pictures of a request."""
+    settings = settings_to_run(model, pipeline, inputs)
+    runs = timed_runs(settings, partial(run_once, model, pipeline, inputs), pipeline.spec)
     text = model.config.text
     row_bytes = cache_bytes(text, [1] * text.num_hidden_layers, model.dtype.size)
     in_tower = bool(pipeline.at(Stage.IMAGE, Stage.ENCODER))
     return Calibration(pipeline.spec, model.N, in_tower, row_bytes, runs, environment(model.dtype))
+
+
+def timed_runs(
+    settings: Sequence[SettingT], run: Callable[[SettingT], RunT], spec: str
+) -> tuple[RunT, ...]:
+    """Rounds over the settings, with a progress bar.
+
+    Every round runs all settings, so that a machine that slows down does so for all of them.
+    """
+    limit_s = seconds_allowed()
+    for _ in range(2):  # the first time is warm-up
+        ends = [run(setting) for setting in (settings[0], settings[-1])]
+    round_s = len(settings) * sum(sum(each.ms.values()) for each in ends) / 2000
+    fewest = max(2, min(FEWEST_ROUNDS, int(PATIENCE * limit_s / round_s)))
+    rounds = min(MOST_ROUNDS, max(fewest, int(limit_s / round_s)))
+    order = [s for n in range(rounds) for s in random.Random(n).sample([*settings], len(settings))]
+    bar = tqdm(order, desc=f"calibrating {spec}", unit="run", leave=False, file=sys.stderr)
+    return tuple(run(setting) for setting in bar)
 
 
 def seconds_allowed() -> float:
@@ -180,10 +208,13 @@ class MemoryClock(Clock):
 
     def end_part(self, name: str, value: Any = None) -> Any:
         super().end_part(name, value)
-        part = self.part(name)
+        self.add_peak(self.part(name))
+        return value
+
+    def add_peak(self, part: str) -> None:
+        """Count what was held since the last part's end in a part."""
         self.nbytes[part] = max(self.nbytes[part], mx.get_peak_memory() - self.start_bytes)
         mx.reset_peak_memory()
-        return value
 
 
 def synthetic_prompt(model: VLM, text: int, images: int) -> Prompt:
@@ -195,7 +226,15 @@ def synthetic_prompt(model: VLM, text: int, images: int) -> Prompt:
     return Prompt(ids, [(middle + image * N, N) for image in range(images)])
 
 
-_loaded: dict[Path, Calibration] = {}  # those that this process measured or read
+class WithSlack(Protocol):
+    """A calibration of any kind of model."""
+
+    @property
+    def slack(self) -> float: ...
+
+
+CalibrationT = TypeVar("CalibrationT", bound=WithSlack)
+_loaded: dict[Path, Any] = {}  # those that this process measured or read
 
 
 def calibrate(
@@ -205,11 +244,25 @@ def calibrate(
 
     With `force` it is always a new one.
     """
-    path, calibration = _file_of(model, folder, pipeline), None
+    return kept_or_measured(
+        calibration_file(folder, pipeline.spec, str(model.dtype), str(mx.default_device())),
+        force,
+        lambda path: load_calibration(path, environment(model.dtype)),
+        lambda kept: kept.covers(inputs.text_tokens, len(inputs.visible)),
+        lambda: measure(model, pipeline, inputs),
+    )
+
+
+def kept_or_measured(
+    path: Path | None, force: bool, read: Callable[[Path], CalibrationT | None],
+    covers: Callable[[CalibrationT], bool], measure: Callable[[], CalibrationT],
+) -> CalibrationT:  # fmt: skip
+    """What this process has, or the file, where it covers the request; else a new one, kept."""
+    calibration: CalibrationT | None = None
     if path and not force:
-        calibration = _loaded.get(path) or load_calibration(path, environment(model.dtype))
-    if not calibration or not calibration.covers(inputs.text_tokens, len(inputs.visible)):
-        calibration = measure(model, pipeline, inputs)
+        calibration = _loaded.get(path) or read(path)
+    if not calibration or not covers(calibration):
+        calibration = measure()
         if path:
             _save(path, calibration)
     if path:
@@ -217,37 +270,47 @@ def calibrate(
     return calibration
 
 
-def _file_of(model: VLM, folder: Path | None, pipeline: Pipeline) -> Path | None:
-    """The file of a calibration; None for a model without files."""
+def calibration_file(folder: Path | None, *kind: str) -> Path | None:
+    """The file of a calibration of this kind; None for a model without files."""
     try:
         key = model_key(folder) if folder else None
     except UserError:
         key = None
-    kind = json.dumps([pipeline.spec, str(model.dtype), str(mx.default_device())])
-    name = f"{key}-{hashlib.sha256(kind.encode()).hexdigest()[:8]}.json"
+    name = f"{key}-{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:8]}.json"
     return cache_folder() / "calibrations" / name if key else None
 
 
 def load_calibration(path: Path, expected: Mapping[str, Any]) -> Calibration | None:
     """The file's calibration, if it is complete and of the expected environment."""
     try:
-        content = read_json(path)
-        if content.pop("format") != FORMAT or content.pop("about") != expected:
-            return None
+        content = read_content(path, expected)
         runs = tuple(Run(**run) for run in content.pop("runs"))
         calibration = Calibration(**content, runs=runs, environment=expected)
-        figures = [x for r in runs for x in (*r.setting, *r.ms.values(), *r.nbytes.values())]
-        numbers = np.array([calibration.N, calibration.row_bytes, *figures])
-        if numbers.dtype.kind not in "if" or not ((numbers >= 0) & (numbers < 1e15)).all():
-            return None
+        check_figures([calibration.N, calibration.row_bytes], runs)
         with np.errstate(divide="raise", invalid="raise"):  # fails where runs are missing
             calibration.slack, calibration.nbytes(1, 1, 1)
         return calibration
-    except (UserError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
+    except DAMAGED:
         return None
 
 
-def _save(path: Path, calibration: Calibration) -> None:
+def read_content(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """A file's fields. Raises ValueError for one of another format or environment."""
+    content: dict[str, Any] = read_json(path)
+    if content.pop("format") != FORMAT or content.pop("about") != expected:
+        raise ValueError("of another format or environment")
+    return content
+
+
+def check_figures(numbers: Sequence[Any], runs: Sequence[Run]) -> None:
+    """Raises ValueError for figures that cannot have been measured."""
+    figures = [x for r in runs for x in (*r.setting, *r.ms.values(), *r.nbytes.values())]
+    array = np.array([*numbers, *figures])
+    if array.dtype.kind not in "if" or not ((array >= 0) & (array < 1e15)).all():
+        raise ValueError("figures that cannot have been measured")
+
+
+def _save(path: Path, calibration: Any) -> None:
     """Save a calibration, unless the machine was busy with something else. Logs why."""
     if calibration.slack > BUSY_SLACK:
         logger.warning(

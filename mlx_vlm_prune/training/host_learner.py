@@ -76,21 +76,23 @@ class HostLearner(nn.Module):
         return {}
 
     def loss(self, batch: HostBatch) -> mx.array:
-        """Summed over the answers' tokens."""
-        pairs = zip(batch.inputs, batch.is_answer, strict=True)
-        losses = [self._loss(inputs, int(is_answer.sum())) for inputs, is_answer in pairs]
-        return mx.stack(losses).sum()
+        """What learning lowers, summed over the answers' tokens; in evaluation, behind the pruner
+        as it is used."""
+        return self.losses(batch)[0]
 
     def losses(self, batch: HostBatch) -> tuple[mx.array, mx.array]:
-        """The same, which is the answers' alone."""
-        loss = self.loss(batch)
-        return loss, loss
+        """The same, and the part of it that is the answers' cross-entropy."""
+        losses = []
+        for inputs, is_answer in zip(batch.inputs, batch.is_answer, strict=True):
+            with self.host.preserve_state():
+                losses.append(self.losses_of(inputs, int(is_answer.sum())))
+        loss, answers = (mx.stack([*each]).sum() for each in zip(*losses, strict=True))
+        return loss, answers
 
-    def _loss(self, inputs: PreparedInputs, count: int) -> mx.array:
-        """Of the last `count` ids, which are the answer's."""
-        with self.host.preserve_state():
-            logits_1LV = self.logits(inputs)
-        return cross_entropy_sum(logits_1LV[0, -count - 1 : -1], mx.array(inputs.ids[-count:]))
+    def losses_of(self, inputs: PreparedInputs, count: int) -> tuple[mx.array, mx.array]:
+        """Of one example, whose last `count` ids are the answer's."""
+        loss = answer_loss(self.logits(inputs), inputs, count)
+        return loss, loss
 
     def logits(self, inputs: PreparedInputs) -> mx.array:
         """Behind the pruner, (1, L, V)."""
@@ -110,3 +112,8 @@ class HostLearner(nn.Module):
         embedded = self.model.get_input_embeddings(ids, pixels, mask=mask, **arguments)
         more = {n: x for n, x in embedded.to_dict().items() if x is not None}
         return ids, arguments | more | placed
+
+
+def answer_loss(logits_1LV: mx.array, inputs: PreparedInputs, count: int) -> mx.array:
+    """The cross-entropy of the last `count` ids, summed."""
+    return cross_entropy_sum(logits_1LV[0, -count - 1 : -1], mx.array(inputs.ids[-count:]))

@@ -23,6 +23,7 @@ GLOBAL_IMAGE = "global_image_token_id"
 
 class Idefics3Host(TowerHost):
     language_layers_class = RopeOffsetLayers
+    has_tiles = True
 
     @property
     def tower(self) -> Any:

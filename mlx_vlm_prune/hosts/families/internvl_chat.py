@@ -18,6 +18,7 @@ from .tower import TowerHost
 
 class InternVLHost(TowerHost):
     language_layers_class = RopeOffsetLayers
+    has_tiles = True
 
     @property
     def tower(self) -> Any:

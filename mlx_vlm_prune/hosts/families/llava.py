@@ -25,6 +25,8 @@ CLIP = "clip_vision_model"
 class LlavaTowerHost(TowerHost):
     """Tower and projector of LLaVA-1.5 and LLaVA-NeXT."""
 
+    why_no_feature_gradient = "mlx-vlm puts its visual tokens in place by a step without gradients"
+
     @property
     def encoder_layers(self) -> Sequence[Any]:
         """Layers up to the one that gives the features: -1 is the last but one of CLIP's 24."""
@@ -67,6 +69,11 @@ def has_cls(owner: str, tower: str, strategy: str) -> bool:
 
 class LlavaHost(LlavaTowerHost):
     language_layers_class = RopeOffsetLayers
+
+    @property
+    def feature_dims(self) -> int:
+        dims: int = self.model.config.vision_config.hidden_size
+        return dims
 
     def prepare(
         self, text: str, images: Sequence[Image.Image], options: ProcessorOptions

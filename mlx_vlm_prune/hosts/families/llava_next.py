@@ -29,6 +29,7 @@ from .llava import LlavaTowerHost
 
 
 class LlavaNextHost(LlavaTowerHost):
+    has_tiles = True
     placeholder_unit = "all"
     why_no_batches = "mlx-vlm puts an image's rows in place of one id, so its rows grow by images"
     why_no_decoder_methods = "mlx-vlm puts the images' rows in place of one id, which names none"
@@ -80,6 +81,10 @@ class LlavaNextHost(LlavaTowerHost):
             patches = sum(map(len, block))
             block.append(mx.broadcast_to(self.model.image_newline, (patches, block[0].shape[-1])))
         return mx.concatenate(block)[None]
+
+    def full_rows(self, tokens: int, images: int) -> int:
+        """Of one image with as many newlines."""
+        return 2 * tokens if images == 1 else tokens
 
     def layout(self, views: int, size: tuple[int, int]) -> Layout | None:
         """The whole image, then the crops of the resolution that its processor takes for it."""

@@ -16,19 +16,6 @@ class Qwen2_5VLHost(Qwen2VLHost):
         dims: int = self.model.config.vision_config.out_hidden_size
         return dims
 
-    def masked_logits(
-        self, ids_1L: mx.array, x_1LD: mx.array, mask_11LL: mx.array, position_ids: mx.array | None
-    ) -> mx.array:
-        """From the layers: the language model leaves a mask out."""
-        language = self.language
-        x_1LD = language.model(
-            ids_1L, inputs_embeds=x_1LD, mask=mask_11LL, position_ids=position_ids
-        )
-        is_tied = language.args.tie_word_embeddings
-        head = language.model.embed_tokens.as_linear if is_tied else language.lm_head
-        logits_1LV: mx.array = head(x_1LD)
-        return logits_1LV
-
     def pack_patches(self, inputs: PreparedInputs) -> PackedPatches:
         packed, tower = super().pack_patches(inputs), self.tower
         order_U, ends = tower.get_window_index(inputs.extra["image_grid_thw"])

@@ -54,6 +54,11 @@ class Qwen2VLHost(Host):
         return len(self.tower.blocks)
 
     @property
+    def feature_dims(self) -> int | None:
+        dims: int = self.model.config.vision_config.hidden_size
+        return dims
+
+    @property
     def token_side(self) -> int:
         side: int = self.model.config.vision_config.patch_size * self.tower.spatial_merge_size
         return side

@@ -13,6 +13,11 @@ from .qwen2_vl import PackedPatches, Qwen2VLHost
 
 
 class Qwen3VLHost(Qwen2VLHost):
+    @property
+    def feature_dims(self) -> None:
+        """No method learns here: DeepStack's rows would stay without it."""
+        return None
+
     def pack_patches(self, inputs: PreparedInputs) -> PackedPatches:
         packed, grids_I3 = super().pack_patches(inputs), inputs.extra["image_grid_thw"]
         return replace(packed, x_SD=packed.x_SD + self.tower.fast_pos_embed_interpolate(grids_I3))

@@ -1,0 +1,320 @@
+"""Budgets of mlx-vlm's models: what is predicted, by hand on a made-up calibration, and its runs.
+
+No measured time is asserted. In the made-up one the tower takes 10 ms a visual token, a pruner 1 ms
+an image, the language model 1 ms a row, and pictures of 4 and of 16 tokens were run.
+"""
+
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+
+from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.generation.request import Request
+from mlx_vlm_prune.hosts.compatibility import check_pipeline
+from mlx_vlm_prune.hosts.families import host_of
+from mlx_vlm_prune.hosts.prepared_inputs import ProcessorOptions
+from mlx_vlm_prune.hosts.prompt import budgets_by_view, encode_images, prune_prompt
+from mlx_vlm_prune.machine.hardware import environment
+from mlx_vlm_prune.planning import host_runs
+from mlx_vlm_prune.planning.budgets import Budget, Workload, choose, forecast
+from mlx_vlm_prune.planning.calibration import LONG_TEXT, SHORT_TEXT
+from mlx_vlm_prune.planning.host_budgets import calibrate, measure_level, predictor
+from mlx_vlm_prune.planning.host_calibration import (
+    RESIZE,
+    HostCalibration,
+    ImagesCalibration,
+    SizedRun,
+    load_host_calibration,
+)
+from mlx_vlm_prune.planning.host_runs import HostPrompt, feasible_budgets, open_prompt
+from mlx_vlm_prune.planning.prediction import PARTS
+from mlx_vlm_prune.pruners import plan
+
+from . import calibrations
+from .calibrations import MB
+from .host_folders import desk
+from .host_models import KINDS, cached_models
+
+MODELS = cached_models()
+ROW_BYTES = 1000
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    return calibrations.isolate(monkeypatch, tmp_path / "cache")
+
+
+def run(K: int, N: int, text: int = SHORT_TEXT, images: int = 1, **ms: float) -> SizedRun:
+    rows = text + images * K
+    usual = {"vision": 10.0 * N * images, "pruner": float(K < N) * images, "prefill": float(rows)}
+    nbytes = {"vision": N * MB * images, "pruner": 0, "prefill": rows * MB}
+    return SizedRun(K, text, images, usual | ms, nbytes, N, rows, ROW_BYTES * rows, 0)
+
+
+SMALL = tuple(run(K, 4) for K in (1, 2, 3, 4))
+LARGE = (*(run(K, 16) for K in (1, 4, 8, 15, 16)), run(4, 16, LONG_TEXT), run(16, 16, LONG_TEXT))
+PICTURES = ((20, 20, 4), (40, 40, 16))
+
+
+def made_up(*runs: SizedRun, pictures=PICTURES) -> HostCalibration:
+    return HostCalibration("norm", pictures, runs or SMALL + LARGE, {})
+
+
+def of_images(*tokens: int, calibration=None, full_rows: int | None = None) -> ImagesCalibration:
+    return ImagesCalibration(calibration or made_up(), tokens, full_rows or sum(tokens))
+
+
+def workload(text: int = SHORT_TEXT, images: int = 1) -> Workload:
+    return Workload(text, images, 5.0, 100 * MB, 1)
+
+
+def test_an_image_lies_between_the_sizes_that_were_run():
+    """10 tokens are half way from 4 to 16: 100 ms; what is smaller than all takes as long as 4."""
+    expected = {"vision": 100, "pruner": 1, "prefill": 13}
+    assert of_images(10).ms(5, 8, 1) == pytest.approx(expected)
+    assert of_images(10).ms(10, 8, 1) == pytest.approx({"vision": 100, "pruner": 0, "prefill": 18})
+    assert of_images(2).ms(2, 8, 1)["vision"] == pytest.approx(40)
+    assert of_images(16).ms(16, 8, 1)["vision"] == pytest.approx(160)
+
+
+def test_images_of_different_sizes_add_up_and_a_small_one_keeps_all():
+    """Of 10 and 4 tokens, 6 of each at most: 10 rows; the second image is not pruned."""
+    two = of_images(10, 4)
+    assert (two.N, two.rows(6, 8, 2)) == (10, 18)
+    assert two.ms(6, 8, 2) == pytest.approx({"vision": 140, "pruner": 1, "prefill": 18})
+
+
+def test_several_images_at_once_take_less_than_one_by_one():
+    """Two of 16 in 240 ms in place of 320: so do two of any size."""
+    both = [run(K, 16, images=2, vision=240.0) for K in (4, 16)]
+    calibration = made_up(*SMALL, *LARGE, *both)
+    assert of_images(10, 16, calibration=calibration).ms(4, 8, 2)["vision"] == pytest.approx(195)
+
+
+def test_a_pruner_that_reads_the_text_takes_longer_with_more_of_it():
+    slow = [run(4, 16, LONG_TEXT, pruner=4.0), run(16, 16, LONG_TEXT)]
+    calibration = made_up(*SMALL, *LARGE[:-2], *slow)
+    middle = (SHORT_TEXT + LONG_TEXT) // 2
+    assert of_images(10, calibration=calibration).ms(4, middle, 1)["pruner"] == pytest.approx(2.5)
+
+
+def test_k_is_the_largest_within_the_time_and_its_rows_are_those_that_are_read():
+    """5 for the image, 100, 1 and 8 for the text leave 6 of 120 ms: one token a millisecond."""
+    choice = choose(of_images(10), Budget(ms=120), workload(), range(1, 10))
+    assert (choice.K, choice.N, choice.reason) == (6, 10, "")
+    assert choice.options == {"pruner": "norm", "keep_tokens": 6}
+    full = choose(of_images(10), Budget(ms=123), workload(), range(1, 10))
+    assert full.options == {"pruner": "none", "keep_tokens": 10}
+
+
+def test_many_k_are_predicted_at_once_as_one_by_one():
+    two = of_images(10, 16)
+    together = two.ms(np.array([1, 9, 10, 16]), 30, 2)
+    for i, K in enumerate((1, 9, 10, 16)):
+        assert {part: ms[i] for part, ms in together.items()} == pytest.approx(two.ms(K, 30, 2))
+
+
+def test_memory_is_the_held_bytes_and_the_most_of_any_part():
+    """The text and 13 of 16 tokens take 21 MB of the prefill; the tower 16; 1 % is slack."""
+    (expected,) = forecast(of_images(16), workload(), 13)
+    assert expected.gb == pytest.approx((100 + 1.01 * 21) / 1000)
+
+
+def test_what_the_towers_output_holds_is_held_for_each_image():
+    """A MB a token of each picture, beside a MB a row."""
+    held = [replace(run, held_bytes=run.N * MB, nbytes=run.nbytes | {
+        "prefill": (run.rows + run.N) * MB}) for run in SMALL + LARGE]  # fmt: skip
+    two = of_images(10, 16, calibration=made_up(*held)).nbytes(4, 8, 2)
+    assert two["prefill"] == pytest.approx((8 + 2 * 4 + 26) * MB)
+
+
+def test_rows_that_only_a_full_image_has_are_counted_there_alone():
+    twice = of_images(10, full_rows=20)
+    assert [int(twice.rows(K, 8, 1)) for K in (9, 10)] == [17, 28]
+
+
+def test_the_reason_names_a_smaller_image_only_where_its_size_matters():
+    choice = choose(of_images(10), Budget(ms=90), workload(), range(1, 10))
+    assert choice.K == 10
+    assert choice.reason.endswith(f"the image and the vision tower alone take 105 ms; {RESIZE}")
+    one_size = made_up(*LARGE, pictures=PICTURES[1:])
+    choice = choose(of_images(16, calibration=one_size), Budget(ms=90), workload(), range(1, 16))
+    assert choice.reason.endswith("alone take 165 ms")
+
+
+# With models.
+
+
+def prompt_of(kind: str, spec: str = "none", images: int | None = None) -> HostPrompt:
+    """A prompt of the family's tiny model, as its processor would make it."""
+    model = MODELS(kind)
+    host, pipeline, inputs = host_of(model), plan(spec), KINDS[kind].inputs(model, images)
+    policy = check_pipeline(host, pipeline, None)
+    views = host_runs.tokens_by_view(host, inputs)
+    return HostPrompt(host, pipeline, policy, ProcessorOptions(), inputs, views, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rows_that_are_predicted_are_those_that_the_language_model_reads(kind):
+    """At every K that the images can keep, and with all tokens."""
+    prompt = prompt_of(kind, "norm")
+    host, inputs = prompt.host, prompt.inputs
+    predicted, none = predictor(prompt, made_up()), plan("none")
+    views = encode_images(host, inputs, none)
+    assert [sum(len(v.signals.x_BND[0]) for v in views if v.image == i)
+            for i in range(len(prompt.tokens))] == [*prompt.tokens]  # fmt: skip
+    feasible = prompt.feasible
+    for K in {feasible[0], feasible[len(feasible) // 2], feasible[-1], max(prompt.tokens)}:
+        pipeline = prompt.pipeline if max(prompt.tokens) > K else none
+        budgets = budgets_by_view(views, None, K, pipeline) if pipeline is not none else [
+            len(view.signals.x_BND[0]) for view in views
+        ]  # fmt: skip
+        read = prune_prompt(host, inputs, views, pipeline, budgets, prompt.policy)
+        assert int(predicted.rows(K, prompt.text, len(prompt.tokens))) == read.length, K
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tower_is_not_computed_to_count_its_tokens(kind):
+    host, inputs = host_of(MODELS(kind)), KINDS[kind].inputs(MODELS(kind))
+
+    def peak(compute) -> int:
+        mx.eval(inputs.pixels)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        compute()
+        return mx.get_peak_memory() - before
+
+    def encode() -> None:
+        mx.eval([view.signals.x_BND for view in encode_images(host, inputs, plan("none"))])
+
+    assert peak(lambda: host_runs.tokens_by_view(host, inputs)) < peak(encode) / 2
+
+
+def test_tiles_of_an_image_keep_at_least_one_token_each():
+    host = host_of(MODELS("internvl_chat"))
+    assert feasible_budgets(host, plan("norm"), [[4, 4, 4]]) == list(range(3, 12))
+    assert feasible_budgets(host, plan("norm"), [[16], [4]]) == list(range(1, 16))
+    with pytest.raises(UserError, match="one visual token of this model"):
+        feasible_budgets(host, plan("norm"), [[1]])
+
+
+def test_a_decoder_method_has_only_averages_that_its_schedule_allows():
+    """Three layers, the first of which holds all 16: an average of K leaves 3 K - 16 after it, of
+    which two layers share, and one must be left."""
+    host = host_of(MODELS("llava"))
+    assert feasible_budgets(host, plan("fastv"), [[16]]) == list(range(6, 16))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return desk(tmp_path_factory.mktemp("hosts"), ["llava", "qwen2_5_vl", "smolvlm"])
+
+
+@pytest.fixture(scope="module")
+def loaded(place):
+    from mlx_vlm_prune import load
+
+    models = {name: load(place / name) for name in ("llava", "qwen2_5_vl", "smolvlm")}
+    return models.__getitem__
+
+
+def opened(place, loaded, kind: str, *names: str, spec: str = "norm", text: str = "w7 w9"):
+    model, processor = loaded(kind)
+    request = Request(text, [place / name for name in names or ("a.png",)], spec)
+    return open_prompt(host_of(model, processor), plan(spec), request)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "smolvlm"])
+def test_a_calibration_runs_sizes_from_the_least_k_to_all(place, loaded, kind):
+    """A cache's row is keys and values of 3 layers, 2 heads of 16 numbers, 4 bytes each."""
+    prompt = opened(place, loaded, kind, "a.png", "b.png")
+    model, _ = loaded(kind)
+    before = dict(vars(model.language_model))
+    measured = host_runs.measure(prompt)
+    assert dict(vars(model.language_model)) == before
+    assert measured.pictures[-1][2] == max(prompt.tokens)
+    assert [N for _, _, N in measured.pictures] == sorted(measured.sizes)
+    assert len(measured.pictures) == {"llava": 1, "qwen2_5_vl": 3, "smolvlm": 2}[kind]
+    assert measured.covers(prompt.text, prompt.tokens)
+    assert {run.images for run in measured.runs} == {1, 2}
+    for N in measured.sizes:
+        runs = [run for run in measured.runs if run.N == N]
+        assert {run.K for run in runs} >= {N - 1, N}
+        assert all(run.rows == run.text + run.images * run.K for run in runs)
+    assert all(set(r.ms) == set(r.nbytes) == set(PARTS) for r in measured.runs)
+    ms = predictor(prompt, measured).ms(prompt.feasible[0], prompt.text, 2)
+    assert min(ms.values()) > 0
+    assert measured.row_bytes == 2 * 3 * 2 * 16 * 4
+
+
+def test_where_all_pictures_are_made_as_large_a_longer_one_has_fewer_tiles(place, loaded):
+    sizes = host_runs.timed_sizes(opened(place, loaded, "smolvlm"))
+    assert [timed.N for timed in sizes] == [12, 20]
+
+
+@pytest.mark.parametrize("spec", ["fastv", "divprune+restore"])
+def test_methods_of_every_stage_are_calibrated(place, loaded, spec):
+    prompt = opened(place, loaded, "qwen2_5_vl", spec=spec)
+    measured = host_runs.measure(prompt)
+    assert measured.pruner == spec
+    assert measured.sizes[max(prompt.tokens)].typical_setting[0] in prompt.feasible
+
+
+def test_a_saved_calibration_is_read_back_and_not_measured_again(place, loaded, cache, monkeypatch):
+    prompt = opened(place, loaded, "qwen2_5_vl", "a.png", "b.png")
+    measured = calibrate(prompt)
+    (file,) = (cache / "calibrations").iterdir()
+    dtype = host_runs.dtype_of(prompt.host)
+    assert load_host_calibration(file, environment(dtype)) == measured
+    monkeypatch.setattr("mlx_vlm_prune.planning.host_budgets.measure", never)
+    assert calibrate(prompt) is measured
+    smaller = opened(place, loaded, "qwen2_5_vl", "b.png")
+    assert calibrate(smaller) is measured
+    level = measure_level(smaller, measured)
+    assert 0 < level < float("inf")
+    with pytest.raises(AssertionError, match="must be used"):
+        calibrate(opened(place, loaded, "qwen2_5_vl", *["a.png"] * 3))
+    with pytest.raises(AssertionError, match="must be used"):
+        calibrate(opened(place, loaded, "qwen2_5_vl", text="w7 " * 150))
+    with pytest.raises(AssertionError, match="must be used"):
+        calibrate(opened(place, loaded, "qwen2_5_vl", spec="divprune"))
+
+
+def never(*_):
+    raise AssertionError("the saved calibration must be used")
+
+
+DAMAGE = {
+    "no runs": {"runs": []},
+    "a picture that was not run": {"pictures": [[20, 20, 4], [40, 40, 999]]},
+    "no pictures": {"pictures": []},
+    "another format": {"format": 0},
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_calibration_is_replaced(tmp_path, case):
+    content = {"format": 1, "about": {}, "pruner": "norm", "pictures": PICTURES,
+               "runs": [vars(run) for run in SMALL + LARGE]}  # fmt: skip
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(content))
+    assert load_host_calibration(file, {}) == made_up()
+    file.write_text(json.dumps(content | DAMAGE[case]))
+    assert load_host_calibration(file, {}) is None
+
+
+def test_a_size_that_the_processor_makes_another_of_is_another_machine(place, loaded):
+    prompt = opened(place, loaded, "qwen2_5_vl")
+    other = made_up(pictures=((90, 80, 4), (95, 85, 16)))
+    assert measure_level(prompt, other) == float("inf")
+
+
+def test_nothing_is_a_prompt_without_an_image(place, loaded):
+    model, processor = loaded("llava")
+    with pytest.raises(UserError, match="a budget needs an image"):
+        open_prompt(host_of(model, processor), plan("norm"), Request("w7", []))
