@@ -67,7 +67,9 @@ class HostPrompt:
 
     @property
     def full_rows(self) -> int:
-        """Rows of the images where nothing is pruned."""
+        """Rows of the images where nothing is pruned: newlines may have placeholders, too."""
+        if self.host.placeholder_unit == "token":
+            return len(self.inputs.ids) - self.text
         return self.host.full_rows(sum(self.tokens), len(self.tokens))
 
     @property
