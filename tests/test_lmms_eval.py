@@ -42,7 +42,8 @@ class Run:
     def texts(self, task: str) -> list[str]:
         """The answers to a task's questions, in their order."""
         listed = sorted(self.samples[task], key=lambda sample: sample["doc_id"])
-        return [sample["filtered_resps"][0] for sample in listed]
+        answers = [sample["filtered_resps"] for sample in listed]
+        return [answer if isinstance(answer, str) else answer[0] for answer in answers]
 
 
 def evaluate(tasks: Path, out: Path, *arguments: str) -> Run:
