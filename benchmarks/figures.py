@@ -28,7 +28,7 @@ from mlx_vlm_prune.pruners import METHODS
 from mlx_vlm_prune.scenes import KINDS
 
 from .readme_tables import read, speed_rows
-from .report import RESULTS, ROOT, scenes
+from .report import ENHANCED, RESULTS, ROOT, scenes
 from .timing import PARTS
 
 if TYPE_CHECKING:  # matplotlib may be missing until something is drawn
@@ -45,11 +45,19 @@ def single_methods(accuracy: dict) -> dict:
 
 
 def lines_of(accuracy: dict) -> dict[str, dict[float, float]]:
-    """For every single method its right answers in % by tokens."""
+    """For every single method, alone and with `restore`, its right answers in % by tokens."""
+    singles = single_methods(accuracy)
+    enhanced = {name: rows for name, rows in accuracy.items() if _selector(name) in singles}
     return {
         name: {tokens: 100 * row["overall"] for tokens, row in rows.items()}
-        for name, rows in single_methods(accuracy).items()
+        for name, rows in (singles | enhanced).items()
     }
+
+
+def _selector(spec: str) -> str:
+    """The method before `restore`, if there is just one."""
+    name, plus, last = spec.partition("+")
+    return name if plus + last == ENHANCED else ""
 
 
 def best_methods(accuracy: dict, tokens: int) -> list[str]:

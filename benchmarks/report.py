@@ -55,15 +55,19 @@ def scenes_table(results: Path = RESULTS) -> str:
     """Mean accuracy of the built-in model at each budget, in Markdown."""
     accuracy = scenes(results)
     budgets = sorted({k for rows in accuracy.values() for k in rows if k != 196}, reverse=True)
-    heads, lines = ["pruner", *(f"{k} tokens" for k in budgets)], []
+    heads = ["pruner", *(head for k in budgets for head in (f"{k} tokens", f"`{ENHANCED}`"))]
+    lines = []
     for name, rows in accuracy.items():
-        if name != "none":
-            cells = [
-                f"{rows[k]['overall']:.1%}{random_mark(rows[k])}" if k in rows else "–"
-                for k in budgets
-            ]
-            lines.append([f"`{name}`", *cells])
-    return markdown(heads, "l" + "r" * len(budgets), lines)
+        if name == "none" or name.removesuffix(ENHANCED) in accuracy.keys() - {name}:
+            continue
+        sides = rows, accuracy.get(name + ENHANCED, {})
+        cells = [
+            f"{side[k]['overall']:.1%}{random_mark(side[k])}" if k in side else "–"
+            for k in budgets
+            for side in sides
+        ]
+        lines.append([f"`{name}`", *cells])
+    return markdown(heads, "l" + "r" * len(heads[1:]), lines)
 
 
 def kinds_table(results: Path = RESULTS) -> str:
@@ -106,6 +110,7 @@ def selectors_table(results: Path = RESULTS) -> str:
     return markdown(("pruner", "time", "of TTFT") * 3, "lrr" * 3, lines)
 
 
+ENHANCED = "+restore"  # of what a selector has beside it in the table of accuracy
 LEARNED = ("attention_pool", "score_prune", "mlp")
 
 
