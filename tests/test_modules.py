@@ -40,7 +40,7 @@ def test_every_source_is_written_in_the_oldest_python():
 
 EXTRAS = {  # the package that a part needs
     "torch_ref": "torch", "mlx_vlm_prune.hosts": "mlx_vlm", "mlx_vlm_prune.serving": "fastapi",
-    "mlx_vlm_prune.webui": "gradio",
+    "mlx_vlm_prune.webui": "gradio", "mlx_vlm_prune.evaluation.harness": "lmms_eval",
 }  # fmt: skip
 
 

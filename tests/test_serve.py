@@ -293,16 +293,17 @@ def test_models_health_and_metrics(served):
         assert re.fullmatch(r'# (HELP|TYPE) \w+ .+|\w+(\{\w+="[^"]*"\})? [\d.]+', line), line
 
 
-def test_openais_own_client_is_answered(served, pruning):
+def openai_client(server: Served) -> Any:
+    """OpenAI's own client of a server."""
     openai = pytest.importorskip("openai", reason="openai's client is not installed")
+    http = openai.DefaultHttpxClient(trust_env=False)
+    url = f"http://127.0.0.1:{server.port}/v1"
+    return openai.OpenAI(base_url=url, api_key="k", http_client=http, max_retries=0)
 
-    def client(server: Served) -> Any:
-        http = openai.DefaultHttpxClient(trust_env=False)
-        url = f"http://127.0.0.1:{server.port}/v1"
-        return openai.OpenAI(base_url=url, api_key="k", http_client=http, max_retries=0)
 
+def test_openais_own_client_is_answered(served, pruning):
     messages: Any = [question(WORDS, SCENES[0], detail="low")]
-    with client(served) as ours:
+    with openai_client(served) as ours:
         assert [model.id for model in ours.models.list()] == ["tiny"]
         whole = ours.chat.completions.create(model="tiny", messages=messages, max_tokens=9)
         assert whole.usage.visual_tokens_kept <= 64 and whole.usage.ttft_ms["total"] > 0
@@ -314,16 +315,28 @@ def test_openais_own_client_is_answered(served, pruning):
         assert chunks[-1].usage.visual_tokens_kept == 9
         pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices]
         assert "".join(pieces)
+    with openai_client(pruning) as ours:
+        answered = ours.with_options(api_key="k").chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": data_uri(SCENES[0])[:9]}]
+        )
+        assert answered.choices[0].message.role == "assistant"
+
+
+def test_openais_own_client_is_refused_and_warned(served, pruning):
+    openai = pytest.importorskip("openai", reason="openai's client is not installed")
+    messages: Any = [question(WORDS, SCENES[0], detail="low")]
+    with openai_client(served) as ours:
+        create = ours.chat.completions.create
         with pytest.raises(openai.BadRequestError, match="picture 1: it is no data: URI"):
-            ours.chat.completions.create(model="tiny", messages=[linked("a.png")])
+            create(model="tiny", messages=[linked("a.png")])
         body = {"strict": True}
         with pytest.raises(openai.NotFoundError, match="this server has 'tiny' alone"):
-            ours.chat.completions.create(model="no", messages=messages, extra_body=body)
+            create(model="no", messages=messages, extra_body=body)
         with pytest.raises(openai.BadRequestError, match="logit_bias is not possible here"):
             bias = {"logit_bias": {"3": 1}}
-            ours.chat.completions.create(model="tiny", messages=messages, extra_body=body | bias)
+            create(model="tiny", messages=messages, extra_body=body | bias)
         twice = [messages[0], {"role": "user", "content": "Answer in one word."}]
-        warned = ours.chat.completions.create(
+        warned = create(
             model="other", messages=twice, max_tokens=1, presence_penalty=0.5, stop=["§"]
         )
         assert [warning.split()[0] for warning in warned.warnings] == ["model", "presence_penalty"]
@@ -331,10 +344,5 @@ def test_openais_own_client_is_answered(served, pruning):
             ours.models.retrieve("other")
         with pytest.raises(openai.NotFoundError, match="Not Found"):
             ours.embeddings.create(model="tiny", input="text")
-    with client(pruning) as ours:
-        answered = ours.with_options(api_key="k").chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": data_uri(SCENES[0])[:9]}]
-        )
-        assert answered.choices[0].message.role == "assistant"
-        with pytest.raises(openai.AuthenticationError):
-            ours.with_options(api_key="no").models.list()
+    with openai_client(pruning) as ours, pytest.raises(openai.AuthenticationError):
+        ours.with_options(api_key="no").models.list()

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.command_line import SEVERAL, Parser, whole_number
-from ..checkpoints.reading.files import parse_json
 from ..inputs.image import MAX_PIXELS, MOST_PIXELS
 from ..models.loading import DTYPES
 from ..pruners.own_methods import method_spec
+from .json_options import MergeOptions, json_object
 from .request import HOST_OPTIONS
 
 DESCRIPTION = """Answer a prompt about images with fewer visual tokens. Without a model, an image
@@ -250,10 +250,10 @@ def _add_image(add: Add) -> None:
 
 
 def _add_template_config(add: Add) -> None:
-    add("--enable-thinking", dest="chat_template_config", action=_MergeOptions, nargs=0,
+    add("--enable-thinking", dest="chat_template_config", action=MergeOptions, nargs=0,
         const={"enable_thinking": True}, help="let a model think first, by the option of that name"
         " of its chat template (default: as the template has it)")
-    add("--chat-template-config", type=_json_object, action=_MergeOptions, metavar="JSON",
+    add("--chat-template-config", type=json_object, action=MergeOptions, metavar="JSON",
         help='options of the chat template, such as {"open_thinking": true} (default: none)')
 
 
@@ -332,26 +332,7 @@ def _add_mlx_vlm(parser: Parser) -> None:
         help="hold the first four and the latest rows only in the key/value cache (default: all)")
     add("--resize-shape", type=int, nargs="+", metavar="PIXELS",
         help="fit images into this width and height; one number is both (default: no)")
-    add("--processor-kwargs", type=_json_object, metavar="JSON",
+    add("--processor-kwargs", type=json_object, metavar="JSON",
         help='options of the model\'s own processor, such as {"do_image_splitting": false}'
         " (default: none)")
 # fmt: on
-
-
-class _MergeOptions(argparse.Action):
-    """Adds a JSON object, or its constant, to what was given before."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        given = self.const if self.nargs == 0 else values
-        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), **given})
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    shown = repr(text) if len(text) <= 80 else f"{text[:40]!r}…"
-    try:
-        value = parse_json(text)
-    except ValueError as problem:
-        raise argparse.ArgumentTypeError(f"{shown} is no JSON object: it {problem}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{shown} is no JSON object")
-    return value
