@@ -34,7 +34,7 @@ def build_site(models: Models, thread: ModelThread, folder: Path, max_tokens: in
     )  # fmt: skip
 
 
-def theme() -> gr.themes.Default:
+def theme() -> gr.themes.Base:
     """Gradio's own colours, with text that is dark enough to be read, and the system's fonts."""
     plain = gr.themes.Default(font=FONT, font_mono=("ui-monospace", "monospace"))
     quiet = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
