@@ -5,7 +5,7 @@ Written by `python -m benchmarks.report`.
 
 from collections.abc import Callable
 
-from mlx_vlm_prune.hosts.compatibility import SHRINKS_IMAGE
+from mlx_vlm_prune.hosts.compatibility import SHRINKS_IMAGE, SLOTS_OF_TILES
 from mlx_vlm_prune.hosts.families import FAMILIES, REFUSED
 from mlx_vlm_prune.hosts.host import Host
 
@@ -23,7 +23,6 @@ With all tokens kept every family answers as mlx-vlm alone does, bit for bit; wi
 that reads the short sequence without a cache, to 1e-4 of log probabilities; in pieces, in batches
 and in blocks of `pruned()` alike. Several images may be in a prompt of any family.
 """
-NOT_LEARNED = "training was not tried in this family, which does not say how wide its features are"
 NO_VIDEO = "videos are not pruned yet: `attach(allow_videos=True)` reads them whole, else refused"
 COUNTED = "it counts the rows it is given"
 # Of each column what stands in the way in a family, None where nothing does.
@@ -37,9 +36,7 @@ COLUMNS: dict[str, Callable[[Family], str | None]] = {
     "kept positions": lambda family: None if family.has_mrope else COUNTED,
     "batches, `serve`": lambda family: family.why_no_batches,
     "`prune-into`": lambda family: None,
-    "learned methods": lambda family: (
-        NOT_LEARNED if family.feature_dims is Host.feature_dims else None
-    ),
+    "learned methods": lambda family: family.why_not_learned,
     "predicted costs": lambda family: family.why_not_counted,
     "video": lambda family: NO_VIDEO,
 }
@@ -66,6 +63,15 @@ def names_by_family() -> dict[Family, list[str]]:
     return names
 
 
+def limits_of(family: Family) -> list[str]:
+    """What works only in part."""
+    limits = [family.limits] if family.limits else []
+    no_pool = SLOTS_OF_TILES if family.has_tiles else family.why_no_feature_gradient
+    if no_pool and not family.why_not_learned:
+        limits.append(f"`attention_pool` does not learn: {no_pool}")
+    return limits
+
+
 def page() -> str:
     """The page, in Markdown."""
     numbers: dict[str, int] = {}
@@ -78,8 +84,7 @@ def page() -> str:
             for why in reasons
         ]
         lines.append([title, *cells])
-        if family.limits:
-            limits.append(f"- {title}: {family.limits}.")
+        limits += [f"- {title}: {limit}." for limit in limits_of(family)]
     table = markdown(["family", *COLUMNS], "l" * (1 + len(COLUMNS)), lines)
     listed = [f"{number}. {why[0].upper()}{why[1:]}." for why, number in numbers.items()]
     refused = [f"- `{kind}`: {why}." for kind, why in REFUSED.items()]

@@ -10,7 +10,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import FAMILIES, host_of
 from mlx_vlm_prune.planning.host_operations import language_sizes
-from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners import METHODS, Pipeline, plan
 
 from .host_models import KINDS
 from .test_pruned import BATCHED
@@ -42,7 +42,23 @@ def test_a_tiny_model_of_every_family_does_as_the_page_says(kind):
     assert (kind in BATCHED) is works["batches, `serve`"]
 
 
-def is_possible(host, spec: str, positions: str | None) -> bool:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_limits_name_the_families_in_which_slots_do_not_learn(kind):
+    host = host_of(KINDS[kind].make())
+    _, _, limits = page().partition("## Limits")
+    lines = [line for line in limits.splitlines() if f"`{kind}`" in line.partition(":")[0]]
+    is_named = any("`attention_pool` does not learn" in line for line in lines)
+    pool = METHODS["attention_pool"]
+    can_learn = host.why_no_feature_gradient is None and (
+        host.feature_dims is None
+        or is_possible(
+            host, plan("attention_pool", {pool.name: pool.make_weights(host.feature_dims, 2)}), None
+        )
+    )
+    assert is_named is (host.feature_dims is not None and not can_learn)
+
+
+def is_possible(host, spec: str | Pipeline, positions: str | None) -> bool:
     try:
         check_pipeline(host, plan(spec), positions)
     except UserError:

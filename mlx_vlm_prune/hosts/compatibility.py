@@ -9,6 +9,7 @@ from ..pruners.contract import Policy
 from .host import Host
 
 LATER = "not yet in mlx-vlm models"
+SLOTS_OF_TILES = "it makes a number of slots from a picture, and an image may be cut into several"
 SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
 # What a host has between the language model's layers, and what a tower without attention has.
 DECODER_SIGNALS = (
@@ -97,7 +98,7 @@ def _why_not(host: Host, step: Pruner) -> str | None:
     if step.stage is Stage.ENHANCER:
         return why_not_enhance(host, step)
     if step.trained_tokens and host.has_tiles:
-        return "it makes a number of slots from a picture, and an image may be cut into several"
+        return SLOTS_OF_TILES
     if step.stage is not Stage.DECODER:
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"

@@ -46,6 +46,10 @@ class Host(PicturedViews, ABC):
     why_no_decoder_methods: ClassVar[str] = "the language model's layers are not driven from here"
     why_no_batches: ClassVar[str | None] = None  # why prompts are read one at a time, if so
     why_not_counted: ClassVar[str | None] = None  # why operations are not counted, if so
+    # Why no method's weights learn in it, if so; where they do, it says `feature_dims`.
+    why_not_learned: ClassVar[str | None] = (
+        "training was not tried in this family, which does not say how wide its features are"
+    )
     limits: ClassVar[str | None] = None  # what works only in part, for docs/hosts.md
     per_row_inputs: ClassVar[Sequence[str]] = ()  # arrays of the processor's with an entry a row
     has_image_rows: ClassVar[bool] = False  # are rows of tiled pixels images, in place of prompts?

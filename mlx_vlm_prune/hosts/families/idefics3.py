@@ -22,6 +22,7 @@ GLOBAL_IMAGE = "global_image_token_id"
 
 
 class Idefics3Host(TowerHost):
+    why_not_learned = None
     language_layers_class = RopeOffsetLayers
     has_tiles = True
 

@@ -68,6 +68,7 @@ def has_cls(owner: str, tower: str, strategy: str) -> bool:
 
 
 class LlavaHost(LlavaTowerHost):
+    why_not_learned = None
     language_layers_class = RopeOffsetLayers
 
     @property

@@ -13,9 +13,13 @@ from .qwen2_vl import PackedPatches, Qwen2VLHost
 
 
 class Qwen3VLHost(Qwen2VLHost):
+    why_not_learned = (
+        "training would read the rows without what DeepStack adds to them in the first layers"
+    )
+
     @property
     def feature_dims(self) -> None:
-        """No method learns here: DeepStack's rows would stay without it."""
+        """No method learns here."""
         return None
 
     def pack_patches(self, inputs: PreparedInputs) -> PackedPatches:
