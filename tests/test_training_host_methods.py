@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +16,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prepare_prompt
 from mlx_vlm_prune.inputs.image import open_image
-from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners import METHODS, plan
 from mlx_vlm_prune.training.processes import Processes
 from mlx_vlm_prune.training.run import make_trainer, train
 
@@ -126,3 +127,17 @@ def test_a_pool_that_cannot_be_trained_is_refused_in_one_sentence(place, tmp_pat
     kind = keys.pop("kind", "qwen2_5_vl")
     with pytest.raises(UserError, match=fault):
         make_trainer(run(place, kind, "attention_pool", tmp_path / "x", **keys), Processes())
+
+
+@pytest.mark.parametrize("fault", [*REFUSALS][1:])
+def test_another_method_of_trained_slots_is_refused_by_the_same_rules(
+    place, tmp_path, fault, monkeypatch
+):
+    """The rules ask what a method does, not its name."""
+    monkeypatch.setitem(
+        METHODS, "other_pool", replace(METHODS["attention_pool"], name="other_pool")
+    )
+    keys = dict(REFUSALS[fault])
+    settings = run(place, keys.pop("kind", "qwen2_5_vl"), "other_pool", tmp_path / "x", **keys)
+    with pytest.raises(UserError, match=fault.replace("attention_pool", "other_pool")):
+        make_trainer(settings, Processes())

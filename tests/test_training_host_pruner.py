@@ -234,7 +234,9 @@ REFUSALS = {
         "pruner": "divprune"
     },
     "pruner score_prune[+]divprune does not learn": {"pruner": "score_prune+divprune"},
-    "no pruner learns in a qwen3_vl model": {"kind": "qwen3_vl"},
+    "no pruner learns in a qwen3_vl model of mlx-vlm's: training would read the rows without": {
+        "kind": "qwen3_vl"
+    },
     "in dtype bfloat16 or float32": {"dtype": "float16"},
     "lies inside the model's own folder": {"inside": True},
     "without grad_checkpoint": {"grad_checkpoint": True},

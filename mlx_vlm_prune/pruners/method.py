@@ -121,6 +121,11 @@ class Method:
         return cls(**declared | learned | {"name": name, "doc": doc})
 
     @property
+    def has_trained_slots(self) -> bool:
+        """Does it make a number of slots for which its weights were trained?"""
+        return self.trained_tokens is not _any_budget
+
+    @property
     def summary(self) -> str:
         """The docstring's first sentences, on one line."""
         return " ".join(self.doc.split("\n\n")[0].split())

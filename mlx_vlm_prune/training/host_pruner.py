@@ -17,7 +17,6 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from ..checkpoints.command_line import either
-from ..checkpoints.config import ATTENTION_POOL
 from ..checkpoints.errors import UserError
 from ..hosts.host import Host
 from ..hosts.prepared_inputs import PreparedInputs
@@ -130,16 +129,17 @@ def _check(host: Host, config: TrainConfig) -> str:
         raise UserError(
             f"pruner {name} does not learn in a model of mlx-vlm's; {either(able)} does, alone"
         )
-    if host.feature_dims is None:
-        raise UserError(f"no pruner learns in a {host.kind} model of mlx-vlm's yet")
-    if METHODS[name].training_factor and host.embed(mx.array([0])).dtype == mx.float16:
+    if reason := host.why_not_learned:
+        raise UserError(f"no pruner learns in a {host.kind} model of mlx-vlm's: {reason}")
+    method = METHODS[name]
+    if method.training_factor and host.embed(mx.array([0])).dtype == mx.float16:
         raise UserError(
             f"{name} learns by the attention that dropped tokens would get, which float16"
             " cannot hold; train in dtype bfloat16 or float32"
         )
-    if name == ATTENTION_POOL and (reason := host.why_no_feature_gradient):
+    if method.has_trained_slots and (reason := host.why_no_feature_gradient):
         raise UserError(f"{name} does not learn in a {host.kind} model: {reason}")
-    if name == ATTENTION_POOL and config.keep_tokens is None:
+    if method.has_trained_slots and config.keep_tokens is None:
         raise UserError(f"{name} makes a number of slots from every image: give keep_tokens")
     return name
 
