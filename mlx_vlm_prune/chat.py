@@ -253,7 +253,8 @@ class Session:
 
     def set_pruner(self, spec: str) -> None:
         """`/pruner`; none has no budget. Raises UserError."""
-        spec = register_files(spec)
+        if sys.stdin.isatty():  # lines from a pipe may be a stranger's, who runs no file here
+            spec = register_files(spec)
         if not spec:
             raise UserError("give a method: /pruner divprune; `mlx-vlm-prune pruners` lists them")
         if spec == "none":

@@ -132,7 +132,7 @@ def build_parser() -> Parser:
     add_max_pixels(add)
     add("--labels", type=Path, metavar="FILE.csv",
         help="the classes of the images, in columns file_name and label (default: none)")
-    add("--text", nargs="+", default=[], metavar="TEXT",
+    add("--text", **SEVERAL, default=[], metavar="TEXT",
         help="texts to compare images with; a class must be in one of them (default: one for each"
         " class, by the template)")
     add("--template", metavar="TEXT", help="the text of a class, which stands for {} (default:"

@@ -88,7 +88,7 @@ def build_parser() -> Parser:
     add_scoring(parser)
     _add_run(parser)
     add = parser.add_argument_group("results of one model on several sets").add_argument
-    add("--merge", type=Path, nargs="+", metavar="FILE.json",
+    add("--merge", type=Path, **SEVERAL, metavar="FILE.json",
         help="ask nothing: print what such results come to in percent of full, set by set and on"
         " average")
     add("--json", type=Path, metavar="FILE", help="write the figures of --merge")

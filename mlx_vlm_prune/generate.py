@@ -98,7 +98,8 @@ def stream_generate(
     beside the model's. A twig may guess `num_draft_tokens` ahead. `max_pixels` limits images;
     larger JPEGs are scaled. With `allow_url` an image may be a public http(s) URL.
     `chat_template_config` are options of the template, `host_options` mlx-vlm's: prefill_step_size,
-    kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape, processor_kwargs; or UserError.
+    kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape, processor_kwargs.
+    Raises UserError.
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}

@@ -6,6 +6,7 @@ methods/my_method.py is the method in MLX, methods/my_method_torch.py its twin i
 apart: `python -m torch_ref.verify` compares both on a model.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -14,6 +15,7 @@ from .checkpoints.command_line import SCRIPT, Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, write_atomically
 from .pruners import METHODS, PRESETS
+from .pruners.own_methods import SIGNS
 
 EPILOG = "example: mlx-vlm-prune new-method my_method --out methods"
 METHOD = Template('''"""Keep the tokens that are farthest from the image's mean token.
@@ -92,6 +94,8 @@ def write_method(name: str, folder: Path) -> None:
         raise UserError(f"{name!r} cannot name a pruner; use letters, digits and _")
     if name in METHODS or name in PRESETS:
         raise UserError(f"a pruner is called {name} already; choose another name")
+    if signs := set(str(folder.resolve())) & set(SIGNS):
+        raise UserError(f"{folder} has {' and '.join(sorted(signs))} in it, which a chain has, too")
     files = {folder / f"{name}.py": METHOD, folder / f"{name}_torch.py": TWIN}
     for path in files:
         check_target(path, replace=False)
@@ -107,7 +111,7 @@ def write_method(name: str, folder: Path) -> None:
 
 def _place(path: Path) -> str:
     """A path that no one takes for a method's name."""
-    return str(path) if path.parent != Path() else f"./{path}"
+    return shlex.quote(str(path) if path.parent != Path() else f"./{path}")
 
 
 if __name__ == "__main__":

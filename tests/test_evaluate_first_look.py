@@ -171,3 +171,21 @@ def test_without_a_cls_token_cls_attention_is_received_attention(tmp_path, capsy
     assert "One and the same choice: cls_attention and received_attention (10)" in (
         capsys.readouterr().out
     )
+
+
+def test_drawn_questions_hide_no_path_and_are_asked_of_models_that_know_their_words(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    def error_of(*argv: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.main([*argv, "--pruner", "norm", "--keep-tokens", "49"])
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "the built-in model knows no word of pages" in error_of("--questions", "pages")
+    (tmp_path / "q.jsonl").write_text("")
+    assert "pages is drawn" in error_of("--questions", "q.jsonl", "--format", "pages")
+    (tmp_path / "pages").mkdir()
+    assert "write ./pages for the path" in error_of("--questions", "pages")

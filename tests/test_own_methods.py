@@ -2,6 +2,7 @@
 begin with; and that nobody else's file is run."""
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -10,13 +11,18 @@ import numpy as np
 import pytest
 
 import torch_ref.pruners as ref
-from mlx_vlm_prune import evaluate, generate, load
+from mlx_vlm_prune import chat, evaluate, generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluation.resume import AnsweredBatch, ResumeFile
 from mlx_vlm_prune.generate import main as generate_command
 from mlx_vlm_prune.new_method import main as new_method
 from mlx_vlm_prune.pruners import METHODS, Signals, listing, own_methods, plan
-from mlx_vlm_prune.pruners.own_methods import method_spec, register_files, with_files
+from mlx_vlm_prune.pruners.own_methods import (
+    file_digests,
+    method_spec,
+    register_files,
+    with_files,
+)
 from mlx_vlm_prune.scenes import compose
 
 from . import tiny
@@ -28,7 +34,7 @@ RAISES = "raise RuntimeError('run')\n"
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
     """The tables of methods, as they were before when the test is over."""
-    monkeypatch.setattr(own_methods, "_paths", {})
+    monkeypatch.setattr(own_methods, "_files", {})
     before = set(METHODS)
     yield
     for name in METHODS.keys() - before:
@@ -93,6 +99,8 @@ def test_both_files_agree_on_a_model_and_a_wrong_twin_does_not(tmp_path_factory,
         ("def prune(:", "SyntaxError"),
         ("import nothing_of_this_name", "No module named 'nothing_of_this_name'"),
         ("x = 1", "has no stage"),
+        ("import sys\nsys.exit(3)", "fails: SystemExit: 3"),
+        ("raise ValueError('a\\nb')", "fails: ValueError: a"),
         ("from mlx_vlm_prune import Stage\nstage = Stage.FEATURES", "must have"),
     ],
 )
@@ -136,8 +144,21 @@ def test_answers_of_an_earlier_version_of_a_file_are_not_taken_for_the_new_ones(
     before = part_file()
     register_files("./mine.py")
     first = part_file()
-    (folder / "mine.py").write_text((folder / "mine.py").read_text() + "\n# changed\n")
+    text = (folder / "mine.py").read_text()
+    (folder / "mine.py").write_text(text.replace("(apart_BND).sum", "(-apart_BND).sum"))
+    assert part_file() == first  # what was run is still the earlier version
+    register_files("./mine.py")
     assert len({before, first, part_file()}) == 3
+
+
+def test_a_file_that_has_changed_is_run_again(folder):
+    x_BND = mx.array([[[3.0, 0], [0, 1], [0, 0], [-3, 0], [0, -1]]])
+    signals = Signals(x_BND, (1, 5))
+    assert plan(register_files("./mine.py")).steps[0](signals, 2).index_BK.tolist() == [[0, 3]]
+    text = (folder / "mine.py").read_text()
+    (folder / "mine.py").write_text(text.replace("mx.power(", "-mx.power("))
+    assert plan(register_files("./mine.py")).steps[0](signals, 2).index_BK.tolist() == [[1, 2]]
+    assert file_digests("mine+restore") == file_digests() and file_digests("norm") == {}
 
 
 def test_an_installed_package_brings_a_method_in_by_its_entry_point(folder, monkeypatch, capsys):
@@ -154,3 +175,24 @@ def test_an_installed_package_brings_a_method_in_by_its_entry_point(folder, monk
         plan("broken")
     with pytest.raises(UserError, match="did you mean farthest"):
         plan("farthes")
+    listing.main([])
+    shown = capsys.readouterr().out
+    assert "\nfarthest " in shown and "the pruner broken of nowhere_to_be_found fails" in shown
+
+
+def test_places_that_read_as_a_chain_are_refused(tmp_path, folder, capsys):
+    place = tmp_path / "c++"
+    place.mkdir()
+    (place / "mine.py").write_text((folder / "mine.py").read_text())
+    with pytest.raises(argparse.ArgumentTypeError, match="reads as a chain; move it"):
+        method_spec(str(place / "mine.py"))
+    with pytest.raises(SystemExit):
+        new_method(["other", "--out", str(place)])
+    assert "has + in it" in capsys.readouterr().err and not (place / "other.py").exists()
+
+
+def test_lines_from_a_pipe_run_no_file(folder, monkeypatch, capsys):
+    (folder / "stranger.py").write_text(RAISES)
+    monkeypatch.setattr("sys.stdin", io.StringIO("/pruner ./stranger.py\n"))
+    chat.main([])
+    assert "no pruner is called './stranger" in capsys.readouterr().err

@@ -61,6 +61,14 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypat
     assert json.loads((tmp_path / "parts" / "clip" / "config.json").read_text())["patch_size"] == 16
 
 
+def test_another_size_or_batch_does_not_go_on_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch_ref.training.scenes.best_device", lambda: CPU)
+    Run(Trainee(0.5), TINY, CPU).save(tmp_path / "last.pt")
+    for other in (replace(TINY, batch=3), replace(TINY, size="large")):
+        with pytest.raises(UserError, match="of size small with 2 pictures a step"):
+            train(tmp_path, other, minutes=9, workers=0)
+
+
 def test_what_training_exports_converts_and_loads(tmp_path):
     trainee = Trainee(0.5)
     export(trainee.vlm, tmp_path)

@@ -27,8 +27,8 @@ def build_parser() -> Parser:
     add, small, large = parser.add_argument, RECIPES["small"], RECIPES["large"]
     add("--size", choices=list(RECIPES), default="small",
         help="small: the built-in model; large: scenes-large, of scenes and printed pages")
-    add("--out", type=Path, default=Path("runs/scenes"), metavar="FOLDER",
-        help="where weights and checkpoints go")
+    add("--out", type=Path, metavar="FOLDER", help="where weights and checkpoints go (default:"
+        " runs/scenes, large runs/scenes-large)")
     add("--minutes", type=_minutes, default=float("inf"), metavar="N", help="stop after N minutes")
     add("--steps", type=partial(whole_number, 1), metavar="N",
         help=f"optimizer steps (default: {small.steps}, large {large.steps})")
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         numbers = {name: getattr(args, name) for name in ("steps", "tower_steps", "batch")}
         set_numbers = {name: number for name, number in numbers.items() if number is not None}
-        train(args.out, replace(RECIPES[args.size], **set_numbers), args.minutes, args.workers)
+        out = args.out or Path("runs/scenes-large" if args.size == "large" else "runs/scenes")
+        train(out, replace(RECIPES[args.size], **set_numbers), args.minutes, args.workers)
 
 
 if __name__ == "__main__":

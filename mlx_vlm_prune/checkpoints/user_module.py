@@ -5,7 +5,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from .errors import UserError
+from .errors import UserError, reason
 
 PARENT = "mlx_vlm_prune_own"  # in the names of such modules, so that they shadow no others
 
@@ -18,14 +18,17 @@ def load_user_module(path: Path) -> ModuleType:
     if not path.is_file():
         raise UserError(f"there is no file {path}")
     if not path.stem.isidentifier():
-        raise UserError(f"{path.name} cannot name a pruner; use letters, digits and _")
+        raise UserError(f"{path.name} cannot name a module; use letters, digits and _")
     name = f"{PARENT}.{path.stem}"
     spec = spec_from_file_location(name, path)
     assert spec and spec.loader
+    earlier = sys.modules.get(name)
     module = sys.modules[name] = module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:
+    except (Exception, SystemExit) as problem:
         del sys.modules[name]
-        raise UserError(f"{path} fails: {type(problem).__name__}: {problem}") from problem
+        if earlier:
+            sys.modules[name] = earlier
+        raise UserError(f"{path} fails: {type(problem).__name__}: {reason(problem)}") from problem
     return module

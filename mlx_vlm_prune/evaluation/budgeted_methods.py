@@ -96,7 +96,7 @@ def default_methods(model: VLM) -> list[str]:
 
 
 def with_restore(names: Sequence[str]) -> list[str]:
-    """Those that choose tokens ahead of the language model, each with `restore`."""
-    selectors = (Stage.FEATURES, Stage.PROJECTED)
+    """Those by which tokens leave ahead of the language model, each with `restore`."""
+    selectors = (Stage.ENCODER, Stage.FEATURES, Stage.PROJECTED)
     chosen = [name for name in names if METHODS[name].stage in selectors]
     return [f"{name}+restore" for name in chosen if name not in ("none", *POOLING)]

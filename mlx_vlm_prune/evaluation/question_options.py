@@ -45,13 +45,22 @@ def add_questions(parser: Parser) -> None:
 def question_set_of(args: argparse.Namespace, grades: bool = True) -> QuestionSet:
     """The question set of the command line; with `grades` its judge is asked, if there is one."""
     if args.questions in DRAWN:
+        if Path(args.questions).exists() and args.questions != DRAWN[0]:
+            raise UserError(
+                f"{args.questions} is the name of drawn questions and of a path here; write"
+                f" ./{args.questions} for the path"
+            )
         if args.format not in (None, args.questions) or args.images or args.split or args.boxes:
             raise UserError("format, images, split and boxes are for a file's questions")
+        if args.questions == "pages" and args.model is None:
+            raise UserError("the built-in model knows no word of pages; give a model that does")
         format = with_judge(args, format_of(args.questions))
         read_drawn, per_kind = format.module.read_drawn, per_kind_of(args)
         return QuestionSet(
             args.questions, format, lambda _: read_drawn(per_kind), args.limit, args.skip_bad
         )
+    if args.format in DRAWN:
+        raise UserError(f"format {args.format} is drawn; write it as questions, without a path")
     if args.per_kind:
         raise UserError("per_kind is for drawn questions; of a file take the first by a limit")
     format = format_of(args.format or "own", Path(args.questions))

@@ -240,7 +240,7 @@ def _add_prompt(add: Add) -> None:
 
 
 def _add_image(add: Add) -> None:
-    add("--image", nargs="+", action="extend", default=[], metavar="FILE",
+    add("--image", **SEVERAL, default=[], metavar="FILE",
         help="image files (default: none)")
     add_max_pixels(add, f", and with --resize-shape {MOST_PIXELS:,}")
     add("--allow-url", action="store_true",
@@ -305,7 +305,7 @@ def _add_decoding(parser: Parser) -> None:
         " none)")
     add("--repetition-context-size", type=int, default=20, metavar="N",
         help="how many of the latest tokens the penalty is about")
-    add("--extra-eos-token", "--eos-tokens", dest="eos_tokens", nargs="+", action="extend",
+    add("--extra-eos-token", "--eos-tokens", dest="eos_tokens", **SEVERAL,
         metavar="TOKEN", help="tokens that end an answer, too (default: the model's alone)")
 
 

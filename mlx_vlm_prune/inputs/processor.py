@@ -52,7 +52,7 @@ def check_vocabulary(tokenizer: tokenizers.Tokenizer, name: str, size: int) -> N
     """
     words, count = tokenizer.get_vocab_size(with_added_tokens=False), tokenizer.get_vocab_size()
     last = words - 1
-    if words > size or tokenizer.id_to_token(last) is None:
+    if not 0 < words <= size or tokenizer.id_to_token(last) is None:
         ids = {*tokenizer.get_vocab(with_added_tokens=False).values()}
         last = max(ids - {*tokenizer.get_added_tokens_decoder()}, default=-1)
     if last >= size or 2 * count < size:

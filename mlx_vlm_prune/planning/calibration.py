@@ -43,6 +43,7 @@ from ..machine.user_cache import cache_folder, model_key, write_cached
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import feasible_budgets
+from ..pruners.own_methods import file_digests
 from .operations import cache_bytes
 from .prediction import PARTS, Run, Setting, Table, predict, tabulate
 
@@ -276,7 +277,9 @@ def calibration_file(folder: Path | None, *kind: str) -> Path | None:
         key = model_key(folder) if folder else None
     except UserError:
         key = None
-    name = f"{key}-{hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:8]}.json"
+    files = file_digests(kind[0])  # of methods of the user's own in the chain
+    encoded = json.dumps([kind, files] if files else kind).encode()
+    name = f"{key}-{hashlib.sha256(encoded).hexdigest()[:8]}.json"
     return cache_folder() / "calibrations" / name if key else None
 
 

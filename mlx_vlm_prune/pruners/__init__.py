@@ -10,12 +10,12 @@ its name by `register_pruner`.
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
 from ..checkpoints.command_line import either
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, reason
 from .contract import Reduction, Signals, Stage
 from .method import Method
 from .pipeline import Pipeline, Pruner, StepBudgets
@@ -116,12 +116,14 @@ def register_pruner(method: ModuleType | Method) -> None:
     METHODS[method.name] = method
 
 
-def register_installed(names: Iterable[str] | None = None) -> None:
+def register_installed(names: Iterable[str] | None = None) -> list[str]:
     """Put methods of installed packages into the table: those of these names, or all.
 
     A package brings them in by entry points of the group `mlx_vlm_prune.pruners`: a name, and the
-    module (or `Method`) that has it. Raises UserError for one whose module fails or is no method.
+    module (or `Method`) that has it. Raises UserError for one of `names` whose module fails or is
+    no method; of all, the sentences on those are returned, and they are left out.
     """
+    problems: list[str] = []
     known = METHODS.keys() | PRESETS.keys()
     wanted = None if names is None else set(names) - known
     points = entry_points(group=GROUP) if wanted is None or wanted else ()
@@ -129,11 +131,21 @@ def register_installed(names: Iterable[str] | None = None) -> None:
         if point.name in known or (wanted is not None and point.name not in wanted):
             continue
         try:
-            method = point.load()
-        except Exception as problem:
-            kind = type(problem).__name__
-            raise UserError(
-                f"the pruner {point.name} of {point.value} fails: {kind}: {problem}"
-            ) from problem
-        method = method if isinstance(method, Method) else Method.of(method)
-        register_pruner(replace(method, name=point.name))
+            _register_entry_point(point)
+        except UserError as problem:
+            if wanted is not None:
+                raise
+            problems.append(str(problem))
+    return problems
+
+
+def _register_entry_point(point: EntryPoint) -> None:
+    try:
+        method = point.load()
+    except Exception as problem:
+        kind = type(problem).__name__
+        raise UserError(
+            f"the pruner {point.name} of {point.value} fails: {kind}: {reason(problem)}"
+        ) from problem
+    method = method if isinstance(method, Method) else Method.of(method)
+    register_pruner(replace(method, name=point.name))

@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def show(name: str | None) -> None:
     """Print the table, or one method."""
     name = name and register_files(name)
-    register_installed(name and [name])
+    problems = register_installed(name and [name])
     if name is None:
         _print_all()
+        print("".join(f"\n{problem}" for problem in problems), end="\n" if problems else "")
     elif name in PRESETS:
         print(f"{name} is short for {PRESETS[name]}")
     elif name in METHODS:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.user_module import load_user_module
-from . import register_pruner
+from . import METHODS, register_pruner
 
 SUFFIX = ".py"
-_paths: dict[str, Path] = {}  # of the methods that came from files, by name
+SIGNS = "+:"  # of chains and options
+_files: dict[str, tuple[Path, str]] = {}  # by method: its file, and the SHA-256 of what was run
 
 
 def method_spec(text: str) -> str:
@@ -29,6 +30,10 @@ def register_files(spec: str) -> str:
 
     Raises UserError for a file that is no method.
     """
+    if Path(spec).is_file() and set(spec) & set(SIGNS):
+        raise UserError(
+            f"{spec}: a place with {' or '.join(SIGNS)} in it reads as a chain; move it"
+        )
     return "+".join(_registered(part) for part in spec.split("+"))
 
 
@@ -37,18 +42,26 @@ def _registered(part: str) -> str:
     if not place.endswith(SUFFIX):
         return part
     path = Path(place).expanduser().resolve()
-    if _paths.get(path.stem) != path:
-        register_pruner(load_user_module(path))
-        _paths[path.stem] = path
+    content = path.read_bytes() if path.is_file() else b""
+    file = (path, sha256(content).hexdigest())
+    if _files.get(path.stem) != file:
+        method = load_user_module(path)
+        if path.stem in _files:
+            METHODS.pop(path.stem, None)  # an earlier version, or another file of this name
+        register_pruner(method)
+        _files[path.stem] = file
     return path.stem + colon + options
 
 
 def with_files(spec: str) -> str:
     """The specification again as it can be typed: with files in place of their methods' names."""
     parts = (part.partition(":") for part in spec.split("+"))
-    return "+".join(str(_paths.get(name, name)) + colon + rest for name, colon, rest in parts)
+    names = ((str(_files[name][0]) if name in _files else name, *rest) for name, *rest in parts)
+    return "+".join("".join(name) for name in names)
 
 
-def file_digests() -> dict[str, str]:
-    """Of each method that came from a file, by name, the SHA-256 of what the file holds now."""
-    return {name: sha256(path.read_bytes()).hexdigest() for name, path in _paths.items()}
+def file_digests(spec: str = "") -> dict[str, str]:
+    """Of each method that came from a file, by name, the SHA-256 of what was run; of those in a
+    specification, if there is one."""
+    names = {part.partition(":")[0] for part in spec.split("+")} if spec else _files.keys()
+    return {name: digest for name, (_, digest) in _files.items() if name in names}

@@ -28,6 +28,8 @@ needs = {"received_attention": "layer"}
 
 def prune(signals: Signals, K: int, *, power: float = 0.8, layer: float = -1) -> Reduction:
     """Keep K; `layer` is read by the host."""
+    if power < 0:
+        raise ValueError(f"power is {power:g}; it is at least 0")
     with choosing():
         similar = cosine_rows(signals.x_BND)
         support_BN = mx.power(to_choice_dtype(signals.received_attention_BN), constant(power))

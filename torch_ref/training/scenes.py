@@ -145,6 +145,13 @@ class Run:
     def restore(self, last: Path) -> None:
         with reading_checkpoint(last):
             saved = torch.load(last, map_location=self.device, weights_only=True)
+            size, batch = saved.get("size", "small"), saved.get("batch", self.recipe.batch)
+        if (size, batch) != (self.recipe.size, self.recipe.batch):
+            raise UserError(
+                f"{last} is of a training of size {size} with {batch} pictures a step; go on with"
+                " these, or name another folder with out"
+            )
+        with reading_checkpoint(last):
             self.trainee.load_state_dict(saved["model"])
             for opt, state in zip(self.optimisers, saved["optimisers"], strict=True):
                 opt.load_state_dict(state)
@@ -152,7 +159,9 @@ class Run:
 
     def save(self, last: Path) -> None:
         states = [opt.state_dict() for opt in self.optimisers]
-        save(last, {"model": self.trainee.state_dict(), "optimisers": states, "step": self.step})
+        recipe = {"size": self.recipe.size, "batch": self.recipe.batch}
+        model = self.trainee.state_dict()
+        save(last, {"model": model, "optimisers": states, "step": self.step, **recipe})
 
     def advance(self, batch: Batch) -> dict[str, float]:
         """One step; the figures of the batch it learned from."""
