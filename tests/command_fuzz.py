@@ -30,7 +30,7 @@ COMMANDS = {  # a module, and the names in other modules that would build a mode
     "mlx_vlm_prune.encode": ("mlx_vlm_prune.encode.load_dual_encoder",),
     "mlx_vlm_prune.evaluate": (), "mlx_vlm_prune.explore": (),
     "mlx_vlm_prune.fuse": ("mlx_vlm_prune.fuse.load_folder",),
-    "mlx_vlm_prune.generate": (), "mlx_vlm_prune.plot": (), "mlx_vlm_prune.pruners.listing": (),
+    "mlx_vlm_prune.generate": (), "mlx_vlm_prune.new_method": (), "mlx_vlm_prune.plot": (), "mlx_vlm_prune.pruners.listing": (),
     "mlx_vlm_prune.scan": ("mlx_vlm_prune.scan.measure",), "mlx_vlm_prune.serve": (),
     "mlx_vlm_prune.sweep": (),
     "mlx_vlm_prune.train": (),

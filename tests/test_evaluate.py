@@ -279,7 +279,7 @@ BAD_FLAGS = {
     "seed": (["--seed", "-1"], "--seed"),
     "out": (["--out", "absent/e.json"], "no folder"),
     "out is a folder": (["--out", "."], "a folder"),
-    "per-kind": (["--per-kind", "3"], "for scenes"),
+    "per-kind": (["--per-kind", "3"], "for drawn questions"),
     "model": (["--model", "nowhere"], "nowhere"),
     "dtype": (["--dtype", "float8"], "float16"),
     "images": (["--questions", "scenes", "--split", "val"], "for a file's questions"),

@@ -96,6 +96,6 @@ def test_a_system_message_is_where_mlx_vlms_command_puts_it(loaded, home, theirs
 def test_a_model_of_one_question_has_no_system_message():
     config = {"model_type": "paligemma"}
     host = SimpleNamespace(kind="paligemma", model=SimpleNamespace(config=config), processor=None)
-    host.image_marks = ()
+    host.image_marks, host.template_config = (), lambda images: (config, images)
     with pytest.raises(UserError, match="paligemma model reads one question and no system message"):
         prepare_prompt(host, QUESTION, [], system="w3")

@@ -87,7 +87,7 @@ def test_an_unknown_option_gets_the_nearest_of_its_method():
 def test_the_listing_says_which_methods_can_be_one_and_the_same_choice(capsys):
     listing.main([])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "cls_attention is received_attention in a tower without a CLS token" in shown
+    assert "In a tower without a CLS token cls_attention is received_attention." in shown
     rng = np.random.default_rng(0)
     received_BN, objects_BN = (mx.array(rng.random((2, 64), np.float32)) for _ in range(2))
     signals = Signals(mx.zeros((2, 64, 4)), (8, 8), received_attention_BN=received_BN,

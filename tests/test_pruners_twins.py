@@ -87,7 +87,7 @@ def test_every_method_has_its_twin_and_every_module_its_line():
                 assert method.options[key] == parameter.default, (name, key)
     helpers = """
         contract numerics grid rows lazy coverage budget clusters method pipeline scorer spec trace
-        listing observed shares
+        listing observed own_methods shares
     """
     modules = {file.stem for file in Path(pruners.__file__).parent.glob("[a-z]*.py")}
     assert modules == set(METHODS) | set(helpers.split())

@@ -205,6 +205,7 @@ def _check_post_processor(part: Any) -> None:
     """ValueError, a sentence, for one that puts too much around a text."""
     copies, added = 1, 0
     for count, step in enumerate(_steps(part)):
+        copied_by, added_by = [1], [0]  # a text is put into one of two forms
         for form in ("single", "pair"):
             pieces = step.get(form)
             if not isinstance(pieces, list):
@@ -212,8 +213,9 @@ def _check_post_processor(part: Any) -> None:
             tokens = step.get("special_tokens")
             ids = _ids_of_tokens(tokens if isinstance(tokens, Mapping) else {})
             inner = [piece for piece in pieces if isinstance(piece, Mapping)]
-            copies *= max(sum("Sequence" in piece for piece in inner), 1)
-            added += sum(map(ids, inner))
+            copied_by.append(sum("Sequence" in piece for piece in inner))
+            added_by.append(sum(ids(piece) for piece in inner if "Sequence" not in piece))
+        copies, added = copies * max(copied_by), added + max(added_by)
         if count >= MOST_STEPS:
             raise ValueError(f"its post_processor has more than {MOST_STEPS} steps")
         if copies > MOST_GROWTH:
