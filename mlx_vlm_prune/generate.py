@@ -86,7 +86,7 @@ def stream_generate(
     max_pixels: int | None = None, allow_url: bool = False,
     host_options: Mapping[str, Any] | None = None,
 ) -> Iterator[GenerationResponse]:  # fmt: skip
-    """Answer a prompt about any number of images, one piece of text at a time.
+    """Answer a prompt about any number of images, one piece of text at a time. Raises UserError.
 
     `<image>` in the prompt marks an image's place. `pruner`, "NAME", "NAME:option=value" or a chain
     "NAME+NAME", keeps K of an image's N visual tokens (a decoder method: on average) by
@@ -97,9 +97,8 @@ def stream_generate(
     mlx-lm's own, if installed; `temperature` and `top_p` need no mlx-lm. `eos_tokens` end an answer
     beside the model's. A twig may guess `num_draft_tokens` ahead. `max_pixels` limits images;
     larger JPEGs are scaled. With `allow_url` an image may be a public http(s) URL.
-    `chat_template_config` are options of the template, `host_options` mlx-vlm's: prefill_step_size,
+    `chat_template_config` are the template's options, `host_options` mlx-vlm's: prefill_step_size,
     kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape, processor_kwargs.
-    Raises UserError.
     """
     given = locals()
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}

@@ -79,7 +79,7 @@ def test_the_weights_that_are_counted_are_those_that_are_held(place):
         held, peak = map(int, line.split())
         counted, stored = (weights_of(folder, dtype) for dtype in (mx.float16, mx.float32))
         assert held == pytest.approx(counted, rel=0.05)  # and frequencies of rotation
-        assert peak < counted + stored / 2
+        assert peak < stored + counted / 2  # MLX may read all before it casts the first
 
 
 @pytest.mark.parametrize(
