@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -85,19 +85,17 @@ class Server:
     async def _read(self, content: bytes, open_request: OpenRequest) -> ChatRequest:
         """A request with its pictures, read in threads; few requests at once, as each may take a
         gigabyte."""
-        async with self.decoding:
-            body = await run_in_threadpool(parse_body, content)
+        body = await in_thread(self.decoding, parse_body, content)
         links, settings, downloads = body.links, self.settings, Downloads()
         check_count(links, settings)
         if settings.allow_url:
-            async with self.downloading:
-                seconds = open_request.seconds_left
-                downloads = await run_in_threadpool(download_pictures, links, seconds)
-            open_request.hold(len(content) + sum(map(len, downloads.values())))
-        async with self.decoding:
-            return await run_in_threadpool(
-                read_chat_request, body, downloads, settings, open_request
+            downloads = await in_thread(
+                self.downloading, lambda: download_pictures(links, open_request.seconds_left)
             )
+            open_request.hold(len(content) + sum(map(len, downloads.values())))
+        return await in_thread(
+            self.decoding, read_chat_request, body, downloads, settings, open_request
+        )
 
     async def _whole(self, listener: Listener, chat: ChatRequest, piece: Piece) -> Response:
         """The answer in one piece."""
@@ -191,8 +189,11 @@ class Server:
     async def check_key(self, request: Request) -> None:
         """Raises RequestRefusedError without the server's key."""
         key = self.settings.api_key
-        given = request.headers.get("authorization", "")
-        if key and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        is_right = scheme.lower() == "bearer" and hmac.compare_digest(
+            given.strip().encode(), (key or "").encode()
+        )
+        if key and not is_right:
             raise RequestRefusedError("the API key is missing or wrong", 401)
 
     async def refuse(self, _: Request, problem: Any) -> Response:
@@ -214,6 +215,24 @@ async def in_time(
         return await asyncio.wait_for(work, open_request.seconds_left)
     except asyncio.TimeoutError:
         raise too_slow(open_request, part, status) from None
+
+
+async def in_thread(
+    places: asyncio.Semaphore, work: Callable[..., Value], *arguments: Any
+) -> Value:
+    """The result of a call in a thread. It has its place until the thread has ended, also where
+    nobody waits any more."""
+    await places.acquire()
+    call = asyncio.ensure_future(run_in_threadpool(work, *arguments))
+
+    def give_place_back(ended: "asyncio.Task[Value]") -> None:
+        places.release()
+        if not ended.cancelled():
+            ended.exception()  # else asyncio writes of one that nobody has seen
+
+    call.add_done_callback(give_place_back)
+    await asyncio.wait({call})  # which, unlike `await call`, ends no call when it is cancelled
+    return call.result()
 
 
 def build_app(engine: Engine, settings: ServerSettings, metrics: Metrics) -> FastAPI:

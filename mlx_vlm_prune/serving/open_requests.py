@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from .refusals import RequestRefusedError
+from .refusals import CLIENT_GONE, RequestRefusedError
 
 TOO_MUCH = "the requests so far hold as much memory as the server gives them; try again later"
+OVER = "nobody waits for the request any more"
 
 
 @dataclass(eq=False)
@@ -20,6 +21,7 @@ class OpenRequest:
     seconds: float
     start: float = field(default_factory=time.perf_counter)
     nbytes: int = 0
+    is_over: bool = False
 
     @property
     def age(self) -> float:
@@ -32,8 +34,11 @@ class OpenRequest:
         return max(0.0, self.seconds - self.age)
 
     def hold(self, nbytes: int) -> None:
-        """It holds so many bytes now, in place of those before. Raises RequestRefusedError."""
+        """It holds so many bytes now, in place of those before. Raises RequestRefusedError, also in
+        a thread that still reads a request that is over."""
         with self.all.lock:
+            if self.is_over:
+                raise RequestRefusedError(OVER, CLIENT_GONE)
             before, self.nbytes = self.nbytes, nbytes
             self.all.nbytes += nbytes - before
             is_too_much = nbytes > before and self.all.nbytes > self.all.most_bytes
@@ -43,6 +48,12 @@ class OpenRequest:
             raise RequestRefusedError(f"its pictures take more than {most} MB in memory", 413)
         if is_too_much:
             raise RequestRefusedError(TOO_MUCH, 429)
+
+    def end(self) -> None:
+        """It holds nothing, now and later."""
+        with self.all.lock:
+            self.all.nbytes -= self.nbytes
+            self.nbytes, self.is_over = 0, True
 
 
 class OpenRequests:
@@ -65,5 +76,5 @@ class OpenRequests:
         try:
             yield request
         finally:
-            request.hold(0)
+            request.end()
             self.count -= 1

@@ -50,6 +50,8 @@ class ServerSettings:
         if not 0 < self.timeout < float("inf"):
             raise UserError(f"timeout is {self.timeout}; it must be seconds, more than 0")
         check_max_pixels(self.max_pixels)
+        if not all("!" <= character <= "~" for character in self.api_key or ""):
+            raise UserError("api_key may have letters, digits and signs of ASCII, and no spaces")
 
     @property
     def most_requests(self) -> int:
