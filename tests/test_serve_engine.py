@@ -20,7 +20,7 @@ from mlx_vlm_prune.machine.clock import Clock
 
 from .golden_requests import make_folder
 from .serving import PATIENCE, data_uri, noise, question, serve, slow_down, text_of
-from .test_serve_load import LONG, open_stream, wait_for
+from .test_serve_load import LONG, wait_for
 
 from mlx_vlm_prune.serving import chat_request, engine  # isort: skip - need FastAPI
 from mlx_vlm_prune.serving.memory import AnswerMemory  # isort: skip
@@ -66,6 +66,9 @@ class Batch:
     def prepare(self, request: Request) -> PreparedRequest:
         return PreparedRequest(request, Clock(), 10)
 
+    def rows_left(self, prepared: PreparedRequest, *, low_detail: bool = False) -> int:
+        return prepared.rows
+
     def add(self, key: Any, prepared: PreparedRequest, *, low_detail: bool = False) -> AnswerRoom:
         self.added.append(prepared.request.prompt)
         return AnswerRoom(10, prepared.request.max_tokens)
@@ -87,7 +90,7 @@ def running(batch: Any) -> Iterator[engine.Engine]:
     """An engine that answers by a batch."""
     memory = AnswerMemory(0, 0)
     times: Any = None
-    works = engine.Engine(batch, 4, 8, Metrics(), times, memory)
+    works = engine.Engine(batch, 4, Metrics(), times, memory)
     works.start()
     try:
         yield works
@@ -109,14 +112,16 @@ def test_nobody_waits_for_ever_whatever_ends_the_thread(broken):
     with running(Batch(broken)) as works:
         events = submitted(works)
         assert events.get(timeout=PATIENCE).status == 500  # the step
-        if broken == "clear":
-            wait_for(lambda: not works.is_alive)
-            with pytest.raises(RequestRefusedError, match="the server answers no more"):
-                submitted(works)
+        if broken == "close":
+            works.stop()
+        wait_for(lambda: not works.is_alive)
+        with pytest.raises(RequestRefusedError, match="the server answers no more"):
+            submitted(works)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_those_who_wait_while_the_thread_ends_get_to_know_it():
+@pytest.mark.parametrize("broken", ["clear", "close"])
+def test_those_who_wait_while_the_thread_ends_get_to_know_it(broken):
     came, go_on = threading.Event(), threading.Event()
 
     class Slow(Batch):
@@ -125,10 +130,13 @@ def test_those_who_wait_while_the_thread_ends_get_to_know_it():
             assert go_on.wait(PATIENCE)
             return super().step()
 
-    with running(Slow("clear")) as works:
+    with running(Slow(broken)) as works, ThreadPoolExecutor(1) as other:
         first = submitted(works)
         assert came.wait(PATIENCE)
         second = submitted(works)
+        if broken == "close":
+            other.submit(works.stop)
+            wait_for(lambda: works._stopping)
         go_on.set()
         assert first.get(timeout=PATIENCE).status == 500
         assert second.get(timeout=PATIENCE).status == 503
@@ -323,17 +331,6 @@ def test_detail_low_needs_to_know_which_crops_are_of_an_image(host, monkeypatch)
         assert server.chat(message, max_tokens=1)
         monkeypatch.setattr(Host, "knows_images", lambda *_: False)
         assert "do not say which crops" in server.refusal(message, max_tokens=1)[1]
-
-
-def test_a_stream_goes_on_while_others_are_prepared(loaded):
-    with (
-        serve(*loaded, batch=1) as server,
-        open_stream(server, 50) as reply,
-        ThreadPoolExecutor(4) as others,
-    ):
-        waiting = [others.submit(server.chat, question("yes ?"), max_tokens=2) for _ in "abcd"]
-        assert reply.read().endswith(b"data: [DONE]\n\n")
-        assert len({text_of(one.result()) for one in waiting}) == 1
 
 
 def test_a_batch_says_which_error_was_the_users():

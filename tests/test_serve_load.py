@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +18,12 @@ from typing import Any
 import pytest
 
 from mlx_vlm_prune import load
+from mlx_vlm_prune.generation.request import Request
+from mlx_vlm_prune.generation.running_batch import OwnRunningBatch
 
 from .entry_points import ROOT
 from .golden_requests import make_folder
-from .serving import PATIENCE, Served, noise, question, serve, text_of
+from .serving import PATIENCE, Served, noise, question, serve, slow_down, text_of
 
 LONG = 3000  # tokens, some seconds
 PATH = "/v1/chat/completions"
@@ -82,6 +85,7 @@ def test_a_client_that_leaves_is_cancelled(loaded):
         wait_for(lambda: server.metric("requests_running") == 1)
         connection.close()  # also where the answer is wanted in one piece
         wait_for(lambda: server.metric("requests_running") == 0)
+        wait_for(lambda: server.metric('requests_total{status="499"}') == 2)
 
 
 def test_a_full_queue_refuses_and_a_place_in_it_is_free_again(loaded):
@@ -93,6 +97,29 @@ def test_a_full_queue_refuses_and_a_place_in_it_is_free_again(loaded):
             assert (status, content["error"]["type"]) == (429, "rate_limit_error")
         assert text_of(waiting.result())
         assert text_of(server.chat(question("yes ?"), max_tokens=3))
+
+
+def test_a_stream_goes_on_while_others_are_prepared(loaded, monkeypatch):
+    has_begun, may_go_on = threading.Event(), threading.Event()
+    prepare = OwnRunningBatch.prepare
+
+    def prepare_late(self: OwnRunningBatch, request: Request) -> Any:
+        if request.prompt == "yes ?":
+            has_begun.set()
+            assert may_go_on.wait(PATIENCE)
+        return prepare(self, request)
+
+    monkeypatch.setattr(OwnRunningBatch, "prepare", prepare_late)
+    slow_down(OwnRunningBatch, monkeypatch)
+    with serve(*loaded) as server, open_stream(server, 50) as reply, ThreadPoolExecutor(4) as more:
+        waiting = [more.submit(server.chat, question("yes ?"), max_tokens=2) for _ in "abcd"]
+        try:
+            assert has_begun.wait(PATIENCE) and server.metric("requests_running") == 1
+            assert reply.read().endswith(b"data: [DONE]\n\n")
+            assert not any(one.done() for one in waiting)
+        finally:
+            may_go_on.set()
+        assert len({text_of(one.result()) for one in waiting}) == 1
 
 
 def test_an_answer_that_takes_too_long_ends(loaded):
@@ -178,8 +205,8 @@ def command(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 def when_up(process: subprocess.Popen[str]) -> Served:
     """Where it answers, once it does."""
     assert process.stderr is not None
-    line = process.stderr.readline()
-    assert "http://127.0.0.1:" in line, line + process.stderr.read()
+    line = next((line for line in process.stderr if "http://127.0.0.1:" in line), "")
+    assert line, "it ended before that"
     return Served(int(line.rpartition(":")[2].partition("/")[0]))
 
 

@@ -22,7 +22,7 @@ from mlx_vlm_prune.models.joined_prompts import JoinedPrompts
 from mlx_vlm_prune.planning import calibration
 
 from .golden_requests import make_folder
-from .serving import noise, question, serve, slow_down, text_of
+from .serving import Served, noise, question, serve, slow_down, text_of
 from .test_serve_load import LONG, open_stream, wait_for
 
 from mlx_vlm_prune.serving import memory, time_budget  # isort: skip - need FastAPI
@@ -80,7 +80,8 @@ def test_answers_wait_until_there_is_memory_for_their_rows(loaded, monkeypatch):
             assert server.metric("requests_running") == 1
         assert text_of(waiting.result())
         status, sentence = server.refusal(question("yes ?"), max_tokens=LONG)
-        assert status == 400 and f"this server has memory for {STEP}" in sentence
+        assert status == 400 and f"this server has memory for {STEP} together" in sentence
+        assert sentence.endswith(memory.FEWER_TOKENS)
         assert server.chat(question("yes ?"), max_tokens=STEP // 2)
 
 
@@ -97,6 +98,65 @@ def test_two_answers_run_where_there_is_memory_for_two(loaded, monkeypatch):
         assert server.metric("requests_running") == 2
 
 
+def most_at_once(server: Served, message: Any, **options: Any) -> float:
+    """Of two requests, how many are answered at once."""
+    with ThreadPoolExecutor(2) as others:
+        answers = [others.submit(server.chat, message, **options) for _ in range(2)]
+        most = 0.0
+        while not all(one.done() for one in answers):
+            most = max(most, server.metric("requests_running"))
+        assert all(text_of(one.result()) for one in answers)
+    return most
+
+
+def test_prompts_are_counted_with_the_tokens_that_their_budgets_keep(loaded, monkeypatch):
+    """All tokens of sixteen pictures are more than one step of rows."""
+    message = question("a ?", *[noise(20, 20, seed) for seed in range(16)])
+    slow_down(OwnRunningBatch, monkeypatch)
+    pruned = [{"visual_tokens": 2}, {"keep_ratio": 0.25, "pruner": "norm"}]
+    full = [{}, {"visual_tokens": 9, "pruner": "fastv"}]  # which leave behind a layer
+    free = free_for(loaded, 1.5)
+    monkeypatch.setattr(memory, "free_bytes", lambda: free)
+    with serve(*loaded, cache_bytes=0) as server:
+        for budget in pruned:
+            assert server.chat(message, **budget, max_tokens=2)
+        for budget in full:
+            sentence = server.refusal(message, **budget, max_tokens=2)[1]
+            assert f"its answer may have 2; this server has memory for {STEP} tog" in sentence
+            assert sentence.endswith(memory.FEWER_ROWS)
+    free = free_for(loaded, 2.5)
+    with serve(*loaded, cache_bytes=0) as server:
+        assert most_at_once(server, message, **pruned[0], max_tokens=40) == 2
+        assert most_at_once(server, message, max_tokens=40) == 1
+
+
+@pytest.mark.parametrize("spec", ["norm", "avgpool", "visionzip+divprune", "fastv", "norm+restore"])
+def test_rows_that_are_left_are_those_that_are_then_read(spec, loaded):
+    request = Request("how many stars ?", [noise(30, 30), noise(30, 30, 1)], spec, keep_tokens=9)
+    batch = OwnRunningBatch(*loaded)
+    prepared = batch.prepare(request)
+    rows = batch.rows_left(prepared)
+    assert rows == batch.add("a", prepared).rows
+    assert (rows < prepared.rows) == (spec != "fastv")
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
+def test_rows_that_are_left_of_mlx_vlms_prompts_are_never_counted_as_fewer(kind, hosts):
+    from mlx_vlm_prune.hosts.running_batch import HostRunningBatch
+
+    pictures, batch = [noise(120, 120), noise(90, 120, 1)], HostRunningBatch(*hosts(kind), 4)
+    try:
+        for budget in ({"keep_ratio": 0.25}, {"keep_tokens": 9}, {}):
+            prepared = batch.prepare(Request("w7 w9", pictures, "norm", **budget, max_tokens=1))
+            rows = batch.rows_left(prepared)
+            read = batch.add(str(budget), prepared).rows
+            assert read <= rows <= read + len(pictures) and rows < prepared.rows
+        rows = batch.rows_left(prepared, low_detail=True)
+        assert batch.add("low", batch.prepare(prepared.request), low_detail=True).rows <= rows
+    finally:
+        batch.close()
+
+
 def test_answers_of_mlx_vlms_wait_for_memory_too(hosts, monkeypatch):
     from mlx_vlm_prune.hosts.running_batch import HostRunningBatch
 
@@ -105,12 +165,8 @@ def test_answers_of_mlx_vlms_wait_for_memory_too(hosts, monkeypatch):
     monkeypatch.setattr(model[1].tokenizer.stopping_criteria, "eos_token_ids", [])
     free = free_for(model, 1.5)
     monkeypatch.setattr(memory, "free_bytes", lambda: free)
-    with serve(*model, cache_bytes=0) as server, ThreadPoolExecutor(2) as others:
-        running = [others.submit(server.chat, question("w7"), max_tokens=40) for _ in range(2)]
-        most = 0.0
-        while not all(one.done() for one in running):
-            most = max(most, server.metric("requests_running"))
-        assert most == 1 and all(text_of(one.result()) for one in running)
+    with serve(*model, cache_bytes=0) as server:
+        assert most_at_once(server, question("w7"), max_tokens=40) == 1
 
 
 def test_more_for_earlier_prompts_than_there_is_free_is_refused(loaded, monkeypatch):
@@ -135,6 +191,24 @@ def test_a_prompt_that_joined_is_held_once(loaded):
     forgetful = OwnRunningBatch(*loaded, 0)
     added(forgetful, "a", request)
     assert forgetful.answers[0].held is None
+
+
+@pytest.mark.parametrize(("most_bytes", "copies"), [(1_000_000, 1), (100, 0)])
+def test_rows_that_are_more_than_can_be_held_are_not_copied(
+    most_bytes, copies, loaded, monkeypatch
+):
+    copied, rows_of = [], JoinedPrompts.rows_of
+
+    def noted(self: JoinedPrompts, prompts: Any) -> Any:
+        copied.append(prompts)
+        return rows_of(self, prompts)
+
+    monkeypatch.setattr(JoinedPrompts, "rows_of", noted)
+    batch = OwnRunningBatch(*loaded, most_bytes)
+    added(batch, "a", Request("how many stars ?", [], max_tokens=2))
+    while len(batch):
+        batch.step()
+    assert len(copied) == len(batch.reader.rows) == copies
 
 
 def test_of_a_prompt_of_mlx_vlms_no_pixels_are_held(hosts):

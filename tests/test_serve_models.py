@@ -176,6 +176,33 @@ def test_what_a_server_is_to_prune_by_is_checked_before_it_answers(loaded):
             build_server(*loaded(kind), settings)
 
 
+@pytest.mark.parametrize("name", ["_extend_generation_batch", "_prompt_batch"])
+def test_a_version_of_mlx_vlms_without_what_is_needed_is_refused_and_the_model_left_as_it_was(
+    name, loaded, monkeypatch
+):
+    from mlx_vlm.generate import BatchGenerator
+
+    model, processor = loaded("llava")
+    before = type(model.language_model)
+    if name == "_prompt_batch":  # of each, not of the class
+        start = BatchGenerator.__init__
+
+        def start_without(self: Any, *arguments: Any, **options: Any) -> None:
+            start(self, *arguments, **options)
+            del self._prompt_batch
+
+        monkeypatch.setattr(BatchGenerator, "__init__", start_without)
+    else:
+        monkeypatch.delattr(BatchGenerator, name)
+    sentence = rf"mlx-vlm [\d.]+ has no BatchGenerator\.{name}, .*install mlx-vlm 0\.7\.10"
+    with pytest.raises(UserError, match=sentence):
+        build_server(model, processor, ServerSettings("tiny"))
+    assert type(model.language_model) is before
+    monkeypatch.undo()
+    with serve(model, processor) as server:
+        assert text_of(server.chat(question("w7"), max_tokens=3))
+
+
 def test_the_method_is_the_command_lines_else_the_checkpoints_else_a_default(loaded):
     model, _ = loaded("own llava")
     learned = VLM.__new__(VLM)  # settings read nothing else of it

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..inputs.budget import low_detail_tokens
+from ..inputs.budget import FixedBudgetError, budget, low_detail_tokens
 from ..inputs.detokenizer import Detokenizer
 from ..inputs.processor import Processor
 from ..inputs.prompt import Prompt
@@ -26,7 +26,13 @@ from .prompt_reader import PromptReader
 from .request import Request
 from .result import GenerationResponse, GenerationResult
 from .steps import PromptChooser, check_first_logits
-from .stream import AnswerWriter, answer_ends, check_request, prefilled_result
+from .stream import (
+    AnswerWriter,
+    answer_ends,
+    check_request,
+    pipeline_for,
+    prefilled_result,
+)
 
 CLEAR_EVERY = 256  # steps, after which memory that nothing uses goes back to the machine
 
@@ -110,6 +116,11 @@ class ServedBatch(RunningBatch, Protocol):
     context: int
     longest_token: int
 
+    def rows_left(self, prepared: Any, *, low_detail: bool = False) -> int:
+        """The rows that a prompt of `prepare` takes at most when it is pruned; all where that is
+        known only when it is read. Raises UserError."""
+        ...
+
     def add(self, key: Hashable, prepared: Any, *, low_detail: bool = False) -> AnswerRoom:
         """Read a prompt of `prepare` at once. Raises UserError."""
         ...
@@ -188,6 +199,19 @@ class OwnRunningBatch:
         pictures, prompt = self.reader.open(request, clock)
         return PreparedTurns(request, clock, len(prompt.ids), pictures, prompt)
 
+    def rows_left(self, prepared: PreparedTurns, *, low_detail: bool = False) -> int:
+        """The rows of a pruned prompt that the first layer reads. Raises UserError."""
+        request, N = prepared.request, self.model.N
+        pipeline = pipeline_for(self.model, request.pruner)
+        if any(step.has_dynamic_budget for step in pipeline.steps):
+            return prepared.rows
+        tokens = low_detail_tokens(N) if low_detail else request.keep_tokens
+        try:
+            K = budget(N, request.keep_ratio, tokens, pipeline)
+        except FixedBudgetError:  # its own number is kept
+            K = budget(N, None, None, pipeline)
+        return prepared.rows - len(prepared.pictures) * (N - pipeline.budgets(N, K).before_layers)
+
     def add(
         self, key: Hashable, prepared: PreparedTurns, *, low_detail: bool = False
     ) -> AnswerRoom:
@@ -202,7 +226,8 @@ class OwnRunningBatch:
             token_11 = clock.end_part("prefill", choose(read.prefill.logits_BV))
             check_first_logits(read.prefill.logits_BV)
         next_position = int(np.array(read.prefill.next_B1)[0, 0])
-        room = answer_room(request, next_position, self.context)
+        room = answer_room(request, next_position, self.context)  # positions may be more than rows
+        room = replace(room, rows=max(read.prefill.rows))
         writer = AnswerWriter(
             Detokenizer(self.processor.tokenizer),
             answer_ends(self.processor, request),
@@ -262,10 +287,13 @@ class OwnRunningBatch:
         return mx.concatenate(tokens)
 
     def _hold(self, b: int) -> None:
-        """Hold the rows of an answer's prompt, and of as much of the answer as was read."""
+        """Hold the rows of an answer's prompt, and of as much of the answer as was read; more than
+        can be held are not even copied."""
         if held := self.answers[b].held:
-            held.cache = self.prompts.rows_of([b])
-            self.reader.keep(held)
+            rows = len(held.keys) + len(held.token_ids)
+            if rows * self.prompts.row_bytes <= self.reader.rows.most_bytes:
+                held.cache = self.prompts.rows_of([b])
+                self.reader.keep(held)
 
     def _keep(self, prompts: list[int]) -> None:
         """Go on with these answers alone."""

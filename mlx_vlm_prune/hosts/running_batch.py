@@ -22,10 +22,11 @@ from ..generation.running_batch import AnswerPiece, AnswerRoom, PreparedRequest,
 from ..generation.sampling import SeededSampler, penalties
 from ..generation.steps import sample_token
 from ..generation.stream import AnswerWriter, initial_result
-from ..inputs.budget import check_budget
+from ..inputs.budget import LOW_DETAIL_PART, LOW_DETAIL_TOKENS, budget, check_budget
 from ..inputs.image import open_image
 from ..machine.bounded_store import BoundedStore
 from ..machine.clock import Clock, request_clock
+from ..machine.hardware import versions
 from ..pruners import Pipeline
 from ..pruners.contract import Policy
 from ..pruners.trace import Trace
@@ -39,6 +40,10 @@ from .prompt import prepare_prompt
 from .pruned_language import LanguageState, pruned_class
 from .tower_cache import TowerCache
 from .views import View
+
+# Of mlx-vlm's BatchGenerator, beside its interface; there in the version that was tried.
+PRIVATE = ("_generation_batch", "_prompt_batch", "_extend_generation_batch")
+TRIED_VERSION = "0.7.10"
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,14 @@ class HostRunningBatch:
         layers = self.host.mask_layers if can_enhance else ()
         self.state = LanguageState(self.host.is_bidirectional, layers)
         language, base = model.language_model, type(model.language_model)
-        self._undo = ExitStack()
-        self._undo.enter_context(self.host.preserve_state())
-        self._undo.callback(self.state.invalidate_caches)
-        language.__class__ = pruned_class(base, self.state)
-        self._undo.callback(setattr, language, "__class__", base)
-        self.generator: Any = None
-        self.clear()
+        with ExitStack() as undo:
+            undo.enter_context(self.host.preserve_state())
+            undo.callback(self.state.invalidate_caches)
+            language.__class__ = pruned_class(base, self.state)
+            undo.callback(setattr, language, "__class__", base)
+            self.generator: Any = None
+            self.clear()
+            self._undo = undo.pop_all()
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -103,6 +109,7 @@ class HostRunningBatch:
             prefill_batch_size=1,  # each prompt is read as it is alone
             completion_batch_size=self.most_answers,
         )
+        check_generator(self.generator)
         self._no_answers = self.generator._generation_batch
 
     def close(self) -> None:
@@ -141,6 +148,23 @@ class HostRunningBatch:
         # What is not computed belongs to this thread, and another one reads the prompt.
         clock.end_part("image", [inputs.mask_1L, inputs.pixels, [*inputs.extra.values()]])
         return PreparedPictures(request, clock, len(inputs.ids), inputs)
+
+    def rows_left(self, prepared: PreparedPictures, *, low_detail: bool = False) -> int:
+        """The rows of a pruned prompt at most, where each of them has its id; how many tokens each
+        image becomes is known only behind the tower. Raises UserError."""
+        host, request, ids = self.host, prepared.request, prepared.inputs.ids
+        pipeline, _ = self._plan(request)
+        has_own_number = pipeline.trained_tokens or pipeline.own_budget(len(ids)) is not None
+        if host.placeholder_unit != "token" or has_own_number or not request.images:
+            return prepared.rows
+        images, N = len(request.images), ids.count(host.image_token_id(prepared.inputs))
+        if low_detail:
+            K = images * LOW_DETAIL_TOKENS + N // LOW_DETAIL_PART
+        elif request.keep_tokens is not None:
+            K = images * request.keep_tokens
+        else:
+            K = budget(N, request.keep_ratio, None, pipeline) + images  # each keeps one at least
+        return prepared.rows - N + min(N, K)
 
     def add(
         self, key: Hashable, prepared: PreparedPictures, *, low_detail: bool = False
@@ -236,6 +260,17 @@ class HostRunningBatch:
         depth = len(self.host.language.layers)
         result = initial_result(answer.trace, depth, answer.pipeline, answer.policy)
         return result.prefilled(answer.room.rows, answer.clock.ttft())
+
+
+def check_generator(generator: Any) -> None:
+    """Raises UserError where mlx-vlm's batches are not those that prompts can be put aside of."""
+    missing = [name for name in PRIVATE if not hasattr(generator, name)]
+    if missing:
+        generator.close()
+        raise UserError(
+            f"mlx-vlm {versions()['mlx-vlm']} has no BatchGenerator.{missing[0]}, by which prompts"
+            f" are read apart; install mlx-vlm {TRIED_VERSION}"
+        )
 
 
 def row_processors(request: Request) -> list[Any] | None:

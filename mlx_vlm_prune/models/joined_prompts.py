@@ -25,6 +25,12 @@ class JoinedPrompts:
     def __len__(self) -> int:
         return 0 if self.batch is None else len(self.batch.next_B1)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a prompt's row in all layers, which have rows."""
+        assert self.batch is not None, "a prompt was added"
+        return sum(layer.nbytes // (len(self) * layer.rows) for layer in self.batch.cache)
+
     def add(self, prefill: Prefill) -> None:
         """One more prompt, which becomes the last of the batch; `prefill` stays as it is."""
         parts = [prefill] if self.batch is None else [self.batch, prefill]

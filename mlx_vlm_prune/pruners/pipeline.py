@@ -189,6 +189,11 @@ class StepBudgets:
         """How many tokens the last step is given."""
         return self.per_step[-2][1] if len(self.per_step) > 1 else self.N
 
+    @property
+    def before_layers(self) -> int:
+        """How many tokens the language model is given."""
+        return min([self.N, *(left for step, left in self.per_step if step.stage < Stage.DECODER)])
+
 
 @dataclass(frozen=True)
 class Pipeline:

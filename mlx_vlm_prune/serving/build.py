@@ -38,5 +38,5 @@ def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAP
         batch.close()
         raise
     settings = replace(settings, places_pictures=isinstance(model, VLM))
-    engine = Engine(batch, settings.batch, settings.queue, metrics, times, memory)
+    engine = Engine(batch, settings.batch, metrics, times, memory)
     return build_app(engine, settings, metrics)

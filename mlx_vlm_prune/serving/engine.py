@@ -32,7 +32,6 @@ from .time_budget import TimeBudgets
 from .visual_budget import VisualBudget
 
 logger = logging.getLogger("mlx_vlm_prune")
-FULL = "the server has {} requests waiting, as many as it takes; try again later"
 ENDED = "the server answers no more"
 PREPARED_AHEAD = 2  # requests, whose pixels take memory
 
@@ -66,17 +65,17 @@ class Job:
 
 
 class Engine:
-    """The queue and its threads; `most_answers` are written together, as far as `memory` holds
-    them."""
+    """The queue, which whoever submits requests bounds, and its threads; `most_answers` are written
+    together, as far as `memory` holds them."""
 
     def __init__(
-        self, batch: ServedBatch, most_answers: int, queue: int, metrics: Metrics,
-        times: TimeBudgets, memory: AnswerMemory,
+        self, batch: ServedBatch, most_answers: int, metrics: Metrics, times: TimeBudgets,
+        memory: AnswerMemory,
     ) -> None:  # fmt: skip
-        self.batch, self.most_answers, self.queue = batch, most_answers, queue
+        self.batch, self.most_answers = batch, most_answers
         self.metrics, self.times, self.memory = metrics, times, memory
         self.waiting: deque[Job] = deque()
-        self.running: dict[int, Job] = {}
+        self.running: set[Job] = set()
         self._changed = threading.Condition()
         self._stopping = False
         self._threads = [
@@ -101,8 +100,8 @@ class Engine:
         return all(thread.is_alive() for thread in self._threads)
 
     def submit(self, job: Job) -> None:
-        """Queue a request. Raises RequestRefusedError where the queue is full or has ended, and for
-        texts that no prompt could have."""
+        """Queue a request. Raises RequestRefusedError where the queue has ended, and for texts that
+        no prompt could have."""
         try:
             check_characters(self.batch, job.chat.request)
         except UserError as problem:
@@ -110,8 +109,6 @@ class Engine:
         with self._changed:
             if self._stopping or not self.is_alive:
                 raise RequestRefusedError(ENDED, 503)
-            if len(self.waiting) >= self.queue and len(self.running) >= self.most_answers:
-                raise RequestRefusedError(FULL.format(len(self.waiting)), 429)
             self.waiting.append(job)
             self._changed.notify_all()
 
@@ -152,9 +149,9 @@ class Engine:
         request = job.chat.request
         try:
             prepared = self.batch.prepare(request)
-            most = max(prepared.rows, self.batch.context)
-            job.rows = min(prepared.rows + request.max_tokens, most)
-            self.memory.check(job.rows)
+            rows = self._rows(prepared, job.chat.budget)
+            job.rows = min(rows + request.max_tokens, max(rows, self.batch.context))
+            self.memory.check(rows, job.rows - rows)
         except Exception as problem:
             self.cancel(job)
             job.deliver(refusal_of(problem))
@@ -162,6 +159,12 @@ class Engine:
         with self._changed:
             job.prepared = prepared
             self._changed.notify_all()
+
+    def _rows(self, prepared: PreparedRequest, budget: VisualBudget) -> int:
+        """The rows of a prompt, pruned by a budget that says how far before the prompt is read."""
+        if budget.budget_ms is not None:
+            return prepared.rows
+        return self.batch.rows_left(_pruned(prepared, budget), low_detail=budget.low_detail)
 
     def _run_engine(self) -> None:
         try:
@@ -172,7 +175,7 @@ class Engine:
         finally:
             self._end()
             with self._changed:
-                left = [*self.waiting, *self.running.values()]
+                left = [*self.waiting, *self.running]
             for job in left:
                 job.deliver(RequestRefusedError(ENDED, 503))
             self.batch.close()
@@ -190,9 +193,9 @@ class Engine:
 
     def _take_turn(self) -> None:
         """A prompt, if there is room for one, and a token of each answer."""
-        for gone in [job for job in self.running.values() if job.is_cancelled]:
-            del self.running[id(gone)]
-            self.batch.remove(id(gone))
+        for gone in [job for job in self.running if job.is_cancelled]:
+            self.running.remove(gone)
+            self.batch.remove(gone)
         job = self._next_job()
         if job and not job.is_cancelled:
             self._read(job)
@@ -203,7 +206,7 @@ class Engine:
         with self._changed:
             if not self._is_next_ready or len(self.running) >= self.most_answers:
                 return None
-            rows = [job.rows for job in (*self.running.values(), self.waiting[0])]
+            rows = [job.rows for job in (*self.running, self.waiting[0])]
             if self.running and not self.memory.holds(rows):
                 return None
             self._changed.notify_all()  # one more can be prepared
@@ -214,7 +217,7 @@ class Engine:
         assert job.prepared is not None, "it was ready"
         waited_ms = 1000 * (time.perf_counter() - job.start)
         job.queue_ms = max(0.0, waited_ms - job.prepared.image_ms)
-        self.running[id(job)] = job
+        self.running.add(job)
         try:
             try:
                 room = self._add(job, job.chat.budget)
@@ -223,8 +226,8 @@ class Engine:
                 room = self._add(job, VisualBudget(job.chat.budget.pruner))
             self._check_room(job, room)
         except Exception as problem:
-            del self.running[id(job)]
-            self.batch.remove(id(job))
+            self.running.remove(job)
+            self.batch.remove(job)
             job.deliver(refusal_of(problem))
         job.prepared = None  # its pixels
 
@@ -233,12 +236,8 @@ class Engine:
         assert job.prepared is not None, "it was ready"
         if budget.budget_ms is not None:
             budget = self.times.choose(job.chat, job.prepared)
-        request = replace(
-            job.prepared.request, pruner=budget.pruner, keep_ratio=budget.keep_ratio,
-            keep_tokens=budget.keep_tokens,
-        )  # fmt: skip
-        prepared = replace(job.prepared, request=request)
-        return self.batch.add(id(job), prepared, low_detail=budget.low_detail)
+        prepared = _pruned(job.prepared, budget)
+        return self.batch.add(job, prepared, low_detail=budget.low_detail)
 
     def _check_room(self, job: Job, room: AnswerRoom) -> None:
         """A warning where the model's context ends before the answer may. Raises
@@ -258,7 +257,7 @@ class Engine:
             pieces = [*self.batch.step()]
         except Exception as problem:  # whose fault it is cannot be told: all of the batch end
             logger.exception("a step of the batch failed")
-            for job in self.running.values():
+            for job in self.running:
                 job.deliver(refusal_of(problem))
             self.running.clear()
             self.batch.clear()
@@ -267,9 +266,10 @@ class Engine:
             self._deliver(piece)
 
     def _deliver(self, piece: AnswerPiece) -> None:
-        job, response = self.running[int(str(piece.key))], piece.response
+        job, response = piece.key, piece.response
+        assert isinstance(job, Job), "each answer was added by its job"
         if isinstance(response, Exception):
-            del self.running[id(job)]
+            self.running.remove(job)
             job.deliver(refusal_of(response))
             return
         assert piece.figures is not None, "a piece comes with the figures of its prompt"
@@ -277,8 +277,17 @@ class Engine:
             self.metrics.count_prompt(piece.figures, job.request_ms, job.queue_ms)
         self.metrics.generated_tokens += 1
         if response.finish_reason:
-            del self.running[id(job)]
+            self.running.remove(job)
         job.deliver(Piece(response, piece.figures, job.request_ms, job.queue_ms))
+
+
+def _pruned(prepared: PreparedRequest, budget: VisualBudget) -> PreparedRequest:
+    """A request with the method and the numbers of a budget."""
+    request = replace(
+        prepared.request, pruner=budget.pruner, keep_ratio=budget.keep_ratio,
+        keep_tokens=budget.keep_tokens,
+    )  # fmt: skip
+    return replace(prepared, request=request)
 
 
 def refusal_of(problem: Exception) -> RequestRefusedError:

@@ -17,6 +17,8 @@ from ..planning.operations import cache_bytes
 
 DEVICE_LIMITS = ("max_recommended_working_set_size", "memory_size", "total_memory")
 SHARE = 0.8  # of what is free; the rest is for towers, prompts that are read, and requests
+FEWER_TOKENS = "ask for fewer max_tokens"
+FEWER_ROWS = "send fewer pictures or shorter texts, or keep fewer visual tokens"
 COPIES = 2  # a batch that a prompt joins, and the one before
 
 
@@ -48,13 +50,15 @@ class AnswerMemory:
         longest = -(-max(rows, default=0) // STEP) * STEP
         return COPIES * len(rows) * longest * self.row_bytes <= self.most_bytes
 
-    def check(self, rows: int) -> None:
-        """Raises UserError for an answer that would not even fit alone."""
-        if not self.holds([rows]):
+    def check(self, prompt: int, answer: int) -> None:
+        """Raises UserError for an answer of so many rows that would not even fit alone, with so
+        many of its prompt's."""
+        if not self.holds([prompt + answer]):
             most = self.most_bytes // (COPIES * self.row_bytes * STEP) * STEP
+            advice = FEWER_TOKENS if prompt < most else FEWER_ROWS
             raise UserError(
-                f"prompt and answer may have {rows} rows; this server has memory for {most}: ask"
-                " for fewer max_tokens"
+                f"the prompt has {prompt} rows, and its answer may have {answer}; this server has"
+                f" memory for {most} together: {advice}"
             )
 
 
