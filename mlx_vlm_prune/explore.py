@@ -23,7 +23,7 @@ from .evaluation.budgeted_methods import BudgetedMethod
 from .evaluation.explored import Explorer
 from .evaluation.sweep_cases import Refusal, budgets_of, full_case, sweep_cases, swept_model
 from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
-from .generation.arguments import build_explore_parser
+from .generation.arguments import build_explore_parser, typed_prompt
 from .generation.exploration import Exploration, ExploredAnswer
 from .generation.request import list_images
 from .pruners.own_methods import with_files
@@ -101,6 +101,8 @@ def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
             words += flag_with(f"--{name.replace('_', '-')}", str(value))
     if args.image:
         words += ["--image", *args.image, *flag_with("--prompt", args.prompt)]
+    if args.allow_url:
+        words += ["--allow-url"]
     if args.dtype != "auto":
         words += ["--dtype", args.dtype]
     if args.chat_template_config:
@@ -134,17 +136,17 @@ def _images_and_prompt(args: argparse.Namespace) -> tuple[list[Any], str]:
     """The images, and the prompt, from stdin too; the sample scene without any."""
     if args.image:
         if args.prompt == "-":
-            args.prompt = sys.stdin.read().strip()
+            args.prompt = typed_prompt()
         return list_images(args.image, args.allow_url), args.prompt
     from .scenes import compose
 
-    return [compose(SAMPLE_SEED).image()], args.prompt or SAMPLE_PROMPT
+    return [compose(SAMPLE_SEED).image()], SAMPLE_PROMPT
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse what can be refused before images and weights are read. Raises UserError."""
     check_cases(args)
-    if args.model and not args.image:
+    if not args.image and (args.model or args.prompt is not None):
         raise UserError("there is no --image; give one")
     if args.out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out is {args.out}; it is a page, so name it .html")

@@ -155,6 +155,17 @@ def test_the_help_of_generate_groups_its_options():
     ]  # fmt: skip
 
 
+def test_help_names_no_option_of_another_command():
+    for build in (
+        build_parser, arguments.build_chat_parser, arguments.build_app_parser,
+        partial(arguments.build_sweep_parser, (), ()), partial(arguments.build_serve_parser, 1),
+        partial(arguments.build_explore_parser, (), ()),
+    ):  # fmt: skip
+        parser = build()
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", parser.format_help()))
+        assert named <= {*parser._option_string_actions}, parser.prog
+
+
 SENTENCES = {  # of the library, and of the command `generate`
     "keep_ratio is 2; it must be at most 1": "--keep-ratio is 2; it must be at most 1",
     "give keep_ratio or keep_tokens, not both": "give --keep-ratio or --keep-tokens, not both",

@@ -52,7 +52,7 @@ def content_of(path) -> dict:
 @pytest.fixture(scope="module")
 def explored(home):
     out = home / "page.html"
-    arguments = ["--pruner", *METHODS, "--keep-tokens", "12", "5", "--no-predict"]
+    arguments = ["--pruner", *METHODS, "--keep-tokens", "12", "5", "--no-predict", "--allow-url"]
     explore.main(command(home, out, *arguments))
     return content_of(out)
 
@@ -68,6 +68,7 @@ def test_the_command_of_each_answer_gives_its_tokens_and_its_text(explored, home
     for row in explored["answers"]:
         name, verb, *arguments = shlex.split(row["command"])
         assert (name, verb) == ("mlx-vlm-prune", "generate")
+        assert "--allow-url" in arguments  # or an image behind an URL would be refused
         arguments[arguments.index("--json") + 1] = str(tmp_path / "answer.json")
         generate_main(arguments)
         written = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
@@ -182,6 +183,17 @@ def test_a_prompt_from_stdin_stands_in_the_commands(flag, home, tmp_path, monkey
     assert parsed.prompt == content["prompt"]
 
 
+def test_a_prompt_from_stdin_that_is_no_text_is_refused(home, tmp_path, monkeypatch, capsys):
+    typed = io.TextIOWrapper(io.BytesIO(b"is it \xff red ?"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    arguments = command(home, tmp_path / "p.html", "--pruner", "norm", "--keep-tokens", "5")
+    arguments[arguments.index(PROMPT)] = "-"
+    with pytest.raises(SystemExit) as stop:
+        explore.main([*arguments, "--no-predict"])
+    assert stop.value.code == 2 and not [*tmp_path.iterdir()]
+    assert capsys.readouterr().err.endswith("error: the prompt is not valid Unicode text\n")
+
+
 def test_times_are_measured_and_predicted_by_part(home, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")
     explore.main(command(home, tmp_path / "p.html", "--pruner", "norm", "--keep-ratio", "0.5"))
@@ -216,6 +228,8 @@ def test_without_an_image_the_sample_scene_is_explored(tmp_path, capsys):
         (["--image", "nowhere.png", "--prompt", "x"], "there is no image file nowhere.png"),
         (["--image", "nowhere.png"], "there is no --prompt; give one, or '-' to read it"),
         (["--model", "nowhere", "--prompt", "x"], "there is no --image; give one"),
+        (["--prompt", "x"], "there is no --image; give one"),
+        (["--prompt", "-"], "there is no --image; give one"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_no_file(

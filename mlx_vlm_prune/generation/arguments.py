@@ -1,4 +1,4 @@
-"""The options of `generate`, `chat` and `sweep` on the command line.
+"""The options of the commands that ask a model: generate, chat, sweep, explore, serve and app.
 
 A value is checked where it is used, so that a Python caller gets the same refusal. An option's
 destination is the name of the parameter in Python.
@@ -39,6 +39,7 @@ SERVE_EPILOG = """example: mlx-vlm-prune serve --model my-model --pruner divprun
 --keep-ratio 0.25"""
 APP_DESCRIPTION = """Chat about pictures in a browser: each question is answered with all visual
 tokens and pruned, beside what was kept. Only this machine reaches the page."""
+OF_RESIZED = f", and with --resize-shape {MOST_PIXELS:,}"  # pixels of an image
 Add = Callable[..., Any]
 
 
@@ -60,7 +61,7 @@ def build_chat_parser() -> Parser:
     parser = Parser("mlx_vlm_prune.chat", description=CHAT_DESCRIPTION)
     _add_config(_add_model(parser))
     add = parser.add_argument_group("images and prompt").add_argument
-    _add_image(add)
+    _add_image(add, OF_RESIZED)
     _add_template_config(add)
     add = parser.add_argument_group("pruning").add_argument
     _add_pruner(add)
@@ -77,7 +78,7 @@ def build_sweep_parser(methods: Sequence[str], ratios: Sequence[float]) -> Parse
     add = parser.add_argument_group("images and prompt").add_argument
     add("--image", **SEVERAL, metavar="PATH",
         help="image files, or folders of them (default: a drawn scene)")
-    add_max_pixels(add, f", and with --resize-shape {MOST_PIXELS:,}")
+    add_max_pixels(add, OF_RESIZED)
     _add_prompt(add)
     _add_template_config(add)
     add = parser.add_argument_group("pruning").add_argument
@@ -228,7 +229,7 @@ def _add_config(add: Add) -> None:
 
 def _add_image_and_prompt(parser: Parser) -> None:
     add = parser.add_argument_group("image and prompt").add_argument
-    _add_image(add)
+    _add_image(add, OF_RESIZED)
     _add_prompt(add)
     _add_template_config(add)
 
@@ -239,10 +240,10 @@ def _add_prompt(add: Add) -> None:
         " come first)")
 
 
-def _add_image(add: Add) -> None:
+def _add_image(add: Add, exception: str = "") -> None:
     add("--image", **SEVERAL, default=[], metavar="FILE",
         help="image files (default: none)")
-    add_max_pixels(add, f", and with --resize-shape {MOST_PIXELS:,}")
+    add_max_pixels(add, exception)
     add("--allow-url", action="store_true",
         help="an image may be an http(s) URL, too, of public addresses alone")
     add("--system", "--system-prompt", metavar="TEXT",
