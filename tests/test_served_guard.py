@@ -8,7 +8,7 @@ import pytest
 from mlx_vlm_prune import load, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.pruned_folder import prune_into
-from mlx_vlm_prune.hosts.served import EMBED
+from mlx_vlm_prune.hosts.served import EMBED, RefusedIds
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytest.importorskip("uvicorn", reason="mlx-vlm's server needs uvicorn")
@@ -43,6 +43,12 @@ def test_a_folder_guards_the_server_that_loads_it_before_its_first_prompt(home):
             ids.shape  # noqa: B018  (whatever a later version does first)
     finally:
         server.stop_and_join()
+
+
+@pytest.mark.parametrize("use", [len, bool, iter, list, lambda ids: ids[0], lambda ids: ids.shape])
+def test_ids_of_a_refused_prompt_say_why(use):
+    with pytest.raises(UserError, match="no such budget"):
+        use(RefusedIds(UserError("no such budget")))
 
 
 def test_a_server_that_cannot_be_guarded_is_told_of_once(home, monkeypatch, caplog):

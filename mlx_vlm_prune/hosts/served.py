@@ -24,13 +24,18 @@ EMBED = "_gpu_embed"  # the server's function that asks a model for embeddings
 
 
 class RefusedIds:
-    """In place of a prompt's ids (1, L): whatever is done with them raises its error."""
+    """In place of a prompt's ids (1, L): their length, items and attributes raise its error."""
 
     def __init__(self, problem: UserError):
         self._problem = problem
 
     def __getattr__(self, name: str) -> Any:
         raise self._problem
+
+    def _refuse(self, *_: Any) -> Any:
+        raise self._problem
+
+    __getitem__ = __iter__ = __len__ = _refuse
 
 
 class ServerGuard:
