@@ -8,8 +8,6 @@ Gradio is installed: seconds from the command until a question can be typed.
 import argparse
 import importlib.util
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +30,7 @@ from mlx_vlm_prune.pruners.contract import Reduction
 from mlx_vlm_prune.pruners.trace import ReductionStep, Trace
 
 from .command_line import parser, positive, run_command
+from .server_process import server_process
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIDES = (24, 64)  # patches along a side of the picture: 576 and 4,096 of them
@@ -161,17 +160,12 @@ def time_app(browser: Any, runs: int) -> dict[str, float] | None:
     for _ in range(runs):
         start = time.perf_counter()
         command = [sys.executable, "-m", "mlx_vlm_prune", "app", "--port", "0"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr
-            line = process.stderr.readline()
-            if not line.startswith("http://"):
-                raise UserError(f"the app did not start: {line.strip()}")
+        with server_process(command) as (_, address):
             page = browser.new_context().new_page()
-            page.goto(line.split()[0])
+            page.goto(address)
             page.locator("#question textarea").wait_for()
             seconds.append(time.perf_counter() - start)
             page.context.close()
-            process.send_signal(signal.SIGTERM)
     return {"median": median(seconds), "most": max(seconds)}
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from mlx_vlm_prune.machine.hardware import describe_machine, versions
 from mlx_vlm_prune.scenes import compose
 
 from .command_line import parser, positive, run_command
+from .server_process import server_process
 
 PATH, JSON = "/v1/chat/completions", {"content-type": "application/json"}
 WORDS = ("What colour is the star?", "What does the sign say?", "Is there a red square?")
@@ -104,18 +104,8 @@ def serving(model: str | None, *options: str) -> Iterator[tuple[int, int]]:
     not start."""
     words = [sys.executable, "-m", "mlx_vlm_prune", "serve", "--port", "0", *options]
     words += ["--model", model] if model else []
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        while line.startswith("note: "):
-            line = process.stderr.readline()
-        if "/v1" not in line:
-            raise UserError(f"the server did not start: {line.strip()}")
-        threading.Thread(target=process.stderr.read, daemon=True).start()
-        try:
-            yield process.pid, int(line.rpartition(":")[2].partition("/")[0])
-        finally:
-            process.terminate()
+    with server_process(words) as (process, address):
+        yield process, int(address.rpartition(":")[2].partition("/")[0])
 
 
 @contextmanager

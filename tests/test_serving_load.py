@@ -1,9 +1,11 @@
 """Promises of benchmarks/serving_load.py: it fails where an answer differs or is lost."""
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count, repeat
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 
 from benchmarks import serving_load
+from benchmarks.server_process import server_process
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 REFUSALS = {content: (status, words) for content, status, words in serving_load.bad_bodies()}
 
@@ -80,6 +84,30 @@ def test_its_exit_code_says_whether_every_answer_was_that_of_the_request_alone(
     ends = result["ends"]
     answered = fault if fault in ends else "same as alone"
     assert ends == {"refused": 8, "left": 8, answered: 64}
+
+
+WARNS = "import sys, time; print('a warning', file=sys.stderr)"
+SERVES = "print('my-model: http://127.0.0.1:7/v1', file=sys.stderr, flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("fault", [None, KeyError])
+def test_a_server_is_found_behind_warnings_and_ends_with_the_block_whatever_happens(fault):
+    words = [sys.executable, "-c", f"{WARNS}; {SERVES}"]
+    with suppress(KeyError), server_process(words) as (process, address):
+        assert address == "http://127.0.0.1:7/v1"
+        if fault:
+            raise fault
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+def test_a_server_that_does_not_start_says_why():
+    words = [sys.executable, "-c", f"{WARNS}; sys.exit('no memory')"]
+    with (
+        pytest.raises(UserError, match="the server did not start: no memory"),
+        server_process(words),
+    ):
+        pass
 
 
 def test_every_kind_of_bad_request_is_sent():
