@@ -15,9 +15,9 @@ from typing import Any
 from .checkpoints.command_line import in_one_sentence
 from .checkpoints.errors import UserError
 from .generation.arguments import build_serve_parser
+from .generation.stream import default_pruner
 from .hosts.loading import load
 from .inputs.image import MAX_PIXELS
-from .models.vlm import VLM
 from .serving.settings import DEFAULT_METHOD, KEY_VARIABLE, LOOPBACK, ServerSettings
 
 __all__ = ["main"]
@@ -70,9 +70,9 @@ def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:
 
     Raises UserError.
     """
-    trained = model.config.pruner if isinstance(model, VLM) else None
+    trained = default_pruner(model)
     budgets = (args.keep_ratio, args.keep_tokens, args.ms)
-    method = args.pruner or (trained and trained[0]) or DEFAULT_METHOD
+    method = args.pruner or (DEFAULT_METHOD if trained == "none" else trained)
     if method == "none" and any(budget is not None for budget in budgets):
         raise UserError("a budget needs a pruner other than none, for example divprune")
     if not 0 <= args.cache_gb < float("inf"):
@@ -81,7 +81,7 @@ def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:
     return ServerSettings(
         model_name="scenes" if args.model is None else public_name(str(args.model)),
         method=method,
-        is_pruning=is_given or trained is not None,
+        is_pruning=is_given or trained != "none",
         keep_ratio=args.keep_ratio,
         keep_tokens=args.keep_tokens,
         budget_ms=args.ms,

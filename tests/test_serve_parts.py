@@ -18,9 +18,13 @@ from mlx_vlm_prune.models.joined_prompts import JoinedPrompts
 
 from . import backbones, calibrations, tiny
 from .golden_requests import make_folder
-from .serving import noise, question, serve
+from .serving import ServerSettings, noise, question, serve
 
 from mlx_vlm_prune.serving import time_budget  # isort: skip - needs FastAPI
+from mlx_vlm_prune.serving.request_schema import check_body  # isort: skip
+from mlx_vlm_prune.serving.visual_budget import (  # isort: skip
+    HIGH_WITHOUT_METHOD, MIXED_DETAILS, visual_budget,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +197,18 @@ def test_a_stop_text_is_found_however_the_answer_is_cut(pieces, stop):
 @pytest.mark.parametrize(("N", "K"), [(16, 16), (64, 64), (196, 64), (576, 64), (900, 100)])
 def test_low_detail_is_64_tokens_or_a_ninth(N, K):
     assert low_detail_tokens(N) == K
+
+
+def test_detail_high_says_that_it_uses_no_method_of_the_request():
+    message = {"messages": [{"role": "user", "content": "?"}]}
+    for pruner, warnings in (
+        ("divprune", [HIGH_WITHOUT_METHOD.format("'divprune'")]), ("none", []), (None, []),
+    ):  # fmt: skip
+        body = check_body({**message, "pruner": pruner})
+        budget, sentences = visual_budget(body, ["high"], ServerSettings("tiny"))
+        assert (budget.pruner, sentences) == ("none", warnings)
+        _, (mixed, *others) = visual_budget(body, ["low", "high"], ServerSettings("tiny"))
+        assert mixed == MIXED_DETAILS.format("high") and others == warnings
 
 
 def slow_machine() -> calibrations.Calibration:

@@ -1,5 +1,6 @@
 """Promises of docs/serving.md: its commands run, and its fields and options exist."""
 
+import ast
 import re
 import shutil
 import socket
@@ -15,6 +16,8 @@ from .serving import PATIENCE, Served, noise
 pytest.importorskip("openai", reason="openai's client is not installed")
 
 from mlx_vlm_prune.generation.arguments import build_serve_parser
+from mlx_vlm_prune.serving.chat_request import DEFAULT_MAX_TOKENS
+from mlx_vlm_prune.serving.refusals import CLIENT_GONE
 from mlx_vlm_prune.serving.request_schema import ChatBody
 
 PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
@@ -62,4 +65,11 @@ def test_every_option_and_field_of_the_page_exists():
     table = PAGE.split("| field | meaning |")[1].split("\n\n")[0]
     fields = set(re.findall(r"^\| `(\w+)`", table, re.M)) - {"detail"}
     assert len(fields) == 5 and fields <= ChatBody.model_fields.keys()
+    assert f"Without `max_tokens` an answer ends after {DEFAULT_MAX_TOKENS} tokens." in PAGE
+    statuses = set(re.findall(r"(?<!\d)([45]\d\d)\s\(", PAGE))
+    files = (ROOT / "mlx_vlm_prune/serving").glob("*.py")
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8")))]
+    numbers = {node.value for node in nodes if isinstance(node, ast.Constant)}
+    possible = {number for number in numbers if type(number) is int and 400 <= number < 600}
+    assert {*map(int, statuses)} == possible - {CLIENT_GONE, DEFAULT_MAX_TOKENS}
     assert Path(ROOT / "docs/serving.md").stat().st_size < 6_500  # short

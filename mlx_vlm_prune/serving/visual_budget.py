@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..checkpoints.errors import UserError
+from ..checkpoints.errors import UserError, short
 from ..inputs.budget import check_budget
 from .refusals import RequestRefusedError, in_api_words
 from .request_schema import ChatBody, Detail
@@ -14,6 +14,7 @@ MIXED_DETAILS = (
     " detail {}"
 )
 LOW_WITHOUT_METHOD = "detail low needs a pruner other than none: all visual tokens are kept"
+HIGH_WITHOUT_METHOD = "detail high keeps all visual tokens: the pruner {} was not used"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ def visual_budget(
     warnings = [MIXED_DETAILS.format(detail)] if len(given) > 1 else []
     method = body.pruner or settings.method
     if detail == "high":
+        if body.pruner not in (None, "none"):
+            warnings.append(HIGH_WITHOUT_METHOD.format(short(body.pruner)))
         return VisualBudget(), warnings
     if detail == "auto":
         return default_budget(body, settings), warnings
