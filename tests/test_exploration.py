@@ -146,12 +146,30 @@ def test_a_page_of_4096_tokens_and_a_photograph_is_below_five_megabytes():
 def test_several_answers_lie_side_by_side_with_their_budgets(answer):
     exploration = answer("none").explore(answer("norm", 49), answer("fastv", 98))
     content = exploration.as_json()
-    assert [row["budget"] for row in content["answers"]] == [None, 49, 98]
-    assert content["budgets"] == [49, 98] and content["format"] == 1
+    assert [row["budget"] for row in content["answers"]] == [None, {"tokens": 49}, {"tokens": 98}]
+    assert content["budgets"] == [{"tokens": 49}, {"tokens": 98}] and content["format"] == 1
     assert content["methods"]["fastv"]["reads_prompt"] and content["depth"] == 4
     assert content["machine"]["cores"] and content["versions"]["mlx"]
     (view,) = content["views"]
     assert view["tokens"] == N and view["picture"].startswith("data:image/png;base64,")
+
+
+def test_a_share_of_all_is_not_one_token_and_the_fewest_kept_come_first(answer):
+    pairs = ((49, 49), (N, 1.0), (98, 0.5), (1, 1), (N, None))
+    explored = [ExploredAnswer(answer("norm", kept), budget) for kept, budget in pairs]
+    refused = [{"pruner": "fastv", "tokens": K, "why": "few"} for K in (0.02, 3)]
+    everywhere = {"pruner": "duet", "why": "no"}
+    content = json.loads(
+        json.dumps(Exploration(explored, refused=[*refused, everywhere]).as_json())
+    )
+    assert content["budgets"] == [{"tokens": 1}, {"tokens": 49}, {"share": 0.5}, {"share": 1.0}]
+    assert [row["budget"] for row in content["answers"]] == [
+        {"tokens": 49}, {"share": 1.0}, {"share": 0.5}, {"tokens": 1}, None,
+    ]  # fmt: skip
+    assert [row.get("budget") for row in content["refused"]] == [
+        {"share": 0.02}, {"tokens": 3}, None,
+    ]  # fmt: skip
+    assert not any("tokens" in row for row in content["refused"])
 
 
 def test_answers_of_one_method_with_as_many_tokens_have_names_of_their_own(model, answer):

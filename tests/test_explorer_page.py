@@ -57,7 +57,8 @@ def slide(tab: Tab, place: int) -> None:
 
 
 def answer_of(content: dict, pruner: str, K: int) -> dict:
-    return next(a for a in content["answers"] if (a["pruner"], a["budget"]) == (pruner, K))
+    wanted = (pruner, {"tokens": K})
+    return next(a for a in content["answers"] if (a["pruner"], a["budget"]) == wanted)
 
 
 def test_the_slider_changes_the_picture_to_exactly_the_kept_tokens(tab, file):
@@ -156,7 +157,7 @@ def test_another_method_is_chosen_for_a_side(tab, file):
 def test_a_refused_budget_is_explained_and_the_nearest_answer_shown(tab, file):
     content = content_of(file)
     refusal = next(row for row in content["refused"] if row["pruner"] == "fastv")
-    assert refusal["tokens"] == BUDGETS[0]
+    assert refusal["budget"] == {"tokens": BUDGETS[0]}
     tab.page.locator("#panels select").first.select_option("fastv")
     slide(tab, 0)
     note = tab.page.locator("#panels .note").first
@@ -211,6 +212,30 @@ def test_slots_that_are_pooled_from_everywhere_are_neither_dropped_nor_merged(br
     tab = Tab(browser, tmp_path / "page.html")
     text = tab.page.locator("#flows .verdict").inner_text()
     assert text.endswith("at the end 4 patches pooled into 2 slots.") and tab.faults == []
+    tab.close()
+
+
+def test_a_share_of_all_is_not_one_token_and_the_fewest_kept_come_first(browser, tmp_path):
+    """Of images that differ a share and a number of tokens can be budgets side by side."""
+    one = synthetic([Reduction(mx.array([[0, 3]]))], (2, 2))
+    pairs = ((3, 3), (4, 1.0), (2, 0.5), (1, 1))  # what was kept, by which budget
+    explored = [ExploredAnswer(replace(one, visual_tokens_kept=n), K) for n, K in pairs]
+    refused = [{"pruner": "norm", "tokens": 0.25, "why": "too few"}]
+    Exploration(explored, refused=refused).save(tmp_path / "page.html")
+    tab = Tab(browser, tmp_path / "page.html")
+    texts = ["1", "50 %", "3", "100 %"]
+    assert tab.page.locator("#controls .ticks span").all_inner_texts() == texts
+    label = tab.page.locator("label[for=budget]").inner_text()
+    assert label.strip() == "Budget, tokens an image, or of an image:"
+    for place, text in enumerate(texts):
+        slide(tab, place)
+        title = f"document.querySelector('#answers h3').textContent === 'norm, {text}'"
+        tab.page.wait_for_function(title)
+        assert tab.page.locator("#budget").get_attribute("aria-valuetext") == text
+        assert tab.page.locator("#panels .note").first.is_hidden()
+    assert tab.page.locator("#refused").inner_text() == "norm, 25 % was refused: too few"
+    tab.page.get_by_role("button", name="norm").nth(0).click()  # the first that is listed
+    assert tab.page.locator("#budget").input_value() == "2" and tab.faults == []
     tab.close()
 
 

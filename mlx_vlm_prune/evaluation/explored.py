@@ -231,8 +231,8 @@ def word_attention(
     for step in range(len(trace.steps)):
         for view in range(len(trace.sizes)):
             for number, (choice, row) in enumerate(rows):
-                if at := _attention_at(choice, row, (step, view), trace, read, name):
-                    words += at
+                if attentions := _attention_at(choice, row, (step, view), trace, read, name):
+                    words += attentions
                     del rows[number]
                     break
     return words

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,7 @@ UNITS = {
     "cache_bytes": "bytes", "peak_memory": "GB (10^9 bytes)", "prompt_tps": "tokens per second",
     "generation_tps": "tokens per second", "score": "the method's own",
     "words": "share of attention, or cosine", "tokens": "visual tokens of an image",
+    "share": "of an image's visual tokens",
 }  # fmt: skip
 
 
@@ -83,7 +85,8 @@ class Exploration:
     """Answers to one prompt about the same images, to look at side by side.
 
     Jupyter shows it as a page, `save` writes that page, `as_json` has its data. `command` repeats
-    all of it; `refused` are methods that could not keep a budget, each with its reason. `timing`
+    all of it; `refused` are methods that could not keep a budget, each with its reason: {"pruner",
+    "why"} and, where it is about one budget, "tokens", as an answer's `budget`. `timing`
     says how times were taken; without it the page shows none. `prediction` says what predicted
     times come from.
     """
@@ -131,6 +134,8 @@ class Exploration:
     def as_json(self) -> dict[str, Any]:
         """All that the page draws; `units` says in what, and `format` is 1.
 
+        `budgets` are those of the answers, {"tokens": K} or {"share": r} of each image, that of
+        which least was kept first; an answer's `budget` is one of them, or None.
         `answers` have a row for each answer: `generate`'s figures by its names, and `steps`, what
         was left of every view of an image after each step: `kept` are indices in the view's grid,
         `slot` is the slot that each patch went to, -1 for none, `size` how many patches each slot
@@ -152,7 +157,7 @@ class Exploration:
             "budgets": _budgets(self.answers),
             "answers": [answer_json(answer) for answer in self.answers],
             "methods": _methods(self.answers),
-            "refused": [dict(refusal) for refusal in self.refused],
+            "refused": [refusal_json(refusal) for refusal in self.refused],
         }
 
     def page(self) -> str:
@@ -186,12 +191,12 @@ def answer_json(answer: ExploredAnswer) -> dict[str, Any]:
     steps = [step_json(step, result.trace.sizes) for step in result.trace.steps]
     words = [
         {"step": each.step, "view": each.view, "words": [*each.words],
-         "attention": [[number(x) for x in row] for row in each.attention_TN]}
+         "attention": [[rounded(x) for x in row] for row in each.attention_TN]}
         for each in answer.words
     ]  # fmt: skip
     return {
         **{name: getattr(result, name) for name in FIELDS},
-        "budget": answer.budget,
+        "budget": budget_json(answer.budget),
         "command": answer.command,
         "tokens": None if answer.tokens is None else [*answer.tokens],
         "predicted_ms": answer.predicted_ms and dict(answer.predicted_ms),
@@ -200,6 +205,19 @@ def answer_json(answer: ExploredAnswer) -> dict[str, Any]:
         "steps": steps,
         "words": words,
     }
+
+
+def budget_json(budget: float | None) -> dict[str, float] | None:
+    """A budget with its unit, since JSON does not tell a share of 1.0 from one token."""
+    if budget is None:
+        return None
+    return {"tokens" if isinstance(budget, int) else "share": budget}
+
+
+def refusal_json(refusal: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `refused`, its `tokens` as a `budget` with its unit."""
+    rest = {name: value for name, value in refusal.items() if name != "tokens"}
+    return {**rest, "budget": budget_json(refusal["tokens"])} if "tokens" in refusal else rest
 
 
 def step_json(step: ReductionStep, sizes: Sequence[int]) -> dict[str, Any]:
@@ -224,14 +242,14 @@ def view_json(reduction: Reduction, N: int) -> dict[str, Any]:
         facts |= {"slot": slot_N.tolist(), "size": (weight_KN > 0).sum(axis=1).tolist()}
         if index is None:
             read_N = weight_KN.sum(axis=0)
-            facts |= {"slot": None, "read": [number(x) for x in read_N / max(read_N.max(), 1e-12)]}
+            facts |= {"slot": None, "read": [rounded(x) for x in read_N / max(read_N.max(), 1e-12)]}
     elif reduction.slot_BN is not None:
         slot_N = np.array(reduction.slot_BN[0]).astype(int)
         size_K = np.bincount(slot_N[slot_N >= 0], minlength=reduction.slots)
         facts |= {"slot": slot_N.tolist(), "size": size_K.tolist()}
     if reduction.score_BN is not None:
         score_N = np.array(reduction.score_BN[0])
-        facts |= {"score": [number(x) for x in score_N], "rank": ranks(score_N).tolist()}
+        facts |= {"score": [rounded(x) for x in score_N], "rank": ranks(score_N).tolist()}
     return facts
 
 
@@ -244,7 +262,7 @@ def ranks(score_N: np.ndarray) -> np.ndarray:
     return np.where(is_absent_N, 0, rank_N)
 
 
-def number(value: float, digits: int = DIGITS) -> float | str | None:
+def rounded(value: float, digits: int = DIGITS) -> float | str | None:
     """A few digits of a number, as JSON can have it: NaN is None, infinity a word."""
     if math.isnan(value):
         return None
@@ -277,9 +295,14 @@ def _views(result: GenerationResult) -> list[dict[str, Any]]:
     return views
 
 
-def _budgets(answers: Sequence[ExploredAnswer]) -> list[float]:
-    """Every budget, the smallest first; a share of an image is below or equal to 1."""
-    return sorted({answer.budget for answer in answers if answer.budget is not None})
+def _budgets(answers: Sequence[ExploredAnswer]) -> list[dict[str, float]]:
+    """Every budget, that of which least was kept first, on average over methods."""
+    kept: dict[tuple[str, float], list[int]] = {}  # by unit and number
+    for answer in answers:
+        for budget in (budget_json(answer.budget) or {}).items():
+            kept.setdefault(budget, []).append(answer.result.visual_tokens_kept)
+    order = sorted(kept, key=lambda budget: (mean(kept[budget]), budget))
+    return [{unit: number} for unit, number in order]
 
 
 def _methods(answers: Sequence[ExploredAnswer]) -> dict[str, dict[str, Any]]:
@@ -309,6 +332,8 @@ def _rounded_logprobs(logprobs: Mapping[str, Any] | None) -> dict[str, Any] | No
     if logprobs is None:
         return None
     return {
-        answer: {name: [number(x, LOGPROB_DIGITS) for x in values] for name, values in each.items()}
+        answer: {
+            name: [rounded(x, LOGPROB_DIGITS) for x in values] for name, values in each.items()
+        }
         for answer, each in logprobs.items()
     }

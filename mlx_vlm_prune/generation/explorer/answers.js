@@ -94,7 +94,7 @@ function oddsBlock(answer, width, label) {
 function timesTable(rows) {
   const parts = PARTS.filter((part) => rows.some((row) => typeof row.timings[part] === "number"));
   return table(["", ...parts.map((part) => `${part}, ms`), "total, ms"],
-    rows.map((row) => [row.label, ...parts.map((part) => number(row.timings[part])), number(row.timings.total)]));
+    rows.map((row) => [row.label, ...parts.map((part) => rounded(row.timings[part])), rounded(row.timings.total)]));
 }
 
 // Every answer in a line; a method's name puts it on the left side of the page.
@@ -110,9 +110,9 @@ function allTable(choose) {
       : element("button", { class: "link", type: "button", onclick: () => choose(answer) }, answer.pruner))],
     ["budget", (answer) => budgetText(answer.budget)],
     ["tokens, mean of layers", (answer) => String(Math.round(answer.visual_tokens_kept / images))],
-    ["first token, ms", (answer) => number(answer.ttft_ms.total)],
-    ["predicted, ms", (answer) => number(answer.predicted_ms && answer.predicted_ms.total)],
-    ["cache, MB", (answer) => number(answer.cache_bytes / 1e6)],
+    ["first token, ms", (answer) => rounded(answer.ttft_ms.total)],
+    ["predicted, ms", (answer) => rounded(answer.predicted_ms && answer.predicted_ms.total)],
+    ["cache, MB", (answer) => rounded(answer.cache_bytes / 1e6)],
     ["full answer, nats lost or won", lost],
     ["answer", (answer) => answer.text],
   ];

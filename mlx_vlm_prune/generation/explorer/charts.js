@@ -113,7 +113,7 @@ function drawOdds(tokens, odds, width) {
     "aria-label": "Log-probability of each token in nats; the table below has the numbers." });
   for (const part of [0, 0.5, 1]) {
     svg.append(shape("line", { class: "axis", x1: 40, x2: wide, y1: y(least * part), y2: y(least * part) }),
-      shape("text", { class: "quiet", x: 34, y: y(least * part) + 4, "text-anchor": "end" }, number(least * part, 2)));
+      shape("text", { class: "quiet", x: 34, y: y(least * part) + 4, "text-anchor": "end" }, rounded(least * part, 2)));
   }
   tokens.forEach((token, i) => {
     const x = 58 + column * i;
@@ -138,7 +138,7 @@ function drawTimes(rows, width) {
   const most = Math.max(...rows.map((row) => row.timings.total));
   const [step, bar, right] = [46, 18, 76];
   const svg = shape("svg", { width, height: step * rows.length, viewBox: `0 0 ${width} ${step * rows.length}`,
-    role: "img", "aria-label": rows.map((row) => `${row.label}: ${number(row.timings.total)} ms`).join("; ") });
+    role: "img", "aria-label": rows.map((row) => `${row.label}: ${rounded(row.timings.total)} ms`).join("; ") });
   rows.forEach((row, i) => {
     let x = 1;
     svg.append(shape("text", { x: 0, y: step * i + 14 }, row.label));
@@ -146,11 +146,11 @@ function drawTimes(rows, width) {
       const length = (width - right) * ms / most;
       const rect = shape("rect", { class: `part-${part}${row.predicted ? " predicted" : ""}`, x, y: step * i + 20,
         width: Math.max(0, length), height: bar });
-      rect.append(shape("title", {}, `${PART_NAMES[part]}: ${number(ms)} ms`));
+      rect.append(shape("title", {}, `${PART_NAMES[part]}: ${rounded(ms)} ms`));
       svg.append(rect);
       x += length;
     });
-    svg.append(shape("text", { x: x + 6, y: step * i + 34 }, `${number(row.timings.total)} ms`));
+    svg.append(shape("text", { x: x + 6, y: step * i + 34 }, `${rounded(row.timings.total)} ms`));
   });
   return svg;
 }

@@ -9,24 +9,29 @@ const places = [...data.budgets, ...(fullAnswer ? [null] : [])];
 
 function budgetText(budget) {
   if (budget === null) return "all";
-  return budget <= 1 && !Number.isInteger(budget) ? `${number(100 * budget)} %` : String(budget);
+  return budget.tokens === undefined ? `${rounded(100 * budget.share)} %` : String(budget.tokens);
+}
+
+// The slider's place of a budget, a number of tokens or a share; -1 where it has none.
+function placeOf(budget) {
+  return places.findIndex((each) => (each && budget ? each.tokens === budget.tokens && each.share === budget.share
+    : each === budget));
 }
 
 // The answer of a method at a place of the slider; where it has none, the one nearest above it, or
 // else below it, and why.
 function answerAt(method, place) {
-  const budget = places[place];
-  if (budget === null || method === "none") return { answer: fullAnswer || data.answers[0], why: "" };
+  if (places[place] === null || method === "none") return { answer: fullAnswer || data.answers[0], why: "" };
   const rows = data.answers.filter((answer) => answer.pruner === method);
-  const exact = rows.find((answer) => answer.budget === budget);
+  const exact = rows.find((answer) => placeOf(answer.budget) === place);
   if (exact) return { answer: exact, why: "" };
-  const above = rows.filter((answer) => answer.budget > budget).sort((a, b) => a.budget - b.budget);
-  const below = rows.filter((answer) => answer.budget < budget).sort((a, b) => b.budget - a.budget);
+  const above = rows.filter((answer) => placeOf(answer.budget) > place).sort((a, b) => placeOf(a.budget) - placeOf(b.budget));
+  const below = rows.filter((answer) => placeOf(answer.budget) < place).sort((a, b) => placeOf(b.budget) - placeOf(a.budget));
   const answer = above[0] || below[0] || fullAnswer;
   const refused = data.refused.find(
-    (row) => row.pruner === method && (row.tokens === undefined || row.tokens === budget));
+    (row) => row.pruner === method && (!row.budget || placeOf(row.budget) === place));
   const reason = refused ? `: ${refused.why}` : "";
-  return { answer, why: `No answer with ${budgetText(budget)}${reason}. Shown: ${budgetText(answer.budget)}.` };
+  return { answer, why: `No answer with ${budgetText(places[place])}${reason}. Shown: ${budgetText(answer.budget)}.` };
 }
 
 // The steps of an answer at which something was left out or mixed; the last one at least.
@@ -78,7 +83,7 @@ function sizeOf(view, slot) {
   return view.size ? view.size[slot] : 1;
 }
 
-function number(value, digits = 4) {
+function rounded(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (typeof value === "string") return value === "Infinity" ? "∞" : "−∞";
   return String(Number(value.toPrecision(digits))).replace("-", "−");
@@ -86,7 +91,7 @@ function number(value, digits = 4) {
 
 // Log-probabilities: thousandths of a nat.
 function nats(value) {
-  return Number.isFinite(Number(value)) ? number(Math.round(1000 * value) / 1000 || 0) : number(value);
+  return Number.isFinite(Number(value)) ? rounded(Math.round(1000 * value) / 1000 || 0) : rounded(value);
 }
 
 // A token's text, also where it is only a space or nothing.
@@ -105,7 +110,7 @@ function patchText(view, grid, patch, count) {
   const fate = fateOf(view, patch, count);
   const parts = [];
   if (fate === "pooled") {
-    parts.push(view.read ? `read with ${number(view.read[patch])} of the most read patch's weight` : "pooled");
+    parts.push(view.read ? `read with ${rounded(view.read[patch])} of the most read patch's weight` : "pooled");
   } else if (fate === "dropped") {
     parts.push("dropped");
   } else {
@@ -116,7 +121,7 @@ function patchText(view, grid, patch, count) {
   }
   if (view.score) {
     const present = view.rank.reduce((most, rank) => Math.max(most, rank), 0);
-    parts.push(view.rank[patch] ? `score ${number(view.score[patch])}, rank ${view.rank[patch]} of ${present}`
+    parts.push(view.rank[patch] ? `score ${rounded(view.score[patch])}, rank ${view.rank[patch]} of ${present}`
       : "no score: it had left before");
   } else if (view.kept && fate !== "pooled") {
     parts.push("no score of its own: tokens are chosen together");

@@ -1,7 +1,7 @@
 // The page: two sides, each a method; one slider over budgets; everything is drawn anew on a change.
 
 const state = { place: Math.max(0, Math.floor((data.budgets.length - 1) / 2)), view: 0, colour: "kept" };
-const at = (id) => document.getElementById(id);
+const byId = (id) => document.getElementById(id);
 const images = data.views.map((view) => { const image = new Image(); image.src = view.picture; return image; });
 const sides = methods.slice(0, 2).map((method, i) => ({ method, step: null, word: null, name: "AB"[i] }));
 
@@ -28,14 +28,14 @@ function heatOf(side, answer, step, view) {
   return view.rank.map((rank) => (rank ? (most - rank + 1) / most : null));
 }
 
-function choice(label, options, value, onchange) {
-  const id = `choice-${choice.count += 1}`;
+function menu(label, options, value, onchange) {
+  const id = `menu-${menu.count += 1}`;
   const select = element("select", { id, onchange: () => onchange(select.value) },
     ...options.map(([key, text]) => element("option", { value: key }, text)));
   select.value = value;
   return element("div", { class: "control" }, element("label", { for: id }, label), select);
 }
-choice.count = 0;
+menu.count = 0;
 
 function slider(id, label, last, value, oninput) {
   const input = element("input", { id, type: "range", min: 0, max: last, step: 1, value,
@@ -46,8 +46,9 @@ function slider(id, label, last, value, oninput) {
 }
 
 function makeControls() {
-  const controls = at("controls");
-  const unit = data.budgets.every((budget) => budget > 1) ? "tokens an image" : "of an image";
+  const controls = byId("controls");
+  const units = [...new Set(data.budgets.flatMap(Object.keys))].sort().reverse(); // tokens first
+  const unit = units.map((name) => ({ tokens: "tokens an image", share: "of an image" })[name]).join(", or ");
   if (places.length > 1) {
     const budget = slider("budget", `Budget, ${unit}`, places.length - 1, state.place, (place) => {
       state.place = place;
@@ -58,10 +59,10 @@ function makeControls() {
     state.budget = budget;
     controls.append(budget.node);
   }
-  controls.append(choice("Picture shows", [["kept", "what was kept"], ["score", "ranks of scores"]], state.colour,
+  controls.append(menu("Picture shows", [["kept", "what was kept"], ["score", "ranks of scores"]], state.colour,
     (value) => { state.colour = value; show(); }));
   if (data.views.length > 1) {
-    controls.append(choice("Picture", data.views.map((view, i) => [i, `${i + 1} of ${data.views.length} (image ${view.image + 1})`]),
+    controls.append(menu("Picture", data.views.map((view, i) => [i, `${i + 1} of ${data.views.length} (image ${view.image + 1})`]),
       0, (value) => { state.view = Number(value); show(); }));
   }
 }
@@ -72,7 +73,7 @@ function makePanel(side) {
   side.about = element("p", { class: "about" });
   side.note = element("p", { class: "note" });
   side.steps = slider(`step-${side.name}`, "Step", 0, 0, (step) => { side.step = step; show(); });
-  side.chooser = choice(`Method, side ${side.name}`, methods.map((name) => [name, name === "none" ? "all visual tokens" : name]),
+  side.chooser = menu(`Method, side ${side.name}`, methods.map((name) => [name, name === "none" ? "all visual tokens" : name]),
     side.method, (method) => { side.method = method; side.step = null; side.word = null; show(); });
   side.panel = element("div", { class: "panel" }, side.chooser, side.picture.canvas, side.readout,
     side.steps.node, side.note, side.about);
@@ -84,7 +85,7 @@ function point(side, patch) {
   const view = stepOf(side, answerOf(side).answer).views[state.view];
   const text = patchText(view, grid, patch, data.views[state.view].tokens);
   const words = wordsOfStep(answerOf(side).answer, stepOf(side, answerOf(side).answer));
-  const word = words && side.word !== null ? ` “${visible(words.words[side.word])}”: ${number(words.attention[side.word][patch])}.` : "";
+  const word = words && side.word !== null ? ` “${visible(words.words[side.word])}”: ${rounded(words.attention[side.word][patch])}.` : "";
   side.picture.move(patch, text + word);
   side.readout.textContent = text + word;
 }
@@ -115,7 +116,7 @@ function titled(side, ...children) {
   return element("div", {}, element("h3", {}, `${name}${budget}`), ...children);
 }
 
-function fill(id, ...children) { at(id).replaceChildren(...children); }
+function fill(id, ...children) { byId(id).replaceChildren(...children); }
 
 function showWords() {
   const blocks = sides.map((side) => {
@@ -131,16 +132,16 @@ function showWords() {
       bar.style.width = `${100 * share}%`;
       return element("button", { class: "word", type: "button", "aria-pressed": String(side.word === i),
         onclick: () => { side.word = side.word === i ? null : i; show(); } },
-      element("span", {}, visible(word)), element("span", { class: "track" }, bar), element("b", {}, `${number(100 * share, 3)} %`));
+      element("span", {}, visible(word)), element("span", { class: "track" }, bar), element("b", {}, `${rounded(100 * share, 3)} %`));
     });
     return titled(side, element("div", { class: "words" }, ...rows));
   });
-  at("words-section").hidden = !data.answers.some((answer) => answer.words.length);
+  byId("words-section").hidden = !data.answers.some((answer) => answer.words.length);
   fill("words", ...blocks);
 }
 
 function showTimes() {
-  at("times-section").hidden = !data.timing;
+  byId("times-section").hidden = !data.timing;
   if (!data.timing) return;
   const rows = [];
   const answers = [...new Set([fullAnswer, ...sides.map((side) => answerOf(side).answer)].filter(Boolean))];
@@ -149,7 +150,7 @@ function showTimes() {
     rows.push({ label: `${name}: measured`, timings: answer.ttft_ms });
     if (answer.predicted_ms) rows.push({ label: `${name}: predicted`, timings: answer.predicted_ms, predicted: true });
   }
-  fill("times", drawTimes(rows, at("times").clientWidth), inDetails("Numbers", timesTable(rows), "Times in milliseconds"));
+  fill("times", drawTimes(rows, byId("times").clientWidth), inDetails("Numbers", timesTable(rows), "Times in milliseconds"));
   const parts = [...new Set(rows.flatMap((row) => partsOf(row.timings).map(({ part }) => part)))];
   fill("times-legend", ...parts.map((part) => element("li", {}, element("i", { class: `part-${part}` }), PART_NAMES[part])));
 }
@@ -177,7 +178,7 @@ function show() {
 function showDetails() {
   cancelAnimationFrame(state.frame);
   state.frame = requestAnimationFrame(() => {
-    const width = parseFloat(getComputedStyle(at("flows")).gridTemplateColumns); // of the first column
+    const width = parseFloat(getComputedStyle(byId("flows")).gridTemplateColumns); // of the first column
     fill("answers", ...sides.map((side) => titled(side, answerBlock(answerOf(side).answer),
       element("p", { class: "verdict" }, verdict(answerOf(side).answer)))));
     fill("flows", ...sides.map((side) => titled(side, drawFlow(answerOf(side).answer, width),
@@ -192,23 +193,23 @@ function showDetails() {
 function choose(answer) {
   Object.assign(sides[0], { method: answer.pruner, step: null, word: null });
   sides[0].chooser.querySelector("select").value = answer.pruner;
-  state.place = Math.max(0, places.indexOf(answer.budget));
+  state.place = Math.max(0, placeOf(answer.budget));
   show();
   sides[0].picture.canvas.focus();
 }
 
 function start() {
   const tokens = data.views.reduce((sum, view) => sum + view.tokens, 0);
-  at("prompt").textContent = data.prompt || "An answer about a picture";
-  at("prompt").classList.toggle("long", data.prompt.length > 160);
-  at("lead").textContent = `${data.model ? `${data.model}: ` : ""}${many(tokens, "visual token")}, ${data.depth} layers in the language model.`;
-  at("odds-about").textContent = "Log-probability in nats of each token of the full answer: rings with all visual tokens, dots with those that were kept. "
+  byId("prompt").textContent = data.prompt || "An answer about a picture";
+  byId("prompt").classList.toggle("long", data.prompt.length > 160);
+  byId("lead").textContent = `${data.model ? `${data.model}: ` : ""}${many(tokens, "visual token")}, ${data.depth} layers in the language model.`;
+  byId("odds-about").textContent = "Log-probability in nats of each token of the full answer: rings with all visual tokens, dots with those that were kept. "
     + "Where a dot falls, pruning took away what that word stood on.";
-  at("odds-section").hidden = !data.answers.some((answer) => answer.logprobs);
-  at("times-about").textContent = `In milliseconds, on ${data.machine.cpu} (${data.machine.cores} cores, ${data.machine.device}); ${data.timing}.`
+  byId("odds-section").hidden = !data.answers.some((answer) => answer.logprobs);
+  byId("times-about").textContent = `In milliseconds, on ${data.machine.cpu} (${data.machine.cores} cores, ${data.machine.device}); ${data.timing}.`
     + (data.answers.some((answer) => answer.predicted_ms) ? ` Predicted bars come from ${data.prediction}.` : "");
   makeControls();
-  at("panels").append(...sides.map(makePanel));
+  byId("panels").append(...sides.map(makePanel));
   document.querySelectorAll(".pair").forEach((pair) => pair.classList.toggle("single", sides.length < 2));
   if (fullAnswer) {
     fill("full-answer", element("h3", {}, "All visual tokens"), answerBlock(fullAnswer),
@@ -216,17 +217,17 @@ function start() {
   }
   fill("all", allTable(choose));
   fill("refused", ...data.refused.map((row) => element("p", { class: "quiet" },
-    `${row.pruner}${row.tokens === undefined ? "" : `, ${budgetText(row.tokens)}`} was refused: ${row.why}`)));
+    `${row.pruner}${row.budget ? `, ${budgetText(row.budget)}` : ""} was refused: ${row.why}`)));
   const versions = Object.entries(data.versions).filter(([, version]) => version).map(([name, version]) => `${name} ${version}`);
-  at("machine").textContent = `${data.machine.system}, ${data.machine.cpu}. ${versions.join(", ")}. Units: `
+  byId("machine").textContent = `${data.machine.system}, ${data.machine.cpu}. ${versions.join(", ")}. Units: `
     + `${Object.entries(data.units).map(([name, unit]) => `${name} in ${unit}`).join("; ")}.`;
   const themes = { automatic: "light", light: "dark", dark: "automatic" };
   let theme = "automatic";
-  at("theme").addEventListener("click", () => {
+  byId("theme").addEventListener("click", () => {
     theme = themes[theme];
     if (theme === "automatic") delete document.documentElement.dataset.theme;
     else document.documentElement.dataset.theme = theme;
-    at("theme").textContent = `Theme: ${theme}`;
+    byId("theme").textContent = `Theme: ${theme}`;
     show();
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
