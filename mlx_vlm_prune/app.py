@@ -51,27 +51,40 @@ def run(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise missing_package("gradio")
     with (
+        ended_by_sigterm(),
         closing(ModelThread()) as thread,
         listen(HOST, args.port) as listening,
         TemporaryDirectory(prefix="mlx-vlm-prune-", ignore_cleanup_errors=True) as folder,
     ):
         os.environ |= {**QUIET, "GRADIO_TEMP_DIR": folder}
-        opening = thread.start(open_first, args)  # while Gradio is imported
+        read = partial(open_model, args)
+        opening = thread.start(read, first_name(args))  # while Gradio is imported
         import uvicorn
 
         with without_stubs():
             from .webui.site import build_site
 
-        models = Models(thread, opening.result(), open_folder)
+        models = Models(thread, opening.result(), read)
+        del opening  # it would hold the first model for ever
         app = build_site(models, thread, Path(folder), args.max_tokens)
         settings = uvicorn.Config(
             app, log_level="critical", server_header=False,
             timeout_graceful_shutdown=SECONDS_TO_END,
         )  # fmt: skip
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends, then sends it once more
         place = f"http://{HOST}:{listening.getsockname()[1]}"
         print(f"{place} in a browser of this machine; Ctrl-C ends", file=sys.stderr, flush=True)
         uvicorn.Server(settings).run([listening])
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside the block SIGTERM ends the process as its end would, so that no file is left. (uvicorn
+    ends the page by itself, then sends the signal once more.)"""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -95,23 +108,24 @@ def without_stubs() -> Iterator[None]:
         inspect.getfile = getfile
 
 
-def open_first(args: argparse.Namespace) -> OpenModel:
-    """The model that the command line names. Raises UserError."""
-    model, processor = load(
-        args.model, dtype=args.dtype, revision=args.revision, adapter_path=args.adapter_path
-    )
-    return warmed(args.model or BUILT_IN, model, processor)
+def first_name(args: argparse.Namespace) -> str:
+    """The name in the menu of the command line's model."""
+    return args.model or BUILT_IN
 
 
-def open_folder(name: str) -> OpenModel:
-    """A model of a folder, or the built-in one. Nothing is fetched. Raises UserError."""
+def open_model(args: argparse.Namespace, name: str) -> OpenModel:
+    """The command line's model, the built-in one, or that of a folder, all in the command line's
+    dtype. Of another than the first nothing is fetched. Raises UserError."""
+    if name == first_name(args):
+        options = {"revision": args.revision, "adapter_path": args.adapter_path}
+        return warmed(name, *load(args.model, dtype=args.dtype, **options))
     if name == BUILT_IN:
-        return warmed(name, *load())
+        return warmed(name, *load(dtype=args.dtype))
     if not name:
         raise UserError("give the folder of a model")
-    if not expand_home(name).is_dir():
+    if not os.path.isdir(expand_home(name)):
         raise UserError(f"there is no folder {name}")
-    return warmed(name, *load(expand_home(name)))
+    return warmed(name, *load(expand_home(name), dtype=args.dtype))
 
 
 def warmed(name: str, model: Any, processor: Any) -> OpenModel:

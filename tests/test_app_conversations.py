@@ -4,29 +4,34 @@ Shapes: N visual tokens of an image.
 """
 
 import gc
-import weakref
+from functools import partial
 from itertools import zip_longest
 
 import pytest
 from PIL import Image
 
 from mlx_vlm_prune import Chat, generate
-from mlx_vlm_prune.app import open_folder
+from mlx_vlm_prune.app import open_model
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.generation.arguments import build_app_parser
 from mlx_vlm_prune.generation.photographs import SCENES_ONLY
-from mlx_vlm_prune.scenes import CHECKPOINT, compose
+from mlx_vlm_prune.models.towers.vit import VisionTower
+from mlx_vlm_prune.planning import host_budgets
+from mlx_vlm_prune.scenes import compose
 from mlx_vlm_prune.webui.conversations import (
-    HOSTS_HAVE_NO_MS,
     Conversation,
     TokenBudget,
     figures_line,
     overlay_of,
 )
-from mlx_vlm_prune.webui.model_thread import BUILT_IN, Models, ModelThread
+from mlx_vlm_prune.webui.model_thread import BUILT_IN, ModelThread
+
+from . import calibrations
 
 N, SEED = 196, 1_000_000_007
 FIRST, SECOND = "What does the sign say?", "Is there a red star?"
 QUARTER, HALF = TokenBudget("divprune", 0.25), TokenBudget("divprune", 0.5)
+read = partial(open_model, build_app_parser().parse_args([]))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def thread():
 
 @pytest.fixture(scope="module")
 def opened(thread):
-    return thread.run(open_folder, BUILT_IN)
+    return thread.run(read, BUILT_IN)
 
 
 @pytest.fixture
@@ -45,20 +50,37 @@ def talk(thread, opened):
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory):
-    file = tmp_path_factory.mktemp("scenes") / "scene.png"
-    compose(SEED).image().save(file)
-    return str(file)
+def scenes(tmp_path_factory):
+    """The files of two scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    files = [str(folder / f"{number}.png") for number in range(2)]
+    for number, file in enumerate(files):
+        compose(SEED + number).image().save(file)
+    return files
+
+
+@pytest.fixture(scope="module")
+def scene(scenes):
+    return scenes[0]
+
+
+@pytest.fixture(scope="module")
+def host_desk(tmp_path_factory):
+    """A small model of mlx-vlm's, and two pictures."""
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+    from . import host_folders
+
+    return host_folders.desk(tmp_path_factory.mktemp("hosts"), ["llava"])
 
 
 @pytest.fixture
 def answer(thread, opened, scene):
-    """What `generate` answers about the scene."""
+    """What `generate` answers about the scene, or another one."""
 
-    def ask(question: str, **options):
+    def ask(question: str, file: str = scene, **options):
         model, processor = opened.model, opened.processor
         return thread.run(
-            lambda: generate(model, processor, question, scene, max_tokens=8, **options)
+            lambda: generate(model, processor, question, file, max_tokens=8, **options)
         )
 
     return ask
@@ -98,10 +120,11 @@ def test_a_second_question_is_answered_as_in_a_chat(talk, thread, opened, scene)
     assert [turn.question for turn in talk.full.turns] == [FIRST, SECOND]
 
 
-def test_another_budget_answers_the_latest_question_anew(talk, scene, answer):
+def test_another_budget_answers_the_latest_question_anew(talk, scene, answer, monkeypatch):
     for _ in talk.ask(FIRST, [scene], QUARTER):
         pass
-    full = talk.full.result
+    full, encode, encoded = talk.full.result, VisionTower.__call__, list[int]()
+    monkeypatch.setattr(VisionTower, "__call__", lambda *a: encoded.append(1) or encode(*a))
     for _ in talk.ask_again(HALF):
         pass
     again = answer(FIRST, pruner="divprune", keep_ratio=0.5)
@@ -111,6 +134,7 @@ def test_another_budget_answers_the_latest_question_anew(talk, scene, answer):
     for _ in talk.ask_again(TokenBudget("none")):
         pass
     assert talk.pruned.result.kept_indices == full.kept_indices
+    assert len(encoded) == 1  # by `generate` alone
     fresh = Conversation(talk.opened, talk.thread, 8)
     assert [*fresh.ask_again(HALF)] == [] and not fresh.pruned.turns
 
@@ -153,6 +177,46 @@ def test_an_answer_that_nobody_reads_to_its_end_is_no_turn(talk, thread, scene):
     for _ in talk.ask(SECOND, [scene], QUARTER):
         pass
     assert len(talk.pruned.turns) == len(talk.pruned.images) == 1
+
+
+@pytest.mark.parametrize("end", ["left", "left in the full answer", "the full answer fails"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_picture_behind_an_answer_that_is_no_turn_is_the_one_that_is_read(
+    talk, thread, scenes, answer, monkeypatch, end, is_first
+):
+    scene, other = scenes
+    if not is_first:
+        [*talk.ask(SECOND, [scene], QUARTER)]
+    before = len(talk.pruned.turns)
+    if end == "the full answer fails":
+        stream = talk.full.stream
+        monkeypatch.setattr(talk.full, "stream", failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            [*talk.ask(FIRST, [scene], QUARTER)]
+        monkeypatch.setattr(talk.full, "stream", stream)
+    else:
+        writing = talk.ask(FIRST, [scene], QUARTER)
+        next(writing)
+        while end != "left" and not talk.text["full"]:
+            next(writing)
+        writing.close()
+    thread.run(gc.collect)  # behind what was to be put back
+    assert len(talk.pruned.turns) == len(talk.full.turns) == before
+    [*talk.ask(FIRST, [other], QUARTER)]
+    assert len(talk.pruned.images) == len(talk.full.images) == before + 1
+    for chat, options in ((talk.full, {}), (talk.pruned, {"pruner": QUARTER.pruner})):
+        keep = {"keep_ratio": QUARTER.keep_ratio} if options else {}
+        expected = answer(FIRST, other, **options, **keep)
+        assert chat.result.views[-1][0].tobytes() == expected.views[0][0].tobytes()
+        assert chat.result.kept_indices[-1:] == expected.kept_indices
+        if is_first:
+            assert chat.result.text == expected.text
+
+
+def failing(*arguments):
+    """An answer that breaks off at once."""
+    raise RuntimeError("out of memory")
+    yield
 
 
 def test_two_conversations_at_once_get_what_they_get_alone(thread, opened, scene):
@@ -198,35 +262,34 @@ def test_the_menu_has_what_the_model_can_do(opened):
     assert "restore" not in opened.methods  # which goes with another
 
 
-def test_models_are_shared_and_given_up(thread, opened, tmp_path):
-    models = Models(thread, opened, open_folder)
-    assert models.open(f" {BUILT_IN} ") is opened
-    for name, sentence in (
-        ("nowhere", "there is no folder nowhere"), ("", "give the folder of a model"),
-        (str(tmp_path), "is no checkpoint"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=sentence) as mistake:
-            models.open(name)
-        assert "\n" not in str(mistake.value)
-    another = models.open(str(CHECKPOINT))
-    assert models.open(str(CHECKPOINT)) is another is not opened
-    gone = weakref.ref(another)
-    del another
-    gc.collect()
-    assert gone() is None
-
-
-def test_models_of_mlx_vlm_are_asked_too_but_not_by_milliseconds(thread, tmp_path):
-    pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
-    from . import host_folders
-
-    desk = host_folders.desk(tmp_path, ["llava"])
-    opened = thread.run(open_folder, str(desk / "llava"))
+def test_models_of_mlx_vlm_are_asked_too(thread, host_desk):
+    opened = thread.run(read, str(host_desk / "llava"))
     talk = Conversation(opened, thread, 3)
-    [*talk.ask("w1 w2", [str(desk / "a.png")], QUARTER)]
+    [*talk.ask("w1 w2", [str(host_desk / "a.png")], QUARTER)]
     result = talk.pruned.result
     assert "divprune" in opened.methods and "twig" not in opened.methods
     assert 4 * result.visual_tokens_kept == result.visual_tokens
-    with pytest.raises(UserError, match="in milliseconds") as refusal:
-        [*talk.ask_again(TokenBudget("divprune", ms=100))]
-    assert str(refusal.value) == HOSTS_HAVE_NO_MS and len(talk.pruned.turns) == 1
+
+
+def test_milliseconds_choose_tokens_of_models_of_mlx_vlm_behind_the_turns_so_far(
+    thread, host_desk, tmp_path, monkeypatch
+):
+    """Where a row takes a second, K is what is left of the seconds by the rows of words."""
+    from .test_host_budgets import slow_machine
+
+    calibrations.isolate(monkeypatch, tmp_path / "cache")
+    monkeypatch.setattr(host_budgets, "measure", lambda prompt: slow_machine(prompt.pipeline.spec))
+    monkeypatch.setattr(host_budgets, "measure_level", lambda *_: 1.0)
+    talk = Conversation(thread.run(read, str(host_desk / "llava")), thread, 3)
+    words = []
+    for question, files in (("w1 w2", [str(host_desk / "a.png")]), ("w7 w8 w9", [])):
+        [*talk.ask(question, files, TokenBudget("divprune", ms=1e9))]
+        everything = talk.pruned.result
+        assert everything.visual_tokens_kept == everything.visual_tokens == 16
+        words.append(everything.prompt_tokens - 16)
+        [*talk.ask_again(TokenBudget("divprune", ms=1000 * (words[-1] + 5) + 900))]
+        assert talk.pruned.result.visual_tokens_kept == 5
+        assert talk.notes.startswith("Budget: ") and " -> 5 of 16 visual tokens" in talk.notes
+    assert words[1] > words[0] + 3  # those of the turn before are among them
+    [*talk.ask_again(TokenBudget("divprune", ms=1e-3))]
+    assert "cannot meet 0.001 ms" in talk.notes and len(talk.pruned.turns) == 2

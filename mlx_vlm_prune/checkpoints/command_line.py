@@ -179,28 +179,36 @@ def in_one_sentence(parser: Parser | None = None) -> Iterator[None]:
         with notes_on_stderr(parser):
             yield
         print(end="", flush=True)  # a reader may be gone, or there may be none
-    except UserError as e:
-        _refuse(parser.with_flags(str(e)) if parser else str(e))
-    except ModuleNotFoundError as e:
-        package = (e.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        _refuse(str(missing_package(package)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as e:
-        _refuse(f"{e.filename or 'output'}: {e.strerror or e}")
-    except RuntimeError as e:
-        if not str(e).startswith(COMPILER_FAULTS):
+    except Exception as problem:
+        sentence = sentence_of(problem)
+        if sentence is None:
             raise
-        _refuse(
-            f"MLX cannot compile in {os.environ.get('TMPDIR', '/tmp')}: is there room, and a C++"
-            " compiler (g++)? TMPDIR names another folder for temporary files"
-        )
+        is_mistake = isinstance(problem, UserError)
+        _refuse(parser.with_flags(sentence) if parser and is_mistake else sentence)
     except KeyboardInterrupt:
         end_line()
         sys.exit(130)
+
+
+def sentence_of(problem: Exception) -> str | None:
+    """What a user is told of an error: a mistake, a missing package, a file that cannot be read or
+    written, a compiler that is not there. None of any other error, which is a fault of ours."""
+    if isinstance(problem, UserError):
+        return str(problem)
+    if isinstance(problem, ModuleNotFoundError):
+        package = (problem.name or "").partition(".")[0]
+        return str(missing_package(package)) if package in EXTRAS else None
+    if isinstance(problem, OSError):
+        return f"{problem.filename or 'output'}: {problem.strerror or problem}"
+    if isinstance(problem, RuntimeError) and str(problem).startswith(COMPILER_FAULTS):
+        return (
+            f"MLX cannot compile in {os.environ.get('TMPDIR', '/tmp')}: is there room, and a C++"
+            " compiler (g++)? TMPDIR names another folder for temporary files"
+        )
+    return None
 
 
 def on_a_line(sentence: str) -> str:

@@ -8,7 +8,7 @@ Shapes: H height, W width of a picture.
 
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
 from typing import Any
@@ -89,6 +89,7 @@ class Conversation:
     def clear(self) -> None:
         """Forget all images and rows."""
         self.pictures: list[Picture] = []
+        self.sources: list[Any] = []  # what each of them was opened from
         self.held: HeldPrompt | None = None
         self.rows_reused = 0
 
@@ -106,14 +107,15 @@ class Conversation:
         with self.naming_faulty_part(pictures, prompt):
             read = self.read(request, pictures, prompt, clock)
             for piece in self.answer(request, read, clock):
-                self.pictures = pictures
+                self.pictures, self.sources = pictures, [*request.images]
                 yield piece
 
     def open(self, request: Request, clock: Clock) -> tuple[list[Picture], Prompt]:
         """All images so far and those that the request brings, and all turns. Raises UserError."""
-        new = request.images[len(self.pictures) :]
-        opened = [self.open_picture(source, request.pixel_limit) for source in new]
-        pictures = [*self.pictures, *opened]
+        pictures = [
+            self.known_picture(place, source, request.pixel_limit)
+            for place, source in enumerate(request.images)
+        ]
         prompt = self.tokenize(request)
         clock.end_part("image", [picture.pixels_1HW3 for picture in pictures])
         mx.reset_peak_memory()
@@ -157,6 +159,17 @@ class Conversation:
         except BaseException:  # some layers may have read a row that others have not
             self.held = None
             raise
+
+    def known_picture(self, place: int, source: Any, max_pixels: int) -> Picture:
+        """An image of a request: the picture that is held at its place, if that was opened from the
+        same source; its tower's output, if only the pixels are the same. Raises UserError."""
+        held = self.pictures[place] if place < len(self.pictures) else None
+        if held and self.sources[place] is source:
+            return held
+        opened = self.open_picture(source, max_pixels)
+        if held and held.digest == opened.digest:
+            return replace(opened, encoding=held.encoding, batch=held.batch)
+        return opened
 
     def open_picture(self, source: Any, max_pixels: int) -> Picture:
         """What the tower reads of an image. Raises UserError."""

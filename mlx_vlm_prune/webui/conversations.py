@@ -14,19 +14,17 @@ from PIL import Image
 from ..checkpoints.errors import UserError
 from ..generation.photographs import SCENES_ONLY
 from ..generation.printing import times_by_part
+from ..generation.request import Request
 from ..generation.result import GenerationResult
 from ..inputs.image import MAX_PIXELS, open_image
 from ..models.vlm import VLM
-from ..planning.budgets import keep_within
+from ..planning import host_budgets
+from ..planning.budgets import Budget, BudgetChoice, keep_within
 from ..scenes import SIZE
 from .model_thread import ModelThread, OpenModel
 
 if TYPE_CHECKING:
     from ..chat import Chat
-
-HOSTS_HAVE_NO_MS = (
-    "a budget in milliseconds does not support mlx-vlm's models yet; choose a share of the tokens"
-)
 
 
 @dataclass(frozen=True)
@@ -157,17 +155,26 @@ class Conversation:
         if budget.ms is None:
             ratio = budget.keep_ratio
             return {"pruner": budget.pruner, "keep_ratio": ratio, "keep_tokens": None}
-        if not isinstance(self.opened.model, VLM):
-            raise UserError(HOSTS_HAVE_NO_MS)
-        words = [part for turn in self.pruned.turns for part in (turn.question, turn.answer)]
-        choice = keep_within(
-            self.opened.model, self.opened.processor, "\n".join([*words, question]), images,
-            pruner=budget.pruner, ms=budget.ms, max_tokens=self.max_tokens,
-        )  # fmt: skip
+        choice = self._choose(question, images, budget.pruner, budget.ms)
         self.note = choice.reason or str(choice)
         if choice.options["pruner"] == "none":
             return {"pruner": "none", "keep_ratio": None, "keep_tokens": None}
         return {**choice.options, "keep_ratio": None}
+
+    def _choose(
+        self, question: str, images: Sequence[Image.Image], pruner: str, ms: float
+    ) -> BudgetChoice:
+        """The tokens that fit so many milliseconds, behind the turns so far. Raises UserError."""
+        model, processor = self.opened.model, self.opened.processor
+        turns, most = self.pruned.turns, self.max_tokens
+        if not isinstance(model, VLM):
+            request = Request(question, images, pruner, max_tokens=most, history=tuple(turns))
+            return host_budgets.keep_within(model, processor, request, Budget(ms))
+        words = [part for turn in turns for part in (turn.question, turn.answer)]
+        return keep_within(
+            model, processor, "\n".join([*words, question]), images, pruner=pruner, ms=ms,
+            max_tokens=most,
+        )  # fmt: skip
 
     @property
     def notes(self) -> str:

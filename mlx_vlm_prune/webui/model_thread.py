@@ -1,5 +1,6 @@
 """The one thread that computes for all pages, and the models that conversations use."""
 
+import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 from ..checkpoints.errors import UserError
+from ..checkpoints.reading.paths import expand_home
 from ..evaluation.sweep_cases import swept_model
 from ..models.vlm import VLM
 from ..pruners import METHODS, PRESETS
@@ -79,22 +81,34 @@ class OpenModel:
 
 
 class Models:
-    """Models by name. One that no conversation uses any more is given up, but for the first.
+    """Models by name. The one that was opened last is held, every other as long as a conversation
+    uses it. `first` is the name of the command line's.
 
-    `open_folder` reads a model by its name, in the thread that computes.
+    `read` opens a model by its name, in the thread that computes.
     """
 
     def __init__(
-        self, thread: ModelThread, first: OpenModel, open_folder: Callable[[str], OpenModel]
+        self, thread: ModelThread, first: OpenModel, read: Callable[[str], OpenModel]
     ) -> None:
-        self.thread, self.first, self.open_folder = thread, first, open_folder
-        self._lock = Lock()
-        self._open: WeakValueDictionary[str, OpenModel] = WeakValueDictionary({first.name: first})
+        self.thread, self.first, self.read = thread, first.name, read
+        self._lock, self._latest = Lock(), first
+        self._open: WeakValueDictionary[str, OpenModel] = WeakValueDictionary()
+        self._open[place_of(first.name)] = first
 
     def open(self, name: str) -> OpenModel:
-        """The model in a folder; the built-in one by its name. Raises UserError."""
+        """The model in a folder, however its path is written; the built-in one and the first one by
+        their names. Raises UserError."""
         name = name.strip()
+        place, is_first = place_of(name), place_of(name) == place_of(self.first)
         with self._lock:
-            opened = self._open.get(name) or self.thread.run(self.open_folder, name)
-            self._open[name] = opened
+            opened = self._open.get(place)
+            if opened is None:
+                opened = self.thread.run(self.read, self.first if is_first else name)
+            self._open[place] = self._latest = opened
             return opened
+
+
+def place_of(name: str) -> str:
+    """The folder that a name leads to, or else the name. Raises UserError for `~` of nobody."""
+    folder = expand_home(name)
+    return os.path.realpath(folder) if name and os.path.isdir(folder) else name

@@ -3,6 +3,7 @@
 What a user, a model or a file wrote is shown as plain text: nothing of it is Markdown or HTML.
 """
 
+import logging
 from collections.abc import Iterator
 from html import escape
 from itertools import islice
@@ -11,13 +12,14 @@ from typing import Any
 
 import gradio as gr
 
-from ..checkpoints.command_line import on_a_line
-from ..checkpoints.errors import UserError
+from ..checkpoints.command_line import on_a_line, sentence_of
+from ..checkpoints.errors import reason
 from ..pruners import METHODS, PRESETS
 from ..scenes import HELD_OUT_SEEDS, question_set
 from .conversations import Conversation, TokenBudget, figures_line, overlay_of
 from .model_thread import BUILT_IN, Models, ModelThread, OpenModel
 
+logger = logging.getLogger("mlx_vlm_prune")
 Updates = dict[Any, Any]  # new values of components
 TITLE = "mlx_vlm_prune"
 ABOUT = """# Fewer visual tokens
@@ -43,18 +45,18 @@ class Page:
 
     def __init__(self, models: Models, thread: ModelThread, folder: Path, max_tokens: int) -> None:
         self.models, self.thread, self.max_tokens = models, thread, max_tokens
+        first = models.open(models.first)
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
             self.blocks = blocks
             self.talk = gr.State()
             gr.Markdown(ABOUT)
-            self._add_model()
-            self._add_budget()
+            self._add_model(first)
+            self._add_budget(first)
             self._add_answers()
             self._add_question(folder)
             self._connect()
 
-    def _add_model(self) -> None:
-        first = self.models.first
+    def _add_model(self, first: OpenModel) -> None:
         folders = [str(file.parent) for file in sorted(Path().glob("*/config.json"))]
         with gr.Accordion(model_label(first), open=False, elem_id="model") as self.model:
             names = dict.fromkeys([first.name, BUILT_IN, *folders])
@@ -64,15 +66,15 @@ class Page:
             )  # fmt: skip
             self.open = gr.Button("Open the model")
 
-    def _add_budget(self) -> None:
+    def _add_budget(self, first: OpenModel) -> None:
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 self.pruner = gr.Dropdown(
-                    menu(self.models.first), value=default_pruner(self.models.first),
+                    menu(first), value=default_pruner(first),
                     allow_custom_value=True, label="Method",
                     info="or a chain, NAME:option=value+NAME",
                 )  # fmt: skip
-                self.about = gr.Markdown(explanation(default_pruner(self.models.first)))
+                self.about = gr.Markdown(explanation(default_pruner(first)))
             with gr.Column(scale=2, min_width=280):
                 self.unit = gr.Radio([SHARE, MILLISECONDS], value=SHARE, label="Budget")
                 self.percent = gr.Slider(
@@ -145,10 +147,14 @@ class Page:
         self, talk: Conversation | None, question: dict[str, Any], *budget: Any
     ) -> Iterator[Updates]:
         """Answer a question, a piece at a time."""
-        talk = talk or Conversation(self.models.first, self.thread, self.max_tokens)
         text, files = (question.get("text") or "").strip(), question.get("files") or []
         if not text:
             yield {self.notice: notice("type a question")}
+            return
+        try:
+            talk = talk or self._conversation_with(self.models.open(self.models.first))
+        except Exception as problem:
+            yield {self.notice: notice(fault_text(problem))}
             return
         start = {self.talk: talk, self.question: gr.MultimodalTextbox(None)}
         yield from self._write(talk, talk.ask(text, files, budget_of(*budget)), start)
@@ -160,22 +166,26 @@ class Page:
 
     def begin(self, talk: Conversation | None) -> Updates:
         """Begin anew, with the same model."""
-        opened = talk.opened if talk else self.models.first
-        return self._new(Conversation(opened, self.thread, self.max_tokens))
+        if talk is None:  # nothing was asked yet
+            return {self.notice: notice("")}
+        return self._new(self._conversation_with(talk.opened))
 
     def open_model(self, name: str | None) -> Updates:
         """Begin anew with another model; a mistake is a sentence, and the conversation goes on."""
         try:
             opened = self.models.open(name or "")
-        except UserError as mistake:
-            return {self.notice: notice(str(mistake))}
-        methods = gr.Dropdown(menu(opened), value=default_pruner(opened))
-        talk = Conversation(opened, self.thread, self.max_tokens)
+            methods = gr.Dropdown(menu(opened), value=default_pruner(opened))
+            new = self._new(self._conversation_with(opened))
+        except Exception as problem:
+            return {self.notice: notice(fault_text(problem))}
         return {
-            **self._new(talk),
+            **new,
             self.model: gr.Accordion(label=model_label(opened)),
             self.pruner: methods,
         }
+
+    def _conversation_with(self, opened: OpenModel) -> Conversation:
+        return Conversation(opened, self.thread, self.max_tokens)
 
     def _new(self, talk: Conversation) -> Updates:
         return {self.talk: talk, **self.thread.run(self._whole, talk), self.notice: notice("")}
@@ -188,9 +198,9 @@ class Page:
             for _ in pieces:
                 yield {**start, **self.thread.run(self._chats, talk), self.notice: notice("")}
                 start = {}
-        except UserError as mistake:
+        except Exception as problem:
             whole = self.thread.run(self._whole, talk)
-            yield {**whole, self.notice: notice(str(mistake))}
+            yield {**whole, self.notice: notice(fault_text(problem))}
             return
         yield {**self.thread.run(self._whole, talk), self.notice: notice(talk.notes)}
 
@@ -242,6 +252,15 @@ def budget_fields(unit: str) -> list[Any]:
     """The field of the chosen unit is shown, the other is not."""
     is_ms = unit == MILLISECONDS
     return [gr.Slider(visible=not is_ms), gr.Number(visible=is_ms)]
+
+
+def fault_text(problem: Exception) -> str:
+    """What is said of an error; of one that is no mistake, also on stderr."""
+    sentence = sentence_of(problem)
+    if sentence is None:
+        sentence = f"this failed with {type(problem).__name__}: {reason(problem)}"
+        logger.error(sentence)
+    return sentence
 
 
 def notice(sentence: str) -> Any:
