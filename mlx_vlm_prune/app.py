@@ -51,7 +51,6 @@ def run(args: argparse.Namespace) -> None:
     if find_spec("gradio") is None:
         raise missing_package("gradio")
     with (
-        ended_by_sigterm(),
         closing(ModelThread()) as thread,
         listen(HOST, args.port) as listening,
         TemporaryDirectory(prefix="mlx-vlm-prune-", ignore_cleanup_errors=True) as folder,
@@ -71,20 +70,10 @@ def run(args: argparse.Namespace) -> None:
             app, log_level="critical", server_header=False,
             timeout_graceful_shutdown=SECONDS_TO_END,
         )  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn ends, then sends it once more
         place = f"http://{HOST}:{listening.getsockname()[1]}"
         print(f"{place} in a browser of this machine; Ctrl-C ends", file=sys.stderr, flush=True)
         uvicorn.Server(settings).run([listening])
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM ends the process as its end would, so that no file is left. (uvicorn
-    ends the page by itself, then sends the signal once more.)"""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

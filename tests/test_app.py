@@ -17,7 +17,7 @@ pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'mlx_
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.pruners import METHODS
-from mlx_vlm_prune.scenes import compose
+from mlx_vlm_prune.scenes import CHECKPOINT, compose
 
 from .browser import Tab, start_browser
 from .entry_points import ROOT
@@ -45,8 +45,7 @@ class Site:
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stderr
-        self.first_line = self.process.stderr.readline()
-        self.address = self.first_line.split()[0]
+        self.address = self.process.stderr.readline().split()[0]
 
     def end(self, with_signal: int) -> tuple[int, str, str]:
         """Exit code and what else was written."""
@@ -99,10 +98,6 @@ def write(tab: Tab, text: str, *files: Path) -> None:
         tab.page.locator("#question .thumbnail-item").nth(len(files) - 1).wait_for()
     tab.page.locator("#question textarea").fill(text)
     tab.page.locator("#question textarea").press("Enter")
-
-
-def figures(tab: Tab, name: str) -> str:
-    return tab.page.locator(f"#{name}-figures textarea").input_value()
 
 
 def wait_for_figures(tab: Tab, name: str, beginning: str) -> None:
@@ -194,12 +189,39 @@ def test_nothing_that_was_typed_is_executed_or_loaded(tab, scene, tmp_path):
     assert tab.page.evaluate("window.pwned") is None
 
 
-def test_another_folder_is_opened_or_refused_in_a_sentence(tab, site):
+def open_folder(tab: Tab, name: str) -> None:
+    """Type the folder of a model, and open it."""
     tab.page.locator("#model button").first.click()
     folder = tab.page.get_by_label("Folder of a model")
-    folder.fill("nowhere")
+    folder.fill(name)
     folder.press("Enter")
     tab.page.get_by_role("button", name="Open the model").click()
+
+
+def test_another_model_is_opened_by_its_folder_and_asked(tab, scene):
+    write(tab, OTHER)
+    tab.page.wait_for_function("() => document.querySelector('#full-figures textarea').value")
+    open_folder(tab, f" {CHECKPOINT} ")
+    label = f"Model: {CHECKPOINT}, 196 visual tokens an image"
+    tab.page.locator("#model").get_by_text(label).wait_for()
+    for name in ("full", "pruned"):
+        tab.page.wait_for_function(
+            "(name) => !document.querySelector(`#${name}-chat .message-content`)"
+            " && document.querySelector(`#${name}-figures textarea`).value === ''",
+            arg=name,
+        )
+    tab.page.get_by_label("Method").click()
+    tab.page.get_by_role("option", name=f"norm: {METHODS['norm'].summary}").click()
+    write(tab, QUESTION, scene)
+    wait_for_figures(tab, "full", "196 of 196")
+    model, processor = load(CHECKPOINT)
+    for name, options in (("full", {}), ("pruned", {"pruner": "norm", "keep_ratio": 0.5})):
+        result = generate(model, processor, QUESTION, Image.open(scene), **options)
+        assert answers(tab, name) == [f"{QUESTION}\n(with 1 picture)", result.text]
+
+
+def test_another_folder_is_refused_in_a_sentence(tab):
+    open_folder(tab, "nowhere")
     notice = tab.page.locator("#notice textarea")
     notice.wait_for()
     assert notice.input_value() == "there is no folder nowhere"
@@ -231,19 +253,49 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(browser, site, scene):
     assert tab.faults == []
 
 
+def send(site: Site, path: str, headers: dict[str, str], content: bytes | None = None) -> int:
+    """The status of a request."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    request = urllib.request.Request(f"{site.address}{path}", content, headers)
+    try:
+        with opener.open(request, timeout=PATIENCE) as reply:
+            return reply.status
+    except urllib.error.HTTPError as refusal:
+        with refusal:
+            return refusal.code
+
+
 def test_only_this_machine_and_its_own_page_reach_the_app(site):
     port = site.address.rpartition(":")[2]
     assert site.address == f"http://127.0.0.1:{port}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for path, headers in (
         ("/", {"Host": "evil.example"}), ("/gradio_api/file=http://127.0.0.1:1/x", {}),
         (f"/gradio_api/file={ROOT}/README.md", {}),
     ):  # fmt: skip
-        request = urllib.request.Request(f"{site.address}{path}", headers=headers)
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            opener.open(request, timeout=PATIENCE)
-        assert refusal.value.code in (400, 403), path
-        refusal.value.close()
+        assert send(site, path, headers) in (400, 403), path
+
+
+def test_a_page_of_another_site_can_send_nothing(site):
+    """As a browser sends it: a form with a file needs nobody's leave."""
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="files"; filename="stranger.txt"\r\n'
+        b"Content-Type: text/plain\r\n\r\nwords\r\n--x--\r\n"
+    )
+    kind = {"Content-Type": "multipart/form-data; boundary=x"}
+    port = site.address.rpartition(":")[2]
+    for origin in (
+        "https://evil.example",
+        "http://127.0.0.1:1",
+        f"https://127.0.0.1:{port}",
+        "null",
+    ):
+        assert send(site, "/gradio_api/upload", {**kind, "Origin": origin}, form) == 403, origin
+    assert not [*site.temporary.rglob("stranger.txt")]
+    elsewhere = {"Sec-Fetch-Site": "cross-site"}
+    assert send(site, "/config", {**elsewhere, "Sec-Fetch-Mode": "no-cors"}) == 403
+    assert send(site, "/", {**elsewhere, "Sec-Fetch-Mode": "navigate"}) == 200  # a link to it
+    assert send(site, "/gradio_api/upload", {**kind, "Origin": site.address}, form) == 200
+    assert [*site.temporary.rglob("stranger.txt")]
 
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI, Response
+from fastapi.datastructures import Headers
 from fastapi.middleware.trustedhost import TrustedHostMiddleware
 
 from .model_thread import Models, ModelThread
@@ -41,15 +42,29 @@ def theme() -> gr.themes.Base:
     return plain.set(**quiet)
 
 
+def is_of_another_page(headers: Headers) -> bool:
+    """Did a page of another site send a request? Its browser says so, a program says nothing. A
+    link to the app may be followed from anywhere."""
+    origin, is_link = headers.get("origin"), headers.get("sec-fetch-mode") == "navigate"
+    if origin is not None:
+        return origin != f"http://{headers.get('host')}"
+    return headers.get("sec-fetch-site") == "cross-site" and not is_link
+
+
 class WithinPolicy:
-    """Refuses what would fetch from elsewhere, and forbids the page to."""
+    """Refuses what another page sends and what would fetch from elsewhere, and forbids the page
+    to."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """One request."""
-        if any(part in scope.get("path", "") for part in FETCHES):
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        is_fetch = any(part in scope["path"] for part in FETCHES)
+        if is_fetch or is_of_another_page(Headers(scope=scope)):
             await Response(status_code=403)(scope, receive, send)
             return
 
