@@ -9,15 +9,17 @@ import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
-from mlx_vlm_prune import load
+from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors, read_json
-from mlx_vlm_prune.hosts.memory import Reading, estimate, weights_bytes
+from mlx_vlm_prune.hosts.memory import Reading, estimate, preprocessor, weights_bytes
 from mlx_vlm_prune.models import memory
 
 from .host_folders import desk
 
 KINDS = ["llava", "qwen2_5_vl", "smolvlm"]
+CLIP = {"image_size": 336, "patch_size": 14}
+INTERNVL = {"image_size": 448, "patch_size": 14}
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +39,11 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(place, kind, mon
     load(place / kind)
     monkeypatch.setattr(memory, "available_bytes", lambda: size - 1)
     monkeypatch.setattr("mlx_vlm.utils.load", lambda *_, **__: pytest.fail("it was read"))
-    with pytest.raises(UserError, match=r"needs 0.0 GB for its weights, and 0.0 GB are avail"):
-        load(place / kind, dtype="float32")
+    wish = r"needs 0.0 GB for its weights, and 0.0 GB are available; {}convert it in 4 bits \("
+    for dtype, more in (("float32", "load it in float16 or "), ("float16", "")):
+        monkeypatch.setattr(memory, "available_bytes", lambda: size // 2 - 1)
+        with pytest.raises(UserError, match=wish.format(more)):
+            load(place / kind, dtype=dtype)
 
 
 def test_a_picture_that_may_not_fit_beside_the_weights_is_a_warning(place, monkeypatch, caplog):
@@ -53,6 +58,25 @@ def test_a_picture_that_may_not_fit_beside_the_weights_is_a_warning(place, monke
     load(folder, dtype="float32")
     (line,) = caplog.messages
     assert "to read a picture of 16 visual tokens" in line and str(folder) in line
+    assert "resize_shape" not in line and "load it in float16 or convert it in 4 bits" in line
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("llava", 16), ("smolvlm", 20)])
+def test_as_many_tokens_are_counted_as_the_largest_picture_becomes(place, kind, tokens):
+    """SmolVLM cuts a.png in two times two tiles and adds the whole."""
+    folder = place / kind
+    config = {"scale_factor": 2} if kind == "smolvlm" else {}  # mlx-vlm's default
+    config |= read_json(folder / "config.json")
+    reading = estimate(config, None, preprocessor(folder))
+    answer = generate(*load(folder), "w7", place / "a.png", max_tokens=1)
+    assert reading.visual_tokens == answer.visual_tokens == tokens
+
+
+def test_a_smaller_picture_is_advised_only_where_it_becomes_fewer_tokens(place):
+    resizable = [
+        estimate(read_json(place / kind / "config.json"), None).is_resizable for kind in KINDS
+    ]
+    assert resizable == [False, True, False]
 
 
 IN_FRESH_PROCESS = """
@@ -90,6 +114,11 @@ def test_the_weights_that_are_counted_are_those_that_are_held(place):
         ({"vision_config": {"image_size": 364, "patch_size": 14}, "scale_factor": 2}, 169),
         ({"vision_config": {"image_size": 448, "patch_size": 14}, "downsample_ratio": 0.5}, 256),
         ({"vision_config": {"image_size": 896, "patch_size": 14}, "mm_tokens_per_image": 256}, 256),
+        ({"vision_config": {"patch_size": 16}, "downsample_factor": 2}, 1024),
+        ({"vision_config": {"patch_size": 16}, "vision_soft_tokens_per_image": 280}, 280),
+        ({"vision_config": INTERNVL, "downsample_ratio": 0.5, "max_dynamic_patch": 12}, 13 * 256),
+        ({"vision_config": CLIP, "image_grid_pinpoints": [[336, 672], [672, 672]]}, 5 * 576),
+        ({"vision_config": CLIP, "image_grid_pinpoints": [7, ["x", 7], [], "a"]}, 576),
         ({"vision_config": {"image_size": "large"}, "text_config": 7}, (1024 // 14) ** 2),
         ({}, (1024 // 14) ** 2),
     ],

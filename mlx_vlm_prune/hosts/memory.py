@@ -12,30 +12,41 @@ network, H heads, V words.
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoints.errors import UserError
+from ..checkpoints.processor import PREPROCESSOR_CONFIG
+from ..checkpoints.reading.files import read_json
 from ..checkpoints.reading.tensors import RawTensor
 from ..machine.hardware import on_cpu
 from ..models import memory
 from ..models.arrays import FLOATS
+from ..models.layers import PREFILL_STEP_SIZE
 
 logger = logging.getLogger("mlx_vlm_prune")
 SIDE, PATCH = 1024, 14  # of a picture and its patches, in pixels, where the config has no size
 TEXT = 128  # rows of words
-CHUNK = 2048  # rows that mlx-vlm reads at once
+FEWER_BITS = "convert it in 4 bits (python -m mlx_vlm.convert -q)"
+HALF = "load it in float16 or "
+RESIZE = "make pictures smaller (resize_shape) or "
+# Fields of what one picture becomes, whatever its size.
+SOFT_TOKENS = ("mm_tokens_per_image", "vision_soft_tokens_per_image")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What reading a prompt with one picture takes beside the weights."""
+    """What reading a prompt with one picture takes beside the weights; whether a smaller picture
+    takes less."""
 
     visual_tokens: int
     nbytes: int
+    is_resizable: bool
 
 
 def check_memory(
@@ -46,15 +57,16 @@ def check_memory(
 ) -> None:
     """UserError where the weights in `dtype` (None: as they are) do not fit into memory; a warning
     where no picture fits beside them."""
-    weights, reading = weights_bytes(tensors, dtype), estimate(config, dtype)
-    memory.check_fits(weights, str(folder))
+    weights, reading = weights_bytes(tensors, dtype), estimate(config, dtype, preprocessor(folder))
+    half = HALF if weights > weights_bytes(tensors, mx.float16) else ""
+    memory.check_fits(weights, str(folder), f"{half}{FEWER_BITS}")
     available = memory.available_bytes()
     if available is not None and weights + reading.nbytes > available:
         logger.warning(
             "%s needs %.1f GB for its weights and about %.1f GB to read a picture of %d visual"
-            " tokens, and %.1f GB are available: it may run out of memory; make pictures smaller"
-            " (resize_shape), or load a model in 4 bits",
+            " tokens, and %.1f GB are available: it may run out of memory; %s%s%s",
             folder, weights / 1e9, reading.nbytes / 1e9, reading.visual_tokens, available / 1e9,
+            RESIZE if reading.is_resizable else "", half, FEWER_BITS,
         )  # fmt: skip
 
 
@@ -67,24 +79,63 @@ def weights_bytes(tensors: Mapping[str, RawTensor], dtype: mx.Dtype | None) -> i
     return total
 
 
-def estimate(config: Mapping[str, Any], dtype: mx.Dtype | None) -> Reading:
-    """What reading takes of a picture as large as the config says, else of SIDE x SIDE pixels; 0
-    for a config without sizes."""
+def preprocessor(folder: Path) -> Mapping[str, Any]:
+    """What a folder says of its pictures; nothing where it cannot be read."""
+    with suppress(UserError):
+        content: Mapping[str, Any] = read_json(folder / PREPROCESSOR_CONFIG)
+        return content
+    return {}
+
+
+def estimate(
+    config: Mapping[str, Any], dtype: mx.Dtype | None, pictures: Mapping[str, Any] | None = None
+) -> Reading:
+    """What reading takes of a picture as large as the config says, in as many tiles as that or
+    the preprocessor (`pictures`) says, else of SIDE x SIDE pixels; 0 for a config without sizes.
+    """
     text, vision = {**config, **_part(config, "text_config")}, _part(config, "vision_config")
     itemsize = (dtype or mx.float16).size
     patches = (_whole(vision, "image_size", SIDE) // _whole(vision, "patch_size", PATCH)) ** 2
-    N = _visual_tokens(config, vision, patches)
+    tiles = _tiles(config, vision, pictures or {})
+    N = tiles * _visual_tokens(config, vision, patches)
     rows = N + TEXT
-    tower = _layer(vision, patches, patches)
-    prompt = _layer(text, min(rows, CHUNK), rows) + _whole(text, "vocab_size", 0)
-    return Reading(N, itemsize * (max(tower, prompt) + rows * _row_size(text)))
+    tower = _layer(vision, tiles * patches, patches)
+    prompt = _layer(text, min(rows, PREFILL_STEP_SIZE), rows) + _whole(text, "vocab_size", 0)
+    nbytes = itemsize * (max(tower, prompt) + rows * _row_size(text))
+    is_fixed = "image_size" in vision or any(name in config for name in SOFT_TOKENS)
+    return Reading(N, nbytes, not is_fixed)
+
+
+def _tiles(
+    config: Mapping[str, Any], vision: Mapping[str, Any], pictures: Mapping[str, Any]
+) -> int:
+    """The most tiles that a picture is cut into, with the whole picture: InternVL's number, those
+    of Idefics3's longest edge, or of the largest of LLaVA's shapes in pixels; 1 where nothing says
+    it."""
+    if most := _whole(config, "max_dynamic_patch", 0):
+        return most + 1
+    edge, tile = (
+        _whole(_part(pictures, name), "longest_edge", 0) for name in ("size", "max_image_size")
+    )
+    if edge and tile and pictures.get("do_image_splitting", True):
+        return 1 + ceil(edge / tile) ** 2
+    side, shapes = _whole(vision, "image_size", SIDE), config.get("image_grid_pinpoints")
+    sizes = [
+        max(1, width // side) * max(1, height // side)
+        for shape in (shapes if isinstance(shapes, list) else ())
+        if isinstance(shape, list) and [*map(type, shape)] == [int, int]
+        for width, height in [shape]
+    ]
+    return 1 + max(sizes) if sizes else 1
 
 
 def _visual_tokens(config: Mapping[str, Any], vision: Mapping[str, Any], patches: int) -> int:
     """Of the picture's patches; several may become one."""
-    if tokens := _whole({**config, **_part(config, "text_config")}, "mm_tokens_per_image", 0):
+    both = {**config, **_part(config, "text_config")}
+    if tokens := max(_whole(both, name, 0) for name in SOFT_TOKENS):
         return tokens
-    side = _whole(vision, "spatial_merge_size", 0) or _whole(config, "scale_factor", 1)
+    of_config = (_whole(config, name, 1) for name in ("scale_factor", "downsample_factor"))
+    side = _whole(vision, "spatial_merge_size", 0) or max(of_config)
     ratio = config.get("downsample_ratio")
     share = ratio**2 if isinstance(ratio, float) and 0 < ratio <= 1 else 1 / side**2
     return max(1, int(patches * share))

@@ -7,6 +7,7 @@ from ..checkpoints.errors import UserError
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+SMALLER = "load it in float16, or convert it in 4 bits (to-mlx -q)"
 
 
 def available_bytes() -> int | None:
@@ -21,13 +22,13 @@ def available_bytes() -> int | None:
         return None
 
 
-def check_fits(needed: int, model: str) -> None:
-    """UserError where `needed` bytes of weights are more than are available."""
+def check_fits(needed: int, model: str, advice: str = SMALLER) -> None:
+    """UserError, with `advice`, where `needed` bytes of weights are more than are available."""
     available = available_bytes()
     if available is not None and needed > available:
         raise UserError(
             f"{model} needs {needed / 1e9:.1f} GB for its weights, and {available / 1e9:.1f} GB are"
-            " available; load it in float16, or convert it in 4 bits (to-mlx -q)"
+            f" available; {advice}"
         )
 
 
