@@ -76,7 +76,7 @@ class Advice:
         line = "Inside the tower no method works in mlx-vlm's models"
         if "smaller" in speedups:
             return f"{line}; of a smaller image (--resize-shape), about half as wide, {smaller}."
-        return f"{line}, and every image becomes as many tokens."
+        return f"{line}, and a smaller image becomes as many tokens."
 
     def _frontier_lines(self) -> list[str]:
         when = f"of {self.date[:16].replace('T', ' ')}" if self.date else "without a date"
@@ -165,7 +165,7 @@ def load_evaluation(folder: Path | None, file: Path | None) -> dict[str, Any]:
         evaluation = read_json(path, most=None)
         for row in evaluation["rows"]:  # fails where a figure is missing
             row["pruner"], row["tokens"] + row["of"], row["overall"] + row["to_full"]["overall"][0]
-            row["to_full"]["overall"][1]
+            row["to_full"]["overall"][1], (row.get("keep_ratio") or 0) + 0
     except (KeyError, TypeError, IndexError) as e:
         raise UserError(f"{path} is no evaluation ({e}); {EVALUATE} writes one") from None
     return evaluation
@@ -176,7 +176,7 @@ def advise(
 ) -> Advice:
     """Measure the model, which takes some seconds and shows progress, and add the frontier.
 
-    `name` is what the user calls a model of mlx-vlm's.
+    `name` is what the user calls a model of mlx-vlm's; else it is its folder.
     """
     is_ours = isinstance(model, VLM)
     measured = (times if is_ours else host_times).measure(model, processor, image)
@@ -187,8 +187,9 @@ def advise(
     ]
     full = [row["overall"] for row in evaluation.get("rows", ()) if row["pruner"] == "none"]
     return Advice(
-        processor.name if is_ours else str(name), measured.tokens, measured.kept, measured.times,
-        measured.cache_bytes, rows, str(evaluation.get("questions", "")),
+        processor.name if is_ours else str(name or model.model_path), measured.tokens,
+        measured.kept, measured.times, measured.cache_bytes, rows,
+        str(evaluation.get("questions", "")),
         int(evaluation.get("count", 0)), str(evaluation.get("date", "")), max(full, default=0.0),
     )  # fmt: skip
 

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
 from mlx_vlm_prune import generate, load
-from mlx_vlm_prune.advise import advise, main
+from mlx_vlm_prune.advise import advise, load_evaluation, main
+from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.planning.times import PROMPT
 
 from . import calibrations
@@ -39,7 +40,9 @@ def test_the_tokens_and_the_bytes_of_the_cache_are_those_of_generate(place, kind
     assert measured.kept == max(1, full.visual_tokens // 4, len(full.views))
     assert measured.cache_bytes == (full.cache_bytes, kept.cache_bytes)
     assert "inside" not in measured.times.first
-    assert ("smaller" in measured.times.first) == (kind != "llava")
+    assert ("smaller" in measured.times.first) == (kind == "qwen2_5_vl")
+    (line,) = [line for line in measured.lines if line.startswith("Inside the tower")]
+    assert ("--resize-shape" in line) == (kind == "qwen2_5_vl")
     assert min(measured.times.first.values()) > 0 and measured.times.token > 0
 
 
@@ -55,6 +58,18 @@ def test_the_command_prints_ten_lines_and_writes_every_figure(place, kind, tmp_p
     (line,) = [line for line in lines if line.startswith("Inside the tower")]
     assert ("--resize-shape" in line) == (kind == "qwen2_5_vl")
     assert json.loads(file.read_text())["times"]["first"].keys() >= {"behind"}
+
+
+def test_a_model_without_a_name_is_called_by_its_folder(place):
+    model, processor = load(place / "llava")
+    assert advise(model, processor, place / "a.png", {}).model == str(place / "llava")
+
+
+def test_a_share_that_is_a_text_is_no_evaluation(tmp_path):
+    file = tmp_path / "e.json"
+    file.write_text(json.dumps({"rows": [ROWS[0] | {"keep_ratio": "0.25"}]}))
+    with pytest.raises(UserError, match="is no evaluation"):
+        load_evaluation(None, file)
 
 
 def test_a_budget_that_was_evaluated_as_a_share_is_recommended_as_one():

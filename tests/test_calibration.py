@@ -136,7 +136,8 @@ def test_a_calibration_runs_from_the_least_k_to_all(loaded, home, spec):
     model, _ = loaded
     pipeline, inputs = plan(spec), inputs_of(loaded, home, images=2)
     calibrated = measure(model, pipeline, inputs)
-    assert {r.setting for r in calibrated.runs} == set(settings_to_run(model, pipeline, inputs))
+    settings = settings_to_run(model, pipeline, 2, inputs.text_tokens)
+    assert {r.setting for r in calibrated.runs} == {*settings}
     assert {r.K for r in calibrated.runs} >= {feasible(model, spec)[0], model.N}
     assert {r.images for r in calibrated.runs} == {1, 2}
     assert calibrated.in_tower == ("tome" in spec or spec == "downsample")
@@ -175,6 +176,17 @@ def test_a_saved_calibration_is_not_measured_again(loaded, home, cache, monkeypa
     assert calibrated == load_calibration(path, environment(model.dtype))
     monkeypatch.setattr(calibration, "load_calibration", never)  # the process has it in memory
     assert calibrate(model, processor.folder, pipeline, inputs) is calibrated
+
+
+def test_what_was_covered_stays_covered(loaded, home, cache, monkeypatch):
+    """Two pictures with few words, then one with many."""
+    model, processor = loaded
+    two, wordy = inputs_of(loaded, home, images=2), inputs_of(loaded, home, prompt="a red ? " * 60)
+    assert wordy.text_tokens > LONG_TEXT
+    _, last = (calibrate(model, processor.folder, plan("norm"), each) for each in (two, wordy))
+    monkeypatch.setattr(calibration, "measure", never)
+    for inputs in (two, wordy):
+        assert calibrate(model, processor.folder, plan("norm"), inputs) is last
 
 
 def never(*_):

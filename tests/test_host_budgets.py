@@ -13,6 +13,7 @@ from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generate import main
 from mlx_vlm_prune.generation.request import Request
+from mlx_vlm_prune.hosts.host import ADAPTERS
 from mlx_vlm_prune.planning import host_budgets
 from mlx_vlm_prune.planning.budgets import Budget
 from mlx_vlm_prune.planning.calibration import LONG_TEXT
@@ -61,7 +62,9 @@ def timed(K: int, text: int, images: int, N: int) -> SizedRun:
 
 @pytest.fixture
 def on_slow_machine(monkeypatch):
-    monkeypatch.setattr(host_budgets, "measure", lambda prompt: slow_machine(prompt.pipeline.spec))
+    monkeypatch.setattr(
+        host_budgets, "measure", lambda prompt, older: slow_machine(prompt.pipeline.spec)
+    )
     monkeypatch.setattr(host_budgets, "measure_level", lambda *_: 1.0)
 
 
@@ -161,6 +164,35 @@ def test_options_of_the_picture_are_those_of_the_answer(on_slow_machine, place, 
     )
     answer = generate(model, processor, QUESTION, place / "a.png", max_tokens=1, **options)
     assert answer.visual_tokens == small < large
+
+
+def test_other_ways_of_reading_have_calibrations_of_their_own(
+    on_slow_machine, place, loaded, cache
+):
+    """Other caches, and the adapters that a model was loaded with."""
+    model, processor = loaded("llava")
+
+    def files(**options) -> int:
+        request = Request(QUESTION, [place / "a.png"], "norm", host_options=options)
+        keep_within(model, processor, request, Budget(ms=1e6))
+        return len(list((cache / "calibrations").iterdir()))
+
+    assert [files(), files(max_kv_size=99), files(prefill_step_size=9), files()] == [1, 2, 3, 3]
+    setattr(model, ADAPTERS, "0123456789abcdef")
+    try:
+        assert files() == 4
+    finally:
+        delattr(model, ADAPTERS)
+    assert files() == 4
+
+
+def test_a_budget_of_memory_counts_no_smaller_caches(place, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(command(place, "llava", "--pruner", "norm", "--budget-gb", "9", "--kv-bits", "4"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "--budget-gb is 9; a budget of memory counts whole caches" in err
+    assert "so leave out --kv-bits" in err
 
 
 def test_a_method_without_a_number_to_choose_is_refused(place, loaded):

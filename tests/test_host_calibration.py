@@ -18,12 +18,17 @@ from mlx_vlm_prune.generation.request import Request
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prepared_inputs import ProcessorOptions
-from mlx_vlm_prune.hosts.prompt import budgets_by_view, encode_images, prune_prompt
+from mlx_vlm_prune.hosts.prompt import budgets_by_view, encode_images, prune_prompt, share_budget
 from mlx_vlm_prune.machine.hardware import environment
 from mlx_vlm_prune.planning import host_runs
 from mlx_vlm_prune.planning.budgets import Budget, Workload, choose, forecast
 from mlx_vlm_prune.planning.calibration import LONG_TEXT, SHORT_TEXT
-from mlx_vlm_prune.planning.host_budgets import calibrate, measure_level, predictor
+from mlx_vlm_prune.planning.host_budgets import (
+    calibrate,
+    keep_within,
+    measure_level,
+    predictor,
+)
 from mlx_vlm_prune.planning.host_calibration import (
     RESIZE,
     HostCalibration,
@@ -143,8 +148,11 @@ def test_the_reason_names_a_smaller_image_only_where_its_size_matters():
     assert choice.K == 10
     assert choice.reason.endswith(f"the image and the vision tower alone take 105 ms; {RESIZE}")
     one_size = made_up(*LARGE, pictures=PICTURES[1:])
-    choice = choose(of_images(16, calibration=one_size), Budget(ms=90), workload(), range(1, 16))
-    assert choice.reason.endswith("alone take 165 ms")
+    half_a_picture = made_up(pictures=((40, 20, 4), *PICTURES[1:]))
+    for calibration in (one_size, half_a_picture):
+        of_16 = of_images(16, calibration=calibration)
+        choice = choose(of_16, Budget(ms=90), workload(), range(1, 16))
+        assert choice.reason.endswith("alone take 165 ms")
 
 
 # With models.
@@ -203,6 +211,34 @@ def test_tiles_of_an_image_keep_at_least_one_token_each():
         feasible_budgets(host, plan("norm"), [[1]])
 
 
+@pytest.mark.parametrize("views", [[[4, 4, 4]], [[16], [4]], [[9, 6, 1], [5, 2]], [[7, 3, 3, 2]]])
+def test_what_can_be_kept_is_known_without_trying_each_number(monkeypatch, views):
+    def can_keep(K: int, sizes: list[int]) -> bool:
+        try:
+            return sum(sizes) <= K or bool(share_budget(K, sizes))
+        except UserError:
+            return False
+
+    N = max(map(sum, views))
+    expected = [K for K in range(1, N) if all(can_keep(K, sizes) for sizes in views)]
+    monkeypatch.setattr(host_runs, "share_budget", never)
+    assert feasible_budgets(host_of(MODELS("llava")), plan("norm"), views) == expected
+    prompt = prompt_of("internvl_chat", "norm")
+    assert prompt.feasible is prompt.feasible
+
+
+def test_an_image_of_as_many_crops_as_tokens_cannot_be_pruned():
+    with pytest.raises(UserError, match="an image in 3 crops cannot keep 2 visual tokens"):
+        feasible_budgets(host_of(MODELS("llava")), plan("norm"), [[1, 1, 1]])
+
+
+def test_layers_with_a_window_bound_the_rows_of_a_method_between_them(monkeypatch):
+    between, behind = prompt_of("gemma3", "fastv"), prompt_of("gemma3", "norm")
+    monkeypatch.setattr(type(between.host.language_layers), "window", 300)
+    assert between.most_rows == 299
+    assert behind.most_rows == behind.host.context == 512
+
+
 def test_a_decoder_method_has_only_averages_that_its_schedule_allows():
     """Three layers, the first of which holds all 16: an average of K leaves 3 K - 16 after it, of
     which two layers share, and one must be left."""
@@ -253,8 +289,18 @@ def test_a_calibration_runs_sizes_from_the_least_k_to_all(place, loaded, kind):
 
 
 def test_where_all_pictures_are_made_as_large_a_longer_one_has_fewer_tiles(place, loaded):
-    sizes = host_runs.timed_sizes(opened(place, loaded, "smolvlm"))
+    prompt = opened(place, loaded, "smolvlm")
+    sizes = host_runs.timed_sizes(prompt, prompt.picture.size)
     assert [timed.N for timed in sizes] == [12, 20]
+    pictures = tuple((*timed.picture.size, timed.N) for timed in sizes)
+    assert HostCalibration("norm", pictures, (), {}).scaled == []
+
+
+def test_smaller_pictures_of_one_shape_come_before_other_shapes(place, loaded):
+    prompt = opened(place, loaded, "qwen2_5_vl")
+    sizes = host_runs.timed_sizes(prompt, (224, 224))
+    assert [timed.picture.size for timed in sizes] == [(56, 56), (112, 112), (224, 224)]
+    assert [timed.N for timed in sizes] == [4, 16, 64]
 
 
 @pytest.mark.parametrize("spec", ["fastv", "divprune+restore"])
@@ -263,6 +309,66 @@ def test_methods_of_every_stage_are_calibrated(place, loaded, spec):
     measured = host_runs.measure(prompt)
     assert measured.pruner == spec
     assert measured.sizes[max(prompt.tokens)].typical_setting[0] in prompt.feasible
+
+
+def test_rows_that_leave_between_layers_are_counted_in_the_average_layer(place, loaded):
+    """A millisecond a row of the average layer, and that is predicted."""
+    prompt = opened(place, loaded, "llava", "a.png", "b.png", spec="fastv")
+    measured = host_runs.measure(prompt)
+    assert all(run.rows == run.text + run.images * run.K for run in measured.runs)
+    rest = {"vision": 0.0, "pruner": 0.0}
+    runs = [
+        replace(run, ms=rest | {"prefill": 1.0 * run.text + run.images * run.K})
+        for run in measured.runs
+    ]
+    predicted = predictor(prompt, replace(measured, runs=tuple(runs)))
+    for K in (prompt.feasible[0], prompt.feasible[-1]):
+        assert predicted.ms(K, prompt.text, 2)["prefill"] == pytest.approx(prompt.text + 2 * K)
+
+
+def test_runs_read_a_prompt_as_the_answer_is_to_be_read(place, loaded):
+    """Into a cache of nine rows and the three of a piece, in place of all."""
+    few = {"max_kv_size": 9, "prefill_step_size": 3}
+    runs = []
+    for options in ({}, few):
+        model, processor = loaded("llava")
+        request = Request("w7 w9", [place / "a.png"], "norm", host_options=options)
+        prompt = open_prompt(host_of(model, processor), plan("norm"), request)
+        timed = host_runs.timed_prompt(prompt, prompt.picture.size)
+        runs.append(host_runs.run_once(prompt, timed, timed.N))
+    assert runs[0].rows == runs[1].rows > 12
+    assert runs[1].cache_bytes <= runs[0].cache_bytes * 12 / runs[0].rows
+
+
+def test_a_calibration_runs_no_prompt_that_the_model_does_not_read(place, loaded, monkeypatch):
+    """Three images of 16 tokens and 16 words."""
+    prompt = opened(place, loaded, "llava", *["a.png"] * 3)
+    monkeypatch.setattr(type(prompt.host), "context", 64)
+    sizes = host_runs.timed_sizes(prompt, prompt.picture.size)
+    settings = host_runs.settings_to_run(prompt, sizes, 3, prompt.text)
+    assert max(len(timed.inputs.ids) for timed, _ in settings) == 64
+    assert max(len(timed.views) for timed, _ in settings) == 3
+
+
+def test_what_was_covered_stays_covered(place, loaded, cache, monkeypatch):
+    """Requests of two kinds: with more pictures, and with a larger one."""
+    two = opened(place, loaded, "qwen2_5_vl", "b.png", "b.png")
+    large = opened(place, loaded, "qwen2_5_vl", "a.png")
+    assert max(large.tokens) > max(two.tokens)
+    first, last = calibrate(two), calibrate(large)
+    assert first is not last
+    monkeypatch.setattr("mlx_vlm_prune.planning.host_budgets.measure", never)
+    assert calibrate(two) is calibrate(large) is last
+
+
+def test_many_small_pictures_and_a_large_one_are_not_run_as_many_large_ones(place, loaded):
+    prompt = opened(place, loaded, "qwen2_5_vl")
+    older = made_up(*SMALL, *LARGE, run(4, 16, images=9), pictures=((20, 20, 4), (999, 999, 16)))
+    extent = host_runs.extent_of(prompt, older)
+    assert extent == host_runs.Extent((999, 999), 9, LONG_TEXT)
+    huge = replace(older, pictures=((20, 20, 4), (999, 999, 1 << 20)))
+    many = replace(prompt, views=[[9]] * 99)
+    assert host_runs.extent_of(many, huge) == host_runs.Extent(prompt.picture.size, 99, LONG_TEXT)
 
 
 def test_a_saved_calibration_is_read_back_and_not_measured_again(place, loaded, cache, monkeypatch):
@@ -312,6 +418,9 @@ def test_a_size_that_the_processor_makes_another_of_is_another_machine(place, lo
     prompt = opened(place, loaded, "qwen2_5_vl")
     other = made_up(pictures=((90, 80, 4), (95, 85, 16)))
     assert measure_level(prompt, other) == float("inf")
+    request = Request("w7 w9", [place / "a.png"], "norm")
+    with pytest.raises(UserError, match="of other processor options"):
+        keep_within(*loaded("qwen2_5_vl"), request, Budget(ms=9), other)
 
 
 def test_nothing_is_a_prompt_without_an_image(place, loaded):

@@ -14,6 +14,7 @@ from mlx_vlm.utils import load as mlx_vlm_load
 
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.hosts.host import ADAPTERS
 from mlx_vlm_prune.hosts.prefill import HostPrefill
 from mlx_vlm_prune.hosts.prompt import (
     budgets_by_view,
@@ -22,6 +23,7 @@ from mlx_vlm_prune.hosts.prompt import (
     prune_prompt,
 )
 from mlx_vlm_prune.inputs.image import open_image
+from mlx_vlm_prune.models.adapters import adapter_key
 from mlx_vlm_prune.training.run import make_trainer, train
 
 from .host_folders import desk
@@ -180,6 +182,7 @@ def test_mlx_vlm_and_we_load_what_was_trained(place, tmp_path, kind, stage):
         tree_flatten(ours.parameters()), tree_flatten(theirs.parameters()), strict=True
     ):
         assert mx.array_equal(one, two.astype(one.dtype)), name
+    assert getattr(ours, ADAPTERS) == adapter_key(tmp_path / "a")  # its calibrations are its own
     keys = {"image": place / "a.png", "max_tokens": 3, "pruner": "divprune", "keep_ratio": 0.5}
     assert generate(ours, processor, "w7 w9", **keys).generation_tokens >= 1
 

@@ -25,6 +25,7 @@ from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .views import View
 
 TRIAL = "tokenizer_trial"  # attribute of a model, see checkpoints/tokenizer_trial.py
+ADAPTERS = "adapters_key"  # attribute of a model: a fingerprint of those that it was loaded with
 LONGEST = 1 << 20  # rows, where a config does not say how many the model reads
 REQUEST_STATE = ("_position_ids", "_rope_deltas")  # mlx-vlm keeps these on the language model
 

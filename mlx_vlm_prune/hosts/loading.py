@@ -26,11 +26,11 @@ from ..checkpoints.reading.weights import check_dtypes, read_folder
 from ..checkpoints.tokenizer_trial import TokenizerTrial, is_panic
 from ..inputs.processor import check_vocabulary
 from ..machine import blas
-from ..models.adapters import load_adapters
+from ..models.adapters import adapter_key, load_adapters
 from ..models.loading import find_folder, load_folder, weights_dtype
 from . import adapters
 from .families import FAMILIES, REFUSED, host_of
-from .host import TRIAL
+from .host import ADAPTERS, TRIAL
 from .linked_folder import mlx_vlm_weight_files
 from .llava_processor import LLAVA, mend
 from .memory import check_memory
@@ -137,6 +137,7 @@ def _load_mlx_vlm(
         mend(processor)
     if adapter_path:
         adapters.load_adapters(model, adapter_path)
+        setattr(model, ADAPTERS, adapter_key(adapter_path))
     if dtype is not None:
         model.set_dtype(dtype)
     mx.eval(model)  # what is left lazy can be computed in this thread only

@@ -212,11 +212,17 @@ def share_budget(K: int, sizes: Sequence[int]) -> list[int]:
 
     Raises UserError where a view would get none.
     """
-    ends = np.cumsum([0, *sizes])
-    parts = [int(K * b // ends[-1] - K * a // ends[-1]) for a, b in pairwise(ends)]
+    parts: list[int] = shares(K, sizes).tolist()
     if min(parts) < 1:
         raise UserError(f"an image in {len(sizes)} crops cannot keep {K} visual tokens: keep more")
     return parts
+
+
+def shares(K: Any, sizes: Sequence[int]) -> np.ndarray:
+    """K, a number or an array of them, shared among views in proportion to their N, (..., views);
+    one may get none."""
+    ends = np.cumsum([0, *sizes])
+    return np.diff(np.asarray(K)[..., None] * ends // ends[-1])
 
 
 def prune_prompt(

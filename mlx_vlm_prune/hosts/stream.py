@@ -138,12 +138,14 @@ def stream_generate(
 
 def read_first_token(
     host: Host, prompt: PrunedPrompt, pipeline: Pipeline, images: Sequence[Image.Image],
-    preparation: ProcessorOptions, clock: Clock,
+    preparation: ProcessorOptions, clock: Clock, options: Mapping[str, Any] | None = None,
 ) -> GenerationResult:  # fmt: skip
-    """Read a prompt as an answer of one token does; `clock` ends the prefill with it."""
+    """Read a prompt as an answer of one token does; `clock` ends the prefill with it. `options` are
+    those of the cache."""
     initial = partial(_initial_result, host, prompt, pipeline, images, preparation)
-    decoding = decoding_arguments(Request("", [], max_tokens=1))
-    *_, piece = _decode(host, prompt, initial, clock, decoding)
+    decoding = decoding_arguments(Request("", [], max_tokens=1, host_options=options))
+    pieces = _decode(host, prompt, initial, clock, decoding)
+    *_, piece = explain_kv_bits_errors(pieces, decoding.get("kv_bits"))
     assert piece.result, "the last piece has the result"
     return piece.result
 

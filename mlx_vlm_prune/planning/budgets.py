@@ -30,7 +30,7 @@ from ..models.cache import STEP
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Pruner
 from ..pruners.budget import feasible_budgets
-from .calibration import LEVEL_RUNS, Calibration, calibrate, run_once
+from .calibration import LEVEL_RUNS, Calibration, CalibrationT, calibrate, run_once
 from .prediction import Run
 
 LEVEL_SECONDS = 2.0  # the most that measuring the level takes
@@ -223,11 +223,21 @@ def present_calibration(
     model: VLM, processor: Processor, pipeline: Pipeline, inputs: PreparedPrompt
 ) -> tuple[Calibration, float]:
     """The calibration of this model and the machine's level; a new one if the level is far off."""
-    calibration = calibrate(model, processor.folder, pipeline, inputs)
-    level = measure_level(model, pipeline, inputs, calibration)
+    return of_present_level(
+        partial(calibrate, model, processor.folder, pipeline, inputs),
+        partial(measure_level, model, pipeline, inputs),
+    )
+
+
+def of_present_level(
+    calibrate: Callable[[bool], CalibrationT], measure_level: Callable[[CalibrationT], float]
+) -> tuple[CalibrationT, float]:
+    """A calibration and the machine's level; a new one if the level is far off."""
+    calibration = calibrate(False)
+    level = measure_level(calibration)
     if not 1 / SAME_MACHINE < level < SAME_MACHINE:
-        calibration = calibrate(model, processor.folder, pipeline, inputs, force=True)
-        level = measure_level(model, pipeline, inputs, calibration)
+        calibration = calibrate(True)
+        level = measure_level(calibration)
     return calibration, level
 
 

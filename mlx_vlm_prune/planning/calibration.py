@@ -45,7 +45,7 @@ from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import feasible_budgets
 from ..pruners.own_methods import file_digests
 from .operations import cache_bytes
-from .prediction import PARTS, Run, Setting, Table, predict, tabulate
+from .prediction import PARTS, Run, Setting, Table, most_run, predict, tabulate
 
 logger = logging.getLogger("mlx_vlm_prune")
 SECONDS_VARIABLE = "MLX_VLM_PRUNE_CALIBRATION_SECONDS"
@@ -115,10 +115,15 @@ class Calibration:
         typical = min(self.runs, key=lambda run: (run.images, run.text, abs(run.K - self.N / 2)))
         return typical.setting
 
+    @property
+    def most_run(self) -> tuple[int, int]:
+        """The most text, and the most images."""
+        return most_run(self.runs)
+
     def covers(self, text: int, images: int) -> bool:
         """Whether at least as much text and as many images were run."""
-        most_text, most_images = np.max([run.setting[1:] for run in self.runs], axis=0)
-        return bool(text <= most_text and images <= most_images)
+        most_text, most_images = self.most_run
+        return text <= most_text and images <= most_images
 
 
 def slack(runs: Sequence[Run], expected_R: np.ndarray) -> float:
@@ -133,9 +138,14 @@ def slack(runs: Sequence[Run], expected_R: np.ndarray) -> float:
     return max(LEAST_SLACK, float(excess_R[math.ceil(WITHIN_SHARE * len(excess_R)) - 1]))
 
 
-def measure(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> Calibration:
-    """Run the model with a handful of K on the pictures of a request."""
-    settings = settings_to_run(model, pipeline, inputs)
+def measure(
+    model: VLM, pipeline: Pipeline, inputs: PreparedPrompt, older: Calibration | None = None
+) -> Calibration:
+    """Run the model with a handful of K on the pictures of a request, with as much text and as many
+    images as `older` held for, so that requests of two kinds are not calibrated in turns."""
+    words, images = older.most_run if older else (0, 0)
+    words, images = max(words, inputs.text_tokens), max(images, len(inputs.visible))
+    settings = settings_to_run(model, pipeline, images, words)
     runs = timed_runs(settings, partial(run_once, model, pipeline, inputs), pipeline.spec)
     text = model.config.text
     row_bytes = cache_bytes(text, [1] * text.num_hidden_layers, model.dtype.size)
@@ -174,12 +184,12 @@ def seconds_allowed() -> float:
     return limit
 
 
-def settings_to_run(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt) -> list[Setting]:
+def settings_to_run(model: VLM, pipeline: Pipeline, images: int, text: int) -> list[Setting]:
     """From the least K to N; a long text too; and for several images, all of them at once."""
-    N, images = model.N, len(inputs.visible)
+    N = model.N
     feasible = feasible_budgets(pipeline, model.grid, model.config.text.num_hidden_layers)
     quarter, half = (min(feasible, key=lambda K: abs(K - N / part)) for part in (4, 2))
-    long = max(LONG_TEXT, 1 << (inputs.text_tokens - 1).bit_length())
+    long = max(LONG_TEXT, 1 << (text - 1).bit_length())
     settings = [(K, SHORT_TEXT, 1) for K in sorted({feasible[0], quarter, half, feasible[-1]})]
     if images > 1:
         settings += [(quarter, SHORT_TEXT, images), (N, SHORT_TEXT, images), (N, long, images)]
@@ -190,7 +200,8 @@ def run_once(model: VLM, pipeline: Pipeline, inputs: PreparedPrompt, setting: Se
     """One forward pass up to the first token, timed as `generate` times it."""
     assert inputs.pixels is not None
     K, text, images = setting
-    prompt, pixels = synthetic_prompt(model, text, images), inputs.pixels[:images]
+    prompt = synthetic_prompt(model, text, images)
+    pixels = inputs.pixels[mx.arange(images) % len(inputs.pixels)]  # there may be fewer
     mx.eval(pixels)
     clock = MemoryClock()
     with clock.running():
@@ -250,20 +261,20 @@ def calibrate(
         force,
         lambda path: load_calibration(path, environment(model.dtype)),
         lambda kept: kept.covers(inputs.text_tokens, len(inputs.visible)),
-        lambda: measure(model, pipeline, inputs),
+        lambda older: measure(model, pipeline, inputs, older),
     )
 
 
 def kept_or_measured(
     path: Path | None, force: bool, read: Callable[[Path], CalibrationT | None],
-    covers: Callable[[CalibrationT], bool], measure: Callable[[], CalibrationT],
+    covers: Callable[[CalibrationT], bool], measure: Callable[[CalibrationT | None], CalibrationT],
 ) -> CalibrationT:  # fmt: skip
-    """What this process has, or the file, where it covers the request; else a new one, kept."""
-    calibration: CalibrationT | None = None
-    if path and not force:
-        calibration = _loaded.get(path) or read(path)
+    """What this process has, or the file, where it covers the request; else a new one, kept, which
+    is measured knowing the older one."""
+    older: CalibrationT | None = (_loaded.get(path) or read(path)) if path else None
+    calibration = None if force else older
     if not calibration or not covers(calibration):
-        calibration = measure()
+        calibration = measure(older)
         if path:
             _save(path, calibration)
     if path:

@@ -14,22 +14,26 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoints.errors import UserError
 from ..generation.request import Request
 from ..hosts.families import host_of
 from ..hosts.families.pruner_defaults import plan_for_host
+from ..hosts.host import ADAPTERS
 from ..machine.hardware import environment
 from .budgets import (
-    SAME_MACHINE,
     Budget,
     BudgetChoice,
     Workload,
     check_free_budget,
     choose,
     median_ms,
+    of_present_level,
 )
 from .calibration import calibration_file, kept_or_measured
 from .host_calibration import HostCalibration, ImagesCalibration, load_host_calibration
 from .host_runs import HostPrompt, dtype_of, measure, open_prompt, run_once, timed_prompt
+
+SMALLER_CACHE = ("kv_bits", "max_kv_size")  # options that a prediction of memory does not count
 
 
 def keep_within(
@@ -44,14 +48,26 @@ def keep_within(
     K does. An image that has fewer than K keeps all.
 
     Without `calibration` the saved one is used, or a new one, which takes some seconds and shows
-    progress. Raises UserError: no image, nothing to prune, or a method that has no K to choose.
+    progress. Raises UserError: no image, nothing to prune, a method that has no K to choose, a
+    budget of memory beside an option that makes the cache smaller, or a calibration of other
+    processor options.
     """
+    for name in SMALLER_CACHE:
+        if budget.gb is not None and name in request.given_host_options:
+            raise UserError(
+                f"gb is {budget.gb:g}; a budget of memory counts whole caches, so leave out {name}"
+            )
     host = host_of(model, processor)
     pipeline = plan_for_host(host, request.pruner)
     prompt = open_prompt(host, pipeline, request)
     check_free_budget(pipeline, max(prompt.tokens))
     if calibration:
         level = measure_level(prompt, calibration)
+        if level == math.inf:
+            raise UserError(
+                "the calibration is of other processor options: one of its pictures becomes another"
+                " number of visual tokens here; leave it out, or calibrate anew"
+            )
     else:
         calibration, level = present_calibration(prompt)
     start = time.perf_counter()  # once more: warm, as the answer will be
@@ -77,32 +93,33 @@ def predictor(prompt: HostPrompt, calibration: HostCalibration) -> ImagesCalibra
 
 def present_calibration(prompt: HostPrompt) -> tuple[HostCalibration, float]:
     """The calibration of this model and the machine's level; a new one if the level is far off."""
-    calibration = calibrate(prompt)
-    level = measure_level(prompt, calibration)
-    if not 1 / SAME_MACHINE < level < SAME_MACHINE:
-        calibration = calibrate(prompt, force=True)
-        level = measure_level(prompt, calibration)
-    return calibration, level
+    return of_present_level(partial(calibrate, prompt), partial(measure_level, prompt))
 
 
 def calibrate(prompt: HostPrompt, force: bool = False) -> HostCalibration:
     """The calibration for a prompt: from this process, from the cache folder, or a new one."""
     host, dtype = prompt.host, dtype_of(prompt.host)
     folder = getattr(host.model, "model_path", None)
-    kind = (host.kind, prompt.pipeline.spec, str(dtype), str(mx.default_device()))
-    path = calibration_file(folder, *kind, repr(prompt.options))
+    kind = [host.kind, prompt.pipeline.spec, str(dtype), str(mx.default_device())]
+    kind.append(repr(prompt.options))
+    if prompt.cache_options:
+        kind.append(repr(sorted(prompt.cache_options.items())))
+    if adapter := getattr(host.model, ADAPTERS, None):
+        kind.append(f"adapters {adapter}")
+    path = calibration_file(folder, *kind)
     return kept_or_measured(
         path,
         force,
         lambda path: load_host_calibration(path, environment(dtype)),
         lambda kept: kept.covers(prompt.text, prompt.tokens),
-        lambda: measure(prompt),
+        lambda older: measure(prompt, older),
     )
 
 
 def measure_level(prompt: HostPrompt, calibration: HostCalibration) -> float:
-    """The time of a run now, as a multiple of its time in the calibration, at the size that is
-    nearest to the prompt's largest image; infinite where that size became another."""
+    """The time of a run now, as a multiple of its time in the calibration, with the picture that is
+    nearest to the prompt's largest image; infinite where it has another number of visual tokens
+    now."""
     largest = max(prompt.tokens)
     width, height, N = min(calibration.pictures, key=lambda picture: abs(picture[2] - largest))
     timed = timed_prompt(prompt, (width, height))

@@ -17,15 +17,25 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .calibration import DAMAGED, STATISTICS, Calibration, check_figures, read_content, slack
-from .prediction import Run, Table, by_rows, by_tokens, images_factor, tabulate, text_factor
+from .prediction import (
+    Run,
+    Table,
+    by_rows,
+    by_tokens,
+    images_factor,
+    most_run,
+    tabulate,
+    text_factor,
+)
 
 RESIZE = "a smaller image (resize_shape) may"
+SAME_SHAPE = 1.4  # times as long for its width as another picture, at most; half of one is 2
 
 
 @dataclass(frozen=True)
 class SizedRun(Run):
-    """A run about pictures of N visual tokens each: the rows that the language model read, the
-    bytes of its cache, and those that the tower's output holds meanwhile."""
+    """A run about pictures of N visual tokens each: the rows that the language model read (in the
+    average layer), the bytes of its cache, and those that the tower's output holds meanwhile."""
 
     N: int
     rows: int
@@ -69,17 +79,32 @@ class HostCalibration:
 
     @cached_property
     def prefills(self) -> dict[str, Table]:
-        """Every run as one of so many rows, whatever they are, without what the tower's output
-        holds."""
+        """Every run as one of its number of rows, be they words or visual tokens, without what the
+        tower's output holds."""
         runs = [
             Run(run.rows, 0, 1, run.ms, {**run.nbytes, "prefill": run.prefill_bytes})
             for run in self.runs
         ]
         return {name: tabulate(runs, name, f, False) for name, f in STATISTICS.items()}
 
+    @cached_property
+    def scaled(self) -> list[int]:
+        """The visual tokens of each smaller picture in the shape of the largest, as resizing makes
+        them. Where it changes none, pictures of another shape may have been run."""
+        *smaller, (width, height, _) = self.pictures
+        return [
+            N for w, h, N in smaller
+            if w * height < SAME_SHAPE * h * width and h * width < SAME_SHAPE * w * height
+        ]  # fmt: skip
+
+    @property
+    def most_run(self) -> tuple[int, int]:
+        """The most text, and the most images."""
+        return most_run(self.runs)
+
     def covers(self, text: int, tokens: Sequence[int]) -> bool:
         """Whether as much text, as many images and as large ones were run; `tokens` are each n."""
-        most_text, most_images = np.max([run.setting[1:] for run in self.runs], axis=0)
+        most_text, most_images = self.most_run
         is_read = text <= most_text and len(tokens) <= most_images
         return bool(is_read and max(tokens) <= self.pictures[-1][2])
 
@@ -146,8 +171,8 @@ class ImagesCalibration:
 
     @property
     def alternatives(self) -> str:
-        """A smaller image, where its size decides on its tokens."""
-        return RESIZE if len(self.calibration.pictures) > 1 else ""
+        """A smaller image, where it becomes fewer tokens."""
+        return RESIZE if any(n < self.N for n in self.calibration.scaled) else ""
 
     def kept(self, K: Any) -> np.ndarray:
         """How many tokens stay of each image, (..., I)."""

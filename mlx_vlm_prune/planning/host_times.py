@@ -50,9 +50,9 @@ def measure(model: Any, processor: Any, image: Any) -> Measured:
 
 
 def smaller_image(calibration: HostCalibration, N: int) -> int | None:
-    """The visual tokens of a picture that was run and has about a quarter of N; None where all
-    pictures become as many."""
-    fewer = [n for n in calibration.sizes if n < N]
+    """The visual tokens of a picture that was run smaller and has about a quarter of N; None where
+    a smaller one becomes as many."""
+    fewer = [n for n in calibration.scaled if n < N]
     return min(fewer, key=lambda n: abs(n - N / QUARTER), default=None)
 
 

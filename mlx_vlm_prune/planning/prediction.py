@@ -34,6 +34,11 @@ class Run:
         return self.K, self.text, self.images
 
 
+def most_run(runs: Sequence[Run]) -> tuple[int, int]:
+    """The most text, and the most images, of all runs."""
+    return max(run.text for run in runs), max(run.images for run in runs)
+
+
 def tabulate(runs: Sequence[Run], figure: str, statistic: Callable, in_tower: bool) -> Table:
     """A statistic of "ms" or "nbytes" over the runs of each setting, K ascending.
 
