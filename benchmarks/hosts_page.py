@@ -17,11 +17,14 @@ INTRODUCTION = """\
 
 What works inside mlx-vlm's models, family by family. A number is a reason, listed below.
 This page is made of what the code declares (`python -m benchmarks.report`); nothing on it is
-written by hand, and `tests/test_hosts_page.py` asks tiny models of every family whether it is true.
+written by hand, and tests ask tiny models of every family whether it is true.
 
 With all tokens kept every family answers as mlx-vlm alone does, bit for bit; with fewer as a model
 that reads the short sequence without a cache, to 1e-4 of log probabilities; in pieces, in batches
-and in blocks of `pruned()` alike. Several images may be in a prompt of any family.
+and in blocks of `pruned()` alike. Several images may be in a prompt of any family. With several,
+FastVLM, LLaVA-NeXT and PaliGemma answer otherwise than mlx-vlm alone, which puts words in wrong
+places, reads the first image only or refuses the second ([faults](upstream/mlx-vlm-faults.md)):
+they answer as a model that reads the sequence without a cache, to 1e-4.
 """
 NO_VIDEO = "videos are not pruned yet: `attach(allow_videos=True)` reads them whole, else refused"
 COUNTED = "it counts the rows it is given"
@@ -34,7 +37,8 @@ COLUMNS: dict[str, Callable[[Family], str | None]] = {
     ),
     "`restore`": lambda family: family.why_no_enhancer,
     "kept positions": lambda family: None if family.has_mrope else COUNTED,
-    "batches, `serve`": lambda family: family.why_no_batches,
+    "batches of prompts": lambda family: family.why_no_batches,
+    "`serve`": lambda family: None,
     "`prune-into`": lambda family: None,
     "learned methods": lambda family: family.why_not_learned,
     "predicted costs": lambda family: family.why_not_counted,
@@ -72,6 +76,12 @@ def limits_of(family: Family) -> list[str]:
     return limits
 
 
+def capitalized(sentence: str) -> str:
+    """Its first letter is a capital, unless it begins with a name that has none."""
+    is_name = sentence.startswith("mlx-vlm")
+    return sentence if is_name else sentence[0].upper() + sentence[1:]
+
+
 def page() -> str:
     """The page, in Markdown."""
     numbers: dict[str, int] = {}
@@ -86,7 +96,7 @@ def page() -> str:
         lines.append([title, *cells])
         limits += [f"- {title}: {limit}." for limit in limits_of(family)]
     table = markdown(["family", *COLUMNS], "l" * (1 + len(COLUMNS)), lines)
-    listed = [f"{number}. {why[0].upper()}{why[1:]}." for why, number in numbers.items()]
+    listed = [f"{number}. {capitalized(why)}." for why, number in numbers.items()]
     refused = [f"- `{kind}`: {why}." for kind, why in REFUSED.items()]
     parts = [
         INTRODUCTION, table, "\n## Reasons\n", *listed, "\n## Limits\n", *limits, "", EVERYWHERE,

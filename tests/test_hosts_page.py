@@ -1,11 +1,14 @@
 """Promises of docs/hosts.md: it is what the code declares, and tiny models do as it says."""
 
+import re
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 from benchmarks.hosts_page import COLUMNS, page
+from mlx_vlm_prune import pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import FAMILIES, host_of
@@ -39,7 +42,20 @@ def test_a_tiny_model_of_every_family_does_as_the_page_says(kind):
     assert is_possible(host, "norm", "keep") is works["kept positions"]
     assert (language_sizes(host) is not None) is works["predicted costs"]
     assert (host.feature_dims is not None) is works["learned methods"]
-    assert (kind in BATCHED) is works["batches, `serve`"]
+    assert (kind in BATCHED) is works["batches of prompts"]
+    with pruned(host.model, "uniform", keep_ratio=0.5):
+        try:
+            host.model.get_input_embeddings(mx.array([[3]]), None, pixel_values_videos=mx.ones(1))
+            reads_videos = True
+        except UserError:
+            reads_videos = False
+    assert reads_videos is works["video"]
+
+
+def test_every_reason_is_a_sentence_that_spells_names_as_they_are():
+    assert "Mlx-vlm" not in page()
+    lines = [line for line in page().splitlines() if re.match(r"\d+\. ", line)]
+    assert lines and all(re.match(r"\d+\. (mlx-vlm |[A-Z])", line) for line in lines)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -248,10 +248,11 @@ def _call_on_batch(
 
 
 def _pad_left(x: mx.array, kept: Sequence[np.ndarray], l: int, prompt_axis: int) -> mx.array:  # noqa: E741
-    """The kept rows of each prompt behind zeros, l together; rows follow the axis of prompts."""
+    """The kept rows of each prompt behind zeros, l together; rows follow the axis of prompts. Ids
+    may be fewer than rows, where one stands for an image: as many are taken as there are."""
     row_axis, padded = prompt_axis + 1, []
     for rows, x_1L in zip(kept, mx.split(x, x.shape[prompt_axis], prompt_axis), strict=True):
-        widths = [(0, 0)] * x.ndim
+        rows, widths = rows[rows < x_1L.shape[row_axis]], [(0, 0)] * x.ndim
         widths[row_axis] = (l - len(rows), 0)
         padded.append(mx.pad(mx.take(x_1L, mx.array(rows), row_axis), widths))
     return mx.concatenate(padded, prompt_axis)

@@ -155,7 +155,7 @@ class Host(PicturedViews, ABC):
     def image_embeddings(
         self, views: Sequence[View], x: Sequence[mx.array], is_full: bool
     ) -> mx.array | list[mx.array]:
-        """The same; views of one image may be told from those of another."""
+        """As `join_embeddings`, for families that need to know of which image each view is."""
         return self.join_embeddings(x, is_full)
 
     def placeholders_of_blocks(

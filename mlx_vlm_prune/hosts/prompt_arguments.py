@@ -43,9 +43,10 @@ def kept_rows(
     host: Host, inputs: PreparedInputs, views: Sequence[View], reductions: Sequence[Reduction]
 ) -> KeptRows:
     """The rows that stay: all words, and the placeholder of each kept visual token.
-    Pooled slots, which have no token of their own, take the first
-       placeholders of their view. Nothing is read on the host.
-       Raises UserError where the placeholders are not as many as the visual tokens.
+
+    Pooled slots, which have no token of their own, take the first placeholders of their view.
+    Nothing is read on the host. Raises UserError where the placeholders are not as many as the
+    visual tokens.
     """
     sizes = [view.signals.x_BND.shape[1] for view in views]
     placeholder, N = host.image_token_id(inputs), sum(sizes)

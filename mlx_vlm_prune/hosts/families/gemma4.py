@@ -24,7 +24,10 @@ from .tower import TowerHost
 class Gemma4Host(TowerHost):
     why_not_counted = "its layers are of several sizes"
     per_row_inputs = (MEDIA,)
-    limits = "of models whose images see themselves prompts share a batch when equally long"
+    limits = (
+        "in its large models, where rows of an image attend to each other, prompts share a batch"
+        " only when equally long"
+    )
     why_no_decoder_methods = (
         "its last layers read the keys of earlier ones, where all rows must still be"
     )

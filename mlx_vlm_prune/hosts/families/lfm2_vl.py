@@ -25,8 +25,8 @@ class Lfm2VLHost(TowerHost):
     projects_views_apart = True
     why_not_counted = "most of its layers do not attend"
     why_no_decoder_methods = (
-        "most of them are convolutions, which mix a row with its neighbours: of those none may"
-        " leave in between"
+        "most layers of its language model are convolutions, which mix a row with its neighbours:"
+        " no row may leave between them"
     )
 
     @property

@@ -13,7 +13,8 @@ class Qwen3_5Host(Qwen3VLHost):
     why_not_counted = "its recurrent layers cost the same for every row"
     language_layers_class = None
     why_no_decoder_methods = (
-        "most of them hold a recurrent state, out of which no row can be taken again"
+        "most layers of its language model hold a recurrent state, out of which no row can be taken"
+        " again"
     )
     why_no_enhancer = (
         "most layers of its language model attend to no row, and mlx-vlm's batches of it leave an"
