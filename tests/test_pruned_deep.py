@@ -3,6 +3,8 @@
 What mlx-vlm answers in a block is what `generate` answers, which has a reference of its own.
 """
 
+import gc
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -79,6 +81,15 @@ def test_batches_and_caches_that_forget_are_refused(models, name):
             pixels = mx.concatenate([inputs.pixels] * 2)
             with pytest.raises(UserError, match="fastv prunes one prompt at a time"):
                 model.get_input_embeddings(ids_BL, pixels)
+
+
+def test_a_prompt_is_forgotten_with_its_answer(models):
+    """Its caches, views and pixels are GBs in a model that is attached for good."""
+    model = models("llava")
+    with pruned(model, "fastv", keep_ratio=0.5):
+        stock(model, KINDS["llava"].inputs(model))
+        gc.collect()
+        assert type(model.language_model).state.through_cuts == []
 
 
 def test_mlx_vlms_own_generate_answers_as_ours_does(tmp_path):

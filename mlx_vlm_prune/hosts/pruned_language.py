@@ -46,15 +46,20 @@ class LanguageState:
 
     def add_prompt(self, is_read_BL: mx.array, prompt: PrunedPrompt) -> None:
         """Note a prompt that was read through cuts; it is forgotten with its mask."""
-        self.through_cuts = [pair for pair in self.through_cuts if pair[0]() is not None]
-        self.through_cuts.append((ref(is_read_BL), prompt))
+        pairs = self.through_cuts
+
+        def forget(mask: Any) -> None:
+            pairs[:] = [pair for pair in pairs if pair[0] is not mask]
+
+        pairs.append((ref(is_read_BL, forget), prompt))
 
     def prompt_of(self, arguments: dict[str, Any]) -> PrunedPrompt | None:
         """The prompt that a call is for, if it was read through cuts."""
         is_read_BL = arguments.get(IS_READ)
         if is_read_BL is None or arguments.get(EMBEDDINGS) is None:
             return None
-        return next((prompt for mask, prompt in self.through_cuts if mask() is is_read_BL), None)
+        pairs = [*self.through_cuts]
+        return next((prompt for mask, prompt in pairs if mask() is is_read_BL), None)
 
     def columns_read(self, cache: Any, is_read_BL: mx.array | None) -> ReadColumns:
         """What was read of the prompt with this mask into a request's caches."""
