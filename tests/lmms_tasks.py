@@ -1,4 +1,4 @@
-"""Small tasks in lmms-eval's format, on disk: questions about scenes, answered or chosen.
+"""Small tasks in lmms-eval's format, on disk: questions about scenes.
 
 A folder of tasks goes to `--include_path`; nothing is downloaded.
 """
@@ -23,14 +23,6 @@ def text(doc, lmms_eval_specific_kwargs=None):
     return doc["question"]
 
 
-def choices(doc):
-    return doc["choices"]
-
-
-def target(doc):
-    return doc["choices"].index(doc["answer"])
-
-
 def is_right(doc, results):
     return {"right": float(results[0].strip() == doc["answer"])}
 
@@ -53,7 +45,7 @@ dataset_kwargs:
   data_files:
     test: {data}
 test_split: test
-output_type: {output_type}
+output_type: generate_until
 doc_to_visual: !function utils.pictures
 doc_to_text: !function utils.text
 {more}
@@ -73,18 +65,10 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-CHOSEN = """doc_to_choice: !function utils.choices
-doc_to_target: !function utils.target
-target_delimiter: ""
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
 
 
 def write_tasks(folder: Path, count: int = 4, words: bool = False) -> list[dict]:
-    """`scenes_answered`, `scenes_talked` (with messages), `scenes_chosen`; their documents.
+    """`scenes_answered`, `scenes_talked` (with messages); their documents.
 
     With `words` the questions are those of a tiny model whose words are w3 to w58.
     """
@@ -98,7 +82,6 @@ def write_tasks(folder: Path, count: int = 4, words: bool = False) -> list[dict]
         docs.append({
             "question": f"w7 w{9 + n}" if words else question.text, "answer": str(question.answer),
             "pictures": [f"{n}.png", f"other-{n}.png"][: 1 + (n == 0)],
-            "choices": [str(question.answer), "purple"][:: 1 if n % 2 else -1],
         })  # fmt: skip
         if len(docs) == count:
             break
@@ -107,13 +90,12 @@ def write_tasks(folder: Path, count: int = 4, words: bool = False) -> list[dict]
     pairs = [
         {**doc, "pictures": [doc["pictures"][0], f"other-{n}.png"]} for n, doc in enumerate(docs)
     ]
-    for name, kind, more, listed in (
-        ("scenes_answered", "generate_until", answered, docs),
-        ("scenes_talked", "generate_until", talked, pairs),
-        ("scenes_chosen", "multiple_choice", CHOSEN, docs),
+    for name, more, listed in (
+        ("scenes_answered", answered, docs),
+        ("scenes_talked", talked, pairs),
     ):
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(doc) + "\n" for doc in listed), encoding="utf-8")
-        task = TASK.format(name=name, data=data, output_type=kind, more=more)
+        task = TASK.format(name=name, data=data, more=more)
         (folder / f"{name}.yaml").write_text(task, encoding="utf-8")
     return docs

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 
 from mlx_vlm_prune import generate, load
@@ -21,7 +20,6 @@ from mlx_vlm_prune.evaluation.harness.answering import (
     answer_questions,
     running_batch,
 )
-from mlx_vlm_prune.evaluation.harness.losses import Choice, ChoiceLosses
 from mlx_vlm_prune.evaluation.harness.messages import TaskPrompt, read_messages
 from mlx_vlm_prune.evaluation.harness.options import (
     RunOptions,
@@ -29,9 +27,7 @@ from mlx_vlm_prune.evaluation.harness.options import (
     read_run_options,
 )
 from mlx_vlm_prune.generation.request import Request
-from mlx_vlm_prune.generation.steps import likelihood
 from mlx_vlm_prune.inputs.messages import Turn
-from mlx_vlm_prune.pruners import plan
 from mlx_vlm_prune.scenes import compose
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -61,6 +57,37 @@ def test_pictures_between_texts_are_marked_where_the_model_takes_marks(caplog):
     for _ in range(2):
         assert read_messages([turn], False).text == "  Is it\nred? and"
     assert ["chat template places them" in record.message for record in caplog.records] == [True]
+
+
+MARKED = {"type": "text", "text": "Is <image> like <image>?"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "marked", "plain"),
+    [
+        ((PICTURE, OTHER, MARKED), "Is <image> like <image>?", "Is  like ?"),
+        ((PICTURE, MARKED), "Is  like ?", "Is  like ?"),
+        ((MARKED,), "Is  like ?", "Is  like ?"),
+        ((MARKED, PICTURE, TEXT, OTHER), "Is  like ?<image>  Is it\nred? <image>",
+         "Is  like ?  Is it\nred? "),
+    ],
+)  # fmt: skip
+def test_marks_in_a_text_place_its_pictures_or_are_left_out_and_said_once(
+    parts, marked, plain, caplog
+):
+    """One `<image>` too many, or any in a model of mlx-vlm's, would end the whole run."""
+    harness_messages._warn_of_marks.cache_clear()
+    assert read_messages([user(*parts)], True).text == marked
+    assert read_messages([user(*parts)], False).text == plain
+    said = ["where no picture can be placed" in record.message for record in caplog.records]
+    assert said.count(True) == 1
+
+
+def test_marks_in_other_texts_are_left_out():
+    talk = [spoken("system", "Be <image>brief."), user(PICTURE, MARKED),
+            spoken("assistant", "n<image>o"), user(TEXT)]  # fmt: skip
+    prompt = read_messages(talk, True)
+    assert prompt.system == "Be brief." and prompt.history == (Turn("Is  like ?", 1, "no"),)
 
 
 def test_examples_before_a_question_are_its_history():
@@ -121,6 +148,11 @@ def test_model_args_come_as_lmms_eval_parses_them():
         ({"batch_size": 0}, "batch_size is 0"),
         ({"cache_gb": -1}, "cache_gb is -1"),
         ({"max_pixels": "many"}, "max_pixels is 'many'"),
+        ({"cache_gb": "many"}, "cache_gb is 'many'; it must be a number, 0 or more"),
+        ({"cache_gb": True}, "cache_gb is True; it must be a number"),
+        ({"seed": "x"}, "seed is 'x'; it must be a whole number, 0 or more"),
+        ({"max_new_tokens": "16"}, "max_new_tokens is '16'; it must be a whole number"),
+        ({"enable_thinking": "no"}, "enable_thinking is 'no'; it must be true or false"),
     ],
 )
 def test_model_args_that_cannot_be_are_refused(arguments, sentence):
@@ -163,6 +195,25 @@ def test_what_is_not_followed_is_said_once_and_beams_are_refused(caplog):
         read_generation_kwargs({"num_beams": 3}, RUN, 0)
     with pytest.raises(UserError, match="until is 7"):
         read_generation_kwargs({"until": 7}, RUN, 0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        ({"seed": "1", "temperature": 1.0}, "seed is '1'; it must be a whole number, 0 or more"),
+        ({"temperature": "0"}, "temperature is '0'; it must be a number"),
+        ({"do_sample": "false"}, "do_sample is 'false'; it must be true or false"),
+        ({"num_beams": "1"}, "num_beams is '1'; it must be a whole number, at least 1"),
+        ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
+        ({"top_p": "x"}, "top_p is 'x'; it must be a number"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
+        ({"repetition_penalty": "1"}, "repetition_penalty is '1'; it must be a number"),
+    ],
+)
+def test_options_of_another_kind_are_refused_also_where_nothing_is_drawn(kwargs, sentence):
+    with pytest.raises(UserError) as problem:
+        read_generation_kwargs(kwargs, RUN, 0)
+    assert sentence in str(problem.value)
 
 
 @pytest.fixture(scope="module")
@@ -236,10 +287,24 @@ def test_methods_between_the_layers_work_in_mlx_vlms_models_one_by_one(host):
     assert answer.text == whole.text and answer.figures
     assert answer.figures.visual_tokens_kept == whole.visual_tokens_kept
     with (
-        pytest.raises(UserError, match="fastv works between"),
+        pytest.raises(UserError, match=r"fastv works between .* give --batch_size 1$"),
         running_batch(*host, replace(options, batch_size=2)),
     ):
         pass
+
+
+@pytest.mark.parametrize(("gigabytes", "runs"), [(0.0, 2), (1.0, 1)])
+def test_cache_gb_bounds_what_is_held_of_pictures_with_such_a_method_too(host, gigabytes, runs):
+    options = RunOptions(pruner="fastv", keep_ratio=0.5, cache_gb=gigabytes)
+    request = Request("w7 w9", SCENES[:1], max_tokens=1, **options.request)
+    with running_batch(*host, options) as batch:
+        for _ in range(2):
+            batch.add("a", batch.prepare(request))
+            batch.step()
+            batch.clear()
+        towers = batch.conversation.towers
+        assert towers.misses == runs and (towers.store.nbytes > 0) is (gigabytes > 0)
+    assert not towers.store.nbytes
 
 
 @pytest.mark.parametrize("kind", ["scenes", "host", "one by one"])
@@ -281,36 +346,6 @@ def test_a_model_of_mlx_vlms_is_left_as_it_was(host):
     with running_batch(*host, RunOptions(pruner="norm", keep_ratio=0.5)):
         assert type(host[0].language_model) is not base
     assert type(host[0].language_model) is base
-
-
-CHOICES = ["yes", "no", "red", "two stars"]
-
-
-@pytest.mark.parametrize("at_once", [1, 4])
-def test_losses_are_means_over_an_answers_tokens_and_its_end(scenes, at_once):
-    model, processor = scenes
-    greedy = generate(*scenes, WORDS[2], SCENES[0], pruner="norm", keep_ratio=0.25).text
-    losses = ChoiceLosses(*scenes, RunOptions(pruner="norm", keep_ratio=0.25))
-    choices = [Choice("it", WORDS[2], SCENES[:1], answer) for answer in CHOICES]
-    results = [pair for n in range(0, 4, at_once) for pair in losses.of(choices[n : n + at_once])]
-    from mlx_vlm_prune.generation.stream import prepare_prompt
-
-    prompt = prepare_prompt(model, processor, WORDS[2], SCENES[:1])
-    prefill = model([prompt.prompt], prompt.pixels, plan("norm"), model.N // 4)
-    for answer, (loss, is_greedy) in zip(CHOICES, results, strict=True):
-        ids = [*processor.tokenizer.encode(answer), *processor.tokenizer.eos_token_ids]
-        mean = -likelihood(prefill, np.array([ids]))[0] / len(ids)
-        assert loss == pytest.approx(mean, abs=1e-4) and is_greedy == (answer == greedy)
-    assert CHOICES[int(np.argmin([loss for loss, _ in results]))] == greedy
-
-
-def test_losses_of_mlx_vlms_models_and_without_a_picture(host):
-    losses = ChoiceLosses(*host, RunOptions(pruner="norm", keep_tokens=2))
-    answer = generate(*host, "w7 w9", SCENES[0], pruner="norm", keep_tokens=2, max_tokens=2).text
-    pairs = losses.of([Choice("it", "w7 w9", SCENES[:1], text) for text in (answer, "w3 w3 w3")])
-    assert pairs[0][0] < pairs[1][0]
-    with pytest.raises(UserError, match=r"^question 7 of made: it has no picture"):
-        losses.of([Choice("question 7 of made", "w7", [], "w9")])
 
 
 def test_an_answer_in_place_of_a_repeat_is_drawn_by_another_seed(scenes):

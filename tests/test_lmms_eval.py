@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from PIL import Image
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: make test-lmms-eval")
 
 from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from .entry_points import ROOT
 from .lmms_tasks import write_tasks
@@ -135,7 +137,7 @@ def test_a_model_of_mlx_vlms_and_a_task_without_messages(tasks, scenes, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--model_args", "pruner=nonsense"], "nonsense"),
+        (["--model_args", "pruner=nonsense"], "no pruner is called 'nonsense'"),
         (["--gen_kwargs", "num_beams=2"], "question 0 of scenes_answered: num_beams is 2"),
     ],
 )
@@ -143,7 +145,16 @@ def test_an_error_is_an_error_and_no_score(tasks, tmp_path, arguments, sentence)
     run = evaluate(tasks[0], tmp_path, "--model", "mlx_vlm_prune", "--tasks", "scenes_answered",
                    "--verbosity", "DEBUG", *arguments)  # fmt: skip
     assert run.code == 1 and run.results is None and not run.samples
-    assert f"UserError: {sentence}" in run.printed or sentence in run.printed
+    assert f"UserError: {sentence}" in run.printed
+
+
+def test_losses_are_refused_in_one_sentence():
+    from mlx_vlm_prune.evaluation.harness.model import PrunedModel, SimplePrunedModel
+
+    request = SimpleNamespace(doc_id=3, task_name="scenes_chosen")
+    for each in (PrunedModel, SimplePrunedModel):
+        with pytest.raises(UserError, match="question 3 of scenes_chosen compares losses of given"):
+            each.loglikelihood(SimpleNamespace(), [request])
 
 
 def test_a_broken_picture_ends_the_run(tmp_path):

@@ -10,11 +10,13 @@ from typing import Any
 from ..generation.request import Request
 from ..generation.result import GenerationResponse
 from ..inputs.budget import check_budget
+from ..machine.bounded_store import BoundedStore
 from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
 from .stream import decoding_arguments, further_ends, processor_options, stream_generate
 from .tower_cache import TowerCache
+from .views import View
 
 
 class HostConversation:
@@ -22,14 +24,17 @@ class HostConversation:
 
     rows_reused = 0
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(
+        self, model: Any, processor: Any, store: BoundedStore[list[View]] | None = None
+    ) -> None:
+        """`store` holds the tower's output for earlier images; without one, of a few prompts."""
         self.model, self.processor = model, processor
         self.host = host_of(model, processor)
-        self.clear()
+        self.towers = TowerCache(self.host, store)
 
     def clear(self) -> None:
         """Forget all images."""
-        self.towers = TowerCache(self.host)
+        self.towers.store.clear()
 
     def check(self, request: Request) -> None:
         """Raises UserError for a method or an option that the model cannot have."""

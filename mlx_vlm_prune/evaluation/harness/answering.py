@@ -15,12 +15,16 @@ from ...generation.running_batch import (
     RunningBatch,
 )
 from ...generation.stop_strings import StopStrings
+from ...hosts.compatibility import check_pipeline
 from ...hosts.conversation import HostConversation
 from ...hosts.families import host_of
 from ...hosts.families.pruner_defaults import plan_for_host
 from ...hosts.running_batch import HostRunningBatch
+from ...hosts.views import View
+from ...machine.bounded_store import BoundedStore
 from ...machine.clock import request_clock
 from ...models.vlm import VLM
+from ...pruners import Pruner
 from .options import RunOptions
 
 
@@ -61,10 +65,12 @@ class OpenAnswer:
 
 class HostAnswers:
     """A running batch of one answer, by mlx-vlm's own loop: methods between the language model's
-    layers work there, too."""
+    layers work there, too. `most_bytes` is what is held of the tower's output for earlier images.
+    """
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.conversation = HostConversation(model, processor)
+    def __init__(self, model: Any, processor: Any, most_bytes: int) -> None:
+        store = BoundedStore[list[View]](most_bytes)
+        self.conversation = HostConversation(model, processor, store)
         self.key: Hashable = None
         self.pieces: Generator[GenerationResponse, None, None] | None = None
 
@@ -80,6 +86,7 @@ class HostAnswers:
     def close(self) -> None:
         """Nothing was put on the model."""
         self.clear()
+        self.conversation.clear()
 
     def check(self, request: Request) -> None:
         """Raises UserError for a method or a budget that the model cannot have."""
@@ -117,8 +124,13 @@ def running_batch(model: Any, processor: Any, options: RunOptions) -> Iterator[R
     most_bytes = int(options.cache_gb * 1e9)
     if isinstance(model, VLM):
         batch = OwnRunningBatch(model, processor, most_bytes)
-    elif options.batch_size == 1 and plan_for_host(host_of(model), options.pruner).decoder:
-        batch = HostAnswers(model, processor)
+    elif decoder := _decoder_method(model, options):
+        if options.batch_size > 1:
+            raise UserError(
+                f"{decoder.name} works between the language model's layers, where batches of"
+                " mlx-vlm's do not reach; give --batch_size 1"
+            )
+        batch = HostAnswers(model, processor, most_bytes)
     else:
         batch = HostRunningBatch(model, processor, options.batch_size, most_bytes)
     try:
@@ -126,6 +138,15 @@ def running_batch(model: Any, processor: Any, options: RunOptions) -> Iterator[R
         yield batch
     finally:
         batch.close()
+
+
+def _decoder_method(model: Any, options: RunOptions) -> Pruner | None:
+    """The method between the layers of a model of mlx-vlm's, if it works there. Raises UserError
+    where it does not."""
+    host = host_of(model)
+    pipeline = plan_for_host(host, options.pruner)
+    check_pipeline(host, pipeline, options.positions)
+    return pipeline.decoder
 
 
 def answer_questions(

@@ -30,8 +30,8 @@ def read_messages(messages: Any, places_images: bool) -> TaskPrompt:
 
     Pictures between texts are marked by `<image>` where the model takes such marks
     (`places_images`); where mlx-vlm's template places them, their place among the texts is lost,
-    and a warning says so once. Raises UserError for what is no such conversation, and for videos
-    and sounds.
+    and a warning says so once. So it is with marks in the texts themselves: see `read_text`. Raises
+    UserError for what is no such conversation, and for videos and sounds.
     """
     turns = [_role_and_parts(message) for message in _listed(messages, "messages")]
     system = [_text_alone(parts) for role, parts in turns if role == SYSTEM]
@@ -87,7 +87,20 @@ def _part(part: Any) -> tuple[bool, Any]:
 def _text_alone(parts: Sequence[tuple[bool, Any]]) -> str:
     if not all(is_text for is_text, _ in parts):
         raise UserError("an image is in a message that is not the user's")
-    return "".join(text for _, text in parts)
+    return read_text("".join(text for _, text in parts), 0, places_images=False)
+
+
+def read_text(text: str, images: int, places_images: bool) -> str:
+    """A task's text about so many pictures that come before it.
+
+    Where the model takes marks, as many `<image>` as pictures say where these stand. Other marks
+    are left out, and a warning says so once.
+    """
+    marks = text.count(IMAGE_MARK)
+    if not marks or (places_images and marks == images):
+        return text
+    _warn_of_marks()
+    return text.replace(IMAGE_MARK, "")
 
 
 def _question(
@@ -96,12 +109,16 @@ def _question(
     """The text of a turn of the user's, and its pictures."""
     images = [source for is_text, source in parts if not is_text]
     kinds = [is_text for is_text, _ in parts]
-    come_first = kinds == sorted(kinds)
-    if not come_first and not places_images:
+    if kinds == sorted(kinds):  # pictures come first
+        text = "".join(content for is_text, content in parts if is_text)
+        return read_text(text, len(images), places_images), images
+    if not places_images:
         _warn_of_order()
-    is_marked = places_images and not come_first
-    text = "".join(content if is_text else IMAGE_MARK * is_marked for is_text, content in parts)
-    return text, images
+    mark = IMAGE_MARK if places_images else ""
+    texts = [
+        read_text(content, 0, places_images) if is_text else mark for is_text, content in parts
+    ]
+    return "".join(texts), images
 
 
 @functools.cache
@@ -110,4 +127,13 @@ def _warn_of_order() -> None:
     logger.warning(
         "this task has pictures between its texts; mlx-vlm's chat template places them ahead of the"
         " texts, or behind"
+    )
+
+
+@functools.cache
+def _warn_of_marks() -> None:
+    """Once."""
+    logger.warning(
+        "this task's texts have %s where no picture can be placed by it; it is left out",
+        IMAGE_MARK,
     )

@@ -1,7 +1,7 @@
 """The classes that lmms-eval loads for `--model mlx_vlm_prune`.
 
 `PrunedModel` is asked by messages, with texts and pictures in the task's order, `SimplePrunedModel`
-(`--force_simple`) by a text and its pictures, and for losses. The interface is
+(`--force_simple`) by a text and its pictures. The interface is
 `lmms_eval.api.model.lmms` of github.com/EvolvingLMMs-Lab/lmms-eval.
 """
 
@@ -22,8 +22,7 @@ from ...generation.request import Request
 from ...hosts.loading import load
 from ...models.vlm import VLM
 from .answering import TaskAnswer, TaskQuestion, answer_questions, naming_question, running_batch
-from .losses import Choice, ChoiceLosses
-from .messages import TaskPrompt, read_messages
+from .messages import TaskPrompt, read_messages, read_text
 from .options import Decoding, RunOptions, read_generation_kwargs, read_run_options
 
 
@@ -101,9 +100,10 @@ class PrunedModel(lmms):
         return tqdm(pairs, total=count, desc="Model Responding", file=sys.stderr, disable=is_quiet)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not of tasks with messages. Raises UserError."""
+        """Raises UserError: lmms-eval 0.7.3 takes every model's losses for texts, and fails."""
         raise UserError(
-            "losses are asked for by --force_simple; tasks with messages ask for answers"
+            f"{question_name(requests[0])} compares losses of given answers, which lmms-eval 0.7.3"
+            " cannot; choose a task that asks for answers"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -112,7 +112,7 @@ class PrunedModel(lmms):
 
 
 class SimplePrunedModel(PrunedModel):
-    """The same for tasks that give a text and pictures, and losses of given answers."""
+    """The same for tasks that give a text and pictures."""
 
     is_simple = True
 
@@ -122,28 +122,10 @@ class SimplePrunedModel(PrunedModel):
         decoding = read_generation_kwargs(kwargs, self.options, turn)
 
         def make_prompt() -> TaskPrompt:
-            return TaskPrompt(text, pictures(doc_to_visual(self.task_dict[task][split][doc_id])))
+            images = pictures(doc_to_visual(self.task_dict[task][split][doc_id]))
+            return TaskPrompt(read_text(text, len(images), isinstance(self.model, VLM)), images)
 
         return self.task_question(request, make_prompt, decoding)
-
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Of each given answer its loss, and whether it is the greedy one: see `losses.py`."""
-        losses = ChoiceLosses(self.model, self.processor, self.options)
-        results: list[tuple[float, bool]] = []
-        size = self.options.batch_size
-        starts = range(0, len(requests), size)
-        for start in self.shown(starts, len(starts)):
-            results += losses.of([self.choice(each) for each in requests[start : start + size]])
-        return results
-
-    def choice(self, request: Any) -> Choice:
-        """A request for a loss. Raises UserError."""
-        text, target, doc_to_visual, doc_id, task, split = request.args
-        doc = self.task_dict[task][split][doc_id]
-        answer = target(doc) if callable(target) else target
-        with naming_question(question_name(request)):
-            images = pictures(doc_to_visual(doc) if doc_to_visual else [])
-        return Choice(question_name(request), text, images, str(answer))
 
 
 def question_name(request: Any) -> str:

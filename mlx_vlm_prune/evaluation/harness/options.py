@@ -2,8 +2,9 @@
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from ...checkpoints.errors import UserError, short
@@ -15,6 +16,31 @@ from ...pruners.contract import Policy
 logger = logging.getLogger("mlx_vlm_prune")
 PASSED_ON = ("top_p", "top_k", "min_p", "repetition_penalty")
 READ = ("max_new_tokens", "temperature", "do_sample", "num_beams", "until", "seed", *PASSED_ON)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+Kind = tuple[Callable[[Any], bool], str]  # is a value one? and what a sentence calls it
+COUNT: Kind = (lambda value: is_whole(value) and value >= 1, "a whole number, at least 1")
+SEED: Kind = (lambda value: is_whole(value) and 0 <= value < 2**63, "a whole number, 0 or more")
+NUMBER: Kind = (_is_number, "a number")
+KINDS_OF_RUN: Mapping[str, Kind] = {
+    "max_new_tokens": COUNT,
+    "batch_size": COUNT,
+    "seed": SEED,
+    "enable_thinking": (lambda value: isinstance(value, bool | None), "true or false"),
+    "cache_gb": (lambda n: _is_number(n) and 0 <= n < float("inf"), "a number, 0 or more"),
+}
+KINDS_OF_ANSWER: Mapping[str, Kind] = {
+    "max_new_tokens": COUNT,
+    "num_beams": COUNT,
+    "seed": SEED,
+    "do_sample": (lambda value: isinstance(value, bool), "true or false"),
+    "top_k": (is_whole, "a whole number"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), NUMBER),
+}
 ABOUT_OTHERS = ("device", "max_batch_size")  # lmms-eval gives these to all models
 
 
@@ -46,10 +72,7 @@ class RunOptions:
         check_budget(self.keep_ratio, self.keep_tokens)
         if self.max_pixels is not None:
             check_max_pixels(self.max_pixels)
-        if not (is_whole(self.batch_size) and self.batch_size >= 1):
-            raise UserError(f"batch_size is {self.batch_size!r}; it must be at least 1, a number")
-        if not 0 <= self.cache_gb < float("inf"):
-            raise UserError(f"cache_gb is {self.cache_gb!r}; it must be a number, 0 or more")
+        _check_kinds(vars(self), KINDS_OF_RUN)
 
     @property
     def request(self) -> dict[str, Any]:
@@ -58,6 +81,13 @@ class RunOptions:
         thinking = {"enable_thinking": self.enable_thinking}
         template = None if self.enable_thinking is None else {"chat_template_config": thinking}
         return {name: getattr(self, name) for name in names} | (template or {})
+
+
+def _check_kinds(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """Raises UserError for a value of another kind: lmms-eval hands on any text."""
+    for name, (is_of_kind, kind) in kinds.items():
+        if name in values and not is_of_kind(values[name]):
+            raise UserError(f"{name} is {short(values[name])}; it must be {kind}")
 
 
 def read_run_options(arguments: Mapping[str, Any]) -> RunOptions:
@@ -101,6 +131,7 @@ def read_generation_kwargs(kwargs: Mapping[str, Any], options: RunOptions, turn:
     and a warning says so once. Raises UserError for beam search and for values that cannot be.
     """
     given = {name: value for name, value in kwargs.items() if value is not None}
+    _check_kinds(given, KINDS_OF_ANSWER)
     if (beams := given.get("num_beams", 1)) != 1:
         raise UserError(
             f"num_beams is {short(beams)}, and there is no beam search here; --gen_kwargs"
