@@ -75,7 +75,6 @@ MARKED = {"type": "text", "text": "Is <image> like <image>?"}
 def test_marks_in_a_text_place_its_pictures_or_are_left_out_and_said_once(
     parts, marked, plain, caplog
 ):
-    """One `<image>` too many, or any in a model of mlx-vlm's, would end the whole run."""
     harness_messages._warn_of_marks.cache_clear()
     assert read_messages([user(*parts)], True).text == marked
     assert read_messages([user(*parts)], False).text == plain
@@ -149,9 +148,7 @@ def test_model_args_come_as_lmms_eval_parses_them():
         ({"cache_gb": -1}, "cache_gb is -1"),
         ({"max_pixels": "many"}, "max_pixels is 'many'"),
         ({"cache_gb": "many"}, "cache_gb is 'many'; it must be a number, 0 or more"),
-        ({"cache_gb": True}, "cache_gb is True; it must be a number"),
         ({"seed": "x"}, "seed is 'x'; it must be a whole number, 0 or more"),
-        ({"max_new_tokens": "16"}, "max_new_tokens is '16'; it must be a whole number"),
         ({"enable_thinking": "no"}, "enable_thinking is 'no'; it must be true or false"),
     ],
 )
@@ -204,10 +201,6 @@ def test_what_is_not_followed_is_said_once_and_beams_are_refused(caplog):
         ({"temperature": "0"}, "temperature is '0'; it must be a number"),
         ({"do_sample": "false"}, "do_sample is 'false'; it must be true or false"),
         ({"num_beams": "1"}, "num_beams is '1'; it must be a whole number, at least 1"),
-        ({"max_new_tokens": True}, "max_new_tokens is True; it must be a whole number"),
-        ({"top_p": "x"}, "top_p is 'x'; it must be a number"),
-        ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
-        ({"repetition_penalty": "1"}, "repetition_penalty is '1'; it must be a number"),
     ],
 )
 def test_options_of_another_kind_are_refused_also_where_nothing_is_drawn(kwargs, sentence):

@@ -149,7 +149,11 @@ def call_on_kept_rows(
     cache: Any = arguments.get("cache")
     if cache:  # also of a prompt of words: its batch may be joined by others
         add_biases(cache, read.mask_layers, None)
+    has_batch_cache = bool(cache) and hasattr(rows_cache(cache), "left_padding")
     if x_BLD is None:
+        # PaliGemma makes no mask, and would attend to the padding of shorter prompts
+        if is_bidirectional and has_batch_cache and len({*map(type, cache)}) == 1:
+            arguments["mask"] = cache[0].make_mask(ids_BL.shape[1], return_array=True)
         return language(ids_BL, **arguments)
     weight_BL = read.next_rows(x_BLD, is_read_BL)
     if weight_BL is not None:
@@ -161,7 +165,6 @@ def call_on_kept_rows(
         if bias_BL is not None:
             arguments[BIAS] = bias_BL.astype(x_BLD.dtype)
             language = _with_biases(language, read.mask_layers)
-    has_batch_cache = bool(cache) and hasattr(rows_cache(cache), "left_padding")
     if is_dropped_BL.any():
         if len(is_dropped_BL) > 1 and not has_batch_cache:
             raise UserError("several pruned prompts at once need a cache for a batch")
