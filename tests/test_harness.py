@@ -78,8 +78,8 @@ def test_marks_in_a_text_place_its_pictures_or_are_left_out_and_said_once(
     harness_messages._warn_of_marks.cache_clear()
     assert read_messages([user(*parts)], True).text == marked
     assert read_messages([user(*parts)], False).text == plain
-    said = ["where no picture can be placed" in record.message for record in caplog.records]
-    assert said.count(True) == 1
+    warned = ["where no picture can be placed" in record.message for record in caplog.records]
+    assert warned.count(True) == 1
 
 
 def test_marks_in_other_texts_are_left_out():

@@ -39,10 +39,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(place, kind, mon
     load(place / kind)
     monkeypatch.setattr(memory, "available_bytes", lambda: size - 1)
     monkeypatch.setattr("mlx_vlm.utils.load", lambda *_, **__: pytest.fail("it was read"))
-    wish = r"needs 0.0 GB for its weights, and 0.0 GB are available; {}convert it in 4 bits \("
+    sentence = r"needs 0.0 GB for its weights, and 0.0 GB are available; {}convert it in 4 bits \("
     for dtype, more in (("float32", "load it in float16 or "), ("float16", "")):
         monkeypatch.setattr(memory, "available_bytes", lambda: size // 2 - 1)
-        with pytest.raises(UserError, match=wish.format(more)):
+        with pytest.raises(UserError, match=sentence.format(more)):
             load(place / kind, dtype=dtype)
 
 

@@ -151,10 +151,8 @@ def call_on_kept_rows(
         add_biases(cache, read.mask_layers, None)
     has_batch_cache = bool(cache) and hasattr(rows_cache(cache), "left_padding")
     if x_BLD is None:
-        # PaliGemma makes no mask, and would attend to the padding of shorter prompts
-        if is_bidirectional and has_batch_cache and len({*map(type, cache)}) == 1:
-            arguments["mask"] = cache[0].make_mask(ids_BL.shape[1], return_array=True)
-        return language(ids_BL, **arguments)
+        more = _padding_mask(cache, ids_BL) if is_bidirectional and has_batch_cache else {}
+        return language(ids_BL, **(arguments | more))
     weight_BL = read.next_rows(x_BLD, is_read_BL)
     if weight_BL is not None:
         is_dropped_BL = weight_BL == 0
@@ -175,6 +173,12 @@ def call_on_kept_rows(
     if len(is_dropped_BL) > 1:
         return _call(language, ids_BL, arguments)
     return _call_on_prompt(language, ids_BL, arguments, is_dropped_BL[0], is_read_BL)
+
+
+def _padding_mask(cache: Any, ids_BL: mx.array) -> dict[str, mx.array]:
+    """PaliGemma makes no mask, and would attend to the padding of shorter prompts."""
+    is_one_kind = len({*map(type, cache)}) == 1
+    return {"mask": cache[0].make_mask(ids_BL.shape[1], return_array=True)} if is_one_kind else {}
 
 
 def _call_on_prompt(

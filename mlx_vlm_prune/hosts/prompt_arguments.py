@@ -45,8 +45,7 @@ def kept_rows(
     """The rows that stay: all words, and the placeholder of each kept visual token.
 
     Pooled slots, which have no token of their own, take the first placeholders of their view.
-    Nothing is read on the host. Raises UserError where the placeholders are not as many as the
-    visual tokens.
+    Nothing is read on the host. Raises UserError where placeholders and visual tokens differ.
     """
     sizes = [view.signals.x_BND.shape[1] for view in views]
     placeholder, N = host.image_token_id(inputs), sum(sizes)
