@@ -280,7 +280,7 @@ def test_methods_between_the_layers_work_in_mlx_vlms_models_one_by_one(host):
     assert answer.text == whole.text and answer.figures
     assert answer.figures.visual_tokens_kept == whole.visual_tokens_kept
     with (
-        pytest.raises(UserError, match=r"fastv works between .* give --batch_size 1$"),
+        pytest.raises(UserError, match=r"fastv works between .* give batch_size 1$"),
         running_batch(*host, replace(options, batch_size=2)),
     ):
         pass

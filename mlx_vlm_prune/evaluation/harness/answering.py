@@ -128,7 +128,7 @@ def running_batch(model: Any, processor: Any, options: RunOptions) -> Iterator[R
         if options.batch_size > 1:
             raise UserError(
                 f"{decoder.name} works between the language model's layers, where batches of"
-                " mlx-vlm's do not reach; give --batch_size 1"
+                " mlx-vlm's do not reach; give batch_size 1"
             )
         batch = HostAnswers(model, processor, most_bytes)
     else:

@@ -134,8 +134,8 @@ def read_generation_kwargs(kwargs: Mapping[str, Any], options: RunOptions, turn:
     _check_kinds(given, KINDS_OF_ANSWER)
     if (beams := given.get("num_beams", 1)) != 1:
         raise UserError(
-            f"num_beams is {short(beams)}, and there is no beam search here; --gen_kwargs"
-            " num_beams=1 leaves it out"
+            f"num_beams is {short(beams)}, and there is no beam search here; num_beams=1 in"
+            " gen_kwargs leaves it out"
         )
     for name in sorted(given.keys() - set(READ)):
         _warn_of_option(name)
