@@ -278,7 +278,7 @@ def test_milliseconds_choose_tokens_of_models_of_mlx_vlm_behind_the_turns_so_far
     from .test_host_budgets import slow_machine
 
     calibrations.isolate(monkeypatch, tmp_path / "cache")
-    monkeypatch.setattr(host_budgets, "measure", lambda prompt, _: slow_machine(prompt.pipeline.spec))
+    monkeypatch.setattr(host_budgets, "measure", lambda p, _: slow_machine(p.pipeline.spec))
     monkeypatch.setattr(host_budgets, "measure_level", lambda *_: 1.0)
     talk = Conversation(thread.run(read, str(host_desk / "llava")), thread, 3)
     words = []
