@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print_row(rows[-1], args)
     return {
         "benchmark": "serving_speed", "device": device(), "machine": describe_machine(),
-        "versions": {**versions(), "mlx-vlm": metadata.version("mlx-vlm")},
+        "versions": versions(),
         "clients": args.clients, "max_tokens": args.max_tokens, "pruner": args.pruner,
         "keep_ratio": args.keep_ratio, "goals": {"cost": COST_GOAL, "gain": GAIN_GOAL},
         "rows": rows,

@@ -90,7 +90,7 @@ def without_stubs() -> Iterator[None]:
             raise OSError("no stubs")
         return getfile(thing)
 
-    inspect.getfile = no_file_of_gradio  # type: ignore[assignment]
+    inspect.getfile = no_file_of_gradio  # type: ignore[assignment]  # in this block alone
     try:
         yield
     finally:

@@ -1,13 +1,24 @@
 """A Python file of the user's, imported by its path. It runs: no path comes from a checkpoint."""
 
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 from .errors import UserError, reason
 
+SUFFIX = ".py"
 PARENT = "mlx_vlm_prune_own"  # in the names of such modules, so that they shadow no others
+
+
+def name_files(spec: str, name_of: Callable[[Path], str]) -> str:
+    """A specification, "NAME:option=value+NAME", with `name_of(path)` in place of each file."""
+    parts = (part.partition(":") for part in spec.split("+"))
+    return "+".join(
+        (name_of(Path(place).expanduser().resolve()) if place.endswith(SUFFIX) else place) + rest
+        for place, rest in ((place, colon + options) for place, colon, options in parts)
+    )
 
 
 def load_user_module(path: Path) -> ModuleType:

@@ -9,10 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..checkpoints.errors import UserError
-from ..checkpoints.user_module import load_user_module
+from ..checkpoints.user_module import load_user_module, name_files
 from . import METHODS, register_pruner
 
-SUFFIX = ".py"
 SIGNS = "+:"  # of chains and options
 _files: dict[str, tuple[Path, str]] = {}  # by method: its file, and the SHA-256 of what was run
 
@@ -34,14 +33,10 @@ def register_files(spec: str) -> str:
         raise UserError(
             f"{spec}: a place with {' or '.join(SIGNS)} in it reads as a chain; move it"
         )
-    return "+".join(_registered(part) for part in spec.split("+"))
+    return name_files(spec, _registered)
 
 
-def _registered(part: str) -> str:
-    place, colon, options = part.partition(":")
-    if not place.endswith(SUFFIX):
-        return part
-    path = Path(place).expanduser().resolve()
+def _registered(path: Path) -> str:
     content = path.read_bytes() if path.is_file() else b""
     file = (path, sha256(content).hexdigest())
     if _files.get(path.stem) != file:
@@ -50,7 +45,7 @@ def _registered(part: str) -> str:
             METHODS.pop(path.stem, None)  # an earlier version, or another file of this name
         register_pruner(method)
         _files[path.stem] = file
-    return path.stem + colon + options
+    return path.stem
 
 
 def with_files(spec: str) -> str:

@@ -22,6 +22,7 @@ class TimedConnection(H11Protocol):
     seconds = 600.0
     end: asyncio.TimerHandle | None = None
 
+    # uvicorn narrows asyncio's type of a transport in the same way.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has connected."""
         super().connection_made(transport)

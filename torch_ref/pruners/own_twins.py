@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.user_module import load_user_module
+from mlx_vlm_prune.checkpoints.user_module import SUFFIX, load_user_module, name_files
 
 from . import METHODS, STAGES
-
-SUFFIX = ".py"
 
 
 def register_twins(spec: str) -> str:
@@ -15,14 +13,10 @@ def register_twins(spec: str) -> str:
 
     Raises UserError for a file that has no twin, or whose twin is no method.
     """
-    return "+".join(_registered(part) for part in spec.split("+"))
+    return name_files(spec, _registered)
 
 
-def _registered(part: str) -> str:
-    place, colon, options = part.partition(":")
-    if not place.endswith(SUFFIX):
-        return part
-    path = Path(place).expanduser().resolve()
+def _registered(path: Path) -> str:
     twin = path.with_name(f"{path.stem}_torch{SUFFIX}")
     if not twin.is_file():
         raise UserError(f"{path.name} has no twin in PyTorch; write {twin.name} beside it")
@@ -33,4 +27,4 @@ def _registered(part: str) -> str:
     if not callable(getattr(module, "prune", None)):
         raise UserError(f"{twin.name} has no prune(signals, K, *, options)")
     METHODS[path.stem] = STAGES[stage][path.stem] = module
-    return path.stem + colon + options
+    return path.stem
