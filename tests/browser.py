@@ -73,6 +73,13 @@ class Tab:
             [side, rows, columns],
         )
 
+    def wait_for_text(self, selector: str, text: str) -> None:
+        """Until the first element there reads `text`. A page's policy forbids `wait_for_function`,
+        which evaluates a string in the page at each frame."""
+        from playwright.sync_api import expect
+
+        expect(self.page.locator(selector).first).to_have_text(text)
+
     def violations(self) -> list[str]:
         """What axe-core finds of impact serious or critical."""
         self.page.evaluate(AXE.read_text(encoding="utf-8"))

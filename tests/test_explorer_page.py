@@ -142,7 +142,7 @@ def test_another_method_is_chosen_for_a_side(tab, file):
     content = content_of(file)
     tab.page.locator("select").filter(has_text="divprune").first.select_option("tome")
     slide(tab, 2)
-    tab.page.wait_for_function("document.querySelector('#answers h3').textContent === 'tome, 147'")
+    tab.wait_for_text("#answers h3", "tome, 147")
     assert (
         answer_of(content, "tome", 147)["text"]
         in tab.page.locator("#answers .answer").first.inner_text()
@@ -229,8 +229,7 @@ def test_a_share_of_all_is_not_one_token_and_the_fewest_kept_come_first(browser,
     assert label.strip() == "Budget, tokens an image, or of an image:"
     for place, text in enumerate(texts):
         slide(tab, place)
-        title = f"document.querySelector('#answers h3').textContent === 'norm, {text}'"
-        tab.page.wait_for_function(title)
+        tab.wait_for_text("#answers h3", f"norm, {text}")
         assert tab.page.locator("#budget").get_attribute("aria-valuetext") == text
         assert tab.page.locator("#panels .note").first.is_hidden()
     assert tab.page.locator("#refused").inner_text() == "norm, 25 % was refused: too few"
