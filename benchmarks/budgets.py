@@ -46,7 +46,7 @@ OURS = {"scenes": None, "minimind2-v-small": VLMConfig()}  # the built-in model;
 HOSTS = {f"{family}-{size}": (family, size) for family in FAMILIES for size in ("tiny", "mid")}
 DEFAULT_PRUNERS = {"ours": ["divprune", "tome"], "hosts": ["divprune", "received_attention"]}
 LEAST_SIDE, MOST_SIDE = 224, 1200  # pixels of a picture
-STEPS = (1 / 49, 1 / 16, 1 / 8, 1 / 4)  # of N: numbers of additional tokens
+STEPS = {f"1/{part}": 1 / part for part in (49, 16, 8, 4)}  # of N: additional tokens
 VOCABULARY = "is there a red star in the picture what colour has the circle which letters".split()
 REQUIRED_SHARE = 0.9  # of the prompts must meet their budget
 
@@ -64,7 +64,7 @@ class Trial:
     took_ms: float
     took_gb: float
     next_breaks: bool  # is K + 1 predicted to exceed the budget?
-    more_ms: dict[int, float]  # by the number of tokens above K
+    more_ms: dict[str, float]  # with more tokens, by their share of N
 
     @property
     def ms_error(self) -> float:
@@ -156,25 +156,27 @@ def run_trial(
     """One prompt, answered with K right after the choice, then with more tokens in random order."""
     options: dict[str, Any] = {"pruner": spec, "max_tokens": 1}
     choice, options = choose_budget(model, processor, calibration, rng, options)
-    more = [step for share in STEPS if choice.K + (step := tokens_for(choice.N, share)) < choice.N]
-    more = sorted(set(more))
+    steps = {share: tokens_for(choice.N, part) for share, part in STEPS.items()}
+    steps = {share: step for share, step in steps.items() if choice.K + step < choice.N}
+    more = sorted({*steps.values()})
     results = {
         step: generate(model, processor, keep_tokens=choice.K + step, **options)
         for step in (0, *rng.sample(more, len(more)))
     }
-    ms = {step: results[step].ttft_ms["total"] for step in sorted(results)}
+    ms = {share: results[step].ttft_ms["total"] for share, step in steps.items()}
+    answer = results[0]
     (next_step,) = predictions(choice, choice.K + 1)
     next_breaks = not choice.budget.allows(next_step.ms_most, next_step.gb)
     assert choice.budget.ms
     return Trial(
         choice.workload.text, choice.budget.ms, choice.K, choice.N, choice.expected.ms,
-        choice.expected.gb, ms.pop(0), results[0].peak_memory, next_breaks, ms,
+        choice.expected.gb, answer.ttft_ms["total"], answer.peak_memory, next_breaks, ms,
     )  # fmt: skip
 
 
-def count_met(trials: list[Trial], step: int) -> tuple[int, int]:
-    """How many trials met their budget with `step` more tokens, of how many that have so many."""
-    tried = [(t.more_ms[step], t.wish_ms) for t in trials if step in t.more_ms]
+def count_met(trials: list[Trial], share: str) -> tuple[int, int]:
+    """How many trials met their budget with a share of N more tokens, of how many have so many."""
+    tried = [(t.more_ms[share], t.wish_ms) for t in trials if share in t.more_ms]
     return sum(ms <= budget_ms for ms, budget_ms in tried), len(tried)
 
 
@@ -189,12 +191,12 @@ def print_trials(spec: str, slack: float, seconds: float, trials: list[Trial]) -
     met, n = sum(t.took_ms <= t.wish_ms for t in trials), len(trials)
     breaks = sum(t.next_breaks for t in trials)
     ms_error, gb_error = median(t.ms_error for t in trials), median(t.gb_error for t in trials)
-    tried = sorted({step for t in trials for step in t.more_ms})
-    more = {step: count_met(trials, step) for step in tried}
+    more = {share: count_met(trials, share) for share in STEPS}
+    more = {share: counts for share, counts in more.items() if counts[1]}
     print(f"Within the wish: {met} of {n}; one token more is predicted to break it: {breaks}")
     print(f"Predictions off by (median): time {ms_error:.1%}, memory {gb_error:.2%}")
     print("Measured with more tokens, within the wish: ", end="")
-    print(", ".join(f"+{step}: {count} of {total}" for step, (count, total) in more.items()))
+    print(", ".join(f"+{share}: {count} of {total}" for share, (count, total) in more.items()))
     return {
         "pruner": spec, "slack": slack, "calibration_s": seconds, "met": met, "of": n,
         "next_breaks": breaks, "off": ms_error, "gb_off": gb_error, "within_with_more": more,

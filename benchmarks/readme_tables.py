@@ -103,16 +103,19 @@ def rivals_table(results: Path) -> str:
 def budgets_table(results: Path) -> str:
     """Budgets in milliseconds that were met, with the chosen K and with more tokens."""
     heads = (
-        "pruner", "within the wish", "prediction off by (median)",
+        "model", "pruner", "within the wish", "prediction off by (median)",
         "with 1/49 of the tokens more", "with a quarter more",
     )  # fmt: skip
     lines = []
-    for row in read(results, "budgets")["rows"]:
-        more = {int(step): tried for step, tried in row["within_with_more"].items()}
-        tried = [f"{met} of {n}" for met, n in (more[min(more)], more[max(more)])]
-        met = f"{row['met']} of {row['of']}"
-        lines.append([f"`{row['pruner']}`", met, f"{row['off']:.1%}", *tried])
-    return markdown(heads, "lrrrr", lines)
+    for path in sorted(results.glob("budgets*.json")):
+        result = read(results, path.stem)
+        for row in result["rows"]:
+            more = (row["within_with_more"].get(share) for share in ("1/49", "1/4"))
+            tried = [f"{counts[0]} of {counts[1]}" if counts else "–" for counts in more]
+            met = f"{row['met']} of {row['of']}"
+            pruner = f"`{row['pruner']}`"
+            lines.append([result["shape"], pruner, met, f"{row['off']:.1%}", *tried])
+    return markdown(heads, "llrrrr", lines)
 
 
 def hosts_table(results: Path) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
-from benchmarks.budgets import HOSTS, OURS, parse, run
+from benchmarks.budgets import HOSTS, OURS, STEPS, parse, run
 
 from . import calibrations
 
@@ -19,7 +19,11 @@ def test_a_wish_is_put_to_a_model_and_answered(shape, tmp_path, monkeypatch, cap
     assert row["of"] == 2 and 0 <= row["met"] <= 2
     for trial in row["trials"]:
         assert 1 <= trial["tokens"] < trial["of"] <= result["N"]
+        assert {*trial["more_ms"]} <= {*STEPS}
         assert trial["wish_ms"] > 0 and trial["took_ms"] > 0 and trial["took_gb"] > 0
+    assert [*row["within_with_more"]] == [
+        share for share in STEPS if any(share in trial["more_ms"] for trial in row["trials"])
+    ]
     assert "Within the wish" in capsys.readouterr().out
 
 

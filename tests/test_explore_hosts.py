@@ -4,14 +4,19 @@ import pytest
 
 pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 
+from types import SimpleNamespace
+
 import numpy as np
 
 from mlx_vlm_prune import explore, generate, load
+from mlx_vlm_prune.evaluation.predicted_times import CountedTimes
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.planning.host_operations import language_sizes
 from mlx_vlm_prune.planning.operations import prefill
+from mlx_vlm_prune.pruners import plan
 
 from . import host_folders
+from .host_models import cached_models
 from .test_explore_command import content_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -85,6 +90,25 @@ def test_times_are_predicted_from_the_operations_of_the_language_model(explored)
         assert times["total"] == sum(ms for part, ms in times.items() if part != "total")
         speeds.append(operations(row) / times["prefill"])
     assert min(speeds) == pytest.approx(max(speeds)) and operations(pruned[0]) < operations(full)
+
+
+def test_times_are_predicted_where_requests_are_timed_as_a_whole(desk, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr("mlx_vlm_prune.machine.clock.on_cpu", lambda: False)
+    explore.main([
+        "--model", str(desk / "llava"), "--image", str(desk / "a.png"), "--prompt", PROMPT,
+        "--pruner", "fastv", "--keep-ratio", "0.75", "--max-tokens", "1",
+        "--out", str(desk / "gpu.html"),
+    ])  # fmt: skip
+    _, row = content_of(desk / "gpu.html")["answers"]
+    assert row["predicted_ms"].keys() == {"image", "vision", "prefill", "total"}
+
+
+def test_nothing_is_asked_where_operations_are_not_counted():
+    times = CountedTimes(host_of(cached_models()("qwen3_5")), lambda **_: pytest.fail("asked"))
+    case = SimpleNamespace(pipeline=plan("norm"))
+    assert times.of_answer(case, None, None) is None
+    assert times.about.startswith("nothing: ")
 
 
 def test_words_are_read_of_every_view(explored):

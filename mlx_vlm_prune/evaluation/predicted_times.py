@@ -16,7 +16,9 @@ from ..generation.request import pixel_limit
 from ..generation.result import GenerationResult
 from ..generation.stream import prepare_prompt
 from ..hosts.host import Host
+from ..hosts.prompt import signal_layers
 from ..inputs.processor import Processor
+from ..machine.clock import timing_parts
 from ..models.vlm import VLM
 from ..planning.budgets import check_free_budget, present_calibration
 from ..planning.calibration import Calibration
@@ -88,29 +90,34 @@ class CalibratedTimes:
         )
 
 
-class CountedTimes:
-    """For a model of mlx-vlm's. `answer` is asked once more with a share of 1, which times the
-    parts that are computed in one go where nothing prunes."""
+COUNTED = (
+    "the operations of the language model, at the speed that it had with all visual tokens, without"
+    " what the method itself takes"
+)
+NOT_COUNTED = "nothing: the operations of this model's layers are not counted"
 
-    about = (
-        "the operations of the language model, at the speed that it had with all visual tokens,"
-        " without what the method itself takes"
-    )
+
+class CountedTimes:
+    """For a model of mlx-vlm's. `answer` is asked twice more with a share of 1, once to warm up,
+    for each choice of the tower's signals; that times every part, also where parts are computed in
+    one go."""
 
     def __init__(self, host: Host, answer: Answer) -> None:
         self.swept, self.answer = SweptHost(host), answer
-        self.all_tokens: GenerationResult | None = None
+        self.about = COUNTED if self.swept.sizes else NOT_COUNTED
+        self.all_tokens: dict[Any, GenerationResult] = {}  # by signals and their layers
 
     def of_answer(
         self, case: BudgetedMethod, full: GenerationResult, answer: GenerationResult
     ) -> Milliseconds | None:
         if case.pipeline.at(Stage.IMAGE, Stage.ENCODER):
             return None  # the tower's operations are not counted
+        if not self.swept.sizes:
+            return None
         whole, pruned = (Measurement.of(each, 0.0) for each in (full, answer))
         counted = [self.swept.operations(case, whole, each) for each in (whole, pruned)]
         parts = {n: ms for n, ms in self._times_of_all(case).items() if n != "pruner"}
-        if not counted[0] or not counted[1] or None in parts.values():
-            return None
+        assert counted[0] and counted[1], "there are sizes"
         share = counted[1]["prefill"] / counted[0]["prefill"]
         return with_total({**parts, "prefill": share * parts["prefill"]})
 
@@ -118,13 +125,13 @@ class CountedTimes:
         return None  # it is what the others are predicted from
 
     def _times_of_all(self, case: BudgetedMethod) -> dict[str, Any]:
-        if self.all_tokens is None:
-            for _ in range(2):  # the first is warm-up
-                self.all_tokens = self.answer(
-                    pruner=case.pipeline, keep_ratio=1.0, max_tokens=1
-                )  # fmt: skip
-        assert self.all_tokens
-        return {name: ms for name, ms in self.all_tokens.ttft_ms.items() if name != "total"}
+        signals = tuple(sorted(signal_layers(self.swept.host, case.pipeline).items()))
+        if signals not in self.all_tokens:
+            with timing_parts():
+                for _ in range(2):  # the first is warm-up
+                    answer = self.answer(pruner=case.pipeline, keep_ratio=1.0, max_tokens=1)
+            self.all_tokens[signals] = answer
+        return {n: ms for n, ms in self.all_tokens[signals].ttft_ms.items() if n != "total"}
 
 
 def predict_or_warn(

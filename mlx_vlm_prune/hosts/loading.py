@@ -5,7 +5,8 @@ Some checkpoints name code of their own, which mlx-vlm would run; here nothing f
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +123,9 @@ def _load_mlx_vlm(
         from mlx_vlm.utils import load as mlx_vlm_load
     except ImportError as problem:
         raise UserError(f"a {kind} model needs mlx-vlm: {INSTALL} ({problem})") from None
-    try:
+    with _in_one_sentence(folder):
         # Lazy: a weight is read and changed in one step, so that no second copy of all is held.
         model, processor = mlx_vlm_load(str(folder), lazy=True, trust_remote_code=False)
-    except BaseException as problem:  # mlx-vlm and transformers raise whatever comes
-        if not (is_panic(problem) or isinstance(problem, Exception)):
-            raise
-        raise UserError(f"mlx-vlm cannot load {folder}: {whole_reason(problem)}") from problem
     _check_words(model, processor, folder)
     _add_ends(model, processor, folder)
     if trial:
@@ -136,12 +133,28 @@ def _load_mlx_vlm(
     if kind == LLAVA:
         mend(processor)
     if adapter_path:
-        adapters.load_adapters(model, adapter_path)
+        with _in_one_sentence(folder):
+            adapters.load_adapters(model, adapter_path)
         setattr(model, ADAPTERS, adapter_key(adapter_path))
-    if dtype is not None:
-        model.set_dtype(dtype)
-    mx.eval(model)  # what is left lazy can be computed in this thread only
+    with _in_one_sentence(folder):
+        if dtype is not None:
+            model.set_dtype(dtype)
+        mx.eval(model)  # what is left lazy can be computed in this thread only
     return model, processor
+
+
+@contextmanager
+def _in_one_sentence(folder: Path) -> Iterator[None]:
+    """UserError for what fails while a folder is read; mlx-vlm and transformers raise whatever
+    comes."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as problem:
+        if not (is_panic(problem) or isinstance(problem, Exception)):
+            raise
+        raise UserError(f"mlx-vlm cannot load {folder}: {whole_reason(problem)}") from problem
 
 
 def _check_files(folder: Path, dtype: mx.Dtype | None) -> TokenizerTrial | None:

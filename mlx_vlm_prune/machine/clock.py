@@ -20,6 +20,7 @@ TOGETHER = "vision to prefill"  # what is between the image and the first token,
 COUNTED_IN = {"projector": "prefill"}  # parts that users see as part of another
 
 _running_clock: ContextVar["Clock | None"] = ContextVar("_running_clock", default=None)
+_times_parts: ContextVar[bool] = ContextVar("_times_parts", default=False)
 
 
 class Timings(TypedDict):
@@ -88,6 +89,16 @@ def end_part(name: str, value: Any = None) -> Any:
     return clock.end_part(name, value) if clock and TOGETHER not in clock.ms else value
 
 
+@contextmanager
+def timing_parts() -> Iterator[None]:
+    """Inside the block, requests on a GPU are timed by part, too, and take longer."""
+    token = _times_parts.set(True)
+    try:
+        yield
+    finally:
+        _times_parts.reset(token)
+
+
 def request_clock() -> Clock:
     """A request's clock: of all parts on a CPU; on a GPU of the image and all else together."""
-    return Clock(PARTS if on_cpu() else ("image", TOGETHER))
+    return Clock(PARTS if on_cpu() or _times_parts.get() else ("image", TOGETHER))
