@@ -1,6 +1,7 @@
 """The command line that all benchmarks share: options, `--save`, the last line of JSON."""
 
 import argparse
+import datetime
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def run_command(
     with in_one_sentence():
         args = parse(argv)
         blas.load()  # reports a BLAS that the user named and that cannot be loaded
-        result = json.dumps(run(args))
+        result = json.dumps({"date": datetime.date.today().isoformat()} | run(args))
         if args.save:
             RESULTS.mkdir(exist_ok=True)
             write_atomically(RESULTS / f"{args.save}.json", result + "\n")

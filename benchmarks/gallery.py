@@ -39,7 +39,7 @@ two photographs, with 49 of 196 tokens left, or 98 in the average layer where a 
 decoder cannot do with fewer (then the last layer that holds any is shown). Dark patches were
 dropped; patches of one tint were merged, into the one with the dot. The model never saw a
 photograph: what it looks at there is no evidence. Accuracy: on held-out scenes, as in the
-README; ▲ and ▼ mark what is above and below `random` at the same budget.
+[benchmarks](benchmarks.md); ▲ and ▼ mark what is above and below `random` at the same budget.
 
 The photographs are from [minimind-v](https://github.com/jingyaogong/minimind-v)
 (`dataset/eval_images`, Apache-2.0).

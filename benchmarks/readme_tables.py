@@ -1,4 +1,4 @@
-"""The README's tables of speed, each with what the operation count predicts."""
+"""The pages' tables of speed, each with what the operation count predicts."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Write the pages' tables, docs/devices.md and docs/hosts.md: `python -m benchmarks.report`."""
+"""Write all tables of the pages, from benchmarks/results: `python -m benchmarks.report`."""
 
 import re
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from mlx_vlm_prune.scenes import KINDS
 
 from .command_line import RESULTS
 from .device_page import page
+from .front_table import front_table
 from .hosts_page import page as hosts_page
 from .readme_tables import (
     budgets_table,
@@ -26,6 +27,12 @@ from .readme_tables import (
 )
 
 ROOT = Path(__file__).parent.parent
+# The pages with tables among words; `main` makes the other pages as a whole.
+PAGES = (
+    "README.md", "docs/benchmarks.md", "docs/budgets.md", "docs/convert.md", "docs/methods.md",
+    "docs/training.md",
+)  # fmt: skip
+FILLED = [ROOT / page for page in PAGES]
 
 
 def scenes(results: Path = RESULTS, name: str = "scenes") -> dict[str, dict[int, dict]]:
@@ -163,6 +170,7 @@ def conversion_table(results: Path = RESULTS) -> str:
 
 
 TABLES = {
+    "front": front_table,
     "methods": methods_table,
     "kinds": kinds_table,
     "scenes": scenes_table,
@@ -194,13 +202,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     p = Parser("benchmarks.report", description=(__doc__ or "").split("\n")[0])
     with in_one_sentence():
         p.parse_args(argv)
-        filled = [ROOT / "README.md", ROOT / "docs" / "training.md"]
         devices, hosts = ROOT / "docs" / "devices.md", ROOT / "docs" / "hosts.md"
-        for file in filled:
+        for file in FILLED:
             write_atomically(file, fill(file.read_text(encoding="utf-8")))
         write_atomically(devices, page(RESULTS))
         write_atomically(hosts, hosts_page())
-        print(f"Wrote {', '.join(map(str, [*filled, devices]))} and {hosts}")
+        print(f"Wrote {', '.join(map(str, [*FILLED, devices]))} and {hosts}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ always with the full number of drafts.
 
 The acceptance rate does depend on training. It is measured with the built-in model's trained twig
 on held-out questions, whose answers are a few tokens. `--save` writes
-benchmarks/results/speculation.json, from which the README's table of claims is made. With `--model`
+benchmarks/results/speculation.json, from which the table of claims is made. With `--model`
 the acceptance rate of a twig of your own is measured instead, without the cost.
 """
 

@@ -105,9 +105,9 @@ def test_a_mistake_in_the_command_line_names_its_flag(capsys):
     assert capsys.readouterr().err.startswith("error: --keep-ratio is 2.0; ")
 
 
-def test_the_readmes_chat_answers_piped_lines(tmp_path):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = [b for b in re.findall(r"```sh\n(.*?)```", readme, re.S) if "chat" in b]
+def test_the_pages_chat_answers_piped_lines(tmp_path):
+    page = (ROOT / "docs" / "use.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```sh\n(.*?)```", page, re.S) if "chat" in b]
     compose(1_000_000_007).image().save(tmp_path / "scene.png")
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

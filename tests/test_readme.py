@@ -1,4 +1,4 @@
-"""Promises of the README: its commands run, its tables are the results, its tree is true."""
+"""Promises of the README and of the pages for users: commands run, tables are the results."""
 
 import re
 import shlex
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import command_line, device_page, fidelity, gallery, gallery_page
-from benchmarks.report import fill
+from benchmarks.front_table import front_table
+from benchmarks.report import FILLED, fill
 from mlx_vlm_prune.pruners import METHODS, Stage
 from mlx_vlm_prune.scenes import compose
 
@@ -18,17 +19,37 @@ from . import dual_encoders, tiny
 from .training_runs import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, *PAGES = (
+    ROOT / name
+    for name in (
+        "README.md", "docs/use.md", "docs/budgets.md", "docs/methods.md", "docs/mlx-vlm.md",
+        "docs/convert.md",
+    )
+)  # fmt: skip
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    """The code of a language on all pages, the README's first."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in (README, *PAGES))
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
 def commands() -> list[list[str]]:
-    """Every command line, in order, its comment and line breaks taken out."""
+    """Every command line once, in order, its comment and line breaks taken out."""
     text = "\n".join(blocks("bash")).replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in text.splitlines() if line]
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if line]
+    return list({tuple(as_module(line)): as_module(line) for line in lines}.values())
+
+
+def as_module(command: list[str]) -> list[str]:
+    """`mlx-vlm-prune NAME …` as `python -m mlx_vlm_prune.NAME …`, as far as NAME is a module."""
+    if command[0] != "mlx-vlm-prune":
+        return command
+    name = command[1]
+    start = ["convert"] if name == "convert" else [f"mlx_vlm_prune.{name}"]
+    if not (ROOT / "mlx_vlm_prune" / f"{name}.py").exists() and name != "convert":
+        start = ["mlx_vlm_prune", name]
+    return ["python", "-m", *start, *command[2:]]
 
 
 def conversions_first(command: list[str]) -> tuple[bool, bool]:
@@ -53,7 +74,7 @@ def desk(tmp_path_factory):
     return folder
 
 
-def test_every_python_command_of_the_readme_runs(desk, monkeypatch):
+def test_every_command_runs(desk, monkeypatch):
     monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(desk / "cache"))
     monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")  # as short as can be
     python = [c[1:] for c in sorted(commands(), key=conversions_first) if c[0] == "python"]
@@ -68,9 +89,9 @@ def test_every_python_command_of_the_readme_runs(desk, monkeypatch):
     assert written <= {path.name for path in desk.iterdir()}
 
 
-def test_the_readme_has_no_other_commands_than_those_tested_here():
+def test_there_are_no_other_commands_than_those_tested_here():
     others = [command for command in commands() if command[0] != "python"]
-    assert others == [["make", "demo"], ["make", "test"], ["pip", "install", "-e", "."]]
+    assert others == [["pip", "install", "mlx-vlm-prune"], ["make", "demo"], ["make", "test"]]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
@@ -82,7 +103,7 @@ def test_make_knows_its_targets(target):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_python_of_the_readme_runs(desk):
+def test_the_python_runs(desk):
     for block in blocks("python"):
         done = subprocess.run(
             [sys.executable, "-c", block], cwd=desk, capture_output=True, text=True
@@ -91,28 +112,34 @@ def test_the_python_of_the_readme_runs(desk):
         assert done.stdout.split()[1] == "98"
 
 
-def test_the_tables_are_those_of_the_results():
-    assert fill(README) == README
+@pytest.mark.parametrize("page", FILLED, ids=lambda page: page.name)
+def test_the_tables_are_those_of_the_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert fill(text) == text
 
 
-def test_the_readme_names_every_method():
-    named = re.findall(r"^\| `(\w+)` .*\|$", README.split("## Methods")[1].split("## ")[0], re.M)
+def test_the_list_of_methods_names_each():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)` .*\|$", text.split("<!-- end -->")[0], re.M)
     assert named == list(METHODS)
 
 
-def test_the_tree_of_files_is_true():
-    """That of the design is compared with the folders in test_imports.py."""
-    folder, fenced = "", re.findall(r"```(\w*)\n(.*?)```", README, re.S)
-    tree = next(block for language, block in fenced if not language)
-    for line in tree.splitlines():
-        name = line.split()[0]
-        folder = "" if not line.startswith(" ") else folder
-        assert (ROOT / folder / name).exists(), name
-        folder = name if name.endswith("/") and not line.startswith(" ") else folder
+def test_the_readme_is_short():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert text.count("<!-- table ") == 1
+
+
+def test_the_front_table_has_the_baselines_and_at_most_ten_rows():
+    rows = [line for line in front_table(command_line.RESULTS).splitlines() if line[:2] == "| "]
+    assert len(rows) - 1 <= 10
+    firsts = [row.split("|")[1].strip() for row in rows]
+    assert firsts[1] == "all tokens"
+    assert {"`random`", "`downsample`: a smaller picture"} <= set(firsts)
 
 
 def test_every_local_link_leads_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 

@@ -36,7 +36,7 @@ KIND = "qwen3_vl"
 METHOD, RATIO = "divprune", 0.25
 TOKENS = 6
 PATIENCE = 120  # seconds until a server must answer at all
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "mlx-vlm.md"
 WORD = re.compile(r"\bw\d+\b")
 Logprobs = list[float]  # log probabilities of an answer's tokens
 
@@ -127,18 +127,16 @@ def free_port() -> int:
 
 @contextmanager
 def command(home: Path, name: str, **settings: str) -> Iterator[Server]:
-    """As the README starts it."""
+    """As docs/mlx-vlm.md starts it."""
     server = Server(free_port(), str(home / name), home)
-    (line,) = re.findall(
-        r"^python -m mlx_vlm\.server .*$", README.read_text(encoding="utf-8"), re.M
-    )
+    (line,) = re.findall(r"^python -m mlx_vlm\.server .*$", PAGE.read_text(encoding="utf-8"), re.M)
     replacements = {
         "python": sys.executable,
         "my-vlm-pruned": server.model,
         "8080": str(server.port),
     }
     words = [replacements.pop(word, word) for word in line.split()]
-    assert not replacements, f"the README's server needs {replacements}"
+    assert not replacements, f"the page's server needs {replacements}"
     with (home / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             words, cwd=home, env=os.environ | settings, stdout=log, stderr=subprocess.STDOUT
@@ -259,7 +257,7 @@ def test_with_its_prefix_cache_on_nothing_stale_is_read(home, whole):
 def inside(
     home: Path, method: str = METHOD, kind: str = KIND, keep_tokens: int | None = None
 ) -> Iterator[Server]:
-    """mlx-vlm's app in this process, as the README starts it."""
+    """mlx-vlm's app in this process, as docs/mlx-vlm.md starts it."""
     import uvicorn
     from mlx_vlm.server import app, get_cached_model, unload_model_sync
 

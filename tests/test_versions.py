@@ -1,4 +1,4 @@
-"""Lower bounds of dependencies: those declared, those tested, those in the README."""
+"""Lower bounds of dependencies: those declared, those tested, those on the pages."""
 
 import re
 from pathlib import Path
@@ -54,6 +54,7 @@ def test_nothing_is_tested_below_its_bound(name):
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_the_readme_names_the_lower_bound_first(name):
-    releases = re.findall(rf"\b{name} (\d+\.[\d.]*\d)", read("README.md"))
+def test_the_pages_name_the_lower_bound_first(name):
+    text = read("docs/convert.md") + read("docs/mlx-vlm.md")
+    releases = re.findall(rf"\b{name} (\d+\.[\d.]*\d)", text)
     assert releases and release(releases[0]) in DECLARED[name]

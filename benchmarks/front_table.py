@@ -1,0 +1,111 @@
+"""The README's one table: what pruning gains and costs, and how both were measured."""
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+from mlx_vlm_prune.checkpoints.reading.files import read_json
+from mlx_vlm_prune.machine.timing import times_text
+
+from .readme_tables import markdown, read
+
+BUDGETS = (49, 22)  # of 196 visual tokens
+BEST = 3
+CLOSE = 0.05  # a method is close to all tokens where it loses no more than this at every budget
+NAMES = {
+    "auto": "`auto`, the default",
+    "random": "`random`",
+    "downsample": "`downsample`: a smaller picture",
+}
+Rows = dict[str, dict[int, dict[str, Any]]]  # by pruner and budget
+
+
+def front_table(results: Path) -> str:
+    """All tokens, `auto`, the best methods, `random` and a smaller picture, in Markdown."""
+    accuracy, speed = read(results, "scenes"), read(results, "speed-scenes")
+    right, timed = _by_pruner(accuracy["rows"], "tokens"), _by_pruner(speed["rows"], "budget")
+    of = right["none"][196]["of"]
+    heads = ["", *(head for K in BUDGETS for head in (f"{K} of {of} tokens: right", "first token"))]
+    full_ms = statistics.median(row["ms"]["full"]["total"]["median"] for row in speed["rows"])
+    lines = [["all tokens", *[f"{right['none'][196]['overall']:.1%}", f"{full_ms:.0f} ms"] * 2]]
+    for name in _front_methods(right, timed):
+        cells = [cell for K in BUDGETS for cell in _cells(right[name], timed[name], K)]
+        lines.append([NAMES.get(name, f"`{name}`"), *cells])
+    table = markdown(heads, "l" + "rr" * len(BUDGETS), lines)
+    return "\n\n".join([table, _measurement(accuracy, speed), *_gpu_sentences(results)])
+
+
+def _by_pruner(rows: list[dict[str, Any]], budget: str) -> Rows:
+    by_pruner: Rows = {}
+    for row in rows:
+        by_pruner.setdefault(row["pruner"], {})[row[budget]] = row
+    return by_pruner
+
+
+def _front_methods(right: Rows, timed: Rows) -> list[str]:
+    """The rows' methods: those with an accuracy and a time at every budget."""
+    complete = [
+        name
+        for name in right
+        if all(K in right[name] and K in timed.get(name, {}) for K in BUDGETS)
+    ]
+    candidates = [name for name in complete if name not in NAMES]
+    best = sorted(candidates, key=lambda name: -_mean(right[name]))[:BEST]
+    least = right["none"][196]["overall"] - CLOSE
+    close = [n for n in candidates if all(right[n][K]["overall"] >= least for K in BUDGETS)]
+    quickest = min(close, key=lambda name: _first_token(timed[name][BUDGETS[0]]), default=None)
+    ordered = ["auto", *best, *([quickest] if quickest else []), "random", "downsample"]
+    return [name for name in dict.fromkeys(ordered) if name in complete]
+
+
+def _mean(rows: dict[int, dict[str, Any]]) -> float:
+    return statistics.mean(rows[K]["overall"] for K in BUDGETS)
+
+
+def _first_token(row: dict[str, Any]) -> float:
+    return row["ms"]["pruned"]["total"]["median"]
+
+
+def _cells(right: dict[int, dict], timed: dict[int, dict], K: int) -> list[str]:
+    gain = times_text(timed[K]["gain"]["total"]["realised"])
+    return [f"{right[K]['overall']:.1%}", f"{_first_token(timed[K]):.0f} ms ({gain})"]
+
+
+def _measurement(accuracy: dict[str, Any], speed: dict[str, Any]) -> str:
+    """Date, machine and command of both halves of the table."""
+    machine, mlx = speed["machine"], speed["versions"]["mlx"]
+    cpu = re.sub(r"\((?:R|TM)\)", "", machine["cpu"])
+    timed_on = f" on {speed['date']}" if "date" in speed else ""
+    return (
+        f"Right answers of {accuracy['count']:,} questions, measured on {accuracy['date'][:10]} by"
+        " `python -m mlx_vlm_prune.evaluate --all`. First token: median of"
+        f" {speed['runs']} runs{timed_on}, the picture's opening and the vision tower included, by"
+        f" `python -m benchmarks.speed --shape scenes`; {machine['cores']} cores"
+        f" ({cpu}, {machine['system']}), MLX {mlx} on its {speed['device'].upper()}."
+    )
+
+
+def _gpu_sentences(results: Path) -> list[str]:
+    """For each measured GPU, the clear gains at a quarter of the tokens."""
+    measured = [read_json(file) for file in sorted(results.glob("device-*.json"))]
+    return [_gpu_sentence(each) for each in measured if each["machine"]["device"] == "gpu"]
+
+
+def _gpu_sentence(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if row["budget"] * 4 == row["tokens"]]
+    gains = {
+        row["pruner"]: row["gain"]["total"]["realised"]
+        for row in rows
+        if row["tokens"] == rows[0]["tokens"] and row["shape"] == rows[0]["shape"]
+    }
+    clear = sorted((name for name in gains if gains[name]), key=lambda name: -gains[name])
+    times = [f"`{name}` {times_text(gains[name])}" for name in clear]
+    unclear = [f"`{name}`" for name in gains if not gains[name]]
+    gpu = re.sub(r"gpu \((.*)\)", r"\1", result["device"])
+    return (
+        f"On a GPU ({gpu}, {result['date']}, `python -m benchmarks.device`), with random weights in"
+        f" the shape of {rows[0]['shape']}, {rows[0]['tokens']} tokens to {rows[0]['budget']}, the"
+        f" first token came so many times as fast: {', '.join(times)}."
+        + (f" Not clear: {', '.join(unclear)}." if unclear else "")
+    )
