@@ -4,6 +4,7 @@
 # make test-lowest  the tests of what we depend on, with the oldest versions that we allow
 # make test-pythons  the library alone, on the oldest and the newest Python, where they are installed
 # make test-lmms-eval  the model that lmms-eval loads, by lmms-eval's own evaluator; it installs that
+# make docs   the documentation as a site, in site/
 # make browser  Chromium for the tests of pages, where apt-get may install it; else they are skipped
 # make lint   ruff and mypy
 # make clean  remove what the others made
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo report test test-lowest test-pythons test-lmms-eval browser lint clean
+.PHONY: demo report test test-lowest test-pythons test-lmms-eval docs browser lint clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python -m mlx_vlm_prune.generate
@@ -74,6 +75,9 @@ LMMS_EVAL := $(VENV)-lmms-eval
 test-lmms-eval: $(LMMS_EVAL)/.ready
 	$(LMMS_EVAL)/bin/python -m pytest tests/test_lmms_eval.py
 
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 browser:
 	@if command -v chromium || command -v google-chrome; then exit; fi; \
 	if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
@@ -88,7 +92,7 @@ lint: $(VENV)/.test-ready
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(LMMS_EVAL) $(PYTHONS:%=$(VENV)-%) build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(LOWEST) $(LMMS_EVAL) $(PYTHONS:%=$(VENV)-%) build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The markers say what is installed; they are made again when the requirements change.
@@ -103,6 +107,10 @@ $(VENV)/.report-ready: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.test-ready: $(BIN)/python pyproject.toml constraints.txt
 	$(PIP) -e '.[test]'
 	touch $@ $(VENV)/.demo-ready $(VENV)/.report-ready
+
+$(VENV)/.docs-ready: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) -e '.[docs]'
+	touch $@ $(VENV)/.demo-ready
 
 $(LOWEST)/%/.ready: constraints-lowest-%.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv --clear $(@D)
