@@ -10,14 +10,15 @@ from .readme_tables import markdown
 
 HEAD = """# Devices
 
-What pruning gains on the machines that were measured, each by one command, `make report` or
-`python -m benchmarks.device`, which keeps its figures in `benchmarks/results/device-NAME.json`.
-This page is made of these files (`python -m benchmarks.report`); nothing on it is written by hand.
+What pruning gains on the machines that were measured. Each machine was measured by one command,
+`make report` or `python -m benchmarks.device`, which writes `benchmarks/results/device-NAME.json`.
+This page is made from these files (`python -m benchmarks.report`); nothing is written by hand.
 
 Weights are random, in the published shapes. Full and pruned requests alternate in one process, and
-every part is waited for. Times are medians; of "times as fast" there are the median, where it is
-clear, and the first and last decile of the ratios of neighbours. The first token is timed from the
-opened picture on. "Choosing" is empty where a method chooses inside the tower: its time is there.
+each part is timed until it is computed. Times are medians. "Times as fast" has the median, where it
+is clear, and the first and last decile of the ratios of neighbouring runs. The first token is timed
+from the opened picture on. "Choosing" is empty where a method chooses inside the tower; the tower's
+time then includes it.
 """
 NONE_YET = "No machine has been measured yet.\n"
 

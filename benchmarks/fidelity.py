@@ -19,15 +19,17 @@ PAGE, AUTHORS = ROOT / "docs" / "fidelity.md", ROOT / "tests" / "authors"
 HEAD = """# The methods beside their authors' code
 
 The authors' own selection code was run in float64, outside this repository, on inputs made by
-formulas (`tests/author_inputs.py`) without near ties. `tests/authors` holds what it kept, and the
-tests compare both versions here with it, MLX in float64 and in float32, `torch_ref` in float64:
-the tokens kept and, where a method merges, the features of each slot; of `restore` what it adds to
-attention, too. On all of these inputs they are the same; each method's list says where it differs
-on others, or in what the inputs leave out, and which option has the authors' way. Choices were
-compared, not models and answers. Methods before the language model leave tokens at their positions,
-where the authors' code for LLaVA counts on: `--positions renumber`. Both are measured below.
+formulas (`tests/author_inputs.py`) without near ties. `tests/authors` holds what it kept. The tests
+compare both of our versions with it: MLX in float64 and in float32, and `torch_ref` in float64.
+They compare the tokens kept and, where a method merges, the features of each slot; for `restore`
+also what it adds to attention.
 
-This page is made of these files and of the methods' own (`python -m benchmarks.fidelity`), and
+On all of these inputs both are the same. Each method's list says where it differs on other inputs,
+or in parts that the inputs leave out, and which option does it as the authors do. Choices were
+compared, not models and answers. Methods before the language model keep the tokens' positions; the
+authors' code for LLaVA renumbers them (`--positions renumber`). Both are measured below.
+
+This page is made from these files and the methods' own (`python -m benchmarks.fidelity`).
 `python -m mlx_vlm_prune pruners NAME` prints a method's part."""
 
 

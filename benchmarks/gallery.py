@@ -33,13 +33,16 @@ SEEDS = (HELD_OUT_SEEDS[7], HELD_OUT_SEEDS[1], HELD_OUT_SEEDS[9])
 QUESTION = "What does the sign say?"
 HEAD = f"""# The methods
 
-Every page comes from the method's own file, `benchmarks/results` and the built-in model
-(`python -m benchmarks.gallery`). Pictures: three drawn scenes, asked "{QUESTION}", and
-two photographs, with 49 of 196 tokens left, or 98 in the average layer where a method in the
-decoder cannot do with fewer (then the last layer that holds any is shown). Dark patches were
-dropped; patches of one tint were merged, into the one with the dot. The model never saw a
-photograph: what it looks at there is no evidence. Accuracy: on held-out scenes, as in the
-[benchmarks](benchmarks.md); ▲ and ▼ mark what is above and below `random` at the same budget.
+This page is made from each method's own file, `benchmarks/results` and the built-in model
+(`python -m benchmarks.gallery`).
+
+Pictures: three drawn scenes, asked "{QUESTION}", and two photographs. 49 of 196 tokens are
+left, or 98 in the average layer where a method in the decoder cannot work with fewer (then the last
+layer that holds any is shown). Dark patches were dropped. Patches of one tint were merged into the
+one with the dot. The model never saw a photograph, so what it looks at there is no evidence.
+
+Accuracy: on held-out scenes, as in the [benchmarks](benchmarks.md). ▲ and ▼ mark what is above and
+below `random` at the same budget.
 
 The photographs are from [minimind-v](https://github.com/jingyaogong/minimind-v)
 (`dataset/eval_images`, Apache-2.0).

@@ -16,15 +16,17 @@ INTRODUCTION = """\
 # Families of mlx-vlm
 
 What works inside mlx-vlm's models, family by family. A number is a reason, listed below.
-This page is made of what the code declares (`python -m benchmarks.report`); nothing on it is
-written by hand, and tests ask tiny models of every family whether it is true.
+This page is made from what the code declares (`python -m benchmarks.report`); nothing is written by
+hand, and the tests check every entry with a tiny model.
 
-With all tokens kept every family answers as mlx-vlm alone does, bit for bit; with fewer as a model
-that reads the short sequence without a cache, to 1e-4 of log probabilities; in pieces, in batches
-and in blocks of `pruned()` alike. Several images may be in a prompt of any family. With several,
-FastVLM, LLaVA-NeXT and PaliGemma answer otherwise than mlx-vlm alone, which puts words in wrong
-places, reads the first image only or refuses the second ([faults](upstream/mlx-vlm-faults.md)):
-they answer as a model that reads the sequence without a cache, to 1e-4.
+With all tokens kept every family answers as mlx-vlm alone does, bit for bit. With fewer tokens it
+answers as a model that reads the short sequence without a cache, to 1e-4 of log probabilities. Both
+hold when prompts are read in pieces, in batches and in blocks of `pruned()`.
+
+A prompt of any family may have several images. With several images FastVLM, LLaVA-NeXT and
+PaliGemma answer differently from mlx-vlm alone, which puts words in wrong places, reads only the
+first image or refuses the second ([faults](upstream/mlx-vlm-faults.md)). Here they answer as a
+model that reads the sequence without a cache, to 1e-4.
 """
 NO_VIDEO = "videos are not pruned yet: `attach(allow_videos=True)` reads them whole, else refused"
 COUNTED = "it counts the rows it is given"
@@ -53,9 +55,9 @@ EVERYWHERE = f"""\
   layers with different numbers of rows share no mask. In a block of `pruned()` a prompt is read
   alone.
 
-`pact` merges tokens, and a merged one gets as much attention as its members. mlx-vlm's layers share
-a mask, so behind the prompt a merged token's row stands in the cache as often as it has members:
-the answer is the same, and the cache is smaller only by the tokens that were left out.
+`pact` merges tokens, and a merged token gets as much attention as its members. mlx-vlm's layers
+share a mask, so after the prompt the cache holds a merged token's row once for each member. The
+answer is the same, but the cache is smaller only by the tokens that were left out.
 """
 
 
