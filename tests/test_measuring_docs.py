@@ -29,7 +29,7 @@ def test_every_command_of_the_page_runs(tmp_path):
     for seed in range(2):
         compose(1_000_000_007 + seed).image().save(tmp_path / "photos" / f"{seed}.png")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLX_VLM_PRUNE_CACHE": str(tmp_path)}
-    assert len(commands()) == 3
+    assert len(commands()) == 4
     for command in commands():
         assert command[0] == "python"
         done = subprocess.run(
@@ -43,6 +43,6 @@ def test_every_command_of_the_page_runs(tmp_path):
 
 def test_every_flag_of_the_page_exists():
     sweep = build_sweep_parser(DEFAULT_METHODS, DEFAULT_RATIOS)
-    known = {*sweep.flags.values(), *build_parser().flags.values()}
+    known = {*sweep.flags.values(), *build_parser().flags.values(), "--rows"}
     evaluate = {"--per-kind", "--first-token"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE)) <= known | evaluate

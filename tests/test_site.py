@@ -2,6 +2,7 @@
 built without a warning."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -54,15 +55,15 @@ def site(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(folder)],
         cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},  # an advertisement of material's
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return folder
 
 
 def test_the_site_is_searchable_and_has_the_docstrings(site):
     entries = json.loads((site / "search/search_index.json").read_text("utf-8"))["docs"]
-    titles = {entry["title"] for entry in entries}
+    titles = {re.sub("<[^>]+>", "", entry["title"]) for entry in entries}
     assert {"divprune", "stream_generate"} <= titles
     text = " ".join(entry["text"] for entry in entries)
     assert "Answer a prompt about any number of images" in text
