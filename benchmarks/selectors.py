@@ -64,7 +64,8 @@ def random_signals(N: int, grid: tuple[int, int], D: int) -> Signals:
         object_attention_BN=share_BN[:, ::-1], cls_query_BHd=normal(1, H, D // H),
         cls_key_BHd=normal(1, H, D // H), features_BND=normal(1, N, D),
         queries_BNHd=normal(1, N, H, D // H), keys_BNHd=normal(1, N, H, D // H),
-        pixels_BND=normal(1, N, 588), patches_BND=normal(1, N, D),
+        pixels_BND=normal(1, N, 588), patches_BND=normal(1, N, D), before_BND=normal(1, N, D),
+        grey_BNP=normal(1, N, 196), layer_attention_BN=share_BN,
         text_BTD=normal(1, TEXT_TOKENS, D), text_real_BT=mx.ones((1, TEXT_TOKENS), dtype=mx.bool_),
     )  # fmt: skip
     mx.eval(list(signals.arrays.values()))

@@ -9,7 +9,7 @@ import numpy as np
 
 HEADS, T = 2, 4
 VECTORS = ("x", "pixels", "patches", "before", "normed", "keys", "next_keys", "features")
-ROWS = ("cls", "local", "received", "object", "last", "next", "mean", "twig", "prompt")
+ROWS = ("cls", "local", "received", "object", "last", "next", "mean", "twig", "prompt", "layer")
 
 
 def wave(count: int, width: int, a: float, b: float) -> np.ndarray:

@@ -106,6 +106,9 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
         "cls_key_BHd": features("random", rng, B, HEADS, D // HEADS),
         "text_share_BT": shares("random", rng, B, T),
         "prompt_attention_BN": shares(kind, rng, B, N),
+        "layer_attention_BN": shares(kind, rng, B, N),
+        # Greys, each of one of five levels.
+        "grey_BNP": rng.integers(0, 5, size=(B, N, 4)).astype(np.float32) / 10,
     }
 
 

@@ -53,7 +53,8 @@ def formula_signals() -> Signals:
         cls_attention_BN=row(0.45), local_attention_BN=row(0.6),
         received_attention_BN=row(0.85), object_attention_BN=row(1.3),
         last_attention_BN=row(1.9), next_attention_BN=row(2.3), mean_attention_BN=row(2.9),
-        twig_attention_BN=row(3.1),
+        twig_attention_BN=row(3.1), layer_attention_BN=row(3.7),
+        grey_BNP=mx.array(np.round(wave(N, 9, 0.41, 0.23), 1)),
     )  # fmt: skip
 
 
@@ -69,6 +70,10 @@ GOLDENS: dict[str, list[int]] = {
     "patch_norm": [6, 9, 14, 15, 16, 24, 27, 30, 32],
     "kq_norm": [1, 5, 8, 11, 15, 16, 21, 25, 32],
     "pixelprune": [0, 13, 17, 19, 20, 21, 22, 23, 25],
+    "docprune": [5, 8, 10, 13, 17, 25, 26, 27, 28],
+    "ipcv": [5, 7, 8, 16, 17, 18, 26, 27, 28],
+    "illava_tower": [2, 4, 7, 12, 15, 18, 23, 26, 33],
+    "illava_decoder": [1, 4, 7, 10, 13, 16, 19, 27, 32],
     "norm": [4, 5, 15, 16, 21, 22, 25, 26, 35],
     "similarity": [0, 1, 2, 3, 4, 5, 6, 7, 13],
     "received_attention": [2, 8, 9, 14, 19, 20, 24, 29, 33],

@@ -56,7 +56,10 @@ CONFIGS = {
     "two experts and a shared one": VLMConfig(CLIP, replace(LLAMA, **TWO_AND_SHARED)),
     "one expert": VLMConfig(CLIP, replace(QWEN, num_experts=4, num_experts_per_tok=1)),
 }
-CHAINS = (*PRESETS, "cls_attention+restore", "tome+divprune", "downsample+tome+norm+fastv")
+CHAINS = (
+    *PRESETS, "cls_attention+restore", "tome+divprune", "downsample+tome+norm+fastv",
+    "ipcv+norm", "ipcv:until=3+cls_attention:layer=-1", "patch_norm:keep=30+ipcv:until=3+norm",
+)  # fmt: skip
 STAGES = ("downsample", "tome", "patch_norm", "uniform", "divprune", "fastv", "pyramiddrop")
 PAIRS = [  # blocks of patches need all patches, so inside that tower none may leave
     (name, spec)
@@ -91,8 +94,10 @@ class OperationCounter(Clock):
     @contextlib.contextmanager
     def selecting(self) -> Iterator[None]:
         self.selection_depth += 1
-        yield
-        self.selection_depth -= 1
+        try:
+            yield
+        finally:
+            self.selection_depth -= 1
 
     def count_as_selection(self, patch: pytest.MonkeyPatch, owner: object, *names: str) -> None:
         """Products in these functions are for the selection of tokens."""

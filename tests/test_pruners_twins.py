@@ -73,7 +73,7 @@ def test_every_method_has_its_twin_and_every_module_its_line():
     for name, method in METHODS.items():
         theirs = ref.METHODS[name]
         assert ref.STAGES[method.stage.name.lower()][name] is theirs
-        for function in ("prune", "cuts", "schedule", "attention_bias"):
+        for function in ("prune", "cuts", "leaves", "give_back", "schedule", "attention_bias"):
             there = hasattr(theirs, function)
             assert (getattr(method, function) is not None) == there, (name, function)
         needs = {signal: option for signal, option in method.needs.items() if signal != "grid"}

@@ -205,7 +205,10 @@ class Conversation:
     def encoding(self, pipeline: Pipeline, budgets: StepBudgets) -> tuple[Any, ...]:
         """What the tower's output depends on beside the pixels: the methods inside the tower with
         their budgets, and the layers of the signals."""
-        inside = [(step.spec, left) for step, left in budgets.at(Stage.IMAGE, Stage.ENCODER)]
+        inside = [
+            (step.spec, left, budgets.gives_back(step))
+            for step, left in budgets.at(Stage.IMAGE, Stage.ENCODER)
+        ]
         tower = self.model.config.vision
         signals = pipeline.signal_layers(tower.depth, tower.layers_behind)
         return tuple(inside), tuple(sorted(signals.items()))

@@ -14,7 +14,7 @@ from mlx import nn
 from ..checkpoints.dual_encoder import DualEncoderConfig
 from ..checkpoints.errors import UserError
 from ..machine.clock import end_part
-from ..pruners import Pipeline, Pruner, Stage
+from ..pruners import Pipeline, Pruner, Stage, StepBudgets
 from .image_encoder import ImageEncoder
 from .pruning import ImageBatch, prune
 from .towers.pooling import PoolingHead
@@ -82,9 +82,9 @@ class DualEncoder(ImageEncoder):
                 " alone has none"
             )
 
-    def tower_cuts(self, step: Pruner, n: int, K: int) -> list[Cut]:
+    def tower_cuts(self, step: Pruner, n: int, K: int, budgets: StepBudgets) -> list[Cut]:
         """Raises UserError, too, where CLS does not read what is left."""
-        cuts = super().tower_cuts(step, n, K)
+        cuts = super().tower_cuts(step, n, K, budgets)
         last = self.config.vision.depth - 1
         if self.config.is_clip and all((c.layer, c.place) == (last, "middle") for c in cuts):
             raise UserError(

@@ -65,21 +65,37 @@ class ImageEncoder(nn.Module):
                 grids.append(downsample.smaller_grid(self.grid, K))
                 n = prod(grids[-1])
             elif n > K:
-                cuts += self.tower_cuts(step, n, K)
-                n = K
+                cuts += self.tower_cuts(step, n, K, budgets)
+                n = n if budgets.gives_back(step) else K
+        _check_order(cuts)
         return grids, cuts
 
-    def tower_cuts(self, step: Pruner, n: int, K: int) -> list[Cut]:
+    def tower_cuts(self, step: Pruner, n: int, K: int, budgets: StepBudgets) -> list[Cut]:
         """Where a method leaves K of n tokens between the tower's layers. Raises UserError."""
         if self.merge != (1, 1):
             raise UserError(
                 f"{step.name} works inside the tower; behind this one neighbouring patches"
                 " become one visual token, so all must be there: choose another method"
             )
-        cuts = step.call(step.method.cuts, self.config.vision.depth, n, K)
-        return [Cut(layer, place, left, step) for layer, place, left in cuts]
+        vision = self.config.vision
+        cuts = step.call(step.method.cuts, vision.depth, n, K)
+        whole = budgets.whole_layers(step, vision.depth, vision.layers_behind)
+        returns = budgets.gives_back(step)
+        return [Cut(layer, place, left, step, whole, returns) for layer, place, left in cuts]
 
     def shrink_pixels(self, pixels_IHW3: mx.array, grid: tuple[int, int]) -> mx.array:
         """Pictures of which the tower makes a smaller grid of visual tokens."""
         patch, (down, across) = self.config.vision.patch_size, self.merge
         return shrink(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
+
+
+def _check_order(cuts: list[Cut]) -> None:
+    """Raise UserError where tokens leave among those of which some may come back."""
+    for cut in cuts:
+        for other in cuts if cut.whole or cut.gives_back else ():
+            if other.pruner is not cut.pruner and other.layer >= cut.layer:
+                raise UserError(
+                    f"{cut.pruner.name} knows all tokens that left the tower from layer"
+                    f" {cut.layer} on, and {other.pruner.name} lets some go at layer {other.layer};"
+                    f" leave one of the two out"
+                )

@@ -10,8 +10,9 @@ Shapes: N visual tokens of an image, n of them at present, K kept, S rows attend
 prompt, D features, B prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..checkpoints.config import MiniMindConfig, MlxLmConfig, SiglipConfig, VLMConfig
 from ..models.layers import PREFILL_STEP_SIZE
@@ -84,7 +85,7 @@ def count(
 def _tower(config: VLMConfig, budgets: StepBudgets) -> tuple[int, int]:
     """Multiply-adds of the tower for one image, and the number of its output tokens."""
     v, N, (down, across) = config.vision, budgets.N, config.merge
-    patches, n, cuts = N * down * across, N, []
+    patches, n, cuts, attended = N * down * across, N, [], dict[int, int]()
     for step, K in budgets.per_step:
         if step.stage is Stage.IMAGE and n > K:
             rows, columns = downsample.smaller_grid(config.grid, K)
@@ -92,22 +93,29 @@ def _tower(config: VLMConfig, budgets: StepBudgets) -> tuple[int, int]:
             patches = n * down * across
         elif step.stage is Stage.ENCODER and n > K:
             cuts += step.call(step.method.cuts, v.depth, n, K)
-            n = K
-    return tower(config, patches, cuts), n
+            attended |= dict.fromkeys(budgets.whole_layers(step, v.depth, v.layers_behind), n)
+            n = n if budgets.gives_back(step) else K
+    return tower(config, patches, cuts, attended), n
 
 
-def tower(config: VLMConfig, patches: int, cuts: Sequence[tuple[int, str, int]] = ()) -> int:
+def tower(
+    config: VLMConfig,
+    patches: int,
+    cuts: Sequence[tuple[int, str, int]] = (),
+    attended: Mapping[int, int] = MappingProxyType({}),
+) -> int:
     """Multiply-adds of the tower for one image.
 
-    `cuts` are (layer, "before" the layer or in its "middle", K): the places where K tokens stay.
+    `cuts` are (layer, "before" the layer or in its "middle", K): the places where K tokens stay;
+    `attended` says of layers how many tokens they attend to, where some of those left.
     """
     v = config.vision
     D, cls = v.hidden_size, 0 if isinstance(v, SiglipConfig) else 1
     total, n = patches * D * 3 * v.patch_size**2, patches
     for layer in range(v.depth):
         n = _tokens_after_cuts(n, cuts, layer, "before")
-        S = n + cls
-        total += S * 4 * D * D + 2 * S * S * D
+        S, A = n + cls, attended.get(layer, n) + cls
+        total += (S + A) * 2 * D * D + 2 * S * A * D
         n = _tokens_after_cuts(n, cuts, layer, "middle")
         total += (n + cls) * 2 * D * v.intermediate_size
     return total

@@ -59,12 +59,14 @@ class Signals:
     received_attention_BN: mx.array  # from all queries, the mean
     object_attention_BN: mx.array  # the same in another, earlier layer
     local_attention_BN: mx.array  # from CLS, in an earlier layer
+    layer_attention_BN: mx.array  # from all queries, in the layer inside which tokens leave
     cls_query_BHd: mx.array
     cls_key_BHd: mx.array
     queries_BNHd: mx.array
     keys_BNHd: mx.array
     # Of the tower's input.
     pixels_BND: mx.array  # the pixels of each patch
+    grey_BNP: mx.array  # the same as greys
     patches_BND: mx.array  # patch embeddings, without positions
     size_BN: mx.array  # how many tokens of the image each stands for
     represented_BN: mx.array  # how many, with those that left the tower for it: for an enhancer
@@ -75,7 +77,7 @@ class Signals:
     text_BTD: mx.array
     text_real_BT: mx.array  # False on padding
     # Of the decoder, at the layer whose input the tokens are.
-    before_BND: mx.array  # the tokens one layer earlier
+    before_BND: mx.array  # the tokens one layer earlier, in a tower too
     normed_BND: mx.array  # the tokens after the final norm
     keys_BND: mx.array  # of the layer before, heads side by side
     text_keys_BTD: mx.array
@@ -178,7 +180,7 @@ class Reduction:
     slot takes. None where every slot is pooled from all tokens: such slots are renumbered.
     `weight_BKN`: the weights by which each slot is mixed from the N tokens. None: each slot is its
     token, unchanged.
-    `value_BND`: what a learned method mixes in place of the tokens.
+    `value_BND`: what a method mixes in place of the tokens.
     `slot_BN`, `share_BN`: the same as weights, where every token is mixed into at most one slot:
     its slot, -1 where it is dropped, and its weight there, 0 where it is dropped.
     `place_BK`: the slots' places in the order in which a method of the tower left them.
@@ -228,7 +230,7 @@ class Reduction:
         return take(x_BND, self.index_BK)
 
     def tokens(self, x_BND: mx.array) -> mx.array:
-        """Reduce the tokens, or the learned values in their place, to (B, K, D)."""
+        """Reduce the tokens, or the values in their place, to (B, K, D)."""
         return self.apply(x_BND if self.value_BND is None else self.value_BND)
 
     def mixture(self, N: int) -> mx.array:

@@ -26,6 +26,14 @@ AUTHORS_CODE = re.compile(r"([\w.-]+/[\w.-]+@[0-9a-f]{7})\b")
 FUNCTIONS = {
     "prune": ("signals", "K"),  # the Reduction
     "cuts": ("layers", "N", "K"),  # of a tower: [(layer, "before" or "middle", tokens left)]
+    # Of a tower, for the method's place in a chain: how many of N tokens it leaves, where K are
+    # left at the end of the chain.
+    "leaves": ("N", "K"),
+    # Of a tower: the layers that attend to the tokens that left, too; and what they are there, and
+    # at the tower's end where another method follows: a function of the kept tokens (B, K, D) as
+    # they are then, to all, (B, N, D).
+    "attends_to_all": ("layers",),
+    "give_back": ("signals", "kept"),
     "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
     "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
     "selected": ("K",),  # of an enhancer: how many of K slots the last selector chooses
@@ -71,6 +79,10 @@ def _never() -> bool:
     return False
 
 
+def _no_layers(layers: int) -> range:
+    return range(0)
+
+
 @dataclass(frozen=True)
 class Method:
     """What a method's file holds, by the names it has there; keyword-only parameters of its
@@ -93,6 +105,9 @@ class Method:
     positions: Policy = "keep"  # the paper's
     proportional: bool = False  # does a merged token count as often as it has members?
     cuts: Callable[..., Any] | None = None
+    leaves: Callable[..., int] | None = None
+    attends_to_all: Callable[..., range] = _no_layers
+    give_back: Callable[..., Any] | None = None
     schedule: Callable[..., Any] | None = None
     attention_bias: Callable[..., Any] | None = None
     selected: Callable[..., int] = _all_slots
@@ -179,10 +194,11 @@ class Method:
     @cached_property
     def options(self) -> dict[str, Any]:
         """Names of the options, with their defaults."""
-        optional = (self.cuts, self.schedule, self.chooser, self.attention_bias)
+        optional = (self.cuts, self.leaves, self.give_back, self.schedule, self.chooser)
+        functions = (*optional, self.attention_bias, self.attends_to_all, self.calibrates)
         return {
             parameter.name: parameter.default
-            for function in (*optional, self.calibrates)
+            for function in functions
             if function
             for parameter in inspect.signature(function).parameters.values()
             if parameter.kind is parameter.KEYWORD_ONLY

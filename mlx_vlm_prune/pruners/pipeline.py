@@ -180,19 +180,47 @@ class StepBudgets:
         """The steps of some stages, in order, with how many tokens each leaves."""
         return [(step, left) for step, left in self.per_step if step.stage in stages]
 
+    def gives_back(self, step: Pruner) -> bool:
+        """Do the tokens that leave the tower by this step come back at its end? They do where
+        another step follows."""
+        return step.method.give_back is not None and step is not self.per_step[-1][0]
+
+    def whole_layers(self, step: Pruner, layers: int, more: int = 0) -> frozenset[int]:
+        """The layers of a tower that attend to the tokens that leave by this step, too: those that
+        it says and, where they come back, those of which other steps need signals."""
+        whole = set(step.call(step.method.attends_to_all, layers))
+        if self.gives_back(step):
+            first, _, _ = step.call(step.method.cuts, layers, 2, 1)[0]
+            others = [s for s, _ in self.per_step if s is not step and s.stage < Stage.DECODER]
+            needed = {i for s in others for i in s.signal_layers(layers, more).values()}
+            whole |= {i for i in needed if i is not None and i >= first}
+        return frozenset(whole)
+
+    @property
+    def handed_on(self) -> list[int]:
+        """How many tokens each step hands to the next."""
+        numbers = [self.N]
+        for step, left in self.per_step:
+            numbers.append(numbers[-1] if self.gives_back(step) else left)
+        return numbers[1:]
+
     def left_after(self, stage: Stage, n: int) -> int:
         """How many of n tokens are left after the steps of a stage."""
-        return min([n, *(left for _, left in self.at(stage))])
+        return min([n, *(left for step, left in self._each() if step.stage is stage)])
 
     @property
     def before_last(self) -> int:
         """How many tokens the last step is given."""
-        return self.per_step[-2][1] if len(self.per_step) > 1 else self.N
+        return [self.N, *self.handed_on][-2]
 
     @property
     def before_layers(self) -> int:
         """How many tokens the language model is given."""
-        return min([self.N, *(left for step, left in self.per_step if step.stage < Stage.DECODER)])
+        return min([self.N, *(left for step, left in self._each() if step.stage < Stage.DECODER)])
+
+    def _each(self) -> list[tuple[Pruner, int]]:
+        """The steps, with how many tokens each hands on."""
+        return [(s, left) for (s, _), left in zip(self.per_step, self.handed_on, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -257,9 +285,12 @@ class Pipeline:
     def budgets(self, N: int, K: int) -> StepBudgets:
         """How many tokens each step leaves; the last leaves K, or K in the average layer."""
         *earlier, last = self.steps
-        per_step = []
+        per_step, n = [], N
         for i, step in enumerate(earlier):
             usual = int(K * EARLIER_STEP_FACTOR ** (len(earlier) - i) + 0.5)
+            if step.method.leaves:
+                usual = step.call(step.method.leaves, n, K)
             left = min(N, step.trained_tokens or step.keep or usual)
             per_step.append((step, N if K == N else left))
+            n = n if step.method.give_back else min(n, left)
         return StepBudgets(N, K, (*per_step, (last, K)))

@@ -22,7 +22,7 @@ from mlx_vlm_prune.checkpoints.command_line import either
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MlxLmConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 
-from ..pruners import METHODS, Reduction, Signals, Step, is_learned, reduce, signal_layers
+from ..pruners import METHODS, Reduction, Signals, Step, entry, is_learned, reduce, signal_layers
 from ..pruners.attention_pool import AttentionPool
 from . import decoder
 from .language.minimind import MiniMind
@@ -41,6 +41,11 @@ class Prefill:
     next_B: Tensor
     cache: list[list]
     each: list[decoder.PromptCache] = field(default_factory=list)  # where read one by one
+
+
+def selecting(steps: Sequence[Step]) -> list[Step]:
+    """The steps but for an enhancer."""
+    return [step for step in steps if step.stage != "enhancer"]
 
 
 class VisionEncoder(nn.Module):
@@ -152,7 +157,7 @@ class VLM(nn.Module):
         """The tower, ahead of which pictures may shrink and inside which tokens may leave."""
         kept, cuts, n = None, list[tuple[int, str, int, Step]](), self.N
         want: dict[str, int | None] = {}
-        layers = self.config.vision.depth
+        layers, last = self.config.vision.depth, selecting(steps)[-1]
         for step in steps:
             K = n if step.K is None else step.K
             if step.stage == "image" and n > K:
@@ -162,6 +167,8 @@ class VLM(nn.Module):
                 kept, n = means.to(pixels_I3HW.device), prod(grid)
             elif step.stage == "encoder" and n > K:
                 planned = step.call("cuts", layers, n, K)
+                if entry(step.method, "give_back") and step is not last:
+                    step, K = replace(step, gives_back=True), n
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
                 n = K
             if step.stage == "enhancer" and cuts:
@@ -193,7 +200,7 @@ class VLM(nn.Module):
         """Projected tokens after the steps at the end of the tower and behind the projector."""
         signals, (images, n, _) = encoded, encoded.x_BND.shape
         enhancer = next((step for step in steps if step.stage == "enhancer"), None)
-        last = [step for step in steps if step.stage != "enhancer"][-1]
+        last = selecting(steps)[-1]
         index_N = torch.arange(n, device=encoded.x_BND.device)
         kept_of_encoded = Reduction(index_N.expand(images, n))
         for stage in ("features", "projected"):

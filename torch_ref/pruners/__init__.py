@@ -16,12 +16,12 @@ from .contract import Reduction, Signals, layer_at
 
 NAMES = {
     "image": "downsample",
-    "encoder": "tome patch_norm kq_norm pixelprune",
+    "encoder": "tome patch_norm kq_norm pixelprune docprune ipcv illava_tower",
     "features": "none random uniform avgpool norm similarity received_attention cls_attention"
     " visionzip vispruner prumerge prumerge_plus hiprune attention_pool"
     " score_prune mlp salience_coverage scope apet",
     "projected": "holov global_local divprune cdpruner mmtok",
-    "decoder": "fastv pyramiddrop sparsevlm dart v2drop vtw pact twig",
+    "decoder": "fastv pyramiddrop sparsevlm dart v2drop vtw pact twig illava_decoder",
     "enhancer": "restore",
 }
 STAGES: dict[str, dict[str, ModuleType]] = {
@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "needs": {},  # the tokens alone
     "prune": None,  # its weights have it
     "proportional": False,
+    "give_back": None,
     "make_weights": None,  # none, or the model makes them
     "learned": False,
     "training_factor": None,
@@ -73,6 +74,7 @@ class Step:
     K: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     weights: Any = None
+    gives_back: bool = False  # do tokens that leave the tower come back at its end?
 
     @property
     def method(self) -> ModuleType:

@@ -23,11 +23,13 @@ class Signals:
     received_attention_BN: Tensor
     object_attention_BN: Tensor
     local_attention_BN: Tensor
+    layer_attention_BN: Tensor
     cls_query_BHd: Tensor
     cls_key_BHd: Tensor
     queries_BNHd: Tensor
     keys_BNHd: Tensor
     pixels_BND: Tensor
+    grey_BNP: Tensor
     patches_BND: Tensor
     size_BN: Tensor
     represented_BN: Tensor

@@ -3,8 +3,8 @@
 Shapes: B images, N patches at present, S = N + 1 tokens with CLS, H heads, d head size.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,13 +22,16 @@ class Cut:
     """A layer of the tower at which K tokens stay.
 
     `place` is "before" the layer, or in its "middle": between attention and MLP, where
-    the keys are known.
+    the keys are known. The layers of `whole` attend to what left here, too; where it `gives_back`,
+    that comes back at the tower's end.
     """
 
     layer: int
     place: str
     K: int
     pruner: Any
+    whole: frozenset[int] = frozenset()
+    gives_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,16 @@ class Encoded:
     def arrays(self) -> mx.array:
         """The arrays that `end_part` computes."""
         return self.signals.x_BND
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Tokens that left at a cut and are attended to, or come back."""
+
+    cut: Cut
+    signals: Signals  # of all tokens, those that left and those that stayed
+    all_tokens: Callable[[mx.array], mx.array]  # of the kept ones as they are now
+    kept: Reduction | None  # of the whole image, before the cut
 
 
 class TowerPass:
@@ -66,6 +79,11 @@ class TowerPass:
         self.want = {name: numbers[i] for name, i in want.items() if i is not None}
         self.cuts, self.N = cuts, signals.x_BND.shape[1]
         self.kept: Reduction | None = None
+        self.absent: Absent | None = None
+        needing = [cut for cut in cuts if "layer_attention" in cut.pruner.method.needs]
+        self.scored = {cut.layer for cut in needing}  # by the attention inside
+        if self.want.get("before") == 0:
+            signals = signals.replace(before_BND=mx.zeros_like(signals.x_BND))
         if any(cut.pruner.is_proportional for cut in cuts):
             signals = signals.replace(size_BN=mx.ones(signals.x_BND.shape[:2]))
         if "represented" in want:
@@ -84,16 +102,42 @@ class TowerPass:
         """The tokens that stay, behind CLS. `keys`: queries and keys of this layer."""
         for cut in self.cuts:
             if (cut.layer, cut.place) == (layer, place):
-                x_BND = x_BSD[:, self.first :]
-                signals = self.signals.replace(x_BND=x_BND, **(keys or {}))
-                kept = cut.pruner(signals, cut.K)
-                self.signals = _with_sizes(self.signals.reduced(kept), self.signals, kept)
-                if signals.get("represented_BN") is not None:
-                    represented_BK = represented_by(kept, signals)
-                    self.signals = self.signals.replace(represented_BN=represented_BK)
-                self.kept = kept.after(self.kept, self.N) if self.kept else kept
-                x_BSD = mx.concatenate([x_BSD[:, : self.first], kept.tokens(x_BND)], axis=1)
+                x_BSD = self._cut(x_BSD, cut, keys or {})
+        if place == "before" and self.want.get("before") == layer + 1:
+            self.signals = self.signals.replace(before_BND=x_BSD[:, self.first :])
         return x_BSD
+
+    def _cut(self, x_BSD: mx.array, cut: Cut, keys: dict[str, Any]) -> mx.array:
+        x_BND = x_BSD[:, self.first :]
+        signals = self.signals.replace(x_BND=x_BND, **keys)
+        kept = cut.pruner(signals, cut.K)
+        if cut.whole or cut.gives_back:
+            all_tokens = cut.pruner.call(cut.pruner.method.give_back, signals, kept)
+            self.absent = Absent(cut, signals, all_tokens, self.kept)
+        self.signals = _with_sizes(self.signals.reduced(kept), self.signals, kept)
+        if signals.get("represented_BN") is not None:
+            represented_BK = represented_by(kept, signals)
+            self.signals = self.signals.replace(represented_BN=represented_BK)
+        self.kept = kept.after(self.kept, self.N) if self.kept else kept
+        return mx.concatenate([x_BSD[:, : self.first], kept.tokens(x_BND)], axis=1)
+
+    def attended(self, x_BSD: mx.array, layer: int) -> mx.array:
+        """What a layer attends to: the tokens, or with them those that left."""
+        absent = self._absent_in(layer)
+        return self._whole(absent, x_BSD) if absent else x_BSD
+
+    def _absent_in(self, layer: int) -> Absent | None:
+        """The tokens that left and that a layer attends to."""
+        absent = self.absent
+        return absent if absent and layer in absent.cut.whole else None
+
+    def given_back(self, x_BSD: mx.array) -> mx.array:
+        """Behind the last layer: the tokens, with those that come back."""
+        absent, self.absent = self.absent, None
+        if absent is None or not absent.cut.gives_back:
+            return x_BSD
+        self.signals, self.kept = absent.signals, absent.kept
+        return self._whole(absent, x_BSD)
 
     def read(
         self,
@@ -101,28 +145,47 @@ class TowerPass:
         q_BHSd: mx.array,
         k_BHSd: mx.array,
         windows: Sequence[mx.array] | None = None,
+        all_queries: Callable[[], mx.array] | None = None,
     ) -> dict[str, Any]:
         """Note the signals wanted of this layer; return its queries and keys by name.
 
         `windows`: the tokens of each, where a layer of a tower without CLS attends within them.
+        `all_queries`: those of all tokens, where a layer attends to some that left.
         Where a tower has no CLS, the mean patch stands in for it: the attention that a token
         gets from all is taken for that from CLS, the mean query and key for CLS's.
         """
-        first, has_cls = self.first, bool(self.first)
-        keys = {
-            "queries_BNHd": q_BHSd[:, :, first:].swapaxes(1, 2),
-            "keys_BNHd": k_BHSd[:, :, first:].swapaxes(1, 2),
-        }
         names = {name for name, wanted_layer in self.want.items() if wanted_layer == layer}
+        names = names - {"before"} | ({"layer_attention"} if layer in self.scored else set())
+        absent = self._absent_in(layer)
+        if absent and names and all_queries:
+            q_BHSd = all_queries()
+        keys = {
+            "queries_BNHd": q_BHSd[:, :, self.first :].swapaxes(1, 2),
+            "keys_BNHd": k_BHSd[:, :, self.first :].swapaxes(1, 2),
+        }
         values: dict[str, Any] = {
             f"{name}_BNHd": keys[f"{name}_BNHd"] for name in names & {"keys", "queries"}
         }
+        values |= self._rows(names, q_BHSd, k_BHSd, windows)
+        if absent:
+            self.absent = replace(absent, signals=absent.signals.replace(**values))
+        else:
+            self.signals = self.signals.replace(**values)
+        return keys
+
+    def _rows(
+        self, names: set[str], q_BHSd: mx.array, k_BHSd: mx.array,
+        windows: Sequence[mx.array] | None,
+    ) -> dict[str, mx.array]:  # fmt: skip
+        """What CLS asks and is, and what tokens get of its attention, or of all queries'."""
+        first, has_cls, values = self.first, bool(self.first), dict[str, mx.array]()
         if "cls_query" in names:
             values["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
         if "cls_key" in names:
             values["cls_key_BHd"] = k_BHSd[:, :, 0] if has_cls else k_BHSd.mean(axis=2)
         rows = {"cls_attention", "local_attention"}
-        columns = {"received_attention", "object_attention"} | (set() if has_cls else rows)
+        columns = {"received_attention", "object_attention", "layer_attention"}
+        columns |= set() if has_cls else rows
         if has_cls and names & rows:
             attention_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
             values |= {f"{name}_BN": attention_BQS[:, 0, 1:] for name in names & rows}
@@ -132,8 +195,11 @@ class TowerPass:
             else:
                 received_BN = received_attention_in_windows(windows, q_BHSd, k_BHSd)
             values |= {f"{name}_BN": received_BN for name in names & columns}
-        self.signals = self.signals.replace(**values)
-        return keys
+        return values
+
+    def _whole(self, absent: Absent, x_BSD: mx.array) -> mx.array:
+        all_BND = absent.all_tokens(x_BSD[:, self.first :])
+        return mx.concatenate([x_BSD[:, : self.first], all_BND], axis=1)
 
     def end(self, x_BSD: mx.array) -> Encoded:
         cls_BD = x_BSD[:, 0] if self.first else None
@@ -197,8 +263,17 @@ def received_attention_in_windows(
     return mx.concatenate(parts, axis=1)[:, back_S]
 
 
+GREY = (0.299, 0.587, 0.114)  # of red, green and blue, as in ITU-R BT.601
+
+
+def patch_greys(pixels_BHW3: mx.array, size: int) -> mx.array:
+    """Each patch's own pixels as greys, (B, N, size * size)."""
+    grey_BHW1 = (pixels_BHW3.astype(mx.float32) * mx.array(GREY)).sum(axis=-1, keepdims=True)
+    return patch_pixels(grey_BHW1, size)
+
+
 def patch_pixels(pixels_BHW3: mx.array, size: int) -> mx.array:
-    """Each patch's own pixels, (B, N, size * size * 3)."""
+    """Each patch's own pixels, (B, N, size * size * 3); of greys a third of those."""
     B, H, W, C = pixels_BHW3.shape
     rows, columns = H // size, W // size  # pixels beyond the last whole patch are read by none
     cells = pixels_BHW3[:, : rows * size, : columns * size].reshape(B, rows, size, columns, size, C)

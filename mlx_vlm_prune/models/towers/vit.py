@@ -10,6 +10,7 @@ d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx import nn
 from ...checkpoints.config import CLIPConfig, EncoderConfig, SiglipConfig
 from ...inputs.resample import shrink
 from ...pruners.contract import Signals
-from .signals import Cut, Encoded, TowerPass, patch_pixels
+from .signals import Cut, Encoded, TowerPass, patch_greys, patch_pixels
 
 Activation = Callable[[mx.array], mx.array]
 
@@ -37,19 +38,25 @@ class Attention(nn.Module):
         B, S, _ = x_BSD.shape
         return x_BSD.reshape(B, S, self.num_heads, -1).swapaxes(1, 2)
 
-    def queries_and_keys(self, x_BSD: mx.array) -> tuple[mx.array, mx.array]:
-        """(B, H, S, d) each."""
-        return self.split(self.q_proj(x_BSD)), self.split(self.k_proj(x_BSD))
+    def project_queries(self, x_BSD: mx.array) -> mx.array:
+        """(B, H, S, d)."""
+        return self.split(self.q_proj(x_BSD))
+
+    def project_keys(self, x_BSD: mx.array) -> mx.array:
+        """(B, H, S, d)."""
+        return self.split(self.k_proj(x_BSD))
 
     def __call__(
-        self, x_BSD: mx.array, mask: mx.array | str | None
+        self, x_BSD: mx.array, mask: mx.array | str | None, attended_BSD: mx.array | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """What is read, and the queries and keys (B, H, S, d) it was read by.
 
         `mask` is added to the logits, (B, H, S, S) or of one entry along an axis, or "causal".
+        `attended_BSD` is what x attends to, where that is not x.
         """
-        q_BHSd, k_BHSd = self.queries_and_keys(x_BSD)
-        v_BHSd = self.split(self.v_proj(x_BSD))
+        attended_BSD = x_BSD if attended_BSD is None else attended_BSD
+        q_BHSd, k_BHSd = self.project_queries(x_BSD), self.project_keys(attended_BSD)
+        v_BHSd = self.split(self.v_proj(attended_BSD))
         y_BHSd = mx.fast.scaled_dot_product_attention(
             q_BHSd, k_BHSd, v_BHSd, scale=self.scale, mask=mask
         )
@@ -163,19 +170,41 @@ class VisionTower(nn.Module):
             entrance["patches_BND"] = patches_BND
         if "pixels" in want:
             entrance["pixels_BND"] = patch_pixels(pixels_BHW3, size)
+        if "grey" in want:
+            entrance["grey_BNP"] = patch_greys(pixels_BHW3, size)
         layers, x_BND = self.encoder.layers[: self.config.depth], x_BSD[:, int(self.has_cls) :]
         tower_pass = TowerPass(
             Signals(x_BND, grid, **entrance), want, len(layers), cuts, self.has_cls
         )
         for i, layer in enumerate(layers):
             x_BSD = tower_pass.cut(x_BSD, i, "before")
-            mask = key_mask(tower_pass.bias_BS, x_BSD.dtype)
-            y_BSD, q_BHSd, k_BHSd = layer.self_attn(layer.layer_norm1(x_BSD), mask)
-            x_BSD = tower_pass.cut(x_BSD + y_BSD, i, "middle", tower_pass.read(i, q_BHSd, k_BHSd))
+            y_BSD, keys = _attend(tower_pass, i, layer, x_BSD)
+            x_BSD = tower_pass.cut(x_BSD + y_BSD, i, "middle", keys)
             x_BSD = x_BSD + layer.mlp(layer.layer_norm2(x_BSD))
+        x_BSD = tower_pass.given_back(x_BSD)
         if len(layers) in tower_pass.want.values():
-            behind = self.encoder.layers[len(layers)]
-            q_BHSd, k_BHSd = behind.self_attn.queries_and_keys(behind.layer_norm1(x_BSD))
-            tower_pass.read(len(layers), q_BHSd, k_BHSd)
+            _read_behind(tower_pass, len(layers), self.encoder.layers[len(layers)], x_BSD)
         is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
         return tower_pass.end(self.post_layernorm(x_BSD) if is_normed else x_BSD)
+
+
+def _attend(
+    tower_pass: TowerPass, number: int, layer: EncoderLayer, x_BSD: mx.array
+) -> tuple[mx.array, dict[str, Any]]:
+    """What the tokens read in a layer; its queries and keys by name. Signals are noted."""
+    attention, mask = layer.self_attn, key_mask(tower_pass.bias_BS, x_BSD.dtype)
+    attended_BSD, normed_BSD = tower_pass.attended(x_BSD, number), layer.layer_norm1(x_BSD)
+    if attended_BSD is x_BSD:
+        y_BSD, q_BHSd, k_BHSd = attention(normed_BSD, mask)
+        return y_BSD, tower_pass.read(number, q_BHSd, k_BHSd)
+    attended_BSD = layer.layer_norm1(attended_BSD)
+    y_BSD, q_BHSd, k_BHSd = attention(normed_BSD, mask, attended_BSD)
+    every = partial(attention.project_queries, attended_BSD)
+    return y_BSD, tower_pass.read(number, q_BHSd, k_BHSd, all_queries=every)
+
+
+def _read_behind(tower_pass: TowerPass, number: int, layer: EncoderLayer, x_BSD: mx.array) -> None:
+    """Note the signals of the layer that reads what the tower hands over."""
+    attention, normed_BSD = layer.self_attn, layer.layer_norm1(x_BSD)
+    q_BHSd, k_BHSd = attention.project_queries(normed_BSD), attention.project_keys(normed_BSD)
+    tower_pass.read(number, q_BHSd, k_BHSd)

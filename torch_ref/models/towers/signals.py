@@ -4,7 +4,7 @@ Shapes: B images, N patches, S tokens with CLS where there is one, D features, H
 d head size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 
-from ...pruners import Reduction, Signals, Step, reduce
+from ...pruners import Reduction, Signals, Step, entry, reduce
 from ...pruners.numerics import nearest_slots
 
 
@@ -34,6 +34,7 @@ class Encoded:
     kept: Reduction | None  # of the whole image, where tokens left
     cls_BCD: Tensor  # C = 1, or 0 in a tower without CLS
     N: int  # of the whole image
+    away: "Away | None" = None  # tokens that left and are still known
 
     def with_tokens(self, x_BSD: Tensor) -> "Encoded":
         signals = self.signals.replace(x_BND=x_BSD[:, self.first :])
@@ -66,7 +67,9 @@ class Encoded:
         if names - {"keys", "queries", "cls_query", "cls_key"}:
             attention_BSS = attention(q, k, self.bias_B11S)
             received_BN = attention_BSS.mean(1)[:, self.first :]
-            columns = dict.fromkeys(("received_attention", "object_attention"), received_BN)
+            columns = dict.fromkeys(
+                ("received_attention", "object_attention", "layer_attention"), received_BN
+            )
             cls_BN = attention_BSS[:, 0, 1:] if self.first else received_BN
             columns["cls_attention"] = columns["local_attention"] = cls_BN
             values |= {f"{name}_BN": column for name, column in columns.items() if name in names}
@@ -76,6 +79,10 @@ class Encoded:
         """After a step that leaves K tokens."""
         kept = reduce(step.name, self.signals.replace(**keys), K, **step.options)
         assert kept.index_BK is not None
+        away = self.away
+        if entry(step.method, "give_back") is not None:
+            all_tokens = step.call("give_back", self.signals, kept)
+            away = Away(self, all_tokens, kept.index_BK, step)
         signals = self.signals.take(kept.index_BK)
         if step.merges and kept.weight_BKN is not None:
             members = (kept.weight_BKN > 0).to(self.signals.size_BN)
@@ -84,7 +91,31 @@ class Encoded:
         if self.signals.get("represented_BN") is not None:
             signals = signals.replace(represented_BN=represented_by(kept, self.signals))
         signals = signals.replace(x_BND=kept.tokens(self.signals.x_BND))
-        return replace(self, signals=signals, kept=kept.after(self.kept, self.N))
+        return replace(self, signals=signals, kept=kept.after(self.kept, self.N), away=away)
+
+    @property
+    def whole(self) -> "Encoded":
+        """With all tokens again: those that left as they may be by now."""
+        assert self.away is not None
+        x_BND = self.away.all_tokens(self.signals.x_BND)
+        before = self.away.before
+        return replace(before, signals=before.signals.replace(x_BND=x_BND), cls_BCD=self.cls_BCD)
+
+
+@dataclass(frozen=True)
+class Away:
+    """Tokens that left: all as they were, and what makes all of the kept ones."""
+
+    before: Encoded
+    all_tokens: Callable[[Tensor], Tensor]
+    index_BK: Tensor  # those that stayed
+    step: Step
+
+    def takes_part(self, layer: int, layers: int, is_wanted: bool) -> bool:
+        """Are they attended to in a layer, of which signals may be wanted?"""
+        return layer in self.step.call("attends_to_all", layers) or (
+            is_wanted and self.step.gives_back
+        )
 
 
 def represented_by(kept: Reduction, signals: Signals) -> Tensor:
@@ -119,8 +150,35 @@ def enter(
         represented_BN=torch.ones_like(patches_BND[..., 0]) if "represented" in names else None,
         patches_BND=patches_BND if "patches" in names else None,
         pixels_BND=F.unfold(pixels_B3HW, size, stride=size).mT if "pixels" in names else None,
+        grey_BNP=greys(pixels_B3HW, size) if "grey" in names else None,
+        before_BND=torch.zeros_like(x_BSD[:, first:]) if "before" in names else None,
     )  # fmt: skip
     return Encoded(signals, None, x_BSD[:, :first], grid[0] * grid[1])
+
+
+def greys(pixels_B3HW: Tensor, size: int) -> Tensor:
+    """Each patch's pixels as greys, (B, N, size * size)."""
+    red, green, blue = pixels_B3HW.float().unbind(1)
+    grey_B1HW = (0.299 * red + 0.587 * green + 0.114 * blue)[:, None]
+    return F.unfold(grey_B1HW, size, stride=size).mT
+
+
+def attend(run: Encoded, layer: Any, names: set[str], is_whole: bool) -> tuple[Encoded, dict]:
+    """After a layer's attention, with what is wanted of it; and its queries and keys. Where it
+    `is_whole`, tokens that left take part in it, and then leave again."""
+    taking_part = run.whole if is_whole else run
+    x_BSD = taking_part.x_BSD
+    y_BSD, q, k = layer.self_attn(layer.layer_norm1(x_BSD), taking_part.bias_B11S)
+    by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
+    keys = {name: vectors[:, run.first :] for name, vectors in by_token.items()}
+    read = taking_part.with_tokens(x_BSD + y_BSD).read(names, keys, q, k)
+    if not is_whole:
+        return read, keys
+    assert run.away is not None
+    before = replace(run.away.before, signals=read.signals)
+    stayed_BKD = read.signals.x_BND.take_along_dim(run.away.index_BK[..., None], dim=1)
+    x_BSD = torch.cat([read.cls_BCD, stayed_BKD], dim=1)
+    return replace(run.with_tokens(x_BSD), away=replace(run.away, before=before)), keys
 
 
 def run_layers(
@@ -129,7 +187,7 @@ def run_layers(
     want: Mapping[str, int | None],
     cuts: Sequence[tuple[int, str, int, Step]],
 ) -> Encoded:
-    """The tokens after all layers.
+    """The tokens after all layers, with those that come back there.
 
     Layers count from 0, or from -1 backwards; one behind the last is not read here. At each of
     `cuts` (layer, "before" it or in its "middle", K, step) the step leaves K tokens. Raises
@@ -144,15 +202,16 @@ def run_layers(
         for at, place, K, step in cuts:
             if (at, place) == (i, "before"):
                 run = run.cut(step, K)
-        x_BSD = run.x_BSD
-        y_BSD, q, k = layer.self_attn(layer.layer_norm1(x_BSD), run.bias_B11S)
-        by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
-        keys = {name: vectors[:, run.first :] for name, vectors in by_token.items()}
-        names = {name for name, at in want.items() if at in (i, i - len(layers))}
-        run = run.with_tokens(x_BSD + y_BSD).read(names, keys, q, k)
+        if want.get("before") == i + 1:
+            run = replace(run, signals=run.signals.replace(before_BND=run.signals.x_BND))
+        names = {name for name, at in want.items() if at in (i, i - len(layers))} - {"before"}
+        is_whole = run.away is not None and run.away.takes_part(i, len(layers), bool(names))
+        if any((at, place) == (i, "middle") for at, place, *_ in cuts):
+            names = names | {"layer_attention"} & set(want)
+        run, keys = attend(run, layer, names, is_whole)
         for at, place, K, step in cuts:
             if (at, place) == (i, "middle"):
                 run = run.cut(step, K, **keys)
         x_BSD = run.x_BSD
         run = run.with_tokens(x_BSD + layer.mlp(layer.layer_norm2(x_BSD)))
-    return run
+    return run.whole if run.away is not None and run.away.step.gives_back else run
