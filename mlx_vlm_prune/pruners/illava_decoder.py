@@ -29,7 +29,7 @@ needs: dict[str, str | None] = {"last_attention": None}
 
 
 def schedule(
-    layers: int, N: int, K: int, *, start: float = 2 / 28, end: float = 14 / 28, stages: int = 3
+    layers: int, N: int, K: int, *, start: float = 0.07, end: float = 0.5, stages: int = 3
 ) -> dict[int, int]:
     """As many tokens leave at each stage."""
     if stages < 1:
