@@ -39,4 +39,5 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         start = posixpath.dirname(uri) or "."
         return f"[{text}]({posixpath.relpath(path, start)}{anchor})"
 
+    markdown = markdown.replace('<img src="docs/', '<img src="')
     return re.sub(r"(?<!`)\[([^\]]*)\]\(([^)#:\s]+)((?:#[^)\s]*)?)\)", mended, markdown)

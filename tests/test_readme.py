@@ -139,7 +139,7 @@ def test_the_front_table_has_the_baselines_and_at_most_ten_rows():
 
 def test_every_local_link_leads_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r'(?:\]\(|src=")([^)"#:]+)[)"]', page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
