@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     """Show the page until a signal comes. What was uploaded and drawn is removed then."""
     if find_spec("gradio") is None:
         raise missing_package("gradio")
+    signal.signal(signal.SIGTERM, end_early)  # until uvicorn has its own
     with (
         closing(ModelThread()) as thread,
         listen(HOST, args.port) as listening,
@@ -74,6 +75,12 @@ def run(args: argparse.Namespace) -> None:
         place = f"http://{HOST}:{listening.getsockname()[1]}"
         print(f"{place} in a browser of this machine; Ctrl-C ends", file=sys.stderr, flush=True)
         uvicorn.Server(settings).run([listening])
+
+
+def end_early(*_: object) -> None:
+    """Leave the blocks that are open, so that the temporary folder is removed. A model that is
+    being read is read to its end first: its thread cannot be interrupted."""
+    sys.exit(128 + signal.SIGTERM)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
+from time import monotonic, sleep
 
 import pytest
 from PIL import Image
@@ -32,7 +33,7 @@ DOCS = (ROOT / "docs/app.md").read_text(encoding="utf-8")
 class Site:
     """A running app, in a folder of its own, with a folder for temporary files."""
 
-    def __init__(self, desk: Path, temporary: Path):
+    def __init__(self, desk: Path, temporary: Path, is_awaited: bool = True):
         (command,) = re.findall(r"^(mlx-vlm-prune app .*)$", DOCS, re.M)
         words = shlex.split(command.replace(" --model my-model", ""))[1:]
         temporary.mkdir()
@@ -45,7 +46,7 @@ class Site:
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stderr
-        self.address = self.process.stderr.readline().split()[0]
+        self.address = self.process.stderr.readline().split()[0] if is_awaited else ""
 
     def end(self, with_signal: int) -> tuple[int, str, str]:
         """Exit code and what else was written."""
@@ -311,3 +312,13 @@ def test_a_signal_ends_it_and_no_file_is_left(browser, scene, tmp_path, sign, co
     assert left <= {"mlx"}  # MLX's own, of what it compiled for this CPU
     assert not [*site.desk.iterdir()]
     tab.close()
+
+
+def test_a_signal_while_the_model_is_read_leaves_no_file(tmp_path):
+    (tmp_path / "desk").mkdir()
+    site = Site(tmp_path / "desk", tmp_path / "temporary", is_awaited=False)
+    end = monotonic() + PATIENCE
+    while not [*site.temporary.glob("mlx-vlm-prune-*")] and monotonic() < end:
+        sleep(0.01)
+    assert site.end(signal.SIGTERM) == (128 + signal.SIGTERM, "", "")
+    assert not [*site.temporary.glob("mlx-vlm-prune-*")]

@@ -168,6 +168,20 @@ def test_a_mistake_is_a_sentence_and_changes_nothing(talk, scene, tmp_path, monk
     assert len(talk.pruned.turns) == len(talk.full.turns) == 2
 
 
+def test_a_stopped_answer_is_no_turn_and_the_conversation_goes_on(talk, scene):
+    [*talk.ask(FIRST, [scene], QUARTER)]
+    before = {name: talk.messages(name) for name in ("full", "pruned")}
+    talk.stop()  # where nothing is being answered
+    for writing in (talk.ask(SECOND, [], QUARTER), talk.ask_again(QUARTER)):
+        next(writing)
+        talk.stop()
+        with pytest.raises(UserError, match=r"^stopped: "):
+            list(writing)
+        assert {name: talk.messages(name) for name in before} == before
+    [*talk.ask(SECOND, [], QUARTER)]
+    assert len(talk.messages("full")) == len(talk.messages("pruned")) == 4
+
+
 def test_an_answer_that_nobody_reads_to_its_end_is_no_turn(talk, thread, scene):
     writing = talk.ask(FIRST, [scene], QUARTER)
     next(writing)

@@ -26,6 +26,8 @@ from .model_thread import ModelThread, OpenModel
 if TYPE_CHECKING:
     from ..chat import Chat
 
+STOPPED = "stopped: the conversation is as it was before this answer"
+
 
 @dataclass(frozen=True)
 class TokenBudget:
@@ -77,12 +79,17 @@ class Conversation:
         self.pruned = self.opened.new_chat(max_tokens=self.max_tokens)
         self.question, self.number, self.note = "", 0, ""
         self.text = {"full": "", "pruned": ""}
-        self._busy = Lock()
+        self._busy, self._is_stopped = Lock(), False
+
+    def stop(self) -> None:
+        """End what is being answered with a UserError at its next piece."""
+        self._is_stopped = True
 
     def ask(self, question: str, files: Sequence[str], budget: TokenBudget) -> Iterator[None]:
         """Answer a question twice, pruned first, a piece at a time. Raises UserError, after which
         the conversation is as it was."""
         with self._busy:
+            self._is_stopped = False
             pictures, self.text = open_pictures(files), {"full": "", "pruned": ""}
             before = {chat: Marks.of(chat) for chat in (self.full, self.pruned)}
             try:
@@ -97,6 +104,7 @@ class Conversation:
     def ask_again(self, budget: TokenBudget) -> Iterator[None]:
         """Answer the latest question anew, with another budget. Raises UserError, as `ask`."""
         with self._busy:
+            self._is_stopped = False
             before = Marks.of(self.pruned)
             if not before.turns:
                 return
@@ -143,6 +151,8 @@ class Conversation:
         for piece in self.thread.pieces(chat.stream(question, pictures)):
             self.text[name] += piece.text
             yield
+            if self._is_stopped:
+                raise UserError(STOPPED)
 
     def _options(
         self, question: str, pictures: Sequence[Image.Image], budget: TokenBudget

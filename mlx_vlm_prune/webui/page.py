@@ -116,7 +116,9 @@ class Page:
             max_plain_text_length=100_000, elem_id="question",
             html_attributes=gr.InputHTMLAttributes(autocorrect="off", spellcheck=False),
         )  # fmt: skip
-        self.clear = gr.Button("Begin anew", size="sm")
+        with gr.Row():
+            self.stop = gr.Button("Stop", size="sm")
+            self.clear = gr.Button("Begin anew", size="sm")
         gr.Examples(examples(folder), self.question, label="Drawn scenes", cache_examples=False)
 
     def _connect(self) -> None:
@@ -139,6 +141,7 @@ class Page:
             [self.clear.click, *(chat.clear for chat in self.chats.values())],
             self.begin, self.talk, [self.talk, *shown], **PRIVATE,
         )  # fmt: skip
+        self.stop.click(stop, self.talk, **PRIVATE)
         self.open.click(
             self.open_model, self.folder, [self.talk, self.model, self.pruner, *shown], **PRIVATE
         )
@@ -214,6 +217,12 @@ class Page:
             **{self.figures[name]: figures_line(result) for name, result in results.items()},
             **{self.pictures[name]: overlay_of(result) for name, result in results.items()},
         }
+
+
+def stop(talk: Conversation | None) -> None:
+    """End the answer that is being written, if there is one."""
+    if talk:
+        talk.stop()
 
 
 def as_text(messages: list[dict[str, str]]) -> list[dict[str, str]]:
