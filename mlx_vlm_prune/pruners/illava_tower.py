@@ -10,8 +10,8 @@ In a chain it takes 40 % of all that shall leave, as in the paper.
 
 As the authors' code (github.com/hulianyuyy/iLLaVA@d4e221b), for Qwen3-VL. Differs: single patches
 stay, where theirs are in groups of 2 x 2; the attention that a token gets is the mean over all
-queries, as in their code for LLaVA-OneVision, where this one takes what their flash attention
-returns in its place, the log of each query's own sum.
+queries, as in their first code, where this one takes what flash attention returns in its place, the
+log of each query's own sum.
 
 Options:
     start: the first layer of the tower inside which tokens leave; below 1 a share of the depth
