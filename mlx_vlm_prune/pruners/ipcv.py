@@ -9,9 +9,9 @@ left are approximated for the attention of those that stayed, in the layers from
 
 Alone, or last in a chain, the method keeps the budget itself: what leaves stays away.
 
-As the authors' code (github.com/Perkzi/IPCV@29726f0), for Qwen2-VL. Differs: single patches leave,
-and come back, in any order of rows; tokens that left ask nothing in the layers that attend to them,
-where theirs are computed and dropped; CLS stays and is nobody's neighbour, where InternVL's is.
+As the authors' code (github.com/Perkzi/IPCV@29726f0), for Qwen2-VL. Differs: what tokens that left
+would read in the layers that attend to them is not computed, where theirs is, and dropped; CLS
+stays and is nobody's neighbour, where InternVL's is, as are the tokens of other tiles.
 
 Options:
     layer: layer of the tower before which tokens leave; below 1 a share of the depth
