@@ -325,7 +325,7 @@ def test_the_pages_block_runs(page, home, monkeypatch, capsys):
     (block,) = re.findall(r"```py\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
     monkeypatch.chdir(home)
     shutil.copy(home / "a.png", home / "photo.jpg")
-    exec(block.replace("Qwen2.5-VL-3B-Instruct-4bit", "qwen2_5_vl"), {})
+    exec(block.replace("mlx-community/Qwen2.5-VL-3B-Instruct-4bit", "qwen2_5_vl"), {})
     assert "Visual tokens: 9 -> 2 (77.8% pruned)" in capsys.readouterr().out
 
 
