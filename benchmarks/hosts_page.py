@@ -37,6 +37,7 @@ COLUMNS: dict[str, Callable[[Family], str | None]] = {
     "between the language model's layers": lambda family: (
         None if family.language_layers_class else family.why_no_decoder_methods
     ),
+    "`zoo_prune`": lambda family: family.why_no_probe,
     "`restore`": lambda family: family.why_no_enhancer,
     "kept positions": lambda family: None if family.has_mrope else COUNTED,
     "batches of prompts": lambda family: family.why_no_batches,

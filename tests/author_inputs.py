@@ -57,4 +57,5 @@ def arrays(grid: tuple[int, int], D: int, kind: str, phase: float) -> dict:
             f"{name}_attention_BN": shares(N, 0.45 + 0.31 * k + phase)
             for k, name in enumerate(ROWS)
         },
+        "sensitivity_BN": shares(N, 0.77 + phase),
     }

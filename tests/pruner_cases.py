@@ -109,6 +109,7 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
         "layer_attention_BN": shares(kind, rng, B, N),
         # Greys, each of one of five levels.
         "grey_BNP": rng.integers(0, 5, size=(B, N, 4)).astype(np.float32) / 10,
+        "sensitivity_BN": shares(kind, rng, B, N),
     }
 
 

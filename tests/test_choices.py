@@ -26,10 +26,12 @@ SPECS = [
     *(name for name in METHODS if name != "restore"),
     "mlp:dynamic", "visionzip+fastv", "tome+divprune", "downsample+norm", "fastv+restore",
     "cls_attention+cdpruner", "cls_attention+restore", "patch_norm:keep=11+norm", "twig+restore",
-    "divprune+restore:published",
+    "divprune+restore:published", "divprune:budget=similarity",
 ]  # fmt: skip
 # How often a method returns to the host: what its docstring declares.
-RETURNS = {"pact": 1, "similarity": 1, "mlp:dynamic": 1}
+RETURNS = {
+    "pact": 1, "similarity": 1, "mlp:dynamic": 1, "prunesid": 1, "divprune:budget=similarity": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,18 @@ def supported_gains(tokens: Signals, b: int, options: dict):
     return gain
 
 
+def sensitivity_gains(tokens: Signals, b: int, options: dict):
+    apart_NN = 1 - np.array(cosine(tokens.x_BND))[b]
+    moved_N = np.array(tokens.sensitivity_BN[b]).astype(np.float64)
+    spread = np.ptp(moved_N)
+    weight_N = (moved_N - moved_N.min()) / spread if spread > 1e-3 * moved_N.max() else 1.0
+
+    def gain(done: list[int]) -> np.ndarray:
+        return weight_N * (apart_NN[done].min(axis=0).clip(0) if done else np.ones(len(apart_NN)))
+
+    return gain
+
+
 def mmtok_gains(tokens: Signals, b: int, options: dict):
     def softmax(logits: np.ndarray) -> np.ndarray:
         power = np.exp(logits - logits.max(axis=-1, keepdims=True))
@@ -177,7 +189,7 @@ def kept_by_rounding_more(pruner: Pruner, tokens: Signals, K: int, monkeypatch) 
 ROUNDING = {"tome", "similarity", "vispruner", "dart", "pact", "sparsevlm", "holov"}
 GREEDY = {
     "divprune": distance_gains, "cdpruner": variance_gains, "scope": scope_gains,
-    "mmtok": mmtok_gains, "salience_coverage": supported_gains,
+    "mmtok": mmtok_gains, "salience_coverage": supported_gains, "zoo_prune": sensitivity_gains,
 }  # fmt: skip
 
 

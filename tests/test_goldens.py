@@ -55,6 +55,7 @@ def formula_signals() -> Signals:
         last_attention_BN=row(1.9), next_attention_BN=row(2.3), mean_attention_BN=row(2.9),
         twig_attention_BN=row(3.1), layer_attention_BN=row(3.7),
         grey_BNP=mx.array(np.round(wave(N, 9, 0.41, 0.23), 1)),
+        sensitivity_BN=row(0.77),
     )  # fmt: skip
 
 

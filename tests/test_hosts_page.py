@@ -34,6 +34,7 @@ def test_a_tiny_model_of_every_family_does_as_the_page_says(kind):
         "behind the tower": "vispruner",
         "between the tower's layers": "tome",
         "between the language model's layers": "fastv",
+        "`zoo_prune`": "zoo_prune",
         "`restore`": "divprune+restore",
         "downsample": "downsample",
     }

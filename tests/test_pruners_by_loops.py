@@ -64,6 +64,7 @@ ARRAYS = {
     "cls_key_BHd": heads([CLS_KEY])[:, 0],
     "cls_attention_BN": np.array([ATTENTION], np.float32),
     "received_attention_BN": np.array([ATTENTION[::-1]], np.float32),
+    "sensitivity_BN": np.array([[a * a for a in ATTENTION]], np.float32),
     "text_BTD": np.array([TEXT], np.float32),
     "text_real_BT": np.ones((1, T), bool),
     "normed_BND": np.array([X], np.float32),
@@ -162,6 +163,76 @@ def test_salience_coverage(K):
             score[i] = gap * ATTENTION[N - 1 - i] ** 0.8
         kept.append(first_best(score))
     assert_both_keep("salience_coverage", K, sorted(kept))
+
+
+@pytest.mark.parametrize("K", [1, 2, 5, 12])
+def test_zoo_prune(K):
+    moved = [np.float32(a * a).item() for a in ATTENTION]
+    weight = [(m - min(moved)) / (max(moved) - min(moved)) for m in moved]
+    kept = [first_best(dict(enumerate(weight)))]
+    while len(kept) < K:
+        scores = {}
+        for i in (i for i in range(N) if i not in kept):
+            scores[i] = weight[i] * max(min(1 - cosine(X[i], X[j]) for j in kept), 0)
+        kept.append(first_best(scores))
+    assert_both_keep("zoo_prune", K, sorted(kept))
+
+
+def eigenvectors(matrix: list[Vector]) -> list[tuple[float, Vector]]:
+    """Eigenvalues with their vectors, the largest first, by Jacobi's rotations."""
+    n = len(matrix)
+    a, v = [row[:] for row in matrix], [[float(i == j) for j in range(n)] for i in range(n)]
+    for _ in range(60):
+        for p in range(n):
+            for q in range(p + 1, n):
+                angle = math.atan2(2 * a[p][q], a[q][q] - a[p][p]) / 2
+                c, s = math.cos(angle), math.sin(angle)
+                for rows in (a, v):
+                    for row in rows:
+                        row[p], row[q] = c * row[p] - s * row[q], s * row[p] + c * row[q]
+                for k in range(n):
+                    a[p][k], a[q][k] = c * a[p][k] - s * a[q][k], s * a[p][k] + c * a[q][k]
+    pairs = [(a[j][j], [v[i][j] for i in range(n)]) for j in range(n)]
+    return sorted(pairs, reverse=True)
+
+
+@pytest.mark.parametrize("K", [1, 4, 9, 12, 15])
+def test_prunesid(K):
+    """With the principal directions themselves, which the sweeps come near enough."""
+    sigmoid = [[1 / (1 + math.exp(-x)) for x in row] for row in X]
+    centred = [[x - sum(row) / D for x in row] for row in sigmoid]
+    square = [[sum(row[i] * row[j] for row in centred) for j in range(D)] for i in range(D)]
+    directions = [
+        [
+            abs(sum(a * b for a, b in zip(row, vector, strict=True))) / math.sqrt(size)
+            for row in centred
+        ]
+        for size, vector in eigenvectors(square)[: max(1, K // 4)]
+    ]
+    group = [first_best({g: along[i] for g, along in enumerate(directions)}) for i in range(N)]
+    pairs = [cosine(X[i], X[j]) for i in range(N) for j in range(i)]
+    threshold = K / 32 * sum(pairs) / len(pairs)
+    ranked, survivors = [], []
+    for g in sorted(set(group)):
+        members = sorted((i for i in range(N) if group[i] == g), key=lambda i: -ATTENTION[i])
+        alive: list[int] = []
+        for i in members:
+            if all(cosine(X[i], X[j]) <= threshold for j in alive):
+                alive.append(i)
+        ranked.append(alive + [i for i in members if i not in alive])
+        survivors.append(len(alive))
+    most = [min(5, n) for n in survivors]
+    while sum(most) < K:
+        most = [min(n + 1, len(members)) for n, members in zip(most, ranked, strict=True)]
+    ends = [
+        round(sum(survivors[: g + 1]) * (K - len(ranked)) / sum(survivors))
+        for g in range(len(ranked))
+    ]
+    seats = [min(1 + end - start, n) for start, end, n in zip([0, *ends], ends, most, strict=False)]
+    for g in sorted(range(len(ranked)), key=lambda g: -survivors[g]):
+        seats[g] += min(most[g] - seats[g], K - sum(seats))
+    kept = [i for members, n in zip(ranked, seats, strict=True) for i in members[:n]]
+    assert_both_keep("prunesid", K, sorted(kept))
 
 
 @pytest.mark.parametrize("K", [2, 6, 13])

@@ -73,7 +73,8 @@ def test_every_method_has_its_twin_and_every_module_its_line():
     for name, method in METHODS.items():
         theirs = ref.METHODS[name]
         assert ref.STAGES[method.stage.name.lower()][name] is theirs
-        for function in ("prune", "cuts", "leaves", "give_back", "schedule", "attention_bias"):
+        functions = "prune cuts leaves give_back schedule attention_bias probe"
+        for function in functions.split():
             there = hasattr(theirs, function)
             assert (getattr(method, function) is not None) == there, (name, function)
         needs = {signal: option for signal, option in method.needs.items() if signal != "grid"}
@@ -81,13 +82,15 @@ def test_every_method_has_its_twin_and_every_module_its_line():
         assert method.learned == ref.is_learned(name)
         assert method.proportional == ref.entry(theirs, "proportional")
         assert method.positions == positions([ref.Step(name)])
-        given = inspect.signature(theirs.prune).parameters if method.prune else {}
+        given = {}
+        for function in (theirs.prune if method.prune else None, getattr(theirs, "probe", None)):
+            given |= inspect.signature(function).parameters if function else {}
         for key, parameter in given.items():
             if parameter.default is not parameter.empty:
                 assert method.options[key] == parameter.default, (name, key)
     helpers = """
         contract numerics grid rows lazy coverage budget clusters method pipeline scorer spec trace
-        listing observed own_methods shares
+        listing observed own_methods shares image_budgets
     """
     modules = {file.stem for file in Path(pruners.__file__).parent.glob("[a-z]*.py")}
     assert modules == set(METHODS) | set(helpers.split())
@@ -119,6 +122,8 @@ BROKEN = {  # of every family a method, and what is done to a helper of its twin
     "tome": ("cosine", lambda x, y: -ref.numerics.cosine(x, y)),
     "pixelprune": ("prediction_errors", lambda patch, grid, tolerance: patch.abs().sum(dim=1)),
     "divprune": ("cosine", lambda x: -ref.numerics.cosine(x)),
+    "prunesid": ("strongest_component", lambda x, count: [i % count for i in range(len(x))]),
+    "zoo_prune": ("scale_to_unit", lambda score: 1 - ref.numerics.scale_to_unit(score)),
     "cdpruner": ("scale_to_unit", lambda score: 1 - ref.numerics.scale_to_unit(score)),
     "mmtok": ("greedy_cover", lambda rows, salient, K: list(range(K))),
     "apet": ("approximation_errors", lambda x, basis: (-x.norm(dim=-1), [0])),
@@ -164,7 +169,8 @@ def test_a_predicted_budget_is_each_images_own_and_agrees_between_frameworks():
     signals_ = reference_signals(arrays)
     with torch.no_grad():
         budgets = theirs.budgets(signals_, 12)
-    assert pruner.budgets(signals(arrays), 12) == budgets
+    ours = signals(arrays)
+    assert pruner.budgets(ours, ours, 12) == budgets
     assert pruner.has_dynamic_budget and len(set(budgets)) > 1
     assert min(budgets) >= 1 and max(budgets) <= 36
 

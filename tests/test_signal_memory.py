@@ -22,6 +22,7 @@ from mlx_vlm_prune.models.splice import ImageSlots, splice
 from mlx_vlm_prune.models.towers import signals as tower_signals
 from mlx_vlm_prune.pruners import METHODS, Pruner, Reduction, Signals, Stage
 from mlx_vlm_prune.pruners.contract import identity
+from mlx_vlm_prune.pruners.zoo_prune import probe
 
 GRID = (48, 48)
 N, H, d = GRID[0] * GRID[1], 4, 8
@@ -36,7 +37,7 @@ CONFIG = MiniMindConfig(
 )
 IN_TOWER = sorted(
     {name for m in METHODS.values() if m.stage != Stage.DECODER for name in m.needs}
-    - {"grid", "text", "pixels", "patches"}
+    - {"grid", "text", "pixels", "patches", "sensitivity"}
 )
 IN_DECODER = sorted({n for m in METHODS.values() if m.stage == Stage.DECODER for n in m.needs})
 
@@ -79,6 +80,16 @@ def test_nor_does_one_of_a_layer_with_windows():
 def test_all_queries_at_once_would_be_seen_in_a_tower(monkeypatch):
     monkeypatch.setattr(tower_signals, "QUERY_CHUNK", N + 1)
     assert tower("received_attention", has_cls=True) > H * SQUARE
+
+
+@pytest.mark.parametrize("directions", [1, 64])
+def test_a_projector_that_is_probed_takes_a_few_times_its_answer(directions):
+    features_1ND, matrix_DE = mx.random.normal((1, N, 8)), mx.random.normal((8, 64))
+    mx.eval(features_1ND, matrix_DE)
+    bytes_taken = peak(
+        lambda: mx.eval(probe(lambda x: x @ matrix_DE, features_1ND, directions=directions))
+    )
+    assert bytes_taken < 12 * 4 * 8192 * 64
 
 
 def prefill(name: str) -> int:

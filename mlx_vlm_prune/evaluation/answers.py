@@ -154,17 +154,25 @@ class Answers:
     ids: list[list[int]]
     logprob_B: np.ndarray
     drafts: DraftFigures | None = None
+    kept: tuple[int, ...] = ()  # of each image, where images have budgets of their own
 
 
 def answer_prefill(
-    prefill: Prefill, right_BA: np.ndarray, ends: Collection[int], max_tokens: int
-) -> Answers:
+    prefill: Prefill, right_BA: np.ndarray, ends: Collection[int], max_tokens: int,
+    pipeline: Pipeline,
+) -> Answers:  # fmt: skip
     """Greedy answers after a prefill, and the right answers' log-probabilities with their ends.
 
     Raises UserError where a log-probability is not finite.
     """
     logprob_B = likelihood(prefill, right_BA)
-    return Answers(greedy_answers(prefill, ends, max_tokens), logprob_B)
+    kept = kept_of_images(prefill, pipeline)
+    return Answers(greedy_answers(prefill, ends, max_tokens), logprob_B, kept=kept)
+
+
+def kept_of_images(prefill: Prefill, pipeline: Pipeline) -> tuple[int, ...]:
+    """How many tokens of each image were left, where each has a budget of its own; else none."""
+    return prefill.trace.left_of_images() if pipeline.has_dynamic_budget else ()
 
 
 def answer_batch(
@@ -173,7 +181,7 @@ def answer_batch(
 ) -> Answers:  # fmt: skip
     """The answers of one of our models with K of N visual tokens. Raises UserError."""
     prefill = model(batch.prompts, batch.pixels_IHW3, pruner, K)
-    return answer_prefill(prefill, batch.right_BA, ends, max_tokens)
+    return answer_prefill(prefill, batch.right_BA, ends, max_tokens, pruner)
 
 
 class EvaluatedVLM:

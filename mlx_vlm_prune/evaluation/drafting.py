@@ -22,6 +22,7 @@ from .answers import (
     DraftFigures,
     PreparedQuestion,
     QuestionBatch,
+    kept_of_images,
     prepare_question,
     share_tower,
 )
@@ -71,16 +72,17 @@ class DraftingVLM:
         self, batch: SeparateQuestions, pipeline: Pipeline, K: float, max_tokens: int
     ) -> Answers:
         """The answers with K of N visual tokens, and what was drafted. Raises UserError."""
-        ids, logprobs, figures = [], [], DraftFigures()
+        ids, logprobs, figures, kept = [], [], DraftFigures(), list[int]()
         for model, question in batch.questions:
             twig = twig_of(self.model, self.processor.name)
             prefill = model(question.prompts, question.pixels_IHW3, pipeline, int(K), twig=twig)
             logprobs.append(likelihood(prefill, question.right_BA))
+            kept += kept_of_images(prefill, pipeline)
             speculation = Speculation(prefill, twig, self.ends, self.num_draft_tokens)
             answer, drafted = draft_answer(speculation, prefill, self.ends, max_tokens)
             ids.append(answer)
             figures += drafted
-        return Answers(ids, np.concatenate(logprobs), figures)
+        return Answers(ids, np.concatenate(logprobs), figures, tuple(kept))
 
 
 def draft_answer(

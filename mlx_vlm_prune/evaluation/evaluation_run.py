@@ -66,6 +66,7 @@ class MethodAnswers:
     logprobs: list[float] = field(default_factory=list)  # of the right answers
     score: float = 0.0  # the sum over the questions
     drafts: DraftFigures = field(default_factory=DraftFigures)  # the same
+    kept: list[int] = field(default_factory=list)  # of each image, where they have own budgets
 
 
 class EvaluationRun:
@@ -238,7 +239,8 @@ class EvaluationRun:
             return AnsweredBatch(0, p, numbers, [], [], 0.0, refused=why)
         drafts = [*astuple(answers.drafts)] if answers.drafts else []
         logprob = answers.logprob_B.tolist()
-        return AnsweredBatch(0, p, numbers, answers.ids, logprob, 0.0, drafts=drafts)
+        kept = [*answers.kept]
+        return AnsweredBatch(0, p, numbers, answers.ids, logprob, 0.0, drafts=drafts, kept=kept)
 
     def _record(self, line: AnsweredBatch) -> None:
         """Append a line to the answers of its method."""
@@ -261,6 +263,7 @@ class EvaluationRun:
         answers.responses += responses
         answers.loyal += [a == b for a, b in zip(line.ids, full.ids if full else [], strict=True)]
         answers.logprobs += line.logprob
+        answers.kept += line.kept
         if line.drafts:  # none without a twig
             answers.drafts += DraftFigures(*line.drafts)
         if self.is_scored:

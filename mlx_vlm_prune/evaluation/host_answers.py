@@ -108,9 +108,10 @@ class EvaluatedHost:
                 self.host.check_length(prompt.length)
                 prompt = prefill_through_cuts(self.host, prompt, pipeline, budgets, policy)
                 prefill, right_BA = HostPrefill(self.host, prompt), np.array([question.right_ids])
-                answers.append(answer_prefill(prefill, right_BA, self.ends, max_tokens))
+                answers.append(answer_prefill(prefill, right_BA, self.ends, max_tokens, pipeline))
         ids = [one.ids[0] for one in answers]
-        return Answers(ids, np.concatenate([one.logprob_B for one in answers]))
+        kept = tuple(count for one in answers for count in one.kept)
+        return Answers(ids, np.concatenate([one.logprob_B for one in answers]), kept=kept)
 
     def _views_for(
         self, pipeline: Pipeline, inputs: PreparedInputs, views: list[View]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -107,6 +108,8 @@ def _add_columns(
             row["more"] = row.get("more", {}) | rounded
         if evaluation.lines[-1].drafts:
             row["drafts"] = evaluation.answers[p].drafts.columns()
+        if kept := evaluation.answers[p].kept:
+            row["kept"] = round(fmean(kept), 1)
         if first_tokens:
             row["first_token_ms"] = first_tokens[i]
 

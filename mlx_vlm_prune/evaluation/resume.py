@@ -44,6 +44,7 @@ class AnsweredBatch:
     skipped: list[str] = field(default_factory=list)
     refused: str = ""
     drafts: list[Any] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)  # (I,): where images have budgets of their own
 
     @property
     def is_whole(self) -> bool:

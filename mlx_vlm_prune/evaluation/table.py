@@ -126,6 +126,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
         lines.append("Tokens: of an image, the mean over all.")
     for K in sorted({row["keep_tokens"] for row in result["rows"] if "keep_tokens" in row}):
         lines.append(f"Of {K} tokens: an image that has fewer keeps all; the mean is shown.")
+    for row in (row for row in result["rows"] if "kept" in row):
+        lines.append(f"{label(row)} at {row['tokens']} kept {row['kept']:g} of an image, the mean.")
     if len(result["kinds"]) > MOST_KINDS:
         lines.append(f"The {len(result['kinds'])} kinds of question are listed in the file.")
     if part := result.get("part"):

@@ -203,7 +203,7 @@ class OwnRunningBatch:
         """The rows of a pruned prompt that the first layer reads. Raises UserError."""
         request, N = prepared.request, self.model.N
         pipeline = pipeline_for(self.model, request.pruner)
-        if any(step.has_dynamic_budget for step in pipeline.steps):
+        if pipeline.has_dynamic_budget:
             return prepared.rows
         tokens = low_detail_tokens(N) if low_detail else request.keep_tokens
         try:

@@ -16,7 +16,7 @@ DECODER_SIGNALS = (
     "before", "normed", "held_keys", "last_attention", "next_attention", "text_attention",
     "text_share", "mean_attention",
 )  # fmt: skip
-ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid", "features")
+ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid", "features", "sensitivity")
 
 
 def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
@@ -100,6 +100,8 @@ def _why_not(host: Host, step: Pruner) -> str | None:
     if step.trained_tokens and host.has_tiles:
         return SLOTS_OF_TILES
     if step.stage is not Stage.DECODER:
+        if step.method.probe and host.why_no_probe:
+            return host.why_no_probe
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
             return "its tower has neither a CLS token nor attention that could stand in for it"
         return None

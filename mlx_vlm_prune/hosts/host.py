@@ -43,6 +43,7 @@ class Host(PicturedViews, ABC):
         "it works between the tower's layers, which is not yet there for mlx-vlm models"
     )
     why_no_enhancer: ClassVar[str | None] = None  # why no row can get more attention, if so
+    why_no_probe: ClassVar[str | None] = None  # why no projector can be asked on its own, if so
     # Why no row can leave between the language model's layers, where they are not driven from here.
     why_no_decoder_methods: ClassVar[str] = "the language model's layers are not driven from here"
     why_no_batches: ClassVar[str | None] = None  # why prompts are read one at a time, if so

@@ -21,7 +21,7 @@ from ..checkpoints.tokenizer_trial import is_panic, library_errors
 from ..inputs.budget import budget, low_detail_tokens
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
-from ..models.pruning import ImageBatch, attention_bias, prune
+from ..models.pruning import ImageBatch, attention_bias, probed, prune
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
@@ -292,7 +292,9 @@ def _project(host: Host, batches: list[ImageBatch], pipeline: Pipeline) -> list[
         replace(
             batch,
             signals=batch.signals.replace(
-                x_BND=x_1UD[:, begin:end], features_BND=features_BND if keeps_features else None
+                x_BND=x_1UD[:, begin:end],
+                features_BND=features_BND if keeps_features else None,
+                sensitivity_BN=probed(pipeline, host.project, features_BND),
             ),
         )
         for batch, features_BND, (begin, end) in zip(batches, parts, pairwise(ends), strict=True)

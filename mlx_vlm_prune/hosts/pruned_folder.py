@@ -125,6 +125,9 @@ def prune_into(
     enhancer, family = pipeline.enhancer, FAMILIES[config["model_type"]]
     if enhancer and (reason := why_not_enhance(family, enhancer)):
         raise UserError(f"{enhancer.name} cannot prune a {config['model_type']} model: {reason}")
+    for step in pipeline.steps:
+        if step.method.probe and (reason := family.why_no_probe):
+            raise UserError(f"{step.name} cannot prune a {config['model_type']} model: {reason}")
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
         keep_ratio = default_keep_ratio(pipeline.spec)

@@ -155,6 +155,7 @@ class HostRunningBatch:
         host, request, ids = self.host, prepared.request, prepared.inputs.ids
         pipeline, _ = self._plan(request)
         has_own_number = pipeline.trained_tokens or pipeline.own_budget(len(ids)) is not None
+        has_own_number = has_own_number or pipeline.has_dynamic_budget
         if host.placeholder_unit != "token" or has_own_number or not request.images:
             return prepared.rows
         images, N = len(request.images), ids.count(host.image_token_id(prepared.inputs))

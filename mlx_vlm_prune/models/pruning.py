@@ -3,13 +3,14 @@
 Shapes: I images of a batch, N visual tokens as the tower hands them over, K kept, D features.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from ..machine.clock import end_part
-from ..pruners import Pruner, Reduction, Signals, Stage, StepBudgets
+from ..pruners import Pipeline, Pruner, Reduction, Signals, Stage, StepBudgets
 from ..pruners.contract import identity
 from ..pruners.trace import ReductionStep
 from .splice import ImageSlots, Spliced
@@ -72,6 +73,20 @@ class ImageBatch:
         )
 
 
+def probed(
+    pipeline: Pipeline, project: Callable[[mx.array], mx.array], features_BND: mx.array
+) -> mx.array | None:
+    """How sensitive the projector is to each token, where a method asks; computed when it is read.
+
+    `project` is the projector, of any number of tokens; the features are what it is about to read.
+    """
+    for step in pipeline.at(Stage.PROJECTED):
+        if step.method.probe:
+            sensitivity_BN: mx.array = step.call(step.method.probe, project, features_BND)
+            return sensitivity_BN
+    return None
+
+
 def prune(
     batches: list[ImageBatch], budgets: StepBudgets, stage: Stage
 ) -> tuple[list[ImageBatch], list[ReductionStep]]:
@@ -131,9 +146,10 @@ def calibrated(
 
 def _prune_batch(batch: ImageBatch, pruner: Pruner, K: int) -> list[ImageBatch]:
     """One method on one batch; where each image has a budget of its own, one batch an image."""
-    if not pruner.has_dynamic_budget:
+    keeps_all = batch.encoded.x_BND.shape[1] <= K
+    if keeps_all or not pruner.has_dynamic_budget:
         return [_keep(batch, pruner, K)]
-    budgets = pruner.budgets(batch.signals, K)
+    budgets = pruner.budgets(batch.signals, batch.encoded, K)
     return [_keep(part, pruner, own_K) for part, own_K in zip(batch.split(), budgets, strict=True)]
 
 

@@ -28,7 +28,7 @@ from .language.minimind import MiniMind
 from .language.mlx_lm import MlxLm
 from .layers import TwigReader
 from .projector import MLPProjector, merge_patches
-from .pruning import ImageBatch, calibrated, image_slots, prune, reduction_step
+from .pruning import ImageBatch, calibrated, image_slots, probed, prune, reduction_step
 from .splice import Spliced, outside, pad_right, splice
 from .towers.vit import VisionTower
 
@@ -218,7 +218,10 @@ class VLM(ImageEncoder):
         x_BND = self.projector(features_BND).astype(self.dtype)  # one that learns is float32
         x_BND = end_part("projector", x_BND)
         held_BND = features_BND if pipeline.needs_signal("features") else None
-        signals = batch.signals.replace(x_BND=x_BND, features_BND=held_BND)
+        sensitivity_BN = probed(pipeline, self.projector, features_BND)
+        signals = batch.signals.replace(
+            x_BND=x_BND, features_BND=held_BND, sensitivity_BN=sensitivity_BN
+        )
         return replace(batch, signals=signals)
 
     def cuts(

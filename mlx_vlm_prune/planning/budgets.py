@@ -270,7 +270,9 @@ def check_free_budget(pipeline: Pipeline, N: int) -> None:
             " number, so it cannot follow a budget of time or memory"
         )
     if any(step.has_dynamic_budget for step in pipeline.steps):
-        raise UserError(f"{name} gives each image a number of its own; leave out dynamic")
+        raise UserError(
+            f"{name} gives each image a number of its own; leave out dynamic and budget=similarity"
+        )
     if pipeline.own_budget(N) is not None:
         raise FixedBudgetError(f"{name} says itself how many visual tokens stay: leave that out")
 

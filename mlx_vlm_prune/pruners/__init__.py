@@ -27,8 +27,9 @@ NAMES = """
     none random uniform avgpool downsample tome patch_norm kq_norm pixelprune docprune ipcv
     illava_tower illava_decoder norm
     similarity received_attention cls_attention visionzip vispruner prumerge prumerge_plus
-    hiprune holov global_local divprune salience_coverage cdpruner scope mmtok apet fastv
-    pyramiddrop sparsevlm dart v2drop vtw pact attention_pool score_prune mlp twig restore
+    hiprune prunesid holov global_local divprune salience_coverage zoo_prune cdpruner scope mmtok
+    apet fastv pyramiddrop sparsevlm dart v2drop vtw pact attention_pool score_prune mlp twig
+    restore
 """.split()
 METHODS = {name: Method.of(import_module(f".{name}", __name__)) for name in NAMES}
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half

@@ -71,6 +71,7 @@ class Signals:
     size_BN: mx.array  # how many tokens of the image each stands for
     represented_BN: mx.array  # how many, with those that left the tower for it: for an enhancer
     features_BND: mx.array  # the tokens as the tower gave them, ahead of the projector
+    sensitivity_BN: mx.array  # how the projector answers small changes, by the method's `probe`
     place_BN: mx.array  # its place in the order in which the last merge in the tower left them
     # Of the prompt around each image: the language model's embeddings; in the decoder its
     # hidden states after the final norm of the words after the image.

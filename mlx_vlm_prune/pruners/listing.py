@@ -5,6 +5,7 @@ from textwrap import fill
 
 from ..checkpoints.command_line import Parser, in_one_sentence, program
 from . import METHODS, PRESETS, Method, register_installed
+from .image_budgets import REFERENCE
 from .method import AUTHORS_CODE
 from .own_methods import register_files
 from .spec import unknown_pruner
@@ -61,7 +62,8 @@ def show(name: str | None) -> None:
 def _print_all() -> None:
     _print_columns([COLUMNS, *(table_row(method) for method in METHODS.values())])
     print("\nChains: NAME+NAME prunes at two stages, NAME:keep=N leaves N tokens to the next;")
-    print("restore joins any of them. Presets:")
+    print("restore joins any of them. NAME:budget=similarity, behind the tower, gives each image K")
+    print(f"times 1 less the mean cosine of its tokens, over reference={REFERENCE:g}. Presets:")
     for preset, chain in PRESETS.items():
         print(f"  {preset} = {chain}")
     print("\nSome can be one and the same choice. In a tower without a CLS token cls_attention is")

@@ -19,6 +19,8 @@ from .contract import Policy, Stage
 PROMPT_SIGNALS = {
     "text", "last_attention", "next_attention", "text_attention", "twig_attention", "held_keys",
 }  # fmt: skip
+# Options of any method: what it leaves in a chain; a budget for each image, and its reference.
+CHAIN_OPTIONS = ("keep", "budget", "reference")
 # A paragraph "As the authors' code (github.com/OWNER/NAME@COMMIT) …. Differs: …; …": COMMIT is that
 # of the code whose results the tests hold.
 AUTHORS_CODE = re.compile(r"([\w.-]+/[\w.-]+@[0-9a-f]{7})\b")
@@ -35,6 +37,7 @@ FUNCTIONS = {
     "attends_to_all": ("layers",),
     "give_back": ("signals", "kept"),
     "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
+    "probe": ("project", "features_BND"),  # of the projector: the signal `sensitivity_BN`
     "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
     "selected": ("K",),  # of an enhancer: how many of K slots the last selector chooses
     "complete": ("signals", "kept", "K"),  # of an enhancer: all K slots, where those are fewer
@@ -109,6 +112,7 @@ class Method:
     attends_to_all: Callable[..., range] = _no_layers
     give_back: Callable[..., Any] | None = None
     schedule: Callable[..., Any] | None = None
+    probe: Callable[..., Any] | None = None
     attention_bias: Callable[..., Any] | None = None
     selected: Callable[..., int] = _all_slots
     complete: Callable[..., Any] | None = None
@@ -194,7 +198,7 @@ class Method:
     @cached_property
     def options(self) -> dict[str, Any]:
         """Names of the options, with their defaults."""
-        optional = (self.cuts, self.leaves, self.give_back, self.schedule, self.chooser)
+        optional = (self.cuts, self.leaves, self.give_back, self.schedule, self.chooser, self.probe)
         functions = (*optional, self.attention_bias, self.attends_to_all, self.calibrates)
         return {
             parameter.name: parameter.default
@@ -222,6 +226,8 @@ class Method:
                     f"{self.name} has no {name}({', '.join(arguments)}), which a method of stage"
                     f" {self.stage.name.lower()} must have"
                 )
+        if "sensitivity" in self.needs and not (self.probe and self.stage is Stage.PROJECTED):
+            raise UserError(f"{self.name} needs 'sensitivity', so it has a probe, and is projected")
         for signal, option in self.needs.items():
             if option not in (None, *self.options):
                 raise UserError(f"{self.name}: {signal} is of layer {option!r}, which is no option")
@@ -240,8 +246,9 @@ def _check_signature(name: str, function: Any, arguments: Sequence[str]) -> None
             f" ({', '.join(arguments)}) and, as keyword-only parameters, its options"
         )
     for option in options:
-        if option.name == "keep" or not isinstance(option.default, bool | int | float | str):
+        is_plain = isinstance(option.default, bool | int | float | str)
+        if option.name in CHAIN_OPTIONS or not is_plain:
             raise UserError(
                 f"{name}: option {option.name} must have a default that is a bool, int, float or"
-                " str, and another name than keep"
+                f" str, and another name than {either(CHAIN_OPTIONS)}"
             )

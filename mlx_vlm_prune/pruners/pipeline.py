@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..checkpoints.errors import UserError
 from .contract import Policy, Reduction, Signals, Stage, identity
+from .image_budgets import REFERENCE, image_budgets
 from .method import Method
 from .numerics import all_finite, choice_dtype
 from .observed import observe
@@ -44,6 +45,7 @@ class Pruner:
     # Of the model's family, for options that are not given; the method's own for all others.
     defaults: Mapping[str, Any] = field(default_factory=dict)
     enhancer: "Pruner | None" = None  # of the last in a chain: one that may complete its choice
+    reference: float | None = None  # with budget=similarity: the spread of an image that keeps K
 
     @property
     def stage(self) -> Stage:
@@ -63,10 +65,13 @@ class Pruner:
     @property
     def has_dynamic_budget(self) -> bool:
         """Does each image get its own budget?"""
-        return bool(self.options.get("dynamic"))
+        return self.reference is not None or bool(self.options.get("dynamic"))
 
-    def budgets(self, signals: Signals, K: int) -> list[int]:
-        """Each image's budget; their mean is K over images like those of the training."""
+    def budgets(self, signals: Signals, encoded: Signals, K: int) -> list[int]:
+        """Each image's budget, by its tokens as the tower gave them (`encoded`), or by those that
+        are there; K is the mean over images like the reference, or like those of the training."""
+        if self.reference is not None:
+            return image_budgets(encoded.x_BND, K, self.reference)
         budgets: list[int] = self.weights.budgets(signals, K)
         return budgets
 
@@ -85,6 +90,9 @@ class Pruner:
         """As it is written on the command line."""
         options = [f"{key}={value}" for key, value in self.options.items()]
         options += [f"keep={self.keep}"] if self.keep else []
+        options += [] if self.reference is None else ["budget=similarity"]
+        if self.reference not in (None, REFERENCE):
+            options.append(f"reference={self.reference:g}")
         return self.name + (":" + ",".join(options) if options else "")
 
     def signal_layers(self, layers: int, more: int = 0) -> dict[str, int | None]:
@@ -98,7 +106,7 @@ class Pruner:
             return {
                 name: None if option is None else min(layer_at(values[option], layers) + step, last)
                 for name, option in self.method.needs.items()
-                if name not in ("grid", "text", "features")
+                if name not in ("grid", "text", "features", "sensitivity")
             }
         except UserError as e:
             raise UserError(f"{self.name}: {e}") from None
@@ -245,6 +253,11 @@ class Pipeline:
         """The same with other defaults of options, by the method's name."""
         steps = [replace(step, defaults=defaults.get(step.name, {})) for step in self.steps]
         return replace(self, steps=tuple(steps))
+
+    @property
+    def has_dynamic_budget(self) -> bool:
+        """Does some step give each image a budget of its own?"""
+        return any(step.has_dynamic_budget for step in self.steps)
 
     @property
     def trained_tokens(self) -> int | None:

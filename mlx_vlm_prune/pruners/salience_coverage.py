@@ -31,16 +31,22 @@ def prune(signals: Signals, K: int, *, power: float = 0.8, layer: float = -1) ->
     if power < 0:
         raise ValueError(f"power is {power:g}; it is at least 0")
     with choosing():
-        similar = cosine_rows(signals.x_BND)
         support_BN = mx.power(to_choice_dtype(signals.received_attention_BN), constant(power))
-        score_BN, gap_BN = support_BN, mx.full(support_BN.shape, 4, dtype=support_BN.dtype)
-        token_N = mx.arange(score_BN.shape[1], dtype=mx.uint32)
-        for step in range(1, K + 1):
-            i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
-            gap_BN = gaps_after(gap_BN, similar.take(i_B1)[:, 0], i_B1, token_N)
-            score_BN = supported(gap_BN, support_BN)
-            after_step(step, gap_BN, score_BN)
-        return Reduction(index_BK=mx.argsort(gap_BN, axis=-1)[:, :K])  # stable: kept ones first
+        return Reduction(index_BK=weighted_centres(signals.x_BND, support_BN, K))
+
+
+def weighted_centres(x_BND: mx.array, support_BN: mx.array, K: int) -> mx.array:
+    """Indices (B, K): the token with the most support, then one after another those with the
+    highest product of support and distance to the nearest kept token. Called under `choosing()`."""
+    similar = cosine_rows(x_BND)
+    score_BN, gap_BN = support_BN, mx.full(support_BN.shape, 4, dtype=support_BN.dtype)
+    token_N = mx.arange(score_BN.shape[1], dtype=mx.uint32)
+    for step in range(1, K + 1):
+        i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
+        gap_BN = gaps_after(gap_BN, similar.take(i_B1)[:, 0], i_B1, token_N)
+        score_BN = supported(gap_BN, support_BN)
+        after_step(step, gap_BN, score_BN)
+    return mx.argsort(gap_BN, axis=-1)[:, :K]  # stable: kept ones first
 
 
 @fused

@@ -7,7 +7,8 @@ from typing import Any
 from ..checkpoints.command_line import program, suggestion
 from ..checkpoints.errors import UserError
 from .contract import Stage
-from .method import Method
+from .image_budgets import REFERENCE
+from .method import CHAIN_OPTIONS, Method
 from .pipeline import Pipeline, Pruner
 
 
@@ -77,24 +78,62 @@ def _parse_pruner(
     options: dict[str, Any] = {}
     for pair in filter(None, listed.split(",")):
         key, equals, value = pair.partition("=")
-        if key == "keep":
-            options[key] = _option_value(name, key, value, 1)
-            if options[key] < 1:
-                raise UserError(f"option keep of {name} is {value}; it must be at least 1")
+        if key in CHAIN_OPTIONS:
+            options[key] = _chain_option(name, key, value)
             continue
         if key not in known:
             rest = suggestion(key, known) if known else "it has none"
             raise UserError(f"{name} has no option {key!r}; {rest}")
         options[key] = _option_value(name, key, value if equals else "true", known[key])
-    keep = options.pop("keep", None)
+    keep, reference = options.pop("keep", None), _reference(method, options)
     if not method.learned:
-        return Pruner(name, method, options, keep=keep)
+        return Pruner(name, method, options, keep=keep, reference=reference)
     if name not in learned:
         raise UserError(f"{name} is learned, and this checkpoint holds no weights for it")
     for key, value in method.fixed_options(learned[name]).items():
         if options.get(key, value) != value:
             raise UserError(f"{name} was trained for {key}={value}; leave {key} out")
-    return Pruner(name, method, options, learned[name], keep)
+    pruner = Pruner(name, method, options, learned[name], keep, reference=reference)
+    if reference is not None and (trained := pruner.trained_tokens):
+        raise UserError(f"{name} was trained for {trained} visual tokens; leave budget out")
+    return pruner
+
+
+def _chain_option(name: str, key: str, value: str) -> Any:
+    """The value of an option that any method has. Raises UserError."""
+    if key == "budget":
+        if value != "similarity":
+            raise UserError(f"option budget of {name} is {value!r}; it must be similarity")
+        return value
+    if key == "keep":
+        number = _option_value(name, key, value, 1)
+        if number < 1:
+            raise UserError(f"option keep of {name} is {value}; it must be at least 1")
+        return number
+    reference = _option_value(name, key, value, REFERENCE)
+    if not 0 < reference <= 2:
+        raise UserError(f"option reference of {name} is {value}; it must be above 0, at most 2")
+    return reference
+
+
+def _reference(method: Method, options: dict[str, Any]) -> float | None:
+    """The reference of budget=similarity, which is taken out of the options; None without it.
+
+    Raises UserError where the method cannot keep a number of each image's own.
+    """
+    name, reference = method.name, options.pop("reference", None)
+    if options.pop("budget", None) is None:
+        if reference is not None:
+            raise UserError(f"option reference of {name} goes with budget=similarity; add that")
+        return None
+    if method.stage not in (Stage.FEATURES, Stage.PROJECTED) or name == "none":
+        raise UserError(
+            f"{name} takes no budget=similarity: that is for methods which choose among the tokens"
+            " that the tower gave, ahead of the language model"
+        )
+    if options.get("dynamic"):
+        raise UserError(f"{name}:dynamic gives each image a budget already; leave budget out")
+    return REFERENCE if reference is None else float(reference)
 
 
 def unknown_pruner(name: str, known: Iterable[str]) -> UserError:

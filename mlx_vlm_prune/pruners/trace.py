@@ -62,6 +62,14 @@ class Trace:
                 first += N
         return kept
 
+    def left_of_images(self) -> tuple[int, ...]:
+        """How many tokens of each image the language model's first layer reads."""
+        step = [step for step in self.steps if step.layer == 0][-1]
+        left = [0] * self.image_count
+        for image, reduction in zip(self.images, step.reductions, strict=True):
+            left[image] += reduction.slots
+        return tuple(left)
+
     def policy(self, chosen: Policy) -> Policy:
         """The policy of positions that holds: pooled slots have no place, and are renumbered."""
         last = self.steps[-1].reductions if self.steps else []

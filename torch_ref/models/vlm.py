@@ -22,7 +22,17 @@ from mlx_vlm_prune.checkpoints.command_line import either
 from mlx_vlm_prune.checkpoints.config import CLIPConfig, MlxLmConfig, VLMConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 
-from ..pruners import METHODS, Reduction, Signals, Step, entry, is_learned, reduce, signal_layers
+from ..pruners import (
+    METHODS,
+    Reduction,
+    Signals,
+    Step,
+    entry,
+    is_learned,
+    probed,
+    reduce,
+    signal_layers,
+)
 from ..pruners.attention_pool import AttentionPool
 from . import decoder
 from .language.minimind import MiniMind
@@ -207,12 +217,14 @@ class VLM(nn.Module):
             if stage == "projected":
                 features_BND = signals.x_BND
                 signals = signals.replace(
-                    x_BND=self.projector(features_BND), features_BND=features_BND
-                )
+                    x_BND=self.projector(features_BND), features_BND=features_BND,
+                    sensitivity_BN=probed(steps, self.projector, features_BND),
+                )  # fmt: skip
             for step in steps:
                 if step.stage == stage:
                     N = signals.x_BND.shape[1]
                     K = N if step.K is None else min(step.K, N)
+                    K = min(step.one_budget(signals, encoded, K), N)
                     chosen = K
                     if enhancer and step is last and K < N:
                         chosen = enhancer.call("selected", K)

@@ -5,22 +5,27 @@
 
 import copy
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mlx_vlm_prune.checkpoints.errors import UserError
 
 from .contract import Reduction, Signals, layer_at
+from .image_budgets import by_similarity
 
 NAMES = {
     "image": "downsample",
     "encoder": "tome patch_norm kq_norm pixelprune docprune ipcv illava_tower",
     "features": "none random uniform avgpool norm similarity received_attention cls_attention"
-    " visionzip vispruner prumerge prumerge_plus hiprune attention_pool"
+    " visionzip vispruner prumerge prumerge_plus hiprune prunesid attention_pool"
     " score_prune mlp salience_coverage scope apet",
-    "projected": "holov global_local divprune cdpruner mmtok",
+    "projected": "holov global_local divprune zoo_prune cdpruner mmtok",
     "decoder": "fastv pyramiddrop sparsevlm dart v2drop vtw pact twig illava_decoder",
     "enhancer": "restore",
 }
@@ -37,6 +42,7 @@ __all__ = [
     "Signals",
     "Step",
     "is_learned",
+    "probed",
     "reduce",
     "signal_layers",
 ]
@@ -45,6 +51,7 @@ __all__ = [
 DEFAULTS: dict[str, Any] = {
     "needs": {},  # the tokens alone
     "prune": None,  # its weights have it
+    "probe": None,  # of the projector
     "proportional": False,
     "give_back": None,
     "make_weights": None,  # none, or the model makes them
@@ -75,6 +82,7 @@ class Step:
     options: dict[str, Any] = field(default_factory=dict)
     weights: Any = None
     gives_back: bool = False  # do tokens that leave the tower come back at its end?
+    reference: float | None = None  # with budget=similarity
 
     @property
     def method(self) -> ModuleType:
@@ -93,6 +101,23 @@ class Step:
     def merges(self) -> bool:
         """Does a merged token count, in later attention, as often as it has members?"""
         return entry(self.method, "proportional")
+
+    def image_budgets(self, signals: Signals, encoded: Signals, K: int) -> list[int]:
+        """How many tokens each image keeps; all where K is all."""
+        if encoded.x_BND.shape[1] <= K:
+            return [K] * len(encoded.x_BND)
+        if self.reference is not None:
+            return [by_similarity(x_ND, K, self.reference) for x_ND in encoded.x_BND]
+        if self.options.get("dynamic"):
+            return self.weights.budgets(signals, K)
+        return [K] * len(signals.x_BND)
+
+    def one_budget(self, signals: Signals, encoded: Signals, K: int) -> int:
+        """What images that are reduced together keep. Raises UserError where that differs."""
+        budgets = set(self.image_budgets(signals, encoded, K))
+        if len(budgets) > 1:
+            raise UserError(f"images that keep {sorted(budgets)} are recomputed one at a time")
+        return budgets.pop()
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call one of the method's functions with the options that it takes, and with those that
@@ -124,6 +149,16 @@ def reduce(name: str, signals: Signals, K: int, weights: Any = None, **options: 
     if weights is not None:
         return weights.prune(signals, K, **options)
     return step.call("prune", signals.constant, K)
+
+
+def probed(
+    steps: Sequence[Step], project: Callable[[Tensor], Tensor], features_BND: Tensor
+) -> Tensor | None:
+    """How sensitive a projector is to each token, where a method asks."""
+    for step in steps:
+        if step.stage == "projected" and entry(step.method, "probe"):
+            return step.call("probe", project, features_BND)
+    return None
 
 
 def signal_layers(step: Step, layers: int, more: int = 0) -> dict[str, int | None]:

@@ -34,6 +34,7 @@ class Signals:
     size_BN: Tensor
     represented_BN: Tensor
     features_BND: Tensor
+    sensitivity_BN: Tensor
     place_BN: Tensor
     text_BTD: Tensor
     text_real_BT: Tensor

@@ -29,7 +29,8 @@ def parse_steps(spec: str, N: int, K: int) -> list[Step]:
         later = len(reducing) - 1 - i
         usual = int(K * EARLIER_STEP_FACTOR**later + 0.5)
         keep = step.options.pop("keep", None) or usual
-        steps.append(Step(step.name, K if K == N or not later else min(N, keep), step.options))
+        left = K if K == N or not later else min(N, keep)
+        steps.append(Step(step.name, left, step.options, reference=step.reference))
     return steps + [step for step in parsed if step.stage == "enhancer"]
 
 
@@ -43,14 +44,16 @@ def _parse(part: str) -> Step:
     name, _, listed = part.partition(":")
     if name not in METHODS:
         raise UserError(f"no pruner is called {name!r}; {suggestion(name, [*METHODS, *PRESETS])}")
-    known = {"keep": 1, **_options(name)}
+    known = {"keep": 1, "budget": "", "reference": 0.5, **_options(name)}
     options: dict[str, Any] = {}
     for pair in filter(None, listed.split(",")):
         key, equals, value = pair.partition("=")
         if key not in known:
             raise UserError(f"{name} has no option {key!r}; {suggestion(key, known)}")
         options[key] = _value(name, key, value if equals else "true", type(known[key]))
-    return Step(name, None, options)
+    reference = options.pop("reference", 0.5)
+    by_similarity = options.pop("budget", "") == "similarity"
+    return Step(name, None, options, reference=reference if by_similarity else None)
 
 
 def _options(name: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class LlavaOnevisionHost(TowerHost):
     whole_view = 0
     has_image_rows = True
     why_no_decoder_methods = "the embedding of a new line stands behind every row of an image"
+    why_no_probe = "methods choose among what is joined behind its projector"
 
     @property
     def encoder_layers(self) -> Sequence[Any]:

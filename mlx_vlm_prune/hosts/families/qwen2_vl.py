@@ -43,6 +43,7 @@ class PackedPatches:
 class Qwen2VLHost(Host):
     has_mrope = True
     why_no_encoder_methods = WHY_NO_ENCODER_METHODS
+    why_no_probe = "patches are merged inside its tower, so there is no projector to ask"
     why_not_learned: ClassVar[str | None] = None
     language_layers_class: ClassVar[type[LanguageLayers] | None] = PositionIdLayers
 
