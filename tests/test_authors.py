@@ -5,7 +5,8 @@ each input what it kept. `index`: the tokens kept, ascending. `sums`: of each sl
 the mean of its features times 1 to D, where the method merges. `held`: of each layer of the
 language model how many tokens it reads. `small`: the grid of a smaller image. `bias`: what is
 added to the attention that each slot gets, `first` that in the first layer, `distance` for rows so
-far from one another.
+far from one another. `sensitivity`: how a projector made of waves answers small changes of each
+token. Where the authors' code draws at random, it was given the draw that is made here.
 """
 
 import json
@@ -25,7 +26,7 @@ from mlx_vlm_prune.pruners.numerics import precision
 from torch_ref.models.towers.signals import Encoded
 from torch_ref.pruners.downsample import smaller_grid as ref_smaller_grid
 
-from .author_inputs import arrays
+from .author_inputs import arrays, wave
 from .pruner_cases import (
     float64_choices,
     make_pruner,
@@ -42,6 +43,7 @@ ALL_CASES = [
 ]
 CASES = [case for case in ALL_CASES if "index" in case.values[1] or "sums" in case.values[1]]
 WITH_BIASES = [case.values[1] for case in ALL_CASES if "bias" in case.values[1]]
+WITH_PROBES = [case.values[1] for case in ALL_CASES if "sensitivity" in case.values[1]]
 WITHOUT_TOKENS = [case for case in ALL_CASES if case not in CASES]
 
 
@@ -106,6 +108,23 @@ def test_attention_gets_what_the_authors_code_adds(case):
             assert table_P[int(distance)] == pytest.approx(added, abs=2e-6)
 
 
+@pytest.mark.parametrize("case", WITH_PROBES)
+def test_a_probed_projector_answers_what_the_authors_code_finds(case):
+    """The projector: tanh between two matrices of waves, 16 directions of seed 3, step 0.05."""
+    D, features = case["D"], inputs(case)["features_BND"]
+    wide, narrow = wave(D, 2 * D, 0.9, 0.4)[0], wave(2 * D, D, 0.6, 1.7)[0]
+    options = {"directions": 16, "step": 0.05, "seed": 3}
+    ours = METHODS["zoo_prune"].probe(
+        lambda x: mx.tanh(x @ mx.array(wide)) @ mx.array(narrow), mx.array(features), **options
+    )
+    wide, narrow = (torch.from_numpy(matrix).double() for matrix in (wide, narrow))
+    theirs = ref.METHODS["zoo_prune"].probe(
+        lambda x: torch.tanh(x @ wide) @ narrow, torch.from_numpy(features).double(), **options
+    )
+    np.testing.assert_allclose(np.array(ours)[0], case["sensitivity"], rtol=1e-5)
+    np.testing.assert_allclose(theirs[0].numpy(), case["sensitivity"], atol=1e-7)
+
+
 @pytest.mark.parametrize("name, case", WITHOUT_TOKENS)
 def test_layers_and_grids_are_those_of_the_authors_code(name, case):
     grid, K = tuple(case["grid"]), case["K"]
@@ -135,6 +154,8 @@ SLIPS = {  # of a method a helper or a number, and what it is on purpose made
     "holov": ("seats", lambda score, K: mx.zeros(score.shape, mx.int32)),
     "tome": ("unit", lambda x: x.astype(mx.float64)),
     "restore": ("anchors", lambda x, M: mx.arange(M, dtype=mx.int32)[None]),
+    "prunesid": ("direction_of_each", lambda x_ND, count: np.arange(len(x_ND)) % count),
+    "zoo_prune": ("scale_to_unit", lambda moved_BN: 1 / moved_BN),
 }
 
 

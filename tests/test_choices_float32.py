@@ -38,12 +38,14 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def tokens_of(kind: str, dtype: mx.Dtype, seed: int) -> Signals:
-    """Two images of 64 tokens; attention stays float32, as the towers hand it over."""
+    """Two images of 64 tokens; attention and the projector's answers stay float32."""
     both = signals(case(kind, 2, (8, 8), seed))
-    floats = {
-        n: a for n, a in both.arrays.items() if a.dtype == mx.float32 and "attention" not in n
+    halved = {
+        name: array.astype(dtype)
+        for name, array in both.arrays.items()
+        if array.dtype == mx.float32 and "attention" not in name and name != "sensitivity_BN"
     }
-    return both.replace(**{name: array.astype(dtype) for name, array in floats.items()})
+    return both.replace(**halved)
 
 
 def kept_in(name: str, pruner: Pruner, tokens: Signals, K: int) -> np.ndarray:

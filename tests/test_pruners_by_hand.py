@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 import mlx_vlm_prune.pruners as mlx_pruners
-from torch_ref.pruners import Signals, reduce
+from torch_ref.pruners import METHODS, Signals, reduce
 from torch_ref.pruners.contract import Reduction
 from torch_ref.pruners.restore import attention_bias
 
@@ -63,6 +63,55 @@ def test_similarity_as_published_fills_up_with_the_first_followers():
     assert kept.weight_BKN is not None
     by_hand = torch.tensor([[[0.25, 0.25, 0.25, 0.25], [0, 1, 0, 0], [0, 0, 1, 0]]])
     close(kept.weight_BKN, by_hand)
+
+
+def both_keep(name: str, K: int, x_ND: list, **signals: list) -> list[list[int]]:
+    """The tokens that the product and the reference keep."""
+    grid, rows = (1, len(x_ND)), {f"{k}_BN": np.array([v], np.float32) for k, v in signals.items()}
+    x_1ND = np.array([x_ND], np.float32)
+    ours = mlx_pruners.resolve(name)(
+        mlx_pruners.Signals(mx.array(x_1ND), grid, **{k: mx.array(v) for k, v in rows.items()}), K
+    )
+    twins = {k: torch.from_numpy(v) for k, v in rows.items()}
+    theirs = reduce(name, Signals(torch.from_numpy(x_1ND), grid, **twins), K)
+    assert ours.index_BK is not None and theirs.index_BK is not None
+    return [ours.index_BK[0].tolist(), theirs.index_BK[0].tolist()]
+
+
+def test_prunesid_seats_each_direction_and_then_the_ones_that_are_unlike():
+    """Two directions, of tokens 0 to 5 and 6 to 8. For K = 8 the mean cosine is 18 / 36 less what
+    the 18 mixed pairs have, and a quarter of it the threshold, so each group has one survivor, its
+    most attended. Each is seated, and the six others go half and half, as far as there is room:
+    the second group is full with three."""
+    first, second = [6, -6, 0, 0], [0, 0, 5, -5]
+    x_ND = [first] * 6 + [second] * 3
+    attention = [0.05, 0.2, 0.1, 0.15, 0.01, 0.09, 0.1, 0.2, 0.1]
+    assert both_keep("prunesid", 8, x_ND, cls_attention=attention) == [[0, 1, 2, 3, 5, 6, 7, 8]] * 2
+    # For K = 3 there is one group, whose most attended survives; the others follow by attention.
+    assert both_keep("prunesid", 3, x_ND, cls_attention=attention) == [[1, 3, 7]] * 2
+
+
+def test_zoo_prune_takes_the_most_sensitive_and_then_those_that_are_also_far():
+    """Scaled: 0, 1/4, 1, 1/2, 3/4. After token 2 the distances are 1, 1, -, 0, 1, so token 4 is
+    next, then 1; without a spread token 0 comes first, and then what is unlike it."""
+    x_ND = [[1, 0], [1, 0], [0, 1], [0, 2], [3, 0]]
+    moved = [1, 2, 5, 3, 4]
+    assert both_keep("zoo_prune", 1, x_ND, sensitivity=moved) == [[2]] * 2
+    assert both_keep("zoo_prune", 2, x_ND, sensitivity=moved) == [[2, 4]] * 2
+    assert both_keep("zoo_prune", 2, x_ND, sensitivity=[3, 3, 3.001, 3, 3]) == [[0, 2]] * 2
+
+
+def test_a_matrix_moves_every_token_alike_and_a_square_root_the_small_ones_more():
+    """The root of 4 and of 1 moved by 0.01: their derivatives are 1/4 and 1/2."""
+    x_BND = np.array([[[4.0], [1.0]]], np.float32)
+    for methods, root, x in (
+        (mlx_pruners.METHODS, mx.sqrt, mx.array(x_BND)),
+        (METHODS, torch.sqrt, torch.from_numpy(x_BND)),
+    ):
+        probe = methods["zoo_prune"].probe
+        np.testing.assert_allclose(probe(lambda x: 2 * x, x).tolist(), [[2, 2]], rtol=1e-4)
+        moved = probe(root, x, directions=3, seed=1)
+        np.testing.assert_allclose(moved.tolist(), [[0.25, 0.5]], rtol=1e-4)
 
 
 def test_restore_counts_what_its_options_say():

@@ -178,63 +178,6 @@ def test_zoo_prune(K):
     assert_both_keep("zoo_prune", K, sorted(kept))
 
 
-def eigenvectors(matrix: list[Vector]) -> list[tuple[float, Vector]]:
-    """Eigenvalues with their vectors, the largest first, by Jacobi's rotations."""
-    n = len(matrix)
-    a, v = [row[:] for row in matrix], [[float(i == j) for j in range(n)] for i in range(n)]
-    for _ in range(60):
-        for p in range(n):
-            for q in range(p + 1, n):
-                angle = math.atan2(2 * a[p][q], a[q][q] - a[p][p]) / 2
-                c, s = math.cos(angle), math.sin(angle)
-                for rows in (a, v):
-                    for row in rows:
-                        row[p], row[q] = c * row[p] - s * row[q], s * row[p] + c * row[q]
-                for k in range(n):
-                    a[p][k], a[q][k] = c * a[p][k] - s * a[q][k], s * a[p][k] + c * a[q][k]
-    pairs = [(a[j][j], [v[i][j] for i in range(n)]) for j in range(n)]
-    return sorted(pairs, reverse=True)
-
-
-@pytest.mark.parametrize("K", [1, 4, 9, 12, 15])
-def test_prunesid(K):
-    """With the principal directions themselves, which the sweeps come near enough."""
-    sigmoid = [[1 / (1 + math.exp(-x)) for x in row] for row in X]
-    centred = [[x - sum(row) / D for x in row] for row in sigmoid]
-    square = [[sum(row[i] * row[j] for row in centred) for j in range(D)] for i in range(D)]
-    directions = [
-        [
-            abs(sum(a * b for a, b in zip(row, vector, strict=True))) / math.sqrt(size)
-            for row in centred
-        ]
-        for size, vector in eigenvectors(square)[: max(1, K // 4)]
-    ]
-    group = [first_best({g: along[i] for g, along in enumerate(directions)}) for i in range(N)]
-    pairs = [cosine(X[i], X[j]) for i in range(N) for j in range(i)]
-    threshold = K / 32 * sum(pairs) / len(pairs)
-    ranked, survivors = [], []
-    for g in sorted(set(group)):
-        members = sorted((i for i in range(N) if group[i] == g), key=lambda i: -ATTENTION[i])
-        alive: list[int] = []
-        for i in members:
-            if all(cosine(X[i], X[j]) <= threshold for j in alive):
-                alive.append(i)
-        ranked.append(alive + [i for i in members if i not in alive])
-        survivors.append(len(alive))
-    most = [min(5, n) for n in survivors]
-    while sum(most) < K:
-        most = [min(n + 1, len(members)) for n, members in zip(most, ranked, strict=True)]
-    ends = [
-        round(sum(survivors[: g + 1]) * (K - len(ranked)) / sum(survivors))
-        for g in range(len(ranked))
-    ]
-    seats = [min(1 + end - start, n) for start, end, n in zip([0, *ends], ends, most, strict=False)]
-    for g in sorted(range(len(ranked)), key=lambda g: -survivors[g]):
-        seats[g] += min(most[g] - seats[g], K - sum(seats))
-    kept = [i for members, n in zip(ranked, seats, strict=True) for i in members[:n]]
-    assert_both_keep("prunesid", K, sorted(kept))
-
-
 @pytest.mark.parametrize("K", [2, 6, 13])
 def test_prumerge(K):
     keys = [CLS_KEY, *KEYS]

@@ -122,12 +122,7 @@ def prune_into(
     """
     config = _config(source)
     pipeline = _pipeline(pruner)
-    enhancer, family = pipeline.enhancer, FAMILIES[config["model_type"]]
-    if enhancer and (reason := why_not_enhance(family, enhancer)):
-        raise UserError(f"{enhancer.name} cannot prune a {config['model_type']} model: {reason}")
-    for step in pipeline.steps:
-        if step.method.probe and (reason := family.why_no_probe):
-            raise UserError(f"{step.name} cannot prune a {config['model_type']} model: {reason}")
+    _check_family(config["model_type"], pipeline)
     check_budget(keep_ratio, keep_tokens)
     if keep_ratio is None and keep_tokens is None:
         keep_ratio = default_keep_ratio(pipeline.spec)
@@ -209,6 +204,17 @@ def _pipeline(spec: str) -> Pipeline:
     if pipeline.spec == "none":
         raise UserError("none prunes nothing, so there is nothing to write")
     return pipeline
+
+
+def _check_family(kind: str, pipeline: Pipeline) -> None:
+    """Raises UserError for a method that this family of models cannot have."""
+    family, enhancer = FAMILIES[kind], pipeline.enhancer
+    reasons = {step.name: family.why_no_probe for step in pipeline.steps if step.method.probe}
+    if enhancer:
+        reasons[enhancer.name] = why_not_enhance(family, enhancer)
+    for name, reason in reasons.items():
+        if reason:
+            raise UserError(f"{name} cannot prune a {kind} model: {reason}")
 
 
 def _model_file_text(

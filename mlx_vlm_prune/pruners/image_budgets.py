@@ -17,7 +17,9 @@ import mlx.core as mx
 
 from .numerics import choosing, on_host, rounded_cosine, unit
 
-REFERENCE = 0.5  # the spread of an image that keeps K, if nothing is said
+# The spread of an image that keeps K, if nothing is said: the mean of the built-in pictures, which
+# range from 0.48 to 0.77, at the end of the built-in model's tower.
+REFERENCE = 0.65
 LEAST, MOST = 0.5, 2.0  # of K, that an image keeps
 
 

@@ -10,9 +10,11 @@ and after them the most attended of the others. The paper's budget for each imag
 
 As the authors' code (github.com/ZhengyaoFang/PruneSID@4ef17d9) for LLaVA; the directions are those
 of two sweeps from a random start, here always the same one. Differs: K counts the image's tokens,
-theirs CLS too, which they hand on; of fewer than 8 tokens there is one group (theirs has none of
-fewer than 4); directions of no size are left out; seats that its groups cannot fill are handed out
-by a stable order; in Qwen2-VL theirs ranks by the share of the direction, here attention does.
+theirs CLS too, which they hand on; for fewer than 8 tokens there is one group (theirs has none for
+fewer than 4); directions of no size are left out, and those of one size get an order; shares of
+seats are rounded from whole numbers, theirs from float32, and of groups with as many survivors the
+first is filled first, theirs in any order; in Qwen2-VL theirs ranks by a token's share of its
+direction and has other bounds, here all is as in LLaVA.
 
 Tokens return to the host, once: a token survives by those that survived before it.
 
@@ -33,6 +35,9 @@ from .numerics import on_host
 stage = Stage.FEATURES
 needs: dict[str, str | None] = {"cls_attention": "layer"}
 SWEEPS = 2  # of the iteration that finds the directions
+# Tokens grow by up to so much, each by another share: directions of one size have an order then,
+# and are the same whatever library finds them.
+NUDGE, GOLDEN = 1e-6, 0.5 * 5**0.5 - 0.5
 LEAST = 1e-6  # of the largest direction's size: what is smaller is rounding
 
 
@@ -74,11 +79,14 @@ def direction_of_each(x_ND: np.ndarray, count: int) -> np.ndarray:
     a_ND = 0.5 + 0.5 * np.tanh(x_ND / 2)  # the sigmoid, without an overflow
     a_ND -= a_ND.mean(axis=1, keepdims=True)
     N, D = a_ND.shape
-    start_NG = np.random.default_rng(0).standard_normal((N, min(count, N, D)))
-    basis_DG = np.linalg.qr(a_ND.T @ start_NG)[0]
+    a_ND *= 1 + NUDGE * (np.arange(N) * GOLDEN % 1)[:, None]
+    tall = a_ND if N > D else a_ND.T
+    start = np.random.default_rng(0).standard_normal((min(N, D), min(count, N, D)))
+    basis = np.linalg.qr(tall @ start)[0]
     for _ in range(SWEEPS):
-        basis_DG = np.linalg.qr(a_ND.T @ np.linalg.qr(a_ND @ basis_DG)[0])[0]
-    _, size_G, part_GN = np.linalg.svd((a_ND @ basis_DG).T, full_matrices=False)
+        basis = np.linalg.qr(tall @ np.linalg.qr(tall.T @ basis)[0])[0]
+    left_GG, size_G, part_GN = np.linalg.svd(basis.T @ tall, full_matrices=False)
+    part_GN = (basis @ left_GG).T if N > D else part_GN
     present = max(1, int((size_G > LEAST * size_G[0]).sum()))
     group_N: np.ndarray = np.abs(part_GN[:present]).round(9).argmax(axis=0)
     return group_N

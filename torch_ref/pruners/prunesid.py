@@ -1,5 +1,4 @@
-"""PruneSID (arXiv:2603.09480): groups by principal direction, and in each the attended tokens that
-are unlike one another.
+"""PruneSID (arXiv:2603.09480): of each principal direction the attended tokens that are unlike.
 
 numpy draws the start of the directions in both frameworks, so that both begin alike.
 
@@ -47,12 +46,20 @@ def strongest_component(x_ND: Tensor, count: int) -> list[int]:
     matrix_DN = torch.sigmoid(x_ND).T
     matrix_DN = matrix_DN - matrix_DN.mean(dim=0)
     D, N = matrix_DN.shape
-    start = np.random.default_rng(0).standard_normal((N, min(count, N, D)))
-    basis_DG = torch.linalg.qr(matrix_DN @ torch.from_numpy(start)).Q
+    golden = (math.sqrt(5) - 1) / 2
+    matrix_DN = matrix_DN * torch.tensor(
+        [1 + 1e-6 * (i * golden % 1) for i in range(N)], dtype=torch.float64
+    )
+    start = torch.from_numpy(
+        np.random.default_rng(0).standard_normal((min(D, N), min(count, N, D)))
+    )
+    tall = matrix_DN if D >= N else matrix_DN.T
+    basis = torch.linalg.qr(tall @ start).Q
     for _ in range(2):
-        basis_NG = torch.linalg.qr(matrix_DN.T @ basis_DG).Q
-        basis_DG = torch.linalg.qr(matrix_DN @ basis_NG).Q
-    _, size_G, component_GN = torch.linalg.svd(basis_DG.T @ matrix_DN, full_matrices=False)
+        basis = torch.linalg.qr(tall.T @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    U, size_G, Vh = torch.linalg.svd(basis.T @ tall, full_matrices=False)
+    component_GN = Vh if D >= N else (basis @ U).T
     is_present = size_G > 1e-6 * size_G[0]
     is_present[0] = True
     return component_GN[is_present].abs().round(decimals=9).argmax(dim=0).tolist()

@@ -44,14 +44,14 @@ def _parse(part: str) -> Step:
     name, _, listed = part.partition(":")
     if name not in METHODS:
         raise UserError(f"no pruner is called {name!r}; {suggestion(name, [*METHODS, *PRESETS])}")
-    known = {"keep": 1, "budget": "", "reference": 0.5, **_options(name)}
+    known = {"keep": 1, "budget": "", "reference": 0.65, **_options(name)}
     options: dict[str, Any] = {}
     for pair in filter(None, listed.split(",")):
         key, equals, value = pair.partition("=")
         if key not in known:
             raise UserError(f"{name} has no option {key!r}; {suggestion(key, known)}")
         options[key] = _value(name, key, value if equals else "true", type(known[key]))
-    reference = options.pop("reference", 0.5)
+    reference = options.pop("reference", 0.65)
     by_similarity = options.pop("budget", "") == "similarity"
     return Step(name, None, options, reference=reference if by_similarity else None)
 

@@ -1,5 +1,4 @@
-"""ZOO-Prune (arXiv:2509.24837): how far the projector's answer moves with a token, times how far
-that is from the kept ones.
+"""ZOO-Prune (arXiv:2509.24837): how far a token moves the projector, and lies from the kept ones.
 
 numpy draws the directions in both frameworks, so that both try the same.
 
