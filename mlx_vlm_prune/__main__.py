@@ -3,18 +3,17 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
-from pathlib import Path
 from types import ModuleType
 
+from .checkpoints import clone
 from .checkpoints.command_line import PACKAGE, VERSION, in_one_sentence, program
 from .checkpoints.errors import UserError
 
 # Each command's module; the converter is no part of this package.
 COMMANDS = {
-    "advise": "advise", "app": "app", "chat": "chat", "convert": None, "encode": "encode",
-    "evaluate": "evaluate", "explore": "explore", "fuse": "fuse", "generate": "generate",
+    "advise": "advise", "app": "app", "bench": "bench", "chat": "chat", "convert": None,
+    "encode": "encode", "evaluate": "evaluate", "explore": "explore", "fuse": "fuse",
+    "generate": "generate",
     "new-method": "new_method", "plot": "plot", "pruners": "pruners.listing", "scan": "scan",
     "serve": "serve", "sweep": "sweep", "train": "train",
 }  # fmt: skip
@@ -23,6 +22,7 @@ USAGE = """usage: {program} COMMAND …
 commands:
   advise     say whether pruning pays, for a model on this machine
   app        chat about pictures in a browser, full and pruned answers side by side
+  bench      run a benchmark of a clone of the repository
   chat       talk about images in several turns, with fewer visual tokens
   convert    convert trained weights from PyTorch to MLX and back
   encode     encode images by a CLIP or SigLIP with fewer visual tokens
@@ -65,16 +65,9 @@ def _run(command: str, *rest: str) -> None:
 
 
 def _converter() -> ModuleType:
-    """The command line of the converter that lies beside this package.
-
-    `import convert` would take, and execute, a convert.py in the user's folder before it.
-    """
-    home = Path(__file__).parents[1]
-    spec = PathFinder.find_spec("convert", [str(home)])
-    if spec is None or spec.loader is None:
-        raise UserError(f"there is no converter in {home}, where mlx_vlm_prune lies")
-    sys.modules["convert"] = package = module_from_spec(spec)
-    spec.loader.exec_module(package)
+    """The command line of the converter that lies beside this package."""
+    if clone.package_beside("convert") is None:
+        raise UserError(f"there is no converter in {clone.HOME}, where mlx_vlm_prune lies")
     return importlib.import_module("convert.__main__")
 
 

@@ -25,8 +25,8 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.scenes import CHECKPOINT
 
 COMMANDS = {  # a module, and the names in other modules that would build a model or measure
-    "mlx_vlm_prune.advise": (), "mlx_vlm_prune.app": (), "mlx_vlm_prune.chat": (),
-    "convert.__main__": (),
+    "mlx_vlm_prune.advise": (), "mlx_vlm_prune.app": (), "mlx_vlm_prune.bench": (),
+    "mlx_vlm_prune.chat": (), "convert.__main__": (),
     "mlx_vlm_prune.encode": ("mlx_vlm_prune.encode.load_dual_encoder",),
     "mlx_vlm_prune.evaluate": (), "mlx_vlm_prune.explore": (),
     "mlx_vlm_prune.fuse": ("mlx_vlm_prune.fuse.load_folder",),

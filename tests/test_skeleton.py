@@ -322,7 +322,7 @@ def test_version_prints_the_version(capsys):
 def test_where_no_converter_lies_beside_the_package_its_command_says_so(
     tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("mlx_vlm_prune.__main__.__file__", str(tmp_path / "package/__main__.py"))
+    monkeypatch.setattr("mlx_vlm_prune.checkpoints.clone.HOME", tmp_path)
     with pytest.raises(SystemExit) as stop:
         main(["convert", "--help"])
     assert stop.value.code == 2

@@ -27,6 +27,7 @@ def program(module: str) -> str:
     """How a module was started: `mlx-vlm-prune COMMAND` or `python -m`, for usage lines."""
     started = Path(sys.argv[0])
     command = module.removeprefix(PACKAGE).removeprefix(".").replace("_", "-")
+    command = command.replace("benchmarks.", "bench ")
     if started.name == SCRIPT:
         return f"{SCRIPT} {command}".rstrip()
     if started.name == module:  # a console script of its own
