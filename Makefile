@@ -1,5 +1,6 @@
 # make demo   a question about a picture, answered with all visual tokens and with half of them
-# make report  measure what pruning gains on this machine, in MINUTES (60); docs/devices.md shows it
+# make report  test and measure this machine, in MINUTES (10), and say where the figures can be sent
+# make test-metal  the tests whose answers a GPU could change, on this machine's
 # make test   lint, then the tests
 # make test-lowest  the tests of what we depend on, with the oldest versions that we allow
 # make test-pythons  the library alone, on the oldest and the newest Python, where they are installed
@@ -17,18 +18,18 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DELETE_ON_ERROR:
-.PHONY: demo report test test-lowest test-pythons test-lmms-eval docs browser lint clean
+.PHONY: demo report test test-metal test-lowest test-pythons test-lmms-eval docs browser lint clean
 
 demo: $(VENV)/.demo-ready
 	$(BIN)/python -m mlx_vlm_prune.generate
 
-MINUTES ?= 60
+MINUTES ?= 10
 
 report: $(VENV)/.report-ready
-	$(BIN)/python -m benchmarks.device --minutes $(MINUTES)
-	$(BIN)/python -m benchmarks.report
-	@echo "Please send the new benchmarks/results/device-*.json, in a pull request or attached to an" \
-		"issue, to $$(git remote get-url origin 2>/dev/null || echo the project that this came from)"
+	$(BIN)/python -m benchmarks.device_report --minutes $(MINUTES)
+
+test-metal: $(VENV)/.report-ready
+	$(BIN)/python -m benchmarks.gpu_tests
 
 # Two workers, each of one thread: several threads for each get in one another's way. A worker that
 # is done takes over half of what the other has left.
@@ -101,7 +102,7 @@ $(VENV)/.demo-ready: $(BIN)/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.report-ready: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) -e '.[mlx-lm]'
+	$(PIP) -e '.[mlx-lm]' pytest pytest-timeout hypothesis
 	touch $@ $(VENV)/.demo-ready
 
 $(VENV)/.test-ready: $(BIN)/python pyproject.toml constraints.txt

@@ -60,6 +60,11 @@ from .timing import Run
 TOKENS, RATIOS = (576, 2304, 5184), (0.25, 0.5, 0.11)  # what tells most comes first
 SMALL = "minimind2-v"
 NEW_TOKENS = 16  # of each side's answer beside mlx-lm
+# In two minutes: what costs nothing, what chooses far apart, by attention, with merges, in layers.
+QUICK: dict[str, Any] = {
+    "shape": [SMALL], "tokens": [576], "keep_ratio": [0.25], "runs": 3, "minutes": 2.0,
+    "pruner": ["random", "divprune", "cls_attention", "visionzip", "fastv"],
+}  # fmt: skip
 ENVIRONMENT = ("commit", "device", "dtype", "machine", "threads", "versions")
 PARTS = ("vision", "pruner", "projector", "prefill", "total")
 CaseKey = tuple[str, int, str, int]  # shape, visual tokens, pruner, budget
@@ -292,22 +297,33 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         " every method)")  # fmt: skip
     add("--keep-ratio", type=share_of_tokens, action="append",
         help="repeat (default: 0.25, 0.5, 0.11)")  # fmt: skip
-    add("--runs", type=positive, default=5, help="measured runs of each case")
+    add("--runs", type=positive, help="measured runs of each case (default: 5)")
     add("--minutes", type=minutes, help="begin no case after so long (default: no end)")
+    add(
+        "--quick",
+        action="store_true",
+        help=f"in {QUICK['minutes']:g} minutes {', '.join(QUICK['pruner'])} in a small shape",
+    )
     add("--commit", help="where there is no git checkout to name it")
     args = p.parse_args(argv)
     args.dtype = "bfloat16" if is_gpu() else "float32"
-    large = largest_that_fits(args.dtype, memory_bytes()) if is_gpu() else SMALLEST
-    args.shape, args.tokens = args.shape or [SMALL, large], args.tokens or list(TOKENS)
-    args.keep_ratio = args.keep_ratio or list(RATIOS)
-    whole = [name for name, m in METHODS.items() if name != "none" and m.stage < Stage.ENHANCER]
-    args.pruner = args.pruner or whole
+    for name, value in (QUICK if args.quick else all_cases(args.dtype)).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     check_pruners(args.pruner)
     for setting in settings(args):  # a wrong one is refused before any is measured
         check_fits(setting.shape, args.dtype)
-    args.name = args.name or default_name()
+    args.name = args.name or default_name() + "-quick" * args.quick
     args.save = f"device-{args.name}"
     return args
+
+
+def all_cases(dtype: str) -> dict[str, Any]:
+    """Options that are not given: every method, in a small shape and a large one."""
+    large = largest_that_fits(dtype, memory_bytes()) if is_gpu() else SMALLEST
+    whole = [name for name, m in METHODS.items() if name != "none" and m.stage < Stage.ENHANCER]
+    return {"shape": [SMALL, large], "tokens": [*TOKENS], "keep_ratio": [*RATIOS], "runs": 5,
+            "pruner": whole}  # fmt: skip
 
 
 def minutes(text: str) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.reading.files import read_json
 
+from .gpu_tests import sentence
 from .readme_tables import markdown
 
 HEAD = """# Devices
@@ -32,7 +33,7 @@ def page(results: Path) -> str:
 
 def section(result: dict[str, Any]) -> str:
     """A machine: what it is, its ceilings, our language model beside mlx-lm's, every case."""
-    parts = [f"## {result['name']}", facts(result), *languages(result)]
+    parts = [f"## {result['name']}", facts(result), *tests(result), *languages(result)]
     pairs = dict.fromkeys((row["tokens"], row["shape"]) for row in result["rows"])
     for tokens, shape in pairs:
         where = {"shape": shape, "tokens": tokens}
@@ -65,6 +66,13 @@ def facts(result: dict[str, Any]) -> str:
         f"Ceilings: matrix products {', '.join(rates)}; memory"
         f" {result['ceilings']['gb_per_s']:g} GB/s."
     )
+
+
+def tests(result: dict[str, Any]) -> Iterator[str]:
+    """What the tests on the GPU came to, where they were run, and which failed."""
+    if outcome := result.get("tests"):
+        failed = "".join(f"\n- failed: `{name}`" for name in outcome["failed"])
+        yield sentence(outcome) + ("\n" + failed if failed else "")
 
 
 def languages(result: dict[str, Any]) -> Iterator[str]:

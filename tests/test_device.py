@@ -207,6 +207,16 @@ def test_the_ceilings_are_numbers_above_zero(monkeypatch):
     assert limits == {"tflops": {"float32": 4.295}, "gb_per_s": 536.9}
 
 
+def test_a_quick_look_measures_a_few_and_is_kept_apart(monkeypatch, results):
+    monkeypatch.setattr(device, "default_name", lambda: "a-machine")
+    args = device.parse(["--quick"])
+    few = (args.shape, args.tokens, args.keep_ratio, args.runs, args.minutes, args.name)
+    assert few == (["minimind2-v"], [576], [0.25], 3, 2, "a-machine-quick")
+    assert {METHODS[name].stage for name in args.pruner} > {Stage.DECODER, Stage.FEATURES}
+    args = device.parse(["--quick", "--pruner", "norm", "--runs", "1", "--name", "b"])
+    assert (args.pruner, args.runs, args.name) == (["norm"], 1, "b")
+
+
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
