@@ -38,7 +38,8 @@ from .test_pruners_by_loops import ATTENTION, N, X
 
 __all__ = ["pair"]  # a fixture
 CHAINS = [
-    "ipcv+divprune", "ipcv:until=0.9+cls_attention:layer=2", "ipcv:until=0.9,layer=0+norm+restore",
+    "ipcv+divprune", "ipcv:until=0.9,least+cls_attention:layer=2",
+    "ipcv:until=0.9,layer=0+norm+restore",
     "docprune+ipcv:neighbours=2+received_attention:layer=1+fastv", "ipcv:until=0.9+restore",
     "illava_tower:keep=11+illava_decoder", "illava_tower:keep=11+divprune+restore",
     "docprune:keep=12+norm+restore", "pixelprune:keep=13+ipcv:until=2,share=0.5+divprune",
@@ -82,9 +83,11 @@ BEFORE = [[float((5 * i + 3 * d + i * d) % 7) for d in range(6)] for i in range(
 NOW = [[float((3 * i + 2 * d) % 5) for d in range(6)] for i in range(N)]
 
 
-@pytest.mark.parametrize(("count", "neighbours"), [(4, 1), (7, 3), (12, 10), (3, 10)])
-def test_ipcv_as_loops(count, neighbours):
-    changes = {i: squared_distance(X[i], BEFORE[i]) for i in range(N)}
+@pytest.mark.parametrize(
+    ("count", "neighbours", "least"), [(4, 1, 0), (7, 3, 1), (12, 10, 0), (3, 10, 1)]
+)
+def test_ipcv_as_loops(count, neighbours, least):
+    changes = {i: (1 - 2 * least) * squared_distance(X[i], BEFORE[i]) for i in range(N)}
     index = sorted(sorted(changes, key=lambda i: (-changes[i], i))[:count])
     everything = []
     for j in range(N):
@@ -92,11 +95,11 @@ def test_ipcv_as_loops(count, neighbours):
         change = [sum(NOW[i][d] - X[i][d] for i in near) / len(near) for d in range(6)]
         stayed = j in index
         everything.append(NOW[j] if stayed else [X[j][d] + change[d] for d in range(6)])
-    pruner = resolve(f"ipcv:neighbours={neighbours}")
+    pruner = resolve(f"ipcv:neighbours={neighbours},least={least}")
     ours = Signals(mx.array([X]), (4, 5), before_BND=mx.array([BEFORE]))
     kept = pruner(ours, count)
     theirs = ref.Signals(torch.tensor([X]), (4, 5), before_BND=torch.tensor([BEFORE]))
-    twin = ref.reduce("ipcv", theirs, count)
+    twin = ref.reduce("ipcv", theirs, count, least=bool(least))
     assert kept.index_BK.tolist() == twin.index_BK.tolist() == [index]
     now = [[NOW[i] for i in index]]
     whole = pruner.call(pruner.method.give_back, ours, kept)(mx.array(now))

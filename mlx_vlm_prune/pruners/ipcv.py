@@ -9,6 +9,10 @@ left are approximated for the attention of those that stayed, in the layers from
 
 Alone, or last in a chain, the method keeps the budget itself: what leaves stays away.
 
+`least` is ours: in a tower whose first layers change the background most, as the built-in model's
+do, objects are what has changed least. There the paper's choice answers no question, and this one
+is the best method of the tower (docs/log.md).
+
 As the authors' code (github.com/Perkzi/IPCV@29726f0), for Qwen2-VL. Differs: what tokens that left
 would read in the layers that attend to them is not computed, where theirs is, and dropped; CLS
 stays and is nobody's neighbour, where InternVL's is, as are the tokens of other tiles.
@@ -18,6 +22,7 @@ Options:
     share: how many go on between the layers where another method follows, above 0 and up to 1;
         keep= says it as a number
     neighbours: kept tokens whose mean change a token takes over, 1 or more
+    least: keep those tokens that the layer before has changed least
     until: the first layer that attends to kept tokens alone; below 1 a share of the depth
 
 Shapes: B images, N tokens, n of them, K kept, D features, M neighbours.
@@ -53,12 +58,13 @@ def attends_to_all(layers: int, *, layer: float = 3 / 32, until: float = 10 / 32
     return range(layer_at(layer, layers), layer_at(until, layers))
 
 
-def prune(signals: Signals, K: int) -> Reduction:
-    """Keep the K that changed most."""
+def prune(signals: Signals, K: int, *, least: bool = False) -> Reduction:
+    """Keep the K that changed most, or least."""
     with choosing():
         change_BND = to_choice_dtype(signals.x_BND) - to_choice_dtype(signals.before_BND)
         square_BN = rounded(mx.square(change_BND).sum(axis=-1))
-        return Reduction(keep_highest(square_BN, K), score_BN=square_BN)
+        score_BN = -square_BN if least else square_BN
+        return Reduction(keep_highest(score_BN, K), score_BN=score_BN)
 
 
 def give_back(

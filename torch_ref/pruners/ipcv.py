@@ -27,9 +27,10 @@ def attends_to_all(layers: int, layer: float = 3 / 32, until: float = 10 / 32) -
     return [i for i in range(layers) if layer_at(layer, layers) <= i < layer_at(until, layers)]
 
 
-def prune(signals: Signals, K: int, layer: float = 3 / 32) -> Reduction:
+def prune(signals: Signals, K: int, layer: float = 3 / 32, least: bool = False) -> Reduction:
     change_BND = signals.x_BND.double() - signals.before_BND.double()
-    return Reduction(keep_highest(change_BND.square().sum(-1).round(decimals=12), K))
+    change_BN = change_BND.square().sum(-1).round(decimals=12)
+    return Reduction(keep_highest(-change_BN if least else change_BN, K))
 
 
 def give_back(
