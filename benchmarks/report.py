@@ -8,8 +8,9 @@ from mlx_vlm_prune.checkpoints.command_line import Parser, in_one_sentence
 from mlx_vlm_prune.checkpoints.minimind.generations import GENERATIONS
 from mlx_vlm_prune.checkpoints.reading.files import write_atomically
 from mlx_vlm_prune.pruners import METHODS
-from mlx_vlm_prune.scenes import KINDS
+from mlx_vlm_prune.scenes import EVALUATION, KINDS
 
+from .auto_tables import auto_caution_table, auto_order_table, shipped_evaluation
 from .command_line import RESULTS
 from .device_page import page
 from .front_table import front_table
@@ -29,8 +30,8 @@ from .readme_tables import (
 ROOT = Path(__file__).parent.parent
 # The pages with tables among words; `main` makes the other pages as a whole.
 PAGES = (
-    "README.md", "docs/benchmarks.md", "docs/budgets.md", "docs/convert.md", "docs/methods.md",
-    "docs/training.md",
+    "README.md", "docs/auto.md", "docs/benchmarks.md", "docs/budgets.md", "docs/convert.md",
+    "docs/methods.md", "docs/training.md",
 )  # fmt: skip
 FILLED = [ROOT / page for page in PAGES]
 
@@ -170,6 +171,8 @@ def conversion_table(results: Path = RESULTS) -> str:
 
 
 TABLES = {
+    "auto order": auto_order_table,
+    "auto caution": auto_caution_table,
     "front": front_table,
     "methods": methods_table,
     "kinds": kinds_table,
@@ -207,6 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_atomically(file, fill(file.read_text(encoding="utf-8")))
         write_atomically(devices, page(RESULTS))
         write_atomically(hosts, hosts_page())
+        write_atomically(EVALUATION, shipped_evaluation(RESULTS))
         print(f"Wrote {', '.join(map(str, [*FILLED, devices]))} and {hosts}")
 
 

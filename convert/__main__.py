@@ -101,7 +101,8 @@ def _add_to_mlx(way: Parser) -> None:
 def _add_prune_into(way: Parser) -> None:
     way.add_argument("source", metavar="SRC", type=Path, help="a folder that mlx-vlm runs")
     way.add_argument("target", metavar="DST", type=Path, help=TARGET)
-    way.add_argument("--pruner", required=True, metavar="SPEC", help="a method, as in `generate`")
+    way.add_argument("--pruner", default="auto", metavar="SPEC",
+                     help="a method, as in `generate`; auto writes the one that it chooses now")
     budget = way.add_mutually_exclusive_group()
     budget.add_argument("--keep-ratio", type=float, metavar="R",
                         help="share of an image's visual tokens to keep (default: half)")
@@ -195,9 +196,10 @@ def _prune_into(args: argparse.Namespace) -> str:
         needs = (
             f"it runs the copy of mlx_vlm_prune beside it ({written.vendored} files), and no other"
         )
+    why = f"{written.auto}\n" if written.auto else ""
     return (
         f"{args.target}: {args.source}, and a pruned.py that keeps {written.budget} of an image's"
-        f" visual tokens by {args.pruner}\n"
+        f" visual tokens by {written.pruner}\n{why}"
         f"{written.linked} files of weights are linked, {written.copied} others copied; {needs}\n"
         "warning: mlx-vlm executes pruned.py whenever it loads this folder, without asking; read"
         " it, as you would read any program"

@@ -15,10 +15,9 @@ from typing import Any
 from .checkpoints.command_line import Parser, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target, read_json, write_atomically
-from .evaluation.bootstrap import FEWEST
-from .evaluation.remembered import remembered
 from .hosts.loading import load
 from .machine.hardware import describe_machine, versions
+from .machine.remembered import FEWEST, remembered
 from .models.loading import DTYPES
 from .models.vlm import VLM
 from .planning import host_times, times

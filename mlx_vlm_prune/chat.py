@@ -6,6 +6,7 @@ mlx-vlm-prune chat --model my-model --image photo.jpg --pruner cdpruner --keep-r
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -21,7 +22,7 @@ from .generation.photographs import warn_of_photographs
 from .generation.printing import print_figures, print_piece, read_whole
 from .generation.request import GenerateOptions, Request, list_images, pixel_limit
 from .generation.result import GenerationResponse, GenerationResult
-from .generation.stream import default_pruner
+from .hosts.auto import is_auto, noting, with_method
 from .hosts.conversation import HostConversation
 from .inputs.budget import check_budget
 from .inputs.image import open_image
@@ -70,7 +71,8 @@ class Chat:
         self._conversation: Conversation | HostConversation = (
             Conversation(model, processor) if is_ours else HostConversation(model, processor)
         )
-        self._default_pruner, self.options = default_pruner(model), GenerateOptions()
+        self._model, self._processor, self.options = model, processor, GenerateOptions()
+        self._why: str | None = None  # the latest choice of `auto`
         self.configure(**options)
         self.clear()
 
@@ -82,9 +84,12 @@ class Chat:
             raise UserError("num_draft_tokens is not possible in a chat; leave it out")
         check_budget(ratio, tokens)
         is_budget = tokens is not None or ratio not in (None, 1)
-        if is_budget and (changed.get("pruner") or self._default_pruner) == "none":
-            raise UserError("a budget needs a pruner, for example divprune")
-        self._conversation.check(Request("", [], **changed))
+        if is_budget and changed.get("pruner") == "none":
+            raise UserError("a budget needs a pruner other than none, for example auto")
+        request = Request("", [], **changed)
+        if is_auto(self._model, request):  # chosen in each turn
+            request = replace(request, pruner="none", keep_ratio=None, keep_tokens=None)
+        self._conversation.check(request)
         self.options = changed
 
     def clear(self) -> None:
@@ -126,9 +131,11 @@ class Chat:
         sources = list_images(image, self.options.get("allow_url", False), limit)
         new = [open_image(source, limit) for source in sources]
         request = Request(text, [*self.images, *new], history=tuple(self.turns), **self.options)
+        request, why = with_method(self._model, self._processor, request, self._why)
+        self._why = why or self._why
         pieces: list[str] = []
         try:
-            with closing(self._conversation.stream(request)) as responses:
+            with closing(noting(self._conversation.stream(request), why)) as responses:
                 for response in responses:
                     pieces.append(response.text)
                     self.result = response.result or self.result
@@ -151,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         model, processor = load_model(args)
         chat = Chat(
             model, processor, pruner=args.pruner, keep_ratio=args.keep_ratio,
-            keep_tokens=args.keep_tokens, allow_url=args.allow_url, **decoding_options(args),
+            keep_tokens=args.keep_tokens, caution=args.caution, allow_url=args.allow_url,
+            **decoding_options(args),
         )  # fmt: skip
         lines = typed_lines() if sys.stdin.isatty() else piped_lines()
         Session(chat, processor, args.image).run(lines)

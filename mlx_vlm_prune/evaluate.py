@@ -27,7 +27,7 @@ from .checkpoints.hub import resolve_path
 from .checkpoints.reading.files import check_target, write_atomically
 from .checkpoints.reading.locks import writing_alone
 from .evaluation.answers import EvaluatedVLM
-from .evaluation.budgeted_methods import BudgetedMethod, budgeted_methods, default_methods
+from .evaluation.budgeted_methods import BudgetedMethod, budgeted_methods, chooser, default_methods
 from .evaluation.dequantize import dequantize_matrices
 from .evaluation.drafting import DraftingVLM
 from .evaluation.evaluation_run import EvaluatedModel, EvaluationRun
@@ -36,7 +36,6 @@ from .evaluation.merging import merge, merged_table
 from .evaluation.question_options import add_questions, question_set_of
 from .evaluation.question_set import fingerprint
 from .evaluation.questions import SENTENCE_TOKENS, Format, Question
-from .evaluation.remembered import remember
 from .evaluation.result import MOST_RESPONSES, about_run, first_token_rows, result_of
 from .evaluation.result_file import check_has_methods, check_not_anothers, default_result_path
 from .evaluation.resume import AnsweredBatch, ResumeFile
@@ -49,10 +48,12 @@ from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget, tokens_for
 from .machine.hardware import on_cpu, versions
 from .machine.processes import ProcessGroup
+from .machine.remembered import remember
 from .machine.user_cache import model_key
 from .models.adapters import adapter_key
 from .models.loading import DTYPES
 from .models.vlm import VLM
+from .pruners import AUTO
 from .pruners.contract import Policy
 from .pruners.own_methods import method_spec
 from .scenes import CHECKPOINT
@@ -245,7 +246,7 @@ def evaluated_model(
             if not (args.keep_ratio or args.keep_tokens):
                 budgets = [step.trained_tokens or model.N]
         methods, refused = budgeted_methods(
-            model.N, specs, budgets, model.learned, policies_of(args)
+            model.N, specs, budgets, model.learned, policies_of(args), chooser(model, processor)
         )
         pipelines = [method.pipeline for method in methods]
         if args.num_draft_tokens:
@@ -259,8 +260,9 @@ def evaluated_model(
     host = host_of(model, processor)
     specs = methods_of(args, host_answers.default_methods(host), host.learned)
     methods, refused = budgeted_methods(
-        None, specs, budgets_of(args, None), host.learned, policies_of(args)
-    )
+        None, specs, budgets_of(args, None), host.learned, policies_of(args),
+        chooser(model, processor),
+    )  # fmt: skip
     pipelines = [method.pipeline for method in methods]
     return host_answers.EvaluatedHost(host, pipelines, limit), methods, refused
 
@@ -278,7 +280,10 @@ def resume_settings(args: argparse.Namespace, evaluation: EvaluationRun, folder:
     options = [args.seed, args.max_tokens, args.batch, args.dtype, args.widen]
     options += [args.num_draft_tokens] if args.num_draft_tokens else []
     options += [f"{args.max_pixels} pixels"] if args.max_pixels else []
-    methods = [(m.spec, m.K, m.pipeline.policy) for m in evaluation.methods]
+    methods = [
+        (m.pipeline.spec if m.spec == AUTO else m.spec, m.K, m.pipeline.policy)
+        for m in evaluation.methods
+    ]
     questions = (evaluation.question_set.format.name, fingerprint(evaluation.questions))
     adapter = adapter_key(args.adapter_path) if args.adapter_path else None
     return [model_key(folder), adapter, questions, methods, options, versions()]

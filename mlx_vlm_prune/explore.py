@@ -26,8 +26,9 @@ from .generate import SAMPLE_PROMPT, SAMPLE_SEED, generate, load_model
 from .generation.arguments import build_explore_parser, typed_prompt
 from .generation.exploration import Exploration, ExploredAnswer
 from .generation.request import list_images
+from .pruners import AUTO
 from .pruners.own_methods import with_files
-from .sweep import check_cases
+from .sweep import check_cases, methods_of
 
 DEFAULT_METHODS = ("divprune", "fastv")
 DEFAULT_RATIOS = (0.75, 0.5, 0.25)
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     swept = swept_model(model, processor)
     ratios = args.keep_ratio or ([] if args.keep_tokens else DEFAULT_RATIOS)
     budgets = budgets_of(swept.N, ratios, args.keep_tokens or [])
-    methods = args.pruner or DEFAULT_METHODS
+    methods = methods_of(args, DEFAULT_METHODS)
     cases, refused = sweep_cases(swept, methods, budgets, [args.positions])
     names = ("max_tokens", "chat_template_config", "system", "max_pixels")
     options = {name: getattr(args, name) for name in names}
@@ -107,7 +108,8 @@ def repeat_command(args: argparse.Namespace, case: BudgetedMethod) -> str:
         words += ["--dtype", args.dtype]
     if args.chat_template_config:
         words += ["--chat-template-config", json.dumps(args.chat_template_config)]
-    words += ["--pruner", with_files(case.spec)]
+    spec = case.pipeline.spec if case.spec == AUTO else case.spec
+    words += ["--pruner", with_files(spec)]
     if case.spec != "none":
         words += ["--keep-tokens" if isinstance(case.K, int) else "--keep-ratio", str(case.K)]
         words += ["--positions", args.positions] if args.positions else []

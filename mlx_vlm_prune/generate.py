@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,7 @@ from .generation.printing import (
 from .generation.request import (
     GenerateOptions,
     LogitsProcessor,
+    Request,
     Sampler,
     check_decoding,
     check_sampling_options,
@@ -45,13 +47,14 @@ from .generation.result import GenerationResponse, GenerationResult
 from .generation.speculation import check_num_draft_tokens
 from .generation.stream import default_pruner
 from .hosts import stream as host_stream
+from .hosts.auto import noting, with_method
 from .hosts.loading import load
 from .inputs.budget import DEFAULT_KEEP_RATIO, check_budget
 from .inputs.image_sources import ImageSource
 from .models.vlm import VLM
-from .planning import host_budgets
-from .planning.budgets import Budget, BudgetChoice, keep_within
-from .pruners import Pipeline, Pruner
+from .planning.budgets import BudgetChoice
+from .planning.command_budget import budget_of, limits_of
+from .pruners import AUTO, Pipeline, Pruner
 from .pruners.contract import Policy
 from .training.generate_options import apply_config
 
@@ -63,7 +66,6 @@ __all__ = ["batch_generate", "generate", "main", "stream_generate"]
 logger = logging.getLogger("mlx_vlm_prune")
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
 SAMPLE_PROMPT = "What does the sign say?"
-SAMPLE_PRUNER = "divprune+restore"
 SAMPLE_OVERLAY = Path("kept.png")
 
 
@@ -74,7 +76,7 @@ def stream_generate(
     image: ImageSource | Sequence[ImageSource] | None = None,
     *,
     pruner: str | Pruner | Pipeline | None = None,
-    keep_ratio: float | None = None, keep_tokens: int | None = None,
+    keep_ratio: float | None = None, keep_tokens: int | None = None, caution: bool = True,
     positions: Policy | None = None,
     max_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
     top_k: int = 0, min_p: float = 0.0,
@@ -91,7 +93,9 @@ def stream_generate(
     `<image>` in the prompt marks an image's place. `pruner`, "NAME", "NAME:option=value" or a chain
     "NAME+NAME", keeps K of an image's N visual tokens (a decoder method: on average) by
     `keep_ratio` or `keep_tokens`, half without either. By default it is what the checkpoint was
-    trained with inside, else "none". `positions` are its paper's. `sampler` and `logits_processors`
+    trained with inside, else with a budget "auto", which chooses one, without "none". With
+    `caution` "auto" keeps more where a prompt asks for reading, counting or places. `positions` are
+    the method's paper's. `sampler` and `logits_processors`
     are mlx-lm's; a sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and
     `seed`. These, and `repetition_penalty` of the latest `repetition_context_size` tokens, are
     mlx-lm's own, if installed; `temperature` and `top_p` need no mlx-lm. `eos_tokens` end an answer
@@ -104,8 +108,9 @@ def stream_generate(
     options: Any = {name: given[name] for name in GenerateOptions.__annotations__}
     request = make_request(prompt, image, options)
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
+    request, why = with_method(model, processor, request)
     loop = stream if isinstance(model, VLM) else host_stream
-    yield from loop.stream_generate(model, processor, request)
+    yield from noting(loop.stream_generate(model, processor, request), why)
 
 
 def generate(
@@ -142,7 +147,12 @@ def batch_generate(
     """
     requests = batch.batch_requests(prompts, images, options)
     if isinstance(model, VLM):
-        return batch.batch_generate(model, processor, requests)
+        resolved: list[tuple[Request, str | None]] = []
+        for request in requests:
+            before = resolved[-1][1] if resolved else None
+            resolved.append(with_method(model, processor, request, before))
+        answers = batch.generate_by_budget(model, processor, [request for request, _ in resolved])
+        return [replace(a, auto=why) for a, (_, why) in zip(answers, resolved, strict=True)]
     results = []
     for number, request in enumerate(requests, 1):
         with batch.naming_prompt(number, len(requests)):
@@ -168,18 +178,14 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("there is no --prompt; give one, or '-' to read it from stdin")
     args.image = list_images(args.image, args.allow_url)
     prompt = typed_prompt() if args.prompt == "-" else args.prompt
-    limits = _limits(args)
+    limits = limits_of(args)
     if args.model is None:  # else its own method may be the default
         _check_has_pruner(args, args.pruner or "none")
     model, processor = load_model(args)
-    pruner = args.pruner or default_pruner(model)
-    _check_has_pruner(args, pruner)
+    _check_has_pruner(args, args.pruner or default_pruner(model))
     options = decoding_options(args)
     options |= {"image": args.image, "num_draft_tokens": args.num_draft_tokens}
-    budget = dict(pruner=args.pruner, keep_ratio=args.keep_ratio, keep_tokens=args.keep_tokens)
-    choice = _choose(args, model, processor, prompt, pruner, limits) if limits else None
-    if choice:
-        budget = choice.options
+    budget, choice, why = budget_of(args, model, processor, prompt, limits)
     compares = args.compare and budget["pruner"] != "none"
     ways = ways_to_answer(options, budget, compares)
     if compares or choice:
@@ -188,7 +194,9 @@ def run(args: argparse.Namespace) -> None:
     answers = {
         name: _answer(args, model, processor, prompt, way, name) for name, way in ways.items()
     }
-    answer, comparison = [*answers.values()][-1], None
+    *_, last = answers
+    answer = answers[last] = replace(answers[last], auto=why)
+    comparison = None
     if choice and args.verbose:
         print(choice.outcome(answer))
     if compares and (args.verbose or args.json):
@@ -260,56 +268,16 @@ def _has_budget(args: argparse.Namespace) -> bool:
 
 
 def _check_has_pruner(args: argparse.Namespace, pruner: str) -> None:
-    """Raises UserError for a budget, or a comparison, of nothing."""
-    if pruner == "none" and _has_budget(args) and not args.pruner:
-        raise UserError("a budget needs a --pruner, for example --pruner avgpool")
-    if pruner == "none" and args.compare:
-        raise UserError("--compare needs a --pruner to compare with all visual tokens")
-
-
-def _limits(args: argparse.Namespace) -> Budget | None:
-    if args.ms is None and args.gb is None:
-        return None
-    if not args.image:
-        raise UserError("a budget needs an --image; without one there is nothing to prune")
-    if args.keep_ratio is not None or args.keep_tokens is not None:
-        raise UserError(
-            "--budget-ms and --budget-gb choose how many tokens to keep; leave out --keep-ratio"
-            " and --keep-tokens"
-        )
-    if args.num_draft_tokens is not None:
-        raise UserError(
-            "--budget-ms and --budget-gb do not count what a twig takes; leave out"
-            " --num-draft-tokens"
-        )
-    return Budget(args.ms, args.gb)
-
-
-def _choose(
-    args: argparse.Namespace, model: Any, processor: Any, prompt: str, pruner: str, limits: Budget
-) -> BudgetChoice:
-    """Choose K for a budget, and print the prediction before the answer."""
-    if isinstance(model, VLM):
-        choice = keep_within(
-            model, processor, prompt, args.image, pruner=pruner, ms=limits.ms, gb=limits.gb,
-            max_tokens=args.max_tokens, chat_template_config=args.chat_template_config,
-            system=args.system, max_pixels=pixel_limit(args.max_pixels, None),
-        )  # fmt: skip
-    else:
-        request = make_request(prompt, args.image, {"pruner": pruner, **decoding_options(args)})
-        choice = host_budgets.keep_within(model, processor, request, limits)
-    if choice.reason:
-        logger.warning(choice.reason)
-    elif args.verbose:
-        print(choice)
-    return choice
+    """Raises UserError for a comparison of nothing."""
+    if pruner == "none" and args.compare and (args.pruner or not _has_budget(args)):
+        raise UserError("--compare needs a budget or a --pruner to compare with all visual tokens")
 
 
 def _use_sample(args: argparse.Namespace) -> None:
     from .scenes import compose
 
     args.image, args.prompt = [compose(SAMPLE_SEED).image()], SAMPLE_PROMPT
-    args.pruner = args.pruner or SAMPLE_PRUNER
+    args.pruner = args.pruner or AUTO
     if args.pruner != "none" and not _has_budget(args):
         args.keep_ratio = DEFAULT_KEEP_RATIO
     args.compare, args.overlay = args.pruner != "none", args.overlay or SAMPLE_OVERLAY

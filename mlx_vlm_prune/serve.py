@@ -85,6 +85,7 @@ def settings_of(args: argparse.Namespace, model: Any = None) -> ServerSettings:
         keep_ratio=args.keep_ratio,
         keep_tokens=args.keep_tokens,
         budget_ms=args.ms,
+        caution=args.caution,
         host=args.host,
         max_pixels=args.max_pixels,
         max_images=args.max_images,

@@ -34,7 +34,7 @@ from .machine.hardware import describe_machine, versions
 from .machine.user_cache import model_key
 from .models.adapters import adapter_key
 from .models.loading import find_folder
-from .pruners import check_names
+from .pruners import AUTO, check_names
 
 DEFAULT_METHODS = ("random", "norm", "divprune")
 DEFAULT_RATIOS = (0.5, 0.25)
@@ -63,7 +63,7 @@ def measure(args: argparse.Namespace) -> None:
     ratios = args.keep_ratio or ([] if args.keep_tokens else DEFAULT_RATIOS)
     budgets = budgets_of(swept.N, ratios, args.keep_tokens or [])
     policies = [*dict.fromkeys(args.positions or (None,))]
-    cases, refused = sweep_cases(swept, args.pruner or DEFAULT_METHODS, budgets, policies)
+    cases, refused = sweep_cases(swept, methods_of(args, DEFAULT_METHODS), budgets, policies)
     options = _answer_options(args)
     answer = partial(generate, model, processor, prompt, **options)
     plan = Rounds(args.runs, args.warmup, args.share)
@@ -104,6 +104,13 @@ def _about(args: argparse.Namespace, prompt: str, images: Iterable[str]) -> dict
         "machine": describe_machine(),
         "versions": versions(),
     }
+
+
+def methods_of(args: argparse.Namespace, default: Sequence[str]) -> Sequence[str]:
+    """The methods to measure: with a budget alone, what `auto` chooses."""
+    has_budget = bool(args.keep_ratio or args.keep_tokens)
+    methods: Sequence[str] = args.pruner or ((AUTO,) if has_budget else default)
+    return methods
 
 
 def check_cases(args: argparse.Namespace) -> None:
@@ -160,7 +167,10 @@ def _settings(
         hashlib.sha256(image.read_bytes() if isinstance(image, Path) else name.encode()).hexdigest()
         for name, image in sweep.images.items()
     ]
-    cases = [(case.spec, case.K, case.pipeline.policy) for case in sweep.cases]
+    cases = [
+        (case.pipeline.spec if case.spec == AUTO else case.spec, case.K, case.pipeline.policy)
+        for case in sweep.cases
+    ]
     machine = [describe_machine(), versions(), os.environ.get("OMP_NUM_THREADS"), args.dtype]
     return [adapter, prompt, digests, cases, options, args.share, machine]
 

@@ -9,7 +9,7 @@ from PIL import Image
 from mlx_vlm_prune import generate, load
 from mlx_vlm_prune.advise import Advice, Times, advise, frontier, load_evaluation, main
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.evaluation.remembered import remember, remembered
+from mlx_vlm_prune.machine.remembered import remember, remembered
 from mlx_vlm_prune.machine.user_cache import model_key
 
 from . import tiny

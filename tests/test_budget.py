@@ -301,7 +301,6 @@ def test_a_generous_budget_keeps_all_tokens(home, capsys):
 BAD = {
     "with a ratio": (["--pruner", "norm", "--budget-ms", "9", "--keep-ratio", "0.5"], "leave out"),
     "with tokens": (["--pruner", "norm", "--budget-gb", "9", "--keep-tokens", "5"], "leave out"),
-    "without a pruner": (["--budget-ms", "9"], "needs a --pruner"),
     "with none": (["--pruner", "none", "--budget-ms", "9"], "other than none"),
     "no time": (["--pruner", "norm", "--budget-ms", "0"], "--budget-ms is 0.0"),
     "not a number": (["--pruner", "norm", "--budget-ms", "nan"], "above 0"),

@@ -39,7 +39,8 @@ def test_bad_lines_are_a_sentence_each_and_the_chat_goes_on(home, loaded, capsys
     monkeypatch.chdir(home)
     chat = Chat(*loaded, max_tokens=3)
     # fmt: off
-    lines = ["/stats", "/imag a.png", "/image no.png", "/keep", "/keep 0.5", "/pruner norm",
+    lines = ["/stats", "/imag a.png", "/image no.png", "/keep", "/pruner none", "/keep 0.5",
+             "/pruner norm",
              "/keep 40", "/keep 0", "/pruner nom", "/overlay a.jpg", "", "/image 'a.png'",
              "two <image> <image> ?", "how many stars ?", "/keep 5\n", "is it red ?", "/stats",
              "/overlay", "/overlay nowhere/a.png", "/clear", "a ?", "/help", "/quit", "b ?"]
@@ -52,7 +53,7 @@ def test_bad_lines_are_a_sentence_each_and_the_chat_goes_on(home, loaded, capsys
         "error: there is no /imag",
         "error: there is no image file no.png",
         "error: '' is no number",
-        "error: a budget needs a pruner, for example divprune",
+        "error: a budget needs a pruner other than none, for example auto",
         "error: keep_ratio is 0.0",
         "error: no pruner is called 'nom'",
         "error: a.jpg is drawn as PNG, so name it .png",

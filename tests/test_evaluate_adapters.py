@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_vlm_prune.evaluate import main
-from mlx_vlm_prune.evaluation.remembered import remembered
+from mlx_vlm_prune.machine.remembered import remembered
 from mlx_vlm_prune.training.stages import LEARNERS
 
 from .training_data import config, loaded

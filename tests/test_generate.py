@@ -195,7 +195,6 @@ BAD_FLAGS = {
     "ratio nan": (["--pruner", "norm", "--keep-ratio", "nan"], "above 0 and at most 1"),
     "tokens 0": (["--pruner", "norm", "--keep-tokens", "0"], "a whole number, at least 1"),
     "both budgets": (["--pruner", "norm", "--keep-tokens", "4", "--keep-ratio", "0.5"], "not both"),
-    "no pruner": (["--keep-ratio", "0.5"], "needs a --pruner"),
     "none with a budget": (["--pruner", "none", "--keep-tokens", "4"], "keeps all 16"),
     "unknown pruner": (["--pruner", "nrom"], "did you mean norm"),
     "unknown option": (["--pruner", "random:sed=1"], "did you mean seed"),

@@ -135,7 +135,6 @@ def test_a_generous_budget_keeps_all_tokens(place, capsys):
 
 
 BAD = {
-    "without a pruner": (["--budget-ms", "9"], "needs a --pruner"),
     "with none": (["--pruner", "none", "--budget-ms", "9"], "other than none"),
     "inside the tower": (["--pruner", "tome", "--budget-ms", "9"], "tome cannot prune a llava"),
     "no such layer": (["--pruner", "fastv:layer=9", "--budget-ms", "9"], "layers 0 to 2"),

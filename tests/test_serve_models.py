@@ -209,10 +209,10 @@ def test_the_method_is_the_command_lines_else_the_checkpoints_else_a_default(loa
     learned.config = SimpleNamespace(pruner=("attention_pool", None))
     parse = build_serve_parser(1).parse_args
     for arguments, of_model, method, is_pruning in (
-        ([], model, "divprune", False),
+        ([], model, "auto", False),
         ([], learned, "attention_pool", True),
         (["--pruner", "norm"], learned, "norm", True),
-        (["--keep-ratio", "0.5"], model, "divprune", True),
+        (["--keep-ratio", "0.5"], model, "auto", True),
         (["--pruner", "none"], model, "none", True),
     ):
         settings = settings_of(parse(arguments), of_model)

@@ -2,16 +2,18 @@
 
 All methods are resampled with the same draws, so the difference of two resampled means is
 the resampled difference. Percentile intervals (Efron and Tibshirani 1993, chapter 13);
-their coverage is checked by simulation in the tests.
+their coverage is checked by simulation in the tests. Of fewer than FEWEST groups they would be too
+narrow.
 
 Shapes: G groups, M columns (one a method), R resamples.
 """
 
 import numpy as np
 
+from ..machine.remembered import FEWEST
+
 RESAMPLES = 2000
 BOUNDS = (0.025, 0.975)  # of a 95 % interval
-FEWEST = 20  # groups; with fewer the interval would be too narrow
 MOST_COUNTS = 1 << 22  # in memory at once
 
 

@@ -1,12 +1,13 @@
 """Which methods are evaluated at which budgets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..hosts.auto import choose_method
 from ..inputs.budget import tokens_for
 from ..models.vlm import VLM
-from ..pruners import METHODS, Pipeline, Stage, plan
+from ..pruners import AUTO, METHODS, Pipeline, Stage, plan
 from ..pruners.contract import Policy
 
 CHAINS = ("cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
@@ -19,7 +20,7 @@ class BudgetedMethod:
 
     spec: str
     K: float  # an int: tokens of each image; a float: the share of an image's tokens
-    pipeline: Pipeline
+    pipeline: Pipeline  # of `auto`, what it chose
 
     def mean_tokens(self, sizes: Sequence[int]) -> int:
         """The tokens kept of an image, on average over images of `sizes` tokens."""
@@ -31,6 +32,8 @@ class BudgetedMethod:
         """The first columns of the row; `sizes` are the tokens of each question's images."""
         tokens = self.mean_tokens(sizes)
         columns = {"pruner": self.spec, "tokens": tokens, "of": round(sum(sizes) / len(sizes))}
+        if self.spec == AUTO:
+            columns["chosen"] = self.pipeline.spec
         if self.pipeline.policy:
             columns["positions"] = self.pipeline.policy
         if not isinstance(self.K, int):
@@ -44,16 +47,18 @@ def budgeted_methods(
     budgets: Sequence[float],
     learned: Mapping[str, Any],
     policies: Sequence[Policy | None] = (None,),
+    choose: Callable[[float], str] | None = None,
 ) -> tuple[list[BudgetedMethod], list[dict]]:
     """Full, then at every budget `random` and the others; and those refused, with the reason.
 
     `N` is the number of every image's tokens, or None where images differ. With several policies
-    of positions a method is there once with each. Raises UserError for an unknown method.
+    of positions a method is there once with each. `choose` names the method of `auto` for a
+    budget. Raises UserError for an unknown method.
     """
     methods, refused = [BudgetedMethod("none", N or 1.0, plan("none"))], []
     for K in budgets:
         for spec in dict.fromkeys(["random", *specs]):
-            pipeline = plan(spec, learned)
+            pipeline = plan(choose(K) if choose and spec == AUTO else spec, learned)
             if why := why_not_trained(pipeline, K, N):
                 refused.append({"pruner": spec, "tokens": K, "why": why})
             elif spec != "none":
@@ -61,6 +66,17 @@ def budgeted_methods(
                     BudgetedMethod(spec, K, replace(pipeline, policy=policy)) for policy in policies
                 ]
     return methods, refused
+
+
+def chooser(model: Any, processor: Any) -> Callable[[float], str]:
+    """What `auto` chooses for a budget, tokens (an int) or a share (a float). It keeps just that,
+    whatever the question, so that rows compare."""
+
+    def choose(K: float) -> str:
+        ratio, tokens = (None, K) if isinstance(K, int) else (K, None)
+        return choose_method(model, processor, ratio, tokens, is_timed=False).pruner
+
+    return choose
 
 
 def why_not_trained(pipeline: Pipeline, K: float, N: int | None) -> str | None:

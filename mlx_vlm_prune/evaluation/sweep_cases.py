@@ -14,9 +14,9 @@ from ..models.vlm import VLM
 from ..planning import operations
 from ..planning.host_operations import language_sizes
 from ..planning.operations import Operations
-from ..pruners import Pipeline, plan
+from ..pruners import AUTO, Pipeline, plan
 from ..pruners.contract import Policy
-from .budgeted_methods import BudgetedMethod, why_not_trained
+from .budgeted_methods import BudgetedMethod, chooser, why_not_trained
 from .sweep_run import Measurement
 
 Refusal = dict[str, Any]  # a method, its budget, and why
@@ -27,6 +27,7 @@ class SweptVLM:
     """One of our models, whose images all have N visual tokens."""
 
     model: VLM
+    processor: Any = None
     counted = "tower, projector and language model"
 
     @property
@@ -63,6 +64,7 @@ class SweptHost:
 
     def __init__(self, host: Host):
         self.host, self.sizes = host, language_sizes(host)
+        self.model, self.processor = host.model, host.processor
 
     def plan(self, spec: str) -> Pipeline:
         """Raises UserError for a method that the model cannot do."""
@@ -91,7 +93,9 @@ SweptModel = SweptVLM | SweptHost
 
 
 def swept_model(model: Any, processor: Any) -> SweptModel:
-    return SweptVLM(model) if isinstance(model, VLM) else SweptHost(host_of(model, processor))
+    if isinstance(model, VLM):
+        return SweptVLM(model, processor)
+    return SweptHost(host_of(model, processor))
 
 
 def full_case(model: SweptModel) -> BudgetedMethod:
@@ -109,13 +113,14 @@ def sweep_cases(
     """
     cases: list[BudgetedMethod] = []
     refused: list[Refusal] = []
+    choose = chooser(model.model, model.processor)
     for spec in dict.fromkeys(specs):
         try:
-            pipeline = model.plan(spec)
+            planned = {K: model.plan(choose(K) if spec == AUTO else spec) for K in budgets}
         except UserError as e:
             refused.append({"pruner": spec, "why": str(e)})
             continue
-        for K in budgets:
+        for K, pipeline in planned.items():
             for policy in policies:
                 case = BudgetedMethod(spec, K, replace(pipeline, policy=policy))
                 if why := _why_not(model, case):

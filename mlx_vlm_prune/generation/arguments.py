@@ -131,7 +131,8 @@ def add_max_pixels(add: Add, exception: str = "") -> None:
 
 def _add_methods(add: Add, methods: Sequence[str], ratios: Sequence[float]) -> None:
     add("--pruner", **SEVERAL, type=method_spec, metavar="SPEC",
-        help=f"methods or chains, as in `generate` (default: {', '.join(methods)})")
+        help=f"methods or chains, as in `generate` (default: auto with a budget, else"
+        f" {', '.join(methods)})")
     add("--keep-ratio", type=float, **SEVERAL, metavar="R",
         help=f"shares of the visual tokens to keep (default: {' and '.join(map(str, ratios))})")
     add("--keep-tokens", type=int, **SEVERAL, metavar="K",
@@ -147,7 +148,9 @@ def build_serve_parser(max_pixels: int) -> Parser:
     add("--pruner", type=method_spec, metavar="SPEC",
         help="NAME, NAME:option=value,…, a chain NAME+NAME, or a file of your own for a name;"
         " `pruners` lists names (default: the"
-        " checkpoint's own, else divprune for requests with a budget)")
+        " checkpoint's own, else auto for requests with a budget)")
+    add("--caution", action=argparse.BooleanOptionalAction, default=True,
+        help="with auto keep more where a prompt asks for reading, counting or places")
     _add_budget(add)
     add("--budget-ms", dest="ms", type=float, metavar="MS",
         help="keep as many tokens as fit this time to first token, of a prompt that is read alone")
@@ -277,8 +280,10 @@ def _add_pruning(parser: Parser) -> None:
 def _add_pruner(add: Add) -> None:
     add("--pruner", type=method_spec, metavar="SPEC",
         help="NAME, NAME:option=value,…, a chain NAME+NAME, or a file of your own for a name;"
-        " `pruners` lists names (default: none,"
-        " or what the checkpoint was trained with)")
+        " `pruners` lists names; auto chooses one and says why (default: what the checkpoint was"
+        " trained with, else auto with a budget, none without)")
+    add("--caution", action=argparse.BooleanOptionalAction, default=True,
+        help="with auto keep more where a prompt asks for reading, counting or places")
     add("--positions", choices=("keep", "renumber"),
         help="kept tokens keep their positions, or count anew (default: as in the method's paper)")
 

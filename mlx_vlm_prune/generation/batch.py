@@ -4,6 +4,7 @@ Shapes: B prompts, I images over all prompts, V words.
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -76,6 +77,22 @@ def naming_prompt(number: int, count: int) -> Iterator[None]:
         yield
     except UserError as problem:
         raise UserError(f"prompt {number} of {count}: {problem}") from problem
+
+
+def generate_by_budget(
+    model: VLM, processor: Processor, requests: Sequence[Request]
+) -> list[GenerationResult]:
+    """As `batch_generate`, for requests whose methods and budgets may differ: those that have the
+    same are answered together."""
+    numbers_by_budget = defaultdict[Any, list[int]](list)
+    for number, request in enumerate(requests):
+        spec = request.pruner if isinstance(request.pruner, str) else id(request.pruner)
+        numbers_by_budget[spec, request.keep_ratio, request.keep_tokens].append(number)
+    answers: dict[int, GenerationResult] = {}
+    for numbers in numbers_by_budget.values():
+        alike = [requests[number] for number in numbers]
+        answers |= zip(numbers, batch_generate(model, processor, alike), strict=True)
+    return [answers[number] for number in range(len(requests))]
 
 
 def batch_generate(

@@ -10,7 +10,7 @@ from .result import GenerationResponse, GenerationResult
 LINE = "=" * 10
 FIELDS = (
     "text", "token_ids", "prompt_tokens", "generation_tokens", "visual_tokens",
-    "visual_tokens_kept", "kept_indices", "layers", "cache_bytes", "pruner", "positions",
+    "visual_tokens_kept", "kept_indices", "layers", "cache_bytes", "pruner", "auto", "positions",
     "ttft_ms", "prompt_tps", "generation_tps", "drafted", "accepted", "finish_reason", "images",
 )  # fmt: skip
 

@@ -39,6 +39,7 @@ class GenerateOptions(TypedDict, total=False):
     pruner: str | Pruner | Pipeline | None
     keep_ratio: float | None
     keep_tokens: int | None
+    caution: bool
     positions: Policy | None
     max_tokens: int
     temperature: float
@@ -86,6 +87,7 @@ class Request:
     max_pixels: int | None = None
     host_options: Mapping[str, Any] | None = None
     allow_url: bool = False
+    caution: bool = True
     history: Sequence[Turn] = ()  # earlier turns, whose images come first
 
     def __post_init__(self) -> None:
@@ -144,6 +146,7 @@ def _check_kinds(request: Request) -> None:
                                  "a mapping"),
         "num_draft_tokens": (is_whole(request.num_draft_tokens or 1), "a whole number"),
         "allow_url": (isinstance(request.allow_url, bool), "True or False"),
+        "caution": (isinstance(request.caution, bool), "True or False"),
     }  # fmt: skip
     for name, (is_of_kind, kind) in kinds.items():
         if not is_of_kind:

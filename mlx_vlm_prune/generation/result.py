@@ -40,6 +40,7 @@ class GenerationResult:
     width and height of what the model saw (of an image in tiles: of the one that shows all of it),
     and `to_original`, the affine map [a, b, c, d, e, f] from the point (x, y) there to the file's
     pixel (a x + b y + c, d x + e y + f), None where processor_kwargs has what is not known.
+    `auto` says why this method, where it was chosen; None where it was given.
     """
 
     text: str
@@ -65,6 +66,7 @@ class GenerationResult:
     rows_reused: int = 0
     images: list[dict[str, Any]] = field(default_factory=list)
     layouts: Sequence[Layout | None] = ()
+    auto: str | None = None
 
     def __repr__(self) -> str:
         """In a line: the answer's beginning and what pruning did."""

@@ -15,8 +15,9 @@ from ..checkpoints.errors import UserError
 from ..inputs.budget import check_budget
 from ..machine import blas
 from ..models.vlm import VLM
-from ..pruners import Pipeline, Pruner
+from ..pruners import AUTO, Pipeline, Pruner
 from ..pruners.contract import Policy
+from .auto import choose_method
 from .compatibility import check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
@@ -30,7 +31,7 @@ from .served import ServerGuard
 
 def attach(
     model: Any,
-    pruner: str | Pruner | Pipeline = "divprune",
+    pruner: str | Pruner | Pipeline = AUTO,
     *,
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
@@ -41,6 +42,7 @@ def attach(
     """Prune in whatever mlx-vlm does with its `model`, until the returned `detach` is called.
 
     Of each image's N visual tokens K stay, by `keep_ratio` or `keep_tokens`, half without either;
+    "auto" chooses a method for them, and the report's `auto` says why (docs/auto.md);
     `positions` as in `generate`. With `allow_videos` a prompt with a video or sound is read
     unpruned; without, it is refused. `processor` is mlx-vlm's own of the model, or the folder that
     mlx-vlm will load it from: a LLaVA's works with transformers 5.20 and later only where it is
@@ -50,8 +52,12 @@ def attach(
     pruned already; then, as after any error, the model is as it was.
     """
     blas.load()  # warns where mlx came first
-    host, pipeline, policy = _checked_host(model, pruner, positions)
     check_budget(keep_ratio, keep_tokens)
+    why = None
+    if pruner == AUTO and not isinstance(model, VLM):
+        choice = choose_method(model, None, keep_ratio, keep_tokens, is_batched=True)
+        pruner, keep_ratio, keep_tokens, why = *choice.options.values(), choice.line
+    host, pipeline, policy = _checked_host(model, pruner, positions)
     mask_layers = host.mask_layers if pipeline.enhancer else ()
     state = LanguageState(host.is_bidirectional, mask_layers, bool(pipeline.decoder))
     guard = ServerGuard(model)
@@ -59,6 +65,7 @@ def attach(
     budget = keep_ratio, keep_tokens
     embeddings = PrunedEmbeddings(host, pipeline, *budget, policy, allow_videos, state)
     embeddings.guard = guard
+    embeddings.report.auto = why
     with ExitStack() as undo:
         if processor is not None and host.kind == LLAVA:
             undo.callback(mend(processor))
@@ -100,7 +107,7 @@ def _checked_host(
 @contextmanager
 def pruned(
     model: Any,
-    pruner: str | Pruner | Pipeline = "divprune",
+    pruner: str | Pruner | Pipeline = AUTO,
     *,
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,

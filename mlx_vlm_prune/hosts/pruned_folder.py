@@ -9,6 +9,7 @@ name, so that it neither uses nor shadows an installed package.
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +23,9 @@ from ..checkpoints.reading.files import atomic_path, read_header, read_json, wri
 from ..checkpoints.reading.paths import LARGEST_TOKENIZER
 from ..checkpoints.version import __version__
 from ..inputs.budget import check_budget, default_keep_ratio
-from ..pruners import NAMES, Pipeline, Stage, plan
+from ..pruners import AUTO, NAMES, Pipeline, Stage, plan
+from ..pruners.auto import choose
+from .auto import facts_of_folder
 from .compatibility import why_not_enhance
 from .families import FAMILIES, REFUSED
 from .families.idefics3 import GLOBAL_IMAGE
@@ -105,25 +108,32 @@ class WrittenFiles:
     copied: int
     vendored: int  # of this package
     budget: str  # of an image's visual tokens: a share, or a number
+    pruner: str
+    auto: str | None  # why this method, where it was chosen
 
 
 def prune_into(
     source: Path,
     target: Path,
-    pruner: str,
+    pruner: str = AUTO,
     keep_ratio: float | None = None,
     keep_tokens: int | None = None,
     vendor: bool = False,
 ) -> WrittenFiles:
     """Write `target`, which is `source` with a model that prunes; `vendor` adds a copy of this
-    package. Without a budget half of an image's visual tokens stay.
+    package. Without a budget half of an image's visual tokens stay. What `auto` chooses now is
+    written.
 
     Raises UserError, and leaves nothing, where the model, the method or the budget cannot be.
     """
-    config = _config(source)
-    pipeline = _pipeline(pruner)
-    _check_family(config["model_type"], pipeline)
+    config, auto = _config(source), None
+    kind = str(config["model_type"])
     check_budget(keep_ratio, keep_tokens)
+    if pruner == AUTO:
+        facts = facts_of_folder(source, config, partial(_pipeline, kind=kind))
+        choice = choose(facts, keep_ratio, keep_tokens)
+        pruner, keep_ratio, keep_tokens, auto = *choice.options.values(), choice.line
+    pipeline = _pipeline(pruner, kind)
     if keep_ratio is None and keep_tokens is None:
         keep_ratio = default_keep_ratio(pipeline.spec)
     if source.resolve() in target.resolve().parents:
@@ -132,9 +142,7 @@ def prune_into(
     record: dict[str, Any] = {"pruner": pipeline.spec, "version": __version__}
     record |= {"keep_ratio": keep_ratio} if keep_tokens is None else {"keep_tokens": keep_tokens}
     copies = _package_sources() if vendor else {}
-    text = _model_file_text(
-        source, config["model_type"], pipeline.spec, keep_ratio, keep_tokens, copies
-    )
+    text = _model_file_text(source, kind, pipeline.spec, keep_ratio, keep_tokens, copies)
     with atomic_path(target, folder=True) as folder:
         linked, copied = link_or_copy(source, folder, ["config.json", MODEL_FILE])
         for name, content in copies.items():
@@ -142,7 +150,8 @@ def prune_into(
             (folder / name).write_bytes(content)
         write_json(folder / "config.json", config | {"model_file": MODEL_FILE, RECORD: record})
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
-    return WrittenFiles(linked, copied, len(copies), _budget_text(keep_ratio, keep_tokens))
+    kept = _budget_text(keep_ratio, keep_tokens)
+    return WrittenFiles(linked, copied, len(copies), kept, pipeline.spec, auto)
 
 
 def _config(source: Path) -> dict[str, Any]:
@@ -188,7 +197,9 @@ def _check_llava(config: Mapping[str, Any], source: Path) -> None:
         )
 
 
-def _pipeline(spec: str) -> Pipeline:
+def _pipeline(spec: str, kind: str) -> Pipeline:
+    """The methods of a specification. Raises UserError where a folder of a family cannot have
+    them."""
     pipeline = plan(spec)
     for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
         if reason := WHY_NOT_IN_FOLDER.get(step.stage):
@@ -203,6 +214,7 @@ def _pipeline(spec: str) -> Pipeline:
             )
     if pipeline.spec == "none":
         raise UserError("none prunes nothing, so there is nothing to write")
+    _check_family(kind, pipeline)
     return pipeline
 
 

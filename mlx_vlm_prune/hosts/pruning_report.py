@@ -47,6 +47,7 @@ class PruningReport:
     total: int = 0
     kept: int = 0
     seconds: float = 0.0
+    auto: str | None = None  # why this method, where it was chosen
     _prompts: deque[PromptReport] = field(default_factory=lambda: deque(maxlen=MAX_PROMPTS))
     _unread: list[Trace] = field(default_factory=list)  # of the latest prompts
 

@@ -19,7 +19,7 @@ from ..checkpoints.errors import UserError, reason
 from .contract import Reduction, Signals, Stage
 from .method import Method
 from .pipeline import Pipeline, Pruner, StepBudgets
-from .spec import parse, unknown_pruner
+from .spec import AUTO, parse, unknown_pruner
 
 GROUP = "mlx_vlm_prune.pruners"  # of the entry points by which packages bring methods in
 # In the order in which they are listed.
@@ -42,7 +42,7 @@ PRESETS = {
 }
 
 __all__ = [
-    "METHODS", "PRESETS", "Method", "Pipeline", "Pruner", "Reduction", "Signals", "Stage",
+    "AUTO", "METHODS", "PRESETS", "Method", "Pipeline", "Pruner", "Reduction", "Signals", "Stage",
     "StepBudgets", "check_names", "plan", "register_pruner", "resolve",
 ]  # fmt: skip
 
@@ -66,7 +66,7 @@ def check_names(specs: Iterable[str]) -> None:
     needs is checked by `plan`."""
     for spec in specs:
         for name in _register_installed(spec):
-            if name not in METHODS and name not in PRESETS:
+            if name not in METHODS and name not in PRESETS and spec != AUTO:
                 raise unknown_pruner(name, [*METHODS, *PRESETS])
 
 
@@ -99,7 +99,7 @@ def register_pruner(method: ModuleType | Method) -> None:
         method = Method.of(method)
     if not isinstance(method, Method):
         raise UserError(f"{method!r} is neither a module nor a Method")
-    if method.name in METHODS or method.name in PRESETS:
+    if method.name in METHODS or method.name in PRESETS or method.name == AUTO:
         raise UserError(f"a pruner is called {method.name} already; choose another name")
     if not method.name.isidentifier():
         raise UserError(f"{method.name!r} cannot name a pruner; use letters, digits and _")

@@ -5,13 +5,19 @@ from textwrap import fill
 
 from ..checkpoints.command_line import Parser, in_one_sentence, program
 from . import METHODS, PRESETS, Method, register_installed
+from .auto.reasons import CAUTIOUS, PUBLISHED
 from .image_budgets import REFERENCE
 from .method import AUTHORS_CODE
 from .own_methods import register_files
-from .spec import unknown_pruner
+from .spec import AUTO, unknown_pruner
 
 COLUMNS = ("name", "stage", "text-aware", "training-free", "source", "needs")
 WIDTH = 100  # characters of a line
+AUTO_RULE = (
+    "Choose by the last evaluation of the very model; without one, by the first of these lines that"
+    " fits the model. Prune nothing where all tokens stay or, by the calibrations of this machine,"
+    " no time is gained. docs/auto.md says more."
+)
 
 
 def table_row(method: Method) -> tuple[str, ...]:
@@ -48,7 +54,9 @@ def show(name: str | None) -> None:
     """Print the table, or one method."""
     name = name and register_files(name)
     problems = register_installed(name and [name])
-    if name is None:
+    if name == AUTO:
+        _print_auto()
+    elif name is None:
         _print_all()
         print("".join(f"\n{problem}" for problem in problems), end="\n" if problems else "")
     elif name in PRESETS:
@@ -66,6 +74,7 @@ def _print_all() -> None:
     print(f"times 1 less the mean cosine of its tokens, over reference={REFERENCE:g}. Presets:")
     for preset, chain in PRESETS.items():
         print(f"  {preset} = {chain}")
+    print(f"\n{AUTO} is no method: it chooses one for a model and a budget, and says why.")
     print("\nSome can be one and the same choice. In a tower without a CLS token cls_attention is")
     print("received_attention. So is hiprune where it keeps at most 25 tokens.")
     print(f"{program('mlx_vlm_prune.pruners')} NAME explains one.")
@@ -97,6 +106,16 @@ def options(method: Method) -> list[tuple[str, str]]:
         for name, default in method.options.items()
     }
     return [(f"{name}={text}", method.option_help.get(name, "")) for name, text in defaults.items()]
+
+
+def _print_auto() -> None:
+    print(fill(AUTO_RULE, WIDTH), end="\n\n")
+    for line in PUBLISHED:
+        print(fill(f"{line.pruner} ({line.models}): {line.why}. Source: {line.source}.", WIDTH))
+    print()
+    for subject in CAUTIOUS:
+        words = f"A prompt for {subject.subject} keeps more: {subject.why}. Source: "
+        print(fill(f"{words}{subject.source}.", WIDTH))
 
 
 def _print_columns(rows: Sequence[tuple[str, ...]], indent: str = "") -> None:

@@ -11,6 +11,8 @@ from .image_budgets import REFERENCE
 from .method import CHAIN_OPTIONS, Method
 from .pipeline import Pipeline, Pruner
 
+AUTO = "auto"  # no method: one is chosen for a model and a budget, see auto/
+
 
 def parse(
     spec: str,
@@ -71,6 +73,8 @@ def _parse_pruner(
     learned: Mapping[str, Any],
 ) -> Pruner:
     name, _, listed = part.partition(":")
+    if name == AUTO:
+        raise UserError("auto chooses a method by itself, where a model is asked; here name one")
     if name not in methods:
         raise unknown_pruner(name, [*methods, *presets])
     method = methods[name]

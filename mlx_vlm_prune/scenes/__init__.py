@@ -26,6 +26,7 @@ from .draw import (
 from .questions import KINDS, Question, ask, question_set
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+EVALUATION = Path(__file__).parent / "evaluation.json"  # of that model, see benchmarks/report.py
 TRAIN_SEEDS = range(0, 1_000_000_000)
 HELD_OUT_SEEDS = range(1_000_000_000, 2_000_000_000)  # judged on, never trained on
 
@@ -33,6 +34,7 @@ __all__ = [
     "CELLS",
     "CHECKPOINT",
     "COLOURS",
+    "EVALUATION",
     "GRID",
     "HELD_OUT_SEEDS",
     "KINDS",

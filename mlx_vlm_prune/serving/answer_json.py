@@ -54,7 +54,7 @@ def usage_of(piece: Piece) -> dict[str, Any]:
     """OpenAI's counts and ours, by an answer's latest piece.
 
     `prompt_tokens` are the rows that the model read after pruning, `ttft_ms` milliseconds from the
-    request's first byte to its first token, by parts.
+    request's first byte to its first token, by parts, `auto` why the method was chosen, if it was.
     """
     figures, tokens = piece.figures, piece.response.generation_tokens
     before = {"request": piece.request_ms, "queue": piece.queue_ms}
@@ -68,6 +68,7 @@ def usage_of(piece: Piece) -> dict[str, Any]:
         "visual_tokens": figures.visual_tokens,
         "visual_tokens_kept": figures.visual_tokens_kept,
         "pruner": figures.pruner,
+        **({"auto": figures.auto} if figures.auto else {}),
         "ttft_ms": {name: None if ms is None else round(ms, 3) for name, ms in ttft.items()},
     }
 

@@ -10,7 +10,9 @@ from ..generation.request import Request
 from ..generation.running_batch import OwnRunningBatch, ServedBatch
 from ..hosts.running_batch import HostRunningBatch
 from ..models.vlm import VLM
+from ..pruners import AUTO
 from .app import build_app
+from .auto_methods import AutoMethods
 from .engine import Engine
 from .memory import AnswerMemory
 from .metrics import Metrics
@@ -28,15 +30,16 @@ def build_server(model: Any, processor: Any, settings: ServerSettings) -> FastAP
         batch = HostRunningBatch(model, processor, settings.batch, settings.cache_bytes)
     metrics, times = Metrics(), TimeBudgets(model, processor)
     try:
-        if settings.is_pruning:  # a mistake in it would end every request
+        auto = AutoMethods(model, processor, times, settings.caution)
+        if settings.is_pruning and settings.method != AUTO:  # else every request would end
             options = settings.method, settings.keep_ratio, settings.keep_tokens
             batch.check(Request("", [], *options))
         if settings.budget_ms is not None:
-            times.calibrate(settings.method)
+            times.calibrate(auto.calibrated_method(settings.method))
         memory = AnswerMemory.of(model, processor, settings.cache_bytes)
     except UserError:
         batch.close()
         raise
     settings = replace(settings, places_pictures=isinstance(model, VLM))
-    engine = Engine(batch, settings.batch, metrics, times, memory)
+    engine = Engine(batch, settings.batch, metrics, times, memory, auto)
     return build_app(engine, settings, metrics)

@@ -24,6 +24,7 @@ from ..generation.running_batch import (
 )
 from ..inputs.budget import FixedBudgetError
 from ..machine.threads import computing
+from .auto_methods import AutoMethods
 from .chat_request import ChatRequest
 from .memory import AnswerMemory
 from .metrics import Metrics
@@ -62,6 +63,7 @@ class Job:
     queue_ms: float = 0.0
     prepared: PreparedRequest | None = None
     rows: int = 0
+    auto: str | None = None  # why its method, where that was chosen
 
 
 class Engine:
@@ -70,10 +72,10 @@ class Engine:
 
     def __init__(
         self, batch: ServedBatch, most_answers: int, metrics: Metrics, times: TimeBudgets,
-        memory: AnswerMemory,
+        memory: AnswerMemory, auto: AutoMethods | None = None,
     ) -> None:  # fmt: skip
         self.batch, self.most_answers = batch, most_answers
-        self.metrics, self.times, self.memory = metrics, times, memory
+        self.metrics, self.times, self.memory, self.auto = metrics, times, memory, auto
         self.waiting: deque[Job] = deque()
         self.running: set[Job] = set()
         self._changed = threading.Condition()
@@ -148,6 +150,9 @@ class Engine:
         """Words to ids and pictures to pixels; a request ends alone where that is not possible."""
         request = job.chat.request
         try:
+            if self.auto:
+                budget, job.auto = self.auto.of_request(job.chat)
+                job.chat = replace(job.chat, budget=budget)
             prepared = self.batch.prepare(request)
             rows = self._rows(prepared, job.chat.budget)
             job.rows = min(rows + request.max_tokens, max(rows, self.batch.context))
@@ -278,7 +283,8 @@ class Engine:
         self.metrics.generated_tokens += 1
         if response.finish_reason:
             self.running.remove(job)
-        job.deliver(Piece(response, piece.figures, job.request_ms, job.queue_ms))
+        figures = replace(piece.figures, auto=job.auto) if job.auto else piece.figures
+        job.deliver(Piece(response, figures, job.request_ms, job.queue_ms))
 
 
 def _pruned(prepared: PreparedRequest, budget: VisualBudget) -> PreparedRequest:

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from ..checkpoints.errors import UserError
 from ..inputs.budget import check_budget
 from ..inputs.image import MAX_PIXELS, check_max_pixels
+from ..pruners import AUTO
 
 KEY_VARIABLE = "MLX_VLM_PRUNE_API_KEY"  # in place of an option that other users can list
-DEFAULT_METHOD = "divprune"  # where a request has a budget and nobody names a method
+DEFAULT_METHOD = AUTO  # where a request has a budget and nobody names a method
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_BODY_BYTES = 64_000_000  # of a request; pictures in base64 are a third larger than their files
 MAX_OPEN_BYTES = 2_000_000_000  # bodies and opened pictures of all requests that are not answered
@@ -19,7 +20,8 @@ class ServerSettings:
     """`mlx-vlm-prune serve`'s options. Raises UserError for what cannot be.
 
     `method` chooses tokens where a request names none; `is_pruning` says whether it does so for
-    requests that say nothing of a budget. `places_pictures` says whether the model reads pictures
+    requests that say nothing of a budget. With `caution` what `auto` keeps depends on the question,
+    too. `places_pictures` says whether the model reads pictures
     between the words of a question; mlx-vlm's chat templates have places of their own.
     """
 
@@ -29,6 +31,7 @@ class ServerSettings:
     keep_ratio: float | None = None
     keep_tokens: int | None = None
     budget_ms: float | None = None
+    caution: bool = True
     host: str = LOOPBACK[0]
     max_pixels: int = MAX_PIXELS
     max_images: int = 16

@@ -5,6 +5,7 @@ Both answers are those of `Chat`; a turn is kept where both were read to their e
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from ..generation.result import GenerationResult
 from ..inputs.image import MAX_PIXELS, open_image
 from ..models.vlm import VLM
 from ..planning import host_budgets
+from ..planning.auto_budgets import choose_within
 from ..planning.budgets import Budget, BudgetChoice, keep_within
+from ..pruners import AUTO
 from ..scenes import SIZE
 from .model_thread import ModelThread, OpenModel
 
@@ -165,14 +168,19 @@ class Conversation:
         if budget.ms is None:
             ratio = budget.keep_ratio
             return {"pruner": budget.pruner, "keep_ratio": ratio, "keep_tokens": None}
-        choice = self._choose(question, images, budget.pruner, budget.ms)
-        self.note = choice.reason or str(choice)
+        choose = partial(self._choose, question, images, budget.ms)
+        if budget.pruner == AUTO:
+            choice, why = choose_within(self.opened.model, self.opened.processor, choose)
+            self.note = why if choice.reason else f"{choice}; {why}"
+        else:
+            choice = choose(budget.pruner)
+            self.note = choice.reason or str(choice)
         if choice.options["pruner"] == "none":
             return {"pruner": "none", "keep_ratio": None, "keep_tokens": None}
         return {**choice.options, "keep_ratio": None}
 
     def _choose(
-        self, question: str, images: Sequence[Image.Image], pruner: str, ms: float
+        self, question: str, images: Sequence[Image.Image], ms: float, pruner: str
     ) -> BudgetChoice:
         """The tokens that fit so many milliseconds, behind the turns so far. Raises UserError."""
         model, processor = self.opened.model, self.opened.processor
@@ -191,7 +199,8 @@ class Conversation:
         """What is to be said of the latest answers beside their figures."""
         is_scenes = getattr(self.opened.processor, "is_scenes", False)
         is_photograph = any(image.size != (SIZE, SIZE) for image in self.pruned.images)
-        notes = [self.note, SCENES_ONLY if is_scenes and is_photograph else ""]
+        why = self.pruned.result.auto if self.pruned.result else None
+        notes = [self.note, why, SCENES_ONLY if is_scenes and is_photograph else ""]
         return "; ".join(filter(None, notes))
 
 

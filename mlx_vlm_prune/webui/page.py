@@ -14,7 +14,8 @@ import gradio as gr
 
 from ..checkpoints.command_line import on_a_line, sentence_of
 from ..checkpoints.errors import reason
-from ..pruners import METHODS, PRESETS
+from ..generation.stream import default_pruner as trained_method
+from ..pruners import AUTO, METHODS, PRESETS
 from ..scenes import HELD_OUT_SEEDS, question_set
 from .conversations import Conversation, TokenBudget, figures_line, overlay_of
 from .model_thread import BUILT_IN, Models, ModelThread, OpenModel
@@ -33,9 +34,13 @@ CSS = """
 footer { display: none !important; }
 """
 SHARE, MILLISECONDS = "share of the tokens", "milliseconds"
-DEFAULT_PRUNER, DEFAULT_PERCENT, DEFAULT_MS = "divprune", 50, 300
+DEFAULT_PERCENT, DEFAULT_MS = 50, 300
 EXAMPLES = 3
 CLIENTS = 16  # whose answers are written at once
+AUTO_EXPLAINED = (
+    "Choose the method by what is known of the model, and keep more for questions that ask for"
+    " reading, counting or places."
+)
 NAMES = {"full": "All visual tokens", "pruned": "Pruned"}
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
 
@@ -235,17 +240,20 @@ def model_label(opened: OpenModel) -> str:
 
 
 def menu(opened: OpenModel) -> list[tuple[str, str]]:
-    """The methods of a model, each with what it does."""
-    return [(f"{name}: {explanation(name)}", name) for name in opened.methods]
+    """`auto`, and the methods of a model, each with what it does."""
+    return [(f"{name}: {explanation(name)}", name) for name in (AUTO, *opened.methods)]
 
 
 def default_pruner(opened: OpenModel) -> str:
-    """The method that is chosen at first."""
-    return DEFAULT_PRUNER if DEFAULT_PRUNER in opened.methods else opened.methods[-1]
+    """The method that is chosen at first: what the checkpoint was trained with, else `auto`."""
+    trained = trained_method(opened.model)
+    return AUTO if trained == "none" else trained
 
 
 def explanation(spec: str | None) -> str:
     """What each method of a chain does, by its own file."""
+    if spec == AUTO:
+        return AUTO_EXPLAINED
     names = [part.partition(":")[0] for part in PRESETS.get(spec or "", spec or "").split("+")]
     return " Then: ".join(METHODS[name].summary for name in names if name in METHODS)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,11 @@ from tqdm import tqdm
 
 from ...checkpoints.errors import UserError
 from ...generation.request import Request
+from ...generation.stream import default_pruner
+from ...hosts.auto import choose_method
 from ...hosts.loading import load
 from ...models.vlm import VLM
+from ...pruners import AUTO
 from .answering import TaskAnswer, TaskQuestion, answer_questions, naming_question, running_batch
 from .messages import TaskPrompt, read_messages, read_text
 from .options import Decoding, RunOptions, read_generation_kwargs, read_run_options
@@ -41,6 +45,12 @@ class PrunedModel(lmms):
             options.model, dtype=options.dtype, revision=options.revision,
             adapter_path=options.adapter_path,
         )  # fmt: skip
+        if options.pruner == AUTO or (options.is_auto and default_pruner(self.model) == "none"):
+            choice = choose_method(
+                self.model, self.processor, options.keep_ratio, options.keep_tokens,
+                is_batched=True, is_timed=False,
+            )  # fmt: skip
+            self.options = options = replace(options, **choice.options)
         with running_batch(self.model, self.processor, options):
             pass  # a mistake in the method would end every question
 

@@ -11,6 +11,7 @@ from ...checkpoints.errors import UserError, short
 from ...generation.request import is_whole
 from ...inputs.budget import check_budget
 from ...inputs.image import check_max_pixels
+from ...pruners import AUTO
 from ...pruners.contract import Policy
 
 logger = logging.getLogger("mlx_vlm_prune")
@@ -73,6 +74,12 @@ class RunOptions:
         if self.max_pixels is not None:
             check_max_pixels(self.max_pixels)
         _check_kinds(vars(self), KINDS_OF_RUN)
+
+    @property
+    def is_auto(self) -> bool:
+        """Is a method to be chosen: by name, or since there is a budget and no method?"""
+        has_budget = self.keep_ratio is not None or self.keep_tokens is not None
+        return self.pruner == AUTO or (self.pruner is None and has_budget)
 
     @property
     def request(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The evaluations that `advise` trusts, in the user's cache: the largest of each question set.
+"""The evaluations that `advise` and `auto` trust: in the cache, the largest of each question set.
 
 A file is named after the model's key and the question set's.
 """
@@ -11,9 +11,10 @@ from typing import Any
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json
-from ..machine.user_cache import cache_folder, model_key, write_cached
+from .user_cache import cache_folder, model_key, write_cached
 
 FOLDER = "evaluations"
+FEWEST = 20  # questions; of fewer an evaluation says nothing
 
 
 def remember(folder: Path, result: Mapping[str, Any]) -> None:

@@ -1,0 +1,161 @@
+"""`auto` for a loaded model, ours or mlx-vlm's, and for a folder of mlx-vlm's."""
+
+import logging
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.errors import UserError
+from ..generation.request import Request
+from ..generation.result import GenerationResponse
+from ..generation.stream import default_pruner, pipeline_for
+from ..inputs.budget import budget, tokens_for
+from ..models.adapters import adapters
+from ..models.vlm import VLM
+from ..pruners import AUTO, Pipeline
+from ..pruners.auto import AutoChoice, ModelFacts, choose
+from .compatibility import check_pipeline
+from .families import host_of
+from .families.llava import CLIP
+from .families.pruner_defaults import plan_for_host
+from .host import ADAPTERS, Host
+
+logger = logging.getLogger("mlx_vlm_prune")
+WITH_CLIP = ("llava", "llava_next")  # families whose tower is CLIP or another
+
+
+def is_auto(model: Any, request: Request) -> bool:
+    """Is a method to be chosen: by name, or since there is a budget and no method?"""
+    if request.pruner is not None:
+        return isinstance(request.pruner, str) and request.pruner == AUTO
+    has_budget = request.keep_ratio is not None or request.keep_tokens is not None
+    return has_budget and default_pruner(model) == "none"
+
+
+def with_method(
+    model: Any, processor: Any, request: Request, before: str | None = None
+) -> tuple[Request, str | None]:
+    """The request with a method in place of `auto`, and the line that says why; as it is where it
+    names a method or has no budget. The line is logged unless it is the one `before`.
+
+    Raises UserError.
+    """
+    if not is_auto(model, request):
+        return request, None
+    if not request.images:
+        return replace(request, pruner="none", keep_ratio=None, keep_tokens=None), None
+    prompt = request.prompt if request.caution else None
+    facts = facts_of(model, processor)
+    choice = choose(facts, request.keep_ratio, request.keep_tokens, prompt)
+    if choice.line != before:
+        logger.info(choice.line)
+    return replace(request, **choice.options), choice.line
+
+
+def noting(
+    pieces: Iterator[GenerationResponse], line: str | None
+) -> Generator[GenerationResponse, None, None]:
+    """The pieces of an answer; the result in the last one says why its method was chosen."""
+    try:
+        for piece in pieces:
+            if line is not None and piece.result:
+                piece = replace(piece, result=replace(piece.result, auto=line))
+            yield piece
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
+
+
+def choose_method(
+    model: Any, processor: Any, keep_ratio: float | None, keep_tokens: int | None, *,
+    is_batched: bool = False, is_timed: bool = True,
+) -> AutoChoice:  # fmt: skip
+    """The choice for a budget, without a prompt, which is logged; as `facts_of` and `choose`."""
+    facts = facts_of(model, processor, is_batched)
+    choice = choose(facts, keep_ratio, keep_tokens, is_timed=is_timed)
+    logger.info(choice.line)
+    return choice
+
+
+def facts_of(model: Any, processor: Any = None, is_batched: bool = False) -> ModelFacts:
+    """What is known of a model. What several prompts at once cannot have, a method between the
+    layers of a model of mlx-vlm's, is left out where `is_batched`."""
+    if isinstance(model, VLM):
+        return _facts_of_ours(model, processor)
+    host = host_of(model, processor)
+    is_changed = getattr(model, ADAPTERS, None) is not None
+    place = None if is_changed else getattr(model, "model_path", None)
+    vision = getattr(model.config, "vision_config", None)
+    return ModelFacts(
+        host.kind, place and Path(place), has_cls(host.kind, getattr(vision, "model_type", None)),
+        len(host.language.layers), None, _can_host(host, is_batched),
+    )  # fmt: skip
+
+
+def facts_of_folder(
+    folder: Path, config: Mapping[str, Any], check: Callable[[str], Any]
+) -> ModelFacts:
+    """What a folder of mlx-vlm's says of its model; `check` raises UserError for a method that
+    cannot be."""
+    vision, text = (config.get(name) or {} for name in ("vision_config", "text_config"))
+    sizes = {**config, **(text if isinstance(text, Mapping) else {})}
+    layers = sizes.get("num_hidden_layers")
+    tower = vision.get("model_type") if isinstance(vision, Mapping) else None
+    kind = str(config["model_type"])
+
+    def can(spec: str, share: float | None) -> bool:
+        try:
+            return not _has_number(check(spec))
+        except UserError:
+            return False
+
+    depth = layers if isinstance(layers, int) else 0
+    return ModelFacts(kind, folder, has_cls(kind, tower), depth, None, can)
+
+
+def has_cls(kind: str, tower: str | None) -> bool:
+    """Has a family's tower a CLS token? `tower` is the tower's model_type, CLIP without one."""
+    return kind == "internvl_chat" or (kind in WITH_CLIP and (tower or CLIP) == CLIP)
+
+
+def _facts_of_ours(model: VLM, processor: Any) -> ModelFacts:
+    is_changed = next(adapters(model), None) is not None
+    folder = None if is_changed else getattr(processor, "folder", None)
+    name, depth = getattr(processor, "name", "own"), model.config.text.num_hidden_layers
+
+    def can(spec: str, share: float | None) -> bool:
+        try:
+            pipeline = pipeline_for(model, spec)
+            model.language.check(pipeline)
+            _check_number(pipeline, model.N, tokens_for(model.N, share or 1), depth)
+        except UserError:
+            return False
+        return not any(step.has_dynamic_budget for step in pipeline.steps)
+
+    return ModelFacts(name, folder, model.tower.has_cls, depth, model.N, can)
+
+
+def _check_number(pipeline: Pipeline, N: int, K: int, layers: int) -> None:
+    """Raises UserError where a method cannot keep K of N tokens."""
+    budget(N, None, K, pipeline)
+    if (step := pipeline.decoder) and K < N:
+        step.call(step.method.schedule, layers, pipeline.budgets(N, K).before_last, K)
+
+
+def _can_host(host: Host, is_batched: bool) -> Callable[[str, float | None], bool]:
+    def can(spec: str, share: float | None) -> bool:
+        try:
+            pipeline = plan_for_host(host, spec)
+            check_pipeline(host, pipeline, None)
+        except UserError:
+            return False
+        return not _has_number(pipeline) and not (is_batched and pipeline.decoder)
+
+    return can
+
+
+def _has_number(pipeline: Pipeline) -> bool:
+    """Does a method say itself, or for each image, how many tokens stay?"""
+    is_dynamic = any(step.has_dynamic_budget for step in pipeline.steps)
+    return is_dynamic or pipeline.trained_tokens is not None or pipeline.own_budget(576) is not None

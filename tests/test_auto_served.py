@@ -1,0 +1,88 @@
+"""`auto` on a server and in the app: a request's budget is enough, and its usage says why."""
+
+from functools import partial
+
+import pytest
+
+from mlx_vlm_prune import generate, load
+from mlx_vlm_prune.app import open_model
+from mlx_vlm_prune.generation.arguments import build_app_parser
+from mlx_vlm_prune.scenes import compose
+from mlx_vlm_prune.webui.conversations import Conversation, TokenBudget
+from mlx_vlm_prune.webui.model_thread import BUILT_IN, ModelThread
+
+from .serving import question, serve, text_of
+
+CHOSEN = "divprune+restore"  # on the built-in model, tests/test_auto.py
+SCENE = compose(1_000_000_100).image()
+COLOUR, COUNT = "What colour is the star?", "How many squares are there?"
+
+
+@pytest.fixture(autouse=True)
+def _no_real_cache(tmp_path, monkeypatch):
+    """Calibrations of other tests would say what is gained."""
+    monkeypatch.setenv("MLX_VLM_PRUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def served(scenes):
+    with serve(*scenes) as server:
+        yield server
+
+
+def test_a_budget_in_a_request_is_enough_and_its_usage_says_why(served, scenes):
+    content = served.chat(question(COLOUR, SCENE), visual_tokens=22, max_tokens=4)
+    alone = generate(*scenes, COLOUR, SCENE, pruner=CHOSEN, keep_tokens=22, max_tokens=4)
+    usage = content["usage"]
+    assert text_of(content) == alone.text and content["warnings"] == []
+    assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 22)
+    assert usage["auto"].startswith(f"auto: {CHOSEN}: ") and "caution" not in usage["auto"]
+    usage = served.chat(question(COUNT, SCENE), visual_tokens=22, max_tokens=1)["usage"]
+    assert usage["visual_tokens_kept"] == 44 and usage["auto"].endswith("--no-caution keeps 22")
+
+
+def test_detail_low_keeps_its_number_whatever_is_asked(served):
+    usage = served.chat(question(COUNT, SCENE, detail="low"), max_tokens=1)["usage"]
+    assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 64)
+
+
+def test_a_method_that_is_named_stays_and_without_a_budget_nothing_is_pruned(served):
+    usage = served.chat(question(COUNT, SCENE), pruner="norm", visual_tokens=22, max_tokens=1)[
+        "usage"
+    ]
+    assert (usage["pruner"], usage["visual_tokens_kept"], usage.get("auto")) == ("norm", 22, None)
+    usage = served.chat(question(COUNT, SCENE), max_tokens=1)["usage"]
+    assert (usage["pruner"], usage["visual_tokens_kept"]) == ("none", 196) and "auto" not in usage
+    usage = served.chat(question(COLOUR, SCENE), pruner="auto", max_tokens=1)["usage"]
+    assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 98)
+
+
+def test_a_servers_own_budget_is_enough_without_caution_too(scenes, monkeypatch):
+    monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")
+    with serve(*scenes, is_pruning=True, keep_ratio=0.25, caution=False) as server:
+        usage = server.chat(question(COUNT, SCENE), max_tokens=1)["usage"]
+        assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 49)
+    with serve(*scenes, is_pruning=True, budget_ms=1e9) as server:
+        content = server.chat(question(COUNT, SCENE), max_tokens=1)
+        assert content["warnings"] == [] and content["usage"]["visual_tokens_kept"] == 196
+
+
+def test_the_app_chooses_and_notes_why():
+    thread = ModelThread()
+    opened = thread.run(partial(open_model, build_app_parser().parse_args([])), BUILT_IN)
+    talk = Conversation(opened, thread, 4)
+    place = opened.processor.folder.parent / "nowhere"
+    assert not place.exists()
+    thread.run(lambda: talk.pruned.configure(pruner="auto", keep_ratio=0.1))
+    assert thread.run(lambda: talk._options(COUNT, [SCENE], TokenBudget("auto", 0.1))) == {
+        "pruner": "auto", "keep_ratio": 0.1, "keep_tokens": None,
+    }  # fmt: skip
+    result = thread.run(lambda: talk.pruned.ask(COUNT, SCENE))
+    assert result.pruner == CHOSEN and result.visual_tokens_kept == 39
+    assert result.auto in talk.notes
+    thread.close()
