@@ -65,6 +65,7 @@ __all__ = ["batch_generate", "generate", "main", "stream_generate"]
 
 logger = logging.getLogger("mlx_vlm_prune")
 SAMPLE_SEED = 1_000_000_007  # held out: the built-in model never saw this scene
+OPTIONS = GenerateOptions.__annotations__.keys()
 SAMPLE_PROMPT = "What does the sign say?"
 SAMPLE_OVERLAY = Path("kept.png")
 
@@ -93,19 +94,17 @@ def stream_generate(
     `<image>` in the prompt marks an image's place. `pruner`, "NAME", "NAME:option=value" or a chain
     "NAME+NAME", keeps K of an image's N visual tokens (a decoder method: on average) by
     `keep_ratio` or `keep_tokens`, half without either. By default it is what the checkpoint was
-    trained with inside, else with a budget "auto", which chooses one, without "none". With
+    trained with inside, else with a budget "auto", which chooses one, and without "none". With
     `caution` "auto" keeps more where a prompt asks for reading, counting or places. `positions` are
-    the method's paper's. `sampler` and `logits_processors`
-    are mlx-lm's; a sampler replaces `temperature` (0 is greedy), `top_p`, `top_k`, `min_p` and
-    `seed`. These, and `repetition_penalty` of the latest `repetition_context_size` tokens, are
-    mlx-lm's own, if installed; `temperature` and `top_p` need no mlx-lm. `eos_tokens` end an answer
-    beside the model's. A twig may guess `num_draft_tokens` ahead. `max_pixels` limits images;
-    larger JPEGs are scaled. With `allow_url` an image may be a public http(s) URL.
+    the paper's. `sampler` and `logits_processors` are mlx-lm's; a sampler replaces `temperature` (0
+    is greedy), `top_p`, `top_k`, `min_p` and `seed`. These, and `repetition_penalty` of the latest
+    `repetition_context_size` tokens, are mlx-lm's own; `temperature` and `top_p` need no mlx-lm.
+    `eos_tokens` end an answer beside the model's. A twig may guess `num_draft_tokens` ahead.
+    `max_pixels` limits images; larger JPEGs are scaled. `allow_url` allows public http(s) URLs.
     `chat_template_config` are the template's options, `host_options` mlx-vlm's: prefill_step_size,
     kv_bits, quantized_kv_start, max_kv_size (rows), resize_shape, processor_kwargs.
     """
-    given = locals()
-    options: Any = {name: given[name] for name in GenerateOptions.__annotations__}
+    options: Any = {name: value for name, value in locals().items() if name in OPTIONS}
     request = make_request(prompt, image, options)
     check_num_draft_tokens(num_draft_tokens, temperature, isinstance(model, VLM))
     request, why = with_method(model, processor, request)

@@ -10,6 +10,10 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.evaluate import main as evaluate
 from mlx_vlm_prune.explore import main as explore
 from mlx_vlm_prune.generate import main as generate_main
+from mlx_vlm_prune.planning import auto_budgets, command_budget
+from mlx_vlm_prune.planning.auto_budgets import choose_within
+from mlx_vlm_prune.planning.budgets import Budget, BudgetChoice
+from mlx_vlm_prune.pruners.auto import AutoChoice
 from mlx_vlm_prune.scenes import compose
 from mlx_vlm_prune.sweep import main as sweep
 
@@ -99,20 +103,58 @@ def test_on_the_command_line_a_note_and_the_json_say_why(tmp_path, capsys):
     assert json.loads((tmp_path / "a.json").read_text())["auto"] is None
 
 
-def test_a_budget_in_ms_or_gb_is_enough(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")
+class Fitting:
+    """`keep_within` of made-up calibrations: what each method's K is; 0 for none that fits."""
+
+    def __init__(self, **K_by_method):
+        self.K, self.names = K_by_method, []
+
+    def __call__(self, name: str) -> BudgetChoice:
+        self.names.append(name)
+        K = self.K.get(name.partition("+")[0].partition(":")[0], 0)
+        reason = "" if K else f"{name} cannot meet it"
+        return BudgetChoice(Budget(9), None, name, K or 196, 196, None, reason)
+
+
+def test_of_a_budget_in_ms_the_method_is_worth_it_at_the_number_that_fits(scenes):
+    fitting = Fitting(divprune=40)
+    choice, line = choose_within(*scenes, fitting)
+    assert (choice.pruner, choice.K, fitting.names) == (CHOSEN, 40, [CHOSEN])
+    assert f"auto: {CHOSEN}: " in line and "with 0.204 of the tokens (between" in line
+    choice, line = choose_within(*scenes, Fitting(divprune=196))
+    assert choice.K == 196 and line == "auto: none: all 196 visual tokens fit 9 ms"
+
+
+def test_where_no_number_fits_a_method_that_shortens_the_tower_is_tried(scenes):
+    inside = "tome:keep=98+divprune+restore"  # the best of them at a quarter
+    fitting = Fitting(tome=30)
+    choice, line = choose_within(*scenes, fitting)
+    assert (choice.pruner, choice.K, fitting.names) == (inside, 30, [CHOSEN, inside])
+    assert line.startswith(f"auto: {inside}: ")
+    choice, line = choose_within(*scenes, Fitting())
+    assert (choice.K, line) == (196, f"auto: none: {CHOSEN} cannot meet it")
+
+
+def test_a_method_below_a_baseline_at_that_number_gives_way(scenes, monkeypatch):
+    picks = {0.25: "a", 0.1: "b", 0.2: "b"}
+
+    def pick(facts, ratio, tokens, is_timed, in_tower=False):
+        return AutoChoice(picks[round(ratio, 2)], ratio, tokens, f"at {ratio:.2f}")
+
+    monkeypatch.setattr(auto_budgets, "choose", pick)
+    choice, line = choose_within(*scenes, fitting := Fitting(a=20, b=39))
+    assert (choice.pruner, choice.K, fitting.names) == ("b", 39, ["a", "b"])
+    assert line == "auto: b: at 0.20"
+
+
+def test_a_budget_in_ms_or_gb_is_enough_on_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_budget, "_keep_within", lambda *a: Fitting(divprune=49)(a[-1]))
     SCENES[0].save(tmp_path / "a.png")
-    command = ["--image", str(tmp_path / "a.png"), "-p", COUNT, "--max-tokens", "2",
-               "--json", str(tmp_path / "a.json")]  # fmt: skip
-    generate_main([*command, "--budget-gb", "1000"])
-    written = json.loads((tmp_path / "a.json").read_text())
-    assert written["auto"] == "auto: none: all 196 visual tokens fit 1000 GB"
-    assert written["budget"]["pruner"] == CHOSEN and written["pruner"] == "none"
-    generate_main([*command, "--budget-ms", "0.001"])
-    err = capsys.readouterr().err
-    written = json.loads((tmp_path / "a.json").read_text())
-    assert "note: pruning with divprune+restore cannot meet 0.001 ms, so nothing is pruned" in err
-    assert written["auto"].startswith("auto: none: pruning with divprune+restore cannot meet")
+    command = ["--image", str(tmp_path / "a.png"), "-p", COUNT, "--max-tokens", "1",
+               "--no-verbose"]  # fmt: skip
+    for flag in ("--budget-ms", "--budget-gb"):
+        generate_main([*command, flag, "9"])
+        assert f"note: auto: {CHOSEN}: " in capsys.readouterr().err
 
 
 def test_a_chat_chooses_in_each_turn(scenes, capsys):

@@ -13,6 +13,9 @@ from mlx_vlm_prune.webui.model_thread import BUILT_IN, ModelThread
 
 from .serving import question, serve, text_of
 
+from mlx_vlm_prune.serving.time_budget import TimeBudgets  # isort: skip - needs FastAPI
+from mlx_vlm_prune.serving.visual_budget import VisualBudget  # isort: skip
+
 CHOSEN = "divprune+restore"  # on the built-in model, tests/test_auto.py
 SCENE = compose(1_000_000_100).image()
 COLOUR, COUNT = "What colour is the star?", "How many squares are there?"
@@ -62,27 +65,39 @@ def test_a_method_that_is_named_stays_and_without_a_budget_nothing_is_pruned(ser
     assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 98)
 
 
-def test_a_servers_own_budget_is_enough_without_caution_too(scenes, monkeypatch):
-    monkeypatch.setenv("MLX_VLM_PRUNE_CALIBRATION_SECONDS", "0.1")
+def test_a_servers_own_budget_is_enough_without_caution_too(scenes):
     with serve(*scenes, is_pruning=True, keep_ratio=0.25, caution=False) as server:
         usage = server.chat(question(COUNT, SCENE), max_tokens=1)["usage"]
         assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 49)
-    with serve(*scenes, is_pruning=True, budget_ms=1e9) as server:
-        content = server.chat(question(COUNT, SCENE), max_tokens=1)
-        assert content["warnings"] == [] and content["usage"]["visual_tokens_kept"] == 196
 
 
-def test_the_app_chooses_and_notes_why():
+def test_a_budget_of_time_calibrates_the_method_that_is_chosen(scenes, monkeypatch):
+    calibrated = []
+
+    def calibrate(self, method):
+        calibrated.append(method)
+        self.method = method
+
+    def choose(self, chat, prepared):
+        return VisualBudget(chat.budget.pruner, keep_tokens=11)
+
+    monkeypatch.setattr(TimeBudgets, "calibrate", calibrate)
+    monkeypatch.setattr(TimeBudgets, "choose", choose)
+    with serve(*scenes, is_pruning=True, budget_ms=9.0) as server:
+        usage = server.chat(question(COUNT, SCENE), max_tokens=1)["usage"]
+    assert calibrated == [CHOSEN]
+    assert (usage["pruner"], usage["visual_tokens_kept"]) == (CHOSEN, 11)
+    assert usage["auto"] == f"auto: {CHOSEN}: calibrated for budget_ms"
+
+
+def test_the_app_chooses_and_notes_why(tmp_path):
     thread = ModelThread()
     opened = thread.run(partial(open_model, build_app_parser().parse_args([])), BUILT_IN)
     talk = Conversation(opened, thread, 4)
-    place = opened.processor.folder.parent / "nowhere"
-    assert not place.exists()
-    thread.run(lambda: talk.pruned.configure(pruner="auto", keep_ratio=0.1))
-    assert thread.run(lambda: talk._options(COUNT, [SCENE], TokenBudget("auto", 0.1))) == {
-        "pruner": "auto", "keep_ratio": 0.1, "keep_tokens": None,
-    }  # fmt: skip
-    result = thread.run(lambda: talk.pruned.ask(COUNT, SCENE))
+    SCENE.save(tmp_path / "a.png")
+    for _ in talk.ask(COUNT, [str(tmp_path / "a.png")], TokenBudget("auto", 0.1)):
+        pass
+    result = talk.pruned.result
     assert result.pruner == CHOSEN and result.visual_tokens_kept == 39
     assert result.auto in talk.notes
     thread.close()

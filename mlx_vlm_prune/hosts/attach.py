@@ -42,30 +42,24 @@ def attach(
     """Prune in whatever mlx-vlm does with its `model`, until the returned `detach` is called.
 
     Of each image's N visual tokens K stay, by `keep_ratio` or `keep_tokens`, half without either;
-    "auto" chooses a method for them, and the report's `auto` says why (docs/auto.md);
-    `positions` as in `generate`. With `allow_videos` a prompt with a video or sound is read
-    unpruned; without, it is refused. `processor` is mlx-vlm's own of the model, or the folder that
-    mlx-vlm will load it from: a LLaVA's works with transformers 5.20 and later only where it is
-    given. A method between the language model's layers prunes prompts that are read alone, in no
-    batch and not in mlx-vlm's server. Read answers to their end before `detach` is called.
-    Raises UserError for a model, method or budget that cannot be, and for a model that is being
-    pruned already; then, as after any error, the model is as it was.
+    "auto" chooses a method, and the report's `auto` says why; `positions` as in `generate`. With
+    `allow_videos` a prompt with a video or sound is read unpruned; without, it is refused.
+    `processor` is mlx-vlm's own of the model, or the folder that mlx-vlm will load it from: a
+    LLaVA's works with transformers 5.20 and later only where it is given. A method between the
+    language model's layers prunes prompts that are read alone, in no batch and not in mlx-vlm's
+    server. Read answers to their end before `detach` is called. Raises UserError for a model,
+    method or budget that cannot be, and for a model that is being pruned already; then, as after
+    any error, the model is as it was.
     """
     blas.load()  # warns where mlx came first
-    check_budget(keep_ratio, keep_tokens)
-    why = None
-    if pruner == AUTO and not isinstance(model, VLM):
-        choice = choose_method(model, None, keep_ratio, keep_tokens, is_batched=True)
-        pruner, keep_ratio, keep_tokens, why = *choice.options.values(), choice.line
+    pruner, budget, why = _resolved(model, pruner, keep_ratio, keep_tokens)
     host, pipeline, policy = _checked_host(model, pruner, positions)
     mask_layers = host.mask_layers if pipeline.enhancer else ()
     state = LanguageState(host.is_bidirectional, mask_layers, bool(pipeline.decoder))
     guard = ServerGuard(model)
     host.model = proxy(model)  # weak: the model, which will hold it, is freed with its last owner
-    budget = keep_ratio, keep_tokens
     embeddings = PrunedEmbeddings(host, pipeline, *budget, policy, allow_videos, state)
-    embeddings.guard = guard
-    embeddings.report.auto = why
+    embeddings.guard, embeddings.report.auto = guard, why
     with ExitStack() as undo:
         if processor is not None and host.kind == LLAVA:
             undo.callback(mend(processor))
@@ -85,6 +79,17 @@ def _put_on(model: Any, embeddings: PrunedEmbeddings, undo: ExitStack) -> None:
     undo.callback(delattr, model, "get_input_embeddings")
     model.apc_key_dependencies = language.apc_key_dependencies
     undo.callback(delattr, model, "apc_key_dependencies")
+
+
+def _resolved(
+    model: Any, pruner: str | Pruner | Pipeline, keep_ratio: float | None, keep_tokens: int | None
+) -> tuple[str | Pruner | Pipeline, tuple[float | None, int | None], str | None]:
+    """A method in place of `auto`, its budget, and why it was chosen. Raises UserError."""
+    check_budget(keep_ratio, keep_tokens)
+    if pruner != AUTO or isinstance(model, VLM):
+        return pruner, (keep_ratio, keep_tokens), None
+    choice = choose_method(model, None, keep_ratio, keep_tokens, is_batched=True)
+    return choice.pruner, (choice.keep_ratio, choice.keep_tokens), choice.line
 
 
 def _checked_host(

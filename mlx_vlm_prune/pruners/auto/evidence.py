@@ -40,8 +40,7 @@ class Evidence:
     def of(cls, result: Mapping[str, Any]) -> "Evidence":
         """Of a result of `evaluate`. Raises one of DAMAGED."""
         rows, by_share = result["rows"], dict[float, dict[str, float]]()
-        full, tokens = (next(r[name] for r in rows if r["pruner"] == "none") for name in
-                        ("overall", "of"))  # fmt: skip
+        (full, *_) = (row for row in rows if row["pruner"] == "none")
         for row in rows:
             share, figure = round(row["tokens"] / row["of"], 4), float(row["overall"])
             if share < 1 and row["pruner"] != AUTO and math.isfinite(figure):
@@ -49,7 +48,8 @@ class Evidence:
         ascending = {share: by_share[share] for share in sorted(by_share)}
         date = str(result.get("date", ""))[:10]
         count, questions = int(result["count"]), str(result["questions"])
-        return cls(questions, count, date, int(tokens), float(full), ascending)
+        whole = float(full["overall"])
+        return cls(questions, count, date, int(full["of"]), whole, ascending)
 
     @property
     def says_something(self) -> bool:
@@ -136,5 +136,5 @@ def _read(path: Path) -> Evidence | None:
     """A file's evidence; None where it is damaged, or is not there."""
     try:
         return Evidence.of(read_json(path, most=None))
-    except (*DAMAGED, StopIteration):
+    except DAMAGED:
         return None

@@ -112,7 +112,8 @@ CAUTIOUS = (
     Cautious(
         "places",
         (r"where(?:'s)?", r"bounding box(?:es)?", r"bbox", r"coordinates?", r"locate", r"point to",
-         r"location of", r"position of", "哪里", "在哪", "位置", "坐标"),
+         r"location of", r"position of", r"which (?:cell|corner|part|side)",
+         "哪里", "在哪", "位置", "坐标"),
         "RefCOCO keeps 47.2 % at 64 of 576 tokens by Nüwa, 7.3 by VisionZip, 3.8 by FastV, and at"
         " half of the tokens 99.6 by IVC-Prune",
         "README of Nüwa (ICLR 2026); arXiv:2602.03060",
