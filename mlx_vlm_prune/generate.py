@@ -185,6 +185,8 @@ def run(args: argparse.Namespace) -> None:
     options = decoding_options(args)
     options |= {"image": args.image, "num_draft_tokens": args.num_draft_tokens}
     budget, choice, why = budget_of(args, model, processor, prompt, limits)
+    if choice and not choice.reason and args.verbose:
+        print(choice)
     compares = args.compare and budget["pruner"] != "none"
     ways = ways_to_answer(options, budget, compares)
     if compares or choice:

@@ -18,7 +18,7 @@ from mlx_vlm_prune.inputs import budget
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = (
-    "pruner=None, keep_ratio=None, keep_tokens=None, positions=None, max_tokens=256,"
+    "pruner=None, keep_ratio=None, keep_tokens=None, caution=True, positions=None, max_tokens=256,"
     " temperature=0.0, top_p=1.0, seed=0, top_k=0, min_p=0.0, repetition_penalty=None,"
     " repetition_context_size=20, sampler=None, logits_processors=None, eos_tokens=None,"
     " num_draft_tokens=None, system=None, chat_template_config=None, max_pixels=None,"
@@ -32,13 +32,13 @@ SIGNATURES = {
     "GenerationResult": "(text, token_ids, prompt_tokens, generation_tokens, prompt_tps,"
     " generation_tps, peak_memory, finish_reason, visual_tokens, visual_tokens_kept, kept_indices,"
     " pruner, positions, ttft_ms, layers=<factory>, cache_bytes=0, trace=None, views=(),"
-    " drafted=None, accepted=None, rows_reused=0, images=<factory>, layouts=())",
+    " drafted=None, accepted=None, rows_reused=0, images=<factory>, layouts=(), auto=None)",
     "Pruner": "(name, method, options=<factory>, weights=None, keep=None, defaults=<factory>,"
     " enhancer=None)",
     "Reduction": "(index_BK=None, weight_BKN=None, value_BND=None, slot_BN=None, share_BN=None,"
     " place_BK=None, is_finite=None, score_BN=None)",
     "Signals": "(x_BND, grid, has_cls=True, **others)",
-    "attach": f"(model, pruner='divprune', *, {BUDGET}, allow_videos=False, processor=None)",
+    "attach": f"(model, pruner='auto', *, {BUDGET}, allow_videos=False, processor=None)",
     "batch_generate": "(model, processor, prompts, images=None, **options)",
     "encode_images": "(model, processor, images, pruner='none', *, keep_ratio=None,"
     " keep_tokens=None, batch_size=8)",
@@ -47,7 +47,7 @@ SIGNATURES = {
     "load": "(path_or_hub_name=None, *, dtype='auto', revision=None, adapter_path=None,"
     " trust_remote_code=False)",
     "load_encoder": "(path_or_hub_name, *, dtype='auto', revision=None)",
-    "pruned": f"(model, pruner='divprune', *, {BUDGET}, processor=None)",
+    "pruned": f"(model, pruner='auto', *, {BUDGET}, processor=None)",
     "register_pruner": "(method)",
     "stream_generate": f"(model, processor, prompt, image=None, *, {OPTIONS})",
 }

@@ -220,19 +220,20 @@ def test_turns_read_the_rows_again_that_are_the_same(served, scenes, monkeypatch
     calls, run = [], VisionTower.__call__
     monkeypatch.setattr(VisionTower, "__call__", lambda *a: calls.append(1) or run(*a))
     picture = compose(1_000_000_300).image()
-    first = served.chat(question(WORDS, picture), visual_tokens=12, max_tokens=8)
+    options = {"pruner": "divprune", "max_tokens": 8}
+    first = served.chat(question(WORDS, picture), visual_tokens=12, **options)
     talk = [question(WORDS, picture), answer(text_of(first)), question("Is it red?")]
-    second = served.chat(*talk, visual_tokens=12, max_tokens=8)
+    second = served.chat(*talk, visual_tokens=12, **options)
     assert len(calls) == 1
     reused = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert reused > 12 and reused >= first["usage"]["prompt_tokens"] - 12
-    other = served.chat(*talk, visual_tokens=13, max_tokens=8)  # the budget is part of every key
+    other = served.chat(*talk, visual_tokens=13, **options)  # the budget is part of every key
     assert len(calls) == 1
     assert other["usage"]["visual_tokens_kept"] == 13
     assert other["usage"]["prompt_tokens_details"]["cached_tokens"] < 12
     with serve(*scenes, cache_bytes=0) as forgetful:
         for tokens, content in ((12, second), (13, other)):
-            fresh = forgetful.chat(*talk, visual_tokens=tokens, max_tokens=8)
+            fresh = forgetful.chat(*talk, visual_tokens=tokens, **options)
             assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
             assert text_of(fresh) == text_of(content)
     assert len(calls) == 3
@@ -260,8 +261,6 @@ def test_requests_with_other_budgets_share_a_batch_and_are_answered_as_alone(ser
     names = {"visual_tokens": "keep_tokens"}
     for (_, n), text in zip(jobs, alone, strict=True):
         options = {names.get(name, name): value for name, value in REQUESTS[n].items()}
-        if "keep_tokens" in options:
-            options.setdefault("pruner", "divprune")
         assert generate(*scenes, WORDS, SCENES[n % 3], **options, max_tokens=10).text == text
 
 

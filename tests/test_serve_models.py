@@ -77,7 +77,6 @@ def alone(model: Any, text: str, n: int, options: dict[str, Any]) -> tuple[str, 
     options = dict(options)
     if (tokens := options.pop("visual_tokens", None)) is not None:
         options["keep_tokens"] = tokens
-        options.setdefault("pruner", "divprune")
     image = [PICTURES[n % 2]] if n % 4 < 3 else []
     whole = generate(*model, text, image, **options)
     return whole.text, whole.prompt_tokens, whole.visual_tokens_kept

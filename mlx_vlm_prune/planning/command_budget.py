@@ -43,8 +43,8 @@ def limits_of(args: argparse.Namespace) -> Budget | None:
 def budget_of(
     args: argparse.Namespace, model: Any, processor: Any, prompt: str, limits: Budget | None
 ) -> tuple[dict[str, Any], BudgetChoice | None, str | None]:
-    """The method and what it keeps, as options of `generate`; the choice of K for `limits`, whose
-    prediction is printed; and why `auto` chose the method. Raises UserError."""
+    """The method and what it keeps, as options of `generate`; the choice of K for `limits`; and why
+    `auto` chose the method. Raises UserError."""
     options = {name: getattr(args, name) for name in NAMES}
     request = make_request(prompt, args.image, options | {"caution": args.caution})
     if limits is None:
@@ -60,8 +60,6 @@ def budget_of(
         choice = within(pruner)
     if choice.reason:
         logger.warning(choice.reason)
-    elif args.verbose:
-        print(choice)
     return choice.options, choice, why
 
 
