@@ -227,8 +227,9 @@ def test_a_mistake_leaves_the_conversation_as_it_was(home, loaded):
             chat.ask(question, image)
         assert str(refused.value).startswith(start), refused.value
     assert (chat.turns, len(chat.images)) == (turns, 1)
-    for options in ({"pruner": "nom"}, {"keep_ratio": 2}, {"keep_tokens": 3}, {"max_tokens": 0},
-                    {"num_draft_tokens": 2}, {"host_options": {"kv_bits": 4}}):  # fmt: skip
+    for options in ({"pruner": "nom"}, {"keep_ratio": 2}, {"pruner": "none", "keep_tokens": 3},
+                    {"max_tokens": 0}, {"num_draft_tokens": 2},
+                    {"host_options": {"kv_bits": 4}}):  # fmt: skip
         with pytest.raises(UserError):
             chat.configure(**options)
     assert chat.ask("is it red ?") and chat.rows_reused > tiny.N
