@@ -56,7 +56,7 @@ BUDGET = ("--keep-ratio", "0.5")
         (["--pruner", "norm", "--keep-tokens", "0"], "it must be a whole number, at least 1"),
         (["--pruner", "norm", "--keep-tokens", "few"], "invalid int value"),
         ([*NORM, "--keep-tokens", "4"], "not allowed with"),
-        (BUDGET, "--pruner"),
+        (["--keep-ratio", "1"], "none prunes nothing"),
     ],
 )
 def test_what_cannot_be_asked(source, tmp_path, capsys, words, sentence):
