@@ -9,9 +9,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "index.md"} | {
+PAGES = {"README.md": "index.md", "examples/README.md": "examples.md"} | {
     name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 }
+SOURCES = {page: name for name, page in PAGES.items()}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -27,8 +28,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links at the site's pages; a link to another file of the repository is its text."""
     uri = page.file.src_uri
-    beside = {target: name for name, target in PAGES.items()}
-    folder = "" if uri in beside else posixpath.join("docs", posixpath.dirname(uri))
+    folder = posixpath.dirname(SOURCES.get(uri, f"docs/{uri}"))
 
     def mended(link: re.Match[str]) -> str:
         text, target, anchor = link.groups()

@@ -297,6 +297,7 @@ def test_a_siglip_whose_last_pixels_are_in_no_patch(tmp_path):
 
 DAMAGED = {
     "no whole CLIP or SigLIP": {"model_type": "bert"},
+    "has no model_type, so it is no whole": {"model_type": None},
     "one half": {"model_type": "clip_vision_model"},
     "hidden_act is 'relu', not quick_gelu, gelu or": {"text_config": {"hidden_act": "relu"}},
     "vocab_size is -1": {"text_config": {"vocab_size": -1}},

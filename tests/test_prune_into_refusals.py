@@ -70,7 +70,7 @@ def test_what_cannot_be_asked(source, tmp_path, capsys, words, sentence):
         ({"model_type": "mllama"}, "it reads images by cross-attention"),
         ({"model_type": "unheard_of"}, "is a unheard_of model; prune-into knows mlx-vlm's llava"),
         ({"model_type": ["llava"]}, "prune-into knows mlx-vlm's"),
-        ({}, "is a None model"),
+        ({}, "has no model_type in config.json; prune-into knows mlx-vlm's llava"),
         ({"model_type": "llava", "model_file": "own.py"}, "a model of its own in own.py"),
         ({"model_type": "llava", "mlx_vlm_prune": {}}, "prunes already"),
         ({"model_type": "llava", "vision_feature_layer": [3, 7]}, "vision_feature_layer is [3, 7]"),

@@ -163,9 +163,8 @@ def _config(source: Path) -> dict[str, Any]:
     if isinstance(kind, str) and kind in REFUSED:
         raise UserError(f"{source} is a {kind} model: {REFUSED[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(
-            f"{source} is a {kind} model; prune-into knows mlx-vlm's {', '.join(FAMILIES)}"
-        )
+        reason = f"is a {kind} model" if kind else "has no model_type in config.json"
+        raise UserError(f"{source} {reason}; prune-into knows mlx-vlm's {', '.join(FAMILIES)}")
     if RECORD in config:
         raise UserError(f"{source} prunes already; give the folder that it was made from")
     if "model_file" in config:
