@@ -82,6 +82,7 @@ def of_method(pruner: Pruner, rows: int, K: int, *, fuse: bool = True) -> Counte
             before_BND=signals.x_BND[:, ::-1], normed_BND=signals.x_BND, keys_BND=signals.x_BND,
             next_keys_BND=signals.x_BND, text_keys_BTD=text_BTD, last_attention_BN=share_BN,
             next_attention_BN=share_BN, mean_attention_BN=share_BN,
+            entrance_BND=signals.x_BND, cls_rank_BN=share_BN,
             text_share_BT=mx.softmax(text_BTD[..., 0], axis=-1),
             text_attention_BTN=mx.broadcast_to(share_BN[:, None], (*text_BTD.shape[:2], N)),
         )  # fmt: skip
@@ -96,7 +97,9 @@ def of_method(pruner: Pruner, rows: int, K: int, *, fuse: bool = True) -> Counte
         for layer in range(DEPTH):
             q_BHSd = x_BSD.reshape(1, x_BSD.shape[1], H, D // H).swapaxes(1, 2)
             x_BSD = tower.cut(x_BSD, layer, "before")
-            keys = tower.read(layer, q_BHSd, q_BHSd) if layer in tower.want.values() or cuts else {}
+            keys = {}
+            if layer in tower.want.values() or cuts:
+                keys = tower.read(layer, q_BHSd, q_BHSd, v_BHSd=q_BHSd)
             x_BSD = tower.cut(x_BSD, layer, "middle", keys)
         encoded = tower.end(x_BSD)
         kept, tokens_BKD = encoded.kept, encoded.signals.x_BND

@@ -64,8 +64,9 @@ def random_signals(N: int, grid: tuple[int, int], D: int) -> Signals:
         object_attention_BN=share_BN[:, ::-1], cls_query_BHd=normal(1, H, D // H),
         cls_key_BHd=normal(1, H, D // H), features_BND=normal(1, N, D),
         queries_BNHd=normal(1, N, H, D // H), keys_BNHd=normal(1, N, H, D // H),
+        values_BNHd=normal(1, N, H, D // H), cls_value_BHd=normal(1, H, D // H),
+        layer_attention_BN=share_BN, cls_row_BN=share_BN, grey_BNP=normal(1, N, 196),
         pixels_BND=normal(1, N, 588), patches_BND=normal(1, N, D), before_BND=normal(1, N, D),
-        grey_BNP=normal(1, N, 196), layer_attention_BN=share_BN,
         text_BTD=normal(1, TEXT_TOKENS, D), text_real_BT=mx.ones((1, TEXT_TOKENS), dtype=mx.bool_),
     )  # fmt: skip
     mx.eval(list(signals.arrays.values()))
@@ -97,7 +98,8 @@ def inside_decoder_call(pruner: Pruner, model: VLM) -> Callable:
     """The first cut of a method in the decoder, signals included; later cuts see fewer tokens."""
     row, N = prompt(model.config), model.N
     x_ND = mx.random.normal((N, model.config.text.hidden_size))
-    spliced = splice(model.language.embed_tokens, [row], [ImageSlots(x_ND, mx.arange(N))], "keep")
+    image = ImageSlots(x_ND, mx.arange(N), rank_K=mx.arange(N) / N)
+    spliced = splice(model.language.embed_tokens, [row], [image], "keep")
     layers, cache = model.config.text.num_hidden_layers, model.language.make_cache()
     target = K if N < 2 * K else max(K, N // 2)
     schedule = pruner.call(pruner.method.schedule, layers, N, target)

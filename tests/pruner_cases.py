@@ -27,6 +27,7 @@ VARIANTS = [
     "cdpruner:negative", "visionzip:contextual=0.5", "vispruner:important=0", "hiprune:objects=1",
     "prumerge:neighbours=2", "pixelprune:tolerance=0.5", "holov:regions=3", "scope:power=2",
     "sparsevlm:recycle=0.9", "sparsevlm:sums", "pact:clustered=1", "pact:prompt", "dart:pivots=1",
+    "window_merge:side=2", "dual_attention:relation=2", "two_scales:fine=0.2",
     "apet:basis=2", "mmtok:image=2", "divprune+restore:published", "norm+restore:published",
 ]  # fmt: skip
 INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
@@ -110,6 +111,11 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
         # Greys, each of one of five levels.
         "grey_BNP": rng.integers(0, 5, size=(B, N, 4)).astype(np.float32) / 10,
         "sensitivity_BN": shares(kind, rng, B, N),
+        "values_BNHd": features(kind, rng, B, N, HEADS, D // HEADS),
+        "cls_value_BHd": features("random", rng, B, HEADS, D // HEADS),
+        "cls_row_BN": shares(kind, rng, B, N),
+        "entrance_BND": features(kind, rng, B, N, D),
+        "cls_rank_BN": (rng.permuted(np.tile(np.arange(N), (B, 1)), axis=1) / N).astype(np.float32),
     }
 
 

@@ -30,7 +30,7 @@ SPECS = [
     if method.stage in (Stage.FEATURES, Stage.PROJECTED, Stage.DECODER)
     and not (method.learned or name == "none")
 ]
-PACT = "how often a merged token's row stands in the cache is read once, behind the last layer"
+PACT = "how often a row stands in the cache is read once, behind the last layer"
 PIXTRAL = "words stand between its placeholders, among which mlx-vlm looks for the kept ones"
 
 
@@ -77,7 +77,7 @@ def logits_of_pieces(model: Any, name: str, size: int) -> mx.array:
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_no_method_returns_to_the_host_before_the_first_logits(models, spec, monkeypatch):
-    if spec == "pact":
+    if spec in ("pact", "lookahead"):
         pytest.skip(PACT)
     returns = []
 

@@ -21,6 +21,8 @@ from .test_model import steps_of
 CHAINS = {
     "duet": "visionzip+pyramiddrop:start=0.5,stages=2",
     "vscan": "global_local+fastv:layer=0.5",
+    "mustdrop": "window_merge+dual_attention",
+    "hilo": "two_scales+lookahead",
 }
 K = 9
 ROW = tiny.row("what is # in the picture ?")

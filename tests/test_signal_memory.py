@@ -60,8 +60,8 @@ def tower(name: str, has_cls: bool, windows: int = 1) -> int:
     layer = tower_signals.TowerPass(Signals(x_1ND, GRID), {name: 0}, 1, (), has_cls)
 
     def read() -> None:
-        layer.read(0, q_1HSd, k_1HSd, within)
-        seen = vars(layer.signals)
+        keys = layer.read(0, q_1HSd, k_1HSd, within, q_1HSd)
+        seen = vars(layer.signals) | keys
         mx.eval([value for key, value in seen.items() if key.startswith(f"{name}_B")])
 
     return peak(read)
@@ -98,7 +98,7 @@ def prefill(name: str) -> int:
     language, weights = MiniMind(CONFIG), Twig(CONFIG, 1, 1)
     ids = [1, 2, *[0] * N, 3, 4]
     row = SimpleNamespace(ids=ids, runs=[(2, N)])
-    image = ImageSlots(mx.random.normal((N, H * d)), mx.arange(N))
+    image = ImageSlots(mx.random.normal((N, H * d)), mx.arange(N), rank_K=mx.arange(N) / N)
     rows = splice(language.embed_tokens, [row], [image], "keep")
     mx.eval(language.parameters(), weights.parameters(), rows.x_BLD, rows.positions_BL)
 

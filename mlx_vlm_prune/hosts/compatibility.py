@@ -11,12 +11,13 @@ from .host import Host
 LATER = "not yet in mlx-vlm models"
 SLOTS_OF_TILES = "it makes a number of slots from a picture, and an image may be cut into several"
 SHRINKS_IMAGE = f"it makes the pixels fewer, {LATER}; resize_shape makes the picture smaller"
+WITHOUT_ATTENTION = "its tower has neither a CLS token nor attention that could stand in for it"
 # What a host has between the language model's layers, and what a tower without attention has.
 DECODER_SIGNALS = (
     "before", "normed", "held_keys", "last_attention", "next_attention", "text_attention",
-    "text_share", "mean_attention",
+    "text_share", "mean_attention", "cls_rank", "entrance",
 )  # fmt: skip
-ATTENTION_FREE_SIGNALS = ("patches", "pixels", "text", "grid", "features", "sensitivity")
+ATTENTION_FREE_SIGNALS = ("text", "grid", "features", "sensitivity")
 
 
 def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> Policy:
@@ -102,15 +103,17 @@ def _why_not(host: Host, step: Pruner) -> str | None:
     if step.stage is not Stage.DECODER:
         if step.method.probe and host.why_no_probe:
             return host.why_no_probe
+        if "pixels" in step.method.needs:
+            return f"it needs the pixels of patches behind the tower, {LATER}"
         if set(step.method.needs) - set(ATTENTION_FREE_SIGNALS) and not host.depth:
-            return "its tower has neither a CLS token nor attention that could stand in for it"
+            return WITHOUT_ATTENTION
         return None
+    if "cls_rank" in step.method.needs and not host.depth:
+        return WITHOUT_ATTENTION
     if host.language_layers is None:
         return f"it works between the language model's layers, and {host.why_no_decoder_methods}"
-    if step.is_proportional and host.language_layers.window:
-        return (
-            "it adds to the attention that merged tokens get, which windows of rows would cut off"
-        )
+    if (step.is_proportional or step.method.entry_bias) and host.language_layers.window:
+        return "it adds to the attention that some tokens get, which windows of rows would cut off"
     if beyond := set(step.method.needs) - set(DECODER_SIGNALS):
         return f"it needs {', '.join(sorted(beyond))}, {LATER}"
     return None

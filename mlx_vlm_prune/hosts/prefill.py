@@ -106,7 +106,19 @@ def _splice(host: Host, prompt: PrunedPrompt, sizes: Sequence[int], policy: Poli
         x_1lD, positions_1l, next_11, [length],
         [list(zip(starts, sizes, strict=True))],
         added=[deep_lYD[None, :, layer] for layer in range(deep_lYD.shape[1])],
+        rank_BL=_ranks(prompt, starts, length),
     )  # fmt: skip
+
+
+def _ranks(prompt: PrunedPrompt, starts: Sequence[int], length: int) -> mx.array | None:
+    """`cls_rank_BN` of the rows of all views, (1, l), where a method reads it."""
+    ranks = [rank_1n for rank_1n in prompt.ranks if rank_1n is not None]
+    if not ranks:
+        return None
+    rank_1l = mx.zeros((1, length))
+    for start, rank_1n in zip(starts, ranks, strict=True):
+        rank_1l[:, start : start + rank_1n.shape[1]] = rank_1n
+    return rank_1l
 
 
 def _next_position(prompt: PrunedPrompt, policy: Policy) -> int:

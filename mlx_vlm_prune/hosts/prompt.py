@@ -21,7 +21,7 @@ from ..checkpoints.tokenizer_trial import is_panic, library_errors
 from ..inputs.budget import budget, low_detail_tokens
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
-from ..models.pruning import ImageBatch, attention_bias, probed, prune
+from ..models.pruning import ImageBatch, attention_bias, cls_rank, probed, prune
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
@@ -52,6 +52,7 @@ class PrunedPrompt:
     cache: list[Any] | None = None
     cache_bytes: int | None = None
     bias_l: mx.array | None = None  # added to the attention that rows get, with an enhancer
+    ranks: Sequence[mx.array | None] = ()  # `cls_rank_BN` of each view, where a method reads it
 
 
 def prepare_prompt(
@@ -260,7 +261,10 @@ def prune_prompt(
         length = len(words) + sum(map(len, arguments["cached_image_features"]))
     biases = [attention_bias(batch, pipeline.enhancer) for batch in batches]
     bias_l = bias_rows(host, inputs, views, batches, biases, rows)
-    return PrunedPrompt(inputs, views, arguments, rows, length, trace, policy, bias_l=bias_l)
+    ranks = [cls_rank(batch, pipeline) for batch in batches]
+    return PrunedPrompt(
+        inputs, views, arguments, rows, length, trace, policy, bias_l=bias_l, ranks=ranks
+    )
 
 
 def _prune(

@@ -18,6 +18,7 @@ from ..machine.clock import end_part
 from ..pruners import Pruner, Reduction, Signals
 from ..pruners.contract import Policy, identity, take
 from .cache import HeldRows
+from .entry_bias import with_entry_bias, without_entry_bias
 from .language.contract import Language, Layers
 from .layers import Observers, TwigReader, run_layers
 from .splice import Spliced, drop_rows, pad_right
@@ -71,7 +72,8 @@ class Decoder:
     def __call__(self, spliced: Spliced) -> Decoded:
         """Read the prompts; rows leave between the layers."""
         depth, begin, reductions, rows = self.language.depth, 0, [], list[int]()
-        entry = spliced
+        entry, cuts = spliced, self.cuts
+        spliced = with_entry_bias(spliced, cuts.pruner, cuts.schedules, cuts.grids)
         if spliced.distance_BP is not None:
             before_prompt = HeldRows(distance_BP=spliced.distance_BP)
             for layer_cache in self.cache:
@@ -82,6 +84,8 @@ class Decoder:
             end_part("prefill", spliced.x_BLD)
             rows += [spliced.L] * (layer - begin)
             spliced, kept = self._cut(layer, spliced, before.x_BLD, entry)
+            if not cuts.enhancer:
+                spliced = without_entry_bias(spliced, entry, cuts.pruner)
             reductions.append((layer, kept))
             begin = layer
         spliced = self._read(range(begin, depth), spliced)
@@ -210,6 +214,13 @@ class LayerInput:
             return mx.log(kept.sizes(mx.exp(before_IN)))
         return None if bias_IN is None else take(bias_IN, kept.index_BK)
 
+    def cls_rank(self) -> dict[str, mx.array]:
+        assert self.spliced.rank_BL is not None, "the host hands it over"
+        return {"cls_rank_BN": self.of_images(self.spliced.rank_BL)}
+
+    def entrance(self) -> dict[str, mx.array]:
+        return {"entrance_BND": self.of_images(self.entry.x_BLD)}  # none has left since
+
     def before(self) -> dict[str, mx.array]:
         return {"before_BND": self.of_images(self.before_BLD)}
 
@@ -253,10 +264,11 @@ class LayerInput:
 
     def text_attention(self) -> dict[str, mx.array]:
         """Of every word after the image, in the layer before."""
-        columns_IT, _ = self.text_columns
+        columns_IT, is_real_IT = self.text_columns
         chunks = range(0, columns_IT.shape[1], QUERY_CHUNK)
         parts = [self._attention_before(columns_IT[:, t : t + QUERY_CHUNK]) for t in chunks]
-        return {"text_attention_BTN": mx.concatenate(parts, axis=1)}
+        rows_ITN = mx.concatenate(parts, axis=1)
+        return {"text_attention_BTN": rows_ITN, "text_real_BT": is_real_IT}
 
     def next_attention(self) -> dict[str, mx.array]:
         """Of the prompt's last token, by this layer's own projections."""

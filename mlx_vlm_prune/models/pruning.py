@@ -104,9 +104,19 @@ def reduction_step(batches: list[ImageBatch], pruners: list[Pruner]) -> Reductio
     return ReductionStep("+".join(pruner.name for pruner in pruners), 0, reductions)
 
 
-def image_slots(batches: list[ImageBatch], enhancer: Pruner | None) -> list[ImageSlots]:
+def image_slots(batches: list[ImageBatch], pipeline: Pipeline) -> list[ImageSlots]:
     """What the language model reads of every image."""
-    return [slots for batch in batches for slots in _slots(batch, enhancer)]
+    return [slots for batch in batches for slots in _slots(batch, pipeline)]
+
+
+def cls_rank(batch: ImageBatch, pipeline: Pipeline) -> mx.array | None:
+    """The share of an image's tokens with more attention from CLS than each, (I, K); of equals the
+    first comes first. None where nothing reads it."""
+    if not pipeline.ranks_by_cls:
+        return None
+    attention_IK = batch.signals.cls_attention_BN
+    rank_IK = mx.argsort(mx.argsort(-attention_IK.astype(mx.float32), axis=-1), axis=-1)
+    return rank_IK.astype(mx.float32) / rank_IK.shape[1]
 
 
 def attention_bias(batch: ImageBatch, enhancer: Pruner | None) -> mx.array | None:
@@ -159,13 +169,15 @@ def _keep(batch: ImageBatch, pruner: Pruner, K: int) -> ImageBatch:
     return batch.reduced(end_part("pruner", kept)) if n > K else batch  # nothing leaves
 
 
-def _slots(batch: ImageBatch, enhancer: Pruner | None) -> list[ImageSlots]:
-    bias_BK, index_BK = attention_bias(batch, enhancer), batch.kept.index_BK
+def _slots(batch: ImageBatch, pipeline: Pipeline) -> list[ImageSlots]:
+    bias_BK, index_BK = attention_bias(batch, pipeline.enhancer), batch.kept.index_BK
+    rank_BK = cls_rank(batch, pipeline)
     return [
         ImageSlots(
             batch.signals.x_BND[i],
             None if index_BK is None else index_BK[i],
             None if bias_BK is None else bias_BK[i],
+            None if rank_BK is None else rank_BK[i],
         )
         for i in range(batch.images)
     ]

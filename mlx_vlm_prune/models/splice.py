@@ -24,12 +24,13 @@ class ImageSlots:
     """One image's visual tokens (K, D), as the language model reads them.
 
     `index_K` is the place of each in the image; None of pooled slots, which have none. `bias_K` is
-    added to the attention that they get.
+    added to the attention that they get; `rank_K` is their `cls_rank_BN`.
     """
 
     x_KD: mx.array
     index_K: mx.array | None
     bias_K: mx.array | None = None
+    rank_K: mx.array | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Spliced:
     # With `first_bias_BL`: what each row adds for one so many positions before it, while it is
     # read. Later tokens add nothing then.
     distance_BP: mx.array | None = None
+    rank_BL: mx.array | None = None  # `cls_rank_BN` of visual rows, where a method needs it
 
     @property
     def L(self) -> int:
@@ -110,6 +112,7 @@ class Spliced:
             self.positions_BL[b, ahead:],
             None if self.bias_BL is None else self.bias_BL[b, ahead:],
             [y_BLD[b, ahead:] for y_BLD in self.added],
+            rank_L=None if self.rank_BL is None else self.rank_BL[b, ahead:],
         )
 
 
@@ -122,27 +125,31 @@ class Rows:
     bias_L: mx.array | None = None  # added to the attention a row gets
     added: Sequence[mx.array] = ()  # (L, D) each, as of `Spliced`
     runs: Sequence[tuple[int, int]] = ()  # (start, n) of the images among them
+    rank_L: mx.array | None = None  # `cls_rank_BN` of visual rows
 
     def __len__(self) -> int:
         return len(self.x_LD)
 
-    @property
-    def bias_or_zeros_L(self) -> mx.array:
-        return mx.zeros(len(self)) if self.bias_L is None else self.bias_L
+    def numbers(self, name: str) -> mx.array:
+        """`bias_L` or `rank_L`; zeros where there are none."""
+        numbers_L: mx.array | None = getattr(self, name)
+        return mx.zeros(len(self)) if numbers_L is None else numbers_L
 
     def part(self, begin: int, end: int) -> "Rows":
         """Rows `begin` to `end`."""
         rows = slice(begin, end)
         bias_L = None if self.bias_L is None else self.bias_L[rows]
         added = [y_LD[rows] for y_LD in self.added]
-        return Rows(self.x_LD[rows], self.positions_L[rows], bias_L, added)
+        rank_L = None if self.rank_L is None else self.rank_L[rows]
+        return Rows(self.x_LD[rows], self.positions_L[rows], bias_L, added, rank_L=rank_L)
 
     def reduced(self, kept: Reduction, bias_K: mx.array | None) -> "Rows":
         """An image's rows that stay, with what is added to the attention they get."""
         assert kept.index_BK is not None, "in the decoder every slot has its anchor"
         x_KD, index_K = kept.tokens(self.x_LD[None])[0], kept.index_BK[0]
         added = [kept.apply(y_LD[None])[0] for y_LD in self.added]
-        return Rows(x_KD, self.positions_L[index_K], bias_K, added, [(0, len(x_KD))])
+        rank_K = None if self.rank_L is None else self.rank_L[index_K]
+        return Rows(x_KD, self.positions_L[index_K], bias_K, added, [(0, len(x_KD))], rank_K)
 
     def renumbered(self, end_1: mx.array) -> "Rows":
         """With positions that count up to `end_1`, the same along every axis."""
@@ -210,7 +217,7 @@ def _image_rows(image: ImageSlots, start: int) -> Rows:
     """An image whose first placeholder stands at `start`; pooled slots are counted from there."""
     K = len(image.x_KD)
     index_K = mx.arange(K) if image.index_K is None else image.index_K
-    return Rows(image.x_KD, start + index_K, image.bias_K, runs=[(0, K)])
+    return Rows(image.x_KD, start + index_K, image.bias_K, runs=[(0, K)], rank_L=image.rank_K)
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:
@@ -218,15 +225,19 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
     if len(parts) == 1:
         return parts[0]
     starts = np.cumsum([0, *map(len, parts)]).tolist()
-    bias_L = None
-    if any(part.bias_L is not None for part in parts):
-        bias_L = mx.concatenate([part.bias_or_zeros_L for part in parts])
+
+    def joined(name: str) -> mx.array | None:
+        if all(getattr(part, name) is None for part in parts):
+            return None
+        return mx.concatenate([part.numbers(name) for part in parts])
+
     return Rows(
         mx.concatenate([part.x_LD for part in parts]),
         mx.concatenate([part.positions_L for part in parts]),
-        bias_L,
+        joined("bias_L"),
         [mx.concatenate(list(y)) for y in zip(*(part.added for part in parts), strict=True)],
         [(starts[i] + start, n) for i, part in enumerate(parts) for start, n in part.runs],
+        joined("rank_L"),
     )
 
 
@@ -247,18 +258,21 @@ def pad_prompts(
         pairs = zip(arrays, widths, strict=True)
         return mx.stack([mx.pad(x, width, constant_values=value) for x, width in pairs])
 
-    bias_BL = None
-    if any(rows.bias_L is not None for rows in prompts):
-        bias_BL = padded([rows.bias_or_zeros_L for rows in prompts])
+    def numbers(name: str) -> mx.array | None:
+        if all(getattr(rows, name) is None for rows in prompts):
+            return None
+        return padded([rows.numbers(name) for rows in prompts])
+
     return Spliced(
         padded([rows.x_LD for rows in prompts]),
         padded([rows.positions_L.astype(mx.int32) for rows in prompts], PADDING),
         next_B1,
         lengths,
         [list(rows.runs) for rows in prompts],
-        bias_BL,
+        numbers("bias_L"),
         [padded(layer) for layer in zip(*(rows.added for rows in prompts), strict=True)],
         (contiguous or policy == "renumber") and min(lengths) == L,
+        rank_BL=numbers("rank_L"),
     )
 
 

@@ -169,7 +169,7 @@ class VLM(ImageEncoder):
             batches = [self.project(batch, pipeline) for batch in batches]  # project
             batches, projected = prune(batches, budgets, Stage.PROJECTED)
             steps += [*features, *projected]
-        slots = image_slots(batches, pipeline.enhancer)
+        slots = image_slots(batches, pipeline)
         trace = Trace.of_images(steps, [self.N] * len(slots))
         policy = trace.policy(positions or pipeline.positions)
         spliced = splice(self.language.embed_tokens, prompts, slots, policy)  # splice

@@ -25,20 +25,24 @@ GROUP = "mlx_vlm_prune.pruners"  # of the entry points by which packages bring m
 # In the order in which they are listed.
 NAMES = """
     none random uniform avgpool downsample tome patch_norm kq_norm pixelprune docprune ipcv
-    illava_tower illava_decoder norm
-    similarity received_attention cls_attention visionzip vispruner prumerge prumerge_plus
-    hiprune prunesid holov global_local divprune salience_coverage zoo_prune cdpruner scope mmtok
-    apet fastv pyramiddrop sparsevlm dart v2drop vtw pact attention_pool score_prune mlp twig
-    restore
+    illava_tower illava_decoder flowcut window_merge
+    norm similarity received_attention cls_attention visionzip vispruner prumerge prumerge_plus
+    hiprune prunesid holov global_local divprune two_scales salience_coverage zoo_prune cdpruner
+    scope mmtok apet fastv pyramiddrop sparsevlm dual_attention lookahead dart v2drop vtw pact
+    attention_pool score_prune mlp twig restore
 """.split()
 METHODS = {name: Method.of(import_module(f".{name}", __name__)) for name in NAMES}
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half
 # depth and later; VScan selects and merges in the tower, then drops at half depth; iLLaVA keeps the
-# most attended in both, and takes what the others say into few of those.
+# most attended in both, and takes what the others say into few of those. MustDrop merges in the
+# tower, and drops in the decoder what neither words nor tower attend to. Hi-Lo Prune lets the first
+# layers read what pixels alone would keep.
 PRESETS = {
     "duet": "visionzip+pyramiddrop:start=0.5,stages=2",
     "vscan": "global_local+fastv:layer=0.5",
     "illava": "illava_tower+illava_decoder",
+    "mustdrop": "window_merge+dual_attention",
+    "hilo": "two_scales+lookahead",
 }
 
 __all__ = [

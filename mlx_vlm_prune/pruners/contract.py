@@ -64,6 +64,11 @@ class Signals:
     cls_key_BHd: mx.array
     queries_BNHd: mx.array
     keys_BNHd: mx.array
+    # Of the layer of the tower inside which tokens leave.
+    cls_row_BN: mx.array  # from CLS
+    values_BNHd: mx.array
+    cls_value_BHd: mx.array
+    accumulated_BN: mx.array  # a method's scores up to there, see `Method.accumulate`
     # Of the tower's input.
     pixels_BND: mx.array  # the pixels of each patch
     grey_BNP: mx.array  # the same as greys
@@ -78,6 +83,8 @@ class Signals:
     text_BTD: mx.array
     text_real_BT: mx.array  # False on padding
     # Of the decoder, at the layer whose input the tokens are.
+    cls_rank_BN: mx.array  # the share of the tokens that entered with more attention from CLS
+    entrance_BND: mx.array  # the tokens as the first layer reads them
     before_BND: mx.array  # the tokens one layer earlier, in a tower too
     normed_BND: mx.array  # the tokens after the final norm
     keys_BND: mx.array  # of the layer before, heads side by side

@@ -13,31 +13,40 @@ Shapes: B images, N tokens, K kept.
 import mlx.core as mx
 
 from .contract import Reduction, Signals, Stage
-from .numerics import after_step, choosing, fused
+from .numerics import after_step, choosing, constant, fused
 from .rows import cosine_rows, nearest_similarity
 
 stage = Stage.PROJECTED
-KEPT = -1.0  # in place of a kept token's distance; any other is at least 0, but for rounding
+# In place of a kept token's distance, here times the number of its step; any other is at least 0,
+# but for rounding.
+KEPT = -1.0
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    """Keep K. The K steps are one MLX graph, and read one row of distances each."""
+    """Keep K."""
     with choosing():
-        similar = cosine_rows(signals.x_BND)
-        score_BN = 1 - nearest_similarity(similar)
-        gap_BN = mx.full(score_BN.shape, 4, dtype=score_BN.dtype)  # to the nearest kept token
-        token_N = mx.arange(score_BN.shape[1], dtype=mx.uint32)
-        for step in range(1, K + 1):
-            i_B1 = mx.argmax(score_BN, axis=-1, keepdims=True)
-            gap_BN = gaps_after(gap_BN, similar.take(i_B1)[:, 0], i_B1, token_N)
-            score_BN = gap_BN
-            after_step(step, gap_BN)
-        return Reduction(index_BK=mx.argsort(gap_BN, axis=-1)[:, :K])  # stable: kept ones first
+        return Reduction(mx.sort(farthest(signals.x_BND, K), axis=-1))
+
+
+def farthest(x_BND: mx.array, K: int) -> mx.array:
+    """Greedily the K tokens farthest from one another, in the order of choice, (B, K). The K steps
+    are one MLX graph, and read one row of distances each."""
+    similar = cosine_rows(x_BND)
+    score_BN = 1 - nearest_similarity(similar)
+    gap_BN = mx.full(score_BN.shape, 4, dtype=score_BN.dtype)  # to the nearest kept token
+    token_N = mx.arange(score_BN.shape[1], dtype=mx.uint32)
+    for step in range(1, K + 1):
+        i_B1, mark = mx.argmax(score_BN, axis=-1, keepdims=True), constant(KEPT * step)
+        gap_BN = gaps_after(gap_BN, similar.take(i_B1)[:, 0], i_B1, token_N, mark)
+        score_BN = gap_BN
+        after_step(step, gap_BN)
+    return mx.argsort(gap_BN, axis=-1)[:, :K][:, ::-1]  # the last one kept is lowest
 
 
 @fused
 def gaps_after(
-    gap_BN: mx.array, similar_BN: mx.array, i_B1: mx.array, token_N: mx.array
-) -> mx.array:
-    """Distances to the nearest kept token when one more is kept."""
-    return mx.where(token_N == i_B1, KEPT, mx.minimum(gap_BN, 1 - similar_BN))
+    gap_BN: mx.array, similar_BN: mx.array, i_B1: mx.array, token_N: mx.array,
+    mark: mx.array | float = KEPT,
+) -> mx.array:  # fmt: skip
+    """Distances to the nearest kept token when one more is kept, which gets the mark."""
+    return mx.where(token_N == i_B1, mark, mx.minimum(gap_BN, 1 - similar_BN))

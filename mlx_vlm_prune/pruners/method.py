@@ -36,8 +36,14 @@ FUNCTIONS = {
     # they are then, to all, (B, N, D).
     "attends_to_all": ("layers",),
     "give_back": ("signals", "kept"),
+    # Of a tower, at each of the cuts: scores of all layers so far, (B, N); and, where `adapts` says
+    # so, how many of one image's tokens stay, with so many layers till the last cut.
+    "accumulate": ("signals",),
+    "adapts": (),
+    "left": ("signals", "K", "remaining"),
     "schedule": ("layers", "N", "K"),  # of a language model: {layer: tokens left}
     "probe": ("project", "features_BND"),  # of the projector: the signal `sensitivity_BN`
+    "entry_bias": ("signals", "K"),  # of a language model: added to the attention till its cut
     "attention_bias": ("signals", "kept"),  # of an enhancer: added to the attention, (B, K)
     "selected": ("K",),  # of an enhancer: how many of K slots the last selector chooses
     "complete": ("signals", "kept", "K"),  # of an enhancer: all K slots, where those are fewer
@@ -111,8 +117,12 @@ class Method:
     leaves: Callable[..., int] | None = None
     attends_to_all: Callable[..., range] = _no_layers
     give_back: Callable[..., Any] | None = None
+    accumulate: Callable[..., Any] | None = None
+    adapts: Callable[..., bool] = _never
+    left: Callable[..., int] | None = None
     schedule: Callable[..., Any] | None = None
     probe: Callable[..., Any] | None = None
+    entry_bias: Callable[..., Any] | None = None
     attention_bias: Callable[..., Any] | None = None
     selected: Callable[..., int] = _all_slots
     complete: Callable[..., Any] | None = None
@@ -199,7 +209,8 @@ class Method:
     def options(self) -> dict[str, Any]:
         """Names of the options, with their defaults."""
         optional = (self.cuts, self.leaves, self.give_back, self.schedule, self.chooser, self.probe)
-        functions = (*optional, self.attention_bias, self.attends_to_all, self.calibrates)
+        biases = (self.attention_bias, self.entry_bias)
+        functions = (*optional, *biases, self.attends_to_all, self.calibrates)
         return {
             parameter.name: parameter.default
             for function in functions

@@ -19,6 +19,8 @@ from .observed import observe
 
 # How many times as many tokens as the next method keeps an earlier one leaves: VScan's 96 for 64.
 EARLIER_STEP_FACTOR = 1.5
+# Of the tower, what signals of a decoder method are made of.
+FROM_TOWER = {"cls_rank": "cls_attention"}
 
 
 def layer_at(layer: float, depth: int) -> int:
@@ -63,6 +65,12 @@ class Pruner:
         return calibrates
 
     @property
+    def adapts(self) -> bool:
+        """Does an image decide how many of its tokens leave at a cut inside the tower?"""
+        adapts: bool = self.call(self.method.adapts)
+        return adapts
+
+    @property
     def has_dynamic_budget(self) -> bool:
         """Does each image get its own budget?"""
         return self.reference is not None or bool(self.options.get("dynamic"))
@@ -102,10 +110,13 @@ class Pruner:
         """
         values = {**self.method.options, **self.defaults, **self.options}
         step, last = int(bool(values.get("behind"))), layers - 1 + min(more, 1)
+        needs = self.method.needs
+        if self.stage is Stage.DECODER:
+            needs = {FROM_TOWER[name]: needs[name] for name in needs if name in FROM_TOWER}
         try:
             return {
                 name: None if option is None else min(layer_at(values[option], layers) + step, last)
-                for name, option in self.method.needs.items()
+                for name, option in needs.items()
                 if name not in ("grid", "text", "features", "sensitivity")
             }
         except UserError as e:
@@ -284,13 +295,17 @@ class Pipeline:
         """The signals that all steps together need of the tower, with their layers."""
         layer_of: dict[str, int | None] = {}
         for step in self.steps:
-            if step.stage is not Stage.DECODER:
-                for name, layer in step.signal_layers(layers, more).items():
-                    if layer_of.setdefault(name, layer) != layer:
-                        raise UserError(f"{self.spec}: {name} is needed of two different layers")
+            for name, layer in step.signal_layers(layers, more).items():
+                if layer_of.setdefault(name, layer) != layer:
+                    raise UserError(f"{self.spec}: {name} is needed of two different layers")
         if self.enhancer and self.at(Stage.ENCODER):
             layer_of["represented"] = None
         return layer_of
+
+    @property
+    def ranks_by_cls(self) -> bool:
+        """Does the decoder method need to know how much attention from CLS tokens got?"""
+        return bool(self.decoder and "cls_rank" in self.decoder.method.needs)
 
     def needs_signal(self, signal: str) -> bool:
         return any(signal in step.method.needs for step in self.steps)

@@ -26,7 +26,7 @@ def parse(
     Raises UserError for an unknown name or option, a value of the wrong type, or methods that do
     not chain.
     """
-    spec = presets.get(spec, spec)
+    spec = "+".join(presets.get(part, part) for part in spec.split("+"))
     pruners = [_parse_pruner(part, methods, presets, learned) for part in spec.split("+")]
     steps = tuple(p for p in pruners if p.stage is not Stage.ENHANCER)
     enhancers = [p for p in pruners if p.stage is Stage.ENHANCER]

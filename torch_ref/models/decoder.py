@@ -31,6 +31,7 @@ class PromptRows:
     bias_L: Tensor  # added to the attention a row gets
     first_bias_L: Tensor | None = None  # in the first layer, in place of `bias_L`
     distance_P: Tensor | None = None  # what rows add for one so far before them, while read
+    ranks: tuple[Tensor, ...] = ()  # of each image, where a step asks for it, `cls_rank_BN` (n,)
 
     @classmethod
     def of(cls, spliced: Spliced, b: int) -> "PromptRows":
@@ -41,6 +42,10 @@ class PromptRows:
         prompt = cls(
             x_1LD, position_1L, int(spliced.next_B[b]), spliced.runs[b], spliced.bias_BL[b, real_L]
         )
+        if spliced.rank_IK is not None:
+            first = sum(map(len, spliced.runs[:b]))
+            images = slice(first, first + len(spliced.runs[b]))
+            prompt = replace(prompt, ranks=tuple(spliced.rank_IK[images]))
         if spliced.first_bias_BL is None or spliced.distance_BP is None:
             return prompt
         first_L, distance_P = spliced.first_bias_BL[b, real_L], spliced.distance_BP[b]
@@ -100,7 +105,9 @@ def read_prompt(
     language: Any, prompt: PromptRows, grid: tuple[int, int], cuts: Cuts, observe: int | None = None
 ) -> PromptCache:
     """All layers, with fewer rows after each cut; the input of the layer `observe` is noted."""
-    before, entry, cache = prompt, prompt, PromptCache(prompt.x_1LD)
+    entry = prompt
+    prompt = replace(prompt, bias_L=prompt.bias_L + entry_bias(prompt, grid, cuts))
+    before, cache = prompt, PromptCache(prompt.x_1LD)
     for i in range(len(language.layers)):
         if i == observe:
             cache.observed = prompt
@@ -114,6 +121,20 @@ def read_prompt(
         before, prompt = prompt, cache.read_layer(language, i, prompt)
     cache.hidden_1LD = language.norm(prompt.x_1LD)
     return cache
+
+
+def entry_bias(prompt: PromptRows, grid: tuple[int, int], cuts: Cuts) -> Tensor:
+    """What a step adds, till its cut, to the attention that rows get, (L,)."""
+    bias_L = torch.zeros_like(prompt.bias_L)
+    if cuts.step is None or "entry_bias" not in vars(cuts.step.method) or not cuts.schedule:
+        return bias_L
+    left = cuts.schedule[min(cuts.schedule)]
+    for start, n in prompt.runs:
+        if left < n:
+            x_1nD = prompt.x_1LD[:, start : start + n].cpu()
+            image = Signals(x_1nD, grid, entrance_BND=x_1nD)
+            bias_L[start : start + n] = cuts.step.call("entry_bias", image, left)[0].to(bias_L)
+    return bias_L
 
 
 def step(language: Any, cache: PromptCache, token: int) -> Tensor:
@@ -163,10 +184,16 @@ def drop_rows(prompt: PromptRows, kept: list[Reduction], cuts: Cuts) -> PromptRo
     x_1LD = torch.cat([*xs, prompt.x_1LD[:, cursor:]], dim=1)
     position_1L = torch.cat([*positions, prompt.position_1L[:, cursor:]], dim=1)
     bias_L = torch.cat([*biases, prompt.bias_L[cursor:]])
+    ranks = tuple(
+        rank_n[reduction.index_BK[0]]
+        for rank_n, reduction in zip(prompt.ranks, kept, strict=bool(prompt.ranks))
+        if reduction.index_BK is not None
+    )
+    following = prompt.next
     if cuts.policy == "renumber":
-        count = x_1LD.shape[1]
-        return PromptRows(x_1LD, torch.arange(count)[None].to(x_1LD.device), count, runs, bias_L)
-    return PromptRows(x_1LD, position_1L, prompt.next, runs, bias_L)
+        following = x_1LD.shape[1]
+        position_1L = torch.arange(following)[None].to(x_1LD.device)
+    return PromptRows(x_1LD, position_1L, following, runs, bias_L, ranks=ranks)
 
 
 def kept_bias(prompt: PromptRows, image: slice, kept: Reduction, cuts: Cuts) -> Tensor:
@@ -201,6 +228,8 @@ def signals(
         Signals(
             now.x_1LD[:, image],
             grid,
+            cls_rank_BN=now.ranks[j][None] if now.ranks else None,
+            entrance_BND=entry.x_1LD[:, entry.runs[j][0] : sum(entry.runs[j])],
             before_BND=before.x_1LD[:, image],
             normed_BND=normed_1LD[:, image],
             text_BTD=normed_1LD[:, now.words_after(j)],

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mlx_vlm_prune.checkpoints.errors import UserError
 
-from ..pruners import Reduction, Step
+from ..pruners import Reduction, Signals, Step, entry
 
 
 class Prompt(Protocol):
@@ -38,6 +38,7 @@ class Spliced:
     first_bias_BL: Tensor | None = None  # in the first layer, in place of `bias_BL`
     distance_BP: Tensor | None = None  # what rows add for one so far before them, while read
     kept: Reduction | None = None  # of the images of all prompts
+    rank_IK: Tensor | None = None  # `cls_rank_BN` of theirs, where a step asks for it
 
     @property
     def adds_to_attention(self) -> bool:
@@ -122,6 +123,21 @@ def calibrated(spliced: Spliced, enhancer: Step | None, N: int) -> Spliced:
             first_BL[b, ahead + start : ahead + start + K] = calibration[0]
         rows.append(calibration[1] * bool(runs))
     return replace(spliced, first_bias_BL=first_BL, distance_BP=torch.stack(rows).to(first_BL))
+
+
+def with_ranks(spliced: Spliced, step: Step | None, encoded: Signals, kept: Reduction) -> Spliced:
+    """With the ranks of images' tokens, where a step between the layers asks for them."""
+    if step is None or "cls_rank" not in entry(step.method, "needs"):
+        return spliced
+    return replace(spliced, rank_IK=cls_ranks(encoded, kept))
+
+
+def cls_ranks(encoded: Signals, kept: Reduction) -> Tensor:
+    """What share of an image's kept tokens got more attention from CLS than each, (I, K)."""
+    assert kept.index_BK is not None
+    attention_IK = encoded.cls_attention_BN.take_along_dim(kept.index_BK, dim=1)
+    order_IK = attention_IK.argsort(dim=1, descending=True, stable=True)
+    return order_IK.argsort(dim=1) / order_IK.shape[1]
 
 
 def outside(runs: Sequence[tuple[int, int]], length: int) -> list[int]:

@@ -37,7 +37,7 @@ from ..pruners.attention_pool import AttentionPool
 from . import decoder
 from .language.minimind import MiniMind
 from .projector import merge_patches, vision_proj
-from .splice import Prompt, Spliced, calibrated, outside, splice, visible
+from .splice import Prompt, Spliced, calibrated, outside, splice, visible, with_ranks
 from .towers.vit import VisionTower
 
 
@@ -155,6 +155,7 @@ class VLM(nn.Module):
         if kept.index_BK is None:
             positions = "renumber"  # pooled slots have no place of their own
         spliced = splice(embed, prompts, visual_IKD, kept, positions, bias_IK)
+        spliced = with_ranks(spliced, step, encoded, kept_of_encoded)
         spliced = calibrated(spliced, enhancer, encoded.x_BND.shape[1])
         if step is None or step.K in (None, visual_IKD.shape[1]):
             return spliced, decoder.Cuts()
@@ -183,8 +184,12 @@ class VLM(nn.Module):
                 n = K
             if step.stage == "enhancer" and cuts:
                 want["represented"] = None
-            if step.stage not in ("decoder", "enhancer", "image"):
-                want |= signal_layers(step, layers, self.config.vision.layers_behind)
+            if step.stage not in ("enhancer", "image"):
+                wanted = signal_layers(step, layers, self.config.vision.layers_behind)
+                if step.stage == "decoder":  # whose other signals are not the tower's
+                    at = wanted.get("cls_rank")
+                    wanted = {"cls_attention": at} if "cls_rank" in wanted else {}
+                want |= wanted
         assert not cuts or self.config.merge == (1, 1), "patches that merge must all be there"
         encoded = self.tower(pixels_I3HW, want, cuts)
         kept = encoded.kept.after(kept, self.N) if encoded.kept else kept

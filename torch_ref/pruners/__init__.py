@@ -21,12 +21,13 @@ from .image_budgets import by_similarity
 
 NAMES = {
     "image": "downsample",
-    "encoder": "tome patch_norm kq_norm pixelprune docprune ipcv illava_tower",
+    "encoder": "tome patch_norm kq_norm pixelprune docprune ipcv illava_tower flowcut window_merge",
     "features": "none random uniform avgpool norm similarity received_attention cls_attention"
     " visionzip vispruner prumerge prumerge_plus hiprune prunesid attention_pool"
     " score_prune mlp salience_coverage scope apet",
-    "projected": "holov global_local divprune zoo_prune cdpruner mmtok",
-    "decoder": "fastv pyramiddrop sparsevlm dart v2drop vtw pact twig illava_decoder",
+    "projected": "holov global_local divprune two_scales zoo_prune cdpruner mmtok",
+    "decoder": "fastv pyramiddrop sparsevlm dual_attention lookahead dart v2drop vtw pact twig"
+    " illava_decoder",
     "enhancer": "restore",
 }
 STAGES: dict[str, dict[str, ModuleType]] = {
@@ -118,6 +119,11 @@ class Step:
         if len(budgets) > 1:
             raise UserError(f"images that keep {sorted(budgets)} are recomputed one at a time")
         return budgets.pop()
+
+    @property
+    def adapts(self) -> bool:
+        """Does an image decide how many of its tokens leave at a cut inside the tower?"""
+        return "adapts" in vars(self.method) and bool(self.call("adapts"))
 
     def call(self, function: str, *arguments: Any) -> Any:
         """Call one of the method's functions with the options that it takes, and with those that

@@ -28,6 +28,10 @@ class Signals:
     cls_key_BHd: Tensor
     queries_BNHd: Tensor
     keys_BNHd: Tensor
+    cls_row_BN: Tensor
+    values_BNHd: Tensor
+    cls_value_BHd: Tensor
+    accumulated_BN: Tensor
     pixels_BND: Tensor
     grey_BNP: Tensor
     patches_BND: Tensor
@@ -38,6 +42,8 @@ class Signals:
     place_BN: Tensor
     text_BTD: Tensor
     text_real_BT: Tensor
+    cls_rank_BN: Tensor
+    entrance_BND: Tensor
     before_BND: Tensor
     normed_BND: Tensor
     keys_BND: Tensor

@@ -8,10 +8,15 @@ from .numerics import cosine
 
 
 def prune(signals: Signals, K: int) -> Reduction:
-    return index_reduction(signals, [max_min_set(1 - cosine(x), K) for x in signals.x_BND])
+    distances = [1 - cosine(x_ND) for x_ND in signals.x_BND]
+    return index_reduction(signals, [max_min_set(distance_NN, K) for distance_NN in distances])
 
 
 def max_min_set(distance_NN: Tensor, K: int) -> list[int]:
+    return sorted(in_max_min_order(distance_NN, K))
+
+
+def in_max_min_order(distance_NN: Tensor, K: int) -> list[int]:
     """Each next token is the one whose nearest kept token is farthest."""
     nearest_N = distance_NN.clone().fill_diagonal_(torch.inf).min(dim=1).values
     kept = [int(nearest_N.argmax())]
@@ -19,4 +24,4 @@ def max_min_set(distance_NN: Tensor, K: int) -> list[int]:
         nearest_N = distance_NN[:, kept].min(dim=1).values
         nearest_N[kept] = -torch.inf
         kept.append(int(nearest_N.argmax()))
-    return sorted(kept)
+    return kept

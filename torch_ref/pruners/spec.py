@@ -12,8 +12,10 @@ from . import METHODS, Step
 PRESETS = {
     "duet": "visionzip+pyramiddrop:start=0.5,stages=2",
     "vscan": "global_local+fastv:layer=0.5",
+    "mustdrop": "window_merge+dual_attention",
+    "hilo": "two_scales+lookahead",
 }
-RENUMBERED = ("pyramiddrop", "sparsevlm")  # in their papers, positions count anew
+RENUMBERED = ("pyramiddrop", "sparsevlm", "dual_attention")  # in their papers, positions count anew
 EARLIER_STEP_FACTOR = 1.5  # of the budget, for each step of a chain that comes after
 
 
@@ -22,7 +24,8 @@ def parse_steps(spec: str, N: int, K: int) -> list[Step]:
 
     Raises UserError for an unknown name or option, or a value of the wrong kind.
     """
-    parsed = [_parse(part) for part in PRESETS.get(spec, spec).split("+")]
+    parts = [part for name in spec.split("+") for part in PRESETS.get(name, name).split("+")]
+    parsed = [_parse(part) for part in parts]
     reducing = [step for step in parsed if step.stage != "enhancer"]
     steps = []
     for i, step in enumerate(reducing):

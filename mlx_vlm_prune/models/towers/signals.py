@@ -13,6 +13,7 @@ from ...pruners.contract import Reduction, Signals, segment_sum
 from ...pruners.numerics import choice_dtype, choosing
 from ...pruners.rows import nearest_slots
 
+INSIDE = {"layer_attention", "cls_row", "values"}  # of the layer inside which tokens leave
 QUERY_CHUNK = 16  # queries whose attention is computed at once; MLX holds up to eight chunks
 MOST_HELD = 2**25  # numbers of attention in a chunk on a GPU, where a launch costs more than memory
 
@@ -80,8 +81,8 @@ class TowerPass:
         self.cuts, self.N = cuts, signals.x_BND.shape[1]
         self.kept: Reduction | None = None
         self.absent: Absent | None = None
-        needing = [cut for cut in cuts if "layer_attention" in cut.pruner.method.needs]
-        self.scored = {cut.layer for cut in needing}  # by the attention inside
+        needs = [(cut.layer, name) for cut in cuts for name in cut.pruner.method.needs]
+        self.inside = {(at, n) for at, n in needs if n in INSIDE}  # signals of layers with cuts
         if self.want.get("before") == 0:
             signals = signals.replace(before_BND=mx.zeros_like(signals.x_BND))
         if any(cut.pruner.is_proportional for cut in cuts):
@@ -99,7 +100,7 @@ class TowerPass:
     def cut(
         self, x_BSD: mx.array, layer: int, place: str, keys: dict[str, Any] | None = None
     ) -> mx.array:
-        """The tokens that stay, behind CLS. `keys`: queries and keys of this layer."""
+        """The tokens that stay, behind CLS. `keys`: what `read` returned of this layer."""
         for cut in self.cuts:
             if (cut.layer, cut.place) == (layer, place):
                 x_BSD = self._cut(x_BSD, cut, keys or {})
@@ -109,8 +110,11 @@ class TowerPass:
 
     def _cut(self, x_BSD: mx.array, cut: Cut, keys: dict[str, Any]) -> mx.array:
         x_BND = x_BSD[:, self.first :]
-        signals = self.signals.replace(x_BND=x_BND, **keys)
-        kept = cut.pruner(signals, cut.K)
+        signals = self._accumulated(cut.pruner, self.signals.replace(x_BND=x_BND, **keys))
+        K = self._left(cut, signals)
+        if x_BND.shape[1] == K:
+            return x_BSD
+        kept = cut.pruner(signals, K)
         if cut.whole or cut.gives_back:
             all_tokens = cut.pruner.call(cut.pruner.method.give_back, signals, kept)
             self.absent = Absent(cut, signals, all_tokens, self.kept)
@@ -139,6 +143,22 @@ class TowerPass:
         self.signals, self.kept = absent.signals, absent.kept
         return self._whole(absent, x_BSD)
 
+    def _accumulated(self, pruner: Any, signals: Signals) -> Signals:
+        """With the scores of all layers so far, where a method adds them up."""
+        if pruner.method.accumulate is None:
+            return signals
+        accumulated_BN = pruner.call(pruner.method.accumulate, signals)
+        self.signals = self.signals.replace(accumulated_BN=accumulated_BN)
+        return signals.replace(accumulated_BN=accumulated_BN)
+
+    def _left(self, cut: Cut, signals: Signals) -> int:
+        """How many tokens stay at a cut: as planned, or as the one image there decides."""
+        if not cut.pruner.adapts:
+            return cut.K
+        last = [other for other in self.cuts if other.pruner is cut.pruner][-1]
+        K: int = cut.pruner.call(cut.pruner.method.left, signals, last.K, last.layer - cut.layer)
+        return K
+
     def read(
         self,
         layer: int,
@@ -146,6 +166,7 @@ class TowerPass:
         k_BHSd: mx.array,
         windows: Sequence[mx.array] | None = None,
         all_queries: Callable[[], mx.array] | None = None,
+        v_BHSd: mx.array | None = None,
     ) -> dict[str, Any]:
         """Note the signals wanted of this layer; return its queries and keys by name.
 
@@ -155,7 +176,7 @@ class TowerPass:
         gets from all is taken for that from CLS, the mean query and key for CLS's.
         """
         names = {name for name, wanted_layer in self.want.items() if wanted_layer == layer}
-        names = names - {"before"} | ({"layer_attention"} if layer in self.scored else set())
+        names = names - {"before"} | {name for at, name in self.inside if at == layer}
         absent = self._absent_in(layer)
         if absent and names and all_queries:
             q_BHSd = all_queries()
@@ -166,6 +187,9 @@ class TowerPass:
         values: dict[str, Any] = {
             f"{name}_BNHd": keys[f"{name}_BNHd"] for name in names & {"keys", "queries"}
         }
+        if v_BHSd is not None and "values" in names:
+            values["values_BNHd"] = v_BHSd[:, :, self.first :].swapaxes(1, 2)
+            values["cls_value_BHd"] = v_BHSd[:, :, 0] if self.first else v_BHSd.mean(axis=2)
         values |= self._rows(names, q_BHSd, k_BHSd, windows)
         if absent:
             self.absent = replace(absent, signals=absent.signals.replace(**values))
@@ -183,7 +207,7 @@ class TowerPass:
             values["cls_query_BHd"] = q_BHSd[:, :, 0] if has_cls else q_BHSd.mean(axis=2)
         if "cls_key" in names:
             values["cls_key_BHd"] = k_BHSd[:, :, 0] if has_cls else k_BHSd.mean(axis=2)
-        rows = {"cls_attention", "local_attention"}
+        rows = {"cls_attention", "local_attention", "cls_row"}
         columns = {"received_attention", "object_attention", "layer_attention"}
         columns |= set() if has_cls else rows
         if has_cls and names & rows:
@@ -204,6 +228,21 @@ class TowerPass:
     def end(self, x_BSD: mx.array) -> Encoded:
         cls_BD = x_BSD[:, 0] if self.first else None
         return Encoded(self.signals.replace(x_BND=x_BSD[:, self.first :]), self.kept, cls_BD)
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Images that went through a tower one by one, as one batch."""
+    arrays = [part.signals.arrays for part in parts]
+    signals = {name: mx.concatenate([each[name] for each in arrays]) for name in arrays[0]}
+    reductions, cls = [part.kept for part in parts if part.kept], [part.cls_BD for part in parts]
+    kept = None
+    if reductions:
+        names, marks = reductions[0].parts, [one.is_finite for one in reductions]
+        rows = {name: mx.concatenate([one.parts[name] for one in reductions]) for name in names}
+        is_finite = mx.stack([mark for mark in marks if mark is not None]).all()
+        kept = Reduction(**rows, is_finite=is_finite)
+    cls_BD = mx.concatenate([one for one in cls if one is not None]) if cls[0] is not None else None
+    return Encoded(parts[0].signals.replace(**signals), kept, cls_BD)
 
 
 def _with_sizes(reduced: Signals, signals: Signals, kept: Reduction) -> Signals:

@@ -19,7 +19,7 @@ from mlx import nn
 from ...checkpoints.config import CLIPConfig, EncoderConfig, SiglipConfig
 from ...inputs.resample import shrink
 from ...pruners.contract import Signals
-from .signals import Cut, Encoded, TowerPass, patch_greys, patch_pixels
+from .signals import Cut, Encoded, TowerPass, joined, patch_greys, patch_pixels
 
 Activation = Callable[[mx.array], mx.array]
 
@@ -48,8 +48,8 @@ class Attention(nn.Module):
 
     def __call__(
         self, x_BSD: mx.array, mask: mx.array | str | None, attended_BSD: mx.array | None = None
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """What is read, and the queries and keys (B, H, S, d) it was read by.
+    ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """What is read, and the queries, keys and values (B, H, S, d) it was read by.
 
         `mask` is added to the logits, (B, H, S, S) or of one entry along an axis, or "causal".
         `attended_BSD` is what x attends to, where that is not x.
@@ -60,7 +60,8 @@ class Attention(nn.Module):
         y_BHSd = mx.fast.scaled_dot_product_attention(
             q_BHSd, k_BHSd, v_BHSd, scale=self.scale, mask=mask
         )
-        return self.out_proj(y_BHSd.swapaxes(1, 2).reshape(x_BSD.shape)), q_BHSd, k_BHSd
+        y_BSD = self.out_proj(y_BHSd.swapaxes(1, 2).reshape(x_BSD.shape))
+        return y_BSD, q_BHSd, k_BHSd, v_BHSd
 
 
 def quick_gelu(x: mx.array) -> mx.array:
@@ -158,20 +159,18 @@ class VisionTower(nn.Module):
 
         `want` maps the names of signals to the layer they are read at, counted from 0, or
         from -1 backwards. At each of `cuts` tokens leave, and later layers see fewer. Where a
-        method asks for a CLS that is not there, the mean patch stands in for it.
+        method asks for a CLS that is not there, the mean patch stands in for it. Where an image
+        decides how many of its tokens leave, each goes through alone.
         """
+        if len(pixels_BHW3) > 1 and any(cut.pruner.adapts for cut in cuts):
+            images = range(len(pixels_BHW3))
+            return joined([self(pixels_BHW3[b : b + 1], want, cuts) for b in images])
         size, want = self.config.patch_size, want or {}
         grid = pixels_BHW3.shape[1] // size, pixels_BHW3.shape[2] // size
         patches_BND = self.embeddings.patch_embedding(pixels_BHW3).flatten(1, 2)
         x_BSD = self.embeddings(patches_BND, grid)
         x_BSD = self.pre_layrnorm(x_BSD) if self.has_cls else x_BSD
-        entrance: dict[str, Any] = {}
-        if "patches" in want:
-            entrance["patches_BND"] = patches_BND
-        if "pixels" in want:
-            entrance["pixels_BND"] = patch_pixels(pixels_BHW3, size)
-        if "grey" in want:
-            entrance["grey_BNP"] = patch_greys(pixels_BHW3, size)
+        entrance = _entrance(want, patches_BND, pixels_BHW3, size)
         layers, x_BND = self.encoder.layers[: self.config.depth], x_BSD[:, int(self.has_cls) :]
         tower_pass = TowerPass(
             Signals(x_BND, grid, **entrance), want, len(layers), cuts, self.has_cls
@@ -188,6 +187,20 @@ class VisionTower(nn.Module):
         return tower_pass.end(self.post_layernorm(x_BSD) if is_normed else x_BSD)
 
 
+def _entrance(
+    want: Mapping[str, int | None], patches_BND: mx.array, pixels_BHW3: mx.array, size: int
+) -> dict[str, Any]:
+    """The signals of the tower's input that are wanted; patches have so many rows and columns."""
+    entrance: dict[str, Any] = {}
+    if "patches" in want:
+        entrance["patches_BND"] = patches_BND
+    if "pixels" in want:
+        entrance["pixels_BND"] = patch_pixels(pixels_BHW3, size)
+    if "grey" in want:
+        entrance["grey_BNP"] = patch_greys(pixels_BHW3, size)
+    return entrance
+
+
 def _attend(
     tower_pass: TowerPass, number: int, layer: EncoderLayer, x_BSD: mx.array
 ) -> tuple[mx.array, dict[str, Any]]:
@@ -195,10 +208,10 @@ def _attend(
     attention, mask = layer.self_attn, key_mask(tower_pass.bias_BS, x_BSD.dtype)
     attended_BSD, normed_BSD = tower_pass.attended(x_BSD, number), layer.layer_norm1(x_BSD)
     if attended_BSD is x_BSD:
-        y_BSD, q_BHSd, k_BHSd = attention(normed_BSD, mask)
-        return y_BSD, tower_pass.read(number, q_BHSd, k_BHSd)
+        y_BSD, q_BHSd, k_BHSd, v_BHSd = attention(normed_BSD, mask)
+        return y_BSD, tower_pass.read(number, q_BHSd, k_BHSd, v_BHSd=v_BHSd)
     attended_BSD = layer.layer_norm1(attended_BSD)
-    y_BSD, q_BHSd, k_BHSd = attention(normed_BSD, mask, attended_BSD)
+    y_BSD, q_BHSd, k_BHSd, _ = attention(normed_BSD, mask, attended_BSD)
     every = partial(attention.project_queries, attended_BSD)
     return y_BSD, tower_pass.read(number, q_BHSd, k_BHSd, all_queries=every)
 

@@ -75,6 +75,13 @@ class Encoded:
             values |= {f"{name}_BN": column for name, column in columns.items() if name in names}
         return replace(self, signals=self.signals.replace(**values))
 
+    def accumulated(self, step: Step, **keys: Any) -> "Encoded":
+        """With the scores that a step adds up from layer to layer."""
+        if "accumulate" not in vars(step.method):
+            return self
+        accumulated_BN = step.call("accumulate", self.signals.replace(**keys))
+        return replace(self, signals=self.signals.replace(accumulated_BN=accumulated_BN))
+
     def cut(self, step: Step, K: int, **keys: Any) -> "Encoded":
         """After a step that leaves K tokens."""
         kept = reduce(step.name, self.signals.replace(**keys), K, **step.options)
@@ -132,6 +139,30 @@ def represented_by(kept: Reduction, signals: Signals) -> Tensor:
     return counts_BK
 
 
+def inside_layer(run: Encoded, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """What a cut between attention and MLP may read beside queries and keys."""
+    attention_BSS = attention(q, k, run.bias_B11S)
+    row_BS = attention_BSS[:, 0] if run.first else attention_BSS.mean(1)
+    return {
+        "values_BNHd": v[:, :, run.first :].transpose(1, 2),
+        "cls_value_BHd": v[:, :, 0] if run.first else v.mean(2),
+        "cls_row_BN": row_BS[:, run.first :],
+    }
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Images that went through the tower one by one, as one batch."""
+    first, values = parts[0], [vars(part.signals) for part in parts]
+    tensors = [name for name, value in values[0].items() if isinstance(value, Tensor)]
+    signals = first.signals.replace(**{n: torch.cat([each[n] for each in values]) for n in tensors})
+    kept = None
+    if first.kept is not None:
+        fields = [vars(part.kept) for part in parts]
+        names = [name for name, value in fields[0].items() if value is not None]
+        kept = Reduction(**{name: torch.cat([each[name] for each in fields]) for name in names})
+    return Encoded(signals, kept, torch.cat([part.cls_BCD for part in parts]), first.N)
+
+
 def enter(
     x_BSD: Tensor,
     first: int,
@@ -168,10 +199,12 @@ def attend(run: Encoded, layer: Any, names: set[str], is_whole: bool) -> tuple[E
     `is_whole`, tokens that left take part in it, and then leave again."""
     taking_part = run.whole if is_whole else run
     x_BSD = taking_part.x_BSD
-    y_BSD, q, k = layer.self_attn(layer.layer_norm1(x_BSD), taking_part.bias_B11S)
+    y_BSD, q, k, v = layer.self_attn(layer.layer_norm1(x_BSD), taking_part.bias_B11S)
     by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
     keys = {name: vectors[:, run.first :] for name, vectors in by_token.items()}
-    read = taking_part.with_tokens(x_BSD + y_BSD).read(names, keys, q, k)
+    if "values" in names:
+        keys |= inside_layer(taking_part, q, k, v)
+    read = taking_part.with_tokens(x_BSD + y_BSD).read(names - {"values"}, keys, q, k)
     if not is_whole:
         return read, keys
     assert run.away is not None
@@ -179,6 +212,22 @@ def attend(run: Encoded, layer: Any, names: set[str], is_whole: bool) -> tuple[E
     stayed_BKD = read.signals.x_BND.take_along_dim(run.away.index_BK[..., None], dim=1)
     x_BSD = torch.cat([read.cls_BCD, stayed_BKD], dim=1)
     return replace(run.with_tokens(x_BSD), away=replace(run.away, before=before)), keys
+
+
+def left_at(
+    run: Encoded,
+    cuts: Sequence[tuple[int, str, int, Step]],
+    cut: tuple[int, int, Step],
+    keys: dict[str, Tensor],
+) -> int:
+    """How many tokens stay at a cut: as planned, or as the image says."""
+    layer, K, step = cut
+    if not step.adapts:
+        return K
+    of_step = [(at, left) for at, _, left, other in cuts if other is step]
+    last, final = max(at for at, _ in of_step), min(left for _, left in of_step)
+    stays: int = step.call("left", run.signals.replace(**keys), final, last - layer)
+    return stays
 
 
 def run_layers(
@@ -207,11 +256,12 @@ def run_layers(
         names = {name for name, at in want.items() if at in (i, i - len(layers))} - {"before"}
         is_whole = run.away is not None and run.away.takes_part(i, len(layers), bool(names))
         if any((at, place) == (i, "middle") for at, place, *_ in cuts):
-            names = names | {"layer_attention"} & set(want)
+            names = names | {"layer_attention", "values"} & set(want)
         run, keys = attend(run, layer, names, is_whole)
         for at, place, K, step in cuts:
             if (at, place) == (i, "middle"):
-                run = run.cut(step, K, **keys)
+                run = run.accumulated(step, **keys)
+                run = run.cut(step, left_at(run, cuts, (i, K, step), keys), **keys)
         x_BSD = run.x_BSD
         run = run.with_tokens(x_BSD + layer.mlp(layer.layer_norm2(x_BSD)))
     return run.whole if run.away is not None and run.away.step.gives_back else run

@@ -20,7 +20,7 @@ from mlx_vlm_prune.checkpoints.config import CLIPConfig, SiglipConfig
 from mlx_vlm_prune.checkpoints.errors import UserError
 
 from ...pruners import Step
-from .signals import Encoded, enter, run_layers
+from .signals import Encoded, enter, joined, run_layers
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -37,14 +37,16 @@ class Attention(nn.Module):
     def split(self, x_BSD: Tensor) -> Tensor:
         return x_BSD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x_BSD: Tensor, bias_B11S: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What is read, and the queries and keys (B, H, S, d) it was read by.
+    def forward(
+        self, x_BSD: Tensor, bias_B11S: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What is read, and the queries, keys and values (B, H, S, d) it was read by.
 
         `bias_B11S` is the log of how many patches each token stands for.
         """
         q, k, v = (self.split(p(x_BSD)) for p in (self.q_proj, self.k_proj, self.v_proj))
         y_BHSd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_B11S)
-        return self.out_proj(y_BHSd.transpose(1, 2).flatten(-2)), q, k
+        return self.out_proj(y_BHSd.transpose(1, 2).flatten(-2)), q, k, v
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -128,6 +130,8 @@ class VisionTower(nn.Module):
         in its "middle", K, step) the step leaves K tokens. Raises UserError for a layer
         that does not exist.
         """
+        if len(pixels_B3HW) > 1 and any(step.adapts for *_, step in cuts):
+            return joined([self(pixels_13HW, want, cuts) for pixels_13HW in pixels_B3HW.split(1)])
         patches_BDHW = self.embeddings.patch_embedding(pixels_B3HW)
         grid = (patches_BDHW.shape[2], patches_BDHW.shape[3])
         patches_BND = patches_BDHW.flatten(2).mT
@@ -141,7 +145,7 @@ class VisionTower(nn.Module):
         run = run_layers(self.encoder.layers[:depth], run, want or {}, cuts)
         if behind := {name for name, at in (want or {}).items() if at == depth}:
             layer: Any = self.encoder.layers[depth]
-            _, q, k = layer.self_attn(layer.layer_norm1(run.x_BSD), None)
+            _, q, k, _ = layer.self_attn(layer.layer_norm1(run.x_BSD), None)
             by_token = {"queries_BNHd": q.transpose(1, 2), "keys_BNHd": k.transpose(1, 2)}
             run = run.read(behind, {n: t[:, run.first :] for n, t in by_token.items()}, q, k)
         is_normed = isinstance(self.config, SiglipConfig) and self.config.post_norm
