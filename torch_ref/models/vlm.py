@@ -152,11 +152,10 @@ class VLM(nn.Module):
         enhancer, step = of_stage.get("enhancer"), of_stage.get("decoder")
         bias_IK = added_bias(enhancer, encoded, kept_of_encoded)
         kept = kept_of_encoded.after(kept, self.N)
-        if kept.index_BK is None:
-            positions = "renumber"  # pooled slots have no place of their own
+        positions = "renumber" if kept.index_BK is None else positions  # pooled slots stand nowhere
         spliced = splice(embed, prompts, visual_IKD, kept, positions, bias_IK)
-        spliced = with_ranks(spliced, step, encoded, kept_of_encoded)
         spliced = calibrated(spliced, enhancer, encoded.x_BND.shape[1])
+        spliced = with_ranks(spliced, step, encoded, kept_of_encoded)
         if step is None or step.K in (None, visual_IKD.shape[1]):
             return spliced, decoder.Cuts()
         schedule = step.call("schedule", len(self.language.layers), visual_IKD.shape[1], step.K)
