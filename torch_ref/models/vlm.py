@@ -184,11 +184,7 @@ class VLM(nn.Module):
             if step.stage == "enhancer" and cuts:
                 want["represented"] = None
             if step.stage not in ("enhancer", "image"):
-                wanted = signal_layers(step, layers, self.config.vision.layers_behind)
-                if step.stage == "decoder":  # whose other signals are not the tower's
-                    at = wanted.get("cls_rank")
-                    wanted = {"cls_attention": at} if "cls_rank" in wanted else {}
-                want |= wanted
+                want |= signal_layers(step, layers, self.config.vision.layers_behind)
         assert not cuts or self.config.merge == (1, 1), "patches that merge must all be there"
         encoded = self.tower(pixels_I3HW, want, cuts)
         kept = encoded.kept.after(kept, self.N) if encoded.kept else kept

@@ -180,4 +180,6 @@ def signal_layers(step: Step, layers: int, more: int = 0) -> dict[str, int | Non
             number = layer_at(step.options.get(option, names[option].default), layers)
             is_there = number + 1 < layers or more > 0
             layer_of[name] = number + 1 if behind and is_there else number
+    if step.stage == "decoder":  # of whose signals one alone comes from the tower
+        return {"cls_attention": layer_of["cls_rank"]} if "cls_rank" in layer_of else {}
     return layer_of
