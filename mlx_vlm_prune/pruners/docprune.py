@@ -8,7 +8,10 @@ The paper drops every patch with little ink (on its pages 36 %), so that the pic
 many stay; here the budget does. Ahead of another method the share 0.64 stays.
 
 A level is one of 255 of a picture's grey. What the tower is given is scaled and shifted, for each
-channel; a level is then 0.0146 for CLIP's deviations, and 0.0078 for SigLIP's.
+channel; a level is then 0.0146 for CLIP's deviations, and 0.0078 for SigLIP's. The paper's
+tolerance is 1, for clean pages. By 16 a page with grain has a background, too: of 36 drawn pages
+with noise of up to 6 levels 87 % of the patches were background, by 1 it was 9 %, and the 16 % with
+the most ink held all print, by 1 it was 82 % of it.
 
 No code of the authors is public.
 
@@ -43,14 +46,14 @@ def leaves(N: int, K: int, *, share: float = 0.64) -> int:
     return max(K, int(share * N))
 
 
-def prune(signals: Signals, K: int, *, level: float = LEVEL, tolerance: int = 1) -> Reduction:
+def prune(signals: Signals, K: int, *, level: float = LEVEL, tolerance: int = 16) -> Reduction:
     """Keep the K with the most ink."""
     with choosing():
         ink_BN = ink(signals.grey_BNP, level, tolerance)
         return Reduction(keep_highest(ink_BN, K), score_BN=ink_BN)
 
 
-def ink(grey_BNP: mx.array, level: float = LEVEL, tolerance: int = 1) -> mx.array:
+def ink(grey_BNP: mx.array, level: float = LEVEL, tolerance: int = 16) -> mx.array:
     """The share of each patch's pixels that are not of the background, (B, N). Raises ValueError;
     called under `choosing()`."""
     if not level > 0 or tolerance < 0:

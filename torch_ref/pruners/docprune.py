@@ -23,7 +23,7 @@ def leaves(N: int, K: int, share: float = 0.64) -> int:
     return max(K, int(N * share))
 
 
-def prune(signals: Signals, K: int, level: float = LEVEL, tolerance: int = 1) -> Reduction:
+def prune(signals: Signals, K: int, level: float = LEVEL, tolerance: int = 16) -> Reduction:
     level_BNP = (signals.grey_BNP.double().round(decimals=12) / level).round().long()
     return Reduction(keep_highest(torch.stack([ink(x, tolerance) for x in level_BNP]), K))
 
