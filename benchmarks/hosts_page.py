@@ -23,6 +23,11 @@ With all tokens kept every family answers as mlx-vlm alone does, bit for bit. Wi
 answers as a model that reads the short sequence without a cache, to 1e-4 of log probabilities. Both
 hold when prompts are read in pieces, in batches and in blocks of `pruned()`.
 
+Methods between the tower's layers (`tome`, `ipcv` and the others of the stage `encoder`) run the
+tower from here, layer by layer. Where m x m patches become one visual token, they leave or merge
+together, as one long token. Their rotation, their place in a window of attention and what DeepStack
+adds go along. The result is that of a loop over the tower's tokens, to 1e-4.
+
 A prompt of any family may have several images. With several images FastVLM, LLaVA-NeXT and
 PaliGemma answer differently from mlx-vlm alone, which puts words in wrong places, reads only the
 first image or refuses the second ([faults](upstream/mlx-vlm-faults.md)). Here they answer as a
@@ -50,7 +55,7 @@ COLUMNS: dict[str, Callable[[Family], str | None]] = {
 EVERYWHERE = f"""\
 ## In no family
 
-- `downsample`, `pixelprune`: {SHRINKS_IMAGE}.
+- `downsample`: {SHRINKS_IMAGE}.
 - `restore:published`: it adds something else in each layer, and mlx-vlm's layers share a mask.
 - A method between the language model's layers in batches, `serve` and folders of `prune-into`:
   layers with different numbers of rows share no mask. In a block of `pruned()` a prompt is read

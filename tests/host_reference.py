@@ -6,6 +6,7 @@ model without a cache over the whole sequence.
 Shapes: N visual tokens of an image, L rows, D features, V words.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,6 +16,7 @@ from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.hosts.prompt import PrunedPrompt, encode_images_and_text, prune_prompt
+from mlx_vlm_prune.hosts.views import View
 from mlx_vlm_prune.pruners import METHODS, plan
 
 from . import host_models
@@ -33,9 +35,12 @@ def prompt(models, name: str, images: int | None = None) -> PreparedInputs:
 def reduced(model, inputs: PreparedInputs, spec: str, ratio: float, positions=None) -> PrunedPrompt:
     host, pipeline = host_of(model), plan(spec)
     policy = check_pipeline(host, pipeline, positions)
-    views = encode_images_and_text(host, inputs, pipeline)
-    K = [max(1, int(view.signals.x_BND.shape[1] * ratio)) for view in views]
-    return prune_prompt(host, inputs, views, pipeline, K, policy)
+
+    def budgets(views: Sequence[View]) -> list[int]:
+        return [max(1, int(view.N * ratio)) for view in views]
+
+    views = encode_images_and_text(host, inputs, pipeline, budgets)
+    return prune_prompt(host, inputs, views, pipeline, budgets(views), policy)
 
 
 def encoded(model, inputs: PreparedInputs, spec: str):

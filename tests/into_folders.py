@@ -4,7 +4,7 @@ Shapes: L rows of the prompt, T tokens, V words.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.hosts.prompt import encode_images_and_text, prune_prompt, share_budget
+from mlx_vlm_prune.hosts.views import View
 from mlx_vlm_prune.inputs.budget import budget
 from mlx_vlm_prune.pruners import plan
 
@@ -121,12 +122,16 @@ def ours(
     pipeline = plan(spec)
     host = host_of(model)
     policy = check_pipeline(host, pipeline, None)
-    views = encode_images_and_text(host, inputs, pipeline)
-    budgets: list[int] = []
-    for image in range(1 + max(view.image for view in views)):
-        sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
-        budgets += share_budget(budget(sum(sizes), ratio, tokens, pipeline), sizes)
-    short = prune_prompt(host, inputs, views, pipeline, budgets, policy)
+
+    def budgets(views: Sequence[View]) -> list[int]:
+        parts: list[int] = []
+        for image in range(1 + max(view.image for view in views)):
+            sizes = [view.N for view in views if view.image == image]
+            parts += share_budget(budget(sum(sizes), ratio, tokens, pipeline), sizes)
+        return parts
+
+    views = encode_images_and_text(host, inputs, pipeline, budgets)
+    short = prune_prompt(host, inputs, views, pipeline, budgets(views), policy)
     return decoded(model, short.arguments)
 
 

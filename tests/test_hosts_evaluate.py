@@ -21,7 +21,7 @@ from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import host_of
 from mlx_vlm_prune.hosts.families.llava import LlavaHost
 from mlx_vlm_prune.hosts.prefill import HostPrefill, prefill_through_cuts
-from mlx_vlm_prune.hosts.prompt import budgets_by_view, encode_images_and_text, prune_prompt
+from mlx_vlm_prune.hosts.prompt import ImageBudget, encode_images_and_text, prune_prompt
 from mlx_vlm_prune.pruners import plan
 
 from . import host_folders
@@ -30,7 +30,8 @@ from .host_models import KINDS
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 BEHIND = ("none", "divprune", "avgpool", "received_attention", "cdpruner")
 DEEP = [(kind, spec) for kind in ("llava", "qwen2_5_vl", "qwen3_vl") for spec in ("fastv", "vtw")]
-CASES = [(kind, spec) for kind in KINDS for spec in BEHIND] + DEEP
+INSIDE = [(kind, "tome") for kind in ("llava", "idefics3", "qwen2_5_vl", "qwen3_vl")]
+CASES = [(kind, spec) for kind in KINDS for spec in BEHIND] + DEEP + INSIDE
 RIGHT_IDS, MAX_TOKENS, END = [7, 3, 21, 63], 5, 63
 NAMES = ("llava", "qwen2_5_vl")
 
@@ -55,9 +56,10 @@ def by_mlx_vlm(model, inputs, spec: str, forced=()) -> tuple[list[int], float]:
         return mx.array([left.pop(0)]) if left else mx.argmax(logprob_1V, axis=-1)
 
     policy = check_pipeline(host, pipeline, None)
+    by_view = ImageBudget(keep_ratio(spec)).by_view(pipeline)
     with host.preserve_state():
-        views = encode_images_and_text(host, inputs, pipeline)
-        budgets = budgets_by_view(views, keep_ratio(spec), None, pipeline)
+        views = encode_images_and_text(host, inputs, pipeline, by_view)
+        budgets = by_view(views)
         prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
         prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy)
         rest = dict(prompt.arguments) | ({"prompt_cache": prompt.cache} if prompt.cache else {})
@@ -160,20 +162,28 @@ def command(home, name: str, out, *more: str) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_has_shares_of_images_that_differ_in_size(home, name, tmp_path, capsys):
     out = tmp_path / "e.json"
-    specs = [part for spec in ("norm", "fastv", "tome") for part in ("--pruner", spec)]
+    specs = [
+        part for spec in ("norm", "kq_norm", "fastv", "downsample") for part in ("--pruner", spec)
+    ]
     evaluate.main(command(home, name, out, "--keep-ratio", "0.75", *specs))
     result, model = json.loads(out.read_text()), load(home / name)
     sizes = [16, 16] if name == "llava" else [6, 20]  # LLaVA's pictures are all made alike
-    assert [row["pruner"] for row in result["rows"]] == ["none", "random", "norm", "fastv"]
+    assert [row["pruner"] for row in result["rows"]] == [
+        "none",
+        "random",
+        "norm",
+        "kq_norm",
+        "fastv",
+    ]
     for row in result["rows"]:
         kept = [N if row["pruner"] == "none" else N * 3 // 4 for N in sizes]
         assert (row["of"], row["tokens"]) == (sum(sizes) / 2, round(sum(kept) / 2))
         assert np.isfinite(row["logprob"])
     why = result["refused"][0]["why"]
-    assert result["refused"][0]["pruner"] == "tome" and "between the tower's layers" in why
+    assert result["refused"][0]["pruner"] == "downsample" and "the pixels fewer" in why
     shown = capsys.readouterr().out
-    assert "Not asked: tome with 75% of the tokens" in shown and "the mean over all" in shown
-    for spec, loyal in (("none", 1.0), ("norm", None)):
+    assert "Not asked: downsample with 75% of the tokens" in shown and "the mean over all" in shown
+    for spec, loyal in (("none", 1.0), ("norm", None), ("kq_norm", None)):
         same = [
             generate(*model, f"w{n + 7} w9", image=home / f"{'ab'[n % 2]}.png", pruner=spec,
                      keep_ratio=keep_ratio(spec) if spec == "none" else 0.75, max_tokens=3).text
@@ -282,9 +292,10 @@ def test_the_default_methods_are_those_that_can_prune_the_model():
     names = host_answers.default_methods(host_of(KINDS["llava"].make()))
     assert {"random", "divprune", "cls_attention", "fastv", "vtw", "divprune+restore"} <= {*names}
     assert "none+restore" not in names
-    assert not {"tome", "none", "twig", "mlp", "restore", "downsample"} & {*names}
+    assert {"tome", "kq_norm", "patch_norm", "tome+restore"} <= {*names}
+    assert not {"none", "twig", "mlp", "restore", "downsample"} & {*names}
     assert {"sparsevlm", "pact"} <= {*names}
-    assert "fastv" not in host_answers.default_methods(host_of(KINDS["pixtral"].make()))
+    assert not {"fastv", "tome"} & {*host_answers.default_methods(host_of(KINDS["pixtral"].make()))}
     refusing = host_answers.default_methods(host_of(KINDS["paligemma"].make()))
     assert "divprune" in refusing and "divprune+restore" not in refusing
 

@@ -87,17 +87,10 @@ def test_pictures_of_which_nobody_knows_whose_they_are_are_refused(models):
         encoded(model, replace(inputs, pixels=three), "none")
 
 
-@pytest.mark.parametrize(
-    "spec, reason",
-    [
-        ("tome", "between the tower's layers"),
-        ("downsample", "resize_shape makes the picture smaller"),
-    ],
-)
 @pytest.mark.parametrize("name", KINDS)
-def test_what_cannot_work_is_refused_by_name_with_the_reason(models, name, spec, reason):
-    with pytest.raises(UserError, match=reason):
-        check_pipeline(host_of(models(name)), plan(spec), None)
+def test_what_cannot_work_is_refused_by_name_with_the_reason(models, name):
+    with pytest.raises(UserError, match="resize_shape makes the picture smaller"):
+        check_pipeline(host_of(models(name)), plan("downsample"), None)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in MROPE])

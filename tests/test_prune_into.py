@@ -22,6 +22,7 @@ from convert.describe import as_text, describe
 from mlx_vlm_prune import generate, load, pruned
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.mlx_vlm_folder import RECORD
+from mlx_vlm_prune.hosts.families import FAMILIES
 from mlx_vlm_prune.hosts.prepared_inputs import PreparedInputs
 from mlx_vlm_prune.hosts.pruned_folder import prune_into
 
@@ -56,6 +57,12 @@ CASES = [
         else EVERYWHERE + READERS + (WITH_CLS if kind in CLS else [])
     )
     for called in (["ratio"] if spec in READERS else BUDGETS)
+]
+INSIDE = [kind for kind in KINDS if FAMILIES[kind].why_no_encoder_methods is None]
+CASES += [
+    (kind, spec, called)
+    for kind in INSIDE
+    for spec, called in {"tome": "ratio", "kq_norm": "tokens"}.items()
 ]
 
 

@@ -44,7 +44,6 @@ BUDGET = ("--keep-ratio", "0.5")
         (["--pruner", "none", *BUDGET], "none prunes nothing"),
         (["--pruner", "fastv", *BUDGET], "fastv cannot be written into a checkpoint: it works"),
         (["--pruner", "divprune+fastv", *BUDGET], "between the language model's layers"),
-        (["--pruner", "tome", *BUDGET], "it works between the tower's layers"),
         (["--pruner", "downsample", *BUDGET], "it makes the picture smaller"),
         (["--pruner", "norm+fastv+restore", *BUDGET], "fastv cannot be written"),
         (["--pruner", "norm+restore:published", *BUDGET], "mlx-vlm's share a mask"),

@@ -164,7 +164,7 @@ def test_a_model_is_not_pruned_twice_at_once(models):
         ({"pruner": "cls_attention:layer=9"}, "there are layers 0 to 2"),
         ({"positions": "keep"}, "counts the rows"),
         ({"positions": "foo"}, "it is keep or renumber"),
-        ({"pruner": "tome"}, "between the tower's layers"),
+        ({"pruner": "downsample"}, "it makes the pixels fewer"),
         ({"pruner": "fastv+restore"}, "share no mask"),
         ({"pruner": "nonsuch"}, "no pruner is called"),
     ],

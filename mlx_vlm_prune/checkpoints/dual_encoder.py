@@ -87,7 +87,9 @@ def read_dual_encoder(folder: Path) -> tuple[DualEncoderConfig, dict[str, RawTen
     whole = read_json(file)
     kind = whole.get("model_type")
     if kind is None:
-        raise UserError(f"{file} has no model_type, so it is no whole CLIP or SigLIP (clip, siglip)")
+        raise UserError(
+            f"{file} has no model_type, so it is no whole CLIP or SigLIP (clip, siglip)"
+        )
     if kind in HALVES:
         raise UserError(f"{folder} is a {kind}, one half; a whole CLIP or SigLIP has both towers")
     if kind not in [*TITLES]:

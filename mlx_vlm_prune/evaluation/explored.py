@@ -113,10 +113,10 @@ class HostReader:
         placeholder, ids = host.image_token_id(inputs), inputs.ids
         last = max((i for i, token in enumerate(ids) if token == placeholder), default=-1)
         with host.preserve_state(), generation_stream():
-            views = host_prompt.encode_images_and_text(host, inputs, pipeline)
-            budgets = host_prompt.budgets_by_view(
-                views, request.keep_ratio, request.keep_tokens, pipeline
-            )
+            budget = host_prompt.ImageBudget(request.keep_ratio, request.keep_tokens)
+            by_view = budget.by_view(pipeline)
+            views = host_prompt.encode_images_and_text(host, inputs, pipeline, by_view)
+            budgets = by_view(views)
             prompt = host_prompt.prune_prompt(host, inputs, views, pipeline, budgets, policy)
             prompt = prefill_through_cuts(host, prompt, pipeline, budgets, policy)
             words = [token for token in ids if token != placeholder]

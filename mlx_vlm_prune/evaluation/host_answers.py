@@ -5,6 +5,7 @@ Shapes: B questions.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -16,8 +17,10 @@ from ..hosts.host import Host, generation_stream
 from ..hosts.prefill import HostPrefill, prefill_through_cuts
 from ..hosts.prepared_inputs import PreparedInputs
 from ..hosts.prompt import (
+    ViewBudgets,
     add_text,
     budgets_by_view,
+    encode_images,
     prepare_prompt,
     prune_prompt,
     signal_layers,
@@ -59,7 +62,7 @@ class EvaluatedHost:
         self.want: dict[str, int | None] = {}
         for pipeline in pipelines:
             pipeline = with_family_defaults(pipeline, host.kind)
-            if self._is_supported(pipeline):
+            if self._is_supported(pipeline) and not pipeline.at(Stage.ENCODER):
                 self.want |= signal_layers(host, pipeline)
 
     def encode(self, text: str) -> list[int]:
@@ -98,12 +101,12 @@ class EvaluatedHost:
         """
         pipeline = with_family_defaults(pipeline, self.host.kind)
         policy = check_pipeline(self.host, pipeline, pipeline.policy)
-        answers = []
+        answers, by_view = [], partial(_budgets, K=K, pipeline=pipeline)
         for question, views in zip(batch.questions, batch.views, strict=True):
             with self.host.preserve_state(), generation_stream():
-                views = self._views_for(pipeline, question.inputs, views)
+                views = self._views_for(pipeline, question.inputs, views, by_view)
                 views = add_text(self.host, question.inputs, views, pipeline)
-                budgets = _budgets(views, K, pipeline)
+                budgets = by_view(views)
                 prompt = prune_prompt(self.host, question.inputs, views, pipeline, budgets, policy)
                 self.host.check_length(prompt.length)
                 prompt = prefill_through_cuts(self.host, prompt, pipeline, budgets, policy)
@@ -114,11 +117,14 @@ class EvaluatedHost:
         return Answers(ids, np.concatenate([one.logprob_B for one in answers]), kept=kept)
 
     def _views_for(
-        self, pipeline: Pipeline, inputs: PreparedInputs, views: list[View]
+        self, pipeline: Pipeline, inputs: PreparedInputs, views: list[View], by_view: ViewBudgets
     ) -> list[View]:
-        """These views, or others where the methods read another layer for a signal in them."""
+        """These views, or others where methods work inside the tower, or read another layer for a
+        signal in them."""
         want = signal_layers(self.host, pipeline)
-        return views if want.items() <= self.want.items() else self.host.encode_images(inputs, want)
+        if want.items() <= self.want.items() and not pipeline.at(Stage.ENCODER):
+            return views
+        return encode_images(self.host, inputs, pipeline, by_view)
 
     def _is_supported(self, pipeline: Pipeline) -> bool:
         try:
@@ -165,7 +171,7 @@ def _by_image(views: list[View]) -> list[list[View]]:
 
 
 def _size(view: View) -> int:
-    return view.signals.x_BND.shape[1]
+    return view.N
 
 
 def _arrays(view: View) -> Iterator[mx.array]:

@@ -14,6 +14,7 @@ from ..machine.bounded_store import BoundedStore
 from .compatibility import check_cache_options, check_pipeline
 from .families import host_of
 from .families.pruner_defaults import plan_for_host
+from .prompt import ImageBudget
 from .stream import decoding_arguments, further_ends, processor_options, stream_generate
 from .tower_cache import TowerCache
 from .views import View
@@ -48,5 +49,6 @@ class HostConversation:
 
     def stream(self, request: Request) -> Generator[GenerationResponse, None, None]:
         """The answer to a request with the turns so far as its history. Raises UserError."""
-        encode = self.towers.of(plan_for_host(self.host, request.pruner))
+        budget = ImageBudget(request.keep_ratio, request.keep_tokens)
+        encode = self.towers.of(plan_for_host(self.host, request.pruner), budget)
         yield from stream_generate(self.model, self.processor, request, encode)

@@ -22,6 +22,7 @@ from ..pruners.contract import Reduction
 from .language_layers import LanguageLayers, masked_logits
 from .pictured_views import PicturedViews
 from .prepared_inputs import PreparedInputs, ProcessorOptions
+from .tower_cuts import TowerCuts
 from .views import View
 
 TRIAL = "tokenizer_trial"  # attribute of a model, see checkpoints/tokenizer_trial.py
@@ -39,8 +40,10 @@ class Host(PicturedViews, ABC):
     has_mrope: ClassVar[bool] = False  # positions have three axes, and are arguments
     # What one placeholder stands for: a visual token, an image, or all images of the prompt.
     placeholder_unit: ClassVar[Literal["token", "image", "all"]] = "token"
-    why_no_encoder_methods: ClassVar[str] = (
-        "it works between the tower's layers, which is not yet there for mlx-vlm models"
+    # Why no token can leave between the tower's layers, if so; a family that lets them has
+    # `encode_with_cuts`.
+    why_no_encoder_methods: ClassVar[str | None] = (
+        "it works between the tower's layers, which are not driven from here in this family"
     )
     why_no_enhancer: ClassVar[str | None] = None  # why no row can get more attention, if so
     why_no_probe: ClassVar[str | None] = None  # why no projector can be asked on its own, if so
@@ -81,6 +84,12 @@ class Host(PicturedViews, ABC):
 
         Raises UserError for images that this family cannot read.
         """
+
+    def encode_with_cuts(
+        self, inputs: PreparedInputs, want: Mapping[str, int | None], cuts: TowerCuts
+    ) -> list[View]:
+        """The same where tokens leave inside the tower; as `encode_images` where none do."""
+        raise NotImplementedError
 
     @property
     def feature_dims(self) -> int | None:

@@ -19,7 +19,7 @@ from .dropped_rows import IS_READ, PER_ROW, deepstack_rows, to_full_length
 from .host import Host
 from .prefill import prefill_through_cuts, without_embeddings
 from .prepared_inputs import PreparedInputs
-from .prompt import PrunedPrompt, ViewEncoder, add_text, budgets_by_view, prune_prompt
+from .prompt import ImageBudget, PrunedPrompt, ViewEncoder, add_text, prune_prompt
 from .pruned_language import LanguageState
 from .pruning_report import PruningReport
 from .served import ServerGuard
@@ -127,7 +127,11 @@ class PrunedEmbeddings:
 
     @property
     def _encode(self) -> ViewEncoder:
-        return self.towers.of(self.pipeline)
+        return self.towers.of(self.pipeline, self._budget)
+
+    @property
+    def _budget(self) -> ImageBudget:
+        return ImageBudget(self.keep_ratio, self.keep_tokens, self.low_detail)
 
     def _whole(
         self, L: int, batch: Sequence[BatchPrompt], prompts: Sequence[PrunedPrompt],
@@ -154,9 +158,7 @@ class PrunedEmbeddings:
 
     def _budgets(self, views: Sequence[View]) -> list[int]:
         """Each view's K."""
-        return budgets_by_view(
-            views, self.keep_ratio, self.keep_tokens, self.pipeline, self.low_detail
-        )
+        return self._budget.by_view(self.pipeline)(views)
 
     def _features(self, prompt: PrunedPrompt) -> Any:
         """mlx-vlm's features of the kept rows (1, l, D), at the positions of the whole prompt."""

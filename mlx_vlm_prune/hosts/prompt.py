@@ -21,17 +21,45 @@ from ..checkpoints.tokenizer_trial import is_panic, library_errors
 from ..inputs.budget import budget, low_detail_tokens
 from ..inputs.messages import Turn
 from ..machine.clock import end_part
-from ..models.pruning import ImageBatch, attention_bias, cls_rank, probed, prune
+from ..models.pruning import (
+    ImageBatch,
+    attention_bias,
+    cls_rank,
+    probed,
+    prune,
+    reduction_step,
+)
 from ..pruners import Pipeline, Stage, StepBudgets
 from ..pruners.contract import Policy
 from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .prompt_arguments import KeptRows, bias_rows, image_arguments, kept_rows, row_arguments
+from .tower_cuts import TowerCuts
 from .views import View
 
 PLAIN = ProcessorOptions()
 ViewEncoder = Callable[[PreparedInputs], list[View]]
+ViewBudgets = Callable[[Sequence[View]], list[int]]  # K of each view, whose tokens are not read
+
+
+@dataclass(frozen=True)
+class ImageBudget:
+    """How many tokens of each image stay: a share or a number, half without either; with
+    `low_detail` that is `low_detail_tokens`."""
+
+    keep_ratio: float | None = None
+    keep_tokens: int | None = None
+    low_detail: bool = False
+
+    def by_view(self, pipeline: Pipeline) -> ViewBudgets:
+        """What gives each view's K, as a chain is to keep it."""
+
+        def budgets(views: Sequence[View]) -> list[int]:
+            share, number = self.keep_ratio, self.keep_tokens
+            return budgets_by_view(views, share, number, pipeline, self.low_detail)
+
+        return budgets
 
 
 @dataclass(frozen=True)
@@ -95,11 +123,12 @@ def prepare_prompt(
 
 
 def encode_images_and_text(
-    host: Host, inputs: PreparedInputs, pipeline: Pipeline, encode: ViewEncoder | None = None
-) -> list[View]:
+    host: Host, inputs: PreparedInputs, pipeline: Pipeline, budgets: ViewBudgets | None = None,
+    encode: ViewEncoder | None = None,
+) -> list[View]:  # fmt: skip
     """The views of the images, with all signals that the pipeline needs; `encode` may have those of
-    the tower already."""
-    views = encode(inputs) if encode else encode_images(host, inputs, pipeline)
+    the tower already, else `budgets` are as for `encode_images`."""
+    views = encode(inputs) if encode else encode_images(host, inputs, pipeline, budgets)
     return add_text(host, inputs, views, pipeline)
 
 
@@ -158,12 +187,21 @@ def signal_layers(host: Host, pipeline: Pipeline) -> dict[str, int | None]:
     return pipeline.signal_layers(host.depth, host.layers_behind) if host.depth else {}
 
 
-def encode_images(host: Host, inputs: PreparedInputs, pipeline: Pipeline) -> list[View]:
-    """The views with the tower's signals; they do not depend on the words of the prompt."""
+def encode_images(
+    host: Host, inputs: PreparedInputs, pipeline: Pipeline, budgets: ViewBudgets | None = None
+) -> list[View]:
+    """The views with the tower's signals; they do not depend on the words of the prompt. A chain
+    with a method inside the tower needs each view's K."""
     if inputs.pixels is None:
         return []
+    want = signal_layers(host, pipeline)
     try:
-        views = host.encode_images(inputs, signal_layers(host, pipeline))
+        if pipeline.at(Stage.ENCODER):
+            assert budgets, "inside the tower a method has a budget"
+            cuts = TowerCuts(pipeline, budgets, (host.depth, host.layers_behind))
+            views = host.encode_with_cuts(inputs, want, cuts)
+        else:
+            views = host.encode_images(inputs, want)
     except (ValueError, IndexError) as problem:
         if isinstance(problem, UserError):
             raise
@@ -198,7 +236,7 @@ def budgets_by_view(
     `low_detail_tokens`, and one of each crop at least."""
     budgets: list[int] = []
     for image in range(1 + max((view.image for view in views), default=-1)):
-        sizes = [view.signals.x_BND.shape[1] for view in views if view.image == image]
+        sizes = [view.N for view in views if view.image == image]
         N = sum(sizes)
         if low_detail:
             K = max(budget(N, None, low_detail_tokens(N), pipeline), len(sizes))
@@ -243,10 +281,10 @@ def prune_prompt(
         rows = KeptRows.known(range(len(inputs.ids)))
         arguments = row_arguments(host, inputs, rows, policy)
         return PrunedPrompt(inputs, [], arguments, rows, len(rows), Trace([], [], []), policy)
-    batches = [ImageBatch.of(view.signals) for view in views]
-    sizes = [view.signals.x_BND.shape[1] for view in views]
+    batches = [ImageBatch.of(view.signals, view.kept) for view in views]
+    sizes = [view.N for view in views]
     step_budgets = [pipeline.budgets(N, K) for N, K in zip(sizes, budgets, strict=True)]
-    steps = [ReductionStep("", 0, [batch.kept for batch in batches])]
+    steps = [reduction_step(batches, pipeline.at(Stage.ENCODER))]
     batches, features = _prune(batches, step_budgets, Stage.FEATURES)  # prune
     batches = _project(host, batches, pipeline)  # project
     batches, projected = _prune(batches, step_budgets, Stage.PROJECTED)

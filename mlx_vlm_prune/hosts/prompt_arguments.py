@@ -47,7 +47,7 @@ def kept_rows(
     Pooled slots, which have no token of their own, take the first placeholders of their view.
     Nothing is read on the host. Raises UserError where placeholders and visual tokens differ.
     """
-    sizes = [view.signals.x_BND.shape[1] for view in views]
+    sizes = [view.N for view in views]
     placeholder, N = host.image_token_id(inputs), sum(sizes)
     is_kept_L = np.array(inputs.ids) != placeholder
     words, placeholders = np.flatnonzero(is_kept_L), np.flatnonzero(~is_kept_L)
@@ -98,11 +98,11 @@ def bias_rows(
     if host.placeholder_unit == "token":
         bias_L, placeholders = mx.zeros(len(inputs.ids), dtype), np.flatnonzero(is_placeholder_L)
         is_token = [view.is_token for view in views]
-        ends = np.cumsum([batch.encoded.x_BND.shape[1] for batch in batches])[:-1]
+        ends = np.cumsum([view.N for view in views])[:-1]
         by_view = np.split(placeholders[np.concatenate(is_token)], ends)
         for rows_N, batch, bias_K in zip(by_view, batches, bias_by_view, strict=True):
-            assert batch.kept_of_encoded.index_BK is not None
-            bias_L[row_numbers(rows_N)[batch.kept_of_encoded.index_BK[0]]] = bias_K
+            assert batch.kept.index_BK is not None
+            bias_L[row_numbers(rows_N)[batch.kept.index_BK[0]]] = bias_K
         return bias_L[rows.rows_l]
     parts = list[mx.array]()
     blocks: Any = bias_by_view
@@ -158,13 +158,15 @@ def image_arguments(
 ) -> dict[str, Any]:
     """The embeddings of the kept visual tokens, and what DeepStack adds to them."""
     x = [batch.signals.x_BND[0] for batch in batches]
-    is_full = sum(map(len, x)) == sum(view.signals.x_BND.shape[1] for view in views)
+    is_full = sum(map(len, x)) == sum(view.N for view in views)
     arguments: dict[str, Any] = {
         "cached_image_features": host.image_embeddings(views, x, is_full),
         "pixel_values": inputs.pixels,  # not read, but without it mlx-vlm looks for no image
     }
     pairs = zip(views, batches, strict=True)
-    deepstack = [[batch.kept.apply(y)[0] for y in view.deepstack] for view, batch in pairs]
+    deepstack = [
+        [batch.kept_of_encoded.apply(y)[0] for y in view.deepstack] for view, batch in pairs
+    ]
     if deepstack[0]:  # mlx-vlm 0.7 has none where it is given image features
         by_layer = zip(*deepstack, strict=True)
         arguments["deepstack_visual_embeds"] = [mx.concatenate(list(y)) for y in by_layer]

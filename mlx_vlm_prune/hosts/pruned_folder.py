@@ -46,7 +46,6 @@ HOST_MODULES = {
 }  # mlx-vlm's, where it has another name than the model
 WHY_NOT_IN_FOLDER = {
     Stage.IMAGE: "makes the picture smaller, which the processor would have to do",
-    Stage.ENCODER: "works between the tower's layers",
     Stage.DECODER: "works between the language model's layers",
 }
 GLOBAL_IMAGE_MARK = "<global-img>"  # before the tile that shows the whole image
@@ -220,7 +219,8 @@ def _pipeline(spec: str, kind: str) -> Pipeline:
 def _check_family(kind: str, pipeline: Pipeline) -> None:
     """Raises UserError for a method that this family of models cannot have."""
     family, enhancer = FAMILIES[kind], pipeline.enhancer
-    reasons = {step.name: family.why_no_probe for step in pipeline.steps if step.method.probe}
+    reasons = {step.name: family.why_no_encoder_methods for step in pipeline.at(Stage.ENCODER)}
+    reasons |= {step.name: family.why_no_probe for step in pipeline.steps if step.method.probe}
     if enhancer:
         reasons[enhancer.name] = why_not_enhance(family, enhancer)
     for name, reason in reasons.items():

@@ -38,9 +38,9 @@ from .host import Host, generation_stream
 from .prefill import prefill_through_cuts, prompt_cache, prompt_cache_bytes
 from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .prompt import (
+    ImageBudget,
     PrunedPrompt,
     ViewEncoder,
-    budgets_by_view,
     encode_images_and_text,
     prepare_prompt,
     prune_prompt,
@@ -124,8 +124,9 @@ def stream_generate(
         clock.end_part("image", inputs.pixels)
         mx.reset_peak_memory()
         with _naming_faulty_part(host, inputs, views), generation_stream(), clock.running():
-            views += encode_images_and_text(host, inputs, pipeline, encode)
-            budgets = budgets_by_view(views, request.keep_ratio, request.keep_tokens, pipeline)
+            by_view = ImageBudget(request.keep_ratio, request.keep_tokens).by_view(pipeline)
+            views += encode_images_and_text(host, inputs, pipeline, by_view, encode)
+            budgets = by_view(views)
             prompt = prune_prompt(host, inputs, views, pipeline, budgets, policy)
             host.check_length(prompt.length)
             step_size = options.get("prefill_step_size")

@@ -11,32 +11,34 @@ import mlx.core as mx
 import numpy as np
 
 from ..machine.bounded_store import BoundedStore
-from ..pruners import Pipeline
+from ..pruners import Pipeline, Stage
 from .host import Host
 from .prepared_inputs import PreparedInputs
-from .prompt import ViewEncoder, encode_images, signal_layers
+from .prompt import ImageBudget, ViewEncoder, encode_images, signal_layers
 from .views import View
 
 MAX_PROMPTS = 8  # whose views are held, without another store
 
 
 class TowerCache:
-    """Views by the pixels that they were made from and by the layers of their signals, as many as
-    a store holds; `misses` counts the runs of the tower."""
+    """Views by the pixels that they were made from, by the layers of their signals, and by what
+    left inside the tower, as many as a store holds; `misses` counts the runs of the tower."""
 
     def __init__(self, host: Host, store: BoundedStore[list[View]] | None = None) -> None:
         self.host, self.misses = host, 0
         self.store = BoundedStore[list[View]](most_values=MAX_PROMPTS) if store is None else store
 
-    def of(self, pipeline: Pipeline) -> ViewEncoder:
+    def of(self, pipeline: Pipeline, budget: ImageBudget) -> ViewEncoder:
         """What has the views of a prompt's images with the signals that methods need."""
-        return partial(self._views, pipeline)
+        return partial(self._views, pipeline, budget)
 
-    def _views(self, pipeline: Pipeline, inputs: PreparedInputs) -> list[View]:
-        key = (images_key(inputs), *sorted(signal_layers(self.host, pipeline).items()))
+    def _views(self, pipeline: Pipeline, budget: ImageBudget, inputs: PreparedInputs) -> list[View]:
+        wanted = signal_layers(self.host, pipeline)
+        inside = (pipeline.spec, budget) if pipeline.at(Stage.ENCODER) else None
+        key = (images_key(inputs), *sorted(wanted.items(), key=repr), inside)
         if (views := self.store.get(key)) is None:
             self.misses += 1
-            views = encode_images(self.host, inputs, pipeline)
+            views = encode_images(self.host, inputs, pipeline, budget.by_view(pipeline))
             try:
                 mx.async_eval([view.arrays for view in views])  # not what they are computed from
             except ValueError:  # inside a transformation of MLX, which traces and holds nothing

@@ -6,12 +6,13 @@ Shapes: T pictures (images or tiles), N visual tokens of one, D features.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 
 import mlx.core as mx
 import numpy as np
 
 from ..checkpoints.errors import UserError
-from ..pruners.contract import Signals
+from ..pruners.contract import Reduction, Signals
 from .prepared_inputs import PreparedInputs
 
 
@@ -24,20 +25,26 @@ class View:
     pixels_HW3: mx.array | None = None  # the tower's input; None: the whole picture
     deepstack: tuple[mx.array, ...] = ()  # (1, N, D) each, added behind the first layers
     breaks: int = 0  # placeholders that are no visual token; they stand behind as many equal parts
+    kept: Reduction | None = None  # what is left of the picture where tokens left inside the tower
+
+    @property
+    def N(self) -> int:
+        """Visual tokens of the whole picture."""
+        return prod(self.signals.grid)
 
     @property
     def is_token(self) -> np.ndarray:
         """Which of its placeholders are visual tokens."""
-        N = self.signals.x_BND.shape[1]
         if not self.breaks:
-            return np.ones(N, bool)
-        return np.tile(np.arange(N // self.breaks + 1) < N // self.breaks, self.breaks)
+            return np.ones(self.N, bool)
+        return np.tile(np.arange(self.N // self.breaks + 1) < self.N // self.breaks, self.breaks)
 
     @property
     def arrays(self) -> list[mx.array]:
         """All arrays."""
         pixels = () if self.pixels_HW3 is None else (self.pixels_HW3,)
-        return [*self.signals.arrays.values(), *self.deepstack, *pixels]
+        kept = self.kept.arrays if self.kept else []
+        return [*self.signals.arrays.values(), *self.deepstack, *pixels, *kept]
 
     @property
     def nbytes(self) -> int:

@@ -67,7 +67,7 @@ class ImageEncoder(nn.Module):
             elif n > K:
                 cuts += self.tower_cuts(step, n, K, budgets)
                 n = n if budgets.gives_back(step) else K
-        _check_order(cuts)
+        check_order(cuts)
         return grids, cuts
 
     def tower_cuts(self, step: Pruner, n: int, K: int, budgets: StepBudgets) -> list[Cut]:
@@ -78,10 +78,7 @@ class ImageEncoder(nn.Module):
                 " become one visual token, so all must be there: choose another method"
             )
         vision = self.config.vision
-        cuts = step.call(step.method.cuts, vision.depth, n, K)
-        whole = budgets.whole_layers(step, vision.depth, vision.layers_behind)
-        returns = budgets.gives_back(step)
-        return [Cut(layer, place, left, step, whole, returns) for layer, place, left in cuts]
+        return step_cuts(step, n, K, budgets, (vision.depth, vision.layers_behind))
 
     def shrink_pixels(self, pixels_IHW3: mx.array, grid: tuple[int, int]) -> mx.array:
         """Pictures of which the tower makes a smaller grid of visual tokens."""
@@ -89,7 +86,17 @@ class ImageEncoder(nn.Module):
         return shrink(pixels_IHW3, (grid[0] * down * patch, grid[1] * across * patch))
 
 
-def _check_order(cuts: list[Cut]) -> None:
+def step_cuts(
+    step: Pruner, n: int, K: int, budgets: StepBudgets, layers: tuple[int, int]
+) -> list[Cut]:
+    """Where a method leaves K of n tokens between a tower's layers; `layers` are those that signals
+    can be taken from, and how many lie behind them. Raises UserError."""
+    cuts = step.call(step.method.cuts, layers[0], n, K)
+    whole, returns = budgets.whole_layers(step, *layers), budgets.gives_back(step)
+    return [Cut(layer, place, left, step, whole, returns) for layer, place, left in cuts]
+
+
+def check_order(cuts: list[Cut]) -> None:
     """Raise UserError where tokens leave among those of which some may come back."""
     for cut in cuts:
         for other in cuts if cut.whole or cut.gives_back else ():

@@ -62,6 +62,6 @@ def token_ms(prompt: HostPrompt) -> float:
     with RequestTurns(host).turn():
         with generation_stream():
             views = encode_images(host, inputs, none)
-            sizes = [view.signals.x_BND.shape[1] for view in views]
+            sizes = [view.N for view in views]
             whole = prune_prompt(host, inputs, views, none, sizes, prompt.policy)
         return time_of_token(HostPrefill(host, whole))

@@ -20,8 +20,8 @@ from ..hosts.families.pruner_defaults import plan_for_host
 from ..hosts.host import Host
 from ..hosts.prepared_inputs import PreparedInputs
 from ..hosts.prompt import (
+    ImageBudget,
     PrunedPrompt,
-    budgets_by_view,
     encode_images_and_text,
     prune_prompt,
 )
@@ -97,8 +97,9 @@ class HostLearner(nn.Module):
     def logits(self, inputs: PreparedInputs) -> mx.array:
         """Behind the pruner, (1, L, V)."""
         c, host = self.settings, self.host
-        views = encode_images_and_text(host, inputs, self.pipeline)
-        budgets = budgets_by_view(views, c.keep_ratio, c.keep_tokens, self.pipeline)
+        by_view = ImageBudget(c.keep_ratio, c.keep_tokens).by_view(self.pipeline)
+        views = encode_images_and_text(host, inputs, self.pipeline, by_view)
+        budgets = by_view(views)
         prompt = prune_prompt(host, inputs, views, self.pipeline, budgets, self.policy)
         ids, arguments = self.embed(prompt)
         logits: mx.array = self.model.language_model(ids, **arguments).logits

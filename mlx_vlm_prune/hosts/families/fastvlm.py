@@ -20,6 +20,10 @@ from .tower import TowerHost
 
 class FastVLMHost(TowerHost):
     placeholder_unit = "image"
+    why_no_encoder_methods = (
+        "it works between the tower's layers, most of which are convolutions here and need the"
+        " whole grid"
+    )
     why_no_batches = "mlx-vlm puts an image's rows in place of one id, so its rows grow by images"
     why_no_decoder_methods = "mlx-vlm puts an image's rows in place of one id, which names none"
 

@@ -15,13 +15,13 @@ from ...generation.tiles import Layout, nearest_layout
 from ..language_layers import RopeOffsetLayers
 from ..prepared_inputs import PreparedInputs, ProcessorOptions
 from ..views import View, assign_images, count_tiles, make_views
-from .tower import TowerHost
+from .cut_tower import CutTowerHost
 
 # In the config of a pruned folder: the token before the tile that shows a whole image.
 GLOBAL_IMAGE = "global_image_token_id"
 
 
-class Idefics3Host(TowerHost):
+class Idefics3Host(CutTowerHost):
     why_not_learned = None
     language_layers_class = RopeOffsetLayers
     has_tiles = True
@@ -43,20 +43,43 @@ class Idefics3Host(TowerHost):
         return logits_1LV
 
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
-        is_tile = np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))  # zeros fill up a batch
-        tiles_T = mx.array(np.flatnonzero(is_tile))
-        pixels_T3HW = inputs.pixels[0][tiles_T]
-        mask = inputs.extra.get("pixel_attention_mask")
-        mask_THW = mx.ones_like(pixels_T3HW[:, 0]) if mask is None else mask[0][tiles_T]
-        pixels_THW3, connector = pixels_T3HW.transpose(0, 2, 3, 1), self.model.connector
+        pixels_THW3, connector, m = (
+            self.tower_pixels(inputs),
+            self.model.connector,
+            self.token_patches,
+        )
         x_TPD, _, states = self.tower(
             pixels_THW3,
-            patch_attention_mask=_patch_mask(mask_THW, self.model.config.vision_config.patch_size),
+            patch_attention_mask=self._patch_mask(inputs),
             output_hidden_states=True,
         )
-        m = connector.scale_factor
         x_TND = connector.pixel_shuffle(x_TPD.astype(pixels_THW3.dtype), m)
         return make_views(inputs, self.signals(x_TND, want, states, m=m), pixels_THW3)
+
+    def tower_pixels(self, inputs: PreparedInputs) -> mx.array:
+        return inputs.pixels[0][_tiles(inputs)].transpose(0, 2, 3, 1)
+
+    def _patch_mask(self, inputs: PreparedInputs) -> mx.array:
+        tiles_T, mask = _tiles(inputs), inputs.extra.get("pixel_attention_mask")
+        mask_THW = (
+            mx.ones_like(inputs.pixels[0][tiles_T][:, 0]) if mask is None else mask[0][tiles_T]
+        )
+        return _patch_mask(mask_THW, self.model.config.vision_config.patch_size)
+
+    @property
+    def token_patches(self) -> int:
+        m: int = self.model.connector.scale_factor
+        return m
+
+    def enter_tower(self, pixels_IHW3: mx.array, inputs: PreparedInputs) -> mx.array:
+        embeddings = self.tower.embeddings
+        x_IPD: mx.array = embeddings(pixels_IHW3, self._patch_mask(inputs))
+        return x_IPD.astype(embeddings.patch_embedding.weight.dtype)
+
+    def leave_tower(self, x_IKgD: mx.array) -> mx.array:
+        images, K = x_IKgD.shape[:2]
+        x = self.tower.post_layernorm(x_IKgD.flatten(0, 1))
+        return self.model.connector.pixel_shuffle(x, self.token_patches).reshape(images, K, -1)
 
     def project(self, x_1KD: mx.array) -> mx.array:
         return self.model.connector.modality_projection(x_1KD)
@@ -93,6 +116,12 @@ class Idefics3Host(TowerHost):
     def knows_images(self, inputs: PreparedInputs, views: Sequence[View]) -> bool:
         is_marked = hasattr(self.model.config, GLOBAL_IMAGE) or "num_patches_list" in inputs.extra
         return is_marked or len(views) <= 1
+
+
+def _tiles(inputs: PreparedInputs) -> mx.array:
+    """The numbers of the tiles; zeros fill up a batch."""
+    is_tile = np.array((inputs.pixels[0] != 0).any(axis=(1, 2, 3)))
+    return mx.array(np.flatnonzero(is_tile))
 
 
 def _patch_mask(mask_THW: mx.array, size: int) -> mx.array:

@@ -82,7 +82,7 @@ class Lfm2VLHost(TowerHost):
         return replace(inputs, extra={**inputs.extra, "num_patches_list": counts})
 
     def assign_tiles(self, inputs: PreparedInputs, views: list[View]) -> list[View]:
-        sizes = [view.signals.x_BND.shape[1] for view in views]
+        sizes = [view.N for view in views]
         return assign_images(views, self._count_views(inputs, sizes))
 
     def _count_views(self, inputs: PreparedInputs, sizes: Sequence[int]) -> list[int]:

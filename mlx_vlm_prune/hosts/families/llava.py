@@ -17,12 +17,12 @@ from ...inputs.preprocessor import Preprocessor
 from ..language_layers import RopeOffsetLayers
 from ..prepared_inputs import PreparedInputs, ProcessorOptions
 from ..views import View, make_views
-from .tower import TowerHost
+from .cut_tower import CutTowerHost
 
 CLIP = "clip_vision_model"
 
 
-class LlavaTowerHost(TowerHost):
+class LlavaTowerHost(CutTowerHost):
     """Tower and projector of LLaVA-1.5 and LLaVA-NeXT."""
 
     why_no_feature_gradient = "mlx-vlm puts its visual tokens in place by a step without gradients"
@@ -38,14 +38,25 @@ class LlavaTowerHost(TowerHost):
         return len(self.tower.encoder.layers) - self.depth
 
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
-        pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # crops
-        pixels_IHW3, tower = pixels.transpose(0, 2, 3, 1), self.model.vision_tower
-        strategy = self.model.vision_feature_select_strategy
-        with_cls = has_cls(f"this {self.kind} model's", tower.model_type, strategy)
-        *_, states = tower(pixels_IHW3, output_hidden_states=True)
+        pixels_IHW3, with_cls = self.tower_pixels(inputs), self.tower_has_cls
+        *_, states = self.model.vision_tower(pixels_IHW3, output_hidden_states=True)
         x_IND, grid = states[self.depth][:, int(with_cls) :], self.grid_of(pixels_IHW3)
         signals = self.signals(x_IND, want, states, grid=grid, has_cls=with_cls)
         return make_views(inputs, signals, pixels_IHW3)
+
+    def tower_pixels(self, inputs: PreparedInputs) -> mx.array:
+        pixels = inputs.pixels[0] if inputs.pixels.ndim == 5 else inputs.pixels  # crops
+        return pixels.transpose(0, 2, 3, 1)
+
+    @property
+    def tower_has_cls(self) -> bool:
+        """Raises UserError where the visual tokens are not the patches."""
+        tower, strategy = self.model.vision_tower, self.model.vision_feature_select_strategy
+        return has_cls(f"this {self.kind} model's", tower.model_type, strategy)
+
+    def enter_tower(self, pixels_IHW3: mx.array, inputs: PreparedInputs) -> mx.array:
+        x_ISD = super().enter_tower(pixels_IHW3, inputs)
+        return self.tower.pre_layrnorm(x_ISD) if self.tower_has_cls else x_ISD
 
     def grid_of(self, pixels_IHW3: mx.array) -> tuple[int, int]:
         """Rows and columns of patches."""

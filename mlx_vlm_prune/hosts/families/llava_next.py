@@ -24,6 +24,7 @@ from ...checkpoints.errors import UserError
 from ...generation.tiles import Layout
 from ...pruners.contract import Reduction
 from ..prepared_inputs import PreparedInputs
+from ..tower_cuts import TowerCuts
 from ..views import View
 from .llava import LlavaTowerHost
 
@@ -40,13 +41,12 @@ class LlavaNextHost(LlavaTowerHost):
         return {"model_type": "llava"} if images > 1 else self.model.config, images
 
     def encode_images(self, inputs: PreparedInputs, want: Mapping[str, int | None]) -> list[View]:
-        pixels_IC3HW = inputs.pixels
-        if inputs.images < 2 or pixels_IC3HW.ndim != 5:
-            return super().encode_images(inputs, want)
-        is_crop_IC = np.array((pixels_IC3HW != 0).any(axis=(2, 3, 4)))  # zeros fill up the fewer
-        pixels_T3HW = pixels_IC3HW.flatten(0, 1)[mx.array(np.flatnonzero(is_crop_IC))]
-        extra = {**inputs.extra, "num_patches_list": is_crop_IC.sum(axis=1).tolist()}
-        return super().encode_images(replace(inputs, pixels=pixels_T3HW, extra=extra), want)
+        return super().encode_images(_with_crops_in_a_row(inputs), want)
+
+    def encode_with_cuts(
+        self, inputs: PreparedInputs, want: Mapping[str, int | None], cuts: TowerCuts
+    ) -> list[View]:
+        return super().encode_with_cuts(_with_crops_in_a_row(inputs), want, cuts)
 
     def image_embeddings(
         self, views: Sequence[View], x: Sequence[mx.array], is_full: bool
@@ -96,6 +96,17 @@ class LlavaNextHost(LlavaTowerHost):
         height, width = best_resolution(size, pinpoints)
         side = self.model.config.vision_config.image_size
         return Layout(height // side, width // side, overview=0)
+
+
+def _with_crops_in_a_row(inputs: PreparedInputs) -> PreparedInputs:
+    """Those of several images, without padding, and how many each has."""
+    pixels_IC3HW = inputs.pixels
+    if inputs.images < 2 or pixels_IC3HW.ndim != 5:
+        return inputs
+    is_crop_IC = np.array((pixels_IC3HW != 0).any(axis=(2, 3, 4)))  # zeros fill up the fewer
+    pixels_T3HW = pixels_IC3HW.flatten(0, 1)[mx.array(np.flatnonzero(is_crop_IC))]
+    extra = {**inputs.extra, "num_patches_list": is_crop_IC.sum(axis=1).tolist()}
+    return replace(inputs, pixels=pixels_T3HW, extra=extra)
 
 
 def rows_by_image(views: Sequence[View], rows: Sequence[int]) -> list[int]:

@@ -29,6 +29,10 @@ LARGEST_RATIO = 1.1  # of a mosaic's side to the side that the model reads; mlx-
 class LlavaOnevisionHost(TowerHost):
     whole_view = 0
     has_image_rows = True
+    why_no_encoder_methods = (
+        "it works between the tower's layers, behind which tiles become one picture that is cut and"
+        " made smaller, so every patch must be there"
+    )
     why_no_decoder_methods = "the embedding of a new line stands behind every row of an image"
     why_no_probe = "methods choose among what is joined behind its projector"
 

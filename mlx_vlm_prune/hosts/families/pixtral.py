@@ -14,7 +14,7 @@ import numpy as np
 from ..language_layers import split_heads
 from ..prepared_inputs import PreparedInputs
 from ..views import View
-from .qwen2_vl import rotate
+from .packed_patches import rotate
 from .tower import TowerHost
 
 

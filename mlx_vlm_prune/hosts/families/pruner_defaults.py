@@ -10,8 +10,13 @@ from typing import Any
 from ...pruners import Pipeline, Pruner, plan
 from ..host import Host
 
+# A level of grey where pixels are divided by deviations of 0.5, as for SigLIP.
+SIGLIP_LEVEL = {"docprune": {"level": 1 / 255 / 0.5}}
 # By model_type, then by method.
 PRUNER_DEFAULTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    **dict.fromkeys(("gemma3", "paligemma", "idefics3", "smolvlm"), SIGLIP_LEVEL),
+    **dict.fromkeys(("qwen3_vl", "qwen3_5", "qwen3_5_moe"), SIGLIP_LEVEL),
+    "internvl_chat": {"docprune": {"level": 1 / 255 / 0.225}},  # ImageNet's deviations
     "qwen2_vl": {
         # xuyang-liu16/V2Drop@219e03e: 3, 16 and 22 of the language model's 28 layers.
         "v2drop": {"first": 3 / 28, "second": 16 / 28, "third": 22 / 28},

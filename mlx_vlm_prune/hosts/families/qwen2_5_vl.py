@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..prepared_inputs import PreparedInputs
-from .qwen2_vl import PackedPatches, Qwen2VLHost
+from .packed_patches import PackedPatches
+from .qwen2_vl import Qwen2VLHost
 
 
 class Qwen2_5VLHost(Qwen2VLHost):

@@ -8,8 +8,9 @@ Shapes: S patches of all images, s of one, U = S / m^2 visual tokens, N of one i
 H heads, d head size.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -17,32 +18,20 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.projector import merge_patches
-from ...models.towers.signals import TowerPass
+from ...models.towers.signals import TowerPass, greys, received_attention_in_windows
 from ...pruners.contract import Signals
 from ..host import Host
 from ..language_layers import LanguageLayers, PositionIdLayers
 from ..prepared_inputs import PreparedInputs
+from ..tower_cuts import TowerCuts
 from ..views import View
-
-WHY_NO_ENCODER_METHODS = (
-    "it works between the tower's layers, where the patches of all images are packed in one row"
-    " and m x m of them become one visual token, so all must be there"
-)
-
-
-@dataclass(frozen=True)
-class PackedPatches:
-    """The patches of all images in the tower's order."""
-
-    x_SD: mx.array
-    angles_Sa: mx.array  # of rotation
-    bounds: Callable[[int], mx.array]  # of a layer: where each window of attention begins
-    order_U: np.ndarray  # the visual token, counted over images, at each place
+from .cut_qwen_tower import CutQwenTower
+from .packed_patches import PackedPatches, heads
 
 
 class Qwen2VLHost(Host):
     has_mrope = True
-    why_no_encoder_methods = WHY_NO_ENCODER_METHODS
+    why_no_encoder_methods = None
     why_no_probe = "patches are merged inside its tower, so there is no projector to ask"
     why_not_learned: ClassVar[str | None] = None
     language_layers_class: ClassVar[type[LanguageLayers] | None] = PositionIdLayers
@@ -89,7 +78,7 @@ class Qwen2VLHost(Host):
         attended: dict[int, tuple[mx.array, mx.array]] = {}
         for i, block in enumerate(tower.blocks):
             if i in layers:
-                attended[i] = _queries_and_keys(block, x_SD, packed.angles_Sa)
+                attended[i] = heads(block, x_SD, packed.angles_Sa)[:2]
             x_SD = block(x_SD, cu_seqlens=packed.bounds(i), rotary_pos_emb=packed.angles_Sa)
             if i in deepstack:
                 added.append(deepstack[i](x_SD))
@@ -103,6 +92,42 @@ class Qwen2VLHost(Host):
             views.append(View(i, signals, deepstack=tuple(y_UD[None, begin:end] for y_UD in added)))
             begin = end
         return views
+
+    def encode_with_cuts(
+        self, inputs: PreparedInputs, want: Mapping[str, int | None], cuts: TowerCuts
+    ) -> list[View]:
+        """One image after another, for tokens leave each by another number."""
+        grids, m = inputs.extra["image_grid_thw"], self.tower.spatial_merge_size
+        sizes = [(h // m, w // m) for _, h, w in grids.tolist()]
+        blank = [Signals(mx.zeros((1, h * w, 1)), (h, w)) for h, w in sizes]
+        views = [View(i, signals) for i, signals in enumerate(blank)]
+        every_cut = cuts.of_views(views)
+        if not any(every_cut):
+            return self.encode_images(inputs, want)
+        ends = np.cumsum([0, *(m * m * view.N for view in views)]).tolist()
+        cut_views = []
+        for i, (view, of_view) in enumerate(zip(views, every_cut, strict=True)):
+            pixels, grid_13 = inputs.pixels[ends[i] : ends[i + 1]], grids[i : i + 1]
+            alone = replace(inputs, pixels=pixels, extra={"image_grid_thw": grid_13})
+            signals = view.signals.replace(**self._entrance(pixels, want))
+            run = TowerPass(signals, want, self.depth, of_view, has_cls=False, group=m * m)
+            tower = CutQwenTower(self.tower, self.pack_patches(alone), self.deepstack, run)
+            cut_views.append(tower.encode(view))
+        return cut_views
+
+    def _entrance(self, pixels_SC: mx.array, want: Mapping[str, int | None]) -> dict[str, mx.array]:
+        """The signals of the tower's input that methods want, of an image's visual tokens."""
+        embed, entrance = self.tower.patch_embed, dict[str, mx.array]()
+        if "patches" in want:
+            entrance["patches_BND"] = embed(pixels_SC.astype(embed.proj.weight.dtype))
+        shape = (len(pixels_SC), embed.in_channels, embed.temporal_patch_size, -1)
+        frame_SP3 = pixels_SC.reshape(shape)[:, :, 0].swapaxes(1, 2)  # a picture is two alike
+        if "pixels" in want:
+            entrance["pixels_BND"] = frame_SP3.flatten(1)
+        if "grey" in want:
+            entrance["grey_BNP"] = greys(frame_SP3)
+        g = self.tower.spatial_merge_size**2
+        return {name: x.reshape(1, len(x) // g, -1) for name, x in entrance.items()}
 
 
 def _image_signals(
@@ -119,7 +144,8 @@ def _image_signals(
     for layer, (q_HSd, k_HSd) in attended.items():
         ends = [int(b) for b in np.array(packed.bounds(layer)) if first <= b <= last]
         windows = [mx.array(place_s[a - first : b - first]) for a, b in pairwise(ends)]
-        run.read(layer, q_HSd[None, :, at_s], k_HSd[None, :, at_s], windows)
+        received = partial(received_attention_in_windows, windows)
+        run.read(layer, q_HSd[None, :, at_s], k_HSd[None, :, at_s], received)
     return merge_patches(run.signals, (m, m))
 
 
@@ -129,18 +155,3 @@ def raster_places(order_N: np.ndarray, grid: tuple[int, int], m: int) -> np.ndar
     token_N1, inner = order_N[:, None], np.arange(m * m)
     token_row, token_column = np.divmod(token_N1, grid[1] // m)
     return ((token_row * m + inner // m) * grid[1] + token_column * m + inner % m).reshape(-1)
-
-
-def _queries_and_keys(block: Any, x_SD: mx.array, angles_Sa: mx.array) -> tuple[mx.array, mx.array]:
-    """(H, S, d) each, rotated as in the block."""
-    qkv = block.attn.qkv(block.norm1(x_SD)).reshape(len(x_SD), 3, block.attn.num_heads, -1)
-    q_SHd, k_SHd = qkv[:, 0], qkv[:, 1]
-    return rotate(q_SHd, angles_Sa).swapaxes(0, 1), rotate(k_SHd, angles_Sa).swapaxes(0, 1)
-
-
-def rotate(x_SHd: mx.array, angles_Sa: mx.array) -> mx.array:
-    """Rotate features in pairs (i, i + d / 2)."""
-    cos, sin = (mx.tile(f(angles_Sa)[:, None], (1, 1, 2)) for f in (mx.cos, mx.sin))
-    half = x_SHd.shape[-1] // 2
-    crossed = mx.concatenate([-x_SHd[..., half:], x_SHd[..., :half]], axis=-1)
-    return (x_SHd * cos + crossed * sin).astype(x_SHd.dtype)

@@ -9,7 +9,8 @@ from dataclasses import replace
 import mlx.core as mx
 
 from ..prepared_inputs import PreparedInputs
-from .qwen2_vl import PackedPatches, Qwen2VLHost
+from .packed_patches import PackedPatches
+from .qwen2_vl import Qwen2VLHost
 
 
 class Qwen3VLHost(Qwen2VLHost):

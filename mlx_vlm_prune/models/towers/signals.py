@@ -1,6 +1,9 @@
 """Signals that methods need of a tower, computed between its layers, where tokens leave too.
 
-Shapes: B images, N patches at present, S = N + 1 tokens with CLS, H heads, d head size.
+Where g patches become one visual token behind the tower, they leave together: a group is a token
+here, its patches side by side.
+
+Shapes: B images, N tokens at present, S = gN + 1 rows with CLS, H heads, D features, d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +68,8 @@ class TowerPass:
 
     `want` has the layer of each signal, negative from the end, or None for the tower's entrance;
     the number `layers` is that of the layer behind, which reads what the tower hands over.
+    `group` is how many patches, one behind another in the rows, are one token of `signals`.
+    `beside` is what else tokens have, (B, N, D) each: it goes along where they leave.
     """
 
     def __init__(
@@ -74,13 +79,15 @@ class TowerPass:
         layers: int,
         cuts: Sequence[Cut],
         has_cls: bool = True,
+        group: int = 1,
     ):
-        self.first = int(has_cls)  # where the patches begin
+        self.first, self.group = int(has_cls), group  # where the patches begin
         numbers = [*range(layers + 1), *range(layers)]  # from 0 on, or backwards from the last
         self.want = {name: numbers[i] for name, i in want.items() if i is not None}
         self.cuts, self.N = cuts, signals.x_BND.shape[1]
         self.kept: Reduction | None = None
         self.absent: Absent | None = None
+        self.beside: list[mx.array] = []
         needs = [(cut.layer, name) for cut in cuts for name in cut.pruner.method.needs]
         self.inside = {(at, n) for at, n in needs if n in INSIDE}  # signals of layers with cuts
         if self.want.get("before") == 0:
@@ -94,8 +101,24 @@ class TowerPass:
     @property
     def bias_BS(self) -> mx.array | None:
         """Log of how many tokens each is; CLS is one."""
-        size_BN = self.signals.get("size_BN")
-        return None if size_BN is None else mx.pad(mx.log(size_BN), [(0, 0), (self.first, 0)])
+        if (size_BN := self.signals.get("size_BN")) is None:
+            return None
+        bias_BN = mx.log(size_BN)
+        bias_BN = mx.repeat(bias_BN, self.group, axis=1) if self.group > 1 else bias_BN
+        return mx.pad(bias_BN, [(0, 0), (self.first, 0)])
+
+    def tokens(self, x_BSD: mx.array) -> mx.array:
+        """The rows of the patches, those of a token side by side, (B, N, gD)."""
+        return x_BSD[:, self.first :].reshape(len(x_BSD), -1, self.group * x_BSD.shape[-1])
+
+    def _rows_of(self, x_BND: mx.array, x_BSD: mx.array) -> mx.array:
+        """CLS of the rows, and the patches of tokens."""
+        patches = x_BND.reshape(len(x_BSD), -1, x_BSD.shape[-1])
+        return mx.concatenate([x_BSD[:, : self.first], patches], axis=1)
+
+    def _means(self, x_BS: mx.array) -> mx.array:
+        """Of each token the mean of its patches' numbers, (B, N)."""
+        return x_BS if self.group == 1 else x_BS.reshape(len(x_BS), -1, self.group).mean(axis=2)
 
     def cut(
         self, x_BSD: mx.array, layer: int, place: str, keys: dict[str, Any] | None = None
@@ -105,11 +128,11 @@ class TowerPass:
             if (cut.layer, cut.place) == (layer, place):
                 x_BSD = self._cut(x_BSD, cut, keys or {})
         if place == "before" and self.want.get("before") == layer + 1:
-            self.signals = self.signals.replace(before_BND=x_BSD[:, self.first :])
+            self.signals = self.signals.replace(before_BND=self.tokens(x_BSD))
         return x_BSD
 
     def _cut(self, x_BSD: mx.array, cut: Cut, keys: dict[str, Any]) -> mx.array:
-        x_BND = x_BSD[:, self.first :]
+        x_BND = self.tokens(x_BSD)
         signals = self._accumulated(cut.pruner, self.signals.replace(x_BND=x_BND, **keys))
         K = self._left(cut, signals)
         if x_BND.shape[1] == K:
@@ -123,7 +146,9 @@ class TowerPass:
             represented_BK = represented_by(kept, signals)
             self.signals = self.signals.replace(represented_BN=represented_BK)
         self.kept = kept.after(self.kept, self.N) if self.kept else kept
-        return mx.concatenate([x_BSD[:, : self.first], kept.tokens(x_BND)], axis=1)
+        if not cut.gives_back:
+            self.beside = [kept.apply(x) for x in self.beside]
+        return self._rows_of(kept.tokens(x_BND), x_BSD)
 
     def attended(self, x_BSD: mx.array, layer: int) -> mx.array:
         """What a layer attends to: the tokens, or with them those that left."""
@@ -137,11 +162,16 @@ class TowerPass:
 
     def given_back(self, x_BSD: mx.array) -> mx.array:
         """Behind the last layer: the tokens, with those that come back."""
-        absent, self.absent = self.absent, None
-        if absent is None or not absent.cut.gives_back:
-            return x_BSD
-        self.signals, self.kept = absent.signals, absent.kept
-        return self._whole(absent, x_BSD)
+        absent, x_BSD = self.absent, self.with_returning(x_BSD)
+        if absent and absent.cut.gives_back:
+            self.signals, self.kept = absent.signals, absent.kept
+        self.absent = None
+        return x_BSD
+
+    def with_returning(self, x_BSD: mx.array) -> mx.array:
+        """The tokens, with those that will come back as they are now."""
+        absent = self.absent
+        return self._whole(absent, x_BSD) if absent and absent.cut.gives_back else x_BSD
 
     def _accumulated(self, pruner: Any, signals: Signals) -> Signals:
         """With the scores of all layers so far, where a method adds them up."""
@@ -164,13 +194,14 @@ class TowerPass:
         layer: int,
         q_BHSd: mx.array,
         k_BHSd: mx.array,
-        windows: Sequence[mx.array] | None = None,
+        received: Callable[[mx.array, mx.array], mx.array] | None = None,
         all_queries: Callable[[], mx.array] | None = None,
         v_BHSd: mx.array | None = None,
     ) -> dict[str, Any]:
         """Note the signals wanted of this layer; return its queries and keys by name.
 
-        `windows`: the tokens of each, where a layer of a tower without CLS attends within them.
+        `received`: what gives the attention that each row gets (B, S) by queries and keys, where a
+        layer of a tower without CLS attends within windows.
         `all_queries`: those of all tokens, where a layer attends to some that left.
         Where a tower has no CLS, the mean patch stands in for it: the attention that a token
         gets from all is taken for that from CLS, the mean query and key for CLS's.
@@ -180,26 +211,32 @@ class TowerPass:
         absent = self._absent_in(layer)
         if absent and names and all_queries:
             q_BHSd = all_queries()
-        keys = {
-            "queries_BNHd": q_BHSd[:, :, self.first :].swapaxes(1, 2),
-            "keys_BNHd": k_BHSd[:, :, self.first :].swapaxes(1, 2),
-        }
+        by_token = {name: self._by_token(x) for name, x in (("queries", q_BHSd), ("keys", k_BHSd))}
         values: dict[str, Any] = {
-            f"{name}_BNHd": keys[f"{name}_BNHd"] for name in names & {"keys", "queries"}
+            f"{name}_BNHd": by_token[name].mean(axis=3) for name in names & {"keys", "queries"}
         }
         if v_BHSd is not None and "values" in names:
-            values["values_BNHd"] = v_BHSd[:, :, self.first :].swapaxes(1, 2)
+            values["values_BNHd"] = self._by_token(v_BHSd).mean(axis=3)
             values["cls_value_BHd"] = v_BHSd[:, :, 0] if self.first else v_BHSd.mean(axis=2)
-        values |= self._rows(names, q_BHSd, k_BHSd, windows)
+        values |= self._rows(names, q_BHSd, k_BHSd, received)
         if absent:
             self.absent = replace(absent, signals=absent.signals.replace(**values))
         else:
             self.signals = self.signals.replace(**values)
-        return keys
+        return {f"{name}_BNHd": x_BNHgd.flatten(3) for name, x_BNHgd in by_token.items()}
+
+    def _by_token(self, x_BHSd: mx.array) -> mx.array:
+        """Queries or keys by token, (B, N, H, g, d)."""
+        x_BHPd = x_BHSd[:, :, self.first :]
+        x_BHNgd = x_BHPd[:, :, :, None]
+        if self.group > 1:
+            B, H, P, d = x_BHPd.shape
+            x_BHNgd = x_BHPd.reshape(B, H, P // self.group, self.group, d)
+        return x_BHNgd.swapaxes(1, 2)
 
     def _rows(
         self, names: set[str], q_BHSd: mx.array, k_BHSd: mx.array,
-        windows: Sequence[mx.array] | None,
+        received: Callable[[mx.array, mx.array], mx.array] | None,
     ) -> dict[str, mx.array]:  # fmt: skip
         """What CLS asks and is, and what tokens get of its attention, or of all queries'."""
         first, has_cls, values = self.first, bool(self.first), dict[str, mx.array]()
@@ -212,18 +249,17 @@ class TowerPass:
         columns |= set() if has_cls else rows
         if has_cls and names & rows:
             attention_BQS = attention(q_BHSd[:, :, :1], k_BHSd, self.bias_BS)
-            values |= {f"{name}_BN": attention_BQS[:, 0, 1:] for name in names & rows}
+            values |= {f"{name}_BN": self._means(attention_BQS[:, 0, 1:]) for name in names & rows}
         if names & columns:
-            if windows is None:
-                received_BN = received_attention(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
+            if received is None:
+                received_BS = received_attention(q_BHSd, k_BHSd, self.bias_BS)[:, first:]
             else:
-                received_BN = received_attention_in_windows(windows, q_BHSd, k_BHSd)
-            values |= {f"{name}_BN": received_BN for name in names & columns}
+                received_BS = received(q_BHSd, k_BHSd)
+            values |= {f"{name}_BN": self._means(received_BS) for name in names & columns}
         return values
 
     def _whole(self, absent: Absent, x_BSD: mx.array) -> mx.array:
-        all_BND = absent.all_tokens(x_BSD[:, self.first :])
-        return mx.concatenate([x_BSD[:, : self.first], all_BND], axis=1)
+        return self._rows_of(absent.all_tokens(self.tokens(x_BSD)), x_BSD)
 
     def end(self, x_BSD: mx.array) -> Encoded:
         cls_BD = x_BSD[:, 0] if self.first else None
@@ -307,8 +343,12 @@ GREY = (0.299, 0.587, 0.114)  # of red, green and blue, as in ITU-R BT.601
 
 def patch_greys(pixels_BHW3: mx.array, size: int) -> mx.array:
     """Each patch's own pixels as greys, (B, N, size * size)."""
-    grey_BHW1 = (pixels_BHW3.astype(mx.float32) * mx.array(GREY)).sum(axis=-1, keepdims=True)
-    return patch_pixels(grey_BHW1, size)
+    return patch_pixels(greys(pixels_BHW3)[..., None], size)
+
+
+def greys(pixels_3: mx.array) -> mx.array:
+    """Pixels (…, 3) as greys (…)."""
+    return (pixels_3.astype(mx.float32) * mx.array(GREY)).sum(axis=-1)
 
 
 def patch_pixels(pixels_BHW3: mx.array, size: int) -> mx.array:
