@@ -96,8 +96,9 @@ def test_a_model_that_reads_one_question_says_so(loaded, monkeypatch):
 def test_bad_lines_are_a_sentence_each_and_the_chat_goes_on(home, loaded, capsys):
     model, processor = loaded["llava"]
     chat = Chat(model, processor, max_tokens=3)
-    lines = ["/pruner downsample", "/pruner none", "/keep 0.5", "<image> w3", f"/image {home / 'a.png'}",
-             "w7", "/pruner norm", "/keep 0.25", "w9", "/stats"]  # fmt: skip
+    lines = ["/pruner downsample", "/pruner none", "/keep 0.5", "<image> w3",
+             f"/image {home / 'a.png'}", "w7", "/pruner norm", "/keep 0.25", "w9",
+             "/stats"]  # fmt: skip
     Session(chat, processor).run(lines)
     out, err = capsys.readouterr()
     starts = ["error: downsample cannot prune a llava model", "error: a budget needs a pruner",
