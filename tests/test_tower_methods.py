@@ -17,7 +17,7 @@ import torch
 import torch_ref.pruners as ref
 from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.generation.conversation import Conversation
-from mlx_vlm_prune.models.towers.signals import patch_greys
+from mlx_vlm_prune.models.towers.pixels import patch_greys
 from mlx_vlm_prune.pruners import Signals, plan, resolve
 from mlx_vlm_prune.pruners.docprune import LEVEL, commonest
 from torch_ref.models.towers.signals import greys

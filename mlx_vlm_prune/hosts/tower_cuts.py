@@ -23,8 +23,8 @@ Received = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Attended:
-    """What a layer's attention adds to its rows (I, S, D), by which queries, keys and values (I, H, S, d);
-    the rest is as `TowerPass.read` takes it."""
+    """What a layer's attention adds to its rows (I, S, D), by which queries, keys and values
+    (I, H, S, d); the rest is as `TowerPass.read` takes it."""
 
     y_ISD: mx.array
     q_IHSd: mx.array

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...checkpoints.errors import UserError
-from ...models.towers.signals import Cut, TowerPass, patch_greys, patch_pixels
+from ...models.towers.pixels import patch_greys, patch_pixels
+from ...models.towers.signals import Cut, TowerPass
 from ...models.towers.vit import key_mask
 from ...pruners.contract import Reduction, Signals
 from ..language_layers import split_heads

@@ -18,7 +18,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...models.projector import merge_patches
-from ...models.towers.signals import TowerPass, greys, received_attention_in_windows
+from ...models.towers.pixels import greys
+from ...models.towers.signals import TowerPass, received_attention_in_windows
 from ...pruners.contract import Signals
 from ..host import Host
 from ..language_layers import LanguageLayers, PositionIdLayers

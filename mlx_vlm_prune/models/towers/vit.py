@@ -19,7 +19,8 @@ from mlx import nn
 from ...checkpoints.config import CLIPConfig, EncoderConfig, SiglipConfig
 from ...inputs.resample import shrink
 from ...pruners.contract import Signals
-from .signals import Cut, Encoded, TowerPass, joined, patch_greys, patch_pixels
+from .pixels import patch_greys, patch_pixels
+from .signals import Cut, Encoded, TowerPass, joined
 
 Activation = Callable[[mx.array], mx.array]
 
