@@ -64,6 +64,8 @@ CASES += [
     for kind in INSIDE
     for spec, called in {"tome": "ratio", "kq_norm": "tokens"}.items()
 ]
+CASES += [(kind, "divprune:budget=similarity,reference=0.9", "ratio") for kind in CLS]
+CASES.append(("llava", "zoo_prune", "ratio"))
 
 
 @pytest.fixture(scope="module")
