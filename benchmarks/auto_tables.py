@@ -1,5 +1,6 @@
 """The tables of docs/auto.md, and what the package ships of the built-in model's evaluation."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -24,9 +25,16 @@ def auto_caution_table(results: Path) -> str:
     """The prompts for which `auto` keeps more, in Markdown."""
     lines = []
     for line in CAUTIOUS:
-        words = ", ".join(f"`{word}`" for word in line.words)
+        words = ", ".join(map(_code, line.words))
         lines.append([line.subject, words, line.why, linked_sources(line.source)])
     return markdown(("asks for", "words (regular expressions)", "why", "source"), "llll", lines)
+
+
+def _code(expression: str) -> str:
+    """A regular expression as code in a table, where a vertical bar would end the cell."""
+    if "|" not in expression:
+        return f"`{expression}`"
+    return f"<code>{html.escape(expression).replace('|', '&#124;')}</code>"
 
 
 def linked_sources(sources: str) -> str:

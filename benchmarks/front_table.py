@@ -7,6 +7,8 @@ from typing import Any
 
 from mlx_vlm_prune.checkpoints.reading.files import read_json
 from mlx_vlm_prune.machine.timing import times_text
+from mlx_vlm_prune.pruners.auto.choice import ModelFacts, by_evidence
+from mlx_vlm_prune.pruners.auto.evidence import Evidence
 
 from .readme_tables import markdown, read
 
@@ -14,7 +16,6 @@ BUDGETS = (49, 22)  # of 196 visual tokens
 BEST = 3
 CLOSE = 0.05  # a method is close to all tokens where it loses no more than this at every budget
 NAMES = {
-    "auto": "`auto`, the default",
     "random": "`random`",
     "downsample": "`downsample`: a smaller picture",
 }
@@ -22,18 +23,20 @@ Rows = dict[str, dict[int, dict[str, Any]]]  # by pruner and budget
 
 
 def front_table(results: Path) -> str:
-    """All tokens, `auto`, the best methods, `random` and a smaller picture, in Markdown."""
+    """All tokens, what `auto` takes, the best methods, `random`, a smaller picture: Markdown."""
     accuracy, speed = read(results, "scenes"), read(results, "speed-scenes")
     right, timed = _by_pruner(accuracy["rows"], "tokens"), _by_pruner(speed["rows"], "budget")
     of = right["none"][196]["of"]
     heads = ["", *(head for K in BUDGETS for head in (f"{K} of {of} tokens: right", "first token"))]
     full_ms = statistics.median(row["ms"]["full"]["total"]["median"] for row in speed["rows"])
     lines = [["all tokens", *[f"{right['none'][196]['overall']:.1%}", f"{full_ms:.0f} ms"] * 2]]
-    for name in _front_methods(right, timed):
+    chosen = _auto_choices(accuracy, of)
+    for name in _front_methods(right, timed, [*chosen.values()]):
         cells = [cell for K in BUDGETS for cell in _cells(right[name], timed[name], K)]
         lines.append([NAMES.get(name, f"`{name}`"), *cells])
     table = markdown(heads, "l" + "rr" * len(BUDGETS), lines)
-    return "\n\n".join([table, _measurement(accuracy, speed), *_gpu_sentences(results)])
+    sentences = [_auto_sentence(chosen), _measurement(accuracy, speed), *_gpu_sentences(results)]
+    return "\n\n".join([table, *sentences])
 
 
 def _by_pruner(rows: list[dict[str, Any]], budget: str) -> Rows:
@@ -43,7 +46,21 @@ def _by_pruner(rows: list[dict[str, Any]], budget: str) -> Rows:
     return by_pruner
 
 
-def _front_methods(right: Rows, timed: Rows) -> list[str]:
+def _auto_choices(accuracy: dict[str, Any], of: int) -> dict[int, str]:
+    """What `auto` takes of the built-in model at each budget."""
+    facts = ModelFacts("", None, True, 0, of, lambda name, share: True)
+    evidence = Evidence.of(accuracy)
+    return {K: by_evidence(facts, evidence, K / of, {})[0] for K in BUDGETS}
+
+
+def _auto_sentence(chosen: dict[int, str]) -> str:
+    if len({*chosen.values()}) == 1:
+        return f"`auto`, the default where only a budget is given, takes `{chosen[BUDGETS[0]]}`."
+    each = " and ".join(f"`{name}` at {K} tokens" for K, name in chosen.items())
+    return f"`auto`, the default where only a budget is given, takes {each}."
+
+
+def _front_methods(right: Rows, timed: Rows, chosen: list[str]) -> list[str]:
     """The rows' methods: those with an accuracy and a time at every budget."""
     complete = [
         name
@@ -55,7 +72,7 @@ def _front_methods(right: Rows, timed: Rows) -> list[str]:
     least = right["none"][196]["overall"] - CLOSE
     close = [n for n in candidates if all(right[n][K]["overall"] >= least for K in BUDGETS)]
     quickest = min(close, key=lambda name: _first_token(timed[name][BUDGETS[0]]), default=None)
-    ordered = ["auto", *best, *([quickest] if quickest else []), "random", "downsample"]
+    ordered = [*chosen, *best, *([quickest] if quickest else []), "random", "downsample"]
     return [name for name in dict.fromkeys(ordered) if name in complete]
 
 
