@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .checkpoints.command_line import SCRIPT, in_one_sentence
 from .checkpoints.errors import UserError
 from .checkpoints.reading.files import check_target
+from .checkpoints.user_module import with_files
 from .evaluation.budgeted_methods import BudgetedMethod
 from .evaluation.explored import Explorer
 from .evaluation.sweep_cases import Refusal, budgets_of, full_case, sweep_cases, swept_model
@@ -27,7 +28,6 @@ from .generation.arguments import build_explore_parser, typed_prompt
 from .generation.exploration import Exploration, ExploredAnswer
 from .generation.request import list_images
 from .pruners import AUTO
-from .pruners.own_methods import with_files
 from .sweep import check_cases, methods_of
 
 DEFAULT_METHODS = ("divprune", "fastv")

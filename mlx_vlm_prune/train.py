@@ -2,6 +2,7 @@
 
 python -m mlx_vlm_prune.train --stage sft --data train.jsonl --output trained
 python -m mlx_vlm_prune.train -c config.yaml --learning-rate 1e-5
+python -m mlx_vlm_prune.train --stage pruner --pruner ./my_method.py --keep-ratio 0.25 --data data
 """
 
 from collections.abc import Sequence
@@ -26,8 +27,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
     parser = build_parser()
     with in_one_sentence(parser):
-        config = config_of(parser.parse_args(argv))
-        from .training.run import train  # imports mlx
+        args = parser.parse_args(argv)
+        if args.pruner:  # a config file, which may be a stranger's, names no file that is run
+            from .pruners.own_methods import register_files  # imports mlx, as what follows
+
+            args.pruner = register_files(args.pruner)
+        config = config_of(args)
+        from .training.run import train
 
         train(config)
 

@@ -12,17 +12,14 @@ import pytest
 
 import torch_ref.pruners as ref
 from mlx_vlm_prune import chat, evaluate, generate, load
+from mlx_vlm_prune.checkpoints import user_module
 from mlx_vlm_prune.checkpoints.errors import UserError
+from mlx_vlm_prune.checkpoints.user_module import file_digests, with_files
 from mlx_vlm_prune.evaluation.resume import AnsweredBatch, ResumeFile
 from mlx_vlm_prune.generate import main as generate_command
 from mlx_vlm_prune.new_method import main as new_method
-from mlx_vlm_prune.pruners import METHODS, Signals, listing, own_methods, plan
-from mlx_vlm_prune.pruners.own_methods import (
-    file_digests,
-    method_spec,
-    register_files,
-    with_files,
-)
+from mlx_vlm_prune.pruners import METHODS, Signals, listing, plan
+from mlx_vlm_prune.pruners.own_methods import method_spec, register_files
 from mlx_vlm_prune.scenes import compose
 
 from . import tiny
@@ -34,7 +31,7 @@ RAISES = "raise RuntimeError('run')\n"
 @pytest.fixture(autouse=True)
 def tables(monkeypatch):
     """The tables of methods, as they were before when the test is over."""
-    monkeypatch.setattr(own_methods, "_files", {})
+    monkeypatch.setattr(user_module, "_files", {})
     before = set(METHODS)
     yield
     for name in METHODS.keys() - before:

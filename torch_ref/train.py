@@ -28,8 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one sentence and exit code 2."""
     parser = build_parser()
     with in_one_sentence(parser):
-        config = config_of(parser.parse_args(argv))
-        from .training.run import train  # here, since torch may be missing, and takes seconds
+        args = parser.parse_args(argv)
+        if args.pruner:
+            from .pruners.own_twins import register_twins  # here, since torch may be missing
+
+            args.pruner = register_twins(args.pruner)
+        config = config_of(args)
+        from .training.run import train
 
         train(config)
 

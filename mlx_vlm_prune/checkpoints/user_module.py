@@ -1,7 +1,8 @@
 """A Python file of the user's, imported by its path. It runs: no path comes from a checkpoint."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from .errors import UserError, reason
 
 SUFFIX = ".py"
 PARENT = "mlx_vlm_prune_own"  # in the names of such modules, so that they shadow no others
+_files: dict[str, tuple[Path, str]] = {}  # by name: the file, and the SHA-256 of what was run
 
 
 def name_files(spec: str, name_of: Callable[[Path], str]) -> str:
@@ -19,6 +21,40 @@ def name_files(spec: str, name_of: Callable[[Path], str]) -> str:
         (name_of(Path(place).expanduser().resolve()) if place.endswith(SUFFIX) else place) + rest
         for place, rest in ((place, colon + options) for place, colon, options in parts)
     )
+
+
+def is_remembered(path: Path) -> bool:
+    """Was this very content run before, from this place?"""
+    return _files.get(path.stem) == (path, _digest(path))
+
+
+def remember_file(path: Path) -> None:
+    """Note that a file was run, as it is now."""
+    _files[path.stem] = (path, _digest(path))
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+
+
+def with_files(spec: str) -> str:
+    """The specification again as it can be typed: with files in place of their names."""
+    parts = (part.partition(":") for part in spec.split("+"))
+    names = ((str(_files[name][0]) if name in _files else name, *rest) for name, *rest in parts)
+    return "+".join("".join(name) for name in names)
+
+
+def file_digests(spec: str = "") -> dict[str, str]:
+    """Of each name that came from a file the SHA-256 of what was run; of those in a specification,
+    if there is one."""
+    names = {part.partition(":")[0] for part in spec.split("+")} if spec else _files.keys()
+    return {name: digest for name, (_, digest) in _files.items() if name in names}
+
+
+def unknown_weights(names: Sequence[str]) -> str:
+    """What to say of learned weights whose methods are not there."""
+    named = " and ".join(names)
+    return f"no method is called {named}, so its weights are left out; --pruner FILE.py names one"
 
 
 def load_user_module(path: Path) -> ModuleType:

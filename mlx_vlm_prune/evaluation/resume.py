@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ..checkpoints.reading.files import append_json, parse_json
-from ..pruners.own_methods import file_digests
+from ..checkpoints.user_module import file_digests
 
 MOST_IDS = 1 << 31  # of any vocabulary
 Line = TypeVar("Line")  # a dataclass

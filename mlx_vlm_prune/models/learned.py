@@ -3,6 +3,7 @@
 Tensors are named METHOD.parameter. They were trained for the model that they lie beside.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +14,14 @@ from ..checkpoints.checkpoint import LEARNED_FILE
 from ..checkpoints.config import MiniMindConfig
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.weights import check_learned
-from ..pruners import METHODS
+from ..checkpoints.user_module import unknown_weights
+from ..pruners import METHODS, register_installed
 from .arrays import read_arrays
 from .language.experts import stacked
 from .language.twig import Twig
 from .vlm import VLM
 
+logger = logging.getLogger("mlx_vlm_prune")
 Weights = dict[str, mx.array]
 
 
@@ -32,16 +35,24 @@ class Featured(Protocol):
 def read_learned(folder: Path, model: Featured) -> dict[str, Any]:
     """Modules by the names of their methods, of the model's sizes; none without the file.
 
-    Raises UserError for a file that is not sound, an unknown method, or a tensor that is
-    missing, superfluous or misshapen.
+    Weights of a method that is not in the table are left out, and a note says so: its file may not
+    have been named. Raises UserError for a file that is not sound, a method without weights, or a
+    tensor that is missing, superfluous or misshapen.
     """
     file = folder / LEARNED_FILE
     if not file.exists():
         return {}
     check_learned(file)
     weights_of: dict[str, Weights] = {}
-    for key, array in read_arrays(file).items():
+    arrays = read_arrays(file)
+    names = {key.partition(".")[0] for key in arrays}
+    register_installed(names)
+    if unknown := sorted(names - METHODS.keys()):
+        logger.info("%s: %s", file, unknown_weights(unknown))
+    for key, array in arrays.items():
         name, _, parameter = key.partition(".")
+        if name in unknown:
+            continue
         if name not in METHODS or not METHODS[name].learned:
             raise UserError(f"{file}: tensor {key} belongs to no learned method")
         weights_of.setdefault(name, {})[parameter] = array

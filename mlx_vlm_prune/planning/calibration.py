@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json
+from ..checkpoints.user_module import file_digests
 from ..generation.steps import greedy
 from ..generation.stream import PreparedPrompt
 from ..inputs.prompt import Prompt
@@ -43,7 +44,6 @@ from ..machine.user_cache import cache_folder, model_key, write_cached
 from ..models.vlm import VLM
 from ..pruners import Pipeline, Stage, plan
 from ..pruners.budget import feasible_budgets
-from ..pruners.own_methods import file_digests
 from .operations import cache_bytes
 from .prediction import PARTS, Run, Setting, Table, most_run, predict, tabulate
 

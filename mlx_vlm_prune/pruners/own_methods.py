@@ -5,15 +5,19 @@ run only where a user types it: neither a checkpoint nor a request to a server c
 """
 
 import argparse
-from hashlib import sha256
 from pathlib import Path
 
 from ..checkpoints.errors import UserError
-from ..checkpoints.user_module import load_user_module, name_files
+from ..checkpoints.user_module import (
+    file_digests,
+    is_remembered,
+    load_user_module,
+    name_files,
+    remember_file,
+)
 from . import METHODS, register_pruner
 
 SIGNS = "+:"  # of chains and options
-_files: dict[str, tuple[Path, str]] = {}  # by method: its file, and the SHA-256 of what was run
 
 
 def method_spec(text: str) -> str:
@@ -37,26 +41,10 @@ def register_files(spec: str) -> str:
 
 
 def _registered(path: Path) -> str:
-    content = path.read_bytes() if path.is_file() else b""
-    file = (path, sha256(content).hexdigest())
-    if _files.get(path.stem) != file:
+    if path.stem not in METHODS or not is_remembered(path):
         method = load_user_module(path)
-        if path.stem in _files:
+        if path.stem in file_digests():
             METHODS.pop(path.stem, None)  # an earlier version, or another file of this name
         register_pruner(method)
-        _files[path.stem] = file
+        remember_file(path)
     return path.stem
-
-
-def with_files(spec: str) -> str:
-    """The specification again as it can be typed: with files in place of their methods' names."""
-    parts = (part.partition(":") for part in spec.split("+"))
-    names = ((str(_files[name][0]) if name in _files else name, *rest) for name, *rest in parts)
-    return "+".join("".join(name) for name in names)
-
-
-def file_digests(spec: str = "") -> dict[str, str]:
-    """Of each method that came from a file, by name, the SHA-256 of what was run; of those in a
-    specification, if there is one."""
-    names = {part.partition(":")[0] for part in spec.split("+")} if spec else _files.keys()
-    return {name: digest for name, (_, digest) in _files.items() if name in names}

@@ -41,7 +41,7 @@ GROUPS: Mapping[str, Mapping[str, str]] = {
         "unfreeze": "parts that learn although the stage would not train them",
         "language_layers": "only so many of the language model's last layers learn",
         "pruner": "NAME, NAME:option=value,… or a chain, in the loop while training; `pruners`"
-        " lists them",
+        " lists them; as a flag, FILE.py is a method of your own",
         "keep_ratio": "share of an image's visual tokens to keep (default: half)",
         "keep_tokens": "number of them, in place of --keep-ratio",
         "reset_pruner": "begin a learned pruner with untrained weights (default: with the model's,"

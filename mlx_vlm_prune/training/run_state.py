@@ -15,6 +15,7 @@ from typing import Any
 
 from ..checkpoints.errors import UserError
 from ..checkpoints.reading.files import read_json, write_json
+from ..checkpoints.user_module import file_digests, with_files
 from .config import TrainConfig
 
 logger = logging.getLogger("mlx_vlm_prune")
@@ -59,7 +60,10 @@ def remove_old(run: Path) -> None:
 
 
 def write_state(folder: Path, progress: Progress, config: TrainConfig) -> None:
-    write_json(folder / STATE, {"progress": asdict(progress), "config": asdict(config)})
+    state = {"progress": asdict(progress), "config": asdict(config)}
+    if files := file_digests(config.pruner):
+        state["files"] = files
+    write_json(folder / STATE, state)
 
 
 def read_state(folder: Path, config: TrainConfig) -> Progress:
@@ -77,6 +81,11 @@ def read_state(folder: Path, config: TrainConfig) -> Progress:
                 f"{folder} was written with {key}={earlier!r}; a run goes on with the same,"
                 f" not with {value!r}"
             )
+    if state.get("files", {}) != file_digests(config.pruner):
+        raise UserError(
+            f"{folder} was written with another version of {with_files(config.pruner)}; a run goes"
+            " on with the same"
+        )
     for key in ("learning_rate", "lr_schedule"):
         if before.get(key) != now[key]:
             logger.info("%s was %s, and is %s from here on", key, before.get(key), now[key])

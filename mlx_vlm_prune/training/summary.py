@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from math import prod
 from zlib import crc32
 
+from ..checkpoints.user_module import with_files
 from .config import ADAPTER_STAGES, TrainConfig
 from .display import first_weights, in_words
 from .metrics import Metrics
@@ -121,7 +122,7 @@ def usage(c: TrainConfig) -> str:
     if c.stage == "twig":
         words += ["--num-draft-tokens", "5"]
     if c.pruner != "none":
-        words += ["--pruner", c.pruner]
+        words += ["--pruner", with_files(c.pruner)]
         words += ["--keep-ratio", f"{c.keep_ratio:g}"] if c.keep_ratio else []
         words += ["--keep-tokens", f"{c.keep_tokens}"] if c.keep_tokens else []
     return f"use it: {shlex.join(words)} --image PICTURE --prompt QUESTION"

@@ -3,6 +3,7 @@
 Tensors are named METHOD.parameter.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mlx_vlm_prune.checkpoints.errors import UserError
 from mlx_vlm_prune.checkpoints.reading.files import open_safetensors
 from mlx_vlm_prune.checkpoints.reading.tensors import RawTensor
 from mlx_vlm_prune.checkpoints.reading.weights import check_learned
+from mlx_vlm_prune.checkpoints.user_module import unknown_weights
 
 from ..pruners import METHODS, is_learned
 from .language.twig import Twig
@@ -22,24 +24,32 @@ from .loading import to_tensor
 from .names import from_tensor
 from .vlm import VLM
 
+logger = logging.getLogger("mlx_vlm_prune")
 OURS = "pool_"  # what the published names of a pool's weights begin with, and the product's do not
 
 
 def read_learned(folder: Path, model: VLM) -> dict[str, nn.Module]:
     """Modules by the names of their methods, in float32; none without the file.
 
-    Raises UserError for a tensor that belongs to no method or does not fit.
+    Weights of methods that are not in the table are left out. Raises UserError for a tensor of a
+    method that has none, or that does not fit.
     """
     file = folder / LEARNED_FILE
     if file.exists():
         check_learned(file)
     states: dict[str, dict[str, torch.Tensor]] = {}
+    unknown = set[str]()
     for key, raw in (open_safetensors(file) if file.exists() else {}).items():
         name, _, parameter = key.partition(".")
-        if name not in METHODS or not is_learned(name):
+        if name not in METHODS:
+            unknown.add(name)
+            continue
+        if not is_learned(name):
             raise UserError(f"{file}: tensor {key} belongs to no learned method")
         pooled = name == "attention_pool"
         states.setdefault(name, {})[OURS * pooled + parameter] = to_tensor(raw).float()
+    if unknown:
+        logger.info("%s: %s", file, unknown_weights(sorted(unknown)))
     return {name: _module(name, state, model, file) for name, state in states.items()}
 
 

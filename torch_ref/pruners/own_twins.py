@@ -3,7 +3,12 @@
 from pathlib import Path
 
 from mlx_vlm_prune.checkpoints.errors import UserError
-from mlx_vlm_prune.checkpoints.user_module import SUFFIX, load_user_module, name_files
+from mlx_vlm_prune.checkpoints.user_module import (
+    SUFFIX,
+    load_user_module,
+    name_files,
+    remember_file,
+)
 
 from . import METHODS, STAGES
 
@@ -24,7 +29,8 @@ def _registered(path: Path) -> str:
     stage = getattr(module, "stage", None)
     if stage not in STAGES:
         raise UserError(f"{twin.name} has stage {stage!r}; there are {', '.join(STAGES)}")
-    if not callable(getattr(module, "prune", None)):
-        raise UserError(f"{twin.name} has no prune(signals, K, *, options)")
+    if not callable(getattr(module, "prune", getattr(module, "make_weights", None))):
+        raise UserError(f"{twin.name} has no prune(signals, K, *, options), nor make_weights")
     METHODS[path.stem] = STAGES[stage][path.stem] = module
+    remember_file(path)
     return path.stem
