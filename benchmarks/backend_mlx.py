@@ -37,7 +37,7 @@ class Stack:
     def learned(self, K: int) -> dict[str, Any]:
         """Random weights of the learned methods for a budget of K tokens."""
         dims, text = self.model.feature_dims, self.model.config.text
-        scorers = ("attention_pool", "score_prune", "mlp")
+        scorers = ("attention_pool", "score_prune", "mlp", "learn_prune")
         weights = {name: METHODS[name].make_weights(dims, K) for name in scorers}
         assert isinstance(text, MiniMindConfig)
         twig = Twig(text, 1, 1)

@@ -26,6 +26,7 @@ from .model_shapes import Request
 from .timing import PARTS, Run
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SCORERS = ("score_prune", "mlp", "learn_prune")  # learned methods with twins that any budget fits
 
 
 def device() -> str:
@@ -84,13 +85,11 @@ class Stack:
         """
         c = self.model.config
         dims = c.vision.hidden_size * math.prod(c.merge or ())
-        self.model.learned = {
-            name: TWINS[name].make_weights(dims, K) for name in ("score_prune", "mlp")
-        }
+        self.model.learned = {name: TWINS[name].make_weights(dims, K) for name in SCORERS}
         self.model.learned["twig"] = twig.grown(self.model.language, 1, 1)
         for weights in self.model.learned.values():
             weights.eval().to(self.device)
-        mlx_weights = {name: METHODS[name].make_weights(dims, K) for name in ("score_prune", "mlp")}
+        mlx_weights = {name: METHODS[name].make_weights(dims, K) for name in SCORERS}
         return {**mlx_weights, "twig": Twig(c.text, 1, 1)}
 
     def steps(self, pipeline: Pipeline, K: int) -> list[Step]:
@@ -99,8 +98,7 @@ class Stack:
             raise UserError("attention_pool is measured with --backend mlx only")
         budgets = pipeline.budgets(self.model.N, K).per_step
         steps = [Step(s.name, k, dict(s.options)) for s, k in budgets]
-        enhancer = pipeline.enhancer
-        return [*steps, Step(enhancer.name, None, dict(enhancer.options))] if enhancer else steps
+        return [*steps, *(Step(e.name, None, dict(e.options)) for e in pipeline.enhancers)]
 
     @torch.no_grad()
     def run(self, request: Request, pipeline: Pipeline, K: int, tokens: int) -> Run:

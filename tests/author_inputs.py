@@ -30,6 +30,15 @@ def shares(count: int, a: float) -> np.ndarray:
     return (share / share.sum()).astype(np.float32)
 
 
+def rotary_means(N: int, d: int, start: int = 3) -> dict:
+    """The means of RoPE's cosines and sines, at base 10,000, of N tokens from `start` on."""
+    angle_Nh = (start + np.arange(N))[:, None] * 1e4 ** (-np.arange(0, d, 2) / d)
+    return {
+        "rotary_cosine_BN": np.cos(angle_Nh).mean(axis=-1)[None].astype(np.float32),
+        "rotary_sine_BN": np.sin(angle_Nh).mean(axis=-1)[None].astype(np.float32),
+    }
+
+
 def arrays(grid: tuple[int, int], D: int, kind: str, phase: float) -> dict:
     """Every signal there is by its name in the contract; `kind` is `wave` or `groups`."""
     N, of = grid[0] * grid[1], {"wave": wave, "groups": groups}[kind]
@@ -57,6 +66,9 @@ def arrays(grid: tuple[int, int], D: int, kind: str, phase: float) -> dict:
         "text_BTD": wave(T, D, 0.7, 1.3 + phase),
         "text_keys_BTD": wave(T, D, 1.9, 0.2 + phase),
         "text_real_BT": np.array([[True, True, True, False]]),
+        "held_values_BNHd": of(N, D, 1.3 + phase, 0.7).reshape(heads),
+        "text_values_BTHd": wave(T, D, 0.6 + phase, 1.7).reshape(1, T, HEADS, D // HEADS),
+        **rotary_means(N, D // HEADS),
         "text_attention_BTN": text_attention,
         **{
             f"{name}_attention_BN": shares(N, 0.45 + 0.31 * k + phase)

@@ -29,6 +29,7 @@ VARIANTS = [
     "sparsevlm:recycle=0.9", "sparsevlm:sums", "pact:clustered=1", "pact:prompt", "dart:pivots=1",
     "window_merge:side=2", "dual_attention:relation=2", "two_scales:fine=0.2",
     "apet:basis=2", "mmtok:image=2", "divprune+restore:published", "norm+restore:published",
+    "norm+ivc", "divprune+ivc:anchors=0.8", "ivc_prune:seeds=0.2,anchors=0.5", "ivc_prune+ivc",
 ]  # fmt: skip
 INPUTS = ("random", "flat", "duplicated", "near_duplicate", "zero", "one_hot", "extreme")
 
@@ -116,6 +117,20 @@ def case(kind: str, B: int, grid: tuple[int, int], seed: int) -> dict:
         "cls_row_BN": shares(kind, rng, B, N),
         "entrance_BND": features(kind, rng, B, N, D),
         "cls_rank_BN": (rng.permuted(np.tile(np.arange(N), (B, 1)), axis=1) / N).astype(np.float32),
+        "held_values_BNHd": features(kind, rng, B, N, HEADS, D // HEADS),
+        "text_values_BTHd": features("random", rng, B, T, HEADS, D // HEADS),
+        **rotary_means(B, grid),
+    }
+
+
+def rotary_means(B: int, grid: tuple[int, int], start: int = 3) -> dict:
+    """The means of RoPE's cosines and sines of an image's tokens behind `start` words, by its
+    formula with three frequencies, each image one word later."""
+    positions_BN1 = start + np.arange(B)[:, None, None] + np.arange(grid[0] * grid[1])[:, None]
+    angle_BN3 = positions_BN1 * np.array([1, 0.1, 0.01])
+    return {
+        "rotary_cosine_BN": np.cos(angle_BN3).mean(axis=-1).astype(np.float32),
+        "rotary_sine_BN": np.sin(angle_BN3).mean(axis=-1).astype(np.float32),
     }
 
 

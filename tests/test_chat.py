@@ -24,7 +24,8 @@ from . import backbones, llava, tiny
 
 TURNS = [("how many stars ?", "a.png"), ("is it red ?", None), ("the sign ?", "b.png"), ("a ?", ())]
 CHAINS = ["visionzip+divprune", "cls_attention+restore", "tome+cdpruner", "norm+fastv", "none"]
-SPECS = [n for n in METHODS if n not in ("none", "restore", "attention_pool")] + CHAINS
+CHAINS += ["norm+ivc"]
+SPECS = [n for n in METHODS if n not in ("none", "restore", "ivc", "attention_pool")] + CHAINS
 CASES = [("tiny", spec) for spec in (*SPECS, "mlp:dynamic", "cdpruner renumbered")]
 CASES += [("llava", spec) for spec in ("cdpruner", "mmtok", "visionzip", "fastv", "none")]
 CASES += [("qwen3", spec) for spec in ("cdpruner", "fastv")] + [("mamba", "cdpruner")]

@@ -23,10 +23,11 @@ from .pruner_cases import float64_choices
 K = 9
 ROWS = (tiny.row("user # what is in the picture ?"), tiny.row("# and # is there a red star ?"))
 SPECS = [
-    *(name for name in METHODS if name != "restore"),
+    *(name for name in METHODS if name not in ("restore", "ivc")),
     "mlp:dynamic", "visionzip+fastv", "tome+divprune", "downsample+norm", "fastv+restore",
     "cls_attention+cdpruner", "cls_attention+restore", "patch_norm:keep=11+norm", "twig+restore",
     "divprune+restore:published", "divprune:budget=similarity",
+    "divprune+ivc+restore", "fastv+ivc",
 ]  # fmt: skip
 # How often a method returns to the host: what its docstring declares.
 RETURNS = {

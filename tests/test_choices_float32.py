@@ -199,16 +199,9 @@ def kept_by_rounding_more(pruner: Pruner, tokens: Signals, K: int, monkeypatch) 
 
 
 ROUNDING = {
-    "tome",
-    "similarity",
-    "vispruner",
-    "dart",
-    "pact",
-    "sparsevlm",
-    "holov",
-    "two_scales",
-    "lookahead",
-}
+    "tome", "similarity", "vispruner", "dart", "pact", "sparsevlm", "holov", "two_scales",
+    "lookahead", "learn_prune", "ivc_prune",
+}  # fmt: skip
 GREEDY = {
     "divprune": distance_gains, "cdpruner": variance_gains, "scope": scope_gains,
     "mmtok": mmtok_gains, "salience_coverage": supported_gains, "zoo_prune": sensitivity_gains,

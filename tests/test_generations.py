@@ -181,8 +181,7 @@ def test_every_method_works_without_cls_as_the_reference_does(third, spec):
     steps = [
         Step(step.name, k, step.options) for step, k in pipeline.budgets(release.N, K).per_step
     ]
-    if pipeline.enhancer:
-        steps.append(Step(pipeline.enhancer.name, None, pipeline.enhancer.options))
+    steps += [Step(step.name, None, step.options) for step in pipeline.enhancers]
     within = any(
         step.stage is Stage.ENCODER and k < release.N
         for step, k in pipeline.budgets(release.N, K).per_step

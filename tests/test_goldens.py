@@ -11,7 +11,7 @@ import pytest
 
 from mlx_vlm_prune.pruners import METHODS, Signals
 
-from .pruner_cases import make_pruner
+from .pruner_cases import make_pruner, rotary_means
 
 pytestmark = pytest.mark.usefixtures("on_the_cpu_in_float64")
 ROWS, COLUMNS, D, HEADS, T = 6, 6, 8, 2, 4
@@ -61,12 +61,16 @@ def formula_signals() -> Signals:
         twig_attention_BN=row(3.1), layer_attention_BN=row(3.7),
         grey_BNP=mx.array(np.round(wave(N, 9, 0.41, 0.23), 1)),
         sensitivity_BN=row(0.77),
+        held_values_BNHd=mx.array(wave(N, D, 1.3, 0.7).reshape(heads)),
+        text_values_BTHd=mx.array(wave(T, D, 0.6, 1.7).reshape(1, T, HEADS, -1)),
+        **{k: mx.array(v) for k, v in rotary_means(1, (ROWS, COLUMNS)).items()},
     )  # fmt: skip
 
 
 SPECS = [
     *(n for n, m in METHODS.items() if n != "none" and m.prune),
     "similarity:published", "hiprune:objects=1", "visionzip:contextual=0.5", "dart:pivots=1",
+    "norm+ivc",
 ]  # fmt: skip
 GOLDENS: dict[str, list[int]] = {
     "random": [2, 3, 4, 11, 20, 21, 26, 30, 34],
@@ -112,6 +116,8 @@ GOLDENS: dict[str, list[int]] = {
     "vtw": [0, 1, 2, 3, 4, 5, 6, 7, 8],
     "pact": [1, 3, 5, 17, 19, 21, 24, 30, 32],
     "twig": [10, 12, 14, 16, 18, 23, 25, 30, 35],
+    "ivc_prune": [3, 4, 5, 10, 11, 17, 21, 26, 28],
+    "norm+ivc": [3, 4, 5, 9, 11, 17, 22, 25, 26],
     "similarity:published": [0, 1, 2, 3, 4, 5, 6, 7, 8],
     "hiprune:objects=1": [12, 18, 19, 24, 26, 29, 31, 32, 33],
     "visionzip:contextual=0.5": [0, 3, 7, 13, 19, 21, 26, 28, 34],

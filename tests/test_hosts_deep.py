@@ -23,7 +23,7 @@ from mlx_vlm_prune.hosts.prompt import (
     encode_images_and_text,
     prune_prompt,
 )
-from mlx_vlm_prune.pruners import METHODS, Signals, plan
+from mlx_vlm_prune.pruners import Signals, plan
 
 from . import host_folders
 from .host_models import IMAGE, KINDS, cached_models
@@ -35,7 +35,7 @@ pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 DEEP = ["llava", *QWEN, "gemma3", "idefics3", "internvl_chat"]
 WHOLE = [name for name in DEEP if set(KINDS[name].tiles) == {1}]  # images are one view each
-INSIDE = ["fastv", "pyramiddrop", "dart", "v2drop", "vtw", "sparsevlm:recycle=0"]
+INSIDE = ["fastv", "pyramiddrop", "dart", "v2drop", "vtw", "sparsevlm:recycle=0", "ivc_prune"]
 SECTIONS = {"qwen2_vl": [2, 3, 3], "qwen2_5_vl": [2, 3, 3], "qwen3_vl": [4, 2, 2]}
 
 
@@ -253,7 +253,8 @@ def by_hand(model, name: str, inputs, cut: int):
         if number < len(seq.deep):
             h[seq.visual] += seq.deep[number]
     visual = np.flatnonzero(seq.visual)
-    q, k, _ = heads(name, body.layers[cut - 1], before, seq.place_L3)
+    q, k, v = heads(name, body.layers[cut - 1], before, seq.place_L3)
+    values = mx.array(v.swapaxes(0, 1), mx.float32)
     next_q, next_k, _ = heads(name, body.layers[cut], h, seq.place_L3)
     keys, normed = k.swapaxes(0, 1).reshape(len(h), -1), body.norm(mx.array(h, mx.float32))
     words = mx.arange(int(visual[-1]) + 1, len(h))  # after the image
@@ -266,10 +267,26 @@ def by_hand(model, name: str, inputs, cut: int):
         text_keys_BTD=mx.array(keys, mx.float32)[words][None],
         normed_BND=normed[mx.array(visual)][None], text_BTD=normed[words][None],
         text_real_BT=mx.ones((1, words.size), mx.bool_),
+        held_values_BNHd=values[mx.array(visual)][None], text_values_BTHd=values[words][None],
+        **rotary_means(name, body.layers[cut], seq.place_L3[visual]),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["fastv", "pyramiddrop", "dart", "v2drop"])
+def rotary_means(name: str, layer: Any, place_N3: np.ndarray) -> dict[str, mx.array]:
+    """Of each place the means of RoPE's cosines and sines, over the axes that a family has."""
+    base = getattr(getattr(layer.self_attn, "rope", None), "base", 1e4)
+    place_NA = place_N3 if name in QWEN else place_N3[:, :1]
+    angle_NAh = place_NA[..., None] * base ** (-np.arange(8) / 8)
+    return {
+        f"rotary_{turn}_BN": mx.array(of(angle_NAh).mean(axis=(1, 2)), mx.float32)[None]
+        for turn, of in (("cosine", np.cos), ("sine", np.sin))
+    }
+
+
+LOOKING = ["fastv", "pyramiddrop", "dart", "v2drop", "ivc_prune", "fastv+ivc"]
+
+
+@pytest.mark.parametrize("spec", LOOKING)
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
     model = models(name)
@@ -277,7 +294,7 @@ def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
     prompt = pruned(model, inputs, spec, 0.6)
     (kept,) = prompt.trace.layers(3)[1]["kept_indices"]
     signals = by_hand(model, name, inputs, prompt.trace.layers(3)[1]["first"])
-    assert METHODS[spec].prune(signals, len(kept)).index_BK[0].tolist() == kept
+    assert plan(spec).steps[0](signals, len(kept)).index_BK[0].tolist() == kept
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in (*DEEP, "smolvlm")])

@@ -24,13 +24,15 @@ from . import tiny
 from .pruner_cases import close
 
 POLICIES = ("keep", "renumber")
-CHOOSING = [n for n in METHODS if n not in ("none", "restore", "attention_pool")]
+CHOOSING = [n for n in METHODS if n not in ("none", "restore", "ivc", "attention_pool")]
 # Of a decoder method K is the average over 3 layers, of which the first holds all 16.
 SPECS = [
     *CHOOSING, "visionzip+fastv", "tome+divprune", "cls_attention+cdpruner", "fastv+restore",
     "cls_attention+restore", "downsample+norm", "patch_norm:keep=11+pact:prompt", "vtw+restore",
     "similarity+sparsevlm", "visionzip:keep=11+pyramiddrop", "apet+restore", "twig+restore",
     "tome:r=2", "cls_attention:layer=0", "global_local:keep=11+fastv", "cls_attention+twig",
+    "divprune+ivc", "patch_norm:keep=13+norm+ivc", "norm+ivc:anchors=0.8+restore", "fastv+ivc",
+    "cls_attention+ivc_prune+ivc", "pyramiddrop+ivc+restore",
 ]  # fmt: skip
 K = 9
 ROWS = (
@@ -61,8 +63,7 @@ def steps_of(pair, spec: str, K: int) -> list[Step]:
     pipeline = plan(spec, pair.ours.learned)
     budgets = pipeline.budgets(tiny.N, K).per_step
     steps = [Step(s.name, k, s.options) for s, k in budgets]
-    enhancer = pipeline.enhancer
-    return [*steps, Step(enhancer.name, None, enhancer.options)] if enhancer else steps
+    return [*steps, *(Step(e.name, None, e.options) for e in pipeline.enhancers)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

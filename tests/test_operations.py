@@ -166,7 +166,7 @@ def learned(config: VLMConfig, K: int) -> dict:
     dims = config.vision.hidden_size * math.prod(config.projector.merge if config.projector else ())
     weights = {
         name: METHODS[name].make_weights(dims, K)
-        for name in ("attention_pool", "score_prune", "mlp")
+        for name in ("attention_pool", "score_prune", "mlp", "learn_prune")
     }
     return {**weights, "twig": Twig(config.text, 2, 1)}
 

@@ -149,5 +149,6 @@ def test_options_are_read_from_signatures_and_no_network_is_built(monkeypatch):
     fresh = {name: replace(method).options for name, method in METHODS.items() if method.learned}
     assert fresh == {
         "attention_pool": {}, "score_prune": {}, "mlp": {"dynamic": False, "layer": -1},
+        "learn_prune": {"diverse": 0.1},
         "twig": {"layer": 2 / 32, "wipe": 24 / 32, "rank": 0},
     }  # fmt: skip

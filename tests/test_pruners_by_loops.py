@@ -34,6 +34,11 @@ X, KEYS, QUERY, TEXT = tokens(7, 3, 5), tokens(4, 9, 2), tokens(5, 2, 1, 1)[0], 
 CLS_KEY = tokens(2, 3, 7, 1)[0]
 RAW = [1.0 + (i * 11) % 17 for i in range(N)]
 ATTENTION = [a / sum(RAW) for a in RAW]
+VALUES, TEXT_VALUES = tokens(3, 4, 8), tokens(6, 5, 2, T)
+# Of RoPE with three frequencies, where the image begins behind two words.
+RATES, START = (1.0, 0.1, 0.01), 2
+COSINE = [sum(math.cos((START + i) * rate) for rate in RATES) / 3 for i in range(N)]
+SINE = [sum(math.sin((START + i) * rate) for rate in RATES) / 3 for i in range(N)]
 
 
 def cosine(u: Vector, v: Vector) -> float:
@@ -70,6 +75,10 @@ ARRAYS = {
     "normed_BND": np.array([X], np.float32),
     "keys_BND": np.array([KEYS], np.float32),
     "text_keys_BTD": np.array([tokens(2, 5, 3, T)], np.float32),
+    "held_values_BNHd": heads(VALUES),
+    "text_values_BTHd": heads(TEXT_VALUES),
+    "rotary_cosine_BN": np.array([COSINE], np.float32),
+    "rotary_sine_BN": np.array([SINE], np.float32),
 }
 
 
@@ -242,6 +251,50 @@ def test_restore_as_published(K):
     slots = {i: [i] for i in chosen} | {m[(len(m) - 1) // 2]: m for m in members.values()}
     weight = {i: dict.fromkeys(m, 1 / len(m)) for i, m in slots.items()}
     assert_both_keep("norm+restore:published", K, sorted(slots), weight)
+
+
+def anchor_places() -> list[int]:
+    """The place of each token by its cosine or by its sine, the better one."""
+    by_cosine, by_sine = (
+        sorted(range(N), key=lambda i: (-round(mean[i], 6), i)) for mean in (COSINE, SINE)
+    )
+    return [min(by_cosine.index(i), by_sine.index(i)) for i in range(N)]
+
+
+@pytest.mark.parametrize(("K", "chosen"), [(1, 1), (3, 2), (8, 5), (15, 9), (19, 11)])
+def test_anchors_join_what_a_selector_keeps(K, chosen):
+    by_length = sorted(range(N), key=lambda i: (-math.dist(X[i], [0.0] * D), i))[:chosen]
+    places = anchor_places()
+    others = sorted((i for i in range(N) if i not in by_length), key=lambda i: (places[i], i))
+    assert_both_keep("norm+ivc", K, sorted(by_length + others[: K - chosen]))
+
+
+def value_shares(row: Vector) -> Vector:
+    """Of one row a softmax of the products of its values with the tokens', mean over heads."""
+    d, share = D // HEADS, [0.0] * N
+    for h in range(HEADS):
+        part = slice(h * d, h * d + d)
+        logits = [
+            sum(a * b for a, b in zip(row[part], value[part], strict=True)) / math.sqrt(d)
+            for value in VALUES
+        ]
+        total = sum(math.exp(x) for x in logits)
+        share = [a + math.exp(x) / total / HEADS for a, x in zip(share, logits, strict=True)]
+    return share
+
+
+@pytest.mark.parametrize("K", [2, 5, 10, 17])
+def test_ivc_prune(K):
+    """Two seeds of 20, a fifth of K anchors by either order, then what is like words and seeds."""
+    by_words = [sum(share) for share in zip(*map(value_shares, TEXT_VALUES), strict=True)]
+    seeds = sorted(range(N), key=lambda i: (-round(by_words[i], 12), i))[:2]
+    rows = [value_shares(row) for row in [*TEXT_VALUES, *(VALUES[i] for i in seeds)]]
+    like = [sum(share) / len(rows) for share in zip(*rows, strict=True)]
+    anchors = [i for i, place in enumerate(anchor_places()) if place < round(0.2 * K)]
+    order = sorted(
+        range(N), key=lambda i: (i not in seeds, i not in anchors, -round(like[i], 12), i)
+    )
+    assert_both_keep("ivc_prune:seeds=0.1", K, sorted(order[:K]))
 
 
 @pytest.mark.parametrize("K", [4, 9, 17])

@@ -136,7 +136,7 @@ def without_default(signals, K, *, step):
         (module(prune=None), r"no prune\(signals, K\), which a method of stage features"),
         (module(stage=Stage.DECODER), r"no schedule\(layers, N, K\)"),
         (module(stage=Stage.ENCODER), r"no cuts\(layers, N, K\)"),
-        (module(stage=Stage.ENHANCER), r"no attention_bias\(signals, kept\)"),
+        (module(stage=Stage.ENHANCER), r"neither attention_bias\(signals, kept\) nor"),
         (module(stage=Stage.IMAGE), "it must be Stage.ENCODER, Stage.FEATURES"),
         (module(stage="features"), "stage is 'features'"),
         (module(prune=no_budget), r"prune takes \(signals\); it must take \(signals, K\)"),

@@ -36,7 +36,7 @@ CONFIG = MiniMindConfig(
     vocab_size=16,
 )
 IN_TOWER = sorted(
-    {name for m in METHODS.values() if m.stage != Stage.DECODER for name in m.needs}
+    {name for m in METHODS.values() if m.stage < Stage.DECODER for name in m.needs}
     - {"grid", "text", "pixels", "patches", "sensitivity"}
 )
 IN_DECODER = sorted({n for m in METHODS.values() if m.stage == Stage.DECODER for n in m.needs})

@@ -19,7 +19,7 @@ from torch_ref.pruners import METHODS, STAGES, Signals
 from . import tiny
 from .test_torch_ref_parts import close, llama
 
-CHOOSING = [name for name in METHODS if name not in ("none", "restore", "attention_pool")]
+CHOOSING = [name for name in METHODS if name not in ("none", "restore", "ivc", "attention_pool")]
 # Of a decoder method K is the average over 3 layers, of which the first holds all 16.
 EVERY = [("none", tiny.N), *((n, 9 if n in STAGES["decoder"] else 5) for n in CHOOSING)]
 # What is chosen does not change when the prompt grows.

@@ -230,7 +230,7 @@ def test_adapters_learn_behind_it_and_fuse_beside_it(trained, tmp_path):
 
 
 REFUSALS = {
-    "pruner divprune does not learn in a model of mlx-vlm's; attention_pool, score_prune or mlp": {
+    "pruner divprune does not learn in a model of mlx-vlm's; attention_pool, score_prune, mlp": {
         "pruner": "divprune"
     },
     "pruner score_prune[+]divprune does not learn": {"pruner": "score_prune+divprune"},

@@ -37,6 +37,7 @@ STAGES = {
         {"pruner": "score_prune", "keep_tokens": K, "unfreeze": ("projector", "language")},
     ),
     "mlp": ("pruner", {"pruner": "mlp", "keep_tokens": K}),
+    "learn_prune": ("pruner", {"pruner": "learn_prune", "keep_tokens": K}),
     "mlp with all": ("sft", {"pruner": "mlp", "keep_tokens": K}),
     "twig": ("twig", {"twig_layer": 1, "twig_layers": 1}),
     "lora": ("lora", {"unfreeze": ["projector"]}),
@@ -58,7 +59,7 @@ def runs(request, tmp_path_factory) -> Runs:
     runs = Runs.written(request.param, tmp_path_factory.mktemp("runs"))
     torch.manual_seed(3)
     tensors = {}
-    for name in ("attention_pool", "score_prune", "mlp"):
+    for name in ("attention_pool", "score_prune", "mlp", "learn_prune"):
         module = METHODS[name].make_weights(32, K)
         if (
             name == "mlp"

@@ -34,7 +34,7 @@ def weights(folder) -> dict:
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize("name", ["attention_pool", "mlp", "score_prune"])
+@pytest.mark.parametrize("name", ["attention_pool", "mlp", "score_prune", "learn_prune"])
 def test_a_trained_pruner_begins_anew_as_one_that_never_was(
     plain, data, tmp_path, capsys, framework, name
 ):

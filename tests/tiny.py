@@ -56,7 +56,8 @@ def taught(model: VLM, noise: float = 0.1) -> VLM:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         scorers = {
-            n: METHODS[n].make_weights(VISION.hidden_size, 1) for n in ("score_prune", "mlp")
+            n: METHODS[n].make_weights(VISION.hidden_size, 1)
+            for n in ("score_prune", "mlp", "learn_prune")
         }
         model.learned = {**scorers, "twig": grown(model.language, 1, 2)}
         for weights in model.learned.values():

@@ -15,7 +15,7 @@ WITHOUT_ATTENTION = "its tower has neither a CLS token nor attention that could 
 # What a host has between the language model's layers, and what a tower without attention has.
 DECODER_SIGNALS = (
     "before", "normed", "held_keys", "last_attention", "next_attention", "text_attention",
-    "text_share", "mean_attention", "cls_rank", "entrance",
+    "text_share", "mean_attention", "cls_rank", "entrance", "held_values", "rotation",
 )  # fmt: skip
 ATTENTION_FREE_SIGNALS = ("text", "grid", "features", "sensitivity")
 
@@ -33,7 +33,7 @@ def check_pipeline(host: Host, pipeline: Pipeline, positions: Policy | None) -> 
             "this model is being pruned already: leave that block first, or load the folder that"
             " a pruned one was made from"
         )
-    for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
+    for step in [*pipeline.steps, *pipeline.enhancers]:
         if reason := _why_not(host, step):
             raise UserError(f"{step.name} cannot prune a {kind} model: {reason}")
     if pipeline.enhancer and pipeline.decoder:
@@ -83,6 +83,10 @@ def check_max_kv_size(host: Host, pipeline: Pipeline, max_kv_size: int | None) -
 
 def why_not_enhance(host: Host | type[Host], enhancer: Pruner) -> str | None:
     """Why an enhancer cannot work in a model or a family; None where it can."""
+    if not enhancer.method.attention_bias:
+        if host.language_layers_class:
+            return None
+        return f"it reads how the language model's layers rotate, and {host.why_no_decoder_methods}"
     if host.why_no_enhancer or not enhancer.calibrates:
         return host.why_no_enhancer
     return (

@@ -10,11 +10,13 @@ size.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
 from ..models.language.minimind import grouped
+from ..models.language.rotary import mean_rotation
 from .biased_cache import BiasedCache, add_biases
 
 
@@ -53,6 +55,16 @@ class LanguageLayers(ABC):
     def held_keys(self, layer_cache: Any) -> mx.array:
         """(1, G, S, d)."""
         return layer_cache.state[0]
+
+    def held_values(self, layer_cache: Any) -> mx.array:
+        """(1, G, S, d)."""
+        return layer_cache.state[1]
+
+    def mean_rotation(self, number: int, positions_BL: mx.array) -> tuple[mx.array, mx.array]:
+        """The means of the cosines and of the sines of a layer's rotation, (B, L) each."""
+        attention = self.body.layers[number].self_attn
+        head_dim = getattr(attention, "head_dim", self.model.head_dim)
+        return mean_rotation(partial(self.rotate, attention), positions_BL, head_dim)
 
     def run(
         self, numbers: range, x_BLD: mx.array, positions_BL: mx.array, cache: list[Any],

@@ -35,6 +35,7 @@ from ..pruners.trace import ReductionStep, Trace
 from .host import Host
 from .prepared_inputs import PreparedInputs, ProcessorOptions
 from .prompt_arguments import KeptRows, bias_rows, image_arguments, kept_rows, row_arguments
+from .rotation import add_rotation
 from .tower_cuts import TowerCuts
 from .views import View
 
@@ -216,7 +217,10 @@ def encode_images(
 def add_text(
     host: Host, inputs: PreparedInputs, views: list[View], pipeline: Pipeline
 ) -> list[View]:
-    """The views with the embeddings of the prompt's words, if the pipeline needs them."""
+    """The views with the embeddings of the prompt's words, and with what the language model's
+    rotation makes of their positions, if the pipeline needs them."""
+    if pipeline.needs_signal("rotation"):
+        views = add_rotation(host, inputs, views)
     if not pipeline.needs_signal("text"):
         return views
     words = [token for token in inputs.ids if token != host.image_token_id(inputs)]

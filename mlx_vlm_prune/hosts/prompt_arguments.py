@@ -47,22 +47,16 @@ def kept_rows(
     Pooled slots, which have no token of their own, take the first placeholders of their view.
     Nothing is read on the host. Raises UserError where placeholders and visual tokens differ.
     """
-    sizes = [view.N for view in views]
-    placeholder, N = host.image_token_id(inputs), sum(sizes)
-    is_kept_L = np.array(inputs.ids) != placeholder
+    N = sum(view.N for view in views)
+    is_kept_L = np.array(inputs.ids) != host.image_token_id(inputs)
     words, placeholders = np.flatnonzero(is_kept_L), np.flatnonzero(~is_kept_L)
     parts, has_breaks = list[mx.array](), False
     if host.placeholder_unit == "token":
-        is_token = np.concatenate([view.is_token for view in views])
-        if len(placeholders) != len(is_token):
-            raise UserError(
-                f"the prompt has room for {len(placeholders)} visual tokens and the images have"
-                f" {len(is_token)}; an image's placeholder in the text counts, too"
-            )
+        by_view = rows_of_views(host, inputs, views)
         if sum(reduction.slots for reduction in reductions) == N:
-            is_kept_L[placeholders[~is_token]] = True
-            parts.append(row_numbers(placeholders[~is_token]))
-        by_view = np.split(placeholders[is_token], np.cumsum(sizes)[:-1])
+            breaks = np.setdiff1d(placeholders, np.concatenate(by_view))
+            is_kept_L[breaks] = True
+            parts.append(row_numbers(breaks))
         for rows_N, reduction in zip(by_view, reductions, strict=True):
             first_K = rows_N[: reduction.slots]
             is_kept_L[first_K] = True
@@ -81,6 +75,20 @@ def kept_rows(
     return KeptRows(columns, mx.sort(mx.concatenate([row_numbers(words), *parts])), has_breaks)
 
 
+def rows_of_views(host: Host, inputs: PreparedInputs, views: Sequence[View]) -> list[np.ndarray]:
+    """The rows of the whole prompt that each view's visual tokens take, where each has a
+    placeholder. Raises UserError where these are not as many."""
+    placeholders = np.flatnonzero(np.array(inputs.ids) == host.image_token_id(inputs))
+    is_token = np.concatenate([view.is_token for view in views])
+    if len(placeholders) != len(is_token):
+        raise UserError(
+            f"the prompt has room for {len(placeholders)} visual tokens and the images have"
+            f" {len(is_token)}; an image's placeholder in the text counts, too"
+        )
+    ends = np.cumsum([view.N for view in views])[:-1]
+    return np.split(placeholders[is_token], ends)
+
+
 def bias_rows(
     host: Host, inputs: PreparedInputs, views: Sequence[View], batches: Sequence[ImageBatch],
     biases: Sequence[mx.array | None], rows: KeptRows,
@@ -96,10 +104,7 @@ def bias_rows(
     ]
     is_placeholder_L = np.array(inputs.ids) == host.image_token_id(inputs)
     if host.placeholder_unit == "token":
-        bias_L, placeholders = mx.zeros(len(inputs.ids), dtype), np.flatnonzero(is_placeholder_L)
-        is_token = [view.is_token for view in views]
-        ends = np.cumsum([view.N for view in views])[:-1]
-        by_view = np.split(placeholders[np.concatenate(is_token)], ends)
+        bias_L, by_view = mx.zeros(len(inputs.ids), dtype), rows_of_views(host, inputs, views)
         for rows_N, batch, bias_K in zip(by_view, batches, bias_by_view, strict=True):
             assert batch.kept.index_BK is not None
             bias_L[row_numbers(rows_N)[batch.kept.index_BK[0]]] = bias_K

@@ -199,7 +199,7 @@ def _pipeline(spec: str, kind: str) -> Pipeline:
     """The methods of a specification. Raises UserError where a folder of a family cannot have
     them."""
     pipeline = plan(spec)
-    for step in [*pipeline.steps, *filter(None, [pipeline.enhancer])]:
+    for step in [*pipeline.steps, *pipeline.enhancers]:
         if reason := WHY_NOT_IN_FOLDER.get(step.stage):
             raise UserError(
                 f"{step.name} cannot be written into a checkpoint: it {reason}, and"
@@ -218,11 +218,10 @@ def _pipeline(spec: str, kind: str) -> Pipeline:
 
 def _check_family(kind: str, pipeline: Pipeline) -> None:
     """Raises UserError for a method that this family of models cannot have."""
-    family, enhancer = FAMILIES[kind], pipeline.enhancer
+    family = FAMILIES[kind]
     reasons = {step.name: family.why_no_encoder_methods for step in pipeline.at(Stage.ENCODER)}
     reasons |= {step.name: family.why_no_probe for step in pipeline.steps if step.method.probe}
-    if enhancer:
-        reasons[enhancer.name] = why_not_enhance(family, enhancer)
+    reasons |= {e.name: why_not_enhance(family, e) for e in pipeline.enhancers}
     for name, reason in reasons.items():
         if reason:
             raise UserError(f"{name} cannot prune a {kind} model: {reason}")

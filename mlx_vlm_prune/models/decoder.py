@@ -20,7 +20,7 @@ from ..pruners.contract import Policy, identity, take
 from .cache import HeldRows
 from .entry_bias import with_entry_bias, without_entry_bias
 from .language.contract import Language, Layers
-from .layers import Observers, TwigReader, run_layers
+from .layers import Observers, TwigReader, attention, run_layers
 from .splice import Spliced, drop_rows, pad_right
 
 QUERY_CHUNK = 64  # queries whose attention is held at once
@@ -178,7 +178,7 @@ class LayerInput:
     def signals(self, pruner: Pruner) -> Signals:
         """The visual rows, and what the method needs."""
         signals: dict[str, Any] = {}
-        for name in pruner.method.needs:
+        for name in sorted(pruner.needs):
             signals |= getattr(self, name)()
         return self.visual().replace(**signals)
 
@@ -251,11 +251,22 @@ class LayerInput:
     def held_keys(self) -> dict[str, mx.array]:
         """Keys that the layer before holds, of images and the words after them."""
         keys_BSD = self.language.held_keys(self.cache_before).swapaxes(1, 2).flatten(2)
-        columns_IT, _ = self.text_columns
-        return {
-            "keys_BND": self.of_images(keys_BSD),
-            "text_keys_BTD": keys_BSD[self.prompt_I1, columns_IT],
-        }
+        text_keys_ITD = keys_BSD[self.prompt_I1, self.text_columns[0]]
+        return {"keys_BND": self.of_images(keys_BSD), "text_keys_BTD": text_keys_ITD}
+
+    def held_values(self) -> dict[str, mx.array]:
+        """Values that the layer before holds, of images and the words after them."""
+        values_BSHd = self.language.held_values(self.cache_before).swapaxes(1, 2)
+        columns_IT, is_real_IT = self.text_columns
+        words = {"text_values_BTHd": values_BSHd[self.prompt_I1, columns_IT]}
+        images = {"held_values_BNHd": self.of_images(values_BSHd)}
+        return {**images, **words, "text_real_BT": is_real_IT}
+
+    def rotation(self) -> dict[str, mx.array]:
+        """What this layer's rotary embedding makes of the images' positions."""
+        positions_IN = self.of_images(self.spliced.positions_BL)
+        means = self.language.mean_rotation(self.layer, positions_IN)
+        return dict(zip(("rotary_cosine_BN", "rotary_sine_BN"), means, strict=True))
 
     def last_attention(self) -> dict[str, mx.array]:
         """Of the prompt's last token, in the layer before."""
@@ -336,15 +347,3 @@ class LayerInput:
         bias_IL = None if bias_BL is None else bias_BL[prompt_I]
         rows_IQS = attention(q, k, visible_IQS, bias_IL)
         return take(rows_IQS, self.columns_IN, axis=2)
-
-
-def attention(
-    q_BGRQd: mx.array, k_BGSd: mx.array, visible_BQS: mx.array, bias_BS: mx.array | None
-) -> mx.array:
-    """What Q queries attend to, mean over heads, (B, Q, S) float32."""
-    logits = (q_BGRQd @ k_BGSd[:, :, None].swapaxes(3, 4)).astype(mx.float32)
-    logits = logits * k_BGSd.shape[-1] ** -0.5
-    if bias_BS is not None:
-        logits = logits + bias_BS[:, None, None, None]
-    logits = mx.where(visible_BQS[:, None, None], logits, -mx.inf)
-    return mx.softmax(logits, axis=-1).mean(axis=(1, 2))

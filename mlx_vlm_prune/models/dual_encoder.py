@@ -76,9 +76,9 @@ class DualEncoder(ImageEncoder):
                     " CLS token, which no longer reads them: nothing would change; choose a method"
                     " that works in the tower or ahead of it"
                 )
-        if pipeline.enhancer:
+        if pipeline.enhancers:
             raise UserError(
-                f"{pipeline.enhancer.name} corrects a language model's attention, and a {title}"
+                f"{pipeline.enhancers[0].name} serves a language model's attention, and a {title}"
                 " alone has none"
             )
 

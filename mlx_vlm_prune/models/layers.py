@@ -78,3 +78,15 @@ class TwigReader:
     def observers(self) -> Observers:
         """It reads the input of the layer that it grows on."""
         return {self.twig.layer: self.read}
+
+
+def attention(
+    q_BGRQd: mx.array, k_BGSd: mx.array, visible_BQS: mx.array, bias_BS: mx.array | None
+) -> mx.array:
+    """What Q queries attend to, mean over heads, (B, Q, S) float32."""
+    logits = (q_BGRQd @ k_BGSd[:, :, None].swapaxes(3, 4)).astype(mx.float32)
+    logits = logits * k_BGSd.shape[-1] ** -0.5
+    if bias_BS is not None:
+        logits = logits + bias_BS[:, None, None, None]
+    logits = mx.where(visible_BQS[:, None, None], logits, -mx.inf)
+    return mx.softmax(logits, axis=-1).mean(axis=(1, 2))

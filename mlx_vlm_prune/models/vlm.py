@@ -164,6 +164,8 @@ class VLM(ImageEncoder):
         if batches:
             if pipeline.needs_signal("text"):
                 batches = self.add_text(batches, prompts)
+            if pipeline.needs_signal("rotation"):
+                batches = self.add_rotation(batches, prompts)
             steps.append(reduction_step(batches, pipeline.at(Stage.IMAGE, Stage.ENCODER)))
             batches, features = prune(batches, budgets, Stage.FEATURES)  # prune
             batches = [self.project(batch, pipeline) for batch in batches]  # project
@@ -212,6 +214,22 @@ class VLM(ImageEncoder):
             signals = batch.signals.replace(text_BTD=text_BTD[rows], text_real_BT=is_real_BT[rows])
             with_text.append(replace(batch, signals=signals, encoded=signals))
         return with_text
+
+    def add_rotation(
+        self, batches: Sequence[ImageBatch], prompts: Sequence[Prompt]
+    ) -> list[ImageBatch]:
+        """Encoded images with what the language model's first layer makes of their positions."""
+        starts, rotated = [start for prompt in prompts for start, _ in prompt.runs], []
+        for batch in batches:
+            start_I1 = mx.array(starts[: batch.images])[:, None]
+            starts = starts[batch.images :]
+            index_IN = batch.kept.index_BK
+            if index_IN is None:
+                index_IN = mx.arange(batch.slots)[None]
+            cosine_IN, sine_IN = self.language.mean_rotation(0, start_I1 + index_IN)
+            signals = batch.signals.replace(rotary_cosine_BN=cosine_IN, rotary_sine_BN=sine_IN)
+            rotated.append(replace(batch, signals=signals))
+        return rotated
 
     def project(self, batch: ImageBatch, pipeline: Pipeline) -> ImageBatch:
         features_BND = batch.signals.x_BND

@@ -29,7 +29,7 @@ NAMES = """
     norm similarity received_attention cls_attention visionzip vispruner prumerge prumerge_plus
     hiprune prunesid holov global_local divprune two_scales salience_coverage zoo_prune cdpruner
     scope mmtok apet fastv pyramiddrop sparsevlm dual_attention lookahead dart v2drop vtw pact
-    attention_pool score_prune mlp twig restore
+    ivc_prune attention_pool score_prune mlp learn_prune twig restore ivc
 """.split()
 METHODS = {name: Method.of(import_module(f".{name}", __name__)) for name in NAMES}
 # Chains with a name. DUET-VLM merges like VisionZip, then drops inside the decoder at half
@@ -108,20 +108,21 @@ def register_pruner(method: ModuleType | Method) -> None:
     if not method.name.isidentifier():
         raise UserError(f"{method.name!r} cannot name a pruner; use letters, digits and _")
     method.check()
-    in_decoder = method.stage is Stage.DECODER
-    signals = {
-        signal
-        for other in METHODS.values()
-        if (other.stage is Stage.DECODER) is in_decoder
-        for signal in other.needs
-    }
+    place = _place(method)
+    signals = {name for other in METHODS.values() if _place(other) == place for name in other.needs}
     for signal in method.needs:
         if signal not in signals:
-            where = "decoder" if in_decoder else "tower"
             raise UserError(
-                f"{method.name} needs {signal!r}; a {where} has {either(sorted(signals))}"
+                f"{method.name} needs {signal!r}; {place} has {either(sorted(signals))}"
             )
     METHODS[method.name] = method
+
+
+def _place(method: Method) -> str:
+    """Where a method gets its signals."""
+    if method.stage is Stage.ENHANCER:
+        return "an enhancer"
+    return "a decoder" if method.stage is Stage.DECODER else "a tower"
 
 
 def register_installed(names: Iterable[str] | None = None) -> list[str]:

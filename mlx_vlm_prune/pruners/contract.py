@@ -89,6 +89,8 @@ class Signals:
     normed_BND: mx.array  # the tokens after the final norm
     keys_BND: mx.array  # of the layer before, heads side by side
     text_keys_BTD: mx.array
+    held_values_BNHd: mx.array  # of the layer before
+    text_values_BTHd: mx.array
     next_keys_BND: mx.array  # of this layer, heads side by side
     last_attention_BN: mx.array  # the prompt's last token, in the layer before
     next_attention_BN: mx.array  # the prompt's last token, in this layer
@@ -97,11 +99,16 @@ class Signals:
     mean_attention_BN: mx.array  # the mean visual query to the keys of this layer, not rotated
     prompt_attention_BN: mx.array  # the same of all rows up to the prompt's last visual token
     twig_attention_BN: mx.array  # the prompt's last token, in a twig's last layer
+    rotary_cosine_BN: mx.array  # the mean of those by which the language model rotates its position
+    rotary_sine_BN: mx.array
 
     def __init__(
-        self, x_BND: mx.array, grid: tuple[int, int], has_cls: bool = True,
+        self,
+        x_BND: mx.array,
+        grid: tuple[int, int],
+        has_cls: bool = True,
         **others: mx.array | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`others` by the names above; None is a missing one."""
         present = {name: signal for name, signal in others.items() if signal is not None}
         assert set(present) <= SIGNALS, f"{sorted(set(present) - SIGNALS)} are no signals"

@@ -60,7 +60,7 @@ FUNCTIONS = {
 }
 REQUIRED = {
     Stage.ENCODER: ("cuts", "prune"), Stage.FEATURES: ("prune",), Stage.PROJECTED: ("prune",),
-    Stage.DECODER: ("schedule", "prune"), Stage.ENHANCER: ("attention_bias",),
+    Stage.DECODER: ("schedule", "prune"), Stage.ENHANCER: (),
 }  # fmt: skip
 
 
@@ -210,7 +210,7 @@ class Method:
         """Names of the options, with their defaults."""
         optional = (self.cuts, self.leaves, self.give_back, self.schedule, self.chooser, self.probe)
         biases = (self.attention_bias, self.entry_bias)
-        functions = (*optional, *biases, self.attends_to_all, self.calibrates)
+        functions = (*optional, *biases, self.attends_to_all, self.selected, self.calibrates)
         return {
             parameter.name: parameter.default
             for function in functions
@@ -239,6 +239,11 @@ class Method:
                 )
         if "sensitivity" in self.needs and not (self.probe and self.stage is Stage.PROJECTED):
             raise UserError(f"{self.name} needs 'sensitivity', so it has a probe, and is projected")
+        if self.stage is Stage.ENHANCER and not (self.attention_bias or self.complete):
+            raise UserError(
+                f"{self.name} has neither attention_bias(signals, kept) nor complete(signals, kept,"
+                " K), of which an enhancer must have one"
+            )
         for signal, option in self.needs.items():
             if option not in (None, *self.options):
                 raise UserError(f"{self.name}: {signal} is of layer {option!r}, which is no option")

@@ -71,6 +71,16 @@ class Pruner:
         return adapts
 
     @property
+    def completes(self) -> bool:
+        """Does an enhancer choose part of the slots?"""
+        return bool(self.method.complete) and (not self.method.attention_bias or self.calibrates)
+
+    @property
+    def needs(self) -> set[str]:
+        """The signals that it reads, and those of the enhancer that completes its choice."""
+        return {*self.method.needs, *(self.enhancer.method.needs if self.enhancer else ())}
+
+    @property
     def has_dynamic_budget(self) -> bool:
         """Does each image get its own budget?"""
         return self.reference is not None or bool(self.options.get("dynamic"))
@@ -244,7 +254,11 @@ class StepBudgets:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Methods in the order of their stages, with an optional enhancer."""
+    """Methods in the order of their stages.
+
+    `enhancer` is the one that adds to attention; the one that completes a choice is the last
+    method's own, and may be the same.
+    """
 
     steps: tuple[Pruner, ...]
     enhancer: Pruner | None = None
@@ -257,8 +271,13 @@ class Pipeline:
     @property
     def spec(self) -> str:
         """As it is written on the command line."""
-        enhancer = (self.enhancer,) if self.enhancer else ()
-        return "+".join(step.spec for step in (*self.steps, *enhancer))
+        return "+".join(step.spec for step in (*self.steps, *self.enhancers))
+
+    @property
+    def enhancers(self) -> tuple[Pruner, ...]:
+        """Those of the chain: what completes the last choice first."""
+        completing, adding = self.steps[-1].enhancer, self.enhancer
+        return tuple(filter(None, (completing, None if adding == completing else adding)))
 
     def with_defaults(self, defaults: Mapping[str, Mapping[str, Any]]) -> "Pipeline":
         """The same with other defaults of options, by the method's name."""
@@ -282,7 +301,7 @@ class Pipeline:
     @property
     def positions(self) -> Policy:
         """`policy`, or that of the last method's paper; `keep` with an enhancer."""
-        return self.policy or ("keep" if self.enhancer else self.steps[-1].method.positions)
+        return self.policy or ("keep" if self.enhancers else self.steps[-1].method.positions)
 
     def at(self, *stages: Stage) -> list[Pruner]:
         return [step for step in self.steps if step.stage in stages]
@@ -308,7 +327,7 @@ class Pipeline:
         return bool(self.decoder and "cls_rank" in self.decoder.method.needs)
 
     def needs_signal(self, signal: str) -> bool:
-        return any(signal in step.method.needs for step in self.steps)
+        return any(signal in step.needs for step in self.steps)
 
     def budgets(self, N: int, K: int) -> StepBudgets:
         """How many tokens each step leaves; the last leaves K, or K in the average layer."""

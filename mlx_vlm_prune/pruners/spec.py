@@ -30,7 +30,10 @@ def parse(
     pruners = [_parse_pruner(part, methods, presets, learned) for part in spec.split("+")]
     steps = tuple(p for p in pruners if p.stage is not Stage.ENHANCER)
     enhancers = [p for p in pruners if p.stage is Stage.ENHANCER]
-    if len(enhancers) > 1 or len([p for p in steps if p.stage is Stage.DECODER]) > 1:
+    completing = [p for p in enhancers if p.completes]
+    adding = [p for p in enhancers if p.method.attention_bias]
+    in_decoder = [p for p in steps if p.stage is Stage.DECODER]
+    if any(len(kind) > 1 for kind in (completing, adding, in_decoder)):
         raise UserError(f"{spec} has two methods of a kind of which a chain can hold one")
     if not steps:
         raise UserError(f"{spec} makes a selector better and needs one, as in cls_attention+{spec}")
@@ -46,24 +49,25 @@ def parse(
     if [p.stage for p in steps] != sorted(p.stage for p in steps):
         order = "+".join(p.spec for p in sorted(steps, key=lambda p: p.stage))
         raise UserError(f"{spec} is not in the order of the stages; write {order}")
-    return _enhanced(steps, enhancers[0]) if enhancers else Pipeline(steps)
+    for enhancer in completing:
+        _check_completed(steps[-1], enhancer)
+        steps = (*steps[:-1], replace(steps[-1], enhancer=enhancer))
+    return Pipeline(steps, adding[0] if adding else None)
 
 
-def _enhanced(steps: tuple[Pruner, ...], enhancer: Pruner) -> Pipeline:
-    """A chain whose last selector an enhancer may complete. Raises UserError where it cannot."""
-    last = steps[-1]
+def _check_completed(last: Pruner, enhancer: Pruner) -> None:
+    """Raises UserError where an enhancer cannot complete the choice of a chain's last method."""
     if enhancer.calibrates and last.stage is Stage.DECODER:
         raise UserError(
             f"{enhancer.spec} works ahead of the language model, and {last.name} inside it"
         )
-    if enhancer.calibrates and last.stage is Stage.ENCODER:
+    if last.stage is Stage.ENCODER:
         raise UserError(f"{enhancer.spec} works behind the tower, and {last.name} inside it")
-    if enhancer.calibrates and (trained := last.trained_tokens):
+    if trained := last.trained_tokens:
         raise UserError(
-            f"{enhancer.spec} leaves its selector half of the budget, and {last.name} was trained"
+            f"{enhancer.spec} leaves its selector part of the budget, and {last.name} was trained"
             f" for {trained} visual tokens"
         )
-    return Pipeline((*steps[:-1], replace(last, enhancer=enhancer)), enhancer)
 
 
 def _parse_pruner(

@@ -75,7 +75,8 @@ class Learner(nn.Module):
         factors = [s.name for s in self.pipeline.steps if s.method.training_factor]
         if not (factors and self.trains("pruner")):
             return
-        if len(self.pipeline.steps) > 1 or self.pipeline.enhancer or step.stage != Stage.FEATURES:
+        chain = self.pipeline
+        if len(chain.steps) > 1 or chain.enhancers or step.stage != Stage.FEATURES:
             raise UserError(
                 f"{factors[0]} learns alone, not in the chain {self.pipeline.spec}; train it first,"
                 " or let it be by freeze: pruner"

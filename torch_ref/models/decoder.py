@@ -7,7 +7,7 @@ Shapes: n visual tokens of an image, K kept, L rows of the prompt, T of them wor
 H heads, G key/value heads, d head size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pruners import Reduction, Signals, Step, reduce
+from ..pruners import Reduction, Signals, Step
+from ..pruners.chain import choose
 from .language.twig import Twig
 from .splice import Spliced, outside
 
@@ -98,7 +99,8 @@ class Cuts:
     step: Step | None = None
     schedule: Mapping[int, int] = field(default_factory=dict)
     policy: str = "keep"
-    enhancer: Step | None = None
+    enhancer: Step | None = None  # adds to attention
+    completing: Step | None = None  # chooses some of the slots
 
 
 def read_prompt(
@@ -113,7 +115,7 @@ def read_prompt(
             cache.observed = prompt
         if cuts.step and i in cuts.schedule:
             kept = [
-                reduce(cuts.step.name, image, cuts.schedule[i], **cuts.step.options)
+                choose(replace(cuts.step, weights=None), image, cuts.schedule[i], cuts.completing)
                 for image in signals(language, i, (entry, before, prompt), grid, cuts.step.weights)
             ]
             prompt = drop_rows(prompt, kept, cuts)
@@ -189,11 +191,10 @@ def drop_rows(prompt: PromptRows, kept: list[Reduction], cuts: Cuts) -> PromptRo
         for rank_n, reduction in zip(prompt.ranks, kept, strict=bool(prompt.ranks))
         if reduction.index_BK is not None
     )
-    following = prompt.next
-    if cuts.policy == "renumber":
-        following = x_1LD.shape[1]
-        position_1L = torch.arange(following)[None].to(x_1LD.device)
-    return PromptRows(x_1LD, position_1L, following, runs, bias_L, ranks=ranks)
+    if cuts.policy == "renumber":  # so that the position after them stays
+        count = x_1LD.shape[1]
+        position_1L = (torch.arange(count) + prompt.next - count)[None].to(x_1LD.device)
+    return PromptRows(x_1LD, position_1L, prompt.next, runs, bias_L, ranks=ranks)
 
 
 def kept_bias(prompt: PromptRows, image: slice, kept: Reduction, cuts: Cuts) -> Tensor:
@@ -258,6 +259,8 @@ def attention_signals(
     _, k_GLd, next_LL = attention(language, this, now)
     q0_HLd, k0_GLd = this.rotated(now.x_1LD, language.rotary(now.position_1L * 0))  # not at all
     twig_LL = torch.zeros_like(next_LL) if twig is None else twig_attention(twig, now)
+    values_LGd = last.values(before.x_1LD, language.rotary(before.position_1L))
+    cosine_1L, sine_1L = mean_rotation(language, now.position_1L)
     held_LD, next_LD = (k.transpose(0, 1).flatten(1) for k in (held_GLd, k_GLd))
     of_images, ahead = [], slice(0, sum(now.runs[-1]) if now.runs else 0)
     prompt_1m = mean_query_attention(q0_HLd[:, ahead], k0_GLd[:, ahead])
@@ -267,6 +270,10 @@ def attention_signals(
             {
                 "keys_BND": held_LD[None, image],
                 "text_keys_BTD": held_LD[None, words],
+                "held_values_BNHd": values_LGd[None, image],
+                "text_values_BTHd": values_LGd[None, words],
+                "rotary_cosine_BN": cosine_1L[:, image],
+                "rotary_sine_BN": sine_1L[:, image],
                 "next_keys_BND": next_LD[None, image],
                 "last_attention_BN": last_LL[None, -1, image],
                 "text_attention_BTN": last_LL[None, words][:, :, image],
@@ -277,6 +284,28 @@ def attention_signals(
             }
         )
     return of_images
+
+
+def mean_rotation(language: Any, positions_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """The means over frequencies of the cosines and of the sines of positions, (B, L) each."""
+    cos, sin = (x.mean(dim=-1).reshape(positions_BL.shape) for x in language.rotary(positions_BL))
+    return cos, sin
+
+
+def with_rotation(
+    language: Any, signals: Signals, prompts: Sequence[Any], kept: Reduction | None
+) -> Signals:
+    """With what the language model's rotation makes of the positions of images in prompts."""
+    if not language.attends:
+        return signals
+    images, n, _ = signals.x_BND.shape
+    index_IN = torch.arange(n, device=signals.x_BND.device).expand(images, n)
+    if kept and kept.index_BK is not None:
+        index_IN = kept.index_BK
+    starts = [start for prompt in prompts for start, _ in prompt.runs]
+    position_IN = torch.tensor(starts, device=index_IN.device)[:, None] + index_IN
+    cosine_IN, sine_IN = mean_rotation(language, position_IN)
+    return signals.replace(rotary_cosine_BN=cosine_IN, rotary_sine_BN=sine_IN)
 
 
 def mean_query_attention(q_Hnd: Tensor, k_Gnd: Tensor) -> Tensor:

@@ -109,6 +109,15 @@ def _splice_prompt(
     return x_LD, position_L, torch.cat([*biases, zero_L[end:]]), new_runs
 
 
+def added_bias(enhancer: Step | None, encoded: Signals, kept: Reduction) -> Tensor | None:
+    """What an enhancer adds to the attention that kept tokens get, (I, K)."""
+    if enhancer is None:
+        return None
+    function = "prompt_bias" if enhancer.call("calibrates") else "attention_bias"
+    bias_IK: Tensor = enhancer.call(function, encoded.to("cpu"), kept.to("cpu"))
+    return bias_IK.to(encoded.x_BND.device)
+
+
 def calibrated(spliced: Spliced, enhancer: Step | None, N: int) -> Spliced:
     """With what an enhancer adds while prompts are read: in the first layer to the attention of
     every visual row, and in all layers of prompts with images for distances."""

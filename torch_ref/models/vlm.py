@@ -30,14 +30,23 @@ from ..pruners import (
     entry,
     is_learned,
     probed,
-    reduce,
     signal_layers,
 )
 from ..pruners.attention_pool import AttentionPool
+from ..pruners.chain import adding, choose, completing, selecting
 from . import decoder
 from .language.minimind import MiniMind
 from .projector import merge_patches, vision_proj
-from .splice import Prompt, Spliced, calibrated, outside, splice, visible, with_ranks
+from .splice import (
+    Prompt,
+    Spliced,
+    added_bias,
+    calibrated,
+    outside,
+    splice,
+    visible,
+    with_ranks,
+)
 from .towers.vit import VisionTower
 
 
@@ -51,11 +60,6 @@ class Prefill:
     next_B: Tensor
     cache: list[list]
     each: list[decoder.PromptCache] = field(default_factory=list)  # where read one by one
-
-
-def selecting(steps: Sequence[Step]) -> list[Step]:
-    """The steps but for an enhancer."""
-    return [step for step in steps if step.stage != "enhancer"]
 
 
 class VisionEncoder(nn.Module):
@@ -148,8 +152,8 @@ class VLM(nn.Module):
             return splice(embed, prompts, None, None, positions), decoder.Cuts()
         encoded, kept = self.encode(pixels_I3HW.to(embed.weight), steps, prompts)
         visual_IKD, kept_of_encoded = self.prune(encoded, steps)
-        of_stage = {step.stage: step for step in steps}  # a chain has one of either
-        enhancer, step = of_stage.get("enhancer"), of_stage.get("decoder")
+        enhancer = adding(steps)
+        step = next((step for step in steps if step.stage == "decoder"), None)
         bias_IK = added_bias(enhancer, encoded, kept_of_encoded)
         kept = kept_of_encoded.after(kept, self.N)
         positions = "renumber" if kept.index_BK is None else positions  # pooled slots stand nowhere
@@ -159,7 +163,7 @@ class VLM(nn.Module):
         if step is None or step.K in (None, visual_IKD.shape[1]):
             return spliced, decoder.Cuts()
         schedule = step.call("schedule", len(self.language.layers), visual_IKD.shape[1], step.K)
-        return spliced, decoder.Cuts(step, schedule, positions, enhancer)
+        return spliced, decoder.Cuts(step, schedule, positions, enhancer, completing(steps))
 
     def encode(
         self, pixels_I3HW: Tensor, steps: Sequence[Step], prompts: Sequence[Prompt]
@@ -181,14 +185,15 @@ class VLM(nn.Module):
                     step, K = replace(step, gives_back=True), n
                 cuts += [(layer, place, left, step) for layer, place, left in planned]
                 n = K
-            if step.stage == "enhancer" and cuts:
-                want["represented"] = None
             if step.stage not in ("enhancer", "image"):
                 want |= signal_layers(step, layers, self.config.vision.layers_behind)
+        if adding(steps) and cuts:
+            want["represented"] = None
         assert not cuts or self.config.merge == (1, 1), "patches that merge must all be there"
         encoded = self.tower(pixels_I3HW, want, cuts)
         kept = encoded.kept.after(kept, self.N) if encoded.kept else kept
-        return self.add_text(merge_patches(encoded.signals, self.config.merge), prompts), kept
+        signals = self.add_text(merge_patches(encoded.signals, self.config.merge), prompts)
+        return decoder.with_rotation(self.language, signals, prompts, kept), kept
 
     def shrink_pixels(self, pixels_I3HW: Tensor, grid: tuple[int, int]) -> Tensor:
         """Pictures of which the tower makes a smaller grid of visual tokens."""
@@ -209,7 +214,6 @@ class VLM(nn.Module):
     def prune(self, encoded: Signals, steps: Sequence[Step]) -> tuple[Tensor, Reduction]:
         """Projected tokens after the steps at the end of the tower and behind the projector."""
         signals, (images, n, _) = encoded, encoded.x_BND.shape
-        enhancer = next((step for step in steps if step.stage == "enhancer"), None)
         last = selecting(steps)[-1]
         index_N = torch.arange(n, device=encoded.x_BND.device)
         kept_of_encoded = Reduction(index_N.expand(images, n))
@@ -225,13 +229,7 @@ class VLM(nn.Module):
                     N = signals.x_BND.shape[1]
                     K = N if step.K is None else min(step.K, N)
                     K = min(step.one_budget(signals, encoded, K), N)
-                    chosen = K
-                    if enhancer and step is last and K < N:
-                        chosen = enhancer.call("selected", K)
-                    kept = reduce(step.name, signals, chosen, step.weights, **step.options)
-                    if enhancer and chosen < K:
-                        whole = enhancer.call("complete", signals.to("cpu"), kept.to("cpu"), K)
-                        kept = whole.to(signals.x_BND.device)
+                    kept = choose(step, signals, K, completing(steps) if step is last else None)
                     slots = kept.tokens(signals.x_BND)
                     signals = signals if kept.index_BK is None else signals.take(kept.index_BK)
                     signals = signals.replace(x_BND=slots)
@@ -339,12 +337,3 @@ class VLM(nn.Module):
         if trained and K not in (None, trained, N):
             raise UserError(f"this model's {pruner} keeps {trained} tokens, not {K}")
         return (trained or N) if K is None else K
-
-
-def added_bias(enhancer: Step | None, encoded: Signals, kept: Reduction) -> Tensor | None:
-    """What an enhancer adds to the attention that kept tokens get, (I, K)."""
-    if enhancer is None:
-        return None
-    function = "prompt_bias" if enhancer.call("calibrates") else "attention_bias"
-    bias_IK: Tensor = enhancer.call(function, encoded.to("cpu"), kept.to("cpu"))
-    return bias_IK.to(encoded.x_BND.device)

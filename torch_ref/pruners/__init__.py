@@ -24,11 +24,11 @@ NAMES = {
     "encoder": "tome patch_norm kq_norm pixelprune docprune ipcv illava_tower flowcut window_merge",
     "features": "none random uniform avgpool norm similarity received_attention cls_attention"
     " visionzip vispruner prumerge prumerge_plus hiprune prunesid attention_pool"
-    " score_prune mlp salience_coverage scope apet",
+    " score_prune mlp learn_prune salience_coverage scope apet",
     "projected": "holov global_local divprune two_scales zoo_prune cdpruner mmtok",
-    "decoder": "fastv pyramiddrop sparsevlm dual_attention lookahead dart v2drop vtw pact twig"
-    " illava_decoder",
-    "enhancer": "restore",
+    "decoder": "fastv pyramiddrop sparsevlm dual_attention lookahead dart v2drop vtw pact ivc_prune"
+    " twig illava_decoder",
+    "enhancer": "restore ivc",
 }
 STAGES: dict[str, dict[str, ModuleType]] = {
     stage: {name: import_module(f".{name}", __name__) for name in names.split()}

@@ -48,6 +48,8 @@ class Signals:
     normed_BND: Tensor
     keys_BND: Tensor
     text_keys_BTD: Tensor
+    held_values_BNHd: Tensor
+    text_values_BTHd: Tensor
     next_keys_BND: Tensor
     last_attention_BN: Tensor
     next_attention_BN: Tensor
@@ -56,6 +58,8 @@ class Signals:
     mean_attention_BN: Tensor
     prompt_attention_BN: Tensor
     twig_attention_BN: Tensor
+    rotary_cosine_BN: Tensor
+    rotary_sine_BN: Tensor
 
     def __init__(
         self, x_BND: Tensor, grid: tuple[int, int], has_cls: bool = True, **others: Tensor | None

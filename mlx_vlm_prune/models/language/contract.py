@@ -47,6 +47,15 @@ class Language(Layers, Protocol):
         """The keys (B, G, S, d) of all rows that a layer holds."""
         ...
 
+    def held_values(self, layer_cache: Any) -> mx.array:
+        """The values (B, G, S, d) of the same rows."""
+        ...
+
+    def mean_rotation(self, number: int, positions_BL: mx.array) -> tuple[mx.array, mx.array]:
+        """The means of the cosines and of the sines by which a layer rotates rows at positions,
+        over frequencies and over axes, (B, L) each; a factor common to all of them may be left."""
+        ...
+
     def norm(self, x_BLD: mx.array) -> mx.array:
         """The last norm, ahead of the output layer."""
         ...

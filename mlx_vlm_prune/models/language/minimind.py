@@ -21,7 +21,7 @@ from ...checkpoints.config import MiniMindConfig
 from ...machine.hardware import on_cpu
 from ..cache import PADDING, HeldRows, LayerCache
 from .experts import MixtureOfExperts, swiglu
-from .rotary import make_rotary
+from .rotary import make_rotary, mean_rotation
 
 Rotate = Callable[[mx.array], mx.array]  # queries or keys (B, H, L, d)
 
@@ -52,6 +52,10 @@ class Attention(nn.Module):
         mask = forward_pass.mask(cache.held, x_BLD.dtype)
         y_BHLd = attend(q_BHLd, k_BGSd, v_BGSd, mask, forward_pass.fold)
         return self.o_proj(y_BHLd.swapaxes(1, 2).reshape(B, L, -1))
+
+    def rotated(self, x_BHLd: mx.array, rotary: Rotate) -> mx.array:
+        """Heads, rotated."""
+        return rotary(x_BHLd)
 
     def rotated_queries(self, x_BLD: mx.array, rotary: Rotate) -> mx.array:
         """Rotated, (B, H, L, d)."""
@@ -226,6 +230,18 @@ class LayerStack(nn.Module):
     def held_keys(self, layer_cache: LayerCache) -> mx.array:
         """(B, G, S, d)."""
         return layer_cache.keys
+
+    def held_values(self, layer_cache: LayerCache) -> mx.array:
+        """(B, G, S, d)."""
+        return layer_cache.values
+
+    def mean_rotation(self, number: int, positions_BL: mx.array) -> tuple[mx.array, mx.array]:
+        """The means of the cosines and of the sines of its rotation, (B, L) each."""
+
+        def rotate(x_BHLd: mx.array, positions_BL: mx.array) -> mx.array:
+            return self.layers[number].self_attn.rotated(x_BHLd, self.rotary(positions_BL))
+
+        return mean_rotation(rotate, positions_BL, self.config.head_dim)
 
     @property
     def depth(self) -> int:

@@ -59,10 +59,13 @@ class Attention:
         return self._rotated(self.wrapped.k_proj(x_BLD), self.groups, "k_norm", rotary)
 
     def _rotated(self, x: mx.array, heads: int, norm: str, rotary: RotaryOffsets) -> mx.array:
-        """Normed where the family does so, and rotated by mlx-lm's rotation."""
+        """Normed where the family does so, and rotated."""
         x = x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
-        x = self.wrapped[norm](x) if norm in self.wrapped else x
-        return rotary.rotate(self.wrapped.rope, x)
+        return self.rotated(self.wrapped[norm](x) if norm in self.wrapped else x, rotary)
+
+    def rotated(self, x_BHLd: mx.array, rotary: RotaryOffsets) -> mx.array:
+        """Heads, rotated by mlx-lm's rotation."""
+        return rotary.rotate(self.wrapped.rope, x_BHLd)
 
 
 class Layer:
@@ -201,10 +204,12 @@ class MlxLm(LayerStack):
                     f"{step.name} cannot prune a {kind}: it reads attention, which a {kind} has"
                     " none of; between its layers v2drop and vtw can, and methods before them all"
                 )
-        if pipeline.enhancer and not self.family.attends:
+        for enhancer in () if self.family.attends else pipeline.enhancers:
+            reads = "adds to the attention that kept tokens get"
+            if not enhancer.method.attention_bias:
+                reads = "reads how attention rotates positions"
             raise UserError(
-                f"{pipeline.enhancer.name} cannot work in a {kind}: it adds to the attention that"
-                f" kept tokens get, and a {kind} has none"
+                f"{enhancer.name} cannot work in a {kind}: it {reads}, and a {kind} has none"
             )
 
     def make_cache(self) -> list[Any]:

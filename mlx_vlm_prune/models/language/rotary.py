@@ -61,6 +61,32 @@ def make_rotary(
     return partial(RotaryOffsets(positions_BL, contiguous).rotate, rope_kernel(head_dim, theta))
 
 
+def mean_rotation(
+    rotate: Callable[[mx.array, mx.array], mx.array], positions_BL: mx.array, head_dim: int
+) -> tuple[mx.array, mx.array]:
+    """The means of the cosines and of the sines by which `rotate(x_BHLd, positions)` turns pairs of
+    features, (B, L) each, whichever features are pairs; of positions (B, L, A) over the axes, too.
+
+    A turn by one position shows which feature of a pair leads: e_i goes to (cos, sin) if i leads,
+    to (-sin, cos) if it follows.
+    """
+    is_flat = positions_BL.ndim == 2
+    axes = [positions_BL] if is_flat else mx.split(positions_BL, positions_BL.shape[2], axis=2)
+    one_1d = mx.ones((1, head_dim, *positions_BL.shape[2:]), positions_BL.dtype)
+    turned_dd = rotate(mx.eye(head_dim)[None, None], one_1d)[0, 0]
+    leads_d = (mx.triu(turned_dd, 1) != 0).any(axis=1).astype(mx.float32)
+    follows_d = (mx.tril(turned_dd, -1) != 0).any(axis=1).astype(mx.float32)
+    cosine_BL, sine_BL = mx.array(0.0), mx.array(0.0)
+    for axis_BL in axes:
+        at_BL = mx.broadcast_to(axis_BL, positions_BL.shape)
+        x_B1Ld = mx.broadcast_to(leads_d, (*positions_BL.shape[:2], head_dim))[:, None]
+        x_BLd = rotate(x_B1Ld, at_BL)[:, 0]
+        cosine_BL = cosine_BL + (x_BLd * leads_d).sum(axis=-1)
+        sine_BL = sine_BL + (x_BLd * follows_d).sum(axis=-1)
+    count = leads_d.sum() * len(axes)
+    return cosine_BL / count, sine_BL / count
+
+
 @cache
 def rope_kernel(head_dim: int, theta: float) -> Callable[..., mx.array]:
     """MLX's kernel; its `freqs` are wavelengths ÷ 2π."""

@@ -122,6 +122,11 @@ class Layer(nn.Module):
         q_HLd, k_GLd = (rotate(p(x_1LD), *rotary)[0] for p in (attend.queries, attend.keys))
         return q_HLd, k_GLd
 
+    def values(self, x_1LD: Tensor, rotary) -> Tensor:
+        """The values (L, G, d) of the layer's input."""
+        attend = self.self_attn
+        return attend.v_proj(self.input_layernorm(x_1LD))[0].unflatten(-1, (-1, attend.d))
+
     def forward(self, x: Tensor, rotary, visible: Tensor | None, rows: list | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, visible, rows)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -28,9 +28,10 @@ def whole_attention(
     module: nn.Module, q_BHLd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, mask: Tensor | None,
     *, scaling: float, noted: list | None = None, **_: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention (B, L, H, d) and its matrix; queries and keys are appended to `noted`."""
+    """Attention (B, L, H, d) and its matrix; queries, keys and values are appended to
+    `noted`."""
     if noted is not None:
-        noted += [q_BHLd, k_BGSd]
+        noted += [q_BHLd, k_BGSd, v_BGSd]
     times = q_BHLd.shape[1] // k_BGSd.shape[1]
     k_BHSd, v_BHSd = (t.repeat_interleave(times, dim=1) for t in (k_BGSd, v_BGSd))
     logits_BHLS = (q_BHLd @ k_BHSd.mT) * scaling
@@ -78,6 +79,12 @@ class AttentionLayer:
         noted: list[Tensor] = []
         self._call(x_1LD, rotary, attention_mask=None, noted=noted)
         return noted[0][0], noted[1][0]
+
+    def values(self, x_1LD: Tensor, rotary) -> Tensor:
+        """The values (L, G, d) of the layer's input."""
+        noted: list[Tensor] = []
+        self._call(x_1LD, rotary, attention_mask=None, noted=noted)
+        return noted[2][0].transpose(0, 1)
 
     def _call(self, x: Tensor, rotary, **options: Any) -> Tensor:
         out = self.stock(x, position_embeddings=rotary, **options)
