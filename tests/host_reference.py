@@ -200,3 +200,14 @@ def kept(index: list[int]):
     from mlx_vlm_prune.pruners import Reduction
 
     return Reduction(mx.array([index]))
+
+
+def rotary_means(name: str, layer, place_N3: np.ndarray) -> dict[str, mx.array]:
+    """Of each place the means of RoPE's cosines and sines, over the axes that a family has."""
+    base = getattr(getattr(layer.self_attn, "rope", None), "base", 1e4)
+    place_NA = place_N3 if name in QWEN else place_N3[:, :1]
+    angle_NAh = place_NA[..., None] * base ** (-np.arange(8) / 8)
+    return {
+        f"rotary_{turn}_BN": mx.array(of(angle_NAh).mean(axis=(1, 2)), mx.float32)[None]
+        for turn, of in (("cosine", np.cos), ("sine", np.sin))
+    }

@@ -27,7 +27,7 @@ from mlx_vlm_prune.pruners import Signals, plan
 
 from . import host_folders
 from .host_models import IMAGE, KINDS, cached_models
-from .host_reference import QWEN, TOKENS, decoded, rows, stock, table
+from .host_reference import QWEN, TOKENS, decoded, rotary_means, rows, stock, table
 from .test_hosts_generate import left_on
 from .test_pruned import by_view
 
@@ -272,21 +272,7 @@ def by_hand(model, name: str, inputs, cut: int):
     )  # fmt: skip
 
 
-def rotary_means(name: str, layer: Any, place_N3: np.ndarray) -> dict[str, mx.array]:
-    """Of each place the means of RoPE's cosines and sines, over the axes that a family has."""
-    base = getattr(getattr(layer.self_attn, "rope", None), "base", 1e4)
-    place_NA = place_N3 if name in QWEN else place_N3[:, :1]
-    angle_NAh = place_NA[..., None] * base ** (-np.arange(8) / 8)
-    return {
-        f"rotary_{turn}_BN": mx.array(of(angle_NAh).mean(axis=(1, 2)), mx.float32)[None]
-        for turn, of in (("cosine", np.cos), ("sine", np.sin))
-    }
-
-
-LOOKING = ["fastv", "pyramiddrop", "dart", "v2drop", "ivc_prune", "fastv+ivc"]
-
-
-@pytest.mark.parametrize("spec", LOOKING)
+@pytest.mark.parametrize("spec", [*INSIDE[:4], "ivc_prune", "fastv+ivc"])
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_method_sees_what_the_layer_really_computes(models, name, spec):
     model = models(name)

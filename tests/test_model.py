@@ -31,8 +31,7 @@ SPECS = [
     "cls_attention+restore", "downsample+norm", "patch_norm:keep=11+pact:prompt", "vtw+restore",
     "similarity+sparsevlm", "visionzip:keep=11+pyramiddrop", "apet+restore", "twig+restore",
     "tome:r=2", "cls_attention:layer=0", "global_local:keep=11+fastv", "cls_attention+twig",
-    "divprune+ivc", "patch_norm:keep=13+norm+ivc", "norm+ivc:anchors=0.8+restore", "fastv+ivc",
-    "cls_attention+ivc_prune+ivc", "pyramiddrop+ivc+restore",
+    "patch_norm:keep=13+norm+ivc", "norm+ivc:anchors=0.8+restore", "pyramiddrop+ivc+restore",
 ]  # fmt: skip
 K = 9
 ROWS = (

@@ -52,9 +52,9 @@ def weights(folder: str) -> dict[str, np.ndarray]:
 
 def test_a_file_learns_resumes_and_is_used(desk, tmp_path, capsys):
     train([*desk, "--output", "whole", "--iters", "4"])
-    said = capsys.readouterr().out
-    assert "my_scorer" in said.splitlines()[0]
-    assert f"--pruner {tmp_path}/my_scorer.py" in said  # the command that uses it
+    printed = capsys.readouterr().out
+    assert "my_scorer" in printed.splitlines()[0]
+    assert f"--pruner {tmp_path}/my_scorer.py" in printed  # the command that uses it
     train([*desk, "--output", "parts", "--iters", "2"])
     train([*desk, "--output", "parts", "--iters", "4", "--resume"])
     whole, parts = weights("whole"), weights("parts")
@@ -92,9 +92,9 @@ def test_both_frameworks_read_what_either_trained(desk, capsys):
     assert "my_scorer.weight" in weights("theirs")
     train([*desk, "--model", "theirs", "--output", "ours", "--iters", "2"])
     assert "my_scorer starts from the model's weights" in capsys.readouterr().out
-    asked = ["--image", "0.png", "--prompt", stage_runs.QUESTION, "--max-tokens", "2"]
+    question = ["--image", "0.png", "--prompt", stage_runs.QUESTION, "--max-tokens", "2"]
     method = ["--model", "ours", "--pruner", "./my_scorer.py", "--keep-tokens", "20"]
-    generate([*method, *asked, "--json", "a.json"])
+    generate([*method, *question, "--json", "a.json"])
     answer = json.loads(Path("a.json").read_text())
     assert (answer["pruner"], answer["visual_tokens_kept"]) == ("my_scorer", 20)
 
@@ -115,5 +115,5 @@ def test_a_config_file_names_no_file_that_is_run(desk, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train(["-c", "c.yaml", *rest, "--output", "out", "--iters", "1"])
     assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert "./bad.py" in said and "RuntimeError" not in said
+    printed = capsys.readouterr().err
+    assert "./bad.py" in printed and "RuntimeError" not in printed

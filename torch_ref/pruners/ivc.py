@@ -1,5 +1,4 @@
-"""IVC-Prune's anchors (arXiv:2602.03060): the positions that rotary embeddings hardly turn, or turn
-by a quarter, join what a selector keeps.
+"""IVC-Prune's anchors (arXiv:2602.03060), by positions alone, join what a selector keeps.
 
 Shapes: N tokens.
 """
