@@ -103,12 +103,9 @@ class Signals:
     rotary_sine_BN: mx.array
 
     def __init__(
-        self,
-        x_BND: mx.array,
-        grid: tuple[int, int],
-        has_cls: bool = True,
+        self, x_BND: mx.array, grid: tuple[int, int], has_cls: bool = True,
         **others: mx.array | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """`others` by the names above; None is a missing one."""
         present = {name: signal for name, signal in others.items() if signal is not None}
         assert set(present) <= SIGNALS, f"{sorted(set(present) - SIGNALS)} are no signals"
@@ -155,8 +152,7 @@ class Signals:
         token, except the tokens themselves."""
         changed: dict[str, mx.array | None] = {}
         for name, signal in self.arrays.items():
-            axis = token_axis(name)
-            if axis is not None and name != "x_BND":
+            if name != "x_BND" and (axis := token_axis(name)) is not None:
                 changed[name] = change(signal, axis)
         return self.replace(**changed)
 
@@ -350,5 +346,4 @@ class Reduction:
 
 def identity(x_BND: mx.array) -> Reduction:
     """Every token stands for itself."""
-    B, N, _ = x_BND.shape
-    return Reduction(index_BK=mx.broadcast_to(mx.arange(N), (B, N)))
+    return Reduction(index_BK=mx.broadcast_to(mx.arange(x_BND.shape[1]), x_BND.shape[:2]))
