@@ -16,8 +16,8 @@ def main(image=None, question="What does the sign say?", model_name=None):
     model, processor = load(model_name)  # None is the built-in model
     image = image or compose(seed=1_000_000_007).image()
     full = generate(model, processor, question, image)
-    pruned = generate(model, processor, question, image, pruner="divprune", keep_ratio=0.25)
-    for name, answer in (("full", full), ("pruned", pruned)):
+    pruned = generate(model, processor, question, image, keep_ratio=0.25)  # by `auto`
+    for name, answer in (("full", full), (pruned.pruner, pruned)):
         print(
             f"{name}: {answer.text!r} from {answer.visual_tokens_kept:g} of {answer.visual_tokens}"
             f" visual tokens; first token after {answer.ttft_ms['total']:.0f} ms"

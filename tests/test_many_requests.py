@@ -173,7 +173,8 @@ def answer_by_threads(folder: Path, home: Path) -> None:
         except UserError as problem:
             return str(problem)
 
-    alone = [answer(ask) for ask in asks]
+    alone_of = {ask: answer(ask) for ask in dict.fromkeys(asks)}
+    alone = [alone_of[ask] for ask in asks]
     refused = [text for text in alone if isinstance(text, str)]
     assert len(refused) == sum(ask[2] == "broken" for ask in asks), refused
     assert all("truncated or damaged" in text for text in refused)
