@@ -16,7 +16,7 @@ from mlx_vlm_prune.hosts.compatibility import check_pipeline
 from mlx_vlm_prune.hosts.families import FAMILIES, host_of
 from mlx_vlm_prune.hosts.prompt import ImageBudget, encode_images
 from mlx_vlm_prune.hosts.tower_cache import TowerCache
-from mlx_vlm_prune.pruners import plan
+from mlx_vlm_prune.pruners import METHODS, Stage, plan
 
 from . import host_towers
 from .host_models import KINDS, cached_models
@@ -217,6 +217,19 @@ def test_images_of_a_prompt_keep_as_many_each_as_alone(models, name):
     assert left == [min(9, view.N) for view in views]
     alone = encode_images(host_of(model), prompt(models, name, 1), pipeline, budget)
     assert len(alone) == 1 and alone[0].signals.x_BND.shape[1] == left[0]
+
+
+@pytest.mark.parametrize("spec", [n for n, m in METHODS.items() if m.stage is Stage.ENCODER])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_every_method_of_the_tower_leaves_as_many_as_it_is_told(models, name, spec):
+    """Alone, and ahead of another one."""
+    model, inputs = models(name), prompt(models, name)
+    for chain in (spec, f"{spec}+divprune"):
+        one = reduced(model, inputs, chain, 0.5)
+        kept = one.trace.steps[-1].reductions
+        assert [each.slots for each in kept] == [view.N // 2 for view in one.views]
+        _, odds = decoded(model, one.arguments)
+        assert np.isfinite(odds).all()
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in CUT])
