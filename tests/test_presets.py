@@ -21,6 +21,7 @@ from .test_model import steps_of
 CHAINS = {
     "duet": "visionzip+pyramiddrop:start=0.5,stages=2",
     "vscan": "global_local+fastv:layer=0.5",
+    "illava": "illava_tower+illava_decoder",
     "mustdrop": "window_merge+dual_attention",
     "hilo": "two_scales+lookahead",
 }

@@ -10,7 +10,10 @@ from ..models.vlm import VLM
 from ..pruners import AUTO, METHODS, Pipeline, Stage, plan
 from ..pruners.contract import Policy
 
-CHAINS = ("cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune")
+CHAINS = (
+    "cls_attention+fastv", "visionzip+pyramiddrop", "tome+divprune",
+    "ipcv:least,share=0.34+divprune+restore",
+)  # fmt: skip
 POOLING = ("avgpool", "attention_pool")  # their slots replace no tokens, so nothing is to restore
 
 
